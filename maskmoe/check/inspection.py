@@ -36,13 +36,9 @@ from maskmoe.megatron_compat.globals import get_tokenizer
 from maskmoe.megatron_compat.gpu import GpuPackages
 from maskmoe.routing_mask.mask import RoutingMask
 from maskmoe.training.loop.model_builder import MaskMoEModelConfig
-from maskmoe.training.resume.choose_checkpoint import (
-    check_not_missing,
-    check_pretrained_model,
-    check_same_model,
-    further_checkpoint_args,
-)
-from maskmoe.training.resume.rewinding import check_may_resume, describe_rewinds, own_rewinds
+from maskmoe.training.resume.choose_checkpoint import check_not_missing, check_pretrained_model
+from maskmoe.training.resume.model_settings import check_same_model, further_checkpoint_args
+from maskmoe.training.resume.save_folder import check_save_folder_is_own
 from maskmoe.training.settings import file_checks
 from maskmoe.training.settings.arguments import add_maskmoe_arguments
 from maskmoe.training.settings.changed_settings import find_changed_settings, take_schedule_of_checkpoint
@@ -121,6 +117,7 @@ class Inspection:
         self._notes += missing_libraries(args)  # the machine of the check may lack what the machine of the run has
         with self._collecting():
             file_checks.check_save_folder(args)
+            check_save_folder_is_own(args, checkpoint)
         mask = self._find_mask(checkpoint)
         # Megatron's rules. The remaining checks use the validated arguments if there are some.
         validated = self._validate(layout)
@@ -219,15 +216,7 @@ class Inspection:
                 self._add(["--use-checkpoint-args needs --load with the folder of the checkpoints"])
             return None
         with self._collecting():
-            rewinds = own_rewinds(args)
-            if rewinds.all:
-                self._notes.append(describe_rewinds(rewinds))
-            choice = choose_checkpoint(
-                args.load,
-                args.ckpt_step,
-                partial(check_may_resume, args, rewinds),
-                non_persistent=non_persistent_folder(args, args.load),
-            )
+            choice = choose_checkpoint(args.load, args.ckpt_step, non_persistent=non_persistent_folder(args, args.load))
             self._notes += [f"checkpoint {damage}" for damage in choice.rejected]
             check_not_missing(args, choice.checkpoint)
             if choice.checkpoint is None:

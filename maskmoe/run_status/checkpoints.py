@@ -11,7 +11,6 @@ from tqdm import tqdm
 from maskmoe.checkpoint.integrity import (
     COMPLETION_FILE,
     MANIFEST_FILE,
-    Abandoned,
     Damage,
     Unfinished,
     check_content,
@@ -31,12 +30,12 @@ from maskmoe.launch.run_folder import CHECKPOINTS
 from maskmoe.processes.folder_lock import LOCK_NAME
 from maskmoe.run_status.arguments import RunArguments
 
-Soundness = Literal["complete", "verified", "unfinished", "damaged", "abandoned"]
+Soundness = Literal["complete", "verified", "unfinished", "damaged"]
 """The state of a checkpoint, as far as it is known.
 
 All files of a complete checkpoint have their full size, and those of a verified one also have the content that was
 saved. An unfinished checkpoint is being saved, or its saving was interrupted. A damaged checkpoint lacks a file, or has
-one that is not as it was saved. The next start goes back beyond an abandoned checkpoint.
+one that is not as it was saved.
 """
 
 
@@ -89,13 +88,12 @@ def find_checkpoints(run: Path, save: Path | None) -> Path | None:
     return next((place for place in places if has_checkpoint(place) or (place / LOCK_NAME).exists()), None)
 
 
-def read_checkpoints(folder: Path | None, arguments: RunArguments, first_abandoned: float, verify: bool) -> Checkpoints:
+def read_checkpoints(folder: Path | None, arguments: RunArguments, verify: bool) -> Checkpoints:
     """Return the checkpoints in a folder. Checkpoints that are removed meanwhile are left out.
 
     Args:
         folder: the folder of the checkpoints; None if the run has none.
         arguments: the arguments of the run.
-        first_abandoned: the first iteration beyond which the next start goes back.
         verify: whether to compare all files with their digests, which reads all of their bytes.
     """
     if folder is None:
@@ -105,7 +103,7 @@ def read_checkpoints(folder: Path | None, arguments: RunArguments, first_abandon
     paths = [checkpoint_path(place, step) for place in (folder, frequent) if place for step in saved_iterations(place)]
     paths += [folder / RELEASE] if (folder / RELEASE).is_dir() else []
     shown = tqdm(paths, "verifying", disable=not verify, leave=False)
-    damages = {path: _find_damage(path, first_abandoned, verify) for path in shown}
+    damages = {path: _find_damage(path, verify) for path in shown}
     saved: dict[Path, SavedCheckpoint] = {}
     for path, damage in damages.items():
         with suppress(OSError):  # the checkpoint was removed meanwhile
@@ -126,7 +124,7 @@ def read_checkpoints(folder: Path | None, arguments: RunArguments, first_abandon
         return Checkpoints(folder, tuple(newest_first), None, one_line(error))
 
 
-def _find_damage(path: Path, first_abandoned: float, verify: bool) -> Damage | None:
+def _find_damage(path: Path, verify: bool) -> Damage | None:
     """Return the first fault of a checkpoint, see `read_checkpoints`; None if it has none."""
     try:
         check_structure(path)
@@ -134,16 +132,14 @@ def _find_damage(path: Path, first_abandoned: float, verify: bool) -> Damage | N
             check_content(path)
     except Damage as damage:
         return damage
-    is_abandoned = (iteration_of(path) or 0) >= first_abandoned
-    return Abandoned(path, "the next start goes back beyond it") if is_abandoned else None
+    return None
 
 
 def _describe(path: Path, damage: Damage | None, verify: bool) -> SavedCheckpoint:
     """Return a description of a checkpoint. Raises OSError if the checkpoint is gone."""
     soundness: Soundness = "verified" if verify and (path / MANIFEST_FILE).exists() else "complete"
     if damage is not None:
-        of_damage: dict[type[Damage], Soundness] = {Unfinished: "unfinished", Abandoned: "abandoned"}
-        soundness = of_damage.get(type(damage), "damaged")
+        soundness = "unfinished" if isinstance(damage, Unfinished) else "damaged"
     completed = path / COMPLETION_FILE
     return SavedCheckpoint(
         path=path,

@@ -1,6 +1,5 @@
 """The status of a run at one moment."""
 
-import math
 import re
 import time
 from collections.abc import Sequence
@@ -19,7 +18,7 @@ from maskmoe.run_status.liveness import Liveness, read_liveness
 from maskmoe.run_status.progress import Progress
 from maskmoe.run_status.scalars import Logged, find_event_folder, read_events
 
-_HISTORY = (Kind.LAUNCHED, Kind.STARTED, Kind.ENDED, Kind.NODES, Kind.REWOUND)
+_HISTORY = (Kind.LAUNCHED, Kind.STARTED, Kind.ENDED, Kind.NODES)
 _LOAD = re.compile(r"moe/expert_load_max_over_mean_layer_(\d{1,6})")
 _MOST_CHARACTERS = 500  # of a text in the journal
 _MOST_SECONDS = 1e11  # the year 5138; damaged files have later times
@@ -114,7 +113,7 @@ def read_status(run: Path, tensorboard_dir: Path | None = None, verify: bool = F
         loads=_read_loads(logged),
         history=history,
         warnings=tuple(entry for entry in entries if entry.kind is Kind.WARNED),
-        checkpoints=read_checkpoints(folder, arguments, _first_abandoned(entries), verify),
+        checkpoints=read_checkpoints(folder, arguments, verify),
         logged=logged,
         arguments=arguments,
     )
@@ -143,16 +142,6 @@ def _history(entries: Sequence[Entry]) -> tuple[Entry, ...]:
         if not (entry.kind is Kind.ENDED and history and (history[-1].kind, history[-1].facts.get("exit_code")) == end):
             history.append(entry)
     return tuple(history)
-
-
-def _first_abandoned(entries: Sequence[Entry]) -> float:
-    """Return the first iteration beyond which the next start goes back; infinity if it resumes as usual.
-
-    A start renames the checkpoints that are abandoned, so only the time between a rewind and the next start counts.
-    """
-    last = next((entry for entry in reversed(entries) if entry.kind in (Kind.REWOUND, Kind.STARTED)), None)
-    first = last.facts.get("first") if last is not None and last.kind is Kind.REWOUND else None
-    return first if isinstance(first, int | float) else math.inf
 
 
 def _printable(entry: Entry) -> Entry:

@@ -77,10 +77,10 @@ def test_parser_reports_in_one_line_and_each_number_has_a_range(subcommand):
 def megatron_parser() -> argparse.ArgumentParser:
     from megatron.training.arguments import add_megatron_arguments
 
-    from maskmoe.training.loop.evaluation import add_evaluation_arguments
-    from maskmoe.training.loop.generation import add_generation_arguments
-    from maskmoe.training.pretraining import add_pretraining_arguments
+    from maskmoe.training.inference.evaluation import add_evaluation_arguments
+    from maskmoe.training.inference.generation import add_generation_arguments
     from maskmoe.training.settings.arguments import add_maskmoe_arguments
+    from maskmoe.training.settings.pretraining_arguments import add_pretraining_arguments
 
     parser = add_maskmoe_arguments(add_megatron_arguments(argparse.ArgumentParser(allow_abbrev=False)))
     return add_generation_arguments(add_evaluation_arguments(add_pretraining_arguments(parser)))

@@ -44,15 +44,6 @@ def test_history_and_warnings_are_those_of_the_journal(run):
     assert "ETA" not in text
 
 
-def test_run_goes_back_only_until_its_next_start(run):
-    """The start that goes back renames the checkpoint, so a later one of this iteration is sound."""
-    now = time.time()
-    write_journal(run, (Kind.REWOUND, now - 100, "the run goes back", 18, {"first": 14}), name="a-2")
-    assert [each.soundness for each in read_status(run).checkpoints.saved] == ["abandoned", "complete"]
-    write_journal(run, (Kind.STARTED, now - 50, "1 rank trains", 10, {"ranks": 1}), name="a-3")
-    assert [each.soundness for each in read_status(run).checkpoints.saved] == ["complete", "complete"]
-
-
 def test_folders_elsewhere_are_found_by_the_arguments(tmp_path):
     run = tmp_path / "run"
     write_events(tmp_path / "tb")

@@ -10,7 +10,7 @@ from torch.utils.tensorboard import SummaryWriter
 
 from maskmoe.run_status.scalars import read_events
 from maskmoe.training.watch import event_files
-from maskmoe.training.watch.event_files import choose_event_folder, log_command, writing_events
+from maskmoe.training.watch.event_files import EventFiles, choose_event_folder
 
 
 @pytest.fixture
@@ -24,9 +24,10 @@ def test_values_and_the_command_are_written_at_the_end(writer, tmp_path, monkeyp
     monkeypatch.setattr(sys, "argv", ["pretrain.py", "--data-path", "a b"])
     monkeypatch.setenv("LOCAL_WORLD_SIZE", "4")
     monkeypatch.setenv("GROUP_WORLD_SIZE", "2")
-    with writing_events():
-        log_command()
-        writer.add_scalar("lm loss", 1.5, 3)
+    files = EventFiles()
+    files.on_start()
+    writer.add_scalar("lm loss", 1.5, 3)
+    files.on_end(None)
     logged = read_events(tmp_path)
     assert [(value.step, value.value) for value in logged.scalars["lm loss"]] == [(3, 1.5)]
     words = ["torchrun", "--nnodes", "2", "--nproc-per-node", "4", "-m", "maskmoe.training.pretrain"]
@@ -41,10 +42,10 @@ def test_full_disk_ends_the_events_and_not_the_training(writer, capsys, monkeypa
     events = writer.file_writer.event_writer
     monkeypatch.setattr(events, "add_event", fail)
     monkeypatch.setattr(events, "flush", fail)
-    with writing_events():
-        for step in range(2, 5):
-            writer.add_scalar("a", 1.0, step)
-            writer.flush()
+    EventFiles().on_start()
+    for step in range(2, 5):
+        writer.add_scalar("a", 1.0, step)
+        writer.flush()
     (line,) = capsys.readouterr().err.splitlines()
     assert line == "warning: TensorBoard's events end here: [Errno 28] No space left on device"
 

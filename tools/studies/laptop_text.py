@@ -8,8 +8,8 @@ wheel. Nothing is downloaded, and no code of the packages is executed: the wheel
         --packages runs/text/packages --output runs/text
 
 writes the text to train on into `runs/text/train.jsonl`, and each held-out set into `runs/text/NAME.jsonl`. Documents
-of fewer than 256 bytes, repeated documents, and files that are mostly numbers or larger than 32 KiB are left out. Hashes
-of the texts decide which documents are kept or held out, and their order.
+of fewer than 256 bytes, repeated documents, and files that are mostly numbers or larger than 32 KiB are left out.
+Hashes of the texts decide which documents are kept or held out, and their order.
 """
 
 import argparse

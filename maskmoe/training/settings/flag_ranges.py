@@ -107,7 +107,7 @@ _SETTINGS: tuple[tuple[WholeNumber | Number, str], ...] = (
     (
         _COUNT,
         """
-        spike_rewind_margin spike_max_rewinds collapse_intervals
+        collapse_intervals
         eval_iters lr_warmup_iters lr_warmup_samples start_eval_at_iter iterations_to_skip rampup_batch_size ckpt_step
         override_ckpt_iteration manual_gc_interval cuda_graph_warmup_steps profile_step_start profile_step_end
         profile_ranks wgrad_deferral_limit flight_recorder_trace_buffer_size min_offloaded_tensor_size

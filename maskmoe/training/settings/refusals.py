@@ -16,7 +16,6 @@ from megatron.core.transformer.pipeline_parallel_layer_layout import PipelinePar
 
 from maskmoe.errors import UserError
 from maskmoe.megatron_compat.gpu import GpuPackages
-from maskmoe.training.resume.rewinds import loads_what_it_saves
 from maskmoe.training.settings.arguments import may_change_mask
 from maskmoe.transformer.dispatch.flex import missing_library
 from maskmoe.transformer.torch_modules.gated_delta_net import check_gated_delta_net, uses_fla
@@ -117,11 +116,6 @@ def _flex_backend(args: Namespace) -> str | None:
     if args.moe_token_dispatcher_type != "flex":
         return None
     return "deepep" if args.moe_enable_deepep else args.moe_flex_dispatcher_backend
-
-
-def _rewinds(args: Namespace) -> bool:
-    """Return whether a run may go back to an earlier checkpoint; only training has the flag for it."""
-    return getattr(args, "spike_action", None) == "rewind"
 
 
 _ALWAYS_REFUSED = {
@@ -295,30 +289,6 @@ REFUSALS = (
         "--change-routing-mask without --routing-mask",
         "Without a mask in --routing-mask, a run uses the mask of the checkpoint.",
         lambda args: may_change_mask(args) and args.routing_mask is None,
-    ),
-    Refusal(
-        "--spike-action rewind without --save and --load of the same folder, or without --save-interval",
-        "The run goes back to a checkpoint that it has saved itself, by a restart with the same command.",
-        lambda args: _rewinds(args) and not (loads_what_it_saves(args) and args.save_interval),
-    ),
-    Refusal(
-        "--spike-action rewind with --finetune or --override-ckpt-iteration",
-        "Every restart would begin with the same iteration, whatever checkpoint the run goes back to.",
-        lambda args: _rewinds(args) and _is_given("--finetune or --override-ckpt-iteration", args),
-    ),
-    Refusal(
-        "--spike-action rewind with --non-persistent-save-interval",
-        "Megatron-Core loads a newer non-persistent checkpoint, even if the run has gone back beyond it.",
-        lambda args: _rewinds(args) and args.non_persistent_save_interval,
-    ),
-    Refusal(
-        "--spike-action rewind with --keep-last-checkpoints 1, or with --save-retain-interval alone",
-        "The newest checkpoint may hold the updates that the run goes back for, and the checkpoint before it would be "
-        "removed. Pass --keep-last-checkpoints 2 or more.",
-        lambda args: (
-            _rewinds(args)
-            and (args.keep_last_checkpoints == 1 or (args.save_retain_interval and args.keep_last_checkpoints is None))
-        ),
     ),
     Refusal(
         "--spike-action skip with --qk-clip or --optimizer-cuda-graph",

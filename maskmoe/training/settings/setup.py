@@ -39,8 +39,8 @@ from maskmoe.training.loop import fill_in_middle
 from maskmoe.training.loop.model_builder import MaskMoEGPTModelConfig, MaskMoEHybridModelConfig, MaskMoEModelConfig
 from maskmoe.training.loop.rank_store import RankStore, check_launched
 from maskmoe.training.resume import choose_checkpoint as resume
-from maskmoe.training.resume.rewinding import describe_rewinds, shared_rewinds
-from maskmoe.training.resume.rewinds import Rewinds
+from maskmoe.training.resume import model_settings
+from maskmoe.training.resume.save_folder import check_save_folder_is_own
 from maskmoe.training.settings import file_checks
 from maskmoe.training.settings.arguments import add_maskmoe_arguments, may_change_mask
 from maskmoe.training.settings.changed_settings import find_changed_settings, take_schedule_of_checkpoint
@@ -64,13 +64,11 @@ class CheckedRun(NamedTuple):
         args: Megatron's validated arguments.
         mask: The routing mask; None for a model without experts.
         is_complete: Whether the checkpoint has reached the last iteration, so that nothing is left to train.
-        rewinds: The rewinds of the run so far.
     """
 
     args: Namespace
     mask: RoutingMask | None
     is_complete: bool
-    rewinds: Rewinds
 
 
 def parse_and_check_args(
@@ -100,8 +98,7 @@ def parse_and_check_args(
     args = parse_args(add_arguments)
     check_ranges(args)
     ranks = RankStore.from_environment()
-    rewinds = shared_rewinds(args, ranks)
-    checkpoint = resume.find_checkpoint(args, ranks, rewinds)
+    checkpoint = resume.find_checkpoint(args, ranks)
     resume.check_not_missing(args, checkpoint)
     if checkpoint is not None and (iteration := iteration_of(checkpoint)) is not None:
         # Pass the choice to Megatron by `--ckpt-step`, as a user would.
@@ -112,8 +109,8 @@ def parse_and_check_args(
             found = "" if args.load is None else f"; --load {args.load} holds no checkpoint"
             raise UserError(f"--use-checkpoint-args needs --load with the folder of the checkpoints{found}")
         # Set them as defaults, so that the command line overrides them.
-        chosen |= resume.further_checkpoint_args(args, checkpoint)
-        args = resume.take_settings_of_checkpoint(parse_args(add_arguments), checkpoint)
+        chosen |= model_settings.further_checkpoint_args(args, checkpoint)
+        args = model_settings.take_settings_of_checkpoint(parse_args(add_arguments), checkpoint)
         check_ranges(args)
     # Check settings and files, before and after Megatron validates and completes the arguments.
     check_supported(args)
@@ -124,10 +121,8 @@ def parse_and_check_args(
     _report_missing_packages()
     tokenizer_sha256 = file_checks.check_tokenizer(args)
     file_checks.check_save_folder(args)
+    check_save_folder_is_own(args, checkpoint)
     mask = find_routing_mask(args, checkpoint, console.say)
-    if rewinds.all:
-        console.say(f"note: {describe_rewinds(rewinds)}")
-        args.iterations_to_skip = sorted(rewinds.passed.union(args.iterations_to_skip))
     vars(args).update(wandb_defaults(args))
     with megatrons_checks():
         validate_args(args)
@@ -136,7 +131,7 @@ def parse_and_check_args(
         raise UserError(error)
     args.tokenizer_sha256 = tokenizer_sha256  # saved with the other arguments in every checkpoint
     if checkpoint is not None:
-        resume.check_same_model(args, checkpoint)
+        model_settings.check_same_model(args, checkpoint)
         take_schedule_of_checkpoint(args, checkpoint)
     resume.check_pretrained_model(args, checkpoint, ranks)
     if args.loads_non_persistent:
@@ -154,7 +149,7 @@ def parse_and_check_args(
         raise UserError(error)
     for note in changed.notes:
         console.say(f"note: {note}")
-    return CheckedRun(args, mask, changed.is_complete, rewinds)
+    return CheckedRun(args, mask, changed.is_complete)
 
 
 def _report_missing_packages() -> None:
@@ -235,7 +230,7 @@ def load_model(args: Namespace) -> torch.nn.Module:
     console.load("building the model and reading the checkpoint")
     ranks = RankStore.from_environment()
     ranks.wait_for_all("checks")
-    resume.mend_tracker(args, ranks)
+    resume.repair_tracker_file(args, ranks)
     config = model_config_from_args(args)
     initialize_megatron(get_embedding_ranks=embedding_ranks_of(config), store=ranks.for_process_groups)
     model, _, _ = setup_model_and_optimizer(

@@ -4,8 +4,7 @@ import os
 import shlex
 import sys
 from argparse import Namespace
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping
 from importlib.metadata import version
 from typing import Any
 
@@ -14,6 +13,7 @@ from megatron.training import get_tensorboard_writer
 import maskmoe
 from maskmoe.launch.run_folder import TENSORBOARD, run_folder
 from maskmoe.run_status.scalars import OWN_TEXT
+from maskmoe.training.watch.callback import Callback
 
 
 def choose_event_folder(args: Namespace) -> None:
@@ -43,16 +43,18 @@ def log_command() -> None:
     )
 
 
-@contextmanager
-def writing_events() -> Iterator[None]:
-    """Let errors of the disk not end the block, and write the last values when the block ends, on the last rank."""
-    writer = get_tensorboard_writer()
-    if writer:
-        tolerate_write_errors(writer)
-    try:
-        yield
-    finally:
-        if writer:
+class EventFiles(Callback):
+    """Logs the command of the run, lets errors of the disk not end the run, and writes the last values at its end."""
+
+    def on_start(self) -> None:
+        """Log the command; Megatron has opened the writer, on the last rank only."""
+        log_command()
+        if writer := get_tensorboard_writer():
+            tolerate_write_errors(writer)
+
+    def on_end(self, error: BaseException | None) -> None:
+        """Write the last values."""
+        if writer := get_tensorboard_writer():
             writer.flush()
 
 
