@@ -11,7 +11,6 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from maskmoe.check.assumed_gpu import add_assumed_gpu_arguments, assumed_gpu
 from maskmoe.command_line import ranges
 from maskmoe.command_line.parser import Parser, split
 from maskmoe.comparison.comparison import Comparison
@@ -28,6 +27,7 @@ from maskmoe.errors import UserError
 from maskmoe.files.paths import runs_folder
 from maskmoe.launch.devices import find_devices
 from maskmoe.launch.model_file import override
+from maskmoe.training.preflight.assumed_gpu import add_assumed_gpu_arguments, assumed_gpu
 
 _DATA_OPTIONS = ("input", "packages", "data-path", "split", "tokenizer-type", "tokenizer-model", "vocab-size")
 

@@ -7,10 +7,10 @@ operations of every model; tests compare both.
 from collections.abc import Iterator
 from dataclasses import dataclass
 
-from maskmoe.check.assumed_gpu import AssumedGpu, format_gpu_hours
 from maskmoe.comparison.runs import Run, checkpoint_iterations, choose_learning_rates, tuning_runs, whole_runs
 from maskmoe.comparison.suite import Suite, Variant
 from maskmoe.launch.model_file import Flags
+from maskmoe.training.preflight.assumed_gpu import AssumedGpu, format_gpu_hours
 
 _PADDING = 128  # Megatron's default for --make-vocab-size-divisible-by
 # Flags of models whose operations only `--check` knows.

@@ -1,6 +1,6 @@
 """Entry point: `torchrun … -m maskmoe.training.pretrain`, see `maskmoe.training.pretraining`.
 
-With `--check` the entry point reports on the run instead of starting it, see `maskmoe.check`.
+With `--check` the entry point reports on the run instead of starting it, see `maskmoe.training.preflight`.
 """
 
 from maskmoe.training.loop.rank_process import run_rank
@@ -15,8 +15,8 @@ def main() -> None:
 
     prepare_process()
     console.route_logging()
-    from maskmoe.check.command import check_run, requested_check
     from maskmoe.training import pretraining
+    from maskmoe.training.preflight.command import check_run, requested_check
 
     request = requested_check()
     if request.check is None:

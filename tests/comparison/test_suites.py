@@ -5,7 +5,6 @@ from pathlib import Path
 import pytest
 from support.paths import ROOT
 
-from maskmoe.check.assumed_gpu import AssumedGpu
 from maskmoe.comparison.cost import describe_cost, flops_per_token, suite_cost
 from maskmoe.comparison.data import open_data
 from maskmoe.comparison.parts import identity_of, settings_of
@@ -14,6 +13,7 @@ from maskmoe.comparison.runs import check_runs, choose_learning_rates, training_
 from maskmoe.comparison.suite import Suite
 from maskmoe.data.text_sources import TextSources
 from maskmoe.errors import UserError
+from maskmoe.training.preflight.assumed_gpu import AssumedGpu
 
 TEXTS = sorted((ROOT / "launch" / "suites").glob("*-text.yaml"))
 SUITES = sorted(set((ROOT / "launch" / "suites").glob("*.yaml")) - set(TEXTS))

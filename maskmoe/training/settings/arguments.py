@@ -4,12 +4,11 @@ import argparse
 import os
 from collections.abc import Mapping
 
-from maskmoe.check.assumed_cluster import add_assumed_cluster_arguments
-from maskmoe.check.assumed_gpu import add_assumed_gpu_arguments
 from maskmoe.command_line import ranges
 from maskmoe.megatron_compat import cpu
 from maskmoe.megatron_compat.gpu import GpuPackages
 from maskmoe.megatron_compat.patches import escape_percent_signs_in_help
+from maskmoe.training.preflight.assumed_gpu import add_assumed_gpu_arguments
 from maskmoe.training.settings.flag_ranges import report_errors_in_one_line
 
 
@@ -119,8 +118,7 @@ def add_check_argument(parser: argparse.ArgumentParser) -> argparse.ArgumentPars
         "--json",
         dest="check_json",
         action="store_true",
-        help="print the report of --check as one JSON object; maskmoe/check/report.py documents its keys",
+        help="print the report of --check as one JSON object; maskmoe/training/preflight/report.py documents its keys",
     )
     add_assumed_gpu_arguments(parser)
-    add_assumed_cluster_arguments(parser)
     return parser

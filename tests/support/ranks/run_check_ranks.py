@@ -34,12 +34,12 @@ from megatron.training.training import num_floating_point_operations, setup_mode
 from support.rank_program import run_as_rank
 from support.saved_tensors import KeptBytes
 
-from maskmoe.check import inspection
-from maskmoe.check.command import inspect_run
-from maskmoe.check.cost import TrainingCost, compute_cost
-from maskmoe.check.parameters import ModelParameters
 from maskmoe.megatron_compat import cpu
 from maskmoe.training.loop.model_builder import MaskMoEGPTModelBuilder, MaskMoEHybridModelBuilder
+from maskmoe.training.preflight import inspection
+from maskmoe.training.preflight.command import inspect_run
+from maskmoe.training.preflight.cost import TrainingCost, compute_cost
+from maskmoe.training.preflight.parameters import ModelParameters
 from maskmoe.training.pretraining import add_pretraining_arguments
 from maskmoe.training.settings.arguments import add_maskmoe_arguments
 from maskmoe.training.settings.setup import leaving_process_groups, model_config_from_args, parse_and_check_args

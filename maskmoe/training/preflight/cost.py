@@ -13,8 +13,8 @@ from dataclasses import dataclass
 from megatron.core.models.hybrid.hybrid_layer_allocation import Symbols
 from megatron.core.transformer.transformer_config import MLATransformerConfig, TransformerConfig
 
-from maskmoe.check.assumed_gpu import AssumedGpu, assumed_gpu
-from maskmoe.check.parameters import ModelParameters
+from maskmoe.training.preflight.assumed_gpu import AssumedGpu, assumed_gpu
+from maskmoe.training.preflight.parameters import ModelParameters
 from maskmoe.training.settings.batch_sizes import trained_samples
 
 _PASSES = 3  # a forward pass, and the gradients of inputs and of weights

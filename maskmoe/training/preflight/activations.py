@@ -14,7 +14,7 @@ from typing import NamedTuple
 from megatron.core.models.hybrid.hybrid_layer_allocation import Symbols
 from megatron.core.transformer.transformer_config import MLATransformerConfig, TransformerConfig
 
-from maskmoe.check.parameters import Chunk
+from maskmoe.training.preflight.parameters import Chunk
 from maskmoe.training.settings.layout import Layout
 from maskmoe.transformer.torch_modules.attention import SHORTEST_BLOCK, padded_width
 from maskmoe.transformer.torch_modules.gated_delta_rule import CHUNK

@@ -19,23 +19,21 @@ from megatron.training.arguments import parse_args, validate_args
 from megatron.training.checkpointing import load_args_from_checkpoint
 from megatron.training.global_vars import rebuild_tokenizer
 
-from maskmoe.check.cost import compute_cost
-from maskmoe.check.memory import compute_memory
-from maskmoe.check.missing import ASSUMED_VOCAB_SIZE, MissingInput, missing_inputs, names_dataset
-from maskmoe.check.parameters import count_parameters
-from maskmoe.check.report import Report
-from maskmoe.check.save_interval import recommend_save_interval
 from maskmoe.checkpoint.non_persistent import is_non_persistent, non_persistent_folder
 from maskmoe.checkpoint.routing_mask import read_routing_mask
 from maskmoe.checkpoint.series import choose_checkpoint, iteration_of
 from maskmoe.command_line.parser import refuse_unknown_flags
 from maskmoe.errors import UserError
-from maskmoe.launch.run_folder import run_folder
 from maskmoe.megatron_compat import cpu
 from maskmoe.megatron_compat.globals import get_tokenizer
 from maskmoe.megatron_compat.gpu import GpuPackages
 from maskmoe.routing_mask.mask import RoutingMask
 from maskmoe.training.loop.model_builder import MaskMoEModelConfig
+from maskmoe.training.preflight.cost import compute_cost
+from maskmoe.training.preflight.memory import compute_memory
+from maskmoe.training.preflight.missing import ASSUMED_VOCAB_SIZE, MissingInput, missing_inputs, names_dataset
+from maskmoe.training.preflight.parameters import count_parameters
+from maskmoe.training.preflight.report import Report
 from maskmoe.training.resume.choose_checkpoint import (
     check_not_missing,
     check_pretrained_model,
@@ -154,7 +152,7 @@ class Inspection:
                 self._add(changed.errors)
                 self._notes += changed.notes
         # The validated arguments have a layout that divides, so the model is known even if the given layout does not.
-        model = memory = cost = saving = None
+        model = memory = cost = None
         if validated is not None and not self._has_unbuildable_layers():
             with self._collecting():
                 config = _model_config(validated)
@@ -162,9 +160,6 @@ class Inspection:
                     model = count_parameters(validated, config, mask)
                 memory = compute_memory(validated, config.transformer, model) if divides else None
                 cost = compute_cost(validated, config.transformer, model) if divides else None
-                if cost is not None:
-                    folder = run_folder(validated.save, validated.tensorboard_dir)
-                    saving = recommend_save_interval(validated, layout, model, cost, folder)
         # Missing inputs come last.
         inputs: tuple[MissingInput, ...] = ()
         if not self._has_unreadable_layers():
@@ -175,7 +170,7 @@ class Inspection:
                 "(--moe-router-topk); a token with fewer visible experts uses fewer"
             )
         errors, notes = (tuple(dict.fromkeys(lines)) for lines in (self._errors, self._notes))
-        return Report(errors, notes, layout if divides else None, model, memory, cost, saving, inputs)
+        return Report(errors, notes, layout if divides else None, model, memory, cost, inputs)
 
     def _parse(self, **defaults: Any) -> Namespace:
         """Parse the command line of this process.

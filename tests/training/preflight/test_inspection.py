@@ -25,15 +25,6 @@ from support.paths import ROOT
 from support.runs import free_port
 from support.training import without_flags
 
-from maskmoe.check.assumed_cluster import AssumedCluster
-from maskmoe.check.assumed_gpu import AssumedGpu
-from maskmoe.check.command import requested_check
-from maskmoe.check.cost import TrainingCost
-from maskmoe.check.memory import MemoryReport, StageMemory
-from maskmoe.check.missing import MissingInput, missing_inputs
-from maskmoe.check.parameters import PARTS, Chunk, ExpertUse, ModelParameters
-from maskmoe.check.report import Report
-from maskmoe.check.save_interval import Duration, SaveInterval
 from maskmoe.comparison.cost import flops_per_token
 from maskmoe.comparison.suite import Suite, Variant
 from maskmoe.data.indexed_dataset import IndexedDatasetWriter, optimal_dtype
@@ -43,6 +34,13 @@ from maskmoe.routing_mask.assignment import HashLayers, MaskRecipe
 from maskmoe.routing_mask.feed_forward_layers import FeedForwardLayers
 from maskmoe.routing_mask.frequency import count_token_frequency
 from maskmoe.routing_mask.mask import build_routing_mask
+from maskmoe.training.preflight.assumed_gpu import AssumedGpu
+from maskmoe.training.preflight.command import requested_check
+from maskmoe.training.preflight.cost import TrainingCost
+from maskmoe.training.preflight.memory import MemoryReport, StageMemory
+from maskmoe.training.preflight.missing import MissingInput, missing_inputs
+from maskmoe.training.preflight.parameters import PARTS, Chunk, ExpertUse, ModelParameters
+from maskmoe.training.preflight.report import Report
 from maskmoe.training.settings.arguments import add_maskmoe_arguments
 from maskmoe.training.settings.layout import Layout, size_errors
 from maskmoe.training.settings.refusals import unsupported_settings
@@ -906,8 +904,7 @@ def test_text_of_a_report():
     )
     memory = MemoryReport(stages, 1.4, ("the memory does not take --x into account",))
     cost = TrainingCost(2e9, 5e8, 10**11, AssumedGpu(peak_tflops=1000, utilization=0.25))
-    saving = SaveInterval(Duration(60, "a", False), Duration(10, "b", True), AssumedCluster(16))
-    report = Report((), ("something",), layout, model, memory, cost, saving)
+    report = Report((), ("something",), layout, model, memory, cost)
     lines = report.to_text().splitlines()
     for line in (
         "ranks         16",
@@ -928,9 +925,6 @@ def test_text_of_a_report():
         "cost          2 GFLOPs a token, forward and backward; 0.5 more for recomputation",
         "  whole run   100 B tokens, 2.5e+20 FLOPs: 278 GPU-hours with 25% of 1,000 TFLOP/s a GPU, which is assumed, "
         "not measured",
-        "saving        --save-interval 3699 recommended, 616 minutes: saves and failures then cost 0.32 % of the time",
-        "  a save      stops training for 60 s: a",
-        "  a step      takes 10 s: b",
         "note: something",
         "no errors found",
     ):
@@ -938,10 +932,6 @@ def test_text_of_a_report():
     assert any("a rank that gets twice as many rows needs 0.25 GiB more" in line for line in lines)
     assert not any("optimizer" in line for line in lines)
     assert Report(("an error",)).to_text() == ""
-    values = report.to_json()["saving"]
-    assert values["iterations"] == 3699
-    assert values["step"] == {"seconds": 10, "source": "b", "is_measured": True}
-    assert (values["nodes"], values["mtbf_days"], values["failures"]) == (2, 132, 0)
 
 
 SIZES = st.integers(1, 12)
