@@ -11,10 +11,19 @@ from maskmoe.files.templates import render_template
 from maskmoe.training.preflight.assumed_gpu import format_gpu_hours
 from maskmoe.training.preflight.cost import TrainingCost
 from maskmoe.training.preflight.memory import ESTIMATED, EXACT, MemoryReport
-from maskmoe.training.preflight.missing import MissingInput
 from maskmoe.training.preflight.parameters import Chunk, ModelParameters
-from maskmoe.training.settings.layer_pattern import KINDS
 from maskmoe.training.settings.layout import Layout
+from maskmoe.training.settings.missing_inputs import MissingInput
+
+KINDS = {
+    Symbols.ATTENTION: "attention",
+    Symbols.MLA: "multi-latent attention",
+    Symbols.GDN: "gated delta net",
+    Symbols.MAMBA: "Mamba",
+    Symbols.MLP: "MLP",
+    Symbols.MOE: "MoE",
+}
+"""The kind of layer that each symbol of a pattern stands for."""
 
 
 @dataclass(frozen=True)

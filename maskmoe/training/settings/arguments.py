@@ -9,7 +9,7 @@ from maskmoe.megatron_compat import cpu
 from maskmoe.megatron_compat.gpu import GpuPackages
 from maskmoe.megatron_compat.patches import escape_percent_signs_in_help
 from maskmoe.training.preflight.assumed_gpu import add_assumed_gpu_arguments
-from maskmoe.training.settings.flag_ranges import report_errors_in_one_line
+from maskmoe.training.settings.flag_values import report_errors_in_one_line
 
 
 def add_maskmoe_arguments(parser: argparse.ArgumentParser) -> argparse.ArgumentParser:
