@@ -13,7 +13,7 @@ from maskmoe.errors import UserError
 from maskmoe.routing_mask import MaskRecipe, RoutingMask, build_routing_mask
 from maskmoe.routing_mask.change import MaskChange
 from maskmoe.routing_mask.widening import widen_routing_mask
-from maskmoe.training.settings.setup import find_routing_mask
+from maskmoe.training.settings.choose_mask import find_routing_mask
 
 # See test_composition.py.
 FP32_ORDER_OF_SUMS = 2e-6

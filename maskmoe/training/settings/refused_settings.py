@@ -66,6 +66,8 @@ def missing_transformer_engine(args: Namespace, packages: GpuPackages) -> Iterat
             "--transformer-impl transformer_engine needs Transformer Engine, which is not installed: install it, or "
             "leave the flag out"
         )
+    if args.moe_permute_fusion and not packages.permutation:
+        yield "--moe-permute-fusion needs Transformer Engine 2.6 or newer: install it, or leave the flag out"
 
 
 def missing_libraries(args: Namespace) -> Iterator[str]:

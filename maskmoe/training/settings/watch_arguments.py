@@ -2,9 +2,11 @@
 
 from argparse import ArgumentParser
 
+from maskmoe.command_line.parser import Number, WholeNumber
+
 
 def add_watch_arguments(parser: ArgumentParser) -> None:
-    """Add the group of the watches to Megatron's parser; `maskmoe.training.settings.flag_ranges` has the ranges."""
+    """Add the group of the watches to Megatron's parser."""
     group = parser.add_argument_group(title="spikes and silent faults")
     group.add_argument(
         "--spike-action",
@@ -17,7 +19,7 @@ def add_watch_arguments(parser: ArgumentParser) -> None:
     )
     group.add_argument(
         "--spike-deviations",
-        type=float,
+        type=Number(0, is_above=True),
         default=15.0,
         metavar="D",
         help="a value is off if it is more than D robust deviations above or below the median of the steps before. A "
@@ -26,7 +28,7 @@ def add_watch_arguments(parser: ArgumentParser) -> None:
     )
     group.add_argument(
         "--spike-window",
-        type=int,
+        type=WholeNumber(2, 100_000),
         default=128,
         metavar="STEPS",
         help="the number of steps before that a step is compared with; with fewer than half of them, no step is judged "
@@ -34,7 +36,7 @@ def add_watch_arguments(parser: ArgumentParser) -> None:
     )
     group.add_argument(
         "--spike-rewind-margin",
-        type=int,
+        type=WholeNumber(0),
         default=4,
         metavar="STEPS",
         help="with --spike-action rewind, also pass over the batches of this many steps before the step that is off, "
@@ -42,7 +44,7 @@ def add_watch_arguments(parser: ArgumentParser) -> None:
     )
     group.add_argument(
         "--spike-max-rewinds",
-        type=int,
+        type=WholeNumber(0),
         default=3,
         metavar="N",
         help="with --spike-action rewind, go back at most this many times in a run; afterwards steps are only reported "
@@ -50,7 +52,7 @@ def add_watch_arguments(parser: ArgumentParser) -> None:
     )
     group.add_argument(
         "--collapse-intervals",
-        type=int,
+        type=WholeNumber(0),
         default=10,
         metavar="N",
         help="report an expert or an expert-parallel rank that got no token in N log intervals in a row, and a MoE "
