@@ -159,7 +159,7 @@ class Inspection(RunChecks):
         config = _model_config(args)
         with megatrons_checks("the model cannot be made"):
             model = count_parameters(args, config, self.mask)
-        return model, compute_memory(args, config.transformer, model), compute_cost(args, config.transformer, model)
+        return model, compute_memory(args, config.transformer, model), compute_cost(args, model.expert_use)
 
     def _assume_vocabulary(self) -> None:
         """Set the padded vocabulary size if there is no tokenizer, and add a note."""

@@ -78,8 +78,8 @@ class Report:
           share of rows) and `micro_batches_in_flight`; `largest_stage`, an index of `stages`; `exact`, the purposes
           whose bytes are not estimated; `not_modelled`, a list of clauses.
         - `cost`: null if the layout or the model is unknown. Else `flops_per_token`, the floating-point operations of
-          the forward and backward pass; `recomputed_flops_per_token`; the run's `tokens`; `flops`, all operations of
-          the run; `gpu_hours` on the assumed GPU; and `gpu`, which has `peak_tflops` and `utilization`.
+          the forward and backward pass; the run's `tokens`; `flops`, all operations of the run; `gpu_hours` on the
+          assumed GPU; and `gpu`, which has `peak_tflops` and `utilization`.
         """
         layers = parameters = layout = memory = cost = None
         if self.layout:
