@@ -58,10 +58,10 @@ def section(subcommand: Subcommand) -> str:
 
 def megatron_providers() -> dict[str, tuple[Provider, ...]]:
     """Return the functions that add MaskMoE's flags to Megatron's parser, by subcommand."""
-    from maskmoe.training.loop.evaluation import add_evaluation_arguments
-    from maskmoe.training.loop.generation import add_generation_arguments
-    from maskmoe.training.pretraining import add_pretraining_arguments
+    from maskmoe.training.inference.evaluation import add_evaluation_arguments
+    from maskmoe.training.inference.generation import add_generation_arguments
     from maskmoe.training.settings.arguments import add_maskmoe_arguments
+    from maskmoe.training.settings.pretraining_arguments import add_pretraining_arguments
 
     return {
         "pretrain": (add_maskmoe_arguments, add_pretraining_arguments),

@@ -49,10 +49,6 @@ class Unfinished(Damage):
     """The fault of a checkpoint whose saving was interrupted."""
 
 
-class Abandoned(Damage):
-    """The fault of a checkpoint beyond which its run has gone back."""
-
-
 @dataclass(frozen=True)
 class FileRecord:
     """The digest and the size of a file when it was written.

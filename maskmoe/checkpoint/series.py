@@ -7,14 +7,7 @@ from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from maskmoe.checkpoint.integrity import (
-    COMPLETION_FILE,
-    LAYOUT_FILE,
-    Abandoned,
-    Damage,
-    Unfinished,
-    check_structure,
-)
+from maskmoe.checkpoint.integrity import COMPLETION_FILE, LAYOUT_FILE, Damage, Unfinished, check_structure
 from maskmoe.errors import UserError
 from maskmoe.files.outputs import atomic_output
 from maskmoe.files.paths import check_folder
@@ -118,10 +111,9 @@ def choose_checkpoint(
 
     The search starts with the checkpoint that the tracker file names, and continues with older checkpoints. Without a
     usable tracker file, which an interrupted save may leave behind, the search starts with the newest checkpoint. A
-    folder in which only the first save of a run was interrupted counts as a folder without checkpoints. A folder in
-    which the run has gone back beyond all checkpoints does so, too. If both kinds have a sound checkpoint of the same
-    iteration, the persistent one is chosen. A kill may have stopped `replace_by_next_version` between its two renames,
-    so the search first completes the second rename.
+    folder in which only the first save of a run was interrupted counts as a folder without checkpoints. If both kinds
+    have a sound checkpoint of the same iteration, the persistent one is chosen. A kill may have stopped
+    `replace_by_next_version` between its two renames, so the search first completes the second rename.
 
     Args:
         folder: the folder in Megatron's `--load` or `--pretrained-checkpoint`.
@@ -148,9 +140,7 @@ def choose_checkpoint(
             rejected.append(damage)
     # Without a tracker file, no save was finished.
     is_without_saves = step is None and not (Path(folder) / TRACKER).exists()
-    if is_without_saves and all(isinstance(damage, Unfinished | Abandoned) for damage in rejected):
-        return Choice(None, tuple(rejected))
-    if step is None and rejected and all(isinstance(damage, Abandoned) for damage in rejected):
+    if is_without_saves and all(isinstance(damage, Unfinished) for damage in rejected):
         return Choice(None, tuple(rejected))
     reasons = "; ".join(map(str, rejected)) or f"{TRACKER} names none that exists"
     raise UserError(f"{flag} {folder} holds no sound checkpoint: {reasons}")

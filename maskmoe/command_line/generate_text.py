@@ -10,7 +10,7 @@ from maskmoe.command_line.progress import say_loading
 from maskmoe.conversion.model_config import read_model_config
 from maskmoe.errors import UserError
 from maskmoe.files.outputs import atomic_output, check_outputs
-from maskmoe.training.loop.prompts import PromptLoop, Prompts, add_prompt_arguments, check_prompt
+from maskmoe.training.inference.prompts import PromptLoop, Prompts, add_prompt_arguments, check_prompt
 
 _MIN_TEMPERATURE = 1e-6
 

@@ -14,7 +14,7 @@ from contextlib import contextmanager, suppress
 from maskmoe.command_line.parser import one_line
 from maskmoe.errors import RunFailure, UserError
 from maskmoe.files.surrogates import has_surrogates
-from maskmoe.processes.interruption import EXIT_REQUEUE, EXIT_REWIND, is_last_attempt, leave_exit_code
+from maskmoe.processes.interruption import EXIT_REQUEUE, leave_exit_code
 
 EXIT_RUN_FAILURE = 1
 EXIT_BAD_INPUT = 2
@@ -72,8 +72,6 @@ def run_tool(main: Callable[[], None]) -> None:
         os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
     if code in (EXIT_BAD_INPUT, EXIT_REQUEUE):
         leave_exit_code(code)
-    elif code == EXIT_REWIND and is_last_attempt():
-        leave_exit_code(EXIT_REQUEUE)  # torchrun does not start the ranks again, so its caller must
     sys.exit(code)
 
 

@@ -11,7 +11,7 @@ from maskmoe.errors import UserError
 from maskmoe.launch.command import ENTRY_POINT_ENVIRONMENT, Command, standalone_command, unset_variables
 from maskmoe.launch.devices import find_devices
 from maskmoe.launch.supervisor import Supervisor
-from maskmoe.training.loop.prompts import INTERACTIVE_FLAG
+from maskmoe.training.inference.prompts import INTERACTIVE_FLAG
 
 _PROCESSES_FLAG = "--nproc-per-node"
 _SINGLE_PROCESS_FLAGS = ("-h", "--help", "--help-all", "--check")

@@ -40,7 +40,6 @@ class Kind(StrEnum):
         WARNED: Something deserves a look, such as a spike of the loss.
         STEP_TIME: How long a step takes. Facts: `seconds`, `ranks`.
         NODES: A node was lost, has left, waits, or was taken in.
-        REWOUND: The ranks end, and the next start goes back. Facts: `first`, the first iteration that it passes over.
     """
 
     LAUNCHED = "launched"
@@ -50,7 +49,6 @@ class Kind(StrEnum):
     WARNED = "warned"
     STEP_TIME = "step_time"
     NODES = "nodes"
-    REWOUND = "rewound"
 
 
 @dataclass(frozen=True)

@@ -20,10 +20,10 @@ from torch.distributed.elastic.multiprocessing.errors import ChildFailedError, P
 
 from maskmoe.launch.journal import Journal, Kind
 from maskmoe.launch.run_folder import RUN_FOLDER_VARIABLE
-from maskmoe.processes.interruption import EXIT_HANG, EXIT_REQUEUE, EXIT_REWIND
+from maskmoe.processes.interruption import EXIT_HANG, EXIT_REQUEUE
 
-_EXPLAINED = (2, EXIT_REQUEUE, EXIT_HANG, EXIT_REWIND)
-_ON_REQUEST = (2, EXIT_REQUEUE, EXIT_REWIND)  # bad input, which is not tried again, a stop, and a rewind
+_EXPLAINED = (2, EXIT_REQUEUE, EXIT_HANG)
+_ON_REQUEST = (2, EXIT_REQUEUE)  # bad input, which is not tried again, and a stop
 _EXIT_FAILURE = 1
 _PREFIX = re.compile(r"(\[rank\d+\]: )?(error: )?")  # of torch, and ours
 _FAILURES = "torch.distributed.elastic.multiprocessing.api"  # the logger that reports how a rank failed

@@ -18,9 +18,6 @@ EXIT_REQUEUE = 75
 EXIT_HANG = 76
 """The run hung for longer than its limit, and stopped itself. It can resume, if possible on other nodes."""
 
-EXIT_REWIND = 77
-"""The run goes back to an earlier checkpoint: the ranks must be started again. Torchrun does so if it may."""
-
 EXIT_CODE_FILE = "MASKMOE_EXIT_CODE_FILE"
 """The environment variable with which a launcher names the file for `leave_exit_code`."""
 

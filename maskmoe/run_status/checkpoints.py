@@ -1,6 +1,5 @@
 """Reads the checkpoints of a run, and whether they are sound."""
 
-import math
 import os
 import sys
 from argparse import Namespace
@@ -12,7 +11,6 @@ from pathlib import Path
 
 from maskmoe.checkpoint.integrity import (
     COMPLETION_FILE,
-    Abandoned,
     Damage,
     Manifest,
     Unfinished,
@@ -42,19 +40,16 @@ class Soundness(StrEnum):
         VERIFIED: all files have the content that was saved.
         UNFINISHED: the checkpoint is being saved, or its saving was interrupted.
         DAMAGED: a file is missing, has another size or another content.
-        ABANDONED: the next start goes back beyond the checkpoint.
     """
 
     COMPLETE = "complete"
     VERIFIED = "verified"
     UNFINISHED = "unfinished"
     DAMAGED = "damaged"
-    ABANDONED = "abandoned"
 
 
 _SOUNDNESS_OF: Mapping[type[Damage], Soundness] = {
     Unfinished: Soundness.UNFINISHED,
-    Abandoned: Soundness.ABANDONED,
 }
 
 
@@ -125,13 +120,12 @@ class CheckpointReader:
     verification: Callable[[Path, int], AbstractContextManager[Callable[[int], object]]] | None = None
     _verified: dict[tuple[Path, float], Damage | None] = field(default_factory=dict)
 
-    def read(self, folder: Path | None, texts: Mapping[str, str], first_abandoned: float = math.inf) -> Checkpoints:
+    def read(self, folder: Path | None, texts: Mapping[str, str]) -> Checkpoints:
         """Return the checkpoints in a folder. Checkpoints that are removed meanwhile are left out.
 
         Args:
             folder: the folder of the checkpoints.
             texts: the arguments that the run has logged.
-            first_abandoned: the first iteration beyond which the next start goes back.
         """
         if folder is None:
             return Checkpoints()
@@ -140,12 +134,12 @@ class CheckpointReader:
         if (folder / RELEASE).is_dir():
             paths.append(folder / RELEASE)
         damages: dict[Path, Damage] = {}
-        saved = [each for path in paths if (each := self._read(path, first_abandoned, damages)) is not None]
+        saved = [each for path in paths if (each := self._read(path, damages)) is not None]
         saved.sort(key=lambda each: (each.iteration is not None, each.iteration or 0), reverse=True)
         next_start, problem = _next_start(folder, frequent, saved, damages)
         return Checkpoints(folder, tuple(saved), next_start, problem)
 
-    def _read(self, path: Path, first_abandoned: float, damages: dict[Path, Damage]) -> SavedCheckpoint | None:
+    def _read(self, path: Path, damages: dict[Path, Damage]) -> SavedCheckpoint | None:
         """Return a checkpoint, and note its damage; None if the checkpoint is gone."""
         soundness, fault = Soundness.COMPLETE, ""
         size = _size(path)
@@ -158,8 +152,6 @@ class CheckpointReader:
             if self.verification is not None and manifest.files:
                 self._verify(path, size)
                 soundness = Soundness.VERIFIED
-            if (iteration_of(path) or 0) >= first_abandoned:
-                raise Abandoned(path, "the next start goes back beyond it")
         except Damage as damage:
             damages[path] = damage
             soundness = _SOUNDNESS_OF.get(type(damage), Soundness.DAMAGED)

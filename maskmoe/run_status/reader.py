@@ -1,6 +1,5 @@
 """Reads the status of a run from its folder, again and again while the run works."""
 
-import math
 import time
 from collections.abc import Callable
 from dataclasses import replace
@@ -64,7 +63,7 @@ class StatusReader:
             warnings=_of_kind(entries, Kind.WARNED),
             nodes=_of_kind(entries, Kind.NODES),
             last_save=next(iter(_of_kind(entries, Kind.SAVED)[-1:]), None),
-            checkpoints=self._checkpoints.read(folder, logged.texts, _first_abandoned(entries)),
+            checkpoints=self._checkpoints.read(folder, logged.texts),
             num_not_finite=sum(series.num_not_finite for series in history.series.values()),
             curves=history.curves(),
             seq_length=Arguments(logged.texts).number("seq_length"),
@@ -73,16 +72,6 @@ class StatusReader:
 
 def _of_kind(entries: list[Entry], kind: Kind) -> tuple[Entry, ...]:
     return tuple(entry for entry in entries if entry.kind is kind)
-
-
-def _first_abandoned(entries: list[Entry]) -> float:
-    """Return the first iteration beyond which the next start goes back; infinity if it resumes as usual.
-
-    A start renames the checkpoints that are abandoned, so only the time between a rewind and the next start counts.
-    """
-    last = next((entry for entry in reversed(entries) if entry.kind in (Kind.REWOUND, Kind.STARTED)), None)
-    first = last.facts.get("first") if last is not None and last.kind is Kind.REWOUND else None
-    return first if isinstance(first, int | float) else math.inf
 
 
 def _printable(entry: Entry) -> Entry:

@@ -263,13 +263,14 @@ def test_prompt_that_the_model_cannot_take(workshop):
 
 @pytest.mark.parametrize(("prompt", "words"), [("400", "0 to 399"), ("-1", "token id -1"), ("one", "NullTokenizer")])
 def test_prompt_of_ids_that_the_vocabulary_lacks(monkeypatch, prompt, words):
-    from maskmoe.training.loop import prompt_ids
+    from maskmoe.training.inference import generation
 
     tokenizer = SimpleNamespace(tokenize=lambda text: [int(word) for word in text.split()], vocab_size=400)
-    monkeypatch.setattr(prompt_ids, "get_tokenizer", lambda: tokenizer)
-    assert prompt_ids.tokenize_text("0 399") == [0, 399]
+    monkeypatch.setattr(generation, "get_tokenizer", lambda: tokenizer)
+    args = SimpleNamespace(max_new_tokens=1, max_position_embeddings=None)
+    assert generation.tokenize_prompt(args, "0 399") == [0, 399]
     with pytest.raises(UserError, match=words):
-        prompt_ids.tokenize_text(prompt)
+        generation.tokenize_prompt(args, prompt)
 
 
 @pytest.mark.parametrize("command", ["pretrain", pytest.param("evaluate", marks=pytest.mark.slow)])

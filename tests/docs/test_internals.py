@@ -250,10 +250,10 @@ from maskmoe.checkpoint.megatron_patches import keep_checkpoints_whole
 from maskmoe.launch.journal import Journal
 
 keep_checkpoints_whole(contextlib.nullcontext, contextlib.nullcontext, Journal(None))
-from maskmoe.training.loop.megatron_patches import pass_batches_of_every_chunk, watch_steps
+from maskmoe.training.loop.megatron_patches import call_after_each_step, skip_iterations_of_interleaved_pipelines
 
-pass_batches_of_every_chunk()
-watch_steps(lambda train_step: train_step)
+call_after_each_step(lambda step: None)
+skip_iterations_of_interleaved_pipelines()
 json.dump(names, sys.stdout)
 """
 

@@ -17,7 +17,7 @@ from maskmoe.megatron_compat import prepare_process
 
 prepare_process()
 from maskmoe.training.preflight.inspection import Inspection
-from maskmoe.training.pretraining import add_pretraining_arguments
+from maskmoe.training.settings.pretraining_arguments import add_pretraining_arguments
 
 
 class Collector(logging.Handler):

@@ -304,19 +304,6 @@ def test_flipped_byte_of_a_layout_is_found_without_verify(run):
     )
 
 
-def test_checkpoint_beyond_which_the_next_start_goes_back_is_abandoned(run):
-    """The start that goes back renames the checkpoint, so a later one of this iteration is sound."""
-    now = time.time()
-    write_journal(run, (Kind.REWOUND, now - 100, "the run goes back", 18, {"first": 14}), name="a-2")
-    checkpoints = read_status(run).checkpoints
-    assert [each.soundness for each in checkpoints.saved] == [Soundness.ABANDONED, Soundness.COMPLETE]
-    assert checkpoints.next_start == run / "checkpoints" / "iter_0000010"
-    write_journal(run, (Kind.STARTED, now - 50, "1 rank trains", 10, {"ranks": 1}), name="a-3")
-    checkpoints = read_status(run).checkpoints
-    assert [each.soundness for each in checkpoints.saved] == [Soundness.COMPLETE, Soundness.COMPLETE]
-    assert checkpoints.next_start == run / "checkpoints" / "iter_0000020"
-
-
 def test_checkpoint_without_digests_is_checked_by_its_layout(tmp_path):
     checkpoint = write_checkpoint(tmp_path / "checkpoints", 5, with_manifest=False)
     assert read_status(tmp_path).checkpoints.saved[0].soundness is Soundness.COMPLETE

@@ -41,7 +41,7 @@ def import_training() -> None:
 
     prepare_process()
     import maskmoe.training.preflight.command
-    import maskmoe.training.pretraining  # noqa: F401
+    import maskmoe.training.trainer  # noqa: F401
 
     # A fork has no other thread than the one that forks.
     assert psutil.Process().num_threads() == 1

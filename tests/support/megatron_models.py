@@ -12,7 +12,7 @@ from megatron.training import checkpointing
 from megatron.training.arguments import parse_args, validate_args
 
 from maskmoe.checkpoint.series import RELEASE, write_tracker
-from maskmoe.training.resume.choose_checkpoint import further_checkpoint_args
+from maskmoe.training.resume.model_settings import further_checkpoint_args
 from maskmoe.training.settings.arguments import add_maskmoe_arguments
 from maskmoe.training.settings.setup import model_config_from_args
 

@@ -13,7 +13,7 @@ prepare_process()
 from megatron.training import get_args
 
 from maskmoe.command_line.run_tool import run_tool
-from maskmoe.training.pretraining import main
+from maskmoe.training.trainer import main
 from maskmoe.transformer.router import MaskMoERouter
 
 KIND = os.environ["COLLAPSE"]

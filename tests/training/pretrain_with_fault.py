@@ -22,7 +22,8 @@ from megatron.core.dist_checkpointing.strategies import filesystem_async
 from megatron.training import get_args
 
 from maskmoe.command_line.run_tool import run_tool
-from maskmoe.training import pretraining
+from maskmoe.training import trainer
+from maskmoe.training.trainer import Trainer
 
 KIND = os.environ["FAULT"]
 RANK = int(os.environ["FAULT_RANK"])
@@ -34,13 +35,13 @@ def is_due() -> bool:
     return int(os.environ.get("RANK", "0")) == RANK and get_args().curr_iteration == ITERATION - 1
 
 
-stock_forward_step = pretraining.forward_step
+stock_forward_step = Trainer.forward_step
 
 
-def forward_step(data_iterator, model, before):
+def forward_step(self, data_iterator, model):
     if KIND == "hang" and is_due():
         time.sleep(1000)
-    output, loss_function = stock_forward_step(data_iterator, model, before)
+    output, loss_function = stock_forward_step(self, data_iterator, model)
     if is_due() and (KIND == "nan-always" or (KIND == "nan" and not DONE.exists())):
         DONE.touch()
         output.register_hook(lambda gradient: gradient * torch.nan)
@@ -71,7 +72,7 @@ def build_datasets_forever(*args, **kwargs):
 build_datasets_forever.is_distributed = True
 
 if __name__ == "__main__":
-    pretraining.forward_step = forward_step
+    Trainer.forward_step = forward_step
     if KIND == "slow-start":
-        pretraining.build_datasets = build_datasets_forever
-    run_tool(pretraining.main)
+        trainer.build_datasets = build_datasets_forever
+    run_tool(trainer.main)

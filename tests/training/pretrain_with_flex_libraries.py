@@ -7,7 +7,7 @@ from maskmoe.megatron_compat import prepare_process
 
 prepare_process()
 from maskmoe.command_line.run_tool import run_tool
-from maskmoe.training.pretraining import main
+from maskmoe.training.trainer import main
 
 sys.path.append(str(Path(__file__).parents[1]))
 from support import flex_libraries

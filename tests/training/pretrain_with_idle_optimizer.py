@@ -9,7 +9,7 @@ from megatron.core.optimizer import ChainedOptimizer
 from megatron.training import get_args
 
 from maskmoe.command_line.run_tool import run_tool
-from maskmoe.training.pretraining import main
+from maskmoe.training.trainer import main
 
 ITERATION = int(os.environ["WITHOUT_UPDATE"])
 

@@ -14,8 +14,8 @@ from megatron.core.distributed.fsdp import mcore_fsdp_adapter
 from megatron.core.distributed.fsdp.src.megatron_fsdp import megatron_fsdp
 
 from maskmoe.command_line.run_tool import run_tool
-from maskmoe.training.pretraining import main
 from maskmoe.training.settings import refused_settings
+from maskmoe.training.trainer import main
 
 ALLOWED = ("--use-megatron-fsdp or --use-torch-fsdp2", "--ckpt-format other than torch_dist")
 

@@ -12,7 +12,7 @@ from megatron.training import training
 
 from maskmoe.command_line.run_tool import run_tool
 from maskmoe.routing_mask import RoutingMask
-from maskmoe.training.pretraining import main
+from maskmoe.training.trainer import main
 from maskmoe.transformer.visible_experts import VisibleExperts
 
 setup_model_and_optimizer = training.setup_model_and_optimizer

@@ -15,7 +15,7 @@ import torch
 from megatron.training import get_args
 
 from maskmoe.command_line.run_tool import run_tool
-from maskmoe.training.pretraining import main
+from maskmoe.training.trainer import main
 from maskmoe.training.watch import routing_log
 from maskmoe.transformer.router import MaskMoERouter
 

@@ -12,16 +12,17 @@ prepare_process()
 from megatron.training import get_args
 
 from maskmoe.command_line.run_tool import run_tool
-from maskmoe.training import pretraining
+from maskmoe.training import trainer
+from maskmoe.training.trainer import Trainer
 
 SPIKES = {int(iteration) for iteration in os.environ.get("SPIKES", "").split(",") if iteration}
 FACTOR = float(os.environ.get("SPIKE_FACTOR", "50"))
 
-stock_forward_step = pretraining.forward_step
+stock_forward_step = Trainer.forward_step
 
 
-def forward_step(data_iterator, model, before):
-    output, loss_function = stock_forward_step(data_iterator, model, before)
+def forward_step(self, data_iterator, model):
+    output, loss_function = stock_forward_step(self, data_iterator, model)
     is_loss = output.dim() == 2  # [batch, sequence]; the hidden states of other pipeline stages have three dimensions
     if is_loss and model.training and get_args().curr_iteration + 1 in SPIKES:
         output = output * FACTOR
@@ -29,5 +30,5 @@ def forward_step(data_iterator, model, before):
 
 
 if __name__ == "__main__":
-    pretraining.forward_step = forward_step
-    run_tool(pretraining.main)
+    Trainer.forward_step = forward_step
+    run_tool(trainer.main)

@@ -15,7 +15,7 @@ prepare_process()
 import torch
 
 from maskmoe.command_line.run_tool import run_tool
-from maskmoe.training.pretraining import main
+from maskmoe.training.trainer import main
 
 if __name__ == "__main__":
     # Megatron refuses grouped experts on devices that have no such kernels.

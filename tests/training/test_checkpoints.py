@@ -38,18 +38,17 @@ from maskmoe.conversion.config_mapping import _FIXED_ARGS
 from maskmoe.errors import RunFailure, UserError
 from maskmoe.launch.journal import Journal, Kind, read_journal
 from maskmoe.training.loop.rank_store import RankStore
-from maskmoe.training.pretraining import add_pretraining_arguments
-from maskmoe.training.resume.choose_checkpoint import (
+from maskmoe.training.resume.choose_checkpoint import find_checkpoint, repair_tracker_file
+from maskmoe.training.resume.model_settings import (
     check_same_model,
-    find_checkpoint,
     further_checkpoint_args,
-    mend_tracker,
     take_settings_of_checkpoint,
 )
 from maskmoe.training.settings.changed_settings import find_changed_settings
+from maskmoe.training.settings.pretraining_arguments import add_pretraining_arguments
 from maskmoe.training.settings.setup import parse_and_check_args
-from maskmoe.training.watch.failures import DataFiles, handling_early_ends
-from maskmoe.training.watch.leaving import LeaveAfterSave
+from maskmoe.training.watch.failures import explaining_early_ends
+from maskmoe.training.watch.leave_after_save import LeaveAfterSave
 
 SAVED = "expert parallel 2, undisturbed"  # at 7, 14 and 21
 EXPERT_2 = "--expert-model-parallel-size 2"
@@ -167,9 +166,9 @@ def test_unusable_tracker(copy, content, files_and_times, capsys):
     assert find_checkpoint(args, ranks) == checkpoint_path(copy, 21)
     assert files_and_times(copy) == before  # the run may still be refused
     args.ckpt_step = 21
-    mend_tracker(args, RankStore(HashStore(), 1, 2))
+    repair_tracker_file(args, RankStore(HashStore(), 1, 2))
     assert files_and_times(copy) == before  # the first rank alone writes
-    mend_tracker(args, ranks)
+    repair_tracker_file(args, ranks)
     assert (copy / TRACKER).read_text() == "21"
     assert "was unusable; it names iteration 21 now" in capsys.readouterr().err
 
@@ -182,15 +181,15 @@ def test_iteration_beside_an_imported_model_is_loaded(copy, capsys):
     args, ranks = Namespace(load=str(copy), ckpt_step=7, verify_checkpoint=True), RankStore(HashStore(), 0, 1)
     args.non_persistent_ckpt_type, args.loads_non_persistent = None, False
     assert find_checkpoint(args, ranks) == checkpoint_path(copy, 7)
-    mend_tracker(args, ranks)
+    repair_tracker_file(args, ranks)
     assert read_tracker(copy) == 7
     assert f"the tracker file in {copy} named release; it names iteration 7 now" in capsys.readouterr().err
     write_tracker(copy, RELEASE)
     args.loads_non_persistent = True
-    mend_tracker(args, ranks)
+    repair_tracker_file(args, ranks)
     assert read_tracker(copy) == RELEASE
     args.ckpt_step, args.loads_non_persistent = None, False
-    mend_tracker(args, ranks)
+    repair_tracker_file(args, ranks)
     assert read_tracker(copy) == RELEASE
 
 
@@ -471,7 +470,7 @@ def test_checkpoint_of_another_tokenizer_is_refused(runs, parse, monkeypatch):
     args = parse(f"--load {run.checkpoints}")
     saved = replace_fields(args, tokenizer_sha256="a" * 64, tokenizer_model="theirs.model")
     monkeypatch.setattr(
-        "maskmoe.training.resume.choose_checkpoint.load_common_state_dict", lambda checkpoint: {"args": saved}
+        "maskmoe.training.resume.model_settings.load_common_state_dict", lambda checkpoint: {"args": saved}
     )
     args = replace_fields(args, tokenizer_sha256="b" * 64, tokenizer_model="ours.model")
     with pytest.raises(UserError, match=r"theirs\.model, sha256 aaaaaaaaaaaa…\) than .* ours\.model \(bbbbbbbbbbbb…"):
@@ -484,7 +483,7 @@ def test_settings_without_flags_are_taken_from_the_checkpoint(runs, parse, monke
     args = parse(f"--load {run.checkpoints}")
     saved = replace_fields(args, beta_fast=16)
     monkeypatch.setattr(
-        "maskmoe.training.resume.choose_checkpoint.load_common_state_dict", lambda checkpoint: {"args": saved}
+        "maskmoe.training.resume.model_settings.load_common_state_dict", lambda checkpoint: {"args": saved}
     )
     checkpoint = checkpoint_path(run.checkpoints, 21)
     with pytest.raises(UserError, match="beta_fast 16, for which Megatron has no flag: pass --use-checkpoint-args"):
@@ -516,7 +515,7 @@ def test_function_of_a_model_is_taken_from_the_checkpoint(runs, parse, monkeypat
     args = parse(f"--load {run.checkpoints}")
     saved = replace_fields(args, **{name: another(getattr(args, name)) for name in FUNCTION})
     monkeypatch.setattr(
-        "maskmoe.training.resume.choose_checkpoint.load_common_state_dict", lambda checkpoint: {"args": saved}
+        "maskmoe.training.resume.model_settings.load_common_state_dict", lambda checkpoint: {"args": saved}
     )
     state = {"args": saved, "iteration": 21}
     monkeypatch.setattr(checkpointing, "_load_base_checkpoint", lambda *_, **__: (state, "", False, None))
@@ -533,7 +532,7 @@ def test_model_that_computes_something_else_is_refused_or_noted(runs, parse, mon
     args = parse(f"--load {run.checkpoints}")
     before = another(getattr(args, name))
     state = {"args": replace_fields(args, **{name: before})}
-    for module in ("resume", "changed_settings"):
+    for module in ("resume.model_settings", "settings.changed_settings"):
         monkeypatch.setattr(f"maskmoe.training.{module}.load_common_state_dict", lambda checkpoint: state)
     checkpoint = checkpoint_path(run.checkpoints, 7)
     try:
@@ -555,7 +554,7 @@ def test_optimizer_state_of_the_other_implementation_needs_names(runs, parse, mo
     def load_state(checkpoint: Path) -> dict:
         return {"args": saved, "content_metadata": {"distrib_optim_sharding_type": next(formats)}}
 
-    monkeypatch.setattr("maskmoe.training.resume.choose_checkpoint.load_common_state_dict", load_state)
+    monkeypatch.setattr("maskmoe.training.resume.model_settings.load_common_state_dict", load_state)
     checkpoint = checkpoint_path(run.checkpoints, 21)
     for accepted in (args, saved, replace_fields(args, no_load_optim=True)):
         check_same_model(accepted, checkpoint)
@@ -587,7 +586,7 @@ def test_checkpoint_of_a_hybrid_model_is_for_the_same_pattern(runs, parse, monke
     args = parse(f"--load {run.checkpoints}")
     saved = replace_fields(args, hybrid_layer_pattern="*E*E|*E*E/*E", mtp_num_layers=1, num_layers=8)
     monkeypatch.setattr(
-        "maskmoe.training.resume.choose_checkpoint.load_common_state_dict", lambda checkpoint: {"args": saved}
+        "maskmoe.training.resume.model_settings.load_common_state_dict", lambda checkpoint: {"args": saved}
     )
     checkpoint = checkpoint_path(run.checkpoints, 21)
     with pytest.raises(UserError, match=r"cannot be loaded into a GPT model: pass --hybrid-layer-pattern '\*E\*E\|"):
@@ -610,7 +609,7 @@ def test_checkpoint_of_a_hybrid_model_is_for_the_same_pattern(runs, parse, monke
 def test_bounds_of_stages_are_taken_from_a_checkpoint_if_they_fit(stages, evaluates, expected, monkeypatch):
     saved = Namespace(hybrid_layer_pattern="*E|*E|*E|*E/*E")
     monkeypatch.setattr(
-        "maskmoe.training.resume.choose_checkpoint.load_common_state_dict", lambda checkpoint: {"args": saved}
+        "maskmoe.training.resume.model_settings.load_common_state_dict", lambda checkpoint: {"args": saved}
     )
     args = Namespace(pipeline_model_parallel_size=stages, skip_train=evaluates)
     assert further_checkpoint_args(args, Path("checkpoint")) == {"hybrid_layer_pattern": expected}
@@ -623,7 +622,7 @@ def test_optimizer_state_of_a_gpt_model_needs_names(runs, parse, monkeypatch):
     saved = replace_fields(saved, no_load_optim=False)
     args = replace_fields(saved, hybrid_layer_pattern="*E*E*E*E", num_layers=8)
     state = {"args": saved, "content_metadata": {"distrib_optim_sharding_type": "dp_reshardable"}}
-    monkeypatch.setattr("maskmoe.training.resume.choose_checkpoint.load_common_state_dict", lambda checkpoint: state)
+    monkeypatch.setattr("maskmoe.training.resume.model_settings.load_common_state_dict", lambda checkpoint: state)
     checkpoint = checkpoint_path(run.checkpoints, 21)
     check_same_model(replace_fields(args, no_load_optim=True), checkpoint)
     with pytest.raises(UserError, match=r"holds a GPT model, and its optimizer .* --dist-ckpt-optim-fully-reshardable"):
@@ -636,8 +635,8 @@ def test_damaged_pretrained_checkpoint_is_refused(copy, parse):
     flags = f"--pretrained-checkpoint {copy}"
     parse(flags)
     flip(checkpoint_path(copy, 21) / "__0_0.distcp")
-    advice = rf"To load {copy}/iter_0000014, write 14 into this file"
-    with pytest.raises(UserError, match=rf"but {copy}/iter_0000021 __0_0\.distcp does not have the content.*{advice}"):
+    advice = rf"Write the iteration of another checkpoint, if there is one, into {TRACKER}"
+    with pytest.raises(UserError, match=rf"{copy}/iter_0000021 __0_0\.distcp does not have the content.*{advice}"):
         parse(flags)
     parse(f"{flags} --no-verify-checkpoint")
     truncate(checkpoint_path(copy, 21) / "__0_0.distcp")
@@ -646,10 +645,7 @@ def test_damaged_pretrained_checkpoint_is_refused(copy, parse):
     write_tracker(copy, 14)
     parse(flags)
     (copy / TRACKER).unlink()
-    with pytest.raises(UserError, match=rf"but {copy}/iter_0000021 __0_0\.distcp has .*{advice}"):
-        parse(flags)
-    shutil.rmtree(checkpoint_path(copy, 21))
-    with pytest.raises(UserError, match=rf"{TRACKER} names, but the file names none\. {advice}"):
+    with pytest.raises(UserError, match=rf"holds no checkpoint: there is no usable {TRACKER}"):
         parse(flags)
 
 
@@ -672,10 +668,29 @@ def test_failed_load_is_not_a_failed_save(copy, monkeypatch):
     args = Namespace(load=str(copy), ckpt_step=21, loads_non_persistent=False, pretrained_checkpoint=None)
     with (
         pytest.raises(RunFailure, match=rf"^cannot load {copy}/iter_0000021: Input/output error; remove the cause"),
-        handling_early_ends(args, DataFiles([]), LeaveAfterSave(RankStore(HashStore(), 0, 1))),
+        explaining_early_ends(args, LeaveAfterSave(RankStore(HashStore(), 0, 1))),
     ):
         raise error
 
 
 def replace_fields(args: Namespace, **fields) -> Namespace:
     return Namespace(**{**vars(args), **fields})
+
+
+@pytest.mark.runs(SAVED)
+def test_run_from_the_beginning_does_not_write_over_checkpoints(runs, workplace, tmp_path, parse, files_and_times):
+    """The checkpoints of the folder may be of another run, with other settings."""
+    save = runs[0].checkpoints
+    before = files_and_times(save)
+    refused = workplace.run(Run(f"--seed 77 --save {save}"), tmp_path / "run")
+    assert refused.exit_codes == (2,)
+    assert f"--save {save} holds a checkpoint of iteration 21 already" in refused.errors[0]
+    assert files_and_times(save) == before
+    for flags in (f"--load {tmp_path}", f"--pretrained-checkpoint {save}"):
+        with pytest.raises(UserError, match=f"pass --load {save} to continue that run, or save to another folder"):
+            parse(f"{flags} --save {save}")
+    # A run that loads from elsewhere may have been started again.
+    parse(f"--load {save} --save {tmp_path / 'new'}")
+    shutil.copytree(save, tmp_path / "new")
+    parse(f"--load {save} --save {tmp_path / 'new'}")
+    parse(f"--load {save} --save {save}/../save")

@@ -302,20 +302,6 @@ def test_hanging_rank_is_named(start_faulty, rank, stops, culprit):
     assert re.search(culprit, "".join(outcome.errors)), outcome.report()
 
 
-@pytest.mark.parametrize(
-    ("workers", "ranks"), [(0, 1), *(pytest.param(workers, 2, marks=pytest.mark.slow) for workers in (0, 1))]
-)
-def test_shrinking_data_file(workplace, start_faulty, tmp_path, workers, ranks):
-    for suffix in (".bin", ".idx"):
-        shutil.copy((workplace.folder / "data").with_suffix(suffix), tmp_path / f"data{suffix}")
-    with start_faulty(flags=f"--data-path {tmp_path}/data --num-workers {workers}", ranks=ranks) as processes:
-        processes.wait_for_iteration(2)
-        os.truncate(tmp_path / "data.bin", 1000)
-        outcome = processes.wait()
-    assert 1 in outcome.exit_codes, outcome.report()
-    assert re.search(rf"^error: {tmp_path}/data.bin has shrunk from \d+ to 1000 bytes", "".join(outcome.errors), re.M)
-
-
 @pytest.mark.slow
 @pytest.mark.parametrize("flags", ["", "--async-save"])
 def test_full_disk(workplace, tmp_path, flags):

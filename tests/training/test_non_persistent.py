@@ -16,7 +16,7 @@ from maskmoe.checkpoint.series import TRACKER, checkpoint_path, saved_iterations
 from maskmoe.errors import UserError
 from maskmoe.launch.journal import Kind, read_journal
 from maskmoe.training.loop.rank_store import RankStore
-from maskmoe.training.resume.choose_checkpoint import mend_tracker
+from maskmoe.training.resume.choose_checkpoint import repair_tracker_file
 
 PROGRAM = (str(Path(__file__).with_name("pretrain_with_fault.py")),)
 FLAGS = "--non-persistent-ckpt-type global --non-persistent-save-interval 3"
@@ -214,9 +214,9 @@ def test_room_is_made_for_a_save(copy, tmp_path):
 def test_tracker_never_names_a_non_persistent_checkpoint(copy, capsys):
     args = Namespace(load=str(copy), ckpt_step=12, loads_non_persistent=True)
     (copy / TRACKER).write_text("twelve")
-    mend_tracker(args, RankStore(HashStore(), 0, 1))
+    repair_tracker_file(args, RankStore(HashStore(), 0, 1))
     assert not (copy / TRACKER).exists()
     assert "was unusable; it is removed" in capsys.readouterr().err
-    mend_tracker(args, RankStore(HashStore(), 0, 1))
+    repair_tracker_file(args, RankStore(HashStore(), 0, 1))
     assert not (copy / TRACKER).exists()
     assert capsys.readouterr().err == ""

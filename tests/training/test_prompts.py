@@ -10,7 +10,7 @@ from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 
 from maskmoe.errors import UserError
-from maskmoe.training.loop.prompts import PromptLoop, Prompts, add_prompt_arguments, read_prompts
+from maskmoe.training.inference.prompts import PromptLoop, Prompts, add_prompt_arguments, read_prompts
 
 
 def parse(*words):
@@ -157,19 +157,6 @@ def test_interrupt_ends_only_the_text_in_progress(loop, capfd):
         assert loop.is_interrupted
     with loop.answering():
         assert not loop.is_interrupted
-
-
-def test_waiting_for_a_prompt_has_a_limit(start_loop):
-    reader, writer = os.pipe()
-    loop = start_loop(reader)
-    with open(writer, "wb", buffering=0) as typed:
-        typed.write(b"first\n\nsec")
-        assert loop.next(60) == "first"
-        with pytest.raises(TimeoutError):
-            loop.next(0.01)
-        typed.write(b"ond\nlast")
-        assert loop.next(60) == "second"
-    assert [loop.next(60), loop.next(60), loop.next(60)] == ["last", None, None]
 
 
 def test_typed_lines_that_are_not_text_are_refused(start_loop, capfd):

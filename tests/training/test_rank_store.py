@@ -7,7 +7,8 @@ from datetime import timedelta
 import pytest
 from torch.distributed import HashStore, PrefixStore, TCPStore
 
-from maskmoe.training.loop.rank_store import RankStore, _meet
+from maskmoe.errors import UserError
+from maskmoe.training.loop.rank_store import RankStore, _meet, sharing_failures
 
 WORLD_SIZE = 3
 
@@ -92,3 +93,29 @@ def test_ranks_wait_until_the_last_one_calls(server):
     for thread in threads:
         thread.join(timeout=20)
     assert not any(thread.is_alive() for thread in threads)
+
+
+def test_failure_of_one_rank_is_raised_by_all_ranks_that_wait(server, monkeypatch):
+    ranks = [RankStore(connect(server), rank, WORLD_SIZE) for rank in range(WORLD_SIZE)]
+    monkeypatch.setattr(RankStore, "of_process", ranks[1])
+    with ThreadPoolExecutor(WORLD_SIZE) as pool:
+        waiting = [pool.submit(ranks[0].wait_for_all, "checks"), pool.submit(ranks[2].broadcast, "word")]
+        with pytest.raises(UserError, match=r"^no data$"), sharing_failures():
+            raise UserError("no data")
+        for rank in waiting:
+            with pytest.raises(UserError, match=r"^no data \(rank 1 on host .+\)$"):
+                rank.result(timeout=20)
+
+
+def test_failure_before_the_ranks_have_met_is_not_shared(monkeypatch):
+    monkeypatch.setattr(RankStore, "of_process", None)
+    with pytest.raises(UserError, match="no data"), sharing_failures():
+        raise UserError("no data")
+
+
+def test_rank_beyond_the_number_of_ranks_is_refused(monkeypatch):
+    monkeypatch.setattr(RankStore, "of_process", None)
+    monkeypatch.setenv("RANK", "5")
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    with pytest.raises(UserError, match="RANK=5 is not one of the ranks 0 to 1 of WORLD_SIZE=2"):
+        RankStore.from_environment()

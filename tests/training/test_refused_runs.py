@@ -23,8 +23,8 @@ from maskmoe.checkpoint.series import TRACKER
 from maskmoe.errors import UserError
 from maskmoe.processes.folder_lock import LOCK_NAME, locked_folder
 from maskmoe.processes.interruption import SIGNALS_THAT_SAVE
-from maskmoe.training import pretraining
-from maskmoe.training.loop import evaluation, generation
+from maskmoe.training import trainer
+from maskmoe.training.inference import evaluation, generation
 from maskmoe.training.watch import wandb_run
 
 SECOND_RANK_LACKS_DATA = """
@@ -102,8 +102,8 @@ def refuse(run_folder, workplace, monkeypatch) -> Iterator[Refuse]:
     monkeypatch.setitem(sys.modules, "wandb", wandb)
     monkeypatch.setattr(wandb_run, "find_spec", lambda name: object())
 
-    def refuse(flags: str, main: Callable[[], None] = pretraining.main) -> str:
-        if main is pretraining.main:
+    def refuse(flags: str, main: Callable[[], None] = trainer.main) -> str:
+        if main is trainer.main:
             run = Run(f"{run_folder.flags} --report-interval 60 {flags}", logs_scalars=False)
             words = workplace.flags(run, run_folder.path)
         else:
@@ -164,7 +164,7 @@ def test_missing_checkpoint_of_refused_training(refuse, run_folder, monkeypatch)
     assert refuse(f"{load} {flag}").startswith(f"{load} holds no checkpoint: leave {flag} out")
     # These runs are refused only because no launcher has started them.
     for accepted in (flag, load, f"{load} {flag} --pretrained-checkpoint {run_folder.checkpoints}"):
-        assert "not started as a rank" in refuse(accepted)
+        assert "not started as a rank" in refuse(f"{accepted} --save {run_folder.path}/new")
 
 
 @pytest.mark.runs("fp32")
@@ -189,7 +189,7 @@ def test_refused_evaluation_and_generation(refuse, run_folder, main, flags, erro
 
 @pytest.mark.runs("fp32")
 @pytest.mark.parametrize("tokenizer_type", ["", "SentencePieceTokenizer", "HuggingFaceTokenizer", "TikTokenizer"])
-@pytest.mark.parametrize("main", [generation.main, evaluation.main, pretraining.main])
+@pytest.mark.parametrize("main", [generation.main, evaluation.main, trainer.main])
 def test_missing_tokenizer_beside_settings_of_the_checkpoint(refuse, main, tokenizer_type):
     """Megatron alone would take the tokenizer of the checkpoint without a word."""
     flags = "--use-checkpoint-args --tokenizer-model nowhere"

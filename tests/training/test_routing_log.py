@@ -9,8 +9,8 @@ import torch
 from support.runs import read_scalars
 
 from maskmoe.routing_mask.mask import RoutingMask
-from maskmoe.training.watch import routing_log
-from maskmoe.training.watch.routing_log import RoutingLog, RoutingRecord
+from maskmoe.training.watch import routing_log, scalars
+from maskmoe.training.watch.routing_log import RoutingRecord
 
 # Entropies and gradients are fp32 sums, whose order depends on the layout. Loads and shares are counts.
 FP32_ORDER_OF_SUMS = 2e-5
@@ -174,10 +174,8 @@ def test_scalars_go_to_both_writers(monkeypatch):
             self.scalars |= {(tag, step): value for tag, value in values.items()}
 
     tensorboard, wandb = Writer(), Writer()
-    monkeypatch.setattr(routing_log, "get_tensorboard_writer", lambda: tensorboard)
-    monkeypatch.setattr(routing_log, "get_wandb_writer", lambda: wandb)
-    RoutingLog(interval=5)._write(
-        RoutingRecord({"routing_entropy": {0: 0.5, 2: 1.0}}, uneven=None, tokens_per_expert={}), 10
-    )
+    monkeypatch.setattr(scalars, "get_tensorboard_writer", lambda: tensorboard)
+    monkeypatch.setattr(scalars, "get_wandb_writer", lambda: wandb)
+    routing_log._write(RoutingRecord({"routing_entropy": {0: 0.5, 2: 1.0}}, uneven=None, tokens_per_expert={}), 10)
     expected = {"routing_entropy": 0.75, "moe/routing_entropy_layer_0": 0.5, "moe/routing_entropy_layer_2": 1.0}
     assert tensorboard.scalars == wandb.scalars == {(tag, 10): value for tag, value in expected.items()}

@@ -16,7 +16,7 @@ from maskmoe.command_line.parser import OneLineParser
 from maskmoe.errors import UserError
 from maskmoe.launch.run_folder import run_folder
 from maskmoe.megatron_compat.globals import open_writers
-from maskmoe.training.pretraining import add_pretraining_arguments
+from maskmoe.training.settings.pretraining_arguments import add_pretraining_arguments
 from maskmoe.training.watch import wandb_run
 from maskmoe.training.watch.run_report import RunReport, choose_event_folder, tolerate_write_errors
 

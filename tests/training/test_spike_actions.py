@@ -5,15 +5,11 @@ from collections.abc import Callable
 
 import pytest
 from support.launchers import TESTS
-from support.run_folders import read_status
 from support.runs import read_scalars
 from support.training import Run, TrainingOutcome
 from support.training_runs import DISTRIBUTED, EXPERT_2, INTERLEAVED, PIPELINE_2, TENSOR_2
 
-from maskmoe.checkpoint.series import read_tracker, saved_iterations
 from maskmoe.launch.journal import Kind, read_journal
-from maskmoe.processes.interruption import EXIT_CODE_FILE, EXIT_REQUEUE, EXIT_REWIND, read_exit_code
-from maskmoe.training.resume.rewinds import FILE_NAME, read_rewinds
 
 SPIKE = (str(TESTS / "training" / "pretrain_with_spike.py"),)
 IDLE_OPTIMIZER = (str(TESTS / "training" / "pretrain_with_idle_optimizer.py"),)
@@ -36,7 +32,6 @@ def run_spiky(workplace, tmp_path) -> StartSpiky:
             "SPIKES": spikes,
             "SPIKE_FACTOR": str(factor),
             "WITHOUT_UPDATE": spikes or "0",
-            EXIT_CODE_FILE: str(tmp_path / "exit-code"),
         }
         with workplace.start(run, tmp_path / name, environment=environment) as processes:
             return processes.wait(all_end=True)
@@ -103,9 +98,9 @@ def test_undisturbed_run_is_not_reported(run_spiky, flags, ranks):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("action", ["report", "skip", "rewind"])
+@pytest.mark.parametrize("action", ["report", "skip"])
 def test_fall_is_reported_only(run_spiky, action):
-    """A loss that is far too low is off, too, but is no reason to skip an update or to go back."""
+    """A loss that is far too low is off, too, but is no reason to skip an update."""
     outcome = run_spiky(f"--spike-action {action}", "12", factor=0.01, saves=True)
     assert outcome.exit_codes == (0,), outcome.report()
     (line,) = warnings_of(outcome)
@@ -165,116 +160,10 @@ def test_resumed_run_knows_the_steps_before(run_spiky):
     assert resumed.difference(uninterrupted) == 0
 
 
-REWIND = "--spike-action rewind --save-interval 3 --spike-rewind-margin 2"
-
-
-@pytest.mark.slow
-def test_rewind(run_spiky, tmp_path):
-    """The checkpoint of iteration 12 is inside the spike: the run goes back to iteration 9 and passes 11 to 13 over.
-
-    Nothing starts the ranks again here, so the test does. The run then equals an undisturbed run that passes the same
-    iterations over from the beginning.
-    """
-    flags = f"{EXPERT_2} {REWIND}"
-    first = run_spiky(flags, "13", saves=True, name="first", ranks=2)
-    assert first.exit_codes == (EXIT_REWIND, EXIT_REWIND), first.report()
-    assert read_exit_code(tmp_path / "exit-code") == EXIT_REQUEUE  # no launcher restarts the ranks
-    (line,) = warnings_of(first)
-    assert line.endswith("; the run goes back to the checkpoint of iteration 9 and passes over iterations 11-13")
-    assert saved_iterations(tmp_path / "save") == [12, 9, 6, 3]
-    assert read_status(tmp_path / "save").checkpoints.next_start == tmp_path / "save" / "iter_0000009"
-    second = run_spiky(flags, "13", saves=True, name="second", ranks=2)
-    assert second.exit_codes == (0, 0), second.report()
-    assert warnings_of(second) == []
-    output = "".join(log.read_text() for log in second.folder.glob("*0.log"))
-    assert re.search(r"^note: the run has gone back once and passes over iterations 11-13 \(loss ", output, re.M)
-    assert re.search(
-        r"^warning: checkpoint .*/iter_0000012 was trained on iterations 11-13, which .*: loss ", output, re.M
-    )
-    assert second.iterations == [10, *range(14, 22)]
-    undisturbed = run_spiky(f"{EXPERT_2} --iterations-to-skip 11 12 13", name="undisturbed", ranks=2)
-    assert second.difference(undisturbed) == 0
-    assert undisturbed.iterations == [*range(1, 11), *range(14, 22)]
-    # The checkpoint inside the spike is set aside, and the others are those of the run that went back.
-    assert saved_iterations(tmp_path / "save") == [21, 18, 15, 9, 6, 3]
-    assert (tmp_path / "save" / "abandoned1_iter_0000012").is_dir()
-    assert read_tracker(tmp_path / "save") == 21
-    assert [(rewind.first, rewind.last) for rewind in read_rewinds(tmp_path / "save").all] == [(11, 13)]
-    assert [entry.iteration for entry in read_journal(tmp_path / "save") if entry.kind == Kind.WARNED] == [13]
-
-
-@pytest.mark.slow
-def test_torchrun_starts_the_ranks_again(run_spiky, tmp_path):
-    """The second spike is beyond the number of rewinds: the run continues."""
-    flags = f"{EXPERT_2} {REWIND} --spike-max-rewinds 1"
-    outcome = run_spiky(flags, "13,18", saves=True, ranks=2, torchrun=True, restarts=3)
-    assert outcome.exit_codes == (0,), outcome.report()
-    first, second = warnings_of(outcome)
-    assert first.endswith("; the run goes back to the checkpoint of iteration 9 and passes over iterations 11-13")
-    assert second.startswith("iteration 18 is off")
-    assert second.endswith("; the run continues, because it has gone back 1 times already (--spike-max-rewinds)")
-    assert not (tmp_path / "exit-code").exists()
-    reference = run_spiky(f"{EXPERT_2} --iterations-to-skip 11 12 13", "18", name="reference", ranks=2)
-    assert differences(outcome, reference) == {11, 12}  # which the run logged before it went back
-
-
-@pytest.mark.slow
-def test_rewind_to_the_beginning(run_spiky, tmp_path):
-    flags = f"{REWIND} --save-interval 7"
-    first = run_spiky(flags, "6", saves=True, name="first")
-    assert first.exit_codes == (EXIT_REWIND,), first.report()
-    assert warnings_of(first)[0].endswith("; the run goes back to the beginning and passes over iterations 4-6")
-    second = run_spiky(flags, "6", saves=True, name="second")
-    assert second.exit_codes == (0,), second.report()
-    assert second.iterations == [1, 2, 3, *range(7, 22)]
-    undisturbed = run_spiky("--iterations-to-skip 4 5 6", name="undisturbed")
-    assert second.difference(undisturbed) == 0
-
-
-@pytest.mark.slow
-def test_run_continues_without_a_way_back(run_spiky, tmp_path):
-    """The only checkpoint was trained on batches that would be passed over."""
-    outcome = run_spiky(f"{REWIND} --save-interval 7", "8", saves=True)
-    assert outcome.exit_codes == (0,), outcome.report()
-    (line,) = warnings_of(outcome)
-    assert "; the run continues, because no sound checkpoint before iteration 6 is left in " in line
-    assert not (tmp_path / "save" / FILE_NAME).exists()
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("flags", ["", "--async-save"])
-def test_rewinds_survive_restarts_and_layouts(run_spiky, tmp_path, flags):
-    """A second rewind adds to the first. Restarts in another layout, and with another action, pass over the same."""
-    flags = f"{flags} {REWIND}"
-    assert run_spiky(flags, "13,17", saves=True, name="1").exit_codes == (EXIT_REWIND,)
-    second = run_spiky(flags, "13,17", saves=True, name="2")
-    assert second.exit_codes == (EXIT_REWIND,), second.report()
-    assert warnings_of(second)[0].endswith(
-        "goes back to the checkpoint of iteration 9 and passes over iterations 15-17"
-    )
-    third = run_spiky(f"{EXPERT_2} --save-interval 3", "13,17", saves=True, name="3", ranks=2)
-    assert third.exit_codes == (0, 0), third.report()
-    assert third.iterations == [10, 14, 18, 19, 20, 21]
-    assert warnings_of(third) == []
-    assert sorted(path.name for path in (tmp_path / "save").glob("abandoned*")) == [
-        "abandoned1_iter_0000012",
-        "abandoned1_iter_0000015",
-    ]
-
-
-@pytest.mark.slow
-def test_damaged_record_of_rewinds_is_refused(run_spiky, tmp_path):
-    (tmp_path / "save").mkdir()
-    (tmp_path / "save" / FILE_NAME).write_text("[")
-    outcome = run_spiky(f"{EXPERT_2} {REWIND}", saves=True, ranks=2)
-    assert outcome.exit_codes == (2, 2), outcome.report()
-    assert f"{FILE_NAME} is damaged" in outcome.errors[0]
-
-
 @pytest.mark.slow
 @pytest.mark.runs("start")
 @pytest.mark.parametrize("flags", [INTERLEAVED, TENSOR_2, PIPELINE_2, "--context-parallel-size 2"])
-def test_batches_are_passed_over_in_every_layout(runs, run_spiky, flags):
+def test_iterations_are_skipped_in_every_layout(runs, run_spiky, flags):
     (source,) = runs
     passed = f"--iterations-to-skip 4 5 9 --exit-interval 12 --load {source.checkpoints}"
     reference = run_spiky(passed, name="reference")
@@ -287,12 +176,6 @@ def test_batches_are_passed_over_in_every_layout(runs, run_spiky, flags):
 @pytest.mark.parametrize(
     ("flags", "error"),
     [
-        ("--spike-action rewind", "--spike-action rewind without --save and --load of the same folder"),
-        ("--spike-action rewind --save a --load b", "--spike-action rewind without --save and --load of the same"),
-        ("--spike-action rewind --save a --load a --finetune", "--spike-action rewind with --finetune"),
-        ("--spike-action rewind --save a --load a --keep-last-checkpoints 1", "with --keep-last-checkpoints 1"),
-        ("--spike-action rewind --save a --load a --save-retain-interval 14", "or with --save-retain-interval alone"),
-        ("--spike-action rewind --save a --load a --non-persistent-save-interval 5", "--non-persistent-save-interval"),
         ("--spike-action skip --optimizer-cuda-graph", "--spike-action skip with --qk-clip or --optimizer-cuda-graph"),
         ("--spike-deviations 0", "--spike-deviations must be"),
         ("--spike-window 1", "--spike-window must be"),
@@ -303,13 +186,13 @@ def test_refused_combinations(monkeypatch, workplace, tmp_path, flags, error):
     from support.command_lines import forget_megatrons_globals
 
     from maskmoe.errors import UserError
-    from maskmoe.training import pretraining
+    from maskmoe.training import trainer
 
     words = workplace.flags(Run(flags, logs_scalars=False), tmp_path)
     monkeypatch.setattr("sys.argv", ["maskmoe", *words])
     monkeypatch.chdir(workplace.folder)
     try:
         with pytest.raises(UserError, match=re.escape(error)):
-            pretraining.main()
+            trainer.main()
     finally:
         forget_megatrons_globals()

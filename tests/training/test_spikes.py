@@ -1,4 +1,4 @@
-"""The detector of spikes against numpy, and the record of rewinds against plain sets; nothing here trains."""
+"""The detector of spikes against numpy; nothing here trains."""
 
 import math
 
@@ -7,8 +7,6 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from maskmoe.errors import UserError
-from maskmoe.training.resume.rewinds import FILE_NAME, Rewind, Rewinds, read_rewinds
 from maskmoe.training.watch.spikes import RobustWindow, SpikeDetector
 
 VALUES = st.floats(-1e6, 1e6)
@@ -128,41 +126,3 @@ def test_texts():
         "loss 9.25, 96.5 robust deviations above the median 2.1",
         "gradient norm 0.001, 199.9 robust deviations below the median 2.1",
     ]
-
-
-RANGES = st.lists(st.tuples(st.integers(1, 30), st.integers(0, 5)), max_size=4)
-
-
-@given(RANGES, st.integers(0, 40), st.integers(0, 4))
-def test_abandoned_checkpoints(ranges, iteration, known):
-    """A checkpoint is abandoned if it was trained on an iteration that a rewind, unknown to the checkpoint, passes."""
-    rewinds = tuple(Rewind(first, first + more, "") for first, more in ranges)
-    passed = Rewinds(rewinds[:known]).passed
-    trained = set(range(1, iteration + 1)) - passed
-    found = Rewinds(rewinds).abandoned_by(iteration, passed)
-    expected = [rewind for rewind in rewinds if trained.intersection(rewind.iterations)]
-    assert found == (expected[0] if expected else None)
-
-
-def test_record_of_rewinds(tmp_path):
-    assert read_rewinds(tmp_path).all == ()
-    rewinds = Rewinds((Rewind(3, 7, "loss 9"), Rewind(12, 12, "gradient norm 8")))
-    rewinds.write(tmp_path)
-    assert read_rewinds(tmp_path) == rewinds
-    assert rewinds.passed == {3, 4, 5, 6, 7, 12}
-    assert [str(rewind) for rewind in rewinds.all] == ["iterations 3-7", "iteration 12"]
-    assert [path.name for path in tmp_path.iterdir()] == [FILE_NAME]
-
-
-@pytest.mark.parametrize(
-    "text",
-    [
-        *("", "{", "[1]", '["first"]', '[{"first": 1, "last": 2}]', '[{"first": 2, "last": 1, "cause": ""}]'),
-        *('[{"first": 0, "last": 1, "cause": ""}]', '[{"first": 1, "last": 9999999, "cause": ""}]', "[" * 10_000),
-        *('[{"first": 1, "last": Infinity, "cause": ""}]', '{"first": 1}'),
-    ],
-)
-def test_damaged_record_is_refused(tmp_path, text):
-    (tmp_path / FILE_NAME).write_text(text)
-    with pytest.raises(UserError, match=f"{FILE_NAME}.* is damaged"):
-        read_rewinds(tmp_path)

@@ -10,7 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from maskmoe.errors import UserError
-from maskmoe.training.loop.text_scoring import Text, read_texts, token_windows, windows
+from maskmoe.training.inference.text_scoring import Text, read_texts, token_windows, windows
 
 TEXTS = [
     {"text": "5 17 300 4 4 80"},

@@ -1,4 +1,4 @@
-"""The watchdog blames the right rank, and data files are watched."""
+"""The watchdog blames the right rank."""
 
 import argparse
 import sys
@@ -8,11 +8,9 @@ import traceback
 import pytest
 from torch.distributed import HashStore
 
-from maskmoe.errors import RunFailure
 from maskmoe.processes.interruption import is_last_attempt
 from maskmoe.training.loop.rank_store import RankStore
-from maskmoe.training.pretraining import add_pretraining_arguments, hang_timeout
-from maskmoe.training.watch.failures import DataFiles
+from maskmoe.training.settings.pretraining_arguments import add_pretraining_arguments, hang_timeout
 from maskmoe.training.watch.watchdog import Sighting, Watchdog, find_culprits, waits_for_others
 
 WAITING = Sighting(
@@ -80,35 +78,14 @@ def test_waiting_is_told_from_working():
     assert not waits_for_others(innermost_call(sys._getframe()))
 
 
-def test_threads_end_with_the_block():
+def test_threads_end_with_the_run():
     """A thread that outlives the interpreter would abort the process."""
     before = set(threading.enumerate())
-    with Watchdog(RankStore(HashStore(), 0, 1), timeout=1.0).watching():
-        assert len(set(threading.enumerate()) - before) == 2
+    watchdog = Watchdog(RankStore(HashStore(), 0, 1), timeout=1.0)
+    watchdog.on_start()
+    assert len(set(threading.enumerate()) - before) == 2
+    watchdog.on_end(None)
     assert set(threading.enumerate()) <= before
-
-
-def test_data_files(tmp_path):
-    prefixes = [str(tmp_path / name) for name in "abcdefghijkl"]
-    for prefix in prefixes:
-        (tmp_path / f"{prefix}.bin").write_bytes(bytes(10))
-    files = DataFiles(prefixes)
-    files.check()
-    (tmp_path / "a.bin").write_bytes(bytes(11))  # a file that grows does no harm
-    for _ in prefixes:
-        files.check(8)
-    (tmp_path / "k.bin").write_bytes(bytes(9))
-
-    def check_twice() -> None:
-        """Check all twelve files: each call checks more than half of them."""
-        files.check(8)
-        files.check(8)
-
-    with pytest.raises(RunFailure, match=r"k\.bin has shrunk from 10 to 9 bytes"):
-        check_twice()
-    (tmp_path / "k.bin").unlink()
-    with pytest.raises(RunFailure, match=r"k\.bin can no longer be read: No such file"):
-        files.check()
 
 
 @pytest.mark.parametrize(

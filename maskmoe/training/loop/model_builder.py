@@ -1,13 +1,10 @@
 """Builds the model from its configuration, with the interface of Megatron's model builders."""
 
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from functools import partial
-from inspect import signature
 from pathlib import Path
 from typing import Any, ClassVar
 
-from megatron.core.models.gpt import GPTModel
-from megatron.core.models.hybrid.hybrid_model import HybridModel
 from megatron.core.pipeline_parallel import utils as pipeline
 from megatron.core.process_groups_config import ProcessGroupCollection
 from megatron.training.models.gpt import GPTModelBuilder, GPTModelConfig
@@ -44,14 +41,14 @@ class RoutingSettings:
 class MaskMoEGPTModelConfig(GPTModelConfig, RoutingSettings):
     """`GPTModelConfig` for a model with a routing mask, or for a model without experts to compare with."""
 
-    builder: ClassVar[str] = "maskmoe.training.loop.model_builder.MaskMoEGPTModelBuilder"
+    builder: ClassVar[str] = f"{__name__}.MaskMoEGPTModelBuilder"
 
 
 @dataclass(kw_only=True)
 class MaskMoEHybridModelConfig(HybridModelConfig, RoutingSettings):
     """`HybridModelConfig` for a model with a routing mask, or for a model without experts to compare with."""
 
-    builder: ClassVar[str] = "maskmoe.training.loop.model_builder.MaskMoEHybridModelBuilder"
+    builder: ClassVar[str] = f"{__name__}.MaskMoEHybridModelBuilder"
 
     rope_scaling: bool = False
     """Scale rotary embeddings as Llama 3 does."""
@@ -62,15 +59,11 @@ class MaskMoEHybridModelConfig(HybridModelConfig, RoutingSettings):
 
 MaskMoEModelConfig = MaskMoEGPTModelConfig | MaskMoEHybridModelConfig
 
-_ROPE_SCALING = {"rope_scaling", "rope_scaling_factor"}
-"""Arguments of our hybrid models, and of the stock `GPTModel`."""
-
 
 class StageBuilder:
     """Mixin that builds one pipeline stage of a model with a routing mask, or of a model without experts."""
 
     _model_config: Any  # one of the configurations above; Megatron declares their base class
-    _stock_class: type
     _classes: tuple[type, type]  # without and with experts
 
     def build_model(
@@ -89,21 +82,27 @@ class StageBuilder:
         is_first = pipeline.is_vp_first_stage(*virtual) and pipeline.is_pp_first_stage(pg_collection.pp)
         is_last = pipeline.is_vp_last_stage(*virtual) and pipeline.is_pp_last_stage(pg_collection.pp)
         visible_experts = self.visible_experts(pg_collection, vp_stage) if config.num_moe_experts else None
-        specs = self.layer_specs(visible_experts, vp_stage)
         dense, masked = self._classes
         model = partial(masked, visible_experts=visible_experts) if visible_experts else dense
-        # Megatron's configuration names most settings like the arguments of the model.
-        parameters = signature(self._stock_class).parameters.keys() | _ROPE_SCALING
-        shared = {field.name for field in fields(settings)} & parameters - specs.keys()
         return model(
             config=config,
+            vocab_size=settings.vocab_size,
             max_sequence_length=settings.seq_length,
+            fp16_lm_cross_entropy=settings.fp16_lm_cross_entropy,
+            parallel_output=settings.parallel_output,
+            share_embeddings_and_output_weights=settings.share_embeddings_and_output_weights,
+            position_embedding_type=settings.position_embedding_type,
+            rotary_percent=settings.rotary_percent,
+            rotary_base=settings.rotary_base,
+            rope_scaling=settings.rope_scaling,
+            rope_scaling_factor=settings.rope_scaling_factor,
+            seq_len_interpolation_factor=settings.seq_len_interpolation_factor,
             pre_process=is_first if pre_process is None else pre_process,
             post_process=is_last if post_process is None else post_process,
             pg_collection=pg_collection,
             vp_stage=vp_stage,
-            **specs,
-            **{name: getattr(settings, name) for name in shared},
+            **self.layer_specs(visible_experts, vp_stage),
+            **self.arguments_of_kind(),
         )
 
     def visible_experts(self, pg_collection: ProcessGroupCollection, vp_stage: int | None) -> VisibleExperts:
@@ -123,11 +122,14 @@ class StageBuilder:
         """Return the specs of one stage's layers by the names of the model's arguments."""
         raise NotImplementedError
 
+    def arguments_of_kind(self) -> dict[str, Any]:
+        """Return the arguments that only this kind of model has."""
+        raise NotImplementedError
+
 
 class MaskMoEGPTModelBuilder(StageBuilder, GPTModelBuilder):
     """Builds a `MaskMoEGPTModel`, or a `DenseGPTModel` if the model has no experts."""
 
-    _stock_class = GPTModel
     _classes = (DenseGPTModel, MaskMoEGPTModel)
 
     def layer_specs(self, visible_experts: VisibleExperts | None, vp_stage: int | None) -> dict[str, Any]:
@@ -140,11 +142,14 @@ class MaskMoEGPTModelBuilder(StageBuilder, GPTModelBuilder):
             "mtp_block_spec": get_maskmoe_mtp_block_spec(*described) if config.mtp_num_layers else None,
         }
 
+    def arguments_of_kind(self) -> dict[str, Any]:
+        """Return the argument that only a `GPTModel` has."""
+        return {"scatter_embedding_sequence_parallel": self._model_config.scatter_embedding_sequence_parallel}
+
 
 class MaskMoEHybridModelBuilder(StageBuilder, HybridModelBuilder):
     """Builds a `MaskMoEHybridModel`, or a `DenseHybridModel` if the model has no experts."""
 
-    _stock_class = HybridModel
     _classes = (DenseHybridModel, MaskMoEHybridModel)
 
     def feed_forward_layers(self) -> FeedForwardLayers:
@@ -156,3 +161,7 @@ class MaskMoEHybridModelBuilder(StageBuilder, HybridModelBuilder):
         settings = self._model_config
         described = visible_experts, settings.aux_loss_tokens, vp_stage, settings.qk_layernorm_all_heads
         return {"hybrid_stack_spec": get_maskmoe_hybrid_stack_spec(settings.transformer, *described)}
+
+    def arguments_of_kind(self) -> dict[str, Any]:
+        """Return the argument that only a `HybridModel` has."""
+        return {"hybrid_layer_pattern": self._model_config.hybrid_layer_pattern}

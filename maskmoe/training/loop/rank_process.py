@@ -49,6 +49,15 @@ def run_rank(main: Callable[[], None], name: str) -> None:
         raise
 
 
+def prepare_rank() -> None:
+    """Prepare this process for Megatron, before the first import of Megatron; the imports take seconds."""
+    console.load("importing PyTorch and Megatron-Core")
+    from maskmoe.megatron_compat import prepare_process
+
+    prepare_process()
+    console.route_logging()
+
+
 def help_page(name: str) -> str:
     """Return the help of an entry point, which docs/generators/help.py writes from the parser.
 

@@ -1,43 +1,67 @@
 """Messages between ranks, before and beside Megatron's process groups."""
 
-import functools
 import hashlib
 import os
+import socket
 import time
 import uuid
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from datetime import timedelta
+from typing import ClassVar
 
 import torch
-from torch.distributed import HashStore, PrefixStore, Store
+from torch.distributed import DistStoreError, HashStore, PrefixStore, Store
 
 from maskmoe.errors import UserError
 
 _TIMEOUT = timedelta(hours=1)
 _POLL = 0.05  # seconds; the time grows with the number of ranks, which all ask the store
+_LOOK_FOR_FAILURES = timedelta(seconds=1)
+_FAILURE = "failure"
 
 
 @dataclass(frozen=True)
 class RankStore:
     """Messages between the ranks of a run, over the store at which the ranks meet.
 
-    The store works without process groups, and from a thread while another thread is busy with a collective.
+    The store works without process groups, and from a thread while another thread is busy with a collective. A rank
+    that waits for a message raises the failure of another rank, see `sharing_failures`.
 
     Attributes:
         store: Store that the ranks share.
         rank: Rank of this process.
         world_size: Number of ranks.
+        of_process: The store of this process, once its rank has met the other ranks.
     """
 
     store: Store
     rank: int
     world_size: int
+    of_process: ClassVar["RankStore | None"] = None
 
     @classmethod
-    @functools.cache
     def from_environment(cls) -> "RankStore":
-        """Meet the other ranks as torchrun's variables say; without these variables, this process is the only rank."""
-        if int(os.environ.get("WORLD_SIZE", "1")) == 1:
+        """Meet the other ranks as torchrun's variables say; without these variables, this process is the only rank.
+
+        Further calls return the same store.
+
+        Raises:
+            UserError: `RANK` is not below `WORLD_SIZE`.
+        """
+        if cls.of_process is None:
+            cls.of_process = cls._meet_other_ranks()
+        return cls.of_process
+
+    @classmethod
+    def _meet_other_ranks(cls) -> "RankStore":
+        rank, world_size = (
+            int(os.environ.get(name, default)) for name, default in (("RANK", "0"), ("WORLD_SIZE", "1"))
+        )
+        if rank >= world_size:
+            raise UserError(f"RANK={rank} is not one of the ranks 0 to {world_size - 1} of WORLD_SIZE={world_size}")
+        if world_size == 1:
             return cls(HashStore(), 0, 1)
         store, rank, world_size = next(torch.distributed.rendezvous("env://", timeout=_TIMEOUT))
         session = _meet(store, rank, world_size)
@@ -51,24 +75,42 @@ class RankStore:
     def gather(self, key: str, message: str) -> list[str]:
         """Return the messages of all ranks, ordered by rank; all ranks must call this once for each key."""
         self.store.set(f"{key}/{self.rank}", message)
-        return [self.store.get(f"{key}/{rank}").decode() for rank in range(self.world_size)]
+        return [self._wait_for(f"{key}/{rank}") for rank in range(self.world_size)]
 
-    def broadcast(self, key: str, message: str = "") -> str:
+    def broadcast(self, key: str, message: str = "", has_limit: bool = True) -> str:
         """Return the message of the first rank; all ranks must call this once for each key.
 
         Args:
             key: Name of the message.
             message: The message; ignored on all ranks but the first.
+            has_limit: Whether ranks wait for an hour at most.
         """
         if self.rank == 0:
             self.store.set(key, message)
-        return self.store.get(key).decode()
+        return self._wait_for(key, has_limit)
 
     def wait_for_all(self, key: str) -> None:
         """Return when all ranks have called this; all ranks must call this once for each key."""
         if self.store.add(f"{key}/ranks", 1) == self.world_size:
             self.store.set(f"{key}/all", "")
-        self.store.get(f"{key}/all")
+        self._wait_for(f"{key}/all")
+
+    def _wait_for(self, key: str, has_limit: bool = True) -> str:
+        """Return a message as soon as a rank has left it.
+
+        Raises:
+            UserError: Another rank has failed.
+        """
+        deadline = time.monotonic() + _TIMEOUT.total_seconds()
+        while True:
+            try:
+                self.store.wait([key], _LOOK_FOR_FAILURES)
+                return self.store.get(key).decode()
+            except DistStoreError:
+                if (failure := self.peek(_FAILURE)) is not None:
+                    raise UserError(failure) from None
+                if has_limit and time.monotonic() > deadline:
+                    raise
 
     def beside(self) -> "RankStore":
         """Return the same messages over a connection of its own, for another thread."""
@@ -77,6 +119,21 @@ class RankStore:
     def peek(self, key: str) -> str | None:
         """Return a message, or None if no rank has left one."""
         return self.store.get(key).decode() if self.store.check([key]) else None
+
+
+@contextmanager
+def sharing_failures() -> Iterator[None]:
+    """If the block fails on this rank, let all ranks that wait for a message fail with the same message.
+
+    A failure before the ranks have met is not shared.
+    """
+    try:
+        yield
+    except Exception as error:
+        if RankStore.of_process is not None:
+            place = f"rank {RankStore.of_process.rank} on host {socket.gethostname()}"
+            RankStore.of_process.store.set(_FAILURE, f"{error} ({place})")
+        raise
 
 
 def check_launched() -> None:

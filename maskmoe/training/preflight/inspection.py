@@ -4,7 +4,6 @@ import re
 from argparse import ArgumentParser, Namespace
 from collections.abc import Iterator
 from copy import deepcopy
-from functools import partial
 from pathlib import Path
 
 import torch
@@ -26,7 +25,6 @@ from maskmoe.training.preflight.memory import MemoryReport, compute_memory
 from maskmoe.training.preflight.parameters import ModelParameters, count_parameters
 from maskmoe.training.preflight.report import Report
 from maskmoe.training.resume.choose_checkpoint import check_pretrained_model
-from maskmoe.training.resume.rewinding import check_may_resume, own_rewinds
 from maskmoe.training.settings.layout import Layout
 from maskmoe.training.settings.megatron_errors import megatrons_checks
 from maskmoe.training.settings.missing_inputs import ASSUMED_VOCAB_SIZE
@@ -112,13 +110,7 @@ class Inspection(RunChecks):
         args = self.args
         if args.load is None:
             return None
-        self.rewinds = own_rewinds(args)
-        choice = choose_checkpoint(
-            args.load,
-            args.ckpt_step,
-            partial(check_may_resume, args, self.rewinds),
-            non_persistent=non_persistent_folder(args, args.load),
-        )
+        choice = choose_checkpoint(args.load, args.ckpt_step, non_persistent=non_persistent_folder(args, args.load))
         self.notes += [f"checkpoint {damage}" for damage in choice.rejected]
         if choice.checkpoint is None:
             self.notes.append(f"--load {args.load} holds no checkpoint: training starts from the beginning")

@@ -1,19 +1,11 @@
-"""Finds the newest sound checkpoint to resume from, and checks that it fits the run's model and tokenizer."""
+"""Finds the newest sound checkpoint to resume from, which all ranks verify together."""
 
 import json
 import sys
-import tempfile
 from argparse import Namespace
-from collections.abc import Callable
 from itertools import count
 from pathlib import Path
-from typing import Any
 
-from megatron.core.dist_checkpointing import load_common_state_dict
-from megatron.core.models.hybrid.hybrid_layer_allocation import Symbols, get_hybrid_total_pipeline_segment_count
-from megatron.training.checkpointing import load_args_from_checkpoint
-
-from maskmoe.checkpoint.gpt_twins import without_new_layers
 from maskmoe.checkpoint.integrity import Damage, check_content, check_structure
 from maskmoe.checkpoint.non_persistent import non_persistent_folder
 from maskmoe.checkpoint.series import (
@@ -26,141 +18,62 @@ from maskmoe.checkpoint.series import (
     write_tracker,
 )
 from maskmoe.errors import UserError
-from maskmoe.routing_mask.feed_forward_layers import FeedForwardLayers
 from maskmoe.training.loop.rank_store import RankStore
-from maskmoe.training.resume.rewinding import check_may_resume
-from maskmoe.training.resume.rewinds import NO_REWINDS, Rewinds
-
-_Check = Callable[[Path], None]
-# Sizes of multi-latent attention.
-_LATENT_SIZES = ("q_lora_rank", "kv_lora_rank", "qk_head_dim", "qk_pos_emb_head_dim", "v_head_dim")
-# Settings of YaRN for which Megatron has no flags; its configuration of multi-latent attention takes them from the
-# arguments. Converted checkpoints have them if they differ from Megatron's values.
-_YARN_WITHOUT_FLAGS = ("original_max_position_embeddings", "beta_fast", "beta_slow")
-# Arguments that decide the kinds and the number of layers, if there is no pattern.
-_LAYER_ARGUMENTS = ("num_layers", "mtp_num_layers", "moe_layer_freq")
-# Arguments that decide what a model's layers compute from their parameters.
-_ACTIVATION_ARGUMENTS = ("quick_geglu", "openai_gelu", "glu_linear_offset", "activation_func_clamp_value")
-_FUNCTION_ARGUMENTS = (
-    *(*_ACTIVATION_ARGUMENTS, "moe_apply_probs_on_input"),
-    *("attention_output_gate", "softmax_type", "qk_l2_norm"),
-    *("layernorm_zero_centered_gamma", "apply_residual_connection_post_layernorm", "use_mup"),
-)
-# Other arguments that decide the shapes of a model's parameters, or their meaning.
-_MODEL_ARGUMENTS = (
-    *_FUNCTION_ARGUMENTS,
-    *("squared_relu", "rotary_interleaved"),
-    *("hidden_size", "ffn_hidden_size", "swiglu", "add_bias_linear"),
-    *("num_attention_heads", "group_query_attention", "num_query_groups", "kv_channels", "multi_latent_attention"),
-    *("add_qkv_bias", "qk_layernorm", "qk_layernorm_all_heads", "normalization", "layernorm_epsilon"),
-    *("num_experts", "moe_ffn_hidden_size", "moe_router_enable_expert_bias", "moe_latent_size"),
-    *("moe_shared_expert_intermediate_size", "moe_shared_expert_gate"),
-    *("position_embedding_type", "max_position_embeddings", "untie_embeddings_and_output_weights"),
-    *_LATENT_SIZES,
-)
-# Arguments that change what a model computes, and that a run may change on purpose, for example for longer sequences.
-ADJUSTABLE_ARGUMENTS = (
-    *("moe_router_num_groups", "moe_router_group_topk"),
-    *("window_size", "window_attn_skip_freq", "no_rope_freq"),
-    *("use_rope_scaling", "rope_scaling_factor", "rotary_seq_len_interpolation_factor"),
-    *("rope_type", "rotary_scaling_factor", "mscale", "mscale_all_dim"),
-    *("yarn_original_max_position_embeddings", "yarn_beta_fast", "yarn_beta_slow"),
-    "yarn_correction_range_round_to_int",
-    *("mup_width_mult", "mup_base_hidden_size", "mup_embedding_mult", "mup_output_mult"),
-    *("mup_base_head_dim", "mup_attn_scale_power"),
-)
-# Sizes of gated delta nets.
-_GATED_DELTA_NET_SIZES = (
-    *("linear_conv_kernel_dim", "linear_key_head_dim", "linear_value_head_dim"),
-    *("linear_num_key_heads", "linear_num_value_heads"),
-)
-# Flags that do not have the names of their arguments.
-_FLAGS = {"layernorm_zero_centered_gamma": "--apply-layernorm-1p"}
-# Formats in which the distributed optimizer saves its state in the order of a model's parameters, without their names.
-_NAMELESS_OPTIMIZER_FORMATS = ("dp_reshardable", "dp_zero_gather_scatter")
-# Settings of a model that Megatron 0.19 does not take from the checkpoint with `--use-checkpoint-args`.
-_ARGUMENTS_LEFT_OUT_BY_MEGATRON = (
-    *_FUNCTION_ARGUMENTS,
-    *ADJUSTABLE_ARGUMENTS,
-    *("layernorm_epsilon", "qk_layernorm", "qk_layernorm_all_heads", "moe_shared_expert_gate"),
-    *("multi_latent_attention", *_LATENT_SIZES),
-    *_GATED_DELTA_NET_SIZES,
-    *_YARN_WITHOUT_FLAGS,
-)
+from maskmoe.training.resume.model_settings import check_same_model
 
 
-def find_checkpoint(args: Namespace, ranks: RankStore, rewinds: Rewinds = NO_REWINDS) -> Path | None:
+def find_checkpoint(args: Namespace, ranks: RankStore) -> Path | None:
     """Return the checkpoint to load, whose content all ranks verify together; None to start from the beginning.
 
-    Damaged checkpoints are skipped with a warning. So are checkpoints beyond which the run has gone back.
+    The first rank chooses, because the file system may not show all ranks the same files at the same time. Damaged
+    checkpoints are skipped with a warning.
 
     Args:
-        args: Megatron's arguments, of which `load`, `save`, `ckpt_step`, `verify_checkpoint` and those of
-            non-persistent checkpoints are used.
+        args: Megatron's arguments, of which `load`, `ckpt_step`, `verify_checkpoint` and those of non-persistent
+            checkpoints are used.
         ranks: The ranks of the run; all of them must call this function.
-        rewinds: The rewinds of the run that saves to `save`.
 
     Raises:
         UserError: There are checkpoints, but none is sound.
     """
     if args.load is None:
         return None
-
-    def choose(verify: _Check) -> Path | None:
-        def check(checkpoint: Path) -> None:
-            check_may_resume(args, rewinds, checkpoint)
-            verify(checkpoint)
-
-        choice = choose_checkpoint(args.load, args.ckpt_step, check, non_persistent_folder(args, args.load))
-        chosen = choice.checkpoint
-        warnings = [f"checkpoint {damage}" for damage in choice.rejected]
-        if choice.rejected:
-            warnings.append(f"resuming from {chosen}" if chosen else "starting from the beginning")
-        for warning in warnings:
-            print(f"warning: {warning}", file=sys.stderr, flush=True)
-        return chosen
-
-    return _choose_with_all_ranks("checkpoint", args, ranks, choose)
-
-
-def _choose_with_all_ranks(
-    name: str, args: Namespace, ranks: RankStore, choose: Callable[[_Check], Path | None]
-) -> Path | None:
-    """Return the checkpoint that the first rank chooses, while all ranks verify the candidates together.
-
-    Args:
-        name: Name of the choice, for the messages between the ranks.
-        args: Megatron's arguments, with `verify_checkpoint`.
-        ranks: The ranks of the run; all of them must call this function.
-        choose: Returns the chosen checkpoint. The argument of this function is a function that raises `Damage` for a
-            checkpoint whose content is not what was saved.
-
-    Raises:
-        UserError: The first rank finds no checkpoint to choose.
-    """
+    candidates = (f"checkpoint/{number}" for number in count())
     if ranks.rank > 0:
-        return _answer_first_rank(name, ranks)
-    questions = (f"{name}/{number}" for number in count())
+        # Verify a share of each candidate of the first rank, until it has chosen one.
+        for key in candidates:
+            is_chosen, path = json.loads(ranks.broadcast(key))
+            if is_chosen:
+                return Path(path) if path else None
+            _find_damages(Path(path), ranks, key)
 
-    def verify(checkpoint: Path) -> None:
-        """Raise `Damage` if a checkpoint is damaged; asks all ranks to verify their shares of its files."""
+    def check(checkpoint: Path) -> None:
+        check_structure(checkpoint)
         if args.verify_checkpoint:
-            question = next(questions)
-            ranks.broadcast(question, json.dumps(["verify", str(checkpoint)]))
-            for damage in filter(None, _gather_damages(checkpoint, ranks, question)):
+            key = next(candidates)
+            ranks.broadcast(key, json.dumps([False, str(checkpoint)]))
+            for damage in _find_damages(checkpoint, ranks, key):
                 raise Damage(checkpoint, damage)
 
-    answer = ["error", "choosing the checkpoint failed on the first rank"]
+    choice = choose_checkpoint(args.load, args.ckpt_step, check, non_persistent_folder(args, args.load))
+    chosen = choice.checkpoint
+    for damage in choice.rejected:
+        print(f"warning: checkpoint {damage}", file=sys.stderr, flush=True)
+    if choice.rejected:
+        start = f"resuming from {chosen}" if chosen else "starting from the beginning"
+        print(f"warning: {start}", file=sys.stderr, flush=True)
+    ranks.broadcast(next(candidates), json.dumps([True, str(chosen or "")]))
+    return chosen
+
+
+def _find_damages(checkpoint: Path, ranks: RankStore, key: str) -> list[str]:
+    """Let each rank verify a share of a checkpoint's files, and return the damages that the ranks find."""
+    damage = ""
     try:
-        chosen = choose(verify)
-        answer = ["chosen", str(chosen or "")]
-        return chosen
-    except UserError as error:
-        answer = ["error", str(error)]
-        raise
-    finally:
-        # The other ranks wait for an answer, so send one even if this rank fails.
-        ranks.broadcast(next(questions), json.dumps(answer))
+        check_content(checkpoint, slice(ranks.rank, None, ranks.world_size))
+    except Damage as found:
+        damage = found.fault
+    return list(filter(None, ranks.gather(f"{key}/damage", damage)))
 
 
 def check_not_missing(args: Namespace, checkpoint: Path | None) -> None:
@@ -176,8 +89,8 @@ def check_not_missing(args: Namespace, checkpoint: Path | None) -> None:
         raise UserError(f"--load {args.load} holds no checkpoint: {cure}")
 
 
-def mend_tracker(args: Namespace, ranks: RankStore) -> None:
-    """Rewrite a tracker of `--load` on the first rank if Megatron cannot load the chosen checkpoint with it.
+def repair_tracker_file(args: Namespace, ranks: RankStore) -> None:
+    """Rewrite the tracker file of `--load` on the first rank if Megatron cannot load the chosen checkpoint with it.
 
     Megatron fails with an unusable tracker. If the tracker names `RELEASE`, Megatron ignores `--ckpt-step` and loads
     the checkpoint `RELEASE`. If a non-persistent checkpoint was chosen, the tracker cannot name this checkpoint, so an
@@ -204,56 +117,6 @@ def mend_tracker(args: Namespace, ranks: RankStore) -> None:
     print(f"warning: the tracker file in {args.load} {fault}; {outcome}", file=sys.stderr, flush=True)
 
 
-def take_settings_of_checkpoint(args: Namespace, checkpoint: Path) -> Namespace:
-    """Return the arguments, completed by the settings of a checkpoint as Megatron does for `--use-checkpoint-args`.
-
-    Megatron would prefer the tokenizer of the checkpoint to the tokenizer of the command line, without a word.
-
-    Args:
-        args: Megatron's parsed arguments.
-        checkpoint: The checkpoint.
-    """
-    given_type, given_model, load = args.tokenizer_type, args.tokenizer_model, args.load
-    loads_non_persistent, args.loads_non_persistent = args.loads_non_persistent, False
-    # Megatron reads the checkpoint that a tracker names. The tracker of the checkpoint's own folder may be unusable.
-    with tempfile.TemporaryDirectory() as folder:
-        (Path(folder) / checkpoint.name).symlink_to(checkpoint.absolute())
-        write_tracker(folder, RELEASE if args.ckpt_step is None else args.ckpt_step)
-        args.load = folder
-        args, _ = load_args_from_checkpoint(args)
-    args.load, args.loads_non_persistent = load, loads_non_persistent
-    if given_type is not None and given_type != args.tokenizer_type:
-        args.tokenizer_type, args.tokenizer_model = given_type, None
-    if given_model is not None or args.tokenizer_type == "NullTokenizer":  # which needs no model
-        args.tokenizer_model = given_model
-    return args
-
-
-def _answer_first_rank(name: str, ranks: RankStore) -> Path | None:
-    """Verify a share of every checkpoint that the first rank asks for, and return its choice.
-
-    This is the part of `_choose_with_all_ranks` that all ranks but the first run.
-    """
-    for number in count():
-        question = f"{name}/{number}"
-        kind, text = json.loads(ranks.broadcast(question))
-        if kind == "error":
-            raise UserError(text)
-        if kind == "chosen":
-            return Path(text) if text else None
-        _gather_damages(Path(text), ranks, question)
-
-
-def _gather_damages(checkpoint: Path, ranks: RankStore, question: str) -> list[str]:
-    """Verify this rank's share of a checkpoint's files; return the damage of each rank's share, or an empty string."""
-    damage = ""
-    try:
-        check_content(checkpoint, slice(ranks.rank, None, ranks.world_size))
-    except Damage as found:
-        damage = found.fault
-    return ranks.gather(f"{question}/damage", damage)
-
-
 def checkpoint_to_load(args: Namespace) -> Path | None:
     """Return the checkpoint that `find_checkpoint` chose, after its choice was stored in the arguments."""
     if args.load is None:
@@ -267,23 +130,18 @@ def checkpoint_to_load(args: Namespace) -> Path | None:
 def pretrained_to_load(args: Namespace) -> Path | None:
     """Return the checkpoint in `--pretrained-checkpoint` with whose weights the run begins; None if there is none.
 
-    Args:
-        args: Megatron's arguments, after `find_checkpoint` has chosen a checkpoint.
-    """
-    folder = args.pretrained_checkpoint
-    return None if folder is None or checkpoint_to_load(args) is not None else _loaded_by_megatron(args, Path(folder))
-
-
-def saved_spike_history(args: Namespace) -> dict[str, list[float]] | None:
-    """Return the losses and norms of the steps before the checkpoint to load; None if the checkpoint holds none.
+    Megatron prefers a checkpoint in `--load`, and loads the pretrained checkpoint that the tracker file names.
 
     Args:
         args: Megatron's arguments, after `find_checkpoint` has chosen a checkpoint.
     """
-    checkpoint = checkpoint_to_load(args)
-    if checkpoint is None or args.finetune:
+    if args.pretrained_checkpoint is None or checkpoint_to_load(args) is not None:
         return None
-    return getattr(load_common_state_dict(checkpoint).get("args"), "spike_history", None)
+    folder = Path(args.pretrained_checkpoint)
+    tracked = read_tracker(folder)
+    if tracked is None or tracked == RELEASE:
+        return None if tracked is None else folder / RELEASE
+    return checkpoint_path(folder, int(args.ckpt_step or tracked))
 
 
 def check_pretrained_model(args: Namespace, checkpoint: Path | None, ranks: RankStore | None = None) -> None:
@@ -296,171 +154,19 @@ def check_pretrained_model(args: Namespace, checkpoint: Path | None, ranks: Rank
             function. None compares only the sizes.
 
     Raises:
-        UserError: There is no sound checkpoint, Megatron would load another checkpoint than the newest sound one, or
-            the checkpoint holds another model.
+        UserError: There is no checkpoint, or the checkpoint is damaged or holds another model.
     """
     if checkpoint is not None or args.pretrained_checkpoint is None:
         return
-
-    def choose(verify: _Check) -> Path | None:
-        def check(candidate: Path) -> None:
-            check_structure(candidate)
-            verify(candidate)
-
-        return _choose_pretrained(args, check)
-
-    if ranks is None:
-        pretrained = _choose_pretrained(args, check_structure)
-    else:
-        pretrained = _choose_with_all_ranks("pretrained checkpoint", args, ranks, choose)
+    folder, pretrained = args.pretrained_checkpoint, pretrained_to_load(args)
     if pretrained is None:
-        raise UserError(f"--pretrained-checkpoint {args.pretrained_checkpoint} holds no checkpoint")
+        raise UserError(f"--pretrained-checkpoint {folder} holds no checkpoint: there is no usable {TRACKER}")
+    cure = f"Write the iteration of another checkpoint, if there is one, into {TRACKER}"
+    try:
+        check_structure(pretrained)
+    except Damage as damage:
+        raise UserError(f"--pretrained-checkpoint {folder}: {damage}. {cure}") from damage
+    if ranks is not None and args.verify_checkpoint:
+        for damage in _find_damages(pretrained, ranks, "pretrained checkpoint"):
+            raise UserError(f"--pretrained-checkpoint {folder}: {pretrained} {damage}. {cure}")
     check_same_model(Namespace(**vars(args) | {"finetune": True}), pretrained)
-
-
-def _choose_pretrained(args: Namespace, check: _Check) -> Path | None:
-    """Return the newest sound checkpoint in `--pretrained-checkpoint`; None if the folder has no checkpoint.
-
-    Raises:
-        UserError: There are checkpoints, but none is sound, or Megatron would load another checkpoint.
-    """
-    folder = Path(args.pretrained_checkpoint)
-    choice = choose_checkpoint(folder, args.ckpt_step, check, flag="--pretrained-checkpoint")
-    chosen = choice.checkpoint
-    if chosen is not None and chosen != _loaded_by_megatron(args, folder):
-        faults = "; ".join(map(str, choice.rejected)) or f"the file names {read_tracker(folder) or 'none'}"
-        iteration = RELEASE if choice.iteration is None else choice.iteration
-        raise UserError(
-            f"--pretrained-checkpoint {folder}: Megatron loads the checkpoint that {TRACKER} names, but {faults}. To "
-            f"load {chosen}, write {iteration} into this file"
-        )
-    return chosen
-
-
-def _loaded_by_megatron(args: Namespace, folder: Path) -> Path | None:
-    """Return the checkpoint that Megatron loads from `--pretrained-checkpoint`; None if the tracker is unusable."""
-    tracked = read_tracker(folder)
-    if tracked is None:
-        return None
-    if tracked == RELEASE:
-        return folder / RELEASE
-    return checkpoint_path(folder, int(args.ckpt_step or tracked))
-
-
-def further_checkpoint_args(args: Namespace, checkpoint: Path) -> dict[str, Any]:
-    """Return the settings of a checkpoint's model that `--use-checkpoint-args` of Megatron does not take from it.
-
-    Megatron takes the pattern of a hybrid model as it is, with the bounds of the pipeline stages of the run that saved
-    the checkpoint. They are left out if they do not fit the layout of this run.
-
-    Args:
-        args: Megatron's arguments, not yet validated.
-        checkpoint: The checkpoint.
-    """
-    saved = load_common_state_dict(checkpoint).get("args", Namespace())
-    chosen = {name: getattr(saved, name) for name in _ARGUMENTS_LEFT_OUT_BY_MEGATRON if hasattr(saved, name)}
-    pattern = getattr(saved, "hybrid_layer_pattern", None)
-    if pattern is not None:
-        stages, num_chunks = args.pipeline_model_parallel_size, get_hybrid_total_pipeline_segment_count(pattern)
-        # Interleaved pipelines are for training only.
-        fits = num_chunks == stages or (stages > 1 and num_chunks % stages == 0 and not args.skip_train)
-        chosen["hybrid_layer_pattern"] = pattern if fits else pattern.replace(Symbols.PIPE, "")
-    return chosen
-
-
-def check_same_model(args: Namespace, checkpoint: Path) -> None:
-    """Check that a checkpoint's model and tokenizer are the model and the tokenizer of this run.
-
-    The implementation may differ: a checkpoint of local modules also loads into Transformer Engine's modules, and the
-    other way round.
-
-    Raises:
-        UserError: Names all differences, with both values of each. Or the implementations differ, and the state of the
-            optimizer has a format that depends on the implementation.
-    """
-    state = load_common_state_dict(checkpoint)
-    saved = state.get("args")
-    if saved is None:
-        return
-    pattern, saved_pattern = args.hybrid_layer_pattern, getattr(saved, "hybrid_layer_pattern", None)
-    if pattern is not None:
-        _check_same_pattern(pattern, saved, checkpoint)
-    elif saved_pattern:
-        raise UserError(
-            f"checkpoint {checkpoint} holds a hybrid model, which cannot be loaded into a GPT model: pass "
-            f"--hybrid-layer-pattern '{saved_pattern}'"
-        )
-    differences = [
-        f"{_flag_of(name)} {getattr(saved, name)} in the checkpoint, {getattr(args, name)} in this run"
-        for name in ((*_LAYER_ARGUMENTS, *_MODEL_ARGUMENTS) if pattern is None else _MODEL_ARGUMENTS)
-        if hasattr(saved, name)
-        and getattr(saved, name) != getattr(args, name, None)
-        # The values of these arguments are arbitrary otherwise.
-        and (name != "num_query_groups" or args.group_query_attention)
-        and (name != "max_position_embeddings" or args.position_embedding_type == "learned_absolute")
-    ]
-    if differences:
-        raise UserError(f"checkpoint {checkpoint} holds another model: {'; '.join(differences)}")
-    for name in _YARN_WITHOUT_FLAGS:
-        if (value := getattr(saved, name, None)) != getattr(args, name, None):
-            raise UserError(
-                f"checkpoint {checkpoint} holds a model with {name} {value}, for which Megatron has no flag: pass "
-                "--use-checkpoint-args"
-            )
-    theirs, ours = getattr(saved, "tokenizer_sha256", None), args.tokenizer_sha256
-    if theirs is not None and ours is not None and theirs != ours:
-        raise UserError(
-            f"checkpoint {checkpoint} was trained with another tokenizer ({saved.tokenizer_model}, sha256 "
-            f"{theirs[:12]}…) than --tokenizer-model {args.tokenizer_model} ({ours[:12]}…)"
-        )
-    implementation = getattr(saved, "transformer_impl", args.transformer_impl)
-    optimizer_format = (state.get("content_metadata") or {}).get("distrib_optim_sharding_type")
-    loads_optimizer = args.use_distributed_optimizer and not (args.finetune or args.no_load_optim)
-    if not loads_optimizer or optimizer_format not in _NAMELESS_OPTIMIZER_FORMATS:
-        return
-    if pattern is not None and saved_pattern is None:
-        raise UserError(
-            f"checkpoint {checkpoint} holds a GPT model, and its optimizer state is in the order of its parameters, "
-            "which a hybrid model does not have: save a checkpoint with --dist-ckpt-optim-fully-reshardable, or pass "
-            "--no-load-optim"
-        )
-    if implementation != args.transformer_impl:
-        raise UserError(
-            f"checkpoint {checkpoint} was saved with --transformer-impl {implementation}, and its optimizer state "
-            f"is in the order of its parameters, which differs from {args.transformer_impl}'s: save a checkpoint with "
-            "--dist-ckpt-optim-fully-reshardable, or pass --no-load-optim"
-        )
-
-
-def _flag_of(name: str) -> str:
-    """Return the flag that sets an argument."""
-    return _FLAGS.get(name, f"--{name.replace('_', '-')}")
-
-
-def _check_same_pattern(pattern: str, saved: Namespace, checkpoint: Path) -> None:
-    """Check that a checkpoint holds a hybrid model with the same layers, or the GPT model whose layers the pattern has.
-
-    Args:
-        pattern: The pattern of this run.
-        saved: The arguments in the checkpoint.
-        checkpoint: The checkpoint, for the message.
-
-    Raises:
-        UserError: The checkpoint has other layers.
-    """
-    saved_pattern = getattr(saved, "hybrid_layer_pattern", None)
-    if saved_pattern is not None:
-        is_same = saved_pattern.replace("|", "") == pattern.replace("|", "")
-        description = f"a hybrid model with --hybrid-layer-pattern '{saved_pattern}'"
-    else:
-        of_gpt = pattern_of_gpt_model(saved)
-        is_same = of_gpt == without_new_layers(pattern)
-        description = f"a GPT model, which continues with --hybrid-layer-pattern '{of_gpt}'"
-    if not is_same:
-        raise UserError(f"checkpoint {checkpoint} holds {description}, not with '{pattern}'")
-
-
-def pattern_of_gpt_model(args: Namespace) -> str:
-    """Return the pattern of the hybrid twin of a GPT model with these arguments."""
-    attention = "+" if getattr(args, "multi_latent_attention", False) else "*"
-    return FeedForwardLayers.of_args(args).pattern(attention)

@@ -1,6 +1,6 @@
 """Compares the settings of a run with the settings of the checkpoint that the run resumes from.
 
-`maskmoe.training.resume.choose_checkpoint` compares models and tokenizers. This module judges everything else that
+`maskmoe.training.resume.model_settings` compares models and tokenizers. This module judges everything else that
 Megatron refuses on every rank after the start, ignores without a word, or changes as a side effect: the schedules of
 learning rate and weight decay, the optimizer, the order of the data, and what routing computes.
 """
@@ -20,8 +20,8 @@ from megatron.training import training
 
 from maskmoe.checkpoint.series import iteration_of
 from maskmoe.errors import UserError, reason_of
-from maskmoe.training.resume.choose_checkpoint import ADJUSTABLE_ARGUMENTS
-from maskmoe.training.resume.rewinds import loads_what_it_saves
+from maskmoe.training.resume.model_settings import ADJUSTABLE_ARGUMENTS
+from maskmoe.training.resume.save_folder import loads_what_it_saves
 from maskmoe.training.settings.batch_sizes import BatchSizes, training_iterations
 from maskmoe.training.settings.data_order import epochs_of_training_data, requested_training_samples
 from maskmoe.training.settings.flag_values import missing_flags

@@ -15,7 +15,6 @@ from megatron.core.transformer.enums import LayerType
 from megatron.core.transformer.pipeline_parallel_layer_layout import PipelineParallelLayerLayout
 
 from maskmoe.megatron_compat.gpu import GpuPackages
-from maskmoe.training.resume.rewinds import loads_what_it_saves
 from maskmoe.training.settings.arguments import may_change_mask
 from maskmoe.transformer.dispatch.flex import missing_library
 from maskmoe.transformer.torch_modules.gated_delta_net import check_gated_delta_net, uses_fla
@@ -226,15 +225,6 @@ def _fails_at_full_validation(args: Namespace) -> bool:
 def _leaves_non_persistent_checkpoints_out(args: Namespace) -> bool:
     is_asked_for = _given("non_persistent_save_interval", "non_persistent_global_ckpt_dir")(args)
     return args.non_persistent_ckpt_type == "local" or (args.non_persistent_ckpt_type is None and bool(is_asked_for))
-
-
-def _cannot_rewind(args: Namespace) -> bool:
-    """Return whether `--spike-action rewind`, a flag of training only, has no checkpoint to go back to."""
-    if getattr(args, "spike_action", None) != "rewind":
-        return False
-    keeps_one = args.keep_last_checkpoints == 1 or (args.save_retain_interval and args.keep_last_checkpoints is None)
-    loads_another = _given("finetune", "override_ckpt_iteration", "non_persistent_save_interval")(args)
-    return not (loads_what_it_saves(args) and args.save_interval) or bool(keeps_one or loads_another)
 
 
 # ---- The list --------------------------------------------------------------------------------------------------------
@@ -499,12 +489,6 @@ NOT_BUILT = (
             _has_value("dataloader_type", "external"),
             _has_value("position_embedding_type", "mrope"),
         ),
-    ),
-    Check(
-        "--spike-action rewind without --save and --load of one folder, --save-interval and at least two kept "
-        "checkpoints; or with --finetune, --override-ckpt-iteration or --non-persistent-save-interval",
-        "The run goes back to a checkpoint that it has saved itself, by a restart with the same command.",
-        _cannot_rewind,
     ),
     Check(
         "--spike-action skip with --qk-clip or --optimizer-cuda-graph",

@@ -16,8 +16,8 @@ from maskmoe.megatron_compat.gpu import GpuPackages
 from maskmoe.routing_mask.mask import RoutingMask
 from maskmoe.training.loop import fill_in_middle
 from maskmoe.training.resume import choose_checkpoint as resume
-from maskmoe.training.resume.rewinding import describe_rewinds
-from maskmoe.training.resume.rewinds import NO_REWINDS
+from maskmoe.training.resume import model_settings
+from maskmoe.training.resume.save_folder import check_save_folder_is_own
 from maskmoe.training.settings import file_checks
 from maskmoe.training.settings.arguments import add_maskmoe_arguments
 from maskmoe.training.settings.changed_settings import find_changed_settings, take_schedule_of_checkpoint
@@ -47,7 +47,6 @@ class RunChecks:
     Attributes:
         args: Megatron's arguments, validated after all checks.
         checkpoint: The checkpoint to load; None to start from the beginning.
-        rewinds: The rewinds of the run so far.
         mask: The routing mask; None for a model without experts.
         missing: The inputs that the command line does not name, which are errors, too.
         vocab_size: The number of ids of the tokenizer; None if there is no usable one.
@@ -62,7 +61,6 @@ class RunChecks:
     def __init__(self, own_arguments: ArgumentsProvider, packages: GpuPackages | None) -> None:
         self.packages = packages
         self.checkpoint: Path | None = None
-        self.rewinds = NO_REWINDS
         self.mask: RoutingMask | None = None
         self.is_validated = self.is_complete = False
         self.notes: list[str] = []
@@ -75,7 +73,7 @@ class RunChecks:
     # ---- What a subclass decides -------------------------------------------------------------------------------------
 
     def find_checkpoint(self) -> Path | None:
-        """Return the checkpoint to load, and set `rewinds`. Raises UserError."""
+        """Return the checkpoint to load. Raises UserError."""
         raise NotImplementedError
 
     def check_pretrained_model(self) -> None:
@@ -115,6 +113,7 @@ class RunChecks:
         yield from self._choose_checkpoint()
         yield from self._settings()
         yield from _error_of(lambda: file_checks.check_save_folder(self.args))
+        yield from _error_of(lambda: check_save_folder_is_own(self.args, self.checkpoint))
         has_tokenizer = yield from self._check_tokenizer()
         yield from self._validate()
         if has_tokenizer:
@@ -135,8 +134,6 @@ class RunChecks:
         except UserError as error:
             yield str(error)
             return
-        if self.rewinds.all:
-            self.notes.append(describe_rewinds(self.rewinds))
         if checkpoint is not None and (iteration := iteration_of(checkpoint)) is not None:
             # Pass the choice to Megatron by `--ckpt-step`, as a user would.
             args.ckpt_step = iteration
@@ -146,10 +143,10 @@ class RunChecks:
             yield f"--use-checkpoint-args needs --load with the folder of the checkpoints{found}"
         elif args.use_checkpoint_args and checkpoint is not None:
             # The command line overrides the settings of the checkpoint.
-            for name, value in resume.further_checkpoint_args(args, checkpoint).items():
+            for name, value in model_settings.further_checkpoint_args(args, checkpoint).items():
                 if name not in self._given:
                     setattr(args, name, value)
-            self.args = resume.take_settings_of_checkpoint(args, checkpoint)
+            self.args = model_settings.take_settings_of_checkpoint(args, checkpoint)
             yield from value_errors(self.args)
 
     def _settings(self) -> Iterator[str]:
@@ -230,7 +227,7 @@ class RunChecks:
         """Check that the checkpoint holds the model of the run."""
         args, checkpoint = self.args, self.checkpoint
         if checkpoint is not None:
-            yield from _error_of(lambda: resume.check_same_model(args, checkpoint))
+            yield from _error_of(lambda: model_settings.check_same_model(args, checkpoint))
             take_schedule_of_checkpoint(args, checkpoint)
         yield from _error_of(self.check_pretrained_model)
         if args.loads_non_persistent:

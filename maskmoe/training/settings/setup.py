@@ -32,8 +32,6 @@ from maskmoe.routing_mask.mask import RoutingMask
 from maskmoe.training.loop.model_builder import MaskMoEGPTModelConfig, MaskMoEHybridModelConfig, MaskMoEModelConfig
 from maskmoe.training.loop.rank_store import RankStore, check_launched
 from maskmoe.training.resume import choose_checkpoint as resume
-from maskmoe.training.resume.rewinding import shared_rewinds
-from maskmoe.training.resume.rewinds import Rewinds
 from maskmoe.training.settings.arguments import may_change_mask
 from maskmoe.training.settings.megatron_errors import megatrons_checks
 from maskmoe.training.settings.run_checks import ArgumentsProvider, RunChecks
@@ -48,13 +46,11 @@ class CheckedRun(NamedTuple):
         args: Megatron's validated arguments.
         mask: The routing mask; None for a model without experts.
         is_complete: Whether the checkpoint has reached the last iteration, so that nothing is left to train.
-        rewinds: The rewinds of the run so far.
     """
 
     args: Namespace
     mask: RoutingMask | None
     is_complete: bool
-    rewinds: Rewinds
 
 
 class _ChecksOfRank(RunChecks):
@@ -68,8 +64,7 @@ class _ChecksOfRank(RunChecks):
 
     def find_checkpoint(self) -> Path | None:
         """Return the newest checkpoint that all ranks find sound."""
-        self.rewinds = shared_rewinds(self.args, self._ranks)
-        return resume.find_checkpoint(self.args, self._ranks, self.rewinds)
+        return resume.find_checkpoint(self.args, self._ranks)
 
     def check_pretrained_model(self) -> None:
         """Check the checkpoint in `--pretrained-checkpoint`, together with all other ranks."""
@@ -78,8 +73,6 @@ class _ChecksOfRank(RunChecks):
     def validate(self) -> Namespace:
         """Let Megatron validate the arguments, and set its global variables, the tokenizer included."""
         args = self.args
-        if self.rewinds.all:
-            args.iterations_to_skip = sorted(self.rewinds.passed.union(args.iterations_to_skip))
         vars(args).update(wandb_defaults(args))
         with megatrons_checks():
             validate_args(args)
@@ -113,7 +106,7 @@ def parse_and_check_args(
         raise UserError(error)
     for note in checks.notes:
         console.say(f"note: {note}")
-    return CheckedRun(checks.args, checks.mask, checks.is_complete, checks.rewinds)
+    return CheckedRun(checks.args, checks.mask, checks.is_complete)
 
 
 def load_model(args: Namespace) -> torch.nn.Module:
@@ -137,7 +130,7 @@ def load_model(args: Namespace) -> torch.nn.Module:
     console.load("building the model and reading the checkpoint")
     ranks = RankStore.from_environment()
     ranks.wait_for_all("checks")
-    resume.mend_tracker(args, ranks)
+    resume.repair_tracker_file(args, ranks)
     config = model_config_from_args(args)
     initialize_megatron(get_embedding_ranks=embedding_ranks_of(config), store=ranks.for_process_groups)
     model, _, _ = setup_model_and_optimizer(

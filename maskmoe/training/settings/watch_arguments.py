@@ -10,12 +10,11 @@ def add_watch_arguments(parser: ArgumentParser) -> None:
     group = parser.add_argument_group(title="spikes and silent faults")
     group.add_argument(
         "--spike-action",
-        choices=["report", "skip", "rewind", "none"],
+        choices=["report", "skip", "none"],
         default="report",
         help="report: report each step whose loss or gradient norm is off, which means far from the values of the "
-        "steps before. skip: if a value is too high, also do not apply the step's update. rewind: if a value is too "
-        "high, also go back to the newest sound checkpoint before the step, and pass over its batch. none: do not "
-        "judge steps (default: report)",
+        "steps before. skip: if a value is too high, also do not apply the step's update. none: do not judge steps "
+        "(default: report)",
     )
     group.add_argument(
         "--spike-deviations",
@@ -33,22 +32,6 @@ def add_watch_arguments(parser: ArgumentParser) -> None:
         metavar="STEPS",
         help="the number of steps before that a step is compared with; with fewer than half of them, no step is judged "
         "(default: 128)",
-    )
-    group.add_argument(
-        "--spike-rewind-margin",
-        type=WholeNumber(0),
-        default=4,
-        metavar="STEPS",
-        help="with --spike-action rewind, also pass over the batches of this many steps before the step that is off, "
-        "and go back to a checkpoint before all of them, because a bad update shows in the steps after it (default: 4)",
-    )
-    group.add_argument(
-        "--spike-max-rewinds",
-        type=WholeNumber(0),
-        default=3,
-        metavar="N",
-        help="with --spike-action rewind, go back at most this many times in a run; afterwards steps are only reported "
-        "(default: 3)",
     )
     group.add_argument(
         "--collapse-intervals",

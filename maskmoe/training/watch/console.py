@@ -113,10 +113,9 @@ class Console:
             return
         with self._lock:
             self._log = log
-            lines = [f"==== started {time.strftime('%Y-%m-%d %H:%M:%S')} by process {os.getpid()} ====\n"]
-            lines += self._pending
+            self._write_log([f"==== started {time.strftime('%Y-%m-%d %H:%M:%S')} by process {os.getpid()} ====\n"])
+            self._write_log(self._pending)
             self._pending.clear()
-            self._write_log(log, lines)
 
     def say(self, line: str, rank: int = 0) -> None:
         """Print a line of our own on one rank.
@@ -218,19 +217,15 @@ class Console:
     def _keep(self, text: str) -> None:
         with self._lock:
             if self._log is not None:
-                self._write_log(self._log, [text])
+                self._write_log([text])
             else:
                 self._pending.append(text)
 
-    def _write_log(self, log: TextIO, lines: Iterable[str]) -> None:
-        """Write lines to the log. A full disk ends the log, but must not end the run."""
-        try:
-            log.writelines(lines)
-        except OSError as error:
-            with suppress(OSError):  # closing the log tries to write the lines again
-                log.close()
-            self._log = None
-            self.say(f"note: cannot write {log.name}: {error.strerror}; the log of this rank ends here")
+    def _write_log(self, lines: Iterable[str]) -> None:
+        """Write lines to the log. A full disk must not end the run, so lines for which there is no space are lost."""
+        if self._log is not None:
+            with suppress(OSError):
+                self._log.writelines(lines)
 
     def _beat(self) -> None:
         while not self._is_loaded.wait(_HEARTBEAT / 10):

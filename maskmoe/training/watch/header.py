@@ -5,7 +5,6 @@ from argparse import Namespace
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import torch
 from megatron.core import mpu
@@ -18,7 +17,9 @@ from maskmoe.routing_mask.words import describe_visible_experts
 from maskmoe.training.preflight.parameters import ExpertUse
 from maskmoe.training.resume.choose_checkpoint import checkpoint_to_load, pretrained_to_load
 from maskmoe.training.settings.batch_sizes import BatchSizes, trained_samples, training_iterations
+from maskmoe.training.settings.file_checks import data_prefixes
 from maskmoe.training.settings.layout import Layout
+from maskmoe.training.watch.callback import Callback
 from maskmoe.training.watch.console import console
 from maskmoe.training.watch.run_report import log_facts
 
@@ -48,7 +49,8 @@ class ParameterCounts:
         Args:
             chunks: this rank's model chunks, not wrapped.
         """
-        data, expert_data = mpu.get_data_parallel_world_size(with_context_parallel=True), _expert_data_size()
+        data = mpu.get_data_parallel_world_size(with_context_parallel=True)
+        expert_data = torch.distributed.get_world_size(mpu.get_expert_data_parallel_group())
         tensor = mpu.get_tensor_model_parallel_world_size()
         expert_tensor = mpu.get_expert_tensor_parallel_world_size() or 1
         # A rank counts its share of each parameter that several ranks hold, so that the shares add up to whole numbers.
@@ -75,24 +77,32 @@ class ParameterCounts:
         return round(self.total - self.multi_token_prediction - self.routed * (1 - share_of_experts))
 
 
-def show_header(
-    args: Namespace, mask: RoutingMask | None, folder: Path | None, chunks: list[MegatronModule]
-) -> list[MegatronModule]:
-    """Print the header on the first rank; a collective call, in the form of Megatron's hooks for new models.
+class Header(Callback):
+    """Prints the header on the first rank when the model is built, and ends the console's report of loading.
 
     Args:
         args: Megatron's validated arguments.
         mask: the routing mask; None for a model without experts.
         folder: the run folder, or None.
-        chunks: this rank's model chunks, which are returned.
     """
-    counts = ParameterCounts.of_model(chunks)
-    dispatch = getattr(chunks[0], "dispatch_kind", None)
-    fields = describe_run(args, mask, folder, counts, dispatch and dispatch.value)
-    console.say("\n".join(f"{label:<{_LABEL_WIDTH}}{text}" for label, text in fields.items()))
-    log_facts({label: fields[label] for label in _LABELS_OF_PAGE if label in fields})
-    console.load("reading the checkpoint" if checkpoint_to_load(args) else "setting up the optimizer")
-    return chunks
+
+    def __init__(self, args: Namespace, mask: RoutingMask | None, folder: Path | None) -> None:
+        self._args = args
+        self._mask = mask
+        self._folder = folder
+
+    def on_model_built(self, chunks: Sequence[MegatronModule]) -> None:
+        """Print the header; a collective call."""
+        counts = ParameterCounts.of_model(chunks)
+        dispatch = getattr(chunks[0], "dispatch_kind", None)
+        fields = describe_run(self._args, self._mask, self._folder, counts, dispatch and dispatch.value)
+        console.say("\n".join(f"{label:<{_LABEL_WIDTH}}{text}" for label, text in fields.items()))
+        log_facts({label: fields[label] for label in _LABELS_OF_PAGE if label in fields})
+        console.load("reading the checkpoint" if checkpoint_to_load(self._args) else "setting up the optimizer")
+
+    def before_micro_batch(self) -> None:
+        """Note that loading is over."""
+        console.end_of_loading()
 
 
 def describe_run(
@@ -175,13 +185,11 @@ def _describe_data(args: Namespace) -> str:
     tokens = f"{trained_samples(args) * args.seq_length:,} tokens in all"
     if args.mock_data:
         return f"mock data; {tokens}"
-    # A blend alternates weights and paths.
-    paths = [word for word in args.data_path or () if not _is_number(word)]
-    if not paths:
-        return f"as --train-data-path and the like say; {tokens}"
-    named = ", ".join(paths[:_MOST_NAMED_DATASETS])
-    more = f" and {len(paths) - _MOST_NAMED_DATASETS} more" if len(paths) > _MOST_NAMED_DATASETS else ""
-    return f"{named}{more}, split {args.split}; {tokens}"
+    prefixes = data_prefixes(args)
+    named = ", ".join(prefixes[:_MOST_NAMED_DATASETS])
+    more = f" and {len(prefixes) - _MOST_NAMED_DATASETS} more" if len(prefixes) > _MOST_NAMED_DATASETS else ""
+    split = f", split {args.split}" if args.split else ""
+    return f"{named}{more}{split}; {tokens}"
 
 
 def _describe_folder(args: Namespace, folder: Path | None) -> str:
@@ -197,15 +205,3 @@ def _short(number: int) -> str:
         if number >= size:
             return f"{number / size:.3g} {unit}"
     return f"{number / 1e3:.3g} k"
-
-
-def _is_number(word: Any) -> bool:
-    try:
-        float(word)
-    except ValueError:
-        return False
-    return True
-
-
-def _expert_data_size() -> int:
-    return torch.distributed.get_world_size(mpu.get_expert_data_parallel_group())

@@ -1,18 +1,26 @@
 """Logs how tokens are routed, layer by layer, to the training log, TensorBoard and W&B."""
 
 import sys
-from collections.abc import Callable, Mapping, Sequence
+from argparse import Namespace
+from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple, cast
 
 import torch
-from megatron.core.distributed import DistributedDataParallel, finalize_model_grads
+from megatron.core.distributed import DistributedDataParallel
+from megatron.core.transformer.moe.moe_logging import set_moe_metrics_tracker
 from megatron.core.utils import get_model_config
-from megatron.training import get_tensorboard_writer, get_wandb_writer, is_last_rank
+from megatron.training import is_last_rank
 from torch import Tensor
 from torch.distributed.tensor import DTensor
 
 from maskmoe.megatron_compat.globals import get_args
 from maskmoe.routing_mask.feed_forward_layers import FeedForwardLayers
+from maskmoe.routing_mask.mask import RoutingMask
+from maskmoe.training.watch.callback import Callback
+from maskmoe.training.watch.router_metrics import HybridMetricsTracker
+from maskmoe.training.watch.routing_collapse import LayerRouting, RoutingCollapse, reachable_experts
+from maskmoe.training.watch.run_warnings import RunWarnings
+from maskmoe.training.watch.scalars import log_scalars
 from maskmoe.transformer.router import MaskMoERouter
 from maskmoe.transformer.routing_statistics import RoutingSums
 
@@ -50,65 +58,89 @@ class RoutingRecord(NamedTuple):
     tokens_per_expert: Mapping[int, Sequence[float]]
 
 
-class RoutingLog:
-    """Finalizes gradients as Megatron-Core does, and logs the routing of the last `interval` iterations.
+class RoutingLog(Callback):
+    """Logs the routing of the last `--log-interval` iterations, and warns of routing that has collapsed.
 
-    An instance is a model's `finalize_model_grads_func`, which the pipeline schedules call on all ranks once in every
-    iteration, when gradients are summed over micro-batches and not yet clipped. Counts are not saved in checkpoints:
-    after a restart, the first logged interval covers only the iterations since the restart.
+    Counts are not saved in checkpoints: after a restart, the first logged interval covers only the iterations since the
+    restart.
 
     Args:
-        interval: Number of iterations between two records.
-        watch: Takes each record and its iteration on the last rank; None if nothing watches the routing.
+        args: Megatron's arguments, with experts.
+        mask: The routing mask.
+        warnings: Takes the warnings.
     """
 
-    def __init__(self, interval: int, watch: Callable[[RoutingRecord, int], None] | None = None) -> None:
-        self._interval = interval
-        self._watch = watch
-        self._has_warned = False
+    def __init__(self, args: Namespace, mask: RoutingMask, warnings: RunWarnings) -> None:
+        self._args = args
+        self._warnings = warnings
+        self._is_unevenness_reported = False
+        self._collapse: RoutingCollapse | None = None
+        if args.collapse_intervals:
+            reachable = reachable_experts(mask, FeedForwardLayers.of_args(args))
+            self._collapse = RoutingCollapse(args.collapse_intervals, reachable, args.expert_model_parallel_size)
 
-    def __call__(self, model: Sequence[DistributedDataParallel], *arguments: Any, **options: Any) -> None:
-        """Finalize the gradients of this rank's model chunks; a collective call with Megatron-Core's arguments."""
-        # Megatron-Core annotates a list of modules of which it uses the methods of `DistributedDataParallel`.
-        finalize_model_grads(cast(Any, model), *arguments, **options)
-        iteration = get_args().curr_iteration + 1
-        if iteration % self._interval == 0:
-            record = take_record(model)
+    def on_start(self) -> None:
+        """Let Megatron count the MoE layers of a hybrid model."""
+        if self._args.hybrid_layer_pattern is not None:
+            set_moe_metrics_tracker(HybridMetricsTracker(FeedForwardLayers.of_args(self._args), self._args.num_layers))
+
+    def after_gradients(self, chunks: Sequence[DistributedDataParallel]) -> None:
+        """Log and judge the routing at the end of an interval; a collective call."""
+        iteration = self._args.curr_iteration + 1
+        if iteration % self._args.log_interval == 0:
+            record = take_record(chunks)
             if is_last_rank():
-                self._write(record, iteration)
-                if self._watch is not None:
-                    self._watch(record, iteration)
+                _write(record, iteration)
+                self._report_unevenness(record)
+                self._report_collapse(record, iteration)
 
-    def _write(self, record: RoutingRecord, iteration: int) -> None:
-        # The mean over the layers, as Megatron logs it, or the maximum; and each layer, with tags like Megatron's.
-        overall = {
-            name: max(values.values()) if name == _MOST_ROWS else sum(values.values()) / len(values)
-            for name, values in record.by_layer.items()
-            if values
-        }
-        scalars = overall | {
-            f"moe/{name}_layer_{layer}": value
-            for name, values in record.by_layer.items()
-            for layer, value in values.items()
-        }
-        texts = (f"{name.replace('_', ' ')}: {value:.4g} |" for name, value in overall.items())
-        print(" routing |", *texts, flush=True)
-        if writer := get_tensorboard_writer():
-            for tag, value in scalars.items():
-                writer.add_scalar(tag, value, iteration)
-        if wandb_writer := get_wandb_writer():
-            wandb_writer.log(scalars, iteration)
-        if record.uneven is not None and record.uneven[1] > _UNEVEN and not self._has_warned:
-            self._has_warned = True
-            layer, ratio = record.uneven
-            print(
-                f"warning: uneven routing, whose memory grows with the rows of a rank: in MoE layer {layer}, a rank's "
-                f"experts got {record.by_layer[_MOST_ROWS][layer]:.0f} rows in one micro-batch, {ratio:.2f} times the "
-                f"mean. This warning comes once; see `{_MOST_ROWS}` in TensorBoard. A balanced mask or a larger "
-                "--moe-aux-loss-coeff evens it out",
-                file=sys.stderr,
-                flush=True,
-            )
+    def _report_unevenness(self, record: RoutingRecord) -> None:
+        """Print a warning, once, if a rank's experts get much more rows than the mean."""
+        if record.uneven is None or record.uneven[1] <= _UNEVEN or self._is_unevenness_reported:
+            return
+        self._is_unevenness_reported = True
+        layer, ratio = record.uneven
+        print(
+            f"warning: uneven routing, whose memory grows with the rows of a rank: in MoE layer {layer}, a rank's "
+            f"experts got {record.by_layer[_MOST_ROWS][layer]:.0f} rows in one micro-batch, {ratio:.2f} times the "
+            f"mean. This warning comes once; see `{_MOST_ROWS}` in TensorBoard. A balanced mask or a larger "
+            "--moe-aux-loss-coeff evens it out",
+            file=sys.stderr,
+            flush=True,
+        )
+
+    def _report_collapse(self, record: RoutingRecord, iteration: int) -> None:
+        """Warn of what has collapsed for `--collapse-intervals`, and of what has recovered."""
+        if self._collapse is not None:
+            entropies = record.by_layer["routing_entropy"]
+            layers = {
+                layer: LayerRouting(tokens, entropies.get(layer)) for layer, tokens in record.tokens_per_expert.items()
+            }
+            for line in self._collapse.take(layers):
+                self._warnings.warn(line, iteration)
+
+
+def _write(record: RoutingRecord, iteration: int) -> None:
+    """Write a record to the log, and to TensorBoard and W&B with tags like Megatron's.
+
+    Args:
+        record: The routing of an interval.
+        iteration: The last iteration of the interval, counted from 1.
+    """
+    # The mean over the layers, as Megatron logs it, or the maximum.
+    overall = {
+        name: max(values.values()) if name == _MOST_ROWS else sum(values.values()) / len(values)
+        for name, values in record.by_layer.items()
+        if values
+    }
+    of_layers = {
+        f"moe/{name}_layer_{layer}": value
+        for name, values in record.by_layer.items()
+        for layer, value in values.items()
+    }
+    texts = (f"{name.replace('_', ' ')}: {value:.4g} |" for name, value in overall.items())
+    print(" routing |", *texts, flush=True)
+    log_scalars(overall | of_layers, iteration)
 
 
 def take_record(model: Sequence[DistributedDataParallel]) -> RoutingRecord:

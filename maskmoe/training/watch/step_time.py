@@ -8,14 +8,15 @@ from pathlib import Path
 from maskmoe.files.wording import counted
 from maskmoe.launch.journal import Entry, Journal, Kind, read_journal
 from maskmoe.megatron_compat.globals import get_args
+from maskmoe.training.watch.callback import Callback
 from maskmoe.training.watch.console import console
 
 _SKIPPED_STEPS = 2  # in which memory is allocated and kernels are chosen
 _STEPS = 8
 
 
-class StepTime:
-    """Measures the first steps of a start on the first rank; to be called before each micro-batch.
+class StepTime(Callback):
+    """Measures the first steps of a start on the first rank.
 
     Args:
         journal_folder: The run folder, whose journal gets the measured time; None on all ranks but the first.
@@ -28,7 +29,7 @@ class StepTime:
         self._iteration: int | None = None
         self._begins: list[float] = []
 
-    def __call__(self) -> None:
+    def before_micro_batch(self) -> None:
         """Note when an iteration begins. After a few iterations, record their median time."""
         if self._folder is None or self._iteration == (iteration := get_args().curr_iteration):
             return

@@ -11,14 +11,15 @@ import sys
 import threading
 import time
 import traceback
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager, suppress
+from collections.abc import Sequence
+from contextlib import suppress
 from typing import NamedTuple, NoReturn
 
 import torch
 
 from maskmoe.processes.interruption import EXIT_HANG, is_last_attempt, leave_exit_code
 from maskmoe.training.loop.rank_store import RankStore
+from maskmoe.training.watch.callback import Callback
 
 _WAITING_PACKAGES = tuple(f"{os.path.dirname(torch.__file__)}/{package}/" for package in ("distributed", "autograd"))
 # Calls in which Python waits for the result of a collective, or for a GPU that is in a collective.
@@ -47,7 +48,7 @@ class Sighting(NamedTuple):
     time: float
 
 
-class Watchdog:
+class Watchdog(Callback):
     """Watches over this rank in a thread of its own, and reports the rank's state to the watchdogs of other ranks.
 
     If the rank begins no micro-batch for `timeout` seconds, the watchdog prints which rank is to blame and ends the
@@ -68,35 +69,32 @@ class Watchdog:
         self._last_step: float | None = None
         self._last_contact = time.monotonic()
         self._is_over = threading.Event()
+        self._threads = [threading.Thread(target=target, daemon=True) for target in (self._watch, self._guard)]
 
-    @contextmanager
-    def watching(self) -> Iterator[None]:
-        """Run the threads of the watchdog during the block.
-
-        A thread that waits for the store while the interpreter exits would abort the process, so end the threads
-        before.
-        """
-        threads = [threading.Thread(target=target, daemon=True) for target in (self._watch, self._guard)]
-        for thread in threads:
+    def on_start(self) -> None:
+        """Start the threads of the watchdog."""
+        for thread in self._threads:
             thread.start()
-        try:
-            yield
-        finally:
-            self._last_step = None
-            self._is_over.set()
-            for thread in threads:
-                thread.join(_JOIN_TIMEOUT)
 
-    def step(self) -> None:
+    def on_end(self, error: BaseException | None) -> None:
+        """End the threads: a thread that waits for the store while the interpreter exits would abort the process."""
+        self._last_step = None
+        self._is_over.set()
+        for thread in self._threads:
+            thread.join(_JOIN_TIMEOUT)
+
+    def before_micro_batch(self) -> None:
         """Note that a micro-batch begins."""
         self._steps += 1
         self._last_step = time.monotonic()
 
-    @contextmanager
-    def paused(self) -> Iterator[None]:
-        """Do not count time during work of any length, such as saving, until the next micro-batch begins."""
+    def before_save(self) -> None:
+        """Do not count time during work of any length until the next micro-batch begins."""
         self._last_step = None
-        yield
+
+    def before_wait(self) -> None:
+        """Do not count time during work of any length until the next micro-batch begins."""
+        self._last_step = None
 
     def _watch(self) -> None:
         while not self._is_over.wait(self._period):

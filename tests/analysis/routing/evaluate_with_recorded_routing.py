@@ -12,7 +12,7 @@ from collections import defaultdict
 import torch
 
 from maskmoe.command_line.run_tool import run_tool
-from maskmoe.training.loop.evaluation import main
+from maskmoe.training.inference.evaluation import main
 from maskmoe.transformer.router import MaskMoERouter
 
 micro_batches = defaultdict(list)

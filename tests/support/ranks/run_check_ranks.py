@@ -34,8 +34,8 @@ from support.saved_tensors import KeptBytes
 from maskmoe.megatron_compat import cpu
 from maskmoe.training.loop.model_builder import MaskMoEGPTModelBuilder, MaskMoEHybridModelBuilder
 from maskmoe.training.preflight.command import inspect_run
-from maskmoe.training.pretraining import add_pretraining_arguments
 from maskmoe.training.settings.arguments import add_maskmoe_arguments
+from maskmoe.training.settings.pretraining_arguments import add_pretraining_arguments
 from maskmoe.training.settings.setup import leaving_process_groups, model_config_from_args, parse_and_check_args
 
 

@@ -26,8 +26,7 @@ from support.training_runs import IN_ITERATIONS
 from maskmoe.checkpoint.series import checkpoint_path
 from maskmoe.data.indexed_dataset import read_index
 from maskmoe.errors import UserError
-from maskmoe.training import pretraining
-from maskmoe.training.pretraining import add_pretraining_arguments
+from maskmoe.training import trainer
 from maskmoe.training.settings import changed_settings
 from maskmoe.training.settings.arguments import add_maskmoe_arguments
 from maskmoe.training.settings.changed_settings import (
@@ -36,6 +35,7 @@ from maskmoe.training.settings.changed_settings import (
     take_schedule_of_checkpoint,
 )
 from maskmoe.training.settings.data_order import Epochs, epochs_of_training_data, samples_to_request
+from maskmoe.training.settings.pretraining_arguments import add_pretraining_arguments
 
 OVERRIDE, KEEP = "--override-opt-param-scheduler", "--use-checkpoint-opt-param-scheduler"
 # Changes that Megatron refuses on every rank, or would ignore, and parts of the one line that a run ends with.
@@ -272,10 +272,10 @@ def pretrain(runs, workplace, tmp_path, monkeypatch):
     def pretrain(flags: str) -> None:
         run = Run(f"{flags} --load {runs[0].checkpoints} --ckpt-step 7", logs_scalars=False)
         monkeypatch.setattr(sys, "argv", ["pretrain", *workplace.flags(run, tmp_path)])
-        monkeypatch.setattr(pretraining, "check_launched", fail)
+        monkeypatch.setattr(trainer, "check_launched", fail)
         monkeypatch.chdir(workplace.folder)
         try:
-            pretraining.main()
+            trainer.main()
         finally:
             destroy_global_vars()
             unset_num_microbatches_calculator()

@@ -7,9 +7,9 @@ from megatron.training.arguments import add_megatron_arguments
 from support.command_lines import parse_training
 
 from maskmoe.errors import UserError
-from maskmoe.training.pretraining import add_pretraining_arguments
 from maskmoe.training.settings.arguments import add_maskmoe_arguments
 from maskmoe.training.settings.flag_values import missing_flags, value_errors
+from maskmoe.training.settings.pretraining_arguments import add_pretraining_arguments
 
 BAD_VALUES = {
     "--train-iters": "0 -1 1.5 abc nan",

@@ -10,9 +10,9 @@ from megatron.core.transformer.moe import fused_a2a
 from megatron.training.arguments import add_megatron_arguments
 
 from maskmoe.megatron_compat.gpu import GpuPackages
-from maskmoe.training.pretraining import add_pretraining_arguments
 from maskmoe.training.settings import refused_settings as module
 from maskmoe.training.settings.arguments import add_maskmoe_arguments
+from maskmoe.training.settings.pretraining_arguments import add_pretraining_arguments
 from maskmoe.training.settings.refused_settings import (
     BROKEN_IN_MEGATRON,
     MEANINGLESS_WITH_A_MASK,
@@ -28,7 +28,6 @@ FLEX = "--moe-token-dispatcher-type flex"
 GRAPHS = "--cuda-graph-impl transformer_engine"
 PACKED = "--dataloader-inter-document-masking"
 SCHEDULE = "--step-batch-size-schedule 0:4"
-REWIND = "--spike-action rewind --save c --load c --save-interval 5"
 # Command lines that each check refuses, in the order of the list; `~` leaves the flags of `MODEL` out.
 REFUSED = {
     MEANINGLESS_WITH_A_MASK: (
@@ -141,14 +140,6 @@ REFUSED = {
             "--dataloader-type external",
             "--position-embedding-type mrope",
         ],
-        [
-            "--spike-action rewind --save c --save-interval 5",
-            "--spike-action rewind --save c --load c",
-            f"{REWIND} --finetune",
-            f"{REWIND} --non-persistent-save-interval 2 --non-persistent-ckpt-type global",
-            f"{REWIND} --keep-last-checkpoints 1",
-            f"{REWIND} --save-retain-interval 10",
-        ],
         ["--spike-action skip --qk-clip", "--spike-action skip --optimizer-cuda-graph"],
     ),
 }
@@ -184,7 +175,6 @@ SUPPORTED = (
     "--external-cuda-graph --cuda-graph-scope attn",
     "--non-persistent-ckpt-type global --non-persistent-save-interval 5",
     "--qk-layernorm-all-heads --qk-layernorm --normalization RMSNorm",
-    f"{REWIND} --keep-last-checkpoints 2",
 )
 
 

@@ -1,12 +1,8 @@
 """Takes the prompts of text generation from the command line, a file, or a person who types them."""
 
-import codecs
 import json
-import os
-import select
 import signal
 import sys
-import time
 from argparse import ArgumentParser, Namespace, _ArgumentGroup
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -24,7 +20,6 @@ INTERACTIVE_FLAG = "--interactive"
 
 _JSON_LINES = ".jsonl"
 _KEY = "prompt"
-_READ_BYTES = 1 << 16
 _UNFINISHED_CHARACTER = "\ufffd"  # what tokenizers make of the first bytes of a character
 
 
@@ -146,8 +141,9 @@ class PromptLoop:
     """
 
     def __init__(self) -> None:
-        self._lines = _StdinLines()
-        self._is_person = os.isatty(0)
+        # Decode a byte that is not valid UTF-8 to half of a surrogate pair, instead of failing.
+        self._input = open(0, encoding="utf-8-sig", errors="surrogateescape", newline="\n", closefd=False)  # noqa: SIM115 - as long as the loop
+        self._is_person = self._input.isatty()
         # The program may have redirected `sys.stdout`.
         self._output = open(1, "w", encoding="utf-8", errors="replace", closefd=False)  # noqa: SIM115 - as long as the loop
         self._written = ""
@@ -156,16 +152,14 @@ class PromptLoop:
         signal.signal(signal.SIGINT, self._interrupt)
         self._ask()
 
-    def next(self, seconds: float | None = None) -> str | None:
+    def next(self) -> str | None:
         """Return the next prompt; None at the end of the input. Prompts that are not valid Unicode are refused.
 
         Raises:
-            TimeoutError: there is no prompt yet after some seconds; never if they are not given.
             UserError: stdin cannot be read.
         """
-        deadline = None if seconds is None else time.monotonic() + seconds
-        while (line := self._lines.next(deadline)) is not None:
-            if not (prompt := line.rstrip("\r")):
+        while line := self._read_line():
+            if not (prompt := line.removesuffix("\n").rstrip("\r")):
                 self._ask()
                 continue
             try:
@@ -199,6 +193,12 @@ class PromptLoop:
         print(f"error: {error}", file=sys.stderr, flush=True)
         self._ask()
 
+    def _read_line(self) -> str:
+        try:
+            return self._input.readline()
+        except OSError as error:
+            raise UserError(f"cannot read prompts from stdin: {error.strerror}") from error
+
     def _interrupt(self, _number: int, _frame: FrameType | None) -> None:
         self.is_interrupted = True
         if not self._is_answering:
@@ -212,47 +212,3 @@ class PromptLoop:
     def _write(self, text: str) -> None:
         self._output.write(text)
         self._output.flush()
-
-
-class _StdinLines:
-    """The lines of stdin, read when they are asked for.
-
-    Reading `sys.stdin` may fail at a byte that is not valid UTF-8, and has no time limit. Here such a byte becomes half
-    of a surrogate pair, and waiting may have a limit.
-    """
-
-    def __init__(self) -> None:
-        self._unread = b""
-        self._is_first = True
-        self._has_ended = False
-
-    def next(self, deadline: float | None) -> str | None:
-        """Return the next line without its line feed; None at the end of the input.
-
-        Args:
-            deadline: the time of `time.monotonic` until which to wait; None waits for ever.
-
-        Raises:
-            TimeoutError: there is no whole line at the deadline.
-            UserError: stdin cannot be read.
-        """
-        while b"\n" not in self._unread and not self._has_ended:
-            self._read(deadline)
-        if not self._unread:
-            return None
-        line, _, self._unread = self._unread.partition(b"\n")
-        if self._is_first:
-            line, self._is_first = line.removeprefix(codecs.BOM_UTF8), False
-        return line.decode(errors="surrogateescape")
-
-    def _read(self, deadline: float | None) -> None:
-        seconds = None if deadline is None else max(0, deadline - time.monotonic())
-        try:
-            is_ready = bool(select.select([0], [], [], seconds)[0])
-            received = os.read(0, _READ_BYTES) if is_ready else b""
-        except OSError as error:
-            raise UserError(f"cannot read prompts from stdin: {error.strerror}") from error
-        if not is_ready:
-            raise TimeoutError
-        self._unread += received
-        self._has_ended = not received

@@ -15,10 +15,10 @@ from torch import Tensor
 from maskmoe.command_line import ranges
 from maskmoe.command_line.parser import add_force_argument
 from maskmoe.errors import UserError
+from maskmoe.files.foreign_libraries import reading
 from maskmoe.megatron_compat.globals import get_tokenizer
-from maskmoe.training.loop.prompt_ids import tokenize_text
-from maskmoe.training.loop.prompts import PromptLoop, Prompts, add_prompt_arguments, check_prompt
-from maskmoe.training.loop.rank_store import RankStore
+from maskmoe.training.inference.prompts import PromptLoop, Prompts, add_prompt_arguments, check_prompt
+from maskmoe.training.loop.rank_store import RankStore, sharing_failures
 from maskmoe.training.settings.setup import (
     check_output,
     leaving_process_groups,
@@ -27,8 +27,6 @@ from maskmoe.training.settings.setup import (
     write_on_first_rank,
 )
 from maskmoe.training.watch.console import console, progress_bar
-
-_LONGEST_SILENCE = 600.0  # seconds between two messages of the first rank, which other ranks await for an hour
 
 
 def add_generation_arguments(parser: argparse.ArgumentParser) -> argparse.ArgumentParser:
@@ -66,11 +64,18 @@ def check_generation(args: argparse.Namespace) -> None:
 def tokenize_prompt(args: argparse.Namespace, prompt: str) -> list[int]:
     """Return the token ids of a prompt, at least one.
 
+    A NullTokenizer reads ids from the text, so they may be words, or ids that the model lacks.
+
     Raises:
-        UserError: The tokenizer refuses the prompt, the prompt has no token, or the text would be longer than the
-            model's positions.
+        UserError: The tokenizer cannot read the prompt, an id is beyond the vocabulary, the prompt has no token, or the
+            text would be longer than the model's positions.
     """
-    prompt_ids = tokenize_text(prompt, "the prompt")
+    tokenizer = get_tokenizer()
+    with reading("the prompt does not suit the tokenizer: it", "a NullTokenizer takes token ids separated by spaces"):
+        prompt_ids = list(tokenizer.tokenize(prompt))
+    if beyond := [token for token in prompt_ids if not 0 <= token < tokenizer.vocab_size]:
+        last = tokenizer.vocab_size - 1
+        raise UserError(f"the prompt has the token id {beyond[0]}, but the vocabulary has ids 0 to {last}")
     check_prompt(prompt_ids, args.max_new_tokens, args.max_position_embeddings)
     return prompt_ids
 
@@ -171,17 +176,11 @@ def _prompts_of_first_rank(loop: PromptLoop | None) -> Iterator[str]:
     """Yield the prompts on all ranks; `loop` is None on all ranks but the first."""
     ranks = RankStore.from_environment()
     for number in itertools.count():
-        message = ""
-        if loop is not None:
-            try:
-                message = json.dumps({"prompt": loop.next(_LONGEST_SILENCE)})
-            except TimeoutError:
-                message = json.dumps({})  # the ranks do not wait for ever
-        received = json.loads(ranks.broadcast(f"prompt {number}", message))
-        if received.get("prompt", "") is None:
+        message = json.dumps(loop.next()) if loop is not None else ""
+        prompt = json.loads(ranks.broadcast(f"prompt {number}", message, has_limit=False))
+        if prompt is None:
             return
-        if received:
-            yield received["prompt"]
+        yield prompt
 
 
 def _show_text(loop: PromptLoop | None, tokens: list[int]) -> bool:
@@ -196,11 +195,12 @@ def _show_text(loop: PromptLoop | None, tokens: list[int]) -> bool:
 
 def main() -> None:
     """Generate as the command line says."""
-    args = parse_and_check_args(add_generation_arguments, reads_data=lambda _: False).args
-    check_generation(args)
-    prompts = Prompts(args)
-    check_output(args.sample_output, args)
-    prompts_ids = [tokenize_prompt(args, prompt) for prompt in prompts.texts]
+    with sharing_failures():
+        args = parse_and_check_args(add_generation_arguments, reads_data=lambda _: False).args
+        check_generation(args)
+        prompts = Prompts(args)
+        check_output(args.sample_output, args)
+        prompts_ids = [tokenize_prompt(args, prompt) for prompt in prompts.texts]
     with leaving_process_groups():
         model = load_model(args)
         console.end_of_loading()

@@ -22,8 +22,9 @@ from maskmoe.files.json_files import json_values
 from maskmoe.megatron_compat.globals import get_tokenizer
 from maskmoe.routing_mask.feed_forward_layers import FeedForwardLayers
 from maskmoe.routing_mask.frequency import FrequencyBands, TokenFrequency, count_token_frequency
+from maskmoe.training.inference.text_scoring import TextScores, read_texts, score_texts
 from maskmoe.training.loop.batch import build_whole_split, losses_of_all, sum_over_ranks
-from maskmoe.training.loop.text_scoring import TextScores, read_texts, score_texts
+from maskmoe.training.loop.rank_store import sharing_failures
 from maskmoe.training.settings.arguments import replace_help
 from maskmoe.training.settings.setup import (
     check_output,
@@ -220,9 +221,10 @@ def evaluate(args: argparse.Namespace, model: torch.nn.Module) -> Evaluation:
 
 def main() -> None:
     """Evaluate as the command line says."""
-    args = parse_and_check_args(add_evaluation_arguments, reads_data=lambda args: args.eval_texts is None).args
-    check_output(args.eval_output, args)
-    texts = read_texts(args.eval_texts) if args.eval_texts is not None else None
+    with sharing_failures():
+        args = parse_and_check_args(add_evaluation_arguments, reads_data=lambda args: args.eval_texts is None).args
+        check_output(args.eval_output, args)
+        texts = read_texts(args.eval_texts) if args.eval_texts is not None else None
     with leaving_process_groups():
         model = load_model(args)
         if texts is not None:

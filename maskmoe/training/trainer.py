@@ -1,0 +1,228 @@
+"""Pretrains a MaskMoE language model: from the command line to Megatron's training loop.
+
+On SIGTERM or SIGUSR1 the run saves a checkpoint and exits with code 75; started again, it resumes. The other exit codes
+are 1 if the run failed, 2 for bad input, before anything was done, and 76 if a rank hung.
+"""
+
+import sys
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from megatron.core.distributed import finalize_model_grads
+from megatron.core.enums import ModelType
+from megatron.training import pretrain
+from megatron.training.argument_utils import pretrain_cfg_container_from_args
+
+from maskmoe.checkpoint.megatron_patches import keep_checkpoints_whole, override_learning_rates
+from maskmoe.launch.journal import Journal
+from maskmoe.launch.run_folder import run_folder
+from maskmoe.megatron_compat.globals import get_timers, open_writers
+from maskmoe.processes.folder_lock import locked_folder
+from maskmoe.training.loop.batch import build_datasets, get_batch, loss_function, token_losses
+from maskmoe.training.loop.megatron_patches import call_after_each_step, skip_iterations_of_interleaved_pipelines
+from maskmoe.training.loop.rank_store import RankStore, check_launched, sharing_failures
+from maskmoe.training.resume.choose_checkpoint import repair_tracker_file
+from maskmoe.training.resume.save_folder import loads_what_it_saves
+from maskmoe.training.settings.changed_settings import has_one_learning_rate
+from maskmoe.training.settings.pretraining_arguments import add_pretraining_arguments, hang_timeout
+from maskmoe.training.settings.setup import (
+    CheckedRun,
+    embedding_ranks_of,
+    leaving_process_groups,
+    model_config_from_args,
+    parse_and_check_args,
+)
+from maskmoe.training.watch.callback import Callback, Step
+from maskmoe.training.watch.console import console
+from maskmoe.training.watch.failures import explaining_early_ends
+from maskmoe.training.watch.first_step import FirstStepCheck
+from maskmoe.training.watch.header import Header
+from maskmoe.training.watch.last_line import LastLine
+from maskmoe.training.watch.leave_after_save import LeaveAfterSave
+from maskmoe.training.watch.report_page import ReportPage
+from maskmoe.training.watch.routing_log import RoutingLog
+from maskmoe.training.watch.run_report import choose_event_folder
+from maskmoe.training.watch.run_start import RunStart
+from maskmoe.training.watch.run_warnings import RunWarnings
+from maskmoe.training.watch.save_on_signals import SaveOnSignals
+from maskmoe.training.watch.spike_watch import SpikeWatch
+from maskmoe.training.watch.step_time import StepTime
+from maskmoe.training.watch.wandb_run import take_run_id
+from maskmoe.training.watch.watchdog import Watchdog
+
+
+def main() -> None:
+    """Pretrain as the command line says."""
+    with ExitStack() as locks:
+        with sharing_failures():
+            # Check everything before any process group exists.
+            run = parse_and_check_args(add_pretraining_arguments)
+            # A complete run still saves into another folder than it loads from, for example in another layout of ranks.
+            if run.is_complete and (run.args.save is None or loads_what_it_saves(run.args)):
+                return
+            check_launched()
+            ranks = RankStore.from_environment()
+            trainer = Trainer(run, ranks)
+            # A refused run leaves no files, so wait until no rank can refuse the run any more.
+            ranks.wait_for_all("checks")
+            for folder in trainer.folders_to_lock() if ranks.rank == 0 else ():
+                locks.enter_context(locked_folder(folder))
+            ranks.wait_for_all("locks of the folders")
+        repair_tracker_file(run.args, ranks)
+        trainer.train()
+
+
+class Trainer:
+    """One training run on this rank.
+
+    Args:
+        run: The run, whose settings and files this rank has checked.
+        ranks: Messages between the ranks.
+
+    Attributes:
+        args: Megatron's validated arguments.
+        model_config: The configuration of the model.
+        callbacks: Everything that accompanies the run, in the order in which it is called.
+    """
+
+    def __init__(self, run: CheckedRun, ranks: RankStore) -> None:
+        self.args = run.args
+        self.model_config = model_config_from_args(run.args)
+        self.callbacks: list[Callback] = []
+        self._mask = run.mask
+        self._ranks = ranks
+        self._run_folder = run_folder(run.args.save, run.args.tensorboard_dir)
+        self._save_on_signals = SaveOnSignals(run.args)
+
+    def folders_to_lock(self) -> list[Path]:
+        """Return the folders of checkpoints that no other run may write to."""
+        save, local = self.args.save, self.args.non_persistent_global_ckpt_dir
+        return [Path(folder) for folder in (save, local) if save is not None and folder is not None]
+
+    def train(self) -> None:
+        """Train to the end, or until a signal, a failure or a limit of the command line ends the run early."""
+        args = self.args
+        # Open the writers of scalars, which files show that a run has begun.
+        choose_event_folder(args)
+        take_run_id(args)
+        open_writers(args)
+        # What accompanies the run. At its end, the callbacks are called in the reverse order.
+        leave_after_save = LeaveAfterSave(self._ranks)
+        warnings = RunWarnings(self._run_folder)
+        folder_of_first_rank = self._run_folder if self._ranks.rank == 0 else None
+        self.callbacks += [
+            LastLine(args),
+            ReportPage(args),
+            Watchdog(self._ranks, hang_timeout(args)),
+            RunStart(args, self._run_folder),
+            Header(args, self._mask, self._run_folder),
+            self._save_on_signals,
+            StepTime(folder_of_first_rank, self._ranks.world_size),
+            FirstStepCheck(args),
+            leave_after_save,
+        ]
+        if self._mask is not None:
+            self.callbacks.append(RoutingLog(args, self._mask, warnings))
+        if args.spike_action != "none":
+            self.callbacks.append(SpikeWatch(args, warnings))
+        self._connect_hooks(Journal(folder_of_first_rank))
+        # Megatron's settings.
+        if args.override_opt_param_scheduler and has_one_learning_rate(args):
+            override_learning_rates()
+        config = pretrain_cfg_container_from_args(args, self.model_config)
+        # After training, Megatron saves unless the last iteration is a multiple of this interval. But an iteration that
+        # is passed over is not saved, multiple or not. So always save: `CheckpointSaver` leaves out a checkpoint that
+        # exists.
+        config.checkpoint.save_interval = sys.maxsize
+        with self._accompanied(), leaving_process_groups(), explaining_early_ends(args, leave_after_save):
+            console.load("building the model")
+            pretrain(
+                config,
+                build_datasets,
+                ModelType.encoder_or_decoder,
+                self.forward_step,
+                get_embedding_ranks=embedding_ranks_of(self.model_config),
+                store=self._ranks.for_process_groups,
+            )
+
+    def forward_step(self, data_iterator: Iterator, model: torch.nn.Module) -> tuple:
+        """Run one micro-batch forward; return the model's output and the function that computes the loss from it.
+
+        Megatron calls this method for each micro-batch, in training and validation.
+
+        Args:
+            data_iterator: Samples, as `get_batch` takes them.
+            model: One pipeline stage.
+        """
+        for callback in self.callbacks:
+            callback.before_micro_batch()
+        timers = get_timers()
+        timers("batch-generator", log_level=2).start()
+        batch = get_batch(
+            data_iterator, self.args.micro_batch_size if model.training else self.args.eval_micro_batch_size
+        )
+        timers("batch-generator").stop()
+        return token_losses(model, batch), partial(loss_function, batch.loss_mask)
+
+    def _connect_hooks(self, journal: Journal) -> None:
+        """Let Megatron call the callbacks; `forward_step` and `_accompanied` call the remaining methods.
+
+        Args:
+            journal: Gets an entry for each checkpoint.
+        """
+        callbacks = self.callbacks
+
+        def on_model_built(chunks: Any) -> Any:
+            for callback in callbacks:
+                callback.on_model_built(chunks)
+            return chunks
+
+        # Megatron copies the configuration that holds this function, so it must not be a method.
+        def finalize_gradients(chunks: Any, *arguments: Any, **options: Any) -> None:
+            finalize_model_grads(chunks, *arguments, **options)
+            for callback in callbacks:
+                callback.after_gradients(chunks)
+
+        def after_step(step: Step) -> None:
+            for callback in callbacks:
+                callback.after_step(step)
+
+        @contextmanager
+        def saving() -> Iterator[None]:
+            for callback in callbacks:
+                callback.before_save()
+            yield
+            for callback in callbacks:
+                callback.after_save()
+
+        @contextmanager
+        def waiting() -> Iterator[None]:
+            for callback in callbacks:
+                callback.before_wait()
+            yield
+
+        # In the order in which a run calls them.
+        self.model_config.pre_wrap_hooks.append(on_model_built)
+        self.model_config.transformer.finalize_model_grads_func = finalize_gradients
+        call_after_each_step(after_step)
+        skip_iterations_of_interleaved_pipelines()
+        keep_checkpoints_whole(saving, waiting, journal)
+
+    @contextmanager
+    def _accompanied(self) -> Iterator[None]:
+        """Tell the callbacks about the start of the run and, in the reverse order, about its end."""
+        error: BaseException | None = None
+        try:
+            for callback in self.callbacks:
+                callback.on_start()
+            yield
+        except BaseException as raised:
+            error = raised
+            raise
+        finally:
+            for callback in reversed(self.callbacks):
+                callback.on_end(error)

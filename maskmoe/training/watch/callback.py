@@ -1,0 +1,62 @@
+"""The protocol of everything that accompanies a training run: what is called, and when."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class Step:
+    """The results of one training step on this rank.
+
+    Attributes:
+        losses: The mean losses of the batch by name, on the last pipeline stage; empty on other stages.
+        grad_norm: The norm of the gradient before clipping; None if it was not computed.
+        has_updated: Whether the weights were updated. They are not if the gradient is not finite in fp16, if an update
+            is refused, or if Megatron ends the run after this step.
+    """
+
+    losses: Mapping[str, Tensor]
+    grad_norm: float | None
+    has_updated: bool
+
+
+class Callback:
+    """Accompanies a training run. Each method is called on all ranks, and does nothing by default.
+
+    A method may be a collective call. The methods are in the order in which a run calls them; see `Trainer` for the
+    hooks of Megatron that call them.
+    """
+
+    def on_start(self) -> None:
+        """Megatron starts to set up the run; there are no process groups yet."""
+
+    def on_model_built(self, chunks: Sequence[Any]) -> None:
+        """The model is built on this rank, but has no weights of a checkpoint yet and is not wrapped."""
+
+    def before_micro_batch(self) -> None:
+        """A micro-batch begins, in training or validation."""
+
+    def after_gradients(self, chunks: Sequence[Any]) -> None:
+        """The gradients of a step are summed over micro-batches and ranks, and not yet clipped."""
+
+    def after_step(self, step: Step) -> None:
+        """A training step is done; no checkpoint holds its update yet."""
+
+    def before_save(self) -> None:
+        """A checkpoint will be saved."""
+
+    def after_save(self) -> None:
+        """A checkpoint was saved or, with `--async-save`, its files are being written."""
+
+    def before_wait(self) -> None:
+        """Training waits until the files of an asynchronous save are written."""
+
+    def on_end(self, error: BaseException | None) -> None:
+        """The run ends.
+
+        Args:
+            error: The cause: a `SystemExit` if the run stops early, or an error; None if training is complete.
+        """
