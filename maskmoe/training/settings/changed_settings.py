@@ -24,7 +24,6 @@ from maskmoe.training.resume.model_settings import ADJUSTABLE_ARGUMENTS
 from maskmoe.training.resume.save_folder import loads_what_it_saves
 from maskmoe.training.settings.batch_sizes import BatchSizes, training_iterations
 from maskmoe.training.settings.data_order import epochs_of_training_data, requested_training_samples
-from maskmoe.training.settings.flag_values import missing_flags
 
 _PAGE = "docs/extending.md"
 # Arguments of the schedules of learning rate and weight decay.
@@ -105,10 +104,8 @@ def schedule_of(args: Namespace) -> OptimizerParamScheduler:
         args: arguments that Megatron has validated.
 
     Raises:
-        UserError: a flag of the schedule is missing, or Megatron refuses the schedule.
+        UserError: Megatron refuses the schedule.
     """
-    for error in missing_flags(args):
-        raise UserError(error)
     optimizer: Any = SimpleNamespace(param_groups=[])
     try:
         with _megatrons_args(copy(args)):  # Megatron completes the arguments

@@ -235,6 +235,8 @@ class RunChecks:
 
     def _compare_settings(self) -> Iterator[str]:
         """Compare the remaining settings with those of the checkpoint."""
+        if any(missing_flags(self.args)):
+            return  # Megatron cannot make the schedule
         try:
             changed = find_changed_settings(self.args, self.checkpoint)
         except UserError as error:

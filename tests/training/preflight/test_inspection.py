@@ -67,10 +67,6 @@ ARCHITECTURES = {
     "grouped-query attention with norms": (
         f"{LLAMA} --group-query-attention --num-query-groups 2 --kv-channels 24 --qk-layernorm"
     ),
-    "norms over all heads": (
-        f"{LLAMA} --group-query-attention --num-query-groups 2 --qk-layernorm --qk-layernorm-all-heads"
-    ),
-    "biases of query, key and value alone": f"{LLAMA} --add-qkv-bias",
     "multi-token prediction": f"{LLAMA} --moe-layer-freq 2 {MTP}",
     "expert bias": f"{LLAMA} --moe-router-score-function sigmoid --moe-router-enable-expert-bias",
     "learned positions, untied": "--untie-embeddings-and-output-weights --position-embedding-type learned_absolute",
@@ -132,8 +128,6 @@ MORE_LAYOUTS = {
     ),
     "hybrid without |, expert parallel": hybrid("*E*E", f"{LLAMA} {BF16} {DISTRIBUTED} --expert-model-parallel-size 2"),
     "gradients in bf16": f"{LLAMA} {BF16} --grad-reduce-in-bf16",
-    "fp16": f"{LLAMA} --fp16",
-    "sgd": f"{LLAMA} {BF16} --optimizer sgd",
 }
 # Settings under which the activations of a forward pass on one rank are compared.
 FORWARD = {
@@ -145,7 +139,6 @@ FORWARD = {
         "--num-query-groups 2 --hidden-size 128"
     ),
     "no mask from the data loader": f"{LLAMA} --no-create-attention-mask-in-dataloader",
-    "recomputed attention": f"{LLAMA} {BF16} --recompute-granularity selective",
     "recomputed MoE": f"{LLAMA} {BF16} --recompute-granularity selective --recompute-modules moe core_attn",
     "full recompute": (
         f"{LLAMA} {BF16} --recompute-granularity full --recompute-method uniform --recompute-num-layers 1"
@@ -161,15 +154,6 @@ FORWARD = {
 FORWARD |= {
     "hybrid, bf16": hybrid("*-*E*E", f"{LLAMA} {BF16}"),
     "hybrid, prediction": hybrid("*E*-/*E"),
-    "hybrid, layers recomputed in pairs": hybrid(
-        "*-*E*E*", f"{LLAMA} --recompute-granularity full --recompute-method uniform --recompute-num-layers 2"
-    ),
-    "hybrid, first layers recomputed": hybrid(
-        "*-*E*E*", f"{LLAMA} --recompute-granularity full --recompute-method block --recompute-num-layers 3"
-    ),
-    "hybrid, recomputed MoE": hybrid(
-        "*-*E*E", f"{LLAMA} --recompute-granularity selective --recompute-modules moe core_attn"
-    ),
 }
 # Flags of a GPT model and its hybrid twin.
 TWINS = {
