@@ -19,8 +19,8 @@ from sources import Class, Function, Module, Name, Sources, is_self, is_set
 PACKAGE = Path(__file__).resolve().parents[2] / "maskmoe"
 OURS = PACKAGE.name
 MEGATRON = "megatron"
-REPLACE = (f"{OURS}.megatron_compat.replacing.replace", "unittest.mock.patch.object")
-REPLACE_SEVERAL = "unittest.mock.patch.multiple"
+REPLACE = f"{OURS}.megatron_compat.replacing.replace"
+REPLACE_SEVERAL = f"{OURS}.megatron_compat.replacing.replacing"
 
 
 @dataclass(frozen=True, order=True)
@@ -152,7 +152,7 @@ class Package:
             function = module.dotted_name(node.func)
             if function == REPLACE_SEVERAL:
                 names = [keyword.arg for keyword in node.keywords if keyword.arg]
-            elif function in REPLACE:
+            elif function == REPLACE:
                 names = [value.value for value in node.args[1:2] if isinstance(value, ast.Constant)]
             owners = self._objects(module, node.args[0]) if names else ()
         elif isinstance(node, ast.Attribute) and is_set(node):

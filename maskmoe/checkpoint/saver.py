@@ -9,7 +9,6 @@ from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
-from unittest import mock
 
 import torch
 from megatron.core.rerun_state_machine import RerunState, get_rerun_state_machine
@@ -28,6 +27,7 @@ from maskmoe.checkpoint.series import (
 )
 from maskmoe.launch.journal import Journal, Kind
 from maskmoe.megatron_compat.globals import get_args
+from maskmoe.megatron_compat.replacing import replacing
 
 
 @dataclass
@@ -107,7 +107,7 @@ class CheckpointSaver:
         # Save the iteration again, beside its checkpoint. Wait first, because an asynchronous save may still write it.
         self.finalize(blocking=True)
         checkpoint = checkpoint_path(settings.save, iteration)
-        with mock.patch.object(checkpointing, "get_checkpoint_name", return_value=str(next_version(checkpoint))):
+        with replacing(checkpointing, get_checkpoint_name=lambda *_, **__: str(next_version(checkpoint))):
             self._begin(_Save(iteration, is_local=False, is_repeated=True), *args, **kwargs)
         self.finalize(blocking=True)
         if torch.distributed.get_rank() == 0:

@@ -13,11 +13,10 @@ from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager
 from types import ModuleType
 from typing import Any
-from unittest import mock
 
 import torch
 
-from maskmoe.megatron_compat.replacing import replace
+from maskmoe.megatron_compat.replacing import replace, replacing
 
 
 def use_compiled_helpers_of_wheel() -> None:
@@ -257,7 +256,7 @@ def building_replicated_linears_of(
         linear: builds a linear layer; takes the arguments of `TELinear`.
         module: the module of Megatron.
     """
-    return mock.patch.multiple(module, HAVE_TE=True, TELinear=linear)
+    return replacing(module, HAVE_TE=True, TELinear=linear)
 
 
 def building_gated_delta_net_without_fla() -> AbstractContextManager:
@@ -270,4 +269,4 @@ def building_gated_delta_net_without_fla() -> AbstractContextManager:
     """
     from megatron.core.ssm.gated_delta_net import common
 
-    return mock.patch.object(common, "HAVE_FLA", True)
+    return replacing(common, HAVE_FLA=True)

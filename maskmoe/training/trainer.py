@@ -50,7 +50,6 @@ from maskmoe.training.watch.run_start import RunStart
 from maskmoe.training.watch.run_warnings import RunWarnings
 from maskmoe.training.watch.save_on_signals import SaveOnSignals
 from maskmoe.training.watch.spike_watch import SpikeWatch
-from maskmoe.training.watch.step_time import StepTime
 from maskmoe.training.watch.wandb_run import take_run_id
 from maskmoe.training.watch.watchdog import Watchdog
 
@@ -113,7 +112,6 @@ class Trainer:
         # What accompanies the run. At its end, the callbacks are called in the reverse order.
         leave_after_save = LeaveAfterSave(self._ranks)
         warnings = RunWarnings(self._run_folder)
-        folder_of_first_rank = self._run_folder if self._ranks.rank == 0 else None
         self.callbacks += [
             LastLine(args),
             ReportPage(args),
@@ -121,7 +119,6 @@ class Trainer:
             RunStart(args, self._run_folder),
             Header(args, self._mask, self._run_folder),
             self._save_on_signals,
-            StepTime(folder_of_first_rank, self._ranks.world_size),
             FirstStepCheck(args),
             leave_after_save,
         ]
@@ -129,7 +126,7 @@ class Trainer:
             self.callbacks.append(RoutingLog(args, self._mask, warnings))
         if args.spike_action != "none":
             self.callbacks.append(SpikeWatch(args, warnings))
-        self._connect_hooks(Journal(folder_of_first_rank))
+        self._connect_hooks()
         # Megatron's settings.
         if args.override_opt_param_scheduler and has_one_learning_rate(args):
             override_learning_rates()
@@ -168,12 +165,8 @@ class Trainer:
         timers("batch-generator").stop()
         return token_losses(model, batch), partial(loss_function, batch.loss_mask)
 
-    def _connect_hooks(self, journal: Journal) -> None:
-        """Let Megatron call the callbacks; `forward_step` and `_accompanied` call the remaining methods.
-
-        Args:
-            journal: Gets an entry for each checkpoint.
-        """
+    def _connect_hooks(self) -> None:
+        """Let Megatron call the callbacks; `forward_step` and `_accompanied` call the remaining methods."""
         callbacks = self.callbacks
 
         def on_model_built(chunks: Any) -> Any:
@@ -210,7 +203,7 @@ class Trainer:
         self.model_config.transformer.finalize_model_grads_func = finalize_gradients
         call_after_each_step(after_step)
         skip_iterations_of_interleaved_pipelines()
-        keep_checkpoints_whole(saving, waiting, journal)
+        keep_checkpoints_whole(saving, waiting, Journal(self._run_folder if self._ranks.rank == 0 else None))
 
     @contextmanager
     def _accompanied(self) -> Iterator[None]:

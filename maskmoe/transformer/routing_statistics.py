@@ -12,16 +12,12 @@ class RoutingSums(NamedTuple):
     """Sums over tokens, micro-batches and ranks, of one layer or of several layers in leading dimensions.
 
     Attributes:
-        num_rows: scalar, rows that the experts of all ranks received.
-        num_micro_batches: scalar, micro-batches, counted once for each rank.
         num_tokens: scalar, tokens without padding.
         num_routable: scalar, tokens without padding that have two or more visible experts.
         entropy: scalar, summed entropies of the routable tokens' masked probabilities, in nats.
         tokens_per_expert: [experts], the tokens sent to each expert.
     """
 
-    num_rows: Tensor
-    num_micro_batches: Tensor
     num_tokens: Tensor
     num_routable: Tensor
     entropy: Tensor
@@ -78,25 +74,22 @@ class RoutingStatistics:
         """Add the sums over the tokens of a micro-batch.
 
         Args:
-            sums: float64 [3 + experts]: the fields of `RoutingSums` from `num_tokens` on.
+            sums: float64 [3 + experts]: the fields of `RoutingSums`.
         """
         self._tokens += sums
 
     def count_rows(self, num_rows: int) -> None:
         """Count the rows that the experts of this rank receive in one micro-batch.
 
-        The largest number is kept, too, because memory use depends on the rows of a single micro-batch.
+        The largest number is kept, because memory use depends on the rows of a single micro-batch.
         """
-        self._num_rows += num_rows
-        self._num_micro_batches += 1
         self._largest_num_rows = max(self._largest_num_rows, num_rows)
 
     def take(self) -> tuple[Tensor, int]:
         """Return the sums since the last call, packed for `RoutingSums`, and the most rows of one micro-batch."""
         device = torch.cuda.current_device()
         packed = torch.zeros(RoutingSums.packed_size(self._num_experts), dtype=torch.float64, device=device)
-        packed[0], packed[1] = self._num_rows, self._num_micro_batches
-        packed[2:] += self._tokens
+        packed += self._tokens
         taken = packed, self._largest_num_rows
         self._clear()
         return taken
@@ -104,4 +97,4 @@ class RoutingStatistics:
     def _clear(self) -> None:
         """Set all sums to 0. The first addition makes a tensor on the device of the tokens."""
         self._tokens: int | Tensor = 0  # [3 + experts]
-        self._num_rows = self._num_micro_batches = self._largest_num_rows = 0
+        self._largest_num_rows = 0

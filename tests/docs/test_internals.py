@@ -97,8 +97,8 @@ CASES = {
         ("megatron.core.utils.pad", "replaced by", "patch", "Pad less."),
     ),
     "replaced name of a module that the caller chooses": (
-        "from unittest import mock\nfrom megatron.core import utils\n"
-        "def patch(x, module): mock.patch.multiple(module, pad=x)\ndef f(): patch(1, module=utils)",
+        "from maskmoe.megatron_compat.replacing import replacing\nfrom megatron.core import utils\n"
+        "def patch(x, module): replacing(module, pad=x)\ndef f(): patch(1, module=utils)",
         "replaced",
         ("megatron.core.utils.pad", "replaced by", "patch"),
     ),

@@ -143,7 +143,7 @@ def test_layers_with_experts_have_curves(runs):
 
 
 @pytest.mark.runs("second rank without tokens")
-def test_uneven_ranks_are_warned_of_once(runs):
+def test_rank_without_tokens(runs):
     """Every token has one visible expert, which is on the first rank."""
     (run,) = runs
     routing = read_routing(run.folder)
@@ -152,14 +152,6 @@ def test_uneven_ranks_are_warned_of_once(runs):
     assert set(routing["single_expert_token_share"].values()) == {1.0}
     assert set(routing["router_grad_norm"].values()) == {0.0}
     assert "routing_entropy" not in routing
-    warnings = re.findall("warning: uneven routing.*", "".join(run.errors))
-    assert len(warnings) == 1
-    assert "in MoE layer 0, a rank's experts got 128 rows in one micro-batch, 2.00 times the mean" in warnings[0]
-
-
-@pytest.mark.runs("reference", "pipeline 2")
-def test_even_ranks_are_not_warned_of(runs):
-    assert not any("uneven routing" in error for run in runs for error in run.errors)
 
 
 def test_scalars_go_to_both_writers(monkeypatch):
@@ -176,6 +168,6 @@ def test_scalars_go_to_both_writers(monkeypatch):
     tensorboard, wandb = Writer(), Writer()
     monkeypatch.setattr(scalars, "get_tensorboard_writer", lambda: tensorboard)
     monkeypatch.setattr(scalars, "get_wandb_writer", lambda: wandb)
-    routing_log._write(RoutingRecord({"routing_entropy": {0: 0.5, 2: 1.0}}, uneven=None, tokens_per_expert={}), 10)
+    routing_log._write(RoutingRecord({"routing_entropy": {0: 0.5, 2: 1.0}}, tokens_per_expert={}), 10)
     expected = {"routing_entropy": 0.75, "moe/routing_entropy_layer_0": 0.5, "moe/routing_entropy_layer_2": 1.0}
     assert tensorboard.scalars == wandb.scalars == {(tag, 10): value for tag, value in expected.items()}

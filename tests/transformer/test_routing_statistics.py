@@ -111,9 +111,8 @@ def test_recomputation_counts_once(settings: dict) -> None:
     for packed, most_rows in plain:
         sums = RoutingSums.unpack(torch.tensor(packed))
         assert sums.num_tokens == 2 * SEQUENCE * BATCH
-        assert sums.num_micro_batches == 2
-        assert sums.num_rows == sums.tokens_per_expert.sum()
-        assert sums.num_rows / 2 <= most_rows < sums.num_rows
+        num_rows = sums.tokens_per_expert.sum()  # of two micro-batches
+        assert num_rows / 2 <= most_rows < num_rows
 
 
 def test_not_in_checkpoints_and_exact_in_bf16() -> None:

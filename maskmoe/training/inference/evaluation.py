@@ -22,7 +22,7 @@ from maskmoe.megatron_compat.globals import get_tokenizer
 from maskmoe.routing_mask.feed_forward_layers import FeedForwardLayers
 from maskmoe.routing_mask.frequency import FrequencyBands, TokenFrequency, count_token_frequency
 from maskmoe.training.inference.text_scoring import TextScores, read_texts, score_texts
-from maskmoe.training.loop.batch import build_whole_split, losses_of_all, sum_over_ranks
+from maskmoe.training.inference.token_losses import build_whole_split, losses_of_all, sum_over_ranks
 from maskmoe.training.loop.rank_store import sharing_failures
 from maskmoe.training.settings.inference_arguments import add_evaluation_arguments
 from maskmoe.training.settings.setup import (

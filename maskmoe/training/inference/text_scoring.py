@@ -16,7 +16,7 @@ from maskmoe.errors import UserError
 from maskmoe.files.json_lines import Line, read_lines
 from maskmoe.files.surrogates import refuse_surrogates
 from maskmoe.megatron_compat.globals import get_tokenizer
-from maskmoe.training.loop.batch import losses_of_all, sum_over_ranks
+from maskmoe.training.inference.token_losses import losses_of_all, sum_over_ranks
 
 
 class Text(NamedTuple):

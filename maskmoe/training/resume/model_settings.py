@@ -131,17 +131,49 @@ def check_same_model(args: Namespace, checkpoint: Path) -> None:
     saved = state.get("args")
     if saved is None:
         return
-    pattern, saved_pattern = args.hybrid_layer_pattern, getattr(saved, "hybrid_layer_pattern", None)
-    if pattern is not None:
-        _check_same_pattern(pattern, saved, checkpoint)
-    elif saved_pattern:
+    _check_same_layers(args, saved, checkpoint)
+    _check_same_arguments(args, saved, checkpoint)
+    theirs, ours = getattr(saved, "tokenizer_sha256", None), args.tokenizer_sha256
+    if theirs is not None and ours is not None and theirs != ours:
         raise UserError(
-            f"checkpoint {checkpoint} holds a hybrid model, which cannot be loaded into a GPT model: pass "
-            f"--hybrid-layer-pattern '{saved_pattern}'"
+            f"checkpoint {checkpoint} was trained with another tokenizer ({saved.tokenizer_model}, sha256 "
+            f"{theirs[:12]}…) than --tokenizer-model {args.tokenizer_model} ({ours[:12]}…)"
         )
+    optimizer_format = (state.get("content_metadata") or {}).get("distrib_optim_sharding_type")
+    loads_optimizer = args.use_distributed_optimizer and not (args.finetune or args.no_load_optim)
+    if loads_optimizer and optimizer_format in _NAMELESS_OPTIMIZER_FORMATS:
+        _check_same_order_of_parameters(args, saved, checkpoint)
+
+
+def _check_same_layers(args: Namespace, saved: Namespace, checkpoint: Path) -> None:
+    """Check that a checkpoint holds the layers of this run's pattern, if either has a pattern. Raises UserError."""
+    pattern, saved_pattern = args.hybrid_layer_pattern, getattr(saved, "hybrid_layer_pattern", None)
+    if pattern is None:
+        if saved_pattern:
+            raise UserError(
+                f"checkpoint {checkpoint} holds a hybrid model, which cannot be loaded into a GPT model: pass "
+                f"--hybrid-layer-pattern '{saved_pattern}'"
+            )
+        return
+    if saved_pattern is not None:
+        is_same = saved_pattern.replace("|", "") == pattern.replace("|", "")
+        description = f"a hybrid model with --hybrid-layer-pattern '{saved_pattern}'"
+    else:
+        # A hybrid model may continue the GPT model that has the same layers.
+        attention = "+" if getattr(saved, "multi_latent_attention", False) else "*"
+        of_gpt = FeedForwardLayers.of_args(saved).pattern(attention)
+        is_same = of_gpt == without_new_layers(pattern)
+        description = f"a GPT model, which continues with --hybrid-layer-pattern '{of_gpt}'"
+    if not is_same:
+        raise UserError(f"checkpoint {checkpoint} holds {description}, not with '{pattern}'")
+
+
+def _check_same_arguments(args: Namespace, saved: Namespace, checkpoint: Path) -> None:
+    """Check that a checkpoint's model has the sizes and the functions of this run's model. Raises UserError."""
+    names = _MODEL_ARGUMENTS if args.hybrid_layer_pattern is not None else (*_LAYER_ARGUMENTS, *_MODEL_ARGUMENTS)
     differences = [
         f"{_flag_of(name)} {getattr(saved, name)} in the checkpoint, {getattr(args, name)} in this run"
-        for name in ((*_LAYER_ARGUMENTS, *_MODEL_ARGUMENTS) if pattern is None else _MODEL_ARGUMENTS)
+        for name in names
         if hasattr(saved, name)
         and getattr(saved, name) != getattr(args, name, None)
         # The values of these arguments are arbitrary otherwise.
@@ -156,60 +188,24 @@ def check_same_model(args: Namespace, checkpoint: Path) -> None:
                 f"checkpoint {checkpoint} holds a model with {name} {value}, for which Megatron has no flag: pass "
                 "--use-checkpoint-args"
             )
-    theirs, ours = getattr(saved, "tokenizer_sha256", None), args.tokenizer_sha256
-    if theirs is not None and ours is not None and theirs != ours:
-        raise UserError(
-            f"checkpoint {checkpoint} was trained with another tokenizer ({saved.tokenizer_model}, sha256 "
-            f"{theirs[:12]}…) than --tokenizer-model {args.tokenizer_model} ({ours[:12]}…)"
-        )
+
+
+def _check_same_order_of_parameters(args: Namespace, saved: Namespace, checkpoint: Path) -> None:
+    """Check that this run can load an optimizer state without names, in the order of parameters. Raises UserError."""
     implementation = getattr(saved, "transformer_impl", args.transformer_impl)
-    optimizer_format = (state.get("content_metadata") or {}).get("distrib_optim_sharding_type")
-    loads_optimizer = args.use_distributed_optimizer and not (args.finetune or args.no_load_optim)
-    if not loads_optimizer or optimizer_format not in _NAMELESS_OPTIMIZER_FORMATS:
-        return
-    if pattern is not None and saved_pattern is None:
+    cure = "save a checkpoint with --dist-ckpt-optim-fully-reshardable, or pass --no-load-optim"
+    if args.hybrid_layer_pattern is not None and getattr(saved, "hybrid_layer_pattern", None) is None:
         raise UserError(
             f"checkpoint {checkpoint} holds a GPT model, and its optimizer state is in the order of its parameters, "
-            "which a hybrid model does not have: save a checkpoint with --dist-ckpt-optim-fully-reshardable, or pass "
-            "--no-load-optim"
+            f"which a hybrid model does not have: {cure}"
         )
     if implementation != args.transformer_impl:
         raise UserError(
             f"checkpoint {checkpoint} was saved with --transformer-impl {implementation}, and its optimizer state "
-            f"is in the order of its parameters, which differs from {args.transformer_impl}'s: save a checkpoint with "
-            "--dist-ckpt-optim-fully-reshardable, or pass --no-load-optim"
+            f"is in the order of its parameters, which differs from {args.transformer_impl}'s: {cure}"
         )
 
 
 def _flag_of(name: str) -> str:
     """Return the flag that sets an argument."""
     return _FLAGS.get(name, f"--{name.replace('_', '-')}")
-
-
-def _check_same_pattern(pattern: str, saved: Namespace, checkpoint: Path) -> None:
-    """Check that a checkpoint holds a hybrid model with the same layers, or the GPT model whose layers the pattern has.
-
-    Args:
-        pattern: The pattern of this run.
-        saved: The arguments in the checkpoint.
-        checkpoint: The checkpoint, for the message.
-
-    Raises:
-        UserError: The checkpoint has other layers.
-    """
-    saved_pattern = getattr(saved, "hybrid_layer_pattern", None)
-    if saved_pattern is not None:
-        is_same = saved_pattern.replace("|", "") == pattern.replace("|", "")
-        description = f"a hybrid model with --hybrid-layer-pattern '{saved_pattern}'"
-    else:
-        of_gpt = pattern_of_gpt_model(saved)
-        is_same = of_gpt == without_new_layers(pattern)
-        description = f"a GPT model, which continues with --hybrid-layer-pattern '{of_gpt}'"
-    if not is_same:
-        raise UserError(f"checkpoint {checkpoint} holds {description}, not with '{pattern}'")
-
-
-def pattern_of_gpt_model(args: Namespace) -> str:
-    """Return the pattern of the hybrid twin of a GPT model with these arguments."""
-    attention = "+" if getattr(args, "multi_latent_attention", False) else "*"
-    return FeedForwardLayers.of_args(args).pattern(attention)

@@ -7,7 +7,6 @@ learning rate and weight decay, the optimizer, the order of the data, and what r
 
 from argparse import Namespace
 from collections.abc import Iterator
-from contextlib import contextmanager
 from copy import copy
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,6 +19,7 @@ from megatron.training import training
 
 from maskmoe.checkpoint.series import iteration_of
 from maskmoe.errors import UserError, reason_of
+from maskmoe.megatron_compat.replacing import replacing
 from maskmoe.training.resume.model_settings import ADJUSTABLE_ARGUMENTS
 from maskmoe.training.resume.save_folder import loads_what_it_saves
 from maskmoe.training.settings.batch_sizes import BatchSizes, training_iterations
@@ -107,26 +107,15 @@ def schedule_of(args: Namespace) -> OptimizerParamScheduler:
         UserError: Megatron refuses the schedule.
     """
     optimizer: Any = SimpleNamespace(param_groups=[])
+    completed = copy(args)  # Megatron completes the arguments
     try:
-        with _megatrons_args(copy(args)):  # Megatron completes the arguments
+        # Megatron's global variables may not exist yet, and the scheduler counts samples, not iterations.
+        with replacing(training, get_args=lambda: completed, update_train_iters=lambda args: None):
             return training.get_optimizer_param_scheduler(optimizer)
     except AssertionError as error:
         raise UserError(
             f"Megatron refuses the schedule of the learning rate or the weight decay: {reason_of(error)}"
         ) from error
-
-
-@contextmanager
-def _megatrons_args(args: Namespace) -> Iterator[None]:
-    """Let Megatron make a scheduler of these arguments instead of its global variables, which may not exist yet."""
-    # `update_train_iters` needs global variables, and the scheduler counts samples, not iterations.
-    replaced = {"get_args": lambda: args, "update_train_iters": lambda args: None}
-    before = {name: getattr(training, name) for name in replaced}
-    vars(training).update(replaced)
-    try:
-        yield
-    finally:
-        vars(training).update(before)
 
 
 def take_schedule_of_checkpoint(args: Namespace, checkpoint: Path) -> None:

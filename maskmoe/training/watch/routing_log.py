@@ -1,6 +1,5 @@
 """Logs how tokens are routed, layer by layer, to the training log, TensorBoard and W&B."""
 
-import sys
 from argparse import Namespace
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple, cast
@@ -26,10 +25,6 @@ from maskmoe.transformer.routing_statistics import RoutingSums
 
 _MOST_ROWS = "rank_rows_max"
 
-# Ratio of the most rows of a rank to the mean, from which the run warns: expert activations take this much more memory
-# than with even routing.
-_UNEVEN = 1.5
-
 
 class RoutingRecord(NamedTuple):
     """The routing of the tokens of some iterations, on all ranks.
@@ -48,13 +43,10 @@ class RoutingRecord(NamedTuple):
               2.
             - `single_expert_token_share`: share of the tokens with V = 1.
             - `router_grad_norm`: norm of the gradient of the router's weight in the last iteration, before clipping.
-        uneven: Index of the layer whose `rank_rows_max` exceeds the mean rows of a rank the most, and the ratio of the
-            two; None with one expert-parallel rank.
         tokens_per_expert: The tokens that each expert got, by index of the layer.
     """
 
     by_layer: dict[str, dict[int, float]]
-    uneven: tuple[int, float] | None
     tokens_per_expert: Mapping[int, Sequence[float]]
 
 
@@ -73,7 +65,6 @@ class RoutingLog(Callback):
     def __init__(self, args: Namespace, mask: RoutingMask, warnings: RunWarnings) -> None:
         self._args = args
         self._warnings = warnings
-        self._is_unevenness_reported = False
         self._collapse: RoutingCollapse | None = None
         if args.collapse_intervals:
             reachable = reachable_experts(mask, FeedForwardLayers.of_args(args))
@@ -91,23 +82,7 @@ class RoutingLog(Callback):
             record = take_record(chunks)
             if is_last_rank():
                 _write(record, iteration)
-                self._report_unevenness(record)
                 self._report_collapse(record, iteration)
-
-    def _report_unevenness(self, record: RoutingRecord) -> None:
-        """Print a warning, once, if a rank's experts get much more rows than the mean."""
-        if record.uneven is None or record.uneven[1] <= _UNEVEN or self._is_unevenness_reported:
-            return
-        self._is_unevenness_reported = True
-        layer, ratio = record.uneven
-        print(
-            f"warning: uneven routing, whose memory grows with the rows of a rank: in MoE layer {layer}, a rank's "
-            f"experts got {record.by_layer[_MOST_ROWS][layer]:.0f} rows in one micro-batch, {ratio:.2f} times the "
-            f"mean. This warning comes once; see `{_MOST_ROWS}` in TensorBoard. A balanced mask or a larger "
-            "--moe-aux-loss-coeff evens it out",
-            file=sys.stderr,
-            flush=True,
-        )
 
     def _report_collapse(self, record: RoutingRecord, iteration: int) -> None:
         """Warn of what has collapsed for `--collapse-intervals`, and of what has recovered."""
@@ -174,14 +149,11 @@ def take_record(model: Sequence[DistributedDataParallel]) -> RoutingRecord:
 
     # Compute the values of each layer.
     values = {"expert_load_max_over_mean": _max_over_mean(sums.tokens_per_expert)}
-    uneven = None
     if num_ep_ranks > 1:
         # Each expert-parallel rank has an equal, contiguous share of the experts.
         tokens_per_rank = sums.tokens_per_expert.unflatten(1, (num_ep_ranks, -1)).sum(dim=-1)
         values["rank_load_max_over_mean"] = _max_over_mean(tokens_per_rank)
         values[_MOST_ROWS] = most_rows
-        ratios = (most_rows * sums.num_micro_batches / sums.num_rows).nan_to_num()
-        uneven = int(ratios.argmax()), ratios.max().item()
     values["routing_entropy"] = sums.entropy / sums.num_routable
     values["single_expert_token_share"] = 1 - sums.num_routable / sums.num_tokens
     values["router_grad_norm"] = packed[:, 0].sqrt() / float(loss_scale)
@@ -191,7 +163,7 @@ def take_record(model: Sequence[DistributedDataParallel]) -> RoutingRecord:
         by_layer[name] = {layer: of_layers[layer].item() for layer in has_value.nonzero().flatten().tolist()}
     has_tokens = sums.num_tokens.nonzero().flatten().tolist()
     tokens_per_expert = {layer: sums.tokens_per_expert[layer].tolist() for layer in has_tokens}
-    return RoutingRecord(by_layer, uneven, tokens_per_expert)
+    return RoutingRecord(by_layer, tokens_per_expert)
 
 
 def _max_over_mean(load: Tensor) -> Tensor:
