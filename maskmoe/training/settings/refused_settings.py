@@ -227,6 +227,18 @@ def _leaves_non_persistent_checkpoints_out(args: Namespace) -> bool:
     return args.non_persistent_ckpt_type == "local" or (args.non_persistent_ckpt_type is None and bool(is_asked_for))
 
 
+def _flags(flags: str, reason: str) -> Check:
+    """Return a check that refuses flags in every combination.
+
+    Args:
+        flags: the flags, separated by spaces.
+        reason: why the flags are refused.
+    """
+    *others, last = flags.split()
+    names = (flag.removeprefix("--").replace("-", "_") for flag in flags.split())
+    return Check(f"{', '.join(others)} or {last}" if others else last, reason, _given(*names))
+
+
 # ---- The list --------------------------------------------------------------------------------------------------------
 
 MEANINGLESS_WITH_A_MASK = (
@@ -260,30 +272,23 @@ MEANINGLESS_WITH_A_MASK = (
         "These routers ignore the routing mask. On GPUs, MaskMoE's own kernel routes without a flag.",
         _any(_given("moe_router_fusion"), _has_value("transformer_impl", "inference_optimized")),
     ),
-    Check(
-        "--spec, --experimental-attention-variant, --linear-attention-freq, --heterogeneous-layers-config-path or "
+    _flags(
+        "--spec --experimental-attention-variant --linear-attention-freq --heterogeneous-layers-config-path "
         "--heterogeneous-layers-config-encoded-json",
         "MaskMoE builds the layer specification itself, because Megatron-Core's MoE layers ignore the mask.",
-        _given(
-            *("spec", "experimental_attention_variant", "linear_attention_freq"),
-            *("heterogeneous_layers_config_path", "heterogeneous_layers_config_encoded_json"),
-        ),
     ),
-    Check(
+    _flags(
         "--moe-routing-trace-path",
         "Megatron's trace leaves out every layer in which a token has fewer than k experts. Use maskmoe analyze.",
-        _given("moe_routing_trace_path"),
     ),
-    Check(
+    _flags(
         "--moe-use-upcycling",
         "A dense checkpoint holds no routing mask. Make the experts before training: maskmoe convert upcycle.",
-        _given("moe_use_upcycling"),
     ),
-    Check(
+    _flags(
         "--sft",
         "Megatron-Core's dataset fills up each sample with one id, which the routing mask sends to few experts. "
         "Tokenize the conversations first, and use --dataloader-inter-document-masking.",
-        _given("sft"),
     ),
 )
 """The settings that contradict a routing mask."""
@@ -335,11 +340,10 @@ BROKEN_IN_MEGATRON = (
             and (args.overlap_grad_reduce or not args.gradient_accumulation_fusion)
         ),
     ),
-    Check(
-        "--use-megatron-fsdp or --use-torch-fsdp2",
+    _flags(
+        "--use-megatron-fsdp --use-torch-fsdp2",
         "Megatron-FSDP divides the gradient of experts once too often, and saving hangs; FSDP2 excludes expert "
         "parallelism. Use --use-distributed-optimizer.",
-        _given("use_megatron_fsdp", "use_torch_fsdp2"),
     ),
     Check(
         "--cross-entropy-loss-fusion without --bf16",
@@ -368,10 +372,9 @@ BROKEN_IN_MEGATRON = (
         "Megatron-Core's dataset turns ids into text without special tokens, which other tokenizers cannot do.",
         lambda args: args.fim_data and args.tokenizer_type != "HuggingFaceTokenizer",
     ),
-    Check(
+    _flags(
         "--rampup-batch-size",
         "Megatron-Core 0.19 ignores the flag. Use --step-batch-size-schedule.",
-        _given("rampup_batch_size"),
     ),
     Check(
         "--step-batch-size-schedule without --train-samples, or with --override-ckpt-iteration, "
@@ -379,16 +382,14 @@ BROKEN_IN_MEGATRON = (
         "Megatron-Core counts as if all batches had one size.",
         _miscounts_batch_schedule,
     ),
-    Check(
-        "--hybrid-override-pattern, --mtp-hybrid-override-pattern or --is-hybrid-model",
+    _flags(
+        "--hybrid-override-pattern --mtp-hybrid-override-pattern --is-hybrid-model",
         "Megatron-Core keeps these flags for old checkpoints. Use --hybrid-layer-pattern.",
-        _given("hybrid_override_pattern", "mtp_hybrid_override_pattern", "is_hybrid_model"),
     ),
-    Check(
+    _flags(
         "--hybrid-context-parallel",
-        "Expert-parallel ranks would wait for each other forever, because they run different numbers of micro-batches. "
-        "Use --context-parallel-size.",
-        _given("hybrid_context_parallel"),
+        "Expert-parallel ranks would wait for each other forever, because they run different numbers of "
+        "micro-batches. Use --context-parallel-size.",
     ),
     Check(
         "--full-validation without --multiple-validation-sets; or with tensor or pipeline parallelism and without "
@@ -411,19 +412,13 @@ NOT_BUILT = (
         "The flag changes the RMSNorms of --qk-layernorm.",
         lambda args: args.qk_layernorm_all_heads and not (args.qk_layernorm and args.normalization == "RMSNorm"),
     ),
-    Check(
-        "--overlap-moe-expert-parallel-comm, --delay-wgrad-compute or --ep-overlap-early-attn-memory-release",
+    _flags(
+        "--overlap-moe-expert-parallel-comm --delay-wgrad-compute --ep-overlap-early-attn-memory-release",
         "The schedule of the overlap calls the router without the channel on which the token ids travel.",
-        _given("overlap_moe_expert_parallel_comm", "delay_wgrad_compute", "ep_overlap_early_attn_memory_release"),
     ),
-    Check(
-        "--moe-paged-stash, --moe-pad-experts-for-cuda-graph-inference, --moe-ncclep-static-shape or "
-        "--moe-ncclep-zero-copy",
+    _flags(
+        "--moe-paged-stash --moe-pad-experts-for-cuda-graph-inference --moe-ncclep-static-shape --moe-ncclep-zero-copy",
         "The setting is for fixed shapes, but the number of rows that a rank receives varies.",
-        _given(
-            *("moe_paged_stash", "moe_pad_experts_for_cuda_graph_inference"),
-            *("moe_ncclep_static_shape", "moe_ncclep_zero_copy"),
-        ),
     ),
     Check(
         "--cuda-graph-impl, but for transformer_engine with --cuda-graph-modules attn or mlp",
@@ -436,15 +431,10 @@ NOT_BUILT = (
         "torch's checkpointing, which recomputes MaskMoE's MoE layers, does not know the scales of fp8. Use --bf16.",
         _given("fp8", "fp4"),
     ),
-    Check(
-        "--moe-mlp-glu-interleave-size, --moe-shared-expert-glu-interleave-size, --moe-single-grouped-weight, "
-        "--moe-single-grouped-bias, --tensor-parallel-num-weight-shards or --expert-tensor-parallel-num-weight-shards",
+    _flags(
+        "--moe-mlp-glu-interleave-size --moe-shared-expert-glu-interleave-size --moe-single-grouped-weight "
+        "--moe-single-grouped-bias --tensor-parallel-num-weight-shards --expert-tensor-parallel-num-weight-shards",
         "MaskMoE's conversion and its transformers model read weights in the order of Megatron-Core's defaults.",
-        _given(
-            *("moe_mlp_glu_interleave_size", "moe_shared_expert_glu_interleave_size"),
-            *("moe_single_grouped_weight", "moe_single_grouped_bias"),
-            *("tensor_parallel_num_weight_shards", "expert_tensor_parallel_num_weight_shards"),
-        ),
     ),
     Check(
         "--dataloader-inter-document-masking with --context-parallel-size above 1, CUDA graphs, --fim-data, or "
@@ -468,16 +458,14 @@ NOT_BUILT = (
         "code.",
         _leaves_non_persistent_checkpoints_out,
     ),
-    Check(
+    _flags(
         "--inprocess-restart",
         "MaskMoE ends the processes of a run that hangs. Use --max-restarts of torchrun, or Slurm.",
-        _given("inprocess_restart"),
     ),
-    Check(
+    _flags(
         "--yaml-cfg",
-        "Megatron-Core replaces all arguments by the file, MaskMoE's included. Use launch/pretrain.sh with a model "
-        "file.",
-        _given("yaml_cfg"),
+        "Megatron-Core replaces all arguments by the file, MaskMoE's included. Use launch/pretrain.sh with a "
+        "model file.",
     ),
     Check(
         "--perform-rl-step, --logits-save-dir, --logits-load-dir, --freeze-all-layers, --dataloader-type external or "

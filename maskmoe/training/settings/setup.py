@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from math import inf
 from pathlib import Path
-from typing import NamedTuple, cast
+from typing import cast
 
 import torch
 from megatron.core.enums import ModelType
@@ -28,29 +28,15 @@ from maskmoe.megatron_compat import cpu
 from maskmoe.megatron_compat.globals import set_globals_without_writers
 from maskmoe.megatron_compat.gpu import GpuPackages
 from maskmoe.routing_mask.frequency import files_of_data_path
-from maskmoe.routing_mask.mask import RoutingMask
 from maskmoe.training.loop.model_builder import MaskMoEGPTModelConfig, MaskMoEHybridModelConfig, MaskMoEModelConfig
 from maskmoe.training.loop.rank_store import RankStore, check_launched
 from maskmoe.training.resume import choose_checkpoint as resume
 from maskmoe.training.settings.arguments import may_change_mask
 from maskmoe.training.settings.megatron_errors import megatrons_checks
 from maskmoe.training.settings.run_checks import ArgumentsProvider, RunChecks
+from maskmoe.training.settings.run_settings import RunSettings
 from maskmoe.training.watch.console import console
 from maskmoe.training.watch.wandb_run import wandb_defaults
-
-
-class CheckedRun(NamedTuple):
-    """A run whose settings and files this rank has checked.
-
-    Attributes:
-        args: Megatron's validated arguments.
-        mask: The routing mask; None for a model without experts.
-        is_complete: Whether the checkpoint has reached the last iteration, so that nothing is left to train.
-    """
-
-    args: Namespace
-    mask: RoutingMask | None
-    is_complete: bool
 
 
 class _ChecksOfRank(RunChecks):
@@ -88,7 +74,7 @@ class _ChecksOfRank(RunChecks):
 
 def parse_and_check_args(
     own_arguments: ArgumentsProvider = lambda parser: parser, reads_data: Callable[[Namespace], bool] = lambda _: True
-) -> CheckedRun:
+) -> RunSettings:
     """Parse the command line, check all settings and files in it, and set Megatron's global variables.
 
     The function changes no file and makes none, and does not open Megatron's writers.
@@ -106,7 +92,7 @@ def parse_and_check_args(
         raise UserError(error)
     for note in checks.notes:
         console.say(f"note: {note}")
-    return CheckedRun(checks.args, checks.mask, checks.is_complete)
+    return RunSettings.from_args(checks.args, checks.mask, checks.is_complete)
 
 
 def load_model(args: Namespace) -> torch.nn.Module:
