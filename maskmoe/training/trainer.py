@@ -96,7 +96,7 @@ class Trainer:
     def train(self) -> None:
         """Train to the end, or until a signal, a failure or a limit of the command line ends the run early."""
         args = self.args
-        # Open the writers of scalars, which files show that a run has begun.
+        # Open the writers of scalars, which make files.
         choose_event_folder(args)
         take_run_id(args)
         open_writers(args)

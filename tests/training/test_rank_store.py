@@ -7,7 +7,7 @@ from datetime import timedelta
 import pytest
 from torch.distributed import HashStore, PrefixStore, TCPStore
 
-from maskmoe.errors import UserError
+from maskmoe.errors import RunFailure, UserError
 from maskmoe.training.loop.rank_store import RankStore, _meet, sharing_failures
 
 WORLD_SIZE = 3
@@ -95,15 +95,16 @@ def test_ranks_wait_until_the_last_one_calls(server):
     assert not any(thread.is_alive() for thread in threads)
 
 
-def test_failure_of_one_rank_is_raised_by_all_ranks_that_wait(server, monkeypatch):
+@pytest.mark.parametrize(("failure", "raised"), [(UserError, UserError), (ValueError, RunFailure)])
+def test_failure_of_one_rank_is_raised_by_all_ranks_that_wait(server, monkeypatch, failure, raised):
     ranks = [RankStore(connect(server), rank, WORLD_SIZE) for rank in range(WORLD_SIZE)]
     monkeypatch.setattr(RankStore, "of_process", ranks[1])
     with ThreadPoolExecutor(WORLD_SIZE) as pool:
         waiting = [pool.submit(ranks[0].wait_for_all, "checks"), pool.submit(ranks[2].broadcast, "word")]
-        with pytest.raises(UserError, match=r"^no data$"), sharing_failures():
-            raise UserError("no data")
+        with pytest.raises(failure, match=r"^no data$"), sharing_failures():
+            raise failure("no data")
         for rank in waiting:
-            with pytest.raises(UserError, match=r"^no data \(rank 1 on host .+\)$"):
+            with pytest.raises(raised, match=r"^no data \(rank 1 on host .+\)$"):
                 rank.result(timeout=20)
 
 

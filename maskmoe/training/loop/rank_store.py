@@ -1,6 +1,7 @@
 """Messages between ranks, before and beside Megatron's process groups."""
 
 import hashlib
+import json
 import os
 import socket
 import time
@@ -12,13 +13,11 @@ from datetime import timedelta
 from typing import ClassVar
 
 import torch
-from torch.distributed import DistStoreError, HashStore, PrefixStore, Store
+from torch.distributed import HashStore, PrefixStore, Store
 
-from maskmoe.errors import UserError
+from maskmoe.errors import RunFailure, UserError
 
 _TIMEOUT = timedelta(hours=1)
-_POLL = 0.05  # seconds; the time grows with the number of ranks, which all ask the store
-_LOOK_FOR_FAILURES = timedelta(seconds=1)
 _FAILURE = "failure"
 
 
@@ -95,23 +94,6 @@ class RankStore:
             self.store.set(f"{key}/all", "")
         self._wait_for(f"{key}/all")
 
-    def _wait_for(self, key: str, has_limit: bool = True) -> str:
-        """Return a message as soon as a rank has left it.
-
-        Raises:
-            UserError: Another rank has failed.
-        """
-        deadline = time.monotonic() + _TIMEOUT.total_seconds()
-        while True:
-            try:
-                self.store.wait([key], _LOOK_FOR_FAILURES)
-                return self.store.get(key).decode()
-            except DistStoreError:
-                if (failure := self.peek(_FAILURE)) is not None:
-                    raise UserError(failure) from None
-                if has_limit and time.monotonic() > deadline:
-                    raise
-
     def beside(self) -> "RankStore":
         """Return the same messages over a connection of its own, for another thread."""
         return replace(self, store=self.store.clone())
@@ -119,6 +101,25 @@ class RankStore:
     def peek(self, key: str) -> str | None:
         """Return a message, or None if no rank has left one."""
         return self.store.get(key).decode() if self.store.check([key]) else None
+
+    def _wait_for(self, key: str, has_limit: bool = True) -> str:
+        """Return a message as soon as a rank has left it.
+
+        Raises:
+            UserError: Another rank has refused the run.
+            RunFailure: Another rank has failed.
+            TimeoutError: No rank has left the message within an hour.
+        """
+        deadline = time.monotonic() + _TIMEOUT.total_seconds()
+        # Waiting in the store would not notice a failure, or log a warning at each time limit.
+        while (message := self.peek(key)) is None:
+            if (failure := self.peek(_FAILURE)) is not None:
+                is_refusal, text = json.loads(failure)
+                raise UserError(text) if is_refusal else RunFailure(text)
+            if has_limit and time.monotonic() > deadline:
+                raise TimeoutError(f"no rank has left the message {key} for {_TIMEOUT}")
+            time.sleep(_poll_seconds(self.world_size))
+        return message
 
 
 @contextmanager
@@ -132,7 +133,8 @@ def sharing_failures() -> Iterator[None]:
     except Exception as error:
         if RankStore.of_process is not None:
             place = f"rank {RankStore.of_process.rank} on host {socket.gethostname()}"
-            RankStore.of_process.store.set(_FAILURE, f"{error} ({place})")
+            failure = [isinstance(error, UserError), f"{error} ({place})"]
+            RankStore.of_process.store.set(_FAILURE, json.dumps(failure))
         raise
 
 
@@ -172,4 +174,9 @@ def _meet(store: Store, rank: int, world_size: int) -> str:
             joined = session
         if session == joined and store.add(session, 0) == world_size:
             return session
-        time.sleep(max(_POLL, world_size / 1000))
+        time.sleep(_poll_seconds(world_size))
+
+
+def _poll_seconds(world_size: int) -> float:
+    """Return the time between two questions to the store; it grows with the number of ranks, which all ask."""
+    return max(0.05, world_size / 1000)
