@@ -118,6 +118,8 @@ class RunChecks:
         yield from self._validate()
         if has_tokenizer:
             yield from self._make_tokenizer()
+        if self.most_bytes_read() is not None:
+            yield from self._missing(missing_dataset(self.args))
         yield from self._choose_mask()
         if self.is_validated:
             yield from self._compare_models()
@@ -220,7 +222,6 @@ class RunChecks:
             yield from _error_of(lambda: fill_in_middle.check_tokens(args))
         most_bytes_read = self.most_bytes_read()
         if most_bytes_read is not None:
-            yield from self._missing(missing_dataset(args))
             yield from file_checks.data_errors(args, mask, self.vocab_size, most_bytes_read)
 
     def _compare_models(self) -> Iterator[str]:
