@@ -1,4 +1,4 @@
-"""Steps that are off are reported, skipped, or passed over after a rewind, in real training runs."""
+"""Steps that are off are reported or skipped in real training runs."""
 
 import re
 from collections.abc import Callable

@@ -1,0 +1,64 @@
+"""What accompanies a run is called at the right time, also by the patches of Megatron's training step."""
+
+from contextlib import nullcontext
+from types import SimpleNamespace
+
+import pytest
+from megatron.training import training
+
+from maskmoe.training.loop.megatron_patches import ask_before_each_update, call_after_each_step
+from maskmoe.training.trainer import Trainer
+from maskmoe.training.watch.callback import Callback, Step
+
+
+class Recorder(Callback):
+    """Records its calls.
+
+    Args:
+        name: Name in the record.
+        calls: The record, which several callbacks share.
+    """
+
+    def __init__(self, name: str, calls: list[tuple]) -> None:
+        self._name, self._calls = name, calls
+
+    def on_start(self) -> None:
+        self._calls.append((self._name, "start"))
+
+    def on_end(self, error: BaseException | None) -> None:
+        self._calls.append((self._name, error))
+
+
+@pytest.mark.parametrize("error", [None, SystemExit(0), ValueError("broken")])
+def test_callbacks_end_in_the_reverse_order_however_the_run_ends(error):
+    calls: list[tuple] = []
+    trainer = object.__new__(Trainer)
+    trainer.callbacks = [Recorder("a", calls), Recorder("b", calls)]
+    with nullcontext() if error is None else pytest.raises(type(error)), trainer._accompanied():
+        if error is not None:
+            raise error
+    assert calls == [("a", "start"), ("b", "start"), ("b", error), ("a", error)]
+
+
+def test_updates_are_asked_for_and_steps_are_reported(monkeypatch):
+    """Stands in for Megatron's step and its optimizer."""
+    updates: list[float] = []
+
+    def train_step(forward_step, data_iterator, model, optimizer, scheduler, config, forward_backward, iteration):
+        forward_backward(iteration)
+        norm = optimizer.get_grad_norm()
+        is_updated = optimizer.step_with_ready_grads()
+        return {"lm loss": 3.0}, int(not is_updated), False, False, 0, norm, None, 0
+
+    monkeypatch.setattr(training, "train_step", train_step)
+    optimizer = SimpleNamespace(get_grad_norm=lambda: 0.5, step_with_ready_grads=lambda: not updates.append(0.5))
+    asked, steps = [], []
+    ask_before_each_update(lambda losses, norm: asked.append((list(losses), norm)) or losses != [{"lm loss": 2}])
+    call_after_each_step(steps.append)
+    for iteration in range(1, 4):
+        arguments = (None, None, None, optimizer, None, None, lambda number: [{"lm loss": number}])
+        results = training.train_step(*arguments, iteration=iteration)
+        assert results[:2] == ({"lm loss": 3.0}, int(iteration == 2))
+    assert asked == [([{"lm loss": iteration}], 0.5) for iteration in (1, 2, 3)]
+    assert len(updates) == 2
+    assert steps == [Step({"lm loss": 3.0}, 0.5, has_updated=iteration != 2) for iteration in (1, 2, 3)]
