@@ -2,12 +2,12 @@
 
 python docs/generators/combinations.py [--check]
 
-The first table comes from tests/support/composition.py, whose rows name their tests. The second table comes from
-`maskmoe.training.settings.refusals`. The text around the tables is in combinations.md.j2.
+The first table comes from tests/support/composition.py, whose rows name their tests. The other tables come from
+`maskmoe.training.settings.refused_settings`. The text around the tables is in combinations.md.j2.
 """
 
 import sys
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Protocol
 
@@ -18,42 +18,50 @@ from maskmoe.megatron_compat import prepare_process
 TESTS = Path(__file__).resolve().parents[2] / "tests"
 
 
-class Refusal(Protocol):
-    """A refusal as `maskmoe.training.settings.refusals` defines it."""
+class Check(Protocol):
+    """A refused setting, as `maskmoe.training.settings.refused_settings` defines it."""
 
-    flag: str
+    name: str
     reason: str
 
 
-def render(works: Iterable[tuple[str, str]], refusals: Iterable[Refusal]) -> str:
+def render(works: Iterable[tuple[str, str]], refused: Mapping[str, Iterable[Check]]) -> str:
     """Return the page.
 
     Args:
         works: pairs of a setting and the runs that show that it works.
-        refusals: all refusals of the code.
+        refused: the refused settings of each group, by the name of the group in the template.
     """
-    works_table = pages.table(("setting", "shown by"), works)
-    refused_table = pages.table(("setting", "reason"), [(pages.cell(r.flag), pages.cell(r.reason)) for r in refusals])
-    return pages.fill("combinations.md.j2", works=works_table, refused=refused_table)
+    tables = {
+        group: pages.table(("setting", "reason"), [(pages.cell(c.name), pages.cell(c.reason)) for c in checks])
+        for group, checks in refused.items()
+    }
+    return pages.fill("combinations.md.j2", works=pages.table(("setting", "shown by"), works), **tables)
 
 
 def tested_combinations() -> Iterator[tuple[str, str]]:
     """Yield each setting that works and the evidence for it, from the table of the composition test."""
     sys.path.insert(0, str(TESTS))  # for the tests' package `support`
-    from support.composition import TABLE, Works
+    from support.composition import TABLE
 
     for name, row in TABLE.items():
-        if isinstance(row, Works):
-            yield name, row.evidence
+        yield name, row.evidence
 
 
 def render_from_code() -> str:
-    """Return the page, made from the tests and the refusals."""
-    from maskmoe.training.settings.refusals import REFUSALS
+    """Return the page, made from the tests and the refused settings."""
+    from maskmoe.training.settings import refused_settings as settings
 
-    return render(tested_combinations(), REFUSALS)
+    groups = {
+        "meaningless": settings.MEANINGLESS_WITH_A_MASK,
+        "broken": settings.BROKEN_IN_MEGATRON,
+        "not_built": settings.NOT_BUILT,
+    }
+    return render(tested_combinations(), groups)
 
 
 if __name__ == "__main__":
     prepare_process()
-    pages.run("combinations.md", render_from_code, "Write docs/combinations.md from the tests and the refusals.")
+    pages.run(
+        "combinations.md", render_from_code, "Write docs/combinations.md from the tests and the refused settings."
+    )

@@ -58,9 +58,8 @@ def section(subcommand: Subcommand) -> str:
 
 def megatron_providers() -> dict[str, tuple[Provider, ...]]:
     """Return the functions that add MaskMoE's flags to Megatron's parser, by subcommand."""
-    from maskmoe.training.inference.evaluation import add_evaluation_arguments
-    from maskmoe.training.inference.generation import add_generation_arguments
     from maskmoe.training.settings.arguments import add_maskmoe_arguments
+    from maskmoe.training.settings.inference_arguments import add_evaluation_arguments, add_generation_arguments
     from maskmoe.training.settings.pretraining_arguments import add_pretraining_arguments
 
     return {

@@ -1,6 +1,6 @@
 """Entry point: `torchrun … -m maskmoe.training.pretrain <Megatron flags> --routing-mask FILE`, see `Trainer`.
 
-With `--check` the entry point reports on the run instead of starting it, see `maskmoe.check`.
+With `--check` the entry point reports on the run instead of starting it, see `maskmoe.training.preflight`.
 """
 
 from maskmoe.training.loop.rank_process import prepare_rank, run_rank
@@ -10,8 +10,8 @@ from maskmoe.training.watch.console import hide_foreign_warnings
 def main() -> None:
     """Prepare the process, then train, or check the command line if `--check` is given."""
     prepare_rank()
-    from maskmoe.check.command import check_run, requested_check
     from maskmoe.training import trainer
+    from maskmoe.training.preflight.command import check_run, requested_check
     from maskmoe.training.settings.pretraining_arguments import add_pretraining_arguments
 
     request = requested_check()

@@ -8,7 +8,6 @@ import sys
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -19,18 +18,16 @@ from megatron.training.argument_utils import pretrain_cfg_container_from_args
 
 from maskmoe.checkpoint.megatron_patches import keep_checkpoints_whole, override_learning_rates
 from maskmoe.launch.journal import Journal
-from maskmoe.launch.run_folder import run_folder
 from maskmoe.megatron_compat.globals import get_timers, open_writers
 from maskmoe.processes.folder_lock import locked_folder
 from maskmoe.training.loop.batch import build_datasets, get_batch, loss_function, token_losses
 from maskmoe.training.loop.megatron_patches import call_after_each_step, skip_iterations_of_interleaved_pipelines
 from maskmoe.training.loop.rank_store import RankStore, check_launched, sharing_failures
 from maskmoe.training.resume.choose_checkpoint import repair_tracker_file
-from maskmoe.training.resume.save_folder import loads_what_it_saves
 from maskmoe.training.settings.changed_settings import has_one_learning_rate
 from maskmoe.training.settings.pretraining_arguments import add_pretraining_arguments, hang_timeout
+from maskmoe.training.settings.run_settings import RunSettings
 from maskmoe.training.settings.setup import (
-    CheckedRun,
     embedding_ranks_of,
     leaving_process_groups,
     model_config_from_args,
@@ -60,15 +57,14 @@ def main() -> None:
         with sharing_failures():
             # Check everything before any process group exists.
             run = parse_and_check_args(add_pretraining_arguments)
-            # A complete run still saves into another folder than it loads from, for example in another layout of ranks.
-            if run.is_complete and (run.args.save is None or loads_what_it_saves(run.args)):
+            if not run.has_work:
                 return
             check_launched()
             ranks = RankStore.from_environment()
             trainer = Trainer(run, ranks)
             # A refused run leaves no files, so wait until no rank can refuse the run any more.
             ranks.wait_for_all("checks")
-            for folder in trainer.folders_to_lock() if ranks.rank == 0 else ():
+            for folder in run.checkpoint_folders if ranks.rank == 0 else ():
                 locks.enter_context(locked_folder(folder))
             ranks.wait_for_all("locks of the folders")
         repair_tracker_file(run.args, ranks)
@@ -88,19 +84,14 @@ class Trainer:
         callbacks: Everything that accompanies the run, in the order in which it is called.
     """
 
-    def __init__(self, run: CheckedRun, ranks: RankStore) -> None:
+    def __init__(self, run: RunSettings, ranks: RankStore) -> None:
         self.args = run.args
         self.model_config = model_config_from_args(run.args)
         self.callbacks: list[Callback] = []
         self._mask = run.mask
         self._ranks = ranks
-        self._run_folder = run_folder(run.args.save, run.args.tensorboard_dir)
+        self._run_folder = run.run_folder
         self._save_on_signals = SaveOnSignals(run.args)
-
-    def folders_to_lock(self) -> list[Path]:
-        """Return the folders of checkpoints that no other run may write to."""
-        save, local = self.args.save, self.args.non_persistent_global_ckpt_dir
-        return [Path(folder) for folder in (save, local) if save is not None and folder is not None]
 
     def train(self) -> None:
         """Train to the end, or until a signal, a failure or a limit of the command line ends the run early."""

@@ -3,7 +3,7 @@
 from types import SimpleNamespace
 
 import pytest
-from support.command_lines import TRAINING, forget_megatrons_globals, parse_training, refuse_all, run_command
+from support.command_lines import TRAINING, forget_megatrons_globals, refuse_all, run_command
 
 from maskmoe.errors import UserError
 
@@ -194,103 +194,6 @@ def test_number_of_processes_of_a_training_command(workshop):
     for word in (*NOT_WHOLE, "100000"):
         for command in TRAINING:
             run_command(command, "--nproc-per-node", word, starts_ranks=True).assert_refused("--nproc-per-node")
-
-
-# Values of Megatron's flags, most of which Megatron accepts, or reports after it has built the model.
-BAD_FLAGS = {
-    flag: words.split()
-    for flag, words in {
-        "--train-iters": "0 -1 1.5 abc nan",
-        "--hidden-size": "0 -32 1e3 99999999",
-        "--num-layers": "0 -1 1000000",
-        "--num-attention-heads": "0 -4",
-        "--ffn-hidden-size": "0 -1",
-        "--kv-channels": "0",
-        "--num-query-groups": "0",
-        "--seq-length": "0 -5",
-        "--max-position-embeddings": "0 -5",
-        "--log-interval": "0 -1",
-        "--eval-interval": "0 -1",
-        "--eval-iters": "-1 x",
-        "--save-interval": "0 -1",
-        "--hang-timeout": "-5 0 nan inf",
-        "--keep-last-checkpoints": "0 -1 1.5",
-        "--micro-batch-size": "0 -1",
-        "--global-batch-size": "0 -4",
-        "--hidden-dropout": "-0.1 1.5 nan",
-        "--attention-dropout": "-0.1 1.5 inf",
-        "--clip-grad": "nan -1 inf",
-        "--adam-beta1": "2 -0.1 nan",
-        "--adam-beta2": "2 nan",
-        "--adam-eps": "0 -1 nan",
-        "--weight-decay": "-1 nan inf",
-        "--lr": "nan -1 inf abc 1e400",
-        "--min-lr": "1 -1 nan",
-        "--lr-warmup-init": "1 nan",
-        "--lr-warmup-iters": "2 5 -1",
-        "--lr-warmup-fraction": "2 -0.5 nan",
-        "--lr-decay-iters": "0 -1",
-        "--lr-decay-style": "cosinus",
-        "--moe-router-topk": "0 -1 5",
-        "--num-experts": "0 -1 1.5 99999999",
-        "--moe-ffn-hidden-size": "0 -1",
-        "--moe-aux-loss-coeff": "-1 nan",
-        "--moe-z-loss-coeff": "-1 nan",
-        "--moe-expert-capacity-factor": "0 -1 nan",
-        "--moe-input-jitter-eps": "nan -1 2",
-        "--moe-layer-freq": "abc 0.5 [1]**9 [1]*99999999 [1",
-        "--moe-router-load-balancing-type": "none_such",
-        "--tensor-model-parallel-size": "0 -1 x",
-        "--pipeline-model-parallel-size": "0 -1",
-        "--expert-model-parallel-size": "0 -1",
-        "--context-parallel-size": "0 -1",
-        "--vocab-size": "0 -1",
-        "--make-vocab-size-divisible-by": "0 -1",
-        "--norm-epsilon": "0 -1 nan inf",
-        "--init-method-std": "nan -1 inf",
-        "--rotary-base": "0 -1",
-        "--rotary-percent": "nan 2 -1",
-        "--seed": "-1 4294967296 nan",
-        "--num-workers": "-1 100000",
-        "--split": "abc -1,2,3 0,0,0 1,2,3,4 nan,1,1",
-        "--exit-signal": "SIGNONE",
-        "--attention-backend": "none_such",
-        "--transformer-impl": "none_such",
-        "--optimizer": "none_such",
-        "--window-size": "a,b",
-        "--distributed-timeout-minutes": "0 -1",
-        "--train-samples": "0 -1",
-        "--profile-step-start": "-1",
-        "--non-persistent-save-interval": "0",
-        "--num-layer": "2",
-    }.items()
-}
-FLAG_CASES = [(flag, word) for flag, words in BAD_FLAGS.items() for word in words]
-
-
-def test_value_of_a_flag_of_megatron(training_parser, workshop):
-    """Sizes that contradict others are found after the ranges, by the tests below."""
-    for flag, word in FLAG_CASES:
-        if (flag, word) != ("--moe-router-topk", "5"):
-            with pytest.raises(UserError, match=flag):
-                parse_training(training_parser, command_line("pretrain", **{flag[2:]: word})[1:])
-
-
-@pytest.mark.parametrize("every", [17, pytest.param(1, marks=pytest.mark.slow)])
-def test_run_refuses_a_value_of_a_flag_of_megatron(workshop, every):
-    cases = [(command_line("pretrain", **{flag[2:]: word}), [flag]) for flag, word in FLAG_CASES[::every]]
-    refuse_all(workshop, cases)
-
-
-def test_check_refuses_what_a_run_refuses(workshop):
-    """Only the last lines matter: `--check` prints a report before its errors."""
-    failed = []
-    for flag, word in FLAG_CASES[::19]:
-        outcome = run_command(*command_line("pretrain", **{flag[2:]: word}), "--check")
-        lines = outcome.errors.splitlines()
-        if outcome.code != 2 or not lines or not all(line.startswith("error: ") and flag in line for line in lines):
-            failed.append((flag, word, outcome.code, outcome.errors[-300:]))
-    assert not failed
 
 
 FILE, FOLDER, OUTPUT, OUTPUT_FOLDER, PREFIX = "a file", "a folder", "an output", "an output folder", "a prefix"

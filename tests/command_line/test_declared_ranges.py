@@ -1,8 +1,7 @@
-"""Every number on a command line has a declared range, and every flag of Megatron that is a number has one, too."""
+"""Every number on a command line of MaskMoE has a declared range."""
 
 import argparse
 import importlib
-import math
 import sys
 from collections.abc import Iterator
 from unittest import mock
@@ -71,51 +70,6 @@ def test_parser_reports_in_one_line_and_each_number_has_a_range(subcommand):
         "status",
     )
     assert numbers or subcommand.name in without_defaults
-
-
-@pytest.fixture(scope="module")
-def megatron_parser() -> argparse.ArgumentParser:
-    from megatron.training.arguments import add_megatron_arguments
-
-    from maskmoe.training.inference.evaluation import add_evaluation_arguments
-    from maskmoe.training.inference.generation import add_generation_arguments
-    from maskmoe.training.settings.arguments import add_maskmoe_arguments
-    from maskmoe.training.settings.pretraining_arguments import add_pretraining_arguments
-
-    parser = add_maskmoe_arguments(add_megatron_arguments(argparse.ArgumentParser(allow_abbrev=False)))
-    return add_generation_arguments(add_evaluation_arguments(add_pretraining_arguments(parser)))
-
-
-def test_each_number_of_megatron_has_a_range_or_may_be_any(megatron_parser, training_parser):
-    """The parser of generation replaces an old flag of Megatron, which the parser of training still has."""
-    from maskmoe.training.settings.flag_ranges import RANGES, UNBOUNDED
-
-    actions = [*megatron_parser._actions, *training_parser._actions]
-    whole = {action.dest for action in actions if action.type is int and not action.choices}
-    assert not whole - RANGES.keys() - UNBOUNDED
-    known = {action.dest for action in actions}
-    assert RANGES.keys() <= known
-    assert known >= UNBOUNDED
-    assert not RANGES.keys() & UNBOUNDED
-
-
-def test_defaults_of_megatron_are_in_their_ranges(megatron_parser):
-    from maskmoe.training.settings.flag_ranges import range_errors
-
-    args = argparse.Namespace(
-        **{action.dest: megatron_parser.get_default(action.dest) for action in megatron_parser._actions}
-    )
-    assert not list(range_errors(args))
-
-
-@pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])
-def test_no_number_of_megatron_may_be_infinite(megatron_parser, value):
-    from maskmoe.training.settings.flag_ranges import range_errors
-
-    names = [action.dest for action in megatron_parser._actions if action.type is float]
-    assert len(names) > 90
-    args = argparse.Namespace(split=None, **dict.fromkeys(names, value))
-    assert len(list(range_errors(args))) == len(names)
 
 
 @pytest.mark.parametrize(

@@ -10,7 +10,7 @@ from support.documentation import DOCS, README, anchors, links, pages
 from support.launchers import start_ranks
 from support.paths import ROOT
 
-GENERATED = ("flags.py", "help.py", "combinations.py", "patches.py", "internals.py")
+GENERATED = ("flags.py", "combinations.py", "patches.py", "internals.py")
 
 
 def test_readme_is_short() -> None:

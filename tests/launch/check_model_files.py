@@ -16,7 +16,7 @@ from typing import Any
 from maskmoe.megatron_compat import prepare_process
 
 prepare_process()
-from maskmoe.check.inspection import Inspection
+from maskmoe.training.preflight.inspection import Inspection
 from maskmoe.training.settings.pretraining_arguments import add_pretraining_arguments
 
 

@@ -1,6 +1,5 @@
 """Defaults on GPUs by the installed packages, and flags that need a missing package."""
 
-import io
 import sys
 from dataclasses import fields
 
@@ -10,14 +9,11 @@ from megatron.core.tensor_parallel import layers
 from megatron.core.transformer.moe import moe_utils
 from megatron.training.arguments import parse_args, validate_args
 
-from maskmoe.errors import UserError
 from maskmoe.megatron_compat import cpu, gpu
 from maskmoe.megatron_compat.gpu import GpuPackages
-from maskmoe.training.settings import setup
 from maskmoe.training.settings.arguments import add_maskmoe_arguments
-from maskmoe.training.settings.refusals import check_supported, unavailable_settings
+from maskmoe.training.settings.refused_settings import missing_transformer_engine
 from maskmoe.training.settings.setup import model_config_from_args
-from maskmoe.training.watch.console import Console
 
 # Megatron's defaults that fail without Transformer Engine or Apex, and the values that work.
 WITHOUT_PACKAGES = {
@@ -49,15 +45,6 @@ def on_a_gpu(monkeypatch):
 
 
 @pytest.fixture
-def said(monkeypatch) -> io.StringIO:
-    """Return the text that the console of this process prints."""
-    stdout = io.StringIO()
-    monkeypatch.setattr(sys, "stdout", stdout)
-    monkeypatch.setattr(setup, "console", Console())  # a console keeps the stdout that it finds
-    return stdout
-
-
-@pytest.fixture
 def parse(monkeypatch):
     def parse(*flags: str):
         monkeypatch.setattr(sys, "argv", ["pretrain", "--num-experts", "8", *flags])
@@ -75,7 +62,7 @@ def test_without_packages_the_defaults_need_none(on_a_gpu, parse) -> None:
     args = parse()
     assert values(args) == WITHOUT_PACKAGES
     assert args.distributed_backend == "nccl"
-    check_supported(args)
+    assert not list(missing_transformer_engine(args, GpuPackages.installed()))
 
 
 def test_with_all_packages_all_fusions_are_on(on_a_gpu, parse) -> None:
@@ -89,7 +76,7 @@ def test_with_all_packages_all_fusions_are_on(on_a_gpu, parse) -> None:
         "no_persist_layer_norm": False,
         "moe_permute_fusion": True,
     }
-    check_supported(args)
+    assert not list(missing_transformer_engine(args, GpuPackages.installed()))
 
 
 @pytest.mark.parametrize("packages", [NOTHING, GpuPackages()], ids=["without packages", "with all packages"])
@@ -127,49 +114,13 @@ def test_flags_override_the_defaults(on_a_gpu, parse) -> None:
 
 
 @pytest.mark.parametrize(
-    "flags", ["--transformer-impl transformer_engine", "--moe-permute-fusion", "--use-precision-aware-optimizer"]
-)
-def test_a_flag_that_needs_transformer_engine_is_refused_without_it(on_a_gpu, parse, flags) -> None:
-    on_a_gpu(NOTHING)
-    with pytest.raises(UserError, match=f"^{flags} needs Transformer Engine, which is not installed: .*$"):
-        check_supported(parse(*flags.split()))
-    on_a_gpu(GpuPackages())
-    check_supported(parse(*flags.split()))
-
-
-def test_old_transformer_engine_does_not_permute(on_a_gpu, parse) -> None:
-    on_a_gpu(GpuPackages(permutation=False))
-    with pytest.raises(UserError, match=r"^--moe-permute-fusion needs Transformer Engine 2\.6 or newer, .*$"):
-        check_supported(parse("--moe-permute-fusion"))
-    check_supported(parse())
-
-
-def test_every_flag_that_needs_transformer_engine_is_known(parse) -> None:
-    assert list(unavailable_settings(parse("--tp-comm-overlap", "--qk-clip"), NOTHING)) == [
-        f"{flag} needs Transformer Engine, which is not installed: install it, or leave the flag out"
-        for flag in ("--tp-comm-overlap", "--qk-clip")
-    ]
-
-
-@pytest.mark.parametrize(
-    ("packages", "rank", "named"),
+    ("packages", "named"),
     [
-        (NOTHING, "0", "note: Transformer Engine is not installed, so the default is --transformer-impl local"),
-        (GpuPackages(gradient_accumulation=False), "0", "note: Apex is not installed, so the default is --no-grad"),
-        (NOTHING, "1", ""),
-        (GpuPackages(), "0", ""),
+        (NOTHING, "Transformer Engine is not installed, so the default is --transformer-impl local"),
+        (GpuPackages(gradient_accumulation=False), "Apex is not installed, so the default is --no-grad"),
+        (GpuPackages(), ""),
     ],
 )
-def test_the_first_rank_reports_what_is_missing_in_one_line(on_a_gpu, monkeypatch, said, packages, rank, named):
-    on_a_gpu(packages)
-    monkeypatch.setenv("RANK", rank)
-    setup._report_missing_packages()
-    printed = said.getvalue()
-    assert printed.startswith(named)
-    assert printed.count("\n") == bool(named)
-
-
-@pytest.mark.skipif(not cpu.is_installed(), reason="needs a CPU")
-def test_nothing_is_reported_on_a_cpu(said) -> None:
-    setup._report_missing_packages()
-    assert said.getvalue() == ""
+def test_what_is_missing_is_described_in_one_line(packages, named):
+    assert (packages.describe_missing() or "").startswith(named)
+    assert "\n" not in (packages.describe_missing() or "")

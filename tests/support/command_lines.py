@@ -88,11 +88,13 @@ def run_command(*words: object, starts_ranks: bool = False) -> Outcome:
 def parse_training(parser: argparse.ArgumentParser, words: Sequence[str]) -> argparse.Namespace:
     """Parse a command line of training and check its numbers, as a run and `--check` do first. Raises UserError."""
     from maskmoe.command_line.parser import refuse_unknown_flags
-    from maskmoe.training.settings.flag_ranges import check_ranges
+    from maskmoe.errors import UserError
+    from maskmoe.training.settings.flag_values import value_errors
 
     refuse_unknown_flags(parser, words)
     args = parser.parse_args(words)
-    check_ranges(args)
+    for error in value_errors(args):
+        raise UserError(error)
     return args
 
 

@@ -1,13 +1,9 @@
-"""The table of settings that can, or cannot, be combined with a routing mask.
+"""The table of settings that can be combined with a routing mask.
 
-A row that works names training runs whose losses equal the losses of one process, or tests. A row that is refused names
-flags which `check_supported` refuses.
+A row names training runs whose losses equal the losses of one process, or tests.
 """
 
-import argparse
 from dataclasses import dataclass
-
-from maskmoe.errors import UserError
 
 # Names in `RUNS`: for each run on one process, the runs whose losses are compared with the losses of that run. The
 # compared runs continue from a checkpoint of the run on one process, or start like that run.
@@ -125,31 +121,19 @@ class Works:
     varied_flag: str | None = None
 
 
-@dataclass(frozen=True)
-class Refused:
-    """A row of settings that are refused with a routing mask.
-
-    Attributes:
-        flags: A command line with the setting.
-    """
-
-    flags: str
-
-
 RICH = tuple(COMPARED["rich"])
 ROUTER = "transformer/test_router.py::"
 EQUALS_STOCK = f"{ROUTER}test_all_visible_equals_stock_in_every_setting"
 PACKED = "transformer/test_packed_documents.py::"
 FOLLOWS = f"{ROUTER}test_follows_the_method"
 
-TABLE: dict[str, Works | Refused] = {
+TABLE: dict[str, Works] = {
     # The name of a row says in words what is combined with a routing mask.
     "tensor parallel with sequence parallel": Works(
         "2 ranks",
         ("--tensor-model-parallel-size 2",),
         ("tensor 2 with sequence parallel", "rich, tensor 2, expert parallel 2"),
     ),
-    "tensor parallel alone, in training": Refused("--tensor-model-parallel-size 2"),
     "pipeline parallel": Works(
         "2 ranks, 4 micro-batches a step", ("--pipeline-model-parallel-size 2",), ("pipeline 2", "rich, pipeline 2")
     ),
@@ -177,7 +161,6 @@ TABLE: dict[str, Works | Refused] = {
             "experts of one rank, context parallel 2, expert parallel 2",
         ),
     ),
-    "context parallel by all-to-all, local attention": Refused("--context-parallel-size 2 --cp-comm-type a2a"),
     "data parallel, gradient accumulation": Works(
         "2 ranks, 2 or 4 micro-batches a step",
         ("--micro-batch-size 2", "--global-batch-size 8"),
@@ -199,8 +182,6 @@ TABLE: dict[str, Works | Refused] = {
         ("--optimizer muon", "--use-distributed-optimizer"),
         tuple(COMPARED_IN_BF16["muon in shares"]),
     ),
-    "Muon, with matrices divided among ranks, in fp32": Refused("--optimizer muon --use-distributed-optimizer"),
-    "SOAP": Refused("--optimizer soap"),
     "tensor 2 × expert 2 × pipeline 2": Works(
         "4 ranks",
         ("--tensor-model-parallel-size 2", "--expert-model-parallel-size 2", "--pipeline-model-parallel-size 2"),
@@ -244,36 +225,27 @@ TABLE: dict[str, Works | Refused] = {
     "multi-token prediction on another pipeline rank than the last": Works(
         "3 ranks", ("--pipeline-model-parallel-layout",), ("rich, prediction before the last rank",)
     ),
-    "multi-token prediction in a chunk between others": Refused(
-        "--mtp-num-layers 1 --pipeline-model-parallel-size 2 --pipeline-model-parallel-layout Et|ttt|m|L"
-    ),
     "multi-latent attention": Works(
         "2, 4 and 8 ranks, also with context parallel; one layer against transformers' DeepSeek-V3",
         ("--multi-latent-attention",),
         (*COMPARED["latent"], *COMPARED["whole queries"]),
         ("transformer/test_latent_attention.py::test_equals_attention_of_transformers",),
     ),
-    "cache of latents": Refused("--cache-mla-latents"),
-    "fused down projections of latent attention": Refused("--mla-down-proj-fusion"),
     "grouped-query attention": Works("2 and 4 ranks", ("--group-query-attention",), RICH),
     "norms of queries and keys over all heads": Works(
         "2 ranks", ("--qk-layernorm-all-heads",), tuple(COMPARED["norms over all heads"])
     ),
-    "norms over all heads without norms": Refused("--qk-layernorm-all-heads"),
     "biases of linear layers and experts": Works(
         "2 ranks, without `--disable-bias-linear`",
         ("--expert-model-parallel-size 2",),
         tuple(COMPARED["biases"]),
     ),
-    "biases of experts that are divided among ranks": Refused("--expert-tensor-parallel-size 2"),
-    "biases of shared experts": Refused("--moe-shared-expert-intermediate-size 16"),
     "MoE layer frequency": Works("2 and 4 ranks", ("--moe-layer-freq",), RICH),
     "shared experts, with a gate": Works("2 and 4 ranks", ("--moe-shared-expert-gate",), RICH),
     "overlapped shared experts": Works(
         "2 ranks", ("--moe-shared-expert-overlap",), ("rich, overlapped shared experts",)
     ),
     "latent experts": Works("2, 4 and 8 ranks", ("--moe-latent-size 24",), tuple(COMPARED["latent"])),
-    "overlapped shared experts with latent experts": Refused("--moe-latent-size 16 --moe-shared-expert-overlap"),
     "load-balancing loss of micro-batches, of sequences, and lists of them": Works(
         "2, 4 and 8 ranks",
         ("--moe-router-load-balancing-type aux_loss seq_aux_loss",),
@@ -296,7 +268,6 @@ TABLE: dict[str, Works | Refused] = {
         ("--moe-router-group-topk 2",),
         (*COMPARED["groups"], *COMPARED["groups, experts of one rank"]),
     ),
-    "groups too few for k experts": Refused("--moe-router-num-groups 4 --moe-router-group-topk 1 --moe-router-topk 3"),
     "capacity factor, dropping by weight": Works(
         "2 ranks; of each rank's tokens, as Megatron-Core has it",
         ("--moe-expert-capacity-factor",),
@@ -307,10 +278,6 @@ TABLE: dict[str, Works | Refused] = {
         ("--moe-pad-expert-input-to-capacity", "--moe-token-drop-policy position"),
         tuple(COMPARED["padded capacity"]),
     ),
-    "padding to capacity with an expert bias": Refused(
-        "--moe-expert-capacity-factor 1 --moe-pad-expert-input-to-capacity --moe-router-enable-expert-bias"
-    ),
-    "padding to more than all tokens": Refused("--moe-expert-capacity-factor 5 --moe-pad-expert-input-to-capacity"),
     "padding masks (`MaskMoEGPTModel`'s argument)": Works(
         "against Megatron-Core's router",
         tests=(
@@ -339,17 +306,6 @@ TABLE: dict[str, Works | Refused] = {
         "2 ranks, with stand-ins for the libraries: the real libraries have not been run",
         tests=("transformer/test_flex_dispatch.py::test_equals_other_ways_to_dispatch",),
     ),
-    "flex dispatcher by NCCL-EP with fused operations": Refused(
-        "--moe-token-dispatcher-type flex --moe-flex-dispatcher-backend ncclep --expert-model-parallel-size 2 --bf16 "
-        "--moe-expert-rank-capacity-factor 2 --use-transformer-engine-op-fuser"
-    ),
-    "flex dispatcher in fp32": Refused("--moe-token-dispatcher-type flex --expert-model-parallel-size 2"),
-    "Sinkhorn balancing": Refused("--moe-router-load-balancing-type sinkhorn"),
-    "quantile balancing": Refused("--moe-router-load-balancing-type quantile_balancing"),
-    "fused router": Refused("--moe-router-fusion"),
-    "router padding for fp8 and fp4": Refused("--moe-router-padding-for-quantization"),
-    "overlapped expert communication": Refused("--overlap-moe-expert-parallel-comm"),
-    "MLP in chunks": Refused("--mlp-chunks-for-training 2"),
     "packed documents": Works(
         "2 and 4 ranks, with and without pipeline; each document by itself",
         ("--dataloader-inter-document-masking",),
@@ -382,32 +338,10 @@ TABLE: dict[str, Works | Refused] = {
         tuple(COMPARED["filled-in middle"]),
         ("training/test_fill_in_middle.py::test_samples_depend_on_their_index_only",),
     ),
-    "packed documents rearranged to fill in the middle": Refused(
-        "--fim-data --tokenizer-type HuggingFaceTokenizer --dataloader-inter-document-masking"
-    ),
-    "documents rearranged to fill in the middle, of a tokenizer without text": Refused("--fim-data"),
-    "packed documents with context parallelism": Refused(
-        "--dataloader-inter-document-masking --context-parallel-size 2"
-    ),
-    "packed documents with CUDA graphs of the attention": Refused(
-        "--dataloader-inter-document-masking --cuda-graph-impl transformer_engine --cuda-graph-modules attn"
-    ),
-    "packed documents with the load-balancing loss of sequences, several samples in a micro-batch": Refused(
-        "--dataloader-inter-document-masking --moe-router-load-balancing-type seq_aux_loss --micro-batch-size 2"
-    ),
-    "attention masks that the data loader does not make": Refused(
-        "--reset-attention-mask --no-create-attention-mask-in-dataloader"
-    ),
-    "attention masks with Transformer Engine": Refused("--reset-attention-mask --transformer-impl transformer_engine"),
-    "supervised fine-tuning": Refused("--sft"),
     "CUDA graphs of attention and of dense MLPs": Works(
         "bit-equal to none, with eager calls in place of graphs: real graphs have not been captured",
         tests=("transformer/test_cuda_graphs.py::test_routing_is_as_without_graphs",),
     ),
-    "CUDA graphs of transformer layers": Refused("--cuda-graph-impl local"),
-    "CUDA graphs of MoE layers": Refused("--cuda-graph-impl transformer_engine --cuda-graph-modules attn moe_router"),
-    "hybrid context parallel": Refused("--hybrid-context-parallel"),
-    "Megatron's upcycling": Refused("--moe-use-upcycling"),
     "hybrid models": Works(
         "1, 2 and 4 ranks, from the checkpoint of a GPT model; one model bit-equal to its twin",
         ("--hybrid-layer-pattern",),
@@ -431,36 +365,4 @@ TABLE: dict[str, Works | Refused] = {
         tuple(COMPARED["gated delta net"]),
         ("transformer/test_gated_delta_net.py::test_equals_the_layer_of_transformers",),
     ),
-    "packed documents with gated delta net in plain torch": Refused(
-        "--hybrid-layer-pattern GE --dataloader-inter-document-masking --swiglu --linear-num-key-heads 2"
-    ),
-    "Mamba layers without their package": Refused("--hybrid-layer-pattern M*ME"),
-    "sparse attention of DeepSeek-V3.2": Refused("--hybrid-layer-pattern DEDE"),
-    "hybrid models without MoE layers, with experts": Refused("--hybrid-layer-pattern *-*-"),
-    "latent attention by its flag in hybrid models": Refused("--hybrid-layer-pattern *E*E --multi-latent-attention"),
-    "multimodal rotary embeddings": Refused("--position-embedding-type mrope"),
-    "multi-token prediction by its flag in hybrid models": Refused("--hybrid-layer-pattern *E*E --mtp-num-layers 1"),
-    "fully sharded data parallel": Refused("--use-torch-fsdp2"),
-    "fully sharded data parallel of Megatron": Refused("--use-megatron-fsdp"),
-    "other checkpoint formats": Refused("--ckpt-format torch"),
 }
-
-
-def reason_of_refusal(flags: str) -> str:
-    """Return the message with which `check_supported` refuses a model of 8 experts with further flags.
-
-    Raises:
-        LookupError: The flags are not refused.
-    """
-    # These modules import megatron, so they come after `prepare_process()`.
-    from megatron.training.arguments import add_megatron_arguments
-
-    from maskmoe.training.settings.arguments import add_maskmoe_arguments
-    from maskmoe.training.settings.refusals import check_supported
-
-    parser = add_maskmoe_arguments(add_megatron_arguments(argparse.ArgumentParser(allow_abbrev=False)))
-    try:
-        check_supported(parser.parse_args(["--num-experts", "8", "--transformer-impl", "local", *flags.split()]))
-    except UserError as error:
-        return str(error)
-    raise LookupError(f"{flags} is not refused")

@@ -14,10 +14,10 @@ from megatron.core.distributed.fsdp import mcore_fsdp_adapter
 from megatron.core.distributed.fsdp.src.megatron_fsdp import megatron_fsdp
 
 from maskmoe.command_line.run_tool import run_tool
-from maskmoe.training.settings import refusals
+from maskmoe.training.settings import refused_settings
 from maskmoe.training.trainer import main
 
-ALLOWED = ("--use-megatron-fsdp", "--ckpt-format other than torch_dist")
+ALLOWED = ("--use-megatron-fsdp or --use-torch-fsdp2", "--ckpt-format other than torch_dist")
 
 
 class TorchOnCpu:
@@ -33,5 +33,6 @@ class TorchOnCpu:
 if __name__ == "__main__":
     os.environ.pop("CUDA_DEVICE_MAX_CONNECTIONS")  # Megatron-FSDP refuses one connection
     mcore_fsdp_adapter.torch = megatron_fsdp.torch = TorchOnCpu()
-    refusals.REFUSALS = tuple(refusal for refusal in refusals.REFUSALS if refusal.flag not in ALLOWED)
+    kept = tuple(check for check in refused_settings.REFUSED_SETTINGS if check.name not in ALLOWED)
+    refused_settings.REFUSED_SETTINGS = kept
     run_tool(main)

@@ -13,7 +13,7 @@ from maskmoe.errors import UserError
 from maskmoe.routing_mask import MaskRecipe, RoutingMask, build_routing_mask
 from maskmoe.routing_mask.change import MaskChange
 from maskmoe.routing_mask.widening import widen_routing_mask
-from maskmoe.training.settings.setup import find_routing_mask
+from maskmoe.training.settings.choose_mask import find_routing_mask
 
 # See test_composition.py.
 FP32_ORDER_OF_SUMS = 2e-6
@@ -41,9 +41,9 @@ def test_losses_are_those_of_the_new_mask_with_the_weights_of_the_checkpoint(run
 def test_start_reports_the_change_once(runs, workplace):
     (changed,) = runs
     old, new = masks_of(workplace, "mask", "wider")
-    (line,) = [line for line in output_of(changed).splitlines() if line.startswith("routing mask: ")]
+    (line,) = [line for line in output_of(changed).splitlines() if line.startswith("note: routing mask: ")]
     assert line == (
-        f"routing mask: {old.digest[:16]}… of the checkpoint → {new.digest[:16]}…: {MaskChange.between(old, new)}"
+        f"note: routing mask: {old.digest[:16]}… of the checkpoint → {new.digest[:16]}…: {MaskChange.between(old, new)}"
     )
 
 

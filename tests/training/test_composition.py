@@ -2,11 +2,10 @@
 
 import re
 import shlex
-from contextlib import nullcontext
 from itertools import chain
 
 import pytest
-from support.composition import BF16, COMPARED, COMPARED_IN_BF16, TABLE, Refused, Works, reason_of_refusal
+from support.composition import BF16, COMPARED, COMPARED_IN_BF16, TABLE
 from support.paths import TESTS
 from support.training import SETTINGS, Run
 from support.training_runs import RUNS
@@ -218,12 +217,9 @@ def has_flag(run: Run, flag: str) -> bool:
     return any(words[start : start + len(wanted)] == wanted != [] for start in range(len(words)))
 
 
-ROWS_THAT_WORK = {name: row for name, row in TABLE.items() if isinstance(row, Works)}
-
-
-@pytest.mark.parametrize("name", ROWS_THAT_WORK)
+@pytest.mark.parametrize("name", TABLE)
 def test_row_names_compared_runs_that_have_its_flags(name):
-    row = ROWS_THAT_WORK[name]
+    row = TABLE[name]
     assert row.runs or row.tests, "the row shows nothing"
     assert set(row.runs) <= {*chain.from_iterable((COMPARED | COMPARED_IN_BF16).values()), BF16}
     assert bool(row.runs) == bool(row.flags or row.varied_flag), "nothing says that the runs are of this row"
@@ -235,7 +231,7 @@ def test_row_names_compared_runs_that_have_its_flags(name):
         assert {has_flag(RUNS[run], row.varied_flag) for run in row.runs} == {False, True}
 
 
-@pytest.mark.parametrize("test", sorted({test for row in ROWS_THAT_WORK.values() for test in row.tests}))
+@pytest.mark.parametrize("test", sorted({test for row in TABLE.values() for test in row.tests}))
 def test_row_names_tests_that_pytest_collects_and_does_not_skip(test, request):
     file, function = test.split("::")
     module = pytest.Module.from_parent(request.session, path=TESTS / file)
@@ -251,42 +247,12 @@ def test_flag_that_a_run_does_not_have_is_noticed(flag):
     assert not has_flag(RUNS["rich, pipeline 2"], flag)
 
 
-def test_flags_that_are_not_refused_have_no_reason():
-    with pytest.raises(LookupError, match="--num-layers 2 is not refused"):
-        reason_of_refusal("--num-layers 2")
-
-
-@pytest.mark.parametrize(
-    ("num_ranks", "layout", "is_refused"),
-    [
-        (2, "Et*3|tmL", False),
-        (2, "Et|t|tt|mL", False),
-        (2, "Et|t|t|tm|m|L", True),
-        (2, "Et|ttt|m|L", True),
-        (2, "Etm|t|tt|L", False),
-        (3, "Et*3|tm|L", False),
-        (16, "Et*3|(tt|)*29m|L", False),
-        (1, "Et*4mL", False),
-        (2, "E?|mL", False),  # left to Megatron
-    ],
-)
-def test_multi_token_prediction_must_be_where_megatron_looks_for_it(num_ranks, layout, is_refused):
-    flags = f"--pipeline-model-parallel-size {num_ranks} --pipeline-model-parallel-layout {layout}"
-    with nullcontext() if is_refused else pytest.raises(LookupError):
-        assert "with m in a chunk" in reason_of_refusal(flags)
-
-
 def test_compared_runs_are_of_one_model():
     for reference, runs in (COMPARED | COMPARED_IN_BF16).items():
         assert RUNS[reference].ranks == 1
         for run in (RUNS[name] for name in runs):
             assert run.mask == RUNS[reference].mask
             assert run.omits == RUNS[reference].omits
-
-
-@pytest.mark.parametrize("flags", [row.flags for row in TABLE.values() if isinstance(row, Refused)])
-def test_reason_names_the_flag(flags):
-    assert any(flag in reason_of_refusal(flags) for flag in flags.split() if flag.startswith("--"))
 
 
 @pytest.mark.runs("experts of one rank", "experts of one rank, selective recompute")

@@ -12,7 +12,8 @@ import torch
 from maskmoe.command_line.parser import OneLineParser
 from maskmoe.errors import UserError
 from maskmoe.training.inference import generation
-from maskmoe.training.inference.generation import add_generation_arguments, check_generation, sample_next_token
+from maskmoe.training.inference.generation import check_generation, sample_next_token
+from maskmoe.training.settings.inference_arguments import add_generation_arguments
 from maskmoe.training.settings.setup import check_output
 
 SETTINGS = "--use-checkpoint-args --tokenizer-type NullTokenizer --vocab-size 510 --max-new-tokens 6"

@@ -17,7 +17,6 @@ from megatron.training import print_rank_0
 from pydantic_core import to_jsonable_python
 from torch import Tensor
 
-from maskmoe.command_line.parser import add_force_argument
 from maskmoe.errors import UserError
 from maskmoe.megatron_compat.globals import get_tokenizer
 from maskmoe.routing_mask.feed_forward_layers import FeedForwardLayers
@@ -25,7 +24,7 @@ from maskmoe.routing_mask.frequency import FrequencyBands, TokenFrequency, count
 from maskmoe.training.inference.text_scoring import TextScores, read_texts, score_texts
 from maskmoe.training.inference.token_losses import build_whole_split, losses_of_all, sum_over_ranks
 from maskmoe.training.loop.rank_store import sharing_failures
-from maskmoe.training.settings.arguments import replace_help
+from maskmoe.training.settings.inference_arguments import add_evaluation_arguments
 from maskmoe.training.settings.setup import (
     check_output,
     leaving_process_groups,
@@ -36,8 +35,6 @@ from maskmoe.training.settings.setup import (
 from maskmoe.training.watch.console import console
 from maskmoe.transformer.router import MaskMoERouter
 from maskmoe.transformer.token_ids import TokenIds
-
-_SPLITS = tuple(Split.__members__)
 
 
 @dataclass(frozen=True)
@@ -113,28 +110,6 @@ def count_tokens_of_experts(model: torch.nn.Module, num_layers: int, num_experts
         if isinstance(module, MaskMoERouter):
             module.register_forward_hook(count)
     return counts
-
-
-def add_evaluation_arguments(parser: argparse.ArgumentParser) -> argparse.ArgumentParser:
-    """Add the `evaluation` group, and defaults for the settings of training that Megatron requires."""
-    group = parser.add_argument_group(title="evaluation")
-    split = "which split of --data-path to evaluate, every sample once: weights of datasets have no effect"
-    group.add_argument("--eval-split", choices=_SPLITS, default="valid", help=split)
-    files = {
-        "--token-frequency": "token counts made by maskmoe count, which define the frequency bands; "
-        "if the flag is left out, the tokens of --data-path are counted",
-        "--eval-texts": "score texts instead of a dataset: JSON lines with a text, or with a context and a "
-        "continuation, of which the continuation is scored; the log-likelihoods equal the ones that "
-        "lm-evaluation-harness computes",
-        "--eval-output": "also write the results as JSON; the loss of a band without tokens is null",
-    }
-    for flag, meaning in files.items():
-        group.add_argument(flag, metavar="FILE", help=meaning)
-    add_force_argument(group)
-    parser.set_defaults(eval_iters=0)
-    replace_help(parser, {"--eval-iters": "number of batches to evaluate (default: 0, all samples of the split)"})
-    parser.set_defaults(micro_batch_size=4, skip_train=True, no_load_optim=True, no_load_rng=True, num_workers=0)
-    return parser
 
 
 def read_frequency_bands(args: argparse.Namespace, vocab_size: int) -> FrequencyBands:

@@ -12,13 +12,12 @@ from megatron.core.tensor_parallel import gather_from_tensor_model_parallel_regi
 from megatron.training import print_rank_0
 from torch import Tensor
 
-from maskmoe.command_line import ranges
-from maskmoe.command_line.parser import add_force_argument
 from maskmoe.errors import UserError
 from maskmoe.files.foreign_libraries import reading
 from maskmoe.megatron_compat.globals import get_tokenizer
-from maskmoe.training.inference.prompts import PromptLoop, Prompts, add_prompt_arguments, check_prompt
+from maskmoe.training.inference.prompts import PromptLoop, Prompts, check_prompt
 from maskmoe.training.loop.rank_store import RankStore, sharing_failures
+from maskmoe.training.settings.inference_arguments import add_generation_arguments
 from maskmoe.training.settings.setup import (
     check_output,
     leaving_process_groups,
@@ -27,24 +26,6 @@ from maskmoe.training.settings.setup import (
     write_on_first_rank,
 )
 from maskmoe.training.watch.console import console, progress_bar
-
-
-def add_generation_arguments(parser: argparse.ArgumentParser) -> argparse.ArgumentParser:
-    """Add the `generation` group, and defaults for the settings of training that Megatron requires."""
-    # Megatron has an old --batch-size, which it refuses.
-    group = parser.add_argument_group(title="generation", conflict_handler="resolve")
-    add_prompt_arguments(group)
-    temperature = "divides the logits before a token is drawn; 0 always takes the most probable token"
-    for flag, kind, default, meaning in (
-        ("--max-new-tokens", ranges.NEW_TOKENS, 64, "stop after this many tokens, or at the end of the text"),
-        ("--temperature", ranges.TEMPERATURE, 0.8, temperature),
-        ("--top-k", ranges.TOP_K, 50, "draw among this many of the most probable tokens; 0: all"),
-    ):
-        group.add_argument(flag, type=kind, default=default, help=meaning)
-    group.add_argument("--sample-output", metavar="FILE", help="also write the text to this file")
-    add_force_argument(group)
-    parser.set_defaults(batch_size=None, micro_batch_size=1, skip_train=True, no_load_optim=True, no_load_rng=True)
-    return parser
 
 
 def check_generation(args: argparse.Namespace) -> None:

@@ -5,7 +5,6 @@ import logging
 import os
 import sys
 from collections.abc import Callable
-from importlib.resources import files
 
 from maskmoe.command_line.run_tool import run_tool
 from maskmoe.errors import RunFailure, UserError
@@ -29,6 +28,9 @@ def run_rank(main: Callable[[], None], name: str) -> None:
     """
     flags = {word.partition("=")[0] for word in sys.argv[1:]}
     if _HELP_FLAGS & flags:
+        # Only now: other runs do not need the page.
+        from maskmoe.training.help_page import help_page
+
         print(help_page(name), end="")
         return
     # Exit handlers run in the reverse order of their registration: register first, to run last.
@@ -56,15 +58,6 @@ def prepare_rank() -> None:
 
     prepare_process()
     console.route_logging()
-
-
-def help_page(name: str) -> str:
-    """Return the help of an entry point, which docs/generators/help.py writes from the parser.
-
-    Args:
-        name: name of the entry point.
-    """
-    return files("maskmoe.training").joinpath("help", f"{name}.txt").read_text(encoding="utf-8")
 
 
 def _run_with_last_lines(main: Callable[[], None]) -> None:

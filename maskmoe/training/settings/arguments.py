@@ -4,25 +4,13 @@ import argparse
 import os
 from collections.abc import Mapping
 
-from maskmoe.check.assumed_cluster import add_assumed_cluster_arguments
-from maskmoe.check.assumed_gpu import add_assumed_gpu_arguments
 from maskmoe.command_line import ranges
-from maskmoe.megatron_compat import cpu
-from maskmoe.megatron_compat.gpu import GpuPackages
-from maskmoe.megatron_compat.patches import escape_percent_signs_in_help
-from maskmoe.training.settings.flag_ranges import report_errors_in_one_line
+from maskmoe.training.preflight.assumed_gpu import add_assumed_gpu_arguments
+from maskmoe.training.settings.flag_values import report_errors_in_one_line
 
 
-def add_maskmoe_arguments(parser: argparse.ArgumentParser) -> argparse.ArgumentParser:
-    """Add the `MaskMoE` group to Megatron's parser and change some defaults; pass as `extra_args_provider`.
-
-    The router computes in fp32, tokens reach experts by all-to-all, and the coefficient of the load-balancing loss is
-    1e-2. `--eval-interval` gets a default, without which Megatron-Core 0.19 fails. Checkpoints of the distributed
-    optimizer are saved in the form that loads into any layout. On a machine without CUDA, fusions and the NCCL backend
-    are off. On a GPU, the defaults are the fastest ones that work with the installed packages.
-    """
-    escape_percent_signs_in_help(parser)
-    report_errors_in_one_line(parser)
+def add_maskmoe_flags(parser: argparse.ArgumentParser) -> argparse.ArgumentParser:
+    """Add the `MaskMoE` group, without changes of Megatron's defaults; return the parser."""
     group = parser.add_argument_group(title="MaskMoE")
     group.add_argument(
         "--routing-mask",
@@ -62,6 +50,25 @@ def add_maskmoe_arguments(parser: argparse.ArgumentParser) -> argparse.ArgumentP
         help="print everything that Megatron prints, such as all arguments, to the console. By default this goes to "
         "files in the run folder: logs/rankN.log and args.yaml",
     )
+    return parser
+
+
+def add_maskmoe_arguments(parser: argparse.ArgumentParser) -> argparse.ArgumentParser:
+    """Add the `MaskMoE` group to Megatron's parser and change some defaults; pass as `extra_args_provider`.
+
+    The router computes in fp32, tokens reach experts by all-to-all, and the coefficient of the load-balancing loss is
+    1e-2. `--eval-interval` gets a default, without which Megatron-Core 0.19 fails. Checkpoints of the distributed
+    optimizer are saved in the form that loads into any layout. On a machine without CUDA, fusions and the NCCL backend
+    are off. On a GPU, the defaults are the fastest ones that work with the installed packages.
+    """
+    # Only now: `--help` does not wait for PyTorch, which these modules import.
+    from maskmoe.megatron_compat import cpu
+    from maskmoe.megatron_compat.gpu import GpuPackages
+    from maskmoe.megatron_compat.patches import escape_percent_signs_in_help
+
+    escape_percent_signs_in_help(parser)
+    report_errors_in_one_line(parser)
+    add_maskmoe_flags(parser)
     replace_help(
         parser,
         {
@@ -119,8 +126,7 @@ def add_check_argument(parser: argparse.ArgumentParser) -> argparse.ArgumentPars
         "--json",
         dest="check_json",
         action="store_true",
-        help="print the report of --check as one JSON object; maskmoe/check/report.py documents its keys",
+        help="print the report of --check as one JSON object; maskmoe/training/preflight/report.py documents its keys",
     )
     add_assumed_gpu_arguments(parser)
-    add_assumed_cluster_arguments(parser)
     return parser

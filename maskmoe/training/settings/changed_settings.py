@@ -12,7 +12,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
-from unittest import mock
 
 from megatron.core.dist_checkpointing import load_common_state_dict
 from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
@@ -20,33 +19,22 @@ from megatron.training import training
 
 from maskmoe.checkpoint.series import iteration_of
 from maskmoe.errors import UserError, reason_of
+from maskmoe.megatron_compat.replacing import replacing
 from maskmoe.training.resume.model_settings import ADJUSTABLE_ARGUMENTS
 from maskmoe.training.resume.save_folder import loads_what_it_saves
 from maskmoe.training.settings.batch_sizes import BatchSizes, training_iterations
 from maskmoe.training.settings.data_order import epochs_of_training_data, requested_training_samples
-from maskmoe.training.settings.required_flags import missing_schedule
 
 _PAGE = "docs/extending.md"
-# Values of Megatron's scheduler that a flag sets alone, and the flag. All other values are numbers of samples.
-_FLAG_OF_VALUE = {
-    "max_lr": "--lr",
-    "min_lr": "--min-lr",
-    "lr_decay_style": "--lr-decay-style",
-    "start_wd": "--start-weight-decay",
-    "end_wd": "--end-weight-decay",
-    "wd_incr_style": "--weight-decay-incr-style",
-}
-# Arguments from which Megatron computes the scheduler's numbers of samples.
-_LENGTHS = (
-    *("train_iters", "train_samples", "global_batch_size", "lr_decay_iters", "lr_decay_samples"),
-    *("lr_warmup_iters", "lr_warmup_samples", "lr_warmup_fraction"),
-)
-# Arguments of the schedule that Megatron never takes from a checkpoint.
-_NOT_SAVED_BY_SCHEDULER = ("lr_warmup_init", "lr_wsd_decay_iters", "lr_wsd_decay_samples", "lr_wsd_decay_style")
+# Arguments of the schedules of learning rate and weight decay.
 _SCHEDULE_ARGUMENTS = (
-    *("lr", "min_lr", "lr_decay_style", *_LENGTHS[3:], *_NOT_SAVED_BY_SCHEDULER),
+    *("lr", "min_lr", "lr_decay_style", "lr_decay_iters", "lr_decay_samples"),
+    *("lr_warmup_iters", "lr_warmup_samples", "lr_warmup_fraction", "lr_warmup_init"),
+    *("lr_wsd_decay_iters", "lr_wsd_decay_samples", "lr_wsd_decay_style"),
     *("weight_decay", "start_weight_decay", "end_weight_decay", "weight_decay_incr_style"),
 )
+# Arguments from which Megatron computes the lengths of the schedules.
+_LENGTHS = ("train_iters", "train_samples", "global_batch_size")
 # Arguments that decide which state an optimizer has. With another value, Megatron fails on every rank.
 _OPTIMIZER_ARGUMENTS = ("optimizer", "use_distributed_optimizer")
 # The distributed optimizer has the same state in every precision.
@@ -102,7 +90,7 @@ def find_changed_settings(args: Namespace, checkpoint: Path | None) -> ChangedSe
     if schedule is None:  # nothing is trained
         return ChangedSettings(notes=tuple(_notes_of_function(args, saved)))
     if args.finetune:
-        return ChangedSettings(notes=tuple(_notes_of_finetuning(args, checkpoint)))
+        return ChangedSettings(notes=tuple(_notes_of_finetuning(args)))
     if args.override_ckpt_iteration is not None:
         iteration = args.override_ckpt_iteration
     resumption = _Resumption(args, checkpoint, saved, state.get("opt_param_scheduler"), schedule, iteration)
@@ -116,28 +104,18 @@ def schedule_of(args: Namespace) -> OptimizerParamScheduler:
         args: arguments that Megatron has validated.
 
     Raises:
-        UserError: a flag of the schedule is missing, or Megatron refuses the schedule.
+        UserError: Megatron refuses the schedule.
     """
-    for error in missing_schedule(args):
-        raise UserError(error)
-    args = copy(args)  # Megatron completes the arguments
-    if args.override_opt_param_scheduler and args.use_checkpoint_opt_param_scheduler:
-        raise UserError(
-            "--override-opt-param-scheduler takes the schedule of the command line, "
-            "--use-checkpoint-opt-param-scheduler the checkpoint's: pass one of the two"
-        )
     optimizer: Any = SimpleNamespace(param_groups=[])
-    with (
-        mock.patch.object(training, "get_args", return_value=args),
-        # The function needs Megatron's global variables, and the scheduler counts samples, not iterations.
-        mock.patch.object(training, "update_train_iters"),
-    ):
-        try:
+    completed = copy(args)  # Megatron completes the arguments
+    try:
+        # Megatron's global variables may not exist yet, and the scheduler counts samples, not iterations.
+        with replacing(training, get_args=lambda: completed, update_train_iters=lambda args: None):
             return training.get_optimizer_param_scheduler(optimizer)
-        except AssertionError as error:
-            raise UserError(
-                f"Megatron refuses the schedule of the learning rate or the weight decay: {reason_of(error)}"
-            ) from error
+    except AssertionError as error:
+        raise UserError(
+            f"Megatron refuses the schedule of the learning rate or the weight decay: {reason_of(error)}"
+        ) from error
 
 
 def take_schedule_of_checkpoint(args: Namespace, checkpoint: Path) -> None:
@@ -185,42 +163,37 @@ class _Resumption:
 
     def errors(self) -> Iterator[str]:
         """Yield an error for each change with which the run would fail, or that the run would ignore."""
-        args = self.args
+        args, anew = self.args, f"--no-load-optim to begin with a new optimizer and a new schedule ({_PAGE})"
         yield from self._errors_of_length()
         # A complete run loads its checkpoint only to save the checkpoint in another folder.
         loads = not self.is_complete or (args.save is not None and not loads_what_it_saves(args))
         if getattr(self.saved, "no_save_optim", False) and not args.no_load_optim and loads:
             yield (
                 f"checkpoint {self.checkpoint} was saved with --no-save-optim and holds no state of the optimizer: "
-                f"pass --no-load-optim to begin with a new optimizer and a new schedule ({_PAGE})"
+                f"pass {anew}"
             )
         if args.no_load_optim or self.state is None:
             return
         precision = () if args.use_distributed_optimizer else _PRECISION_ARGUMENTS
-        if changed := self._changes((*_OPTIMIZER_ARGUMENTS, *precision)):
-            yield (
-                f"checkpoint {self.checkpoint} holds the state of another optimizer: {changed}; pass the checkpoint's "
-                f"setting, or --no-load-optim to begin with a new optimizer and a new schedule ({_PAGE})"
-            )
-        if changed := self._changes(_LOADED_WITH_OPTIMIZER):
-            yield (
-                f"Megatron would load these settings with the optimizer of checkpoint {self.checkpoint} and ignore the "
-                f"command line: {changed}; pass the checkpoint's setting, or --no-load-optim to begin with a new "
-                f"optimizer and a new schedule ({_PAGE})"
-            )
-        differences = self._changed_schedule()
-        if differences and not (args.override_opt_param_scheduler or args.use_checkpoint_opt_param_scheduler):
-            ours, theirs = self._next_and_last(self.schedule), self._next_and_last(self._saved_schedule())
+        for names, problem in (
+            ((*_OPTIMIZER_ARGUMENTS, *precision), "holds the state of another optimizer"),
+            (_LOADED_WITH_OPTIMIZER, "holds other settings of the optimizer, which Megatron would load without a word"),
+        ):
+            if changed := self._changes(names):
+                yield f"checkpoint {self.checkpoint} {problem}: {changed}; pass the checkpoint's setting, or {anew}"
+        if refusal := self._refusal_of_schedule():
+            differences = self._changes((*_LENGTHS, *_SCHEDULE_ARGUMENTS)) or refusal
             yield (
                 f"checkpoint {self.checkpoint} was saved with another schedule of learning rate and weight decay "
-                f"({differences}): pass --override-opt-param-scheduler to continue by this run's schedule (learning "
-                f"rate {ours}), --use-checkpoint-opt-param-scheduler to keep the checkpoint's ({theirs}), or "
-                f"--finetune with another --save to start anew from the weights ({_PAGE})"
+                f"({differences}): pass --override-opt-param-scheduler to continue by this run's schedule, "
+                "--use-checkpoint-opt-param-scheduler to keep the checkpoint's, or --finetune with another --save to "
+                f"start anew from the weights ({_PAGE})"
             )
-        elif args.override_opt_param_scheduler and self._changes(("lr", "min_lr")) and not has_one_learning_rate(args):
+        rates = self._changes(("lr", "min_lr"))
+        if rates and args.override_opt_param_scheduler and not has_one_learning_rate(args):
             yield (
                 "--override-opt-param-scheduler cannot change --lr or --min-lr of a run with --decoupled-lr or "
-                f"--use-mup, whose parameters have several learning rates: {self._changes(('lr', 'min_lr'))}"
+                f"--use-mup, whose parameters have several learning rates: {rates}"
             )
 
     def _errors_of_length(self) -> Iterator[str]:
@@ -240,8 +213,16 @@ class _Resumption:
                 f"sizes, or --train-iters ({_PAGE})"
             )
 
+    def _refusal_of_schedule(self) -> str:
+        """Return what Megatron's scheduler says against the state in the checkpoint; empty if it loads the state."""
+        try:
+            copy(self.schedule).load_state_dict(self.state or {})
+        except AssertionError as error:
+            return reason_of(error)
+        return ""
+
     def notes(self) -> Iterator[str]:
-        """Yield a note for each change that takes effect."""
+        """Yield a note for each change that takes effect although nobody asked for it."""
         args = self.args
         if self.is_complete:
             flag = "--train-iters" if args.train_samples is None else "--train-samples"
@@ -254,22 +235,6 @@ class _Resumption:
             yield (
                 f"--no-load-optim: a new optimizer continues at iteration {self.iteration}, and the schedule of the "
                 "learning rate begins anew"
-            )
-        elif args.use_checkpoint_opt_param_scheduler and self.state is not None:
-            saved = self._saved_schedule()
-            if saved.lr_decay_steps < requested_training_samples(args) and saved.lr_decay_style != "constant":
-                yield f"the checkpoint's schedule of the learning rate is kept: {self._next_and_last(saved)}"
-        elif self._changed_schedule() or self._changes(_NOT_SAVED_BY_SCHEDULER):
-            before = self._saved_schedule()
-            at = self.state["num_steps"] if self.state else 0
-            yield (
-                f"the schedule changes: the learning rate was {_rate(before, at)} in the checkpoint and is "
-                f"{self._next_and_last(self.schedule)}"
-            )
-        if changed := self._changes(("global_batch_size", "step_batch_size_schedule")):
-            yield (
-                f"{changed}: schedules count samples, and iterations have another number of samples from iteration "
-                f"{self.iteration + 1} on"
             )
         yield from self._notes_of_data()
         yield from _notes_of_function(args, self.saved)
@@ -289,50 +254,14 @@ class _Resumption:
             return
         old, new = (epochs_of_training_data(self.args, number) for number in (before, now))
         if changed := [prefix for prefix in new if old.get(prefix) != new[prefix]]:
-            prefix = changed[0]
             yield (
-                f"the training data are in another order, because Megatron shuffles all epochs of a dataset together "
-                f"({prefix}: {_describe(old[prefix])} for {before:,} samples, {_describe(new[prefix])} for {now:,}): "
-                f"{consequence}"
+                "the training data are in another order, because Megatron shuffles all epochs of a dataset together "
+                f"({changed[0]}, for {before:,} and for {now:,} samples): {consequence}"
             )
-
-    def _changed_schedule(self) -> str:
-        """Name the flags of the schedule whose values Megatron compares and finds different; empty if none is."""
-        if self.state is None or self.args.use_checkpoint_opt_param_scheduler:
-            return ""
-        ours = self.schedule.state_dict()
-        differing = [name for name in ours if name != "num_steps" and ours[name] != self.state.get(name, ours[name])]
-        flags = [
-            _change(_FLAG_OF_VALUE[name], self.state[name], ours[name]) for name in differing if name in _FLAG_OF_VALUE
-        ]
-        if set(differing) - set(_FLAG_OF_VALUE):
-            flags.append(self._changes(_LENGTHS) or "lengths in samples")
-        return "; ".join(flags)
 
     def _changes(self, names: tuple[str, ...]) -> str:
         """Describe the arguments whose values differ from the checkpoint's; empty if there are none."""
         return _changes(self.args, self.saved, names)
-
-    def _saved_schedule(self) -> OptimizerParamScheduler:
-        """Return the schedule of the checkpoint."""
-        schedule = copy(self.schedule)
-        vars(schedule).update(self.state or {})
-        schedule.lr_wsd_decay_style = getattr(self.saved, "lr_wsd_decay_style", None)
-        if (iterations := getattr(self.saved, "lr_wsd_decay_iters", None)) is not None:
-            schedule.wsd_decay_steps = iterations * self.saved.global_batch_size
-        elif (samples := getattr(self.saved, "lr_wsd_decay_samples", None)) is not None:
-            schedule.wsd_decay_steps = samples
-        return schedule
-
-    def _next_and_last(self, schedule: OptimizerParamScheduler) -> str:
-        """Name the learning rates of a schedule in the run's next and last iteration."""
-        batches, last = BatchSizes.from_args(self.args), training_iterations(self.args)
-        # The state of the scheduler counts samples, except the samples of iterations that were passed over.
-        begin = (self.state or {}).get("num_steps", 0) - batches.samples(self.iteration)
-        following = f"{_rate(schedule, begin + batches.samples(self.iteration + 1))} in iteration {self.iteration + 1}"
-        if last <= self.iteration:
-            return following
-        return f"{following}, {_rate(schedule, begin + batches.samples(last))} in the last, {last}"
 
 
 def has_one_learning_rate(args: Namespace) -> bool:
@@ -340,12 +269,8 @@ def has_one_learning_rate(args: Namespace) -> bool:
     return getattr(args, "decoupled_lr", None) is None and not getattr(args, "use_mup", False)
 
 
-def _notes_of_finetuning(args: Namespace, checkpoint: Path) -> Iterator[str]:
-    """Yield what `--finetune` takes from a checkpoint, and a warning if a restart would lose the progress."""
-    yield (
-        f"--finetune: only the weights of checkpoint {checkpoint} are loaded; iterations, optimizer, schedule, random "
-        "state and data begin anew"
-    )
+def _notes_of_finetuning(args: Namespace) -> Iterator[str]:
+    """Yield a note if a restart with `--finetune` would lose the progress."""
     if loads_what_it_saves(args):
         yield (
             f"--finetune with --save in the folder of --load, {args.load}: each start begins at iteration 0 again; "
@@ -371,7 +296,8 @@ def _changes(args: Namespace, saved: Namespace, names: tuple[str, ...]) -> str:
         if name.endswith("data_path"):
             before, now = _absolute(before), _absolute(now)
         if before != now:
-            changed.append(_change(f"--{name.replace('_', '-')}", getattr(saved, name), getattr(args, name)))
+            flag, old, new = f"--{name.replace('_', '-')}", _text(getattr(saved, name)), _text(getattr(args, name))
+            changed.append(f"{flag} {old} in the checkpoint, {new} in this run")
     return "; ".join(changed)
 
 
@@ -386,10 +312,6 @@ def _is_derived(args: Namespace, saved: Namespace, name: str) -> bool:
     return False
 
 
-def _change(flag: str, before: object, now: object) -> str:
-    return f"{flag} {_text(before)} in the checkpoint, {_text(now)} in this run"
-
-
 def _text(value: object) -> str:
     return " ".join(map(str, value)) if isinstance(value, list) else str(value)
 
@@ -397,15 +319,3 @@ def _text(value: object) -> str:
 def _absolute(words: list[str] | None) -> list[str] | None:
     """Return the words of `--data-path` with absolute paths; weights become paths, too, which is harmless."""
     return None if words is None else [str(Path(word).resolve()) for word in words]
-
-
-def _describe(epochs: Any) -> str:
-    number = f"{epochs.number} epoch{'s' if epochs.number > 1 else ''}"
-    return f"{number}, the last by itself" if epochs.last_is_separate else number
-
-
-def _rate(schedule: OptimizerParamScheduler, samples: int) -> str:
-    """Return the learning rate of a schedule after a number of samples, for people."""
-    schedule = copy(schedule)
-    schedule.num_steps = samples
-    return f"{schedule.get_lr({}):.3g}"

@@ -1,13 +1,11 @@
 """Checks of the files that a run names, made before any compute is spent: tokenizer, mask, datasets, save folder."""
 
-import errno
 import hashlib
-import json
+import math
 import os
 import tempfile
 from argparse import Namespace
-from collections.abc import Callable
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -18,11 +16,9 @@ from tqdm import tqdm
 from maskmoe.checkpoint.non_persistent import check_separate_folder
 from maskmoe.data.indexed_dataset import open_tokens, read_index, read_tokenizer_record
 from maskmoe.data.tokenizer import TOKENIZER_TYPES, TokenizerRecord
-from maskmoe.errors import UserError
-from maskmoe.files.untrusted import MAX_JSON_BYTES, UnusableFile, read_bounded, read_json_bytes
+from maskmoe.errors import UserError, reason_of
 from maskmoe.megatron_compat.globals import get_tokenizer
 from maskmoe.routing_mask.feed_forward_layers import FeedForwardLayers
-from maskmoe.routing_mask.frequency import parse_data_path
 from maskmoe.routing_mask.mask import RoutingMask
 from maskmoe.training.settings.arguments import may_change_mask
 
@@ -34,18 +30,15 @@ _LOCAL_TOKENIZERS = {"NullTokenizer", "TikTokenizer", "GPTSentencePieceTokenizer
 def check_tokenizer(args: Namespace) -> str | None:
     """Check that the flags describe a tokenizer that exists on this machine.
 
-    Megatron itself reports such mistakes with a traceback.
+    Megatron would look for a missing one in the internet.
 
     Returns:
         The SHA-256 digest of the tokenizer's file; None for a type of tokenizer that the tools of this package do not
         make.
 
     Raises:
-        UserError: the type, or the vocabulary size that the type needs, is missing, or the tokenizer's model does not
-            exist.
+        UserError: the vocabulary size that the type needs is missing, or the tokenizer's model does not exist.
     """
-    if args.tokenizer_type is None:
-        raise UserError("--tokenizer-type is missing")
     if args.tokenizer_type == "NullTokenizer" and args.vocab_size is None:
         raise UserError("--tokenizer-type NullTokenizer needs --vocab-size")
     if args.tokenizer_type not in _LOCAL_TOKENIZERS or args.tokenizer_model is None:
@@ -58,8 +51,7 @@ def check_tokenizer(args: Namespace) -> str | None:
     if args.tokenizer_type == "HuggingFaceTokenizer" and model.is_dir():
         model /= "tokenizer.json"
     if not model.is_file():
-        problem = "is not a file" if model.exists() else "does not exist"
-        raise UserError(f"--tokenizer-model {model} {problem}")
+        raise UserError(f"--tokenizer-model {model} is not a file")
     return hashlib.sha256(model.read_bytes()).hexdigest()
 
 
@@ -77,29 +69,15 @@ def check_save_folder(args: Namespace) -> None:
     if args.save is not None:
         folders["--non-persistent-global-ckpt-dir"] = args.non_persistent_global_ckpt_dir
     for flag, name in folders.items():
-        if name is not None:
-            _check_writable(flag, name)
-
-
-def _check_writable(flag: str, name: str) -> None:
-    """Check that files can be written to a folder, which may have to be made. Raises UserError."""
-    folder = Path(name).absolute()
-    try:
-        folder.lstat()
-    except OSError as error:
-        if error.errno not in (errno.ENOENT, errno.ENOTDIR):
-            raise UserError(f"{flag} {name}: {error.strerror}") from error
-    existing = next(path for path in (folder, *folder.parents) if os.path.lexists(path))
-    if not existing.is_dir():
-        raise UserError(f"{flag} {name}: {existing} is not a folder")
-    if not os.access(existing, os.W_OK | os.X_OK):
-        raise UserError(f"{flag} {name}: no permission to write in {existing}")
-    try:
-        # The permissions of root say nothing about file systems such as /proc.
-        with tempfile.TemporaryFile(dir=existing):
-            pass
-    except OSError as error:
-        raise UserError(f"{flag} {name}: cannot write in {existing}: {error.strerror}") from error
+        if name is None:
+            continue
+        folder = Path(name).absolute()
+        existing = next(path for path in (folder, *folder.parents) if os.path.lexists(path))
+        try:
+            with tempfile.TemporaryFile(dir=existing):
+                pass
+        except OSError as error:
+            raise UserError(f"{flag} {name}: cannot write in {existing}: {error.strerror}") from error
 
 
 def check_mask(args: Namespace, mask: RoutingMask) -> None:
@@ -129,14 +107,10 @@ def check_mask(args: Namespace, mask: RoutingMask) -> None:
         _check_same_tokenizer(args, mask.provenance.tokenizer, "the routing mask's token counts were")
 
 
-def check_data(
-    args: Namespace,
-    mask: RoutingMask | None,
-    vocab_size: int | None,
-    most_bytes_read: float,
-    checking: Callable[[], AbstractContextManager] = nullcontext,
-) -> list[str]:
-    """Check every dataset of the run.
+def data_errors(
+    args: Namespace, mask: RoutingMask | None, vocab_size: int | None, most_bytes_read: float
+) -> Iterator[str]:
+    """Yield an error for every unusable dataset of the run.
 
     A dataset must be complete, made with the tokenizer of the run, and hold no token id beyond the vocabulary. Before
     training, the datasets must also have all the parts that training reads. The ids of a dataset whose counts are in
@@ -147,99 +121,59 @@ def check_data(
         mask: the routing mask; None if there is none, or none that can be read.
         vocab_size: number of ids of the tokenizer; None if the number is unknown. Then no token ids are read.
         most_bytes_read: the size, in bytes, up to which the token ids of a dataset are read.
-        checking: makes a context manager for each check. One that catches errors continues with the next check.
-
-    Returns:
-        The prefixes of the datasets whose token ids are unchecked because the datasets are too large.
-
-    Raises:
-        UserError: a dataset is unusable; the message names the file.
     """
     counted = [(dataset["idx_sha256"], dataset["bin_bytes"]) for dataset in (mask.provenance.datasets if mask else ())]
-    unread = []
-    with checking():
-        _check_data_paths(args)
+    try:
         prefixes = data_prefixes(args)
-        readable = []
-        for prefix in prefixes:
-            with checking():
-                index = read_index(prefix)
-                is_counted = (index.idx_sha256, index.bin_bytes) in counted
-                if not is_counted and index.bin_bytes > most_bytes_read:
-                    unread.append(prefix)
-                if (record := read_tokenizer_record(prefix)) is not None:
-                    _check_same_tokenizer(args, record, f"dataset {prefix} was")
-                if vocab_size is not None and not is_counted and prefix not in unread:
-                    _check_token_ids(prefix, vocab_size)
-                readable.append(prefix)
-        if readable == prefixes and not args.skip_train:
-            _check_parts(args)
-    return unread
+    except UserError as error:
+        yield str(error)
+        return
+    are_usable = True
+    for prefix in prefixes:
+        try:
+            index = read_index(prefix)
+            if (record := read_tokenizer_record(prefix)) is not None:
+                _check_same_tokenizer(args, record, f"dataset {prefix} was")
+            is_counted = (index.idx_sha256, index.bin_bytes) in counted
+            if vocab_size is not None and not is_counted and index.bin_bytes <= most_bytes_read:
+                _check_token_ids(prefix, vocab_size)
+        except UserError as error:
+            are_usable = False
+            yield str(error)
+    if are_usable and not args.skip_train:
+        yield from _errors_of_parts(args)
 
 
 def data_prefixes(args: Namespace) -> list[str]:
-    """Return the prefixes of all datasets of the run, each once."""
-    blend, blend_per_split = get_blend_and_blend_per_split(args)
-    blends = [blend, *(blend_per_split or [])]
-    return list(dict.fromkeys(prefix for part in blends if part is not None for prefix in part[0]))
+    """Return the prefixes of all datasets of the run, each once.
 
-
-def _check_data_paths(args: Namespace) -> None:
-    """Check that the flags, or the files in the flags, name datasets, in a form that can be read. Raises UserError."""
-    paths = [args.data_path, args.train_data_path, args.valid_data_path, args.test_data_path]
-    given = [path for path in paths if path is not None]
-    for path in given:
-        parse_data_path(path)
-    if args.data_args_path is not None:
-        _check_data_args(args.data_args_path)
-    if args.per_split_data_args_path is not None:
-        _check_per_split_data_args(args.per_split_data_args_path)
-    if not (given or args.data_args_path or args.per_split_data_args_path or args.mock_data):
-        raise UserError("no dataset: pass --data-path PREFIX, made by maskmoe preprocess")
-
-
-def _check_data_args(path: str) -> None:
-    """Check that the file in `--data-args-path` holds the words of a `--data-path`. Raises UserError."""
-    source = f"--data-args-path {path}"
+    Raises:
+        UserError: the flags, or the files in the flags, do not name datasets.
+    """
     try:
-        words = read_bounded(path, MAX_JSON_BYTES).decode().split()
-    except UnusableFile as error:
-        raise UserError(f"{source} {error.reason}") from error
-    except UnicodeDecodeError as error:
-        raise UserError(f"{source} is not a text file in UTF-8") from error
-    parse_data_path(words, source)
+        blend, blend_per_split = get_blend_and_blend_per_split(args)
+    except (AssertionError, AttributeError, KeyError, OSError, TypeError, ValueError) as error:
+        flag, path = next(
+            (f"--{name.replace('_', '-')}", value)
+            for name in ("data_args_path", "per_split_data_args_path", "data_path", "train_data_path")
+            if (value := getattr(args, name)) is not None
+        )
+        raise UserError(
+            f"{flag} {path} does not name datasets as PREFIX… or WEIGHT PREFIX …: {reason_of(error)}"
+        ) from error
+    blends = [part for part in (blend, *(blend_per_split or [])) if part is not None]
+    for prefixes, weights in blends:
+        for prefix, weight in zip(prefixes, weights or (), strict=False):
+            if not 0 < weight < math.inf:
+                raise UserError(f"--data-path {weight:g} {prefix}: the weight is not a positive number")
+    return list(dict.fromkeys(prefix for prefixes, _ in blends for prefix in prefixes))
 
 
-def _check_per_split_data_args(path: str) -> None:
-    """Check that the file in `--per-split-data-args-path` holds a `--data-path` for each split. Raises UserError."""
-    source = f"--per-split-data-args-path {path}"
-    try:
-        content = json.loads(read_json_bytes(path))
-    except UnusableFile as error:
-        raise UserError(f"{source} {error.reason}") from error
-    for split in ("train", "valid", "test"):
-        if not isinstance(content, dict) or split not in content:
-            raise UserError(f"{source} has no entry {split!r}; add a list of PREFIX… or WEIGHT PREFIX …, or null")
-        words = content[split].split() if isinstance(content[split], str) else content[split]
-        if words is None:
-            continue
-        if not isinstance(words, list):
-            raise UserError(f"{source}: {split} must be a list of PREFIX… or WEIGHT PREFIX …, or null")
-        _, weights = parse_data_path([str(word) for word in words], f"{source}: {split}")
-        # A weight may be a number, but a prefix must be a text.
-        for prefix in words if weights[0] is None else words[1::2]:
-            if not isinstance(prefix, str):
-                raise UserError(f"{source}: {split} holds {prefix!r} where a prefix is expected")
-
-
-def _check_parts(args: Namespace) -> None:
-    """Check that the datasets have the parts that training asks for.
+def _errors_of_parts(args: Namespace) -> Iterator[str]:
+    """Yield an error for each part that training asks for and that the datasets lack.
 
     Megatron would end at once, as if training were complete, without training data. It would fail at the first
     evaluation without validation data. It would draw samples for ever from a part that has a share but no tokens.
-
-    Raises:
-        UserError: a part is missing or has no tokens.
     """
     blend, blend_per_split = get_blend_and_blend_per_split(args)
     # A part is a blend of its own, or begins and ends at these shares of each dataset. None is a part without a share.
@@ -249,12 +183,12 @@ def _check_parts(args: Namespace) -> None:
         parts = dataset_config.convert_split_vector_to_split_matrix(split)
     if parts is None:
         return
-    validates = args.full_validation or args.eval_iters > 0
     names = ("training", "validation", "test")
-    for name, part, is_needed in zip(names, parts, (True, validates, False), strict=True):
+    needed = (True, args.full_validation or args.eval_iters > 0, False)
+    for name, part, is_needed in zip(names, parts, needed, strict=True):
         if part is None and is_needed:
             hint = " or pass --eval-iters 0" if name == "validation" else ""
-            raise UserError(f"there are no {name} data; give them a share in --split or a path of their own{hint}")
+            yield f"there are no {name} data; give them a share in --split or a path of their own{hint}"
     for prefix in blend[0] if blend else ():
         lengths = read_index(prefix).sequence_lengths  # keeps a file open, so go through the datasets only once
         for name, part in zip(names, parts, strict=True):
@@ -262,7 +196,7 @@ def _check_parts(args: Namespace) -> None:
                 continue
             first, last = (round(bound * len(lengths)) for bound in part)
             if not lengths[first:last].any():
-                raise UserError(
+                yield (
                     f"dataset {prefix}: --split {args.split} leaves the {name} part no tokens, because the split "
                     f"assigns whole documents and the dataset has {len(lengths)}; give the part a share of 0, or a "
                     "larger share"

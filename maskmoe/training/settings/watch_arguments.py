@@ -2,9 +2,11 @@
 
 from argparse import ArgumentParser
 
+from maskmoe.command_line.parser import Number, WholeNumber
+
 
 def add_watch_arguments(parser: ArgumentParser) -> None:
-    """Add the group of the watches to Megatron's parser; `maskmoe.training.settings.flag_ranges` has the ranges."""
+    """Add the group of the watches to Megatron's parser."""
     group = parser.add_argument_group(title="spikes and silent faults")
     group.add_argument(
         "--spike-action",
@@ -16,7 +18,7 @@ def add_watch_arguments(parser: ArgumentParser) -> None:
     )
     group.add_argument(
         "--spike-deviations",
-        type=float,
+        type=Number(0, is_above=True),
         default=15.0,
         metavar="D",
         help="a value is off if it is more than D robust deviations above or below the median of the steps before. A "
@@ -25,7 +27,7 @@ def add_watch_arguments(parser: ArgumentParser) -> None:
     )
     group.add_argument(
         "--spike-window",
-        type=int,
+        type=WholeNumber(2, 100_000),
         default=128,
         metavar="STEPS",
         help="the number of steps before that a step is compared with; with fewer than half of them, no step is judged "
@@ -33,7 +35,7 @@ def add_watch_arguments(parser: ArgumentParser) -> None:
     )
     group.add_argument(
         "--collapse-intervals",
-        type=int,
+        type=WholeNumber(0),
         default=10,
         metavar="N",
         help="report an expert or an expert-parallel rank that got no token in N log intervals in a row, and a MoE "

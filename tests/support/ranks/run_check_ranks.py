@@ -1,16 +1,14 @@
 """Reports of `--check` on command lines, and measurements of the models that these command lines build.
 
 `python run_check_ranks.py FOLDER COMMAND WORKING_FOLDER` reads named command lines from `FOLDER/cases.json`, and writes
-an answer for each of them to `FOLDER/answers{rank}.json`. The commands `report`, `report_on_a_gpu`, `count` and `build`
-run as one process and take any number of cases. The command `measure` runs as the ranks of a training run and takes one
-case.
+an answer for each of them to `FOLDER/answers{rank}.json`. The commands `report`, `report_on_a_gpu` and `build` run as
+one process and take any number of cases. The command `measure` runs as the ranks of a training run and takes one case.
 """
 
 import json
 import os
 import sys
 from argparse import Namespace
-from copy import deepcopy
 from pathlib import Path
 from typing import Any
 
@@ -25,21 +23,17 @@ from megatron.core.tensor_parallel import model_parallel_cuda_manual_seed
 from megatron.core.transformer.module import Float16Module
 from megatron.core.transformer.moe.moe_logging import get_moe_metrics_tracker
 from megatron.core.transformer.multi_token_prediction import MTPLossLoggingHelper
-from megatron.core.transformer.transformer_config import TransformerConfig
 from megatron.training.argument_utils import pretrain_cfg_container_from_args
 from megatron.training.arguments import parse_args, validate_args
 from megatron.training.global_vars import rebuild_tokenizer
 from megatron.training.initialize import initialize_megatron
-from megatron.training.training import num_floating_point_operations, setup_model_and_optimizer
+from megatron.training.training import setup_model_and_optimizer
 from support.rank_program import run_as_rank
 from support.saved_tensors import KeptBytes
 
-from maskmoe.check import inspection
-from maskmoe.check.command import inspect_run
-from maskmoe.check.cost import TrainingCost, compute_cost
-from maskmoe.check.parameters import ModelParameters
 from maskmoe.megatron_compat import cpu
 from maskmoe.training.loop.model_builder import MaskMoEGPTModelBuilder, MaskMoEHybridModelBuilder
+from maskmoe.training.preflight.command import inspect_run
 from maskmoe.training.settings.arguments import add_maskmoe_arguments
 from maskmoe.training.settings.pretraining_arguments import add_pretraining_arguments
 from maskmoe.training.settings.setup import leaving_process_groups, model_config_from_args, parse_and_check_args
@@ -54,41 +48,6 @@ def report_on_a_gpu(ranks: int) -> dict[str, Any]:
     """Return the report of `--check` on a machine with GPUs and the packages of this machine."""
     cpu.is_installed = lambda: False
     return report(ranks)
-
-
-def count(ranks: int) -> dict[str, Any]:
-    """Return the cost in the report of `--check`, and the operations for one token by Megatron's count."""
-    of_megatron: dict[str, float] = {}
-
-    def compute_both(args: Namespace, config: TransformerConfig, model: ModelParameters) -> TrainingCost:
-        flops = num_floating_point_operations(deepcopy(args), batch_size=1) / args.seq_length
-        left_out = _macs_left_out_by_megatron(args, "".join(model.whole.layers + model.whole.predictions))
-        of_megatron.update(flops_of_megatron=flops, left_out_by_megatron=6 * left_out)
-        return compute_cost(args, config, model)
-
-    inspection.compute_cost = compute_both
-    return report(ranks)["cost"] | of_megatron
-
-
-def _macs_left_out_by_megatron(args: Namespace, symbols: str) -> int:
-    """Return the multiplications of a token in the forward pass that Megatron leaves out of its count.
-
-    These are the products with routers and with gates of shared experts and, in hybrid models, with gates of attention.
-    For gated delta nets Megatron assumes that keys are as wide as values.
-
-    Args:
-        args: validated arguments.
-        symbols: the symbols of all layers.
-    """
-    rows = (args.num_experts or 0) + bool(args.moe_shared_expert_gate)
-    macs = symbols.count("E") * rows * args.hidden_size
-    if args.hybrid_layer_pattern and args.attention_output_gate:
-        macs += symbols.count("*") * args.hidden_size * args.kv_channels * args.num_attention_heads
-    if "G" in symbols:
-        value_width = args.linear_value_head_dim
-        too_many = args.linear_num_value_heads * value_width * (value_width - args.linear_key_head_dim)
-        macs -= 4 * symbols.count("G") * too_many
-    return macs
 
 
 def build(ranks: int) -> dict[str, Any]:
@@ -194,7 +153,6 @@ def main() -> None:
     answers_of = {
         "report": report,
         "report_on_a_gpu": report_on_a_gpu,
-        "count": count,
         "build": build,
         "measure": measure,
     }

@@ -1,7 +1,7 @@
 """Estimates the bytes of activations from the tensors that each part of a layer keeps for its backward pass.
 
 The terms follow the forward pass of Megatron-Core's modules. Korthikanti et al., arXiv 2205.05198, section 4, derive
-them for layers without experts. Attention keeps no scores, except on CPUs with attention dropout. Transformer Engine's
+them for layers without experts. Attention is assumed to be a fused kernel, which keeps no scores. Transformer Engine's
 modules fuse norms and all activation functions; the local modules fuse some. The estimate assumes that all experts get
 the same number of rows.
 """
@@ -14,9 +14,8 @@ from typing import NamedTuple
 from megatron.core.models.hybrid.hybrid_layer_allocation import Symbols
 from megatron.core.transformer.transformer_config import MLATransformerConfig, TransformerConfig
 
-from maskmoe.check.parameters import Chunk
+from maskmoe.training.preflight.parameters import Chunk
 from maskmoe.training.settings.layout import Layout
-from maskmoe.transformer.torch_modules.attention import SHORTEST_BLOCK, padded_width
 from maskmoe.transformer.torch_modules.gated_delta_rule import CHUNK
 from maskmoe.transformer.torch_modules.swiglu import is_plain_swiglu
 
@@ -48,22 +47,6 @@ class _Layer(NamedTuple):
     recomputed: float
 
 
-class _HeadSizes(NamedTuple):
-    """Sizes of the inputs of core attention.
-
-    Attributes:
-        heads: number of heads of the queries.
-        groups: number of heads of keys and values.
-        key_width: channels of each head of queries and keys.
-        value_width: channels of each head of values.
-    """
-
-    heads: int
-    groups: int
-    key_width: int
-    value_width: int
-
-
 class ActivationModel:
     """Estimates the activations of one micro-batch on one rank, in bytes.
 
@@ -85,7 +68,6 @@ class ActivationModel:
         # Transformer Engine has fused kernels for norms and activation functions, and ignores causal masks.
         self._fused = args.transformer_impl == "transformer_engine"
         self._gives_mask = args.create_attention_mask_in_dataloader and not self._fused
-        self._is_on_cpu = args.distributed_backend == "gloo"
         self._element = config.params_dtype.itemsize
         self._sequence = layout.seq_length // layout.context
         self._tokens = layout.micro_batch * self._sequence
@@ -197,109 +179,49 @@ class ActivationModel:
         return _Layer(sum(size for size, _ in tensors) - recomputed, recomputed)
 
     def _attention(self) -> list[_Tensors]:
-        """Return the tensors of attention."""
+        """Return the tensors of attention by a fused kernel, which keeps no scores."""
         config = self._config
         heads, groups = config.num_attention_heads, config.num_query_groups or config.num_attention_heads
         # The bytes of one channel of queries, keys or values.
         channel = self._tokens / self._layout.tensor * self._element
         if isinstance(config, MLATransformerConfig):
-            sizes = _HeadSizes(heads, heads, config.qk_head_dim + config.qk_pos_emb_head_dim, config.v_head_dim)
-            projected = heads * config.v_head_dim
+            key_width, value_width, groups = config.qk_head_dim + config.qk_pos_emb_head_dim, config.v_head_dim, heads
             # The compressed queries and keys are kept before and after their norms.
             compressed = (config.q_lora_rank or 0) + config.kv_lora_rank
             kept_twice = compressed if config.qk_layernorm else 0
             before_norms = (compressed + kept_twice + config.qk_pos_emb_head_dim) * self._shard * self._element
             if config.qk_layernorm and config.q_lora_rank is None:
                 before_norms += self._hidden  # queries are projected from hidden states that are normalized again
+            projected = groups * value_width
         else:
-            width = config.kv_channels or 0  # `TransformerConfig` derives a missing number
-            sizes = _HeadSizes(heads, groups, width, width)
-            projected = (heads + 2 * groups) * width
-            before_norms = (heads + groups) * width * channel if config.qk_layernorm else 0
-        inputs, made = self._core_attention(sizes, projected)
-        output = heads * sizes.value_width * channel
-        gate = 2 * output if config.attention_output_gate else 0
+            key_width = value_width = config.kv_channels or 0  # `TransformerConfig` derives a missing number
+            before_norms = (heads + groups) * key_width * channel if config.qk_layernorm else 0
+            projected = (heads + 2 * groups) * key_width
+        # Rotated queries and keys are new tensors. Values are a view of the projection's output, which is kept whole.
+        is_rotated = self._rotates or isinstance(config, MLATransformerConfig)
+        inputs = projected + ((heads + groups) * key_width if is_rotated else 0)
+        output = heads * value_width * channel
+        mask = self._layout.micro_batch * self._sequence * self._layout.seq_length * self._element
+        statistics = heads * _FP32_BYTES * self._tokens / self._layout.tensor
         return [
             _Tensors(inputs * channel, ("mla_up_proj",)),
-            _Tensors(before_norms + output + gate),
-            _Tensors(made * channel + self._scores, ("core_attn",)),
+            _Tensors(before_norms + output * (3 if config.attention_output_gate else 1)),
+            _Tensors(statistics + (mask if self._gives_mask else 0), ("core_attn",)),
         ]
 
     def _gated_delta_net(self) -> list[_Tensors]:
-        """Return the tensors of a gated delta net, computed by fla on GPUs and by plain torch on CPUs."""
+        """Return the tensors of a gated delta net by the kernels of fla."""
         config = self._config
         key_heads, value_heads = config.linear_num_key_heads or 0, config.linear_num_value_heads or 0
         key_width, value_width = config.linear_key_head_dim or 0, config.linear_value_head_dim or 0
         keys, values = key_heads * key_width, value_heads * value_width
-        tokens = self._tokens / self._layout.tensor
-        # The projection's output holds queries, keys, values, gates, and two numbers for each value head.
+        # The projection's output holds queries, keys, values, gates, and two numbers for each value head. The norm
+        # keeps its input, its gates and its output. Queries and keys are normalized, and repeated for the value heads.
         projected = 2 * keys + 2 * values + 2 * value_heads
-        # The norm's input, its gates and its output are kept.
-        channels = projected + 3 * values
-        if self._is_on_cpu:
-            # The convolution and its activation function copy queries, keys and values.
-            channels += 2 * (2 * keys + values)
-            # fp32: queries and keys before and after normalization; five matrices of a chunk's tokens; corrections and
-            # readers of the state for each value head; and the state before each chunk.
-            numbers = 4 * keys + 3 * values + 3 * value_heads * key_width
-            numbers += CHUNK * (2 * key_heads + 4 * value_heads) + value_heads * key_width * value_width / CHUNK
-        else:
-            # Queries and keys are normalized, and repeated for the value heads that share them.
-            repeated = 2 * value_heads * key_width if value_heads > key_heads else 0
-            channels += 2 * keys + repeated + values + CHUNK * value_heads
-            numbers = 3 * value_heads
-        return [_Tensors(tokens * (channels * self._element + numbers * _FP32_BYTES))]
-
-    def _core_attention(self, sizes: _HeadSizes, projected: int) -> tuple[float, float]:
-        """Return the channels of a token that are kept of the inputs of core attention, and of the tensors it makes.
-
-        Args:
-            sizes: the sizes of queries, keys and values.
-            projected: channels of the projection's output of which the values are a view.
-        """
-        config, (heads, groups, key_width, value_width) = self._config, sizes
-        made = heads * _FP32_BYTES / self._element  # statistics of softmax
-        makes_queries = makes_keys = makes_values = False
-        if not self._fused:
-            # Torch's kernels want values as wide as keys, and a softmax offset takes one more channel, see
-            # `TorchDotProductAttention`. A kernel for GPUs that takes a bias, or fp32, repeats keys and values.
-            width = padded_width(key_width, value_width, has_offset=config.softmax_type != "vanilla")
-            has_bias = self._gives_mask or config.window_size or self._element == _FP32_BYTES
-            repeats = heads // groups if has_bias and not self._is_on_cpu else 1
-            gathered = self._layout.context
-            makes_queries = width > key_width
-            makes_keys = makes_queries or gathered * repeats > 1
-            makes_values = width > value_width or gathered * repeats > 1
-            made += heads * width * makes_queries + groups * repeats * width * gathered * (makes_keys + makes_values)
-            # Outputs of blocks of queries are concatenated, and the channels of wider outputs are cut off.
-            has_blocks = gathered > 1 or (
-                config.window_size and self._sequence > max(config.window_size[0], SHORTEST_BLOCK)
-            )
-            made += heads * width if has_blocks or width > value_width else 0
-        # Recomputation keeps all inputs; otherwise an input that core attention replaces is not kept.
-        replaces = "core_attn" not in self._dropped
-        is_rotated = self._rotates or isinstance(config, MLATransformerConfig)  # rotated inputs are new tensors
-        inputs = 0
-        inputs += heads * key_width if is_rotated and not (replaces and makes_queries) else 0
-        inputs += groups * key_width if is_rotated and not (replaces and makes_keys) else 0
-        is_view_replaced = makes_values and (is_rotated or (makes_queries and makes_keys))
-        inputs += projected if not (replaces and is_view_replaced) else 0
-        return inputs, made
-
-    @property
-    def _scores(self) -> float:
-        """Return the bytes that local attention keeps for each pair of a query and a key.
-
-        A given mask is kept as a bias for all heads. Torch's kernel for CPUs has no dropout, so weights before and
-        after dropout and the factors of dropout are kept in fp32.
-        """
-        if self._fused:
-            return 0
-        pairs = self._layout.micro_batch * self._sequence * self._layout.seq_length
-        per_pair = self._element if self._gives_mask else 0
-        if self._config.attention_dropout and self._is_on_cpu:
-            per_pair = 3 * _FP32_BYTES * self._config.num_attention_heads / self._layout.tensor
-        return pairs * per_pair
+        repeated = 2 * value_heads * key_width if value_heads > key_heads else 0
+        channels = projected + 4 * values + 2 * keys + repeated + CHUNK * value_heads
+        tokens = self._tokens / self._layout.tensor
+        return [_Tensors(tokens * (channels * self._element + 3 * value_heads * _FP32_BYTES))]
 
     def _mlp(self, inner_size: int | None) -> float:
         """Return the bytes of an MLP that computes all tokens."""

@@ -7,8 +7,8 @@ import torch
 from megatron.core.models.hybrid.hybrid_layer_allocation import Symbols
 from megatron.core.transformer.transformer_config import TransformerConfig
 
-from maskmoe.check.activations import ActivationModel
-from maskmoe.check.parameters import ModelParameters
+from maskmoe.training.preflight.activations import ActivationModel
+from maskmoe.training.preflight.parameters import ModelParameters
 from maskmoe.training.settings.layout import Layout
 
 # The purposes of memory, and how the report for people calls them. `ActivationModel` estimates the second group.

@@ -8,11 +8,11 @@ import warnings
 from argparse import Namespace
 from contextlib import redirect_stdout
 
-from maskmoe.check.inspection import Inspection
-from maskmoe.check.report import Report
 from maskmoe.command_line.parser import OneLineParser
 from maskmoe.command_line.run_tool import EXIT_BAD_INPUT
 from maskmoe.errors import UserError
+from maskmoe.training.preflight.inspection import Inspection
+from maskmoe.training.preflight.report import Report
 from maskmoe.training.settings.arguments import add_check_argument
 from maskmoe.training.settings.setup import ArgumentsProvider
 

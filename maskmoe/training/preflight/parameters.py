@@ -9,7 +9,7 @@ import copy
 from argparse import Namespace
 from collections import Counter
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, field, fields, replace
+from dataclasses import dataclass, fields, replace
 from typing import Any
 
 import numpy as np
@@ -86,10 +86,6 @@ class Chunk:
             symbols, such as `*E` for attention and experts. A layer of a `HybridModel` is one symbol.
         predictions: the symbols of each depth of multi-token prediction.
         has_embedding, has_output: whether the chunk reads token ids, and whether it computes logits.
-        matrices: number of parameters of the decoder's layers that are multiplied with a token, by kind: `experts` (all
-            routed experts), `shared experts`, `router` (with projections to the size of latent experts), `MLP`, and
-            `mixer` (everything else, such as attention).
-        matrices_of_predictions: the same for the layers of multi-token prediction.
     """
 
     parameters: Mapping[str, int]
@@ -99,8 +95,6 @@ class Chunk:
     predictions: tuple[str, ...]
     has_embedding: bool
     has_output: bool
-    matrices: Mapping[str, int] = field(default_factory=dict)
-    matrices_of_predictions: Mapping[str, int] = field(default_factory=dict)
 
     @property
     def num_parameters(self) -> int:
@@ -325,16 +319,12 @@ def _count_chunk(config: MaskMoEModelConfig, groups: ProcessGroupCollection, vp_
     parameters = Counter(dict.fromkeys(PARTS, 0))
     experts_of_rank = (config.transformer.num_moe_experts or 0) // groups.ep.size()
     expert_parameters = 0
-    matrices = {part: Counter[str]() for part in ("decoder", "mtp")}
     for name, parameter in model.named_parameters():
         number, part = parameter.numel(), "layers without routed experts"
         if ".mlp.experts." in name:
             number, part = number * experts_of_rank, "routed experts"
             expert_parameters += number
-        module = name.partition(".")[0]
-        parameters[_PART_OF_MODULE.get(module, part)] += number
-        if module in matrices and parameter.dim() > 1:
-            matrices[module][_kind_of_matrix(name)] += number
+        parameters[_PART_OF_MODULE.get(name.partition(".")[0], part)] += number
     layers, predictions = _symbols(model)
     return Chunk(
         parameters=dict(parameters),
@@ -344,19 +334,7 @@ def _count_chunk(config: MaskMoEModelConfig, groups: ProcessGroupCollection, vp_
         predictions=predictions,
         has_embedding=model.pre_process,
         has_output=model.post_process,
-        matrices=matrices["decoder"],
-        matrices_of_predictions=matrices["mtp"],
     )
-
-
-def _kind_of_matrix(name: str) -> str:
-    """Return the kind of a layer's parameter, see `Chunk.matrices`."""
-    _, is_feed_forward, within = name.partition(".mlp.")
-    if not is_feed_forward:
-        return "mixer"
-    if within.startswith(("experts.", "shared_experts.")):
-        return within.partition(".")[0].replace("_", " ")
-    return "MLP" if within.startswith(("linear_fc1.", "linear_fc2.")) else "router"
 
 
 def _symbols(model: Any) -> tuple[tuple[str, ...], tuple[str, ...]]:

@@ -7,15 +7,23 @@ from typing import Any
 
 from megatron.core.models.hybrid.hybrid_layer_allocation import Symbols
 
-from maskmoe.check.assumed_gpu import format_gpu_hours
-from maskmoe.check.cost import TrainingCost
-from maskmoe.check.memory import ESTIMATED, EXACT, MemoryReport
-from maskmoe.check.missing import MissingInput
-from maskmoe.check.parameters import Chunk, ModelParameters
-from maskmoe.check.save_interval import SaveInterval
 from maskmoe.files.templates import render_template
-from maskmoe.training.settings.layer_pattern import KINDS
+from maskmoe.training.preflight.assumed_gpu import format_gpu_hours
+from maskmoe.training.preflight.cost import TrainingCost
+from maskmoe.training.preflight.memory import ESTIMATED, EXACT, MemoryReport
+from maskmoe.training.preflight.parameters import Chunk, ModelParameters
 from maskmoe.training.settings.layout import Layout
+from maskmoe.training.settings.missing_inputs import MissingInput
+
+KINDS = {
+    Symbols.ATTENTION: "attention",
+    Symbols.MLA: "multi-latent attention",
+    Symbols.GDN: "gated delta net",
+    Symbols.MAMBA: "Mamba",
+    Symbols.MLP: "MLP",
+    Symbols.MOE: "MoE",
+}
+"""The kind of layer that each symbol of a pattern stands for."""
 
 
 @dataclass(frozen=True)
@@ -29,7 +37,6 @@ class Report:
         model: the parameters of the model; None if the model cannot be built.
         memory: the memory of the run; None if the layout or the model is unknown.
         cost: the operations of the run; None if the layout or the model is unknown.
-        saving: the recommended interval between saves; None if the layout or the model is unknown.
         missing: the inputs that the command line does not name.
     """
 
@@ -39,7 +46,6 @@ class Report:
     model: ModelParameters | None = None
     memory: MemoryReport | None = None
     cost: TrainingCost | None = None
-    saving: SaveInterval | None = None
     missing: tuple[MissingInput, ...] = ()
 
     @property
@@ -72,14 +78,10 @@ class Report:
           share of rows) and `micro_batches_in_flight`; `largest_stage`, an index of `stages`; `exact`, the purposes
           whose bytes are not estimated; `not_modelled`, a list of clauses.
         - `cost`: null if the layout or the model is unknown. Else `flops_per_token`, the floating-point operations of
-          the forward and backward pass; `recomputed_flops_per_token`; the run's `tokens`; `flops`, all operations of
-          the run; `gpu_hours` on the assumed GPU; and `gpu`, which has `peak_tflops` and `utilization`.
-        - `saving`: null if the layout or the model is unknown. Else the recommended interval in `iterations` and
-          `minutes`, and the `lost_share` of the time that saves and failures then cost; `save` and `step`, each with
-          `seconds`, its `source` in words, and `is_measured`; `nodes`, and the `mtbf_days` between two failures of the
-          run, which are assumed; and what the run has recorded: `failures` in `days`.
+          the forward and backward pass; the run's `tokens`; `flops`, all operations of the run; `gpu_hours` on the
+          assumed GPU; and `gpu`, which has `peak_tflops` and `utilization`.
         """
-        layers = parameters = layout = memory = cost = saving = None
+        layers = parameters = layout = memory = cost = None
         if self.layout:
             derived = ("data", "expert_data", "micro_batches", "tokens_per_step")
             layout = asdict(self.layout) | {name: getattr(self.layout, name) for name in derived}
@@ -112,18 +114,6 @@ class Report:
             }
         if self.cost:
             cost = asdict(self.cost) | {"flops": self.cost.flops, "gpu_hours": self.cost.gpu_hours}
-        if self.saving:
-            saving = {
-                "iterations": self.saving.iterations,
-                "minutes": self.saving.minutes,
-                "lost_share": self.saving.lost_share(self.saving.iterations),
-                "save": asdict(self.saving.save),
-                "step": asdict(self.saving.step),
-                "nodes": self.saving.cluster.nodes,
-                "mtbf_days": self.saving.cluster.mtbf_days,
-                "failures": self.saving.failures,
-                "days": self.saving.days,
-            }
         findings: dict[str, Any] = {
             "can_start": not self.errors,
             "errors": list(self.errors),
@@ -131,13 +121,13 @@ class Report:
         }
         findings["missing"] = [missing._asdict() | {"commands": list(missing.commands)} for missing in self.missing]
         findings |= {"layout": layout, "layers": layers, "parameters": parameters}
-        return findings | {"memory": memory, "cost": cost, "saving": saving}
+        return findings | {"memory": memory, "cost": cost}
 
     def to_text(self) -> str:
         """Return the report for people, without its errors; `templates/report.txt.j2` is its layout."""
         values = vars(self) | {"errors": self.errors, "exact": EXACT, "purposes": EXACT | ESTIMATED}
         filters = {"gib": _gib, "run_lengths": _run_lengths, "kinds": _describe_layers, "hours": format_gpu_hours}
-        return render_template("maskmoe.check", "report.txt.j2", values, filters).rstrip("\n")
+        return render_template("maskmoe.training.preflight", "report.txt.j2", values, filters).rstrip("\n")
 
 
 def _count_kinds(layers: Iterable[str]) -> dict[str, int]:

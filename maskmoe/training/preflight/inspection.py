@@ -1,0 +1,187 @@
+"""Inspects the command line and the files of a run before it starts: finds all errors, and measures the run."""
+
+import re
+from argparse import ArgumentParser, Namespace
+from collections.abc import Iterator
+from copy import deepcopy
+from pathlib import Path
+
+import torch
+from megatron.core.tokenizers.utils.build_tokenizer import vocab_size_with_padding
+from megatron.core.transformer.moe.moe_layer import HAVE_TE
+from megatron.training.argument_utils import pretrain_cfg_container_from_args
+from megatron.training.arguments import validate_args
+from megatron.training.global_vars import rebuild_tokenizer
+
+from maskmoe.checkpoint.non_persistent import non_persistent_folder
+from maskmoe.checkpoint.series import choose_checkpoint
+from maskmoe.command_line.parser import OneLineParser
+from maskmoe.errors import UserError
+from maskmoe.megatron_compat import cpu
+from maskmoe.megatron_compat.gpu import GpuPackages
+from maskmoe.training.loop.model_builder import MaskMoEModelConfig
+from maskmoe.training.preflight.cost import TrainingCost, compute_cost
+from maskmoe.training.preflight.memory import MemoryReport, compute_memory
+from maskmoe.training.preflight.parameters import ModelParameters, count_parameters
+from maskmoe.training.preflight.report import Report
+from maskmoe.training.resume.choose_checkpoint import check_pretrained_model
+from maskmoe.training.settings.layout import Layout
+from maskmoe.training.settings.megatron_errors import megatrons_checks
+from maskmoe.training.settings.missing_inputs import ASSUMED_VOCAB_SIZE
+from maskmoe.training.settings.run_checks import ArgumentsProvider, RunChecks
+from maskmoe.training.settings.setup import model_config_from_args
+
+# Reading the token ids of a larger dataset would take more than a few seconds.
+_MOST_BYTES_READ = 1 << 30
+
+# The machine of the check may lack Transformer Engine, and Megatron then refuses the settings that are replaced here.
+# None of them changes the shape of a parameter.
+_WITHOUT_TRANSFORMER_ENGINE = {
+    "moe_permute_fusion": False,
+    "use_precision_aware_optimizer": False,
+    **dict.fromkeys(("main_grads_dtype", "main_params_dtype", "exp_avg_dtype", "exp_avg_sq_dtype"), torch.float32),
+    "fp8": None,
+    "fp4": None,
+}
+_MISSING_TRANSFORMER_ENGINE = re.compile(
+    r"^invalid settings: .*(transformer.?engine|TE >|is_te_min_version)", re.IGNORECASE
+)
+
+
+class Inspection(RunChecks):
+    """Makes the checks of a run alone, for ranks that are started elsewhere, and measures the run.
+
+    Args:
+        num_ranks: the number of ranks that the run would have.
+        own_arguments: adds the arguments of the entry point to the common arguments.
+
+    Raises:
+        UserError: the command line of this process has unknown flags.
+    """
+
+    def __init__(self, num_ranks: int, own_arguments: ArgumentsProvider) -> None:
+        # Without GPUs here, the run is on other machines.
+        super().__init__(own_arguments, GpuPackages() if cpu.is_installed() else GpuPackages.installed())
+        self._lacks_libraries = False
+        self.args.world_size, self.args.rank = num_ranks, 0
+
+    def report(self) -> Report:
+        """Make all checks, and compute the layout, parameters and memory as far as they are known."""
+        errors = []
+        for error in self.errors():
+            # An error that only a missing Transformer Engine causes is no error of a machine that has it.
+            has_transformer_engine = self.packages is not None and self.packages.transformer_engine
+            if has_transformer_engine and not HAVE_TE and _MISSING_TRANSFORMER_ENGINE.match(error):
+                self.notes.append(f"cannot be judged on this machine, which lacks Transformer Engine: {error}")
+            else:
+                errors.append(error)
+        faults = [error for error in errors if error not in map(str, self.missing)]
+        args, layout, model, memory, cost = self.args, None, None, None, None
+        if self.is_validated:
+            layout = Layout.from_args(args)
+            self._assume_vocabulary()
+            try:
+                model, memory, cost = self._measure()
+            except UserError as error:
+                if not faults:  # otherwise the fault is why the model cannot be made
+                    (self.notes if self._lacks_libraries else faults).append(str(error))
+        if self.mask is None and args.num_experts and model is not None:
+            self.notes.append(
+                f"without a routing mask, the report assumes that each token uses {args.moe_router_topk} experts "
+                "(--moe-router-topk); a token with fewer visible experts uses fewer"
+            )
+        faults, notes = (tuple(dict.fromkeys(lines)) for lines in (faults, self.notes))
+        return Report(faults, notes, layout, model, memory, cost, tuple(self.missing))
+
+    # ---- What differs from the checks of a rank ----------------------------------------------------------------------
+
+    def add_arguments(self, parser: ArgumentParser) -> ArgumentParser:
+        """Add all arguments, with the defaults on GPUs unless a run on CPUs asks for gloo explicitly."""
+        on_gpus = {name: parser.get_default(name) for name in cpu.argument_defaults()}
+        parser = super().add_arguments(parser)
+        requested = OneLineParser(add_help=False)
+        requested.add_argument("--distributed-backend")
+        if cpu.is_installed() and requested.parse_known_args()[0].distributed_backend != "gloo":
+            parser.set_defaults(**on_gpus | GpuPackages().argument_defaults())
+        return parser
+
+    def find_checkpoint(self) -> Path | None:
+        """Return the newest checkpoint whose structure is sound; only a run reads the content."""
+        args = self.args
+        if args.load is None:
+            return None
+        choice = choose_checkpoint(args.load, args.ckpt_step, non_persistent=non_persistent_folder(args, args.load))
+        self.notes += [f"checkpoint {damage}" for damage in choice.rejected]
+        if choice.checkpoint is None:
+            self.notes.append(f"--load {args.load} holds no checkpoint: training starts from the beginning")
+        return choice.checkpoint
+
+    def check_pretrained_model(self) -> None:
+        """Check the checkpoint in `--pretrained-checkpoint`."""
+        check_pretrained_model(self.args, self.checkpoint)
+
+    def missing_libraries(self) -> Iterator[str]:
+        """Note the missing libraries: the machine of the run may have what the machine of the check lacks."""
+        missing = list(super().missing_libraries())
+        self._lacks_libraries = bool(missing)
+        self.notes += missing
+        yield from ()
+
+    def validate(self) -> Namespace:
+        """Let Megatron validate a copy of the arguments."""
+        args = deepcopy(self.args)
+        with megatrons_checks():
+            validate_args(args)
+        return args
+
+    def make_tokenizer(self) -> None:
+        """Build Megatron's tokenizer, also if Megatron has refused the arguments."""
+        with megatrons_checks(f"the tokenizer ({self.args.tokenizer_type} {self.args.tokenizer_model}) cannot be made"):
+            rebuild_tokenizer(self.args)
+
+    def most_bytes_read(self) -> float | None:
+        """Return the size of a dataset that is read quickly."""
+        return _MOST_BYTES_READ
+
+    # ---- What the run needs ------------------------------------------------------------------------------------------
+
+    def _measure(self) -> tuple[ModelParameters, MemoryReport, TrainingCost]:
+        """Build the model without memory, and return its parameters, memory and cost. Raises UserError."""
+        args = self.args
+        config = _model_config(args)
+        with megatrons_checks("the model cannot be made"):
+            model = count_parameters(args, config, self.mask)
+        return model, compute_memory(args, config.transformer, model), compute_cost(args, model.expert_use)
+
+    def _assume_vocabulary(self) -> None:
+        """Set the padded vocabulary size if there is no tokenizer, and add a note."""
+        args = self.args
+        if args.padded_vocab_size:
+            return
+        size, source = ASSUMED_VOCAB_SIZE, "pass --vocab-size N for another number"
+        if args.vocab_size:
+            size, source = args.vocab_size, "--vocab-size"
+        elif self.mask is not None:
+            size, source = self.mask.vocab_size, "the routing mask's"
+        args.padded_vocab_size = vocab_size_with_padding(size, args, logging_enabled=False)
+        of_thousand = 1000 * (args.hidden_size or 0) * (2 if args.untie_embeddings_and_output_weights else 1)
+        self.notes.append(
+            f"without a tokenizer, the report assumes a vocabulary of {size:,} ids ({source}); 1,000 ids are "
+            f"{of_thousand / 1e6:.3g} M parameters"
+        )
+
+
+def _model_config(args: Namespace) -> MaskMoEModelConfig:
+    """Return the configuration of the model. Raises UserError if Megatron refuses it."""
+    buildable = Namespace(**vars(args))
+    buildable.routing_mask = args.routing_mask or args.load or "missing"
+    buildable.spec = None  # `refused_settings` has reported it
+    if not HAVE_TE:
+        vars(buildable).update(_WITHOUT_TRANSFORMER_ENGINE)
+        # With multi-latent attention, Megatron judges the fusion without looking for Transformer Engine.
+        buildable.apply_rope_fusion = args.apply_rope_fusion and args.multi_latent_attention
+    with megatrons_checks():
+        config = model_config_from_args(buildable)
+        pretrain_cfg_container_from_args(buildable, config)
+        config.finalize()
+    return config

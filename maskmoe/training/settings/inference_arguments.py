@@ -1,0 +1,50 @@
+"""Command line arguments that only evaluation or generation has."""
+
+import argparse
+
+from maskmoe.command_line import ranges
+from maskmoe.command_line.parser import add_force_argument
+from maskmoe.training.inference.prompts import add_prompt_arguments
+from maskmoe.training.settings.arguments import replace_help
+
+SPLITS = ("train", "valid", "test")
+
+
+def add_evaluation_arguments(parser: argparse.ArgumentParser) -> argparse.ArgumentParser:
+    """Add the `evaluation` group, and defaults for the settings of training that Megatron requires."""
+    group = parser.add_argument_group(title="evaluation")
+    split = "which split of --data-path to evaluate, every sample once: weights of datasets have no effect"
+    group.add_argument("--eval-split", choices=SPLITS, default="valid", help=split)
+    files = {
+        "--token-frequency": "token counts made by maskmoe count, which define the frequency bands; "
+        "if the flag is left out, the tokens of --data-path are counted",
+        "--eval-texts": "score texts instead of a dataset: JSON lines with a text, or with a context and a "
+        "continuation, of which the continuation is scored; the log-likelihoods equal the ones that "
+        "lm-evaluation-harness computes",
+        "--eval-output": "also write the results as JSON; the loss of a band without tokens is null",
+    }
+    for flag, meaning in files.items():
+        group.add_argument(flag, metavar="FILE", help=meaning)
+    add_force_argument(group)
+    parser.set_defaults(eval_iters=0)
+    replace_help(parser, {"--eval-iters": "number of batches to evaluate (default: 0, all samples of the split)"})
+    parser.set_defaults(micro_batch_size=4, skip_train=True, no_load_optim=True, no_load_rng=True, num_workers=0)
+    return parser
+
+
+def add_generation_arguments(parser: argparse.ArgumentParser) -> argparse.ArgumentParser:
+    """Add the `generation` group, and defaults for the settings of training that Megatron requires."""
+    # Megatron has an old --batch-size, which it refuses.
+    group = parser.add_argument_group(title="generation", conflict_handler="resolve")
+    add_prompt_arguments(group)
+    temperature = "divides the logits before a token is drawn; 0 always takes the most probable token"
+    for flag, kind, default, meaning in (
+        ("--max-new-tokens", ranges.NEW_TOKENS, 64, "stop after this many tokens, or at the end of the text"),
+        ("--temperature", ranges.TEMPERATURE, 0.8, temperature),
+        ("--top-k", ranges.TOP_K, 50, "draw among this many of the most probable tokens; 0: all"),
+    ):
+        group.add_argument(flag, type=kind, default=default, help=meaning)
+    group.add_argument("--sample-output", metavar="FILE", help="also write the text to this file")
+    add_force_argument(group)
+    parser.set_defaults(batch_size=None, micro_batch_size=1, skip_train=True, no_load_optim=True, no_load_rng=True)
+    return parser

@@ -1,0 +1,490 @@
+"""The settings of Megatron that training refuses beside a routing mask: one list, in the order of the reports.
+
+A setting is here because with it a run would compute something wrong without a word, hang, or lose data, or because the
+setting has no meaning with masked routing. What Megatron itself refuses is not here.
+"""
+
+from argparse import Namespace
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from importlib.util import find_spec
+
+import torch
+from megatron.core.optimizer.emerging_optimizers import HAVE_EMERGING_OPTIMIZERS
+from megatron.core.transformer.enums import LayerType
+from megatron.core.transformer.pipeline_parallel_layer_layout import PipelineParallelLayerLayout
+
+from maskmoe.megatron_compat.gpu import GpuPackages
+from maskmoe.training.settings.arguments import may_change_mask
+from maskmoe.transformer.dispatch.flex import missing_library
+from maskmoe.transformer.torch_modules.gated_delta_net import check_gated_delta_net, uses_fla
+
+Predicate = Callable[[Namespace], bool | None]
+
+
+@dataclass(frozen=True)
+class Check:
+    """A check of parsed arguments.
+
+    Attributes:
+        name: the flags of the setting.
+        reason: a sentence that says why, and what to use instead if there is something.
+        applies: returns whether parsed arguments have the setting; Megatron need not have validated them.
+    """
+
+    name: str
+    reason: str
+    applies: Predicate
+
+    @property
+    def message(self) -> str:
+        """The error of a run with the setting."""
+        return f"{self.name} is not supported. {self.reason}"
+
+
+def refused_settings(args: Namespace) -> Iterator[str]:
+    """Yield an error for every setting that is refused.
+
+    Args:
+        args: parsed arguments; Megatron need not have validated them.
+    """
+    yield from (check.message for check in REFUSED_SETTINGS if check.applies(args))
+    if error := check_gated_delta_net(args, uses_fla()):
+        yield error
+
+
+def missing_transformer_engine(args: Namespace, packages: GpuPackages) -> Iterator[str]:
+    """Yield an error if the layers need Transformer Engine, but the machines that train lack it.
+
+    Args:
+        args: parsed arguments; Megatron need not have validated them.
+        packages: the packages of the machines that train.
+    """
+    if args.transformer_impl == "transformer_engine" and not packages.transformer_engine:
+        yield (
+            "--transformer-impl transformer_engine needs Transformer Engine, which is not installed: install it, or "
+            "leave the flag out"
+        )
+    if args.moe_permute_fusion and not packages.permutation:
+        yield "--moe-permute-fusion needs Transformer Engine 2.6 or newer: install it, or leave the flag out"
+
+
+def missing_libraries(args: Namespace) -> Iterator[str]:
+    """Yield an error if the optimizer, a layer or the flex dispatcher needs a library that this machine lacks.
+
+    Args:
+        args: parsed arguments; Megatron need not have validated them.
+    """
+    if args.optimizer not in ("adam", "sgd") and not HAVE_EMERGING_OPTIMIZERS:
+        yield (
+            f"--optimizer {args.optimizer} needs the Python package emerging-optimizers, which is not installed: "
+            "pip install 'maskmoe[muon]', or launch/setup.sh --extras muon"
+        )
+    if _pattern_has("M")(args) and find_spec("mamba_ssm") is None:
+        yield (
+            "--hybrid-layer-pattern with M needs the Python package mamba-ssm, which is not installed and needs a GPU: "
+            "install it, or use G, which plain torch can compute"
+        )
+    backend = _flex_backend(args)
+    if backend is not None and (library := missing_library(backend)):
+        yield (
+            f"--moe-token-dispatcher-type flex with --moe-flex-dispatcher-backend {backend} needs {library}, which "
+            "Megatron-Core cannot use on this machine. Install it, or use --moe-token-dispatcher-type alltoall."
+        )
+
+
+# ---- Predicates ------------------------------------------------------------------------------------------------------
+
+
+def _given(*names: str) -> Predicate:
+    """Return a predicate: one of the flags is given. A flag that the installed Megatron-Core lacks is not given."""
+    return lambda args: any(getattr(args, name, None) not in (None, False) for name in names)
+
+
+def _has_value(name: str, *values: str) -> Predicate:
+    """Return a predicate: a flag has one of the values, or a list with one of them."""
+
+    def has_value(args: Namespace) -> bool:
+        given = getattr(args, name, None)
+        return not set(values).isdisjoint(given if isinstance(given, list) else [given])
+
+    return has_value
+
+
+def _any(*predicates: Predicate) -> Predicate:
+    return lambda args: any(predicate(args) for predicate in predicates)
+
+
+def _all(*predicates: Predicate) -> Predicate:
+    return lambda args: all(predicate(args) for predicate in predicates)
+
+
+def _pattern_has(symbol: str) -> Predicate:
+    """Return a predicate: the pattern of a hybrid model has a symbol."""
+    return lambda args: symbol in (args.hybrid_layer_pattern or "")
+
+
+def _experts_contradict_pattern(args: Namespace) -> bool:
+    return args.hybrid_layer_pattern is not None and _pattern_has("E")(args) != bool(args.num_experts)
+
+
+def _pattern_lacks_prediction(args: Namespace) -> bool:
+    return args.hybrid_layer_pattern is not None and "/" not in args.hybrid_layer_pattern and bool(args.mtp_num_layers)
+
+
+def _flex_backend(args: Namespace) -> str | None:
+    """Return the library that sends tokens for the flex dispatcher; None with another dispatcher."""
+    if args.moe_token_dispatcher_type != "flex":
+        return None
+    return "deepep" if args.moe_enable_deepep else args.moe_flex_dispatcher_backend
+
+
+_captures_graphs = _any(_has_value("cuda_graph_impl", "transformer_engine"), _given("external_cuda_graph"))
+
+
+def _captures_experts(args: Namespace) -> bool:
+    """Return whether CUDA graphs would capture more than attention and dense MLPs."""
+    if _captures_graphs(args):
+        modules = args.cuda_graph_modules or getattr(args, "cuda_graph_scope_deprecated", None) or ["full"]
+        return not {getattr(module, "name", str(module)) for module in modules} <= {"attn", "mlp"}
+    return args.cuda_graph_impl in ("local", "full_iteration") or bool(_given("enable_cuda_graph")(args))
+
+
+def _hides_prediction(args: Namespace) -> bool:
+    """Return whether a layout puts multi-token prediction where Megatron-Core misses its copy of the embedding.
+
+    Megatron-Core looks for copies in the first chunk of the first pipeline rank, and in the last chunk of each other
+    rank.
+    """
+    try:
+        chunks = PipelineParallelLayerLayout.parse_str_to_list(args.pipeline_model_parallel_layout or "")
+    except AssertionError:
+        return False  # Megatron reports a layout that it cannot parse.
+    searched = {0, *range(len(chunks) - args.pipeline_model_parallel_size + 1, len(chunks))}
+    return any(LayerType.mtp in chunk and number not in searched for number, chunk in enumerate(chunks))
+
+
+def _jitter_vanishes(args: Namespace) -> bool:
+    """Return whether the jitter of the router's input is too small for the dtype of the input."""
+    dtype = torch.bfloat16 if args.bf16 else torch.float16 if args.fp16 else torch.float32
+    return bool(args.moe_input_jitter_eps) and args.moe_input_jitter_eps <= torch.finfo(dtype).eps / 2
+
+
+def _groups_do_not_fit(args: Namespace) -> bool:
+    """Return whether k experts cannot be chosen from the groups of group-limited routing, one from each at least."""
+    groups, chosen = args.moe_router_num_groups, args.moe_router_group_topk
+    if not (args.num_experts and groups and chosen):
+        return False
+    return not chosen <= args.moe_router_topk <= chosen * (args.num_experts // groups)
+
+
+def _adds_biases_of_shared_experts_twice(args: Namespace) -> bool:
+    ranks_of_expert = args.expert_tensor_parallel_size or args.tensor_model_parallel_size
+    return bool(args.num_experts) and ranks_of_expert > 1 and args.add_bias_linear
+
+
+def _divides_tokens_of_experts_wrongly(args: Namespace) -> bool:
+    is_divided = args.tensor_model_parallel_size > 1 and not args.sequence_parallel
+    return bool(args.num_experts) and is_divided and not args.skip_train
+
+
+def _cuts_documents(args: Namespace) -> bool:
+    """Return whether packed documents would be cut, or their bounds forgotten."""
+    balances_samples = _has_value("moe_router_load_balancing_type", "seq_aux_loss")(args)
+    return args.dataloader_inter_document_masking and bool(
+        args.context_parallel_size > 1
+        or _captures_graphs(args)
+        or args.fim_data
+        or (balances_samples and (args.micro_batch_size or 1) > 1)
+    )
+
+
+def _ignores_reset_masks(args: Namespace) -> bool:
+    if not args.reset_attention_mask or args.dataloader_inter_document_masking:
+        return False
+    return not args.create_attention_mask_in_dataloader or args.transformer_impl == "transformer_engine"
+
+
+def _miscounts_batch_schedule(args: Namespace) -> bool:
+    """Return whether Megatron-Core would count the samples of a schedule as if all batches had one size."""
+    if args.step_batch_size_schedule is None:
+        return False
+    others = ("override_ckpt_iteration", "phase_transition_iterations", "decrease_batch_size_if_needed")
+    counts_iterations = args.train_samples is None and not args.skip_train
+    return counts_iterations or bool(_given(*others)(args) or _captures_graphs(args))
+
+
+def _fails_at_full_validation(args: Namespace) -> bool:
+    if not args.full_validation:
+        return False
+    is_divided = max(args.tensor_model_parallel_size, args.pipeline_model_parallel_size) > 1
+    samples = args.eval_micro_batch_size or args.micro_batch_size
+    return not args.multiple_validation_sets or (is_divided and samples != 1)
+
+
+def _leaves_non_persistent_checkpoints_out(args: Namespace) -> bool:
+    is_asked_for = _given("non_persistent_save_interval", "non_persistent_global_ckpt_dir")(args)
+    return args.non_persistent_ckpt_type == "local" or (args.non_persistent_ckpt_type is None and bool(is_asked_for))
+
+
+def _flags(flags: str, reason: str) -> Check:
+    """Return a check that refuses flags in every combination.
+
+    Args:
+        flags: the flags, separated by spaces.
+        reason: why the flags are refused.
+    """
+    *others, last = flags.split()
+    names = (flag.removeprefix("--").replace("-", "_") for flag in flags.split())
+    return Check(f"{', '.join(others)} or {last}" if others else last, reason, _given(*names))
+
+
+# ---- The list --------------------------------------------------------------------------------------------------------
+
+MEANINGLESS_WITH_A_MASK = (
+    Check(
+        "--routing-mask without --num-experts",
+        "A model without experts has nothing to route.",
+        lambda args: args.routing_mask is not None and not args.num_experts,
+    ),
+    Check(
+        "--hybrid-layer-pattern with E without --num-experts, or without E with --num-experts",
+        "The symbol E is for an MoE layer, and experts are in MoE layers only.",
+        _experts_contradict_pattern,
+    ),
+    Check(
+        "--change-routing-mask without --routing-mask",
+        "Without a mask in --routing-mask, a run uses the mask of the checkpoint.",
+        lambda args: may_change_mask(args) and args.routing_mask is None,
+    ),
+    Check(
+        "--moe-router-topk above --num-experts",
+        "A token cannot use more experts than there are.",
+        lambda args: bool(args.num_experts) and args.moe_router_topk > args.num_experts,
+    ),
+    Check(
+        "--moe-router-load-balancing-type sinkhorn or quantile_balancing",
+        "Both balance the tokens over all experts, invisible experts included.",
+        _has_value("moe_router_load_balancing_type", "sinkhorn", "quantile_balancing"),
+    ),
+    Check(
+        "--moe-router-fusion or --transformer-impl inference_optimized",
+        "These routers ignore the routing mask. On GPUs, MaskMoE's own kernel routes without a flag.",
+        _any(_given("moe_router_fusion"), _has_value("transformer_impl", "inference_optimized")),
+    ),
+    _flags(
+        "--spec --experimental-attention-variant --linear-attention-freq --heterogeneous-layers-config-path "
+        "--heterogeneous-layers-config-encoded-json",
+        "MaskMoE builds the layer specification itself, because Megatron-Core's MoE layers ignore the mask.",
+    ),
+    _flags(
+        "--moe-routing-trace-path",
+        "Megatron's trace leaves out every layer in which a token has fewer than k experts. Use maskmoe analyze.",
+    ),
+    _flags(
+        "--moe-use-upcycling",
+        "A dense checkpoint holds no routing mask. Make the experts before training: maskmoe convert upcycle.",
+    ),
+    _flags(
+        "--sft",
+        "Megatron-Core's dataset fills up each sample with one id, which the routing mask sends to few experts. "
+        "Tokenize the conversations first, and use --dataloader-inter-document-masking.",
+    ),
+)
+"""The settings that contradict a routing mask."""
+
+BROKEN_IN_MEGATRON = (
+    Check(
+        "--moe-router-group-topk with another --moe-router-topk than the chosen groups can serve",
+        "Each chosen group gives at least one expert, and at most --num-experts / --moe-router-num-groups.",
+        _groups_do_not_fit,
+    ),
+    Check(
+        "--moe-input-jitter-eps below the precision of the router's input",
+        "1 + eps is 1 in the dtype of the activations, so the jitter vanishes. Use more than 3.91e-3 for bf16.",
+        _jitter_vanishes,
+    ),
+    Check(
+        "--mlp-chunks-for-training above 1",
+        "The losses of the router would weigh as many times as there are chunks. To save memory, use "
+        "--recompute-granularity selective --recompute-modules moe.",
+        lambda args: (getattr(args, "mlp_chunks_for_training", None) or 0) > 1,
+    ),
+    Check(
+        "--moe-pad-expert-input-to-capacity with --moe-router-enable-expert-bias",
+        "The bias would never move: it is updated from the padded load, which is equal for all experts.",
+        _all(_given("moe_pad_expert_input_to_capacity"), _given("moe_router_enable_expert_bias")),
+    ),
+    Check(
+        "--moe-token-dispatcher-type flex without --bf16",
+        "DeepEP, HybridEP and NCCL-EP send bf16 only.",
+        lambda args: _flex_backend(args) is not None and not args.bf16,
+    ),
+    Check(
+        "--expert-tensor-parallel-size above 1 without --disable-bias-linear",
+        "Each of the ranks that share an expert would add the bias of the expert. The size is "
+        "--tensor-model-parallel-size by default: pass --expert-tensor-parallel-size 1 to keep the biases.",
+        _adds_biases_of_shared_experts_twice,
+    ),
+    Check(
+        "--tensor-model-parallel-size above 1 without --sequence-parallel",
+        "Megatron-Core trains experts with tensor parallelism only if sequences are divided, too.",
+        _divides_tokens_of_experts_wrongly,
+    ),
+    Check(
+        "--overlap-dispatch-backward-with-experts-wgrad with --overlap-grad-reduce or "
+        "--no-gradient-accumulation-fusion",
+        "Megatron-Core would reduce the experts' gradients before they are computed, or never read them.",
+        lambda args: (
+            args.overlap_dispatch_backward_with_experts_wgrad
+            and (args.overlap_grad_reduce or not args.gradient_accumulation_fusion)
+        ),
+    ),
+    _flags(
+        "--use-megatron-fsdp --use-torch-fsdp2",
+        "Megatron-FSDP divides the gradient of experts once too often, and saving hangs; FSDP2 excludes expert "
+        "parallelism. Use --use-distributed-optimizer.",
+    ),
+    Check(
+        "--cross-entropy-loss-fusion without --bf16",
+        "The fused loss rounds gradients to bf16.",
+        lambda args: args.cross_entropy_loss_fusion and not args.bf16,
+    ),
+    Check(
+        "--hybrid-layer-pattern with * with --multi-latent-attention, or without / with --mtp-num-layers",
+        "Megatron-Core ignores the flags. Use + for latent attention, and append /*E for each predicted token.",
+        _any(_all(_pattern_has("*"), _given("multi_latent_attention")), _pattern_lacks_prediction),
+    ),
+    Check(
+        "--pipeline-model-parallel-layout with m in a chunk that is neither the first nor a rank's last chunk",
+        "Multi-token prediction has a copy of the embedding, which Megatron-Core looks for only in the first chunk of "
+        "the first pipeline rank, and in the last chunks of the other ranks.",
+        _hides_prediction,
+    ),
+    Check(
+        "--reset-attention-mask with --no-create-attention-mask-in-dataloader or --transformer-impl transformer_engine",
+        "Without the data loader's mask, which Transformer Engine ignores, tokens attend to other documents. Use "
+        "--dataloader-inter-document-masking, which needs no mask.",
+        _ignores_reset_masks,
+    ),
+    Check(
+        "--fim-data without --tokenizer-type HuggingFaceTokenizer",
+        "Megatron-Core's dataset turns ids into text without special tokens, which other tokenizers cannot do.",
+        lambda args: args.fim_data and args.tokenizer_type != "HuggingFaceTokenizer",
+    ),
+    _flags(
+        "--rampup-batch-size",
+        "Megatron-Core 0.19 ignores the flag. Use --step-batch-size-schedule.",
+    ),
+    Check(
+        "--step-batch-size-schedule without --train-samples, or with --override-ckpt-iteration, "
+        "--phase-transition-iterations, --decrease-batch-size-if-needed or CUDA graphs",
+        "Megatron-Core counts as if all batches had one size.",
+        _miscounts_batch_schedule,
+    ),
+    _flags(
+        "--hybrid-override-pattern --mtp-hybrid-override-pattern --is-hybrid-model",
+        "Megatron-Core keeps these flags for old checkpoints. Use --hybrid-layer-pattern.",
+    ),
+    _flags(
+        "--hybrid-context-parallel",
+        "Expert-parallel ranks would wait for each other forever, because they run different numbers of "
+        "micro-batches. Use --context-parallel-size.",
+    ),
+    Check(
+        "--full-validation without --multiple-validation-sets; or with tensor or pipeline parallelism and without "
+        "--eval-micro-batch-size 1",
+        "Megatron-Core fails at the first validation.",
+        _fails_at_full_validation,
+    ),
+    Check(
+        "--optimizer soap or adaptive_muon",
+        "Megatron-Core's checkpoints cannot hold the square matrices of SOAP, and its class of adaptive Muon lacks an "
+        "attribute. Use muon.",
+        _has_value("optimizer", "soap", "adaptive_muon"),
+    ),
+)
+"""The settings with which Megatron-Core 0.19 would compute something wrong, hang, or lose data."""
+
+NOT_BUILT = (
+    Check(
+        "--qk-layernorm-all-heads without --qk-layernorm and --normalization RMSNorm",
+        "The flag changes the RMSNorms of --qk-layernorm.",
+        lambda args: args.qk_layernorm_all_heads and not (args.qk_layernorm and args.normalization == "RMSNorm"),
+    ),
+    _flags(
+        "--overlap-moe-expert-parallel-comm --delay-wgrad-compute --ep-overlap-early-attn-memory-release",
+        "The schedule of the overlap calls the router without the channel on which the token ids travel.",
+    ),
+    _flags(
+        "--moe-paged-stash --moe-pad-experts-for-cuda-graph-inference --moe-ncclep-static-shape --moe-ncclep-zero-copy",
+        "The setting is for fixed shapes, but the number of rows that a rank receives varies.",
+    ),
+    Check(
+        "--cuda-graph-impl, but for transformer_engine with --cuda-graph-modules attn or mlp",
+        "A graph of an MoE layer needs fixed shapes, but the number of rows that a rank sends to experts varies. Pass "
+        "--cuda-graph-impl transformer_engine --cuda-graph-modules attn.",
+        _captures_experts,
+    ),
+    Check(
+        "--fp8-format or --fp4-format",
+        "torch's checkpointing, which recomputes MaskMoE's MoE layers, does not know the scales of fp8. Use --bf16.",
+        _given("fp8", "fp4"),
+    ),
+    _flags(
+        "--moe-mlp-glu-interleave-size --moe-shared-expert-glu-interleave-size --moe-single-grouped-weight "
+        "--moe-single-grouped-bias --tensor-parallel-num-weight-shards --expert-tensor-parallel-num-weight-shards",
+        "MaskMoE's conversion and its transformers model read weights in the order of Megatron-Core's defaults.",
+    ),
+    Check(
+        "--dataloader-inter-document-masking with --context-parallel-size above 1, CUDA graphs, --fim-data, or "
+        "--moe-router-load-balancing-type seq_aux_loss and --micro-batch-size above 1",
+        "These settings are for samples of one length, but documents have any length.",
+        _cuts_documents,
+    ),
+    Check(
+        "--hybrid-layer-pattern with D",
+        "MaskMoE's layer specification has no layer of sparse attention. Use +.",
+        _pattern_has("D"),
+    ),
+    Check(
+        "--ckpt-format other than torch_dist",
+        "MaskMoE verifies the files of torch_dist checkpoints only, and reads the routing mask of a run from them.",
+        lambda args: args.ckpt_format != "torch_dist",
+    ),
+    Check(
+        "--non-persistent-save-interval or --non-persistent-global-ckpt-dir, without --non-persistent-ckpt-type global",
+        "Megatron-Core ignores the folder or ends at the first save without a type; loading the type local may run "
+        "code.",
+        _leaves_non_persistent_checkpoints_out,
+    ),
+    _flags(
+        "--inprocess-restart",
+        "MaskMoE ends the processes of a run that hangs. Use --max-restarts of torchrun, or Slurm.",
+    ),
+    _flags(
+        "--yaml-cfg",
+        "Megatron-Core replaces all arguments by the file, MaskMoE's included. Use launch/pretrain.sh with a "
+        "model file.",
+    ),
+    Check(
+        "--perform-rl-step, --logits-save-dir, --logits-load-dir, --freeze-all-layers, --dataloader-type external or "
+        "--position-embedding-type mrope",
+        "MaskMoE pretrains language models on datasets of token ids, without a reward, a teacher, frozen layers, other "
+        "data loaders or pictures.",
+        _any(
+            _given("perform_rl_step", "logits_save_dir", "logits_load_dir", "freeze_all_layers"),
+            _has_value("dataloader_type", "external"),
+            _has_value("position_embedding_type", "mrope"),
+        ),
+    ),
+    Check(
+        "--spike-action skip with --qk-clip or --optimizer-cuda-graph",
+        "The weights would change although the update is skipped.",
+        _all(_has_value("spike_action", "skip"), _given("qk_clip", "optimizer_cuda_graph")),
+    ),
+)
+"""The settings that MaskMoE does not have."""
+
+REFUSED_SETTINGS = MEANINGLESS_WITH_A_MASK + BROKEN_IN_MEGATRON + NOT_BUILT
+"""Every refused setting, in the order in which training reports them."""

@@ -1,0 +1,47 @@
+"""The settings of a run that MaskMoE's own code reads, beside Megatron's arguments."""
+
+from argparse import Namespace
+from dataclasses import dataclass
+from pathlib import Path
+
+from maskmoe.launch.run_folder import run_folder
+from maskmoe.routing_mask.mask import RoutingMask
+from maskmoe.training.resume.save_folder import loads_what_it_saves
+
+
+@dataclass(frozen=True)
+class RunSettings:
+    """The settings of a checked run, made once before any process group exists.
+
+    Attributes:
+        args: Megatron's validated arguments, which Megatron's own code reads and completes.
+        mask: The routing mask; None for a model without experts.
+        has_work: Whether something is left to do: to train, or to save the checkpoint of a complete run into another
+            folder, for example in another layout of ranks.
+        run_folder: The folder of logs, arguments and pages; None if the run writes none.
+        checkpoint_folders: The folders that the run saves checkpoints to, and no other run may.
+    """
+
+    args: Namespace
+    mask: RoutingMask | None
+    has_work: bool
+    run_folder: Path | None
+    checkpoint_folders: tuple[Path, ...]
+
+    @classmethod
+    def from_args(cls, args: Namespace, mask: RoutingMask | None, is_complete: bool) -> "RunSettings":
+        """Return the settings of a run.
+
+        Args:
+            args: Arguments that Megatron has validated.
+            mask: The routing mask; None for a model without experts.
+            is_complete: Whether the checkpoint has reached the last iteration, so that nothing is left to train.
+        """
+        folders = () if args.save is None else (args.save, args.non_persistent_global_ckpt_dir)
+        return cls(
+            args,
+            mask,
+            has_work=not is_complete or (args.save is not None and not loads_what_it_saves(args)),
+            run_folder=run_folder(args.save, args.tensorboard_dir),
+            checkpoint_folders=tuple(Path(folder) for folder in folders if folder is not None),
+        )

@@ -1,0 +1,250 @@
+"""The checks of a run find bad input, and end a process with exit code 2 and one line that names the input."""
+
+import io
+import sys
+import time
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+import sentencepiece
+from megatron.core.num_microbatches_calculator import unset_num_microbatches_calculator
+from megatron.training.arguments import parse_args
+from megatron.training.global_vars import destroy_global_vars
+from support.datasets import write_documents
+from support.masks import build_mask, count_ids
+from support.training import Run
+
+from maskmoe.command_line.parser import refuse_unknown_flags
+from maskmoe.command_line.run_tool import run_tool
+from maskmoe.data.tokenizer import SentencePieceTokenizer
+from maskmoe.errors import UserError
+from maskmoe.routing_mask.assignment import MaskRecipe
+from maskmoe.routing_mask.mask import build_routing_mask
+from maskmoe.training.settings.arguments import add_maskmoe_arguments
+from maskmoe.training.settings.pretraining_arguments import add_pretraining_arguments
+from maskmoe.training.settings.setup import parse_and_check_args
+
+SENTENCE_PIECE = "--tokenizer-type SentencePieceTokenizer --tokenizer-model"
+
+MASK = "mask.safetensors"
+
+# Flags, routing mask and parts of the error line of each case, by its name. `bad_files` makes the files in `bad/`.
+CASES = {
+    "id beyond the vocabulary": ("--data-path bad/large_ids", MASK, ["bad/large_ids", "id 599 at position 57", "510"]),
+    "altered mask": ("", "bad/altered.safetensors", ["bad/altered.safetensors"]),
+    "setting that Megatron refuses without a word": ("--num-attention-heads 3", MASK, ["num_attention_heads"]),
+    "missing dataset": ("--data-path nowhere", MASK, ["nowhere", "does not exist"]),
+    "no mask": ("", None, ["--routing-mask"]),
+    "truncated bin": ("--data-path bad/short_bin", MASK, ["short_bin.bin", "truncated"]),
+    "truncated idx": ("--data-path bad/short_idx", MASK, ["short_idx.idx", "truncated"]),
+    "mask for another vocabulary": ("--vocab-size 500", MASK, ["vocabulary", "510", "500"]),
+    "dataset of another tokenizer": (
+        f"{SENTENCE_PIECE} bad/ours.model --data-path bad/theirs",
+        "bad/without_counts.safetensors",
+        ["dataset bad/theirs", "theirs.model", "bad/ours.model"],
+    ),
+    "no dataset": ("--data-path", MASK, ["--data-path"]),
+    "negative id": ("--data-path bad/negative_ids", MASK, ["negative_ids", "id -1 at position 57"]),
+    "blend weight below 0": ("--data-path -1 data", MASK, ["--data-path", "-1"]),
+    "too few documents for the split": ("--data-path bad/one_document", MASK, ["one_document", "--split 90,10,0"]),
+    "no training data": ("--split 0,100,0", MASK, ["no training data", "--split"]),
+    "no validation data": ("--split 100,0,0", MASK, ["no validation data", "--eval-iters 0"]),
+    "missing mask": ("", "nowhere.safetensors", ["nowhere.safetensors"]),
+    "mask with a flipped bit": ("", "bad/flipped.safetensors", ["bad/flipped.safetensors"]),
+    "truncated mask": ("", "bad/truncated.safetensors", ["bad/truncated.safetensors"]),
+    "counts as mask": ("", "counts.safetensors", ["counts.safetensors"]),
+    "mask for another N": ("--num-experts 4", MASK, ["number of experts is 8", "4"]),
+    "mask for another layer count": ("--num-layers 3", MASK, ["it is for 4 MoE layers, the model has 3"]),
+    "counts of another tokenizer": (
+        f"{SENTENCE_PIECE} bad/ours.model --data-path bad/unknown",
+        "bad/of_their_counts.safetensors",
+        ["counts", "theirs.model", "bad/ours.model"],
+    ),
+    "missing tokenizer model": (f"{SENTENCE_PIECE} nowhere.model", MASK, ["nowhere.model"]),
+    "tokenizer model in another format": (f"{SENTENCE_PIECE} bad/short_bin.bin", MASK, ["short_bin.bin"]),
+    "tokenizer model that is a folder": (f"{SENTENCE_PIECE} bad", MASK, ["--tokenizer-model bad is not a file"]),
+    "missing tokenizer folder": (
+        "--tokenizer-type HuggingFaceTokenizer --tokenizer-model nowhere",
+        MASK,
+        ["--tokenizer-model nowhere does not exist"],
+    ),
+    "ranks that the layout does not divide": (
+        "--pipeline-model-parallel-size 2",
+        MASK,
+        ["1 ranks cannot be divided over TP 1 × PP 2 × CP 1", "; 2 ranks would fit"],
+    ),
+    "lost checkpoint": ("--load bad/checkpoint", MASK, ["bad/checkpoint/iter_0000007"]),
+    "save into a file": (
+        "--save bad/ours.model/save",
+        MASK,
+        ["--save bad/ours.model/save: cannot write in", "Not a directory"],
+    ),
+}
+
+
+@pytest.fixture(scope="module")
+def bad_files(workplace) -> Path:
+    """Make the damaged and unfitting files of the cases."""
+    folder = workplace.folder / "bad"
+    folder.mkdir()
+    for name in ("short_bin", "short_idx"):
+        for suffix in (".bin", ".idx"):
+            content = (workplace.folder / "data").with_suffix(suffix).read_bytes()
+            cut = len(content) - 2 if name.endswith(suffix[1:]) else None
+            (folder / name).with_suffix(suffix).write_bytes(content[:cut])
+    ids = np.full(120, 3)
+    for name, bad_id in (("large_ids", 599), ("negative_ids", -1)):
+        write_documents(folder / name, [np.where(np.arange(120) == 57, bad_id, ids)] * 10, np.int32)
+    write_documents(folder / "one_document", [ids], np.int32)
+    write_bad_masks(workplace.folder, folder)
+    write_tokenizers(folder)
+    (folder / "checkpoint").mkdir()
+    (folder / "checkpoint" / "latest_checkpointed_iteration.txt").write_text("7")
+    return folder
+
+
+def write_bad_masks(source: Path, folder: Path) -> None:
+    mask = (source / "mask.safetensors").read_bytes()
+    (folder / "flipped.safetensors").write_bytes(mask[:-5] + bytes([mask[-5] ^ 1]) + mask[-4:])
+    assert mask.count(b'\\"seed\\": 1') == 1 or mask.count(b'\\"seed\\":1') == 1
+    altered = mask.replace(b'\\"seed\\": 1', b'\\"seed\\": 2').replace(b'\\"seed\\":1', b'\\"seed\\":2')
+    (folder / "altered.safetensors").write_bytes(altered)
+    (folder / "truncated.safetensors").write_bytes(mask[: len(mask) // 2])
+
+
+def write_tokenizers(folder: Path) -> None:
+    """Write two SentencePiece models of one size, datasets with and without a record of one model, and masks."""
+    documents = [np.full(120, 3)] * 10
+    for name, letters in (("ours", "abcdefgh"), ("theirs", "klmnopqr")):
+        random = np.random.default_rng(0)
+        words = ["".join(random.choice(list(letters), 5)) for _ in range(400)]
+        model = io.BytesIO()
+        sentencepiece.SentencePieceTrainer.train(
+            sentence_iterator=iter(words), model_writer=model, vocab_size=40, minloglevel=2
+        )
+        (folder / f"{name}.model").write_bytes(model.getvalue())
+    tokenizer = SentencePieceTokenizer(folder / "theirs.model")
+    write_documents(folder / "theirs", documents, np.int32, tokenizer.record())
+    write_documents(folder / "unknown", documents, np.int32)
+    recipe = MaskRecipe(8, 4, "uniform", 0.0)
+    counts = count_ids(folder / "theirs", tokenizer.vocab_size)
+    build_mask(counts, 8, 4, "uniform", frequent_mass=0.0, frequent_visible_experts=None).save(
+        folder / "of_their_counts.safetensors"
+    )
+    build_routing_mask(recipe, vocab_size=tokenizer.vocab_size).save(folder / "without_counts.safetensors")
+
+
+def test_bad_input_ends_the_process(bad_files, start, refusal):
+    flags, mask, parts = CASES["altered mask"]
+    message = refusal(start("refuse an altered mask", replace(refusal.run, flags=flags, mask=mask)))
+    for part in parts:
+        assert part in message
+
+
+@pytest.fixture
+def error_of(workplace, tmp_path, monkeypatch) -> Callable[[Run], str]:
+    """Check a run in this process, and return its error."""
+
+    def error_of(run: Run) -> str:
+        monkeypatch.chdir(workplace.folder)
+        monkeypatch.setattr(sys, "argv", ["pretrain", *workplace.flags(run, tmp_path)])
+        try:
+            with pytest.raises(UserError) as error:
+                parse_and_check_args(add_pretraining_arguments)
+        finally:
+            destroy_global_vars()
+            unset_num_microbatches_calculator()
+        assert "\n" not in str(error.value)
+        return str(error.value)
+
+    return error_of
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_bad_input_is_found_by_the_checks(case, bad_files, refusal, error_of):
+    flags, mask, parts = CASES[case]
+    message = error_of(replace(refusal.run, flags=flags, mask=mask, saves="--save" not in flags))
+    for part in parts:
+        assert part in message
+
+
+@pytest.mark.parametrize(
+    ("flag", "content", "message"),
+    [
+        ("--data-args-path", None, "No such file"),
+        ("--data-args-path", "", "does not name datasets"),
+        ("--data-args-path", "1 data data ended", "dataset 1: 1.idx does not exist"),
+        ("--data-args-path", "-1 data", "--data-path -1 data: the weight is not a positive number"),
+        ("--per-split-data-args-path", "{'train': 1}", "does not name datasets"),
+        ("--per-split-data-args-path", '{"train": ["data"], "valid": null}', "'test'"),
+        ("--per-split-data-args-path", '{"train": 5, "valid": null, "test": null}', "does not name datasets"),
+        (
+            "--per-split-data-args-path",
+            '{"train": [0.5, "data", 0.5, "ended"], "valid": null, "test": null}',
+            "there are no validation data",
+        ),
+    ],
+)
+def test_bad_file_of_data_paths(flag, content, message, refusal, error_of, tmp_path):
+    path = tmp_path / "paths"
+    if content is not None:
+        path.write_text(content)
+    assert message in error_of(replace(refusal.run, omits="--data-path", flags=f"{flag} {path}"))
+
+
+@pytest.mark.parametrize(
+    ("flag", "message"),
+    [
+        ("--lr", "no learning rate: pass --lr"),
+        ("--train-iters", "no length of training: pass --train-iters or --train-samples"),
+        ("--micro-batch-size", "invalid settings: assert args.micro_batch_size is not None"),
+        ("--seq-length", "no sequence length: pass --seq-length"),
+        ("--save-interval", "invalid settings: assert args.save_interval is not None"),
+        ("--num-layers", "invalid settings: either num-layers or encoder-num-layers should be specified"),
+        ("--hidden-size", "invalid settings: hidden_size argument is None"),
+    ],
+)
+def test_missing_flag_is_named(flag, message, refusal, error_of):
+    assert error_of(replace(refusal.run, omits=flag)) == message
+
+
+@pytest.mark.parametrize(
+    ("flags", "culprit"),
+    [
+        ("--data-path nowhere", "nowhere"),  # every rank finds the error
+        # Only the first rank reads the ids. The other rank waits for it until torchrun kills the rank.
+        pytest.param("--data-path bad/large_ids", "large_ids", marks=pytest.mark.slow),
+    ],
+)
+def test_one_line_from_many_ranks(flags, culprit, start, refusal, bad_files):
+    run = replace(refusal.run, flags=flags, ranks=2, torchrun=True)
+    assert culprit in refusal(start(f"refuse {culprit} on 2 ranks", run), exit_code=1)
+
+
+def test_rank_that_alone_finds_bad_input_reports_it(monkeypatch, capsys):
+    waits = []
+    monkeypatch.setattr(time, "sleep", waits.append)
+    monkeypatch.setenv("LOCAL_RANK", "1")
+
+    def fail():
+        raise UserError("only here")
+
+    with pytest.raises(SystemExit) as end:
+        run_tool(fail)
+    assert end.value.code == 2
+    assert capsys.readouterr().err == "error: only here\n"
+    assert len(waits) == 1
+
+
+def test_unknown_flags_are_named_with_those_nearest(monkeypatch):
+    arguments = ["--moe-router-topp", "2", "--num_layers=3", "--lr", "1e-3", "--qqq"]
+    monkeypatch.setattr(sys, "argv", ["pretrain", "--lr", "1e-3"])
+    with pytest.raises(UserError) as refusal:
+        parse_args(lambda parser: refuse_unknown_flags(add_maskmoe_arguments(parser), arguments))
+    assert str(refusal.value) == (
+        "unknown flags --moe-router-topp (nearest: --moe-router-topk), --num_layers (nearest: --num-layers), --qqq; "
+        "--help lists all"
+    )
