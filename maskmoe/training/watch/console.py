@@ -20,7 +20,7 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any, TextIO
 
-from maskmoe.workflow.training_log import IterationRecord, ValidationRecord, parse_line
+from maskmoe.training.watch.log_lines import LoggedLoss, parse_line
 
 VERBOSE_FLAG = "--verbose"
 _PACKAGE = str(Path(__file__).parents[2]) + os.sep
@@ -59,8 +59,8 @@ class Console:
 
     def __init__(self) -> None:
         self.shows_timers = False
-        self.iteration: IterationRecord | None = None
-        self.validation: ValidationRecord | None = None
+        self.iteration: LoggedLoss | None = None
+        self.validation: LoggedLoss | None = None
         self._stdout = self._progress = sys.stdout
         self._is_rank = self._is_routed = self._is_training = False
         self._log: TextIO | None = None
@@ -182,10 +182,10 @@ class Console:
             self._keep(line)
             return
         record = parse_line(line)
-        if isinstance(record, IterationRecord):
-            self.iteration = record
-        elif isinstance(record, ValidationRecord):
+        if record is not None and record.is_validation:
             self.validation = record
+        elif record is not None:
+            self.iteration = record
         self._show(line, self._progress)
 
     def take_log(self, record: logging.LogRecord, text: str) -> None:

@@ -45,7 +45,7 @@ def _describe_completion(args: Namespace) -> str:
         parts.append("no iteration was left to train")
     elif console.iteration.loss is not None:
         parts.append(f"loss {console.iteration.loss:.4f}")
-    if console.validation is not None:
+    if console.validation is not None and console.validation.loss is not None:
         parts.append(f"validation loss {console.validation.loss:.4f}")
     newest = read_tracker(args.save) if args.save else None
     saved = f"checkpoint {newest} is in {args.save}" if newest is not None else "no checkpoint was saved"

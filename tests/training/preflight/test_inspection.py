@@ -20,15 +20,11 @@ from megatron.core.pipeline_parallel.schedules import get_pp_rank_microbatches
 from megatron.core.transformer.moe.moe_layer import HAVE_TE
 from megatron.training.arguments import parse_args
 from support.launchers import RANK_SCRIPTS, run_script_as_ranks
-from support.paths import ROOT
 from support.runs import free_port
 from support.training import without_flags
 
-from maskmoe.comparison.cost import flops_per_token
-from maskmoe.comparison.suite import Suite, Variant
 from maskmoe.data.indexed_dataset import IndexedDatasetWriter, optimal_dtype
 from maskmoe.errors import UserError
-from maskmoe.launch.model_file import flag_words
 from maskmoe.routing_mask.assignment import HashLayers, MaskRecipe
 from maskmoe.routing_mask.feed_forward_layers import FeedForwardLayers
 from maskmoe.routing_mask.frequency import count_token_frequency
@@ -172,8 +168,6 @@ TWINS = {
     ),
 }
 KINDS = ("GPT", "hybrid")
-SUITES = ("small", "large")
-VOCAB_SIZE_OF_SUITES = 64000
 # The largest allowed ratio between estimated and measured activations, in either direction. The estimate leaves out
 # masks, indices and statistics of norms, 2 to 3 %. With dropout the estimate is 11 % too low, because a CPU keeps two
 # bytes for an element of a dropout mask, and a GPU keeps one byte.
@@ -314,26 +308,6 @@ def test_parameters_are_those_of_the_built_model(name, reports, built):
     assert parameters["total"] == built[name]["parameters"]
     assert parameters["routed_experts"] == built[name]["expert_parameters"]
     assert sum(parameters["parts"].values()) == parameters["total"]
-
-
-def variants_of_suite(name: str) -> dict[str, Variant]:
-    """Return variants of a suite whose models differ in size."""
-    suite = Suite.read(ROOT / "launch" / "suites" / f"{name}.yaml", {})
-    return {name: suite.variants[name] for name in ("dense", "maskmoe", "maskmoe-shared-expert")}
-
-
-@pytest.mark.parametrize("suite", SUITES)
-def test_operations_of_suites_are_those_of_a_check(suite, bench):
-    """Megatron's count leaves out the router, which is a matrix product with the hidden states, three times a step."""
-    variants = variants_of_suite(suite)
-    vocab_size = ("--vocab-size", str(VOCAB_SIZE_OF_SUITES))
-    (reports,) = bench.run("report", {name: (*flag_words(v.flags), *vocab_size) for name, v in variants.items()})
-    for name, variant in variants.items():
-        cost, routers = reports[name]["cost"], reports[name]["layers"]["with_experts"]
-        sizes = {flag: int(variant.flags.get(flag, (0,))[0]) for flag in ("hidden-size", "num-experts")}
-        left_out = 6 * routers * sizes["hidden-size"] * sizes["num-experts"]
-        assert flops_per_token(variant, VOCAB_SIZE_OF_SUITES) == pytest.approx(cost["flops_per_token"] + left_out)
-        assert cost["tokens"] == pytest.approx(100e9, rel=1e-4)
 
 
 def test_operations_follow_the_mask(reports):

@@ -1,1 +1,0 @@
-"""Reads and shows the progress of a training from its log."""
