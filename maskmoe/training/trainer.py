@@ -35,7 +35,7 @@ from maskmoe.training.settings.setup import (
 )
 from maskmoe.training.watch.callback import Callback, Step
 from maskmoe.training.watch.console import console
-from maskmoe.training.watch.end_of_run import EndOfRun
+from maskmoe.training.watch.end_of_run import EndOfRun, writing_page
 from maskmoe.training.watch.event_files import EventFiles, choose_event_folder
 from maskmoe.training.watch.failures import explaining_early_ends
 from maskmoe.training.watch.first_step import FirstStepCheck
@@ -53,7 +53,7 @@ from maskmoe.training.watch.watchdog import Watchdog
 
 def main() -> None:
     """Pretrain as the command line says."""
-    with ExitStack() as locks:
+    with ExitStack() as until_end:
         with sharing_failures():
             # Check everything before any process group exists.
             run = parse_and_check_args(add_pretraining_arguments)
@@ -64,8 +64,10 @@ def main() -> None:
             trainer = Trainer(run, ranks)
             # A refused run leaves no files, so wait until no rank can refuse the run any more.
             ranks.wait_for_all("checks")
+            # The page says how the run ended, so it is written after the locks are free.
+            until_end.enter_context(writing_page(run.run_folder if run.args.report else None, ranks))
             for folder in run.checkpoint_folders if ranks.rank == 0 else ():
-                locks.enter_context(locked_folder(folder))
+                until_end.enter_context(locked_folder(folder))
             ranks.wait_for_all("locks of the folders")
         repair_tracker_file(run.args, ranks)
         trainer.train()
@@ -105,7 +107,7 @@ class Trainer:
         warnings = RunWarnings(self._run_folder)
         self.callbacks += [
             LastLine(args),
-            EndOfRun(args, self._run_folder, self._ranks),
+            EndOfRun(self._run_folder, self._ranks),
             EventFiles(),
             Watchdog(self._ranks, hang_timeout(args)),
             RunStart(args, self._run_folder),

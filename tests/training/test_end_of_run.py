@@ -1,6 +1,6 @@
 """A run leaves its end in the journal and its page, whatever the end is."""
 
-from argparse import Namespace
+from contextlib import nullcontext
 
 import pytest
 from support.report_pages import Page
@@ -12,7 +12,7 @@ from maskmoe.processes.interruption import EXIT_REQUEUE
 from maskmoe.run_status.status import read_status
 from maskmoe.training.loop.rank_store import RankStore
 from maskmoe.training.watch import end_of_run
-from maskmoe.training.watch.end_of_run import EndOfRun
+from maskmoe.training.watch.end_of_run import EndOfRun, writing_page
 
 
 def rank_of(rank, world_size=3):
@@ -33,21 +33,23 @@ ENDS = {
 @pytest.mark.parametrize(("end", "writers", "code", "text"), ENDS.values(), ids=ENDS)
 def test_end_is_in_the_journal(tmp_path, end, writers, code, text):
     for rank in range(3):
-        EndOfRun(Namespace(report=False), tmp_path / str(rank), rank_of(rank)).on_end(end)
+        EndOfRun(tmp_path / str(rank), rank_of(rank)).on_end(end)
         expected = [(Kind.ENDED, text, code)] if rank in writers else []
         entries = read_journal(tmp_path / str(rank))
         assert [(entry.kind, entry.text, entry.facts["exit_code"]) for entry in entries] == expected
 
 
-def end_run(folder, rank=0, report=True, error=None):
-    EndOfRun(Namespace(report=report), folder, rank_of(rank)).on_end(error)
+def end_run(folder, rank=0, error=None):
+    with nullcontext() if error is None else pytest.raises(type(error)), writing_page(folder, rank_of(rank)):
+        if error is not None:
+            raise error
 
 
 def test_page_is_written_after_any_end_but_a_refusal(tmp_path):
     (tmp_path / "args.yaml").write_text("# train_iters: 9\n")
     end_run(tmp_path, error=UserError("another run trains"))
     end_run(tmp_path, rank=1)
-    end_run(tmp_path, report=False)
+    end_run(None)
     assert not (tmp_path / "report.html").exists()
     end_run(tmp_path, error=RunFailure("a disk is full"))
     assert "train_iters" in Page(tmp_path / "report.html").text

@@ -2,7 +2,8 @@
 
 import subprocess
 import sys
-from argparse import Namespace
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -19,33 +20,29 @@ _MOST_SECONDS_FOR_PAGE = 30.0
 
 
 class EndOfRun(Callback):
-    """Writes into the run's journal how the run ended, then the page of the run.
+    """Writes into the run's journal how the run ended.
 
-    The last rank writes the end, which knows the loss. If the run fails, the first rank writes, too: the last rank
-    may be killed before it can write. The first rank writes the page, unless the run was refused.
+    The last rank writes, which knows the loss. If the run fails, the first rank writes, too: the last rank may be killed
+    before it can write.
 
     Args:
-        args: Megatron's arguments.
         folder: the run folder; None if there is none.
         ranks: says which rank this process is.
     """
 
-    def __init__(self, args: Namespace, folder: Path | None, ranks: RankStore) -> None:
-        self._has_page = args.report
+    def __init__(self, folder: Path | None, ranks: RankStore) -> None:
         self._folder = folder
         self._ranks = ranks
 
     def on_end(self, error: BaseException | None) -> None:
-        """Write the end and the page."""
+        """Write the end."""
         code, text = _describe_end(error)
-        ranks, folder = self._ranks, self._folder
+        ranks = self._ranks
         if ranks.rank == ranks.world_size - 1 or (ranks.rank == 0 and code not in (0, EXIT_REQUEUE)):
             facts: dict[str, Any] = {"exit_code": code}
             if console.iteration is not None and console.iteration.loss is not None:
                 facts["loss"] = console.iteration.loss
-            Journal(folder).write(Kind.ENDED, text, **facts)
-        if folder is not None and self._has_page and ranks.rank == 0 and not isinstance(error, UserError):
-            _write_page(folder)
+            Journal(self._folder).write(Kind.ENDED, text, **facts)
 
 
 def _describe_end(error: BaseException | None) -> tuple[int, str]:
@@ -56,6 +53,21 @@ def _describe_end(error: BaseException | None) -> tuple[int, str]:
         return EXIT_RUN_FAILURE, f"the run failed: {one_line(error) or type(error).__name__}"
     code = error.code if isinstance(error.code, int) else 0
     return code, "the run stopped on request" if code in (0, EXIT_REQUEUE) else f"the run ended with exit code {code}"
+
+
+@contextmanager
+def writing_page(folder: Path | None, ranks: RankStore) -> Iterator[None]:
+    """Let the first rank write the page of the run after the block, unless the block refuses the run.
+
+    Args:
+        folder: the run folder; None to write no page.
+        ranks: says which rank this process is.
+    """
+    try:
+        yield
+    finally:
+        if folder is not None and ranks.rank == 0 and not isinstance(sys.exception(), UserError):
+            _write_page(folder)
 
 
 def _write_page(folder: Path) -> None:
