@@ -22,8 +22,8 @@ _MOST_SECONDS_FOR_PAGE = 30.0
 class EndOfRun(Callback):
     """Writes into the run's journal how the run ended.
 
-    The last rank writes, which knows the loss. If the run fails, the first rank writes, too: the last rank may be killed
-    before it can write.
+    The last rank writes, which knows the loss. If the run fails, the first rank writes, too: the last rank may be
+    killed before it can write.
 
     Args:
         folder: the run folder; None if there is none.

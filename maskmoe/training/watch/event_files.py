@@ -48,9 +48,9 @@ class EventFiles(Callback):
 
     def on_start(self) -> None:
         """Log the command; Megatron has opened the writer, on the last rank only."""
-        log_command()
         if writer := get_tensorboard_writer():
             tolerate_write_errors(writer)
+        log_command()
 
     def on_end(self, error: BaseException | None) -> None:
         """Write the last values."""
