@@ -1,6 +1,6 @@
-"""Write docs/combinations.md: the settings that work with a routing mask, and the settings that are refused.
+"""Write the page of supported combinations: the settings that work with a routing mask, and those that are refused.
 
-python docs/generators/combinations.py [--check]
+python docs/generators/combinations.py OUTPUT
 
 The first table comes from tests/support/composition.py, whose rows name their tests. The other tables come from
 `maskmoe.training.settings.refused_settings`. The text around the tables is in combinations.md.j2.
@@ -62,6 +62,4 @@ def render_from_code() -> str:
 
 if __name__ == "__main__":
     prepare_process()
-    pages.run(
-        "combinations.md", render_from_code, "Write docs/combinations.md from the tests and the refused settings."
-    )
+    pages.write(render_from_code)

@@ -1,6 +1,6 @@
-"""Write docs/flags.md: the flags of every subcommand, read from the subcommands' own parsers.
+"""Write the page of flags: the flags of every subcommand, read from the subcommands' own parsers.
 
-python docs/generators/flags.py [--check]
+python docs/generators/flags.py OUTPUT
 
 The text around the tables is in flags.md.j2.
 """
@@ -137,4 +137,4 @@ def meaning(action: argparse.Action, formatter: argparse.HelpFormatter) -> str:
 
 if __name__ == "__main__":
     prepare_process()
-    pages.run("flags.md", render, "Write docs/flags.md from the parsers of all subcommands.")
+    pages.write(render)

@@ -34,6 +34,13 @@ def run(page: str, render: Callable[[], str], description: str) -> None:
         sys.exit(f"docs/{page} is stale; run: python {Path(sys.argv[0]).resolve().relative_to(DOCS.parent)}")
 
 
+def write(render: Callable[[], str]) -> None:
+    """Write a page into the file that the command line names."""
+    parser = argparse.ArgumentParser()
+    parser.add_argument("output", type=Path)
+    parser.parse_args().output.write_text(render(), encoding="utf-8")
+
+
 def fill(template: str, **values: object) -> str:
     """Return the text of a template in this folder with its values filled in."""
     loader = jinja2.FileSystemLoader(Path(__file__).parent)

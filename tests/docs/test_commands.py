@@ -58,7 +58,6 @@ SHELL_COMMANDS = {"cp", "export", "mkdir", "source"}
 # The first blocks of these pages, which take seconds (that of hybrid.md trains), and what they print.
 QUICK = {
     "method.md": "digest           aeff2031e4989abe",
-    "flags.md": "--frequent-visible-experts",
     "check.md": "no errors found",
     "launching.md": "-m maskmoe.training.pretrain",
     "hybrid.md": "iteration       20/      20",

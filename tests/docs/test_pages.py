@@ -10,7 +10,8 @@ from support.documentation import DOCS, README, anchors, links, pages
 from support.launchers import start_ranks
 from support.paths import ROOT
 
-GENERATED = ("flags.py", "combinations.py", "patches.py", "internals.py")
+GENERATED = ("patches.py", "internals.py")
+MADE_BY_THE_BUILD = {DOCS / "flags.md", DOCS / "combinations.md"}
 
 
 def test_readme_is_short() -> None:
@@ -22,6 +23,8 @@ def test_links_lead_somewhere(page: Path) -> None:
     for link in links(page):
         path, _, anchor = link.partition("#")
         target = page.parent / path if path else page
+        if target.resolve() in MADE_BY_THE_BUILD:
+            continue
         assert target.exists(), link
         if anchor:
             assert anchor in anchors(target), link

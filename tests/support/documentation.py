@@ -5,8 +5,10 @@ import re
 import shlex
 import subprocess
 import sys
+import tempfile
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 
 from support.paths import ROOT, python_path
@@ -87,10 +89,14 @@ def flags_of(words: list[str]) -> set[str]:
     return {word.partition("=")[0] for word in words if FLAG.match(word)}
 
 
+@cache
 def documented_flags() -> dict[str, set[str]]:
-    """Return the flags of each subcommand, as docs/flags.md lists them."""
+    """Return the flags of each subcommand, as the page of flags lists them, which the build of the site makes."""
     flags: dict[str, set[str]] = {}
-    for line in (DOCS / "flags.md").read_text(encoding="utf-8").splitlines():
+    with tempfile.NamedTemporaryFile(suffix=".md") as page:
+        subprocess.run([sys.executable, str(DOCS / "generators" / "flags.py"), page.name], check=True)
+        text = Path(page.name).read_text(encoding="utf-8")
+    for line in text.splitlines():
         if line.startswith("## "):
             section = flags.setdefault(line.removeprefix("## "), {"--help"})
         elif line.startswith("| `--"):
