@@ -1,0 +1,113 @@
+"""The interventions of the study "choice or damping" do what they say."""
+
+import sys
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import torch
+from support.paths import ROOT
+from support.small_moe import make_config, make_mask, make_visible_experts, process_groups
+
+from maskmoe.transformer.router import MaskMoERouter
+from maskmoe.transformer.token_ids import TokenIds
+
+sys.path.insert(0, str(ROOT / "tools" / "studies" / "choice_or_damping"))
+import interventions
+from interventions import GatedHashRouter, SmearedSelfAttention, UnitWeightRouter
+
+NUM_EXPERTS, IDS, RARE = 4, 12, 5
+OWN = torch.arange(IDS) % NUM_EXPERTS  # Hash's experts
+
+
+@pytest.fixture
+def make(monkeypatch, tmp_path, one_rank):
+    """Make a router of a class in a run whose mask lets all ids but the first five see every expert."""
+    visible = np.ones((1, IDS, NUM_EXPERTS), bool)
+    narrow = np.eye(NUM_EXPERTS, dtype=bool)[OWN][None]
+    visible[0, :RARE] = narrow[0, :RARE]
+    make_mask(narrow).save(tmp_path / interventions.NARROW_MASK)
+    monkeypatch.setenv("MASKMOE_RUN_DIR", str(tmp_path))
+    config = make_config(NUM_EXPERTS, 1, num_layers=1, moe_router_pre_softmax=True)
+
+    def make(router_class: type[MaskMoERouter]) -> MaskMoERouter:
+        mask = make_visible_experts(config, make_mask(visible))
+        router = router_class(config, process_groups(), visible_experts=mask)
+        router.set_layer_number(1)
+        return router
+
+    return make
+
+
+@pytest.fixture
+def batch():
+    """Logits and ids of three sequences of four tokens; every id occurs once."""
+    ids = TokenIds(torch.arange(IDS).view(4, 3))
+    logits = torch.randn(4, 3, NUM_EXPERTS, generator=torch.Generator().manual_seed(0), requires_grad=True)
+    return logits, ids
+
+
+def test_gated_hash_has_hashs_expert_and_maskmoes_weight(make, batch):
+    logits, ids = batch
+    probs, routing_map = make(GatedHashRouter).routing(logits, ids)
+    assert torch.equal(routing_map.int().argmax(1), OWN)
+    assert (routing_map.sum(1) == 1).all()
+    expected = logits.flatten(0, 1).softmax(-1)[torch.arange(IDS), OWN]
+    expected = torch.cat([torch.ones(RARE), expected[RARE:]])
+    torch.testing.assert_close(probs.sum(1), expected)
+    # Rare ids have weight 1 and send no gradient; all others do.
+    probs.sum().backward()
+    has_gradient = logits.grad.flatten(0, 1).abs().sum(1) > 0
+    assert has_gradient.tolist() == [False] * RARE + [True] * (IDS - RARE)
+
+
+def test_gated_hash_starts_from_bit_equal_outputs(make, batch):
+    """With MaskMoE's own choice as the table, gated Hash is MaskMoE: the fixed expert is the only difference."""
+    logits, ids = batch
+    probs, routing_map = make(MaskMoERouter).routing(logits, ids)
+    gated = make(GatedHashRouter)
+    gated.own_expert.copy_(routing_map.int().argmax(1))
+    for own, expected in zip(gated.routing(logits, ids), (probs, routing_map), strict=True):
+        assert torch.equal(own, expected)
+
+
+def test_unit_weight_keeps_the_choice_and_the_gradient_of_the_logarithm(make, batch):
+    logits, ids = batch
+    probs, routing_map = make(MaskMoERouter).routing(logits, ids)
+    own, own_map = make(UnitWeightRouter).routing(logits, ids)
+    assert torch.equal(own_map, routing_map)
+    assert torch.equal(own, routing_map.float())
+    (expected,) = torch.autograd.grad(probs[routing_map].log().sum(), logits, retain_graph=True)
+    (found,) = torch.autograd.grad(own.sum(), logits)
+    torch.testing.assert_close(found, expected)
+
+
+@pytest.mark.parametrize("layer", [1, 2])
+def test_keys_of_layer_2_are_mixed_with_the_preceding_ones(monkeypatch, layer):
+    query, key, value = (torch.randn(5, 2, 3, 4) for _ in range(3))
+    monkeypatch.setattr(interventions.SelfAttention, "__init__", lambda self: torch.nn.Module.__init__(self))
+    monkeypatch.setattr(interventions.SelfAttention, "get_query_key_value_tensors", lambda *_: (query, key, value))
+    monkeypatch.setattr(interventions.SelfAttention, "layer_number", layer, raising=False)
+    monkeypatch.setattr(interventions.SelfAttention, "num_query_groups_per_partition", 3, raising=False)
+    attention = SmearedSelfAttention()
+    found = attention.get_query_key_value_tensors(SimpleNamespace())
+    assert torch.equal(found[0], query)
+    assert torch.equal(found[2], value)
+    if layer == 1:
+        assert torch.equal(found[1], key)
+        return
+    torch.testing.assert_close(found[1][1:], (key[1:] + key[:-1]) / 2)
+    torch.testing.assert_close(found[1][0], key[0])
+    with torch.no_grad():
+        attention.smear[0] = 100.0
+    torch.testing.assert_close(attention.get_query_key_value_tensors(None)[1][:, :, 0], key[:, :, 0])
+
+
+def test_specs_have_the_replacements():
+    for builder, stock, own in (
+        (interventions.GatedHashBuilder, MaskMoERouter, GatedHashRouter),
+        (interventions.UnitWeightBuilder, MaskMoERouter, UnitWeightRouter),
+        (interventions.SmearedKeysBuilder, interventions.SelfAttention, SmearedSelfAttention),
+    ):
+        assert builder.change(stock) is own
+        assert builder.change(int) is int
