@@ -1,5 +1,9 @@
 """Trains or evaluates with `UnitWeightBuilder`: `python unit_weight.py pretrain|evaluate FLAGS…`."""
 
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).parent))  # ranks run with PYTHONSAFEPATH
 from study_program import run
 
 run("UnitWeightBuilder", __name__)
