@@ -7,10 +7,5 @@ unset CDPATH
 
 root=$(cd -- "$(dirname -- "${BASH_SOURCE[0]}")/.." && pwd -P)
 python=$root/.venv/bin/python
-[[ -x $python ]] || python=$(type -P python3 || true)
-if ! "${python:-false}" -P -c 'import maskmoe' 2>/dev/null; then
-    echo "error: MaskMoE is not installed: run launch/setup.sh first" >&2
-    exit 2
-fi
-"$python" -P "$root/launch/check_checkout.py" "$root"
-exec "$python" -P -m maskmoe.launch "$@"
+[[ -x $python ]] || python=python3
+exec "$python" -P "$root/launch/run_checkout.py" pretrain "$@"

@@ -33,6 +33,13 @@ fail() {
 
 run_dir='' chain='' elastic='' dry_run=false script_options=(--root "$root") sbatch=()
 while (($#)) && [[ $1 != -- ]]; do
+    # The script's own options take --option=value and --option value.
+    case $1 in
+        --run-dir=* | --chain=* | --train-nodes=* | --max-requeues=* | --container=* | --image=* | --mount=* | \
+            --port=* | --address=* | --then=*)
+            set -- "${1%%=*}" "${1#*=}" "${@:2}"
+            ;;
+    esac
     case $1 in
         --dry-run) dry_run=true ;;
         --no-node-check) script_options+=("$1") ;;

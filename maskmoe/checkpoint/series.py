@@ -269,7 +269,11 @@ def remove_unfinished_checkpoints(folder: str | Path) -> None:
 
 
 def remove_old_checkpoints(
-    folder: str | Path, keep: int | None, retain_interval: int | None = None, newest: int | None = None
+    folder: str | Path,
+    keep: int | None,
+    retain_interval: int | None = None,
+    newest: int | None = None,
+    is_dry_run: bool = False,
 ) -> Removal:
     """Remove all checkpoints that are older than the newest `keep` sound checkpoints.
 
@@ -279,6 +283,7 @@ def remove_old_checkpoints(
         retain_interval: Megatron's `--save-retain-interval`; checkpoints at multiples of this iteration stay, too.
         newest: the newest iteration of the run. Later checkpoints were rejected on loading, or the run has gone back
             beyond them, so they neither count nor are removed. None counts all checkpoints.
+        is_dry_run: whether to remove nothing, and return what would be removed.
 
     Returns:
         The checkpoints that were removed, and the checkpoints that stay although they should have been removed.
@@ -296,7 +301,7 @@ def remove_old_checkpoints(
                 check_structure(checkpoint)
                 kept += 1
         elif not (retain_interval and iteration % retain_interval == 0) and not checkpoint.is_symlink():
-            reason = _remove(checkpoint)
+            reason = None if is_dry_run else _remove(checkpoint)
             if reason is None:
                 removal.removed.append(checkpoint)
             else:

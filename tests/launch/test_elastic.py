@@ -19,7 +19,6 @@ from support.launch import Launch
 from support.waiting import wait_until
 
 from maskmoe.errors import RunFailure, UserError
-from maskmoe.launch.devices import Devices
 from maskmoe.launch.elastic import membership
 from maskmoe.launch.elastic import run as elastic_run
 from maskmoe.launch.elastic.generation import Generation, Generations, leading_member
@@ -29,6 +28,7 @@ from maskmoe.launch.elastic.run import ElasticRun
 from maskmoe.launch.journal import Kind, read_journal
 from maskmoe.launch.model_file import ModelFile
 from maskmoe.launch.options import NodeRange, parse_options
+from maskmoe.processes.holder import Holder
 from maskmoe.processes.interruption import EXIT_REQUEUE
 
 PROGRAM = Path(__file__).parent / "elastic_node.py"
@@ -39,7 +39,7 @@ layouts:
   2: {expert-model-parallel-size: 2}
   4: {expert-model-parallel-size: 4}
 """
-MEMBERS = [Member(f"id{number}", f"host{number}", number, float(number), "", 0, 1) for number in range(6)]
+MEMBERS = [Member(f"id{number}", Holder(f"host{number}", number, float(number)), "", 0, 1) for number in range(6)]
 
 
 @contextmanager
@@ -70,7 +70,7 @@ class Run:
 
     def start(self, host: str, *options: str) -> Launch:
         """Start the launcher of a node."""
-        command = [sys.executable, PROGRAM, host, "--nodes", self._nodes, "--run-dir", self.folder, "--no-check"]
+        command = [sys.executable, PROGRAM, host, "--nodes", self._nodes, "--run-dir", self.folder]
         command += ["--gpus-per-node", "1", "--node-timeout", "2", "--address", "localhost"]
         self.launchers.append(Launch([*command, *options, self._model], self.folder.parent, self.folder, {}))
         return self.launchers[-1]
@@ -254,14 +254,14 @@ def test_run_without_checkpoints_is_refused(tmp_path):
 def test_dry_run_prints_the_command_of_the_first_node(tmp_path):
     model = tmp_path / "model.yaml"
     model.write_text("layouts: {4: {expert-model-parallel-size: 4}}")
-    command = [sys.executable, "-m", "maskmoe.launch", "--dry-run", "--nodes", "1:3", "--gpus-per-node", "2"]
+    command = [sys.executable, "-m", "maskmoe", "pretrain", "--dry-run", "--nodes", "1:3", "--gpus-per-node", "2"]
     command += ["--address", "localhost", "--run-dir", tmp_path / "run", model]
     refused = subprocess.run(command, capture_output=True, text=True)
     assert (refused.returncode, refused.stdout) == (2, "")
     assert refused.stderr.startswith("error: --nodes 1:3 needs --save-interval")
     # Three nodes have six ranks, for which the model file has no layout.
     line = subprocess.check_output([*command, "--save-interval", "10"], text=True)
-    assert " --nnodes 2 --nproc-per-node 2 --rdzv-backend c10d --rdzv-endpoint localhost:PORT --rdzv-id run.1 " in line
+    assert " --nnodes 2 --nproc-per-node 2 --rdzv-backend c10d --rdzv-endpoint localhost:29400 --rdzv-id run.1 " in line
     assert f" --log-dir {tmp_path}/run/logs/node0 " in line
     assert line.endswith(" --expert-model-parallel-size 4 --save-interval 10\n")
     assert not (tmp_path / "run").exists()
@@ -293,30 +293,30 @@ def test_launcher_is_not_gone_while_the_folder_cannot_be_read(tmp_path, monkeypa
     monkeypatch.setattr(membership, "_BEAT_SECONDS", 1e6)  # the test looks instead of the threads
     folder = tmp_path / "members"
     with Membership(folder, "localhost", 1, 60) as here, Membership(folder, "localhost", 1, 60) as other:
-        here._look()
+        here.beat()
         with failing(folder), pytest.raises(NotADirectoryError):
-            here._look()
-        assert not here.is_gone(other.me.id)
+            here.beat()
+        assert not here.is_gone(other.me)
         with monkeypatch.context() as context:
             context.setattr(os, "listdir", lambda _: [])  # a cache of a network file system is behind
-            here._look()
-        assert not here.is_gone(other.me.id)
-        other.leave()
-        here._look()
-        assert here.is_gone(other.me.id)
+            here.beat()
+        assert not here.is_gone(other.me)
+        other.__exit__()
+        here.beat()
+        assert here.is_gone(other.me)
 
 
 def test_launcher_of_another_host_with_the_name_of_this_host_is_not_gone(tmp_path):
     """Its process id belongs to no process of this host."""
     with Membership(tmp_path, "localhost", 1, 60) as here:
-        ended = replace(here.me, id="ended", started=1.0)
-        other = replace(ended, id="other", pid_namespace="another machine")
+        ended = replace(here.me, id="ended", process=replace(here.me.process, started=1.0))
+        other = replace(ended, id="other", process=replace(ended.process, pid_namespace="another machine"))
         for member in (ended, other):
-            (tmp_path / f"{member.id}.json").write_text(json.dumps(asdict(member)))
-            (tmp_path / f"{member.id}.beat").write_text("1 ")
-        here._look()
-        assert here.is_gone("ended")
-        assert not here.is_gone("other")
+            content = {"beat": 1, "reaches": "", "member": asdict(member)}
+            (tmp_path / f"{member.id}.json").write_text(json.dumps(content))
+        here.beat()
+        assert here.is_gone(ended)
+        assert not here.is_gone(other)
 
 
 def test_generations_are_not_missing_while_the_folder_cannot_be_read(tmp_path):
@@ -348,10 +348,10 @@ def test_generation_that_another_launcher_writes_during_the_check_stays(tmp_path
 
     def check(*arguments, **options):
         assert generations.write(winner)
-        return subprocess.CompletedProcess([], 0, "")
+        return 0
 
     monkeypatch.setattr(elastic_run, "check", check)
-    launcher = ElasticRun(options, ModelFile.read(model, {}), 1, Devices(0, 1))
+    launcher = ElasticRun(options, ModelFile.read(model, {}), 1)
     with launcher._nodes:
         if before != "none":
             generations.write(Generation(1, (MEMBERS[0],), 7, {}))
@@ -391,7 +391,7 @@ subsets = st.lists(st.sampled_from(MEMBERS), unique=True)
 @given(subsets.filter(bool), subsets.filter(bool))
 def test_all_launchers_find_the_same_leader(trained, known):
     """The leader is the first member of the generation that is there; a new launcher leads only if none is there."""
-    known.sort(key=lambda member: member.started)
+    known.sort(key=lambda member: member.process.started)
     leader = leading_member(Generation(1, tuple(trained), 7, {}), known)
     survivors = [member for member in trained if member in known]
     assert leader == (survivors[0] if survivors else known[0])
@@ -436,9 +436,9 @@ def test_check_covers_all_numbers_of_nodes(tmp_path, monkeypatch, capsys):
     options = parse_options("pretrain.sh", ["--nodes", "1:4", str(tmp_path / "model.yaml")], {})
     checked = []
 
-    def check(flags, ranks, devices, to_console):
-        checked.append((ranks, [name for name in ("bf16", "fp16") if name in flags], to_console))
-        return subprocess.CompletedProcess([], 2 if ranks == 4 else 0)
+    def check(flags, ranks, shows_report):
+        checked.append((ranks, [name for name in ("bf16", "fp16") if name in flags], shows_report))
+        return 2 if ranks == 4 else 0
 
     monkeypatch.setattr(elastic_run, "check", check)
     assert elastic_run.check_node_counts(options, ModelFile.read(options.model, {}), 2) == 2

@@ -88,7 +88,7 @@ def test_model_file_without_quotes_is_refused(folder):
 def test_pretrain_script(pattern, given_by, model, folder):
     path = model(pattern if given_by == "file" else "MMM")
     flags = [f"--hybrid-layer-pattern={pattern}"] if given_by == "flag" else []
-    line = run([ROOT / "launch" / "pretrain.sh", "--dry-run", "--no-check", path, *flags], folder)
+    line = run([ROOT / "launch" / "pretrain.sh", "--dry-run", path, *flags], folder)
     assert_contains(words_in_shell(line, folder), word(pattern))
 
 
@@ -96,7 +96,7 @@ def test_pretrain_script(pattern, given_by, model, folder):
 def test_torchrun(pattern, folder):
     """Torchrun passes the words of its command line to the ranks."""
     (folder / "rank.py").write_text("import sys\nprint(*sys.argv[1:], sep='\\n')\n")
-    words = standalone_command(1, "rank", word(pattern))
+    words = standalone_command(1, ("-m", "rank"), word(pattern))
     assert run(list(words), folder, PYTHONPATH=str(folder)).splitlines() == word(pattern)
 
 

@@ -14,7 +14,7 @@ from support.paths import ROOT
 from support.runs import read_losses
 
 from maskmoe.data.indexed_dataset import optimal_dtype
-from maskmoe.launch.command import standalone_command
+from maskmoe.launch.command import entry_point, standalone_command
 from maskmoe.routing_mask.assignment import MaskRecipe
 from maskmoe.routing_mask.mask import build_routing_mask
 
@@ -96,7 +96,7 @@ def test_model_is_trained_resumed_evaluated_and_continued(model, train, folder) 
         ("evaluate", f"{DATA} --eval-output {model}.json"),
         ("generate", f"--prompt '1 2 3' --max-new-tokens 5 --sample-output {model}.txt"),
     ):
-        command = standalone_command(1, f"maskmoe.training.{module}", shlex.split(f"{load} {flags}"))
+        command = standalone_command(1, entry_point(module), shlex.split(f"{load} {flags}"))
         with Launch(command, folder, folder / f"{model}-{module}", {}) as launch:
             assert launch.wait() == 0, launch.output[-4000:]
     evaluation = json.loads((folder / f"{model}.json").read_text())

@@ -302,7 +302,7 @@ def test_split_of_files(workplace, monkeypatch, capsys):
     assert capsys.readouterr().err.startswith("error: --split is for --data-path")
 
 
-@pytest.mark.parametrize("command", ["analyze_routing", "thin_checkpoints"])
+@pytest.mark.parametrize("command", ["analyze_routing", "prune_checkpoints"])
 def test_help_needs_neither_torch_nor_megatron(command, workplace):
     blocked = "import sys; sys.modules |= dict.fromkeys(('torch', 'transformers', 'megatron'))"
     code = f"{blocked}; from maskmoe.command_line.{command} import main; main()"
