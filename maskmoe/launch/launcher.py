@@ -7,7 +7,7 @@ from pathlib import Path
 
 from maskmoe.launch.command import run_flags
 from maskmoe.launch.devices import find_devices
-from maskmoe.launch.elastic.run import ElasticRun, check_node_counts, first_node_run
+from maskmoe.launch.elastic.run import ElasticRun, first_node_run
 from maskmoe.launch.model_file import ModelFile, split_flags
 from maskmoe.launch.network import wait_for
 from maskmoe.launch.node_run import NodeRun, check
@@ -32,24 +32,34 @@ def launch(program: str, arguments: Sequence[str]) -> None:
     options = parse_options(program, arguments, os.environ)
     model = ModelFile.read(options.model, {**os.environ, "RUN_DIR": str(options.run_dir)})
     processes = options.gpus_per_node or find_devices().num_gpus or 1
+    if options.nodes.is_elastic and not (options.dry_run or options.check_only):
+        sys.exit(ElasticRun(options, model, processes).run())
+    describe_run = first_node_run if options.nodes.is_elastic else _fixed_run
+    run = describe_run(options, model, processes)
     if options.check_only:
-        sys.exit(_check(options, model, processes))
-    if options.nodes.is_elastic:
-        if not options.dry_run:
-            sys.exit(ElasticRun(options, model, processes).run())
-        print(first_node_run(options, model, processes).command)
-        print(
-            "note: the command is that of the first node; the nodes choose the first node and its port when they meet",
-            file=sys.stderr,
-        )
-        return
-    ranks = processes * options.nodes.most
-    flags = run_flags(options, model.flags_for(ranks), split_flags(options.flags))
-    run = NodeRun(options, options.meeting, flags, processes, ranks)
+        sys.exit(check(run.flags, run.ranks))
     if options.dry_run:
         print(run.command)
         return
     sys.exit(_train(run))
+
+
+def _fixed_run(options: Options, model: ModelFile, processes: int) -> NodeRun:
+    """Return this node's part of a run whose nodes stay the same.
+
+    Raises:
+        UserError: the model file has no layout for the number of ranks.
+    """
+    ranks = processes * options.nodes.most
+    if options.check_only and options.gpus_per_node is None and options.nodes.most == 1 and not model.fits(ranks):
+        ranks = min(model.layouts)
+        print(
+            f"note: the report is for {ranks} ranks, the smallest layout of {model.path}; pass --nodes and "
+            "--gpus-per-node for another",
+            file=sys.stderr,
+        )
+    flags = run_flags(options, model.flags_for(ranks), split_flags(options.flags))
+    return NodeRun(options, options.meeting, flags, processes, ranks)
 
 
 def _train(run: NodeRun) -> int:
@@ -66,18 +76,3 @@ def _train(run: NodeRun) -> int:
     code = run.train(Supervisor(run.options.shutdown_timeout))
     run.record_end(code)
     return code
-
-
-def _check(options: Options, model: ModelFile, processes: int) -> int:
-    """Check the settings, print what the run needs, and return the exit code."""
-    if options.nodes.is_elastic:
-        return check_node_counts(options, model, processes)
-    ranks = processes * options.nodes.most
-    if options.gpus_per_node is None and options.nodes.most == 1 and not model.fits(ranks):
-        ranks = min(model.layouts)
-        print(
-            f"note: the report is for {ranks} ranks, the smallest layout of {model.path}; pass --nodes and "
-            "--gpus-per-node for another",
-            file=sys.stderr,
-        )
-    return check(run_flags(options, model.flags_for(ranks), split_flags(options.flags)), ranks)

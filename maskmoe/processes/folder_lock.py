@@ -8,15 +8,16 @@ once the file has not been touched for a while. The clocks of the hosts need not
 
 import errno
 import fcntl
-import json
 import os
 import struct
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
+
+from pydantic import TypeAdapter, ValidationError
 
 from maskmoe.errors import UserError
 from maskmoe.files.untrusted import UnusableFile, open_regular
@@ -33,6 +34,7 @@ _POLL_SECONDS = 0.5
 _MAX_BYTES = 4096
 _NO_LOCKS = (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP, errno.EINVAL)  # of a file system without locks
 _IS_HELD = (errno.EACCES, errno.EAGAIN)
+_HOLDER = TypeAdapter(Holder)
 _FLOCK = "hhqqi0q"  # the struct flock of Linux: type, whence, start, length, process
 
 
@@ -126,7 +128,7 @@ def _acquire(path: Path) -> int:
         is_left = holder in (None, gone, me)
         if is_locked is not False and is_left and _is_file_of(path, lock):
             os.ftruncate(lock, 0)
-            os.pwrite(lock, json.dumps(asdict(me)).encode(), 0)
+            os.pwrite(lock, _HOLDER.dump_json(me), 0)
             return lock
         os.close(lock)
         if is_locked is False:
@@ -193,10 +195,8 @@ def _is_held_elsewhere(path: Path, holder: Holder, is_locked: bool | None) -> bo
 def _read(lock: int) -> Holder | None:
     """Return the process that a lock file names, or None."""
     try:
-        content = json.loads(os.pread(lock, _MAX_BYTES, 0))
-        host, pid, started = str(content["host"]), int(content["pid"]), float(content["started"])
-        return Holder(host, pid, started, str(content.get("pid_namespace", "")))
-    except (OSError, KeyError, TypeError, ValueError, RecursionError):
+        return _HOLDER.validate_json(os.pread(lock, _MAX_BYTES, 0))
+    except (OSError, ValidationError):
         return None
 
 

@@ -33,7 +33,7 @@ COMMANDS = {
     "mlflow": "checkpoints",
     "quickstart": "--input text.txt --run-dir OUT",
     "compare": "suite.yaml --input text.txt --run-dir OUT",
-    "launch": "--run-dir OUT --gpus-per-node 1 --dry-run laptop.yaml",
+    "pretrain of a file": "--run-dir OUT --gpus-per-node 1 --dry-run laptop.yaml",
     "check": "--run-dir OUT --gpus-per-node 1 laptop.yaml",
     "evaluate": "--load checkpoints --use-checkpoint-args --data-path data --eval-output OUT",
     "generate": "--load checkpoints --use-checkpoint-args --prompt import --sample-output OUT",
@@ -139,7 +139,7 @@ BAD_NUMBERS = {
         "--seed": NOT_COUNT,
     },
     "compare": {"--jobs": NOT_WHOLE, "--vocab-size": NOT_WHOLE, "--split": ("abc", "-1,2,3", "0,0,0")},
-    "launch": {
+    "pretrain of a file": {
         "--nodes": NOT_WHOLE,
         "--node-rank": (*NOT_COUNT, "1"),
         "--gpus-per-node": NOT_WHOLE,
@@ -155,14 +155,14 @@ BAD_NUMBERS = {
 def command_line(command: str, **replaced: str) -> list[str]:
     """Return a command line of `COMMANDS`, with other values of flags; flags are written without dashes in front."""
     words = COMMANDS[command].split()
-    positional = command in ("launch", "check", "status", "report", "mlflow")
+    positional = command in ("pretrain of a file", "check", "status", "report", "mlflow")
     for name, value in replaced.items():
         flag = f"--{name.replace('_', '-')}"
         if flag in words:
             words[words.index(flag) + 1] = value
         else:
             words = [f"{flag}={value}", *words] if positional else [*words, f"{flag}={value}"]
-    return [*command.split(), *words]
+    return [*command.removesuffix(" of a file").split(), *words]
 
 
 @pytest.mark.parametrize("command", BAD_NUMBERS)
@@ -187,8 +187,8 @@ CONTRADICTIONS = [
     ("analyze", "seq_length", "4096", "--seq-length"),
     ("convert upcycle", "num_experts", "8", "only a model without experts can be upcycled"),
     ("quickstart", "frequent_visible_experts", "9", "--num-experts 8"),
-    ("launch", "nodes", "2", "--rendezvous"),
-    ("launch", "node_rank", "1", "--node-rank 1"),
+    ("pretrain of a file", "nodes", "2", "--rendezvous"),
+    ("pretrain of a file", "node_rank", "1", "--node-rank 1"),
 ]
 
 
@@ -428,7 +428,7 @@ MISTAKES = [
     ("launch --node 2 laptop.yaml", "--node"),
     ("launch laptop.yaml stray", "stray"),
     ("pretrain --num-layer 2", "unknown flag --num-layer (nearest: --num-layers)"),
-    ("pretrain stray", "unrecognized arguments: stray"),
+    ("pretrain stray", "the model file stray does not exist"),
     ("pretrain --lr", "--lr: expected one argument"),
     ("pretrain --check x", "--check must be a whole number, not 'x'"),
     ("pretrain --check 1000000007", "--check must be at most"),

@@ -27,7 +27,7 @@ if code > 1:
     leave_exit_code(code)
 sys.exit(code)
 """
-RUN = "import sys; from maskmoe.launch.entry_point import run_entry_point; run_entry_point('stub', {saves_checkpoints})"
+RUN = "from maskmoe.launch.entry_point import run_entry_point; run_entry_point(('-m', 'stub'), {saves_checkpoints})"
 
 
 @pytest.fixture

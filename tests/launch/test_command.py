@@ -8,14 +8,21 @@ import pytest
 from support.paths import ROOT
 
 from maskmoe.errors import UserError
-from maskmoe.launch.command import RUN_ENVIRONMENT, Command, run_flags, standalone_command, torchrun_command
+from maskmoe.launch.command import (
+    RUN_ENVIRONMENT,
+    Command,
+    entry_point,
+    run_flags,
+    standalone_command,
+    torchrun_command,
+)
 from maskmoe.launch.model_file import split_flags
 from maskmoe.launch.network import Route, listen, route_to, wait_for
 from maskmoe.launch.options import NodeRange, Options, _parser, parse_options
 
 
 def parse(arguments: str, environment: dict[str, str] | None = None) -> Options:
-    return parse_options("launch/pretrain.sh", shlex.split(arguments), environment or {})
+    return parse_options("maskmoe pretrain", shlex.split(arguments), environment or {})
 
 
 def build_command(arguments: str, environment: dict[str, str] | None = None, route: Route | None = None) -> Command:
@@ -100,7 +107,7 @@ def test_default_folders_lie_in_the_run_folder():
         ("--nodes 1: m.yaml", {}, "--nodes must be a whole number, not ''"),
         ("--nodes 1:2 --node-timeout 3 m.yaml", {}, "--node-timeout must be at least 10, not 3"),
         ("--rendezvous a:b m.yaml", {}, "'a:b' is not HOST:PORT"),
-        ("--nonsense m.yaml", {}, r"--nonsense.*\(see launch/pretrain\.sh --help\)"),
+        ("--nonsense m.yaml", {}, r"--nonsense.*\(see maskmoe pretrain --help\)"),
     ],
 )
 def test_bad_options_are_refused(arguments, environment, reason):
@@ -108,17 +115,17 @@ def test_bad_options_are_refused(arguments, environment, reason):
         parse(arguments, environment)
 
 
-@pytest.mark.parametrize("word", ["--run-dir", "--nodes=2", "--dry-run", "--no-check", "--check"])
+@pytest.mark.parametrize("word", ["--run-dir", "--nodes=2", "--check"])
 def test_option_after_the_model_file_is_named(word):
     flag = word.partition("=")[0]
-    with pytest.raises(UserError, match=f"^{flag} is an option of launch/pretrain.sh: write it before model.yaml$"):
+    with pytest.raises(UserError, match=f"^{flag} is an option of maskmoe pretrain: write it before model.yaml$"):
         parse(f"model.yaml --lr 1e-3 {word} 2")
 
 
 def test_no_option_of_the_launcher_is_a_flag_of_training():
     flags = set(re.findall(r"^  (--[\w-]+)", (ROOT / "maskmoe/training/help/pretrain.txt").read_text(), re.MULTILINE))
     assert "--lr" in flags
-    for name in _parser("launch/pretrain.sh", {}).option_names() & flags - {"--check"}:
+    for name in _parser("maskmoe pretrain", {}).option_names() & flags - {"--check"}:
         parse(f"model.yaml {name}")
 
 
@@ -144,8 +151,7 @@ def test_error_names_the_unreachable_rendezvous():
 
 
 def test_command_for_one_machine_ends_with_the_module_and_its_arguments():
-    words = standalone_command(2, "maskmoe.training.evaluate", ("--load", "run"), ("--shutdown-timeout", "9"))
-    assert words[1:3] == ("-m", "maskmoe.launch.ranks")
-    assert " ".join(words[3:]) == (
-        "--standalone --nproc-per-node 2 --shutdown-timeout 9 -m maskmoe.training.evaluate --load run"
-    )
+    options = "--standalone --nproc-per-node 2 --shutdown-timeout 9"
+    for program, entry in (("", "-m maskmoe.training.evaluate"), ("other.py", "other.py evaluate")):
+        words = standalone_command(2, entry_point("evaluate", program), ("--load", "run"), ("--shutdown-timeout", "9"))
+        assert " ".join(words[1:]) == f"-m maskmoe.launch.ranks {options} {entry} --load run"

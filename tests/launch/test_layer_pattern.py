@@ -2,13 +2,11 @@
 
 import os
 import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 from support.paths import ROOT
 
-from maskmoe.comparison.stage import Stage
 from maskmoe.errors import UserError
 from maskmoe.launch.command import standalone_command
 from maskmoe.launch.model_file import ModelFile, flag_words
@@ -101,13 +99,6 @@ def test_torchrun(pattern, folder):
 
 
 @pytest.mark.parametrize("pattern", PATTERNS)
-def test_docker_script(pattern, folder):
-    command = ["launch/pretrain.sh", "launch/models/laptop-hybrid.yaml", *word(pattern)]
-    line = run([ROOT / "launch" / "docker.sh", "--dry-run", "--engine", "docker", *command], folder)
-    assert words_in_shell(line.splitlines()[-1], folder)[-len(command) :] == command
-
-
-@pytest.mark.parametrize("pattern", PATTERNS)
 def test_slurm_job(pattern, model, folder):
     """The command line of sbatch, and the job script with stand-ins for Slurm's programs."""
     submit = [ROOT / "launch" / "slurm" / "submit.sh", "--dry-run", "--run-dir", folder / "run", "--no-node-check"]
@@ -124,10 +115,3 @@ def test_slurm_job(pattern, model, folder):
     path = f"{folder / 'bin'}:{os.environ['PATH']}"
     printed = run([ROOT / "launch" / "slurm" / "pretrain.sbatch", *arguments], folder, PATH=path, **job)
     assert_contains(printed.splitlines(), word(pattern))
-
-
-@pytest.mark.parametrize("pattern", PATTERNS)
-def test_script_of_a_comparison(pattern, folder):
-    """The script that records the commands of a comparison's run."""
-    stage = Stage("train", (sys.executable, "-m", "maskmoe.training.pretrain", *word(pattern)), ())
-    assert_contains(words_in_shell(str(stage), folder), word(pattern))

@@ -7,7 +7,6 @@ import shlex
 import subprocess
 import sys
 from pathlib import Path
-from subprocess import CompletedProcess
 
 import pytest
 from hypothesis import given
@@ -234,14 +233,14 @@ def test_check_of_a_file_whose_layouts_do_not_fit_reports_the_smallest(tmp_path,
     checked = []
     (tmp_path / "model.yaml").write_text("a: 1\nlayouts:\n  16: {}\n  32: {}")
 
-    def check(flags, ranks, devices):
+    def check(flags, ranks):
         checked.append(ranks)
-        return CompletedProcess([], 2)
+        return 2
 
     monkeypatch.setattr(launcher, "check", check)
     for options, error in (((), SystemExit), (("--gpus-per-node", "2"), UserError)):
         with pytest.raises(error):
-            launcher.launch("launch", ["--check", *options, str(tmp_path / "model.yaml")])
+            launcher.launch("maskmoe pretrain", ["--check", *options, str(tmp_path / "model.yaml")])
     assert checked == [16]
     assert capsys.readouterr().err.startswith("note: the report is for 16 ranks, the smallest layout of ")
 

@@ -1,14 +1,14 @@
 """The generations of an elastic run: each says which nodes train with which flags, until the next one begins."""
 
-import json
 import os
 import re
 import uuid
 from collections.abc import Sequence
 from contextlib import suppress
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Self
+
+from pydantic import TypeAdapter, ValidationError
 
 from maskmoe.errors import RunFailure, UserError
 from maskmoe.files.outputs import atomic_output
@@ -44,12 +44,8 @@ class Generation:
         """Host and port at which the torchruns meet."""
         return self.members[0].address, self.port
 
-    @classmethod
-    def parse(cls, content: dict[str, Any]) -> Self:
-        """Return the generation in the content of a file."""
-        members = tuple(Member.parse(member) for member in content["members"])
-        flags = {name: tuple(words) for name, words in content["flags"].items()}
-        return cls(content["number"], members, content["port"], flags)
+
+_GENERATION = TypeAdapter(Generation)
 
 
 class Generations:
@@ -85,8 +81,8 @@ class Generations:
         if path == self._path(0):
             return None
         try:
-            return Generation.parse(json.loads(path.read_bytes()))
-        except (ValueError, TypeError, KeyError, AttributeError) as error:
+            return _GENERATION.validate_json(path.read_bytes())
+        except ValidationError as error:
             raise RunFailure(
                 f"{path} is damaged: stop the launchers of all nodes, remove {self._folder}, and start the run again"
             ) from error
@@ -99,7 +95,7 @@ class Generations:
         """
         # A link, unlike a renamed file, never replaces a file. Network file systems make links atomically, too.
         unfinished = self._folder / f".{uuid.uuid4().hex}.tmp"
-        unfinished.write_text(json.dumps(asdict(generation)))
+        unfinished.write_bytes(_GENERATION.dump_json(generation))
         try:
             os.link(unfinished, self._path(generation.number))
         except FileExistsError:

@@ -1,15 +1,16 @@
 """Makes the launchers of an elastic run known to each other by files of the run folder."""
 
-import json
 import os
 import threading
 import time
 import uuid
 from collections.abc import Iterable
 from contextlib import ExitStack, suppress
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Self
+from typing import Self
+
+from pydantic import TypeAdapter, ValidationError
 
 from maskmoe.launch.network import connection_error, listen
 from maskmoe.processes.beating import beating
@@ -41,11 +42,23 @@ class Member:
         """The name of the host."""
         return self.process.host
 
-    @classmethod
-    def parse(cls, content: dict[str, Any]) -> Self:
-        """Return the member in the content of a file."""
-        process = Holder(**content["process"])
-        return cls(content["id"], process, content["address"], content["port"], content["ranks"])
+
+@dataclass(frozen=True)
+class _Sign:
+    """The content of a launcher's file.
+
+    Attributes:
+        member: the launcher.
+        beat: a number that grows.
+        reaches: the id of the leader if the launcher's node reaches the leader's node by the network, else empty.
+    """
+
+    member: Member
+    beat: int
+    reaches: str
+
+
+_SIGN = TypeAdapter(_Sign)
 
 
 @dataclass
@@ -161,9 +174,9 @@ class Membership:
         leader = self._leader
         self._beat += 1
         reaches = leader is not None and connection_error(leader.address, leader.port) is None
-        content = {"beat": self._beat, "reaches": leader.id if leader is not None and reaches else ""}
+        sign = _Sign(self.me, self._beat, leader.id if leader is not None and reaches else "")
         unfinished = self._path(self.me.id).with_suffix(".tmp")
-        unfinished.write_text(json.dumps({**content, "member": asdict(self.me)}))
+        unfinished.write_bytes(_SIGN.dump_json(sign))
         unfinished.replace(self._path(self.me.id))
         # `Path.glob` would return an empty list for a folder that cannot be read.
         listed = {Path(name).stem for name in os.listdir(self._folder) if name.endswith(".json")}
@@ -174,21 +187,20 @@ class Membership:
         """Read the file of another launcher. Opening the file asks the server; a listing may come from a cache."""
         now = time.monotonic()
         try:
-            content = json.loads(self._path(id).read_bytes())
-            beat, reaches, member = content["beat"], content["reaches"] == self.me.id, Member.parse(content["member"])
+            sign = _SIGN.validate_json(self._path(id).read_bytes())
         except FileNotFoundError:
             with self._lock:
                 self._sightings.pop(id, None)
             return
-        except (OSError, ValueError, TypeError, KeyError):
+        except (OSError, ValidationError):
             return  # no news
         with self._lock:
             sighting = self._sightings.get(id)
             if sighting is None:
-                self._sightings[id] = _Sighting(member, beat, now, now)
-            elif beat != sighting.beat:
-                sighting.beat, sighting.alive_at = beat, now
-                if reaches:
+                self._sightings[id] = _Sighting(sign.member, sign.beat, now, now)
+            elif sign.beat != sighting.beat:
+                sighting.beat, sighting.alive_at = sign.beat, now
+                if sign.reaches == self.me.id:
                     sighting.reached_at = now
 
     def _is_over(self, last: float) -> bool:

@@ -1,7 +1,7 @@
 """Trains a run on nodes that come and go: one generation after the other."""
 
 import time
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
@@ -9,13 +9,12 @@ from pathlib import Path
 from maskmoe.command_line.run_tool import EXIT_BAD_INPUT
 from maskmoe.errors import UserError
 from maskmoe.files.wording import counted
-from maskmoe.launch.command import run_flags
 from maskmoe.launch.devices import find_devices
 from maskmoe.launch.elastic.generation import Generation, Generations, leading_member
 from maskmoe.launch.elastic.layout import LayoutChooser, describe_changes
 from maskmoe.launch.elastic.membership import Member, Membership
 from maskmoe.launch.journal import Journal, Kind
-from maskmoe.launch.model_file import Flags, ModelFile, override, split_flags
+from maskmoe.launch.model_file import Flags, ModelFile, override
 from maskmoe.launch.network import connection_error, listen
 from maskmoe.launch.node_run import NodeRun, check, say
 from maskmoe.launch.options import DEFAULT_PORT, Options
@@ -47,7 +46,7 @@ class ElasticRun:
 
     def __init__(self, options: Options, model: ModelFile, processes: int) -> None:
         self._options = options
-        self._chooser = layout_chooser(options, model, _passes_check)
+        self._chooser = LayoutChooser(options, model, _passes_check)
         self._journal = Journal(options.run_dir)
         self._supervisor = Supervisor(options.shutdown_timeout)
         folder = options.run_dir / FOLDER
@@ -156,20 +155,20 @@ class ElasticRun:
             return None
         if not self._chooser.count(_ranks_of(ready)):
             return None
-        choice = self._chooser.choose(_ranks_of(ready))
+        nodes, flags = self._chooser.choose(_ranks_of(ready))
         if self._supervisor.is_stopped:
             return None
         # The number follows the generation that this choice is based on. If another launcher has written a generation
         # meanwhile, this one cannot be written.
         number = (running.number if running is not None else self._ended_before or 0) + 1
-        generation = Generation(number, tuple(ready[: choice.nodes]), _free_port(), choice.flags)
+        generation = Generation(number, tuple(ready[:nodes]), _free_port(), flags)
         if not self._generations.write(generation):
             return None
         hosts = _hosts_of(generation.members)
-        text = f"training on {counted(choice.nodes, 'node')} ({hosts}), {counted(generation.ranks, 'rank')}"
+        text = f"training on {counted(nodes, 'node')} ({hosts}), {counted(generation.ranks, 'rank')}"
         if running is not None and (changes := describe_changes(running.flags, generation.flags)):
             text += f"; {changes}"
-        self._report(text, nodes=choice.nodes, ranks=generation.ranks)
+        self._report(text, nodes=nodes, ranks=generation.ranks)
         return generation
 
     def _give_up(self) -> int:
@@ -311,27 +310,6 @@ class ElasticRun:
         return self._supervisor.is_stopped
 
 
-def layout_chooser(options: Options, model: ModelFile, check: Callable[[Flags, int], bool]) -> LayoutChooser:
-    """Return what chooses the layouts of an elastic run.
-
-    Args:
-        options: the launcher's options.
-        model: the model file.
-        check: returns whether a run with some flags on a number of ranks may start.
-
-    Raises:
-        UserError: the run saves no checkpoints, from which another set of nodes could continue.
-    """
-    user_flags = split_flags(options.flags)
-
-    def complete(flags: Flags) -> Flags:
-        return run_flags(options, flags, user_flags)
-
-    if "save-interval" not in complete(model.flags):
-        raise UserError(f"--nodes {options.nodes} needs --save-interval, because the run continues from checkpoints")
-    return LayoutChooser(model, options.nodes, complete, check)
-
-
 def first_node_run(options: Options, model: ModelFile, processes: int) -> NodeRun:
     """Return the run of the first node when all nodes are there, as if this node were the first.
 
@@ -346,33 +324,11 @@ def first_node_run(options: Options, model: ModelFile, processes: int) -> NodeRu
     Raises:
         UserError: the run saves no checkpoints, or no number of nodes has a layout.
     """
-    choice = layout_chooser(options, model, lambda _flags, _ranks: True).choose([processes] * options.nodes.most)
+    chooser = LayoutChooser(options, model, lambda _flags, _ranks: True)
+    nodes, flags = chooser.choose([processes] * options.nodes.most)
     name, endpoint = f"{options.rendezvous_id}.1", (options.address, DEFAULT_PORT)
-    meeting = replace(options.meeting, nodes=choice.nodes, node_rank=0, endpoint=endpoint, name=name)
-    return NodeRun(options, meeting, choice.flags, processes, choice.nodes * processes)
-
-
-def check_node_counts(options: Options, model: ModelFile, processes: int) -> int:
-    """Check an elastic run for each number of nodes, and print the report for the largest; return the exit code.
-
-    Args:
-        options: the launcher's options.
-        model: the model file.
-        processes: the number of ranks of each node.
-    """
-    chooser = layout_chooser(options, model, lambda _flags, _ranks: True)
-    worst = 0
-    for number in range(options.nodes.most, options.nodes.least - 1, -1):
-        trained = chooser.count([processes] * number)
-        if trained != number:
-            print(f"note: {counted(number, 'node')}: " + (f"{trained} of them train" if trained else "no layout"))
-            continue
-        flags = chooser.choose([processes] * number).flags
-        code = check(flags, number * processes, shows_report=number == options.nodes.most)
-        verdict = "errors found" if code else "no errors found"
-        print(f"note: {counted(number, 'node')}, {counted(number * processes, 'rank')}: {verdict}", flush=True)
-        worst = worst or code
-    return worst
+    meeting = replace(options.meeting, nodes=nodes, node_rank=0, endpoint=endpoint, name=name)
+    return NodeRun(options, meeting, flags, processes, nodes * processes)
 
 
 def _passes_check(flags: Flags, ranks: int) -> bool:
