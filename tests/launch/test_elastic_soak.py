@@ -1,4 +1,4 @@
-"""A run on three hosts, with a hundred faults of four kinds, logs the losses of an undisturbed run.
+"""A run on three hosts, with a hundred faults of six kinds, logs the losses of an undisturbed run.
 
 The environment variable SOAK_FAULTS sets the number of faults, SOAK_SEED their kinds and times. The test needs root and
 the command `ip`, because its hosts have networks of their own.
@@ -12,6 +12,7 @@ import signal
 import statistics
 import subprocess
 import time
+from collections.abc import Iterator
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -23,7 +24,9 @@ from support.paths import ROOT
 from support.runs import read_scalars
 from support.training import SETTINGS, Workplace
 
-from maskmoe.checkpoint.series import finished_iterations
+from maskmoe.checkpoint.integrity import check_content
+from maskmoe.checkpoint.series import checkpoint_path, finished_iterations
+from maskmoe.errors import UserError
 from maskmoe.processes.interruption import EXIT_HANG, EXIT_REQUEUE
 
 FAULTS = int(os.environ.get("SOAK_FAULTS", "100"))
@@ -42,6 +45,7 @@ FLAGS = f"""
     --global-batch-size 12 --lr 1e-5 --min-lr 1e-5
 """
 TOLERANCE = 1e-3
+CHECKPOINTS_MIB = 48
 # In seconds.
 NODE_TIMEOUT = 10
 ABSENCE = 25.0
@@ -136,6 +140,10 @@ class Soak:
         elif kind == "a link":
             self._network.cut(host.name)
             self._due[host.name] = (time.monotonic() + self._choice.uniform(0, ABSENCE), kind)
+        elif kind == "a full disk":
+            return self._fill_the_disk()
+        elif kind == "a damaged checkpoint":
+            return self._damage_a_checkpoint() and self._kill_a_rank()
         else:
             self._terminate(host)
         return True
@@ -160,6 +168,35 @@ class Soak:
                 self._choice.choice(ranks).kill()
         return bool(ranks)
 
+    def _fill_the_disk(self) -> bool:
+        """Fill the disk of the checkpoints until a save fails, or for some seconds."""
+        failures = self.output.count("cannot save a checkpoint")
+        ballast = self._run_dir / "checkpoints" / "ballast"
+        try:
+            with suppress(OSError), open(ballast, "wb", buffering=0) as stream:
+                while True:
+                    stream.write(bytes(1 << 16))
+            begin = time.monotonic()
+            while self.output.count("cannot save a checkpoint") == failures and time.monotonic() - begin < ABSENCE:
+                self._pass(0.2)
+        finally:
+            ballast.unlink()
+        return self.output.count("cannot save a checkpoint") > failures
+
+    def _damage_a_checkpoint(self) -> bool:
+        """Flip a bit of a file of the newest checkpoint, if an older sound one is left."""
+        save = self._run_dir / "checkpoints"
+        try:
+            newest, older, *_ = (checkpoint_path(save, iteration) for iteration in finished_iterations(save))
+            check_content(older)
+            path = self._choice.choice(sorted(newest.glob("*.distcp")))
+            content = bytearray(path.read_bytes())
+            content[self._choice.randrange(len(content))] ^= 1
+            path.write_bytes(content)
+        except (OSError, UserError, ValueError, IndexError):
+            return False
+        return True
+
     def _terminate(self, host: Host) -> None:
         """Send SIGTERM to the launcher of a host."""
         entered = psutil.Process(self._launchers[host.name].pid)
@@ -182,10 +219,19 @@ def model(tmp_path) -> Path:
     return path
 
 
+@pytest.fixture
+def run_dir(tmp_path) -> Iterator[Path]:
+    """Return a run folder whose checkpoints are on a small disk."""
+    save = tmp_path / "soaked" / "checkpoints"
+    save.mkdir(parents=True)
+    subprocess.run(["mount", "-t", "tmpfs", "-o", f"size={CHECKPOINTS_MIB}m", "tmpfs", save], check=True)
+    yield save.parent
+    subprocess.run(["umount", "--lazy", save], check=True)
+
+
 @pytest.mark.slow
 @pytest.mark.timeout(4 * 3600)
-def test_random_faults(tmp_path, model):
-    run_dir = tmp_path / "soaked"
+def test_random_faults(tmp_path, model, run_dir):
     workplace = Workplace(tmp_path)
     script = [str(ROOT / "launch" / "pretrain.sh")]
     paths = ["--data-path", workplace.folder / "data", "--routing-mask", workplace.folder / "mask.safetensors"]
@@ -198,7 +244,7 @@ def test_random_faults(tmp_path, model):
     options = ["--nodes", "1:3", "--gpus-per-node", "1", "--node-timeout", str(NODE_TIMEOUT), "--max-restarts", "2"]
     options += ["--shutdown-timeout", "20", "--rendezvous-timeout", "120", "--run-dir", str(run_dir)]
     hang = ["--hang-timeout", "30", "--distributed-timeout-minutes", "1"]
-    kinds = ("a rank", "a node", "a link", "SIGTERM")
+    kinds = ("a rank", "a node", "a link", "a full disk", "a damaged checkpoint", "SIGTERM")
     counts = dict.fromkeys(kinds, 0)
     with running_network(HOSTS, tmp_path) as network:
         soak = Soak(network, run_dir, [*script, *options, *ends, *hang], choice)

@@ -63,8 +63,8 @@ def folder(tmp_path_factory) -> Path:
 def train(folder) -> Callable[..., dict[int, float]]:
     """Run `launch/pretrain.sh` on a small model, and return the losses of all runs in its folder."""
 
-    def train(model: str, run: str, flags: str, processes: int, check: str = "--no-check") -> dict[int, float]:
-        options = f"{check} --gpus-per-node {processes} --run-dir {run} {model}.yaml"
+    def train(model: str, run: str, flags: str, processes: int) -> dict[int, float]:
+        options = f"--gpus-per-node {processes} --run-dir {run} {model}.yaml"
         words = shlex.split(f"{options} {SMALLER} {MODELS[model]} {flags}")
         with Launch([ROOT / "launch" / "pretrain.sh", *words], folder, folder / run, {}) as launch:
             assert launch.wait() == 0, launch.output[-4000:]
@@ -85,7 +85,7 @@ def test_deepseek_v3_trains(train) -> None:
 @pytest.mark.slow
 @pytest.mark.parametrize("model", MODELS)
 def test_model_is_trained_resumed_evaluated_and_continued(model, train, folder) -> None:
-    undisturbed = train(model, f"{model}-whole", "--expert-model-parallel-size 2", 2, check="")
+    undisturbed = train(model, f"{model}-whole", "--expert-model-parallel-size 2", 2)
     train(model, model, "--expert-model-parallel-size 2 --exit-interval 4", 2)
     losses = train(model, model, LAYOUTS[model], 2)
     assert list(losses) == list(range(1, 9))
