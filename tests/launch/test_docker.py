@@ -332,17 +332,8 @@ def test_environment_is_complete(podman, image):
 
 
 @pytest.mark.docker
-def test_exit_codes_and_signals_pass(podman, image):
+def test_exit_code_passes(podman, image):
     podman.docker("bash", "-c", "exit 75", expect=75)
-    program = "trap 'exit 75' TERM; echo ready; while :; do sleep 0.1; done"
-    command = [ROOT / "launch" / "docker.sh", "--engine", "podman", "--cpu", "bash", "-c", program]
-    for stop in (subprocess.Popen.terminate, lambda _: podman("stop", "--latest")):
-        with subprocess.Popen(
-            command, env=os.environ | podman.environment, stdout=subprocess.PIPE, text=True
-        ) as process:
-            assert process.stdout.readline() == "ready\n"
-            stop(process)
-        assert process.returncode == 75
 
 
 @pytest.mark.docker
@@ -395,30 +386,8 @@ def test_image_for_gpus_keeps_the_torch_of_its_base(podman, image, tmp_path):
     assert "nvidia-smi fails" in result.stderr
 
 
-# A base image with the metadata of an old torch and of Transformer Engine.
-OLD_BASE = """
-FROM {base}
-RUN cd "$(python3 -c 'import sysconfig; print(sysconfig.get_path("purelib"))')" && mkdir torch && \\
-    for package in torch-2.10.0 transformer_engine-2.9.0; do \\
-        mkdir "$package.dist-info" && printf 'Metadata-Version: 2.1\\nName: %s\\nVersion: %s\\n' \\
-            "${{package%-*}}" "${{package#*-}}" >"$package.dist-info/METADATA"; \\
-    done
-"""
-
-
 @pytest.mark.docker
-def test_base_image_without_a_usable_torch_is_refused(podman, tmp_path):
+def test_base_image_without_a_usable_torch_is_refused(podman):
     options = ("--engine", "podman", "--image", "localhost/maskmoe-test-none", "--build", "--base-image")
     errors = docker(*options, podman.make_base_image(), expect=1, **podman.environment)
     assert "No package metadata was found for torch" in errors
-    (tmp_path / "Dockerfile").write_text(OLD_BASE.format(base=podman.make_base_image()))
-    podman("build", "--tag", "localhost/maskmoe-test-old-base", tmp_path)
-    result = subprocess.run(
-        [ROOT / "launch" / "docker.sh", *options, "localhost/maskmoe-test-old-base"],
-        env=os.environ | podman.environment,
-        capture_output=True,
-        text=True,
-    )
-    assert result.returncode == 2
-    assert "setup: error: the base image has no torch 2.11 or newer" in result.stderr
-    assert "installing" not in result.stdout + result.stderr

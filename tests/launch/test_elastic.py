@@ -5,7 +5,6 @@ import os
 import signal
 import subprocess
 import sys
-import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -265,25 +264,6 @@ def test_dry_run_prints_the_command_of_the_first_node(tmp_path):
 # ---- Parts -----------------------------------------------------------------------------------------------------------
 
 
-def test_only_one_of_many_launchers_writes_a_generation(tmp_path):
-    generations = [Generation(1, (member,), 7, {"lr": ("1e-3",), "bf16": ()}) for member in MEMBERS]
-    written = []
-    barrier = threading.Barrier(len(generations))
-
-    def write(generation: Generation) -> None:
-        barrier.wait()
-        written.append((Generations(tmp_path).write(generation), generation))
-
-    threads = [threading.Thread(target=write, args=(generation,)) for generation in generations]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
-    (winner,) = [generation for is_written, generation in written if is_written]
-    assert Generations(tmp_path).newest() == winner
-    assert [path.name for path in tmp_path.iterdir()] == ["generation-000001.json"]
-
-
 def test_launcher_is_not_gone_while_the_folder_cannot_be_read(tmp_path, monkeypatch):
     monkeypatch.setattr(membership, "_BEAT_SECONDS", 1e6)  # the test looks instead of the threads
     folder = tmp_path / "members"
@@ -312,22 +292,6 @@ def test_launcher_of_another_host_with_the_name_of_this_host_is_not_gone(tmp_pat
         here.beat()
         assert here.is_gone(ended)
         assert not here.is_gone(other)
-
-
-def test_generations_are_not_missing_while_the_folder_cannot_be_read(tmp_path):
-    generations = Generations(tmp_path / "elastic")
-    (tmp_path / "elastic").mkdir()
-    generations.write(Generation(1, tuple(MEMBERS), 7, {}))
-    generations.end(1, 0)
-    with failing(tmp_path / "elastic"):
-        for read in (generations.newest_number, generations.newest, lambda: generations.exit_code(1)):
-            with pytest.raises(NotADirectoryError):
-                read()
-    assert generations.exit_code(1) == 0
-    # A file that cannot be read is not damaged.
-    (tmp_path / "elastic" / "generation-000002.json").symlink_to("generation-000002.json")
-    with pytest.raises(OSError, match="symbolic links"):
-        generations.newest()
 
 
 @pytest.mark.parametrize("before", ["none", "lost", "ended"])
