@@ -7,5 +7,8 @@ unset CDPATH
 
 root=$(cd -- "$(dirname -- "${BASH_SOURCE[0]}")/.." && pwd -P)
 python=$root/.venv/bin/python
-[[ -x $python ]] || python=python3
+[[ -x $python ]] || python=$(type -P python3) || {
+    echo "error: MaskMoE is not installed: run launch/setup.sh first" >&2
+    exit 2
+}
 exec "$python" -P "$root/launch/run_checkout.py" pretrain "$@"

@@ -7,7 +7,6 @@ from pathlib import Path
 
 from maskmoe.launch.command import run_flags
 from maskmoe.launch.devices import find_devices
-from maskmoe.launch.elastic.run import ElasticRun, first_node_run
 from maskmoe.launch.model_file import ModelFile, split_flags
 from maskmoe.launch.network import wait_for
 from maskmoe.launch.node_run import NodeRun, check
@@ -32,10 +31,15 @@ def launch(program: str, arguments: Sequence[str]) -> None:
     options = parse_options(program, arguments, os.environ)
     model = ModelFile.read(options.model, {**os.environ, "RUN_DIR": str(options.run_dir)})
     processes = options.gpus_per_node or find_devices().num_gpus or 1
-    if options.nodes.is_elastic and not (options.dry_run or options.check_only):
-        sys.exit(ElasticRun(options, model, processes).run())
-    describe_run = first_node_run if options.nodes.is_elastic else _fixed_run
-    run = describe_run(options, model, processes)
+    if options.nodes.is_elastic:
+        # A run whose nodes stay the same reads none of this code.
+        from maskmoe.launch.elastic.run import ElasticRun, first_node_run
+
+        if not (options.dry_run or options.check_only):
+            sys.exit(ElasticRun(options, model, processes).run())
+        run = first_node_run(options, model, processes)
+    else:
+        run = _fixed_run(options, model, processes)
     if options.check_only:
         sys.exit(check(run.flags, run.ranks))
     if options.dry_run:
