@@ -9,8 +9,6 @@ import sys
 from pathlib import Path
 
 import pytest
-from hypothesis import given
-from hypothesis import strategies as st
 from support.paths import ROOT
 
 from maskmoe.command_line.build_routing_mask import parse_arguments
@@ -248,15 +246,3 @@ def test_check_of_a_file_whose_layouts_do_not_fit_reports_the_smallest(tmp_path,
 def test_missing_model_file_is_refused(tmp_path):
     with pytest.raises(UserError, match=r"the model file .*/nowhere.yaml does not exist"):
         ModelFile.read(tmp_path / "nowhere.yaml", {})
-
-
-@given(st.binary(max_size=200))
-def test_any_bytes_are_read_or_refused_in_one_line(tmp_path_factory, content):
-    path = tmp_path_factory.getbasetemp() / "any.yaml"
-    path.write_bytes(content)
-    error = ""
-    try:
-        ModelFile.read(path, {})
-    except UserError as refusal:
-        error = str(refusal)
-    assert "\n" not in error

@@ -16,7 +16,6 @@ from support.runs import free_port, read_losses
 
 from maskmoe.checkpoint.series import read_tracker
 from maskmoe.data.indexed_dataset import optimal_dtype
-from maskmoe.launch.command import ENTRY_POINT_ENVIRONMENT, entry_point, standalone_command
 from maskmoe.launch.journal import Kind, read_journal
 from maskmoe.processes.interruption import EXIT_REQUEUE
 from maskmoe.routing_mask.assignment import MaskRecipe
@@ -186,28 +185,6 @@ def test_hybrid_twin_has_the_losses_of_the_laptop_model(start, undisturbed):
     with start("hybrid", model=HYBRID_LAPTOP) as launch:
         assert launch.wait() == 0, launch.output[-4000:]
     assert read_losses(launch.run_dir) == undisturbed
-
-
-@pytest.mark.slow
-def test_model_without_experts(start, folder):
-    """A dense model is trained, interrupted, resumed and evaluated, without a mask."""
-    dense = """
-        --num-experts false --moe-ffn-hidden-size false --moe-router-topk false --moe-router-pre-softmax false
-        --moe-router-load-balancing-type false --moe-aux-loss-coeff false --ffn-hidden-size 64
-    """
-    with start("dense", flags=f"{dense} --exit-interval 7", processes=1) as launch:
-        assert launch.wait() == 0, launch.output[-4000:]
-    with start("dense", flags=dense, processes=1) as again:
-        assert again.wait() == 0, again.output[-4000:]
-    curve = read_losses(launch.run_dir)
-    assert list(curve) == list(range(1, ITERATIONS + 1))
-    assert curve[ITERATIONS] < curve[1] - 0.5
-    flags = f"--load {launch.checkpoints} --use-checkpoint-args --data-path data --split 90,10,0"
-    flags += f" --tokenizer-type NullTokenizer --vocab-size {VOCAB_SIZE} --eval-output dense.json"
-    command = standalone_command(1, entry_point("evaluate"), flags.split())
-    with Launch(command, folder, folder / "dense", ENTRY_POINT_ENVIRONMENT) as evaluation:
-        assert evaluation.wait() == 0, evaluation.output[-4000:]
-    assert (folder / "dense.json").exists()
 
 
 @pytest.mark.parametrize(
