@@ -8,6 +8,7 @@ from contextlib import suppress
 from maskmoe.launch.command import entry_point
 from maskmoe.launch.entry_point import run_entry_point
 from maskmoe.launch.launcher import launch
+from maskmoe.launch.options import only_launcher_has
 
 _SUFFIXES = (".yaml", ".yml")
 _HELP_FLAGS = {"-h", "--help"}
@@ -31,8 +32,8 @@ def main() -> None:
 def has_flags_only(words: Sequence[str]) -> bool:
     """Return whether a command line gives Megatron's flags without a model file.
 
-    The name of a model file ends in `.yaml` or `.yml`, and every command line without one begins with a flag.
+    The name of a model file ends in `.yaml` or `.yml`. A command line without one begins with a flag of training.
     """
-    if not words or not words[0].startswith("--"):
+    if not words or not words[0].startswith("--") or only_launcher_has(words[0].partition("=")[0]):
         return False
     return not any(word.endswith(_SUFFIXES) for word in words if not word.startswith("-"))

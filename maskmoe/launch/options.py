@@ -104,6 +104,11 @@ _OPTIONS_OF_TRAINING = frozenset(("--verbose", "--help", "-h"))
 """Options of the launcher that training has, too, so that they may follow the model file."""
 
 
+def only_launcher_has(flag: str) -> bool:
+    """Return whether a flag is an option of the launcher that training does not have."""
+    return flag in _parser("", {}).option_names() - _OPTIONS_OF_TRAINING - {"--check"}
+
+
 def parse_options(program: str, arguments: Sequence[str], environment: Mapping[str, str]) -> Options:
     """Parse the launcher's options.
 

@@ -377,7 +377,7 @@ def test_rank_without_a_launcher(workshop, command, monkeypatch):
 
 def test_file_in_first_place_that_cannot_be_used(workshop):
     commands = {
-        "launch --dry-run": BAD_PATHS[FILE],
+        "pretrain --dry-run": BAD_PATHS[FILE],
         "check": BAD_PATHS[FILE],
         "compare --run-dir OUT": BAD_PATHS[FILE],
         "convert inspect": BAD_PATHS[FOLDER],

@@ -94,6 +94,7 @@ def test_help_and_check_need_no_ranks(run_stub, flag):
         ("--check 8 --lr 1", True),
         ("--check model.yaml", False),
         ("--nodes 2 models/model.yml --lr 1", False),
+        ("--dry-run model", False),
         ("model", False),
         ("", False),
     ],
