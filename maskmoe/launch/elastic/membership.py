@@ -63,7 +63,7 @@ _SIGN = TypeAdapter(_Sign)
 
 @dataclass
 class _Sighting:
-    """What this launcher has seen of another one.
+    """The signs of life that this launcher has seen of another one.
 
     Attributes:
         member: the other launcher.
@@ -134,8 +134,10 @@ class Membership:
 
     def is_cut_off(self, member: Member) -> bool:
         """Return whether the node of a launcher does not reach this node, which leads, or its launcher is gone."""
-        if member == self.me or self.is_gone(member):
-            return member != self.me
+        if member == self.me:
+            return False
+        if self.is_gone(member):
+            return True
         with self._lock:
             sighting = self._sightings.get(member.id)
         # A launcher needs some time until it reports that it reaches a new leader.
@@ -167,7 +169,7 @@ class Membership:
         Raises:
             OSError: the folder cannot be used. All launchers count as before.
         """
-        # Accept the connections by which other launchers have found out that they reach this one.
+        # Accept the connections of other launchers, which find out whether they reach this one.
         with suppress(BlockingIOError):
             while True:
                 self._listener.accept()[0].close()
