@@ -12,5 +12,4 @@ if [[ ! -e $root/.venv/maskmoe-setup ]] && python3 -P -c 'import maskmoe, transf
 else
     "$root/launch/setup.sh" --extras hf
 fi
-"$python" -P "$root/launch/check_checkout.py" "$root"
-exec "$python" -P -m maskmoe compare "$@"
+exec "$python" -P "$root/launch/run_checkout.py" compare "$@"

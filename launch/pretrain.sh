@@ -7,10 +7,8 @@ unset CDPATH
 
 root=$(cd -- "$(dirname -- "${BASH_SOURCE[0]}")/.." && pwd -P)
 python=$root/.venv/bin/python
-[[ -x $python ]] || python=$(type -P python3 || true)
-if ! "${python:-false}" -P -c 'import maskmoe' 2>/dev/null; then
+[[ -x $python ]] || python=$(type -P python3) || {
     echo "error: MaskMoE is not installed: run launch/setup.sh first" >&2
     exit 2
-fi
-"$python" -P "$root/launch/check_checkout.py" "$root"
-exec "$python" -P -m maskmoe.launch "$@"
+}
+exec "$python" -P "$root/launch/run_checkout.py" pretrain "$@"

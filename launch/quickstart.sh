@@ -30,5 +30,4 @@ for argument in "$@"; do
 done
 
 "$root/launch/setup.sh" --extras hf
-"$root/.venv/bin/python" -P "$root/launch/check_checkout.py" "$root"
-exec "$root/.venv/bin/python" -P -m maskmoe quickstart "$@"
+exec "$root/.venv/bin/python" -P "$root/launch/run_checkout.py" quickstart "$@"

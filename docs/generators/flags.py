@@ -45,6 +45,8 @@ def section(subcommand: Subcommand) -> str:
         parser = argparse.ArgumentParser(add_help=False)
         for provider in providers:
             provider(parser)
+        if subcommand.name == "pretrain":
+            parts += ["With a model file:", flag_table(parser_of(subcommand)), "Flags of training:"]
         parts.append(flag_table(parser, first_rows=[PROCESSES]))
     else:
         parser = parser_of(subcommand)

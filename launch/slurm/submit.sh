@@ -17,7 +17,8 @@ Submits launch/slurm/pretrain.sbatch, which trains MODEL.yaml on the nodes of a 
   --train-nodes, --no-node-check, --max-requeues, --container, --image, --mount, --port, --address, --then
                  see launch/slurm/pretrain.sbatch --help
 
-All other options are passed to sbatch; write them as --option=value. For example:
+These options are written as --option value or --option=value. All other options are passed to sbatch; write them as
+--option=value. For example:
   launch/slurm/submit.sh --nodes=4 --exclusive --gpus-per-node=8 --time=24:00:00 -- launch/models/laptop.yaml --lr 1e-3
   launch/slurm/submit.sh --array=1-3 --run-dir runs/seed-%a -- launch/models/laptop.yaml --seed %a
   launch/slurm/submit.sh --dependency=afterok:1234 … (waits for job 1234)
@@ -33,6 +34,13 @@ fail() {
 
 run_dir='' chain='' elastic='' dry_run=false script_options=(--root "$root") sbatch=()
 while (($#)) && [[ $1 != -- ]]; do
+    # The script's own options take --option=value and --option value.
+    case $1 in
+        --run-dir=* | --chain=* | --train-nodes=* | --max-requeues=* | --container=* | --image=* | --mount=* | \
+            --port=* | --address=* | --then=*)
+            set -- "${1%%=*}" "${1#*=}" "${@:2}"
+            ;;
+    esac
     case $1 in
         --dry-run) dry_run=true ;;
         --no-node-check) script_options+=("$1") ;;

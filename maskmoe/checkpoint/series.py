@@ -257,7 +257,11 @@ def remove_unfinished_checkpoints(folder: str | Path) -> None:
 
 
 def remove_old_checkpoints(
-    folder: str | Path, keep: int | None, retain_interval: int | None = None, newest: int | None = None
+    folder: str | Path,
+    keep: int | None,
+    retain_interval: int | None = None,
+    newest: int | None = None,
+    is_dry_run: bool = False,
 ) -> list[Path]:
     """Remove all checkpoints that are older than the newest `keep` sound checkpoints.
 
@@ -267,6 +271,7 @@ def remove_old_checkpoints(
         retain_interval: Megatron's `--save-retain-interval`; checkpoints at multiples of this iteration stay, too.
         newest: the newest iteration of the run. Later checkpoints were rejected on loading, or the run has gone back
             beyond them, so they neither count nor are removed. None counts all checkpoints.
+        is_dry_run: whether to remove nothing.
 
     Returns:
         the checkpoints that should be gone; a folder that could not be removed completely is still there.
@@ -284,6 +289,6 @@ def remove_old_checkpoints(
                 kept += 1
         elif not (retain_interval and iteration % retain_interval == 0) and not checkpoint.is_symlink():
             old.append(checkpoint)
-    for checkpoint in old:
+    for checkpoint in () if is_dry_run else old:
         shutil.rmtree(checkpoint, ignore_errors=True)
     return old

@@ -1,8 +1,39 @@
-"""`maskmoe pretrain`: pretrains a model from Megatron's flags."""
+"""`maskmoe pretrain`: pretrains the model of a model file on one node or many, or from Megatron's flags alone."""
 
+import os
+import sys
+from collections.abc import Sequence
+from contextlib import suppress
+
+from maskmoe.launch.command import entry_point
 from maskmoe.launch.entry_point import run_entry_point
+from maskmoe.launch.launcher import launch
+from maskmoe.launch.options import only_launcher_has
+
+_SUFFIXES = (".yaml", ".yml")
+_HELP_FLAGS = {"-h", "--help"}
 
 
 def main() -> None:
-    """Run `maskmoe.training.pretrain` on this machine's GPUs, or as the rank that this process already is."""
-    run_entry_point("maskmoe.training.pretrain", saves_checkpoints=True)
+    """Launch the model file that `sys.argv` names; without one, train with Megatron's flags on this machine."""
+    words = sys.argv[1:]
+    if _HELP_FLAGS.intersection(words) and "RANK" not in os.environ:
+        # First the options of the launcher, then the flags of training.
+        with suppress(SystemExit):
+            launch("maskmoe pretrain", ["--help"])
+        sys.stdout.flush()
+        sys.argv[1:] = ["--help"]
+        run_entry_point(entry_point("pretrain"), saves_checkpoints=True)
+    if "RANK" in os.environ or has_flags_only(words):
+        run_entry_point(entry_point("pretrain"), saves_checkpoints=True)
+    launch("maskmoe pretrain", words)
+
+
+def has_flags_only(words: Sequence[str]) -> bool:
+    """Return whether a command line gives Megatron's flags without a model file.
+
+    The name of a model file ends in `.yaml` or `.yml`. A command line without one begins with a flag of training.
+    """
+    if not words or not words[0].startswith("--") or only_launcher_has(words[0].partition("=")[0]):
+        return False
+    return not any(word.endswith(_SUFFIXES) for word in words if not word.startswith("-"))

@@ -32,10 +32,11 @@ SUBCOMMANDS = (
     Subcommand(
         "mask widen", "maskmoe.command_line.widen_routing_mask", "let frequent ids of a routing mask see more experts"
     ),
-    Subcommand("pretrain", "maskmoe.command_line.pretrain", "pretrain a model from Megatron's flags"),
+    Subcommand(
+        "pretrain", "maskmoe.command_line.pretrain", "pretrain a model file, or from Megatron's flags, with restarts"
+    ),
     Subcommand("evaluate", "maskmoe.command_line.evaluate", "compute a checkpoint's loss by token frequency"),
     Subcommand("generate", "maskmoe.command_line.generate", "generate text from a Megatron checkpoint"),
-    Subcommand("launch", "maskmoe.command_line.launch", "pretrain a model file on one node or many, with restarts"),
     Subcommand("check", "maskmoe.command_line.check", "check a model file's settings and show what the run needs"),
     Subcommand("status", "maskmoe.command_line.status", "show whether and how a run works, from its run folder"),
     Subcommand(
@@ -46,7 +47,7 @@ SUBCOMMANDS = (
     ),
     Subcommand("analyze", "maskmoe.command_line.analyze_routing", "show how checkpoints route a text to experts"),
     Subcommand("simulate", "maskmoe.command_line.simulate_dispatch", "predict the cost of dispatch on many GPUs"),
-    Subcommand("thin", "maskmoe.command_line.thin_checkpoints", "delete the old checkpoints of a finished run"),
+    Subcommand("prune", "maskmoe.command_line.prune_checkpoints", "delete the old checkpoints of a finished run"),
     Subcommand(
         "quickstart", "maskmoe.command_line.quickstart", "go from raw text to an exported model on this machine"
     ),

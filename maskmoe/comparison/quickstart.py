@@ -13,7 +13,7 @@ from maskmoe.comparison.held_out import choose_split, opening_of_held_out_text
 from maskmoe.comparison.run import OWN_TEXT, Run
 from maskmoe.comparison.stage import Stage, maskmoe_command
 from maskmoe.comparison.suite import Suite, Variant
-from maskmoe.launch.command import standalone_command
+from maskmoe.launch.command import entry_point, standalone_command
 from maskmoe.launch.devices import Devices
 from maskmoe.launch.model_file import Flags, flag_words, override
 
@@ -135,7 +135,7 @@ class Quickstart:
         run = self.run
         folders = {"save": run.checkpoints, "load": run.checkpoints, "tensorboard_dir": run.tensorboard}
         words = (*flag_words({**run.flags(), **_flags(folders)}), *self.devices.megatron_flags)
-        command = standalone_command(self.devices.num_processes, "maskmoe.training.pretrain", words)
+        command = standalone_command(self.devices.num_processes, entry_point("pretrain"), words)
         inputs = (run.routing_mask, *self.data.files)
         return replace(run.training_stage(), command=command, inputs=inputs, environment=self.devices.environment)
 

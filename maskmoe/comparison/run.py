@@ -11,7 +11,7 @@ from maskmoe.comparison.stage import Stage, maskmoe_command
 from maskmoe.comparison.suite import Suite, Variant
 from maskmoe.errors import UserError
 from maskmoe.files.outputs import atomic_output
-from maskmoe.launch.command import entry_point, standalone_command_of
+from maskmoe.launch.command import entry_point, standalone_command
 from maskmoe.launch.devices import Devices
 from maskmoe.launch.model_file import LAYOUTS, Flags, flag_words
 
@@ -158,8 +158,8 @@ class Run:
         return Stage("check", (*self._launch("--check"), "--json", *backend), (), self._inputs)
 
     def training_stage(self) -> Stage:
-        """Train the model by `maskmoe launch`, or resume its training."""
-        command = self._launch("--no-check")
+        """Train the model by `maskmoe pretrain`, or resume its training."""
+        command = self._launch()
         byproducts = (self.checkpoints, self.tensorboard)
         return Stage("train", command, (self.last_checkpoint,), self._inputs, byproducts, is_resumable=True)
 
@@ -183,7 +183,7 @@ class Run:
             "eval-output": (str(self.evaluation(text)),),
         }
         words = (*flag_words(flags), *self.devices.megatron_flags)
-        command = standalone_command_of(processes, entry_point("evaluate", self.variant.program), words)
+        command = standalone_command(processes, entry_point("evaluate", self.variant.program), words)
         inputs = (self.last_checkpoint, *self._inputs)
         return Stage(f"evaluate-{text}", command, (self.evaluation(text),), inputs, (), self.devices.environment)
 
@@ -199,7 +199,7 @@ class Run:
         return (self.model_file, *mask, *program, *self.data.files)
 
     def _launch(self, *options: str) -> tuple[str, ...]:
-        return maskmoe_command("launch", *options, "--run-dir", self.folder, self.model_file)
+        return maskmoe_command("pretrain", *options, "--run-dir", self.folder, self.model_file)
 
 
 def runs_of(suite: Suite, folder: Path, data: Dataset, devices: Devices) -> tuple[Run, ...]:

@@ -1,7 +1,10 @@
 """The launcher: starts a training run under torchrun, on one node or many.
 
-`options` reads the command line and the environment variables, `model_file` reads the YAML file, `command` builds
-torchrun's command line from both, `supervisor` runs the command, and `launcher` calls them in this order.
+`launcher` reads top to bottom: `options` reads the command line and the environment variables, `model_file` the YAML
+file, `command` builds torchrun's command line from both, and `node_run` runs one node's ranks by it, with `supervisor`
+as torchrun's parent. `elastic` starts the ranks again and again while nodes come and go.
+
 `entry_point` runs one entry point on this machine, without a model file. `ranks` is torchrun without its own report of
-failures, and `run_folder` finds the folder of a run.
+failures; it starts `meeting`, which says for which nodes torchrun waits. `run_folder` finds the folder of a run, and
+`journal` is what the launchers and the first rank write there.
 """

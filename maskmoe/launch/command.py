@@ -90,23 +90,16 @@ def torchrun_command(
 
 
 def standalone_command(
-    processes: int, module: str, arguments: Iterable[str] = (), options: Iterable[str] = ()
+    processes: int, entry: Iterable[str], arguments: Iterable[str] = (), options: Iterable[str] = ()
 ) -> tuple[str, ...]:
-    """Return the words that run a module as ranks on this machine alone.
+    """Return the words that run an entry point as ranks on this machine alone.
 
     Args:
         processes: the number of ranks.
-        module: the entry point, such as `maskmoe.training.pretrain`.
+        entry: what every rank runs, see `entry_point`.
         arguments: the entry point's arguments.
         options: further options of torchrun.
     """
-    return standalone_command_of(processes, ("-m", module), arguments, options)
-
-
-def standalone_command_of(
-    processes: int, entry: Iterable[str], arguments: Iterable[str] = (), options: Iterable[str] = ()
-) -> tuple[str, ...]:
-    """Return the words that run an entry point, see `entry_point`, as ranks on this machine alone."""
     return _torchrun_words(("--standalone", "--nproc-per-node", str(processes), *options), entry, arguments)
 
 
@@ -114,7 +107,7 @@ def entry_point(task: str, program: str = "") -> tuple[str, ...]:
     """Return the words that name what every rank runs.
 
     Args:
-        task: `pretrain` or `evaluate`.
+        task: `pretrain`, `evaluate` or `generate`.
         program: a Python file that runs instead of MaskMoE's entry point, with the task as its first argument; empty
             for MaskMoE's entry point.
     """

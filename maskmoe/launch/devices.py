@@ -19,9 +19,6 @@ _GPU_DEVICE_FILES = ("nvidia*", "nvhost-gpu", "nvgpu", "kfd", "dxg")
 GPU_ENVIRONMENT = {"CUDA_DEVICE_MAX_CONNECTIONS": "1"}
 """The environment variables that a training process on a GPU needs."""
 
-DEVICE_FLAGS = frozenset(word for word in (*_CPU_FLAGS, *_GPU_FLAGS) if word.startswith("--"))
-"""The names of all flags that `Devices.megatron_flags` can contain."""
-
 
 @dataclass(frozen=True)
 class Devices:

@@ -11,14 +11,13 @@ from maskmoe.errors import UserError
 from maskmoe.launch.command import ENTRY_POINT_ENVIRONMENT, Command, standalone_command, unset_variables
 from maskmoe.launch.devices import find_devices
 from maskmoe.launch.supervisor import Supervisor
-from maskmoe.training.inference.prompts import INTERACTIVE_FLAG
 
 _PROCESSES_FLAG = "--nproc-per-node"
 _SINGLE_PROCESS_FLAGS = ("-h", "--help", "--help-all", "--check")
 _SHUTDOWN_TIMEOUT = 600  # seconds for a last checkpoint after a signal
 
 
-def run_entry_point(module: str, saves_checkpoints: bool) -> NoReturn:
+def run_entry_point(entry: Sequence[str], saves_checkpoints: bool, forwards_interrupts: bool = False) -> NoReturn:
     """Run an entry point with the arguments of `sys.argv`, and exit with its exit code.
 
     If torchrun started this process, the process becomes the rank. Otherwise torchrun is started with one rank for each
@@ -26,8 +25,9 @@ def run_entry_point(module: str, saves_checkpoints: bool) -> NoReturn:
     `--check` need no ranks, so torchrun is not started for them.
 
     Args:
-        module: the entry point, such as `maskmoe.training.pretrain`.
+        entry: what every rank runs, see `maskmoe.launch.command.entry_point`.
         saves_checkpoints: whether the entry point saves a checkpoint when a signal stops it.
+        forwards_interrupts: whether Ctrl-C goes to the first rank and does not stop the run.
 
     Raises:
         UserError: `--nproc-per-node` has no valid value.
@@ -35,10 +35,10 @@ def run_entry_point(module: str, saves_checkpoints: bool) -> NoReturn:
     processes, arguments = split_processes(sys.argv[1:])
     if "RANK" in os.environ or any(word.partition("=")[0] in _SINGLE_PROCESS_FLAGS for word in arguments):
         # Replace this program: Megatron's helper processes import the main module, which must be the entry point.
-        os.execv(sys.executable, [sys.executable, "-P", "-u", "-m", module, *arguments])
+        os.execv(sys.executable, [sys.executable, "-P", "-u", *entry, *arguments])
     options = ("--local-addr", "127.0.0.1", "--shutdown-timeout", str(_SHUTDOWN_TIMEOUT))
-    words = standalone_command(processes or find_devices().num_gpus or 1, module, arguments, options)
-    supervisor = Supervisor(_SHUTDOWN_TIMEOUT, saves_checkpoints, forwards_interrupts=INTERACTIVE_FLAG in arguments)
+    words = standalone_command(processes or find_devices().num_gpus or 1, entry, arguments, options)
+    supervisor = Supervisor(_SHUTDOWN_TIMEOUT, saves_checkpoints, forwards_interrupts)
     sys.exit(supervisor.run(Command(words, unset_variables(ENTRY_POINT_ENVIRONMENT, os.environ))))
 
 

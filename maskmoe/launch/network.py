@@ -57,8 +57,17 @@ def listen(backlog: int | None = None) -> socket.socket:
     return socket.create_server(("", 0), family=family, backlog=backlog, dualstack_ipv6=dual)
 
 
+def connection_error(host: str, port: int) -> OSError | None:
+    """Try to connect to an address; return the error, or None if a process listens there."""
+    try:
+        socket.create_connection((host.strip("[]"), port), timeout=_CONNECT_TIMEOUT).close()
+    except OSError as error:
+        return error
+    return None
+
+
 def wait_for(host: str, port: int, timeout: float) -> None:
-    """Wait until a process listens at an address.
+    """Wait until node 0 listens at an address, and print that this node waits.
 
     Args:
         host: the host name or address.
@@ -66,17 +75,16 @@ def wait_for(host: str, port: int, timeout: float) -> None:
         timeout: the longest wait, in seconds.
 
     Raises:
-        UserError: no process listens at the address within the timeout.
+        UserError: node 0 does not listen at the address within the timeout.
     """
-    deadline = time.monotonic() + timeout
-    while True:
-        try:
-            socket.create_connection((host.strip("[]"), port), timeout=_CONNECT_TIMEOUT).close()
-            return
-        except OSError as error:
-            if time.monotonic() > deadline:
-                raise UserError(
-                    f"node 0 cannot be reached at {host}:{port} after {timeout:g} s ({error.strerror or error}): check "
-                    "that the run was started on node 0, and check --rendezvous"
-                ) from error
+    deadline, has_said = time.monotonic() + timeout, False
+    while error := connection_error(host, port):
+        if time.monotonic() > deadline:
+            raise UserError(
+                f"node 0 cannot be reached at {host}:{port} after {timeout:g} s ({error.strerror or error}): check "
+                "that the run was started on node 0, and check --rendezvous"
+            )
+        if not has_said:
+            print(f"launch: waiting for node 0 at {host}:{port}, at most {timeout:g} s", flush=True)
+            has_said = True
         time.sleep(_PAUSE)

@@ -39,21 +39,20 @@ class Meeting:
     Attributes:
         nodes: the number of nodes.
         node_rank: the number of this node, from 0; None if the run has one node and no number was given.
-        endpoint: host and port at which the nodes meet; a dry run may have a word in place of the port. None for a
-            single node without an endpoint.
+        endpoint: host and port at which the nodes meet; None for a single node without an endpoint.
         name: the name of the meeting, equal on all nodes.
         timeout: how long the nodes wait for each other, in seconds.
     """
 
     nodes: int
     node_rank: int | None
-    endpoint: tuple[str, int | str] | None
+    endpoint: tuple[str, int] | None
     name: str
     timeout: int
 
 
 class Options(argparse.Namespace):
-    """The launcher's options; `launch/pretrain.sh --help` describes them.
+    """The launcher's options; `maskmoe pretrain --help` describes them.
 
     Attributes:
         model: the model file.
@@ -69,7 +68,6 @@ class Options(argparse.Namespace):
         max_restarts: how often torchrun restarts failed ranks.
         shutdown_timeout: how long ranks may take for a last checkpoint, in seconds.
         run_dir: the run folder, as an absolute path.
-        checks: whether settings and files are checked before the start.
         check_only: whether to check only, and start nothing.
         dry_run: whether to print torchrun's command line only.
         verbose: whether everything that the ranks print goes to the console.
@@ -88,7 +86,6 @@ class Options(argparse.Namespace):
     max_restarts: int
     shutdown_timeout: int
     run_dir: Path
-    checks: bool
     check_only: bool
     dry_run: bool
     verbose: bool
@@ -107,11 +104,16 @@ _OPTIONS_OF_TRAINING = frozenset(("--verbose", "--help", "-h"))
 """Options of the launcher that training has, too, so that they may follow the model file."""
 
 
+def only_launcher_has(flag: str) -> bool:
+    """Return whether a flag is an option of the launcher that training does not have."""
+    return flag in _parser("", {}).option_names() - _OPTIONS_OF_TRAINING - {"--check"}
+
+
 def parse_options(program: str, arguments: Sequence[str], environment: Mapping[str, str]) -> Options:
     """Parse the launcher's options.
 
     Args:
-        program: the name of the command for its help and its errors, such as `launch/pretrain.sh`.
+        program: the name of the command for its help and its errors, such as `maskmoe pretrain`.
         arguments: the command line after the program's name.
         environment: the environment variables, which stand in for flags that are not given.
 
@@ -186,7 +188,6 @@ def _parser(program: str, environment: Mapping[str, str]) -> Parser:
     add(
         "--run-dir", "DIR", Path, "RUN_DIR", "folder for checkpoints, TensorBoard events and logs (default: runs/MODEL)"
     )
-    parser.add_argument("--no-check", dest="checks", action="store_false", help="start without checking the settings")
     check_help = "only check the settings, and show what the run needs"
     parser.add_argument("--check", dest="check_only", action="store_true", help=check_help)
     parser.add_argument("--dry-run", action="store_true", help="only print torchrun's command line")

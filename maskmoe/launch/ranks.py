@@ -17,8 +17,10 @@ from pathlib import Path
 from torch.distributed import run
 from torch.distributed.elastic.multiprocessing.api import SignalException
 from torch.distributed.elastic.multiprocessing.errors import ChildFailedError, ProcessFailure
+from torch.distributed.elastic.rendezvous import RendezvousError
 
 from maskmoe.launch.journal import Journal, Kind
+from maskmoe.launch.meeting import watch_meeting
 from maskmoe.launch.run_folder import RUN_FOLDER_VARIABLE
 from maskmoe.processes.interruption import EXIT_HANG, EXIT_REQUEUE
 
@@ -33,12 +35,19 @@ _LOOKS_FATAL = re.compile(r"error|fatal|terminate|abort", re.IGNORECASE)
 
 def main() -> None:
     """Run torchrun with the arguments of this process; exit with code 1 if a rank failed or a signal came."""
-    folder = run.get_args_parser().parse_args(sys.argv[1:]).log_dir
+    arguments = run.get_args_parser().parse_args(sys.argv[1:])
+    folder = arguments.log_dir
     redirect_log(folder)
+    if arguments.nnodes.isdecimal() and int(arguments.nnodes) > 1:
+        watch_meeting(arguments.rdzv_endpoint, arguments.rdzv_id, int(arguments.nnodes))
     if run_folder := os.environ.get(RUN_FOLDER_VARIABLE):
         logging.getLogger(_FAILURES).addHandler(FailureJournal(Journal(Path(run_folder)), folder))
     try:
-        run.main(sys.argv[1:])
+        run.run(arguments)
+    except RendezvousError as error:
+        where = f"{arguments.rdzv_endpoint}, --rendezvous-id {arguments.rdzv_id}"
+        print(f"error: the {arguments.nnodes} nodes did not meet at {where}: {error}", file=sys.stderr, flush=True)
+        sys.exit(_EXIT_FAILURE)
     except ChildFailedError as error:
         rank, failure = find_cause(error.failures)
         if failure.exitcode not in _EXPLAINED:

@@ -24,7 +24,7 @@ from maskmoe.checkpoint.series import (
     replace_by_next_version,
     saved_iterations,
 )
-from maskmoe.command_line import thin_checkpoints
+from maskmoe.command_line import prune_checkpoints
 from maskmoe.errors import UserError
 
 STATES = ("sound", "damaged", "unfinished", "missing")
@@ -152,7 +152,7 @@ def test_interrupted_replacement_of_a_checkpoint_is_finished(tmp_path, monkeypat
     assert [path.name for path in tmp_path.iterdir()] == [checkpoint.name]
 
 
-def test_thinning_reports_a_checkpoint_that_cannot_be_removed(tmp_path, monkeypatch, capsys):
+def test_pruning_reports_a_checkpoint_that_cannot_be_removed(tmp_path, monkeypatch, capsys):
     for iteration in (1, 2, 3, 4):
         write_checkpoint(tmp_path, iteration)
     unlink, protected = os.unlink, [(checkpoint_path(tmp_path, iteration)) for iteration in (2, 3)]
@@ -163,13 +163,13 @@ def test_thinning_reports_a_checkpoint_that_cannot_be_removed(tmp_path, monkeypa
             raise PermissionError(errno.EACCES, os.strerror(errno.EACCES), path)
         unlink(path, dir_fd=dir_fd)
 
-    monkeypatch.setattr(sys, "argv", ["maskmoe thin", "--load", str(tmp_path)])
+    monkeypatch.setattr(sys, "argv", ["maskmoe prune", "--load", str(tmp_path)])
     with monkeypatch.context() as patch:
         patch.setattr(os, "unlink", refuse)
         with pytest.raises(UserError) as error:
-            thin_checkpoints.main()
+            prune_checkpoints.main()
     assert str(error.value).startswith(f"cannot remove all files of {protected[1]}; ")
     assert capsys.readouterr().out == f"removed  {checkpoint_path(tmp_path, 1)}\n"
     assert saved_iterations(tmp_path) == [4, 3, 2]
-    thin_checkpoints.main()
+    prune_checkpoints.main()
     assert saved_iterations(tmp_path) == [4]

@@ -27,11 +27,11 @@ COMMANDS = {
     "sample": "--model model --prompt import --output OUT",
     "analyze": "--load model --data-path data --output-dir OUT",
     "simulate": "--data-path data --routing-mask mask.safetensors --topk 2 --hidden-size 32 --output OUT",
-    "thin": "--load checkpoints",
+    "prune": "--load checkpoints",
     "status": "--html OUT checkpoints",
     "quickstart": "--input text.txt --run-dir OUT",
     "compare": "suite.yaml --input text.txt --run-dir OUT",
-    "launch": "--run-dir OUT --gpus-per-node 1 --dry-run laptop.yaml",
+    "pretrain of a file": "--run-dir OUT --gpus-per-node 1 --dry-run laptop.yaml",
     "check": "--run-dir OUT --gpus-per-node 1 laptop.yaml",
     "evaluate": "--load checkpoints --use-checkpoint-args --data-path data --eval-output OUT",
     "generate": "--load checkpoints --use-checkpoint-args --prompt import --sample-output OUT",
@@ -118,7 +118,7 @@ BAD_NUMBERS = {
         "--inter-node-bandwidth": NOT_POSITIVE,
         "--inter-node-latency": ("-1", "nan", "inf", "x"),
     },
-    "thin": {"--keep-last-checkpoints": NOT_WHOLE},
+    "prune": {"--keep-last-checkpoints": NOT_WHOLE},
     "quickstart": {
         "--vocab-size": (*NOT_WHOLE, "100"),
         "--num-layers": NOT_WHOLE,
@@ -133,7 +133,7 @@ BAD_NUMBERS = {
         "--seed": NOT_COUNT,
     },
     "compare": {"--jobs": NOT_WHOLE, "--vocab-size": NOT_WHOLE, "--split": ("abc", "-1,2,3", "0,0,0")},
-    "launch": {
+    "pretrain of a file": {
         "--nodes": NOT_WHOLE,
         "--node-rank": (*NOT_COUNT, "1"),
         "--gpus-per-node": NOT_WHOLE,
@@ -149,14 +149,14 @@ BAD_NUMBERS = {
 def command_line(command: str, **replaced: str) -> list[str]:
     """Return a command line of `COMMANDS`, with other values of flags; flags are written without dashes in front."""
     words = COMMANDS[command].split()
-    positional = command in ("launch", "check", "status")
+    positional = command in ("pretrain of a file", "check", "status")
     for name, value in replaced.items():
         flag = f"--{name.replace('_', '-')}"
         if flag in words:
             words[words.index(flag) + 1] = value
         else:
             words = [f"{flag}={value}", *words] if positional else [*words, f"{flag}={value}"]
-    return [*command.split(), *words]
+    return [*command.removesuffix(" of a file").split(), *words]
 
 
 @pytest.mark.parametrize("command", BAD_NUMBERS)
@@ -181,8 +181,8 @@ CONTRADICTIONS = [
     ("analyze", "seq_length", "4096", "--seq-length"),
     ("convert upcycle", "num_experts", "8", "only a model without experts can be upcycled"),
     ("quickstart", "frequent_visible_experts", "9", "--num-experts 8"),
-    ("launch", "nodes", "2", "--rendezvous"),
-    ("launch", "node_rank", "1", "--node-rank 1"),
+    ("pretrain of a file", "nodes", "2", "--rendezvous"),
+    ("pretrain of a file", "node_rank", "1", "--node-rank 1"),
 ]
 
 
@@ -218,7 +218,7 @@ PATHS = {
     "sample": {"model": FOLDER, "output": OUTPUT},
     "analyze": {"load": FOLDER, "data_path": FILE, "token_frequency": FILE, "output_dir": OUTPUT_FOLDER},
     "simulate": {"data_path": FILE, "routing_mask": FILE, "output": OUTPUT, "plot": OUTPUT},
-    "thin": {"load": FOLDER},
+    "prune": {"load": FOLDER},
     "status": {"html": OUTPUT, "json": OUTPUT, "tensorboard_dir": FOLDER},
     "quickstart": {"input": FILE, "run_dir": OUTPUT_FOLDER},
     "compare": {"input": FILE},
@@ -273,7 +273,7 @@ def test_rank_without_a_launcher(workshop, command, monkeypatch):
 
 def test_file_in_first_place_that_cannot_be_used(workshop):
     commands = {
-        "launch --dry-run": BAD_PATHS[FILE],
+        "pretrain --dry-run": BAD_PATHS[FILE],
         "check": BAD_PATHS[FILE],
         "compare --run-dir OUT": BAD_PATHS[FILE],
         "convert inspect": BAD_PATHS[FOLDER],
@@ -315,12 +315,12 @@ MISTAKES = [
     ("convert to-hf", "invalid choice: 'to-hf'"),
     ("analyze --load model --output-dir OUT", "--data-path --input is required"),
     ("simulate --topk", "--topk: expected at least one argument"),
-    ("thin --load", "--load: expected one argument"),
+    ("prune --load", "--load: expected one argument"),
     ("compare suite.yaml --list --report", "not allowed with argument"),
-    ("launch --node 2 laptop.yaml", "--node"),
-    ("launch laptop.yaml stray", "stray"),
+    ("pretrain --node 2 laptop.yaml", "--node"),
+    ("pretrain laptop.yaml stray", "stray"),
     ("pretrain --num-layer 2", "unknown flag --num-layer (nearest: --num-layers)"),
-    ("pretrain stray", "unrecognized arguments: stray"),
+    ("pretrain stray", "the model file stray does not exist"),
     ("pretrain --lr", "--lr: expected one argument"),
     ("pretrain --check x", "--check must be a whole number, not 'x'"),
     ("pretrain --check 1000000007", "--check must be at most"),

@@ -63,7 +63,6 @@ def test_parser_reports_in_one_line_and_each_number_has_a_range(subcommand):
         "compare",
         "mask widen",
         "check",
-        "launch",
         "preprocess",
         "count",
         "convert",

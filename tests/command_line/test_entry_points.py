@@ -10,6 +10,7 @@ from support.paths import ROOT, python_path
 from support.runs import make_laptop_data, read_losses
 
 from maskmoe.checkpoint.series import read_tracker
+from maskmoe.command_line.pretrain import has_flags_only
 from maskmoe.errors import UserError
 from maskmoe.launch.entry_point import split_processes
 from maskmoe.launch.model_file import ModelFile, flag_words
@@ -27,7 +28,7 @@ if code > 1:
     leave_exit_code(code)
 sys.exit(code)
 """
-RUN = "import sys; from maskmoe.launch.entry_point import run_entry_point; run_entry_point('stub', {saves_checkpoints})"
+RUN = "from maskmoe.launch.entry_point import run_entry_point; run_entry_point(('-m', 'stub'), {saves_checkpoints})"
 
 
 @pytest.fixture
@@ -83,6 +84,23 @@ def test_help_and_check_need_no_ranks(run_stub, flag):
     launch = run_stub("--nproc-per-node=2", "0", flag)
     assert launch.wait() == 0
     assert launch.output == f"rank None of None ['0', '{flag}']\n"
+
+
+@pytest.mark.parametrize(
+    ("line", "expected"),
+    [
+        ("--num-layers 2", True),
+        ("--nproc-per-node 2 --lr 1", True),
+        ("--check 8 --lr 1", True),
+        ("--check model.yaml", False),
+        ("--nodes 2 models/model.yml --lr 1", False),
+        ("--dry-run model", False),
+        ("model", False),
+        ("", False),
+    ],
+)
+def test_command_line_without_a_model_file_has_flags_only(line, expected):
+    assert has_flags_only(line.split()) == expected
 
 
 def test_number_of_processes_is_read_only_in_front():

@@ -39,7 +39,7 @@ def test_version():
         (("pretain",), "error: unknown subcommand pretain (nearest: pretrain); maskmoe --help lists the subcommands"),
         ((), "error: which subcommand? (maskmoe --help lists the subcommands)"),
         (("check",), "error: the following arguments are required: MODEL.yaml (see maskmoe check --help)"),
-        (("launch", "nowhere.yaml"), "error: the model file nowhere.yaml does not exist"),
+        (("pretrain", "nowhere.yaml"), "error: the model file nowhere.yaml does not exist"),
         (("pretrain", "--nproc-per-node", "0"), "error: --nproc-per-node needs a positive whole number, not '0'"),
     ],
 )

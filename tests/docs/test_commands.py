@@ -25,10 +25,10 @@ from support.paths import ROOT
 
 BLOCKS = [block for page in pages() for block in bash_blocks(page)]
 # Subcommands that take Megatron's flags, too.
-TAKE_MEGATRON_FLAGS = ("pretrain", "evaluate", "generate", "launch", "check")
+TAKE_MEGATRON_FLAGS = ("pretrain", "evaluate", "generate", "check")
 # Scripts that run a subcommand.
 SCRIPTS_OF_SUBCOMMANDS = {
-    "launch/pretrain.sh": "launch",
+    "launch/pretrain.sh": "pretrain",
     "launch/compare.sh": "compare",
     "launch/quickstart.sh": "quickstart",
 }
@@ -76,7 +76,7 @@ def megatron_flags() -> frozenset[str]:
 @cache
 def known_flags(subcommand: str) -> frozenset[str]:
     flags = frozenset(documented_flags()[subcommand])
-    if subcommand in ("launch", "check"):
+    if subcommand == "check":
         flags |= documented_flags()["pretrain"]
     return flags | megatron_flags() if subcommand in TAKE_MEGATRON_FLAGS else flags
 
@@ -120,7 +120,7 @@ def unknown_flags(words: list[str]) -> set[str]:
     assert os.access(ROOT / program, os.X_OK), f"{program} is not a script of the repository"
     own = arguments[: arguments.index("--")] if "--" in arguments else arguments
     if program == "launch/slurm/submit.sh":
-        run_flags = flags_of(arguments[len(own) :]) - known_flags("launch")
+        run_flags = flags_of(arguments[len(own) :]) - known_flags("pretrain")
         scripts = flags_in("launch/slurm/submit.sh", "launch/slurm/pretrain.sbatch")
         return run_flags | flags_of(own) - scripts - FOREIGN_FLAGS["sbatch"]
     if program == "launch/docker.sh":

@@ -11,7 +11,7 @@ from pathlib import Path
 
 from maskmoe.command_line import ranges
 from maskmoe.command_line.run_tool import run_tool
-from maskmoe.launch import launcher
+from maskmoe.launch import launcher, node_run
 from maskmoe.launch.command import Command
 from maskmoe.launch.devices import Devices
 from maskmoe.launch.elastic import membership, run
@@ -49,14 +49,15 @@ def main() -> None:
     membership._BEAT_SECONDS = 0.4
     ranges.NODE_TIMEOUT = ranges.SECONDS
     run._LOOK_SECONDS, run._POLL_SECONDS, run._BEATS_SECONDS = 0.1, 0.05, 0.5
-    run.torchrun_command = fake_command
+    node_run.torchrun_command = fake_command
+    run.check = lambda *arguments, **options: 0
     # The stand-in of the first node's ranks does not listen.
-    run.wait_for = lambda *address, timeout: None
+    run.connection_error = lambda *address: None
     # A host is cut off from the network while this file exists.
     cut = Path(sys.argv[sys.argv.index("--run-dir") + 1]) / f"cut-{host}"
-    reaches = membership._reaches
-    membership._reaches = lambda member: not cut.exists() and reaches(member)
-    launcher.find_devices = lambda: Devices(0, 1)
+    connect = membership.connection_error
+    membership.connection_error = lambda *address: OSError() if cut.exists() else connect(*address)
+    launcher.find_devices = run.find_devices = lambda: Devices(0, 1)
     launcher.launch("elastic_node.py", sys.argv[2:])
 
 

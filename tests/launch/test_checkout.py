@@ -8,32 +8,32 @@ from pathlib import Path
 import pytest
 from support.paths import ROOT, python_path
 
-CHECK = ROOT / "launch" / "check_checkout.py"
+
+def run_version(script: Path, path: Path) -> subprocess.CompletedProcess[str]:
+    """Run `--version` by a checkout's script with the package in a folder."""
+    command = [sys.executable, "-P", script, "--version"]
+    return subprocess.run(command, env={"PYTHONPATH": python_path(path)}, capture_output=True, text=True, timeout=60)
 
 
-def check(root: Path, path: Path) -> subprocess.CompletedProcess[str]:
-    command = [sys.executable, "-P", CHECK, root]
-    environment = {"PYTHONPATH": python_path(path)}
-    return subprocess.run(command, env=environment, capture_output=True, text=True, timeout=60, check=False)
-
-
-def test_code_of_this_checkout_is_run(tmp_path: Path) -> None:
+def test_only_the_code_of_this_checkout_is_run(tmp_path: Path) -> None:
+    script = ROOT / "launch" / "run_checkout.py"
     (tmp_path / "link").symlink_to(ROOT)
     for root in (ROOT, tmp_path / "link"):
-        assert check(root, ROOT).returncode == 0
-
-
-def test_code_of_another_checkout_is_refused_in_one_line(tmp_path: Path) -> None:
-    result = check(tmp_path, ROOT)
-    assert result.returncode == 2
-    assert f"runs the MaskMoE of another checkout, {ROOT}, not of {tmp_path}" in result.stderr
-    assert len(result.stderr.splitlines()) == 1
+        assert run_version(root / "launch" / script.name, ROOT).stdout.startswith("maskmoe ")
+    other = tmp_path / "other" / "launch"
+    other.mkdir(parents=True)
+    (other / script.name).write_text(script.read_text())
+    result = run_version(other / script.name, ROOT)
+    assert (result.returncode, len(result.stderr.splitlines())) == (2, 1)
+    assert f"runs the MaskMoE of another checkout, {ROOT}, not of {other.parent}" in result.stderr
 
 
 def test_an_installed_package_belongs_to_no_checkout(tmp_path: Path) -> None:
-    (tmp_path / "site" / "maskmoe").mkdir(parents=True)
-    (tmp_path / "site" / "maskmoe" / "__init__.py").touch()
-    assert check(tmp_path, tmp_path / "site").returncode == 0
+    folder = tmp_path / "maskmoe" / "command_line"
+    folder.mkdir(parents=True)
+    (folder / "main.py").write_text("def main(): print('installed')")
+    (folder.parent / "__init__.py").touch()
+    assert run_version(ROOT / "launch" / "run_checkout.py", tmp_path).stdout == "installed\n"
 
 
 @pytest.mark.parametrize(

@@ -8,7 +8,14 @@ import pytest
 from support.paths import ROOT
 
 from maskmoe.errors import UserError
-from maskmoe.launch.command import RUN_ENVIRONMENT, Command, run_flags, standalone_command, torchrun_command
+from maskmoe.launch.command import (
+    RUN_ENVIRONMENT,
+    Command,
+    entry_point,
+    run_flags,
+    standalone_command,
+    torchrun_command,
+)
 from maskmoe.launch.model_file import split_flags
 from maskmoe.launch.network import Route, listen, route_to, wait_for
 from maskmoe.launch.options import NodeRange, Options, _parser, parse_options
@@ -16,7 +23,7 @@ from maskmoe.training.help_page import help_page
 
 
 def parse(arguments: str, environment: dict[str, str] | None = None) -> Options:
-    return parse_options("launch/pretrain.sh", shlex.split(arguments), environment or {})
+    return parse_options("maskmoe pretrain", shlex.split(arguments), environment or {})
 
 
 def build_command(arguments: str, environment: dict[str, str] | None = None, route: Route | None = None) -> Command:
@@ -67,14 +74,8 @@ def test_elastic_run_ignores_the_rendezvous_of_the_environment():
 
 def test_users_variables_are_kept():
     options = parse("m.yaml")
-    command = torchrun_command(
-        options,
-        options.meeting,
-        {},
-        1,
-        None,
-        {**RUN_ENVIRONMENT, "OMP_NUM_THREADS": "7", "CUDA_DEVICE_MAX_CONNECTIONS": "32"},
-    )
+    variables = {**RUN_ENVIRONMENT, "OMP_NUM_THREADS": "7"}
+    command = torchrun_command(options, options.meeting, {}, 1, None, variables)
     assert set(command.environment) == {"MASKMOE_RUN_DIR"}
 
 
@@ -101,7 +102,7 @@ def test_default_folders_lie_in_the_run_folder():
         ("--nodes 1: m.yaml", {}, "--nodes must be a whole number, not ''"),
         ("--nodes 1:2 --node-timeout 3 m.yaml", {}, "--node-timeout must be at least 10, not 3"),
         ("--rendezvous a:b m.yaml", {}, "'a:b' is not HOST:PORT"),
-        ("--nonsense m.yaml", {}, r"--nonsense.*\(see launch/pretrain\.sh --help\)"),
+        ("--nonsense m.yaml", {}, r"--nonsense.*\(see maskmoe pretrain --help\)"),
     ],
 )
 def test_bad_options_are_refused(arguments, environment, reason):
@@ -109,10 +110,10 @@ def test_bad_options_are_refused(arguments, environment, reason):
         parse(arguments, environment)
 
 
-@pytest.mark.parametrize("word", ["--run-dir", "--nodes=2", "--dry-run", "--no-check", "--check"])
+@pytest.mark.parametrize("word", ["--run-dir", "--nodes=2", "--check"])
 def test_option_after_the_model_file_is_named(word):
     flag = word.partition("=")[0]
-    with pytest.raises(UserError, match=f"^{flag} is an option of launch/pretrain.sh: write it before model.yaml$"):
+    with pytest.raises(UserError, match=f"^{flag} is an option of maskmoe pretrain: write it before model.yaml$"):
         parse(f"model.yaml --lr 1e-3 {word} 2")
 
 
@@ -145,8 +146,7 @@ def test_error_names_the_unreachable_rendezvous():
 
 
 def test_command_for_one_machine_ends_with_the_module_and_its_arguments():
-    words = standalone_command(2, "maskmoe.training.evaluate", ("--load", "run"), ("--shutdown-timeout", "9"))
-    assert words[1:3] == ("-m", "maskmoe.launch.ranks")
-    assert " ".join(words[3:]) == (
-        "--standalone --nproc-per-node 2 --shutdown-timeout 9 -m maskmoe.training.evaluate --load run"
-    )
+    options = "--standalone --nproc-per-node 2 --shutdown-timeout 9"
+    for program, entry in (("", "-m maskmoe.training.evaluate"), ("other.py", "other.py evaluate")):
+        words = standalone_command(2, entry_point("evaluate", program), ("--load", "run"), ("--shutdown-timeout", "9"))
+        assert " ".join(words[1:]) == f"-m maskmoe.launch.ranks {options} {entry} --load run"

@@ -5,7 +5,6 @@ import os
 import signal
 import subprocess
 import sys
-import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -19,7 +18,6 @@ from support.launch import Launch
 from support.waiting import wait_until
 
 from maskmoe.errors import RunFailure, UserError
-from maskmoe.launch.devices import Devices
 from maskmoe.launch.elastic import membership
 from maskmoe.launch.elastic import run as elastic_run
 from maskmoe.launch.elastic.generation import Generation, Generations, leading_member
@@ -28,7 +26,8 @@ from maskmoe.launch.elastic.membership import Member, Membership
 from maskmoe.launch.elastic.run import ElasticRun
 from maskmoe.launch.journal import Kind, read_journal
 from maskmoe.launch.model_file import ModelFile
-from maskmoe.launch.options import NodeRange, parse_options
+from maskmoe.launch.options import NodeRange, Options, parse_options
+from maskmoe.processes.holder import Holder
 from maskmoe.processes.interruption import EXIT_REQUEUE
 
 PROGRAM = Path(__file__).parent / "elastic_node.py"
@@ -39,7 +38,7 @@ layouts:
   2: {expert-model-parallel-size: 2}
   4: {expert-model-parallel-size: 4}
 """
-MEMBERS = [Member(f"id{number}", f"host{number}", number, float(number), "", 0, 1) for number in range(6)]
+MEMBERS = [Member(f"id{number}", Holder(f"host{number}", number, float(number)), "", 0, 1) for number in range(6)]
 
 
 @contextmanager
@@ -70,7 +69,7 @@ class Run:
 
     def start(self, host: str, *options: str) -> Launch:
         """Start the launcher of a node."""
-        command = [sys.executable, PROGRAM, host, "--nodes", self._nodes, "--run-dir", self.folder, "--no-check"]
+        command = [sys.executable, PROGRAM, host, "--nodes", self._nodes, "--run-dir", self.folder]
         command += ["--gpus-per-node", "1", "--node-timeout", "2", "--address", "localhost"]
         self.launchers.append(Launch([*command, *options, self._model], self.folder.parent, self.folder, {}))
         return self.launchers[-1]
@@ -252,106 +251,63 @@ def test_run_without_checkpoints_is_refused(tmp_path):
 
 
 def test_dry_run_prints_the_command_of_the_first_node(tmp_path):
-    model = tmp_path / "model.yaml"
-    model.write_text("layouts: {4: {expert-model-parallel-size: 4}}")
-    command = [sys.executable, "-m", "maskmoe.launch", "--dry-run", "--nodes", "1:3", "--gpus-per-node", "2"]
-    command += ["--address", "localhost", "--run-dir", tmp_path / "run", model]
-    refused = subprocess.run(command, capture_output=True, text=True)
-    assert (refused.returncode, refused.stdout) == (2, "")
-    assert refused.stderr.startswith("error: --nodes 1:3 needs --save-interval")
+    (tmp_path / "model.yaml").write_text("save-interval: 10\nlayouts: {4: {expert-model-parallel-size: 4}}")
+    options = ["--nodes", "1:3", "--gpus-per-node", "2", "--address", "localhost", "--run-dir", tmp_path / "run"]
+    command = [sys.executable, "-m", "maskmoe", "pretrain", "--dry-run", *options, tmp_path / "model.yaml"]
     # Three nodes have six ranks, for which the model file has no layout.
-    line = subprocess.check_output([*command, "--save-interval", "10"], text=True)
-    assert " --nnodes 2 --nproc-per-node 2 --rdzv-backend c10d --rdzv-endpoint localhost:PORT --rdzv-id run.1 " in line
-    assert f" --log-dir {tmp_path}/run/logs/node0 " in line
-    assert line.endswith(" --expert-model-parallel-size 4 --save-interval 10\n")
+    line = subprocess.check_output(command, text=True)
+    assert " --nnodes 2 --nproc-per-node 2 --rdzv-backend c10d --rdzv-endpoint localhost:29400 --rdzv-id run.1 " in line
+    assert line.endswith(" --save-interval 10 --expert-model-parallel-size 4\n")
     assert not (tmp_path / "run").exists()
 
 
 # ---- Parts -----------------------------------------------------------------------------------------------------------
 
 
-def test_only_one_of_many_launchers_writes_a_generation(tmp_path):
-    generations = [Generation(1, (member,), 7, {"lr": ("1e-3",), "bf16": ()}) for member in MEMBERS]
-    written = []
-    barrier = threading.Barrier(len(generations))
-
-    def write(generation: Generation) -> None:
-        barrier.wait()
-        written.append((Generations(tmp_path).write(generation), generation))
-
-    threads = [threading.Thread(target=write, args=(generation,)) for generation in generations]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
-    (winner,) = [generation for is_written, generation in written if is_written]
-    assert Generations(tmp_path).newest() == winner
-    assert [path.name for path in tmp_path.iterdir()] == ["generation-000001.json"]
-
-
 def test_launcher_is_not_gone_while_the_folder_cannot_be_read(tmp_path, monkeypatch):
     monkeypatch.setattr(membership, "_BEAT_SECONDS", 1e6)  # the test looks instead of the threads
     folder = tmp_path / "members"
     with Membership(folder, "localhost", 1, 60) as here, Membership(folder, "localhost", 1, 60) as other:
-        here._look()
+        here.beat()
         with failing(folder), pytest.raises(NotADirectoryError):
-            here._look()
-        assert not here.is_gone(other.me.id)
+            here.beat()
+        assert not here.is_gone(other.me)
         with monkeypatch.context() as context:
             context.setattr(os, "listdir", lambda _: [])  # a cache of a network file system is behind
-            here._look()
-        assert not here.is_gone(other.me.id)
-        other.leave()
-        here._look()
-        assert here.is_gone(other.me.id)
+            here.beat()
+        assert not here.is_gone(other.me)
+        other.__exit__()
+        here.beat()
+        assert here.is_gone(other.me)
 
 
 def test_launcher_of_another_host_with_the_name_of_this_host_is_not_gone(tmp_path):
     """Its process id belongs to no process of this host."""
     with Membership(tmp_path, "localhost", 1, 60) as here:
-        ended = replace(here.me, id="ended", started=1.0)
-        other = replace(ended, id="other", pid_namespace="another machine")
+        ended = replace(here.me, id="ended", process=replace(here.me.process, started=1.0))
+        other = replace(ended, id="other", process=replace(ended.process, pid_namespace="another machine"))
         for member in (ended, other):
-            (tmp_path / f"{member.id}.json").write_text(json.dumps(asdict(member)))
-            (tmp_path / f"{member.id}.beat").write_text("1 ")
-        here._look()
-        assert here.is_gone("ended")
-        assert not here.is_gone("other")
-
-
-def test_generations_are_not_missing_while_the_folder_cannot_be_read(tmp_path):
-    generations = Generations(tmp_path / "elastic")
-    (tmp_path / "elastic").mkdir()
-    generations.write(Generation(1, tuple(MEMBERS), 7, {}))
-    generations.end(1, 0)
-    with failing(tmp_path / "elastic"):
-        for read in (generations.newest_number, generations.newest, lambda: generations.exit_code(1)):
-            with pytest.raises(NotADirectoryError):
-                read()
-    assert generations.exit_code(1) == 0
-    # A file that cannot be read is not damaged.
-    (tmp_path / "elastic" / "generation-000002.json").symlink_to("generation-000002.json")
-    with pytest.raises(OSError, match="symbolic links"):
-        generations.newest()
+            content = {"beat": 1, "reaches": "", "member": asdict(member)}
+            (tmp_path / f"{member.id}.json").write_text(json.dumps(content))
+        here.beat()
+        assert here.is_gone(ended)
+        assert not here.is_gone(other)
 
 
 @pytest.mark.parametrize("before", ["none", "lost", "ended"])
 def test_generation_that_another_launcher_writes_during_the_check_stays(tmp_path, monkeypatch, before):
     model = tmp_path / "model.yaml"
     model.write_text("save-interval: 10")
-    arguments = ["--nodes", "1:2", "--run-dir", str(tmp_path), "--address", "localhost", str(model)]
-    options = parse_options("pretrain.sh", arguments, {})
+    options = parse_options("pretrain", ["--nodes", "1:2", "--run-dir", str(tmp_path), str(model)], {})
+    launcher = ElasticRun(options, ModelFile.read(model, {}), 1)
     generations = Generations(tmp_path / "elastic")
-    (tmp_path / "elastic").mkdir()
-    first = 1 if before == "none" else 2
-    winner = Generation(first, (MEMBERS[1],), 7, {})
+    winner = Generation(1 if before == "none" else 2, (MEMBERS[1],), 7, {})
 
-    def check(*arguments, **options):
+    def check(*_, **__):
         assert generations.write(winner)
-        return subprocess.CompletedProcess([], 0, "")
+        return 0
 
     monkeypatch.setattr(elastic_run, "check", check)
-    launcher = ElasticRun(options, ModelFile.read(model, {}), 1, Devices(0, 1))
     with launcher._nodes:
         if before != "none":
             generations.write(Generation(1, (MEMBERS[0],), 7, {}))
@@ -363,26 +319,14 @@ def test_generation_that_another_launcher_writes_during_the_check_stays(tmp_path
         assert generations.newest() == winner
         # The next attempt sees the other launcher's generation.
         after = launcher._propose(launcher._running(), may_start=True)
-        assert after == generations.newest()
-        assert (after.number, after.members) == (first + 1, (launcher._nodes.me,))
+        assert (after.number, after.members) == (winner.number + 1, (launcher._nodes.me,))
 
 
-@given(st.binary(max_size=60))
-def test_damaged_generation_is_reported(tmp_path_factory, content):
-    folder = tmp_path_factory.mktemp("elastic")
-    (folder / "generation-000001.json").write_bytes(content)
+@pytest.mark.parametrize("content", ["", "{}", '{"number": 1, "members": [{}], "port": 7, "flags": {}}'])
+def test_damaged_generation_is_reported(tmp_path, content):
+    (tmp_path / "generation-000001.json").write_text(content)
     with pytest.raises(RunFailure, match=r"generation-000001\.json is damaged"):
-        Generations(folder).newest()
-
-
-def test_exit_code_of_a_generation(tmp_path):
-    generations = Generations(tmp_path)
-    assert generations.newest() is None
-    assert generations.write(Generation(3, tuple(MEMBERS), 7, {}))
-    assert generations.exit_code(3) is None
-    generations.end(3, 1)
-    assert (generations.exit_code(3), generations.newest_number()) == (1, 3)
-    assert json.loads((tmp_path / "generation-000003.json").read_text())["number"] == 3
+        Generations(tmp_path).newest()
 
 
 subsets = st.lists(st.sampled_from(MEMBERS), unique=True)
@@ -391,7 +335,7 @@ subsets = st.lists(st.sampled_from(MEMBERS), unique=True)
 @given(subsets.filter(bool), subsets.filter(bool))
 def test_all_launchers_find_the_same_leader(trained, known):
     """The leader is the first member of the generation that is there; a new launcher leads only if none is there."""
-    known.sort(key=lambda member: member.started)
+    known.sort(key=lambda member: member.process.started)
     leader = leading_member(Generation(1, tuple(trained), 7, {}), known)
     survivors = [member for member in trained if member in known]
     assert leader == (survivors[0] if survivors else known[0])
@@ -406,49 +350,30 @@ def test_all_launchers_find_the_same_leader(trained, known):
     failing=st.sets(st.integers(1, 24)),
 )
 def test_most_nodes_that_can_train_are_chosen(layouts, ranks, least, more, failing):
-    model = ModelFile(Path("m.yaml"), {}, {size: {"size": (str(size),)} for size in layouts})
+    model = ModelFile(Path("m.yaml"), {"save-interval": ("9",)}, {size: {"size": (str(size),)} for size in layouts})
     checked = []
 
     def check(_flags, ranks):
         checked.append(ranks)
         return ranks not in failing
 
-    chooser = LayoutChooser(model, NodeRange(least, least + more, True), lambda flags: flags, check)
+    options = Options(nodes=NodeRange(least, least + more, True), flags=[], run_dir=Path("run"), verbose=False)
+    chooser = LayoutChooser(options, model, check)
     possible = [
         number
         for number in range(least, min(least + more, len(ranks)) + 1)
         if (total := sum(ranks[:number])) not in failing and (not layouts or any(total % size == 0 for size in layouts))
     ]
     if possible:
-        choice = chooser.choose(ranks)
-        assert choice.nodes == possible[-1]
-        fitting = [size for size in layouts if sum(ranks[: possible[-1]]) % size == 0]
-        assert choice.flags == ({"size": (str(max(fitting)),)} if layouts else {})
+        nodes, flags = chooser.choose(ranks)
+        assert nodes == possible[-1]
+        fitting = [size for size in layouts if sum(ranks[:nodes]) % size == 0]
+        assert flags.get("size") == ((str(max(fitting)),) if layouts else None)
         assert chooser.count(ranks) == possible[-1]
     else:
         with pytest.raises(UserError, match="can train"):
             chooser.choose(ranks)
     assert len(checked) == len(set(checked))
-
-
-def test_check_covers_all_numbers_of_nodes(tmp_path, monkeypatch, capsys):
-    (tmp_path / "model.yaml").write_text("save-interval: 10\nlayouts: {2: {bf16: true}, 8: {fp16: true}}")
-    options = parse_options("pretrain.sh", ["--nodes", "1:4", str(tmp_path / "model.yaml")], {})
-    checked = []
-
-    def check(flags, ranks, devices, to_console):
-        checked.append((ranks, [name for name in ("bf16", "fp16") if name in flags], to_console))
-        return subprocess.CompletedProcess([], 2 if ranks == 4 else 0)
-
-    monkeypatch.setattr(elastic_run, "check", check)
-    assert elastic_run.check_node_counts(options, ModelFile.read(options.model, {}), 2) == 2
-    # Three nodes have six ranks, for which the layout of two ranks fits.
-    assert checked == [(8, ["fp16"], True), (6, ["bf16"], False), (4, ["bf16"], False), (2, ["bf16"], False)]
-    notes = capsys.readouterr().out.splitlines()
-    assert notes[2] == "note: 2 nodes, 4 ranks: errors found"
-    assert notes[3] == "note: 1 node, 2 ranks: no errors found"
-    assert elastic_run.check_node_counts(options, ModelFile.read(options.model, {}), 1) == 2
-    assert "note: 3 nodes: 2 of them train" in capsys.readouterr().out
 
 
 def test_changes_of_flags_are_described():

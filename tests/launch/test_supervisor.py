@@ -105,16 +105,6 @@ def test_interrupt_reaches_only_the_first_rank(supervise):
     assert "codes 7 None" in launch.output
 
 
-def test_signalled_run_that_completes_returns_success(supervise):
-    launch = supervise(
-        "import signal, time; signal.signal(signal.SIGTERM, lambda *_: exit(0)); print('ready', flush=True)\n"
-        "time.sleep(1000)"
-    )
-    launch.wait_for_output("ready")
-    launch.process.send_signal(signal.SIGUSR1)
-    assert launch.wait() == 0
-
-
 def test_signalled_run_without_a_checkpoint_requests_a_restart(supervise):
     launch = supervise(f"{READY}; import time; time.sleep(1000)")
     launch.wait_for_output("ready")

@@ -9,11 +9,14 @@ import time
 from collections.abc import Iterator
 from pathlib import Path
 
+import psutil
 import pytest
 
 from maskmoe.errors import UserError
 from maskmoe.processes import folder_lock
-from maskmoe.processes.folder_lock import LOCK_NAME, Holder, check_unlocked, locked_folder
+from maskmoe.processes import holder as holder_module
+from maskmoe.processes.folder_lock import LOCK_NAME, check_unlocked, locked_folder
+from maskmoe.processes.holder import Holder
 
 HOLD = """
 import sys, time
@@ -117,13 +120,13 @@ def test_lock_of_another_host_with_the_name_of_this_host(
 def test_host_name_alone_tells_hosts_apart_without_proc(monkeypatch: pytest.MonkeyPatch) -> None:
     holder = Holder(os.uname().nodename, 4711, 1.0)
     assert not holder.is_here
-    monkeypatch.setattr(folder_lock, "_BOOT_ID", Path("/proc/missing"))
+    monkeypatch.setattr(holder_module, "_BOOT_ID", Path("/proc/missing"))
     assert holder.is_here
     assert Holder.this_process().is_here
 
 
 def test_heartbeat(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(folder_lock, "_HEARTBEAT_SECONDS", 0.05)
+    monkeypatch.setattr(folder_lock, "_TOUCH_SECONDS", 0.05)
     with locked_folder(tmp_path):
         before = (tmp_path / LOCK_NAME).stat().st_mtime_ns
         time.sleep(0.3)
@@ -133,7 +136,7 @@ def test_heartbeat(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.mark.parametrize("is_alive", [True, False])
 def test_file_system_without_locks(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, is_alive: bool) -> None:
     monkeypatch.setattr(folder_lock, "_try_lock", lambda _: None)
-    parent = folder_lock.psutil.Process(os.getppid())
+    parent = psutil.Process(os.getppid())
     started = parent.create_time() if is_alive else 1.0
     namespace = Holder.this_process().pid_namespace
     leave_lock_of(tmp_path, os.uname().nodename, parent.pid, started, pid_namespace=namespace)

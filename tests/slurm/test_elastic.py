@@ -231,10 +231,10 @@ def test_stopped_host_leaves_without_loss(two_hosts, start, new_run, undisturbed
     time.sleep(1)
     second = start("n2", run)
     run.wait_for_iteration(25)
-    two_hosts.hosts["n1"].run(["pkill", "-TERM", "-f", "maskmoe.launch --nodes"])
+    two_hosts.hosts["n1"].run(["pkill", "-TERM", "-f", "run_checkout.py pretrain --nodes"])
     assert first.process.wait(120) == EXIT_REQUEUE, first.output[-6000:]
     wait_for(second, r"training on 1 node .*resumes from \S*iter_\d+")
-    two_hosts.hosts["n2"].run(["pkill", "-TERM", "-f", "maskmoe.launch --nodes"])
+    two_hosts.hosts["n2"].run(["pkill", "-TERM", "-f", "run_checkout.py pretrain --nodes"])
     assert second.process.wait(120) == EXIT_REQUEUE, second.output[-6000:]
     nodes = [start("n2", run), start("n1", run)]
     assert [node.process.wait(240) for node in nodes] == [0, 0]

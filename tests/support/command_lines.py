@@ -13,6 +13,7 @@ from pathlib import Path
 import pytest
 
 from maskmoe.command_line.main import dispatch
+from maskmoe.command_line.pretrain import has_flags_only
 from maskmoe.command_line.run_tool import run_tool
 
 TRAINING = {"pretrain": "maskmoe.training.pretrain", "evaluate": "maskmoe.training.evaluate"}
@@ -70,7 +71,8 @@ def run_command(*words: object, starts_ranks: bool = False) -> Outcome:
         contextlib.redirect_stdout(output),
         contextlib.redirect_stderr(errors),
     ):
-        module = None if starts_ranks else TRAINING.get(command[0])
+        launches = starts_ranks or (command[0] == "pretrain" and not has_flags_only(command[1:]))
+        module = None if launches else TRAINING.get(command[0])
         patch.setattr(sys, "argv", ["maskmoe", *command] if module is None else [f"{command[0]}.py", *command[1:]])
         patch.setattr("signal.signal", lambda *_: None)
         for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK"):

@@ -93,10 +93,6 @@ class Launch:
         """Wait until the output contains a text; fail if the command exits before."""
         self._wait_for(lambda: text in self.output, repr(text))
 
-    def wait_for_descendant(self, word: str) -> None:
-        """Wait until a descendant has a word on its command line; fail if the command exits before."""
-        self._wait_for(lambda: any(word in _words(process) for process in self.descendants()), f"process with {word}")
-
     def _wait_for(self, condition: Callable[[], bool], what: str) -> None:
         wait_until(
             condition,
@@ -106,11 +102,3 @@ class Launch:
             has_ended=lambda: self.process.poll() is not None,
             report=lambda: self.output[-4000:],
         )
-
-
-def _words(process: psutil.Process) -> list[str]:
-    """Return the command line of a process; no words if the process has exited in the meantime."""
-    try:
-        return process.cmdline()
-    except psutil.NoSuchProcess:
-        return []

@@ -375,30 +375,32 @@ def test_newer_checkpoints_do_not_outlive_the_checkpoints_of_a_resumed_run(
     assert choose_checkpoint(copy, check=check_all).iteration == resumed + 1
 
 
-def thin(folder: Path, *flags: str) -> subprocess.CompletedProcess:
-    command = [sys.executable, str(ROOT / "tools/thin_checkpoints.py"), "--load", str(folder), *flags]
+def prune(folder: Path, *flags: str) -> subprocess.CompletedProcess:
+    command = [sys.executable, str(ROOT / "tools/prune_checkpoints.py"), "--load", str(folder), *flags]
     return subprocess.run(command, capture_output=True, text=True, timeout=120)
 
 
 @pytest.mark.slow
 @pytest.mark.runs(SAVED)
-def test_a_series_is_thinned(copy):
+def test_a_series_is_pruned(copy):
     truncate(checkpoint_path(copy, 21) / "__1_0.distcp")
-    result = thin(copy)
+    result = prune(copy, "--dry-run")
+    assert (result.returncode, result.stdout) == (0, f"would remove  {copy}/iter_0000007\n"), result.stderr
+    result = prune(copy)
     assert (result.returncode, result.stdout) == (0, f"removed  {copy}/iter_0000007\n"), result.stderr
     assert saved_iterations(copy) == [21, 14]
-    assert thin(copy).stdout == ""
+    assert prune(copy).stdout == ""
     shutil.rmtree(checkpoint_path(copy, 21))
-    assert thin(copy).stdout == ""
+    assert prune(copy).stdout == ""
     assert saved_iterations(copy) == [14]
 
 
 @pytest.mark.runs(SAVED)
-def test_thinning_counts_from_the_checkpoint_that_would_be_loaded(copy):
+def test_pruning_counts_from_the_checkpoint_that_would_be_loaded(copy):
     (copy / TRACKER).write_text("14")
-    result = thin(copy, "--save-retain-interval", "7")
+    result = prune(copy, "--save-retain-interval", "7")
     assert (result.returncode, result.stdout) == (0, ""), result.stderr
-    result = thin(copy)
+    result = prune(copy)
     assert (result.returncode, result.stdout) == (0, f"removed  {copy}/iter_0000007\n"), result.stderr
     assert saved_iterations(copy) == [21, 14]
 
@@ -410,14 +412,14 @@ def test_thinning_counts_from_the_checkpoint_that_would_be_loaded(copy):
         (
             "copy",
             ("--keep-last-checkpoints", "0"),
-            "--keep-last-checkpoints must be at least 1, not 0 (see thin_checkpoints.py --help)",
+            "--keep-last-checkpoints must be at least 1, not 0 (see prune_checkpoints.py --help)",
         ),
         ("nowhere", (), "--load {folder} holds no checkpoint"),
     ],
 )
-def test_thinning_never_removes_all(copy, folder, flags, message):
+def test_pruning_never_removes_all(copy, folder, flags, message):
     folder = copy.with_name(folder)
-    result = thin(folder, *flags)
+    result = prune(folder, *flags)
     assert (result.returncode, result.stderr) == (2, f"error: {message.format(folder=folder)}\n")
     assert saved_iterations(copy) == [21, 14, 7]
 

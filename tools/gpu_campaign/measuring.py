@@ -164,7 +164,7 @@ def _benchmark(context: Context, program: str, ranks: int, arguments: Sequence[s
     script = str(context.root / "tools" / "benchmarks" / f"{program}.py")
     if ranks == 1:
         return Command((sys.executable, script, *arguments))
-    return Command(standalone_command(ranks, program, arguments))
+    return Command(standalone_command(ranks, ("-m", program), arguments))
 
 
 MEASUREMENTS = (

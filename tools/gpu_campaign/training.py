@@ -102,7 +102,7 @@ def _train(context: Context, name: str, flags: tuple[str, ...], environment: Map
     """Return the command that trains the laptop model on one rank, as a user does."""
     data, folder = _data(context), context.folder("training")
     words = (
-        *(str(context.root / "launch" / "pretrain.sh"), "--gpus-per-node", "1", "--max-restarts", "0", "--no-check"),
+        *(str(context.root / "launch" / "pretrain.sh"), "--gpus-per-node", "1", "--max-restarts", "0"),
         *("--run-dir", str(_run_dir(context, name)), str(context.root / "launch" / "models" / "laptop.yaml")),
         *("--data-path", str(data.prefix), "--split", "90,10,0", "--data-cache-path", str(folder / "cache")),
         *("--tokenizer-type", "SentencePieceTokenizer", "--tokenizer-model", str(data.tokenizer_model)),

@@ -1,18 +1,17 @@
 """The generations of an elastic run: each says which nodes train with which flags, until the next one begins."""
 
-import json
 import os
 import re
 import uuid
 from collections.abc import Sequence
 from contextlib import suppress
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Self
 
-from maskmoe.errors import RunFailure
+from pydantic import TypeAdapter, ValidationError
+
+from maskmoe.errors import RunFailure, UserError
 from maskmoe.files.outputs import atomic_output
-from maskmoe.files.untrusted import UnusableFile, read_json_bytes
 from maskmoe.launch.elastic.membership import Member
 from maskmoe.launch.model_file import Flags
 
@@ -45,20 +44,8 @@ class Generation:
         """Host and port at which the torchruns meet."""
         return self.members[0].address, self.port
 
-    def node_rank(self, member: Member) -> int | None:
-        """Return the number of a launcher's node; None if the launcher takes no part."""
-        ids = [other.id for other in self.members]
-        return ids.index(member.id) if member.id in ids else None
 
-    @classmethod
-    def parse(cls, content: dict[str, Any]) -> Self:
-        """Return the generation in the content of a file. Raises ValueError, TypeError or KeyError if it has none."""
-        return cls(
-            number=int(content["number"]),
-            members=tuple(Member(**member) for member in content["members"]),
-            port=int(content["port"]),
-            flags={name: tuple(map(str, words)) for name, words in content["flags"].items()},
-        )
+_GENERATION = TypeAdapter(Generation)
 
 
 class Generations:
@@ -90,15 +77,14 @@ class Generations:
             RunFailure: its file is damaged.
             OSError: the folder or the file cannot be read.
         """
-        number = self.newest_number()
-        if not number:
+        path = self._path(self.newest_number())
+        if path == self._path(0):
             return None
         try:
-            return Generation.parse(_read_json(self._path(number)))
-        except (UnusableFile, ValueError, TypeError, KeyError) as error:
+            return _GENERATION.validate_json(path.read_bytes())
+        except ValidationError as error:
             raise RunFailure(
-                f"{self._path(number)} is damaged: stop the launchers of all nodes, remove {self._folder}, and start "
-                "the run again"
+                f"{path} is damaged: stop the launchers of all nodes, remove {self._folder}, and start the run again"
             ) from error
 
     def write(self, generation: Generation) -> bool:
@@ -109,7 +95,7 @@ class Generations:
         """
         # A link, unlike a renamed file, never replaces a file. Network file systems make links atomically, too.
         unfinished = self._folder / f".{uuid.uuid4().hex}.tmp"
-        unfinished.write_text(json.dumps(asdict(generation)))
+        unfinished.write_bytes(_GENERATION.dump_json(generation))
         try:
             os.link(unfinished, self._path(generation.number))
         except FileExistsError:
@@ -120,7 +106,7 @@ class Generations:
 
     def end(self, number: int, exit_code: int) -> None:
         """Record that the run ends with a generation, for all launchers."""
-        with suppress(OSError), atomic_output(self._end_path(number)) as path:
+        with suppress(OSError, UserError), atomic_output(self._end_path(number)) as path:
             path.write_text(str(exit_code))
 
     def exit_code(self, number: int) -> int | None:
@@ -129,8 +115,8 @@ class Generations:
         Raises:
             OSError: the file cannot be read.
         """
-        with suppress(FileNotFoundError, UnusableFile, ValueError, TypeError):
-            return int(_read_json(self._end_path(number)))
+        with suppress(FileNotFoundError):
+            return int(self._end_path(number).read_text())
         return None
 
     def leave_file(self, number: int) -> Path:
@@ -144,21 +130,6 @@ class Generations:
         return self._folder / f"end-{number:06d}"
 
 
-def _read_json(path: Path) -> Any:
-    """Return the content of a JSON file.
-
-    Raises:
-        UnusableFile: the file is damaged.
-        OSError: the file cannot be read, perhaps only for a while.
-    """
-    try:
-        return json.loads(read_json_bytes(path))
-    except UnusableFile as error:
-        if isinstance(error.__cause__, OSError):
-            raise error.__cause__ from None
-        raise
-
-
 def leading_member(newest: Generation | None, known: Sequence[Member]) -> Member:
     """Return the launcher that leads.
 
@@ -169,6 +140,5 @@ def leading_member(newest: Generation | None, known: Sequence[Member]) -> Member
         newest: the generation that runs; None if none runs.
         known: all launchers that are not gone, the oldest first; not empty.
     """
-    ids = {member.id for member in known}
     members = newest.members if newest is not None else ()
-    return next((member for member in members if member.id in ids), known[0])
+    return next((member for member in members if member in known), known[0])

@@ -1,27 +1,22 @@
 """Makes the launchers of an elastic run known to each other by files of the run folder."""
 
-import json
 import os
-import socket
 import threading
 import time
 import uuid
-from collections.abc import Sequence
-from contextlib import closing, suppress
-from dataclasses import asdict, dataclass
+from collections.abc import Iterable
+from contextlib import ExitStack, suppress
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Self
 
-from maskmoe.errors import UserError
-from maskmoe.files.outputs import atomic_output
-from maskmoe.files.untrusted import UnusableFile, check_regular, read_bounded
-from maskmoe.launch.network import listen
-from maskmoe.processes.folder_lock import Holder
+from pydantic import TypeAdapter, ValidationError
+
+from maskmoe.launch.network import connection_error, listen
+from maskmoe.processes.beating import beating
+from maskmoe.processes.holder import Holder
 
 _BEAT_SECONDS = 2.0
-_CONNECT_SECONDS = 5.0
-_MAX_BYTES = 4096
-_MEMBER, _BEAT = ".json", ".beat"
 
 
 @dataclass(frozen=True)
@@ -30,35 +25,40 @@ class Member:
 
     Attributes:
         id: a unique word.
-        host: name of the host.
-        pid: process id of the launcher on the host.
-        started: when the process started, in seconds since the epoch.
+        process: the process.
         address: the address at which other nodes reach the host.
         port: the port at which the launcher listens, which shows whether the network connects two nodes.
         ranks: number of ranks that the node can run.
-        pid_namespace: see `Holder`.
     """
 
     id: str
-    host: str
-    pid: int
-    started: float
+    process: Holder
     address: str
     port: int
     ranks: int
-    pid_namespace: str = ""
-
-    @classmethod
-    def this_process(cls, address: str, port: int, ranks: int) -> Self:
-        """Return the member that this process is."""
-        holder = Holder.this_process()
-        return cls(uuid.uuid4().hex, address=address, port=port, ranks=ranks, **asdict(holder))
 
     @property
-    def has_ended(self) -> bool:
-        """Whether the launcher ran on this host and has ended."""
-        holder = Holder(self.host, self.pid, self.started, self.pid_namespace)
-        return holder.is_here and not holder.is_alive
+    def host(self) -> str:
+        """The name of the host."""
+        return self.process.host
+
+
+@dataclass(frozen=True)
+class _Sign:
+    """The content of a launcher's file.
+
+    Attributes:
+        member: the launcher.
+        beat: a number that grows.
+        reaches: the id of the leader if the launcher's node reaches the leader's node by the network, else empty.
+    """
+
+    member: Member
+    beat: int
+    reaches: str
+
+
+_SIGN = TypeAdapter(_Sign)
 
 
 @dataclass
@@ -67,23 +67,23 @@ class _Sighting:
 
     Attributes:
         member: the other launcher.
-        beat: its newest beat; None if it has left.
+        beat: its newest beat.
         since: when this launcher saw it first.
-        alive_at: when this launcher last saw a new beat; None for no new beat so far.
+        alive_at: when this launcher last saw a new beat.
         reached_at: when this launcher last saw a new beat which says that it reaches this launcher.
     """
 
     member: Member
-    beat: int | None
+    beat: int
     since: float
-    alive_at: float | None = None
+    alive_at: float
     reached_at: float | None = None
 
 
 class Membership:
     """Shows this launcher to the other launchers of a run, and watches them; use the object as a context manager.
 
-    A launcher writes a number that grows, its *beat*, to a file of its own every few seconds, together with the id of
+    Every few seconds, a launcher writes a number that grows, its *beat*, to a file of its own, together with the id of
     the leader if its node reaches the leader's node by the network. The clocks of the hosts need not agree.
 
     Args:
@@ -96,178 +96,117 @@ class Membership:
     def __init__(self, folder: Path, address: str, ranks: int, timeout: float) -> None:
         self._folder = folder
         self._timeout = timeout
-        self._listener = listen(backlog=128)
-        self.me = Member.this_process(address, self._listener.getsockname()[1], ranks)
+        self._listener = listen(backlog=1024)
+        self._listener.setblocking(False)
+        port = self._listener.getsockname()[1]
+        self.me = Member(uuid.uuid4().hex, Holder.this_process(), address, port, ranks)
         self._leader: Member | None = None
         self._leads_since = 0.0
         self._beat = 0
         self._sightings: dict[str, _Sighting] = {}
         self._lock = threading.Lock()
-        self._is_over = threading.Event()
-        self._threads = [threading.Thread(target=target, daemon=True) for target in (self._answer, self._show_and_look)]
+        self._until_exit = ExitStack()
 
     def __enter__(self) -> Self:
         self._folder.mkdir(parents=True, exist_ok=True)
-        self._show()
-        self._look()
-        for thread in self._threads:
-            thread.start()
+        self.beat()
+        self._until_exit.callback(self.remove_files_of, [self.me])
+        self._until_exit.enter_context(self._listener)
+        self._until_exit.enter_context(beating(self.beat, _BEAT_SECONDS))
         return self
 
     def __exit__(self, *exception: object) -> None:
-        self.leave()
+        self._until_exit.close()
 
-    def leave(self) -> None:
-        """Tell the other launchers that this node no longer takes part in the run."""
-        self._is_over.set()
-        with suppress(OSError):
-            self._listener.shutdown(socket.SHUT_RDWR)
-        self._listener.close()
-        for thread in self._threads:
-            thread.join()
-        self.remove_files_of([self.me])
-
-    def follow(self, leader: Member | None) -> None:
+    def follow(self, leader: Member) -> None:
         """Report from now on whether this node reaches the node of a leader, which may be this node."""
         if leader != self._leader and leader == self.me:
             self._leads_since = time.monotonic()
         self._leader = leader
 
-    def is_gone(self, id: str) -> bool:
+    def is_gone(self, member: Member) -> bool:
         """Return whether a launcher has left, has ended, or was silent for too long; False while that is unknown."""
-        if id == self.me.id:
-            return self._is_over.is_set()
-        with self._lock:
-            sighting = self._sightings.get(id)
-            if sighting is None or sighting.beat is None or sighting.member.has_ended:
-                return True
-            return time.monotonic() - (sighting.alive_at or sighting.since) > self._timeout
-
-    def is_cut_off(self, id: str) -> bool:
-        """Return whether the node of a launcher does not reach this node, which leads, or its launcher is gone."""
-        if self.is_gone(id):
-            return True
-        if id == self.me.id:
+        if member == self.me:
             return False
         with self._lock:
-            sighting = self._sightings.get(id)
-            # A launcher needs some time until it reports that it reaches a new leader.
-            last = max(self._leads_since, sighting.since, sighting.reached_at or 0.0) if sighting else 0.0
-            return time.monotonic() - last > self._timeout
+            sighting = self._sightings.get(member.id)
+        return sighting is None or member.process.has_ended or self._is_over(sighting.alive_at)
+
+    def is_cut_off(self, member: Member) -> bool:
+        """Return whether the node of a launcher does not reach this node, which leads, or its launcher is gone."""
+        if member == self.me:
+            return False
+        if self.is_gone(member):
+            return True
+        with self._lock:
+            sighting = self._sightings.get(member.id)
+        # A launcher needs some time until it reports that it reaches a new leader.
+        return sighting is None or self._is_over(max(self._leads_since, sighting.reached_at or sighting.since))
 
     def known(self) -> list[Member]:
         """Return all launchers that are not gone, this one included, the oldest first."""
         with self._lock:
             members = [self.me, *(sighting.member for sighting in self._sightings.values())]
-        return sorted(
-            (member for member in members if not self.is_gone(member.id)),
-            key=lambda member: (member.started, member.id),
-        )
+        here = (member for member in members if not self.is_gone(member))
+        return sorted(here, key=lambda member: (member.process.started, member.id))
 
     def ready(self) -> list[Member]:
         """Return the launchers whose nodes reach this node, this one first, then the oldest first."""
         with self._lock:
             reached = {id for id, sighting in self._sightings.items() if sighting.reached_at is not None}
-        others = (member for member in self.known() if member.id in reached and not self.is_cut_off(member.id))
+        others = (member for member in self.known() if member.id in reached and not self.is_cut_off(member))
         return [self.me, *others]
 
-    def remove_files_of(self, members: Sequence[Member]) -> None:
+    def remove_files_of(self, members: Iterable[Member]) -> None:
         """Remove the files of launchers that are gone."""
         for member in members:
-            for suffix in (_BEAT, _MEMBER):
-                with suppress(OSError):
-                    self._path(member.id, suffix).unlink()
+            with suppress(OSError):
+                self._path(member.id).unlink()
 
-    def _answer(self) -> None:
-        """Accept connections, which other launchers open to find out whether they reach this one."""
-        while not self._is_over.is_set():
-            with suppress(OSError), closing(self._listener.accept()[0]):
-                pass
-
-    def _show_and_look(self) -> None:
-        while not self._is_over.wait(_BEAT_SECONDS):
-            with suppress(OSError, UserError):  # the file system may fail for a while
-                self._show()
-                self._look()
-
-    def _show(self) -> None:
-        """Write this launcher's files. The beat is written in place: each reader's opening of the file asks the server.
-
-        A launcher that was silent for long may find its files removed, so write both.
-        """
-        self._beat += 1
-        leader = self._leader
-        reaches = leader.id if leader is not None and _reaches(leader) else ""
-        if not self._path(self.me.id, _MEMBER).exists():
-            with atomic_output(self._path(self.me.id, _MEMBER)) as unfinished:
-                unfinished.write_text(json.dumps(asdict(self.me)))
-        descriptor = os.open(self._path(self.me.id, _BEAT), os.O_WRONLY | os.O_CREAT | os.O_CLOEXEC, 0o666)
-        try:
-            os.pwrite(descriptor, f"{self._beat:020d} {reaches:32}\n".encode(), 0)
-            os.fsync(descriptor)
-        finally:
-            os.close(descriptor)
-
-    def _look(self) -> None:
-        """Read the files of all other launchers.
+    def beat(self) -> None:
+        """Write this launcher's file, and read the files of all other launchers.
 
         Raises:
-            OSError: the folder cannot be listed. All launchers count as before.
+            OSError: the folder cannot be used. All launchers count as before.
         """
+        # Accept the connections of other launchers, which find out whether they reach this one.
+        with suppress(BlockingIOError):
+            while True:
+                self._listener.accept()[0].close()
+        leader = self._leader
+        self._beat += 1
+        reaches = leader is not None and connection_error(leader.address, leader.port) is None
+        sign = _Sign(self.me, self._beat, leader.id if leader is not None and reaches else "")
+        unfinished = self._path(self.me.id).with_suffix(".tmp")
+        unfinished.write_bytes(_SIGN.dump_json(sign))
+        unfinished.replace(self._path(self.me.id))
         # `Path.glob` would return an empty list for a folder that cannot be read.
-        listed = {name.removesuffix(_MEMBER) for name in os.listdir(self._folder) if name.endswith(_MEMBER)}
+        listed = {Path(name).stem for name in os.listdir(self._folder) if name.endswith(".json")}
         for id in (listed | self._sightings.keys()) - {self.me.id}:
-            if id not in listed and self._is_removed(id):
-                with self._lock:
-                    del self._sightings[id]
-                continue
-            beat, reaches = self._read_beat(id)
+            self._look_at(id)
+
+    def _look_at(self, id: str) -> None:
+        """Read the file of another launcher. Opening the file asks the server; a listing may come from a cache."""
+        now = time.monotonic()
+        try:
+            sign = _SIGN.validate_json(self._path(id).read_bytes())
+        except FileNotFoundError:
             with self._lock:
-                sighting = self._sightings.get(id)
+                self._sightings.pop(id, None)
+            return
+        except (OSError, ValidationError):
+            return  # no news
+        with self._lock:
+            sighting = self._sightings.get(id)
             if sighting is None:
-                member = self._read_member(id)
-                if member is None:
-                    continue
-                sighting = _Sighting(member, beat, time.monotonic())
-            elif beat is not None and beat != sighting.beat:
-                sighting.beat, sighting.alive_at = beat, time.monotonic()
-                if reaches == self.me.id:
-                    sighting.reached_at = time.monotonic()
-            with self._lock:
-                self._sightings[id] = sighting
+                self._sightings[id] = _Sighting(sign.member, sign.beat, now, now)
+            elif sign.beat != sighting.beat:
+                sighting.beat, sighting.alive_at = sign.beat, now
+                if sign.reaches == self.me.id:
+                    sighting.reached_at = now
 
-    def _is_removed(self, id: str) -> bool:
-        """Return whether a launcher's file is gone. Opening a file asks the server; a listing may come from a cache."""
-        try:
-            check_regular(self._path(id, _MEMBER))
-        except UnusableFile as error:
-            return isinstance(error.__cause__, FileNotFoundError)
-        return False
+    def _is_over(self, last: float) -> bool:
+        return time.monotonic() - last > self._timeout
 
-    def _read_member(self, id: str) -> Member | None:
-        try:
-            content = json.loads(read_bounded(self._path(id, _MEMBER), _MAX_BYTES))
-            member = Member(**content)
-            return member if member.id == id else None
-        except (UnusableFile, ValueError, TypeError):
-            return None
-
-    def _read_beat(self, id: str) -> tuple[int | None, str]:
-        """Return the beat of a launcher and the id of the leader that it reaches; None while the beat is unknown."""
-        try:
-            beat, _, reaches = read_bounded(self._path(id, _BEAT), _MAX_BYTES).decode().partition(" ")
-            return int(beat), reaches.strip()
-        except (UnusableFile, ValueError):
-            return None, ""
-
-    def _path(self, id: str, suffix: str) -> Path:
-        return self._folder / f"{id}{suffix}"
-
-
-def _reaches(member: Member) -> bool:
-    """Return whether the network connects this node with the node of a launcher."""
-    try:
-        socket.create_connection((member.address, member.port), timeout=_CONNECT_SECONDS).close()
-    except OSError:
-        return False
-    return True
+    def _path(self, id: str) -> Path:
+        return self._folder / f"{id}.json"

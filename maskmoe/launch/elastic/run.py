@@ -1,24 +1,22 @@
 """Trains a run on nodes that come and go: one generation after the other."""
 
-import os
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Iterable, Sequence
 from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
 
 from maskmoe.command_line.run_tool import EXIT_BAD_INPUT
 from maskmoe.errors import UserError, counted
-from maskmoe.launch.command import Command, run_flags, torchrun_command
-from maskmoe.launch.devices import Devices
+from maskmoe.launch.devices import find_devices
 from maskmoe.launch.elastic.generation import Generation, Generations, leading_member
 from maskmoe.launch.elastic.layout import LayoutChooser, describe_changes
 from maskmoe.launch.elastic.membership import Member, Membership
 from maskmoe.launch.journal import Journal, Kind
-from maskmoe.launch.model_file import Flags, ModelFile, split_flags
-from maskmoe.launch.network import listen, route_to, wait_for
-from maskmoe.launch.options import DEFAULT_PORT, Meeting, Options
-from maskmoe.launch.preparation import check, record_end, record_launch, record_start
+from maskmoe.launch.model_file import Flags, ModelFile, override
+from maskmoe.launch.network import connection_error, listen
+from maskmoe.launch.node_run import NodeRun, check, say
+from maskmoe.launch.options import DEFAULT_PORT, Options
 from maskmoe.launch.supervisor import Supervisor
 from maskmoe.processes.folder_lock import check_unlocked
 from maskmoe.processes.interruption import EXIT_REQUEUE, LEAVE_FILE
@@ -40,28 +38,25 @@ class ElasticRun:
         options: the launcher's options.
         model: the model file.
         processes: the number of ranks of this node.
-        devices: the devices of this machine.
 
     Raises:
         UserError: the run saves no checkpoints, from which another set of nodes could continue.
     """
 
-    def __init__(self, options: Options, model: ModelFile, processes: int, devices: Devices) -> None:
+    def __init__(self, options: Options, model: ModelFile, processes: int) -> None:
         self._options = options
-        self._devices = devices
-        self._chooser = layout_chooser(options, model, self._check)
+        self._chooser = LayoutChooser(options, model, _passes_check)
         self._journal = Journal(options.run_dir)
         self._supervisor = Supervisor(options.shutdown_timeout)
         folder = options.run_dir / FOLDER
         self._generations = Generations(folder)
         self._nodes = Membership(folder / "members", options.address, processes, options.node_timeout)
-        self._report: str | None = None
         self._trained = 0  # the newest generation in which this node has trained
         # The newest generation if the run had ended before this launcher came, else 0; None until that is known.
         self._ended_before: int | None = None
         self._next_look = 0.0
         self._is_ending = False
-        self._lost: set[str] = set()  # the ids of launchers whose loss has been reported
+        self._lost: set[Member] = set()  # the launchers whose loss has been reported
 
     def run(self) -> int:
         """Take part in the run until it ends, or until a signal stops this node; return the exit code.
@@ -95,11 +90,11 @@ class ElasticRun:
         Raises:
             OSError: the file system has failed for as long as a launcher may be silent.
         """
-        arrived = begin = changed = time.monotonic()
+        arrived = begin = changed = worked = time.monotonic()
         known: list[Member] = []
         has_said = False
-        failing_since: float | None = None
         while not self._supervisor.is_stopped:
+            now = time.monotonic()
             try:
                 running = self._running()
                 if isinstance(running, int):
@@ -107,25 +102,23 @@ class ElasticRun:
                 if running is not None and running.number > self._trained and self._nodes.me in running.members:
                     return running
                 if known != (known := self._nodes.known()):
-                    changed = time.monotonic()
+                    changed = now
                 leader = leading_member(running, known)
                 self._nodes.follow(leader)
-                if not has_said and time.monotonic() - arrived > _POLL_SECONDS:
+                if not has_said and now - arrived > _POLL_SECONDS:
                     has_said = True
-                    _say(self._describe_wait(running, leader))
+                    say(self._describe_wait(running, leader))
                 if leader == self._nodes.me:
-                    is_late = time.monotonic() - begin > self._options.rendezvous_timeout
-                    is_quiet = time.monotonic() - changed > _LAST_CALL_SECONDS
-                    if generation := self._propose(running, is_quiet or is_late):
+                    is_late = now - begin > self._options.rendezvous_timeout
+                    if generation := self._propose(running, is_late or now - changed > _LAST_CALL_SECONDS):
                         return generation
                     if is_late:
                         return self._give_up()
                 elif running is not None and leader in running.members:
-                    begin = time.monotonic()  # a node may wait without limit while other nodes train
-                failing_since = None
+                    begin = now  # a node may wait without limit while other nodes train
+                worked = now
             except OSError:
-                failing_since = failing_since or time.monotonic()
-                if time.monotonic() - failing_since > self._options.node_timeout:
+                if now - worked > self._options.node_timeout:
                     raise
             time.sleep(_POLL_SECONDS)
         return EXIT_REQUEUE
@@ -151,38 +144,31 @@ class ElasticRun:
             UserError: no number of nodes passes the check.
         """
         ready = self._nodes.ready()
-        was_in = running is not None and running.node_rank(self._nodes.me) is not None
-        if was_in and running is not None:
+        if running is not None and self._nodes.me in running.members:
             # The nodes of the generation before come as soon as their ranks have ended.
             missing = [member for member in running.members if member not in ready]
-            if not all(self._nodes.is_cut_off(member.id) for member in missing):
+            if not all(map(self._nodes.is_cut_off, missing)):
                 return None
             self._report_loss(missing)
         elif len(ready) < self._options.nodes.most and not may_start:
             return None
         if not self._chooser.count(_ranks_of(ready)):
             return None
-        choice = self._chooser.choose(_ranks_of(ready))
+        nodes, flags = self._chooser.choose(_ranks_of(ready))
         if self._supervisor.is_stopped:
             return None
-        members = tuple(ready[: choice.nodes])
         # The number follows the generation that this choice is based on. If another launcher has written a generation
         # meanwhile, this one cannot be written.
         number = (running.number if running is not None else self._ended_before or 0) + 1
-        generation = Generation(number, members, _free_port(), choice.flags)
+        generation = Generation(number, tuple(ready[:nodes]), _free_port(), flags)
         if not self._generations.write(generation):
             return None
-        self._announce(running, generation)
-        return generation
-
-    def _announce(self, before: Generation | None, generation: Generation) -> None:
-        """Print and record on which nodes and ranks the run trains from now on, and which flags that changes."""
-        hosts = ", ".join(member.host for member in generation.members)
-        text = f"training on {counted(len(generation.members), 'node')} ({hosts}), {counted(generation.ranks, 'rank')}"
-        if before is not None and (changes := describe_changes(before.flags, generation.flags)):
+        hosts = _hosts_of(generation.members)
+        text = f"training on {counted(nodes, 'node')} ({hosts}), {counted(generation.ranks, 'rank')}"
+        if running is not None and (changes := describe_changes(running.flags, generation.flags)):
             text += f"; {changes}"
-        _say(text)
-        self._journal.write(Kind.NODES, text, nodes=len(generation.members), ranks=generation.ranks)
+        self._report(text, nodes=nodes, ranks=generation.ranks)
+        return generation
 
     def _give_up(self) -> int:
         """Say that too few nodes have come, and return the exit code of a run that can be started again."""
@@ -190,40 +176,16 @@ class ElasticRun:
         text = f"{counted(ready, 'node')} of {nodes.least} to {nodes.most} came within {seconds} s"
         if ready >= nodes.least:
             text += f", and the model file has no layout for {nodes.least} to {ready} nodes"
-        _say(f"{text}; start the command on more nodes, with the same --run-dir")
+        say(f"{text}; start the command on more nodes, with the same --run-dir")
         return EXIT_REQUEUE
 
     def _describe_wait(self, running: Generation | None, leader: Member) -> str:
         if leader == self._nodes.me:
-            return f"waiting for {self._options.nodes.least} to {self._options.nodes.most} nodes"
+            nodes = self._options.nodes
+            return f"waiting for {nodes.least} to {nodes.most} nodes, which need the run folder {self._options.run_dir}"
         if running is not None and leader in running.members:
             return f"the run trains already; {leader.host} takes this node in at the next checkpoint"
         return f"waiting for {leader.host}, which starts the run"
-
-    def _wait_until_unlocked(self, flags: Flags) -> None:
-        """Wait while ranks of the generation before still end, or a file system keeps the lock of a lost node.
-
-        Raises:
-            UserError: another run trains in the folder.
-        """
-        begin = time.monotonic()
-        while save := flags.get("save"):
-            try:
-                check_unlocked(Path(save[0]))
-                return
-            except UserError:
-                if time.monotonic() - begin > _UNLOCK_SECONDS or self._supervisor.is_stopped:
-                    raise
-                time.sleep(_LOOK_SECONDS)
-
-    def _check(self, flags: Flags, ranks: int) -> bool:
-        """Return whether a run may start, as the check of all its settings and files finds."""
-        if not self._options.checks:
-            return True
-        _say(f"checking settings and files for {counted(ranks, 'rank')}")
-        checked = check(flags, ranks, self._devices, to_console="verbose" in flags)
-        self._report = checked.stdout
-        return checked.returncode == 0
 
     # ---- Training a generation ---------------------------------------------------------------------------------------
 
@@ -234,37 +196,26 @@ class ElasticRun:
             The exit code of this launcher; None if another generation follows.
         """
         self._trained, self._is_ending = generation.number, False
-        self._lost -= {member.id for member in generation.members}
-        node_rank = generation.node_rank(self._nodes.me)
-        assert node_rank is not None
+        self._lost.difference_update(generation.members)
+        node_rank = generation.members.index(self._nodes.me)
         # The other nodes see the new generation and kill their former ranks, one of which may hold the lock.
-        if node_rank == 0:
-            self._wait_until_unlocked(generation.flags)
-        elif not self._reach_first_node(generation):
+        if node_rank == 0 and (save := generation.flags.get("save")):
+            check_unlocked(Path(save[0]), patience=_UNLOCK_SECONDS)
+        if node_rank and not self._reach_first_node(generation):
             return None
-        command = torchrun_command(
-            self._options,
-            Meeting(
-                nodes=len(generation.members),
-                node_rank=node_rank,
-                endpoint=generation.endpoint,
-                name=f"{self._options.rendezvous_id}.{generation.number}",
-                timeout=self._options.rendezvous_timeout,
-            ),
-            generation.flags,
-            self._nodes.me.ranks,
-            route_to(*generation.endpoint),
-            os.environ,
+        meeting = replace(
+            self._options.meeting,
+            nodes=len(generation.members),
+            node_rank=node_rank,
+            endpoint=generation.endpoint,
+            name=f"{self._options.rendezvous_id}.{generation.number}",
         )
-        leave_file = self._generations.leave_file(generation.number)
-        command = replace(command, environment={**command.environment, LEAVE_FILE: str(leave_file)})
-        record_start(self._options, self._options.log_folder(node_rank), command, None if node_rank else self._report)
-        _say(f"starting {counted(self._nodes.me.ranks, 'rank')}; everything is in {self._options.run_dir}")
-        if not node_rank:
-            record_launch(self._journal, generation.ranks, len(generation.members))
-        code = self._supervisor.run(command, must_end=lambda: self._must_end(generation))
-        if not node_rank and not self._is_ending:
-            record_end(self._journal, code)
+        leave_file = {LEAVE_FILE: str(self._generations.leave_file(generation.number))}
+        processes = self._nodes.me.ranks
+        run = NodeRun(self._options, meeting, generation.flags, processes, generation.ranks, leave_file)
+        code = run.train(self._supervisor, must_end=lambda: self._must_end(generation))
+        if not self._is_ending:
+            run.record_end(code)
         if self._supervisor.is_stopped:
             return code
         # The ranks ask for another start after a signal to another node, after a request to leave, and to go back.
@@ -278,11 +229,9 @@ class ElasticRun:
     def _reach_first_node(self, generation: Generation) -> bool:
         """Wait until torchrun listens on the first node; return False if another generation begins before."""
         while not (self._supervisor.is_stopped or self._must_end(generation)):
-            try:
-                wait_for(*generation.endpoint, timeout=0)
+            if connection_error(*generation.endpoint) is None:
                 return True
-            except UserError:
-                time.sleep(_POLL_SECONDS)
+            time.sleep(_POLL_SECONDS)
         return False
 
     def _must_end(self, generation: Generation) -> bool:
@@ -311,7 +260,7 @@ class ElasticRun:
         self._nodes.follow(leader)
         if leader != self._nodes.me:
             return False
-        lost = [member for member in generation.members if self._nodes.is_cut_off(member.id)]
+        lost = list(filter(self._nodes.is_cut_off, generation.members))
         self._report_loss(lost)
         if not lost:
             self._invite(generation)
@@ -319,27 +268,27 @@ class ElasticRun:
 
     def _report_loss(self, members: Sequence[Member]) -> None:
         """Print and record once that nodes are lost, and remove what their launchers have left in the folder."""
-        lost = [member for member in members if member.id not in self._lost]
-        if not lost:
-            return
-        self._lost |= {member.id for member in lost}
-        hosts = ", ".join(member.host for member in lost)
-        text = f"{hosts} left the run, or gave no sign of life for {self._options.node_timeout} s"
-        _say(f"{text}; the run continues without {'it' if len(lost) == 1 else 'them'}")
-        self._journal.write(Kind.NODES, text)
-        self._nodes.remove_files_of(lost)
+        lost = [member for member in members if member not in self._lost]
+        if lost:
+            self._lost.update(lost)
+            it = "it" if len(lost) == 1 else "them"
+            silence = f"{_hosts_of(lost)} left the run, or gave no sign of life for {self._options.node_timeout} s"
+            self._report(f"{silence}; the run continues without {it}")
+            self._nodes.remove_files_of(lost)
 
     def _invite(self, generation: Generation) -> None:
         """Ask the ranks to end after their next checkpoint if nodes wait that can train."""
         leave_file = self._generations.leave_file(generation.number)
-        candidates = [*generation.members, *(m for m in self._nodes.ready() if m not in generation.members)]
-        if leave_file.exists() or self._chooser.count(_ranks_of(candidates)) <= len(generation.members):
-            return
-        hosts = ", ".join(member.host for member in candidates[len(generation.members) :])
-        text = f"{hosts} has come, and is taken in at the next checkpoint"
-        _say(text)
-        self._journal.write(Kind.NODES, text)
-        leave_file.touch()
+        waiting = [member for member in self._nodes.ready() if member not in generation.members]
+        count = self._chooser.count(_ranks_of([*generation.members, *waiting]))
+        if count > len(generation.members) and not leave_file.exists():
+            self._report(f"{_hosts_of(waiting)} has come, and is taken in at the next checkpoint")
+            leave_file.touch()
+
+    def _report(self, text: str, **facts: int) -> None:
+        """Print that the nodes of the run change, and write it into the journal."""
+        say(text)
+        self._journal.write(Kind.NODES, text, **facts)
 
     def _others_have_changed(self, generation: Generation, code: int) -> bool:
         """Return whether the ranks failed because nodes have come or gone; wait until that is known.
@@ -348,10 +297,10 @@ class ElasticRun:
             generation: the generation whose ranks have ended.
             code: the exit code of the ranks, a failure.
         """
-        _say(f"the ranks ended with exit code {code}; looking whether a node is lost")
+        say(f"the ranks ended with exit code {code}; looking whether a node is lost")
         deadline = time.monotonic() + self._options.node_timeout + _BEATS_SECONDS
         while time.monotonic() < deadline and not self._supervisor.is_stopped:
-            if self._must_end(generation) or any(self._nodes.is_gone(member.id) for member in generation.members):
+            if self._must_end(generation) or any(map(self._nodes.is_gone, generation.members)):
                 return True
             with suppress(OSError):  # the file system may fail for a while
                 if self._generations.exit_code(generation.number) is not None:
@@ -360,31 +309,10 @@ class ElasticRun:
         return self._supervisor.is_stopped
 
 
-def layout_chooser(options: Options, model: ModelFile, check: Callable[[Flags, int], bool]) -> LayoutChooser:
-    """Return what chooses the layouts of an elastic run.
+def first_node_run(options: Options, model: ModelFile, processes: int) -> NodeRun:
+    """Return the run of the first node when all nodes are there, as if this node were the first.
 
-    Args:
-        options: the launcher's options.
-        model: the model file.
-        check: returns whether a run with some flags on a number of ranks may start.
-
-    Raises:
-        UserError: the run saves no checkpoints, from which another set of nodes could continue.
-    """
-    user_flags = split_flags(options.flags)
-
-    def complete(flags: Flags) -> Flags:
-        return run_flags(options, flags, user_flags)
-
-    if "save-interval" not in complete(model.flags):
-        raise UserError(f"--nodes {options.nodes} needs --save-interval, because the run continues from checkpoints")
-    return LayoutChooser(model, options.nodes, complete, check)
-
-
-def first_command(options: Options, model: ModelFile, processes: int) -> Command:
-    """Return the command of the first node when all nodes are there, as if this node were the first.
-
-    `PORT` in the command stands for the port that the first node chooses when the nodes meet. The command does not set
+    The run has the default port, though the first node chooses a free one when the nodes meet, and does not set
     `LEAVE_FILE`, because no launcher asks its ranks to leave.
 
     Args:
@@ -395,45 +323,31 @@ def first_command(options: Options, model: ModelFile, processes: int) -> Command
     Raises:
         UserError: the run saves no checkpoints, or no number of nodes has a layout.
     """
-    choice = layout_chooser(options, model, lambda _flags, _ranks: True).choose([processes] * options.nodes.most)
-    name, endpoint = f"{options.rendezvous_id}.1", (options.address, "PORT")
-    meeting = replace(options.meeting, nodes=choice.nodes, node_rank=0, endpoint=endpoint, name=name)
-    route = route_to(options.address, DEFAULT_PORT)
-    return torchrun_command(options, meeting, choice.flags, processes, route, os.environ)
+    chooser = LayoutChooser(options, model, lambda _flags, _ranks: True)
+    nodes, flags = chooser.choose([processes] * options.nodes.most)
+    name, endpoint = f"{options.rendezvous_id}.1", (options.address, DEFAULT_PORT)
+    meeting = replace(options.meeting, nodes=nodes, node_rank=0, endpoint=endpoint, name=name)
+    return NodeRun(options, meeting, flags, processes, nodes * processes)
 
 
-def check_node_counts(options: Options, model: ModelFile, processes: int) -> int:
-    """Check an elastic run for each number of nodes, and print the report for the largest; return the exit code.
-
-    Args:
-        options: the launcher's options.
-        model: the model file.
-        processes: the number of ranks of each node.
-    """
-    chooser = layout_chooser(options, model, lambda _flags, _ranks: True)
-    worst = 0
-    for number in range(options.nodes.most, options.nodes.least - 1, -1):
-        trained = chooser.count([processes] * number)
-        if trained != number:
-            print(f"note: {counted(number, 'node')}: " + (f"{trained} of them train" if trained else "no layout"))
-            continue
-        choice = chooser.choose([processes] * number)
-        checked = check(choice.flags, number * processes, None, to_console=number == options.nodes.most)
-        verdict = "errors found" if checked.returncode else "no errors found"
-        print(f"note: {counted(number, 'node')}, {counted(number * processes, 'rank')}: {verdict}", flush=True)
-        worst = worst or checked.returncode
-    return worst
+def _passes_check(flags: Flags, ranks: int) -> bool:
+    """Return whether a run may start on a number of ranks like those of this machine; print what is wrong."""
+    say(f"checking settings and files for {counted(ranks, 'rank')}")
+    if not find_devices().num_gpus:
+        flags = override({"distributed-backend": ("gloo",)}, flags)
+    return check(flags, ranks, shows_report="verbose" in flags) == 0
 
 
-def _ranks_of(members: Sequence[Member]) -> list[int]:
+def _ranks_of(members: Iterable[Member]) -> list[int]:
     """Return the number of ranks of each member's node."""
     return [member.ranks for member in members]
+
+
+def _hosts_of(members: Iterable[Member]) -> str:
+    """Return the names of the members' hosts."""
+    return ", ".join(member.host for member in members)
 
 
 def _free_port() -> int:
     with listen() as server:
         return server.getsockname()[1]
-
-
-def _say(text: str) -> None:
-    print(f"launch: {text}", flush=True)

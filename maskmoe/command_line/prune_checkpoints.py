@@ -6,7 +6,8 @@ back beyond them.
 Use this command when the series of checkpoints is no longer needed. Training with --keep-last-checkpoints keeps fewer
 checkpoints from the start.
 
-Example:
+Examples:
+  %(prog)s --load runs/a/checkpoints --dry-run
   %(prog)s --load runs/a/checkpoints
 """
 
@@ -30,6 +31,8 @@ def main() -> None:
     parser.add_argument("--keep-last-checkpoints", type=ranges.CHECKPOINTS, default=1, metavar="K", help=keep)
     retain = "also keep the checkpoints at multiples of this iteration (default: none)"
     parser.add_argument("--save-retain-interval", type=ranges.ITERATIONS, metavar="N", help=retain)
+    dry_run = "only print which checkpoints would be removed"
+    parser.add_argument("--dry-run", action="store_true", help=dry_run)
     arguments = parser.parse_args()
 
     # Reading checkpoints needs torch and Megatron, `--help` does not.
@@ -42,10 +45,10 @@ def main() -> None:
     if choice.checkpoint is None:
         raise UserError(f"--load {arguments.load} holds no checkpoint")
     keep, retain_interval = arguments.keep_last_checkpoints, arguments.save_retain_interval
-    old = remove_old_checkpoints(arguments.load, keep, retain_interval, choice.iteration)
-    remaining = [checkpoint for checkpoint in old if checkpoint.exists()]
+    old = remove_old_checkpoints(arguments.load, keep, retain_interval, choice.iteration, arguments.dry_run)
+    remaining = [] if arguments.dry_run else [checkpoint for checkpoint in old if checkpoint.exists()]
     for checkpoint in old:
         if checkpoint not in remaining:
-            print(f"removed  {checkpoint}")
+            print(f"{'would remove' if arguments.dry_run else 'removed'}  {checkpoint}")
     if remaining:
         raise UserError(f"cannot remove all files of {remaining[0]}; look at who may write there, and try again")

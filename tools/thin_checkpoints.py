@@ -1,7 +1,0 @@
-"""Runs `maskmoe thin` from a checkout; `--help` shows the arguments."""
-
-from maskmoe.command_line.run_tool import run_tool
-from maskmoe.command_line.thin_checkpoints import main
-
-if __name__ == "__main__":
-    run_tool(main)
