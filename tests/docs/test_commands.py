@@ -167,7 +167,10 @@ def test_unknown_flags_are_found(command: str, unknown: set[str]) -> None:
     assert unknown_flags(command.split()) == unknown
 
 
-@pytest.mark.parametrize("page", pages(), ids=lambda page: str(page.relative_to(ROOT)))
+# The changelog names flags that are gone.
+@pytest.mark.parametrize(
+    "page", sorted(set(pages()) - {ROOT / "CHANGELOG.md"}), ids=lambda page: str(page.relative_to(ROOT))
+)
 def test_flags_in_text_exist(page: Path) -> None:
     known = megatron_flags() | script_flags() | flags_in("tests/run.sh", "tools/gpu_campaign.sh")
     known |= {flag for flags in documented_flags().values() for flag in flags}

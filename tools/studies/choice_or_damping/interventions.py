@@ -73,18 +73,27 @@ class SmearedSelfAttention(SelfAttention):
     """Self-attention whose keys in layer 2 are mixed with the keys of the preceding token, by a learned share a head.
 
     Source: Olsson et al., "In-context Learning and Induction Heads" (2022), the section on smeared keys.
+
+    Attributes:
+        smear: [heads], the logit of each head's share of its own key; used in layer 2 only.
     """
+
+    smear: Tensor
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
-        self.smear: torch.nn.Parameter | None = None
-        if self.layer_number == SMEARED_LAYER:
-            self.smear = torch.nn.Parameter(torch.zeros(self.num_query_groups_per_partition))
+        # A checkpoint stacks the tensors of all layers, so the other layers have a tensor of this name, too.
+        smear = torch.zeros(self.num_query_groups_per_partition)
+        self.is_smeared = self.layer_number == SMEARED_LAYER
+        if self.is_smeared:
+            self.smear = torch.nn.Parameter(smear)
+        else:
+            self.register_buffer("smear", smear)
 
     def get_query_key_value_tensors(self, *args: Any, **kwargs: Any) -> Any:
         """Compute queries, keys [sequence, batch, heads, channels] and values, and mix the keys."""
         query, key, *others = super().get_query_key_value_tensors(*args, **kwargs)
-        if self.smear is not None:
+        if self.is_smeared:
             own_share = self.smear.sigmoid().view(-1, 1)  # [heads, 1]
             preceding = torch.cat([key[:1], key[:-1]])  # the first token has no preceding one
             key = own_share * key + (1 - own_share) * preceding
