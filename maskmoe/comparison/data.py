@@ -7,7 +7,7 @@ from pathlib import Path
 
 from maskmoe.comparison.held_out import choose_split
 from maskmoe.comparison.stage import Stage, maskmoe_command
-from maskmoe.comparison.suite import DataSection
+from maskmoe.comparison.suite import REQUIRED, DataSection
 from maskmoe.data.indexed_dataset import dataset_files
 from maskmoe.errors import UserError
 from maskmoe.launch.model_file import Flags
@@ -47,15 +47,10 @@ class Dataset:
         """Return the dataset that the section `data` of a suite describes.
 
         Raises:
-            UserError: a value or a file is missing.
+            UserError: a value is missing.
         """
         if not section.vocab_size.isdecimal():
             raise UserError("the suite's section `data` needs vocab-size, the number of ids of the tokenizer")
-        if section.input == ("required",) and not section.data_path:
-            raise UserError(
-                "the suite brings no text: name text files by --input FILE…, or a dataset by --data-path PREFIX "
-                "--split A,B,C --tokenizer-model FILE"
-            )
         if section.data_path and not (section.split and section.tokenizer_model):
             raise UserError("a dataset given by data-path also needs split and tokenizer-model")
         names = ("data_path", "split", "tokenizer_type", "tokenizer_model") if section.data_path else ()
@@ -63,11 +58,23 @@ class Dataset:
         existing = {flag: value if isinstance(value, tuple) else (value,) for flag, value in values.items()}
         text = () if existing else tuple(map(Path, section.input))
         held_out = {name: Path(path) for name, path in section.held_out.items()}
-        for path in (*text, *held_out.values()):
-            if not path.is_file():
-                raise UserError(f"the text file {path} does not exist; name files by --input and --held-out")
         size = section.vocab_size
         return cls(folder, size, seq_length, text, "text", section.max_bytes, held_out, existing)
+
+    def check(self) -> None:
+        """Check that the text files exist; only training needs them.
+
+        Raises:
+            UserError: a file does not exist, or the suite leaves the text to the command line, which names none.
+        """
+        if self.text == (Path(REQUIRED),):
+            raise UserError(
+                "the suite brings no text: name text files by --input FILE…, or a dataset by --data-path PREFIX "
+                "--split A,B,C --tokenizer-model FILE"
+            )
+        for path in (*self.text, *self.held_out.values()):
+            if not path.is_file():
+                raise UserError(f"the text file {path} does not exist; name files by --input and --held-out")
 
     @property
     def corpus(self) -> Path:

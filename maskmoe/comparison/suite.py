@@ -35,6 +35,9 @@ _FLAGS_BESIDE_PRESET = {"seed", "shared-table", "expert-model-parallel-size"}
 _MERGED_KEYS = {"flags", "expert-flags", "mask"}
 _MASK_PREFIX = "mask."
 
+REQUIRED = "required"
+"""The value of `input` in a suite that leaves the text to the command line."""
+
 
 def _to_list(value: object) -> object:
     return [value] if isinstance(value, str) else value
@@ -259,7 +262,7 @@ def _absolute(paths: object, folder: Path) -> object:
         return {name: _absolute(path, folder) for name, path in paths.items()}
     if isinstance(paths, tuple):
         return tuple(_absolute(path, folder) for path in paths)
-    is_path = paths and paths != "required" and not str(paths).replace(".", "", 1).isdecimal()
+    is_path = paths and paths != REQUIRED and not str(paths).replace(".", "", 1).isdecimal()
     return str((folder / str(paths)).absolute()) if is_path else paths
 
 

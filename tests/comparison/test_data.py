@@ -47,17 +47,25 @@ def test_an_existing_dataset_is_only_counted(tmp_path):
 
 @pytest.mark.parametrize(
     ("values", "message"),
-    [
-        ({"vocab_size": ""}, "needs vocab-size"),
-        ({"input": ("required",)}, "name text files by --input"),
-        ({"input": ("/nowhere",)}, "the text file /nowhere does not exist"),
-        ({"held_out": {"other": "/nowhere"}}, "the text file /nowhere does not exist"),
-        ({"data_path": ("/a",)}, "also needs split and tokenizer-model"),
-    ],
+    [({"vocab_size": ""}, "needs vocab-size"), ({"data_path": ("/a",)}, "also needs split and tokenizer-model")],
 )
 def test_incomplete_data_are_refused(tmp_path, values, message):
     with pytest.raises(UserError, match=message):
         Dataset.of(section(**values), tmp_path, 16)
+
+
+@pytest.mark.parametrize(
+    ("values", "message"),
+    [
+        ({"input": ("required",)}, "name text files by --input"),
+        ({"input": ("/nowhere",)}, "the text file /nowhere does not exist"),
+        ({"held_out": {"other": "/nowhere"}}, "the text file /nowhere does not exist"),
+    ],
+)
+def test_only_training_needs_the_text(tmp_path, values, message):
+    data = Dataset.of(section(**values), tmp_path, 16)
+    with pytest.raises(UserError, match=message):
+        data.check()
 
 
 def test_digests_tell_texts_apart(tmp_path, monkeypatch):

@@ -143,7 +143,7 @@ def test_shipped_fixed_routing_has_nothing_to_balance(shipped):
 def test_suites_for_gpus_want_text(name, tmp_path):
     suite = Suite.read(ROOT / "launch" / "suites" / f"{name}.yaml", {})
     with pytest.raises(UserError, match="the suite brings no text"):
-        Dataset.of(suite.data, tmp_path, suite.seq_length)
+        Dataset.of(suite.data, tmp_path, suite.seq_length).check()
     given = {"data_path": ("0.5", "/data"), "split": "99,1,0", "tokenizer_model": "/model"}
     data = Dataset.of(suite.data.model_copy(update=given), tmp_path, suite.seq_length)
     assert data.flags["data-path"] == ("0.5", "/data")
