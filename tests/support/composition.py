@@ -71,7 +71,7 @@ TABLE: dict[str, Works] = {
     ),
     "bf16": Works(
         "2 ranks, losses to 5e-4 of fp32's",
-        tests=(f"{COMPOSITION}test_bf16_with_distributed_optimizer_agrees_roughly",),
+        tests=("training/test_composition.py::test_bf16_with_distributed_optimizer_agrees_roughly",),
     ),
     "tied and untied embeddings": Works("2 ranks", varied_flag="--untie-embeddings-and-output-weights"),
     "multi-token prediction": Works("2 and 4 ranks", ("--mtp-num-layers 1",)),
@@ -158,7 +158,7 @@ TABLE: dict[str, Works] = {
     "documents rearranged to fill in the middle": Works(
         "2 ranks; samples depend on their index only",
         ("--fim-data",),
-        tests=("training/test_fill_in_middle.py::test_samples_depend_on_their_index_only",),
+        tests=("training/loop/test_fill_in_middle.py::test_samples_depend_on_their_index_only",),
     ),
     "CUDA graphs of attention and of dense MLPs": Works(
         "bit-equal to none, with eager calls in place of graphs: real graphs have not been captured",

@@ -10,7 +10,7 @@ from support.training_runs import COMPARED, RUNS
 from maskmoe.launch.journal import Kind, read_journal
 from maskmoe.run_status.status import read_status
 
-MODULES = sorted((TESTS / "training").glob("test_*.py"))
+MODULES = sorted((TESTS / "training").rglob("test_*.py"))
 TREES = {path.name: ast.parse(path.read_text()) for path in MODULES}
 
 

@@ -18,7 +18,7 @@ from maskmoe.launch.journal import Kind, read_journal
 from maskmoe.training.loop.rank_store import RankStore
 from maskmoe.training.resume.choose_checkpoint import repair_tracker_file
 
-PROGRAM = (str(Path(__file__).with_name("pretrain_with_fault.py")),)
+PROGRAM = (str(Path(__file__).parents[1] / "pretrain_with_fault.py"),)
 FLAGS = "--non-persistent-ckpt-type global --non-persistent-save-interval 3"
 EXPERT_2 = "--expert-model-parallel-size 2"
 REFERENCE = "reference"  # one process, 21 iterations

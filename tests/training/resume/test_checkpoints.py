@@ -275,7 +275,7 @@ def test_checkpoint_is_saved_again_with_the_search_for_a_fault(workplace, tmp_pa
     """The gradient of the iteration after the save is NaN, also when Megatron repeats the step."""
     flags = f"{flags} --save-interval 4 --keep-last-checkpoints 1 --eval-iters 0"
     fault = {"FAULT": "nan-always", "FAULT_RANK": "0", "FAULT_ITERATION": "5", "FAULT_FOLDER": str(tmp_path)}
-    run = Run(flags, saves=True, program=(str(Path(__file__).with_name("pretrain_with_fault.py")),))
+    run = Run(flags, saves=True, program=(str(Path(__file__).parents[1] / "pretrain_with_fault.py"),))
     with workplace.start(run, tmp_path / "run", environment=fault) as processes:
         outcome = processes.wait()
     assert outcome.exit_codes == (16,), outcome.report()
