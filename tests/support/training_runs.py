@@ -218,14 +218,6 @@ RUNS = {
     "second rank without tokens": Run(
         f"{EXPERT_2} {FROM_7}", ranks=2, continues="second rank without tokens, on 1", mask="starving.safetensors"
     ),
-    "hash layers": Run("--exit-interval 8 --save-interval 4", saves=True, mask="hash_layers.safetensors"),
-    "hash layers, expert parallel 2": Run(
-        f"--exit-interval 8 --ckpt-step 4 {EXPERT_2}",
-        ranks=2,
-        saves=True,
-        continues="hash layers",
-        mask="hash_layers.safetensors",
-    ),
     # Another mask after a stop.
     "wider mask": Run(
         f"{DROPOUT} --change-routing-mask --ckpt-step 7 --save-interval 8 --exit-interval 10",
@@ -580,6 +572,8 @@ def add_hybrid_twins(gpt: str, layouts: dict[str, tuple[int, str]], *, pattern: 
     COMPARED[gpt] += [name for name, (ranks, _) in layouts.items() if ranks > 1]
 
 
+# Two hash layers with V = k = 2 below two layers with all experts.
+add_model("hash layers", "", {"hash layers, expert parallel 2": (2, EXPERT_2)}, mask="hash_layers.safetensors")
 add_hybrid_twins(
     "rich",
     {

@@ -380,19 +380,6 @@ def thin(folder: Path, *flags: str) -> subprocess.CompletedProcess:
     return subprocess.run(command, capture_output=True, text=True, timeout=120)
 
 
-@pytest.mark.slow
-@pytest.mark.runs(SAVED)
-def test_a_series_is_thinned(copy):
-    truncate(checkpoint_path(copy, 21) / "__1_0.distcp")
-    result = thin(copy)
-    assert (result.returncode, result.stdout) == (0, f"removed  {copy}/iter_0000007\n"), result.stderr
-    assert saved_iterations(copy) == [21, 14]
-    assert thin(copy).stdout == ""
-    shutil.rmtree(checkpoint_path(copy, 21))
-    assert thin(copy).stdout == ""
-    assert saved_iterations(copy) == [14]
-
-
 @pytest.mark.runs(SAVED)
 def test_thinning_counts_from_the_checkpoint_that_would_be_loaded(copy):
     (copy / TRACKER).write_text("14")
