@@ -45,7 +45,7 @@ RUN = (
 )
 COMMANDS |= {"pretrain": RUN}
 
-# Words just outside the range of flags; test_declared_ranges.py shows that every number has a range.
+# Words just outside the range of flags; test_parser.py shows that every number has a range.
 BAD_NUMBERS = {
     "corpus": {"--max-bytes": "0", "--seed": "-1"},
     "tokenizer": {
@@ -216,7 +216,7 @@ def test_path_that_cannot_be_used(workshop, command):
     refuse_all(workshop, [(command_line(command, **{flag: path}), []) for flag, path in paths])
 
 
-PROMPTS = {"": "--prompt is empty", "import " * 30: "64 positions", "a\udcff": "--prompt has an invalid byte"}
+PROMPTS = {"": "--prompt is empty", "import " * 30: "64 positions"}
 
 
 def test_prompt_that_the_model_cannot_take(workshop):
