@@ -20,6 +20,7 @@ from maskmoe.checkpoint.series import (
     finish_replacements,
     iteration_of,
     next_version,
+    read_tracker,
     remove_next_versions,
     replace_by_next_version,
     saved_iterations,
@@ -173,3 +174,15 @@ def test_pruning_reports_a_checkpoint_that_cannot_be_removed(tmp_path, monkeypat
     assert saved_iterations(tmp_path) == [4, 3, 2]
     prune_checkpoints.main()
     assert saved_iterations(tmp_path) == [4]
+
+
+def test_tracker_of_odd_bytes(tmp_path: Path) -> None:
+    tracker = tmp_path / TRACKER
+    for content in ("9" * 5000, "9" * 90, "٣", "\0", "../x"):
+        tracker.write_text(content)
+        assert read_tracker(tmp_path) is None or len(content) == 90
+    tracker.unlink()
+    os.mkfifo(tracker)
+    assert read_tracker(tmp_path) is None
+    (tmp_path / "iter_٣").mkdir()
+    assert saved_iterations(tmp_path) == []

@@ -55,10 +55,6 @@ def alter_metadata(tensors: dict) -> None:
     tensors[f"{PREFIX}metadata"].copy_(tensors[f"{PREFIX}metadata"].new_tensor(list(text)))
 
 
-def replace_by_zeros(tensors: dict) -> None:
-    tensors[f"{PREFIX}metadata"].zero_()
-
-
 def replace_by_another_mask(tensors: dict) -> None:
     others = (
         {PREFIX + name: tensor for name, tensor in mask_tensors(random_mask(seed=n)).items()} for n in range(1, 999)
@@ -66,7 +62,7 @@ def replace_by_another_mask(tensors: dict) -> None:
     tensors |= next(other for other in others if all(other[name].shape == tensors[name].shape for name in other))
 
 
-CHANGES = [alter_row, alter_bits, alter_metadata, replace_by_zeros, replace_by_another_mask]
+CHANGES = [alter_row, alter_bits, alter_metadata, replace_by_another_mask]
 
 
 def change(model: Path, alter) -> None:

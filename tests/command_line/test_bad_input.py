@@ -45,104 +45,76 @@ RUN = (
 )
 COMMANDS |= {"pretrain": RUN}
 
-NOT_WHOLE = ("0", "-1", "1.5", "nan", "inf", "²", "٣", "1_0", "9" * 5000, "1" + "0" * 30, "")
-NOT_COUNT = ("-1", "1.5", "nan", "²", "1e3", "1" + "0" * 30)
-NOT_SHARE = ("-0.1", "1.1", "nan", "inf", "-inf", "1e400", "half", "")
-NOT_POSITIVE = ("0", "-1", "nan", "inf", "x")
-
-# The words that each flag of a command must refuse.
+# Words just outside the range of flags; test_parser.py shows that every number has a range.
 BAD_NUMBERS = {
-    "corpus": {"--max-bytes": NOT_WHOLE, "--seed": NOT_COUNT},
+    "corpus": {"--max-bytes": "0", "--seed": "-1"},
     "tokenizer": {
-        "--vocab-size": (*NOT_WHOLE, "1", "2", "259", "1000000000"),
-        "--workers": (*NOT_WHOLE, "1025"),
-        "--character-coverage": (*NOT_SHARE, "0", "0.5", "0.97"),
-        "--max-lines": NOT_WHOLE,
-        "--seed": (*NOT_COUNT, "4294967296"),
+        "--vocab-size": "0 2 259 1000000000",
+        "--workers": "0 1025",
+        "--character-coverage": "0.5 1.1",
+        "--max-lines": "0",
+        "--seed": "4294967296",
     },
-    "preprocess": {"--workers": (*NOT_WHOLE, "100000"), "--shuffle-seed": NOT_COUNT},
-    "count": {"--vocab-size": (*NOT_WHOLE, "1000000000"), "--workers": NOT_WHOLE},
+    "preprocess": {"--workers": "0 100000", "--shuffle-seed": "-1"},
+    "count": {"--vocab-size": "0 1000000000", "--workers": "0"},
     "mask": {
-        "--num-experts": (*NOT_WHOLE, "1000000000"),
-        "--num-layers": (*NOT_WHOLE, "1000000"),
-        "--frequent-mass": NOT_SHARE,
-        "--frequent-visible-experts": NOT_WHOLE,
-        "--expert-model-parallel-size": NOT_WHOLE,
-        "--hash-layers": NOT_COUNT,
-        "--seed": NOT_COUNT,
-        "--workers": NOT_WHOLE,
+        "--num-experts": "0 1000000000",
+        "--num-layers": "0 1000000",
+        "--frequent-mass": "-0.1 1.1 nan",
+        "--frequent-visible-experts": "0",
+        "--expert-model-parallel-size": "0",
+        "--hash-layers": "-1",
+        "--seed": "-1",
+        "--workers": "0",
     },
-    "mask widen": {
-        "--frequent-mass": NOT_SHARE,
-        "--frequent-visible-experts": NOT_WHOLE,
-        "--seed": NOT_COUNT,
-        "--workers": NOT_WHOLE,
-    },
-    "convert megatron-to-hf": {"--max-shard-size": ("0", "-1", "nan", "x", "5 apples", "²GB", "1e400GB")},
+    "mask widen": {"--frequent-mass": "1.1", "--frequent-visible-experts": "0", "--seed": "-1", "--workers": "0"},
+    "convert megatron-to-hf": {"--max-shard-size": "0 -1 x 1e400GB"},
     "convert upcycle": {
-        "--num-experts": NOT_WHOLE,
-        "--topk": NOT_WHOLE,
-        "--granularity": NOT_WHOLE,
-        "--noise": ("-1", "nan", "inf", "x"),
-        "--reinit-share": NOT_SHARE,
-        "--seed": NOT_COUNT,
-        "--moe-layer-freq": ("0", "-1", "x", "[2]", "[1]**9", "[1]*9999999999", "()", "[" * 3000),
+        "--num-experts": "0",
+        "--topk": "0",
+        "--granularity": "0",
+        "--noise": "-1",
+        "--reinit-share": "1.1",
+        "--moe-layer-freq": "0 x [2] [1]**9 [1]*9999999999 () " + "[" * 3000,
     },
-    "sample": {
-        "--max-new-tokens": NOT_WHOLE,
-        "--temperature": ("-1", "nan", "inf", "x"),
-        "--top-k": NOT_COUNT,
-        "--seed": (*NOT_COUNT, "-1", "4294967296"),
-    },
+    "sample": {"--max-new-tokens": "0", "--temperature": "-1 nan", "--top-k": "-1", "--seed": "4294967296"},
     "analyze": {
-        "--ckpt-step": NOT_COUNT,
-        "--tokens": NOT_WHOLE,
-        "--seq-length": NOT_WHOLE,
-        "--batch-size": NOT_WHOLE,
-        "--min-occurrences": NOT_WHOLE,
-        "--top-ids": NOT_WHOLE,
-        "--split": ("abc", "-1,2,3", "0,0,0", "nan,1,1", "inf,1,1", "1,2,3,4", "5e-1,1,1", ""),
+        "--ckpt-step": "-1",
+        "--tokens": "0",
+        "--seq-length": "0",
+        "--batch-size": "0",
+        "--min-occurrences": "0",
+        "--top-ids": "0",
+        "--split": "abc",
     },
     "simulate": {
-        "--layer": (*NOT_WHOLE, "3"),
-        "--tokens-per-rank": NOT_WHOLE,
-        "--seed": NOT_COUNT,
-        "--topk": NOT_WHOLE,
-        "--hidden-size": NOT_WHOLE,
-        "--bytes-per-element": (*NOT_WHOLE, "65"),
-        "--num-gpus": NOT_WHOLE,
-        "--gpus-per-node": NOT_WHOLE,
-        "--expert-model-parallel-size": NOT_WHOLE,
-        "--intra-node-bandwidth": NOT_POSITIVE,
-        "--intra-node-latency": ("-1", "nan", "inf", "x"),
-        "--inter-node-bandwidth": NOT_POSITIVE,
-        "--inter-node-latency": ("-1", "nan", "inf", "x"),
+        "--layer": "0 3",
+        "--tokens-per-rank": "0",
+        "--topk": "0",
+        "--hidden-size": "0",
+        "--bytes-per-element": "65",
+        "--num-gpus": "0",
+        "--intra-node-bandwidth": "0",
+        "--inter-node-latency": "-1",
     },
-    "prune": {"--keep-last-checkpoints": NOT_WHOLE},
+    "prune": {"--keep-last-checkpoints": "0"},
     "quickstart": {
-        "--vocab-size": (*NOT_WHOLE, "100"),
-        "--num-layers": NOT_WHOLE,
-        "--hidden-size": (*NOT_WHOLE, "33"),
-        "--num-experts": (*NOT_WHOLE, "1"),
-        "--frequent-mass": NOT_SHARE,
-        "--frequent-visible-experts": (*NOT_WHOLE, "1", "9"),
-        "--seq-length": (*NOT_WHOLE, "31"),
-        "--global-batch-size": NOT_WHOLE,
-        "--train-iters": NOT_WHOLE,
-        "--lr": NOT_POSITIVE,
-        "--seed": NOT_COUNT,
+        "--vocab-size": "100",
+        "--hidden-size": "33",
+        "--num-experts": "1",
+        "--frequent-visible-experts": "1 9",
+        "--seq-length": "31",
+        "--lr": "0",
     },
-    "compare": {"--jobs": NOT_WHOLE, "--vocab-size": NOT_WHOLE, "--split": ("abc", "-1,2,3", "0,0,0")},
+    "compare": {"--jobs": "0", "--split": "abc"},
     "pretrain of a file": {
-        "--nodes": NOT_WHOLE,
-        "--node-rank": (*NOT_COUNT, "1"),
-        "--gpus-per-node": NOT_WHOLE,
-        "--rendezvous": ("host:0", "host:65536", "host:²", ":1", "host:x"),
-        "--rendezvous-timeout": NOT_WHOLE,
-        "--max-restarts": NOT_COUNT,
-        "--shutdown-timeout": NOT_WHOLE,
+        "--nodes": "0",
+        "--node-rank": "1",
+        "--gpus-per-node": "0",
+        "--rendezvous": "host:0 host:65536 :1 host:x",
+        "--max-restarts": "-1",
     },
-    "generate": {"--max-new-tokens": NOT_WHOLE, "--temperature": ("-1", "nan", "inf", "x"), "--top-k": NOT_COUNT},
+    "generate": {"--max-new-tokens": "0", "--temperature": "-1", "--top-k": "-1"},
 }
 
 
@@ -161,7 +133,7 @@ def command_line(command: str, **replaced: str) -> list[str]:
 
 @pytest.mark.parametrize("command", BAD_NUMBERS)
 def test_number_out_of_range(workshop, command):
-    cases = [(flag, word) for flag, words in BAD_NUMBERS[command].items() for word in words]
+    cases = [(flag, word) for flag, words in BAD_NUMBERS[command].items() for word in words.split()]
     refuse_all(workshop, [(command_line(command, **{flag[2:]: word}), [flag]) for flag, word in cases])
 
 
@@ -191,7 +163,7 @@ def test_number_that_contradicts_another(workshop):
 
 
 def test_number_of_processes_of_a_training_command(workshop):
-    for word in (*NOT_WHOLE, "100000"):
+    for word in ("0", "two", "100000"):
         for command in TRAINING:
             run_command(command, "--nproc-per-node", word, starts_ranks=True).assert_refused("--nproc-per-node")
 
@@ -244,7 +216,7 @@ def test_path_that_cannot_be_used(workshop, command):
     refuse_all(workshop, [(command_line(command, **{flag: path}), []) for flag, path in paths])
 
 
-PROMPTS = {"": "--prompt is empty", "import " * 30: "64 positions", "a\udcff": "--prompt has an invalid byte"}
+PROMPTS = {"": "--prompt is empty", "import " * 30: "64 positions"}
 
 
 def test_prompt_that_the_model_cannot_take(workshop):
@@ -301,27 +273,20 @@ def test_missing_folder_is_found_before_packages_are_loaded(workshop):
 # Mistakes in words, with words of the error.
 MISTAKES = [
     ("tokenizer --vocab-siz 5", "unknown flag --vocab-siz (nearest: --vocab-size)"),
-    ("tokenizer --vocab 5", "unknown flag --vocab"),
     ("tokenizer --vocab-size", "--vocab-size: expected one argument"),
     ("tokenizer", "the following arguments are required: --input"),
-    ("tokenizer --model-type bbpe", "--model-type: invalid choice: 'bbpe'"),
-    ("mask --preset smo", "--preset: invalid choice: 'smo'"),
     ("mask --token-frequency a --vocab-size 5", "--vocab-size: not allowed with argument --token-frequency"),
     ("count --data-path a --output b --vocab-size 5 stray --x=1", "unknown flag --x"),
     ("count --merge a --output b --merge=c", "--merge is given 2 times: write all its values after one --merge"),
     ("sample --model model --prompt a stray", "unrecognized arguments: stray"),
     ("convert", "the following arguments are required: command"),
     ("convert megatron-to-hf --lode x", "unknown flag --lode (nearest: --load)"),
-    ("convert to-hf", "invalid choice: 'to-hf'"),
     ("analyze --load model --output-dir OUT", "--data-path --input is required"),
-    ("simulate --topk", "--topk: expected at least one argument"),
-    ("prune --load", "--load: expected one argument"),
     ("compare suite.yaml --list --report", "not allowed with argument"),
     ("pretrain --node 2 laptop.yaml", "--node"),
     ("pretrain laptop.yaml stray", "stray"),
-    ("pretrain --num-layer 2", "unknown flag --num-layer (nearest: --num-layers)"),
     ("pretrain stray", "the model file stray does not exist"),
-    ("pretrain --lr", "--lr: expected one argument"),
+    ("pretrain --num-layer 2", "unknown flag --num-layer (nearest: --num-layers)"),
     ("pretrain --check x", "--check must be a whole number, not 'x'"),
     ("pretrain --check 1000000007", "--check must be at most"),
     ("pretrain --json", "--check"),

@@ -10,7 +10,6 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from support.command_lines import parse_training, run_command, writing_nothing
 
-from maskmoe.command_line.main import dispatch
 from maskmoe.command_line.registry import SUBCOMMANDS
 from maskmoe.errors import UserError
 
@@ -54,19 +53,6 @@ def flags_of(name: str) -> list[str]:
 @settings(max_examples=10, suppress_health_check=list(HealthCheck))
 @given(data=st.data())
 def test_random_command_line(workshop: Path, name: str, data: st.DataObject) -> None:
-    run_random_command_line(workshop, name, data)
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("name", NAMES)
-@pytest.mark.usefixtures("stop_before_work")
-@settings(max_examples=500, suppress_health_check=list(HealthCheck))
-@given(data=st.data())
-def test_many_random_command_lines(workshop: Path, name: str, data: st.DataObject) -> None:
-    run_random_command_line(workshop, name, data)
-
-
-def run_random_command_line(workshop: Path, name: str, data: st.DataObject) -> None:
     flag = st.sampled_from(flags_of(name))
     parts = st.one_of(
         st.tuples(flag, WORDS),
@@ -82,13 +68,6 @@ def run_random_command_line(workshop: Path, name: str, data: st.DataObject) -> N
             return
     if outcome.code != 0:
         assert outcome.problem() is None
-
-
-@settings(max_examples=50)
-@given(words=st.lists(WORDS, min_size=1, max_size=3))
-def test_random_subcommand(words: list[str]) -> None:
-    with pytest.raises(UserError, match="unknown subcommand"):
-        dispatch(words)
 
 
 @settings(max_examples=200)

@@ -232,12 +232,6 @@ def test_refuses_settings(settings, words, dense):
         upcycle(dense, UpcycleSettings(**settings), mask_of(4))
 
 
-def test_refuses_a_model_with_experts(tmp_path):
-    save_model("mixtral", tmp_path)
-    with pytest.raises(UserError, match="without experts"):
-        upcycle(open_huggingface(tmp_path), UpcycleSettings(4), mask_of(4))
-
-
 def settings_from_flags(*flags: str) -> UpcycleSettings:
     parser = argparse.ArgumentParser()
     add_upcycle_arguments(parser)

@@ -14,7 +14,7 @@ import zstandard
 from sentencepiece import SentencePieceProcessor
 
 from maskmoe.command_line import preprocess_data, train_tokenizer
-from maskmoe.data.documents import progress_bar, read_blocks
+from maskmoe.data.documents import read_blocks
 from maskmoe.data.indexed_dataset import open_tokens
 from maskmoe.data.inputs import ReadingOptions, find_inputs, unescape
 from maskmoe.errors import UserError
@@ -63,13 +63,6 @@ def test_standard_input(standard_input: Callable, name: str, compress: Callable[
     assert documents(name) == DOCUMENTS
 
 
-@pytest.mark.parametrize("name", ["-", "/dev/stdin", "/dev/fd/0"])
-def test_standard_input_from_a_file(standard_input: Callable, name: str, tmp_path: Path) -> None:
-    (tmp_path / "a").write_bytes(LINES)
-    standard_input(tmp_path / "a")
-    assert documents(name) == DOCUMENTS
-
-
 def test_format_of_standard_input(standard_input: Callable) -> None:
     standard_input(b"plain text\n")
     with pytest.raises(UserError, match=r"^standard input: line 1: invalid JSON .*; --input-format text reads"):
@@ -104,13 +97,6 @@ def test_named_pipe(tmp_path: Path, name: str, content: bytes, expected: list[st
     writer.start()
     assert documents(tmp_path / name) == expected
     writer.join()
-
-
-def test_a_pipe_has_no_size(tmp_path: Path) -> None:
-    os.mkfifo(tmp_path / "pipe")
-    (tmp_path / "a.txt").write_text("text")
-    assert progress_bar(find_inputs([tmp_path / "pipe", tmp_path / "a.txt"]), "").total is None
-    assert progress_bar(find_inputs([tmp_path / "a.txt"] * 2), "").total == 8
 
 
 def test_a_pipe_is_read_once(tmp_path: Path) -> None:

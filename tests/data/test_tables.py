@@ -1,7 +1,6 @@
 """Parquet and Arrow files, written by pyarrow, give the documents that pyarrow itself reads."""
 
 import io
-import os
 import random
 import sys
 from collections.abc import Callable
@@ -78,13 +77,6 @@ def test_blocks_are_small_and_advance_the_progress_bar(name: str, tmp_path: Path
     assert sum(block.num_bytes for block in blocks) >= 4_000_000
 
 
-@pytest.mark.parametrize("name", WRITERS)
-def test_names_that_are_not_utf8(name: str, tmp_path: Path) -> None:
-    WRITERS[name](pa.table({"text": ["a", "b"]}), tmp_path / name)
-    path = (tmp_path / name).rename(tmp_path / os.fsdecode(b"n\xff" + name.encode()))
-    assert list(read_documents([path])) == ["a", "b"]
-
-
 def test_several_keys(tmp_path: Path) -> None:
     pq.write_table(pa.table({"a.b": ["1", "2"], "q": ["3", "4"], "a": [{"b": 1}] * 2}), tmp_path / "a.parquet")
     (block,) = read_blocks(find_inputs([tmp_path / "a.parquet"]), ["q", "a.b"])
@@ -121,16 +113,6 @@ def test_unusable_columns(tmp_path: Path, name: str, table: pa.Table, message: s
         list(read_documents([tmp_path / name]))
     assert str(tmp_path / name) in str(caught.value)
     assert "\n" not in str(caught.value)
-
-
-@pytest.mark.parametrize("name", [*WRITERS])
-@pytest.mark.parametrize("content", [b"", b"text\n", None])
-def test_truncated_files(tmp_path: Path, name: str, content: bytes | None) -> None:
-    path = tmp_path / name
-    WRITERS[name](pa.table({"text": [f"text {number}" for number in range(40)]}), path)
-    path.write_bytes(path.read_bytes()[:-30] if content is None else content)
-    with pytest.raises(UserError, match="is damaged or truncated, or no"):
-        list(read_documents([path]))
 
 
 def test_a_stream_that_ends_between_two_batches_is_truncated(tmp_path: Path) -> None:

@@ -8,14 +8,6 @@ import sys
 import pytest
 
 PACKAGES = ("maskmoe.data", "maskmoe.routing_mask")
-COMMANDS = (
-    "make_corpus",
-    "train_tokenizer",
-    "preprocess_data",
-    "count_token_frequency",
-    "build_routing_mask",
-    "simulate_dispatch",
-)
 HEAVY = ("torch", "megatron", "transformers", "matplotlib", "scipy")
 
 
@@ -32,12 +24,3 @@ def test_packages_import_no_heavy_library(package: str) -> None:
     modules = [f"{package}.{module.name}" for module in pkgutil.iter_modules(folder)]
     assert len(modules) >= 5
     assert imported(modules, HEAVY) == set()
-
-
-def test_commands_start_without_heavy_libraries() -> None:
-    modules = [f"maskmoe.command_line.{name}" for name in COMMANDS]
-    assert imported(modules, (*HEAVY, "sentencepiece", "tokenizers")) == set()
-
-
-def test_an_import_of_torch_is_found() -> None:
-    assert imported(["torch"], HEAVY) >= {"torch"}

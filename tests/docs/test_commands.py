@@ -152,21 +152,6 @@ def test_files_of_the_repository_exist(block: Block) -> None:
     assert [file for file in named if not (ROOT / file).exists()] == []
 
 
-@pytest.mark.parametrize(
-    ("command", "unknown"),
-    [
-        ("maskmoe mask --num-experts 8 --no-such-flag", {"--no-such-flag"}),
-        ("maskmoe mask widen --num-experts 8 --seed 1", {"--num-experts"}),
-        ("maskmoe pretrain --num-layers 4 --num-layer 4", {"--num-layer"}),
-        ("launch/pretrain.sh --nodes 2 --nodse 2 a.yaml --lr 1", {"--nodse"}),
-        ("launch/slurm/submit.sh --nodes=2 --nodse=2 -- a.yaml --lrr 1", {"--nodse", "--lrr"}),
-        ("launch/docker.sh --cpu --gpu launch/pretrain.sh a.yaml --lrr 1", {"--gpu", "--lrr"}),
-    ],
-)
-def test_unknown_flags_are_found(command: str, unknown: set[str]) -> None:
-    assert unknown_flags(command.split()) == unknown
-
-
 # The changelog names flags that are gone.
 @pytest.mark.parametrize(
     "page", sorted(set(pages()) - {ROOT / "CHANGELOG.md"}), ids=lambda page: str(page.relative_to(ROOT))

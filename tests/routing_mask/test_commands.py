@@ -171,11 +171,6 @@ def test_build_warns_of_an_id_that_makes_balance_impossible(folder):
     ("arguments", "words"),
     [
         ([*COUNTS, *MODEL, "--frequent-mass", 0.4], ["--frequent-visible-experts, --assignment missing"]),
-        ([*COUNTS, *MODEL, *METHOD, "--assignment", "rank-local"], ["--expert-model-parallel-size"]),
-        (
-            [*COUNTS, *MODEL, *METHOD, "--assignment", "rank-local", "--expert-model-parallel-size", 3],
-            ["8 experts", "3 expert-parallel ranks"],
-        ),
         ([*COUNTS, *MODEL, *METHOD, "--preset", "smoe"], ["preset smoe", "frequent mass"]),
         (["--vocab-size", 50, *MODEL, "--preset", "smoe", "--hash-layers", 1], ["--token-frequency"]),
         ([*COUNTS, *MODEL, "--preset", "smoe", "--hash-visible-experts", 1], ["without --hash-layers"]),

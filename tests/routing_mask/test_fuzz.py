@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from hypothesis import HealthCheck, example, given, settings
+from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as npst
 from safetensors.numpy import save_file
@@ -24,7 +24,7 @@ from maskmoe.errors import UserError
 from maskmoe.routing_mask import TokenFrequency
 from maskmoe.routing_mask.assignment import MaskRecipe
 from maskmoe.routing_mask.mask import RoutingMask, build_routing_mask, expected_expert_load, overloading_ids
-from maskmoe.routing_mask.sealed_tensors import METADATA_KEY, seal
+from maskmoe.routing_mask.sealed_tensors import seal
 from maskmoe.transformer.visible_experts import routing_mask_from_buffers
 
 MASK, COUNTS = RoutingMask.KIND, TokenFrequency.KIND
@@ -73,14 +73,6 @@ def read(kind: str, path: Path) -> Any:
     return value
 
 
-@fuzz
-@given(content=st.binary(max_size=400), kind=st.sampled_from(list(READERS)))
-def test_any_bytes(content, kind, tmp_path):
-    path = tmp_path / "any.safetensors"
-    path.write_bytes(content)
-    assert read(kind, path) is None
-
-
 def mutations(content: bytes) -> st.SearchStrategy[bytes]:
     """Return files in which a run of bytes or the length of the header was replaced."""
     position = st.integers(0, len(content)) | st.integers(0, 16) | st.integers(0, len(content)).map(lambda n: -n)
@@ -102,41 +94,6 @@ def test_damaged_files(data, kind, originals, contents, tmp_path):
     path.write_bytes(data.draw(mutations(contents[kind])))
     value = read(kind, path)
     assert value is None or value.digest == originals[kind].digest
-
-
-DTYPES = st.sampled_from(
-    ["U8", "I16", "I32", "I64", "BOOL", "F16", "BF16", "F32", "F8_E4M3", "F4", "C64", "", "x", None]
-)
-SIZES = st.integers(-1, 40) | st.sampled_from([2**31, 2**62, 2**63, 2**64, 2**80, 1.5, True, "8", None])
-ENTRIES = st.fixed_dictionaries(
-    {
-        "dtype": DTYPES,
-        "shape": st.lists(SIZES, max_size=4) | st.just([0] * 70),
-        "data_offsets": st.lists(SIZES, max_size=3),
-    }
-)
-NAMES = st.sampled_from(["row_of_id", "visible_bits", "counts", "weights", ""])
-
-
-@fuzz
-@given(
-    entries=st.lists(st.tuples(NAMES, ENTRIES), max_size=3),
-    tail=st.binary(max_size=64),
-    kind=st.sampled_from(list(READERS)),
-)
-@example(entries=[("counts", {"dtype": "U8", "shape": [0] * 70, "data_offsets": [0, 0]})], tail=b"", kind=COUNTS)
-@example(
-    entries=[("counts", {"dtype": "I64", "shape": [0, 2**62, 2**62], "data_offsets": [0, 0]})], tail=b"", kind=COUNTS
-)
-@example(entries=[("counts", {"dtype": "U8", "shape": [2**62], "data_offsets": [0, 2**62]})], tail=b"", kind=COUNTS)
-def test_headers_that_claim_anything(entries, tail, kind, originals, tmp_path):
-    """The headers may also contain a name twice."""
-    metadata = {METADATA_KEY: seal(kind, originals[kind].parts()[0] if kind == MASK else {}, {})[METADATA_KEY]}
-    members = [f"{json.dumps(name)}: {json.dumps(entry)}" for name, entry in [*entries, ("__metadata__", metadata)]]
-    header = f"{{{', '.join(members)}}}".encode()
-    path = tmp_path / "claims.safetensors"
-    path.write_bytes(struct.pack("<Q", len(header)) + header + tail)
-    assert read(kind, path) is None
 
 
 VALUES = st.recursive(
@@ -208,19 +165,6 @@ def test_forged_files(data, kind, originals, tmp_path):
         use(value)
         value.save(tmp_path / "again.safetensors")
         assert read(kind, tmp_path / "again.safetensors").digest == value.digest
-
-
-@fuzz
-@given(
-    envelope=st.dictionaries(st.sampled_from(["kind", "version", "record", "sha256"]), VALUES, min_size=3),
-    text=st.none() | st.text(max_size=20) | st.just("[" * 100_000) | st.just('{"a":' * 50_000),
-    kind=st.sampled_from(list(READERS)),
-)
-def test_metadata_of_any_kind(envelope, text, kind, originals, tmp_path):
-    path = tmp_path / "metadata.safetensors"
-    value = json.dumps(envelope) if text is None else text
-    save_file({"counts": np.zeros(3, np.int64)}, path, metadata={METADATA_KEY: value})
-    assert read(kind, path) is None
 
 
 @fuzz

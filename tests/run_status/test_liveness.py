@@ -85,7 +85,7 @@ WITHOUT_LOCK = [
     ([], 5000, "unknown", "it has no lock"),
     ([], None, "unknown", "it has no lock"),
     ([Kind.LAUNCHED], 10, "running", "its journal has no end, and it wrote something a short time ago"),
-    ([Kind.STARTED, Kind.REWOUND], 10, "running", "its journal has no end, and it wrote something a short time ago"),
+    ([Kind.STARTED, Kind.WARNED], 10, "running", "its journal has no end, and it wrote something a short time ago"),
     ([Kind.STARTED], 5000, "lost", "its journal has no end, but it has written nothing for a while"),
     ([Kind.STARTED, Kind.ENDED], 10, "ended", "an entry"),
     ([Kind.STARTED, Kind.NODES], 5000, "running", "its nodes meet again: an entry"),

@@ -4,7 +4,7 @@ import re
 
 from xdist.scheduler import LoadScopeScheduling
 
-SHARING_FOLDERS = ("training", "conversion", "routing_analysis", "data")
+SHARING_FOLDERS = ("training", "conversion", "analysis", "data")
 """Folders whose tests share session fixtures that take long, such as training runs."""
 
 

@@ -67,7 +67,6 @@ class Run:
         sees_gpus: Whether the processes see the GPUs of this machine.
         imports_first: Whether the program begins with the import of Megatron-Core. Then its processes may be preloaded,
             see `RankProcesses`.
-        description: Describes the run in words.
     """
 
     flags: str = ""
@@ -83,7 +82,6 @@ class Run:
     omits: str | None = None
     sees_gpus: bool = False
     imports_first: bool = True
-    description: str = ""
 
 
 @dataclass(frozen=True)

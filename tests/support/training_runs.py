@@ -47,7 +47,7 @@ RUNS = {
     # Initial weights depend on the layout. So runs that are compared over layouts start from one checkpoint.
     "start": Run("--exit-interval 1", saves=True),
     "start, distributed optimizer": Run(f"--exit-interval 1 {DISTRIBUTED}", saves=True),
-    "reference": Run(description="One process, 21 iterations."),
+    "reference": Run(),
     "resumed from start": Run(continues="start", mask=None),
     # Lengths in samples.
     "length in samples": Run("--train-samples 170 --lr-warmup-samples 24 --lr-decay-samples 168", omits=IN_ITERATIONS),
@@ -56,80 +56,34 @@ RUNS = {
         f"{GROWING_BATCHES} --save-interval 4 --async-save", saves=True, omits=f"{IN_ITERATIONS} --global-batch-size"
     ),
     "growing batches, resumed": Run(
-        f"{GROWING_BATCHES} --ckpt-step 4",
-        continues="growing batches",
-        omits=f"{IN_ITERATIONS} --global-batch-size",
+        f"{GROWING_BATCHES} --ckpt-step 4", continues="growing batches", omits=f"{IN_ITERATIONS} --global-batch-size"
     ),
     # Layouts.
-    "expert parallel 2": Run(
-        EXPERT_2,
-        ranks=2,
-        continues="start",
-        torchrun=True,
-        description="Experts on 2 ranks, which also share the batch; 2 micro-batches a step.",
-    ),
+    "expert parallel 2": Run(EXPERT_2, ranks=2, continues="start", torchrun=True),
     "expert parallel 2, undisturbed": Run(f"{EXPERT_2} --report", ranks=2, saves=True),
-    "expert parallel 4": Run(
-        "--expert-model-parallel-size 4",
-        ranks=4,
-        continues="start",
-        description="Experts on 4 ranks, which also share the batch.",
-    ),
+    "expert parallel 4": Run("--expert-model-parallel-size 4", ranks=4, continues="start"),
     "expert parallel 2, distributed optimizer": Run(
-        f"{EXPERT_2} {DISTRIBUTED}",
-        ranks=2,
-        continues="start, distributed optimizer",
-        description="Experts on 2 ranks; optimizer states are divided among ranks.",
+        f"{EXPERT_2} {DISTRIBUTED}", ranks=2, continues="start, distributed optimizer"
     ),
-    "pipeline 2": Run(
-        f"{PIPELINE_2} --save-interval 21",
-        ranks=2,
-        continues="start",
-        saves=True,
-        description="A pipeline of 2 stages, 4 micro-batches a step.",
-    ),
-    "interleaved pipeline": Run(
-        INTERLEAVED, ranks=2, continues="start", description="A pipeline of 2 ranks with 2 chunks of layers each."
-    ),
-    "tensor 2 with sequence parallel": Run(
-        TENSOR_2, ranks=2, continues="start", description="Layers and sequences are divided among 2 ranks."
-    ),
+    "pipeline 2": Run(f"{PIPELINE_2} --save-interval 21", ranks=2, continues="start", saves=True),
+    "interleaved pipeline": Run(INTERLEAVED, ranks=2, continues="start"),
+    "tensor 2 with sequence parallel": Run(TENSOR_2, ranks=2, continues="start"),
     "data parallel 2, distributed optimizer": Run(
-        f"{DISTRIBUTED} --overlap-grad-reduce --overlap-param-gather",
-        ranks=2,
-        continues="start, distributed optimizer",
-        description="Two ranks share the batch and the optimizer states; communication overlaps computation.",
+        f"{DISTRIBUTED} --overlap-grad-reduce --overlap-param-gather", ranks=2, continues="start, distributed optimizer"
     ),
     "tensor 2, larger micro-batches in evaluation": Run(
         f"{TENSOR_2} --eval-micro-batch-size 4 --exit-interval 5", ranks=2, continues="start"
     ),
-    "tensor 2, expert parallel 2": Run(
-        TENSOR_EXPERT_2, ranks=2, continues="start", description="Attention is divided among 2 ranks, experts are not."
-    ),
+    "tensor 2, expert parallel 2": Run(TENSOR_EXPERT_2, ranks=2, continues="start"),
     "tensor 2, experts in 2 parts, data parallel 2": Run(
-        f"{TENSOR_2} --expert-tensor-parallel-size 2 {EXPERT_2}",
-        ranks=4,
-        continues="start",
-        description="Each expert is divided among 2 ranks, and experts among 2 pairs of ranks.",
+        f"{TENSOR_2} --expert-tensor-parallel-size 2 {EXPERT_2}", ranks=4, continues="start"
     ),
-    "context parallel 2": Run(
-        f"{CONTEXT_2} --no-create-attention-mask-in-dataloader",
-        ranks=2,
-        continues="start",
-        description="Each sequence is divided among 2 ranks.",
-    ),
+    "context parallel 2": Run(f"{CONTEXT_2} --no-create-attention-mask-in-dataloader", ranks=2, continues="start"),
     "context parallel 2, contiguous ids": Run(
         f"{CONTEXT_2} --exit-interval 5", ranks=2, continues="start", program=CONTIGUOUS_IDS
     ),
-    "all-gather, expert parallel 2": Run(
-        f"{ALL_GATHER} {EXPERT_2}", ranks=2, continues="start", description="Tokens reach experts by all-gather."
-    ),
-    "all-gather, tensor 2, expert parallel 2": Run(
-        f"{ALL_GATHER} {TENSOR_EXPERT_2}",
-        ranks=2,
-        continues="start",
-        description="Tokens of divided sequences reach experts by all-gather.",
-    ),
+    "all-gather, expert parallel 2": Run(f"{ALL_GATHER} {EXPERT_2}", ranks=2, continues="start"),
+    "all-gather, tensor 2, expert parallel 2": Run(f"{ALL_GATHER} {TENSOR_EXPERT_2}", ranks=2, continues="start"),
     "Megatron-FSDP, data parallel 2": Run(
         # gloo has no sum of scaled gradients, so the last flag switches it off.
         f"{UNTIL_8} --use-megatron-fsdp --ckpt-format fsdp_dtensor --data-parallel-sharding-strategy "
@@ -138,11 +92,8 @@ RUNS = {
         program=MEGATRON_FSDP,
     ),
     # Recomputation.
-    "full recompute": Run(FULL_RECOMPUTE, description="Every layer is computed again in the backward pass."),
-    "selective recompute": Run(
-        "--recompute-granularity selective --recompute-modules moe",
-        description="MoE layers are computed again in the backward pass.",
-    ),
+    "full recompute": Run(FULL_RECOMPUTE),
+    "selective recompute": Run("--recompute-granularity selective --recompute-modules moe"),
     "pipeline 2, 8 micro-batches": Run(f"{PIPELINE_2} {EIGHT_MICRO_BATCHES}", ranks=2),
     "pipeline 2, 8 micro-batches, full recompute": Run(f"{PIPELINE_2} {EIGHT_MICRO_BATCHES} {FULL_RECOMPUTE}", ranks=2),
     "pipeline 2, 8 micro-batches, full recompute, stale ids": Run(
@@ -189,12 +140,7 @@ RUNS = {
     "fp32, distributed optimizer, resumed": Run(
         f"{DISTRIBUTED} {DROPOUT} {FROM_7}", ranks=2, continues="fp32, distributed optimizer"
     ),
-    "bf16, distributed optimizer": Run(
-        f"--bf16 {DISTRIBUTED} {UNTIL_12}",
-        ranks=2,
-        saves=True,
-        description="Two ranks compute in bf16 and share the optimizer states.",
-    ),
+    "bf16, distributed optimizer": Run(f"--bf16 {DISTRIBUTED} {UNTIL_12}", ranks=2, saves=True),
     "bf16, distributed optimizer, resumed": Run(
         f"--bf16 {DISTRIBUTED} {FROM_7}", ranks=2, continues="bf16, distributed optimizer"
     ),
@@ -272,17 +218,6 @@ RUNS = {
     "second rank without tokens": Run(
         f"{EXPERT_2} {FROM_7}", ranks=2, continues="second rank without tokens, on 1", mask="starving.safetensors"
     ),
-    "hash layers": Run(
-        "--exit-interval 8 --save-interval 4", saves=True, mask="hash_layers.safetensors", description="One process."
-    ),
-    "hash layers, expert parallel 2": Run(
-        f"--exit-interval 8 --ckpt-step 4 {EXPERT_2}",
-        ranks=2,
-        saves=True,
-        continues="hash layers",
-        mask="hash_layers.safetensors",
-        description="Two hash layers with V = k = 2 below two layers with all experts, on 2 ranks.",
-    ),
     # Another mask after a stop.
     "wider mask": Run(
         f"{DROPOUT} --change-routing-mask --ckpt-step 7 --save-interval 8 --exit-interval 10",
@@ -336,39 +271,53 @@ RUNS = {
 }
 
 
-def model_in_layouts(
+# For each run on one process, the runs in other layouts whose losses are compared with the losses of that run. They
+# continue from a checkpoint of the run on one process, or start like that run.
+COMPARED = {
+    "reference": [
+        "expert parallel 2",
+        "expert parallel 4",
+        "expert parallel 2, distributed optimizer",
+        "pipeline 2",
+        "interleaved pipeline",
+        "tensor 2 with sequence parallel",
+        "context parallel 2",
+        "data parallel 2, distributed optimizer",
+        "tensor 2, expert parallel 2",
+        "tensor 2, experts in 2 parts, data parallel 2",
+        "all-gather, expert parallel 2",
+        "all-gather, tensor 2, expert parallel 2",
+        "full recompute",
+        "selective recompute",
+    ]
+}
+
+
+def add_model(
     name: str,
     flags: str,
-    layouts: dict[str, tuple[int, str, str]],
+    layouts: dict[str, tuple[int, str]],
     *,
-    description: str,
     mask: str = "mask.safetensors",
     omits: str | None = None,
-) -> dict[str, Run]:
-    """Return a run of a model on one process, and runs of the model in several layouts.
+) -> None:
+    """Add a run of a model on one process, and runs of the model in several layouts, to `RUNS` and `COMPARED`.
 
     The run on one process saves after 4 of 8 iterations. The runs in other layouts continue from that checkpoint.
 
     Args:
         name: Name of the run on one process.
         flags: Flags of all runs.
-        layouts: Number of ranks, further flags and description of each layout, by the name of its run.
-        description: Describes the model.
+        layouts: Number of ranks and further flags of each layout, by the name of its run. Runs of one rank resume the
+            model and are not in `COMPARED`.
         mask: Routing mask of all runs.
         omits: A flag of `SETTINGS` that all runs leave out.
     """
     flags = f"--exit-interval 8 {flags}"
-    runs = {name: Run(f"{flags} --save-interval 4", saves=True, mask=mask, omits=omits, description=description)}
-    for run_name, (ranks, more_flags, layout) in layouts.items():
-        runs[run_name] = Run(
-            f"{flags} {more_flags} --ckpt-step 4",
-            ranks=ranks,
-            continues=name,
-            mask=mask,
-            omits=omits,
-            description=f"{description} {layout}",
-        )
-    return runs
+    RUNS[name] = Run(f"{flags} --save-interval 4", saves=True, mask=mask, omits=omits)
+    for layout, (ranks, more_flags) in layouts.items():
+        RUNS[layout] = Run(f"{flags} {more_flags} --ckpt-step 4", ranks=ranks, continues=name, mask=mask, omits=omits)
+    COMPARED[name] = [layout for layout, (ranks, _) in layouts.items() if ranks > 1]
 
 
 BALANCING_LOSSES = """
@@ -409,443 +358,276 @@ FILL_IN_MIDDLE = "--data-path ended --fim-data --tokenizer-type HuggingFaceToken
 # One micro-batch a step, so that the global loss does not depend on the number of ranks that share the micro-batch.
 WHOLE_BATCH = "--moe-router-load-balancing-type seq_aux_loss global_aux_loss --moe-aux-loss-coeff 2e-2 3e-2"
 
-RUNS |= model_in_layouts(
+# Grouped-query attention, one dense layer, gated shared experts, all balancing losses, z-loss and multi-token
+# prediction.
+add_model(
     "rich",
     f"{RICH} --mtp-num-layers 1",
     {
-        "rich, resumed": (1, "", "Resumed on one process."),
-        "rich, tensor 2, expert parallel 2": (2, TENSOR_EXPERT_2, "Tensor and expert parallel on 2 ranks."),
-        "rich, pipeline 2": (2, PIPELINE_2, "A pipeline of 2 stages."),
-        "rich, interleaved pipeline": (2, INTERLEAVED, "A pipeline of 2 ranks with 2 chunks each."),
+        "rich, resumed": (1, ""),
+        "rich, tensor 2, expert parallel 2": (2, TENSOR_EXPERT_2),
+        "rich, pipeline 2": (2, PIPELINE_2),
+        "rich, interleaved pipeline": (2, INTERLEAVED),
         "rich, prediction before the last rank": (
             3,
             "--pipeline-model-parallel-size 3 --pipeline-model-parallel-layout Et*3|tm|L",
-            "Multi-token prediction and the output layer are on different ranks of a pipeline.",
         ),
-        "rich, context parallel 2, expert parallel 2": (
-            2,
-            f"{CONTEXT_2} {EXPERT_2}",
-            "Sequences and experts are divided among 2 ranks.",
-        ),
-        "rich, context parallel 2, tensor 2, expert parallel 2": (
-            4,
-            f"{CONTEXT_2} {TENSOR_EXPERT_2}",
-            "Context, tensor and expert parallel on 4 ranks.",
-        ),
-        "rich, context parallel 2, pipeline 2": (
-            4,
-            f"{CONTEXT_2} {PIPELINE_2}",
-            "Context and pipeline parallel on 4 ranks.",
-        ),
-        "rich, overlapped shared experts": (
-            2,
-            f"{TENSOR_EXPERT_2} --moe-shared-expert-overlap",
-            "Shared experts compute while tokens travel.",
-        ),
-        "rich, selective recompute": (
-            2,
-            f"{TENSOR_EXPERT_2} {MORE_RECOMPUTE}",
-            "Experts, shared experts, MLPs and attention are recomputed.",
-        ),
-        "rich, tensor 2, expert parallel 2, pipeline 2": (
-            4,
-            f"{TENSOR_EXPERT_2} {PIPELINE_2}",
-            "Tensor, expert and pipeline parallel on 4 ranks.",
-        ),
-        "rich, full recompute, tensor 2, pipeline 2": (
-            4,
-            f"{TENSOR_2} {PIPELINE_2} {FULL_RECOMPUTE}",
-            "Every layer is recomputed; tensor and pipeline parallel on 4 ranks.",
-        ),
+        "rich, context parallel 2, expert parallel 2": (2, f"{CONTEXT_2} {EXPERT_2}"),
+        "rich, context parallel 2, tensor 2, expert parallel 2": (4, f"{CONTEXT_2} {TENSOR_EXPERT_2}"),
+        "rich, context parallel 2, pipeline 2": (4, f"{CONTEXT_2} {PIPELINE_2}"),
+        "rich, overlapped shared experts": (2, f"{TENSOR_EXPERT_2} --moe-shared-expert-overlap"),
+        "rich, selective recompute": (2, f"{TENSOR_EXPERT_2} {MORE_RECOMPUTE}"),
+        "rich, tensor 2, expert parallel 2, pipeline 2": (4, f"{TENSOR_EXPERT_2} {PIPELINE_2}"),
+        "rich, full recompute, tensor 2, pipeline 2": (4, f"{TENSOR_2} {PIPELINE_2} {FULL_RECOMPUTE}"),
     },
-    description="Grouped-query attention, one dense layer, gated shared experts, all balancing losses, z-loss and "
-    "multi-token prediction.",
     mask="five_layers.safetensors",
     omits="--untie-embeddings-and-output-weights",
 )
-RUNS |= model_in_layouts(
+# Multi-token prediction that uses one layer twice.
+add_model(
     "repeated prediction",
     f"{RICH} --mtp-num-layers 2 --mtp-use-repeated-layer",
-    {
-        "repeated prediction, tensor 2": (2, TENSOR_2, "Tensor parallel on 2 ranks."),
-        "repeated prediction, pipeline 2": (2, PIPELINE_2, "A pipeline of 2 stages."),
-    },
-    description="Multi-token prediction that uses one layer twice.",
+    {"repeated prediction, tensor 2": (2, TENSOR_2), "repeated prediction, pipeline 2": (2, PIPELINE_2)},
     mask="six_layers.safetensors",
     omits="--untie-embeddings-and-output-weights",
 )
-RUNS |= model_in_layouts(
+# Grouped-query attention, one dense layer, gated shared experts, two balancing losses and z-loss.
+add_model(
     "data parallel rich",
     f"{RICH} --moe-router-load-balancing-type aux_loss seq_aux_loss --moe-aux-loss-coeff 1e-2 2e-2 {DISTRIBUTED}",
     {
         "data parallel rich, tensor 2, expert parallel 4, pipeline 2, data parallel 2": (
             8,
             f"{TENSOR_2} --expert-tensor-parallel-size 1 --expert-model-parallel-size 4 {PIPELINE_2}",
-            "Tensor, expert, pipeline and data parallel on 8 ranks.",
         ),
-        "data parallel rich, gathered parameters": (
-            2,
-            f"{EXPERT_2} {GATHERED} --moe-shared-expert-overlap",
-            "Parameters are gathered during the forward pass, in which shared experts compute while tokens travel.",
-        ),
+        "data parallel rich, gathered parameters": (2, f"{EXPERT_2} {GATHERED} --moe-shared-expert-overlap"),
     },
-    description="Grouped-query attention, one dense layer, gated shared experts, two balancing losses and z-loss.",
 )
-RUNS |= model_in_layouts(
+# All linear layers have biases, those of experts, too.
+add_model(
     "biases",
     "--moe-z-loss-coeff 1e-3 --init-method-std 0.1 --weight-decay 0.1",
-    {
-        "biases, expert parallel 2": (2, EXPERT_2, "Experts on 2 ranks."),
-        "biases, tensor 2, expert parallel 2": (2, TENSOR_EXPERT_2, "Tensor and expert parallel on 2 ranks."),
-    },
-    description="All linear layers have biases, those of experts, too.",
+    {"biases, expert parallel 2": (2, EXPERT_2), "biases, tensor 2, expert parallel 2": (2, TENSOR_EXPERT_2)},
     omits="--disable-bias-linear",
 )
-RUNS |= model_in_layouts(
+# Group-limited routing with an expert bias, scores are the square root of softplus.
+add_model(
     "groups",
     GROUPS,
     {
-        "groups, resumed": (1, "", "Resumed on one process."),
-        "groups, tensor 2, expert parallel 2": (2, TENSOR_EXPERT_2, "Tensor and expert parallel on 2 ranks."),
-        "groups, expert parallel 2": (2, EXPERT_2, "Experts on 2 ranks."),
+        "groups, resumed": (1, ""),
+        "groups, tensor 2, expert parallel 2": (2, TENSOR_EXPERT_2),
+        "groups, expert parallel 2": (2, EXPERT_2),
     },
-    description="Group-limited routing with an expert bias, scores are the square root of softplus.",
 )
-RUNS |= model_in_layouts(
-    "norms over all heads",
-    ALL_HEADS_NORMS,
-    {"norms over all heads, tensor 2": (2, TENSOR_2, "Tensor parallel on 2 ranks.")},
-    description="Queries and keys are normalised over all heads together.",
-)
-RUNS |= model_in_layouts(
+# Queries and keys are normalised over all heads together.
+add_model("norms over all heads", ALL_HEADS_NORMS, {"norms over all heads, tensor 2": (2, TENSOR_2)})
+# Multi-latent attention with YaRN, latent experts, a dense layer, a shared expert, an expert bias and multi-token
+# prediction.
+add_model(
     "latent",
     LATENT,
     {
-        "latent, resumed": (1, "", "Resumed on one process."),
-        "latent, tensor 2, expert parallel 2": (2, TENSOR_EXPERT_2, "Tensor and expert parallel on 2 ranks."),
-        "latent, pipeline 2": (2, PIPELINE_2, "A pipeline of 2 stages."),
-        "latent, all-gather, expert parallel 2": (
-            2,
-            f"{ALL_GATHER} {EXPERT_2}",
-            "Experts on 2 ranks, tokens reach them by all-gather.",
-        ),
-        "latent, recomputed parts, tensor 2, expert parallel 2": (
-            2,
-            f"{TENSOR_EXPERT_2} {RECOMPUTED_PARTS}",
-            "Tensor and expert parallel on 2 ranks; norms, activations and up-projections are recomputed.",
-        ),
+        "latent, resumed": (1, ""),
+        "latent, tensor 2, expert parallel 2": (2, TENSOR_EXPERT_2),
+        "latent, pipeline 2": (2, PIPELINE_2),
+        "latent, all-gather, expert parallel 2": (2, f"{ALL_GATHER} {EXPERT_2}"),
+        "latent, recomputed parts, tensor 2, expert parallel 2": (2, f"{TENSOR_EXPERT_2} {RECOMPUTED_PARTS}"),
         "latent, recomputed parts, tensor 2, experts in 2 parts, pipeline 2": (
             4,
             f"{TENSOR_2} --expert-tensor-parallel-size 2 {PIPELINE_2} {RECOMPUTED_PARTS}",
-            "Tensor parallel, experts too, and pipeline parallel on 4 ranks; norms, activations and up-projections are "
-            "recomputed.",
         ),
         "latent, context parallel 2, tensor 2, expert parallel 2, pipeline 2": (
             8,
             f"{CONTEXT_2} {TENSOR_EXPERT_2} {PIPELINE_2} {RECOMPUTED_PARTS}",
-            "Context, tensor, expert and pipeline parallel on 8 ranks; norms, activations and up-projections are "
-            "recomputed.",
         ),
-        "latent, tensor 2, expert parallel 2, pipeline 2": (
-            4,
-            f"{TENSOR_EXPERT_2} {PIPELINE_2}",
-            "Tensor, expert and pipeline parallel on 4 ranks.",
-        ),
+        "latent, tensor 2, expert parallel 2, pipeline 2": (4, f"{TENSOR_EXPERT_2} {PIPELINE_2}"),
     },
-    description="Multi-latent attention with YaRN, latent experts, a dense layer, a shared expert, an expert bias and "
-    "multi-token prediction.",
     mask="five_layers.safetensors",
 )
-RUNS |= model_in_layouts(
-    "whole queries",
-    f"{LATENT_ATTENTION} --v-head-dim 20 --rope-type rope",
-    {"whole queries, tensor 2": (2, TENSOR_2, "Tensor parallel on 2 ranks.")},
-    description="Multi-latent attention whose queries are not compressed, and whose values are wide.",
+# Multi-latent attention whose queries are not compressed, and whose values are wide.
+add_model(
+    "whole queries", f"{LATENT_ATTENTION} --v-head-dim 20 --rope-type rope", {"whole queries, tensor 2": (2, TENSOR_2)}
 )
-RUNS |= model_in_layouts(
-    "capacity",
-    CAPACITY,
-    {
-        "capacity, expert parallel 2": (2, EXPERT_2, "Experts on 2 ranks."),
-        "capacity, pipeline 2": (2, PIPELINE_2, "A pipeline of 2 stages."),
-    },
-    description="Experts drop the tokens with the lowest weights beyond their capacity.",
-)
-RUNS |= model_in_layouts(
+# Experts drop the tokens with the lowest weights beyond their capacity.
+add_model("capacity", CAPACITY, {"capacity, expert parallel 2": (2, EXPERT_2), "capacity, pipeline 2": (2, PIPELINE_2)})
+# Experts drop the last tokens beyond their capacity and pad to their capacity.
+add_model(
     "padded capacity",
     f"{CAPACITY} --moe-pad-expert-input-to-capacity --moe-token-drop-policy position",
-    {
-        "padded capacity, expert parallel 2": (2, EXPERT_2, "Experts on 2 ranks."),
-        "padded capacity, pipeline 2": (2, PIPELINE_2, "A pipeline of 2 stages."),
-    },
-    description="Experts drop the last tokens beyond their capacity and pad to their capacity.",
+    {"padded capacity, expert parallel 2": (2, EXPERT_2), "padded capacity, pipeline 2": (2, PIPELINE_2)},
 )
-RUNS |= model_in_layouts(
+# The load-balancing loss of the whole batch, with one micro-batch a step.
+add_model(
     "global loss",
     f"{WHOLE_BATCH} --micro-batch-size 8",
     {
-        "global loss, expert parallel 2": (2, f"{EXPERT_2} --micro-batch-size 4", "Experts on 2 ranks."),
-        "global loss, tensor 2, data parallel 2": (
-            4,
-            f"{TENSOR_2} --micro-batch-size 4",
-            "Tensor and data parallel on 4 ranks.",
-        ),
+        "global loss, expert parallel 2": (2, f"{EXPERT_2} --micro-batch-size 4"),
+        "global loss, tensor 2, data parallel 2": (4, f"{TENSOR_2} --micro-batch-size 4"),
     },
-    description="The load-balancing loss of the whole batch, with one micro-batch a step.",
 )
 # Muon rounds to bf16 by default, and orthogonalises each tensor-parallel part of a matrix for itself. Layouts can be
 # compared without both.
 MUON = "--optimizer muon --muon-tp-mode duplicated --muon-fp32-matmul-prec high"
-RUNS |= model_in_layouts(
+# Matrices are updated by Muon.
+add_model(
     "muon",
     MUON,
     {
-        "muon, resumed": (1, "", "Resumed on one process."),
-        "muon, expert parallel 2": (2, EXPERT_2, "Experts on 2 ranks."),
-        "muon, tensor 2, expert parallel 2": (2, TENSOR_EXPERT_2, "Tensor and expert parallel on 2 ranks."),
+        "muon, resumed": (1, ""),
+        "muon, expert parallel 2": (2, EXPERT_2),
+        "muon, tensor 2, expert parallel 2": (2, TENSOR_EXPERT_2),
     },
-    description="Matrices are updated by Muon.",
 )
-RUNS |= model_in_layouts(
+# Matrices are updated by Muon, each by one data-parallel rank, in bf16.
+add_model(
     "muon in shares",
     f"{MUON} --bf16 {DISTRIBUTED}",
     {
-        "muon in shares, expert parallel 2": (
-            2,
-            f"{EXPERT_2} --overlap-grad-reduce --overlap-param-gather",
-            "Experts on 2 ranks, which share the states of the other matrices.",
-        ),
-        "muon in shares, data parallel 2": (2, "", "Two ranks share the states of all matrices."),
+        "muon in shares, expert parallel 2": (2, f"{EXPERT_2} --overlap-grad-reduce --overlap-param-gather"),
+        "muon in shares, data parallel 2": (2, ""),
     },
-    description="Matrices are updated by Muon, each by one data-parallel rank, in bf16.",
 )
-RUNS["muon in shares, data parallel 2, saved"] = Run(
-    f"{MUON} --bf16 {DISTRIBUTED} {UNTIL_12}", ranks=2, saves=True, description="Two ranks share Muon's states."
-)
+RUNS["muon in shares, data parallel 2, saved"] = Run(f"{MUON} --bf16 {DISTRIBUTED} {UNTIL_12}", ranks=2, saves=True)
 RUNS["muon in shares, data parallel 2, resumed"] = Run(
     f"{MUON} --bf16 {DISTRIBUTED} {FROM_7}", ranks=2, continues="muon in shares, data parallel 2, saved"
 )
 # With two expert-parallel ranks, dispatch is planned from the token ids; one process uses Megatron's dispatcher.
-RUNS |= model_in_layouts(
+# A rank-local mask, whose dispatch is planned from the token ids.
+add_model(
     "experts of one rank",
     "--moe-z-loss-coeff 1e-3 --moe-shared-expert-intermediate-size 16 --moe-router-topk 3",
     {
-        "experts of one rank, expert parallel 2": (2, EXPERT_2, "Experts on 2 ranks."),
-        "experts of one rank, tensor 2, expert parallel 2": (
-            2,
-            TENSOR_EXPERT_2,
-            "Tensor and expert parallel on 2 ranks.",
-        ),
-        "experts of one rank, context parallel 2, expert parallel 2": (
-            2,
-            f"{CONTEXT_2} {EXPERT_2}",
-            "Sequences and experts are divided among 2 ranks.",
-        ),
+        "experts of one rank, expert parallel 2": (2, EXPERT_2),
+        "experts of one rank, tensor 2, expert parallel 2": (2, TENSOR_EXPERT_2),
+        "experts of one rank, context parallel 2, expert parallel 2": (2, f"{CONTEXT_2} {EXPERT_2}"),
         "experts of one rank, selective recompute": (
             2,
             f"{EXPERT_2} --recompute-granularity selective --recompute-modules moe",
-            "Experts on 2 ranks; MoE layers are recomputed.",
         ),
         "experts of one rank, full recompute, expert parallel 2, pipeline 2": (
             4,
             f"{EXPERT_2} {PIPELINE_2} {FULL_RECOMPUTE}",
-            "Expert and pipeline parallel on 4 ranks; every layer is recomputed.",
         ),
-        "experts of one rank, expert parallel 2, interleaved pipeline": (
-            4,
-            f"{EXPERT_2} {INTERLEAVED}",
-            "Expert parallel and an interleaved pipeline on 4 ranks.",
-        ),
+        "experts of one rank, expert parallel 2, interleaved pipeline": (4, f"{EXPERT_2} {INTERLEAVED}"),
     },
-    description="A rank-local mask, whose dispatch is planned from the token ids.",
     mask="rank_local.safetensors",
 )
-RUNS |= model_in_layouts(
+# A rank-local mask, and experts in the upper two layers only.
+add_model(
     "dense layers below experts of one rank",
     "--moe-layer-freq [0,0,1,1]",
-    {
-        "dense layers below experts of one rank, expert parallel 2, pipeline 2": (
-            4,
-            f"{EXPERT_2} {PIPELINE_2}",
-            "Expert and pipeline parallel on 4 ranks; the first stage has no experts.",
-        ),
-    },
-    description="A rank-local mask, and experts in the upper two layers only.",
+    {"dense layers below experts of one rank, expert parallel 2, pipeline 2": (4, f"{EXPERT_2} {PIPELINE_2}")},
     mask="rank_local.safetensors",
 )
-RUNS |= model_in_layouts(
+# A rank-local mask with group-limited routing, which rules out planned dispatch.
+add_model(
     "groups, experts of one rank",
     GROUPS,
-    {"groups, experts of one rank, expert parallel 2": (2, EXPERT_2, "Experts on 2 ranks.")},
-    description="A rank-local mask with group-limited routing, which rules out planned dispatch.",
+    {"groups, experts of one rank, expert parallel 2": (2, EXPERT_2)},
     mask="rank_local.safetensors",
 )
-RUNS |= model_in_layouts(
+# Samples of several documents, 2 samples in a micro-batch, with multi-token prediction.
+add_model(
     "packed documents",
     f"{RICH} --moe-router-load-balancing-type aux_loss global_aux_loss --moe-aux-loss-coeff 1e-2 3e-2 "
     f"--mtp-num-layers 2 {PACKED}",
     {
-        "packed documents, pipeline 2": (2, PIPELINE_2, "A pipeline of 2 stages."),
-        "packed documents, interleaved pipeline": (2, INTERLEAVED, "A pipeline of 2 ranks with 2 chunks each."),
-        "packed documents, tensor 2, expert parallel 2": (
-            2,
-            TENSOR_EXPERT_2,
-            "Tensor and expert parallel on 2 ranks.",
-        ),
-        "packed documents, selective recompute": (
-            2,
-            f"{TENSOR_EXPERT_2} {MORE_RECOMPUTE}",
-            "Experts, shared experts, MLPs and attention are recomputed.",
-        ),
-        "packed documents, full recompute, tensor 2, pipeline 2": (
-            4,
-            f"{TENSOR_2} {PIPELINE_2} {FULL_RECOMPUTE}",
-            "Every layer is recomputed; tensor and pipeline parallel on 4 ranks.",
-        ),
+        "packed documents, pipeline 2": (2, PIPELINE_2),
+        "packed documents, interleaved pipeline": (2, INTERLEAVED),
+        "packed documents, tensor 2, expert parallel 2": (2, TENSOR_EXPERT_2),
+        "packed documents, selective recompute": (2, f"{TENSOR_EXPERT_2} {MORE_RECOMPUTE}"),
+        "packed documents, full recompute, tensor 2, pipeline 2": (4, f"{TENSOR_2} {PIPELINE_2} {FULL_RECOMPUTE}"),
     },
-    description="Samples of several documents, 2 samples in a micro-batch, with multi-token prediction.",
     mask="six_layers.safetensors",
     omits="--untie-embeddings-and-output-weights",
 )
-RUNS |= model_in_layouts(
+# Samples of several documents, with the load-balancing loss of each sample.
+add_model(
     "packed documents, single samples",
     f"{RICH} {PACKED} --micro-batch-size 1",
-    {
-        "packed documents, single samples, tensor 2, pipeline 2": (
-            4,
-            f"{TENSOR_2} {PIPELINE_2}",
-            "Tensor and pipeline parallel on 4 ranks.",
-        ),
-    },
-    description="Samples of several documents, with the load-balancing loss of each sample.",
+    {"packed documents, single samples, tensor 2, pipeline 2": (4, f"{TENSOR_2} {PIPELINE_2}")},
 )
-RUNS |= model_in_layouts(
+# Samples of several documents and a rank-local mask, whose dispatch is planned from the token ids.
+add_model(
     "packed documents, experts of one rank",
     f"--moe-z-loss-coeff 1e-3 {PACKED}",
-    {"packed documents, experts of one rank, expert parallel 2": (2, EXPERT_2, "Experts on 2 ranks.")},
-    description="Samples of several documents and a rank-local mask, whose dispatch is planned from the token ids.",
+    {"packed documents, experts of one rank, expert parallel 2": (2, EXPERT_2)},
     mask="rank_local.safetensors",
 )
 
 
-def hybrid_twins(gpt: str, layouts: dict[str, tuple[int, str, str]], *, pattern: str) -> dict[str, Run]:
-    """Return runs of the hybrid twin of a model, which continue from the checkpoint of the GPT model.
+def add_hybrid_twins(gpt: str, layouts: dict[str, tuple[int, str]], *, pattern: str) -> None:
+    """Add runs of the hybrid twin of a model, which continue from the checkpoint of the GPT model.
 
     Args:
-        gpt: Name of the run of the GPT model, see `model_in_layouts`.
-        layouts: As for `model_in_layouts`. The flags may set a pattern with the bounds of pipeline stages.
+        gpt: Name of the run of the GPT model, see `add_model`.
+        layouts: As for `add_model`. The flags may set a pattern with the bounds of pipeline stages.
         pattern: The pattern of the twin.
     """
-    return {
-        name: replace(
-            RUNS[gpt],
-            # The pattern replaces the frequency of MoE layers.
-            flags=f"{RUNS[gpt].flags} --moe-layer-freq 1 --hybrid-layer-pattern {pattern} {more_flags} --ckpt-step 4",
-            ranks=ranks,
-            continues=gpt,
-            saves=False,
-            description=f"The hybrid twin of the model `{gpt}`. {layout}",
-        )
-        for name, (ranks, more_flags, layout) in layouts.items()
-    }
+    for name, (ranks, more_flags) in layouts.items():
+        # The pattern replaces the frequency of MoE layers.
+        flags = f"{RUNS[gpt].flags} --moe-layer-freq 1 --hybrid-layer-pattern {pattern} {more_flags} --ckpt-step 4"
+        RUNS[name] = replace(RUNS[gpt], flags=flags, ranks=ranks, continues=gpt, saves=False)
+    COMPARED[gpt] += [name for name, (ranks, _) in layouts.items() if ranks > 1]
 
 
-RUNS |= hybrid_twins(
+# Two hash layers with V = k = 2 below two layers with all experts.
+add_model("hash layers", "", {"hash layers, expert parallel 2": (2, EXPERT_2)}, mask="hash_layers.safetensors")
+add_hybrid_twins(
     "rich",
     {
-        "rich hybrid": (1, "", "On one process."),
-        "rich hybrid, tensor 2, expert parallel 2": (2, TENSOR_EXPERT_2, "Tensor and expert parallel on 2 ranks."),
-        "rich hybrid, context parallel 2, expert parallel 2": (
-            2,
-            f"{CONTEXT_2} {EXPERT_2}",
-            "Sequences and experts are divided among 2 ranks.",
-        ),
-        "rich hybrid, interleaved pipeline": (
-            2,
-            f"{PIPELINE_2} --hybrid-layer-pattern *E|*-*|E|*E/*E",
-            "A pipeline of 2 ranks with 2 chunks each, of which one has no experts.",
-        ),
+        "rich hybrid": (1, ""),
+        "rich hybrid, tensor 2, expert parallel 2": (2, TENSOR_EXPERT_2),
+        "rich hybrid, context parallel 2, expert parallel 2": (2, f"{CONTEXT_2} {EXPERT_2}"),
+        "rich hybrid, interleaved pipeline": (2, f"{PIPELINE_2} --hybrid-layer-pattern *E|*-*|E|*E/*E"),
         "rich hybrid, full recompute, tensor 2, pipeline 2": (
             4,
             f"{TENSOR_2} {PIPELINE_2} {FULL_RECOMPUTE} --hybrid-layer-pattern *E*-|*E*E/*E",
-            "Every layer is recomputed; tensor and pipeline parallel on 4 ranks.",
         ),
     },
     pattern="*E*-*E*E/*E",
 )
-RUNS |= hybrid_twins(
+add_hybrid_twins(
     "experts of one rank",
     {
         "experts of one rank, hybrid, full recompute, expert parallel 2, pipeline 2": (
             4,
             f"{EXPERT_2} {PIPELINE_2} {FULL_RECOMPUTE} --hybrid-layer-pattern *E*|E*E*E",
-            "Expert and pipeline parallel on 4 ranks; every layer is recomputed.",
-        ),
+        )
     },
     pattern="*E*E*E*E",
 )
-RUNS |= hybrid_twins(
-    "latent",
-    {"latent hybrid, tensor 2, expert parallel 2": (2, TENSOR_EXPERT_2, "Tensor and expert parallel on 2 ranks.")},
-    pattern="+-+E+E+E/+E",
-)
-RUNS |= hybrid_twins(
+add_hybrid_twins("latent", {"latent hybrid, tensor 2, expert parallel 2": (2, TENSOR_EXPERT_2)}, pattern="+-+E+E+E/+E")
+add_hybrid_twins(
     "packed documents",
-    {
-        "packed documents, hybrid, pipeline 2": (
-            2,
-            f"{PIPELINE_2} --hybrid-layer-pattern *E*-|*E*E/*E/*E",
-            "A pipeline of 2 stages.",
-        )
-    },
+    {"packed documents, hybrid, pipeline 2": (2, f"{PIPELINE_2} --hybrid-layer-pattern *E*-|*E*E/*E/*E")},
     pattern="*E*-*E*E/*E/*E",
 )
-RUNS |= hybrid_twins(
-    "repeated prediction",
-    {"repeated prediction, hybrid, tensor 2": (2, TENSOR_2, "Tensor parallel on 2 ranks.")},
-    pattern="*E*-*E*E/*E/*E",
+add_hybrid_twins(
+    "repeated prediction", {"repeated prediction, hybrid, tensor 2": (2, TENSOR_2)}, pattern="*E*-*E*E/*E/*E"
 )
-RUNS |= hybrid_twins(
-    "muon", {"muon, hybrid, expert parallel 2": (2, EXPERT_2, "Experts on 2 ranks.")}, pattern="*E*E*E*E"
-)
-RUNS["start, then hybrid"] = Run(
-    "--hybrid-layer-pattern *E*E*E*E",
-    continues="start",
-    description="The first iteration is of the GPT model, 20 iterations are of its hybrid twin.",
-)
+add_hybrid_twins("muon", {"muon, hybrid, expert parallel 2": (2, EXPERT_2)}, pattern="*E*E*E*E")
+RUNS["start, then hybrid"] = Run("--hybrid-layer-pattern *E*E*E*E", continues="start")
 GATED_DELTA_NET = """
     --hybrid-layer-pattern GEGEGE*E --linear-num-key-heads 2 --linear-num-value-heads 4 --linear-key-head-dim 8
     --linear-value-head-dim 8 --linear-conv-kernel-dim 4
 """
-RUNS |= model_in_layouts(
+# Three layers of gated delta net, one of attention, each with experts.
+add_model(
     "gated delta net",
     f"{GATED_DELTA_NET} {DISTRIBUTED}",
     {
-        "gated delta net, resumed": (1, "", "Resumed on one process."),
-        "gated delta net, pipeline 2": (
-            2,
-            f"{PIPELINE_2} --hybrid-layer-pattern GEGE|GE*E",
-            "A pipeline of 2 stages.",
-        ),
-        "gated delta net, gathered parameters": (
-            2,
-            f"{EXPERT_2} {GATHERED}",
-            "Parameters are gathered during the forward pass.",
-        ),
-        "gated delta net, tensor 2, expert parallel 2": (2, TENSOR_EXPERT_2, "Tensor and expert parallel on 2 ranks."),
-        "gated delta net, context parallel 2, expert parallel 2": (
-            2,
-            f"{CONTEXT_2} {EXPERT_2}",
-            "Sequences and experts are divided among 2 ranks.",
-        ),
+        "gated delta net, resumed": (1, ""),
+        "gated delta net, pipeline 2": (2, f"{PIPELINE_2} --hybrid-layer-pattern GEGE|GE*E"),
+        "gated delta net, gathered parameters": (2, f"{EXPERT_2} {GATHERED}"),
+        "gated delta net, tensor 2, expert parallel 2": (2, TENSOR_EXPERT_2),
+        "gated delta net, context parallel 2, expert parallel 2": (2, f"{CONTEXT_2} {EXPERT_2}"),
     },
-    description="Three layers of gated delta net, one of attention, each with experts.",
 )
 RUNS |= {
     "GPT, then with gated delta nets": Run(
-        f"{GATED_DELTA_NET} --hybrid-layer-pattern G*EG*EG*EG*E {UNTIL_8}",
-        continues="start",
-        description="A gated delta net is added to each layer of a GPT model.",
+        f"{GATED_DELTA_NET} --hybrid-layer-pattern G*EG*EG*EG*E {UNTIL_8}", continues="start"
     ),
     "hybrid on Transformer Engine": Run(
         f"{TRANSFORMER_ENGINE} {UNTIL_8} --hybrid-layer-pattern *E*E*E*E",
@@ -858,38 +640,27 @@ RUNS |= {
         f"{UNTIL_12} --hybrid-layer-pattern *E*E*E*E", continues="hybrid on Transformer Engine"
     ),
 }
-RUNS |= model_in_layouts(
+# A hybrid model with a mask for its MoE layers only.
+add_model(
     "hybrid",
     f"--hybrid-layer-pattern *-*-*E*E/*E {DISTRIBUTED}",
     {
-        "hybrid, resumed": (1, "", "Resumed on one process."),
-        "hybrid, pipeline 2": (
-            2,
-            f"{PIPELINE_2} --hybrid-layer-pattern *-*-|*E*E/*E",
-            "A pipeline of 2 stages, of which one has no experts.",
-        ),
-        "hybrid, tensor 2, expert parallel 2": (2, TENSOR_EXPERT_2, "Tensor and expert parallel on 2 ranks."),
+        "hybrid, resumed": (1, ""),
+        "hybrid, pipeline 2": (2, f"{PIPELINE_2} --hybrid-layer-pattern *-*-|*E*E/*E"),
+        "hybrid, tensor 2, expert parallel 2": (2, TENSOR_EXPERT_2),
     },
-    description="A hybrid model with a mask for its MoE layers only.",
     mask="three_layers.safetensors",
 )
-RUNS |= model_in_layouts(
-    "reset masks",
-    RESET,
-    {
-        "reset masks, pipeline 2": (2, PIPELINE_2, "A pipeline of 2 stages."),
-        "reset masks, tensor 2": (2, TENSOR_2, "Tensor parallel on 2 ranks."),
-    },
-    description="The data loader makes attention masks that keep to documents.",
-)
-RUNS |= model_in_layouts(
+# The data loader makes attention masks that keep to documents.
+add_model("reset masks", RESET, {"reset masks, pipeline 2": (2, PIPELINE_2), "reset masks, tensor 2": (2, TENSOR_2)})
+# Documents are rearranged to fill in the middle.
+add_model(
     "filled-in middle",
     FILL_IN_MIDDLE,
     {
-        "filled-in middle, resumed": (1, "--num-workers 2", "Resumed on one process, other processes read the data."),
-        "filled-in middle, pipeline 2": (2, f"{PIPELINE_2} --num-workers 2", "A pipeline of 2 stages."),
+        "filled-in middle, resumed": (1, "--num-workers 2"),
+        "filled-in middle, pipeline 2": (2, f"{PIPELINE_2} --num-workers 2"),
     },
-    description="Documents are rearranged to fill in the middle.",
 )
 RUNS |= {
     "packed documents as with reset masks": Run(

@@ -14,7 +14,7 @@ from gpu_campaign.results import Campaign, Findings, Plot, Status, Table
 from gpu_campaign.runner import run_campaign
 from gpu_campaign.step import Command, Context, Step
 from gpu_campaign.steps import STEPS
-from gpu_campaign.training import ITERATIONS, TOLERANCE, largest_difference, read_training, training_commands
+from gpu_campaign.training import ITERATIONS, TOLERANCE, read_training, training_commands
 from support.paths import ROOT
 from support.scalars import write_scalars
 
@@ -77,14 +77,6 @@ def test_a_failed_step_does_not_stop_the_others(finished) -> None:
     assert 3 <= slow.seconds < 8
 
 
-def test_progress_names_every_step_twice(finished) -> None:
-    _, _, lines = finished
-    assert len(lines) == 12
-    assert lines[0] == "[1/6] good: Step good"
-    assert re.fullmatch(r"\[1/6\] good: passed in \d s", lines[1])
-    assert re.match(r"\[2/6\] bad: failed in \d s: exit code 1", lines[3])
-
-
 def test_page_and_json_have_what_the_steps_found(finished) -> None:
     campaign, output, _ = finished
     written = Campaign.model_validate_json((output / "campaign.json").read_text())
@@ -116,20 +108,6 @@ def test_a_dry_run_keeps_no_measurement(finished, tmp_path: Path) -> None:
     assert (on_gpu.steps[0].status, on_gpu.steps[0].findings) == (Status.PASSED, FOUND)
 
 
-def test_other_commands_of_a_failed_step_run(tmp_path: Path) -> None:
-    codes = ("raise SystemExit(3)", "open('{}', 'w').write('found')")
-    file = tmp_path / "out" / "twice" / "file"
-
-    def commands(context: Context) -> list[Command]:
-        context.folder("twice")
-        return [Command((sys.executable, "-c", code.format(file))) for code in codes]
-
-    step = Step("twice", "Two commands", 20, commands, lambda _: Findings(facts={"file": file.read_text()}))
-    (result,) = run_campaign([step], make_context(tmp_path / "out"), 60, print).steps
-    assert result.problem.startswith("exit code 3")
-    assert result.findings.facts == {"file": "found"}
-
-
 def test_steps_without_time_left_fail(tmp_path: Path) -> None:
     start = time.monotonic()
     campaign = run_campaign([make_step("slow", HANG), make_step("late", "pass")], make_context(tmp_path), 2, print)
@@ -155,29 +133,6 @@ def step_named(name: str) -> Step:
     return next(step for step in STEPS if step.name == name)
 
 
-def test_measurements_show_ratios_kernels_and_waits(tmp_path: Path) -> None:
-    """A floor has no row, and a variant whose command failed has left no file."""
-    context = make_context(tmp_path, num_gpus=2)
-    costs = {side: {"device": {"kernels": number, "host_waits": 1}} for side, number in (("ours", 40), ("stock", 50))}
-    case = {"case": "layer", "ours": [0.001, 0.003], "baseline": [0.002, 0.002], "ratio": 1.0, "costs": costs}
-    to_floor = case | {"case": "layer to the floor", "costs": {"ours": costs["ours"], "floor": costs["stock"]}}
-    (context.folder("layer") / "local-1-ranks.json").write_text(json.dumps([case, to_floor]))
-    findings = step_named("layer").read(context)
-    assert findings.tables[0].rows == (("layer", 1.0, 0.5, 1.5, 2.0, 2.0, 40, 50, 1, 1),)
-    assert (tmp_path / findings.plots[0].file).read_bytes().startswith(b"\x89PNG")
-
-
-@pytest.mark.parametrize("kernels", [12, 0])
-def test_a_part_without_kernels_is_a_problem(kernels: int, tmp_path: Path) -> None:
-    context = make_context(tmp_path, num_gpus=1)
-    forward = {"kernels": kernels, "copies": 1, "host_waits": 2, "device_seconds": 0.003}
-    counts = {"router": {"forward": forward, "backward": forward | {"host_waits": 0}}}
-    (context.folder("kernels") / "local.json").write_text(json.dumps(counts))
-    findings = step_named("kernels").read(context)
-    assert findings.tables[0].rows == (("router", kernels, kernels, 1, 1, 2, 0, 3.0, 3.0),)
-    assert findings.problems == (() if kernels else ("router (local modules) launched no kernel",))
-
-
 def test_tests_must_pass(tmp_path: Path) -> None:
     """Tests that are all skipped show nothing."""
     context = make_context(tmp_path, num_gpus=1)
@@ -196,12 +151,6 @@ def test_tests_must_pass(tmp_path: Path) -> None:
     assert findings.problems == ()
     report.write_text(f"<testsuites><testsuite>{skipped}</testsuite></testsuites>")
     assert step_named("tests").read(context).problems == ("no test passed",)
-
-
-def test_gpus_that_torch_does_not_use_are_a_problem(tmp_path: Path) -> None:
-    context = make_context(tmp_path, num_gpus=2)
-    (context.folder("cuda") / "facts.json").write_text(json.dumps({"GPUs": 1}))
-    assert "torch computes on 1 GPUs, but 2 were found" in step_named("cuda").read(context).problems[0]
 
 
 def trace_event(category: str, name: str, start: float, duration: float = 1.0) -> dict:
@@ -259,13 +208,6 @@ def test_losses_are_compared(shift: float, backend: str, problem: str | None, tm
     assert findings.tables[0].rows[0] == (1, pytest.approx(7.9), pytest.approx(7.9))
     assert len(findings.problems) == (problem is not None)
     assert problem is None or problem in findings.problems[0]
-
-
-def test_a_missing_loss_differs() -> None:
-    losses = dict.fromkeys(range(1, ITERATIONS + 1), 1.0)
-    assert largest_difference(losses, losses) == 0
-    assert largest_difference(losses, losses | {3: 1.5}) == 0.5
-    assert largest_difference(losses, {}) == math.inf
 
 
 def test_runs_on_the_cpu_see_no_gpus(tmp_path: Path) -> None:

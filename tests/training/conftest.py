@@ -36,44 +36,34 @@ def workplace(tmp_path_factory: pytest.TempPathFactory) -> Workplace:
     return Workplace(tmp_path_factory.mktemp("training"))
 
 
-Start = Callable[..., Future[TrainingOutcome]]
-
-
 @pytest.fixture(scope="session")
-def start(workplace: Workplace) -> Iterator[Start]:
-    """Queue a run in a folder of the given name."""
-    pool = ThreadPoolExecutor(max_workers=max(2, (os.cpu_count() or 1) // 2))
-
-    def start(name: str, run: Run, source: Future[TrainingOutcome] | None = None) -> Future[TrainingOutcome]:
-        folder = workplace.folder / "runs" / re.sub(r"\W+", "_", name)
-        folder.parent.mkdir(exist_ok=True)
-        return pool.submit(lambda: workplace.run(run, folder, source and source.result().checkpoints))
-
-    yield start
-    pool.shutdown(cancel_futures=True)
-
-
-@pytest.fixture(scope="session")
-def start_by_name(request: pytest.FixtureRequest, start: Start) -> Callable[[str], Future[TrainingOutcome]]:
+def start_by_name(
+    request: pytest.FixtureRequest, workplace: Workplace
+) -> Iterator[Callable[[str], Future[TrainingOutcome]]]:
     """Queue one of `RUNS` once.
 
     The runs that the selected tests name are queued at first use of this fixture, in the order of the tests. A name
     that is not in `RUNS` is left to the test that uses the name, which then fails.
     """
+    pool = ThreadPoolExecutor(max_workers=max(2, (os.cpu_count() or 1) // 2))
+    (workplace.folder / "runs").mkdir()
 
     @cache
     def start_by_name(name: str) -> Future[TrainingOutcome]:
         if name not in RUNS:
             pytest.fail(f"there is no run {name!r} in tests/support/training_runs.py")
         run = RUNS[name]
-        return start(name, run, start_by_name(run.continues) if run.continues else None)
+        source = start_by_name(run.continues) if run.continues else None
+        folder = workplace.folder / "runs" / re.sub(r"\W+", "_", name)
+        return pool.submit(lambda: workplace.run(run, folder, source and source.result().checkpoints))
 
     for item in request.session.items:
         for mark in item.iter_markers("runs"):
             for name in mark.args:
                 if name in RUNS and (RUNS[name].continues or name) in RUNS:
                     start_by_name(name)
-    return start_by_name
+    yield start_by_name
+    pool.shutdown(cancel_futures=True)
 
 
 @pytest.fixture
@@ -97,14 +87,13 @@ class Refusal:
 
     run = Run(saves=True, logs_scalars=False)
 
-    def __call__(self, run: Future[TrainingOutcome], exit_code: int = 2) -> str:
-        """Wait for the end of a run, check that it neither trained nor wrote anything, and return its error line.
+    def __call__(self, outcome: TrainingOutcome, exit_code: int = 2) -> str:
+        """Check that a run neither trained nor wrote anything, and return its error line.
 
         Args:
-            run: The run, which starts from `Refusal.run`.
+            outcome: The outcome of the run, which starts from `Refusal.run`.
             exit_code: The expected exit code.
         """
-        outcome = run.result()
         lines = [line for text in outcome.errors for line in text.splitlines() if line.startswith("error: ")]
         assert outcome.exit_codes == (exit_code,), outcome.report()
         assert len(lines) == 1, outcome.report()

@@ -5,10 +5,10 @@ import shlex
 from itertools import chain
 
 import pytest
-from support.composition import BF16, COMPARED, COMPARED_IN_BF16, TABLE
+from support.composition import TABLE
 from support.paths import TESTS
 from support.training import SETTINGS, Run
-from support.training_runs import RUNS
+from support.training_runs import COMPARED, RUNS
 
 from maskmoe.transformer.dispatch.kind import DispatchKind
 
@@ -37,12 +37,24 @@ FAST = {
 }
 
 
-def compared_runs() -> list:
+def compared_runs(in_bf16: bool = False) -> list:
     return [
         pytest.param(run, marks=[pytest.mark.runs(reference, run), *([] if run in FAST else [pytest.mark.slow])])
         for reference, runs in COMPARED.items()
         for run in runs
+        if has_flag(RUNS[reference], "--bf16") == in_bf16
     ]
+
+
+def words_of(run: Run) -> list[str]:
+    """Return the command line of a run, without the paths that depend on its folder."""
+    return [word for word in shlex.split(f"{SETTINGS} {run.flags}") if word != run.omits]
+
+
+def has_flag(run: Run, flag: str) -> bool:
+    """Report whether the command line of a run has all words of `flag` one after the other."""
+    words, wanted = words_of(run), flag.split()
+    return any(words[start : start + len(wanted)] == wanted != [] for start in range(len(words)))
 
 
 @pytest.mark.runs("reference")
@@ -100,17 +112,7 @@ def test_new_layers_of_a_hybrid_model_start_beside_the_layers_of_a_gpt_model(run
     assert 1e-4 < run.difference(reference, ["lm loss"]) < 1e-2
 
 
-@pytest.mark.parametrize(
-    (),
-    [
-        pytest.param(marks=[pytest.mark.runs(*pair), *marks], id=pair[1])
-        for pair, *marks in (
-            (("planned dispatch, distributed optimizer", "planned dispatch, gathered parameters"),),
-            (("data parallel rich", "data parallel rich, gathered parameters"), pytest.mark.slow),
-            (("gated delta net", "gated delta net, gathered parameters"), pytest.mark.slow),
-        )
-    ],
-)
+@pytest.mark.runs("planned dispatch, distributed optimizer", "planned dispatch, gathered parameters")
 def test_every_module_waits_for_its_gathered_parameters(runs):
     reference, run = runs
     assert run.iterations[-1] == 8
@@ -145,23 +147,15 @@ def test_ids_that_do_not_follow_their_tokens_are_noticed(runs):
     assert run.difference(reference, ["lm loss"]) > 50 * FP32_ORDER_OF_SUMS
 
 
-@pytest.mark.runs("reference", BF16)
+@pytest.mark.runs("reference", "bf16, distributed optimizer")
 def test_bf16_with_distributed_optimizer_agrees_roughly(runs):
     reference, run = runs
     assert run.difference(reference, ["lm loss", "lm loss validation"]) < 5e-4  # 9e-5 was seen
     assert run.difference(reference) < 1e-2  # 5e-3 was seen; bf16 numbers are 8e-3 apart
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize(
-    (),
-    [
-        pytest.param(marks=pytest.mark.runs(reference, name), id=name)
-        for reference, names in COMPARED_IN_BF16.items()
-        for name in names
-    ],
-)
-def test_layout_in_bf16_agrees_roughly(runs):
+@pytest.mark.parametrize("name", compared_runs(in_bf16=True))
+def test_layout_in_bf16_agrees_roughly(runs, name):
     reference, run = runs
     assert run.iterations == list(range(5, 9))
     assert run.difference(reference, ["lm loss", "lm loss validation"]) < 5e-4  # 8e-6 was seen
@@ -206,29 +200,15 @@ def test_packed_documents_equal_reset_masks(runs):
     assert whole.difference(masks, ["lm loss"]) > 1e2 * FP32_ORDER_OF_SUMS
 
 
-def words_of(run: Run) -> list[str]:
-    """Return the command line of a run, without the paths that depend on its folder."""
-    return [word for word in shlex.split(f"{SETTINGS} {run.flags}") if word != run.omits]
-
-
-def has_flag(run: Run, flag: str) -> bool:
-    """Report whether the command line of a run has all words of `flag` one after the other."""
-    words, wanted = words_of(run), flag.split()
-    return any(words[start : start + len(wanted)] == wanted != [] for start in range(len(words)))
-
-
 @pytest.mark.parametrize("name", TABLE)
-def test_row_names_compared_runs_that_have_its_flags(name):
+def test_row_is_shown_by_compared_runs_that_have_its_flags_or_by_tests(name):
     row = TABLE[name]
-    assert row.runs or row.tests, "the row shows nothing"
-    assert set(row.runs) <= {*chain.from_iterable((COMPARED | COMPARED_IN_BF16).values()), BF16}
-    assert bool(row.runs) == bool(row.flags or row.varied_flag), "nothing says that the runs are of this row"
-    for run in row.runs:
-        assert RUNS[run].description, run
-        for flag in row.flags:
-            assert has_flag(RUNS[run], flag), (run, flag)
+    assert row.flags or row.varied_flag or row.tests, "the row shows nothing"
+    compared = (RUNS[run] for run in chain.from_iterable(COMPARED.values()))
+    shown = [run for run in compared if all(has_flag(run, flag) for flag in row.flags)]
+    assert shown
     if row.varied_flag is not None:
-        assert {has_flag(RUNS[run], row.varied_flag) for run in row.runs} == {False, True}
+        assert {has_flag(run, row.varied_flag) for run in shown} == {False, True}
 
 
 @pytest.mark.parametrize("test", sorted({test for row in TABLE.values() for test in row.tests}))
@@ -240,15 +220,8 @@ def test_row_names_tests_that_pytest_collects_and_does_not_skip(test, request):
     assert not any(item.get_closest_marker(mark) for item in collected for mark in ("skip", "skipif", "xfail"))
 
 
-@pytest.mark.parametrize("flag", ["", "--moe-layer", "--moe-layer-freq [1,0]", "--no-such-flag"])
-def test_flag_that_a_run_does_not_have_is_noticed(flag):
-    """The check of the rows can fail: neither an empty flag nor the beginning of one is found."""
-    assert has_flag(RUNS["rich, pipeline 2"], "--moe-layer-freq [1,0,1,1]")
-    assert not has_flag(RUNS["rich, pipeline 2"], flag)
-
-
 def test_compared_runs_are_of_one_model():
-    for reference, runs in (COMPARED | COMPARED_IN_BF16).items():
+    for reference, runs in COMPARED.items():
         assert RUNS[reference].ranks == 1
         for run in (RUNS[name] for name in runs):
             assert run.mask == RUNS[reference].mask

@@ -145,20 +145,6 @@ def test_killed_writer_ends_the_run(start_faulty, tmp_path, is_writing):
 
 
 @pytest.mark.slow
-@UNDISTURBED
-def test_run_with_killed_writer_is_started_again(runs, start_faulty):
-    (undisturbed,) = runs
-    with start_faulty(flags="--async-save", torchrun=True, restarts=1) as processes:
-        processes.wait_for_iteration(9)
-        writer_of(processes.pid_of_rank(1)).kill()
-        outcome = processes.wait()
-    assert outcome.exit_codes == (0,), outcome.report()
-    assert "error: the process that writes checkpoints has died" in processes.output
-    assert "at iteration 7" in processes.output
-    assert outcome.difference(undisturbed) == 0
-
-
-@pytest.mark.slow
 def test_long_write_at_the_end_is_no_hang(start_faulty, tmp_path):
     """After the last iteration, the run waits for the checkpoint of the iteration before."""
     timeout = 2

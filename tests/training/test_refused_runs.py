@@ -127,14 +127,8 @@ def refuse(run_folder, workplace, monkeypatch) -> Iterator[Refuse]:
 
 
 REFUSED = {
-    "--train-iters 30": "--train-iters 21 in the checkpoint, 30 in this run",
-    "--lr 1e-3": "--lr 0.002 in the checkpoint, 0.001 in this run",
-    "--lr 1e-3 --wandb-project p": "--lr 0.002 in the checkpoint",
+    "--lr 1e-3 --wandb-project p": "--lr 0.002 in the checkpoint, 0.001 in this run",
     "--routing-mask other_seed.safetensors": "--change-routing-mask",
-    "--global-batch-size 16": "--global-batch-size 8 in the checkpoint, 16 in this run",
-    "--seed 7 --lr 1e-3": "--lr 0.002 in the checkpoint",
-    "--tokenizer-type SentencePieceTokenizer --tokenizer-model nowhere": "--tokenizer-model nowhere does not exist",
-    "--tokenizer-model nowhere": "--tokenizer-model nowhere does not exist",
     f"--data-path {UNUSABLE_IDS}": "token id 599 at position 57",
     "--data-path nowhere": "nowhere",
     "--num-attention-heads 3": "invalid settings",
@@ -188,7 +182,7 @@ def test_refused_evaluation_and_generation(refuse, run_folder, main, flags, erro
 
 
 @pytest.mark.runs("fp32")
-@pytest.mark.parametrize("tokenizer_type", ["", "SentencePieceTokenizer", "HuggingFaceTokenizer", "TikTokenizer"])
+@pytest.mark.parametrize("tokenizer_type", ["", "SentencePieceTokenizer"])
 @pytest.mark.parametrize("main", [generation.main, evaluation.main, trainer.main])
 def test_missing_tokenizer_beside_settings_of_the_checkpoint(refuse, main, tokenizer_type):
     """Megatron alone would take the tokenizer of the checkpoint without a word."""
@@ -228,15 +222,10 @@ def test_dataset_that_the_first_rank_alone_refuses(refuse_ranks, unusable_datase
 
 @pytest.mark.slow
 @pytest.mark.runs("fp32")
-def test_dataset_that_the_second_rank_alone_lacks(refuse_ranks):
+def test_dataset_that_the_second_rank_alone_lacks(refuse_ranks, tmp_path):
     """Both ranks could be on different nodes. The first rank must not lock the folder before both have checked."""
-    assert "nowhere.idx does not exist" in refuse_ranks("", program=("-c", SECOND_RANK_LACKS_DATA))
-
-
-@pytest.mark.slow
-@pytest.mark.runs("fp32")
-def test_settings_that_all_ranks_refuse(refuse_ranks):
-    assert "--lr 0.002 in the checkpoint, 0.001 in this run" in refuse_ranks("--lr 1e-3")
+    (tmp_path / "program.py").write_text(SECOND_RANK_LACKS_DATA)
+    assert "nowhere.idx does not exist" in refuse_ranks("", program=(str(tmp_path / "program.py"),))
 
 
 @pytest.mark.slow

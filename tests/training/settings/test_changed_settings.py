@@ -41,13 +41,8 @@ OVERRIDE, KEEP = "--override-opt-param-scheduler", "--use-checkpoint-opt-param-s
 # Changes that Megatron refuses on every rank, or would ignore, and parts of the one line that a run ends with.
 ERRORS = {
     "--train-iters 30": ["--train-iters 21 in the checkpoint, 30 in this run", OVERRIDE, KEEP, "--finetune"],
-    "--train-iters 10": ["--train-iters 21 in the checkpoint, 10 in this run"],
-    "--train-iters 30 --lr-decay-iters 21": ["--train-iters 21 in the checkpoint, 30 in this run"],
     "--lr 1e-3": ["--lr 0.002 in the checkpoint, 0.001 in this run", OVERRIDE],
-    "--min-lr 0": ["--min-lr 0.0002 in the checkpoint, 0.0 in this run"],
-    "--lr-decay-style linear": ["--lr-decay-style cosine in the checkpoint, linear in this run"],
     "--lr-decay-iters 15": ["--lr-decay-iters 21 in the checkpoint, 15 in this run"],
-    "--lr-warmup-iters 2": ["--lr-warmup-iters 3 in the checkpoint, 2 in this run"],
     "--weight-decay 0.5": ["--weight-decay 0.01 in the checkpoint, 0.5 in this run"],
     "--start-weight-decay 0.01 --end-weight-decay 0.1 --weight-decay-incr-style linear": ["--end-weight-decay"],
     "--global-batch-size 16": ["--global-batch-size 8 in the checkpoint, 16 in this run"],
@@ -58,7 +53,6 @@ ERRORS = {
         "load without a word: --adam-beta2 0.999 in the checkpoint, 0.95 in this run",
         "--no-load-optim",
     ],
-    "--adam-eps 1e-6": ["--adam-eps 1e-08 in the checkpoint, 1e-06 in this run"],
     f"{OVERRIDE} --lr 1e-3 --decoupled-lr 1e-4": ["cannot change --lr or --min-lr of a run with --decoupled-lr"],
 }
 # Schedules that no run can have, by Megatron's own assertions.
@@ -85,9 +79,6 @@ QUIET = (
     f"--train-iters 22 {KEEP}",
     f"--global-batch-size 16 --train-iters 10 {OVERRIDE}",
     "--finetune --lr 1",
-    "--micro-batch-size 4",
-    "--clip-grad 0.5",
-    "--save-interval 3",
     "--eval-iters 3 --eval-interval 2",
     "--hidden-dropout 0",
     "--moe-aux-loss-coeff 0.1",
@@ -257,7 +248,6 @@ def test_run_with_a_smaller_batch_has_samples_left(runs):
     assert smaller.curves["lm loss"][8] != before.curves["lm loss"][8]  # the mean over half as many samples
 
 
-LONGER = "--train-iters 30 --hidden-dropout 0.1 --attention-dropout 0.1"
 # Megatron alone fails with a blend of datasets, whose samples are used up.
 COMPLETE = f"--train-iters 7 {OVERRIDE} --data-path 1 data 2 ended"
 
@@ -284,23 +274,10 @@ def pretrain(runs, workplace, tmp_path, monkeypatch):
 
 
 @pytest.mark.runs("fp32")
-def test_changed_schedule_is_refused_before_training(pretrain):
-    with pytest.raises(UserError, match="was saved with another schedule"):
-        pretrain(LONGER)
-
-
-@pytest.mark.runs("fp32")
 def test_complete_run_ends_before_training(pretrain):
     pretrain(COMPLETE)
     with pytest.raises(AssertionError, match="training begins"):
         pretrain(COMPLETE.replace("--train-iters 7", "--train-iters 8"))
-
-
-@pytest.mark.slow
-@pytest.mark.runs("fp32")
-def test_refusal_of_a_run_is_one_line(runs, start, refusal):
-    run = Run(f"{LONGER} --load {runs[0].checkpoints} --ckpt-step 7", logs_scalars=False)
-    assert "was saved with another schedule" in refusal(start("longer", run))
 
 
 @pytest.mark.slow
@@ -315,15 +292,6 @@ def test_run_without_saved_optimizer_says_how_to_resume(workplace, tmp_path):
     resumed = workplace.run(Run(f"{flags} --exit-interval 4 --no-load-optim"), tmp_path / "resumed")
     assert resumed.iterations == [3, 4]
     assert "saved iteration 4" in (resumed.folder / "out0.log").read_text()
-
-
-@pytest.mark.slow
-@pytest.mark.runs("fp32")
-def test_complete_run_ends_at_once(runs, start):
-    run = Run(f"{COMPLETE} --load {runs[0].checkpoints} --ckpt-step 7", logs_scalars=False)
-    outcome = start("complete", run).result()
-    assert outcome.exit_codes == (0,), outcome.report()
-    assert "nothing is left to train" in (outcome.folder / "out0.log").read_text()
 
 
 # ---- The order of the data -------------------------------------------------------------------------------------------

@@ -38,8 +38,6 @@ CASES = {
     "setting that Megatron refuses without a word": ("--num-attention-heads 3", MASK, ["num_attention_heads"]),
     "missing dataset": ("--data-path nowhere", MASK, ["nowhere", "does not exist"]),
     "no mask": ("", None, ["--routing-mask"]),
-    "truncated bin": ("--data-path bad/short_bin", MASK, ["short_bin.bin", "truncated"]),
-    "truncated idx": ("--data-path bad/short_idx", MASK, ["short_idx.idx", "truncated"]),
     "mask for another vocabulary": ("--vocab-size 500", MASK, ["vocabulary", "510", "500"]),
     "dataset of another tokenizer": (
         f"{SENTENCE_PIECE} bad/ours.model --data-path bad/theirs",
@@ -47,30 +45,17 @@ CASES = {
         ["dataset bad/theirs", "theirs.model", "bad/ours.model"],
     ),
     "no dataset": ("--data-path", MASK, ["--data-path"]),
-    "negative id": ("--data-path bad/negative_ids", MASK, ["negative_ids", "id -1 at position 57"]),
     "blend weight below 0": ("--data-path -1 data", MASK, ["--data-path", "-1"]),
     "too few documents for the split": ("--data-path bad/one_document", MASK, ["one_document", "--split 90,10,0"]),
     "no training data": ("--split 0,100,0", MASK, ["no training data", "--split"]),
     "no validation data": ("--split 100,0,0", MASK, ["no validation data", "--eval-iters 0"]),
     "missing mask": ("", "nowhere.safetensors", ["nowhere.safetensors"]),
-    "mask with a flipped bit": ("", "bad/flipped.safetensors", ["bad/flipped.safetensors"]),
-    "truncated mask": ("", "bad/truncated.safetensors", ["bad/truncated.safetensors"]),
-    "counts as mask": ("", "counts.safetensors", ["counts.safetensors"]),
-    "mask for another N": ("--num-experts 4", MASK, ["number of experts is 8", "4"]),
-    "mask for another layer count": ("--num-layers 3", MASK, ["it is for 4 MoE layers, the model has 3"]),
     "counts of another tokenizer": (
         f"{SENTENCE_PIECE} bad/ours.model --data-path bad/unknown",
         "bad/of_their_counts.safetensors",
         ["counts", "theirs.model", "bad/ours.model"],
     ),
     "missing tokenizer model": (f"{SENTENCE_PIECE} nowhere.model", MASK, ["nowhere.model"]),
-    "tokenizer model in another format": (f"{SENTENCE_PIECE} bad/short_bin.bin", MASK, ["short_bin.bin"]),
-    "tokenizer model that is a folder": (f"{SENTENCE_PIECE} bad", MASK, ["--tokenizer-model bad is not a file"]),
-    "missing tokenizer folder": (
-        "--tokenizer-type HuggingFaceTokenizer --tokenizer-model nowhere",
-        MASK,
-        ["--tokenizer-model nowhere does not exist"],
-    ),
     "ranks that the layout does not divide": (
         "--pipeline-model-parallel-size 2",
         MASK,
@@ -90,29 +75,21 @@ def bad_files(workplace) -> Path:
     """Make the damaged and unfitting files of the cases."""
     folder = workplace.folder / "bad"
     folder.mkdir()
-    for name in ("short_bin", "short_idx"):
-        for suffix in (".bin", ".idx"):
-            content = (workplace.folder / "data").with_suffix(suffix).read_bytes()
-            cut = len(content) - 2 if name.endswith(suffix[1:]) else None
-            (folder / name).with_suffix(suffix).write_bytes(content[:cut])
     ids = np.full(120, 3)
-    for name, bad_id in (("large_ids", 599), ("negative_ids", -1)):
-        write_documents(folder / name, [np.where(np.arange(120) == 57, bad_id, ids)] * 10, np.int32)
+    write_documents(folder / "large_ids", [np.where(np.arange(120) == 57, 599, ids)] * 10, np.int32)
     write_documents(folder / "one_document", [ids], np.int32)
-    write_bad_masks(workplace.folder, folder)
+    write_altered_mask(workplace.folder, folder)
     write_tokenizers(folder)
     (folder / "checkpoint").mkdir()
     (folder / "checkpoint" / "latest_checkpointed_iteration.txt").write_text("7")
     return folder
 
 
-def write_bad_masks(source: Path, folder: Path) -> None:
+def write_altered_mask(source: Path, folder: Path) -> None:
     mask = (source / "mask.safetensors").read_bytes()
-    (folder / "flipped.safetensors").write_bytes(mask[:-5] + bytes([mask[-5] ^ 1]) + mask[-4:])
     assert mask.count(b'\\"seed\\": 1') == 1 or mask.count(b'\\"seed\\":1') == 1
     altered = mask.replace(b'\\"seed\\": 1', b'\\"seed\\": 2').replace(b'\\"seed\\":1', b'\\"seed\\":2')
     (folder / "altered.safetensors").write_bytes(altered)
-    (folder / "truncated.safetensors").write_bytes(mask[: len(mask) // 2])
 
 
 def write_tokenizers(folder: Path) -> None:
@@ -137,9 +114,9 @@ def write_tokenizers(folder: Path) -> None:
     build_routing_mask(recipe, vocab_size=tokenizer.vocab_size).save(folder / "without_counts.safetensors")
 
 
-def test_bad_input_ends_the_process(bad_files, start, refusal):
+def test_bad_input_ends_the_process(bad_files, workplace, tmp_path, refusal):
     flags, mask, parts = CASES["altered mask"]
-    message = refusal(start("refuse an altered mask", replace(refusal.run, flags=flags, mask=mask)))
+    message = refusal(workplace.run(replace(refusal.run, flags=flags, mask=mask), tmp_path / "run"))
     for part in parts:
         assert part in message
 
@@ -202,8 +179,6 @@ def test_bad_file_of_data_paths(flag, content, message, refusal, error_of, tmp_p
         ("--train-iters", "no length of training: pass --train-iters or --train-samples"),
         ("--micro-batch-size", "invalid settings: assert args.micro_batch_size is not None"),
         ("--seq-length", "no sequence length: pass --seq-length"),
-        ("--save-interval", "invalid settings: assert args.save_interval is not None"),
-        ("--num-layers", "invalid settings: either num-layers or encoder-num-layers should be specified"),
         ("--hidden-size", "invalid settings: hidden_size argument is None"),
     ],
 )
@@ -219,9 +194,9 @@ def test_missing_flag_is_named(flag, message, refusal, error_of):
         pytest.param("--data-path bad/large_ids", "large_ids", marks=pytest.mark.slow),
     ],
 )
-def test_one_line_from_many_ranks(flags, culprit, start, refusal, bad_files):
+def test_one_line_from_many_ranks(flags, culprit, workplace, tmp_path, refusal, bad_files):
     run = replace(refusal.run, flags=flags, ranks=2, torchrun=True)
-    assert culprit in refusal(start(f"refuse {culprit} on 2 ranks", run), exit_code=1)
+    assert culprit in refusal(workplace.run(run, tmp_path / "run"), exit_code=1)
 
 
 def test_rank_that_alone_finds_bad_input_reports_it(monkeypatch, capsys):

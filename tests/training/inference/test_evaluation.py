@@ -156,15 +156,6 @@ def test_tokens_of_multi_token_prediction_count_in_a_layer_of_their_own(evaluate
 
 
 @pytest.mark.slow
-def test_uneven_batches_on_one_rank(evaluate, results, workplace):
-    evaluation, _ = evaluate("uneven batches", "--micro-batch-size 3", 1)
-
-    assert evaluation["tokens"] == 32 * samples_of_validation_split(workplace)
-    assert math.isclose(evaluation["loss"], results["one rank"][0]["loss"], rel_tol=1e-6)
-    assert evaluation["expert_load"] == results["one rank"][0]["expert_load"]
-
-
-@pytest.mark.slow
 def test_each_rank_counts_its_part_of_the_sequence(evaluate, results):
     """Under sequence parallelism, each tensor-parallel rank routes other tokens."""
     evaluation, _ = evaluate("sequence parallel", "--tensor-model-parallel-size 2 --sequence-parallel", 2)

@@ -171,28 +171,3 @@ def test_iterations_are_skipped_in_every_layout(runs, run_spiky, flags):
     assert outcome.exit_codes == (0, 0), outcome.report()
     assert outcome.iterations == [2, 3, 6, 7, 8, 10, 11, 12]
     assert outcome.difference(reference) < 1e-4
-
-
-@pytest.mark.parametrize(
-    ("flags", "error"),
-    [
-        ("--spike-action skip --optimizer-cuda-graph", "--spike-action skip with --qk-clip or --optimizer-cuda-graph"),
-        ("--spike-deviations 0", "--spike-deviations must be"),
-        ("--spike-window 1", "--spike-window must be"),
-        ("--collapse-intervals -1", "--collapse-intervals must be"),
-    ],
-)
-def test_refused_combinations(monkeypatch, workplace, tmp_path, flags, error):
-    from support.command_lines import forget_megatrons_globals
-
-    from maskmoe.errors import UserError
-    from maskmoe.training import trainer
-
-    words = workplace.flags(Run(flags, logs_scalars=False), tmp_path)
-    monkeypatch.setattr("sys.argv", ["maskmoe", *words])
-    monkeypatch.chdir(workplace.folder)
-    try:
-        with pytest.raises(UserError, match=re.escape(error)):
-            trainer.main()
-    finally:
-        forget_megatrons_globals()

@@ -88,21 +88,6 @@ def test_bad_files_are_refused(tmp_path, content, message):
     assert "\n" not in str(refusal.value)
 
 
-@pytest.mark.parametrize(
-    "words",
-    [
-        (),
-        ("--prompt", "a", "--interactive"),
-        ("--prompts-file", "f", "--prompt", "a"),
-        ("--prompt", "a", "--batch-size", "0"),
-    ],
-)
-def test_bad_arguments_are_refused(words, capsys):
-    with pytest.raises(SystemExit):
-        parse(*words)
-    assert "error: " in capsys.readouterr().err
-
-
 @pytest.mark.parametrize("prompt", ["", " \n"])
 def test_empty_prompt_is_refused(prompt):
     with pytest.raises(UserError, match="--prompt is empty"):

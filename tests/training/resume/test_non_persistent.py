@@ -18,16 +18,10 @@ from maskmoe.launch.journal import Kind, read_journal
 from maskmoe.training.loop.rank_store import RankStore
 from maskmoe.training.resume.choose_checkpoint import repair_tracker_file
 
-PROGRAM = (str(Path(__file__).with_name("pretrain_with_fault.py")),)
+PROGRAM = (str(Path(__file__).parents[1] / "pretrain_with_fault.py"),)
 FLAGS = "--non-persistent-ckpt-type global --non-persistent-save-interval 3"
 EXPERT_2 = "--expert-model-parallel-size 2"
 REFERENCE = "reference"  # one process, 21 iterations
-
-
-def flip(path: Path) -> None:
-    content = bytearray(path.read_bytes())
-    content[len(content) // 2] ^= 4
-    path.write_bytes(content)
 
 
 def local(save: Path) -> Path:
@@ -79,19 +73,6 @@ def test_killed_run_resumes_from_the_non_persistent_checkpoint(runs, workplace, 
     assert saved_iterations(local(copy)) == [18]
     check_structure(checkpoint_path(local(copy), 18))
     check_content(checkpoint_path(local(copy), 18))
-
-
-@pytest.mark.slow
-@pytest.mark.runs(REFERENCE)
-def test_flipped_byte_is_reported_and_the_persistent_checkpoint_is_loaded(runs, workplace, copy, tmp_path):
-    (reference,) = runs
-    flip(checkpoint_path(local(copy), 12) / "__0_0.distcp")
-    resumed = resume(workplace, tmp_path / "run", copy)
-    fault = f"checkpoint {local(copy)}/iter_0000012 __0_0.distcp does not have the content that was saved"
-    assert f"warning: {fault}" in log_of(resumed)
-    assert f"warning: resuming from {copy}/iter_0000007" in log_of(resumed)
-    assert resumed.iterations == list(range(8, 22))
-    assert resumed.difference(reference) == 0
 
 
 @pytest.mark.slow

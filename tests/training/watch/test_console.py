@@ -79,10 +79,7 @@ def test_lines_before_training_are_logged(console, emit, stdout, tmp_path):
     [
         ITERATION,
         VALIDATION,
-        " routing | expert load max over mean: 1.831 |",
         "[2026-01-01 00:00:00] saving checkpoint at iteration      10 to /run/checkpoints in torch_dist format",
-        "  [2026-01-01 00:00:00] successfully saved checkpoint from iteration      10 to /run/checkpoints [ t 1/1 ]",
-        "[2026-01-01 00:00:00] exiting program at iteration 3",
         "a line that nobody knows",
     ],
 )
@@ -98,11 +95,8 @@ def test_lines_of_training_are_unchanged(console, emit, stdout, line):
         "",
         "--------------------------------",
         "Number of parameters in transformer block in billions:  0.00",
-        "Number of parameters in most loaded shard in billions: 0.0014",
         "Theoretical memory footprints: weight and optimizer=23.67 MB, activation=4.38 MB, total=28.05 MB",
         "[Rank 0] (before save_checkpoint for iteration 10) memory (MB) | allocated: 874.59",
-        "[after training is done] datetime: 2026-01-01 00:00:00 ",
-        "Evaluating iter 1/1",
     ],
 )
 def test_noise_of_training_is_logged(console, emit, stdout, tmp_path, line):

@@ -9,12 +9,9 @@ from argparse import Namespace
 import pytest
 import torch
 
-from maskmoe.command_line.parser import OneLineParser
 from maskmoe.errors import UserError
 from maskmoe.training.inference import generation
 from maskmoe.training.inference.generation import check_generation, sample_next_token
-from maskmoe.training.settings.inference_arguments import add_generation_arguments
-from maskmoe.training.settings.setup import check_output
 
 SETTINGS = "--use-checkpoint-args --tokenizer-type NullTokenizer --vocab-size 510 --max-new-tokens 6"
 
@@ -64,14 +61,6 @@ def test_seed_decides_the_sample(generate):
     assert texts[0] == texts[1] != texts[2]
 
 
-def test_text_longer_than_the_model_is_refused(generate):
-    outcome, text = generate("long", "--max-new-tokens 100")
-
-    assert outcome.exit_codes == (2,), outcome.report()
-    assert "3 prompt tokens and 100 new ones exceed the model's 32 positions" in outcome.errors[0]
-    assert text is None
-
-
 SOUND = {
     "pipeline_model_parallel_size": 1,
     "sequence_parallel": False,
@@ -100,28 +89,6 @@ def test_bad_settings_are_refused(setting, value, message):
     check_generation(Namespace(**SOUND))
     with pytest.raises(UserError, match=message):
         check_generation(Namespace(**SOUND | {setting: value}))
-
-
-def test_file_of_prompts_is_never_replaced(tmp_path):
-    prompts = tmp_path / "prompts.txt"
-    prompts.write_text("1 2 3\n")
-    with pytest.raises(UserError, match="it is an input of this command"):
-        check_output(str(prompts), Namespace(prompts_file=prompts, data_path=None, force=True))
-    assert prompts.read_text() == "1 2 3\n"
-
-
-@pytest.mark.parametrize(
-    ("flag", "value", "problem"),
-    [
-        ("--temperature", "-1", "must be at least 0, not -1"),
-        ("--top-k", "-1", "must be at least 0, not -1"),
-        ("--max-new-tokens", "0", "must be at least 1, not 0"),
-    ],
-)
-def test_number_out_of_range_is_refused(flag, value, problem):
-    parser = add_generation_arguments(OneLineParser())
-    with pytest.raises(UserError, match=f"^{flag} {problem}"):
-        parser.parse_args(["--prompt", "a", f"{flag}={value}"])
 
 
 def test_batches_that_share_the_capacity_of_experts_are_refused():
