@@ -23,7 +23,6 @@ COMMANDS = {
     "convert megatron-to-hf": "--load checkpoints --save OUT",
     "convert hf-to-megatron": "--load model --save OUT",
     "convert upcycle": "--load model --save OUT --routing-mask mask.safetensors --num-experts 4",
-    "convert inspect": "model --json OUT",
     "sample": "--model model --prompt import --output OUT",
     "analyze": "--load model --data-path data --output-dir OUT",
     "simulate": "--data-path data --routing-mask mask.safetensors --topk 2 --hidden-size 32 --output OUT",
@@ -214,7 +213,6 @@ PATHS = {
     "mask widen": {"routing_mask": FILE, "token_frequency": FILE, "output": OUTPUT},
     "convert megatron-to-hf": {"load": FOLDER, "save": OUTPUT_FOLDER},
     "convert hf-to-megatron": {"load": FOLDER, "save": OUTPUT_FOLDER},
-    "convert inspect": {"json": OUTPUT},
     "sample": {"model": FOLDER, "output": OUTPUT},
     "analyze": {"load": FOLDER, "data_path": FILE, "token_frequency": FILE, "output_dir": OUTPUT_FOLDER},
     "simulate": {"data_path": FILE, "routing_mask": FILE, "output": OUTPUT, "plot": OUTPUT},
@@ -276,7 +274,6 @@ def test_file_in_first_place_that_cannot_be_used(workshop):
         "launch --dry-run": BAD_PATHS[FILE],
         "check": BAD_PATHS[FILE],
         "compare --run-dir OUT": BAD_PATHS[FILE],
-        "convert inspect": BAD_PATHS[FOLDER],
         "status": BAD_PATHS[FOLDER],
     }
     refuse_all(workshop, [([*name.split(), path], []) for name, paths in commands.items() for path in paths])
