@@ -220,7 +220,7 @@ PATHS = {
     "status": {"html": OUTPUT, "json": OUTPUT, "tensorboard_dir": FOLDER},
     "quickstart": {"input": FILE, "run_dir": OUTPUT_FOLDER},
     "compare": {"input": FILE},
-    "evaluate": {"load": FOLDER, "data_path": FILE, "token_frequency": FILE, "routing_mask": FILE, "eval_texts": FILE},
+    "evaluate": {"load": FOLDER, "data_path": FILE, "token_frequency": FILE, "routing_mask": FILE},
     "generate": {"load": FOLDER, "routing_mask": FILE},
     "pretrain": {"data_path": FILE, "routing_mask": FILE, "tokenizer_model": FILE, "save": OUTPUT_FOLDER}
     | {"tensorboard_dir": OUTPUT_FOLDER},

@@ -177,7 +177,7 @@ def _show_text(loop: PromptLoop | None, tokens: list[int]) -> bool:
 def main() -> None:
     """Generate as the command line says."""
     with sharing_failures():
-        args = parse_and_check_args(add_generation_arguments, reads_data=lambda _: False).args
+        args = parse_and_check_args(add_generation_arguments, reads_data=False).args
         check_generation(args)
         prompts = Prompts(args)
         check_output(args.sample_output, args)
