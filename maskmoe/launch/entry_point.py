@@ -11,7 +11,6 @@ from maskmoe.errors import UserError
 from maskmoe.launch.command import ENTRY_POINT_ENVIRONMENT, Command, standalone_command, unset_variables
 from maskmoe.launch.devices import find_devices
 from maskmoe.launch.supervisor import Supervisor
-from maskmoe.training.inference.prompts import INTERACTIVE_FLAG
 
 _PROCESSES_FLAG = "--nproc-per-node"
 _SINGLE_PROCESS_FLAGS = ("-h", "--help", "--help-all", "--check")
@@ -38,7 +37,7 @@ def run_entry_point(module: str, saves_checkpoints: bool) -> NoReturn:
         os.execv(sys.executable, [sys.executable, "-P", "-u", "-m", module, *arguments])
     options = ("--local-addr", "127.0.0.1", "--shutdown-timeout", str(_SHUTDOWN_TIMEOUT))
     words = standalone_command(processes or find_devices().num_gpus or 1, module, arguments, options)
-    supervisor = Supervisor(_SHUTDOWN_TIMEOUT, saves_checkpoints, forwards_interrupts=INTERACTIVE_FLAG in arguments)
+    supervisor = Supervisor(_SHUTDOWN_TIMEOUT, saves_checkpoints)
     sys.exit(supervisor.run(Command(words, unset_variables(ENTRY_POINT_ENVIRONMENT, os.environ))))
 
 

@@ -322,7 +322,7 @@ MISTAKES = [
     ("pretrain --check x", "--check must be a whole number, not 'x'"),
     ("pretrain --check 1000000007", "--check must be at most"),
     ("pretrain --json", "--check"),
-    ("generate", "one of the arguments --prompt --prompts-file --interactive is required"),
+    ("generate", "one of the arguments --prompt --prompts-file is required"),
     ("evaluate --eval-split tests", "--eval-split: invalid choice: 'tests'"),
     ("evaluate --load nowhere --use-checkpoint-args", "--load nowhere holds no checkpoint"),
     ("generate --prompt a --load huggingface --use-checkpoint-args", "--load huggingface holds no"),

@@ -13,10 +13,11 @@ from pathlib import Path
 import pytest
 import torch
 from support.paths import ROOT
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoTokenizer
 
 from maskmoe.data.default_corpus import default_corpus
 from maskmoe.data.tokenizer_training import train_tokenizer
+from maskmoe.huggingface import MaskMoEForCausalLM
 
 TORCHRUN = ("-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "1")
 TASKS = Path(__file__).parent / "lm_eval"
@@ -100,7 +101,7 @@ def log_likelihood(model, tokens: list[int], num_context: int) -> float:
 @pytest.mark.slow
 def test_same_log_likelihoods(folder, harness):
     """Log-likelihoods of at most 200 tokens, in fp32, differ only by rounding."""
-    model = AutoModelForCausalLM.from_pretrained(folder / "model", dtype=torch.float32)
+    model = MaskMoEForCausalLM.from_pretrained(folder / "model", dtype=torch.float32)
     tokenizer = AutoTokenizer.from_pretrained(folder / "model")
     found, expected = [], []
     for sample in harness["maskmoe_rolling"]:
