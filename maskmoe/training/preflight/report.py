@@ -76,7 +76,7 @@ class Report:
         - `memory`: null if the layout or the model is unknown. Else, in bytes of one rank, `stages`: for each pipeline
           stage the bytes of each purpose, `total`, `doubled_rows` (additional bytes if the experts get twice their
           share of rows) and `micro_batches_in_flight`; `largest_stage`, an index of `stages`; `exact`, the purposes
-          whose bytes are not estimated; `not_modelled`, a list of clauses.
+          whose bytes are not estimated.
         - `cost`: null if the layout or the model is unknown. Else `flops_per_token`, the floating-point operations of
           the forward and backward pass; the run's `tokens`; `flops`, all operations of the run; `gpu_hours` on the
           assumed GPU; and `gpu`, which has `peak_tflops` and `utilization`.
@@ -110,7 +110,6 @@ class Report:
                 "stages": [asdict(stage) | {"total": stage.total} for stage in self.memory.stages],
                 "largest_stage": self.memory.largest_stage,
                 "exact": list(EXACT),
-                "not_modelled": list(self.memory.not_modelled),
             }
         if self.cost:
             cost = asdict(self.cost) | {"flops": self.cost.flops, "gpu_hours": self.cost.gpu_hours}

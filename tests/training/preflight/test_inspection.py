@@ -141,10 +141,6 @@ FORWARD = {
     ),
     "latent experts": f"{LLAMA} {BF16} --moe-latent-size 16",
     "latent attention": f"{LLAMA} {BF16} {LATENT_ATTENTION}",
-    "recomputed norms, activations and up-projections": (
-        f"{LLAMA} {BF16} {LATENT_ATTENTION} --v-head-dim 24 --moe-grouped-gemm --recompute-granularity selective "
-        "--recompute-modules layernorm moe_act mla_up_proj"
-    ),
     "half recomputed": f"{LLAMA} {BF16} --recompute-granularity full --recompute-method block --recompute-num-layers 2",
 }
 FORWARD |= {
@@ -711,7 +707,7 @@ def test_text_of_a_report():
         StageMemory(gib << 30, gib << 29, 0, 0, 0, 0, 0, 0, doubled_rows=gib << 26, micro_batches_in_flight=4 / gib)
         for gib in (2, 4)
     )
-    memory = MemoryReport(stages, 1.4, ("the memory does not take --x into account",))
+    memory = MemoryReport(stages, 1.4)
     cost = TrainingCost(2.5e9, 10**11, AssumedGpu(peak_tflops=1000, utilization=0.25))
     report = Report((), ("something",), layout, model, memory, cost)
     lines = report.to_text().splitlines()
@@ -730,7 +726,6 @@ def test_text_of_a_report():
         "  gradients                      2.00  exact",
         "  total                          6.00",
         "  total of stages           3.00, 6.00",
-        "  Note: the memory does not take --x into account.",
         "cost          2.5 GFLOPs a token, forward and backward",
         "  whole run   100 B tokens, 2.5e+20 FLOPs: 278 GPU-hours with 25% of 1,000 TFLOP/s a GPU, which is assumed, "
         "not measured",
