@@ -214,7 +214,7 @@ PATHS = {
     "analyze": {"load": FOLDER, "data_path": FILE, "token_frequency": FILE, "output_dir": OUTPUT_FOLDER},
     "simulate": {"data_path": FILE, "routing_mask": FILE, "output": OUTPUT, "plot": OUTPUT},
     "thin": {"load": FOLDER},
-    "status": {"html": OUTPUT, "json": OUTPUT, "tensorboard_dir": FOLDER},
+    "status": {"html": OUTPUT, "json": OUTPUT},
     "quickstart": {"input": FILE, "run_dir": OUTPUT_FOLDER},
     "compare": {"input": FILE},
     "evaluate": {"load": FOLDER, "data_path": FILE, "token_frequency": FILE, "routing_mask": FILE},
