@@ -3,8 +3,7 @@
 The terms follow the forward pass of Megatron-Core's modules. Korthikanti et al., arXiv 2205.05198, section 4, derive
 them for layers without experts. Attention is assumed to be a fused kernel, which keeps no scores. Transformer Engine's
 modules fuse norms and all activation functions; the local modules fuse some. The estimate assumes that all experts get
-the same number of rows. The inner activations of Mamba layers and gated delta nets are left out. Of the names in
-`--recompute-modules`, `moe`, `core_attn` and `mlp` are taken into account.
+the same number of rows. The inner activations of Mamba layers and gated delta nets are left out.
 """
 
 from argparse import Namespace
@@ -28,11 +27,11 @@ class _Tensors(NamedTuple):
 
     Attributes:
         size: the bytes of the tensors.
-        dropped_by: the name in `--recompute-modules` that drops the tensors after the forward pass.
+        dropped_by: names in `--recompute-modules`; each of these drops the tensors after the forward pass.
     """
 
     size: float
-    dropped_by: str | None = None
+    dropped_by: tuple[str, ...] = ()
 
 
 class _Layer(NamedTuple):
@@ -80,7 +79,7 @@ class ActivationModel:
         # The rows that the experts of this rank get.
         self._row = (config.moe_latent_size or config.hidden_size) * self._element
         self._num_rows = self._shard * experts_per_token * layout.expert_tensor
-        expert_channels = self._num_rows * (config.moe_ffn_hidden_size or 0) / layout.expert_tensor
+        self._expert_channels = self._num_rows * (config.moe_ffn_hidden_size or 0) / layout.expert_tensor
         # An MLP keeps inputs and output of its activation function. Without fusion, the product of a gated MLP keeps
         # both halves once more: one activated, the other with an offset.
         is_fused = self._fused or config.bias_activation_fusion or is_plain_swiglu(config)
@@ -88,7 +87,7 @@ class ActivationModel:
         # A layer keeps these bytes in proportion to the number of rows on this rank's experts. Without fusion, the
         # output of the activation function is multiplied by the weight of each token.
         per_channel = self._mlp_channel + (0 if is_fused else self._element)
-        self._expert_bytes = self._num_rows * self._row + expert_channels * per_channel
+        self._expert_bytes = self._num_rows * self._row + self._expert_channels * per_channel
         self._dropped = config.recompute_modules or () if config.recompute_granularity == "selective" else ()
         self._layer_of_symbol = {symbol: self._layer(tensors) for symbol, tensors in self._tensors_of_symbols().items()}
 
@@ -160,7 +159,7 @@ class ActivationModel:
 
     def _tensors_of_symbols(self) -> dict[str, list[_Tensors]]:
         """Return the tensors of the layer of each symbol, with the layer's norm and residual addition."""
-        attention, mlp = self._attention(), _Tensors(self._mlp(self._config.ffn_hidden_size), "mlp")
+        attention, mlp = self._attention(), _Tensors(self._mlp(self._config.ffn_hidden_size), ("mlp",))
         parts = {
             Symbols.ATTENTION: attention,
             Symbols.MLA: attention,
@@ -170,12 +169,12 @@ class ActivationModel:
             Symbols.MAMBA: [],
         }
         # The input of the norm is the hidden states before the layer.
-        around = _Tensors(2 * self._hidden + self._dropout_mask)
-        return {symbol: [around, *tensors] for symbol, tensors in parts.items()}
+        around = [_Tensors(self._hidden + self._dropout_mask), _Tensors(self._hidden, ("layernorm",))]
+        return {symbol: [*around, *tensors] for symbol, tensors in parts.items()}
 
     def _layer(self, tensors: Sequence[_Tensors]) -> _Layer:
         """Add up the tensors of a layer."""
-        recomputed = sum(size for size, dropped_by in tensors if dropped_by in self._dropped)
+        recomputed = sum(size for size, dropped_by in tensors if not set(dropped_by).isdisjoint(self._dropped))
         return _Layer(sum(size for size, _ in tensors) - recomputed, recomputed)
 
     def _attention(self) -> list[_Tensors]:
@@ -204,8 +203,9 @@ class ActivationModel:
         mask = self._layout.micro_batch * self._sequence * self._layout.seq_length * self._element
         statistics = heads * _FP32_BYTES * self._tokens / self._layout.tensor
         return [
-            _Tensors(inputs * channel + before_norms + output * (3 if config.attention_output_gate else 1)),
-            _Tensors(statistics + (mask if self._gives_mask else 0), "core_attn"),
+            _Tensors(inputs * channel, ("mla_up_proj",)),
+            _Tensors(before_norms + output * (3 if config.attention_output_gate else 1)),
+            _Tensors(statistics + (mask if self._gives_mask else 0), ("core_attn",)),
         ]
 
     def _mlp(self, inner_size: int | None) -> float:
@@ -220,5 +220,11 @@ class ActivationModel:
         router = self._shard * self._config.num_moe_experts * (2 * _FP32_BYTES + 2)
         router += 5 * self._shard * self.experts_per_token * _ID_BYTES
         latent = self._shard * self._row if self._config.moe_latent_size else 0
-        shared = self._mlp(self._config.moe_shared_expert_intermediate_size)
-        return [_Tensors(router + latent + self._expert_bytes + shared, "moe")]
+        # Recomputation of the activation function keeps its input.
+        activated = self._expert_bytes - self._num_rows * self._row
+        activated -= self._expert_channels * (2 if self._config.gated_linear_unit else 1) * self._element
+        return [
+            _Tensors(router + latent + self._expert_bytes - activated, ("moe",)),
+            _Tensors(activated, ("moe", "moe_act")),
+            _Tensors(self._mlp(self._config.moe_shared_expert_intermediate_size), ("moe", "shared_experts")),
+        ]
