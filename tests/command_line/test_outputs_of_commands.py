@@ -140,9 +140,9 @@ WRITERS = {
     "tokenizer --input text.txt --vocab-size 300 --output-prefix OUT": "OUT.model",
     f"preprocess --input text.txt {TOKENIZE} --output-prefix OUT --workers 1": "OUT_text_document.bin",
     "count --data-path data --vocab-size 300 --output OUT --workers 1": "OUT",
-    "mask --vocab-size 300 --preset hash --num-experts 4 --num-layers 2 --output OUT --workers 1": "OUT",
+    "mask --vocab-size 300 --preset hash --num-experts 4 --num-layers 2 --output OUT": "OUT",
     "mask widen --routing-mask mask --token-frequency counts --frequent-mass 0.5 --frequent-visible-experts 2 "
-    "--output OUT --workers 1": "OUT",
+    "--output OUT": "OUT",
     f"{SIMULATE} --output OUT": "OUT",
 }
 

@@ -270,7 +270,7 @@ def test_hybrid_twin_has_the_losses_of_the_laptop_model(start, undisturbed):
     """Both models start from equal weights, and take the same mask of four MoE layers."""
     with start("hybrid", model=HYBRID_LAPTOP) as launch:
         assert launch.wait() == 0, launch.output[-4000:]
-    assert "8 of a hybrid model: 4 attention, 4 MoE" in (launch.run_dir / "check.txt").read_text()
+    assert "8: 4 attention, 4 MoE" in (launch.run_dir / "check.txt").read_text()
     assert read_losses(launch.run_dir) == undisturbed
 
 

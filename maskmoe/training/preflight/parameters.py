@@ -107,11 +107,6 @@ class Chunk:
         return len(self.layers)
 
     @property
-    def is_hybrid(self) -> bool:
-        """Return whether each layer is one symbol of a pattern."""
-        return all(len(layer) == 1 for layer in self.layers)
-
-    @property
     def num_moe_layers(self) -> int:
         """Return the number of MoE layers, those of multi-token prediction included."""
         return "".join(self.layers + self.predictions).count(Symbols.MOE)

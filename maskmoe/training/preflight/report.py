@@ -131,17 +131,12 @@ def _count_kinds(layers: Iterable[str]) -> dict[str, int]:
 
 
 def _describe_layers(chunk: Chunk) -> str:
-    """Describe the layers of a model; those of a hybrid model by their kinds."""
-    if chunk.is_hybrid:
-        decoder, prediction = (
-            ", ".join(f"{number} {kind}" for kind, number in _count_kinds(layers).items() if number)
-            for layers in (chunk.layers, chunk.predictions)
-        )
-        further = f"; multi-token prediction: {prediction}" if prediction else ""
-        return f"{len(chunk.layers)} of a hybrid model: {decoder}{further}"
-    numbers = _count_kinds(chunk.layers)
-    further = f", {len(chunk.predictions)} of multi-token prediction" if chunk.predictions else ""
-    return f"{len(chunk.layers)}: {numbers['MoE']} with experts, {numbers['MLP']} without{further}"
+    """Describe the layers of a model by their kinds."""
+    decoder, prediction = (
+        ", ".join(f"{number} {kind}" for kind, number in _count_kinds(layers).items() if number)
+        for layers in (chunk.layers, chunk.predictions)
+    )
+    return f"{chunk.num_layers}: {decoder}{f'; multi-token prediction: {prediction}' if prediction else ''}"
 
 
 def _gib(number: int) -> str:

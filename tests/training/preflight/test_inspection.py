@@ -687,7 +687,7 @@ def test_text_of_the_layers_of_a_hybrid_model():
     model = ModelParameters(chunk, ((chunk, chunk), (chunk,)), 8, ExpertUse(2, 2), mask_bytes=0, padded_vocab_size=512)
     lines = Report((), model=model).to_text().splitlines()
     assert lines[0] == (
-        "layers        9 of a hybrid model: 1 attention, 1 multi-latent attention, 1 gated delta net, 1 Mamba, 2 MLP, "
+        "layers        9: 1 attention, 1 multi-latent attention, 1 gated delta net, 1 Mamba, 2 MLP, "
         "3 MoE; multi-token prediction: 2 attention, 2 MoE"
     )
     assert lines[1] == "  of stages   9+9, 9"
@@ -711,7 +711,7 @@ def test_text_of_a_report():
         "  dense parts TP 2 × PP 2 × CP 1 × DP 4 = 16",
         "  experts     ETP 1 × EP 4 × PP 2 × expert DP 2 = 16",
         "step          64 samples = 16 micro-batches × 1 × DP 4; 262,144 tokens",
-        "layers        4: 3 with experts, 1 without",
+        "layers        4: 4 attention, 1 MLP, 3 MoE",
         "  of stages   4+4, 4",
         "parameters    0.50 B  500,000,000",
         "active        0.33 B  325,000,000  for a token with 2 experts",
