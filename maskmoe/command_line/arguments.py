@@ -54,7 +54,6 @@ def add_text_arguments(
         help=r"text between two documents of a plain text file, such as '\n\n' or '<|endoftext|>'; the separator is "
         "left out (default: a file is a document)",
     )
-    parser.add_argument("--dataset-split", metavar="NAME", help="split of a saved dataset that has several")
 
 
 def pop_reading_options(settings: dict[str, Any]) -> ReadingOptions:
@@ -64,11 +63,7 @@ def pop_reading_options(settings: dict[str, Any]) -> ReadingOptions:
         UserError: The separator has an unknown escape.
     """
     separator = settings.pop("document_separator")
-    return ReadingOptions(
-        settings.pop("input_format"),
-        None if separator is None else unescape(separator),
-        settings.pop("dataset_split"),
-    )
+    return ReadingOptions(settings.pop("input_format"), None if separator is None else unescape(separator))
 
 
 def add_workers_argument(parser: argparse.ArgumentParser) -> None:

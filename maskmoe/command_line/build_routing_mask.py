@@ -17,15 +17,15 @@ from typing import Any
 import numpy as np
 
 from maskmoe.command_line import ranges
-from maskmoe.command_line.arguments import add_seed_argument, add_workers_argument, command_parser
+from maskmoe.command_line.arguments import add_seed_argument, command_parser
 from maskmoe.command_line.parser import add_force_argument
 from maskmoe.errors import UserError
 from maskmoe.files.outputs import atomic_output, check_outputs
 from maskmoe.routing_mask.assignment import ASSIGNMENTS, PRESETS, HashLayers, MaskRecipe
+from maskmoe.routing_mask.describe_mask import describe_visible_experts
 from maskmoe.routing_mask.expert_table import ExpertTable
 from maskmoe.routing_mask.frequency import TokenFrequency
 from maskmoe.routing_mask.mask import RoutingMask, build_routing_mask, expected_expert_load, overloading_ids
-from maskmoe.routing_mask.words import describe_visible_experts
 
 _HASH_LAYERS = ("hash_layers", "hash_visible_experts", "hash_assignment")
 _METHOD = ("frequent_mass", "frequent_visible_experts", "assignment")
@@ -95,7 +95,6 @@ def parse_arguments() -> argparse.Namespace:
     add_seed_argument(method, "the random choices")
     parser.add_argument("--output", type=Path, required=True, metavar="F", help="file to write, .safetensors")
     add_force_argument(parser)
-    add_workers_argument(parser)
     return parser.parse_args()
 
 
@@ -252,7 +251,7 @@ def main() -> None:
             mask = mask_from_table(arguments)
         else:
             source = {"frequency": frequency, "vocab_size": arguments.vocab_size}
-            mask = build_routing_mask(recipe_from(arguments), **source, workers=arguments.workers, progress=True)
+            mask = build_routing_mask(recipe_from(arguments), **source, progress=True)
         mask.save(temporary)
     print_summary(mask, frequency, num_ranks)
     print(f"written          {arguments.output}")

@@ -2,14 +2,13 @@
 
 import argparse
 import dataclasses
-import json
 import shlex
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 from maskmoe.command_line import ranges
-from maskmoe.command_line.parser import Parser, add_force_argument
+from maskmoe.command_line.parser import Parser
 from maskmoe.command_line.progress import say_loading
 from maskmoe.conversion.settings import (
     DERIVED_PATTERN,
@@ -20,7 +19,6 @@ from maskmoe.conversion.settings import (
     parse_size,
 )
 from maskmoe.errors import UserError
-from maskmoe.files.outputs import atomic_output, check_outputs
 from maskmoe.files.paths import check_folder
 
 
@@ -32,7 +30,6 @@ def parse_arguments() -> argparse.Namespace:
         "megatron-to-hf": "convert a torch_dist checkpoint, of any layout of ranks, into a transformers model",
         "hf-to-megatron": "convert a transformers model into a checkpoint that training starts from",
         "upcycle": "make a MaskMoE model of a dense model, whose MLPs become experts",
-        "inspect": "report what a checkpoint or model holds and whether it is intact",
     }.items():
         _add_arguments(commands.add_parser(name, help=help), name)
     return parser.parse_args()
@@ -40,14 +37,8 @@ def parse_arguments() -> argparse.Namespace:
 
 def _add_arguments(parser: argparse.ArgumentParser, name: str) -> None:
     """Add the arguments of the subcommand `name`."""
-    if name == "inspect":
-        folder = "folder of a model, of a checkpoint, or of a run's checkpoints"
-        parser.add_argument("checkpoint", type=Path, metavar="DIR", help=folder)
-        parser.add_argument("--json", type=Path, metavar="F", help="also write the report as JSON to this file")
-        add_force_argument(parser)
-    else:
-        _add_conversion_arguments(parser)
-        parser.set_defaults(ckpt_step=None, hybrid_layer_pattern=None)
+    _add_conversion_arguments(parser)
+    parser.set_defaults(ckpt_step=None, hybrid_layer_pattern=None)
     if name in ("megatron-to-hf", "upcycle"):
         step = "iteration to convert of a run's checkpoints, as Megatron's flag (default: the newest, if undamaged)"
         parser.add_argument("--ckpt-step", type=ranges.ITERATION, metavar="I", help=step)
@@ -62,7 +53,7 @@ def _add_arguments(parser: argparse.ArgumentParser, name: str) -> None:
         formats = {"choices": ("megatron", "hf"), "default": "megatron"}
         parser.add_argument("--save-format", **formats, help="format of the result (default: %(default)s)")
         add_upcycle_arguments(parser)
-    elif name != "inspect":
+    else:
         parser.add_argument("--routing-mask", type=Path, metavar="F", help="routing mask for a model that holds none")
     verification = "do not compare files with the digests that were saved with them"
     parser.add_argument("--no-verify-checkpoint", action="store_false", dest="verify", help=verification)
@@ -100,13 +91,12 @@ def add_upcycle_arguments(parser: argparse.ArgumentParser) -> None:
             ranges.GRANULARITY,
             "make experts of 1/G of the MLP's size; N and K must be multiples of G; 1: whole copies",
         ),
-        "noise": ("S", ranges.NOISE, "standard deviation of relative noise on the experts' weights"),
         "reinit_share": (
             "R",
             ranges.SHARE,
             "share of each expert's features to draw anew, as in Drop-Upcycling, which uses 0.5",
         ),
-        "seed": ("S", ranges.SEED, "seed of routers, noise and new features"),
+        "seed": ("S", ranges.SEED, "seed of routers and new features"),
     }
     for name, (metavar, kind, help) in flags.items():
         default, text = getattr(UpcycleSettings, name), f"{help} (default: %(default)s)"
@@ -176,31 +166,13 @@ def _convert(arguments: argparse.Namespace) -> None:
         print(" ".join(["  --load", shlex.quote(str(arguments.save)), "--use-checkpoint-args", *flags]))
 
 
-def _inspect(arguments: argparse.Namespace) -> None:
-    from maskmoe.conversion.inspection import inspect_checkpoint
-
-    inspection = inspect_checkpoint(arguments.checkpoint, arguments.verify)
-    print(inspection.table())
-    if arguments.json:
-        with atomic_output(arguments.json) as path:
-            path.write_text(json.dumps(dataclasses.asdict(inspection), indent=2) + "\n")
-
-
 def main() -> None:
     """Run the subcommand that the command line names."""
     arguments = parse_arguments()
-    if arguments.command == "inspect":
-        check_folder(arguments.checkpoint)
-        if arguments.json:
-            check_outputs([arguments.json], [arguments.checkpoint], arguments.force)
-    else:
-        check_folder(arguments.load, "--load")
+    check_folder(arguments.load, "--load")
     say_loading("importing PyTorch and Megatron-Core")
     # Only now, since torch and Megatron take seconds to import and `--help` needs neither.
     from maskmoe.megatron_compat import prepare_process
 
     prepare_process()
-    if arguments.command == "inspect":
-        _inspect(arguments)
-    else:
-        _convert(arguments)
+    _convert(arguments)

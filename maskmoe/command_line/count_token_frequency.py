@@ -43,8 +43,7 @@ def print_summary(frequency: TokenFrequency) -> None:
 def _count(arguments: Namespace) -> TokenFrequency:
     if arguments.merge is None:
         return count_token_frequency(arguments.data_path, arguments.vocab_size, arguments.workers, progress=True)
-    joined = None if arguments.data_path is None else arguments.data_path[0]
-    return merge_token_frequencies(arguments.merge, joined)
+    return merge_token_frequencies(arguments.merge)
 
 
 def main() -> None:
@@ -63,8 +62,7 @@ def main() -> None:
         "--merge",
         nargs="+",
         metavar="COUNTS",
-        help="add up counts that this command has written, instead of counting; with --data-path P, the result is the "
-        "counts of P, which maskmoe preprocess --merge has joined from the counted datasets",
+        help="add up counts that this command has written, instead of counting",
     )
     parser.add_argument("--output", type=Path, required=True, metavar="F", help="file to write, .safetensors")
     add_force_argument(parser)
@@ -72,10 +70,9 @@ def main() -> None:
     arguments = parser.parse_args()
     if arguments.merge is None and (arguments.data_path is None or arguments.vocab_size is None):
         parser.error("give --data-path and --vocab-size, or --merge")
-    if arguments.merge is not None and (arguments.vocab_size is not None or arguments.workers is not None):
-        parser.error("--vocab-size and --workers do not apply to --merge")
-    if arguments.merge is not None and len(arguments.data_path or ()) > 1:
-        parser.error("--merge takes the prefix of one joined dataset as --data-path")
+    others = (arguments.data_path, arguments.vocab_size, arguments.workers)
+    if arguments.merge is not None and any(value is not None for value in others):
+        parser.error("--data-path, --vocab-size and --workers do not apply to --merge")
     inputs = files_of_data_path(arguments.data_path) if arguments.data_path is not None else []
     check_outputs([arguments.output], [*inputs, *(arguments.merge or ())], arguments.force)
     with atomic_output(arguments.output) as temporary:

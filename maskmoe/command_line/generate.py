@@ -1,12 +1,9 @@
 """`maskmoe generate`: generates text from a Megatron checkpoint."""
 
-import sys
-
 from maskmoe.launch.command import entry_point
 from maskmoe.launch.entry_point import run_entry_point
-from maskmoe.training.inference.prompts import INTERACTIVE_FLAG
 
 
 def main() -> None:
     """Run `maskmoe.training.generate` on this machine's GPUs, or as the rank that this process already is."""
-    run_entry_point(entry_point("generate"), saves_checkpoints=False, forwards_interrupts=INTERACTIVE_FLAG in sys.argv)
+    run_entry_point(entry_point("generate"), saves_checkpoints=False)

@@ -7,10 +7,11 @@ from typing import Any
 from maskmoe.command_line import ranges
 from maskmoe.command_line.parser import Parser, add_force_argument
 from maskmoe.command_line.progress import say_loading
+from maskmoe.command_line.prompt_loop import PromptLoop
 from maskmoe.conversion.model_config import read_model_config
 from maskmoe.errors import UserError
 from maskmoe.files.outputs import atomic_output, check_outputs
-from maskmoe.training.inference.prompts import PromptLoop, Prompts, add_prompt_arguments, check_prompt
+from maskmoe.training.inference.prompts import Prompts, add_prompt_arguments, check_prompt
 
 _MIN_TEMPERATURE = 1e-6
 
@@ -25,7 +26,11 @@ def main() -> None:
     parser = Parser(description=__doc__, formatter_class=argparse.ArgumentDefaultsHelpFormatter)
     add = parser.add_argument
     add("--model", type=Path, required=True, metavar="DIR", help="folder of model and tokenizer")
-    add_prompt_arguments(parser)
+    add_prompt_arguments(parser).add_argument(
+        "--interactive",
+        action="store_true",
+        help="continue each line of stdin; Ctrl-C ends a text, the end of the input (Ctrl-D) ends the program",
+    )
     add("--max-new-tokens", type=ranges.NEW_TOKENS, default=64, metavar="N", help="stop after N new tokens")
     add(
         "--temperature",

@@ -45,7 +45,6 @@ from maskmoe.data.tokenizer import TOKENIZER_TYPES
 _FLAGS_OF_ENCODING = {
     "input_format": None,
     "document_separator": None,
-    "dataset_split": None,
     "tokenizer_type": None,
     "tokenizer_model": None,
     "append_eod": False,
@@ -103,7 +102,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--shard",
         metavar="I/N",
-        help="encode part I of N parts of about equal size, with I from 0 to N - 1; the output prefix becomes "
+        help="encode part I of N parts of the files, of about equal size, I from 0 to N - 1; the output prefix becomes "
         "PREFIX-I-of-N with five digits each",
     )
     add_force_argument(parser)

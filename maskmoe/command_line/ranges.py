@@ -50,9 +50,6 @@ SEED = WholeNumber(0, (1 << 32) - 1)  # the seeds of NumPy
 SHARE = Number(0, 1)
 CHARACTER_COVERAGE = Number(0.98, 1)  # the range of SentencePiece
 TEMPERATURE = Number(0, 1e6)
-NOISE = Number(0, 1e6)
 LEARNING_RATE = Number(0, 1e3, is_above=True)
-UTILIZATION = Number(0, 1, is_above=True)
-TFLOPS = Number(0, 1e6, is_above=True)
 BANDWIDTH = Number(0, 1e9, is_above=True)
 LATENCY = Number(0, 1e9)

@@ -30,7 +30,6 @@ def main() -> None:
     parser = command_parser(__doc__)
     add = parser.add_argument
     add("run", type=Path, metavar="RUN_DIR", help="run folder, of a run that works or has ended")
-    add("--tensorboard-dir", type=Path, metavar="DIR", help="folder of the event files, if the run does not know it")
     add("--html", type=Path, metavar="FILE", help="also write the status as an HTML page, with plots of the scalars")
     add("--json", type=Path, metavar="FILE", help="also write the status as JSON")
     meaning = "compare all files of the checkpoints with their digests, which reads all of their bytes"
@@ -38,23 +37,18 @@ def main() -> None:
     add_force_argument(parser)
     arguments = parser.parse_args()
     check_folder(arguments.run)
-    if arguments.tensorboard_dir is not None:
-        check_folder(arguments.tensorboard_dir, "--tensorboard-dir")
     outputs = [path for path in (arguments.html, arguments.json) if path is not None]
     check_outputs(outputs, [], arguments.force)
 
     # Only now, since these imports take time and `--help` does not need them.
     from maskmoe.run_status.arguments import RunArguments
-    from maskmoe.run_status.scalars import event_files
     from maskmoe.run_status.status import read_status
     from maskmoe.run_status.text import render_text
 
-    if arguments.tensorboard_dir is not None and not event_files(arguments.tensorboard_dir):
-        raise UserError(f"--tensorboard-dir {arguments.tensorboard_dir} holds no event files")
     of_run = RunArguments.read(arguments.run)
-    folders = (of_run.path("save"), of_run.path("tensorboard_dir"), arguments.tensorboard_dir)
+    folders = (of_run.path("save"), of_run.path("tensorboard_dir"))
     _check_is_no_file_of_run(outputs, arguments.run, [folder for folder in folders if folder is not None])
-    status = read_status(arguments.run, arguments.tensorboard_dir, arguments.verify)
+    status = read_status(arguments.run, arguments.verify)
     print(render_text(status), end="")
     if arguments.html is not None:
         from maskmoe.run_status.page import write_page

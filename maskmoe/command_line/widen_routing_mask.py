@@ -15,13 +15,13 @@ from pathlib import Path
 import numpy as np
 
 from maskmoe.command_line import ranges
-from maskmoe.command_line.arguments import add_seed_argument, add_workers_argument, command_parser
+from maskmoe.command_line.arguments import add_seed_argument, command_parser
 from maskmoe.command_line.build_routing_mask import describe_imbalance, warn_of_overload
 from maskmoe.command_line.parser import add_force_argument
 from maskmoe.files.outputs import atomic_output, check_outputs
-from maskmoe.routing_mask.change import MaskChange
 from maskmoe.routing_mask.frequency import TokenFrequency
 from maskmoe.routing_mask.mask import RoutingMask, expected_expert_load
+from maskmoe.routing_mask.mask_change import MaskChange
 from maskmoe.routing_mask.widening import widen_routing_mask
 
 
@@ -40,7 +40,6 @@ def parse_arguments() -> argparse.Namespace:
     add_seed_argument(parser, "the random choices")
     parser.add_argument("--output", type=Path, required=True, metavar="F", help="file to write, .safetensors")
     add_force_argument(parser)
-    add_workers_argument(parser)
     return parser.parse_args()
 
 
@@ -101,7 +100,6 @@ def main() -> None:
             frequent_mass=arguments.frequent_mass,
             frequent_visible_experts=arguments.frequent_visible_experts,
             seed=arguments.seed,
-            workers=arguments.workers,
             progress=True,
         )
         wider.save(temporary)

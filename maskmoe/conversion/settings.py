@@ -61,10 +61,9 @@ class UpcycleSettings:
             chosen together.
         moe_layer_freq: Megatron's `--moe-layer-freq`: every how many layers have experts, or a 0 or 1 for each layer.
         shared_expert: give each MoE layer a shared expert, which starts as a copy of the whole MLP.
-        noise: standard deviation of the relative noise on the experts' weights.
         reinit_share: share, 0 to 1, of each expert's intermediate features that are drawn anew from a normal
             distribution with the mean and the standard deviation of the MLP's weights. Each expert draws which ones.
-        seed: seed of routers, noise and new features.
+        seed: seed of routers and new features.
 
     Raises:
         UserError: the settings contradict each other.
@@ -75,7 +74,6 @@ class UpcycleSettings:
     granularity: int = 1
     moe_layer_freq: int | list[int] = 1
     shared_expert: bool = False
-    noise: float = 0.0
     reinit_share: float = 0.0
     seed: int = 0
 

@@ -37,8 +37,8 @@ def upcycle(dense: OpenedModel, settings: UpcycleSettings, mask: RoutingMask) ->
     """Make a MaskMoE model of a dense model; tensors are computed when they are read, in blocks of any size.
 
     The new model computes the same as the dense model, up to rounding, if the weights of a token's experts add up to 1
-    and the chosen experts are whole copies of the MLP, or all parts of such copies. This holds without noise and new
-    features, if k is at least 2 or every id sees one expert, and, for experts that are parts of the MLP, if each
+    and the chosen experts are whole copies of the MLP, or all parts of such copies. This holds without new features, if
+    k is at least 2 or every id sees one expert, and, for experts that are parts of the MLP, if each
     visible set consists of whole copies. `changes_of_function` says whether it holds.
 
     Args:
@@ -58,8 +58,6 @@ def upcycle(dense: OpenedModel, settings: UpcycleSettings, mask: RoutingMask) ->
 def changes_of_function(settings: UpcycleSettings, mask: RoutingMask) -> list[str]:
     """Return why an upcycled model computes something else than the dense model; empty if both compute the same."""
     changes = []
-    if settings.noise:
-        changes.append("the experts have noise")
     if settings.reinit_share:
         changes.append("parts of the experts start anew")
     if settings.topk == 1 and mask.max_visible > 1:
@@ -140,8 +138,8 @@ class _UpcycledSource:
             return self._read_router(block)
         if block.tensor.endswith(_SHARED_DOWN):
             return self._copied.read(block) * _SHARED_EXPERT_SCALE
-        if block.tensor.endswith((_GATE_UP, _DOWN)) and (self._settings.noise or self._settings.reinit_share):
-            return self._read_changed_experts(block)
+        if block.tensor.endswith((_GATE_UP, _DOWN)) and self._settings.reinit_share:
+            return self._read_partly_new_experts(block)
         return self._copied.read(block)
 
     def _read_router(self, block: Block) -> Tensor:
@@ -152,19 +150,14 @@ class _UpcycledSource:
         weight = copy_rows.repeat_interleave(self._settings.granularity, dim=0)
         return weight[block.slices].to(self.tensors[block.tensor].dtype)
 
-    def _read_changed_experts(self, block: Block) -> Tensor:
-        """Add noise to experts, and draw some of their intermediate features anew."""
+    def _read_partly_new_experts(self, block: Block) -> Tensor:
+        """Read experts, and draw some of their intermediate features anew."""
         changed = self._copied.read(block).clone()
         _, rows, columns = block.slices
         for index, expert in enumerate(range(block.offsets[0], block.offsets[0] + block.sizes[0])):
             normal = self._normal_numbers_of(block.tensor, expert)[rows, columns]
-            weights = changed[index].float()
-            if self._settings.noise:
-                weights = torch.addcmul(weights, weights, normal, value=self._settings.noise)
-            if self._settings.reinit_share:
-                is_new, mean, std = (values[rows, columns] for values in self._new_weights(block.tensor, expert))
-                weights = torch.where(is_new, normal * std + mean, weights)
-            changed[index] = weights
+            is_new, mean, std = (values[rows, columns] for values in self._new_weights(block.tensor, expert))
+            changed[index] = torch.where(is_new, normal * std + mean, changed[index].float())
         return changed
 
     def _normal_numbers(self, name: str, expert: int) -> Tensor:

@@ -33,12 +33,10 @@ class ReadingOptions:
     Attributes:
         format: One of `FORMATS` for all inputs. None derives the format of each input from the name's suffix.
         separator: Text that ends a document of plain text. None makes a document of each file, see `text_files`.
-        split: Name of the split of a saved dataset that has several.
     """
 
     format: str | None = None
     separator: str | None = None
-    split: str | None = None
 
 
 DEFAULT_OPTIONS = ReadingOptions()
@@ -46,21 +44,19 @@ DEFAULT_OPTIONS = ReadingOptions()
 
 @dataclass(frozen=True)
 class Input:
-    """One input, which may be a part of a file.
+    """One input.
 
     Attributes:
         path: Path of the file, or `-` for standard input.
         format: One of `FORMATS`.
         num_bytes: Size of the input on disk; None for a pipe, whose size is unknown.
         separator: Bytes that end a document of plain text, or None.
-        part: Range of bytes of a file of JSON lines that is read, which holds whole lines; None for the whole file.
     """
 
     path: str
     format: str
     num_bytes: int | None
     separator: bytes | None = None
-    part: range | None = None
 
     @property
     def name(self) -> str:
@@ -132,11 +128,9 @@ def _find(name: str, options: ReadingOptions) -> list[Input]:
     if stat.S_ISDIR(status.st_mode):
         if options.format not in (None, "arrow"):
             raise UserError(f"input {name} is a folder, but --input-format {options.format} is for files")
-        return _find_saved_dataset(Path(name), options.split)
+        return _find_saved_dataset(Path(name))
     if name != STANDARD_INPUT and (stat.S_ISCHR(status.st_mode) or stat.S_ISBLK(status.st_mode)):
         raise UserError(f"input {name} is a device, not a file or a pipe")
-    if options.split is not None:
-        raise UserError(f"--dataset-split is for saved datasets, but input {name} is not one")
     size = status.st_size if stat.S_ISREG(status.st_mode) else None
     is_stream = size is None or name == STANDARD_INPUT or name.startswith("/dev/fd/")
     format_ = options.format or _format_of(name) or ("jsonl" if is_stream else "text")
@@ -153,16 +147,12 @@ def _format_of(name: str) -> str | None:
     return _FORMAT_OF_SUFFIX.get(suffix.lower(), "text" if suffix else None)
 
 
-def _find_saved_dataset(folder: Path, split: str | None) -> list[Input]:
+def _find_saved_dataset(folder: Path) -> list[Input]:
     """Return the Arrow files of a dataset that `save_to_disk` has written.
 
-    Args:
-        folder: The folder of the dataset.
-        split: Name of the split. None chooses the only split.
-
     Raises:
-        UserError: The folder is not a saved dataset or is damaged, the library `datasets` is missing, or the split
-            cannot be chosen.
+        UserError: The folder is not a saved dataset, is damaged, or has several splits; or the library `datasets` is
+            missing.
     """
     if not any((folder / name).is_file() for name in ("dataset_dict.json", "state.json")):
         suffixes = Counter(path.suffix for path in islice(folder.iterdir(), 1000)).most_common(1)
@@ -178,8 +168,6 @@ def _find_saved_dataset(folder: Path, split: str | None) -> list[Input]:
         found = datasets.load_from_disk(str(folder), keep_in_memory=False)
         splits = found if isinstance(found, datasets.DatasetDict) else {found.split: found}
         files = {str(name): [file["filename"] for file in each.cache_files] for name, each in splits.items()}
-    if split not in files and (split is not None or len(files) > 1):
-        problem = "has several splits" if split is None else f"has no split {split}"
-        listed = ", ".join(files)
-        raise UserError(f"input {folder} {problem} ({listed}): name the folder of one split, or give --dataset-split")
-    return [Input(path, "arrow", os.path.getsize(path)) for path in files[split or next(iter(files))]]
+    if len(files) > 1:
+        raise UserError(f"input {folder} has several splits ({', '.join(files)}): name the folder of one split")
+    return [Input(path, "arrow", os.path.getsize(path)) for paths in files.values() for path in paths]

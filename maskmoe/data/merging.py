@@ -4,8 +4,7 @@ import glob
 import re
 from collections.abc import Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass, replace
-from pathlib import Path
+from dataclasses import replace
 
 import numpy as np
 
@@ -21,59 +20,10 @@ from maskmoe.data.indexed_dataset import (
 from maskmoe.data.sharding import ShardRecord, shard_record_path
 from maskmoe.data.tokenizer import TokenizerRecord
 from maskmoe.errors import UserError
-from maskmoe.files.json_files import read_record, write_record
+from maskmoe.files.json_files import read_record
 from maskmoe.files.outputs import check_outputs
 
 _SHARD = re.compile(r"(.*)-(\d{5,})-of-(\d{5,})(.*)", re.DOTALL)
-
-
-@dataclass(frozen=True)
-class DatasetPart:
-    """Identity of a dataset that became part of a joined one."""
-
-    idx_sha256: str
-    bin_bytes: int
-
-    @classmethod
-    def of(cls, prefix: str) -> "DatasetPart":
-        """Return the identity of a dataset."""
-        index = read_index(prefix)
-        return cls(index.idx_sha256, index.bin_bytes)
-
-
-@dataclass(frozen=True)
-class MergeRecord:
-    """Says which datasets were joined, so that counts of the parts are known to be counts of the whole.
-
-    Attributes:
-        idx_sha256: Hex digest of the joined dataset's `.idx` file.
-        parts: The parts in the order in which they were joined, before any shuffling.
-    """
-
-    __pydantic_config__ = {"extra": "forbid"}  # noqa: RUF012 - pydantic reads this attribute of the class
-
-    idx_sha256: str
-    parts: tuple[DatasetPart, ...]
-
-
-def merge_record_path(prefix: str | Path) -> Path:
-    """Return the path of the file that records the parts of a joined dataset."""
-    return Path(f"{prefix}.parts.json")
-
-
-def read_merge_record(prefix: str | Path) -> MergeRecord:
-    """Return the record of the parts of a joined dataset.
-
-    Raises:
-        UserError: The dataset has no record or was changed after joining, or the record is damaged.
-    """
-    path = merge_record_path(prefix)
-    if not path.exists():
-        raise UserError(f"dataset {prefix} was not joined by maskmoe preprocess --merge: {path} does not exist")
-    record = read_record(MergeRecord, path, "join the datasets again")
-    if record.idx_sha256 != read_index(prefix).idx_sha256:
-        raise UserError(f"{path} describes an earlier dataset: join the datasets again")
-    return record
 
 
 def merge_datasets(
@@ -86,7 +36,7 @@ def merge_datasets(
     """Join datasets in the given order.
 
     The result has the bytes of the dataset that `preprocess` makes of the whole text, if the datasets are its shards in
-    order. Its parts are recorded in `PREFIX.parts.json`. A progress bar is shown if stderr is a terminal.
+    order. A progress bar is shown if stderr is a terminal.
 
     Args:
         names: Either prefixes of datasets, or output prefixes of shards. An output prefix stands for all shards
@@ -106,7 +56,7 @@ def merge_datasets(
             input, or exists and `force` is false. Then nothing is written.
     """
     merges = _find_datasets(names, output_prefix, json_keys)
-    outputs = [path for output in merges for path in (*dataset_files(output), merge_record_path(output))]
+    outputs = [path for output in merges for path in dataset_files(output)]
     inputs = [path for prefixes in merges.values() for prefix in prefixes for path in dataset_files(prefix)]
     check_outputs(outputs, inputs, force)
     checked = {output: _check_datasets(prefixes, shuffle_seed is not None) for output, prefixes in merges.items()}
@@ -121,13 +71,6 @@ def merge_datasets(
             if writer.num_tokens == 0:
                 raise UserError(f"the {len(prefixes)} datasets hold no tokens: there is nothing to train on")
             writers.append(writer)
-        parts = {output: tuple(map(DatasetPart.of, prefixes)) for output, prefixes in merges.items()}
-        # Leaving the context replaces the earlier datasets, which these records describe.
-        for output in merges:
-            merge_record_path(output).unlink(missing_ok=True)
-    for output in merges:
-        record = MergeRecord(read_index(output).idx_sha256, parts[output])
-        write_record(record, merge_record_path(output), indent=2)
     return writers
 
 

@@ -1,19 +1,17 @@
-"""Divide inputs among many machines: machine I of N gets a range of consecutive documents of about equal size.
+"""Divide inputs among many machines: machine I of N gets a range of consecutive files of about equal size.
 
-The ranges of all machines, one after the other, are all documents in the order of the inputs. Uncompressed JSON lines
-are divided between any two lines. A file of any other kind belongs to one machine as a whole.
+The files of all machines, one after the other, are all files in the order of the inputs.
 """
 
 import hashlib
 import json
 import re
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
-from io import BufferedReader
+from dataclasses import dataclass
+from itertools import accumulate
 from pathlib import Path
 
 from maskmoe.data.inputs import Input
-from maskmoe.data.text_files import find_compression
 from maskmoe.data.tokenizer import TokenizerRecord
 from maskmoe.errors import UserError
 
@@ -75,54 +73,23 @@ class ShardRecord:
     ) -> "ShardRecord":
         """Return the record of a shard of the inputs. Folders are left out: machines may mount them elsewhere."""
         files = [[Path(source.path).name, source.num_bytes, source.format, str(source.separator)] for source in inputs]
-        text = json.dumps([files, list(json_keys), append_eod, record.type, record.sha256, "only JSON lines divided"])
+        text = json.dumps([files, list(json_keys), append_eod, record.type, record.sha256, "whole files"])
         return cls(shard.index, shard.count, hashlib.sha256(text.encode()).hexdigest())
 
 
 def take_shard(inputs: Sequence[Input], shard: Shard) -> list[Input]:
-    """Return the inputs, or parts of inputs, that belong to a shard; the list may be empty.
+    """Return the inputs that belong to a shard; the list may be empty.
+
+    The shards divide the bytes of all inputs evenly. A file belongs to the shard that holds the byte in its middle.
 
     Raises:
-        UserError: An input is a pipe or standard input, or cannot be read.
+        UserError: An input is a pipe or standard input.
     """
     for source in inputs:
-        # Standard input may begin in the middle of a file, but shards are ranges of the whole file.
+        # Standard input may begin in the middle of a file, but shards are made of whole files.
         if source.is_stream:
             raise UserError(f"--shard needs files, but input {source.name} is a pipe or standard input: name a file")
-    total = sum(source.num_bytes or 0 for source in inputs)
-    # The bytes of all inputs together that belong to this shard, counted from the start of the current input.
-    first, last = (total * number // shard.count for number in (shard.index, shard.index + 1))
-    parts = []
-    for source in inputs:
-        size = source.num_bytes or 0
-        if last > 0 and first < size:
-            parts += _take_part(source, size, max(first, 0), min(last, size))
-        first, last = first - size, last - size
-    return parts
-
-
-def _take_part(source: Input, size: int, first: int, last: int) -> list[Input]:
-    """Return the part of a file that begins in a range of bytes, or nothing.
-
-    A file that is not divided belongs to the range that holds the byte in its middle.
-    """
-    if (first, last) == (0, size):
-        return [source]
-    if source.format == "jsonl":
-        try:
-            with source.open() as stream:
-                if find_compression(source, stream) is None:
-                    part = range(_next_line(stream, first), _next_line(stream, last))
-                    return [replace(source, part=part, num_bytes=len(part))] if part else []
-        except OSError as error:
-            raise UserError(f"input {source.name} cannot be read: {error.strerror}") from error
-    return [source] if first <= size // 2 < last else []
-
-
-def _next_line(stream: BufferedReader, position: int) -> int:
-    """Return the start of the first line that starts at `position` or later, or the file's end."""
-    if position > 0:
-        stream.seek(position - 1)
-        stream.readline()
-        return stream.tell()
-    return 0
+    sizes = [source.num_bytes or 0 for source in inputs]
+    first, last = (sum(sizes) * number // shard.count for number in (shard.index, shard.index + 1))
+    middles = [before + size // 2 for before, size in zip(accumulate(sizes, initial=0), sizes, strict=False)]
+    return [source for source, middle in zip(inputs, middles, strict=True) if first <= middle < last]

@@ -99,8 +99,7 @@ class TextBlock:
 
     def _place(self, line: int) -> str:
         """Return the place of a line for people."""
-        after = f" after byte {self.source.part.start}" if self.source.part else ""
-        return f"{self.source.name}: line {line}{after}"
+        return f"{self.source.name}: line {line}"
 
 
 def read_text(source: Input, advance: Callable[[int], object]) -> Iterator[TextBlock]:
@@ -118,13 +117,12 @@ def read_text(source: Input, advance: Callable[[int], object]) -> Iterator[TextB
     line = 1
     try:
         with source.open() as stream:
-            compression = find_compression(source, stream)
-            chunks = _read_chunks(source, stream, advance)
+            compression = _find_compression(source, stream)
+            chunks = _read_chunks(stream, advance)
             if compression is not None:
                 chunks = _decompress(chunks, _DECOMPRESSORS[compression])
             for number, data in enumerate(_cut_after(chunks, source.separator or b"\n", size)):
-                is_start = number == 0 and (source.part is None or source.part.start == 0)
-                yield TextBlock(source, data.removeprefix(_BYTE_ORDER_MARK) if is_start else data, line)
+                yield TextBlock(source, data.removeprefix(_BYTE_ORDER_MARK) if number == 0 else data, line)
                 line += data.count(b"\n")
     except (EOFError, zlib.error, zstandard.ZstdError) as error:
         raise UserError(f"input {source.name} is damaged or truncated: {error}") from error
@@ -132,7 +130,7 @@ def read_text(source: Input, advance: Callable[[int], object]) -> Iterator[TextB
         raise UserError(f"input {source.name} cannot be read: {error.strerror or error}") from error
 
 
-def find_compression(source: Input, stream: BufferedReader) -> str | None:
+def _find_compression(source: Input, stream: BufferedReader) -> str | None:
     """Return the compression of a file, by its suffix or else by its first bytes; None if it is not compressed.
 
     Args:
@@ -145,14 +143,9 @@ def find_compression(source: Input, stream: BufferedReader) -> str | None:
     return compression_of_name(source.path) or by_content
 
 
-def _read_chunks(source: Input, stream: BufferedReader, advance: Callable[[int], object]) -> Iterator[bytes]:
-    """Yield the bytes of a file, or of the part of the file that is read."""
-    remaining = None
-    if source.part is not None:
-        stream.seek(source.part.start)
-        remaining = len(source.part)
-    while chunk := stream.read1(_CHUNK_BYTES if remaining is None else min(_CHUNK_BYTES, remaining)):
-        remaining = None if remaining is None else remaining - len(chunk)
+def _read_chunks(stream: BufferedReader, advance: Callable[[int], object]) -> Iterator[bytes]:
+    """Yield the bytes of a file."""
+    while chunk := stream.read1(_CHUNK_BYTES):
         advance(len(chunk))
         yield chunk
 

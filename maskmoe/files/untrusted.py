@@ -5,7 +5,6 @@ line on every such file that they cannot use, and they do not read outside the f
 """
 
 import os
-import re
 import stat
 from io import BufferedReader
 from pathlib import Path
@@ -23,8 +22,6 @@ MAX_YAML_BYTES = 256 << 10
 """Upper bound of a YAML file. Parsing takes about 10 s for each MiB."""
 
 _MAX_YAML_VALUES = 50_000  # with aliases counted as often as they occur
-_MAX_DIGITS = 100  # Python refuses to print numbers of thousands of digits; 1e30 stands for no limit in tokenizers
-_LONG_NUMBER = re.compile(rb"[0-9]{%d}" % (_MAX_DIGITS + 1))
 _HUB_BLOBS, _HUB_SNAPSHOTS = "blobs", "snapshots"
 
 
@@ -99,30 +96,16 @@ def read_json_bytes(path: str | os.PathLike[str]) -> bytes:
     """Read a JSON file and return its bytes, which every JSON parser can then handle.
 
     Raises:
-        UnusableFile: the file cannot be read, is not JSON, is nested too deeply, or holds a number of more than 100
-            digits.
+        UnusableFile: the file cannot be read, is not JSON, is nested too deeply, or holds a number of thousands
+            of digits.
     """
     path = Path(path)
     content = read_bounded(path, MAX_JSON_BYTES)
     try:
-        value = from_json(content)  # limits the depth
+        repr(from_json(content))  # reading limits the depth, printing the digits of a number
     except ValueError as error:
         raise UnusableFile(path, f"is damaged (Invalid JSON: {' '.join(str(error).split())})") from error
-    if _LONG_NUMBER.search(content) and _has_long_number(value):
-        raise UnusableFile(path, f"holds a number of more than {_MAX_DIGITS} digits")
     return content
-
-
-def _has_long_number(value: Any) -> bool:
-    """Return whether JSON values contain a whole number of too many digits."""
-    remaining = [value]
-    while remaining:
-        value = remaining.pop()
-        if isinstance(value, int) and abs(value) >= 10**_MAX_DIGITS:
-            return True
-        if isinstance(value, list | dict):
-            remaining.extend(value.values() if isinstance(value, dict) else value)
-    return False
 
 
 def resolve_inside(folder: Path, name: str) -> Path:

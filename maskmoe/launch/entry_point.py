@@ -17,7 +17,7 @@ _SINGLE_PROCESS_FLAGS = ("-h", "--help", "--help-all", "--check")
 _SHUTDOWN_TIMEOUT = 600  # seconds for a last checkpoint after a signal
 
 
-def run_entry_point(entry: Sequence[str], saves_checkpoints: bool, forwards_interrupts: bool = False) -> NoReturn:
+def run_entry_point(entry: Sequence[str], saves_checkpoints: bool) -> NoReturn:
     """Run an entry point with the arguments of `sys.argv`, and exit with its exit code.
 
     If torchrun started this process, the process becomes the rank. Otherwise torchrun is started with one rank for each
@@ -27,7 +27,6 @@ def run_entry_point(entry: Sequence[str], saves_checkpoints: bool, forwards_inte
     Args:
         entry: what every rank runs, see `maskmoe.launch.command.entry_point`.
         saves_checkpoints: whether the entry point saves a checkpoint when a signal stops it.
-        forwards_interrupts: whether Ctrl-C goes to the first rank and does not stop the run.
 
     Raises:
         UserError: `--nproc-per-node` has no valid value.
@@ -38,7 +37,7 @@ def run_entry_point(entry: Sequence[str], saves_checkpoints: bool, forwards_inte
         os.execv(sys.executable, [sys.executable, "-P", "-u", *entry, *arguments])
     options = ("--local-addr", "127.0.0.1", "--shutdown-timeout", str(_SHUTDOWN_TIMEOUT))
     words = standalone_command(processes or find_devices().num_gpus or 1, entry, arguments, options)
-    supervisor = Supervisor(_SHUTDOWN_TIMEOUT, saves_checkpoints, forwards_interrupts)
+    supervisor = Supervisor(_SHUTDOWN_TIMEOUT, saves_checkpoints)
     sys.exit(supervisor.run(Command(words, unset_variables(ENTRY_POINT_ENVIRONMENT, os.environ))))
 
 

@@ -32,15 +32,11 @@ class Supervisor:
         shutdown_timeout: how long ranks may take to exit after a signal, in seconds.
         saves_checkpoints: whether ranks save a checkpoint when a signal stops them. Otherwise a signal cannot be
             answered by the exit code that asks for a restart.
-        forwards_interrupts: whether Ctrl-C goes to the first rank and does not stop the run.
     """
 
-    def __init__(
-        self, shutdown_timeout: float, saves_checkpoints: bool = True, forwards_interrupts: bool = False
-    ) -> None:
+    def __init__(self, shutdown_timeout: float, saves_checkpoints: bool = True) -> None:
         self._shutdown_timeout = shutdown_timeout
         self._saves_checkpoints = saves_checkpoints
-        self._forwards_interrupts = forwards_interrupts
         self._signals: list[signal.Signals] = []
         self._stopping_since: float | None = None
         self._last_inspection = self._last_sound_inspection = time.monotonic()
@@ -53,8 +49,6 @@ class Supervisor:
     def listen(self) -> None:
         """Note signals that ask this process to stop, instead of being ended by them."""
         handle_signals_that_end(lambda number, _: self._signals.append(signal.Signals(number)))
-        if self._forwards_interrupts:
-            signal.signal(signal.SIGINT, lambda *_: _interrupt_first_rank())
 
     def run(self, command: Command, must_end: Callable[[], bool] = lambda: False) -> int:
         """Run the command until it and all of its ranks have exited.
@@ -155,13 +149,6 @@ class Supervisor:
             )
             return EXIT_REQUEUE
         return torchrun_code if torchrun_code > 0 else 128 - torchrun_code
-
-
-def _interrupt_first_rank() -> None:
-    for process in psutil.Process().children(recursive=True):
-        with suppress(psutil.Error):
-            if process.environ().get("RANK") == "0":
-                process.send_signal(signal.SIGINT)
 
 
 def _print(message: str) -> None:

@@ -13,7 +13,6 @@ from pydantic import Field
 from tqdm import tqdm
 
 from maskmoe.data.indexed_dataset import DatasetIndex, bin_path, dataset_files, read_index, read_tokenizer_record
-from maskmoe.data.merging import merge_record_path, read_merge_record
 from maskmoe.data.parallel import map_in_processes
 from maskmoe.data.tokenizer import TokenizerRecord
 from maskmoe.errors import UserError
@@ -134,7 +133,7 @@ def files_of_data_path(data_path: Sequence[str]) -> list[Path]:
         UserError: see `parse_data_path`.
     """
     prefixes = parse_data_path(data_path)[0]
-    return [path for prefix in prefixes for path in (*dataset_files(prefix), merge_record_path(prefix))]
+    return [path for prefix in prefixes for path in dataset_files(prefix)]
 
 
 def count_token_frequency(
@@ -268,44 +267,27 @@ def _common_tokenizer(records: Mapping[str, TokenizerRecord | None], vocab_size:
     return first
 
 
-def merge_token_frequencies(paths: Sequence[str | Path], joined_prefix: str | None = None) -> TokenFrequency:
+def merge_token_frequencies(paths: Sequence[str | Path]) -> TokenFrequency:
     """Add up the counts of several files.
 
-    The result equals what `count_token_frequency` returns: for all datasets of the files together, in the order of the
-    files; or for the one dataset that these datasets were joined to.
+    The result equals what `count_token_frequency` returns for all datasets of the files together, in the order of the
+    files.
 
     Args:
         paths: The files.
-        joined_prefix: Prefix of the dataset that `merge_datasets` has made of the counted datasets, or None.
 
     Raises:
-        UserError: A file cannot be read; the files differ in tokenizer or number of ids; a dataset is in two files; a
-            file has blend weights, which are relative to its own datasets only; or the joined dataset has other parts.
+        UserError: A file cannot be read; the files differ in tokenizer or number of ids; a dataset is in two files; or
+            a file has blend weights, which are relative to its own datasets only.
     """
     parts = _load_parts(paths)
     vocab_size = next(iter(parts.values())).vocab_size
-    frequency = TokenFrequency(
+    return TokenFrequency(
         np.concatenate([part.counts for part in parts.values()]),
         tuple(weight for part in parts.values() for weight in part.weights),
         tuple(dataset for part in parts.values() for dataset in part.datasets),
         _common_tokenizer({path: part.tokenizer for path, part in parts.items()}, vocab_size),
     )
-    return frequency if joined_prefix is None else _as_counts_of(joined_prefix, frequency)
-
-
-def _as_counts_of(prefix: str, parts: TokenFrequency) -> TokenFrequency:
-    """Return the counts of a joined dataset, given the counts of all its parts. Raises UserError if parts differ."""
-    counted = [(dataset["idx_sha256"], dataset["bin_bytes"]) for dataset in parts.datasets]
-    # Datasets without tokens are not counted.
-    joined = [(part.idx_sha256, part.bin_bytes) for part in read_merge_record(prefix).parts if part.bin_bytes]
-    if sorted(counted) != sorted(joined):
-        raise UserError(
-            f"dataset {prefix} was joined from {len(joined)} datasets with tokens, and the counts are not those of "
-            f"these datasets (they are of {len(counted)} datasets): give the counts of all its parts"
-        )
-    dataset = _identify(read_index(prefix))
-    tokenizer = _common_tokenizer({prefix: read_tokenizer_record(prefix)}, parts.vocab_size)
-    return TokenFrequency(parts.counts.sum(axis=0, keepdims=True), (None,), (dataset,), tokenizer)
 
 
 def _load_parts(paths: Sequence[str | Path]) -> dict[str, TokenFrequency]:

@@ -230,10 +230,10 @@ class RoutingMask(SealedTensors):
         if not (fits_any_layers or self.num_layers in (layers.num_moe_layers, len(layers.has_experts))):
             differences.append(f"it is for {counted(self.num_layers, 'MoE layer')}, the model has {layers}; ")
         if differences:
-            cure = "build a routing mask for this model or change the model"
-            if self.is_shared and not fits_any_layers:
-                cure += "; --shared-table builds one table for all layers"
-            raise UserError(f"routing mask does not fit: {''.join(differences)}{cure}")
+            raise UserError(
+                f"routing mask does not fit: {''.join(differences)}build a routing mask for this model or change the "
+                "model"
+            )
         if expert_model_parallel_size is None:
             return
         if num_experts % expert_model_parallel_size:

@@ -21,7 +21,6 @@ def widen_routing_mask(
     frequent_mass: float | None = None,
     frequent_visible_experts: int | None = None,
     seed: int = 0,
-    workers: int | None = None,
     progress: bool = False,
 ) -> RoutingMask:
     """Return a mask in which frequent ids see more experts; every visible set contains the id's set in `mask`.
@@ -38,7 +37,6 @@ def widen_routing_mask(
         frequent_mass: P, at least that of `mask`, which is the default.
         frequent_visible_experts: V_f, at least that of `mask`, which is the default.
         seed: Seed of the random choices.
-        workers: Number of processes, as in `build_routing_mask`.
         progress: Whether to show a progress bar on stderr if the work takes more than half a second.
 
     Returns:
@@ -51,8 +49,7 @@ def widen_routing_mask(
     made_from = mask.provenance
     vocabulary = Vocabulary(np.zeros(mask.vocab_size) if frequency is None else frequency.occurrences, recipe)
     num_tables = len(mask.row_of_id)
-    if workers is None and num_tables * mask.vocab_size < FEW_ASSIGNMENTS:
-        workers = 1
+    workers = 1 if num_tables * mask.vocab_size < FEW_ASSIGNMENTS else None
     # Hash layers keep their tables.
     first = made_from.hash_layers.num_layers if made_from.hash_layers else 0
     old_tables = [mask.table_of_layer(table) for table in range(num_tables)]

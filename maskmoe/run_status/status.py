@@ -83,20 +83,18 @@ class Status:
         return to_jsonable_python({**content, "progress": progress}, inf_nan_mode="null")
 
 
-def read_status(run: Path, tensorboard_dir: Path | None = None, verify: bool = False) -> Status:
+def read_status(run: Path, verify: bool = False) -> Status:
     """Return the status of a run at this moment.
 
     Args:
         run: the run folder.
-        tensorboard_dir: the folder of the event files; None to look for it in the run folder, and then in the folder
-            of the run's `--tensorboard-dir`.
         verify: whether to compare all files of the checkpoints with their digests.
 
     Raises:
         UserError: the folder is not the folder of a run.
     """
     arguments = RunArguments.read(run)
-    logged = read_events(tensorboard_dir or find_event_folder(run, arguments.path("tensorboard_dir")))
+    logged = read_events(find_event_folder(run, arguments.path("tensorboard_dir")))
     entries = [_printable(entry) for entry in read_journal(run) if 0 <= entry.time < _MOST_SECONDS]
     folder = find_checkpoints(run, arguments.path("save"))
     history = _history(entries)

@@ -247,7 +247,7 @@ def test_text_that_cannot_be_read(workplace, checkpoints, monkeypatch, capsys):
     for name, advice in (
         ("body.jsonl", "choose the keys of the text with --json-keys"),
         ("body.parquet", "choose with --json-keys"),
-        ("saved", "(train, test): name the folder of one split, or give --dataset-split"),
+        ("saved", "(train, test): name the folder of one split"),
     ):
         with pytest.raises(SystemExit) as end:
             run("--load", "checkpoints", "--ckpt-step", ITERATIONS[0], "--input", name, "--output-dir", "bad")

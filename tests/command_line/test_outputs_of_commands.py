@@ -35,7 +35,6 @@ def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
     (folder / "text.txt").write_text(TEXT)
     (folder / "tokenizer.model").write_bytes(train_tokenizer([TEXT], VOCAB_SIZE))
     write_documents(folder / "data", [np.arange(64) % VOCAB_SIZE], np.dtype(np.uint16))
-    (folder / "data.parts.json").write_text("{}")
     count_token_frequency([str(folder / "data")], VOCAB_SIZE, workers=1).save(folder / "counts")
     build_routing_mask(MaskRecipe.from_preset("hash", 4, 2, seed=0), vocab_size=VOCAB_SIZE).save(folder / "mask")
     return folder
@@ -66,7 +65,7 @@ SIMULATE = "simulate --data-path data --routing-mask mask --hidden-size 8 --num-
 # Commands whose output OUT is one of their inputs.
 OUTPUTS_THAT_ARE_INPUTS = {
     "dataset of count": ("count --data-path data --vocab-size 300 --output OUT", "data.bin data.idx"),
-    "parts of count": ("count --merge counts --data-path data --output OUT", "counts data.idx data.parts.json"),
+    "parts of count": ("count --merge counts --output OUT", "counts"),
     "counts of mask": ("mask --token-frequency counts --num-experts 4 --num-layers 2 --frequent-mass 0.4 "
                        "--frequent-visible-experts 2 --assignment balanced --output OUT", "counts"),
     "table of mask": ("mask --expert-table table.npy --num-experts 4 --num-layers 2 --output OUT", "table.npy"),
@@ -141,9 +140,9 @@ WRITERS = {
     "tokenizer --input text.txt --vocab-size 300 --output-prefix OUT": "OUT.model",
     f"preprocess --input text.txt {TOKENIZE} --output-prefix OUT --workers 1": "OUT_text_document.bin",
     "count --data-path data --vocab-size 300 --output OUT --workers 1": "OUT",
-    "mask --vocab-size 300 --preset hash --num-experts 4 --num-layers 2 --output OUT --workers 1": "OUT",
+    "mask --vocab-size 300 --preset hash --num-experts 4 --num-layers 2 --output OUT": "OUT",
     "mask widen --routing-mask mask --token-frequency counts --frequent-mass 0.5 --frequent-visible-experts 2 "
-    "--output OUT --workers 1": "OUT",
+    "--output OUT": "OUT",
     f"{SIMULATE} --output OUT": "OUT",
 }
 

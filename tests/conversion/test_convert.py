@@ -11,6 +11,7 @@ from argparse import Namespace
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from support.foreign_models import add_multi_token_prediction, save_model
 from support.paths import ROOT
 from support.tiny_maskmoe import NUM_LAYERS, make_config
 from transformers import AutoModelForCausalLM
@@ -336,6 +337,17 @@ def test_wrong_model(exported, tmp_path, wrong):
     with pytest.raises(UserError, match=message):
         huggingface_to_megatron(Settings(load=tmp_path / "wrong", save=tmp_path / "out"))
     assert not (tmp_path / "out").exists()
+
+
+def test_multi_token_prediction_that_transformers_did_not_save_again(tmp_path):
+    save_model("deepseek_v3", tmp_path / "original")
+    add_multi_token_prediction(tmp_path / "original")
+    huggingface_to_megatron(Settings(load=tmp_path / "original", save=tmp_path / "megatron"))
+    megatron_to_huggingface(Settings(load=tmp_path / "megatron", save=tmp_path / "model", max_shard_size=20_000))
+    assert any((tmp_path / "model" / "megatron").glob("mtp-00001-of-*.safetensors"))
+    shutil.rmtree(tmp_path / "model" / "megatron")
+    with pytest.raises(UserError, match=r"megatron/mtp\.safetensors is missing$"):
+        huggingface_to_megatron(Settings(load=tmp_path / "model", save=tmp_path / "back"))
 
 
 def test_damaged_files(checkpoints, exported, tmp_path):

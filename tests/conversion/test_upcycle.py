@@ -78,7 +78,6 @@ def test_preserves_the_function(case, dense, dense_logits):
 
 
 CHANGING = {
-    "the experts have noise": (UpcycleSettings(6, noise=0.1), mask_of(6)),
     "start anew": (UpcycleSettings(6, reinit_share=0.5), mask_of(6)),
     "k = 1": (UpcycleSettings(6, topk=1), mask_of(6)),
     "a part of the 2 experts": (UpcycleSettings(6, granularity=2), mask_of(6, "hash")),
@@ -141,15 +140,6 @@ def test_routers_are_drawn_from_a_normal_distribution(dense):
         assert router.mean().abs() < 1e-3
 
 
-def test_noise_is_relative(dense):
-    plain, noisy = (upcycle(dense, UpcycleSettings(64, noise=noise), mask_of(64)).source for noise in (0.0, 0.1))
-    for name in ("model.layers.0.mlp.experts.gate_up_proj", "model.layers.2.mlp.experts.down_proj"):
-        relative = read(noisy, name) / read(plain, name) - 1
-        assert relative.std().item() == pytest.approx(0.1, rel=0.02)
-        assert relative.mean().abs() < 1e-3
-        assert not torch.equal(relative[0], relative[1])
-
-
 def test_some_features_are_drawn_anew(dense):
     changed = upcycle(dense, UpcycleSettings(64, reinit_share=0.25), mask_of(64)).source
     plain = upcycle(dense, UpcycleSettings(64), mask_of(64)).source
@@ -172,7 +162,7 @@ def test_some_features_are_drawn_anew(dense):
 
 @given(data=st.data(), max_bytes=st.integers(4, 20_000))
 def test_reads_the_same_in_any_blocks(dense, data, max_bytes):
-    settings = UpcycleSettings(4, granularity=2, shared_expert=True, noise=0.1, reinit_share=0.4, seed=5)
+    settings = UpcycleSettings(4, granularity=2, shared_expert=True, reinit_share=0.4, seed=5)
     source = upcycle(dense, settings, mask_of(4)).source
     name = data.draw(st.sampled_from([name for name in source.tensors if ".1.mlp." in name or "embed" in name]))
     spec = source.tensors[name]
@@ -187,7 +177,7 @@ def test_reads_the_same_in_any_blocks(dense, data, max_bytes):
 
 
 def test_seed_determines_the_weights(dense):
-    settings = UpcycleSettings(4, noise=0.1, seed=1)
+    settings = UpcycleSettings(4, reinit_share=0.5, seed=1)
     name = "model.layers.0.mlp.experts.down_proj"
     one, same, other = (
         read(upcycle(dense, settings, mask_of(4)).source, name)
@@ -199,7 +189,7 @@ def test_seed_determines_the_weights(dense):
 
 def test_keeps_the_type_of_the_weights(dense):
     source = CastSource(dense.source, torch.bfloat16)
-    settings = UpcycleSettings(4, shared_expert=True, noise=0.1, reinit_share=0.1)
+    settings = UpcycleSettings(4, shared_expert=True, reinit_share=0.1)
     upcycled = upcycle(OpenedModel(source, dense.config), settings, mask_of(4))
     for name, spec in upcycled.source.tensors.items():
         if "routing_mask" not in name:
@@ -239,9 +229,9 @@ def settings_from_flags(*flags: str) -> UpcycleSettings:
 
 
 def test_flags():
-    flags = "--topk 4 --granularity 2 --moe-layer-freq ([0]*1+[1]*2) --shared-expert --noise 0.1 --reinit-share 0.5"
+    flags = "--topk 4 --granularity 2 --moe-layer-freq ([0]*1+[1]*2) --shared-expert --reinit-share 0.5"
     settings = settings_from_flags(*flags.split(), "--seed", "3")
-    assert settings == UpcycleSettings(8, 4, 2, [0, 1, 1], True, 0.1, 0.5, 3)
+    assert settings == UpcycleSettings(8, 4, 2, [0, 1, 1], True, 0.5, 3)
     assert settings_from_flags("--moe-layer-freq", "2").moe_layer_freq == 2
     assert settings_from_flags() == UpcycleSettings(8)
 

@@ -150,8 +150,7 @@ def test_format_is_given_or_told_by_the_suffix(tmp_path: Path) -> None:
         ("a\0b", (), "cannot be read: .*embedded null"),
         ("folder", (), r"folder is a folder without a saved dataset; name its files, .*folder/\*.jsonl"),
         ("folder", ("text",), r"folder is a folder, but --input-format text is for files"),
-        ("a.jsonl", (None, None, "train"), "--dataset-split is for saved datasets"),
-        ("a.jsonl", (None, "x", None), "--document-separator divides plain text, but no input is plain text"),
+        ("a.jsonl", (None, "x"), "--document-separator divides plain text, but no input is plain text"),
         ("a.jsonl", ("parquet",), "is damaged or truncated, or no parquet file"),
     ],
 )
@@ -210,21 +209,9 @@ def test_saved_datasets_are_read_as_by_datasets(saved: Path) -> None:
 
     assert documents(saved / "one") == documents(saved / "single") == DOCUMENTS
     assert documents(saved / "shuffled") == datasets.load_from_disk(str(saved / "shuffled"))["text"][:] != DOCUMENTS
-    assert documents(saved / "dict", None, None, "train") == documents(saved / "dict" / "train") == DOCUMENTS[:40]
-    assert documents(saved / "dict", None, None, "test") == DOCUMENTS[40:]
-
-
-@pytest.mark.parametrize(
-    ("name", "split", "message"),
-    [
-        ("dict", None, r"has several splits \(train, test\): name the folder of one split, or give --d"),
-        ("dict", "validation", r"has no split validation \(train, test\)"),
-        ("one", "train", "has no split train"),
-    ],
-)
-def test_splits_are_chosen(saved: Path, name: str, split: str | None, message: str) -> None:
-    with pytest.raises(UserError, match=message):
-        documents(saved / name, None, None, split)
+    assert documents(saved / "dict" / "train") == DOCUMENTS[:40]
+    with pytest.raises(UserError, match=r"has several splits \(train, test\): name the folder of one split$"):
+        documents(saved / "dict")
 
 
 @pytest.mark.parametrize("content", ["[", "{}", '{"_data_files": [{"filename": "lost.arrow"}]}'])

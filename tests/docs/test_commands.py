@@ -54,7 +54,7 @@ FOREIGN_FLAGS = {
         "--trust-remote-code",
     },
 }
-SHELL_COMMANDS = {"cp", "export", "mkdir", "source"}
+SHELL_COMMANDS = {"cp", "export", "mkdir", "source", "split"}
 # The first blocks of these pages, which take seconds (that of hybrid.md trains), and what they print.
 QUICK = {
     "method.md": "digest           aeff2031e4989abe",

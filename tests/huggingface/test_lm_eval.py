@@ -1,4 +1,4 @@
-"""lm-evaluation-harness on an exported model scores texts as `maskmoe.training.evaluate` does on the checkpoint.
+"""lm-evaluation-harness computes on an exported model what the model computes of each text alone.
 
 The tasks and their data are in `lm_eval/`; nothing is downloaded.
 """
@@ -11,10 +11,13 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 from support.paths import ROOT
+from transformers import AutoTokenizer
 
 from maskmoe.data.default_corpus import default_corpus
 from maskmoe.data.tokenizer_training import train_tokenizer
+from maskmoe.huggingface import MaskMoEForCausalLM
 
 TORCHRUN = ("-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "1")
 TASKS = Path(__file__).parent / "lm_eval"
@@ -83,26 +86,33 @@ def harness(folder) -> dict[str, list[dict]]:
     }
 
 
-def score(folder: Path, texts: list[dict[str, str]]) -> list[float]:
-    """Return the log-likelihood of each text by Megatron's model."""
-    (folder / "texts.jsonl").write_text("".join(json.dumps(text) + "\n" for text in texts))
-    tokenizer = ["--tokenizer-type", "SentencePieceTokenizer", "--tokenizer-model", folder / "tokenizer.model"]
-    files = ["--eval-texts", folder / "texts.jsonl", "--eval-output", folder / "scores.json"]
-    load = ["--load", folder / "checkpoints", "--use-checkpoint-args"]
-    run([*TORCHRUN, "-m", "maskmoe.training.evaluate", *load, *tokenizer, *files])
-    return [text["log_likelihood"] for text in json.loads((folder / "scores.json").read_text())["texts"]]
+def log_likelihood(model, tokens: list[int], num_context: int) -> float:
+    """Return the log-likelihood of the tokens after a context, each after as many preceding tokens as fit."""
+    total = 0.0
+    for begin in range(num_context, len(tokens), SEQ_LENGTH):
+        end = min(begin + SEQ_LENGTH, len(tokens))
+        window = torch.tensor(tokens[max(0, end - SEQ_LENGTH - 1) : end])
+        with torch.no_grad():
+            log_probs = model(window[None, :-1]).logits[0].double().log_softmax(dim=-1)
+        total += log_probs.gather(1, window[1:, None])[begin - end :].sum().item()
+    return total
 
 
 @pytest.mark.slow
 def test_same_log_likelihoods(folder, harness):
     """Log-likelihoods of at most 200 tokens, in fp32, differ only by rounding."""
-    texts, expected = [], []
+    model = MaskMoEForCausalLM.from_pretrained(folder / "model", dtype=torch.float32)
+    tokenizer = AutoTokenizer.from_pretrained(folder / "model")
+    found, expected = [], []
     for sample in harness["maskmoe_rolling"]:
-        texts.append({"text": sample["doc"]["text"]})
-        expected.append(float(sample["filtered_resps"][0]))
+        found.append(float(sample["filtered_resps"][0]))
+        ids = tokenizer.encode(sample["doc"]["text"], add_special_tokens=False)
+        expected.append(log_likelihood(model, [tokenizer.eos_token_id, *ids], 1))
     for sample in harness["maskmoe_choice"]:
         for arguments, response in zip(sample["arguments"].values(), sample["filtered_resps"], strict=True):
-            texts.append({"context": arguments["arg_0"], "continuation": arguments["arg_1"]})
-            expected.append(float(response[0]))
-    assert len(texts) == 11
-    assert score(folder, texts) == pytest.approx(expected, rel=1e-5)
+            found.append(float(response[0]))
+            context, continuation = arguments["arg_0"], arguments["arg_1"]
+            ids = tokenizer.encode(context + continuation)
+            expected.append(log_likelihood(model, ids, len(tokenizer.encode(context.rstrip()))))
+    assert len(found) == 11
+    assert found == pytest.approx(expected, rel=1e-5)

@@ -16,8 +16,8 @@ from maskmoe.launch import supervisor
 from maskmoe.launch.command import Command
 program, shutdown_timeout, supervisor._HANG_TIMEOUT = sys.argv[1], float(sys.argv[2]), float(sys.argv[3])
 supervisor._INSPECTION_INTERVAL = supervisor._HANG_TIMEOUT / 4
-switches = [word == "True" for word in sys.argv[4:]]
-sys.exit(supervisor.Supervisor(shutdown_timeout, *switches).run(Command((sys.executable, "-c", program), {})))
+command = Command((sys.executable, "-c", program), {})
+sys.exit(supervisor.Supervisor(shutdown_timeout, saves_checkpoints=sys.argv[4] == "True").run(command))
 """
 READY = "print('ready', flush=True)"
 LEAVE_EXIT_CODE = "from maskmoe.processes.interruption import leave_exit_code; leave_exit_code({code})"
@@ -33,10 +33,8 @@ def supervise(tmp_path) -> Iterator[Callable[..., Launch]]:
         shutdown_timeout: float = 20,
         hang_timeout: float = 60,
         saves_checkpoints: bool = True,
-        forwards_interrupts: bool = False,
     ) -> Launch:
-        switches = (str(saves_checkpoints), str(forwards_interrupts))
-        arguments = [program, str(shutdown_timeout), str(hang_timeout), *switches]
+        arguments = [program, str(shutdown_timeout), str(hang_timeout), str(saves_checkpoints)]
         started.append(Launch([sys.executable, "-c", SUPERVISE, *arguments], tmp_path, tmp_path / "run", {}))
         return started[-1]
 
@@ -84,25 +82,6 @@ def test_hung_command_is_killed(supervise, has_signal):
         launch.process.send_signal(signal.SIGTERM)
     assert launch.wait() == EXIT_HANG
     assert "torchrun does not notice that a rank has exited" in launch.output
-
-
-def test_interrupt_reaches_only_the_first_rank(supervise):
-    """The program starts two ranks, each of which exits with code 7 after Ctrl-C, and ends the second."""
-    rank = "import signal, time; signal.signal(signal.SIGINT, lambda *_: exit(7)); print(flush=True); time.sleep(1000)"
-    launch = supervise(
-        "import os, subprocess, sys\n"
-        f"start = lambda rank: subprocess.Popen([sys.executable, '-c', {rank!r}], stdout=subprocess.PIPE,\n"
-        "                                       env={**os.environ, 'RANK': rank})\n"
-        "ranks = [start('0'), start('1')]\n"
-        "for each in ranks: each.stdout.readline()\n"
-        "print('ready', flush=True); first = ranks[0].wait(); print('codes', first, ranks[1].poll()); ranks[1].kill()",
-        saves_checkpoints=False,
-        forwards_interrupts=True,
-    )
-    launch.wait_for_output("ready")
-    launch.process.send_signal(signal.SIGINT)
-    assert launch.wait() == 0
-    assert "codes 7 None" in launch.output
 
 
 def test_signalled_run_without_a_checkpoint_requests_a_restart(supervise):

@@ -92,7 +92,7 @@ def test_build(folder):
         mask.digest,
     ):
         assert line in process.stdout
-    again = build(*COUNTS, *MODEL, *METHOD, *rank_local, "--workers", 1, cwd=folder, output="again.mask")
+    again = build(*COUNTS, *MODEL, *METHOD, *rank_local, cwd=folder, output="again.mask")
     assert again.returncode == 0
     assert (folder / "again.mask").read_bytes() == (folder / "mask.safetensors").read_bytes()
     shared = build(*COUNTS, *MODEL, *METHOD, *rank_local, "--shared-table", cwd=folder, output="shared.mask")

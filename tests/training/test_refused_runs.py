@@ -173,7 +173,6 @@ def test_unusable_tracker_of_refused_training(refuse, run_folder, flags):
     ("main", "flags", "error"),
     [
         (evaluation.main, "--data-path data --split 90,10,0 --eval-output {0}/args.yaml", "args.yaml"),
-        (evaluation.main, "--eval-texts nowhere --wandb-project p", "cannot read --eval-texts nowhere"),
         (generation.main, "--prompt 1 --max-new-tokens 99", "exceed the model's 32 positions"),
     ],
 )

@@ -1,8 +1,7 @@
 """Evaluate a checkpoint: `torchrun … -m maskmoe.training.evaluate --load DIR --use-checkpoint-args --data-path P`.
 
 Prints the loss and perplexity of the validation split, overall and by the frequency of the input token, and the load of
-the experts in every layer. `--eval-iters N` evaluates the first N batches of `--global-batch-size` samples only. With
-`--eval-texts F.jsonl`, the command scores the texts of that file instead.
+the experts in every layer. `--eval-iters N` evaluates the first N batches of `--global-batch-size` samples only.
 """
 
 import argparse
@@ -21,7 +20,6 @@ from maskmoe.errors import UserError
 from maskmoe.megatron_compat.globals import get_tokenizer
 from maskmoe.routing_mask.feed_forward_layers import FeedForwardLayers
 from maskmoe.routing_mask.frequency import FrequencyBands, TokenFrequency, count_token_frequency
-from maskmoe.training.inference.text_scoring import TextScores, read_texts, score_texts
 from maskmoe.training.inference.token_losses import build_whole_split, losses_of_all, sum_over_ranks
 from maskmoe.training.loop.rank_store import sharing_failures
 from maskmoe.training.settings.inference_arguments import add_evaluation_arguments
@@ -167,7 +165,7 @@ def evaluate(args: argparse.Namespace, model: torch.nn.Module) -> Evaluation:
     sums = torch.zeros(len(bands.names), 2, dtype=torch.float64, device=torch.cuda.current_device())
     sample = None if dataset is None else dataset.__getitem__
     start = time.perf_counter()
-    for _, batch, losses in losses_of_all(args, model, sample, num_samples[0], "evaluating"):
+    for batch, losses in losses_of_all(args, model, sample, num_samples[0]):
         mask = batch.loss_mask.double()
         values = torch.stack([losses.double() * mask, mask], dim=-1)  # [batch, sequence, 2]
         sums.index_add_(0, band_of_id[batch.tokens].flatten(), values.flatten(0, 1))
@@ -197,14 +195,11 @@ def evaluate(args: argparse.Namespace, model: torch.nn.Module) -> Evaluation:
 def main() -> None:
     """Evaluate as the command line says."""
     with sharing_failures():
-        args = parse_and_check_args(add_evaluation_arguments, reads_data=lambda args: args.eval_texts is None).args
+        args = parse_and_check_args(add_evaluation_arguments).args
         check_output(args.eval_output, args)
-        texts = read_texts(args.eval_texts) if args.eval_texts is not None else None
     with leaving_process_groups():
         model = load_model(args)
-        if texts is not None:
-            console.end_of_loading()
-        results: Evaluation | TextScores = evaluate(args, model) if texts is None else score_texts(args, model, texts)
+        results = evaluate(args, model)
         print_rank_0(results.table())
         content = json.dumps(to_jsonable_python(results, inf_nan_mode="null"), indent=2, allow_nan=False)
         write_on_first_rank(args.eval_output, content + "\n")

@@ -1,11 +1,6 @@
 """Continue prompts: `torchrun … -m maskmoe.training.generate --load DIR --use-checkpoint-args --prompt TEXT`."""
 
 import argparse
-import itertools
-import json
-from collections.abc import Callable, Iterator
-from contextlib import nullcontext
-from functools import partial
 
 import torch
 from megatron.core.tensor_parallel import gather_from_tensor_model_parallel_region
@@ -15,8 +10,8 @@ from torch import Tensor
 from maskmoe.errors import UserError
 from maskmoe.files.foreign_libraries import reading
 from maskmoe.megatron_compat.globals import get_tokenizer
-from maskmoe.training.inference.prompts import PromptLoop, Prompts, check_prompt
-from maskmoe.training.loop.rank_store import RankStore, sharing_failures
+from maskmoe.training.inference.prompts import Prompts, check_prompt
+from maskmoe.training.loop.rank_store import sharing_failures
 from maskmoe.training.settings.inference_arguments import add_generation_arguments
 from maskmoe.training.settings.setup import (
     check_output,
@@ -36,8 +31,6 @@ def check_generation(args: argparse.Namespace) -> None:
     """
     if args.pipeline_model_parallel_size > 1 or args.sequence_parallel or args.context_parallel_size > 1:
         raise UserError("generation works with tensor and expert parallelism, not with pipelines or split sequences")
-    if args.interactive and args.sample_output:
-        raise UserError("--sample-output does not apply to --interactive, which writes to the terminal")
     if args.prompts_file and args.prompts_per_batch > 1 and args.moe_expert_capacity_factor is not None:
         raise UserError("--moe-expert-capacity-factor lets the texts of a batch change each other: use --batch-size 1")
 
@@ -83,12 +76,7 @@ def sample_next_token(logits: Tensor, temperature: float, top_k: int, generator:
 
 
 @torch.no_grad()
-def generate(
-    args: argparse.Namespace,
-    model: torch.nn.Module,
-    prompts: list[list[int]],
-    after_token: Callable[[list[int]], bool] | None = None,
-) -> list[list[int]]:
+def generate(args: argparse.Namespace, model: torch.nn.Module, prompts: list[list[int]]) -> list[list[int]]:
     """Return the token ids of prompts and their continuations; a collective call with equal results on all ranks.
 
     The model computes the whole texts again for every token. This needs no cache, and is fast enough for short samples.
@@ -99,15 +87,13 @@ def generate(
         args: Megatron's arguments and the arguments of generation.
         model: This rank's part of the model.
         prompts: Token ids of the prompts, which `tokenize_prompt` has accepted.
-        after_token: Called with the first text after each new token; returns whether to stop, equally on all ranks.
     """
     tokenizer, device = get_tokenizer(), torch.cuda.current_device()
     model.eval()
     texts = [list(prompt) for prompt in prompts]
     generators = [torch.Generator().manual_seed(args.seed) for _ in texts]
     unfinished = list(range(len(texts)))
-    steps = range(args.max_new_tokens)
-    for _ in progress_bar(steps, "generating", "token") if after_token is None else steps:
+    for _ in progress_bar(range(args.max_new_tokens), "generating", "token"):
         lengths = [len(texts[index]) for index in unfinished]
         padded = [texts[index] + [0] * (max(lengths) - len(texts[index])) for index in unfinished]
         tokens = torch.tensor(padded, device=device)  # [texts, longest]
@@ -126,7 +112,7 @@ def generate(
         for index, token in zip(unfinished, new.tolist(), strict=True):
             texts[index].append(token)
         unfinished = [index for index in unfinished if texts[index][-1] != tokenizer.eod]
-        if not unfinished or (after_token is not None and after_token(texts[0])):
+        if not unfinished:
             break
     has_ended = [
         len(text) > len(prompt) and text[-1] == tokenizer.eod for text, prompt in zip(texts, prompts, strict=True)
@@ -134,50 +120,10 @@ def generate(
     return [text[:-1] if ended else text for text, ended in zip(texts, has_ended, strict=True)]
 
 
-def run_prompt_loop(args: argparse.Namespace, model: torch.nn.Module) -> None:
-    """Continue the prompts that the first rank reads from stdin, until their end; a collective call.
-
-    Args:
-        args: Megatron's arguments and the arguments of generation.
-        model: This rank's part of the model.
-    """
-    loop = PromptLoop() if args.rank == 0 else None
-    for prompt in _prompts_of_first_rank(loop):
-        try:
-            prompt_ids = tokenize_prompt(args, prompt)
-        except UserError as error:
-            if loop is not None:
-                loop.refuse(error)
-            continue
-        with nullcontext() if loop is None else loop.answering():
-            generate(args, model, [prompt_ids], partial(_show_text, loop))
-
-
-def _prompts_of_first_rank(loop: PromptLoop | None) -> Iterator[str]:
-    """Yield the prompts on all ranks; `loop` is None on all ranks but the first."""
-    ranks = RankStore.from_environment()
-    for number in itertools.count():
-        message = json.dumps(loop.next()) if loop is not None else ""
-        prompt = json.loads(ranks.broadcast(f"prompt {number}", message, has_limit=False))
-        if prompt is None:
-            return
-        yield prompt
-
-
-def _show_text(loop: PromptLoop | None, tokens: list[int]) -> bool:
-    """Show a growing text on the first rank; return whether Ctrl-C ends the text, equally on all ranks."""
-    stop = torch.zeros(1, dtype=torch.int64, device=torch.cuda.current_device())
-    if loop is not None:
-        loop.show(get_tokenizer().detokenize(tokens))
-        stop += loop.is_interrupted
-    torch.distributed.broadcast(stop, src=0)
-    return bool(stop.item())
-
-
 def main() -> None:
     """Generate as the command line says."""
     with sharing_failures():
-        args = parse_and_check_args(add_generation_arguments, reads_data=lambda _: False).args
+        args = parse_and_check_args(add_generation_arguments, reads_data=False).args
         check_generation(args)
         prompts = Prompts(args)
         check_output(args.sample_output, args)
@@ -185,9 +131,6 @@ def main() -> None:
     with leaving_process_groups():
         model = load_model(args)
         console.end_of_loading()
-        if args.interactive:
-            run_prompt_loop(args, model)
-            return
         tokens = [text for batch in prompts.batches() for text in generate(args, model, prompts_ids[batch])]
         output = prompts.output([get_tokenizer().detokenize(text) for text in tokens])
         print_rank_0(output)

@@ -1,13 +1,9 @@
-"""Takes the prompts of text generation from the command line, a file, or a person who types them."""
+"""Takes the prompts of text generation from the command line or a file."""
 
 import json
-import signal
-import sys
-from argparse import ArgumentParser, Namespace, _ArgumentGroup
+from argparse import ArgumentParser, Namespace, _ArgumentGroup, _MutuallyExclusiveGroup
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
 from pathlib import Path
-from types import FrameType
 from typing import Any
 
 from maskmoe.command_line import ranges
@@ -15,16 +11,16 @@ from maskmoe.errors import UserError
 from maskmoe.files.json_lines import Line, read_lines
 from maskmoe.files.surrogates import refuse_surrogates
 
-INTERACTIVE_FLAG = "--interactive"
-"""The flag that starts a prompt loop."""
-
 _JSON_LINES = ".jsonl"
 _KEY = "prompt"
-_UNFINISHED_CHARACTER = "\ufffd"  # what tokenizers make of the first bytes of a character
 
 
-def add_prompt_arguments(parser: ArgumentParser | _ArgumentGroup) -> None:
-    """Add `--prompt`, `--prompts-file` and `--interactive`, exactly one of which is needed, and `--batch-size`."""
+def add_prompt_arguments(parser: ArgumentParser | _ArgumentGroup) -> _MutuallyExclusiveGroup:
+    """Add `--prompt` and `--prompts-file`, exactly one of which is needed, and `--batch-size`.
+
+    Returns:
+        The group of the first two, to which further sources of prompts can be added.
+    """
     source = parser.add_mutually_exclusive_group(required=True)
     source.add_argument("--prompt", metavar="TEXT", help="the text to continue")
     source.add_argument(
@@ -34,11 +30,6 @@ def add_prompt_arguments(parser: ArgumentParser | _ArgumentGroup) -> None:
         help=f"file of texts to continue: one text a line, or JSON lines with the key `{_KEY}` if the name ends in "
         f"`{_JSON_LINES}`. The output is JSON lines with the key `text`",
     )
-    source.add_argument(
-        INTERACTIVE_FLAG,
-        action="store_true",
-        help="continue each line of stdin; Ctrl-C ends a text, the end of the input (Ctrl-D) ends the program",
-    )
     parser.add_argument(
         "--batch-size",
         dest="prompts_per_batch",
@@ -47,6 +38,7 @@ def add_prompt_arguments(parser: ArgumentParser | _ArgumentGroup) -> None:
         metavar="N",
         help="continue this many texts of --prompts-file at a time",
     )
+    return source
 
 
 def check_prompt(prompt_ids: Sequence[int], max_new_tokens: int, positions: int | None) -> None:
@@ -132,83 +124,3 @@ class Prompts:
             {**record, "text": text} for record, text in zip(self._records, texts, strict=True)
         )
         return "\n".join(json.dumps(record, ensure_ascii=False) for record in records)
-
-
-class PromptLoop:
-    """Reads prompts from stdin, and writes their continuations to stdout while they grow.
-
-    Ctrl-C ends only the continuation in progress. The first prompt is asked for when it is read.
-    """
-
-    def __init__(self) -> None:
-        # Decode a byte that is not valid UTF-8 to half of a surrogate pair, instead of failing.
-        self._input = open(0, encoding="utf-8-sig", errors="surrogateescape", newline="\n", closefd=False)  # noqa: SIM115 - as long as the loop
-        self._is_person = self._input.isatty()
-        # The program may have redirected `sys.stdout`.
-        self._output = open(1, "w", encoding="utf-8", errors="replace", closefd=False)  # noqa: SIM115 - as long as the loop
-        self._written = ""
-        self._is_answering = False
-        self.is_interrupted = False
-        signal.signal(signal.SIGINT, self._interrupt)
-        self._ask()
-
-    def next(self) -> str | None:
-        """Return the next prompt; None at the end of the input. Prompts that are not valid Unicode are refused.
-
-        Raises:
-            UserError: stdin cannot be read.
-        """
-        while line := self._read_line():
-            if not (prompt := line.removesuffix("\n").rstrip("\r")):
-                self._ask()
-                continue
-            try:
-                refuse_surrogates(prompt, "the prompt")
-            except UserError as error:
-                self.refuse(error)
-            else:
-                return prompt
-        return None
-
-    @contextmanager
-    def answering(self) -> Iterator[None]:
-        """Take Ctrl-C as the end of the continuation that grows in this block, then ask for the next prompt."""
-        self._written, self.is_interrupted, self._is_answering = "", False, True
-        try:
-            yield
-        finally:
-            self._is_answering = False
-            self._write("\n")
-            self._ask()
-
-    def show(self, text: str) -> None:
-        """Write what is new in a growing text. The last character is left to a later call if it is incomplete."""
-        text = text.rstrip(_UNFINISHED_CHARACTER)
-        if text.startswith(self._written):
-            self._write(text[len(self._written) :])
-            self._written = text
-
-    def refuse(self, error: UserError) -> None:
-        """Report that a prompt cannot be continued, and ask for the next."""
-        print(f"error: {error}", file=sys.stderr, flush=True)
-        self._ask()
-
-    def _read_line(self) -> str:
-        try:
-            return self._input.readline()
-        except OSError as error:
-            raise UserError(f"cannot read prompts from stdin: {error.strerror}") from error
-
-    def _interrupt(self, _number: int, _frame: FrameType | None) -> None:
-        self.is_interrupted = True
-        if not self._is_answering:
-            print("\n(Ctrl-D ends the program)", file=sys.stderr)
-            self._ask()
-
-    def _ask(self) -> None:
-        if self._is_person:
-            print("> ", end="", file=sys.stderr, flush=True)
-
-    def _write(self, text: str) -> None:
-        self._output.write(text)
-        self._output.flush()

@@ -2,6 +2,7 @@
 
 from argparse import Namespace
 from collections.abc import Callable, Iterator
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -56,8 +57,7 @@ def losses_of_all(
     model: torch.nn.Module,
     sample: Callable[[int], dict[str, Any]] | None,
     num_samples: int,
-    description: str,
-) -> Iterator[tuple[int, Batch, Tensor]]:
+) -> Iterator[tuple[Batch, Tensor]]:
     """Compute the loss of every token of a dataset, with a progress bar; all ranks must iterate over the result.
 
     Args:
@@ -66,17 +66,15 @@ def losses_of_all(
         sample: Returns a sample by its index, in the form of Megatron's `GPTDataset`; None on ranks that do not read
             data.
         num_samples: Number of samples of the dataset, on all ranks.
-        description: Label of the progress bar.
 
     Yields:
-        For each step, the index of this rank's first sample, the micro-batch, and the loss of every token
-        [batch, sequence]; nothing on ranks that are not on the last pipeline stage.
+        For each step, the micro-batch and the loss of every token [batch, sequence]; nothing on ranks that are not on
+        the last pipeline stage.
     """
     model.eval()
     samples_a_step = args.micro_batch_size * mpu.get_data_parallel_world_size()
     first_of_rank = mpu.get_data_parallel_rank() * args.micro_batch_size
     steps = range(0, num_samples, samples_a_step)
-    start = 0
 
     def micro_batches(sample: Callable[[int], dict[str, Any]]) -> Iterator[dict[str, Any]]:
         """Yield micro-batches of this data-parallel rank; together, all ranks cover the dataset exactly once.
@@ -91,8 +89,12 @@ def losses_of_all(
                 copy["loss_mask"] = torch.zeros_like(copy["loss_mask"])
             yield default_collate(samples)
 
-    def forward_step(data_iterator: Iterator, model: torch.nn.Module) -> tuple:
-        """Run one micro-batch forward; return the losses and a function that keeps them with the micro-batch."""
+    def forward_step(start: int, data_iterator: Iterator, model: torch.nn.Module) -> tuple:
+        """Run one micro-batch of the step that begins at sample `start`.
+
+        Returns:
+            The losses, and a function that keeps them with the micro-batch.
+        """
         batch = get_batch(data_iterator, args.micro_batch_size)
         # In a step that is filled up, samples beyond the last one are padding for the routers. All ranks pass a mask in
         # that step, since they dispatch together.
@@ -104,9 +106,9 @@ def losses_of_all(
 
     # Megatron's schedules take None, too, on ranks that do not read data.
     data_iterator: Any = micro_batches(sample) if sample is not None else None
-    for start in progress_bar(steps, description, "batch"):
-        collected = get_forward_backward_func()(
-            forward_step_func=forward_step,
+    for start in progress_bar(steps, "evaluating", "batch"):
+        yield from get_forward_backward_func()(
+            forward_step_func=partial(forward_step, start),
             data_iterator=data_iterator,
             model=model,
             num_microbatches=1,
@@ -115,8 +117,6 @@ def losses_of_all(
             forward_only=True,
             collect_non_loss_data=True,
         )
-        for batch, losses in collected:
-            yield start + first_of_rank, batch, losses
 
 
 def sum_over_ranks(values: Tensor, *, by_tensor_rank: bool = False) -> Tensor:

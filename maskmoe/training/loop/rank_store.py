@@ -76,17 +76,16 @@ class RankStore:
         self.store.set(f"{key}/{self.rank}", message)
         return [self._wait_for(f"{key}/{rank}") for rank in range(self.world_size)]
 
-    def broadcast(self, key: str, message: str = "", has_limit: bool = True) -> str:
+    def broadcast(self, key: str, message: str = "") -> str:
         """Return the message of the first rank; all ranks must call this once for each key.
 
         Args:
             key: Name of the message.
             message: The message; ignored on all ranks but the first.
-            has_limit: Whether ranks wait for an hour at most.
         """
         if self.rank == 0:
             self.store.set(key, message)
-        return self._wait_for(key, has_limit)
+        return self._wait_for(key)
 
     def wait_for_all(self, key: str) -> None:
         """Return when all ranks have called this; all ranks must call this once for each key."""
@@ -102,7 +101,7 @@ class RankStore:
         """Return a message, or None if no rank has left one."""
         return self.store.get(key).decode() if self.store.check([key]) else None
 
-    def _wait_for(self, key: str, has_limit: bool = True) -> str:
+    def _wait_for(self, key: str) -> str:
         """Return a message as soon as a rank has left it.
 
         Raises:
@@ -116,7 +115,7 @@ class RankStore:
             if (failure := self.peek(_FAILURE)) is not None:
                 is_refusal, text = json.loads(failure)
                 raise UserError(text) if is_refusal else RunFailure(text)
-            if has_limit and time.monotonic() > deadline:
+            if time.monotonic() > deadline:
                 raise TimeoutError(f"no rank has left the message {key} for {_TIMEOUT}")
             time.sleep(_poll_seconds(self.world_size))
         return message

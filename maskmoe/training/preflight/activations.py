@@ -3,7 +3,7 @@
 The terms follow the forward pass of Megatron-Core's modules. Korthikanti et al., arXiv 2205.05198, section 4, derive
 them for layers without experts. Attention is assumed to be a fused kernel, which keeps no scores. Transformer Engine's
 modules fuse norms and all activation functions; the local modules fuse some. The estimate assumes that all experts get
-the same number of rows.
+the same number of rows. The inner activations of Mamba layers and gated delta nets are left out.
 """
 
 from argparse import Namespace
@@ -16,7 +16,6 @@ from megatron.core.transformer.transformer_config import MLATransformerConfig, T
 
 from maskmoe.training.preflight.parameters import Chunk
 from maskmoe.training.settings.layout import Layout
-from maskmoe.transformer.torch_modules.gated_delta_rule import CHUNK
 from maskmoe.transformer.torch_modules.swiglu import is_plain_swiglu
 
 _FP32_BYTES = 4
@@ -164,10 +163,10 @@ class ActivationModel:
         parts = {
             Symbols.ATTENTION: attention,
             Symbols.MLA: attention,
-            Symbols.GDN: self._gated_delta_net(),
+            Symbols.GDN: [],
             Symbols.MLP: [mlp],
             Symbols.MOE: self._experts(),
-            Symbols.MAMBA: [],  # `compute_memory` says that these activations are missing
+            Symbols.MAMBA: [],
         }
         # The input of the norm is the hidden states before the layer.
         around = [_Tensors(self._hidden + self._dropout_mask), _Tensors(self._hidden, ("layernorm",))]
@@ -208,20 +207,6 @@ class ActivationModel:
             _Tensors(before_norms + output * (3 if config.attention_output_gate else 1)),
             _Tensors(statistics + (mask if self._gives_mask else 0), ("core_attn",)),
         ]
-
-    def _gated_delta_net(self) -> list[_Tensors]:
-        """Return the tensors of a gated delta net by the kernels of fla."""
-        config = self._config
-        key_heads, value_heads = config.linear_num_key_heads or 0, config.linear_num_value_heads or 0
-        key_width, value_width = config.linear_key_head_dim or 0, config.linear_value_head_dim or 0
-        keys, values = key_heads * key_width, value_heads * value_width
-        # The projection's output holds queries, keys, values, gates, and two numbers for each value head. The norm
-        # keeps its input, its gates and its output. Queries and keys are normalized, and repeated for the value heads.
-        projected = 2 * keys + 2 * values + 2 * value_heads
-        repeated = 2 * value_heads * key_width if value_heads > key_heads else 0
-        channels = projected + 4 * values + 2 * keys + repeated + CHUNK * value_heads
-        tokens = self._tokens / self._layout.tensor
-        return [_Tensors(tokens * (channels * self._element + 3 * value_heads * _FP32_BYTES))]
 
     def _mlp(self, inner_size: int | None) -> float:
         """Return the bytes of an MLP that computes all tokens."""

@@ -1,4 +1,4 @@
-"""States what a training run costs: Megatron's count of floating-point operations, and the GPU-hours that follow."""
+"""States what a training run costs: Megatron's count of floating-point operations."""
 
 from argparse import Namespace
 from copy import deepcopy
@@ -7,7 +7,6 @@ from dataclasses import dataclass
 from megatron.core.models.hybrid.hybrid_layer_allocation import Symbols
 from megatron.training.training import num_floating_point_operations
 
-from maskmoe.training.preflight.assumed_gpu import AssumedGpu, assumed_gpu
 from maskmoe.training.preflight.parameters import ExpertUse
 from maskmoe.training.settings.batch_sizes import trained_samples
 
@@ -19,22 +18,15 @@ class TrainingCost:
     Attributes:
         flops_per_token: operations of the forward and the backward pass, without recomputation.
         tokens: all tokens of the run, those before a checkpoint included.
-        gpu: the GPU that is assumed for GPU-hours.
     """
 
     flops_per_token: float
     tokens: int
-    gpu: AssumedGpu
 
     @property
     def flops(self) -> float:
         """Return the operations of the whole run."""
         return self.flops_per_token * self.tokens
-
-    @property
-    def gpu_hours(self) -> float:
-        """Return the GPU-hours of the whole run on the assumed GPU."""
-        return self.gpu.hours(self.flops)
 
 
 def compute_cost(args: Namespace, expert_use: ExpertUse) -> TrainingCost:
@@ -50,4 +42,4 @@ def compute_cost(args: Namespace, expert_use: ExpertUse) -> TrainingCost:
         # Megatron counts no latent attention in hybrid models. Count it as attention.
         counted.hybrid_layer_pattern = args.hybrid_layer_pattern.replace(Symbols.MLA, Symbols.ATTENTION)
     flops = num_floating_point_operations(counted, batch_size=1)
-    return TrainingCost(flops / args.seq_length, trained_samples(args) * args.seq_length, assumed_gpu(args))
+    return TrainingCost(flops / args.seq_length, trained_samples(args) * args.seq_length)

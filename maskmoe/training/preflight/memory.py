@@ -4,7 +4,6 @@ from argparse import Namespace
 from dataclasses import dataclass
 
 import torch
-from megatron.core.models.hybrid.hybrid_layer_allocation import Symbols
 from megatron.core.transformer.transformer_config import TransformerConfig
 
 from maskmoe.training.preflight.activations import ActivationModel
@@ -70,12 +69,10 @@ class MemoryReport:
     Attributes:
         stages: one rank of each pipeline stage.
         rows_per_token: mean number of rows that a token has on experts.
-        not_modelled: a clause for each setting of the run that changes the memory but is not taken into account.
     """
 
     stages: tuple[StageMemory, ...]
     rows_per_token: float
-    not_modelled: tuple[str, ...]
 
     @property
     def largest_stage(self) -> int:
@@ -112,16 +109,7 @@ def compute_memory(args: Namespace, config: TransformerConfig, model: ModelParam
             **activations.of_stage(stage, chunks),
         )
         stages.append(memory)
-    ignored = {
-        "activations of Mamba layers": Symbols.MAMBA in (args.hybrid_layer_pattern or ""),
-        "--fp8-format and --fp4-format": args.fp8 or args.fp4,
-        f"--optimizer {args.optimizer} (counted as adam)": args.optimizer not in _STATES,
-        "--optimizer-cpu-offload": args.optimizer_cpu_offload,
-        "--fine-grained-activation-offloading": args.fine_grained_activation_offloading,
-        "--cpu-offloading-num-layers": args.cpu_offloading_num_layers,
-    }
-    clauses = (f"the memory does not take {setting} into account" for setting, is_used in ignored.items() if is_used)
-    return MemoryReport(tuple(stages), activations.experts_per_token, tuple(clauses))
+    return MemoryReport(tuple(stages), activations.experts_per_token)
 
 
 def bytes_of_parameter(args: Namespace) -> tuple[int, int, int]:

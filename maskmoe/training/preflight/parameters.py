@@ -107,11 +107,6 @@ class Chunk:
         return len(self.layers)
 
     @property
-    def is_hybrid(self) -> bool:
-        """Return whether each layer is one symbol of a pattern."""
-        return all(len(layer) == 1 for layer in self.layers)
-
-    @property
     def num_moe_layers(self) -> int:
         """Return the number of MoE layers, those of multi-token prediction included."""
         return "".join(self.layers + self.predictions).count(Symbols.MOE)
@@ -124,12 +119,10 @@ class ExpertUse:
     Attributes:
         most: the largest number, k; 0 for a model without experts.
         mean: the mean over the tokens of the counted datasets.
-        description: how the mean comes about, for people; empty without a routing mask.
     """
 
     most: int
     mean: float
-    description: str = ""
 
     @classmethod
     def from_mask(cls, mask: RoutingMask | None, topk: int, layers: FeedForwardLayers) -> "ExpertUse":
@@ -150,22 +143,17 @@ class ExpertUse:
         tables = sorted({table for number in numbers if (table := layers.table(number, num_tables)) < num_tables})
         if not tables:
             return cls(topk, topk)
-        means, descriptions = zip(*(_use_in_table(mask, topk, table) for table in tables), strict=True)
-        description = descriptions[0]
-        if len(set(descriptions)) > 1:
-            description = f"{min(means):.3g} to {max(means):.3g} in the layers"
-        return cls(topk, float(np.mean(means)), description)
+        return cls(topk, float(np.mean([_mean_use_in_table(mask, topk, table) for table in tables])))
 
 
-def _use_in_table(mask: RoutingMask, topk: int, table: int) -> tuple[float, str]:
-    """Return the mean of min(k, V) over the tokens in one table, and how it comes about."""
+def _mean_use_in_table(mask: RoutingMask, topk: int, table: int) -> float:
+    """Return the mean of min(k, V) over the tokens in one table."""
     num_visible = mask.num_visible_of_layer(table)
     used, is_frequent = np.minimum(num_visible, topk), num_visible > 1
     if is_frequent.all() or not is_frequent.any():
-        return float(used.mean()), f"every id uses {used.mean():.3g}"
-    share, of_frequent = mask.provenance.frequent_mass, float(used[is_frequent].mean())
-    mean = share * of_frequent + (1 - share) * float(used[~is_frequent].mean())
-    return mean, f"{share:.0%} of the tokens use {of_frequent:.3g}, the others 1"
+        return float(used.mean())
+    share = mask.provenance.frequent_mass
+    return share * float(used[is_frequent].mean()) + (1 - share) * float(used[~is_frequent].mean())
 
 
 @dataclass(frozen=True)

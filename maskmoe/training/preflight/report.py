@@ -8,7 +8,6 @@ from typing import Any
 from megatron.core.models.hybrid.hybrid_layer_allocation import Symbols
 
 from maskmoe.files.templates import render_template
-from maskmoe.training.preflight.assumed_gpu import format_gpu_hours
 from maskmoe.training.preflight.cost import TrainingCost
 from maskmoe.training.preflight.memory import ESTIMATED, EXACT, MemoryReport
 from maskmoe.training.preflight.parameters import Chunk, ModelParameters
@@ -65,10 +64,10 @@ class Report:
           `context`, `data`, `expert`, `expert_tensor`, `expert_data` and `virtual_pipeline`; `micro_batch_group`;
           `micro_batch` and `global_batch` in samples; `micro_batches` of a rank in a step; `seq_length` and
           `tokens_per_step` in tokens.
-        - `layers`: null if the model cannot be built. Else the numbers of the decoder's feed-forward layers
-          `with_experts` and `without_experts`; the number of predicted tokens in `multi_token_prediction`; in `kinds`,
-          the numbers of all kinds of the decoder's layers; and `stages`: for each pipeline stage, the number of layers
-          of each model chunk. A layer of a hybrid model is one symbol of its pattern.
+        - `layers`: null if the model cannot be built. Else the number of predicted tokens in
+          `multi_token_prediction`; in `kinds`, the numbers of all kinds of the decoder's layers; and `stages`: for each
+          pipeline stage, the number of layers of each model chunk. A layer of a hybrid model is one symbol of its
+          pattern.
         - `parameters`: null if the model cannot be built. Else `total`; `parts`, the number of each part of the model;
           `routed_experts`, experts of multi-token prediction included; `active` of a token with `experts_per_token`
           experts, and the means `mean_active` and `mean_experts_per_token` over the counted tokens;
@@ -76,10 +75,9 @@ class Report:
         - `memory`: null if the layout or the model is unknown. Else, in bytes of one rank, `stages`: for each pipeline
           stage the bytes of each purpose, `total`, `doubled_rows` (additional bytes if the experts get twice their
           share of rows) and `micro_batches_in_flight`; `largest_stage`, an index of `stages`; `exact`, the purposes
-          whose bytes are not estimated; `not_modelled`, a list of clauses.
+          whose bytes are not estimated.
         - `cost`: null if the layout or the model is unknown. Else `flops_per_token`, the floating-point operations of
-          the forward and backward pass; the run's `tokens`; `flops`, all operations of the run; `gpu_hours` on the
-          assumed GPU; and `gpu`, which has `peak_tflops` and `utilization`.
+          the forward and backward pass; the run's `tokens`; and `flops`, all operations of the run.
         """
         layers = parameters = layout = memory = cost = None
         if self.layout:
@@ -87,12 +85,9 @@ class Report:
             layout = asdict(self.layout) | {name: getattr(self.layout, name) for name in derived}
         if self.model:
             whole, use = self.model.whole, self.model.expert_use
-            decoder = _count_kinds(whole.layers)
             layers = {
-                "with_experts": decoder[KINDS[Symbols.MOE]],
-                "without_experts": decoder[KINDS[Symbols.MLP]],
                 "multi_token_prediction": len(whole.predictions),
-                "kinds": decoder,
+                "kinds": _count_kinds(whole.layers),
                 "stages": [[len(chunk.layers) for chunk in chunks] for chunks in self.model.stages],
             }
             parameters = {
@@ -110,10 +105,9 @@ class Report:
                 "stages": [asdict(stage) | {"total": stage.total} for stage in self.memory.stages],
                 "largest_stage": self.memory.largest_stage,
                 "exact": list(EXACT),
-                "not_modelled": list(self.memory.not_modelled),
             }
         if self.cost:
-            cost = asdict(self.cost) | {"flops": self.cost.flops, "gpu_hours": self.cost.gpu_hours}
+            cost = asdict(self.cost) | {"flops": self.cost.flops}
         findings: dict[str, Any] = {
             "can_start": not self.errors,
             "errors": list(self.errors),
@@ -126,7 +120,7 @@ class Report:
     def to_text(self) -> str:
         """Return the report for people, without its errors; `templates/report.txt.j2` is its layout."""
         values = vars(self) | {"errors": self.errors, "exact": EXACT, "purposes": EXACT | ESTIMATED}
-        filters = {"gib": _gib, "run_lengths": _run_lengths, "kinds": _describe_layers, "hours": format_gpu_hours}
+        filters = {"gib": _gib, "run_lengths": _run_lengths, "kinds": _describe_layers}
         return render_template("maskmoe.training.preflight", "report.txt.j2", values, filters).rstrip("\n")
 
 
@@ -137,17 +131,12 @@ def _count_kinds(layers: Iterable[str]) -> dict[str, int]:
 
 
 def _describe_layers(chunk: Chunk) -> str:
-    """Describe the layers of a model; those of a hybrid model by their kinds."""
-    if chunk.is_hybrid:
-        decoder, prediction = (
-            ", ".join(f"{number} {kind}" for kind, number in _count_kinds(layers).items() if number)
-            for layers in (chunk.layers, chunk.predictions)
-        )
-        further = f"; multi-token prediction: {prediction}" if prediction else ""
-        return f"{len(chunk.layers)} of a hybrid model: {decoder}{further}"
-    numbers = _count_kinds(chunk.layers)
-    further = f", {len(chunk.predictions)} of multi-token prediction" if chunk.predictions else ""
-    return f"{len(chunk.layers)}: {numbers['MoE']} with experts, {numbers['MLP']} without{further}"
+    """Describe the layers of a model by their kinds."""
+    decoder, prediction = (
+        ", ".join(f"{number} {kind}" for kind, number in _count_kinds(layers).items() if number)
+        for layers in (chunk.layers, chunk.predictions)
+    )
+    return f"{chunk.num_layers}: {decoder}{f'; multi-token prediction: {prediction}' if prediction else ''}"
 
 
 def _gib(number: int) -> str:

@@ -5,7 +5,6 @@ import os
 from collections.abc import Mapping
 
 from maskmoe.command_line import ranges
-from maskmoe.training.preflight.assumed_gpu import add_assumed_gpu_arguments
 from maskmoe.training.settings.flag_values import report_errors_in_one_line
 
 
@@ -128,5 +127,4 @@ def add_check_argument(parser: argparse.ArgumentParser) -> argparse.ArgumentPars
         action="store_true",
         help="print the report of --check as one JSON object; maskmoe/training/preflight/report.py documents its keys",
     )
-    add_assumed_gpu_arguments(parser)
     return parser

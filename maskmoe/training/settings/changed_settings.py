@@ -23,7 +23,7 @@ from maskmoe.megatron_compat.replacing import replacing
 from maskmoe.training.resume.model_settings import ADJUSTABLE_ARGUMENTS
 from maskmoe.training.resume.save_folder import loads_what_it_saves
 from maskmoe.training.settings.batch_sizes import BatchSizes, training_iterations
-from maskmoe.training.settings.data_order import epochs_of_training_data, requested_training_samples
+from maskmoe.training.settings.requested_samples import requested_training_samples
 
 _PAGE = "docs/extending.md"
 # Arguments of the schedules of learning rate and weight decay.
@@ -77,7 +77,7 @@ def find_changed_settings(args: Namespace, checkpoint: Path | None) -> ChangedSe
         checkpoint: the checkpoint; None if the run starts from the beginning.
 
     Raises:
-        UserError: Megatron refuses the schedule of the run; or a dataset cannot be read.
+        UserError: Megatron refuses the schedule of the run.
     """
     schedule = None if args.skip_train else schedule_of(args)
     iteration = None if checkpoint is None else iteration_of(checkpoint)
@@ -250,13 +250,10 @@ class _Resumption:
             return
         before = requested_training_samples(self.saved, iteration_of(self.checkpoint) or 0, consumed)
         now = requested_training_samples(self.args, self.iteration, consumed)
-        if before == now or self.args.mock_data:
-            return
-        old, new = (epochs_of_training_data(self.args, number) for number in (before, now))
-        if changed := [prefix for prefix in new if old.get(prefix) != new[prefix]]:
+        if before != now and not self.args.mock_data:
             yield (
-                "the training data are in another order, because Megatron shuffles all epochs of a dataset together "
-                f"({changed[0]}, for {before:,} and for {now:,} samples): {consequence}"
+                f"the run reads {now:,} samples, not {before:,}: if these are other epochs of a dataset, Megatron "
+                f"shuffles the data into another order ({_PAGE}); then {consequence}"
             )
 
     def _changes(self, names: tuple[str, ...]) -> str:

@@ -18,9 +18,6 @@ def add_evaluation_arguments(parser: argparse.ArgumentParser) -> argparse.Argume
     files = {
         "--token-frequency": "token counts made by maskmoe count, which define the frequency bands; "
         "if the flag is left out, the tokens of --data-path are counted",
-        "--eval-texts": "score texts instead of a dataset: JSON lines with a text, or with a context and a "
-        "continuation, of which the continuation is scored; the log-likelihoods equal the ones that "
-        "lm-evaluation-harness computes",
         "--eval-output": "also write the results as JSON; the loss of a band without tokens is null",
     }
     for flag, meaning in files.items():

@@ -10,7 +10,6 @@ from dataclasses import dataclass
 from importlib.util import find_spec
 
 import torch
-from megatron.core.optimizer.emerging_optimizers import HAVE_EMERGING_OPTIMIZERS
 from megatron.core.transformer.enums import LayerType
 from megatron.core.transformer.pipeline_parallel_layer_layout import PipelineParallelLayerLayout
 
@@ -70,16 +69,11 @@ def missing_transformer_engine(args: Namespace, packages: GpuPackages) -> Iterat
 
 
 def missing_libraries(args: Namespace) -> Iterator[str]:
-    """Yield an error if the optimizer, a layer or the flex dispatcher needs a library that this machine lacks.
+    """Yield an error if a layer or the flex dispatcher needs a library that this machine lacks.
 
     Args:
         args: parsed arguments; Megatron need not have validated them.
     """
-    if args.optimizer not in ("adam", "sgd") and not HAVE_EMERGING_OPTIMIZERS:
-        yield (
-            f"--optimizer {args.optimizer} needs the Python package emerging-optimizers, which is not installed: "
-            "pip install 'maskmoe[muon]', or launch/setup.sh --extras muon"
-        )
     if _pattern_has("M")(args) and find_spec("mamba_ssm") is None:
         yield (
             "--hybrid-layer-pattern with M needs the Python package mamba-ssm, which is not installed and needs a GPU: "

@@ -42,7 +42,7 @@ from maskmoe.training.watch.wandb_run import wandb_defaults
 class _ChecksOfRank(RunChecks):
     """The checks that each rank of a run makes of itself; the ranks verify the content of checkpoints together."""
 
-    def __init__(self, own_arguments: ArgumentsProvider, reads_data: Callable[[Namespace], bool]) -> None:
+    def __init__(self, own_arguments: ArgumentsProvider, reads_data: bool) -> None:
         packages = None if cpu.is_installed() else GpuPackages.installed()
         super().__init__(own_arguments, packages)
         self._reads_data = reads_data
@@ -67,13 +67,13 @@ class _ChecksOfRank(RunChecks):
 
     def most_bytes_read(self) -> float | None:
         """Return the size of datasets whose token ids are read; the first rank of each node reads all of them."""
-        if not self._reads_data(self.args):
+        if not self._reads_data:
             return None
         return inf if os.environ.get("LOCAL_RANK", "0") == "0" else 0
 
 
 def parse_and_check_args(
-    own_arguments: ArgumentsProvider = lambda parser: parser, reads_data: Callable[[Namespace], bool] = lambda _: True
+    own_arguments: ArgumentsProvider = lambda parser: parser, reads_data: bool = True
 ) -> RunSettings:
     """Parse the command line, check all settings and files in it, and set Megatron's global variables.
 
@@ -81,7 +81,7 @@ def parse_and_check_args(
 
     Args:
         own_arguments: Adds the arguments of one entry point to the arguments of all entry points.
-        reads_data: Returns whether the entry point needs a dataset with these arguments.
+        reads_data: Whether the entry point needs a dataset.
 
     Raises:
         UserError: The first error of the run.
@@ -198,7 +198,7 @@ def check_output(path: str | None, args: Namespace) -> None:
         UserError: the output is an input, exists without `--force`, or cannot be written.
     """
     if path is not None:
-        names = ("load", "routing_mask", "tokenizer_model", "token_frequency", "eval_texts", "prompts_file")
+        names = ("load", "routing_mask", "tokenizer_model", "token_frequency", "prompts_file")
         inputs = [Path(value) for name in names if (value := getattr(args, name, None)) is not None]
         check_outputs([path], [*inputs, *(files_of_data_path(args.data_path) if args.data_path else ())], args.force)
 

@@ -2,8 +2,6 @@
 
 import json
 import shlex
-import subprocess
-import sys
 from argparse import Namespace
 
 import pytest
@@ -71,8 +69,6 @@ SOUND = {
     "prompts_file": None,
     "prompts_per_batch": 8,
     "moe_expert_capacity_factor": None,
-    "interactive": True,
-    "sample_output": None,
 }
 
 
@@ -82,7 +78,6 @@ SOUND = {
         ("pipeline_model_parallel_size", 2, "pipelines"),
         ("sequence_parallel", True, "split sequences"),
         ("context_parallel_size", 2, "split sequences"),
-        ("sample_output", "text.txt", "--sample-output does not apply to --interactive"),
     ],
 )
 def test_bad_settings_are_refused(setting, value, message):
@@ -131,9 +126,9 @@ def continue_prompts(one_rank, monkeypatch):
     """Return `generate` with the model `Follower`, whose texts end with the token 49."""
     monkeypatch.setattr(generation, "get_tokenizer", lambda: Namespace(vocab_size=50, eod=49))
 
-    def continue_prompts(prompts: list[list[int]], temperature: float, **options: object) -> list[list[int]]:
+    def continue_prompts(prompts: list[list[int]], temperature: float) -> list[list[int]]:
         args = Namespace(max_new_tokens=9, temperature=temperature, top_k=5, seed=1, rank=1)
-        return generation.generate(args, Follower(), prompts, **options)
+        return generation.generate(args, Follower(), prompts)
 
     return continue_prompts
 
@@ -147,15 +142,8 @@ def test_texts_of_a_batch_equal_single_texts(continue_prompts, temperature):
     assert len({len(text) - len(prompt) for text, prompt in zip(texts, prompts, strict=True)}) > 1 or temperature
 
 
-def test_text_ends_where_its_reader_stops_it(continue_prompts):
-    shown = []
-    (text,) = continue_prompts([[1]], 0, after_token=lambda tokens: shown.append(len(tokens)) or len(shown) == 3)
-    assert (len(text), shown) == (4, [2, 3, 4])
-
-
 @pytest.mark.slow
-def test_prompts_of_a_file_and_of_a_person(workplace, start_by_name):
-    """Two ranks continue the prompts that a person types, two of which are refused."""
+def test_prompts_of_a_file(workplace, start_by_name):
     checkpoints = start_by_name("start").result().checkpoints
     folder = workplace.folder / "samples" / "prompts"
     folder.mkdir(parents=True)
@@ -168,26 +156,3 @@ def test_prompts_of_a_file_and_of_a_person(workplace, start_by_name):
     lines = (folder / "out0.log").read_text().splitlines()
     of_file = {record["prompt"]: record["text"] for record in map(json.loads, (s for s in lines if s.startswith("{")))}
     assert [*of_file] == ["1 2 3", "4", "5 6 7 8 9"]
-
-    words = [sys.executable, "-m", "maskmoe", "generate", "--nproc-per-node", "2", "--interactive", *load]
-    words += ["--expert-model-parallel-size", "2"]
-    typed = subprocess.run(
-        words,
-        input="\n".join(["1 2 3", " ".join(["1"] * 40), "a word", "5 6 7 8 9"]) + "\n",
-        capture_output=True,
-        text=True,
-        timeout=200,
-        cwd=workplace.folder,
-    )
-    assert typed.returncode == 0, typed.stderr
-    assert typed.stdout.splitlines() == [of_file["1 2 3"], of_file["5 6 7 8 9"]]
-    assert "error: the prompt does not suit the tokenizer: it cannot be read" in typed.stderr
-    assert "error: 40 prompt tokens and 6 new ones exceed the model's 32 positions" in typed.stderr
-
-    with (folder / "unreadable").open("wb") as unreadable:
-        failed = subprocess.run(
-            words, stdin=unreadable, capture_output=True, text=True, timeout=200, cwd=workplace.folder
-        )
-    assert failed.returncode == 2
-    assert failed.stderr.count("error: ") == 1
-    assert "error: cannot read prompts from stdin: Bad file descriptor" in failed.stderr

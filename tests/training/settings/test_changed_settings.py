@@ -8,12 +8,8 @@ import math
 import re
 import sys
 from argparse import Namespace
-from types import SimpleNamespace
 
-import numpy as np
 import pytest
-from megatron.core.datasets.gpt_dataset import GPTDataset
-from megatron.core.datasets.utils import Split
 from megatron.core.dist_checkpointing import load_common_state_dict
 from megatron.core.num_microbatches_calculator import unset_num_microbatches_calculator
 from megatron.training import training as megatron_training
@@ -24,7 +20,6 @@ from support.training import Run, TrainingOutcome
 from support.training_runs import IN_ITERATIONS
 
 from maskmoe.checkpoint.series import checkpoint_path
-from maskmoe.data.indexed_dataset import read_index
 from maskmoe.errors import UserError
 from maskmoe.training import trainer
 from maskmoe.training.settings import changed_settings
@@ -34,8 +29,8 @@ from maskmoe.training.settings.changed_settings import (
     find_changed_settings,
     take_schedule_of_checkpoint,
 )
-from maskmoe.training.settings.data_order import Epochs, epochs_of_training_data, samples_to_request
 from maskmoe.training.settings.pretraining_arguments import add_pretraining_arguments
+from maskmoe.training.settings.requested_samples import samples_to_request
 
 OVERRIDE, KEEP = "--override-opt-param-scheduler", "--use-checkpoint-opt-param-scheduler"
 # Changes that Megatron refuses on every rank, or would ignore, and parts of the one line that a run ends with.
@@ -66,7 +61,9 @@ NOTES = {
     "--no-load-optim --lr 1e-3": ["a new optimizer continues at iteration 7", "begins anew"],
     "--seed 7": ["another order (--seed 1234 in the checkpoint, 7 in this run)", "at sample 56 of the new order"],
     "--data-path ended": ["another order (--data-path data in the checkpoint, ended in this run)"],
-    f"--train-iters 99 {OVERRIDE}": ["shuffles all epochs of a dataset together (data, for 168 and for 792 samples)"],
+    f"--train-iters 99 {OVERRIDE}": ["reads 792 samples, not 168", "another order", "at sample 56 of the new order"],
+    f"--train-iters 22 {KEEP}": ["reads 176 samples, not 168"],
+    f"--global-batch-size 16 --train-iters 10 {OVERRIDE}": ["reads 160 samples, not 168"],
     "--moe-router-topk 3": ["trained with other settings: --moe-router-topk 2 in the checkpoint, 3 in this run"],
     "--skip-train --lr 1 --rotary-base 500000": ["other settings: --rotary-base 10000 in the checkpoint, 500000 in"],
     f"--train-iters 7 {OVERRIDE}": ["has reached --train-iters 7: nothing is left to train"],
@@ -76,8 +73,6 @@ NOTES = {
 QUIET = (
     "",
     f"--lr 1e-3 {OVERRIDE}",
-    f"--train-iters 22 {KEEP}",
-    f"--global-batch-size 16 --train-iters 10 {OVERRIDE}",
     "--finetune --lr 1",
     "--eval-iters 3 --eval-interval 2",
     "--hidden-dropout 0",
@@ -294,42 +289,16 @@ def test_run_without_saved_optimizer_says_how_to_resume(workplace, tmp_path):
     assert "saved iteration 4" in (resumed.folder / "out0.log").read_text()
 
 
-# ---- The order of the data -------------------------------------------------------------------------------------------
+@pytest.mark.slow
+@pytest.mark.runs("fp32")
+def test_complete_run_ends_at_once(runs, start):
+    run = Run(f"{COMPLETE} --load {runs[0].checkpoints} --ckpt-step 7", logs_scalars=False)
+    outcome = start("complete", run).result()
+    assert outcome.exit_codes == (0,), outcome.report()
+    assert "nothing is left to train" in (outcome.folder / "out0.log").read_text()
 
 
-def test_epochs_tell_which_numbers_of_samples_have_the_same_order(workplace, monkeypatch):
-    """Compares with the indices that Megatron's dataset builds."""
-    prefix, seq_length = str(workplace.folder / "data"), 32
-    documents = np.arange(len(read_index(prefix).sequence_lengths) // 8)
-    tokens = int(read_index(prefix).sequence_lengths[documents].sum())
-    config = SimpleNamespace(
-        sequence_length=seq_length,
-        random_seed=1,
-        add_extra_token_to_sequence=True,
-        path_to_cache=None,
-        mock=True,
-        defer_npy_index_mmap=False,
-        mmap_bin_files=True,
-        fast_cache_load=False,
-        sequences_per_dataset=None,
-        token_dtype_code=None,
-    )
-    low_level = GPTDataset.build_low_level_dataset(prefix, config)
-
-    def indices(num_samples: int) -> tuple[bytes, bytes]:
-        dataset = GPTDataset.__new__(GPTDataset)
-        dataset.config, dataset.dataset, dataset.indices = config, low_level, documents.astype(np.int32)
-        dataset.num_samples, dataset.index_split = num_samples, Split.train
-        document_index, _, shuffle_index = dataset._build_document_sample_shuffle_indices()
-        return document_index.tobytes(), shuffle_index.tobytes()
-
-    per_epoch = (tokens - 1) // seq_length
-    numbers = sorted({max(1, round(per_epoch * share / 20)) for share in range(1, 80, 3)})
-    orders = {number: (indices(number), Epochs.for_samples(number, tokens, seq_length)) for number in numbers}
-    assert len({epochs for _, epochs in orders.values()}) > 4
-    for one, our_one in orders.values():
-        for other, our_other in orders.values():
-            assert (one == other) == (our_one == our_other)
+# ---- The samples that a run asks for ---------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -357,13 +326,3 @@ def test_requested_samples_last_to_the_end(monkeypatch, changes, training, valid
     monkeypatch.setattr(megatron_training, "get_args", lambda: args)
     requested = megatron_training.get_train_valid_test_num_samples()
     assert samples_to_request(args, requested) == [training, validation, requested[2]]
-
-
-def test_epochs_of_a_blend_follow_its_weights(workplace, monkeypatch):
-    monkeypatch.chdir(workplace.folder)
-    blend = {"data_path": ["3", "data", "1", "ended"], "split": "90,10,0", "seq_length": 32}
-    names = ("train_data_path", "valid_data_path", "test_data_path", "data_args_path", "per_split_data_args_path")
-    args = Namespace(**blend, **dict.fromkeys(names), mock_data=False, multiple_validation_sets=False)
-    few, many = (epochs_of_training_data(args, number) for number in (4, 100_000))
-    assert few == {"data": Epochs(1, False), "ended": Epochs(1, False)}
-    assert many["data"].number > 2 * many["ended"].number > 2

@@ -10,7 +10,6 @@ from megatron.core.transformer.moe import fused_a2a
 from megatron.training.arguments import add_megatron_arguments
 
 from maskmoe.megatron_compat.gpu import GpuPackages
-from maskmoe.training.settings import refused_settings as module
 from maskmoe.training.settings.arguments import add_maskmoe_arguments
 from maskmoe.training.settings.pretraining_arguments import add_pretraining_arguments
 from maskmoe.training.settings.refused_settings import (
@@ -212,15 +211,6 @@ def test_every_flag_of_megatron_near_routing_is_reviewed() -> None:
     flags = [action.option_strings[0] for action in megatron._actions]
     reviewed = Path(__file__).with_name("reviewed_flags.txt").read_text().split()
     assert sorted(flag for flag in flags if near.search(flag)) == reviewed
-
-
-def test_missing_optimizers_are_reported(monkeypatch: pytest.MonkeyPatch) -> None:
-    args = parse("--optimizer muon")
-    monkeypatch.setattr(module, "HAVE_EMERGING_OPTIMIZERS", True)
-    assert not list(missing_libraries(args))
-    monkeypatch.setattr(module, "HAVE_EMERGING_OPTIMIZERS", False)
-    (error,) = missing_libraries(args)
-    assert "--optimizer muon needs the Python package emerging-optimizers" in error
 
 
 @pytest.mark.parametrize(

@@ -1,4 +1,4 @@
-"""Describes a routing mask in words."""
+"""Describes in one clause how many experts the ids of a routing mask see."""
 
 import numpy as np
 

@@ -4,7 +4,7 @@ import pytest
 
 from maskmoe.routing_mask import MaskRecipe, RoutingMask, build_routing_mask
 from maskmoe.routing_mask.assignment import HashLayers
-from maskmoe.routing_mask.words import describe_visible_experts
+from maskmoe.routing_mask.describe_mask import describe_visible_experts
 
 HASH = HashLayers(num_layers=1, visible_experts=2, assignment="uniform")
 
