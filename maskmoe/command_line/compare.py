@@ -115,6 +115,7 @@ def main() -> None:
         _finish_one(comparison, options.run, line)
     else:
         if not options.report:
+            comparison.data.check()  # before anything is written
             with locked_folder(comparison.folder):
                 unfinished = _finish(comparison, runs, options, arguments, slurm_words, line)
             if unfinished:

@@ -90,7 +90,6 @@ class Comparison:
 
     def make_data(self, line: StatusLine) -> None:
         """Make the dataset and its token counts, unless they exist."""
-        self.data.check()
         StageFolder(self.data.folder).run(tuple(self.data.stages()), line)
 
     def check(self, runs: Iterable[Run], line: StatusLine) -> None:
