@@ -78,17 +78,11 @@ class SmearedSelfAttention(SelfAttention):
         smear: [heads], the logit of each head's share of its own key; used in layer 2 only.
     """
 
-    smear: Tensor
-
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
-        # A checkpoint stacks the tensors of all layers, so the other layers have a tensor of this name, too.
-        smear = torch.zeros(self.num_query_groups_per_partition)
         self.is_smeared = self.layer_number == SMEARED_LAYER
-        if self.is_smeared:
-            self.smear = torch.nn.Parameter(smear)
-        else:
-            self.register_buffer("smear", smear)
+        # A checkpoint stacks the parameters of all layers, and their optimizer states.
+        self.smear = torch.nn.Parameter(torch.zeros(self.num_query_groups_per_partition))
 
     def get_query_key_value_tensors(self, *args: Any, **kwargs: Any) -> Any:
         """Compute queries, keys [sequence, batch, heads, channels] and values, and mix the keys."""
