@@ -107,6 +107,9 @@ def main() -> None:
     runs = comparison.selected(options.only, options.seeds)
     if options.merge:
         comparison.add(result for table in options.merge for result in read_table(table))
+    if not options.run:
+        # Elements of a job array leave their results in the folders of their runs.
+        comparison.collect()
     if options.list:
         finished = comparison.results()
         for run in runs:
@@ -136,7 +139,6 @@ def _finish(
     """Finish the unfinished runs, here or in Slurm; return whether Slurm's jobs are still to finish them."""
     if not options.dry_run:
         comparison.make_data(line)
-    comparison.collect()
     finished = comparison.results()
     waiting = [run for run in runs if run.title not in finished]
     if not options.slurm:
