@@ -20,7 +20,7 @@ from maskmoe.errors import RunFailure, UserError
 from maskmoe.launch.devices import Devices
 
 _RESULT = "result.jsonl"
-_MAX_PARAMETER_SHARE = 0.02  # by which the active parameters of two variants may differ
+_MAX_PARAMETER_SHARE = 0.02  # largest relative difference between the active parameters of two variants
 
 
 @dataclass(frozen=True)

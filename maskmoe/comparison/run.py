@@ -14,9 +14,13 @@ from maskmoe.files.outputs import atomic_output
 from maskmoe.launch.command import entry_point, standalone_command
 from maskmoe.launch.devices import Devices
 from maskmoe.launch.model_file import LAYOUTS, Flags, flag_words
+from maskmoe.launch.run_folder import CHECKPOINTS, TENSORBOARD
 
 OWN_TEXT = "held-out"
 """Name of the held-out documents of the training text, beside the further held-out texts of a suite."""
+
+NARROW_MASK = "narrow_mask.safetensors"
+"""The mask from which a widened mask is made, in the folder of its run."""
 
 # These flags change the speed of a run or the files that it keeps, and none of its results.
 _FLAGS_WITHOUT_EFFECT = {"num-workers", "keep-last-checkpoints", "save-interval", "log-interval"}
@@ -49,7 +53,7 @@ class Run:
 
     @property
     def settings(self) -> dict[str, str]:
-        """What decides the result beside the text: flags of training and, beginning with `mask.`, of the mask."""
+        """The flags that the result depends on: of training, of the mask (`mask.…`) and of its widening (`widen.…`)."""
         flags = {flag: words for flag, words in self.variant.flags.items() if flag not in _FLAGS_WITHOUT_EFFECT}
         flags |= {f"{ranks}.{flag}": words for ranks, of in self.variant.layouts.items() for flag, words in of.items()}
         if self.variant.mask != "none":
@@ -79,12 +83,12 @@ class Run:
     @property
     def checkpoints(self) -> Path:
         """Folder of the checkpoints."""
-        return self.folder / "checkpoints"
+        return self.folder / CHECKPOINTS
 
     @property
     def tensorboard(self) -> Path:
         """Folder of TensorBoard's event files."""
-        return self.folder / "tensorboard"
+        return self.folder / TENSORBOARD
 
     def evaluation(self, text: str) -> Path:
         """Return the result of the evaluation on a held-out text."""
@@ -124,7 +128,7 @@ class Run:
             return ()
         if not self.variant.widen:
             return (self.mask_stage(self.routing_mask),)
-        narrow = self.folder / "narrow_mask.safetensors"
+        narrow = self.folder / NARROW_MASK
         return (self.mask_stage(narrow), self.widening_stage(narrow))
 
     def mask_stage(self, output: Path) -> Stage:

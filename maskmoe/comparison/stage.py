@@ -64,7 +64,7 @@ class Stage:
 
     @property
     def settings(self) -> dict[str, object]:
-        """What decides the results: the command, and size and modification time of each input; null if missing."""
+        """The command, and size and modification time of each input, null if missing: changes repeat the stage."""
         return {"command": list(self.command), "inputs": {str(path): _version(path) for path in self.inputs}}
 
 

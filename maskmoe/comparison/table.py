@@ -80,7 +80,7 @@ class RunResult(BaseModel, frozen=True):
 
     @property
     def identity(self) -> str:
-        """What decides the result. Equal runs of several suites have the same identity."""
+        """The settings, the seed and the text, which are the same for equal runs of several suites."""
         return json.dumps([self.settings, self.seed, self.text], sort_keys=True)
 
     def loss(self, text: str, band: str = ALL_TOKENS) -> float:

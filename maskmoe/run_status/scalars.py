@@ -23,7 +23,7 @@ _MOST_VALUES = 1000  # of a scalar in one file; TensorBoard chooses them at rand
 
 @dataclass(frozen=True)
 class Logged:
-    """What a run has logged.
+    """The scalars and texts that a run has logged.
 
     Attributes:
         scalars: the values of each tag, ordered by iteration. Iterations that a resumed run repeats have the newest

@@ -12,6 +12,7 @@ import torch
 from megatron.core.transformer.attention import SelfAttention
 from torch import Tensor
 
+from maskmoe.comparison.run import NARROW_MASK
 from maskmoe.launch.run_folder import RUN_FOLDER_VARIABLE
 from maskmoe.routing_mask.mask import RoutingMask
 from maskmoe.training.loop.model_builder import MaskMoEGPTModelBuilder
@@ -21,8 +22,6 @@ from maskmoe.transformer.routing_statistics import sum_tokens
 from maskmoe.transformer.token_ids import TokenIds
 from maskmoe.transformer.visible_experts import VisibleExperts
 
-NARROW_MASK = "narrow_mask.safetensors"
-"""The mask of Hash in the folder of a run whose mask was widened from it."""
 SMEARED_LAYER = 2
 
 
