@@ -8,10 +8,11 @@ from pathlib import Path
 import numpy as np
 import pytest
 from support.command_lines import forget_megatrons_globals, run_command
+from support.datasets import write_documents
 from support.paths import ROOT
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
-from maskmoe.data.indexed_dataset import IndexedDatasetWriter, optimal_dtype
+from maskmoe.data.indexed_dataset import optimal_dtype
 from maskmoe.data.tokenizer import HuggingFaceTokenizer, SentencePieceTokenizer
 from maskmoe.data.tokenizer_training import train_tokenizer
 from maskmoe.routing_mask.assignment import MaskRecipe
@@ -33,9 +34,8 @@ def original_workshop(tmp_path_factory: pytest.TempPathFactory) -> Path:
     (folder / "tokenizer.model").write_bytes(train_tokenizer([text], vocab_size=VOCAB_SIZE, num_threads=1))
     write_huggingface_tokenizer(folder / "huggingface", text)
     tokenizer = HuggingFaceTokenizer(folder / "huggingface")
-    with IndexedDatasetWriter(folder / "data", optimal_dtype(VOCAB_SIZE), tokenizer.record()) as dataset:
-        for ids in tokenizer.encode_batch(text.split("\n\n")):
-            dataset.add_document(np.append(ids, tokenizer.eod_id))
+    documents = [np.append(ids, tokenizer.eod_id) for ids in tokenizer.encode_batch(text.split("\n\n"))]
+    write_documents(folder / "data", documents, optimal_dtype(VOCAB_SIZE), tokenizer.record())
     frequency = count_token_frequency([str(folder / "data")], VOCAB_SIZE, workers=1)
     frequency.save(folder / "counts.safetensors")
     recipe = MaskRecipe(4, 2, "uniform", frequent_mass=0.6, frequent_visible_experts=3, seed=1)
