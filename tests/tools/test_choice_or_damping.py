@@ -1,5 +1,6 @@
 """The interventions of the study "choice or damping" do what they say."""
 
+import subprocess
 import sys
 from types import SimpleNamespace
 
@@ -9,13 +10,17 @@ import torch
 from support.paths import ROOT
 from support.small_moe import make_config, make_mask, make_visible_experts, process_groups
 
+from maskmoe.comparison.statistics import paired_difference
+from maskmoe.comparison.table import HeldOutLoss, RunResult, read_table, write_table
 from maskmoe.transformer.router import MaskMoERouter
 from maskmoe.transformer.token_ids import TokenIds
 
 sys.path.insert(0, str(ROOT / "tools" / "studies" / "choice_or_damping"))
+import analysis
 import interventions
 from interventions import GatedHashRouter, SmearedSelfAttention, UnitWeightRouter
 
+STUDY = ROOT / "tools" / "studies" / "choice_or_damping"
 NUM_EXPERTS, IDS, RARE = 4, 12, 5
 OWN = torch.arange(IDS) % NUM_EXPERTS  # Hash's experts
 
@@ -111,3 +116,57 @@ def test_specs_have_the_replacements():
     ):
         assert builder.change(stock) is own
         assert builder.change(int) is int
+
+
+@pytest.fixture
+def table(tmp_path):
+    """A table of the blocks of rates, confirmation and mechanism with random losses."""
+    random = np.random.default_rng(0)
+    results = []
+    for suite, variant, seeds in (
+        *(("rates", f"{arm}.lr-{rate}", (101, 102)) for arm in ("smoe", "hash") for rate in ("1e-2", "2e-2", "4e-2")),
+        *(("confirm", arm, range(1001, 1025)) for arm in ("smoe", "hash", "maskmoe")),
+        ("mechanism", "gated-hash", range(1001, 1013)),
+    ):
+        for seed in seeds:
+            losses = [
+                HeldOutLoss(text=text, band="all", tokens=tokens, loss=3.6 + random.normal(0, 0.02))
+                for text, tokens in (("held-out", 100), ("prose", 1500), ("code", 500))
+            ]
+            common = {"settings": {"variant": variant}, "text": {}, "mask": None, "tokens": 1, "validation": []}
+            results.append(
+                RunResult(
+                    suite=suite, variant=variant, seed=seed, losses=losses, load=[], seconds=1, origin={}, **common
+                )
+            )
+    write_table(tmp_path / "results.jsonl", results)
+    return tmp_path / "results.jsonl"
+
+
+def test_analysis_and_the_independent_script_agree(table):
+    suites = analysis.outcomes_by_suite(read_table(table))
+    for own, baseline in (
+        (("confirm", "maskmoe"), ("confirm", "smoe")),
+        (("mechanism", "gated-hash"), ("confirm", "maskmoe")),
+    ):
+        expected = paired_difference(suites[own[0]][own[1]], suites[baseline[0]][baseline[1]])
+        found = run_script("check_numbers.py", table, *own, *baseline)
+        numbers = dict(word.split("=") for word in found.split())
+        assert int(numbers["n"]) == expected.n
+        for name in ("mean", "low", "high"):
+            assert float(numbers[name]) == pytest.approx(getattr(expected, name), abs=2e-6), name  # six decimals
+        # Above 16 pairs the package samples 100,000 flips, whose standard error is below 0.0016.
+        assert float(numbers["p"]) == pytest.approx(expected.p, abs=0.006)
+
+
+def test_analysis_prints_rates_and_differences(table):
+    page = run_script("analysis.py", table)
+    assert "## rates" in page
+    assert "| maskmoe − smoe | 24 |" in page
+    assert "| gated-hash − maskmoe | 12 |" in page
+    assert "maskmoe-weight-1 − hash | 0 | +nan" not in page
+
+
+def run_script(name: str, *arguments: object) -> str:
+    words = [sys.executable, STUDY / name, *map(str, arguments)]
+    return subprocess.run(words, capture_output=True, text=True, check=True).stdout
