@@ -1,12 +1,16 @@
 """Reports the costs of dispatch: a table for the terminal, a CSV file, and a plot."""
 
-from collections.abc import Iterator, Sequence
+import csv
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import astuple, fields
 from itertools import groupby
 from pathlib import Path
+from typing import Any
+
+import numpy as np
 
 from maskmoe.analysis.dispatch_simulation import DispatchCost
-from maskmoe.analysis.tidy_csv import write_csv
+from maskmoe.files.outputs import atomic_output
 
 _HEADER = (
     "    GPUs     EP  variant                         own      node    across      rows  load max/mean    all-to-all"
@@ -27,7 +31,7 @@ def write_costs(costs: Sequence[DispatchCost], path: Path) -> None:
     """Write a CSV file with a row for each case; the columns are the fields of `DispatchCost`.
 
     Raises:
-        UserError: the file cannot be written.
+        UserError: The file cannot be written.
     """
     write_csv(path, [field.name for field in fields(DispatchCost)], map(astuple, costs))
 
@@ -56,8 +60,8 @@ def draw_plot(costs: Sequence[DispatchCost], path: Path) -> None:
     """Plot bytes to other nodes, bytes within the node, time and load over the number of GPUs, for each k.
 
     Args:
-        costs: the costs, grouped by k and ascending in the number of GPUs. Impossible cases are not drawn.
-        path: the PNG file to write.
+        costs: The costs, grouped by k and ascending in the number of GPUs. Impossible cases are not drawn.
+        path: The PNG file to write.
     """
     from matplotlib.figure import Figure
 
@@ -82,3 +86,26 @@ def draw_plot(costs: Sequence[DispatchCost], path: Path) -> None:
             axes.grid(alpha=0.4)
         part.legend(*axes.get_legend_handles_labels(), loc="outside lower center", ncols=3, frameon=False)
     figure.savefig(path, format="png")
+
+
+def write_csv(path: Path, columns: Sequence[str], rows: Iterable[Sequence[Any]]) -> None:
+    """Write a table, atomically. A number has six significant digits, and a cell without a value is empty.
+
+    Args:
+        path: The file to write.
+        columns: The names of the columns.
+        rows: The cells of each row, in the order of the columns; None and NaN stand for no value.
+
+    Raises:
+        UserError: The file cannot be written.
+    """
+    with atomic_output(path) as temporary, open(temporary, "w", newline="", encoding="utf-8") as stream:
+        writer = csv.writer(stream, lineterminator="\n")
+        writer.writerow(columns)
+        writer.writerows(map(_cell, row) for row in rows)
+
+
+def _cell(value: Any) -> Any:
+    if isinstance(value, float):
+        return "" if np.isnan(value) else f"{value:.6g}"
+    return value

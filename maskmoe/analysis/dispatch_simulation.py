@@ -1,20 +1,97 @@
 """Simulates the dispatch of a dataset's tokens on any number of GPUs, with and without a routing mask."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass
-from functools import partial
+from dataclasses import dataclass, replace
+from enum import Enum
+from functools import cache, partial
 from itertools import product
 
 import numpy as np
 from tqdm import tqdm
 
-from maskmoe.analysis.cluster import Cluster
-from maskmoe.analysis.compared_masks import Routing, mask_of_layer, why_impossible
-from maskmoe.analysis.dispatch_traffic import Exchange, VisibleLists, Workload, exchanges, rows_to_ranks
+from maskmoe.analysis.dispatch_traffic import Cluster, Exchange, VisibleLists, Workload, exchanges, rows_to_ranks
 from maskmoe.errors import UserError
-from maskmoe.routing_mask import RoutingMask, TokenFrequency
+from maskmoe.routing_mask import MaskRecipe, RoutingMask, TokenFrequency, build_routing_mask
 from maskmoe.routing_mask.mask import expected_expert_load
 from maskmoe.transformer.dispatch.kind import DispatchKind
+
+
+class Routing(Enum):
+    """A way to choose the experts that an id sees; the values are names in tables and plots."""
+
+    TOPK = "top-k"
+    """Every id sees all experts."""
+    MASK = "mask"
+    """The given mask."""
+    RANK_LOCAL = "rank-local mask"
+    """A mask with all experts of an id on one rank."""
+    NODE_LOCAL = "node-local mask"
+    """A mask with all experts of an id on one node."""
+
+    def num_places(self, cluster: Cluster) -> int:
+        """Return the number of places among which the ids of a group are divided: ranks, nodes, or the whole group.
+
+        The number is 0 if the group would have to be divided among nodes but does not fill whole nodes.
+        """
+        if self is Routing.NODE_LOCAL:
+            return cluster.nodes_per_group or 0
+        return cluster.ep_size if self is Routing.RANK_LOCAL else 1
+
+
+def why_impossible(routing: Routing, mask: RoutingMask, layer: int, cluster: Cluster, topk: int) -> str | None:
+    """Return the reason why a kind of routing is impossible in a layer on a cluster with this k, or None."""
+    num_experts, ep_size = mask.num_experts, cluster.ep_size
+    if cluster.num_gpus % ep_size:
+        return f"{cluster.num_gpus:,} GPUs cannot be divided into groups of {ep_size:,} expert-parallel ranks"
+    if num_experts % ep_size:
+        return f"{num_experts:,} experts cannot be divided evenly over {ep_size:,} expert-parallel ranks"
+    num_places = routing.num_places(cluster)
+    if num_places == 0:
+        return f"{ep_size:,} expert-parallel ranks do not fill whole nodes of {cluster.gpus_per_node:,}"
+    available, needed = num_experts // num_places, min(mask.num_visible_of_layer(layer).max(), max(2, topk))
+    if available < needed:
+        place = "rank" if routing is Routing.RANK_LOCAL else "node"
+        return f"a {place} has {available:,} of the experts, fewer than the {needed:,} that a frequent id needs"
+    return None
+
+
+@cache
+def mask_of_layer(
+    routing: Routing, mask: RoutingMask, layer: int, frequency: TokenFrequency, num_places: int
+) -> RoutingMask:
+    """Return the mask of one layer for a kind of routing.
+
+    A rank-local or node-local mask is made from the frequencies of the ids. It copies two properties of the given
+    mask's layer: the share of the tokens that see several experts, and the number of experts that they see, as far as a
+    place has so many.
+
+    Args:
+        routing: The kind of routing, which must be possible, see `why_impossible`.
+        mask: The given mask.
+        layer: The layer of the given mask, from 0.
+        frequency: Counts of the ids.
+        num_places: See `Routing.num_places`.
+    """
+    if routing is Routing.MASK:
+        row_of_id, visible_bits = mask.table_of_layer(layer)
+        return replace(mask, row_of_id=row_of_id[None], visible_bits=visible_bits[None], num_layers=1)
+    if routing is Routing.TOPK:
+        recipe = MaskRecipe.from_preset("smoe", mask.num_experts, num_layers=1)
+        return build_routing_mask(recipe, frequency=frequency)
+    num_visible = mask.num_visible_of_layer(layer)
+    mass = frequency.occurrences[num_visible > 1].sum() / frequency.occurrences.sum()
+    visible = min(int(num_visible.max()), mask.num_experts // num_places)
+    recipe = MaskRecipe(
+        mask.num_experts,
+        num_layers=1,
+        assignment="rank-local",
+        frequent_mass=float(mass),
+        frequent_visible_experts=visible if visible > 1 else None,
+        seed=layer,
+        expert_model_parallel_size=num_places,
+    )
+    return build_routing_mask(recipe, frequency=frequency, workers=1)
+
 
 # The ways to dispatch that are compared for each kind of routing. A mask that allows it is planned instead of one copy.
 _DISPATCHES = {
@@ -37,19 +114,19 @@ class DispatchCost:
     Each figure is NaN if the case is impossible.
 
     Attributes:
-        num_gpus: number of ranks.
-        ep_size: number of expert-parallel ranks.
-        topk: k, the largest number of experts of a token.
-        variant: the way to choose the experts that an id sees, and the way to dispatch tokens.
-        impossible: reason why the case is impossible; empty if it is possible.
-        bytes_own: bytes that a rank puts into all collectives for itself; mean over ranks.
-        bytes_node: bytes that a rank puts into all collectives for other GPUs of its node; mean over ranks.
-        bytes_across: bytes that a rank puts into all collectives for other nodes; mean over ranks.
-        rows: hidden states that a rank receives in one all-to-all, including those from itself; mean over ranks.
-        load_max_over_mean: maximum over mean of the tokens times experts that the ranks compute.
-        expected_load_max_over_mean: the same ratio as expected from the frequencies of the dataset's ids.
-        all_to_all_seconds: time of one all-to-all of hidden states.
-        seconds: time of all collectives.
+        num_gpus: Number of ranks.
+        ep_size: Number of expert-parallel ranks.
+        topk: K, the largest number of experts of a token.
+        variant: The way to choose the experts that an id sees, and the way to dispatch tokens.
+        impossible: Reason why the case is impossible; empty if it is possible.
+        bytes_own: Bytes that a rank puts into all collectives for itself; mean over ranks.
+        bytes_node: Bytes that a rank puts into all collectives for other GPUs of its node; mean over ranks.
+        bytes_across: Bytes that a rank puts into all collectives for other nodes; mean over ranks.
+        rows: Hidden states that a rank receives in one all-to-all, including those from itself; mean over ranks.
+        load_max_over_mean: Maximum over mean of the tokens times experts that the ranks compute.
+        expected_load_max_over_mean: The same ratio as expected from the frequencies of the dataset's ids.
+        all_to_all_seconds: Time of one all-to-all of hidden states.
+        seconds: Time of all collectives.
     """
 
     num_gpus: int
@@ -72,15 +149,15 @@ class Simulation:
     """Routes tokens, counts the rows that ranks would send each other, and computes the time of the exchanges.
 
     Attributes:
-        mask: the given routing mask.
-        layer: the layer to simulate, from 0.
-        frequency: counts of the ids of the dataset.
-        tokens: ids of the whole dataset, integer [dataset tokens].
-        workload: sizes of the data.
-        seed: seed of the choices of experts, not negative.
+        mask: The given routing mask.
+        layer: The layer to simulate, from 0.
+        frequency: Counts of the ids of the dataset.
+        tokens: Ids of the whole dataset, integer [dataset tokens].
+        workload: Sizes of the data.
+        seed: Seed of the choices of experts, not negative.
 
     Raises:
-        UserError: the dataset has fewer tokens than one rank needs.
+        UserError: The dataset has fewer tokens than one rank needs.
     """
 
     mask: RoutingMask
@@ -101,9 +178,9 @@ class Simulation:
         """Simulate all kinds of routing and ways to dispatch for each k and each cluster, in this order.
 
         Args:
-            clusters: the clusters.
-            topks: the values of k, at most the number of experts.
-            progress: whether to show a progress bar on stderr if the work takes more than half a second.
+            clusters: The clusters.
+            topks: The values of k, at most the number of experts.
+            progress: Whether to show a progress bar on stderr if the work takes more than half a second.
         """
         cases = list(product(topks, clusters, Routing))
         bar = tqdm(cases, unit="case", desc="dispatching", delay=0.5, disable=not progress)

@@ -1,11 +1,13 @@
-"""Draws the experts of tokens, counts the rows that ranks send each other, and lists the collectives of dispatch."""
+"""The ranks of a cluster, the rows that they send each other, and the collectives of dispatch."""
 
 from dataclasses import dataclass
+from enum import IntEnum
+from functools import cached_property
 from typing import NamedTuple
 
 import numpy as np
 
-from maskmoe.analysis.cluster import Cluster, Reach
+from maskmoe.errors import UserError
 from maskmoe.routing_mask.mask import RoutingMask, unpack_bits
 from maskmoe.transformer.dispatch.kind import DispatchKind
 
@@ -15,11 +17,115 @@ _COUNT_BYTES = 8
 _ID_BYTES = 4
 
 
+class Reach(IntEnum):
+    """How far a row travels; arrays by reach have one column for each value."""
+
+    OWN = 0
+    """The row stays on its rank: a copy in memory that uses no link."""
+    NODE = 1
+    """The row goes to another GPU of the same node."""
+    ACROSS = 2
+    """The row goes to another node."""
+
+
+class Link(NamedTuple):
+    """A kind of network link between GPUs.
+
+    Attributes:
+        bandwidth: Bytes per second of each GPU, in both directions at once.
+        latency: Constant part of the time of a message, in seconds.
+    """
+
+    bandwidth: float
+    latency: float
+
+
+@dataclass(frozen=True)
+class Cluster:
+    """Expert-parallel groups of contiguous ranks, one rank on each GPU, as in Megatron.
+
+    An array of rows has the shape [ranks, ranks of a group]: what each rank sends to each rank of its own group.
+
+    Attributes:
+        num_gpus: Number of ranks.
+        ep_size: Number of ranks in each expert-parallel group.
+        gpus_per_node: Number of ranks on each node.
+        node_link: Link to the GPUs of the same node.
+        network_link: Link to the GPUs of other nodes.
+
+    Raises:
+        UserError: The GPUs are not a whole number of nodes, or a group has fewer than two ranks.
+    """
+
+    num_gpus: int
+    ep_size: int
+    gpus_per_node: int
+    node_link: Link
+    network_link: Link
+
+    def __post_init__(self) -> None:
+        if self.num_gpus % self.gpus_per_node:
+            raise UserError(
+                f"{self.num_gpus} GPUs are not a whole number of nodes of {self.gpus_per_node}; "
+                f"give a multiple of {self.gpus_per_node}"
+            )
+        if self.ep_size < 2:
+            raise UserError(f"expert parallelism needs at least 2 ranks, not {self.ep_size}: nothing would be sent")
+
+    @property
+    def nodes_per_group(self) -> int | None:
+        """Number of nodes that a group fills evenly, 1 if the group is part of a node, else None."""
+        if self.gpus_per_node % self.ep_size == 0:
+            return 1
+        return self.ep_size // self.gpus_per_node if self.ep_size % self.gpus_per_node == 0 else None
+
+    @cached_property
+    def reach(self) -> np.ndarray:
+        """The `Reach` from each rank to each rank of its group, int64 [ranks, ranks of a group]."""
+        ranks = np.arange(self.num_gpus)[:, None]
+        peers = ranks // self.ep_size * self.ep_size + np.arange(self.ep_size)
+        on_node = ranks // self.gpus_per_node == peers // self.gpus_per_node
+        return np.where(ranks == peers, Reach.OWN, np.where(on_node, Reach.NODE, Reach.ACROSS))
+
+    def sent_by_reach(self, rows: np.ndarray) -> np.ndarray:
+        """Return how many of the rows [ranks, ranks of a group] each rank sends by reach, int64 [ranks, reaches]."""
+        return np.stack([np.where(self.reach == reach, rows, 0).sum(axis=1) for reach in Reach], axis=1)
+
+    def reverse(self, rows: np.ndarray) -> np.ndarray:
+        """Return the rows of the opposite direction: what each rank receives from each rank of its group."""
+        groups = rows.reshape(-1, self.ep_size, self.ep_size)
+        return groups.swapaxes(1, 2).reshape(rows.shape)
+
+    def seconds(self, rows: np.ndarray, bytes_per_row: int) -> float:
+        """Return the time of an all-to-all in seconds, from the common start to the end on the slowest rank.
+
+        A message of n bytes takes `α + n/β` (R. Hockney, "The communication challenge for MPP", Parallel Computing 20,
+        1994), with latency α and bandwidth β. An all-to-all sends one message to every peer, even if it is empty: the
+        pairwise exchange of R. Thakur, R. Rabenseifner and W. Gropp ("Optimization of collective communication
+        operations in MPICH", IJHPCA 19, 2005), which takes `(p - 1) α + n/β` on p ranks. NCCL also sends directly to
+        each peer.
+
+        Links carry both directions at once, so the larger one of the sent and received bytes of a rank counts. Both
+        kinds of links work at the same time, and the slower one determines the time. Rows that stay on their rank take
+        no time. The model ignores contention in the network beyond the GPUs' own links, and other traffic.
+
+        Args:
+            rows: Rows from each rank to each rank of its group, integer [ranks, ranks of a group].
+            bytes_per_row: Size of a row in bytes.
+        """
+        num_peers = self.sent_by_reach(np.ones_like(rows))
+        num_rows = np.maximum(self.sent_by_reach(rows), self.sent_by_reach(self.reverse(rows)))  # [ranks, reaches]
+        return max(
+            float((num_peers[:, reach] * link.latency + num_rows[:, reach] * bytes_per_row / link.bandwidth).max())
+            for reach, link in ((Reach.NODE, self.node_link), (Reach.ACROSS, self.network_link))
+        )
+
+
 class VisibleLists:
     """The visible sets of a mask's first layer as lists of experts, from which experts can be drawn.
 
     Args:
-        mask: the routing mask.
+        mask: The routing mask.
     """
 
     def __init__(self, mask: RoutingMask) -> None:
@@ -38,9 +144,9 @@ class VisibleLists:
         brilliance", CACM 1987), run on all tokens at once.
 
         Args:
-            token_ids: ids of the tokens, integer [tokens].
-            topk: k, the largest number of experts of a token.
-            rng: source of randomness.
+            token_ids: Ids of the tokens, integer [tokens].
+            topk: K, the largest number of experts of a token.
+            rng: Source of randomness.
 
         Returns:
             integer [k, tokens], different experts of each token; `NO_EXPERT` where a token sees fewer than k experts.
@@ -61,9 +167,9 @@ def rows_to_ranks(experts: np.ndarray, num_ranks: int, experts_per_rank: int) ->
     """Count the rows that a rank sends to each rank of its expert-parallel group.
 
     Args:
-        experts: selected experts of the rank's tokens, integer [k, tokens], see `VisibleLists.draw`.
-        num_ranks: number of ranks of the group.
-        experts_per_rank: number of experts on each rank; each rank holds a contiguous block of experts.
+        experts: Selected experts of the rank's tokens, integer [k, tokens], see `VisibleLists.draw`.
+        num_ranks: Number of ranks of the group.
+        experts_per_rank: Number of experts on each rank; each rank holds a contiguous block of experts.
 
     Returns:
         The rows if a token is sent once for every selected expert, and the rows if a token is sent once to every rank
@@ -82,11 +188,11 @@ class Workload:
     """Sizes of the data that MoE layers move in one micro-batch.
 
     Attributes:
-        tokens_per_rank: tokens of a micro-batch on each rank.
-        hidden_size: elements of a hidden state.
-        bytes_per_element: bytes of an element of a hidden state or its gradient.
+        tokens_per_rank: Tokens of a micro-batch on each rank.
+        hidden_size: Elements of a hidden state.
+        bytes_per_element: Bytes of an element of a hidden state or its gradient.
         num_experts: N, the number of experts in a layer.
-        num_layers: number of layers that share the plan of a micro-batch, if dispatch is planned.
+        num_layers: Number of layers that share the plan of a micro-batch, if dispatch is planned.
     """
 
     tokens_per_rank: int
@@ -100,10 +206,10 @@ class Exchange(NamedTuple):
     """A kind of collective that a layer runs.
 
     Attributes:
-        content: name of the data that the collective carries.
-        calls: calls in one layer and step, forward and backward; less than 1 if several layers share a call.
-        rows: rows of one call, integer [ranks, ranks of a group]. Half of the calls have the opposite direction.
-        bytes_per_row: size of a row in bytes.
+        content: Name of the data that the collective carries.
+        calls: Calls in one layer and step, forward and backward; less than 1 if several layers share a call.
+        rows: Rows of one call, integer [ranks, ranks of a group]. Half of the calls have the opposite direction.
+        bytes_per_row: Size of a row in bytes.
     """
 
     content: str
@@ -126,10 +232,10 @@ def exchanges(dispatch: DispatchKind, rows: np.ndarray, workload: Workload, clus
     - Planned dispatch gathers the token ids of all ranks, once for all layers.
 
     Args:
-        dispatch: the way to dispatch.
-        rows: rows of hidden states that ranks send in the dispatch, integer [ranks, ranks of a group].
-        workload: sizes of the data.
-        cluster: the ranks.
+        dispatch: The way to dispatch.
+        rows: Rows of hidden states that ranks send in the dispatch, integer [ranks, ranks of a group].
+        workload: Sizes of the data.
+        cluster: The ranks.
     """
     hidden = Exchange("hidden states", 4, rows, workload.hidden_size * workload.bytes_per_element)
     to_every_peer = (cluster.reach != Reach.OWN).astype(np.int64)

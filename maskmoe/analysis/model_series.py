@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from maskmoe.analysis.analysis_settings import AnalysisSettings
+from maskmoe.analysis.routing_statistics import AnalysisSettings
 from maskmoe.checkpoint import series
 from maskmoe.checkpoint.integrity import LAYOUT_FILE, Damage, check_structure
 from maskmoe.conversion.convert import megatron_to_huggingface
@@ -26,10 +26,10 @@ class ModelSource:
     """A model to analyse.
 
     Attributes:
-        path: the folder of the model, a Megatron checkpoint or a model in transformers' format.
-        name: the name of the model in results.
-        iteration: the iteration of training; None if it is unknown.
-        is_megatron: whether the model is a Megatron checkpoint.
+        path: The folder of the model, a Megatron checkpoint or a model in transformers' format.
+        name: The name of the model in results.
+        iteration: The iteration of training; None if it is unknown.
+        is_megatron: Whether the model is a Megatron checkpoint.
     """
 
     path: Path
@@ -47,10 +47,10 @@ class ModelShape:
     """The sizes that all models of a series have in common.
 
     Attributes:
-        vocab_size: number of token ids.
-        num_experts: number of experts in a layer, N.
-        topk: number of experts of a token, k.
-        layers: numbers of the layers with experts, from 1.
+        vocab_size: Number of token ids.
+        num_experts: Number of experts in a layer, N.
+        topk: Number of experts of a token, k.
+        layers: Numbers of the layers with experts, from 1.
     """
 
     vocab_size: int
@@ -67,12 +67,12 @@ def find_models(paths: Sequence[Path], steps: Sequence[int] = ()) -> tuple[Model
     """Return the models of a series, at least one.
 
     Args:
-        paths: folders in the order of the series. Each is a Megatron checkpoint, a model in transformers' format, or a
+        paths: Folders in the order of the series. Each is a Megatron checkpoint, a model in transformers' format, or a
             run. A run stands for all its checkpoints in the order of their iterations.
-        steps: the iterations to take from each run, in this order; empty for all.
+        steps: The iterations to take from each run, in this order; empty for all.
 
     Raises:
-        UserError: a path is not a folder with models, or a checkpoint is missing or damaged.
+        UserError: A path is not a folder with models, or a checkpoint is missing or damaged.
     """
     models = []
     for path in paths:
@@ -99,7 +99,7 @@ def _checkpoints_of_run(folder: Path, steps: Sequence[int]) -> list[Path]:
     The list is empty for a folder that does not belong to a run.
 
     Raises:
-        UserError: the run has no finished checkpoint.
+        UserError: The run has no finished checkpoint.
     """
     if not series.has_checkpoint(folder):
         return []
@@ -115,11 +115,11 @@ def _megatron_model(checkpoint: Path, with_folder: bool) -> ModelSource:
     """Return a checkpoint as a model whose name has the iteration.
 
     Args:
-        checkpoint: the folder of the checkpoint.
-        with_folder: whether the name also has the folder of the run, because the series has several folders.
+        checkpoint: The folder of the checkpoint.
+        with_folder: Whether the name also has the folder of the run, because the series has several folders.
 
     Raises:
-        UserError: the checkpoint is damaged.
+        UserError: The checkpoint is damaged.
     """
     try:
         check_structure(checkpoint)
@@ -134,7 +134,7 @@ def common_shape(models: Sequence[ModelSource]) -> tuple[ModelShape, int]:
     """Return the shape of all models, and the length of the longest sequence that all models accept.
 
     Raises:
-        UserError: a model cannot be read or has no experts, or the models differ in shape.
+        UserError: A model cannot be read or has no experts, or the models differ in shape.
     """
     configs = [model.open().config for model in models]
     shapes = [_shape(config) for config in configs]
@@ -154,18 +154,18 @@ def _shape(config: Mapping[str, Any]) -> ModelShape:
 
 
 @contextmanager
-def model_folder(model: ModelSource, settings: AnalysisSettings) -> Iterator[Path]:
+def model_folder(model: ModelSource) -> Iterator[Path]:
     """Provide the folder of a model in transformers' format.
 
     A Megatron checkpoint is converted to a temporary folder without tokenizer, which is removed at the end.
 
     Raises:
-        UserError: the model cannot be converted, or the disk is full.
+        UserError: The model cannot be converted, or the disk is full.
     """
     if not model.is_megatron:
         yield model.path
         return
-    with tempfile.TemporaryDirectory(prefix="analyze_routing_", dir=settings.scratch_dir) as folder:
+    with tempfile.TemporaryDirectory(prefix="analyze_routing_") as folder:
         megatron_to_huggingface(Settings(load=model.path, save=Path(folder), tokenizer_type=WITHOUT_TEXT))
         yield Path(folder)
 
@@ -175,13 +175,13 @@ def tokenizer_folder(model: ModelSource, settings: AnalysisSettings) -> Iterator
     """Provide a folder with the tokenizer of a model in transformers' format; an empty folder for a model without one.
 
     Raises:
-        UserError: the tokenizer is not on this machine, the model was trained with another one, or transformers has
+        UserError: The tokenizer is not on this machine, the model was trained with another one, or transformers has
             no equivalent.
     """
     if not model.is_megatron:
         yield model.path
         return
-    with tempfile.TemporaryDirectory(prefix="analyze_routing_", dir=settings.scratch_dir) as folder:
+    with tempfile.TemporaryDirectory(prefix="analyze_routing_") as folder:
         chosen = {"tokenizer_type": settings.tokenizer_type, "tokenizer_model": settings.tokenizer_model}
         export_tokenizer(
             *choose_tokenizer(model.open().args, Settings(model.path, Path(folder), **chosen)), Path(folder)

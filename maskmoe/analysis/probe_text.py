@@ -12,7 +12,7 @@ from megatron.core.datasets.blended_megatron_dataset_config import (
     parse_and_normalize_split,
 )
 
-from maskmoe.analysis.analysis_settings import SPLITS
+from maskmoe.analysis.routing_statistics import SPLITS
 from maskmoe.data.documents import read_documents
 from maskmoe.data.indexed_dataset import open_tokens, read_index, read_tokenizer_record
 from maskmoe.data.tokenizer import HuggingFaceTokenizer
@@ -27,9 +27,9 @@ class Probe:
     """The token ids of a probe text, and how they are cut into windows.
 
     Attributes:
-        token_ids: int64 [tokens].
-        seq_length: number of tokens in a window; the last window may have fewer.
-        batch_size: number of windows in a batch.
+        token_ids: Int64 [tokens].
+        seq_length: Number of tokens in a window; the last window may have fewer.
+        batch_size: Number of windows in a batch.
     """
 
     token_ids: np.ndarray
@@ -52,9 +52,9 @@ class DatasetText:
     """Windows that are spread evenly over an indexed dataset, or over one split of a dataset.
 
     Attributes:
-        prefix: the path of the dataset without `.bin` and `.idx`.
-        split: the value of Megatron's `--split`; None for the whole dataset.
-        eval_split: the name of the split, one of `SPLITS`.
+        prefix: The path of the dataset without `.bin` and `.idx`.
+        split: The value of Megatron's `--split`; None for the whole dataset.
+        eval_split: The name of the split, one of `SPLITS`.
     """
 
     prefix: str
@@ -67,14 +67,14 @@ class DatasetText:
         """Return tokens from all over the dataset, int64 [at most num_tokens].
 
         Args:
-            num_tokens: number of tokens to read.
-            seq_length: number of tokens in a window.
-            vocab_size: number of token ids of the model.
-            model: the folder with the tokenizer of the model.
-            tokenizer_sha256: digest of the tokenizer file of the model; None if it is unknown.
+            num_tokens: Number of tokens to read.
+            seq_length: Number of tokens in a window.
+            vocab_size: Number of token ids of the model.
+            model: The folder with the tokenizer of the model.
+            tokenizer_sha256: Digest of the tokenizer file of the model; None if it is unknown.
 
         Raises:
-            UserError: the text cannot be read, has no tokens, or does not fit the model.
+            UserError: The text cannot be read, has no tokens, or does not fit the model.
         """
         record = read_tokenizer_record(self.prefix)
         if record is not None and (record.vocab_size > vocab_size or tokenizer_sha256 not in (None, record.sha256)):
@@ -108,9 +108,9 @@ def spread_windows(tokens: np.ndarray, num_tokens: int, seq_length: int) -> np.n
     """Return windows that are spread evenly over a text, so that no single document dominates.
 
     Args:
-        tokens: all tokens of the text, [tokens].
-        num_tokens: number of tokens to take.
-        seq_length: number of tokens in a window; the last window may be shorter.
+        tokens: All tokens of the text, [tokens].
+        num_tokens: Number of tokens to take.
+        seq_length: Number of tokens in a window; the last window may be shorter.
 
     Returns:
         The tokens of the windows, [min(num_tokens, tokens)].
@@ -127,9 +127,9 @@ def split_sequences(split: str, eval_split: str, num_sequences: int) -> range:
     """Return the sequences of a dataset that Megatron's `--split` assigns to a split.
 
     Args:
-        split: the value of `--split`, such as "95,5,0".
-        eval_split: the name of the split, one of `SPLITS`.
-        num_sequences: number of sequences in the dataset.
+        split: The value of `--split`, such as "95,5,0".
+        eval_split: The name of the split, one of `SPLITS`.
+        num_sequences: Number of sequences in the dataset.
 
     Raises:
         UserError: `split` is not valid, or assigns no sequences to the split.
@@ -151,8 +151,8 @@ class FileText:
     """The first tokens of text files, by the tokenizer of the model; an end-of-document id follows each document.
 
     Attributes:
-        paths: files with JSON lines or plain text.
-        json_key: the key of the text in JSON lines.
+        paths: Files with JSON lines or plain text.
+        json_key: The key of the text in JSON lines.
     """
 
     paths: Sequence[Path]
@@ -189,8 +189,8 @@ def read_pieces(model: Path, token_ids: np.ndarray) -> dict[int, str]:
     """Return the vocabulary's piece of every id that occurs.
 
     Args:
-        model: the folder with the tokenizer of the model; without a tokenizer the result is empty.
-        token_ids: int64 [tokens].
+        model: The folder with the tokenizer of the model; without a tokenizer the result is empty.
+        token_ids: Int64 [tokens].
     """
     path = model / _TOKENIZER_FILE
     if not path.is_file():

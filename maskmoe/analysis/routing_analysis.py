@@ -1,18 +1,30 @@
-"""Measures how each model of a series routes one probe text."""
+"""Runs each model of a series over one probe text, records the choices of its routers, and measures them."""
 
 from collections.abc import Mapping, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
+import torch
+from torch import Tensor
 from tqdm import tqdm
+from transformers.utils import logging
 
-from maskmoe.analysis.analysis_settings import AnalysisSettings
 from maskmoe.analysis.model_series import ModelSource, common_shape, model_folder, tokenizer_folder
 from maskmoe.analysis.probe_text import Probe, ProbeText, read_pieces
-from maskmoe.analysis.routing_statistics import RoutingStatistics, measure, repeated_ids
-from maskmoe.analysis.trace_recording import load_decoder, record_routing
+from maskmoe.analysis.routing_statistics import (
+    NO_EXPERT,
+    AnalysisSettings,
+    RoutingStatistics,
+    RoutingTrace,
+    measure,
+    repeated_ids,
+)
 from maskmoe.errors import UserError
+from maskmoe.files.foreign_libraries import reading
+from maskmoe.huggingface import MaskMoEForCausalLM, MaskMoEModel
+from maskmoe.huggingface.modeling_maskmoe import MaskMoETopKRouter, score
 from maskmoe.routing_mask.frequency import FrequencyBands, TokenFrequency
 
 
@@ -21,13 +33,13 @@ class RoutingAnalysis:
     """The results of an analysis.
 
     Attributes:
-        models: the models, in the order of the series.
-        statistics: the statistics of each model.
-        layers: numbers of the layers with experts, from 1.
-        occurrences: occurrences of each id in the probe, int64 [vocab].
-        bands: the frequency bands of the ids.
-        listed_ids: the ids that `RoutingStatistics.distinct` is about, int64 [F].
-        pieces: the vocabulary's piece of every id that occurs; empty without a tokenizer.
+        models: The models, in the order of the series.
+        statistics: The statistics of each model.
+        layers: Numbers of the layers with experts, from 1.
+        occurrences: Occurrences of each id in the probe, int64 [vocab].
+        bands: The frequency bands of the ids.
+        listed_ids: The ids that `RoutingStatistics.distinct` is about, int64 [F].
+        pieces: The vocabulary's piece of every id that occurs; empty without a tokenizer.
     """
 
     models: Sequence[ModelSource]
@@ -50,15 +62,15 @@ def analyze(
     """Run each model over a probe text and measure how the model routes the text.
 
     Args:
-        models: models that differ only in their weights, in the order of the series.
-        text: the source of the probe text.
-        settings: the settings of the analysis.
-        frequency: token counts that define the frequency bands; None for the counts of the probe.
-        trace_files: a file for the trace of each model; empty to write no traces.
-        progress: whether to show a progress bar on stderr.
+        models: Models that differ only in their weights, in the order of the series.
+        text: The source of the probe text.
+        settings: The settings of the analysis.
+        frequency: Token counts that define the frequency bands; None for the counts of the probe.
+        trace_files: A file for the trace of each model; empty to write no traces.
+        progress: Whether to show a progress bar on stderr.
 
     Raises:
-        UserError: a setting, the text or a model does not fit. The error is raised before the first model runs, unless
+        UserError: A setting, the text or a model does not fit. The error is raised before the first model runs, unless
             the weights of a model are damaged.
     """
     # Everything that can be checked is checked before the first model runs.
@@ -80,7 +92,7 @@ def analyze(
     # At most two traces are in memory at a time.
     statistics, before = [], None
     for position, model in enumerate(tqdm(models, desc="routing the probe", unit="model", disable=not progress)):
-        with model_folder(model, settings) as folder:
+        with model_folder(model) as folder:
             trace = record_routing(load_decoder(folder), Probe(token_ids, seq_length, settings.batch_size))
         if trace_files:
             trace.save(trace_files[position], model.name, shape.layers)
@@ -88,3 +100,71 @@ def analyze(
         before = trace
     listed_ids = repeated_ids(token_ids, settings.min_occurrences)
     return RoutingAnalysis(models, statistics, shape.layers, occurrences, bands, listed_ids, pieces)
+
+
+def load_decoder(folder: Path) -> MaskMoEModel:
+    """Load the decoder of an exported model for inference, in the dtype of the stored weights.
+
+    Raises:
+        UserError: The model cannot be read.
+    """
+    logging.disable_progress_bar()
+    with reading(f"{folder} is not a complete MaskMoE model: it", "export the model again"):
+        model = MaskMoEForCausalLM.from_pretrained(folder, dtype="auto", local_files_only=True)
+    for part, parameter in model.model.named_parameters():
+        if not torch.isfinite(parameter).all():
+            raise UserError(f"{folder} has weights that are NaN or infinite, such as {part}: they route to no expert")
+    # Under the CPU adapter the current device is the CPU.
+    device = torch.device(torch.cuda.current_device()) if torch.cuda.is_available() else torch.device("cpu")
+    return model.model.to(device).eval()
+
+
+@torch.inference_mode()
+def record_routing(model: MaskMoEModel, probe: Probe) -> RoutingTrace:
+    """Record how a model routes all tokens of a probe.
+
+    Args:
+        model: The decoder of a model with experts.
+        probe: The probe text, which the model reads window by window.
+    """
+    recorded = {module: [] for module in model.modules() if isinstance(module, MaskMoETopKRouter)}
+
+    def record(
+        router: MaskMoETopKRouter, inputs: tuple[Tensor, Tensor], outputs: tuple[Tensor, Tensor, Tensor]
+    ) -> None:
+        _, visible = inputs  # bool [tokens, experts]
+        logits, weights, indices = outputs
+        scores = score(logits, router.scoring_func)  # 0 for invisible experts
+        fields = {
+            "experts": selected_experts(indices).short(),
+            "weights": weights.float(),
+            "entropy": torch.special.entr(scores / (scores.sum(dim=-1, keepdim=True) + 1e-20)).sum(dim=-1),
+            "num_visible": visible.sum(dim=-1).short(),
+        }
+        recorded[router].append({name: values.cpu().numpy() for name, values in fields.items()})
+
+    with ExitStack() as hooks:
+        for router in recorded:
+            hooks.enter_context(router.register_forward_hook(record))
+        for batch in probe.batches():
+            model(input_ids=torch.from_numpy(batch).to(model.device), use_cache=False)
+
+    arrays = {
+        field: np.stack([np.concatenate([batch[field] for batch in batches]) for batches in recorded.values()])
+        for field in ("experts", "weights", "entropy", "num_visible")
+    }
+    return RoutingTrace(probe.token_ids, **arrays, num_experts=model.config.num_experts)
+
+
+def selected_experts(indices: Tensor) -> Tensor:
+    """Return the selected experts, [tokens, k], with `NO_EXPERT` where the router had no further expert to select.
+
+    A router without a further expert repeats its best expert, and it never repeats another expert. So a repetition is
+    not a choice, whatever its weight.
+
+    Args:
+        indices: Int64 [tokens, k], as the router returns them.
+    """
+    is_repeated = indices == indices[:, :1]
+    is_repeated[:, 0] = False
+    return indices.masked_fill(is_repeated, NO_EXPERT)

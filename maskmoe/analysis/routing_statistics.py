@@ -1,18 +1,91 @@
-"""Computes statistics of routing traces, by pure functions of arrays.
+"""The trace of a model's routing, and its statistics: pure functions of arrays.
 
 The sizes are L layers with experts, T tokens, N experts, k experts of a token, B frequency bands, U distinct ids of a
 probe, of which F occur often enough to be listed.
 """
 
+import json
 from collections.abc import Iterator
 from dataclasses import dataclass
+from pathlib import Path
 
 import numpy as np
+from safetensors.numpy import save_file
 from scipy.special import entr
 
-from maskmoe.analysis.analysis_settings import AnalysisSettings
-from maskmoe.analysis.routing_trace import NO_EXPERT, RoutingTrace
+from maskmoe.files.outputs import atomic_output
 from maskmoe.routing_mask.frequency import FrequencyBands
+
+SPLITS = ("train", "valid", "test")
+NO_EXPERT = -1
+
+
+@dataclass(frozen=True)
+class AnalysisSettings:
+    """The sizes of the probe, the parameters of the statistics, and the tokenizer.
+
+    Each attribute has the name of its flag.
+
+    Attributes:
+        tokens: Number of tokens of the probe text.
+        seq_length: Number of tokens in a window; None for the sequence length of the model.
+        batch_size: Number of windows in a batch.
+        min_occurrences: Number of occurrences in the probe from which an id counts in the statistics of distinct
+            experts.
+        top_ids: Number of ids to list for each expert.
+        tokenizer_type, tokenizer_model: The values of Megatron's flags; None for the tokenizer of the training run.
+    """
+
+    tokens: int = 16384
+    seq_length: int | None = None
+    batch_size: int = 8
+    min_occurrences: int = 8
+    top_ids: int = 10
+    tokenizer_type: str | None = None
+    tokenizer_model: str | None = None
+
+
+@dataclass(frozen=True, eq=False)
+class RoutingTrace:
+    """The routing of all tokens in all layers with experts.
+
+    Attributes:
+        token_ids: Int64 [tokens].
+        experts: Int16 [layers, tokens, k], the chosen experts, the best first; `NO_EXPERT` fills the places of tokens
+            with fewer than k experts.
+        weights: Float32 [layers, tokens, k], the weights of the chosen experts; 0 for `NO_EXPERT`.
+        entropy: Float32 [layers, tokens], entropy of the probabilities of the visible experts, in nats.
+        num_visible: Int16 [layers, tokens], number of visible experts of the token's id, V.
+        num_experts: Number of experts in a layer, N.
+    """
+
+    token_ids: np.ndarray
+    experts: np.ndarray
+    weights: np.ndarray
+    entropy: np.ndarray
+    num_visible: np.ndarray
+    num_experts: int
+
+    @property
+    def is_routable(self) -> np.ndarray:
+        """Return whether the id of a token sees two or more experts, bool [layers, tokens]."""
+        return self.num_visible > 1
+
+    def save(self, path: Path, checkpoint: str, layers: tuple[int, ...]) -> None:
+        """Write the arrays to a safetensors file, atomically; its metadata has the other values as JSON.
+
+        Args:
+            path: The file to write.
+            checkpoint: The name of the model.
+            layers: Numbers of the layers with experts, from 1.
+
+        Raises:
+            UserError: The file cannot be written.
+        """
+        tensors = {name: np.ascontiguousarray(v) for name, v in vars(self).items() if isinstance(v, np.ndarray)}
+        record = {"checkpoint": checkpoint, "layers": layers, "num_experts": self.num_experts}
+        with atomic_output(path) as temporary:
+            save_file(tensors, temporary, metadata={name: json.dumps(value) for name, value in record.items()})
 
 
 @dataclass(frozen=True, eq=False)
@@ -20,19 +93,19 @@ class RoutingStatistics:
     """The statistics of one model. A mean over no tokens is NaN.
 
     Attributes:
-        load: int64 [L, B, N], number of assignments.
-        entropy: float64 [L], mean entropy of the routers over the tokens that see two or more experts, in nats.
-        entropy_bound: float64 [L], mean of ln V over these tokens, the largest possible mean entropy, in nats.
-        first_weight: float64 [L], mean weight of a token's best expert over these tokens.
-        single_expert_share: float64 [L], share of the tokens that see one expert.
-        id_information: float64 [L], mutual information of the id and the experts of a token, in nats.
-        changed: float64 [2 + B, L], share of its experts that a token changed since the previous model, as means over
+        load: Int64 [L, B, N], number of assignments.
+        entropy: Float64 [L], mean entropy of the routers over the tokens that see two or more experts, in nats.
+        entropy_bound: Float64 [L], mean of ln V over these tokens, the largest possible mean entropy, in nats.
+        first_weight: Float64 [L], mean weight of a token's best expert over these tokens.
+        single_expert_share: Float64 [L], share of the tokens that see one expert.
+        id_information: Float64 [L], mutual information of the id and the experts of a token, in nats.
+        changed: Float64 [2 + B, L], share of its experts that a token changed since the previous model, as means over
             groups of tokens: all tokens, the tokens that see two or more experts in either model, and the tokens of
             each frequency band. None for the first model.
-        top_ids: int64 [L, N, R], the ids that each expert gets most often, the most frequent first.
-        top_counts: int64 [L, N, R], number of tokens with these ids that the expert gets; 0 after all ids of an expert.
-        distinct: int64 [L, F], number of experts that the occurrences of an id chose first.
-        effective: float64 [L, F], exp of the entropy of these choices: the number of equally used experts with the
+        top_ids: Int64 [L, N, R], the ids that each expert gets most often, the most frequent first.
+        top_counts: Int64 [L, N, R], number of tokens with these ids that the expert gets; 0 after all ids of an expert.
+        distinct: Int64 [L, F], number of experts that the occurrences of an id chose first.
+        effective: Float64 [L, F], exp of the entropy of these choices: the number of equally used experts with the
             same entropy.
     """
 
@@ -55,10 +128,10 @@ def measure(
     """Compute all statistics of one model.
 
     Args:
-        trace: the trace of the model.
-        before: the trace of the previous model of the series; None for the first model.
-        bands: the frequency bands of the ids.
-        settings: the settings of the analysis.
+        trace: The trace of the model.
+        before: The trace of the previous model of the series; None for the first model.
+        bands: The frequency bands of the ids.
+        settings: The settings of the analysis.
     """
     band_of_token = bands.band_of_id[trace.token_ids]
     routable = trace.is_routable
@@ -85,10 +158,10 @@ def count_choices(experts: np.ndarray, group_of_token: np.ndarray, num_groups: i
     """Count how often the tokens of each group chose each expert in one layer.
 
     Args:
-        experts: int16 [T, k], the chosen experts or `NO_EXPERT`.
-        group_of_token: int64 [T], the group of each token.
-        num_groups: number of groups.
-        num_experts: number of experts, N.
+        experts: Int16 [T, k], the chosen experts or `NO_EXPERT`.
+        group_of_token: Int64 [T], the group of each token.
+        num_groups: Number of groups.
+        num_experts: Number of experts, N.
 
     Returns:
         int64 [groups, N]; the sum is the number of chosen experts of all tokens.
@@ -104,8 +177,8 @@ def choices_of_ids(trace: RoutingTrace, first_only: bool = False) -> Iterator[np
     The tables are large, so this generator yields the table of one layer at a time.
 
     Args:
-        trace: the routing of tokens with U distinct ids.
-        first_only: whether to count only the best expert of each token.
+        trace: The routing of tokens with U distinct ids.
+        first_only: Whether to count only the best expert of each token.
     """
     ids, index = np.unique(trace.token_ids, return_inverse=True)
     for experts in trace.experts[..., :1] if first_only else trace.experts:
@@ -171,8 +244,8 @@ def fluctuation(before: RoutingTrace, after: RoutingTrace) -> np.ndarray:
     """Return which share of its experts each token changed, 1 - |A ∩ B| / max(|A|, |B|), float32 [L, T].
 
     Args:
-        before: the trace with the experts A of each token.
-        after: the trace of the same tokens and layers with the experts B.
+        before: The trace with the experts A of each token.
+        after: The trace of the same tokens and layers with the experts B.
     """
     changed = np.empty(before.entropy.shape, np.float32)
     for layer, (old, new) in enumerate(zip(before.experts, after.experts, strict=True)):

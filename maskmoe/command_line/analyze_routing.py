@@ -26,7 +26,7 @@ from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
-from maskmoe.analysis.analysis_settings import SPLITS, AnalysisSettings
+from maskmoe.analysis.routing_statistics import SPLITS, AnalysisSettings
 from maskmoe.command_line import ranges
 from maskmoe.command_line.arguments import command_parser
 from maskmoe.command_line.parser import add_force_argument, split
@@ -58,8 +58,6 @@ def parse_arguments() -> argparse.Namespace:
     _add(models, "--ckpt-step I", "use only these iterations of a folder", type=ranges.ITERATION, nargs="+", default=())
     _add(models, "--tokenizer-type T", "type of the tokenizer (default: the checkpoint's; NullTokenizer: no tokenizer)")
     _add(models, "--tokenizer-model F", "file of the tokenizer (default: the checkpoint's)")
-    folder = "folder in which Megatron checkpoints are converted (default: the system's)"
-    _add(models, "--scratch-dir DIR", folder, type=Path)
 
     probe = parser.add_argument_group("probe text")
     text = probe.add_mutually_exclusive_group(required=True)
@@ -153,8 +151,6 @@ def main() -> None:
     check_output_folder(arguments)
     for path in arguments.load:
         check_folder(path, "--load")
-    if arguments.scratch_dir:
-        check_folder(arguments.scratch_dir, "--scratch-dir")
     frequency = TokenFrequency.load(arguments.token_frequency) if arguments.token_frequency else None
     settings = AnalysisSettings(**{name: getattr(arguments, name) for name in AnalysisSettings.__dataclass_fields__})
 
@@ -166,8 +162,7 @@ def main() -> None:
     from maskmoe.analysis.model_series import find_models
     from maskmoe.analysis.probe_text import DatasetText, FileText
     from maskmoe.analysis.routing_analysis import analyze
-    from maskmoe.analysis.routing_plots import PLOT_NAMES, write_plots
-    from maskmoe.analysis.routing_tables import TABLE_NAMES, terminal_table, write_tables
+    from maskmoe.analysis.routing_report import PLOT_NAMES, TABLE_NAMES, terminal_table, write_plots, write_tables
 
     if arguments.input is None:
         text = DatasetText(arguments.data_path, arguments.split, arguments.eval_split)

@@ -31,10 +31,9 @@ Example:
 import argparse
 from pathlib import Path
 
-from maskmoe.analysis.cluster import Cluster, Link
 from maskmoe.analysis.dispatch_report import draw_plot, terminal_table, write_costs
 from maskmoe.analysis.dispatch_simulation import Simulation
-from maskmoe.analysis.dispatch_traffic import Workload
+from maskmoe.analysis.dispatch_traffic import Cluster, Link, Workload
 from maskmoe.command_line import ranges
 from maskmoe.command_line.arguments import add_seed_argument, command_parser
 from maskmoe.command_line.parser import add_force_argument

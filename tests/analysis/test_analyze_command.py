@@ -1,25 +1,20 @@
-"""The command analyze_routing, as a user runs it."""
+"""`maskmoe analyze`, as a user runs it."""
 
+import contextlib
 import csv
 import math
-import runpy
 import shlex
-import sys
 from pathlib import Path
 
 import numpy as np
-import pyarrow as pa
-import pyarrow.parquet as pq
 import pytest
-from datasets import Dataset, DatasetDict
 from safetensors.numpy import load_file
-from support.paths import ROOT
+from support.command_lines import Outcome, run_command, writing_nothing
 from support.small_series import ITERATIONS, NUM_EXPERTS, SPLIT, TRAINING
 from support.tiny_maskmoe import make_model, random_mask
 
 from maskmoe.analysis.model_series import find_models
-from maskmoe.analysis.routing_plots import PLOT_NAMES
-from maskmoe.analysis.routing_tables import TABLE_NAMES
+from maskmoe.analysis.routing_report import PLOT_NAMES, TABLE_NAMES
 from maskmoe.conversion.convert import Settings, megatron_to_huggingface
 from maskmoe.data.indexed_dataset import IndexedDatasetWriter
 from maskmoe.routing_mask import RoutingMask, TokenFrequency
@@ -31,6 +26,12 @@ SERIES = ("--load", "checkpoints", "--data-path", "data", "--split", SPLIT)
 LAYERS = (1, 3)
 
 
+def analyze(folder: Path, *words: object) -> Outcome:
+    """Run `maskmoe analyze WORDS…` in a folder."""
+    with contextlib.chdir(folder):
+        return run_command("analyze", *words)
+
+
 def read_table(folder: Path, name: str) -> list[dict[str, str]]:
     with open(folder / name, newline="", encoding="utf-8") as stream:
         return list(csv.DictReader(stream))
@@ -40,14 +41,13 @@ def read_table(folder: Path, name: str) -> list[dict[str, str]]:
 def analysed_series(workplace, checkpoints) -> Path:
     """The folder with the results of the checkpoints of a run."""
     flags = ("--token-frequency", "counts.safetensors", "--tokens", 1500, "--save-traces")
-    process = workplace.analyze(*SERIES, *flags, "--scratch-dir", ".", "--output-dir", "series")
-    assert process.returncode == 0, process.stderr
-    assert "routing the probe: 100%" in process.stderr
-    table, _, written = process.stdout.partition("\n\n")
+    outcome = analyze(workplace.folder, *SERIES, *flags, "--output-dir", "series")
+    assert outcome.code == 0, outcome.errors
+    assert "routing the probe: 100%" in outcome.errors
+    table, _, written = outcome.output.partition("\n\n")
     assert [line.split()[:2] for line in table.splitlines()[2:]] == [["iteration", str(it)] for it in ITERATIONS]
     folder = workplace.folder / "series"
     assert {Path(line.split()[1]).name for line in written.splitlines()} == {path.name for path in folder.iterdir()}
-    assert not list(workplace.folder.glob("analyze_routing_*"))
     return folder
 
 
@@ -139,8 +139,8 @@ def test_checkpoints_of_a_hybrid_run(workplace):
     process = workplace.run_python("-m", "maskmoe.training.pretrain", *shlex.split(flags), "--save", "hybrid")
     assert process.returncode == 0, process.stdout[-2000:] + process.stderr[-4000:]
     load = ("--load", "hybrid", *SERIES[2:], "--ckpt-step", ITERATIONS[-1])
-    process = workplace.analyze(*load, "--tokens", 500, "--save-traces", "--output-dir", "analysis_of_hybrid")
-    assert process.returncode == 0, process.stderr
+    flags = ("--tokens", 500, "--save-traces", "--output-dir", "analysis_of_hybrid")
+    assert analyze(workplace.folder, *load, *flags).code == 0
     folder = workplace.folder / "analysis_of_hybrid"
     assert {int(row["layer"]) for row in read_table(folder, "load.csv")} == set(LAYERS)
     trace = load_file(folder / "trace_1.safetensors")
@@ -157,8 +157,7 @@ def test_an_exported_model_and_a_text(workplace, checkpoints):
     of_checkpoint, of_exported = (model.open().args for model in (find_models([checkpoints])[0], exported))
     assert of_exported.tokenizer_sha256 == of_checkpoint.tokenizer_sha256
     flags = ("--load", "exported", "--input", "text.txt", "--seq-length", 16, "--tokens", 700, "--batch-size", 5)
-    process = workplace.analyze(*flags, "--output-dir", "of_text")
-    assert process.returncode == 0, process.stderr
+    assert analyze(workplace.folder, *flags, "--output-dir", "of_text").code == 0
     folder = workplace.folder / "of_text"
     assert {path.name for path in folder.iterdir()} == FILES - {"fluctuation.png"}
     assert {(row["checkpoint"], row["iteration"]) for row in read_table(folder, "layers.csv")} == {("exported", "")}
@@ -167,12 +166,11 @@ def test_an_exported_model_and_a_text(workplace, checkpoints):
     assert all(row["piece"] for row in read_table(folder, "ids.csv"))
 
 
-def test_a_model_against_itself(tmp_path, monkeypatch, capsys):
+def test_a_model_against_itself(tmp_path):
     """With one layer with experts and no token with a choice, cells without a value are empty."""
     settings = {"mlp_layer_types": ["dense", "sparse", "dense"], "num_experts_per_tok": 1}
     make_model(random_mask(1), **settings).save_pretrained(tmp_path / "model")
-    monkeypatch.chdir(tmp_path)
-    run("--load", "model", "model", "--data-path", write_data(tmp_path), "--output-dir", "out")
+    outcome = analyze(tmp_path, "--load", "model", "model", "--data-path", write_data(tmp_path), "--output-dir", "out")
     changed = {row["tokens"]: row["changed"] for row in read_table(tmp_path / "out", "fluctuation.csv")}
     assert changed["all"] == "0"
     assert changed["routable"] == ""
@@ -180,7 +178,7 @@ def test_a_model_against_itself(tmp_path, monkeypatch, capsys):
     assert (row["layer"], row["entropy"], row["single_expert_share"]) == ("2", "", "1")
     assert {row["distinct"] for row in read_table(tmp_path / "out", "ids.csv")} == {"1"}
     assert {path.name for path in (tmp_path / "out").iterdir()} == FILES
-    assert "Warning" not in capsys.readouterr().err
+    assert "Warning" not in outcome.errors
 
 
 def write_data(folder: Path) -> str:
@@ -188,14 +186,6 @@ def write_data(folder: Path) -> str:
     with IndexedDatasetWriter(folder / "tiny", np.uint16) as dataset:
         dataset.add_document(np.arange(600) % 60)
     return str(folder / "tiny")
-
-
-def run(*arguments: object) -> None:
-    """Run the command in this process."""
-    tool = ROOT / "tools/analyze_routing.py"
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(sys, "argv", [str(tool), *map(str, arguments)])
-        runpy.run_path(str(tool), run_name="__main__")
 
 
 @pytest.mark.parametrize(
@@ -206,58 +196,22 @@ def run(*arguments: object) -> None:
         (("--token-frequency", "text.txt"), "text.txt"),
         (("--token-frequency", "few.safetensors"), "--token-frequency counts 60 ids, the model has 500"),
         (("--tokenizer-model", "nowhere.model"), "the tokenizer nowhere.model of"),
-        (("--scratch-dir", "nowhere"), "--scratch-dir nowhere does not exist"),
         (("--output-dir", "no/folder"), "cannot write to --output-dir no/folder: No such file or directory"),
     ],
 )
-def test_bad_input(workplace, checkpoints, monkeypatch, capsys, flags, words):
-    monkeypatch.chdir(workplace.folder)
+def test_bad_input(workplace, checkpoints, flags, words):
     counts = np.array([[600, *[0] * 59]])
     datasets = ({"name": "d", "num_tokens": 600, "idx_sha256": "0" * 64, "bin_bytes": 1200},)
-    TokenFrequency(counts, (None,), datasets, None).save("few.safetensors")
-    before = set(workplace.folder.rglob("*"))
+    TokenFrequency(counts, (None,), datasets, None).save(workplace.folder / "few.safetensors")
     series = SERIES[2:] if flags[0] == "--load" else SERIES  # the flag may be given only once
-    with pytest.raises(SystemExit) as end:
-        run(*series, "--output-dir", "bad", *flags)
-    assert end.value.code == 2
-    output, errors = capsys.readouterr()
-    assert output == ""
-    (message,) = [line for line in errors.splitlines() if line.startswith("error: ")]
-    assert words in message
-    assert "Traceback" not in errors
-    assert set(workplace.folder.rglob("*")) == before
+    with writing_nothing(workplace.folder):
+        outcome = analyze(workplace.folder, *series, "--output-dir", "bad", *flags)
+    outcome.assert_refused(words)
+    assert outcome.output == ""
 
 
-def test_results_stay_as_they_were(analysed_series, workplace, monkeypatch, capsys):
-    monkeypatch.chdir(workplace.folder)
-    before = {path: path.read_bytes() for path in analysed_series.iterdir()}
-    with pytest.raises(SystemExit):
-        run(*SERIES, "--output-dir", "series", "--force", "--seq-length", 33)
-    assert {path: path.read_bytes() for path in analysed_series.iterdir()} == before
-    assert "--seq-length is 33" in capsys.readouterr().err
-
-
-def test_text_that_cannot_be_read(workplace, checkpoints, monkeypatch, capsys):
-    """The advice must hold for this command, whose flags of the text differ from those of preprocess."""
-    monkeypatch.chdir(workplace.folder)
-    Path("body.jsonl").write_text('{"body": "a"}\n')
-    pq.write_table(pa.table({"body": ["a"]}), "body.parquet")
-    split = Dataset.from_dict({"text": ["a"]})
-    DatasetDict(train=split, test=split).save_to_disk("saved")
-    for name, advice in (
-        ("body.jsonl", "choose the keys of the text with --json-keys"),
-        ("body.parquet", "choose with --json-keys"),
-        ("saved", "(train, test): name the folder of one split"),
-    ):
-        with pytest.raises(SystemExit) as end:
-            run("--load", "checkpoints", "--ckpt-step", ITERATIONS[0], "--input", name, "--output-dir", "bad")
-        assert end.value.code == 2
-        assert capsys.readouterr().err.splitlines()[-1].endswith(advice)
-
-
-def test_split_of_files(workplace, monkeypatch, capsys):
-    monkeypatch.chdir(workplace.folder)
-    with pytest.raises(SystemExit) as end:
-        run("--load", "nowhere", "--input", "text.txt", "--split", "1,1,1", "--output-dir", "bad")
-    assert end.value.code == 2
-    assert capsys.readouterr().err.startswith("error: --split is for --data-path")
+def test_split_of_files(workplace):
+    outcome = analyze(
+        workplace.folder, "--load", "nowhere", "--input", "text.txt", "--split", "1,1,1", "--output-dir", "bad"
+    )
+    outcome.assert_refused("--split is for --data-path")

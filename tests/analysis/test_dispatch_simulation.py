@@ -6,8 +6,7 @@ import numpy as np
 import pytest
 from support.small_cases import VOCAB_SIZE, count, make_cluster, make_mask, write_data
 
-from maskmoe.analysis.compared_masks import Routing, mask_of_layer
-from maskmoe.analysis.dispatch_simulation import DispatchCost, Simulation
+from maskmoe.analysis.dispatch_simulation import DispatchCost, Routing, Simulation, mask_of_layer
 from maskmoe.analysis.dispatch_traffic import Workload
 from maskmoe.data.indexed_dataset import open_tokens
 from maskmoe.errors import UserError

@@ -4,13 +4,13 @@ import hashlib
 import json
 import re
 import shutil
+import tempfile
 from pathlib import Path
 
 import pytest
 from support.small_series import ITERATIONS, VOCAB_SIZE
 from support.tiny_maskmoe import make_config, make_model, random_mask
 
-from maskmoe.analysis.analysis_settings import AnalysisSettings
 from maskmoe.analysis.model_series import (
     ModelShape,
     ModelSource,
@@ -19,6 +19,7 @@ from maskmoe.analysis.model_series import (
     model_folder,
     tokenizer_folder,
 )
+from maskmoe.analysis.routing_statistics import AnalysisSettings
 from maskmoe.data.tokenizer_training import train_tokenizer
 from maskmoe.errors import UserError
 from maskmoe.huggingface import MaskMoEForCausalLM
@@ -71,19 +72,17 @@ def test_damaged_checkpoints(series):
     assert len(find_models([series], [2, 6])) == 2
 
 
-def test_altered_content_is_found_when_it_is_converted(series, tmp_path):
+def test_altered_content_is_found_when_it_is_converted(series, tmp_path, monkeypatch):
     (model,) = find_models([series], [2])
     file = max((series / "iter_0000002").glob("*.distcp"), key=lambda path: path.stat().st_size)
     content = bytearray(file.read_bytes())
     content[len(content) // 2] ^= 1
     file.write_bytes(content)
-    (tmp_path / "scratch").mkdir()
-    with (
-        pytest.raises(UserError, match="iter_0000002"),
-        model_folder(model, AnalysisSettings(scratch_dir=tmp_path / "scratch")),
-    ):
+    (tmp_path / "temporary").mkdir()
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path / "temporary"))
+    with pytest.raises(UserError, match="iter_0000002"), model_folder(model):
         pass
-    assert not any((tmp_path / "scratch").iterdir())
+    assert not any((tmp_path / "temporary").iterdir())
 
 
 def test_paths_that_are_no_models(tmp_path, tiny_model):
@@ -122,7 +121,8 @@ def test_models_without_experts_and_of_other_types(tmp_path):
         common_shape(find_models([tmp_path / "dense"]))
 
 
-def test_tokenizers(checkpoints, tmp_path):
+def test_tokenizers(checkpoints, tmp_path, monkeypatch):
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
     (model,) = find_models([checkpoints / "iter_0000002"])
     with pytest.raises(UserError, match=r"tokenizer.model of .* does not exist; pass --tokenizer-model"):
         # The arguments in the checkpoint have a path relative to the folder of the run.
@@ -130,13 +130,13 @@ def test_tokenizers(checkpoints, tmp_path):
     tokenizer = str(checkpoints.parent / "tokenizer.model")
     digest = hashlib.sha256(Path(tokenizer).read_bytes()).hexdigest()
     assert model.open().args.tokenizer_sha256 == digest
-    with tokenizer_folder(model, AnalysisSettings(scratch_dir=tmp_path, tokenizer_model=tokenizer)) as folder:
+    with tokenizer_folder(model, AnalysisSettings(tokenizer_model=tokenizer)) as folder:
         assert (folder / "tokenizer.json").is_file()
         assert folder.parent == tmp_path
-    with tokenizer_folder(model, AnalysisSettings(scratch_dir=tmp_path, tokenizer_type="NullTokenizer")) as folder:
+    with tokenizer_folder(model, AnalysisSettings(tokenizer_type="NullTokenizer")) as folder:
         assert not any(folder.iterdir())
     other = tmp_path / "other.model"
     other.write_bytes(train_tokenizer(["other words than those of training"], vocab_size=280, num_threads=1))
     with pytest.raises(UserError, match=rf"{other} of .* is not the file .* \(sha256 {digest[:12]}…\)"):
-        tokenizer_folder(model, AnalysisSettings(scratch_dir=tmp_path, tokenizer_model=str(other))).__enter__()
+        tokenizer_folder(model, AnalysisSettings(tokenizer_model=str(other))).__enter__()
     assert list(tmp_path.iterdir()) == [other]

@@ -14,7 +14,6 @@ from megatron.core.datasets.gpt_dataset import GPTDataset, GPTDatasetConfig
 from megatron.core.tokenizers import MegatronTokenizer
 from support.small_series import SPLIT, VOCAB_SIZE
 
-from maskmoe.analysis.analysis_settings import SPLITS
 from maskmoe.analysis.probe_text import (
     DatasetText,
     FileText,
@@ -23,6 +22,7 @@ from maskmoe.analysis.probe_text import (
     split_sequences,
     spread_windows,
 )
+from maskmoe.analysis.routing_statistics import SPLITS
 from maskmoe.conversion.tokenizer import export_tokenizer
 from maskmoe.data.indexed_dataset import IndexedDatasetWriter, open_tokens, read_index
 from maskmoe.data.tokenizer import SentencePieceTokenizer

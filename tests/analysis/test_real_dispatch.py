@@ -7,8 +7,7 @@ import pytest
 from support.launchers import RANK_SCRIPTS
 from support.small_cases import count, make_cluster, make_mask, write_data
 
-from maskmoe.analysis.compared_masks import Routing, mask_of_layer
-from maskmoe.analysis.dispatch_simulation import Simulation
+from maskmoe.analysis.dispatch_simulation import Routing, Simulation, mask_of_layer
 from maskmoe.analysis.dispatch_traffic import NO_EXPERT, VisibleLists, Workload, exchanges, rows_to_ranks
 from maskmoe.data.indexed_dataset import open_tokens
 from maskmoe.transformer.dispatch.kind import DispatchKind

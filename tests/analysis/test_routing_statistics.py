@@ -10,9 +10,7 @@ from hypothesis import strategies as st
 from scipy.stats import entropy as scipy_entropy
 
 from maskmoe.analysis import routing_statistics as statistics
-from maskmoe.analysis.analysis_settings import AnalysisSettings
-from maskmoe.analysis.routing_statistics import RoutingStatistics
-from maskmoe.analysis.routing_trace import NO_EXPERT, RoutingTrace
+from maskmoe.analysis.routing_statistics import NO_EXPERT, AnalysisSettings, RoutingStatistics, RoutingTrace
 from maskmoe.routing_mask.frequency import FrequencyBands
 
 

@@ -1,13 +1,12 @@
-"""Runs tools/simulate_dispatch.py as a user does."""
+"""Runs `maskmoe simulate` as a user does."""
 
 import csv
-import subprocess
 from pathlib import Path
 
 import numpy as np
 import pytest
+from support.command_lines import Outcome, run_command, writing_nothing
 from support.small_cases import VOCAB_SIZE, count, make_mask, write_data
-from support.tools import assert_bad_input, run_tool
 
 from maskmoe.data.indexed_dataset import IndexedDatasetWriter
 
@@ -24,21 +23,26 @@ def folder(tmp_path_factory) -> Path:
     return folder
 
 
-def run(folder: Path, *changes: object) -> subprocess.CompletedProcess:
+@pytest.fixture(autouse=True)
+def in_folder(folder, monkeypatch) -> None:
+    monkeypatch.chdir(folder)
+
+
+def run(*changes: object) -> Outcome:
     """Run on a small case; `changes` are further flags, which override the flags of the case."""
     lists = {"--data-path": ["text"], "--topk": [2], "--num-gpus": [16, 8, 64]}
     case = [word for flag, values in lists.items() if flag not in changes for word in (flag, *values)]
     case += ["--routing-mask", "mask.safetensors", "--hidden-size", 64, "--tokens-per-rank", 50, "--gpus-per-node", 4]
-    return run_tool("simulate_dispatch", *case, *changes, cwd=folder)
+    return run_command("simulate", *case, *changes)
 
 
 def test_outputs(folder):
-    process = run(folder, "--topk", 2, 4, "--output", "costs.csv", "--plot", "plot.png", "--layer", 2)
-    assert process.returncode == 0, process.stderr
-    assert "top-2" in process.stdout
-    assert "top-4" in process.stdout
-    assert "impossible: 32 experts cannot be divided evenly over 64 expert-parallel ranks" in process.stdout
-    assert process.stdout.endswith("written          costs.csv\nwritten          plot.png\n")
+    outcome = run("--topk", 2, 4, "--output", "costs.csv", "--plot", "plot.png", "--layer", 2)
+    assert outcome.code == 0, outcome.errors
+    assert "top-2" in outcome.output
+    assert "top-4" in outcome.output
+    assert "impossible: 32 experts cannot be divided evenly over 64 expert-parallel ranks" in outcome.output
+    assert outcome.output.endswith("written          costs.csv\nwritten          plot.png\n")
     assert (folder / "plot.png").read_bytes().startswith(b"\x89PNG")
     with open(folder / "costs.csv", newline="", encoding="utf-8") as stream:
         rows = list(csv.DictReader(stream))
@@ -51,13 +55,12 @@ def test_outputs(folder):
 
 
 def test_plot_without_a_possible_variant(folder):
-    process = run(folder, "--num-gpus", 64, 128, "--plot", "nothing.png")
-    assert process.returncode == 0, process.stderr
+    assert run("--num-gpus", 64, 128, "--plot", "nothing.png").code == 0
     assert (folder / "nothing.png").exists()
 
 
-def test_same_seed_same_results(folder):
-    first, second, other = (run(folder, "--seed", seed).stdout for seed in (3, 3, 4))
+def test_same_seed_same_results():
+    first, second, other = (run("--seed", seed).output for seed in (3, 3, 4))
     assert first == second != other
 
 
@@ -73,8 +76,7 @@ def test_same_seed_same_results(folder):
     ],
 )
 def test_bad_input(folder, changes, words):
-    before = set(folder.iterdir())
-    process = run(folder, "--output", "bad.csv", *changes)
-    assert_bad_input(process, *words)
-    assert process.stdout == ""
-    assert set(folder.iterdir()) == before
+    with writing_nothing(folder):
+        outcome = run("--output", "bad.csv", *changes)
+    outcome.assert_refused(*words)
+    assert outcome.output == ""

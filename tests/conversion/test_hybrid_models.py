@@ -18,10 +18,9 @@ from support.hybrid_twins import copy_parameters
 from support.megatron_models import load_converted_model, logits_of_megatron, save_as_release
 from support.small_moe import make_mask, random_visible_sets
 
-from maskmoe.analysis.analysis_settings import AnalysisSettings
 from maskmoe.analysis.model_series import common_shape, find_models, model_folder
 from maskmoe.analysis.probe_text import Probe
-from maskmoe.analysis.trace_recording import load_decoder, record_routing
+from maskmoe.analysis.routing_analysis import load_decoder, record_routing
 from maskmoe.conversion.blocks import Block
 from maskmoe.conversion.config_mapping import args_from_config, config_from_args
 from maskmoe.conversion.convert import huggingface_to_megatron, megatron_to_huggingface, upcycle_model
@@ -341,7 +340,7 @@ def test_analysis_counts_feed_forward_layers(moe_model, tmp_path):
     shape, _ = common_shape([model])
     assert shape.layers == (1, 3)
     probe = Probe(random_ids(64).flatten().numpy(), 16, 2)
-    with model_folder(model, AnalysisSettings(scratch_dir=tmp_path)) as folder:
+    with model_folder(model) as folder:
         trace = record_routing(load_decoder(folder), probe)
     assert len(trace.experts) == 2
     for table in range(2):

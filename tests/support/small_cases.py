@@ -4,7 +4,7 @@ from pathlib import Path
 
 import numpy as np
 
-from maskmoe.analysis.cluster import Cluster, Link
+from maskmoe.analysis.dispatch_traffic import Cluster, Link
 from maskmoe.data.indexed_dataset import IndexedDatasetWriter
 from maskmoe.routing_mask import MaskRecipe, RoutingMask, TokenFrequency, build_routing_mask, count_token_frequency
 from maskmoe.routing_mask.assignment import stack_tables, table_of_sets

@@ -6,7 +6,6 @@ import sys
 from dataclasses import dataclass
 from pathlib import Path
 
-from support.paths import ROOT
 from support.runs import free_port
 
 VOCAB_SIZE = 500
@@ -43,7 +42,3 @@ class Workplace:
         environment = os.environ | {name: str(value) for name, value in (group | common).items()}
         command = [sys.executable, *map(str, arguments)]
         return subprocess.run(command, cwd=self.folder, env=environment, capture_output=True, text=True, timeout=600)
-
-    def analyze(self, *arguments: object) -> subprocess.CompletedProcess:
-        """Run tools/analyze_routing.py in the folder."""
-        return self.run_python(ROOT / "tools/analyze_routing.py", *arguments)

@@ -11,11 +11,10 @@ from safetensors.numpy import load_file
 from support.small_series import DATA, ITERATIONS
 from support.tiny_maskmoe import NUM_EXPERTS, make_model, random_ids, random_mask
 
-from maskmoe.analysis.analysis_settings import AnalysisSettings
 from maskmoe.analysis.model_series import common_shape, find_models, model_folder
 from maskmoe.analysis.probe_text import Probe
-from maskmoe.analysis.routing_trace import NO_EXPERT
-from maskmoe.analysis.trace_recording import load_decoder, record_routing, selected_experts
+from maskmoe.analysis.routing_analysis import load_decoder, record_routing, selected_experts
+from maskmoe.analysis.routing_statistics import NO_EXPERT
 
 
 def make_probe(num_tokens: int, seq_length: int = 16, batch_size: int = 3) -> Probe:
@@ -134,7 +133,7 @@ def test_equals_what_megatron_routed(checkpoints, routed_by_megatron):
     (model,) = find_models([checkpoints], [ITERATIONS[-1]])
     windows = routed_by_megatron[1][0]
     probe = Probe(windows.reshape(-1), windows.shape[1], 4)
-    with model_folder(model, AnalysisSettings()) as folder:
+    with model_folder(model) as folder:
         trace = record_routing(load_decoder(folder), probe)
     assert not folder.exists()
     assert common_shape([model])[0].layers == tuple(routed_by_megatron) == (1, 3)

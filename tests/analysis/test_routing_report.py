@@ -7,7 +7,7 @@ import pytest
 from matplotlib.figure import Figure
 
 from maskmoe.analysis.routing_analysis import RoutingAnalysis
-from maskmoe.analysis.routing_plots import PLOT_NAMES, write_plots
+from maskmoe.analysis.routing_report import PLOT_NAMES, write_plots
 from maskmoe.routing_mask.frequency import FrequencyBands
 
 

@@ -1,6 +1,6 @@
-"""Writes the results of an analysis as tidy CSV files, and as a table for the terminal.
+"""Writes the results of an analysis: tidy CSV files, plots, and a table for the terminal.
 
-Every file starts with the columns `checkpoint` (the name of the model), `iteration` (empty if it is unknown) and
+Every CSV file starts with the columns `checkpoint` (the name of the model), `iteration` (empty if it is unknown) and
 `layer` (from 1). Information and entropy are in nats.
 """
 
@@ -9,11 +9,16 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from matplotlib import colormaps
+from matplotlib.figure import Figure
+from matplotlib.ticker import MaxNLocator
 
+from maskmoe.analysis.dispatch_report import write_csv
 from maskmoe.analysis.routing_analysis import RoutingAnalysis
 from maskmoe.analysis.routing_statistics import RoutingStatistics, max_over_mean, mean_where
-from maskmoe.analysis.tidy_csv import write_csv
+from maskmoe.files.outputs import atomic_output
 
+PLOT_NAMES = ("load.png", "bands.png", "fluctuation.png")
 _BY_LAYER = ("entropy", "entropy_bound", "first_weight", "single_expert_share", "id_information")
 
 Rows = Iterator[tuple[Any, ...]]
@@ -111,3 +116,72 @@ def terminal_table(analysis: RoutingAnalysis) -> Iterator[str]:
 def _mean(values: np.ndarray) -> float:
     """Return the mean of the values that are not NaN; NaN if there is none."""
     return float(mean_where(values.ravel(), ~np.isnan(values.ravel())))
+
+
+def write_plots(analysis: RoutingAnalysis, folder: Path) -> list[Path]:
+    """Write the plots as PNG files, and return their paths.
+
+    `fluctuation.png` needs two models. Without them, the file of an earlier analysis is removed.
+
+    Raises:
+        UserError: A file cannot be written.
+    """
+    load = analysis.statistics[-1].load.astype(np.float64)  # [layers, bands, experts]
+    of_expert = load.sum(axis=1)  # [layers, experts]
+    over_mean = of_expert / of_expert.mean(axis=1, keepdims=True)
+    shares = (load / np.maximum(of_expert, 1)[:, None]).swapaxes(0, 1)
+    titles = ("Load of the experts over the mean", "Share of each expert's tokens by the frequency of their ids")
+    figures = {
+        "load.png": _heat_maps(analysis, titles[0], {"": over_mean}, "RdBu_r", 2),
+        "bands.png": _heat_maps(analysis, titles[1], dict(zip(analysis.bands.names, shares, strict=True)), "Blues", 1),
+    }
+    if len(analysis.models) > 1:
+        figures["fluctuation.png"] = _fluctuation(analysis)
+    for stale in set(PLOT_NAMES) - figures.keys():
+        (folder / stale).unlink(missing_ok=True)
+    for file_name, figure in figures.items():
+        with atomic_output(folder / file_name) as path:
+            figure.savefig(path, format="png")
+    return [folder / file_name for file_name in figures]
+
+
+def _heat_maps(
+    analysis: RoutingAnalysis, title: str, maps: dict[str, np.ndarray], color_map: str, largest: float
+) -> Figure:
+    """Draw heat maps of layers and experts for the last model.
+
+    Args:
+        analysis: The analysis.
+        title: The title of the figure.
+        maps: Values from 0, [L, N], by the title of their panel.
+        color_map: Matplotlib's name of the colours.
+        largest: The value of the last colour.
+    """
+    num_layers = len(analysis.layers)
+    figure = Figure((5 * len(maps) + 1, np.clip(1.8 + 0.3 * num_layers, 2.5, 16)), dpi=130, layout="constrained")
+    figure.suptitle(f"{title}, {analysis.models[-1].name}", fontsize="medium")
+    for axes, (panel, values) in zip(figure.subplots(1, len(maps), squeeze=False)[0], maps.items(), strict=True):
+        image = axes.imshow(values, aspect="auto", cmap=color_map, vmin=0, vmax=largest)
+        axes.set(xlabel="expert", ylabel="layer", title=panel)
+        axes.set_yticks(range(num_layers), [str(layer) for layer in analysis.layers], fontsize="x-small")
+        axes.xaxis.set_major_locator(MaxNLocator(nbins=8, integer=True))
+    figure.colorbar(image, ax=figure.axes)
+    return figure
+
+
+def _fluctuation(analysis: RoutingAnalysis) -> Figure:
+    """Draw a line for each layer: the changed experts of tokens that see several, from the second model on."""
+    changed = np.stack(
+        [measured.changed[1] for measured in analysis.statistics if measured.changed is not None]
+    )  # [models, layers]
+    figure = Figure(dpi=130, layout="constrained")
+    axes = figure.subplots()
+    axes.set_prop_cycle(color=colormaps["viridis"](np.linspace(0, 0.9, len(analysis.layers))))
+    lines = axes.plot(changed, marker="o", markersize=4)
+    axes.set_xticks(range(len(changed)), [model.name for model in analysis.models[1:]], rotation=30, ha="right")
+    axes.set_title("Experts that changed since the model before, tokens with V > 1", fontsize="medium")
+    axes.set(ylabel="share", ylim=(0, None))
+    axes.grid(alpha=0.4)
+    labels = [f"layer {layer}" for layer in analysis.layers]
+    figure.legend(lines, labels, loc="outside right upper", fontsize="x-small", ncols=1 + len(labels) // 30)
+    return figure
