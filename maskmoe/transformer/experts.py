@@ -19,8 +19,8 @@ from torch.nn.functional import silu
 
 from maskmoe.transformer.gathered_parameters import wait_for_parameters, waits_for_parameters
 from maskmoe.transformer.kernels import launching
-from maskmoe.transformer.torch_modules.linear_in_turns import linear_in_turns
-from maskmoe.transformer.torch_modules.swiglu import is_plain_swiglu, swiglu
+from maskmoe.transformer.torch_modules.linear import linear_in_turns
+from maskmoe.transformer.torch_modules.mlp import is_plain_swiglu, swiglu
 
 
 class GroupedMLP(SequentialMLP):

@@ -1,11 +1,13 @@
 """Megatron-Core's layer specs with MaskMoE's modules substituted; no other file substitutes modules."""
 
 from collections.abc import Callable
+from copy import copy
 from dataclasses import fields, is_dataclass, replace
 from functools import partial
 from types import MethodType
-from typing import Any
+from typing import Any, cast
 
+from megatron.core.fusions.fused_bias_dropout import get_bias_dropout_add
 from megatron.core.fusions.fused_layer_norm import FusedLayerNorm
 from megatron.core.models.gpt.gpt_layer_specs import (
     get_gpt_decoder_block_spec,
@@ -13,8 +15,14 @@ from megatron.core.models.gpt.gpt_layer_specs import (
     get_gpt_mtp_block_spec,
 )
 from megatron.core.models.gpt.moe_module_specs import _build_shared_experts
+from megatron.core.models.hybrid.hybrid_block import HybridStack, HybridStackSubmodules
+from megatron.core.models.hybrid.hybrid_layer_specs import hybrid_stack_spec
+from megatron.core.ssm.mamba_layer import MambaLayer, MambaLayerSubmodules
+from megatron.core.ssm.mamba_mixer import MambaMixer, MambaMixerSubmodules
+from megatron.core.tensor_parallel import ColumnParallelLinear, RowParallelLinear
 from megatron.core.transformer.attention import SelfAttentionSubmodules
 from megatron.core.transformer.dot_product_attention import DotProductAttention
+from megatron.core.transformer.identity_op import IdentityOp
 from megatron.core.transformer.mlp import MLP
 from megatron.core.transformer.moe.experts import SequentialMLP
 from megatron.core.transformer.moe.moe_layer import MoELayer, MoESubmodules
@@ -23,23 +31,23 @@ from megatron.core.transformer.multi_token_prediction import (
     MultiTokenPredictionBlockSubmodules,
     MultiTokenPredictionLayer,
 )
-from megatron.core.transformer.torch_norm import WrappedTorchNorm
+from megatron.core.transformer.spec_utils import ModuleSpec
+from megatron.core.transformer.torch_norm import LayerNormBuilder, WrappedTorchNorm
 from megatron.core.transformer.transformer_block import TransformerBlockSubmodules
 from megatron.core.transformer.transformer_config import MLATransformerConfig, TransformerConfig
 from megatron.core.transformer.transformer_layer import TransformerLayer, TransformerLayerSubmodules
 
 from maskmoe.transformer.experts import GroupedMLP
 from maskmoe.transformer.moe_layer import MaskMoELayer
-from maskmoe.transformer.multi_token_prediction import MaskMoEMultiTokenPredictionLayer
 from maskmoe.transformer.router import MaskMoERouter
 from maskmoe.transformer.router_sums import AuxLossTokens
-from maskmoe.transformer.torch_modules.all_heads_norm import AllHeadsRMSNorm
 from maskmoe.transformer.torch_modules.attention import TorchDotProductAttention
+from maskmoe.transformer.torch_modules.gated_delta_net import get_gated_delta_net_layer_spec
 from maskmoe.transformer.torch_modules.latent_attention import LocalMLASelfAttention, keys_of_checkpoint
+from maskmoe.transformer.torch_modules.linear import ReplicatedLinear
 from maskmoe.transformer.torch_modules.mlp import TorchMLP, TorchSharedExpertMLP
-from maskmoe.transformer.torch_modules.replicated_linear import ReplicatedLinear
-from maskmoe.transformer.torch_modules.torch_norm import TorchNorm
-from maskmoe.transformer.transformer_layer import MaskMoETransformerLayer
+from maskmoe.transformer.torch_modules.norms import AllHeadsRMSNorm, TorchNorm
+from maskmoe.transformer.transformer_layer import MaskMoEMultiTokenPredictionLayer, MaskMoETransformerLayer
 from maskmoe.transformer.visible_experts import VisibleExperts
 
 _REPLACEMENTS: dict[Any, Any] = {
@@ -64,11 +72,11 @@ def get_maskmoe_decoder_block_spec(
     """Return the spec of `get_gpt_decoder_block_spec` with MaskMoE layers in place of MoE layers.
 
     Args:
-        config: the model's configuration; `transformer_impl` selects Transformer Engine or local modules.
-        visible_experts: the routing mask shared by the model's routers; None for a model without experts.
-        aux_loss_tokens: tokens that load-balancing losses count, see `MaskMoERouter`.
-        vp_stage: virtual pipeline stage.
-        qk_layernorm_all_heads: normalize queries and keys over all heads, see `AllHeadsRMSNorm`.
+        config: The model's configuration; `transformer_impl` selects Transformer Engine or local modules.
+        visible_experts: The routing mask shared by the model's routers; None for a model without experts.
+        aux_loss_tokens: Tokens that load-balancing losses count, see `MaskMoERouter`.
+        vp_stage: Virtual pipeline stage.
+        qk_layernorm_all_heads: Normalize queries and keys over all heads, see `AllHeadsRMSNorm`.
     """
     block = get_gpt_decoder_block_spec(config, vp_stage=vp_stage, **backend_arguments(config))
     return with_maskmoe_modules(block, config, visible_experts, aux_loss_tokens, qk_layernorm_all_heads)
@@ -130,7 +138,10 @@ def with_maskmoe_modules(
         if node is MLASelfAttention and is_local:
             return LocalMLASelfAttention
         if isinstance(node, TransformerLayerSubmodules) and is_local and isinstance(config, MLATransformerConfig):
-            return replace(node, sharded_state_dict_keys_map=_keys_of_latent_attention(node, config))
+            keys = keys_of_checkpoint(config)
+            if not (isinstance(node.mlp, partial) and node.mlp.func is MaskMoELayer):
+                keys["pre_mlp_layernorm."] = "mlp.linear_fc1.layer_norm_"
+            return replace(node, sharded_state_dict_keys_map=keys)
         if node is FusedLayerNorm and config.normalization != "LayerNorm":
             return TorchNorm  # Megatron takes Apex's norm if Apex is installed, also for an RMSNorm.
         if node is _build_shared_experts and not config.use_grouped_gemm_for_shared_expert:
@@ -138,12 +149,6 @@ def with_maskmoe_modules(
         return _REPLACEMENTS.get(node, node) if isinstance(node, type | MethodType) else node
 
     return map_spec(spec, substitute)
-
-
-def _keys_of_latent_attention(layer: TransformerLayerSubmodules, config: MLATransformerConfig) -> dict[str, str]:
-    """Return the `sharded_state_dict_keys_map` of a layer with multi-latent attention, see `keys_of_checkpoint`."""
-    is_moe = isinstance(layer.mlp, partial) and layer.mlp.func is MaskMoELayer
-    return {**keys_of_checkpoint(config), **({} if is_moe else {"pre_mlp_layernorm.": "mlp.linear_fc1.layer_norm_"})}
 
 
 def map_spec(node: Any, substitute: Callable[[Any], Any]) -> Any:
@@ -159,3 +164,114 @@ def map_spec(node: Any, substitute: Callable[[Any], Any]) -> Any:
         children = {field.name: map_spec(getattr(node, field.name), substitute) for field in fields(node)}
         return substitute(replace(node, **children))
     return substitute(node)
+
+
+_ATTENTION = ("input_layernorm", "self_attention", "self_attn_bda")
+_MLP = ("pre_mlp_layernorm", "mlp", "mlp_bda")
+
+
+def get_maskmoe_hybrid_stack_spec(
+    config: TransformerConfig,
+    visible_experts: VisibleExperts | None,
+    aux_loss_tokens: AuxLossTokens = "all",
+    vp_stage: int | None = None,
+    qk_layernorm_all_heads: bool = False,
+) -> ModuleSpec:
+    """Return a spec like Megatron-Core's `hybrid_stack_spec`, with MaskMoE layers in place of MoE layers.
+
+    The stock spec needs Transformer Engine. This spec divides the transformer layers of a GPT model between attention
+    and MLP, so local modules, norms of queries and keys, and every other setting of these layers come along.
+
+    The arguments are those of `get_maskmoe_decoder_block_spec`.
+    """
+    # Get the specs of a dense and of a MoE layer from a GPT model of two layers.
+    two_layers = copy(config)
+    two_layers.num_layers, two_layers.pipeline_model_parallel_size = 2, 1
+    two_layers.virtual_pipeline_model_parallel_size = None
+    two_layers.num_layers_in_first_pipeline_stage = two_layers.num_layers_in_last_pipeline_stage = None
+    two_layers.moe_layer_freq = [0, int(visible_experts is not None)]
+    backend = backend_arguments(config)
+    block = get_gpt_decoder_block_spec(two_layers, **backend, pp_rank=0)
+    assert block.layer_specs is not None
+    dense, last = block.layer_specs
+    attention = _part(dense, _ATTENTION)
+    submodules = HybridStackSubmodules(mlp_layer=_part(dense, _MLP))
+    if config.multi_latent_attention:
+        submodules.mla_layer = attention
+    else:
+        submodules.attention_layer = attention
+    if visible_experts is not None:
+        submodules.moe_layer = _part(last, _MLP)
+    # The layers of multi-token prediction are built from the pattern, but its norms and its projection from this spec.
+    if config.mtp_num_layers:
+        submodules.mtp_block_spec = cast(
+            Any, get_gpt_mtp_block_spec(config, last, backend["use_transformer_engine"], vp_stage=vp_stage)
+        )
+    stack = ModuleSpec(MaskMoEHybridStack, params={"final_norm": block.layer_norm}, submodules=submodules)
+    stack = with_maskmoe_modules(stack, config, visible_experts, aux_loss_tokens, qk_layernorm_all_heads)
+    # These layers have no counterpart in a GPT model.
+    stack.submodules.gdn_layer = get_gated_delta_net_layer_spec(config)
+    stack.submodules.mamba_layer = _mamba_layer(config)
+    return stack
+
+
+def _mamba_layer(config: TransformerConfig) -> ModuleSpec:
+    """Return the spec of a Mamba layer: the stock one, or the same layer of local modules."""
+    if config.transformer_impl != "local":
+        return cast(Any, hybrid_stack_spec.submodules).mamba_layer
+    projections = MambaMixerSubmodules(in_proj=ColumnParallelLinear, out_proj=RowParallelLinear)
+    return ModuleSpec(
+        MambaLayer,
+        submodules=MambaLayerSubmodules(
+            norm=cast(Any, TorchNorm),
+            mixer=ModuleSpec(MambaMixer, submodules=projections),
+            mamba_bda=cast(Any, get_bias_dropout_add),
+            sharded_state_dict_keys_map={"norm.": "mixer.in_proj.layer_norm_"},
+        ),
+    )
+
+
+def _part(layer: ModuleSpec, names: tuple[str, ...]) -> ModuleSpec:
+    """Return the spec of a part of a transformer layer: the submodules with the given names."""
+    whole = cast(TransformerLayerSubmodules, layer.submodules)
+    submodules: dict[str, Any] = {name: getattr(whole, name) for name in (*names, "sharded_state_dict_keys_map")}
+    return replace(layer, submodules=TransformerLayerSubmodules(**submodules))
+
+
+class MaskMoEHybridStack(HybridStack):
+    """`HybridStack` whose final norm comes from the spec; the stock class always uses Transformer Engine's norm.
+
+    Args:
+        config: The model's configuration.
+        submodules: The spec of each kind of layer.
+        final_norm: Builds the norm after the last layer.
+        post_layer_norm: Whether there is a norm after the last layer.
+        post_process: Whether this is the last pipeline stage.
+        kwargs: Further arguments of `HybridStack`.
+
+    Raises:
+        ValueError: `submodules` has no spec for the symbol of a layer, which `HybridStack` would silently leave out.
+    """
+
+    def __init__(
+        self,
+        config: TransformerConfig,
+        submodules: HybridStackSubmodules,
+        *,
+        final_norm: LayerNormBuilder,
+        post_layer_norm: bool = True,
+        post_process: bool = True,
+        **kwargs: Any,
+    ) -> None:
+        super().__init__(config, submodules, post_layer_norm=False, post_process=post_process, **kwargs)
+        missing = {
+            symbol
+            for symbol, layer in zip(self.layer_type_list, self.layers, strict=True)
+            if isinstance(layer, IdentityOp)
+        }
+        if missing:
+            raise ValueError(f"there is no layer for the symbols {', '.join(sorted(missing))} with these settings")
+        self.post_layer_norm = post_layer_norm
+        if post_process and post_layer_norm:
+            norm: Any = final_norm(config=config, hidden_size=config.hidden_size, eps=config.layernorm_epsilon)
+            self.final_norm = norm

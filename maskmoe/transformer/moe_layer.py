@@ -18,7 +18,7 @@ from maskmoe.transformer.dispatch.flex import MaskMoEFlexTokenDispatcher
 from maskmoe.transformer.dispatch.stock import MaskMoEAlltoAllTokenDispatcher
 from maskmoe.transformer.router import MaskMoERouter
 from maskmoe.transformer.token_ids import unpack_token_ids
-from maskmoe.transformer.torch_modules.replicated_linear import ReplicatedLinear
+from maskmoe.transformer.torch_modules.linear import ReplicatedLinear
 
 
 class MaskMoELayer(MoELayer):

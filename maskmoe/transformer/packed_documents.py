@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import Any
 
@@ -22,7 +21,7 @@ class PackedDocuments(PackedSeqParams):
     wait for the device. Transformer Engine wants `cu_seqlens_q` on the device.
 
     Attributes:
-        lengths: number of tokens of each document.
+        lengths: Number of tokens of each document.
         bounds: int32 [documents + 1] on the device, the first token of each document, then the number of tokens.
     """
 
@@ -36,8 +35,8 @@ class PackedDocuments(PackedSeqParams):
         Args:
             cu_seqlens: int32 [samples, any] in host memory, for each sample the bounds of its documents; the number of
                 tokens of a sample may be repeated at the end.
-            device: the device of the model.
-            reads_on_host: whether the model reads the bounds on the host.
+            device: The device of the model.
+            reads_on_host: Whether the model reads the bounds on the host.
         """
         sample_length = int(cu_seqlens[0, -1])
         first_tokens = torch.arange(len(cu_seqlens), dtype=torch.int32).unsqueeze(1) * sample_length
@@ -82,10 +81,10 @@ class PackingModel(torch.nn.Module):
         Args:
             input_ids: int64 [batch, sequence].
             position_ids: int64 [batch, sequence]; with packed documents, positions within the documents.
-            attention_mask: as for the model's class; None with packed documents.
-            args: further positional arguments of the model's class.
-            packed_seq_params: the documents of the micro-batch; None if tokens attend to the whole sample.
-            kwargs: further keyword arguments of the model's class; tensors for each token are [batch, sequence].
+            attention_mask: As for the model's class; None with packed documents.
+            args: Further positional arguments of the model's class.
+            packed_seq_params: The documents of the micro-batch; None if tokens attend to the whole sample.
+            kwargs: Further keyword arguments of the model's class; tensors for each token are [batch, sequence].
 
         Returns:
             losses [batch, sequence] or logits [batch, sequence, vocabulary] on the last stage, else hidden states.
@@ -100,7 +99,7 @@ class PackingModel(torch.nn.Module):
         received = self.decoder.input_tensor
         if received is not None:
             self.decoder.input_tensor = received.view(-1, 1, received.shape[-1])
-        with self._rotating_by_position(positions):
+        with self._rotate_by_position(positions):
             output = super().forward(
                 ids, positions, attention_mask, *args, packed_seq_params=packed_seq_params, **kwargs
             )
@@ -111,25 +110,19 @@ class PackingModel(torch.nn.Module):
         # The schedules free the memory of a sent tensor, which must not be a view.
         return make_viewless_tensor(sent, requires_grad=True, keep_graph=True)
 
-    @contextmanager
-    def _rotating_by_position(self, position_ids: Tensor) -> Iterator[None]:
-        """Let the model compute the rotary embedding of each token by its position, during one forward pass.
+    def _rotate_by_position(self, position_ids: Tensor) -> AbstractContextManager:
+        """Let the model compute the rotary embedding of each token by its position, inside a `with` block.
 
         Megatron-Core would otherwise apply the rotary embedding to one document after the other, in every layer. Fused
         rotary embeddings take the bounds of the documents instead, and latent attention has its own embedding.
         """
         embedding = getattr(self, "rotary_pos_emb", None)
         if embedding is None or self.config.apply_rope_fusion:
-            yield
-            return
+            return nullcontext()
         positions = position_ids.flatten()
 
         def select(module: torch.nn.Module, args: Any, rope: Tensor | tuple[Tensor, float]) -> Any:
             # The rotary embedding is [positions, 1, 1, channels]. YaRN's embedding returns a scale, too.
             return (rope[0][positions], *rope[1:]) if isinstance(rope, tuple) else rope[positions]
 
-        hook = embedding.register_forward_hook(select)
-        try:
-            yield
-        finally:
-            hook.remove()
+        return embedding.register_forward_hook(select)

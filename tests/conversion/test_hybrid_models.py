@@ -31,8 +31,7 @@ from maskmoe.conversion.torch_dist import TorchDistSource
 from maskmoe.errors import UserError
 from maskmoe.huggingface import MaskMoEConfig
 from maskmoe.routing_mask.feed_forward_layers import FeedForwardLayers
-from maskmoe.transformer.gpt_model import MaskMoEGPTModel
-from maskmoe.transformer.hybrid_model import DenseHybridModel, MaskMoEHybridModel
+from maskmoe.transformer.models import DenseHybridModel, MaskMoEGPTModel, MaskMoEHybridModel
 
 pytestmark = pytest.mark.usefixtures("one_rank")
 

@@ -10,10 +10,12 @@ from support.small_moe import DEVICE, make_config, make_mask, process_groups, ra
 
 from maskmoe.routing_mask.feed_forward_layers import FeedForwardLayers
 from maskmoe.routing_mask.mask import RoutingMask
-from maskmoe.transformer.gpt_model import DenseGPTModel, MaskMoEGPTModel
-from maskmoe.transformer.hybrid_layer_specs import get_maskmoe_hybrid_stack_spec
-from maskmoe.transformer.hybrid_model import DenseHybridModel, MaskMoEHybridModel
-from maskmoe.transformer.layer_specs import get_maskmoe_decoder_block_spec, get_maskmoe_mtp_block_spec
+from maskmoe.transformer.layer_specs import (
+    get_maskmoe_decoder_block_spec,
+    get_maskmoe_hybrid_stack_spec,
+    get_maskmoe_mtp_block_spec,
+)
+from maskmoe.transformer.models import DenseGPTModel, DenseHybridModel, MaskMoEGPTModel, MaskMoEHybridModel
 from maskmoe.transformer.visible_experts import VisibleExperts
 
 VOCAB_SIZE, SEQUENCE, NUM_EXPERTS = 40, 16, 4

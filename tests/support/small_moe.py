@@ -11,8 +11,8 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor
 
 from maskmoe.routing_mask.mask import MaskProvenance, RoutingMask
-from maskmoe.transformer.gpt_model import MaskMoEGPTModel
 from maskmoe.transformer.layer_specs import get_maskmoe_decoder_block_spec
+from maskmoe.transformer.models import MaskMoEGPTModel
 from maskmoe.transformer.moe_layer import MaskMoELayer
 from maskmoe.transformer.router import MaskMoERouter
 from maskmoe.transformer.router_sums import AuxLossTokens

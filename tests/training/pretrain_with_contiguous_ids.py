@@ -9,7 +9,7 @@ from maskmoe.megatron_compat import prepare_process
 prepare_process()
 from maskmoe.command_line.run_tool import run_tool
 from maskmoe.training.trainer import main
-from maskmoe.transformer.gpt_model import MaskMoEGPTModel
+from maskmoe.transformer.models import MaskMoEGPTModel
 from maskmoe.transformer.torch_modules.attention import gather_zigzag
 
 pack_for_layers = MaskMoEGPTModel.pack_for_layers

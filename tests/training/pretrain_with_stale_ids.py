@@ -9,7 +9,7 @@ from maskmoe.megatron_compat import prepare_process
 prepare_process()
 from maskmoe.command_line.run_tool import run_tool
 from maskmoe.training.trainer import main
-from maskmoe.transformer.model_mixin import RoutesByTokenId
+from maskmoe.transformer.models import RoutesByTokenId
 from maskmoe.transformer.moe_layer import MaskMoELayer
 
 newest_ids = None

@@ -12,7 +12,7 @@ from megatron.training.models.gpt import GPTModelBuilder, GPTModelConfig
 from maskmoe.training.loop.model_builder import MaskMoEGPTModelBuilder, MaskMoEGPTModelConfig
 from maskmoe.training.settings.arguments import add_maskmoe_arguments
 from maskmoe.training.settings.setup import model_config_from_args
-from maskmoe.transformer.gpt_model import DenseGPTModel
+from maskmoe.transformer.models import DenseGPTModel
 
 VOCAB_SIZE = 128
 SEQUENCE = 16

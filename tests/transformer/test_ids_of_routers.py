@@ -9,7 +9,7 @@ from support.hybrid_twins import SEQUENCE, VOCAB_SIZE, Twins
 from support.small_moe import DEVICE, make_mask, random_visible_sets, take_metrics
 from torch import Tensor
 
-from maskmoe.transformer.model_mixin import RoutesByTokenId
+from maskmoe.transformer.models import RoutesByTokenId
 from maskmoe.transformer.router import MaskMoERouter
 from maskmoe.transformer.token_ids import TokenIds, split_sequence
 

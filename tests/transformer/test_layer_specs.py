@@ -29,7 +29,7 @@ from maskmoe.transformer.moe_layer import MaskMoELayer
 from maskmoe.transformer.router import MaskMoERouter
 from maskmoe.transformer.torch_modules.attention import TorchDotProductAttention
 from maskmoe.transformer.torch_modules.mlp import TorchMLP, TorchSharedExpertMLP
-from maskmoe.transformer.torch_modules.torch_norm import TorchNorm
+from maskmoe.transformer.torch_modules.norms import TorchNorm
 from maskmoe.transformer.transformer_layer import MaskMoETransformerLayer
 
 PATTERNS = [1, 2, [0, 1, 1, 0], [1, 0, 0, 0]]

@@ -14,8 +14,7 @@ from torch import Tensor
 from torch.nn.functional import silu
 
 from maskmoe.transformer.layer_specs import get_maskmoe_decoder_block_spec
-from maskmoe.transformer.torch_modules.mlp import TorchMLP, TorchSharedExpertMLP
-from maskmoe.transformer.torch_modules.swiglu import swiglu
+from maskmoe.transformer.torch_modules.mlp import TorchMLP, TorchSharedExpertMLP, swiglu
 
 DTYPES = [torch.float32, torch.bfloat16]
 

@@ -13,10 +13,10 @@ from megatron.core.transformer.dot_product_attention import DotProductAttention
 from megatron.core.transformer.torch_norm import WrappedTorchNorm
 from support.small_moe import DEVICE, make_config, make_mask, make_model, take_metrics
 
-from maskmoe.transformer.gpt_model import DenseGPTModel
 from maskmoe.transformer.layer_specs import map_spec
+from maskmoe.transformer.models import DenseGPTModel
 from maskmoe.transformer.torch_modules.attention import TorchDotProductAttention
-from maskmoe.transformer.torch_modules.torch_norm import TorchNorm
+from maskmoe.transformer.torch_modules.norms import TorchNorm
 
 SEQUENCE, VOCAB_SIZE, NUM_EXPERTS = 16, 20, 4
 # Modules besides MoE layers that MaskMoE replaces. They, and the loss of `DenseGPTModel`, agree with Megatron's up to

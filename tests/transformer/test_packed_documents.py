@@ -31,8 +31,8 @@ from torch import Tensor
 from torch.nn.attention.varlen import varlen_attn
 from torch.utils.data import default_collate
 
-from maskmoe.transformer.gpt_model import DenseGPTModel, MaskMoEGPTModel
 from maskmoe.transformer.layer_specs import get_maskmoe_decoder_block_spec, get_maskmoe_mtp_block_spec
+from maskmoe.transformer.models import DenseGPTModel, MaskMoEGPTModel
 from maskmoe.transformer.packed_documents import PackedDocuments
 from maskmoe.transformer.torch_modules import attention as attention_module
 from maskmoe.transformer.torch_modules.attention import TorchDotProductAttention

@@ -34,10 +34,8 @@ from zipf import zipf_mask, zipf_probabilities
 
 from maskmoe.routing_mask import MaskRecipe, RoutingMask
 from maskmoe.routing_mask.feed_forward_layers import FeedForwardLayers
-from maskmoe.transformer.gpt_model import DenseGPTModel, MaskMoEGPTModel
-from maskmoe.transformer.hybrid_layer_specs import get_maskmoe_hybrid_stack_spec
-from maskmoe.transformer.hybrid_model import DenseHybridModel, MaskMoEHybridModel
-from maskmoe.transformer.layer_specs import get_maskmoe_decoder_block_spec
+from maskmoe.transformer.layer_specs import get_maskmoe_decoder_block_spec, get_maskmoe_hybrid_stack_spec
+from maskmoe.transformer.models import DenseGPTModel, DenseHybridModel, MaskMoEGPTModel, MaskMoEHybridModel
 from maskmoe.transformer.visible_experts import VisibleExperts
 
 

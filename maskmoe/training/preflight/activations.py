@@ -16,7 +16,7 @@ from megatron.core.transformer.transformer_config import MLATransformerConfig, T
 
 from maskmoe.training.preflight.parameters import Chunk
 from maskmoe.training.settings.layout import Layout
-from maskmoe.transformer.torch_modules.swiglu import is_plain_swiglu
+from maskmoe.transformer.torch_modules.mlp import is_plain_swiglu
 
 _FP32_BYTES = 4
 _ID_BYTES = 8

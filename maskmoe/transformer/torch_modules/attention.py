@@ -58,30 +58,24 @@ class TorchDotProductAttention(DotProductAttention):
     into twice as many chunks as ranks, and gives rank r the chunks r and 2 * ranks - 1 - r.
 
     Args:
-        config: the model's configuration.
-        layer_number: number of the layer, from 1.
-        attn_mask_type: type of the mask.
-        attention_type: unused, as in the stock module.
-        attention_dropout: probability of dropping a weight; None: the configuration's.
-        softmax_scale: factor of the scores; None: one divided by the square root of the number of channels.
-        k_channels: channels of each head of queries and keys; None: the configuration's `kv_channels`.
-        v_channels: unused, because the values have their own width.
-        cp_comm_type: unused, because keys and values are gathered in any case.
-        pg_collection: groups of tensor and context parallelism; None: Megatron's.
+        config: The model's configuration.
+        args: Further positional arguments of `DotProductAttention`.
+        softmax_scale: Factor of the scores; None: one divided by the square root of the number of channels.
+        k_channels: Channels of each head of queries and keys; None: the configuration's `kv_channels`.
+        v_channels: Unused, because the values have their own width.
+        pg_collection: Groups of tensor and context parallelism; None: Megatron's.
+        kwargs: Further keyword arguments of `DotProductAttention`.
     """
 
     def __init__(
         self,
         config: TransformerConfig,
-        layer_number: int,
-        attn_mask_type: AttnMaskType,
-        attention_type: str,
-        attention_dropout: float | None = None,
+        *args: Any,
         softmax_scale: float | None = None,
         k_channels: int | None = None,
         v_channels: int | None = None,
-        cp_comm_type: str | None = None,
         pg_collection: ProcessGroupCollection | None = None,
+        **kwargs: Any,
     ) -> None:
         if pg_collection is None:
             pg_collection = ProcessGroupCollection.use_mpu_process_groups(required_pgs=["tp", "cp"])
@@ -90,15 +84,7 @@ class TorchDotProductAttention(DotProductAttention):
         # The stock module refuses context parallelism, so it gets a configuration without.
         stock_config = copy.copy(config)
         stock_config.context_parallel_size = 1
-        super().__init__(
-            stock_config,
-            layer_number,
-            attn_mask_type,
-            attention_type,
-            attention_dropout,
-            softmax_scale,
-            pg_collection=pg_collection,
-        )
+        super().__init__(stock_config, *args, softmax_scale=softmax_scale, pg_collection=pg_collection, **kwargs)
         self.config = config
         self.cp_group: ProcessGroup = pg_collection.cp
         # The stock softmax multiplies by the layer's number again if `softmax_scale` was divided by it.
@@ -127,8 +113,8 @@ class TorchDotProductAttention(DotProductAttention):
             attention_mask: bool [batch or 1, 1, queries or 1, keys], True for keys that a query must not see. Under
                 context parallelism, the mask has this rank's queries and the keys of the whole sequence. Must be None
                 with packed documents.
-            attn_mask_type: ignored, as by the stock method.
-            attention_bias: must be None.
+            attn_mask_type: Ignored, as by the stock method.
+            attention_bias: Must be None.
             packed_seq_params: `PackedDocuments`, or None for sequences of a batch.
 
         Returns:
@@ -141,25 +127,13 @@ class TorchDotProductAttention(DotProductAttention):
         own_draws = dropout > 0 and not self.config.sequence_parallel
         tracker: Any = get_cuda_rng_tracker()
         with tracker.fork() if own_draws else nullcontext():
-            return self._compute(query, key, value, attention_mask, packed_seq_params, dropout)
-
-    def _compute(
-        self,
-        query: Tensor,
-        key: Tensor,
-        value: Tensor,
-        attention_mask: Tensor | None,
-        packed_seq_params: PackedSeqParams | None,
-        dropout: float,
-    ) -> Tensor:
-        """Choose the computation by the layout of the sequences; see `forward`."""
-        if packed_seq_params is not None:
-            assert isinstance(packed_seq_params, PackedDocuments)
-            return self._attend_within_documents(query, key, value, packed_seq_params, dropout).flatten(1)
-        if self.cp_group.size() > 1:
-            key, value = (gather_zigzag(tensor, self.cp_group) for tensor in (key, value))
-        query, key, value = (tensor.permute(1, 2, 0, 3) for tensor in (query, key, value))
-        return self._attend_in_blocks(query, key, value, attention_mask, dropout).flatten(2)
+            if packed_seq_params is not None:
+                assert isinstance(packed_seq_params, PackedDocuments)
+                return self._attend_within_documents(query, key, value, packed_seq_params, dropout).flatten(1)
+            if self.cp_group.size() > 1:
+                key, value = (gather_zigzag(tensor, self.cp_group) for tensor in (key, value))
+            query, key, value = (tensor.permute(1, 2, 0, 3) for tensor in (query, key, value))
+            return self._attend_in_blocks(query, key, value, attention_mask, dropout).flatten(2)
 
     def _attend_in_blocks(
         self, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None, dropout: float
@@ -170,8 +144,8 @@ class TorchDotProductAttention(DotProductAttention):
             query: [batch, heads, queries, channels].
             key: [batch, groups, keys, channels].
             value: [batch, groups, keys, value channels].
-            attention_mask: as in `forward`.
-            dropout: probability of dropping a weight.
+            attention_mask: As in `forward`.
+            dropout: Probability of dropping a weight.
 
         Returns:
             [queries, batch, heads, value channels].
@@ -179,18 +153,11 @@ class TorchDotProductAttention(DotProductAttention):
         value_channels = value.shape[-1]
         query, key, value = self._widen(query, key, value)
         contexts = []
-        for block in self._blocks(query.shape[2], key.shape[2], has_mask=attention_mask is not None):
+        for queries, keys, band in self._blocks(query.shape[2], key.shape[2], has_mask=attention_mask is not None):
             hidden = None
             if attention_mask is not None:
-                hidden = attention_mask.expand(-1, -1, query.shape[2], -1)[:, :, block.queries, block.keys]
-            context = self._attend(
-                query[:, :, block.queries],
-                key[:, :, block.keys],
-                value[:, :, block.keys],
-                block.band,
-                hidden,
-                dropout,
-            )
+                hidden = attention_mask.expand(-1, -1, query.shape[2], -1)[:, :, queries, keys]
+            context = self._attend(query[:, :, queries], key[:, :, keys], value[:, :, keys], band, hidden, dropout)
             contexts.append(context.permute(2, 0, 1, 3))
         context = contexts[0] if len(contexts) == 1 else torch.cat(contexts)
         return context[..., :value_channels]
@@ -204,8 +171,8 @@ class TorchDotProductAttention(DotProductAttention):
             query: [tokens, heads, channels].
             key: [tokens, groups, channels].
             value: [tokens, groups, value channels].
-            documents: the bounds of the documents.
-            dropout: probability of dropping a weight.
+            documents: The bounds of the documents.
+            dropout: Probability of dropping a weight.
 
         Returns:
             [tokens, heads, value channels].
@@ -265,8 +232,8 @@ class TorchDotProductAttention(DotProductAttention):
         )
         return query, key, value
 
-    def _blocks(self, num_queries: int, num_keys: int, has_mask: bool) -> Iterator["_Block"]:
-        """Yield the blocks of queries which together are all queries of this rank, in their order."""
+    def _blocks(self, num_queries: int, num_keys: int, has_mask: bool) -> Iterator[tuple[slice, slice, "_Band"]]:
+        """Yield blocks of consecutive queries, the keys that they see, and their band; the blocks are in order."""
         left, right = self._reach(has_mask)
         # Find this rank's consecutive queries: their first index, and their position in the sequence.
         ranks = self.cp_group.size()
@@ -283,11 +250,10 @@ class TorchDotProductAttention(DotProductAttention):
         for first_query, position in chunks:
             for start in range(0, length, step):
                 end = min(start + step, length)
-                queries = slice(first_query + start, first_query + end)
                 first_key = 0 if left is None else max(0, position + start - left)
                 end_key = num_keys if right is None else min(num_keys, position + end + right)
                 band = _Band(end - start, end_key - first_key, position + start - first_key, left, right)
-                yield _Block(queries, slice(first_key, end_key), band)
+                yield slice(first_query + start, first_query + end), slice(first_key, end_key), band
 
     def _reach(self, has_mask: bool) -> tuple[int | None, int | None]:
         """Return how many keys before and after its own position a query sees, None for all; a mask can hide more."""
@@ -307,9 +273,9 @@ class TorchDotProductAttention(DotProductAttention):
             query: [batch, heads, queries, channels].
             key: [batch, groups, keys, channels].
             value: [batch, groups, keys, channels].
-            band: the keys that each query sees.
+            band: The keys that each query sees.
             hidden: bool [batch or 1, 1, queries, keys], True for keys that a query must not see, or None.
-            dropout: probability of dropping a weight.
+            dropout: Probability of dropping a weight.
 
         Returns:
             [batch, heads, queries, channels].
@@ -345,9 +311,9 @@ def padded_width(key_width: int, value_width: int, *, has_offset: bool) -> int:
     """Return the number of channels to which queries, keys and values are padded.
 
     Args:
-        key_width: channels of each head of queries and keys.
-        value_width: channels of each head of values.
-        has_offset: whether the softmax has an offset, which takes one more channel of queries and keys.
+        key_width: Channels of each head of queries and keys.
+        value_width: Channels of each head of values.
+        has_offset: Whether the softmax has an offset, which takes one more channel of queries and keys.
     """
     return _round_up(max(key_width + 1, value_width)) if has_offset else max(key_width, value_width)
 
@@ -361,11 +327,11 @@ class _Band(NamedTuple):
     """The keys that the queries of a block see: those from `left` before to `right` after the query's position.
 
     Attributes:
-        queries: number of queries.
-        keys: number of keys.
-        position: position of the first query among the keys.
-        left: number of keys before a query that the query sees; None: all.
-        right: number of keys after a query that the query sees; None: all.
+        queries: Number of queries.
+        keys: Number of keys.
+        position: Position of the first query among the keys.
+        left: Number of keys before a query that the query sees; None: all.
+        right: Number of keys after a query that the query sees; None: all.
     """
 
     queries: int
@@ -380,33 +346,14 @@ class _Band(NamedTuple):
         return self.left is not None and self.left < self.position + self.queries - 1
 
     @property
-    def hides_later(self) -> bool:
-        """Whether a query does not see the last key."""
-        return self.right is not None and self.position + self.right < self.keys - 1
-
-    @property
     def shows_all(self) -> bool:
         """Whether each query sees all keys."""
-        return not self.hides_earlier and not self.hides_later
+        return not self.hides_earlier and (self.right is None or self.position + self.right >= self.keys - 1)
 
     @property
     def is_causal(self) -> bool:
         """Whether each query sees all keys up to its own position, and the last query the last key."""
         return not self.hides_earlier and self.right == 0
-
-
-class _Block(NamedTuple):
-    """Consecutive queries and the keys that they see.
-
-    Attributes:
-        queries: the queries.
-        keys: the keys that at least one of the queries sees.
-        band: the keys that each query sees.
-    """
-
-    queries: slice
-    keys: slice
-    band: _Band
 
 
 @lru_cache(maxsize=16)
@@ -435,7 +382,7 @@ def _add_sink(
         key: [batch, groups, keys, channels].
         value: [batch, groups, keys, channels].
         bias: [..., queries, keys] or None.
-        with_query: also put a query of zeros before the other queries, so that a causal mask stays square.
+        with_query: Also put a query of zeros before the other queries, so that a causal mask stays square.
     """
     sink = torch.zeros_like(key[:, :, :1])
     sink[..., -1] = 1

@@ -14,7 +14,7 @@ _CPU_CHUNK = 2**18
 _GPU_CHUNK = 2**24
 
 
-class CrossEntropyOfOneCopy(LanguageModule):
+class ChunkedCrossEntropyMixin(LanguageModule):
     """Mixin for a Megatron-Core model whose loss keeps its logits once, in their own dtype.
 
     With `cross_entropy_loss_fusion`, the model computes the loss that the setting selects.
@@ -46,7 +46,7 @@ def vocab_parallel_cross_entropy(logits: Tensor, target: Tensor, tp_group: Proce
     Args:
         logits: [..., vocabulary of this rank], contiguous. Each rank holds an equal part of the vocabulary.
         target: int64 [...], ids of the vocabulary of all ranks.
-        tp_group: the tensor-parallel ranks.
+        tp_group: The tensor-parallel ranks.
 
     Returns:
         fp32 [...].
@@ -102,7 +102,7 @@ def _combine(target_logit: Tensor, log_sum: Tensor, tp_group: ProcessGroup) -> t
     Args:
         target_logit: fp32 [tokens], the logit of the target on the rank that holds it, 0 on other ranks.
         log_sum: fp32 [tokens], the logarithm of the sum of this rank's exponentials.
-        tp_group: the tensor-parallel ranks.
+        tp_group: The tensor-parallel ranks.
 
     Returns:
         the losses, and this rank's share in the sum of the exponentials of all ranks, fp32 [tokens] each.

@@ -10,6 +10,7 @@ from megatron.core.fusions.fused_bias_dropout import get_bias_dropout_add
 from megatron.core.models.backends import get_backend
 from megatron.core.models.hybrid.hybrid_layer_allocation import Symbols
 from megatron.core.ssm.gated_delta_net import HAVE_FLA, GatedDeltaNet, GatedDeltaNetSubmodules
+from megatron.core.ssm.gated_delta_net.common import torch_chunk_gated_delta_rule
 from megatron.core.transformer.identity_op import IdentityOp
 from megatron.core.transformer.spec_utils import ModuleSpec
 from megatron.core.transformer.transformer_config import TransformerConfig
@@ -18,8 +19,7 @@ from torch import Tensor
 
 from maskmoe.megatron_compat import cpu
 from maskmoe.megatron_compat.patches import building_gated_delta_net_without_fla
-from maskmoe.transformer.torch_modules.gated_delta_rule import chunked_gated_delta_rule
-from maskmoe.transformer.torch_modules.torch_norm import TorchNorm
+from maskmoe.transformer.torch_modules.norms import TorchNorm
 from maskmoe.transformer.transformer_layer import MaskMoETransformerLayer
 
 _EPSILON = 1e-6  # of fla's `l2norm`
@@ -32,53 +32,49 @@ _SIZES = (
 class TorchGatedDeltaNet(GatedDeltaNet):
     """`GatedDeltaNet` in plain torch, with the parameters and checkpoints of the stock class.
 
-    The stock class needs fla. The convolution is the one that the stock class computes in deterministic mode. Packed
-    documents are refused, as in that mode.
+    The stock class needs fla. This class computes what the stock class computes in deterministic mode, except that it
+    normalizes queries and keys itself, for which the stock class calls fla also in that mode. Packed documents are
+    refused, as in that mode.
 
     Args: those of `GatedDeltaNet`.
     """
 
     def __init__(self, config: TransformerConfig, *args: Any, **kwargs: Any) -> None:
         with building_gated_delta_net_without_fla():
-            super().__init__(config, *args, **kwargs)
+            super().__init__(config, *args, use_qk_l2norm=False, **kwargs)
         self.config = copy.copy(config)
         self.config.deterministic_mode = True
 
     def _setup_variant_attrs(self) -> None:
         super()._setup_variant_attrs()
-        self.gated_delta_rule = chunked_gated_delta_rule  # pyrefly: ignore[bad-assignment]  # names of arguments
+        self.gated_delta_rule = _normalized_gated_delta_rule  # pyrefly: ignore[bad-assignment]  # names of arguments
 
     # Megatron-Core compiles these methods, which needs a compiler on every machine.
     _apply_gated_norm = inspect.unwrap(GatedDeltaNet._apply_gated_norm)
     _compute_g_and_beta = inspect.unwrap(GatedDeltaNet._compute_g_and_beta)
-
-    def _prepare_input_for_gated_delta_rule(  # pyrefly: ignore[bad-override-mutable-attribute]
-        self, qkv: Tensor, gate: Tensor, batch: int, seq_len: int, *gate_feats: Tensor
-    ) -> tuple[Tensor, ...]:
-        """Divide the output of the convolution into heads, and normalize queries and keys.
-
-        Args:
-            qkv: [batch, sequence, channels of all heads of this rank].
-            gate: returned unchanged.
-            batch: unused, as the next argument.
-            seq_len: unused, because the tensors have these sizes.
-            gate_feats: returned unchanged.
-
-        Returns:
-            fp32 queries and keys [batch, sequence, key heads, channels]; values [batch, sequence, value heads, value
-            channels]; `gate`; and `gate_feats`.
-        """
-        key_channels, value_channels = self.qk_dim_local_tp // self.cp_size, self.v_dim_local_tp // self.cp_size
-        query, key, value = qkv.split([key_channels, key_channels, value_channels], dim=-1)
-        query, key = (part.unflatten(-1, (-1, self.key_head_dim)).float() for part in (query, key))
-        if self.use_qk_l2norm:
-            query, key = _l2_normalize(query), _l2_normalize(key)
-        return query, key, value.unflatten(-1, (-1, self.value_head_dim)), gate, *gate_feats
+    _prepare_input_for_gated_delta_rule = inspect.unwrap(GatedDeltaNet._prepare_input_for_gated_delta_rule)
 
 
-def _l2_normalize(heads: Tensor) -> Tensor:
-    """Scale heads [..., channels] to length 1."""
-    return heads * torch.rsqrt(heads.square().sum(dim=-1, keepdim=True) + _EPSILON)
+def _normalized_gated_delta_rule(
+    query: Tensor, key: Tensor, value: Tensor, **arguments: Any
+) -> tuple[Tensor, Tensor | None]:
+    """Scale queries and keys to length 1, and compute the gated delta rule (arXiv 2412.06464) in fp32.
+
+    Args:
+        query: [batch, sequence, value heads, channels].
+        key: [batch, sequence, value heads, channels].
+        value: [batch, sequence, value heads, value channels].
+        arguments: Further arguments of Megatron-Core's `torch_chunk_gated_delta_rule`.
+
+    Returns:
+        [batch, sequence, value heads, value channels] in the dtype of `value`, and the state after the last token.
+    """
+    query, key = (
+        heads * torch.rsqrt(heads.square().sum(dim=-1, keepdim=True) + _EPSILON)
+        for heads in (query.float(), key.float())
+    )
+    output, state = torch_chunk_gated_delta_rule(query, key, value, **arguments)
+    return output.to(value.dtype), state
 
 
 def uses_fla() -> bool:
@@ -93,7 +89,7 @@ def get_gated_delta_net_layer_spec(config: TransformerConfig) -> ModuleSpec:
     the norm before the layer by the name that it has in a checkpoint of Transformer Engine.
 
     Args:
-        config: the model's configuration; `transformer_impl` selects Transformer Engine or local modules.
+        config: The model's configuration; `transformer_impl` selects Transformer Engine or local modules.
     """
     backend = get_backend(config.transformer_impl)
     is_local = config.transformer_impl == "local"
@@ -119,8 +115,8 @@ def check_gated_delta_net(args: Namespace, has_fla: bool) -> str | None:
     """Return why a pattern with a gated delta net cannot have the given settings; None if it can.
 
     Args:
-        args: parsed arguments; Megatron need not have validated them.
-        has_fla: whether the machines that train have GPUs and fla.
+        args: Parsed arguments; Megatron need not have validated them.
+        has_fla: Whether the machines that train have GPUs and fla.
     """
     if Symbols.GDN not in (args.hybrid_layer_pattern or ""):
         return None

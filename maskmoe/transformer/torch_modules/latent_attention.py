@@ -1,17 +1,15 @@
 """Multi-latent attention for models without Transformer Engine."""
 
-from collections.abc import Mapping
+from typing import Any
 
-from megatron.core.process_groups_config import ProcessGroupCollection
 from megatron.core.transformer import multi_latent_attention
-from megatron.core.transformer.enums import AttnMaskType
 from megatron.core.transformer.multi_latent_attention import MLASelfAttention, MLASelfAttentionSubmodules
 from megatron.core.transformer.transformer_config import MLATransformerConfig
 from megatron.core.typed_torch import apply_module
 from torch import Tensor
 
 from maskmoe.megatron_compat.patches import building_replicated_linears_of
-from maskmoe.transformer.torch_modules.replicated_linear import ReplicatedLinear
+from maskmoe.transformer.torch_modules.linear import ReplicatedLinear
 
 
 class LocalMLASelfAttention(MLASelfAttention):
@@ -24,20 +22,10 @@ class LocalMLASelfAttention(MLASelfAttention):
     """
 
     def __init__(
-        self,
-        config: MLATransformerConfig,
-        submodules: MLASelfAttentionSubmodules,
-        layer_number: int,
-        attn_mask_type: AttnMaskType = AttnMaskType.padding,
-        cp_comm_type: str | None = None,
-        pg_collection: ProcessGroupCollection | None = None,
-        pp_layer_offset: int | None = None,
-        name: str | None = None,
+        self, config: MLATransformerConfig, submodules: MLASelfAttentionSubmodules, *args: Any, **kwargs: Any
     ) -> None:
         with building_replicated_linears_of(ReplicatedLinear, multi_latent_attention):
-            super().__init__(
-                config, submodules, layer_number, attn_mask_type, cp_comm_type, pg_collection, pp_layer_offset, name
-            )
+            super().__init__(config, submodules, *args, **kwargs)
         if config.q_lora_rank is None:
             self.q_layernorm = submodules.q_layernorm(
                 hidden_size=config.hidden_size, config=config, eps=config.layernorm_epsilon
@@ -55,7 +43,7 @@ class LocalMLASelfAttention(MLASelfAttention):
             hidden_states: [sequence, batch, hidden].
 
         Returns:
-            the input of the queries' up-projection or, with compression, of its norm; and the compressed keys and
+            The input of the queries' up-projection or, with compression, of its norm; and the compressed keys and
             values beside the keys' positional part [sequence, batch, kv_lora_rank + qk_pos_emb_head_dim].
         """
         q_compressed, kv_combined = super()._qkv_down_projection(hidden_states)
@@ -64,15 +52,8 @@ class LocalMLASelfAttention(MLASelfAttention):
         return q_compressed, kv_combined
 
 
-def keys_of_checkpoint(config: MLATransformerConfig) -> Mapping[str, str]:
-    """Map the names of the norms to their names in a checkpoint of a model on Transformer Engine.
-
-    Args:
-        config: the model's configuration.
-
-    Returns:
-        a `sharded_state_dict_keys_map` of a transformer layer.
-    """
+def keys_of_checkpoint(config: MLATransformerConfig) -> dict[str, str]:
+    """Return a layer's `sharded_state_dict_keys_map`: the norms' names in a checkpoint of Transformer Engine."""
     query_projection = "linear_q_proj" if config.q_lora_rank is None else "linear_q_up_proj"
     return {
         "self_attention.q_layernorm.": f"self_attention.{query_projection}.layer_norm_",

@@ -13,7 +13,7 @@ from support.rank_program import run_as_rank
 from support.small_moe import make_config
 from torch import Tensor
 
-from maskmoe.transformer.torch_modules.all_heads_norm import AllHeadsRMSNorm
+from maskmoe.transformer.torch_modules.norms import AllHeadsRMSNorm
 
 SEQUENCE, BATCH, HEAD_DIM = 5, 2, 8
 # Numbers of heads of the model: three for each of two ranks, one for each rank, and one that both ranks hold.

@@ -34,8 +34,8 @@ from support.megatron_models import load_converted_model, logits_of_megatron, sa
 from support.rank_program import run_as_rank
 from support.small_moe import draw_parameters, make_config, make_mask, make_visible_experts, random_visible_sets
 
-from maskmoe.transformer.gpt_model import MaskMoEGPTModel
 from maskmoe.transformer.layer_specs import get_maskmoe_decoder_block_spec, get_maskmoe_mtp_block_spec
+from maskmoe.transformer.models import MaskMoEGPTModel
 
 NUM_LAYERS, VOCAB_SIZE = 2, 9
 GROUPED = {"moe_grouped_gemm": True}

@@ -1,0 +1,219 @@
+"""GPT and hybrid models: with MoE layers that route by token id, and without experts."""
+
+import logging
+from collections.abc import Iterable
+from contextlib import nullcontext
+from dataclasses import replace
+from typing import Any
+
+import torch
+from megatron.core.models.gpt import GPTModel
+from megatron.core.models.hybrid.hybrid_layer_allocation import Symbols, parse_hybrid_pattern
+from megatron.core.models.hybrid.hybrid_model import HybridModel
+from megatron.core.process_groups_config import ProcessGroupCollection
+from megatron.core.transformer.moe.moe_layer import MoELayer
+from megatron.core.transformer.transformer_config import TransformerConfig
+from megatron.core.utils import log_single_rank
+from torch import Tensor
+
+from maskmoe.routing_mask.feed_forward_layers import FeedForwardLayers
+from maskmoe.transformer.dispatch.choose import choose_dispatch
+from maskmoe.transformer.dispatch.kind import DispatchKind
+from maskmoe.transformer.dispatch.plan import DispatchPlanner
+from maskmoe.transformer.gathered_parameters import wait_for_convolutions
+from maskmoe.transformer.packed_documents import PackingModel
+from maskmoe.transformer.router import MaskMoERouter
+from maskmoe.transformer.token_ids import TokenIds, pack_token_ids, split_sequence
+from maskmoe.transformer.torch_modules.cross_entropy import ChunkedCrossEntropyMixin
+from maskmoe.transformer.visible_experts import VisibleExperts
+
+_logger = logging.getLogger(__name__)
+
+
+class RoutesByTokenId(torch.nn.Module):
+    """Mixin for a Megatron-Core model whose MoE layers route by token id.
+
+    A model class calls `set_routing_mask` at the end of its `__init__`, and passes the result of `pack_for_layers` to
+    its layers as `padding_mask`.
+    """
+
+    config: TransformerConfig
+    pg_collection: ProcessGroupCollection
+    share_embeddings_and_output_weights: bool
+    mtp_process: bool
+    post_process: bool
+    output_layer: Any
+
+    def set_routing_mask(self, visible_experts: VisibleExperts) -> None:
+        """Register the routing mask, and prepare to plan dispatch if mask and settings allow plans.
+
+        Args:
+            visible_experts: The routing mask that the model's routers share.
+        """
+        self._drop_unused_output_weight()
+        self.routing_mask = visible_experts
+        self._dispatch_planner: DispatchPlanner | None = None
+        kind = choose_dispatch(self.config, self.pg_collection, visible_experts.is_rank_local)
+        log_single_rank(_logger, logging.INFO, f"dispatch of tokens to experts: {kind.value}")
+        self.dispatch_kind = kind
+        if kind is DispatchKind.PLANNED:
+            # Skip multi-token-prediction layers: their ids are shifted.
+            routers = (m for m in self.modules() if isinstance(m, MaskMoERouter) and not m.is_mtp_layer)
+            # All expert-parallel ranks have the same layers. So either all of them plan, or none does.
+            if tables := {router.table for router in routers}:
+                topk = self.config.moe_router_topk
+                self._dispatch_planner = DispatchPlanner(visible_experts, topk, tables, self.pg_collection.ep)
+
+    def pack_for_layers(self, input_ids: Tensor | None, padding_mask: Tensor | None) -> Tensor:
+        """Return the tensor that the layers get as `padding_mask`: the ids of this rank's tokens, padding and plan.
+
+        Args:
+            input_ids: int64 [batch, sequence].
+            padding_mask: bool [batch, sequence], True for padding; None: no token is padding.
+
+        Raises:
+            ValueError: No token ids, or a padding mask of another shape.
+        """
+        if input_ids is None:
+            raise ValueError(
+                f"{type(self).__name__} needs input_ids on every pipeline stage: its routers choose by token id"
+            )
+        if self.config.sequence_parallel:
+            tp_group = self.pg_collection.tp
+            input_ids = split_sequence(input_ids, tp_group)
+            padding_mask = None if padding_mask is None else split_sequence(padding_mask, tp_group)
+        token_ids = TokenIds(input_ids, padding_mask)
+        if self._dispatch_planner is not None:
+            token_ids = replace(token_ids, plan=self._dispatch_planner.plan(token_ids))
+        return pack_token_ids(token_ids)
+
+    def _drop_unused_output_weight(self) -> None:
+        """Drop the output layer's own weight where embeddings are tied and multi-token prediction holds an embedding.
+
+        The output layer then uses the weight of that embedding. On a later pipeline stage, Megatron-Core also allocates
+        a weight in the output layer, which is never used and makes saving a checkpoint fail. The model classes have no
+        argument to prevent the allocation.
+        """
+        if self.share_embeddings_and_output_weights and self.mtp_process and self.post_process:
+            self.output_layer.weight = None
+
+
+class DenseGPTModel(PackingModel, ChunkedCrossEntropyMixin, GPTModel):
+    """`GPTModel` without experts, with packed documents and the loss of `MaskMoEGPTModel`."""
+
+
+class MaskMoEGPTModel(PackingModel, RoutesByTokenId, ChunkedCrossEntropyMixin, GPTModel):
+    """`GPTModel` whose MoE layers route by token id.
+
+    Every pipeline stage must be given `input_ids`, also stages without an embedding. A padding mask, bool [batch,
+    sequence] with True for padding, can be given to all stages as well: the routers then exclude padding from their
+    losses and from the counts behind the expert bias, as Megatron-Core's routers do.
+
+    Args:
+        args: Positional arguments of `GPTModel`.
+        visible_experts: The routing mask shared by the model's routers.
+        kwargs: Keyword arguments of `GPTModel`.
+    """
+
+    def __init__(self, *args: Any, visible_experts: VisibleExperts, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self.set_routing_mask(visible_experts)
+
+    def _preprocess(self, input_ids: Tensor, *args: Any, padding_mask: Tensor | None = None, **kwargs: Any) -> tuple:
+        """Compute the inputs of the decoder as `GPTModel` does, with packed token ids as `padding_mask`.
+
+        Raises:
+            ValueError: No token ids, or a padding mask of another shape.
+        """
+        packed = self.pack_for_layers(input_ids, padding_mask)
+        outputs = super()._preprocess(input_ids, *args, **kwargs)
+        decoder_input, rope, rope_cos, rope_sin, sequence_offset, _padding_mask, *rest = outputs
+        return decoder_input, rope, rope_cos, rope_sin, sequence_offset, packed, *rest
+
+
+class BaseHybridModel(HybridModel):
+    """`HybridModel` with what Megatron-Core leaves out: scaled rotary embeddings, and waiting for convolutions.
+
+    Rotary embeddings can be scaled as Llama 3 does, like those of `GPTModel`. Gated delta nets wait until the
+    parameters of their convolution are gathered, see `wait_for_convolutions`.
+
+    Args:
+        args: Positional arguments of `HybridModel`.
+        rope_scaling: Whether to scale rotary embeddings.
+        rope_scaling_factor: Divides low frequencies of rotary embeddings.
+        kwargs: Keyword arguments of `HybridModel`.
+    """
+
+    def __init__(self, *args: Any, rope_scaling: bool = False, rope_scaling_factor: float = 8.0, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        if rope_scaling and self.position_embedding_type == "rope" and not self.config.multi_latent_attention:
+            rope: Any = self.rotary_pos_emb
+            rope.inv_freq = rope._apply_scaling(rope.inv_freq, factor=rope_scaling_factor)
+        wait_for_convolutions(self)
+
+
+class DenseHybridModel(PackingModel, ChunkedCrossEntropyMixin, BaseHybridModel):
+    """`HybridModel` without experts, with packed documents and the loss of `MaskMoEHybridModel`."""
+
+
+class _HybridModelWithIds(RoutesByTokenId, ChunkedCrossEntropyMixin, BaseHybridModel):
+    """`HybridModel` that passes token ids to all layers, those of multi-token prediction included."""
+
+    def forward(self, input_ids: Tensor, *args: Any, padding_mask: Tensor | None = None, **kwargs: Any) -> Tensor:
+        """Run one pipeline stage as `HybridModel` does, with packed token ids as `padding_mask`.
+
+        Raises:
+            ValueError: No token ids, or a padding mask of another shape.
+        """
+        packed = self.pack_for_layers(input_ids, padding_mask)
+
+        def add_ids(module: torch.nn.Module, args: Any, kwargs: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
+            return args, {**kwargs, "padding_mask": packed}
+
+        # `HybridModel` passes no padding mask to multi-token prediction, so a hook passes it during this call.
+        hook = self.mtp.register_forward_pre_hook(add_ids, with_kwargs=True) if self.mtp_process else nullcontext()
+        with hook:
+            return super().forward(input_ids, *args, padding_mask=packed, **kwargs)
+
+
+class MaskMoEHybridModel(PackingModel, _HybridModelWithIds):
+    """`HybridModel` whose MoE layers route by token id.
+
+    Every pipeline stage must be given `input_ids`, and can be given a padding mask, as for `MaskMoEGPTModel`. With
+    equal weights, a model and its twin of the other class compute the same bits: a transformer layer of
+    `MaskMoEGPTModel` is two symbols of the pattern, attention and MLP or MoE layer.
+
+    Args:
+        args: Positional arguments of `HybridModel`.
+        visible_experts: The routing mask shared by the model's routers.
+        kwargs: Keyword arguments of `HybridModel`.
+    """
+
+    def __init__(self, *args: Any, visible_experts: VisibleExperts, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self._number_moe_layers()
+        self.set_routing_mask(visible_experts)
+
+    def _number_moe_layers(self) -> None:
+        """Number each MoE layer among the feed-forward layers of decoder or multi-token prediction, as in the twin.
+
+        `HybridModel` counts all symbols, and starts from 1 again in each depth of multi-token prediction.
+        """
+        parsed = parse_hybrid_pattern(self.hybrid_layer_pattern)
+        _number(self.decoder.layers, (parsed.main_pattern or "").replace(Symbols.PIPE, ""), before=0)
+        pattern = parsed.mtp_pattern or ""
+        predictions: Any = self.mtp.layers if self.mtp_process else ()
+        for depth, prediction in enumerate(predictions):
+            _number(prediction.mtp_model_layer.layers, pattern, before=depth * _num_feed_forward(pattern))
+
+
+def _number(layers: Iterable[Any], pattern: str, before: int) -> None:
+    """Number the MoE layers among the feed-forward layers of a pattern, which follow `before` others."""
+    for layer in layers:
+        if isinstance(getattr(layer, "mlp", None), MoELayer):  # Mamba layers have none
+            layer.mlp.set_layer_number(before + _num_feed_forward(pattern[: layer.layer_number]))
+
+
+def _num_feed_forward(pattern: str) -> int:
+    """Return the number of MLPs and MoE layers in a pattern."""
+    return len(FeedForwardLayers.of_pattern(pattern).decoder)

@@ -1,0 +1,121 @@
+"""Linear layers in plain torch: one that every tensor-parallel rank holds whole, and those of several experts."""
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from megatron.core.tensor_parallel import get_cuda_rng_tracker, get_data_parallel_rng_tracker_name
+from megatron.core.transformer.transformer_config import TransformerConfig
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+
+class ReplicatedLinear(torch.nn.Linear):
+    """`TELinear` with `parallel_mode="duplicated"` in plain torch: no rank divides the weight or communicates.
+
+    The tensor-parallel ranks draw the same initial weight. Under sequence parallelism, the gradient of each rank covers
+    only its part of the sequence. Marking the parameters `sequence_parallel` makes Megatron-Core's
+    `finalize_model_grads` add the gradients of all ranks.
+
+    Args:
+        input_size: Features of the input.
+        output_size: Features of the output.
+        config: The model's configuration.
+        init_method: Draws the initial weight.
+        bias: Whether to add a bias, which is 0 at first.
+        unused: Further arguments of `TELinear`; ignored.
+    """
+
+    def __init__(
+        self,
+        input_size: int,
+        output_size: int,
+        *,
+        config: TransformerConfig,
+        init_method: Callable[[Tensor], Any],
+        bias: bool,
+        **unused: Any,
+    ) -> None:
+        device = None if config.use_cpu_initialization else torch.cuda.current_device()
+        super().__init__(input_size, output_size, bias, device, config.params_dtype)
+        for parameter in self.parameters():
+            parameter.sequence_parallel = config.sequence_parallel  # pyrefly: ignore[missing-attribute]
+        # As in Megatron's local linear layers: a state dict may lack the entry of `get_extra_state`.
+        self._register_load_state_dict_pre_hook(
+            lambda state_dict, prefix, *args, **kwargs: state_dict.setdefault(f"{prefix}_extra_state")
+        )
+        if not config.perform_initialization:
+            return
+        if config.use_cpu_initialization:
+            # As in Megatron's local linear layers, the weight is drawn in fp32.
+            drawn = torch.empty(self.weight.shape, dtype=torch.float32)
+            init_method(drawn)
+            self.weight.data.copy_(drawn)
+        else:
+            tracker: Any = get_cuda_rng_tracker()
+            with tracker.fork(get_data_parallel_rng_tracker_name()):
+                init_method(self.weight)
+
+    def reset_parameters(self) -> None:
+        """Set the bias to 0; the constructor draws the weight."""
+        if self.bias is not None:
+            torch.nn.init.zeros_(self.bias)
+
+    def forward(self, input: Tensor) -> tuple[Tensor, None]:  # pyrefly: ignore[bad-override]
+        """Multiply [..., input features] by the weight; return [..., output features], and None in place of a bias."""
+        return super().forward(input), None
+
+    def get_extra_state(self) -> None:
+        """Save the entry in which Transformer Engine keeps the state of fp8, so that checkpoints can be exchanged."""
+
+    def set_extra_state(self, state: Any) -> None:
+        """Ignore the state of fp8."""
+
+    def backward_dw(self) -> None:
+        """Do nothing: the gradient of the weight is never deferred."""
+
+
+def linear_in_turns(rows: Tensor, sizes: Sequence[int], weights: Sequence[Tensor]) -> Tensor:
+    """Multiply the rows of each expert by the expert's weight, one expert after the other.
+
+    Results and gradients are bit-equal to those of one `linear` for each expert. In a small model, the products take
+    less time than slices, concatenations and nodes of autograd's graph, so all experts share one node, and each product
+    writes into its part of one tensor.
+
+    Args:
+        rows: [rows, inputs], ordered by expert.
+        sizes: The number of rows of each expert.
+        weights: [outputs, inputs] of each expert.
+
+    Returns:
+        [rows, outputs].
+    """
+    return _LinearInTurns.apply(rows, sizes, *weights)
+
+
+class _LinearInTurns(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, rows: Tensor, sizes: Sequence[int], *weights: Tensor) -> Tensor:
+        ctx.sizes = sizes
+        ctx.save_for_backward(rows, *weights)
+        outputs = rows.new_empty(len(rows), len(weights[0]))
+        for of_expert, weight, out in zip(rows.split(sizes), weights, outputs.split(sizes), strict=True):
+            torch.mm(of_expert, weight.t(), out=out)
+        return outputs
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:  # pyrefly: ignore[bad-override]
+        rows, *weights = ctx.saved_tensors
+        needs_rows, _, *needs_weights = ctx.needs_input_grad
+        of_experts = gradients[0].split(ctx.sizes)
+        grad_rows = None
+        if needs_rows:
+            grad_rows = rows.new_empty(rows.shape)
+            for gradient, weight, out in zip(of_experts, weights, grad_rows.split(ctx.sizes), strict=True):
+                torch.mm(gradient, weight, out=out)
+        grad_weights = (
+            gradient.t().mm(own_rows) if is_needed else None
+            for gradient, own_rows, is_needed in zip(of_experts, rows.split(ctx.sizes), needs_weights, strict=True)
+        )
+        return grad_rows, None, *grad_weights
