@@ -11,7 +11,7 @@ from transformers.utils import logging
 from maskmoe.analysis.probe_text import Probe
 from maskmoe.analysis.routing_trace import NO_EXPERT, RoutingTrace
 from maskmoe.errors import UserError
-from maskmoe.files.foreign_libraries import reading
+from maskmoe.files.untrusted import reading
 from maskmoe.huggingface import MaskMoEForCausalLM, MaskMoEModel
 from maskmoe.huggingface.modeling_maskmoe import MaskMoETopKRouter, score
 
