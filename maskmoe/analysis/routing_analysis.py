@@ -22,7 +22,7 @@ from maskmoe.analysis.routing_statistics import (
     repeated_ids,
 )
 from maskmoe.errors import UserError
-from maskmoe.files.foreign_libraries import reading
+from maskmoe.files.untrusted import reading
 from maskmoe.huggingface import MaskMoEForCausalLM, MaskMoEModel
 from maskmoe.huggingface.modeling_maskmoe import MaskMoETopKRouter, score
 from maskmoe.routing_mask.frequency import FrequencyBands, TokenFrequency

@@ -22,7 +22,7 @@ from torch.distributed.checkpoint import default_planner, filesystem
 
 from maskmoe.checkpoint.unpickling import read_layout, read_object
 from maskmoe.checkpoint.writer_process import get_write_results_queue, start_writer, write_for_rank
-from maskmoe.launch.journal import Journal
+from maskmoe.files.run_folder import Journal
 from maskmoe.megatron_compat.replacing import replace
 
 _SHORT_INTEGERS = (torch.int16, torch.uint16)

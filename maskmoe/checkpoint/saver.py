@@ -24,7 +24,7 @@ from maskmoe.checkpoint.series import (
     remove_old_checkpoints,
     replace_by_next_version,
 )
-from maskmoe.launch.journal import Journal, Kind
+from maskmoe.files.run_folder import Journal, Kind
 from maskmoe.megatron_compat.globals import get_args
 from maskmoe.megatron_compat.replacing import replacing
 

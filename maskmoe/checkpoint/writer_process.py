@@ -26,8 +26,8 @@ from megatron.core.dist_checkpointing.strategies.async_utils import PersistentAs
 
 from maskmoe.errors import RunFailure
 from maskmoe.megatron_compat.replacing import replace
-from maskmoe.processes.child_process import end_with_parent
 from maskmoe.processes.interruption import SIGNALS_THAT_SAVE
+from maskmoe.processes.liveness import end_with_parent
 
 _RANK_PROCESS = "MASKMOE_RANK_PROCESS"
 _CHECK_PERIOD = 1.0  # seconds

@@ -7,7 +7,7 @@ from contextlib import contextmanager
 from types import FrameType
 
 from maskmoe.errors import UserError
-from maskmoe.files.surrogates import refuse_surrogates
+from maskmoe.files.untrusted import refuse_surrogates
 
 _UNFINISHED_CHARACTER = "\ufffd"  # what tokenizers make of the first bytes of a character
 

@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 
 from maskmoe.errors import RunFailure, UserError, one_line
-from maskmoe.files.surrogates import has_surrogates
+from maskmoe.files.untrusted import has_surrogates
 from maskmoe.processes.interruption import EXIT_REQUEUE, leave_exit_code
 
 EXIT_RUN_FAILURE = 1

@@ -13,8 +13,7 @@ from maskmoe.comparison.quickstart import Quickstart
 from maskmoe.comparison.run import OWN_TEXT
 from maskmoe.comparison.table import scalars, training_seconds
 from maskmoe.files.json_files import read_json
-from maskmoe.files.outputs import atomic_output
-from maskmoe.files.templates import render_template
+from maskmoe.files.outputs import atomic_output, render_template
 from maskmoe.routing_mask.frequency import TokenFrequency
 
 

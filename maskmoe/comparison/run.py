@@ -11,10 +11,10 @@ from maskmoe.comparison.stage import Stage, maskmoe_command
 from maskmoe.comparison.suite import Suite, Variant
 from maskmoe.errors import UserError
 from maskmoe.files.outputs import atomic_output
+from maskmoe.files.run_folder import CHECKPOINTS, TENSORBOARD
 from maskmoe.launch.command import entry_point, standalone_command
 from maskmoe.launch.devices import Devices
 from maskmoe.launch.model_file import LAYOUTS, Flags, flag_words
-from maskmoe.launch.run_folder import CHECKPOINTS, TENSORBOARD
 
 OWN_TEXT = "held-out"
 """Name of the held-out documents of the training text, beside the further held-out texts of a suite."""

@@ -7,8 +7,7 @@ from typing import Any
 
 from maskmoe.conversion.safetensors_files import SafetensorsSource
 from maskmoe.errors import UserError
-from maskmoe.files.foreign_libraries import reading
-from maskmoe.files.untrusted import check_regular
+from maskmoe.files.untrusted import check_regular, reading
 
 _LISTED_NAMES = 3
 _ADVICE = "export the model again"

@@ -20,8 +20,8 @@ from maskmoe.conversion.tensor_mapping import PADDING_PREFIX
 from maskmoe.conversion.tensor_sources import JoinedSource, ProgressSource, TensorSource
 from maskmoe.conversion.tokenizer import export_tokenizer
 from maskmoe.errors import UserError
-from maskmoe.files.foreign_libraries import reading
 from maskmoe.files.json_files import check_finite, read_json, write_record
+from maskmoe.files.untrusted import reading
 from maskmoe.huggingface import AUTO_MAP, MaskMoEConfig, MaskMoEForCausalLM, export_code
 from maskmoe.routing_mask.mask import RoutingMask
 

@@ -14,7 +14,7 @@ from itertools import islice
 from pathlib import Path
 
 from maskmoe.errors import UserError
-from maskmoe.files.foreign_libraries import reading
+from maskmoe.files.untrusted import reading
 
 FORMATS = ("jsonl", "text", "parquet", "arrow")
 STANDARD_INPUT = "-"

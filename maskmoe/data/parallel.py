@@ -12,7 +12,7 @@ from functools import partial
 from itertools import chain, islice
 
 from maskmoe.errors import RunFailure, UserError
-from maskmoe.processes.deferred_signals import deferring_signals
+from maskmoe.processes.interruption import deferring_signals
 
 _TASKS_PER_WORKER = 16
 

@@ -16,7 +16,7 @@ import zstandard
 
 from maskmoe.data.inputs import Input, compression_of_name
 from maskmoe.errors import UserError
-from maskmoe.files.surrogates import refuse_surrogates
+from maskmoe.files.untrusted import refuse_surrogates
 
 DOCUMENT_BYTES = 1 << 20
 """Size in bytes beyond which a plain text file is divided into several documents."""

@@ -13,10 +13,8 @@ from pathlib import Path
 import numpy as np
 
 from maskmoe.errors import UserError
-from maskmoe.files.foreign_libraries import reading
 from maskmoe.files.json_files import read_json
-from maskmoe.files.surrogates import printable_name
-from maskmoe.files.untrusted import UnusableFile, read_bounded
+from maskmoe.files.untrusted import UnusableFile, printable_name, read_bounded, reading
 
 _MAX_MODEL_BYTES = 256 << 20  # of a tokenizer's file; the largest known has 35 MB
 

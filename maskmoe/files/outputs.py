@@ -6,10 +6,11 @@ import stat
 import tempfile
 import threading
 import uuid
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from types import FrameType
+from typing import Any
 
 from maskmoe.errors import UserError
 
@@ -159,3 +160,26 @@ def _reporting_failure(path: Path) -> Iterator[None]:
         yield
     except OSError as error:
         raise UserError(f"cannot write {path}: {error.strerror}; choose an existing, writable folder") from error
+
+
+def render_template(package: str, name: str, values: Mapping[str, Any], filters: Mapping[str, Callable]) -> str:
+    """Return the text of a template.
+
+    Args:
+        package: the package whose folder `templates` holds the template.
+        name: the file name of the template.
+        values: the template's variables; a missing one is an error.
+        filters: further filters of the template.
+    """
+    from jinja2 import Environment, PackageLoader, StrictUndefined  # most commands render nothing
+
+    environment = Environment(
+        loader=PackageLoader(package),
+        undefined=StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+        keep_trailing_newline=True,
+        autoescape=name.endswith(".html.j2"),  # the other reports are plain text or Markdown
+    )
+    environment.filters |= filters
+    return environment.get_template(name).render(values)

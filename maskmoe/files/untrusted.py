@@ -1,11 +1,13 @@
-"""Reads files that a stranger may have written: bounded in size and depth, and never from a device or a pipe.
+"""Reads files that a stranger may have written: bounded in size and depth, and never from a device or a pipe."""
 
-A model, a checkpoint or a settings file may come from anywhere. The functions of this module raise a `UserError` of one
-line on every such file that they cannot use, and they do not read outside the folder that the user has named.
-"""
-
+import json
 import os
+import re
 import stat
+import sys
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
 from io import BufferedReader
 from pathlib import Path
 from typing import Any
@@ -192,3 +194,78 @@ def _check_size(content: object) -> None:
             raise ValueError(f"it has more than {_MAX_YAML_VALUES:,} values once its anchors are written out")
         if isinstance(value, list | dict):
             remaining.extend(value.values() if isinstance(value, dict) else value)
+
+
+@contextmanager
+def reading(what: str, advice: str = "replace it by an intact copy") -> Iterator[None]:
+    """Turn every failure of the block into an error that names what was read.
+
+    Args:
+        what: the thing that the block reads, such as "the tokenizer of model/".
+        advice: what the user can do.
+
+    Raises:
+        UserError: the block failed. A library in Rust may even panic, which Python sees as a BaseException.
+    """
+    try:
+        with _hiding_messages_of_failures():
+            yield
+    except UserError:
+        raise
+    except BaseException as error:
+        if not isinstance(error, Exception) and type(error).__name__ != "PanicException":
+            raise
+        reason = " ".join(str(error).split()).removesuffix(f"; {advice}") or type(error).__name__
+        raise UserError(f"{what} cannot be read; {advice}: {reason[:300]}") from error
+
+
+@contextmanager
+def _hiding_messages_of_failures() -> Iterator[None]:
+    """Hold back what the block prints on stderr, and drop it if the block fails: a panic prints several lines."""
+    sys.stderr.flush()
+    with tempfile.TemporaryFile() as messages:
+        kept = os.dup(2)
+        os.dup2(messages.fileno(), 2)
+        try:
+            yield
+            sys.stderr.flush()
+        finally:
+            os.dup2(kept, 2)
+            os.close(kept)
+        messages.seek(0)
+        os.write(2, messages.read())
+
+
+_HALF_OF_PAIR = re.compile("[\ud800-\udfff]")
+
+
+def has_surrogates(text: str) -> bool:
+    """Return whether a text has half of a surrogate pair, which UTF-8 cannot encode."""
+    return _HALF_OF_PAIR.search(text) is not None
+
+
+def refuse_surrogates(text: str, what: str) -> None:
+    """Check that UTF-8 can encode a text.
+
+    Args:
+        text: the text.
+        what: the source of the text, for the error.
+
+    Raises:
+        UserError: the text has half of a surrogate pair.
+    """
+    if found := _HALF_OF_PAIR.search(text):
+        raise UserError(
+            f"{what} has an invalid byte or half of a surrogate pair ({found[0]!a}), which is not text: correct it"
+        )
+
+
+def printable_texts(value: Any) -> Any:
+    r"""Return a JSON value in whose texts each half of a surrogate pair is an escape such as `\udcff`, for records."""
+    text = json.dumps(value, ensure_ascii=False)
+    return json.loads(_HALF_OF_PAIR.sub(lambda half: rf"\\u{ord(half[0]):x}", text))
+
+
+def printable_name(path: str | os.PathLike[str]) -> str:
+    r"""Return the last part of a path, with bytes that are not valid UTF-8 written as `\xff`, for records."""
+    return os.fsencode(os.path.basename(path)).decode("utf-8", "backslashreplace")

@@ -5,11 +5,11 @@ import sys
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 
+from maskmoe.files.run_folder import CHECKPOINTS, RUN_FOLDER_VARIABLE, TENSORBOARD
 from maskmoe.launch.devices import GPU_ENVIRONMENT
 from maskmoe.launch.model_file import Flags, flag_words, override
 from maskmoe.launch.network import Route
 from maskmoe.launch.options import Meeting, Options
-from maskmoe.launch.run_folder import CHECKPOINTS, RUN_FOLDER_VARIABLE, TENSORBOARD
 from maskmoe.processes.interruption import SIGNALS_THAT_END
 
 # `python -m` would import files of the current folder instead of the packages with the same names.

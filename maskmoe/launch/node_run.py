@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 
 from maskmoe.command_line.run_tool import EXIT_BAD_INPUT
 from maskmoe.errors import UserError, counted
+from maskmoe.files.run_folder import Journal, Kind
 from maskmoe.launch.command import (
     RUN_ENVIRONMENT,
     Command,
@@ -16,7 +17,6 @@ from maskmoe.launch.command import (
     torchrun_command,
     unset_variables,
 )
-from maskmoe.launch.journal import Journal, Kind
 from maskmoe.launch.model_file import Flags, flag_words
 from maskmoe.launch.network import route_to
 from maskmoe.launch.options import Meeting, Options

@@ -19,9 +19,8 @@ from torch.distributed.elastic.multiprocessing.api import SignalException
 from torch.distributed.elastic.multiprocessing.errors import ChildFailedError, ProcessFailure
 from torch.distributed.elastic.rendezvous import RendezvousError
 
-from maskmoe.launch.journal import Journal, Kind
+from maskmoe.files.run_folder import RUN_FOLDER_VARIABLE, Journal, Kind
 from maskmoe.launch.meeting import watch_meeting
-from maskmoe.launch.run_folder import RUN_FOLDER_VARIABLE
 from maskmoe.processes.interruption import EXIT_HANG, EXIT_REQUEUE
 
 _EXPLAINED = (2, EXIT_REQUEUE, EXIT_HANG)

@@ -13,8 +13,8 @@ from pathlib import Path
 import psutil
 
 from maskmoe.launch.command import Command
-from maskmoe.processes.child_process import adopt_orphans, end_with_parent, is_alive, send_signal
 from maskmoe.processes.interruption import EXIT_CODE_FILE, EXIT_REQUEUE, handle_signals_that_end, read_exit_code
+from maskmoe.processes.liveness import adopt_orphans, end_with_parent, is_alive, send_signal
 
 _POLL_INTERVAL = 0.2  # seconds
 _INSPECTION_INTERVAL = 5.0  # seconds between inspections of torchrun's children

@@ -1,8 +1,10 @@
-"""The signals that stop a run, and the exit codes of a stopped run."""
+"""The signals that stop a run, the exit codes of a stopped run, and steps that must not be interrupted."""
 
 import os
 import signal
-from collections.abc import Callable
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from types import FrameType
 
@@ -58,3 +60,32 @@ def is_last_attempt() -> bool:
 def read_exit_code(path: Path) -> int | None:
     """Read the exit code that a rank wrote by `leave_exit_code`. Return None if no rank wrote any."""
     return int(path.read_text()) if path.exists() else None
+
+
+_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+
+
+@contextmanager
+def deferring_signals() -> Iterator[None]:
+    """Hold SIGINT, SIGTERM and SIGHUP back until the block ends; then handle them as before the block.
+
+    Use a short block: nothing reacts to Ctrl-C inside it. Blocking signals by the mask of the thread would not hold
+    them back, because `multiprocessing` unblocks SIGINT and SIGTERM when it starts its resource tracker. Outside the
+    main thread nothing changes, because Python handles signals on the main thread only.
+    """
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    received: list[int] = []
+    handlers = {number: signal.getsignal(number) for number in _SIGNALS}
+    # An ignored signal stays ignored, and a handler that Python did not install (None) cannot be restored.
+    handlers = {number: handler for number, handler in handlers.items() if handler not in (signal.SIG_IGN, None)}
+    for number in handlers:
+        signal.signal(number, lambda number, _frame: received.append(number))
+    try:
+        yield
+    finally:
+        for number, handler in handlers.items():
+            signal.signal(number, handler)
+        for number in received:
+            signal.raise_signal(number)

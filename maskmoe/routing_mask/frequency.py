@@ -16,7 +16,7 @@ from maskmoe.data.indexed_dataset import DatasetIndex, bin_path, dataset_files, 
 from maskmoe.data.parallel import map_in_processes
 from maskmoe.data.tokenizer import TokenizerRecord
 from maskmoe.errors import UserError
-from maskmoe.files.surrogates import printable_name
+from maskmoe.files.untrusted import printable_name
 from maskmoe.routing_mask.assignment import count_frequent, ids_by_frequency
 from maskmoe.routing_mask.sealed_tensors import SealedTensors
 

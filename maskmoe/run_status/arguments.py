@@ -5,8 +5,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from maskmoe.files.run_folder import ARGUMENTS
 from maskmoe.files.untrusted import UnusableFile, read_bounded
-from maskmoe.launch.run_folder import ARGUMENTS
 
 _MOST_BYTES = 1 << 20
 _FOLDER = re.compile(r"# Relative paths are relative to (.+)")

@@ -26,7 +26,7 @@ from maskmoe.checkpoint.series import (
     saved_iterations,
 )
 from maskmoe.errors import UserError, one_line
-from maskmoe.launch.run_folder import CHECKPOINTS
+from maskmoe.files.run_folder import CHECKPOINTS
 from maskmoe.processes.folder_lock import LOCK_NAME
 from maskmoe.run_status.arguments import RunArguments
 

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Literal
 
 from maskmoe.errors import one_line
-from maskmoe.launch.journal import Entry, Kind
+from maskmoe.files.run_folder import Entry, Kind
 from maskmoe.processes.folder_lock import LockState, look_at_lock
 from maskmoe.run_status.progress import Progress
 

@@ -8,8 +8,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from maskmoe.files.outputs import atomic_output
-from maskmoe.files.templates import render_template
+from maskmoe.files.outputs import atomic_output, render_template
 from maskmoe.run_status.status import Status, read_status
 from maskmoe.run_status.text import FILTERS, summarize
 

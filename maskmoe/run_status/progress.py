@@ -3,7 +3,7 @@
 from dataclasses import dataclass
 from typing import Self
 
-from maskmoe.launch.journal import Fact
+from maskmoe.files.run_folder import Fact
 from maskmoe.run_status.arguments import RunArguments
 from maskmoe.run_status.scalars import Logged
 

@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from maskmoe.launch.run_folder import TENSORBOARD
+from maskmoe.files.run_folder import TENSORBOARD
 
 if TYPE_CHECKING:
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator, ScalarEvent

@@ -10,8 +10,7 @@ from typing import Any
 from pydantic_core import to_jsonable_python
 
 from maskmoe.errors import UserError, one_line
-from maskmoe.launch.journal import Entry, Kind, read_journal
-from maskmoe.launch.run_folder import ARGUMENTS
+from maskmoe.files.run_folder import ARGUMENTS, Entry, Kind, read_journal
 from maskmoe.run_status.arguments import RunArguments
 from maskmoe.run_status.checkpoints import Checkpoints, find_checkpoints, read_checkpoints
 from maskmoe.run_status.liveness import Liveness, read_liveness

@@ -4,7 +4,7 @@ import time
 from collections.abc import Callable, Mapping
 from datetime import timedelta
 
-from maskmoe.files.templates import render_template
+from maskmoe.files.outputs import render_template
 from maskmoe.run_status.status import Status
 
 _MOST_LINES = 12  # of each list, the newest

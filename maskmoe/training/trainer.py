@@ -17,7 +17,7 @@ from megatron.training import pretrain
 from megatron.training.argument_utils import pretrain_cfg_container_from_args
 
 from maskmoe.checkpoint.megatron_patches import keep_checkpoints_whole, override_learning_rates
-from maskmoe.launch.journal import Journal
+from maskmoe.files.run_folder import Journal
 from maskmoe.megatron_compat.globals import get_timers, open_writers
 from maskmoe.processes.folder_lock import locked_folder
 from maskmoe.training.loop.batch import build_datasets, get_batch, loss_function, token_losses

@@ -18,7 +18,7 @@ from maskmoe.command_line.registry import SUBCOMMANDS
 from maskmoe.comparison.stage import maskmoe_command
 from maskmoe.data.tokenizer_training import train_tokenizer
 from maskmoe.errors import UserError
-from maskmoe.processes.child_process import is_alive
+from maskmoe.processes.liveness import is_alive
 from maskmoe.routing_mask.assignment import MaskRecipe
 from maskmoe.routing_mask.frequency import count_token_frequency
 from maskmoe.routing_mask.mask import build_routing_mask

@@ -103,7 +103,7 @@ from maskmoe.megatron_compat import prepare_process
 
 prepare_process()
 from maskmoe.checkpoint.megatron_patches import keep_checkpoints_whole
-from maskmoe.launch.journal import Journal
+from maskmoe.files.run_folder import Journal
 
 keep_checkpoints_whole(contextlib.nullcontext, contextlib.nullcontext, Journal(None))
 from maskmoe.training.loop.megatron_patches import call_after_each_step, skip_iterations_of_interleaved_pipelines

@@ -18,17 +18,17 @@ from support.launch import Launch
 from support.waiting import wait_until
 
 from maskmoe.errors import RunFailure, UserError
+from maskmoe.files.run_folder import Kind, read_journal
 from maskmoe.launch.elastic import membership
 from maskmoe.launch.elastic import run as elastic_run
 from maskmoe.launch.elastic.generation import Generation, Generations, leading_member
 from maskmoe.launch.elastic.layout import LayoutChooser, describe_changes
 from maskmoe.launch.elastic.membership import Member, Membership
 from maskmoe.launch.elastic.run import ElasticRun
-from maskmoe.launch.journal import Kind, read_journal
 from maskmoe.launch.model_file import ModelFile
 from maskmoe.launch.options import NodeRange, Options, parse_options
-from maskmoe.processes.holder import Holder
 from maskmoe.processes.interruption import EXIT_REQUEUE
+from maskmoe.processes.liveness import Holder
 
 PROGRAM = Path(__file__).parent / "elastic_node.py"
 MODEL = """

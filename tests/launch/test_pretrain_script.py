@@ -16,7 +16,7 @@ from support.runs import free_port, read_losses
 
 from maskmoe.checkpoint.series import read_tracker
 from maskmoe.data.indexed_dataset import optimal_dtype
-from maskmoe.launch.journal import Kind, read_journal
+from maskmoe.files.run_folder import Kind, read_journal
 from maskmoe.processes.interruption import EXIT_REQUEUE
 from maskmoe.routing_mask.assignment import MaskRecipe
 from maskmoe.routing_mask.mask import build_routing_mask

@@ -8,9 +8,8 @@ from support.launch import Launch
 from support.runs import free_port
 from torch.distributed.elastic.multiprocessing.errors import ProcessFailure
 
-from maskmoe.launch.journal import Kind, read_journal
+from maskmoe.files.run_folder import RUN_FOLDER_VARIABLE, Kind, read_journal
 from maskmoe.launch.ranks import describe, find_cause
-from maskmoe.launch.run_folder import RUN_FOLDER_VARIABLE
 
 RANK = """
 import os, signal, sys, time

@@ -5,7 +5,7 @@ import time
 import pytest
 from support.run_folders import write_arguments, write_checkpoint, write_events, write_journal
 
-from maskmoe.launch.journal import Kind
+from maskmoe.files.run_folder import Kind
 
 
 @pytest.fixture

@@ -10,7 +10,7 @@ import time
 import pytest
 from support.paths import ROOT
 
-from maskmoe.launch.journal import Entry, Kind
+from maskmoe.files.run_folder import Entry, Kind
 from maskmoe.run_status.liveness import read_liveness
 from maskmoe.run_status.progress import Progress
 

@@ -12,7 +12,7 @@ from support.run_folders import write_arguments, write_checkpoint, write_events,
 from torch.utils.tensorboard import SummaryWriter
 
 from maskmoe.errors import UserError
-from maskmoe.launch.journal import Kind
+from maskmoe.files.run_folder import Kind
 from maskmoe.run_status.status import LayerLoad, read_status
 from maskmoe.run_status.text import render_text
 

@@ -14,7 +14,7 @@ from support.paths import ROOT
 from support.runs import LAPTOP_VOCAB_SIZE
 from support.waiting import wait_until
 
-from maskmoe.launch.journal import Kind, read_journal
+from maskmoe.files.run_folder import Kind, read_journal
 from maskmoe.processes.interruption import EXIT_REQUEUE
 from maskmoe.transformer.dispatch.kind import DispatchKind
 

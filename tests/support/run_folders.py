@@ -9,7 +9,7 @@ from torch.distributed.checkpoint.metadata import Metadata, MetadataIndex
 from torch.utils.tensorboard import SummaryWriter
 
 from maskmoe.checkpoint.integrity import LAYOUT_FILE, FileRecord, Manifest
-from maskmoe.launch.journal import FOLDER
+from maskmoe.files.run_folder import JOURNAL
 
 NUM_LAYERS = 3
 
@@ -70,9 +70,9 @@ def write_checkpoint(folder, iteration, with_manifest=True):
 
 def write_journal(folder, *entries, name="a-1"):
     """Write entries of one process: kind, time, text, iteration and facts."""
-    (folder / FOLDER).mkdir(exist_ok=True)
+    (folder / JOURNAL).mkdir(exist_ok=True)
     lines = [
         json.dumps({"kind": kind, "time": when, "text": text, "host": name[0], "iteration": iteration, "facts": facts})
         for kind, when, text, iteration, facts in entries
     ]
-    (folder / FOLDER / f"{name}.jsonl").write_text("\n".join(lines) + "\n")
+    (folder / JOURNAL / f"{name}.jsonl").write_text("\n".join(lines) + "\n")

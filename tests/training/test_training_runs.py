@@ -7,7 +7,7 @@ from support.paths import TESTS
 from support.runs import read_scalars
 from support.training_runs import COMPARED, RUNS
 
-from maskmoe.launch.journal import Kind, read_journal
+from maskmoe.files.run_folder import Kind, read_journal
 from maskmoe.run_status.status import read_status
 
 MODULES = sorted((TESTS / "training").rglob("test_*.py"))

@@ -23,7 +23,7 @@ from laptop_step import ROOT, TIME, run_training, write_inputs
 
 from maskmoe.command_line.run_tool import run_tool
 from maskmoe.errors import UserError
-from maskmoe.launch.journal import Kind, read_journal
+from maskmoe.files.run_folder import Kind, read_journal
 
 MODEL = ROOT / "launch" / "models" / "laptop.yaml"
 STEPS = 100

@@ -13,8 +13,7 @@ from typing import Self
 from pydantic import TypeAdapter, ValidationError
 
 from maskmoe.launch.network import connection_error, listen
-from maskmoe.processes.beating import beating
-from maskmoe.processes.holder import Holder
+from maskmoe.processes.liveness import Holder, beating
 
 _BEAT_SECONDS = 2.0
 

@@ -8,11 +8,11 @@ from pathlib import Path
 
 from maskmoe.command_line.run_tool import EXIT_BAD_INPUT
 from maskmoe.errors import UserError, counted
+from maskmoe.files.run_folder import Journal, Kind
 from maskmoe.launch.devices import find_devices
 from maskmoe.launch.elastic.generation import Generation, Generations, leading_member
 from maskmoe.launch.elastic.layout import LayoutChooser, describe_changes
 from maskmoe.launch.elastic.membership import Member, Membership
-from maskmoe.launch.journal import Journal, Kind
 from maskmoe.launch.model_file import Flags, ModelFile, override
 from maskmoe.launch.network import connection_error, listen
 from maskmoe.launch.node_run import NodeRun, check, say

@@ -8,7 +8,7 @@ from megatron.training import print_rank_0
 from torch import Tensor
 
 from maskmoe.errors import UserError
-from maskmoe.files.foreign_libraries import reading
+from maskmoe.files.untrusted import reading
 from maskmoe.megatron_compat.globals import get_tokenizer
 from maskmoe.training.inference.prompts import Prompts, check_prompt
 from maskmoe.training.loop.rank_store import sharing_failures

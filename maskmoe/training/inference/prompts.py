@@ -8,8 +8,8 @@ from typing import Any
 
 from maskmoe.command_line import ranges
 from maskmoe.errors import UserError
-from maskmoe.files.json_lines import Line, read_lines
-from maskmoe.files.surrogates import refuse_surrogates
+from maskmoe.files.json_files import Line, read_lines
+from maskmoe.files.untrusted import refuse_surrogates
 
 _JSON_LINES = ".jsonl"
 _KEY = "prompt"

@@ -7,7 +7,7 @@ from typing import Any
 
 from megatron.core.models.hybrid.hybrid_layer_allocation import Symbols
 
-from maskmoe.files.templates import render_template
+from maskmoe.files.outputs import render_template
 from maskmoe.training.preflight.cost import TrainingCost
 from maskmoe.training.preflight.memory import ESTIMATED, EXACT, MemoryReport
 from maskmoe.training.preflight.parameters import Chunk, ModelParameters

@@ -4,7 +4,7 @@ from argparse import Namespace
 from dataclasses import dataclass
 from pathlib import Path
 
-from maskmoe.launch.run_folder import run_folder
+from maskmoe.files.run_folder import run_folder
 from maskmoe.routing_mask.mask import RoutingMask
 from maskmoe.training.resume.save_folder import loads_what_it_saves
 

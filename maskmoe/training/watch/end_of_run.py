@@ -9,7 +9,7 @@ from typing import Any
 
 from maskmoe.command_line.run_tool import EXIT_RUN_FAILURE
 from maskmoe.errors import UserError, one_line
-from maskmoe.launch.journal import Journal, Kind
+from maskmoe.files.run_folder import Journal, Kind
 from maskmoe.processes.interruption import EXIT_REQUEUE
 from maskmoe.run_status.page import REPORT
 from maskmoe.training.loop.rank_store import RankStore

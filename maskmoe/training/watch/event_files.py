@@ -11,7 +11,7 @@ from typing import Any
 from megatron.training import get_tensorboard_writer
 
 import maskmoe
-from maskmoe.launch.run_folder import TENSORBOARD, run_folder
+from maskmoe.files.run_folder import TENSORBOARD, run_folder
 from maskmoe.run_status.scalars import OWN_TEXT
 from maskmoe.training.watch.callback import Callback
 

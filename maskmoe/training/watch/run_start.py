@@ -7,8 +7,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from maskmoe.launch.journal import Journal, Kind
-from maskmoe.launch.run_folder import ARGUMENTS
+from maskmoe.files.run_folder import ARGUMENTS, Journal, Kind
 from maskmoe.training.resume.choose_checkpoint import checkpoint_to_load
 from maskmoe.training.settings.batch_sizes import training_iterations
 from maskmoe.training.settings.layout import Layout

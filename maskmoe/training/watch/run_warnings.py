@@ -2,7 +2,7 @@
 
 from pathlib import Path
 
-from maskmoe.launch.journal import Fact, Journal, Kind
+from maskmoe.files.run_folder import Fact, Journal, Kind
 from maskmoe.training.watch.console import console
 
 

@@ -8,7 +8,7 @@ from typing import Any
 
 from maskmoe.errors import UserError
 from maskmoe.files.outputs import atomic_output
-from maskmoe.launch.run_folder import run_folder
+from maskmoe.files.run_folder import run_folder
 
 RUN_ID = "wandb_run_id"
 """The file of the run folder with the id of the run at Weights & Biases."""

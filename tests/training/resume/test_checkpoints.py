@@ -36,7 +36,7 @@ from maskmoe.checkpoint.series import (
 )
 from maskmoe.conversion.config_mapping import _FIXED_ARGS
 from maskmoe.errors import RunFailure, UserError
-from maskmoe.launch.journal import Journal, Kind, read_journal
+from maskmoe.files.run_folder import Journal, Kind, read_journal
 from maskmoe.training.loop.rank_store import RankStore
 from maskmoe.training.resume.choose_checkpoint import find_checkpoint, repair_tracker_file
 from maskmoe.training.resume.model_settings import (

@@ -14,7 +14,7 @@ from maskmoe.checkpoint.integrity import check_content, check_structure
 from maskmoe.checkpoint.non_persistent import check_separate_folder, make_room, non_persistent_folder
 from maskmoe.checkpoint.series import TRACKER, checkpoint_path, saved_iterations
 from maskmoe.errors import UserError
-from maskmoe.launch.journal import Kind, read_journal
+from maskmoe.files.run_folder import Kind, read_journal
 from maskmoe.training.loop.rank_store import RankStore
 from maskmoe.training.resume.choose_checkpoint import repair_tracker_file
 

@@ -7,7 +7,7 @@ from support.report_pages import Page
 from torch.distributed import HashStore
 
 from maskmoe.errors import RunFailure, UserError
-from maskmoe.launch.journal import Kind, read_journal
+from maskmoe.files.run_folder import Kind, read_journal
 from maskmoe.processes.interruption import EXIT_REQUEUE
 from maskmoe.run_status.status import read_status
 from maskmoe.training.loop.rank_store import RankStore

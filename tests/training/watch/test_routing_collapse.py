@@ -10,7 +10,7 @@ from support.launchers import TESTS
 from support.training import Run, TrainingOutcome
 from support.training_runs import EXPERT_2
 
-from maskmoe.launch.journal import Kind, read_journal
+from maskmoe.files.run_folder import Kind, read_journal
 from maskmoe.routing_mask.feed_forward_layers import FeedForwardLayers
 from maskmoe.routing_mask.mask import RoutingMask
 from maskmoe.training.watch.routing_collapse import LayerRouting, RoutingCollapse, reachable_experts

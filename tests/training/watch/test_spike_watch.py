@@ -9,7 +9,7 @@ from support.runs import read_scalars
 from support.training import Run, TrainingOutcome
 from support.training_runs import DISTRIBUTED, EXPERT_2, INTERLEAVED, PIPELINE_2, TENSOR_2
 
-from maskmoe.launch.journal import Kind, read_journal
+from maskmoe.files.run_folder import Kind, read_journal
 
 SPIKE = (str(TESTS / "training" / "pretrain_with_spike.py"),)
 IDLE_OPTIMIZER = (str(TESTS / "training" / "pretrain_with_idle_optimizer.py"),)

@@ -13,7 +13,7 @@ from megatron.core.transformer.attention import SelfAttention
 from torch import Tensor
 
 from maskmoe.comparison.run import NARROW_MASK
-from maskmoe.launch.run_folder import RUN_FOLDER_VARIABLE
+from maskmoe.files.run_folder import RUN_FOLDER_VARIABLE
 from maskmoe.routing_mask.mask import RoutingMask
 from maskmoe.training.loop.model_builder import MaskMoEGPTModelBuilder
 from maskmoe.transformer.layer_specs import map_spec

@@ -1,20 +1,21 @@
-"""The journal of a run keeps all entries of all processes, and survives unfinished and foreign lines."""
+"""The run folder, and its journal, which keeps all entries and survives unfinished and foreign lines."""
 
 import json
 import subprocess
 import sys
 from pathlib import Path
 
+import pytest
 from hypothesis import example, given
 from hypothesis import strategies as st
 
-from maskmoe.launch import journal
-from maskmoe.launch.journal import FOLDER, Entry, Journal, Kind, read_journal
+from maskmoe.files import run_folder as module
+from maskmoe.files.run_folder import JOURNAL, Entry, Journal, Kind, read_journal, run_folder
 
 WRITE = """
 import os, pathlib, socket, sys
 os.getpid, socket.gethostname = lambda: 7, lambda: "node"
-from maskmoe.launch.journal import Journal, Kind
+from maskmoe.files.run_folder import Journal, Kind
 journal = Journal(pathlib.Path(sys.argv[1]))
 journal.write(Kind.WARNED, f"first of {sys.argv[2]}")
 journal.write(Kind.WARNED, f"second of {sys.argv[2]}")
@@ -45,26 +46,41 @@ def test_entries_are_read_as_they_were_written(tmp_path):
 
 
 def test_journal_that_cannot_be_written_loses_entries_only(tmp_path):
-    (tmp_path / FOLDER).write_text("a file where the folder should be")
+    (tmp_path / JOURNAL).write_text("a file where the folder should be")
     Journal(tmp_path).write(Kind.SAVED, "saved")
     Journal(None).write(Kind.SAVED, "saved")
     assert read_journal(tmp_path) == []
 
 
 def test_newest_entries_of_a_long_journal_are_read(tmp_path, monkeypatch):
-    journal_file = tmp_path / FOLDER / "a-1.jsonl"
+    journal_file = tmp_path / JOURNAL / "a-1.jsonl"
     journal_file.parent.mkdir()
     lines = [json.dumps(ENTRY | {"iteration": iteration, "time": float(iteration)}) for iteration in range(100)]
     journal_file.write_text("\n".join(lines))
-    monkeypatch.setattr(journal, "_MAX_BYTES", 3 * len(lines[-1]) + 10)
+    monkeypatch.setattr(module, "_MAX_BYTES", 3 * len(lines[-1]) + 10)
     assert [entry.iteration for entry in read_journal(tmp_path)] == [97, 98, 99]
 
 
 @example({"iteration": float("inf")}, b"")
 @given(st.dictionaries(st.sampled_from([*ENTRY, "other"]), JSON), st.binary(max_size=40))
 def test_damaged_lines_are_skipped(tmp_path_factory, changes, noise):
-    folder = tmp_path_factory.mktemp("run") / FOLDER
+    folder = tmp_path_factory.mktemp("run") / JOURNAL
     folder.mkdir()
     lines = [json.dumps(ENTRY | changes).encode(), noise, json.dumps(ENTRY).encode(), json.dumps(ENTRY).encode()[:-9]]
     (folder / "a-1.jsonl").write_bytes(b"\n".join(lines))
     assert Entry(Kind.SAVED, "saved", 1.0, "a", 7, {"seconds": 0.5}) in read_journal(folder.parent)
+
+
+@pytest.mark.parametrize(
+    ("save", "tensorboard", "expected"),
+    [
+        ("/r/checkpoints", None, "/r"),
+        ("/r/checkpoints", "/t/tensorboard", "/r"),
+        ("/r/save", "/r/tensorboard", "/r/save"),
+        (None, "/r/tensorboard", "/r"),
+        (None, "/r/events", "/r/events"),
+        (None, None, "None"),
+    ],
+)
+def test_run_folder(save, tensorboard, expected):
+    assert str(run_folder(save, tensorboard)) == expected

@@ -1,4 +1,4 @@
-"""The journal of a run: what happened to the run, one JSON object a line, in files of its run folder.
+"""The names in the folder of a run, and the journal of the run: what happened, one JSON object a line.
 
 The launchers of all nodes and the first rank write to the journal. Each process appends to a file of its own, so
 processes on different hosts never write to the same file.
@@ -17,8 +17,36 @@ from pathlib import Path
 
 from maskmoe.files.untrusted import UnusableFile, open_regular
 
-FOLDER = "journal"
-"""Name of the journal's folder in a run folder."""
+RUN_FOLDER_VARIABLE = "MASKMOE_RUN_DIR"
+"""The environment variable with which a launcher names the run folder to the ranks."""
+
+ARGUMENTS = "args.yaml"
+"""The file of a run folder with the arguments of the newest start, a model file."""
+
+CHECKPOINTS = "checkpoints"
+TENSORBOARD = "tensorboard"
+JOURNAL = "journal"
+"""The folders of the checkpoints, of TensorBoard's event files and of the journal in a run folder."""
+
+
+def run_folder(save: str | None, tensorboard_dir: str | None = None) -> Path | None:
+    """Return the folder of a run: the launcher's, or the folder that contains `--save` or else `--tensorboard-dir`.
+
+    The launcher calls these folders `checkpoints` and `tensorboard`. A folder with another name is itself the run
+    folder. Without a launcher and both folders, there is no run folder.
+
+    Args:
+        save: the value of `--save`.
+        tensorboard_dir: the value of `--tensorboard-dir`.
+    """
+    if folder := os.environ.get(RUN_FOLDER_VARIABLE):
+        return Path(folder)
+    for folder, name in ((save, CHECKPOINTS), (tensorboard_dir, TENSORBOARD)):
+        if folder:
+            path = Path(folder).absolute()
+            return path.parent if path.name == name else path
+    return None
+
 
 _MAX_BYTES = 1 << 24
 
@@ -82,7 +110,7 @@ class Journal:
     """
 
     def __init__(self, run_folder: Path | None) -> None:
-        self._folder = None if run_folder is None else run_folder / FOLDER
+        self._folder = None if run_folder is None else run_folder / JOURNAL
 
     def write(self, kind: Kind, text: str, iteration: int | None = None, **facts: Fact) -> None:
         """Append an entry.
@@ -112,7 +140,7 @@ def read_journal(run_folder: Path) -> list[Entry]:
     Args:
         run_folder: The run folder.
     """
-    entries = (entry for path in (run_folder / FOLDER).glob("*.jsonl") for entry in _read(path))
+    entries = (entry for path in (run_folder / JOURNAL).glob("*.jsonl") for entry in _read(path))
     return sorted(entries, key=lambda entry: entry.time)
 
 
