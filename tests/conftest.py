@@ -24,8 +24,10 @@ signal.signal(signal.SIGINT, signal.default_int_handler)
 signal.signal(signal.SIGHUP, signal.SIG_DFL)
 
 
-def pytest_configure() -> None:
-    if not torch.cuda.is_available():
+def pytest_configure(config: pytest.Config) -> None:
+    if torch.cuda.is_available():
+        config.addinivalue_line("filterwarnings", "default")  # pyproject.toml names only the warnings on CPUs.
+    else:
         os.environ["TRITON_INTERPRET"] = "1"  # Triton reads the variable when a module with kernels is imported.
     prepare_process()
 

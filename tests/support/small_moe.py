@@ -253,7 +253,7 @@ def reference_groups(
 ) -> Tensor:
     """Return which of the visible experts `seen` are in the chosen groups, as indices into `seen`."""
     group_of_seen = (seen // (num_experts // num_groups)).tolist()
-    places, smallest, score = topk // group_topk, float(preference.min()), {}
+    places, smallest, score = topk // group_topk, preference.detach().min().item(), {}
     for group in set(group_of_seen):
         best = sorted(preference[[g == group for g in group_of_seen]].tolist(), reverse=True)[:places]
         score[group] = sum(best) + smallest * (places - len(best))

@@ -39,7 +39,7 @@ def test_other_dispatchers_never_compute_deferred_gradients(mask: str, ranks: li
 
 
 def test_data_parallelism_sees_deferred_gradients_only_in_the_supported_combination(ranks: list[dict]) -> None:
-    """The optimizer reads `main_grad`. The other combinations are refused, see `test_megatron_flags`."""
+    """The optimizer reads `main_grad`. The other combinations are refused, see `test_refused_settings`."""
     for results in ranks:
         expected = results["computed", True, False]
         assert_equal_gradients(results["deferred", True, False], expected)

@@ -211,6 +211,8 @@ def test_full_disk_does_not_end_the_run(console, emit, stdout, tmp_path):
     console.open_log(tmp_path)
     emit("a line after")
     assert stdout.getvalue() == ""
+    with pytest.raises(OSError, match="No space left"):  # closed here, the file does not fail a later test
+        console._log.close()
 
 
 PROGRAM = """
