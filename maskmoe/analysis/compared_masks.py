@@ -5,7 +5,9 @@ from enum import Enum
 from functools import cache
 
 from maskmoe.analysis.cluster import Cluster
-from maskmoe.routing_mask import MaskRecipe, RoutingMask, TokenFrequency, build_routing_mask
+from maskmoe.routing_mask.assignment import MaskRecipe, build_routing_mask
+from maskmoe.routing_mask.frequency import TokenFrequency
+from maskmoe.routing_mask.mask import RoutingMask
 
 
 class Routing(Enum):

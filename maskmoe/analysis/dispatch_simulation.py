@@ -12,8 +12,8 @@ from maskmoe.analysis.cluster import Cluster
 from maskmoe.analysis.compared_masks import Routing, mask_of_layer, why_impossible
 from maskmoe.analysis.dispatch_traffic import Exchange, VisibleLists, Workload, exchanges, rows_to_ranks
 from maskmoe.errors import UserError
-from maskmoe.routing_mask import RoutingMask, TokenFrequency
-from maskmoe.routing_mask.mask import expected_expert_load
+from maskmoe.routing_mask.frequency import TokenFrequency, expected_expert_load
+from maskmoe.routing_mask.mask import RoutingMask
 from maskmoe.transformer.dispatch.kind import DispatchKind
 
 # The ways to dispatch that are compared for each kind of routing. A mask that allows it is planned instead of one copy.

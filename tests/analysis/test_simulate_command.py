@@ -9,7 +9,7 @@ import pytest
 from support.small_cases import VOCAB_SIZE, count, make_mask, write_data
 from support.tools import assert_bad_input, run_tool
 
-from maskmoe.data.indexed_dataset import IndexedDatasetWriter
+from maskmoe.data.dataset_writing import IndexedDatasetWriter
 
 
 @pytest.fixture(scope="module")
