@@ -21,11 +21,10 @@ from maskmoe.command_line.arguments import add_seed_argument, command_parser
 from maskmoe.command_line.parser import add_force_argument
 from maskmoe.errors import UserError
 from maskmoe.files.outputs import atomic_output, check_outputs
-from maskmoe.routing_mask.assignment import ASSIGNMENTS, PRESETS, HashLayers, MaskRecipe
-from maskmoe.routing_mask.describe_mask import describe_visible_experts
+from maskmoe.routing_mask.assignment import ASSIGNMENTS, PRESETS, MaskRecipe, build_routing_mask
 from maskmoe.routing_mask.expert_table import ExpertTable
-from maskmoe.routing_mask.frequency import TokenFrequency
-from maskmoe.routing_mask.mask import RoutingMask, build_routing_mask, expected_expert_load, overloading_ids
+from maskmoe.routing_mask.frequency import TokenFrequency, expected_expert_load, overloading_ids
+from maskmoe.routing_mask.mask import HashLayers, RoutingMask, describe_visible_experts
 
 _HASH_LAYERS = ("hash_layers", "hash_visible_experts", "hash_assignment")
 _METHOD = ("frequent_mass", "frequent_visible_experts", "assignment")

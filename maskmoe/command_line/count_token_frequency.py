@@ -15,12 +15,12 @@ from pathlib import Path
 from maskmoe.command_line import ranges
 from maskmoe.command_line.arguments import add_workers_argument, command_parser
 from maskmoe.command_line.parser import add_force_argument
+from maskmoe.data.indexed_dataset import files_of_data_path
 from maskmoe.files.outputs import atomic_output, check_outputs
-from maskmoe.routing_mask.assignment import ids_by_frequency
 from maskmoe.routing_mask.frequency import (
     TokenFrequency,
     count_token_frequency,
-    files_of_data_path,
+    ids_by_frequency,
     merge_token_frequencies,
 )
 

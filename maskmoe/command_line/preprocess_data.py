@@ -34,10 +34,9 @@ from maskmoe.command_line.arguments import (
     pop_reading_options,
 )
 from maskmoe.command_line.parser import add_force_argument
-from maskmoe.data.indexed_dataset import IndexedDatasetWriter
-from maskmoe.data.merging import merge_datasets
+from maskmoe.data.dataset_writing import IndexedDatasetWriter, merge_datasets
+from maskmoe.data.inputs import Shard
 from maskmoe.data.preprocess import preprocess
-from maskmoe.data.sharding import Shard
 from maskmoe.data.tokenizer import TOKENIZER_TYPES
 
 # Flags that say how text is encoded, with their values if they are not given: --merge, which encodes nothing, refuses

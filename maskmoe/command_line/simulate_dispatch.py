@@ -40,8 +40,8 @@ from maskmoe.command_line.parser import add_force_argument
 from maskmoe.data.indexed_dataset import dataset_files, open_tokens
 from maskmoe.errors import UserError
 from maskmoe.files.outputs import atomic_output, check_outputs
-from maskmoe.routing_mask import RoutingMask, TokenFrequency, count_token_frequency
-from maskmoe.routing_mask.describe_mask import describe_visible_experts
+from maskmoe.routing_mask.frequency import TokenFrequency, count_token_frequency
+from maskmoe.routing_mask.mask import RoutingMask, describe_visible_experts
 
 
 def parse_arguments() -> argparse.Namespace:

@@ -19,9 +19,8 @@ from maskmoe.command_line.arguments import add_seed_argument, command_parser
 from maskmoe.command_line.build_routing_mask import describe_imbalance, warn_of_overload
 from maskmoe.command_line.parser import add_force_argument
 from maskmoe.files.outputs import atomic_output, check_outputs
-from maskmoe.routing_mask.frequency import TokenFrequency
-from maskmoe.routing_mask.mask import RoutingMask, expected_expert_load
-from maskmoe.routing_mask.mask_change import MaskChange
+from maskmoe.routing_mask.frequency import TokenFrequency, expected_expert_load
+from maskmoe.routing_mask.mask import MaskChange, RoutingMask
 from maskmoe.routing_mask.widening import widen_routing_mask
 
 

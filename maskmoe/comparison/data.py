@@ -8,10 +8,10 @@ from pathlib import Path
 from maskmoe.comparison.held_out import choose_split
 from maskmoe.comparison.stage import Stage, maskmoe_command
 from maskmoe.comparison.suite import REQUIRED, DataSection
-from maskmoe.data.indexed_dataset import dataset_files
+from maskmoe.data.indexed_dataset import dataset_files, parse_data_path
 from maskmoe.errors import UserError
 from maskmoe.launch.model_file import Flags
-from maskmoe.routing_mask.frequency import TokenFrequency, parse_data_path
+from maskmoe.routing_mask.frequency import TokenFrequency
 
 _MAX_TOKENIZER_LINES = 1_000_000
 _SHUFFLE_SEED = 0  # belongs to the text: all runs, whatever their seeds, hold out the same documents

@@ -7,9 +7,9 @@ from typing import Any
 
 from maskmoe.conversion.model_tensors import routing_mask_tensors
 from maskmoe.conversion.tensor_sources import JoinedSource, TensorSource
-from maskmoe.routing_mask.assignment import MaskRecipe
+from maskmoe.routing_mask.assignment import MaskRecipe, build_routing_mask
 from maskmoe.routing_mask.feed_forward_layers import FeedForwardLayers
-from maskmoe.routing_mask.mask import RoutingMask, build_routing_mask
+from maskmoe.routing_mask.mask import RoutingMask
 
 CONFIG_FILE = "config.json"
 

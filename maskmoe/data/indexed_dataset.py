@@ -1,4 +1,4 @@
-"""Read, write and shuffle datasets in Megatron-Core's indexed dataset format with numpy alone.
+"""Read datasets in Megatron-Core's indexed dataset format with numpy alone.
 
 A dataset is a pair of files (`megatron.core.datasets.indexed_dataset`; all integers are little endian):
 
@@ -13,37 +13,71 @@ A third file, `PREFIX.tokenizer.json`, records the tokenizer that made the ids. 
 """
 
 import hashlib
-import json
+import math
 import os
 import struct
-from array import array
-from collections.abc import Iterator, Sequence
-from contextlib import ExitStack, contextmanager
-from dataclasses import asdict, dataclass
+from collections.abc import Sequence
+from contextlib import suppress
+from dataclasses import dataclass
 from functools import cached_property
-from itertools import pairwise
 from pathlib import Path
-from typing import Any, BinaryIO
 
 import numpy as np
-from tqdm import tqdm
 
 from maskmoe.data.tokenizer import TokenizerRecord
 from maskmoe.errors import UserError
-from maskmoe.files.outputs import atomic_output
 from maskmoe.files.untrusted import check_regular, read_json_bytes
 
 _MAGIC = b"MMIDIDX\x00\x00"
 _VERSION = 1
 _HEADER = struct.Struct("<9sQBQQ")  # magic, version, dtype code, sequences, documents + 1
 _CODE_OF_DTYPE = {"uint8": 1, "int8": 2, "int16": 3, "int32": 4, "int64": 5, "uint16": 8}
-_BATCH_TOKENS = 1 << 20  # copied at a time
 _DTYPE_OF_CODE = {code: np.dtype(name) for name, code in _CODE_OF_DTYPE.items()}
 
 
 def dataset_files(prefix: str | Path) -> list[Path]:
     """Return the paths of all files of a dataset; the last one, the tokenizer's record, need not exist."""
     return [bin_path(prefix), idx_path(prefix), tokenizer_record_path(prefix)]
+
+
+def parse_data_path(data_path: Sequence[str], source: str = "--data-path") -> tuple[list[str], list[float | None]]:
+    """Split Megatron's `--data-path` into dataset prefixes and blend weights; all weights are None if none is given.
+
+    The rules are those of `megatron.core.datasets.utils.get_blend_from_list`. All items are prefixes if their number is
+    odd or if no item at an even position is a number. Otherwise weights and prefixes alternate.
+
+    Args:
+        data_path: The items.
+        source: The flag or file of the items, for errors.
+
+    Raises:
+        UserError: `data_path` is empty, only some datasets have a weight, or a weight is not a positive number.
+    """
+    if not data_path:
+        raise UserError(f"{source} is empty; give PREFIX… or WEIGHT PREFIX …")
+    items = [item.strip() for item in data_path]
+    weights: dict[int, float] = {}
+    for position, item in enumerate(items[::2]):
+        with suppress(ValueError):
+            weights[position] = float(item)
+    if len(items) % 2 or not weights:
+        return items, [None] * len(items)
+    for position, item in enumerate(items[::2]):
+        if position not in weights:
+            raise UserError(f"{source} has weights for some datasets, but {item!r} stands where a weight is expected")
+        if not 0 < weights[position] < math.inf:
+            raise UserError(f"{source}: blend weight {item} is not a positive number")
+    return items[1::2], list(weights.values())
+
+
+def files_of_data_path(data_path: Sequence[str]) -> list[Path]:
+    """Return the paths of all files of the datasets of Megatron's `--data-path`.
+
+    Raises:
+        UserError: see `parse_data_path`.
+    """
+    prefixes = parse_data_path(data_path)[0]
+    return [path for prefix in prefixes for path in dataset_files(prefix)]
 
 
 def optimal_dtype(vocab_size: int) -> np.dtype:
@@ -87,6 +121,12 @@ class DatasetIndex:
     def num_tokens(self) -> int:
         """Number of token ids in all sequences together."""
         return int(self.sequence_lengths.sum(dtype=np.int64))
+
+    def map_tokens(self) -> np.ndarray:
+        """Map the token ids into memory, read-only; [tokens], which may be none."""
+        if not self.num_tokens:
+            return np.empty(0, self.dtype)
+        return np.memmap(bin_path(self.prefix), self.dtype, mode="r")
 
     @property
     def bin_bytes(self) -> int:
@@ -163,17 +203,22 @@ def _parse_index(prefix: str, path: Path) -> DatasetIndex:
     dtype = _DTYPE_OF_CODE[code]
     documents_fit = num_boundaries > 0 and boundaries[0] == 0 and boundaries[-1] == num_sequences
     ascends = (np.diff(boundaries) >= 0).all() and (lengths >= 0).all()
-    if not (documents_fit and ascends and np.array_equal(offsets, _sequence_offsets(lengths, dtype))):
+    if not (documents_fit and ascends and np.array_equal(offsets, sequence_offsets(lengths, dtype))):
         raise ValueError("contradicts itself (sequence lengths, offsets and document ends disagree); it is damaged")
     return DatasetIndex(prefix, dtype, lengths, boundaries)
 
 
-def _sequence_offsets(sequence_lengths: np.ndarray, dtype: np.dtype) -> np.ndarray:
+def sequence_offsets(sequence_lengths: np.ndarray, dtype: np.dtype) -> np.ndarray:
     """Return the byte offset of each sequence in the `.bin` file, int64 [sequences]."""
     return (np.cumsum(sequence_lengths, dtype=np.int64) - sequence_lengths) * dtype.itemsize
 
 
-def open_tokens(prefix: str | Path) -> np.memmap:
+def pack_header(dtype: np.dtype, num_sequences: int, num_boundaries: int) -> bytes:
+    """Return the first bytes of an index, before the arrays; `num_boundaries` is the number of documents + 1."""
+    return _HEADER.pack(_MAGIC, _VERSION, _CODE_OF_DTYPE[dtype.name], num_sequences, num_boundaries)
+
+
+def open_tokens(prefix: str | Path) -> np.ndarray:
     """Map all token ids of a dataset into memory, read-only; [tokens] in the dataset's dtype.
 
     Raises:
@@ -182,7 +227,7 @@ def open_tokens(prefix: str | Path) -> np.memmap:
     index = read_index(prefix)
     if index.num_tokens == 0:
         raise UserError(f"{bin_path(prefix)} holds no tokens")
-    return np.memmap(bin_path(prefix), dtype=index.dtype, mode="r")
+    return index.map_tokens()
 
 
 def read_tokenizer_record(prefix: str | Path) -> TokenizerRecord | None:
@@ -202,182 +247,3 @@ def read_tokenizer_record(prefix: str | Path) -> TokenizerRecord | None:
         return type_adapter(TokenizerRecord).validate_json(read_json_bytes(path), strict=True)
     except ValueError as error:
         raise UserError(f"{path} is not a tokenizer record; delete it or make the dataset again") from error
-
-
-class IndexedDatasetWriter:
-    """Writes a dataset document by document; the files get their names only after all tokens are written.
-
-    Use the writer as a context manager. Leaving the context normally publishes the dataset and replaces an earlier
-    dataset of the same prefix. Leaving the context with an exception publishes nothing and keeps the earlier dataset.
-    The old index is removed first and the new index is published last, so that an index never lies beside token ids
-    that it does not describe.
-
-    Args:
-        prefix: Path of the files without `.bin` and `.idx`.
-        dtype: Dtype of the stored ids, see `optimal_dtype`.
-        tokenizer: Tokenizer to record in `PREFIX.tokenizer.json`; None writes no record.
-
-    Attributes:
-        prefix: Path of the files without `.bin` and `.idx`.
-        dtype: Dtype of the stored ids.
-        num_tokens: Number of token ids that were added.
-
-    Raises:
-        UserError: On entering the context, if the folder does not exist or is not writable.
-    """
-
-    def __init__(self, prefix: str | Path, dtype: np.dtype | type, tokenizer: TokenizerRecord | None = None) -> None:
-        self.prefix = prefix
-        self.dtype = np.dtype(dtype)
-        self.num_tokens = 0
-        self._sequence_lengths = array("i")
-        self._document_indices = array("q", [0])
-        self._files = self._write_files(prefix, tokenizer)
-
-    @property
-    def num_documents(self) -> int:
-        """Number of documents, including documents without tokens."""
-        return len(self._document_indices) - 1
-
-    def __enter__(self) -> "IndexedDatasetWriter":
-        self._bin = self._files.__enter__()
-        return self
-
-    def __exit__(self, *failure: Any) -> None:
-        self._files.__exit__(*failure)
-
-    @contextmanager
-    def _write_files(self, prefix: str | Path, tokenizer: TokenizerRecord | None) -> Iterator[BinaryIO]:
-        """Yield the open file of token ids; then write the index, and give all files their names."""
-        record_path = tokenizer_record_path(prefix)
-        # Files get their final names in the reverse order of this stack: .bin, tokenizer record, .idx.
-        with ExitStack() as files:
-            new_idx = files.enter_context(atomic_output(idx_path(prefix)))
-            if tokenizer is not None:
-                text = json.dumps(asdict(tokenizer), indent=2) + "\n"
-                files.enter_context(atomic_output(record_path)).write_text(text, encoding="utf-8")
-            with open(files.enter_context(atomic_output(bin_path(prefix))), "wb") as stream:
-                yield stream
-            lengths = np.frombuffer(self._sequence_lengths, np.int32)
-            boundaries = np.frombuffer(self._document_indices, np.int64)
-            header = _HEADER.pack(_MAGIC, _VERSION, _CODE_OF_DTYPE[self.dtype.name], len(lengths), len(boundaries))
-            with open(new_idx, "wb") as stream:
-                for part in (header, lengths, _sequence_offsets(lengths, self.dtype), boundaries):
-                    stream.write(part)
-            idx_path(prefix).unlink(missing_ok=True)
-            if tokenizer is None:
-                record_path.unlink(missing_ok=True)
-
-    def add_document(self, tokens: np.ndarray) -> None:
-        """Append one document, which is one sequence, or none if it is empty; see `add_documents`."""
-        self.add_documents(tokens, np.array([len(tokens)]))
-
-    def add_documents(self, tokens: np.ndarray, document_lengths: np.ndarray) -> None:
-        """Append many documents at once; each is one sequence, or none if it is empty.
-
-        Args:
-            tokens: Ids of all documents, one document after the other, integer [tokens].
-            document_lengths: Tokens in each document, integer [documents].
-
-        Raises:
-            ValueError: An id does not fit the dtype, or the lengths do not sum up to the number of tokens.
-        """
-        has_tokens = document_lengths > 0
-        self.add_sequences(tokens, document_lengths[has_tokens], has_tokens)
-
-    def add_sequences(
-        self, tokens: np.ndarray, sequence_lengths: np.ndarray, sequences_of_documents: np.ndarray
-    ) -> None:
-        """Append many documents of any number of sequences.
-
-        Args:
-            tokens: Ids of all sequences, one sequence after the other, integer [tokens].
-            sequence_lengths: Tokens in each sequence, integer [sequences].
-            sequences_of_documents: Number of sequences of each document, integer [documents].
-
-        Raises:
-            ValueError: An id does not fit the dtype, or the lengths do not sum up to the number of tokens.
-        """
-        if sequence_lengths.sum() != len(tokens):
-            raise ValueError(f"lengths sum up to {sequence_lengths.sum()}, but there are {len(tokens)} tokens")
-        if tokens.dtype != self.dtype and tokens.size:
-            limits = np.iinfo(self.dtype)
-            if tokens.min() < limits.min or tokens.max() > limits.max:
-                raise ValueError(f"token ids {tokens.min()}..{tokens.max()} do not fit {self.dtype}")
-        self._bin.write(np.ascontiguousarray(tokens, self.dtype))
-        ends = len(self._sequence_lengths) + np.cumsum(sequences_of_documents, dtype=np.int64)
-        self._document_indices.frombytes(ends.tobytes())
-        self._sequence_lengths.frombytes(sequence_lengths.astype(np.int32).tobytes())
-        self.num_tokens += len(tokens)
-
-
-def copy_in_order(sources: Sequence[str | Path], writer: IndexedDatasetWriter) -> None:
-    """Append all documents of some datasets to `writer`, one dataset after the other.
-
-    The tokens are read through a memory map, so memory holds only a few integers for each document.
-
-    Args:
-        sources: Prefixes of the datasets to copy.
-        writer: An open writer of the copy.
-
-    Raises:
-        UserError: A dataset is damaged.
-    """
-    for source in tqdm(sources, unit="dataset", desc="merging", disable=None):
-        index = read_index(source)
-        writer.add_sequences(_map_tokens(index), index.sequence_lengths, np.diff(index.document_indices))
-
-
-def copy_shuffled(sources: Sequence[str | Path], writer: IndexedDatasetWriter, seed: int) -> None:
-    """Append all documents of some datasets to `writer` in an order that depends only on `seed` and their number.
-
-    Datasets with the same number of documents are therefore shuffled alike, and many datasets like their concatenation.
-    The tokens are read through memory maps, so memory holds about a million tokens, or the largest document, and a few
-    integers for each document.
-
-    Args:
-        sources: Prefixes of the datasets to copy. Each document is at most one sequence.
-        writer: An open writer of the copy.
-        seed: Seed of the order, not negative.
-
-    Raises:
-        UserError: A dataset is damaged.
-    """
-    tokens, starts, lengths = [], [], []
-    for source in sources:
-        index = read_index(source)
-        boundaries = index.document_boundaries
-        tokens.append(_map_tokens(index))
-        starts.append(boundaries[:-1])
-        lengths.append(np.diff(boundaries))
-    source_of_document = np.repeat(np.arange(len(sources), dtype=np.int32), [len(array) for array in starts])
-    start_of_document, length_of_document = np.concatenate(starts), np.concatenate(lengths)
-    order = np.random.default_rng(seed).permutation(len(source_of_document))
-    with tqdm(total=len(order), unit="document", unit_scale=True, desc="shuffling", disable=None) as bar:
-        for batch in _batches(length_of_document[order]):
-            documents = order[batch.start : batch.stop]
-            places = zip(
-                source_of_document[documents].tolist(),
-                start_of_document[documents].tolist(),
-                length_of_document[documents].tolist(),
-                strict=True,
-            )
-            parts = [tokens[source][start : start + length] for source, start, length in places]
-            writer.add_documents(np.concatenate(parts), np.array([len(part) for part in parts]))
-            bar.update(len(documents))
-
-
-def _map_tokens(index: DatasetIndex) -> np.ndarray:
-    """Map the token ids of a dataset into memory, read-only; [tokens], which may be none."""
-    path = bin_path(index.prefix)
-    return np.asarray(np.memmap(path, index.dtype, mode="r")) if index.num_tokens else np.empty(0, index.dtype)
-
-
-def _batches(lengths: np.ndarray) -> Iterator[range]:
-    """Divide documents into ranges; a range ends after the document that fills up another million tokens.
-
-    Args:
-        lengths: Tokens in each document, integer [documents].
-    """
-    ends = np.flatnonzero(np.diff(np.cumsum(lengths) // _BATCH_TOKENS)) + 1
-    yield from (range(*bounds) for bounds in pairwise([0, *ends.tolist(), len(lengths)]) if bounds[0] < bounds[1])

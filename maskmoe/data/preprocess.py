@@ -14,12 +14,20 @@ from tempfile import TemporaryDirectory
 
 import numpy as np
 
-from maskmoe.data.documents import Block, progress_bar, read_blocks
-from maskmoe.data.indexed_dataset import IndexedDatasetWriter, copy_shuffled, dataset_files, optimal_dtype
-from maskmoe.data.inputs import DEFAULT_OPTIONS, Input, ReadingOptions, find_inputs
+from maskmoe.data.dataset_writing import IndexedDatasetWriter, copy_shuffled
+from maskmoe.data.documents import BLOCK_BYTES, Block, progress_bar, read_blocks
+from maskmoe.data.indexed_dataset import dataset_files, optimal_dtype
+from maskmoe.data.inputs import (
+    DEFAULT_OPTIONS,
+    Input,
+    ReadingOptions,
+    Shard,
+    ShardRecord,
+    find_inputs,
+    shard_record_path,
+    take_shard,
+)
 from maskmoe.data.parallel import map_in_processes
-from maskmoe.data.sharding import Shard, ShardRecord, shard_record_path, take_shard
-from maskmoe.data.text_files import BLOCK_BYTES
 from maskmoe.data.tokenizer import Tokenizer, TokenizerRecord, load_tokenizer
 from maskmoe.errors import UserError
 from maskmoe.files.json_files import write_record

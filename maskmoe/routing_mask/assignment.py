@@ -1,14 +1,18 @@
-"""Choose the experts that each token id sees, table by table."""
+"""Make routing masks: choose the experts that each token id sees, table by table."""
 
 import heapq
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
-from typing import Annotated, Any
+from dataclasses import dataclass, fields, replace
+from functools import partial
+from typing import Any
 
 import numpy as np
-from pydantic import Field
+from tqdm import tqdm
 
+from maskmoe.data.parallel import map_in_processes
 from maskmoe.errors import UserError
+from maskmoe.routing_mask.frequency import TokenFrequency, count_frequent, ids_by_frequency
+from maskmoe.routing_mask.mask import HashLayers, MaskProvenance, RoutingMask, pack_sets
 
 ASSIGNMENTS = ("uniform", "balanced", "rank-local")
 # Each baseline fixes these settings of a recipe. `smoe` also fixes V_f = N.
@@ -24,20 +28,8 @@ PRESETS: dict[str, dict[str, Any]] = {
 # chance. With 0.5 and more, an expert can stay overloaded.
 LOAD_JITTER = 0.25
 
-
-@dataclass(frozen=True)
-class HashLayers:
-    """The first layers of a model, in which a table alone chooses the candidates: every id sees the same number.
-
-    Attributes:
-        num_layers: Number of these layers, counted from the first transformer layer, with and without experts.
-        visible_experts: Number of visible experts of every id.
-        assignment: How visible experts are chosen, see `MaskRecipe.assignment`.
-    """
-
-    num_layers: Annotated[int, Field(ge=1)]
-    visible_experts: Annotated[int, Field(ge=1)]
-    assignment: str
+# Fewer assignments than this take less time than starting worker processes.
+FEW_ASSIGNMENTS = 1 << 20
 
 
 @dataclass(frozen=True)
@@ -190,24 +182,6 @@ class MaskRecipe:
         )
 
 
-def ids_by_frequency(occurrences: np.ndarray) -> np.ndarray:
-    """Return the ids by descending `occurrences` `[vocab]`, ties by ascending id; int64 `[vocab]`."""
-    return np.argsort(-occurrences, kind="stable")
-
-
-def count_frequent(sorted_occurrences: np.ndarray, mass: float) -> int:
-    """Return the length of the shortest prefix of `sorted_occurrences` that covers a share `mass` of their sum.
-
-    `sorted_occurrences` is descending. Ids that never occur are not counted: `mass` = 1 covers exactly the other ids.
-    """
-    if mass == 1:
-        return int(np.count_nonzero(sorted_occurrences))
-    covered = np.cumsum(sorted_occurrences)
-    # The tolerance compensates rounding: 7 of 100 occurrences cover a mass of 0.07, though 0.07 * 100 > 7.
-    target = mass * covered[-1] * (1 - 1e-12)
-    return int(np.searchsorted(covered, target)) + 1 if target > 0 else 0
-
-
 class Vocabulary:
     """The ids sorted by frequency, which is the order in which they are assigned.
 
@@ -226,6 +200,48 @@ class Vocabulary:
         self.occurrences = occurrences[self.ids]
         covering = count_frequent(self.occurrences, recipe.frequent_mass)
         self.num_frequent = len(self.ids) if recipe.all_frequent else covering
+
+
+def build_routing_mask(
+    recipe: MaskRecipe,
+    *,
+    frequency: TokenFrequency | None = None,
+    vocab_size: int | None = None,
+    workers: int | None = None,
+    progress: bool = False,
+) -> RoutingMask:
+    """Make the routing mask of a recipe.
+
+    Args:
+        recipe: The settings.
+        frequency: Token counts. May be None if the recipe does not depend on counts.
+        vocab_size: Number of ids of the tokenizer; used only if there are no counts.
+        workers: Number of processes that make tables. None uses one process on each available core, or only the calling
+            process if the mask is small. The mask does not depend on the number.
+        progress: Whether to show a progress bar on stderr if the work takes more than half a second.
+
+    Raises:
+        UserError: The recipe depends on counts but `frequency` is None, or the vocabulary size is missing.
+    """
+    if frequency is not None:
+        occurrences = frequency.occurrences
+    elif recipe.needs_counts:
+        raise UserError("this routing mask depends on the frequency of each id; give --token-frequency")
+    elif vocab_size is None or vocab_size < 1:
+        raise UserError("the vocabulary size is missing; give --token-frequency, or --vocab-size of at least 1")
+    else:
+        occurrences = np.zeros(vocab_size)
+    if workers is None and recipe.num_tables * len(occurrences) < FEW_ASSIGNMENTS:
+        workers = 1
+    tables = map_in_processes(partial(assign_table, recipe, occurrences), range(recipe.num_tables), workers)
+    bar = tqdm(tables, total=recipe.num_tables, unit="table", desc="assigning", delay=0.5, disable=not progress)
+    row_of_id, visible_bits = stack_tables(list(bar), recipe.num_experts)
+    settings: dict[str, Any] = {field.name: getattr(recipe, field.name) for field in fields(recipe)}
+    sizes = {"vocab_size": len(occurrences)} | {name: settings.pop(name) for name in ("num_experts", "num_layers")}
+    if frequency is not None:
+        settings["counts_digest"] = frequency.digest
+        settings |= {"datasets": frequency.datasets, "tokenizer": frequency.tokenizer}
+    return RoutingMask(row_of_id, visible_bits, **sizes, provenance=MaskProvenance(**settings))
 
 
 def assign_table(recipe: MaskRecipe, occurrences: np.ndarray, table: int) -> tuple[np.ndarray, np.ndarray]:
@@ -267,11 +283,6 @@ def assign_table(recipe: MaskRecipe, occurrences: np.ndarray, table: int) -> tup
     row_of_id[vocabulary.ids[num_frequent:]] = single_expert
     visible = np.concatenate([np.eye(num_experts, dtype=bool), sets])
     return row_of_id, pack_sets(visible)
-
-
-def pack_sets(sets: np.ndarray) -> np.ndarray:
-    """Pack sets of experts, bool `[…, N]`, into bits, uint8 `[…, bytes]`; expert e is bit e % 8 of byte e // 8."""
-    return np.packbits(sets, axis=-1, bitorder="little")
 
 
 def stack_tables(tables: Sequence[tuple[np.ndarray, np.ndarray]], num_experts: int) -> tuple[np.ndarray, np.ndarray]:

@@ -1,23 +1,21 @@
 """Count the occurrences of each token id in Megatron's indexed datasets, and group the ids by their frequency."""
 
-import math
 from collections.abc import Mapping, Sequence
-from contextlib import suppress
 from dataclasses import dataclass, replace
 from functools import cached_property, partial
 from pathlib import Path
-from typing import Annotated, NamedTuple, TypedDict
+from typing import Annotated, NamedTuple
 
 import numpy as np
 from pydantic import Field
 from tqdm import tqdm
 
-from maskmoe.data.indexed_dataset import DatasetIndex, bin_path, dataset_files, read_index, read_tokenizer_record
+from maskmoe.data.indexed_dataset import DatasetIndex, bin_path, parse_data_path, read_index, read_tokenizer_record
 from maskmoe.data.parallel import map_in_processes
 from maskmoe.data.tokenizer import TokenizerRecord
 from maskmoe.errors import UserError
 from maskmoe.files.untrusted import printable_name
-from maskmoe.routing_mask.assignment import count_frequent, ids_by_frequency
+from maskmoe.routing_mask.mask import CountedDataset, RoutingMask, unpack_bits
 from maskmoe.routing_mask.sealed_tensors import SealedTensors
 
 # np.bincount casts its input to int64 first. A block of this length is 2 MiB after the cast and stays in the cache,
@@ -25,15 +23,6 @@ from maskmoe.routing_mask.sealed_tensors import SealedTensors
 _BLOCK_IDS = 1 << 18
 _MIN_SPAN_BYTES = 64 << 20
 _MAX_SPANS = 1024
-
-
-class CountedDataset(TypedDict):
-    """Identity and size of a dataset whose tokens were counted."""
-
-    name: str
-    num_tokens: Annotated[int, Field(ge=1)]
-    idx_sha256: str
-    bin_bytes: Annotated[int, Field(ge=0)]
 
 
 @dataclass(frozen=True, eq=False)
@@ -94,46 +83,6 @@ class TokenFrequency(SealedTensors):
 
 MAX_VOCAB_SIZE = 1 << 24
 """Upper bound of the number of ids, far above all tokenizers; keeps a wrong number from using all memory."""
-
-
-def parse_data_path(data_path: Sequence[str], source: str = "--data-path") -> tuple[list[str], list[float | None]]:
-    """Split Megatron's `--data-path` into dataset prefixes and blend weights; all weights are None if none is given.
-
-    The rules are those of `megatron.core.datasets.utils.get_blend_from_list`. All items are prefixes if their number is
-    odd or if no item at an even position is a number. Otherwise weights and prefixes alternate.
-
-    Args:
-        data_path: The items.
-        source: The flag or file of the items, for errors.
-
-    Raises:
-        UserError: `data_path` is empty, only some datasets have a weight, or a weight is not a positive number.
-    """
-    if not data_path:
-        raise UserError(f"{source} is empty; give PREFIX… or WEIGHT PREFIX …")
-    items = [item.strip() for item in data_path]
-    weights: dict[int, float] = {}
-    for position, item in enumerate(items[::2]):
-        with suppress(ValueError):
-            weights[position] = float(item)
-    if len(items) % 2 or not weights:
-        return items, [None] * len(items)
-    for position, item in enumerate(items[::2]):
-        if position not in weights:
-            raise UserError(f"{source} has weights for some datasets, but {item!r} stands where a weight is expected")
-        if not 0 < weights[position] < math.inf:
-            raise UserError(f"{source}: blend weight {item} is not a positive number")
-    return items[1::2], list(weights.values())
-
-
-def files_of_data_path(data_path: Sequence[str]) -> list[Path]:
-    """Return the paths of all files of the datasets of Megatron's `--data-path`.
-
-    Raises:
-        UserError: see `parse_data_path`.
-    """
-    prefixes = parse_data_path(data_path)[0]
-    return [path for prefix in prefixes for path in dataset_files(prefix)]
 
 
 def count_token_frequency(
@@ -312,6 +261,24 @@ def _load_parts(paths: Sequence[str | Path]) -> dict[str, TokenFrequency]:
     return parts
 
 
+def ids_by_frequency(occurrences: np.ndarray) -> np.ndarray:
+    """Return the ids by descending `occurrences` `[vocab]`, ties by ascending id; int64 `[vocab]`."""
+    return np.argsort(-occurrences, kind="stable")
+
+
+def count_frequent(sorted_occurrences: np.ndarray, mass: float) -> int:
+    """Return the length of the shortest prefix of `sorted_occurrences` that covers a share `mass` of their sum.
+
+    `sorted_occurrences` is descending. Ids that never occur are not counted: `mass` = 1 covers exactly the other ids.
+    """
+    if mass == 1:
+        return int(np.count_nonzero(sorted_occurrences))
+    covered = np.cumsum(sorted_occurrences)
+    # The tolerance compensates rounding: 7 of 100 occurrences cover a mass of 0.07, though 0.07 * 100 > 7.
+    target = mass * covered[-1] * (1 - 1e-12)
+    return int(np.searchsorted(covered, target)) + 1 if target > 0 else 0
+
+
 class FrequencyBands:
     """Bands of token ids: the ids by descending frequency are cut where they cover 40 % and 90 % of all tokens.
 
@@ -331,3 +298,39 @@ class FrequencyBands:
         # One id can cover both shares, so a band can be empty: its end is not after its start.
         self.band_of_id = np.empty(len(ids), np.int64)
         self.band_of_id[ids] = np.searchsorted(ends, np.arange(len(ids)), side="right")
+
+
+def expected_expert_load(mask: RoutingMask, occurrences: np.ndarray, topk: int = 1) -> np.ndarray:
+    """Return the expected load of each expert, float64 `[tables, N]`, if the router uses visible experts evenly.
+
+    Args:
+        mask: The routing mask.
+        occurrences: Occurrences of each id, `[vocab]`, see `TokenFrequency.occurrences`.
+        topk: k; each occurrence of an id adds a load of 1 to `min(k, V)` of its V visible experts.
+    """
+    loads = []
+    for row_of_id, visible_bits, sizes in zip(mask.row_of_id, mask.visible_bits, mask.row_sizes, strict=True):
+        row_occurrences = np.bincount(row_of_id, weights=occurrences, minlength=len(visible_bits))
+        load_of_each_expert = row_occurrences * np.minimum(sizes, topk) / sizes  # [rows]
+        loads.append(load_of_each_expert @ unpack_bits(visible_bits, mask.num_experts))
+    return np.stack(loads)
+
+
+def overloading_ids(mask: RoutingMask, occurrences: np.ndarray) -> np.ndarray:
+    """Return the ids that alone overload an expert or rank, so that no mask with these set sizes is balanced.
+
+    Such an id gives each of its visible experts in a layer more than 1/N of all occurrences. In a rank-local mask, an
+    id with more occurrences than one rank's share also counts.
+
+    Args:
+        mask: The routing mask.
+        occurrences: Occurrences of each id, `[vocab]`.
+
+    Returns:
+        The ids, int64 `[ids]`, the id with the largest load of an expert first.
+    """
+    num_ranks = mask.provenance.expert_model_parallel_size or 1
+    total = occurrences.sum()
+    per_expert = occurrences / mask.fewest_visible_of_id
+    ids = np.flatnonzero((per_expert > total / mask.num_experts) | (occurrences > total / num_ranks))
+    return ids[np.argsort(-per_expert[ids], kind="stable")]

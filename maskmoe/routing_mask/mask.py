@@ -1,26 +1,43 @@
 """The routing mask: the experts that each token id may use in each layer, fixed before training."""
 
-from dataclasses import dataclass, fields, replace
-from functools import cached_property, partial
-from typing import Annotated, Any, TypedDict
+from dataclasses import dataclass, replace
+from functools import cached_property
+from typing import Annotated, Any, Self, TypedDict
 
 import numpy as np
 from pydantic import Field
-from tqdm import tqdm
 
-from maskmoe.data.parallel import map_in_processes
 from maskmoe.data.tokenizer import TokenizerRecord
 from maskmoe.errors import UserError, counted
-from maskmoe.routing_mask.assignment import HashLayers, MaskRecipe, assign_table, pack_sets, stack_tables
 from maskmoe.routing_mask.feed_forward_layers import FeedForwardLayers
-from maskmoe.routing_mask.frequency import CountedDataset, TokenFrequency
 from maskmoe.routing_mask.sealed_tensors import SealedTensors
-
-# Fewer assignments than this take less time than starting worker processes.
-FEW_ASSIGNMENTS = 1 << 20
 
 # A record lacks these fields of the provenance if they have no value, as in the files of older versions.
 _OPTIONAL_FIELDS = ("expert_table", "hash_layers", "widened_from")
+
+
+class CountedDataset(TypedDict):
+    """Identity and size of a dataset whose tokens were counted."""
+
+    name: str
+    num_tokens: Annotated[int, Field(ge=1)]
+    idx_sha256: str
+    bin_bytes: Annotated[int, Field(ge=0)]
+
+
+@dataclass(frozen=True)
+class HashLayers:
+    """The first layers of a model, in which a table alone chooses the candidates: every id sees the same number.
+
+    Attributes:
+        num_layers: Number of these layers, counted from the first transformer layer, with and without experts.
+        visible_experts: Number of visible experts of every id.
+        assignment: How visible experts are chosen, see `MaskRecipe`.
+    """
+
+    num_layers: Annotated[int, Field(ge=1)]
+    visible_experts: Annotated[int, Field(ge=1)]
+    assignment: str
 
 
 class Ancestor(TypedDict):
@@ -38,7 +55,7 @@ class MaskProvenance:
     """The settings and data that a routing mask was made from.
 
     Attributes:
-        assignment: `MaskRecipe.assignment`, or `expert-table` if the visible sets were copied from a table.
+        assignment: How visible experts were chosen, see `MaskRecipe`, or `expert-table` if they were copied.
         frequent_mass: P, the share of all occurrences that the frequent ids cover.
         frequent_visible_experts: V_f, the number of visible experts of a frequent id; None if no id is frequent.
         seed: Seed of the random streams; if the mask was widened, the seed of the last widening.
@@ -298,84 +315,85 @@ class RoutingMask(SealedTensors):
         return tables, record
 
 
+def pack_sets(sets: np.ndarray) -> np.ndarray:
+    """Pack sets of experts, bool `[…, N]`, into bits, uint8 `[…, bytes]`; expert e is bit e % 8 of byte e // 8."""
+    return np.packbits(sets, axis=-1, bitorder="little")
+
+
 def unpack_bits(visible_bits: np.ndarray, num_experts: int) -> np.ndarray:
     """Unpack visible bits `[…, bytes]` into bool `[…, num_experts]`."""
     return np.unpackbits(visible_bits, axis=-1, count=num_experts, bitorder="little").view(bool)
 
 
-def build_routing_mask(
-    recipe: MaskRecipe,
-    *,
-    frequency: TokenFrequency | None = None,
-    vocab_size: int | None = None,
-    workers: int | None = None,
-    progress: bool = False,
-) -> RoutingMask:
-    """Make the routing mask of a recipe.
+def describe_visible_experts(mask: RoutingMask) -> str:
+    """Say how many experts the ids see, in one clause; hash layers come first if the mask has some."""
+    beyond = _describe(mask.num_visible_beyond_hash_layers, mask.num_experts)
+    hashed = mask.provenance.hash_layers
+    if not hashed:
+        return beyond
+    layers = f"the first {hashed.num_layers} layers" if hashed.num_layers > 1 else "the first layer"
+    return f"in {layers}, {_describe(mask.num_visible_of_layer(0), mask.num_experts)}; after that, {beyond}"
+
+
+def _describe(num_visible: np.ndarray, num_experts: int) -> str:
+    """Say how many experts the ids of one table see.
 
     Args:
-        recipe: The settings.
-        frequency: Token counts. May be None if the recipe does not depend on counts.
-        vocab_size: Number of ids of the tokenizer; used only if there are no counts.
-        workers: Number of processes that make tables. None uses one process on each available core, or only the calling
-            process if the mask is small. The mask does not depend on the number.
-        progress: Whether to show a progress bar on stderr if the work takes more than half a second.
-
-    Raises:
-        UserError: The recipe depends on counts but `frequency` is None, or the vocabulary size is missing.
+        num_visible: visible experts of each id, `[vocab]`.
+        num_experts: experts of a layer.
     """
-    if frequency is not None:
-        occurrences = frequency.occurrences
-    elif recipe.needs_counts:
-        raise UserError("this routing mask depends on the frequency of each id; give --token-frequency")
-    elif vocab_size is None or vocab_size < 1:
-        raise UserError("the vocabulary size is missing; give --token-frequency, or --vocab-size of at least 1")
-    else:
-        occurrences = np.zeros(vocab_size)
-    if workers is None and recipe.num_tables * len(occurrences) < FEW_ASSIGNMENTS:
-        workers = 1
-    tables = map_in_processes(partial(assign_table, recipe, occurrences), range(recipe.num_tables), workers)
-    bar = tqdm(tables, total=recipe.num_tables, unit="table", desc="assigning", delay=0.5, disable=not progress)
-    row_of_id, visible_bits = stack_tables(list(bar), recipe.num_experts)
-    settings: dict[str, Any] = {field.name: getattr(recipe, field.name) for field in fields(recipe)}
-    sizes = {"vocab_size": len(occurrences)} | {name: settings.pop(name) for name in ("num_experts", "num_layers")}
-    if frequency is not None:
-        settings["counts_digest"] = frequency.digest
-        settings |= {"datasets": frequency.datasets, "tokenizer": frequency.tokenizer}
-    return RoutingMask(row_of_id, visible_bits, **sizes, provenance=MaskProvenance(**settings))
+    several = num_visible[num_visible > 1] if num_visible.max() > 1 else num_visible
+    fewest, most = several.min(), several.max()
+    experts = f"{fewest} to {most} of {num_experts} experts" if fewest < most else f"{most} of {num_experts} experts"
+    if fewest == num_experts:
+        experts = f"all {num_experts} experts"
+    if len(several) == len(num_visible):
+        return f"every id sees {experts}"
+    verb = "sees" if len(several) == 1 else "see"
+    return f"{len(several):,} of {len(num_visible):,} ids {verb} {experts}; every other id sees 1 expert"
 
 
-def expected_expert_load(mask: RoutingMask, occurrences: np.ndarray, topk: int = 1) -> np.ndarray:
-    """Return the expected load of each expert, float64 `[tables, N]`, if the router uses visible experts evenly.
+@dataclass(frozen=True)
+class MaskChange:
+    """The number of visible sets that differ between two masks; each pair of an id and a layer has a visible set.
 
-    Args:
-        mask: The routing mask.
-        occurrences: Occurrences of each id, `[vocab]`, see `TokenFrequency.occurrences`.
-        topk: k; each occurrence of an id adds a load of 1 to `min(k, V)` of its V visible experts.
+    Attributes:
+        num_pairs: Number of all pairs.
+        num_changed: Number of pairs whose visible sets differ.
+        num_grown: Number of pairs whose new set holds the old set and further experts.
     """
-    loads = []
-    for row_of_id, visible_bits, sizes in zip(mask.row_of_id, mask.visible_bits, mask.row_sizes, strict=True):
-        row_occurrences = np.bincount(row_of_id, weights=occurrences, minlength=len(visible_bits))
-        load_of_each_expert = row_occurrences * np.minimum(sizes, topk) / sizes  # [rows]
-        loads.append(load_of_each_expert @ unpack_bits(visible_bits, mask.num_experts))
-    return np.stack(loads)
 
+    num_pairs: int
+    num_changed: int
+    num_grown: int
 
-def overloading_ids(mask: RoutingMask, occurrences: np.ndarray) -> np.ndarray:
-    """Return the ids that alone overload an expert or rank, so that no mask with these set sizes is balanced.
+    @classmethod
+    def between(cls, old: RoutingMask, new: RoutingMask) -> Self:
+        """Compare two masks.
 
-    Such an id gives each of its visible experts in a layer more than 1/N of all occurrences. In a rank-local mask, an
-    id with more occurrences than one rank's share also counts.
+        Raises:
+            UserError: The masks have different sizes, so one model cannot use both.
+        """
+        sizes = {
+            "vocabulary size": (old.vocab_size, new.vocab_size),
+            "number of experts": (old.num_experts, new.num_experts),
+            "number of tables": (len(old.row_of_id), len(new.row_of_id)),
+        }
+        differences = [
+            f"its {name} is {after}, not {before}" for name, (before, after) in sizes.items() if after != before
+        ]
+        if differences:
+            raise UserError(f"a routing mask can only be replaced by one of equal sizes: {'; '.join(differences)}")
+        num_changed = num_grown = 0
+        for layer in range(old.num_layers):
+            table = 0 if old.is_shared else layer
+            sets, new_sets = (mask.visible_bits[table, mask.row_of_id[table]] for mask in (old, new))  # [vocab, bytes]
+            is_changed = (sets != new_sets).any(axis=1)
+            num_changed += int(np.count_nonzero(is_changed))
+            num_grown += int(np.count_nonzero(is_changed & ((sets | new_sets) == new_sets).all(axis=1)))
+        return cls(old.vocab_size * old.num_layers, num_changed, num_grown)
 
-    Args:
-        mask: The routing mask.
-        occurrences: Occurrences of each id, `[vocab]`.
-
-    Returns:
-        The ids, int64 `[ids]`, the id with the largest load of an expert first.
-    """
-    num_ranks = mask.provenance.expert_model_parallel_size or 1
-    total = occurrences.sum()
-    per_expert = occurrences / mask.fewest_visible_of_id
-    ids = np.flatnonzero((per_expert > total / mask.num_experts) | (occurrences > total / num_ranks))
-    return ids[np.argsort(-per_expert[ids], kind="stable")]
+    def __str__(self) -> str:
+        """Describe the change in one line."""
+        share = f"{self.num_changed:,} of {self.num_pairs:,} (id, layer) pairs change"
+        return f"{share}, {self.num_grown:,} of them only gain visible experts"

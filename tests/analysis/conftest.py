@@ -12,9 +12,8 @@ from support.small_series import NUM_EXPERTS, TRAINING, VOCAB_SIZE, Workplace
 from maskmoe.data.indexed_dataset import optimal_dtype
 from maskmoe.data.tokenizer import SentencePieceTokenizer
 from maskmoe.data.tokenizer_training import train_tokenizer
-from maskmoe.routing_mask.assignment import MaskRecipe
+from maskmoe.routing_mask.assignment import MaskRecipe, build_routing_mask
 from maskmoe.routing_mask.frequency import count_token_frequency
-from maskmoe.routing_mask.mask import build_routing_mask
 
 
 @pytest.fixture(scope="session")

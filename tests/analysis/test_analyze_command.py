@@ -16,9 +16,9 @@ from support.tiny_maskmoe import make_model, random_mask
 from maskmoe.analysis.model_series import find_models
 from maskmoe.analysis.routing_report import PLOT_NAMES, TABLE_NAMES
 from maskmoe.conversion.convert import Settings, megatron_to_huggingface
-from maskmoe.data.indexed_dataset import IndexedDatasetWriter
-from maskmoe.routing_mask import RoutingMask, TokenFrequency
-from maskmoe.routing_mask.frequency import FrequencyBands
+from maskmoe.data.dataset_writing import IndexedDatasetWriter
+from maskmoe.routing_mask.frequency import FrequencyBands, TokenFrequency
+from maskmoe.routing_mask.mask import RoutingMask
 
 FILES = {*TABLE_NAMES, *PLOT_NAMES}
 BANDS = ("top 40 %", "next 50 %", "last 10 %")

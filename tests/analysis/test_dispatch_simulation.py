@@ -10,8 +10,8 @@ from maskmoe.analysis.dispatch_simulation import DispatchCost, Routing, Simulati
 from maskmoe.analysis.dispatch_traffic import Workload
 from maskmoe.data.indexed_dataset import open_tokens
 from maskmoe.errors import UserError
-from maskmoe.routing_mask import MaskRecipe, build_routing_mask
-from maskmoe.routing_mask.assignment import HashLayers
+from maskmoe.routing_mask.assignment import MaskRecipe, build_routing_mask
+from maskmoe.routing_mask.mask import HashLayers
 
 HIDDEN, TOKENS = 64, 50
 NAMES = [

@@ -24,7 +24,8 @@ from maskmoe.analysis.probe_text import (
 )
 from maskmoe.analysis.routing_statistics import SPLITS
 from maskmoe.conversion.tokenizer import export_tokenizer
-from maskmoe.data.indexed_dataset import IndexedDatasetWriter, open_tokens, read_index
+from maskmoe.data.dataset_writing import IndexedDatasetWriter
+from maskmoe.data.indexed_dataset import open_tokens, read_index
 from maskmoe.data.tokenizer import SentencePieceTokenizer
 from maskmoe.errors import UserError
 

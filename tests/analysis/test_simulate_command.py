@@ -8,7 +8,7 @@ import pytest
 from support.command_lines import Outcome, run_command, writing_nothing
 from support.small_cases import VOCAB_SIZE, count, make_mask, write_data
 
-from maskmoe.data.indexed_dataset import IndexedDatasetWriter
+from maskmoe.data.dataset_writing import IndexedDatasetWriter
 
 
 @pytest.fixture(scope="module")

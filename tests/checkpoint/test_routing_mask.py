@@ -6,7 +6,7 @@ import pytest
 
 from maskmoe.checkpoint.routing_mask import read_routing_mask
 from maskmoe.errors import UserError
-from maskmoe.routing_mask import MaskRecipe, build_routing_mask
+from maskmoe.routing_mask.assignment import MaskRecipe, build_routing_mask
 
 
 def test_reads_a_mask_file(tmp_path: Path) -> None:

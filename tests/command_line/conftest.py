@@ -15,9 +15,8 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from maskmoe.data.indexed_dataset import optimal_dtype
 from maskmoe.data.tokenizer import HuggingFaceTokenizer, SentencePieceTokenizer
 from maskmoe.data.tokenizer_training import train_tokenizer
-from maskmoe.routing_mask.assignment import MaskRecipe
+from maskmoe.routing_mask.assignment import MaskRecipe, build_routing_mask
 from maskmoe.routing_mask.frequency import count_token_frequency
-from maskmoe.routing_mask.mask import build_routing_mask
 
 VOCAB_SIZE = 400
 

@@ -19,9 +19,8 @@ from maskmoe.comparison.stage import maskmoe_command
 from maskmoe.data.tokenizer_training import train_tokenizer
 from maskmoe.errors import UserError
 from maskmoe.processes.liveness import is_alive
-from maskmoe.routing_mask.assignment import MaskRecipe
+from maskmoe.routing_mask.assignment import MaskRecipe, build_routing_mask
 from maskmoe.routing_mask.frequency import count_token_frequency
-from maskmoe.routing_mask.mask import build_routing_mask
 
 MODULES = {subcommand.name: subcommand.module for subcommand in SUBCOMMANDS}
 TEXT = "The quick brown fox jumps over the lazy dog. " * 40

@@ -10,7 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from maskmoe.comparison.held_out import check_text, choose_split
-from maskmoe.data.indexed_dataset import IndexedDatasetWriter
+from maskmoe.data.dataset_writing import IndexedDatasetWriter
 from maskmoe.errors import UserError
 
 

@@ -20,7 +20,7 @@ from maskmoe.comparison.quickstart import Quickstart, quickstart_suite
 from maskmoe.comparison.quickstart_report import write_report
 from maskmoe.comparison.run import OWN_TEXT
 from maskmoe.comparison.stage import Stage
-from maskmoe.data.indexed_dataset import IndexedDatasetWriter
+from maskmoe.data.dataset_writing import IndexedDatasetWriter
 from maskmoe.launch.devices import Devices
 from maskmoe.launch.model_file import ModelFile
 from maskmoe.routing_mask.frequency import TokenFrequency

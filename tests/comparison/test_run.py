@@ -9,7 +9,7 @@ import yaml
 from maskmoe.comparison.data import Dataset
 from maskmoe.comparison.run import OWN_TEXT, runs_of
 from maskmoe.comparison.suite import Suite
-from maskmoe.data.indexed_dataset import IndexedDatasetWriter
+from maskmoe.data.dataset_writing import IndexedDatasetWriter
 from maskmoe.launch.devices import Devices
 
 

@@ -19,7 +19,7 @@ from maskmoe.conversion.tokenizer import export_tokenizer
 from maskmoe.data.tokenizer_training import train_tokenizer
 from maskmoe.errors import UserError
 from maskmoe.huggingface import MaskMoEForCausalLM
-from maskmoe.routing_mask import MaskRecipe, build_routing_mask
+from maskmoe.routing_mask.assignment import MaskRecipe, build_routing_mask
 
 VOCAB_SIZE = 300
 WORDS = ("apple banana cherry delta echo fig", "xylophone quartz jigsaw knight waltz vortex")

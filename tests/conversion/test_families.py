@@ -24,8 +24,7 @@ from maskmoe.conversion.blocks import Block
 from maskmoe.conversion.families import open_huggingface
 from maskmoe.conversion.model_tensors import mtp_tensor_shapes, tensor_shapes
 from maskmoe.errors import UserError
-from maskmoe.routing_mask.assignment import MaskRecipe
-from maskmoe.routing_mask.mask import build_routing_mask
+from maskmoe.routing_mask.assignment import MaskRecipe, build_routing_mask
 
 # Attention and experts add up fp32 numbers in another order. The largest difference seen is 3e-6, for logits of about
 # 5 in magnitude.

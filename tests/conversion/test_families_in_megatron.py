@@ -15,8 +15,8 @@ from transformers import AutoModelForCausalLM
 from maskmoe.checkpoint.integrity import read_checkpoint_layout
 from maskmoe.conversion.convert import huggingface_to_megatron, upcycle_model
 from maskmoe.conversion.settings import Settings, UpcycleSettings
-from maskmoe.routing_mask.assignment import MaskRecipe
-from maskmoe.routing_mask.mask import RoutingMask, build_routing_mask
+from maskmoe.routing_mask.assignment import MaskRecipe, build_routing_mask
+from maskmoe.routing_mask.mask import RoutingMask
 
 TOOL = ROOT / "tools" / "convert_checkpoint.py"
 # Megatron computes attention and rotary embedding in another way, in fp32. The largest difference seen is 8e-6, for

@@ -27,8 +27,8 @@ from maskmoe.conversion.settings import UpcycleSettings
 from maskmoe.conversion.tensor_sources import CastSource, TensorSource
 from maskmoe.conversion.upcycle import changes_of_function, upcycle
 from maskmoe.errors import UserError
-from maskmoe.routing_mask.assignment import MaskRecipe
-from maskmoe.routing_mask.mask import RoutingMask, build_routing_mask
+from maskmoe.routing_mask.assignment import MaskRecipe, build_routing_mask
+from maskmoe.routing_mask.mask import RoutingMask
 
 # Weights add up to 1 only up to rounding in fp32. The largest difference seen is 4e-6, for logits of about 5 in
 # magnitude.

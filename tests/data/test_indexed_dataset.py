@@ -10,13 +10,8 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from megatron.core.datasets.indexed_dataset import DType, IndexedDataset, IndexedDatasetBuilder
 
-from maskmoe.data.indexed_dataset import (
-    IndexedDatasetWriter,
-    open_tokens,
-    optimal_dtype,
-    read_index,
-    read_tokenizer_record,
-)
+from maskmoe.data.dataset_writing import IndexedDatasetWriter
+from maskmoe.data.indexed_dataset import open_tokens, optimal_dtype, parse_data_path, read_index, read_tokenizer_record
 from maskmoe.data.tokenizer import TokenizerRecord
 from maskmoe.errors import UserError
 
@@ -179,3 +174,32 @@ def test_no_tokens(tmp_path: Path) -> None:
     write(tmp_path / "a", [[]], np.uint16)
     with pytest.raises(UserError, match="holds no tokens"):
         open_tokens(tmp_path / "a")
+
+
+PREFIXES = ["data", "books ", " web"]
+
+
+WEIGHTS = ["7", "0.3", "1e2"]
+
+
+@given(
+    st.lists(st.sampled_from(PREFIXES + WEIGHTS), min_size=1, max_size=5).filter(lambda items: len(items) % 2)
+    | st.lists(st.sampled_from(PREFIXES), min_size=1, max_size=6)
+    | st.lists(st.tuples(st.sampled_from(WEIGHTS), st.sampled_from(PREFIXES + WEIGHTS)), min_size=1, max_size=3).map(
+        lambda pairs: [item for pair in pairs for item in pair]
+    )
+)
+def test_data_path_is_parsed_as_megatron_does(items):
+    megatron = pytest.importorskip("megatron.core.datasets.utils")
+    prefixes, weights = megatron.get_blend_from_list(items)
+    assert parse_data_path(items) == (list(prefixes), weights or [None] * len(prefixes))
+
+
+@pytest.mark.parametrize("items", [[], ["7", "data", "web", "data"], ["data", "7", "7", "data"]])
+@pytest.mark.parametrize("number", ["7", "nan", "inf", "0", "-1"])
+def test_data_paths_without_a_clear_meaning_are_refused(items, number):
+    with pytest.raises(UserError, match="--data-path"):
+        parse_data_path([number if item == "7" else item for item in items])
+    if number != "7":
+        with pytest.raises(UserError, match="not a positive number"):
+            parse_data_path(["1", "data", number, "web"])

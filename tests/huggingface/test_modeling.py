@@ -34,7 +34,7 @@ from transformers import (
 )
 
 from maskmoe.huggingface import MaskMoEConfig, MaskMoEForCausalLM, MaskMoEModel
-from maskmoe.routing_mask import MaskRecipe, build_routing_mask
+from maskmoe.routing_mask.assignment import MaskRecipe, build_routing_mask
 
 IMPLEMENTATIONS = ["eager", "grouped_mm", "batched_mm"]
 PADDING_ID = 7

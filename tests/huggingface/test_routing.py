@@ -28,7 +28,7 @@ from maskmoe.huggingface.modeling_maskmoe import (
     load_balancing_loss,
     unpack_bits,
 )
-from maskmoe.routing_mask import MaskRecipe, build_routing_mask
+from maskmoe.routing_mask.assignment import MaskRecipe, build_routing_mask
 from maskmoe.transformer.token_ids import TokenIds
 
 pytestmark = pytest.mark.usefixtures("one_rank")

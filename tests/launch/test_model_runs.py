@@ -14,8 +14,7 @@ from support.runs import read_losses
 
 from maskmoe.data.indexed_dataset import optimal_dtype
 from maskmoe.launch.command import entry_point, standalone_command
-from maskmoe.routing_mask.assignment import MaskRecipe
-from maskmoe.routing_mask.mask import build_routing_mask
+from maskmoe.routing_mask.assignment import MaskRecipe, build_routing_mask
 
 VOCAB_SIZE = 510
 DATA = f"--data-path data --split 90,10,0 --tokenizer-type NullTokenizer --vocab-size {VOCAB_SIZE}"

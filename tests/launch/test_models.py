@@ -15,8 +15,7 @@ from maskmoe.command_line.build_routing_mask import parse_arguments
 from maskmoe.errors import UserError
 from maskmoe.launch import launcher
 from maskmoe.launch.model_file import ModelFile, flag_words, override, split_flags
-from maskmoe.routing_mask.assignment import MaskRecipe
-from maskmoe.routing_mask.mask import build_routing_mask
+from maskmoe.routing_mask.assignment import MaskRecipe, build_routing_mask
 
 MODELS = sorted((ROOT / "launch" / "models").glob("*.yaml"))
 SCRIPT = Path(__file__).with_name("check_model_files.py")

@@ -18,8 +18,7 @@ from maskmoe.checkpoint.series import read_tracker
 from maskmoe.data.indexed_dataset import optimal_dtype
 from maskmoe.files.run_folder import Kind, read_journal
 from maskmoe.processes.interruption import EXIT_REQUEUE
-from maskmoe.routing_mask.assignment import MaskRecipe
-from maskmoe.routing_mask.mask import build_routing_mask
+from maskmoe.routing_mask.assignment import MaskRecipe, build_routing_mask
 
 SCRIPT = ROOT / "launch" / "pretrain.sh"
 LAPTOP = ROOT / "launch" / "models" / "laptop.yaml"

@@ -1,7 +1,9 @@
 import numpy as np
 import pytest
 
-from maskmoe.routing_mask import TokenFrequency
+from maskmoe.routing_mask.assignment import MaskRecipe, build_routing_mask
+from maskmoe.routing_mask.frequency import TokenFrequency
+from maskmoe.routing_mask.mask import RoutingMask
 
 
 @pytest.fixture
@@ -27,3 +29,8 @@ def zipf_frequency(make_frequency):
         return make_frequency(rng.permutation(counts))
 
     return make
+
+
+@pytest.fixture
+def mask(zipf_frequency) -> RoutingMask:
+    return build_routing_mask(MaskRecipe(10, 3, "balanced", 0.5, 3, seed=7), frequency=zipf_frequency(200, 5000))

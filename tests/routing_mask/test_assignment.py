@@ -8,8 +8,8 @@ from hypothesis import example, given
 from hypothesis import strategies as st
 
 from maskmoe.errors import UserError
-from maskmoe.routing_mask import RoutingMask, build_routing_mask
-from maskmoe.routing_mask.assignment import HashLayers, MaskRecipe, Vocabulary, assign_table, uniform_subsets
+from maskmoe.routing_mask.assignment import MaskRecipe, Vocabulary, assign_table, build_routing_mask, uniform_subsets
+from maskmoe.routing_mask.mask import HashLayers, MaskProvenance, RoutingMask
 
 
 def visible_sets(recipe: MaskRecipe, occurrences: np.ndarray, table: int = 0) -> np.ndarray:
@@ -234,3 +234,46 @@ def test_a_preset_refuses_settings_that_it_decides(clash):
         MaskRecipe.from_preset("smoe", 4, 1, **clash)
     with pytest.raises(UserError, match="unknown preset"):
         MaskRecipe.from_preset("dense", 4, 1)
+
+
+def test_building_does_not_depend_on_the_number_of_workers(mask, zipf_frequency):
+    recipe = MaskRecipe(10, 3, "balanced", 0.5, 3, seed=7)
+    assert build_routing_mask(recipe, frequency=zipf_frequency(200, 5000), workers=2).digest == mask.digest
+    other_seed = build_routing_mask(replace(recipe, seed=8), frequency=zipf_frequency(200, 5000), workers=1)
+    assert other_seed.digest != mask.digest
+
+
+def test_provenance_has_the_settings_and_the_data(mask, zipf_frequency):
+    frequency = zipf_frequency(200, 5000)
+    assert mask.provenance == MaskProvenance(
+        assignment="balanced",
+        frequent_mass=0.5,
+        frequent_visible_experts=3,
+        seed=7,
+        counts_digest=frequency.digest,
+        datasets=frequency.datasets,
+    )
+
+
+def test_baselines_that_ignore_counts_need_only_the_vocabulary_size():
+    smoe = build_routing_mask(MaskRecipe.from_preset("smoe", 9, 4), vocab_size=50)
+    assert smoe.min_visible == 9
+    assert smoe.is_shared
+    assert (
+        build_routing_mask(MaskRecipe.from_preset("hash", 9, 4), vocab_size=50).num_visible_of_layer(0).tolist()
+        == [1] * 50
+    )
+    for recipe in (MaskRecipe.from_preset("hash-balanced", 9, 4), MaskRecipe(9, 4, "uniform", 0.4, 2)):
+        with pytest.raises(UserError, match="--token-frequency"):
+            build_routing_mask(recipe, vocab_size=50)
+    with pytest.raises(UserError, match="vocabulary size is missing"):
+        build_routing_mask(MaskRecipe.from_preset("smoe", 9, 4))
+
+
+@pytest.mark.parametrize("assignment", ["uniform", "balanced"])
+def test_all_mass_and_all_experts_reproduce_smoe(make_frequency, assignment):
+    frequency = make_frequency([3, 1, 4, 1, 5])
+    everything = build_routing_mask(MaskRecipe(6, 2, assignment, 1.0, 6), frequency=frequency)
+    smoe = build_routing_mask(MaskRecipe.from_preset("smoe", 6, 2), frequency=frequency)
+    for layer in range(2):
+        assert np.array_equal(everything.visible_sets(layer), smoe.visible_sets(layer))

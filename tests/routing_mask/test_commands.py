@@ -9,10 +9,12 @@ import pytest
 from support.tools import assert_bad_input, run_tool
 
 from maskmoe.command_line.build_routing_mask import parse_arguments, recipe_from
-from maskmoe.data.indexed_dataset import IndexedDatasetWriter
+from maskmoe.data.dataset_writing import IndexedDatasetWriter
 from maskmoe.data.tokenizer import TokenizerRecord
-from maskmoe.routing_mask import RoutingMask, TokenFrequency, build_routing_mask
+from maskmoe.routing_mask.assignment import build_routing_mask
 from maskmoe.routing_mask.feed_forward_layers import FeedForwardLayers
+from maskmoe.routing_mask.frequency import TokenFrequency
+from maskmoe.routing_mask.mask import RoutingMask
 
 VOCAB_SIZE = 300
 

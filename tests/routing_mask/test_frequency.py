@@ -9,12 +9,18 @@ from hypothesis import strategies as st
 from safetensors.numpy import save_file
 from support.open_files import few_open_files
 
-from maskmoe.data.indexed_dataset import IndexedDatasetWriter
+from maskmoe.data.dataset_writing import IndexedDatasetWriter
 from maskmoe.data.tokenizer import TokenizerRecord
 from maskmoe.errors import UserError
-from maskmoe.routing_mask import TokenFrequency, count_token_frequency
 from maskmoe.routing_mask import frequency as frequency_module
-from maskmoe.routing_mask.frequency import parse_data_path
+from maskmoe.routing_mask.assignment import MaskRecipe, build_routing_mask
+from maskmoe.routing_mask.frequency import (
+    FrequencyBands,
+    TokenFrequency,
+    count_token_frequency,
+    expected_expert_load,
+    overloading_ids,
+)
 from maskmoe.routing_mask.sealed_tensors import seal
 
 TOKENIZER = TokenizerRecord("SentencePieceTokenizer", "text.model", sha256="a" * 64, vocab_size=100, eod_id=0)
@@ -104,33 +110,6 @@ def test_blend_weights_count_tokens_whatever_the_sizes_of_the_datasets(tmp_path)
     np.testing.assert_allclose(rescaled.occurrences, frequency.occurrences)
 
 
-PREFIXES = ["data", "books ", " web"]
-WEIGHTS = ["7", "0.3", "1e2"]
-
-
-@given(
-    st.lists(st.sampled_from(PREFIXES + WEIGHTS), min_size=1, max_size=5).filter(lambda items: len(items) % 2)
-    | st.lists(st.sampled_from(PREFIXES), min_size=1, max_size=6)
-    | st.lists(st.tuples(st.sampled_from(WEIGHTS), st.sampled_from(PREFIXES + WEIGHTS)), min_size=1, max_size=3).map(
-        lambda pairs: [item for pair in pairs for item in pair]
-    )
-)
-def test_data_path_is_parsed_as_megatron_does(items):
-    megatron = pytest.importorskip("megatron.core.datasets.utils")
-    prefixes, weights = megatron.get_blend_from_list(items)
-    assert parse_data_path(items) == (list(prefixes), weights or [None] * len(prefixes))
-
-
-@pytest.mark.parametrize("items", [[], ["7", "data", "web", "data"], ["data", "7", "7", "data"]])
-@pytest.mark.parametrize("number", ["7", "nan", "inf", "0", "-1"])
-def test_data_paths_without_a_clear_meaning_are_refused(items, number):
-    with pytest.raises(UserError, match="--data-path"):
-        parse_data_path([number if item == "7" else item for item in items])
-    if number != "7":
-        with pytest.raises(UserError, match="not a positive number"):
-            parse_data_path(["1", "data", number, "web"])
-
-
 @pytest.mark.parametrize(
     ("dtype", "bad_id"), [(np.uint16, 100), (np.int32, -1), (np.int32, 2**31 - 1), (np.int64, 2**60)]
 )
@@ -215,3 +194,53 @@ def test_altered_counts_are_refused(tmp_path):
         save_file(forged_tensors, path, metadata=seal("token frequency", forged_tensors, forged_record))
         with pytest.raises(UserError, match=rf"counts\.safetensors.*{message}"):
             TokenFrequency.load(path)
+
+
+def test_bands_cover_the_given_shares():
+    occurrences = np.array([5.0, 40.0, 0.0, 25.0, 15.0, 10.0, 5.0])
+
+    bands = FrequencyBands(occurrences)
+
+    assert bands.names == ("top 40 %", "next 50 %", "last 10 %")
+    # Id 1 covers 40 %, and ids 3, 4 and 5 extend this to 90 %. All other ids, id 2 without occurrences included, are
+    # in the last band.
+    assert bands.band_of_id.tolist() == [2, 0, 2, 1, 1, 1, 2]
+    # One id can fill several bands.
+    assert FrequencyBands(np.array([1.0, 99.0])).band_of_id.tolist() == [2, 0]
+
+
+@given(st.lists(st.integers(0, 1000), min_size=1, max_size=50).filter(any))
+def test_bands_are_the_shortest_prefixes_by_frequency(counts):
+    occurrences = np.array(counts, dtype=float)
+
+    band_of_id = FrequencyBands(occurrences).band_of_id
+
+    by_frequency = sorted(range(len(counts)), key=lambda id: (-counts[id], id))
+    assert (np.diff(band_of_id[by_frequency]) >= 0).all()
+    for band, share in enumerate((0.4, 0.9)):
+        members = [id for id in by_frequency if band_of_id[id] <= band]
+        covered = sum(counts[id] for id in members)
+        assert covered >= share * sum(counts) * (1 - 1e-9)
+        assert covered - counts[members[-1]] < share * sum(counts)
+
+
+@pytest.mark.parametrize("topk", [1, 2, 8])
+def test_expected_load_against_a_loop(mask, zipf_frequency, topk):
+    occurrences = zipf_frequency(200, 5000).occurrences
+    expected = np.zeros((3, 10))
+    for layer in range(3):
+        for token, visible in enumerate(mask.visible_sets(layer)):
+            expected[layer, visible] += occurrences[token] * min(topk, visible.sum()) / visible.sum()
+    np.testing.assert_allclose(expected_expert_load(mask, occurrences, topk), expected)
+    assert topk > 1 or expected.sum() == pytest.approx(3 * 5000)
+
+
+def test_ids_that_make_balance_impossible(make_frequency):
+    frequency = make_frequency([30, 5, 26, 5, 5, 5, 5, 5, 5, 9])
+    hashed = build_routing_mask(MaskRecipe.from_preset("hash", 4, 1), frequency=frequency)
+    assert overloading_ids(hashed, frequency.occurrences).tolist() == [0, 2]
+    balanced = build_routing_mask(MaskRecipe(4, 1, "balanced", 0.5, 2), frequency=frequency)
+    assert overloading_ids(balanced, frequency.occurrences).tolist() == []
+    local = MaskRecipe(8, 1, "rank-local", 0.5, 2, expert_model_parallel_size=4)
+    local_mask = build_routing_mask(local, frequency=frequency)
+    assert overloading_ids(local_mask, frequency.occurrences).tolist() == [0, 2]

@@ -21,9 +21,9 @@ from safetensors.numpy import save_file
 
 from maskmoe.data.tokenizer import TokenizerRecord
 from maskmoe.errors import UserError
-from maskmoe.routing_mask import TokenFrequency
-from maskmoe.routing_mask.assignment import MaskRecipe
-from maskmoe.routing_mask.mask import RoutingMask, build_routing_mask, expected_expert_load, overloading_ids
+from maskmoe.routing_mask.assignment import MaskRecipe, build_routing_mask
+from maskmoe.routing_mask.frequency import TokenFrequency, expected_expert_load, overloading_ids
+from maskmoe.routing_mask.mask import RoutingMask
 from maskmoe.routing_mask.sealed_tensors import seal
 from maskmoe.transformer.visible_experts import routing_mask_from_buffers
 

@@ -5,16 +5,11 @@ import pytest
 from safetensors.numpy import save_file
 
 from maskmoe.errors import UserError
-from maskmoe.routing_mask import MaskProvenance, MaskRecipe, RoutingMask, build_routing_mask
+from maskmoe.routing_mask.assignment import MaskRecipe, build_routing_mask
 from maskmoe.routing_mask.feed_forward_layers import FeedForwardLayers
-from maskmoe.routing_mask.mask import expected_expert_load, overloading_ids
+from maskmoe.routing_mask.mask import HashLayers, MaskChange, MaskProvenance, RoutingMask, describe_visible_experts
 
 PROVENANCE = MaskProvenance("uniform", 0.5, 2, seed=0)
-
-
-@pytest.fixture
-def mask(zipf_frequency) -> RoutingMask:
-    return build_routing_mask(MaskRecipe(10, 3, "balanced", 0.5, 3, seed=7), frequency=zipf_frequency(200, 5000))
 
 
 def pack(sets: list[list[set[int]]], num_experts: int) -> np.ndarray:
@@ -66,49 +61,6 @@ def test_a_shared_table_serves_all_layers(zipf_frequency):
         assert np.array_equal(shared.visible_sets(layer), per_layer.visible_sets(0))
     assert not np.array_equal(per_layer.visible_sets(0), per_layer.visible_sets(1))
     assert shared.nbytes * 3 == per_layer.nbytes
-
-
-def test_building_does_not_depend_on_the_number_of_workers(mask, zipf_frequency):
-    recipe = MaskRecipe(10, 3, "balanced", 0.5, 3, seed=7)
-    assert build_routing_mask(recipe, frequency=zipf_frequency(200, 5000), workers=2).digest == mask.digest
-    other_seed = build_routing_mask(replace(recipe, seed=8), frequency=zipf_frequency(200, 5000), workers=1)
-    assert other_seed.digest != mask.digest
-
-
-def test_provenance_has_the_settings_and_the_data(mask, zipf_frequency):
-    frequency = zipf_frequency(200, 5000)
-    assert mask.provenance == MaskProvenance(
-        assignment="balanced",
-        frequent_mass=0.5,
-        frequent_visible_experts=3,
-        seed=7,
-        counts_digest=frequency.digest,
-        datasets=frequency.datasets,
-    )
-
-
-def test_baselines_that_ignore_counts_need_only_the_vocabulary_size():
-    smoe = build_routing_mask(MaskRecipe.from_preset("smoe", 9, 4), vocab_size=50)
-    assert smoe.min_visible == 9
-    assert smoe.is_shared
-    assert (
-        build_routing_mask(MaskRecipe.from_preset("hash", 9, 4), vocab_size=50).num_visible_of_layer(0).tolist()
-        == [1] * 50
-    )
-    for recipe in (MaskRecipe.from_preset("hash-balanced", 9, 4), MaskRecipe(9, 4, "uniform", 0.4, 2)):
-        with pytest.raises(UserError, match="--token-frequency"):
-            build_routing_mask(recipe, vocab_size=50)
-    with pytest.raises(UserError, match="vocabulary size is missing"):
-        build_routing_mask(MaskRecipe.from_preset("smoe", 9, 4))
-
-
-@pytest.mark.parametrize("assignment", ["uniform", "balanced"])
-def test_all_mass_and_all_experts_reproduce_smoe(make_frequency, assignment):
-    frequency = make_frequency([3, 1, 4, 1, 5])
-    everything = build_routing_mask(MaskRecipe(6, 2, assignment, 1.0, 6), frequency=frequency)
-    smoe = build_routing_mask(MaskRecipe.from_preset("smoe", 6, 2), frequency=frequency)
-    for layer in range(2):
-        assert np.array_equal(everything.visible_sets(layer), smoe.visible_sets(layer))
 
 
 def test_a_large_mask_stays_under_20_mib(zipf_frequency, tmp_path):
@@ -217,28 +169,6 @@ def test_mask_for_one_layer_does_not_fit_several():
         mask.check_fits(**model, layers=FeedForwardLayers((True,) * 24))
 
 
-@pytest.mark.parametrize("topk", [1, 2, 8])
-def test_expected_load_against_a_loop(mask, zipf_frequency, topk):
-    occurrences = zipf_frequency(200, 5000).occurrences
-    expected = np.zeros((3, 10))
-    for layer in range(3):
-        for token, visible in enumerate(mask.visible_sets(layer)):
-            expected[layer, visible] += occurrences[token] * min(topk, visible.sum()) / visible.sum()
-    np.testing.assert_allclose(expected_expert_load(mask, occurrences, topk), expected)
-    assert topk > 1 or expected.sum() == pytest.approx(3 * 5000)
-
-
-def test_ids_that_make_balance_impossible(make_frequency):
-    frequency = make_frequency([30, 5, 26, 5, 5, 5, 5, 5, 5, 9])
-    hashed = build_routing_mask(MaskRecipe.from_preset("hash", 4, 1), frequency=frequency)
-    assert overloading_ids(hashed, frequency.occurrences).tolist() == [0, 2]
-    balanced = build_routing_mask(MaskRecipe(4, 1, "balanced", 0.5, 2), frequency=frequency)
-    assert overloading_ids(balanced, frequency.occurrences).tolist() == []
-    local = MaskRecipe(8, 1, "rank-local", 0.5, 2, expert_model_parallel_size=4)
-    local_mask = build_routing_mask(local, frequency=frequency)
-    assert overloading_ids(local_mask, frequency.occurrences).tolist() == [0, 2]
-
-
 def test_files_of_other_kinds_are_refused(mask, zipf_frequency, tmp_path):
     counts = tmp_path / "counts.safetensors"
     zipf_frequency(20, 100).save(counts)
@@ -265,3 +195,57 @@ def test_more_ids_see_what_the_last_one_sees():
         assert np.array_equal(larger.visible_sets(layer), np.concatenate([sets, sets[-1:].repeat(3, axis=0)]))
     assert (larger.vocab_size, larger.provenance) == (23, mask.provenance)
     assert mask.with_vocab_size(20) is mask
+
+
+HASH = HashLayers(num_layers=1, visible_experts=2, assignment="uniform")
+
+
+def preset(name: str, **settings) -> RoutingMask:
+    return build_routing_mask(MaskRecipe.from_preset(name, 8, 3, **settings), vocab_size=50)
+
+
+@pytest.mark.parametrize(
+    ("mask", "words"),
+    [
+        (preset("smoe"), "every id sees all 8 experts"),
+        (preset("hash"), "every id sees 1 of 8 experts"),
+        (preset("top-k-hash", frequent_visible_experts=3), "every id sees 3 of 8 experts"),
+        (
+            preset("smoe", hash_layers=HASH),
+            "in the first layer, every id sees 2 of 8 experts; after that, every id sees all 8 experts",
+        ),
+    ],
+)
+def test_alike_ids_in_words(mask, words):
+    assert describe_visible_experts(mask) == words
+
+
+def test_frequent_ids_in_words(zipf_frequency):
+    frequency = zipf_frequency(200, 5000)
+    mask = build_routing_mask(MaskRecipe(10, 3, "balanced", 0.5, 3, seed=7), frequency=frequency)
+    number = int((mask.num_visible_of_layer(0) == 3).sum())
+    assert 1 < number < 200
+    expected = f"{number} of 200 ids see 3 of 10 experts; every other id sees 1 expert"
+    assert describe_visible_experts(mask) == expected
+    no_frequent_ids = build_routing_mask(MaskRecipe(10, 3, "balanced", 0.0, seed=7), frequency=frequency)
+    assert describe_visible_experts(no_frequent_ids) == "every id sees 1 of 10 experts"
+
+
+def test_change_between_masks_of_other_sizes_is_refused():
+    masks = [
+        build_routing_mask(MaskRecipe.from_preset("hash", 4, 2, shared_table=shared), vocab_size=vocab_size)
+        for shared, vocab_size in ((False, 9), (False, 10), (True, 9))
+    ]
+    with pytest.raises(UserError, match="its vocabulary size is 10, not 9"):
+        MaskChange.between(masks[0], masks[1])
+    with pytest.raises(UserError, match="its number of tables is 1, not 2"):
+        MaskChange.between(masks[0], masks[2])
+
+
+def test_change_of_a_shared_table_counts_for_each_layer():
+    first, second = (
+        build_routing_mask(MaskRecipe.from_preset("hash", 4, 3, shared_table=True, seed=seed), vocab_size=50)
+        for seed in (1, 2)
+    )
+    changed = (first.visible_sets(0) != second.visible_sets(0)).any(axis=1).sum()
+    assert MaskChange.between(first, second) == MaskChange(150, 3 * changed, 0)

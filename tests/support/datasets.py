@@ -8,7 +8,7 @@ import numpy as np
 import tokenizers
 from numpy.typing import ArrayLike, DTypeLike
 
-from maskmoe.data.indexed_dataset import IndexedDatasetWriter
+from maskmoe.data.dataset_writing import IndexedDatasetWriter
 from maskmoe.data.tokenizer import TokenizerRecord
 
 

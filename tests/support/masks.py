@@ -2,9 +2,9 @@
 
 from pathlib import Path
 
-from maskmoe.routing_mask.assignment import MaskRecipe
+from maskmoe.routing_mask.assignment import MaskRecipe, build_routing_mask
 from maskmoe.routing_mask.frequency import TokenFrequency, count_token_frequency
-from maskmoe.routing_mask.mask import RoutingMask, build_routing_mask
+from maskmoe.routing_mask.mask import RoutingMask
 
 
 def count_ids(prefix: Path, vocab_size: int) -> TokenFrequency:

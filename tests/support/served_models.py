@@ -10,7 +10,7 @@ from support.small_moe import make_mask
 from support.tiny_maskmoe import NUM_EXPERTS, NUM_LAYERS, VARIANTS, VOCAB_SIZE, make_model, random_mask
 from transformers import PreTrainedModel
 
-from maskmoe.routing_mask import RoutingMask
+from maskmoe.routing_mask.mask import RoutingMask
 
 # vLLM's attention on CPUs needs heads of 32 or more features.
 SIZES = {

@@ -5,10 +5,10 @@ from pathlib import Path
 import numpy as np
 
 from maskmoe.analysis.dispatch_traffic import Cluster, Link
-from maskmoe.data.indexed_dataset import IndexedDatasetWriter
-from maskmoe.routing_mask import MaskRecipe, RoutingMask, TokenFrequency, build_routing_mask, count_token_frequency
-from maskmoe.routing_mask.assignment import stack_tables, table_of_sets
-from maskmoe.routing_mask.mask import MaskProvenance
+from maskmoe.data.dataset_writing import IndexedDatasetWriter
+from maskmoe.routing_mask.assignment import MaskRecipe, build_routing_mask, stack_tables, table_of_sets
+from maskmoe.routing_mask.frequency import TokenFrequency, count_token_frequency
+from maskmoe.routing_mask.mask import MaskProvenance, RoutingMask
 
 VOCAB_SIZE = 100
 

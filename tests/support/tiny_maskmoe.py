@@ -9,7 +9,7 @@ from support.small_moe import make_mask, random_visible_sets
 from torch import Tensor
 
 from maskmoe.huggingface import MaskMoEConfig, MaskMoEForCausalLM
-from maskmoe.routing_mask import RoutingMask
+from maskmoe.routing_mask.mask import RoutingMask
 
 VOCAB_SIZE = 60
 NUM_EXPERTS = 6

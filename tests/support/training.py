@@ -14,8 +14,8 @@ from support.masks import build_mask, count_ids
 from support.runs import free_port, read_scalars
 
 from maskmoe.data.indexed_dataset import optimal_dtype
-from maskmoe.routing_mask.assignment import HashLayers, MaskRecipe
-from maskmoe.routing_mask.mask import RoutingMask, build_routing_mask
+from maskmoe.routing_mask.assignment import MaskRecipe, build_routing_mask
+from maskmoe.routing_mask.mask import HashLayers, RoutingMask
 from maskmoe.routing_mask.widening import widen_routing_mask
 
 VOCAB_SIZE = 510

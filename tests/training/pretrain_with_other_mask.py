@@ -11,7 +11,7 @@ import torch
 from megatron.training import training
 
 from maskmoe.command_line.run_tool import run_tool
-from maskmoe.routing_mask import RoutingMask
+from maskmoe.routing_mask.mask import RoutingMask
 from maskmoe.training.trainer import main
 from maskmoe.transformer.visible_experts import VisibleExperts
 

@@ -25,8 +25,9 @@ from support.small_moe import (
 )
 from torch import Tensor
 
-from maskmoe.routing_mask import MaskRecipe, TokenFrequency, build_routing_mask
-from maskmoe.routing_mask.assignment import HashLayers
+from maskmoe.routing_mask.assignment import MaskRecipe, build_routing_mask
+from maskmoe.routing_mask.frequency import TokenFrequency
+from maskmoe.routing_mask.mask import HashLayers
 from maskmoe.transformer.router import MaskMoERouter
 from maskmoe.transformer.token_ids import TokenIds
 

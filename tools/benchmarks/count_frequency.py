@@ -11,8 +11,10 @@ from pathlib import Path
 import harness
 import numpy as np
 
-from maskmoe.data.indexed_dataset import IndexedDatasetWriter, open_tokens
-from maskmoe.routing_mask import MaskRecipe, TokenFrequency, build_routing_mask, count_token_frequency
+from maskmoe.data.dataset_writing import IndexedDatasetWriter
+from maskmoe.data.indexed_dataset import open_tokens
+from maskmoe.routing_mask.assignment import MaskRecipe, build_routing_mask
+from maskmoe.routing_mask.frequency import TokenFrequency, count_token_frequency
 
 
 def zipf_probabilities(vocab_size: int) -> np.ndarray:

@@ -26,9 +26,9 @@ import yaml
 from zipf import zipf_mask, zipf_probabilities
 
 from maskmoe.command_line.run_tool import run_tool
-from maskmoe.data.indexed_dataset import IndexedDatasetWriter
+from maskmoe.data.dataset_writing import IndexedDatasetWriter
 from maskmoe.errors import UserError
-from maskmoe.routing_mask import MaskRecipe
+from maskmoe.routing_mask.assignment import MaskRecipe
 
 ROOT = Path(__file__).parents[2]
 SUITE = ROOT / "launch" / "suites" / "laptop.yaml"

@@ -13,7 +13,8 @@ from torch import Tensor
 from torch.distributed import ProcessGroup
 from zipf import zipf_mask, zipf_probabilities
 
-from maskmoe.routing_mask import MaskRecipe, RoutingMask
+from maskmoe.routing_mask.assignment import MaskRecipe
+from maskmoe.routing_mask.mask import RoutingMask
 from maskmoe.transformer.dispatch.choose import choose_dispatch
 from maskmoe.transformer.dispatch.kind import DispatchKind
 from maskmoe.transformer.dispatch.plan import DispatchPlanner

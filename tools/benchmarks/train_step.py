@@ -32,8 +32,9 @@ from ranks import compare, join_ranks, run_and_report
 from routed_tokens import ENGINE_SETTINGS, add_engine_argument, exchange_floor
 from zipf import zipf_mask, zipf_probabilities
 
-from maskmoe.routing_mask import MaskRecipe, RoutingMask
+from maskmoe.routing_mask.assignment import MaskRecipe
 from maskmoe.routing_mask.feed_forward_layers import FeedForwardLayers
+from maskmoe.routing_mask.mask import RoutingMask
 from maskmoe.transformer.layer_specs import get_maskmoe_decoder_block_spec, get_maskmoe_hybrid_stack_spec
 from maskmoe.transformer.models import DenseGPTModel, DenseHybridModel, MaskMoEGPTModel, MaskMoEHybridModel
 from maskmoe.transformer.visible_experts import VisibleExperts

@@ -2,7 +2,9 @@
 
 import numpy as np
 
-from maskmoe.routing_mask import MaskRecipe, RoutingMask, TokenFrequency, build_routing_mask
+from maskmoe.routing_mask.assignment import MaskRecipe, build_routing_mask
+from maskmoe.routing_mask.frequency import TokenFrequency
+from maskmoe.routing_mask.mask import RoutingMask
 
 
 def zipf_probabilities(vocab_size: int) -> np.ndarray:

@@ -25,9 +25,8 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.testing._internal.distributed.fake_pg import FakeStore
 
-from maskmoe.routing_mask.assignment import MaskRecipe
 from maskmoe.routing_mask.feed_forward_layers import FeedForwardLayers
-from maskmoe.routing_mask.mask import RoutingMask, build_routing_mask
+from maskmoe.routing_mask.mask import MaskProvenance, RoutingMask, pack_sets
 from maskmoe.training.loop.model_builder import (
     MaskMoEGPTModelBuilder,
     MaskMoEHybridModelBuilder,
@@ -238,8 +237,10 @@ class _Counting(StageBuilder):
     def visible_experts(self, pg_collection: ProcessGroupCollection, vp_stage: int | None) -> VisibleExperts:
         """Return the visible experts of a mask that fits every model."""
         config = self._model_config.transformer
-        recipe = MaskRecipe.from_preset("hash", config.num_moe_experts, num_layers=1)
-        return VisibleExperts(config, build_routing_mask(recipe, vocab_size=1), pg_collection, vp_stage)
+        num_experts, provenance = config.num_moe_experts, MaskProvenance("uniform", 0.0, None, seed=0)
+        single_experts = pack_sets(np.eye(num_experts, dtype=bool))[None]
+        mask = RoutingMask(np.zeros((1, 1), np.int16), single_experts, 1, num_experts, 1, provenance)
+        return VisibleExperts(config, mask, pg_collection, vp_stage)
 
     def layer_specs(self, visible_experts: VisibleExperts | None, vp_stage: int | None) -> dict[str, Any]:
         """Return the layer specifications of the run, with experts and core attention replaced."""

@@ -5,8 +5,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 from maskmoe.checkpoint.routing_mask import read_routing_mask
-from maskmoe.routing_mask.mask import RoutingMask
-from maskmoe.routing_mask.mask_change import MaskChange
+from maskmoe.routing_mask.mask import MaskChange, RoutingMask
 from maskmoe.training.settings.arguments import may_change_mask
 from maskmoe.transformer.visible_experts import check_same_mask
 

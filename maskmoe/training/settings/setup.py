@@ -22,12 +22,12 @@ from megatron.training.arguments import validate_args
 from megatron.training.initialize import initialize_megatron
 from megatron.training.training import setup_model_and_optimizer
 
+from maskmoe.data.indexed_dataset import files_of_data_path
 from maskmoe.errors import UserError
 from maskmoe.files.outputs import atomic_output, check_outputs
 from maskmoe.megatron_compat import cpu
 from maskmoe.megatron_compat.globals import set_globals_without_writers
 from maskmoe.megatron_compat.gpu import GpuPackages
-from maskmoe.routing_mask.frequency import files_of_data_path
 from maskmoe.training.loop.model_builder import MaskMoEGPTModelConfig, MaskMoEHybridModelConfig, MaskMoEModelConfig
 from maskmoe.training.loop.rank_store import RankStore, check_launched
 from maskmoe.training.resume import choose_checkpoint as resume

@@ -11,9 +11,8 @@ from megatron.core import mpu
 from megatron.core.transformer.module import MegatronModule
 
 from maskmoe.errors import counted
-from maskmoe.routing_mask.describe_mask import describe_visible_experts
 from maskmoe.routing_mask.feed_forward_layers import FeedForwardLayers
-from maskmoe.routing_mask.mask import RoutingMask
+from maskmoe.routing_mask.mask import RoutingMask, describe_visible_experts
 from maskmoe.training.preflight.parameters import ExpertUse
 from maskmoe.training.resume.choose_checkpoint import checkpoint_to_load, pretrained_to_load
 from maskmoe.training.settings.batch_sizes import BatchSizes, trained_samples, training_iterations

@@ -38,7 +38,7 @@ from support.small_moe import DEVICE, draw_parameters, make_config, make_layer, 
 from torch import Tensor
 from torch.nn.functional import linear, silu
 
-from maskmoe.routing_mask import RoutingMask
+from maskmoe.routing_mask.mask import RoutingMask
 from maskmoe.transformer.dispatch.choose import build_dispatcher
 from maskmoe.transformer.dispatch.kind import DispatchKind
 from maskmoe.transformer.dispatch.one_copy import OneCopyDispatcher

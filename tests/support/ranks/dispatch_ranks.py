@@ -24,7 +24,7 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 from support.rank_program import run_as_rank
 from torch import Tensor
 
-from maskmoe.routing_mask import RoutingMask
+from maskmoe.routing_mask.mask import RoutingMask
 from maskmoe.transformer.dispatch.one_copy import OneCopyDispatcher
 from maskmoe.transformer.dispatch.plan import DispatchPlanner
 from maskmoe.transformer.dispatch.planned import PlannedDispatcher

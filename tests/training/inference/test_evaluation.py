@@ -13,7 +13,7 @@ from support.masks import count_ids
 from support.training import VOCAB_SIZE
 
 from maskmoe.data.indexed_dataset import open_tokens, read_index
-from maskmoe.routing_mask import RoutingMask
+from maskmoe.routing_mask.mask import RoutingMask
 
 DATA = "--data-path data --split 60,40,0"
 MODEL = "--use-checkpoint-args --tokenizer-type NullTokenizer --vocab-size 510"

@@ -23,12 +23,13 @@ from support.launchers import RANK_SCRIPTS, run_script_as_ranks
 from support.runs import free_port
 from support.training import without_flags
 
-from maskmoe.data.indexed_dataset import IndexedDatasetWriter, optimal_dtype
+from maskmoe.data.dataset_writing import IndexedDatasetWriter
+from maskmoe.data.indexed_dataset import optimal_dtype
 from maskmoe.errors import UserError
-from maskmoe.routing_mask.assignment import HashLayers, MaskRecipe
+from maskmoe.routing_mask.assignment import MaskRecipe, build_routing_mask
 from maskmoe.routing_mask.feed_forward_layers import FeedForwardLayers
 from maskmoe.routing_mask.frequency import count_token_frequency
-from maskmoe.routing_mask.mask import build_routing_mask
+from maskmoe.routing_mask.mask import HashLayers
 from maskmoe.training.preflight.command import requested_check
 from maskmoe.training.preflight.cost import TrainingCost
 from maskmoe.training.preflight.memory import MemoryReport, StageMemory

@@ -10,8 +10,8 @@ from maskmoe.checkpoint.routing_mask import read_routing_mask
 from maskmoe.checkpoint.series import checkpoint_path
 from maskmoe.command_line.widen_routing_mask import read_mask
 from maskmoe.errors import UserError
-from maskmoe.routing_mask import MaskRecipe, RoutingMask, build_routing_mask
-from maskmoe.routing_mask.mask_change import MaskChange
+from maskmoe.routing_mask.assignment import MaskRecipe, build_routing_mask
+from maskmoe.routing_mask.mask import MaskChange, RoutingMask
 from maskmoe.routing_mask.widening import widen_routing_mask
 from maskmoe.training.settings.choose_mask import find_routing_mask
 

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 from support.open_files import few_open_files
 
-from maskmoe.data.indexed_dataset import IndexedDatasetWriter
+from maskmoe.data.dataset_writing import IndexedDatasetWriter
 from maskmoe.training.settings.file_checks import data_errors
 
 

@@ -21,8 +21,7 @@ from maskmoe.command_line.parser import refuse_unknown_flags
 from maskmoe.command_line.run_tool import run_tool
 from maskmoe.data.tokenizer import SentencePieceTokenizer
 from maskmoe.errors import UserError
-from maskmoe.routing_mask.assignment import MaskRecipe
-from maskmoe.routing_mask.mask import build_routing_mask
+from maskmoe.routing_mask.assignment import MaskRecipe, build_routing_mask
 from maskmoe.training.settings.arguments import add_maskmoe_arguments
 from maskmoe.training.settings.pretraining_arguments import add_pretraining_arguments
 from maskmoe.training.settings.setup import parse_and_check_args
