@@ -18,3 +18,19 @@ stop() {
     printf 'tests: error: %s\n' "$*" >&2
     exit 2
 }
+
+# packages_of PYTHON: prints the folder of its packages.
+packages_of() {
+    "$1" -I -c 'import sysconfig; print(sysconfig.get_path("purelib"))'
+}
+
+# extend_venv [OPTIONS OF venv]: makes an environment that also finds the packages of .venv, and sets own_site to the
+# folder of its own packages.
+extend_venv() {
+    if grep -q '^include-system-site-packages = true' .venv/pyvenv.cfg; then
+        set -- --system-site-packages "$@"
+    fi
+    .venv/bin/python -I -m venv --clear "$@" "$venv"
+    own_site=$(packages_of "$venv/bin/python")
+    printf 'import site; site.addsitedir("%s")\n' "$(packages_of .venv/bin/python)" >"$own_site/venv.pth"
+}

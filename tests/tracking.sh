@@ -20,32 +20,25 @@ fi
 
 cd -- "$(dirname -- "${BASH_SOURCE[0]}")/.."
 
+# shellcheck source=tests/environment.sh
+source tests/environment.sh
+
 # MLflow without its server; SQLAlchemy and Alembic are for its SQLite files.
 packages=(wandb==0.31.0 mlflow-skinny==3.17.2 sqlalchemy==2.0.51 alembic==1.20.1)
-venv=build/tracking
+venv=$root/build/tracking
 stamp=$venv/complete
 
-site=$(.venv/bin/python -I -c 'import sysconfig; print(sysconfig.get_path("purelib"))')
-inputs="${packages[*]} $site"
+inputs="${packages[*]} $(packages_of .venv/bin/python)"
 if [[ -e $stamp && $(<"$stamp") == "$inputs" ]]; then
     exit
 fi
-
-# Make an environment that also finds the packages of .venv.
 mkdir -p build
-options=(--clear)
-if grep -q '^include-system-site-packages = true' .venv/pyvenv.cfg; then
-    options+=(--system-site-packages)
-fi
-.venv/bin/python -I -m venv "${options[@]}" "$venv"
-own_site=$("$venv/bin/python" -I -c 'import sysconfig; print(sysconfig.get_path("purelib"))')
-printf 'import site; site.addsitedir("%s")\n' "$site" >"$own_site/venv.pth"
+extend_venv
 
-printf 'tests: installing %s\n' "${packages[*]}"
+say "installing ${packages[*]}"
 if ! PIP_USER=0 "$venv/bin/python" -I -m pip --disable-pip-version-check install --progress-bar off \
-    --constraint constraints.txt "${packages[@]}" >"$venv.log" 2>&1; then
-    grep -E '^ *ERROR:' "$venv.log" | head -n 5 >&2 || true
-    printf 'tests: error: W&B and MLflow could not be installed: %s has the output\n' "$venv.log" >&2
-    exit 2
+    --constraint constraints.txt "${packages[@]}" >"$(pip_log)" 2>&1; then
+    grep -E '^ *ERROR:' "$(pip_log)" | head -n 5 >&2 || true
+    stop "W&B and MLflow could not be installed: $(pip_log) has the output"
 fi
 printf '%s\n' "$inputs" >"$stamp"

@@ -69,15 +69,8 @@ fi
 mkdir -p build
 : >"$(pip_log)"
 
-# Make an environment that also finds the packages of .venv.
-site=$(.venv/bin/python -I -c 'import sysconfig; print(sysconfig.get_path("purelib"))')
-options=(--clear)
-if grep -q '^include-system-site-packages = true' .venv/pyvenv.cfg; then
-    options+=(--system-site-packages)
-fi
-.venv/bin/python -I -m venv "${options[@]}" "$venv"
-own_site=$(in_venv 'import sysconfig; print(sysconfig.get_path("purelib"))')
-printf 'import site; site.addsitedir("%s")\n' "$site" >"$own_site/venv.pth"
+site=$(packages_of .venv/bin/python)
+extend_venv
 
 # Add Transformer Engine.
 if ! in_venv 'import torch, transformer_engine.pytorch' 2>/dev/null; then
