@@ -10,7 +10,7 @@ Installs another megatron-core in a virtual environment of build/megatron that a
 prints the folder of its packages. `PYTHONPATH=FOLDER .venv/bin/python` uses this megatron-core. The installation is
 repeated only if the files of PATH change, or if .venv gets another Python. .venv and PATH are not changed.
 
-  VERSION  a released version, such as 0.19.2
+  VERSION  a released version, such as 0.19.0
   PATH     a checkout of Megatron-LM, or a wheel of megatron-core; relative to the repository. The dataset helpers of a
            checkout are compiled, which needs g++ and Python's headers.
   --check  only check the argument, without network and without .venv
@@ -52,7 +52,7 @@ kind_of() {
     elif [[ $1 =~ ^[0-9]+(\.[0-9]+)+((a|b|rc|\.dev|\.post)[0-9]+)*$ ]]; then
         echo version
     else
-        stop "$1 does not exist, and is not a version such as 0.19.2: give a version of megatron-core, a checkout of" \
+        stop "$1 does not exist, and is not a version such as 0.19.0: give a version of megatron-core, a checkout of" \
             "Megatron-LM or a wheel"
     fi
 }
