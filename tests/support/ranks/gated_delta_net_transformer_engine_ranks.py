@@ -12,8 +12,10 @@ if __name__ == "__main__" and sys.argv[2] == "stub":
     from support import stub_transformer_engine
 
     stub_transformer_engine.install()
-from maskmoe.megatron_compat import prepare_process
+from maskmoe.megatron_compat import cpu, prepare_process
 
+if __name__ == "__main__":
+    cpu.install(hidden=())
 prepare_process()
 import torch
 from megatron.core import dist_checkpointing, parallel_state
