@@ -13,9 +13,8 @@ from maskmoe.checkpoint.integrity import LAYOUT_FILE, Damage, check_structure
 from maskmoe.conversion.convert import megatron_to_huggingface
 from maskmoe.conversion.huggingface_models import open_model
 from maskmoe.conversion.megatron_models import open_megatron
-from maskmoe.conversion.model_config import read_model_config
-from maskmoe.conversion.opened_model import CONFIG_FILE, OpenedModel
-from maskmoe.conversion.settings import Settings
+from maskmoe.conversion.model_tensors import OpenedModel
+from maskmoe.conversion.settings import CONFIG_FILE, Settings, read_model_config
 from maskmoe.conversion.tokenizer import WITHOUT_TEXT, choose_tokenizer, export_tokenizer
 from maskmoe.errors import UserError
 from maskmoe.huggingface import MaskMoEConfig

@@ -91,12 +91,7 @@ def add_upcycle_arguments(parser: argparse.ArgumentParser) -> None:
             ranges.GRANULARITY,
             "make experts of 1/G of the MLP's size; N and K must be multiples of G; 1: whole copies",
         ),
-        "reinit_share": (
-            "R",
-            ranges.SHARE,
-            "share of each expert's features to draw anew, as in Drop-Upcycling, which uses 0.5",
-        ),
-        "seed": ("S", ranges.SEED, "seed of routers and new features"),
+        "seed": ("S", ranges.SEED, "seed of the routers"),
     }
     for name, (metavar, kind, help) in flags.items():
         default, text = getattr(UpcycleSettings, name), f"{help} (default: %(default)s)"

@@ -8,7 +8,7 @@ from maskmoe.command_line import ranges
 from maskmoe.command_line.parser import Parser, add_force_argument
 from maskmoe.command_line.progress import say_loading
 from maskmoe.command_line.prompt_loop import PromptLoop
-from maskmoe.conversion.model_config import read_model_config
+from maskmoe.conversion.settings import read_model_config
 from maskmoe.errors import UserError
 from maskmoe.files.outputs import atomic_output, check_outputs
 from maskmoe.training.inference.prompts import Prompts, add_prompt_arguments, check_prompt
@@ -58,7 +58,7 @@ def main() -> None:
     import torch
     from transformers import set_seed
 
-    from maskmoe.conversion.exported_model import load_exported_model, load_exported_tokenizer
+    from maskmoe.conversion.model_files import load_exported_model, load_exported_tokenizer
 
     tokenizer = load_exported_tokenizer(arguments.model)
     prompts_ids = [tokenizer(prompt)["input_ids"] for prompt in prompts.texts]

@@ -1,16 +1,23 @@
-"""Translates Megatron's arguments into the configuration of a transformers model, and back."""
+"""Translates Megatron's arguments into the configuration of a transformers model, and back.
 
+A hybrid model is described by its twin: the GPT model that computes the same. The twin has one transformer layer for
+each attention symbol and the `-` or `E` after the attention.
+"""
+
+import re
 from argparse import ArgumentParser, Namespace
 from collections.abc import Mapping
 from functools import cache
 from math import isclose, log
 from typing import Any
 
+from megatron.core.models.hybrid.hybrid_layer_allocation import Symbols
 from megatron.core.transformer.transformer_config import MLATransformerConfig
 from megatron.training.arguments import add_megatron_arguments
 
 from maskmoe.checkpoint.gpt_into_hybrid import has_alike_layers
-from maskmoe.conversion.hybrid_models import gpt_args, is_hybrid
+from maskmoe.conversion.model_tensors import feed_forward_layers
+from maskmoe.conversion.settings import DERIVED_PATTERN, NO_PATTERN
 from maskmoe.conversion.tokenizer import WITHOUT_TEXT
 from maskmoe.errors import UserError
 from maskmoe.routing_mask.feed_forward_layers import FeedForwardLayers
@@ -40,12 +47,6 @@ _FIXED_ARGS: dict[str, Any] = {
     "swiglu": True,
     "use_mup": False,
     "window_size": None,
-}
-# Names of other values in errors, for arguments whose flag would mislead.
-_NAMES_OF_SETTINGS = {
-    "layernorm_zero_centered_gamma": "--apply-layernorm-1p",
-    "add_bias_linear": "linear biases (without --disable-bias-linear)",
-    "swiglu": "MLPs without --swiglu",
 }
 # Megatron's `--use-rope-scaling` has these values of Llama 3.1 built in; only the factor is free.
 _LLAMA3_ROPE = {
@@ -338,13 +339,12 @@ def _rotary_args(rope: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _inexpressible(args: Namespace) -> list[str]:
-    """Return the flags of settings that the transformers model does not have."""
+    """Return the arguments whose values the transformers model does not have."""
     refusals = []
     for name, fixed in _FIXED_ARGS.items():
         value = getattr(args, name)
         if value != fixed and (value or fixed):  # 0, False and None all switch a feature off
-            flag = _NAMES_OF_SETTINGS.get(name, f"--{name.replace('_', '-')}")
-            refusals.append(flag if isinstance(value, bool) else f"{flag} {value}")
+            refusals.append(f"{name} {value}")
     if args.use_rope_scaling and args.rotary_seq_len_interpolation_factor is not None:
         refusals.append("--rotary-seq-len-interpolation-factor along with --use-rope-scaling")
     if args.multi_latent_attention and args.rotary_percent != 1.0:
@@ -360,3 +360,74 @@ def _default_args() -> dict[str, Any]:
     """Return the defaults of all arguments; checkpoints of older versions, or without experts, may lack some."""
     defaults = vars(add_megatron_arguments(ArgumentParser(allow_abbrev=False)).parse_args([]))
     return defaults | _YARN_WITHOUT_FLAGS | {"moe_aux_loss_tokens": "all", "qk_layernorm_all_heads": False}
+
+
+# Pairs of attention, plain or multi-latent, and a feed-forward layer, an MLP or experts.
+_LAYERS_OF_GPT = re.compile(r"([*+][-E])+")
+_FLAG = "--hybrid-layer-pattern"
+
+# Sizes of an interleaved pipeline, which the two classes of models describe in different ways.
+_PIPELINE_ARGS = ("num_layers_per_virtual_pipeline_stage", "virtual_pipeline_model_parallel_size")
+
+
+def is_hybrid(args: Namespace) -> bool:
+    """Return whether Megatron's arguments, which may be a checkpoint's, describe a hybrid model."""
+    return getattr(args, "hybrid_layer_pattern", None) is not None
+
+
+def gpt_args(args: Namespace) -> Namespace:
+    """Return Megatron's arguments of a hybrid model's GPT twin; for a GPT model, return its arguments.
+
+    Raises:
+        UserError: the hybrid model has no twin.
+    """
+    if not is_hybrid(args):
+        return args
+    pattern = args.hybrid_layer_pattern
+    symbols = pattern.replace(Symbols.PIPE, "").rstrip(Symbols.MTP_SEPARATOR)
+    decoder, *predictions = symbols.split(Symbols.MTP_SEPARATOR)
+    if not _LAYERS_OF_GPT.fullmatch(decoder) or any(prediction != decoder[-2:] for prediction in predictions):
+        raise UserError(
+            f"a model with {_FLAG} '{pattern}' cannot be expressed in transformers' format: attention (* or +) and "
+            "feed-forward layers (- or E) must alternate, and multi-token prediction must repeat the last two"
+        )
+    layers = FeedForwardLayers.of_pattern(pattern)
+    return Namespace(
+        **vars(args)
+        | dict.fromkeys(_PIPELINE_ARGS)
+        | {
+            "hybrid_layer_pattern": None,
+            "num_layers": len(layers.decoder),
+            "mtp_num_layers": len(layers.prediction) or None,
+            "num_experts": args.num_experts if layers.num_moe_layers else None,
+            "moe_layer_freq": 1 if all(layers.decoder) else [int(has_experts) for has_experts in layers.decoder],
+        }
+    )
+
+
+def with_pattern(args: Namespace, config: Mapping[str, Any], pattern: str | None) -> Namespace:
+    """Return Megatron's arguments of the model of the chosen class that computes the same.
+
+    Args:
+        args: Megatron's arguments of a GPT model or of a hybrid model.
+        config: the fields of the `MaskMoEConfig` of the same model.
+        pattern: the pattern of a hybrid model, `DERIVED_PATTERN`, or `NO_PATTERN` for a GPT model; None keeps `args`.
+
+    Raises:
+        UserError: the pattern is one of another model.
+    """
+    if pattern is None or pattern == getattr(args, "hybrid_layer_pattern", None):
+        return args
+    args = gpt_args(args)
+    if pattern == NO_PATTERN:
+        return args
+    layers = feed_forward_layers(config)
+    derived = layers.pattern(Symbols.ATTENTION if config["kv_lora_rank"] is None else Symbols.MLA)
+    decoder, slash, prediction = (derived if pattern == DERIVED_PATTERN else pattern).partition(Symbols.MTP_SEPARATOR)
+    if decoder.replace(Symbols.PIPE, "") + slash + prediction != derived:
+        raise UserError(
+            f"{_FLAG} '{pattern}' does not fit the model, whose pattern is '{derived}'; only | may be added to it, "
+            "between layers of the decoder"
+        )
+    hybrid = {"hybrid_layer_pattern": decoder + slash + prediction, "num_layers": 2 * len(layers.decoder)}
+    return Namespace(**vars(args) | dict.fromkeys(_PIPELINE_ARGS) | hybrid | {"moe_layer_freq": 1})

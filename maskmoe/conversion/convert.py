@@ -12,13 +12,12 @@ import torch
 
 from maskmoe.checkpoint.integrity import check_structure
 from maskmoe.checkpoint.series import iteration_of, locate_checkpoint
-from maskmoe.conversion.config_mapping import args_from_config, config_from_args, further_flags
+from maskmoe.conversion.config_mapping import args_from_config, config_from_args, further_flags, is_hybrid, with_pattern
 from maskmoe.conversion.huggingface_models import check_files, open_model, write_huggingface
-from maskmoe.conversion.hybrid_models import is_hybrid, with_pattern
 from maskmoe.conversion.megatron_models import open_megatron, write_megatron
-from maskmoe.conversion.opened_model import CONFIG_FILE, OpenedModel
-from maskmoe.conversion.output_folder import check_output_folder, output_folder
-from maskmoe.conversion.settings import DERIVED_PATTERN, DTYPE_NAMES, Settings, UpcycleSettings
+from maskmoe.conversion.model_files import check_output_folder, output_folder
+from maskmoe.conversion.model_tensors import OpenedModel
+from maskmoe.conversion.settings import CONFIG_FILE, DERIVED_PATTERN, DTYPE_NAMES, Settings, UpcycleSettings
 from maskmoe.conversion.tensor_sources import CastSource, FiniteSource, JoinedSource, TensorSource
 from maskmoe.conversion.tokenizer import TOKENIZER_FILES, WITHOUT_TEXT, choose_tokenizer, tokenizer_sha256
 from maskmoe.conversion.upcycle import upcycle

@@ -13,19 +13,19 @@ from typing import Any
 import torch
 from transformers import CONFIG_MAPPING, PreTrainedConfig
 
-from maskmoe.conversion.blocks import Block, Copy
-from maskmoe.conversion.model_config import read_model_config
+from maskmoe.conversion.model_files import SafetensorsSource
 from maskmoe.conversion.model_tensors import (
+    OpenedModel,
     Shapes,
     check_tensors,
     expert_projections,
     make_config,
     mtp_tensor_shapes,
     tensor_shapes,
+    with_routing_mask,
 )
-from maskmoe.conversion.opened_model import CONFIG_FILE, OpenedModel, with_routing_mask
-from maskmoe.conversion.safetensors_files import SafetensorsSource
-from maskmoe.conversion.tensor_sources import RearrangedSource, TensorSource
+from maskmoe.conversion.settings import CONFIG_FILE, read_model_config
+from maskmoe.conversion.tensor_sources import Block, Copy, RearrangedSource, TensorSource
 from maskmoe.errors import UserError
 from maskmoe.huggingface import MaskMoEConfig
 from maskmoe.routing_mask.mask import RoutingMask

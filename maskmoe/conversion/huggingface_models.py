@@ -8,19 +8,26 @@ from itertools import chain
 from pathlib import Path
 from typing import Any
 
+from pydantic import BaseModel
 from transformers import GenerationConfig
 
 from maskmoe.checkpoint.integrity import Damage, Manifest, check_content
 from maskmoe.conversion.families import open_huggingface
-from maskmoe.conversion.model_config import read_model_config
-from maskmoe.conversion.model_tensors import check_mask, check_tensors, make_config, mtp_tensor_shapes, tensor_shapes
-from maskmoe.conversion.opened_model import CONFIG_FILE, OpenedModel
-from maskmoe.conversion.safetensors_files import SINGLE_FILE, SafetensorsSource, has_safetensors, write_safetensors
+from maskmoe.conversion.model_files import SINGLE_FILE, SafetensorsSource, has_safetensors, write_safetensors
+from maskmoe.conversion.model_tensors import (
+    OpenedModel,
+    check_mask,
+    check_tensors,
+    make_config,
+    mtp_tensor_shapes,
+    tensor_shapes,
+)
+from maskmoe.conversion.settings import CONFIG_FILE, read_model_config
 from maskmoe.conversion.tensor_mapping import PADDING_PREFIX
 from maskmoe.conversion.tensor_sources import JoinedSource, ProgressSource, TensorSource
 from maskmoe.conversion.tokenizer import export_tokenizer
 from maskmoe.errors import UserError
-from maskmoe.files.json_files import check_finite, read_json, write_record
+from maskmoe.files.json_files import check_finite, read_record, write_record
 from maskmoe.files.untrusted import reading
 from maskmoe.huggingface import AUTO_MAP, MaskMoEConfig, MaskMoEForCausalLM, export_code
 from maskmoe.routing_mask.mask import RoutingMask
@@ -30,6 +37,17 @@ _ARGS_FILE, _PADDING_FILE = "megatron/args.json", "megatron/padding.safetensors"
 MTP_FILE = "megatron/mtp.safetensors"
 """Name of the file with the weights of multi-token prediction beside an exported model."""
 _PROGRESS = ("iteration", "curr_iteration", "consumed_train_samples", "consumed_valid_samples", "skipped_train_samples")
+
+
+class _MegatronArgs(BaseModel, extra="allow"):
+    """The arguments of Megatron beside a model: those that describe every model, and further ones."""
+
+    num_layers: int
+    hidden_size: int
+    padded_vocab_size: int
+    tokenizer_type: str | None = None
+    tokenizer_model: str | None = None
+    tokenizer_sha256: str | None = None
 
 
 def open_model(folder: Path, mask: RoutingMask | None = None) -> OpenedModel:
@@ -87,16 +105,9 @@ def _read_args(path: Path) -> Namespace | None:
     """
     if not path.exists():
         return None
-    values = read_json(path)
-    check_finite(values, path)
-    expected = dict.fromkeys(("num_layers", "hidden_size", "padded_vocab_size"), (int, "a whole number"))
-    # All are null in a model that was upcycled from a model of transformers.
-    tokenizer = ("tokenizer_type", "tokenizer_model", "tokenizer_sha256")
-    expected |= dict.fromkeys(tokenizer, (str | None, "a text or null"))
-    for name, (kind, words) in expected.items():
-        if not isinstance(values.get(name), kind):
-            raise UserError(f"{path} is damaged: {name} must be {words}, not {values.get(name)!r}; export it again")
-    return Namespace(**values)
+    args = read_record(_MegatronArgs, path, "export it again").model_dump(exclude_unset=True)
+    check_finite(args, path)
+    return Namespace(**args)
 
 
 def write_huggingface(

@@ -1,6 +1,8 @@
-"""Lists and checks the tensors of a MaskMoE model in transformers' format, and reads and makes its routing mask."""
+"""Models in transformers' format whose tensors are read on demand: names, shapes and the routing mask."""
 
-from collections.abc import Collection, Iterable, Iterator, Mapping
+from argparse import Namespace
+from collections.abc import Collection, Iterator, Mapping
+from dataclasses import dataclass
 from itertools import product
 from pathlib import Path
 from typing import Any
@@ -9,19 +11,17 @@ import torch
 from huggingface_hub.errors import StrictDataclassError
 from transformers import PreTrainedConfig
 
-from maskmoe.conversion.blocks import Block, TensorSpec
-from maskmoe.conversion.tensor_sources import MemorySource, TensorSource
+from maskmoe.conversion.tensor_sources import Block, JoinedSource, MemorySource, TensorSource, TensorSpec, list_names
 from maskmoe.errors import UserError
 from maskmoe.huggingface import MaskMoEConfig, MaskMoEForCausalLM
+from maskmoe.routing_mask.assignment import MaskRecipe, build_routing_mask
+from maskmoe.routing_mask.feed_forward_layers import FeedForwardLayers
 from maskmoe.routing_mask.mask import RoutingMask
 from maskmoe.transformer.visible_experts import buffers_of_routing_mask, routing_mask_from_buffers
 
 Shapes = dict[str, tuple[int, ...]]
 
 ROUTING_MASK_PREFIX = "model.routing_mask."
-
-# An error names at most this number of tensors.
-_MAX_NAMES = 3
 
 
 def make_config[C: PreTrainedConfig](
@@ -173,16 +173,49 @@ def check_tensors(
         UserError: a tensor is missing, unexpected or of another shape; names up to three such tensors.
     """
     if missing := expected.keys() - found.keys():
-        raise UserError(f"{where} lacks {_join_names(missing)}")
+        raise UserError(f"{where} lacks {list_names(missing)}")
     if surplus := found.keys() - expected.keys() - set(ignored):
-        raise UserError(f"{where} holds tensors that its settings do not account for: {_join_names(surplus)}")
+        raise UserError(f"{where} holds tensors that its settings do not account for: {list_names(surplus)}")
     for name, shape in expected.items():
         if found[name].shape != shape:
             raise UserError(f"{where}: {name} has the shape {list(found[name].shape)}, it should have {list(shape)}")
 
 
-def _join_names(names: Iterable[str]) -> str:
-    """Join names for an error message; only the first `_MAX_NAMES` are named, the others counted."""
-    names = sorted(names)
-    more = f" and {len(names) - _MAX_NAMES} more" if len(names) > _MAX_NAMES else ""
-    return ", ".join(names[:_MAX_NAMES]) + more
+@dataclass(frozen=True)
+class OpenedModel:
+    """A MaskMoE model in transformers' format whose tensors are read on demand.
+
+    Attributes:
+        source: provides the tensors, by their names in `MaskMoEForCausalLM`, and those of multi-token prediction.
+        config: the fields of the model's `MaskMoEConfig`.
+        args: Megatron's arguments that the model was trained with; None if they are unknown.
+    """
+
+    source: TensorSource
+    config: dict[str, Any]
+    args: Namespace | None = None
+
+
+def feed_forward_layers(config: Mapping[str, Any]) -> FeedForwardLayers:
+    """Return the feed-forward layers of a model with the fields of a `MaskMoEConfig`."""
+    decoder = tuple(kind == "sparse" for kind in config["mlp_layer_types"])
+    return FeedForwardLayers(decoder, decoder[-1:] * config["num_nextn_predict_layers"])
+
+
+def with_routing_mask(model: OpenedModel, mask: RoutingMask | None = None) -> OpenedModel:
+    """Add a routing mask to a model with experts that has none; by default every id sees every expert.
+
+    A model may have more rows in the embedding than its tokenizer has ids; the mask is then extended to these rows.
+
+    Raises:
+        UserError: the mask does not fit the model.
+    """
+    config, layers = model.config, feed_forward_layers(model.config)
+    if mask is None:
+        recipe = MaskRecipe.from_preset("smoe", config["num_experts"], len(layers.has_experts), shared_table=True)
+        mask = build_routing_mask(recipe, vocab_size=config["vocab_size"])
+    if mask.vocab_size < config["vocab_size"]:
+        mask = mask.with_vocab_size(config["vocab_size"])
+    mask.check_fits(vocab_size=config["vocab_size"], num_experts=config["num_experts"], layers=layers)
+    mask_source, mask_field = routing_mask_tensors(mask)
+    return OpenedModel(JoinedSource(model.source, mask_source), config | {"routing_mask": mask_field})

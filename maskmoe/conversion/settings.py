@@ -1,17 +1,21 @@
-"""The settings of conversions, as flags describe them.
+"""The settings of conversions, as flags describe them, and of models, as `config.json` describes them.
 
 Importing this module loads neither torch nor Megatron, so that a command line can print its help at once.
 """
 
 import re
 from argparse import ArgumentTypeError
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from maskmoe.errors import UserError
+from maskmoe.files.json_files import check_finite, read_json
 from maskmoe.routing_mask.feed_forward_layers import expand_layer_frequency
 
 DTYPE_NAMES = ("bf16", "fp16", "fp32")
+CONFIG_FILE = "config.json"
 
 DERIVED_PATTERN, NO_PATTERN = "auto", "none"
 """Values of `--hybrid-layer-pattern`: the pattern that follows from the model's layers, and none for a GPT model."""
@@ -61,9 +65,7 @@ class UpcycleSettings:
             chosen together.
         moe_layer_freq: Megatron's `--moe-layer-freq`: every how many layers have experts, or a 0 or 1 for each layer.
         shared_expert: give each MoE layer a shared expert, which starts as a copy of the whole MLP.
-        reinit_share: share, 0 to 1, of each expert's intermediate features that are drawn anew from a normal
-            distribution with the mean and the standard deviation of the MLP's weights. Each expert draws which ones.
-        seed: seed of routers and new features.
+        seed: seed of the routers.
 
     Raises:
         UserError: the settings contradict each other.
@@ -74,7 +76,6 @@ class UpcycleSettings:
     granularity: int = 1
     moe_layer_freq: int | list[int] = 1
     shared_expert: bool = False
-    reinit_share: float = 0.0
     seed: int = 0
 
     def __post_init__(self) -> None:
@@ -110,3 +111,50 @@ def parse_size(text: str) -> int:
     if not match or not int(match[1]):
         raise ArgumentTypeError(f"{text!r} is not a size such as 5GB")
     return int(match[1]) * (1024 if match[3] else 1000) ** (" KMGT".index(match[2]) if match[2] else 0)
+
+
+_MOST_LAYERS, _MOST_EXPERTS, _MOST_IDS, _WIDEST = 10_000, 1 << 16, 1 << 24, 1 << 20
+
+_LARGEST = {
+    **dict.fromkeys(
+        ("num_hidden_layers", "num_nextn_predict_layers", "num_tables", "first_k_dense_replace"), _MOST_LAYERS
+    ),
+    **dict.fromkeys(("num_experts", "num_local_experts", "n_routed_experts", "num_experts_per_tok"), _MOST_EXPERTS),
+    **dict.fromkeys(("n_group", "topk_group", "n_shared_experts"), _MOST_EXPERTS),
+    **dict.fromkeys(("vocab_size", "num_rows", "metadata_bytes"), _MOST_IDS),
+    **dict.fromkeys(("hidden_size", "intermediate_size", "moe_intermediate_size"), _WIDEST),
+    **dict.fromkeys(("shared_expert_intermediate_size", "num_attention_heads", "num_key_value_heads"), _WIDEST),
+    **dict.fromkeys(("head_dim", "kv_lora_rank", "q_lora_rank"), _WIDEST),
+    **dict.fromkeys(("qk_nope_head_dim", "qk_rope_head_dim", "v_head_dim"), _WIDEST),
+}
+"""The largest value of each size. The bounds are far above all models; they keep a wrong number from using memory."""
+
+
+def read_model_config(path: Path) -> dict[str, Any]:
+    """Read a `config.json` and check that its numbers are finite and its sizes are plausible.
+
+    Raises:
+        UserError: the file cannot be read, is not a JSON object, or has an infinite number or a size beyond all models.
+    """
+    config = read_json(path)
+    check_finite(config, path)
+    check_sizes(config, path)
+    return config
+
+
+def check_sizes(config: Mapping[str, Any], where: object) -> None:
+    """Check that no size of a model's configuration is beyond all models.
+
+    Args:
+        config: the fields of `config.json`.
+        where: what holds the fields, for error messages.
+
+    Raises:
+        UserError: names the size.
+    """
+    mask = config.get("routing_mask")
+    for fields in (config, mask if isinstance(mask, Mapping) else {}):
+        for name, largest in _LARGEST.items():
+            value = fields.get(name)
+            if isinstance(value, int | float) and not value <= largest:  # refuses NaN, too
+                raise UserError(f"{where}: {name} is {value:,}, more than the {largest:,} that MaskMoE accepts")

@@ -1,13 +1,13 @@
 """Maps the tensors of a `torch_dist` checkpoint to the tensors of a transformers model, declared once for both ways."""
 
+import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import product
 from typing import Any
 
-from maskmoe.conversion.blocks import Block, Copy, check_cover
-from maskmoe.conversion.hybrid_models import name_in_hybrid_model
 from maskmoe.conversion.model_tensors import Shapes, mtp_tensor_shapes, tensor_shapes
+from maskmoe.conversion.tensor_sources import Block, Copy, check_cover
 
 PADDING_PREFIX = "padding."
 """Prefix of tensors kept beside a transformers model: the rows of padding that only Megatron has."""
@@ -73,6 +73,11 @@ _GATED = {
     for index, part in enumerate(("gate", "up"))
 }
 _MLP_NORM = "post_attention_layernorm.weight"
+# Names of modules in checkpoints of GPT models that have other names in checkpoints of hybrid models.
+_DECODER_LAYER = re.compile(r"decoder\.layers\.(\d+)\.")
+_PREDICTION_LAYER = re.compile(r"(mtp\.layers\.\d+\.)transformer_layer\.")
+_FINAL_NORM = "decoder.final_layernorm."
+_FEED_FORWARD_MODULES = ("mlp.", "pre_mlp_layernorm.")
 
 
 @dataclass(frozen=True)
@@ -248,3 +253,25 @@ def _map_model_tensor(
     if padded_rows > num_rows:
         padding = Block.rows(checkpoint_name, padded_shape, num_rows, padded_rows)
         yield padded_shape, Copy(padding, Block.whole(PADDING_PREFIX + checkpoint_name, padding.sizes))
+
+
+def name_in_hybrid_model(name: str) -> str:
+    """Return the name that a hybrid model's checkpoint gives to a tensor or an object of the model's GPT twin.
+
+    Args:
+        name: a name in a GPT model's checkpoint that has tensors for each layer.
+    """
+    if name.startswith(_FINAL_NORM):
+        return f"decoder.final_norm.{name.removeprefix(_FINAL_NORM)}"
+    if match := _DECODER_LAYER.match(name):
+        module = name[match.end() :]
+        return f"decoder.layers.{2 * int(match[1]) + _is_feed_forward(module)}.{module}"
+    if match := _PREDICTION_LAYER.match(name):
+        module = name[match.end() :]
+        return f"{match[1]}mtp_model_layer.layers.{int(_is_feed_forward(module))}.{module}"
+    return name
+
+
+def _is_feed_forward(module: str) -> bool:
+    """Return whether a module of a transformer layer belongs to the second symbol of the layer, `-` or `E`."""
+    return module.startswith(_FEED_FORWARD_MODULES)

@@ -1,12 +1,10 @@
 """Makes a MaskMoE model of a dense model: every expert starts as the dense MLP, or as a part of it.
 
-Methods: sparse upcycling (arXiv 2212.05055); experts that start as parts of the MLP, with routers that choose all parts
-together, as in "Upcycling Large Language Models into Mixture of Experts" (arXiv 2410.07524); features that are drawn
-anew, as in Drop-Upcycling (arXiv 2502.19261).
+Methods: sparse upcycling (arXiv 2212.05055), and experts that start as parts of the MLP, with routers that choose all
+parts together, as in "Upcycling Large Language Models into Mixture of Experts" (arXiv 2410.07524).
 """
 
 from collections.abc import Iterator, Mapping
-from functools import cache, lru_cache
 from typing import Any
 from zlib import crc32
 
@@ -14,11 +12,16 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from maskmoe.conversion.blocks import Block, Copy, TensorSpec
-from maskmoe.conversion.model_tensors import expert_projections, make_config, mtp_tensor_shapes, tensor_shapes
-from maskmoe.conversion.opened_model import OpenedModel, with_routing_mask
+from maskmoe.conversion.model_tensors import (
+    OpenedModel,
+    expert_projections,
+    make_config,
+    mtp_tensor_shapes,
+    tensor_shapes,
+    with_routing_mask,
+)
 from maskmoe.conversion.settings import UpcycleSettings
-from maskmoe.conversion.tensor_sources import RearrangedSource, TensorSource
+from maskmoe.conversion.tensor_sources import Block, Copy, RearrangedSource, TensorSource, TensorSpec
 from maskmoe.errors import UserError
 from maskmoe.huggingface import MaskMoEConfig
 from maskmoe.routing_mask.mask import RoutingMask
@@ -37,9 +40,9 @@ def upcycle(dense: OpenedModel, settings: UpcycleSettings, mask: RoutingMask) ->
     """Make a MaskMoE model of a dense model; tensors are computed when they are read, in blocks of any size.
 
     The new model computes the same as the dense model, up to rounding, if the weights of a token's experts add up to 1
-    and the chosen experts are whole copies of the MLP, or all parts of such copies. This holds without new features, if
-    k is at least 2 or every id sees one expert, and, for experts that are parts of the MLP, if each
-    visible set consists of whole copies. `changes_of_function` says whether it holds.
+    and the chosen experts are whole copies of the MLP, or all parts of such copies. This holds if k is at
+    least 2 or every id sees one expert, and, for experts that are parts of the MLP, if each visible set consists of
+    whole copies. `changes_of_function` says whether it holds.
 
     Args:
         dense: a model whose layers are all dense.
@@ -58,8 +61,6 @@ def upcycle(dense: OpenedModel, settings: UpcycleSettings, mask: RoutingMask) ->
 def changes_of_function(settings: UpcycleSettings, mask: RoutingMask) -> list[str]:
     """Return why an upcycled model computes something else than the dense model; empty if both compute the same."""
     changes = []
-    if settings.reinit_share:
-        changes.append("parts of the experts start anew")
     if settings.topk == 1 and mask.max_visible > 1:
         changes.append("with k = 1 an expert's output is multiplied by its probability, which is below 1 where V > 1")
     if not _shows_whole_copies(mask, settings.granularity):
@@ -107,15 +108,12 @@ def _copies(name: str, shape: tuple[int, ...], granularity: int) -> Iterator[Cop
 
 
 class _UpcycledSource:
-    """Provides the tensors of an upcycled model: copies of the dense model's tensors, changed copies, and new routers.
-
-    Tensors can be read in blocks of any size: random numbers depend on the seed, the tensor and the place in the
-    tensor, never on the order of reads.
+    """Provides the tensors of an upcycled model: copies of the dense model's tensors, and new routers.
 
     Args:
-        dense: provides the tensors of the dense model.
-        config: the configuration of the upcycled model.
-        settings: how experts are made.
+        dense: Provides the tensors of the dense model.
+        config: The configuration of the upcycled model.
+        settings: How experts are made.
     """
 
     def __init__(self, dense: TensorSource, config: Mapping[str, Any], settings: UpcycleSettings) -> None:
@@ -125,85 +123,26 @@ class _UpcycledSource:
         self._copied = RearrangedSource(dense, copied, copies)
         dtype = dense.tensors["model.embed_tokens.weight"].dtype
         self.tensors = {name: TensorSpec(shape, dtype) for name, shape in shapes.items()} | self._copied.tensors
-        self._dense = dense
         self._router_std = config["initializer_range"]
         self._settings = settings
-        self._mean_and_std_of = cache(self._mean_and_std)
-        # The blocks of an expert follow one another, so keep the numbers of the last expert.
-        self._normal_numbers_of = lru_cache(maxsize=1)(self._normal_numbers)
 
     def read(self, block: Block) -> Tensor:
         """See `TensorSource.read`."""
         if block.tensor.endswith(_ROUTER):
-            return self._read_router(block)
+            return self._draw_router(block.tensor)[block.slices]
         if block.tensor.endswith(_SHARED_DOWN):
             return self._copied.read(block) * _SHARED_EXPERT_SCALE
-        if block.tensor.endswith((_GATE_UP, _DOWN)) and self._settings.reinit_share:
-            return self._read_partly_new_experts(block)
         return self._copied.read(block)
 
-    def _read_router(self, block: Block) -> Tensor:
-        """Draw a router from a normal distribution; the experts that make up one copy of the MLP have equal rows."""
-        num_experts, hidden = self.tensors[block.tensor].shape
-        copy_rows = torch.empty(num_experts // self._settings.granularity, hidden)
-        copy_rows.normal_(std=self._router_std, generator=_generator(self._settings.seed, block.tensor))
-        weight = copy_rows.repeat_interleave(self._settings.granularity, dim=0)
-        return weight[block.slices].to(self.tensors[block.tensor].dtype)
+    def _draw_router(self, name: str) -> Tensor:
+        """Draw a router from a normal distribution; the experts that make up one copy of the MLP have equal rows.
 
-    def _read_partly_new_experts(self, block: Block) -> Tensor:
-        """Read experts, and draw some of their intermediate features anew."""
-        changed = self._copied.read(block).clone()
-        _, rows, columns = block.slices
-        for index, expert in enumerate(range(block.offsets[0], block.offsets[0] + block.sizes[0])):
-            normal = self._normal_numbers_of(block.tensor, expert)[rows, columns]
-            is_new, mean, std = (values[rows, columns] for values in self._new_weights(block.tensor, expert))
-            changed[index] = torch.where(is_new, normal * std + mean, changed[index].float())
-        return changed
-
-    def _normal_numbers(self, name: str, expert: int) -> Tensor:
-        """Return the standard normal numbers of an expert, float32 [rows, columns of the tensor]."""
-        generator = _generator(self._settings.seed, name, expert)
-        return torch.empty(self.tensors[name].shape[1:]).normal_(generator=generator)
-
-    def _new_weights(self, name: str, expert: int) -> tuple[Tensor, ...]:
-        """Return which weights of an expert are drawn anew, and from which distribution.
-
-        Args:
-            name: name of the stacked tensor of all experts.
-            expert: number of the expert.
-
-        Returns:
-            is_new: bool [rows, columns].
-            mean: float32 [rows, columns], mean of the distribution.
-            std: float32 [rows, columns], standard deviation of the distribution.
+        The weights depend on the seed and the name only, so that a router can be read in blocks.
         """
-        _, num_rows, num_columns = self.tensors[name].shape
-        mlp, is_down = name.partition(".experts.")[0], name.endswith(_DOWN)
-        projections = ("down",) if is_down else ("gate", "up")
-        rows_of_projection = num_rows // len(projections)
-        distributions = torch.stack([self._mean_and_std_of(f"{mlp}.{part}_proj.weight") for part in projections])
-        mean, std = distributions.repeat_interleave(rows_of_projection, dim=0).unsqueeze(-1).unbind(dim=1)
-        # All projections of an expert have the same new features, which are its rows or its columns.
-        num_features = num_columns if is_down else rows_of_projection
-        order = torch.randperm(num_features, generator=_generator(self._settings.seed, mlp, expert))
-        is_new = order.argsort() < round(self._settings.reinit_share * num_features)
-        is_new = is_new if is_down else is_new.repeat(2).unsqueeze(-1)
-        return tuple(values.expand(num_rows, num_columns) for values in (is_new, mean, std))
-
-    def _mean_and_std(self, name: str) -> Tensor:
-        """Return mean and standard deviation of a tensor of the dense model, float32 [2]."""
-        values = self._dense.read(Block.whole(name, self._dense.tensors[name].shape)).float()
-        std, mean = torch.std_mean(values, correction=0)
-        return torch.stack([mean, std])
-
-
-def _generator(seed: int, name: str, *numbers: int) -> torch.Generator:
-    """Return a random generator for one part of a tensor.
-
-    Args:
-        seed: the user's seed.
-        name: name of the tensor.
-        numbers: identify the part of the tensor.
-    """
-    sequence = np.random.SeedSequence(seed, spawn_key=(crc32(name.encode()), *numbers))
-    return torch.Generator().manual_seed(int(sequence.generate_state(1)[0]))
+        num_experts, hidden = self.tensors[name].shape
+        sequence = np.random.SeedSequence(self._settings.seed, spawn_key=(crc32(name.encode()),))
+        generator = torch.Generator().manual_seed(int(sequence.generate_state(1)[0]))
+        copy_rows = torch.empty(num_experts // self._settings.granularity, hidden)
+        copy_rows.normal_(std=self._router_std, generator=generator)
+        weight = copy_rows.repeat_interleave(self._settings.granularity, dim=0)
+        return weight.to(self.tensors[name].dtype)

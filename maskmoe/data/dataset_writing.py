@@ -6,7 +6,7 @@ import re
 from array import array
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
-from dataclasses import asdict, replace
+from dataclasses import asdict
 from itertools import pairwise
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -24,10 +24,8 @@ from maskmoe.data.indexed_dataset import (
     sequence_offsets,
     tokenizer_record_path,
 )
-from maskmoe.data.inputs import ShardRecord, shard_record_path
 from maskmoe.data.tokenizer import TokenizerRecord
 from maskmoe.errors import UserError
-from maskmoe.files.json_files import read_record
 from maskmoe.files.outputs import atomic_output, check_outputs
 
 _BATCH_TOKENS = 1 << 20  # copied at a time
@@ -233,8 +231,8 @@ def merge_datasets(
 
     Raises:
         UserError: A dataset is missing, damaged, or given twice; the datasets differ in tokenizer or dtype; shards are
-            missing, or are not of one text; `names` are prefixes of datasets, and keys are given; or an output is an
-            input, or exists and `force` is false. Then nothing is written.
+            missing; `names` are prefixes of datasets, and keys are given; or an output is an input, or exists and
+            `force` is false. Then nothing is written.
     """
     merges = _find_datasets(names, output_prefix, json_keys)
     outputs = [path for output in merges for path in dataset_files(output)]
@@ -294,7 +292,6 @@ def _check_datasets(prefixes: Sequence[str], shuffled: bool) -> tuple[np.dtype, 
     """Check that the datasets can be joined; return their dtype, and the record of their tokenizer or None."""
     paths = [idx_path(prefix).resolve() for prefix in prefixes]
     first, tokenizer = read_index(prefixes[0]), read_tokenizer_record(prefixes[0])
-    texts: dict[tuple[str, ...], tuple[str, str]] = {}
     for number, prefix in enumerate(prefixes):
         index, record = read_index(prefix), read_tokenizer_record(prefix)
         if paths[number] in paths[:number]:
@@ -305,36 +302,9 @@ def _check_datasets(prefixes: Sequence[str], shuffled: bool) -> tuple[np.dtype, 
             raise UserError(f"dataset {prefix} has documents of several sequences, which cannot be shuffled")
         if index.dtype != first.dtype:
             raise UserError(f"datasets differ: {prefixes[0]} has {first.dtype} ids, {prefix} has {index.dtype} ids")
-        if not _is_same_tokenizer(tokenizer, record):
+        if record is not tokenizer and not (record and record.is_same_as(tokenizer)):
             raise UserError(
                 f"datasets differ in their tokenizers: {prefixes[0]} was made with {tokenizer or 'an unknown one'}, "
                 f"{prefix} with {record or 'an unknown one'}"
             )
-        _check_shard(prefix, texts)
     return first.dtype, tokenizer
-
-
-def _is_same_tokenizer(first: TokenizerRecord | None, second: TokenizerRecord | None) -> bool:
-    """Return whether two records differ in the name of the model's file at most."""
-    if first is None or second is None:
-        return first is second
-    return replace(first, model=second.model) == second
-
-
-def _check_shard(prefix: str, texts: dict[tuple[str, ...], tuple[str, str]]) -> None:
-    """Check that a shard was made of the same text as the shards of the same name before it. Raises UserError.
-
-    Args:
-        prefix: Prefix of a dataset, which need not be a shard.
-        texts: The first shard of each name, with the digest of its text; this function adds to it.
-    """
-    path, match = shard_record_path(prefix), _SHARD.fullmatch(str(prefix))
-    if match is None or not path.exists():
-        return
-    text = read_record(ShardRecord, path, "make the shard again").text_sha256
-    other, text_of_other = texts.setdefault((match[1], match[3], match[4]), (prefix, text))
-    if text != text_of_other:
-        raise UserError(
-            f"shards {other} and {prefix} were made of different input files, or with different settings or "
-            "tokenizers: make all shards again"
-        )

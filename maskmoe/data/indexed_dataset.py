@@ -71,11 +71,7 @@ def parse_data_path(data_path: Sequence[str], source: str = "--data-path") -> tu
 
 
 def files_of_data_path(data_path: Sequence[str]) -> list[Path]:
-    """Return the paths of all files of the datasets of Megatron's `--data-path`.
-
-    Raises:
-        UserError: see `parse_data_path`.
-    """
+    """Return the paths of all files of the datasets of `--data-path`. Raises UserError, see `parse_data_path`."""
     prefixes = parse_data_path(data_path)[0]
     return [path for prefix in prefixes for path in dataset_files(prefix)]
 
@@ -219,11 +215,7 @@ def pack_header(dtype: np.dtype, num_sequences: int, num_boundaries: int) -> byt
 
 
 def open_tokens(prefix: str | Path) -> np.ndarray:
-    """Map all token ids of a dataset into memory, read-only; [tokens] in the dataset's dtype.
-
-    Raises:
-        UserError: The dataset is damaged, see `read_index`, or has no tokens.
-    """
+    """Map all token ids of a dataset into memory, read-only, [tokens]. Raises UserError if damaged or empty."""
     index = read_index(prefix)
     if index.num_tokens == 0:
         raise UserError(f"{bin_path(prefix)} holds no tokens")
@@ -231,9 +223,7 @@ def open_tokens(prefix: str | Path) -> np.ndarray:
 
 
 def read_tokenizer_record(prefix: str | Path) -> TokenizerRecord | None:
-    """Return the record of the tokenizer that made the dataset.
-
-    The result is None if there is no record, as for datasets made by Megatron's own tools.
+    """Return the record of the tokenizer that made the dataset; None if there is none, as for Megatron's own tools.
 
     Raises:
         UserError: The record exists but is not valid.

@@ -6,8 +6,6 @@ Reading text is a pipeline: `find_inputs` turns names into inputs, `maskmoe.data
 blocks of whole documents, and each block is then parsed into documents, often by another process.
 """
 
-import hashlib
-import json
 import os
 import re
 import stat
@@ -18,7 +16,6 @@ from io import BufferedReader
 from itertools import accumulate, islice
 from pathlib import Path
 
-from maskmoe.data.tokenizer import TokenizerRecord
 from maskmoe.errors import UserError
 from maskmoe.files.untrusted import reading
 
@@ -206,38 +203,6 @@ class Shard:
     def prefix(self, output_prefix: str | Path) -> str:
         """Return the output prefix of this shard, such as `data/web-00003-of-00016`."""
         return f"{output_prefix}-{self.index:05d}-of-{self.count:05d}"
-
-
-def shard_record_path(prefix: str | Path) -> Path:
-    """Return the path of the file that records which shard a dataset is."""
-    return Path(f"{prefix}.shard.json")
-
-
-@dataclass(frozen=True)
-class ShardRecord:
-    """Says which part of which text a dataset is.
-
-    Attributes:
-        index: Number of the shard, counted from 0.
-        count: Number of all shards.
-        text_sha256: Hex digest of all that decides the documents and their ids: names and sizes of all inputs, how they
-            are read and divided, and the tokenizer. Shards of one text have the same digest.
-    """
-
-    __pydantic_config__ = {"extra": "forbid"}  # noqa: RUF012 - pydantic reads this attribute of the class
-
-    index: int
-    count: int
-    text_sha256: str
-
-    @classmethod
-    def of(
-        cls, shard: Shard, inputs: Sequence[Input], json_keys: Sequence[str], append_eod: bool, record: TokenizerRecord
-    ) -> "ShardRecord":
-        """Return the record of a shard of the inputs. Folders are left out: machines may mount them elsewhere."""
-        files = [[Path(source.path).name, source.num_bytes, source.format, str(source.separator)] for source in inputs]
-        text = json.dumps([files, list(json_keys), append_eod, record.type, record.sha256, "whole files"])
-        return cls(shard.index, shard.count, hashlib.sha256(text.encode()).hexdigest())
 
 
 def take_shard(inputs: Sequence[Input], shard: Shard) -> list[Input]:

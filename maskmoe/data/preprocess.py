@@ -22,15 +22,12 @@ from maskmoe.data.inputs import (
     Input,
     ReadingOptions,
     Shard,
-    ShardRecord,
     find_inputs,
-    shard_record_path,
     take_shard,
 )
 from maskmoe.data.parallel import map_in_processes
 from maskmoe.data.tokenizer import Tokenizer, TokenizerRecord, load_tokenizer
 from maskmoe.errors import UserError
-from maskmoe.files.json_files import write_record
 from maskmoe.files.outputs import check_outputs
 
 
@@ -115,8 +112,8 @@ def preprocess(
             With a seed, the datasets take twice their space on disk while they are written.
         force: Whether to replace datasets of these names.
         options: How the inputs are read.
-        shard: The part of the inputs to encode. `Shard.prefix(output_prefix)` then replaces `output_prefix`, each
-            dataset also gets a record `PREFIX.shard.json`, and a dataset may be empty.
+        shard: The part of the inputs to encode. `Shard.prefix(output_prefix)` then replaces `output_prefix`, and a
+            dataset may be empty.
 
     Returns:
         The writers, which tell the prefixes and the sizes of the datasets.
@@ -131,7 +128,6 @@ def preprocess(
         raise UserError("--shuffle-seed shuffles whole datasets, not shards: give it to --merge instead")
     prefixes = _prefixes(output_prefix if shard is None else shard.prefix(output_prefix), json_keys)
     outputs = [path for prefix in prefixes for path in dataset_files(prefix)]
-    outputs += [shard_record_path(prefix) for prefix in prefixes if shard is not None]
     check_outputs(outputs, [*inputs, *(source.path for source in sources), tokenizer_model], force)
     record = load_tokenizer(tokenizer_type, tokenizer_model).record()
     if append_eod:
@@ -145,9 +141,7 @@ def preprocess(
     encoder = BlockEncoder(record, str(tokenizer_model), tuple(json_keys), append_eod)
     dtype = optimal_dtype(record.vocab_size)
     writers = [IndexedDatasetWriter(prefix, dtype, record) for prefix in prefixes]
-    shard_record = None
     if shard is not None:
-        shard_record = ShardRecord.of(shard, sources, json_keys, append_eod, record)
         sources = take_shard(sources, shard)
     with ExitStack() as stack:
         for writer in writers:
@@ -164,11 +158,9 @@ def preprocess(
                 _encode_inputs(sources, encoder, unshuffled, workers)
             for source, writer in zip(unshuffled, writers, strict=True):
                 copy_shuffled([source.prefix], writer, shuffle_seed)
-        if shard_record is None:
-            _check_tokens(inputs, json_keys, writers)
-        else:
-            for prefix in prefixes:
-                write_record(shard_record, shard_record_path(prefix), indent=2)
+        for key, writer in zip(json_keys, writers, strict=True):
+            if writer.num_tokens == 0 and shard is None:
+                raise UserError(f"no text under {key!r} in {', '.join(map(str, inputs))}: there is nothing to train on")
     return writers
 
 
@@ -202,19 +194,6 @@ def _encode_inputs(
                 writer.add_documents(*documents)
             rate = sum(writer.num_tokens for writer in writers) / (time.perf_counter() - started)
             bar.set_postfix_str(f"{writers[0].num_documents} documents, {rate / 1e6:.2f}M tokens/s", refresh=False)
-
-
-def _check_tokens(
-    inputs: Sequence[str | Path], json_keys: Sequence[str], writers: Sequence[IndexedDatasetWriter]
-) -> None:
-    """Check that there are tokens under each key.
-
-    Raises:
-        UserError: There are none.
-    """
-    for key, writer in zip(json_keys, writers, strict=True):
-        if writer.num_tokens == 0:
-            raise UserError(f"no text under {key!r} in {', '.join(map(str, inputs))}: there is nothing to train on")
 
 
 def _batch_blocks(blocks: Iterable[Block]) -> Iterator[list[Block]]:

@@ -7,7 +7,7 @@ every id into a Python object.
 import hashlib
 import os
 from abc import ABC, abstractmethod
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -39,6 +39,10 @@ class TokenizerRecord:
     vocab_size: int
     eod_id: int | None
 
+    def is_same_as(self, other: "TokenizerRecord | None") -> bool:
+        """Return whether two records differ in the name of the model's file at most."""
+        return other is not None and replace(self, model=other.model) == other
+
     def __str__(self) -> str:
         return f"{self.type} {self.model} ({self.vocab_size} ids, sha256 {self.sha256[:12]})"
 
@@ -55,7 +59,7 @@ class Tokenizer(ABC):
         eod_id: The id that ends a document, or None if the tokenizer has no such id.
 
     Raises:
-        UserError: The file does not exist or does not define a tokenizer.
+        UserError: The file does not exist, does not define a tokenizer, or lacks its own end-of-sequence token.
     """
 
     vocab_size: int
@@ -80,15 +84,9 @@ class Tokenizer(ABC):
 
 
 class SentencePieceTokenizer(Tokenizer):
-    """Encodes with a SentencePiece model, as Megatron-Core's `SentencePieceTokenizer` does with default settings.
+    """Encodes with a `.model` file of SentencePiece, as Megatron-Core's class of this name does with default settings.
 
     The end-of-sentence id of the model ends a document.
-
-    Args:
-        model: Path of the `.model` file.
-
-    Raises:
-        UserError: The file does not exist or is not a SentencePiece model.
     """
 
     def __init__(self, model: str | Path) -> None:
@@ -108,16 +106,10 @@ class SentencePieceTokenizer(Tokenizer):
 
 
 class HuggingFaceTokenizer(Tokenizer):
-    """Encodes with a `tokenizer.json`, as Megatron-Core's `HuggingFaceTokenizer` does with default settings.
+    """Encodes with a `tokenizer.json` or its folder, as Megatron-Core's class of this name does with default settings.
 
     The special tokens that the tokenizer itself adds to a text are kept. The end-of-sequence token of
     `tokenizer_config.json`, or else of `special_tokens_map.json`, ends a document.
-
-    Args:
-        model: A `tokenizer.json` of the `tokenizers` library, or the folder that holds it.
-
-    Raises:
-        UserError: The file does not exist, is not a tokenizer, or does not contain its own end-of-sequence token.
     """
 
     def __init__(self, model: str | Path) -> None:
@@ -157,11 +149,7 @@ TOKENIZER_TYPES = {cls.__name__: cls for cls in (SentencePieceTokenizer, Hugging
 
 
 def load_tokenizer(tokenizer_type: str, model: str | Path) -> Tokenizer:
-    """Load the tokenizer that Megatron's `--tokenizer-type` and `--tokenizer-model` name.
-
-    Raises:
-        UserError: The type is unknown, or the model cannot be read.
-    """
+    """Load the tokenizer that Megatron's `--tokenizer-type` and `--tokenizer-model` name. Raises UserError."""
     if tokenizer_type not in TOKENIZER_TYPES:
         raise UserError(f"unknown tokenizer type {tokenizer_type}; choose one of {', '.join(TOKENIZER_TYPES)}")
     return TOKENIZER_TYPES[tokenizer_type](model)

@@ -1,7 +1,7 @@
 """Count the occurrences of each token id in Megatron's indexed datasets, and group the ids by their frequency."""
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import cached_property, partial
 from pathlib import Path
 from typing import Annotated, NamedTuple
@@ -203,7 +203,7 @@ def _common_tokenizer(records: Mapping[str, TokenizerRecord | None], vocab_size:
         return None
     first_name, first = next(iter(known.items()))
     for name, record in known.items():
-        if replace(record, model=first.model) != first:
+        if not record.is_same_as(first):
             raise UserError(
                 f"the datasets were made with different tokenizers: {first_name} with {first}, {name} with {record}; "
                 "blend only datasets of one tokenizer"
@@ -217,30 +217,12 @@ def _common_tokenizer(records: Mapping[str, TokenizerRecord | None], vocab_size:
 
 
 def merge_token_frequencies(paths: Sequence[str | Path]) -> TokenFrequency:
-    """Add up the counts of several files.
-
-    The result equals what `count_token_frequency` returns for all datasets of the files together, in the order of the
-    files.
-
-    Args:
-        paths: The files.
+    """Add up the counts of several files, as if `count_token_frequency` had counted all their datasets together.
 
     Raises:
         UserError: A file cannot be read; the files differ in tokenizer or number of ids; a dataset is in two files; or
             a file has blend weights, which are relative to its own datasets only.
     """
-    parts = _load_parts(paths)
-    vocab_size = next(iter(parts.values())).vocab_size
-    return TokenFrequency(
-        np.concatenate([part.counts for part in parts.values()]),
-        tuple(weight for part in parts.values() for weight in part.weights),
-        tuple(dataset for part in parts.values() for dataset in part.datasets),
-        _common_tokenizer({path: part.tokenizer for path, part in parts.items()}, vocab_size),
-    )
-
-
-def _load_parts(paths: Sequence[str | Path]) -> dict[str, TokenFrequency]:
-    """Return the counts of several files after checking that they can be added up. Raises UserError."""
     parts = {str(path): TokenFrequency.load(path) for path in paths}
     if len(parts) < len(paths):
         raise UserError("--merge names a file of counts twice")
@@ -258,7 +240,13 @@ def _load_parts(paths: Sequence[str | Path]) -> dict[str, TokenFrequency]:
             other = seen.setdefault((*dataset.values(), counts.tobytes()), path)
             if other != path:
                 raise UserError(f"dataset {dataset['name']} is counted in {other} and in {path}; leave one of them out")
-    return parts
+    datasets = tuple(dataset for part in parts.values() for dataset in part.datasets)
+    return TokenFrequency(
+        np.concatenate([part.counts for part in parts.values()]),
+        (None,) * len(datasets),
+        datasets,
+        _common_tokenizer({path: part.tokenizer for path, part in parts.items()}, first.vocab_size),
+    )
 
 
 def ids_by_frequency(occurrences: np.ndarray) -> np.ndarray:

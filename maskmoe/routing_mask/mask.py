@@ -207,10 +207,7 @@ class RoutingMask(SealedTensors):
         return unpack_bits(self.visible_bits[table, np.unique(self.row_of_id[table])], self.num_experts).any(axis=0)
 
     def visible_sets(self, layer: int) -> np.ndarray:
-        """Return the visible sets of a layer, bool `[vocab, N]`; layers count from 0.
-
-        The result takes `vocab × N` bytes and is meant for inspection and tests.
-        """
+        """Return the visible sets of a layer, bool `[vocab, N]`, which takes `vocab × N` bytes; layers count from 0."""
         row_of_id, visible_bits = self.table_of_layer(layer)
         return unpack_bits(visible_bits, self.num_experts)[row_of_id]
 
@@ -229,11 +226,10 @@ class RoutingMask(SealedTensors):
             num_experts: Number of experts in each MoE layer.
             layers: The feed-forward layers of the model. A mask has a table for each of them, or for each MoE layer
                 only. A mask with `shared_table`, or in which every id sees every expert, fits any number of layers.
-            expert_model_parallel_size: Expert-parallel ranks of the run; None skips the check, for example if a single
-                process evaluates.
+            expert_model_parallel_size: Expert-parallel ranks of the run; None skips this check.
 
         Raises:
-            UserError: The mask does not fit; the message names the sizes of the mask and of the model, and the cure.
+            UserError: The mask does not fit.
         """
         sizes = {
             "vocabulary size": (self.vocab_size, vocab_size),
@@ -267,16 +263,10 @@ class RoutingMask(SealedTensors):
             )
 
     def rank_of_rows(self, num_ranks: int) -> np.ndarray | None:
-        """Return the rank that holds the visible experts of each row of `visible_bits`, if the mask is rank-local.
+        """Return the rank that holds the visible experts of each row, int16 `[tables, rows]`.
 
-        The result depends on the visible sets only, not on the assignment that chose them: a mask with one visible
-        expert for every id is always rank-local.
-
-        Args:
-            num_ranks: Number of ranks. Each holds an equal, contiguous block of experts.
-
-        Returns:
-            Rank of each row, int16 `[tables, rows]`; None if any id sees experts of two ranks in a layer.
+        The result is None if any id sees experts of two ranks in a layer. Each of the `num_ranks` ranks holds an equal,
+        contiguous block of experts. Only the visible sets matter, not the assignment that chose them.
         """
         rank_of_row = np.empty(self.visible_bits.shape[:2], np.int16)
         # One table after the other, because the unpacked bits of all tables can take gigabytes.
@@ -290,12 +280,9 @@ class RoutingMask(SealedTensors):
         return rank_of_row
 
     def with_vocab_size(self, vocab_size: int) -> "RoutingMask":
-        """Return the mask extended to a larger vocabulary, for models whose embedding has padding rows.
+        """Return the mask extended to `vocab_size` ids, for models whose embedding has padding rows.
 
         The additional ids, which the tokenizer never produces, see the same experts as the tokenizer's last id.
-
-        Args:
-            vocab_size: Number of ids, at least that of this mask.
         """
         num_additional = vocab_size - self.vocab_size
         if num_additional == 0:
@@ -304,10 +291,7 @@ class RoutingMask(SealedTensors):
         return replace(self, row_of_id=row_of_id, vocab_size=vocab_size)
 
     def parts(self) -> tuple[dict[str, np.ndarray], dict[str, Any]]:
-        """Return the tables, and the record without the optional fields of the provenance that have no value.
-
-        The digests of masks without these fields therefore do not depend on the fields.
-        """
+        """Return the tables and the record, without the optional fields of the provenance that have no value."""
         tables, record = super().parts()
         for name in _OPTIONAL_FIELDS:
             if not record["provenance"][name]:
@@ -336,12 +320,7 @@ def describe_visible_experts(mask: RoutingMask) -> str:
 
 
 def _describe(num_visible: np.ndarray, num_experts: int) -> str:
-    """Say how many experts the ids of one table see.
-
-    Args:
-        num_visible: visible experts of each id, `[vocab]`.
-        num_experts: experts of a layer.
-    """
+    """Say how many experts the ids of one table see; `num_visible` is `[vocab]`."""
     several = num_visible[num_visible > 1] if num_visible.max() > 1 else num_visible
     fewest, most = several.min(), several.max()
     experts = f"{fewest} to {most} of {num_experts} experts" if fewest < most else f"{most} of {num_experts} experts"
@@ -369,11 +348,7 @@ class MaskChange:
 
     @classmethod
     def between(cls, old: RoutingMask, new: RoutingMask) -> Self:
-        """Compare two masks.
-
-        Raises:
-            UserError: The masks have different sizes, so one model cannot use both.
-        """
+        """Compare two masks. Raises UserError if their sizes differ, so that one model cannot use both."""
         sizes = {
             "vocabulary size": (old.vocab_size, new.vocab_size),
             "number of experts": (old.num_experts, new.num_experts),

@@ -120,12 +120,7 @@ class SealedTensors:
     def from_tensors(
         cls, tensors: Mapping[str, np.ndarray], metadata: Mapping[str, str] | None, source: str = "embedded content"
     ) -> Self:
-        """Return the verified value that `to_tensors` took apart.
-
-        Args:
-            tensors: All tensors.
-            metadata: The metadata with record and digest.
-            source: Name of the file or checkpoint for error messages.
+        """Return the verified value that `to_tensors` took apart; `source` names the file or checkpoint in errors.
 
         Raises:
             UserError: The content is of another kind or version, damaged or altered.

@@ -10,7 +10,7 @@ from torch.distributed.checkpoint.filesystem import _StorageInfo
 from torch.distributed.checkpoint.metadata import Metadata, MetadataIndex
 
 from maskmoe.checkpoint.integrity import LAYOUT_FILE, Damage, check_structure
-from maskmoe.conversion.torch_dist import MARKER
+from maskmoe.conversion.megatron_models import MARKER
 
 
 def write_checkpoint(folder: Path, *place: Any) -> None:

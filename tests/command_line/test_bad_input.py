@@ -71,7 +71,6 @@ BAD_NUMBERS = {
         "--num-experts": "0",
         "--topk": "0",
         "--granularity": "0",
-        "--reinit-share": "1.1",
         "--moe-layer-freq": "0 x [2] [1]**9 [1]*9999999999 () " + "[" * 3000,
     },
     "sample": {"--max-new-tokens": "0", "--temperature": "-1 nan", "--top-k": "-1", "--seed": "4294967296"},

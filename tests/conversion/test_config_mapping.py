@@ -11,9 +11,10 @@ from maskmoe.conversion.config_mapping import (
     args_from_config,
     config_from_args,
     further_flags,
+    gpt_args,
     is_stacked,
+    with_pattern,
 )
-from maskmoe.conversion.hybrid_models import gpt_args, with_pattern
 from maskmoe.conversion.model_tensors import mtp_tensor_shapes, tensor_shapes
 from maskmoe.conversion.settings import DERIVED_PATTERN, NO_PATTERN
 from maskmoe.conversion.tensor_mapping import EXPERT_NORMS, MegatronLayout, map_tensors
@@ -191,13 +192,13 @@ def plain_args(**changes):
             {"multi_latent_attention": True, "rope_type": "rope", "rotary_scaling_factor": 2.0, "mscale_all_dim": 1.0},
             "--mscale-all-dim along with --rope-type rope",
         ),
-        ({"normalization": "LayerNorm"}, "--normalization LayerNorm"),
-        ({"add_bias_linear": True}, "--disable-bias-linear"),
-        ({"swiglu": False}, "--swiglu"),
-        ({"position_embedding_type": "learned_absolute"}, "--position-embedding-type learned_absolute"),
-        ({"rotary_interleaved": True}, "--rotary-interleaved"),
-        ({"moe_latent_size": 4}, "--moe-latent-size"),
-        ({"attention_output_gate": True, "window_size": (3, 3)}, "--attention-output-gate, --window-size"),
+        ({"normalization": "LayerNorm"}, "normalization LayerNorm"),
+        ({"add_bias_linear": True}, "add_bias_linear True"),
+        ({"swiglu": False}, "swiglu False"),
+        ({"position_embedding_type": "learned_absolute"}, "position_embedding_type learned_absolute"),
+        ({"rotary_interleaved": True}, "rotary_interleaved True"),
+        ({"moe_latent_size": 4}, "moe_latent_size 4"),
+        ({"attention_output_gate": True, "window_size": (3, 3)}, "attention_output_gate True, window_size"),
     ],
 )
 def test_settings_that_transformers_cannot_express(changes, named):

@@ -19,11 +19,10 @@ from transformers import AutoModelForCausalLM
 from maskmoe.checkpoint.integrity import check_content, check_structure
 from maskmoe.checkpoint.routing_mask import read_routing_mask
 from maskmoe.checkpoint.series import checkpoint_path, write_tracker
-from maskmoe.conversion.blocks import Block
 from maskmoe.conversion.convert import huggingface_to_megatron, megatron_to_huggingface
+from maskmoe.conversion.megatron_models import COMMON_STATE, MARKER, TorchDistSource, write_torch_dist
 from maskmoe.conversion.settings import Settings
-from maskmoe.conversion.tensor_sources import MemorySource
-from maskmoe.conversion.torch_dist import COMMON_STATE, MARKER, TorchDistSource, write_torch_dist
+from maskmoe.conversion.tensor_sources import Block, MemorySource
 from maskmoe.data.tokenizer_training import train_tokenizer
 from maskmoe.errors import UserError
 from maskmoe.huggingface import MaskMoEForCausalLM
@@ -135,19 +134,6 @@ def test_command_line_and_the_loss_that_megatron_evaluates(checkpoints, run_cli,
     assert losses[0] == losses[1]
 
 
-@pytest.mark.slow
-def test_training_starts_from_a_converted_model(exported, workplace, tmp_path):
-    flags = huggingface_to_megatron(Settings(load=exported("ranks"), save=tmp_path / "megatron"))
-    workplace.run(
-        "maskmoe.training.pretrain",
-        f"--load {tmp_path / 'megatron'} --save {tmp_path / 'run'} --use-checkpoint-args {' '.join(flags)} "
-        "--data-path data --split 90,10,0 --micro-batch-size 2 --global-batch-size 4 --lr 1e-3 --train-iters 1 "
-        "--eval-iters 0 --save-interval 1 --tensor-model-parallel-size 2 --sequence-parallel",
-        ranks=2,
-    )
-    assert checkpoint_path(tmp_path / "run", 1).exists()
-
-
 def test_dtype(checkpoints, exported, tmp_path):
     megatron_to_huggingface(Settings(load=checkpoints("rich"), save=tmp_path / "bf16", dtype="bf16"))
     assert json.loads((tmp_path / "bf16" / "config.json").read_text())["dtype"] == "bfloat16"
@@ -202,7 +188,7 @@ WRONG_CHECKPOINTS = {
     "no arguments": (lambda tensors, common: common.pop("args"), "holds no arguments of Megatron"),
     "setting": (
         lambda tensors, common: common.update(args=Namespace(**vars(common["args"]) | {"normalization": "LayerNorm"})),
-        "a model with --normalization LayerNorm cannot be expressed",
+        "a model with normalization LayerNorm cannot be expressed",
     ),
 }
 
@@ -319,8 +305,6 @@ def edit(folder, change):
 GATE = "model.layers.1.mlp.gate.weight"
 WRONG_MODELS = {
     "missing": (lambda tensors: tensors.pop(GATE), rf"lacks {re.escape(GATE)}$"),
-    "unexpected": (lambda tensors: tensors.update(more=torch.ones(1)), r"do not account for: more$"),
-    "shape": (lambda tensors: tensors.update({GATE: torch.ones(4, 5)}), r"has the shape \[4, 5\], it should have"),
     "nan": (
         lambda tensors: tensors[GATE].fill_(float("inf")),
         rf"{re.escape(GATE)} holds NaN or infinite values",
@@ -407,16 +391,12 @@ def test_newest_checkpoint_that_is_damaged_is_not_replaced_by_an_older_one(check
     file.write_bytes(file.read_bytes()[:-1])
     with pytest.raises(UserError, match=r"iter_0000004 .* bytes; to use an older checkpoint, name its folder: .*0002"):
         megatron_to_huggingface(Settings(load=tmp_path / "run", save=tmp_path / "out"))
-    with pytest.raises(UserError, match=r"iter_0000004 .* bytes"):
-        megatron_to_huggingface(Settings(load=tmp_path / "run", save=tmp_path / "out", ckpt_step=4))
     capsys.readouterr()
     older = checkpoint_path(tmp_path / "run", 2)
     for load, step, save in ((tmp_path / "run", 2, tmp_path / "by step"), (older, None, tmp_path / "by folder")):
         megatron_to_huggingface(Settings(load=load, save=save, ckpt_step=step))
         assert f"loading: iteration 2 in {tmp_path / 'run'}\n" in capsys.readouterr().err
         assert_same_tensors(*(load_file(folder / "model.safetensors") for folder in (save, exported("rich"))))
-    with pytest.raises(UserError, match="--ckpt-step 4 chooses among the checkpoints of a run"):
-        megatron_to_huggingface(Settings(load=older, save=tmp_path / "out", ckpt_step=4))
 
 
 @pytest.mark.slow

@@ -11,27 +11,24 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from megatron.core import dist_checkpointing
 from safetensors.torch import load_file
 from support.foreign_models import VOCAB_SIZE, add_multi_token_prediction, logits_of, random_ids, save_model
-from support.hybrid_twins import copy_parameters
-from support.megatron_models import load_converted_model, logits_of_megatron, save_as_release
+from support.megatron_models import load_converted_model, logits_of_megatron
 from support.small_moe import make_mask, random_visible_sets
 
 from maskmoe.analysis.model_series import common_shape, find_models, model_folder
 from maskmoe.analysis.probe_text import Probe
 from maskmoe.analysis.routing_analysis import load_decoder, record_routing
-from maskmoe.conversion.blocks import Block
-from maskmoe.conversion.config_mapping import args_from_config, config_from_args
+from maskmoe.conversion.config_mapping import args_from_config, config_from_args, gpt_args, with_pattern
 from maskmoe.conversion.convert import huggingface_to_megatron, megatron_to_huggingface, upcycle_model
-from maskmoe.conversion.hybrid_models import gpt_args, name_in_hybrid_model, with_pattern
+from maskmoe.conversion.megatron_models import TorchDistSource
 from maskmoe.conversion.settings import Settings, UpcycleSettings
-from maskmoe.conversion.tensor_mapping import EXPERT_NORMS, MegatronLayout, map_tensors
-from maskmoe.conversion.torch_dist import TorchDistSource
+from maskmoe.conversion.tensor_mapping import EXPERT_NORMS, MegatronLayout, map_tensors, name_in_hybrid_model
+from maskmoe.conversion.tensor_sources import Block
 from maskmoe.errors import UserError
 from maskmoe.huggingface import MaskMoEConfig
 from maskmoe.routing_mask.feed_forward_layers import FeedForwardLayers
-from maskmoe.transformer.models import DenseHybridModel, MaskMoEGPTModel, MaskMoEHybridModel
+from maskmoe.transformer.models import DenseHybridModel, MaskMoEHybridModel
 
 pytestmark = pytest.mark.usefixtures("one_rank")
 
@@ -130,29 +127,6 @@ def test_imported_models_compute_the_same_and_come_back(name, tmp_path):
     assert_same_tensors(tmp_path / "hybrid", tmp_path / "again")
 
 
-def test_export_of_a_hybrid_model_equals_that_of_its_gpt_twin(tmp_path):
-    """Both models are Megatron's, built for a run; the test copies the weights from one to the other."""
-    original_model("deepseek_v3", tmp_path / "original")
-    models = {}
-    for kind, pattern in (("gpt", "none"), ("hybrid", "auto")):
-        imported = tmp_path / f"imported_{kind}"
-        settings = Settings(load=tmp_path / "original", save=imported, hybrid_layer_pattern=pattern)
-        models[kind] = load_converted_model(imported, huggingface_to_megatron(settings))
-    (gpt, gpt_run), (hybrid, hybrid_run) = models["gpt"], models["hybrid"]
-    assert isinstance(gpt, MaskMoEGPTModel)
-    torch.manual_seed(3)
-    with torch.no_grad():
-        for parameter in gpt.parameters():
-            parameter.normal_()
-    copy_parameters(gpt, hybrid)
-    for kind, model, args in (("gpt", gpt, gpt_run), ("hybrid", hybrid, hybrid_run)):
-        save_as_release(model, args, tmp_path / kind)
-        megatron_to_huggingface(Settings(load=tmp_path / kind, save=tmp_path / f"from {kind}"))
-    assert_same_tensors(tmp_path / "from gpt", tmp_path / "from hybrid")
-    before = load_file(tmp_path / "original/model.safetensors")["model.norm.weight"]
-    assert not torch.equal(before, tensors_of(tmp_path / "from hybrid")["model.norm.weight"])
-
-
 @pytest.fixture(scope="module")
 def moe_model(tmp_path_factory) -> Path:
     """A model with a dense layer between two layers with experts, in transformers' format of another family."""
@@ -209,30 +183,6 @@ def test_layers_that_transformers_does_not_have(pattern):
     with pytest.raises(UserError) as refusal:
         gpt_args(Namespace(hybrid_layer_pattern=pattern, num_experts=4))
     assert f"--hybrid-layer-pattern '{pattern}' cannot be expressed in transformers' format: " in str(refusal.value)
-
-
-def test_export_refuses_them_before_anything_is_written(hybrid, run_cli, tmp_path):
-    model, args = load_converted_model(hybrid, ["--hybrid-layer-pattern", "*E*-*E", "--vocab-size", str(VOCAB_SIZE)])
-    args.hybrid_layer_pattern = "*EG-*E"
-    save_as_release(model, args, tmp_path / "gdn")
-    result = run_cli("megatron-to-hf", "--load", tmp_path / "gdn", "--save", tmp_path / "out")
-    assert result.returncode == 2
-    errors = [line for line in result.stderr.splitlines() if line.startswith("error: ")]
-    assert len(errors) == 1
-    assert "--hybrid-layer-pattern '*EG-*E' cannot be expressed" in errors[0]
-    assert "Traceback" not in result.stderr
-    assert not (tmp_path / "out").exists()
-
-
-def test_tensors_that_are_missing_have_the_names_of_the_checkpoint(hybrid, tmp_path):
-    state = load_converted_model(hybrid, ["--hybrid-layer-pattern", "*E*-*E", "--vocab-size", str(VOCAB_SIZE)])
-    model, args = state
-    (tmp_path / "release").mkdir()
-    tensors = {name: entry for name, entry in model.sharded_state_dict().items() if "layers.5.mlp.router" not in name}
-    dist_checkpointing.save({"args": args, "iteration": 0, "model": tensors}, str(tmp_path / "release"))
-    (tmp_path / "latest_checkpointed_iteration.txt").write_text("release")
-    with pytest.raises(UserError, match=r"lacks decoder\.layers\.5\.mlp\.router\.weight$"):
-        megatron_to_huggingface(Settings(load=tmp_path, save=tmp_path / "out"))
 
 
 @pytest.mark.parametrize("dense_is_hybrid", [False, True])

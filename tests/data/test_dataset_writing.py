@@ -277,7 +277,7 @@ def test_an_input_of_merging_is_not_replaced(tmp_path: Path, force: bool) -> Non
 
 def test_missing_and_unusable_datasets(shards: Path, tmp_path: Path) -> None:
     def link(name: str, index: int, count: int) -> None:
-        for suffix in (*SUFFIXES, "shard.json"):
+        for suffix in SUFFIXES:
             target = Path(f"{parts(shards)[index]}.{suffix}")
             (tmp_path / f"{name}-0000{index}-of-0000{count}_text_document.{suffix}").symlink_to(target)
 
@@ -299,18 +299,6 @@ def test_missing_and_unusable_datasets(shards: Path, tmp_path: Path) -> None:
         with pytest.raises(UserError, match=message):
             merge_datasets(names, f"{tmp_path}/merged")
         assert list(tmp_path.glob("*merged*")) == []
-
-
-def test_shards_of_different_texts_are_not_joined(tmp_path: Path, jsonl: Callable, sentencepiece_model: Path) -> None:
-    path = jsonl("a.jsonl", ["one text", "another text", "third"])
-    arguments = ("SentencePieceTokenizer", sentencepiece_model, tmp_path / "part")
-    for index in (0, 1):
-        preprocess([path], *arguments, shard=Shard(index, 2))
-    merge_datasets([f"{tmp_path}/part"], f"{tmp_path}/merged")
-    for inputs, flags in (([path, path], {}), ([path], {"append_eod": True})):
-        preprocess(inputs, *arguments, shard=Shard(1, 2), force=True, **flags)
-        with pytest.raises(UserError, match="were made of different input files, or with different settings"):
-            merge_datasets([f"{tmp_path}/part"], f"{tmp_path}/merged", force=True)
 
 
 @pytest.mark.parametrize(

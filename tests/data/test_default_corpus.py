@@ -22,24 +22,6 @@ def test_default_corpus() -> None:
     assert max(len(document.text.encode()) for document in documents) <= 1 << 15
 
 
-def test_held_out_text_of_the_default_corpus_resembles_the_corpus() -> None:
-    """The last 2 % of the shuffled documents are many small files, with about as many digits as the other documents."""
-    texts = [document.text for document in default_corpus(32 << 20)]
-    random.Random(0).shuffle(texts)
-    held_out, size = [], 0
-    while size < sum(map(len, texts)) / 50:
-        held_out.append(texts.pop())
-        size += len(held_out[-1])
-
-    def share_of_digits(texts: list[str]) -> float:
-        sample = "".join(texts)
-        return sum(map(sample.count, "0123456789")) / len(sample)
-
-    assert len(held_out) > 40
-    assert max(map(len, held_out)) < 0.06 * size
-    assert 0.5 < share_of_digits(held_out) / share_of_digits(texts) < 2
-
-
 def table_of_digits(num_lines: int) -> str:
     draw = random.Random(0)
     return "".join(" ".join(f"{draw.random():.6f}" for _ in range(8)) + "\n" for _ in range(num_lines))

@@ -140,14 +140,6 @@ def test_bad_input_keeps_the_earlier_dataset(
         assert {path.name: path.read_bytes() for path in tmp_path.iterdir()} == before
 
 
-def test_bad_flags(jsonl: Callable, sentencepiece_model: Path, tmp_path: Path) -> None:
-    arguments = sentencepiece_arguments(sentencepiece_model, tmp_path / "no" / "out", jsonl("a.jsonl", ["a"]))
-    result = run_tool("preprocess_data", *arguments, "--workers", 1)
-    assert_bad_input(result, "choose an existing, writable folder")
-    result = run_tool("preprocess_data", *arguments, "--workers", 0)
-    assert_bad_input(result, "--workers must be at least 1, not 0")
-
-
 @pytest.mark.parametrize("eod_id", [500, 1000, 70_000])
 def test_eod_beyond_the_vocabulary_is_refused(
     jsonl: Callable, huggingface_folder: Path, tmp_path: Path, eod_id: int

@@ -60,17 +60,6 @@ def test_seed_decides_which_lines_are_drawn(jsonl: Callable, texts: list[str], t
     assert models[0] == models[1] != models[2]
 
 
-@pytest.mark.parametrize("model_type", ["bpe", "unigram"])
-def test_without_a_sample_the_seed_changes_nothing(model_type: str) -> None:
-    """Lines that the trainer skips do not count."""
-    documents = ["one two three\n\n\r\n▅\n\t", *(f"line {number}\0\n\0" for number in range(200))]
-    first, second = (
-        train_tokenizer(documents, 280, model_type=model_type, max_lines=401, num_threads=1, seed=seed)
-        for seed in (0, 1)
-    )
-    assert first == second
-
-
 @pytest.mark.parametrize("max_lines", [1, 100, 101])
 def test_few_lines(max_lines: int) -> None:
     model = train_tokenizer(["▅\nabcabc abc\n" * 200], 265, max_lines=max_lines, num_threads=1)

@@ -13,8 +13,8 @@ from hypothesis import strategies as st
 
 from maskmoe.checkpoint.integrity import Manifest, check_content, check_structure
 from maskmoe.comparison.suite import Suite
-from maskmoe.conversion.model_config import read_model_config
-from maskmoe.conversion.safetensors_files import SafetensorsSource
+from maskmoe.conversion.model_files import SafetensorsSource
+from maskmoe.conversion.settings import read_model_config
 from maskmoe.data.indexed_dataset import read_tokenizer_record
 from maskmoe.data.tokenizer import load_tokenizer
 from maskmoe.errors import UserError

@@ -17,10 +17,10 @@ from support.small_moe import DEVICE, make_mask, random_visible_sets, take_metri
 from torch import Tensor
 from transformers import AutoModelForCausalLM
 
-from maskmoe.conversion.blocks import Block
 from maskmoe.conversion.convert import huggingface_to_megatron, megatron_to_huggingface
+from maskmoe.conversion.megatron_models import TorchDistSource
 from maskmoe.conversion.settings import Settings
-from maskmoe.conversion.torch_dist import TorchDistSource
+from maskmoe.conversion.tensor_sources import Block
 from maskmoe.routing_mask.feed_forward_layers import FeedForwardLayers
 from maskmoe.training.settings.arguments import add_maskmoe_arguments
 

@@ -1,11 +1,10 @@
-"""The whole transformers model equals transformers' own models, and itself in every way to run, save and load it."""
+"""The whole transformers model computes the same in every way to run, save and load it."""
 
 import copy
 import json
 
 import pytest
 import torch
-from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from support.small_moe import make_mask
 from support.tiny_maskmoe import (
@@ -22,105 +21,17 @@ from support.tiny_maskmoe import (
 from torch import Tensor
 from transformers import (
     AutoModelForCausalLM,
-    MixtralConfig,
-    MixtralForCausalLM,
-    OlmoeConfig,
-    OlmoeForCausalLM,
-    PreTrainedModel,
-    Qwen2MoeConfig,
-    Qwen2MoeForCausalLM,
-    Qwen3MoeConfig,
-    Qwen3MoeForCausalLM,
 )
 
-from maskmoe.huggingface import MaskMoEConfig, MaskMoEForCausalLM, MaskMoEModel
-from maskmoe.routing_mask.assignment import MaskRecipe, build_routing_mask
+from maskmoe.huggingface import MaskMoEConfig, MaskMoEForCausalLM
 
 IMPLEMENTATIONS = ["eager", "grouped_mm", "batched_mm"]
 PADDING_ID = 7
-
-SIZES = {
-    "vocab_size": VOCAB_SIZE,
-    "hidden_size": 32,
-    "num_hidden_layers": NUM_LAYERS,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 2,
-    "num_experts_per_tok": 2,
-    "max_position_embeddings": 64,
-    "initializer_range": 0.3,
-    "rms_norm_eps": 1e-5,
-    "pad_token_id": None,
-    "bos_token_id": None,
-    "eos_token_id": None,
-}
 
 
 def assert_alike(actual: Tensor, expected: Tensor, tolerance: float = 1e-5) -> None:
     """Assert equality up to the order of additions, which depends on sizes and memory alignment of matrices."""
     torch.testing.assert_close(actual, expected, rtol=1e-5, atol=tolerance)
-
-
-def all_visible_mask():
-    return build_routing_mask(MaskRecipe.from_preset("smoe", NUM_EXPERTS, NUM_LAYERS), vocab_size=VOCAB_SIZE)
-
-
-def mixtral() -> PreTrainedModel:
-    return MixtralForCausalLM(MixtralConfig(**SIZES, intermediate_size=24, num_local_experts=NUM_EXPERTS))
-
-
-def qwen2_moe() -> PreTrainedModel:
-    config = Qwen2MoeConfig(
-        **SIZES,
-        num_experts=NUM_EXPERTS,
-        moe_intermediate_size=24,
-        shared_expert_intermediate_size=20,
-        intermediate_size=40,
-        mlp_only_layers=[0],
-    )
-    return Qwen2MoeForCausalLM(config)
-
-
-def qwen3_moe() -> PreTrainedModel:
-    config = Qwen3MoeConfig(
-        **SIZES, num_experts=NUM_EXPERTS, moe_intermediate_size=24, head_dim=12, norm_topk_prob=True
-    )
-    return Qwen3MoeForCausalLM(config)
-
-
-def olmoe() -> PreTrainedModel:
-    return OlmoeForCausalLM(OlmoeConfig(**SIZES, intermediate_size=24, num_experts=NUM_EXPERTS))
-
-
-FAMILIES = {
-    mixtral: {"norm_topk_prob": True},
-    qwen2_moe: {
-        "attention_bias": True,
-        "mlp_layer_types": ["dense", "sparse", "sparse"],
-        "shared_expert_intermediate_size": 20,
-        "shared_expert_gate": True,
-    },
-    qwen3_moe: {"qk_norm": "head", "head_dim": 12, "norm_topk_prob": True},
-    olmoe: {"qk_norm": "all_heads"},
-}
-
-
-@pytest.mark.parametrize("family", FAMILIES, ids=lambda family: family.__name__)
-@torch.no_grad()
-def test_all_visible_equals_the_original_model(family) -> None:
-    torch.manual_seed(0)
-    original = family().eval()
-    for parameter in original.parameters():  # norms and biases start out as ones and zeros
-        parameter.add_(torch.randn_like(parameter) * 0.05)
-    rope_parameters = dict(original.config.rope_parameters)
-    model = make_model(all_visible_mask(), rope_parameters=rope_parameters, **FAMILIES[family])
-    state = {
-        name.replace(".shared_expert.", ".shared_experts."): value for name, value in original.state_dict().items()
-    }
-    missing, unexpected = model.load_state_dict(state, strict=False)
-    assert not unexpected
-    assert all("routing_mask" in name for name in missing)
-    token_ids = random_ids(3, 20)
-    assert_alike(model(token_ids).logits, original(token_ids).logits)
 
 
 @pytest.mark.parametrize("variant", VARIANTS)
@@ -140,17 +51,6 @@ def generate(model: MaskMoEForCausalLM, token_ids: Tensor, **settings) -> Tensor
     """Generate 12 new tokens by default; return the new tokens [batch, 12]."""
     settings = {"do_sample": False, "max_new_tokens": 12, "pad_token_id": PADDING_ID} | settings
     return model.generate(token_ids, **settings)[:, token_ids.shape[1] :]
-
-
-@pytest.mark.parametrize("variant", VARIANTS)
-def test_generation_is_the_same_with_and_without_cache(variant) -> None:
-    model = make_model(**VARIANTS[variant])
-    token_ids = random_ids(3, 6)
-    mask = torch.ones_like(token_ids)
-    assert torch.equal(
-        generate(model, token_ids, attention_mask=mask, use_cache=True),
-        generate(model, token_ids, attention_mask=mask, use_cache=False),
-    )
 
 
 @pytest.mark.parametrize("use_cache", [True, False])
@@ -183,17 +83,6 @@ def test_padding_does_not_touch_other_tokens(implementation) -> None:
     assert_alike(first.logits[0, 4:], second.logits[0, 4:])
     assert_alike(first.logits[1], second.logits[1])
     assert_alike(first.aux_loss, second.aux_loss)
-
-
-def test_samples_from_one_prompt() -> None:
-    model = make_model()
-    prompt = random_ids(1, 5)
-    torch.manual_seed(0)
-    samples = generate(model, prompt, do_sample=True, num_return_sequences=4, attention_mask=torch.ones_like(prompt))
-    assert samples.shape == (4, 12)
-    assert len(samples.unique(dim=0)) > 1
-    one_token = generate(model, prompt[:, :1], do_sample=True, max_new_tokens=1)
-    assert one_token.shape == (1, 1)
 
 
 @pytest.mark.parametrize("variant", VARIANTS)
@@ -349,68 +238,10 @@ def test_base_model_and_hidden_states() -> None:
     assert torch.equal(model.lm_head(outputs.last_hidden_state), model(token_ids).logits)
 
 
-def latent_attention_shapes(c: MaskMoEConfig) -> dict[str, tuple[int, ...]]:
-    """Return the shapes of the weights of one layer's multi-latent attention by name."""
-    heads, query_features = c.num_attention_heads, c.num_attention_heads * (c.qk_nope_head_dim + c.qk_rope_head_dim)
-    shapes = {
-        "kv_a_proj_with_mqa": (c.kv_lora_rank + c.qk_rope_head_dim, c.hidden_size),
-        "kv_a_layernorm": (c.kv_lora_rank,),
-        "kv_b_proj": (heads * (c.qk_nope_head_dim + c.v_head_dim), c.kv_lora_rank),
-        "o_proj": (c.hidden_size, heads * c.v_head_dim),
-    }
-    if c.q_lora_rank is None:
-        return shapes | {"q_proj": (query_features, c.hidden_size), "q_proj.norm": (c.hidden_size,)}
-    query = {"q_a_proj": (c.q_lora_rank, c.hidden_size), "q_a_layernorm": (c.q_lora_rank,)}
-    return shapes | query | {"q_b_proj": (query_features, c.q_lora_rank)}
-
-
-def expected_shapes(config: MaskMoEConfig, mask) -> dict[str, tuple[int, ...]]:
-    """Return the shapes of an exported model's tensors by name."""
-    c, heads = config, config.num_attention_heads * config.head_dim
-    kv_heads = c.num_key_value_heads * c.head_dim
-    shapes = {"model.embed_tokens.weight": (c.vocab_size, c.hidden_size), "model.norm.weight": (c.hidden_size,)}
-    if not c.tie_word_embeddings:
-        shapes["lm_head.weight"] = (c.vocab_size, c.hidden_size)
-    for layer, kind in enumerate(c.mlp_layer_types):
-        prefix = f"model.layers.{layer}."
-        for norm in ("input_layernorm", "post_attention_layernorm"):
-            shapes[f"{prefix}{norm}.weight"] = (c.hidden_size,)
-        if c.kv_lora_rank:
-            shapes |= {f"{prefix}self_attn.{name}.weight": shape for name, shape in latent_attention_shapes(c).items()}
-        else:
-            for name, size in (("q", heads), ("k", kv_heads), ("v", kv_heads)):
-                shapes[f"{prefix}self_attn.{name}_proj.weight"] = (size, c.hidden_size)
-                if c.attention_bias:
-                    shapes[f"{prefix}self_attn.{name}_proj.bias"] = (size,)
-            shapes[f"{prefix}self_attn.o_proj.weight"] = (c.hidden_size, heads)
-        if c.qk_norm in ("head", "all_heads"):
-            shapes[f"{prefix}self_attn.q_norm.weight"] = (c.head_dim if c.qk_norm == "head" else heads,)
-            shapes[f"{prefix}self_attn.k_norm.weight"] = (c.head_dim if c.qk_norm == "head" else kv_heads,)
-        mlps = {"mlp": c.intermediate_size} if kind == "dense" else {}
-        if kind == "sparse":
-            ffn = c.moe_intermediate_size
-            shapes[f"{prefix}mlp.gate.weight"] = (c.num_experts, c.hidden_size)
-            shapes[f"{prefix}mlp.experts.gate_up_proj"] = (c.num_experts, 2 * ffn, c.hidden_size)
-            shapes[f"{prefix}mlp.experts.down_proj"] = (c.num_experts, c.hidden_size, ffn)
-            if c.use_expert_bias:
-                shapes[f"{prefix}mlp.gate.e_score_correction_bias"] = (c.num_experts,)
-            if c.shared_expert_intermediate_size:
-                mlps["mlp.shared_experts"] = c.shared_expert_intermediate_size
-            if c.shared_expert_gate:
-                shapes[f"{prefix}mlp.shared_expert_gate.weight"] = (1, c.hidden_size)
-        for name, ffn in mlps.items():
-            shapes[f"{prefix}{name}.gate_proj.weight"] = shapes[f"{prefix}{name}.up_proj.weight"] = (ffn, c.hidden_size)
-            shapes[f"{prefix}{name}.down_proj.weight"] = (c.hidden_size, ffn)
-    return shapes | {f"model.routing_mask.{name}": tuple(t.shape) for name, t in mask_tensors(mask).items()}
-
-
 @pytest.mark.parametrize("variant", VARIANTS)
 def test_saved_and_loaded_bit_for_bit(variant, tmp_path) -> None:
     model = make_model(**VARIANTS[variant])
     model.save_pretrained(tmp_path)
-    with safe_open(tmp_path / "model.safetensors", "pt") as file:
-        shapes = {name: tuple(file.get_slice(name).get_shape()) for name in file.keys()}  # noqa: SIM118
-    assert shapes == expected_shapes(model.config, random_mask())
     loaded = AutoModelForCausalLM.from_pretrained(tmp_path)
     assert type(loaded) is MaskMoEForCausalLM
     for name, value in model.state_dict().items():
@@ -422,15 +253,6 @@ def test_saved_and_loaded_bit_for_bit(variant, tmp_path) -> None:
     loaded.save_pretrained(tmp_path / "again")
     for name in ("config.json", "model.safetensors"):
         assert (tmp_path / "again" / name).read_bytes() == (tmp_path / name).read_bytes()
-
-
-def test_shards_and_base_model(tmp_path) -> None:
-    model = make_model()
-    model.save_pretrained(tmp_path, max_shard_size="20KB")
-    assert len(list(tmp_path.glob("model-*.safetensors"))) > 2
-    base = MaskMoEModel.from_pretrained(tmp_path)
-    token_ids = random_ids(2, 10)
-    assert_alike(base(token_ids).last_hidden_state, model.model(token_ids).last_hidden_state)
 
 
 @pytest.mark.parametrize("variant", ["plain", "sigmoid"])

@@ -174,10 +174,7 @@ def test_build_warns_of_an_id_that_makes_balance_impossible(folder):
     [
         ([*COUNTS, *MODEL, "--frequent-mass", 0.4], ["--frequent-visible-experts, --assignment missing"]),
         ([*COUNTS, *MODEL, *METHOD, "--preset", "smoe"], ["preset smoe", "frequent mass"]),
-        (["--vocab-size", 50, *MODEL, "--preset", "smoe", "--hash-layers", 1], ["--token-frequency"]),
-        ([*COUNTS, *MODEL, "--preset", "smoe", "--hash-visible-experts", 1], ["without --hash-layers"]),
         ([*COUNTS, *MODEL, "--preset", "smoe", "--hash-layers", 4], ["--hash-layers 4", "3 layers"]),
-        (["--expert-table", "t.npy", *MODEL, "--hash-layers", 1], ["--expert-table", "--hash-layers"]),
         (["--token-frequency", "mask.safetensors", *MODEL, "--preset", "hash"], ["is a routing mask file"]),
     ],
 )

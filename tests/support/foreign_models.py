@@ -19,9 +19,8 @@ from transformers import (
 )
 from transformers.models.auto import AutoModelForCausalLM
 
-from maskmoe.conversion.blocks import Block
-from maskmoe.conversion.model_tensors import mtp_tensor_shapes
-from maskmoe.conversion.opened_model import OpenedModel
+from maskmoe.conversion.model_tensors import OpenedModel, mtp_tensor_shapes
+from maskmoe.conversion.tensor_sources import Block
 from maskmoe.huggingface import MaskMoEConfig, MaskMoEForCausalLM
 
 VOCAB_SIZE = 67

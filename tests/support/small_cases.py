@@ -3,11 +3,12 @@
 from pathlib import Path
 
 import numpy as np
+from support.datasets import write_documents
+from support.masks import build_mask, count_ids
 
 from maskmoe.analysis.dispatch_traffic import Cluster, Link
-from maskmoe.data.dataset_writing import IndexedDatasetWriter
-from maskmoe.routing_mask.assignment import MaskRecipe, build_routing_mask, stack_tables, table_of_sets
-from maskmoe.routing_mask.frequency import TokenFrequency, count_token_frequency
+from maskmoe.routing_mask.assignment import stack_tables, table_of_sets
+from maskmoe.routing_mask.frequency import TokenFrequency
 from maskmoe.routing_mask.mask import MaskProvenance, RoutingMask
 
 VOCAB_SIZE = 100
@@ -27,21 +28,16 @@ def make_cluster(num_gpus: int, ep_size: int, gpus_per_node: int) -> Cluster:
 
 def write_data(folder: Path, num_tokens: int = 3000) -> Path:
     """Write a dataset of Zipf-distributed ids in several documents and return its prefix."""
-    rng = np.random.default_rng(0)
     probabilities = 1 / np.arange(1, VOCAB_SIZE + 1)
-    token_ids = rng.choice(VOCAB_SIZE, num_tokens, p=probabilities / probabilities.sum())
-    with IndexedDatasetWriter(folder / "text", np.uint16) as dataset:
-        for document in np.split(token_ids, 4):
-            dataset.add_document(document)
-    return folder / "text"
+    token_ids = np.random.default_rng(0).choice(VOCAB_SIZE, num_tokens, p=probabilities / probabilities.sum())
+    return write_documents(folder / "text", np.split(token_ids, 4))
 
 
 def count(prefix: Path) -> TokenFrequency:
     """Count the ids of a dataset."""
-    return count_token_frequency([str(prefix)], VOCAB_SIZE, workers=1)
+    return count_ids(prefix, VOCAB_SIZE)
 
 
 def make_mask(frequency: TokenFrequency, num_experts: int, frequent_visible: int, num_layers: int = 1) -> RoutingMask:
     """Build a balanced mask in which frequent ids cover 40 % of all occurrences."""
-    recipe = MaskRecipe(num_experts, num_layers, "balanced", 0.4, frequent_visible, seed=1)
-    return build_routing_mask(recipe, frequency=frequency, workers=1)
+    return build_mask(frequency, num_experts, num_layers, frequent_visible_experts=frequent_visible)

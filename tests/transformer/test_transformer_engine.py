@@ -13,10 +13,10 @@ from support.launchers import RANK_SCRIPTS, RunRanks
 from support.megatron_models import load_converted_model, logits_of_megatron, save_as_release
 from support.ranks.transformer_engine_ranks import IDS, LAYOUTS, SAVED, Described, build_model, describe
 
-from maskmoe.conversion.blocks import Block
 from maskmoe.conversion.convert import huggingface_to_megatron
 from maskmoe.conversion.megatron_models import open_megatron
 from maskmoe.conversion.settings import Settings
+from maskmoe.conversion.tensor_sources import Block
 
 # Together, the models have shared experts with a gate, dense layers, biases, norms of each head or of all heads, and
 # multi-latent attention.

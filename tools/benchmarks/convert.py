@@ -23,13 +23,12 @@ from maskmoe.megatron_compat import prepare_process
 
 prepare_process()
 
-from maskmoe.conversion.blocks import BLOCK_BYTES, Block, TensorSpec
 from maskmoe.conversion.convert import huggingface_to_megatron, megatron_to_huggingface
 from maskmoe.conversion.huggingface_models import write_huggingface
-from maskmoe.conversion.model_tensors import tensor_shapes
-from maskmoe.conversion.opened_model import OpenedModel, with_routing_mask
-from maskmoe.conversion.output_folder import output_folder
+from maskmoe.conversion.model_files import output_folder
+from maskmoe.conversion.model_tensors import OpenedModel, tensor_shapes, with_routing_mask
 from maskmoe.conversion.settings import Settings
+from maskmoe.conversion.tensor_sources import BLOCK_BYTES, Block, TensorSpec
 from maskmoe.conversion.tokenizer import WITHOUT_TEXT
 
 CONVERSIONS = {"megatron-to-hf": megatron_to_huggingface, "hf-to-megatron": huggingface_to_megatron}

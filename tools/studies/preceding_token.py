@@ -23,7 +23,7 @@ from tqdm import tqdm
 
 from maskmoe.command_line.run_tool import run_tool
 from maskmoe.comparison.figures import new_figure, tidy
-from maskmoe.conversion.exported_model import load_exported_model, load_exported_tokenizer
+from maskmoe.conversion.model_files import load_exported_model, load_exported_tokenizer
 from maskmoe.data.indexed_dataset import dataset_files, open_tokens
 from maskmoe.errors import UserError
 from maskmoe.files.outputs import atomic_output, check_outputs

@@ -12,9 +12,8 @@ from hypothesis import strategies as st
 from torch.distributed import checkpoint as torch_checkpoint
 
 from maskmoe.checkpoint.series import checkpoint_path
-from maskmoe.conversion.blocks import Block, row_major_blocks
-from maskmoe.conversion.tensor_sources import MemorySource
-from maskmoe.conversion.torch_dist import COMMON_STATE, MARKER, TorchDistSource, write_torch_dist
+from maskmoe.conversion.megatron_models import COMMON_STATE, MARKER, TorchDistSource, write_torch_dist
+from maskmoe.conversion.tensor_sources import Block, MemorySource, row_major_blocks
 from maskmoe.errors import UserError
 
 RUNS = ("ranks", "rich")
@@ -73,7 +72,7 @@ TYPES = (torch.float32, torch.bfloat16, torch.float16, torch.int16, torch.int32,
 
 @pytest.mark.parametrize("max_file_bytes", [1, 10**5, 10**9])
 def test_written_tensors_are_read_by_torch(tmp_path, max_file_bytes, monkeypatch):
-    monkeypatch.setattr("maskmoe.conversion.torch_dist.BLOCK_BYTES", 5000)
+    monkeypatch.setattr("maskmoe.conversion.megatron_models.BLOCK_BYTES", 5000)
     generator = torch.Generator().manual_seed(0)
     tensors = {str(dtype): torch.randint(0, 255, (3, 50, 70), generator=generator).to(dtype) for dtype in TYPES} | {
         "scalar": torch.tensor(2.5),
@@ -141,7 +140,7 @@ def test_missing_and_short_files(tmp_path):
 
 
 def test_layout_without_one_chunk(tmp_path, monkeypatch):
-    monkeypatch.setattr("maskmoe.conversion.torch_dist.BLOCK_BYTES", 100)
+    monkeypatch.setattr("maskmoe.conversion.megatron_models.BLOCK_BYTES", 100)
     checkpoint = write_checkpoint(tmp_path, {"t": torch.ones(50, 10)}, {})
     layout = pickle.loads((checkpoint / ".metadata").read_bytes())
     layout.state_dict_metadata["t"].chunks.pop()

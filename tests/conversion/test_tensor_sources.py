@@ -8,8 +8,19 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from maskmoe.conversion.blocks import Block, Copy, CoverageError, TensorSpec, check_cover, row_major_blocks
-from maskmoe.conversion.tensor_sources import CastSource, FiniteSource, JoinedSource, MemorySource, RearrangedSource
+from maskmoe.conversion.tensor_sources import (
+    Block,
+    CastSource,
+    Copy,
+    CoverageError,
+    FiniteSource,
+    JoinedSource,
+    MemorySource,
+    RearrangedSource,
+    TensorSpec,
+    check_cover,
+    row_major_blocks,
+)
 from maskmoe.errors import UserError
 
 SHAPES = st.lists(st.integers(1, 6), min_size=1, max_size=4).map(tuple)

@@ -1,7 +1,9 @@
-"""Reads and writes models in safetensors files, one file or several with an index, as transformers stores them."""
+"""Reads, checks and writes the files of models in transformers' format, and loads exported models."""
 
+import contextlib
 import os
-from collections.abc import Collection
+import shutil
+from collections.abc import Collection, Iterator
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -12,15 +14,20 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from maskmoe.conversion.blocks import Block, TensorSpec
-from maskmoe.conversion.tensor_sources import TensorSource
+from maskmoe.conversion.tensor_sources import Block, TensorSource, TensorSpec, list_names
 from maskmoe.errors import UserError
 from maskmoe.files.json_files import read_record, write_record
-from maskmoe.files.outputs import atomic_output
-from maskmoe.files.untrusted import check_regular, resolve_inside
+from maskmoe.files.outputs import atomic_output, unwinding_on_signals
+from maskmoe.files.untrusted import check_regular, reading, resolve_inside
 
 SINGLE_FILE = "model.safetensors"
 INDEX_SUFFIX = ".index.json"
+UNFINISHED = ".unfinished"
+"""Suffix of the name of a folder that a conversion is filling."""
+
+_ADVICE = "export the model again"
+# Without `trust_remote_code`, transformers would offer to run code of the folder.
+_OPTIONS: dict[str, Any] = {"local_files_only": True, "trust_remote_code": False}
 
 # A tensor of an 8-bit float type means nothing without its scales, which every format stores in another way.
 _DTYPES = {
@@ -162,3 +169,123 @@ def write_safetensors(
         index: dict[str, Any] = {"metadata": split.metadata, "weight_map": file_of}
         write_record(index, folder / f"{single_file}{INDEX_SUFFIX}", indent=2)
     return list(split.filename_to_tensors)
+
+
+def load_exported_tokenizer(folder: Path) -> Any:
+    """Load the tokenizer of a folder, without running code of the folder.
+
+    Raises:
+        UserError: the tokenizer is missing or damaged, or a file of the folder is not a regular file.
+    """
+    from transformers import AutoTokenizer
+
+    # Without the registered model, transformers would warn of an unknown type.
+    import maskmoe.huggingface  # noqa: F401 (registers the model)
+
+    for path in folder.iterdir():
+        if not path.is_dir():
+            check_regular(path)  # transformers would wait for the writer of a pipe
+    with reading(f"the tokenizer in {folder}", _ADVICE):
+        return AutoTokenizer.from_pretrained(folder, **_OPTIONS)
+
+
+def load_exported_model(folder: Path, tokenizer: Any) -> Any:
+    """Load the model of a folder, in evaluation mode and on the CPU, without running code of the folder.
+
+    Args:
+        folder: the folder.
+        tokenizer: the tokenizer of the folder.
+
+    Raises:
+        UserError: a file is missing or damaged, or lies outside the folder; weights are missing, superfluous, of
+            another shape or type, NaN or infinite; or the tokenizer has ids that the model lacks.
+    """
+    from transformers import AutoModelForCausalLM, logging
+
+    import maskmoe.huggingface  # noqa: F401 (registers the model)
+
+    stored = SafetensorsSource(folder).tensors
+    integers = [name for name, spec in stored.items() if not spec.dtype.is_floating_point]
+    if names := [name for name in integers if ".routing_mask." not in name]:
+        raise UserError(f"the model in {folder} has weights that are no floating-point numbers: {list_names(names)}")
+    logging.set_verbosity_error()  # it would warn of damaged weights, which are refused here
+    # A progress bar and a report of damaged weights go to stderr; the errors below name the same weights.
+    with (
+        reading(f"the model in {folder}", _ADVICE),
+        open(os.devnull, "w") as devnull,
+        contextlib.redirect_stderr(devnull),
+    ):
+        model, loading = AutoModelForCausalLM.from_pretrained(
+            folder, dtype="auto", output_loading_info=True, **_OPTIONS
+        )
+        num_ids = len(tokenizer)
+    for problem, meaning in (("missing", "lacks"), ("unexpected", "has unknown"), ("mismatched", "has misshapen")):
+        # Transformers names a mismatched weight along with its shapes.
+        found = loading.get(f"{problem}_keys") or ()
+        if names := [name if isinstance(name, str) else name[0] for name in found]:
+            raise UserError(f"the model in {folder} {meaning} weights: {list_names(names)}; {_ADVICE}")
+    if names := [name for name, weight in model.named_parameters() if not torch.isfinite(weight).all()]:
+        raise UserError(f"the model in {folder} has weights that are NaN or infinite: {list_names(names)}")
+    if num_ids > model.config.vocab_size:
+        raise UserError(
+            f"the tokenizer in {folder} has {num_ids} ids, but the model has only {model.config.vocab_size}: they do "
+            "not belong together"
+        )
+    return model.eval()
+
+
+def check_output_folder(folder: Path) -> None:
+    """Check that a conversion can write a folder.
+
+    Raises:
+        UserError: the folder has content, or another conversion is writing it.
+    """
+    if os.path.lexists(folder) and not (folder.is_dir() and not any(folder.iterdir())):
+        raise UserError(f"{folder} is not empty; name a new folder")
+    unfinished = _unfinished(folder)
+    if os.path.lexists(unfinished):
+        raise UserError(
+            f"{unfinished} exists: a conversion is writing it, or was killed; remove it if no conversion is running"
+        )
+
+
+@contextlib.contextmanager
+def output_folder(folder: Path) -> Iterator[Path]:
+    """Yield a temporary folder beside `folder`; give it the name `folder` on success, remove it on failure.
+
+    All files are on the disk before the folder gets its name. SIGTERM and SIGHUP count as failures.
+
+    Raises:
+        UserError: see `check_output_folder`; or the disk is full, or a file cannot be written.
+    """
+    check_output_folder(folder)
+    unfinished = _unfinished(folder)
+    try:
+        with unwinding_on_signals():
+            unfinished.mkdir(parents=True)
+            try:
+                yield unfinished
+                for path in (unfinished, *unfinished.rglob("*")):
+                    _sync(path)
+                unfinished.rename(folder)
+            finally:
+                shutil.rmtree(unfinished, ignore_errors=True)
+    except OSError as error:
+        raise UserError(f"cannot write {folder}: {error.strerror or error}") from error
+    except SafetensorError as error:
+        raise UserError(f"cannot write {folder}: {error}") from error
+
+
+def _unfinished(folder: Path) -> Path:
+    """Return the temporary folder that becomes `folder`."""
+    folder = Path(os.path.abspath(folder))
+    return folder.with_name(folder.name + UNFINISHED)
+
+
+def _sync(path: Path) -> None:
+    """Wait until the content of a file or a folder is on the disk."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

@@ -1,0 +1,271 @@
+"""Files of models that we read and write, compared with the library's own code; unusable ones are refused."""
+
+import errno
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+import torch
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
+from support.tiny_maskmoe import make_model, random_mask
+from tokenizers import Tokenizer, models
+from transformers import PreTrainedTokenizerFast
+
+from maskmoe.conversion.model_files import (
+    UNFINISHED,
+    SafetensorsSource,
+    load_exported_model,
+    load_exported_tokenizer,
+    output_folder,
+    write_safetensors,
+)
+from maskmoe.conversion.model_tensors import routing_mask_tensors
+from maskmoe.conversion.tensor_sources import Block, MemorySource
+from maskmoe.errors import UserError
+
+TENSORS = {
+    "bytes": torch.arange(7, dtype=torch.uint8),
+    "a": torch.randn(10, 30),
+    "b": torch.randn(3, 4, 5).bfloat16(),
+    "ids": torch.arange(6, dtype=torch.int16).view(2, 3),
+    "c": torch.randn(100, 10).half(),
+    "scalar": torch.tensor(1.5),
+}
+
+
+@pytest.mark.parametrize(("max_file_bytes", "num_files"), [(10**9, 1), (1300, 3), (1, 6)])
+def test_written_files_are_read_by_the_library(tmp_path, max_file_bytes, num_files):
+    files = write_safetensors(MemorySource(TENSORS), TENSORS, tmp_path, max_file_bytes)
+    assert files == sorted(path.name for path in tmp_path.glob("*.safetensors"))
+    assert len(files) == num_files
+    index = tmp_path / "model.safetensors.index.json"
+    assert index.exists() == (num_files > 1)
+    loaded = {}
+    for file in files:
+        tensors = load_file(tmp_path / file)
+        assert sum(tensor.nbytes for tensor in tensors.values()) <= max_file_bytes or len(tensors) == 1
+        if num_files > 1:
+            assert all(json.loads(index.read_text())["weight_map"][name] == file for name in tensors)
+        loaded |= tensors
+        with safe_open(tmp_path / file, "pt") as opened:
+            assert opened.metadata() == {"format": "pt"}
+    source = SafetensorsSource(tmp_path)
+    for name, tensor in TENSORS.items():
+        assert loaded[name].dtype == source.tensors[name].dtype == tensor.dtype
+        assert torch.equal(loaded[name], tensor)
+        assert torch.equal(source.read(Block.whole(name, tensor.shape)), tensor)
+
+
+def test_blocks_of_a_file_that_the_library_wrote(tmp_path):
+    save_file(TENSORS, tmp_path / "model.safetensors")
+    source = SafetensorsSource(tmp_path)
+    assert {name: (spec.shape, spec.dtype) for name, spec in source.tensors.items()} == {
+        name: (tuple(tensor.shape), tensor.dtype) for name, tensor in TENSORS.items()
+    }
+    for block in (Block("a", (2, 3), (5, 20)), Block("a", (9, 0), (1, 30)), Block("b", (1, 2, 1), (1, 2, 3))):
+        assert torch.equal(source.read(block), TENSORS[block.tensor][block.slices])
+
+
+@pytest.fixture
+def sharded(tmp_path):
+    folder = tmp_path / "model"
+    folder.mkdir()
+    write_safetensors(MemorySource(TENSORS), TENSORS, folder, 1300)
+    return folder
+
+
+def test_missing_shard(sharded):
+    (sharded / "model-00002-of-00003.safetensors").unlink()
+    with pytest.raises(UserError, match=r"model-00002-of-00003\.safetensors is missing"):
+        SafetensorsSource(sharded)
+    with pytest.raises(UserError, match=r"model\.safetensors is missing"):
+        SafetensorsSource(sharded.parent)
+
+
+@pytest.mark.parametrize("are_shards_left", [True, False])
+def test_the_index_of_an_older_model_is_ignored(sharded, are_shards_left):
+    """Transformers leaves the index in the folder when it saves a model again in one file."""
+    save_file({"new": torch.ones(3)}, sharded / "model.safetensors")
+    if not are_shards_left:
+        for shard in sharded.glob("model-*.safetensors"):
+            shard.unlink()
+    source = SafetensorsSource(sharded)
+    assert source.tensors.keys() == {"new"}
+    assert source.files == [sharded / "model.safetensors"]
+
+
+@pytest.mark.parametrize("keep", [-1, 100, 4, 0])
+def test_damaged_shard(sharded, keep):
+    path = sharded / "model-00001-of-00003.safetensors"
+    path.write_bytes(path.read_bytes()[:keep])
+    with pytest.raises(UserError, match=r"model-00001-of-00003\.safetensors is damaged"):
+        SafetensorsSource(sharded)
+
+
+def test_file_that_is_cut_short_after_it_was_opened(sharded):
+    source = SafetensorsSource(sharded)
+    for path in source.files:
+        path.write_bytes(path.read_bytes()[:-1])
+    with pytest.raises(UserError, match=r"safetensors cannot be read"):
+        source.read(Block("a", (0, 0), (10, 30)))
+
+
+def test_index_that_contradicts_the_files(sharded):
+    index_file = sharded / "model.safetensors.index.json"
+    index = json.loads(index_file.read_text())
+    index["weight_map"]["more"] = index["weight_map"]["a"]
+    index_file.write_text(json.dumps(index))
+    with pytest.raises(UserError, match=r"and model\.safetensors\.index\.json disagree on where more is"):
+        SafetensorsSource(sharded)
+    del index["weight_map"]["more"], index["weight_map"]["a"]
+    index_file.write_text(json.dumps(index))
+    with pytest.raises(UserError, match=r"disagree on where a is"):
+        SafetensorsSource(sharded)
+    for content in ("{", "[]", "{}", '{"weight_map": {"a": "../a.safetensors"}}', '{"weight_map": {"a": 1}}', "1"):
+        index_file.write_text(content)
+        with pytest.raises(UserError, match=r"index\.json is damaged"):
+            SafetensorsSource(sharded)
+
+
+@pytest.mark.parametrize("name", ["model.safetensors", "model-00001-of-00003.safetensors"])
+def test_pipes_are_not_read(sharded, name):
+    (sharded / name).unlink(missing_ok=True)
+    os.mkfifo(sharded / name)
+    with pytest.raises(UserError, match="is not a regular file"):
+        SafetensorsSource(sharded)
+
+
+def test_unknown_type(tmp_path):
+    save_file({"t": torch.zeros(2, dtype=torch.float8_e4m3fn)}, tmp_path / "model.safetensors")
+    with pytest.raises(UserError, match="type F8_E4M3, which is not supported"):
+        SafetensorsSource(tmp_path)
+
+
+@pytest.fixture(scope="module")
+def exported(tmp_path_factory):
+    """A model in several files with a tokenizer."""
+    folder = tmp_path_factory.mktemp("exported")
+    mask = random_mask()
+    make_model(mask, routing_mask=routing_mask_tensors(mask)[1]).save_pretrained(folder, max_shard_size="20KB")
+    words = Tokenizer(models.WordLevel({"a": 0, "b": 1}, unk_token="a"))
+    PreTrainedTokenizerFast(tokenizer_object=words).save_pretrained(folder)
+    return folder
+
+
+def load(folder):
+    return load_exported_model(folder, load_exported_tokenizer(folder))
+
+
+def test_intact_model_loads(exported):
+    names = {name for file in exported.glob("*.safetensors") for name in load_file(file)}
+    assert load(exported).state_dict().keys() >= names
+
+
+@pytest.mark.parametrize("name", ["pipe", "../../dev/zero", "/dev/zero", "zeros", "outside.safetensors", "none"])
+def test_index_that_leads_outside_the_folder(exported, tmp_path, name):
+    folder = shutil.copytree(exported, tmp_path / "model")
+    (tmp_path / "elsewhere.safetensors").write_bytes(next(exported.glob("*.safetensors")).read_bytes())
+    os.mkfifo(folder / "pipe")
+    (folder / "zeros").symlink_to("/dev/zero")
+    (folder / "outside.safetensors").symlink_to(tmp_path / "elsewhere.safetensors")
+    index = folder / "model.safetensors.index.json"
+    content = json.loads(index.read_text())
+    content["weight_map"] = dict.fromkeys(content["weight_map"], name)
+    index.write_text(json.dumps(content))
+    with pytest.raises(UserError, match=str(folder)) as error:
+        load_exported_model(folder, None)
+    assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize("name", ["tokenizer.json", "generation_config.json", "added_tokens.json"])
+def test_pipe_among_the_files(exported, tmp_path, name):
+    folder = shutil.copytree(exported, tmp_path / "model")
+    (folder / name).unlink(missing_ok=True)
+    os.mkfifo(folder / name)
+    with pytest.raises(UserError, match=f"{name} is not a regular file"):
+        load(folder)
+
+
+@pytest.mark.parametrize("is_there", [False, True])
+def test_folder_gets_its_name_when_it_is_complete(tmp_path, is_there):
+    save = tmp_path / "made" / "model"
+    if is_there:
+        save.mkdir(parents=True)
+    with output_folder(save) as folder:
+        (folder / "part").mkdir()
+        (folder / "part" / "file").write_text("content")
+        assert not (save / "part").exists()
+    assert (save / "part" / "file").read_text() == "content"
+    assert os.listdir(save.parent) == ["model"]
+
+
+def fill(save, failure=None, meanwhile=lambda: None):
+    """Write a file into an output folder; then call a function, and raise an exception if one is given."""
+    with output_folder(save) as folder:
+        (folder / "file").write_text("content")
+        meanwhile()
+        if failure is not None:
+            raise failure
+
+
+@pytest.mark.parametrize("failure", [KeyboardInterrupt(), UserError("NaN")])
+def test_failure_leaves_nothing(tmp_path, failure):
+    with pytest.raises(type(failure)):
+        fill(tmp_path / "model", failure)
+    assert os.listdir(tmp_path) == []
+
+
+def test_full_disk_is_one_line_of_error(tmp_path):
+    with pytest.raises(UserError, match=r"cannot write .*model: No space left on device$"):
+        fill(tmp_path / "model", OSError(errno.ENOSPC, os.strerror(errno.ENOSPC)))
+    assert os.listdir(tmp_path) == []
+
+
+def test_other_folders_are_left_alone(tmp_path):
+    (tmp_path / "whole").mkdir()
+    (tmp_path / "whole" / "file").touch()
+    (tmp_path / "file").touch()
+    (tmp_path / f"model{UNFINISHED}").mkdir()
+    for name, words in (("whole", "is not empty"), ("file", "is not empty"), ("model", "a conversion is writing it")):
+        with pytest.raises(UserError, match=words):
+            fill(tmp_path / name)
+    assert sorted(os.listdir(tmp_path)) == ["file", f"model{UNFINISHED}", "whole"]
+
+
+def test_folder_that_was_filled_meanwhile_stays(tmp_path):
+    def fill_meanwhile():
+        (tmp_path / "model").mkdir()
+        (tmp_path / "model" / "file").write_text("of another program")
+
+    with pytest.raises(UserError, match=r"cannot write .*model: Directory not empty$"):
+        fill(tmp_path / "model", meanwhile=fill_meanwhile)
+    assert os.listdir(tmp_path) == ["model"]
+    assert (tmp_path / "model" / "file").read_text() == "of another program"
+
+
+FILLING = """
+import sys, time
+from pathlib import Path
+from maskmoe.conversion.model_files import output_folder
+with output_folder(Path(sys.argv[1])) as folder:
+    (folder / "file").touch()
+    time.sleep(60)
+"""
+
+
+def test_sigterm_leaves_nothing(tmp_path):
+    process = subprocess.Popen([sys.executable, "-c", FILLING, tmp_path / "model"])
+    deadline = time.monotonic() + 60
+    while not (tmp_path / f"model{UNFINISHED}" / "file").exists():
+        assert process.poll() is None
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
+    process.send_signal(signal.SIGTERM)
+    assert process.wait(timeout=30) == 128 + signal.SIGTERM
+    assert os.listdir(tmp_path) == []
