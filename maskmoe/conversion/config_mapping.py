@@ -9,7 +9,7 @@ from typing import Any
 from megatron.core.transformer.transformer_config import MLATransformerConfig
 from megatron.training.arguments import add_megatron_arguments
 
-from maskmoe.checkpoint.gpt_into_hybrid import has_alike_layers
+from maskmoe.checkpoint.saved_names import has_alike_layers
 from maskmoe.conversion.hybrid_models import gpt_args, is_hybrid
 from maskmoe.conversion.tokenizer import WITHOUT_TEXT
 from maskmoe.errors import UserError

@@ -11,6 +11,7 @@ from typing import Any
 import torch
 
 from maskmoe.checkpoint.integrity import COMPLETION_FILE, Manifest
+from maskmoe.checkpoint.routing_mask import CHECKPOINT_PREFIX
 from maskmoe.checkpoint.series import RELEASE, write_tracker
 from maskmoe.conversion.blocks import Copy, CoverageError, TensorSpec
 from maskmoe.conversion.config_mapping import config_from_args, is_stacked
@@ -31,7 +32,6 @@ from maskmoe.conversion.torch_dist import COMMON_STATE, MARKER, TorchDistSource,
 from maskmoe.data.tokenizer import TOKENIZER_TYPES, load_tokenizer
 from maskmoe.errors import UserError
 from maskmoe.routing_mask.mask import RoutingMask
-from maskmoe.transformer.visible_experts import CHECKPOINT_PREFIX
 
 # Entry of a converted checkpoint's common state: the configuration of the transformers model.
 _CONFIG = "huggingface_config"

@@ -9,12 +9,12 @@ import torch
 from huggingface_hub.errors import StrictDataclassError
 from transformers import PreTrainedConfig
 
+from maskmoe.checkpoint.routing_mask import buffers_of_routing_mask, routing_mask_from_buffers
 from maskmoe.conversion.blocks import Block, TensorSpec
 from maskmoe.conversion.tensor_sources import MemorySource, TensorSource
 from maskmoe.errors import UserError
 from maskmoe.huggingface import MaskMoEConfig, MaskMoEForCausalLM
 from maskmoe.routing_mask.mask import RoutingMask
-from maskmoe.transformer.visible_experts import buffers_of_routing_mask, routing_mask_from_buffers
 
 Shapes = dict[str, tuple[int, ...]]
 

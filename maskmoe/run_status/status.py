@@ -10,7 +10,7 @@ from typing import Any, Literal, Self
 
 from pydantic_core import to_jsonable_python
 
-from maskmoe.checkpoint.non_persistent import non_persistent_folder
+from maskmoe.checkpoint.series import non_persistent_folder
 from maskmoe.errors import UserError, one_line
 from maskmoe.files.run_folder import ARGUMENTS, Entry, Fact, Kind, read_journal
 from maskmoe.files.untrusted import UnusableFile, read_bounded
