@@ -19,8 +19,8 @@ from sources import Class, Function, Module, Name, Sources, is_self, is_set
 PACKAGE = Path(__file__).resolve().parents[2] / "maskmoe"
 OURS = PACKAGE.name
 MEGATRON = "megatron"
-REPLACE = f"{OURS}.megatron_compat.replacing.replace"
-REPLACE_SEVERAL = f"{OURS}.megatron_compat.replacing.replacing"
+REPLACE = f"{OURS}.megatron_compat.replace"
+REPLACE_SEVERAL = f"{OURS}.megatron_compat.replacing"
 
 
 @dataclass(frozen=True, order=True)

@@ -16,7 +16,7 @@ import pages
 PACKAGE = Path(__file__).resolve().parents[2] / "maskmoe"
 MODULES = (
     PACKAGE / "megatron_compat" / "patches.py",
-    PACKAGE / "checkpoint" / "megatron_patches.py",
+    PACKAGE / "megatron_compat" / "checkpoint_patches.py",
     PACKAGE / "training" / "loop" / "megatron_patches.py",
 )
 SECTIONS = ("Replaces", "Why", "Can go")

@@ -1,9 +1,12 @@
 """Records the files of a `torch_dist` checkpoint with sizes and digests, and checks that a checkpoint is complete.
 
-Only functions that read the layout of a checkpoint import torch.
+A checkpoint may come from a stranger, so its layout is unpickled without running code from it. Only functions that read
+the layout import torch.
 """
 
 import contextlib
+import dataclasses
+import enum
 import hashlib
 import json
 import os
@@ -12,7 +15,7 @@ from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any, BinaryIO
 
 from pydantic import BaseModel
 
@@ -28,6 +31,16 @@ LAYOUT_FILE = ".metadata"
 COMPLETION_FILE = "metadata.json"
 MANIFEST_FILE = "integrity.json"
 _FORMAT = "torch_dist"
+# What the layout of a checkpoint may consist of.
+_LAYOUT_MODULES = {f"torch.distributed.checkpoint.{module}" for module in ("metadata", "planner", "filesystem")}
+_CONSTRUCTORS = {
+    "builtins.set",
+    "collections.OrderedDict",
+    "pathlib.PosixPath",
+    "pathlib._local.PosixPath",  # the name in Python 3.13
+    "torch.Size",
+    "torch.serialization._get_layout",
+}
 
 
 @dataclass(eq=False)
@@ -231,14 +244,44 @@ def _check_digest(checkpoint: Path, name: str, digest: str) -> int:
     return found.size
 
 
+class _LayoutUnpickler(pickle.Unpickler):
+    """Unpickles only the dataclasses and enumerations with which torch describes a checkpoint."""
+
+    def find_class(self, module: str, name: str) -> Any:
+        """Return a class or function by its name, as the overridden method does.
+
+        Raises:
+            pickle.UnpicklingError: The class or function does not belong in the layout of a checkpoint.
+        """
+        import torch
+
+        if f"{module}.{name}" in _CONSTRUCTORS:
+            return super().find_class(module, name)
+        if "." not in name:
+            if module == "torch" and isinstance(getattr(torch, name, None), torch.dtype):
+                return getattr(torch, name)
+            if module in _LAYOUT_MODULES:
+                found = super().find_class(module, name)
+                if isinstance(found, type) and (dataclasses.is_dataclass(found) or issubclass(found, enum.Enum)):
+                    return found
+        raise pickle.UnpicklingError(f"refusing {module}.{name}, which does not belong in the layout of a checkpoint")
+
+
+def read_layout(stream: BinaryIO) -> Any:
+    """Read the `Metadata` in the `.metadata` file of a `torch_dist` checkpoint.
+
+    Raises:
+        pickle.UnpicklingError: The file holds anything but the layout of a checkpoint.
+    """
+    return _LayoutUnpickler(stream).load()
+
+
 def read_checkpoint_layout(checkpoint: Path) -> "Metadata":
     """Read the description of the tensors of a checkpoint.
 
     Raises:
         Damage: the description is missing or damaged, or holds anything else.
     """
-    from maskmoe.checkpoint.unpickling import read_layout
-
     try:
         with open_regular(checkpoint / LAYOUT_FILE) as stream:
             layout = read_layout(stream)

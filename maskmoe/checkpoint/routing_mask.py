@@ -1,8 +1,11 @@
-"""Reads the routing mask of a run from a mask file or from a checkpoint."""
+"""The routing mask as tensors of a checkpoint, and the mask of a run, read from a mask file or a checkpoint."""
 
+import json
 from pathlib import Path
+from typing import Any
 
 import torch
+from torch import Tensor
 from torch.distributed import checkpoint as torch_checkpoint
 from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.metadata import TensorStorageMetadata
@@ -11,7 +14,38 @@ from maskmoe.checkpoint.integrity import read_checkpoint_layout
 from maskmoe.checkpoint.series import locate_checkpoint
 from maskmoe.errors import UserError
 from maskmoe.routing_mask.mask import RoutingMask
-from maskmoe.transformer.visible_experts import CHECKPOINT_PREFIX, routing_mask_from_buffers
+
+CHECKPOINT_PREFIX = "routing_mask."
+"""The name of the mask's module inside the model, hence the prefix of the mask's tensors in every checkpoint."""
+
+BUFFERS = ("row_of_id", "visible_bits", "metadata")
+"""The names of the mask's tensors, which are the buffers of `VisibleExperts`."""
+
+
+def buffers_of_routing_mask(mask: RoutingMask) -> dict[str, Tensor]:
+    """Convert a routing mask to tensors, by the names of the buffers of `VisibleExperts`.
+
+    Returns:
+        `row_of_id` [tables, vocab], `visible_bits` [tables, rows, bytes], and `metadata`, JSON text as uint8 [bytes].
+    """
+    tensors, metadata = mask.to_tensors()
+    buffers = {name: torch.from_numpy(array) for name, array in tensors.items()}
+    return buffers | {"metadata": torch.frombuffer(bytearray(json.dumps(metadata).encode()), dtype=torch.uint8)}
+
+
+def routing_mask_from_buffers(buffers: dict[str, Tensor]) -> RoutingMask:
+    """Convert the buffers of `VisibleExperts` to a routing mask, and verify the mask.
+
+    Raises:
+        UserError: the buffers are damaged or altered.
+    """
+    metadata: Any = None
+    try:
+        arrays = {name: buffer.cpu().numpy() for name, buffer in buffers.items()}
+        metadata = json.loads(arrays.pop("metadata").tobytes())
+    except (KeyError, TypeError, ValueError, RecursionError):  # `from_tensors` below refuses missing metadata.
+        arrays = {}
+    return RoutingMask.from_tensors(arrays, metadata, source="the checkpoint's routing mask")
 
 
 def read_routing_mask(source: str | Path) -> RoutingMask:

@@ -1,5 +1,6 @@
-"""Saves the checkpoints of a run into empty folders, removes those that are no longer wanted, and records saves."""
+"""Saves the checkpoints of a run whole: into empty folders, with a digest of every file."""
 
+import queue
 import shutil
 import time
 from argparse import Namespace
@@ -7,26 +8,32 @@ from collections import deque
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
+from megatron.core.dist_checkpointing.strategies import filesystem_async
+from megatron.core.dist_checkpointing.strategies.async_utils import AsyncRequest
+from megatron.core.dist_checkpointing.strategies.torch import TorchDistSaveShardedStrategy
 from megatron.core.rerun_state_machine import RerunState, get_rerun_state_machine
-from megatron.training import async_utils, checkpointing, print_rank_0
+from megatron.training import async_utils, print_rank_0
 from megatron.training.checkpointing import get_loaded_iteration
 from torch.distributed.checkpoint.api import CheckpointException
+from torch.distributed.checkpoint.utils import _DistWrapper
 
-from maskmoe.checkpoint.non_persistent import keep_newest, make_room, non_persistent_folder
+from maskmoe.checkpoint.integrity import record_rank, write_manifest
 from maskmoe.checkpoint.series import (
     checkpoint_path,
+    keep_newest,
+    make_room,
     next_version,
+    non_persistent_folder,
     remove_next_versions,
     remove_old_checkpoints,
     replace_by_next_version,
 )
 from maskmoe.files.run_folder import Journal, Kind
-from maskmoe.megatron_compat.globals import get_args
-from maskmoe.megatron_compat.replacing import replacing
 
 
 @dataclass
@@ -63,22 +70,27 @@ class CheckpointSaver:
     that both parts took: the call that starts the save, and the call that finalises it.
 
     Args:
+        settings: Megatron's arguments.
         save_checkpoint: Megatron's function of this name.
         finalize: Megatron's `maybe_finalize_async_save`.
-        while_saving: makes a context manager that is entered around each save.
-        while_waiting: makes a context manager that is entered while training waits for asynchronous saves.
-        journal: gets an entry for each checkpoint on the first rank.
+        saving_into: Makes a context manager in which Megatron saves into another folder.
+        while_saving: Makes a context manager that is entered around each save.
+        while_waiting: Makes a context manager that is entered while training waits for asynchronous saves.
+        journal: Gets an entry for each checkpoint on the first rank.
     """
 
     def __init__(
         self,
+        settings: Namespace,
         save_checkpoint: Callable[..., None],
         finalize: Callable[..., None],
+        saving_into: Callable[[Path], AbstractContextManager],
         while_saving: Callable[[], AbstractContextManager],
         while_waiting: Callable[[], AbstractContextManager],
         journal: Journal,
     ) -> None:
-        self._save_checkpoint, self._finalize = save_checkpoint, finalize
+        self._settings = settings
+        self._save_checkpoint, self._finalize, self._saving_into = save_checkpoint, finalize, saving_into
         self._while_saving, self._while_waiting, self._journal = while_saving, while_waiting, journal
         self._unfinished: deque[_Save] = deque()
         self._has_saved_non_persistent = False
@@ -97,12 +109,12 @@ class CheckpointSaver:
         Raises:
             SaveError: a rank failed to save.
         """
-        settings = get_args()
+        settings = self._settings
         # Hide the interval from Megatron, which may remove the last sound checkpoint if the newest one is damaged, and
         # which fails if the tracker file names no iteration, as in the folder of an imported model.
         if settings.save_retain_interval is not None:
             self._retain_interval, settings.save_retain_interval = settings.save_retain_interval, None
-        if not non_persistent_ckpt and (self._has_saved(iteration) or _is_saved(settings, iteration)):
+        if not non_persistent_ckpt and (self._has_saved(iteration) or self._has_loaded(iteration)):
             print_rank_0(f"the checkpoint of iteration {iteration} is in {settings.save} already")
             return
         if non_persistent_ckpt or iteration != self._last_saved:
@@ -111,7 +123,7 @@ class CheckpointSaver:
         # Save the iteration again, beside its checkpoint. Wait first, because an asynchronous save may still write it.
         self.finalize(blocking=True)
         checkpoint = checkpoint_path(settings.save, iteration)
-        with replacing(checkpointing, get_checkpoint_name=lambda *_, **__: str(next_version(checkpoint))):
+        with self._saving_into(next_version(checkpoint)):
             self._begin(_Save(iteration, is_local=False, is_repeated=True), *args, **kwargs)
         self.finalize(blocking=True)
         if torch.distributed.get_rank() == 0:
@@ -125,20 +137,19 @@ class CheckpointSaver:
             *args: the arguments of Megatron's function after the iteration.
             **kwargs: further arguments of Megatron's function.
         """
-        settings = get_args()
         is_first, start = torch.distributed.get_rank() == 0, time.perf_counter()
         with self._while_saving():
             if is_first:
-                self._clear_folder(settings, save)
+                self._clear_folder(save)
             torch.distributed.barrier()
             with _marking_failures():
                 self._save_checkpoint(save.iteration, *args, non_persistent_ckpt=save.is_local, **kwargs)
             if not save.is_local:
                 self._last_saved = save.iteration
-            if is_first and not settings.async_save:
-                self._remove_outdated(settings, save)
+            if is_first and not self._settings.async_save:
+                self._remove_outdated(save)
         save.seconds += time.perf_counter() - start
-        if settings.async_save:
+        if self._settings.async_save:
             self._unfinished.append(save)
         else:
             self._record(save, is_asynchronous=False)
@@ -153,7 +164,7 @@ class CheckpointSaver:
         Raises:
             SaveError: a rank failed to save.
         """
-        settings, start = get_args(), time.perf_counter()
+        start = time.perf_counter()
         waits = blocking and bool(self._unfinished)
         with self._while_waiting() if waits else nullcontext():
             with _marking_failures():
@@ -161,7 +172,7 @@ class CheckpointSaver:
             finished = [self._unfinished.popleft() for _ in range(len(self._unfinished) - _num_unfinished())]
             if torch.distributed.get_rank() == 0:
                 for save in finished:
-                    self._remove_outdated(settings, save)
+                    self._remove_outdated(save)
         for save in finished:
             save.seconds += (time.perf_counter() - start) / len(finished)
             self._record(save, is_asynchronous=True)
@@ -176,9 +187,27 @@ class CheckpointSaver:
         is_searching = get_rerun_state_machine().state is not RerunState.NOT_RUNNING_YET
         return iteration == self._last_saved and not is_searching
 
-    def _clear_folder(self, settings: Namespace, save: _Save) -> None:
+    def _has_loaded(self, iteration: int) -> bool:
+        """Return whether the checkpoint was loaded from the folder in `--save`, with no iteration trained since.
+
+        Saving would replace a sound checkpoint by an equal one, and could lose it.
+        """
+        settings = self._settings
+        is_same_folder = settings.load is not None and Path(settings.load).resolve() == Path(settings.save).resolve()
+        is_of_series = is_same_folder and not settings.finetune and not settings.loads_non_persistent
+        return is_of_series and get_loaded_iteration() == iteration
+
+    def _folder(self, save: _Save) -> Path:
+        """Return the folder in which a save makes the folder of the checkpoint."""
+        if not save.is_local:
+            return Path(self._settings.save)
+        folder = non_persistent_folder(self._settings, self._settings.save)
+        assert folder is not None
+        return folder
+
+    def _clear_folder(self, save: _Save) -> None:
         """Remove what a save would write over, and checkpoints that are no longer wanted."""
-        folder = _folder(settings, save)
+        folder = self._folder(save)
         if save.is_local:
             loaded = None if self._has_saved_non_persistent else _loaded_iteration()
             make_room(folder, save.iteration, loaded)
@@ -187,16 +216,16 @@ class CheckpointSaver:
             remove_next_versions(folder)
             if not save.is_repeated:
                 shutil.rmtree(checkpoint_path(folder, save.iteration), ignore_errors=True)
-            self._remove_outdated(settings, save)
+            self._remove_outdated(save)
 
-    def _remove_outdated(self, settings: Namespace, save: _Save) -> None:
+    def _remove_outdated(self, save: _Save) -> None:
         """Remove the checkpoints that a run does not keep beside its newest one."""
-        folder = _folder(settings, save)
+        folder = self._folder(save)
         if save.is_local:
             keep_newest(folder)
         else:
             newest = _loaded_iteration() if self._last_saved is None else self._last_saved
-            keep = settings.keep_last_checkpoints
+            keep = self._settings.keep_last_checkpoints
             if keep is None and self._retain_interval is not None:
                 keep = 1  # Megatron's flag keeps the newest checkpoint and the multiples of the interval
             remove_old_checkpoints(folder, keep, self._retain_interval, newest)
@@ -218,13 +247,6 @@ def _marking_failures() -> Iterator[None]:
         raise SaveError(describe_failures(error)) from error
 
 
-def _folder(settings: Namespace, save: _Save) -> Path:
-    """Return the folder in which a save makes the folder of the checkpoint."""
-    folder = non_persistent_folder(settings, settings.save) if save.is_local else Path(settings.save)
-    assert folder is not None
-    return folder
-
-
 def _loaded_iteration() -> int:
     """Return the iteration from which the run has resumed; 0 or less if nothing was loaded."""
     return get_loaded_iteration() or 0
@@ -236,11 +258,77 @@ def _num_unfinished() -> int:
     return 0 if queue is None else queue.get_num_unfinalized_calls()
 
 
-def _is_saved(settings: Namespace, iteration: int) -> bool:
-    """Return whether the checkpoint was loaded from the folder in `--save`, with no iteration trained since.
+class SealedSaveStrategy(TorchDistSaveShardedStrategy):
+    """Saves like `TorchDistSaveShardedStrategy`, and writes a manifest with the digest of every file.
 
-    Saving would replace a sound checkpoint by an equal one, and could lose it.
+    Each rank reads its own files back, from the page cache, in the process that wrote them. So asynchronous saving
+    stays asynchronous, and no rank reads the files of another rank.
     """
-    is_same_folder = settings.load is not None and Path(settings.load).resolve() == Path(settings.save).resolve()
-    is_of_series = is_same_folder and not settings.finetune and not settings.loads_non_persistent
-    return is_of_series and get_loaded_iteration() == iteration
+
+    def save(self, sharded_state_dict: dict, checkpoint_dir: str | Path) -> None:
+        """Save in this process, as the overridden method does, and write the manifest.
+
+        Megatron-Core starts a process for a queue of results, which only asynchronous saving needs. The process takes
+        seconds to start, and a signal to the process group may end it. So the queue is one of this process here.
+
+        Args:
+            sharded_state_dict: the state to save.
+            checkpoint_dir: the folder of the checkpoint.
+        """
+        process_queue = filesystem_async._results_queue
+        # The attribute is declared as None.
+        filesystem_async._results_queue = queue.Queue()  # pyrefly: ignore[bad-assignment]
+        try:
+            self._request(sharded_state_dict, Path(checkpoint_dir), "mcore").execute_sync()
+        finally:
+            filesystem_async._results_queue = process_queue
+
+    def async_save(
+        self, sharded_state_dict: dict, checkpoint_dir: str | Path, async_strategy: str = "nvrx"
+    ) -> AsyncRequest:
+        """Return the request of an asynchronous save, which also writes the manifest.
+
+        Tensors in host memory are copied first. The writing process would otherwise share them with training, which
+        changes them. Tensors on a GPU are copied to the host in any case.
+
+        Args:
+            sharded_state_dict: the state to save.
+            checkpoint_dir: the folder of the checkpoint.
+            async_strategy: Megatron's name of the implementation of asynchronous saving.
+        """
+        request = self._request(sharded_state_dict, Path(checkpoint_dir), async_strategy)
+        if request.async_fn is not None:
+            _, write_buckets, _ = request.async_fn_args
+            # Change the list in place: the function that moves tensors to the host holds the same list.
+            write_buckets[:] = [_copy_host_tensors(bucket) for bucket in write_buckets]
+        return request
+
+    def _request(self, sharded_state_dict: dict, checkpoint_dir: Path, async_strategy: str) -> AsyncRequest:
+        """Return Megatron's request, extended by the records of all ranks and by the manifest."""
+        request = super().async_save(sharded_state_dict, checkpoint_dir, async_strategy)
+        if request.async_fn is not None:
+            request = request._replace(async_fn=partial(_write_and_record, request.async_fn))
+        # The first rank writes the manifest. If it fails, all ranks raise a `CheckpointException` with the cause.
+        first_rank = _DistWrapper(group=None, use_dist=True, coordinator_rank=0)
+        request.finalize_fns.append(partial(first_rank.broadcast, "write", partial(write_manifest, checkpoint_dir)))
+        return request
+
+
+def _copy_host_tensors(bucket: tuple) -> tuple:
+    """Return a `WriteBucket` of Megatron-Core in which tensors in host memory are replaced by copies."""
+    path, storage_key, (bytes_data, tensor_data) = bucket
+    copied = [(item, tensor.clone() if tensor.device.type == "cpu" else tensor) for item, tensor in tensor_data]
+    return path, storage_key, (bytes_data, copied)
+
+
+def _write_and_record(write: Callable[..., None], rank: int, write_buckets: list[tuple], *args: Any) -> None:
+    """Write the files of this rank, then record them.
+
+    Args:
+        write: the function of Megatron's writer, which gets all further arguments.
+        rank: the rank that trains.
+        write_buckets: the contents of the files; the first element of each bucket is the path of its file.
+        *args: further arguments of `write`.
+    """
+    write(rank, write_buckets, *args)
+    record_rank([Path(bucket[0]) for bucket in write_buckets], rank)

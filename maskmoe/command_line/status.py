@@ -1,8 +1,8 @@
 """Show the status of a running or ended training run from its run folder alone.
 
-The status has progress and ETA, losses and tokens per second, the load of each MoE layer, the starts and how they
-ended, warnings, changes of the nodes, and the checkpoints: whether they are sound, and which one a restart would load.
-The run is not disturbed: this command only reads.
+The status has progress and ETA, losses and tokens per second, the starts and how they ended, warnings, changes of the
+nodes, and the checkpoints: whether they are sound, and which one a restart would load. The run is not disturbed: this
+command only reads.
 
 Example:
   %(prog)s runs/laptop --html laptop.html
@@ -41,9 +41,8 @@ def main() -> None:
     check_outputs(outputs, [], arguments.force)
 
     # Only now, since these imports take time and `--help` does not need them.
-    from maskmoe.run_status.arguments import RunArguments
-    from maskmoe.run_status.status import read_status
-    from maskmoe.run_status.text import render_text
+    from maskmoe.run_status.report import render_text, write_page
+    from maskmoe.run_status.status import RunArguments, read_status
 
     of_run = RunArguments.read(arguments.run)
     folders = (of_run.path("save"), of_run.path("tensorboard_dir"))
@@ -51,8 +50,6 @@ def main() -> None:
     status = read_status(arguments.run, arguments.verify)
     print(render_text(status), end="")
     if arguments.html is not None:
-        from maskmoe.run_status.page import write_page
-
         write_page(status, arguments.html)
     if arguments.json is not None:
         with atomic_output(arguments.json) as temporary:

@@ -158,7 +158,7 @@ class StageFolder:
         try:
             while process.poll() is None:
                 elapsed = tqdm.format_interval(time.monotonic() - start)
-                yield f"{stage.name} {elapsed}  {_last_line(log)}"
+                yield f"{stage.name} {elapsed}  {_last_line(log, first_byte)}"
         finally:
             _stop(process)
         if process.returncode:
@@ -224,9 +224,9 @@ def _stop(process: psutil.Popen) -> None:
         process.wait()
 
 
-def _last_line(log: Path) -> str:
-    """Return the last complete line of a log."""
+def _last_line(log: Path, first_byte: int) -> str:
+    """Return the last complete line that a log has from a byte on."""
     with open(log, "rb") as stream:
-        stream.seek(max(0, log.stat().st_size - _LAST_BYTES))
+        stream.seek(max(first_byte, log.stat().st_size - _LAST_BYTES))
         lines = stream.read().decode(errors="replace").splitlines()
     return next((line.strip() for line in reversed(lines) if line.strip()), "")

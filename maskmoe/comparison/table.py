@@ -5,7 +5,7 @@ import math
 import os
 import platform
 import subprocess
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from functools import cache
 from importlib.metadata import PackageNotFoundError, version
 from itertools import pairwise
@@ -21,6 +21,7 @@ from maskmoe.files.json_files import first_problem, read_json
 from maskmoe.files.outputs import atomic_output
 from maskmoe.files.paths import SUBMIT_SCRIPT
 from maskmoe.routing_mask.mask import RoutingMask
+from maskmoe.run_status.events import read_events
 
 ALL_TOKENS = "all"
 """Name of the band that contains all tokens."""
@@ -112,25 +113,20 @@ class RunResult(BaseModel, frozen=True):
 
 
 def scalars(tensorboard: Path, tag: str) -> list[tuple[int, float]]:
-    """Return steps and values of a scalar in TensorBoard's event files; of a repeated step, the last value."""
-    return sorted({event.step: event.value for event in _events(tensorboard, tag)}.items())
+    """Return steps and values of a scalar in TensorBoard's event files; of a repeated step, that of the last start."""
+    return [(event.step, event.value) for event in _events(tensorboard, tag)]
 
 
 def training_seconds(tensorboard: Path) -> float:
     """Return the duration of a training without interruptions: the number of steps times the median step."""
     events = _events(tensorboard, "lm loss")
-    steps = [(b.wall_time - a.wall_time) / (b.step - a.step) for a, b in pairwise(events) if b.step > a.step]
+    steps = [(b.wall_time - a.wall_time) / (b.step - a.step) for a, b in pairwise(events)]
     return median(steps) * events[-1].step if steps else 0.0
 
 
-def _events(tensorboard: Path, tag: str) -> list[Any]:
+def _events(tensorboard: Path, tag: str) -> Sequence[Any]:
     """Return the events of a scalar; each has `step`, `value` and `wall_time`."""
-    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
-
-    events = EventAccumulator(str(tensorboard), size_guidance={"scalars": 0})
-    events.Reload()
-    tags: Any = events.Tags()
-    return events.Scalars(tag) if tag in tags["scalars"] else []
+    return read_events(tensorboard).scalars.get(tag, ())
 
 
 def read_table(path: Path) -> list[RunResult]:

@@ -15,7 +15,7 @@ from megatron.core.models.hybrid.hybrid_layer_allocation import Symbols
 from megatron.core.transformer.transformer_config import MLATransformerConfig
 from megatron.training.arguments import add_megatron_arguments
 
-from maskmoe.checkpoint.gpt_into_hybrid import has_alike_layers
+from maskmoe.checkpoint.saved_names import has_alike_layers
 from maskmoe.conversion.model_tensors import feed_forward_layers
 from maskmoe.conversion.settings import DERIVED_PATTERN, NO_PATTERN
 from maskmoe.conversion.tokenizer import WITHOUT_TEXT

@@ -26,6 +26,7 @@ from torch.distributed.checkpoint.planner import LoadPlan, SavePlan, TensorWrite
 from torch.distributed.checkpoint.planner_helpers import create_read_items_for_chunk_list
 
 from maskmoe.checkpoint.integrity import COMPLETION_FILE, LAYOUT_FILE, Manifest, read_checkpoint_layout
+from maskmoe.checkpoint.routing_mask import CHECKPOINT_PREFIX
 from maskmoe.checkpoint.series import RELEASE, write_tracker
 from maskmoe.conversion.config_mapping import config_from_args, is_hybrid, is_stacked
 from maskmoe.conversion.model_tensors import OpenedModel, check_tensors, read_mask, routing_mask_tensors
@@ -55,7 +56,6 @@ from maskmoe.conversion.tokenizer import WITHOUT_TEXT
 from maskmoe.data.tokenizer import TOKENIZER_TYPES, load_tokenizer
 from maskmoe.errors import UserError
 from maskmoe.routing_mask.mask import RoutingMask
-from maskmoe.transformer.visible_experts import CHECKPOINT_PREFIX
 
 COMMON_STATE = "common_state/shard_0_1"
 """Name of the object with the state that all ranks share, which includes Megatron's arguments."""

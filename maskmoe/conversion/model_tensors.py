@@ -11,13 +11,13 @@ import torch
 from huggingface_hub.errors import StrictDataclassError
 from transformers import PreTrainedConfig
 
+from maskmoe.checkpoint.routing_mask import buffers_of_routing_mask, routing_mask_from_buffers
 from maskmoe.conversion.tensor_sources import Block, JoinedSource, MemorySource, TensorSource, TensorSpec, list_names
 from maskmoe.errors import UserError
 from maskmoe.huggingface import MaskMoEConfig, MaskMoEForCausalLM
 from maskmoe.routing_mask.assignment import MaskRecipe, build_routing_mask
 from maskmoe.routing_mask.feed_forward_layers import FeedForwardLayers
 from maskmoe.routing_mask.mask import RoutingMask
-from maskmoe.transformer.visible_experts import buffers_of_routing_mask, routing_mask_from_buffers
 
 Shapes = dict[str, tuple[int, ...]]
 

@@ -23,6 +23,12 @@ RUN_FOLDER_VARIABLE = "MASKMOE_RUN_DIR"
 ARGUMENTS = "args.yaml"
 """The file of a run folder with the arguments of the newest start, a model file."""
 
+REPORT = "report.html"
+"""The page that a training writes into its run folder at its end."""
+
+TEXT_TAG = "maskmoe/"
+"""Beginning of the tags of the texts that MaskMoE itself logs to TensorBoard, such as the command line."""
+
 CHECKPOINTS = "checkpoints"
 TENSORBOARD = "tensorboard"
 JOURNAL = "journal"

@@ -5,11 +5,12 @@ megatron.
 """
 
 import functools
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 import torch
 
 from maskmoe.errors import UserError
-from maskmoe.megatron_compat import cpu, patches
 
 
 @functools.cache
@@ -20,6 +21,8 @@ def prepare_process() -> None:
         UserError: There are GPUs that torch cannot use, so training on them would become training on the CPU.
         RuntimeError: There is no GPU, and megatron was imported before. Its modules hold what the adapter replaces.
     """
+    from maskmoe.megatron_compat import cpu
+
     if not torch.cuda.is_available():
         # The driver's library counts GPUs even if the driver is too old for CUDA.
         if num_unusable := torch.cuda.device_count():
@@ -30,8 +33,42 @@ def prepare_process() -> None:
             )
         if not cpu.is_installed():
             cpu.install()
-    # This module imports megatron, so it must come after the CPU adapter.
-    from maskmoe.checkpoint import megatron_patches
+    # These modules import megatron, so they must come after the CPU adapter.
+    from maskmoe.megatron_compat import checkpoint_patches, patches
 
-    for patch in (*patches.EVERY_PROCESS, *megatron_patches.EVERY_PROCESS):
+    for patch in (*patches.EVERY_PROCESS, *checkpoint_patches.EVERY_PROCESS):
         patch()
+
+
+def replace(owner: object, name: str, replacement: object) -> None:
+    """Set an attribute of a module or class of Megatron-Core or torch that exists already.
+
+    Args:
+        owner: The module or class.
+        name: Name of the attribute.
+        replacement: The new value. Its type may differ from the declared type of the attribute.
+
+    Raises:
+        AttributeError: There is nothing to replace, so another version of Megatron-Core or torch is installed than the
+            patch was written for.
+    """
+    getattr(owner, name)
+    setattr(owner, name, replacement)
+
+
+@contextmanager
+def replacing(owner: object, **replacements: object) -> Iterator[None]:
+    """Replace attributes of a module or class during a block, see `replace`.
+
+    Args:
+        owner: The module or class.
+        replacements: The new values by name of the attribute.
+    """
+    stock = {name: getattr(owner, name) for name in replacements}
+    for name, replacement in replacements.items():
+        replace(owner, name, replacement)
+    try:
+        yield
+    finally:
+        for name, value in stock.items():
+            setattr(owner, name, value)

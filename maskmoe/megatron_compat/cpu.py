@@ -26,7 +26,7 @@ import psutil
 import torch
 from torch.utils._device import _device_constructors
 
-from maskmoe.megatron_compat.replacing import replace
+from maskmoe.megatron_compat import replace
 
 _CPU = torch.device("cpu")
 

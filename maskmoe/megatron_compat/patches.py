@@ -2,7 +2,7 @@
 
 Each function replaces something of megatron-core 0.19.2 or torch 2.15 and says what, why, and when the patch can go. No
 patch here knows other rooms of this package. The patches that concern checkpoints are in
-`maskmoe.checkpoint.megatron_patches`.
+`maskmoe.megatron_compat.checkpoint_patches`.
 """
 
 import argparse
@@ -16,7 +16,7 @@ from typing import Any
 
 import torch
 
-from maskmoe.megatron_compat.replacing import replace, replacing
+from maskmoe.megatron_compat import replace, replacing
 
 
 def use_compiled_helpers_of_wheel() -> None:

@@ -1,6 +1,5 @@
 """Reads the checkpoints of a run, and whether they are sound."""
 
-from argparse import Namespace
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,7 +15,6 @@ from maskmoe.checkpoint.integrity import (
     check_content,
     check_structure,
 )
-from maskmoe.checkpoint.non_persistent import non_persistent_folder
 from maskmoe.checkpoint.series import (
     RELEASE,
     checkpoint_path,
@@ -28,7 +26,6 @@ from maskmoe.checkpoint.series import (
 from maskmoe.errors import UserError, one_line
 from maskmoe.files.run_folder import CHECKPOINTS
 from maskmoe.processes.folder_lock import LOCK_NAME
-from maskmoe.run_status.arguments import RunArguments
 
 Soundness = Literal["complete", "verified", "unfinished", "damaged"]
 """The state of a checkpoint, as far as it is known.
@@ -88,18 +85,16 @@ def find_checkpoints(run: Path, save: Path | None) -> Path | None:
     return next((place for place in places if has_checkpoint(place) or (place / LOCK_NAME).exists()), None)
 
 
-def read_checkpoints(folder: Path | None, arguments: RunArguments, verify: bool) -> Checkpoints:
+def read_checkpoints(folder: Path | None, frequent: Path | None, verify: bool) -> Checkpoints:
     """Return the checkpoints in a folder. Checkpoints that are removed meanwhile are left out.
 
     Args:
         folder: the folder of the checkpoints; None if the run has none.
-        arguments: the arguments of the run.
+        frequent: the folder of the non-persistent checkpoints; None if the run saves none.
         verify: whether to compare all files with their digests, which reads all of their bytes.
     """
     if folder is None:
         return Checkpoints()
-    names = ("non_persistent_ckpt_type", "non_persistent_global_ckpt_dir")
-    frequent = non_persistent_folder(Namespace(**{name: arguments.get(name) for name in names}), folder)
     paths = [checkpoint_path(place, step) for place in (folder, frequent) if place for step in saved_iterations(place)]
     paths += [folder / RELEASE] if (folder / RELEASE).is_dir() else []
     shown = tqdm(paths, "verifying", disable=not verify, leave=False)

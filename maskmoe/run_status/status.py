@@ -1,45 +1,229 @@
-"""The status of a run at one moment."""
+"""The status of a run at one moment: its arguments, how far it is, whether it is alive, and its checkpoints."""
 
 import re
 import time
-from collections.abc import Sequence
-from dataclasses import asdict, dataclass, replace
+from argparse import Namespace
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal, Self
 
 from pydantic_core import to_jsonable_python
 
+from maskmoe.checkpoint.series import non_persistent_folder
 from maskmoe.errors import UserError, one_line
-from maskmoe.files.run_folder import ARGUMENTS, Entry, Kind, read_journal
-from maskmoe.run_status.arguments import RunArguments
+from maskmoe.files.run_folder import ARGUMENTS, Entry, Fact, Kind, read_journal
+from maskmoe.files.untrusted import UnusableFile, read_bounded
+from maskmoe.processes.folder_lock import LockState, look_at_lock
 from maskmoe.run_status.checkpoints import Checkpoints, find_checkpoints, read_checkpoints
-from maskmoe.run_status.liveness import Liveness, read_liveness
-from maskmoe.run_status.progress import Progress
-from maskmoe.run_status.scalars import Logged, find_event_folder, read_events
+from maskmoe.run_status.events import Logged, find_event_folder, read_events
 
+# The file with the arguments of a run.
+_MOST_BYTES = 1 << 20
+_FOLDER = re.compile(r"# Relative paths are relative to (.+)")
+_ARGUMENT = re.compile(r"# (\w+): (.*)")
+_MOST_DIGITS = 15
+# The event files.
+_LOSS, _HELD_OUT_LOSS = "lm loss", "lm loss validation"
+_MOST_VALUES = 1000  # of a scalar in one file
+_RECENT = 100  # values from which the speed is measured
+# The journal.
 _HISTORY = (Kind.LAUNCHED, Kind.STARTED, Kind.ENDED, Kind.NODES)
-_LOAD = re.compile(r"moe/expert_load_max_over_mean_layer_(\d{1,6})")
 _MOST_CHARACTERS = 500  # of a text in the journal
 _MOST_SECONDS = 1e11  # the year 5138; damaged files have later times
+_MEETING_SECONDS = 300.0  # which nodes may take to start the ranks after one of the nodes was lost
+# A run without a lock that writes nothing for this time, and for this number of iterations, counts as lost. A start may
+# take as long before its first rank locks the folder.
+_SILENT_SECONDS = 120.0
+_SILENT_ITERATIONS = 10
 
 
 @dataclass(frozen=True)
-class LayerLoad:
-    """The newest load of one MoE layer; what the run has not logged is None.
+class RunArguments:
+    """The arguments of the newest start of a run.
 
     Attributes:
-        layer: index of the layer, from 0 as in Megatron's tags.
-        iteration: the iteration of the values.
-        expert: tokens of the busiest expert, divided by the mean of the layer's experts.
-        rank: tokens of the busiest expert-parallel rank, divided by the mean of the ranks.
-        entropy: entropy of the masked probabilities in nats.
+        texts: All arguments of Megatron and MaskMoE by name, as text; empty if the run has written none.
+        folder: The folder in which the run was started, to which paths are relative.
     """
 
-    layer: int
-    iteration: int
-    expert: float | None
-    rank: float | None
-    entropy: float | None
+    texts: Mapping[str, str] = field(default_factory=dict)
+    folder: Path = Path()
+
+    @classmethod
+    def read(cls, run: Path) -> Self:
+        """Return the arguments in the run folder `run`."""
+        try:
+            lines = read_bounded(run / ARGUMENTS, _MOST_BYTES).decode(errors="replace").splitlines()
+        except UnusableFile:
+            return cls()
+        folder = next((match[1] for line in lines if (match := _FOLDER.fullmatch(line))), "")
+        return cls({match[1]: match[2] for line in lines if (match := _ARGUMENT.fullmatch(line))}, Path(folder))
+
+    def get(self, name: str) -> str | None:
+        """Return an argument as text; None if the argument is unknown or None."""
+        text = self.texts.get(name, "None")
+        return None if text == "None" else text
+
+    def number(self, name: str) -> int | None:
+        """Return an argument that is a whole number; None if the argument is unknown or anything else."""
+        text = self.texts.get(name, "")
+        return int(text) if text.isdecimal() and len(text) <= _MOST_DIGITS else None
+
+    def path(self, name: str) -> Path | None:
+        """Return an argument that is a path; None if the argument is unknown or None."""
+        text = self.get(name)
+        return None if text is None else self.folder / text
+
+
+@dataclass(frozen=True)
+class Progress:
+    """How far a run is; what is unknown is None.
+
+    Attributes:
+        iteration: The newest iteration.
+        total: The iterations of the whole run.
+        loss: The newest loss in nats per token; it may be NaN.
+        held_out_iteration: The newest iteration with a loss of held-out text.
+        held_out_loss: This loss in nats per token.
+        tokens_per_second: The speed of all ranks together over the newest iterations, with evaluation and saving.
+        seconds_per_iteration: Mean time between the newest iterations, with evaluation and saving.
+    """
+
+    iteration: int | None = None
+    total: int | None = None
+    loss: float | None = None
+    held_out_iteration: int | None = None
+    held_out_loss: float | None = None
+    tokens_per_second: float | None = None
+    seconds_per_iteration: float | None = None
+
+    @classmethod
+    def of(cls, logged: Logged, printed_loss: Fact | None, arguments: RunArguments) -> Self:
+        """Measure a run.
+
+        Args:
+            logged: The scalars of the run.
+            printed_loss: The last loss that the run has printed before its end; None if the run has no end. With a
+                `--log-interval` above 1, it is the mean over the interval, which TensorBoard does not have.
+            arguments: The arguments of the run.
+        """
+        loss, held_out = logged.last(_LOSS), logged.last(_HELD_OUT_LOSS)
+        batch, seq_length = logged.last("batch-size"), arguments.number("seq_length")
+        seconds, speed = _seconds_per_iteration(logged), None
+        if batch is not None and seq_length is not None and seconds is not None:
+            speed = batch.value * seq_length / seconds
+        logged_loss = None if loss is None else loss.value
+        return cls(
+            iteration=None if loss is None else loss.step,
+            total=arguments.number("train_iters"),
+            loss=printed_loss if isinstance(printed_loss, float) else logged_loss,
+            held_out_iteration=None if held_out is None else held_out.step,
+            held_out_loss=None if held_out is None else held_out.value,
+            tokens_per_second=speed,
+            seconds_per_iteration=seconds,
+        )
+
+    @property
+    def is_complete(self) -> bool:
+        """Whether the run has trained all iterations."""
+        return self.iteration is not None and self.total is not None and self.iteration >= self.total
+
+    @property
+    def seconds_left(self) -> float | None:
+        """The time that the remaining iterations need, with evaluation and saving; None if it is unknown."""
+        if self.iteration is None or self.total is None or self.seconds_per_iteration is None:
+            return None
+        return max(0, self.total - self.iteration) * self.seconds_per_iteration
+
+
+def _seconds_per_iteration(logged: Logged) -> float | None:
+    """Return the mean time between the newest iterations; None if it is unknown, or if the clock was set back."""
+    recent = [value for value in logged.scalars.get(_LOSS, ()) if value.wall_time >= (logged.newest_start or 0)]
+    if len(recent := recent[-_RECENT:]) < 2 or recent[-1].wall_time <= recent[0].wall_time:
+        return None
+    return (recent[-1].wall_time - recent[0].wall_time) / (recent[-1].step - recent[0].step)
+
+
+State = Literal["running", "finished", "ended", "lost", "unknown"]
+"""What a run does.
+
+Processes of a running run work. A finished run has done all iterations. An ended run can be started again. A lost run
+was killed, or its host failed: it left its lock behind, or its journal has no end. The state is unknown if nothing says
+whether the run works.
+"""
+
+
+@dataclass(frozen=True)
+class Liveness:
+    """Whether a run is alive.
+
+    Attributes:
+        state: What the run does.
+        reason: How this is known, a clause.
+        last_sign: When the run last wrote something, in seconds since 1970; None if it has written nothing.
+    """
+
+    state: State
+    reason: str
+    last_sign: float | None = None
+
+
+def read_liveness(
+    lock_folder: Path | None, history: Sequence[Entry], last_sign: float | None, progress: Progress
+) -> Liveness:
+    """Return whether a run is alive.
+
+    Args:
+        lock_folder: The folder of the checkpoints, which a run locks; None if the run has none.
+        history: The journal's entries about starts, ends and changes of the nodes, in the order of time.
+        last_sign: When the run last wrote something, in seconds since 1970; None if it has written nothing.
+        progress: How far the run is.
+    """
+    lock = None if lock_folder is None else look_at_lock(lock_folder)
+    patience = max(_SILENT_SECONDS, _SILENT_ITERATIONS * (progress.seconds_per_iteration or 0))
+    is_fresh = last_sign is not None and time.time() - last_sign < patience
+    state, reason = _state(lock, lock_folder is not None, history[-1] if history else None, progress, is_fresh)
+    return Liveness(state, reason, last_sign)
+
+
+def _state(
+    lock: LockState | None, has_checkpoints: bool, newest: Entry | None, progress: Progress, is_fresh: bool
+) -> tuple[State, str]:
+    """Return the state of a run, and how it is known.
+
+    Args:
+        lock: The lock of the checkpoints; None without a lock file.
+        has_checkpoints: Whether the run has a folder of checkpoints, and so would lock it.
+        newest: The newest entry of the run's history; None without a journal.
+        progress: How far the run is.
+        is_fresh: Whether the run wrote something recently.
+    """
+    if lock is not None and lock.is_alive:
+        return "running", f"{_name(lock)} holds the lock"
+    is_open = newest is not None and newest.kind not in (Kind.ENDED, Kind.NODES)
+    if lock is None and is_open and is_fresh:
+        return "running", "its journal has no end, and it wrote something a short time ago"
+    if progress.is_complete:
+        return "finished", "all iterations are done"
+    # After a change of the nodes, the launchers of the remaining nodes start the ranks again.
+    if newest is not None and newest.kind is Kind.NODES and time.time() - newest.time < _MEETING_SECONDS:
+        return "running", f"its nodes meet again: {newest.text}"
+    if newest is not None and newest.kind is Kind.ENDED:
+        return "ended", newest.text
+    if lock is not None:
+        return "lost", f"{_name(lock)} has left its lock behind and is gone"
+    if is_open and not has_checkpoints:
+        return "lost", "its journal has no end, but it has written nothing for a while"
+    if has_checkpoints:
+        return "ended", "no process holds the lock"
+    return ("running", "it wrote something a short time ago") if is_fresh else ("unknown", "it has no lock")
+
+
+def _name(lock: LockState) -> str:
+    if lock.holder is None:
+        return "a process that has just started"
+    return f"process {lock.holder.pid} on host {one_line(lock.holder.host)}"
 
 
 @dataclass(frozen=True)
@@ -47,23 +231,21 @@ class Status:
     """Everything that a run folder says about a run at one moment.
 
     Attributes:
-        name: the name of the run.
-        read: when the folder was read, in seconds since 1970.
-        liveness: whether the run is alive.
-        progress: how far the run is.
-        loads: the load of each MoE layer.
-        history: the starts of the run, how they ended, and changes of the nodes, in the order of time.
-        warnings: what deserves a look, in the order of time.
-        checkpoints: the checkpoints.
-        logged: the scalars and texts of the event files; JSON leaves them out.
-        arguments: the arguments of the newest start; JSON leaves them out.
+        name: The name of the run.
+        read: When the folder was read, in seconds since 1970.
+        liveness: Whether the run is alive.
+        progress: How far the run is.
+        history: The starts of the run, how they ended, and changes of the nodes, in the order of time.
+        warnings: What deserves a look, in the order of time.
+        checkpoints: The checkpoints.
+        logged: The scalars and texts of the event files; JSON leaves them out.
+        arguments: The arguments of the newest start; JSON leaves them out.
     """
 
     name: str
     read: float
     liveness: Liveness
     progress: Progress
-    loads: tuple[LayerLoad, ...]
     history: tuple[Entry, ...]
     warnings: tuple[Entry, ...]
     checkpoints: Checkpoints
@@ -86,14 +268,14 @@ def read_status(run: Path, verify: bool = False) -> Status:
     """Return the status of a run at this moment.
 
     Args:
-        run: the run folder.
-        verify: whether to compare all files of the checkpoints with their digests.
+        run: The run folder.
+        verify: Whether to compare all files of the checkpoints with their digests.
 
     Raises:
-        UserError: the folder is not the folder of a run.
+        UserError: The folder is not the folder of a run.
     """
     arguments = RunArguments.read(run)
-    logged = read_events(find_event_folder(run, arguments.path("tensorboard_dir")))
+    logged = read_events(find_event_folder(run, arguments.path("tensorboard_dir")), _MOST_VALUES)
     entries = [_printable(entry) for entry in read_journal(run) if 0 <= entry.time < _MOST_SECONDS]
     folder = find_checkpoints(run, arguments.path("save"))
     history = _history(entries)
@@ -102,32 +284,19 @@ def read_status(run: Path, verify: bool = False) -> Status:
         raise UserError(f"{run} is not the folder of a run: it has no event files, journal or checkpoints")
     signs = (logged.newest, entries[-1].time if entries else None)
     last_sign = max((seconds for seconds in signs if seconds is not None), default=None)
+    names = ("non_persistent_ckpt_type", "non_persistent_global_ckpt_dir")
+    frequent = non_persistent_folder(Namespace(**{name: arguments.get(name) for name in names}), folder)
     return Status(
         name=one_line(run.resolve().name),
         read=time.time(),
         liveness=read_liveness(folder, history, last_sign, progress),
         progress=progress,
-        loads=_read_loads(logged),
         history=history,
         warnings=tuple(entry for entry in entries if entry.kind is Kind.WARNED),
-        checkpoints=read_checkpoints(folder, arguments, verify),
+        checkpoints=read_checkpoints(folder, frequent, verify),
         logged=logged,
         arguments=arguments,
     )
-
-
-def _read_loads(logged: Logged) -> tuple[LayerLoad, ...]:
-    """Return the newest load of each layer in the order of the layers."""
-    loads = []
-    for tag, values in logged.scalars.items():
-        if match := _LOAD.fullmatch(tag):
-            names = ("rank_load_max_over_mean", "routing_entropy")
-            others = [logged.last(f"moe/{name}_layer_{match[1]}") for name in names]
-            # A start on one rank logs no load of ranks; the values of an earlier start do not count.
-            newest = values[-1]
-            rank, entropy = (each.value if each is not None and each.step == newest.step else None for each in others)
-            loads.append(LayerLoad(int(match[1]), newest.step, newest.value, rank, entropy))
-    return tuple(sorted(loads, key=lambda load: load.layer))
 
 
 def _history(entries: Sequence[Entry]) -> tuple[Entry, ...]:

@@ -16,8 +16,8 @@ from megatron.core.enums import ModelType
 from megatron.training import pretrain
 from megatron.training.argument_utils import pretrain_cfg_container_from_args
 
-from maskmoe.checkpoint.megatron_patches import keep_checkpoints_whole, override_learning_rates
 from maskmoe.files.run_folder import Journal
+from maskmoe.megatron_compat.checkpoint_patches import keep_checkpoints_whole, override_learning_rates
 from maskmoe.megatron_compat.globals import get_timers, open_writers
 from maskmoe.processes.folder_lock import locked_folder
 from maskmoe.training.loop.batch import build_datasets, get_batch, loss_function, token_losses
@@ -197,7 +197,7 @@ class Trainer:
         self.model_config.transformer.finalize_model_grads_func = finalize_gradients
         call_after_each_step(after_step)
         skip_iterations_of_interleaved_pipelines()
-        keep_checkpoints_whole(saving, waiting, Journal(self._run_folder if self._ranks.rank == 0 else None))
+        keep_checkpoints_whole(self.args, saving, waiting, Journal(self._run_folder if self._ranks.rank == 0 else None))
 
     @contextmanager
     def _accompanied(self) -> Iterator[None]:

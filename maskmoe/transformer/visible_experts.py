@@ -1,6 +1,5 @@
 """The routing mask on the device: look up the experts that each token may use."""
 
-import json
 from dataclasses import dataclass
 from typing import Any
 
@@ -12,13 +11,10 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 from megatron.core.utils import get_pg_rank, get_pg_size, make_sharded_tensor_for_checkpoint
 from torch import Tensor
 
+from maskmoe.checkpoint.routing_mask import BUFFERS, buffers_of_routing_mask, routing_mask_from_buffers
 from maskmoe.errors import UserError
 from maskmoe.routing_mask.feed_forward_layers import FeedForwardLayers
 from maskmoe.routing_mask.mask import RoutingMask
-
-# The name of the mask's module inside the model, hence the prefix of the mask's tensors in every checkpoint.
-CHECKPOINT_PREFIX = "routing_mask."
-_BUFFERS = ("row_of_id", "visible_bits", "metadata")
 
 
 @dataclass(frozen=True)
@@ -156,8 +152,8 @@ class VisibleExperts(MegatronModule):
         Raises:
             UserError: the checkpoint was made with another routing mask.
         """
-        loaded = {name: state_dict[prefix + name] for name in _BUFFERS if prefix + name in state_dict}
-        if len(loaded) == len(_BUFFERS):
+        loaded = {name: state_dict[prefix + name] for name in BUFFERS if prefix + name in state_dict}
+        if len(loaded) == len(BUFFERS):
             expected = self.digest if self._replaces is None else self._replaces.digest
             check_same_mask(expected, routing_mask_from_buffers(loaded).digest)
             if self._replaces is not None:
@@ -175,32 +171,6 @@ class VisibleExpertsReference:
     """
 
     module: VisibleExperts
-
-
-def buffers_of_routing_mask(mask: RoutingMask) -> dict[str, Tensor]:
-    """Convert a routing mask to tensors, by the names of the buffers of `VisibleExperts`.
-
-    Returns:
-        `row_of_id` [tables, vocab], `visible_bits` [tables, rows, bytes], and `metadata`, JSON text as uint8 [bytes].
-    """
-    tensors, metadata = mask.to_tensors()
-    buffers = {name: torch.from_numpy(array) for name, array in tensors.items()}
-    return buffers | {"metadata": torch.frombuffer(bytearray(json.dumps(metadata).encode()), dtype=torch.uint8)}
-
-
-def routing_mask_from_buffers(buffers: dict[str, Tensor]) -> RoutingMask:
-    """Convert the buffers of `VisibleExperts` to a routing mask, and verify the mask.
-
-    Raises:
-        UserError: the buffers are damaged or altered.
-    """
-    metadata: Any = None
-    try:
-        arrays = {name: buffer.cpu().numpy() for name, buffer in buffers.items()}
-        metadata = json.loads(arrays.pop("metadata").tobytes())
-    except (KeyError, TypeError, ValueError, RecursionError):  # `from_tensors` below refuses missing metadata.
-        arrays = {}
-    return RoutingMask.from_tensors(arrays, metadata, source="the checkpoint's routing mask")
 
 
 def check_same_mask(run_digest: str, checkpoint_digest: str, further_cure: str = "") -> None:

@@ -105,6 +105,9 @@ def test_a_stage_has_time_to_end_in_order(folder):
     wait_until(lambda: "ready" in next(work))
     work.close()
     assert folder.log("count").read_text() == "ready\nsaved\n"
+    work = folder.finish([stage(folder, program=program)])
+    assert "saved" not in next(work)  # the last line of the attempt before
+    work.close()
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="only Linux reports a parent's end")

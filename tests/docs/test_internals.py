@@ -88,24 +88,22 @@ def test_all_overridden_methods_are_listed(real_package, real_classes):
 
 
 RECORD_REPLACEMENTS = """
-import contextlib, json, sys, types
-from maskmoe.megatron_compat import replacing
+import argparse, contextlib, json, sys, types
+import maskmoe.megatron_compat as compat
 
-stock, names = replacing.replace, []
+stock, names = compat.replace, []
 
 def record(owner, name, replacement):
     path = owner.__name__ if isinstance(owner, types.ModuleType) else f"{owner.__module__}.{owner.__name__}"
     names.append(f"{path}.{name}")
     stock(owner, name, replacement)
 
-replacing.replace = record
-from maskmoe.megatron_compat import prepare_process
-
-prepare_process()
-from maskmoe.checkpoint.megatron_patches import keep_checkpoints_whole
+compat.replace = record
+compat.prepare_process()
+from maskmoe.megatron_compat.checkpoint_patches import keep_checkpoints_whole
 from maskmoe.files.run_folder import Journal
 
-keep_checkpoints_whole(contextlib.nullcontext, contextlib.nullcontext, Journal(None))
+keep_checkpoints_whole(argparse.Namespace(), contextlib.nullcontext, contextlib.nullcontext, Journal(None))
 from maskmoe.training.loop.megatron_patches import call_after_each_step, skip_iterations_of_interleaved_pipelines
 
 call_after_each_step(lambda step: None)

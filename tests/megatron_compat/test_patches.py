@@ -13,8 +13,7 @@ from megatron.core.optimizer import OptimizerConfig, distrib_optimizer, get_mega
 from megatron.core.transformer.module import MegatronModule
 from megatron.core.transformer.transformer_config import TransformerConfig
 
-from maskmoe.megatron_compat import patches
-from maskmoe.megatron_compat.replacing import replace
+from maskmoe.megatron_compat import patches, replace
 
 without_apex = pytest.mark.skipif(distrib_optimizer.HAVE_APEX_OR_TE, reason="Apex and Transformer Engine need no patch")
 DEVICE = torch.device(torch.cuda.current_device())

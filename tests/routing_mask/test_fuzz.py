@@ -19,13 +19,13 @@ from hypothesis import strategies as st
 from hypothesis.extra import numpy as npst
 from safetensors.numpy import save_file
 
+from maskmoe.checkpoint.routing_mask import routing_mask_from_buffers
 from maskmoe.data.tokenizer import TokenizerRecord
 from maskmoe.errors import UserError
 from maskmoe.routing_mask.assignment import MaskRecipe, build_routing_mask
 from maskmoe.routing_mask.frequency import TokenFrequency, expected_expert_load, overloading_ids
 from maskmoe.routing_mask.mask import RoutingMask
 from maskmoe.routing_mask.sealed_tensors import seal
-from maskmoe.transformer.visible_experts import routing_mask_from_buffers
 
 MASK, COUNTS = RoutingMask.KIND, TokenFrequency.KIND
 TOKENIZER = TokenizerRecord("SentencePieceTokenizer", "t.model", sha256="a" * 64, vocab_size=20, eod_id=None)

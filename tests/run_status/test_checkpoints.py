@@ -6,12 +6,11 @@ import pytest
 from support.run_folders import write_checkpoint
 
 from maskmoe.run_status import checkpoints as module
-from maskmoe.run_status.arguments import RunArguments
 from maskmoe.run_status.checkpoints import find_checkpoints, read_checkpoints
 
 
-def read(folder, verify=False, **arguments):
-    return read_checkpoints(folder, RunArguments(arguments), verify)
+def read(folder, frequent=None, verify=False):
+    return read_checkpoints(folder, frequent, verify)
 
 
 def states(checkpoints):
@@ -59,16 +58,12 @@ def test_flipped_byte_is_found_by_verification(folder):
     assert checkpoints.next_start == folder / "iter_0000010"
 
 
-@pytest.mark.parametrize("place", ["non_persistent", "elsewhere"])
-def test_non_persistent_checkpoint_may_be_the_next_start(folder, place):
-    arguments = {"non_persistent_ckpt_type": "global"}
-    if place == "elsewhere":
-        arguments["non_persistent_global_ckpt_dir"] = str(folder / place)
-    frequent = write_checkpoint(folder / place, 25)
-    assert read(folder, **arguments).next_start == frequent
+def test_non_persistent_checkpoint_may_be_the_next_start(folder):
+    frequent = write_checkpoint(folder / "non_persistent", 25)
+    assert read(folder, frequent.parent).next_start == frequent
     assert read(folder).next_start == folder / "iter_0000020"
     (frequent / "metadata.json").unlink()
-    assert read(folder, **arguments).next_start == folder / "iter_0000020"
+    assert read(folder, frequent.parent).next_start == folder / "iter_0000020"
 
 
 def test_checkpoints_may_vanish_while_they_are_read(folder, monkeypatch):

@@ -2,6 +2,7 @@
 
 import json
 import os
+import signal
 import subprocess
 import sys
 import time
@@ -9,27 +10,12 @@ import time
 import pytest
 from support.paths import ROOT
 from support.run_folders import write_arguments, write_checkpoint, write_events, write_journal
-from torch.utils.tensorboard import SummaryWriter
 
 from maskmoe.errors import UserError
-from maskmoe.files.run_folder import Kind
-from maskmoe.run_status.status import LayerLoad, read_status
-from maskmoe.run_status.text import render_text
-
-
-def test_newest_load_of_each_layer(run):
-    loads = [
-        LayerLoad(layer, 20, pytest.approx(1.2 + layer), pytest.approx(1 + layer / 10), None) for layer in range(3)
-    ]
-    assert list(read_status(run).loads) == loads
-
-
-def test_stale_load_of_ranks_is_not_shown(tmp_path):
-    """After a start on one rank, which logs no load of ranks."""
-    write_events(tmp_path / "tensorboard", last=4, start=1000)
-    with SummaryWriter(tmp_path / "tensorboard") as writer:
-        writer.add_scalar("moe/expert_load_max_over_mean_layer_0", 2.5, 5)
-    assert read_status(tmp_path).loads[0] == LayerLoad(0, 5, 2.5, None, None)
+from maskmoe.files.run_folder import Entry, Kind
+from maskmoe.run_status.events import read_events
+from maskmoe.run_status.report import render_text
+from maskmoe.run_status.status import Progress, RunArguments, read_liveness, read_status
 
 
 def test_history_and_warnings_are_those_of_the_journal(run):
@@ -57,7 +43,7 @@ def test_json_has_all_parts(run):
     (run / "checkpoints" / ".run.lock").write_text(json.dumps({"host": "elsewhere", "pid": 1, "started": 0.0}))
     content = json.loads(json.dumps(read_status(run).to_json(), allow_nan=False))
     assert content.keys() == {
-        *("name", "read", "liveness", "progress", "loads", "history", "warnings", "checkpoints"),
+        *("name", "read", "liveness", "progress", "history", "warnings", "checkpoints"),
     }
     assert (content["progress"]["iteration"], content["progress"]["seconds_left"]) == (20, pytest.approx(5))
     assert content["liveness"]["state"] == "running"
@@ -86,9 +72,9 @@ def test_folder_without_a_run_is_refused(tmp_path, files):
         read_status(tmp_path)
 
 
-def test_large_run_is_read_without_torch(tmp_path):
-    write_events(tmp_path / "tensorboard", last=5_000)
-    for iteration in range(500, 5_001, 500):
+def test_run_is_read_without_torch(tmp_path):
+    write_events(tmp_path / "tensorboard", last=1_000)
+    for iteration in range(100, 1_001, 100):
         write_checkpoint(tmp_path / "checkpoints", iteration)
     program = (
         "import sys; from maskmoe.command_line import status\n"
@@ -98,7 +84,7 @@ def test_large_run_is_read_without_torch(tmp_path):
     words = [sys.executable, "-c", program, tmp_path]
     environment = {**os.environ, "PYTHONPATH": str(ROOT)}
     text = subprocess.run(words, check=True, capture_output=True, text=True, env=environment).stdout
-    assert "iteration   5,000\n" in text
+    assert "iteration   1,000\n" in text
     assert "checkpoints: 10 with" in text
 
 
@@ -141,3 +127,161 @@ def test_any_journal_is_shown(run, entry, kind):
     status = read_status(run)
     assert "{{" not in render_text(status)
     json.dumps(status.to_json(), allow_nan=False).encode()
+
+
+# How far a run is
+
+
+@pytest.fixture
+def measure(tmp_path):
+    """Return the progress of a run that has logged 20 iterations of 0.25 s."""
+    write_events(tmp_path / "tensorboard")
+    write_arguments(tmp_path)
+    return lambda loss=None: Progress.of(read_events(tmp_path / "tensorboard"), loss, RunArguments.read(tmp_path))
+
+
+def test_progress_of_event_files(measure):
+    progress = measure()
+    assert (progress.iteration, progress.total, progress.loss) == (20, 40, 0.25)
+    assert (progress.held_out_iteration, progress.held_out_loss) == (20, pytest.approx(0.3))
+    assert progress.seconds_per_iteration == pytest.approx(0.25)
+    assert progress.tokens_per_second == pytest.approx(16 * 32 * 4)
+    assert progress.seconds_left == pytest.approx(5)
+
+
+def test_last_loss_is_that_of_the_console(measure):
+    """With a log interval above 1, Megatron prints a mean."""
+    assert measure(loss=0.5).loss == 0.5
+    assert measure(loss="damaged").loss == 0.25
+
+
+def test_time_between_two_starts_is_not_counted(tmp_path):
+    write_events(tmp_path, start=1000)
+    write_events(tmp_path, first=21, last=30, start=90_000)
+    progress = Progress.of(read_events(tmp_path), None, RunArguments())
+    assert progress.seconds_per_iteration == pytest.approx(0.25)
+
+
+def test_arguments_of_a_run(tmp_path):
+    assert RunArguments.read(tmp_path) == RunArguments()
+    folder = "# Relative paths are relative to /work"
+    write_arguments(tmp_path, folder, save="runs/a", tensorboard_dir="/tb", load=None, lr="0.1", layers="9" * 5000)
+    arguments = RunArguments.read(tmp_path)
+    assert [str(arguments.path(name)) for name in ("save", "tensorboard_dir", "load")] == [
+        "/work/runs/a",
+        "/tb",
+        "None",
+    ]
+    assert [arguments.number(name) for name in ("train_iters", "lr", "layers", "other")] == [40, None, None, None]
+
+
+# Whether a run is alive
+
+HOLD_LOCK = """
+import sys
+from pathlib import Path
+from maskmoe.processes.folder_lock import locked_folder
+with locked_folder(Path(sys.argv[1])):
+    print("locked", flush=True)
+    sys.stdin.read()
+"""
+UNDER_WAY = Progress(iteration=20, total=40, seconds_per_iteration=1.0)
+COMPLETE = Progress(iteration=40, total=40)
+
+
+@pytest.fixture
+def hold_lock():
+    """Start processes that hold the lock of a folder."""
+    processes = []
+
+    def hold_lock(folder):
+        environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+        program = [sys.executable, "-c", HOLD_LOCK, folder]
+        process = subprocess.Popen(program, stdin=subprocess.PIPE, stdout=subprocess.PIPE, env=environment)
+        processes.append(process)
+        assert process.stdout.readline() == b"locked\n"
+        return process
+
+    yield hold_lock
+    for process in processes:
+        process.kill()
+        process.communicate()
+
+
+def entry(kind, ago, text="an entry"):
+    return Entry(kind, text, time.time() - ago, "host")
+
+
+def test_running_killed_and_ended_runs(tmp_path, hold_lock):
+    """The status sees the lock of another process, and what a killed process has left behind."""
+    started = [entry(Kind.STARTED, 5000)]
+    process = hold_lock(tmp_path)
+    liveness = read_liveness(tmp_path, started, time.time(), UNDER_WAY)
+    assert (liveness.state, liveness.reason) == (
+        "running",
+        f"process {process.pid} on host {os.uname().nodename} holds the lock",
+    )
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+    liveness = read_liveness(tmp_path, started, time.time(), UNDER_WAY)
+    assert liveness.state == "lost"
+    assert f"process {process.pid} on host" in liveness.reason
+    ended = [*started, entry(Kind.ENDED, 1, "rank 1 was ended by signal 9")]
+    assert read_liveness(tmp_path, ended, time.time(), UNDER_WAY).reason == "rank 1 was ended by signal 9"
+    hold_lock(tmp_path).communicate()
+    assert read_liveness(tmp_path, [], time.time(), UNDER_WAY).state == "ended"
+    assert read_liveness(tmp_path, [], time.time(), COMPLETE).state == "finished"
+
+
+def test_lock_of_another_host_needs_a_fresh_touch(tmp_path):
+    lock = tmp_path / ".run.lock"
+    lock.write_text(json.dumps({"host": "elsewhere", "pid": 1, "started": 0.0}))
+    assert read_liveness(tmp_path, [], None, UNDER_WAY).state == "running"
+    old = time.time() - 60
+    os.utime(lock, (old, old))
+    assert read_liveness(tmp_path, [], None, UNDER_WAY).state == "lost"
+
+
+# A run without checkpoints, and so without a lock: its history, the age of what it wrote, and its state.
+WITHOUT_LOCK = [
+    ([], 10, "running", "it wrote something a short time ago"),
+    ([], 5000, "unknown", "it has no lock"),
+    ([], None, "unknown", "it has no lock"),
+    ([Kind.LAUNCHED], 10, "running", "its journal has no end, and it wrote something a short time ago"),
+    ([Kind.STARTED, Kind.WARNED], 10, "running", "its journal has no end, and it wrote something a short time ago"),
+    ([Kind.STARTED], 5000, "lost", "its journal has no end, but it has written nothing for a while"),
+    ([Kind.STARTED, Kind.ENDED], 10, "ended", "an entry"),
+    ([Kind.STARTED, Kind.NODES], 5000, "running", "its nodes meet again: an entry"),
+]
+
+
+@pytest.mark.parametrize(("kinds", "age", "state", "reason"), WITHOUT_LOCK)
+def test_run_without_a_lock(kinds, age, state, reason):
+    last_sign = None if age is None else time.time() - age
+    liveness = read_liveness(None, [entry(kind, 10) for kind in kinds], last_sign, UNDER_WAY)
+    assert (liveness.state, liveness.reason) == (state, reason)
+
+
+def test_slow_run_may_be_silent_for_longer():
+    slow = Progress(iteration=20, total=40, seconds_per_iteration=600.0)
+    assert read_liveness(None, [entry(Kind.STARTED, 9000)], time.time() - 5000, slow).state == "running"
+
+
+def test_start_succeeds_while_the_lock_is_read(tmp_path):
+    """Another process reads the lock all the time while runs start; none is refused or delayed."""
+    program = "import sys; from pathlib import Path; from maskmoe.processes.folder_lock import look_at_lock\n"
+    program += "print(1, flush=True)\nwhile True: look_at_lock(Path(sys.argv[1]))"
+    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+    reader = subprocess.Popen([sys.executable, "-c", program, tmp_path], stdout=subprocess.PIPE, env=environment)
+    reader.stdout.readline()
+    try:
+        lock_often = (
+            "import sys; from pathlib import Path; from maskmoe.processes.folder_lock import locked_folder\n"
+            "for _ in range(200):\n"
+            "    with locked_folder(Path(sys.argv[1])): pass\n"
+        )
+        subprocess.run([sys.executable, "-c", lock_often, tmp_path], check=True, env=environment, timeout=60)
+        assert reader.poll() is None
+    finally:
+        reader.kill()
+        reader.communicate()

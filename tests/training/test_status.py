@@ -8,6 +8,7 @@ import pytest
 from support.training import Run
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
+from maskmoe.comparison.table import scalars
 from maskmoe.run_status.status import read_status
 
 EXPERT_2 = "--expert-model-parallel-size 2"
@@ -23,16 +24,25 @@ def test_status_of_an_ended_run(runs):
     newest = {tag: logged.Scalars(tag)[-1] for tag in logged.Tags()["scalars"]}
     assert (status.progress.iteration, status.progress.loss) == (21, pytest.approx(newest["lm loss"].value, rel=1e-5))
     assert status.progress.held_out_loss == newest["lm loss validation"].value
-    assert [load.layer for load in status.loads] == [0, 1, 2, 3]
-    for load in status.loads:
-        assert load.expert == newest[f"moe/expert_load_max_over_mean_layer_{load.layer}"].value
-        assert load.rank == newest[f"moe/rank_load_max_over_mean_layer_{load.layer}"].value
     assert status.logged.scalars["lm loss"] == logged.Scalars("lm loss")
     assert [each.iteration for each in status.checkpoints.saved] == [21, 14, 7]
     assert {each.soundness for each in status.checkpoints.saved} == {"complete"}
     for each in status.checkpoints.saved:
         assert each.size == sum(path.stat().st_size for path in each.path.iterdir())
     assert status.checkpoints.next_start == run.checkpoints / "iter_0000021"
+
+
+def test_validation_loss_is_not_that_of_the_test_part(workplace, tmp_path):
+    """Megatron logs the loss of the test set under the tag and the iteration of the last validation."""
+    outcome = workplace.run(Run("--split 80,10,10 --train-iters 4 --eval-interval 10"), tmp_path / "run")
+    output = "".join(log.read_text() for log in outcome.folder.glob("*.log"))
+    printed = dict(re.findall(r"iteration 4 on (\w+) set \| lm loss value: (\S+)", output))
+    assert printed.keys() == {"validation", "test"}
+    assert printed["validation"] != printed["test"]
+    loss = pytest.approx(float(printed["validation"]), rel=1e-6)
+    assert scalars(outcome.folder / "tensorboard", "lm loss validation") == [(4, loss)]
+    assert read_status(outcome.folder).progress.held_out_loss == loss
+    assert f"validation loss {float(printed['validation']):.4f}; " in output
 
 
 @pytest.mark.slow

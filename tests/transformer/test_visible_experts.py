@@ -11,8 +11,9 @@ from hypothesis import strategies as st
 from megatron.core.transformer.module import Float16Module
 from support.small_moe import DEVICE, make_config, make_mask, make_visible_experts, process_groups, random_visible_sets
 
+from maskmoe.checkpoint.routing_mask import routing_mask_from_buffers
 from maskmoe.errors import UserError
-from maskmoe.transformer.visible_experts import VisibleExperts, check_same_mask, routing_mask_from_buffers
+from maskmoe.transformer.visible_experts import VisibleExperts, check_same_mask
 
 
 @settings(max_examples=60)

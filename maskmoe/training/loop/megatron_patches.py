@@ -12,7 +12,7 @@ from megatron.core.rerun_state_machine import get_rerun_state_machine
 from megatron.training import training
 from torch import Tensor
 
-from maskmoe.megatron_compat.replacing import replace
+from maskmoe.megatron_compat import replace
 from maskmoe.training.watch.callback import Step
 
 

@@ -13,8 +13,7 @@ from megatron.training.argument_utils import pretrain_cfg_container_from_args
 from megatron.training.arguments import validate_args
 from megatron.training.global_vars import rebuild_tokenizer
 
-from maskmoe.checkpoint.non_persistent import non_persistent_folder
-from maskmoe.checkpoint.series import choose_checkpoint
+from maskmoe.checkpoint.series import choose_checkpoint, non_persistent_folder
 from maskmoe.command_line.parser import OneLineParser
 from maskmoe.errors import UserError
 from maskmoe.megatron_compat import cpu

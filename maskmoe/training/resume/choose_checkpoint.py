@@ -7,12 +7,12 @@ from itertools import count
 from pathlib import Path
 
 from maskmoe.checkpoint.integrity import Damage, check_content, check_structure
-from maskmoe.checkpoint.non_persistent import non_persistent_folder
 from maskmoe.checkpoint.series import (
     RELEASE,
     TRACKER,
     checkpoint_path,
     choose_checkpoint,
+    non_persistent_folder,
     read_tracker,
     remove_tracker,
     write_tracker,

@@ -9,7 +9,7 @@ from megatron.core.dist_checkpointing import load_common_state_dict
 from megatron.core.models.hybrid.hybrid_layer_allocation import Symbols, get_hybrid_total_pipeline_segment_count
 from megatron.training.checkpointing import load_args_from_checkpoint
 
-from maskmoe.checkpoint.gpt_into_hybrid import without_new_layers
+from maskmoe.checkpoint.saved_names import without_new_layers
 from maskmoe.checkpoint.series import RELEASE, write_tracker
 from maskmoe.errors import UserError
 from maskmoe.routing_mask.feed_forward_layers import FeedForwardLayers

@@ -19,7 +19,7 @@ from megatron.training import training
 
 from maskmoe.checkpoint.series import iteration_of
 from maskmoe.errors import UserError, reason_of
-from maskmoe.megatron_compat.replacing import replacing
+from maskmoe.megatron_compat import replacing
 from maskmoe.training.resume.model_settings import ADJUSTABLE_ARGUMENTS
 from maskmoe.training.resume.save_folder import loads_what_it_saves
 from maskmoe.training.settings.batch_sizes import BatchSizes, training_iterations

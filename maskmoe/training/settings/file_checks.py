@@ -13,7 +13,7 @@ from megatron.core.datasets import blended_megatron_dataset_config as dataset_co
 from megatron.training.utils import get_blend_and_blend_per_split
 from tqdm import tqdm
 
-from maskmoe.checkpoint.non_persistent import check_separate_folder
+from maskmoe.checkpoint.series import check_separate_folder
 from maskmoe.data.indexed_dataset import open_tokens, read_index, read_tokenizer_record
 from maskmoe.data.tokenizer import TOKENIZER_TYPES, TokenizerRecord
 from maskmoe.errors import UserError, reason_of

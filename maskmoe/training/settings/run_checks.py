@@ -7,8 +7,7 @@ from pathlib import Path
 
 from megatron.training.arguments import parse_args
 
-from maskmoe.checkpoint.non_persistent import is_non_persistent
-from maskmoe.checkpoint.series import iteration_of
+from maskmoe.checkpoint.series import is_non_persistent, iteration_of
 from maskmoe.command_line.parser import refuse_unknown_flags
 from maskmoe.errors import UserError
 from maskmoe.megatron_compat.globals import get_tokenizer

@@ -9,9 +9,8 @@ from typing import Any
 
 from maskmoe.command_line.run_tool import EXIT_RUN_FAILURE
 from maskmoe.errors import UserError, one_line
-from maskmoe.files.run_folder import Journal, Kind
+from maskmoe.files.run_folder import REPORT, Journal, Kind
 from maskmoe.processes.interruption import EXIT_REQUEUE
-from maskmoe.run_status.page import REPORT
 from maskmoe.training.loop.rank_store import RankStore
 from maskmoe.training.watch.callback import Callback
 from maskmoe.training.watch.console import console
@@ -73,7 +72,7 @@ def writing_page(folder: Path | None, ranks: RankStore) -> Iterator[None]:
 def _write_page(folder: Path) -> None:
     """Write the page in another process, so that neither its memory, its time nor an error can disturb the run."""
     page = folder / REPORT
-    words = [sys.executable, "-m", "maskmoe.run_status.page", folder, page]
+    words = [sys.executable, "-m", "maskmoe", "status", folder, "--html", page, "--force"]
     # In a session of its own, so that a signal to the run does not end the process.
     options: dict[str, Any] = {"start_new_session": True, "timeout": _MOST_SECONDS_FOR_PAGE}
     try:

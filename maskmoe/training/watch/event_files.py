@@ -11,8 +11,7 @@ from typing import Any
 from megatron.training import get_tensorboard_writer
 
 import maskmoe
-from maskmoe.files.run_folder import TENSORBOARD, run_folder
-from maskmoe.run_status.scalars import OWN_TEXT
+from maskmoe.files.run_folder import TENSORBOARD, TEXT_TAG, run_folder
 from maskmoe.training.watch.callback import Callback
 
 
@@ -27,7 +26,7 @@ def log_facts(facts: Mapping[str, str]) -> None:
     """Write settings of the run to TensorBoard, from where they get into the page; on the last rank only."""
     if writer := get_tensorboard_writer():
         for name, text in facts.items():
-            writer.add_text(OWN_TEXT + name, text)
+            writer.add_text(TEXT_TAG + name, text)
 
 
 def log_command() -> None:

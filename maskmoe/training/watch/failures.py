@@ -14,9 +14,8 @@ import torch
 from megatron.core import rerun_state_machine
 from torch.distributed.checkpoint.api import CheckpointException
 
-from maskmoe.checkpoint.non_persistent import non_persistent_folder
 from maskmoe.checkpoint.saver import SaveError, describe_failures
-from maskmoe.checkpoint.series import newest_sound, read_tracker, remove_unfinished_checkpoints
+from maskmoe.checkpoint.series import newest_sound, non_persistent_folder, read_tracker, remove_unfinished_checkpoints
 from maskmoe.errors import RunFailure
 from maskmoe.megatron_compat.globals import get_signal_handler
 from maskmoe.processes.interruption import EXIT_REQUEUE

@@ -5,7 +5,9 @@ import re
 from dataclasses import dataclass
 
 _ITERATION = re.compile(r" \[[^]]+\] iteration +\d+/ *\d+ \|(?:.* lm loss: (?P<loss>\S+) \|)?")
-_VALIDATION = re.compile(r" *validation loss at iteration \d+[^|]*\| lm loss value: (?P<loss>\S+) \|")
+_VALIDATION = re.compile(
+    r" *validation loss at iteration \d+ (?:on validation set )?\| lm loss value: (?P<loss>\S+) \|"
+)
 
 
 @dataclass(frozen=True)

@@ -37,6 +37,7 @@ from maskmoe.checkpoint.series import (
 from maskmoe.conversion.config_mapping import _FIXED_ARGS
 from maskmoe.errors import RunFailure, UserError
 from maskmoe.files.run_folder import Journal, Kind, read_journal
+from maskmoe.megatron_compat.checkpoint_patches import saving_into
 from maskmoe.training.loop.rank_store import RankStore
 from maskmoe.training.resume.choose_checkpoint import find_checkpoint, repair_tracker_file
 from maskmoe.training.resume.model_settings import (
@@ -291,7 +292,6 @@ def test_checkpoint_is_saved_again_with_the_search_for_a_fault(workplace, tmp_pa
 def test_checkpoint_stays_until_it_is_saved_again(tmp_path, monkeypatch):
     settings = Namespace(save=str(tmp_path), load=None, async_save=False, keep_last_checkpoints=1)
     settings.save_retain_interval, machine = None, Namespace(state=RerunState.NOT_RUNNING_YET)
-    monkeypatch.setattr(saver, "get_args", lambda: settings)
     monkeypatch.setattr(saver, "get_rerun_state_machine", lambda: machine)
     monkeypatch.setattr("torch.distributed.get_rank", lambda: 0)
     monkeypatch.setattr("torch.distributed.barrier", lambda: None)
@@ -305,7 +305,8 @@ def test_checkpoint_stays_until_it_is_saved_again(tmp_path, monkeypatch):
         if isinstance(item, OSError):
             raise item
 
-    own = saver.CheckpointSaver(save_checkpoint, lambda **_: None, nullcontext, nullcontext, Journal(None))
+    functions = save_checkpoint, lambda **_: None, saving_into, nullcontext, nullcontext
+    own = saver.CheckpointSaver(settings, *functions, Journal(None))
     saved = checkpoint_path(tmp_path, 4) / "content"
     own.save(4)
     own.save(4)

@@ -11,8 +11,14 @@ from support.training import Run, TrainingOutcome, Workplace
 from torch.distributed import HashStore
 
 from maskmoe.checkpoint.integrity import check_content, check_structure
-from maskmoe.checkpoint.non_persistent import check_separate_folder, make_room, non_persistent_folder
-from maskmoe.checkpoint.series import TRACKER, checkpoint_path, saved_iterations
+from maskmoe.checkpoint.series import (
+    TRACKER,
+    check_separate_folder,
+    checkpoint_path,
+    make_room,
+    non_persistent_folder,
+    saved_iterations,
+)
 from maskmoe.errors import UserError
 from maskmoe.files.run_folder import Kind, read_journal
 from maskmoe.training.loop.rank_store import RankStore

@@ -8,7 +8,7 @@ from argparse import Namespace
 import pytest
 from torch.utils.tensorboard import SummaryWriter
 
-from maskmoe.run_status.scalars import read_events
+from maskmoe.run_status.events import read_events
 from maskmoe.training.watch import event_files
 from maskmoe.training.watch.event_files import EventFiles, choose_event_folder
 

@@ -1,14 +1,14 @@
-"""Loads checkpoints of GPT models into hybrid models, with the state of the optimizer."""
+"""Loads checkpoints of other implementations of a model: GPT as hybrid, local modules as Transformer Engine's."""
 
 import re
 from argparse import Namespace
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from dataclasses import dataclass
 from typing import Any, Self
 
 from megatron.core.dist_checkpointing.dict_utils import dict_list_map_inplace
 from megatron.core.dist_checkpointing.gpt_checkpoint_interop import GPTCompatLayerMaps
-from megatron.core.dist_checkpointing.mapping import LocalNonpersistentObject, ShardedBase
+from megatron.core.dist_checkpointing.mapping import LocalNonpersistentObject, ShardedBase, ShardedObject, ShardedTensor
 from megatron.core.models.hybrid.hybrid_layer_allocation import Symbols, parse_hybrid_pattern
 
 # Layers that no GPT model has.
@@ -109,3 +109,38 @@ def without_new_layers(pattern: str) -> str:
     """Return a pattern without bounds of stages, and without the layers that no GPT model has."""
     decoder, *predictions = pattern.replace(Symbols.PIPE, "").split(Symbols.MTP_SEPARATOR)
     return Symbols.MTP_SEPARATOR.join(["".join(s for s in decoder if s not in _NEW_LAYERS), *predictions])
+
+
+NORM_BEFORE_EXPERTS = ("mlp.linear_fc1.layer_norm_", "pre_mlp_layernorm.")
+"""Prefix of the norm before a layer's experts: as Megatron's local modules save it, and as Transformer Engine's do."""
+
+_FP8_STATE = "._extra_state"
+
+
+def request_saved_names(state: dict[str, Any], saved: Collection[str]) -> None:
+    """Change a request to load a checkpoint, in place, so that it asks for the names that the checkpoint has.
+
+    The norm before experts is the only tensor whose name depends on the implementation. Its optimizer state has the
+    same name with a prefix. Transformer Engine's norms also have a state of FP8, which local modules do not save. If
+    the checkpoint has no such state, the module keeps its own, which is empty without FP8.
+
+    Args:
+        state: the model's and the optimizer's sharded state, as Megatron generates it for loading.
+        saved: the names of all entries of the checkpoint.
+    """
+
+    def request(entry: Any) -> Any:
+        if isinstance(entry, ShardedTensor) and entry.key not in saved:
+            entry.key = next((name for name in _other_names(entry.key) if name in saved), entry.key)
+        elif isinstance(entry, ShardedObject) and entry.key.endswith(_FP8_STATE) and entry.unique_key not in saved:
+            return LocalNonpersistentObject(entry.data)
+        return entry
+
+    dict_list_map_inplace(request, state)
+
+
+def _other_names(name: str) -> list[str]:
+    """Return the names that other implementations give to a tensor."""
+    local, transformer_engine = NORM_BEFORE_EXPERTS
+    pairs = ((local, transformer_engine), (transformer_engine, local))
+    return [name.replace(own, other) for own, other in pairs if own in name]

@@ -6,19 +6,15 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from maskmoe.files.run_folder import TENSORBOARD
+from maskmoe.files.run_folder import TENSORBOARD, TEXT_TAG
 
 if TYPE_CHECKING:
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator, ScalarEvent
-
-OWN_TEXT = "maskmoe/"
-"""Beginning of the tags of the texts that MaskMoE itself logs, such as the command line."""
 
 _PATTERN = "events.out.tfevents.*"
 _TEXT = "/text_summary"
 # Megatron logs most scalars twice; the x axis of a tag with this end is the number of samples.
 _OVER_SAMPLES = " vs samples"
-_MOST_VALUES = 1000  # of a scalar in one file; TensorBoard chooses them at random, and always keeps the newest
 
 
 @dataclass(frozen=True)
@@ -26,11 +22,11 @@ class Logged:
     """The scalars and texts that a run has logged.
 
     Attributes:
-        scalars: the values of each tag, ordered by iteration. Iterations that a resumed run repeats have the newest
+        scalars: The values of each tag, ordered by iteration. Iterations that a resumed run repeats have the newest
             value.
         texts: MaskMoE's own texts by name.
-        newest: time of the newest value in seconds since 1970; None if nothing is logged.
-        newest_start: time of the first value of the newest start.
+        newest: Time of the newest value in seconds since 1970; None if nothing is logged.
+        newest_start: Time of the first value of the newest start.
     """
 
     scalars: Mapping[str, Sequence["ScalarEvent"]] = field(default_factory=dict)
@@ -50,34 +46,31 @@ def event_files(folder: Path) -> list[Path]:
 
 
 def find_event_folder(run: Path, tensorboard_dir: Path | None) -> Path | None:
-    """Return the folder of a run's event files; None if there are none.
-
-    Args:
-        run: the run folder.
-        tensorboard_dir: the folder in the run's `--tensorboard-dir`.
-    """
+    """Return the folder of a run's event files: in the run folder, or the run's `--tensorboard-dir`; None if none."""
     folders = (run / TENSORBOARD, run, tensorboard_dir)
     return next((folder for folder in folders if folder is not None and event_files(folder)), None)
 
 
-def read_events(folder: Path | None) -> Logged:
+def read_events(folder: Path | None, most_values: int = 0) -> Logged:
     """Return what the event files in a folder hold. A damaged file is read up to the damage.
 
     Args:
-        folder: the folder; None if the run has none.
+        folder: The folder; None if the run has none.
+        most_values: The most values of a scalar in one file. TensorBoard chooses them at random, and always keeps the
+            newest. 0 reads all values.
     """
     scalars: dict[str, dict[int, ScalarEvent]] = {}
     texts: dict[str, str] = {}
     newest = newest_start = None
     # Each start of a run writes a file of its own.
     for path in [] if folder is None else event_files(folder):
-        accumulator = _read_file(path)
+        accumulator = _read_file(path, most_values)
         tags = [tag for tag in accumulator.scalars.Keys() if not tag.endswith(_OVER_SAMPLES)]
         logged = {tag: accumulator.Scalars(tag) for tag in tags}
         for tag in accumulator.tensors.Keys():
-            if tag.startswith(OWN_TEXT):
+            if tag.startswith(TEXT_TAG):
                 content = accumulator.Tensors(tag)[-1].tensor_proto.string_val
-                texts[tag.removeprefix(OWN_TEXT).removesuffix(_TEXT)] = b"".join(content).decode(errors="replace")
+                texts[tag.removeprefix(TEXT_TAG).removesuffix(_TEXT)] = b"".join(content).decode(errors="replace")
         if not logged:
             continue
         # A start abandons the iterations that an earlier start has trained beyond the loaded checkpoint.
@@ -95,11 +88,11 @@ def read_events(folder: Path | None) -> Logged:
     return Logged(ordered, texts, newest, newest_start)
 
 
-def _read_file(path: Path) -> "EventAccumulator":
+def _read_file(path: Path, most_values: int) -> "EventAccumulator":
     """Return the content of an event file."""
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-    accumulator = EventAccumulator(str(path), size_guidance={"scalars": _MOST_VALUES, "tensors": 1})
+    accumulator = EventAccumulator(str(path), size_guidance={"scalars": most_values, "tensors": 1})
     with suppress(Exception):  # damaged bytes raise exceptions of any class, and what precedes them is kept
         accumulator.Reload()
     return accumulator

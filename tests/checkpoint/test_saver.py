@@ -4,7 +4,7 @@ import io
 
 import torch
 
-from maskmoe.checkpoint.saving import _copy_host_tensors
+from maskmoe.checkpoint.saver import _copy_host_tensors
 
 
 def test_copies_are_equal_and_share_no_memory_with_training():

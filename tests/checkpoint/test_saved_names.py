@@ -3,7 +3,7 @@
 import torch
 from megatron.core.dist_checkpointing.mapping import LocalNonpersistentObject, ShardedObject, ShardedTensor
 
-from maskmoe.checkpoint.transformer_engine_names import request_saved_names
+from maskmoe.checkpoint.saved_names import request_saved_names
 
 LOCAL = "decoder.layers.0.mlp.linear_fc1.layer_norm_weight"
 TRANSFORMER_ENGINE = "decoder.layers.0.pre_mlp_layernorm.weight"

@@ -3,12 +3,23 @@
 Each function replaces something of megatron-core 0.19.2 or torch 2.15 and says what, why, and when the patch can go.
 """
 
+import multiprocessing.connection
+import os
 import pickle
+import select
+import signal
+import socket
+import sys
+import threading
+import time
 from argparse import Namespace
-from collections.abc import Callable, Mapping
-from contextlib import AbstractContextManager
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import AbstractContextManager, contextmanager, suppress
 from functools import wraps
+from multiprocessing.managers import SyncManager
+from multiprocessing.process import BaseProcess
 from pathlib import Path
+from queue import Queue
 from types import SimpleNamespace
 from typing import Any
 
@@ -20,12 +31,16 @@ from megatron.core.dist_checkpointing.strategies.async_utils import PersistentAs
 from megatron.training import checkpointing
 from torch.distributed.checkpoint import default_planner, filesystem
 
-from maskmoe.checkpoint.unpickling import read_layout, read_object
-from maskmoe.checkpoint.writer_process import get_write_results_queue, start_writer, write_for_rank
+from maskmoe.checkpoint.integrity import read_layout
 from maskmoe.files.run_folder import Journal
-from maskmoe.megatron_compat.replacing import replace
+from maskmoe.megatron_compat import replace, replacing
+from maskmoe.processes.interruption import SIGNALS_THAT_SAVE
+from maskmoe.processes.liveness import end_with_parent
 
 _SHORT_INTEGERS = (torch.int16, torch.uint16)
+_RANK_PROCESS = "MASKMOE_RANK_PROCESS"
+_stock_get_process: Callable[..., BaseProcess] = PersistentAsyncCaller._get_process
+_stock_async_loop: Callable[..., None] = PersistentAsyncCaller.async_loop
 
 
 def unpickle_data_only() -> None:
@@ -39,10 +54,12 @@ def unpickle_data_only() -> None:
 
     def load_bytes(self: Any, read_item: Any, value: Any) -> None:
         name = read_item.dest_index.fqn
+        # Megatron-Core registers the classes of its settings with torch when it is imported.
+        content = torch.load(value, map_location="cpu", weights_only=True)
         if self.flatten_state_dict:
-            default_planner.set_element(self.original_state_dict, self.mappings[name], read_object(value))
+            default_planner.set_element(self.original_state_dict, self.mappings[name], content)
         else:
-            self.state_dict[name] = read_object(value)
+            self.state_dict[name] = content
 
     replace(filesystem, "pickle", SimpleNamespace(load=read_layout, dump=pickle.dump))
     replace(default_planner.DefaultLoadPlanner, "load_bytes", load_bytes)
@@ -51,8 +68,7 @@ def unpickle_data_only() -> None:
 def tie_writers_to_their_rank() -> None:
     """Let the processes of asynchronous saving end with their rank, not earlier and not later.
 
-    Replaces: `PersistentAsyncCaller._get_process` and `async_loop`, the queues of `PersistentAsyncCaller`, and
-        `filesystem_async.get_write_results_queue`.
+    Replaces: `PersistentAsyncCaller._get_process` and `async_loop`, and `filesystem_async.get_write_results_queue`.
     Why: A signal that asks for a last checkpoint goes to the whole process group and would kill the writer before it
         has written the checkpoint. When the rank is killed, the writer would stay and might write into the folder that
         the rank's successor saves to. When the writer is killed, the rank would wait for the writer forever.
@@ -61,6 +77,86 @@ def tie_writers_to_their_rank() -> None:
     replace(PersistentAsyncCaller, "_get_process", staticmethod(start_writer))
     replace(PersistentAsyncCaller, "async_loop", staticmethod(write_for_rank))
     replace(filesystem_async, "get_write_results_queue", get_write_results_queue)
+
+
+def start_writer(*args: Any) -> BaseProcess:
+    """Return the process that writes the checkpoints of this rank; start the process if there is none.
+
+    Args:
+        *args: The arguments of `PersistentAsyncCaller._get_process`, which this function replaces.
+    """
+    if PersistentAsyncCaller._persistent_process is not None:
+        return PersistentAsyncCaller._persistent_process
+    with _immune_children():
+        writer = _stock_get_process(*args)
+    threading.Thread(target=end_with_writer, args=(writer,), daemon=True).start()
+    return writer
+
+
+def end_with_writer(writer: BaseProcess) -> None:
+    """Wait for the end of the process that writes checkpoints, and end this rank if the writer has died."""
+    multiprocessing.connection.wait([writer.sentinel])
+    time.sleep(1)  # Megatron may be ending the writer: only one thread can read the exit code
+    if writer.exitcode:
+        print(
+            f"error: the process that writes checkpoints has died (host {socket.gethostname()}, process {writer.pid}, "
+            f"exit code {writer.exitcode}); a killed process (-9) may mean that the host is out of memory. Start the "
+            "run again: it resumes from its last checkpoint",
+            file=sys.stderr,
+            flush=True,
+        )
+        os._exit(1)
+
+
+def write_for_rank(*args: Any) -> None:
+    """Run `PersistentAsyncCaller.async_loop` in this process, which is killed when the rank that it writes for ends.
+
+    The parent of this process is a fork server, which lives as long as it has a child. So this process watches the rank
+    and not its parent.
+
+    Args:
+        *args: The arguments of `PersistentAsyncCaller.async_loop`.
+    """
+    threading.Thread(target=_end_with, args=(int(os.environ[_RANK_PROCESS]),), daemon=True).start()
+    _stock_async_loop(*args)
+
+
+def get_write_results_queue(mp_mode: str = "spawn") -> Queue:
+    """Return the queue of write results; its process ends together with this process.
+
+    This function replaces Megatron-Core's function of the same name.
+
+    Args:
+        mp_mode: The start method of the process.
+    """
+    if filesystem_async._results_queue is None:
+        manager = SyncManager(ctx=torch.multiprocessing.get_context(mp_mode))
+        with _immune_children():
+            manager.start(end_with_parent, (os.getpid(),))
+        # The queue keeps its manager alive. The attribute is declared as None.
+        filesystem_async._results_queue = manager.Queue()  # pyrefly: ignore[bad-assignment]
+    return filesystem_async._results_queue  # pyrefly: ignore[bad-return]
+
+
+@contextmanager
+def _immune_children() -> Iterator[None]:
+    """Block `SIGNALS_THAT_SAVE` in the processes that the block starts, and name this rank in their environment.
+
+    A process inherits the blocked signals of its parent.
+    """
+    os.environ[_RANK_PROCESS] = str(os.getpid())
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, SIGNALS_THAT_SAVE)
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
+
+
+def _end_with(process: int) -> None:
+    """Kill this process when another process ends."""
+    with suppress(ProcessLookupError):
+        select.select([os.pidfd_open(process)], [], [])
+    os.kill(os.getpid(), signal.SIGKILL)
 
 
 def load_either_implementation() -> None:
@@ -81,7 +177,7 @@ def load_either_implementation() -> None:
         if state is not None and not rank0:
             # Processes that load no checkpoint need not spend the time to import these modules.
             from maskmoe.checkpoint.integrity import read_checkpoint_layout
-            from maskmoe.checkpoint.transformer_engine_names import request_saved_names
+            from maskmoe.checkpoint.saved_names import request_saved_names
 
             folder = checkpointing.get_checkpoint_name(load_dir, iteration, release, return_base_dir=True)
             request_saved_names(state, read_checkpoint_layout(Path(folder)).state_dict_metadata.keys())
@@ -102,7 +198,7 @@ def load_gpt_checkpoints_into_hybrid_models() -> None:
 
     def find_gpt_model(args: Namespace, saved_args: Namespace, model: object) -> tuple:
         # Processes that load no checkpoint need not spend the time to import this module.
-        from maskmoe.checkpoint.gpt_into_hybrid import find_equivalent_gpt
+        from maskmoe.checkpoint.saved_names import find_equivalent_gpt
 
         return find_equivalent_gpt(args, saved_args, model)
 
@@ -173,6 +269,7 @@ EVERY_PROCESS = (
 
 
 def keep_checkpoints_whole(
+    settings: Namespace,
     while_saving: Callable[[], AbstractContextManager],
     while_waiting: Callable[[], AbstractContextManager],
     journal: Journal,
@@ -189,6 +286,7 @@ def keep_checkpoints_whole(
     Can go: When Megatron takes the strategy and the functions as arguments, and keeps sound checkpoints.
 
     Args:
+        settings: Megatron's arguments.
         while_saving: Returns a context manager that is entered around each save.
         while_waiting: Returns a context manager that is entered while training waits for asynchronous saves.
         journal: Gets an entry for each checkpoint.
@@ -196,15 +294,24 @@ def keep_checkpoints_whole(
     # Processes that do not train need not spend the time to import these modules.
     from megatron.training import training
 
-    from maskmoe.checkpoint.saver import CheckpointSaver
-    from maskmoe.checkpoint.saving import SealedSaveStrategy
+    from maskmoe.checkpoint.saver import CheckpointSaver, SealedSaveStrategy
 
-    functions = training.save_checkpoint, training.maybe_finalize_async_save
-    saver = CheckpointSaver(*functions, while_saving, while_waiting, journal)
+    functions = training.save_checkpoint, training.maybe_finalize_async_save, saving_into
+    saver = CheckpointSaver(settings, *functions, while_saving, while_waiting, journal)
     replace(checkpointing, "TorchDistSaveShardedStrategy", SealedSaveStrategy)
     replace(checkpointing, "cleanup_old_non_persistent_checkpoint", lambda *args, **kwargs: None)
     replace(training, "save_checkpoint", saver.save)
     replace(training, "maybe_finalize_async_save", saver.finalize)
+
+
+def saving_into(folder: Path) -> AbstractContextManager:
+    """Let Megatron save a checkpoint into another folder than that of its iteration.
+
+    Replaces: `get_checkpoint_name` in `megatron.training.checkpointing`, inside a `with` block only.
+    Why: Megatron saves an iteration again if the next step is NaN, over the files of its checkpoint.
+    Can go: When Megatron keeps a checkpoint until it is saved again.
+    """
+    return replacing(checkpointing, get_checkpoint_name=lambda *_, **__: str(folder))
 
 
 def override_learning_rates() -> None:
