@@ -4,24 +4,17 @@ import argparse
 import textwrap
 from functools import partial
 
-from maskmoe.training.settings.arguments import add_maskmoe_flags
-from maskmoe.training.settings.inference_arguments import add_evaluation_arguments, add_generation_arguments
-from maskmoe.training.settings.pretraining_arguments import add_pretraining_arguments
+from maskmoe.training.inference.flags import add_evaluation_arguments, add_generation_arguments
+from maskmoe.training.settings.flags import add_check_arguments, add_maskmoe_flags, add_pretraining_arguments
 
 _WIDTH = 100
+_PRETRAIN = "Pretrain a language model. The flags are Megatron's, with those of MaskMoE."
+_EVALUATE = "Compute the loss of a checkpoint on a dataset, by token frequency."
+_GENERATE = "Continue a text with a checkpoint. The text goes to stdout, everything else to stderr."
 _PROGRAMS = {
-    "pretrain": (
-        "Pretrain a language model. The flags are Megatron's, with those of MaskMoE.",
-        add_pretraining_arguments,
-    ),
-    "evaluate": (
-        "Compute the loss of a checkpoint on a dataset, by token frequency, or score texts.",
-        add_evaluation_arguments,
-    ),
-    "generate": (
-        "Continue a text with a checkpoint. The text goes to stdout, everything else to stderr.",
-        add_generation_arguments,
-    ),
+    "pretrain": (_PRETRAIN, add_pretraining_arguments, add_check_arguments),
+    "evaluate": (_EVALUATE, add_evaluation_arguments),
+    "generate": (_GENERATE, add_generation_arguments),
 }
 _LAYOUT = (
     "--tensor-model-parallel-size --pipeline-model-parallel-size --context-parallel-size --expert-model-parallel-size "
@@ -59,9 +52,10 @@ def help_page(name: str) -> str:
     """Return what `--help` of an entry point prints.
 
     Args:
-        name: name of the entry point, such as `pretrain`.
+        name: Name of the entry point, such as `pretrain`. A check has the page of pretraining.
     """
-    description, add_arguments = _PROGRAMS[name]
+    name = "pretrain" if name == "check" else name
+    description, *providers = _PROGRAMS[name]
     parser = argparse.ArgumentParser(
         usage=f"maskmoe {name} [--nproc-per-node N] [flags]\n"
         f"       torchrun --nproc-per-node N -m maskmoe.training.{name} [flags]",
@@ -69,7 +63,8 @@ def help_page(name: str) -> str:
         add_help=False,
         formatter_class=partial(argparse.HelpFormatter, width=_WIDTH),
     )
-    add_arguments(add_maskmoe_flags(parser))
+    for add_arguments in (add_maskmoe_flags, *providers):
+        add_arguments(parser)
     subjects = (
         textwrap.fill(f"{subject}: {flags}", _WIDTH, initial_indent="  ", subsequent_indent="    ")
         for subject, flags in MEGATRON_FLAGS[name].items()

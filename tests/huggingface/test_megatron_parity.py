@@ -22,7 +22,7 @@ from maskmoe.conversion.convert import huggingface_to_megatron, megatron_to_hugg
 from maskmoe.conversion.settings import Settings
 from maskmoe.conversion.torch_dist import TorchDistSource
 from maskmoe.routing_mask.feed_forward_layers import FeedForwardLayers
-from maskmoe.training.settings.arguments import add_maskmoe_arguments
+from maskmoe.training.settings.flags import add_maskmoe_arguments
 
 pytestmark = pytest.mark.usefixtures("one_rank")
 
