@@ -3,7 +3,6 @@
 import io
 import json
 import logging
-import re
 import sys
 import warnings
 from argparse import ArgumentParser, Namespace
@@ -50,9 +49,6 @@ _WITHOUT_TRANSFORMER_ENGINE = {
     "fp8": None,
     "fp4": None,
 }
-_MISSING_TRANSFORMER_ENGINE = re.compile(
-    r"^invalid settings: .*(transformer.?engine|TE >|is_te_min_version)", re.IGNORECASE
-)
 
 
 def main() -> None:
@@ -112,14 +108,7 @@ class Inspection(RunChecks):
 
     def report(self) -> Report:
         """Make all checks, and compute the layout, parameters and memory as far as they are known."""
-        errors = []
-        for error in self.errors():
-            # An error that only a missing Transformer Engine causes is no error of a machine that has it.
-            has_transformer_engine = self.packages is not None and self.packages.transformer_engine
-            if has_transformer_engine and not HAVE_TE and _MISSING_TRANSFORMER_ENGINE.match(error):
-                self.notes.append(f"cannot be judged on this machine, which lacks Transformer Engine: {error}")
-            else:
-                errors.append(error)
+        errors = list(self.errors())
         args, layout, model, memory, cost = self.args, None, None, None, None
         if self.is_validated:
             layout = Layout.from_args(args)
