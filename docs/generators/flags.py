@@ -60,12 +60,11 @@ def section(subcommand: Subcommand) -> str:
 
 def megatron_providers() -> dict[str, tuple[Provider, ...]]:
     """Return the functions that add MaskMoE's flags to Megatron's parser, by subcommand."""
-    from maskmoe.training.settings.arguments import add_maskmoe_arguments
-    from maskmoe.training.settings.inference_arguments import add_evaluation_arguments, add_generation_arguments
-    from maskmoe.training.settings.pretraining_arguments import add_pretraining_arguments
+    from maskmoe.training.inference.flags import add_evaluation_arguments, add_generation_arguments
+    from maskmoe.training.settings.flags import add_check_arguments, add_maskmoe_arguments, add_pretraining_arguments
 
     return {
-        "pretrain": (add_maskmoe_arguments, add_pretraining_arguments),
+        "pretrain": (add_maskmoe_arguments, add_pretraining_arguments, add_check_arguments),
         "evaluate": (add_maskmoe_arguments, add_evaluation_arguments),
         "generate": (add_maskmoe_arguments, add_generation_arguments),
     }

@@ -11,7 +11,8 @@ from maskmoe.command_line.prompt_loop import PromptLoop
 from maskmoe.conversion.settings import read_model_config
 from maskmoe.errors import UserError
 from maskmoe.files.outputs import atomic_output, check_outputs
-from maskmoe.training.inference.prompts import Prompts, add_prompt_arguments, check_prompt
+from maskmoe.training.inference.flags import add_prompt_arguments
+from maskmoe.training.inference.prompts import Prompts, check_prompt
 
 _MIN_TEMPERATURE = 1e-6
 

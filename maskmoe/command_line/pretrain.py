@@ -25,7 +25,8 @@ def main() -> None:
         sys.argv[1:] = ["--help"]
         run_entry_point(entry_point("pretrain"), saves_checkpoints=True)
     if "RANK" in os.environ or has_flags_only(words):
-        run_entry_point(entry_point("pretrain"), saves_checkpoints=True)
+        is_check = any(word.partition("=")[0] == "--check" for word in words)
+        run_entry_point(entry_point("check" if is_check else "pretrain"), saves_checkpoints=not is_check)
     launch("maskmoe pretrain", words)
 
 

@@ -7,7 +7,6 @@ from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from functools import cached_property
 from pathlib import Path
-from typing import Any
 
 from maskmoe.comparison.data import Dataset
 from maskmoe.comparison.report import write_report
@@ -104,7 +103,7 @@ class Comparison:
             run.prepare()
             stage, folder = run.check_stage(), StageFolder(run.folder)
             folder.run((*run.stages_before_training(), stage), line)
-            parameters = last_report(folder.log(stage.name).read_text(encoding="utf-8"))["parameters"]
+            parameters = json.loads(run.check_report.read_text(encoding="utf-8"))["parameters"]
             active.setdefault(run.variant.setting, {})[run.name] = parameters["active"]
             line.print(f"{run.name}: {parameters['active']:,} active parameters of {parameters['total']:,}")
         for of_setting in active.values():
@@ -185,9 +184,3 @@ class Comparison:
         for title in (run.title for run in runs if run.title in own and run.title in recorded):
             here, there = own[title].losses[0].loss, recorded[title].losses[0].loss
             yield f"{title:30} {here:8.4f} {there:8.4f} {here - there:+10.4f}"
-
-
-def last_report(log: str) -> dict[str, Any]:
-    """Return the last report of `--check` in a log, which has several if the check was repeated."""
-    log = f"\n{log}"
-    return json.loads(log[log.rindex("\n{\n") : log.rindex("\n}") + 2])

@@ -76,6 +76,11 @@ class Run:
         return self.folder / "run.yaml"
 
     @property
+    def check_report(self) -> Path:
+        """Report of `--check` as JSON."""
+        return self.folder / "check.json"
+
+    @property
     def routing_mask(self) -> Path:
         """Routing mask of the run."""
         return self.folder / "routing_mask.safetensors"
@@ -157,9 +162,10 @@ class Run:
         return Stage("widen", command, (self.routing_mask,), (narrow, self.data.token_frequency))
 
     def check_stage(self) -> Stage:
-        """Check the settings; the log has the report of `--check` as JSON."""
+        """Check the settings, and write the report into `check_report`."""
         backend = () if self.devices.num_gpus else ("--distributed-backend", "gloo")
-        return Stage("check", (*self._launch("--check"), "--json", *backend), (), self._inputs)
+        command = (*self._launch("--check"), "--json", str(self.check_report), *backend)
+        return Stage("check", command, (self.check_report,), self._inputs)
 
     def training_stage(self) -> Stage:
         """Train the model by `maskmoe pretrain`, or resume its training."""

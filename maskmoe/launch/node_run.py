@@ -94,7 +94,7 @@ class NodeRun:
 
 
 def check(flags: Flags, ranks: int, shows_report: bool = True) -> int:
-    """Run pretraining's `--check`, which prints errors to stderr and its report to stdout; return its exit code.
+    """Check the run, which prints errors to stderr and a report to stdout; return the exit code.
 
     Args:
         flags: the flags of the run.
@@ -102,7 +102,7 @@ def check(flags: Flags, ranks: int, shows_report: bool = True) -> int:
         shows_report: whether to print the report, or only the errors.
     """
     program, flags = split_program(flags)
-    words = (sys.executable, *entry_point("pretrain", program), "--check", str(ranks), *flag_words(flags))
+    words = (sys.executable, *entry_point("check", program), "--check", str(ranks), *flag_words(flags))
     environment = {**os.environ, **unset_variables(RUN_ENVIRONMENT, os.environ)}
     stdout = None if shows_report else subprocess.DEVNULL
     return subprocess.run(words, env=environment, stdout=stdout, check=False).returncode

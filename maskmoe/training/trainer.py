@@ -23,15 +23,15 @@ from maskmoe.processes.folder_lock import locked_folder
 from maskmoe.training.loop.batch import build_datasets, get_batch, loss_function, token_losses
 from maskmoe.training.loop.megatron_patches import call_after_each_step, skip_iterations_of_interleaved_pipelines
 from maskmoe.training.loop.rank_store import RankStore, check_launched, sharing_failures
+from maskmoe.training.resume.changed_settings import has_one_learning_rate
 from maskmoe.training.resume.choose_checkpoint import repair_tracker_file
-from maskmoe.training.settings.changed_settings import has_one_learning_rate
-from maskmoe.training.settings.pretraining_arguments import add_pretraining_arguments, hang_timeout
-from maskmoe.training.settings.run_settings import RunSettings
-from maskmoe.training.settings.setup import (
+from maskmoe.training.settings.checks import parse_and_check_args
+from maskmoe.training.settings.flags import add_pretraining_arguments, hang_timeout
+from maskmoe.training.settings.run_settings import (
+    RunSettings,
     embedding_ranks_of,
     leaving_process_groups,
     model_config_from_args,
-    parse_and_check_args,
 )
 from maskmoe.training.watch.callback import Callback, Step
 from maskmoe.training.watch.console import console

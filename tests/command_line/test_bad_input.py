@@ -283,7 +283,7 @@ MISTAKES = [
     ("pretrain --num-layer 2", "unknown flag --num-layer (nearest: --num-layers)"),
     ("pretrain --check x", "--check must be a whole number, not 'x'"),
     ("pretrain --check 1000000007", "--check must be at most"),
-    ("pretrain --json", "--check"),
+    ("pretrain --json F", "unknown flag --json"),
     ("generate", "one of the arguments --prompt --prompts-file is required"),
     ("evaluate --eval-split tests", "--eval-split: invalid choice: 'tests'"),
     ("evaluate --load nowhere --use-checkpoint-args", "--load nowhere holds no checkpoint"),

@@ -4,6 +4,7 @@ import errno
 import os
 import subprocess
 import sys
+import time
 
 import pytest
 from support.paths import ROOT
@@ -119,3 +120,18 @@ def test_value_with_dashes_and_a_space_is_no_flag():
     assert parser.parse_args(["--prompt", "-- import x"]).prompt == "-- import x"
     with pytest.raises(UserError, match=r"^unknown flag --prompts \(nearest: --prompt\)"):
         parser.parse_args(["--prompts", "a b"])
+
+
+def test_rank_that_alone_finds_bad_input_reports_it(monkeypatch, capsys):
+    waits = []
+    monkeypatch.setattr(time, "sleep", waits.append)
+    monkeypatch.setenv("LOCAL_RANK", "1")
+
+    def fail():
+        raise UserError("only here")
+
+    with pytest.raises(SystemExit) as end:
+        run_tool(fail)
+    assert end.value.code == 2
+    assert capsys.readouterr().err == "error: only here\n"
+    assert len(waits) == 1

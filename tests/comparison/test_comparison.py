@@ -12,7 +12,7 @@ from support.paths import ROOT
 from support.results import result
 from support.waiting import wait_until
 
-from maskmoe.comparison.comparison import Comparison, last_report
+from maskmoe.comparison.comparison import Comparison
 from maskmoe.comparison.data import Dataset
 from maskmoe.comparison.suite import Suite
 from maskmoe.comparison.table import read_table, write_table
@@ -56,13 +56,6 @@ def test_runs_are_selected_by_patterns_and_seeds(comparison):
     assert titles == ["maskmoe-uniform.seed-2", "maskmoe.seed-2"]
     with pytest.raises(UserError, match="no run of the suite has such a name"):
         comparison.selected(["maskmoe"], [3])
-
-
-def test_the_report_of_the_last_check_counts():
-    """A stage whose command has changed is repeated, and its log keeps what the first attempt wrote."""
-    logs = [f"warning: x\n{json.dumps({'parameters': {'active': number}}, indent=2)}\n" for number in (1, 2)]
-    assert last_report("".join(logs) + "the end\n") == {"parameters": {"active": 2}}
-    assert last_report(logs[0].removeprefix("warning: x\n")) == {"parameters": {"active": 1}}
 
 
 def test_losses_are_compared_with_another_table(comparison, tmp_path):

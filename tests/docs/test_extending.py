@@ -8,7 +8,7 @@ import pytest
 from support.documentation import DOCS, bash_blocks, run_script
 from support.paths import ROOT
 
-from maskmoe.training.settings.changed_settings import schedule_of
+from maskmoe.training.resume.changed_settings import schedule_of
 
 PAGE = DOCS / "extending.md"
 BATCH = 8

@@ -22,7 +22,7 @@ from maskmoe.conversion.megatron_models import TorchDistSource
 from maskmoe.conversion.settings import Settings
 from maskmoe.conversion.tensor_sources import Block
 from maskmoe.routing_mask.feed_forward_layers import FeedForwardLayers
-from maskmoe.training.settings.arguments import add_maskmoe_arguments
+from maskmoe.training.settings.flags import add_maskmoe_arguments
 
 pytestmark = pytest.mark.usefixtures("one_rank")
 

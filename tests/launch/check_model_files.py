@@ -16,8 +16,8 @@ from typing import Any
 from maskmoe.megatron_compat import prepare_process
 
 prepare_process()
+from maskmoe.routing_mask.feed_forward_layers import FeedForwardLayers
 from maskmoe.training.preflight.inspection import Inspection
-from maskmoe.training.settings.pretraining_arguments import add_pretraining_arguments
 
 
 class Collector(logging.Handler):
@@ -38,14 +38,14 @@ def answer(ranks: int) -> dict[str, Any]:
     with contextlib.redirect_stdout(io.StringIO()) as printed, warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
         warnings.simplefilter("ignore", DeprecationWarning)  # Megatron's code causes them for any settings
-        report = Inspection(ranks, add_pretraining_arguments).report()
+        inspection = Inspection(ranks)
+        report = inspection.report()
     logging.getLogger().removeHandler(collector)
     # Megatron logs the deprecation for every model that is built.
     logged = [message for message in collector.messages if not message.startswith("GPTModel IS DEPRECATED")]
     messages = [*logged, *(str(warning.message) for warning in caught)]
     messages += [line for line in printed.getvalue().splitlines() if "warn" in line.lower()]
-    missing = {missing.what: missing.commands for missing in report.missing}
-    findings = {"errors": report.errors, "notes": report.notes, "warnings": messages, "missing": missing}
+    findings = {"errors": report.errors, "notes": report.notes, "warnings": messages}
     if report.layout is None or report.model is None or report.memory is None:
         return findings
     layout = report.layout
@@ -54,6 +54,7 @@ def answer(ranks: int) -> dict[str, Any]:
         "active": report.model.active(report.model.expert_use.most),
         "memory": [stage.total for stage in report.memory.stages],
         "layout": [layout.tensor, layout.pipeline, layout.expert, layout.data],
+        "layers_of_mask": len(FeedForwardLayers.of_args(inspection.args).has_experts),
     }
 
 

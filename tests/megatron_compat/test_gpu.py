@@ -11,9 +11,9 @@ from megatron.training.arguments import parse_args, validate_args
 
 from maskmoe.megatron_compat import cpu, gpu
 from maskmoe.megatron_compat.gpu import GpuPackages
-from maskmoe.training.settings.arguments import add_maskmoe_arguments
+from maskmoe.training.settings.flags import add_maskmoe_arguments
 from maskmoe.training.settings.refused_settings import missing_transformer_engine
-from maskmoe.training.settings.setup import model_config_from_args
+from maskmoe.training.settings.run_settings import model_config_from_args
 
 # Megatron's defaults that fail without Transformer Engine or Apex, and the values that work.
 WITHOUT_PACKAGES = {

@@ -17,7 +17,7 @@ from maskmoe.command_line.pretrain import has_flags_only
 from maskmoe.command_line.run_tool import run_tool
 
 TRAINING = {"pretrain": "maskmoe.training.pretrain", "evaluate": "maskmoe.training.evaluate"}
-TRAINING |= {"generate": "maskmoe.training.generate"}
+TRAINING |= {"generate": "maskmoe.training.generate", "check": "maskmoe.training.check"}
 
 
 @dataclass(frozen=True)
@@ -72,7 +72,8 @@ def run_command(*words: object, starts_ranks: bool = False) -> Outcome:
         contextlib.redirect_stderr(errors),
     ):
         launches = starts_ranks or (command[0] == "pretrain" and not has_flags_only(command[1:]))
-        module = None if launches else TRAINING.get(command[0])
+        is_check = command[0] == "pretrain" and any(word.partition("=")[0] == "--check" for word in command)
+        module = None if launches else TRAINING.get("check" if is_check else command[0])
         patch.setattr(sys, "argv", ["maskmoe", *command] if module is None else [f"{command[0]}.py", *command[1:]])
         patch.setattr("signal.signal", lambda *_: None)
         for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK"):
@@ -91,7 +92,7 @@ def parse_training(parser: argparse.ArgumentParser, words: Sequence[str]) -> arg
     """Parse a command line of training and check its numbers, as a run and `--check` do first. Raises UserError."""
     from maskmoe.command_line.parser import refuse_unknown_flags
     from maskmoe.errors import UserError
-    from maskmoe.training.settings.flag_values import value_errors
+    from maskmoe.training.settings.refused_settings import value_errors
 
     refuse_unknown_flags(parser, words)
     args = parser.parse_args(words)

@@ -40,7 +40,7 @@ def import_training() -> None:
     from maskmoe.megatron_compat import prepare_process
 
     prepare_process()
-    import maskmoe.training.preflight.command
+    import maskmoe.training.preflight.inspection
     import maskmoe.training.trainer  # noqa: F401
 
     # A fork has no other thread than the one that forks.

@@ -10,8 +10,8 @@ from megatron.training.arguments import parse_args, validate_args
 from megatron.training.models.gpt import GPTModelBuilder, GPTModelConfig
 
 from maskmoe.training.loop.model_builder import MaskMoEGPTModelBuilder, MaskMoEGPTModelConfig
-from maskmoe.training.settings.arguments import add_maskmoe_arguments
-from maskmoe.training.settings.setup import model_config_from_args
+from maskmoe.training.settings.flags import add_maskmoe_arguments
+from maskmoe.training.settings.run_settings import model_config_from_args
 from maskmoe.transformer.models import DenseGPTModel
 
 VOCAB_SIZE = 128

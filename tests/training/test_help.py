@@ -7,11 +7,10 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
-from megatron.training.arguments import add_megatron_arguments
 from support.launchers import Outcome, start_ranks
 
 from maskmoe.megatron_compat.patches import escape_percent_signs_in_help
-from maskmoe.training.help_page import MEGATRON_FLAGS, help_page
+from maskmoe.training.help_page import help_page
 
 ENTRY_POINTS = ("pretrain", "evaluate", "generate")
 
@@ -51,14 +50,7 @@ def test_help_imports_neither_torch_nor_megatron(name: str, monkeypatch, capsys)
     printed = capsys.readouterr().out
     assert printed == help_page(name)
     assert "\nMaskMoE:\n  --routing-mask FILE" in printed
-    assert "--help-all shows all flags" in printed
-
-
-@pytest.mark.parametrize("name", ENTRY_POINTS)
-def test_flags_of_megatron_on_the_page_exist(name: str) -> None:
-    parser = add_megatron_arguments(argparse.ArgumentParser(allow_abbrev=False))
-    flags = {flag for flags in MEGATRON_FLAGS[name].values() for flag in flags.split()}
-    assert flags <= parser._option_string_actions.keys()
+    assert "--help-all shows" in printed
 
 
 def test_help_with_a_stray_percent_sign_is_printed_as_it_is() -> None:

@@ -20,16 +20,12 @@ from maskmoe.errors import UserError
 from maskmoe.megatron_compat.globals import get_tokenizer
 from maskmoe.routing_mask.feed_forward_layers import FeedForwardLayers
 from maskmoe.routing_mask.frequency import FrequencyBands, TokenFrequency, count_token_frequency
+from maskmoe.training.inference.flags import add_evaluation_arguments
+from maskmoe.training.inference.loading import check_output, load_model, write_on_first_rank
 from maskmoe.training.inference.token_losses import build_whole_split, losses_of_all, sum_over_ranks
 from maskmoe.training.loop.rank_store import sharing_failures
-from maskmoe.training.settings.inference_arguments import add_evaluation_arguments
-from maskmoe.training.settings.setup import (
-    check_output,
-    leaving_process_groups,
-    load_model,
-    parse_and_check_args,
-    write_on_first_rank,
-)
+from maskmoe.training.settings.checks import parse_and_check_args
+from maskmoe.training.settings.run_settings import leaving_process_groups
 from maskmoe.training.watch.console import console
 from maskmoe.transformer.router import MaskMoERouter
 from maskmoe.transformer.token_ids import TokenIds

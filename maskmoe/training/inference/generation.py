@@ -10,16 +10,12 @@ from torch import Tensor
 from maskmoe.errors import UserError
 from maskmoe.files.untrusted import reading
 from maskmoe.megatron_compat.globals import get_tokenizer
+from maskmoe.training.inference.flags import add_generation_arguments
+from maskmoe.training.inference.loading import check_output, load_model, write_on_first_rank
 from maskmoe.training.inference.prompts import Prompts, check_prompt
 from maskmoe.training.loop.rank_store import sharing_failures
-from maskmoe.training.settings.inference_arguments import add_generation_arguments
-from maskmoe.training.settings.setup import (
-    check_output,
-    leaving_process_groups,
-    load_model,
-    parse_and_check_args,
-    write_on_first_rank,
-)
+from maskmoe.training.settings.checks import parse_and_check_args
+from maskmoe.training.settings.run_settings import leaving_process_groups
 from maskmoe.training.watch.console import console, progress_bar
 
 

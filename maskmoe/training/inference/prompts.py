@@ -1,44 +1,17 @@
 """Takes the prompts of text generation from the command line or a file."""
 
 import json
-from argparse import ArgumentParser, Namespace, _ArgumentGroup, _MutuallyExclusiveGroup
+from argparse import Namespace
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from maskmoe.command_line import ranges
 from maskmoe.errors import UserError
 from maskmoe.files.json_files import Line, read_lines
 from maskmoe.files.untrusted import refuse_surrogates
 
 _JSON_LINES = ".jsonl"
 _KEY = "prompt"
-
-
-def add_prompt_arguments(parser: ArgumentParser | _ArgumentGroup) -> _MutuallyExclusiveGroup:
-    """Add `--prompt` and `--prompts-file`, exactly one of which is needed, and `--batch-size`.
-
-    Returns:
-        The group of the first two, to which further sources of prompts can be added.
-    """
-    source = parser.add_mutually_exclusive_group(required=True)
-    source.add_argument("--prompt", metavar="TEXT", help="the text to continue")
-    source.add_argument(
-        "--prompts-file",
-        type=Path,
-        metavar="FILE",
-        help=f"file of texts to continue: one text a line, or JSON lines with the key `{_KEY}` if the name ends in "
-        f"`{_JSON_LINES}`. The output is JSON lines with the key `text`",
-    )
-    parser.add_argument(
-        "--batch-size",
-        dest="prompts_per_batch",
-        type=ranges.BATCH_SIZE,
-        default=8,
-        metavar="N",
-        help="continue this many texts of --prompts-file at a time",
-    )
-    return source
 
 
 def check_prompt(prompt_ids: Sequence[int], max_new_tokens: int, positions: int | None) -> None:

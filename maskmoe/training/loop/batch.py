@@ -16,7 +16,7 @@ from torch import Tensor
 
 from maskmoe.megatron_compat.globals import get_args, get_tokenizer
 from maskmoe.training.loop.fill_in_middle import FillInMiddleDataset, token_settings
-from maskmoe.training.settings.requested_samples import samples_to_request
+from maskmoe.training.settings.layout import samples_to_request
 from maskmoe.training.watch.console import console
 from maskmoe.transformer.packed_documents import PackedDocuments
 

@@ -12,8 +12,6 @@ from maskmoe.training.watch.console import console
 
 _HELP_FLAGS = {"-h", "--help"}
 _FULL_HELP_FLAG = "--help-all"
-# The report of `--check`, and the help, are the output of the process.
-_UNROUTED_FLAGS = {"--check", _FULL_HELP_FLAG}
 
 
 def run_rank(main: Callable[[], None], name: str) -> None:
@@ -36,7 +34,8 @@ def run_rank(main: Callable[[], None], name: str) -> None:
     # Exit handlers run in the reverse order of their registration: register first, to run last.
     end = _End()
     atexit.register(end.exit)
-    if not _UNROUTED_FLAGS & flags:
+    # The report of a check, and the help, are the output of the process.
+    if name != "check" and _FULL_HELP_FLAG not in flags:
         console.route(sys.stdout if name == "pretrain" else sys.stderr)
     if _FULL_HELP_FLAG in flags:
         sys.argv[1:] = ["--help"]

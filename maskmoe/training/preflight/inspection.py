@@ -1,8 +1,13 @@
 """Inspects the command line and the files of a run before it starts: finds all errors, and measures the run."""
 
-import re
+import io
+import json
+import logging
+import sys
+import warnings
 from argparse import ArgumentParser, Namespace
 from collections.abc import Iterator
+from contextlib import redirect_stdout
 from copy import deepcopy
 from pathlib import Path
 
@@ -15,24 +20,25 @@ from megatron.training.global_vars import rebuild_tokenizer
 
 from maskmoe.checkpoint.series import choose_checkpoint, non_persistent_folder
 from maskmoe.command_line.parser import OneLineParser
+from maskmoe.command_line.run_tool import EXIT_BAD_INPUT
 from maskmoe.errors import UserError
+from maskmoe.files.outputs import atomic_output
 from maskmoe.megatron_compat import cpu
 from maskmoe.megatron_compat.gpu import GpuPackages
 from maskmoe.training.loop.model_builder import MaskMoEModelConfig
-from maskmoe.training.preflight.cost import TrainingCost, compute_cost
-from maskmoe.training.preflight.memory import MemoryReport, compute_memory
-from maskmoe.training.preflight.parameters import ModelParameters, count_parameters
-from maskmoe.training.preflight.report import Report
+from maskmoe.training.preflight.memory import compute_memory
+from maskmoe.training.preflight.parameters import count_parameters
+from maskmoe.training.preflight.report import Report, compute_cost
 from maskmoe.training.resume.choose_checkpoint import check_pretrained_model
+from maskmoe.training.settings.checks import RunChecks
+from maskmoe.training.settings.flags import add_check_arguments, add_pretraining_arguments
 from maskmoe.training.settings.layout import Layout
-from maskmoe.training.settings.megatron_errors import megatrons_checks
-from maskmoe.training.settings.missing_inputs import ASSUMED_VOCAB_SIZE
-from maskmoe.training.settings.run_checks import ArgumentsProvider, RunChecks
-from maskmoe.training.settings.setup import model_config_from_args
+from maskmoe.training.settings.run_settings import megatrons_checks, model_config_from_args
 
 # Reading the token ids of a larger dataset would take more than a few seconds.
 _MOST_BYTES_READ = 1 << 30
-
+# The number of ids that the report assumes if neither a tokenizer nor a flag nor a mask says it.
+_ASSUMED_VOCAB_SIZE = 32_000
 # The machine of the check may lack Transformer Engine, and Megatron then refuses the settings that are replaced here.
 # None of them changes the shape of a parameter.
 _WITHOUT_TRANSFORMER_ENGINE = {
@@ -42,55 +48,86 @@ _WITHOUT_TRANSFORMER_ENGINE = {
     "fp8": None,
     "fp4": None,
 }
-_MISSING_TRANSFORMER_ENGINE = re.compile(
-    r"^invalid settings: .*(transformer.?engine|TE >|is_te_min_version)", re.IGNORECASE
-)
+
+
+def main() -> None:
+    """Print what the run of this process's command line would be; exit with code 2 if the run would be refused.
+
+    The report goes to stdout, and to the file in `--json`. Each error also goes to stderr, as a line that begins with
+    `error: `.
+
+    Raises:
+        UserError: The number of ranks is not a number of at least 1, or is missing.
+    """
+    request, _ = add_check_arguments(OneLineParser(add_help=False)).parse_known_args()
+    if request.check is None:
+        raise UserError("pass --check with the number of ranks of the run")
+    report = inspect_run(request.check)
+    if request.check_json is not None:
+        with atomic_output(request.check_json) as unfinished:
+            unfinished.write_text(json.dumps(report.to_json(), indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+    print(report.to_text(), flush=True)
+    for error in report.errors:
+        print(f"error: {error}", file=sys.stderr)
+    if report.errors:
+        sys.exit(EXIT_BAD_INPUT)
+
+
+def inspect_run(ranks: int) -> Report:
+    """Check a run with the command line of this process, and work out its layout, parameters and memory.
+
+    Args:
+        ranks: The number of ranks of the run.
+    """
+    # Drop everything that Megatron prints, logs and warns of while it parses, validates and builds.
+    logging.disable(logging.WARNING)
+    with redirect_stdout(io.StringIO()), warnings.catch_warnings(action="ignore"):
+        try:
+            return Inspection(ranks).report()
+        except UserError as error:
+            return Report((str(error),))
 
 
 class Inspection(RunChecks):
     """Makes the checks of a run alone, for ranks that are started elsewhere, and measures the run.
 
     Args:
-        num_ranks: the number of ranks that the run would have.
-        own_arguments: adds the arguments of the entry point to the common arguments.
+        num_ranks: The number of ranks that the run would have.
 
     Raises:
-        UserError: the command line of this process has unknown flags.
+        UserError: The command line of this process has unknown flags.
     """
 
-    def __init__(self, num_ranks: int, own_arguments: ArgumentsProvider) -> None:
-        # Without GPUs here, the run is on other machines.
-        super().__init__(own_arguments, GpuPackages() if cpu.is_installed() else GpuPackages.installed())
+    def __init__(self, num_ranks: int) -> None:
+        super().__init__(lambda parser: add_check_arguments(add_pretraining_arguments(parser)))
+        if cpu.is_installed():
+            self.packages = GpuPackages()  # without GPUs here, the run is on other machines
         self._lacks_libraries = False
         self.args.world_size, self.args.rank = num_ranks, 0
 
     def report(self) -> Report:
         """Make all checks, and compute the layout, parameters and memory as far as they are known."""
-        errors = []
-        for error in self.errors():
-            # An error that only a missing Transformer Engine causes is no error of a machine that has it.
-            has_transformer_engine = self.packages is not None and self.packages.transformer_engine
-            if has_transformer_engine and not HAVE_TE and _MISSING_TRANSFORMER_ENGINE.match(error):
-                self.notes.append(f"cannot be judged on this machine, which lacks Transformer Engine: {error}")
-            else:
-                errors.append(error)
-        faults = [error for error in errors if error not in map(str, self.missing)]
+        errors = list(self.errors())
         args, layout, model, memory, cost = self.args, None, None, None, None
         if self.is_validated:
             layout = Layout.from_args(args)
             self._assume_vocabulary()
             try:
-                model, memory, cost = self._measure()
+                config = _model_config(args)
+                # Build the model without memory.
+                with megatrons_checks("the model cannot be made"):
+                    model = count_parameters(args, config, self.mask)
+                memory, cost = compute_memory(args, config.transformer, model), compute_cost(args, model.expert_use)
             except UserError as error:
-                if not faults:  # otherwise the fault is why the model cannot be made
-                    (self.notes if self._lacks_libraries else faults).append(str(error))
+                # Libraries that only this machine lacks are no error of the run.
+                (self.notes if self._lacks_libraries else errors).append(str(error))
         if self.mask is None and args.num_experts and model is not None:
             self.notes.append(
                 f"without a routing mask, the report assumes that each token uses {args.moe_router_topk} experts "
                 "(--moe-router-topk); a token with fewer visible experts uses fewer"
             )
-        faults, notes = (tuple(dict.fromkeys(lines)) for lines in (faults, self.notes))
-        return Report(faults, notes, layout, model, memory, cost, tuple(self.missing))
+        errors, notes = (tuple(dict.fromkeys(lines)) for lines in (errors, self.notes))
+        return Report(errors, notes, layout, model, memory, cost)
 
     # ---- What differs from the checks of a rank ----------------------------------------------------------------------
 
@@ -116,7 +153,7 @@ class Inspection(RunChecks):
         return choice.checkpoint
 
     def check_pretrained_model(self) -> None:
-        """Check the checkpoint in `--pretrained-checkpoint`."""
+        """Check the checkpoint in `--pretrained-checkpoint`, but not its content."""
         check_pretrained_model(self.args, self.checkpoint)
 
     def missing_libraries(self) -> Iterator[str]:
@@ -138,36 +175,24 @@ class Inspection(RunChecks):
         with megatrons_checks(f"the tokenizer ({self.args.tokenizer_type} {self.args.tokenizer_model}) cannot be made"):
             rebuild_tokenizer(self.args)
 
-    def most_bytes_read(self) -> float | None:
+    def most_bytes_read(self) -> float:
         """Return the size of a dataset that is read quickly."""
         return _MOST_BYTES_READ
 
     # ---- What the run needs ------------------------------------------------------------------------------------------
-
-    def _measure(self) -> tuple[ModelParameters, MemoryReport, TrainingCost]:
-        """Build the model without memory, and return its parameters, memory and cost. Raises UserError."""
-        args = self.args
-        config = _model_config(args)
-        with megatrons_checks("the model cannot be made"):
-            model = count_parameters(args, config, self.mask)
-        return model, compute_memory(args, config.transformer, model), compute_cost(args, model.expert_use)
 
     def _assume_vocabulary(self) -> None:
         """Set the padded vocabulary size if there is no tokenizer, and add a note."""
         args = self.args
         if args.padded_vocab_size:
             return
-        size, source = ASSUMED_VOCAB_SIZE, "pass --vocab-size N for another number"
+        size, source = _ASSUMED_VOCAB_SIZE, "pass --vocab-size N for another number"
         if args.vocab_size:
             size, source = args.vocab_size, "--vocab-size"
         elif self.mask is not None:
             size, source = self.mask.vocab_size, "the routing mask's"
         args.padded_vocab_size = vocab_size_with_padding(size, args, logging_enabled=False)
-        of_thousand = 1000 * (args.hidden_size or 0) * (2 if args.untie_embeddings_and_output_weights else 1)
-        self.notes.append(
-            f"without a tokenizer, the report assumes a vocabulary of {size:,} ids ({source}); 1,000 ids are "
-            f"{of_thousand / 1e6:.3g} M parameters"
-        )
+        self.notes.append(f"without a tokenizer, the report assumes a vocabulary of {size:,} ids ({source})")
 
 
 def _model_config(args: Namespace) -> MaskMoEModelConfig:

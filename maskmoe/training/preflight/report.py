@@ -1,18 +1,20 @@
-"""The result of `--check`, its form as JSON, and its form as text for people."""
+"""The result of `--check`, with the operations of a run, its form as JSON, and its form as text for people."""
 
+from argparse import Namespace
 from collections.abc import Iterable
+from copy import deepcopy
 from dataclasses import asdict, dataclass
 from itertools import groupby
 from typing import Any
 
 from megatron.core.models.hybrid.hybrid_layer_allocation import Symbols
+from megatron.training.training import num_floating_point_operations
 
 from maskmoe.files.outputs import render_template
-from maskmoe.training.preflight.cost import TrainingCost
+from maskmoe.routing_mask.expert_use import ExpertUse
 from maskmoe.training.preflight.memory import ESTIMATED, EXACT, MemoryReport
 from maskmoe.training.preflight.parameters import Chunk, ModelParameters
-from maskmoe.training.settings.layout import Layout
-from maskmoe.training.settings.missing_inputs import MissingInput
+from maskmoe.training.settings.layout import Layout, trained_samples
 
 KINDS = {
     Symbols.ATTENTION: "attention",
@@ -26,40 +28,64 @@ KINDS = {
 
 
 @dataclass(frozen=True)
+class TrainingCost:
+    """The floating-point operations of a training run.
+
+    Attributes:
+        flops_per_token: operations of the forward and the backward pass, without recomputation.
+        tokens: all tokens of the run, those before a checkpoint included.
+    """
+
+    flops_per_token: float
+    tokens: int
+
+    @property
+    def flops(self) -> float:
+        """Return the operations of the whole run."""
+        return self.flops_per_token * self.tokens
+
+
+def compute_cost(args: Namespace, expert_use: ExpertUse) -> TrainingCost:
+    """Count the operations of a training run as Megatron does, with the experts that tokens use under the mask.
+
+    Args:
+        args: arguments that Megatron has validated.
+        expert_use: how many experts tokens use.
+    """
+    counted = deepcopy(args)
+    counted.moe_router_topk = expert_use.mean
+    if args.hybrid_layer_pattern is not None:
+        # Megatron counts no latent attention in hybrid models. Count it as attention.
+        counted.hybrid_layer_pattern = args.hybrid_layer_pattern.replace(Symbols.MLA, Symbols.ATTENTION)
+    flops = num_floating_point_operations(counted, batch_size=1)
+    return TrainingCost(flops / args.seq_length, trained_samples(args) * args.seq_length)
+
+
+@dataclass(frozen=True)
 class Report:
     """Everything that `--check` finds out about a run.
 
     Attributes:
-        faults: the errors that the run would end with, one line each, without those of missing inputs.
-        notes: facts that the user should know but that do not stop the run, one line each.
-        layout: how the run is divided; None if its sizes do not divide each other.
-        model: the parameters of the model; None if the model cannot be built.
-        memory: the memory of the run; None if the layout or the model is unknown.
-        cost: the operations of the run; None if the layout or the model is unknown.
-        missing: the inputs that the command line does not name.
+        errors: The errors that the run would end with, one line each.
+        notes: Facts that the user should know but that do not stop the run, one line each.
+        layout: How the run is divided; None if its sizes do not divide each other.
+        model: The parameters of the model; None if the model cannot be built.
+        memory: The memory of the run; None if the layout or the model is unknown.
+        cost: The operations of the run; None if the layout or the model is unknown.
     """
 
-    faults: tuple[str, ...]
+    errors: tuple[str, ...]
     notes: tuple[str, ...] = ()
     layout: Layout | None = None
     model: ModelParameters | None = None
     memory: MemoryReport | None = None
     cost: TrainingCost | None = None
-    missing: tuple[MissingInput, ...] = ()
-
-    @property
-    def errors(self) -> tuple[str, ...]:
-        """All errors that the run would end with, one line each; those of missing inputs are last."""
-        return (*self.faults, *map(str, self.missing))
 
     def to_json(self) -> dict[str, Any]:
         """Return the report as JSON values; these keys are stable.
 
         - `can_start`: whether the run could start. The exit code is 0 if it could, else 2.
-        - `errors`, `notes`: lists of lines. The run could start if there is no error. Inputs that the command line does
-          not name are errors, too.
-        - `missing`: for each of these inputs `what`, a word for people; the `flags` that would name it; and the
-          `commands` that make it, a list of lines.
+        - `errors`, `notes`: lists of lines. The run could start if there is no error.
         - `layout`: null if the sizes do not divide each other. Else `ranks`; the parallel sizes `tensor`, `pipeline`,
           `context`, `data`, `expert`, `expert_tensor`, `expert_data` and `virtual_pipeline`; `micro_batch_group`;
           `micro_batch` and `global_batch` in samples; `micro_batches` of a rank in a step; `seq_length` and
@@ -73,9 +99,8 @@ class Report:
           experts, and the means `mean_active` and `mean_experts_per_token` over the counted tokens;
           `padded_vocab_size`.
         - `memory`: null if the layout or the model is unknown. Else, in bytes of one rank, `stages`: for each pipeline
-          stage the bytes of each purpose, `total`, `doubled_rows` (additional bytes if the experts get twice their
-          share of rows) and `micro_batches_in_flight`; `largest_stage`, an index of `stages`; `exact`, the purposes
-          whose bytes are not estimated.
+          stage the bytes of each purpose, `total` and `micro_batches_in_flight`; `largest_stage`, an index of `stages`;
+          `exact`, the purposes whose bytes are not estimated.
         - `cost`: null if the layout or the model is unknown. Else `flops_per_token`, the floating-point operations of
           the forward and backward pass; the run's `tokens`; and `flops`, all operations of the run.
         """
@@ -108,18 +133,20 @@ class Report:
             }
         if self.cost:
             cost = asdict(self.cost) | {"flops": self.cost.flops}
-        findings: dict[str, Any] = {
+        return {
             "can_start": not self.errors,
             "errors": list(self.errors),
             "notes": list(self.notes),
+            "layout": layout,
+            "layers": layers,
+            "parameters": parameters,
+            "memory": memory,
+            "cost": cost,
         }
-        findings["missing"] = [missing._asdict() | {"commands": list(missing.commands)} for missing in self.missing]
-        findings |= {"layout": layout, "layers": layers, "parameters": parameters}
-        return findings | {"memory": memory, "cost": cost}
 
     def to_text(self) -> str:
         """Return the report for people, without its errors; `templates/report.txt.j2` is its layout."""
-        values = vars(self) | {"errors": self.errors, "exact": EXACT, "purposes": EXACT | ESTIMATED}
+        values = vars(self) | {"exact": EXACT, "purposes": EXACT | ESTIMATED}
         filters = {"gib": _gib, "run_lengths": _run_lengths, "kinds": _describe_layers}
         return render_template("maskmoe.training.preflight", "report.txt.j2", values, filters).rstrip("\n")
 

@@ -1,13 +1,17 @@
-"""The arithmetic of a run: how ranks and batch are divided."""
+"""How a run is divided: ranks, parallel sizes and pipeline stages, batches, iterations and samples."""
 
 import math
+import sys
 from argparse import Namespace
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
+from itertools import pairwise
+from typing import NamedTuple
 
-from maskmoe.errors import UserError
-from maskmoe.training.settings.batch_sizes import BatchSizes
+from megatron.core.num_microbatches_calculator import StepBatchsizeNumMicroBatchesCalculator
+
+from maskmoe.errors import UserError, reason_of
 
 
 @dataclass(frozen=True)
@@ -140,3 +144,136 @@ def _nearest(value: int, step: int) -> str:
     """Name the multiples of `step` next to `value`, such as `16 or 24`."""
     below = value // step * step
     return f"{below} or {below + step}" if below else str(step)
+
+
+class BatchSizes(NamedTuple):
+    """The numbers of samples in the iterations of a run.
+
+    Attributes:
+        phases: for each phase of training, the smallest number of samples that are read before the phase begins, and
+            the number of samples in an iteration of the phase. A run without `--step-batch-size-schedule` has one
+            phase.
+    """
+
+    phases: tuple[tuple[int, int], ...]
+
+    @classmethod
+    def from_args(cls, args: Namespace) -> "BatchSizes":
+        """Return the batch sizes that arguments describe.
+
+        Args:
+            args: arguments that Megatron has validated, or that have `--step-batch-size-schedule`.
+
+        Raises:
+            UserError: the schedule cannot be read.
+        """
+        schedule = args.step_batch_size_schedule
+        if schedule is None:
+            return cls(((0, args.global_batch_size),))
+        try:
+            # Megatron reads the schedule in its constructor. A micro-batch of 1 sample divides every size.
+            calculator = StepBatchsizeNumMicroBatchesCalculator(1, 1, False, 1, schedule, args.seq_length)
+        except (AssertionError, ValueError, OverflowError) as error:
+            raise UserError(f"--step-batch-size-schedule {schedule!r} cannot be read: {reason_of(error)}") from error
+        return cls(tuple(calculator.schedule))
+
+    @property
+    def sizes(self) -> tuple[int, ...]:
+        """The number of samples in an iteration of each phase."""
+        return tuple(size for _, size in self.phases)
+
+    def sizes_from(self, iteration: int) -> tuple[int, ...]:
+        """Return the number of samples in an iteration of each phase that is not over after some iterations."""
+        begin = self.samples(iteration)
+        ends = [*(begin_of_next for begin_of_next, _ in self.phases[1:]), math.inf]
+        return tuple(size for size, end in zip(self.sizes, ends, strict=True) if end > begin)
+
+    def iterations(self, samples: int) -> int:
+        """Return the number of whole iterations, from the beginning of a run, for which these samples are enough."""
+        iterations = 0
+        for size, most in self._lengths():
+            of_phase = min(samples // size, most)
+            iterations, samples = iterations + of_phase, samples - of_phase * size
+            if of_phase < most:
+                break
+        return iterations
+
+    def samples(self, iterations: int) -> int:
+        """Return the number of samples that this number of iterations reads, from the beginning of a run."""
+        samples = 0
+        for size, most in self._lengths():
+            of_phase = min(iterations, most)
+            iterations, samples = iterations - of_phase, samples + of_phase * size
+        return samples
+
+    def _lengths(self) -> Iterator[tuple[int, int]]:
+        """Yield the batch size of each phase, and its number of iterations, which is unlimited for the last phase."""
+        samples = 0
+        for (_, size), (end, _) in pairwise(self.phases):
+            iterations = max(0, -(-(end - samples) // size))  # the iteration that reaches the end is whole
+            yield size, iterations
+            samples += iterations * size
+        yield self.phases[-1][1], sys.maxsize
+
+
+def training_iterations(args: Namespace) -> int:
+    """Return the number of iterations of a run; 0 if the arguments do not say it.
+
+    Megatron sets `args.train_iters` of a run with `--train-samples` only when it makes the optimizer.
+
+    Args:
+        args: arguments that Megatron has validated.
+    """
+    return args.train_iters or BatchSizes.from_args(args).iterations(args.train_samples or 0)
+
+
+def trained_samples(args: Namespace) -> int:
+    """Return the number of samples that a run reads in all its iterations.
+
+    Args:
+        args: arguments that Megatron has validated.
+    """
+    return BatchSizes.from_args(args).samples(training_iterations(args))
+
+
+def requested_training_samples(args: Namespace, iteration: int = 0, consumed: int = 0) -> int:
+    """Return the number of samples that a run asks its training data for.
+
+    With `--train-iters`, Megatron asks for samples as if all iterations had the batch size of this run. If earlier
+    iterations had larger batches, a run asks for the samples of its remaining iterations in addition to the consumed
+    samples.
+
+    Args:
+        args: arguments that Megatron has validated.
+        iteration: the iteration from which the run resumes.
+        consumed: the number of samples that were consumed before this iteration.
+    """
+    batch, iterations = args.global_batch_size or 0, args.train_iters or 0
+    return args.train_samples or max(iterations * batch, consumed + (iterations - iteration) * batch)
+
+
+def samples_to_request(args: Namespace, num_samples: Sequence[int | None]) -> list[int | None]:
+    """Return the numbers of samples of each dataset that last to the end of a run, at least the given numbers.
+
+    Megatron asks for the samples that the run would need if the run had had its settings from the beginning. A run that
+    resumes with a smaller batch or with fewer evaluations would then run out of samples. Without such a change, the
+    numbers do not change, and neither does the order of the samples.
+
+    Args:
+        args: Megatron's arguments after the checkpoint is loaded.
+        num_samples: the numbers of samples that Megatron asks the training, validation and test data for; None for one
+            epoch.
+    """
+    training, validation, test = num_samples
+    # Megatron also sets `train_iters` of a run with `--train-samples`. With `--phase-transition-iterations`, Megatron
+    # asks for the samples of one phase only.
+    if training is not None and not (args.train_samples or args.phase_transition_iterations):
+        training = max(training, requested_training_samples(args, args.iteration, args.consumed_train_samples))
+    if validation is not None and not args.skip_train:
+        before_first = (max(1, args.start_eval_at_iter or 0) - 1) // args.eval_interval
+        evaluations = max(0, args.iteration // args.eval_interval - before_first)
+        surplus = args.consumed_valid_samples - evaluations * args.eval_iters * args.eval_global_batch_size
+        if surplus > 0:
+            # Megatron refuses data of which all samples are consumed, even with `--eval-iters 0`.
+            validation = max(validation + surplus, args.consumed_valid_samples + 1)
+    return [training, validation, test]

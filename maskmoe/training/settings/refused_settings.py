@@ -1,24 +1,39 @@
-"""The settings of Megatron that training refuses beside a routing mask: one list, in the order of the reports.
+"""The settings that training refuses beside a routing mask: one list, in the order of the reports.
 
 A setting is here because with it a run would compute something wrong without a word, hang, or lose data, or because the
 setting has no meaning with masked routing. What Megatron itself refuses is not here.
 """
 
-from argparse import Namespace
-from collections.abc import Callable, Iterator
+from argparse import ArgumentTypeError, Namespace
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from importlib.util import find_spec
+from math import isfinite
 
-import torch
 from megatron.core.transformer.enums import LayerType
 from megatron.core.transformer.pipeline_parallel_layer_layout import PipelineParallelLayerLayout
 
+from maskmoe.command_line.parser import split
 from maskmoe.megatron_compat.gpu import GpuPackages
-from maskmoe.training.settings.arguments import may_change_mask
 from maskmoe.transformer.dispatch.flex import missing_library
 from maskmoe.transformer.torch_modules.gated_delta_net import check_gated_delta_net, uses_fla
 
 Predicate = Callable[[Namespace], bool | None]
+
+# Settings that must be above zero if they are given: sizes by which others are divided, lengths and intervals.
+_ABOVE_ZERO = (
+    *("num_layers", "hidden_size", "num_attention_heads", "seq_length", "num_experts", "moe_router_topk"),
+    *("tensor_model_parallel_size", "pipeline_model_parallel_size", "context_parallel_size"),
+    *("expert_model_parallel_size", "expert_tensor_parallel_size", "num_distributed_optimizer_instances"),
+    *("micro_batch_size", "global_batch_size", "eval_micro_batch_size", "eval_global_batch_size"),
+    *("train_iters", "train_samples", "log_interval", "eval_interval", "save_interval", "save_retain_interval"),
+)
+# Settings that must not be negative if they are given.
+_NOT_NEGATIVE = (
+    *("lr", "min_lr", "lr_warmup_init", "lr_warmup_iters", "lr_warmup_samples", "lr_warmup_fraction", "decoupled_lr"),
+    *("weight_decay", "start_weight_decay", "clip_grad", "moe_aux_loss_coeff", "moe_z_loss_coeff"),
+    *("moe_router_bias_update_rate", "eval_iters", "seed", "num_workers"),
+)
 
 
 @dataclass(frozen=True)
@@ -26,9 +41,9 @@ class Check:
     """A check of parsed arguments.
 
     Attributes:
-        name: the flags of the setting.
-        reason: a sentence that says why, and what to use instead if there is something.
-        applies: returns whether parsed arguments have the setting; Megatron need not have validated them.
+        name: The flags of the setting.
+        reason: A sentence that says why, and what to use instead if there is something.
+        applies: Returns whether parsed arguments have the setting; Megatron need not have validated them.
     """
 
     name: str
@@ -41,12 +56,51 @@ class Check:
         return f"{self.name} is not supported. {self.reason}"
 
 
-def refused_settings(args: Namespace) -> Iterator[str]:
-    """Yield an error for every setting that is refused.
+# ---- The functions of this module take parsed arguments; Megatron need not have validated them. ----------------------
+
+
+def value_errors(args: Namespace) -> Iterator[str]:
+    """Yield an error for each number that is not finite, or zero or negative where it cannot be.
+
+    With such a number, Megatron would train something else without a word, or divide by zero.
+    """
+    for name, setting in vars(args).items():
+        for value in setting if isinstance(setting, list | tuple) else (setting,):
+            if not isinstance(value, int | float) or isinstance(value, bool):
+                continue
+            flag = f"--{name.replace('_', '-')}"
+            if not isfinite(value):
+                yield f"{flag} must be a finite number, not {value}"
+            elif name in _ABOVE_ZERO and value <= 0:
+                yield f"{flag} must be above 0, not {value:g}"
+            elif name in _NOT_NEGATIVE and value < 0:
+                yield f"{flag} must not be negative, but is {value:g}"
+    if args.split is not None:
+        try:
+            split(args.split)
+        except ArgumentTypeError as problem:
+            yield f"--split {problem}"
+
+
+def missing_flags(args: Namespace, takes_learning_rate: bool = False) -> Iterator[str]:
+    """Yield an error for each missing flag that Megatron reports late, or by another name.
 
     Args:
-        args: parsed arguments; Megatron need not have validated them.
+        args: Parsed arguments.
+        takes_learning_rate: Whether the learning rate of a checkpoint replaces the arguments'.
     """
+    if args.seq_length is None and args.encoder_seq_length is None:
+        yield "no sequence length: pass --seq-length"
+    if args.skip_train:
+        return
+    if args.train_iters is None and args.train_samples is None:
+        yield "no length of training: pass --train-iters or --train-samples"
+    if args.lr is None and not takes_learning_rate:
+        yield "no learning rate: pass --lr"
+
+
+def refused_settings(args: Namespace) -> Iterator[str]:
+    """Yield an error for every setting that is refused."""
     yield from (check.message for check in REFUSED_SETTINGS if check.applies(args))
     if error := check_gated_delta_net(args, uses_fla()):
         yield error
@@ -56,24 +110,18 @@ def missing_transformer_engine(args: Namespace, packages: GpuPackages) -> Iterat
     """Yield an error if the layers need Transformer Engine, but the machines that train lack it.
 
     Args:
-        args: parsed arguments; Megatron need not have validated them.
-        packages: the packages of the machines that train.
+        args: Parsed arguments.
+        packages: The packages of the machines that train.
     """
+    cure = "install it, or leave the flag out"
     if args.transformer_impl == "transformer_engine" and not packages.transformer_engine:
-        yield (
-            "--transformer-impl transformer_engine needs Transformer Engine, which is not installed: install it, or "
-            "leave the flag out"
-        )
+        yield f"--transformer-impl transformer_engine needs Transformer Engine, which is not installed: {cure}"
     if args.moe_permute_fusion and not packages.permutation:
-        yield "--moe-permute-fusion needs Transformer Engine 2.6 or newer: install it, or leave the flag out"
+        yield f"--moe-permute-fusion needs Transformer Engine 2.6 or newer: {cure}"
 
 
 def missing_libraries(args: Namespace) -> Iterator[str]:
-    """Yield an error if a layer or the flex dispatcher needs a library that this machine lacks.
-
-    Args:
-        args: parsed arguments; Megatron need not have validated them.
-    """
+    """Yield an error if a layer or the flex dispatcher needs a library that this machine lacks."""
     if _pattern_has("M")(args) and find_spec("mamba_ssm") is None:
         yield (
             "--hybrid-layer-pattern with M needs the Python package mamba-ssm, which is not installed and needs a GPU: "
@@ -122,8 +170,11 @@ def _experts_contradict_pattern(args: Namespace) -> bool:
     return args.hybrid_layer_pattern is not None and _pattern_has("E")(args) != bool(args.num_experts)
 
 
-def _pattern_lacks_prediction(args: Namespace) -> bool:
-    return args.hybrid_layer_pattern is not None and "/" not in args.hybrid_layer_pattern and bool(args.mtp_num_layers)
+def _pattern_contradicts_flags(args: Namespace) -> bool:
+    pattern = args.hybrid_layer_pattern or ""
+    return ("*" in pattern and args.multi_latent_attention) or bool(
+        pattern and "/" not in pattern and args.mtp_num_layers
+    )
 
 
 def _flex_backend(args: Namespace) -> str | None:
@@ -133,15 +184,14 @@ def _flex_backend(args: Namespace) -> str | None:
     return "deepep" if args.moe_enable_deepep else args.moe_flex_dispatcher_backend
 
 
-_captures_graphs = _any(_has_value("cuda_graph_impl", "transformer_engine"), _given("external_cuda_graph"))
+def _captures_graphs(args: Namespace) -> bool:
+    return args.cuda_graph_impl != "none"
 
 
 def _captures_experts(args: Namespace) -> bool:
     """Return whether CUDA graphs would capture more than attention and dense MLPs."""
-    if _captures_graphs(args):
-        modules = args.cuda_graph_modules or getattr(args, "cuda_graph_scope_deprecated", None) or ["full"]
-        return not {getattr(module, "name", str(module)) for module in modules} <= {"attn", "mlp"}
-    return args.cuda_graph_impl in ("local", "full_iteration") or bool(_given("enable_cuda_graph")(args))
+    modules = {getattr(module, "name", module) for module in args.cuda_graph_modules or ["full"]}
+    return _captures_graphs(args) and (args.cuda_graph_impl != "transformer_engine" or not modules <= {"attn", "mlp"})
 
 
 def _hides_prediction(args: Namespace) -> bool:
@@ -158,12 +208,6 @@ def _hides_prediction(args: Namespace) -> bool:
     return any(LayerType.mtp in chunk and number not in searched for number, chunk in enumerate(chunks))
 
 
-def _jitter_vanishes(args: Namespace) -> bool:
-    """Return whether the jitter of the router's input is too small for the dtype of the input."""
-    dtype = torch.bfloat16 if args.bf16 else torch.float16 if args.fp16 else torch.float32
-    return bool(args.moe_input_jitter_eps) and args.moe_input_jitter_eps <= torch.finfo(dtype).eps / 2
-
-
 def _groups_do_not_fit(args: Namespace) -> bool:
     """Return whether k experts cannot be chosen from the groups of group-limited routing, one from each at least."""
     groups, chosen = args.moe_router_num_groups, args.moe_router_group_topk
@@ -172,14 +216,14 @@ def _groups_do_not_fit(args: Namespace) -> bool:
     return not chosen <= args.moe_router_topk <= chosen * (args.num_experts // groups)
 
 
-def _adds_biases_of_shared_experts_twice(args: Namespace) -> bool:
-    ranks_of_expert = args.expert_tensor_parallel_size or args.tensor_model_parallel_size
-    return bool(args.num_experts) and ranks_of_expert > 1 and args.add_bias_linear
-
-
 def _divides_tokens_of_experts_wrongly(args: Namespace) -> bool:
     is_divided = args.tensor_model_parallel_size > 1 and not args.sequence_parallel
     return bool(args.num_experts) and is_divided and not args.skip_train
+
+
+def _loses_gradients_of_experts(args: Namespace) -> bool:
+    overlaps = args.overlap_dispatch_backward_with_experts_wgrad
+    return overlaps and (args.overlap_grad_reduce or not args.gradient_accumulation_fusion)
 
 
 def _cuts_documents(args: Namespace) -> bool:
@@ -221,16 +265,12 @@ def _leaves_non_persistent_checkpoints_out(args: Namespace) -> bool:
     return args.non_persistent_ckpt_type == "local" or (args.non_persistent_ckpt_type is None and bool(is_asked_for))
 
 
-def _flags(flags: str, reason: str) -> Check:
-    """Return a check that refuses flags in every combination.
-
-    Args:
-        flags: the flags, separated by spaces.
-        reason: why the flags are refused.
-    """
-    *others, last = flags.split()
-    names = (flag.removeprefix("--").replace("-", "_") for flag in flags.split())
-    return Check(f"{', '.join(others)} or {last}" if others else last, reason, _given(*names))
+def _flags(reasons: Mapping[str, str]) -> Iterator[Check]:
+    """Yield a check for each group of flags, separated by spaces, that is refused in every combination."""
+    for flags, reason in reasons.items():
+        *others, last = flags.split()
+        names = (flag.removeprefix("--").replace("-", "_") for flag in flags.split())
+        yield Check(f"{', '.join(others)} or {last}" if others else last, reason, _given(*names))
 
 
 # ---- The list --------------------------------------------------------------------------------------------------------
@@ -247,11 +287,6 @@ MEANINGLESS_WITH_A_MASK = (
         _experts_contradict_pattern,
     ),
     Check(
-        "--change-routing-mask without --routing-mask",
-        "Without a mask in --routing-mask, a run uses the mask of the checkpoint.",
-        lambda args: may_change_mask(args) and args.routing_mask is None,
-    ),
-    Check(
         "--moe-router-topk above --num-experts",
         "A token cannot use more experts than there are.",
         lambda args: bool(args.num_experts) and args.moe_router_topk > args.num_experts,
@@ -266,23 +301,17 @@ MEANINGLESS_WITH_A_MASK = (
         "These routers ignore the routing mask. On GPUs, MaskMoE's own kernel routes without a flag.",
         _any(_given("moe_router_fusion"), _has_value("transformer_impl", "inference_optimized")),
     ),
-    _flags(
-        "--spec --experimental-attention-variant --linear-attention-freq --heterogeneous-layers-config-path "
-        "--heterogeneous-layers-config-encoded-json",
-        "MaskMoE builds the layer specification itself, because Megatron-Core's MoE layers ignore the mask.",
-    ),
-    _flags(
-        "--moe-routing-trace-path",
-        "Megatron's trace leaves out every layer in which a token has fewer than k experts. Use maskmoe analyze.",
-    ),
-    _flags(
-        "--moe-use-upcycling",
-        "A dense checkpoint holds no routing mask. Make the experts before training: maskmoe convert upcycle.",
-    ),
-    _flags(
-        "--sft",
-        "Megatron-Core's dataset fills up each sample with one id, which the routing mask sends to few experts. "
-        "Tokenize the conversations first, and use --dataloader-inter-document-masking.",
+    *_flags(
+        {
+            "--spec --experimental-attention-variant --linear-attention-freq --heterogeneous-layers-config-path "
+            "--heterogeneous-layers-config-encoded-json": "MaskMoE builds the layer specification itself, because "
+            "Megatron-Core's MoE layers ignore the mask.",
+            "--moe-routing-trace-path": "Megatron's trace leaves out every layer in which a token has fewer than k "
+            "experts. Use maskmoe analyze.",
+            "--moe-use-upcycling": "A dense checkpoint holds no routing mask. Use maskmoe convert upcycle.",
+            "--sft": "Megatron-Core's dataset fills up each sample with one id, which the routing mask sends to few "
+            "experts. Tokenize the conversations first, and use --dataloader-inter-document-masking.",
+        }
     ),
 )
 """The settings that contradict a routing mask."""
@@ -294,31 +323,19 @@ BROKEN_IN_MEGATRON = (
         _groups_do_not_fit,
     ),
     Check(
-        "--moe-input-jitter-eps below the precision of the router's input",
-        "1 + eps is 1 in the dtype of the activations, so the jitter vanishes. Use more than 3.91e-3 for bf16.",
-        _jitter_vanishes,
-    ),
-    Check(
         "--mlp-chunks-for-training above 1",
-        "The losses of the router would weigh as many times as there are chunks. To save memory, use "
-        "--recompute-granularity selective --recompute-modules moe.",
-        lambda args: (getattr(args, "mlp_chunks_for_training", None) or 0) > 1,
+        "The losses of the router would weigh as many times as there are chunks. Use --recompute-modules moe.",
+        lambda args: (args.mlp_chunks_for_training or 0) > 1,
     ),
     Check(
         "--moe-pad-expert-input-to-capacity with --moe-router-enable-expert-bias",
         "The bias would never move: it is updated from the padded load, which is equal for all experts.",
-        _all(_given("moe_pad_expert_input_to_capacity"), _given("moe_router_enable_expert_bias")),
+        lambda args: args.moe_pad_expert_input_to_capacity and args.moe_router_enable_expert_bias,
     ),
     Check(
         "--moe-token-dispatcher-type flex without --bf16",
         "DeepEP, HybridEP and NCCL-EP send bf16 only.",
         lambda args: _flex_backend(args) is not None and not args.bf16,
-    ),
-    Check(
-        "--expert-tensor-parallel-size above 1 without --disable-bias-linear",
-        "Each of the ranks that share an expert would add the bias of the expert. The size is "
-        "--tensor-model-parallel-size by default: pass --expert-tensor-parallel-size 1 to keep the biases.",
-        _adds_biases_of_shared_experts_twice,
     ),
     Check(
         "--tensor-model-parallel-size above 1 without --sequence-parallel",
@@ -329,15 +346,7 @@ BROKEN_IN_MEGATRON = (
         "--overlap-dispatch-backward-with-experts-wgrad with --overlap-grad-reduce or "
         "--no-gradient-accumulation-fusion",
         "Megatron-Core would reduce the experts' gradients before they are computed, or never read them.",
-        lambda args: (
-            args.overlap_dispatch_backward_with_experts_wgrad
-            and (args.overlap_grad_reduce or not args.gradient_accumulation_fusion)
-        ),
-    ),
-    _flags(
-        "--use-megatron-fsdp --use-torch-fsdp2",
-        "Megatron-FSDP divides the gradient of experts once too often, and saving hangs; FSDP2 excludes expert "
-        "parallelism. Use --use-distributed-optimizer.",
+        _loses_gradients_of_experts,
     ),
     Check(
         "--cross-entropy-loss-fusion without --bf16",
@@ -347,18 +356,16 @@ BROKEN_IN_MEGATRON = (
     Check(
         "--hybrid-layer-pattern with * with --multi-latent-attention, or without / with --mtp-num-layers",
         "Megatron-Core ignores the flags. Use + for latent attention, and append /*E for each predicted token.",
-        _any(_all(_pattern_has("*"), _given("multi_latent_attention")), _pattern_lacks_prediction),
+        _pattern_contradicts_flags,
     ),
     Check(
         "--pipeline-model-parallel-layout with m in a chunk that is neither the first nor a rank's last chunk",
-        "Multi-token prediction has a copy of the embedding, which Megatron-Core looks for only in the first chunk of "
-        "the first pipeline rank, and in the last chunks of the other ranks.",
+        "Megatron-Core would not find the copy of the embedding there, which multi-token prediction needs.",
         _hides_prediction,
     ),
     Check(
         "--reset-attention-mask with --no-create-attention-mask-in-dataloader or --transformer-impl transformer_engine",
-        "Without the data loader's mask, which Transformer Engine ignores, tokens attend to other documents. Use "
-        "--dataloader-inter-document-masking, which needs no mask.",
+        "Tokens would attend to other documents. Use --dataloader-inter-document-masking, which needs no mask.",
         _ignores_reset_masks,
     ),
     Check(
@@ -366,24 +373,11 @@ BROKEN_IN_MEGATRON = (
         "Megatron-Core's dataset turns ids into text without special tokens, which other tokenizers cannot do.",
         lambda args: args.fim_data and args.tokenizer_type != "HuggingFaceTokenizer",
     ),
-    _flags(
-        "--rampup-batch-size",
-        "Megatron-Core 0.19 ignores the flag. Use --step-batch-size-schedule.",
-    ),
     Check(
         "--step-batch-size-schedule without --train-samples, or with --override-ckpt-iteration, "
         "--phase-transition-iterations, --decrease-batch-size-if-needed or CUDA graphs",
         "Megatron-Core counts as if all batches had one size.",
         _miscounts_batch_schedule,
-    ),
-    _flags(
-        "--hybrid-override-pattern --mtp-hybrid-override-pattern --is-hybrid-model",
-        "Megatron-Core keeps these flags for old checkpoints. Use --hybrid-layer-pattern.",
-    ),
-    _flags(
-        "--hybrid-context-parallel",
-        "Expert-parallel ranks would wait for each other forever, because they run different numbers of "
-        "micro-batches. Use --context-parallel-size.",
     ),
     Check(
         "--full-validation without --multiple-validation-sets; or with tensor or pipeline parallelism and without "
@@ -393,9 +387,20 @@ BROKEN_IN_MEGATRON = (
     ),
     Check(
         "--optimizer soap or adaptive_muon",
-        "Megatron-Core's checkpoints cannot hold the square matrices of SOAP, and its class of adaptive Muon lacks an "
-        "attribute. Use muon.",
+        "Megatron-Core cannot save the state of SOAP, and its class of adaptive Muon lacks an attribute. Use muon.",
         _has_value("optimizer", "soap", "adaptive_muon"),
+    ),
+    *_flags(
+        {
+            "--use-megatron-fsdp --use-torch-fsdp2": "Megatron-FSDP divides the gradient of experts once too often, "
+            "and saving hangs; FSDP2 excludes expert parallelism. Use --use-distributed-optimizer.",
+            "--rampup-batch-size": "Megatron-Core 0.19 ignores the flag. Use --step-batch-size-schedule.",
+            "--hybrid-override-pattern --mtp-hybrid-override-pattern --is-hybrid-model --enable-cuda-graph "
+            "--external-cuda-graph": "Megatron-Core replaces these old flags late. Use --hybrid-layer-pattern, and "
+            "--cuda-graph-impl with --cuda-graph-modules.",
+            "--hybrid-context-parallel": "Expert-parallel ranks would wait for each other forever, because they run "
+            "different numbers of micro-batches. Use --context-parallel-size.",
+        }
     ),
 )
 """The settings with which Megatron-Core 0.19 would compute something wrong, hang, or lose data."""
@@ -406,29 +411,15 @@ NOT_BUILT = (
         "The flag changes the RMSNorms of --qk-layernorm.",
         lambda args: args.qk_layernorm_all_heads and not (args.qk_layernorm and args.normalization == "RMSNorm"),
     ),
-    _flags(
-        "--overlap-moe-expert-parallel-comm --delay-wgrad-compute --ep-overlap-early-attn-memory-release",
-        "The schedule of the overlap calls the router without the channel on which the token ids travel.",
-    ),
-    _flags(
-        "--moe-paged-stash --moe-pad-experts-for-cuda-graph-inference --moe-ncclep-static-shape --moe-ncclep-zero-copy",
-        "The setting is for fixed shapes, but the number of rows that a rank receives varies.",
-    ),
     Check(
         "--cuda-graph-impl, but for transformer_engine with --cuda-graph-modules attn or mlp",
-        "A graph of an MoE layer needs fixed shapes, but the number of rows that a rank sends to experts varies. Pass "
-        "--cuda-graph-impl transformer_engine --cuda-graph-modules attn.",
+        "A graph of an MoE layer needs fixed shapes, but the number of rows that a rank sends to experts varies.",
         _captures_experts,
     ),
     Check(
         "--fp8-format or --fp4-format",
         "torch's checkpointing, which recomputes MaskMoE's MoE layers, does not know the scales of fp8. Use --bf16.",
         _given("fp8", "fp4"),
-    ),
-    _flags(
-        "--moe-mlp-glu-interleave-size --moe-shared-expert-glu-interleave-size --moe-single-grouped-weight "
-        "--moe-single-grouped-bias --tensor-parallel-num-weight-shards --expert-tensor-parallel-num-weight-shards",
-        "MaskMoE's conversion and its transformers model read weights in the order of Megatron-Core's defaults.",
     ),
     Check(
         "--dataloader-inter-document-masking with --context-parallel-size above 1, CUDA graphs, --fim-data, or "
@@ -448,34 +439,29 @@ NOT_BUILT = (
     ),
     Check(
         "--non-persistent-save-interval or --non-persistent-global-ckpt-dir, without --non-persistent-ckpt-type global",
-        "Megatron-Core ignores the folder or ends at the first save without a type; loading the type local may run "
-        "code.",
+        "Megatron-Core ignores the folder or ends at the first save; loading the type local may run code.",
         _leaves_non_persistent_checkpoints_out,
-    ),
-    _flags(
-        "--inprocess-restart",
-        "MaskMoE ends the processes of a run that hangs. Use --max-restarts of torchrun, or Slurm.",
-    ),
-    _flags(
-        "--yaml-cfg",
-        "Megatron-Core replaces all arguments by the file, MaskMoE's included. Use launch/pretrain.sh with a "
-        "model file.",
-    ),
-    Check(
-        "--perform-rl-step, --logits-save-dir, --logits-load-dir, --freeze-all-layers, --dataloader-type external or "
-        "--position-embedding-type mrope",
-        "MaskMoE pretrains language models on datasets of token ids, without a reward, a teacher, frozen layers, other "
-        "data loaders or pictures.",
-        _any(
-            _given("perform_rl_step", "logits_save_dir", "logits_load_dir", "freeze_all_layers"),
-            _has_value("dataloader_type", "external"),
-            _has_value("position_embedding_type", "mrope"),
-        ),
     ),
     Check(
         "--spike-action skip with --qk-clip or --optimizer-cuda-graph",
         "The weights would change although the update is skipped.",
         _all(_has_value("spike_action", "skip"), _given("qk_clip", "optimizer_cuda_graph")),
+    ),
+    *_flags(
+        {
+            "--overlap-moe-expert-parallel-comm --delay-wgrad-compute --ep-overlap-early-attn-memory-release": "The "
+            "schedule of the overlap calls the router without the channel on which the token ids travel.",
+            "--moe-paged-stash --moe-pad-experts-for-cuda-graph-inference --moe-ncclep-static-shape "
+            "--moe-ncclep-zero-copy": "The setting is for fixed shapes, but the number of rows of a rank varies.",
+            "--moe-mlp-glu-interleave-size --moe-shared-expert-glu-interleave-size --moe-single-grouped-weight "
+            "--moe-single-grouped-bias --tensor-parallel-num-weight-shards "
+            "--expert-tensor-parallel-num-weight-shards": "MaskMoE's conversion and its transformers model read "
+            "weights in the order of Megatron-Core's defaults.",
+            "--inprocess-restart": "MaskMoE ends the processes of a run that hangs. Use --max-restarts of torchrun.",
+            "--yaml-cfg": "Megatron-Core replaces all arguments by the file. Use launch/pretrain.sh MODEL.yaml.",
+            "--perform-rl-step --logits-save-dir --logits-load-dir --freeze-all-layers": "MaskMoE pretrains language "
+            "models, without a reward, a teacher or frozen layers.",
+        }
     ),
 )
 """The settings that MaskMoE does not have."""

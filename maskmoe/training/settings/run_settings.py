@@ -1,12 +1,24 @@
-"""The settings of a run that MaskMoE's own code reads, beside Megatron's arguments."""
+"""Turns the command line into the checked settings of a run, before any process group exists."""
 
+import sys
 from argparse import Namespace
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from traceback import extract_tb
+from typing import cast
 
+import torch
+from megatron.core.transformer.multi_token_prediction import get_mtp_ranks
+from megatron.training.argument_utils import gpt_config_from_args, hybrid_config_from_args
+
+from maskmoe.errors import UserError, reason_of
 from maskmoe.files.run_folder import run_folder
 from maskmoe.routing_mask.mask import RoutingMask
-from maskmoe.training.resume.save_folder import loads_what_it_saves
+from maskmoe.training.loop.model_builder import MaskMoEGPTModelConfig, MaskMoEHybridModelConfig, MaskMoEModelConfig
+from maskmoe.training.resume.choose_checkpoint import checkpoint_to_load, loads_what_it_saves
+from maskmoe.training.settings.flags import may_change_mask
 
 
 @dataclass(frozen=True)
@@ -45,3 +57,81 @@ class RunSettings:
             run_folder=run_folder(args.save, args.tensorboard_dir),
             checkpoint_folders=tuple(Path(folder) for folder in folders if folder is not None),
         )
+
+
+@contextmanager
+def megatrons_checks(what: str = "invalid settings") -> Iterator[None]:
+    """Turn any error of Megatron's code into a `UserError`, one line that begins with `what`.
+
+    Most of Megatron's checks are assertions, many without a message, and the message is then the source line of the
+    assertion. Other exceptions that are no checks, such as a division by zero, are quoted with their source line.
+    """
+    try:
+        yield
+    except UserError:
+        raise
+    except Exception as error:
+        reason = reason_of(error)
+        if isinstance(error, ArithmeticError | LookupError | TypeError | AttributeError):
+            reason = f"{type(error).__name__} {reason} in Megatron's line {extract_tb(error.__traceback__)[-1].line!r}"
+        raise UserError(f"{what}: {reason}") from error
+
+
+def model_config_from_args(args: Namespace) -> MaskMoEModelConfig:
+    """Return the configuration of the model that the command line describes.
+
+    Raises:
+        UserError: Settings that cannot work together.
+    """
+    with megatrons_checks():
+        if args.hybrid_layer_pattern is None:
+            config = gpt_config_from_args(args, model_config_cls=MaskMoEGPTModelConfig)
+        else:
+            config = hybrid_config_from_args(args, model_config_cls=MaskMoEHybridModelConfig)
+            config.rope_scaling = args.use_rope_scaling
+    if args.num_experts:
+        # `find_routing_mask` refuses a run without a mask.
+        checkpoint = checkpoint_to_load(args)
+        config.routing_mask = Path(cast(Path, args.routing_mask or checkpoint))
+        if not config.transformer.gated_linear_unit:
+            # Megatron-Core's fused activation functions that also weigh the rows of an expert exist only with a gate.
+            config.transformer.bias_activation_fusion = False
+        config.replaced_routing_mask = checkpoint if may_change_mask(args) else None
+    config.aux_loss_tokens = args.moe_aux_loss_tokens
+    config.qk_layernorm_all_heads = args.qk_layernorm_all_heads
+    config.rope_scaling_factor = args.rope_scaling_factor  # Megatron-Core 0.19 leaves it at its default
+    return config
+
+
+def embedding_ranks_of(config: MaskMoEModelConfig) -> Callable[[list[int]], list[int]]:
+    """Return a function from the ranks of a pipeline to those ranks that have a copy of the embedding.
+
+    These ranks are the first, the last if embedding and output layer share their weights, and all ranks with layers of
+    multi-token prediction. Megatron adds up the gradients of the copies. The function is that of `pretrain_gpt.py` of
+    Megatron-LM; by default, Megatron-Core takes the first and the last rank.
+    """
+
+    def embedding_ranks(ranks: list[int]) -> list[int]:
+        found = {ranks[0]}
+        if config.share_embeddings_and_output_weights:
+            found.add(ranks[-1])
+        if config.mtp_num_layers:
+            found.update(get_mtp_ranks(ranks, config.transformer))
+        return sorted(found)
+
+    return embedding_ranks
+
+
+@contextmanager
+def leaving_process_groups() -> Iterator[None]:
+    """Destroy the process groups when the block succeeds or ends by `sys.exit`, as Megatron's training loop may end.
+
+    If the interpreter destroys them at exit, gloo's threads can outlive the memory that they use and abort the process
+    after all work is done.
+    """
+    try:
+        yield
+    finally:
+        if isinstance(sys.exception(), SystemExit | None) and torch.distributed.is_initialized():
+            torch.distributed.barrier()
+            torch.distributed.destroy_process_group()

@@ -11,13 +11,12 @@ from megatron.core import mpu
 from megatron.core.transformer.module import MegatronModule
 
 from maskmoe.errors import counted
+from maskmoe.routing_mask.expert_use import ExpertUse
 from maskmoe.routing_mask.feed_forward_layers import FeedForwardLayers
 from maskmoe.routing_mask.mask import RoutingMask, describe_visible_experts
-from maskmoe.training.preflight.parameters import ExpertUse
 from maskmoe.training.resume.choose_checkpoint import checkpoint_to_load, pretrained_to_load
-from maskmoe.training.settings.batch_sizes import BatchSizes, trained_samples, training_iterations
-from maskmoe.training.settings.file_checks import data_prefixes
-from maskmoe.training.settings.layout import Layout
+from maskmoe.training.settings.inputs import data_prefixes
+from maskmoe.training.settings.layout import BatchSizes, Layout, trained_samples, training_iterations
 from maskmoe.training.watch.callback import Callback
 from maskmoe.training.watch.console import console
 from maskmoe.training.watch.event_files import log_facts

@@ -9,8 +9,7 @@ from typing import Any
 
 from maskmoe.files.run_folder import ARGUMENTS, Journal, Kind
 from maskmoe.training.resume.choose_checkpoint import checkpoint_to_load
-from maskmoe.training.settings.batch_sizes import training_iterations
-from maskmoe.training.settings.layout import Layout
+from maskmoe.training.settings.layout import Layout, training_iterations
 from maskmoe.training.settings.saved_arguments import save_arguments
 from maskmoe.training.watch.callback import Callback
 from maskmoe.training.watch.console import console

@@ -33,15 +33,15 @@ from support.saved_tensors import KeptBytes
 
 from maskmoe.megatron_compat import cpu
 from maskmoe.training.loop.model_builder import MaskMoEGPTModelBuilder, MaskMoEHybridModelBuilder
-from maskmoe.training.preflight.command import inspect_run
-from maskmoe.training.settings.arguments import add_maskmoe_arguments
-from maskmoe.training.settings.pretraining_arguments import add_pretraining_arguments
-from maskmoe.training.settings.setup import leaving_process_groups, model_config_from_args, parse_and_check_args
+from maskmoe.training.preflight.inspection import inspect_run
+from maskmoe.training.settings.checks import parse_and_check_args
+from maskmoe.training.settings.flags import add_maskmoe_arguments, add_pretraining_arguments
+from maskmoe.training.settings.run_settings import leaving_process_groups, model_config_from_args
 
 
 def report(ranks: int) -> dict[str, Any]:
     """Return the report of `--check` on the command line of this process."""
-    return inspect_run(ranks, add_pretraining_arguments).to_json()
+    return inspect_run(ranks).to_json()
 
 
 def report_on_a_gpu(ranks: int) -> dict[str, Any]:

@@ -9,7 +9,8 @@ from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 
 from maskmoe.errors import UserError
-from maskmoe.training.inference.prompts import Prompts, add_prompt_arguments, read_prompts
+from maskmoe.training.inference.flags import add_prompt_arguments
+from maskmoe.training.inference.prompts import Prompts, read_prompts
 
 
 def parse(*words):

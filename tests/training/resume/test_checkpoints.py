@@ -39,15 +39,15 @@ from maskmoe.errors import RunFailure, UserError
 from maskmoe.files.run_folder import Journal, Kind, read_journal
 from maskmoe.megatron_compat.checkpoint_patches import saving_into
 from maskmoe.training.loop.rank_store import RankStore
+from maskmoe.training.resume.changed_settings import find_changed_settings
 from maskmoe.training.resume.choose_checkpoint import find_checkpoint, repair_tracker_file
 from maskmoe.training.resume.model_settings import (
     check_same_model,
     further_checkpoint_args,
     take_settings_of_checkpoint,
 )
-from maskmoe.training.settings.changed_settings import find_changed_settings
-from maskmoe.training.settings.pretraining_arguments import add_pretraining_arguments
-from maskmoe.training.settings.setup import parse_and_check_args
+from maskmoe.training.settings.checks import parse_and_check_args
+from maskmoe.training.settings.flags import add_pretraining_arguments
 from maskmoe.training.watch.failures import explaining_early_ends
 from maskmoe.training.watch.leave_after_save import LeaveAfterSave
 
@@ -516,7 +516,7 @@ def test_model_that_computes_something_else_is_refused_or_noted(runs, parse, mon
     args = parse(f"--load {run.checkpoints}")
     before = another(getattr(args, name))
     state = {"args": replace_fields(args, **{name: before})}
-    for module in ("resume.model_settings", "settings.changed_settings"):
+    for module in ("resume.model_settings", "resume.changed_settings"):
         monkeypatch.setattr(f"maskmoe.training.{module}.load_common_state_dict", lambda checkpoint: state)
     checkpoint = checkpoint_path(run.checkpoints, 7)
     try:

@@ -17,8 +17,7 @@ from megatron.training.arguments import parse_args, validate_args
 
 from maskmoe.files.run_folder import run_folder
 from maskmoe.launch.model_file import ModelFile, flag_words, split_flags
-from maskmoe.training.settings.arguments import add_maskmoe_arguments
-from maskmoe.training.settings.pretraining_arguments import add_pretraining_arguments
+from maskmoe.training.settings.flags import add_maskmoe_arguments, add_pretraining_arguments
 from maskmoe.training.settings.saved_arguments import arguments_text
 from maskmoe.training.watch.console import Console
 from maskmoe.training.watch.header import ParameterCounts, describe_run

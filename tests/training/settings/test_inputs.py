@@ -1,19 +1,23 @@
-"""A run with `--change-routing-mask` continues from a checkpoint with another routing mask."""
+"""Runs with `--change-routing-mask` continue with another routing mask; the datasets of a run are checked."""
 
+import math
 from argparse import Namespace
 from dataclasses import replace
 
+import numpy as np
 import pytest
+from support.open_files import few_open_files
 from support.training import TrainingOutcome
 
 from maskmoe.checkpoint.routing_mask import read_routing_mask
 from maskmoe.checkpoint.series import checkpoint_path
 from maskmoe.command_line.widen_routing_mask import read_mask
+from maskmoe.data.dataset_writing import IndexedDatasetWriter
 from maskmoe.errors import UserError
 from maskmoe.routing_mask.assignment import MaskRecipe, build_routing_mask
 from maskmoe.routing_mask.mask import MaskChange, RoutingMask
 from maskmoe.routing_mask.widening import widen_routing_mask
-from maskmoe.training.settings.choose_mask import find_routing_mask
+from maskmoe.training.settings.inputs import data_errors, find_routing_mask
 
 # See test_composition.py.
 FP32_ORDER_OF_SUMS = 2e-6
@@ -115,15 +119,6 @@ def test_masks_of_other_sizes_are_refused(runs, tmp_path):
             find_routing_mask(args, run.checkpoints, pytest.fail)
 
 
-@pytest.mark.runs("fp32")
-def test_report_says_whether_experts_are_on_one_rank(runs, workplace):
-    (run,) = runs
-    args = arguments(workplace.folder / "rank_local.safetensors", change_routing_mask=True)
-    reports = []
-    find_routing_mask(args, run.checkpoints, reports.append)
-    assert reports[0].endswith("; the visible experts of each id are now on one rank")
-
-
 @pytest.mark.slow
 @pytest.mark.parametrize(
     "name",
@@ -157,19 +152,35 @@ def test_change_agrees_between_layouts(runs, name):
     assert run.iterations == reference.iterations
     assert run.difference(reference) < FP32_ORDER_OF_SUMS
     if "pipeline" not in name:
-        # Only the first rank prints the line.
-        assert output_of(run).count("routing mask: ") == 1
-        assert f"{'now' if 'again' in name else 'no longer'} on one rank" in output_of(run)
+        assert output_of(run).count("routing mask: ") == 1  # only the first rank prints the line
 
 
-@pytest.mark.slow
-@pytest.mark.runs("fp32")
-def test_check_reports_the_change(runs, workplace, tmp_path, refusal):
-    (run,) = runs
-    flags = f"--check 2 --load {run.checkpoints} --change-routing-mask"
-    mask = {"mask": "wider.safetensors", "saves": False}
-    outcome = workplace.run(replace(refusal.run, flags=flags, **mask), tmp_path / "change")
-    assert outcome.exit_codes == (0,), outcome.report()
-    assert "(id, layer) pairs change" in output_of(outcome)
-    outcome = workplace.run(replace(refusal.run, flags=flags.rpartition(" ")[0], **mask), tmp_path / "no flag")
-    assert outcome.exit_codes == (2,), outcome.report()
+# ---- Datasets --------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def args(tmp_path) -> Namespace:
+    """The arguments of a run with 40 datasets of ten documents."""
+    for number in range(40):
+        with IndexedDatasetWriter(tmp_path / str(number), np.uint16) as writer:
+            for _ in range(10):
+                writer.add_document(np.arange(3))
+    paths = dict.fromkeys(("train_data_path", "valid_data_path", "test_data_path"))
+    files = {"data_args_path": None, "per_split_data_args_path": None, "mock_data": False}
+    data_path = [str(tmp_path / str(number)) for number in range(40)]
+    return Namespace(
+        **paths, **files, data_path=data_path, split="9,1,0", skip_train=False, full_validation=False, eval_iters=1
+    )
+
+
+def test_few_files_are_open_at_a_time(args):
+    with few_open_files():
+        assert list(data_errors(args, None, 10, math.inf)) == []
+
+
+def test_every_dataset_has_all_parts(args):
+    args.split = "8,1,1"
+    with IndexedDatasetWriter(args.data_path[-1], np.uint16) as writer:
+        writer.add_document(np.arange(3))
+    error, _ = data_errors(args, None, 10, math.inf)
+    assert error.startswith(f"dataset {args.data_path[-1]}: --split 8,1,1 leaves the validation part no tokens")

@@ -5,7 +5,7 @@ import math
 import os
 import tempfile
 from argparse import Namespace
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -13,14 +13,16 @@ from megatron.core.datasets import blended_megatron_dataset_config as dataset_co
 from megatron.training.utils import get_blend_and_blend_per_split
 from tqdm import tqdm
 
+from maskmoe.checkpoint.routing_mask import read_routing_mask
 from maskmoe.checkpoint.series import check_separate_folder
 from maskmoe.data.indexed_dataset import open_tokens, read_index, read_tokenizer_record
 from maskmoe.data.tokenizer import TOKENIZER_TYPES, TokenizerRecord
 from maskmoe.errors import UserError, reason_of
 from maskmoe.megatron_compat.globals import get_tokenizer
 from maskmoe.routing_mask.feed_forward_layers import FeedForwardLayers
-from maskmoe.routing_mask.mask import RoutingMask
-from maskmoe.training.settings.arguments import may_change_mask
+from maskmoe.routing_mask.mask import MaskChange, RoutingMask
+from maskmoe.training.settings.flags import may_change_mask
+from maskmoe.transformer.visible_experts import check_same_mask
 
 _CHUNK_TOKENS = 1 << 24
 # Types whose model is a file or folder on this machine, or that need no model but must not be given a missing one.
@@ -33,12 +35,14 @@ def check_tokenizer(args: Namespace) -> str | None:
     Megatron would look for a missing one in the internet.
 
     Returns:
-        The SHA-256 digest of the tokenizer's file; None for a type of tokenizer that the tools of this package do not
-        make.
+        The SHA-256 digest of the tokenizer's file; None for a type of tokenizer that MaskMoE's tools do not make.
 
     Raises:
-        UserError: the vocabulary size that the type needs is missing, or the tokenizer's model does not exist.
+        UserError: No tokenizer is named, the vocabulary size that the type needs is missing, or the tokenizer's model
+            does not exist.
     """
+    if args.tokenizer_type is None:
+        raise UserError("no tokenizer: pass --tokenizer-type and --tokenizer-model; maskmoe tokenizer makes one")
     if args.tokenizer_type == "NullTokenizer" and args.vocab_size is None:
         raise UserError("--tokenizer-type NullTokenizer needs --vocab-size")
     if args.tokenizer_type not in _LOCAL_TOKENIZERS or args.tokenizer_model is None:
@@ -61,7 +65,7 @@ def check_save_folder(args: Namespace) -> None:
     Without this check a run would fail only when its first checkpoint is due.
 
     Raises:
-        UserError: a folder is not writable, and cannot be made; or the folder of non-persistent checkpoints holds
+        UserError: A folder is not writable, and cannot be made; or the folder of non-persistent checkpoints holds
             other checkpoints.
     """
     check_separate_folder(args)
@@ -80,15 +84,52 @@ def check_save_folder(args: Namespace) -> None:
             raise UserError(f"{flag} {name}: cannot write in {existing}: {error.strerror}") from error
 
 
+# ---- The routing mask ------------------------------------------------------------------------------------------------
+
+
+def find_routing_mask(args: Namespace, checkpoint: Path | None, report: Callable[[str], None]) -> RoutingMask | None:
+    """Return the routing mask in `--routing-mask` or, without the flag, of the checkpoint; None without experts.
+
+    Args:
+        args: Megatron's arguments.
+        checkpoint: The checkpoint to load, if there is one.
+        report: Takes one line about the change of masks if the arguments have `--change-routing-mask`.
+
+    Raises:
+        UserError: There is no mask. Or the mask of the flag and the mask of the checkpoint differ although the
+            arguments lack `--change-routing-mask`, or in their sizes.
+    """
+    if not args.num_experts:
+        return None
+    sources = [source for source in (args.routing_mask, checkpoint) if source is not None]
+    if not sources:
+        raise UserError("no routing mask: pass --routing-mask with a file that maskmoe mask makes")
+    own, *others = map(read_routing_mask, sources)
+    of_checkpoint = others[0] if others else own
+    if not may_change_mask(args):
+        is_training = hasattr(args, "change_routing_mask")
+        cure = "; pass --change-routing-mask to change visible experts on purpose" if is_training else ""
+        check_same_mask(own.digest, of_checkpoint.digest, cure)
+    elif own.digest == of_checkpoint.digest:
+        report(
+            "routing mask: --change-routing-mask changes nothing, no checkpoint with another mask than "
+            f"{own.digest[:16]}… is loaded"
+        )
+    else:
+        digests = f"{of_checkpoint.digest[:16]}… of the checkpoint → {own.digest[:16]}…"
+        report(f"routing mask: {digests}: {MaskChange.between(of_checkpoint, own)}")
+    return own
+
+
 def check_mask(args: Namespace, mask: RoutingMask) -> None:
     """Check that the routing mask fits the model, the layout and the tokenizer.
 
     Args:
-        args: parsed arguments; Megatron's tokenizer has been built from them.
-        mask: the routing mask of the run.
+        args: Parsed arguments; Megatron's tokenizer has been built from them.
+        mask: The routing mask of the run.
 
     Raises:
-        UserError: a size or the tokenizer differs; the message names both values.
+        UserError: A size or the tokenizer differs; the message names both values.
     """
     vocab_size = get_tokenizer().vocab_size
     has_sizes_of_checkpoint = args.routing_mask is None or may_change_mask(args)
@@ -107,6 +148,9 @@ def check_mask(args: Namespace, mask: RoutingMask) -> None:
         _check_same_tokenizer(args, mask.provenance.tokenizer, "the routing mask's token counts were")
 
 
+# ---- Datasets --------------------------------------------------------------------------------------------------------
+
+
 def data_errors(
     args: Namespace, mask: RoutingMask | None, vocab_size: int | None, most_bytes_read: float
 ) -> Iterator[str]:
@@ -117,16 +161,19 @@ def data_errors(
     the mask were checked when the mask was made.
 
     Args:
-        args: parsed arguments; Megatron need not have validated them.
-        mask: the routing mask; None if there is none, or none that can be read.
-        vocab_size: number of ids of the tokenizer; None if the number is unknown. Then no token ids are read.
-        most_bytes_read: the size, in bytes, up to which the token ids of a dataset are read.
+        args: Parsed arguments; Megatron need not have validated them.
+        mask: The routing mask; None if there is none, or none that can be read.
+        vocab_size: Number of ids of the tokenizer; None if the number is unknown. Then no token ids are read.
+        most_bytes_read: The size, in bytes, up to which the token ids of a dataset are read.
     """
     counted = [(dataset["idx_sha256"], dataset["bin_bytes"]) for dataset in (mask.provenance.datasets if mask else ())]
     try:
         prefixes = data_prefixes(args)
     except UserError as error:
         yield str(error)
+        return
+    if not (prefixes or args.mock_data):
+        yield "no dataset: pass --data-path with a dataset that maskmoe preprocess makes, or --mock-data"
         return
     are_usable = True
     for prefix in prefixes:
@@ -148,7 +195,7 @@ def data_prefixes(args: Namespace) -> list[str]:
     """Return the prefixes of all datasets of the run, each once.
 
     Raises:
-        UserError: the flags, or the files in the flags, do not name datasets.
+        UserError: The flags, or the files in the flags, do not name datasets.
     """
     try:
         blend, blend_per_split = get_blend_and_blend_per_split(args)
@@ -204,15 +251,10 @@ def _errors_of_parts(args: Namespace) -> Iterator[str]:
 
 
 def _check_same_tokenizer(args: Namespace, made_with: TokenizerRecord, what: str) -> None:
-    """Check that a file was made with the tokenizer of the run.
-
-    Args:
-        args: arguments with `tokenizer_sha256`.
-        made_with: the record of the tokenizer that the file was made with.
-        what: subject and auxiliary verb of the error, such as "dataset data/web was".
+    """Check that a file was made with the tokenizer of the run, whose digest is `args.tokenizer_sha256`.
 
     Raises:
-        UserError: the tokenizers differ.
+        UserError: The tokenizers differ. The message begins with `what`, such as "dataset data/web was".
     """
     if args.tokenizer_sha256 not in (None, made_with.sha256):
         raise UserError(

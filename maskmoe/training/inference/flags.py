@@ -1,16 +1,16 @@
-"""Command line arguments that only evaluation or generation has."""
+"""The flags that only evaluation or generation has; this module imports neither PyTorch nor Megatron."""
 
-import argparse
+from argparse import ArgumentParser, _ArgumentGroup, _MutuallyExclusiveGroup
+from pathlib import Path
 
 from maskmoe.command_line import ranges
 from maskmoe.command_line.parser import add_force_argument
-from maskmoe.training.inference.prompts import add_prompt_arguments
-from maskmoe.training.settings.arguments import replace_help
+from maskmoe.training.settings.flags import replace_help
 
 SPLITS = ("train", "valid", "test")
 
 
-def add_evaluation_arguments(parser: argparse.ArgumentParser) -> argparse.ArgumentParser:
+def add_evaluation_arguments(parser: ArgumentParser) -> ArgumentParser:
     """Add the `evaluation` group, and defaults for the settings of training that Megatron requires."""
     group = parser.add_argument_group(title="evaluation")
     split = "which split of --data-path to evaluate, every sample once: weights of datasets have no effect"
@@ -29,7 +29,7 @@ def add_evaluation_arguments(parser: argparse.ArgumentParser) -> argparse.Argume
     return parser
 
 
-def add_generation_arguments(parser: argparse.ArgumentParser) -> argparse.ArgumentParser:
+def add_generation_arguments(parser: ArgumentParser) -> ArgumentParser:
     """Add the `generation` group, and defaults for the settings of training that Megatron requires."""
     # Megatron has an old --batch-size, which it refuses.
     group = parser.add_argument_group(title="generation", conflict_handler="resolve")
@@ -45,3 +45,29 @@ def add_generation_arguments(parser: argparse.ArgumentParser) -> argparse.Argume
     add_force_argument(group)
     parser.set_defaults(batch_size=None, micro_batch_size=1, skip_train=True, no_load_optim=True, no_load_rng=True)
     return parser
+
+
+def add_prompt_arguments(parser: ArgumentParser | _ArgumentGroup) -> _MutuallyExclusiveGroup:
+    """Add `--prompt` and `--prompts-file`, exactly one of which is needed, and `--batch-size`.
+
+    Returns:
+        The group of the first two, to which further sources of prompts can be added.
+    """
+    source = parser.add_mutually_exclusive_group(required=True)
+    source.add_argument("--prompt", metavar="TEXT", help="the text to continue")
+    source.add_argument(
+        "--prompts-file",
+        type=Path,
+        metavar="FILE",
+        help="file of texts to continue: one text a line, or JSON lines with the key `prompt` if the name ends in "
+        "`.jsonl`. The output is JSON lines with the key `text`",
+    )
+    parser.add_argument(
+        "--batch-size",
+        dest="prompts_per_batch",
+        type=ranges.BATCH_SIZE,
+        default=8,
+        metavar="N",
+        help="continue this many texts of --prompts-file at a time",
+    )
+    return source

@@ -12,7 +12,6 @@ from argparse import Namespace
 import pytest
 from megatron.core.dist_checkpointing import load_common_state_dict
 from megatron.core.num_microbatches_calculator import unset_num_microbatches_calculator
-from megatron.training import training as megatron_training
 from megatron.training.arguments import parse_args, validate_args
 from megatron.training.global_vars import destroy_global_vars
 from support.runs import read_scalars
@@ -22,15 +21,13 @@ from support.training_runs import IN_ITERATIONS
 from maskmoe.checkpoint.series import checkpoint_path
 from maskmoe.errors import UserError
 from maskmoe.training import trainer
-from maskmoe.training.settings import changed_settings
-from maskmoe.training.settings.arguments import add_maskmoe_arguments
-from maskmoe.training.settings.changed_settings import (
+from maskmoe.training.resume import changed_settings
+from maskmoe.training.resume.changed_settings import (
     ChangedSettings,
     find_changed_settings,
     take_schedule_of_checkpoint,
 )
-from maskmoe.training.settings.pretraining_arguments import add_pretraining_arguments
-from maskmoe.training.settings.requested_samples import samples_to_request
+from maskmoe.training.settings.flags import add_maskmoe_arguments, add_pretraining_arguments
 
 OVERRIDE, KEEP = "--override-opt-param-scheduler", "--use-checkpoint-opt-param-scheduler"
 # Changes that Megatron refuses on every rank, or would ignore, and parts of the one line that a run ends with.
@@ -209,13 +206,6 @@ def test_overridden_learning_rate_is_the_one_that_trains(runs):
     assert rates_of(runs[0]) == pytest.approx(expected, rel=1e-5)
 
 
-@pytest.mark.slow
-@pytest.mark.runs("another learning rate, distributed optimizer")
-def test_overridden_learning_rate_with_the_distributed_optimizer(runs):
-    expected = {iteration: cosine(iteration, 1e-3, 0, 21) for iteration in range(8, 13)}
-    assert rates_of(runs[0]) == pytest.approx(expected, rel=1e-5)
-
-
 @pytest.mark.runs("fp32", "schedule of the checkpoint")
 def test_kept_schedule_ignores_the_command_line(runs):
     """The command line has another learning rate and weight decay; the losses are equal to the last bit."""
@@ -287,42 +277,3 @@ def test_run_without_saved_optimizer_says_how_to_resume(workplace, tmp_path):
     resumed = workplace.run(Run(f"{flags} --exit-interval 4 --no-load-optim"), tmp_path / "resumed")
     assert resumed.iterations == [3, 4]
     assert "saved iteration 4" in (resumed.folder / "out0.log").read_text()
-
-
-@pytest.mark.slow
-@pytest.mark.runs("fp32")
-def test_complete_run_ends_at_once(runs, start):
-    run = Run(f"{COMPLETE} --load {runs[0].checkpoints} --ckpt-step 7", logs_scalars=False)
-    outcome = start("complete", run).result()
-    assert outcome.exit_codes == (0,), outcome.report()
-    assert "nothing is left to train" in (outcome.folder / "out0.log").read_text()
-
-
-# ---- The samples that a run asks for ---------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize(
-    ("changes", "training", "validation"),
-    [
-        ({}, 168, 40),
-        ({"consumed_valid_samples": 0}, 168, 40),
-        ({"global_batch_size": 4, "eval_global_batch_size": 4}, 56 + 14 * 4, 20 + 4),
-        ({"global_batch_size": 16, "eval_global_batch_size": 16}, 336, 80),
-        ({"eval_interval": 100}, 168, 8 + 8),
-        ({"eval_iters": 0}, 168, 9),
-        ({"eval_interval": 2, "start_eval_at_iter": 6}, 168, 64),
-        ({"eval_interval": 2, "start_eval_at_iter": 7, "consumed_valid_samples": 16}, 168, 64 + 16),
-        ({"train_samples": 170}, 170, 40),
-        ({"skip_train": True, "consumed_valid_samples": 100}, 168, 8),
-        ({"full_validation": True}, 168, None),
-    ],
-)
-def test_requested_samples_last_to_the_end(monkeypatch, changes, training, validation):
-    """The checkpoint is from iteration 7 of a run of 21 iterations with 8 samples each, evaluated in iteration 5."""
-    args = Namespace(iteration=7, train_iters=21, train_samples=None, global_batch_size=8, consumed_train_samples=56)
-    vars(args).update(eval_interval=5, eval_iters=1, eval_global_batch_size=8, consumed_valid_samples=8)
-    vars(args).update(start_eval_at_iter=None, skip_train=False, full_validation=False)
-    vars(args).update({"phase_transition_iterations": None} | changes)
-    monkeypatch.setattr(megatron_training, "get_args", lambda: args)
-    requested = megatron_training.get_train_valid_test_num_samples()
-    assert samples_to_request(args, requested) == [training, validation, requested[2]]

@@ -20,10 +20,9 @@ from megatron.training import training
 from maskmoe.checkpoint.series import iteration_of
 from maskmoe.errors import UserError, reason_of
 from maskmoe.megatron_compat import replacing
+from maskmoe.training.resume.choose_checkpoint import loads_what_it_saves
 from maskmoe.training.resume.model_settings import ADJUSTABLE_ARGUMENTS
-from maskmoe.training.resume.save_folder import loads_what_it_saves
-from maskmoe.training.settings.batch_sizes import BatchSizes, training_iterations
-from maskmoe.training.settings.requested_samples import requested_training_samples
+from maskmoe.training.settings.layout import BatchSizes, requested_training_samples, training_iterations
 
 _PAGE = "docs/extending.md"
 # Arguments of the schedules of learning rate and weight decay.

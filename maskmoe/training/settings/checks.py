@@ -1,54 +1,81 @@
 """All checks of a run, in one order: training raises the first error, `--check` collects all of them."""
 
+import os
 import sys
 from argparse import ArgumentParser, Namespace
-from collections.abc import Callable, Generator, Iterable, Iterator
+from collections.abc import Callable, Iterator
+from math import inf
 from pathlib import Path
 
-from megatron.training.arguments import parse_args
+from megatron.training.arguments import parse_args, validate_args
 
 from maskmoe.checkpoint.series import is_non_persistent, iteration_of
 from maskmoe.command_line.parser import refuse_unknown_flags
 from maskmoe.errors import UserError
-from maskmoe.megatron_compat.globals import get_tokenizer
+from maskmoe.megatron_compat import cpu
+from maskmoe.megatron_compat.globals import get_tokenizer, set_globals_without_writers
 from maskmoe.megatron_compat.gpu import GpuPackages
 from maskmoe.routing_mask.mask import RoutingMask
 from maskmoe.training.loop import fill_in_middle
+from maskmoe.training.loop.rank_store import RankStore
 from maskmoe.training.resume import choose_checkpoint as resume
 from maskmoe.training.resume import model_settings
-from maskmoe.training.resume.save_folder import check_save_folder_is_own
-from maskmoe.training.settings import file_checks
-from maskmoe.training.settings.arguments import add_maskmoe_arguments
-from maskmoe.training.settings.changed_settings import find_changed_settings, take_schedule_of_checkpoint
-from maskmoe.training.settings.choose_mask import find_routing_mask
-from maskmoe.training.settings.flag_values import missing_flags, value_errors
+from maskmoe.training.resume.changed_settings import find_changed_settings, take_schedule_of_checkpoint
+from maskmoe.training.settings import inputs
+from maskmoe.training.settings.flags import add_maskmoe_arguments
 from maskmoe.training.settings.layout import layout_errors
-from maskmoe.training.settings.missing_inputs import MissingInput, missing_dataset, missing_mask, missing_tokenizer
 from maskmoe.training.settings.refused_settings import (
+    missing_flags,
     missing_libraries,
     missing_transformer_engine,
     refused_settings,
+    value_errors,
 )
+from maskmoe.training.settings.run_settings import RunSettings, megatrons_checks
+from maskmoe.training.watch.console import console
+from maskmoe.training.watch.wandb_run import wandb_defaults
 
 ArgumentsProvider = Callable[[ArgumentParser], ArgumentParser]
 
 
-class RunChecks:
-    """Checks the command line of this process, and the files that it names.
+def parse_and_check_args(
+    own_arguments: ArgumentsProvider = lambda parser: parser, reads_data: bool = True
+) -> RunSettings:
+    """Parse the command line, check all settings and files in it, and set Megatron's global variables.
 
-    A subclass says how to find the checkpoint and how to let Megatron validate the arguments: the ranks of a run do
-    both together, a check beforehand does both alone.
+    The function changes no file and makes none, and does not open Megatron's writers.
+
+    Args:
+        own_arguments: Adds the arguments of one entry point to the arguments of all entry points.
+        reads_data: Whether the entry point needs a dataset.
+
+    Raises:
+        UserError: The first error of the run.
+    """
+    console.load("checking settings and files")
+    checks = RunChecks(own_arguments, reads_data)
+    for error in checks.errors():
+        raise UserError(error)
+    for note in checks.notes:
+        console.say(f"note: {note}")
+    return RunSettings.from_args(checks.args, checks.mask, checks.is_complete)
+
+
+class RunChecks:
+    """The checks that each rank of a run makes of its command line, and of the files that the command line names.
+
+    The ranks verify the content of checkpoints together. A check beforehand, alone, overrides the methods of the first
+    group.
 
     Args:
         own_arguments: Adds the arguments of the entry point to the arguments of all entry points.
-        packages: The packages of the machines that train; None if they train on CPUs.
+        reads_data: Whether the entry point needs a dataset.
 
     Attributes:
+        packages: The packages of the machines that train; None if they train on CPUs.
         args: Megatron's arguments, validated after all checks.
         checkpoint: The checkpoint to load; None to start from the beginning.
         mask: The routing mask; None for a model without experts.
-        missing: The inputs that the command line does not name, which are errors, too.
-        vocab_size: The number of ids of the tokenizer; None if there is no usable one.
         is_validated: Whether Megatron has accepted the arguments.
         is_complete: Whether the checkpoint has reached the last iteration, so that nothing is left to train.
         notes: Facts that the user should know but that do not stop the run, one line each.
@@ -57,46 +84,51 @@ class RunChecks:
         UserError: The command line has unknown flags, or a word that cannot be read.
     """
 
-    def __init__(self, own_arguments: ArgumentsProvider, packages: GpuPackages | None) -> None:
-        self.packages = packages
+    def __init__(self, own_arguments: ArgumentsProvider, reads_data: bool = True) -> None:
+        self.packages = None if cpu.is_installed() else GpuPackages.installed()
         self.checkpoint: Path | None = None
         self.mask: RoutingMask | None = None
         self.is_validated = self.is_complete = False
         self.notes: list[str] = []
-        self.missing: list[MissingInput] = []
-        self.vocab_size: int | None = None
         self._own_arguments = own_arguments
+        self._reads_data = reads_data
+        self._vocab_size: int | None = None
         self._given: set[str] = set()
         self.args = parse_args(self._add_arguments)
 
-    # ---- What a subclass decides -------------------------------------------------------------------------------------
-
-    def find_checkpoint(self) -> Path | None:
-        """Return the checkpoint to load. Raises UserError."""
-        raise NotImplementedError
-
-    def check_pretrained_model(self) -> None:
-        """Check the checkpoint in `--pretrained-checkpoint`. Raises UserError."""
-        raise NotImplementedError
-
-    def validate(self) -> Namespace:
-        """Return the arguments that Megatron has validated. Raises UserError."""
-        raise NotImplementedError
-
-    def most_bytes_read(self) -> float | None:
-        """Return the size in bytes up to which token ids of datasets are read; None if no datasets are needed."""
-        raise NotImplementedError
+    # ---- What a check beforehand does otherwise ----------------------------------------------------------------------
 
     def add_arguments(self, parser: ArgumentParser) -> ArgumentParser:
         """Add all arguments of MaskMoE to Megatron's parser, which has its own; return the parser."""
         return self._own_arguments(add_maskmoe_arguments(parser))
 
+    def find_checkpoint(self) -> Path | None:
+        """Return the newest checkpoint that all ranks find sound. Raises UserError."""
+        return resume.find_checkpoint(self.args, RankStore.from_environment())
+
+    def check_pretrained_model(self) -> None:
+        """Check the checkpoint in `--pretrained-checkpoint`, together with all other ranks. Raises UserError."""
+        resume.check_pretrained_model(self.args, self.checkpoint, RankStore.from_environment())
+
     def missing_libraries(self) -> Iterator[str]:
         """Yield an error for each library that the run needs and that is missing."""
         yield from missing_libraries(self.args)
 
+    def validate(self) -> Namespace:
+        """Return the arguments that Megatron has validated, and set its global variables. Raises UserError."""
+        args = self.args
+        vars(args).update(wandb_defaults(args))
+        with megatrons_checks():
+            validate_args(args)
+            set_globals_without_writers(args)
+        return args
+
     def make_tokenizer(self) -> None:
         """Build Megatron's tokenizer, unless `validate` has built it. Raises UserError."""
+
+    def most_bytes_read(self) -> float:
+        """Return the size of datasets whose token ids are read: the first rank of each node reads all of them."""
+        return inf if os.environ.get("LOCAL_RANK", "0") == "0" else 0
 
     # ---- The checks --------------------------------------------------------------------------------------------------
 
@@ -105,21 +137,23 @@ class RunChecks:
 
         A check whose preconditions are not met, because of an earlier error, is left out.
         """
+        # Numbers with which the other checks compute.
         bad_values = list(value_errors(self.args))
         yield from bad_values
         if bad_values:
-            return  # the other checks compute with these numbers
+            return
+        # Settings.
         yield from self._choose_checkpoint()
         yield from self._settings()
-        yield from _error_of(lambda: file_checks.check_save_folder(self.args))
-        yield from _error_of(lambda: check_save_folder_is_own(self.args, self.checkpoint))
-        has_tokenizer = yield from self._check_tokenizer()
+        yield from _error_of(lambda: inputs.check_save_folder(self.args))
+        yield from _error_of(lambda: resume.check_save_folder_is_own(self.args, self.checkpoint))
+        tokenizer_errors = [*_error_of(self._check_tokenizer)]
+        yield from tokenizer_errors
         yield from self._validate()
-        if has_tokenizer:
-            yield from self._make_tokenizer()
-        if self.most_bytes_read() is not None:
-            yield from self._missing(missing_dataset(self.args))
-        yield from self._choose_mask()
+        # Files, and the model of the checkpoint.
+        if not tokenizer_errors:
+            yield from _error_of(self._make_tokenizer)
+        yield from _error_of(self._choose_mask)
         if self.is_validated:
             yield from self._compare_models()
         yield from self._files()
@@ -162,43 +196,6 @@ class RunChecks:
         yield from self.missing_libraries()
         yield from missing_flags(args, takes_learning_rate=self.checkpoint is not None and takes_schedule)
 
-    def _check_tokenizer(self) -> Generator[str, None, bool]:
-        """Check the tokenizer's file, save its digest with the other arguments, and return whether it is usable."""
-        args = self.args
-        args.tokenizer_sha256 = None
-        try:
-            yield from self._missing(missing_tokenizer(args))
-            if args.tokenizer_type is not None:
-                args.tokenizer_sha256 = file_checks.check_tokenizer(args)
-                return True
-        except UserError as error:
-            yield str(error)
-        return False
-
-    def _make_tokenizer(self) -> Iterator[str]:
-        """Build the tokenizer, which says how many ids there are."""
-        try:
-            self.make_tokenizer()
-            self.vocab_size = get_tokenizer().vocab_size
-        except UserError as error:
-            yield str(error)
-
-    def _choose_mask(self) -> Iterator[str]:
-        """Read the routing mask."""
-        missing = list(missing_mask(self.args, self.vocab_size, self.checkpoint is not None))
-        yield from self._missing(missing)
-        if not missing:
-            try:
-                self.mask = find_routing_mask(self.args, self.checkpoint, self.notes.append)
-            except UserError as error:
-                yield str(error)
-
-    def _missing(self, inputs: Iterable[MissingInput]) -> Iterator[str]:
-        """Record missing inputs, and yield an error for each."""
-        for missing in inputs:
-            self.missing.append(missing)
-            yield str(missing)
-
     def _validate(self) -> Iterator[str]:
         """Check the settings by Megatron's rules."""
         errors = list(layout_errors(self.args, 0 if self.checkpoint is None else iteration_of(self.checkpoint) or 0))
@@ -211,17 +208,30 @@ class RunChecks:
         except UserError as error:
             yield str(error)
 
+    def _check_tokenizer(self) -> None:
+        """Check the tokenizer's file, and save its digest with the other arguments. Raises UserError."""
+        self.args.tokenizer_sha256 = None
+        self.args.tokenizer_sha256 = inputs.check_tokenizer(self.args)
+
+    def _make_tokenizer(self) -> None:
+        """Build the tokenizer, which says how many ids there are. Raises UserError."""
+        self.make_tokenizer()
+        self._vocab_size = get_tokenizer().vocab_size
+
+    def _choose_mask(self) -> None:
+        """Read the routing mask. Raises UserError."""
+        self.mask = inputs.find_routing_mask(self.args, self.checkpoint, self.notes.append)
+
     def _files(self) -> Iterator[str]:
         """Check that mask, tokenizer and datasets fit the model and each other."""
         args, mask = self.args, self.mask
         knows_layers = self.is_validated or (args.hybrid_layer_pattern is None and args.num_layers is not None)
-        if self.vocab_size is not None and mask is not None and knows_layers:
-            yield from _error_of(lambda: file_checks.check_mask(args, mask))
-        if self.vocab_size is not None and args.fim_data:
+        if self._vocab_size is not None and mask is not None and knows_layers:
+            yield from _error_of(lambda: inputs.check_mask(args, mask))
+        if self._vocab_size is not None and args.fim_data:
             yield from _error_of(lambda: fill_in_middle.check_tokens(args))
-        most_bytes_read = self.most_bytes_read()
-        if most_bytes_read is not None:
-            yield from file_checks.data_errors(args, mask, self.vocab_size, most_bytes_read)
+        if self._reads_data:
+            yield from inputs.data_errors(args, mask, self._vocab_size, self.most_bytes_read())
 
     def _compare_models(self) -> Iterator[str]:
         """Check that the checkpoint holds the model of the run."""

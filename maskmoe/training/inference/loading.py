@@ -1,0 +1,74 @@
+"""Loads the model of a checkpoint for evaluation and generation, and writes their outputs."""
+
+from argparse import Namespace
+from pathlib import Path
+
+import torch
+from megatron.core.enums import ModelType
+from megatron.core.process_groups_config import ProcessGroupCollection
+from megatron.training.argument_utils import pretrain_cfg_container_from_args
+from megatron.training.initialize import initialize_megatron
+from megatron.training.training import setup_model_and_optimizer
+
+from maskmoe.data.indexed_dataset import files_of_data_path
+from maskmoe.errors import UserError
+from maskmoe.files.outputs import atomic_output, check_outputs
+from maskmoe.training.loop.rank_store import RankStore, check_launched
+from maskmoe.training.resume.choose_checkpoint import checkpoint_to_load, repair_tracker_file
+from maskmoe.training.settings.run_settings import embedding_ranks_of, model_config_from_args
+from maskmoe.training.watch.console import console
+
+
+def load_model(args: Namespace) -> torch.nn.Module:
+    """Initialise Megatron and return this rank's part of the model, with the weights of the checkpoint in `--load`.
+
+    Megatron's writers stay closed, since only training logs to them.
+
+    Raises:
+        UserError: `--load` holds no checkpoint, the pipeline is interleaved, which is for training only, or no launcher
+            has started this rank.
+    """
+    if checkpoint_to_load(args) is None:
+        found = "" if args.load is None else f"; --load {args.load} holds no checkpoint"
+        raise UserError(f"pass --load with the folder of the checkpoints{found}")
+    if args.virtual_pipeline_model_parallel_size is not None:
+        raise UserError(
+            "interleaved pipelines are for training only; leave --num-layers-per-virtual-pipeline-stage out, or give "
+            "--hybrid-layer-pattern as many stages as --pipeline-model-parallel-size"
+        )
+    check_launched()
+    console.load("building the model and reading the checkpoint")
+    ranks = RankStore.from_environment()
+    ranks.wait_for_all("checks")
+    repair_tracker_file(args, ranks)
+    config = model_config_from_args(args)
+    initialize_megatron(get_embedding_ranks=embedding_ranks_of(config), store=ranks.for_process_groups)
+    model, _, _ = setup_model_and_optimizer(
+        ModelType.encoder_or_decoder,
+        cfg_container=pretrain_cfg_container_from_args(args, config),
+        pg_collection=ProcessGroupCollection.use_mpu_process_groups(),
+    )
+    return model[0]
+
+
+def check_output(path: str | None, args: Namespace) -> None:
+    """Check that an output of a command that reads a model may be written, see `check_outputs`.
+
+    Args:
+        path: The output, or None if there is none.
+        args: Megatron's arguments, with `--force`.
+
+    Raises:
+        UserError: The output is an input, exists without `--force`, or cannot be written.
+    """
+    if path is not None:
+        names = ("load", "routing_mask", "tokenizer_model", "token_frequency", "prompts_file")
+        inputs = [Path(value) for name in names if (value := getattr(args, name, None)) is not None]
+        check_outputs([path], [*inputs, *(files_of_data_path(args.data_path) if args.data_path else ())], args.force)
+
+
+def write_on_first_rank(path: str | None, text: str) -> None:
+    """Write a text file on the first rank, if a path is given."""
+    if path is not None and torch.distributed.get_rank() == 0:
+        with atomic_output(path) as unfinished:
+            unfinished.write_text(text)

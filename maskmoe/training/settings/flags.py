@@ -1,0 +1,262 @@
+"""The flags of MaskMoE, which are added to Megatron's; this module imports neither PyTorch nor Megatron."""
+
+import os
+import re
+from argparse import Action, ArgumentParser, ArgumentTypeError, BooleanOptionalAction, Namespace
+from collections.abc import Callable, Mapping
+from importlib.util import find_spec
+from math import prod
+from types import MethodType
+from typing import Any
+
+from maskmoe.command_line import ranges
+from maskmoe.command_line.parser import Number, OneLineParser, WholeNumber
+
+_LONGEST_WORD, _LONGEST_PATTERN = 100_000, 1 << 17
+_FACTOR = re.compile(r"(?<=\*)\s*\d+|\d+\s*(?=\*)")
+
+
+def add_maskmoe_flags(parser: ArgumentParser) -> ArgumentParser:
+    """Add the `MaskMoE` group, without changes of Megatron's defaults; return the parser."""
+    group = parser.add_argument_group(title="MaskMoE")
+    group.add_argument(
+        "--routing-mask",
+        metavar="FILE",
+        help="routing mask made by maskmoe mask. It may be left out when a checkpoint is loaded: "
+        "every checkpoint holds its routing mask",
+    )
+    group.add_argument(
+        "--moe-aux-loss-tokens",
+        choices=["all", "routable"],
+        default="all",
+        help="average the load-balancing loss over all tokens, or over the tokens with two or more visible experts",
+    )
+    group.add_argument(
+        "--qk-layernorm-all-heads",
+        action="store_true",
+        help="with --qk-layernorm, normalise queries and keys over all heads together, as OLMoE does, instead of each "
+        "head by itself",
+    )
+    group.add_argument(
+        "--no-verify-checkpoint",
+        action="store_false",
+        dest="verify_checkpoint",
+        help="do not compare the files of the checkpoint to load with the digests that were saved with them. "
+        "All ranks share this work. Missing and shortened files are found in any case",
+    )
+    group.add_argument(
+        "--no-moe-permute-fusion",
+        action="store_false",
+        dest="moe_permute_fusion",
+        help="do not permute tokens by Transformer Engine's kernels, which are the default on a GPU with Transformer "
+        "Engine 2.6 or newer",
+    )
+    group.add_argument(
+        "--verbose",
+        action="store_true",
+        help="print everything that Megatron prints, such as all arguments, to the console. By default this goes to "
+        "files in the run folder: logs/rankN.log and args.yaml",
+    )
+    return parser
+
+
+def add_maskmoe_arguments(parser: ArgumentParser) -> ArgumentParser:
+    """Add the `MaskMoE` group to Megatron's parser and change some defaults; pass as `extra_args_provider`.
+
+    The router computes in fp32, tokens reach experts by all-to-all, and the coefficient of the load-balancing loss is
+    1e-2. `--eval-interval` gets a default, without which Megatron-Core 0.19 fails. Checkpoints of the distributed
+    optimizer are saved in the form that loads into any layout. On a machine without CUDA, fusions and the NCCL backend
+    are off. On a GPU, the defaults are the fastest ones that work with the installed packages.
+    """
+    # Only now: `--help` does not wait for PyTorch, which these modules import.
+    from maskmoe.megatron_compat import cpu
+    from maskmoe.megatron_compat.gpu import GpuPackages
+    from maskmoe.megatron_compat.patches import escape_percent_signs_in_help
+
+    escape_percent_signs_in_help(parser)
+    _report_errors_in_one_line(parser)
+    add_maskmoe_flags(parser)
+    replace_help(
+        parser,
+        {
+            "--moe-token-dispatcher-type": "how tokens reach their experts (default: alltoall)",
+            "--eval-interval": "iterations between two evaluations on the validation set (default: 1000)",
+            "--hybrid-layer-pattern": "the layers of a hybrid model, one symbol for each: M (Mamba), G (gated delta "
+            "net), * (attention), + (multi-latent attention), - (MLP), E (MoE). | separates pipeline stages, and / "
+            "precedes the layers of multi-token prediction. For example: M-ME|M-*E/*E",
+        },
+    )
+    parser.set_defaults(
+        moe_router_dtype="fp32",
+        moe_token_dispatcher_type="alltoall",
+        moe_aux_loss_coeff=1e-2,
+        eval_interval=1000,
+        dist_ckpt_optim_fully_reshardable=True,
+        loads_non_persistent=False,  # has no flag: set when the checkpoint is chosen
+    )
+    defaults = cpu.argument_defaults() if cpu.is_installed() else GpuPackages.installed().argument_defaults()
+    parser.set_defaults(**defaults)
+    return parser
+
+
+def add_pretraining_arguments(parser: ArgumentParser) -> ArgumentParser:
+    """Add the arguments that only training has, and let signals save a checkpoint by default."""
+    group = parser.add_argument_group(title="long runs")
+    group.add_argument(
+        "--change-routing-mask",
+        action="store_true",
+        help="let the mask in --routing-mask replace another mask of the checkpoint in --load. Both must have the same "
+        "vocabulary, number of experts and number of tables. Later checkpoints hold the new mask, so the flag then "
+        "changes nothing",
+    )
+    group.add_argument(
+        "--keep-last-checkpoints",
+        type=ranges.CHECKPOINTS,
+        metavar="N",
+        help="keep the newest N checkpoints in --save and the multiples of --save-retain-interval, and remove all "
+        "others; by default all checkpoints are kept",
+    )
+    group.add_argument(
+        "--hang-timeout",
+        type=ranges.TIMEOUT,
+        metavar="SECONDS",
+        help="end the run, and name the rank that hangs, if no rank begins a micro-batch for this long; "
+        "default: half of --distributed-timeout-minutes",
+    )
+    group.add_argument(
+        "--report",
+        action=BooleanOptionalAction,
+        default=True,
+        help="write event files of TensorBoard and, at the end of the run, the page report.html into the run folder "
+        "(default: on)",
+    )
+    _add_watch_arguments(parser)
+    parser.set_defaults(
+        exit_signal_handler=True,
+        log_timers_to_tensorboard=True,  # the status shows the time of an iteration
+        # Megatron switches asynchronous saving off without this setting, with a warning that is easily overlooked.
+        use_persistent_ckpt_worker=True,
+        async_strategy="nvrx" if find_spec("nvidia_resiliency_ext") else "mcore",
+    )
+    return parser
+
+
+def _add_watch_arguments(parser: ArgumentParser) -> None:
+    """Add the group of the watches over loss, gradient norm and routing."""
+    group = parser.add_argument_group(title="spikes and silent faults")
+    group.add_argument(
+        "--spike-action",
+        choices=["report", "skip", "none"],
+        default="report",
+        help="report: report each step whose loss or gradient norm is off, which means far from the values of the "
+        "steps before. skip: if a value is too high, also do not apply the step's update. none: do not judge steps "
+        "(default: report)",
+    )
+    group.add_argument(
+        "--spike-deviations",
+        type=Number(0, is_above=True),
+        default=15.0,
+        metavar="D",
+        help="a value is off if it is more than D robust deviations above or below the median of the steps before. A "
+        "robust deviation is 1.4826 times the median absolute deviation, and at least 0.5%% of the median (default: "
+        "15)",
+    )
+    group.add_argument(
+        "--spike-window",
+        type=WholeNumber(2, 100_000),
+        default=128,
+        metavar="STEPS",
+        help="the number of steps before that a step is compared with; with fewer than half of them, no step is judged "
+        "(default: 128)",
+    )
+    group.add_argument(
+        "--collapse-intervals",
+        type=WholeNumber(0),
+        default=10,
+        metavar="N",
+        help="report an expert or an expert-parallel rank that got no token in N log intervals in a row, and a MoE "
+        "layer whose routing entropy was 0 in all of them; 0: never (default: 10)",
+    )
+
+
+def add_check_arguments(parser: ArgumentParser) -> ArgumentParser:
+    """Add the arguments of `maskmoe.training.check`, which reports on a run instead of starting it."""
+    parser.add_argument(
+        "--check",
+        metavar="RANKS",
+        type=ranges.RANKS,
+        nargs="?",
+        const=os.environ.get("WORLD_SIZE", "1"),
+        help="do not train. Check the other arguments and all files for a run of RANKS processes, one for each GPU, by "
+        "default WORLD_SIZE or 1; print layout, parameters, memory and cost of the run, and every error. Needs no "
+        "GPU and no torchrun. On a machine without GPUs, the check assumes GPUs with Transformer Engine and Apex "
+        "unless --distributed-backend gloo is given",
+    )
+    parser.add_argument(
+        "--json",
+        dest="check_json",
+        metavar="FILE",
+        help="also write the report of --check as JSON; maskmoe/training/preflight/report.py documents its keys",
+    )
+    return parser
+
+
+def replace_help(parser: ArgumentParser, texts: Mapping[str, str]) -> None:
+    """Replace the help texts of Megatron's flags that have another default or other values in MaskMoE.
+
+    Args:
+        parser: The parser of the flags. Flags that the parser lacks are ignored.
+        texts: The new help texts by flag.
+    """
+    for action in parser._actions:
+        for flag in texts.keys() & set(action.option_strings):
+            action.help = texts[flag]
+
+
+def may_change_mask(args: Namespace) -> bool:
+    """Return whether the run's mask may differ from the checkpoint's; only training has the flag for it."""
+    return getattr(args, "change_routing_mask", False)
+
+
+def hang_timeout(args: Namespace) -> float:
+    """Return the seconds without a micro-batch after which a rank counts as hanging.
+
+    The default lets the verdict come before `--distributed-timeout-minutes`, when NCCL would abort without a verdict.
+    """
+    return args.hang_timeout or 0.5 * 60 * args.distributed_timeout_minutes
+
+
+def _report_errors_in_one_line(parser: ArgumentParser) -> None:
+    """Let Megatron's parser report a wrong value in one line, where argparse would print a usage of 700 lines first."""
+    vars(parser)["error"] = MethodType(OneLineParser.error, parser)
+    for action in parser._actions:
+        if callable(action.type) and not isinstance(action.type, type):
+            action.type = _refusing(action, action.type)
+
+
+def _refusing(action: Action, convert: Callable[[str], Any]) -> Callable[[str], Any]:
+    """Return Megatron's converter of a flag's words, whose failures, of any type, become errors of argparse."""
+    choices = [getattr(choice, "name", str(choice)) for choice in action.choices or ()]
+    expected = f"must be one of {', '.join(choices)}" if choices else "has a value that Megatron cannot read"
+
+    def convert_or_refuse(word: str) -> Any:
+        try:
+            return convert(check_pattern(word))
+        except ArgumentTypeError:
+            raise
+        except Exception as error:
+            raise ArgumentTypeError(f"{expected}, not {word!r}") from error
+
+    return convert_or_refuse
+
+
+def check_pattern(word: str) -> str:
+    """Return a word that Megatron may evaluate, such as the pattern `[0]+[1]*23`, as it is.
+
+    Raises:
+        ArgumentTypeError: Evaluating the word would take too much memory or time.
+    """
+    factors = map(int, _FACTOR.findall(word)) if len(word) <= _LONGEST_WORD else ()
+    if len(word) > _LONGEST_WORD or "**" in word or prod(factors) > _LONGEST_PATTERN:
+        raise ArgumentTypeError(f"is a pattern for too many layers: {word!r}")
+    return word
