@@ -95,10 +95,10 @@ def config_from_args(args: Namespace, vocab_size: int) -> dict[str, Any]:
 
     Args:
         args: Megatron's arguments as a checkpoint holds them.
-        vocab_size: number of the tokenizer's ids, without padding.
+        vocab_size: Number of the tokenizer's ids, without padding.
 
     Raises:
-        UserError: the model has settings that the transformers model does not have; names all of them. Or it is a
+        UserError: The model has settings that the transformers model does not have; names all of them. Or it is a
             hybrid model with layers that the transformers model does not have; names the first of them.
     """
     args = gpt_args(Namespace(**_default_args() | vars(args)))
@@ -130,10 +130,10 @@ def args_from_config(config: Mapping[str, Any]) -> Namespace:
     """Return Megatron's arguments that describe a model as a `GPTModel`; arguments of training are left to the run.
 
     Args:
-        config: the fields of `MaskMoEConfig`.
+        config: The fields of `MaskMoEConfig`.
 
     Raises:
-        UserError: the model has a setting, or a combination of scores and normalisation, that Megatron-Core does not
+        UserError: The model has a setting, or a combination of scores and normalisation, that Megatron-Core does not
             have; names the setting.
     """
     is_sparse = [kind == "sparse" for kind in config["mlp_layer_types"]]
@@ -379,7 +379,7 @@ def gpt_args(args: Namespace) -> Namespace:
     """Return Megatron's arguments of a hybrid model's GPT twin; for a GPT model, return its arguments.
 
     Raises:
-        UserError: the hybrid model has no twin.
+        UserError: The hybrid model has no twin.
     """
     if not is_hybrid(args):
         return args
@@ -410,11 +410,11 @@ def with_pattern(args: Namespace, config: Mapping[str, Any], pattern: str | None
 
     Args:
         args: Megatron's arguments of a GPT model or of a hybrid model.
-        config: the fields of the `MaskMoEConfig` of the same model.
-        pattern: the pattern of a hybrid model, `DERIVED_PATTERN`, or `NO_PATTERN` for a GPT model; None keeps `args`.
+        config: The fields of the `MaskMoEConfig` of the same model.
+        pattern: The pattern of a hybrid model, `DERIVED_PATTERN`, or `NO_PATTERN` for a GPT model; None keeps `args`.
 
     Raises:
-        UserError: the pattern is one of another model.
+        UserError: The pattern is one of another model.
     """
     if pattern is None or pattern == getattr(args, "hybrid_layer_pattern", None):
         return args

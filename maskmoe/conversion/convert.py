@@ -42,11 +42,11 @@ def megatron_to_huggingface(settings: Settings, mask: RoutingMask | None = None)
     """Convert a checkpoint of any layout of ranks into a transformers model.
 
     Args:
-        settings: the settings of the conversion.
-        mask: the routing mask for a checkpoint that holds none.
+        settings: The settings of the conversion.
+        mask: The routing mask for a checkpoint that holds none.
 
     Raises:
-        UserError: the input is bad, or the disk is full.
+        UserError: The input is bad, or the disk is full.
     """
     checkpoint, model = _open_checkpoint(settings, mask)
     with _output(settings, checkpoint) as folder:
@@ -57,14 +57,14 @@ def huggingface_to_megatron(settings: Settings, mask: RoutingMask | None = None)
     """Convert a transformers model into a checkpoint that training starts from, in any layout of ranks.
 
     Args:
-        settings: the settings of the conversion.
-        mask: the routing mask for a model that holds none; by default every id sees every expert.
+        settings: The settings of the conversion.
+        mask: The routing mask for a model that holds none; by default every id sees every expert.
 
     Returns:
-        the flags that loading the checkpoint needs in addition to `--use-checkpoint-args`.
+        The flags that loading the checkpoint needs in addition to `--use-checkpoint-args`.
 
     Raises:
-        UserError: the input is bad, or the disk is full.
+        UserError: The input is bad, or the disk is full.
     """
     model = open_model(settings.load, mask)
     with _output(settings, settings.load) as folder:
@@ -75,16 +75,16 @@ def upcycle_model(settings: Settings, recipe: UpcycleSettings, mask: RoutingMask
     """Make a MaskMoE model of a dense model of either format.
 
     Args:
-        settings: the settings of the conversion.
-        recipe: how experts are made.
-        mask: the routing mask.
-        to_megatron: write a checkpoint rather than a transformers model.
+        settings: The settings of the conversion.
+        recipe: How experts are made.
+        mask: The routing mask.
+        to_megatron: Write a checkpoint rather than a transformers model.
 
     Returns:
-        as `huggingface_to_megatron`; no flags for a transformers model.
+        As `huggingface_to_megatron`; no flags for a transformers model.
 
     Raises:
-        UserError: the input is bad, or the disk is full.
+        UserError: The input is bad, or the disk is full.
     """
     if (settings.load / CONFIG_FILE).exists():
         source, dense = settings.load, open_model(settings.load)
@@ -118,11 +118,11 @@ def _output(settings: Settings, source: Path) -> Iterator[Path]:
     """Yield a temporary folder that becomes `settings.save`, after a check of the source's digests.
 
     Args:
-        settings: the settings of the conversion.
-        source: the folder that is converted, which may be one of several checkpoints in the folder `settings.load`.
+        settings: The settings of the conversion.
+        source: The folder that is converted, which may be one of several checkpoints in the folder `settings.load`.
 
     Raises:
-        UserError: the result would lie inside the source, the folder has content, the source has changed since it was
+        UserError: The result would lie inside the source, the folder has content, the source has changed since it was
             saved, or the disk is full.
     """
     if lies_inside(settings.save, settings.load) or lies_inside(settings.save, source):
@@ -172,11 +172,11 @@ def _megatron_args(model: OpenedModel, pattern: str | None) -> Namespace:
     """Return the arguments that a model came with; arguments made from its configuration if that has changed since.
 
     Args:
-        model: the model.
-        pattern: see `Settings.hybrid_layer_pattern`.
+        model: The model.
+        pattern: See `Settings.hybrid_layer_pattern`.
 
     Raises:
-        UserError: the model cannot be expressed in Megatron, or the pattern does not fit it.
+        UserError: The model cannot be expressed in Megatron, or the pattern does not fit it.
     """
     if model.args is not None:
         described = config_from_args(model.args, model.config["vocab_size"])

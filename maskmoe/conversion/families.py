@@ -40,9 +40,9 @@ class Naming:
     """The names that files of another family give to MaskMoE's tensors.
 
     Attributes:
-        projections: names of the gate, up and down projections of one expert; None if the files stack all experts of a
+        projections: Names of the gate, up and down projections of one expert; None if the files stack all experts of a
             layer in one tensor, as MaskMoE does.
-        renamed: a part of MaskMoE's names, and the part of the file's names that replaces it.
+        renamed: A part of MaskMoE's names, and the part of the file's names that replaces it.
     """
 
     projections: tuple[str, str, str] | None = None
@@ -66,11 +66,11 @@ class Family:
     """The models of one `model_type` of transformers.
 
     Attributes:
-        namings: the namings that files of this family may follow: transformers saves under the names of its modules,
+        namings: The namings that files of this family may follow: transformers saves under the names of its modules,
             or under the names of the family's first files.
-        special_fields: function from the family's configuration to the fields of `MaskMoEConfig` that have another
+        special_fields: Function from the family's configuration to the fields of `MaskMoEConfig` that have another
             name or no name in the family's configuration.
-        refusals: function from the family's configuration to settings that MaskMoE does not have, each with whether the
+        refusals: Function from the family's configuration to settings that MaskMoE does not have, each with whether the
             model has it.
     """
 
@@ -148,12 +148,12 @@ def open_huggingface(folder: Path, mask: RoutingMask | None = None) -> OpenedMod
     """Open a model of another family as a MaskMoE model.
 
     Args:
-        folder: a folder as `save_pretrained` writes it, with `config.json` and safetensors files.
-        mask: the routing mask for a model with experts. By default every id sees every expert, so that the MaskMoE
+        folder: A folder as `save_pretrained` writes it, with `config.json` and safetensors files.
+        mask: The routing mask for a model with experts. By default every id sees every expert, so that the MaskMoE
             model computes the same as the original.
 
     Raises:
-        UserError: the files are missing or damaged, the family is unknown, MaskMoE cannot express a setting, the
+        UserError: The files are missing or damaged, the family is unknown, MaskMoE cannot express a setting, the
             tensors do not match the configuration, or the mask does not fit.
     """
     config, files = read_config(folder / CONFIG_FILE), SafetensorsSource(folder)
@@ -173,7 +173,7 @@ def read_config(path: Path) -> PreTrainedConfig:
     """Read the file with the configuration of a model of a known family.
 
     Raises:
-        UserError: the configuration is missing, damaged or incomplete, or the family is unknown.
+        UserError: The configuration is missing, damaged or incomplete, or the family is unknown.
     """
     values = read_model_config(path)
     model_type = str(values.get("model_type"))
@@ -191,8 +191,8 @@ def translate_config(config: PreTrainedConfig, path: Path) -> dict[str, Any]:
     """Return the fields of `MaskMoEConfig` that describe a model of another family, without a routing mask.
 
     Args:
-        config: the configuration of the model.
-        path: the file with the configuration, for error messages.
+        config: The configuration of the model.
+        path: The file with the configuration, for error messages.
 
     Raises:
         UserError: MaskMoE cannot express some settings; names the settings.
@@ -243,13 +243,13 @@ def rename_tensors(
     """Present the tensors of a model's files as the tensors of a MaskMoE model without a routing mask.
 
     Args:
-        source: provides the tensors under the files' names.
-        config: the fields of `MaskMoEConfig`.
-        namings: the namings that the files may follow; the one that finds most tensors is used.
-        folder: the model's folder, for error messages.
+        source: Provides the tensors under the files' names.
+        config: The fields of `MaskMoEConfig`.
+        namings: The namings that the files may follow; the one that finds most tensors is used.
+        folder: The model's folder, for error messages.
 
     Raises:
-        UserError: a tensor is missing, unexpected or of another shape; names the tensor.
+        UserError: A tensor is missing, unexpected or of another shape; names the tensor.
     """
     shapes = tensor_shapes(config) | mtp_tensor_shapes(config)
     candidates = [{copy.source.tensor: copy for copy in naming.copies(shapes)} for naming in namings]
@@ -266,7 +266,7 @@ def _copies_of_shared_tensors(source: TensorSource, config: Mapping[str, Any], f
     """Return the names of the copies of the embedding and output layer that layers of multi-token prediction hold.
 
     Raises:
-        UserError: a copy differs from the model's own tensor.
+        UserError: A copy differs from the model's own tensor.
     """
     copies, output = {}, "model.embed_tokens.weight" if config["tie_word_embeddings"] else "lm_head.weight"
     for layer in range(config["num_hidden_layers"], config["num_hidden_layers"] + config["num_nextn_predict_layers"]):

@@ -54,11 +54,11 @@ def open_model(folder: Path, mask: RoutingMask | None = None) -> OpenedModel:
     """Open an exported MaskMoE model, including the data that only Megatron needs, or a model of another family.
 
     Args:
-        folder: the folder of the model.
-        mask: the routing mask for a model that has none.
+        folder: The folder of the model.
+        mask: The routing mask for a model that has none.
 
     Raises:
-        UserError: the model cannot be read, its family is unknown, or its tensors do not match its configuration.
+        UserError: The model cannot be read, its family is unknown, or its tensors do not match its configuration.
     """
     config = read_model_config(folder / CONFIG_FILE)
     if config.get("model_type") != MaskMoEConfig.model_type:
@@ -86,7 +86,7 @@ def check_files(folder: Path) -> None:
     For a model, the error names `--no-verify-checkpoint`, because transformers may have saved the model again.
 
     Raises:
-        Damage: a file is missing or differs from its digest.
+        Damage: A file is missing or differs from its digest.
     """
     try:
         check_content(folder)
@@ -101,7 +101,7 @@ def _read_args(path: Path) -> Namespace | None:
     """Return Megatron's arguments of an exported model; None for a model that was never Megatron's.
 
     Raises:
-        UserError: the file is damaged, or lacks an argument that describes a model.
+        UserError: The file is damaged, or lacks an argument that describes a model.
     """
     if not path.exists():
         return None
@@ -116,14 +116,14 @@ def write_huggingface(
     """Write a model with its configuration, code and tokenizer, and the data that only Megatron needs.
 
     Args:
-        model: the model; its source also provides multi-token prediction and may provide the padding of the vocabulary.
-        folder: the folder for the files.
-        max_file_bytes: upper bound of the bytes of tensors in a file.
+        model: The model; its source also provides multi-token prediction and may provide the padding of the vocabulary.
+        folder: The folder for the files.
+        max_file_bytes: Upper bound of the bytes of tensors in a file.
         tokenizer_type: Megatron's `--tokenizer-type`.
         tokenizer_model: Megatron's `--tokenizer-model`.
 
     Raises:
-        UserError: the tokenizer cannot be read or has no equal in transformers.
+        UserError: The tokenizer cannot be read or has no equal in transformers.
     """
     special_ids = _special_ids(model.config, export_tokenizer(tokenizer_type, tokenizer_model, folder))
     # Write the tensors.
@@ -156,8 +156,8 @@ def _special_ids(config: Mapping[str, Any], of_tokenizer: Mapping[str, int | Non
     """Return the ids with which texts begin and end, as far as the tokenizer's ids replace the model's ids.
 
     Args:
-        config: the fields of the model's `MaskMoEConfig`.
-        of_tokenizer: the tokenizer's ids, by the same names as in `config`. If an id is None, the model keeps its own.
+        config: The fields of the model's `MaskMoEConfig`.
+        of_tokenizer: The tokenizer's ids, by the same names as in `config`. If an id is None, the model keeps its own.
     """
     special_ids = {name: id_ for name, id_ in of_tokenizer.items() if id_ is not None}
     ends = config.get("eos_token_id")

@@ -68,14 +68,14 @@ class TorchDistSource:
     """Provides the tensors of a `torch_dist` checkpoint, under the names that Megatron gives them.
 
     Args:
-        checkpoint: the checkpoint's folder.
+        checkpoint: The checkpoint's folder.
 
     Attributes:
-        checkpoint: the checkpoint's folder.
-        tensors: shapes and dtypes of the tensors by name.
+        checkpoint: The checkpoint's folder.
+        tensors: Shapes and dtypes of the tensors by name.
 
     Raises:
-        UserError: the checkpoint is missing or damaged.
+        UserError: The checkpoint is missing or damaged.
     """
 
     def __init__(self, checkpoint: Path) -> None:
@@ -117,7 +117,7 @@ class TorchDistSource:
         """Read the state that all ranks share, such as Megatron's arguments and the iteration.
 
         Raises:
-            UserError: the checkpoint has no such state, or the state is damaged or holds more than data.
+            UserError: The checkpoint has no such state, or the state is damaged or holds more than data.
         """
         try:
             with warnings.catch_warnings(action="ignore"):  # torch would warn that this is a single process
@@ -132,7 +132,7 @@ class _BlockLoader(DefaultLoadPlanner):
     """Tells torch's reader to fill one tensor.
 
     Args:
-        target: the tensor to fill.
+        target: The tensor to fill.
     """
 
     def __init__(self, target: Tensor) -> None:
@@ -148,9 +148,9 @@ class _BlockSaver(DefaultSavePlanner):
     """Provides torch's writer with objects, and with blocks of tensors that are read when they are written.
 
     Args:
-        source: provides the blocks.
-        blocks: the blocks by torch's index of a chunk.
-        objects: the objects by name.
+        source: Provides the blocks.
+        blocks: The blocks by torch's index of a chunk.
+        objects: The objects by name.
     """
 
     def __init__(self, source: TensorSource, blocks: Mapping[MetadataIndex, Block], objects: Mapping[str, Any]) -> None:
@@ -171,13 +171,13 @@ def write_torch_dist(
     several ranks.
 
     Args:
-        source: provides the tensors, by Megatron's names. Each becomes chunks of at most `BLOCK_BYTES`.
-        objects: values to pickle, by name including the suffix of their shard.
-        checkpoint: the folder of the checkpoint.
-        max_file_bytes: upper bound of the bytes of tensors in a file, unless one chunk alone is larger.
+        source: Provides the tensors, by Megatron's names. Each becomes chunks of at most `BLOCK_BYTES`.
+        objects: Values to pickle, by name including the suffix of their shard.
+        checkpoint: The folder of the checkpoint.
+        max_file_bytes: Upper bound of the bytes of tensors in a file, unless one chunk alone is larger.
 
     Returns:
-        the names of the files.
+        The names of the files.
     """
     # Describe the chunks of all tensors as torch does.
     entries: dict[str, TensorStorageMetadata | BytesStorageMetadata] = {
@@ -224,12 +224,12 @@ def open_megatron(
     """Open a checkpoint of any layout of ranks as a transformers model, including the padding of the vocabulary.
 
     Args:
-        checkpoint: the checkpoint's folder.
-        mask: the routing mask for a checkpoint that holds none.
+        checkpoint: The checkpoint's folder.
+        mask: The routing mask for a checkpoint that holds none.
         changed_args: Megatron's arguments, by name, that replace the checkpoint's.
 
     Raises:
-        UserError: the checkpoint is damaged, transformers cannot express the model, or the checkpoint's tensors do not
+        UserError: The checkpoint is damaged, transformers cannot express the model, or the checkpoint's tensors do not
             match its arguments.
     """
     stored = TorchDistSource(checkpoint)
@@ -272,13 +272,13 @@ def write_megatron(model: OpenedModel, args: Namespace, folder: Path, max_file_b
     """Write a model as a checkpoint that training starts from, in any layout of ranks.
 
     Args:
-        model: the model. If its source does not provide the padding of the vocabulary, the padding is zeros.
+        model: The model. If its source does not provide the padding of the vocabulary, the padding is zeros.
         args: Megatron's arguments of the model, which the checkpoint will hold.
-        folder: the folder for the checkpoint `release` and for the tracker file that names it.
-        max_file_bytes: upper bound of a file's size in bytes.
+        folder: The folder for the checkpoint `release` and for the tracker file that names it.
+        max_file_bytes: Upper bound of a file's size in bytes.
 
     Raises:
-        UserError: the model's tensors do not fit into Megatron's.
+        UserError: The model's tensors do not fit into Megatron's.
     """
     # Map the tensors. The padding of the vocabulary is the model's own if it fits, else zeros.
     layout = MegatronLayout(is_stacked(args), args.padded_vocab_size, EXPERT_NORMS, is_hybrid(args))
@@ -318,13 +318,13 @@ def _vocab_size(original_args: Namespace, args: Namespace) -> int:
 
     Args:
         original_args: Megatron's arguments in the checkpoint.
-        args: these arguments with the tokenizer that the user passed.
+        args: These arguments with the tokenizer that the user passed.
 
     Returns:
-        the number of the tokenizer's ids; for a type that MaskMoE cannot read, the number of rows including padding.
+        The number of the tokenizer's ids; for a type that MaskMoE cannot read, the number of rows including padding.
 
     Raises:
-        UserError: the file of the tokenizer is missing or damaged.
+        UserError: The file of the tokenizer is missing or damaged.
     """
     # All other types of tokenizers ignore `--vocab-size`.
     if original_args.tokenizer_type in _SIZED_TOKENIZERS and original_args.vocab_size:
@@ -338,9 +338,9 @@ def _layout(source: TensorSource, config: Mapping[str, Any], is_hybrid: bool) ->
     """Find out how a checkpoint names and shapes its tensors.
 
     Args:
-        source: the tensors of the checkpoint.
-        config: the fields of `MaskMoEConfig`.
-        is_hybrid: whether the checkpoint is a hybrid model's.
+        source: The tensors of the checkpoint.
+        config: The fields of `MaskMoEConfig`.
+        is_hybrid: Whether the checkpoint is a hybrid model's.
     """
     embedding = source.tensors.get(EMBEDDING)
     if embedding is None:

@@ -54,15 +54,15 @@ def find_weight_files(folder: Path, single_file: str = SINGLE_FILE) -> tuple[lis
     A folder with both a single file and an index is read as transformers reads it: the index is ignored.
 
     Args:
-        folder: the folder of the model.
-        single_file: the name of the file if there is only one. The index of several files has this name and the
+        folder: The folder of the model.
+        single_file: The name of the file if there is only one. The index of several files has this name and the
             suffix `.index.json`. The name may begin with a folder inside `folder`.
 
     Returns:
-        the files, and the name of the file of each tensor; None instead of the names if there is no index.
+        The files, and the name of the file of each tensor; None instead of the names if there is no index.
 
     Raises:
-        UserError: a file is missing, is not a regular file or lies outside the folder; or the index is damaged.
+        UserError: A file is missing, is not a regular file or lies outside the folder; or the index is damaged.
     """
     path, index = folder / single_file, folder / f"{single_file}{INDEX_SUFFIX}"
     if path.exists() or not os.path.lexists(index):
@@ -82,15 +82,15 @@ class SafetensorsSource:
     """Provides the tensors of a folder with `model.safetensors`, or with several files and their index.
 
     Args:
-        folder: the folder of the model.
-        single_file: see `find_weight_files`.
+        folder: The folder of the model.
+        single_file: See `find_weight_files`.
 
     Attributes:
-        tensors: shapes and dtypes of the tensors by name.
-        files: the files that hold the tensors.
+        tensors: Shapes and dtypes of the tensors by name.
+        files: The files that hold the tensors.
 
     Raises:
-        UserError: a file is missing or damaged, or holds other tensors than the index says.
+        UserError: A file is missing or damaged, or holds other tensors than the index says.
     """
 
     def __init__(self, folder: Path, single_file: str = SINGLE_FILE) -> None:
@@ -120,7 +120,7 @@ def _read_specs(path: Path) -> dict[str, TensorSpec]:
     """Return shapes and dtypes of the tensors of a file, by name.
 
     Raises:
-        UserError: the file is damaged, or holds tensors of an unsupported type.
+        UserError: The file is damaged, or holds tensors of an unsupported type.
     """
     specs = {}
     try:
@@ -143,14 +143,14 @@ def write_safetensors(
     The tensors of one file are in memory at a time.
 
     Args:
-        source: provides the tensors.
-        names: the names of the tensors to write.
-        folder: the folder for the files.
-        max_file_bytes: upper bound of the bytes of tensors in a file, unless one tensor alone is larger.
-        single_file: see `find_weight_files`.
+        source: Provides the tensors.
+        names: The names of the tensors to write.
+        folder: The folder for the files.
+        max_file_bytes: Upper bound of the bytes of tensors in a file, unless one tensor alone is larger.
+        single_file: See `find_weight_files`.
 
     Returns:
-        the names of the files, without the index.
+        The names of the files, without the index.
     """
     specs = {name: source.tensors[name] for name in names}
     split = split_torch_state_dict_into_shards(
@@ -175,7 +175,7 @@ def load_exported_tokenizer(folder: Path) -> Any:
     """Load the tokenizer of a folder, without running code of the folder.
 
     Raises:
-        UserError: the tokenizer is missing or damaged, or a file of the folder is not a regular file.
+        UserError: The tokenizer is missing or damaged, or a file of the folder is not a regular file.
     """
     from transformers import AutoTokenizer
 
@@ -193,11 +193,11 @@ def load_exported_model(folder: Path, tokenizer: Any) -> Any:
     """Load the model of a folder, in evaluation mode and on the CPU, without running code of the folder.
 
     Args:
-        folder: the folder.
-        tokenizer: the tokenizer of the folder.
+        folder: The folder.
+        tokenizer: The tokenizer of the folder.
 
     Raises:
-        UserError: a file is missing or damaged, or lies outside the folder; weights are missing, superfluous, of
+        UserError: A file is missing or damaged, or lies outside the folder; weights are missing, superfluous, of
             another shape or type, NaN or infinite; or the tokenizer has ids that the model lacks.
     """
     from transformers import AutoModelForCausalLM, logging
@@ -238,7 +238,7 @@ def check_output_folder(folder: Path) -> None:
     """Check that a conversion can write a folder.
 
     Raises:
-        UserError: the folder has content, or another conversion is writing it.
+        UserError: The folder has content, or another conversion is writing it.
     """
     if os.path.lexists(folder) and not (folder.is_dir() and not any(folder.iterdir())):
         raise UserError(f"{folder} is not empty; name a new folder")
@@ -256,7 +256,7 @@ def output_folder(folder: Path) -> Iterator[Path]:
     All files are on the disk before the folder gets its name. SIGTERM and SIGHUP count as failures.
 
     Raises:
-        UserError: see `check_output_folder`; or the disk is full, or a file cannot be written.
+        UserError: See `check_output_folder`; or the disk is full, or a file cannot be written.
     """
     check_output_folder(folder)
     unfinished = _unfinished(folder)

@@ -30,12 +30,12 @@ def make_config[C: PreTrainedConfig](
     """Build a configuration of transformers.
 
     Args:
-        config_class: the class of the configuration.
-        fields: the fields, as `config.json` holds them.
-        where: what has the fields, for error messages.
+        config_class: The class of the configuration.
+        fields: The fields, as `config.json` holds them.
+        where: What has the fields, for error messages.
 
     Raises:
-        UserError: the fields do not form a valid configuration.
+        UserError: The fields do not form a valid configuration.
     """
     try:
         return config_class.from_dict(dict(fields))
@@ -49,13 +49,13 @@ def tensor_shapes(config: Mapping[str, Any]) -> Shapes:
     """Return the shapes of a model's tensors by name, as transformers makes them on a device without memory.
 
     Args:
-        config: the fields of `MaskMoEConfig`.
+        config: The fields of `MaskMoEConfig`.
 
     Returns:
-        the shapes in the order of the layers; the routing mask's tensors come last.
+        The shapes in the order of the layers; the routing mask's tensors come last.
 
     Raises:
-        UserError: the fields do not form a valid configuration.
+        UserError: The fields do not form a valid configuration.
     """
     with torch.device("meta"):
         model = MaskMoEForCausalLM(make_config(MaskMoEConfig, config))
@@ -72,10 +72,10 @@ def mtp_tensor_shapes(config: Mapping[str, Any]) -> Shapes:
     The names are DeepSeek-V3's: the layers are numbered after the decoder's. Each of them is like the last of these.
 
     Args:
-        config: the fields of `MaskMoEConfig`.
+        config: The fields of `MaskMoEConfig`.
 
     Raises:
-        UserError: the fields do not form a valid configuration.
+        UserError: The fields do not form a valid configuration.
     """
     num_layers, hidden = config["num_hidden_layers"], config["hidden_size"]
     modules = range(num_layers, num_layers + make_config(MaskMoEConfig, config).num_mtp_modules)
@@ -92,11 +92,11 @@ def expert_projections(name: str, shape: tuple[int, ...]) -> Iterator[tuple[int,
     """Yield where a tensor that stacks all experts of a layer holds each projection of each expert.
 
     Args:
-        name: name of the tensor, which ends with `gate_up_proj` or `down_proj`.
-        shape: shape of the tensor.
+        name: Name of the tensor, which ends with `gate_up_proj` or `down_proj`.
+        shape: Shape of the tensor.
 
     Yields:
-        number of the expert, its projection "gate", "up" or "down", and the block of the tensor.
+        Number of the expert, its projection "gate", "up" or "down", and the block of the tensor.
     """
     projections = ("down",) if name.endswith("down_proj") else ("gate", "up")
     num_experts, rows, columns = shape[0], shape[1] // len(projections), shape[2]
@@ -121,14 +121,14 @@ def read_mask(source: TensorSource, prefix: str) -> RoutingMask | None:
     """Read and verify the routing mask among a source's tensors.
 
     Args:
-        source: the tensors of a model.
-        prefix: prefix of the names of the routing mask's tensors.
+        source: The tensors of a model.
+        prefix: Prefix of the names of the routing mask's tensors.
 
     Returns:
-        the routing mask; None if no tensor has the prefix.
+        The routing mask; None if no tensor has the prefix.
 
     Raises:
-        UserError: the routing mask is damaged or altered.
+        UserError: The routing mask is damaged or altered.
     """
     names = [name for name in source.tensors if name.startswith(prefix)]
     buffers = {name: source.read(Block.whole(name, source.tensors[name].shape)) for name in names}
@@ -139,12 +139,12 @@ def check_mask(source: TensorSource, config: Mapping[str, Any], folder: Path) ->
     """Verify the routing mask of a model in transformers' format.
 
     Args:
-        source: the tensors of the model.
-        config: the fields of `MaskMoEConfig`.
-        folder: the folder of the model, for error messages.
+        source: The tensors of the model.
+        config: The fields of `MaskMoEConfig`.
+        folder: The folder of the model, for error messages.
 
     Raises:
-        UserError: the mask is damaged or altered, or is another mask than the one that the model was exported with.
+        UserError: The mask is damaged or altered, or is another mask than the one that the model was exported with.
     """
     try:
         mask = read_mask(source, ROUTING_MASK_PREFIX)
@@ -164,13 +164,13 @@ def check_tensors(
     """Check that a folder holds all tensors of a model, with the right shapes, and no further tensors.
 
     Args:
-        found: the folder's tensors by name.
-        expected: shapes of the model's tensors by name.
-        where: the folder, for error messages.
-        ignored: names of further tensors that the folder may hold.
+        found: The folder's tensors by name.
+        expected: Shapes of the model's tensors by name.
+        where: The folder, for error messages.
+        ignored: Names of further tensors that the folder may hold.
 
     Raises:
-        UserError: a tensor is missing, unexpected or of another shape; names up to three such tensors.
+        UserError: A tensor is missing, unexpected or of another shape; names up to three such tensors.
     """
     if missing := expected.keys() - found.keys():
         raise UserError(f"{where} lacks {list_names(missing)}")
@@ -186,8 +186,8 @@ class OpenedModel:
     """A MaskMoE model in transformers' format whose tensors are read on demand.
 
     Attributes:
-        source: provides the tensors, by their names in `MaskMoEForCausalLM`, and those of multi-token prediction.
-        config: the fields of the model's `MaskMoEConfig`.
+        source: Provides the tensors, by their names in `MaskMoEForCausalLM`, and those of multi-token prediction.
+        config: The fields of the model's `MaskMoEConfig`.
         args: Megatron's arguments that the model was trained with; None if they are unknown.
     """
 
@@ -208,7 +208,7 @@ def with_routing_mask(model: OpenedModel, mask: RoutingMask | None = None) -> Op
     A model may have more rows in the embedding than its tokenizer has ids; the mask is then extended to these rows.
 
     Raises:
-        UserError: the mask does not fit the model.
+        UserError: The mask does not fit the model.
     """
     config, layers = model.config, feed_forward_layers(model.config)
     if mask is None:

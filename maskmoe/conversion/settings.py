@@ -26,16 +26,16 @@ class Settings:
     """The settings that all conversions share.
 
     Attributes:
-        load: the folder of the input: a transformers model, a `torch_dist` checkpoint, or the checkpoints of a run, of
+        load: The folder of the input: a transformers model, a `torch_dist` checkpoint, or the checkpoints of a run, of
             which the newest is converted.
-        save: the folder of the result.
-        dtype: one of `DTYPE_NAMES`, for all floating point tensors; None keeps the stored types.
-        max_shard_size: upper bound of a file's size in bytes, unless one tensor alone is larger.
-        allow_nan: convert weights that are NaN or infinite, too.
-        verify: compare the input's files with the digests that were saved with them.
+        save: The folder of the result.
+        dtype: One of `DTYPE_NAMES`, for all floating point tensors; None keeps the stored types.
+        max_shard_size: Upper bound of a file's size in bytes, unless one tensor alone is larger.
+        allow_nan: Convert weights that are NaN or infinite, too.
+        verify: Compare the input's files with the digests that were saved with them.
         tokenizer_type: Megatron's `--tokenizer-type`; None selects the tokenizer that the model was trained with.
         tokenizer_model: Megatron's `--tokenizer-model`; None selects the tokenizer that the model was trained with.
-        hybrid_layer_pattern: the pattern of a `HybridModel` whose checkpoint is written, `DERIVED_PATTERN`, or
+        hybrid_layer_pattern: The pattern of a `HybridModel` whose checkpoint is written, `DERIVED_PATTERN`, or
             `NO_PATTERN` for the checkpoint of a `GPTModel`; None selects the class of the model that `load` came from,
             and `GPTModel` if it did not come from Megatron. Ignored if no checkpoint is written.
         ckpt_step: Megatron's `--ckpt-step`: the iteration to convert of the checkpoints of a run; None for the newest.
@@ -64,11 +64,11 @@ class UpcycleSettings:
             N and k are multiples of g. Routers start with equal rows for the g parts of one copy, so that they are
             chosen together.
         moe_layer_freq: Megatron's `--moe-layer-freq`: every how many layers have experts, or a 0 or 1 for each layer.
-        shared_expert: give each MoE layer a shared expert, which starts as a copy of the whole MLP.
-        seed: seed of the routers.
+        shared_expert: Give each MoE layer a shared expert, which starts as a copy of the whole MLP.
+        seed: Seed of the routers.
 
     Raises:
-        UserError: the settings contradict each other.
+        UserError: The settings contradict each other.
     """
 
     num_experts: int
@@ -105,7 +105,7 @@ def parse_size(text: str) -> int:
     """Return the number of bytes that a size such as 5GB, 300MiB or 1000 names, as in transformers' `max_shard_size`.
 
     Raises:
-        ArgumentTypeError: the text is not a size, or the size is 0.
+        ArgumentTypeError: The text is not a size, or the size is 0.
     """
     match = re.fullmatch(r"(\d+)(?:([KMGT])(I?)B)?", text.strip().upper())
     if not match or not int(match[1]):
@@ -134,7 +134,7 @@ def read_model_config(path: Path) -> dict[str, Any]:
     """Read a `config.json` and check that its numbers are finite and its sizes are plausible.
 
     Raises:
-        UserError: the file cannot be read, is not a JSON object, or has an infinite number or a size beyond all models.
+        UserError: The file cannot be read, is not a JSON object, or has an infinite number or a size beyond all models.
     """
     config = read_json(path)
     check_finite(config, path)
@@ -146,11 +146,11 @@ def check_sizes(config: Mapping[str, Any], where: object) -> None:
     """Check that no size of a model's configuration is beyond all models.
 
     Args:
-        config: the fields of `config.json`.
-        where: what holds the fields, for error messages.
+        config: The fields of `config.json`.
+        where: What holds the fields, for error messages.
 
     Raises:
-        UserError: names the size.
+        UserError: Names the size.
     """
     mask = config.get("routing_mask")
     for fields in (config, mask if isinstance(mask, Mapping) else {}):

@@ -85,12 +85,12 @@ class MegatronLayout:
     """The names and shapes of a checkpoint's tensors, as far as they do not follow from the model.
 
     Attributes:
-        is_stacked: one tensor holds a parameter of all layers, as Megatron saves it if all layers are alike; otherwise
+        is_stacked: One tensor holds a parameter of all layers, as Megatron saves it if all layers are alike; otherwise
             each layer has its own tensor.
-        padded_vocab_size: number of rows of the embedding and of the output layer.
-        expert_norms: the names, out of `EXPERT_NORMS`, under which the checkpoint holds the norm before experts in
+        padded_vocab_size: Number of rows of the embedding and of the output layer.
+        expert_norms: The names, out of `EXPERT_NORMS`, under which the checkpoint holds the norm before experts in
             layers with grouped-query attention.
-        is_hybrid: the names are a hybrid model's; such a checkpoint is never stacked.
+        is_hybrid: The names are a hybrid model's; such a checkpoint is never stacked.
     """
 
     is_stacked: bool
@@ -108,13 +108,13 @@ class TensorMapping:
     """All tensors of a model in both formats.
 
     Attributes:
-        huggingface: shapes by name in transformers' format, including multi-token prediction and the padding of the
+        huggingface: Shapes by name in transformers' format, including multi-token prediction and the padding of the
             vocabulary.
-        megatron: shapes by name in the checkpoint.
-        copies: copies from the checkpoint's tensors to the transformers tensors.
+        megatron: Shapes by name in the checkpoint.
+        copies: Copies from the checkpoint's tensors to the transformers tensors.
 
     Raises:
-        CoverageError: the copies do not use every element of both formats exactly once.
+        CoverageError: The copies do not use every element of both formats exactly once.
     """
 
     huggingface: Shapes
@@ -137,8 +137,8 @@ def map_tensors(config: Mapping[str, Any], layout: MegatronLayout) -> TensorMapp
     """Return the mapping of a model's tensors.
 
     Args:
-        config: the fields of `MaskMoEConfig`.
-        layout: the layout of the checkpoint.
+        config: The fields of `MaskMoEConfig`.
+        layout: The layout of the checkpoint.
     """
     shapes = tensor_shapes(config) | mtp_tensor_shapes(config)
     megatron: Shapes = {}
@@ -193,10 +193,10 @@ class _Rows:
     """The rows of a checkpoint's tensor that hold a transformers tensor.
 
     Attributes:
-        num_groups: number of groups of rows.
-        in_group: number of rows in a group.
-        first: the first row of the tensor in each group.
-        count: number of rows of the tensor in each group.
+        num_groups: Number of groups of rows.
+        in_group: Number of rows in a group.
+        first: The first row of the tensor in each group.
+        count: Number of rows of the tensor in each group.
     """
 
     num_groups: int
@@ -216,11 +216,11 @@ def _names_and_rows(
     """Return the names under which a checkpoint holds a layer's tensor, and the tensor's rows under each name.
 
     Args:
-        name: name of the tensor inside the layer, in transformers' format.
-        shape: shape of the tensor.
-        layer: number of the layer; layers of multi-token prediction follow the decoder's.
-        config: the fields of `MaskMoEConfig`.
-        expert_norms: see `MegatronLayout`.
+        name: Name of the tensor inside the layer, in transformers' format.
+        shape: Shape of the tensor.
+        layer: Number of the layer; layers of multi-token prediction follow the decoder's.
+        config: The fields of `MaskMoEConfig`.
+        expert_norms: See `MegatronLayout`.
     """
     is_latent, whole = config["kv_lora_rank"] is not None, _Rows.of_part([shape[0]], 0)
     if name == _MLP_NORM:
@@ -259,7 +259,7 @@ def name_in_hybrid_model(name: str) -> str:
     """Return the name that a hybrid model's checkpoint gives to a tensor or an object of the model's GPT twin.
 
     Args:
-        name: a name in a GPT model's checkpoint that has tensors for each layer.
+        name: A name in a GPT model's checkpoint that has tensors for each layer.
     """
     if name.startswith(_FINAL_NORM):
         return f"decoder.final_norm.{name.removeprefix(_FINAL_NORM)}"

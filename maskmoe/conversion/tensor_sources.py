@@ -85,7 +85,7 @@ class Copy:
     """A rule: the elements of the block `target` are those of the block `source`.
 
     Raises:
-        ValueError: the blocks differ in more than dimensions of one element.
+        ValueError: The blocks differ in more than dimensions of one element.
     """
 
     source: Block
@@ -109,12 +109,12 @@ def row_major_blocks(name: str, spec: TensorSpec, max_bytes: int) -> Iterator[Bl
     """Divide a tensor into blocks that are contiguous in memory, in the order of memory.
 
     Args:
-        name: name of the tensor.
-        spec: shape and dtype of the tensor.
-        max_bytes: upper bound of a block's size, unless one element alone is larger.
+        name: Name of the tensor.
+        spec: Shape and dtype of the tensor.
+        max_bytes: Upper bound of a block's size, unless one element alone is larger.
 
     Yields:
-        the blocks; none for a tensor without elements.
+        The blocks; none for a tensor without elements.
     """
     if not spec.num_bytes:
         return
@@ -137,11 +137,11 @@ def check_cover(shapes: Mapping[str, tuple[int, ...]], blocks: Iterable[Block]) 
     """Check that blocks cover each element of each tensor exactly once.
 
     Args:
-        shapes: shapes of the tensors by name.
-        blocks: blocks of these tensors, in any order.
+        shapes: Shapes of the tensors by name.
+        blocks: Blocks of these tensors, in any order.
 
     Raises:
-        CoverageError: a tensor is not covered exactly once, or a block is of another tensor; names the first one.
+        CoverageError: A tensor is not covered exactly once, or a block is of another tensor; names the first one.
     """
     blocks_by_tensor: dict[str, list[Block]] = defaultdict(list)
     for block in blocks:
@@ -184,10 +184,10 @@ class TensorSource(Protocol):
         """Read the elements of a block into host memory.
 
         Returns:
-            a tensor of the shape `block.sizes`.
+            A tensor of the shape `block.sizes`.
 
         Raises:
-            UserError: the elements cannot be read.
+            UserError: The elements cannot be read.
         """
         ...
 
@@ -196,7 +196,7 @@ class MemorySource:
     """Provides tensors that are in memory.
 
     Args:
-        tensors: the tensors by name.
+        tensors: The tensors by name.
     """
 
     def __init__(self, tensors: Mapping[str, Tensor]) -> None:
@@ -212,12 +212,12 @@ class RearrangedSource:
     """A view of another source's tensors under other names and shapes.
 
     Args:
-        source: provides the elements.
-        shapes: shapes of the view's tensors by name.
-        copies: fill each of the view's tensors exactly once. A tensor has the dtype of the tensors that fill it.
+        source: Provides the elements.
+        shapes: Shapes of the view's tensors by name.
+        copies: Fill each of the view's tensors exactly once. A tensor has the dtype of the tensors that fill it.
 
     Raises:
-        CoverageError: the copies leave out or repeat an element, or fill a tensor from tensors of different dtypes.
+        CoverageError: The copies leave out or repeat an element, or fill a tensor from tensors of different dtypes.
     """
 
     def __init__(self, source: TensorSource, shapes: Mapping[str, tuple[int, ...]], copies: Iterable[Copy]) -> None:
@@ -250,7 +250,7 @@ class JoinedSource:
     """Joins the tensors of several sources.
 
     Args:
-        sources: the sources; if several have a tensor of one name, the first of them provides the tensor.
+        sources: The sources; if several have a tensor of one name, the first of them provides the tensor.
     """
 
     def __init__(self, *sources: TensorSource) -> None:
@@ -266,9 +266,9 @@ class CastSource:
     """Casts the floating point tensors of another source.
 
     Args:
-        source: provides the elements.
-        dtype: the dtype of all floating point tensors except `kept`.
-        kept: names of tensors that keep their dtype.
+        source: Provides the elements.
+        dtype: The dtype of all floating point tensors except `kept`.
+        kept: Names of tensors that keep their dtype.
     """
 
     def __init__(self, source: TensorSource, dtype: torch.dtype, kept: frozenset[str] = frozenset()) -> None:
@@ -287,7 +287,7 @@ class FiniteSource:
     """Refuses to read NaN and infinite values from another source.
 
     Args:
-        source: provides the elements.
+        source: Provides the elements.
     """
 
     def __init__(self, source: TensorSource) -> None:
@@ -298,7 +298,7 @@ class FiniteSource:
         """See `TensorSource.read`.
 
         Raises:
-            UserError: an element of the block is NaN or infinite.
+            UserError: An element of the block is NaN or infinite.
         """
         elements = self._source.read(block)
         if elements.is_floating_point() and elements.numel() and not all(map(torch.isfinite, elements.aminmax())):
@@ -310,8 +310,8 @@ class ProgressSource:
     """Shows on a progress bar how many bytes of another source have been read, until its context is left.
 
     Args:
-        source: provides the elements.
-        names: the names of the tensors that will be read, each once.
+        source: Provides the elements.
+        names: The names of the tensors that will be read, each once.
     """
 
     def __init__(self, source: TensorSource, names: Iterable[str]) -> None:

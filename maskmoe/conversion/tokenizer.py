@@ -46,11 +46,11 @@ def choose_tokenizer(args: Namespace | None, settings: Settings, may_replace: bo
 
     Args:
         args: Megatron's arguments that the model was trained with; None if they are unknown.
-        settings: the settings of the conversion.
-        may_replace: whether the user's tokenizer may be another one than the tokenizer of training.
+        settings: The settings of the conversion.
+        may_replace: Whether the user's tokenizer may be another one than the tokenizer of training.
 
     Raises:
-        UserError: the tokenizer is not on this machine, or the model was trained with another one.
+        UserError: The tokenizer is not on this machine, or the model was trained with another one.
     """
     kind = settings.tokenizer_type or getattr(args, "tokenizer_type", None)
     path = settings.tokenizer_model or getattr(args, "tokenizer_model", None)
@@ -80,7 +80,7 @@ def tokenizer_sha256(tokenizer_type: str, tokenizer_model: str | Path | None) ->
     """Return the digest of a tokenizer's file as training records it; None for types that have no record.
 
     Raises:
-        UserError: the tokenizer cannot be read.
+        UserError: The tokenizer cannot be read.
     """
     if tokenizer_type not in TOKENIZER_TYPES or tokenizer_model is None:
         return None
@@ -98,13 +98,13 @@ def export_tokenizer(tokenizer_type: str, tokenizer_model: str | Path | None, fo
         tokenizer_type: Megatron's `--tokenizer-type`: `SentencePieceTokenizer`, `HuggingFaceTokenizer`, or
             `NullTokenizer`, for which nothing is written.
         tokenizer_model: Megatron's `--tokenizer-model`; None only for `NullTokenizer`.
-        folder: the folder for `tokenizer.json` and `tokenizer_config.json`.
+        folder: The folder for `tokenizer.json` and `tokenizer_config.json`.
 
     Returns:
         `bos_token_id` and `eos_token_id`, the ids with which texts begin and end; None for a missing id.
 
     Raises:
-        UserError: the tokenizer is of another type, cannot be read, or has no equal in transformers: sample texts get
+        UserError: The tokenizer is of another type, cannot be read, or has no equal in transformers: sample texts get
             other ids.
     """
     if tokenizer_type == WITHOUT_TEXT:
@@ -158,7 +158,7 @@ def _check_same_ids(tokenizer: Tokenizer, exported: Any, probes: list[str]) -> N
     """Check that the exported tokenizer has as many ids as the original and gives the same ids for sample texts.
 
     Raises:
-        UserError: the tokenizers differ.
+        UserError: The tokenizers differ.
     """
     if len(exported) != tokenizer.vocab_size:
         raise UserError(

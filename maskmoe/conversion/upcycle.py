@@ -45,12 +45,12 @@ def upcycle(dense: OpenedModel, settings: UpcycleSettings, mask: RoutingMask) ->
     whole copies. `changes_of_function` says whether it holds.
 
     Args:
-        dense: a model whose layers are all dense.
-        settings: how experts are made.
-        mask: the routing mask, for the model's vocabulary and for all its layers or those with experts.
+        dense: A model whose layers are all dense.
+        settings: How experts are made.
+        mask: The routing mask, for the model's vocabulary and for all its layers or those with experts.
 
     Raises:
-        UserError: the model has experts already, the settings do not suit the model, or the mask does not fit.
+        UserError: The model has experts already, the settings do not suit the model, or the mask does not fit.
     """
     if "sparse" in dense.config["mlp_layer_types"]:
         raise UserError("only a model without experts can be upcycled, this one has some")

@@ -16,8 +16,8 @@ class FeedForwardLayers:
     pattern is one. A GPT model and its hybrid twin have equal instances, so a routing mask for one fits the other.
 
     Attributes:
-        decoder: whether each feed-forward layer of the decoder has experts.
-        prediction: whether each feed-forward layer of multi-token prediction has experts. Their numbers follow the
+        decoder: Whether each feed-forward layer of the decoder has experts.
+        prediction: Whether each feed-forward layer of multi-token prediction has experts. Their numbers follow the
             decoder's.
     """
 

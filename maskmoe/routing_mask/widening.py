@@ -143,9 +143,9 @@ def _widen_table(
     The random stream depends on the seed and the table's number only, and differs from that of `assign_table`.
 
     Args:
-        recipe: the settings of the wider mask.
-        vocabulary: the ids by frequency.
-        numbered: the number of the table, and its `row_of_id` `[vocab]` and `visible_bits` `[rows, bytes]`.
+        recipe: The settings of the wider mask.
+        vocabulary: The ids by frequency.
+        numbered: The number of the table, and its `row_of_id` `[vocab]` and `visible_bits` `[rows, bytes]`.
     """
     number, (row_of_id, visible_bits) = numbered
     rng = np.random.default_rng(np.random.SeedSequence(recipe.seed, spawn_key=(number, 1)))

@@ -1,7 +1,6 @@
 """Checkpoints of hybrid models convert like those of their GPT twins, in both directions."""
 
 import json
-import re
 from argparse import Namespace
 from dataclasses import replace
 from pathlib import Path
@@ -19,11 +18,10 @@ from support.small_moe import make_mask, random_visible_sets
 from maskmoe.analysis.model_series import common_shape, find_models, model_folder
 from maskmoe.analysis.probe_text import Probe
 from maskmoe.analysis.routing_analysis import load_decoder, record_routing
-from maskmoe.conversion.config_mapping import args_from_config, config_from_args, gpt_args, with_pattern
+from maskmoe.conversion.config_mapping import gpt_args
 from maskmoe.conversion.convert import huggingface_to_megatron, megatron_to_huggingface, upcycle_model
 from maskmoe.conversion.megatron_models import TorchDistSource
 from maskmoe.conversion.settings import Settings, UpcycleSettings
-from maskmoe.conversion.tensor_mapping import EXPERT_NORMS, MegatronLayout, map_tensors, name_in_hybrid_model
 from maskmoe.conversion.tensor_sources import Block
 from maskmoe.errors import UserError
 from maskmoe.huggingface import MaskMoEConfig
@@ -49,28 +47,6 @@ SIZES = {
     "num_experts": 4,
     "moe_intermediate_size": 5,
 }
-LATENT = {
-    "num_key_value_heads": 2,
-    "kv_lora_rank": 4,
-    "q_lora_rank": 6,
-    "qk_nope_head_dim": 4,
-    "qk_rope_head_dim": 4,
-    "v_head_dim": 4,
-    "qk_norm": "latent",
-}
-
-
-def name_in_gpt_model(name: str) -> str:
-    """Return the name in the checkpoint of a GPT model by the name in the checkpoint of its hybrid twin."""
-    if match := re.fullmatch(r"decoder\.layers\.(\d+)\.(.*)", name):
-        number, module = int(match[1]), match[2]
-        assert module.startswith(("mlp.", "pre_mlp_layernorm.") if number % 2 else ("input_layernorm.", "self_att"))
-        return f"decoder.layers.{number // 2}.{module}"
-    if match := re.fullmatch(r"mtp\.layers\.(\d+)\.mtp_model_layer\.layers\.([01])\.(.*)", name):
-        assert match[3].startswith(("mlp.", "pre_mlp_layernorm.") if match[2] == "1" else ("input_layer", "self_att"))
-        return f"mtp.layers.{match[1]}.transformer_layer.{match[3]}"
-    assert "mtp_model_layer" not in name
-    return name.replace("decoder.final_norm.", "decoder.final_layernorm.")
 
 
 def original_model(name: str, folder: Path):
@@ -211,54 +187,6 @@ def test_upcycling_to_a_hybrid_model(dense_is_hybrid, tmp_path):
     with pytest.raises(UserError, match=r"does not fit the model, whose pattern is '\*-\*E\*E'"):
         upcycle_model(wrong, recipe, mask, to_megatron=True)
     assert not (tmp_path / "wrong").exists()
-
-
-def symbols(has_experts: list[bool]) -> str:
-    return "".join("*E" if experts else "*-" for experts in has_experts)
-
-
-@given(
-    has_experts=st.lists(st.booleans(), min_size=1, max_size=5),
-    depth=st.integers(0, 2),
-    latent=st.booleans(),
-    shared=st.booleans(),
-    data=st.data(),
-)
-def test_names_are_one_to_one(has_experts, depth, latent, shared, data):
-    """Each name in the checkpoint of a GPT model has one name in that of its twin, in the layer of its symbol."""
-    pattern = symbols(has_experts) + f"/{symbols(has_experts[-1:])}" * depth
-    stages = data.draw(st.lists(st.integers(0, 2 * len(has_experts)), max_size=2))
-    for position in sorted(stages, reverse=True):
-        pattern = f"{pattern[:position]}|{pattern[position:]}"
-    config = MaskMoEConfig(
-        **SIZES | {"num_experts": 4 if any(has_experts) else 0} | (LATENT if latent else {}),
-        num_hidden_layers=len(has_experts),
-        mlp_layer_types=["sparse" if experts else "dense" for experts in has_experts],
-        num_nextn_predict_layers=depth,
-        shared_expert_intermediate_size=4 if shared else 0,
-    ).to_dict()
-    pattern = pattern.replace("*", "+" if latent else "*")
-    args = with_pattern(args_from_config(config), config, pattern)
-    assert args.hybrid_layer_pattern == pattern
-    described = config_from_args(args, config["vocab_size"])
-    assert described == {name: config[name] for name in described}
-    gpt, hybrid = (
-        map_tensors(config, MegatronLayout(False, 128, EXPERT_NORMS, is_hybrid)) for is_hybrid in (False, True)
-    )
-    assert len(hybrid.megatron) == len(gpt.megatron)
-    assert {name_in_gpt_model(name): shape for name, shape in hybrid.megatron.items()} == gpt.megatron
-    assert {name_in_hybrid_model(name) for name in gpt.megatron} == hybrid.megatron.keys()
-    assert all(name_in_gpt_model(name_in_hybrid_model(name)) == name for name in gpt.megatron)
-    # The tensors that say what a layer is are in the layers of the right symbols.
-    kinds = {"self_attention.linear_proj.weight": "*+", "mlp.router.weight": "E", "mlp.linear_fc2.weight": "-"}
-    decoder, *predictions = pattern.replace("|", "").split("/")
-    for prefix, part in (
-        ("decoder.layers.", decoder),
-        *((f"mtp.layers.{d}.mtp_model_layer.layers.", part) for d, part in enumerate(predictions)),
-    ):
-        for module, its_symbols in kinds.items():
-            numbers = {number for number in range(len(part)) if f"{prefix}{number}.{module}" in hybrid.megatron}
-            assert numbers == {number for number, symbol in enumerate(part) if symbol in its_symbols}
 
 
 @given(layers=st.lists(st.booleans(), min_size=1, max_size=6), depth=st.integers(0, 3))

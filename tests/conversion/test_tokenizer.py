@@ -3,8 +3,6 @@
 import hashlib
 import io
 import json
-from collections.abc import Callable
-from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -142,74 +140,41 @@ def write_sentencepiece(path: Path, words: str) -> None:
     path.write_bytes(train_tokenizer(map(" ".join, drawn), VOCAB_SIZE, num_threads=1))
 
 
-def write_huggingface(path: Path, words: str) -> None:
-    path.mkdir(exist_ok=True)
-    write_sentencepiece(path / "model", words)
-    export_tokenizer("SentencePieceTokenizer", path / "model", path)
-
-
-@dataclass(frozen=True)
-class Kind:
-    """A type of tokenizer: how to write one, to compute its digest, and to encode with its library."""
-
-    name: str
-    write: Callable[[Path, str], None]
-    digest: Callable[[Path], str]
-    encode: Callable[[Path], list[int]]
-
-
 def sha256(path: Path) -> str:
     return hashlib.sha256(path.read_bytes()).hexdigest()
 
 
-KINDS = (
-    Kind(
-        "SentencePieceTokenizer",
-        write_sentencepiece,
-        sha256,
-        lambda path: SentencePieceProcessor(model_file=str(path)).encode(TEXT),
-    ),
-    Kind(
-        "HuggingFaceTokenizer",
-        write_huggingface,
-        lambda path: sha256(path / "tokenizer.json"),
-        lambda path: AutoTokenizer.from_pretrained(path)(TEXT)["input_ids"],
-    ),
-)
-
-
-@pytest.fixture(params=KINDS, ids=lambda kind: kind.name)
-def kind(request) -> Kind:
-    return request.param
+def encode(model: Path) -> list[int]:
+    return SentencePieceProcessor(model_file=str(model)).encode(TEXT)
 
 
 @pytest.fixture
-def right(kind, tmp_path) -> Path:
+def right(tmp_path) -> Path:
     """The tokenizer that the model was trained with, which has moved."""
-    kind.write(tmp_path / "right", WORD_LISTS[0])
+    write_sentencepiece(tmp_path / "right", WORD_LISTS[0])
     return tmp_path / "right"
 
 
 @pytest.fixture
-def checkpoint(kind, right, tmp_path) -> Path:
+def checkpoint(right, tmp_path) -> Path:
     """A checkpoint that was trained with the tokenizer `right` when it was at the path `tokenizer`."""
     mask = make_mask(random_visible_sets(0, NUM_LAYERS, VOCAB_SIZE, NUM_EXPERTS, None), NUM_LAYERS)
     make_model(mask).save_pretrained(tmp_path / "model")
-    return trained(tmp_path / "model", tmp_path / "run", kind)
+    return trained(tmp_path / "model", tmp_path / "run")
 
 
-def trained(model: Path, save: Path, kind: Kind) -> Path:
+def trained(model: Path, save: Path) -> Path:
     """Write a checkpoint of a model in transformers' format, with the digest of the tokenizer; return the folder."""
     path = save.parent / "tokenizer"
-    kind.write(path, WORD_LISTS[0])
-    huggingface_to_megatron(Settings(model, save, tokenizer_type=kind.name, tokenizer_model=str(path)))
-    assert args_of(save).tokenizer_sha256 == kind.digest(path) == kind.digest(save.parent / "right")
+    write_sentencepiece(path, WORD_LISTS[0])
+    huggingface_to_megatron(Settings(model, save, tokenizer_type="SentencePieceTokenizer", tokenizer_model=str(path)))
+    assert args_of(save).tokenizer_sha256 == sha256(path) == sha256(save.parent / "right")
     return save
 
 
-def replace_tokenizer(kind: Kind, checkpoint: Path) -> str:
+def replace_tokenizer(checkpoint: Path) -> str:
     """Write another tokenizer to the path that the checkpoint names; return the path."""
-    kind.write(checkpoint.parent / "tokenizer", WORD_LISTS[1])
+    write_sentencepiece(checkpoint.parent / "tokenizer", WORD_LISTS[1])
     return str(checkpoint.parent / "tokenizer")
 
 
@@ -217,55 +182,55 @@ def args_of(folder: Path):
     return open_megatron(folder / "release").args
 
 
-def test_export_refuses_another_tokenizer(kind, right, checkpoint, tmp_path):
-    other = replace_tokenizer(kind, checkpoint)
-    digests = rf"\(sha256 {kind.digest(Path(other))[:12]}…\).*\(sha256 {kind.digest(right)[:12]}…\)"
+def test_export_refuses_another_tokenizer(right, checkpoint, tmp_path):
+    other = replace_tokenizer(checkpoint)
+    digests = rf"\(sha256 {sha256(Path(other))[:12]}…\).*\(sha256 {sha256(right)[:12]}…\)"
     for flags in ({}, {"tokenizer_model": other}):
         with pytest.raises(UserError, match=f"{other} of {checkpoint} {digests}; pass --tokenizer-model"):
             megatron_to_huggingface(Settings(checkpoint, tmp_path / "out", **flags))
         assert not (tmp_path / "out").exists()
 
 
-def test_export_takes_the_file_that_has_moved(kind, right, checkpoint, tmp_path):
-    replace_tokenizer(kind, checkpoint)
+def test_export_takes_the_file_that_has_moved(right, checkpoint, tmp_path):
+    replace_tokenizer(checkpoint)
     megatron_to_huggingface(Settings(checkpoint, tmp_path / "out", tokenizer_model=str(right)))
-    assert AutoTokenizer.from_pretrained(tmp_path / "out")(TEXT)["input_ids"] == kind.encode(right)
+    assert AutoTokenizer.from_pretrained(tmp_path / "out")(TEXT)["input_ids"] == encode(right)
     megatron_to_huggingface(Settings(checkpoint, tmp_path / "without", tokenizer_type="NullTokenizer"))
     assert not (tmp_path / "without/tokenizer.json").exists()
 
 
-def test_import_names_the_tokenizer_of_training_or_copies_its_export(kind, right, checkpoint, tmp_path):
+def test_import_names_the_tokenizer_of_training_or_copies_its_export(right, checkpoint, tmp_path):
     megatron_to_huggingface(Settings(checkpoint, tmp_path / "exported"))
     huggingface_to_megatron(Settings(tmp_path / "exported", tmp_path / "same"))
     same = args_of(tmp_path / "same")
-    assert (same.tokenizer_model, same.tokenizer_sha256) == (str(tmp_path / "tokenizer"), kind.digest(right))
+    assert (same.tokenizer_model, same.tokenizer_sha256) == (str(tmp_path / "tokenizer"), sha256(right))
 
-    other = replace_tokenizer(kind, checkpoint)
+    other = replace_tokenizer(checkpoint)
     huggingface_to_megatron(Settings(tmp_path / "exported", tmp_path / "copied"))
     copied = args_of(tmp_path / "copied")
     assert (copied.tokenizer_type, Path(copied.tokenizer_model).parent) == ("HuggingFaceTokenizer", tmp_path / "copied")
     assert copied.tokenizer_sha256 == sha256(tmp_path / "exported/tokenizer.json")
-    assert AutoTokenizer.from_pretrained(copied.tokenizer_model)(TEXT)["input_ids"] == kind.encode(right)
+    assert AutoTokenizer.from_pretrained(copied.tokenizer_model)(TEXT)["input_ids"] == encode(right)
 
     huggingface_to_megatron(Settings(tmp_path / "exported", tmp_path / "chosen", tokenizer_model=other))
-    assert args_of(tmp_path / "chosen").tokenizer_sha256 == kind.digest(Path(other)) != kind.digest(right)
+    assert args_of(tmp_path / "chosen").tokenizer_sha256 == sha256(Path(other)) != sha256(right)
 
     (tmp_path / "exported/tokenizer.json").unlink()
     with pytest.raises(UserError, match=f"{other} of .* is not the file that the model was trained with"):
         huggingface_to_megatron(Settings(tmp_path / "exported", tmp_path / "out"))
 
 
-def test_upcycling_keeps_the_tokenizer_of_the_dense_model(kind, right, tmp_path):
+def test_upcycling_keeps_the_tokenizer_of_the_dense_model(right, tmp_path):
     dense = MaskMoEForCausalLM(make_config(vocab_size=VOCAB_SIZE, mlp_layer_types=["dense"] * NUM_LAYERS))
     dense.save_pretrained(tmp_path / "dense")
-    checkpoint = trained(tmp_path / "dense", tmp_path / "run", kind)
+    checkpoint = trained(tmp_path / "dense", tmp_path / "run")
     mask = build_routing_mask(MaskRecipe.from_preset("smoe", 4, NUM_LAYERS), vocab_size=VOCAB_SIZE)
-    other = replace_tokenizer(kind, checkpoint)
+    other = replace_tokenizer(checkpoint)
     with pytest.raises(UserError, match=f"{other} of {checkpoint} .* is not the file"):
         upcycle_model(Settings(checkpoint, tmp_path / "out"), UpcycleSettings(4), mask, to_megatron=False)
     settings = Settings(checkpoint, tmp_path / "sparse", tokenizer_model=str(right))
     upcycle_model(settings, UpcycleSettings(4), mask, to_megatron=False)
     # The digest came along: without the right file, the next conversion copies the tokenizer beside the model.
-    kind.write(right, WORD_LISTS[1])
+    write_sentencepiece(right, WORD_LISTS[1])
     huggingface_to_megatron(Settings(tmp_path / "sparse", tmp_path / "again"))
     assert args_of(tmp_path / "again").tokenizer_sha256 == sha256(tmp_path / "sparse/tokenizer.json")

@@ -14,7 +14,6 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from megatron.core.datasets.indexed_dataset import IndexedDataset
 from support.datasets import write_documents
-from support.tools import run_tool
 
 from maskmoe.command_line import count_token_frequency as count_command
 from maskmoe.command_line import preprocess_data
@@ -86,22 +85,16 @@ def test_the_order_depends_on_the_seed_and_the_number_of_documents(tmp_path: Pat
     assert max(origins) > 140
 
 
-def test_tool(jsonl: Callable, texts: list[str], sentencepiece_model: Path, tmp_path: Path) -> None:
+def test_shuffled_datasets_do_not_depend_on_workers(
+    jsonl: Callable, texts: list[str], sentencepiece_model: Path, tmp_path: Path
+) -> None:
     documents = [*texts, *texts[-6:] * 50]
-    arguments = [
-        *("--input", jsonl("a.jsonl", documents), "--tokenizer-type", "SentencePieceTokenizer"),
-        *("--tokenizer-model", sentencepiece_model, "--append-eod"),
-    ]
-    runs = {
-        "in_order": ("--workers", 1),
-        "first": ("--workers", 1, "--shuffle-seed", 5),
-        "again": ("--workers", 3, "--shuffle-seed", 5),
-        "other": ("--workers", 1, "--shuffle-seed", 6),
-    }
-    for name, flags in runs.items():
-        result = run_tool("preprocess_data", *arguments, "--output-prefix", tmp_path / name, *flags)
-        assert result.returncode == 0, result.stderr
-        assert f"_text_document: {len(documents)} documents, " in result.stdout
+    path = jsonl("a.jsonl", documents)
+    runs = {"in_order": (1, None), "first": (1, 5), "again": (3, 5), "other": (1, 6)}
+    for name, (workers, seed) in runs.items():
+        tokenizer = ("SentencePieceTokenizer", sentencepiece_model)
+        (writer,) = preprocess([path], *tokenizer, tmp_path / name, append_eod=True, workers=workers, shuffle_seed=seed)
+        assert writer.num_documents == len(documents)
     prefixes = {name: tmp_path / f"{name}_text_document" for name in runs}
     # Nothing but the datasets is left.
     files = {f"{prefix.name}.{suffix}" for prefix in prefixes.values() for suffix in SUFFIXES}

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 from megatron.core.datasets.indexed_dataset import DType, IndexedDatasetBuilder
 from sentencepiece import SentencePieceProcessor
-from support.tools import assert_bad_input, run_tool
+from support.tools import run_tool
 from tokenizers import Tokenizer
 
 from maskmoe.data.indexed_dataset import open_tokens, read_index, read_tokenizer_record
@@ -126,17 +126,15 @@ def test_bad_input_keeps_the_earlier_dataset(
     empty = jsonl("empty.jsonl", ["", ""])
     before = {path.name: path.read_bytes() for path in tmp_path.iterdir()}
     line = 3 * len(texts) + 1
-    for path, flags, message in (
-        (bad, ("--workers", 1), f"{bad}: line {line}: invalid JSON"),
-        (bad, ("--workers", 3), f"{bad}: line {line}: invalid JSON"),
-        (bad, ("--workers", 1, "--shuffle-seed", 1), f"{bad}: line {line}: invalid JSON"),
-        (empty, ("--workers", 1), f"no text under 'text' in {empty}"),
-        (tmp_path / "missing.jsonl", ("--workers", 1), "missing.jsonl does not exist"),
+    for path, settings, message in (
+        (bad, {"workers": 1}, f"{bad}: line {line}: invalid JSON"),
+        (bad, {"workers": 3}, f"{bad}: line {line}: invalid JSON"),
+        (bad, {"shuffle_seed": 1}, f"{bad}: line {line}: invalid JSON"),
+        (empty, {}, f"no text under 'text' in {empty}"),
+        (tmp_path / "missing.jsonl", {}, "missing.jsonl does not exist"),
     ):
-        arguments = sentencepiece_arguments(sentencepiece_model, prefix, path)
-        result = run_tool("preprocess_data", *arguments, *flags, "--force")
-        assert_bad_input(result, message)
-        assert result.stderr.count("\n") == 1
+        with pytest.raises(UserError, match=message):
+            preprocess([path], "SentencePieceTokenizer", sentencepiece_model, prefix, force=True, **settings)
         assert {path.name: path.read_bytes() for path in tmp_path.iterdir()} == before
 
 

@@ -24,10 +24,10 @@ class Block:
     """A code block of a page.
 
     Attributes:
-        page: the page's path.
-        line: the line of the opening fence, from 1.
-        language: the word after the opening fence.
-        text: the lines between the fences, without their common indentation.
+        page: The page's path.
+        line: The line of the opening fence, from 1.
+        language: The word after the opening fence.
+        text: The lines between the fences, without their common indentation.
     """
 
     page: Path

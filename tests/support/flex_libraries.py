@@ -1,26 +1,19 @@
-"""Stand-ins on the CPU for the libraries of Megatron's flex dispatcher: DeepEP, HybridEP and NCCL-EP.
+"""Stand-ins on the CPU for the operations of DeepEP, HybridEP and NCCL-EP that Megatron's flex dispatcher calls.
 
-The stand-ins have the interface that Megatron-Core 0.19.2 calls: that of DeepEP 1.2.1, of DeepEP's branch hybrid-ep,
-and of Transformer Engine 2.18. They send rows over the process group's own all-to-all, and refuse what the libraries
-refuse or what their documentation rules out. `install` lets Megatron import the stand-ins, so that Megatron's own code
-around the libraries runs unchanged.
+The stand-ins replace the functions of `megatron.core.transformer.moe.fused_a2a`, as Megatron-Core 0.19.2 calls them.
+They send rows over the process group's own all-to-all, and refuse slots of experts that the libraries would refuse.
+Megatron's managers around the functions run unchanged.
 """
 
-import importlib
-import sys
 from dataclasses import dataclass
-from types import ModuleType, SimpleNamespace
+from types import SimpleNamespace
 from typing import Any
-from unittest import mock
 
 import torch
 from megatron.core.tensor_parallel import all_to_all
 from megatron.core.transformer.moe import fused_a2a, token_dispatcher
 from torch import Tensor
 from torch.distributed import ProcessGroup
-
-# The libraries send bf16 only. Comparisons to the last bit of fp32 need another type.
-token_dtype = torch.bfloat16
 
 
 @dataclass(frozen=True)
@@ -81,22 +74,11 @@ class Plan:
         return total.index_add(0, self.token, back.float()).to(rows.dtype)
 
 
-def check(tensor: Tensor, dtype: torch.dtype, *shape: int) -> None:
-    """Check what kernels need of a tensor that they address by pointer."""
-    assert tensor.is_contiguous()
-    assert (tensor.dtype, tuple(tensor.shape)) == (dtype, shape)
-
-
-def check_tokens(tokens: Tensor, multiple: int) -> None:
-    """Check the properties that all libraries need of hidden states."""
-    check(tokens, token_dtype, len(tokens), tokens.shape[-1])
-    assert tokens.shape[1] % multiple == 0
-
-
 def check_slots(experts: Tensor, weights: Tensor, num_experts: int) -> None:
-    """Check expert indices and weights, [tokens, k] each; no expert may be named twice."""
-    check(experts, torch.int64, len(experts), experts.shape[-1])
-    check(weights, torch.float32, *experts.shape)
+    """Check expert indices and weights, [tokens, k] each: kernels read them by pointer, and no expert comes twice."""
+    assert experts.is_contiguous()
+    assert weights.is_contiguous()
+    assert (experts.dtype, weights.dtype, experts.shape) == (torch.int64, torch.float32, weights.shape)
     assert ((experts >= -1) & (experts < num_experts)).all()
     assert (multihot(experts, num_experts).sum(dim=1) == (experts >= 0).sum(dim=1)).all()
 
@@ -107,277 +89,80 @@ def multihot(experts: Tensor, num_experts: int, values: Tensor | None = None) ->
     return values.new_zeros(len(experts), num_experts + 1).scatter(1, experts + 1, values)[:, 1:]
 
 
-# DeepEP
+def fused_dispatch(
+    x: Tensor, experts: Tensor, weights: Tensor, num_experts: int, group: ProcessGroup, **_: Any
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Plan]:
+    """DeepEP: send a token once to each rank with a selected expert."""
+    check_slots(experts, weights, num_experts)
+    plan = Plan.of(group, multihot(experts, num_experts).view(len(x), group.size(), -1).any(dim=-1))
+    num_local = num_experts // group.size()
+    rows, experts, weights = (plan.send(values[plan.token]) for values in (x, experts, weights))
+    experts = experts - group.rank() * num_local
+    is_elsewhere = (experts < 0) | (experts >= num_local)
+    experts = experts.masked_fill(is_elsewhere, -1)
+    counts = multihot(experts, num_local).sum(dim=0)
+    return rows, experts, weights.masked_fill(is_elsewhere, 0), counts, plan
 
 
-class EventHandle:
-    """An event of a stream."""
+def fused_combine(x: Tensor, group: ProcessGroup, handle: Plan, **_: Any) -> tuple[Tensor, None]:
+    """DeepEP: add up the rows of each token."""
+    return handle.add_up(x), None
 
 
-@dataclass(frozen=True)
-class EventOverlap:
-    """An event that a stream can wait for."""
-
-    event: EventHandle | None = None
-
-    def current_stream_wait(self) -> None: ...
-
-
-class Buffer:
-    """`deep_ep.Buffer`: sends a token once to each rank with a selected expert."""
-
-    num_sms = 20
-
-    def __init__(self, group: ProcessGroup, num_nvl_bytes: int, num_rdma_bytes: int) -> None:
-        self.group, self.num_nvl_bytes, self.num_rdma_bytes = group, num_nvl_bytes, num_rdma_bytes
-
-    @classmethod
-    def set_num_sms(cls, num_sms: int) -> None:
-        assert num_sms % 2 == 0
-        cls.num_sms = num_sms
-
-    @staticmethod
-    def get_dispatch_config(num_ranks: int) -> SimpleNamespace:
-        def size_hint(hidden_bytes: int, num_ranks: int) -> int:
-            return hidden_bytes * num_ranks
-
-        return SimpleNamespace(get_nvl_buffer_size_hint=size_hint, get_rdma_buffer_size_hint=lambda *_: 0)
-
-    get_combine_config = get_dispatch_config
-
-    def get_dispatch_layout(self, topk_idx: Tensor, num_experts: int, **events: Any) -> tuple[Any, ...]:
-        self._check_events(**events)
-        check_slots(topk_idx, torch.zeros(topk_idx.shape), num_experts)
-        selected = multihot(topk_idx, num_experts)
-        is_token_in_rank = selected.view(len(selected), self.group.size(), -1).any(dim=-1)
-        counts = (is_token_in_rank.sum(dim=0).int(), None, selected.sum(dim=0).int())
-        return *counts, is_token_in_rank, EventOverlap(EventHandle())
-
-    def dispatch(
-        self,
-        x: Tensor,
-        handle: Plan | None = None,
-        topk_idx: Tensor | None = None,
-        topk_weights: Tensor | None = None,
-        num_tokens_per_rank: Tensor | None = None,
-        num_tokens_per_rdma_rank: Tensor | None = None,
-        is_token_in_rank: Tensor | None = None,
-        num_tokens_per_expert: Tensor | None = None,
-        **events: Any,
-    ) -> tuple[Any, ...]:
-        self._check_events(**events)
-        check_tokens(x, 16 // x.element_size())
-        if handle is not None:
-            assert topk_idx is topk_weights is None
-            return handle.send(x[handle.token]), None, None, None, None, EventOverlap()
-        check(is_token_in_rank, torch.bool, len(x), self.group.size())
-        check(num_tokens_per_rank, torch.int32, self.group.size())
-        check(num_tokens_per_expert, torch.int32, len(num_tokens_per_expert))
-        assert len(topk_idx) == len(x)
-        check_slots(topk_idx, topk_weights, len(num_tokens_per_expert))
-        plan = Plan.of(self.group, is_token_in_rank)
-        num_local = len(num_tokens_per_expert) // self.group.size()
-        received_x, experts, weights = (plan.send(rows[plan.token]) for rows in (x, topk_idx, topk_weights))
-        experts = experts - self.group.rank() * num_local
-        experts = experts.masked_fill((experts < 0) | (experts >= num_local), -1)
-        weights = weights.masked_fill(experts < 0, 0)
-        return received_x, experts, weights, multihot(experts, num_local).sum(dim=0).tolist(), plan, EventOverlap()
-
-    def combine(
-        self, x: Tensor, handle: Plan, topk_weights: Tensor | None = None, **events: Any
-    ) -> tuple[Tensor, Tensor | None, EventOverlap]:
-        self._check_events(**events)
-        check_tokens(x, 16 // x.element_size())
-        assert len(x) == sum(handle.received)
-        if topk_weights is not None:
-            check(topk_weights, torch.float32, len(x), topk_weights.shape[-1])
-            topk_weights = handle.add_up(topk_weights)
-        return handle.add_up(x), topk_weights, EventOverlap()
-
-    @staticmethod
-    def _check_events(previous_event: EventOverlap | None, async_finish: bool, allocate_on_comm_stream: bool) -> None:
-        assert not allocate_on_comm_stream or (previous_event is not None and async_finish)
+def hybrid_ep_dispatch(
+    *, x: Tensor, routing_map: Tensor, probs: Tensor, group: ProcessGroup, pad_multiple: None, **_: Any
+) -> tuple[Tensor, Tensor, None, Tensor, Plan]:
+    """HybridEP: send a token by its routing map, and order rows by expert."""
+    assert pad_multiple is None
+    # The library gathers the routing maps of all ranks, which must have the same shape.
+    sizes = [torch.empty(1, dtype=torch.int64) for _ in range(group.size())]
+    torch.distributed.all_gather(sizes, torch.tensor([len(x)]), group=group)
+    assert len(set(map(int, sizes))) == 1
+    plan = Plan.of(group, routing_map)
+    return plan.send(x[plan.token]), plan.send(probs[plan.token, plan.destination]), None, plan.counts, plan
 
 
-# HybridEP
+def hybrid_ep_combine(*, x: Tensor, handle: Plan, **_: Any) -> Tensor:
+    """HybridEP: add up the rows of each token."""
+    return handle.add_up(x)
 
 
-class HybridEPBuffer:
-    """`deep_ep.HybridEPBuffer`: sends a token by its routing map, and orders rows by expert."""
-
-    def __init__(
-        self,
-        group: ProcessGroup,
-        hidden_dim: int,
-        max_num_of_tokens_per_rank: int,
-        num_local_experts: int,
-        use_fp8: bool,
-        **kernel_settings: int,
-    ) -> None:
-        assert hidden_dim % 16 == num_local_experts * group.size() % 4 == 0
-        assert not use_fp8
-        self.group = group
-
-    def dispatch_with_permute(
-        self,
-        *,
-        hidden: Tensor,
-        scaling_factor: None,
-        pad_multiple: None,
-        num_permuted_tokens: Tensor | None,
-        routing_map: Tensor | None = None,
-        probs: Tensor | None = None,
-        num_of_experts_per_rank: int | None = None,
-        non_blocking: bool = False,
-        handle: Plan | None = None,
-        fuse_permute_dispatch: bool = False,
-    ) -> tuple[Tensor, Tensor | None, None, Tensor, Plan]:
-        check_tokens(hidden, 8)
-        if handle is not None:
-            assert num_permuted_tokens == len(handle.order)
-            return handle.send(hidden[handle.token]), None, None, handle.counts, handle
-        assert not non_blocking
-        check(routing_map, torch.bool, len(hidden), num_of_experts_per_rank * self.group.size())
-        check(probs, torch.float32, *routing_map.shape)
-        # The library gathers the routing maps of all ranks, which must have the same shape.
-        sizes = [torch.empty(1, dtype=torch.int64) for _ in range(self.group.size())]
-        torch.distributed.all_gather(sizes, torch.tensor([len(hidden)]), group=self.group)
-        assert len(set(map(int, sizes))) == 1
-        plan = Plan.of(self.group, routing_map)
-        weights = plan.send(probs[plan.token, plan.destination])
-        return plan.send(hidden[plan.token]), weights, None, plan.counts, plan
-
-    def combine_with_unpermute(
-        self,
-        *,
-        hidden: Tensor,
-        handle: Plan,
-        pad_multiple: None,
-        probs: Tensor | None = None,
-        fuse_unpermute_combine: bool = False,
-    ) -> tuple[Tensor, Tensor | None]:
-        check_tokens(hidden, 8)
-        assert len(hidden) == len(handle.order)
-        if probs is not None:
-            check(probs, torch.float32, len(hidden))
-            rows = handle.send_back(probs)
-            probs = torch.zeros(handle.num_tokens, self.group.size() * len(handle.counts))
-            probs[handle.token, handle.destination] = rows
-        return handle.add_up(hidden), probs
+_nccl_ep = SimpleNamespace()
 
 
-# NCCL-EP
+def ensure_nccl_ep_bootstrapped(ep_group: ProcessGroup, **_: Any) -> None:
+    """NCCL-EP: remember the group, which later calls do not get."""
+    _nccl_ep.group = ep_group
 
 
-class EpBuffer:
-    """`transformer_engine.pytorch.ep.EpBuffer`: what one dispatch hands to its combine."""
-
-    plan: Plan
-
-    def __init__(
-        self,
-        top_k: int,
-        max_tokens_per_rank: int,
-        recv_capacity_per_rank: int,
-        hidden_dim: int,
-        num_local_experts: int,
-        alignment: int = 0,
-    ) -> None:
-        assert te_ep._BOOTSTRAPPED
-        assert alignment == 0
-        self.top_k, self.num_local_experts = top_k, num_local_experts
-        self.max_tokens, self.capacity, self.hidden_dim = max_tokens_per_rank, recv_capacity_per_rank, hidden_dim
-
-
-def ep_bootstrap(
-    ep_group: ProcessGroup,
-    num_experts: int,
-    max_tokens_per_rank: int,
-    recv_capacity_per_rank: int,
-    hidden_dim: int,
-    max_num_sms: int = 0,
-    zero_copy: bool = False,
-) -> None:
-    assert te_ep._BOOTSTRAPPED is zero_copy is False
-    assert ep_group.size() >= 2
-    assert num_experts % ep_group.size() == max_tokens_per_rank % 64 == 0
-    assert recv_capacity_per_rank >= max_tokens_per_rank
-    te_ep._BOOTSTRAPPED, te_ep.group = True, ep_group
-
-
-def ep_finalize() -> None:
-    te_ep._BOOTSTRAPPED = False
-
-
-def ep_dispatch(
-    buffer: EpBuffer,
-    tokens: Tensor,
-    topk_idx: Tensor,
-    topk_weights: Tensor,
-    *,
-    recv_tokens: None = None,
-    recv_topk_weights: None = None,
+def nccl_ep_dispatch(
+    buffer: SimpleNamespace, tokens: Tensor, experts: Tensor, weights: Tensor, **_: Any
 ) -> tuple[Tensor, Tensor, Tensor]:
-    check_tokens(tokens, 8)
-    assert len(tokens) <= buffer.max_tokens
-    assert tokens.shape[1] == buffer.hidden_dim
-    assert topk_idx.shape == (len(tokens), buffer.top_k)
-    num_experts = te_ep.group.size() * buffer.num_local_experts
-    check_slots(topk_idx, topk_weights, num_experts)
-    buffer.plan = plan = Plan.of(te_ep.group, multihot(topk_idx, num_experts))
-    unused = buffer.capacity - len(plan.order)
+    """NCCL-EP: send a token to each selected expert, into a buffer of fixed size."""
+    num_experts = _nccl_ep.group.size() * buffer.num_local_experts
+    check_slots(experts, weights, num_experts)
+    buffer.plan = plan = Plan.of(_nccl_ep.group, multihot(experts, num_experts))
+    unused = buffer.recv_capacity_per_rank - len(plan.order)
     assert unused >= 0, "the library aborts the process"
-    weights = multihot(topk_idx, num_experts, topk_weights)[plan.token, plan.destination]
+    weights = multihot(experts, num_experts, weights)[plan.token, plan.destination]
     # The library leaves the remaining rows of its buffers as they are.
     rows, weights = (
         torch.cat([received, received.new_full((unused, *received.shape[1:]), torch.nan)])
         for received in (plan.send(tokens[plan.token]), plan.send(weights))
     )
-    return rows, weights, plan.counts.int()
+    return rows, plan.counts.int(), weights
 
 
-def ep_combine(
-    buffer: EpBuffer, expert_out: Tensor, *, num_local_tokens: int | None = None, grad_out: None = None
-) -> Tensor:
-    check_tokens(expert_out, 8)
-    assert expert_out.shape == (buffer.capacity, buffer.hidden_dim)
-    assert num_local_tokens == buffer.plan.num_tokens
-    return buffer.plan.add_up(expert_out[: len(buffer.plan.order)])
+def nccl_ep_combine(buffer: SimpleNamespace, rows: Tensor, **_: Any) -> Tensor:
+    """NCCL-EP: add up the rows of each token."""
+    return buffer.plan.add_up(rows[: len(buffer.plan.order)])
 
 
-# Installation
-
-
-def _module(name: str, **attributes: Any) -> ModuleType:
-    module = ModuleType(name)
-    vars(module).update(attributes)
-    return module
-
-
-te_ep: Any = _module(
-    "ep",
-    tex=SimpleNamespace(ep_initialize=None),
-    _BOOTSTRAPPED=False,
-    **{function.__name__: function for function in (EpBuffer, ep_bootstrap, ep_finalize, ep_dispatch, ep_combine)},
-)
-
-
-def install(tokens: torch.dtype = torch.bfloat16) -> None:
-    """Let Megatron import the stand-ins.
-
-    Args:
-        tokens: The only type of hidden states that the stand-ins accept.
-    """
-    global token_dtype
-    token_dtype = tokens
-    libraries = {
-        "deep_ep": _module("deep_ep", Buffer=Buffer, HybridEPBuffer=HybridEPBuffer),
-        "deep_ep.utils": _module("utils", EventHandle=EventHandle, EventOverlap=EventOverlap),
-        "transformer_engine": _module("transformer_engine"),
-        "transformer_engine.pytorch": _module("pytorch", ep=te_ep),
-    }
-    with mock.patch.dict(sys.modules, libraries):
-        importlib.reload(fused_a2a)
-    for name, value in vars(fused_a2a).items():
-        if not name.startswith("__") and hasattr(token_dispatcher, name):
-            setattr(token_dispatcher, name, value)
+def install() -> None:
+    """Let Megatron's managers call the stand-ins."""
+    fused_a2a.HAVE_DEEP_EP = fused_a2a.HAVE_HYBRIDEP = True
+    functions = (fused_dispatch, fused_combine, hybrid_ep_dispatch, hybrid_ep_combine, nccl_ep_dispatch)
+    for function in (*functions, nccl_ep_combine, ensure_nccl_ep_bootstrapped):
+        setattr(token_dispatcher, function.__name__, function)
+    token_dispatcher.new_nccl_ep_buffer = SimpleNamespace
+    token_dispatcher.set_deepep_num_sms = lambda num_sms: None

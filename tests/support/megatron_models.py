@@ -27,8 +27,8 @@ def load_converted_model(load: Path, flags: list[str]) -> tuple[torch.nn.Module,
     """Load a model with the flags of a user; return the model and Megatron's arguments.
 
     Args:
-        load: folder of the checkpoint `release`.
-        flags: the flags that the conversion returned, and further flags of Megatron.
+        load: Folder of the checkpoint `release`.
+        flags: The flags that the conversion returned, and further flags of Megatron.
     """
     words = f"pretrain --load {load} --use-checkpoint-args {' '.join(flags)} {TRAINING} --data-path none".split()
 

@@ -3,30 +3,56 @@
 Importing PyTorch and Megatron-Core takes 4 seconds of each process, which is most of the time of a short run. The forks
 are processes like others: they join their group over gloo, get signals and have exit codes. Unlike processes of
 torchrun, they share the seed of string hashes, and see the environment variables only after the imports.
+
+    python preloaded.py SOCKET
+
+is the process that forks. SOCKET is the descriptor of a Unix socket of packets. A packet is a request in JSON, with the
+descriptors of a socket for the answer, of standard output and of standard error. The answer has two lines: the process
+id, and the exit code.
 """
 
 import json
+import os
+import runpy
 import select
+import signal
 import socket
 import subprocess
 import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from threading import Lock
-from typing import IO
+from typing import IO, NamedTuple
 
-from support import fork_server
+import psutil
+
+MAX_BYTES = 2**17
+"""The largest size of a request."""
+
+
+class Request(NamedTuple):
+    """A Python process.
+
+    Attributes:
+        program: Python's arguments: `-m MODULE ARGUMENTS…`, or `SCRIPT ARGUMENTS…`.
+        working_folder: The working directory.
+        environment: All environment variables.
+    """
+
+    program: list[str]
+    working_folder: str
+    environment: dict[str, str]
 
 
 class ForkedProcess:
     """A process of `PreloadedPython`, with what `subprocess.Popen` has of this name.
 
     Args:
-        answer: the socket to which the server writes the process id and, at the end, the exit code.
+        answer: The socket to which the server writes the process id and, at the end, the exit code.
 
     Attributes:
-        pid: process id, and id of the process's group.
-        returncode: exit code; negative if a signal ended the process; None before `poll` or `wait` has seen the end.
+        pid: Process id, and id of the process's group.
+        returncode: Exit code; negative if a signal ended the process; None before `poll` or `wait` has seen the end.
     """
 
     def __init__(self, answer: socket.socket) -> None:
@@ -52,7 +78,7 @@ class PreloadedPython:
     """Runs programs in forks of a process that has imported what training imports. It ends with this process.
 
     Args:
-        environment: variables of the process while it imports.
+        environment: Variables of the process while it imports.
     """
 
     def __init__(self, environment: Mapping[str, str]) -> None:
@@ -60,7 +86,7 @@ class PreloadedPython:
         self._lock = Lock()
         with theirs:
             self._server = subprocess.Popen(
-                [sys.executable, fork_server.__file__, str(theirs.fileno())],
+                [sys.executable, __file__, str(theirs.fileno())],
                 env=dict(environment),
                 stdin=subprocess.DEVNULL,
                 pass_fds=[theirs.fileno()],
@@ -79,12 +105,12 @@ class PreloadedPython:
 
         Args:
             program: Python's arguments: `-m MODULE ARGUMENTS…`, or `SCRIPT ARGUMENTS…`.
-            working_folder: working directory of the process.
-            environment: all variables of the process.
-            out: file of standard output.
-            err: file of standard error.
+            working_folder: Working directory of the process.
+            environment: All variables of the process.
+            out: File of standard output.
+            err: File of standard error.
         """
-        request = fork_server.Request([*program], str(working_folder), {**environment})
+        request = Request([*program], str(working_folder), {**environment})
         ours, theirs = socket.socketpair()
         with ours, theirs:
             descriptors = [theirs.fileno(), out.fileno(), err.fileno()]
@@ -92,3 +118,78 @@ class PreloadedPython:
                 socket.send_fds(self._requests, [json.dumps(request).encode()], descriptors)
             theirs.close()  # so that the end of the server ends the wait for its answer
             return ForkedProcess(ours)
+
+
+def import_training() -> None:
+    """Import what a training run imports before it reads its command line."""
+    from maskmoe.megatron_compat import prepare_process
+
+    prepare_process()
+    import maskmoe.training.preflight.inspection
+    import maskmoe.training.trainer  # noqa: F401
+
+    # A fork has no other thread than the one that forks.
+    assert psutil.Process().num_threads() == 1
+
+
+def serve(requests: socket.socket) -> Request | None:
+    """Fork a process for each request. Return its request in such a process, and None when the socket is closed."""
+    signal.signal(signal.SIGCHLD, signal.SIG_IGN)  # the kernel removes watchers that have ended
+    while True:
+        message, descriptors, _, _ = socket.recv_fds(requests, MAX_BYTES, 3)
+        if not message:
+            return None
+        if os.fork() == 0:
+            requests.close()
+            return start(Request(*json.loads(message)), *descriptors)
+        for descriptor in descriptors:
+            os.close(descriptor)
+
+
+def start(request: Request, answer: int, out: int, err: int) -> Request:
+    """Fork the process of a request, in which this function returns. The calling process waits for its end."""
+    signal.signal(signal.SIGCHLD, signal.SIG_DFL)
+    if (process := os.fork()) == 0:
+        become(request, out, err)
+        os.close(answer)
+        return request
+    os.close(out)
+    os.close(err)
+    os.setpgid(process, process)  # The process does so, too: neither may be late.
+    os.write(answer, f"{process}\n".encode())
+    _, status = os.waitpid(process, 0)
+    os.write(answer, f"{os.waitstatus_to_exitcode(status)}\n".encode())
+    os._exit(0)
+
+
+def become(request: Request, out: int, err: int) -> None:
+    """Give this process a group of its own, and the output, folder and variables of a request."""
+    os.setpgid(0, 0)
+    for source, target in ((out, 1), (err, 2)):
+        os.dup2(source, target)
+        os.close(source)
+    os.chdir(request.working_folder)
+    os.environ.clear()
+    os.environ.update(request.environment)
+
+
+def run(program: list[str]) -> None:
+    """Run a program as Python does with these arguments."""
+    folders = os.environ.get("PYTHONPATH", "").split(os.pathsep)
+    sys.path[1:1] = [folder for folder in folders if folder and folder not in sys.path]
+    if program[0] == "-m":
+        sys.path[0] = os.getcwd()
+        sys.argv[1:] = program[2:]
+        runpy.run_module(program[1], run_name="__main__", alter_sys=True)
+    else:
+        sys.path[0] = str(Path(program[0]).resolve().parent)
+        sys.argv[1:] = program[1:]
+        runpy.run_path(program[0], run_name="__main__")
+
+
+if __name__ == "__main__":
+    sys.path[0] = str(Path(__file__).parents[2])
+    import_training()
+    request = serve(socket.socket(fileno=int(sys.argv[1])))
+    if request is not None:
+        run(request.program)

@@ -68,8 +68,8 @@ class Answer:
     """The answer of a model to a prompt.
 
     Attributes:
-        tokens: the ids of the greedy continuation.
-        logprobs: log-probabilities of all ids of prompt and continuation but the first.
+        tokens: The ids of the greedy continuation.
+        logprobs: Log-probabilities of all ids of prompt and continuation but the first.
     """
 
     tokens: list[int]

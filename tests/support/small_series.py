@@ -29,7 +29,7 @@ class Workplace:
     (`counts.safetensors`) and a routing mask (`mask.safetensors`).
 
     Attributes:
-        folder: the path of the folder.
+        folder: The path of the folder.
     """
 
     folder: Path

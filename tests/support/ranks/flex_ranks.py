@@ -203,8 +203,8 @@ def main() -> None:
     torch.distributed.init_process_group(
         "gloo", init_method=f"file://{folder}/rendezvous", rank=rank, world_size=num_ranks
     )
+    flex_libraries.install()
     for layout in (EXPERT, EXPERT_TENSOR):
-        flex_libraries.install(torch.float32)
         parallel_state.initialize_model_parallel(**layout)
         model_parallel_cuda_manual_seed(1)
         if layout is EXPERT:
@@ -218,7 +218,6 @@ def main() -> None:
             # The sums over tensor-parallel ranks and over experts are made in another order.
             for backend in BACKENDS:
                 compare("softmax", backend, layout, tolerance=1e-6)
-        flex_libraries.install()
         for backend in BACKENDS:
             # Megatron's all-to-all also adds up in bf16, whose numbers are 2^-8 apart.
             compare("softmax", backend, layout, tolerance=2**-6, bf16=True, params_dtype=torch.bfloat16)
@@ -226,7 +225,7 @@ def main() -> None:
             # The stand-ins refuse padding, so this also shows that the fuser's alignment reaches no library.
             fused = {"use_transformer_engine_op_fuser": True, "bf16": True, "params_dtype": torch.bfloat16}
             compare("softmax", backend, layout, tolerance=2**-6, **fused)
-        parallel_state.destroy_model_parallel()  # also ends NCCL-EP
+        parallel_state.destroy_model_parallel()
     torch.distributed.destroy_process_group()
 
 
