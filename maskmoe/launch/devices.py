@@ -11,6 +11,9 @@ from pathlib import Path
 _COUNT_GPUS = "import torch; print(torch.cuda.device_count())"
 _CPU_PROCESSES = 2
 _CPU_FLAGS = ("--num-workers", "0")
+# Let glibc take huge pages for tensors: fewer misses of the address cache save a tenth of a small model's step. Other C
+# libraries ignore the variable.
+_CPU_ENVIRONMENT = {"GLIBC_TUNABLES": "glibc.malloc.hugetlb=1"}
 _GPU_FLAGS = ("--bf16",)
 # Device files of the drivers of NVIDIA, of NVIDIA's Tegra, of AMD, and of Windows Subsystem for Linux.
 _GPU_DEVICE_FILES = ("nvidia*", "nvhost-gpu", "nvgpu", "kfd", "dxg")
@@ -46,7 +49,7 @@ class Devices:
         """The environment variables of a training process."""
         if self.num_gpus:
             return GPU_ENVIRONMENT
-        return {"OMP_NUM_THREADS": str(max(1, self.num_cores // self.num_processes))}
+        return {"OMP_NUM_THREADS": str(max(1, self.num_cores // self.num_processes)), **_CPU_ENVIRONMENT}
 
     @property
     def megatron_flags(self) -> list[str]:

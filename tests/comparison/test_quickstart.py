@@ -27,6 +27,8 @@ from maskmoe.routing_mask.frequency import TokenFrequency
 
 # ---- Settings and commands -------------------------------------------------------------------------------------------
 
+CPU_ENVIRONMENT = {"OMP_NUM_THREADS": "4", "GLIBC_TUNABLES": "glibc.malloc.hugetlb=1"}
+
 
 @pytest.fixture
 def plan(tmp_path):
@@ -63,14 +65,12 @@ def test_training_follows_settings_and_devices(plan):
     assert (flags["--num-attention-heads"], flags["--moe-ffn-hidden-size"]) == ("2", "128")
     assert "--bf16" in made.training_stage().command
     on_cpu = plan().training_stage()
-    assert on_cpu.environment == {"OMP_NUM_THREADS": "4"}
+    assert on_cpu.environment == CPU_ENVIRONMENT
     assert "--bf16" not in on_cpu.command
     assert flags_of(on_cpu)["--nproc-per-node"] == flags_of(evaluation(plan()))["--nproc-per-node"] == "2"
 
 
-@pytest.mark.parametrize(
-    ("num_gpus", "environment"), [(4, {"CUDA_DEVICE_MAX_CONNECTIONS": "1"}), (0, {"OMP_NUM_THREADS": "4"})]
-)
+@pytest.mark.parametrize(("num_gpus", "environment"), [(4, {"CUDA_DEVICE_MAX_CONNECTIONS": "1"}), (0, CPU_ENVIRONMENT)])
 def test_evaluation_suits_the_devices(plan, num_gpus, environment):
     stage = evaluation(plan(num_gpus=num_gpus))
     assert flags_of(stage)["--nproc-per-node"] == str(num_gpus or 2)

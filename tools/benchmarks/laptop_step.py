@@ -37,14 +37,17 @@ TIME = re.compile(r"elapsed time per iteration \(ms\): ([\d.]+)")
 LOSS = re.compile(r"lm loss: (\S+)")
 
 
-def write_inputs(folder: Path, flags: dict[str, Any], vocab_size: int, num_tokens: int) -> dict[str, Any]:
+def write_inputs(
+    folder: Path, flags: dict[str, Any], vocab_size: int, num_tokens: int, frequent_mass: float = 0.5
+) -> dict[str, Any]:
     """Write a dataset and a routing mask; return the flags that name them.
 
     Args:
-        folder: gets the files.
-        flags: the flags of the model.
-        vocab_size: number of ids.
-        num_tokens: tokens of the dataset.
+        folder: Gets the files.
+        flags: The flags of the model.
+        vocab_size: Number of ids.
+        num_tokens: Tokens of the dataset.
+        frequent_mass: The share of the tokens whose ids see several experts.
     """
     rng = np.random.default_rng(0)
     with IndexedDatasetWriter(folder / "zipf", np.dtype(np.uint16)) as writer:
@@ -54,7 +57,7 @@ def write_inputs(folder: Path, flags: dict[str, Any], vocab_size: int, num_token
         num_experts=flags["num-experts"],
         num_layers=flags["num-layers"],
         assignment="balanced",
-        frequent_mass=0.5,
+        frequent_mass=frequent_mass,
         frequent_visible_experts=4,
     )
     zipf_mask(recipe, vocab_size).save(folder / "mask.safetensors")
