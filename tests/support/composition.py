@@ -167,7 +167,7 @@ TABLE: dict[str, Works] = {
     "hybrid models": Works(
         "1, 2 and 4 ranks, from the checkpoint of a GPT model; one model bit-equal to its twin",
         ("--hybrid-layer-pattern",),
-        tests=("transformer/test_hybrid_model.py::test_twins_compute_the_same_bits",),
+        tests=("transformer/test_models.py::test_twins_compute_the_same_bits",),
     ),
     "gated delta net in hybrid models": Works(
         "2 ranks; one layer against transformers' Qwen3-Next",

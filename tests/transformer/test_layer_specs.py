@@ -134,17 +134,6 @@ def test_built_model_has_our_layers_where_the_pattern_says(pattern) -> None:
             assert layer.mlp.router.visible_experts is model.routing_mask
 
 
-def test_norms_of_a_sequence_parallel_model_are_marked() -> None:
-    """The norms need one rank only; the whole model would need two ranks."""
-    config = make_config(num_layers=1, tensor_model_parallel_size=2, sequence_parallel=True)
-    visible_experts = make_visible_experts(config, make_mask(random_visible_sets(0, 1, 9, 4)))
-    spec = get_maskmoe_decoder_block_spec(config, visible_experts)
-    builders = [spec.layer_norm, spec.layer_specs[0].submodules.input_layernorm]
-    for builder in [*builders, spec.layer_specs[0].submodules.pre_mlp_layernorm]:
-        norm = builder(config=config, hidden_size=8, eps=1e-5)
-        assert norm.weight.sequence_parallel
-
-
 @pytest.mark.parametrize(("normalization", "expected"), [("RMSNorm", TorchNorm), ("LayerNorm", FusedLayerNorm)])
 def test_norms_of_apex_are_kept_where_they_fit(normalization, expected, monkeypatch) -> None:
     """With Apex installed, Megatron takes Apex's LayerNorm after the last layer, also if the model has RMSNorms."""

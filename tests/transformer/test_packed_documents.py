@@ -111,24 +111,16 @@ def packed_losses(model: torch.nn.Module, samples: list[list[int]] = BOUNDS) -> 
     return model(ids, positions.to(DEVICE), None, labels=labels, packed_seq_params=documents)
 
 
-def losses_one_by_one(
-    model: torch.nn.Module, samples: list[list[int]] = BOUNDS, batch: tuple[Tensor, Tensor] | None = None
-) -> Tensor:
-    """Return the losses [samples, sequence], computed for one document at a time.
-
-    Args:
-        model: the model.
-        samples: the bounds of the documents of each sample.
-        batch: ids and labels [samples, sequence]; None: those of `token_ids`.
-    """
-    ids, labels = batch or token_ids()
+def losses_one_by_one(model: torch.nn.Module) -> Tensor:
+    """Return the losses [2, sequence], computed for one document at a time."""
+    ids, labels = token_ids()
     losses = []
-    for sample, bounds in enumerate(samples):
+    for sample, bounds in enumerate(BOUNDS):
         for start, end in pairwise(bounds):
             document = slice(sample, sample + 1), slice(start, end)
             positions = torch.arange(end - start, device=DEVICE).unsqueeze(0)
             losses.append(model(ids[document], positions, None, labels=labels[document]).flatten())
-    return torch.cat(losses).view(len(samples), SEQUENCE)
+    return torch.cat(losses).view(2, SEQUENCE)
 
 
 def results(model: torch.nn.Module, losses: Tensor) -> list[Tensor | None]:
@@ -245,25 +237,27 @@ def test_multi_token_prediction_keeps_to_documents() -> None:
     assert ((packed - across).abs() > 1e2 * FP32_ORDER_OF_SUMS).all()
 
 
-def dataset_batch(folder: Path, **settings: bool) -> dict[str, Tensor]:
-    """Return a batch of 8 samples of `GPTDataset`, which begin and end within documents.
+def dataset_batch(folder: Path) -> dict[str, Tensor]:
+    """Return a batch of 8 packed samples of `GPTDataset`, which begin and end within documents.
 
     Args:
-        folder: takes the dataset, whose documents end with id `VOCAB_SIZE - 1`.
-        settings: override settings of `GPTDatasetConfig`.
+        folder: Takes the dataset, whose documents end with id `VOCAB_SIZE - 1`.
     """
     rng = np.random.default_rng(0)
     documents = [np.append(rng.integers(0, VOCAB_SIZE - 1, size=size), VOCAB_SIZE - 1) for size in (3, 40, 1, 9, 20)]
     prefix = write_documents(folder / "data", documents)
     tokenizer: Any = SimpleNamespace(eod=VOCAB_SIZE - 1, pad=-1, vocab_size=VOCAB_SIZE, unique_identifiers={})
-    switches = {"reset_position_ids": False, "reset_attention_mask": False, "eod_mask_loss": False} | settings
     config = GPTDatasetConfig(
         random_seed=1,
         sequence_length=SEQUENCE,
         blend=([str(prefix)], None),
         split="1,0,0",
         tokenizer=tokenizer,
-        **switches,
+        reset_position_ids=False,
+        reset_attention_mask=False,
+        eod_mask_loss=False,
+        create_attention_mask=False,
+        inter_document_masking=True,
     )
     (dataset, *_) = BlendedMegatronDatasetBuilder(GPTDataset, [8, 0, 0], lambda: True, config).build()
     assert dataset is not None
@@ -278,26 +272,13 @@ def begins_of_documents(tokens: Tensor) -> Tensor:
 
 
 def test_bounds_of_a_dataset_are_the_bounds_of_its_documents(tmp_path: Path) -> None:
-    batch = dataset_batch(tmp_path, create_attention_mask=False, inter_document_masking=True)
+    batch = dataset_batch(tmp_path)
     found = PackedDocuments.of_samples(batch["cu_seqlens"].cpu(), DEVICE, reads_on_host=True)
     begins = begins_of_documents(batch["tokens"])
     expected = [*begins.flatten().nonzero().flatten().tolist(), begins.numel()]
     assert found.bounds.tolist() == found.cu_seqlens_q.tolist() == expected
     assert found.lengths == [end - start for start, end in pairwise(expected)]
     assert torch.equal(batch["position_ids"] == 0, begins)
-
-
-def test_masks_of_a_dataset_equal_documents_one_by_one(tmp_path: Path) -> None:
-    """With `--reset-attention-mask` and `--reset-position-ids`, which only learned positions show."""
-    batch = dataset_batch(tmp_path, reset_attention_mask=True, reset_position_ids=True, eod_mask_loss=True)
-    ids, labels = batch["tokens"], batch["labels"]
-    assert torch.equal(batch["loss_mask"] == 0, ids == VOCAB_SIZE - 1)
-    model = build_model("learned_absolute")
-    ours = model(ids, batch["position_ids"], batch["attention_mask"], labels=labels)
-    bounds = [[*row.nonzero().flatten().tolist(), SEQUENCE] for row in begins_of_documents(ids)]
-    assert max(map(len, bounds)) > 2
-    theirs = losses_one_by_one(model, bounds, (ids, labels))
-    torch.testing.assert_close(ours, theirs, rtol=0, atol=FP32_ORDER_OF_SUMS)
 
 
 @given(
