@@ -13,7 +13,7 @@ from maskmoe.errors import UserError
 from maskmoe.megatron_compat.globals import get_tokenizer
 from maskmoe.megatron_compat.gpu import GpuPackages
 from maskmoe.routing_mask.mask import RoutingMask
-from maskmoe.training.loop import fill_in_middle
+from maskmoe.training.loop.batch import check_fill_in_middle_tokens
 from maskmoe.training.resume import choose_checkpoint as resume
 from maskmoe.training.resume import model_settings
 from maskmoe.training.resume.save_folder import check_save_folder_is_own
@@ -218,7 +218,7 @@ class RunChecks:
         if self.vocab_size is not None and mask is not None and knows_layers:
             yield from _error_of(lambda: file_checks.check_mask(args, mask))
         if self.vocab_size is not None and args.fim_data:
-            yield from _error_of(lambda: fill_in_middle.check_tokens(args))
+            yield from _error_of(lambda: check_fill_in_middle_tokens(args))
         most_bytes_read = self.most_bytes_read()
         if most_bytes_read is not None:
             yield from file_checks.data_errors(args, mask, self.vocab_size, most_bytes_read)

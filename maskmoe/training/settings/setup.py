@@ -36,7 +36,7 @@ from maskmoe.training.settings.megatron_errors import megatrons_checks
 from maskmoe.training.settings.run_checks import ArgumentsProvider, RunChecks
 from maskmoe.training.settings.run_settings import RunSettings
 from maskmoe.training.watch.console import console
-from maskmoe.training.watch.wandb_run import wandb_defaults
+from maskmoe.training.watch.writers import wandb_defaults
 
 
 class _ChecksOfRank(RunChecks):

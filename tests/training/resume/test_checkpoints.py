@@ -48,8 +48,7 @@ from maskmoe.training.resume.model_settings import (
 from maskmoe.training.settings.changed_settings import find_changed_settings
 from maskmoe.training.settings.pretraining_arguments import add_pretraining_arguments
 from maskmoe.training.settings.setup import parse_and_check_args
-from maskmoe.training.watch.failures import explaining_early_ends
-from maskmoe.training.watch.leave_after_save import LeaveAfterSave
+from maskmoe.training.watch.early_ends import LeaveAfterSave, explaining_early_ends
 
 SAVED = "expert parallel 2, undisturbed"  # at 7, 14 and 21
 EXPERT_2 = "--expert-model-parallel-size 2"
