@@ -4,7 +4,6 @@ import os
 import sys
 from argparse import Namespace
 from collections.abc import Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +16,6 @@ from maskmoe.files.run_folder import ARGUMENTS, Journal, Kind
 from maskmoe.routing_mask.describe_mask import describe_visible_experts
 from maskmoe.routing_mask.feed_forward_layers import FeedForwardLayers
 from maskmoe.routing_mask.mask import RoutingMask
-from maskmoe.training.preflight.parameters import ExpertUse
 from maskmoe.training.resume.choose_checkpoint import checkpoint_to_load, pretrained_to_load
 from maskmoe.training.settings.batch_sizes import BatchSizes, trained_samples, training_iterations
 from maskmoe.training.settings.file_checks import data_prefixes
@@ -31,53 +29,29 @@ _LABEL_WIDTH = 12
 _MOST_NAMED_DATASETS = 2
 
 
-@dataclass(frozen=True)
-class ParameterCounts:
-    """The parameters of the whole model, over all ranks.
+def count_parameters(chunks: Sequence[MegatronModule]) -> int:
+    """Count the parameters of the model that all ranks hold together; a collective call.
 
-    Attributes:
-        total: all parameters.
-        routed: parameters of routed experts, without those of multi-token prediction.
-        multi_token_prediction: parameters of multi-token prediction.
+    Args:
+        chunks: This rank's model chunks, not wrapped.
     """
-
-    total: int
-    routed: int
-    multi_token_prediction: int
-
-    @classmethod
-    def of_model(cls, chunks: Sequence[MegatronModule]) -> "ParameterCounts":
-        """Count the parameters of the model that all ranks hold together; a collective call.
-
-        Args:
-            chunks: this rank's model chunks, not wrapped.
-        """
-        data = mpu.get_data_parallel_world_size(with_context_parallel=True)
-        expert_data = torch.distributed.get_world_size(mpu.get_expert_data_parallel_group())
-        tensor = mpu.get_tensor_model_parallel_world_size()
-        expert_tensor = mpu.get_expert_tensor_parallel_world_size() or 1
-        # A rank counts its share of each parameter that several ranks hold, so that the shares add up to whole numbers.
-        sums = torch.zeros(3, dtype=torch.float64, device=torch.cuda.current_device())
-        for name, parameter in (item for chunk in chunks for item in chunk.named_parameters()):
-            if getattr(parameter, "shared", False):
-                continue  # a copy of the embedding on the last pipeline stage
-            if is_routed := ".mlp.experts." in name:
-                is_divided = parameter.dim() > 1 or "linear_fc1" in name
-                holders = expert_data * (1 if is_divided else expert_tensor)
-            else:
-                holders = data * (1 if getattr(parameter, "tensor_model_parallel", False) else tensor)
-            share, is_prediction = parameter.numel() / holders, name.startswith("mtp.")
-            sums += torch.tensor([share, share * (is_routed and not is_prediction), share * is_prediction]).to(sums)
-        torch.distributed.all_reduce(sums)
-        return cls(*(round(number) for number in sums.tolist()))
-
-    def active(self, share_of_experts: float) -> int:
-        """Return how many parameters a token passes through, multi-token prediction left out.
-
-        Args:
-            share_of_experts: the share of a layer's experts that the token uses.
-        """
-        return round(self.total - self.multi_token_prediction - self.routed * (1 - share_of_experts))
+    data = mpu.get_data_parallel_world_size(with_context_parallel=True)
+    expert_data = torch.distributed.get_world_size(mpu.get_expert_data_parallel_group())
+    tensor = mpu.get_tensor_model_parallel_world_size()
+    expert_tensor = mpu.get_expert_tensor_parallel_world_size() or 1
+    # A rank counts its share of each parameter that several ranks hold, so that the shares add up to whole numbers.
+    total = torch.zeros((), dtype=torch.float64, device=torch.cuda.current_device())
+    for name, parameter in (item for chunk in chunks for item in chunk.named_parameters()):
+        if getattr(parameter, "shared", False):
+            continue  # a copy of the embedding on the last pipeline stage
+        if ".mlp.experts." in name:
+            is_divided = parameter.dim() > 1 or "linear_fc1" in name
+            holders = expert_data * (1 if is_divided else expert_tensor)
+        else:
+            holders = data * (1 if getattr(parameter, "tensor_model_parallel", False) else tensor)
+        total += parameter.numel() / holders
+    torch.distributed.all_reduce(total)
+    return round(float(total))
 
 
 class Header(Callback):
@@ -96,9 +70,10 @@ class Header(Callback):
 
     def on_model_built(self, chunks: Sequence[MegatronModule]) -> None:
         """Print the header; a collective call."""
-        counts = ParameterCounts.of_model(chunks)
         dispatch = getattr(chunks[0], "dispatch_kind", None)
-        fields = describe_run(self._args, self._mask, self._folder, counts, dispatch and dispatch.value)
+        fields = describe_run(
+            self._args, self._mask, self._folder, count_parameters(chunks), dispatch and dispatch.value
+        )
         console.say("\n".join(f"{label:<{_LABEL_WIDTH}}{text}" for label, text in fields.items()))
         log_facts(fields)
         console.load("reading the checkpoint" if checkpoint_to_load(self._args) else "setting up the optimizer")
@@ -109,7 +84,7 @@ class Header(Callback):
 
 
 def describe_run(
-    args: Namespace, mask: RoutingMask | None, folder: Path | None, counts: ParameterCounts, dispatch: str | None
+    args: Namespace, mask: RoutingMask | None, folder: Path | None, parameters: int, dispatch: str | None
 ) -> dict[str, str]:
     """Return the lines of the header by their labels, at most 15.
 
@@ -117,13 +92,13 @@ def describe_run(
         args: Megatron's validated arguments.
         mask: the routing mask; None for a model without experts.
         folder: the run folder, or None.
-        counts: the parameters of the model.
+        parameters: The number of parameters of the whole model.
         dispatch: how tokens reach their experts, in words; None for a model without experts.
     """
     layout = Layout.from_args(args)
     fields = {
         "model": _describe_model(args),
-        "parameters": _describe_parameters(args, mask, counts),
+        "parameters": f"{_short(parameters)} ({parameters:,})",
         "layout": describe_layout(layout),
         "step": _describe_step(args, layout),
         "dispatch": dispatch,
@@ -170,17 +145,6 @@ def _describe_model(args: Namespace) -> str:
     return (
         f"{kind}, {args.num_layers} layers{experts if args.num_experts else ''}; hidden size {args.hidden_size:,}, "
         f"{args.num_attention_heads} heads, vocabulary {args.padded_vocab_size:,}"
-    )
-
-
-def _describe_parameters(args: Namespace, mask: RoutingMask | None, counts: ParameterCounts) -> str:
-    total = f"{_short(counts.total)} total ({counts.total:,})"
-    if not args.num_experts:
-        return total
-    use = ExpertUse.from_mask(mask, args.moe_router_topk, FeedForwardLayers.of_args(args))
-    active = counts.active(use.mean / args.num_experts)
-    return (
-        f"{total}, {_short(active)} active ({active:,}) at {use.mean:.3g} expert{'s' if use.mean != 1 else ''} a token"
     )
 
 

@@ -12,7 +12,7 @@ from maskmoe.launch.model_file import ModelFile, flag_words, split_flags
 from maskmoe.training.settings.arguments import add_maskmoe_arguments
 from maskmoe.training.settings.pretraining_arguments import add_pretraining_arguments
 from maskmoe.training.settings.saved_arguments import arguments_text
-from maskmoe.training.watch.start_of_run import ParameterCounts, describe_run
+from maskmoe.training.watch.start_of_run import describe_run
 
 MODEL = """
     --num-layers 2 --hidden-size 32 --num-attention-heads 4 --seq-length 16 --max-position-embeddings 16 --mock-data
@@ -41,7 +41,7 @@ def test_header_describes_steps_and_length(flags, step, tokens, monkeypatch):
     args = parse_args(lambda parser: add_pretraining_arguments(add_maskmoe_arguments(parser)))
     args.rank, args.world_size = 0, 1
     validate_args(args)
-    header = describe_run(args, None, None, ParameterCounts(1000, 0, 0), None)
+    header = describe_run(args, None, None, 1000, None)
     assert header["step"] == f"{step}, in micro-batches of 2; 5 iterations"
     assert header["data"] == f"mock data; {tokens} tokens in all"
 
