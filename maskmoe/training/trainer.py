@@ -35,20 +35,13 @@ from maskmoe.training.settings.run_settings import (
 )
 from maskmoe.training.watch.callback import Callback, Step
 from maskmoe.training.watch.console import console
+from maskmoe.training.watch.early_ends import FirstStepCheck, LeaveAfterSave, SaveOnSignals, explaining_early_ends
 from maskmoe.training.watch.end_of_run import EndOfRun, writing_page
-from maskmoe.training.watch.event_files import EventFiles, choose_event_folder
-from maskmoe.training.watch.failures import explaining_early_ends
-from maskmoe.training.watch.first_step import FirstStepCheck
-from maskmoe.training.watch.header import Header
-from maskmoe.training.watch.last_line import LastLine
-from maskmoe.training.watch.leave_after_save import LeaveAfterSave
 from maskmoe.training.watch.routing_log import RoutingLog
-from maskmoe.training.watch.run_start import RunStart
-from maskmoe.training.watch.run_warnings import RunWarnings
-from maskmoe.training.watch.save_on_signals import SaveOnSignals
-from maskmoe.training.watch.spike_watch import SpikeWatch
-from maskmoe.training.watch.wandb_run import take_run_id
+from maskmoe.training.watch.spikes import SpikeWatch
+from maskmoe.training.watch.start_of_run import Header, RunStart
 from maskmoe.training.watch.watchdog import Watchdog
+from maskmoe.training.watch.writers import EventFiles, choose_event_folder, take_run_id
 
 
 def main() -> None:
@@ -104,10 +97,9 @@ class Trainer:
         open_writers(args)
         # What accompanies the run. At its end, the callbacks are called in the reverse order.
         leave_after_save = LeaveAfterSave(self._ranks)
-        warnings = RunWarnings(self._run_folder)
+        journal = Journal(self._run_folder)
         self.callbacks += [
-            LastLine(args),
-            EndOfRun(self._run_folder, self._ranks),
+            EndOfRun(args, self._run_folder, self._ranks),
             EventFiles(),
             Watchdog(self._ranks, hang_timeout(args)),
             RunStart(args, self._run_folder),
@@ -117,9 +109,9 @@ class Trainer:
             leave_after_save,
         ]
         if self._mask is not None:
-            self.callbacks.append(RoutingLog(args, self._mask, warnings))
+            self.callbacks.append(RoutingLog(args, self._mask, journal))
         if args.spike_action != "none":
-            self.callbacks.append(SpikeWatch(args, warnings))
+            self.callbacks.append(SpikeWatch(args, journal))
         self._connect_hooks()
         # Megatron's settings.
         if args.override_opt_param_scheduler and has_one_learning_rate(args):

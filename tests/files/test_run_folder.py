@@ -72,15 +72,19 @@ def test_damaged_lines_are_skipped(tmp_path_factory, changes, noise):
 
 
 @pytest.mark.parametrize(
-    ("save", "tensorboard", "expected"),
+    ("save", "tensorboard", "variable", "expected"),
     [
-        ("/r/checkpoints", None, "/r"),
-        ("/r/checkpoints", "/t/tensorboard", "/r"),
-        ("/r/save", "/r/tensorboard", "/r/save"),
-        (None, "/r/tensorboard", "/r"),
-        (None, "/r/events", "/r/events"),
-        (None, None, "None"),
+        ("/run/save", None, "/other", "/other"),
+        ("/r/checkpoints", None, None, "/r"),
+        ("/r/checkpoints", "/t/tensorboard", None, "/r"),
+        ("/r/save", "/r/tensorboard", None, "/r/save"),
+        (None, "/r/tensorboard", None, "/r"),
+        (None, "/r/events", None, "/r/events"),
+        (None, None, None, "None"),
     ],
 )
-def test_run_folder(save, tensorboard, expected):
+def test_run_folder(save, tensorboard, variable, expected, monkeypatch):
+    monkeypatch.delenv("MASKMOE_RUN_DIR", raising=False)
+    if variable is not None:
+        monkeypatch.setenv("MASKMOE_RUN_DIR", variable)
     assert str(run_folder(save, tensorboard)) == expected

@@ -158,7 +158,7 @@ TABLE: dict[str, Works] = {
     "documents rearranged to fill in the middle": Works(
         "2 ranks; samples depend on their index only",
         ("--fim-data",),
-        tests=("training/loop/test_fill_in_middle.py::test_samples_depend_on_their_index_only",),
+        tests=("training/loop/test_batch.py::test_samples_depend_on_their_index_only",),
     ),
     "CUDA graphs of attention and of dense MLPs": Works(
         "bit-equal to none, with eager calls in place of graphs: real graphs have not been captured",

@@ -1,21 +1,23 @@
 """Datasets, micro-batches with the token ids on every pipeline stage, and the loss of a micro-batch."""
 
+from argparse import Namespace
 from collections.abc import Iterator, Sequence
 from dataclasses import fields
 from typing import Any, NamedTuple, cast
 
+import numpy as np
 import torch
 from megatron.core import mpu
 from megatron.core.datasets.blended_megatron_dataset_builder import BlendedMegatronDatasetBuilder
 from megatron.core.datasets.gpt_dataset import GPTDataset, GPTDatasetConfig, MockGPTDataset
 from megatron.core.rerun_state_machine import get_rerun_state_machine
 from megatron.core.utils import get_batch_on_this_cp_rank, get_batch_on_this_tp_rank
-from megatron.training.datasets.fim_dataset import GPTFIMDatasetConfig
+from megatron.training.datasets.fim_dataset import GPTFIMDataset, GPTFIMDatasetConfig
 from megatron.training.utils import get_blend_and_blend_per_split
 from torch import Tensor
 
+from maskmoe.errors import UserError
 from maskmoe.megatron_compat.globals import get_args, get_tokenizer
-from maskmoe.training.loop.fill_in_middle import FillInMiddleDataset, token_settings
 from maskmoe.training.settings.layout import samples_to_request
 from maskmoe.training.watch.console import console
 from maskmoe.transformer.packed_documents import PackedDocuments
@@ -43,6 +45,10 @@ Blend = tuple[list[str], list[float] | None]
 
 _TENSORS = ("tokens", "position_ids", "attention_mask", "labels", "loss_mask")
 """The tensors of a micro-batch, which have the names of `GPTDataset`."""
+
+
+_FILL_IN_MIDDLE_TOKENS = ("prefix", "middle", "suffix", "pad", "eod")
+"""The names of the tokens that `GPTFIMDataset` needs, each with a flag `--fim-NAME-token`."""
 
 
 def get_batch(data_iterator: Iterator[dict[str, Any]] | None, micro_batch_size: int) -> Batch:
@@ -132,7 +138,7 @@ def build_blend(
         dataset, config = FillInMiddleDataset, GPTFIMDatasetConfig
     # Megatron's configuration names most settings like its arguments.
     settings = {field.name: getattr(args, field.name) for field in fields(config) if field.name in args}
-    settings |= token_settings(args) if args.fim_data else {}
+    settings |= fill_in_middle_tokens(args) if args.fim_data else {}
     settings |= {
         "random_seed": args.seed,
         "sequence_length": args.seq_length,
@@ -150,6 +156,42 @@ def build_blend(
         config(**settings),
     )
     return cast(list[GPTDataset | None], builder.build())
+
+
+class FillInMiddleDataset(GPTFIMDataset):
+    """`GPTFIMDataset` whose samples depend on their index only.
+
+    Megatron's class draws all samples from one random generator, in the order in which they are read. A run that
+    resumes, or reads with another number of workers, would then see other samples than a run without interruption.
+    """
+
+    np_rng: np.random.RandomState
+
+    def _query_document_sample_shuffle_indices(self, idx: int) -> tuple[np.ndarray, np.ndarray, list]:
+        """Return token ids, documents and lengths of a sample, drawn from a generator of its own."""
+        self.np_rng = np.random.RandomState([self.config.random_seed, idx])
+        return super()._query_document_sample_shuffle_indices(idx)
+
+
+def fill_in_middle_tokens(args: Namespace) -> dict[str, Any]:
+    """Return the setting of `GPTFIMDatasetConfig` that no argument of Megatron has by its name."""
+    return {"fim_extra_tokens": {name: getattr(args, f"fim_{name}_token") for name in _FILL_IN_MIDDLE_TOKENS}}
+
+
+def check_fill_in_middle_tokens(args: Namespace) -> None:
+    """Check that the tokenizer, a HuggingFaceTokenizer, has every token that `GPTFIMDataset` inserts.
+
+    Raises:
+        UserError: a token is missing; Megatron would insert the id of an unknown token, or fail while training.
+    """
+    vocabulary = get_tokenizer()._tokenizer.tokenizer.get_vocab()
+    for name in _FILL_IN_MIDDLE_TOKENS:
+        token = getattr(args, f"fim_{name}_token")
+        if token not in vocabulary:
+            raise UserError(
+                f"--tokenizer-model {args.tokenizer_model} has no token {token}, which --fim-data needs: add the token "
+                f"before the tokenizer is used, or name another one by --fim-{name}-token"
+            )
 
 
 def loss_function(loss_mask: Tensor, output_tensor: Tensor) -> tuple[Tensor, Tensor, dict[str, Tensor]]:

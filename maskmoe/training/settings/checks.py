@@ -16,7 +16,7 @@ from maskmoe.megatron_compat import cpu
 from maskmoe.megatron_compat.globals import get_tokenizer, set_globals_without_writers
 from maskmoe.megatron_compat.gpu import GpuPackages
 from maskmoe.routing_mask.mask import RoutingMask
-from maskmoe.training.loop import fill_in_middle
+from maskmoe.training.loop.batch import check_fill_in_middle_tokens
 from maskmoe.training.loop.rank_store import RankStore
 from maskmoe.training.resume import choose_checkpoint as resume
 from maskmoe.training.resume import model_settings
@@ -33,7 +33,7 @@ from maskmoe.training.settings.refused_settings import (
 )
 from maskmoe.training.settings.run_settings import RunSettings, megatrons_checks
 from maskmoe.training.watch.console import console
-from maskmoe.training.watch.wandb_run import wandb_defaults
+from maskmoe.training.watch.writers import wandb_defaults
 
 ArgumentsProvider = Callable[[ArgumentParser], ArgumentParser]
 
@@ -229,7 +229,7 @@ class RunChecks:
         if self._vocab_size is not None and mask is not None and knows_layers:
             yield from _error_of(lambda: inputs.check_mask(args, mask))
         if self._vocab_size is not None and args.fim_data:
-            yield from _error_of(lambda: fill_in_middle.check_tokens(args))
+            yield from _error_of(lambda: check_fill_in_middle_tokens(args))
         if self._reads_data:
             yield from inputs.data_errors(args, mask, self._vocab_size, self.most_bytes_read())
 

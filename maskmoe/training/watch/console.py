@@ -1,13 +1,14 @@
 """Decides which lines of a rank reach the console, and writes all other lines to the rank's log file.
 
-Megatron prints about a thousand lines before the first iteration: all arguments, the names of all parameters, and
-notices that are not about the run. They go to `logs/rankN.log` in the run folder. The lines of iterations, errors,
-tracebacks, and everything that is written to stderr or by libraries in C++ reach the console unchanged.
+Megatron prints about a thousand lines before the first iteration, which are not about the run. They go to
+`logs/rankN.log` in the run folder. The lines of iterations, errors, tracebacks, and everything that is written to
+stderr or by libraries in C++ reach the console unchanged.
 
 This module imports nothing that takes long, because it prints the first line of a run.
 """
 
 import logging
+import math
 import os
 import re
 import sys
@@ -17,16 +18,15 @@ import warnings
 from collections import deque
 from collections.abc import Iterable, Sequence
 from contextlib import suppress
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TextIO
-
-from maskmoe.training.watch.log_lines import LoggedLoss, parse_line
 
 VERBOSE_FLAG = "--verbose"
 _PACKAGE = str(Path(__file__).parents[2]) + os.sep
 _MOST_PENDING_LINES = 20_000
 _LAST_LINES = 15
-_HEARTBEAT = 10.0  # seconds without a line after which a rank that loads says that it is still loading
+_SECONDS_BETWEEN_LINES = 10.0  # of a progress bar without a terminal
 
 # The line that says what a run starts from, which Megatron prints before the first iteration.
 _SHOWN_WHILE_LOADING = re.compile(r"\s*(\[[^]]*\] )?successfully loaded checkpoint|error\b", re.IGNORECASE)
@@ -44,6 +44,36 @@ _HIDDEN_WARNINGS_WHILE_TRAINING = re.compile(
     r"Result validation enabled|(Setting )?RerunStateMachine (mode|initialized)|MCore's async save is deprecated"
 )
 _TIMERS = "megatron.core.timers"
+
+
+_ITERATION = re.compile(r" \[[^]]+\] iteration +\d+/ *\d+ \|(?:.* lm loss: (?P<loss>\S+) \|)?")
+_VALIDATION = re.compile(
+    r" *validation loss at iteration \d+ (?:on validation set )?\| lm loss value: (?P<loss>\S+) \|"
+)
+
+
+@dataclass(frozen=True)
+class LoggedLoss:
+    """A loss that Megatron has printed.
+
+    Attributes:
+        is_validation: whether the loss is that of held-out text.
+        loss: nats per token; None if the line has no finite loss.
+    """
+
+    is_validation: bool
+    loss: float | None
+
+
+def parse_line(line: str) -> LoggedLoss | None:
+    """Return the loss that a line of Megatron's log prints; None for any other line."""
+    match, is_validation = _ITERATION.match(line), False
+    if match is None:
+        match, is_validation = _VALIDATION.match(line), True
+    if match is None:
+        return None
+    loss = float(match["loss"] or "nan")
+    return LoggedLoss(is_validation, loss if math.isfinite(loss) else None)
 
 
 class Console:
@@ -67,8 +97,6 @@ class Console:
         self._pending: deque[str] = deque(maxlen=_MOST_PENDING_LINES)
         self._lock = threading.RLock()
         self._phase = ""
-        self._start = self._last_line = time.monotonic()
-        self._is_loaded = threading.Event()
 
     @property
     def log_file(self) -> str | None:
@@ -129,7 +157,7 @@ class Console:
             self._show(line + "\n", self._progress)
 
     def load(self, phase: str) -> None:
-        """Say what the run does before its first iteration, and repeat this while it takes long; only in a rank.
+        """Say what the run does before its first iteration; only in the first rank, once for each phase.
 
         Args:
             phase: what the run does, such as "building the model".
@@ -138,8 +166,6 @@ class Console:
             return
         self._phase = phase
         self.say(f"loading: {phase}")
-        if not any(thread.name == "console" for thread in threading.enumerate()):
-            threading.Thread(target=self._beat, name="console", daemon=True).start()
 
     def end_of_loading(self) -> None:
         """Note that the first iteration, or the work on a result, begins; further calls change nothing.
@@ -147,7 +173,6 @@ class Console:
         If progress goes to stderr, then stdout is for the result, and from now on gets what is printed, unchanged.
         """
         self._is_training = True
-        self._is_loaded.set()
         if self._is_routed and self._progress is not self._stdout:
             sys.stdout = self._stdout
 
@@ -155,7 +180,6 @@ class Console:
         """Take the last line even if it has no end; the process is about to end."""
         if isinstance(sys.stdout, _LineRouter):
             sys.stdout.finish()
-        self._is_loaded.set()
 
     def show_last_lines(self) -> None:
         """Print the newest lines that were not shown to stderr: they may say why the process ends while it loads."""
@@ -210,7 +234,6 @@ class Console:
 
     def _show(self, text: str, stream: TextIO) -> None:
         with self._lock:
-            self._last_line = time.monotonic()
             stream.write(text)
             stream.flush()
 
@@ -226,11 +249,6 @@ class Console:
         if self._log is not None:
             with suppress(OSError):
                 self._log.writelines(lines)
-
-    def _beat(self) -> None:
-        while not self._is_loaded.wait(_HEARTBEAT / 10):
-            if time.monotonic() - self._last_line >= _HEARTBEAT:
-                self.say(f"loading: {self._phase} ({time.monotonic() - self._start:.0f} s)")
 
 
 class _LineRouter:
@@ -296,7 +314,7 @@ def progress_bar[Step](steps: Sequence[Step], description: str, unit: str) -> It
     """
     from tqdm import tqdm
 
-    interval = 0.1 if sys.stderr.isatty() else _HEARTBEAT
+    interval = 0.1 if sys.stderr.isatty() else _SECONDS_BETWEEN_LINES
     is_first = os.environ.get("RANK", "0") == "0"
     return tqdm(steps, desc=description, unit=unit, mininterval=interval, disable=not is_first)
 

@@ -1,12 +1,15 @@
-"""What a run leaves when it ends: the end in its journal, and the page report.html."""
+"""What a run leaves when it ends: the end in its journal, the last line, and the page report.html."""
 
 import subprocess
 import sys
+import time
+from argparse import Namespace
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from maskmoe.checkpoint.series import read_tracker
 from maskmoe.command_line.run_tool import EXIT_RUN_FAILURE
 from maskmoe.errors import UserError, one_line
 from maskmoe.files.run_folder import REPORT, Journal, Kind
@@ -16,32 +19,38 @@ from maskmoe.training.watch.callback import Callback
 from maskmoe.training.watch.console import console
 
 _MOST_SECONDS_FOR_PAGE = 30.0
+_TORCHRUN_DELAY = 0.3  # seconds; torchrun looks every 0.1 s for new lines of each rank
 
 
 class EndOfRun(Callback):
-    """Writes into the run's journal how the run ended.
+    """Writes into the run's journal how the run ended, and prints the last line, unless a failure explains itself.
 
-    The last rank writes, which knows the loss. If the run fails, the first rank writes, too: the last rank may be
-    killed before it can write.
+    The last rank writes and prints, because it knows the loss. If the run fails, the first rank writes, too: the last
+    rank may be killed before it can write.
 
     Args:
-        folder: the run folder; None if there is none.
-        ranks: says which rank this process is.
+        args: Megatron's arguments.
+        folder: The run folder; None if there is none.
+        ranks: Says which rank this process is.
     """
 
-    def __init__(self, folder: Path | None, ranks: RankStore) -> None:
+    def __init__(self, args: Namespace, folder: Path | None, ranks: RankStore) -> None:
+        self._args = args
         self._folder = folder
         self._ranks = ranks
 
     def on_end(self, error: BaseException | None) -> None:
-        """Write the end."""
+        """Write the end, then print the last line after the lines that the other ranks have printed."""
         code, text = _describe_end(error)
-        ranks = self._ranks
-        if ranks.rank == ranks.world_size - 1 or (ranks.rank == 0 and code not in (0, EXIT_REQUEUE)):
+        is_orderly = code in (0, EXIT_REQUEUE)
+        if self._ranks.rank == self._ranks.world_size - 1 or (self._ranks.rank == 0 and not is_orderly):
             facts: dict[str, Any] = {"exit_code": code}
             if console.iteration is not None and console.iteration.loss is not None:
                 facts["loss"] = console.iteration.loss
             Journal(self._folder).write(Kind.ENDED, text, **facts)
+        if is_orderly:
+            time.sleep(_TORCHRUN_DELAY)
+            console.say(_describe_completion(self._args) if error is None else _describe_stop(self._args), rank=-1)
 
 
 def _describe_end(error: BaseException | None) -> tuple[int, str]:
@@ -54,13 +63,36 @@ def _describe_end(error: BaseException | None) -> tuple[int, str]:
     return code, "the run stopped on request" if code in (0, EXIT_REQUEUE) else f"the run ended with exit code {code}"
 
 
+def _describe_stop(args: Namespace) -> str:
+    newest = read_tracker(args.save) if args.save else None
+    if newest is None:
+        return "stopped: nothing was saved" + ("" if args.save else ", because --save is not given")
+    resumption = "the same command resumes"
+    if args.no_save_optim and not args.no_load_optim:
+        resumption = "without the optimizer (--no-save-optim), so --no-load-optim is needed to resume"
+    return f"stopped: saved iteration {newest} in {args.save}; {resumption}"
+
+
+def _describe_completion(args: Namespace) -> str:
+    parts = [f"complete: {args.train_iters} iterations"]
+    if console.iteration is None:
+        parts.append("no iteration was left to train")
+    elif console.iteration.loss is not None:
+        parts.append(f"loss {console.iteration.loss:.4f}")
+    if console.validation is not None and console.validation.loss is not None:
+        parts.append(f"validation loss {console.validation.loss:.4f}")
+    newest = read_tracker(args.save) if args.save else None
+    saved = f"checkpoint {newest} is in {args.save}" if newest is not None else "no checkpoint was saved"
+    return f"{', '.join(parts)}; {saved}"
+
+
 @contextmanager
 def writing_page(folder: Path | None, ranks: RankStore) -> Iterator[None]:
     """Let the first rank write the page of the run after the block, unless the block refuses the run.
 
     Args:
-        folder: the run folder; None to write no page.
-        ranks: says which rank this process is.
+        folder: The run folder; None to write no page.
+        ranks: Says which rank this process is.
     """
     try:
         yield

@@ -6,20 +6,19 @@ from typing import Any, NamedTuple, cast
 
 import torch
 from megatron.core.distributed import DistributedDataParallel
-from megatron.core.transformer.moe.moe_logging import set_moe_metrics_tracker
+from megatron.core.transformer.moe.moe_logging import MoEMetricsTracker, set_moe_metrics_tracker
 from megatron.core.utils import get_model_config
 from megatron.training import is_last_rank
 from torch import Tensor
 from torch.distributed.tensor import DTensor
 
+from maskmoe.files.run_folder import Journal
 from maskmoe.megatron_compat.globals import get_args
 from maskmoe.routing_mask.feed_forward_layers import FeedForwardLayers
 from maskmoe.routing_mask.mask import RoutingMask
 from maskmoe.training.watch.callback import Callback
-from maskmoe.training.watch.router_metrics import HybridMetricsTracker
 from maskmoe.training.watch.routing_collapse import LayerRouting, RoutingCollapse, reachable_experts
-from maskmoe.training.watch.run_warnings import RunWarnings
-from maskmoe.training.watch.scalars import log_scalars
+from maskmoe.training.watch.writers import log_scalars, warn
 from maskmoe.transformer.router import MaskMoERouter
 from maskmoe.transformer.routing_statistics import RoutingSums
 
@@ -59,12 +58,12 @@ class RoutingLog(Callback):
     Args:
         args: Megatron's arguments, with experts.
         mask: The routing mask.
-        warnings: Takes the warnings.
+        journal: Takes the warnings.
     """
 
-    def __init__(self, args: Namespace, mask: RoutingMask, warnings: RunWarnings) -> None:
+    def __init__(self, args: Namespace, mask: RoutingMask, journal: Journal) -> None:
         self._args = args
-        self._warnings = warnings
+        self._journal = journal
         self._collapse: RoutingCollapse | None = None
         if args.collapse_intervals:
             reachable = reachable_experts(mask, FeedForwardLayers.of_args(args))
@@ -92,7 +91,7 @@ class RoutingLog(Callback):
                 layer: LayerRouting(tokens, entropies.get(layer)) for layer, tokens in record.tokens_per_expert.items()
             }
             for line in self._collapse.take(layers):
-                self._warnings.warn(line, iteration)
+                warn(self._journal, line, iteration)
 
 
 def _write(record: RoutingRecord, iteration: int) -> None:
@@ -196,3 +195,39 @@ def _part_of_squared_gradient(chunk: DistributedDataParallel, weight: torch.nn.P
     # All ranks of a tensor-parallel group, and all instances of the distributed optimizer, hold equal gradients.
     num_copies = tp_group.size() * chunk.ddp_config.num_distributed_optimizer_instances
     return torch.linalg.vector_norm(own, dtype=torch.float64).square() / num_copies
+
+
+class HybridMetricsTracker(MoEMetricsTracker):
+    """`MoEMetricsTracker` that counts the feed-forward layers of a hybrid model.
+
+    Megatron-Core 0.19.2 records router losses by symbol of the pattern, and reports by MoE layer. A pipeline stage
+    without MoE layers then reduces a tensor of another size than other stages, and the mean of a model with multi-token
+    prediction counts the MoE layers of multi-token prediction twice. Later versions count MoE layers (Megatron-LM pull
+    request 6748).
+
+    Args:
+        layers: the feed-forward layers of the model.
+        num_symbols: layers of the decoder, as Megatron-Core counts them.
+    """
+
+    def __init__(self, layers: FeedForwardLayers, num_symbols: int) -> None:
+        super().__init__()
+        self._layers = layers
+        self._num_symbols = num_symbols
+
+    def record(  # pyrefly: ignore[bad-override]
+        self, name: str, value: Tensor, layer_number: int, num_layers: int, **groups: Any
+    ) -> None:
+        """Add a value to the record of a MoE layer, see `MoEMetricsTracker.record`."""
+        if layer_number > self._num_symbols:  # The router is a layer of multi-token prediction.
+            layer_number += len(self._layers.decoder) - self._num_symbols
+        super().record(name, value, layer_number, len(self._layers.has_experts), **groups)
+
+    def report(self, *args: Any, **settings: Any) -> str:
+        """Log the means over the MoE layers of the model, see `MoEMetricsTracker.report`."""
+        layers: dict[str, Any] = {
+            "num_layers": len(self._layers.has_experts),
+            "moe_layer_freq": [int(has_experts) for has_experts in self._layers.has_experts],
+            "mtp_num_layers": None,
+        }
+        return super().report(*args, **settings | layers)

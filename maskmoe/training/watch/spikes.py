@@ -1,10 +1,24 @@
-"""Finds the training steps whose loss or gradient norm is far from those of the steps before; needs no torch."""
+"""Finds training steps that are off, reports them, and skips their updates if wanted."""
 
 import math
+from argparse import Namespace
 from collections import deque
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from statistics import median
+
+import torch
+from megatron.core import mpu
+from megatron.core.dist_checkpointing import load_common_state_dict
+from megatron.training import is_last_rank
+from torch import Tensor
+
+from maskmoe.files.run_folder import Journal
+from maskmoe.megatron_compat.globals import get_args
+from maskmoe.training.loop.megatron_patches import ask_before_each_update
+from maskmoe.training.resume.choose_checkpoint import checkpoint_to_load
+from maskmoe.training.watch.callback import Callback, Step
+from maskmoe.training.watch.writers import log_scalars, warn
 
 _DEVIATIONS_PER_MAD = 1.4826
 """The standard deviation of a normal distribution, divided by its median absolute deviation."""
@@ -118,3 +132,86 @@ class SpikeDetector:
                 found.append(Deviation(name, value, middle, deviations))
             self._windows[name].add(value)
         return found
+
+
+_LOSS = "lm loss"
+_TAGS = {"loss": "spike/loss", "gradient norm": "spike/grad-norm"}
+
+
+class SpikeWatch(Callback):
+    """Watches the loss and the gradient norm of each step, see `--spike-action`.
+
+    Args:
+        args: Megatron's arguments.
+        journal: Takes the reports.
+    """
+
+    def __init__(self, args: Namespace, journal: Journal) -> None:
+        self._journal = journal
+        self._skips = args.spike_action == "skip"
+        self._detector = SpikeDetector(args.spike_window, args.spike_deviations, _saved_history(args))
+
+    def on_start(self) -> None:
+        """Let Megatron ask before each update if updates may be skipped."""
+        if self._skips:
+            ask_before_each_update(self._allows_update)
+
+    def after_step(self, step: Step) -> None:
+        """Judge a finished step on the last rank, unless it was judged before its update."""
+        # Steps without an update have no result to judge, or were skipped because the loss scale of fp16 was too large.
+        if is_last_rank() and step.has_updated and not self._skips:
+            # Megatron waits for the device in each step, for the norm and for the loss scale. The loss is ready then.
+            self._report(self._detector.judge(float(step.losses[_LOSS]), step.grad_norm))
+
+    def before_save(self) -> None:
+        """Save the steps so far with the arguments of the checkpoint; a collective call."""
+        shared = [self._detector.history]
+        torch.distributed.broadcast_object_list(shared, torch.distributed.get_world_size() - 1)
+        get_args().spike_history = shared[0]
+
+    def _allows_update(self, losses: list[dict[str, Tensor]], grad_norm: float) -> bool:
+        """Judge the step in progress, and return whether no value is too high; a collective call of all ranks."""
+        # All ranks judge the values of the last rank.
+        values = torch.tensor([_mean_loss(losses), grad_norm], dtype=torch.float64, device=torch.cuda.current_device())
+        torch.distributed.broadcast(values, torch.distributed.get_world_size() - 1)
+        deviations = self._detector.judge(*values.tolist())
+        is_skipped = any(deviation.deviations > 0 for deviation in deviations)
+        if is_last_rank():
+            self._report(deviations, "; the update is skipped" if is_skipped else "")
+        return not is_skipped
+
+    def _report(self, deviations: list[Deviation], action: str = "") -> None:
+        """Report a step if it is off.
+
+        Args:
+            deviations: The values of the step that are off.
+            action: What the run does about the step, as the end of a sentence; empty if it does nothing.
+        """
+        if not deviations:
+            return
+        iteration = get_args().curr_iteration + 1
+        text = f"iteration {iteration} is off: {'; '.join(map(str, deviations))}{action}"
+        facts = {deviation.name.replace(" ", "_"): deviation.value for deviation in deviations}
+        warn(self._journal, text, iteration, **facts)
+        log_scalars({_TAGS[deviation.name]: deviation.deviations for deviation in deviations}, iteration)
+
+
+def _saved_history(args: Namespace) -> dict[str, list[float]] | None:
+    """Return the losses and norms of the steps before the checkpoint to load; None if the checkpoint holds none."""
+    checkpoint = checkpoint_to_load(args)
+    if checkpoint is None or args.finetune:
+        return None
+    return getattr(load_common_state_dict(checkpoint).get("args"), "spike_history", None)
+
+
+def _mean_loss(losses: list[dict[str, Tensor]]) -> float:
+    """Return the loss of a step as Megatron logs it on the last pipeline stage; 0 on other stages; a collective call.
+
+    Args:
+        losses: For each micro-batch of this rank, the sum of the losses and the number of tokens, [2].
+    """
+    if not losses:
+        return 0.0
+    total = torch.stack([loss[_LOSS] for loss in losses]).sum(dim=0)
+    torch.distributed.all_reduce(total, group=mpu.get_data_parallel_group(with_context_parallel=True))
+    return float(total[0] / total[1])

@@ -48,8 +48,7 @@ from maskmoe.training.resume.model_settings import (
 )
 from maskmoe.training.settings.checks import parse_and_check_args
 from maskmoe.training.settings.flags import add_pretraining_arguments
-from maskmoe.training.watch.failures import explaining_early_ends
-from maskmoe.training.watch.leave_after_save import LeaveAfterSave
+from maskmoe.training.watch.early_ends import LeaveAfterSave, explaining_early_ends
 
 SAVED = "expert parallel 2, undisturbed"  # at 7, 14 and 21
 EXPERT_2 = "--expert-model-parallel-size 2"

@@ -1,5 +1,6 @@
 """A run leaves its end in the journal and its page, whatever the end is."""
 
+from argparse import Namespace
 from contextlib import nullcontext
 
 import pytest
@@ -13,6 +14,8 @@ from maskmoe.run_status.status import read_status
 from maskmoe.training.loop.rank_store import RankStore
 from maskmoe.training.watch import end_of_run
 from maskmoe.training.watch.end_of_run import EndOfRun, writing_page
+
+ARGS = Namespace(save=None, train_iters=9)
 
 
 def rank_of(rank, world_size=3):
@@ -33,7 +36,7 @@ ENDS = {
 @pytest.mark.parametrize(("end", "writers", "code", "text"), ENDS.values(), ids=ENDS)
 def test_end_is_in_the_journal(tmp_path, end, writers, code, text):
     for rank in range(3):
-        EndOfRun(tmp_path / str(rank), rank_of(rank)).on_end(end)
+        EndOfRun(ARGS, tmp_path / str(rank), rank_of(rank)).on_end(end)
         expected = [(Kind.ENDED, text, code)] if rank in writers else []
         entries = read_journal(tmp_path / str(rank))
         assert [(entry.kind, entry.text, entry.facts["exit_code"]) for entry in entries] == expected

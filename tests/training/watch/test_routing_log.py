@@ -9,7 +9,7 @@ import torch
 from support.runs import read_scalars
 
 from maskmoe.routing_mask.mask import RoutingMask
-from maskmoe.training.watch import routing_log, scalars
+from maskmoe.training.watch import routing_log, writers
 from maskmoe.training.watch.routing_log import RoutingRecord
 
 # Entropies and gradients are fp32 sums, whose order depends on the layout. Loads and shares are counts.
@@ -166,8 +166,8 @@ def test_scalars_go_to_both_writers(monkeypatch):
             self.scalars |= {(tag, step): value for tag, value in values.items()}
 
     tensorboard, wandb = Writer(), Writer()
-    monkeypatch.setattr(scalars, "get_tensorboard_writer", lambda: tensorboard)
-    monkeypatch.setattr(scalars, "get_wandb_writer", lambda: wandb)
+    monkeypatch.setattr(writers, "get_tensorboard_writer", lambda: tensorboard)
+    monkeypatch.setattr(writers, "get_wandb_writer", lambda: wandb)
     routing_log._write(RoutingRecord({"routing_entropy": {0: 0.5, 2: 1.0}}, tokens_per_expert={}), 10)
     expected = {"routing_entropy": 0.75, "moe/routing_entropy_layer_0": 0.5, "moe/routing_entropy_layer_2": 1.0}
     assert tensorboard.scalars == wandb.scalars == {(tag, 10): value for tag, value in expected.items()}

@@ -1,12 +1,19 @@
-"""The detector of spikes against numpy; nothing here trains."""
+"""The detector of spikes against numpy, and spikes that are reported or skipped in real training runs."""
 
 import math
+import re
+from collections.abc import Callable
 
 import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from support.launchers import TESTS
+from support.runs import read_scalars
+from support.training import Run, TrainingOutcome
+from support.training_runs import DISTRIBUTED, EXPERT_2, INTERLEAVED, PIPELINE_2, TENSOR_2
 
+from maskmoe.files.run_folder import Kind, read_journal
 from maskmoe.training.watch.spikes import RobustWindow, SpikeDetector
 
 VALUES = st.floats(-1e6, 1e6)
@@ -126,3 +133,167 @@ def test_texts():
         "loss 9.25, 96.5 robust deviations above the median 2.1",
         "gradient norm 0.001, 199.9 robust deviations below the median 2.1",
     ]
+
+
+# In training
+
+SPIKE = (str(TESTS / "training" / "pretrain_with_spike.py"),)
+IDLE_OPTIMIZER = (str(TESTS / "training" / "pretrain_with_idle_optimizer.py"),)
+WINDOW = "--spike-window 8"
+TAGS = ("spike/loss", "spike/grad-norm")
+
+StartSpiky = Callable[..., TrainingOutcome]
+
+
+@pytest.fixture
+def run_spiky(workplace, tmp_path) -> StartSpiky:
+    """Run with spikes to the end. All starts of one test that save use one folder, from which they also load."""
+
+    def run_spiky(
+        flags: str = "", spikes: str = "", factor: float = 50, name: str = "run", saves: bool = False, **settings
+    ) -> TrainingOutcome:
+        folders = f"--save {tmp_path}/save --load {tmp_path}/save" if saves else ""
+        run = Run(f"{WINDOW} {flags} {folders}", program=settings.pop("program", SPIKE), **settings)
+        environment = {
+            "SPIKES": spikes,
+            "SPIKE_FACTOR": str(factor),
+            "WITHOUT_UPDATE": spikes or "0",
+        }
+        with workplace.start(run, tmp_path / name, environment=environment) as processes:
+            return processes.wait(all_end=True)
+
+    return run_spiky
+
+
+def warnings_of(outcome: TrainingOutcome) -> list[str]:
+    """Return the lines on the console that begin with a warning of a step."""
+    text = "".join(log.read_text() for log in sorted(outcome.folder.glob("*.log")))
+    return re.findall(r"^(?:\[rank\d\]: ?)?warning: (iteration .* is off.*)$", text, re.MULTILINE)
+
+
+def differences(outcome: TrainingOutcome, reference: TrainingOutcome) -> set[int]:
+    """Return the iterations in which the logged loss or gradient norm of two runs differ in any bit."""
+    found = set()
+    for name in ("lm loss", "grad-norm"):
+        ours, theirs = outcome.curves[name], reference.curves[name]
+        found |= {step for step in ours.keys() | theirs.keys() if ours.get(step) != theirs.get(step)}
+    return found
+
+
+@pytest.mark.parametrize(
+    ("flags", "ranks"),
+    [
+        (f"{EXPERT_2} {DISTRIBUTED}", 2),
+        pytest.param("", 1, marks=pytest.mark.slow),
+        pytest.param(PIPELINE_2, 2, marks=pytest.mark.slow),
+        pytest.param(TENSOR_2, 2, marks=pytest.mark.slow),
+    ],
+)
+def test_report(run_spiky, tmp_path, flags, ranks):
+    """One step is off. The last rank reports the step, once."""
+    outcome = run_spiky(f"{flags} --save {tmp_path}/save --exit-interval 14", "12", ranks=ranks)
+    assert outcome.exit_codes == (0,) * ranks, outcome.report()
+    (line,) = warnings_of(outcome)
+    assert re.fullmatch(
+        r"iteration 12 is off: loss [\d.]+, [\d.]+ robust deviations above the median [\d.]+; "
+        r"gradient norm [\d.]+, [\d.]+ robust deviations above the median [\d.]+",
+        line,
+    ), line
+    (entry,) = [entry for entry in read_journal(tmp_path / "save") if entry.kind == Kind.WARNED]
+    assert (entry.text, entry.iteration) == (line, 12)
+    assert entry.facts["loss"] == pytest.approx(outcome.curves["lm loss"][12])
+    assert entry.facts["gradient_norm"] == pytest.approx(outcome.curves["grad-norm"][12], rel=1e-5)
+    scalars = read_scalars(outcome.folder)
+    assert {tag: [event.step for event in scalars[tag]] for tag in TAGS} == {tag: [12] for tag in TAGS}
+
+
+@pytest.mark.slow
+def test_watch_does_not_change_the_training(run_spiky):
+    unwatched = run_spiky(f"{EXPERT_2} --spike-action none", "12", ranks=2, name="unwatched")
+    assert warnings_of(unwatched) == []
+    assert differences(run_spiky(EXPERT_2, "12", ranks=2), unwatched) == set()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("flags", "ranks"), [("", 1), (f"{EXPERT_2} --spike-action skip", 2)])
+def test_undisturbed_run_is_not_reported(run_spiky, flags, ranks):
+    outcome = run_spiky(flags, ranks=ranks)
+    assert outcome.exit_codes == (0,) * ranks, outcome.report()
+    assert warnings_of(outcome) == []
+    assert not set(TAGS) & read_scalars(outcome.folder).keys()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("action", ["report", "skip"])
+def test_fall_is_reported_only(run_spiky, action):
+    """A loss that is far too low is off, too, but is no reason to skip an update."""
+    outcome = run_spiky(f"--spike-action {action}", "12", factor=0.01, saves=True)
+    assert outcome.exit_codes == (0,), outcome.report()
+    (line,) = warnings_of(outcome)
+    assert re.fullmatch(
+        r"iteration 12 is off: loss 0\.058\d+, .* below the median 6\.03(; .* below the median .*)?", line
+    )
+    assert outcome.iterations == list(range(1, 22))
+
+
+@pytest.mark.parametrize(
+    ("flags", "ranks"),
+    [
+        (f"{EXPERT_2} {DISTRIBUTED} --overlap-grad-reduce --overlap-param-gather", 2),
+        ("", 1),
+        ("--bf16", 1),
+        (f"--bf16 {EXPERT_2} {DISTRIBUTED}", 2),
+        ("--fp16 --initial-loss-scale 1024", 1),
+        (PIPELINE_2, 2),
+        (f"{INTERLEAVED} {DISTRIBUTED}", 2),
+        (TENSOR_2, 2),
+        ("--optimizer sgd", 1),
+        ("--clip-grad 0", 1),
+    ],
+)
+@pytest.mark.slow
+def test_skip(run_spiky, flags, ranks):
+    """All later steps are those of a run whose optimizer does nothing in this step, bit for bit."""
+    flags = f"{flags} --exit-interval 16"
+    outcome = run_spiky(f"{flags} --spike-action skip", "12", ranks=ranks)
+    assert outcome.exit_codes == (0,) * ranks, outcome.report()
+    (line,) = warnings_of(outcome)
+    assert line.startswith("iteration 12 is off: loss ")
+    assert line.endswith("; the update is skipped")
+    reference = run_spiky(flags, "12", ranks=ranks, name="reference", program=IDLE_OPTIMIZER)
+    assert differences(outcome, reference) == {12}  # the reference has no spike
+
+
+@pytest.mark.slow
+def test_applied_update_changes_the_next_steps(run_spiky):
+    """The comparison of the test above finds an update that was applied."""
+    flags = f"{EXPERT_2} {DISTRIBUTED} --overlap-grad-reduce --overlap-param-gather --exit-interval 14"
+    reference = run_spiky(flags, "12", ranks=2, name="reference", program=IDLE_OPTIMIZER)
+    assert differences(run_spiky(flags, "12", ranks=2), reference) == {12, 13, 14}
+
+
+@pytest.mark.slow
+def test_resumed_run_knows_the_steps_before(run_spiky):
+    """Two steps after the checkpoint are too few for a judgement. The checkpoint holds the steps before."""
+    flags = "--spike-action skip --save-interval 10"
+    uninterrupted = run_spiky(flags, "12", name="uninterrupted")
+    first = run_spiky(f"{flags} --exit-interval 10", saves=True, name="first")
+    assert first.exit_codes == (0,), first.report()
+    resumed = run_spiky(f"{flags} {EXPERT_2}", "12", saves=True, name="resumed", ranks=2)
+    assert resumed.iterations == list(range(11, 22))
+    assert len(warnings_of(resumed)) == 1
+    resumed = run_spiky(f"{flags} --ckpt-step 10", "12", saves=True, name="resumed in the same layout")
+    assert resumed.difference(uninterrupted) == 0
+
+
+@pytest.mark.slow
+@pytest.mark.runs("start")
+@pytest.mark.parametrize("flags", [INTERLEAVED, TENSOR_2, PIPELINE_2, "--context-parallel-size 2"])
+def test_iterations_are_skipped_in_every_layout(runs, run_spiky, flags):
+    (source,) = runs
+    passed = f"--iterations-to-skip 4 5 9 --exit-interval 12 --load {source.checkpoints}"
+    reference = run_spiky(passed, name="reference")
+    outcome = run_spiky(f"{passed} {flags}", ranks=2)
+    assert outcome.exit_codes == (0, 0), outcome.report()
+    assert outcome.iterations == [2, 3, 6, 7, 8, 10, 11, 12]
+    assert outcome.difference(reference) < 1e-4

@@ -1,77 +1,55 @@
-"""The lines at the start of a run that say what the run is."""
+"""What a run says and writes at its start: the header, its arguments, and an entry of its journal."""
 
 import os
+import sys
 from argparse import Namespace
 from collections.abc import Sequence
-from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from megatron.core import mpu
 from megatron.core.transformer.module import MegatronModule
 
 from maskmoe.errors import counted
-from maskmoe.routing_mask.expert_use import ExpertUse
+from maskmoe.files.run_folder import ARGUMENTS, Journal, Kind
 from maskmoe.routing_mask.feed_forward_layers import FeedForwardLayers
 from maskmoe.routing_mask.mask import RoutingMask, describe_visible_experts
 from maskmoe.training.resume.choose_checkpoint import checkpoint_to_load, pretrained_to_load
 from maskmoe.training.settings.inputs import data_prefixes
 from maskmoe.training.settings.layout import BatchSizes, Layout, trained_samples, training_iterations
+from maskmoe.training.settings.saved_arguments import save_arguments
 from maskmoe.training.watch.callback import Callback
 from maskmoe.training.watch.console import console
-from maskmoe.training.watch.event_files import log_facts
+from maskmoe.training.watch.writers import log_facts
 
 _LABEL_WIDTH = 12
 _MOST_NAMED_DATASETS = 2
 
 
-@dataclass(frozen=True)
-class ParameterCounts:
-    """The parameters of the whole model, over all ranks.
+def count_parameters(chunks: Sequence[MegatronModule]) -> int:
+    """Count the parameters of the model that all ranks hold together; a collective call.
 
-    Attributes:
-        total: all parameters.
-        routed: parameters of routed experts, without those of multi-token prediction.
-        multi_token_prediction: parameters of multi-token prediction.
+    Args:
+        chunks: This rank's model chunks, not wrapped.
     """
-
-    total: int
-    routed: int
-    multi_token_prediction: int
-
-    @classmethod
-    def of_model(cls, chunks: Sequence[MegatronModule]) -> "ParameterCounts":
-        """Count the parameters of the model that all ranks hold together; a collective call.
-
-        Args:
-            chunks: this rank's model chunks, not wrapped.
-        """
-        data = mpu.get_data_parallel_world_size(with_context_parallel=True)
-        expert_data = torch.distributed.get_world_size(mpu.get_expert_data_parallel_group())
-        tensor = mpu.get_tensor_model_parallel_world_size()
-        expert_tensor = mpu.get_expert_tensor_parallel_world_size() or 1
-        # A rank counts its share of each parameter that several ranks hold, so that the shares add up to whole numbers.
-        sums = torch.zeros(3, dtype=torch.float64, device=torch.cuda.current_device())
-        for name, parameter in (item for chunk in chunks for item in chunk.named_parameters()):
-            if getattr(parameter, "shared", False):
-                continue  # a copy of the embedding on the last pipeline stage
-            if is_routed := ".mlp.experts." in name:
-                is_divided = parameter.dim() > 1 or "linear_fc1" in name
-                holders = expert_data * (1 if is_divided else expert_tensor)
-            else:
-                holders = data * (1 if getattr(parameter, "tensor_model_parallel", False) else tensor)
-            share, is_prediction = parameter.numel() / holders, name.startswith("mtp.")
-            sums += torch.tensor([share, share * (is_routed and not is_prediction), share * is_prediction]).to(sums)
-        torch.distributed.all_reduce(sums)
-        return cls(*(round(number) for number in sums.tolist()))
-
-    def active(self, share_of_experts: float) -> int:
-        """Return how many parameters a token passes through, multi-token prediction left out.
-
-        Args:
-            share_of_experts: the share of a layer's experts that the token uses.
-        """
-        return round(self.total - self.multi_token_prediction - self.routed * (1 - share_of_experts))
+    data = mpu.get_data_parallel_world_size(with_context_parallel=True)
+    expert_data = torch.distributed.get_world_size(mpu.get_expert_data_parallel_group())
+    tensor = mpu.get_tensor_model_parallel_world_size()
+    expert_tensor = mpu.get_expert_tensor_parallel_world_size() or 1
+    # A rank counts its share of each parameter that several ranks hold, so that the shares add up to whole numbers.
+    total = torch.zeros((), dtype=torch.float64, device=torch.cuda.current_device())
+    for name, parameter in (item for chunk in chunks for item in chunk.named_parameters()):
+        if getattr(parameter, "shared", False):
+            continue  # a copy of the embedding on the last pipeline stage
+        if ".mlp.experts." in name:
+            is_divided = parameter.dim() > 1 or "linear_fc1" in name
+            holders = expert_data * (1 if is_divided else expert_tensor)
+        else:
+            holders = data * (1 if getattr(parameter, "tensor_model_parallel", False) else tensor)
+        total += parameter.numel() / holders
+    torch.distributed.all_reduce(total)
+    return round(float(total))
 
 
 class Header(Callback):
@@ -90,9 +68,10 @@ class Header(Callback):
 
     def on_model_built(self, chunks: Sequence[MegatronModule]) -> None:
         """Print the header; a collective call."""
-        counts = ParameterCounts.of_model(chunks)
         dispatch = getattr(chunks[0], "dispatch_kind", None)
-        fields = describe_run(self._args, self._mask, self._folder, counts, dispatch and dispatch.value)
+        fields = describe_run(
+            self._args, self._mask, self._folder, count_parameters(chunks), dispatch and dispatch.value
+        )
         console.say("\n".join(f"{label:<{_LABEL_WIDTH}}{text}" for label, text in fields.items()))
         log_facts(fields)
         console.load("reading the checkpoint" if checkpoint_to_load(self._args) else "setting up the optimizer")
@@ -103,7 +82,7 @@ class Header(Callback):
 
 
 def describe_run(
-    args: Namespace, mask: RoutingMask | None, folder: Path | None, counts: ParameterCounts, dispatch: str | None
+    args: Namespace, mask: RoutingMask | None, folder: Path | None, parameters: int, dispatch: str | None
 ) -> dict[str, str]:
     """Return the lines of the header by their labels, at most 15.
 
@@ -111,13 +90,13 @@ def describe_run(
         args: Megatron's validated arguments.
         mask: the routing mask; None for a model without experts.
         folder: the run folder, or None.
-        counts: the parameters of the model.
+        parameters: The number of parameters of the whole model.
         dispatch: how tokens reach their experts, in words; None for a model without experts.
     """
     layout = Layout.from_args(args)
     fields = {
         "model": _describe_model(args),
-        "parameters": _describe_parameters(args, mask, counts),
+        "parameters": f"{_short(parameters)} ({parameters:,})",
         "layout": describe_layout(layout),
         "step": _describe_step(args, layout),
         "dispatch": dispatch,
@@ -167,17 +146,6 @@ def _describe_model(args: Namespace) -> str:
     )
 
 
-def _describe_parameters(args: Namespace, mask: RoutingMask | None, counts: ParameterCounts) -> str:
-    total = f"{_short(counts.total)} total ({counts.total:,})"
-    if not args.num_experts:
-        return total
-    use = ExpertUse.from_mask(mask, args.moe_router_topk, FeedForwardLayers.of_args(args))
-    active = counts.active(use.mean / args.num_experts)
-    return (
-        f"{total}, {_short(active)} active ({active:,}) at {use.mean:.3g} expert{'s' if use.mean != 1 else ''} a token"
-    )
-
-
 def _describe_data(args: Namespace) -> str:
     tokens = f"{trained_samples(args) * args.seq_length:,} tokens in all"
     if args.mock_data:
@@ -202,3 +170,48 @@ def _short(number: int) -> str:
         if number >= size:
             return f"{number / size:.3g} {unit}"
     return f"{number / 1e3:.3g} k"
+
+
+class RunStart(Callback):
+    """Opens the log of each rank and, on the first rank, writes the arguments and an entry of the journal.
+
+    A refused run leaves no files, so this happens when the model is built: no rank refuses the run any more.
+
+    Args:
+        args: Megatron's validated arguments.
+        folder: The run folder, or None if there is none.
+    """
+
+    def __init__(self, args: Namespace, folder: Path | None) -> None:
+        self._args = args
+        self._folder = folder
+
+    def on_model_built(self, chunks: Sequence[Any]) -> None:
+        """Write the files."""
+        console.open_log(self._folder)
+        console.shows_timers = self._args.timing_log_level > 0
+        if self._folder is not None and self._args.rank == 0:
+            # Megatron computes the number of iterations from --train-samples later, so add the number here.
+            complete = Namespace(**vars(self._args) | {"train_iters": training_iterations(self._args)})
+            try:
+                save_arguments(complete, sys.argv[1:], self._folder)
+            except OSError as error:
+                console.say(f"note: cannot write {self._folder / ARGUMENTS}: {error.strerror}")
+            _record_start(self._args, self._folder)
+
+
+def _record_start(args: Namespace, folder: Path) -> None:
+    """Write the start of the ranks into the run's journal."""
+    layout = Layout.from_args(args)
+    Journal(folder).write(
+        Kind.STARTED,
+        f"{describe_layout(layout)}; {describe_start(args)}",
+        args.ckpt_step if checkpoint_to_load(args) else 0,
+        ranks=layout.ranks,
+        tensor=layout.tensor,
+        pipeline=layout.pipeline,
+        context=layout.context,
+        expert=layout.expert,
+        expert_tensor=layout.expert_tensor,
+        attempt=int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0)),
+    )

@@ -13,8 +13,8 @@ from megatron.training.datasets.fim_dataset import GPTFIMDataset, GPTFIMDatasetC
 from support.datasets import predictable_ids, write_character_tokenizer, write_documents
 
 from maskmoe.errors import UserError
-from maskmoe.training.loop import fill_in_middle
-from maskmoe.training.loop.fill_in_middle import FillInMiddleDataset, check_tokens, token_settings
+from maskmoe.training.loop import batch
+from maskmoe.training.loop.batch import FillInMiddleDataset, check_fill_in_middle_tokens, fill_in_middle_tokens
 
 VOCAB_SIZE, SAMPLE = 300, 400
 PREFIX, MIDDLE, SUFFIX, PAD, END = range(VOCAB_SIZE - 5, VOCAB_SIZE)
@@ -50,7 +50,7 @@ def build(kind: type[GPTFIMDataset], folder: Path, rate: float, spm_rate: float)
         eod_mask_loss=False,
         fim_rate=rate,
         fim_spm_rate=spm_rate,
-        **token_settings(arguments(folder)),
+        **fill_in_middle_tokens(arguments(folder)),
     )
     data = IndexedDataset(str(folder / "data"))
     return kind(data, str(folder / "data"), np.arange(len(data)), None, Split.train, config)
@@ -105,7 +105,7 @@ def test_samples_depend_on_their_index_only(folder: Path) -> None:
 
 def test_token_that_the_tokenizer_lacks_is_named(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     built = build_tokenizer(arguments(folder))
-    monkeypatch.setattr(fill_in_middle, "get_tokenizer", lambda: built)
-    check_tokens(arguments(folder))
+    monkeypatch.setattr(batch, "get_tokenizer", lambda: built)
+    check_fill_in_middle_tokens(arguments(folder))
     with pytest.raises(UserError, match=r"has no token <SUF>, which --fim-data needs.*--fim-suffix-token"):
-        check_tokens(arguments(folder, "--fim-suffix-token", "<SUF>"))
+        check_fill_in_middle_tokens(arguments(folder, "--fim-suffix-token", "<SUF>"))

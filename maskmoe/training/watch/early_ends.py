@@ -1,7 +1,9 @@
-"""Early ends of a training run: one line that explains a failure, and the exit code."""
+"""Early ends of a training run: by a signal, by the launcher, and by a failure, which one line explains."""
 
 import errno
+import math
 import multiprocessing
+import os
 import shutil
 import signal
 import sys
@@ -17,10 +19,11 @@ from torch.distributed.checkpoint.api import CheckpointException
 from maskmoe.checkpoint.saver import SaveError, describe_failures
 from maskmoe.checkpoint.series import newest_sound, non_persistent_folder, read_tracker, remove_unfinished_checkpoints
 from maskmoe.errors import RunFailure
-from maskmoe.megatron_compat.globals import get_signal_handler
-from maskmoe.processes.interruption import EXIT_REQUEUE
+from maskmoe.megatron_compat.globals import get_args, get_signal_handler
+from maskmoe.processes.interruption import EXIT_REQUEUE, LEAVE_FILE, SIGNALS_THAT_SAVE
+from maskmoe.training.loop.rank_store import RankStore
 from maskmoe.training.resume.choose_checkpoint import checkpoint_to_load, pretrained_to_load
-from maskmoe.training.watch.leave_after_save import LeaveAfterSave
+from maskmoe.training.watch.callback import Callback, Step
 
 # If a loss or gradient is NaN or infinite, Megatron repeats the step, names the rank in the log and exits with these
 # codes.
@@ -33,6 +36,95 @@ _RERUN_VERDICTS = {
 }
 _NO_SPACE = 1 << 20  # bytes
 _DISK_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO, errno.EROFS)
+
+
+class LeaveAfterSave(Callback):
+    """Makes Megatron end its training loop after a checkpoint if the launcher's file asks for it.
+
+    Args:
+        ranks: The ranks of the run, all of which save.
+
+    Attributes:
+        is_leaving: Whether the run ends for this reason.
+    """
+
+    def __init__(self, ranks: RankStore) -> None:
+        self.is_leaving = False
+        self._ranks = ranks
+        self._file = Path(path) if (path := os.environ.get(LEAVE_FILE)) else None
+        self._num_saves = 0
+
+    def after_save(self) -> None:
+        """Decide together with all ranks whether the run ends."""
+        if self._file is None:
+            return
+        self._num_saves += 1
+        if self._ranks.broadcast(f"leave/{self._num_saves}", str(self._file.exists())) == "True":
+            self.is_leaving = True
+            # Megatron leaves its loop after an iteration that is a multiple of this number.
+            get_args().exit_interval = 1
+
+
+class SaveOnSignals(Callback):
+    """Makes Megatron save a checkpoint on every signal of `SIGNALS_THAT_SAVE`, not only on `--exit-signal`.
+
+    Megatron saves after the iteration in progress. Before the first iteration there is nothing to save, and a rank may
+    wait for other ranks without handling signals. So until then, `--exit-signal`, with which torchrun ends ranks, ends
+    the process at once.
+
+    Args:
+        args: Megatron's arguments. Megatron has installed its handler of `--exit-signal`.
+    """
+
+    def __init__(self, args: Namespace) -> None:
+        self._exit_signal = args.exit_signal if args.exit_signal_handler else None
+        if self._exit_signal is not None:
+            self._save = signal.getsignal(self._exit_signal)
+            for number in SIGNALS_THAT_SAVE:
+                signal.signal(number, self._save)
+            signal.signal(self._exit_signal, signal.SIG_DFL)
+
+    def before_micro_batch(self) -> None:
+        """Let `--exit-signal` save, too, from the first micro-batch on."""
+        if self._exit_signal is not None:
+            signal.signal(self._exit_signal, self._save)
+            self._exit_signal = None
+
+
+class FirstStepCheck(Callback):
+    """Checks the first step of a process, the only step that Megatron does not repeat if its result is not finite.
+
+    The update of the first step is applied, and the next checkpoint would hold the damaged weights.
+
+    Args:
+        args: Megatron's arguments.
+    """
+
+    def __init__(self, args: Namespace) -> None:
+        self._args = args
+        self._is_done = not args.check_for_nan_in_loss_and_grad
+
+    def after_step(self, step: Step) -> None:
+        """Check the loss and the gradient norm; a collective call.
+
+        Raises:
+            RunFailure: A value of any rank is NaN or infinite.
+        """
+        if self._is_done:
+            return
+        self._is_done = True
+        values = [float(value) for value in (*step.losses.values(), step.grad_norm) if value is not None]
+        is_bad = step.has_updated and not all(map(math.isfinite, values))
+        # Only the last pipeline stage has the loss.
+        is_bad_on_any = torch.tensor(int(is_bad), device=torch.cuda.current_device())
+        torch.distributed.all_reduce(is_bad_on_any, op=torch.distributed.ReduceOp.MAX)
+        if is_bad_on_any:
+            raise RunFailure(
+                f"the loss or gradient of iteration {self._args.curr_iteration + 1} was NaN or infinite. It is the "
+                "first iteration since the start, which Megatron does not repeat, so nothing is saved: start the run "
+                "again, if possible on other devices; if this happens again, look for the fault in the data and the "
+                f"model. {describe_newest_checkpoint(self._args)}"
+            )
 
 
 @contextmanager

@@ -1,0 +1,143 @@
+"""Where a run's values and warnings go: TensorBoard's event files, Weights & Biases, and the journal."""
+
+import os
+import shlex
+import sys
+import uuid
+from argparse import Namespace
+from collections.abc import Callable, Mapping
+from importlib.metadata import version
+from importlib.util import find_spec
+from typing import Any
+
+from megatron.training import get_tensorboard_writer, get_wandb_writer
+
+import maskmoe
+from maskmoe.errors import UserError
+from maskmoe.files.outputs import atomic_output
+from maskmoe.files.run_folder import TENSORBOARD, TEXT_TAG, Fact, Journal, Kind, run_folder
+from maskmoe.training.watch.callback import Callback
+from maskmoe.training.watch.console import console
+
+
+def choose_event_folder(args: Namespace) -> None:
+    """Choose the folder `tensorboard` of the run folder for event files if the run has a page and no other folder."""
+    folder = run_folder(args.save, args.tensorboard_dir)
+    if folder is not None and args.report and args.tensorboard_dir is None:
+        args.tensorboard_dir = str(folder / TENSORBOARD)
+
+
+def log_facts(facts: Mapping[str, str]) -> None:
+    """Write settings of the run to TensorBoard, from where they get into the page; on the last rank only."""
+    if writer := get_tensorboard_writer():
+        for name, text in facts.items():
+            writer.add_text(TEXT_TAG + name, text)
+
+
+class EventFiles(Callback):
+    """Logs the command of the run, lets errors of the disk not end the run, and writes the last values at its end."""
+
+    def on_start(self) -> None:
+        """Log the command; Megatron has opened the writer, on the last rank only."""
+        if writer := get_tensorboard_writer():
+            tolerate_write_errors(writer)
+        nodes, processes = (os.environ.get(name, "1") for name in ("GROUP_WORLD_SIZE", "LOCAL_WORLD_SIZE"))
+        ranks = f"--nnodes {nodes} --nproc-per-node {processes}"
+        packages = ", ".join(f"{name} {version(name)}" for name in ("megatron-core", "torch"))
+        command = f"torchrun {ranks} -m maskmoe.training.pretrain {shlex.join(sys.argv[1:])}"
+        log_facts({"command": command, "versions": f"maskmoe {maskmoe.__version__}, {packages}"})
+
+    def on_end(self, error: BaseException | None) -> None:
+        """Write the last values."""
+        if writer := get_tensorboard_writer():
+            writer.flush()
+
+
+def tolerate_write_errors(writer: Any) -> None:
+    """Let a writer of event files warn when a disk is full, and drop the values: training continues without them.
+
+    Args:
+        writer: torch's `SummaryWriter`.
+    """
+    events = writer._get_file_writer().event_writer
+
+    def tolerating(call: Callable[..., None]) -> Callable[..., None]:
+        def tolerant(*arguments: object) -> None:
+            try:
+                call(*arguments)
+            except OSError as error:
+                print(f"warning: TensorBoard's events end here: {error}", file=sys.stderr, flush=True)
+                events.add_event = events.flush = lambda *_: None
+
+        return tolerant
+
+    events.add_event, events.flush = tolerating(events.add_event), tolerating(events.flush)
+
+
+def log_scalars(scalars: Mapping[str, float], iteration: int) -> None:
+    """Write scalars to the writers that Megatron has opened, which are on the last rank.
+
+    Args:
+        scalars: Values by tag.
+        iteration: The iteration of the values, counted from 1.
+    """
+    if writer := get_tensorboard_writer():
+        for tag, value in scalars.items():
+            writer.add_scalar(tag, value, iteration)
+    if wandb_writer := get_wandb_writer():
+        wandb_writer.log(dict(scalars), iteration)
+
+
+RUN_ID = "wandb_run_id"
+"""The file of the run folder with the id of the run at Weights & Biases."""
+
+
+def wandb_defaults(args: Namespace) -> dict[str, Any]:
+    """Return the values of Megatron's flags that `--wandb-project` sets by default; empty without the flag.
+
+    By default, the run has the name of the run folder, and its files are in `wandb` there.
+
+    Raises:
+        UserError: The package is not installed, or the run has no folder.
+    """
+    if not getattr(args, "wandb_project", None):
+        return {}
+    if find_spec("wandb") is None:
+        raise UserError("--wandb-project needs the package wandb: pip install wandb")
+    folder = run_folder(args.save, args.tensorboard_dir)
+    if folder is None:
+        raise UserError("--wandb-project needs a run folder: pass --save or --tensorboard-dir")
+    # Megatron would use the folder of the checkpoints, in which only checkpoints belong.
+    defaults = {"wandb_exp_name": folder.name, "wandb_save_dir": str(folder)}
+    return {name: value for name, value in defaults.items() if getattr(args, name) is None}
+
+
+def take_run_id(args: Namespace) -> None:
+    """Let the last rank, which logs to Weights & Biases, continue the run whose id is in the run folder.
+
+    Without an id in the folder, the rank makes one. Nothing is done without `--wandb-project`, or if `WANDB_RUN_ID` is
+    set.
+    """
+    folder = run_folder(args.save, args.tensorboard_dir)
+    is_logging = getattr(args, "wandb_project", None) and args.rank == args.world_size - 1
+    if folder is not None and is_logging and not os.environ.get("WANDB_RUN_ID"):
+        path = folder / RUN_ID
+        if not path.exists():
+            folder.mkdir(parents=True, exist_ok=True)
+            with atomic_output(path) as unfinished:
+                unfinished.write_text(uuid.uuid4().hex[:12] + "\n")
+        os.environ["WANDB_RUN_ID"] = path.read_text().strip()
+        os.environ.setdefault("WANDB_RESUME", "allow")
+
+
+def warn(journal: Journal, text: str, iteration: int, **facts: Fact) -> None:
+    """Print a warning and write it to the journal; to be called on the last rank only, which logs.
+
+    Args:
+        journal: The journal of the run.
+        text: The event in words, on one line.
+        iteration: The iteration of the event, counted from 1.
+        **facts: Values for programs that read the journal.
+    """
+    console.say(f"warning: {text}", rank=-1)
+    journal.write(Kind.WARNED, text, iteration, **facts)

@@ -1,0 +1,111 @@
+"""The event files of a run hold its command, and a resumed run continues its Weights & Biases run."""
+
+import errno
+import os
+import shlex
+import sys
+import types
+from argparse import Namespace
+
+import pytest
+from torch.utils.tensorboard import SummaryWriter
+
+from maskmoe.errors import UserError
+from maskmoe.run_status.events import read_events
+from maskmoe.training.watch import writers
+from maskmoe.training.watch.writers import EventFiles, choose_event_folder
+
+
+@pytest.fixture
+def writer(tmp_path, monkeypatch):
+    writer = SummaryWriter(tmp_path)
+    monkeypatch.setattr(writers, "get_tensorboard_writer", lambda: writer)
+    return writer
+
+
+def test_values_and_the_command_are_written_at_the_end(writer, tmp_path, monkeypatch):
+    monkeypatch.setattr(sys, "argv", ["pretrain.py", "--data-path", "a b"])
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "4")
+    monkeypatch.setenv("GROUP_WORLD_SIZE", "2")
+    files = EventFiles()
+    files.on_start()
+    writer.add_scalar("lm loss", 1.5, 3)
+    files.on_end(None)
+    logged = read_events(tmp_path)
+    assert [(value.step, value.value) for value in logged.scalars["lm loss"]] == [(3, 1.5)]
+    words = ["torchrun", "--nnodes", "2", "--nproc-per-node", "4", "-m", "maskmoe.training.pretrain"]
+    assert shlex.split(logged.texts["command"]) == [*words, "--data-path", "a b"]
+    assert "torch " in logged.texts["versions"]
+
+
+def test_full_disk_ends_the_events_and_not_the_training(writer, capsys, monkeypatch):
+    def fail(*_: object) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    events = writer.file_writer.event_writer
+    monkeypatch.setattr(events, "add_event", fail)
+    monkeypatch.setattr(events, "flush", fail)
+    EventFiles().on_start()
+    for step in range(2, 5):
+        writer.add_scalar("a", 1.0, step)
+        writer.flush()
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line == "warning: TensorBoard's events end here: [Errno 28] No space left on device"
+
+
+@pytest.mark.parametrize(
+    ("report", "tensorboard_dir", "expected"),
+    [(True, None, "/run/tensorboard"), (False, None, None), (True, "/tb", "/tb"), (False, "/tb", "/tb")],
+)
+def test_folder_of_the_event_files(report, tensorboard_dir, expected):
+    args = Namespace(save="/run/checkpoints", tensorboard_dir=tensorboard_dir, report=report)
+    choose_event_folder(args)
+    assert args.tensorboard_dir == expected
+
+
+@pytest.fixture
+def make_args(tmp_path, monkeypatch):
+    for name in ("WANDB_RUN_ID", "WANDB_RESUME"):
+        monkeypatch.setenv(name, "")  # and restore it after the test
+    monkeypatch.setitem(sys.modules, "wandb", types.ModuleType("wandb"))
+    monkeypatch.setattr(writers, "find_spec", lambda name: object())
+    settings = {"wandb_project": "p", "wandb_exp_name": None, "wandb_save_dir": None, "tensorboard_dir": None}
+    settings |= {"save": str(tmp_path / "run" / "checkpoints"), "rank": 1, "world_size": 2}
+    return lambda **changes: Namespace(**settings | changes)
+
+
+def test_resumed_run_has_the_id_of_its_folder(make_args, tmp_path, monkeypatch):
+    ids = []
+    for _ in range(2):
+        monkeypatch.setenv("WANDB_RUN_ID", "")
+        defaults = writers.wandb_defaults(make_args())
+        assert defaults == {"wandb_exp_name": "run", "wandb_save_dir": str(tmp_path / "run")}
+        assert os.environ["WANDB_RUN_ID"] == ""  # the run may still be refused
+        writers.take_run_id(make_args())
+        ids.append(os.environ["WANDB_RUN_ID"])
+    assert ids[0] == ids[1] == (tmp_path / "run" / "wandb_run_id").read_text().strip()
+    assert len(ids[0]) == 12
+
+
+def test_flags_and_variables_of_the_user_stay(make_args, tmp_path, monkeypatch):
+    monkeypatch.setenv("WANDB_RUN_ID", "mine")
+    args = make_args(wandb_exp_name="name", wandb_save_dir="folder")
+    defaults = writers.wandb_defaults(args)
+    writers.take_run_id(args)
+    assert defaults == {}
+    assert os.environ["WANDB_RUN_ID"] == "mine"
+    assert not (tmp_path / "run").exists()
+
+
+def test_ranks_that_do_not_log_leave_no_file(make_args, tmp_path):
+    writers.take_run_id(make_args(rank=0))
+    assert not (tmp_path / "run").exists()
+
+
+def test_run_without_a_folder_or_without_the_package_is_refused(make_args, monkeypatch):
+    assert writers.wandb_defaults(make_args(wandb_project=None, save=None)) == {}
+    with pytest.raises(UserError, match="--wandb-project needs a run folder"):
+        writers.wandb_defaults(make_args(save=None))
+    monkeypatch.setattr(writers, "find_spec", lambda name: None)
+    with pytest.raises(UserError, match="pip install wandb"):
+        writers.wandb_defaults(make_args())
