@@ -126,23 +126,13 @@ class Report:
                 "padded_vocab_size": self.model.padded_vocab_size,
             }
         if self.memory:
-            memory = {
-                "stages": [asdict(stage) | {"total": stage.total} for stage in self.memory.stages],
-                "largest_stage": self.memory.largest_stage,
-                "exact": list(EXACT),
-            }
+            stages = [asdict(stage) | {"total": stage.total} for stage in self.memory.stages]
+            memory = {"stages": stages, "largest_stage": self.memory.largest_stage, "exact": list(EXACT)}
         if self.cost:
             cost = asdict(self.cost) | {"flops": self.cost.flops}
-        return {
-            "can_start": not self.errors,
-            "errors": list(self.errors),
-            "notes": list(self.notes),
-            "layout": layout,
-            "layers": layers,
-            "parameters": parameters,
-            "memory": memory,
-            "cost": cost,
-        }
+        findings = {"can_start": not self.errors, "errors": list(self.errors), "notes": list(self.notes)}
+        run = {"layout": layout, "layers": layers, "parameters": parameters, "memory": memory, "cost": cost}
+        return findings | run
 
     def to_text(self) -> str:
         """Return the report for people, without its errors; `templates/report.txt.j2` is its layout."""
