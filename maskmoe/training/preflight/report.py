@@ -32,8 +32,8 @@ class TrainingCost:
     """The floating-point operations of a training run.
 
     Attributes:
-        flops_per_token: operations of the forward and the backward pass, without recomputation.
-        tokens: all tokens of the run, those before a checkpoint included.
+        flops_per_token: Operations of the forward and the backward pass, without recomputation.
+        tokens: All tokens of the run, those before a checkpoint included.
     """
 
     flops_per_token: float
@@ -49,8 +49,8 @@ def compute_cost(args: Namespace, expert_use: ExpertUse) -> TrainingCost:
     """Count the operations of a training run as Megatron does, with the experts that tokens use under the mask.
 
     Args:
-        args: arguments that Megatron has validated.
-        expert_use: how many experts tokens use.
+        args: Arguments that Megatron has validated.
+        expert_use: How many experts tokens use.
     """
     counted = deepcopy(args)
     counted.moe_router_topk = expert_use.mean
