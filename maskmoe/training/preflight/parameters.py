@@ -79,13 +79,13 @@ class Chunk:
     """The content of one model chunk: a pipeline stage, or a part of a stage if the pipeline is interleaved.
 
     Attributes:
-        parameters: number of parameters of each of `PARTS`.
-        expert_parameters: number of parameters of routed experts, experts of multi-token prediction included.
-        buffer_bytes: bytes of all buffers, without those of the routing mask.
-        layers: the symbols of each decoder layer, as in `--hybrid-layer-pattern`. A layer of a `GPTModel` is two
+        parameters: Number of parameters of each of `PARTS`.
+        expert_parameters: Number of parameters of routed experts, experts of multi-token prediction included.
+        buffer_bytes: Bytes of all buffers, without those of the routing mask.
+        layers: The symbols of each decoder layer, as in `--hybrid-layer-pattern`. A layer of a `GPTModel` is two
             symbols, such as `*E` for attention and experts. A layer of a `HybridModel` is one symbol.
-        predictions: the symbols of each depth of multi-token prediction.
-        has_embedding, has_output: whether the chunk reads token ids, and whether it computes logits.
+        predictions: The symbols of each depth of multi-token prediction.
+        has_embedding, has_output: Whether the chunk reads token ids, and whether it computes logits.
     """
 
     parameters: Mapping[str, int]
@@ -117,12 +117,12 @@ class ModelParameters:
     """The parameters of a model, and of each of its pipeline stages.
 
     Attributes:
-        whole: the model as one rank without parallelism holds it.
-        stages: the chunks of one rank of each pipeline stage.
-        num_experts: number of routed experts in a layer; None for a model without experts.
-        expert_use: how many experts tokens use.
-        mask_bytes: the bytes that the routing mask takes on the device in each chunk.
-        padded_vocab_size: number of rows of the embedding.
+        whole: The model as one rank without parallelism holds it.
+        stages: The chunks of one rank of each pipeline stage.
+        num_experts: Number of routed experts in a layer; None for a model without experts.
+        expert_use: How many experts tokens use.
+        mask_bytes: The bytes that the routing mask takes on the device in each chunk.
+        padded_vocab_size: Number of rows of the embedding.
     """
 
     whole: Chunk
@@ -136,7 +136,7 @@ class ModelParameters:
         """Return how many parameters a token passes through, multi-token prediction left out.
 
         Args:
-            experts_per_token: number of experts that the token uses.
+            experts_per_token: Number of experts that the token uses.
         """
         parts = self.whole.parameters
         unused = parts["routed experts"] * (1 - experts_per_token / (self.num_experts or 1))
@@ -149,9 +149,9 @@ def count_parameters(args: Namespace, config: MaskMoEModelConfig, mask: RoutingM
     The time does not depend on the number of ranks.
 
     Args:
-        args: arguments that Megatron has validated.
-        config: the model's configuration; the file in its `routing_mask` is not read.
-        mask: the routing mask; None if there is none, or none that can be read.
+        args: Arguments that Megatron has validated.
+        config: The model's configuration; the file in its `routing_mask` is not read.
+        mask: The routing mask; None if there is none, or none that can be read.
     """
     (whole,) = _count_stage(_on_one_rank(_changed(config, _LOCAL | _ONE_RANK)), _ALONE, stage=0)
     layout, local = Layout.from_args(args), _changed(config, _LOCAL)

@@ -32,8 +32,8 @@ class TrainingCost:
     """The floating-point operations of a training run.
 
     Attributes:
-        flops_per_token: operations of the forward and the backward pass, without recomputation.
-        tokens: all tokens of the run, those before a checkpoint included.
+        flops_per_token: Operations of the forward and the backward pass, without recomputation.
+        tokens: All tokens of the run, those before a checkpoint included.
     """
 
     flops_per_token: float
@@ -49,8 +49,8 @@ def compute_cost(args: Namespace, expert_use: ExpertUse) -> TrainingCost:
     """Count the operations of a training run as Megatron does, with the experts that tokens use under the mask.
 
     Args:
-        args: arguments that Megatron has validated.
-        expert_use: how many experts tokens use.
+        args: Arguments that Megatron has validated.
+        expert_use: How many experts tokens use.
     """
     counted = deepcopy(args)
     counted.moe_router_topk = expert_use.mean
@@ -126,23 +126,13 @@ class Report:
                 "padded_vocab_size": self.model.padded_vocab_size,
             }
         if self.memory:
-            memory = {
-                "stages": [asdict(stage) | {"total": stage.total} for stage in self.memory.stages],
-                "largest_stage": self.memory.largest_stage,
-                "exact": list(EXACT),
-            }
+            stages = [asdict(stage) | {"total": stage.total} for stage in self.memory.stages]
+            memory = {"stages": stages, "largest_stage": self.memory.largest_stage, "exact": list(EXACT)}
         if self.cost:
             cost = asdict(self.cost) | {"flops": self.cost.flops}
-        return {
-            "can_start": not self.errors,
-            "errors": list(self.errors),
-            "notes": list(self.notes),
-            "layout": layout,
-            "layers": layers,
-            "parameters": parameters,
-            "memory": memory,
-            "cost": cost,
-        }
+        findings = {"can_start": not self.errors, "errors": list(self.errors), "notes": list(self.notes)}
+        run = {"layout": layout, "layers": layers, "parameters": parameters, "memory": memory, "cost": cost}
+        return findings | run
 
     def to_text(self) -> str:
         """Return the report for people, without its errors; `templates/report.txt.j2` is its layout."""

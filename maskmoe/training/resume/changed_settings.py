@@ -58,9 +58,9 @@ class ChangedSettings:
     """The differences between a run and the run that saved its checkpoint.
 
     Attributes:
-        errors: the changes with which the run would fail, or that it would ignore; one line each.
-        notes: the changes that take effect, one line each.
-        is_complete: whether the checkpoint has reached the end of training, so that nothing is left to train.
+        errors: The changes with which the run would fail, or that it would ignore; one line each.
+        notes: The changes that take effect, one line each.
+        is_complete: Whether the checkpoint has reached the end of training, so that nothing is left to train.
     """
 
     errors: tuple[str, ...] = ()
@@ -72,8 +72,8 @@ def find_changed_settings(args: Namespace, checkpoint: Path | None) -> ChangedSe
     """Compare the settings of a run with those of the checkpoint that it resumes from.
 
     Args:
-        args: arguments that Megatron has validated.
-        checkpoint: the checkpoint; None if the run starts from the beginning.
+        args: Arguments that Megatron has validated.
+        checkpoint: The checkpoint; None if the run starts from the beginning.
 
     Raises:
         UserError: Megatron refuses the schedule of the run.
@@ -100,7 +100,7 @@ def schedule_of(args: Namespace) -> OptimizerParamScheduler:
     """Return the scheduler that Megatron would make, without an optimizer.
 
     Args:
-        args: arguments that Megatron has validated.
+        args: Arguments that Megatron has validated.
 
     Raises:
         UserError: Megatron refuses the schedule.
@@ -124,8 +124,8 @@ def take_schedule_of_checkpoint(args: Namespace, checkpoint: Path) -> None:
     the weight decay of the command line in the first iteration.
 
     Args:
-        args: arguments that Megatron has validated; they are changed.
-        checkpoint: the checkpoint to resume from.
+        args: Arguments that Megatron has validated; they are changed.
+        checkpoint: The checkpoint to resume from.
     """
     if not args.use_checkpoint_opt_param_scheduler or args.finetune or args.no_load_optim:
         return
@@ -140,12 +140,12 @@ class _Resumption:
     """A run that resumes from a checkpoint with its iteration.
 
     Attributes:
-        args: the arguments of the run.
-        checkpoint: the checkpoint.
-        saved: the arguments in the checkpoint.
-        state: the state of the scheduler in the checkpoint; None if the checkpoint has none.
-        schedule: the scheduler of the run.
-        iteration: the iteration from which the run continues.
+        args: The arguments of the run.
+        checkpoint: The checkpoint.
+        saved: The arguments in the checkpoint.
+        state: The state of the scheduler in the checkpoint; None if the checkpoint has none.
+        schedule: The scheduler of the run.
+        iteration: The iteration from which the run continues.
     """
 
     args: Namespace
@@ -178,17 +178,19 @@ class _Resumption:
             ((*_OPTIMIZER_ARGUMENTS, *precision), "holds the state of another optimizer"),
             (_LOADED_WITH_OPTIMIZER, "holds other settings of the optimizer, which Megatron would load without a word"),
         ):
-            if changed := self._changes(names):
+            if changed := _changes(args, self.saved, names):
                 yield f"checkpoint {self.checkpoint} {problem}: {changed}; pass the checkpoint's setting, or {anew}"
-        if refusal := self._refusal_of_schedule():
-            differences = self._changes((*_LENGTHS, *_SCHEDULE_ARGUMENTS)) or refusal
+        try:
+            copy(self.schedule).load_state_dict(self.state)
+        except AssertionError as refusal:
+            differences = _changes(args, self.saved, (*_LENGTHS, *_SCHEDULE_ARGUMENTS)) or reason_of(refusal)
             yield (
                 f"checkpoint {self.checkpoint} was saved with another schedule of learning rate and weight decay "
                 f"({differences}): pass --override-opt-param-scheduler to continue by this run's schedule, "
                 "--use-checkpoint-opt-param-scheduler to keep the checkpoint's, or --finetune with another --save to "
                 f"start anew from the weights ({_PAGE})"
             )
-        rates = self._changes(("lr", "min_lr"))
+        rates = _changes(args, self.saved, ("lr", "min_lr"))
         if rates and args.override_opt_param_scheduler and not has_one_learning_rate(args):
             yield (
                 "--override-opt-param-scheduler cannot change --lr or --min-lr of a run with --decoupled-lr or "
@@ -211,14 +213,6 @@ class _Resumption:
                 f"{args.train_samples}: pass a --step-batch-size-schedule that begins with the checkpoint's batch "
                 f"sizes, or --train-iters ({_PAGE})"
             )
-
-    def _refusal_of_schedule(self) -> str:
-        """Return what Megatron's scheduler says against the state in the checkpoint; empty if it loads the state."""
-        try:
-            copy(self.schedule).load_state_dict(self.state or {})
-        except AssertionError as error:
-            return reason_of(error)
-        return ""
 
     def notes(self) -> Iterator[str]:
         """Yield a note for each change that takes effect although nobody asked for it."""
@@ -244,7 +238,7 @@ class _Resumption:
         consequence = (
             f"the run continues at sample {consumed:,} of the new order, so it may repeat samples and leave samples out"
         )
-        if changed := self._changes(_DATA_ARGUMENTS):
+        if changed := _changes(self.args, self.saved, _DATA_ARGUMENTS):
             yield f"the training data are in another order ({changed}): {consequence}"
             return
         before = requested_training_samples(self.saved, iteration_of(self.checkpoint) or 0, consumed)
@@ -255,14 +249,10 @@ class _Resumption:
                 f"shuffles the data into another order ({_PAGE}); then {consequence}"
             )
 
-    def _changes(self, names: tuple[str, ...]) -> str:
-        """Describe the arguments whose values differ from the checkpoint's; empty if there are none."""
-        return _changes(self.args, self.saved, names)
-
 
 def has_one_learning_rate(args: Namespace) -> bool:
     """Return whether all parameters have the learning rate in `--lr`."""
-    return getattr(args, "decoupled_lr", None) is None and not getattr(args, "use_mup", False)
+    return args.decoupled_lr is None and not args.use_mup
 
 
 def _notes_of_finetuning(args: Namespace) -> Iterator[str]:
@@ -284,16 +274,12 @@ def _changes(args: Namespace, saved: Namespace, names: tuple[str, ...]) -> str:
     """Describe the arguments whose values differ from those in the checkpoint; empty if there are none."""
     changed = []
     for name in names:
-        if not hasattr(saved, name) or not hasattr(args, name):
+        if not hasattr(saved, name) or not hasattr(args, name) or _is_derived(args, saved, name):
             continue
         before, now = getattr(saved, name), getattr(args, name)
-        if _is_derived(args, saved, name):
-            continue
-        if name.endswith("data_path"):
-            before, now = _absolute(before), _absolute(now)
-        if before != now:
-            flag, old, new = f"--{name.replace('_', '-')}", _text(getattr(saved, name)), _text(getattr(args, name))
-            changed.append(f"{flag} {old} in the checkpoint, {new} in this run")
+        if before != now and not (name.endswith("data_path") and _absolute(before) == _absolute(now)):
+            flag = f"--{name.replace('_', '-')}"
+            changed.append(f"{flag} {_text(before)} in the checkpoint, {_text(now)} in this run")
     return "; ".join(changed)
 
 

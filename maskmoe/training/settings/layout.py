@@ -19,13 +19,13 @@ class Layout:
     """The sizes of a run, taken from its command line.
 
     Attributes:
-        ranks: number of processes; each process has one GPU.
-        tensor, pipeline, context, expert, expert_tensor: parallel sizes of these names.
-        virtual_pipeline: number of model chunks on each pipeline stage; 1 unless the pipeline is interleaved.
-        micro_batch_group: number of micro-batches that an interleaved pipeline computes before it turns to the next
+        ranks: Number of processes; each process has one GPU.
+        tensor, pipeline, context, expert, expert_tensor: Parallel sizes of these names.
+        virtual_pipeline: Number of model chunks on each pipeline stage; 1 unless the pipeline is interleaved.
+        micro_batch_group: Number of micro-batches that an interleaved pipeline computes before it turns to the next
             chunk.
-        micro_batch, global_batch: numbers of samples; `global_batch` is the largest batch size of a schedule.
-        seq_length: number of tokens in a sample.
+        micro_batch, global_batch: Numbers of samples; `global_batch` is the largest batch size of a schedule.
+        seq_length: Number of tokens in a sample.
     """
 
     ranks: int
@@ -47,7 +47,7 @@ class Layout:
         Missing batch sizes get the values that Megatron gives them.
 
         Args:
-            args: parsed arguments. The number of model chunks on a stage is known after Megatron has validated them.
+            args: Parsed arguments. The number of model chunks on a stage is known after Megatron has validated them.
         """
         tensor, pipeline = args.tensor_model_parallel_size, args.pipeline_model_parallel_size
         context = args.context_parallel_size
@@ -114,8 +114,8 @@ def layout_errors(args: Namespace, iteration: int = 0) -> Iterator[str]:
     Megatron reports these sizes late, or by flags that nobody passed.
 
     Args:
-        args: parsed arguments; Megatron need not have validated them.
-        iteration: the iteration from which the run resumes. Batch sizes of earlier iterations may be any.
+        args: Parsed arguments; Megatron need not have validated them.
+        iteration: The iteration from which the run resumes. Batch sizes of earlier iterations may be any.
     """
     layout = Layout.from_args(args)
     if layout.ranks % layout.ranks_step:
@@ -150,7 +150,7 @@ class BatchSizes(NamedTuple):
     """The numbers of samples in the iterations of a run.
 
     Attributes:
-        phases: for each phase of training, the smallest number of samples that are read before the phase begins, and
+        phases: For each phase of training, the smallest number of samples that are read before the phase begins, and
             the number of samples in an iteration of the phase. A run without `--step-batch-size-schedule` has one
             phase.
     """
@@ -162,10 +162,10 @@ class BatchSizes(NamedTuple):
         """Return the batch sizes that arguments describe.
 
         Args:
-            args: arguments that Megatron has validated, or that have `--step-batch-size-schedule`.
+            args: Arguments that Megatron has validated, or that have `--step-batch-size-schedule`.
 
         Raises:
-            UserError: the schedule cannot be read.
+            UserError: The schedule cannot be read.
         """
         schedule = args.step_batch_size_schedule
         if schedule is None:
@@ -222,7 +222,7 @@ def training_iterations(args: Namespace) -> int:
     Megatron sets `args.train_iters` of a run with `--train-samples` only when it makes the optimizer.
 
     Args:
-        args: arguments that Megatron has validated.
+        args: Arguments that Megatron has validated.
     """
     return args.train_iters or BatchSizes.from_args(args).iterations(args.train_samples or 0)
 
@@ -231,7 +231,7 @@ def trained_samples(args: Namespace) -> int:
     """Return the number of samples that a run reads in all its iterations.
 
     Args:
-        args: arguments that Megatron has validated.
+        args: Arguments that Megatron has validated.
     """
     return BatchSizes.from_args(args).samples(training_iterations(args))
 
@@ -244,9 +244,9 @@ def requested_training_samples(args: Namespace, iteration: int = 0, consumed: in
     samples.
 
     Args:
-        args: arguments that Megatron has validated.
-        iteration: the iteration from which the run resumes.
-        consumed: the number of samples that were consumed before this iteration.
+        args: Arguments that Megatron has validated.
+        iteration: The iteration from which the run resumes.
+        consumed: The number of samples that were consumed before this iteration.
     """
     batch, iterations = args.global_batch_size or 0, args.train_iters or 0
     return args.train_samples or max(iterations * batch, consumed + (iterations - iteration) * batch)
@@ -261,7 +261,7 @@ def samples_to_request(args: Namespace, num_samples: Sequence[int | None]) -> li
 
     Args:
         args: Megatron's arguments after the checkpoint is loaded.
-        num_samples: the numbers of samples that Megatron asks the training, validation and test data for; None for one
+        num_samples: The numbers of samples that Megatron asks the training, validation and test data for; None for one
             epoch.
     """
     training, validation, test = num_samples

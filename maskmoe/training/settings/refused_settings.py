@@ -18,7 +18,7 @@ from maskmoe.megatron_compat.gpu import GpuPackages
 from maskmoe.transformer.dispatch.flex import missing_library
 from maskmoe.transformer.torch_modules.gated_delta_net import check_gated_delta_net, uses_fla
 
-Predicate = Callable[[Namespace], bool | None]
+Predicate = Callable[[Namespace], bool]
 
 # Settings that must be above zero if they are given: sizes by which others are divided, lengths and intervals.
 _ABOVE_ZERO = (
@@ -143,22 +143,10 @@ def _given(*names: str) -> Predicate:
     return lambda args: any(getattr(args, name, None) not in (None, False) for name in names)
 
 
-def _has_value(name: str, *values: str) -> Predicate:
-    """Return a predicate: a flag has one of the values, or a list with one of them."""
-
-    def has_value(args: Namespace) -> bool:
-        given = getattr(args, name, None)
-        return not set(values).isdisjoint(given if isinstance(given, list) else [given])
-
-    return has_value
-
-
-def _any(*predicates: Predicate) -> Predicate:
-    return lambda args: any(predicate(args) for predicate in predicates)
-
-
-def _all(*predicates: Predicate) -> Predicate:
-    return lambda args: all(predicate(args) for predicate in predicates)
+def _balancing_types(args: Namespace) -> list[str]:
+    """Return the values of `--moe-router-load-balancing-type`."""
+    types = args.moe_router_load_balancing_type
+    return types if isinstance(types, list) else [types]
 
 
 def _pattern_has(symbol: str) -> Predicate:
@@ -228,13 +216,9 @@ def _loses_gradients_of_experts(args: Namespace) -> bool:
 
 def _cuts_documents(args: Namespace) -> bool:
     """Return whether packed documents would be cut, or their bounds forgotten."""
-    balances_samples = _has_value("moe_router_load_balancing_type", "seq_aux_loss")(args)
-    return args.dataloader_inter_document_masking and bool(
-        args.context_parallel_size > 1
-        or _captures_graphs(args)
-        or args.fim_data
-        or (balances_samples and (args.micro_batch_size or 1) > 1)
-    )
+    balances_samples = "seq_aux_loss" in _balancing_types(args) and (args.micro_batch_size or 1) > 1
+    changes_lengths = args.context_parallel_size > 1 or _captures_graphs(args) or args.fim_data
+    return args.dataloader_inter_document_masking and (changes_lengths or balances_samples)
 
 
 def _ignores_reset_masks(args: Namespace) -> bool:
@@ -245,11 +229,10 @@ def _ignores_reset_masks(args: Namespace) -> bool:
 
 def _miscounts_batch_schedule(args: Namespace) -> bool:
     """Return whether Megatron-Core would count the samples of a schedule as if all batches had one size."""
-    if args.step_batch_size_schedule is None:
-        return False
-    others = ("override_ckpt_iteration", "phase_transition_iterations", "decrease_batch_size_if_needed")
     counts_iterations = args.train_samples is None and not args.skip_train
-    return counts_iterations or bool(_given(*others)(args) or _captures_graphs(args))
+    others = ("override_ckpt_iteration", "phase_transition_iterations", "decrease_batch_size_if_needed")
+    counts_wrongly = counts_iterations or _given(*others)(args) or _captures_graphs(args)
+    return args.step_batch_size_schedule is not None and counts_wrongly
 
 
 def _fails_at_full_validation(args: Namespace) -> bool:
@@ -262,7 +245,12 @@ def _fails_at_full_validation(args: Namespace) -> bool:
 
 def _leaves_non_persistent_checkpoints_out(args: Namespace) -> bool:
     is_asked_for = _given("non_persistent_save_interval", "non_persistent_global_ckpt_dir")(args)
-    return args.non_persistent_ckpt_type == "local" or (args.non_persistent_ckpt_type is None and bool(is_asked_for))
+    return args.non_persistent_ckpt_type == "local" or (args.non_persistent_ckpt_type is None and is_asked_for)
+
+
+def _skips_too_little(args: Namespace) -> bool:
+    skips = getattr(args, "spike_action", None) == "skip"  # a flag of training only
+    return skips and (args.qk_clip or args.optimizer_cuda_graph)
 
 
 def _flags(reasons: Mapping[str, str]) -> Iterator[Check]:
@@ -294,12 +282,12 @@ MEANINGLESS_WITH_A_MASK = (
     Check(
         "--moe-router-load-balancing-type sinkhorn or quantile_balancing",
         "Both balance the tokens over all experts, invisible experts included.",
-        _has_value("moe_router_load_balancing_type", "sinkhorn", "quantile_balancing"),
+        lambda args: not {"sinkhorn", "quantile_balancing"}.isdisjoint(_balancing_types(args)),
     ),
     Check(
         "--moe-router-fusion or --transformer-impl inference_optimized",
         "These routers ignore the routing mask. On GPUs, MaskMoE's own kernel routes without a flag.",
-        _any(_given("moe_router_fusion"), _has_value("transformer_impl", "inference_optimized")),
+        lambda args: args.moe_router_fusion or args.transformer_impl == "inference_optimized",
     ),
     *_flags(
         {
@@ -388,7 +376,7 @@ BROKEN_IN_MEGATRON = (
     Check(
         "--optimizer soap or adaptive_muon",
         "Megatron-Core cannot save the state of SOAP, and its class of adaptive Muon lacks an attribute. Use muon.",
-        _has_value("optimizer", "soap", "adaptive_muon"),
+        lambda args: args.optimizer in ("soap", "adaptive_muon"),
     ),
     *_flags(
         {
@@ -445,7 +433,7 @@ NOT_BUILT = (
     Check(
         "--spike-action skip with --qk-clip or --optimizer-cuda-graph",
         "The weights would change although the update is skipped.",
-        _all(_has_value("spike_action", "skip"), _given("qk_clip", "optimizer_cuda_graph")),
+        _skips_too_little,
     ),
     *_flags(
         {

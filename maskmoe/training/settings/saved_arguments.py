@@ -22,12 +22,12 @@ def save_arguments(args: Namespace, words: Sequence[str], folder: Path) -> None:
     """Write `args.yaml` into the run folder.
 
     Args:
-        args: the validated arguments.
-        words: the command line of this process, without the program.
-        folder: the run folder.
+        args: The validated arguments.
+        words: The command line of this process, without the program.
+        folder: The run folder.
 
     Raises:
-        OSError: the file cannot be written.
+        OSError: The file cannot be written.
     """
     folder.mkdir(parents=True, exist_ok=True)
     unfinished = folder / f".{ARGUMENTS}.{uuid.uuid4().hex[:8]}.tmp"
@@ -42,9 +42,9 @@ def arguments_text(args: Namespace, words: Sequence[str], folder: Path) -> str:
     Relative paths of folders that the run writes are made absolute first.
 
     Args:
-        args: the validated arguments.
-        words: the command line of this process, without the program.
-        folder: the run folder.
+        args: The validated arguments.
+        words: The command line of this process, without the program.
+        folder: The run folder.
     """
     flags = dict(split_flags(words))
     flags |= {name: tuple(os.path.abspath(value) for value in flags[name]) for name in _FOLDERS & flags.keys()}

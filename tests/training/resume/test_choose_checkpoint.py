@@ -1,24 +1,19 @@
-"""Resuming from checkpoints that are damaged or hold another model, and removing old checkpoints."""
+"""Resuming from the newest sound checkpoint, and removing old checkpoints."""
 
 import re
 import shutil
-import subprocess
-import sys
 import traceback
 from argparse import Namespace
 from contextlib import nullcontext
 from pathlib import Path
-from typing import Any
 
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from megatron.core.dist_checkpointing import load_common_state_dict
-from megatron.core.num_microbatches_calculator import unset_num_microbatches_calculator
 from megatron.core.rerun_state_machine import RerunState
 from megatron.training import checkpointing
-from megatron.training.global_vars import destroy_global_vars
-from support.paths import ROOT
+from support.command_lines import run_command
 from support.training import Run
 from torch.distributed import HashStore
 from torch.distributed.checkpoint.api import CheckpointException
@@ -34,20 +29,11 @@ from maskmoe.checkpoint.series import (
     saved_iterations,
     write_tracker,
 )
-from maskmoe.conversion.config_mapping import _FIXED_ARGS
 from maskmoe.errors import RunFailure, UserError
 from maskmoe.files.run_folder import Journal, Kind, read_journal
 from maskmoe.megatron_compat.checkpoint_patches import saving_into
 from maskmoe.training.loop.rank_store import RankStore
-from maskmoe.training.resume.changed_settings import find_changed_settings
 from maskmoe.training.resume.choose_checkpoint import find_checkpoint, repair_tracker_file
-from maskmoe.training.resume.model_settings import (
-    check_same_model,
-    further_checkpoint_args,
-    take_settings_of_checkpoint,
-)
-from maskmoe.training.settings.checks import parse_and_check_args
-from maskmoe.training.settings.flags import add_pretraining_arguments
 from maskmoe.training.watch.early_ends import LeaveAfterSave, explaining_early_ends
 
 SAVED = "expert parallel 2, undisturbed"  # at 7, 14 and 21
@@ -323,7 +309,7 @@ def test_checkpoint_stays_until_it_is_saved_again(tmp_path, monkeypatch):
 
 
 @pytest.mark.runs(SAVED)
-@pytest.mark.parametrize("algorithm", ["broadcast", "gather_rounds"])
+@pytest.mark.parametrize("algorithm", ["broadcast", pytest.param("gather_rounds", marks=pytest.mark.slow)])
 def test_ranks_share_the_work_of_loading(runs, copy, workplace, tmp_path, algorithm):
     """The ranks send each other also the routing mask, whose integers of 16 bits no collective can send."""
     shutil.rmtree(checkpoint_path(copy, 21))
@@ -336,15 +322,6 @@ def test_ranks_share_the_work_of_loading(runs, copy, workplace, tmp_path, algori
 
 
 @pytest.mark.parametrize("flags", ["", pytest.param("--async-save", marks=pytest.mark.slow)])
-def test_old_checkpoints_are_removed(workplace, tmp_path, flags):
-    flags += " --save-interval 2 --keep-last-checkpoints 2 --exit-interval 9"
-    outcome = workplace.run(Run(flags, saves=True), tmp_path / "run")
-    assert outcome.exit_codes == (0,), outcome.report()
-    assert saved_iterations(outcome.checkpoints) == [9, 8]
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("flags", ["", "--async-save"])
 def test_old_checkpoints_are_removed_but_those_to_retain(workplace, tmp_path, flags):
     flags += " --save-interval 2 --keep-last-checkpoints 2 --save-retain-interval 4 --exit-interval 11"
     outcome = workplace.run(Run(flags, saves=True), tmp_path / "run")
@@ -357,7 +334,7 @@ def test_old_checkpoints_are_removed_but_those_to_retain(workplace, tmp_path, fl
     ("damages", "flags", "resumed", "saved"),
     [
         (True, "--keep-last-checkpoints 1", 15, [21, 16]),
-        (False, "--ckpt-step 7 --keep-last-checkpoints 2", 8, [21, 14, 9, 8]),
+        pytest.param(False, "--ckpt-step 7 --keep-last-checkpoints 2", 8, [21, 14, 9, 8], marks=pytest.mark.slow),
     ],
     ids=["damaged", "gone back"],
 )
@@ -375,241 +352,17 @@ def test_newer_checkpoints_do_not_outlive_the_checkpoints_of_a_resumed_run(
     assert choose_checkpoint(copy, check=check_all).iteration == resumed + 1
 
 
-def prune(folder: Path, *flags: str) -> subprocess.CompletedProcess:
-    command = [sys.executable, str(ROOT / "tools/prune_checkpoints.py"), "--load", str(folder), *flags]
-    return subprocess.run(command, capture_output=True, text=True, timeout=120)
-
-
 @pytest.mark.runs(SAVED)
 def test_pruning_counts_from_the_checkpoint_that_would_be_loaded(copy):
     (copy / TRACKER).write_text("14")
-    result = prune(copy, "--save-retain-interval", "7")
-    assert (result.returncode, result.stdout) == (0, ""), result.stderr
-    result = prune(copy, "--dry-run")
-    assert (result.returncode, result.stdout) == (0, f"would remove  {copy}/iter_0000007\n"), result.stderr
-    result = prune(copy)
-    assert (result.returncode, result.stdout) == (0, f"removed  {copy}/iter_0000007\n"), result.stderr
+    for flags, output in (
+        (("--save-retain-interval", "7"), ""),
+        (("--dry-run",), f"would remove  {copy}/iter_0000007\n"),
+        ((), f"removed  {copy}/iter_0000007\n"),
+    ):
+        result = run_command("prune", "--load", copy, *flags)
+        assert (result.code, result.output) == (0, output), result.errors
     assert saved_iterations(copy) == [21, 14]
-
-
-@pytest.mark.runs(SAVED)
-@pytest.mark.parametrize(
-    ("folder", "flags", "message"),
-    [
-        (
-            "copy",
-            ("--keep-last-checkpoints", "0"),
-            "--keep-last-checkpoints must be at least 1, not 0 (see prune_checkpoints.py --help)",
-        ),
-        ("nowhere", (), "--load {folder} holds no checkpoint"),
-    ],
-)
-def test_pruning_never_removes_all(copy, folder, flags, message):
-    folder = copy.with_name(folder)
-    result = prune(folder, *flags)
-    assert (result.returncode, result.stderr) == (2, f"error: {message.format(folder=folder)}\n")
-    assert saved_iterations(copy) == [21, 14, 7]
-
-
-@pytest.fixture
-def parse(workplace, tmp_path, monkeypatch):
-    """Run the checks of a run's command line in this process."""
-
-    def parse(flags: str):
-        monkeypatch.chdir(workplace.folder)
-        run = Run(flags, logs_scalars=False)
-        monkeypatch.setattr(sys, "argv", ["pretrain", *workplace.flags(run, tmp_path)])
-        try:
-            return parse_and_check_args(add_pretraining_arguments).args
-        finally:
-            destroy_global_vars()
-            unset_num_microbatches_calculator()
-
-    return parse
-
-
-@pytest.mark.runs(SAVED)
-@pytest.mark.parametrize(
-    ("flags", "parts"),
-    [
-        ("--hidden-size 64", ["--hidden-size 32 in the checkpoint, 64 in this run"]),
-        ("--moe-ffn-hidden-size 48 --num-attention-heads 4", ["--moe-ffn-hidden-size 32", "--num-attention-heads 2"]),
-        ("--moe-router-enable-expert-bias --moe-router-score-function sigmoid", ["--moe-router-enable-expert-bias"]),
-    ],
-)
-def test_checkpoint_of_another_model_is_refused(runs, parse, flags, parts):
-    (run,) = runs
-    parse(f"--load {run.checkpoints}")
-    with pytest.raises(UserError) as refusal:
-        parse(f"--load {run.checkpoints} {flags}")
-    assert "\n" not in str(refusal.value)
-    for part in (str(checkpoint_path(run.checkpoints, 21)), *parts):
-        assert part in str(refusal.value)
-
-
-@pytest.mark.runs(SAVED)
-def test_checkpoint_of_another_tokenizer_is_refused(runs, parse, monkeypatch):
-    (run,) = runs
-    args = parse(f"--load {run.checkpoints}")
-    saved = replace_fields(args, tokenizer_sha256="a" * 64, tokenizer_model="theirs.model")
-    monkeypatch.setattr(
-        "maskmoe.training.resume.model_settings.load_common_state_dict", lambda checkpoint: {"args": saved}
-    )
-    args = replace_fields(args, tokenizer_sha256="b" * 64, tokenizer_model="ours.model")
-    with pytest.raises(UserError, match=r"theirs\.model, sha256 aaaaaaaaaaaa…\) than .* ours\.model \(bbbbbbbbbbbb…"):
-        check_same_model(args, checkpoint_path(run.checkpoints, 21))
-
-
-@pytest.mark.runs(SAVED)
-def test_settings_without_flags_are_taken_from_the_checkpoint(runs, parse, monkeypatch):
-    (run,) = runs
-    args = parse(f"--load {run.checkpoints}")
-    saved = replace_fields(args, beta_fast=16)
-    monkeypatch.setattr(
-        "maskmoe.training.resume.model_settings.load_common_state_dict", lambda checkpoint: {"args": saved}
-    )
-    checkpoint = checkpoint_path(run.checkpoints, 21)
-    with pytest.raises(UserError, match="beta_fast 16, for which Megatron has no flag: pass --use-checkpoint-args"):
-        check_same_model(args, checkpoint)
-    check_same_model(replace_fields(args, **further_checkpoint_args(args, checkpoint)), checkpoint)
-
-
-# Arguments with which a model computes something else, without another pattern, and without those that are refused.
-FUNCTION = {
-    *("window_attn_skip_freq", "openai_gelu", "rope_scaling_factor", "rotary_scaling_factor", "yarn_beta_fast"),
-    *("mup_width_mult", "mup_base_hidden_size", "mup_embedding_mult", "mup_output_mult", "mup_base_head_dim"),
-    *("mup_attn_scale_power", *_FIXED_ARGS),
-} - {
-    *("hybrid_layer_pattern", "experimental_attention_variant", "linear_attention_freq"),
-    "heterogeneous_layers_config_path",
-}
-
-
-def another(value: Any) -> Any:
-    """Return another value of the same kind."""
-    if isinstance(value, bool):
-        return not value
-    return f"not {value}" if isinstance(value, str) else (value or 0) + 1
-
-
-@pytest.mark.runs(SAVED)
-def test_function_of_a_model_is_taken_from_the_checkpoint(runs, parse, monkeypatch):
-    (run,) = runs
-    args = parse(f"--load {run.checkpoints}")
-    saved = replace_fields(args, **{name: another(getattr(args, name)) for name in FUNCTION})
-    monkeypatch.setattr(
-        "maskmoe.training.resume.model_settings.load_common_state_dict", lambda checkpoint: {"args": saved}
-    )
-    state = {"args": saved, "iteration": 21}
-    monkeypatch.setattr(checkpointing, "_load_base_checkpoint", lambda *_, **__: (state, "", False, None))
-    checkpoint = checkpoint_path(run.checkpoints, 21)
-    completed = replace_fields(args, **further_checkpoint_args(args, checkpoint))
-    completed = take_settings_of_checkpoint(completed, checkpoint)
-    assert {name: getattr(completed, name) for name in FUNCTION} == {name: getattr(saved, name) for name in FUNCTION}
-
-
-@pytest.mark.runs(SAVED)
-@pytest.mark.parametrize("name", sorted(FUNCTION))
-def test_model_that_computes_something_else_is_refused_or_noted(runs, parse, monkeypatch, name):
-    (run,) = runs
-    args = parse(f"--load {run.checkpoints}")
-    before = another(getattr(args, name))
-    state = {"args": replace_fields(args, **{name: before})}
-    for module in ("resume.model_settings", "resume.changed_settings"):
-        monkeypatch.setattr(f"maskmoe.training.{module}.load_common_state_dict", lambda checkpoint: state)
-    checkpoint = checkpoint_path(run.checkpoints, 7)
-    try:
-        check_same_model(args, checkpoint)
-        answer = " ".join(find_changed_settings(args, checkpoint).notes)
-    except UserError as error:
-        answer = str(error)
-    assert f" {before} in the checkpoint, {getattr(args, name)} in this run" in answer
-
-
-@pytest.mark.runs(SAVED)
-def test_optimizer_state_of_the_other_implementation_needs_names(runs, parse, monkeypatch):
-    (run,) = runs
-    args = parse(f"--load {run.checkpoints} --use-distributed-optimizer --no-load-optim")
-    args = replace_fields(args, no_load_optim=False)
-    saved = replace_fields(args, transformer_impl="transformer_engine")
-    formats = iter(("fully_reshardable", "dp_reshardable", "dp_reshardable", "dp_reshardable"))
-
-    def load_state(checkpoint: Path) -> dict:
-        return {"args": saved, "content_metadata": {"distrib_optim_sharding_type": next(formats)}}
-
-    monkeypatch.setattr("maskmoe.training.resume.model_settings.load_common_state_dict", load_state)
-    checkpoint = checkpoint_path(run.checkpoints, 21)
-    for accepted in (args, saved, replace_fields(args, no_load_optim=True)):
-        check_same_model(accepted, checkpoint)
-    with pytest.raises(UserError, match=r"transformer_engine, .* order of its parameters.* --no-load-optim"):
-        check_same_model(args, checkpoint)
-
-
-@pytest.mark.runs(SAVED)
-@pytest.mark.parametrize(
-    ("pattern", "message"),
-    [
-        ("*E*E|*E*E", None),
-        ("G*EM*EG*E*E", None),  # layers that no GPT model has are new
-        ("*-*E*E*E", r"holds a GPT model, which continues with --hybrid-layer-pattern '\*E\*E\*E\*E', not with"),
-        ("*E*E*E*E/*E", "not with '\\*E\\*E\\*E\\*E/\\*E'"),
-        ("**EEEE**", "holds a GPT model"),
-    ],
-)
-def test_hybrid_run_continues_the_gpt_model_of_its_pattern(runs, parse, pattern, message):
-    (run,) = runs
-    args = replace_fields(parse(f"--load {run.checkpoints}"), hybrid_layer_pattern=pattern, num_layers=8)
-    with pytest.raises(UserError, match=message) if message else nullcontext():
-        check_same_model(args, checkpoint_path(run.checkpoints, 21))
-
-
-@pytest.mark.runs(SAVED)
-def test_checkpoint_of_a_hybrid_model_is_for_the_same_pattern(runs, parse, monkeypatch):
-    (run,) = runs
-    args = parse(f"--load {run.checkpoints}")
-    saved = replace_fields(args, hybrid_layer_pattern="*E*E|*E*E/*E", mtp_num_layers=1, num_layers=8)
-    monkeypatch.setattr(
-        "maskmoe.training.resume.model_settings.load_common_state_dict", lambda checkpoint: {"args": saved}
-    )
-    checkpoint = checkpoint_path(run.checkpoints, 21)
-    with pytest.raises(UserError, match=r"cannot be loaded into a GPT model: pass --hybrid-layer-pattern '\*E\*E\|"):
-        check_same_model(args, checkpoint)
-    check_same_model(replace_fields(saved, hybrid_layer_pattern="*E|*E|*E|*E/*E"), checkpoint)
-    with pytest.raises(UserError, match=r"hybrid model with .* not with '\*E\*E\*E\*-/\*E'"):
-        check_same_model(replace_fields(saved, hybrid_layer_pattern="*E*E*E*-/*E"), checkpoint)
-
-
-@pytest.mark.parametrize(
-    ("stages", "evaluates", "expected"),
-    [
-        (1, False, "*E*E*E*E/*E"),
-        (2, False, "*E|*E|*E|*E/*E"),
-        (2, True, "*E*E*E*E/*E"),
-        (3, False, "*E*E*E*E/*E"),
-        (4, True, "*E|*E|*E|*E/*E"),
-    ],
-)
-def test_bounds_of_stages_are_taken_from_a_checkpoint_if_they_fit(stages, evaluates, expected, monkeypatch):
-    saved = Namespace(hybrid_layer_pattern="*E|*E|*E|*E/*E")
-    monkeypatch.setattr(
-        "maskmoe.training.resume.model_settings.load_common_state_dict", lambda checkpoint: {"args": saved}
-    )
-    args = Namespace(pipeline_model_parallel_size=stages, skip_train=evaluates)
-    assert further_checkpoint_args(args, Path("checkpoint")) == {"hybrid_layer_pattern": expected}
-
-
-@pytest.mark.runs(SAVED)
-def test_optimizer_state_of_a_gpt_model_needs_names(runs, parse, monkeypatch):
-    (run,) = runs
-    saved = parse(f"--load {run.checkpoints} --use-distributed-optimizer --no-load-optim")
-    saved = replace_fields(saved, no_load_optim=False)
-    args = replace_fields(saved, hybrid_layer_pattern="*E*E*E*E", num_layers=8)
-    state = {"args": saved, "content_metadata": {"distrib_optim_sharding_type": "dp_reshardable"}}
-    monkeypatch.setattr("maskmoe.training.resume.model_settings.load_common_state_dict", lambda checkpoint: state)
-    checkpoint = checkpoint_path(run.checkpoints, 21)
-    check_same_model(replace_fields(args, no_load_optim=True), checkpoint)
-    with pytest.raises(UserError, match=r"holds a GPT model, and its optimizer .* --dist-ckpt-optim-fully-reshardable"):
-        check_same_model(args, checkpoint)
 
 
 @pytest.mark.runs(SAVED)
@@ -656,19 +409,12 @@ def test_failed_load_is_not_a_failed_save(copy, monkeypatch):
         raise error
 
 
-def replace_fields(args: Namespace, **fields) -> Namespace:
-    return Namespace(**{**vars(args), **fields})
-
-
 @pytest.mark.runs(SAVED)
-def test_run_from_the_beginning_does_not_write_over_checkpoints(runs, workplace, tmp_path, parse, files_and_times):
+def test_run_from_the_beginning_does_not_write_over_checkpoints(runs, tmp_path, parse):
     """The checkpoints of the folder may be of another run, with other settings."""
     save = runs[0].checkpoints
-    before = files_and_times(save)
-    refused = workplace.run(Run(f"--seed 77 --save {save}"), tmp_path / "run")
-    assert refused.exit_codes == (2,)
-    assert f"--save {save} holds a checkpoint of iteration 21 already" in refused.errors[0]
-    assert files_and_times(save) == before
+    with pytest.raises(UserError, match=f"--save {save} holds a checkpoint of iteration 21 already"):
+        parse(f"--seed 77 --save {save}")
     for flags in (f"--load {tmp_path}", f"--pretrained-checkpoint {save}"):
         with pytest.raises(UserError, match=f"pass --load {save} to continue that run, or save to another folder"):
             parse(f"{flags} --save {save}")

@@ -1,0 +1,179 @@
+"""A checkpoint whose model or tokenizer differs from the run's is refused, or completes the settings of the run."""
+
+from argparse import Namespace
+from collections.abc import Callable
+from contextlib import nullcontext
+from pathlib import Path
+from typing import Any
+
+import pytest
+from megatron.training import checkpointing
+
+from maskmoe.conversion.config_mapping import _FIXED_ARGS
+from maskmoe.errors import UserError
+from maskmoe.training.resume import changed_settings, model_settings
+from maskmoe.training.resume.changed_settings import find_changed_settings
+from maskmoe.training.resume.model_settings import (
+    check_same_model,
+    further_checkpoint_args,
+    take_settings_of_checkpoint,
+)
+
+CHECKPOINT = Path("checkpoints/iter_0000007")
+# Arguments with which a model computes something else, without another pattern, and without those that are refused.
+FUNCTION = {
+    *("window_attn_skip_freq", "openai_gelu", "rope_scaling_factor", "rotary_scaling_factor", "yarn_beta_fast"),
+    *("mup_width_mult", "mup_base_hidden_size", "mup_embedding_mult", "mup_output_mult", "mup_base_head_dim"),
+    *("mup_attn_scale_power", *_FIXED_ARGS),
+} - {
+    *("hybrid_layer_pattern", "experimental_attention_variant", "linear_attention_freq"),
+    "heterogeneous_layers_config_path",
+}
+
+
+def another(value: Any) -> Any:
+    """Return another value of the same kind."""
+    if isinstance(value, bool):
+        return not value
+    return f"not {value}" if isinstance(value, str) else (value or 0) + 1
+
+
+def replace_fields(args: Namespace, **fields: object) -> Namespace:
+    return Namespace(**{**vars(args), **fields})
+
+
+@pytest.fixture(scope="module")
+def args(parse) -> Namespace:
+    """The arguments of a run, which the checkpoint holds, too."""
+    return parse("")
+
+
+@pytest.fixture
+def save(monkeypatch) -> Callable[..., None]:
+    """Let the checkpoint hold the arguments of a run, and further parts of its state."""
+
+    def save(saved: Namespace, **state: object) -> None:
+        for module in (model_settings, changed_settings):
+            monkeypatch.setattr(module, "load_common_state_dict", lambda checkpoint: {"args": saved} | state)
+
+    return save
+
+
+@pytest.mark.parametrize(
+    ("fields", "parts"),
+    [
+        ({"hidden_size": 64}, ["--hidden-size 32 in the checkpoint, 64 in this run"]),
+        (
+            {"moe_ffn_hidden_size": 48, "num_attention_heads": 4},
+            ["--moe-ffn-hidden-size 32", "--num-attention-heads 2"],
+        ),
+        ({"moe_router_enable_expert_bias": True}, ["--moe-router-enable-expert-bias"]),
+    ],
+)
+def test_checkpoint_of_another_model_is_refused(args, save, fields, parts):
+    save(args)
+    check_same_model(args, CHECKPOINT)
+    with pytest.raises(UserError) as refusal:
+        check_same_model(replace_fields(args, **fields), CHECKPOINT)
+    for part in (str(CHECKPOINT), *parts):
+        assert part in str(refusal.value)
+
+
+def test_checkpoint_of_another_tokenizer_is_refused(args, save):
+    save(replace_fields(args, tokenizer_sha256="a" * 64, tokenizer_model="theirs.model"))
+    args = replace_fields(args, tokenizer_sha256="b" * 64, tokenizer_model="ours.model")
+    with pytest.raises(UserError, match=r"theirs\.model, sha256 aaaaaaaaaaaa…\) than .* ours\.model \(bbbbbbbbbbbb…"):
+        check_same_model(args, CHECKPOINT)
+
+
+def test_settings_without_flags_are_taken_from_the_checkpoint(args, save):
+    save(replace_fields(args, beta_fast=16))
+    with pytest.raises(UserError, match="beta_fast 16, for which Megatron has no flag: pass --use-checkpoint-args"):
+        check_same_model(args, CHECKPOINT)
+    check_same_model(replace_fields(args, **further_checkpoint_args(args, CHECKPOINT)), CHECKPOINT)
+
+
+def test_function_of_a_model_is_taken_from_the_checkpoint(args, save, monkeypatch, tmp_path):
+    saved = replace_fields(args, **{name: another(getattr(args, name)) for name in FUNCTION})
+    save(saved)
+    state = {"args": saved, "iteration": 21}
+    monkeypatch.setattr(checkpointing, "_load_base_checkpoint", lambda *_, **__: (state, "", False, None))
+    completed = replace_fields(args, **further_checkpoint_args(args, CHECKPOINT))
+    completed = take_settings_of_checkpoint(completed, CHECKPOINT)
+    assert {name: getattr(completed, name) for name in FUNCTION} == {name: getattr(saved, name) for name in FUNCTION}
+
+
+def test_model_that_computes_something_else_is_refused_or_noted(args, save):
+    for name in FUNCTION:
+        before = another(getattr(args, name))
+        save(replace_fields(args, **{name: before}))
+        try:
+            check_same_model(args, CHECKPOINT)
+            answer = " ".join(find_changed_settings(args, CHECKPOINT).notes)
+        except UserError as error:
+            answer = str(error)
+        assert f" {before} in the checkpoint, {getattr(args, name)} in this run" in answer
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        ({"transformer_impl": "transformer_engine"}, r"local, .* order of its parameters.* --no-load-optim"),
+        (
+            {"hybrid_layer_pattern": "*E*E*E*E", "num_layers": 8},
+            "holds a GPT model, and its optimizer .* --dist-ckpt-optim-fully-reshardable",
+        ),
+    ],
+)
+def test_optimizer_state_of_another_implementation_needs_names(args, save, fields, message):
+    args = replace_fields(args, use_distributed_optimizer=True)
+    other = replace_fields(args, **fields)
+    save(args, content_metadata={"distrib_optim_sharding_type": "fully_reshardable"})
+    check_same_model(other, CHECKPOINT)
+    save(args, content_metadata={"distrib_optim_sharding_type": "dp_reshardable"})
+    for accepted in (args, replace_fields(other, no_load_optim=True)):
+        check_same_model(accepted, CHECKPOINT)
+    with pytest.raises(UserError, match=message):
+        check_same_model(other, CHECKPOINT)
+
+
+@pytest.mark.parametrize(
+    ("pattern", "message"),
+    [
+        ("*E*E|*E*E", None),
+        ("G*EM*EG*E*E", None),  # layers that no GPT model has are new
+        ("*-*E*E*E", r"holds a GPT model, which continues with --hybrid-layer-pattern '\*E\*E\*E\*E', not with"),
+        ("*E*E*E*E/*E", "not with '\\*E\\*E\\*E\\*E/\\*E'"),
+        ("**EEEE**", "holds a GPT model"),
+    ],
+)
+def test_hybrid_run_continues_the_gpt_model_of_its_pattern(args, save, pattern, message):
+    save(args)
+    with pytest.raises(UserError, match=message) if message else nullcontext():
+        check_same_model(replace_fields(args, hybrid_layer_pattern=pattern, num_layers=8), CHECKPOINT)
+
+
+def test_checkpoint_of_a_hybrid_model_is_for_the_same_pattern(args, save):
+    saved = replace_fields(args, hybrid_layer_pattern="*E*E|*E*E/*E", mtp_num_layers=1, num_layers=8)
+    save(saved)
+    with pytest.raises(UserError, match=r"cannot be loaded into a GPT model: pass --hybrid-layer-pattern '\*E\*E\|"):
+        check_same_model(args, CHECKPOINT)
+    check_same_model(replace_fields(saved, hybrid_layer_pattern="*E|*E|*E|*E/*E"), CHECKPOINT)
+    with pytest.raises(UserError, match=r"hybrid model with .* not with '\*E\*E\*E\*-/\*E'"):
+        check_same_model(replace_fields(saved, hybrid_layer_pattern="*E*E*E*-/*E"), CHECKPOINT)
+
+
+@pytest.mark.parametrize(
+    ("stages", "evaluates", "expected"),
+    [
+        (1, False, "*E*E*E*E/*E"),
+        (2, False, "*E|*E|*E|*E/*E"),
+        (2, True, "*E*E*E*E/*E"),
+        (3, False, "*E*E*E*E/*E"),
+        (4, True, "*E|*E|*E|*E/*E"),
+    ],
+)
+def test_bounds_of_stages_are_taken_from_a_checkpoint_if_they_fit(stages, evaluates, expected, save):
+    save(Namespace(hybrid_layer_pattern="*E|*E|*E|*E/*E"))
+    args = Namespace(pipeline_model_parallel_size=stages, skip_train=evaluates)
+    assert further_checkpoint_args(args, CHECKPOINT) == {"hybrid_layer_pattern": expected}
