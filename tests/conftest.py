@@ -1,6 +1,5 @@
 """Prepares the process for Megatron before any test module imports it, and starts gloo ranks."""
 
-import os
 import signal
 from collections.abc import Iterator
 from typing import Any
@@ -27,8 +26,6 @@ signal.signal(signal.SIGHUP, signal.SIG_DFL)
 def pytest_configure(config: pytest.Config) -> None:
     if torch.cuda.is_available():
         config.addinivalue_line("filterwarnings", "default")  # pyproject.toml names only the warnings on CPUs.
-    else:
-        os.environ["TRITON_INTERPRET"] = "1"  # Triton reads the variable when a module with kernels is imported.
     prepare_process()
 
 

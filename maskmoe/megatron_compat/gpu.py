@@ -8,7 +8,6 @@ from dataclasses import dataclass
 from typing import Any
 
 _SOFTMAX_MODULES = ("scaled_masked_softmax_cuda", "scaled_upper_triang_masked_softmax_cuda")
-_PERMUTATION_VERSION = "2.6.0"
 _PERMUTATION_KERNELS = (
     *("fused_permute", "fused_permute_with_probs", "fused_unpermute"),
     *("fused_sort_chunks_by_index", "fused_sort_chunks_by_index_with_probs"),
@@ -21,14 +20,15 @@ class GpuPackages:
 
     Attributes:
         transformer_engine: Transformer Engine can be imported.
-        permutation: Transformer Engine has the kernels that permute tokens, and its map of rows begins with the places
-            of each row's copies (version 2.6 or newer).
+        permutation: Transformer Engine has the kernels that permute tokens.
+        grouped_experts: Transformer Engine can compute the experts of a rank together, which needs Ampere or newer.
         gradient_accumulation: Apex has the kernels that add a product to a gradient.
         masked_softmax: Apex has the kernels of masked softmax.
     """
 
     transformer_engine: bool = True
     permutation: bool = True
+    grouped_experts: bool = True
     gradient_accumulation: bool = True
     masked_softmax: bool = True
 
@@ -36,14 +36,14 @@ class GpuPackages:
     def installed(cls) -> "GpuPackages":
         """Return what Megatron finds on this machine."""
         # These modules import megatron, so they must come after `prepare_process`.
+        import torch
         from megatron.core.tensor_parallel import layers
         from megatron.core.transformer.moe import moe_utils
-        from megatron.core.utils import is_te_min_version
 
         return cls(
             transformer_engine=moe_utils.HAVE_TE,
-            permutation=is_te_min_version(_PERMUTATION_VERSION)
-            and all(getattr(moe_utils, name) is not None for name in _PERMUTATION_KERNELS),
+            permutation=all(getattr(moe_utils, name) is not None for name in _PERMUTATION_KERNELS),
+            grouped_experts=moe_utils.HAVE_TE and torch.cuda.get_device_capability() >= (8, 0),
             gradient_accumulation=layers._grad_accum_fusion_available,
             masked_softmax=all(importlib.util.find_spec(name) is not None for name in _SOFTMAX_MODULES),
         )
@@ -58,6 +58,7 @@ class GpuPackages:
             "apply_rope_fusion": self.transformer_engine,
             "no_persist_layer_norm": not self.transformer_engine,
             "moe_permute_fusion": self.permutation,
+            "moe_grouped_gemm": self.grouped_experts,
         }
 
     def describe_missing(self) -> str | None:

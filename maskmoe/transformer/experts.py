@@ -15,10 +15,9 @@ from megatron.core.transformer.moe.experts import SequentialMLP
 from megatron.core.transformer.transformer_config import TransformerConfig
 from megatron.core.typed_torch import apply_module
 from torch import Tensor
-from torch.nn.functional import silu
+from torch.nn.functional import grouped_mm, silu
 
 from maskmoe.transformer.gathered_parameters import wait_for_parameters, waits_for_parameters
-from maskmoe.transformer.kernels import launching
 from maskmoe.transformer.torch_modules.linear import linear_in_turns
 from maskmoe.transformer.torch_modules.mlp import is_plain_swiglu, swiglu
 
@@ -26,15 +25,13 @@ from maskmoe.transformer.torch_modules.mlp import is_plain_swiglu, swiglu
 class GroupedMLP(SequentialMLP):
     """`SequentialMLP` with the same parameters and checkpoints that computes its experts without calling their modules.
 
-    - On a GPU with Triton: one kernel for each linear layer, and one activation over all rows. The host does not wait
-      for the device. Gradients of weights are added to `main_grad` in fp32, also with
-      `--no-gradient-accumulation-fusion`. Torch's `grouped_mm` would need a copy of all weights for each product,
-      because data parallelism lays parameters out in reverse order.
+    - On a GPU: torch's `grouped_mm` computes each linear layer, and one activation all rows. The host does not wait for
+      the device. Needs bf16 and sizes that are multiples of 8.
     - On a CPU: the experts take turns in each linear layer, and one activation computes all rows. The result is
       bit-equal to `SequentialMLP`.
 
-    `SequentialMLP` computes the experts on a GPU without Triton, if `can_group` returns False, or if experts were
-    changed after they were built, for example by adapters or hooks.
+    `SequentialMLP` computes the experts where neither applies, if `can_group` returns False, or if experts were changed
+    after they were built, for example by adapters or hooks.
 
     This class calls the linear layers one by one for two settings that `SequentialMLP` lacks:
 
@@ -63,7 +60,7 @@ class GroupedMLP(SequentialMLP):
 
         Args:
             permuted_local_hidden_states: [rows, hidden], ordered by expert.
-            tokens_per_expert: integers [local experts], on any device.
+            tokens_per_expert: Integers [local experts], on any device.
             permuted_probs: [rows], the weight of each row.
 
         Returns:
@@ -71,8 +68,10 @@ class GroupedMLP(SequentialMLP):
         """
         rows, probs = permuted_local_hidden_states, permuted_probs
         experts = [cast(MLP, expert) for expert in self.local_experts]
-        runs_kernels = launching.runs_kernels(rows)
-        is_grouped = self._can_group and (runs_kernels or not rows.is_cuda) and all(map(_is_as_built, experts))
+        is_on_gpu = rows.is_cuda
+        is_grouped = self._can_group and all(map(_is_as_built, experts))
+        if is_on_gpu:
+            is_grouped = is_grouped and _fit_grouped_mm(rows, experts)
         if not (is_grouped or _recomputes_activation(self.config) or self.config.add_bias_linear):
             return super().forward(rows, tokens_per_expert, probs)
         if self.config.moe_apply_probs_on_input:
@@ -83,7 +82,7 @@ class GroupedMLP(SequentialMLP):
         for expert in experts:
             for layer in _linear_layers(expert):
                 wait_for_parameters(layer)
-        compute = _compute_grouped if runs_kernels else _compute_in_turns
+        compute = _compute_grouped if is_on_gpu else _compute_in_turns
         return compute(rows, tokens_per_expert, probs, experts), None
 
 
@@ -91,9 +90,9 @@ def can_group(config: TransformerConfig, num_local_experts: int, expert_tensor_s
     """Return whether there are several experts, and their linear layers only multiply by their weights.
 
     Args:
-        config: the configuration of the experts.
-        num_local_experts: experts on this rank.
-        expert_tensor_size: ranks that share each expert.
+        config: The configuration of the experts.
+        num_local_experts: Experts on this rank.
+        expert_tensor_size: Ranks that share each expert.
     """
     return num_local_experts > 1 and not (
         expert_tensor_size > 1
@@ -160,8 +159,8 @@ def _activate_and_project(
         projected: [rows, fc1 output].
         probs: [rows], the weight of each row.
         bias: [fc1 output], the bias of the first linear layer, or None.
-        config: the configuration of the experts.
-        project: the second linear layer.
+        config: The configuration of the experts.
+        project: The second linear layer.
     """
     activate = partial(_activate, config=config)
     if not _recomputes_activation(config) or not (projected.requires_grad or probs.requires_grad):
@@ -230,11 +229,22 @@ def _compute_by_modules(rows: Tensor, tokens_per_expert: Tensor, probs: Tensor, 
     return torch.cat(outputs)
 
 
+def _fit_grouped_mm(rows: Tensor, experts: Sequence[MLP]) -> bool:
+    """Return whether `grouped_mm` supports the dtypes and sizes: bf16, and rows of a multiple of 16 bytes."""
+    first, second = _weights(experts[0])
+    sizes = (*first.shape, *second.shape)
+    return rows.dtype == first.dtype == torch.bfloat16 and all(size % 8 == 0 for size in sizes)
+
+
 def _compute_grouped(rows: Tensor, tokens_per_expert: Tensor, probs: Tensor, experts: Sequence[MLP]) -> Tensor:
     """Compute all experts in one product for each linear layer; arguments as for `GroupedMLP.forward`."""
-    from maskmoe.transformer.kernels.grouped_linear import grouped_linear  # imports Triton
-
     ends = tokens_per_expert.to(rows.device, non_blocking=True).cumsum(0, dtype=torch.int32)
     first, second = zip(*map(_weights, experts), strict=True)
-    project = partial(grouped_linear, ends=ends, weights=second)
-    return _activate_and_project(grouped_linear(rows, ends, first), probs, None, experts[0].config, project)
+
+    def multiply(values: Tensor, weights: Sequence[Tensor]) -> Tensor:
+        # `grouped_mm` takes the weights as one tensor [experts, in, out], so they are copied.
+        return grouped_mm(values, torch.stack(tuple(weights)).transpose(1, 2), offs=ends)
+
+    return _activate_and_project(
+        multiply(rows, first), probs, None, experts[0].config, partial(multiply, weights=second)
+    )

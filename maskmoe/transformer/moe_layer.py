@@ -8,14 +8,11 @@ from megatron.core.process_groups_config import ProcessGroupCollection
 from megatron.core.transformer.moe import moe_layer
 from megatron.core.transformer.moe.moe_layer import MoELayer, MoESubmodules
 from megatron.core.transformer.moe.moe_utils import get_default_pg_collection
-from megatron.core.transformer.moe.token_dispatcher import MoEAlltoAllTokenDispatcher, MoEFlexTokenDispatcher
 from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor
 
 from maskmoe.megatron_compat.patches import building_replicated_linears_of
 from maskmoe.transformer.dispatch.choose import build_dispatcher, choose_dispatch
-from maskmoe.transformer.dispatch.flex import MaskMoEFlexTokenDispatcher
-from maskmoe.transformer.dispatch.stock import MaskMoEAlltoAllTokenDispatcher
 from maskmoe.transformer.router import MaskMoERouter
 from maskmoe.transformer.token_ids import unpack_token_ids
 from maskmoe.transformer.torch_modules.linear import ReplicatedLinear
@@ -29,7 +26,8 @@ class MaskMoELayer(MoELayer):
     Args: those of `MoELayer`.
 
     Attributes:
-        dispatcher: sends tokens to their experts and outputs back, see `dispatch.protocol`.
+        dispatcher: Sends tokens to their experts and outputs back, see `dispatch.protocol`.
+        token_dispatcher: Megatron's own dispatcher, which only `StockDispatcher` uses; None with another `dispatcher`.
     """
 
     router: MaskMoERouter  # pyrefly: ignore[bad-override-mutable-attribute]
@@ -49,20 +47,10 @@ class MaskMoELayer(MoELayer):
         is_local = config.transformer_impl == "local"
         with building_replicated_linears_of(ReplicatedLinear, moe_layer) if is_local else nullcontext():
             super().__init__(config, submodules, layer_number, pg_collection, is_mtp_layer, name)
-        # `MoELayer` hard-codes its dispatcher class, so replace the instance here. The all-gather dispatcher needs no
-        # replacement: it reads only the routing map.
-        common = (self.num_local_experts, self.local_expert_indices, self.config, pg_collection)
-        if isinstance(self.token_dispatcher, MoEAlltoAllTokenDispatcher):
-            self.token_dispatcher = MaskMoEAlltoAllTokenDispatcher(
-                *common, min_visible=self.router.visible_experts.min_visible
-            )
-        elif isinstance(self.token_dispatcher, MoEFlexTokenDispatcher):
-            self.token_dispatcher = MaskMoEFlexTokenDispatcher(*common)
-        if self.use_shared_expert and self.shared_expert_overlap:
-            assert self.token_dispatcher is not None
-            self.token_dispatcher.set_shared_experts(self.shared_experts)
+        # `MoELayer` always builds a token dispatcher. `StockDispatcher` builds the one that this layer needs.
+        self.token_dispatcher = None
         kind = choose_dispatch(config, pg_collection, self.router.visible_experts.is_rank_local, is_mtp_layer)
-        self.dispatcher = build_dispatcher(kind, self)
+        self.dispatcher = build_dispatcher(kind, self, pg_collection)
         # Megatron-Core gives experts their own optimizer only under expert parallelism, and a checkpoint with one
         # optimizer cannot be loaded into a run with two. So experts always get their own optimizer.
         for parameter in self.experts.parameters():
@@ -78,14 +66,14 @@ class MaskMoELayer(MoELayer):
 
         Args:
             hidden_states: [sequence, batch, hidden].
-            intermediate_tensors: must be None; the overridden method uses it for CUDA graphs of parts of the layer.
-            padding_mask: token ids [batch, sequence] as `pack_token_ids` packs them.
+            intermediate_tensors: Must be None; the overridden method uses it for CUDA graphs of parts of the layer.
+            padding_mask: Token ids [batch, sequence] as `pack_token_ids` packs them.
 
         Returns:
-            the output [sequence, batch, hidden], and None in place of a bias.
+            The output [sequence, batch, hidden], and None in place of a bias.
 
         Raises:
-            ValueError: no token ids, intermediate tensors, or tensor-parallel training without sequence parallelism.
+            ValueError: No token ids, intermediate tensors, or tensor-parallel training without sequence parallelism.
         """
         if intermediate_tensors is not None:
             raise ValueError("a MaskMoE layer cannot be captured in CUDA graphs: it was given intermediate tensors")

@@ -1,31 +1,29 @@
 """The top-k router that chooses only among the visible experts of each token id."""
 
-from typing import TYPE_CHECKING
-
 import torch
 from megatron.core.process_groups_config import ProcessGroupCollection
-from megatron.core.transformer.moe.moe_utils import (
-    apply_biased_logits,
-    apply_random_logits,
-    apply_router_token_dropping,
-    topk_routing_with_score_function,
-)
+from megatron.core.transformer.moe.moe_utils import apply_biased_logits, apply_random_logits
 from megatron.core.transformer.moe.router import TopKRouter
 from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor
 
 from maskmoe.transformer.gathered_parameters import wait_for_parameters
-from maskmoe.transformer.kernels import launching
 from maskmoe.transformer.router_losses import attach_losses
-from maskmoe.transformer.router_sums import AuxLossTokens, LossSums, MaskedLogitsSums
+from maskmoe.transformer.router_sums import AuxLossTokens, LossRule
+from maskmoe.transformer.routing import route_tokens, sum_tokens_for_losses
 from maskmoe.transformer.routing_replay import REPLAYS, next_choice, record_choice, select_replayed
-from maskmoe.transformer.routing_statistics import RoutingStatistics, sum_tokens
-from maskmoe.transformer.selection import MaskedLogits, preference_scores, select_experts
+from maskmoe.transformer.routing_statistics import RoutingStatistics, RoutingSums
+from maskmoe.transformer.selection import RoutingRule
 from maskmoe.transformer.token_ids import TokenIds
-from maskmoe.transformer.visible_experts import VisibleExperts, VisibleExpertsReference
+from maskmoe.transformer.visible_experts import MaskTable, VisibleExperts, VisibleExpertsReference
 
-if TYPE_CHECKING:
-    from maskmoe.transformer.kernels.routing import Routed
+BALANCING_LOSSES = ("aux_loss", "seq_aux_loss", "global_aux_loss")
+"""Megatron's names of the load-balancing losses, in the order in which the losses are attached."""
+
+
+# The CPU adapter replaces `torch.compile`, so the functions run as they are on a CPU.
+_route_tokens = torch.compile(route_tokens, dynamic=True)
+_sum_tokens_for_losses = torch.compile(sum_tokens_for_losses, dynamic=True)
 
 
 class MaskMoERouter(TopKRouter):
@@ -38,22 +36,23 @@ class MaskMoERouter(TopKRouter):
        choice, see `routing_replay`. Weigh the selected experts with the configured score function.
     5. [Optional] Drop the tokens that exceed the experts' capacity.
 
-    On GPUs, one Triton kernel does steps 2 to 4, see `kernels.routing`. With float64 logits, a capacity factor or
-    routing replay, plain torch does these steps, as on CPUs.
+    `route_tokens` does steps 2 to 5, except that it leaves the losses themselves to `attach_losses`. On GPUs,
+    `torch.compile` fuses its operations, unless a capacity factor is set: the capacity follows from the number of
+    tokens, so it would be compiled for each number.
 
-    In plain torch, if every expert is visible, outputs, losses and gradients are bit-equal to `TopKRouter`'s. The
+    On a CPU, if every expert is visible, outputs, losses and gradients are bit-equal to `TopKRouter`'s. The
     exception is the global load-balancing loss, which deviates on purpose, see `router_losses`. A token with one
     visible expert has weight exactly 1 (softmax scores) and sends no gradient to the router's weight.
 
     Args:
-        config: the model's configuration.
-        pg_collection: process groups of the MoE layer.
-        is_mtp_layer: the router belongs to a layer of multi-token prediction.
-        visible_experts: the model's routing mask.
-        aux_loss_tokens: tokens that load-balancing losses count: `all`, or only `routable` ones (V ≥ 2).
+        config: The model's configuration.
+        pg_collection: Process groups of the MoE layer.
+        is_mtp_layer: The router belongs to a layer of multi-token prediction.
+        visible_experts: The model's routing mask.
+        aux_loss_tokens: Tokens that load-balancing losses count: `all`, or only `routable` ones (V ≥ 2).
 
     Attributes:
-        statistics: sums over the tokens that were routed in training.
+        statistics: Sums over the tokens that were routed in training.
     """
 
     def __init__(
@@ -101,13 +100,13 @@ class MaskMoERouter(TopKRouter):
         """Route tokens.
 
         Args:
-            input: hidden states [sequence, batch, hidden].
-            token_ids: the ids [sequence, batch] of the same tokens.
-            attaches_losses: attach the router's losses to the result; if False, the caller calls `attach_losses`.
+            input: Hidden states [sequence, batch, hidden].
+            token_ids: The ids [sequence, batch] of the same tokens.
+            attaches_losses: Attach the router's losses to the result; if False, the caller calls `attach_losses`.
 
         Returns:
             probs: [tokens, experts], the weights of the selected experts, 0 elsewhere.
-            routing_map: bool [tokens, experts], the experts that each token is sent to: all selected experts, unless a
+            routing_map: Bool [tokens, experts], the experts that each token is sent to: all selected experts, unless a
                 capacity factor drops some.
         """
         self._maintain_float32_expert_bias()
@@ -123,66 +122,55 @@ class MaskMoERouter(TopKRouter):
         self, logits: Tensor, token_ids: TokenIds, attaches_losses: bool = True
     ) -> tuple[Tensor, Tensor]:
         """Choose among the visible experts by logits [sequence, batch, experts]; see `forward`."""
-        attaches_losses = attaches_losses and self._has_losses()
-        if self._runs_kernel(logits):
-            return self._route_by_kernel(logits, token_ids, attaches_losses)
-        masked = self._mask_logits(logits, token_ids)
-        values, visible = masked.values, masked.visible.experts
-        if attaches_losses:
-            values = attach_losses(self, values, self._sums_of(masked), masked.num_sequences)
+        losses = self._loss_rule() if attaches_losses else None
+        counts_load = self.enable_expert_bias and torch.is_grad_enabled()
+        replay, selected = self.router_replay, None
+        if replay is not None and replay.router_replay_action in REPLAYS:
+            selected = self._select_recorded(next_choice(replay), token_ids)
 
-        # Select experts, then let Megatron-Core compute their weights.
-        scores = preference_scores(masked, self.config.moe_router_pre_softmax, self.expert_bias)
-        selected = self._select(scores, visible, token_ids)
-        probs, routing_map = topk_routing_with_score_function(
-            values,
-            self.topk,
-            use_pre_softmax=self.config.moe_router_pre_softmax,
-            scaling_factor=self.config.moe_router_topk_scaling_factor,
-            score_function=self.score_function,
+        rule = self._rule()
+        route = route_tokens if rule.capacity_factor is not None else _route_tokens
+        routed = route(
+            logits,
+            TokenIds(token_ids.ids, token_ids.is_padding),  # The plan would be a part of what is compiled.
+            self._mask_table,
+            rule,
+            losses,
+            has_statistics=self.is_recording or counts_load,
             expert_bias=self.expert_bias,
-            precomputed_indices=selected,
+            selected=selected,
         )
-        # If k > V, invisible experts with weight 0 fill up to k. Remove them from the map.
-        routing_map = routing_map & visible
-        if self.config.moe_expert_capacity_factor is not None:
-            probs, routing_map = apply_router_token_dropping(
-                probs,
-                routing_map,
-                router_topk=self.topk,
-                capacity_factor=self.config.moe_expert_capacity_factor,
-                drop_policy=self.config.moe_token_drop_policy,
-                pad_to_capacity=self.config.moe_pad_expert_input_to_capacity,
-            )
 
-        # Count the load for expert bias and statistics.
-        is_real = masked.is_real
-        self._apply_expert_bias(routing_map if is_real is None else routing_map & is_real.unsqueeze(-1))
-        if self.is_recording:
-            self.statistics.add_tokens(sum_tokens(masked, routing_map))
-        return probs, routing_map
+        if replay is not None and selected is None:
+            record_choice(replay, routed.selected, self._mask_table.look_up(token_ids.ids.flatten()).experts)
+        if routed.statistics is not None:
+            if counts_load:
+                assert self.local_tokens_per_expert is not None
+                self.local_tokens_per_expert += RoutingSums.unpack(routed.statistics).tokens_per_expert
+            if self.is_recording:
+                self.statistics.add_tokens(routed.statistics)
+        probs = routed.probs
+        if routed.loss_sums is not None:
+            probs = attach_losses(self, probs, routed.loss_sums)
+        return probs, routed.routing_map
 
     def attach_losses(self, hidden_states: Tensor, token_ids: TokenIds) -> Tensor:
         """Attach the router's losses over this rank's tokens to hidden states; for tokens that other ranks route.
 
         Args:
             hidden_states: [sequence, batch, hidden].
-            token_ids: the ids [sequence, batch] of the same tokens.
+            token_ids: The ids [sequence, batch] of the same tokens.
 
         Returns:
             [tokens, hidden], unchanged in value.
         """
-        tokens = hidden_states.flatten(0, 1)
-        if not self._has_losses():
+        tokens, losses = hidden_states.flatten(0, 1), self._loss_rule()
+        if losses is None:
             return tokens
         wait_for_parameters(self)
-        logits = self.gating(hidden_states)
-        if self._runs_kernel(logits):
-            sums: LossSums | None = self._call_kernel(logits, token_ids, has_sums=True).sums
-            assert sums is not None
-        else:
-            sums = self._sums_of(self._mask_logits(logits, token_ids))
-        return attach_losses(self, tokens, sums, hidden_states.shape[1])
+        own_ids = TokenIds(token_ids.ids, token_ids.is_padding)
+        sums = _sum_tokens_for_losses(self.gating(hidden_states), own_ids, self._mask_table, self._rule(), losses)
+        return attach_losses(self, tokens, sums)
 
     def gating(self, input: Tensor) -> Tensor:
         """Compute logits as `TopKRouter.gating` does, and also for no tokens: an expert-parallel rank may receive none.
@@ -196,77 +184,39 @@ class MaskMoERouter(TopKRouter):
         bias = None if self.bias is None else self.bias.to(dtype)
         return torch.nn.functional.linear(input.to(dtype), self.weight.to(dtype), bias)
 
-    def _select(self, scores: Tensor, visible: Tensor, token_ids: TokenIds) -> Tensor:
-        """Select experts by scores, or repeat a recorded choice; arguments and result are those of `select_experts`."""
-        num_groups, group_topk = self.config.moe_router_num_groups, self.config.moe_router_group_topk
-        replay = self.router_replay
-        if replay is not None and replay.router_replay_action in REPLAYS:
-            choice = next_choice(replay)
-            return select_replayed(choice, visible, self.topk, bool(group_topk), token_ids, self.number_in_model)
-        selected = select_experts(scores, visible, self.topk, num_groups, group_topk)
-        if replay is not None:
-            record_choice(replay, selected, visible)
-        return selected
+    @property
+    def _mask_table(self) -> MaskTable:
+        """The table of the routing mask that this layer uses."""
+        return self.visible_experts.mask_table(self.table)
 
-    def _mask_logits(self, logits: Tensor, token_ids: TokenIds) -> MaskedLogits:
-        """Look up the visible sets of the tokens and mask the logits [sequence, batch, experts]."""
-        visible = self.visible_experts(token_ids.ids.flatten(), self.table)
-        return MaskedLogits.mask(logits, visible, token_ids, self.score_function)
-
-    def _sums_of(self, logits: MaskedLogits) -> MaskedLogitsSums:
-        """Return the sums for the losses."""
-        return MaskedLogitsSums(logits, self.topk, self.aux_loss_tokens)
-
-    def _runs_kernel(self, logits: Tensor) -> bool:
-        """Return whether a kernel routes by these logits.
-
-        The kernel supports neither float64 nor capacity factors, and neither records nor replays choices.
-        """
-        is_supported = (
-            logits.dtype != torch.float64
-            and self.config.moe_expert_capacity_factor is None
-            and self.router_replay is None
-        )
-        return is_supported and launching.runs_kernels(logits)
-
-    def _route_by_kernel(self, logits: Tensor, token_ids: TokenIds, attaches_losses: bool) -> tuple[Tensor, Tensor]:
-        """Do what `routing` does in one kernel."""
-        counts_load = self.enable_expert_bias and torch.is_grad_enabled()
-        routed = self._call_kernel(logits, token_ids, attaches_losses or counts_load or self.is_recording)
-        probs, sums = routed.probs, routed.sums
-        if sums is not None:
-            if attaches_losses:
-                probs = attach_losses(self, probs, sums, logits.shape[1])
-            if counts_load:
-                assert self.local_tokens_per_expert is not None
-                self.local_tokens_per_expert += sums.tokens_per_expert
-            if self.is_recording:
-                self.statistics.add_tokens(sums.statistics)
-        return probs, routed.routing_map
-
-    def _call_kernel(self, logits: Tensor, token_ids: TokenIds, has_sums: bool) -> "Routed":
-        """Call `kernels.routing.route_tokens` with the settings of this router."""
-        from maskmoe.transformer.kernels.routing import RoutingRule, route_tokens
-
+    def _rule(self) -> RoutingRule:
+        """Return the settings that decide about experts and weights."""
         config = self.config
-        rule = RoutingRule(
+        return RoutingRule(
             topk=self.topk,
             score_function=self.score_function,
             pre_softmax=config.moe_router_pre_softmax,
-            scaling_factor=config.moe_router_topk_scaling_factor or 1.0,
-            num_groups=config.moe_router_num_groups or 1,
-            group_topk=config.moe_router_group_topk or 0,
-            counts_all=self.aux_loss_tokens == "all",
-            has_z_loss=bool(config.moe_z_loss_coeff),
+            scaling_factor=config.moe_router_topk_scaling_factor,
+            num_groups=config.moe_router_num_groups,
+            group_topk=config.moe_router_group_topk,
+            capacity_factor=config.moe_expert_capacity_factor,
+            drop_policy=config.moe_token_drop_policy,
+            pads_to_capacity=config.moe_pad_expert_input_to_capacity,
         )
-        num_sequences = logits.shape[1] if self.get_aux_loss_coeff("seq_aux_loss") > 0 else 1
-        mask = self.visible_experts
-        tables = mask.row_of_id[self.table], mask.visible_bits[self.table]
-        return route_tokens(logits, token_ids, *tables, rule, self.expert_bias, num_sequences, has_sums)
 
-    def _has_losses(self) -> bool:
-        """Return whether this forward pass computes any loss."""
-        return self.is_recording and (self.is_aux_loss_enabled() or bool(self.config.moe_z_loss_coeff))
+    def _loss_rule(self) -> LossRule | None:
+        """Return the losses of this forward pass; None if it computes no losses."""
+        balancing = tuple(name for name in BALANCING_LOSSES if self.get_aux_loss_coeff(name) != 0)
+        has_z_loss = bool(self.config.moe_z_loss_coeff)
+        if not self.is_recording or not (balancing or has_z_loss):
+            return None
+        return LossRule(balancing, self.aux_loss_tokens, has_z_loss)
+
+    def _select_recorded(self, choice: Tensor | None, token_ids: TokenIds) -> Tensor:
+        """Return a recorded choice [tokens, k] in the form of `select_experts`."""
+        visible = self._mask_table.look_up(token_ids.ids.flatten()).experts
+        has_groups = bool(self.config.moe_router_group_topk)
+        return select_replayed(choice, visible, self.topk, has_groups, token_ids, self.number_in_model)
 
     def _maintain_float32_expert_bias(self) -> None:
         """Keep the expert bias in float32, as the overridden method does, and the token counts, too.

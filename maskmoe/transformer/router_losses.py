@@ -1,6 +1,6 @@
 """Auxiliary losses of a masked router: `attach_losses` is the entry, one function computes each loss.
 
-In plain torch, if every token sees every expert, losses and gradients are bit-equal to those of Megatron-Core's
+On a CPU, if every token sees every expert, losses and gradients are bit-equal to those of Megatron-Core's
 `TopKRouter`.
 """
 
@@ -20,44 +20,35 @@ class ExpertLoad:
     """The load of each expert.
 
     Attributes:
-        tokens_per_expert: float [sequences, experts], assignments, scaled as if every token had k assignments.
-        num_tokens: tokens in a sequence; float64 if a tensor. The mean over sequences if padding makes them differ.
+        tokens_per_expert: Float [sequences, experts], assignments, scaled as if every token had k assignments.
+        num_tokens: Tokens in a sequence; float64 if a tensor. The mean over sequences if padding makes them differ.
     """
 
     tokens_per_expert: Tensor
     num_tokens: int | Tensor
 
 
-def attach_losses(router: TopKRouter, activation: Tensor, sums: LossSums, num_sequences: int) -> Tensor:
+def attach_losses(router: TopKRouter, activation: Tensor, sums: LossSums) -> Tensor:
     """Attach the z-loss and the load-balancing losses whose coefficients are not 0.
 
     Gradients of the losses flow when the gradient of the result flows. The losses are logged under Megatron's names.
 
     Args:
-        router: provides coefficients, process groups and the accumulated load of the global loss.
-        activation: [tokens, features], the tensor to attach to. In plain torch, pass the masked logits, or a tensor
-            that is made before them: then gradients are added up in the same order as in `TopKRouter`, hence to the
-            same bits.
-        sums: sums over this rank's tokens.
-        num_sequences: sequences in the micro-batch.
+        router: Provides coefficients, process groups and the accumulated load of the global loss.
+        activation: [tokens, features], the tensor to attach to.
+        sums: Sums over this rank's tokens.
 
     Returns:
         the activation, unchanged in value.
     """
-    # Compute the z-loss first and attach it last: autograd then adds its gradient last, as in `TopKRouter`.
-    z_loss_coeff = router.config.moe_z_loss_coeff
-    z_loss = None
-    if z_loss_coeff:
-        z_loss = masked_z_loss(sums, z_loss_coeff / router.tp_cp_group.size())
-
-    activation = _attach_local_loss(router, "aux_loss", activation, sums, 1)
-    activation = _attach_local_loss(router, "seq_aux_loss", activation, sums, num_sequences)
-    activation = _attach_global_loss(router, activation, sums)
-
-    if z_loss is not None:
-        assert z_loss_coeff is not None
+    for name, balancing in sums.balancing.items():
+        attach = _attach_global_loss if name == "global_aux_loss" else _attach_local_loss
+        activation = attach(router, name, activation, balancing, sums.num_real)
+    coeff = router.config.moe_z_loss_coeff
+    if coeff:
+        z_loss = masked_z_loss(sums, coeff / router.tp_cp_group.size())
         activation = router.attach_and_log_load_balancing_loss(
-            activation, z_loss_coeff, z_loss, "z_loss", router.tp_cp_group, valid_token_count=sums.num_real
+            activation, coeff, z_loss, "z_loss", router.tp_cp_group, valid_token_count=sums.num_real
         )
     return activation
 
@@ -68,7 +59,8 @@ def masked_z_loss(sums: LossSums, coeff: float) -> Tensor:
     A token with one visible expert contributes 0: its weight is 1 whatever its logit is, so the logit needs no control.
     """
     num_real = sums.num_real
-    return sums.squared_logsumexp() / (num_real if isinstance(num_real, int) else num_real.clamp(min=1.0)) * coeff
+    assert sums.squared_logsumexp is not None
+    return sums.squared_logsumexp / (num_real if isinstance(num_real, int) else num_real.clamp(min=1.0)) * coeff
 
 
 def measure_load(sums: BalancingSums, topk: int, group: ProcessGroup) -> ExpertLoad:
@@ -78,9 +70,9 @@ def measure_load(sums: BalancingSums, topk: int, group: ProcessGroup) -> ExpertL
     makes the shares of the experts add up to 1 in every sequence.
 
     Args:
-        sums: the sums over this rank's tokens.
-        topk: k.
-        group: the ranks that share the batch.
+        sums: The sums over this rank's tokens.
+        topk: K.
+        group: The ranks that share the batch.
     """
     num_tokens = tokens_of_sequence = sums.num_tokens
     if isinstance(tokens_of_sequence, int):
@@ -107,8 +99,8 @@ def masked_load_balancing_loss(scores: Tensor, load: ExpertLoad, topk: int, coef
 
     Args:
         scores: [sequences, experts], the sums of the normalized scores of this rank's tokens.
-        load: the load over all ranks.
-        topk: k.
+        load: The load over all ranks.
+        topk: K.
         coeff: α.
 
     Returns:
@@ -125,28 +117,24 @@ def masked_load_balancing_loss(scores: Tensor, load: ExpertLoad, topk: int, coef
 
 
 def _attach_local_loss(
-    router: TopKRouter,
-    loss_type: str,
-    activation: Tensor,
-    sums: LossSums,
-    num_sequences: int,
+    router: TopKRouter, name: str, activation: Tensor, sums: BalancingSums, num_real: int | Tensor
 ) -> Tensor:
     """Attach the loss that balances each micro-batch (1 sequence), or each of its sequences."""
-    coeff = router.get_aux_loss_coeff(loss_type)
-    if coeff == 0:
-        return activation
-    balancing = sums.for_balancing(num_sequences)
-    load = measure_load(balancing, router.topk, router.tp_cp_group)
-    loss = masked_load_balancing_loss(balancing.scores, load, router.topk, coeff)
+    coeff = router.get_aux_loss_coeff(name)
+    load = measure_load(sums, router.topk, router.tp_cp_group)
+    loss = masked_load_balancing_loss(sums.scores, load, router.topk, coeff)
+    num_sequences = len(sums.scores)
     if num_sequences > 1:
         loss = loss / num_sequences
-    name = loss_type.replace("aux_loss", "load_balancing_loss")
+    logged_name = name.replace("aux_loss", "load_balancing_loss")
     return router.attach_and_log_load_balancing_loss(
-        activation, coeff, loss, name, router.tp_cp_group, valid_token_count=sums.num_real
+        activation, coeff, loss, logged_name, router.tp_cp_group, valid_token_count=num_real
     )
 
 
-def _attach_global_loss(router: TopKRouter, activation: Tensor, sums: LossSums) -> Tensor:
+def _attach_global_loss(
+    router: TopKRouter, name: str, activation: Tensor, sums: BalancingSums, num_real: int | Tensor
+) -> Tensor:
     """Attach the loss that balances all data-parallel ranks and the micro-batches of the step so far.
 
     The loss is multiplied by the number of data-parallel ranks, because it is a sum over these ranks while gradients
@@ -154,12 +142,9 @@ def _attach_global_loss(router: TopKRouter, activation: Tensor, sums: LossSums) 
     (Megatron-LM issue 3672); and it divides the load of earlier micro-batches by the number of tokens in the newest
     micro-batch (Megatron-LM issue 7213).
     """
-    coeff = router.get_aux_loss_coeff("global_aux_loss")
-    if coeff == 0:
-        return activation
-    balancing = sums.for_balancing(1)
-    load = _accumulate_load(router, measure_load(balancing, router.topk, router.tp_dp_cp_group))
-    loss = masked_load_balancing_loss(balancing.scores, load, router.topk, coeff)
+    coeff = router.get_aux_loss_coeff(name)
+    load = _accumulate_load(router, measure_load(sums, router.topk, router.tp_dp_cp_group))
+    loss = masked_load_balancing_loss(sums.scores, load, router.topk, coeff)
     dp_size = router.tp_dp_cp_group.size() // router.tp_cp_group.size()
     return router.attach_and_log_load_balancing_loss(
         activation,
@@ -168,7 +153,7 @@ def _attach_global_loss(router: TopKRouter, activation: Tensor, sums: LossSums) 
         "global_load_balancing_loss",
         router.tp_dp_cp_group,
         needs_dp_avg=False,
-        valid_token_count=sums.num_real,
+        valid_token_count=num_real,
     )
 
 

@@ -1,11 +1,7 @@
-"""Sums over the tokens of a rank, from which the router's losses are computed.
-
-`MaskedLogitsSums` computes the sums in plain torch, `kernels.routing.KernelSums` by a kernel.
-"""
+"""Sums over the tokens of a rank, from which the router's losses are computed."""
 
 from dataclasses import dataclass
-from functools import cached_property
-from typing import Literal, Protocol
+from typing import Literal, NamedTuple
 
 import torch
 from torch import Tensor
@@ -16,13 +12,27 @@ AuxLossTokens = Literal["all", "routable"]
 
 
 @dataclass(frozen=True)
-class BalancingSums:
-    """Sums over this rank's tokens, the input of a load-balancing loss.
+class LossRule:
+    """The losses of a router, as far as their sums depend on them.
 
     Attributes:
-        scores: float [sequences, experts], the sums of normalized scores.
+        balancing: The names of the load-balancing losses, in the order in which the losses are attached.
+        tokens: The tokens that load-balancing losses count: `all`, or only `routable` ones (V ≥ 2).
+        has_z_loss: Whether there is a z-loss.
+    """
+
+    balancing: tuple[str, ...]
+    tokens: AuxLossTokens
+    has_z_loss: bool
+
+
+class BalancingSums(NamedTuple):
+    """The input of a load-balancing loss.
+
+    Attributes:
+        scores: Float [sequences, experts], the sums of normalized scores.
         assignments: [sequences, experts], the tokens that have an expert among their `min(k, V)` best visible experts.
-        num_tokens: the tokens of a sequence that count; [sequences] if sequences may differ.
+        num_tokens: The tokens of a sequence that count; [sequences] if sequences may differ.
     """
 
     scores: Tensor
@@ -30,77 +40,63 @@ class BalancingSums:
     num_tokens: int | Tensor
 
 
-class LossSums(Protocol):
-    """Sums over this rank's tokens, from which the losses are computed."""
-
-    @property
-    def num_real(self) -> int | Tensor:
-        """The number of tokens without padding."""
-        ...
-
-    def squared_logsumexp(self) -> Tensor:
-        """Sum the squared logarithms of the sums of exponentials of the visible logits, over routable tokens."""
-        ...
-
-    def for_balancing(self, num_sequences: int) -> BalancingSums:
-        """Sum scores and assignments: over all tokens for 1 sequence, else over each sequence of the micro-batch."""
-        ...
-
-
-@dataclass(frozen=True)
-class MaskedLogitsSums:
-    """Computes `LossSums` from masked logits.
+class LossSums(NamedTuple):
+    """The input of all losses.
 
     Attributes:
-        logits: the masked logits.
-        topk: k.
-        aux_loss_tokens: tokens that load-balancing losses count.
+        num_real: The number of tokens without padding.
+        squared_logsumexp: Scalar, the sum of the terms of the z-loss; None if there is no z-loss.
+        balancing: The sums of each load-balancing loss.
     """
 
-    logits: MaskedLogits
-    topk: int
-    aux_loss_tokens: AuxLossTokens
+    num_real: int | Tensor
+    squared_logsumexp: Tensor | None
+    balancing: dict[str, BalancingSums]
 
-    @cached_property
-    def num_real(self) -> int | Tensor:
-        """The number of tokens without padding."""
-        return len(self.logits.values) if self.logits.is_real is None else self.logits.is_real.sum()
 
-    def squared_logsumexp(self) -> Tensor:
-        """Sum the terms of the z-loss."""
-        squared = torch.square(torch.logsumexp(self.logits.values, dim=-1))  # [tokens]
-        if self.logits.visible.routable is not None:
-            squared = squared.masked_fill(~self.logits.visible.routable, 0.0)
-        return squared.sum() if self.logits.is_real is None else (squared * self.logits.is_real).sum()
+def sum_for_losses(logits: MaskedLogits, topk: int, rule: LossRule) -> LossSums:
+    """Sum over the tokens what the losses need.
 
-    def for_balancing(self, num_sequences: int) -> BalancingSums:
-        """Sum scores and assignments, see `LossSums`."""
-        scores, assigned = self._assignments
-        num_tokens, num_experts = assigned.shape
-        shape = (num_sequences, num_experts)
-        return BalancingSums(
-            scores.reshape(-1, num_sequences * num_experts).sum(dim=0).view(shape),
-            assigned.view(-1, num_sequences * num_experts).sum(dim=0).view(shape),
-            num_tokens // num_sequences if self._counted is None else self._counted.view(-1, num_sequences).sum(dim=0),
-        )
+    Experts are assigned by normalized score, without expert bias and groups, as by Megatron-Core for its losses.
+    """
+    is_real, routable = logits.is_real, logits.visible.routable
+    num_real = len(logits.values) if is_real is None else is_real.sum()
+    # Autograd adds gradients in reverse order. `TopKRouter` adds the gradient of the z-loss last.
+    squared_logsumexp = _sum_squared_logsumexp(logits) if rule.has_z_loss else None
+    if not rule.balancing:
+        return LossSums(num_real, squared_logsumexp, {})
 
-    @cached_property
-    def _counted(self) -> Tensor | None:
-        """The tokens that load-balancing losses count, bool [tokens]; None if all tokens count."""
-        counted, routable = self.logits.is_real, self.logits.visible.routable
-        if self.aux_loss_tokens == "all" or routable is None:
-            return counted
-        return routable if counted is None else routable & counted
+    # Find the tokens that count, bool [tokens], or None if all tokens count.
+    counted = is_real
+    if rule.tokens == "routable" and routable is not None:
+        counted = routable if is_real is None else routable & is_real
+    # Set the scores and assignments of the other tokens to 0, [tokens, experts] each.
+    scores, visible = logits.normalized_scores, logits.visible.experts
+    assigned = routing_map_of(select_experts(scores, visible, topk), visible)
+    if counted is not None:
+        scores = scores * counted.unsqueeze(-1)
+        assigned = assigned & counted.unsqueeze(-1)
+    # Only one of the losses balances each sequence of the micro-batch; the others balance the micro-batch as a whole.
+    sequences = {name: logits.num_sequences if name == "seq_aux_loss" else 1 for name in rule.balancing}
+    balancing = {name: _sum_for_balancing(scores, assigned, counted, number) for name, number in sequences.items()}
+    return LossSums(num_real, squared_logsumexp, balancing)
 
-    @cached_property
-    def _assignments(self) -> tuple[Tensor, Tensor]:
-        """Normalized scores and selected experts of the tokens that count, [tokens, experts] each.
 
-        Experts are selected by normalized score, without expert bias and groups, as by Megatron-Core for its losses.
-        """
-        scores, visible = self.logits.normalized_scores, self.logits.visible.experts
-        assigned = routing_map_of(select_experts(scores, visible, self.topk), visible)
-        if self._counted is not None:
-            scores = scores * self._counted.unsqueeze(-1)
-            assigned = assigned & self._counted.unsqueeze(-1)
-        return scores, assigned
+def _sum_squared_logsumexp(logits: MaskedLogits) -> Tensor:
+    """Sum the squared logarithms of the sums of exponentials of the visible logits, over routable tokens."""
+    squared = torch.square(torch.logsumexp(logits.values, dim=-1))  # [tokens]
+    if logits.visible.routable is not None:
+        squared = squared.masked_fill(~logits.visible.routable, 0.0)
+    return squared.sum() if logits.is_real is None else (squared * logits.is_real).sum()
+
+
+def _sum_for_balancing(scores: Tensor, assigned: Tensor, counted: Tensor | None, num_sequences: int) -> BalancingSums:
+    """Sum over the tokens of each sequence; arguments are [tokens, experts] twice, and [tokens]."""
+    num_tokens, num_experts = assigned.shape
+    shape = (num_sequences, num_experts)
+    # Tokens are ordered by position, then by sequence.
+    return BalancingSums(
+        scores.reshape(-1, num_sequences * num_experts).sum(dim=0).view(shape),
+        assigned.view(-1, num_sequences * num_experts).sum(dim=0).view(shape),
+        num_tokens // num_sequences if counted is None else counted.view(-1, num_sequences).sum(dim=0),
+    )

@@ -1,12 +1,13 @@
-"""The routing rule: which visible experts a token is sent to.
+"""The routing rule: which visible experts a token is sent to, and with which weights.
 
-The router selects by `select_experts`; the load-balancing losses and the statistics reuse the functions of this module.
+The router calls `choose_experts`; the load-balancing losses and the statistics reuse the functions of this module.
 """
 
 from dataclasses import dataclass
 from functools import cached_property
 
 import torch
+from megatron.core.transformer.moe.moe_utils import apply_router_token_dropping, topk_routing_with_score_function
 from torch import Tensor
 from torch.nn.functional import softplus
 
@@ -15,14 +16,42 @@ from maskmoe.transformer.visible_experts import VisibleSets
 
 
 @dataclass(frozen=True)
+class RoutingRule:
+    """The settings of a router that decide about experts and weights.
+
+    Attributes:
+        topk: k.
+        score_function: softmax, sigmoid or sqrtsoftplus.
+        pre_softmax: Apply softmax before the selection, not after it; only for the softmax score function.
+        scaling_factor: Multiplies the weights; None: 1.
+        num_groups: Number of expert groups of equal size, for group-limited routing.
+        group_topk: Groups that are chosen for each token; None: no group-limited routing.
+        capacity_factor: The capacity of an expert, relative to an even share of all assignments; None: no tokens are
+            dropped.
+        drop_policy: The tokens to drop beyond the capacity: those with the smallest `probs`, or by `position`.
+        pads_to_capacity: Fill up every expert to its capacity.
+    """
+
+    topk: int
+    score_function: str = "softmax"
+    pre_softmax: bool = False
+    scaling_factor: float | None = None
+    num_groups: int | None = None
+    group_topk: int | None = None
+    capacity_factor: float | None = None
+    drop_policy: str = "probs"
+    pads_to_capacity: bool = False
+
+
+@dataclass(frozen=True)
 class MaskedLogits:
     """The router logits of one micro-batch under the routing mask.
 
     Attributes:
         values: [tokens, experts], -inf for invisible experts.
-        visible: the visible sets of the tokens.
-        is_real: bool [tokens], False for padding; None if no token is padding.
-        num_sequences: sequences in the micro-batch. Tokens are ordered by position, then by sequence.
+        visible: The visible sets of the tokens.
+        is_real: Bool [tokens], False for padding; None if no token is padding.
+        num_sequences: Sequences in the micro-batch. Tokens are ordered by position, then by sequence.
         score_function: softmax, sigmoid or sqrtsoftplus.
     """
 
@@ -50,13 +79,55 @@ class MaskedLogits:
         return scores / (scores.sum(dim=-1, keepdim=True) + 1e-20)  # Megatron-Core adds the same 1e-20.
 
 
+def choose_experts(
+    logits: MaskedLogits, rule: RoutingRule, expert_bias: Tensor | None, selected: Tensor | None = None
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Select experts and compute their weights.
+
+    Args:
+        logits: The masked logits.
+        rule: The settings of the router.
+        expert_bias: Float32 [experts], added to sigmoid and sqrtsoftplus scores for the selection; None: no bias.
+        selected: Int64 [tokens, k], a choice to repeat, in the form of `select_experts`.
+
+    Returns:
+        [tokens, experts], the weights of the selected experts, 0 elsewhere; bool [tokens, experts], the experts that
+        each token is sent to; and int64 [tokens, k], the result of `select_experts`.
+    """
+    visible = logits.visible.experts
+    if selected is None:
+        scores = preference_scores(logits, rule.pre_softmax, expert_bias)
+        selected = select_experts(scores, visible, rule.topk, rule.num_groups, rule.group_topk)
+    probs, routing_map = topk_routing_with_score_function(
+        logits.values,
+        rule.topk,
+        use_pre_softmax=rule.pre_softmax,
+        scaling_factor=rule.scaling_factor,
+        score_function=rule.score_function,
+        expert_bias=expert_bias,
+        precomputed_indices=selected,
+    )
+    # If k > V, invisible experts with weight 0 fill up to k. Remove them from the map.
+    routing_map = routing_map & visible
+    if rule.capacity_factor is not None:
+        probs, routing_map = apply_router_token_dropping(
+            probs,
+            routing_map,
+            router_topk=rule.topk,
+            capacity_factor=rule.capacity_factor,
+            drop_policy=rule.drop_policy,
+            pad_to_capacity=rule.pads_to_capacity,
+        )
+    return probs, routing_map, selected
+
+
 def preference_scores(logits: MaskedLogits, pre_softmax: bool, expert_bias: Tensor | None) -> Tensor:
     """Return the scores [tokens, experts] that rank the experts, as Megatron-Core does.
 
     Args:
-        logits: the masked logits.
-        pre_softmax: apply softmax before the selection, not after it; only for the softmax score function.
-        expert_bias: float32 [experts], added to sigmoid and sqrtsoftplus scores; None: no bias.
+        logits: The masked logits.
+        pre_softmax: Apply softmax before the selection, not after it; only for the softmax score function.
+        expert_bias: Float32 [experts], added to sigmoid and sqrtsoftplus scores; None: no bias.
     """
     if logits.score_function == "softmax":
         return logits.normalized_scores.detach() if pre_softmax else logits.values.detach()
@@ -74,10 +145,10 @@ def select_experts(
 
     Args:
         scores: [tokens, experts].
-        visible: bool [tokens, experts].
+        visible: Bool [tokens, experts].
         topk: k.
-        num_groups: number of expert groups of equal size, for group-limited routing.
-        group_topk: groups that are chosen for each token; None: no group-limited routing.
+        num_groups: Number of expert groups of equal size, for group-limited routing.
+        group_topk: Groups that are chosen for each token; None: no group-limited routing.
 
     Returns:
         int64 [tokens, k], the indices of the experts. With groups, only the visible experts of the chosen groups count
@@ -116,15 +187,16 @@ def _outside_chosen_groups(scores: Tensor, topk: int, num_groups: int, group_top
     Args:
         scores: [tokens, experts], -inf for invisible experts.
         topk: k.
-        num_groups: number of groups.
-        group_topk: groups that are chosen for each token.
+        num_groups: Number of groups.
+        group_topk: Groups that are chosen for each token.
     """
     num_tokens, num_experts = scores.shape
-    best = scores.view(num_tokens, num_groups, -1).topk(topk // group_topk, dim=-1).values
+    group_size = num_experts // num_groups
+    best = scores.view(num_tokens, num_groups, group_size).topk(topk // group_topk, dim=-1).values
     missing = best == float("-inf")
     smallest = scores.masked_fill(scores == float("-inf"), float("inf")).amin(dim=-1)  # [tokens]
     group_scores = torch.where(missing, smallest[:, None, None], best).sum(dim=-1)  # [tokens, groups]
     group_scores = group_scores.masked_fill(missing.all(dim=-1), float("-inf"))
     chosen_groups = group_scores.topk(group_topk, dim=-1, sorted=False).indices
     outside = torch.ones_like(group_scores, dtype=torch.bool).scatter(1, chosen_groups, False)
-    return outside.repeat_interleave(num_experts // num_groups, dim=1)
+    return outside.repeat_interleave(group_size, dim=1)

@@ -10,11 +10,9 @@ multi-token prediction to every MoE layer. `pack_token_ids` puts token ids, padd
 The sequence is the last dimension in both cases, because multi-token prediction shifts the last dimension.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from megatron.core.tensor_parallel import gather_from_sequence_parallel_region
@@ -22,8 +20,7 @@ from megatron.core.utils import get_pg_rank, get_pg_size
 from torch import Tensor
 from torch.distributed import ProcessGroup
 
-if TYPE_CHECKING:
-    from maskmoe.transformer.dispatch.plan import DispatchPlan
+from maskmoe.transformer.dispatch.plan import DispatchPlan
 
 
 @dataclass(frozen=True)
@@ -45,7 +42,7 @@ class TokenIds:
         """Return bool [tokens], True where a token is not padding; None if no token is padding."""
         return None if self.is_padding is None else ~self.is_padding.flatten()
 
-    def transpose(self) -> TokenIds:
+    def transpose(self) -> "TokenIds":
         """Swap batch and sequence."""
         return TokenIds(self.ids.t(), None if self.is_padding is None else self.is_padding.t(), self.plan)
 
@@ -99,7 +96,7 @@ class _TensorWithPlan(Tensor):
     plan: DispatchPlan
 
     @classmethod
-    def attach(cls, packed: Tensor, plan: DispatchPlan) -> _TensorWithPlan:
+    def attach(cls, packed: Tensor, plan: DispatchPlan) -> "_TensorWithPlan":
         """Return the packed tensor with the plan attached."""
         with_plan = packed.as_subclass(cls)
         with_plan.plan = plan

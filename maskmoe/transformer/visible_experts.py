@@ -1,7 +1,7 @@
 """The routing mask on the device: look up the experts that each token may use."""
 
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -28,6 +28,32 @@ class VisibleSets:
 
     experts: Tensor
     routable: Tensor | None
+
+
+class MaskTable(NamedTuple):
+    """One table of the routing mask on the device.
+
+    Attributes:
+        row_of_id: Integers [vocab], the row of each id. Rows below N are sets of one expert, row i is expert i alone.
+        visible_bits: Uint8 [rows, bytes], the visible set of each row.
+        bit_values: Uint8 [8], the value of each bit of a byte.
+        num_experts: N.
+        has_single: Whether some id may have one visible expert.
+    """
+
+    row_of_id: Tensor
+    visible_bits: Tensor
+    bit_values: Tensor
+    num_experts: int
+    has_single: bool
+
+    def look_up(self, token_ids: Tensor) -> VisibleSets:
+        """Look up the visible sets of ids, int64 [tokens], each smaller than the mask's vocabulary size."""
+        rows = self.row_of_id.index_select(0, token_ids).long()  # [tokens]
+        visible_bytes = self.visible_bits.index_select(0, rows)  # uint8 [tokens, bytes]
+        bits = visible_bytes.unsqueeze(-1).bitwise_and(self.bit_values)  # 0 or the value of the bit
+        experts = bits.flatten(-2)[..., : self.num_experts].bool()
+        return VisibleSets(experts, routable=rows >= self.num_experts if self.has_single else None)
 
 
 class VisibleExperts(MegatronModule):
@@ -94,6 +120,16 @@ class VisibleExperts(MegatronModule):
         """Return the table of a MoE layer by its number among the feed-forward layers, counting from 1."""
         return self.layers.table(number, num_tables=len(self.row_of_id))
 
+    def mask_table(self, number: int) -> MaskTable:
+        """Return a table of the mask; see `table_of_layer`."""
+        return MaskTable(
+            self.row_of_id[number],
+            self.visible_bits[number],
+            self.bit_values,
+            self.num_experts,
+            has_single=self.min_visible == 1,
+        )
+
     def forward(self, token_ids: Tensor, table: int) -> VisibleSets:
         """Look up visible sets.
 
@@ -101,13 +137,7 @@ class VisibleExperts(MegatronModule):
             token_ids: int64 [tokens], each smaller than the mask's vocabulary size.
             table: the table to read, see `table_of_layer`.
         """
-        rows = self.row_of_id[table].index_select(0, token_ids).long()  # [tokens]
-        visible_bytes = self.visible_bits[table].index_select(0, rows)  # uint8 [tokens, bytes]
-        bits = visible_bytes.unsqueeze(-1).bitwise_and(self.bit_values)  # 0 or the value of the bit
-        experts = bits.flatten(-2)[..., : self.num_experts].bool()
-        # Rows below N are sets of one expert, so a larger row means two or more visible experts.
-        routable = rows >= self.num_experts if self.min_visible == 1 else None
-        return VisibleSets(experts=experts, routable=routable)
+        return self.mask_table(table).look_up(token_ids)
 
     def rank_and_size(self, token_ids: Tensor, tables: Tensor) -> tuple[Tensor, Tensor]:
         """Return rank and number of the visible experts of each id; only for a rank-local mask.

@@ -4,7 +4,6 @@ import sys
 from dataclasses import fields
 
 import pytest
-from megatron.core import utils
 from megatron.core.tensor_parallel import layers
 from megatron.core.transformer.moe import moe_utils
 from megatron.training.arguments import parse_args, validate_args
@@ -23,6 +22,7 @@ WITHOUT_PACKAGES = {
     "apply_rope_fusion": False,
     "no_persist_layer_norm": True,
     "moe_permute_fusion": False,
+    "moe_grouped_gemm": False,
 }
 NOTHING = GpuPackages(*[False] * len(fields(GpuPackages)))
 
@@ -34,7 +34,6 @@ def on_a_gpu(monkeypatch):
     def pretend(packages: GpuPackages) -> None:
         monkeypatch.setattr(cpu, "is_installed", lambda: False)
         monkeypatch.setattr(moe_utils, "HAVE_TE", packages.transformer_engine)
-        monkeypatch.setattr(utils, "is_te_min_version", lambda version: packages.permutation)
         for name in gpu._PERMUTATION_KERNELS:
             monkeypatch.setattr(moe_utils, name, print if packages.permutation else None)
         monkeypatch.setattr(layers, "_grad_accum_fusion_available", packages.gradient_accumulation)
@@ -75,6 +74,7 @@ def test_with_all_packages_all_fusions_are_on(on_a_gpu, parse) -> None:
         "apply_rope_fusion": True,
         "no_persist_layer_norm": False,
         "moe_permute_fusion": True,
+        "moe_grouped_gemm": True,
     }
     assert not list(missing_transformer_engine(args, GpuPackages.installed()))
 

@@ -12,7 +12,7 @@ import torch
 from megatron.training.determinism import apply_determinism_to_args
 from support.small_moe import DEVICE, make_config, make_layer, make_mask, random_visible_sets
 
-from maskmoe.transformer.dispatch.rows import RowBuffers, SortedCopies, copies_of_map
+from maskmoe.transformer.dispatch.rows import RowBuffers, RowCopies
 from maskmoe.transformer.token_ids import TokenIds, pack_token_ids
 
 VOCAB_SIZE, NUM_EXPERTS, SEQUENCE, BATCH, HIDDEN = 40, 8, 32, 4, 16
@@ -45,7 +45,7 @@ def test_layer_repeats_bit_for_bit(settings, deterministic) -> None:
 def test_copies_of_rows_repeat_bit_for_bit(deterministic) -> None:
     torch.manual_seed(0)
     copied = torch.rand(64, 8, device=DEVICE) < 0.4
-    copies = copies_of_map(copied, int(copied.sum()), 8)
+    copies = RowCopies.from_map(copied, int(copied.sum()))
     rows = torch.randn(64, HIDDEN, device=DEVICE, requires_grad=True)
 
     def run() -> list[torch.Tensor]:
@@ -54,7 +54,7 @@ def test_copies_of_rows_repeat_bit_for_bit(deterministic) -> None:
 
     assert all(map(torch.equal, run(), run()))
     order = torch.randperm(64, device=DEVICE)
-    assert torch.equal(SortedCopies.permutations(order.unsqueeze(0))[0].order, order.argsort())
+    assert torch.equal(RowCopies.permutations(order.unsqueeze(0))[0].order, order.argsort())
 
 
 def test_megatron_sets_the_variables_that_the_documentation_names(monkeypatch) -> None:

@@ -2,7 +2,6 @@
 
 import copy
 from collections.abc import Callable
-from contextlib import nullcontext
 from typing import Any
 
 import pytest
@@ -12,28 +11,19 @@ from hypothesis import strategies as st
 from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig
 from megatron.core.distributed.param_and_grad_buffer import _ParamAndGradBucketGroup
 from megatron.core.optimizer import OptimizerConfig, get_megatron_optimizer
-from megatron.core.tensor_parallel import checkpoint
 from megatron.core.tensor_parallel.layers import ColumnParallelLinear
 from megatron.core.transformer.moe.experts import SequentialMLP
-from safetensors.torch import load_file
-from support.kernels import kernels_on_cpu
-from support.launchers import RANK_SCRIPTS
 from support.saved_tensors import KeptBytes
 from support.small_experts import make_experts, make_rows
 from support.small_moe import (
     DEVICE,
-    draw_parameters,
     make_config,
-    make_layer,
-    make_mask,
-    random_visible_sets,
 )
 from torch import Tensor
 from torch.nn.functional import gelu
 
 from maskmoe.transformer import experts as experts_module
 from maskmoe.transformer.experts import GroupedMLP, can_group
-from maskmoe.transformer.kernels import launching
 
 OTHER_ACTIVATIONS = {
     "fused": {"bias_activation_fusion": True},
@@ -108,13 +98,6 @@ def test_is_bit_equal(tokens_per_expert, dtype, probs_dtype, on_input) -> None:
     assert_equal(found, expected)
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-@pytest.mark.parametrize("tokens_per_expert", [[96, 160, 1, 255], [512, 0, 0, 0]], ids=str)
-def test_is_bit_equal_in_sizes_where_products_are_blocked(tokens_per_expert, dtype) -> None:
-    ours, theirs = make_pair(hidden_size=256, ffn_hidden_size=320, params_dtype=dtype)
-    assert_equal(compute(ours, tokens_per_expert), compute(theirs, tokens_per_expert))
-
-
 @pytest.mark.parametrize("activation", OTHER_ACTIVATIONS.values(), ids=OTHER_ACTIVATIONS)
 def test_is_bit_equal_for_other_activations(activation: dict) -> None:
     ours, theirs = make_pair(**activation)
@@ -166,35 +149,29 @@ def test_keeps_less_than_sequential_experts() -> None:
     inputs = hidden + 1  # features and the weight of a row
     assert kept_bytes(ours, [20] * 4) == 4 * num_rows * (inputs + 3 * ffn)
     assert kept_bytes(theirs, [20] * 4) == 4 * num_rows * (inputs + 6 * ffn)
-    with kernels_on_cpu():
-        assert kept_bytes(ours, [20] * 4) == 4 * num_rows * (inputs + 3 * ffn) + 4 * len(ours.local_experts)
 
 
 RECOMPUTATION = {"recompute_granularity": "selective", "recompute_modules": ["moe_act"], "moe_grouped_gemm": True}
 
 
 @pytest.mark.parametrize(
-    ("place", "dtype", "num_experts", "activation"),
+    ("dtype", "num_experts", "activation"),
     [
-        *((nullcontext, torch.float32, 4, activation) for activation in ({}, *OTHER_ACTIVATIONS.values())),
-        (nullcontext, torch.bfloat16, 4, {}),
-        (nullcontext, torch.bfloat16, 1, {"bias_activation_fusion": True}),
-        (nullcontext, torch.float32, 1, {}),
-        (kernels_on_cpu, torch.float32, 4, {}),
-        (kernels_on_cpu, torch.bfloat16, 4, {"bias_activation_fusion": True}),
+        *((torch.float32, 4, activation) for activation in ({}, *OTHER_ACTIVATIONS.values())),
+        (torch.bfloat16, 4, {}),
+        (torch.bfloat16, 1, {"bias_activation_fusion": True}),
+        (torch.float32, 1, {}),
     ],
 )
-def test_recomputed_activations_are_bit_equal_and_need_less_memory(place, dtype, num_experts, activation) -> None:
+def test_recomputed_activations_are_bit_equal_and_need_less_memory(dtype, num_experts, activation) -> None:
     """Only the inputs of the linear layers and of the activation function are kept."""
     settings = {"num_experts": num_experts, "topk": 1, "params_dtype": dtype, **activation}
     recomputing, keeping = (make_pair(**settings, **more)[0] for more in (RECOMPUTATION, {}))
     tokens_per_expert = [20, 0, 3, 4][:num_experts]
-    with place():
-        assert_equal(compute(recomputing, tokens_per_expert), compute(keeping, tokens_per_expert))
-        kept, without = (kept_bytes(experts, tokens_per_expert) for experts in (recomputing, keeping))
+    assert_equal(compute(recomputing, tokens_per_expert), compute(keeping, tokens_per_expert))
+    kept, without = (kept_bytes(experts, tokens_per_expert) for experts in (recomputing, keeping))
     hidden, fc1_output = 8, 12 * (1 + recomputing.config.gated_linear_unit)
-    counts = 4 * len(tokens_per_expert) if place is kernels_on_cpu and num_experts > 1 else 0
-    assert kept == sum(tokens_per_expert) * (dtype.itemsize * (hidden + fc1_output) + 4) + counts
+    assert kept == sum(tokens_per_expert) * (dtype.itemsize * (hidden + fc1_output) + 4)
     assert kept < without
 
 
@@ -230,78 +207,49 @@ def test_backward_can_be_repeated() -> None:
     assert all(map(torch.equal, first, second))
 
 
-@pytest.mark.parametrize("activation", [{}, *OTHER_ACTIVATIONS.values()], ids=["swiglu", *OTHER_ACTIVATIONS])
-@pytest.mark.parametrize("tokens_per_expert", [[5, 0, 11, 8], [0, 24, 0, 0], [0, 0, 0, 0]], ids=str)
-@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float32, 1e-5), (torch.bfloat16, 3e-2)], ids=str)
-def test_kernels_equal_sequential_experts(tokens_per_expert, activation, dtype, tolerance, monkeypatch) -> None:
-    """Tolerances relate to the largest value; bf16 is rounded between the linear layers, in another order of sums."""
-    ours, theirs = make_pair(params_dtype=dtype, **activation)
+@pytest.fixture
+def branches_of_gpus(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Let `GroupedMLP` compute as on GPUs, which `grouped_mm` also supports on a CPU."""
+    monkeypatch.setattr(Tensor, "is_cuda", True)
     forbid(monkeypatch, "_compute_in_turns")
+
+
+@pytest.mark.parametrize("recomputation", [{}, RECOMPUTATION], ids=["kept", "recomputed"])
+@pytest.mark.parametrize("tokens_per_expert", [[5, 0, 11, 8], [0, 24, 0, 0], [0, 0, 0, 0]], ids=str)
+def test_grouped_products_equal_sequential_experts(
+    tokens_per_expert: list[int], recomputation: dict, branches_of_gpus: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Tolerances relate to the largest value; bf16 is rounded between the linear layers, in another order of sums."""
+    settings = {"params_dtype": torch.bfloat16, "ffn_hidden_size": 16}
+    ours, theirs = (make_pair(**settings, **recomputation)[0], make_pair(**settings)[1])
     expected = compute(theirs, tokens_per_expert)
-    with kernels_on_cpu():
-        found = compute(ours, tokens_per_expert)
+    monkeypatch.setattr(Tensor, "tolist", lambda tensor: pytest.fail("reading the numbers of rows waits for the GPU"))
+    found = compute(ours, tokens_per_expert)
     for name, value in found.items():
         assert value.dtype == expected[name].dtype
         largest = expected[name].abs().max().item() if value.numel() else 0
-        torch.testing.assert_close(value, expected[name], rtol=0, atol=tolerance * largest, msg=name)
+        torch.testing.assert_close(value, expected[name], rtol=0, atol=3e-2 * largest, msg=name)
 
 
-def test_kernels_work_without_gradients_and_with_recomputation() -> None:
-    ours, _ = make_pair()
-    expected = compute(ours, [2, 0, 3, 4])
-    rows, probs, gradient = make_rows(ours, [2, 0, 3, 4])
-    with kernels_on_cpu():
-        with torch.no_grad():
-            evaluated, _ = ours(rows, torch.tensor([2, 0, 3, 4]), probs)
-        output = checkpoint(lambda rows, probs: ours(rows, torch.tensor([2, 0, 3, 4]), probs)[0], False, rows, probs)
-        output.backward(gradient)
-    torch.testing.assert_close(evaluated, expected["output"])
-    found = {"output": output.detach(), "rows": rows.grad, "probs": probs.grad}
-    found |= {name: parameter.grad for name, parameter in ours.named_parameters()}
-    torch.testing.assert_close(found, expected)
-
-
-def test_kernels_do_not_ask_how_many_rows_there_are(monkeypatch) -> None:
-    """Reading the numbers on the host would wait for the GPU."""
-    experts = make_experts(GroupedMLP, make_config())
-    monkeypatch.setattr(Tensor, "tolist", lambda tensor: pytest.fail("a tensor was brought to the host"))
-    with kernels_on_cpu():
-        compute(experts, [2, 0, 3, 4])
-
-
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-def test_kernels_add_to_main_grad_under_data_parallelism(dtype, gradients_of_ranks) -> None:
-    """Tolerances relate to the largest value. `SequentialMLP` rounds its gradients to bf16 before they are added."""
-    tolerance = 1e-5 if dtype == torch.float32 else 3e-2
-    names = [name for name in gradients_of_ranks[0] if name.startswith(f"{dtype}/found")]
-    assert len(names) == 8
-    for name in names:
-        found, other = (gradients[name] for gradients in gradients_of_ranks)
-        expected = gradients_of_ranks[0][name.replace("found", "expected")]
-        assert found.dtype == torch.float32
-        assert found.any()
-        assert torch.equal(found, other)
-        torch.testing.assert_close(found, expected, rtol=0, atol=tolerance * expected.abs().max().item())
-
-
-@pytest.fixture(scope="module")
-def gradients_of_ranks(run_ranks, tmp_path_factory) -> list[dict[str, Tensor]]:
-    """Reduce the gradients of experts on two ranks, computed by kernels and by `SequentialMLP`."""
-    folder = tmp_path_factory.mktemp("grouped_experts")
-    run_ranks(RANK_SCRIPTS / "grouped_experts_ranks.py", folder)
-    return [load_file(folder / f"rank{rank}.safetensors") for rank in range(2)]
-
-
-@pytest.mark.parametrize("has_triton", [False, True])
-def test_gpus_without_triton_use_sequential_experts(has_triton, monkeypatch) -> None:
+@pytest.mark.parametrize(
+    ("settings", "is_grouped"),
+    [
+        ({"params_dtype": torch.bfloat16, "ffn_hidden_size": 16}, True),
+        ({"params_dtype": torch.bfloat16, "ffn_hidden_size": 12}, False),
+        ({"params_dtype": torch.float32, "ffn_hidden_size": 16}, False),
+    ],
+    ids=["bf16", "sizes", "fp32"],
+)
+def test_gpus_compute_grouped_products_where_they_can(
+    settings: dict, is_grouped: bool, branches_of_gpus: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
     chosen = []
-    experts = make_experts(GroupedMLP, make_config())
-    monkeypatch.setattr(launching, "runs_kernels", lambda tensor: has_triton)
+    experts, _ = make_pair(**settings)
     monkeypatch.setattr(SequentialMLP, "forward", lambda *arguments: chosen.append("sequential"))
-    monkeypatch.setattr(experts_module, "_compute_grouped", lambda *arguments: chosen.append("kernels"))
-    monkeypatch.setattr(Tensor, "is_cuda", True)
-    experts(torch.empty(3, 8), torch.tensor([3, 0, 0, 0]), torch.empty(3))
-    assert chosen == ["kernels" if has_triton else "sequential"]
+    monkeypatch.setattr(experts_module, "_compute_grouped", lambda *arguments: chosen.append("grouped"))
+    rows, probs, _ = make_rows(experts, [3, 0, 0, 0])
+    experts(rows, torch.tensor([3, 0, 0, 0]), probs)
+    assert chosen == ["grouped" if is_grouped else "sequential"]
 
 
 @pytest.mark.parametrize("kind", [GroupedMLP, SequentialMLP])
@@ -469,24 +417,3 @@ def test_steps_under_data_parallelism(overlaps: bool, dtype: torch.dtype, monkey
     assert_equal(found, train(theirs))
     assert len(turns) == num_forwards
     assert num_waits == len(waits) - num_waits == (num_forwards * num_weights if overlaps else 0)
-
-
-@pytest.mark.parametrize("modules", [None, ["moe"]], ids=["kept", "recomputed"])
-def test_layer_of_the_spec_equals_one_with_sequential_experts(modules) -> None:
-    recompute = {"recompute_granularity": "selective", "recompute_modules": modules} if modules else {}
-    config = make_config(6, 2, **recompute)
-    mask = make_mask(random_visible_sets(2, 1, 9, 6))
-    layers = [make_layer(config, mask) for _ in range(2)]
-    assert type(layers[0].experts) is GroupedMLP
-    layers[1].experts.__class__ = SequentialMLP
-    results = []
-    for layer in layers:
-        draw_parameters(layer)
-        hidden = torch.randn(7, 2, 8, device=DEVICE, requires_grad=True)
-        token_ids = torch.randint(0, 9, (2, 7), device=DEVICE)
-        output, _ = layer(hidden, padding_mask=token_ids)
-        output.backward(torch.randn_like(output))
-        results.append(
-            {"output": output.detach(), "hidden": hidden.grad} | {n: p.grad for n, p in layer.named_parameters()}
-        )
-    assert_equal(*results)

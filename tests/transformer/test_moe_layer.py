@@ -1,6 +1,5 @@
 """The layer against a plain loop over tokens, on one rank and on two ranks."""
 
-from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import Any
 
@@ -8,7 +7,6 @@ import pytest
 import torch
 from megatron.core.transformer.moe.moe_utils import MoEAuxLossAutoScaler
 from safetensors.torch import load_file
-from support.kernels import kernels_on_cpu
 from support.launchers import RANK_SCRIPTS, RunRanks
 from support.ranks.parallel_layer_ranks import CASES, LAYOUTS, is_possible, run_case
 from support.small_moe import (
@@ -17,6 +15,7 @@ from support.small_moe import (
     make_config,
     make_layer,
     make_mask,
+    process_groups,
     random_visible_sets,
     reference_routing,
 )
@@ -210,23 +209,17 @@ def test_refuses_what_it_cannot_route() -> None:
 
 def test_planned_layer_without_a_plan_fails() -> None:
     layer = make_layer(make_config(), make_mask(random_visible_sets(0, 1, 9, 4)))
-    layer.dispatcher = build_dispatcher(DispatchKind.PLANNED, layer)
+    layer.dispatcher = build_dispatcher(DispatchKind.PLANNED, layer, process_groups())
     hidden, token_ids = torch.randn(3, 1, 8, device=DEVICE), torch.zeros(1, 3, dtype=torch.int64, device=DEVICE)
     with pytest.raises(RuntimeError, match="planned dispatch got token ids without a plan"):
         layer(hidden, padding_mask=token_ids)
 
 
-@pytest.fixture(scope="module", params=["torch", pytest.param("kernels", marks=pytest.mark.slow)])
-def way(request: pytest.FixtureRequest) -> str:
-    """Return whether torch or Triton kernels compute."""
-    return request.param
-
-
 @pytest.fixture(scope="module")
-def two_ranks(way: str, run_ranks: RunRanks, tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Tensor]]:
-    """Return the results of each of two ranks for all layouts and cases, with torch or with Triton kernels."""
+def two_ranks(run_ranks: RunRanks, tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Tensor]]:
+    """Return the results of each of two ranks for all layouts and cases."""
     folder = tmp_path_factory.mktemp("parallel_layer")
-    run_ranks(RANK_SCRIPTS / "parallel_layer_ranks.py", folder, way)
+    run_ranks(RANK_SCRIPTS / "parallel_layer_ranks.py", folder)
     return [load_file(folder / f"rank{rank}.safetensors") for rank in range(2)]
 
 
@@ -239,11 +232,8 @@ def two_ranks(way: str, run_ranks: RunRanks, tmp_path_factory: pytest.TempPathFa
         if is_possible(layout, case) and not layout.endswith("_with_losses")
     ],
 )
-def test_two_ranks_equal_one(layout: str, case: str, way: str, two_ranks: list[dict[str, Tensor]]) -> None:
-    # Scores that are rounded to 0 tie, and kernels prefer another one of the tied experts than torch.
-    has_ties = way == "kernels" and case == "rounded_weights"
-    with kernels_on_cpu() if has_ties else nullcontext():
-        whole = {key: value.cpu() for key, value in run_case(layout, case).items()}
+def test_two_ranks_equal_one(layout: str, case: str, two_ranks: list[dict[str, Tensor]]) -> None:
+    whole = {key: value.cpu() for key, value in run_case(layout, case).items()}
     prefix = f"{layout}/{case}/"
     ranks = [{k.removeprefix(prefix): v for k, v in rank.items() if k.startswith(prefix)} for rank in two_ranks]
     assert ranks[0].keys() | ranks[1].keys() == whole.keys()

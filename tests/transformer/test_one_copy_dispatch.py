@@ -16,18 +16,8 @@ from maskmoe.transformer.dispatch.kind import DispatchKind
 def test_equals_one_process(tmp_path: Path, num_ranks: int, run_ranks: RunRanks) -> None:
     """Outputs and gradients equal up to rounding of sums of at most 32 terms, and every row crosses once."""
     run_ranks(RANK_SCRIPTS / "one_copy_ranks.py", tmp_path, 60, world_size=num_ranks, timeout=240)
-    check_results(tmp_path, num_ranks)
-
-
-def test_kernels_equal_one_process(tmp_path: Path, run_ranks: RunRanks) -> None:
-    run_ranks(RANK_SCRIPTS / "one_copy_ranks.py", tmp_path, 5, "kernels", world_size=2)
-    check_results(tmp_path, 2)
-
-
-def check_results(folder: Path, num_ranks: int) -> None:
-    """Check what `one_copy_ranks.py` wrote."""
     for rank in range(num_ranks):
-        for result in json.loads((folder / f"rank{rank}.json").read_text()):
+        for result in json.loads((tmp_path / f"rank{rank}.json").read_text()):
             assert all(result[name] < 1e-5 for name in ("output", "hidden", "weights")), result
             assert result["scales"] < 1e-4, result
             if num_ranks > 1:

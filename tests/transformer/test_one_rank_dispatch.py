@@ -4,13 +4,21 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from support.small_moe import DEVICE, draw_parameters, make_config, make_layer, make_mask, random_visible_sets
+from support.small_moe import (
+    DEVICE,
+    draw_parameters,
+    make_config,
+    make_layer,
+    make_mask,
+    process_groups,
+    random_visible_sets,
+)
 from torch import Tensor
 
 from maskmoe.megatron_compat import cpu
 from maskmoe.transformer.dispatch.choose import choose_dispatch
 from maskmoe.transformer.dispatch.kind import DispatchKind
-from maskmoe.transformer.dispatch.one_rank import OneRankDispatcher
+from maskmoe.transformer.dispatch.one_copy import OneRankDispatcher
 from maskmoe.transformer.dispatch.stock import StockDispatcher
 from maskmoe.transformer.moe_layer import MaskMoELayer
 
@@ -42,7 +50,7 @@ def test_layer_is_bit_equal_to_one_with_megatrons_dispatcher(topk: int, sizes: t
     hidden, gradient = torch.randn(2, 11, 3, 8, device=DEVICE).to(config.params_dtype)
     token_ids = torch.randint(0, 30, (3, 11), device=DEVICE)
     found = compute(layer, hidden, token_ids, gradient)
-    layer.dispatcher = StockDispatcher(layer)
+    layer.dispatcher = StockDispatcher(layer, process_groups())
     expected = compute(layer, hidden, token_ids, gradient)
     assert found.keys() == expected.keys()
     for name, value in expected.items():

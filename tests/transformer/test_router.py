@@ -12,7 +12,7 @@ from megatron.core.distributed.finalize_model_grads import reset_model_temporary
 from megatron.core.transformer.moe.moe_utils import MoEAuxLossAutoScaler
 from megatron.core.transformer.moe.router import TopKRouter
 from support.pairwise import pairwise
-from support.router_cases import ALL_BALANCING_LOSSES, LOSSES, SCORES, Case, cases
+from support.router_cases import ALL_BALANCING_LOSSES, LOSSES, Case, cases
 from support.small_moe import (
     DEVICE,
     make_config,
@@ -27,7 +27,6 @@ from torch import Tensor
 
 from maskmoe.routing_mask.assignment import MaskRecipe, build_routing_mask
 from maskmoe.routing_mask.frequency import TokenFrequency
-from maskmoe.routing_mask.mask import HashLayers
 from maskmoe.transformer.router import MaskMoERouter
 from maskmoe.transformer.token_ids import TokenIds
 
@@ -276,40 +275,6 @@ def test_one_visible_expert_is_a_table_lookup(scale, topk, pre_softmax, aux_loss
         assert torch.equal(routed.input_grad, torch.zeros_like(routed.input_grad))
 
 
-OTHER_LAYERS = {
-    "SMoE": MaskRecipe.from_preset("smoe", 8, 4),
-    "MaskMoE": MaskRecipe(8, 4, "uniform", 0.5, frequent_visible_experts=4),
-}
-
-
-@pytest.mark.parametrize("other", OTHER_LAYERS)
-@pytest.mark.parametrize(("visible", "topk"), [(1, 1), (2, 2)])
-def test_hash_layers_route_by_their_table_and_other_layers_as_without(other, visible, topk):
-    """The first two of four layers are hash layers with V = k; all layers are compared bit by bit."""
-    vocab_size = 40
-    counts = np.arange(vocab_size, 0, -1, dtype=np.int64)[None]
-    dataset = {"name": "text", "num_tokens": int(counts.sum()), "idx_sha256": "0" * 64, "bin_bytes": 0}
-    frequency = TokenFrequency(counts, (None,), (dataset,), None)
-    recipe = OTHER_LAYERS[other]
-    mixed = replace(recipe, hash_layers=HashLayers(2, visible, "uniform"))
-    mixed_mask, plain_mask = (build_routing_mask(each, frequency=frequency) for each in (mixed, recipe))
-    config = make_config(8, topk, num_layers=4, moe_router_pre_softmax=True, **LOSSES)
-    hidden = torch.randn(16, 3, config.hidden_size, device=DEVICE)
-    ids = torch.randint(0, vocab_size, (16, 3), device=DEVICE)
-    for layer in range(4):
-        router = make_router(config, mixed_mask, layer + 1)
-        routed = route(router, hidden, TokenIds(ids))
-        if layer < 2:
-            table = torch.from_numpy(mixed_mask.visible_sets(layer)).to(DEVICE)
-            assert torch.equal(routed.routing_map, table[ids.flatten()])
-            assert visible > 1 or torch.equal(routed.probs, routed.routing_map.to(routed.probs))
-        else:
-            plain = make_router(config, plain_mask, layer + 1)
-            plain.load_state_dict(router.state_dict())
-            assert_bit_equal(routed, route(plain, hidden, TokenIds(ids)))
-            assert mixed_mask.num_visible_of_layer(layer).max() > topk
-
-
 @pytest.mark.parametrize("aux_loss_tokens", ["all", "routable"])
 @pytest.mark.parametrize(("topk", "pre_softmax"), [(1, True), (3, True), (3, False)])
 def test_single_expert_tokens_send_no_gradient_among_others(topk, pre_softmax, aux_loss_tokens) -> None:
@@ -428,19 +393,6 @@ def test_nothing_invisible_is_ever_used(case: Case, scale: float) -> None:
         assert grad.isfinite().all()
 
 
-@pytest.mark.parametrize("groups", [None, (5, 2)])
-@pytest.mark.parametrize("scores", SCORES)
-def test_logits_without_a_value_select_visible_experts(scores: str, groups) -> None:
-    """A model that has diverged must report NaN losses instead of failing in the dispatcher."""
-    case = Case(0, 20, 4, (5, 3), scores, "all", groups=groups)
-    _, routing_map = case.router().routing(torch.full_like(case.logits(1), float("nan")), case.token_ids)
-    assert not (routing_map & ~case.visible).any()
-    num_selected = routing_map.sum(dim=1)
-    if groups is None:
-        assert torch.equal(num_selected, case.visible.sum(dim=1).clamp(max=4))
-    assert (num_selected >= 1).all()
-
-
 def test_balancing_losses_count_visible_experts_only() -> None:
     """The scores of visible experts round to 0 here, which is the score of invisible experts."""
     visible = np.eye(6, dtype=bool)[None, 1:]  # id i sees expert 0 and expert i + 1
@@ -538,8 +490,3 @@ def test_token_ids_beyond_the_vocabulary_are_refused() -> None:
     for token_id in (20, -1):
         with pytest.raises(IndexError):
             router(torch.randn(1, 1, 8), TokenIds(torch.tensor([[token_id]])))
-
-
-def test_router_registers_no_second_copy_of_the_mask() -> None:
-    router = make_router(make_config(), all_visible_mask("smoe", 20, 4))
-    assert router.state_dict().keys() == {"weight"}

@@ -9,7 +9,6 @@ import torch
 from hypothesis import given, settings
 from megatron.core.transformer.moe.router import TopKRouter
 from megatron.core.transformer.moe.router_replay import RouterReplay, RouterReplayAction
-from support.kernels import kernels_on_cpu
 from support.router_cases import Case, cases
 from support.small_moe import DEVICE, make_config, make_mask, make_model, make_router, process_groups, take_metrics
 from torch import Tensor
@@ -215,10 +214,3 @@ def test_recomputation_replays_the_choices() -> None:
     for ours, fully, selectively in zip(plain, full, selective, strict=True):
         assert torch.equal(ours, fully)
         assert torch.equal(ours, selectively)
-
-
-def test_no_kernel_routes() -> None:
-    logits = torch.randn(4, 1, NUM_EXPERTS)
-    with kernels_on_cpu():
-        assert not masked_router()._runs_kernel(logits)
-        assert make_router(make_config(NUM_EXPERTS, TOPK), make_mask(VISIBLE))._runs_kernel(logits)

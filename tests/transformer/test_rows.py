@@ -1,17 +1,14 @@
-"""Copies of rows, their sums, and their exchange against loops and autograd."""
-
-from collections.abc import Iterator
-from types import SimpleNamespace
+"""Copies of rows, their sums, their exchange, and their way to the experts, against loops and autograd."""
 
 import pytest
 import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from support.kernels import kernels_on_cpu
+from megatron.core.transformer.moe import moe_utils
 from support.small_moe import DEVICE, process_groups
-from torch import Tensor
+from torch import Size, Tensor
 
-from maskmoe.transformer.dispatch.rows import RowBuffers, RowCopies, RowExchange, SortedCopies, copies_of_map
+from maskmoe.transformer.dispatch.rows import CopyToExperts, RowBuffers, RowCopies, RowExchange
 
 FEATURES = 3
 
@@ -27,19 +24,7 @@ def maps(draw: st.DrawFn) -> Tensor:
 def copies_of(chosen: Tensor, columns: slice = slice(None)) -> RowCopies:
     copied = chosen[:, columns]
     has_every_row = bool(copied.any(dim=1).all())
-    return copies_of_map(chosen, int(copied.sum()), chosen.shape[1], columns, has_every_row)
-
-
-@pytest.fixture(params=["torch", "kernels"])
-def implementation(request: pytest.FixtureRequest) -> Iterator[type[RowCopies]]:
-    """Let `copies_of_map` return each kind of `RowCopies`; return the kind."""
-    from maskmoe.transformer.kernels.row_copies import SlottedCopies
-
-    if request.param == "kernels":
-        with kernels_on_cpu():
-            yield SlottedCopies
-    else:
-        yield SortedCopies
+    return RowCopies.from_map(chosen, int(copied.sum()), columns, has_every_row)
 
 
 def whole_numbers(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
@@ -47,9 +32,9 @@ def whole_numbers(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
     return torch.randint(-8, 8, shape, device=DEVICE).to(dtype)
 
 
-@settings(max_examples=40, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=40)
 @given(chosen=maps(), dtype=st.sampled_from([torch.float32, torch.bfloat16, torch.float64]), data=st.data())
-def test_copy_and_sum(implementation: type[RowCopies], chosen: Tensor, dtype: torch.dtype, data: st.DataObject) -> None:
+def test_copy_and_sum(chosen: Tensor, dtype: torch.dtype, data: st.DataObject) -> None:
     first = data.draw(st.integers(0, chosen.shape[1] - 1))
     columns = slice(first, data.draw(st.integers(first + 1, chosen.shape[1])))
     expected = [
@@ -57,9 +42,7 @@ def test_copy_and_sum(implementation: type[RowCopies], chosen: Tensor, dtype: to
     ]
     rows = torch.tensor([row for row, _ in expected], dtype=torch.int64, device=DEVICE)
     copies = copies_of(chosen, columns)
-    assert isinstance(copies, implementation)
     assert copies.source.tolist() == [row * chosen.shape[1] + target for row, target in expected]
-    assert copies.num_rows == len(chosen)
 
     values = whole_numbers(len(chosen), FEATURES, dtype=dtype).requires_grad_()
     taken = copies.copy_rows_with_gradient(values, RowBuffers())
@@ -73,9 +56,7 @@ def test_copy_and_sum(implementation: type[RowCopies], chosen: Tensor, dtype: to
     assert torch.equal(copies.sum_copies(gradient, out=torch.empty_like(sums)), sums)
     assert torch.equal(copies.copy_rows(values.detach(), out=torch.empty_like(gradient)), taken)
     weights = torch.arange(chosen.numel(), device=DEVICE).view_as(chosen)
-    assert torch.equal(copies.pick(weights), copies.source.long())
-    if chosen[:, columns].any(dim=1).all():
-        assert torch.equal(taken.index_select(0, copies.first_copies), values)
+    assert torch.equal(copies.pick(weights), copies.source)
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
@@ -85,27 +66,6 @@ def test_sums_are_rounded(dtype: torch.dtype) -> None:
     assert torch.equal(copies.sum_copies(values), (values[:200].float() + values[200:].float()).to(dtype))
 
 
-def test_room_for_more_copies_than_there_are(implementation: type[RowCopies]) -> None:
-    """Kernels may be given more room, since the host does not yet know the number of copies."""
-    chosen = torch.tensor([[True, False], [True, True], [False, False]], device=DEVICE)
-    with kernels_on_cpu():
-        copies = copies_of_map(chosen, 6, 2)
-    values = whole_numbers(3, FEATURES)
-    assert torch.equal(copies.copy_rows(values)[:3], values[[0, 1, 1]])
-    assert torch.equal(copies.sum_copies(values), torch.stack([values[0], values[1] + values[2], 0 * values[0]]))
-    assert copies.pick(torch.arange(6, device=DEVICE).view(3, 2), 3).tolist() == [0, 2, 3]
-
-
-def test_many_rows_and_targets(implementation: type[RowCopies]) -> None:
-    """Rows, targets and features that fill several blocks of the kernels, and not whole ones."""
-    chosen = torch.rand(90, 70, device=DEVICE) < 0.05
-    copies = copies_of(chosen)
-    rows = chosen.t().nonzero()[:, 1]
-    values = whole_numbers(90, 300)
-    assert torch.equal(copies.copy_rows(values), values[rows])
-    assert torch.equal(copies.sum_copies(values[rows]), values * chosen.sum(dim=1, keepdim=True))
-
-
 @pytest.mark.parametrize("is_permutation", [True, False])
 def test_permutation_is_recognized(is_permutation: bool) -> None:
     copied = torch.eye(3, dtype=torch.bool, device=DEVICE)[[1, 2, 0]]
@@ -113,9 +73,9 @@ def test_permutation_is_recognized(is_permutation: bool) -> None:
     assert copies_of(copied).is_permutation is is_permutation
 
 
-@settings(max_examples=40, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=40)
 @given(to_ranks=maps())
-def test_exchange_with_this_rank_alone(implementation: type[RowCopies], to_ranks: Tensor) -> None:
+def test_exchange_with_this_rank_alone(to_ranks: Tensor) -> None:
     """Dispatch copies rows, combine adds the copies, and each is the gradient of the other."""
     exchange = exchange_alone(copies_of(to_ranks))
     rows = to_ranks.t().nonzero()[:, 1]
@@ -136,12 +96,12 @@ def test_exchange_with_this_rank_alone(implementation: type[RowCopies], to_ranks
 
 def exchange_alone(copies: RowCopies) -> RowExchange:
     """Return an exchange of this rank with itself."""
-    counts = SimpleNamespace(rows_to=(len(copies.source),), rows_from=(len(copies.source),))
-    return RowExchange(process_groups().ep, RowBuffers(), copies, counts)
+    num_rows = (len(copies.rows),)
+    return RowExchange(process_groups().ep, RowBuffers(), copies, num_rows, num_rows)
 
 
 def test_reused_buffers_keep_earlier_sums() -> None:
-    exchange = exchange_alone(SortedCopies.permutations(torch.tensor([[2, 0, 1]], device=DEVICE))[0])
+    exchange = exchange_alone(RowCopies.permutations(torch.tensor([[2, 0, 1]], device=DEVICE))[0])
     first, second = whole_numbers(3, FEATURES), whole_numbers(3, FEATURES) + 100
     combined = exchange.combine(exchange.dispatch(first))
     exchange.combine(exchange.dispatch(second))
@@ -149,13 +109,17 @@ def test_reused_buffers_keep_earlier_sums() -> None:
 
 
 @pytest.mark.skipif(DEVICE.type != "cpu", reason="only buffers on the host are reused")
-def test_overwritten_rows_that_autograd_saved_are_an_error() -> None:
-    exchange = exchange_alone(SortedCopies.permutations(torch.tensor([[2, 0, 1]], device=DEVICE))[0])
+def test_overwritten_rows_that_autograd_saved_are_an_error_unless_they_are_kept() -> None:
+    exchange = exchange_alone(RowCopies.permutations(torch.tensor([[2, 0, 1]], device=DEVICE))[0])
     weight = whole_numbers(FEATURES, FEATURES).requires_grad_()
     product = exchange.dispatch(whole_numbers(3, FEATURES).requires_grad_()) @ weight
     exchange.dispatch(whole_numbers(3, FEATURES))
     with pytest.raises(RuntimeError, match="modified inplace"):
         product.sum().backward()
+
+    product = exchange.dispatch(whole_numbers(3, FEATURES).requires_grad_(), is_kept=True) @ weight
+    exchange.dispatch(whole_numbers(3, FEATURES))
+    product.sum().backward()
 
 
 def test_buffers_grow_and_are_reused() -> None:
@@ -166,3 +130,62 @@ def test_buffers_grow_and_are_reused() -> None:
     assert buffers.get("receive", like, 2).data_ptr() != large.data_ptr()
     assert buffers.get("send", like.double(), 2).dtype == torch.float64
     assert buffers.get("send", like, 9).shape == (9, FEATURES)
+
+
+def permute(rows: Tensor, weights: Tensor, chosen: Tensor, num_out_tokens: int) -> tuple[Tensor, Tensor, Tensor]:
+    """Do in plain torch what Transformer Engine's `moe_permute_with_probs` does."""
+    targets, sources = chosen.t().nonzero(as_tuple=True)
+    assert len(sources) == num_out_tokens > 0
+    row_id_map = torch.full((len(rows), 2 * chosen.shape[1] + 1), 99, dtype=torch.int32)
+    for row in range(len(rows)):
+        positions = (sources == row).nonzero().flatten().flip(0)
+        row_id_map[row, : len(positions)] = positions
+        row_id_map[row, -1] = len(positions)
+    return rows[sources], weights[sources, targets], row_id_map
+
+
+def unpermute(copies: Tensor, row_id_map: Tensor, restore_shape: Size) -> Tensor:
+    """Do in plain torch what Transformer Engine's `moe_unpermute` does."""
+    return torch.stack([copies[row[: row[-1]]].sum(dim=0) for row in row_id_map]).view(restore_shape)
+
+
+@pytest.fixture(params=[False, True], ids=["torch", "transformer engine"])
+def uses_transformer_engine(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> bool:
+    """Return whether a stand-in for Transformer Engine copies the rows to the experts."""
+    monkeypatch.setattr(moe_utils, "fused_permute_with_probs", permute)
+    monkeypatch.setattr(moe_utils, "fused_unpermute", unpermute)
+    return request.param
+
+
+@st.composite
+def choices(draw: st.DrawFn) -> tuple[Tensor, slice]:
+    """Draw which experts are chosen for each row: bool [rows, experts], at least one of the local experts."""
+    num_experts, num_rows = draw(st.integers(1, 6)), draw(st.integers(0, 6))
+    first = draw(st.integers(0, num_experts - 1))
+    local = slice(first, draw(st.integers(first + 1, num_experts)))
+    chosen = torch.zeros(num_rows, num_experts, dtype=torch.bool, device=DEVICE)
+    for row in range(num_rows):
+        experts = draw(st.sets(st.integers(local.start, local.stop - 1), min_size=1))
+        chosen[row, list(experts)] = True
+    return chosen, local
+
+
+@settings(max_examples=40, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(choice=choices())
+def test_rows_of_experts(uses_transformer_engine: bool, choice: tuple[Tensor, slice]) -> None:
+    """Whole numbers have exact sums, so any order of additions gives the same bits."""
+    chosen, local = choice
+    targets, sources = chosen.t().nonzero(as_tuple=True)
+    rows = torch.randint(-8, 8, (len(chosen), FEATURES), device=DEVICE).float().requires_grad_()
+    weights = torch.randint(1, 8, chosen.shape, device=DEVICE).float().requires_grad_()
+    copy_to_experts = CopyToExperts(local, RowBuffers(), uses_transformer_engine)
+    expert_rows = copy_to_experts(rows, weights, chosen, len(sources))
+    assert torch.equal(expert_rows.values, rows[sources])
+    assert torch.equal(expert_rows.weights, weights[sources, targets])
+
+    outputs = expert_rows.values * expert_rows.weights.unsqueeze(1)
+    sums = expert_rows.sum_outputs(outputs)
+    expected = (rows.unsqueeze(1) * (weights * chosen).unsqueeze(2)).sum(dim=1)
+    assert torch.equal(sums, expected)
+    gradients = torch.autograd.grad(sums.sum(), [rows, weights])
+    assert all(map(torch.equal, gradients, torch.autograd.grad(expected.sum(), [rows, weights])))

@@ -4,12 +4,13 @@ import pytest
 import torch
 from support.small_moe import DEVICE, make_config, make_layer, make_mask, process_groups, random_visible_sets
 
-from maskmoe.transformer.dispatch.stock import MaskMoEAlltoAllTokenDispatcher
+from maskmoe.transformer.dispatch.stock import MaskMoEAlltoAllTokenDispatcher, StockDispatcher
 
 
 @pytest.mark.parametrize(("sizes", "counts_rows"), [((1, 4), True), ((2, 4), False), ((3,), False)])
 def test_layer_counts_rows_only_where_their_number_varies(sizes: tuple[int, ...], counts_rows: bool) -> None:
     layer = make_layer(make_config(4, topk=2), make_mask(random_visible_sets(0, 1, 30, 4, sizes)))
+    layer.dispatcher = StockDispatcher(layer, process_groups())
     assert type(layer.token_dispatcher) is MaskMoEAlltoAllTokenDispatcher
     assert layer.token_dispatcher.counts_rows is counts_rows
 

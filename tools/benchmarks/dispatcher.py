@@ -69,8 +69,8 @@ def dispatch_ours(
 ) -> Callable[[], None]:
     """Return work that dispatches in the way that a MaskMoE layer chooses for these tokens."""
     token_ids = tokens.plan_ids()
-    routed_ids = token_ids.plan.of_table[0].received_ids if token_ids.plan else token_ids
-    routing_map = choose(tokens, routed_ids.ids.flatten(), config.moe_router_topk)
+    routed_ids = token_ids.plan.of_table[0].received_ids if token_ids.plan else token_ids.ids
+    routing_map = choose(tokens, routed_ids.flatten(), config.moe_router_topk)
     if tokens.kind is DispatchKind.STOCK:
         alltoall = MaskMoEAlltoAllTokenDispatcher(
             *_local_experts(config, groups), config, groups, min_visible=tokens.visible_experts.min_visible

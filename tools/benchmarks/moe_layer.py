@@ -54,7 +54,7 @@ def build_layers(
     for layer in layers:
         layer.set_layer_number(1)
     ours, stock = layers
-    ours.dispatcher = build_dispatcher(tokens.kind, ours)
+    ours.dispatcher = build_dispatcher(tokens.kind, ours, groups)
     return ours, stock
 
 

@@ -17,7 +17,7 @@ from maskmoe.routing_mask.assignment import MaskRecipe
 from maskmoe.routing_mask.mask import RoutingMask
 from maskmoe.transformer.dispatch.choose import choose_dispatch
 from maskmoe.transformer.dispatch.kind import DispatchKind
-from maskmoe.transformer.dispatch.plan import DispatchPlanner
+from maskmoe.transformer.dispatch.planned import DispatchPlanner
 from maskmoe.transformer.token_ids import TokenIds
 from maskmoe.transformer.visible_experts import VisibleExperts
 

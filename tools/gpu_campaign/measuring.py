@@ -82,57 +82,6 @@ def comparison(
     return Step(name, title, limit, commands, read, measures=True)
 
 
-def kernel_counts() -> Step:
-    """Return the step that counts kernels and host waits of the parts of a layer, forward and backward."""
-    arguments = ("--tokens", "4096", "--hidden-size", "2048", "--experts", "8/64", "--ffn-hidden-size", "1024")
-    small = ("--tokens", "64", "--hidden-size", "64", "--experts", "2/4", "--ffn-hidden-size", "32")
-
-    def file(context: Context, engine: str) -> Path:
-        return context.folder("kernels") / f"{engine}.json"
-
-    def commands(context: Context) -> list[Command]:
-        chosen = (*(small if context.is_dry_run else arguments), *_DTYPE)
-        return [
-            _benchmark(context, "kernels", _num_ranks(context), (*chosen, *flags, "--json", str(file(context, engine))))
-            for engine, flags in _engines(context).items()
-        ]
-
-    def read(context: Context) -> Findings:
-        counts = {engine: json.loads(file(context, engine).read_text()) for engine in _engines(context)}
-        missing = [
-            f"{part} ({engine} modules) launched no kernel"
-            for engine, counted in counts.items()
-            for part, of in counted.items()
-            if not context.is_dry_run and not of["forward"]["kernels"]
-        ]
-        return Findings(
-            facts={"layer": " ".join(arguments), "ranks": _num_ranks(context)},
-            tables=tuple(_table_of_counts(engine, counted) for engine, counted in counts.items()),
-            problems=tuple(missing),
-        )
-
-    return Step("kernels", "Kernels and host waits of an MoE layer", 75, commands, read, measures=True)
-
-
-def _table_of_counts(engine: str, counted: dict[str, Any]) -> Table:
-    """Return the table of one kind of modules."""
-    quantities = {
-        "kernels": lambda cost: cost["kernels"],
-        "copies": lambda cost: cost["copies"],
-        "host waits": lambda cost: cost["host_waits"],
-        "device time (ms)": lambda cost: 1e3 * cost["device_seconds"],
-    }
-    directions = ("forward", "backward")
-    return Table(
-        title=f"Counted by the profiler, {engine} modules",
-        columns=("part", *(f"{name}, {direction}" for name in quantities for direction in directions)),
-        rows=tuple(
-            (part, *(value(of[direction]) for value in quantities.values() for direction in directions))
-            for part, of in counted.items()
-        ),
-    )
-
-
 def _engines(context: Context) -> dict[str, tuple[str, ...]]:
     """Return the flags of a benchmark for each kind of modules that this machine can run."""
     has_engine = context.has_transformer_engine and not context.is_dry_run

@@ -3,19 +3,12 @@
 import json
 import sys
 from collections import Counter
-from functools import partial
 from xml.etree import ElementTree
 
-from gpu_campaign.measuring import MEASUREMENTS, kernel_counts
+from gpu_campaign.measuring import MEASUREMENTS
 from gpu_campaign.results import Cell, Findings, Table
 from gpu_campaign.step import Command, Context, Step
 from gpu_campaign.training import data_commands, read_data, read_training, training_commands
-
-_KERNEL_TESTS = (
-    *("tests/transformer/test_rows.py", "tests/transformer/test_to_experts.py"),
-    "tests/transformer/test_grouped_product.py",
-    "tests/transformer/test_routing_kernel.py::test_visible_sets_of_every_size",
-)
 
 
 def _probe(context: Context) -> list[Command]:
@@ -29,26 +22,16 @@ def _read_probe(context: Context) -> Findings:
     return Findings(facts=facts, problems=(problem,) if missed else ())
 
 
-def _pytest(context: Context, step: str, *selection: str) -> list[Command]:
-    report = context.folder(step) / "junit.xml"
+def _tests(context: Context) -> list[Command]:
+    """Run the tests with the mark `gpu`; in a dry run, the tests that differ from them only in the device."""
+    report = context.folder("tests") / "junit.xml"
+    selection = ("-m", "not gpu", "tests/gpu") if context.is_dry_run else ("-m", "gpu", "tests")
     return [Command((sys.executable, "-m", "pytest", "-q", "--no-header", f"--junitxml={report}", *selection))]
 
 
-def _tests(context: Context) -> list[Command]:
-    """Run the tests with the mark `gpu`; in a dry run, the tests that differ from them only in the device."""
-    return _pytest(
-        context, "tests", *(("-m", "not gpu", "tests/gpu") if context.is_dry_run else ("-m", "gpu", "tests"))
-    )
-
-
-def _triton(context: Context) -> list[Command]:
-    """Run tests of Triton kernels; in a dry run, in Triton's interpreter. Few tests, since each shape is compiled."""
-    return _pytest(context, "triton", "-m", "not slow", *_KERNEL_TESTS)
-
-
-def _read_tests(context: Context, step: str) -> Findings:
+def _read_tests(context: Context) -> Findings:
     outcomes, rows = Counter[str](), list[tuple[Cell, ...]]()
-    for case in ElementTree.parse(context.folder(step) / "junit.xml").iter("testcase"):
+    for case in ElementTree.parse(context.folder("tests") / "junit.xml").iter("testcase"):
         notes = [(note.tag, note.get("message") or "") for note in case if note.tag in ("failure", "error", "skipped")]
         outcome, message = notes[0] if notes else ("passed", "")
         outcomes[outcome] += 1
@@ -65,10 +48,8 @@ def _read_tests(context: Context, step: str) -> Findings:
 
 STEPS = (
     Step("cuda", "CUDA is used", 60, _probe, _read_probe),
-    Step("tests", "Tests on one GPU and on all GPUs", 300, _tests, partial(_read_tests, step="tests")),
-    Step("triton", "Triton kernels against plain torch", 200, _triton, partial(_read_tests, step="triton")),
+    Step("tests", "Tests on one GPU and on all GPUs", 300, _tests, _read_tests),
     Step("data", "Data, made on this machine", 90, data_commands, read_data),
     Step("training", "Training of the laptop model in bf16 against the CPU", 240, training_commands, read_training),
-    kernel_counts(),
     *MEASUREMENTS,
 )

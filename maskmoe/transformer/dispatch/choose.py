@@ -10,8 +10,7 @@ from torch import Tensor
 
 from maskmoe.megatron_compat import cpu
 from maskmoe.transformer.dispatch.kind import DispatchKind
-from maskmoe.transformer.dispatch.one_copy import OneCopyDispatcher, unchanged
-from maskmoe.transformer.dispatch.one_rank import OneRankDispatcher
+from maskmoe.transformer.dispatch.one_copy import OneCopyDispatcher, OneRankDispatcher, unchanged
 from maskmoe.transformer.dispatch.planned import PlannedDispatcher
 from maskmoe.transformer.dispatch.protocol import Dispatcher
 from maskmoe.transformer.dispatch.stock import StockDispatcher
@@ -23,10 +22,10 @@ def choose_dispatch(
     """Return the fastest kind of dispatch that supports all settings.
 
     Args:
-        config: the model's configuration.
-        pg_collection: process groups of the MoE layers.
-        is_rank_local: whether the visible experts of every id are on one expert-parallel rank.
-        is_mtp_layer: whether the layer belongs to multi-token prediction.
+        config: The model's configuration.
+        pg_collection: Process groups of the MoE layers.
+        is_rank_local: Whether the visible experts of every id are on one expert-parallel rank.
+        is_mtp_layer: Whether the layer belongs to multi-token prediction.
     """
     if (
         config.moe_token_dispatcher_type != "alltoall"
@@ -61,15 +60,16 @@ def choose_dispatch(
     return DispatchKind.STOCK if config.moe_router_topk == 1 or one_expert_per_rank else DispatchKind.ONE_COPY
 
 
-def build_dispatcher(kind: DispatchKind, layer: MoELayer) -> Dispatcher:
+def build_dispatcher(kind: DispatchKind, layer: MoELayer, pg_collection: ProcessGroupCollection) -> Dispatcher:
     """Build the dispatcher of an MoE layer.
 
     Args:
-        kind: the way to dispatch.
-        layer: the layer, with `token_dispatcher` set to Megatron's dispatcher.
+        kind: The way to dispatch.
+        layer: The layer.
+        pg_collection: Process groups of the layer.
     """
     if kind is DispatchKind.STOCK:
-        return StockDispatcher(layer)
+        return StockDispatcher(layer, pg_collection)
     if kind is DispatchKind.PLANNED:
         return PlannedDispatcher(layer.config, layer.ep_group)
     compress, expand = _projections_of_latent_experts(layer) if layer.config.moe_latent_size else (unchanged, unchanged)

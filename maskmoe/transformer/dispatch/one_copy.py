@@ -1,7 +1,10 @@
-"""One-copy dispatch: an all-to-all that sends a token to each rank once, however many of the rank's experts it uses."""
+"""One-copy dispatch: an all-to-all that sends a token to each rank once, however many of the rank's experts it uses.
+
+On one rank of a CPU, nothing is sent, and `OneRankDispatcher` copies the rows to the experts.
+"""
 
 from collections.abc import Callable
-from functools import cached_property
+from typing import NamedTuple
 
 import torch
 from megatron.core.tensor_parallel.mappings import all_to_all
@@ -10,9 +13,7 @@ from torch import Tensor
 from torch.distributed import ProcessGroup
 
 from maskmoe.transformer.dispatch.protocol import Dispatched, Router
-from maskmoe.transformer.dispatch.rows import RowBuffers, RowExchange, copies_of_map
-from maskmoe.transformer.dispatch.to_experts import CopyToExperts, WayBack, local_experts
-from maskmoe.transformer.kernels import launching
+from maskmoe.transformer.dispatch.rows import CopyToExperts, DispatchRecord, RowBuffers, RowCopies, RowExchange
 from maskmoe.transformer.token_ids import TokenIds
 
 _NOT_SELECTED = -1.0
@@ -32,8 +33,8 @@ class OneCopyDispatcher:
     before they travel back. The same holds for the gradients. An all-to-all of hidden states therefore carries
     `ranks per token * hidden` elements instead of `experts per token * hidden`.
 
-    1. Choose experts. Count the rows for each rank and expert, exchange the counts, and start their copy to the host.
-    2. Copy the rows for each rank. The host waits for the counts.
+    1. Choose experts. Count the rows for each rank and expert, and exchange the counts. The host waits for the counts.
+    2. Copy the rows for each rank.
     3. All-to-all of the rows, and of the weights of the receiving rank's experts.
     4. Copy the received rows to the local experts.
     5. [experts]
@@ -45,10 +46,10 @@ class OneCopyDispatcher:
     bit-equal to the stock dispatcher's; with more experts, the order of additions differs.
 
     Args:
-        config: the model's configuration; every rank holds an equal, contiguous share of the experts.
-        ep_group: the expert-parallel ranks.
-        compress: maps hidden states [sequence, batch, hidden] to the width of the experts.
-        expand: maps the width of the experts to the width of hidden states.
+        config: The model's configuration; every rank holds an equal, contiguous share of the experts.
+        ep_group: The expert-parallel ranks.
+        compress: Maps hidden states [sequence, batch, hidden] to the width of the experts.
+        expand: Maps the width of the experts to the width of hidden states.
     """
 
     def __init__(
@@ -58,38 +59,29 @@ class OneCopyDispatcher:
         compress: Callable[[Tensor], Tensor] = unchanged,
         expand: Callable[[Tensor], Tensor] = unchanged,
     ) -> None:
+        assert config.num_moe_experts is not None
         self._group = ep_group
         self._compress, self._expand = compress, expand
         self._num_ranks = ep_group.size()
-        self._topk = config.moe_router_topk
-        experts = local_experts(config, ep_group)
-        self._num_local_experts = experts.stop - experts.start
+        num_local_experts = config.num_moe_experts // self._num_ranks
         self._buffers = RowBuffers()
-        self._copy_to_experts = CopyToExperts(
-            slice(0, self._num_local_experts), self._topk, self._buffers, config.moe_permute_fusion
-        )
-        self._stream = torch.cuda.Stream()
+        self._copy_to_experts = CopyToExperts(slice(0, num_local_experts), self._buffers, config.moe_permute_fusion)
 
     def route_and_dispatch(self, hidden_states: Tensor, token_ids: TokenIds, router: Router) -> Dispatched:
         """Choose experts and send one copy for each rank; see `Dispatcher`."""
         probs, routing_map = router(hidden_states, token_ids)
-        selected = routing_map.unflatten(
-            1, (self._num_ranks, self._num_local_experts)
-        )  # [tokens, ranks, local experts]
+        selected = routing_map.unflatten(1, (self._num_ranks, -1))  # [tokens, ranks, local experts]
         to_rank = selected.any(dim=-1)  # [tokens, ranks]
-        counts = ExchangedCounts(selected, to_rank, self._group, self._stream)
+        counts = exchange_counts(selected, to_rank, self._group)
 
-        # Kernels can copy rows before the host knows the number of copies.
-        max_copies = min(self._topk, self._num_ranks)
-        num_copies = len(to_rank) * max_copies if launching.runs_kernels(to_rank) else sum(counts.rows_to)
-        to_ranks = copies_of_map(to_rank, num_copies, max_copies)
-        exchange = RowExchange(self._group, self._buffers, to_ranks, counts)
+        to_ranks = RowCopies.from_map(to_rank, sum(counts.rows_to))
+        exchange = RowExchange(self._group, self._buffers, to_ranks, counts.rows_to, counts.rows_from)
         compressed = self._compress(hidden_states)
         rows = exchange.dispatch(compressed.flatten(0, 1))
 
         # Send weights along with the rows; they also tell the receiving rank which of its experts are selected.
         weights = probs.masked_fill(~routing_map, _NOT_SELECTED).unflatten(1, (self._num_ranks, -1))
-        weights = to_ranks.pick(weights, sum(counts.rows_to))
+        weights = to_ranks.pick(weights)
         # [rows, local experts]
         weights = all_to_all(self._group, weights, list(counts.rows_from), list(counts.rows_to))
         expert_rows = self._copy_to_experts(
@@ -99,53 +91,80 @@ class OneCopyDispatcher:
             expert_input=expert_rows.values,
             tokens_per_expert=counts.tokens_per_expert,
             weights=expert_rows.weights,
-            metadata=WayBack(exchange, expert_rows.sum_outputs, compressed.shape),
+            metadata=DispatchRecord(expert_rows.sum_outputs, compressed.shape, exchange),
         )
 
-    def combine(self, expert_output: Tensor, metadata: WayBack) -> Tensor:
+    def combine(self, expert_output: Tensor, metadata: DispatchRecord) -> Tensor:
         """Send outputs back and add them up; see `Dispatcher`."""
         return self._expand(metadata.combine(expert_output))
 
 
-class ExchangedCounts:
-    """Exchanges the numbers of rows of one layer, and copies the numbers to the host in the background.
+class ExchangedCounts(NamedTuple):
+    """The numbers of rows of one layer, on the host.
 
-    The host waits when it first reads a number, for an event of a side stream.
-
-    Args:
-        selected: bool [tokens, ranks, local experts], the selected experts.
-        to_rank: bool [tokens, ranks], the ranks that each token is sent to.
-        group: the ranks.
-        stream: copies to the host.
+    Attributes:
+        rows_to: The number of rows sent to each rank.
+        rows_from: The number of rows received from each rank.
+        tokens_per_expert: Int64 [local experts], the tokens of each local expert.
     """
 
-    def __init__(self, selected: Tensor, to_rank: Tensor, group: ProcessGroup, stream: torch.cuda.Stream) -> None:
-        counts = torch.cat([to_rank.sum(dim=0).unsqueeze(1), selected.sum(dim=0)], dim=1)  # [ranks, 1 + local experts]
-        both = torch.stack([counts, counts])  # [sent and received, ranks, 1 + local experts]
-        torch.distributed.all_to_all_single(both[1], counts, group=group)
-        stream.wait_stream(torch.cuda.current_stream())
-        with torch.cuda.stream(stream):
-            self._on_host = both.to("cpu", non_blocking=True)
-            self._event = stream.record_event()
-        both.record_stream(stream)
+    rows_to: tuple[int, ...]
+    rows_from: tuple[int, ...]
+    tokens_per_expert: Tensor
 
-    @cached_property
-    def _counts(self) -> Tensor:
-        """Wait for the counts; int64 [sent and received, ranks, 1 + local experts], on the host."""
-        self._event.synchronize()
-        return self._on_host
 
-    @cached_property
-    def rows_to(self) -> tuple[int, ...]:
-        """The number of rows sent to each rank."""
-        return tuple(self._counts[0, :, 0].tolist())
+def exchange_counts(selected: Tensor, to_rank: Tensor, group: ProcessGroup) -> ExchangedCounts:
+    """Exchange the numbers of rows of one layer; the host waits for the result.
 
-    @cached_property
-    def rows_from(self) -> tuple[int, ...]:
-        """The number of rows received from each rank."""
-        return tuple(self._counts[1, :, 0].tolist())
+    Args:
+        selected: Bool [tokens, ranks, local experts], the selected experts.
+        to_rank: Bool [tokens, ranks], the ranks that each token is sent to.
+        group: The ranks.
+    """
+    counts = torch.cat([to_rank.sum(dim=0).unsqueeze(1), selected.sum(dim=0)], dim=1)  # [ranks, 1 + local experts]
+    both = torch.stack([counts, counts])
+    torch.distributed.all_to_all_single(both[1], counts, group=group)
+    sent, received = both.cpu()
+    return ExchangedCounts(
+        rows_to=tuple(sent[:, 0].tolist()),
+        rows_from=tuple(received[:, 0].tolist()),
+        tokens_per_expert=received[:, 1:].sum(dim=0),
+    )
 
-    @cached_property
-    def tokens_per_expert(self) -> Tensor:
-        """The tokens of each local expert, int64 [local experts], on the host."""
-        return self._counts[1, :, 1:].sum(dim=0)
+
+class OneRankDispatcher:
+    """Copies each token to its experts, and adds up the experts' outputs of each token.
+
+    Results and gradients are bit-equal to those of `MoEAlltoAllTokenDispatcher` with one rank. That class sorts all
+    pairs of a token and an expert, and copies the rows twice in each direction. This class finds the chosen pairs
+    without a sort, and copies the rows once.
+
+    Args:
+        config: The model's configuration; one rank holds all experts.
+        compress: Maps hidden states [sequence, batch, hidden] to the width of the experts.
+        expand: Maps the width of the experts to the width of hidden states.
+    """
+
+    def __init__(
+        self, config: TransformerConfig, compress: Callable[[Tensor], Tensor], expand: Callable[[Tensor], Tensor]
+    ) -> None:
+        self._compress, self._expand = compress, expand
+        # The outputs live on in the layers that follow, so they are not in a buffer.
+        self._copy_to_experts = CopyToExperts(slice(0, config.num_moe_experts), None, config.moe_permute_fusion)
+
+    def route_and_dispatch(self, hidden_states: Tensor, token_ids: TokenIds, router: Router) -> Dispatched:
+        """Choose experts and copy one row to each; see `Dispatcher`."""
+        probs, routing_map = router(hidden_states, token_ids)
+        tokens_per_expert = routing_map.sum(dim=0)
+        compressed = self._compress(hidden_states)
+        rows = self._copy_to_experts(compressed.flatten(0, 1), probs, routing_map, int(tokens_per_expert.sum()))
+        return Dispatched(
+            expert_input=rows.values,
+            tokens_per_expert=tokens_per_expert,
+            weights=rows.weights,
+            metadata=DispatchRecord(rows.sum_outputs, compressed.shape),
+        )
+
+    def combine(self, expert_output: Tensor, metadata: DispatchRecord) -> Tensor:
+        """Add up the outputs of each token; see `Dispatcher`."""
+        return self._expand(metadata.combine(expert_output))

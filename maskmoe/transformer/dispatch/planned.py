@@ -1,13 +1,93 @@
 """Planned dispatch: token ids tell every destination before the first layer runs, so layers exchange only rows."""
 
+from collections.abc import Iterable
+
+import torch
 from megatron.core.transformer.transformer_config import TransformerConfig
+from megatron.core.utils import get_pg_rank, get_pg_size
 from torch import Tensor
 from torch.distributed import ProcessGroup
 
+from maskmoe.transformer.dispatch.plan import DispatchPlan, LayerPlan
 from maskmoe.transformer.dispatch.protocol import Dispatched, Router
-from maskmoe.transformer.dispatch.rows import RowBuffers, RowExchange
-from maskmoe.transformer.dispatch.to_experts import CopyToExperts, SavedByExperts, WayBack, local_experts
+from maskmoe.transformer.dispatch.rows import CopyToExperts, DispatchRecord, RowBuffers, RowCopies, RowExchange
 from maskmoe.transformer.token_ids import TokenIds
+from maskmoe.transformer.visible_experts import VisibleExperts
+
+
+class DispatchPlanner:
+    """Makes plans under a rank-local mask, where the destination of a token is a function of its id alone.
+
+    Args:
+        visible_experts: The routing mask, rank-local for the expert-parallel ranks.
+        topk: k.
+        tables: The tables that the stage's layers use.
+        ep_group: The expert-parallel ranks. All ranks have micro-batches of one shape, and either all ranks have a
+            padding mask or none has.
+    """
+
+    def __init__(
+        self, visible_experts: VisibleExperts, topk: int, tables: Iterable[int], ep_group: ProcessGroup
+    ) -> None:
+        self._visible_experts = visible_experts
+        self._topk = topk
+        self._tables = tuple(sorted(set(tables)))
+        self._group = ep_group
+
+    def plan(self, token_ids: TokenIds) -> DispatchPlan:
+        """Plan one micro-batch; a collective call. The host waits once, for the split sizes of all layers.
+
+        Args:
+            token_ids: The ids [batch, sequence] of this rank's tokens.
+        """
+        # Look up the destination of every token of every rank.
+        rank, num_ranks = get_pg_rank(self._group), get_pg_size(self._group)
+        ids, is_padding = self._gather_ids(token_ids)  # [ranks, tokens] each
+        tables = torch.tensor(self._tables).to(ids.device, non_blocking=True)
+        destination, num_visible = self._visible_experts.rank_and_size(ids, tables)  # [tables, ranks, tokens] each
+        is_received = destination == rank
+
+        # Count rows and selected experts, and bring the counts of all tables to the host at once.
+        own_destination = destination[:, rank]  # [tables, tokens]
+        is_sent = own_destination.unsqueeze(-1) == torch.arange(num_ranks, device=ids.device)
+        rows_from = is_received.sum(dim=-1)  # [tables, ranks]
+        num_selected = (num_visible.clamp(max=self._topk) * is_received).sum(dim=(1, 2))  # [tables]
+        counts = torch.cat([is_sent.sum(dim=1), rows_from, num_selected.unsqueeze(1)], dim=1).tolist()
+
+        # Order the tokens by destination, and list the received tokens of one table after the other.
+        to_ranks = RowCopies.permutations(own_destination.argsort(dim=1, stable=True))
+        num_received = [sum(of_table[num_ranks:-1]) for of_table in counts]
+        received = torch.nonzero_static(is_received.flatten(1), size=sum(num_received))[:, 1:]  # [rows, 1]
+        received_ids = ids.flatten()[received].split(num_received)
+        padding = [None] * len(counts) if is_padding is None else is_padding.flatten()[received].split(num_received)
+        return DispatchPlan(
+            {
+                table: LayerPlan(
+                    to_ranks=to_ranks[index],
+                    rows_to=tuple(of_table[:num_ranks]),
+                    rows_from=tuple(of_table[num_ranks:-1]),
+                    received_ids=received_ids[index],
+                    received_padding=padding[index],
+                    num_selected=of_table[-1],
+                )
+                for index, (table, of_table) in enumerate(zip(self._tables, counts, strict=True))
+            }
+        )
+
+    def _gather_ids(self, token_ids: TokenIds) -> tuple[Tensor, Tensor | None]:
+        """Gather ids, int64, and padding, bool, of all ranks: [ranks, tokens], tokens ordered as in the layers."""
+        ids = token_ids.ids.int()
+        if token_ids.is_padding is not None:
+            # Padding is sent as the bitwise complement of the id, which is negative: one collective carries both.
+            ids = torch.where(token_ids.is_padding, ~ids, ids)
+        own = ids.t().reshape(1, -1)  # of [sequence, batch]
+        gathered = own.new_empty(get_pg_size(self._group), own.shape[1])
+        torch.distributed.all_gather_into_tensor(gathered, own, group=self._group)
+        gathered = gathered.long()
+        if token_ids.is_padding is None:
+            return gathered, None
+        is_padding = gathered < 0
+        return torch.where(is_padding, ~gathered, gathered), is_padding
 
 
 class PlannedDispatcher:
@@ -23,23 +103,24 @@ class PlannedDispatcher:
     5. Add the outputs of each received row, and all-to-all back.
 
     Args:
-        config: the model's configuration; every rank holds an equal, contiguous share of the experts.
-        ep_group: the expert-parallel ranks.
+        config: The model's configuration; every rank holds an equal, contiguous share of the experts.
+        ep_group: The expert-parallel ranks.
     """
 
     def __init__(self, config: TransformerConfig, ep_group: ProcessGroup) -> None:
+        assert config.num_moe_experts is not None
         self._group = ep_group
         self._buffers = RowBuffers()
-        self._experts = local_experts(config, ep_group)
-        self._copy_to_experts = CopyToExperts(
-            self._experts, config.moe_router_topk, self._buffers, config.moe_permute_fusion
-        )
+        num_local_experts = config.num_moe_experts // ep_group.size()
+        first = ep_group.rank() * num_local_experts
+        self._experts = slice(first, first + num_local_experts)
+        self._copy_to_experts = CopyToExperts(self._experts, self._buffers, config.moe_permute_fusion)
 
     def route_and_dispatch(self, hidden_states: Tensor, token_ids: TokenIds, router: Router) -> Dispatched:
         """Send one copy to the rank that the plan names, and choose experts there; see `Dispatcher`.
 
         Raises:
-            RuntimeError: the token ids have no plan.
+            RuntimeError: The token ids have no plan.
         """
         if token_ids.plan is None:
             raise RuntimeError(
@@ -47,22 +128,21 @@ class PlannedDispatcher:
                 "passes `padding_mask` on to the layers must not replace the tensor"
             )
         plan = token_ids.plan.of_table[router.table]
-        exchange = RowExchange(self._group, self._buffers, plan.to_ranks, plan)
-        rows = exchange.dispatch(router.attach_losses(hidden_states, token_ids))
+        exchange = RowExchange(self._group, self._buffers, plan.to_ranks, plan.rows_to, plan.rows_from)
+        # Autograd keeps the received rows for the router, so they must not be in a buffer that is overwritten.
+        rows = exchange.dispatch(router.attach_losses(hidden_states, token_ids), is_kept=True)
 
         # The router takes [sequence, batch, hidden], so the rows form one sequence.
-        saved = SavedByExperts(rows)
-        with saved.while_routing():
-            probs, routing_map = router(rows.unsqueeze(1), plan.received_ids, False)
+        received = TokenIds(plan.received_ids, plan.received_padding)
+        probs, routing_map = router(rows.unsqueeze(1), received, False)
         expert_rows = self._copy_to_experts(rows, probs, routing_map, plan.num_selected)
-        saved.keep(expert_rows)
         return Dispatched(
             expert_input=expert_rows.values,
             tokens_per_expert=routing_map[:, self._experts].sum(dim=0),
             weights=expert_rows.weights,
-            metadata=WayBack(exchange, expert_rows.sum_outputs, hidden_states.shape),
+            metadata=DispatchRecord(expert_rows.sum_outputs, hidden_states.shape, exchange),
         )
 
-    def combine(self, expert_output: Tensor, metadata: WayBack) -> Tensor:
+    def combine(self, expert_output: Tensor, metadata: DispatchRecord) -> Tensor:
         """Send outputs back and add them up; see `Dispatcher`."""
         return metadata.combine(expert_output)

@@ -1,16 +1,15 @@
-"""Copies of rows, sums of copies, and all-to-alls of rows: the parts of one-copy and planned dispatch."""
+"""Copies of rows, sums of copies, and all-to-alls of rows: the parts of all dispatchers but the stock one."""
 
-from abc import ABC, abstractmethod
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, Protocol
+from functools import partial
+from typing import Any
 
 import torch
-from torch import Tensor
+from megatron.core.transformer.moe import moe_utils
+from torch import Size, Tensor
 from torch.distributed import ProcessGroup
 from torch.nn.functional import embedding_bag
-
-from maskmoe.transformer.kernels import launching
 
 RowMap = Callable[[Tensor], Tensor]
 
@@ -30,12 +29,12 @@ class RowBuffers:
         """Return uninitialized memory [num_rows, features] with features, dtype and device of `like`.
 
         Args:
-            use: the purpose; memory for the same purpose is overwritten.
+            use: The purpose; memory for the same purpose is overwritten.
             like: [rows, features].
-            num_rows: the number of rows.
+            num_rows: The number of rows.
         """
         shape = (num_rows, *like.shape[1:])
-        if not is_on_cpu(like):
+        if not _is_on_cpu(like):
             return like.new_empty(shape)
         key = (use, like.dtype, like.shape[1:])
         if key not in self._buffers or len(self._buffers[key]) < num_rows:
@@ -44,100 +43,35 @@ class RowBuffers:
 
 
 @dataclass(frozen=True)
-class RowCopies(ABC):
+class RowCopies:
     """Describes copies of rows for targets. Copies are ordered by target, then by row.
 
     Attributes:
-        source: integers [copies], the element of the flattened map that asks for each copy, see `copies_of_map`.
+        source: Int64 [copies], the element of the flattened map that asks for each copy, see `from_map`.
+        rows: Int64 [copies], the row that each copy is of.
+        order: Int64 [copies], the copies ordered by row, then by target.
+        offsets: Int64 [rows], where the copies of each row begin in `order`.
+        is_permutation: Whether every row has exactly one copy.
     """
 
     source: Tensor
-
-    @property
-    @abstractmethod
-    def num_rows(self) -> int:
-        """The number of rows."""
-
-    @property
-    @abstractmethod
-    def first_copies(self) -> Tensor:
-        """The position of the first copy of each row, integers [rows]; meaningful if every row has a copy."""
-
-    @abstractmethod
-    def copy_rows(self, values: Tensor, out: Tensor | None = None) -> Tensor:
-        """Copy rows [rows, features] to [copies, features], without a gradient; write into `out` if it is given."""
-
-    @abstractmethod
-    def sum_copies(self, copies: Tensor, out: Tensor | None = None) -> Tensor:
-        """Sum the copies [copies, features] of each row by target, without a gradient: [rows, features].
-
-        Args:
-            copies: the values of the copies.
-            out: memory that the result may use.
-        """
-
-    def copy_rows_with_gradient(self, values: Tensor, buffers: RowBuffers | None) -> Tensor:
-        """Copy rows as `copy_rows` does; the gradient is the sum of the copies' gradients."""
-        return _LinearMap.apply(values, self.copy_rows, self._sum_into(buffers))
-
-    def sum_copies_with_gradient(self, copies: Tensor, buffers: RowBuffers | None) -> Tensor:
-        """Sum copies as `sum_copies` does; the result may be in a buffer."""
-        return _LinearMap.apply(copies, self._sum_into(buffers), self.copy_rows)
-
-    def pick(self, values: Tensor, num_copies: int | None = None) -> Tensor:
-        """Pick the value [copies, features] of each copy from the values [rows, columns, features] of the map.
-
-        Args:
-            values: the values.
-            num_copies: the number of copies, if there is room for more.
-        """
-        return values.flatten(0, 1).index_select(0, self.source[:num_copies])
-
-    def _sum_into(self, buffers: RowBuffers | None) -> RowMap:
-        """Return `sum_copies` with its result in a buffer if there are buffers."""
-        if buffers is None:
-            return self.sum_copies
-        return lambda copies: self.sum_copies(copies, buffers.get("sum", copies, self.num_rows))
-
-
-def copies_of_map(
-    chosen: Tensor, num_copies: int, max_copies: int, columns: slice = slice(None), has_every_row: bool = False
-) -> RowCopies:
-    """Describe the copies that a map asks for. Nothing waits for the device.
-
-    Args:
-        chosen: bool [rows, columns], contiguous.
-        num_copies: the number of True elements; where kernels run, a larger number is allowed, too.
-        max_copies: the largest possible number of copies of a row.
-        columns: the columns that are targets.
-        has_every_row: whether every row is known to have a copy.
-    """
-    if launching.runs_kernels(chosen):
-        from maskmoe.transformer.kernels.row_copies import SlottedCopies
-
-        return SlottedCopies.from_map(chosen, num_copies, max_copies, columns)
-    return SortedCopies.from_map(chosen, num_copies, columns, has_every_row)
-
-
-@dataclass(frozen=True)
-class SortedCopies(RowCopies):
-    """Copies rows by index, and sums copies that a sort has brought into the order of the rows.
-
-    Attributes:
-        rows: int64 [copies], the row that each copy is of.
-        order: int64 [copies], the copies ordered by row, then by target.
-        offsets: int64 [rows], where the copies of each row begin in `order`.
-        is_permutation: whether every row has exactly one copy.
-    """
-
     rows: Tensor
     order: Tensor
     offsets: Tensor
     is_permutation: bool
 
     @classmethod
-    def from_map(cls, chosen: Tensor, num_copies: int, columns: slice, has_every_row: bool) -> "SortedCopies":
-        """Describe the copies that a map asks for; see `copies_of_map`."""
+    def from_map(
+        cls, chosen: Tensor, num_copies: int, columns: slice = slice(None), has_every_row: bool = False
+    ) -> "RowCopies":
+        """Describe the copies that a map asks for. Nothing waits for the device.
+
+        Args:
+            chosen: Bool [rows, columns].
+            num_copies: The number of True elements.
+            columns: The columns that are targets.
+            has_every_row: Whether every row is known to have a copy.
+        """
         num_rows, row_size = chosen.shape
         first, _, _ = columns.indices(row_size)
         targets, rows = torch.nonzero_static(chosen[:, columns].t(), size=num_copies).unbind(1)
@@ -151,50 +85,49 @@ class SortedCopies(RowCopies):
         )
 
     @classmethod
-    def permutations(cls, rows: Tensor) -> list["SortedCopies"]:
-        """Describe one copy of each row, in several ways; rows: int64 [ways, rows], the row that each copy is of."""
+    def permutations(cls, rows: Tensor) -> list["RowCopies"]:
+        """Describe reorderings of all rows; rows: int64 [reorderings, rows], the row at each position."""
         numbers = torch.arange(rows.shape[1], device=rows.device)
         orders = torch.empty_like(rows).scatter_(1, rows, numbers.expand_as(rows))
-        return [cls(way, way, order, numbers, is_permutation=True) for way, order in zip(rows, orders, strict=True)]
-
-    @property
-    def num_rows(self) -> int:
-        """The number of rows."""
-        return len(self.offsets)
-
-    @property
-    def first_copies(self) -> Tensor:
-        """The position of the first copy of each row, int64 [rows]."""
-        return self.order if self.is_permutation else self.order.index_select(0, self.offsets)
+        return [cls(each, each, order, numbers, is_permutation=True) for each, order in zip(rows, orders, strict=True)]
 
     def copy_rows(self, values: Tensor, out: Tensor | None = None) -> Tensor:
-        """Copy rows; see `RowCopies`."""
+        """Copy rows [rows, features] to [copies, features], without a gradient; write into `out` if it is given."""
         return _gather_rows(values, self.rows, out)
 
     def sum_copies(self, copies: Tensor, out: Tensor | None = None) -> Tensor:
-        """Sum copies; see `RowCopies`. Only the sums of a permutation use `out`."""
+        """Sum the copies [copies, features] of each row by target, without a gradient: [rows, features].
+
+        Args:
+            copies: The values of the copies.
+            out: Memory that the sums of a permutation use.
+        """
         if self.is_permutation:
             return _gather_rows(copies, self.order, out)
         if len(self.order) == 0:
             return copies.new_zeros(len(self.offsets), *copies.shape[1:])
         # On a CPU, `embedding_bag` cuts off the bits that a sum of bf16 numbers has too many, so add in fp32 and round.
-        truncates = is_on_cpu(copies) and copies.dtype == torch.bfloat16
+        truncates = _is_on_cpu(copies) and copies.dtype == torch.bfloat16
         terms = copies.float() if truncates else copies
         return embedding_bag(self.order, terms, self.offsets, mode="sum").to(copies.dtype)
 
+    def copy_rows_with_gradient(self, values: Tensor, buffers: RowBuffers | None) -> Tensor:
+        """Copy rows as `copy_rows` does; the gradient is the sum of the copies' gradients."""
+        return _LinearMap.apply(values, self.copy_rows, self._sum_into(buffers))
 
-class RowCounts(Protocol):
-    """The numbers of rows that the ranks of a group exchange, on the host."""
+    def sum_copies_with_gradient(self, copies: Tensor, buffers: RowBuffers | None) -> Tensor:
+        """Sum copies as `sum_copies` does; the result may be in a buffer."""
+        return _LinearMap.apply(copies, self._sum_into(buffers), self.copy_rows)
 
-    @property
-    def rows_to(self) -> tuple[int, ...]:
-        """The number of rows sent to each rank."""
-        ...
+    def pick(self, values: Tensor) -> Tensor:
+        """Pick the value [copies, features] of each copy from the values [rows, columns, features] of the map."""
+        return values.flatten(0, 1).index_select(0, self.source)
 
-    @property
-    def rows_from(self) -> tuple[int, ...]:
-        """The number of rows received from each rank."""
-        ...
+    def _sum_into(self, buffers: RowBuffers | None) -> RowMap:
+        """Return `sum_copies` with its result in a buffer if there are buffers."""
+        if buffers is None:
+            return self.sum_copies
+        return lambda copies: self.sum_copies(copies, buffers.get("sum", copies, len(self.offsets)))
 
 
 @dataclass(frozen=True)
@@ -202,41 +135,134 @@ class RowExchange:
     """Sends rows to other ranks and back. Each direction is the gradient of the other.
 
     Attributes:
-        group: the ranks.
-        buffers: memory for rows on their way.
-        to_ranks: copies of this rank's rows, with ranks as targets.
-        counts: the numbers of rows. They are read as late as possible, because the host may have to wait for them.
+        group: The ranks.
+        buffers: Memory for rows on their way.
+        to_ranks: Copies of this rank's rows, with ranks as targets.
+        rows_to: The number of rows sent to each rank.
+        rows_from: The number of rows received from each rank.
     """
 
     group: ProcessGroup
     buffers: RowBuffers
     to_ranks: RowCopies
-    counts: RowCounts
+    rows_to: tuple[int, ...]
+    rows_from: tuple[int, ...]
 
-    def dispatch(self, values: Tensor) -> Tensor:
-        """Copy rows [rows, features] for each rank, and all-to-all; return [received rows, features] in a buffer."""
-        return _LinearMap.apply(values, self._dispatch, self._combine)
+    def dispatch(self, values: Tensor, is_kept: bool = False) -> Tensor:
+        """Copy rows [rows, features] for each rank, and all-to-all.
+
+        Returns:
+            [received rows, features], in a buffer unless `is_kept` is set.
+        """
+        dispatch = self._dispatch_to_new_memory if is_kept else self._dispatch
+        return _LinearMap.apply(values, dispatch, self._combine)
 
     def combine(self, values: Tensor) -> Tensor:
         """All-to-all of [received rows, features] back, and add the copies of each row: [rows, features]."""
         return _LinearMap.apply(values, self._combine, self._dispatch)
 
     def _dispatch(self, values: Tensor) -> Tensor:
-        """Compute `dispatch` without a gradient."""
-        sending = self.to_ranks.copy_rows(values, self.buffers.get("send", values, len(self.to_ranks.source)))
-        return self._all_to_all(sending[: sum(self.counts.rows_to)], self.counts.rows_to, self.counts.rows_from)
+        """Compute `dispatch` without a gradient, into a buffer."""
+        return self._send(values, self.buffers.get("receive", values, sum(self.rows_from)))
+
+    def _dispatch_to_new_memory(self, values: Tensor) -> Tensor:
+        """Compute `dispatch` without a gradient, into new memory."""
+        return self._send(values, values.new_empty(sum(self.rows_from), *values.shape[1:]))
+
+    def _send(self, values: Tensor, received: Tensor) -> Tensor:
+        """Copy rows for each rank, and all-to-all into `received`."""
+        sending = self.to_ranks.copy_rows(values, self.buffers.get("send", values, len(self.to_ranks.rows)))
+        return self._all_to_all(sending, received, self.rows_to, self.rows_from)
 
     def _combine(self, values: Tensor) -> Tensor:
         """Compute `combine` without a gradient."""
-        return self.to_ranks.sum_copies(self._all_to_all(values, self.counts.rows_from, self.counts.rows_to))
+        received = self.buffers.get("receive", values, sum(self.rows_to))
+        return self.to_ranks.sum_copies(self._all_to_all(values, received, self.rows_from, self.rows_to))
 
-    def _all_to_all(self, sending: Tensor, rows_to: tuple[int, ...], rows_from: tuple[int, ...]) -> Tensor:
-        """Exchange rows between the ranks; return the received rows in a buffer."""
-        received = self.buffers.get("receive", sending, sum(rows_from))
+    def _all_to_all(
+        self, sending: Tensor, received: Tensor, rows_to: tuple[int, ...], rows_from: tuple[int, ...]
+    ) -> Tensor:
+        """Exchange rows between the ranks; return `received`."""
         if self.group.size() == 1:
             return received.copy_(sending)
         torch.distributed.all_to_all_single(received, sending, list(rows_from), list(rows_to), group=self.group)
         return received
+
+
+@dataclass(frozen=True)
+class ExpertRows:
+    """The rows of this rank's experts.
+
+    Attributes:
+        values: [copies, features], the received rows copied to the experts that are chosen for them, by expert.
+        weights: [copies].
+        sum_outputs: Adds up the experts' outputs [copies, features] of each received row: [rows, features].
+    """
+
+    values: Tensor
+    weights: Tensor
+    sum_outputs: RowMap
+
+
+class CopyToExperts:
+    """Copies received rows to this rank's experts.
+
+    Args:
+        experts: This rank's experts.
+        buffers: Memory for rows that are consumed at once; None: new memory.
+        uses_transformer_engine: Copy by Transformer Engine's fused permutation, as `--moe-permute-fusion` asks.
+    """
+
+    def __init__(self, experts: slice, buffers: RowBuffers | None, uses_transformer_engine: bool) -> None:
+        self._experts = experts
+        self._buffers = buffers
+        self._uses_transformer_engine = uses_transformer_engine
+
+    def __call__(self, rows: Tensor, weights: Tensor, chosen: Tensor, num_copies: int) -> ExpertRows:
+        """Copy each row to the experts that are chosen for it.
+
+        Args:
+            rows: [rows, features]. Every row has an expert on this rank.
+            weights: [rows, experts].
+            chosen: Bool [rows, experts].
+            num_copies: The number of chosen experts of this rank.
+        """
+        # Transformer Engine's kernels need at least one copy.
+        if self._uses_transformer_engine and num_copies > 0:
+            permute, unpermute = moe_utils.fused_permute_with_probs, moe_utils.fused_unpermute
+            assert permute is not None
+            assert unpermute is not None
+            values, weights_of_copies, row_id_map = permute(
+                rows, weights[:, self._experts], chosen[:, self._experts], num_out_tokens=num_copies
+            )
+            sum_outputs = partial(unpermute, row_id_map=row_id_map, restore_shape=rows.shape)
+            return ExpertRows(values, weights_of_copies, sum_outputs)
+        copies = RowCopies.from_map(chosen, num_copies, self._experts, has_every_row=True)
+        return ExpertRows(
+            values=copies.copy_rows_with_gradient(rows, self._buffers),
+            weights=copies.pick(weights),
+            sum_outputs=lambda outputs: copies.sum_copies_with_gradient(outputs, self._buffers),
+        )
+
+
+@dataclass(frozen=True)
+class DispatchRecord:
+    """Records one layer's dispatch so that `combine` can invert it.
+
+    Attributes:
+        sum_outputs: See `ExpertRows`.
+        shape: [sequence, batch, features].
+        exchange: Brought the tokens from other ranks; None if the tokens were here.
+    """
+
+    sum_outputs: RowMap
+    shape: Size
+    exchange: RowExchange | None = None
+
+    def combine(self, expert_output: Tensor) -> Tensor:
+        """Add up the outputs [copies, features] of each token: [sequence, batch, features]."""
+        rows = self.sum_outputs(expert_output)
+        return (rows if self.exchange is None else self.exchange.combine(rows)).view(self.shape)
 
 
 class _LinearMap(torch.autograd.Function):
@@ -252,7 +278,7 @@ class _LinearMap(torch.autograd.Function):
         return ctx.transpose(gradients[0].contiguous()), None, None
 
 
-def is_on_cpu(tensor: Tensor) -> bool:
+def _is_on_cpu(tensor: Tensor) -> bool:
     """Return whether a tensor is in host memory, where the fastest operations are other ones than on a GPU."""
     return tensor.device.type == "cpu"
 
@@ -261,7 +287,7 @@ def _gather_rows(values: Tensor, rows: Tensor, out: Tensor | None) -> Tensor:
     """Return `values[rows]`, [copies, features], in `out` if it is given."""
     if out is not None:
         return torch.index_select(values, 0, rows, out=out)
-    if not is_on_cpu(values) or len(rows) == 0:
+    if not _is_on_cpu(values) or len(rows) == 0:
         return values.index_select(0, rows)
     # On a CPU, the kernel of `embedding_bag` prefetches rows, so it is faster than `index_select`.
     return embedding_bag(rows, values, torch.arange(len(rows)), mode="sum")

@@ -1,15 +1,22 @@
 """Stock dispatch: Megatron-Core's own token dispatchers, for any number of selected experts per token."""
 
 from collections.abc import Callable
+from typing import cast
 
 from megatron.core.process_groups_config import ProcessGroupCollection
 from megatron.core.transformer.moe.moe_layer import MoELayer, _RecordExpertDgradCompletion
-from megatron.core.transformer.moe.token_dispatcher import MoEAlltoAllTokenDispatcher, MoETokenDispatcher
+from megatron.core.transformer.moe.token_dispatcher import (
+    MoEAllGatherTokenDispatcher,
+    MoEAlltoAllTokenDispatcher,
+    MoETokenDispatcher,
+)
 from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor
 
+from maskmoe.transformer.dispatch.flex import MaskMoEFlexTokenDispatcher
 from maskmoe.transformer.dispatch.protocol import Dispatched, Router
 from maskmoe.transformer.gathered_parameters import wait_for_parameters
+from maskmoe.transformer.router import MaskMoERouter
 from maskmoe.transformer.token_ids import TokenIds
 
 
@@ -21,13 +28,21 @@ class StockDispatcher:
     the state between dispatch and combine, so `Dispatched.metadata` is None.
 
     Args:
-        layer: the layer whose `token_dispatcher` dispatches.
+        layer: The layer. Its `token_dispatcher` is set to Megatron's dispatcher, which the layer's steps use.
+        pg_collection: Process groups of the layer.
     """
 
-    def __init__(self, layer: MoELayer) -> None:
+    def __init__(self, layer: MoELayer, pg_collection: ProcessGroupCollection) -> None:
         self._layer = layer
-        assert layer.token_dispatcher is not None
-        self._megatron: MoETokenDispatcher = layer.token_dispatcher
+        layer.token_dispatcher = _build_token_dispatcher(layer, pg_collection)
+        if layer.use_shared_expert and layer.shared_expert_overlap:
+            layer.token_dispatcher.set_shared_experts(layer.shared_experts)
+
+    @property
+    def _megatron(self) -> MoETokenDispatcher:
+        """Megatron's dispatcher."""
+        assert self._layer.token_dispatcher is not None
+        return self._layer.token_dispatcher
 
     def route_and_dispatch(self, hidden_states: Tensor, token_ids: TokenIds, router: Router) -> Dispatched:
         """Choose experts and send one row for each; see `Dispatcher`."""
@@ -49,6 +64,20 @@ class StockDispatcher:
         return self._layer.postprocess(self._layer.combine(output), None)
 
 
+def _build_token_dispatcher(layer: MoELayer, pg_collection: ProcessGroupCollection) -> MoETokenDispatcher:
+    """Build Megatron's dispatcher for any number of selected experts per token."""
+    common = (layer.num_local_experts, layer.local_expert_indices, layer.config, pg_collection)
+    match layer.config.moe_token_dispatcher_type:
+        case "alltoall":
+            min_visible = cast(MaskMoERouter, layer.router).visible_experts.min_visible
+            return MaskMoEAlltoAllTokenDispatcher(*common, min_visible=min_visible)
+        case "flex":
+            return MaskMoEFlexTokenDispatcher(*common)
+        case _:
+            # The all-gather dispatcher reads only the routing map.
+            return MoEAllGatherTokenDispatcher(*common)
+
+
 class MaskMoEAlltoAllTokenDispatcher(MoEAlltoAllTokenDispatcher):
     """`MoEAlltoAllTokenDispatcher` for any number of selected experts per token.
 
@@ -57,11 +86,11 @@ class MaskMoEAlltoAllTokenDispatcher(MoEAlltoAllTokenDispatcher):
     permutation. The count is skipped if every token is known to select k experts.
 
     Args:
-        num_local_experts: experts on this rank.
-        local_expert_indices: their indices among all experts, contiguous.
-        config: the model's configuration.
-        pg_collection: process groups of the MoE layer.
-        min_visible: the smallest number of visible experts of any id.
+        num_local_experts: Experts on this rank.
+        local_expert_indices: Their indices among all experts, contiguous.
+        config: The model's configuration.
+        pg_collection: Process groups of the MoE layer.
+        min_visible: The smallest number of visible experts of any id.
     """
 
     def __init__(
@@ -84,7 +113,7 @@ class MaskMoEAlltoAllTokenDispatcher(MoEAlltoAllTokenDispatcher):
         """Count rows and split sizes; return the tokens of each local expert.
 
         Args:
-            routing_map: bool [tokens, experts].
+            routing_map: Bool [tokens, experts].
         """
         tokens_per_local_expert = super().preprocess(routing_map)
         if self.counts_rows:

@@ -28,7 +28,7 @@ from torch import Tensor
 
 from maskmoe.transformer import moe_layer
 from maskmoe.transformer.dispatch.choose import choose_dispatch
-from maskmoe.transformer.dispatch.plan import DispatchPlanner
+from maskmoe.transformer.dispatch.planned import DispatchPlanner
 from maskmoe.transformer.moe_layer import MaskMoELayer
 from maskmoe.transformer.token_ids import TokenIds, pack_token_ids
 

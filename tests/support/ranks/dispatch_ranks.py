@@ -26,8 +26,7 @@ from torch import Tensor
 
 from maskmoe.routing_mask.mask import RoutingMask
 from maskmoe.transformer.dispatch.one_copy import OneCopyDispatcher
-from maskmoe.transformer.dispatch.plan import DispatchPlanner
-from maskmoe.transformer.dispatch.planned import PlannedDispatcher
+from maskmoe.transformer.dispatch.planned import DispatchPlanner, PlannedDispatcher
 from maskmoe.transformer.dispatch.stock import MaskMoEAlltoAllTokenDispatcher
 from maskmoe.transformer.token_ids import TokenIds
 from maskmoe.transformer.visible_experts import VisibleExperts
@@ -102,7 +101,7 @@ def dispatch_planned(
 ) -> None:
     """One copy a rank, planned; the first visible experts are selected."""
     plan = DispatchPlanner(visible_experts, topk, [0], groups.ep).plan(TokenIds(token_ids.unsqueeze(0)))
-    visible = visible_experts(plan.of_table[0].received_ids.ids.flatten(), 0).experts
+    visible = visible_experts(plan.of_table[0].received_ids.flatten(), 0).experts
     routing_map = visible & (visible.cumsum(dim=1) <= topk)
     router = FixedRouter(routing_map.float().requires_grad_(), routing_map)
     planned_ids = TokenIds(token_ids.unsqueeze(1), plan=plan)

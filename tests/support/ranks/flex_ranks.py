@@ -168,7 +168,7 @@ def compare(name: str, backend: str, layout: Mapping[str, int] = EXPERT, toleran
     case = CASES[name]
     reference, flex = build(case, layout, **settings, **NO_OVERLAP), build_flex(case, layout, backend, **settings)
     kind = DispatchKind.ONE_COPY if backend == "deepep" and layout is EXPERT else DispatchKind.STOCK
-    reference.dispatcher = build_dispatcher(kind, reference)
+    reference.dispatcher = build_dispatcher(kind, reference, process_groups())
     expected, outcome = run(reference, case), run(flex, case)
     for value, expected_value in zip(outcome.tensors, expected.tensors, strict=True):
         atol = tolerance * expected_value.abs().max().item()
@@ -189,7 +189,6 @@ def show_need(backend: str) -> None:
     layer, stock = build_flex(case, EXPERT, backend), build_flex(case, EXPERT, backend)
     managed = (stock.num_local_experts, stock.local_expert_indices, stock.config, process_groups())
     stock.token_dispatcher = MoEFlexTokenDispatcher(*managed)
-    stock.dispatcher = StockDispatcher(stock)
     expected, outcome = run(layer, case), run(stock, case)
     for value, expected_value in zip(outcome.tensors, expected.tensors, strict=True):
         torch.testing.assert_close(value, expected_value, rtol=0, atol=1e-6 * expected_value.abs().max().item())

@@ -1,4 +1,4 @@
-"""One rank of one-copy dispatch: `python one_copy_ranks.py FOLDER SEEDS [kernels]`, with RANK and WORLD_SIZE set.
+"""One rank of one-copy dispatch: `python one_copy_ranks.py FOLDER SEEDS`, with RANK and WORLD_SIZE set.
 
 Each expert multiplies its input by a vector, so that every rank can compute all expected results by itself. The script
 writes the largest deviations, and the calls and elements of all-to-alls, to `rankR.json`.
@@ -7,7 +7,6 @@ writes the largest deviations, and the calls and elements of all-to-alls, to `ra
 import json
 import os
 import sys
-from contextlib import nullcontext
 from pathlib import Path
 
 from maskmoe.megatron_compat import prepare_process
@@ -16,7 +15,6 @@ prepare_process()
 import torch
 from fixed_router import FixedRouter
 from megatron.core.transformer.transformer_config import TransformerConfig
-from support.kernels import kernels_on_cpu
 from support.rank_program import run_as_rank
 from torch import Tensor
 
@@ -117,7 +115,6 @@ def _difference(values: Tensor, expected: Tensor) -> float:
 
 def main() -> None:
     folder, seeds = Path(sys.argv[1]), range(int(sys.argv[2]))
-    runs_kernels = sys.argv[3:] == ["kernels"]
     rank, num_ranks = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
     torch.distributed.init_process_group(
         "gloo", init_method=f"file://{folder}/rendezvous", rank=rank, world_size=num_ranks
@@ -126,8 +123,7 @@ def main() -> None:
     for seed in seeds:
         case = draw_case(seed, rank, num_ranks)
         counted = CountedAllToAll()
-        with kernels_on_cpu() if runs_kernels else nullcontext():
-            result = deviations(case, rank, num_ranks)
+        result = deviations(case, rank, num_ranks)
         torch.distributed.all_to_all_single = counted._stock
         of_rank = case["chosen"].unflatten(1, (num_ranks, -1))
         rows = torch.tensor([int(of_rank.any(dim=-1).sum())])

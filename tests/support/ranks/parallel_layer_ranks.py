@@ -1,12 +1,10 @@
-"""One rank of an MoE layer in parallel layouts: `python parallel_layer_ranks.py FOLDER WAY`, with RANK and WORLD_SIZE.
+"""One rank of an MoE layer in parallel layouts: `python parallel_layer_ranks.py FOLDER`, with RANK and WORLD_SIZE set.
 
-WAY is `torch`, or `kernels`, where Triton's interpreter runs the kernels. Parameters and inputs of a case do not depend
-on layout and rank, so that all layouts must give the same results.
+Parameters and inputs of a case do not depend on layout and rank, so that all layouts must give the same results.
 """
 
 import os
 import sys
-from contextlib import nullcontext
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -19,7 +17,6 @@ import torch
 from megatron.core import parallel_state
 from megatron.core.tensor_parallel import model_parallel_cuda_manual_seed
 from safetensors.torch import save_file
-from support.kernels import kernels_on_cpu
 from support.rank_program import run_as_rank
 from support.small_moe import (
     DEVICE,
@@ -34,8 +31,7 @@ from torch import Tensor
 
 from maskmoe.transformer.dispatch.choose import build_dispatcher
 from maskmoe.transformer.dispatch.kind import DispatchKind
-from maskmoe.transformer.dispatch.plan import DispatchPlanner
-from maskmoe.transformer.dispatch.planned import PlannedDispatcher
+from maskmoe.transformer.dispatch.planned import DispatchPlanner, PlannedDispatcher
 from maskmoe.transformer.token_ids import TokenIds, pack_token_ids
 
 NUM_EXPERTS, VOCAB_SIZE, SEQUENCE, BATCH, HIDDEN = 6, 9, 6, 4, 8
@@ -205,7 +201,7 @@ def run_case(layout_name: str, case_name: str, rank: int = 0, num_ranks: int = 1
         planner = DispatchPlanner(layer.router.visible_experts, config.moe_router_topk, [0], process_groups().ep)
         token_ids = replace(token_ids, plan=planner.plan(token_ids))
     elif isinstance(layer.dispatcher, PlannedDispatcher):
-        layer.dispatcher = build_dispatcher(DispatchKind.ONE_COPY, layer)
+        layer.dispatcher = build_dispatcher(DispatchKind.ONE_COPY, layer, process_groups())
     take_metrics()
     output, _ = layer(hidden, padding_mask=pack_token_ids(token_ids))
     output.backward(output_grad)
@@ -229,7 +225,7 @@ def _part_of_weight(name: str, shape: torch.Size, rank: int, shards: int) -> Ten
 
 
 def main() -> None:
-    folder, way = Path(sys.argv[1]), sys.argv[2]
+    folder = Path(sys.argv[1])
     rank, num_ranks = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
     torch.distributed.init_process_group(init_method=f"file://{folder}/rendezvous", rank=rank, world_size=num_ranks)
     results = {}
@@ -238,9 +234,7 @@ def main() -> None:
         model_parallel_cuda_manual_seed(1)
         for case_name in CASES:
             if is_possible(layout_name, case_name):
-                with kernels_on_cpu() if way == "kernels" else nullcontext():
-                    result = run_case(layout_name, case_name, rank, num_ranks)
-                for key, value in result.items():
+                for key, value in run_case(layout_name, case_name, rank, num_ranks).items():
                     results[f"{layout_name}/{case_name}/{key}"] = value.contiguous()
         parallel_state.destroy_model_parallel()
     save_file(results, folder / f"rank{rank}.safetensors")

@@ -53,7 +53,6 @@ def main() -> None:
     results = {
         **{"hidden": hidden, "routing_map": routing_map, "probs": probs},
         **{"rows": rows, "row_probs": row_probs, "sums": sums, "unpermuted_probs": unpermuted_probs},
-        "first_copies": row_id_map[:, 0],
         **{"sizes": sizes, "order": order, "sorted_rows": sorted_rows, "sorted_probs": sorted_probs},
     }
     torch.save(results, Path(sys.argv[1]) / "results.pt")

@@ -19,6 +19,7 @@ from maskmoe.training.loop.model_builder import MaskMoEGPTModelBuilder
 from maskmoe.transformer.layer_specs import map_spec
 from maskmoe.transformer.router import MaskMoERouter
 from maskmoe.transformer.routing_statistics import sum_tokens
+from maskmoe.transformer.selection import MaskedLogits
 from maskmoe.transformer.token_ids import TokenIds
 from maskmoe.transformer.visible_experts import VisibleExperts
 
@@ -50,7 +51,8 @@ class GatedHashRouter(MaskMoERouter):
 
     def routing(self, logits: Tensor, token_ids: TokenIds, attaches_losses: bool = True) -> tuple[Tensor, Tensor]:
         """Give each token the expert of its id; arguments and result are those of `MaskMoERouter.routing`."""
-        masked = self._mask_logits(logits, token_ids)
+        visible = self.visible_experts(token_ids.ids.flatten(), self.table)
+        masked = MaskedLogits.mask(logits, visible, token_ids, self.score_function)
         experts = self.own_expert[token_ids.ids.flatten()]  # [tokens]
         routing_map = torch.nn.functional.one_hot(experts, self.num_experts).bool()
         if self.is_recording:

@@ -11,7 +11,8 @@ from support.small_moe import DEVICE, make_config, make_mask, make_visible_exper
 from torch import Tensor
 
 from maskmoe.training.watch.watchdog import waits_for_others
-from maskmoe.transformer.dispatch.plan import DispatchPlan, DispatchPlanner
+from maskmoe.transformer.dispatch.plan import DispatchPlan
+from maskmoe.transformer.dispatch.planned import DispatchPlanner
 from maskmoe.transformer.token_ids import TokenIds
 
 EXPERTS_OF_RANK, TABLES, VOCAB_SIZE, BATCH, SEQUENCE, TOPK = 3, 3, 9, 2, 5, 2
@@ -85,13 +86,13 @@ def test_plan_equals_a_loop_over_tokens(num_ranks: int, has_padding: bool, monke
             ]
             assert of_table.rows_from == tuple(sum(s == source for s, _ in received) for source in range(num_ranks))
             ids = [int(token_ids[source].ids.T.flatten()[position]) for source, position in received]
-            assert of_table.received_ids.ids.tolist() == [[token_id] for token_id in ids]
+            assert of_table.received_ids.tolist() == [[token_id] for token_id in ids]
             assert of_table.num_selected == sum(min(TOPK, visible_sets[table, token_id].sum()) for token_id in ids)
             if has_padding:
                 padding = [bool(token_ids[source].is_padding.T.flatten()[position]) for source, position in received]
-                assert of_table.received_ids.is_padding.flatten().tolist() == padding
+                assert of_table.received_padding.flatten().tolist() == padding
             else:
-                assert of_table.received_ids.is_padding is None
+                assert of_table.received_padding is None
 
 
 def test_ranks_without_tokens_receive_none(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -101,7 +102,7 @@ def test_ranks_without_tokens_receive_none(monkeypatch: pytest.MonkeyPatch) -> N
     starved = plans[1].of_table[0]
     assert starved.rows_from == (0, 0)
     assert starved.rows_to == (BATCH * SEQUENCE, 0)
-    assert starved.received_ids.ids.shape == (0, 1)
+    assert starved.received_ids.shape == (0, 1)
     assert starved.num_selected == 0
 
 
@@ -115,6 +116,6 @@ def test_the_watchdog_sees_that_the_host_waits(monkeypatch: pytest.MonkeyPatch) 
 
     monkeypatch.setattr(Tensor, "tolist", recorded)
     plan_of_every_rank(2, rank_local_sets(2), [draw_ids(0, False), draw_ids(1, False)], monkeypatch)
-    waits = [call for call in stacks if call.filename.endswith("dispatch/plan.py")]
+    waits = [call for call in stacks if call.filename.endswith("dispatch/planned.py")]
     assert waits
     assert all(map(waits_for_others, waits))

@@ -1,1 +1,0 @@
-"""Triton kernels for GPUs. Each module's functions have counterparts in plain torch, which run everywhere else."""

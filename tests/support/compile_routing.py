@@ -1,0 +1,167 @@
+"""Compiles the routing of tokens for a CPU, and compares it with the eager functions: `compile_routing.py CASE…`.
+
+Prints one JSON object for each case. The process must not have the CPU adapter, which leaves compilation out.
+"""
+
+import json
+import sys
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch._inductor.config
+from torch import Tensor
+from torch._dynamo.utils import counters
+from torch._inductor.ir import MultiOutput
+from torch._inductor.scheduler import BaseSchedulerNode, NopKernelSchedulerNode
+
+from maskmoe.transformer.router_sums import LossRule
+from maskmoe.transformer.routing import Routed, route_tokens
+from maskmoe.transformer.selection import RoutingRule
+from maskmoe.transformer.token_ids import TokenIds
+from maskmoe.transformer.visible_experts import MaskTable
+
+# No two sizes are equal: torch.compile takes equal sizes for one size, and compiles again when they differ.
+VOCAB_SIZE, NUM_EXPERTS = 40, 24
+ALL_LOSSES = LossRule(("aux_loss", "seq_aux_loss", "global_aux_loss"), "routable", has_z_loss=True)
+
+
+@dataclass(frozen=True)
+class Case:
+    """One setting of a router, and the batches that it routes one after the other.
+
+    Attributes:
+        rule: The settings of the router.
+        losses: The losses; None in evaluation.
+        has_bias: Whether the router has an expert bias.
+        has_padding: Whether some tokens are padding.
+        shapes: [sequence, batch] of each batch.
+        backend: The backend of `torch.compile`.
+        dtype: The dtype of the logits.
+    """
+
+    rule: RoutingRule
+    losses: LossRule | None = ALL_LOSSES
+    has_bias: bool = False
+    has_padding: bool = False
+    shapes: tuple[tuple[int, int], ...] = ((7, 2), (9, 5))
+    backend: str = "inductor"
+    dtype: torch.dtype = torch.float32
+
+
+_GROUPS = {"num_groups": 4, "group_topk": 2}
+_FULLEST = RoutingRule(4, "sigmoid", scaling_factor=2.5, **_GROUPS)
+_ROWS = ((5, 1), (0, 1), (1, 1), (9, 1), (3, 1), (0, 1), (1, 1))
+"""Numbers of rows that a rank receives under planned dispatch."""
+
+CASES = {
+    "usual": Case(RoutingRule(2), LossRule(("aux_loss",), "all", has_z_loss=True)),
+    "rows": Case(_FULLEST, has_bias=True, has_padding=True, shapes=_ROWS, backend="aot_eager"),
+    "everything": Case(_FULLEST, has_bias=True, has_padding=True),
+    "evaluation": Case(RoutingRule(2), losses=None),
+    "softmax before": Case(RoutingRule(1, pre_softmax=True)),
+    "softmax after": Case(RoutingRule(4), has_padding=True),
+    "softmax, groups": Case(RoutingRule(4, pre_softmax=True, **_GROUPS)),
+    "sigmoid": Case(RoutingRule(4, "sigmoid"), LossRule(("aux_loss",), "all", has_z_loss=False)),
+    "sqrtsoftplus": Case(RoutingRule(4, "sqrtsoftplus"), has_bias=True),
+    "bfloat16": Case(RoutingRule(4, "sigmoid"), dtype=torch.bfloat16),
+}
+
+
+def random_table(generator: torch.Generator) -> MaskTable:
+    """Draw a table in which every third id sees one expert."""
+    singles = torch.eye(NUM_EXPERTS, dtype=torch.int64)
+    visible = torch.randint(0, 2, (VOCAB_SIZE, NUM_EXPERTS), generator=generator).index_fill(1, torch.tensor([0, 9]), 1)
+    bit_values = 1 << torch.arange(8)
+    visible_bits = (torch.cat([singles, visible]).unflatten(1, (-1, 8)) * bit_values).sum(dim=2)
+    row_of_id = NUM_EXPERTS + torch.arange(VOCAB_SIZE)
+    row_of_id[::3] = torch.arange(len(row_of_id[::3]))
+    return MaskTable(row_of_id.short(), visible_bits.byte(), bit_values.byte(), NUM_EXPERTS, has_single=True)
+
+
+def differentiable_outputs(routed: Routed) -> list[Tensor]:
+    """Return the outputs that losses and experts use."""
+    outputs = [routed.probs]
+    if routed.loss_sums is not None:
+        outputs += [sums.scores for sums in routed.loss_sums.balancing.values()]
+        if routed.loss_sums.squared_logsumexp is not None:
+            outputs.append(routed.loss_sums.squared_logsumexp)
+    return outputs
+
+
+def difference(ours: Any, expected: Any) -> float:
+    """Return the largest difference of the tensors and numbers of two results, relative to the largest value."""
+    if isinstance(expected, Tensor):
+        assert ours.dtype == expected.dtype
+        assert ours.shape == expected.shape
+        scale = max(expected.double().abs().max().item(), 1.0) if expected.numel() else 1.0
+        return (ours.double() - expected.double()).abs().max().item() / scale if expected.numel() else 0.0
+    if isinstance(expected, dict):
+        assert ours.keys() == expected.keys()
+        ours, expected = tuple(ours.values()), tuple(expected.values())
+    if isinstance(expected, tuple):
+        return max((difference(*pair) for pair in zip(ours, expected, strict=True)), default=0.0)
+    assert ours == expected
+    return 0.0
+
+
+def run(case: Case) -> dict[str, Any]:
+    """Route all batches of a case both ways; count the kernels of each graph: forward, backward."""
+    torch.compiler.reset()
+    counters.clear()
+    kernels: list[int] = []
+
+    def count_kernels(nodes: list[BaseSchedulerNode]) -> list[BaseSchedulerNode]:
+        launched = [node for node in nodes if not isinstance(node, NopKernelSchedulerNode)]
+        kernels.append(sum(not isinstance(node.node, MultiOutput) for node in launched))
+        return nodes
+
+    torch._inductor.config._post_fusion_custom_pass = count_kernels
+    generator = torch.Generator().manual_seed(0)
+    table = random_table(generator)
+    expert_bias = torch.randn(NUM_EXPERTS, generator=generator) if case.has_bias else None
+    compiled = torch.compile(route_tokens, dynamic=True, fullgraph=True, backend=case.backend)
+    largest = 0.0
+    for sequence, batch in case.shapes:
+        logits = torch.randn(sequence, batch, NUM_EXPERTS, generator=generator).to(case.dtype)
+        ids = torch.randint(0, VOCAB_SIZE, (batch, sequence), generator=generator).t()  # strides as in a model
+        is_padding = torch.rand(batch, sequence, generator=generator).t() < 0.4 if case.has_padding else None
+        results = []
+        for route in (compiled, route_tokens):
+            own_logits = logits.clone().requires_grad_(case.losses is not None)
+            with torch.set_grad_enabled(case.losses is not None):
+                routed = route(
+                    own_logits,
+                    TokenIds(ids, is_padding),
+                    table,
+                    case.rule,
+                    case.losses,
+                    has_statistics=case.losses is not None,
+                    expert_bias=expert_bias,
+                )
+                if case.losses is not None:
+                    outputs = differentiable_outputs(routed)
+                    seeds = [torch.linspace(-1, 1, each.numel()).view_as(each).to(each) for each in outputs]
+                    torch.autograd.backward(outputs, seeds)
+            results.append((tuple(routed), own_logits.grad))
+        (ours, our_grad), (expected, expected_grad) = results
+        # The order among equal scores is open, so compare the selection by the routing map.
+        ours, expected = ((*each[:2], *each[3:]) for each in (ours, expected))
+        assert torch.equal(ours[1], expected[1])
+        without_none = [pair for pair in zip(ours, expected, strict=True) if pair[1] is not None]
+        largest = max(largest, *(difference(*pair) for pair in without_none))
+        if our_grad is not None:
+            largest = max(largest, difference(our_grad, expected_grad))
+    return {
+        "difference": largest,
+        "compilations": counters["stats"]["unique_graphs"],
+        "graph_breaks": len(counters["graph_break"]),
+        "kernels": kernels,
+    }
+
+
+if __name__ == "__main__":
+    torch._inductor.config.fx_graph_cache = False  # A graph from the cache is not scheduled, so it has no count.
+    torch._inductor.config.cpp.simdlen = 1  # Plain loops compile faster than vectorized ones.
+    for name in sys.argv[1:]:
+        print(json.dumps(run(CASES[name])), flush=True)
