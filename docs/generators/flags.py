@@ -13,7 +13,7 @@ from unittest import mock
 
 import pages
 
-from maskmoe.command_line.registry import SUBCOMMANDS, Subcommand
+from maskmoe.command_line.main import SUBCOMMANDS, Subcommand
 from maskmoe.megatron_compat import prepare_process
 
 Provider = Callable[[argparse.ArgumentParser], argparse.ArgumentParser]
@@ -21,7 +21,7 @@ Provider = Callable[[argparse.ArgumentParser], argparse.ArgumentParser]
 # `maskmoe pretrain`, `evaluate` and `generate` read this flag before Megatron's parser reads the others.
 PROCESSES = (
     "`--nproc-per-node N`",
-    "start N ranks on this machine. Must be the first flag. Default: one rank for each GPU, or one without GPUs",
+    "start N ranks on this machine. Default: one rank for each GPU, or one without GPUs",
 )
 
 

@@ -27,7 +27,7 @@ class Probe:
     """The token ids of a probe text, and how they are cut into windows.
 
     Attributes:
-        token_ids: Int64 [tokens].
+        token_ids: int64 [tokens].
         seq_length: Number of tokens in a window; the last window may have fewer.
         batch_size: Number of windows in a batch.
     """
@@ -190,7 +190,7 @@ def read_pieces(model: Path, token_ids: np.ndarray) -> dict[int, str]:
 
     Args:
         model: The folder with the tokenizer of the model; without a tokenizer the result is empty.
-        token_ids: Int64 [tokens].
+        token_ids: int64 [tokens].
     """
     path = model / _TOKENIZER_FILE
     if not path.is_file():

@@ -163,7 +163,7 @@ def selected_experts(indices: Tensor) -> Tensor:
     not a choice, whatever its weight.
 
     Args:
-        indices: Int64 [tokens, k], as the router returns them.
+        indices: int64 [tokens, k], as the router returns them.
     """
     is_repeated = indices == indices[:, :1]
     is_repeated[:, 0] = False

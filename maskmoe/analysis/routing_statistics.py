@@ -11,7 +11,6 @@ from pathlib import Path
 
 import numpy as np
 from safetensors.numpy import save_file
-from scipy.special import entr
 
 from maskmoe.files.outputs import atomic_output
 from maskmoe.routing_mask.frequency import FrequencyBands
@@ -50,12 +49,12 @@ class RoutingTrace:
     """The routing of all tokens in all layers with experts.
 
     Attributes:
-        token_ids: Int64 [tokens].
-        experts: Int16 [layers, tokens, k], the chosen experts, the best first; `NO_EXPERT` fills the places of tokens
+        token_ids: int64 [tokens].
+        experts: int16 [layers, tokens, k], the chosen experts, the best first; `NO_EXPERT` fills the places of tokens
             with fewer than k experts.
-        weights: Float32 [layers, tokens, k], the weights of the chosen experts; 0 for `NO_EXPERT`.
-        entropy: Float32 [layers, tokens], entropy of the probabilities of the visible experts, in nats.
-        num_visible: Int16 [layers, tokens], number of visible experts of the token's id, V.
+        weights: float32 [layers, tokens, k], the weights of the chosen experts; 0 for `NO_EXPERT`.
+        entropy: float32 [layers, tokens], entropy of the probabilities of the visible experts, in nats.
+        num_visible: int16 [layers, tokens], number of visible experts of the token's id, V.
         num_experts: Number of experts in a layer, N.
     """
 
@@ -93,19 +92,19 @@ class RoutingStatistics:
     """The statistics of one model. A mean over no tokens is NaN.
 
     Attributes:
-        load: Int64 [L, B, N], number of assignments.
-        entropy: Float64 [L], mean entropy of the routers over the tokens that see two or more experts, in nats.
-        entropy_bound: Float64 [L], mean of ln V over these tokens, the largest possible mean entropy, in nats.
-        first_weight: Float64 [L], mean weight of a token's best expert over these tokens.
-        single_expert_share: Float64 [L], share of the tokens that see one expert.
-        id_information: Float64 [L], mutual information of the id and the experts of a token, in nats.
-        changed: Float64 [2 + B, L], share of its experts that a token changed since the previous model, as means over
+        load: int64 [L, B, N], number of assignments.
+        entropy: float64 [L], mean entropy of the routers over the tokens that see two or more experts, in nats.
+        entropy_bound: float64 [L], mean of ln V over these tokens, the largest possible mean entropy, in nats.
+        first_weight: float64 [L], mean weight of a token's best expert over these tokens.
+        single_expert_share: float64 [L], share of the tokens that see one expert.
+        id_information: float64 [L], mutual information of the id and the experts of a token, in nats.
+        changed: float64 [2 + B, L], share of its experts that a token changed since the previous model, as means over
             groups of tokens: all tokens, the tokens that see two or more experts in either model, and the tokens of
             each frequency band. None for the first model.
-        top_ids: Int64 [L, N, R], the ids that each expert gets most often, the most frequent first.
-        top_counts: Int64 [L, N, R], number of tokens with these ids that the expert gets; 0 after all ids of an expert.
-        distinct: Int64 [L, F], number of experts that the occurrences of an id chose first.
-        effective: Float64 [L, F], exp of the entropy of these choices: the number of equally used experts with the
+        top_ids: int64 [L, N, R], the ids that each expert gets most often, the most frequent first.
+        top_counts: int64 [L, N, R], number of tokens with these ids that the expert gets; 0 after all ids of an expert.
+        distinct: int64 [L, F], number of experts that the occurrences of an id chose first.
+        effective: float64 [L, F], exp of the entropy of these choices: the number of equally used experts with the
             same entropy.
     """
 
@@ -158,8 +157,8 @@ def count_choices(experts: np.ndarray, group_of_token: np.ndarray, num_groups: i
     """Count how often the tokens of each group chose each expert in one layer.
 
     Args:
-        experts: Int16 [T, k], the chosen experts or `NO_EXPERT`.
-        group_of_token: Int64 [T], the group of each token.
+        experts: int16 [T, k], the chosen experts or `NO_EXPERT`.
+        group_of_token: int64 [T], the group of each token.
         num_groups: Number of groups.
         num_experts: Number of experts, N.
 
@@ -257,6 +256,8 @@ def fluctuation(before: RoutingTrace, after: RoutingTrace) -> np.ndarray:
 
 def _entropy(counts: np.ndarray) -> np.ndarray:
     """Return the entropy of counts, in nats, float64 [...] of [..., n]."""
+    from scipy.special import entr  # the help of the command needs no scipy
+
     return entr(_divide(counts, counts.sum(axis=-1, keepdims=True))).sum(axis=-1)
 
 

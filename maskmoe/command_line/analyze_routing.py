@@ -28,9 +28,8 @@ from typing import Any
 
 from maskmoe.analysis.routing_statistics import SPLITS, AnalysisSettings
 from maskmoe.command_line import ranges
-from maskmoe.command_line.arguments import command_parser
-from maskmoe.command_line.parser import add_force_argument, split
-from maskmoe.command_line.progress import say_loading
+from maskmoe.command_line.parser import add_force_argument, command_parser, say_loading
+from maskmoe.command_line.ranges import split
 from maskmoe.data.indexed_dataset import dataset_files
 from maskmoe.errors import UserError
 from maskmoe.files.outputs import atomic_output, check_outputs, lies_inside, unwinding_on_signals
@@ -42,7 +41,7 @@ def parse_arguments() -> argparse.Namespace:
     """Parse the command line of this process.
 
     Raises:
-        UserError: two flags contradict each other.
+        UserError: Two flags contradict each other.
     """
     parser = command_parser(__doc__)
     models = parser.add_argument_group("models")
@@ -95,10 +94,10 @@ def _add(group: argparse._ActionsContainer, usage: str, text: str, **options: An
     """Add an argument with a value, by default the value that `AnalysisSettings` has.
 
     Args:
-        group: the group of the argument.
-        usage: the flag and the name of its value, such as `--tokens T`.
-        text: the help text.
-        options: further options of argparse.
+        group: The group of the argument.
+        usage: The flag and the name of its value, such as `--tokens T`.
+        text: The help text.
+        options: Further options of argparse.
     """
     flag, metavar = usage.split()
     options.setdefault("default", getattr(AnalysisSettings, flag.removeprefix("--").replace("-", "_"), None))
@@ -110,7 +109,7 @@ def output_folder(path: Path) -> Iterator[Path]:
     """Make a folder for the results, unless it exists; remove a new folder if it is empty at the end.
 
     Raises:
-        UserError: the folder cannot be made, or is not writable.
+        UserError: The folder cannot be made, or is not writable.
     """
     is_new = not path.exists()
     try:

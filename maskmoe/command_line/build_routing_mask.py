@@ -17,8 +17,7 @@ from typing import Any
 import numpy as np
 
 from maskmoe.command_line import ranges
-from maskmoe.command_line.arguments import add_seed_argument, command_parser
-from maskmoe.command_line.parser import add_force_argument
+from maskmoe.command_line.parser import add_force_argument, add_seed_argument, command_parser
 from maskmoe.errors import UserError
 from maskmoe.files.outputs import atomic_output, check_outputs
 from maskmoe.routing_mask.assignment import ASSIGNMENTS, PRESETS, MaskRecipe, build_routing_mask

@@ -12,18 +12,18 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from maskmoe.command_line import ranges
-from maskmoe.command_line.parser import Parser, split
+from maskmoe.command_line.parser import Parser
+from maskmoe.command_line.ranges import split
 from maskmoe.comparison.comparison import Comparison
 from maskmoe.comparison.data import Dataset
 from maskmoe.comparison.run import Run
 from maskmoe.comparison.slurm import submission, submit
-from maskmoe.comparison.stage import POLL_SECONDS, StageFolder
-from maskmoe.comparison.status_line import StatusLine
+from maskmoe.comparison.stage import POLL_SECONDS, StageFolder, StatusLine
 from maskmoe.comparison.suite import Suite
 from maskmoe.comparison.table import read_table
 from maskmoe.errors import UserError
 from maskmoe.files.paths import runs_folder, short_path
-from maskmoe.launch.devices import find_devices
+from maskmoe.launch.machine import find_devices
 from maskmoe.processes.folder_lock import locked_folder
 
 
@@ -33,7 +33,7 @@ def parse_arguments(arguments: Sequence[str]) -> argparse.Namespace:
         usage="%(prog)s SUITE.yaml [options] [--slurm -- options of launch/slurm/submit.sh and sbatch]",
         description=__doc__,
         epilog="The run folder gets data/, runs/ with a folder for each run, results.jsonl with a line for each "
-        "finished run, and report/ with README.md, losses.png and losses.csv.",
+        "finished run, and report/ with README.md and losses.png.",
     )
     parser.add_argument("suite", type=Path, metavar="SUITE.yaml", help="a suite file, as in launch/suites/")
     parser.add_argument("--run-dir", type=Path, metavar="DIR", help="folder of all files [runs/SUITE]")
@@ -47,8 +47,6 @@ def parse_arguments(arguments: Sequence[str]) -> argparse.Namespace:
     patterns = "finish only runs whose variant or name matches a shell pattern"
     pieces.add_argument("--only", nargs="+", default=[], metavar="PATTERN", help=patterns)
     pieces.add_argument("--seeds", nargs="+", default=[], type=ranges.SEED, metavar="N", help="finish only these seeds")
-    compared = "at the end, print how the losses differ from those of the same runs in another table"
-    pieces.add_argument("--compare-with", type=Path, metavar="FILE", help=compared)
     data = parser.add_argument_group("data, which replace the suite's data")
     data.add_argument("--input", nargs="+", metavar="FILE", help="text files: JSON lines or plain text")
     held_out = "further text files to evaluate on, each with a name"
@@ -80,7 +78,7 @@ def open_comparison(options: argparse.Namespace) -> Comparison:
     """Return the comparison that the command line names.
 
     Raises:
-        UserError: the suite or its data cannot be used.
+        UserError: The suite or its data cannot be used.
     """
     suite, name = Suite.read(options.suite, os.environ), options.suite.stem
     section = suite.data
@@ -124,8 +122,6 @@ def main() -> None:
             if unfinished:
                 return
         line.print(f"report: {short_path(comparison.report(options.output))}")
-    if options.compare_with:
-        line.print("\n".join(comparison.compare_with(options.compare_with, runs)))
 
 
 def _finish(

@@ -8,8 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from maskmoe.command_line import ranges
-from maskmoe.command_line.parser import Parser
-from maskmoe.command_line.progress import say_loading
+from maskmoe.command_line.parser import Parser, say_loading
 from maskmoe.conversion.settings import (
     DERIVED_PATTERN,
     DTYPE_NAMES,
@@ -102,7 +101,7 @@ def upcycle_settings(arguments: argparse.Namespace) -> UpcycleSettings:
     """Return the settings that the flags of `add_upcycle_arguments` describe; needs a prepared process.
 
     Raises:
-        UserError: the settings contradict each other.
+        UserError: The settings contradict each other.
     """
     frequency = arguments.moe_layer_freq
     if isinstance(frequency, str):
@@ -119,7 +118,7 @@ def _parse_layer_frequency(text: str) -> int | list[int]:
     """Parse `--moe-layer-freq` as Megatron does.
 
     Raises:
-        UserError: the text is not a layer pattern.
+        UserError: The text is not a layer pattern.
     """
     from megatron.training.arguments import moe_freq_type
 

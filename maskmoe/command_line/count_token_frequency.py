@@ -13,8 +13,7 @@ from argparse import Namespace
 from pathlib import Path
 
 from maskmoe.command_line import ranges
-from maskmoe.command_line.arguments import add_workers_argument, command_parser
-from maskmoe.command_line.parser import add_force_argument
+from maskmoe.command_line.parser import add_force_argument, add_workers_argument, command_parser
 from maskmoe.data.indexed_dataset import files_of_data_path
 from maskmoe.files.outputs import atomic_output, check_outputs
 from maskmoe.routing_mask.frequency import (

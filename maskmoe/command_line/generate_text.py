@@ -5,9 +5,7 @@ from pathlib import Path
 from typing import Any
 
 from maskmoe.command_line import ranges
-from maskmoe.command_line.parser import Parser, add_force_argument
-from maskmoe.command_line.progress import say_loading
-from maskmoe.command_line.prompt_loop import PromptLoop
+from maskmoe.command_line.parser import Parser, add_force_argument, say_loading
 from maskmoe.conversion.settings import read_model_config
 from maskmoe.errors import UserError
 from maskmoe.files.outputs import atomic_output, check_outputs
@@ -21,17 +19,13 @@ def main() -> None:
     """Print each prompt with its continuation, which is computed on a GPU if there is one.
 
     Raises:
-        UserError: the model or the file of prompts is missing or damaged, a prompt is empty or too long for the model,
+        UserError: The model or the file of prompts is missing or damaged, a prompt is empty or too long for the model,
             or a number is out of range.
     """
     parser = Parser(description=__doc__, formatter_class=argparse.ArgumentDefaultsHelpFormatter)
     add = parser.add_argument
     add("--model", type=Path, required=True, metavar="DIR", help="folder of model and tokenizer")
-    add_prompt_arguments(parser).add_argument(
-        "--interactive",
-        action="store_true",
-        help="continue each line of stdin; Ctrl-C ends a text, the end of the input (Ctrl-D) ends the program",
-    )
+    add_prompt_arguments(parser)
     add("--max-new-tokens", type=ranges.NEW_TOKENS, default=64, metavar="N", help="stop after N new tokens")
     add(
         "--temperature",
@@ -48,8 +42,6 @@ def main() -> None:
         raise UserError(f"--model {arguments.model} holds no config.json: name the folder of an exported model")
     positions = read_positions(arguments.model / "config.json")
     if arguments.output is not None:
-        if arguments.interactive:
-            raise UserError("--output does not apply to --interactive, which writes to the terminal")
         inputs = [path for path in (arguments.model, arguments.prompts_file) if path is not None]
         check_outputs([arguments.output], inputs, arguments.force)
     prompts = Prompts(arguments)
@@ -70,18 +62,6 @@ def main() -> None:
     model = model.to("cuda" if torch.cuda.is_available() else "cpu")
     continuation = Continuation(arguments, tokenizer, model)
     set_seed(arguments.seed)
-    if arguments.interactive:
-        loop = PromptLoop()
-        while (prompt := loop.next()) is not None:
-            prompt_ids = tokenizer(prompt)["input_ids"]
-            try:
-                check_prompt(prompt_ids, arguments.max_new_tokens, positions)
-            except UserError as error:
-                loop.refuse(error)
-                continue
-            with loop.answering():
-                continuation.show(prompt_ids, loop)
-        return
     texts = (text for batch in prompts.batches() for text in continuation.of(prompts_ids[batch]))
     text = prompts.output([*texts])
     print(text)
@@ -94,10 +74,10 @@ def read_positions(path: Path) -> int | None:
     """Return the number of positions of a model; None if the model names no limit.
 
     Args:
-        path: the model's `config.json`.
+        path: The model's `config.json`.
 
     Raises:
-        UserError: the file is damaged, or its number of positions is no positive whole number.
+        UserError: The file is damaged, or its number of positions is no positive whole number.
     """
     positions = read_model_config(path).get("max_position_embeddings")
     if positions is not None and (type(positions) is not int or positions < 1):
@@ -109,9 +89,9 @@ class Continuation:
     """Continues texts with a model of transformers.
 
     Args:
-        arguments: the arguments of the command line.
-        tokenizer: the model's tokenizer.
-        model: the model.
+        arguments: The arguments of the command line.
+        tokenizer: The model's tokenizer.
+        model: The model.
     """
 
     def __init__(self, arguments: argparse.Namespace, tokenizer: Any, model: Any) -> None:
@@ -128,7 +108,7 @@ class Continuation:
         """Return each prompt with its continuation.
 
         Args:
-            prompts: the token ids of each prompt, at least one.
+            prompts: The token ids of each prompt, at least one.
         """
         import torch
 
@@ -140,18 +120,6 @@ class Continuation:
         is_real = torch.arange(longest, device=device) >= torch.tensor(paddings, device=device).unsqueeze(1)
         rows = self._model.generate(tokens, attention_mask=is_real.long(), pad_token_id=0, **self._options).tolist()
         return [self._decode(row[width:], longest - width) for row, width in zip(rows, paddings, strict=True)]
-
-    def show(self, prompt: list[int], loop: PromptLoop) -> None:
-        """Write a prompt with its continuation while it grows, until Ctrl-C."""
-        import torch
-
-        def show_and_decide(tokens: Any, _scores: Any, **_: Any) -> Any:
-            loop.show(self._decode(tokens[0].tolist(), len(prompt)))
-            return torch.full((1,), loop.is_interrupted, dtype=torch.bool, device=tokens.device)
-
-        tokens = torch.tensor([prompt], device=self._model.device)
-        options = {**self._options, "attention_mask": torch.ones_like(tokens), "pad_token_id": 0}
-        self._model.generate(tokens, **options, stopping_criteria=[show_and_decide])
 
     def _decode(self, tokens: list[int], num_prompt_tokens: int) -> str:
         """Return the text of a prompt and of its continuation up to the token that ends a text."""

@@ -1,97 +1,13 @@
-"""The parser of all command lines: it reports an error in one line, and checks the range of each number."""
+"""The parser of all command lines, which reports errors in one line, and the arguments that several commands share."""
 
 import argparse
 import difflib
-import math
-import re
 import sys
 from collections.abc import Sequence
-from dataclasses import dataclass
 from typing import Any, NoReturn
 
+from maskmoe.command_line import ranges
 from maskmoe.errors import UserError
-
-_WHOLE_NUMBER = re.compile(r"[+-]?[0-9]{1,300}")
-_SHARE = r"([0-9]+\.?[0-9]*|\.[0-9]+)"
-_SPLIT = re.compile(rf"[\[(\s]*{_SHARE}(\s*[,/\s]\s*{_SHARE}){{0,2}}[\])\s]*")
-
-
-@dataclass(frozen=True)
-class WholeNumber:
-    """The `type` of a command line argument that is a whole number in a range.
-
-    Attributes:
-        least: the smallest value.
-        most: the largest value.
-    """
-
-    least: int
-    most: int = (1 << 63) - 1
-
-    def __call__(self, text: str) -> int:
-        """Convert the word of a command line. Raises ArgumentTypeError if the word is not in the range."""
-        # `int` would also accept digits of other scripts, underscores and white space.
-        if not _WHOLE_NUMBER.fullmatch(text):
-            raise argparse.ArgumentTypeError(f"must be a whole number, not {text!r}")
-        if problem := self.problem(int(text)):
-            raise argparse.ArgumentTypeError(problem)
-        return int(text)
-
-    def problem(self, value: float) -> str | None:
-        """Return what is wrong with a value, such as "must be at least 1, not 0"; None if it is in the range."""
-        if value < self.least:
-            return f"must be at least {self.least}, not {value}"
-        if value > self.most:
-            return f"must be at most {self.most}, not {value}"
-        return None
-
-
-@dataclass(frozen=True)
-class Number:
-    """The `type` of a command line argument that is a finite number in a range.
-
-    Attributes:
-        least: the smallest value; the bound of all values if `is_above`.
-        most: the largest value.
-        is_above: whether the values are larger than `least`.
-    """
-
-    least: float = -math.inf
-    most: float = math.inf
-    is_above: bool = False
-
-    def __call__(self, text: str) -> float:
-        """Convert the word of a command line. Raises ArgumentTypeError if the word is not in the range."""
-        try:
-            value = float(text) if text.isascii() and "_" not in text else None
-        except ValueError:
-            value = None
-        if value is None:
-            raise argparse.ArgumentTypeError(f"must be a number, not {text!r}")
-        if problem := self.problem(value):
-            raise argparse.ArgumentTypeError(problem)
-        return value
-
-    def problem(self, value: float) -> str | None:
-        """Return what is wrong with a value, such as "must be above 0, not -1"; None if it is in the range."""
-        if not math.isfinite(value):
-            return f"must be a finite number, not {value}"
-        if value < self.least or (self.is_above and value == self.least):
-            return f"must be {'above' if self.is_above else 'at least'} {self.least:g}, not {value:g}"
-        if value > self.most:
-            return f"must be at most {self.most:g}, not {value:g}"
-        return None
-
-
-def split(text: str) -> str:
-    """Return a value of Megatron's `--split` as it is. Raises ArgumentTypeError if it does not name three shares.
-
-    Megatron itself reads the numbers of any text: 5 of "-5" and of "5e-1".
-    """
-    numbers = _SPLIT.fullmatch(text) and [float(number) for number in re.findall(r"[\d.]+", text)]
-    if not numbers or not 0 < sum(numbers) < math.inf:
-        raise argparse.ArgumentTypeError(f"must be three shares such as 99,1,0, not {text!r}")
-    return text
 
 
 class OneLineParser(argparse.ArgumentParser):
@@ -129,11 +45,11 @@ def refuse_unknown_flags(parser: argparse.ArgumentParser, words: Sequence[str]) 
     """Refuse flags that a complete parser does not know. Words after `--` and a command line with `--help` may be any.
 
     Args:
-        parser: has all arguments of the command.
-        words: the command line.
+        parser: Has all arguments of the command.
+        words: The command line.
 
     Raises:
-        UserError: names all unknown flags and, for each, the most similar known flag.
+        UserError: Names all unknown flags and, for each, the most similar known flag.
     """
     known = parser._option_string_actions
     words = words[: [*words, "--"].index("--")]
@@ -152,7 +68,7 @@ def _refuse_repeated_lists(parser: argparse.ArgumentParser, words: Sequence[str]
     """Refuse a flag with several values that is given twice, since argparse would silently drop its first values.
 
     Raises:
-        UserError: names the flag.
+        UserError: Names the flag.
     """
     given = [word.partition("=")[0] for word in words[: [*words, "--"].index("--")]]
     for action in parser._actions:
@@ -166,3 +82,32 @@ def add_force_argument(parser: argparse._ActionsContainer) -> None:
     """Add the flag that lets a command replace its earlier outputs, see `maskmoe.files.outputs.check_outputs`."""
     meaning = "replace output files that exist; inputs are never replaced"
     parser.add_argument("--force", action="store_true", help=meaning)
+
+
+def command_parser(documentation: str | None) -> Parser:
+    """Return a parser whose help is the docstring of a command's module.
+
+    The docstring's part from its examples on is shown after the arguments; `%(prog)s` stands for the program.
+    """
+    description, _, examples = (documentation or "").partition("\nExample")
+    return Parser(
+        description=description, epilog=f"example{examples}", formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+
+
+def add_workers_argument(parser: argparse.ArgumentParser) -> None:
+    """Add the flag for the number of processes."""
+    meaning = "number of processes; does not change the result (default: number of available cores)"
+    parser.add_argument("--workers", type=ranges.PROCESSES, metavar="W", help=meaning)
+
+
+def add_seed_argument(parser: argparse._ActionsContainer, purpose: str) -> None:
+    """Add the flag for the seed of something random."""
+    parser.add_argument(
+        "--seed", type=ranges.SEED, default=0, metavar="S", help=f"seed of {purpose} (default: %(default)s)"
+    )
+
+
+def say_loading(phase: str) -> None:
+    """Print what a command does, such as "reading the model", to stderr before it can show a progress bar."""
+    print(f"loading: {phase}", file=sys.stderr, flush=True)

@@ -27,15 +27,9 @@ from collections.abc import Sequence
 from typing import Any
 
 from maskmoe.command_line import ranges
-from maskmoe.command_line.arguments import (
-    add_text_arguments,
-    add_workers_argument,
-    command_parser,
-    pop_reading_options,
-)
-from maskmoe.command_line.parser import add_force_argument
+from maskmoe.command_line.parser import add_force_argument, add_workers_argument, command_parser
 from maskmoe.data.dataset_writing import IndexedDatasetWriter, merge_datasets
-from maskmoe.data.inputs import Shard
+from maskmoe.data.inputs import FORMATS, ReadingOptions, Shard, unescape
 from maskmoe.data.preprocess import preprocess
 from maskmoe.data.tokenizer import TOKENIZER_TYPES
 
@@ -134,3 +128,50 @@ def _merge(parser: argparse.ArgumentParser, settings: dict[str, Any]) -> Sequenc
         settings["shuffle_seed"],
         settings["force"],
     )
+
+
+def add_text_arguments(
+    parser: argparse.ArgumentParser,
+    purpose: str,
+    meaning_of_keys: str,
+    sources: argparse._ActionsContainer | None = None,
+) -> None:
+    """Add the flags that name texts, say how they are read, and name the keys that hold the text.
+
+    Args:
+        parser: The parser.
+        purpose: Purpose of the texts, for the help.
+        meaning_of_keys: Content of the keys, for the help.
+        sources: Group that `--input` belongs to if another flag of the group can replace it.
+    """
+    (sources or parser).add_argument(
+        "--input",
+        nargs="+",
+        required=sources is None,
+        metavar="FILE",
+        help=f"texts{purpose}: files; folders that `save_to_disk` of Hugging Face's datasets has written; or - for "
+        "standard input",
+    )
+    parser.add_argument(
+        "--input-format",
+        choices=FORMATS,
+        help="format of all inputs (default: as the file's name ends; jsonl for standard input and pipes)",
+    )
+    keys = f"keys of the JSON objects, or names of the columns, that hold {meaning_of_keys} (default: text)"
+    parser.add_argument("--json-keys", nargs="+", default=["text"], metavar="KEY", help=keys)
+    parser.add_argument(
+        "--document-separator",
+        metavar="TEXT",
+        help=r"text between two documents of a plain text file, such as '\n\n' or '<|endoftext|>'; the separator is "
+        "left out (default: a file is a document)",
+    )
+
+
+def pop_reading_options(settings: dict[str, Any]) -> ReadingOptions:
+    """Remove the flags that say how texts are read from the parsed flags, and return their values.
+
+    Raises:
+        UserError: The separator has an unknown escape.
+    """
+    separator = settings.pop("document_separator")
+    return ReadingOptions(settings.pop("input_format"), None if separator is None else unescape(separator))

@@ -6,9 +6,7 @@ from collections.abc import Sequence
 from contextlib import suppress
 
 from maskmoe.launch.command import entry_point
-from maskmoe.launch.entry_point import run_entry_point
-from maskmoe.launch.launcher import launch
-from maskmoe.launch.options import only_launcher_has
+from maskmoe.launch.launcher import launch, run_entry_point
 
 _SUFFIXES = (".yaml", ".yml")
 _HELP_FLAGS = {"-h", "--help"}
@@ -33,8 +31,7 @@ def main() -> None:
 def has_flags_only(words: Sequence[str]) -> bool:
     """Return whether a command line gives Megatron's flags without a model file.
 
-    The name of a model file ends in `.yaml` or `.yml`. A command line without one begins with a flag of training.
+    The name of a model file ends in `.yaml` or `.yml`.
     """
-    if not words or not words[0].startswith("--") or only_launcher_has(words[0].partition("=")[0]):
-        return False
-    return not any(word.endswith(_SUFFIXES) for word in words if not word.startswith("-"))
+    has_model_file = any(word.endswith(_SUFFIXES) for word in words if not word.startswith("-"))
+    return bool(words) and words[0].startswith("--") and not has_model_file

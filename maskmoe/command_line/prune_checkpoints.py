@@ -14,7 +14,7 @@ Examples:
 from pathlib import Path
 
 from maskmoe.command_line import ranges
-from maskmoe.command_line.arguments import command_parser
+from maskmoe.command_line.parser import command_parser
 from maskmoe.errors import UserError
 
 
@@ -22,7 +22,7 @@ def main() -> None:
     """Remove the old checkpoints of the run that the command line names.
 
     Raises:
-        UserError: the folder holds no sound checkpoint, or some old checkpoint cannot be removed. All other old
+        UserError: The folder holds no sound checkpoint, or some old checkpoint cannot be removed. All other old
             checkpoints are removed nevertheless.
     """
     parser = command_parser(__doc__)

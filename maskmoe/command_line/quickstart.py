@@ -9,21 +9,15 @@ start the same command again to resume. After a change of settings, only the aff
 import argparse
 import sys
 from collections.abc import Callable, Sequence
+from dataclasses import fields
 from pathlib import Path
-
-from pydantic import ValidationError
 
 from maskmoe.command_line import ranges
 from maskmoe.command_line.parser import Parser
-from maskmoe.comparison.held_out import check_text
-from maskmoe.comparison.quickstart import Quickstart, Settings, quickstart_suite
-from maskmoe.comparison.quickstart_report import write_report
-from maskmoe.comparison.stage import StageFolder
-from maskmoe.comparison.status_line import StatusLine
-from maskmoe.errors import UserError
-from maskmoe.files.json_files import first_problem
+from maskmoe.comparison.quickstart import Quickstart, Settings, quickstart_suite, write_report
+from maskmoe.comparison.stage import StageFolder, StatusLine
 from maskmoe.files.paths import runs_folder
-from maskmoe.launch.devices import find_devices
+from maskmoe.launch.machine import find_devices
 from maskmoe.processes.folder_lock import locked_folder
 from maskmoe.routing_mask.assignment import ASSIGNMENTS
 
@@ -32,7 +26,7 @@ def parse_settings(arguments: Sequence[str] | None = None) -> Settings:
     """Parse the command line, by default of this process. Defaults are the values of the quickstart's suite.
 
     Raises:
-        UserError: a value is out of range, or an input file is missing.
+        UserError: A value is out of range.
     """
     parser = Parser(
         description=__doc__,
@@ -74,29 +68,24 @@ def parse_settings(arguments: Sequence[str] | None = None) -> Settings:
     mask.add_argument("--assignment", choices=ASSIGNMENTS, help="how experts are assigned to ids [%(default)s]")
 
     training = parser.add_argument_group("training")
-    add(training, "--seq-length", ranges.SEQ_LENGTH, "number of tokens in a sample")
+    add(training, "--seq-length", ranges.WholeNumber(32, ranges.SEQ_LENGTH.most), "number of tokens in a sample")
     add(training, "--global-batch-size", ranges.BATCH_SIZE, "number of samples in an iteration")
     add(training, "--train-iters", ranges.ITERATIONS, "number of iterations")
     add(training, "--lr", ranges.LEARNING_RATE, "largest learning rate", "X")
     add(training, "--seed", ranges.SEED, "seed of the initial weights and of the order of the data")
     training.add_argument("--prompt", metavar="TEXT", help="start of the sample [the start of a held-out text]")
-    try:
-        return Settings(**vars(parser.parse_args(arguments)))
-    except ValidationError as error:
-        place, _, problem = first_problem(error).partition(": ")
-        field = place.partition(".")[0]  # a place such as `input.0` also says which of several values is wrong
-        raise UserError(f"--{field.replace('_', '-')}: {problem}") from error
+    options = parser.parse_args(arguments)
+    return Settings(**{field.name: getattr(options, field.name) for field in fields(Settings)})
 
 
 def main() -> None:
     """Run the command."""
     settings = parse_settings()
-    if settings.input:
-        check_text(settings.input, settings.json_keys, settings.seq_length)
     quickstart = Quickstart(settings, find_devices())
+    quickstart.data.check()  # before anything is written
     line = StatusLine(sys.stdout)
-    with locked_folder(settings.run_dir):
-        folder = StageFolder(settings.run_dir)
+    with locked_folder(quickstart.run.folder):
+        folder = StageFolder(quickstart.run.folder)
         data = tuple(quickstart.data.stages())
         folder.run(data, line)
         stages = (*data, *quickstart.model_stages())

@@ -103,8 +103,8 @@ def _describing_paths() -> Iterator[None]:
     """Turn an error of the operating system into one that names the path of the command line, or the full disk.
 
     Raises:
-        UserError: a path of the command line cannot be used.
-        RunFailure: a disk is full, or too many files are open.
+        UserError: A path of the command line cannot be used.
+        RunFailure: A disk is full, or too many files are open.
     """
     try:
         yield

@@ -12,8 +12,7 @@ import json
 from collections.abc import Iterable
 from pathlib import Path
 
-from maskmoe.command_line.arguments import command_parser
-from maskmoe.command_line.parser import add_force_argument
+from maskmoe.command_line.parser import add_force_argument, command_parser
 from maskmoe.errors import UserError
 from maskmoe.files.outputs import atomic_output, check_outputs, lies_inside
 from maskmoe.files.paths import check_folder
@@ -25,7 +24,7 @@ def main() -> None:
     """Show or write the status of the run that the command line names.
 
     Raises:
-        UserError: the folder is no run folder, or an output cannot be written.
+        UserError: The folder is no run folder, or an output cannot be written.
     """
     parser = command_parser(__doc__)
     add = parser.add_argument
@@ -60,12 +59,12 @@ def _check_is_no_file_of_run(outputs: Iterable[Path], run: Path, folders: Iterab
     """Check that no output replaces a file of a run, or lies in a folder that the run fills.
 
     Args:
-        outputs: the files that will be written.
-        run: the run folder.
-        folders: folders of the run elsewhere.
+        outputs: The files that will be written.
+        run: The run folder.
+        folders: Folders of the run elsewhere.
 
     Raises:
-        UserError: names the output.
+        UserError: Names the output.
     """
     for path in outputs:
         # Only the run folder itself takes pages: all folders in it are the run's, such as its checkpoints.

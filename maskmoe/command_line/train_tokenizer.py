@@ -13,13 +13,8 @@ Example:
 from collections.abc import Iterator, Sequence
 
 from maskmoe.command_line import ranges
-from maskmoe.command_line.arguments import (
-    add_seed_argument,
-    add_text_arguments,
-    command_parser,
-    pop_reading_options,
-)
-from maskmoe.command_line.parser import add_force_argument
+from maskmoe.command_line.parser import add_force_argument, add_seed_argument, command_parser
+from maskmoe.command_line.preprocess_data import add_text_arguments, pop_reading_options
 from maskmoe.data.documents import progress_bar, read_blocks
 from maskmoe.data.inputs import Input, find_inputs
 from maskmoe.data.tokenizer_training import train_tokenizer, vocabulary_lines

@@ -2,7 +2,7 @@
 
 import json
 import time
-from collections.abc import Generator, Iterable, Iterator, Sequence
+from collections.abc import Generator, Iterable, Sequence
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from functools import cached_property
@@ -11,12 +11,11 @@ from pathlib import Path
 from maskmoe.comparison.data import Dataset
 from maskmoe.comparison.report import write_report
 from maskmoe.comparison.run import Run, runs_of
-from maskmoe.comparison.stage import POLL_SECONDS, StageFolder
-from maskmoe.comparison.status_line import StatusLine
+from maskmoe.comparison.stage import POLL_SECONDS, StageFolder, StatusLine
 from maskmoe.comparison.suite import Suite
 from maskmoe.comparison.table import RunResult, merge, read_table, training_seconds, write_table
 from maskmoe.errors import RunFailure, UserError
-from maskmoe.launch.devices import Devices
+from maskmoe.launch.machine import Devices
 
 _RESULT = "result.jsonl"
 _MAX_PARAMETER_SHARE = 0.02  # largest relative difference between the active parameters of two variants
@@ -30,12 +29,12 @@ class Comparison:
     machine. The folder of a finished run is not needed any more.
 
     Attributes:
-        suite: the suite.
-        name: name of the suite.
-        folder: folder of all files.
-        table: file with the results; it may lie elsewhere and have results of other suites and machines.
-        data: the dataset of all runs.
-        devices: devices of this machine.
+        suite: The suite.
+        name: Name of the suite.
+        folder: Folder of all files.
+        table: File with the results; it may lie elsewhere and have results of other suites and machines.
+        data: The dataset of all runs.
+        devices: Devices of this machine.
     """
 
     suite: Suite
@@ -54,11 +53,11 @@ class Comparison:
         """Return the runs whose variant or name matches one of the shell patterns, with one of the seeds.
 
         Args:
-            patterns: shell patterns; none selects all.
-            seeds: seeds; none selects all.
+            patterns: Shell patterns; none selects all.
+            seeds: Seeds; none selects all.
 
         Raises:
-            UserError: no run is selected.
+            UserError: No run is selected.
         """
         found = [
             run
@@ -70,15 +69,13 @@ class Comparison:
             raise UserError("no run of the suite has such a name and seed; --list shows all runs")
         return tuple(found)
 
-    def results(self, table: Path | None = None) -> dict[str, RunResult]:
-        """Return the results of the suite's runs by the titles of the runs, from its table or another one.
+    def results(self) -> dict[str, RunResult]:
+        """Return the results of the suite's runs by the titles of the runs.
 
         Raises:
-            UserError: a table is damaged, or a run has two different results.
+            UserError: The table is damaged.
         """
-        known = {
-            (result.seed, frozenset(result.settings.items())): result for result in read_table(table or self.table)
-        }
+        known = {(result.seed, frozenset(result.settings.items())): result for result in read_table(self.table)}
         text = self.data.digests() if self.data.token_frequency.exists() else None
         found = {}
         for run in self.runs:
@@ -96,7 +93,7 @@ class Comparison:
         """Check the settings of each variant before any of them trains.
 
         Raises:
-            UserError: settings are refused, or variants have different numbers of active parameters.
+            UserError: Settings are refused, or variants have different numbers of active parameters.
         """
         active: dict[str, dict[str, int]] = {}
         for run in {run.name: run for run in runs}.values():
@@ -141,7 +138,7 @@ class Comparison:
         """Finish runs, at most `jobs` at a time. A failed run does not stop the others.
 
         Raises:
-            RunFailure: a run failed; the message names all of them.
+            RunFailure: A run failed; the message names all of them.
         """
         waiting, active, failed, start = list(runs), dict[str, Generator[str]](), [], time.monotonic()
         states: dict[str, str] = {}
@@ -176,11 +173,3 @@ class Comparison:
     def report(self, folder: Path | None = None) -> Path:
         """Write the page of all finished runs, by default into the folder `report`; return its path."""
         return write_report(self.suite, self.name, [*self.results().values()], folder or self.folder / "report")
-
-    def compare_with(self, table: Path, runs: Iterable[Run]) -> Iterator[str]:
-        """Yield a line for each run with its loss here, its loss in another table, and their difference."""
-        own, recorded = self.results(), self.results(table)
-        yield f"{'run':30} {'here':>8} {'recorded':>8} {'difference':>10}"
-        for title in (run.title for run in runs if run.title in own and run.title in recorded):
-            here, there = own[title].losses[0].loss, recorded[title].losses[0].loss
-            yield f"{title:30} {here:8.4f} {there:8.4f} {here - there:+10.4f}"

@@ -5,10 +5,11 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from maskmoe.comparison.held_out import choose_split
+import numpy as np
+
 from maskmoe.comparison.stage import Stage, maskmoe_command
 from maskmoe.comparison.suite import REQUIRED, DataSection
-from maskmoe.data.indexed_dataset import dataset_files, parse_data_path
+from maskmoe.data.indexed_dataset import dataset_files, parse_data_path, read_index
 from maskmoe.errors import UserError
 from maskmoe.launch.model_file import Flags
 from maskmoe.routing_mask.frequency import TokenFrequency
@@ -16,6 +17,8 @@ from maskmoe.routing_mask.frequency import TokenFrequency
 _MAX_TOKENIZER_LINES = 1_000_000
 _SHUFFLE_SEED = 0  # belongs to the text: all runs, whatever their seeds, hold out the same documents
 _ALL_VALIDATION = "0,1,0"
+_HELD_OUT_SHARE = 0.02
+_MAX_HELD_OUT_TOKENS = 200_000
 
 
 @dataclass(frozen=True)
@@ -23,14 +26,13 @@ class Dataset:
     """A dataset with its token counts, which exists already or is made from text in a folder.
 
     Attributes:
-        folder: folder of the files that are made.
-        vocab_size: number of ids of the tokenizer.
-        seq_length: tokens in a sample.
-        text: text files; if empty, `maskmoe corpus` collects the text of the installed Python.
-        json_key: key of the text in JSON lines.
-        max_bytes: limit of the installed Python's text; empty for the default of `maskmoe corpus`.
-        held_out: further text files to evaluate on, by name.
-        existing: flags that name a dataset that exists already; empty if it is made from text with its tokenizer.
+        folder: Folder of the files that are made.
+        vocab_size: Number of ids of the tokenizer.
+        seq_length: Tokens in a sample.
+        text: Text files; if empty, `maskmoe corpus` collects the text of the installed Python.
+        json_key: Key of the text in JSON lines.
+        held_out: Further text files to evaluate on, by name.
+        existing: Flags that name a dataset that exists already; empty if it is made from text with its tokenizer.
     """
 
     folder: Path
@@ -38,7 +40,6 @@ class Dataset:
     seq_length: int
     text: tuple[Path, ...] = ()
     json_key: str = "text"
-    max_bytes: str = ""
     held_out: dict[str, Path] = field(default_factory=dict)
     existing: Flags = field(default_factory=dict)
 
@@ -47,7 +48,7 @@ class Dataset:
         """Return the dataset that the section `data` of a suite describes.
 
         Raises:
-            UserError: a value is missing.
+            UserError: A value is missing.
         """
         if not section.vocab_size.isdecimal():
             raise UserError("the suite's section `data` needs vocab-size, the number of ids of the tokenizer")
@@ -58,14 +59,13 @@ class Dataset:
         existing = {flag: value if isinstance(value, tuple) else (value,) for flag, value in values.items()}
         text = () if existing else tuple(map(Path, section.input))
         held_out = {name: Path(path) for name, path in section.held_out.items()}
-        size = section.vocab_size
-        return cls(folder, size, seq_length, text, "text", section.max_bytes, held_out, existing)
+        return cls(folder, section.vocab_size, seq_length, text, "text", held_out, existing)
 
     def check(self) -> None:
         """Check that the text files exist; only training needs them.
 
         Raises:
-            UserError: a file does not exist, or the suite leaves the text to the command line, which names none.
+            UserError: A file does not exist, or the suite leaves the text to the command line, which names none.
         """
         if self.text == (Path(REQUIRED),):
             raise UserError(
@@ -74,7 +74,7 @@ class Dataset:
             )
         for path in (*self.text, *self.held_out.values()):
             if not path.is_file():
-                raise UserError(f"the text file {path} does not exist; name files by --input and --held-out")
+                raise UserError(f"the text file {path} does not exist")
 
     @property
     def corpus(self) -> Path:
@@ -112,7 +112,7 @@ class Dataset:
         """Flags that name the dataset, the split and the tokenizer. The dataset must exist."""
         if self.existing:
             return self.existing
-        split = choose_split(self.prefix, self.seq_length).flag
+        split = choose_split(self.prefix, self.seq_length)
         return {"data-path": (str(self.prefix),), "split": (split,), **self._tokenizer_flags}
 
     @property
@@ -131,8 +131,7 @@ class Dataset:
         text = self.text or (self.corpus,)
         if not self.existing:
             if not self.text:
-                limit = ("--max-bytes", self.max_bytes) if self.max_bytes else ()
-                yield Stage("corpus", maskmoe_command("corpus", *limit, "--output", self.corpus), (self.corpus,))
+                yield Stage("corpus", maskmoe_command("corpus", "--output", self.corpus), (self.corpus,))
             yield self._tokenizer_stage(text)
             # The last documents are held out. Shuffled documents make the held-out text resemble the training text.
             yield self._preprocess("dataset", text, ("--shuffle-seed", _SHUFFLE_SEED))
@@ -164,3 +163,30 @@ class Dataset:
         indexes = {name: Path(f"{self.held_out_flags(name)['data-path'][0]}.idx") for name in self.held_out}
         held_out = {name: hashlib.sha256(path.read_bytes()).hexdigest() for name, path in indexes.items()}
         return {"training": TokenFrequency.load(self.token_frequency).digest, **held_out}
+
+
+def choose_split(dataset_prefix: Path, seq_length: int) -> str:
+    """Return the value of Megatron's `--split`, which counts documents, that holds out the last documents.
+
+    About 2 % of the tokens are held out, at least one sample and at most what a short evaluation needs.
+
+    Raises:
+        UserError: The dataset has too few documents or tokens for both parts.
+    """
+    boundaries = read_index(dataset_prefix).document_boundaries
+    num_documents, num_tokens = len(boundaries) - 1, int(boundaries[-1])
+    if num_documents < 2:
+        raise UserError(
+            "the input is a single document, but training and evaluation need one document each: give several files, "
+            "JSON lines with one document each, or a text file above 1 MB"
+        )
+    sample = seq_length + 1
+    for wanted in (max(sample, min(int(_HELD_OUT_SHARE * num_tokens), _MAX_HELD_OUT_TOKENS)), sample):
+        # Hold out as few documents as have the wanted number of tokens.
+        train_documents = int(np.searchsorted(boundaries, num_tokens - wanted, side="right")) - 1
+        if train_documents > 0 and boundaries[train_documents] >= sample:
+            return f"{train_documents},{num_documents - train_documents},0"
+    raise UserError(
+        f"the input's {num_tokens} tokens in {num_documents} documents are too few to train and to evaluate on "
+        f"samples of --seq-length {seq_length}: give more or smaller documents, or a smaller --seq-length"
+    )

@@ -1,26 +1,32 @@
-"""The quickstart: a suite of one variant, trained on this machine, then exported, and a sample of its text."""
+"""The quickstart: a suite of one variant, trained on this machine, then exported, with a sample and a report."""
 
 import math
 from collections.abc import Mapping
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Annotated
 
-from pydantic import AfterValidator, BaseModel, Field, ValidationInfo
+import numpy as np
+from tqdm import tqdm
 
 from maskmoe.comparison.data import Dataset
-from maskmoe.comparison.held_out import choose_split, opening_of_held_out_text
+from maskmoe.comparison.report import markdown_table, new_figure, tidy
 from maskmoe.comparison.run import OWN_TEXT, Run
 from maskmoe.comparison.stage import Stage, maskmoe_command
 from maskmoe.comparison.suite import Suite, Variant
+from maskmoe.comparison.table import scalars, training_seconds
+from maskmoe.data.documents import read_documents
+from maskmoe.errors import UserError
+from maskmoe.files.json_files import read_json
+from maskmoe.files.outputs import atomic_output, render_template
 from maskmoe.launch.command import entry_point, standalone_command
-from maskmoe.launch.devices import Devices
+from maskmoe.launch.machine import Devices
 from maskmoe.launch.model_file import Flags, flag_words, override
+from maskmoe.routing_mask.frequency import TokenFrequency
 
 _SUITE = Path(__file__).parent / "suites" / "quickstart.yaml"
 _HEAD_SIZE = 32
 _PROMPT_FOR_PYTHON = 'def read_lines(path):\n    """'
-_PROMPT_TOKENS = 16
+_PROMPT_CHARACTERS = 64
 _SAMPLE_TOKENS = 96
 _CHECKPOINTS = 20
 _EVALUATIONS = 10
@@ -33,44 +39,39 @@ def quickstart_suite() -> Suite:
     return Suite.read(_SUITE, {})
 
 
-def _check_input(path: Path) -> Path:
-    if not path.is_file():
-        raise ValueError(f"{path} {'is a folder, not a file' if path.is_dir() else 'does not exist'}")
-    return path.absolute()
+@dataclass(frozen=True)
+class Settings:
+    """The settings of a quickstart, see `maskmoe quickstart --help`.
 
+    Raises:
+        UserError: Two settings do not fit together.
+    """
 
-def _check_run_dir(path: Path) -> Path:
-    if path.exists() and not path.is_dir():
-        raise ValueError(f"{path} is a file, not a folder")
-    return path.absolute()
-
-
-def _check_visible_experts(number: int, info: ValidationInfo) -> int:
-    num_experts = info.data.get("num_experts", number)
-    if not 2 <= number <= num_experts:
-        raise ValueError(f"must be between 2 and --num-experts {num_experts}, not {number}")
-    return number
-
-
-class Settings(BaseModel, frozen=True):
-    """The settings of a quickstart, see `maskmoe quickstart --help`. Wrong values raise a ValidationError."""
-
-    input: tuple[Annotated[Path, AfterValidator(_check_input)], ...]
-    run_dir: Annotated[Path, AfterValidator(_check_run_dir)]
+    input: tuple[Path, ...]
     json_keys: str
+    run_dir: Path
     vocab_size: int
-    num_layers: int = Field(ge=1)
-    hidden_size: int = Field(ge=_HEAD_SIZE, multiple_of=_HEAD_SIZE)
-    num_experts: int = Field(ge=2)
-    frequent_mass: float = Field(ge=0, le=1)
-    frequent_visible_experts: Annotated[int, AfterValidator(_check_visible_experts)]
+    num_layers: int
+    hidden_size: int
+    num_experts: int
+    frequent_mass: float
+    frequent_visible_experts: int
     assignment: str
-    seq_length: int = Field(ge=32)
-    global_batch_size: int = Field(ge=1)
-    train_iters: int = Field(ge=1)
-    lr: float = Field(gt=0)
+    seq_length: int
+    global_batch_size: int
+    train_iters: int
+    lr: float
     seed: int
     prompt: str | None
+
+    def __post_init__(self) -> None:
+        if self.hidden_size % _HEAD_SIZE:
+            raise UserError(f"--hidden-size must be a multiple of {_HEAD_SIZE}, not {self.hidden_size}")
+        visible = self.frequent_visible_experts
+        if not 2 <= visible <= self.num_experts:
+            raise UserError(
+                f"--frequent-visible-experts must be between 2 and --num-experts {self.num_experts}, not {visible}"
+            )
 
     def variant(self, devices: Devices) -> Variant:
         """Return the variant of the suite with these settings, for a training on all devices of this machine."""
@@ -79,7 +80,7 @@ class Settings(BaseModel, frozen=True):
         micro_batch_size = -(-self.global_batch_size // devices.num_processes)
         expert_parallel = {"expert_model_parallel_size": devices.expert_model_parallel_size(self.num_experts)}
         flags = {
-            **self.model_dump(include={"num_layers", "hidden_size", "num_experts", "seq_length", "train_iters", "lr"}),
+            **self._values("num_layers", "hidden_size", "num_experts", "seq_length", "train_iters", "lr"),
             **expert_parallel,
             "min_lr": f"{_MIN_LR_RATIO * self.lr:.6g}",
             "num_attention_heads": self.hidden_size // _HEAD_SIZE,
@@ -92,10 +93,13 @@ class Settings(BaseModel, frozen=True):
             "log_interval": max(1, self.train_iters // _LOG_LINES),
             "save_interval": max(1, self.train_iters // _CHECKPOINTS),
         }
-        mask = self.model_dump(include={"frequent_mass", "frequent_visible_experts", "assignment"}) | expert_parallel
+        mask = self._values("frequent_mass", "frequent_visible_experts", "assignment") | expert_parallel
         assert variant.mask != "none"
         update = {"flags": override(variant.flags, _flags(flags)), "mask": override(variant.mask, _flags(mask))}
         return variant.model_copy(update=update)
+
+    def _values(self, *names: str) -> dict[str, object]:
+        return {name: getattr(self, name) for name in names}
 
 
 def _flags(settings: Mapping[str, object]) -> Flags:
@@ -106,15 +110,16 @@ class Quickstart:
     """The stages of a quickstart, all in one folder.
 
     Args:
-        settings: settings of the quickstart.
-        devices: devices of this machine, all of which are used.
+        settings: Settings of the quickstart.
+        devices: Devices of this machine, all of which are used.
     """
 
     def __init__(self, settings: Settings, devices: Devices) -> None:
         self.settings = settings
         self.devices = devices
-        folder, size = settings.run_dir, str(settings.vocab_size)
-        self.data = Dataset(folder, size, settings.seq_length, settings.input, settings.json_keys)
+        folder, size = settings.run_dir.absolute(), str(settings.vocab_size)
+        text = tuple(path.absolute() for path in settings.input)
+        self.data = Dataset(folder, size, settings.seq_length, text, settings.json_keys)
         self.run = Run("maskmoe", settings.variant(devices), settings.seed, folder, self.data, devices)
         self.model = folder / "model"
         self.sample = folder / "sample.txt"
@@ -149,16 +154,83 @@ class Quickstart:
         words = (
             *("--model", self.model),
             f"--prompt={self._prompt()}",  # one word, so that the prompt may begin with a dash
-            *("--max-new-tokens", min(_SAMPLE_TOKENS, self.settings.seq_length - _PROMPT_TOKENS)),
+            *("--max-new-tokens", min(_SAMPLE_TOKENS, self.settings.seq_length // 2)),
             *("--seed", self.settings.seed, "--output", self.sample),
         )
         return Stage("sample", maskmoe_command("sample", *words), (self.sample,), (self.model,))
 
     def _prompt(self) -> str:
-        """Return the user's prompt, or the start of a held-out text, or of a function if the text is Python's."""
+        """Return the user's prompt, or the start of the user's text, or of a function if the text is Python's."""
         if self.settings.prompt is not None:
             return self.settings.prompt
         if not self.settings.input:
             return _PROMPT_FOR_PYTHON
-        split = choose_split(self.data.prefix, self.settings.seq_length)
-        return opening_of_held_out_text(self.data.prefix, self.data.tokenizer_model, split, _PROMPT_TOKENS)
+        # A character is at most four tokens, so the prompt has at most half of the tokens of a sample.
+        first = next(filter(None, read_documents(self.settings.input, self.settings.json_keys)))
+        return first[: min(_PROMPT_CHARACTERS, self.settings.seq_length // 8)]
+
+
+def write_report(quickstart: Quickstart, seconds: Mapping[str, float]) -> str:
+    """Write report.md and loss.png of a finished quickstart; return the report.
+
+    Args:
+        quickstart: The quickstart.
+        seconds: Durations of the stages by name.
+    """
+    from scipy.stats import entropy
+
+    settings, run, data = quickstart.settings, quickstart.run, quickstart.data
+    # The loss of a model that knows nothing but the token frequencies is their entropy.
+    unigram_loss = float(entropy(TokenFrequency.load(data.token_frequency).occurrences))
+    draw_loss_curve(run.tensorboard, unigram_loss, run.folder / "loss.png")
+    sample = quickstart.sample.read_text(encoding="utf-8").rstrip("\n")
+    fence = "```"
+    while fence in sample:
+        fence += "`"
+    values = {
+        "settings": settings,
+        "processes": quickstart.devices.num_processes,
+        "expert_parallel": quickstart.devices.expert_model_parallel_size(settings.num_experts),
+        "evaluation": read_json(run.evaluation(OWN_TEXT)),
+        "number": _number,
+        "unigram_perplexity": math.exp(unigram_loss),
+        "trained_tokens": run.tokens,
+        "speed": run.tokens / training_seconds(run.tensorboard),
+        "total": tqdm.format_interval(sum(seconds.values())),
+        "stages": [f"{stage} {tqdm.format_interval(of_stage)}" for stage, of_stage in seconds.items()],
+        "fence": fence,
+        "sample": sample,
+        "run": run,
+        "model": quickstart.model,
+    }
+    report = render_template("maskmoe.comparison", "quickstart.md.j2", values, {"table": markdown_table})
+    with atomic_output(run.folder / "report.md") as path:
+        path.write_text(report, encoding="utf-8")
+    return report
+
+
+def _number(value: float, form: str) -> str:
+    return format(value, form) if math.isfinite(value) else "–"
+
+
+def draw_loss_curve(tensorboard: Path, unigram_loss: float, path: Path) -> None:
+    """Write a PNG with training and held-out loss over iterations; the PNG replaces an older file.
+
+    Args:
+        tensorboard: Folder of TensorBoard's event files.
+        unigram_loss: Loss in nats of a model that knows only the token frequencies.
+        path: The PNG.
+    """
+    figure = new_figure(9.2, 5.5)
+    axes = figure.add_subplot()
+    axes.plot(*np.array(scalars(tensorboard, "lm loss")).T, color="#9db4d6", linewidth=1.2, label="training")
+    if held_out := scalars(tensorboard, "lm loss validation"):
+        style = {"color": "#1f4e9c", "linewidth": 1.8, "marker": "o", "markersize": 4.5}
+        axes.plot(*np.array(held_out).T, label="held-out", **style)
+    axes.axhline(unigram_loss, color="#8a8a8a", linewidth=1, linestyle="--", label="token frequencies alone")
+    axes.set(xlabel="iteration", ylabel="loss (nats per token)", xlim=(0, None))
+    axes.set_title("MaskMoE quickstart", loc="left", fontweight="bold")
+    tidy(axes)
+    axes.legend(frameon=False)
+    with atomic_output(path) as temporary:
+        figure.savefig(temporary, format="png")

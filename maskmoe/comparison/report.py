@@ -1,14 +1,12 @@
-"""The page of a comparison, made from the table of results alone: tables, a dot for each run, and a CSV file."""
+"""The page of a comparison, made from the table of results alone: tables, and a dot for each run."""
 
-import csv
+import re
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import numpy as np
 
-from maskmoe.comparison.figures import new_figure, tidy
-from maskmoe.comparison.markdown import markdown_table
 from maskmoe.comparison.run import OWN_TEXT
 from maskmoe.comparison.statistics import mean, paired_difference, unpaired_difference
 from maskmoe.comparison.suite import Suite
@@ -16,26 +14,20 @@ from maskmoe.comparison.table import ALL_TOKENS, RunResult
 from maskmoe.files.outputs import atomic_output
 
 if TYPE_CHECKING:
+    from matplotlib.axes import Axes
     from matplotlib.figure import Figure
-
-_COLUMNS = ("variant", "seed", "text", "band", "tokens", "loss")
 
 
 def write_report(suite: Suite, name: str, results: Sequence[RunResult], folder: Path) -> Path:
-    """Write README.md, losses.png and losses.csv of the finished runs of a suite; return the path of README.md.
+    """Write README.md and losses.png of the finished runs of a suite; return the path of README.md.
 
     Args:
-        suite: the suite.
-        name: name of the suite.
-        results: results of the suite's runs.
-        folder: folder of the files, which is made.
+        suite: The suite.
+        name: Name of the suite.
+        results: Results of the suite's runs.
+        folder: Folder of the files, which is made.
     """
     folder.mkdir(parents=True, exist_ok=True)
-    with atomic_output(folder / "losses.csv") as path, path.open("w", encoding="utf-8", newline="") as stream:
-        rows = csv.writer(stream)
-        rows.writerow(_COLUMNS)
-        for result in results:
-            rows.writerows([result.variant, result.seed, *each.model_dump().values()] for each in result.losses)
     with atomic_output(folder / "losses.png") as path:
         _draw(suite, results).savefig(path, format="png")
     with atomic_output(folder / "README.md") as path:
@@ -127,3 +119,36 @@ def _draw(suite: Suite, results: Sequence[RunResult]) -> "Figure":
     axes.set_xlabel("loss on held-out text (nats per token); a line marks the mean")
     tidy(axes)
     return figure
+
+
+def new_figure(width: float, height: float) -> "Figure":
+    """Return an empty figure whose size is given in inches."""
+    from matplotlib.figure import Figure
+
+    return Figure(figsize=(width, height), dpi=130, layout="constrained")
+
+
+def tidy(axes: "Axes") -> None:
+    """Draw a light grid behind the data and remove the upper and right border."""
+    axes.grid(color="#e6e6e6", linewidth=0.8)
+    axes.set_axisbelow(True)
+    axes.spines[["top", "right"]].set_visible(False)
+
+
+def markdown_table(text: str) -> str:
+    """Return a Markdown table whose first column is aligned left and whose other columns are aligned right.
+
+    Args:
+        text: The header and the rows on one line each, with cells that are separated by `|`.
+    """
+    lines = [re.split(r"(?<!\\)\|", line) for line in text.splitlines() if line.strip()]
+    header, *rows = [[cell.strip() for cell in line] for line in lines]
+    widths = [max(3, *map(len, column)) for column in zip(header, *rows, strict=True)]
+
+    def line(cells: Sequence[str]) -> str:
+        first, *others = zip(cells, widths, strict=True)
+        padded = [first[0].ljust(first[1]), *(cell.rjust(width) for cell, width in others)]
+        return f"| {' | '.join(padded)} |"
+
+    rule = "|".join(["-" * (widths[0] + 2), *("-" * (width + 1) + ":" for width in widths[1:])])
+    return "\n".join([line(header), f"|{rule}|", *map(line, rows)])

@@ -4,8 +4,6 @@ import math
 from dataclasses import dataclass
 from pathlib import Path
 
-import yaml
-
 from maskmoe.comparison.data import Dataset
 from maskmoe.comparison.stage import Stage, maskmoe_command
 from maskmoe.comparison.suite import Suite, Variant
@@ -13,8 +11,8 @@ from maskmoe.errors import UserError
 from maskmoe.files.outputs import atomic_output
 from maskmoe.files.run_folder import CHECKPOINTS, TENSORBOARD
 from maskmoe.launch.command import entry_point, standalone_command
-from maskmoe.launch.devices import Devices
-from maskmoe.launch.model_file import LAYOUTS, Flags, flag_words
+from maskmoe.launch.machine import Devices
+from maskmoe.launch.model_file import Flags, flag_words, flags_to_yaml
 
 OWN_TEXT = "held-out"
 """Name of the held-out documents of the training text, beside the further held-out texts of a suite."""
@@ -31,12 +29,12 @@ class Run:
     """One training of a variant in a folder of its own.
 
     Attributes:
-        name: name of the variant.
-        variant: the variant.
-        seed: seed of the weights, of the order of the data, and of the mask.
-        folder: folder of the run.
-        data: the dataset.
-        devices: devices of this machine.
+        name: Name of the variant.
+        variant: The variant.
+        seed: Seed of the weights, of the order of the data, and of the mask.
+        folder: Folder of the run.
+        data: The dataset.
+        devices: Devices of this machine.
     """
 
     name: str
@@ -113,10 +111,8 @@ class Run:
 
         The file keeps its modification time if nothing changes, so that finished stages stay finished.
         """
-        content = _to_yaml(self.flags())
-        if self.variant.layouts:
-            content[LAYOUTS] = {ranks: _to_yaml(flags) for ranks, flags in self.variant.layouts.items()}
-        text = yaml.safe_dump(content, sort_keys=False, width=120)
+        layouts = {ranks: _escape(flags) for ranks, flags in self.variant.layouts.items()}
+        text = flags_to_yaml(_escape(self.flags()), layouts)
         if not self.model_file.exists() or self.model_file.read_text(encoding="utf-8") != text:
             self.folder.mkdir(parents=True, exist_ok=True)
             with atomic_output(self.model_file) as path:
@@ -178,7 +174,7 @@ class Run:
 
         Args:
             text: `OWN_TEXT` or the name of a further held-out text.
-            processes: number of ranks; by default one for each GPU, or one without GPUs.
+            processes: Number of ranks; by default one for each GPU, or one without GPUs.
         """
         processes = processes or self.devices.num_gpus or 1
         num_experts = int(self.variant.flags.get("num-experts", ("1",))[0])
@@ -216,10 +212,10 @@ def runs_of(suite: Suite, folder: Path, data: Dataset, devices: Devices) -> tupl
     """Return all runs of a suite seed by seed, so that all variants have one run before any variant has two.
 
     Args:
-        suite: the suite.
-        folder: folder of all files of the comparison.
-        data: the dataset of all runs.
-        devices: devices of this machine.
+        suite: The suite.
+        folder: Folder of all files of the comparison.
+        data: The dataset of all runs.
+        devices: Devices of this machine.
     """
     runs = []
     for name, variant in suite.variants.items():
@@ -228,11 +224,6 @@ def runs_of(suite: Suite, folder: Path, data: Dataset, devices: Devices) -> tupl
     return tuple(run for _, run in sorted(runs, key=lambda item: item[0]))
 
 
-def _to_yaml(flags: Flags) -> dict[str, object]:
-    """Return flags as a model file holds them, see `ModelFile`."""
-
-    def value(words: tuple[str, ...]) -> object:
-        escaped = [word.replace("$", "$$") for word in words]
-        return True if not words else escaped[0] if len(words) == 1 else escaped
-
-    return {name: value(words) for name, words in flags.items()}
+def _escape(flags: Flags) -> Flags:
+    """Return flags whose dollar signs are no variables in a model file."""
+    return {name: tuple(word.replace("$", "$$") for word in words) for name, words in flags.items()}

@@ -22,11 +22,11 @@ def submission(
     Each element trains its run by `launch/slurm/submit.sh`, then evaluates it by `launch/compare.sh --run`.
 
     Args:
-        comparison: the comparison.
-        runs: the unfinished runs; element N of the array, counted from 1, is the Nth of them.
-        arguments: arguments of `maskmoe compare` without those for Slurm.
-        options: the user's options of submit.sh and sbatch.
-        jobs: number of elements that run at a time; None for no limit.
+        comparison: The comparison.
+        runs: The unfinished runs; element N of the array, counted from 1, is the Nth of them.
+        arguments: Arguments of `maskmoe compare` without those for Slurm.
+        options: The user's options of submit.sh and sbatch.
+        jobs: Number of elements that run at a time; None for no limit.
     """
     links = _links_folder(comparison)
     throttle = f"%{jobs}" if jobs else ""
@@ -49,7 +49,7 @@ def submit(comparison: Comparison, runs: Sequence[Run], command: Sequence[str]) 
     links that bear the numbers of the elements.
 
     Raises:
-        UserError: an array of this comparison is in the queue, or Slurm refuses the array.
+        UserError: An array of this comparison is in the queue, or Slurm refuses the array.
     """
     if shutil.which("sbatch") is None:
         raise UserError("--slurm: sbatch is missing: start the command on a node of a Slurm cluster")

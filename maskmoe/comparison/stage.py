@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import shlex
 import signal
 import subprocess
@@ -13,12 +14,12 @@ from dataclasses import dataclass, field
 from functools import partial
 from itertools import count
 from pathlib import Path
+from shutil import get_terminal_size
+from typing import NoReturn, TextIO
 
 import psutil
 from tqdm import tqdm
 
-from maskmoe.comparison.failure import explain_failure
-from maskmoe.comparison.status_line import StatusLine
 from maskmoe.errors import RunFailure, UserError
 from maskmoe.files.outputs import atomic_output
 from maskmoe.files.paths import short_path
@@ -26,6 +27,9 @@ from maskmoe.processes.liveness import end_with_parent, send_signal
 
 _SECONDS_TO_END = 45.0  # torchrun gives its workers 30 seconds
 _LAST_BYTES = 4096  # of a log, in which its last line is searched
+_REFUSAL = re.compile(r"^(\[rank\d+\]:? )?(\S+( [\w-]+)?: )?error: (?P<message>.+)", re.MULTILINE)
+_SECONDS_BETWEEN_LINES = 60.0
+_CLEAR = "\r\x1b[K"
 
 POLL_SECONDS = 0.2
 """How often the state of running commands is asked for."""
@@ -36,18 +40,43 @@ def maskmoe_command(*words: object) -> tuple[str, ...]:
     return (sys.executable, "-P", "-m", "maskmoe", *map(str, words))
 
 
+class StatusLine:
+    """Shows the state of work: on a terminal on one line that is rewritten, elsewhere as a line every minute.
+
+    Args:
+        stream: Where to print.
+    """
+
+    def __init__(self, stream: TextIO) -> None:
+        self._stream = stream
+        self._is_terminal = stream.isatty()
+        self._next = 0.0
+
+    def update(self, state: str) -> None:
+        """Show the state."""
+        if self._is_terminal:
+            print(f"{_CLEAR}{state[: get_terminal_size().columns - 1]}", end="", file=self._stream, flush=True)
+        elif time.monotonic() >= self._next:
+            print(state, file=self._stream, flush=True)
+            self._next = time.monotonic() + _SECONDS_BETWEEN_LINES
+
+    def print(self, text: str) -> None:
+        """Print lines that stay."""
+        print(f"{_CLEAR if self._is_terminal else ''}{text}", file=self._stream, flush=True)
+
+
 @dataclass(frozen=True)
 class Stage:
     """One command with the files that it reads and writes.
 
     Attributes:
-        name: name of the stage, unique in its folder.
-        command: program and arguments.
-        results: files and folders that exist when the command has succeeded.
-        inputs: files and folders that the command reads. The stage is repeated if one of them changes.
-        byproducts: other files and folders that the command writes. They are set aside together with the results.
-        environment: variables that are set in addition to those of this process.
-        is_resumable: whether the command goes on from the files that an interrupted command has left.
+        name: Name of the stage, unique in its folder.
+        command: Program and arguments.
+        results: Files and folders that exist when the command has succeeded.
+        inputs: Files and folders that the command reads. The stage is repeated if one of them changes.
+        byproducts: Other files and folders that the command writes. They are set aside together with the results.
+        environment: Variables that are set in addition to those of this process.
+        is_resumable: Whether the command goes on from the files that an interrupted command has left.
     """
 
     name: str
@@ -80,7 +109,7 @@ class StageFolder:
     the output of each command, and `commands.sh` all command lines.
 
     Attributes:
-        path: the folder.
+        path: The folder.
     """
 
     path: Path
@@ -102,7 +131,7 @@ class StageFolder:
         The caller decides how often it asks. Closing the iterator stops the running command.
 
         Raises:
-            UserError: a stage refused its input. RunFailure: a stage failed.
+            UserError: A stage refused its input. RunFailure: a stage failed.
         """
         self._write_commands(stages)
         for stage in stages:
@@ -136,7 +165,7 @@ class StageFolder:
         """Record that a stage is finished.
 
         Raises:
-            RunFailure: a result is missing.
+            RunFailure: A result is missing.
         """
         if missing := [path for path in stage.results if not path.exists()]:
             log = short_path(self.log(stage.name))
@@ -162,10 +191,7 @@ class StageFolder:
         finally:
             _stop(process)
         if process.returncode:
-            with open(log, encoding="utf-8", errors="replace") as stream:
-                stream.seek(first_byte)
-                failure = explain_failure(process.returncode, stream.read().splitlines())
-            raise type(failure)(f"{stage.name}: {failure} (full output: {short_path(log)})")
+            _raise_failure(stage, log, first_byte, process.returncode)
         self.end(stage, time.monotonic() - start)
 
     def _set_aside(self, paths: Sequence[Path]) -> None:
@@ -230,3 +256,26 @@ def _last_line(log: Path, first_byte: int) -> str:
         stream.seek(max(first_byte, log.stat().st_size - _LAST_BYTES))
         lines = stream.read().decode(errors="replace").splitlines()
     return next((line.strip() for line in reversed(lines) if line.strip()), "")
+
+
+def _raise_failure(stage: Stage, log: Path, first_byte: int, exit_code: int) -> NoReturn:
+    """Raise an error with the reason why a command failed: the refusal of its input, else its last line.
+
+    Args:
+        stage: The stage.
+        log: The output of the command.
+        first_byte: Where the output of this attempt begins.
+        exit_code: The exit code; negative for a signal.
+
+    Raises:
+        UserError: The command refused its input, by a line `error: …`.
+        RunFailure: The command failed otherwise.
+    """
+    with open(log, encoding="utf-8", errors="replace") as stream:
+        stream.seek(first_byte)
+        text = stream.read()
+    place = f"(full output: {short_path(log)})"
+    if match := _REFUSAL.search(text):
+        raise UserError(f"{stage.name}: {match['message']} {place}")
+    last = (text.strip().splitlines() or ["no output"])[-1]
+    raise RunFailure(f"{stage.name}: {last} (exit code {exit_code}) {place}")

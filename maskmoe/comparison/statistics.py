@@ -16,11 +16,11 @@ class Estimate:
     """A mean with its 95 % interval.
 
     Attributes:
-        n: number of values, or of pairs.
-        mean: the mean; nan without values.
-        low: lower end of the interval; nan if there are too few values.
-        high: upper end of the interval.
-        p: two-sided p-value of a sign-flip test that the mean is 0; nan for means that are no differences of pairs.
+        n: Number of values, or of pairs.
+        mean: The mean; nan without values.
+        low: Lower end of the interval; nan if there are too few values.
+        high: Upper end of the interval.
+        p: Two-sided p-value of a sign-flip test that the mean is 0; nan for means that are no differences of pairs.
     """
 
     n: int
@@ -56,8 +56,8 @@ def paired_difference(own: Mapping[int, float], baseline: Mapping[int, float]) -
     With n pairs, the p-value of the test cannot be below 2 / 2^n. Up to 16 pairs the test is exact.
 
     Args:
-        own: values by seed.
-        baseline: values by seed.
+        own: Values by seed.
+        baseline: Values by seed.
     """
     from scipy import stats
 

@@ -6,7 +6,7 @@ merges the flags of the sections, so that each variant has all its flags.
 
 import itertools
 import re
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from functools import partial
 from pathlib import Path
 from typing import Annotated, Literal
@@ -87,17 +87,17 @@ class Variant(_Section):
     """A model to be trained.
 
     Attributes:
-        title: name in the report.
-        mask: flags of `maskmoe mask`; `none` for a model without experts.
-        widen: flags of `maskmoe mask widen`, which lets frequent ids of that mask see more experts; all other ids keep
+        title: Name in the report.
+        mask: Flags of `maskmoe mask`; `none` for a model without experts.
+        widen: Flags of `maskmoe mask widen`, which lets frequent ids of that mask see more experts; all other ids keep
             their expert, so that the variant shares the table of a variant with the same `mask`.
-        model: model file with the first flags and the layouts, instead of the suite's model file.
-        flags: flags of training, without the seed.
-        layouts: further flags by number of ranks, see `ModelFile`.
+        model: Model file with the first flags and the layouts, instead of the suite's model file.
+        flags: Flags of training, without the seed.
+        layouts: Further flags by number of ranks, see `ModelFile`.
         program: Python file that trains and evaluates instead of MaskMoE's entry points, see `launch --program`; the
             path is relative to the folder of the suite.
-        seeds: seeds of the variant's runs; by default those of the suite.
-        setting: the values of `vary` that the variant has, such as `lr-2e-2`; empty without `vary`. A file cannot set
+        seeds: Seeds of the variant's runs; by default those of the suite.
+        setting: The values of `vary` that the variant has, such as `lr-2e-2`; empty without `vary`. A file cannot set
             this attribute.
     """
 
@@ -121,12 +121,11 @@ class DataSection(_Section):
     """The text of all runs. Paths of files are relative to the folder of the suite.
 
     Attributes:
-        vocab_size: number of ids of the tokenizer.
-        input: text files; `required` if the command line must name them. Without files and without `data_path`, the
+        vocab_size: Number of ids of the tokenizer.
+        input: Text files; `required` if the command line must name them. Without files and without `data_path`, the
             text is that of the installed Python.
-        max_bytes: limit of the installed Python's text; empty for the default of `maskmoe corpus`.
-        held_out: further text files that models are evaluated on, by name.
-        data_path: an existing dataset instead of text, as Megatron's `--data-path`; needs `split` and
+        held_out: Further text files that models are evaluated on, by name.
+        data_path: An existing dataset instead of text, as Megatron's `--data-path`; needs `split` and
             `tokenizer_model`.
         split: Megatron's `--split` of that dataset.
         tokenizer_type: Megatron's `--tokenizer-type` of that dataset.
@@ -135,7 +134,6 @@ class DataSection(_Section):
 
     vocab_size: str = ""
     input: Words = ()
-    max_bytes: str = ""
     held_out: dict[Name, str] = {}
     data_path: Words = ()
     split: str = ""
@@ -147,18 +145,18 @@ class Suite(_Section):
     """The variants that are compared, and how the variants are trained.
 
     Attributes:
-        title: title of the report.
-        data: the text.
-        model: model file of all variants; the path is relative to the folder of the suite.
-        flags: flags of all variants.
-        expert_flags: flags of all variants with experts.
-        mask: flags of all masks that no preset makes.
-        min_lr_ratio: smallest learning rate of a run as a share of its largest; empty to leave `min-lr` to the flags.
-        seeds: seeds of the variants that name none.
-        variants: variants by name, in the order of the report.
-        vary: further values by flag. All variants are trained with every combination of the values. The name of a flag
+        title: Title of the report.
+        data: The text.
+        model: Model file of all variants; the path is relative to the folder of the suite.
+        flags: Flags of all variants.
+        expert_flags: Flags of all variants with experts.
+        mask: Flags of all masks that no preset makes.
+        min_lr_ratio: Smallest learning rate of a run as a share of its largest; empty to leave `min-lr` to the flags.
+        seeds: Seeds of the variants that name none.
+        variants: Variants by name, in the order of the report.
+        vary: Further values by flag. All variants are trained with every combination of the values. The name of a flag
             of masks begins with `mask.`.
-        baselines: names of the variants to which the others are compared, seed by seed.
+        baselines: Names of the variants to which the others are compared, seed by seed.
     """
 
     title: str = ""
@@ -178,11 +176,11 @@ class Suite(_Section):
         """Read a suite file.
 
         Args:
-            path: the file.
-            variables: values for `${NAME}` in the file.
+            path: The file.
+            variables: Values for `${NAME}` in the file.
 
         Raises:
-            UserError: the file cannot be read or does not describe a suite.
+            UserError: The file cannot be read or does not describe a suite.
         """
         try:
             suite = cls.model_validate(_read_with_base(path), context=variables)
@@ -202,7 +200,9 @@ class Suite(_Section):
         for name, section in self.variants.items():
             model = section.model or self.model
             model_file = ModelFile.read(path.parent / model, variables) if model else ModelFile(path, {}, {})
-            for setting in self._settings():
+            # Every combination of the values of `vary`.
+            for values in itertools.product(*self.vary.values()):
+                setting = dict(zip(self.vary, values, strict=True))
                 variant = self._complete_variant(name, section, model_file, path.parent, setting)
                 variants[f"{name}.{variant.setting}" if setting else name] = variant
         if unknown := [name for name in self.baselines if name not in self.variants]:
@@ -212,11 +212,6 @@ class Suite(_Section):
             data[key] = _absolute(data[key], path.parent)
         update = {"title": self.title or path.stem, "variants": variants, "data": DataSection.model_construct(**data)}
         return self.model_copy(update=update)
-
-    def _settings(self) -> Iterator[dict[str, str]]:
-        """Yield every combination of the values of `vary`."""
-        for values in itertools.product(*self.vary.values()):
-            yield dict(zip(self.vary, values, strict=True))
 
     def _complete_variant(
         self, name: str, section: Variant, model_file: ModelFile, folder: Path, setting: Mapping[str, str]
@@ -272,7 +267,7 @@ def _read_with_base(path: Path) -> object:
     Flags of both are merged.
 
     Raises:
-        UserError: a file cannot be read, or the other suite extends a further one.
+        UserError: A file cannot be read, or the other suite extends a further one.
     """
     content = read_words(path, "suite")
     if not isinstance(content, dict) or "extends" not in content:

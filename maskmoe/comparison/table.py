@@ -7,7 +7,7 @@ import platform
 import subprocess
 from collections.abc import Iterable, Sequence
 from functools import cache
-from importlib.metadata import PackageNotFoundError, version
+from importlib.metadata import version
 from itertools import pairwise
 from pathlib import Path
 from statistics import median
@@ -15,6 +15,7 @@ from typing import Annotated, Any, Self
 
 from pydantic import BaseModel, BeforeValidator, ValidationError
 
+from maskmoe import __version__
 from maskmoe.comparison.run import OWN_TEXT, Run
 from maskmoe.errors import UserError
 from maskmoe.files.json_files import first_problem, read_json
@@ -27,7 +28,7 @@ ALL_TOKENS = "all"
 """Name of the band that contains all tokens."""
 
 _CHECKOUT = SUBMIT_SCRIPT.parents[2]
-_PACKAGES = ("torch", "megatron-core", "numpy", "maskmoe")
+_PACKAGES = ("torch", "megatron-core", "numpy")
 
 Loss = Annotated[float, BeforeValidator(lambda loss: math.nan if loss is None else loss)]
 
@@ -36,10 +37,10 @@ class HeldOutLoss(BaseModel, frozen=True, extra="forbid"):
     """The loss of a trained model on the tokens of one held-out text whose ids belong to one frequency band.
 
     Attributes:
-        text: name of the text.
-        band: name of the band, or `all`.
-        tokens: number of these tokens.
-        loss: mean loss in nats per token; NaN, in the file null, if the text has no such token.
+        text: Name of the text.
+        band: Name of the band, or `all`.
+        tokens: Number of these tokens.
+        loss: Mean loss in nats per token; NaN, in the file null, if the text has no such token.
     """
 
     text: str
@@ -52,18 +53,18 @@ class RunResult(BaseModel, frozen=True):
     """A finished run: one line of the table. Further keys of a line are ignored.
 
     Attributes:
-        suite: name of the suite.
-        variant: name of the variant.
-        seed: seed of the run.
-        settings: see `Run.settings`.
-        text: digests of the text, see `Dataset.digests`.
-        mask: digest of the routing mask; None for a model without experts.
-        tokens: number of tokens that the run was trained on.
-        losses: losses after training.
-        validation: iteration and loss of a part of the held-out text during training.
-        load: for each layer with experts, the number of held-out tokens that each expert got.
-        seconds: duration of the training without interruptions.
-        origin: commit of the code (`+` marks changes), versions of packages, processor, numbers of cores and GPUs.
+        suite: Name of the suite.
+        variant: Name of the variant.
+        seed: Seed of the run.
+        settings: See `Run.settings`.
+        text: Digests of the text, see `Dataset.digests`.
+        mask: Digest of the routing mask; None for a model without experts.
+        tokens: Number of tokens that the run was trained on.
+        losses: Losses after training.
+        validation: Iteration and loss of a part of the held-out text during training.
+        load: For each layer with experts, the number of held-out tokens that each expert got.
+        seconds: Duration of the training without interruptions.
+        origin: Commit of the code (`+` marks changes), versions of packages, processor, numbers of cores and GPUs.
     """
 
     suite: str
@@ -133,7 +134,7 @@ def read_table(path: Path) -> list[RunResult]:
     """Read a table; an absent file is an empty table.
 
     Raises:
-        UserError: the file cannot be read, or a line is damaged.
+        UserError: The file cannot be read, or a line is damaged.
     """
     if not path.exists():
         return []
@@ -150,7 +151,7 @@ def merge(results: Iterable[RunResult]) -> list[RunResult]:
     """Return results in which equal runs stand once.
 
     Raises:
-        UserError: a run has two results with different losses.
+        UserError: A run has two results with different losses.
     """
     merged: dict[str, RunResult] = {}
     for result in results:
@@ -170,16 +171,9 @@ def write_table(path: Path, results: Iterable[RunResult]) -> None:
 
 
 def _origin(run: Run) -> dict[str, str]:
-    packages = {"python": platform.python_version()} | {name: _version(name) for name in _PACKAGES}
+    packages = {"python": platform.python_version()} | {name: version(name) for name in _PACKAGES}
     machine = {"cores": str(run.devices.num_cores), "gpus": str(run.devices.num_gpus), "processor": _processor()}
-    return {"commit": _commit(), **packages, **machine}
-
-
-def _version(package: str) -> str:
-    try:
-        return version(package)
-    except PackageNotFoundError:
-        return ""
+    return {"commit": _commit(), "maskmoe": __version__, **packages, **machine}
 
 
 @cache

@@ -1,10 +1,10 @@
 """The launcher: starts a training run under torchrun, on one node or many.
 
 `launcher` reads top to bottom: `options` reads the command line and the environment variables, `model_file` the YAML
-file, `command` builds torchrun's command line from both, and `node_run` runs one node's ranks by it, with `supervisor`
-as torchrun's parent. `elastic` starts the ranks again and again while nodes come and go.
+file, `command` builds torchrun's command line from both, and `node_run` runs one node's ranks by it. `elastic` starts
+the ranks again and again while nodes come and go; the launchers agree by the files of `elastic_files`. `launcher` also
+runs one entry point on this machine, without a model file.
 
-`entry_point` runs one entry point on this machine, without a model file. `ranks` is torchrun without its own report of
-failures; it starts `meeting`, which says for which nodes torchrun waits. `run_folder` finds the folder of a run, and
-`journal` is what the launchers and the first rank write there.
+`ranks` is torchrun without its own report of failures. `machine` finds the GPUs, cores and addresses of this machine.
+`run_folder` finds the folder of a run, and `journal` is what the launchers and the first rank write there.
 """

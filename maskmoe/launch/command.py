@@ -6,9 +6,8 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 
 from maskmoe.files.run_folder import CHECKPOINTS, RUN_FOLDER_VARIABLE, TENSORBOARD
-from maskmoe.launch.devices import GPU_ENVIRONMENT
+from maskmoe.launch.machine import GPU_ENVIRONMENT, Route
 from maskmoe.launch.model_file import Flags, flag_words, override
-from maskmoe.launch.network import Route
 from maskmoe.launch.options import Meeting, Options
 from maskmoe.processes.interruption import SIGNALS_THAT_END
 
@@ -29,8 +28,8 @@ class Command:
     """A command line with its environment variables.
 
     Attributes:
-        words: the program and its arguments.
-        environment: variables that are set in addition to those of this process.
+        words: The program and its arguments.
+        environment: Variables that are set in addition to those of this process.
     """
 
     words: tuple[str, ...]
@@ -65,12 +64,12 @@ def torchrun_command(
     """Return the command that runs one node's ranks.
 
     Args:
-        options: the launcher's options.
-        meeting: how this node meets the other nodes.
-        flags: the flags of the run.
-        processes: the number of ranks on this node.
-        route: the network route to the rendezvous; None if the route is unknown.
-        environment: the variables of this process, which are not changed.
+        options: The launcher's options.
+        meeting: How this node meets the other nodes.
+        flags: The flags of the run.
+        processes: The number of ranks on this node.
+        route: The network route to the rendezvous; None if the route is unknown.
+        environment: The variables of this process, which are not changed.
     """
     launcher_words = (
         *("--nnodes", str(meeting.nodes), "--nproc-per-node", str(processes)),
@@ -95,10 +94,10 @@ def standalone_command(
     """Return the words that run an entry point as ranks on this machine alone.
 
     Args:
-        processes: the number of ranks.
-        entry: what every rank runs, see `entry_point`.
-        arguments: the entry point's arguments.
-        options: further options of torchrun.
+        processes: The number of ranks.
+        entry: What every rank runs, see `entry_point`.
+        arguments: The entry point's arguments.
+        options: Further options of torchrun.
     """
     return _torchrun_words(("--standalone", "--nproc-per-node", str(processes), *options), entry, arguments)
 
@@ -108,7 +107,7 @@ def entry_point(task: str, program: str = "") -> tuple[str, ...]:
 
     Args:
         task: `pretrain`, `check`, `evaluate` or `generate`.
-        program: a Python file that runs instead of MaskMoE's entry point, with the task as its first argument; empty
+        program: A Python file that runs instead of MaskMoE's entry point, with the task as its first argument; empty
             for MaskMoE's entry point.
     """
     return (program, task) if program else ("-m", f"maskmoe.training.{task}")

@@ -1,45 +1,46 @@
-"""Launches a training run: reads the options and the model file, and runs this node's ranks."""
+"""Launches a training run of a model file on this node, or an entry point on this machine."""
 
 import os
 import sys
 from collections.abc import Sequence
 from pathlib import Path
+from typing import NoReturn
 
-from maskmoe.launch.command import run_flags
-from maskmoe.launch.devices import find_devices
+from maskmoe.command_line import ranges
+from maskmoe.command_line.parser import OneLineParser
+from maskmoe.launch.command import ENTRY_POINT_ENVIRONMENT, Command, run_flags, standalone_command, unset_variables
+from maskmoe.launch.machine import find_devices, wait_for
 from maskmoe.launch.model_file import ModelFile, split_flags
-from maskmoe.launch.network import wait_for
-from maskmoe.launch.node_run import NodeRun, check
+from maskmoe.launch.node_run import NodeRun, Supervisor, check
 from maskmoe.launch.options import Options, parse_options
-from maskmoe.launch.supervisor import Supervisor
 from maskmoe.processes.folder_lock import check_unlocked
 from maskmoe.processes.interruption import EXIT_REQUEUE, handle_signals_that_end
+
+_SINGLE_PROCESS_FLAGS = ("-h", "--help", "--help-all", "--check")
+_SHUTDOWN_TIMEOUT = 600  # seconds for a last checkpoint after a signal
 
 
 def launch(program: str, arguments: Sequence[str]) -> None:
     """Launch one node's part of a run, and exit with the run's exit code.
 
     Args:
-        program: the name of the command for its help and its errors, such as `maskmoe pretrain`.
-        arguments: the command line after the program's name.
+        program: The name of the command for its help and its errors, such as `maskmoe pretrain`.
+        arguments: The command line after the program's name.
 
     Raises:
-        UserError: an option, the model file or the run folder cannot be used, or node 0 cannot be reached.
+        UserError: An option, the model file or the run folder cannot be used, or node 0 cannot be reached.
     """
     # Until the ranks run, there is nothing to save. The supervisor installs its own handlers later.
     handle_signals_that_end(lambda *_: sys.exit(EXIT_REQUEUE))
     options = parse_options(program, arguments, os.environ)
     model = ModelFile.read(options.model, {**os.environ, "RUN_DIR": str(options.run_dir)})
     processes = options.gpus_per_node or find_devices().num_gpus or 1
-    if options.nodes.is_elastic:
+    if options.nodes.is_elastic and not options.check_only:
         # A run whose nodes stay the same reads none of this code.
-        from maskmoe.launch.elastic.run import ElasticRun, first_node_run
+        from maskmoe.launch.elastic import ElasticRun
 
-        if not (options.dry_run or options.check_only):
-            sys.exit(ElasticRun(options, model, processes).run())
-        run = first_node_run(options, model, processes)
-    else:
-        run = _fixed_run(options, model, processes)
+        sys.exit(ElasticRun(options, model, processes).run())
+    run = _fixed_run(options, model, processes)
     if options.check_only:
         sys.exit(check(run.flags, run.ranks))
     if options.dry_run:
@@ -52,7 +53,7 @@ def _fixed_run(options: Options, model: ModelFile, processes: int) -> NodeRun:
     """Return this node's part of a run whose nodes stay the same.
 
     Raises:
-        UserError: the model file has no layout for the number of ranks.
+        UserError: The model file has no layout for the number of ranks.
     """
     ranks = processes * options.nodes.most
     if options.check_only and options.gpus_per_node is None and options.nodes.most == 1 and not model.fits(ranks):
@@ -70,7 +71,7 @@ def _train(run: NodeRun) -> int:
     """Run the ranks of this node as soon as node 0 can be reached, and return the run's exit code.
 
     Raises:
-        UserError: the run folder cannot be used, or node 0 cannot be reached.
+        UserError: The run folder cannot be used, or node 0 cannot be reached.
     """
     if run.meeting.endpoint and run.meeting.node_rank:
         wait_for(*run.meeting.endpoint, run.meeting.timeout)
@@ -80,3 +81,39 @@ def _train(run: NodeRun) -> int:
     code = run.train(Supervisor(run.options.shutdown_timeout))
     run.record_end(code)
     return code
+
+
+def run_entry_point(entry: Sequence[str], saves_checkpoints: bool) -> NoReturn:
+    """Run an entry point with the arguments of `sys.argv`, and exit with its exit code.
+
+    If torchrun started this process, the process becomes the rank. Otherwise torchrun is started with one rank for each
+    GPU, or one rank without GPUs; `--nproc-per-node N` sets another number. `--help` and `--check` need no ranks, so
+    torchrun is not started for them.
+
+    Args:
+        entry: What every rank runs, see `maskmoe.launch.command.entry_point`.
+        saves_checkpoints: Whether the entry point saves a checkpoint when a signal stops it.
+
+    Raises:
+        UserError: `--nproc-per-node` has no valid value.
+    """
+    processes, arguments = split_processes(sys.argv[1:])
+    if "RANK" in os.environ or any(word.partition("=")[0] in _SINGLE_PROCESS_FLAGS for word in arguments):
+        # Replace this program: Megatron's helper processes import the main module, which must be the entry point.
+        os.execv(sys.executable, [sys.executable, "-P", "-u", *entry, *arguments])
+    options = ("--local-addr", "127.0.0.1", "--shutdown-timeout", str(_SHUTDOWN_TIMEOUT))
+    words = standalone_command(processes or find_devices().num_gpus or 1, entry, arguments, options)
+    supervisor = Supervisor(_SHUTDOWN_TIMEOUT, saves_checkpoints)
+    sys.exit(supervisor.run(Command(words, unset_variables(ENTRY_POINT_ENVIRONMENT, os.environ))))
+
+
+def split_processes(words: Sequence[str]) -> tuple[int | None, list[str]]:
+    """Return the value of `--nproc-per-node`, None if it is not given, and the remaining words of a command line.
+
+    Raises:
+        UserError: The value is missing or is not a positive whole number.
+    """
+    parser = OneLineParser(add_help=False)
+    parser.add_argument("--nproc-per-node", type=ranges.RANKS_OF_NODE)
+    own, remaining = parser.parse_known_args(words)
+    return own.nproc_per_node, remaining

@@ -22,9 +22,9 @@ class ModelFile:
     """The content of a model file.
 
     Attributes:
-        path: the file.
-        flags: the flags of every run.
-        layouts: for each number of ranks, the flags that are added for it.
+        path: The file.
+        flags: The flags of every run.
+        layouts: For each number of ranks, the flags that are added for it.
     """
 
     path: Path
@@ -42,11 +42,11 @@ class ModelFile:
         `pretrain FLAGS…`, instead of MaskMoE's own entry point.
 
         Args:
-            path: the file.
-            variables: the variables for `${NAME}`.
+            path: The file.
+            variables: The variables for `${NAME}`.
 
         Raises:
-            UserError: the file cannot be read, has another structure, or names a variable that is not set.
+            UserError: The file cannot be read, has another structure, or names a variable that is not set.
         """
         place = f"model file {path}"
         content = read_words(path, "model file")
@@ -66,10 +66,10 @@ class ModelFile:
         larger data parallel size.
 
         Args:
-            ranks: the number of ranks of the run.
+            ranks: The number of ranks of the run.
 
         Raises:
-            UserError: the file has layouts, but none of them divides the number of ranks.
+            UserError: The file has layouts, but none of them divides the number of ranks.
         """
         if not self.layouts:
             return self.flags
@@ -86,7 +86,7 @@ def split_flags(words: Sequence[str]) -> Flags:
     """Parse the words of a command line into flags; a repeated flag's last occurrence counts, as in Megatron.
 
     Raises:
-        UserError: the first word is not a flag.
+        UserError: The first word is not a flag.
     """
     flags: dict[str, tuple[str, ...]] = {}
     name = None
@@ -117,33 +117,38 @@ def flag_words(flags: Flags) -> tuple[str, ...]:
     return tuple(words)
 
 
-def flags_to_yaml(flags: Flags) -> str:
-    """Return flags as the text of a model file; a dollar sign in a value must be written as two."""
+def flags_to_yaml(flags: Flags, layouts: Mapping[int, Flags] | None = None) -> str:
+    """Return flags and layouts as the text of a model file; a dollar sign in a value must be written as two."""
+    content = _yaml_content(flags)
+    if layouts:
+        content[LAYOUTS] = {ranks: _yaml_content(of_layout) for ranks, of_layout in layouts.items()}
+    return yaml.safe_dump(content, sort_keys=False, allow_unicode=True, width=10_000)
+
+
+def _yaml_content(flags: Flags) -> dict[str, object]:
     content: dict[str, object] = {}
     for name, values in flags.items():
         is_plain = len(values) == 1 and values[0] not in ("true", *_OMITTED_VALUES)
         # A list keeps words that mean something else when they stand alone.
         content[name] = values[0] if is_plain else list(values) or True
-    return yaml.safe_dump(content, sort_keys=False, allow_unicode=True, width=10_000)
+    return content
 
 
 def parse_flags(content: object, place: str, variables: Mapping[str, str]) -> Flags:
     """Parse the flags in the content of a YAML file.
 
     Args:
-        content: a mapping from flags to values, as `read_words` returns it.
-        place: the file, and the place in it, for error messages.
-        variables: the variables for `${NAME}`.
+        content: A mapping from flags to values, as `read_words` returns it.
+        place: The file, and the place in it, for error messages.
+        variables: The variables for `${NAME}`.
 
     Raises:
-        UserError: the content has another structure, or names a variable that is not set.
+        UserError: The content has another structure, or names a variable that is not set.
     """
     if not isinstance(content, dict):
         raise UserError(f"{place} must contain flags and their values")
     flags: dict[str, tuple[str, ...]] = {}
     for name, value in content.items():
-        if name.startswith("-"):
-            raise UserError(f"{place}: write `{name.lstrip('-')}`, without dashes in front, for {name}")
         words = value if isinstance(value, list) else [value]
         if not all(isinstance(word, str) for word in words):
             raise UserError(f"{place}: {name} must have a value or a list of values")
@@ -163,12 +168,12 @@ def parse_layouts(content: object, place: str, variables: Mapping[str, str]) -> 
     """Parse the layouts in the content of a YAML file: flags for each number of ranks.
 
     Args:
-        content: a mapping from numbers of ranks to flags, as `read_words` returns it.
-        place: the file, and the place in it, for error messages.
-        variables: the variables for `${NAME}`.
+        content: A mapping from numbers of ranks to flags, as `read_words` returns it.
+        place: The file, and the place in it, for error messages.
+        variables: The variables for `${NAME}`.
 
     Raises:
-        UserError: the content has another structure, or names a variable that is not set.
+        UserError: The content has another structure, or names a variable that is not set.
     """
     if not isinstance(content, dict):
         raise UserError(f"{place}: `{LAYOUTS}` must map numbers of ranks to flags")

@@ -19,9 +19,9 @@ class NodeRange:
     """On how many nodes a run may train.
 
     Attributes:
-        least: the smallest number of nodes.
-        most: the largest number of nodes.
-        is_elastic: whether the nodes may come and go during the run.
+        least: The smallest number of nodes.
+        most: The largest number of nodes.
+        is_elastic: Whether the nodes may come and go during the run.
     """
 
     least: int
@@ -37,11 +37,11 @@ class Meeting:
     """How this node's torchrun meets the torchruns of the other nodes.
 
     Attributes:
-        nodes: the number of nodes.
-        node_rank: the number of this node, from 0; None if the run has one node and no number was given.
-        endpoint: host and port at which the nodes meet; None for a single node without an endpoint.
-        name: the name of the meeting, equal on all nodes.
-        timeout: how long the nodes wait for each other, in seconds.
+        nodes: The number of nodes.
+        node_rank: The number of this node, from 0; None if the run has one node and no number was given.
+        endpoint: Host and port at which the nodes meet; None for a single node without an endpoint.
+        name: The name of the meeting, equal on all nodes.
+        timeout: How long the nodes wait for each other, in seconds.
     """
 
     nodes: int
@@ -55,22 +55,22 @@ class Options(argparse.Namespace):
     """The launcher's options; `maskmoe pretrain --help` describes them.
 
     Attributes:
-        model: the model file.
-        flags: the words after the model file.
-        nodes: the numbers of nodes on which the run may train.
-        node_rank: the number of this node, from 0; None if not given.
-        address: the address of this node for the other nodes of an elastic run.
-        node_timeout: how long a node of an elastic run may be silent, in seconds.
-        gpus_per_node: the number of ranks on each node; None for one per GPU, or one on a machine without GPUs.
-        rendezvous: host and port at which the nodes meet; None if not given.
-        rendezvous_id: the name of the job, equal on all nodes.
-        rendezvous_timeout: how long the nodes wait for each other, in seconds.
-        max_restarts: how often torchrun restarts failed ranks.
-        shutdown_timeout: how long ranks may take for a last checkpoint, in seconds.
-        run_dir: the run folder, as an absolute path.
-        check_only: whether to check only, and start nothing.
-        dry_run: whether to print torchrun's command line only.
-        verbose: whether everything that the ranks print goes to the console.
+        model: The model file.
+        flags: The words after the model file.
+        nodes: The numbers of nodes on which the run may train.
+        node_rank: The number of this node, from 0; None if not given.
+        address: The address of this node for the other nodes of an elastic run.
+        node_timeout: How long a node of an elastic run may be silent, in seconds.
+        gpus_per_node: The number of ranks on each node; None for one per GPU, or one on a machine without GPUs.
+        rendezvous: Host and port at which the nodes meet; None if not given.
+        rendezvous_id: The name of the job, equal on all nodes.
+        rendezvous_timeout: How long the nodes wait for each other, in seconds.
+        max_restarts: How often torchrun restarts failed ranks.
+        shutdown_timeout: How long ranks may take for a last checkpoint, in seconds.
+        run_dir: The run folder, as an absolute path.
+        check_only: Whether to check only, and start nothing.
+        dry_run: Whether to print torchrun's command line only.
+        verbose: Whether everything that the ranks print goes to the console.
     """
 
     model: Path
@@ -104,21 +104,16 @@ _OPTIONS_OF_TRAINING = frozenset(("--verbose", "--help", "-h"))
 """Options of the launcher that training has, too, so that they may follow the model file."""
 
 
-def only_launcher_has(flag: str) -> bool:
-    """Return whether a flag is an option of the launcher that training does not have."""
-    return flag in _parser("", {}).option_names() - _OPTIONS_OF_TRAINING - {"--check"}
-
-
 def parse_options(program: str, arguments: Sequence[str], environment: Mapping[str, str]) -> Options:
     """Parse the launcher's options.
 
     Args:
-        program: the name of the command for its help and its errors, such as `maskmoe pretrain`.
-        arguments: the command line after the program's name.
-        environment: the environment variables, which stand in for flags that are not given.
+        program: The name of the command for its help and its errors, such as `maskmoe pretrain`.
+        arguments: The command line after the program's name.
+        environment: The environment variables, which stand in for flags that are not given.
 
     Raises:
-        UserError: a value is invalid, an option follows the model file, or several nodes lack a rendezvous or a node
+        UserError: A value is invalid, an option follows the model file, or several nodes lack a rendezvous or a node
             rank.
     """
     parser = _parser(program, environment)
@@ -130,6 +125,8 @@ def parse_options(program: str, arguments: Sequence[str], environment: Mapping[s
     options.address = options.address or socket.gethostname()
     options.rendezvous_id = options.rendezvous_id or options.run_dir.name
     if options.nodes.is_elastic:
+        if options.dry_run:
+            raise UserError("--dry-run prints one command line, but --nodes MIN:MAX has one for each set of nodes")
         # The nodes agree on a rendezvous and on their ranks by files of the run folder.
         options.rendezvous, options.node_rank = None, None
         return options

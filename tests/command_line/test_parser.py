@@ -8,8 +8,9 @@ from unittest import mock
 
 import pytest
 
-from maskmoe.command_line.parser import Number, OneLineParser, WholeNumber, split
-from maskmoe.command_line.registry import SUBCOMMANDS, Subcommand
+from maskmoe.command_line.main import SUBCOMMANDS, Subcommand
+from maskmoe.command_line.parser import OneLineParser
+from maskmoe.command_line.ranges import Number, WholeNumber, split
 
 TRAINING = ("pretrain", "evaluate", "generate")
 

@@ -8,6 +8,7 @@ import sys
 
 import psutil
 import pytest
+from support.command_lines import run_command
 from support.paths import ROOT
 from support.results import result
 from support.waiting import wait_until
@@ -15,9 +16,9 @@ from support.waiting import wait_until
 from maskmoe.comparison.comparison import Comparison
 from maskmoe.comparison.data import Dataset
 from maskmoe.comparison.suite import Suite
-from maskmoe.comparison.table import read_table, write_table
+from maskmoe.comparison.table import read_table
 from maskmoe.errors import UserError
-from maskmoe.launch.devices import Devices
+from maskmoe.launch.machine import Devices
 from maskmoe.processes.folder_lock import locked_folder
 
 
@@ -56,13 +57,6 @@ def test_runs_are_selected_by_patterns_and_seeds(comparison):
     assert titles == ["maskmoe-uniform.seed-2", "maskmoe.seed-2"]
     with pytest.raises(UserError, match="no run of the suite has such a name"):
         comparison.selected(["maskmoe"], [3])
-
-
-def test_losses_are_compared_with_another_table(comparison, tmp_path):
-    comparison.add([finished(comparison, "smoe.seed-1", 3.0)])
-    write_table(tmp_path / "recorded.jsonl", [finished(comparison, "smoe.seed-1", 3.25)])
-    _, line = comparison.compare_with(tmp_path / "recorded.jsonl", comparison.runs)
-    assert re.fullmatch(r"smoe.seed-1 +3.0000 +3.2500 +-0.2500", line)
 
 
 SUITE = """
@@ -107,16 +101,9 @@ def arguments(tmp_path, text, other_text):
     return (tmp_path / "suite.yaml", "--input", text, "--run-dir", tmp_path / "run")
 
 
-def test_bad_suite_is_one_line(tmp_path):
-    process = compare(tmp_path / "nowhere.yaml")
-    output, _ = process.communicate(timeout=60)
-    assert process.returncode == 2
-    assert output == f"error: the suite {tmp_path / 'nowhere.yaml'} does not exist\n"
-
-
 def test_list_names_all_runs_and_makes_nothing(arguments, tmp_path):
-    output, _ = compare(*arguments, "--list").communicate(timeout=60)
-    assert output.splitlines() == [f"to do     {name}.seed-1" for name in ("dense", "smoe", "all-visible")]
+    outcome = run_command("compare", *arguments, "--list")
+    assert outcome.output.splitlines() == [f"to do     {name}.seed-1" for name in ("dense", "smoe", "all-visible")]
     assert not (tmp_path / "run").exists()
 
 
@@ -166,8 +153,9 @@ def test_a_killed_suite_continues_to_the_page(arguments, tmp_path):
 
     # A repeated run has the recorded loss.
     again = (*arguments[:3], "--run-dir", tmp_path / "again", "--only", "dense")
-    output, _ = compare(*again, "--compare-with", folder / "results.jsonl").communicate(timeout=400)
-    assert re.search(r"^dense.seed-1 +([0-9.]+) +\1 +[+]0.0000$", output, re.MULTILINE), output
+    output, _ = compare(*again).communicate(timeout=400)
+    (repeated,) = read_table(tmp_path / "again" / "results.jsonl")
+    assert repeated.losses == results["dense"].losses, output
 
 
 @pytest.mark.slow
@@ -184,8 +172,6 @@ def test_unequal_variants_are_refused_before_training(arguments, tmp_path):
 def test_settings_that_training_refuses_are_named_before_training(arguments, tmp_path):
     suite = tmp_path / "suite.yaml"
     suite.write_text(SUITE.replace("num-attention-heads: 2", "num-attention-heads: 3"))
-    process = compare(*arguments, "--only", "dense")
-    output, _ = process.communicate(timeout=240)
-    assert process.returncode == 2
-    assert output.splitlines()[-1].startswith("error: check: ")
+    outcome = run_command("compare", *arguments, "--only", "dense")
+    outcome.assert_refused("error: check: ")
     assert json.loads((tmp_path / "run" / "data" / "stages" / "frequency.json").read_text())["seconds"] > 0

@@ -2,10 +2,14 @@
 
 import hashlib
 
+import numpy as np
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
-from maskmoe.comparison.data import Dataset
+from maskmoe.comparison.data import Dataset, choose_split
 from maskmoe.comparison.suite import DataSection
+from maskmoe.data.dataset_writing import IndexedDatasetWriter
 from maskmoe.errors import UserError
 
 
@@ -25,10 +29,9 @@ def test_text_becomes_a_dataset_with_its_tokenizer_and_counts(tmp_path, text):
 
 
 def test_without_text_the_installed_python_is_the_text(tmp_path):
-    data = Dataset.of(section(max_bytes="1000"), tmp_path, 16)
-    first = next(data.stages())
+    first = next(Dataset.of(section(), tmp_path, 16).stages())
     assert first.name == "corpus"
-    assert first.command[-4:] == ("--max-bytes", "1000", "--output", str(tmp_path / "corpus.jsonl"))
+    assert first.command[-3:] == ("corpus", "--output", str(tmp_path / "corpus.jsonl"))
 
 
 def test_an_existing_dataset_is_only_counted(tmp_path):
@@ -76,3 +79,35 @@ def test_digests_tell_texts_apart(tmp_path, monkeypatch):
     data = Dataset(tmp_path, "300", 16, held_out={"other": tmp_path / "other.jsonl"})
     (tmp_path / "other_text_document.idx").write_bytes(b"index")
     assert data.digests() == {"training": "counts", "other": hashlib.sha256(b"index").hexdigest()}
+
+
+def write_dataset(prefix, lengths):
+    with IndexedDatasetWriter(prefix, np.uint16) as writer:
+        for length in lengths:
+            writer.add_document(np.zeros(length, np.uint16))
+
+
+@given(st.lists(st.integers(1, 400), min_size=1, max_size=40), st.integers(16, 64))
+def test_split_leaves_a_sample_to_both_parts(tmp_path_factory, lengths, seq_length):
+    prefix = tmp_path_factory.mktemp("split") / "data"
+    write_dataset(prefix, lengths)
+    try:
+        split = choose_split(prefix, seq_length)
+    except UserError:
+        assert all(min(sum(lengths[:cut]), sum(lengths[cut:])) <= seq_length for cut in range(1, len(lengths)))
+        return
+    num_train, num_held_out, _ = map(int, split.split(","))
+    train, held_out = lengths[:num_train], lengths[num_train:]
+    assert len(held_out) == num_held_out
+    assert min(sum(train), sum(held_out)) > seq_length
+    assert sum(held_out[1:]) < max(seq_length + 1, 0.02 * sum(lengths))
+
+
+@pytest.mark.parametrize(
+    ("lengths", "message"),
+    [([5000], "the input is a single document"), ([20, 20], "40 tokens in 2 documents are too few")],
+)
+def test_text_that_cannot_be_split_is_refused(tmp_path, lengths, message):
+    write_dataset(tmp_path / "data", lengths)
+    with pytest.raises(UserError, match=message):
+        choose_split(tmp_path / "data", 32)

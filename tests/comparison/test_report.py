@@ -1,6 +1,4 @@
-"""The page of a comparison: its tables, its CSV file and its figure."""
-
-import csv
+"""The page of a comparison: its tables and its figure."""
 
 import pytest
 from PIL import Image
@@ -35,16 +33,6 @@ def test_page_has_the_tables(suite, tmp_path):
     (difference,) = [line for line in page.splitlines() if line.startswith("| maskmoe − smoe")]
     assert "| −0.1000 ± 0.0000 |" in difference
     assert difference.endswith("| 0.250 |")  # 2 of 8 sign flips
-
-
-def test_csv_has_one_row_for_each_loss(suite, tmp_path):
-    write_report(suite, "small", [result("smoe", 1, 3.5)], tmp_path)
-    rows = list(csv.DictReader((tmp_path / "losses.csv").open()))
-    assert rows[0] == {
-        **{"variant": "smoe", "seed": "1", "text": "held-out", "band": "all"},
-        **{"tokens": "1000", "loss": "3.5"},
-    }
-    assert [row["band"] for row in rows] == ["all", "top 40 %"]
 
 
 @pytest.mark.parametrize("num_results", [0, 1])

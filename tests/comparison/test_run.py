@@ -10,7 +10,7 @@ from maskmoe.comparison.data import Dataset
 from maskmoe.comparison.run import OWN_TEXT, runs_of
 from maskmoe.comparison.suite import Suite
 from maskmoe.data.dataset_writing import IndexedDatasetWriter
-from maskmoe.launch.devices import Devices
+from maskmoe.launch.machine import Devices
 
 
 @pytest.fixture

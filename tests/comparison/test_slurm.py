@@ -11,7 +11,7 @@ from maskmoe.comparison.data import Dataset
 from maskmoe.comparison.slurm import submission, submit
 from maskmoe.comparison.suite import Suite
 from maskmoe.errors import UserError
-from maskmoe.launch.devices import Devices
+from maskmoe.launch.machine import Devices
 
 
 @pytest.fixture

@@ -1,5 +1,7 @@
 """Stages run once, resume, and are repeated with what they wrote before kept; their processes end with them."""
 
+import io
+import os
 import signal
 import subprocess
 import sys
@@ -8,8 +10,8 @@ import psutil
 import pytest
 from support.waiting import wait_until
 
-from maskmoe.comparison.stage import Stage, StageFolder
-from maskmoe.comparison.status_line import StatusLine
+from maskmoe.comparison import stage as stages
+from maskmoe.comparison.stage import Stage, StageFolder, StatusLine
 from maskmoe.errors import RunFailure, UserError
 
 COUNT = """
@@ -139,7 +141,10 @@ def test_environment_is_extended_and_the_current_folder_hides_no_module(folder, 
     ("program", "kind", "message"),
     [
         ("import sys; sys.exit('error: the text is empty')", UserError, "count: the text is empty (full output: "),
-        ("raise ValueError('wrong')", RunFailure, "count: ValueError: wrong (full output: "),
+        ("print('x.py mask: error: bad flag'); raise SystemExit(2)", UserError, "count: bad flag (full output: "),
+        ("print('[rank1]: error: bad\\nlater'); 1 / 0", UserError, "count: bad (full output: "),
+        ("raise ValueError('wrong')", RunFailure, "count: ValueError: wrong (exit code 1) (full output: "),
+        ("import os; os.kill(os.getpid(), 9)", RunFailure, "count: no output (exit code -9) (full output: "),
         ("pass", RunFailure, "count has not written "),
     ],
 )
@@ -165,3 +170,28 @@ def test_a_damaged_record_is_named(folder):
     (folder.path / "stages" / "count.json").write_text("{")
     with pytest.raises(UserError, match=r"count\.json is damaged: delete it"):
         folder.seconds(stage(folder))
+
+
+class Terminal(io.StringIO):
+    def isatty(self):
+        return True
+
+
+def test_a_terminal_shows_one_line(monkeypatch):
+    monkeypatch.setattr(stages, "get_terminal_size", lambda: os.terminal_size((10, 24)))
+    stream = Terminal()
+    line = StatusLine(stream)
+    line.update("step 1 of 100")
+    line.print("done")
+    assert stream.getvalue() == "\r\x1b[Kstep 1 of\r\x1b[Kdone\n"
+
+
+def test_a_log_gets_a_line_every_minute(monkeypatch):
+    now = [100.0]
+    monkeypatch.setattr(stages.time, "monotonic", lambda: now[0])
+    stream = io.StringIO()
+    line = StatusLine(stream)
+    for seconds in (0, 1, 59, 61):
+        now[0] = 100.0 + seconds
+        line.update(f"after {seconds} s")
+    assert stream.getvalue() == "after 0 s\nafter 61 s\n"

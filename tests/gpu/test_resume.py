@@ -7,7 +7,7 @@ import pytest
 from support.places import PLACES, Place
 from support.training import Run, Workplace
 
-from maskmoe.launch.devices import find_devices
+from maskmoe.launch.machine import find_devices
 
 
 @pytest.mark.slow

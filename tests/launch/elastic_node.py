@@ -11,10 +11,9 @@ from pathlib import Path
 
 from maskmoe.command_line import ranges
 from maskmoe.command_line.run_tool import run_tool
-from maskmoe.launch import launcher, node_run
+from maskmoe.launch import elastic, elastic_files, launcher, node_run
 from maskmoe.launch.command import Command
-from maskmoe.launch.devices import Devices
-from maskmoe.launch.elastic import membership, run
+from maskmoe.launch.machine import Devices
 from maskmoe.processes.interruption import EXIT_REQUEUE
 
 RANKS = """
@@ -46,18 +45,18 @@ def fake_command(options, meeting, flags, processes, route, environment) -> Comm
 def main() -> None:
     host = sys.argv[1]
     socket.gethostname = lambda: host
-    membership._BEAT_SECONDS = 0.4
+    elastic_files._BEAT_SECONDS = 0.4
     ranges.NODE_TIMEOUT = ranges.SECONDS
-    run._LOOK_SECONDS, run._POLL_SECONDS, run._BEATS_SECONDS = 0.1, 0.05, 0.5
+    elastic._LOOK_SECONDS, elastic._POLL_SECONDS, elastic._BEATS_SECONDS = 0.1, 0.05, 0.5
     node_run.torchrun_command = fake_command
-    run.check = lambda *arguments, **options: 0
+    elastic.check = lambda *arguments, **options: 0
     # The stand-in of the first node's ranks does not listen.
-    run.connection_error = lambda *address: None
+    elastic.connection_error = lambda *address: None
     # A host is cut off from the network while this file exists.
     cut = Path(sys.argv[sys.argv.index("--run-dir") + 1]) / f"cut-{host}"
-    connect = membership.connection_error
-    membership.connection_error = lambda *address: OSError() if cut.exists() else connect(*address)
-    launcher.find_devices = run.find_devices = lambda: Devices(0, 1)
+    connect = elastic_files.connection_error
+    elastic_files.connection_error = lambda *address: OSError() if cut.exists() else connect(*address)
+    launcher.find_devices = elastic.find_devices = lambda: Devices(0, 1)
     launcher.launch("elastic_node.py", sys.argv[2:])
 
 

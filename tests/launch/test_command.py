@@ -2,7 +2,6 @@
 
 import re
 import shlex
-import socket
 
 import pytest
 from support.paths import ROOT
@@ -16,8 +15,8 @@ from maskmoe.launch.command import (
     standalone_command,
     torchrun_command,
 )
+from maskmoe.launch.machine import Route
 from maskmoe.launch.model_file import split_flags
-from maskmoe.launch.network import Route, listen, route_to, wait_for
 from maskmoe.launch.options import NodeRange, Options, _parser, parse_options
 from maskmoe.training.help_page import help_page
 
@@ -91,7 +90,7 @@ def test_default_folders_lie_in_the_run_folder():
 @pytest.mark.parametrize(
     ("arguments", "environment", "reason"),
     [
-        ("", {}, "MODEL.yaml"),
+        ("", {}, "the following arguments are required: MODEL.yaml"),
         ("--nodes 0 m.yaml", {}, "--nodes must be at least 1, not 0 .*"),
         ("m.yaml", {"NNODES": "two"}, "--nodes must be a whole number, not 'two'"),
         ("--nodes 2 m.yaml", {}, "2 nodes need a rendezvous"),
@@ -102,6 +101,7 @@ def test_default_folders_lie_in_the_run_folder():
         ("--nodes 1: m.yaml", {}, "--nodes must be a whole number, not ''"),
         ("--nodes 1:2 --node-timeout 3 m.yaml", {}, "--node-timeout must be at least 10, not 3"),
         ("--rendezvous a:b m.yaml", {}, "'a:b' is not HOST:PORT"),
+        ("--nodes 1:2 --dry-run m.yaml", {}, "--dry-run prints one command line, but --nodes MIN:MAX"),
         ("--nonsense m.yaml", {}, r"--nonsense.*\(see maskmoe pretrain --help\)"),
     ],
 )
@@ -127,22 +127,6 @@ def test_no_option_of_the_launcher_is_a_flag_of_training():
 def test_word_that_is_not_a_flag_is_refused():
     with pytest.raises(UserError, match=r"only Megatron's flags may follow the model file, not 'more\.yaml'"):
         split_flags(("more.yaml",))
-
-
-def test_loopback_and_unknown_hosts_have_no_route():
-    assert route_to("localhost", 1) is None
-    assert route_to("no-such-host.invalid", 1) is None
-
-
-@pytest.mark.parametrize("address", ["127.0.0.1", "::1"])
-def test_listener_answers_on_both_versions_of_ip(address):
-    with listen() as server:
-        socket.create_connection((address, server.getsockname()[1]), timeout=5).close()
-
-
-def test_error_names_the_unreachable_rendezvous():
-    with pytest.raises(UserError, match=r"node 0 cannot be reached at 127\.0\.0\.1:1 after 0.1 s"):
-        wait_for("127.0.0.1", 1, 0.1)
 
 
 def test_command_for_one_machine_ends_with_the_module_and_its_arguments():

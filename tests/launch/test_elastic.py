@@ -3,7 +3,6 @@
 import json
 import os
 import signal
-import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
@@ -19,12 +18,9 @@ from support.waiting import wait_until
 
 from maskmoe.errors import RunFailure, UserError
 from maskmoe.files.run_folder import Kind, read_journal
-from maskmoe.launch.elastic import membership
-from maskmoe.launch.elastic import run as elastic_run
-from maskmoe.launch.elastic.generation import Generation, Generations, leading_member
-from maskmoe.launch.elastic.layout import LayoutChooser, describe_changes
-from maskmoe.launch.elastic.membership import Member, Membership
-from maskmoe.launch.elastic.run import ElasticRun
+from maskmoe.launch import elastic, elastic_files
+from maskmoe.launch.elastic import ElasticRun, LayoutChooser
+from maskmoe.launch.elastic_files import Generation, Generations, Member, Membership, leading_member
 from maskmoe.launch.model_file import ModelFile
 from maskmoe.launch.options import NodeRange, Options, parse_options
 from maskmoe.processes.interruption import EXIT_REQUEUE
@@ -119,7 +115,7 @@ def test_lost_and_returned_node(new_run):
     second.kill()
     assert run.wait_for_nodes(2, 1) == ""
     assert "b left the run, or gave no sign of life for 2 s; the run continues without it" in first.output
-    assert "training on 1 node (a), 1 rank; --expert-model-parallel-size 2 → not set" in first.output
+    assert "training on 1 node (a), 1 rank" in first.output
     back = run.start("b")
     first.wait_for_output("b has come, and is taken in at the next checkpoint")
     assert not (run.folder / "began-3-0").exists()
@@ -250,22 +246,11 @@ def test_run_without_checkpoints_is_refused(tmp_path):
     assert not run.folder.exists()
 
 
-def test_dry_run_prints_the_command_of_the_first_node(tmp_path):
-    (tmp_path / "model.yaml").write_text("save-interval: 10\nlayouts: {4: {expert-model-parallel-size: 4}}")
-    options = ["--nodes", "1:3", "--gpus-per-node", "2", "--address", "localhost", "--run-dir", tmp_path / "run"]
-    command = [sys.executable, "-m", "maskmoe", "pretrain", "--dry-run", *options, tmp_path / "model.yaml"]
-    # Three nodes have six ranks, for which the model file has no layout.
-    line = subprocess.check_output(command, text=True)
-    assert " --nnodes 2 --nproc-per-node 2 --rdzv-backend c10d --rdzv-endpoint localhost:29400 --rdzv-id run.1 " in line
-    assert line.endswith(" --save-interval 10 --expert-model-parallel-size 4\n")
-    assert not (tmp_path / "run").exists()
-
-
 # ---- Parts -----------------------------------------------------------------------------------------------------------
 
 
 def test_launcher_is_not_gone_while_the_folder_cannot_be_read(tmp_path, monkeypatch):
-    monkeypatch.setattr(membership, "_BEAT_SECONDS", 1e6)  # the test looks instead of the threads
+    monkeypatch.setattr(elastic_files, "_BEAT_SECONDS", 1e6)  # the test looks instead of the threads
     folder = tmp_path / "members"
     with Membership(folder, "localhost", 1, 60) as here, Membership(folder, "localhost", 1, 60) as other:
         here.beat()
@@ -307,7 +292,7 @@ def test_generation_that_another_launcher_writes_during_the_check_stays(tmp_path
         assert generations.write(winner)
         return 0
 
-    monkeypatch.setattr(elastic_run, "check", check)
+    monkeypatch.setattr(elastic, "check", check)
     with launcher._nodes:
         if before != "none":
             generations.write(Generation(1, (MEMBERS[0],), 7, {}))
@@ -374,9 +359,3 @@ def test_most_nodes_that_can_train_are_chosen(layouts, ranks, least, more, faili
         with pytest.raises(UserError, match="can train"):
             chooser.choose(ranks)
     assert len(checked) == len(set(checked))
-
-
-def test_changes_of_flags_are_described():
-    before, after = {"bf16": (), "a": ("1", "2"), "same": ("x",)}, {"a": ("3",), "b": (), "same": ("x",)}
-    assert describe_changes(before, after) == "--bf16 set → not set, --a 1 2 → 3, --b not set → set"
-    assert describe_changes(before, before) == ""

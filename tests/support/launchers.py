@@ -20,7 +20,7 @@ from support.preloaded import ForkedProcess, PreloadedPython
 from support.waiting import wait_until
 from torch.distributed import TCPStore
 
-from maskmoe.launch import devices
+from maskmoe.launch import machine
 
 __all__ = ["BENCHMARKS", "RANK_SCRIPTS", "TESTS", "Outcome", "RankProcesses", "RunRanks", "run_script_as_ranks"]
 
@@ -28,7 +28,7 @@ RunRanks = Callable[..., None]
 TIMEOUT = 180.0
 """Seconds after which processes are taken to hang."""
 
-GPU_ENVIRONMENT = {**devices.GPU_ENVIRONMENT, "OMP_NUM_THREADS": "1", "PYTHONUNBUFFERED": "1"}
+GPU_ENVIRONMENT = {**machine.GPU_ENVIRONMENT, "OMP_NUM_THREADS": "1", "PYTHONUNBUFFERED": "1"}
 """Variables of a process that computes on a GPU and one core."""
 
 CPU_ENVIRONMENT = {**GPU_ENVIRONMENT, "CUDA_VISIBLE_DEVICES": ""}

@@ -8,7 +8,7 @@ from functools import cache
 
 import pytest
 
-from maskmoe.launch.devices import find_devices
+from maskmoe.launch.machine import find_devices
 
 
 @cache

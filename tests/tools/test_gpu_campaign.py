@@ -18,7 +18,7 @@ from gpu_campaign.training import ITERATIONS, TOLERANCE, read_training, training
 from support.paths import ROOT
 from support.scalars import write_scalars
 
-from maskmoe.launch.devices import Devices
+from maskmoe.launch.machine import Devices
 
 SCRIPT = ROOT / "tools" / "gpu_campaign.sh"
 

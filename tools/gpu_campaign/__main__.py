@@ -19,7 +19,7 @@ def main() -> None:
     from gpu_campaign.runner import run_campaign
     from gpu_campaign.step import Context
     from gpu_campaign.steps import STEPS
-    from maskmoe.launch.devices import find_devices
+    from maskmoe.launch.machine import find_devices
 
     names = [step.name for step in STEPS]
     parser = argparse.ArgumentParser(

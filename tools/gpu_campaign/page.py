@@ -3,7 +3,7 @@
 from operator import methodcaller
 
 from gpu_campaign.results import Campaign
-from maskmoe.comparison.markdown import markdown_table
+from maskmoe.comparison.report import markdown_table
 from maskmoe.files.outputs import render_template
 
 

@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from gpu_campaign.results import Findings
-from maskmoe.launch.devices import Devices
+from maskmoe.launch.machine import Devices
 
 
 @dataclass(frozen=True)

@@ -7,7 +7,7 @@ from pathlib import Path
 from gpu_campaign.results import Cell, Findings, Plot, Table
 from gpu_campaign.step import Command, Context
 from maskmoe.comparison.data import Dataset
-from maskmoe.comparison.figures import new_figure, tidy
+from maskmoe.comparison.report import new_figure, tidy
 from maskmoe.comparison.stage import maskmoe_command
 from maskmoe.comparison.table import scalars, training_seconds
 

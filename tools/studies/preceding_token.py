@@ -22,7 +22,7 @@ import torch
 from tqdm import tqdm
 
 from maskmoe.command_line.run_tool import run_tool
-from maskmoe.comparison.figures import new_figure, tidy
+from maskmoe.comparison.report import new_figure, tidy
 from maskmoe.conversion.model_files import load_exported_model, load_exported_tokenizer
 from maskmoe.data.indexed_dataset import dataset_files, open_tokens
 from maskmoe.errors import UserError

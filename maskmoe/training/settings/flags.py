@@ -10,7 +10,8 @@ from types import MethodType
 from typing import Any
 
 from maskmoe.command_line import ranges
-from maskmoe.command_line.parser import Number, OneLineParser, WholeNumber
+from maskmoe.command_line.parser import OneLineParser
+from maskmoe.command_line.ranges import Number, WholeNumber
 
 _LONGEST_WORD, _LONGEST_PATTERN = 100_000, 1 << 17
 _FACTOR = re.compile(r"(?<=\*)\s*\d+|\d+\s*(?=\*)")

@@ -13,7 +13,7 @@ from math import isfinite
 from megatron.core.transformer.enums import LayerType
 from megatron.core.transformer.pipeline_parallel_layer_layout import PipelineParallelLayerLayout
 
-from maskmoe.command_line.parser import split
+from maskmoe.command_line.ranges import split
 from maskmoe.megatron_compat.gpu import GpuPackages
 from maskmoe.transformer.dispatch.flex import missing_library
 from maskmoe.transformer.torch_modules.gated_delta_net import check_gated_delta_net, uses_fla

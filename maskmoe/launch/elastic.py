@@ -1,7 +1,18 @@
-"""Trains a run on nodes that come and go: one generation after the other."""
+"""Runs that train on while nodes come and go: `launch/pretrain.sh --nodes MIN:MAX`.
+
+torchrun cannot do this alone: all of its agents meet at one of the nodes and are lost with that node, and the ranks of
+all restarts get the same flags. So the launchers of the nodes agree on each part of the run, a *generation*, by files
+of the run folder, which all nodes see (`elastic_files`). A generation says which nodes train with which flags, and is a
+separate start of torchrun. `LayoutChooser` chooses how many of the nodes train, and with which flags; `ElasticRun`
+trains one generation after the other.
+
+One launcher leads: it writes the generations. Every launcher finds out alone which launcher leads. If two launchers
+think that they lead, only one of them can write the next generation, and the lock of the run folder lets only one of
+two trainings write checkpoints.
+"""
 
 import time
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
@@ -9,15 +20,12 @@ from pathlib import Path
 from maskmoe.command_line.run_tool import EXIT_BAD_INPUT
 from maskmoe.errors import UserError, counted
 from maskmoe.files.run_folder import Journal, Kind
-from maskmoe.launch.devices import find_devices
-from maskmoe.launch.elastic.generation import Generation, Generations, leading_member
-from maskmoe.launch.elastic.layout import LayoutChooser, describe_changes
-from maskmoe.launch.elastic.membership import Member, Membership
-from maskmoe.launch.model_file import Flags, ModelFile, override
-from maskmoe.launch.network import connection_error, listen
-from maskmoe.launch.node_run import NodeRun, check, say
-from maskmoe.launch.options import DEFAULT_PORT, Options
-from maskmoe.launch.supervisor import Supervisor
+from maskmoe.launch.command import run_flags
+from maskmoe.launch.elastic_files import Generation, Generations, Member, Membership, leading_member
+from maskmoe.launch.machine import connection_error, find_devices, listen
+from maskmoe.launch.model_file import Flags, ModelFile, override, split_flags
+from maskmoe.launch.node_run import NodeRun, Supervisor, check, say
+from maskmoe.launch.options import Options
 from maskmoe.processes.folder_lock import check_unlocked
 from maskmoe.processes.interruption import EXIT_REQUEUE, LEAVE_FILE
 
@@ -31,16 +39,77 @@ _POLL_SECONDS = 0.5
 _BEATS_SECONDS = 6.0  # after a timeout, until all launchers have written and read
 
 
+class LayoutChooser:
+    """Chooses layouts from the model file, and checks each one once before it is used.
+
+    Args:
+        options: The launcher's options.
+        model: The model file.
+        check: Returns whether a run with some flags on a number of ranks may start; prints what is wrong.
+
+    Raises:
+        UserError: The run saves no checkpoints, from which another set of nodes could continue.
+    """
+
+    def __init__(self, options: Options, model: ModelFile, check: Callable[[Flags, int], bool]) -> None:
+        self._options = options
+        self._model = model
+        self._check = check
+        self._verdicts: dict[int, bool] = {}
+        if "save-interval" not in self._run_flags(model.flags):
+            raise UserError(
+                f"--nodes {options.nodes} needs --save-interval, because the run continues from checkpoints"
+            )
+
+    def count(self, node_ranks: Sequence[int]) -> int:
+        """Return how many nodes, from the first on, have a layout that is not known to fail; 0 for none.
+
+        Args:
+            node_ranks: The number of ranks of each node that is there.
+        """
+        nodes = self._options.nodes
+        for number in range(min(len(node_ranks), nodes.most), nodes.least - 1, -1):
+            ranks = sum(node_ranks[:number])
+            if self._model.fits(ranks) and self._verdicts.get(ranks, True):
+                return number
+        return 0
+
+    def choose(self, node_ranks: Sequence[int]) -> tuple[int, Flags]:
+        """Return the largest number of nodes that have a layout which passes the check, and the flags of their ranks.
+
+        Args:
+            node_ranks: The number of ranks of each node that is there; at least as many nodes as must train.
+
+        Raises:
+            UserError: No number of nodes has such a layout.
+        """
+        while number := self.count(node_ranks):
+            ranks = sum(node_ranks[:number])
+            flags = self._run_flags(self._model.flags_for(ranks))
+            if ranks not in self._verdicts:
+                self._verdicts[ranks] = self._check(flags, ranks)
+            if self._verdicts[ranks]:
+                return number, flags
+            say(f"{counted(ranks, 'rank')} cannot train (see above)")
+        raise UserError(
+            f"none of {self._options.nodes.least} to {min(len(node_ranks), self._options.nodes.most)} nodes can train: "
+            f"the model file {self._model.path} needs a layout for one of these numbers of nodes"
+        )
+
+    def _run_flags(self, model_flags: Flags) -> Flags:
+        return run_flags(self._options, model_flags, split_flags(self._options.flags))
+
+
 class ElasticRun:
     """One node's part of a run that trains on while nodes come and go.
 
     Args:
-        options: the launcher's options.
-        model: the model file.
-        processes: the number of ranks of this node.
+        options: The launcher's options.
+        model: The model file.
+        processes: The number of ranks of this node.
 
     Raises:
-        UserError: the run saves no checkpoints, from which another set of nodes could continue.
+        UserError: The run saves no checkpoints, from which another set of nodes could continue.
     """
 
     def __init__(self, options: Options, model: ModelFile, processes: int) -> None:
@@ -62,8 +131,8 @@ class ElasticRun:
         """Take part in the run until it ends, or until a signal stops this node; return the exit code.
 
         Raises:
-            UserError: the run folder cannot be used, or no layout passes the check.
-            RunFailure: a file in which the launchers meet is damaged.
+            UserError: The run folder cannot be used, or no layout passes the check.
+            RunFailure: A file in which the launchers meet is damaged.
         """
         self._supervisor.listen()
         try:
@@ -88,7 +157,7 @@ class ElasticRun:
             The generation, or the exit code of this launcher if the run ends before.
 
         Raises:
-            OSError: the file system has failed for as long as a launcher may be silent.
+            OSError: The file system has failed for as long as a launcher may be silent.
         """
         arrived = begin = changed = worked = time.monotonic()
         known: list[Member] = []
@@ -137,11 +206,11 @@ class ElasticRun:
         """Write the next generation, as the leader; return None if it is too early, or another launcher has written it.
 
         Args:
-            running: the generation that has just run, in which this node may have trained.
-            may_start: whether the run may start on fewer than all nodes.
+            running: The generation that has just run, in which this node may have trained.
+            may_start: Whether the run may start on fewer than all nodes.
 
         Raises:
-            UserError: no number of nodes passes the check.
+            UserError: No number of nodes passes the check.
         """
         ready = self._nodes.ready()
         if running is not None and self._nodes.me in running.members:
@@ -165,8 +234,6 @@ class ElasticRun:
             return None
         hosts = _hosts_of(generation.members)
         text = f"training on {counted(nodes, 'node')} ({hosts}), {counted(generation.ranks, 'rank')}"
-        if running is not None and (changes := describe_changes(running.flags, generation.flags)):
-            text += f"; {changes}"
         self._report(text, nodes=nodes, ranks=generation.ranks)
         return generation
 
@@ -248,10 +315,10 @@ class ElasticRun:
         The leader also asks for a generation with more nodes if nodes wait.
 
         Args:
-            generation: the generation that this node trains.
+            generation: The generation that this node trains.
 
         Raises:
-            OSError: a file cannot be read or written.
+            OSError: A file cannot be read or written.
         """
         # A node that has completed the training must not keep other nodes from doing so.
         if self._generations.newest_number() > generation.number or self._generations.exit_code(generation.number):
@@ -294,8 +361,8 @@ class ElasticRun:
         """Return whether the ranks failed because nodes have come or gone; wait until that is known.
 
         Args:
-            generation: the generation whose ranks have ended.
-            code: the exit code of the ranks, a failure.
+            generation: The generation whose ranks have ended.
+            code: The exit code of the ranks, a failure.
         """
         say(f"the ranks ended with exit code {code}; looking whether a node is lost")
         deadline = time.monotonic() + self._options.node_timeout + _BEATS_SECONDS
@@ -307,27 +374,6 @@ class ElasticRun:
                     return False
             time.sleep(_POLL_SECONDS)
         return self._supervisor.is_stopped
-
-
-def first_node_run(options: Options, model: ModelFile, processes: int) -> NodeRun:
-    """Return the run of the first node when all nodes are there, as if this node were the first.
-
-    The run has the default port, though the first node chooses a free one when the nodes meet, and does not set
-    `LEAVE_FILE`, because no launcher asks its ranks to leave.
-
-    Args:
-        options: the launcher's options.
-        model: the model file.
-        processes: the number of ranks of each node.
-
-    Raises:
-        UserError: the run saves no checkpoints, or no number of nodes has a layout.
-    """
-    chooser = LayoutChooser(options, model, lambda _flags, _ranks: True)
-    nodes, flags = chooser.choose([processes] * options.nodes.most)
-    name, endpoint = f"{options.rendezvous_id}.1", (options.address, DEFAULT_PORT)
-    meeting = replace(options.meeting, nodes=nodes, node_rank=0, endpoint=endpoint, name=name)
-    return NodeRun(options, meeting, flags, processes, nodes * processes)
 
 
 def _passes_check(flags: Flags, ranks: int) -> bool:

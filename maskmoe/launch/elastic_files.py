@@ -1,10 +1,11 @@
-"""Makes the launchers of an elastic run known to each other by files of the run folder."""
+"""The files of a run folder by which the launchers of an elastic run know each other and agree on its generations."""
 
 import os
+import re
 import threading
 import time
 import uuid
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from contextlib import ExitStack, suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,10 +13,14 @@ from typing import Self
 
 from pydantic import TypeAdapter, ValidationError
 
-from maskmoe.launch.network import connection_error, listen
+from maskmoe.errors import RunFailure, UserError
+from maskmoe.files.outputs import atomic_output
+from maskmoe.launch.machine import connection_error, listen
+from maskmoe.launch.model_file import Flags
 from maskmoe.processes.liveness import Holder, beating
 
 _BEAT_SECONDS = 2.0
+_GENERATION_FILE = re.compile(r"generation-(?P<number>[0-9]+)\.json")
 
 
 @dataclass(frozen=True)
@@ -23,11 +28,11 @@ class Member:
     """The launcher of a node, from its start to its end.
 
     Attributes:
-        id: a unique word.
-        process: the process.
-        address: the address at which other nodes reach the host.
-        port: the port at which the launcher listens, which shows whether the network connects two nodes.
-        ranks: number of ranks that the node can run.
+        id: A unique word.
+        process: The process.
+        address: The address at which other nodes reach the host.
+        port: The port at which the launcher listens, which shows whether the network connects two nodes.
+        ranks: Number of ranks that the node can run.
     """
 
     id: str
@@ -47,9 +52,9 @@ class _Sign:
     """The content of a launcher's file.
 
     Attributes:
-        member: the launcher.
-        beat: a number that grows.
-        reaches: the id of the leader if the launcher's node reaches the leader's node by the network, else empty.
+        member: The launcher.
+        beat: A number that grows.
+        reaches: The id of the leader if the launcher's node reaches the leader's node by the network, else empty.
     """
 
     member: Member
@@ -65,11 +70,11 @@ class _Sighting:
     """The signs of life that this launcher has seen of another one.
 
     Attributes:
-        member: the other launcher.
-        beat: its newest beat.
-        since: when this launcher saw it first.
-        alive_at: when this launcher last saw a new beat.
-        reached_at: when this launcher last saw a new beat which says that it reaches this launcher.
+        member: The other launcher.
+        beat: Its newest beat.
+        since: When this launcher saw it first.
+        alive_at: When this launcher last saw a new beat.
+        reached_at: When this launcher last saw a new beat which says that it reaches this launcher.
     """
 
     member: Member
@@ -86,10 +91,10 @@ class Membership:
     the leader if its node reaches the leader's node by the network. The clocks of the hosts need not agree.
 
     Args:
-        folder: the folder of the members' files; it is created if missing.
-        address: the address of this host for the other hosts.
-        ranks: number of ranks that this node can run.
-        timeout: how long a launcher may be silent, in seconds.
+        folder: The folder of the members' files; it is created if missing.
+        address: The address of this host for the other hosts.
+        ranks: Number of ranks that this node can run.
+        timeout: How long a launcher may be silent, in seconds.
     """
 
     def __init__(self, folder: Path, address: str, ranks: int, timeout: float) -> None:
@@ -166,7 +171,7 @@ class Membership:
         """Write this launcher's file, and read the files of all other launchers.
 
         Raises:
-            OSError: the folder cannot be used. All launchers count as before.
+            OSError: The folder cannot be used. All launchers count as before.
         """
         # Accept the connections of other launchers, which find out whether they reach this one.
         with suppress(BlockingIOError):
@@ -209,3 +214,129 @@ class Membership:
 
     def _path(self, id: str) -> Path:
         return self._folder / f"{id}.json"
+
+
+@dataclass(frozen=True)
+class Generation:
+    """One start of the ranks.
+
+    Attributes:
+        number: Counts the generations of a run from 1.
+        members: The launchers that start ranks, in the order of their nodes. The first one leads.
+        port: Port of the first node at which the torchruns of all nodes meet.
+        flags: The flags of the ranks.
+    """
+
+    number: int
+    members: tuple[Member, ...]
+    port: int
+    flags: Flags
+
+    @property
+    def ranks(self) -> int:
+        """The number of ranks."""
+        return sum(member.ranks for member in self.members)
+
+    @property
+    def endpoint(self) -> tuple[str, int]:
+        """Host and port at which the torchruns meet."""
+        return self.members[0].address, self.port
+
+
+_GENERATION = TypeAdapter(Generation)
+
+
+class Generations:
+    """The files of a run's generations, in a folder that all nodes see.
+
+    A generation, once written, never changes. How it ended is in a file beside it.
+
+    Args:
+        folder: The folder, which exists.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        self._folder = folder
+
+    def newest_number(self) -> int:
+        """Return the number of the newest generation; 0 if there is none.
+
+        Raises:
+            OSError: The folder cannot be listed.
+        """
+        # `Path.glob` would find nothing in a folder that cannot be read.
+        names = (_GENERATION_FILE.fullmatch(name) for name in os.listdir(self._folder))
+        return max((int(name["number"]) for name in names if name), default=0)
+
+    def newest(self) -> Generation | None:
+        """Return the newest generation; None if there is none.
+
+        Raises:
+            RunFailure: Its file is damaged.
+            OSError: The folder or the file cannot be read.
+        """
+        path = self._path(self.newest_number())
+        if path == self._path(0):
+            return None
+        try:
+            return _GENERATION.validate_json(path.read_bytes())
+        except ValidationError as error:
+            raise RunFailure(
+                f"{path} is damaged: stop the launchers of all nodes, remove {self._folder}, and start the run again"
+            ) from error
+
+    def write(self, generation: Generation) -> bool:
+        """Write a generation; return False if another launcher has written one with this number.
+
+        Raises:
+            OSError: The file cannot be written.
+        """
+        # A link, unlike a renamed file, never replaces a file. Network file systems make links atomically, too.
+        unfinished = self._folder / f".{uuid.uuid4().hex}.tmp"
+        unfinished.write_bytes(_GENERATION.dump_json(generation))
+        try:
+            os.link(unfinished, self._path(generation.number))
+        except FileExistsError:
+            return False
+        finally:
+            unfinished.unlink()
+        return True
+
+    def end(self, number: int, exit_code: int) -> None:
+        """Record that the run ends with a generation, for all launchers."""
+        with suppress(OSError, UserError), atomic_output(self._end_path(number)) as path:
+            path.write_text(str(exit_code))
+
+    def exit_code(self, number: int) -> int | None:
+        """Return the exit code with which the run ended in a generation; None if the run continues.
+
+        Raises:
+            OSError: The file cannot be read.
+        """
+        with suppress(FileNotFoundError):
+            return int(self._end_path(number).read_text())
+        return None
+
+    def leave_file(self, number: int) -> Path:
+        """Return the file that asks the ranks of a generation to end after their next checkpoint."""
+        return self._folder / f"leave-{number:06d}"
+
+    def _path(self, number: int) -> Path:
+        return self._folder / f"generation-{number:06d}.json"
+
+    def _end_path(self, number: int) -> Path:
+        return self._folder / f"end-{number:06d}"
+
+
+def leading_member(newest: Generation | None, known: Sequence[Member]) -> Member:
+    """Return the launcher that leads.
+
+    The first member of the running generation leads as long as it is there; then its next member does. A launcher that
+    has just come never takes over from one that trains.
+
+    Args:
+        newest: The generation that runs; None if none runs.
+        known: All launchers that are not gone, the oldest first; not empty.
+    """
+    members = newest.members if newest is not None else ()
+    return next((member for member in members if member in known), known[0])

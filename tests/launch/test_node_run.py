@@ -1,4 +1,4 @@
-"""The supervisor, with other commands than torchrun."""
+"""The supervisor of torchrun, with other commands than torchrun."""
 
 import signal
 import sys
@@ -12,12 +12,12 @@ from maskmoe.processes.interruption import EXIT_HANG, EXIT_REQUEUE
 
 SUPERVISE = """
 import sys
-from maskmoe.launch import supervisor
+from maskmoe.launch import node_run
 from maskmoe.launch.command import Command
-program, shutdown_timeout, supervisor._HANG_TIMEOUT = sys.argv[1], float(sys.argv[2]), float(sys.argv[3])
-supervisor._INSPECTION_INTERVAL = supervisor._HANG_TIMEOUT / 4
+program, shutdown_timeout, node_run._HANG_TIMEOUT = sys.argv[1], float(sys.argv[2]), float(sys.argv[3])
+node_run._INSPECTION_INTERVAL = node_run._HANG_TIMEOUT / 4
 command = Command((sys.executable, "-c", program), {})
-sys.exit(supervisor.Supervisor(shutdown_timeout, saves_checkpoints=sys.argv[4] == "True").run(command))
+sys.exit(node_run.Supervisor(shutdown_timeout, saves_checkpoints=sys.argv[4] == "True").run(command))
 """
 READY = "print('ready', flush=True)"
 LEAVE_EXIT_CODE = "from maskmoe.processes.interruption import leave_exit_code; leave_exit_code({code})"

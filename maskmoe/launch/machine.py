@@ -1,0 +1,163 @@
+"""Finds the GPUs, CPU cores and network addresses of this machine, and waits for node 0."""
+
+import ipaddress
+import math
+import os
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+import psutil
+
+from maskmoe.errors import UserError
+
+_COUNT_GPUS = "import torch; print(torch.cuda.device_count())"
+_CPU_PROCESSES = 2
+_CPU_FLAGS = ("--num-workers", "0")
+_GPU_FLAGS = ("--bf16",)
+# Device files of the drivers of NVIDIA, of NVIDIA's Tegra, of AMD, and of Windows Subsystem for Linux.
+_GPU_DEVICE_FILES = ("nvidia*", "nvhost-gpu", "nvgpu", "kfd", "dxg")
+
+_PAUSE = 1.0  # seconds between attempts to connect
+_CONNECT_TIMEOUT = 5.0  # seconds for one attempt to connect
+
+# Let glibc take huge pages for tensors: fewer misses of the address cache save a tenth of a small model's step. Other C
+# libraries ignore the variable.
+_CPU_ENVIRONMENT = {"GLIBC_TUNABLES": "glibc.malloc.hugetlb=1"}
+
+# Megatron requires one connection for tensor and context parallelism on GPUs before Blackwell.
+GPU_ENVIRONMENT = {"CUDA_DEVICE_MAX_CONNECTIONS": "1"}
+"""The environment variables that a training process on a GPU needs."""
+
+
+@dataclass(frozen=True)
+class Devices:
+    """The GPUs and CPU cores of this machine.
+
+    Attributes:
+        num_gpus: The number of CUDA devices that torch can use.
+        num_cores: The number of CPU cores that this process may use.
+    """
+
+    num_gpus: int
+    num_cores: int
+
+    @property
+    def num_processes(self) -> int:
+        """The number of processes to train with: one for each GPU, or 2 on a machine without GPUs."""
+        return self.num_gpus or _CPU_PROCESSES
+
+    def expert_model_parallel_size(self, num_experts: int) -> int:
+        """Return the largest expert parallel size that divides both the processes and the experts."""
+        return math.gcd(self.num_processes, num_experts)
+
+    @property
+    def environment(self) -> Mapping[str, str]:
+        """The environment variables of a training process."""
+        if self.num_gpus:
+            return GPU_ENVIRONMENT
+        return {"OMP_NUM_THREADS": str(max(1, self.num_cores // self.num_processes)), **_CPU_ENVIRONMENT}
+
+    @property
+    def megatron_flags(self) -> list[str]:
+        """Megatron's flags that depend on the device, valid for every entry point."""
+        return [*(_GPU_FLAGS if self.num_gpus else _CPU_FLAGS)]
+
+
+def find_devices() -> Devices:
+    """Return the devices of this machine."""
+    return Devices(
+        num_gpus=_count_gpus(),
+        num_cores=len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1,
+    )
+
+
+def _count_gpus() -> int:
+    """Return the number of GPUs that torch can use. A separate process imports torch, to keep this process small."""
+    # Importing torch takes seconds. On Linux, a GPU's driver has a device file.
+    if sys.platform == "linux" and not any(any(Path("/dev").glob(name)) for name in _GPU_DEVICE_FILES):
+        return 0
+    command = [sys.executable, "-P", "-c", _COUNT_GPUS]
+    completed = subprocess.run(command, capture_output=True, text=True, check=False)
+    return int(completed.stdout) if completed.returncode == 0 else 0
+
+
+@dataclass(frozen=True)
+class Route:
+    """This node's end of the network route to another host.
+
+    Attributes:
+        address: This node's address on the route.
+        interface: The network interface with this address; None if not exactly one interface has the address.
+    """
+
+    address: str
+    interface: str | None
+
+
+def route_to(host: str, port: int) -> Route | None:
+    """Return the network route to a host, without sending anything.
+
+    Returns:
+        None if the host's name cannot be resolved, or if the route is this machine's loopback.
+    """
+    # Connecting a datagram socket only makes the system choose the address that it would send from.
+    try:
+        family, kind, _, _, address = socket.getaddrinfo(host.strip("[]"), port, type=socket.SOCK_DGRAM)[0]
+        with socket.socket(family, kind) as probe:
+            probe.connect(address)
+            own_address = probe.getsockname()[0].partition("%")[0]
+    except OSError:
+        return None
+    if ipaddress.ip_address(own_address).is_loopback:
+        return None
+    interfaces = [
+        name
+        for name, addresses in psutil.net_if_addrs().items()
+        if any(address.address.partition("%")[0] == own_address for address in addresses)
+    ]
+    return Route(own_address, interfaces[0] if len(interfaces) == 1 else None)
+
+
+def listen(backlog: int | None = None) -> socket.socket:
+    """Return a socket that listens at a free port, of IPv4 and of IPv6 where the system has both."""
+    dual = socket.has_dualstack_ipv6()
+    family = socket.AF_INET6 if dual else socket.AF_INET
+    return socket.create_server(("", 0), family=family, backlog=backlog, dualstack_ipv6=dual)
+
+
+def connection_error(host: str, port: int) -> OSError | None:
+    """Try to connect to an address; return the error, or None if a process listens there."""
+    try:
+        socket.create_connection((host.strip("[]"), port), timeout=_CONNECT_TIMEOUT).close()
+    except OSError as error:
+        return error
+    return None
+
+
+def wait_for(host: str, port: int, timeout: float) -> None:
+    """Wait until node 0 listens at an address, and print that this node waits.
+
+    Args:
+        host: The host name or address.
+        port: The port.
+        timeout: The longest wait, in seconds.
+
+    Raises:
+        UserError: Node 0 does not listen at the address within the timeout.
+    """
+    deadline, has_said = time.monotonic() + timeout, False
+    while error := connection_error(host, port):
+        if time.monotonic() > deadline:
+            raise UserError(
+                f"node 0 cannot be reached at {host}:{port} after {timeout:g} s ({error.strerror or error}): check "
+                "that the run was started on node 0, and check --rendezvous"
+            )
+        if not has_said:
+            print(f"launch: waiting for node 0 at {host}:{port}, at most {timeout:g} s", flush=True)
+            has_said = True
+        time.sleep(_PAUSE)
