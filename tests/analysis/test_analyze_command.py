@@ -2,7 +2,6 @@
 
 import contextlib
 import csv
-import math
 import shlex
 from pathlib import Path
 
@@ -15,6 +14,7 @@ from support.tiny_maskmoe import make_model, random_mask
 
 from maskmoe.analysis.model_series import find_models
 from maskmoe.analysis.routing_report import PLOT_NAMES, TABLE_NAMES
+from maskmoe.analysis.routing_statistics import AnalysisSettings, RoutingTrace, measure
 from maskmoe.conversion.convert import Settings, megatron_to_huggingface
 from maskmoe.data.dataset_writing import IndexedDatasetWriter
 from maskmoe.routing_mask.frequency import FrequencyBands, TokenFrequency
@@ -58,78 +58,42 @@ def test_files(analysed_series):
         assert (analysed_series / name).read_bytes().startswith(b"\x89PNG")
 
 
-def test_tables_follow_from_the_traces(analysed_series, workplace):
-    """The tables have the right statistics in the right places."""
+def test_tables_have_the_statistics_of_the_traces(analysed_series, workplace):
+    """tests/analysis/test_routing_statistics.py proves the statistics; the tables have them in the right places."""
     mask = RoutingMask.load(workplace.folder / "mask.safetensors")
-    frequency = TokenFrequency.load(workplace.folder / "counts.safetensors")
-    band_of_id = FrequencyBands(frequency.occurrences).band_of_id
+    bands = FrequencyBands(TokenFrequency.load(workplace.folder / "counts.safetensors").occurrences)
     tables = {name: read_table(analysed_series, name) for name in TABLE_NAMES}
-    for rows in tables.values():
-        assert {(row["checkpoint"], row["layer"]) for row in rows} <= {
-            (f"iteration {iteration}", str(layer)) for iteration in ITERATIONS for layer in LAYERS
-        }
-        assert all(row["checkpoint"] == f"iteration {row['iteration']}" for row in rows)
-    traces = [load_file(analysed_series / f"trace_{number}.safetensors") for number in (1, 2, 3)]
     before = None
-    for iteration, trace in zip(ITERATIONS, traces, strict=True):
+    for number, iteration in enumerate(ITERATIONS, 1):
+        trace = RoutingTrace(**load_file(analysed_series / f"trace_{number}.safetensors"), num_experts=NUM_EXPERTS)
+        measured = measure(trace, before, bands, AnalysisSettings())
+        ids = trace.token_ids
         for index, layer in enumerate(LAYERS):
-            rows = {
-                name: [row for row in of_all if (row["iteration"], row["layer"]) == (str(iteration), str(layer))]
-                for name, of_all in tables.items()
-            }
-            experts, ids = trace["experts"][index], trace["token_ids"]
-            assert np.array_equal(trace["num_visible"][index], mask.visible_sets(layer - 1)[ids].sum(axis=1))
-            check_layer(rows, experts, ids, trace["num_visible"][index], trace["entropy"][index], band_of_id)
-            changes = {row["tokens"]: float(row["changed"]) for row in rows["fluctuation.csv"]}
-            assert set(changes) == (set() if before is None else {"all", "routable", *BANDS})
-            if before is not None:
-                pairs = zip(before["experts"][index].tolist(), experts.tolist(), strict=True)
-                sets = [(set(old) - {-1}, set(new) - {-1}) for old, new in pairs]
-                changed = np.array([1 - len(old & new) / max(len(old), len(new)) for old, new in sets])
-                assert changes["all"] == pytest.approx(changed.mean(), abs=1e-5)
-                assert changes["routable"] == pytest.approx(changed[trace["num_visible"][index] > 1].mean(), abs=1e-5)
-                assert changes["top 40 %"] == pytest.approx(changed[band_of_id[ids] == 0].mean(), abs=1e-5)
-                assert changes["routable"] > changes["all"] > 0
+            place = {"checkpoint": f"iteration {iteration}", "iteration": str(iteration), "layer": str(layer)}
+            rows = {name: [row for row in table if place.items() <= row.items()] for name, table in tables.items()}
+            assert np.array_equal(trace.num_visible[index], mask.visible_sets(layer - 1)[ids].sum(axis=1))
+            load = {(row["band"], int(row["expert"])): int(row["assignments"]) for row in rows["load.csv"]}
+            assert load == {(BANDS[band], n): count for (band, n), count in np.ndenumerate(measured.load[index])}
+            (of_layer,) = rows["layers.csv"]
+            for name in ("entropy", "entropy_bound", "first_weight", "single_expert_share", "id_information"):
+                assert float(of_layer[name]) == pytest.approx(getattr(measured, name)[index], rel=1e-5)
+            listed = np.flatnonzero(np.bincount(ids) >= 8).tolist()
+            assert [int(row["id"]) for row in rows["ids.csv"]] == listed
+            assert [int(row["distinct"]) for row in rows["ids.csv"]] == measured.distinct[index].tolist()
+            assert all(row["band"] == BANDS[bands.band_of_id[int(row["id"])]] for row in rows["ids.csv"])
+            for row in rows["top_ids.csv"]:
+                token_id, expert = int(row["id"]), int(row["expert"])
+                assert int(row["tokens"]) == (trace.experts[index][ids == token_id] == expert).sum()
+                assert row["piece"]
+                share = int(row["tokens"]) / measured.load[index, :, expert].sum()
+                assert float(row["share"]) == pytest.approx(share, rel=1e-5)
+                assert float(row["lift"]) == pytest.approx(share / (ids == token_id).mean(), rel=1e-4)
+            changes = [float(row["changed"]) for row in rows["fluctuation.csv"]]
+            groups = [row["tokens"] for row in rows["fluctuation.csv"]]
+            assert groups == ([] if before is None else ["all", "routable", *BANDS])
+            if measured.changed is not None:
+                assert changes == pytest.approx(measured.changed[:, index].tolist(), abs=1e-5)
         before = trace
-
-
-def check_layer(
-    rows: dict[str, list[dict[str, str]]],
-    experts: np.ndarray,
-    ids: np.ndarray,
-    num_visible: np.ndarray,
-    entropy: np.ndarray,
-    band_of_id: np.ndarray,
-) -> None:
-    """Compare the rows of a checkpoint and a layer with the trace of the layer."""
-    load = {(row["band"], int(row["expert"])): int(row["assignments"]) for row in rows["load.csv"]}
-    for band, name in enumerate(BANDS):
-        of_band = experts[band_of_id[ids] == band]
-        assert [load[name, expert] for expert in range(NUM_EXPERTS)] == [
-            (of_band == expert).sum() for expert in range(NUM_EXPERTS)
-        ]
-    total = np.bincount(experts[experts >= 0], minlength=NUM_EXPERTS)
-    (layer_row,) = rows["layers.csv"]
-    assert float(layer_row["load_max_over_mean"]) == pytest.approx(total.max() / total.mean(), rel=1e-5)
-    assert float(layer_row["entropy"]) == pytest.approx(entropy[num_visible > 1].mean(), rel=1e-5)
-    assert float(layer_row["entropy"]) < float(layer_row["entropy_bound"]) <= math.log(3) + 1e-5
-    assert float(layer_row["single_expert_share"]) == pytest.approx((num_visible == 1).mean(), abs=1e-6)
-    assert 0 < float(layer_row["id_information"]) <= math.log(NUM_EXPERTS)
-    occurrences = np.bincount(ids)
-    assert [int(row["id"]) for row in rows["ids.csv"]] == np.flatnonzero(occurrences >= 8).tolist()
-    for row in rows["ids.csv"]:
-        token_id = int(row["id"])
-        assert int(row["occurrences"]) == occurrences[token_id]
-        assert row["band"] == BANDS[band_of_id[token_id]]
-        assert int(row["distinct"]) == len(set(experts[ids == token_id, 0].tolist())) >= float(row["effective"]) - 1e-5
-    for row in rows["top_ids.csv"]:
-        token_id, expert = int(row["id"]), int(row["expert"])
-        tokens = (experts[ids == token_id] == expert).sum()
-        assert row["piece"]
-        assert int(row["tokens"]) == tokens
-        assert float(row["share"]) == pytest.approx(tokens / total[expert], rel=1e-5)
-        lift = tokens / total[expert] / (occurrences[token_id] / len(ids))
-        assert float(row["lift"]) == pytest.approx(lift, rel=1e-4)
 
 
 @pytest.mark.slow

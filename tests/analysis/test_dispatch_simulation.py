@@ -118,17 +118,6 @@ def test_tokens_of_a_node_local_mask_go_to_one_node(frequency, tokens):
     assert cost.bytes_across == pytest.approx(across / 8 * 4 * (1 << 20) * 2, rel=1e-3)
 
 
-def test_one_copy_sends_fewer_rows(frequency, tokens):
-    mask = make_mask(frequency, num_experts=32, frequent_visible=4)
-    costs = by_name(run(frequency, tokens, mask, [make_cluster(8, 8, 4)], topks=(4,)))
-    for stock, one_copy in ((0, 1), (2, 3)):
-        stock, one_copy = costs[NAMES[stock]], costs[NAMES[one_copy]]
-        assert one_copy.rows <= stock.rows
-        assert one_copy.load_max_over_mean == stock.load_max_over_mean
-    assert costs["top-k, one copy"].rows < costs["top-k, row per expert"].rows == 4 * TOKENS
-    assert costs["top-k, row per expert"].expected_load_max_over_mean == pytest.approx(1)
-
-
 def test_a_layer_is_simulated(frequency, tokens):
     mask = make_mask(frequency, num_experts=16, frequent_visible=3, num_layers=2)
     clusters = [make_cluster(8, 8, 4)]

@@ -144,20 +144,6 @@ def test_sample_of_an_intact_model(workshop):
     assert outcome.output.startswith("import")
 
 
-def test_sample_of_a_prompt_that_does_not_fit(workshop):
-    refuse_all(
-        workshop,
-        [
-            (["sample", "--model", "model", "--prompt", ""], ["--prompt is empty"]),
-            (["sample", "--model", "model", "--prompt", "a b" * 50], ["100 prompt tokens", "64 positions"]),
-            (
-                ["sample", "--model", "model", "--prompt", "a", "--max-new-tokens", "64"],
-                ["1 prompt tokens and 64 new ones", "--max-new-tokens"],
-            ),
-        ],
-    )
-
-
 # Damages that a reader of the routing or of Megatron's arguments finds.
 ROUTING_DAMAGES = {
     name: DAMAGES[name]

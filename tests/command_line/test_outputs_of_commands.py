@@ -4,8 +4,6 @@ import os
 import signal
 import subprocess
 import sys
-import time
-from collections.abc import Callable
 from importlib import import_module
 from pathlib import Path
 
@@ -13,6 +11,7 @@ import numpy as np
 import psutil
 import pytest
 from support.datasets import write_documents
+from support.waiting import wait_until
 
 from maskmoe.command_line.main import SUBCOMMANDS
 from maskmoe.comparison.stage import maskmoe_command
@@ -168,13 +167,6 @@ def test_keys_that_cannot_name_files(folder: Path, monkeypatch: pytest.MonkeyPat
     with pytest.raises(UserError, match=problem):
         run(monkeypatch, f"preprocess --input text.txt --json-keys {keys} {TOKENIZE} --output-prefix out")
     assert contents(folder) == before
-
-
-def wait_until(condition: Callable[[], object], seconds: float = 30) -> None:
-    deadline = time.monotonic() + seconds
-    while not condition():
-        assert time.monotonic() < deadline
-        time.sleep(0.05)
 
 
 @pytest.mark.parametrize("children", [2, 3], ids=["while workers start", "with a worker"])

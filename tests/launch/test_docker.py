@@ -133,13 +133,6 @@ def test_signals_reach_the_engine(tmp_path):
     assert process.returncode == 75
 
 
-def test_input_reaches_the_command(tmp_path):
-    command = [ROOT / "launch" / "docker.sh", "--engine", "podman", "--cpu", "--run-dir", tmp_path / "runs", "true"]
-    engine = replace_program(tmp_path, "podman", '[[ " $* " != *" --interactive "* ]] || cat')
-    output = subprocess.check_output(command, env=os.environ | engine, input="some text", text=True)
-    assert output == "some text"
-
-
 @pytest.mark.parametrize(
     ("redirections", "options"),
     [

@@ -8,8 +8,7 @@ import pytest
 from support.paths import ROOT
 
 from maskmoe.errors import UserError
-from maskmoe.launch.command import standalone_command
-from maskmoe.launch.model_file import ModelFile, flag_words
+from maskmoe.launch.model_file import ModelFile
 
 # argparse takes a value that begins with `-` for a flag, unless an equals sign joins flag and value.
 PATTERNS = ["*E*E", "*E*E|*-*E/*E/*E", "-*E|+-GE", "--*E"]
@@ -70,11 +69,6 @@ def stub(path: Path, program: str) -> None:
     path.chmod(0o755)
 
 
-@pytest.mark.parametrize("pattern", PATTERNS)
-def test_model_file(pattern, model):
-    assert flag_words(ModelFile.read(model(pattern), {}).flags) == (*word(pattern), "--lr", "1e-3")
-
-
 def test_model_file_without_quotes_is_refused(folder):
     (folder / "model.yaml").write_text("hybrid-layer-pattern: *E*E\n")
     with pytest.raises(UserError, match=r"is not valid YAML: .* write quotes around a value that begins with \*"):
@@ -88,14 +82,6 @@ def test_pretrain_script(pattern, given_by, model, folder):
     flags = [f"--hybrid-layer-pattern={pattern}"] if given_by == "flag" else []
     line = run([ROOT / "launch" / "pretrain.sh", "--dry-run", path, *flags], folder)
     assert_contains(words_in_shell(line, folder), word(pattern))
-
-
-@pytest.mark.parametrize("pattern", PATTERNS)
-def test_torchrun(pattern, folder):
-    """Torchrun passes the words of its command line to the ranks."""
-    (folder / "rank.py").write_text("import sys\nprint(*sys.argv[1:], sep='\\n')\n")
-    words = standalone_command(1, ("-m", "rank"), word(pattern))
-    assert run(list(words), folder, PYTHONPATH=str(folder)).splitlines() == word(pattern)
 
 
 @pytest.mark.parametrize("pattern", PATTERNS)

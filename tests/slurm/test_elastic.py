@@ -15,7 +15,6 @@ from support.runs import LAPTOP_VOCAB_SIZE
 from support.waiting import wait_until
 
 from maskmoe.files.run_folder import Kind, read_journal
-from maskmoe.processes.interruption import EXIT_REQUEUE
 from maskmoe.transformer.dispatch.kind import DispatchKind
 
 pytestmark = pytest.mark.slurm
@@ -184,7 +183,6 @@ def test_lost_host_and_its_return(two_hosts, start, new_run, undisturbed, lost):
     took = time.monotonic() - begin
     print(f"{lost}: lost, and training again after {took:.1f} s")
     assert took < RESUME_SECONDS
-    assert "--expert-model-parallel-size 4 → 2" in nodes[stays].output
 
     two_hosts.hosts[lost].start()
     back = start(lost, run)
@@ -205,40 +203,6 @@ def test_lost_host_and_its_return(two_hosts, start, new_run, undisturbed, lost):
     assert len(texts) == 5, texts
     saved = re.findall(r"resumes from \S*iter_(\d+)", nodes[stays].output)
     assert all(int(iteration) % 20 == 0 for iteration in saved)
-
-
-def test_cut_link(two_hosts, start, new_run, undisturbed):
-    """The hosts are up and share files, but do not reach each other."""
-    run = new_run()
-    first = start("n1", run, "--node-timeout", "15")
-    time.sleep(1)
-    second = start("n2", run, "--node-timeout", "15")
-    run.wait_for_iteration(25)
-    two_hosts.cut("n2")
-    try:
-        wait_for(first, r"n2 left the run, or gave no sign .*training on 1 node .*iteration +\d+/")
-    finally:
-        two_hosts.mend("n2")
-    wait_for(first, r"n2 has come, and is taken in at the next checkpoint.*training on 2 nodes")
-    assert (first.process.wait(240), second.process.wait(60)) == (0, 0), first.output[-6000:] + second.output[-6000:]
-    assert_equal(run.losses, undisturbed())
-
-
-def test_stopped_host_leaves_without_loss(two_hosts, start, new_run, undisturbed):
-    """SIGTERM to one launcher saves a checkpoint; the other host continues from this very iteration."""
-    run = new_run()
-    first = start("n1", run)
-    time.sleep(1)
-    second = start("n2", run)
-    run.wait_for_iteration(25)
-    two_hosts.hosts["n1"].run(["pkill", "-TERM", "-f", "run_checkout.py pretrain --nodes"])
-    assert first.process.wait(120) == EXIT_REQUEUE, first.output[-6000:]
-    wait_for(second, r"training on 1 node .*resumes from \S*iter_\d+")
-    two_hosts.hosts["n2"].run(["pkill", "-TERM", "-f", "run_checkout.py pretrain --nodes"])
-    assert second.process.wait(120) == EXIT_REQUEUE, second.output[-6000:]
-    nodes = [start("n2", run), start("n1", run)]
-    assert [node.process.wait(240) for node in nodes] == [0, 0]
-    assert_equal(run.losses, undisturbed())
 
 
 @pytest.mark.timeout(1800)
