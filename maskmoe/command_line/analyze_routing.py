@@ -45,15 +45,9 @@ def parse_arguments() -> argparse.Namespace:
     """
     parser = command_parser(__doc__)
     models = parser.add_argument_group("models")
-    models.add_argument(
-        "--load",
-        type=Path,
-        nargs="+",
-        required=True,
-        metavar="PATH",
-        help="the models of the series, in order: Megatron checkpoints, models in transformers' format, or folders of "
-        "Megatron checkpoints, which stand for all their checkpoints",
-    )
+    series = "the models of the series, in order: Megatron checkpoints, models in transformers' format, or folders of "
+    series += "Megatron checkpoints, which stand for all their checkpoints"
+    _add(models, "--load PATH", series, type=Path, nargs="+", required=True)
     _add(models, "--ckpt-step I", "use only these iterations of a folder", type=ranges.ITERATION, nargs="+", default=())
     _add(models, "--tokenizer-type T", "type of the tokenizer (default: the checkpoint's; NullTokenizer: no tokenizer)")
     _add(models, "--tokenizer-model F", "file of the tokenizer (default: the checkpoint's)")
@@ -80,9 +74,8 @@ def parse_arguments() -> argparse.Namespace:
     _add(measures, "--top-ids R", "ids to list for each expert (default: %(default)s)", type=ranges.LISTED_IDS)
 
     parser.add_argument("--output-dir", type=Path, required=True, metavar="DIR", help="folder for the results")
-    parser.add_argument(
-        "--save-traces", action="store_true", help="also write the routing of every token, trace_1.safetensors, …"
-    )
+    traces = "also write the routing of every token, trace_1.safetensors, …"
+    parser.add_argument("--save-traces", action="store_true", help=traces)
     add_force_argument(parser)
     arguments = parser.parse_args()
     if arguments.input is not None and arguments.split is not None:

@@ -57,12 +57,8 @@ def main() -> None:
     )
     size = "number of ids of the tokenizer, without padding"
     parser.add_argument("--vocab-size", type=ranges.VOCAB_SIZE, metavar="V", help=size)
-    parser.add_argument(
-        "--merge",
-        nargs="+",
-        metavar="COUNTS",
-        help="add up counts that this command has written, instead of counting",
-    )
+    merged = "add up counts that this command has written, instead of counting"
+    parser.add_argument("--merge", nargs="+", metavar="COUNTS", help=merged)
     parser.add_argument("--output", type=Path, required=True, metavar="F", help="file to write, .safetensors")
     add_force_argument(parser)
     add_workers_argument(parser)

@@ -27,12 +27,8 @@ def main() -> None:
     add("--model", type=Path, required=True, metavar="DIR", help="folder of model and tokenizer")
     add_prompt_arguments(parser)
     add("--max-new-tokens", type=ranges.NEW_TOKENS, default=64, metavar="N", help="stop after N new tokens")
-    add(
-        "--temperature",
-        type=ranges.TEMPERATURE,
-        default=0.8,
-        help="divide logits by this; 0 takes the most probable token",
-    )
+    divisor = "divide logits by this; 0 takes the most probable token"
+    add("--temperature", type=ranges.TEMPERATURE, default=0.8, help=divisor)
     add("--top-k", type=ranges.TOP_K, default=50, help="sample among the K most probable tokens; 0 for all")
     add("--seed", type=ranges.SEED, default=1234, help="seed of the sampling")
     add("--output", type=Path, metavar="FILE", help="also write the text to a file")

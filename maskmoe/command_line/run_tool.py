@@ -19,11 +19,6 @@ EXIT_RUN_FAILURE = 1
 EXIT_BAD_INPUT = 2
 _EXIT_BROKEN_PIPE = 128 + signal.SIGPIPE
 
-# Errors of the operating system that say something about a path, not about the program.
-_ERRORS_OF_PATHS = {
-    *(errno.ENOENT, errno.EISDIR, errno.ENOTDIR, errno.ENAMETOOLONG, errno.EACCES, errno.EPERM, errno.EROFS),
-    *(errno.ELOOP, errno.EEXIST, errno.ENOTEMPTY, errno.ENXIO, errno.ENODEV, errno.EINVAL, errno.ETXTBSY, errno.EXDEV),
-}
 # Errors of writing that another disk or limit cures.
 _NO_SPACE = {
     errno.ENOSPC: "no space is left on the disk",
@@ -130,7 +125,7 @@ def _describing_paths() -> Iterator[None]:
 
 def _path_of_command_line(error: OSError, words: Sequence[str]) -> str | None:
     """Return the path that an error is about; None unless a word of the command line is this path or its beginning."""
-    if error.errno not in _ERRORS_OF_PATHS or not isinstance(error.filename, str | bytes):
+    if not isinstance(error.filename, str | bytes):
         return None
     path = os.fsdecode(error.filename)
     values = (word.partition("=")[2] if word.startswith("--") else word for word in words)

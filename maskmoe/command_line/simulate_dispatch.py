@@ -50,20 +50,10 @@ def parse_arguments() -> argparse.Namespace:
     source = group.add_argument
     source("--data-path", required=True, metavar="P", help="prefix of a dataset (P.bin and P.idx exist)")
     source("--routing-mask", type=Path, required=True, metavar="F", help="routing mask of the dataset's tokenizer")
-    source(
-        "--layer",
-        type=ranges.LAYER,
-        metavar="L",
-        help="layer of the mask, counted from 1 (default: the last layer)",
-    )
-    source(
-        "--tokens-per-rank",
-        type=ranges.TOKENS,
-        default=4096,
-        metavar="T",
-        help="tokens in the micro-batch of a rank; each rank takes consecutive tokens from its own part of the dataset "
-        "(default: %(default)s)",
-    )
+    layer = "layer of the mask, counted from 1 (default: the last layer)"
+    source("--layer", type=ranges.LAYER, metavar="L", help=layer)
+    tokens = "consecutive tokens of the dataset in the micro-batch of a rank (default: %(default)s)"
+    source("--tokens-per-rank", type=ranges.TOKENS, default=4096, metavar="T", help=tokens)
     add_seed_argument(group, "the random choice of experts")
 
     model = parser.add_argument_group("model").add_argument
@@ -71,31 +61,16 @@ def parse_arguments() -> argparse.Namespace:
     model("--topk", type=ranges.EXPERTS, nargs="+", required=True, metavar="K", help=topk)
     size = "elements of a hidden state"
     model("--hidden-size", type=ranges.HIDDEN_SIZE, required=True, metavar="H", help=size)
-    model(
-        "--bytes-per-element",
-        type=ranges.ELEMENT_BYTES,
-        default=2,
-        metavar="B",
-        help="bytes of an element of a hidden state (default: %(default)s, bf16)",
-    )
+    size = "bytes of an element of a hidden state (default: %(default)s, bf16)"
+    model("--bytes-per-element", type=ranges.ELEMENT_BYTES, default=2, metavar="B", help=size)
 
     cluster = parser.add_argument_group("cluster").add_argument
-    cluster(
-        "--num-gpus",
-        type=ranges.RANKS,
-        nargs="+",
-        default=tuple(1 << exponent for exponent in range(3, 13)),
-        metavar="G",
-        help="numbers of GPUs to compare (default: 8, 16, … 4096)",
-    )
+    sizes, default = "numbers of GPUs to compare (default: 8, 16, … 4096)", tuple(8 << power for power in range(10))
+    cluster("--num-gpus", type=ranges.RANKS, nargs="+", default=default, metavar="G", help=sizes)
     node = "GPUs of a node (default: %(default)s)"
     cluster("--gpus-per-node", type=ranges.RANKS_OF_NODE, default=8, metavar="G", help=node)
-    cluster(
-        "--expert-model-parallel-size",
-        type=ranges.RANKS,
-        metavar="E",
-        help="number of expert-parallel ranks, limited to the number of GPUs (default: all GPUs)",
-    )
+    ranks = "number of expert-parallel ranks, limited to the number of GPUs (default: all GPUs)"
+    cluster("--expert-model-parallel-size", type=ranges.RANKS, metavar="E", help=ranks)
     for flag, default, unit, meaning in (
         ("--intra-node-bandwidth", 450, "GB/s", "bandwidth of a GPU to GPUs of its node, in each direction"),
         ("--intra-node-latency", 1, "µs", "constant time of a message to GPUs of its node"),

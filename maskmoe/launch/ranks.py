@@ -3,9 +3,11 @@
 When ranks fail or a signal stops the run, torchrun prints a traceback of its own and a table, which hide what the ranks
 have printed before. This program prints one line about the rank that failed first, or nothing if that rank has
 explained its exit. Torchrun's own log lines go to `torchrun.log` in the folder of `--log-dir`, if the folder is given.
+Each failure, also one after which torchrun starts the ranks again, gets into the journal of the run.
 """
 
 import logging
+import os
 import re
 import signal
 import sys
@@ -17,11 +19,15 @@ from torch.distributed.elastic.multiprocessing.api import SignalException
 from torch.distributed.elastic.multiprocessing.errors import ChildFailedError, ProcessFailure
 from torch.distributed.elastic.rendezvous import RendezvousError
 
+from maskmoe.files.run_folder import RUN_FOLDER_VARIABLE, Journal, Kind
 from maskmoe.processes.interruption import EXIT_HANG, EXIT_REQUEUE
 
 _EXPLAINED = (2, EXIT_REQUEUE, EXIT_HANG)
+_ON_REQUEST = (2, EXIT_REQUEUE)  # bad input, which is not tried again, and a stop
 _EXIT_FAILURE = 1
 _PREFIX = re.compile(r"(\[rank\d+\]: )?(error: )?")  # of torch, and ours
+_FAILURES = "torch.distributed.elastic.multiprocessing.api"  # the logger that reports how a rank failed
+_FAILURE = "failed (exitcode: %s) local_rank: %s"
 _LOOKS_FATAL = re.compile(r"error|fatal|terminate|abort", re.IGNORECASE)
 
 
@@ -30,6 +36,8 @@ def main() -> None:
     arguments = run.get_args_parser().parse_args(sys.argv[1:])
     folder = arguments.log_dir
     redirect_log(folder)
+    if run_folder := os.environ.get(RUN_FOLDER_VARIABLE):
+        logging.getLogger(_FAILURES).addHandler(FailureJournal(Journal(Path(run_folder)), folder))
     try:
         run.run(arguments)
     except RendezvousError as error:
@@ -43,6 +51,31 @@ def main() -> None:
         sys.exit(_EXIT_FAILURE)
     except SignalException:
         sys.exit(_EXIT_FAILURE)
+
+
+class FailureJournal(logging.Handler):
+    """Writes torchrun's reports of failed ranks into the journal of the run.
+
+    torchrun does not say to anybody but its log why it starts the ranks again.
+
+    Args:
+        journal: The journal.
+        folder: The folder of `--log-dir`; None if the output of the ranks is in no file.
+    """
+
+    def __init__(self, journal: Journal, folder: str | None) -> None:
+        super().__init__()
+        self._journal = journal
+        self._folder = folder
+
+    def emit(self, record: logging.LogRecord) -> None:
+        """Write an entry if the record reports a failure that the rank has not asked for."""
+        if not (str(record.msg).startswith(_FAILURE) and isinstance(record.args, tuple)):
+            return
+        code, local_rank = record.args[:2]
+        if isinstance(code, int) and isinstance(local_rank, int) and code not in _ON_REQUEST:
+            text = f"local {_describe(local_rank, local_rank, code, self._folder)}"
+            self._journal.write(Kind.ENDED, text, exit_code=code)
 
 
 def redirect_log(folder: str | None) -> None:
@@ -85,11 +118,14 @@ def describe(rank: int, failure: ProcessFailure, folder: str | None) -> str:
         failure: Torchrun's record of the failure.
         folder: The folder of `--log-dir`; None if the output of the ranks is in no file.
     """
-    code = failure.exitcode
+    return _describe(rank, failure.local_rank, failure.exitcode, folder)
+
+
+def _describe(rank: int, local_rank: int, code: int, folder: str | None) -> str:
     how = f"failed with exit code {code}"
     if code < 0:
         how = f"was ended by signal {-code} ({signal.Signals(-code).name})"
-    logs = Path(folder).glob(f"*/attempt_*/{failure.local_rank}/stderr.log") if folder is not None else ()
+    logs = Path(folder).glob(f"*/attempt_*/{local_rank}/stderr.log") if folder is not None else ()
     log = max(logs, key=lambda path: path.stat().st_mtime, default=None)
     if log is None:
         return f"rank {rank} {how}"

@@ -151,13 +151,6 @@ ROUTING_DAMAGES = {
 }
 
 
-def test_analysis_of_a_damaged_model(damaged, workshop):
-    models = [damaged(damage) for damage in ROUTING_DAMAGES.values()]
-    common = ["--data-path", "data", "--output-dir", "OUT"]
-    cases = [(["analyze", "--load", str(model), *common], [str(model)]) for model in models]
-    refuse_all(workshop, cases, after_progress=True)
-
-
 def with_arguments(content: str) -> Damage:
     """Return a damage that adds a file of Megatron's arguments."""
 

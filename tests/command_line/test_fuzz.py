@@ -1,16 +1,12 @@
-"""Random command lines: only exit codes 0 and 2 may come out, with one line on stderr for 2, and nothing is written."""
+"""Random flags of Megatron: they are accepted, or refused as bad input."""
 
 import argparse
 import contextlib
-from functools import cache
-from pathlib import Path
 
-import pytest
-from hypothesis import HealthCheck, given, settings
+from hypothesis import given, settings
 from hypothesis import strategies as st
-from support.command_lines import parse_training, run_command, writing_nothing
+from support.command_lines import parse_training
 
-from maskmoe.command_line.main import SUBCOMMANDS
 from maskmoe.errors import UserError
 
 WORDS = st.one_of(
@@ -20,54 +16,6 @@ WORDS = st.one_of(
     st.floats().map(str),
     st.text(st.characters(exclude_categories=["Cs"], exclude_characters="\0"), max_size=12),
 )
-NAMES = [subcommand.name for subcommand in SUBCOMMANDS if subcommand.name not in ("pretrain", "evaluate", "generate")]
-
-
-class Accepted(BaseException):
-    """A command line was accepted; its work is not part of these tests."""
-
-
-@pytest.fixture
-def stop_before_work() -> object:
-    """Let commands end when their command line is parsed, before they read or write anything."""
-    parse_args = argparse.ArgumentParser.parse_args
-
-    def parse_and_stop(self: argparse.ArgumentParser, *args: object, **options: object) -> None:
-        parse_args(self, *args, **options)
-        raise Accepted
-
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(argparse.ArgumentParser, "parse_args", parse_and_stop)
-        yield
-
-
-@cache
-def flags_of(name: str) -> list[str]:
-    """Return the flags of a command, from its help."""
-    words = run_command(*name.split(), "--help").output.split()
-    return sorted({word.strip("[],()") for word in words if word.strip("[],()").startswith("--")})
-
-
-@pytest.mark.parametrize("name", NAMES)
-@pytest.mark.usefixtures("stop_before_work")
-@settings(max_examples=10, suppress_health_check=list(HealthCheck))
-@given(data=st.data())
-def test_random_command_line(workshop: Path, name: str, data: st.DataObject) -> None:
-    flag = st.sampled_from(flags_of(name))
-    parts = st.one_of(
-        st.tuples(flag, WORDS),
-        st.tuples(WORDS),
-        st.tuples(flag),
-        st.builds("{}={}".format, flag, WORDS).map(lambda w: (w,)),
-    )
-    words = [word for part in data.draw(st.lists(parts, max_size=8)) for word in part]
-    with writing_nothing(workshop):
-        try:
-            outcome = run_command(*name.split(), *words)
-        except Accepted:
-            return
-    if outcome.code != 0:
-        assert outcome.problem() is None
 
 
 @settings(max_examples=200)

@@ -8,6 +8,7 @@ from support.launch import Launch
 from support.runs import free_port
 from torch.distributed.elastic.multiprocessing.errors import ProcessFailure
 
+from maskmoe.files.run_folder import RUN_FOLDER_VARIABLE, Kind, read_journal
 from maskmoe.launch.ranks import describe, find_cause
 
 RANK = """
@@ -30,8 +31,11 @@ def test_failed_run_ends_with_the_cause(tmp_path):
     words = ["--standalone", "--nproc-per-node", "2", "--log-dir", "logs", "--redirects", "3", "--tee", "3"]
     (tmp_path / "logs").mkdir()
     command = [sys.executable, "-m", "maskmoe.launch.ranks", *words, "--monitor-interval", "0.2", "-m", "stub"]
-    with Launch(command, tmp_path, tmp_path / "run", {"PYTHONPATH": ":".join([".", *sys.path])}) as launch:
+    variables = {"PYTHONPATH": ":".join([".", *sys.path]), RUN_FOLDER_VARIABLE: str(tmp_path / "run")}
+    with Launch([*command[:3], "--max-restarts", "1", *command[3:]], tmp_path, tmp_path / "run", variables) as launch:
         assert launch.wait() == 1
+    entries = [(entry.kind, entry.text.partition(";")[0]) for entry in read_journal(launch.run_dir)]
+    assert entries == [(Kind.ENDED, "local rank 1 failed with exit code 1: ValueError: boom")] * 2
     last = launch.output.splitlines()[-1]
     assert last.startswith("launch: rank 1 failed with exit code 1: ValueError: boom; its log is logs/")
     assert "rank 1 says why" in launch.output
