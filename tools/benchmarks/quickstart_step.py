@@ -28,7 +28,7 @@ from maskmoe.comparison.stage import maskmoe_command
 from maskmoe.data.indexed_dataset import open_tokens
 from maskmoe.huggingface import MaskMoEForCausalLM
 from maskmoe.launch.command import entry_point, standalone_command
-from maskmoe.launch.devices import Devices
+from maskmoe.launch.machine import Devices
 from maskmoe.launch.model_file import flag_words, override
 
 DEVICES = Devices(num_gpus=0, num_cores=2)
