@@ -12,7 +12,7 @@ from megatron.core.transformer.moe.router import TopKRouter
 from torch import Tensor
 from torch.distributed import ProcessGroup
 
-from maskmoe.transformer.router_sums import BalancingSums, LossSums
+from maskmoe.transformer.routing import BalancingSums, LossSums
 
 
 @dataclass(frozen=True)
