@@ -15,7 +15,7 @@ def wait_for_parameters(module: Module) -> None:
     them in a forward pre-hook of each module, which ignores the module's input.
 
     Args:
-        module: a module whose parameters are read without calling it.
+        module: A module whose parameters are read without calling it.
     """
     for hook in module._forward_pre_hooks.values():
         if waits_for_parameters(hook):
@@ -28,7 +28,7 @@ def wait_for_convolutions(model: Module) -> None:
     Mamba layers hold these parameters themselves, so a call of the layer waits for them.
 
     Args:
-        model: a model that may have gated delta nets.
+        model: A model that may have gated delta nets.
     """
     mixers: list[Any] = [each for each in model.modules() if isinstance(each, GatedDeltaNet)]
     for mixer in mixers:

@@ -40,7 +40,7 @@ from megatron.core.transformer.transformer_layer import TransformerLayer, Transf
 from maskmoe.transformer.experts import GroupedMLP
 from maskmoe.transformer.moe_layer import MaskMoELayer
 from maskmoe.transformer.router import MaskMoERouter
-from maskmoe.transformer.router_sums import AuxLossTokens
+from maskmoe.transformer.routing import AuxLossTokens
 from maskmoe.transformer.torch_modules.attention import TorchDotProductAttention
 from maskmoe.transformer.torch_modules.gated_delta_net import get_gated_delta_net_layer_spec
 from maskmoe.transformer.torch_modules.latent_attention import LocalMLASelfAttention, keys_of_checkpoint

@@ -9,8 +9,7 @@ from torch import Tensor
 
 from maskmoe.transformer.gathered_parameters import wait_for_parameters
 from maskmoe.transformer.router_losses import attach_losses
-from maskmoe.transformer.router_sums import AuxLossTokens, LossRule
-from maskmoe.transformer.routing import route_tokens, sum_tokens_for_losses
+from maskmoe.transformer.routing import AuxLossTokens, LossRule, route_tokens, sum_for_losses
 from maskmoe.transformer.routing_replay import REPLAYS, next_choice, record_choice, select_replayed
 from maskmoe.transformer.routing_statistics import RoutingStatistics, RoutingSums
 from maskmoe.transformer.selection import RoutingRule
@@ -20,10 +19,9 @@ from maskmoe.transformer.visible_experts import MaskTable, VisibleExperts, Visib
 BALANCING_LOSSES = ("aux_loss", "seq_aux_loss", "global_aux_loss")
 """Megatron's names of the load-balancing losses, in the order in which the losses are attached."""
 
-
 # The CPU adapter replaces `torch.compile`, so the functions run as they are on a CPU.
 _route_tokens = torch.compile(route_tokens, dynamic=True)
-_sum_tokens_for_losses = torch.compile(sum_tokens_for_losses, dynamic=True)
+_sum_for_losses = torch.compile(sum_for_losses, dynamic=True)
 
 
 class MaskMoERouter(TopKRouter):
@@ -169,7 +167,7 @@ class MaskMoERouter(TopKRouter):
             return tokens
         wait_for_parameters(self)
         own_ids = TokenIds(token_ids.ids, token_ids.is_padding)
-        sums = _sum_tokens_for_losses(self.gating(hidden_states), own_ids, self._mask_table, self._rule(), losses)
+        sums = _sum_for_losses(self.gating(hidden_states), own_ids, self._mask_table, self._rule(), losses)
         return attach_losses(self, tokens, sums)
 
     def gating(self, input: Tensor) -> Tensor:

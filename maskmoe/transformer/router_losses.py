@@ -12,7 +12,7 @@ from megatron.core.transformer.moe.router import TopKRouter
 from torch import Tensor
 from torch.distributed import ProcessGroup
 
-from maskmoe.transformer.router_sums import BalancingSums, LossSums
+from maskmoe.transformer.routing import BalancingSums, LossSums
 
 
 @dataclass(frozen=True)
@@ -39,7 +39,7 @@ def attach_losses(router: TopKRouter, activation: Tensor, sums: LossSums) -> Ten
         sums: Sums over this rank's tokens.
 
     Returns:
-        the activation, unchanged in value.
+        The activation, unchanged in value.
     """
     for name, balancing in sums.balancing.items():
         attach = _attach_global_loss if name == "global_aux_loss" else _attach_local_loss

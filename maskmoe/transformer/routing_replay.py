@@ -27,9 +27,9 @@ def record_choice(replay: RouterReplay, selected: Tensor, visible: Tensor) -> No
     """Record a choice if the router is to record.
 
     Args:
-        replay: the record of the router.
-        selected: int64 [tokens, k], experts as `select_experts` returns them: invisible experts fill up to k.
-        visible: bool [tokens, experts].
+        replay: The record of the router.
+        selected: Int64 [tokens, k], experts as `select_experts` returns them: invisible experts fill up to k.
+        visible: Bool [tokens, experts].
     """
     if replay.router_replay_action is not RouterReplayAction.RECORD:
         return
@@ -44,18 +44,18 @@ def select_replayed(
     """Return a recorded choice in the form of `select_experts`.
 
     Args:
-        choice: integers [tokens, k], the experts of each token; repetitions fill up to k.
-        visible: bool [tokens, experts].
+        choice: Integers [tokens, k], the experts of each token; repetitions fill up to k.
+        visible: Bool [tokens, experts].
         topk: k.
-        has_groups: whether experts are chosen from some groups only, which may leave a token fewer than `min(k, V)`.
-        token_ids: the ids [sequence, batch] of the tokens.
-        layer_number: the layer, for error messages.
+        has_groups: Whether experts are chosen from some groups only, which may leave a token fewer than `min(k, V)`.
+        token_ids: The ids [sequence, batch] of the tokens.
+        layer_number: The layer, for error messages.
 
     Returns:
-        int64 [tokens, k], the recorded experts in their order; invisible experts replace repetitions.
+        Int64 [tokens, k], the recorded experts in their order; invisible experts replace repetitions.
 
     Raises:
-        ValueError: the routing mask does not allow the choice, or the choice does not fit the tokens.
+        ValueError: The routing mask does not allow the choice, or the choice does not fit the tokens.
     """
     num_tokens, num_experts = visible.shape
     if choice is None or list(choice.shape) != [num_tokens, topk]:

@@ -12,9 +12,9 @@ class RoutingSums(NamedTuple):
     """Sums over tokens, micro-batches and ranks, of one layer or of several layers in leading dimensions.
 
     Attributes:
-        num_tokens: scalar, tokens without padding.
-        num_routable: scalar, tokens without padding that have two or more visible experts.
-        entropy: scalar, summed entropies of the routable tokens' masked probabilities, in nats.
+        num_tokens: Scalar, tokens without padding.
+        num_routable: Scalar, tokens without padding that have two or more visible experts.
+        entropy: Scalar, summed entropies of the routable tokens' masked probabilities, in nats.
         tokens_per_expert: [experts], the tokens sent to each expert.
     """
 
@@ -40,20 +40,17 @@ def sum_tokens(logits: MaskedLogits, routing_map: Tensor) -> Tensor:
     """Return the sums over the tokens of a micro-batch that `RoutingStatistics.add_tokens` takes.
 
     Args:
-        logits: the masked logits of the tokens.
-        routing_map: bool [tokens, experts], the experts that the tokens are sent to.
+        logits: The masked logits of the tokens.
+        routing_map: Bool [tokens, experts], the experts that the tokens are sent to.
     """
     is_real, routable = logits.is_real, logits.visible.routable
-    entropy = torch.special.entr(logits.normalized_scores)  # [tokens, experts]
+    entropy = torch.special.entr(logits.normalized_scores).sum(dim=-1)  # [tokens]
+    real = torch.ones_like(entropy) if is_real is None else is_real.to(entropy.dtype)
+    routable = real if routable is None else routable * real
     if is_real is not None:
         routing_map = routing_map & is_real.unsqueeze(-1)
-        routable = is_real if routable is None else routable & is_real
-    num_tokens = routing_map.new_full((), len(routing_map), dtype=torch.int64) if is_real is None else is_real.sum()
-    num_routable = num_tokens
-    if routable is not None:
-        entropy, num_routable = entropy.sum(dim=-1) * routable, routable.sum()
-    scalars = (num_tokens, num_routable, entropy.sum(dtype=torch.float64))
-    return torch.cat([*(scalar.view(1) for scalar in scalars), routing_map.sum(dim=0)])
+    per_token = torch.stack([real, routable, entropy * routable], dim=1)
+    return torch.cat([per_token.sum(dim=0, dtype=torch.float64), routing_map.sum(dim=0)])
 
 
 class RoutingStatistics:
@@ -74,7 +71,7 @@ class RoutingStatistics:
         """Add the sums over the tokens of a micro-batch.
 
         Args:
-            sums: float64 [3 + experts]: the fields of `RoutingSums`.
+            sums: Float64 [3 + experts]: the fields of `RoutingSums`.
         """
         self._tokens += sums
 

@@ -151,7 +151,7 @@ def select_experts(
         group_topk: Groups that are chosen for each token; None: no group-limited routing.
 
     Returns:
-        int64 [tokens, k], the indices of the experts. With groups, only the visible experts of the chosen groups count
+        Int64 [tokens, k], the indices of the experts. With groups, only the visible experts of the chosen groups count
         as visible.
     """
     candidates = scores.masked_fill(~visible, float("-inf"))

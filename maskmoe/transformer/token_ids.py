@@ -28,9 +28,9 @@ class TokenIds:
     """The token ids that a layer or router works on.
 
     Attributes:
-        ids: int64, [batch, sequence] in a model, [sequence, batch] in a layer.
-        is_padding: bool of the same shape, True where a token is padding; None if no token is padding.
-        plan: the dispatch plan made from these ids; None if dispatch is not planned.
+        ids: Int64, [batch, sequence] in a model, [sequence, batch] in a layer.
+        is_padding: Bool of the same shape, True where a token is padding; None if no token is padding.
+        plan: The dispatch plan made from these ids; None if dispatch is not planned.
     """
 
     ids: Tensor
@@ -51,10 +51,10 @@ def pack_token_ids(token_ids: TokenIds) -> Tensor:
     """Pack token ids, padding and plan into the tensor that travels as `padding_mask`.
 
     Args:
-        token_ids: ids and padding [batch, sequence].
+        token_ids: Ids and padding [batch, sequence].
 
     Raises:
-        ValueError: ids and padding mask have different shapes.
+        ValueError: Ids and padding mask have different shapes.
     """
     ids, is_padding = token_ids.ids, token_ids.is_padding
     if is_padding is not None:

@@ -22,8 +22,8 @@ class VisibleSets:
     """The visible sets of the tokens of one micro-batch in one layer.
 
     Attributes:
-        experts: bool [tokens, experts], the experts that each token may use.
-        routable: bool [tokens], tokens with at least two visible experts; None if all tokens are known to be routable.
+        experts: Bool [tokens, experts], the experts that each token may use.
+        routable: Bool [tokens], tokens with at least two visible experts; None if all tokens are known to be routable.
     """
 
     experts: Tensor
@@ -64,17 +64,17 @@ class VisibleExperts(MegatronModule):
     checkpoint was made with another mask, except with the mask in `replaces`.
 
     Args:
-        config: the model's configuration.
-        mask: the routing mask; must fit the model's experts and layers.
-        pg_collection: process groups of the model; saving uses `tp`, `pp` and `dp_cp`.
-        vp_stage: the model chunk of this rank that holds the instance, if the pipeline is interleaved.
-        replaces: the other mask that the checkpoint to load was made with; None if it was made with `mask`.
-        layers: the feed-forward layers of the model; by default those of a `GPTModel` with this configuration.
+        config: The model's configuration.
+        mask: The routing mask; must fit the model's experts and layers.
+        pg_collection: Process groups of the model; saving uses `tp`, `pp` and `dp_cp`.
+        vp_stage: The model chunk of this rank that holds the instance, if the pipeline is interleaved.
+        replaces: The other mask that the checkpoint to load was made with; None if it was made with `mask`.
+        layers: The feed-forward layers of the model; by default those of a `GPTModel` with this configuration.
 
     Attributes:
-        layers: the feed-forward layers of the model.
-        is_rank_local: whether the visible experts of every id are on one expert-parallel rank.
-        min_visible: the smallest number of visible experts of any id.
+        layers: The feed-forward layers of the model.
+        is_rank_local: Whether the visible experts of every id are on one expert-parallel rank.
+        min_visible: The smallest number of visible experts of any id.
     """
 
     row_of_id: Tensor
@@ -134,8 +134,8 @@ class VisibleExperts(MegatronModule):
         """Look up visible sets.
 
         Args:
-            token_ids: int64 [tokens], each smaller than the mask's vocabulary size.
-            table: the table to read, see `table_of_layer`.
+            token_ids: Int64 [tokens], each smaller than the mask's vocabulary size.
+            table: The table to read, see `table_of_layer`.
         """
         return self.mask_table(table).look_up(token_ids)
 
@@ -143,11 +143,11 @@ class VisibleExperts(MegatronModule):
         """Return rank and number of the visible experts of each id; only for a rank-local mask.
 
         Args:
-            token_ids: int64 [ranks, tokens].
-            tables: int64 [tables], the tables to read.
+            token_ids: Int64 [ranks, tokens].
+            tables: Int64 [tables], the tables to read.
 
         Returns:
-            int64 [tables, ranks, tokens] each: the expert-parallel rank, and the number of visible experts.
+            Int64 [tables, ranks, tokens] each: the expert-parallel rank, and the number of visible experts.
         """
         tables = tables.view(-1, 1, 1)
         rows = self.row_of_id[tables, token_ids].long()
@@ -180,7 +180,7 @@ class VisibleExperts(MegatronModule):
         """Compare the checkpoint's mask with this mask, or with the mask that this mask replaces.
 
         Raises:
-            UserError: the checkpoint was made with another routing mask.
+            UserError: The checkpoint was made with another routing mask.
         """
         loaded = {name: state_dict[prefix + name] for name in BUFFERS if prefix + name in state_dict}
         if len(loaded) == len(BUFFERS):
@@ -207,9 +207,9 @@ def check_same_mask(run_digest: str, checkpoint_digest: str, further_cure: str =
     """Raise a UserError that names both masks if their digests differ.
 
     Args:
-        run_digest: the digest of the run's mask.
-        checkpoint_digest: the digest of the checkpoint's mask.
-        further_cure: text after the cures in the message.
+        run_digest: The digest of the run's mask.
+        checkpoint_digest: The digest of the checkpoint's mask.
+        further_cure: Text after the cures in the message.
     """
     if run_digest != checkpoint_digest:
         raise UserError(

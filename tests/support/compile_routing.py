@@ -15,8 +15,7 @@ from torch._dynamo.utils import counters
 from torch._inductor.ir import MultiOutput
 from torch._inductor.scheduler import BaseSchedulerNode, NopKernelSchedulerNode
 
-from maskmoe.transformer.router_sums import LossRule
-from maskmoe.transformer.routing import Routed, route_tokens
+from maskmoe.transformer.routing import LossRule, Routed, route_tokens
 from maskmoe.transformer.selection import RoutingRule
 from maskmoe.transformer.token_ids import TokenIds
 from maskmoe.transformer.visible_experts import MaskTable

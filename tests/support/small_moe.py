@@ -15,7 +15,7 @@ from maskmoe.transformer.layer_specs import get_maskmoe_decoder_block_spec
 from maskmoe.transformer.models import MaskMoEGPTModel
 from maskmoe.transformer.moe_layer import MaskMoELayer
 from maskmoe.transformer.router import MaskMoERouter
-from maskmoe.transformer.router_sums import AuxLossTokens
+from maskmoe.transformer.routing import AuxLossTokens
 from maskmoe.transformer.visible_experts import VisibleExperts
 
 # With the CPU adapter, the current device is the CPU.

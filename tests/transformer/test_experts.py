@@ -175,12 +175,6 @@ def test_recomputed_activations_are_bit_equal_and_need_less_memory(dtype, num_ex
     assert kept < without
 
 
-@pytest.mark.parametrize("frozen", ["linear_fc1", "linear_fc2", "local_experts.0", "inputs"])
-def test_recomputed_activations_of_frozen_parameters_are_bit_equal(frozen: str) -> None:
-    recomputing, keeping = (make_pair(**more)[0] for more in (RECOMPUTATION, {}))
-    assert_equal(compute_frozen(recomputing, frozen), compute_frozen(keeping, frozen))
-
-
 def test_gradients_of_an_expert_are_accumulated_before_the_next_are_made() -> None:
     experts = make_experts(GroupedMLP, make_config())
     alive = []

@@ -216,15 +216,6 @@ def test_all_visible_equals_stock_with_padding(mask_kind, per_token_loss) -> Non
         stock.reset_global_aux_loss_tracker()
 
 
-def test_padding_is_no_load_for_the_expert_bias() -> None:
-    config = make_config(moe_router_score_function="sigmoid", moe_router_enable_expert_bias=True)
-    router = make_router(config, make_mask(random_visible_sets(0, 1, 20, 4)))
-    token_ids = torch.arange(20, device=DEVICE).view(10, 2)
-    is_padding = torch.rand(10, 2, device=DEVICE) < 0.5
-    _, routing_map = router(torch.randn(10, 2, 8, device=DEVICE), TokenIds(token_ids, is_padding))
-    assert torch.equal(router.local_tokens_per_expert.long(), routing_map[~is_padding.flatten()].sum(dim=0))
-
-
 def test_all_visible_equals_stock_on_many_tokens() -> None:
     """The squared number of tokens has more digits than float32."""
     check_equals_stock(make_config(12, 4, **LOSSES), "frequent", shape=(4097, 3))
@@ -455,18 +446,6 @@ def test_losses_without_a_routable_token_are_zero() -> None:
     routed = route(router, torch.randn(9, 1, 8, device=DEVICE), TokenIds(torch.arange(1, 10, device=DEVICE).view(9, 1)))
     assert routed.losses["load_balancing_loss"].item() == routed.losses["z_loss"].item() == 0
     assert not routed.weight_grad.any()
-
-
-def test_expert_that_no_token_sees_gets_no_gradient() -> None:
-    visible = random_visible_sets(0, 1, 10, 6, sizes=(1, 2, 3))
-    visible[..., 4] = False
-    visible[~visible.any(axis=-1), 0] = True
-    router = make_router(make_config(6, 4, **LOSSES), make_mask(visible))
-    routed = route(
-        router, torch.randn(10, 2, 8, device=DEVICE), TokenIds(torch.arange(20, device=DEVICE).view(10, 2) % 10)
-    )
-    assert not routed.weight_grad[4].any()
-    assert routed.weight_grad[0].any()
 
 
 def test_half_precision_model_counts_tokens_exactly() -> None:

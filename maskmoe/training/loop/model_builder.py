@@ -18,7 +18,7 @@ from maskmoe.transformer.layer_specs import (
     get_maskmoe_mtp_block_spec,
 )
 from maskmoe.transformer.models import DenseGPTModel, DenseHybridModel, MaskMoEGPTModel, MaskMoEHybridModel
-from maskmoe.transformer.router_sums import AuxLossTokens
+from maskmoe.transformer.routing import AuxLossTokens
 from maskmoe.transformer.visible_experts import VisibleExperts
 
 

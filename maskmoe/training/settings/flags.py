@@ -50,7 +50,7 @@ def add_maskmoe_flags(parser: ArgumentParser) -> ArgumentParser:
         action="store_false",
         dest="moe_permute_fusion",
         help="do not permute tokens by Transformer Engine's kernels, which are the default on a GPU with Transformer "
-        "Engine 2.6 or newer",
+        "Engine",
     )
     group.add_argument(
         "--verbose",

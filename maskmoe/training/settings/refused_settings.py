@@ -117,7 +117,7 @@ def missing_transformer_engine(args: Namespace, packages: GpuPackages) -> Iterat
     if args.transformer_impl == "transformer_engine" and not packages.transformer_engine:
         yield f"--transformer-impl transformer_engine needs Transformer Engine, which is not installed: {cure}"
     if args.moe_permute_fusion and not packages.permutation:
-        yield f"--moe-permute-fusion needs Transformer Engine 2.6 or newer: {cure}"
+        yield f"--moe-permute-fusion needs Transformer Engine 2.1 or newer: {cure}"
 
 
 def missing_libraries(args: Namespace) -> Iterator[str]:

@@ -20,9 +20,9 @@ def select_slots(routing_map: Tensor, probs: Tensor, num_slots: int) -> tuple[Te
     """Turn a routing map into the form of DeepEP and NCCL-EP: slots for the selected experts of each token.
 
     Args:
-        routing_map: bool [tokens, experts], with at most `num_slots` experts per token.
+        routing_map: Bool [tokens, experts], with at most `num_slots` experts per token.
         probs: [tokens, experts], the weights.
-        num_slots: slots of each token.
+        num_slots: Slots of each token.
 
     Returns:
         [tokens, slots] each: weights, 0 in an unused slot; and expert indices (int64), -1 in an unused slot.
@@ -54,10 +54,10 @@ class MaskMoEFlexTokenDispatcher(MoEFlexTokenDispatcher):
     """`MoEFlexTokenDispatcher` for any number of selected experts per token.
 
     Args:
-        num_local_experts: experts on this rank.
-        local_expert_indices: their indices among all experts, contiguous.
-        config: the model's configuration.
-        pg_collection: process groups of the MoE layer.
+        num_local_experts: Experts on this rank.
+        local_expert_indices: Their indices among all experts, contiguous.
+        config: The model's configuration.
+        pg_collection: Process groups of the MoE layer.
     """
 
     def __init__(

@@ -18,9 +18,9 @@ class Dispatched:
 
     Attributes:
         expert_input: [rows, hidden], ordered by expert.
-        tokens_per_expert: integers [local experts], the rows of each expert.
+        tokens_per_expert: Integers [local experts], the rows of each expert.
         weights: [rows], the weight of each row.
-        metadata: what the dispatcher's `combine` needs.
+        metadata: What the dispatcher's `combine` needs.
     """
 
     expert_input: Tensor
@@ -58,8 +58,8 @@ class Dispatcher(Protocol):
 
         Args:
             hidden_states: [sequence, batch, hidden].
-            token_ids: the ids [sequence, batch] of the same tokens.
-            router: chooses the experts and attaches its losses.
+            token_ids: The ids [sequence, batch] of the same tokens.
+            router: Chooses the experts and attaches its losses.
         """
         ...
 
