@@ -57,6 +57,10 @@ _REPLACEMENTS: dict[Any, Any] = {
 }
 """Modules of Megatron-Core and functions that build them, and their replacements."""
 
+# The submodules of a transformer layer that are a layer of their own in a hybrid model.
+_ATTENTION = ("input_layernorm", "self_attention", "self_attn_bda")
+_MLP = ("pre_mlp_layernorm", "mlp", "mlp_bda")
+
 
 def get_maskmoe_decoder_block_spec(
     config: TransformerConfig,
@@ -160,10 +164,6 @@ def map_spec(node: Any, substitute: Callable[[Any], Any]) -> Any:
         children = {field.name: map_spec(getattr(node, field.name), substitute) for field in fields(node)}
         return substitute(replace(node, **children))
     return substitute(node)
-
-
-_ATTENTION = ("input_layernorm", "self_attention", "self_attn_bda")
-_MLP = ("pre_mlp_layernorm", "mlp", "mlp_bda")
 
 
 def get_maskmoe_hybrid_stack_spec(
