@@ -11,8 +11,8 @@ from pathlib import Path
 _COUNT_GPUS = "import torch; print(torch.cuda.device_count())"
 _CPU_PROCESSES = 2
 _CPU_FLAGS = ("--num-workers", "0")
-# Let glibc take huge pages for tensors. Fewer misses of the address cache save 5 to 10 % of the processor time of a small
-# model's step. Other C libraries ignore the variable.
+# Let glibc take huge pages for tensors. Fewer misses of the address cache save 5 to 10 % of a small model's processor
+# time. Other C libraries ignore the variable.
 _CPU_ENVIRONMENT = {"GLIBC_TUNABLES": "glibc.malloc.hugetlb=1"}
 _GPU_FLAGS = ("--bf16",)
 # Device files of the drivers of NVIDIA, of NVIDIA's Tegra, of AMD, and of Windows Subsystem for Linux.
