@@ -7,7 +7,6 @@ from functools import partial
 from types import MethodType
 from typing import Any, cast
 
-from megatron.core.fusions.fused_bias_dropout import get_bias_dropout_add
 from megatron.core.fusions.fused_layer_norm import FusedLayerNorm
 from megatron.core.models.gpt.gpt_layer_specs import (
     get_gpt_decoder_block_spec,
@@ -17,9 +16,6 @@ from megatron.core.models.gpt.gpt_layer_specs import (
 from megatron.core.models.gpt.moe_module_specs import _build_shared_experts
 from megatron.core.models.hybrid.hybrid_block import HybridStack, HybridStackSubmodules
 from megatron.core.models.hybrid.hybrid_layer_specs import hybrid_stack_spec
-from megatron.core.ssm.mamba_layer import MambaLayer, MambaLayerSubmodules
-from megatron.core.ssm.mamba_mixer import MambaMixer, MambaMixerSubmodules
-from megatron.core.tensor_parallel import ColumnParallelLinear, RowParallelLinear
 from megatron.core.transformer.attention import SelfAttentionSubmodules
 from megatron.core.transformer.dot_product_attention import DotProductAttention
 from megatron.core.transformer.identity_op import IdentityOp
@@ -60,6 +56,10 @@ _REPLACEMENTS: dict[Any, Any] = {
     MultiTokenPredictionLayer: MaskMoEMultiTokenPredictionLayer,
 }
 """Modules of Megatron-Core and functions that build them, and their replacements."""
+
+# The submodules of a transformer layer that are a layer of their own in a hybrid model.
+_ATTENTION = ("input_layernorm", "self_attention", "self_attn_bda")
+_MLP = ("pre_mlp_layernorm", "mlp", "mlp_bda")
 
 
 def get_maskmoe_decoder_block_spec(
@@ -166,10 +166,6 @@ def map_spec(node: Any, substitute: Callable[[Any], Any]) -> Any:
     return substitute(node)
 
 
-_ATTENTION = ("input_layernorm", "self_attention", "self_attn_bda")
-_MLP = ("pre_mlp_layernorm", "mlp", "mlp_bda")
-
-
 def get_maskmoe_hybrid_stack_spec(
     config: TransformerConfig,
     visible_experts: VisibleExperts | None,
@@ -211,24 +207,8 @@ def get_maskmoe_hybrid_stack_spec(
     stack = with_maskmoe_modules(stack, config, visible_experts, aux_loss_tokens, qk_layernorm_all_heads)
     # These layers have no counterpart in a GPT model.
     stack.submodules.gdn_layer = get_gated_delta_net_layer_spec(config)
-    stack.submodules.mamba_layer = _mamba_layer(config)
+    stack.submodules.mamba_layer = cast(Any, hybrid_stack_spec.submodules).mamba_layer
     return stack
-
-
-def _mamba_layer(config: TransformerConfig) -> ModuleSpec:
-    """Return the spec of a Mamba layer: the stock one, or the same layer of local modules."""
-    if config.transformer_impl != "local":
-        return cast(Any, hybrid_stack_spec.submodules).mamba_layer
-    projections = MambaMixerSubmodules(in_proj=ColumnParallelLinear, out_proj=RowParallelLinear)
-    return ModuleSpec(
-        MambaLayer,
-        submodules=MambaLayerSubmodules(
-            norm=cast(Any, TorchNorm),
-            mixer=ModuleSpec(MambaMixer, submodules=projections),
-            mamba_bda=cast(Any, get_bias_dropout_add),
-            sharded_state_dict_keys_map={"norm.": "mixer.in_proj.layer_norm_"},
-        ),
-    )
 
 
 def _part(layer: ModuleSpec, names: tuple[str, ...]) -> ModuleSpec:

@@ -122,10 +122,10 @@ def missing_transformer_engine(args: Namespace, packages: GpuPackages) -> Iterat
 
 def missing_libraries(args: Namespace) -> Iterator[str]:
     """Yield an error if a layer or the flex dispatcher needs a library that this machine lacks."""
-    if _pattern_has("M")(args) and find_spec("mamba_ssm") is None:
+    if _pattern_has("M")(args) and (find_spec("mamba_ssm") is None or args.transformer_impl == "local"):
         yield (
-            "--hybrid-layer-pattern with M needs the Python package mamba-ssm, which is not installed and needs a GPU: "
-            "install it, or use G, which plain torch can compute"
+            "--hybrid-layer-pattern with M needs the Python package mamba-ssm, which needs a GPU, and "
+            "--transformer-impl transformer_engine: install and set both, or use G, which plain torch can compute"
         )
     backend = _flex_backend(args)
     if backend is not None and (library := missing_library(backend)):

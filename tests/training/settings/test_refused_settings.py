@@ -12,6 +12,7 @@ from support.command_lines import parse_training
 
 from maskmoe.errors import UserError
 from maskmoe.megatron_compat.gpu import GpuPackages
+from maskmoe.training.settings import refused_settings as module
 from maskmoe.training.settings.flags import add_maskmoe_arguments, add_pretraining_arguments
 from maskmoe.training.settings.refused_settings import (
     REFUSED_SETTINGS,
@@ -188,6 +189,13 @@ def test_missing_library_of_the_flex_dispatcher(monkeypatch, flags: str, backend
         monkeypatch.setattr(fused_a2a, flag, False)
     (error,) = missing_libraries(parse(f"{FLEX} {flags}"))
     assert f"--moe-flex-dispatcher-backend {backend} needs {library} (the Python package " in error
+
+
+@pytest.mark.parametrize("implementation", ["local", "transformer_engine"])
+def test_mamba_layers_need_transformer_engine(monkeypatch, implementation: str) -> None:
+    monkeypatch.setattr(module, "find_spec", lambda name: name)  # mamba_ssm is installed
+    errors = list(missing_libraries(parse(f"--hybrid-layer-pattern *-ME --transformer-impl {implementation}")))
+    assert len(errors) == (implementation == "local")
 
 
 @pytest.mark.parametrize(
