@@ -10,7 +10,7 @@ import numpy as np
 from pydantic import Field
 from tqdm import tqdm
 
-from maskmoe.data.indexed_dataset import DatasetIndex, bin_path, parse_data_path, read_index, read_tokenizer_record
+from maskmoe.data.indexed_dataset import bin_path, parse_data_path, read_index, read_tokenizer_record
 from maskmoe.data.parallel import map_in_processes
 from maskmoe.data.tokenizer import TokenizerRecord
 from maskmoe.errors import UserError
@@ -108,7 +108,16 @@ def count_token_frequency(
     dtypes: list[np.dtype] = []
     for prefix in prefixes:
         index = read_index(prefix)  # keeps a file open, so keep only what is needed of the index
-        datasets.append(_identify(index))
+        if index.num_tokens == 0:
+            raise UserError(f"dataset {prefix} holds no tokens; leave it out of --data-path")
+        datasets.append(
+            CountedDataset(
+                name=printable_name(prefix),
+                num_tokens=index.num_tokens,
+                idx_sha256=index.idx_sha256,
+                bin_bytes=index.bin_bytes,
+            )
+        )
         dtypes.append(index.dtype)
     tokenizer = _common_tokenizer({prefix: read_tokenizer_record(prefix) for prefix in prefixes}, vocab_size)
 
@@ -131,18 +140,6 @@ def count_token_frequency(
             counts[span.dataset] += counts_of_span
             bar.update(span.num_tokens * span.dtype.itemsize)
     return TokenFrequency(counts, tuple(weights), tuple(datasets), tokenizer)
-
-
-def _identify(index: DatasetIndex) -> CountedDataset:
-    """Return the identity of a dataset. Raises UserError if the dataset is empty."""
-    if index.num_tokens == 0:
-        raise UserError(f"dataset {index.prefix} holds no tokens; leave it out of --data-path")
-    return {
-        "name": printable_name(index.prefix),
-        "num_tokens": index.num_tokens,
-        "idx_sha256": index.idx_sha256,
-        "bin_bytes": index.bin_bytes,
-    }
 
 
 class _Span(NamedTuple):
