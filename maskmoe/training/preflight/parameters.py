@@ -26,7 +26,8 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.testing._internal.distributed.fake_pg import FakeStore
 
 from maskmoe.routing_mask.feed_forward_layers import FeedForwardLayers
-from maskmoe.routing_mask.mask import ExpertUse, MaskProvenance, RoutingMask, pack_sets
+from maskmoe.routing_mask.frequency import ExpertUse
+from maskmoe.routing_mask.mask import MaskProvenance, RoutingMask, pack_sets
 from maskmoe.training.loop.model_builder import (
     MaskMoEGPTModelBuilder,
     MaskMoEHybridModelBuilder,

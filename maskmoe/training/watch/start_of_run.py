@@ -14,7 +14,7 @@ from megatron.core.transformer.module import MegatronModule
 from maskmoe.errors import counted
 from maskmoe.files.run_folder import ARGUMENTS, Journal, Kind
 from maskmoe.routing_mask.feed_forward_layers import FeedForwardLayers
-from maskmoe.routing_mask.mask import ExpertUse, RoutingMask, describe_visible_experts
+from maskmoe.routing_mask.mask import RoutingMask, describe_visible_experts
 from maskmoe.training.resume.choose_checkpoint import checkpoint_to_load, pretrained_to_load
 from maskmoe.training.settings.inputs import data_prefixes
 from maskmoe.training.settings.layout import BatchSizes, Layout, trained_samples, training_iterations
