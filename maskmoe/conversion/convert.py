@@ -148,7 +148,10 @@ def _save_megatron(model: OpenedModel, settings: Settings, folder: Path) -> list
     args.tokenizer_type, args.tokenizer_model = choose_tokenizer(model.args, settings, may_replace=True)
     args.tokenizer_sha256 = tokenizer_sha256(args.tokenizer_type, args.tokenizer_model)
     if args.tokenizer_model == str(settings.load):
-        _copy_tokenizer(settings.load, folder / "tokenizer")
+        (folder / "tokenizer").mkdir()
+        for name in TOKENIZER_FILES:
+            if (settings.load / name).is_file():
+                shutil.copy(settings.load / name, folder / "tokenizer")
         args.tokenizer_model = str(settings.save.resolve() / "tokenizer")
     if args.tokenizer_type == WITHOUT_TEXT:
         args.vocab_size = model.config["vocab_size"]
@@ -185,11 +188,3 @@ def _megatron_args(model: OpenedModel, pattern: str | None) -> Namespace:
         if pattern is None and is_hybrid(model.args):
             pattern = DERIVED_PATTERN
     return with_pattern(args_from_config(model.config), model.config, pattern)
-
-
-def _copy_tokenizer(load: Path, folder: Path) -> None:
-    """Copy the files of a tokenizer."""
-    folder.mkdir()
-    for name in TOKENIZER_FILES:
-        if (load / name).is_file():
-            shutil.copy(load / name, folder)

@@ -213,11 +213,6 @@ _SIZED_TOKENIZERS = (WITHOUT_TEXT, "TikTokenizer")
 _OPTIMIZER = re.compile(r"(chained_\d+\.)?optimizer\.")
 
 
-def is_optimizer(name: str) -> bool:
-    """Return whether a tensor of a checkpoint belongs to the optimizer's state, by the tensor's name."""
-    return _OPTIMIZER.match(name) is not None
-
-
 def open_megatron(
     checkpoint: Path, mask: RoutingMask | None = None, changed_args: Mapping[str, Any] | None = None
 ) -> OpenedModel:
@@ -256,7 +251,7 @@ def open_megatron(
     vocab_size = mask.vocab_size if mask else config.get("vocab_size") or _vocab_size(original_args, args)
     config |= config_from_args(args, vocab_size)
     config["routing_mask"] = routing_mask_tensors(mask)[1] if mask else None
-    weights = {name: spec for name, spec in source.tensors.items() if not is_optimizer(name)}
+    weights = {name: spec for name, spec in source.tensors.items() if not _OPTIMIZER.match(name)}
     try:
         mapping = map_tensors(config, _layout(source, config, is_hybrid(args)))
         # A checkpoint may hold a norm a second time, under the name that Transformer Engine's modules load.

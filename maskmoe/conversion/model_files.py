@@ -48,8 +48,8 @@ def has_safetensors(folder: Path, single_file: str) -> bool:
     return any((folder / name).exists() for name in (single_file, f"{single_file}{INDEX_SUFFIX}"))
 
 
-def find_weight_files(folder: Path, single_file: str = SINGLE_FILE) -> tuple[list[Path], dict[str, str] | None]:
-    """Return the files that hold a model's tensors, all of them regular files inside the folder.
+class SafetensorsSource:
+    """Provides the tensors of a folder with `model.safetensors`, or with several files and their index.
 
     A folder with both a single file and an index is read as transformers reads it: the index is ignored.
 
@@ -58,43 +58,30 @@ def find_weight_files(folder: Path, single_file: str = SINGLE_FILE) -> tuple[lis
         single_file: The name of the file if there is only one. The index of several files has this name and the
             suffix `.index.json`. The name may begin with a folder inside `folder`.
 
-    Returns:
-        The files, and the name of the file of each tensor; None instead of the names if there is no index.
-
-    Raises:
-        UserError: A file is missing, is not a regular file or lies outside the folder; or the index is damaged.
-    """
-    path, index = folder / single_file, folder / f"{single_file}{INDEX_SUFFIX}"
-    if path.exists() or not os.path.lexists(index):
-        if not os.path.lexists(path):
-            raise UserError(f"{path} is missing")
-        check_regular(path)
-        return [path], None
-    file_of = read_record(_Index, index, "replace the file by an intact copy").weight_map
-    for name in sorted(set(file_of.values())):
-        if not os.path.lexists(index.parent / name) and name.isprintable():
-            raise UserError(f"{index.parent / name} is missing")
-        resolve_inside(index.parent, name)
-    return [index.parent / name for name in sorted(set(file_of.values()))], file_of
-
-
-class SafetensorsSource:
-    """Provides the tensors of a folder with `model.safetensors`, or with several files and their index.
-
-    Args:
-        folder: The folder of the model.
-        single_file: See `find_weight_files`.
-
     Attributes:
         tensors: Shapes and dtypes of the tensors by name.
-        files: The files that hold the tensors.
+        files: The files that hold the tensors, all of them regular files inside the folder.
 
     Raises:
-        UserError: A file is missing or damaged, or holds other tensors than the index says.
+        UserError: A file is missing or damaged, lies outside the folder, or holds other tensors than the index says.
     """
 
     def __init__(self, folder: Path, single_file: str = SINGLE_FILE) -> None:
-        self.files, index = find_weight_files(folder, single_file)
+        path, index_file = folder / single_file, folder / f"{single_file}{INDEX_SUFFIX}"
+        index: dict[str, str] | None = None
+        if path.exists() or not os.path.lexists(index_file):
+            if not os.path.lexists(path):
+                raise UserError(f"{path} is missing")
+            check_regular(path)
+            self.files = [path]
+        else:
+            index = read_record(_Index, index_file, "replace the file by an intact copy").weight_map
+            names = sorted(set(index.values()))
+            for name in names:
+                if not os.path.lexists(path.parent / name) and name.isprintable():
+                    raise UserError(f"{path.parent / name} is missing")
+                resolve_inside(path.parent, name)
+            self.files = [path.parent / name for name in names]
         self.tensors: dict[str, TensorSpec] = {}
         self._file_of: dict[str, Path] = {}
         for path in self.files:
@@ -147,7 +134,7 @@ def write_safetensors(
         names: The names of the tensors to write.
         folder: The folder for the files.
         max_file_bytes: Upper bound of the bytes of tensors in a file, unless one tensor alone is larger.
-        single_file: See `find_weight_files`.
+        single_file: See `SafetensorsSource`.
 
     Returns:
         The names of the files, without the index.

@@ -298,7 +298,7 @@ def _check_datasets(prefixes: Sequence[str], shuffled: bool) -> tuple[np.dtype, 
             raise UserError(f"dataset {prefix} is given twice")
         if index.has_modes:
             raise UserError(f"dataset {prefix} is multimodal, and cannot be joined")
-        if shuffled and index.has_documents_of_many_sequences:
+        if shuffled and (np.diff(index.document_indices) > 1).any():
             raise UserError(f"dataset {prefix} has documents of several sequences, which cannot be shuffled")
         if index.dtype != first.dtype:
             raise UserError(f"datasets differ: {prefixes[0]} has {first.dtype} ids, {prefix} has {index.dtype} ids")

@@ -61,11 +61,6 @@ class TextBlock:
     data: bytes
     first_line: int
 
-    @property
-    def num_bytes(self) -> int:
-        """Size of the block in bytes."""
-        return len(self.data)
-
     def documents(self, json_keys: Sequence[str]) -> list[list[str]]:
         """Parse the block and return its documents: one list for each key, all of the same length.
 
@@ -207,11 +202,9 @@ class TableBlock:
 
     Attributes:
         columns: The texts under each key.
-        num_bytes: Size of all texts in bytes.
     """
 
     columns: Mapping[str, list[str]]
-    num_bytes: int
 
     def documents(self, json_keys: Sequence[str]) -> list[list[str]]:
         """Return the texts of the rows: one list for each key."""
@@ -237,9 +230,7 @@ def read_table(source: Input, keys: Sequence[str], advance: Callable[[int], obje
             num_bytes = sum(column.nbytes for column in columns.values())
             rows = max(1, batch.num_rows * BLOCK_BYTES // max(1, num_bytes))
             for start in range(0, batch.num_rows, rows):
-                parts = {key: column.slice(start, rows) for key, column in columns.items()}
-                texts = {key: part.to_pylist() for key, part in parts.items()}
-                yield TableBlock(texts, sum(part.nbytes for part in parts.values()))
+                yield TableBlock({key: column.slice(start, rows).to_pylist() for key, column in columns.items()})
             first_row += batch.num_rows
 
 

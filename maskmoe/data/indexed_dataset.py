@@ -136,11 +136,6 @@ class DatasetIndex:
         return idx_path(self.prefix).stat().st_size != _HEADER.size + num_integers
 
     @property
-    def has_documents_of_many_sequences(self) -> bool:
-        """Whether a document has more than one sequence."""
-        return bool((np.diff(self.document_indices) > 1).any())
-
-    @property
     def idx_sha256(self) -> str:
         """Hex digest of the `.idx` file."""
         with open(idx_path(self.prefix), "rb") as stream:

@@ -5,7 +5,7 @@ blocks is in memory at a time, so memory does not grow with the input.
 """
 
 import time
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 from functools import lru_cache
@@ -15,7 +15,7 @@ from tempfile import TemporaryDirectory
 import numpy as np
 
 from maskmoe.data.dataset_writing import IndexedDatasetWriter, copy_shuffled
-from maskmoe.data.documents import BLOCK_BYTES, Block, progress_bar, read_blocks
+from maskmoe.data.documents import Block, progress_bar, read_blocks
 from maskmoe.data.indexed_dataset import dataset_files, optimal_dtype
 from maskmoe.data.inputs import (
     DEFAULT_OPTIONS,
@@ -48,19 +48,17 @@ class BlockEncoder:
     json_keys: tuple[str, ...]
     append_eod: bool
 
-    def encode(self, blocks: Sequence[Block]) -> list[tuple[np.ndarray, np.ndarray]]:
-        """Encode the documents of all blocks.
+    def encode(self, block: Block) -> list[tuple[np.ndarray, np.ndarray]]:
+        """Encode the documents of a block.
 
         Returns:
             For each key, the token ids of all documents, one document after the other, [tokens] in the dtype of the
             dataset; and the number of tokens in each document, int32 [documents].
 
         Raises:
-            UserError: A block cannot be parsed, or the tokenizer returns an id outside its own
-                vocabulary.
+            UserError: The block cannot be parsed, or the tokenizer returns an id outside its own vocabulary.
         """
-        columns = zip(*(block.documents(self.json_keys) for block in blocks), strict=True)
-        return [self._encode_texts([text for texts in column for text in texts]) for column in columns]
+        return [self._encode_texts(texts) for texts in block.documents(self.json_keys)]
 
     def _encode_texts(self, texts: list[str]) -> tuple[np.ndarray, np.ndarray]:
         ids_of_texts = _load_once(self.tokenizer, self.tokenizer_model).encode_batch(texts)
@@ -189,22 +187,8 @@ def _encode_inputs(
     started = time.perf_counter()
     with progress_bar(sources, "encoding") as bar:
         blocks = read_blocks(sources, encoder.json_keys, bar)
-        for encoded in map_in_processes(encoder.encode, _batch_blocks(blocks), workers):
+        for encoded in map_in_processes(encoder.encode, blocks, workers):
             for writer, documents in zip(writers, encoded, strict=True):
                 writer.add_documents(*documents)
             rate = sum(writer.num_tokens for writer in writers) / (time.perf_counter() - started)
             bar.set_postfix_str(f"{writers[0].num_documents} documents, {rate / 1e6:.2f}M tokens/s", refresh=False)
-
-
-def _batch_blocks(blocks: Iterable[Block]) -> Iterator[list[Block]]:
-    """Join small blocks into batches that are large enough to be worth sending to another process."""
-    batch: list[Block] = []
-    size = 0
-    for block in blocks:
-        batch.append(block)
-        size += block.num_bytes
-        if size >= BLOCK_BYTES:
-            yield batch
-            batch, size = [], 0
-    if batch:
-        yield batch

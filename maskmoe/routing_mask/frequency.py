@@ -4,17 +4,18 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property, partial
 from pathlib import Path
-from typing import Annotated, NamedTuple
+from typing import Annotated, NamedTuple, Self
 
 import numpy as np
 from pydantic import Field
 from tqdm import tqdm
 
-from maskmoe.data.indexed_dataset import DatasetIndex, bin_path, parse_data_path, read_index, read_tokenizer_record
+from maskmoe.data.indexed_dataset import bin_path, parse_data_path, read_index, read_tokenizer_record
 from maskmoe.data.parallel import map_in_processes
 from maskmoe.data.tokenizer import TokenizerRecord
 from maskmoe.errors import UserError
 from maskmoe.files.untrusted import printable_name
+from maskmoe.routing_mask.feed_forward_layers import FeedForwardLayers
 from maskmoe.routing_mask.mask import CountedDataset, RoutingMask, unpack_bits
 from maskmoe.routing_mask.sealed_tensors import SealedTensors
 
@@ -108,7 +109,16 @@ def count_token_frequency(
     dtypes: list[np.dtype] = []
     for prefix in prefixes:
         index = read_index(prefix)  # keeps a file open, so keep only what is needed of the index
-        datasets.append(_identify(index))
+        if index.num_tokens == 0:
+            raise UserError(f"dataset {prefix} holds no tokens; leave it out of --data-path")
+        datasets.append(
+            CountedDataset(
+                name=printable_name(prefix),
+                num_tokens=index.num_tokens,
+                idx_sha256=index.idx_sha256,
+                bin_bytes=index.bin_bytes,
+            )
+        )
         dtypes.append(index.dtype)
     tokenizer = _common_tokenizer({prefix: read_tokenizer_record(prefix) for prefix in prefixes}, vocab_size)
 
@@ -131,18 +141,6 @@ def count_token_frequency(
             counts[span.dataset] += counts_of_span
             bar.update(span.num_tokens * span.dtype.itemsize)
     return TokenFrequency(counts, tuple(weights), tuple(datasets), tokenizer)
-
-
-def _identify(index: DatasetIndex) -> CountedDataset:
-    """Return the identity of a dataset. Raises UserError if the dataset is empty."""
-    if index.num_tokens == 0:
-        raise UserError(f"dataset {index.prefix} holds no tokens; leave it out of --data-path")
-    return {
-        "name": printable_name(index.prefix),
-        "num_tokens": index.num_tokens,
-        "idx_sha256": index.idx_sha256,
-        "bin_bytes": index.bin_bytes,
-    }
 
 
 class _Span(NamedTuple):
@@ -322,3 +320,47 @@ def overloading_ids(mask: RoutingMask, occurrences: np.ndarray) -> np.ndarray:
     per_expert = occurrences / mask.fewest_visible_of_id
     ids = np.flatnonzero((per_expert > total / mask.num_experts) | (occurrences > total / num_ranks))
     return ids[np.argsort(-per_expert[ids], kind="stable")]
+
+
+@dataclass(frozen=True)
+class ExpertUse:
+    """The number of experts that tokens use, min(k, V) for a token with V visible experts.
+
+    Attributes:
+        most: The largest number, k; 0 for a model without experts.
+        mean: The mean over the tokens of the counted datasets.
+    """
+
+    most: int
+    mean: float
+
+    @classmethod
+    def from_mask(cls, mask: RoutingMask | None, topk: int, layers: FeedForwardLayers) -> Self:
+        """Return the use of experts under a routing mask; without one, every token uses `topk` experts.
+
+        The mean assumes that the frequent ids have exactly the share of occurrences that they were chosen to cover. The
+        true share differs by less than the share of one id.
+
+        Args:
+            mask: The routing mask; None if there is none.
+            topk: k.
+            layers: The feed-forward layers of the model; layers of the decoder that the mask lacks are left out.
+        """
+        if mask is None:
+            return cls(topk, topk)
+        num_tables = len(mask.row_of_id)
+        numbers = [number for number, has_experts in enumerate(layers.decoder, start=1) if has_experts]
+        tables = sorted({table for number in numbers if (table := layers.table(number, num_tables)) < num_tables})
+        if not tables:
+            return cls(topk, topk)
+        return cls(topk, float(np.mean([_mean_use_in_table(mask, topk, table) for table in tables])))
+
+
+def _mean_use_in_table(mask: RoutingMask, topk: int, table: int) -> float:
+    """Return the mean of min(k, V) over the tokens in one table."""
+    num_visible = mask.num_visible_of_layer(table)
+    used, is_frequent = np.minimum(num_visible, topk), num_visible > 1
+    if is_frequent.all() or not is_frequent.any():
+        return float(used.mean())
+    share = mask.provenance.frequent_mass
+    return share * float(used[is_frequent].mean()) + (1 - share) * float(used[~is_frequent].mean())

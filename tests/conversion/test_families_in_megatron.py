@@ -84,9 +84,9 @@ def test_upcycled_models_compute_what_the_dense_model_computes(recipe, dense_for
         assert torch.equal(logits.argmax(dim=-1), expected.argmax(dim=-1))
 
 
-def execute(program: str, folder: Path) -> subprocess.CompletedProcess:
-    """Run Python with the words of `program` as arguments, in a folder."""
-    return subprocess.run(
+def run(program: str, folder: Path) -> str:
+    """Run Python with the words of `program` as arguments, in a folder; return its output."""
+    process = subprocess.run(
         [sys.executable, *program.split()],
         cwd=folder,
         env=os.environ | {"PYTHONPATH": python_path(ROOT), "CUDA_VISIBLE_DEVICES": ""},
@@ -94,11 +94,6 @@ def execute(program: str, folder: Path) -> subprocess.CompletedProcess:
         text=True,
         timeout=300,
     )
-
-
-def run(program: str, folder: Path) -> str:
-    """Run Python as `execute` does; fail the test if it fails, else return its output."""
-    process = execute(program, folder)
     assert process.returncode == 0, process.stdout[-2000:] + process.stderr[-4000:]
     return process.stdout
 

@@ -39,13 +39,6 @@ def content(prefix: Path | str) -> list[bytes]:
     return [Path(f"{prefix}.{suffix}").read_bytes() for suffix in SUFFIXES]
 
 
-def write(prefix: Path, documents: list[list[int]]) -> Path:
-    with IndexedDatasetWriter(prefix, np.uint16) as writer:
-        for document in documents:
-            writer.add_document(np.array(document, np.uint16))
-    return prefix
-
-
 def shuffle(source: Path, target: Path, seed: int) -> list[list[int]]:
     with IndexedDatasetWriter(target, np.uint16) as writer:
         copy_shuffled([source], writer, seed)
@@ -61,7 +54,7 @@ def shuffle(source: Path, target: Path, seed: int) -> list[list[int]]:
 def test_same_documents_whatever_the_batches(
     tmp_path: Path, documents: list[list[int]], batch_tokens: int, seed: int
 ) -> None:
-    source = write(tmp_path / "source", documents)
+    source = write_documents(tmp_path / "source", documents)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(dataset_writing, "_BATCH_TOKENS", batch_tokens)
         shuffled = shuffle(source, tmp_path / "shuffled", seed)
@@ -72,12 +65,12 @@ def test_same_documents_whatever_the_batches(
 def test_the_order_depends_on_the_seed_and_the_number_of_documents(tmp_path: Path) -> None:
     one_token = [[number] for number in range(200)]
     two_tokens = [[number, number] for number in range(200)]
-    source = write(tmp_path / "source", one_token)
+    source = write_documents(tmp_path / "source", one_token)
     shuffled = shuffle(source, tmp_path / "shuffled", 1)
     assert shuffled != one_token
     assert shuffled != shuffle(source, tmp_path / "other", 2)
     # Another dataset with as many documents is shuffled alike.
-    alike = shuffle(write(tmp_path / "two", two_tokens), tmp_path / "alike", 1)
+    alike = shuffle(write_documents(tmp_path / "two", two_tokens), tmp_path / "alike", 1)
     assert [document[0] for document in alike] == [document[0] for document in shuffled]
     # Documents move far: the last tenth comes from everywhere.
     origins = [document[0] for document in shuffled[-20:]]

@@ -7,7 +7,13 @@ from safetensors.numpy import save_file
 from maskmoe.errors import UserError
 from maskmoe.routing_mask.assignment import MaskRecipe, build_routing_mask
 from maskmoe.routing_mask.feed_forward_layers import FeedForwardLayers
-from maskmoe.routing_mask.mask import HashLayers, MaskChange, MaskProvenance, RoutingMask, describe_visible_experts
+from maskmoe.routing_mask.mask import (
+    HashLayers,
+    MaskChange,
+    MaskProvenance,
+    RoutingMask,
+    describe_visible_experts,
+)
 
 PROVENANCE = MaskProvenance("uniform", 0.5, 2, seed=0)
 

@@ -25,8 +25,8 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.testing._internal.distributed.fake_pg import FakeStore
 
-from maskmoe.routing_mask.expert_use import ExpertUse
 from maskmoe.routing_mask.feed_forward_layers import FeedForwardLayers
+from maskmoe.routing_mask.frequency import ExpertUse
 from maskmoe.routing_mask.mask import MaskProvenance, RoutingMask, pack_sets
 from maskmoe.training.loop.model_builder import (
     MaskMoEGPTModelBuilder,

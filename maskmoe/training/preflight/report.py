@@ -11,7 +11,7 @@ from megatron.core.models.hybrid.hybrid_layer_allocation import Symbols
 from megatron.training.training import num_floating_point_operations
 
 from maskmoe.files.outputs import render_template
-from maskmoe.routing_mask.expert_use import ExpertUse
+from maskmoe.routing_mask.frequency import ExpertUse
 from maskmoe.training.preflight.memory import ESTIMATED, EXACT, MemoryReport
 from maskmoe.training.preflight.parameters import Chunk, ModelParameters
 from maskmoe.training.settings.layout import Layout, trained_samples

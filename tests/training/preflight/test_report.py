@@ -1,6 +1,6 @@
 """The text of the report of `--check`."""
 
-from maskmoe.routing_mask.expert_use import ExpertUse
+from maskmoe.routing_mask.frequency import ExpertUse
 from maskmoe.training.preflight.memory import MemoryReport, StageMemory
 from maskmoe.training.preflight.parameters import PARTS, Chunk, ModelParameters
 from maskmoe.training.preflight.report import Report, TrainingCost
