@@ -25,8 +25,8 @@ class Choice:
     """The checkpoint to load.
 
     Attributes:
-        checkpoint: the folder of the checkpoint; None if the folder has none.
-        rejected: the faults of the newer checkpoints.
+        checkpoint: The folder of the checkpoint; None if the folder has none.
+        rejected: The faults of the newer checkpoints.
     """
 
     checkpoint: Path | None
@@ -64,8 +64,8 @@ def write_tracker(folder: str | Path, iteration: int | str) -> None:
     """Record the newest checkpoint in Megatron's tracker file, atomically; Megatron writes the file in place.
 
     Args:
-        folder: the folder of the checkpoints.
-        iteration: the iteration of the newest checkpoint, or `RELEASE`.
+        folder: The folder of the checkpoints.
+        iteration: The iteration of the newest checkpoint, or `RELEASE`.
     """
     with atomic_output(Path(folder) / TRACKER) as path:
         path.write_text(str(iteration))
@@ -103,14 +103,14 @@ def choose_checkpoint(
     `replace_by_next_version` between its two renames, so the search first completes the second rename.
 
     Args:
-        folder: the folder in Megatron's `--load` or `--pretrained-checkpoint`.
+        folder: The folder in Megatron's `--load` or `--pretrained-checkpoint`.
         step: Megatron's `--ckpt-step`, the only iteration to choose; None to choose among all.
-        check: raises `Damage` if a checkpoint is not sound.
-        non_persistent: the folder of the non-persistent checkpoints, which need no tracker file; None without them.
-        flag: the flag that names the folder.
+        check: Raises `Damage` if a checkpoint is not sound.
+        non_persistent: The folder of the non-persistent checkpoints, which need no tracker file; None without them.
+        flag: The flag that names the folder.
 
     Raises:
-        UserError: the folder has checkpoints, or a record of one, but none is sound.
+        UserError: The folder has checkpoints, or a record of one, but none is sound.
     """
     finish_replacements(folder)
     rejected: list[Damage] = []
@@ -139,11 +139,11 @@ def locate_checkpoint(path: Path, step: int | None = None) -> Path:
     An older checkpoint never takes the place of a damaged one: the caller would not notice.
 
     Args:
-        path: the folder of a checkpoint or of a run's checkpoints.
+        path: The folder of a checkpoint or of a run's checkpoints.
         step: Megatron's `--ckpt-step`, the iteration to choose; None for the newest.
 
     Raises:
-        UserError: the folder does not exist or holds no checkpoint, or the newest checkpoint is damaged.
+        UserError: The folder does not exist or holds no checkpoint, or the newest checkpoint is damaged.
     """
     check_folder(path)
     if (path / LAYOUT_FILE).exists():
@@ -267,12 +267,12 @@ def remove_old_checkpoints(
     """Remove all checkpoints that are older than the newest `keep` sound checkpoints.
 
     Args:
-        folder: the folder in Megatron's `--save`.
-        keep: the number of sound checkpoints that stay; None keeps all.
+        folder: The folder in Megatron's `--save`.
+        keep: The number of sound checkpoints that stay; None keeps all.
         retain_interval: Megatron's `--save-retain-interval`; checkpoints at multiples of this iteration stay, too.
-        newest: the newest iteration of the run. Later checkpoints were rejected on loading, or the run has gone back
+        newest: The newest iteration of the run. Later checkpoints were rejected on loading, or the run has gone back
             beyond them, so they neither count nor are removed. None counts all checkpoints.
-        is_dry_run: whether to remove nothing.
+        is_dry_run: Whether to remove nothing.
 
     Returns:
         the checkpoints that should be gone; a folder that could not be removed completely is still there.
@@ -303,7 +303,7 @@ def non_persistent_folder(args: Namespace, folder: str | Path | None) -> Path | 
 
     Args:
         args: Megatron's arguments.
-        folder: the folder in `--save` or `--load`.
+        folder: The folder in `--save` or `--load`.
     """
     if args.non_persistent_ckpt_type != "global" or folder is None:
         return None
@@ -315,7 +315,7 @@ def is_non_persistent(args: Namespace, checkpoint: Path | None) -> bool:
 
     Args:
         args: Megatron's arguments.
-        checkpoint: the folder of the checkpoint; None if there is none.
+        checkpoint: The folder of the checkpoint; None if there is none.
     """
     return checkpoint is not None and checkpoint.parent == non_persistent_folder(args, args.load)
 
@@ -324,7 +324,7 @@ def check_separate_folder(args: Namespace) -> None:
     """Check that removing non-persistent checkpoints cannot remove other checkpoints.
 
     Raises:
-        UserError: the folder of non-persistent checkpoints is the folder of other checkpoints, or contains it.
+        UserError: The folder of non-persistent checkpoints is the folder of other checkpoints, or contains it.
     """
     if args.non_persistent_global_ckpt_dir is None:
         return
@@ -344,9 +344,9 @@ def make_room(folder: Path, iteration: int, loaded: int | None = None) -> None:
     iteration. Megatron would keep it as the newest one, and remove the sound one.
 
     Args:
-        folder: the folder of the non-persistent checkpoints.
-        iteration: the iteration that will be saved.
-        loaded: the iteration from which the run has resumed, for the first save of the run: later checkpoints were
+        folder: The folder of the non-persistent checkpoints.
+        iteration: The iteration that will be saved.
+        loaded: The iteration from which the run has resumed, for the first save of the run: later checkpoints were
             rejected on loading, or left behind. None in later saves.
     """
     for saved in saved_iterations(folder):

@@ -18,7 +18,7 @@ def read_json(path: Path) -> dict[str, Any]:
     """Read a JSON object whose content is not known in advance.
 
     Raises:
-        UserError: the file cannot be read, or does not contain a JSON object.
+        UserError: The file cannot be read, or does not contain a JSON object.
     """
     return read_record(dict[str, Any], path, "replace the file by an intact copy")
 
@@ -27,8 +27,8 @@ def check_finite(content: object, path: Path) -> None:
     """Refuse NaN and infinity anywhere in the content of a JSON file; Python reads and writes both. Raises UserError.
 
     Args:
-        content: the content of the file.
-        path: the file.
+        content: The content of the file.
+        path: The file.
     """
     places: list[tuple[str, object]] = [("", content)]
     while places:
@@ -51,12 +51,12 @@ def read_record[T](kind: type[T], path: Path, advice: str) -> T:
     """Read a JSON file that `write_record` has written.
 
     Args:
-        kind: dataclass of the content.
-        path: the file.
-        advice: what the user can do about a damaged file.
+        kind: Dataclass of the content.
+        path: The file.
+        advice: What the user can do about a damaged file.
 
     Raises:
-        UserError: the file cannot be read or is damaged.
+        UserError: The file cannot be read or is damaged.
     """
     try:
         return type_adapter(kind).validate_json(read_json_bytes(path))
@@ -94,8 +94,8 @@ class Line(NamedTuple):
     """A line of a file.
 
     Attributes:
-        place: the line's number and file, for error messages.
-        text: the line without its end.
+        place: The line's number and file, for error messages.
+        text: The line without its end.
     """
 
     place: str
@@ -105,7 +105,7 @@ class Line(NamedTuple):
         """Return the JSON object in the line.
 
         Raises:
-            UserError: the line is not a JSON object.
+            UserError: The line is not a JSON object.
         """
         try:
             content = json.loads(self.text)
@@ -120,11 +120,11 @@ def read_lines(path: Path, flag: str) -> list[Line]:
     """Return the lines of a text file that are not blank.
 
     Args:
-        path: the file.
-        flag: the flag that names the file, for error messages.
+        path: The file.
+        flag: The flag that names the file, for error messages.
 
     Raises:
-        UserError: the file cannot be read, is not text in UTF-8, or has blank lines only.
+        UserError: The file cannot be read, is not text in UTF-8, or has blank lines only.
     """
     name = f"{flag} {path}"
     try:

@@ -25,12 +25,12 @@ def check_outputs(
     Paths that lead to one file by links, or by other spellings, count as the same file.
 
     Args:
-        outputs: the files that a command will write.
-        inputs: the files and folders that the command reads. A file in an input folder is an input, too.
-        force: whether outputs that exist may be replaced. Inputs are never replaced.
+        outputs: The files that a command will write.
+        inputs: The files and folders that the command reads. A file in an input folder is an input, too.
+        force: Whether outputs that exist may be replaced. Inputs are never replaced.
 
     Raises:
-        UserError: an output is an input, two outputs are the same file, an output exists and `force` is false, or an
+        UserError: An output is an input, two outputs are the same file, an output exists and `force` is false, or an
             output is not a regular file, or its folder does not exist or is not writable.
     """
     outputs, inputs = [Path(path) for path in outputs], [Path(path) for path in inputs]
@@ -53,7 +53,7 @@ def check_output_kind(path: Path) -> None:
     """Check that a path is free, or that a regular file or a link can be replaced there.
 
     Raises:
-        UserError: the path is a folder, a device, a pipe or a socket, also by a link, or no file can have that name.
+        UserError: The path is a folder, a device, a pipe or a socket, also by a link, or no file can have that name.
     """
     with _reporting_failure(path):
         try:
@@ -70,11 +70,11 @@ def check_output_folder(folder: Path, path: Path) -> None:
     """Check that files can be made in a folder.
 
     Args:
-        folder: the folder.
-        path: the output that an error names.
+        folder: The folder.
+        path: The output that an error names.
 
     Raises:
-        UserError: the folder does not exist or is not writable.
+        UserError: The folder does not exist or is not writable.
     """
     with _reporting_failure(path), tempfile.TemporaryFile(dir=folder):
         pass
@@ -113,7 +113,7 @@ def unwinding_on_signals() -> Iterator[None]:
     Python handles signals on the main thread only.
 
     Raises:
-        SystemExit: a signal arrived.
+        SystemExit: A signal arrived.
     """
     numbers = (signal.SIGTERM, signal.SIGHUP) if threading.current_thread() is threading.main_thread() else ()
     changed = [number for number in numbers if signal.getsignal(number) is signal.SIG_DFL]
@@ -166,10 +166,10 @@ def render_template(package: str, name: str, values: Mapping[str, Any], filters:
     """Return the text of a template.
 
     Args:
-        package: the package whose folder `templates` holds the template.
-        name: the file name of the template.
-        values: the template's variables; a missing one is an error.
-        filters: further filters of the template.
+        package: The package whose folder `templates` holds the template.
+        name: The file name of the template.
+        values: The template's variables; a missing one is an error.
+        filters: Further filters of the template.
     """
     from jinja2 import Environment, PackageLoader, StrictUndefined  # most commands render nothing
 

@@ -23,11 +23,11 @@ def check_folder(path: Path, flag: str = "") -> None:
     """Check that a folder exists.
 
     Args:
-        path: the folder.
-        flag: the flag that names the folder, for the error.
+        path: The folder.
+        flag: The flag that names the folder, for the error.
 
     Raises:
-        UserError: the path does not exist, or is not a folder.
+        UserError: The path does not exist, or is not a folder.
     """
     if not path.is_dir():
         raise UserError(f"{flag} {path} does not exist, or is not a folder".lstrip())

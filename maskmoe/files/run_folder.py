@@ -42,8 +42,8 @@ def run_folder(save: str | None, tensorboard_dir: str | None = None) -> Path | N
     folder. Without a launcher and both folders, there is no run folder.
 
     Args:
-        save: the value of `--save`.
-        tensorboard_dir: the value of `--tensorboard-dir`.
+        save: The value of `--save`.
+        tensorboard_dir: The value of `--tensorboard-dir`.
     """
     if folder := os.environ.get(RUN_FOLDER_VARIABLE):
         return Path(folder)

@@ -31,8 +31,8 @@ class UnusableFile(UserError):  # noqa: N818 (a finding about a file)
     """A file that cannot be used.
 
     Args:
-        path: the file.
-        reason: a clause that follows the path, such as "is not a regular file".
+        path: The file.
+        reason: A clause that follows the path, such as "is not a regular file".
     """
 
     def __init__(self, path: Path, reason: str) -> None:
@@ -44,7 +44,7 @@ def open_regular(path: str | os.PathLike[str]) -> BufferedReader:
     """Open a regular file for reading, without waiting for the writer of a pipe.
 
     Raises:
-        UnusableFile: the path is missing or cannot be read, or is a folder, a device, a pipe or a socket.
+        UnusableFile: The path is missing or cannot be read, or is a folder, a device, a pipe or a socket.
     """
     path = Path(path)
     try:
@@ -72,7 +72,7 @@ def check_regular(path: str | os.PathLike[str]) -> None:
     """Check that a file that a library will open by its name is a regular file.
 
     Raises:
-        UnusableFile: see `open_regular`.
+        UnusableFile: See `open_regular`.
     """
     open_regular(path).close()
 
@@ -81,7 +81,7 @@ def read_bounded(path: str | os.PathLike[str], max_bytes: int) -> bytes:
     """Read a regular file.
 
     Raises:
-        UnusableFile: the file is not a regular file, cannot be read, or has more than `max_bytes` bytes.
+        UnusableFile: The file is not a regular file, cannot be read, or has more than `max_bytes` bytes.
     """
     path = Path(path)
     with open_regular(path) as stream:
@@ -98,7 +98,7 @@ def read_json_bytes(path: str | os.PathLike[str]) -> bytes:
     """Read a JSON file and return its bytes, which every JSON parser can then handle.
 
     Raises:
-        UnusableFile: the file cannot be read, is not JSON, is nested too deeply, or holds a number of thousands
+        UnusableFile: The file cannot be read, is not JSON, is nested too deeply, or holds a number of thousands
             of digits.
     """
     path = Path(path)
@@ -118,7 +118,7 @@ def resolve_inside(folder: Path, name: str) -> Path:
     by the user, so it may be a link to anywhere, and so may files that the program opens by a name of its own.
 
     Raises:
-        UnusableFile: the name leads outside the folder, or does not name a regular file.
+        UnusableFile: The name leads outside the folder, or does not name a regular file.
     """
     check_name(folder, name)
     path = folder / name
@@ -136,7 +136,7 @@ def check_name(folder: Path, name: str) -> None:
     """Check that a name, which need not exist yet, stays inside a folder; see `resolve_inside`.
 
     Raises:
-        UnusableFile: the name is empty or absolute, contains `..`, or is no possible name.
+        UnusableFile: The name is empty or absolute, contains `..`, or is no possible name.
     """
     parts = name.split("/")
     if not name.isprintable() or any(part in ("", "..") for part in parts):
@@ -162,11 +162,11 @@ def read_words(path: Path, kind: str) -> object:
     """Read a YAML file, with all scalars as text.
 
     Args:
-        path: the file.
-        kind: the kind of file, such as "model file", for error messages.
+        path: The file.
+        kind: The kind of file, such as "model file", for error messages.
 
     Raises:
-        UserError: the file cannot be read, is not valid YAML, or is nested too deeply or too long once its aliases are
+        UserError: The file cannot be read, is not valid YAML, or is nested too deeply or too long once its aliases are
             written out.
     """
     try:
@@ -201,11 +201,11 @@ def reading(what: str, advice: str = "replace it by an intact copy") -> Iterator
     """Turn every failure of the block into an error that names what was read.
 
     Args:
-        what: the thing that the block reads, such as "the tokenizer of model/".
-        advice: what the user can do.
+        what: The thing that the block reads, such as "the tokenizer of model/".
+        advice: What the user can do.
 
     Raises:
-        UserError: the block failed. A library in Rust may even panic, which Python sees as a BaseException.
+        UserError: The block failed. A library in Rust may even panic, which Python sees as a BaseException.
     """
     try:
         with _hiding_messages_of_failures():
@@ -248,11 +248,11 @@ def refuse_surrogates(text: str, what: str) -> None:
     """Check that UTF-8 can encode a text.
 
     Args:
-        text: the text.
-        what: the source of the text, for the error.
+        text: The text.
+        what: The source of the text, for the error.
 
     Raises:
-        UserError: the text has half of a surrogate pair.
+        UserError: The text has half of a surrogate pair.
     """
     if found := _HALF_OF_PAIR.search(text):
         raise UserError(

@@ -253,8 +253,8 @@ def building_replicated_linears_of(
     Can go: When `MoELayer` and `MLASelfAttention` accept any class from the layer's spec.
 
     Args:
-        linear: builds a linear layer; takes the arguments of `TELinear`.
-        module: the module of Megatron.
+        linear: Builds a linear layer; takes the arguments of `TELinear`.
+        module: The module of Megatron.
     """
     return replacing(module, HAVE_TE=True, TELinear=linear)
 

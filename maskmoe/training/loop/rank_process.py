@@ -21,8 +21,8 @@ def run_rank(main: Callable[[], None], name: str) -> None:
     prints the help of the parser itself, with all of Megatron's flags.
 
     Args:
-        main: does the work of the entry point.
-        name: name of the entry point, such as `pretrain`.
+        main: Does the work of the entry point.
+        name: Name of the entry point, such as `pretrain`.
     """
     flags = {word.partition("=")[0] for word in sys.argv[1:]}
     if _HELP_FLAGS & flags:
@@ -83,7 +83,7 @@ class _End:
     then, can abort the process although all work is done. So end the process without them.
 
     Attributes:
-        code: the exit code; None if the process ends in a way that `run_rank` did not see.
+        code: The exit code; None if the process ends in a way that `run_rank` did not see.
     """
 
     def __init__(self) -> None:

@@ -141,7 +141,7 @@ def check_launched() -> None:
     """Refuse to be a rank that no launcher has started, before torch does so with a traceback.
 
     Raises:
-        UserError: the variables that torch.distributed needs to find the other ranks are missing.
+        UserError: The variables that torch.distributed needs to find the other ranks are missing.
     """
     if missing := [name for name in ("MASTER_ADDR", "MASTER_PORT") if name not in os.environ]:
         raise UserError(

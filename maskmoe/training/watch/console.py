@@ -57,8 +57,8 @@ class LoggedLoss:
     """A loss that Megatron has printed.
 
     Attributes:
-        is_validation: whether the loss is that of held-out text.
-        loss: nats per token; None if the line has no finite loss.
+        is_validation: Whether the loss is that of held-out text.
+        loss: Nats per token; None if the line has no finite loss.
     """
 
     is_validation: bool
@@ -82,9 +82,9 @@ class Console:
     Until `route` is called, everything reaches the console.
 
     Attributes:
-        shows_timers: whether the table of Megatron's timers reaches the console.
-        iteration: the newest iteration of which a line was printed; None on ranks that print no such lines.
-        validation: the newest validation loss that was printed, or None.
+        shows_timers: Whether the table of Megatron's timers reaches the console.
+        iteration: The newest iteration of which a line was printed; None on ranks that print no such lines.
+        validation: The newest validation loss that was printed, or None.
     """
 
     def __init__(self) -> None:
@@ -109,7 +109,7 @@ class Console:
         With `--verbose` on the command line, everything reaches the console.
 
         Args:
-            progress: the stream for progress lines: stdout or stderr.
+            progress: The stream for progress lines: stdout or stderr.
         """
         self._stdout, self._progress, self._is_rank = sys.stdout, progress, True
         if VERBOSE_FLAG in sys.argv[1:]:
@@ -128,7 +128,7 @@ class Console:
         """Write the log to `FOLDER/logs/rankN.log` from now on, with the lines so far.
 
         Args:
-            folder: the run folder; None if the run has none.
+            folder: The run folder; None if the run has none.
         """
         if not self._is_routed or folder is None:
             return
@@ -149,8 +149,8 @@ class Console:
         """Print a line of our own on one rank.
 
         Args:
-            line: the line, or several lines.
-            rank: the rank that prints; the last rank for -1.
+            line: The line, or several lines.
+            rank: The rank that prints; the last rank for -1.
         """
         ranks = int(os.environ.get("WORLD_SIZE", "1"))
         if int(os.environ.get("RANK", "0")) == rank % ranks:
@@ -160,7 +160,7 @@ class Console:
         """Say what the run does before its first iteration; only in the first rank, once for each phase.
 
         Args:
-            phase: what the run does, such as "building the model".
+            phase: What the run does, such as "building the model".
         """
         if phase == self._phase or not self._is_rank or os.environ.get("RANK", "0") != "0":
             return
@@ -196,7 +196,7 @@ class Console:
         """Show or log one line that was printed to stdout.
 
         Args:
-            line: the line with its end.
+            line: The line with its end.
         """
         if self._is_training:
             is_shown = not _HIDDEN_WHILE_TRAINING.match(line)
@@ -255,8 +255,8 @@ class _LineRouter:
     """Replaces `sys.stdout` and hands complete lines to the console.
 
     Args:
-        console: takes the lines.
-        stream: the stream that was `sys.stdout`, which answers all other questions, such as for the encoding.
+        console: Takes the lines.
+        stream: The stream that was `sys.stdout`, which answers all other questions, such as for the encoding.
     """
 
     def __init__(self, console: Console, stream: TextIO) -> None:
@@ -308,9 +308,9 @@ def progress_bar[Step](steps: Sequence[Step], description: str, unit: str) -> It
     """Return the steps with a progress bar on stderr, on the first rank; without a terminal, with a line now and then.
 
     Args:
-        steps: what to iterate over.
-        description: label of the bar.
-        unit: name of a step.
+        steps: What to iterate over.
+        description: Label of the bar.
+        unit: Name of a step.
     """
     from tqdm import tqdm
 

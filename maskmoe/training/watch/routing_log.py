@@ -206,8 +206,8 @@ class HybridMetricsTracker(MoEMetricsTracker):
     request 6748).
 
     Args:
-        layers: the feed-forward layers of the model.
-        num_symbols: layers of the decoder, as Megatron-Core counts them.
+        layers: The feed-forward layers of the model.
+        num_symbols: Layers of the decoder, as Megatron-Core counts them.
     """
 
     def __init__(self, layers: FeedForwardLayers, num_symbols: int) -> None:

@@ -57,8 +57,8 @@ class Header(Callback):
 
     Args:
         args: Megatron's validated arguments.
-        mask: the routing mask; None for a model without experts.
-        folder: the run folder, or None.
+        mask: The routing mask; None for a model without experts.
+        folder: The run folder, or None.
     """
 
     def __init__(self, args: Namespace, mask: RoutingMask | None, folder: Path | None) -> None:
@@ -88,10 +88,10 @@ def describe_run(
 
     Args:
         args: Megatron's validated arguments.
-        mask: the routing mask; None for a model without experts.
-        folder: the run folder, or None.
+        mask: The routing mask; None for a model without experts.
+        folder: The run folder, or None.
         parameters: The number of parameters of the whole model.
-        dispatch: how tokens reach their experts, in words; None for a model without experts.
+        dispatch: How tokens reach their experts, in words; None for a model without experts.
     """
     layout = Layout.from_args(args)
     fields = {
