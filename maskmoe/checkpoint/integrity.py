@@ -144,13 +144,9 @@ class Manifest(BaseModel):
 
 
 def record_rank(files: Sequence[Path], rank: int) -> None:
-    """Record the files written by one rank, in a manifest beside them that `write_manifest` reads.
+    """Record the files written by one rank, all in one folder, in a manifest beside them that `write_manifest` reads.
 
-    A failure to read a file or to write the manifest is not reported here. `write_manifest` reports the missing record.
-
-    Args:
-        files: The files, all in the folder of the checkpoint.
-        rank: The rank that wrote the files.
+    A failure is not reported here. `write_manifest` reports the missing record.
     """
     with contextlib.suppress(OSError, UserError):
         records = {path.name: FileRecord.of(path) for path in files}
@@ -214,9 +210,7 @@ def check_structure(checkpoint: Path) -> None:
 def check_content(
     checkpoint: Path, part: slice = slice(None), on_checked: Callable[[int], object] = lambda size: None
 ) -> None:
-    """Compare files of a checkpoint with their digests in the manifest.
-
-    A checkpoint without a manifest passes.
+    """Compare files of a checkpoint with their digests in the manifest; without a manifest, the checkpoint passes.
 
     Args:
         checkpoint: A checkpoint that passes `check_structure`.

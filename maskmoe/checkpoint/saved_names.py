@@ -83,13 +83,8 @@ class EquivalentGPT:
 def find_equivalent_gpt(args: Namespace, saved_args: Namespace, model: object) -> tuple[EquivalentGPT | None, bool]:
     """Do what Megatron's `_maybe_setup_gpt_to_hybrid_load` does, for every pattern that has an equivalent GPT model.
 
-    Args:
-        args: The arguments of the run.
-        saved_args: The arguments in the checkpoint.
-        model: Unused.
-
     Returns:
-        the equivalent GPT model, or None if no checkpoint of one is loaded into a hybrid model; and whether to load the
+        The equivalent GPT model, or None if no checkpoint of one is loaded into a hybrid model; and whether to load the
         state of the optimizer, too.
     """
     if args.hybrid_layer_pattern is None or getattr(saved_args, "hybrid_layer_pattern", None) is not None:
@@ -121,8 +116,7 @@ def request_saved_names(state: dict[str, Any], saved: Collection[str]) -> None:
     """Change a request to load a checkpoint, in place, so that it asks for the names that the checkpoint has.
 
     The norm before experts is the only tensor whose name depends on the implementation. Its optimizer state has the
-    same name with a prefix. Transformer Engine's norms also have a state of FP8, which local modules do not save. If
-    the checkpoint has no such state, the module keeps its own, which is empty without FP8.
+    same name with a prefix. If the checkpoint has no FP8 state of Transformer Engine's norms, the module keeps its own.
 
     Args:
         state: The model's and the optimizer's sharded state, as Megatron generates it for loading.

@@ -24,12 +24,7 @@ def read_json(path: Path) -> dict[str, Any]:
 
 
 def check_finite(content: object, path: Path) -> None:
-    """Refuse NaN and infinity anywhere in the content of a JSON file; Python reads and writes both. Raises UserError.
-
-    Args:
-        content: The content of the file.
-        path: The file.
-    """
+    """Refuse NaN and infinity anywhere in the content of the JSON file `path`; Python reads and writes both."""
     places: list[tuple[str, object]] = [("", content)]
     while places:
         place, value = places.pop()
@@ -102,11 +97,7 @@ class Line(NamedTuple):
     text: str
 
     def parse(self) -> dict[str, Any]:
-        """Return the JSON object in the line.
-
-        Raises:
-            UserError: The line is not a JSON object.
-        """
+        """Return the JSON object in the line. Raises UserError if the line is not a JSON object."""
         try:
             content = json.loads(self.text)
         except (ValueError, RecursionError) as error:
@@ -119,12 +110,10 @@ class Line(NamedTuple):
 def read_lines(path: Path, flag: str) -> list[Line]:
     """Return the lines of a text file that are not blank.
 
-    Args:
-        path: The file.
-        flag: The flag that names the file, for error messages.
+    Only a line feed, alone or after a carriage return, ends a line. Other line ends of Unicode may be part of a text.
 
     Raises:
-        UserError: The file cannot be read, is not text in UTF-8, or has blank lines only.
+        UserError: The file, which `flag` names, cannot be read, is not text in UTF-8, or has blank lines only.
     """
     name = f"{flag} {path}"
     try:

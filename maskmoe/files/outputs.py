@@ -50,11 +50,7 @@ def check_outputs(
 
 
 def check_output_kind(path: Path) -> None:
-    """Check that a path is free, or that a regular file or a link can be replaced there.
-
-    Raises:
-        UserError: The path is a folder, a device, a pipe or a socket, also by a link, or no file can have that name.
-    """
+    """Check that a path is free, or leads to a regular file, which can be replaced. Raises UserError."""
     with _reporting_failure(path):
         try:
             mode = os.stat(path).st_mode
@@ -67,15 +63,7 @@ def check_output_kind(path: Path) -> None:
 
 
 def check_output_folder(folder: Path, path: Path) -> None:
-    """Check that files can be made in a folder.
-
-    Args:
-        folder: The folder.
-        path: The output that an error names.
-
-    Raises:
-        UserError: The folder does not exist or is not writable.
-    """
+    """Check that files can be made in a folder; raise a UserError that names the output `path` otherwise."""
     with _reporting_failure(path), tempfile.TemporaryFile(dir=folder):
         pass
 
@@ -163,12 +151,12 @@ def _reporting_failure(path: Path) -> Iterator[None]:
 
 
 def render_template(package: str, name: str, values: Mapping[str, Any], filters: Mapping[str, Callable]) -> str:
-    """Return the text of a template.
+    """Return the text of a template, in which a missing variable is an error.
 
     Args:
         package: The package whose folder `templates` holds the template.
         name: The file name of the template.
-        values: The template's variables; a missing one is an error.
+        values: The template's variables.
         filters: Further filters of the template.
     """
     from jinja2 import Environment, PackageLoader, StrictUndefined  # most commands render nothing

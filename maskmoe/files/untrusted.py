@@ -69,20 +69,12 @@ def _check_mode(path: Path, mode: int) -> None:
 
 
 def check_regular(path: str | os.PathLike[str]) -> None:
-    """Check that a file that a library will open by its name is a regular file.
-
-    Raises:
-        UnusableFile: See `open_regular`.
-    """
+    """Check that a file that a library will open by its name is a regular file. Raises UnusableFile."""
     open_regular(path).close()
 
 
 def read_bounded(path: str | os.PathLike[str], max_bytes: int) -> bytes:
-    """Read a regular file.
-
-    Raises:
-        UnusableFile: The file is not a regular file, cannot be read, or has more than `max_bytes` bytes.
-    """
+    """Read a regular file. Raises UnusableFile if it cannot be read, or has more than `max_bytes` bytes."""
     path = Path(path)
     with open_regular(path) as stream:
         try:
@@ -133,11 +125,7 @@ def resolve_inside(folder: Path, name: str) -> Path:
 
 
 def check_name(folder: Path, name: str) -> None:
-    """Check that a name, which need not exist yet, stays inside a folder; see `resolve_inside`.
-
-    Raises:
-        UnusableFile: The name is empty or absolute, contains `..`, or is no possible name.
-    """
+    """Check that a name, which need not exist yet, stays inside a folder, see `resolve_inside`. Raises UnusableFile."""
     parts = name.split("/")
     if not name.isprintable() or any(part in ("", "..") for part in parts):
         raise UnusableFile(folder, f"names the file {name[:200]!r}, which does not lie inside the folder")
@@ -159,11 +147,7 @@ class _WordLoader(yaml.BaseLoader):
 
 
 def read_words(path: Path, kind: str) -> object:
-    """Read a YAML file, with all scalars as text.
-
-    Args:
-        path: The file.
-        kind: The kind of file, such as "model file", for error messages.
+    """Read a YAML file, with all scalars as text; errors call the file a `kind`, such as "model file".
 
     Raises:
         UserError: The file cannot be read, is not valid YAML, or is nested too deeply or too long once its aliases are
@@ -245,15 +229,7 @@ def has_surrogates(text: str) -> bool:
 
 
 def refuse_surrogates(text: str, what: str) -> None:
-    """Check that UTF-8 can encode a text.
-
-    Args:
-        text: The text.
-        what: The source of the text, for the error.
-
-    Raises:
-        UserError: The text has half of a surrogate pair.
-    """
+    """Check that UTF-8 can encode a text. Raises a UserError that names the source `what` of the text otherwise."""
     if found := _HALF_OF_PAIR.search(text):
         raise UserError(
             f"{what} has an invalid byte or half of a surrogate pair ({found[0]!a}), which is not text: correct it"

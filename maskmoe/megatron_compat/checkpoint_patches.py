@@ -80,11 +80,7 @@ def tie_writers_to_their_rank() -> None:
 
 
 def start_writer(*args: Any) -> BaseProcess:
-    """Return the process that writes the checkpoints of this rank; start the process if there is none.
-
-    Args:
-        *args: The arguments of `PersistentAsyncCaller._get_process`, which this function replaces.
-    """
+    """Return the process that writes the checkpoints of this rank; start the process if there is none."""
     if PersistentAsyncCaller._persistent_process is not None:
         return PersistentAsyncCaller._persistent_process
     with _immune_children():
@@ -113,22 +109,13 @@ def write_for_rank(*args: Any) -> None:
 
     The parent of this process is a fork server, which lives as long as it has a child. So this process watches the rank
     and not its parent.
-
-    Args:
-        *args: The arguments of `PersistentAsyncCaller.async_loop`.
     """
     threading.Thread(target=_end_with, args=(int(os.environ[_RANK_PROCESS]),), daemon=True).start()
     _stock_async_loop(*args)
 
 
 def get_write_results_queue(mp_mode: str = "spawn") -> Queue:
-    """Return the queue of write results; its process ends together with this process.
-
-    This function replaces Megatron-Core's function of the same name.
-
-    Args:
-        mp_mode: The start method of the process.
-    """
+    """Return the queue of write results; its process ends together with this process."""
     if filesystem_async._results_queue is None:
         manager = SyncManager(ctx=torch.multiprocessing.get_context(mp_mode))
         with _immune_children():

@@ -1,11 +1,9 @@
 """Runs Megatron-Core's training stack on a machine without CUDA, over gloo.
 
-Megatron addresses its device as `torch.cuda` throughout. Vendors of other accelerators map `torch.cuda` to their
-device. This module maps `torch.cuda` to the CPU, so that CPU and GPU share one training path and CPU tests exercise the
-code that runs on GPUs. `install()` must run before `megatron` is first imported, and never where CUDA is present.
-
-`_REPLACEMENTS` declares the mapping, which replaces functions once, at installation. Nothing intercepts single
-operations.
+Megatron addresses its device as `torch.cuda` throughout. This module maps `torch.cuda` to the CPU, as vendors of other
+accelerators map it to their devices, so that CPU and GPU share one training path. `install()` must run before
+`megatron` is first imported, and never where CUDA is present. `_REPLACEMENTS` declares the mapping, which replaces
+functions once, at installation. Nothing intercepts single operations.
 """
 
 import contextlib

@@ -104,9 +104,7 @@ class Console:
         return self._log.name if self._log else None
 
     def route(self, progress: TextIO) -> None:
-        """Start to route what this process prints, logs and warns of.
-
-        With `--verbose` on the command line, everything reaches the console.
+        """Start to route what this process prints, logs and warns of; with `--verbose`, everything reaches the console.
 
         Args:
             progress: The stream for progress lines: stdout or stderr.
@@ -125,11 +123,7 @@ class Console:
             logging.basicConfig(handlers=[_LogHandler(self)], level=logging.INFO, force=True)
 
     def open_log(self, folder: Path | None) -> None:
-        """Write the log to `FOLDER/logs/rankN.log` from now on, with the lines so far.
-
-        Args:
-            folder: The run folder; None if the run has none.
-        """
+        """Write the log to `FOLDER/logs/rankN.log` from now on, with the lines so far; without a folder, nowhere."""
         if not self._is_routed or folder is None:
             return
         path = folder / "logs" / f"rank{os.environ.get('RANK', '0')}.log"
@@ -146,22 +140,13 @@ class Console:
             self._pending.clear()
 
     def say(self, line: str, rank: int = 0) -> None:
-        """Print a line of our own on one rank.
-
-        Args:
-            line: The line, or several lines.
-            rank: The rank that prints; the last rank for -1.
-        """
+        """Print one or several lines of our own on one rank, the last one for -1."""
         ranks = int(os.environ.get("WORLD_SIZE", "1"))
         if int(os.environ.get("RANK", "0")) == rank % ranks:
             self._show(line + "\n", self._progress)
 
     def load(self, phase: str) -> None:
-        """Say what the run does before its first iteration; only in the first rank, once for each phase.
-
-        Args:
-            phase: What the run does, such as "building the model".
-        """
+        """Say what the run does before its first iteration; only in the first rank, once for each phase."""
         if phase == self._phase or not self._is_rank or os.environ.get("RANK", "0") != "0":
             return
         self._phase = phase
@@ -193,11 +178,7 @@ class Console:
             self._show("".join(lines[-_LAST_LINES:]), sys.stderr)
 
     def take_line(self, line: str) -> None:
-        """Show or log one line that was printed to stdout.
-
-        Args:
-            line: The line with its end.
-        """
+        """Show or log one line that was printed to stdout, with its end."""
         if self._is_training:
             is_shown = not _HIDDEN_WHILE_TRAINING.match(line)
         else:
@@ -252,12 +233,7 @@ class Console:
 
 
 class _LineRouter:
-    """Replaces `sys.stdout` and hands complete lines to the console.
-
-    Args:
-        console: Takes the lines.
-        stream: The stream that was `sys.stdout`, which answers all other questions, such as for the encoding.
-    """
+    """Replaces `sys.stdout`, hands complete lines to the console, and leaves all other questions to the stream."""
 
     def __init__(self, console: Console, stream: TextIO) -> None:
         self._console = console
@@ -305,13 +281,7 @@ console = Console()
 
 
 def progress_bar[Step](steps: Sequence[Step], description: str, unit: str) -> Iterable[Step]:
-    """Return the steps with a progress bar on stderr, on the first rank; without a terminal, with a line now and then.
-
-    Args:
-        steps: What to iterate over.
-        description: Label of the bar.
-        unit: Name of a step.
-    """
+    """Return the steps with a progress bar on stderr, on the first rank; without a terminal, a line now and then."""
     from tqdm import tqdm
 
     interval = 0.1 if sys.stderr.isatty() else _SECONDS_BETWEEN_LINES

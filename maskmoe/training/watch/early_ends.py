@@ -95,9 +95,6 @@ class FirstStepCheck(Callback):
     """Checks the first step of a process, the only step that Megatron does not repeat if its result is not finite.
 
     The update of the first step is applied, and the next checkpoint would hold the damaged weights.
-
-    Args:
-        args: Megatron's arguments.
     """
 
     def __init__(self, args: Namespace) -> None:
@@ -133,10 +130,6 @@ def explaining_early_ends(args: Namespace, leaving: LeaveAfterSave) -> Iterator[
 
     A failed save and a failed load are explained in one line. If the block ends because of a signal, or because the
     launcher asks for it, Megatron's exit code 0 becomes `EXIT_REQUEUE`.
-
-    Args:
-        args: Megatron's arguments.
-        leaving: Knows whether the launcher has asked the run to end.
 
     Raises:
         RunFailure: The cause lies outside the program.

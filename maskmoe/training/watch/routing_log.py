@@ -52,11 +52,6 @@ class RoutingLog(Callback):
 
     Counts are not saved in checkpoints: after a restart, the first logged interval covers only the iterations since the
     restart.
-
-    Args:
-        args: Megatron's arguments, with experts.
-        mask: The routing mask.
-        journal: Takes the warnings.
     """
 
     def __init__(self, args: Namespace, mask: RoutingMask, journal: Journal) -> None:
@@ -93,12 +88,7 @@ class RoutingLog(Callback):
 
 
 def _write(record: RoutingRecord, iteration: int) -> None:
-    """Write a record to the log, and to TensorBoard and W&B with tags like Megatron's.
-
-    Args:
-        record: The routing of an interval.
-        iteration: The last iteration of the interval, counted from 1.
-    """
+    """Write the record of an interval that ends with an iteration to the log, and to TensorBoard and W&B."""
     # The mean over the layers, as Megatron logs it, or the maximum.
     overall = {
         name: max(values.values()) if name == _MOST_ROWS else sum(values.values()) / len(values)
@@ -116,11 +106,7 @@ def _write(record: RoutingRecord, iteration: int) -> None:
 
 
 def take_record(model: Sequence[DistributedDataParallel]) -> RoutingRecord:
-    """Return what all ranks have counted since the last call; a collective call for which the host waits.
-
-    Args:
-        model: This rank's model chunks.
-    """
+    """Return what all ranks have counted since the last call; a collective call for which the host waits."""
     # Collect the sums and the maximum of this rank's layers; layers of other pipeline stages stay 0.
     config = get_model_config(model[0])
     num_layers = len(FeedForwardLayers.of_args(get_args()).has_experts)
