@@ -1,6 +1,5 @@
 """Reads files that a stranger may have written: bounded in size and depth, and never from a device or a pipe."""
 
-import json
 import os
 import re
 import stat
@@ -234,12 +233,6 @@ def refuse_surrogates(text: str, what: str) -> None:
         raise UserError(
             f"{what} has an invalid byte or half of a surrogate pair ({found[0]!a}), which is not text: correct it"
         )
-
-
-def printable_texts(value: Any) -> Any:
-    r"""Return a JSON value in whose texts each half of a surrogate pair is an escape such as `\udcff`, for records."""
-    text = json.dumps(value, ensure_ascii=False)
-    return json.loads(_HALF_OF_PAIR.sub(lambda half: rf"\\u{ord(half[0]):x}", text))
 
 
 def printable_name(path: str | os.PathLike[str]) -> str:
