@@ -39,6 +39,9 @@ from maskmoe.processes.liveness import end_with_parent
 
 _SHORT_INTEGERS = (torch.int16, torch.uint16)
 _RANK_PROCESS = "MASKMOE_RANK_PROCESS"
+rank_is_ending = threading.Event()
+"""Is set when this rank ends, and ends its writer."""
+
 _stock_get_process: Callable[..., BaseProcess] = PersistentAsyncCaller._get_process
 _stock_async_loop: Callable[..., None] = PersistentAsyncCaller.async_loop
 
@@ -90,10 +93,10 @@ def start_writer(*args: Any) -> BaseProcess:
 
 
 def end_with_writer(writer: BaseProcess) -> None:
-    """Wait for the end of the process that writes checkpoints, and end this rank if the writer has died."""
+    """Wait for the end of the process that writes checkpoints; unless this rank has ended it, end this rank, too."""
     multiprocessing.connection.wait([writer.sentinel])
     time.sleep(1)  # Megatron may be ending the writer: only one thread can read the exit code
-    if writer.exitcode:
+    if writer.exitcode and not rank_is_ending.is_set():
         print(
             f"error: the process that writes checkpoints has died (host {socket.gethostname()}, process {writer.pid}, "
             f"exit code {writer.exitcode}); a killed process (-9) may mean that the host is out of memory. Start the "

@@ -19,6 +19,7 @@ from torch.distributed.checkpoint.api import CheckpointException
 from maskmoe.checkpoint.saver import SaveError, describe_failures
 from maskmoe.checkpoint.series import newest_sound, non_persistent_folder, read_tracker, remove_unfinished_checkpoints
 from maskmoe.errors import RunFailure
+from maskmoe.megatron_compat.checkpoint_patches import rank_is_ending
 from maskmoe.megatron_compat.globals import get_args, get_signal_handler
 from maskmoe.processes.interruption import EXIT_REQUEUE, LEAVE_FILE, SIGNALS_THAT_SAVE
 from maskmoe.training.loop.rank_store import RankStore
@@ -159,6 +160,7 @@ def explaining_early_ends(args: Namespace, leaving: LeaveAfterSave) -> Iterator[
         # workers ignore SIGTERM, so that a signal to the process group does not end them before the last save. The
         # process would never end.
         signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # torch's handler would report a failed worker
+        rank_is_ending.set()
         for child in multiprocessing.active_children():
             if child.daemon:
                 child.kill()
