@@ -48,8 +48,8 @@ class Damage(UserError):  # noqa: N818 (the exception is a finding about a check
     """A fault of a checkpoint.
 
     Attributes:
-        checkpoint: the folder of the checkpoint.
-        fault: a clause that follows the path of the checkpoint, such as "does not exist".
+        checkpoint: The folder of the checkpoint.
+        fault: A clause that follows the path of the checkpoint, such as "does not exist".
     """
 
     checkpoint: Path
@@ -68,8 +68,8 @@ class FileRecord:
     """The digest and the size of a file when it was written.
 
     Attributes:
-        sha256: the digest, hexadecimal.
-        size: the size in bytes.
+        sha256: The digest, hexadecimal.
+        size: The size in bytes.
     """
 
     sha256: str
@@ -89,9 +89,9 @@ class Manifest(BaseModel):
     format is that of Megatron's own manifest (`--verify-integrity`), with sizes added.
 
     Attributes:
-        algorithm: the algorithm of the digests.
-        files: the digests, hexadecimal, by the names of the files.
-        sizes: the sizes in bytes by the names of the files; empty in a manifest that Megatron wrote.
+        algorithm: The algorithm of the digests.
+        files: The digests, hexadecimal, by the names of the files.
+        sizes: The sizes in bytes by the names of the files; empty in a manifest that Megatron wrote.
     """
 
     algorithm: str = "sha256"
@@ -128,7 +128,7 @@ class Manifest(BaseModel):
         """Read the manifest of a checkpoint; return an empty one if the checkpoint was saved without.
 
         Raises:
-            Damage: the manifest cannot be read.
+            Damage: The manifest cannot be read.
         """
         try:
             manifest = cls.model_validate_json(read_json_bytes(checkpoint / MANIFEST_FILE))
@@ -144,13 +144,9 @@ class Manifest(BaseModel):
 
 
 def record_rank(files: Sequence[Path], rank: int) -> None:
-    """Record the files written by one rank, in a manifest beside them that `write_manifest` reads.
+    """Record the files written by one rank, all in one folder, in a manifest beside them that `write_manifest` reads.
 
-    A failure to read a file or to write the manifest is not reported here. `write_manifest` reports the missing record.
-
-    Args:
-        files: the files, all in the folder of the checkpoint.
-        rank: the rank that wrote the files.
+    A failure is not reported here. `write_manifest` reports the missing record.
     """
     with contextlib.suppress(OSError, UserError):
         records = {path.name: FileRecord.of(path) for path in files}
@@ -161,7 +157,7 @@ def write_manifest(checkpoint: Path) -> None:
     """Join the manifests of all ranks into the manifest of a checkpoint, and remove them.
 
     Raises:
-        Damage: a file that the checkpoint needs has no record.
+        Damage: A file that the checkpoint needs has no record.
     """
     manifest = Manifest.of({LAYOUT_FILE: FileRecord.of(checkpoint / LAYOUT_FILE)})
     paths = sorted(checkpoint.glob("integrity.*.json"))
@@ -183,7 +179,7 @@ def check_structure(checkpoint: Path) -> None:
     reading of the layout, which needs torch.
 
     Raises:
-        Damage: the first fault that is found.
+        Damage: The first fault that is found.
     """
     # Check the file that marks the checkpoint as complete.
     if not checkpoint.is_dir():
@@ -214,18 +210,16 @@ def check_structure(checkpoint: Path) -> None:
 def check_content(
     checkpoint: Path, part: slice = slice(None), on_checked: Callable[[int], object] = lambda size: None
 ) -> None:
-    """Compare files of a checkpoint with their digests in the manifest.
-
-    A checkpoint without a manifest passes.
+    """Compare files of a checkpoint with their digests in the manifest; without a manifest, the checkpoint passes.
 
     Args:
-        checkpoint: a checkpoint that passes `check_structure`.
-        part: which files to compare, in the order of their names; `slice(rank, None, ranks)` divides the files among
+        checkpoint: A checkpoint that passes `check_structure`.
+        part: Which files to compare, in the order of their names; `slice(rank, None, ranks)` divides the files among
             ranks.
-        on_checked: called after each file with its size in bytes.
+        on_checked: Called after each file with its size in bytes.
 
     Raises:
-        Damage: the first file that differs from its digest.
+        Damage: The first file that differs from its digest.
     """
     for name, digest in sorted(Manifest.load(checkpoint).files.items())[part]:
         on_checked(_check_digest(checkpoint, name, digest))
@@ -280,7 +274,7 @@ def read_checkpoint_layout(checkpoint: Path) -> "Metadata":
     """Read the description of the tensors of a checkpoint.
 
     Raises:
-        Damage: the description is missing or damaged, or holds anything else.
+        Damage: The description is missing or damaged, or holds anything else.
     """
     try:
         with open_regular(checkpoint / LAYOUT_FILE) as stream:
@@ -314,7 +308,7 @@ def _needed_sizes(checkpoint: Path) -> dict[str, int]:
     """Return the least size, in bytes, that each file needs for the tensors that the layout places in it.
 
     Raises:
-        Damage: the layout is missing or damaged.
+        Damage: The layout is missing or damaged.
     """
     places = read_checkpoint_layout(checkpoint).storage_data.values()
     ends = sorted((place.offset + place.length, place.relative_path) for place in places)

@@ -37,7 +37,7 @@ def routing_mask_from_buffers(buffers: dict[str, Tensor]) -> RoutingMask:
     """Convert the buffers of `VisibleExperts` to a routing mask, and verify the mask.
 
     Raises:
-        UserError: the buffers are damaged or altered.
+        UserError: The buffers are damaged or altered.
     """
     metadata: Any = None
     try:
@@ -52,11 +52,11 @@ def read_routing_mask(source: str | Path) -> RoutingMask:
     """Read a routing mask.
 
     Args:
-        source: a file made by `maskmoe mask`, a `torch_dist` checkpoint, or the folder of the checkpoints
+        source: A file made by `maskmoe mask`, a `torch_dist` checkpoint, or the folder of the checkpoints
             of a run. The newest sound checkpoint of a folder is read.
 
     Raises:
-        UserError: the source is missing or damaged, or a checkpoint holds no routing mask.
+        UserError: The source is missing or damaged, or a checkpoint holds no routing mask.
     """
     source = Path(source)
     if not source.is_dir():

@@ -26,9 +26,9 @@ class EquivalentGPT:
     no counterpart.
 
     Attributes:
-        layer_of_symbol: for each layer of the hybrid decoder, the transformer layer, from 0; None for a layer without
+        layer_of_symbol: For each layer of the hybrid decoder, the transformer layer, from 0; None for a layer without
             counterpart.
-        has_alike_layers: whether checkpoints of the GPT model have one tensor for all layers, as opposed to one for
+        has_alike_layers: Whether checkpoints of the GPT model have one tensor for all layers, as opposed to one for
             each.
     """
 
@@ -53,7 +53,7 @@ class EquivalentGPT:
         Layers without counterpart, and their optimizer states, keep their initial values.
 
         Args:
-            state: the sharded state of the hybrid model, or of its optimizer, as Megatron generates it for loading.
+            state: The sharded state of the hybrid model, or of its optimizer, as Megatron generates it for loading.
             retarget_alike_layers: Megatron-Core's function for a GPT model with one tensor for all layers.
         """
         if self.has_alike_layers:
@@ -83,13 +83,8 @@ class EquivalentGPT:
 def find_equivalent_gpt(args: Namespace, saved_args: Namespace, model: object) -> tuple[EquivalentGPT | None, bool]:
     """Do what Megatron's `_maybe_setup_gpt_to_hybrid_load` does, for every pattern that has an equivalent GPT model.
 
-    Args:
-        args: the arguments of the run.
-        saved_args: the arguments in the checkpoint.
-        model: unused.
-
     Returns:
-        the equivalent GPT model, or None if no checkpoint of one is loaded into a hybrid model; and whether to load the
+        The equivalent GPT model, or None if no checkpoint of one is loaded into a hybrid model; and whether to load the
         state of the optimizer, too.
     """
     if args.hybrid_layer_pattern is None or getattr(saved_args, "hybrid_layer_pattern", None) is not None:
@@ -121,12 +116,11 @@ def request_saved_names(state: dict[str, Any], saved: Collection[str]) -> None:
     """Change a request to load a checkpoint, in place, so that it asks for the names that the checkpoint has.
 
     The norm before experts is the only tensor whose name depends on the implementation. Its optimizer state has the
-    same name with a prefix. Transformer Engine's norms also have a state of FP8, which local modules do not save. If
-    the checkpoint has no such state, the module keeps its own, which is empty without FP8.
+    same name with a prefix. If the checkpoint has no FP8 state of Transformer Engine's norms, the module keeps its own.
 
     Args:
-        state: the model's and the optimizer's sharded state, as Megatron generates it for loading.
-        saved: the names of all entries of the checkpoint.
+        state: The model's and the optimizer's sharded state, as Megatron generates it for loading.
+        saved: The names of all entries of the checkpoint.
     """
 
     def request(entry: Any) -> Any:

@@ -41,10 +41,10 @@ class _Save:
     """A save that has begun.
 
     Attributes:
-        iteration: the saved iteration.
-        is_local: whether the checkpoint is a non-persistent one.
-        is_repeated: whether the iteration has a checkpoint already, which stays until its next version is complete.
-        seconds: the time for which training has stood still because of this save.
+        iteration: The saved iteration.
+        is_local: Whether the checkpoint is a non-persistent one.
+        is_repeated: Whether the iteration has a checkpoint already, which stays until its next version is complete.
+        seconds: The time for which training has stood still because of this save.
     """
 
     iteration: int
@@ -100,14 +100,8 @@ class CheckpointSaver:
     def save(self, iteration: int, *args: Any, non_persistent_ckpt: bool = False, **kwargs: Any) -> None:
         """Save a checkpoint, as Megatron's `save_checkpoint` does, unless the checkpoint exists already.
 
-        Args:
-            iteration: the iteration to save.
-            *args: further arguments of Megatron's function.
-            non_persistent_ckpt: whether to save a non-persistent checkpoint.
-            **kwargs: further arguments of Megatron's function.
-
         Raises:
-            SaveError: a rank failed to save.
+            SaveError: A rank failed to save.
         """
         settings = self._settings
         # Hide the interval from Megatron, which may remove the last sound checkpoint if the newest one is damaged, and
@@ -130,13 +124,7 @@ class CheckpointSaver:
             replace_by_next_version(checkpoint)
 
     def _begin(self, save: _Save, *args: Any, **kwargs: Any) -> None:
-        """Call Megatron's function for a save; an asynchronous save is complete only when `finalize` has recorded it.
-
-        Args:
-            save: the save.
-            *args: the arguments of Megatron's function after the iteration.
-            **kwargs: further arguments of Megatron's function.
-        """
+        """Call Megatron's function for a save; `finalize` completes and records an asynchronous save."""
         is_first, start = torch.distributed.get_rank() == 0, time.perf_counter()
         with self._while_saving():
             if is_first:
@@ -157,12 +145,8 @@ class CheckpointSaver:
     def finalize(self, blocking: bool = False, terminate: bool = False) -> None:
         """Finalise asynchronous saves whose files are written, as Megatron's `maybe_finalize_async_save` does.
 
-        Args:
-            blocking: wait until the files of all saves are written.
-            terminate: end the process that writes.
-
         Raises:
-            SaveError: a rank failed to save.
+            SaveError: A rank failed to save.
         """
         start = time.perf_counter()
         waits = blocking and bool(self._unfinished)
@@ -270,10 +254,6 @@ class SealedSaveStrategy(TorchDistSaveShardedStrategy):
 
         Megatron-Core starts a process for a queue of results, which only asynchronous saving needs. The process takes
         seconds to start, and a signal to the process group may end it. So the queue is one of this process here.
-
-        Args:
-            sharded_state_dict: the state to save.
-            checkpoint_dir: the folder of the checkpoint.
         """
         process_queue = filesystem_async._results_queue
         # The attribute is declared as None.
@@ -290,11 +270,6 @@ class SealedSaveStrategy(TorchDistSaveShardedStrategy):
 
         Tensors in host memory are copied first. The writing process would otherwise share them with training, which
         changes them. Tensors on a GPU are copied to the host in any case.
-
-        Args:
-            sharded_state_dict: the state to save.
-            checkpoint_dir: the folder of the checkpoint.
-            async_strategy: Megatron's name of the implementation of asynchronous saving.
         """
         request = self._request(sharded_state_dict, Path(checkpoint_dir), async_strategy)
         if request.async_fn is not None:
@@ -322,13 +297,6 @@ def _copy_host_tensors(bucket: tuple) -> tuple:
 
 
 def _write_and_record(write: Callable[..., None], rank: int, write_buckets: list[tuple], *args: Any) -> None:
-    """Write the files of this rank, then record them.
-
-    Args:
-        write: the function of Megatron's writer, which gets all further arguments.
-        rank: the rank that trains.
-        write_buckets: the contents of the files; the first element of each bucket is the path of its file.
-        *args: further arguments of `write`.
-    """
+    """Write the files of this rank by the function of Megatron's writer, then record them."""
     write(rank, write_buckets, *args)
     record_rank([Path(bucket[0]) for bucket in write_buckets], rank)

@@ -25,8 +25,8 @@ class Choice:
     """The checkpoint to load.
 
     Attributes:
-        checkpoint: the folder of the checkpoint; None if the folder has none.
-        rejected: the faults of the newer checkpoints.
+        checkpoint: The folder of the checkpoint; None if the folder has none.
+        rejected: The faults of the newer checkpoints.
     """
 
     checkpoint: Path | None
@@ -61,12 +61,7 @@ def has_checkpoint(folder: str | Path) -> bool:
 
 
 def write_tracker(folder: str | Path, iteration: int | str) -> None:
-    """Record the newest checkpoint in Megatron's tracker file, atomically; Megatron writes the file in place.
-
-    Args:
-        folder: the folder of the checkpoints.
-        iteration: the iteration of the newest checkpoint, or `RELEASE`.
-    """
+    """Record the newest checkpoint, an iteration or `RELEASE`, in Megatron's tracker file, atomically."""
     with atomic_output(Path(folder) / TRACKER) as path:
         path.write_text(str(iteration))
 
@@ -96,21 +91,20 @@ def choose_checkpoint(
 ) -> Choice:
     """Choose the newest sound checkpoint in a folder, or in the folder of the run's non-persistent checkpoints.
 
-    The search starts with the checkpoint that the tracker file names, and continues with older checkpoints. Without a
-    usable tracker file, which an interrupted save may leave behind, the search starts with the newest checkpoint. A
-    folder in which only the first save of a run was interrupted counts as a folder without checkpoints. If both kinds
-    have a sound checkpoint of the same iteration, the persistent one is chosen. A kill may have stopped
-    `replace_by_next_version` between its two renames, so the search first completes the second rename.
+    The search starts with the checkpoint that the tracker file names, or without a usable tracker file with the newest
+    one, and continues with older checkpoints. A folder in which only the first save of a run was interrupted counts as
+    a folder without checkpoints. Of two checkpoints of one iteration, the persistent one is chosen. The search first
+    completes a replacement of a checkpoint that a kill has interrupted.
 
     Args:
-        folder: the folder in Megatron's `--load` or `--pretrained-checkpoint`.
+        folder: The folder in Megatron's `--load` or `--pretrained-checkpoint`.
         step: Megatron's `--ckpt-step`, the only iteration to choose; None to choose among all.
-        check: raises `Damage` if a checkpoint is not sound.
-        non_persistent: the folder of the non-persistent checkpoints, which need no tracker file; None without them.
-        flag: the flag that names the folder.
+        check: Raises `Damage` if a checkpoint is not sound.
+        non_persistent: The folder of the non-persistent checkpoints, which need no tracker file; None without them.
+        flag: The flag that names the folder.
 
     Raises:
-        UserError: the folder has checkpoints, or a record of one, but none is sound.
+        UserError: The folder has checkpoints, or a record of one, but none is sound.
     """
     finish_replacements(folder)
     rejected: list[Damage] = []
@@ -139,11 +133,11 @@ def locate_checkpoint(path: Path, step: int | None = None) -> Path:
     An older checkpoint never takes the place of a damaged one: the caller would not notice.
 
     Args:
-        path: the folder of a checkpoint or of a run's checkpoints.
+        path: The folder of a checkpoint or of a run's checkpoints.
         step: Megatron's `--ckpt-step`, the iteration to choose; None for the newest.
 
     Raises:
-        UserError: the folder does not exist or holds no checkpoint, or the newest checkpoint is damaged.
+        UserError: The folder does not exist or holds no checkpoint, or the newest checkpoint is damaged.
     """
     check_folder(path)
     if (path / LAYOUT_FILE).exists():
@@ -244,10 +238,7 @@ def remove_next_versions(folder: str | Path) -> None:
 
 
 def remove_unfinished_checkpoints(folder: str | Path) -> None:
-    """Remove unfinished checkpoints that are newer than the checkpoint in the tracker file, which failed saves left.
-
-    Unfinished next versions of checkpoints are removed, too.
-    """
+    """Remove what failed saves left: unfinished checkpoints that are newer than the tracker file says."""
     remove_next_versions(folder)
     newest = read_tracker(folder)
     for iteration in saved_iterations(folder):
@@ -264,18 +255,15 @@ def remove_old_checkpoints(
     newest: int | None = None,
     is_dry_run: bool = False,
 ) -> list[Path]:
-    """Remove all checkpoints that are older than the newest `keep` sound checkpoints.
+    """Remove all checkpoints that are older than the newest `keep` sound checkpoints, and return their folders.
 
     Args:
-        folder: the folder in Megatron's `--save`.
-        keep: the number of sound checkpoints that stay; None keeps all.
+        folder: The folder in Megatron's `--save`.
+        keep: The number of sound checkpoints that stay; None keeps all.
         retain_interval: Megatron's `--save-retain-interval`; checkpoints at multiples of this iteration stay, too.
-        newest: the newest iteration of the run. Later checkpoints were rejected on loading, or the run has gone back
+        newest: The newest iteration of the run. Later checkpoints were rejected on loading, or the run has gone back
             beyond them, so they neither count nor are removed. None counts all checkpoints.
-        is_dry_run: whether to remove nothing.
-
-    Returns:
-        the checkpoints that should be gone; a folder that could not be removed completely is still there.
+        is_dry_run: Whether to remove nothing.
     """
     if keep is None:
         return []
@@ -299,24 +287,14 @@ _SUBFOLDER = "non_persistent"  # Megatron's name
 
 
 def non_persistent_folder(args: Namespace, folder: str | Path | None) -> Path | None:
-    """Return the folder of a run's non-persistent checkpoints; None if the run neither saves nor loads any.
-
-    Args:
-        args: Megatron's arguments.
-        folder: the folder in `--save` or `--load`.
-    """
+    """Return the folder of the non-persistent checkpoints beside `--save` or `--load`; None if the run has none."""
     if args.non_persistent_ckpt_type != "global" or folder is None:
         return None
     return Path(args.non_persistent_global_ckpt_dir or Path(folder) / _SUBFOLDER)
 
 
 def is_non_persistent(args: Namespace, checkpoint: Path | None) -> bool:
-    """Return whether a checkpoint that was chosen for `--load` is a non-persistent one.
-
-    Args:
-        args: Megatron's arguments.
-        checkpoint: the folder of the checkpoint; None if there is none.
-    """
+    """Return whether the checkpoint that was chosen for `--load` is a non-persistent one."""
     return checkpoint is not None and checkpoint.parent == non_persistent_folder(args, args.load)
 
 
@@ -324,7 +302,7 @@ def check_separate_folder(args: Namespace) -> None:
     """Check that removing non-persistent checkpoints cannot remove other checkpoints.
 
     Raises:
-        UserError: the folder of non-persistent checkpoints is the folder of other checkpoints, or contains it.
+        UserError: The folder of non-persistent checkpoints is the folder of other checkpoints, or contains it.
     """
     if args.non_persistent_global_ckpt_dir is None:
         return
@@ -344,10 +322,9 @@ def make_room(folder: Path, iteration: int, loaded: int | None = None) -> None:
     iteration. Megatron would keep it as the newest one, and remove the sound one.
 
     Args:
-        folder: the folder of the non-persistent checkpoints.
-        iteration: the iteration that will be saved.
-        loaded: the iteration from which the run has resumed, for the first save of the run: later checkpoints were
-            rejected on loading, or left behind. None in later saves.
+        folder: The folder of the non-persistent checkpoints.
+        iteration: The iteration that will be saved.
+        loaded: In the first save of a run, the iteration from which it has resumed: later checkpoints are useless.
     """
     for saved in saved_iterations(folder):
         checkpoint = checkpoint_path(folder, saved)

@@ -18,18 +18,13 @@ def read_json(path: Path) -> dict[str, Any]:
     """Read a JSON object whose content is not known in advance.
 
     Raises:
-        UserError: the file cannot be read, or does not contain a JSON object.
+        UserError: The file cannot be read, or does not contain a JSON object.
     """
     return read_record(dict[str, Any], path, "replace the file by an intact copy")
 
 
 def check_finite(content: object, path: Path) -> None:
-    """Refuse NaN and infinity anywhere in the content of a JSON file; Python reads and writes both. Raises UserError.
-
-    Args:
-        content: the content of the file.
-        path: the file.
-    """
+    """Refuse NaN and infinity anywhere in the content of the JSON file `path`; Python reads and writes both."""
     places: list[tuple[str, object]] = [("", content)]
     while places:
         place, value = places.pop()
@@ -51,12 +46,12 @@ def read_record[T](kind: type[T], path: Path, advice: str) -> T:
     """Read a JSON file that `write_record` has written.
 
     Args:
-        kind: dataclass of the content.
-        path: the file.
-        advice: what the user can do about a damaged file.
+        kind: Dataclass of the content.
+        path: The file.
+        advice: What the user can do about a damaged file.
 
     Raises:
-        UserError: the file cannot be read or is damaged.
+        UserError: The file cannot be read or is damaged.
     """
     try:
         return type_adapter(kind).validate_json(read_json_bytes(path))
@@ -94,19 +89,15 @@ class Line(NamedTuple):
     """A line of a file.
 
     Attributes:
-        place: the line's number and file, for error messages.
-        text: the line without its end.
+        place: The line's number and file, for error messages.
+        text: The line without its end.
     """
 
     place: str
     text: str
 
     def parse(self) -> dict[str, Any]:
-        """Return the JSON object in the line.
-
-        Raises:
-            UserError: the line is not a JSON object.
-        """
+        """Return the JSON object in the line. Raises UserError if the line is not a JSON object."""
         try:
             content = json.loads(self.text)
         except (ValueError, RecursionError) as error:
@@ -119,12 +110,10 @@ class Line(NamedTuple):
 def read_lines(path: Path, flag: str) -> list[Line]:
     """Return the lines of a text file that are not blank.
 
-    Args:
-        path: the file.
-        flag: the flag that names the file, for error messages.
+    Only a line feed, alone or after a carriage return, ends a line. Other line ends of Unicode may be part of a text.
 
     Raises:
-        UserError: the file cannot be read, is not text in UTF-8, or has blank lines only.
+        UserError: The file, which `flag` names, cannot be read, is not text in UTF-8, or has blank lines only.
     """
     name = f"{flag} {path}"
     try:

@@ -25,12 +25,12 @@ def check_outputs(
     Paths that lead to one file by links, or by other spellings, count as the same file.
 
     Args:
-        outputs: the files that a command will write.
-        inputs: the files and folders that the command reads. A file in an input folder is an input, too.
-        force: whether outputs that exist may be replaced. Inputs are never replaced.
+        outputs: The files that a command will write.
+        inputs: The files and folders that the command reads. A file in an input folder is an input, too.
+        force: Whether outputs that exist may be replaced. Inputs are never replaced.
 
     Raises:
-        UserError: an output is an input, two outputs are the same file, an output exists and `force` is false, or an
+        UserError: An output is an input, two outputs are the same file, an output exists and `force` is false, or an
             output is not a regular file, or its folder does not exist or is not writable.
     """
     outputs, inputs = [Path(path) for path in outputs], [Path(path) for path in inputs]
@@ -50,11 +50,7 @@ def check_outputs(
 
 
 def check_output_kind(path: Path) -> None:
-    """Check that a path is free, or that a regular file or a link can be replaced there.
-
-    Raises:
-        UserError: the path is a folder, a device, a pipe or a socket, also by a link, or no file can have that name.
-    """
+    """Check that a path is free, or leads to a regular file, which can be replaced. Raises UserError."""
     with _reporting_failure(path):
         try:
             mode = os.stat(path).st_mode
@@ -67,15 +63,7 @@ def check_output_kind(path: Path) -> None:
 
 
 def check_output_folder(folder: Path, path: Path) -> None:
-    """Check that files can be made in a folder.
-
-    Args:
-        folder: the folder.
-        path: the output that an error names.
-
-    Raises:
-        UserError: the folder does not exist or is not writable.
-    """
+    """Check that files can be made in a folder; raise a UserError that names the output `path` otherwise."""
     with _reporting_failure(path), tempfile.TemporaryFile(dir=folder):
         pass
 
@@ -113,7 +101,7 @@ def unwinding_on_signals() -> Iterator[None]:
     Python handles signals on the main thread only.
 
     Raises:
-        SystemExit: a signal arrived.
+        SystemExit: A signal arrived.
     """
     numbers = (signal.SIGTERM, signal.SIGHUP) if threading.current_thread() is threading.main_thread() else ()
     changed = [number for number in numbers if signal.getsignal(number) is signal.SIG_DFL]
@@ -163,13 +151,13 @@ def _reporting_failure(path: Path) -> Iterator[None]:
 
 
 def render_template(package: str, name: str, values: Mapping[str, Any], filters: Mapping[str, Callable]) -> str:
-    """Return the text of a template.
+    """Return the text of a template, in which a missing variable is an error.
 
     Args:
-        package: the package whose folder `templates` holds the template.
-        name: the file name of the template.
-        values: the template's variables; a missing one is an error.
-        filters: further filters of the template.
+        package: The package whose folder `templates` holds the template.
+        name: The file name of the template.
+        values: The template's variables.
+        filters: Further filters of the template.
     """
     from jinja2 import Environment, PackageLoader, StrictUndefined  # most commands render nothing
 

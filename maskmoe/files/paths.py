@@ -11,24 +11,13 @@ SUBMIT_SCRIPT = _CHECKOUT / "launch" / "slurm" / "submit.sh"
 
 
 def runs_folder() -> Path:
-    """Return the folder in which runs are kept by default.
-
-    The folder is `runs` in the checkout if this code lies in one, else `runs` in the current folder.
-    """
+    """Return the folder in which runs are kept by default: `runs` in the checkout, or else in the current folder."""
     is_checkout = (_CHECKOUT / "launch" / "pretrain.sh").exists()
     return (_CHECKOUT if is_checkout else Path.cwd()) / "runs"
 
 
 def check_folder(path: Path, flag: str = "") -> None:
-    """Check that a folder exists.
-
-    Args:
-        path: the folder.
-        flag: the flag that names the folder, for the error.
-
-    Raises:
-        UserError: the path does not exist, or is not a folder.
-    """
+    """Check that a folder exists. Raises a UserError that names the flag otherwise."""
     if not path.is_dir():
         raise UserError(f"{flag} {path} does not exist, or is not a folder".lstrip())
 

@@ -40,10 +40,6 @@ def run_folder(save: str | None, tensorboard_dir: str | None = None) -> Path | N
 
     The launcher calls these folders `checkpoints` and `tensorboard`. A folder with another name is itself the run
     folder. Without a launcher and both folders, there is no run folder.
-
-    Args:
-        save: the value of `--save`.
-        tensorboard_dir: the value of `--tensorboard-dir`.
     """
     if folder := os.environ.get(RUN_FOLDER_VARIABLE):
         return Path(folder)
@@ -142,9 +138,6 @@ def read_journal(run_folder: Path) -> list[Entry]:
 
     A line that a killed process has left unfinished, and a file that cannot be read, are skipped. Only the last 16 MiB
     of a file are read.
-
-    Args:
-        run_folder: The run folder.
     """
     entries = (entry for path in (run_folder / JOURNAL).glob("*.jsonl") for entry in _read(path))
     return sorted(entries, key=lambda entry: entry.time)

@@ -1,6 +1,5 @@
 """Reads files that a stranger may have written: bounded in size and depth, and never from a device or a pipe."""
 
-import json
 import os
 import re
 import stat
@@ -31,8 +30,8 @@ class UnusableFile(UserError):  # noqa: N818 (a finding about a file)
     """A file that cannot be used.
 
     Args:
-        path: the file.
-        reason: a clause that follows the path, such as "is not a regular file".
+        path: The file.
+        reason: A clause that follows the path, such as "is not a regular file".
     """
 
     def __init__(self, path: Path, reason: str) -> None:
@@ -44,7 +43,7 @@ def open_regular(path: str | os.PathLike[str]) -> BufferedReader:
     """Open a regular file for reading, without waiting for the writer of a pipe.
 
     Raises:
-        UnusableFile: the path is missing or cannot be read, or is a folder, a device, a pipe or a socket.
+        UnusableFile: The path is missing or cannot be read, or is a folder, a device, a pipe or a socket.
     """
     path = Path(path)
     try:
@@ -69,20 +68,12 @@ def _check_mode(path: Path, mode: int) -> None:
 
 
 def check_regular(path: str | os.PathLike[str]) -> None:
-    """Check that a file that a library will open by its name is a regular file.
-
-    Raises:
-        UnusableFile: see `open_regular`.
-    """
+    """Check that a file that a library will open by its name is a regular file. Raises UnusableFile."""
     open_regular(path).close()
 
 
 def read_bounded(path: str | os.PathLike[str], max_bytes: int) -> bytes:
-    """Read a regular file.
-
-    Raises:
-        UnusableFile: the file is not a regular file, cannot be read, or has more than `max_bytes` bytes.
-    """
+    """Read a regular file. Raises UnusableFile if it cannot be read, or has more than `max_bytes` bytes."""
     path = Path(path)
     with open_regular(path) as stream:
         try:
@@ -98,7 +89,7 @@ def read_json_bytes(path: str | os.PathLike[str]) -> bytes:
     """Read a JSON file and return its bytes, which every JSON parser can then handle.
 
     Raises:
-        UnusableFile: the file cannot be read, is not JSON, is nested too deeply, or holds a number of thousands
+        UnusableFile: The file cannot be read, is not JSON, is nested too deeply, or holds a number of thousands
             of digits.
     """
     path = Path(path)
@@ -118,7 +109,7 @@ def resolve_inside(folder: Path, name: str) -> Path:
     by the user, so it may be a link to anywhere, and so may files that the program opens by a name of its own.
 
     Raises:
-        UnusableFile: the name leads outside the folder, or does not name a regular file.
+        UnusableFile: The name leads outside the folder, or does not name a regular file.
     """
     check_name(folder, name)
     path = folder / name
@@ -133,11 +124,7 @@ def resolve_inside(folder: Path, name: str) -> Path:
 
 
 def check_name(folder: Path, name: str) -> None:
-    """Check that a name, which need not exist yet, stays inside a folder; see `resolve_inside`.
-
-    Raises:
-        UnusableFile: the name is empty or absolute, contains `..`, or is no possible name.
-    """
+    """Check that a name, which need not exist yet, stays inside a folder, see `resolve_inside`. Raises UnusableFile."""
     parts = name.split("/")
     if not name.isprintable() or any(part in ("", "..") for part in parts):
         raise UnusableFile(folder, f"names the file {name[:200]!r}, which does not lie inside the folder")
@@ -159,14 +146,10 @@ class _WordLoader(yaml.BaseLoader):
 
 
 def read_words(path: Path, kind: str) -> object:
-    """Read a YAML file, with all scalars as text.
-
-    Args:
-        path: the file.
-        kind: the kind of file, such as "model file", for error messages.
+    """Read a YAML file, with all scalars as text; errors call the file a `kind`, such as "model file".
 
     Raises:
-        UserError: the file cannot be read, is not valid YAML, or is nested too deeply or too long once its aliases are
+        UserError: The file cannot be read, is not valid YAML, or is nested too deeply or too long once its aliases are
             written out.
     """
     try:
@@ -201,11 +184,11 @@ def reading(what: str, advice: str = "replace it by an intact copy") -> Iterator
     """Turn every failure of the block into an error that names what was read.
 
     Args:
-        what: the thing that the block reads, such as "the tokenizer of model/".
-        advice: what the user can do.
+        what: The thing that the block reads, such as "the tokenizer of model/".
+        advice: What the user can do.
 
     Raises:
-        UserError: the block failed. A library in Rust may even panic, which Python sees as a BaseException.
+        UserError: The block failed. A library in Rust may even panic, which Python sees as a BaseException.
     """
     try:
         with _hiding_messages_of_failures():
@@ -245,25 +228,11 @@ def has_surrogates(text: str) -> bool:
 
 
 def refuse_surrogates(text: str, what: str) -> None:
-    """Check that UTF-8 can encode a text.
-
-    Args:
-        text: the text.
-        what: the source of the text, for the error.
-
-    Raises:
-        UserError: the text has half of a surrogate pair.
-    """
+    """Check that UTF-8 can encode a text. Raises a UserError that names the source `what` of the text otherwise."""
     if found := _HALF_OF_PAIR.search(text):
         raise UserError(
             f"{what} has an invalid byte or half of a surrogate pair ({found[0]!a}), which is not text: correct it"
         )
-
-
-def printable_texts(value: Any) -> Any:
-    r"""Return a JSON value in whose texts each half of a surrogate pair is an escape such as `\udcff`, for records."""
-    text = json.dumps(value, ensure_ascii=False)
-    return json.loads(_HALF_OF_PAIR.sub(lambda half: rf"\\u{ord(half[0]):x}", text))
 
 
 def printable_name(path: str | os.PathLike[str]) -> str:

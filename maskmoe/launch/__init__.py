@@ -6,5 +6,4 @@ the ranks again and again while nodes come and go; the launchers agree by the fi
 runs one entry point on this machine, without a model file.
 
 `ranks` is torchrun without its own report of failures. `machine` finds the GPUs, cores and addresses of this machine.
-`run_folder` finds the folder of a run, and `journal` is what the launchers and the first rank write there.
 """

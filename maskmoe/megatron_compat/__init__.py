@@ -43,11 +43,6 @@ def prepare_process() -> None:
 def replace(owner: object, name: str, replacement: object) -> None:
     """Set an attribute of a module or class of Megatron-Core or torch that exists already.
 
-    Args:
-        owner: The module or class.
-        name: Name of the attribute.
-        replacement: The new value. Its type may differ from the declared type of the attribute.
-
     Raises:
         AttributeError: There is nothing to replace, so another version of Megatron-Core or torch is installed than the
             patch was written for.
@@ -58,12 +53,7 @@ def replace(owner: object, name: str, replacement: object) -> None:
 
 @contextmanager
 def replacing(owner: object, **replacements: object) -> Iterator[None]:
-    """Replace attributes of a module or class during a block, see `replace`.
-
-    Args:
-        owner: The module or class.
-        replacements: The new values by name of the attribute.
-    """
+    """Replace attributes of a module or class, given by name, during a block, see `replace`."""
     stock = {name: getattr(owner, name) for name in replacements}
     for name, replacement in replacements.items():
         replace(owner, name, replacement)

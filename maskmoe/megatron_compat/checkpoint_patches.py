@@ -39,6 +39,9 @@ from maskmoe.processes.liveness import end_with_parent
 
 _SHORT_INTEGERS = (torch.int16, torch.uint16)
 _RANK_PROCESS = "MASKMOE_RANK_PROCESS"
+rank_is_ending = threading.Event()
+"""Is set when this rank ends, and ends its writer."""
+
 _stock_get_process: Callable[..., BaseProcess] = PersistentAsyncCaller._get_process
 _stock_async_loop: Callable[..., None] = PersistentAsyncCaller.async_loop
 
@@ -80,11 +83,7 @@ def tie_writers_to_their_rank() -> None:
 
 
 def start_writer(*args: Any) -> BaseProcess:
-    """Return the process that writes the checkpoints of this rank; start the process if there is none.
-
-    Args:
-        *args: The arguments of `PersistentAsyncCaller._get_process`, which this function replaces.
-    """
+    """Return the process that writes the checkpoints of this rank; start the process if there is none."""
     if PersistentAsyncCaller._persistent_process is not None:
         return PersistentAsyncCaller._persistent_process
     with _immune_children():
@@ -94,10 +93,10 @@ def start_writer(*args: Any) -> BaseProcess:
 
 
 def end_with_writer(writer: BaseProcess) -> None:
-    """Wait for the end of the process that writes checkpoints, and end this rank if the writer has died."""
+    """Wait for the end of the process that writes checkpoints; unless this rank has ended it, end this rank, too."""
     multiprocessing.connection.wait([writer.sentinel])
     time.sleep(1)  # Megatron may be ending the writer: only one thread can read the exit code
-    if writer.exitcode:
+    if writer.exitcode and not rank_is_ending.is_set():
         print(
             f"error: the process that writes checkpoints has died (host {socket.gethostname()}, process {writer.pid}, "
             f"exit code {writer.exitcode}); a killed process (-9) may mean that the host is out of memory. Start the "
@@ -113,22 +112,13 @@ def write_for_rank(*args: Any) -> None:
 
     The parent of this process is a fork server, which lives as long as it has a child. So this process watches the rank
     and not its parent.
-
-    Args:
-        *args: The arguments of `PersistentAsyncCaller.async_loop`.
     """
     threading.Thread(target=_end_with, args=(int(os.environ[_RANK_PROCESS]),), daemon=True).start()
     _stock_async_loop(*args)
 
 
 def get_write_results_queue(mp_mode: str = "spawn") -> Queue:
-    """Return the queue of write results; its process ends together with this process.
-
-    This function replaces Megatron-Core's function of the same name.
-
-    Args:
-        mp_mode: The start method of the process.
-    """
+    """Return the queue of write results; its process ends together with this process."""
     if filesystem_async._results_queue is None:
         manager = SyncManager(ctx=torch.multiprocessing.get_context(mp_mode))
         with _immune_children():

@@ -1,24 +1,20 @@
 """Runs Megatron-Core's training stack on a machine without CUDA, over gloo.
 
-Megatron addresses its device as `torch.cuda` throughout. Vendors of other accelerators map `torch.cuda` to their
-device. This module maps `torch.cuda` to the CPU, so that CPU and GPU share one training path and CPU tests exercise the
-code that runs on GPUs. `install()` must run before `megatron` is first imported, and never where CUDA is present.
-
-`_REPLACEMENTS` declares the mapping, which replaces functions once, at installation. Nothing intercepts single
-operations.
+Megatron addresses its device as `torch.cuda` throughout. This module maps `torch.cuda` to the CPU, as vendors of other
+accelerators map it to their devices, so that CPU and GPU share one training path. `install()` must run before
+`megatron` is first imported, and never where CUDA is present. `_REPLACEMENTS` declares the mapping, which replaces
+functions once, at installation. Nothing intercepts single operations.
 """
 
 import contextlib
 import ctypes
 import functools
-import inspect
 import logging
 import os
 import resource
 import sys
 import warnings
 from collections.abc import Callable, Iterable, Iterator
-from datetime import timedelta
 from types import SimpleNamespace
 from typing import Any
 
@@ -50,7 +46,7 @@ def install(hidden: Iterable[str] = PACKAGES_FOR_GPUS) -> None:
     """Map `torch.cuda` to the CPU and switch off what cannot run there.
 
     Args:
-        hidden: packages that cannot be imported afterwards, unless they were imported before.
+        hidden: Packages that cannot be imported afterwards, unless they were imported before.
 
     Raises:
         RuntimeError: CUDA is present, or megatron was imported already.
@@ -287,37 +283,6 @@ def _type_of_cuda(self: torch.Tensor, dtype: Any = None, non_blocking: bool = Fa
     return _type(self, dtype, non_blocking, **kwargs)
 
 
-# Collectives of one rank, which change nothing. gloo would wake up another thread for each of them, and a small model's
-# step has about twenty.
-
-
-class _FinishedWork(torch.distributed.Work):
-    """The handle of an asynchronous collective that had nothing to do."""
-
-    def wait(self, timeout: timedelta = timedelta()) -> bool:
-        return True
-
-    def is_completed(self) -> bool:
-        return True
-
-    def is_success(self) -> bool:
-        return True
-
-
-def _skipping_one_rank(collective: Callable) -> Callable:
-    """Skip a collective that changes one tensor in place, `collective(tensor, …, group, async_op)`, for one rank."""
-    signature = inspect.signature(collective)
-
-    @functools.wraps(collective)
-    def wrapper(*args: Any, **kwargs: Any) -> Any:
-        settings = signature.bind(*args, **kwargs).arguments
-        if torch.distributed.get_world_size(settings.get("group")) != 1:
-            return collective(*args, **kwargs)
-        return _FinishedWork() if settings.get("async_op") else None
-
-    return wrapper
-
-
 # Collectives of tensors of different sizes, which NCCL has and gloo lacks
 
 
@@ -329,9 +294,6 @@ _reduce_scatter: Callable = torch.distributed.reduce_scatter
 def _all_gather_any(
     tensor_list: list[torch.Tensor], tensor: torch.Tensor, group: Any = None, async_op: bool = False
 ) -> Any:
-    if len(tensor_list) == 1 and not async_op:
-        tensor_list[0].copy_(tensor)
-        return None
     if len({output.shape for output in tensor_list}) == 1:
         return _all_gather(tensor_list, tensor, group, async_op)
     tensor_list[torch.distributed.get_rank(group)].copy_(tensor)
@@ -417,6 +379,5 @@ _REPLACEMENTS: dict[Any, dict[str, Any]] = {
     torch.distributed: {
         "all_gather": _all_gather_any,
         "reduce_scatter": _reduce_scatter_any,
-        **{name: _skipping_one_rank(getattr(torch.distributed, name)) for name in ("all_reduce", "broadcast")},
     },
 }

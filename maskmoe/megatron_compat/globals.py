@@ -28,11 +28,7 @@ _NO_WRITERS = {"tensorboard_dir": None, "wandb_project": "", "enable_one_logger"
 
 
 def set_globals_without_writers(args: Namespace) -> None:
-    """Set all global variables but the writers, which would write files before all settings are checked.
-
-    Args:
-        args: Megatron's validated arguments, which are the same after the call.
-    """
+    """Set all global variables but the writers, which would write files before all settings are checked."""
     held_back = {name: getattr(args, name) for name in _NO_WRITERS}
     vars(args).update(_NO_WRITERS)
     try:
@@ -42,11 +38,7 @@ def set_globals_without_writers(args: Namespace) -> None:
 
 
 def open_writers(args: Namespace) -> None:
-    """Open the writers of TensorBoard, Weights & Biases and one-logger that the arguments ask for, on the last rank.
-
-    Args:
-        args: The arguments of `set_globals_without_writers`.
-    """
+    """Open the writers of TensorBoard, Weights & Biases and one-logger that the arguments ask for, on the last rank."""
     for set_writer in (
         global_vars._set_tensorboard_writer,
         global_vars._set_wandb_writer,

@@ -1,8 +1,7 @@
 """Patches of Megatron-Core and torch that every process needs, on CPU and GPU alike.
 
-Each function replaces something of megatron-core 0.19.2 or torch 2.15 and says what, why, and when the patch can go. No
-patch here knows other rooms of this package. The patches that concern checkpoints are in
-`maskmoe.megatron_compat.checkpoint_patches`.
+Each function replaces something of megatron-core 0.19.2 or torch 2.15 and says what, why, and when the patch can go.
+The patches that concern checkpoints are in `checkpoint_patches`.
 """
 
 import argparse
@@ -253,8 +252,8 @@ def building_replicated_linears_of(
     Can go: When `MoELayer` and `MLASelfAttention` accept any class from the layer's spec.
 
     Args:
-        linear: builds a linear layer; takes the arguments of `TELinear`.
-        module: the module of Megatron.
+        linear: Builds a linear layer; takes the arguments of `TELinear`.
+        module: The module of Megatron.
     """
     return replacing(module, HAVE_TE=True, TELinear=linear)
 

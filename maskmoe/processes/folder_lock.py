@@ -70,7 +70,7 @@ def locked_folder(folder: Path) -> Iterator[None]:
     """Hold the lock of a folder, which is created if missing, during the block.
 
     Raises:
-        UserError: another process holds the lock, or the lock file cannot be made.
+        UserError: Another process holds the lock, or the lock file cannot be made.
     """
     path = folder / LOCK_NAME
     try:
@@ -94,7 +94,7 @@ def check_unlocked(folder: Path, patience: float = 0.0) -> None:
         patience: For how many seconds to wait until the lock is free.
 
     Raises:
-        UserError: another process holds the lock.
+        UserError: Another process holds the lock.
     """
     deadline = time.monotonic() + patience
     while (state := look_at_lock(folder)) is not None and state.is_held and state.holder is not None:
@@ -107,7 +107,7 @@ def _acquire(path: Path) -> int:
     """Lock the file and write this process into it; return the file's descriptor.
 
     Raises:
-        UserError: another process holds the lock.
+        UserError: Another process holds the lock.
     """
     me, start = Holder.this_process(), time.monotonic()
     while True:

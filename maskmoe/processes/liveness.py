@@ -23,8 +23,8 @@ def end_with_parent(parent: int, by: signal.Signals = signal.SIGKILL) -> None:
     """Let the kernel signal this process when its parent exits for whatever reason; does nothing outside Linux.
 
     Args:
-        parent: the process id of the process that started this one. It may have exited already.
-        by: the signal that this process receives.
+        parent: The process id of the process that started this one. It may have exited already.
+        by: The signal that this process receives.
     """
     if sys.platform == "linux":
         ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, by)
@@ -62,10 +62,10 @@ class Holder:
     """A process that holds a lock, or that leads a node of a run.
 
     Attributes:
-        host: name of its host.
-        pid: its process id on that host.
-        started: when the process started, in seconds since the epoch, which tells it from a later process of this id.
-        pid_namespace: the boot of the machine and the namespace in which the process has its id; empty if unknown.
+        host: Name of its host.
+        pid: Its process id on that host.
+        started: When the process started, in seconds since the epoch, which tells it from a later process of this id.
+        pid_namespace: The boot of the machine and the namespace in which the process has its id; empty if unknown.
             Hosts may have equal names: pods in the network of their host, or containers with a fixed name.
     """
 
@@ -116,8 +116,8 @@ def beating(beat: Callable[[], None], seconds: float) -> Iterator[None]:
     """Call a function every few seconds, on a thread of its own, until the block ends.
 
     Args:
-        beat: gives a sign of life, such as touching a file. An OSError is dropped: a file system may fail for a while.
-        seconds: the time between two calls.
+        beat: Gives a sign of life, such as touching a file. An OSError is dropped: a file system may fail for a while.
+        seconds: The time between two calls.
     """
     has_ended = threading.Event()
 

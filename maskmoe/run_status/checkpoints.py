@@ -41,12 +41,12 @@ class SavedCheckpoint:
     """One checkpoint.
 
     Attributes:
-        path: its folder.
-        iteration: its iteration; None for a `release` checkpoint.
-        size: the size of its files in bytes.
-        saved: when it was completed, or last changed, in seconds since 1970.
-        soundness: the state of its files.
-        fault: what is wrong, a clause; empty if nothing is.
+        path: Its folder.
+        iteration: Its iteration; None for a `release` checkpoint.
+        size: The size of its files in bytes.
+        saved: When it was completed, or last changed, in seconds since 1970.
+        soundness: The state of its files.
+        fault: What is wrong, a clause; empty if nothing is.
     """
 
     path: Path
@@ -62,10 +62,10 @@ class Checkpoints:
     """The checkpoints of a run.
 
     Attributes:
-        folder: the folder of the checkpoints; None if the run has none.
-        saved: the checkpoints, the newest first.
-        next_start: the checkpoint that a restart would load; None without a sound checkpoint.
-        problem: why a restart would be refused; empty if it would not.
+        folder: The folder of the checkpoints; None if the run has none.
+        saved: The checkpoints, the newest first.
+        next_start: The checkpoint that a restart would load; None without a sound checkpoint.
+        problem: Why a restart would be refused; empty if it would not.
     """
 
     folder: Path | None = None
@@ -78,8 +78,8 @@ def find_checkpoints(run: Path, save: Path | None) -> Path | None:
     """Return the folder of a run's checkpoints and of its lock; None if there is none.
 
     Args:
-        run: the run folder.
-        save: the folder in the run's `--save`.
+        run: The run folder.
+        save: The folder in the run's `--save`.
     """
     places = (place for place in (run / CHECKPOINTS, run, save) if place is not None)
     return next((place for place in places if has_checkpoint(place) or (place / LOCK_NAME).exists()), None)
@@ -89,9 +89,9 @@ def read_checkpoints(folder: Path | None, frequent: Path | None, verify: bool) -
     """Return the checkpoints in a folder. Checkpoints that are removed meanwhile are left out.
 
     Args:
-        folder: the folder of the checkpoints; None if the run has none.
-        frequent: the folder of the non-persistent checkpoints; None if the run saves none.
-        verify: whether to compare all files with their digests, which reads all of their bytes.
+        folder: The folder of the checkpoints; None if the run has none.
+        frequent: The folder of the non-persistent checkpoints; None if the run saves none.
+        verify: Whether to compare all files with their digests, which reads all of their bytes.
     """
     if folder is None:
         return Checkpoints()

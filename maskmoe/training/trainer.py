@@ -69,10 +69,6 @@ def main() -> None:
 class Trainer:
     """One training run on this rank.
 
-    Args:
-        run: The run, whose settings and files this rank has checked.
-        ranks: Messages between the ranks.
-
     Attributes:
         args: Megatron's validated arguments.
         model_config: The configuration of the model.
@@ -133,14 +129,7 @@ class Trainer:
             )
 
     def forward_step(self, data_iterator: Iterator, model: torch.nn.Module) -> tuple:
-        """Run one micro-batch forward; return the model's output and the function that computes the loss from it.
-
-        Megatron calls this method for each micro-batch, in training and validation.
-
-        Args:
-            data_iterator: Samples, as `get_batch` takes them.
-            model: One pipeline stage.
-        """
+        """Run one micro-batch forward; return the model's output and the function that computes the loss from it."""
         for callback in self.callbacks:
             callback.before_micro_batch()
         timers = get_timers()

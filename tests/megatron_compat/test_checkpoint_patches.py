@@ -9,10 +9,10 @@ START_WRITER = """
 import multiprocessing, os, signal, sys, threading, time
 from maskmoe.megatron_compat import prepare_process
 prepare_process()
-from maskmoe.megatron_compat.checkpoint_patches import end_with_writer
+from maskmoe.megatron_compat.checkpoint_patches import end_with_writer, rank_is_ending
 
 def write():
-    if sys.argv[1] == "dies":
+    if sys.argv[1] != "is done":
         os.kill(os.getpid(), signal.SIGKILL)
 
 if __name__ == "__main__":
@@ -20,12 +20,14 @@ if __name__ == "__main__":
     writer.start()
     watch = threading.Thread(target=end_with_writer, args=(writer,))
     watch.start()
+    if sys.argv[1] == "is ended by the rank":
+        rank_is_ending.set()
     watch.join()
     print("the rank goes on")
 """
 
 
-@pytest.mark.parametrize("end", ["dies", "is done"])
+@pytest.mark.parametrize("end", ["dies", "is done", "is ended by the rank"])
 def test_rank_ends_with_a_dead_writer(end):
     program = [sys.executable, "-c", START_WRITER, end]
     rank = subprocess.run(program, capture_output=True, text=True, timeout=120, check=False)

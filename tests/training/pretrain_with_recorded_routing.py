@@ -2,7 +2,7 @@
 
 Whenever the routing is logged, each rank writes `routed{ITERATION}_{RANK}.pt` beside TensorBoard's folder. The file
 holds for each layer the micro-batches since the last record, as pairs of ids int64 [tokens] and logits float64
-[tokens, experts], and the gradient of the router's weight.
+[tokens, experts].
 """
 
 from maskmoe.megatron_compat import prepare_process
@@ -33,9 +33,7 @@ def record_and_route(router, logits, token_ids, attaches_losses=True):
 def write_and_take_record(model):
     args = get_args()
     routers = [module for module in model[0].modules() if isinstance(module, MaskMoERouter)]
-    routed = {
-        router.layer_number: (micro_batches[router.layer_number], router.weight.main_grad.clone()) for router in routers
-    }
+    routed = {router.layer_number: micro_batches[router.layer_number] for router in routers}
     name = f"routed{args.curr_iteration + 1}_{torch.distributed.get_rank()}.pt"
     torch.save(routed, Path(args.tensorboard_dir).parent / name)
     micro_batches.clear()

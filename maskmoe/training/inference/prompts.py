@@ -18,12 +18,12 @@ def check_prompt(prompt_ids: Sequence[int], max_new_tokens: int, positions: int 
     """Check that a prompt can be continued.
 
     Args:
-        prompt_ids: the token ids of the prompt.
-        max_new_tokens: the largest number of tokens that will be added.
-        positions: the number of positions of the model; None if the model has no limit.
+        prompt_ids: The token ids of the prompt.
+        max_new_tokens: The largest number of tokens that will be added.
+        positions: The number of positions of the model; None if the model has no limit.
 
     Raises:
-        UserError: the prompt has no token, or the text would be longer than the model's positions.
+        UserError: The prompt has no token, or the text would be longer than the model's positions.
     """
     if not prompt_ids:
         raise UserError("the prompt is empty")
@@ -40,7 +40,7 @@ def read_prompts(path: Path) -> list[dict[str, Any]]:
     A record of a plain line has no other key. Blank lines are skipped.
 
     Raises:
-        UserError: the file cannot be read, holds no prompt, or a line is not a record with a prompt.
+        UserError: The file cannot be read, holds no prompt, or a line is not a record with a prompt.
     """
     is_json = path.suffix == _JSON_LINES
     return [_record_of(line) if is_json else {_KEY: line.text} for line in read_lines(path, "--prompts-file")]
@@ -59,13 +59,13 @@ class Prompts:
     """The prompts of a command line that are known before the model is loaded.
 
     Args:
-        arguments: the arguments of `add_prompt_arguments`.
+        arguments: The arguments of `add_prompt_arguments`.
 
     Attributes:
-        texts: the prompts; empty if a person will type them.
+        texts: The prompts; empty if a person will type them.
 
     Raises:
-        UserError: the file of prompts is not usable, or the prompt is empty or not valid Unicode.
+        UserError: The file of prompts is not usable, or the prompt is empty or not valid Unicode.
     """
 
     def __init__(self, arguments: Namespace) -> None:
@@ -89,7 +89,7 @@ class Prompts:
         """Return the output of the program without its last line end.
 
         Args:
-            texts: each prompt with its continuation.
+            texts: Each prompt with its continuation.
         """
         if self._records is None:
             return texts[0]

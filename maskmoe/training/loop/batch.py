@@ -97,7 +97,7 @@ def token_losses(model: torch.nn.Module, batch: Batch, padding_mask: Tensor | No
     Args:
         model: The stage.
         batch: The micro-batch.
-        padding_mask: bool [batch, sequence], True for tokens that routers must not count; None if there are none.
+        padding_mask: Bool [batch, sequence], True for tokens that routers must not count; None if there are none.
     """
     return model(
         batch.tokens,
@@ -182,7 +182,7 @@ def check_fill_in_middle_tokens(args: Namespace) -> None:
     """Check that the tokenizer, a HuggingFaceTokenizer, has every token that `GPTFIMDataset` inserts.
 
     Raises:
-        UserError: a token is missing; Megatron would insert the id of an unknown token, or fail while training.
+        UserError: A token is missing; Megatron would insert the id of an unknown token, or fail while training.
     """
     vocabulary = get_tokenizer()._tokenizer.tokenizer.get_vocab()
     for name in _FILL_IN_MIDDLE_TOKENS:
@@ -198,7 +198,7 @@ def loss_function(loss_mask: Tensor, output_tensor: Tensor) -> tuple[Tensor, Ten
     """Return the masked sum of the losses of a micro-batch, in the form that Megatron's schedules take.
 
     Args:
-        loss_mask: float [batch, sequence].
+        loss_mask: Float [batch, sequence].
         output_tensor: Loss of every token, [batch, sequence].
 
     Returns:
@@ -228,8 +228,8 @@ def weight_of_rank(num_tokens: Tensor, cp_group: torch.distributed.ProcessGroup)
     a rank on which a loss mask leaves fewer tokens would weigh more.
 
     Args:
-        num_tokens: the tokens of this rank that count, int scalar.
-        cp_group: the ranks that share the sequences.
+        num_tokens: The tokens of this rank that count, int scalar.
+        cp_group: The ranks that share the sequences.
     """
     total = num_tokens.float()
     torch.distributed.all_reduce(total, group=cp_group)

@@ -15,14 +15,10 @@ _FULL_HELP_FLAG = "--help-all"
 
 
 def run_rank(main: Callable[[], None], name: str) -> None:
-    """Run the entry point of this process, which is a rank, and exit with its exit code.
+    """Run the entry point `main` of this process, which is a rank, and exit with its exit code.
 
     `--help` prints a page at once, without importing PyTorch and Megatron-Core, which takes seconds. `--help-all`
     prints the help of the parser itself, with all of Megatron's flags.
-
-    Args:
-        main: does the work of the entry point.
-        name: name of the entry point, such as `pretrain`.
     """
     flags = {word.partition("=")[0] for word in sys.argv[1:]}
     if _HELP_FLAGS & flags:
@@ -77,13 +73,10 @@ def _run_with_last_lines(main: Callable[[], None]) -> None:
 
 
 class _End:
-    """Ends the process after all exit handlers.
+    """Ends the process after all exit handlers, with its exit code `code`, None if `run_rank` did not see the end.
 
     Threads of gloo and NCCL live on when Python has finished. The destructors of the C++ libraries, which would run
     then, can abort the process although all work is done. So end the process without them.
-
-    Attributes:
-        code: the exit code; None if the process ends in a way that `run_rank` did not see.
     """
 
     def __init__(self) -> None:

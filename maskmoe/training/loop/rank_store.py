@@ -77,12 +77,7 @@ class RankStore:
         return [self._wait_for(f"{key}/{rank}") for rank in range(self.world_size)]
 
     def broadcast(self, key: str, message: str = "") -> str:
-        """Return the message of the first rank; all ranks must call this once for each key.
-
-        Args:
-            key: Name of the message.
-            message: The message; ignored on all ranks but the first.
-        """
+        """Return the message of the first rank; all ranks must call this once for each key."""
         if self.rank == 0:
             self.store.set(key, message)
         return self._wait_for(key)
@@ -138,11 +133,7 @@ def sharing_failures() -> Iterator[None]:
 
 
 def check_launched() -> None:
-    """Refuse to be a rank that no launcher has started, before torch does so with a traceback.
-
-    Raises:
-        UserError: the variables that torch.distributed needs to find the other ranks are missing.
-    """
+    """Refuse, by a UserError, to be a rank that no launcher has started, before torch does so with a traceback."""
     if missing := [name for name in ("MASTER_ADDR", "MASTER_PORT") if name not in os.environ]:
         raise UserError(
             f"this process was not started as a rank, {' and '.join(missing)} are not set: start it by torchrun, by "

@@ -57,8 +57,8 @@ class LoggedLoss:
     """A loss that Megatron has printed.
 
     Attributes:
-        is_validation: whether the loss is that of held-out text.
-        loss: nats per token; None if the line has no finite loss.
+        is_validation: Whether the loss is that of held-out text.
+        loss: Nats per token; None if the line has no finite loss.
     """
 
     is_validation: bool
@@ -82,9 +82,9 @@ class Console:
     Until `route` is called, everything reaches the console.
 
     Attributes:
-        shows_timers: whether the table of Megatron's timers reaches the console.
-        iteration: the newest iteration of which a line was printed; None on ranks that print no such lines.
-        validation: the newest validation loss that was printed, or None.
+        shows_timers: Whether the table of Megatron's timers reaches the console.
+        iteration: The newest iteration of which a line was printed; None on ranks that print no such lines.
+        validation: The newest validation loss that was printed, or None.
     """
 
     def __init__(self) -> None:
@@ -104,12 +104,10 @@ class Console:
         return self._log.name if self._log else None
 
     def route(self, progress: TextIO) -> None:
-        """Start to route what this process prints, logs and warns of.
-
-        With `--verbose` on the command line, everything reaches the console.
+        """Start to route what this process prints, logs and warns of; with `--verbose`, everything reaches the console.
 
         Args:
-            progress: the stream for progress lines: stdout or stderr.
+            progress: The stream for progress lines: stdout or stderr.
         """
         self._stdout, self._progress, self._is_rank = sys.stdout, progress, True
         if VERBOSE_FLAG in sys.argv[1:]:
@@ -125,11 +123,7 @@ class Console:
             logging.basicConfig(handlers=[_LogHandler(self)], level=logging.INFO, force=True)
 
     def open_log(self, folder: Path | None) -> None:
-        """Write the log to `FOLDER/logs/rankN.log` from now on, with the lines so far.
-
-        Args:
-            folder: the run folder; None if the run has none.
-        """
+        """Write the log to `FOLDER/logs/rankN.log` from now on, with the lines so far; without a folder, nowhere."""
         if not self._is_routed or folder is None:
             return
         path = folder / "logs" / f"rank{os.environ.get('RANK', '0')}.log"
@@ -146,22 +140,13 @@ class Console:
             self._pending.clear()
 
     def say(self, line: str, rank: int = 0) -> None:
-        """Print a line of our own on one rank.
-
-        Args:
-            line: the line, or several lines.
-            rank: the rank that prints; the last rank for -1.
-        """
+        """Print one or several lines of our own on one rank, the last one for -1."""
         ranks = int(os.environ.get("WORLD_SIZE", "1"))
         if int(os.environ.get("RANK", "0")) == rank % ranks:
             self._show(line + "\n", self._progress)
 
     def load(self, phase: str) -> None:
-        """Say what the run does before its first iteration; only in the first rank, once for each phase.
-
-        Args:
-            phase: what the run does, such as "building the model".
-        """
+        """Say what the run does before its first iteration; only in the first rank, once for each phase."""
         if phase == self._phase or not self._is_rank or os.environ.get("RANK", "0") != "0":
             return
         self._phase = phase
@@ -193,11 +178,7 @@ class Console:
             self._show("".join(lines[-_LAST_LINES:]), sys.stderr)
 
     def take_line(self, line: str) -> None:
-        """Show or log one line that was printed to stdout.
-
-        Args:
-            line: the line with its end.
-        """
+        """Show or log one line that was printed to stdout, with its end."""
         if self._is_training:
             is_shown = not _HIDDEN_WHILE_TRAINING.match(line)
         else:
@@ -252,12 +233,7 @@ class Console:
 
 
 class _LineRouter:
-    """Replaces `sys.stdout` and hands complete lines to the console.
-
-    Args:
-        console: takes the lines.
-        stream: the stream that was `sys.stdout`, which answers all other questions, such as for the encoding.
-    """
+    """Replaces `sys.stdout`, hands complete lines to the console, and leaves all other questions to the stream."""
 
     def __init__(self, console: Console, stream: TextIO) -> None:
         self._console = console
@@ -305,13 +281,7 @@ console = Console()
 
 
 def progress_bar[Step](steps: Sequence[Step], description: str, unit: str) -> Iterable[Step]:
-    """Return the steps with a progress bar on stderr, on the first rank; without a terminal, with a line now and then.
-
-    Args:
-        steps: what to iterate over.
-        description: label of the bar.
-        unit: name of a step.
-    """
+    """Return the steps with a progress bar on stderr, on the first rank; without a terminal, a line now and then."""
     from tqdm import tqdm
 
     interval = 0.1 if sys.stderr.isatty() else _SECONDS_BETWEEN_LINES

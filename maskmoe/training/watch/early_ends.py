@@ -19,6 +19,7 @@ from torch.distributed.checkpoint.api import CheckpointException
 from maskmoe.checkpoint.saver import SaveError, describe_failures
 from maskmoe.checkpoint.series import newest_sound, non_persistent_folder, read_tracker, remove_unfinished_checkpoints
 from maskmoe.errors import RunFailure
+from maskmoe.megatron_compat.checkpoint_patches import rank_is_ending
 from maskmoe.megatron_compat.globals import get_args, get_signal_handler
 from maskmoe.processes.interruption import EXIT_REQUEUE, LEAVE_FILE, SIGNALS_THAT_SAVE
 from maskmoe.training.loop.rank_store import RankStore
@@ -95,9 +96,6 @@ class FirstStepCheck(Callback):
     """Checks the first step of a process, the only step that Megatron does not repeat if its result is not finite.
 
     The update of the first step is applied, and the next checkpoint would hold the damaged weights.
-
-    Args:
-        args: Megatron's arguments.
     """
 
     def __init__(self, args: Namespace) -> None:
@@ -134,10 +132,6 @@ def explaining_early_ends(args: Namespace, leaving: LeaveAfterSave) -> Iterator[
     A failed save and a failed load are explained in one line. If the block ends because of a signal, or because the
     launcher asks for it, Megatron's exit code 0 becomes `EXIT_REQUEUE`.
 
-    Args:
-        args: Megatron's arguments.
-        leaving: Knows whether the launcher has asked the run to end.
-
     Raises:
         RunFailure: The cause lies outside the program.
     """
@@ -166,6 +160,7 @@ def explaining_early_ends(args: Namespace, leaving: LeaveAfterSave) -> Iterator[
         # workers ignore SIGTERM, so that a signal to the process group does not end them before the last save. The
         # process would never end.
         signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # torch's handler would report a failed worker
+        rank_is_ending.set()
         for child in multiprocessing.active_children():
             if child.daemon:
                 child.kill()

@@ -27,11 +27,6 @@ class EndOfRun(Callback):
 
     The last rank writes and prints, because it knows the loss. If the run fails, the first rank writes, too: the last
     rank may be killed before it can write.
-
-    Args:
-        args: Megatron's arguments.
-        folder: The run folder; None if there is none.
-        ranks: Says which rank this process is.
     """
 
     def __init__(self, args: Namespace, folder: Path | None, ranks: RankStore) -> None:
@@ -88,12 +83,7 @@ def _describe_completion(args: Namespace) -> str:
 
 @contextmanager
 def writing_page(folder: Path | None, ranks: RankStore) -> Iterator[None]:
-    """Let the first rank write the page of the run after the block, unless the block refuses the run.
-
-    Args:
-        folder: The run folder; None to write no page.
-        ranks: Says which rank this process is.
-    """
+    """Let the first rank write the page of the run after the block, unless the block refuses the run."""
     try:
         yield
     finally:

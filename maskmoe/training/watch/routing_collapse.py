@@ -59,11 +59,7 @@ class RoutingCollapse:
         self._counts: dict[Subject, int] = {}
 
     def take(self, layers: Mapping[int, LayerRouting]) -> list[str]:
-        """Take the routing of a log interval, and return a line for each event.
-
-        Args:
-            layers: The routing of each layer that had tokens, by its index.
-        """
+        """Take the routing of each layer that had tokens in a log interval, and return a line for each event."""
         begun, ended = [], []
         for layer, routing in layers.items():
             collapsed = set(self._collapsed(layer, routing))
@@ -113,12 +109,7 @@ class RoutingCollapse:
 
 
 def reachable_experts(mask: RoutingMask, layers: FeedForwardLayers) -> dict[int, list[bool]]:
-    """Return for each MoE layer of a model, by its index, whether each expert is visible to any id.
-
-    Args:
-        mask: The routing mask.
-        layers: The feed-forward layers of the model.
-    """
+    """Return for each MoE layer of a model, by its index, whether each expert is visible to any id."""
     return {
         index: mask.visible_to_any_id(layers.table(index + 1, len(mask.row_of_id))).tolist()
         for index, has_experts in enumerate(layers.has_experts)

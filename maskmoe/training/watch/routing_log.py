@@ -2,7 +2,7 @@
 
 from argparse import Namespace
 from collections.abc import Mapping, Sequence
-from typing import Any, NamedTuple, cast
+from typing import Any, NamedTuple
 
 import torch
 from megatron.core.distributed import DistributedDataParallel
@@ -10,7 +10,6 @@ from megatron.core.transformer.moe.moe_logging import MoEMetricsTracker, set_moe
 from megatron.core.utils import get_model_config
 from megatron.training import is_last_rank
 from torch import Tensor
-from torch.distributed.tensor import DTensor
 
 from maskmoe.files.run_folder import Journal
 from maskmoe.megatron_compat.globals import get_args
@@ -41,7 +40,6 @@ class RoutingRecord(NamedTuple):
             - `routing_entropy`: entropy of the masked probabilities in nats, at most ln V; mean over tokens with V >=
               2.
             - `single_expert_token_share`: share of the tokens with V = 1.
-            - `router_grad_norm`: norm of the gradient of the router's weight in the last iteration, before clipping.
         tokens_per_expert: The tokens that each expert got, by index of the layer.
     """
 
@@ -54,11 +52,6 @@ class RoutingLog(Callback):
 
     Counts are not saved in checkpoints: after a restart, the first logged interval covers only the iterations since the
     restart.
-
-    Args:
-        args: Megatron's arguments, with experts.
-        mask: The routing mask.
-        journal: Takes the warnings.
     """
 
     def __init__(self, args: Namespace, mask: RoutingMask, journal: Journal) -> None:
@@ -95,12 +88,7 @@ class RoutingLog(Callback):
 
 
 def _write(record: RoutingRecord, iteration: int) -> None:
-    """Write a record to the log, and to TensorBoard and W&B with tags like Megatron's.
-
-    Args:
-        record: The routing of an interval.
-        iteration: The last iteration of the interval, counted from 1.
-    """
+    """Write the record of an interval that ends with an iteration to the log, and to TensorBoard and W&B."""
     # The mean over the layers, as Megatron logs it, or the maximum.
     overall = {
         name: max(values.values()) if name == _MOST_ROWS else sum(values.values()) / len(values)
@@ -118,33 +106,26 @@ def _write(record: RoutingRecord, iteration: int) -> None:
 
 
 def take_record(model: Sequence[DistributedDataParallel]) -> RoutingRecord:
-    """Return what all ranks have counted since the last call; a collective call for which the host waits.
-
-    Args:
-        model: This rank's model chunks with finalized gradients.
-    """
+    """Return what all ranks have counted since the last call; a collective call for which the host waits."""
     # Collect the sums and the maximum of this rank's layers; layers of other pipeline stages stay 0.
     config = get_model_config(model[0])
     num_layers = len(FeedForwardLayers.of_args(get_args()).has_experts)
     num_ep_ranks = config.expert_model_parallel_size
     device = torch.cuda.current_device()
-    row_size = 1 + RoutingSums.packed_size(config.num_moe_experts)
+    row_size = RoutingSums.packed_size(config.num_moe_experts)
     packed = torch.zeros(num_layers, row_size, dtype=torch.float64, device=device)
     most_rows = torch.zeros(num_layers, dtype=torch.int64, device=device)
     for chunk in model:
         for router in chunk.modules():
             if isinstance(router, MaskMoERouter):
                 layer = router.number_in_model - 1
-                packed[layer, 0] = _part_of_squared_gradient(chunk, router.weight)
-                packed[layer, 1:], most_rows[layer] = router.statistics.take()
+                packed[layer], most_rows[layer] = router.statistics.take()
     # Combine all ranks.
     torch.distributed.all_reduce(packed)
     if num_ep_ranks > 1:
         torch.distributed.all_reduce(most_rows, op=torch.distributed.ReduceOp.MAX)
     packed, most_rows = packed.cpu(), most_rows.cpu()
-    sums = RoutingSums.unpack(packed[:, 1:])
-    # With the loss scale of fp16, gradients are multiplied by it.
-    loss_scale = 1.0 if config.grad_scale_func is None else config.grad_scale_func(1.0)
+    sums = RoutingSums.unpack(packed)
 
     # Compute the values of each layer.
     values = {"expert_load_max_over_mean": _max_over_mean(sums.tokens_per_expert)}
@@ -155,7 +136,6 @@ def take_record(model: Sequence[DistributedDataParallel]) -> RoutingRecord:
         values[_MOST_ROWS] = most_rows
     values["routing_entropy"] = sums.entropy / sums.num_routable
     values["single_expert_token_share"] = 1 - sums.num_routable / sums.num_tokens
-    values["router_grad_norm"] = packed[:, 0].sqrt() / float(loss_scale)
     by_layer = {}
     for name, of_layers in values.items():
         has_value = sums.num_routable if name == "routing_entropy" else sums.num_tokens
@@ -170,33 +150,6 @@ def _max_over_mean(load: Tensor) -> Tensor:
     return load.amax(dim=1) / load.mean(dim=1)
 
 
-def _part_of_squared_gradient(chunk: DistributedDataParallel, weight: torch.nn.Parameter) -> Tensor | float:
-    """Return this rank's part of the squared norm of a scaled gradient; the sum over all ranks is the squared norm.
-
-    With a distributed optimizer, a data-parallel rank holds the summed gradient of its own share of a bucket only. So
-    each rank contributes its share, even if it holds the whole gradient.
-
-    Args:
-        chunk: Model chunk with finalized gradients.
-        weight: Parameter of the chunk.
-    """
-    if not weight.requires_grad:
-        return 0.0
-    tp_group = cast(Any, chunk.tp_group)  # Megatron-Core annotates None, too
-    if isinstance(weight, DTensor):
-        # With Megatron-FSDP, finalized parameters and gradients are shards. An empty shard has no gradient.
-        own = torch.empty(0) if weight.grad is None else cast(DTensor, weight.grad).to_local()
-    else:
-        bucket = chunk.param_to_bucket_group[weight].param_to_bucket[weight]
-        group = cast(Any, chunk.intra_dp_cp_group)
-        share = -(-bucket.grad_data.numel() // group.size())
-        start, end = bucket.param_to_index[weight]
-        own = bucket.grad_data[max(start, group.rank() * share) : min(end, (group.rank() + 1) * share)]
-    # All ranks of a tensor-parallel group, and all instances of the distributed optimizer, hold equal gradients.
-    num_copies = tp_group.size() * chunk.ddp_config.num_distributed_optimizer_instances
-    return torch.linalg.vector_norm(own, dtype=torch.float64).square() / num_copies
-
-
 class HybridMetricsTracker(MoEMetricsTracker):
     """`MoEMetricsTracker` that counts the feed-forward layers of a hybrid model.
 
@@ -206,8 +159,8 @@ class HybridMetricsTracker(MoEMetricsTracker):
     request 6748).
 
     Args:
-        layers: the feed-forward layers of the model.
-        num_symbols: layers of the decoder, as Megatron-Core counts them.
+        layers: The feed-forward layers of the model.
+        num_symbols: Layers of the decoder, as Megatron-Core counts them.
     """
 
     def __init__(self, layers: FeedForwardLayers, num_symbols: int) -> None:

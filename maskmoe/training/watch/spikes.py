@@ -117,12 +117,7 @@ class SpikeDetector:
         return {name: window.values for name, window in self._windows.items()}
 
     def judge(self, loss: float, grad_norm: float | None) -> list[Deviation]:
-        """Return the values of a step that are off, and take the step into the windows.
-
-        Args:
-            loss: The loss of the step.
-            grad_norm: The norm of the gradient before clipping; None if it was not computed.
-        """
+        """Return the values of a step that are off, and take the step into the windows; a norm may be None."""
         found = []
         for name, value in zip(self.NAMES, (loss, grad_norm), strict=True):
             if value is None:
@@ -181,12 +176,7 @@ class SpikeWatch(Callback):
         return not is_skipped
 
     def _report(self, deviations: list[Deviation], action: str = "") -> None:
-        """Report a step if it is off.
-
-        Args:
-            deviations: The values of the step that are off.
-            action: What the run does about the step, as the end of a sentence; empty if it does nothing.
-        """
+        """Report a step if it is off; `action` says what the run does about it, as the end of a sentence."""
         if not deviations:
             return
         iteration = get_args().curr_iteration + 1

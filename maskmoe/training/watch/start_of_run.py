@@ -28,11 +28,7 @@ _MOST_NAMED_DATASETS = 2
 
 
 def count_parameters(chunks: Sequence[MegatronModule]) -> int:
-    """Count the parameters of the model that all ranks hold together; a collective call.
-
-    Args:
-        chunks: This rank's model chunks, not wrapped.
-    """
+    """Count the parameters of the model that all ranks hold together; a collective call."""
     data = mpu.get_data_parallel_world_size(with_context_parallel=True)
     expert_data = torch.distributed.get_world_size(mpu.get_expert_data_parallel_group())
     tensor = mpu.get_tensor_model_parallel_world_size()
@@ -53,13 +49,7 @@ def count_parameters(chunks: Sequence[MegatronModule]) -> int:
 
 
 class Header(Callback):
-    """Prints the header on the first rank when the model is built, and ends the console's report of loading.
-
-    Args:
-        args: Megatron's validated arguments.
-        mask: the routing mask; None for a model without experts.
-        folder: the run folder, or None.
-    """
+    """Prints the header on the first rank when the model is built, and ends the console's report of loading."""
 
     def __init__(self, args: Namespace, mask: RoutingMask | None, folder: Path | None) -> None:
         self._args = args
@@ -88,10 +78,10 @@ def describe_run(
 
     Args:
         args: Megatron's validated arguments.
-        mask: the routing mask; None for a model without experts.
-        folder: the run folder, or None.
+        mask: The routing mask; None for a model without experts.
+        folder: The run folder, or None.
         parameters: The number of parameters of the whole model.
-        dispatch: how tokens reach their experts, in words; None for a model without experts.
+        dispatch: How tokens reach their experts, in words; None for a model without experts.
     """
     layout = Layout.from_args(args)
     fields = {
@@ -176,10 +166,6 @@ class RunStart(Callback):
     """Opens the log of each rank and, on the first rank, writes the arguments and an entry of the journal.
 
     A refused run leaves no files, so this happens when the model is built: no rank refuses the run any more.
-
-    Args:
-        args: Megatron's validated arguments.
-        folder: The run folder, or None if there is none.
     """
 
     def __init__(self, args: Namespace, folder: Path | None) -> None:

@@ -54,11 +54,7 @@ class EventFiles(Callback):
 
 
 def tolerate_write_errors(writer: Any) -> None:
-    """Let a writer of event files warn when a disk is full, and drop the values: training continues without them.
-
-    Args:
-        writer: torch's `SummaryWriter`.
-    """
+    """Let torch's `SummaryWriter` warn when a disk is full, and drop the values: training continues without them."""
     events = writer._get_file_writer().event_writer
 
     def tolerating(call: Callable[..., None]) -> Callable[..., None]:
@@ -75,12 +71,7 @@ def tolerate_write_errors(writer: Any) -> None:
 
 
 def log_scalars(scalars: Mapping[str, float], iteration: int) -> None:
-    """Write scalars to the writers that Megatron has opened, which are on the last rank.
-
-    Args:
-        scalars: Values by tag.
-        iteration: The iteration of the values, counted from 1.
-    """
+    """Write scalars by tag to the writers that Megatron has opened, which are on the last rank."""
     if writer := get_tensorboard_writer():
         for tag, value in scalars.items():
             writer.add_scalar(tag, value, iteration)

@@ -102,7 +102,7 @@ def test_context_parallel_ranks_agree_with_one_rank(evaluate, results):
 
 
 def test_bands_make_up_the_whole(results):
-    evaluation, _ = results["one rank"]
+    evaluation, printed = results["one rank"]
     bands = evaluation["bands"]
 
     weighted = sum(band["loss"] * band["tokens"] for band in bands) / evaluation["tokens"]
@@ -110,17 +110,23 @@ def test_bands_make_up_the_whole(results):
     assert [band["name"] for band in bands] == ["top 40 %", "next 50 %", "last 10 %"]
     assert math.isclose(weighted, evaluation["loss"], rel_tol=1e-9)
     assert math.isclose(evaluation["perplexity"], math.exp(evaluation["loss"]))
+    assert re.search(rf"all +100.0% +{evaluation['tokens']:,} +{evaluation['loss']:.4f}", printed)
+    assert f"1: {evaluation['expert_load'][0]['max_over_mean']:.2f}" in printed
 
 
 def test_band_without_tokens_has_no_loss(workplace, execute):
-    """The only id of the counts makes up the first band, and no id is left for the second."""
+    """The only id of the counts makes up the first band, and no id is left for the second. A batch is 3 samples."""
     write_documents(workplace.folder / "one_id", [np.full(120, 3)], np.int32)
     count_ids(workplace.folder / "one_id", VOCAB_SIZE).save(workplace.folder / "one_id.safetensors")
-    outcome = execute("band without tokens", "--token-frequency one_id.safetensors --eval-iters 1", 1)
+    outcome = execute(
+        "band without tokens", "--token-frequency one_id.safetensors --micro-batch-size 3 --eval-iters 2", 1
+    )
     assert outcome.exit_codes == (0,), outcome.report()
     text = (outcome.folder / "evaluation.json").read_text()
     assert not re.search("NaN|Infinity", text)  # JSON has neither
-    first, second, last = json.loads(text)["bands"]
+    evaluation = json.loads(text)
+    first, second, last = evaluation["bands"]
+    assert evaluation["tokens"] == 2 * 3 * 32 < 32 * samples_of_validation_split(workplace)
     assert (second["loss"], second["perplexity"], second["tokens"]) == (None, None, 0)
     assert first["loss"] > 0 < last["loss"]
 
@@ -215,20 +221,6 @@ def test_loss_is_megatrons_validation_loss(results, workplace, start_by_name):
     assert not any(outcome.exit_codes), outcome.report()
     printed = re.search(r"on validation set \| lm loss value: ([\d.E+-]+)", (folder / "out0.log").read_text())
     assert math.isclose(float(printed[1]), results["one rank"][0]["loss"], rel_tol=1e-6)
-
-
-def test_table_shows_the_results(results):
-    evaluation, printed = results["one rank"]
-
-    assert re.search(rf"all +100.0% +{evaluation['tokens']:,} +{evaluation['loss']:.4f}", printed)
-    assert f"1: {evaluation['expert_load'][0]['max_over_mean']:.2f}" in printed
-
-
-@pytest.mark.slow
-def test_limited_number_of_batches(evaluate, workplace):
-    """A global batch is 3 samples here."""
-    evaluation, _ = evaluate("limited", "--micro-batch-size 3 --eval-iters 2", 1)
-    assert evaluation["tokens"] == 2 * 3 * 32 < 32 * samples_of_validation_split(workplace)
 
 
 @pytest.fixture(scope="module")

@@ -88,12 +88,14 @@ def test_bad_files_are_refused(tmp_path, content, message):
     assert "\n" not in str(refusal.value)
 
 
-@pytest.mark.parametrize("prompt", ["", " \n"])
-def test_empty_prompt_is_refused(prompt):
-    with pytest.raises(UserError, match="--prompt is empty"):
+@pytest.mark.parametrize(
+    ("prompt", "message"),
+    [
+        ("", "--prompt is empty"),
+        (" \n", "--prompt is empty"),
+        (os.fsdecode(b"a\xff"), r"^--prompt has an invalid byte .*'\\udcff'"),
+    ],
+)
+def test_bad_prompt_is_refused(prompt, message):
+    with pytest.raises(UserError, match=message):
         Prompts(parse("--prompt", prompt))
-
-
-def test_prompt_of_invalid_bytes_is_refused():
-    with pytest.raises(UserError, match=r"^--prompt has an invalid byte .*'\\udcff'"):
-        Prompts(parse("--prompt", os.fsdecode(b"a\xff")))

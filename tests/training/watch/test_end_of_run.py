@@ -34,7 +34,8 @@ ENDS = {
 
 
 @pytest.mark.parametrize(("end", "writers", "code", "text"), ENDS.values(), ids=ENDS)
-def test_end_is_in_the_journal(tmp_path, end, writers, code, text):
+def test_end_is_in_the_journal(tmp_path, monkeypatch, end, writers, code, text):
+    monkeypatch.setattr(end_of_run, "_TORCHRUN_DELAY", 0.0)
     for rank in range(3):
         EndOfRun(ARGS, tmp_path / str(rank), rank_of(rank)).on_end(end)
         expected = [(Kind.ENDED, text, code)] if rank in writers else []

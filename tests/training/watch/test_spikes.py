@@ -215,15 +215,6 @@ def test_watch_does_not_change_the_training(run_spiky):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("flags", "ranks"), [("", 1), (f"{EXPERT_2} --spike-action skip", 2)])
-def test_undisturbed_run_is_not_reported(run_spiky, flags, ranks):
-    outcome = run_spiky(flags, ranks=ranks)
-    assert outcome.exit_codes == (0,) * ranks, outcome.report()
-    assert warnings_of(outcome) == []
-    assert not set(TAGS) & read_scalars(outcome.folder).keys()
-
-
-@pytest.mark.slow
 @pytest.mark.parametrize("action", ["report", "skip"])
 def test_fall_is_reported_only(run_spiky, action):
     """A loss that is far too low is off, too, but is no reason to skip an update."""
