@@ -113,11 +113,6 @@ RUNS = {
     "another learning rate": Run(
         f"{DROPOUT} {FROM_7} --lr 1e-3 --min-lr 0 --override-opt-param-scheduler", continues="fp32"
     ),
-    "another learning rate, distributed optimizer": Run(
-        f"{DISTRIBUTED} {DROPOUT} {FROM_7} --lr 1e-3 --min-lr 0 --override-opt-param-scheduler",
-        ranks=2,
-        continues="fp32, distributed optimizer",
-    ),
     "schedule of the checkpoint": Run(
         f"{DROPOUT} {FROM_7} --lr 1e-3 --weight-decay 0.5 --use-checkpoint-opt-param-scheduler", continues="fp32"
     ),

@@ -97,10 +97,7 @@ def find_changed_settings(args: Namespace, checkpoint: Path | None) -> ChangedSe
 
 
 def schedule_of(args: Namespace) -> OptimizerParamScheduler:
-    """Return the scheduler that Megatron would make, without an optimizer.
-
-    Args:
-        args: Arguments that Megatron has validated.
+    """Return the scheduler that Megatron would make from validated arguments, without an optimizer.
 
     Raises:
         UserError: Megatron refuses the schedule.
@@ -121,11 +118,7 @@ def take_schedule_of_checkpoint(args: Namespace, checkpoint: Path) -> None:
     """With `--use-checkpoint-opt-param-scheduler`, set all arguments of the schedule to those of the checkpoint.
 
     Megatron itself loads the schedule, but then fails if the learning rates of the command line differ, and applies
-    the weight decay of the command line in the first iteration.
-
-    Args:
-        args: Arguments that Megatron has validated; they are changed.
-        checkpoint: The checkpoint to resume from.
+    the weight decay of the command line in the first iteration. The arguments, which are validated, are changed.
     """
     if not args.use_checkpoint_opt_param_scheduler or args.finetune or args.no_load_optim:
         return

@@ -175,11 +175,7 @@ def check_pretrained_model(args: Namespace, checkpoint: Path | None, ranks: Rank
 
 
 def loads_what_it_saves(args: Namespace) -> bool:
-    """Return whether a run loads from the folder to which it saves.
-
-    Args:
-        args: Megatron's arguments.
-    """
+    """Return whether a run loads from the folder to which it saves."""
     return bool(args.save and args.load) and Path(args.save).resolve() == Path(args.load).resolve()
 
 

@@ -122,11 +122,7 @@ def find_routing_mask(args: Namespace, checkpoint: Path | None, report: Callable
 
 
 def check_mask(args: Namespace, mask: RoutingMask) -> None:
-    """Check that the routing mask fits the model, the layout and the tokenizer.
-
-    Args:
-        args: Parsed arguments; Megatron's tokenizer has been built from them.
-        mask: The routing mask of the run.
+    """Check that the routing mask fits the model, the layout and the tokenizer, which Megatron has built.
 
     Raises:
         UserError: A size or the tokenizer differs; the message names both values.

@@ -217,22 +217,15 @@ class BatchSizes(NamedTuple):
 
 
 def training_iterations(args: Namespace) -> int:
-    """Return the number of iterations of a run; 0 if the arguments do not say it.
+    """Return the number of iterations of a run; 0 if the validated arguments do not say it.
 
     Megatron sets `args.train_iters` of a run with `--train-samples` only when it makes the optimizer.
-
-    Args:
-        args: Arguments that Megatron has validated.
     """
     return args.train_iters or BatchSizes.from_args(args).iterations(args.train_samples or 0)
 
 
 def trained_samples(args: Namespace) -> int:
-    """Return the number of samples that a run reads in all its iterations.
-
-    Args:
-        args: Arguments that Megatron has validated.
-    """
+    """Return the number of samples that a run reads in all its iterations; the arguments are validated."""
     return BatchSizes.from_args(args).samples(training_iterations(args))
 
 

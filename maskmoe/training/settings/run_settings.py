@@ -42,13 +42,7 @@ class RunSettings:
 
     @classmethod
     def from_args(cls, args: Namespace, mask: RoutingMask | None, is_complete: bool) -> "RunSettings":
-        """Return the settings of a run.
-
-        Args:
-            args: Arguments that Megatron has validated.
-            mask: The routing mask; None for a model without experts.
-            is_complete: Whether the checkpoint has reached the last iteration, so that nothing is left to train.
-        """
+        """Return the settings of a run; it is complete if its checkpoint has reached the last iteration."""
         folders = () if args.save is None else (args.save, args.non_persistent_global_ckpt_dir)
         return cls(
             args,

@@ -42,7 +42,6 @@ DISTRIBUTED = "--use-distributed-optimizer"
 ARCHITECTURES = {
     "tied embeddings, biases, no gate": "",
     "untied embeddings, gate": LLAMA,
-    "dense and MoE layers": f"{LLAMA} --moe-layer-freq ([0]+[1]*3)",
     "shared expert with gate": f"{LLAMA} --moe-shared-expert-intermediate-size 32 --moe-shared-expert-gate",
     "grouped-query attention with norms": (
         f"{LLAMA} --group-query-attention --num-query-groups 2 --kv-channels 24 --qk-layernorm"
@@ -64,7 +63,6 @@ LATENT_ATTENTION = """
 """
 # Patterns of hybrid models, and the number of layers of each kind.
 HYBRIDS = {
-    "hybrid": (hybrid("*-*E*E"), {"attention": 3, "MLP": 1, "MoE": 2}),
     "hybrid with free order, biases": (hybrid("**E-E", "--swiglu"), {"attention": 2, "MLP": 1, "MoE": 2}),
     "hybrid with prediction, shared expert": (
         hybrid("*E*-/*E/*E", f"{LLAMA} --moe-shared-expert-intermediate-size 32"),
@@ -96,8 +94,6 @@ MORE_LAYOUTS = {
     "interleaved pipeline, fp32, tied": (
         "--pipeline-model-parallel-size 2 --num-layers-per-virtual-pipeline-stage 1 --swiglu"
     ),
-    "data parallel, bf16, distributed optimizer": f"{LLAMA} {BF16} {DISTRIBUTED} --moe-layer-freq 2",
-    "pipeline, multi-token prediction": f"{LLAMA} {BF16} {DISTRIBUTED} {MTP} --pipeline-model-parallel-size 2",
     "expert tensor parallel 1, fp32, distributed optimizer": (
         f"{LLAMA} {DISTRIBUTED} --tensor-model-parallel-size 2 --sequence-parallel --expert-tensor-parallel-size 1 "
         "--expert-model-parallel-size 2"
