@@ -158,9 +158,25 @@ def nccl_ep_combine(buffer: SimpleNamespace, rows: Tensor, **_: Any) -> Tensor:
     return buffer.plan.add_up(rows[: len(buffer.plan.order)])
 
 
+def ep_bootstrap(ep_group: ProcessGroup) -> None: ...
+
+
+def ep_dispatch(buffer: SimpleNamespace, tokens: Tensor, *, recv_tokens: Tensor | None = None) -> None: ...
+
+
+te_ep = SimpleNamespace(
+    tex=SimpleNamespace(ep_initialize=None),
+    ep_bootstrap=ep_bootstrap,
+    ep_dispatch=ep_dispatch,
+    ep_finalize=lambda: None,
+)
+"""What shows that Transformer Engine 2.18 is installed with NCCL-EP; its functions are not called."""
+
+
 def install() -> None:
     """Let Megatron's managers call the stand-ins."""
-    fused_a2a.HAVE_DEEP_EP = fused_a2a.HAVE_HYBRIDEP = True
+    fused_a2a.HAVE_DEEP_EP = fused_a2a.HAVE_HYBRIDEP = fused_a2a.HAVE_TE_EP = True
+    fused_a2a.te_ep = te_ep
     functions = (fused_dispatch, fused_combine, hybrid_ep_dispatch, hybrid_ep_combine, nccl_ep_dispatch)
     for function in (*functions, nccl_ep_combine, ensure_nccl_ep_bootstrapped):
         setattr(token_dispatcher, function.__name__, function)

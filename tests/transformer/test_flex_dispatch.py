@@ -2,7 +2,6 @@
 
 from collections.abc import Callable
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -61,15 +60,6 @@ def test_missing_library_is_named(backend: str, monkeypatch: pytest.MonkeyPatch)
     assert package in (missing_library(backend) or "")
 
 
-def ep_bootstrap(ep_group: Any) -> None: ...
-
-
-def ep_dispatch(buffer: Any, tokens: Tensor, *, recv_tokens: Tensor | None = None) -> None: ...
-
-
-TE_EP = SimpleNamespace(tex=SimpleNamespace(ep_initialize=None), ep_bootstrap=ep_bootstrap, ep_dispatch=ep_dispatch)
-
-
 def bootstrap_of_later_version(num_topk: int) -> None: ...
 
 
@@ -90,9 +80,9 @@ def test_transformer_engine_must_fit_megatron(
     changed: dict[str, Callable | None], fits: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(fused_a2a, "HAVE_TE_EP", True)
-    monkeypatch.setattr(fused_a2a, "te_ep", TE_EP, raising=False)
+    monkeypatch.setattr(fused_a2a, "te_ep", flex_libraries.te_ep, raising=False)
     for name, value in changed.items():
-        monkeypatch.setattr(TE_EP, name, value)
+        monkeypatch.setattr(flex_libraries.te_ep, name, value)
     assert (missing_library("ncclep") is None) is fits
 
 
@@ -100,5 +90,5 @@ def test_transformer_engine_must_fit_megatron(
 def test_installed_library_is_not_missing(backend: str, monkeypatch: pytest.MonkeyPatch) -> None:
     for flag in ("HAVE_DEEP_EP", "HAVE_HYBRIDEP", "HAVE_TE_EP"):
         monkeypatch.setattr(fused_a2a, flag, True)
-    monkeypatch.setattr(fused_a2a, "te_ep", TE_EP, raising=False)
+    monkeypatch.setattr(fused_a2a, "te_ep", flex_libraries.te_ep, raising=False)
     assert missing_library(backend) is None
