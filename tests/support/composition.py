@@ -162,7 +162,7 @@ TABLE: dict[str, Works] = {
     ),
     "CUDA graphs of attention and of dense MLPs": Works(
         "bit-equal to none, with eager calls in place of graphs: real graphs have not been captured",
-        tests=("transformer/test_cuda_graphs.py::test_routing_is_as_without_graphs",),
+        tests=("transformer/test_transformer_layer.py::test_routing_is_as_without_graphs",),
     ),
     "hybrid models": Works(
         "1, 2 and 4 ranks, from the checkpoint of a GPT model; one model bit-equal to its twin",
