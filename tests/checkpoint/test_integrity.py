@@ -17,7 +17,7 @@ from torch.distributed.checkpoint.metadata import Metadata, MetadataIndex
 from torch.distributed.checkpoint.state_dict_loader import load
 from torch.distributed.checkpoint.state_dict_saver import save
 
-from maskmoe.checkpoint.integrity import LAYOUT_FILE, Damage, check_structure, read_layout
+from maskmoe.checkpoint.integrity import LAYOUT_FILE, Damage, Manifest, check_structure, read_layout
 from maskmoe.conversion.megatron_models import MARKER
 
 
@@ -92,6 +92,14 @@ def test_object_in_a_file(tmp_path):
     write_checkpoint(tmp_path, "__0_0.distcp", 2, 8)
     check_structure(tmp_path)
     write_checkpoint(tmp_path, "__0_0.distcp", 3, 8)
+    with pytest.raises(Damage, match=r"__0_0\.distcp has 10 of at least 11 bytes"):
+        check_structure(tmp_path)
+
+
+def test_a_manifest_without_sizes_leaves_them_to_the_layout(tmp_path):
+    """Megatron's own manifests have no sizes."""
+    write_checkpoint(tmp_path, "__0_0.distcp", 3, 8)
+    Manifest(files=Manifest.of_files(tmp_path, [LAYOUT_FILE, "__0_0.distcp"]).files).save(tmp_path)
     with pytest.raises(Damage, match=r"__0_0\.distcp has 10 of at least 11 bytes"):
         check_structure(tmp_path)
 

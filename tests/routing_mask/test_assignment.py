@@ -204,6 +204,7 @@ def test_rows_widen_when_they_do_not_fit_16_bits():
         ({"num_experts": 1}, "2 experts"),
         ({"assignment": "random"}, "unknown assignment"),
         ({"frequent_mass": 1.1}, "between 0 and 1"),
+        ({"frequent_mass": -0.1}, "between 0 and 1"),
         ({"frequent_mass": float("nan")}, "between 0 and 1"),
         ({"frequent_visible_experts": None}, "missing"),
         ({"frequent_visible_experts": 1}, "2 to 8"),

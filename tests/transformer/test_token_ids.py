@@ -7,7 +7,7 @@ from support.small_moe import DEVICE
 from torch import Tensor
 
 from maskmoe.transformer.dispatch.plan import DispatchPlan
-from maskmoe.transformer.token_ids import TokenIds, pack_token_ids, unpack_token_ids
+from maskmoe.transformer.token_ids import TokenIds, gather_sequence, pack_token_ids, unpack_token_ids
 
 IDS = torch.arange(6, device=DEVICE).view(2, 3)
 IS_PADDING = IDS > 3
@@ -56,6 +56,20 @@ def test_plan_survives_recomputation(is_padding: Tensor | None) -> None:
     assert len(seen) == 2
     assert all(token_ids.plan is PLAN for token_ids in seen)
     assert all(torch.equal(token_ids.ids, IDS) for token_ids in seen)
+
+
+@pytest.mark.parametrize("has_padding", [False, True])
+def test_the_parts_of_tensor_parallel_ranks_are_gathered(monkeypatch, has_padding: bool) -> None:
+    ids = torch.arange(8, device=DEVICE).view(2, 4)
+    packed = pack_token_ids(TokenIds(ids, ids > 5 if has_padding else None))
+    parts = packed.chunk(2, dim=-1)
+
+    def gather(sequence_first: Tensor, group: None) -> Tensor:
+        assert torch.equal(sequence_first, parts[0].movedim(-1, 0))
+        return torch.cat([part.movedim(-1, 0) for part in parts])
+
+    monkeypatch.setattr("maskmoe.transformer.token_ids.gather_from_sequence_parallel_region", gather)
+    assert torch.equal(gather_sequence(parts[0], None), packed)
 
 
 @pytest.mark.parametrize(
