@@ -1,8 +1,9 @@
 """Lets only one run or conversion at a time write to a folder, also across the nodes of a shared file system.
 
 The holder has a POSIX lock on a file in the folder. The kernel frees the lock when the holder ends, however it ends,
-and child processes do not inherit the lock. Network file systems with a lock service show the lock to all nodes. On a
-file system that shows no locks of other hosts, only the processes of one host are kept apart.
+and child processes do not inherit the lock. Network file systems with a lock service show the lock to all nodes. For
+file systems without one, the holder also touches the file every few seconds, and a lock of another host counts as free
+once the file has not been touched for a while. The clocks of the hosts need not agree.
 """
 
 import errno
@@ -13,17 +14,20 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 from pydantic import TypeAdapter, ValidationError
 
 from maskmoe.errors import UserError
 from maskmoe.files.untrusted import UnusableFile, open_regular
-from maskmoe.processes.liveness import Holder
+from maskmoe.processes.liveness import Holder, beating
 
 LOCK_NAME = ".run.lock"
 """Name of the lock file in a locked folder."""
 
+_TOUCH_SECONDS = 10.0
+_STALE_SECONDS = 35.0  # three touches and some time for the caches of a network file system
 _END_SECONDS = 20.0  # which the processes of a run that has just ended may take
 _POLL_SECONDS = 0.5
 _MAX_BYTES = 4096
@@ -38,19 +42,24 @@ class LockState:
     """The state of a folder's lock, as a process sees the lock without locking anything.
 
     Attributes:
-        holder: The process that the lock file names; None if the file names none.
-        is_held: Whether a process holds the lock; None if the file system does not show locks.
+        holder: the process that the lock file names; None if the file names none.
+        is_held: whether a process of any host holds the lock; None if the file system does not show locks.
+        touched: when the lock file was last touched, in seconds since 1970 on the clock of the file's server.
     """
 
     holder: Holder | None
     is_held: bool | None
+    touched: float
 
     @property
-    def is_alive(self) -> bool | None:
-        """Whether the holder runs; None if this host cannot know, because the lock of another host may be invisible."""
+    def is_alive(self) -> bool:
+        """Whether the holder seems to run: it holds the lock, or it touched the file a short time ago."""
         if self.is_held or self.holder is None:
             return bool(self.is_held)
-        return (self.is_held is None and self.holder.is_alive) if self.holder.is_here else None
+        if self.holder.is_here:
+            return self.is_held is None and self.holder.is_alive
+        # The file system may not show the locks of other hosts.
+        return time.time() - self.touched < _STALE_SECONDS
 
 
 def look_at_lock(folder: Path) -> LockState | None:
@@ -60,7 +69,7 @@ def look_at_lock(folder: Path) -> LockState | None:
     """
     try:
         with open_regular(folder / LOCK_NAME) as stream:
-            return LockState(_read(stream.fileno()), _is_locked(stream.fileno()))
+            return LockState(_read(stream.fileno()), _is_locked(stream.fileno()), os.fstat(stream.fileno()).st_mtime)
     except (UnusableFile, OSError):
         return None
 
@@ -79,7 +88,8 @@ def locked_folder(folder: Path) -> Iterator[None]:
     except OSError as error:
         raise UserError(f"cannot lock {folder}: {error.strerror}; choose another --save") from error
     try:
-        yield
+        with beating(partial(os.utime, lock), _TOUCH_SECONDS):
+            yield
     finally:
         with suppress(OSError):
             path.unlink()
@@ -90,8 +100,8 @@ def check_unlocked(folder: Path, patience: float = 0.0) -> None:
     """Check that no process of this host, or of a host whose locks this host can see, holds the lock of a folder.
 
     Args:
-        folder: The folder.
-        patience: For how many seconds to wait until the lock is free.
+        folder: the folder.
+        patience: for how many seconds to wait until the lock is free.
 
     Raises:
         UserError: Another process holds the lock.
@@ -109,24 +119,27 @@ def _acquire(path: Path) -> int:
     Raises:
         UserError: Another process holds the lock.
     """
-    me, start = Holder.this_process(), time.monotonic()
+    me = Holder.this_process()
+    start, gone = time.monotonic(), None
     while True:
         lock = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666)
         is_locked, holder = _try_lock(lock), _read(lock)
-        # Without locks, the process that the file names shows whether it runs, if it is one of this host.
-        is_other = holder is not None and holder != me
-        is_held = is_locked is None and is_other and holder.is_here and holder.is_alive
-        if is_locked is not False and not is_held and _is_file_of(path, lock):
+        is_left = holder in (None, gone, me)
+        if is_locked is not False and is_left and _is_file_of(path, lock):
             os.ftruncate(lock, 0)
             os.pwrite(lock, _HOLDER.dump_json(me), 0)
             return lock
         os.close(lock)
-        # The file may not name its holder yet, or name a holder that is ending.
-        is_changing = is_locked is False and (holder is None or holder.has_ended)
-        if is_held or (is_locked is False and (not is_changing or time.monotonic() - start > _END_SECONDS)):
-            raise _refusal(path.parent, holder)
-        if is_changing:
+        if is_locked is False:
+            # The file does not name its holder yet, or names a holder that is ending.
+            is_changing = holder is None or holder.has_ended
+            if not is_changing or time.monotonic() - start > _END_SECONDS:
+                raise _refusal(path.parent, holder)
             time.sleep(_POLL_SECONDS)
+        elif holder is not None and not is_left:
+            if _is_held_elsewhere(path, holder, is_locked):
+                raise _refusal(path.parent, holder)
+            gone = holder
 
 
 def _try_lock(lock: int) -> bool | None:
@@ -160,6 +173,22 @@ def _is_file_of(path: Path, lock: int) -> bool:
         return os.path.samestat(os.fstat(lock), os.stat(path))
     except OSError:
         return False
+
+
+def _is_held_elsewhere(path: Path, holder: Holder, is_locked: bool | None) -> bool:
+    """Return whether the process in the lock file still runs, although the file system shows no lock of it."""
+    if holder.is_here:
+        return is_locked is None and holder.is_alive
+    # Wait for a touch. Opening the file asks the server of a network file system again.
+    start, first = time.monotonic(), look_at_lock(path.parent)
+    while time.monotonic() - start < _STALE_SECONDS:
+        time.sleep(_POLL_SECONDS)
+        state = look_at_lock(path.parent)
+        if state is None:
+            return False
+        if first is None or state.touched != first.touched:
+            return True
+    return False
 
 
 def _read(lock: int) -> Holder | None:

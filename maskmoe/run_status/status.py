@@ -202,7 +202,7 @@ def _state(
     if lock is not None and lock.is_alive:
         return "running", f"{_name(lock)} holds the lock"
     is_open = newest is not None and newest.kind not in (Kind.ENDED, Kind.NODES)
-    if (lock is None or lock.is_alive is None) and is_open and is_fresh:
+    if lock is None and is_open and is_fresh:
         return "running", "its journal has no end, and it wrote something a short time ago"
     if progress.is_complete:
         return "finished", "all iterations are done"

@@ -4,6 +4,7 @@ import json
 import os
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -81,12 +82,38 @@ def leave_lock_of(folder: Path, host: str, pid: int = 4711, started: float = 1.0
     (folder / LOCK_NAME).write_text(json.dumps({"host": host, "pid": pid, "started": started, **others}))
 
 
-@pytest.mark.parametrize("others", [{}, {"pid_namespace": "another machine"}], ids=["unknown", "known"])
-@pytest.mark.parametrize("host", ["node7", os.uname().nodename])
-def test_file_that_another_host_has_left_is_free(tmp_path: Path, host: str, others: dict[str, str]) -> None:
-    leave_lock_of(tmp_path, host, **others)
-    check_unlocked(tmp_path)
+def test_lock_of_another_host_without_heartbeat_is_free(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(folder_lock, "_STALE_SECONDS", 1.0)
+    leave_lock_of(tmp_path, "node7")
     lock(tmp_path)
+
+
+def test_lock_of_another_host_with_heartbeat_is_held(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    # The other host's lock is not visible here, as on a file system whose locks are local.
+    leave_lock_of(tmp_path, "node7")
+    timer = threading.Timer(1.0, os.utime, [tmp_path / LOCK_NAME])
+    timer.start()
+    with pytest.raises(UserError, match="process 4711 on host node7"):
+        lock(tmp_path)
+    timer.join()
+
+
+@pytest.mark.parametrize("others", [{}, {"pid_namespace": "another machine"}], ids=["unknown", "known"])
+@pytest.mark.parametrize("touches", [True, False])
+def test_lock_of_another_host_with_the_name_of_this_host(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, others: dict[str, str], touches: bool
+) -> None:
+    monkeypatch.setattr(folder_lock, "_STALE_SECONDS", 3.0)
+    monkeypatch.setattr(folder_lock, "_try_lock", lambda _: None)
+    leave_lock_of(tmp_path, os.uname().nodename, **others)
+    if touches:
+        timer = threading.Timer(1.0, os.utime, [tmp_path / LOCK_NAME])
+        timer.start()
+        with pytest.raises(UserError, match="process 4711 on host"):
+            lock(tmp_path)
+        timer.join()
+    else:
+        lock(tmp_path)
 
 
 def test_host_name_alone_tells_hosts_apart_without_proc(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -95,6 +122,14 @@ def test_host_name_alone_tells_hosts_apart_without_proc(monkeypatch: pytest.Monk
     monkeypatch.setattr(liveness, "_BOOT_ID", Path("/proc/missing"))
     assert holder.is_here
     assert Holder.this_process().is_here
+
+
+def test_heartbeat(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(folder_lock, "_TOUCH_SECONDS", 0.05)
+    with locked_folder(tmp_path):
+        before = (tmp_path / LOCK_NAME).stat().st_mtime_ns
+        time.sleep(0.3)
+        assert (tmp_path / LOCK_NAME).stat().st_mtime_ns > before
 
 
 @pytest.mark.parametrize("is_alive", [True, False])
