@@ -73,7 +73,7 @@ def parse_settings(arguments: Sequence[str] | None = None) -> Settings:
     add(training, "--train-iters", ranges.ITERATIONS, "number of iterations")
     add(training, "--lr", ranges.LEARNING_RATE, "largest learning rate", "X")
     add(training, "--seed", ranges.SEED, "seed of the initial weights and of the order of the data")
-    training.add_argument("--prompt", metavar="TEXT", help="start of the sample [the start of a held-out text]")
+    training.add_argument("--prompt", metavar="TEXT", help="start of the sample [the start of the text]")
     options = parser.parse_args(arguments)
     return Settings(**{field.name: getattr(options, field.name) for field in fields(Settings)})
 

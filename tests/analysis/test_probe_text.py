@@ -112,12 +112,6 @@ def test_windows_are_whole_ordered_and_reach_the_end(num_all, num_tokens, seq_le
         assert tokens.tolist() == list(range(num_all))
 
 
-@pytest.mark.parametrize("split", ["a,b", "", "0,0,0", "1,2,3,4", "-"])
-def test_senseless_splits(split):
-    with pytest.raises(UserError, match="--split"):
-        split_sequences(split, "train", 10)
-
-
 def test_files(workplace, model, tmp_path):
     """Documents from JSON lines, plain text and compressed text; the end-of-document id follows each document."""
     documents = ["def one():", "  return 'naïve'\n", "", "two\n"]

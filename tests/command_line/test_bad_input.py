@@ -3,7 +3,7 @@
 from types import SimpleNamespace
 
 import pytest
-from support.command_lines import TRAINING, forget_megatrons_globals, refuse_all, run_command
+from support.command_lines import forget_megatrons_globals, refuse_all, run_command
 
 from maskmoe.errors import UserError
 
@@ -91,12 +91,6 @@ CONTRADICTIONS = [
 
 def test_value_that_contradicts_another(workshop):
     refuse_all(workshop, [(command_line(name, **{flag: word}), [text]) for name, flag, word, text in CONTRADICTIONS])
-
-
-def test_number_of_processes_of_a_training_command(workshop):
-    for word in ("0", "two", "100000"):
-        for command in TRAINING:
-            run_command(command, "--nproc-per-node", word, starts_ranks=True).assert_refused("--nproc-per-node")
 
 
 FILE, FOLDER, OUTPUT, OUTPUT_FOLDER, PREFIX = "a file", "a folder", "an output", "an output folder", "a prefix"

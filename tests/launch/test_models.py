@@ -251,8 +251,3 @@ def test_check_of_a_file_whose_layouts_do_not_fit_reports_the_smallest(tmp_path,
             launcher.launch("maskmoe pretrain", ["--check", *options, str(tmp_path / "model.yaml")])
     assert checked == [16]
     assert capsys.readouterr().err.startswith("note: the report is for 16 ranks, the smallest layout of ")
-
-
-def test_missing_model_file_is_refused(tmp_path):
-    with pytest.raises(UserError, match=r"the model file .*/nowhere.yaml does not exist"):
-        ModelFile.read(tmp_path / "nowhere.yaml", {})

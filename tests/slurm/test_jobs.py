@@ -113,23 +113,6 @@ def test_dead_node(cluster, submit, new_laptop_run, undisturbed, node):
     assert losses == {iteration: undisturbed.losses[iteration] for iteration in losses}
 
 
-def test_hung_run(submit, new_laptop_run, undisturbed):
-    """One rank is suspended, and torchrun may not restart it."""
-    run = new_laptop_run("--hang-timeout 15")
-    job = submit(run, "--export=ALL,MAX_RESTARTS=0")
-    run.wait_for_iteration(32)
-    run.find_rank(1).suspend()
-    job.wait_for("PENDING")
-    assert_completed(job, run)
-    assert job.show("Restarts") == "1"
-    log = log_of(run, job)
-    assert "rank 1 (host n2" in log
-    assert "the run hung; the job is requeued" in log
-    losses = run.losses
-    assert set(losses) >= set(range(21, 101))
-    assert losses == {iteration: undisturbed.losses[iteration] for iteration in losses}
-
-
 def test_cancelled_job_stays_cancelled(cluster, submit, new_laptop_run):
     run = new_laptop_run()
     job = submit(run)
@@ -138,14 +121,6 @@ def test_cancelled_job_stays_cancelled(cluster, submit, new_laptop_run):
     job.wait_for("CANCELLED")
     cluster.wait_for_nodes()
     assert job.state == "CANCELLED"
-
-
-def test_bad_input_ends_the_job(submit, new_laptop_run):
-    run = new_laptop_run("--num-layers 0x")
-    job = submit(run)
-    assert job.wait_for("FAILED", "COMPLETED") == "FAILED"
-    assert job.show("ExitCode") == "2:0"
-    assert "--num-layers" in log_of(run, job)
 
 
 def test_unfit_node_is_left_out(cluster, submit, new_laptop_run):

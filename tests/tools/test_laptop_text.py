@@ -83,23 +83,6 @@ def test_texts_keep_their_bytes(wheel: Path, tmp_path: Path, monkeypatch: pytest
     assert digests == DIGESTS
 
 
-def test_documents_and_domains(wheel: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    run(monkeypatch, describe(wheel, held_out_bytes=3000), tmp_path / "out")
-    found = {path.stem: read(path) for path in (tmp_path / "out").iterdir()}
-    assert all({each["domain"] for each in found[name]} == {name} for name in ("prose", "code", "other"))
-    texts = {each["path"]: each["text"] for documents in found.values() for each in documents}
-    assert sum(map(len, found.values())) == len(texts) == len(set(texts.values()))
-    code = {path.removeprefix("words/"): text for path, text in texts.items() if "code/" in path}
-    assert code == {f"code/{number}.py": FILES[f"code/{number}.py"] for number in range(30)}
-    assert texts["words/reviews.csv:8"] == f"{prose('7, y')}\n\nEnd"
-    assert sum("reviews.csv" in path for path in texts) == 40
-    # Two rows of a chapter are a document, and the number of bytes limits the documents.
-    assert 4000 < sum(len(each["text"]) for each in found["other"]) <= 5000
-    number = int(found["other"][0]["path"].rpartition(":")[2]) - 1
-    lines = [f"{prose(2 * number).strip()} end", prose(2 * number + 1).strip()]
-    assert found["other"][0]["text"].split("\n") == lines
-
-
 @pytest.mark.parametrize(
     ("keys", "problem"),
     [
