@@ -16,11 +16,12 @@ from maskmoe.comparison.suite import Suite, Variant
 from maskmoe.comparison.table import scalars, training_seconds
 from maskmoe.data.documents import read_documents
 from maskmoe.errors import UserError
+from maskmoe.files.flags import flag_words, override
 from maskmoe.files.json_files import read_json
 from maskmoe.files.outputs import atomic_output, render_template
 from maskmoe.launch.command import entry_point, standalone_command
 from maskmoe.launch.machine import Devices
-from maskmoe.launch.model_file import Flags, flag_words, override
+from maskmoe.launch.model_file import Flags
 from maskmoe.routing_mask.frequency import TokenFrequency
 
 _SUITE = Path(__file__).parent / "suites" / "quickstart.yaml"

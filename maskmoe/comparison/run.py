@@ -8,11 +8,12 @@ from maskmoe.comparison.data import Dataset
 from maskmoe.comparison.stage import Stage, maskmoe_command
 from maskmoe.comparison.suite import Suite, Variant
 from maskmoe.errors import UserError
+from maskmoe.files.flags import flag_words, flags_to_yaml
 from maskmoe.files.outputs import atomic_output
 from maskmoe.files.run_folder import CHECKPOINTS, TENSORBOARD
 from maskmoe.launch.command import entry_point, standalone_command
 from maskmoe.launch.machine import Devices
-from maskmoe.launch.model_file import Flags, flag_words, flags_to_yaml
+from maskmoe.launch.model_file import Flags
 
 OWN_TEXT = "held-out"
 """Name of the held-out documents of the training text, beside the further held-out texts of a suite."""

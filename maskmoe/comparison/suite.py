@@ -23,9 +23,10 @@ from pydantic import (
 )
 
 from maskmoe.errors import UserError
+from maskmoe.files.flags import override
 from maskmoe.files.json_files import first_problem
 from maskmoe.files.untrusted import read_words
-from maskmoe.launch.model_file import Flags, ModelFile, override, parse_flags, parse_layouts
+from maskmoe.launch.model_file import Flags, ModelFile, parse_flags, parse_layouts
 
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._+-]*")
 _NEEDED_FLAGS = ("train-iters", "seq-length", "global-batch-size", "num-layers")

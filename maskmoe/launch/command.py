@@ -5,9 +5,10 @@ import sys
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 
+from maskmoe.files.flags import flag_words, override
 from maskmoe.files.run_folder import CHECKPOINTS, RUN_FOLDER_VARIABLE, TENSORBOARD
 from maskmoe.launch.machine import GPU_ENVIRONMENT, Route
-from maskmoe.launch.model_file import Flags, flag_words, override
+from maskmoe.launch.model_file import Flags
 from maskmoe.launch.options import Meeting, Options
 from maskmoe.processes.interruption import SIGNALS_THAT_END
 

@@ -19,11 +19,12 @@ from pathlib import Path
 
 from maskmoe.command_line.run_tool import EXIT_BAD_INPUT
 from maskmoe.errors import UserError, counted
+from maskmoe.files.flags import override, split_flags
 from maskmoe.files.run_folder import Journal, Kind
 from maskmoe.launch.command import run_flags
 from maskmoe.launch.elastic_files import Generation, Generations, Member, Membership, leading_member
 from maskmoe.launch.machine import connection_error, find_devices, listen
-from maskmoe.launch.model_file import Flags, ModelFile, override, split_flags
+from maskmoe.launch.model_file import Flags, ModelFile
 from maskmoe.launch.node_run import NodeRun, Supervisor, check, say
 from maskmoe.launch.options import Options
 from maskmoe.processes.folder_lock import check_unlocked

@@ -8,9 +8,10 @@ from typing import NoReturn
 
 from maskmoe.command_line import ranges
 from maskmoe.command_line.parser import OneLineParser
+from maskmoe.files.flags import split_flags
 from maskmoe.launch.command import ENTRY_POINT_ENVIRONMENT, Command, run_flags, standalone_command, unset_variables
 from maskmoe.launch.machine import find_devices, wait_for
-from maskmoe.launch.model_file import ModelFile, split_flags
+from maskmoe.launch.model_file import ModelFile
 from maskmoe.launch.node_run import NodeRun, Supervisor, check
 from maskmoe.launch.options import Options, parse_options
 from maskmoe.processes.folder_lock import check_unlocked

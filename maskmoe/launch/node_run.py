@@ -16,6 +16,7 @@ import psutil
 
 from maskmoe.command_line.run_tool import EXIT_BAD_INPUT
 from maskmoe.errors import UserError, counted
+from maskmoe.files.flags import flag_words
 from maskmoe.files.run_folder import Journal, Kind
 from maskmoe.launch.command import (
     RUN_ENVIRONMENT,
@@ -26,7 +27,7 @@ from maskmoe.launch.command import (
     unset_variables,
 )
 from maskmoe.launch.machine import route_to
-from maskmoe.launch.model_file import Flags, flag_words
+from maskmoe.launch.model_file import Flags
 from maskmoe.launch.options import Meeting, Options
 from maskmoe.processes.interruption import (
     EXIT_CODE_FILE,

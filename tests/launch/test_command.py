@@ -9,6 +9,7 @@ from megatron.training.arguments import add_megatron_arguments
 from support.paths import ROOT
 
 from maskmoe.errors import UserError
+from maskmoe.files.flags import split_flags
 from maskmoe.launch.command import (
     RUN_ENVIRONMENT,
     Command,
@@ -18,7 +19,6 @@ from maskmoe.launch.command import (
     torchrun_command,
 )
 from maskmoe.launch.machine import Route
-from maskmoe.launch.model_file import split_flags
 from maskmoe.launch.options import NodeRange, Options, _parser, parse_options
 from maskmoe.training.help_page import help_page
 

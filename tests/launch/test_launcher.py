@@ -12,8 +12,9 @@ from support.runs import make_laptop_data, read_losses
 from maskmoe.checkpoint.series import read_tracker
 from maskmoe.command_line.pretrain import has_flags_only
 from maskmoe.errors import UserError
+from maskmoe.files.flags import flag_words
 from maskmoe.launch.launcher import split_processes
-from maskmoe.launch.model_file import ModelFile, flag_words
+from maskmoe.launch.model_file import ModelFile
 from maskmoe.processes.interruption import EXIT_HANG, EXIT_REQUEUE
 
 # An entry point that prints its ranks and arguments, and exits with the code in its first argument.

@@ -14,8 +14,9 @@ from support.paths import ROOT
 
 from maskmoe.command_line.build_routing_mask import parse_arguments
 from maskmoe.errors import UserError
+from maskmoe.files.flags import flag_words, override, split_flags
 from maskmoe.launch import launcher
-from maskmoe.launch.model_file import ModelFile, flag_words, override, split_flags
+from maskmoe.launch.model_file import ModelFile
 from maskmoe.routing_mask.assignment import MaskRecipe, build_routing_mask
 
 MODELS = sorted((ROOT / "launch" / "models").glob("*.yaml"))

@@ -26,10 +26,10 @@ from maskmoe.command_line.quickstart import parse_settings
 from maskmoe.command_line.run_tool import run_tool
 from maskmoe.comparison.stage import maskmoe_command
 from maskmoe.data.indexed_dataset import open_tokens
+from maskmoe.files.flags import flag_words, override
 from maskmoe.huggingface import MaskMoEForCausalLM
 from maskmoe.launch.command import entry_point, standalone_command
 from maskmoe.launch.machine import Devices
-from maskmoe.launch.model_file import flag_words, override
 
 DEVICES = Devices(num_gpus=0, num_cores=2)
 INTERVAL = 4  # iterations

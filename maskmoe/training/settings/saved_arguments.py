@@ -6,8 +6,8 @@ from argparse import Namespace
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
+from maskmoe.files.flags import flags_to_yaml, split_flags
 from maskmoe.files.run_folder import ARGUMENTS
-from maskmoe.launch.model_file import flags_to_yaml, split_flags
 
 _FOLDERS = frozenset(
     (

@@ -8,7 +8,8 @@ from pathlib import Path
 import pytest
 from megatron.training.arguments import parse_args, validate_args
 
-from maskmoe.launch.model_file import ModelFile, flag_words, split_flags
+from maskmoe.files.flags import flag_words, split_flags
+from maskmoe.launch.model_file import ModelFile
 from maskmoe.training.settings.flags import add_maskmoe_arguments, add_pretraining_arguments
 from maskmoe.training.settings.saved_arguments import arguments_text
 from maskmoe.training.watch.start_of_run import describe_run
