@@ -23,7 +23,7 @@ from tqdm import tqdm
 from maskmoe.errors import RunFailure, UserError
 from maskmoe.files.outputs import atomic_output
 from maskmoe.files.paths import short_path
-from maskmoe.processes.liveness import end_with_parent, send_signal
+from maskmoe.processes.lifetimes import end_with_parent, send_signal
 
 _SECONDS_TO_END = 45.0  # torchrun gives its workers 30 seconds
 _LAST_BYTES = 4096  # of a log, in which its last line is searched

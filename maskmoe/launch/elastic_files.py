@@ -17,7 +17,7 @@ from maskmoe.errors import RunFailure, UserError
 from maskmoe.files.outputs import atomic_output
 from maskmoe.launch.machine import connection_error, listen
 from maskmoe.launch.model_file import Flags
-from maskmoe.processes.liveness import Holder, beating
+from maskmoe.processes.lifetimes import Holder, beating
 
 _BEAT_SECONDS = 2.0
 _GENERATION_FILE = re.compile(r"generation-(?P<number>[0-9]+)\.json")

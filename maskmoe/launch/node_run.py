@@ -36,7 +36,7 @@ from maskmoe.processes.interruption import (
     handle_signals_that_end,
     read_exit_code,
 )
-from maskmoe.processes.liveness import adopt_orphans, end_with_parent, is_alive, send_signal
+from maskmoe.processes.lifetimes import adopt_orphans, end_with_parent, is_alive, send_signal
 
 _POLL_INTERVAL = 0.2  # seconds
 _INSPECTION_INTERVAL = 5.0  # seconds between inspections of torchrun's children

@@ -35,7 +35,7 @@ from maskmoe.checkpoint.integrity import read_layout
 from maskmoe.files.run_folder import Journal
 from maskmoe.megatron_compat import replace, replacing
 from maskmoe.processes.interruption import SIGNALS_THAT_SAVE
-from maskmoe.processes.liveness import end_with_parent
+from maskmoe.processes.lifetimes import end_with_parent
 
 _SHORT_INTEGERS = (torch.int16, torch.uint16)
 _RANK_PROCESS = "MASKMOE_RANK_PROCESS"

@@ -21,7 +21,7 @@ from pydantic import TypeAdapter, ValidationError
 
 from maskmoe.errors import UserError
 from maskmoe.files.untrusted import UnusableFile, open_regular
-from maskmoe.processes.liveness import Holder, beating
+from maskmoe.processes.lifetimes import Holder, beating
 
 LOCK_NAME = ".run.lock"
 """Name of the lock file in a locked folder."""

@@ -17,7 +17,7 @@ from maskmoe.command_line.main import SUBCOMMANDS
 from maskmoe.comparison.stage import maskmoe_command
 from maskmoe.data.tokenizer_training import train_tokenizer
 from maskmoe.errors import UserError
-from maskmoe.processes.liveness import is_alive
+from maskmoe.processes.lifetimes import is_alive
 from maskmoe.routing_mask.assignment import MaskRecipe, build_routing_mask
 from maskmoe.routing_mask.frequency import count_token_frequency
 

@@ -24,7 +24,7 @@ from maskmoe.launch.elastic_files import Generation, Generations, Member, Member
 from maskmoe.launch.model_file import ModelFile
 from maskmoe.launch.options import NodeRange, Options, parse_options
 from maskmoe.processes.interruption import EXIT_REQUEUE
-from maskmoe.processes.liveness import Holder
+from maskmoe.processes.lifetimes import Holder
 
 PROGRAM = Path(__file__).parent / "elastic_node.py"
 MODEL = """

@@ -15,7 +15,7 @@ import pytest
 from maskmoe.errors import UserError
 from maskmoe.processes import folder_lock, liveness
 from maskmoe.processes.folder_lock import LOCK_NAME, check_unlocked, locked_folder
-from maskmoe.processes.liveness import Holder
+from maskmoe.processes.lifetimes import Holder
 
 HOLD = """
 import sys, time

@@ -16,7 +16,7 @@ from gpu_campaign.page import render_page
 from gpu_campaign.results import Campaign, Findings, Status, StepResult
 from gpu_campaign.step import Command, Context, Step
 from maskmoe.files.outputs import atomic_output
-from maskmoe.processes.liveness import end_with_parent, send_signal
+from maskmoe.processes.lifetimes import end_with_parent, send_signal
 
 _LINES_OF_END, _CHARACTERS_OF_END = 60, 6000
 # Each process computes with one thread, because several steps start several processes.
