@@ -45,12 +45,7 @@ _CONSTRUCTORS = {
 
 @dataclass(eq=False)
 class Damage(UserError):  # noqa: N818 (the exception is a finding about a checkpoint)
-    """A fault of a checkpoint.
-
-    Attributes:
-        checkpoint: The folder of the checkpoint.
-        fault: A clause that follows the path of the checkpoint, such as "does not exist".
-    """
+    """A fault of a checkpoint: its folder, and a clause that follows the folder's path, such as "does not exist"."""
 
     checkpoint: Path
     fault: str
@@ -65,12 +60,7 @@ class Unfinished(Damage):
 
 @dataclass(frozen=True)
 class FileRecord:
-    """The digest and the size of a file when it was written.
-
-    Attributes:
-        sha256: The digest, hexadecimal.
-        size: The size in bytes.
-    """
+    """The SHA-256 digest, hexadecimal, and the size in bytes of a file when it was written."""
 
     sha256: str
     size: int
@@ -83,13 +73,11 @@ class FileRecord:
 
 
 class Manifest(BaseModel):
-    """The digests and sizes of the files of a checkpoint.
+    """The digests and sizes of the files of a checkpoint: Megatron's format (`--verify-integrity`) with sizes added.
 
-    Megatron writes `metadata.json` last, to mark a checkpoint as complete, so a manifest does not record this file. The
-    format is that of Megatron's own manifest (`--verify-integrity`), with sizes added.
+    Megatron writes `metadata.json` last, to mark a checkpoint as complete, so a manifest does not record this file.
 
     Attributes:
-        algorithm: The algorithm of the digests.
         files: The digests, hexadecimal, by the names of the files.
         sizes: The sizes in bytes by the names of the files; empty in a manifest that Megatron wrote.
     """
@@ -125,11 +113,7 @@ class Manifest(BaseModel):
 
     @classmethod
     def load(cls, checkpoint: Path) -> "Manifest":
-        """Read the manifest of a checkpoint; return an empty one if the checkpoint was saved without.
-
-        Raises:
-            Damage: The manifest cannot be read.
-        """
+        """Read a checkpoint's manifest; return an empty one if there is none; raise `Damage` if it is unreadable."""
         try:
             manifest = cls.model_validate_json(read_json_bytes(checkpoint / MANIFEST_FILE))
             for name in manifest.files:
@@ -144,21 +128,14 @@ class Manifest(BaseModel):
 
 
 def record_rank(files: Sequence[Path], rank: int) -> None:
-    """Record the files written by one rank, all in one folder, in a manifest beside them that `write_manifest` reads.
-
-    A failure is not reported here. `write_manifest` reports the missing record.
-    """
+    """Record one rank's files, all in one folder, in a manifest there; `write_manifest` reports a missing record."""
     with contextlib.suppress(OSError, UserError):
         records = {path.name: FileRecord.of(path) for path in files}
         Manifest.of(records).save(files[0].parent, f"integrity.{rank}.json")
 
 
 def write_manifest(checkpoint: Path) -> None:
-    """Join the manifests of all ranks into the manifest of a checkpoint, and remove them.
-
-    Raises:
-        Damage: A file that the checkpoint needs has no record.
-    """
+    """Join the manifests of all ranks and remove them; raise `Damage` if a needed file has no record."""
     manifest = Manifest.of({LAYOUT_FILE: FileRecord.of(checkpoint / LAYOUT_FILE)})
     paths = sorted(checkpoint.glob("integrity.*.json"))
     for path in paths:
@@ -173,13 +150,10 @@ def write_manifest(checkpoint: Path) -> None:
 
 
 def check_structure(checkpoint: Path) -> None:
-    """Check that a checkpoint is complete and that its files have their full size, without reading the tensors.
+    """Raise `Damage` if a checkpoint is incomplete or a file is too short, without reading the tensors.
 
     A manifest with sizes has the sizes of all files that the layout needs. So the digest of the layout replaces the
     reading of the layout, which needs torch.
-
-    Raises:
-        Damage: The first fault that is found.
     """
     # Check the file that marks the checkpoint as complete.
     if not checkpoint.is_dir():
@@ -210,16 +184,12 @@ def check_structure(checkpoint: Path) -> None:
 def check_content(
     checkpoint: Path, part: slice = slice(None), on_checked: Callable[[int], object] = lambda size: None
 ) -> None:
-    """Compare files of a checkpoint with their digests in the manifest; without a manifest, the checkpoint passes.
+    """Raise `Damage` for the first file that differs from its digest; without a manifest, the checkpoint passes.
 
     Args:
         checkpoint: A checkpoint that passes `check_structure`.
-        part: Which files to compare, in the order of their names; `slice(rank, None, ranks)` divides the files among
-            ranks.
+        part: Which files to compare, in the order of their names; `slice(rank, None, ranks)` divides them among ranks.
         on_checked: Called after each file with its size in bytes.
-
-    Raises:
-        Damage: The first file that differs from its digest.
     """
     for name, digest in sorted(Manifest.load(checkpoint).files.items())[part]:
         on_checked(_check_digest(checkpoint, name, digest))
@@ -242,11 +212,7 @@ class _LayoutUnpickler(pickle.Unpickler):
     """Unpickles only the dataclasses and enumerations with which torch describes a checkpoint."""
 
     def find_class(self, module: str, name: str) -> Any:
-        """Return a class or function by its name, as the overridden method does.
-
-        Raises:
-            pickle.UnpicklingError: The class or function does not belong in the layout of a checkpoint.
-        """
+        """Return a class or function by its name; raise `UnpicklingError` if it does not belong in a layout."""
         import torch
 
         if f"{module}.{name}" in _CONSTRUCTORS:
@@ -262,20 +228,12 @@ class _LayoutUnpickler(pickle.Unpickler):
 
 
 def read_layout(stream: BinaryIO) -> Any:
-    """Read the `Metadata` in the `.metadata` file of a `torch_dist` checkpoint.
-
-    Raises:
-        pickle.UnpicklingError: The file holds anything but the layout of a checkpoint.
-    """
+    """Read the `Metadata` in a `.metadata` file; raise `UnpicklingError` if the file holds anything else."""
     return _LayoutUnpickler(stream).load()
 
 
 def read_checkpoint_layout(checkpoint: Path) -> "Metadata":
-    """Read the description of the tensors of a checkpoint.
-
-    Raises:
-        Damage: The description is missing or damaged, or holds anything else.
-    """
+    """Read the description of the tensors of a checkpoint; raise `Damage` if it is missing or damaged."""
     try:
         with open_regular(checkpoint / LAYOUT_FILE) as stream:
             layout = read_layout(stream)
@@ -305,11 +263,7 @@ def _size(checkpoint: Path, name: str) -> int:
 
 
 def _needed_sizes(checkpoint: Path) -> dict[str, int]:
-    """Return the least size, in bytes, that each file needs for the tensors that the layout places in it.
-
-    Raises:
-        Damage: The layout is missing or damaged.
-    """
+    """Return the least size, in bytes, that each file needs for the tensors that the layout places in it."""
     places = read_checkpoint_layout(checkpoint).storage_data.values()
     ends = sorted((place.offset + place.length, place.relative_path) for place in places)
     return {name: end for end, name in ends}  # the last tensor of a file comes last

@@ -34,11 +34,7 @@ def buffers_of_routing_mask(mask: RoutingMask) -> dict[str, Tensor]:
 
 
 def routing_mask_from_buffers(buffers: dict[str, Tensor]) -> RoutingMask:
-    """Convert the buffers of `VisibleExperts` to a routing mask, and verify the mask.
-
-    Raises:
-        UserError: The buffers are damaged or altered.
-    """
+    """Convert the buffers of `VisibleExperts` to a routing mask; raise `UserError` if they are damaged or altered."""
     metadata: Any = None
     try:
         arrays = {name: buffer.cpu().numpy() for name, buffer in buffers.items()}
@@ -49,11 +45,7 @@ def routing_mask_from_buffers(buffers: dict[str, Tensor]) -> RoutingMask:
 
 
 def read_routing_mask(source: str | Path) -> RoutingMask:
-    """Read a routing mask.
-
-    Args:
-        source: A file made by `maskmoe mask`, a `torch_dist` checkpoint, or the folder of the checkpoints
-            of a run. The newest sound checkpoint of a folder is read.
+    """Read a routing mask from a mask file, a checkpoint, or the newest sound checkpoint in the folder of a run.
 
     Raises:
         UserError: The source is missing or damaged, or a checkpoint holds no routing mask.

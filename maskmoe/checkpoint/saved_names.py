@@ -26,10 +26,8 @@ class EquivalentGPT:
     no counterpart.
 
     Attributes:
-        layer_of_symbol: For each layer of the hybrid decoder, the transformer layer, from 0; None for a layer without
-            counterpart.
-        has_alike_layers: Whether checkpoints of the GPT model have one tensor for all layers, as opposed to one for
-            each.
+        layer_of_symbol: The transformer layer, from 0, of each layer of the hybrid decoder; None without counterpart.
+        has_alike_layers: Whether checkpoints of the GPT model have one tensor for all layers, instead of one for each.
     """
 
     layer_of_symbol: tuple[int | None, ...]
@@ -48,13 +46,10 @@ class EquivalentGPT:
     def request_names_of_gpt_model(
         self, state: dict[str, Any], retarget_alike_layers: Callable[[dict[str, Any], GPTCompatLayerMaps], None]
     ) -> None:
-        """Change a request to load a checkpoint, in place, so that it asks for the names that the GPT model saves.
+        """Change the request of a hybrid model or its optimizer, in place, to the names that the GPT model saves.
 
-        Layers without counterpart, and their optimizer states, keep their initial values.
-
-        Args:
-            state: The sharded state of the hybrid model, or of its optimizer, as Megatron generates it for loading.
-            retarget_alike_layers: Megatron-Core's function for a GPT model with one tensor for all layers.
+        Layers without counterpart, and their optimizer states, keep their initial values. `retarget_alike_layers` is
+        Megatron-Core's function for a GPT model with one tensor for all layers.
         """
         if self.has_alike_layers:
             retarget_alike_layers(state, self._maps())
@@ -117,10 +112,6 @@ def request_saved_names(state: dict[str, Any], saved: Collection[str]) -> None:
 
     The norm before experts is the only tensor whose name depends on the implementation. Its optimizer state has the
     same name with a prefix. If the checkpoint has no FP8 state of Transformer Engine's norms, the module keeps its own.
-
-    Args:
-        state: The model's and the optimizer's sharded state, as Megatron generates it for loading.
-        saved: The names of all entries of the checkpoint.
     """
 
     def request(entry: Any) -> Any:

@@ -41,7 +41,6 @@ class _Save:
     """A save that has begun.
 
     Attributes:
-        iteration: The saved iteration.
         is_local: Whether the checkpoint is a non-persistent one.
         is_repeated: Whether the iteration has a checkpoint already, which stays until its next version is complete.
         seconds: The time for which training has stood still because of this save.
@@ -70,8 +69,6 @@ class CheckpointSaver:
     that both parts took: the call that starts the save, and the call that finalises it.
 
     Args:
-        settings: Megatron's arguments.
-        save_checkpoint: Megatron's function of this name.
         finalize: Megatron's `maybe_finalize_async_save`.
         saving_into: Makes a context manager in which Megatron saves into another folder.
         while_saving: Makes a context manager that is entered around each save.
@@ -98,11 +95,7 @@ class CheckpointSaver:
         self._last_saved: int | None = None  # the iteration of the last persistent checkpoint
 
     def save(self, iteration: int, *args: Any, non_persistent_ckpt: bool = False, **kwargs: Any) -> None:
-        """Save a checkpoint, as Megatron's `save_checkpoint` does, unless the checkpoint exists already.
-
-        Raises:
-            SaveError: A rank failed to save.
-        """
+        """Save a checkpoint unless it exists already; raise `SaveError` if a rank failed to save."""
         settings = self._settings
         # Hide the interval from Megatron, which may remove the last sound checkpoint if the newest one is damaged, and
         # which fails if the tracker file names no iteration, as in the folder of an imported model.
@@ -143,11 +136,7 @@ class CheckpointSaver:
             self._record(save, is_asynchronous=False)
 
     def finalize(self, blocking: bool = False, terminate: bool = False) -> None:
-        """Finalise asynchronous saves whose files are written, as Megatron's `maybe_finalize_async_save` does.
-
-        Raises:
-            SaveError: A rank failed to save.
-        """
+        """Finalise asynchronous saves whose files are written; raise `SaveError` if a rank failed to save."""
         start = time.perf_counter()
         waits = blocking and bool(self._unfinished)
         with self._while_waiting() if waits else nullcontext():
@@ -172,10 +161,7 @@ class CheckpointSaver:
         return iteration == self._last_saved and not is_searching
 
     def _has_loaded(self, iteration: int) -> bool:
-        """Return whether the checkpoint was loaded from the folder in `--save`, with no iteration trained since.
-
-        Saving would replace a sound checkpoint by an equal one, and could lose it.
-        """
+        """Return whether the iteration was loaded from `--save`: saving it again could lose a sound checkpoint."""
         settings = self._settings
         is_same_folder = settings.load is not None and Path(settings.load).resolve() == Path(settings.save).resolve()
         is_of_series = is_same_folder and not settings.finetune and not settings.loads_non_persistent
@@ -268,8 +254,8 @@ class SealedSaveStrategy(TorchDistSaveShardedStrategy):
     ) -> AsyncRequest:
         """Return the request of an asynchronous save, which also writes the manifest.
 
-        Tensors in host memory are copied first. The writing process would otherwise share them with training, which
-        changes them. Tensors on a GPU are copied to the host in any case.
+        The writing process would share tensors in host memory with training, which changes them, so copy these tensors
+        first.
         """
         request = self._request(sharded_state_dict, Path(checkpoint_dir), async_strategy)
         if request.async_fn is not None:

@@ -22,12 +22,7 @@ RELEASE = "release"
 
 @dataclass(frozen=True)
 class Choice:
-    """The checkpoint to load.
-
-    Attributes:
-        checkpoint: The folder of the checkpoint; None if the folder has none.
-        rejected: The faults of the newer checkpoints.
-    """
+    """The checkpoint to load, None if the folder has none, and the faults of newer, rejected checkpoints."""
 
     checkpoint: Path | None
     rejected: tuple[Damage, ...] = ()
@@ -92,9 +87,9 @@ def choose_checkpoint(
     """Choose the newest sound checkpoint in a folder, or in the folder of the run's non-persistent checkpoints.
 
     The search starts with the checkpoint that the tracker file names, or without a usable tracker file with the newest
-    one, and continues with older checkpoints. A folder in which only the first save of a run was interrupted counts as
-    a folder without checkpoints. Of two checkpoints of one iteration, the persistent one is chosen. The search first
-    completes a replacement of a checkpoint that a kill has interrupted.
+    one, and continues with older checkpoints. A folder in which only the first save was interrupted counts as empty. Of
+    two checkpoints of one iteration, the persistent one is chosen. The search first completes a replacement of a
+    checkpoint that a kill has interrupted.
 
     Args:
         folder: The folder in Megatron's `--load` or `--pretrained-checkpoint`.
@@ -128,13 +123,9 @@ def choose_checkpoint(
 
 
 def locate_checkpoint(path: Path, step: int | None = None) -> Path:
-    """Return the folder of a checkpoint: `path` itself, or one of the checkpoints in the folder of a run.
+    """Return the folder of a checkpoint: `path` itself, or in a run's folder that of iteration `step`, else the newest.
 
     An older checkpoint never takes the place of a damaged one: the caller would not notice.
-
-    Args:
-        path: The folder of a checkpoint or of a run's checkpoints.
-        step: Megatron's `--ckpt-step`, the iteration to choose; None for the newest.
 
     Raises:
         UserError: The folder does not exist or holds no checkpoint, or the newest checkpoint is damaged.
@@ -153,19 +144,13 @@ def locate_checkpoint(path: Path, step: int | None = None) -> Path:
 
 
 def finished_iterations(folder: str | Path) -> list[int]:
-    """Return the iterations of the checkpoints that are not newer than the tracker file says, in descending order.
-
-    Without a usable tracker file, all checkpoints are included.
-    """
+    """Return the checkpoints' iterations up to the one in the tracker file, or all without a usable one, descending."""
     tracked = read_tracker(folder)
     return [step for step in saved_iterations(folder) if not isinstance(tracked, int) or step <= tracked]
 
 
 def _candidates(folder: str | Path) -> list[Path]:
-    """Return the checkpoints that a run may load from a folder, the preferred checkpoint first.
-
-    A checkpoint that the tracker file names is the first candidate even if it is missing, so that it gets reported.
-    """
+    """Return the checkpoints that a run may load, best first; a missing one that the tracker file names is included."""
     tracked = read_tracker(folder)
     if tracked == RELEASE:
         return [Path(folder) / RELEASE]
@@ -201,20 +186,14 @@ def next_version(checkpoint: Path) -> Path:
 
 
 def replace_by_next_version(checkpoint: Path) -> None:
-    """Replace a checkpoint by its next version, which must be complete, by two renames.
-
-    `finish_replacements` completes a replacement that was interrupted.
-    """
+    """Replace a checkpoint by its complete next version in two renames; `finish_replacements` repairs interruptions."""
     checkpoint.rename(checkpoint.with_name(f"{_REPLACED}{checkpoint.name}"))
     finish_replacements(checkpoint.parent)
     _remove_replaced(checkpoint.parent)
 
 
 def finish_replacements(folder: str | Path) -> None:
-    """Complete the replacements of checkpoints by their next versions, of which the first rename is done.
-
-    Several processes may do this at the same time.
-    """
+    """Complete replacements whose first rename is done; several processes may do this at the same time."""
     for replaced in Path(folder).glob(f"{_REPLACED}iter_*"):
         checkpoint = replaced.with_name(replaced.name.removeprefix(_REPLACED))
         version = next_version(checkpoint)
@@ -299,11 +278,7 @@ def is_non_persistent(args: Namespace, checkpoint: Path | None) -> bool:
 
 
 def check_separate_folder(args: Namespace) -> None:
-    """Check that removing non-persistent checkpoints cannot remove other checkpoints.
-
-    Raises:
-        UserError: The folder of non-persistent checkpoints is the folder of other checkpoints, or contains it.
-    """
+    """Raise `UserError` if the folder of non-persistent checkpoints is or contains the folder of other checkpoints."""
     if args.non_persistent_global_ckpt_dir is None:
         return
     folder = Path(args.non_persistent_global_ckpt_dir).resolve()
@@ -319,12 +294,8 @@ def make_room(folder: Path, iteration: int, loaded: int | None = None) -> None:
     """Remove the non-persistent checkpoints that a save makes useless; the newest sound checkpoint stays.
 
     A checkpoint of `iteration` or later is left of an unfinished save, or of a run that went back to an earlier
-    iteration. Megatron would keep it as the newest one, and remove the sound one.
-
-    Args:
-        folder: The folder of the non-persistent checkpoints.
-        iteration: The iteration that will be saved.
-        loaded: In the first save of a run, the iteration from which it has resumed: later checkpoints are useless.
+    iteration. Megatron would keep it as the newest one, and remove the sound one. In the first save of a run,
+    checkpoints later than `loaded`, the iteration from which the run has resumed, are useless, too.
     """
     for saved in saved_iterations(folder):
         checkpoint = checkpoint_path(folder, saved)

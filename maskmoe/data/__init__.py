@@ -1,4 +1,1 @@
-"""Turn text into token ids on disk: corpora, tokenizers and Megatron-Core's indexed dataset format.
-
-This package imports neither torch nor Megatron, so that its command line tools start quickly.
-"""
+"""Turn text into token ids on disk, without torch or Megatron, so that command line tools start quickly."""

@@ -44,11 +44,7 @@ def parse_data_path(data_path: Sequence[str], source: str = "--data-path") -> tu
     """Split Megatron's `--data-path` into dataset prefixes and blend weights; all weights are None if none is given.
 
     The rules are those of `megatron.core.datasets.utils.get_blend_from_list`. All items are prefixes if their number is
-    odd or if no item at an even position is a number. Otherwise weights and prefixes alternate.
-
-    Args:
-        data_path: The items.
-        source: The flag or file of the items, for errors.
+    odd or if no item at an even position is a number. Otherwise weights and prefixes alternate. Errors name `source`.
 
     Raises:
         UserError: `data_path` is empty, only some datasets have a weight, or a weight is not a positive number.
@@ -102,10 +98,8 @@ class DatasetIndex:
 
     Attributes:
         prefix: Path of the pair of files without `.bin` and `.idx`.
-        dtype: Dtype of the token ids in the `.bin` file.
         sequence_lengths: Tokens in each sequence, int32 [sequences].
-        document_indices: Index of each document's first sequence, followed by the number of sequences,
-            int64 [documents + 1].
+        document_indices: Each document's first sequence, then the number of sequences, int64 [documents + 1].
     """
 
     prefix: str
@@ -218,11 +212,7 @@ def open_tokens(prefix: str | Path) -> np.ndarray:
 
 
 def read_tokenizer_record(prefix: str | Path) -> TokenizerRecord | None:
-    """Return the record of the tokenizer that made the dataset; None if there is none, as for Megatron's own tools.
-
-    Raises:
-        UserError: The record exists but is not valid.
-    """
+    """Return the record of the dataset's tokenizer, None if there is none; raise `UserError` if it is not valid."""
     from maskmoe.files.json_files import type_adapter  # imported late: making datasets does not need pydantic
 
     path = tokenizer_record_path(prefix)

@@ -1,7 +1,6 @@
 """Tokenizers for making datasets; their ids equal those of Megatron-Core's tokenizers of the same names.
 
-Each class wraps its tokenizer library directly. Megatron's own classes import torch, which takes seconds, and turn
-every id into a Python object.
+Megatron's own classes import torch, which takes seconds, and turn every id into a Python object.
 """
 
 import hashlib
@@ -26,8 +25,6 @@ class TokenizerRecord:
     Attributes:
         type: Value of Megatron's `--tokenizer-type`.
         model: File name of the model, without folders, see `printable_name`.
-        sha256: Hex digest of the model file's content.
-        vocab_size: Number of ids.
         eod_id: The id that ends a document, or None if the tokenizer has no such id.
     """
 
@@ -49,9 +46,6 @@ class TokenizerRecord:
 
 class Tokenizer(ABC):
     """Encodes text to token ids.
-
-    Args:
-        model: Path of the file that defines the tokenizer.
 
     Attributes:
         model_path: The file that defines the tokenizer.
@@ -84,10 +78,7 @@ class Tokenizer(ABC):
 
 
 class SentencePieceTokenizer(Tokenizer):
-    """Encodes with a `.model` file of SentencePiece, as Megatron-Core's class of this name does with default settings.
-
-    The end-of-sentence id of the model ends a document.
-    """
+    """Encodes with a SentencePiece model, as Megatron-Core's class of this name; the end-of-sentence id is `eod_id`."""
 
     def __init__(self, model: str | Path) -> None:
         from sentencepiece import SentencePieceProcessor

@@ -17,11 +17,7 @@ Flags = Mapping[str, tuple[str, ...]]
 
 
 def split_flags(words: Sequence[str]) -> Flags:
-    """Parse the words of a command line into flags; a repeated flag's last occurrence counts, as in Megatron.
-
-    Raises:
-        UserError: The first word is not a flag.
-    """
+    """Parse words into flags, of which the last occurrence counts; raise `UserError` if the first is not a flag."""
     flags: dict[str, tuple[str, ...]] = {}
     name = None
     for word in words:

@@ -15,11 +15,7 @@ from maskmoe.files.untrusted import UnusableFile, read_json_bytes
 
 
 def read_json(path: Path) -> dict[str, Any]:
-    """Read a JSON object whose content is not known in advance.
-
-    Raises:
-        UserError: The file cannot be read, or does not contain a JSON object.
-    """
+    """Read a JSON object of any content; raise `UserError` if the file cannot be read or holds anything else."""
     return read_record(dict[str, Any], path, "replace the file by an intact copy")
 
 
@@ -43,16 +39,7 @@ def type_adapter[T](kind: type[T]) -> TypeAdapter[T]:
 
 
 def read_record[T](kind: type[T], path: Path, advice: str) -> T:
-    """Read a JSON file that `write_record` has written.
-
-    Args:
-        kind: Dataclass of the content.
-        path: The file.
-        advice: What the user can do about a damaged file.
-
-    Raises:
-        UserError: The file cannot be read or is damaged.
-    """
+    """Read a dataclass that `write_record` has written; raise `UserError` with `advice` if the file is damaged."""
     try:
         return type_adapter(kind).validate_json(read_json_bytes(path))
     except UnusableFile as error:
@@ -86,12 +73,7 @@ def first_problem(error: ValidationError) -> str:
 
 
 class Line(NamedTuple):
-    """A line of a file.
-
-    Attributes:
-        place: The line's number and file, for error messages.
-        text: The line without its end.
-    """
+    """A line of a file without its end, and its place, which is the line's number and file for error messages."""
 
     place: str
     text: str

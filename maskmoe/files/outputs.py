@@ -22,12 +22,8 @@ def check_outputs(
 ) -> None:
     """Check that the files may be written; call this function before the work starts.
 
-    Paths that lead to one file by links, or by other spellings, count as the same file.
-
-    Args:
-        outputs: The files that a command will write.
-        inputs: The files and folders that the command reads. A file in an input folder is an input, too.
-        force: Whether outputs that exist may be replaced. Inputs are never replaced.
+    Paths that lead to one file by links, or by other spellings, count as the same file. A file in an input folder is an
+    input, too. `force` permits outputs to replace existing files, but never inputs.
 
     Raises:
         UserError: An output is an input, two outputs are the same file, an output exists and `force` is false, or an
@@ -72,8 +68,8 @@ def check_output_folder(folder: Path, path: Path) -> None:
 def atomic_output(path: str | os.PathLike[str]) -> Iterator[Path]:
     """Yield a temporary path beside `path`; rename it to `path` on success, remove it on failure.
 
-    Readers see the old file or the complete new file, never a partial file. The file has the permissions that the umask
-    gives to new files. SIGTERM and SIGHUP count as failures, see `unwinding_on_signals`.
+    Readers see the old file or the complete new file. The file has the permissions that the umask gives to new files.
+    SIGTERM and SIGHUP count as failures, see `unwinding_on_signals`.
 
     Raises:
         UserError: `path` is a folder or a device, or the folder of `path` does not exist or is not writable.
@@ -99,9 +95,6 @@ def unwinding_on_signals() -> Iterator[None]:
 
     Signals that are ignored or have a handler keep their handling. Outside the main thread nothing changes, because
     Python handles signals on the main thread only.
-
-    Raises:
-        SystemExit: A signal arrived.
     """
     numbers = (signal.SIGTERM, signal.SIGHUP) if threading.current_thread() is threading.main_thread() else ()
     changed = [number for number in numbers if signal.getsignal(number) is signal.SIG_DFL]
@@ -151,14 +144,7 @@ def _reporting_failure(path: Path) -> Iterator[None]:
 
 
 def render_template(package: str, name: str, values: Mapping[str, Any], filters: Mapping[str, Callable]) -> str:
-    """Return the text of a template, in which a missing variable is an error.
-
-    Args:
-        package: The package whose folder `templates` holds the template.
-        name: The file name of the template.
-        values: The template's variables.
-        filters: Further filters of the template.
-    """
+    """Return the text of a file in a package's folder `templates`, in which a missing variable is an error."""
     from jinja2 import Environment, PackageLoader, StrictUndefined  # most commands render nothing
 
     environment = Environment(

@@ -38,8 +38,7 @@ JOURNAL = "journal"
 def run_folder(save: str | None, tensorboard_dir: str | None = None) -> Path | None:
     """Return the folder of a run: the launcher's, or the folder that contains `--save` or else `--tensorboard-dir`.
 
-    The launcher calls these folders `checkpoints` and `tensorboard`. A folder with another name is itself the run
-    folder. Without a launcher and both folders, there is no run folder.
+    A folder with another name than the launcher's `checkpoints` and `tensorboard` is itself the run folder.
     """
     if folder := os.environ.get(RUN_FOLDER_VARIABLE):
         return Path(folder)
@@ -86,12 +85,10 @@ class Entry:
     """One event of a run.
 
     Attributes:
-        kind: The kind of event.
         text: The event in words, on one line.
         time: Seconds since 1970 on the clock of the host that wrote the entry.
-        host: Name of this host.
         iteration: The last finished iteration when the event happened; None if unknown.
-        facts: Values that programs read.
+        facts: Values that programs read, see `Kind`.
     """
 
     kind: Kind
@@ -103,26 +100,16 @@ class Entry:
 
 
 class Journal:
-    """Appends entries to this process's file of a run's journal.
+    """Appends entries to this process's file of a run's journal; without a run folder, drops all entries.
 
     An entry that cannot be written is lost without an error: a full disk must not end a run because of its journal.
-
-    Args:
-        run_folder: The run folder; None drops all entries.
     """
 
     def __init__(self, run_folder: Path | None) -> None:
         self._folder = None if run_folder is None else run_folder / JOURNAL
 
     def write(self, kind: Kind, text: str, iteration: int | None = None, **facts: Fact) -> None:
-        """Append an entry.
-
-        Args:
-            kind: The kind of event.
-            text: The event in words, on one line.
-            iteration: The last finished iteration.
-            **facts: Values that programs read, see `Kind`.
-        """
+        """Append an entry; see `Entry` for the arguments."""
         if self._folder is None:
             return
         entry = Entry(kind, text, time.time(), socket.gethostname(), iteration, facts)
@@ -136,8 +123,7 @@ class Journal:
 def read_journal(run_folder: Path) -> list[Entry]:
     """Return the entries of a run in the order of their times; without a journal, an empty list.
 
-    A line that a killed process has left unfinished, and a file that cannot be read, are skipped. Only the last 16 MiB
-    of a file are read.
+    Unfinished lines and unreadable files are skipped. Only the last 16 MiB of a file are read.
     """
     entries = (entry for path in (run_folder / JOURNAL).glob("*.jsonl") for entry in _read(path))
     return sorted(entries, key=lambda entry: entry.time)

@@ -27,12 +27,7 @@ _HUB_BLOBS, _HUB_SNAPSHOTS = "blobs", "snapshots"
 
 
 class UnusableFile(UserError):  # noqa: N818 (a finding about a file)
-    """A file that cannot be used.
-
-    Args:
-        path: The file.
-        reason: A clause that follows the path, such as "is not a regular file".
-    """
+    """A file that cannot be used, with a reason that follows its path, such as "is not a regular file"."""
 
     def __init__(self, path: Path, reason: str) -> None:
         super().__init__(f"{path} {reason}")
@@ -89,8 +84,8 @@ def read_json_bytes(path: str | os.PathLike[str]) -> bytes:
     """Read a JSON file and return its bytes, which every JSON parser can then handle.
 
     Raises:
-        UnusableFile: The file cannot be read, is not JSON, is nested too deeply, or holds a number of thousands
-            of digits.
+        UnusableFile: The file cannot be read, is not JSON, is nested too deeply, or holds a number of thousands of
+            digits.
     """
     path = Path(path)
     content = read_bounded(path, MAX_JSON_BYTES)
@@ -104,9 +99,9 @@ def read_json_bytes(path: str | os.PathLike[str]) -> bytes:
 def resolve_inside(folder: Path, name: str) -> Path:
     """Return the path of a regular file that a file of the same folder names.
 
-    A name must not be absolute or contain `..`. The file may be a link to another file of the folder, or to the
-    `blobs` of a cache of the Hugging Face Hub if the folder is a snapshot of that cache. The folder itself was named
-    by the user, so it may be a link to anywhere, and so may files that the program opens by a name of its own.
+    A name must not be absolute or contain `..`. The file may be a link to another file of the folder, or to the `blobs`
+    of a cache of the Hugging Face Hub if the folder is a snapshot of that cache. The folder itself, which the user
+    named, may be a link to anywhere.
 
     Raises:
         UnusableFile: The name leads outside the folder, or does not name a regular file.
@@ -149,8 +144,8 @@ def read_words(path: Path, kind: str) -> object:
     """Read a YAML file, with all scalars as text; errors call the file a `kind`, such as "model file".
 
     Raises:
-        UserError: The file cannot be read, is not valid YAML, or is nested too deeply or too long once its aliases are
-            written out.
+        UserError: The file cannot be read, is not YAML, or is nested too deeply or too long with its aliases written
+            out.
     """
     try:
         text = read_bounded(path, MAX_YAML_BYTES).decode()
@@ -181,14 +176,9 @@ def _check_size(content: object) -> None:
 
 @contextmanager
 def reading(what: str, advice: str = "replace it by an intact copy") -> Iterator[None]:
-    """Turn every failure of the block into an error that names what was read.
+    """Turn every failure of the block into a `UserError` that names `what` was read and gives advice.
 
-    Args:
-        what: The thing that the block reads, such as "the tokenizer of model/".
-        advice: What the user can do.
-
-    Raises:
-        UserError: The block failed. A library in Rust may even panic, which Python sees as a BaseException.
+    A library in Rust may even panic, which Python sees as a BaseException.
     """
     try:
         with _hiding_messages_of_failures():

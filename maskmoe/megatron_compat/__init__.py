@@ -1,7 +1,6 @@
 """Makes Megatron-Core run here: the CPU adapter, and the patches of Megatron-Core and torch.
 
-Importing this package changes nothing. Each process that uses Megatron calls `prepare_process` once, before it imports
-megatron.
+Importing this package changes nothing. Each process calls `prepare_process` once, before it imports megatron.
 """
 
 import functools
@@ -19,7 +18,7 @@ def prepare_process() -> None:
 
     Raises:
         UserError: There are GPUs that torch cannot use, so training on them would become training on the CPU.
-        RuntimeError: There is no GPU, and megatron was imported before. Its modules hold what the adapter replaces.
+        RuntimeError: There is no GPU, and megatron was imported before.
     """
     from maskmoe.megatron_compat import cpu
 
@@ -41,11 +40,10 @@ def prepare_process() -> None:
 
 
 def replace(owner: object, name: str, replacement: object) -> None:
-    """Set an attribute of a module or class of Megatron-Core or torch that exists already.
+    """Set an existing attribute of a module or class of Megatron-Core or torch.
 
     Raises:
-        AttributeError: There is nothing to replace, so another version of Megatron-Core or torch is installed than the
-            patch was written for.
+        AttributeError: There is nothing to replace: the patch was written for another version.
     """
     getattr(owner, name)
     setattr(owner, name, replacement)

@@ -108,10 +108,9 @@ def end_with_writer(writer: BaseProcess) -> None:
 
 
 def write_for_rank(*args: Any) -> None:
-    """Run `PersistentAsyncCaller.async_loop` in this process, which is killed when the rank that it writes for ends.
+    """Run `PersistentAsyncCaller.async_loop` in this process, which is killed when its rank ends.
 
-    The parent of this process is a fork server, which lives as long as it has a child. So this process watches the rank
-    and not its parent.
+    The parent is a fork server, which lives as long as it has a child, so watch the rank and not the parent.
     """
     threading.Thread(target=_end_with, args=(int(os.environ[_RANK_PROCESS]),), daemon=True).start()
     _stock_async_loop(*args)
@@ -130,10 +129,7 @@ def get_write_results_queue(mp_mode: str = "spawn") -> Queue:
 
 @contextmanager
 def _immune_children() -> Iterator[None]:
-    """Block `SIGNALS_THAT_SAVE` in the processes that the block starts, and name this rank in their environment.
-
-    A process inherits the blocked signals of its parent.
-    """
+    """Let processes that the block starts inherit blocked `SIGNALS_THAT_SAVE`, and this rank in their environment."""
     os.environ[_RANK_PROCESS] = str(os.getpid())
     before = signal.pthread_sigmask(signal.SIG_BLOCK, SIGNALS_THAT_SAVE)
     try:

@@ -1,9 +1,8 @@
 """Runs Megatron-Core's training stack on a machine without CUDA, over gloo.
 
-Megatron addresses its device as `torch.cuda` throughout. This module maps `torch.cuda` to the CPU, as vendors of other
-accelerators map it to their devices, so that CPU and GPU share one training path. `install()` must run before
-`megatron` is first imported, and never where CUDA is present. `_REPLACEMENTS` declares the mapping, which replaces
-functions once, at installation. Nothing intercepts single operations.
+Megatron addresses its device as `torch.cuda` throughout. This module maps `torch.cuda` to the CPU, so that CPU and GPU
+share one training path. `_REPLACEMENTS` declares the mapping, which replaces functions once, at installation. Nothing
+intercepts single operations.
 """
 
 import contextlib
@@ -43,10 +42,7 @@ def is_installed() -> bool:
 
 
 def install(hidden: Iterable[str] = PACKAGES_FOR_GPUS) -> None:
-    """Map `torch.cuda` to the CPU and switch off what cannot run there.
-
-    Args:
-        hidden: Packages that cannot be imported afterwards, unless they were imported before.
+    """Map `torch.cuda` to the CPU and switch off what cannot run there; packages in `hidden` can no longer be imported.
 
     Raises:
         RuntimeError: CUDA is present, or megatron was imported already.
@@ -84,8 +80,8 @@ def argument_defaults() -> dict[str, Any]:
 def _keep_freed_memory() -> None:
     """Let the allocator reuse large blocks of memory, as torch's allocator for CUDA does.
 
-    By default, glibc returns each large block to the kernel when a tensor is freed, and each step pays again for the
-    page faults of its activations. Other C libraries have no `mallopt`, and stay unchanged.
+    By default, glibc returns large blocks to the kernel, and each step pays for page faults. Other C libraries stay
+    unchanged.
     """
     set_option = getattr(ctypes.CDLL(None), "mallopt", None)
     if set_option is not None:
@@ -134,10 +130,7 @@ def _on_cpu(device: Any) -> Any:
 
 
 def _with_cpu_device(function: Callable, position: int | None = None) -> Callable:
-    """Let a function take the CPU for a CUDA device in its argument `device`, or in the argument at a position.
-
-    The function does not pin memory, which CUDA's driver would do.
-    """
+    """Let a function take the CPU for a CUDA device in `device` or at a position, and pin no memory."""
 
     @functools.wraps(function)
     def wrapper(*args: Any, **kwargs: Any) -> Any:
@@ -229,10 +222,10 @@ _make_iterator = torch.utils.data.DataLoader.__iter__
 
 @functools.wraps(_make_iterator)
 def _make_iterator_without_a_draw(self: torch.utils.data.DataLoader) -> Any:
-    """Make the iterator of a data loader, and leave the CPU's generator as it was.
+    """Make the iterator of a data loader without the draw of a seed from the CPU's generator.
 
-    A data loader draws a seed from the CPU's generator. On a GPU this does not concern dropout, but here it would shift
-    the dropout of a resumed run, which makes its data loaders after the checkpoint has restored the generator.
+    Here the draw would shift the dropout of a resumed run, which makes its data loaders after it has restored the
+    generator.
     """
     with torch.random.fork_rng(devices=()):
         return _make_iterator(self)

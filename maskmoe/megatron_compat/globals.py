@@ -1,7 +1,4 @@
-"""Megatron's functions that return global variables, with the types that Megatron does not declare.
-
-This module imports megatron, so import it only after `prepare_process()`.
-"""
+"""Megatron's functions that return global variables, with types; import this module after `prepare_process()`."""
 
 from argparse import Namespace
 from collections.abc import Callable

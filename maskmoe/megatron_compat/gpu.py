@@ -1,7 +1,4 @@
-"""Chooses Megatron's arguments on GPUs by the installed packages with CUDA kernels.
-
-Megatron's defaults assume Transformer Engine and Apex, and fail on a machine that lacks one of them.
-"""
+"""Chooses Megatron's arguments on GPUs: its defaults fail on a machine without Transformer Engine or Apex."""
 
 import importlib.util
 from dataclasses import dataclass
@@ -19,11 +16,9 @@ class GpuPackages:
     """The parts of Transformer Engine and Apex that a machine has.
 
     Attributes:
-        transformer_engine: Transformer Engine can be imported.
         permutation: Transformer Engine has the kernels that permute tokens.
         grouped_experts: Transformer Engine can compute the experts of a rank together, which needs Ampere or newer.
         gradient_accumulation: Apex has the kernels that add a product to a gradient.
-        masked_softmax: Apex has the kernels of masked softmax.
     """
 
     transformer_engine: bool = True

@@ -42,9 +42,9 @@ class LockState:
     """The state of a folder's lock, as a process sees the lock without locking anything.
 
     Attributes:
-        holder: the process that the lock file names; None if the file names none.
-        is_held: whether a process of any host holds the lock; None if the file system does not show locks.
-        touched: when the lock file was last touched, in seconds since 1970 on the clock of the file's server.
+        holder: The process that the lock file names; None if the file names none.
+        is_held: Whether a process of any host holds the lock; None if the file system does not show locks.
+        touched: When the lock file was last touched, in seconds since 1970 on the clock of the file's server.
     """
 
     holder: Holder | None
@@ -76,11 +76,7 @@ def look_at_lock(folder: Path) -> LockState | None:
 
 @contextmanager
 def locked_folder(folder: Path) -> Iterator[None]:
-    """Hold the lock of a folder, which is created if missing, during the block.
-
-    Raises:
-        UserError: Another process holds the lock, or the lock file cannot be made.
-    """
+    """Hold the lock of a folder, which is made if missing; raise `UserError` if the lock is held or cannot be made."""
     path = folder / LOCK_NAME
     try:
         folder.mkdir(parents=True, exist_ok=True)
@@ -97,15 +93,7 @@ def locked_folder(folder: Path) -> Iterator[None]:
 
 
 def check_unlocked(folder: Path, patience: float = 0.0) -> None:
-    """Check that no process of this host, or of a host whose locks this host can see, holds the lock of a folder.
-
-    Args:
-        folder: the folder.
-        patience: for how many seconds to wait until the lock is free.
-
-    Raises:
-        UserError: Another process holds the lock.
-    """
+    """Raise `UserError` if a process that this host can see holds a folder's lock for more than `patience` seconds."""
     deadline = time.monotonic() + patience
     while (state := look_at_lock(folder)) is not None and state.is_held and state.holder is not None:
         if time.monotonic() >= deadline:
@@ -114,11 +102,7 @@ def check_unlocked(folder: Path, patience: float = 0.0) -> None:
 
 
 def _acquire(path: Path) -> int:
-    """Lock the file and write this process into it; return the file's descriptor.
-
-    Raises:
-        UserError: Another process holds the lock.
-    """
+    """Lock the file, write this process into it and return its descriptor; raise `UserError` if the lock is held."""
     me = Holder.this_process()
     start, gone = time.monotonic(), None
     while True:

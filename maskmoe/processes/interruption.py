@@ -30,10 +30,7 @@ The launcher makes the file when it wants to start the ranks again on more nodes
 
 
 def handle_signals_that_end(handler: Callable[[int, FrameType | None], object]) -> None:
-    """Call a handler for each of `SIGNALS_THAT_END` from now on.
-
-    An ignored SIGHUP stays ignored: `nohup` ignores SIGHUP so that a command survives the end of its terminal.
-    """
+    """Call a handler for each of `SIGNALS_THAT_END` from now on; SIGHUP stays ignored under `nohup`."""
     for number in SIGNALS_THAT_END:
         if number is not signal.SIGHUP or signal.getsignal(number) is not signal.SIG_IGN:
             signal.signal(number, handler)
@@ -69,9 +66,8 @@ _SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 def deferring_signals() -> Iterator[None]:
     """Hold SIGINT, SIGTERM and SIGHUP back until the block ends; then handle them as before the block.
 
-    Use a short block: nothing reacts to Ctrl-C inside it. Blocking signals by the mask of the thread would not hold
-    them back, because `multiprocessing` unblocks SIGINT and SIGTERM when it starts its resource tracker. Outside the
-    main thread nothing changes, because Python handles signals on the main thread only.
+    Use a short block: nothing reacts to Ctrl-C inside it. Do not block signals by the thread's mask: `multiprocessing`
+    unblocks SIGINT and SIGTERM when it starts its resource tracker. Outside the main thread nothing changes.
     """
     if threading.current_thread() is not threading.main_thread():
         yield

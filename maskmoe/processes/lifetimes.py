@@ -20,12 +20,7 @@ _PR_SET_CHILD_SUBREAPER = 36
 
 
 def end_with_parent(parent: int, by: signal.Signals = signal.SIGKILL) -> None:
-    """Let the kernel signal this process when its parent exits for whatever reason; does nothing outside Linux.
-
-    Args:
-        parent: The process id of the process that started this one. It may have exited already.
-        by: The signal that this process receives.
-    """
+    """Let the kernel signal this process when its parent, which may be gone already, exits; only on Linux."""
     if sys.platform == "linux":
         ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, by)
         # The kernel does not report a parent that exited before the call.
@@ -62,11 +57,9 @@ class Holder:
     """A process that holds a lock, or that leads a node of a run.
 
     Attributes:
-        host: Name of its host.
-        pid: Its process id on that host.
         started: When the process started, in seconds since the epoch, which tells it from a later process of this id.
-        pid_namespace: The boot of the machine and the namespace in which the process has its id; empty if unknown.
-            Hosts may have equal names: pods in the network of their host, or containers with a fixed name.
+        pid_namespace: The boot of the machine and the namespace of the process id; empty if unknown. Hosts may have
+            equal names: pods in the network of their host, or containers with a fixed name.
     """
 
     host: str
@@ -83,8 +76,8 @@ class Holder:
     def is_here(self) -> bool:
         """Whether the process ran on this host, so that its id shows whether it still runs.
 
-        A holder without a namespace, in a lock file of an earlier version, counts as a process of another host, whose
-        signs of life show whether it runs. On hosts that do not know their own namespace, only the names are compared.
+        A holder without a namespace counts as a process of another host. A host that does not know its own namespace
+        compares only the names.
         """
         return (self.host, self.pid_namespace) == (socket.gethostname(), _pid_namespace())
 
@@ -113,12 +106,7 @@ def _pid_namespace() -> str:
 
 @contextmanager
 def beating(beat: Callable[[], None], seconds: float) -> Iterator[None]:
-    """Call a function every few seconds, on a thread of its own, until the block ends.
-
-    Args:
-        beat: Gives a sign of life, such as touching a file. An OSError is dropped: a file system may fail for a while.
-        seconds: The time between two calls.
-    """
+    """Give a sign of life every few seconds, on a thread of its own, until the block ends; an OSError is dropped."""
     has_ended = threading.Event()
 
     def keep_beating() -> None:

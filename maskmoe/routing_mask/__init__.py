@@ -1,4 +1,1 @@
-"""Make routing masks before training from the frequency of each token id.
-
-This package imports neither torch nor Megatron.
-"""
+"""Make routing masks before training from the frequency of each token id, without torch or Megatron."""

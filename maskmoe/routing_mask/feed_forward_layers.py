@@ -17,8 +17,7 @@ class FeedForwardLayers:
 
     Attributes:
         decoder: Whether each feed-forward layer of the decoder has experts.
-        prediction: Whether each feed-forward layer of multi-token prediction has experts. Their numbers follow the
-            decoder's.
+        prediction: Whether each layer of multi-token prediction has experts. Numbers follow the decoder's.
     """
 
     decoder: tuple[bool, ...]
@@ -26,12 +25,9 @@ class FeedForwardLayers:
 
     @classmethod
     def of_frequency(cls, frequency: int | list[int], num_layers: int, num_predictions: int = 0) -> Self:
-        """Return the feed-forward layers of a `GPTModel` with experts.
+        """Return the layers of a `GPTModel` with Megatron's `--moe-layer-freq`, see `expand_layer_frequency`.
 
-        Args:
-            frequency: Megatron's `--moe-layer-freq`: every how many layers have experts, or a 0 or 1 for each layer.
-            num_layers: Number of transformer layers.
-            num_predictions: Number of layers of multi-token prediction, which repeat the decoder's last layer.
+        The `num_predictions` layers of multi-token prediction repeat the decoder's last layer.
         """
         decoder = tuple(expand_layer_frequency(frequency, num_layers))
         return cls(decoder, decoder[-1:] * num_predictions)
@@ -53,11 +49,7 @@ class FeedForwardLayers:
         return cls.of_frequency(args.moe_layer_freq, args.num_layers, num_predictions)
 
     def pattern(self, attention: str) -> str:
-        """Return the `--hybrid-layer-pattern`, without stages, of the hybrid twin of a GPT model with these layers.
-
-        Args:
-            attention: The symbol of attention, `*` or `+`.
-        """
+        """Return the hybrid twin's `--hybrid-layer-pattern`, without stages; attention has the symbol `*` or `+`."""
 
         def symbols(layers: Iterable[bool]) -> str:
             return "".join(attention + (_MOE if has_experts else _MLP) for has_experts in layers)
@@ -80,11 +72,9 @@ class FeedForwardLayers:
         return sum(self.has_experts)
 
     def table(self, number: int, num_tables: int) -> int:
-        """Return the table, from 0, that a routing mask has for a MoE layer.
+        """Return the mask's table, from 0, of the MoE layer with a number among the feed-forward layers.
 
-        Args:
-            number: The number of the MoE layer among the feed-forward layers.
-            num_tables: The tables of the mask: one for all layers, for each feed-forward layer, or for each MoE layer.
+        A mask has one table for all layers, for each feed-forward layer, or for each MoE layer.
         """
         if num_tables == 1:
             return 0
@@ -94,9 +84,7 @@ class FeedForwardLayers:
 def expand_layer_frequency(frequency: int | list[int], num_layers: int) -> list[bool]:
     """Return for each layer whether Megatron's `--moe-layer-freq` gives it experts.
 
-    Args:
-        frequency: Every how many layers have experts, counting from layer 0, or a 0 or 1 for each layer.
-        num_layers: Number of layers of the model.
+    `frequency` says every how many layers have experts, counting from layer 0, or has a 0 or 1 for each layer.
     """
     if isinstance(frequency, int):
         return [layer % frequency == 0 for layer in range(num_layers)]

@@ -31,7 +31,6 @@ class HashLayers:
 
     Attributes:
         num_layers: Number of these layers, counted from the first transformer layer, with and without experts.
-        visible_experts: Number of visible experts of every id.
         assignment: How visible experts are chosen, see `MaskRecipe`.
     """
 
@@ -60,16 +59,10 @@ class MaskProvenance:
         frequent_visible_experts: V_f, the number of visible experts of a frequent id; None if no id is frequent.
         seed: Seed of the random streams; if the mask was widened, the seed of the last widening.
         expert_model_parallel_size: Number of expert-parallel ranks of a rank-local mask, else None.
-        shared_table: Whether all layers use one table.
-        preset: Name of the baseline, or None.
         counts_digest: Digest of the `TokenFrequency`, or None if the mask was made without counts.
-        datasets: The counted datasets, see `TokenFrequency`.
-        tokenizer: The tokenizer that made the datasets, or None if it is unknown.
-        expert_table: `name` and `sha256` of the table that the visible sets were copied from, see `ExpertTable`; None
-            if the settings chose the visible sets.
-        hash_layers: The first layers, to which P, V_f and the assignment do not apply, see `HashLayers`; None if they
-            apply to all layers.
-        widened_from: The masks that were widened to this mask, the first mask first; empty if the mask was not widened.
+        expert_table: `name` and `sha256` of the `ExpertTable` that the visible sets were copied from, or None.
+        hash_layers: The first layers, to which P, V_f and the assignment do not apply; None if they apply to all.
+        widened_from: The masks that were widened to this mask, the first mask first.
     """
 
     assignment: str
@@ -101,8 +94,7 @@ class RoutingMask(SealedTensors):
         vocab_size: Number of ids of the tokenizer, without padding.
         num_experts: N, the number of experts in a layer.
         num_layers: Number of layers that the mask is for: the feed-forward layers of the model, or its MoE layers.
-            There is one table for each layer, or one table for all layers.
-        provenance: The settings and data that the mask was made from.
+            There is one table for each, or one for all.
 
     Raises:
         UserError: The parts do not fit together, or an id sees no expert.
@@ -180,10 +172,7 @@ class RoutingMask(SealedTensors):
 
     @property
     def num_visible_beyond_hash_layers(self) -> np.ndarray:
-        """Number of experts that each id sees in the last layer, int64 `[vocab]`.
-
-        A mask made by `build_routing_mask` has the same numbers in all layers but the hash layers.
-        """
+        """Number of experts that each id sees in the last layer, as in all but the hash layers, int64 `[vocab]`."""
         return self.num_visible_of_layer(self.num_layers - 1)
 
     def num_visible_of_layer(self, layer: int) -> np.ndarray:
@@ -219,17 +208,11 @@ class RoutingMask(SealedTensors):
         layers: FeedForwardLayers,
         expert_model_parallel_size: int | None = None,
     ) -> None:
-        """Check that a model can use this mask.
+        """Raise `UserError` if a model cannot use this mask.
 
-        Args:
-            vocab_size: Number of ids of the model's tokenizer, without padding.
-            num_experts: Number of experts in each MoE layer.
-            layers: The feed-forward layers of the model. A mask has a table for each of them, or for each MoE layer
-                only. A mask with `shared_table`, or in which every id sees every expert, fits any number of layers.
-            expert_model_parallel_size: Expert-parallel ranks of the run; None skips this check.
-
-        Raises:
-            UserError: The mask does not fit.
+        A mask has a table for each feed-forward layer, or for each MoE layer only. A mask with `shared_table`, or in
+        which every id sees every expert, fits any number of layers. `vocab_size` is without padding. An
+        `expert_model_parallel_size` of None skips the check of the ranks.
         """
         sizes = {
             "vocabulary size": (self.vocab_size, vocab_size),
@@ -263,10 +246,9 @@ class RoutingMask(SealedTensors):
             )
 
     def rank_of_rows(self, num_ranks: int) -> np.ndarray | None:
-        """Return the rank that holds the visible experts of each row, int16 `[tables, rows]`.
+        """Return the rank of the visible experts of each row, int16 `[tables, rows]`; None if any id sees two ranks.
 
-        The result is None if any id sees experts of two ranks in a layer. Each of the `num_ranks` ranks holds an equal,
-        contiguous block of experts. Only the visible sets matter, not the assignment that chose them.
+        Each of the `num_ranks` ranks holds an equal, contiguous block of experts.
         """
         rank_of_row = np.empty(self.visible_bits.shape[:2], np.int16)
         # One table after the other, because the unpacked bits of all tables can take gigabytes.
@@ -280,10 +262,7 @@ class RoutingMask(SealedTensors):
         return rank_of_row
 
     def with_vocab_size(self, vocab_size: int) -> "RoutingMask":
-        """Return the mask extended to `vocab_size` ids, for models whose embedding has padding rows.
-
-        The additional ids, which the tokenizer never produces, see the same experts as the tokenizer's last id.
-        """
+        """Return the mask extended to `vocab_size` ids: padding ids see the same experts as the tokenizer's last id."""
         num_additional = vocab_size - self.vocab_size
         if num_additional == 0:
             return self
@@ -334,10 +313,9 @@ def _describe(num_visible: np.ndarray, num_experts: int) -> str:
 
 @dataclass(frozen=True)
 class MaskChange:
-    """The number of visible sets that differ between two masks; each pair of an id and a layer has a visible set.
+    """The number of visible sets, one for each pair of an id and a layer, that differ between two masks.
 
     Attributes:
-        num_pairs: Number of all pairs.
         num_changed: Number of pairs whose visible sets differ.
         num_grown: Number of pairs whose new set holds the old set and further experts.
     """

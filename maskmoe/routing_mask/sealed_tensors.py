@@ -56,13 +56,10 @@ def seal(kind: str, tensors: Mapping[str, np.ndarray], record: Mapping[str, Any]
 
 
 class SealedTensors:
-    """Base of dataclasses that are stored in a sealed file.
+    """Base of dataclasses that are stored in a sealed file whose kind is named `KIND`.
 
     Fields of the type `np.ndarray` are tensors; all other fields together are the record. Pydantic converts the record
     to JSON values, and checks a record that is read. A subclass raises `UserError` if its fields do not fit together.
-
-    Attributes:
-        KIND: Name of the kind of file.
     """
 
     __pydantic_config__ = ConfigDict(arbitrary_types_allowed=True)
@@ -80,11 +77,7 @@ class SealedTensors:
         return content_digest(*self.parts())
 
     def save(self, path: str | os.PathLike[str]) -> None:
-        """Write the content to a safetensors file atomically.
-
-        Raises:
-            UserError: `path` cannot be written.
-        """
+        """Write the content to a safetensors file atomically; raise `UserError` if the file cannot be written."""
         tensors, metadata = self.to_tensors()
         with atomic_output(path) as temporary:
             temporary.write_bytes(save(tensors, metadata))  # unlike `save_file`, this raises OSError on a full disk

@@ -67,13 +67,7 @@ def main() -> None:
 
 
 class Trainer:
-    """One training run on this rank.
-
-    Attributes:
-        args: Megatron's validated arguments.
-        model_config: The configuration of the model.
-        callbacks: Everything that accompanies the run, in the order in which it is called.
-    """
+    """One training run on this rank; `callbacks` has everything that accompanies the run, in the order of the calls."""
 
     def __init__(self, run: RunSettings, ranks: RankStore) -> None:
         self.args = run.args

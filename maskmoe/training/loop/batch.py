@@ -55,11 +55,8 @@ def get_batch(data_iterator: Iterator[dict[str, Any]] | None, micro_batch_size: 
     """Return the next micro-batch, complete on every pipeline stage.
 
     Megatron's `get_batch` gives no tokens to later stages. Here every stage reads the data, which costs no
-    communication over the pipeline: all stages of a data-parallel rank draw the same samples.
-
-    Args:
-        data_iterator: Samples; None on ranks that are not the first of their tensor-parallel group.
-        micro_batch_size: Number of samples in each micro-batch.
+    communication over the pipeline: all stages of a data-parallel rank draw the same samples. `data_iterator` is None
+    on ranks that are not the first of their tensor-parallel group.
     """
     args = get_args()
     has_documents = args.dataloader_inter_document_masking
@@ -94,10 +91,7 @@ def get_batch(data_iterator: Iterator[dict[str, Any]] | None, micro_batch_size: 
 def token_losses(model: torch.nn.Module, batch: Batch, padding_mask: Tensor | None = None) -> Tensor:
     """Run the forward pass of one pipeline stage; on the last stage, return the loss of every token [batch, sequence].
 
-    Args:
-        model: The stage.
-        batch: The micro-batch.
-        padding_mask: Bool [batch, sequence], True for tokens that routers must not count; None if there are none.
+    `padding_mask` is bool [batch, sequence], True for tokens that routers must not count.
     """
     return model(
         batch.tokens,
@@ -113,12 +107,8 @@ def token_losses(model: torch.nn.Module, batch: Batch, padding_mask: Tensor | No
 def build_datasets(num_samples: list[int] | list[None], vp_stage: int | None = None) -> list[GPTDataset | None]:
     """Build the train, validation and test datasets on the first tensor-parallel rank of every pipeline stage.
 
-    Args:
-        num_samples: Number of samples of each dataset that Megatron asks for; None for one epoch.
-        vp_stage: Unused; part of the signature that `pretrain` asks for.
-
-    Returns:
-        The datasets; None for a dataset without a share, and on ranks that do not read data.
+    A number of samples of None stands for one epoch. A dataset is None without a share, and on ranks that read no data.
+    `vp_stage` is unused; `pretrain` asks for it.
     """
     console.load("building the datasets")
     return build_blend(samples_to_request(get_args(), num_samples), *get_blend_and_blend_per_split(get_args()))
@@ -161,8 +151,8 @@ def build_blend(
 class FillInMiddleDataset(GPTFIMDataset):
     """`GPTFIMDataset` whose samples depend on their index only.
 
-    Megatron's class draws all samples from one random generator, in the order in which they are read. A run that
-    resumes, or reads with another number of workers, would then see other samples than a run without interruption.
+    Megatron's class draws all samples from one random generator in the order of reading, so samples would differ after
+    a resume or with another number of workers.
     """
 
     np_rng: np.random.RandomState
@@ -179,10 +169,9 @@ def fill_in_middle_tokens(args: Namespace) -> dict[str, Any]:
 
 
 def check_fill_in_middle_tokens(args: Namespace) -> None:
-    """Check that the tokenizer, a HuggingFaceTokenizer, has every token that `GPTFIMDataset` inserts.
+    """Raise `UserError` if the HuggingFaceTokenizer lacks a token that `GPTFIMDataset` inserts.
 
-    Raises:
-        UserError: A token is missing; Megatron would insert the id of an unknown token, or fail while training.
+    Megatron would insert the id of an unknown token, or fail while training.
     """
     vocabulary = get_tokenizer()._tokenizer.tokenizer.get_vocab()
     for name in _FILL_IN_MIDDLE_TOKENS:
@@ -197,13 +186,11 @@ def check_fill_in_middle_tokens(args: Namespace) -> None:
 def loss_function(loss_mask: Tensor, output_tensor: Tensor) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
     """Return the masked sum of the losses of a micro-batch, in the form that Megatron's schedules take.
 
-    Args:
-        loss_mask: Float [batch, sequence].
-        output_tensor: Loss of every token, [batch, sequence].
+    Both arguments are [batch, sequence]: the float loss mask, and the loss of every token.
 
     Returns:
         The sum of the losses, the number of tokens in the sum (int32), and both as `lm loss` for the log. Under context
-        parallelism, the first sum is weighted, see `weight_of_rank`.
+            parallelism, the first sum is weighted, see `weight_of_rank`.
 
     Raises:
         RuntimeError: The loss is NaN or infinite, and `--check-for-nan-in-loss-and-grad` is on.
@@ -226,10 +213,6 @@ def weight_of_rank(num_tokens: Tensor, cp_group: torch.distributed.ProcessGroup)
 
     Megatron's schedules divide the sum by the rank's number of tokens, and gradients are averaged over ranks. Tokens of
     a rank on which a loss mask leaves fewer tokens would weigh more.
-
-    Args:
-        num_tokens: The tokens of this rank that count, int scalar.
-        cp_group: The ranks that share the sequences.
     """
     total = num_tokens.float()
     torch.distributed.all_reduce(total, group=cp_group)

@@ -17,15 +17,12 @@ from maskmoe.training.watch.callback import Step
 
 
 def call_after_each_step(after_step: Callable[[Step], object]) -> None:
-    """Call a function with the results of each training step.
+    """Call a function on all ranks with the results of each training step; an error that it raises ends the run.
 
     Replaces: `megatron.training.training.train_step`.
     Why: Megatron calls no function of its caller between a step and the checkpoint of this step. A step that is off
         must be known before a checkpoint holds its update.
     Can go: When Megatron calls a function of its caller with the results of each step.
-
-    Args:
-        after_step: All ranks call this function after each step. An error that it raises ends the run.
     """
     stock_train_step = training.train_step
 
@@ -43,16 +40,15 @@ def call_after_each_step(after_step: Callable[[Step], object]) -> None:
 def ask_before_each_update(allows: Callable[[list[dict[str, Tensor]], float], bool]) -> None:
     """Let the optimizer update the weights only if a function allows the update.
 
+    `allows` takes the losses of this rank's micro-batches and the norm of the gradient before clipping. All ranks call
+    `allows` and must get the same answer.
+
     Replaces: `megatron.training.training.train_step`, and in its first call the methods `get_grad_norm` and
         `step_with_ready_grads` of the optimizer.
     Why: Megatron computes the norm of the gradient and updates the weights in one call, and asks nobody in between. Its
         own limit, `grad_norm_skip_threshold`, is a fixed number, and knows no loss. A refused update is reported like
         the update of a gradient that is not finite, so Megatron handles both in the same way.
     Can go: When Megatron asks a function of its caller before each update.
-
-    Args:
-        allows: Takes the losses of this rank's micro-batches and the norm of the gradient before clipping. All ranks
-            call this function and get the same answer.
     """
     stock_train_step = training.train_step
     losses: list[dict[str, Tensor]] = []

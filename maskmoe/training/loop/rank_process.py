@@ -17,8 +17,7 @@ _FULL_HELP_FLAG = "--help-all"
 def run_rank(main: Callable[[], None], name: str) -> None:
     """Run the entry point `main` of this process, which is a rank, and exit with its exit code.
 
-    `--help` prints a page at once, without importing PyTorch and Megatron-Core, which takes seconds. `--help-all`
-    prints the help of the parser itself, with all of Megatron's flags.
+    `--help` prints a page without importing PyTorch and Megatron-Core; `--help-all` prints all of Megatron's flags.
     """
     flags = {word.partition("=")[0] for word in sys.argv[1:]}
     if _HELP_FLAGS & flags:
@@ -75,8 +74,7 @@ def _run_with_last_lines(main: Callable[[], None]) -> None:
 class _End:
     """Ends the process after all exit handlers, with its exit code `code`, None if `run_rank` did not see the end.
 
-    Threads of gloo and NCCL live on when Python has finished. The destructors of the C++ libraries, which would run
-    then, can abort the process although all work is done. So end the process without them.
+    Do not run destructors of C++ libraries: threads of gloo and NCCL live on and could make the destructors abort.
     """
 
     def __init__(self) -> None:

@@ -26,13 +26,8 @@ class RankStore:
     """Messages between the ranks of a run, over the store at which the ranks meet.
 
     The store works without process groups, and from a thread while another thread is busy with a collective. A rank
-    that waits for a message raises the failure of another rank, see `sharing_failures`.
-
-    Attributes:
-        store: Store that the ranks share.
-        rank: Rank of this process.
-        world_size: Number of ranks.
-        of_process: The store of this process, once its rank has met the other ranks.
+    that waits for a message raises the failure of another rank, see `sharing_failures`. `of_process` is the store of
+    this process, once its rank has met the other ranks.
     """
 
     store: Store
@@ -44,10 +39,7 @@ class RankStore:
     def from_environment(cls) -> "RankStore":
         """Meet the other ranks as torchrun's variables say; without these variables, this process is the only rank.
 
-        Further calls return the same store.
-
-        Raises:
-            UserError: `RANK` is not below `WORLD_SIZE`.
+        Further calls return the same store. Raises `UserError` if `RANK` is not below `WORLD_SIZE`.
         """
         if cls.of_process is None:
             cls.of_process = cls._meet_other_ranks()
@@ -97,13 +89,7 @@ class RankStore:
         return self.store.get(key).decode() if self.store.check([key]) else None
 
     def _wait_for(self, key: str) -> str:
-        """Return a message as soon as a rank has left it.
-
-        Raises:
-            UserError: Another rank has refused the run.
-            RunFailure: Another rank has failed.
-            TimeoutError: No rank has left the message within an hour.
-        """
+        """Return a message once a rank has left it; raise another rank's failure, or a TimeoutError after an hour."""
         deadline = time.monotonic() + _TIMEOUT.total_seconds()
         # Waiting in the store would not notice a failure, or log a warning at each time limit.
         while (message := self.peek(key)) is None:
@@ -118,10 +104,7 @@ class RankStore:
 
 @contextmanager
 def sharing_failures() -> Iterator[None]:
-    """If the block fails on this rank, let all ranks that wait for a message fail with the same message.
-
-    A failure before the ranks have met is not shared.
-    """
+    """Let all ranks that wait for a message fail with this rank's failure, if the ranks have met already."""
     try:
         yield
     except Exception as error:
@@ -144,9 +127,8 @@ def check_launched() -> None:
 def _meet(store: Store, rank: int, world_size: int) -> str:
     """Return a session name that only the ranks of this attempt know.
 
-    torchrun's store outlives the ranks that torchrun restarts. Nothing else tells ranks on all nodes which attempt they
-    belong to: `TORCHELASTIC_RESTART_COUNT` counts the restarts of one node. A rank that took an answer meant for an
-    earlier attempt would wait for, or connect to, processes that have ended.
+    torchrun's store outlives the ranks that torchrun restarts, and `TORCHELASTIC_RESTART_COUNT` counts the restarts of
+    one node only. A rank that took an answer meant for an earlier attempt would wait for processes that have ended.
 
     Every rank writes who it is, and names the session after all ranks that it reads. A rank joins a session that it is
     part of. Once all ranks have joined one session, no rank in it is of an earlier attempt.

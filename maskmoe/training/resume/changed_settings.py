@@ -1,8 +1,7 @@
 """Compares the settings of a run with the settings of the checkpoint that the run resumes from.
 
 `maskmoe.training.resume.model_settings` compares models and tokenizers. This module judges everything else that
-Megatron refuses on every rank after the start, ignores without a word, or changes as a side effect: the schedules of
-learning rate and weight decay, the optimizer, the order of the data, and what routing computes.
+Megatron refuses late, ignores, or changes as a side effect: schedules, optimizer, order of the data, and routing.
 """
 
 from argparse import Namespace
@@ -60,7 +59,7 @@ class ChangedSettings:
     Attributes:
         errors: The changes with which the run would fail, or that it would ignore; one line each.
         notes: The changes that take effect, one line each.
-        is_complete: Whether the checkpoint has reached the end of training, so that nothing is left to train.
+        is_complete: Whether the checkpoint has reached the end of training.
     """
 
     errors: tuple[str, ...] = ()
@@ -69,15 +68,7 @@ class ChangedSettings:
 
 
 def find_changed_settings(args: Namespace, checkpoint: Path | None) -> ChangedSettings:
-    """Compare the settings of a run with those of the checkpoint that it resumes from.
-
-    Args:
-        args: Arguments that Megatron has validated.
-        checkpoint: The checkpoint; None if the run starts from the beginning.
-
-    Raises:
-        UserError: Megatron refuses the schedule of the run.
-    """
+    """Compare validated settings with a checkpoint's, if there is one; raise `UserError` for a refused schedule."""
     schedule = None if args.skip_train else schedule_of(args)
     iteration = None if checkpoint is None else iteration_of(checkpoint)
     if checkpoint is None or iteration is None:  # a converted checkpoint has weights only
@@ -97,11 +88,7 @@ def find_changed_settings(args: Namespace, checkpoint: Path | None) -> ChangedSe
 
 
 def schedule_of(args: Namespace) -> OptimizerParamScheduler:
-    """Return the scheduler that Megatron would make from validated arguments, without an optimizer.
-
-    Raises:
-        UserError: Megatron refuses the schedule.
-    """
+    """Return the scheduler of validated arguments, without an optimizer; raise `UserError` if Megatron refuses it."""
     optimizer: Any = SimpleNamespace(param_groups=[])
     completed = copy(args)  # Megatron completes the arguments
     try:
@@ -117,8 +104,8 @@ def schedule_of(args: Namespace) -> OptimizerParamScheduler:
 def take_schedule_of_checkpoint(args: Namespace, checkpoint: Path) -> None:
     """With `--use-checkpoint-opt-param-scheduler`, set all arguments of the schedule to those of the checkpoint.
 
-    Megatron itself loads the schedule, but then fails if the learning rates of the command line differ, and applies
-    the weight decay of the command line in the first iteration. The arguments, which are validated, are changed.
+    Megatron itself loads the schedule, but then fails if the learning rates of the command line differ, and applies the
+    weight decay of the command line in the first iteration.
     """
     if not args.use_checkpoint_opt_param_scheduler or args.finetune or args.no_load_optim:
         return
@@ -133,12 +120,9 @@ class _Resumption:
     """A run that resumes from a checkpoint with its iteration.
 
     Attributes:
-        args: The arguments of the run.
-        checkpoint: The checkpoint.
         saved: The arguments in the checkpoint.
         state: The state of the scheduler in the checkpoint; None if the checkpoint has none.
         schedule: The scheduler of the run.
-        iteration: The iteration from which the run continues.
     """
 
     args: Namespace
@@ -191,10 +175,7 @@ class _Resumption:
             )
 
     def _errors_of_length(self) -> Iterator[str]:
-        """Yield an error if Megatron would compute a wrong last iteration from `--train-samples`.
-
-        Megatron computes the last iteration as if all iterations had had the batch sizes of this run.
-        """
+        """Yield an error if Megatron would compute a wrong last iteration from `--train-samples` and the batch size."""
         args, samples = self.args, getattr(self.saved, "consumed_train_samples", None)
         if args.train_samples is None or samples is None or args.override_ckpt_iteration is not None:
             return

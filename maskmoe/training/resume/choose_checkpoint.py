@@ -28,12 +28,7 @@ def find_checkpoint(args: Namespace, ranks: RankStore) -> Path | None:
     """Return the checkpoint to load, whose content all ranks verify together; None to start from the beginning.
 
     The first rank chooses, because the file system may not show all ranks the same files at the same time. Damaged
-    checkpoints are skipped with a warning.
-
-    Args:
-        args: Megatron's arguments, of which `load`, `ckpt_step`, `verify_checkpoint` and those of non-persistent
-            checkpoints are used.
-        ranks: The ranks of the run; all of them must call this function.
+    checkpoints are skipped with a warning. All ranks must call this function.
 
     Raises:
         UserError: There are checkpoints, but none is sound.
@@ -79,12 +74,7 @@ def _find_damages(checkpoint: Path, ranks: RankStore, key: str) -> list[str]:
 
 
 def check_not_missing(args: Namespace, checkpoint: Path | None) -> None:
-    """Check that there is a checkpoint if `--exit-on-missing-checkpoint` asks for one. Raises UserError.
-
-    Args:
-        args: Megatron's arguments.
-        checkpoint: The checkpoint in `--load`; None if there is none.
-    """
+    """Raise `UserError` if there is no checkpoint, but `--exit-on-missing-checkpoint` asks for one."""
     is_missing = args.load is not None and checkpoint is None and args.pretrained_checkpoint is None
     if is_missing and args.exit_on_missing_checkpoint:
         cure = "leave --exit-on-missing-checkpoint out to start from the beginning"
@@ -94,13 +84,9 @@ def check_not_missing(args: Namespace, checkpoint: Path | None) -> None:
 def repair_tracker_file(args: Namespace, ranks: RankStore) -> None:
     """Rewrite the tracker file of `--load` on the first rank if Megatron cannot load the chosen checkpoint with it.
 
-    Megatron fails with an unusable tracker. If the tracker names `RELEASE`, Megatron ignores `--ckpt-step` and loads
-    the checkpoint `RELEASE`. If a non-persistent checkpoint was chosen, the tracker cannot name this checkpoint, so an
-    unusable tracker is removed. Call this when no rank can refuse the run any more.
-
-    Args:
-        args: Megatron's arguments, with the iteration of the chosen checkpoint in `args.ckpt_step`.
-        ranks: The ranks of the run.
+    Megatron fails with an unusable tracker. If the tracker names `RELEASE`, Megatron ignores `--ckpt-step`, which holds
+    the chosen iteration. A tracker cannot name a non-persistent checkpoint, so an unusable one is then removed. Call
+    this when no rank can refuse the run any more.
     """
     if ranks.rank > 0 or args.load is None or args.ckpt_step is None:
         return
@@ -132,10 +118,8 @@ def checkpoint_to_load(args: Namespace) -> Path | None:
 def pretrained_to_load(args: Namespace) -> Path | None:
     """Return the checkpoint in `--pretrained-checkpoint` with whose weights the run begins; None if there is none.
 
-    Megatron prefers a checkpoint in `--load`, and loads the pretrained checkpoint that the tracker file names.
-
-    Args:
-        args: Megatron's arguments, after `find_checkpoint` has chosen a checkpoint.
+    Megatron prefers a checkpoint in `--load`, which `find_checkpoint` has chosen, and otherwise loads the pretrained
+    checkpoint that the tracker file names.
     """
     if args.pretrained_checkpoint is None or checkpoint_to_load(args) is not None:
         return None
@@ -147,13 +131,9 @@ def pretrained_to_load(args: Namespace) -> Path | None:
 
 
 def check_pretrained_model(args: Namespace, checkpoint: Path | None, ranks: RankStore | None = None) -> None:
-    """Check the checkpoint in `--pretrained-checkpoint` if the run begins with its weights.
+    """Check the checkpoint in `--pretrained-checkpoint` if the run begins with its weights and not with `checkpoint`.
 
-    Args:
-        args: Arguments that Megatron has validated.
-        checkpoint: The checkpoint in `--load`, which Megatron prefers; None if there is none.
-        ranks: The ranks of the run, which verify the content of the files together; all of them must call this
-            function. None compares only the sizes.
+    All `ranks` must call this function and verify the content of the files together; None compares only the sizes.
 
     Raises:
         UserError: There is no checkpoint, or the checkpoint is damaged or holds another model.
@@ -180,17 +160,10 @@ def loads_what_it_saves(args: Namespace) -> bool:
 
 
 def check_save_folder_is_own(args: Namespace, checkpoint: Path | None) -> None:
-    """Check that a run that starts from the beginning does not write over the checkpoints of another run.
+    """Raise `UserError` if a run from the beginning would write over checkpoints of another run in `--save`.
 
     A run that saves to the folder from which it loads continues the run of this folder. A run that loads from another
     folder may have been interrupted and started again, so its checkpoints may be in `--save` already.
-
-    Args:
-        args: Megatron's arguments.
-        checkpoint: The checkpoint to load; None if the run starts from the beginning.
-
-    Raises:
-        UserError: The folder in `--save` holds checkpoints of another run.
     """
     if args.save is None or checkpoint is not None or loads_what_it_saves(args) or not has_checkpoint(args.save):
         return

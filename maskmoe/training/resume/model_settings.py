@@ -75,10 +75,6 @@ def take_settings_of_checkpoint(args: Namespace, checkpoint: Path) -> Namespace:
     """Return the arguments, completed by the settings of a checkpoint as Megatron does for `--use-checkpoint-args`.
 
     Megatron would prefer the tokenizer of the checkpoint to the tokenizer of the command line, without a word.
-
-    Args:
-        args: Megatron's parsed arguments.
-        checkpoint: The checkpoint.
     """
     given_type, given_model, load = args.tokenizer_type, args.tokenizer_model, args.load
     loads_non_persistent, args.loads_non_persistent = args.loads_non_persistent, False
@@ -101,10 +97,6 @@ def further_checkpoint_args(args: Namespace, checkpoint: Path) -> dict[str, Any]
 
     Megatron takes the pattern of a hybrid model as it is, with the bounds of the pipeline stages of the run that saved
     the checkpoint. They are left out if they do not fit the layout of this run.
-
-    Args:
-        args: Megatron's arguments, not yet validated.
-        checkpoint: The checkpoint.
     """
     saved = load_common_state_dict(checkpoint).get("args", Namespace())
     chosen = {name: getattr(saved, name) for name in _ARGUMENTS_LEFT_OUT_BY_MEGATRON if hasattr(saved, name)}
@@ -118,14 +110,10 @@ def further_checkpoint_args(args: Namespace, checkpoint: Path) -> dict[str, Any]
 
 
 def check_same_model(args: Namespace, checkpoint: Path) -> None:
-    """Check that a checkpoint's model and tokenizer are the model and the tokenizer of this run.
+    """Raise `UserError` naming all differences if a checkpoint's model or tokenizer is not that of this run.
 
-    The implementation may differ: a checkpoint of local modules also loads into Transformer Engine's modules, and the
-    other way round.
-
-    Raises:
-        UserError: Names all differences, with both values of each. Or the implementations differ, and the state of the
-            optimizer has a format that depends on the implementation.
+    A checkpoint of local modules also loads into Transformer Engine's modules, and the other way round, unless the
+    format of the optimizer's state depends on the implementation.
     """
     state = load_common_state_dict(checkpoint)
     saved = state.get("args")

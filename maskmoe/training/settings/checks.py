@@ -43,11 +43,8 @@ def parse_and_check_args(
 ) -> RunSettings:
     """Parse the command line, check all settings and files in it, and set Megatron's global variables.
 
-    The function changes no file and makes none, and does not open Megatron's writers.
-
-    Args:
-        own_arguments: Adds the arguments of one entry point to the arguments of all entry points.
-        reads_data: Whether the entry point needs a dataset.
+    The function changes no file and makes none, and does not open Megatron's writers. See `RunChecks` for the
+    arguments.
 
     Raises:
         UserError: The first error of the run.
@@ -73,11 +70,8 @@ class RunChecks:
 
     Attributes:
         packages: The packages of the machines that train; None if they train on CPUs.
-        args: Megatron's arguments, validated after all checks.
-        checkpoint: The checkpoint to load; None to start from the beginning.
-        mask: The routing mask; None for a model without experts.
         is_validated: Whether Megatron has accepted the arguments.
-        is_complete: Whether the checkpoint has reached the last iteration, so that nothing is left to train.
+        is_complete: Whether the checkpoint has reached the last iteration.
         notes: Facts that the user should know but that do not stop the run, one line each.
 
     Raises:
@@ -133,10 +127,7 @@ class RunChecks:
     # ---- The checks --------------------------------------------------------------------------------------------------
 
     def errors(self) -> Iterator[str]:
-        """Yield every error that the run would end with, in the order in which it would find them.
-
-        A check whose preconditions are not met, because of an earlier error, is left out.
-        """
+        """Yield every error that the run would end with, in order; leave out checks whose preconditions are not met."""
         # Numbers with which the other checks compute.
         bad_values = list(value_errors(self.args))
         yield from bad_values

@@ -203,12 +203,7 @@ def add_check_arguments(parser: ArgumentParser) -> ArgumentParser:
 
 
 def replace_help(parser: ArgumentParser, texts: Mapping[str, str]) -> None:
-    """Replace the help texts of Megatron's flags that have another default or other values in MaskMoE.
-
-    Args:
-        parser: The parser of the flags. Flags that the parser lacks are ignored.
-        texts: The new help texts by flag.
-    """
+    """Replace the help texts of flags that have another default or other values in MaskMoE; ignore unknown flags."""
     for action in parser._actions:
         for flag in texts.keys() & set(action.option_strings):
             action.help = texts[flag]
@@ -220,10 +215,7 @@ def may_change_mask(args: Namespace) -> bool:
 
 
 def hang_timeout(args: Namespace) -> float:
-    """Return the seconds without a micro-batch after which a rank counts as hanging.
-
-    The default lets the verdict come before `--distributed-timeout-minutes`, when NCCL would abort without a verdict.
-    """
+    """Return the seconds without a micro-batch after which a rank counts as hanging, by default before NCCL aborts."""
     return args.hang_timeout or 0.5 * 60 * args.distributed_timeout_minutes
 
 
@@ -252,11 +244,7 @@ def _refusing(action: Action, convert: Callable[[str], Any]) -> Callable[[str], 
 
 
 def check_pattern(word: str) -> str:
-    """Return a word that Megatron may evaluate, such as the pattern `[0]+[1]*23`, as it is.
-
-    Raises:
-        ArgumentTypeError: Evaluating the word would take too much memory or time.
-    """
+    """Return a word that Megatron may evaluate, such as `[0]+[1]*23`; refuse one that takes too much memory or time."""
     factors = map(int, _FACTOR.findall(word)) if len(word) <= _LONGEST_WORD else ()
     if len(word) > _LONGEST_WORD or "**" in word or prod(factors) > _LONGEST_PATTERN:
         raise ArgumentTypeError(f"is a pattern for too many layers: {word!r}")

@@ -30,16 +30,14 @@ _LOCAL_TOKENIZERS = {"NullTokenizer", "TikTokenizer", "GPTSentencePieceTokenizer
 
 
 def check_tokenizer(args: Namespace) -> str | None:
-    """Check that the flags describe a tokenizer that exists on this machine.
+    """Check that the flags describe a tokenizer that exists here, and return the SHA-256 digest of its file.
 
-    Megatron would look for a missing one in the internet.
-
-    Returns:
-        The SHA-256 digest of the tokenizer's file; None for a type of tokenizer that MaskMoE's tools do not make.
+    Megatron would look for a missing tokenizer on the internet. The digest is None for a type that MaskMoE's tools do
+    not make.
 
     Raises:
-        UserError: No tokenizer is named, the vocabulary size that the type needs is missing, or the tokenizer's model
-            does not exist.
+        UserError: No tokenizer is named, the vocabulary size that the type needs is missing, or the model does not
+            exist.
     """
     if args.tokenizer_type is None:
         raise UserError("no tokenizer: pass --tokenizer-type and --tokenizer-model; maskmoe tokenizer makes one")
@@ -62,11 +60,9 @@ def check_tokenizer(args: Namespace) -> str | None:
 def check_save_folder(args: Namespace) -> None:
     """Check that files can be written to `--save`, `--tensorboard-dir` and `--non-persistent-global-ckpt-dir`.
 
-    Without this check a run would fail only when its first checkpoint is due.
-
     Raises:
-        UserError: A folder is not writable, and cannot be made; or the folder of non-persistent checkpoints holds
-            other checkpoints.
+        UserError: A folder cannot be made or written; or the folder of non-persistent checkpoints holds other
+            checkpoints.
     """
     check_separate_folder(args)
     folders = {"--save": args.save, "--tensorboard-dir": args.tensorboard_dir}
@@ -90,14 +86,11 @@ def check_save_folder(args: Namespace) -> None:
 def find_routing_mask(args: Namespace, checkpoint: Path | None, report: Callable[[str], None]) -> RoutingMask | None:
     """Return the routing mask in `--routing-mask` or, without the flag, of the checkpoint; None without experts.
 
-    Args:
-        args: Megatron's arguments.
-        checkpoint: The checkpoint to load, if there is one.
-        report: Takes one line about the change of masks if the arguments have `--change-routing-mask`.
+    With `--change-routing-mask`, `report` takes one line about the change of masks.
 
     Raises:
-        UserError: There is no mask. Or the mask of the flag and the mask of the checkpoint differ although the
-            arguments lack `--change-routing-mask`, or in their sizes.
+        UserError: There is no mask. Or the masks of the flag and of the checkpoint differ although the arguments lack
+            `--change-routing-mask`, or in their sizes.
     """
     if not args.num_experts:
         return None
@@ -122,11 +115,7 @@ def find_routing_mask(args: Namespace, checkpoint: Path | None, report: Callable
 
 
 def check_mask(args: Namespace, mask: RoutingMask) -> None:
-    """Check that the routing mask fits the model, the layout and the tokenizer, which Megatron has built.
-
-    Raises:
-        UserError: A size or the tokenizer differs; the message names both values.
-    """
+    """Raise `UserError` if the routing mask does not fit the model, the layout or the tokenizer that Megatron built."""
     vocab_size = get_tokenizer().vocab_size
     has_sizes_of_checkpoint = args.routing_mask is None or may_change_mask(args)
     if has_sizes_of_checkpoint and vocab_size < mask.vocab_size <= args.padded_vocab_size:
@@ -153,14 +142,8 @@ def data_errors(
     """Yield an error for every unusable dataset of the run.
 
     A dataset must be complete, made with the tokenizer of the run, and hold no token id beyond the vocabulary. Before
-    training, the datasets must also have all the parts that training reads. The ids of a dataset whose counts are in
-    the mask were checked when the mask was made.
-
-    Args:
-        args: Parsed arguments; Megatron need not have validated them.
-        mask: The routing mask; None if there is none, or none that can be read.
-        vocab_size: Number of ids of the tokenizer; None if the number is unknown. Then no token ids are read.
-        most_bytes_read: The size, in bytes, up to which the token ids of a dataset are read.
+    training, the datasets must also have all the parts that training reads. Token ids are not read if their counts are
+    in the mask, if `vocab_size` is unknown, or if a dataset is larger than `most_bytes_read`.
     """
     counted = [(dataset["idx_sha256"], dataset["bin_bytes"]) for dataset in (mask.provenance.datasets if mask else ())]
     try:
@@ -188,11 +171,7 @@ def data_errors(
 
 
 def data_prefixes(args: Namespace) -> list[str]:
-    """Return the prefixes of all datasets of the run, each once.
-
-    Raises:
-        UserError: The flags, or the files in the flags, do not name datasets.
-    """
+    """Return the prefixes of all datasets, each once; raise `UserError` if flags or their files name no datasets."""
     try:
         blend, blend_per_split = get_blend_and_blend_per_split(args)
     except (AssertionError, AttributeError, KeyError, OSError, TypeError, ValueError) as error:
@@ -247,11 +226,7 @@ def _errors_of_parts(args: Namespace) -> Iterator[str]:
 
 
 def _check_same_tokenizer(args: Namespace, made_with: TokenizerRecord, what: str) -> None:
-    """Check that a file was made with the tokenizer of the run, whose digest is `args.tokenizer_sha256`.
-
-    Raises:
-        UserError: The tokenizers differ. The message begins with `what`, such as "dataset data/web was".
-    """
+    """Raise `UserError`, beginning with `what`, if a file was made with another tokenizer than that of the run."""
     if args.tokenizer_sha256 not in (None, made_with.sha256):
         raise UserError(
             f"{what} made with another tokenizer ({made_with.model}, {made_with.vocab_size} ids, "

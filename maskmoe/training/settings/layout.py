@@ -20,10 +20,8 @@ class Layout:
 
     Attributes:
         ranks: Number of processes; each process has one GPU.
-        tensor, pipeline, context, expert, expert_tensor: Parallel sizes of these names.
         virtual_pipeline: Number of model chunks on each pipeline stage; 1 unless the pipeline is interleaved.
-        micro_batch_group: Number of micro-batches that an interleaved pipeline computes before it turns to the next
-            chunk.
+        micro_batch_group: Number of micro-batches that an interleaved pipeline computes before it changes the chunk.
         micro_batch, global_batch: Numbers of samples; `global_batch` is the largest batch size of a schedule.
         seq_length: Number of tokens in a sample.
     """
@@ -42,12 +40,9 @@ class Layout:
 
     @classmethod
     def from_args(cls, args: Namespace) -> "Layout":
-        """Return the layout that arguments describe.
+        """Return the layout of parsed arguments; missing batch sizes get Megatron's values.
 
-        Missing batch sizes get the values that Megatron gives them.
-
-        Args:
-            args: Parsed arguments. The number of model chunks on a stage is known after Megatron has validated them.
+        The number of model chunks on a stage is known after Megatron has validated the arguments.
         """
         tensor, pipeline = args.tensor_model_parallel_size, args.pipeline_model_parallel_size
         context = args.context_parallel_size
@@ -98,8 +93,7 @@ class Layout:
         """Return the largest number of micro-batches whose backward pass a pipeline stage still has to compute.
 
         The schedule is one-forward-one-backward (`megatron.core.pipeline_parallel.schedules`). In an interleaved
-        pipeline each chunk of a stage has its own micro-batches in flight, and the result is their mean over the
-        chunks.
+        pipeline the result is the mean over the chunks of the stage.
         """
         stages_after, chunks = self.pipeline - stage - 1, self.virtual_pipeline
         if chunks == 1:
@@ -111,11 +105,8 @@ class Layout:
 def layout_errors(args: Namespace, iteration: int = 0) -> Iterator[str]:
     """Yield an error if the ranks cannot be divided, or else for each batch that cannot, with what would fit.
 
-    Megatron reports these sizes late, or by flags that nobody passed.
-
-    Args:
-        args: Parsed arguments; Megatron need not have validated them.
-        iteration: The iteration from which the run resumes. Batch sizes of earlier iterations may be any.
+    Megatron reports these sizes late, or by flags that nobody passed. Batch sizes before `iteration`, from which the
+    run resumes, may be any.
     """
     layout = Layout.from_args(args)
     if layout.ranks % layout.ranks_step:
@@ -149,24 +140,15 @@ def _nearest(value: int, step: int) -> str:
 class BatchSizes(NamedTuple):
     """The numbers of samples in the iterations of a run.
 
-    Attributes:
-        phases: For each phase of training, the smallest number of samples that are read before the phase begins, and
-            the number of samples in an iteration of the phase. A run without `--step-batch-size-schedule` has one
-            phase.
+    `phases` has, for each phase of training, the smallest number of samples that are read before the phase begins, and
+    the number of samples in an iteration. A run without `--step-batch-size-schedule` has one phase.
     """
 
     phases: tuple[tuple[int, int], ...]
 
     @classmethod
     def from_args(cls, args: Namespace) -> "BatchSizes":
-        """Return the batch sizes that arguments describe.
-
-        Args:
-            args: Arguments that Megatron has validated, or that have `--step-batch-size-schedule`.
-
-        Raises:
-            UserError: The schedule cannot be read.
-        """
+        """Return the batch sizes of arguments that are validated or have a schedule; raise `UserError` if it is bad."""
         schedule = args.step_batch_size_schedule
         if schedule is None:
             return cls(((0, args.global_batch_size),))
@@ -217,10 +199,7 @@ class BatchSizes(NamedTuple):
 
 
 def training_iterations(args: Namespace) -> int:
-    """Return the number of iterations of a run; 0 if the validated arguments do not say it.
-
-    Megatron sets `args.train_iters` of a run with `--train-samples` only when it makes the optimizer.
-    """
+    """Return the number of iterations of a run, also with `--train-samples`; 0 if the arguments have neither."""
     return args.train_iters or BatchSizes.from_args(args).iterations(args.train_samples or 0)
 
 
@@ -230,16 +209,11 @@ def trained_samples(args: Namespace) -> int:
 
 
 def requested_training_samples(args: Namespace, iteration: int = 0, consumed: int = 0) -> int:
-    """Return the number of samples that a run asks its training data for.
+    """Return the number of samples that a run, which resumes from `iteration`, asks its training data for.
 
     With `--train-iters`, Megatron asks for samples as if all iterations had the batch size of this run. If earlier
-    iterations had larger batches, a run asks for the samples of its remaining iterations in addition to the consumed
+    iterations had larger batches, a run asks for the samples of its remaining iterations in addition to the `consumed`
     samples.
-
-    Args:
-        args: Arguments that Megatron has validated.
-        iteration: The iteration from which the run resumes.
-        consumed: The number of samples that were consumed before this iteration.
     """
     batch, iterations = args.global_batch_size or 0, args.train_iters or 0
     return args.train_samples or max(iterations * batch, consumed + (iterations - iteration) * batch)
@@ -250,12 +224,7 @@ def samples_to_request(args: Namespace, num_samples: Sequence[int | None]) -> li
 
     Megatron asks for the samples that the run would need if the run had had its settings from the beginning. A run that
     resumes with a smaller batch or with fewer evaluations would then run out of samples. Without such a change, the
-    numbers do not change, and neither does the order of the samples.
-
-    Args:
-        args: Megatron's arguments after the checkpoint is loaded.
-        num_samples: The numbers of samples that Megatron asks the training, validation and test data for; None for one
-            epoch.
+    numbers, and so the order of the samples, do not change. None stands for one epoch.
     """
     training, validation, test = num_samples
     # Megatron also sets `train_iters` of a run with `--train-samples`. With `--phase-transition-iterations`, Megatron

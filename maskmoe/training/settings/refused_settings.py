@@ -38,12 +38,12 @@ _NOT_NEGATIVE = (
 
 @dataclass(frozen=True)
 class Check:
-    """A check of parsed arguments.
+    """A check of parsed arguments, which Megatron need not have validated.
 
     Attributes:
         name: The flags of the setting.
         reason: A sentence that says why, and what to use instead if there is something.
-        applies: Returns whether parsed arguments have the setting; Megatron need not have validated them.
+        applies: Returns whether parsed arguments have the setting.
     """
 
     name: str
@@ -60,10 +60,7 @@ class Check:
 
 
 def value_errors(args: Namespace) -> Iterator[str]:
-    """Yield an error for each number that is not finite, or zero or negative where it cannot be.
-
-    With such a number, Megatron would train something else without a word, or divide by zero.
-    """
+    """Yield an error for each number that is not finite, or zero or negative where it cannot be."""
     for name, setting in vars(args).items():
         for value in setting if isinstance(setting, list | tuple) else (setting,):
             if not isinstance(value, int | float) or isinstance(value, bool):
@@ -85,9 +82,7 @@ def value_errors(args: Namespace) -> Iterator[str]:
 def missing_flags(args: Namespace, takes_learning_rate: bool = False) -> Iterator[str]:
     """Yield an error for each missing flag that Megatron reports late, or by another name.
 
-    Args:
-        args: Parsed arguments.
-        takes_learning_rate: Whether the learning rate of a checkpoint replaces the arguments'.
+    A checkpoint's learning rate replaces the arguments' if `takes_learning_rate` is set.
     """
     if args.seq_length is None and args.encoder_seq_length is None:
         yield "no sequence length: pass --seq-length"
@@ -107,12 +102,7 @@ def refused_settings(args: Namespace) -> Iterator[str]:
 
 
 def missing_transformer_engine(args: Namespace, packages: GpuPackages) -> Iterator[str]:
-    """Yield an error if the layers need Transformer Engine, but the machines that train lack it.
-
-    Args:
-        args: Parsed arguments.
-        packages: The packages of the machines that train.
-    """
+    """Yield an error if the layers need Transformer Engine, but the machines that train lack it."""
     cure = "install it, or leave the flag out"
     if args.transformer_impl == "transformer_engine" and not packages.transformer_engine:
         yield f"--transformer-impl transformer_engine needs Transformer Engine, which is not installed: {cure}"
@@ -185,8 +175,7 @@ def _captures_experts(args: Namespace) -> bool:
 def _hides_prediction(args: Namespace) -> bool:
     """Return whether a layout puts multi-token prediction where Megatron-Core misses its copy of the embedding.
 
-    Megatron-Core looks for copies in the first chunk of the first pipeline rank, and in the last chunk of each other
-    rank.
+    Megatron-Core looks in the first chunk of the first pipeline rank, and in the last chunk of each other rank.
     """
     try:
         chunks = PipelineParallelLayerLayout.parse_str_to_list(args.pipeline_model_parallel_layout or "")

@@ -27,9 +27,7 @@ class RunSettings:
 
     Attributes:
         args: Megatron's validated arguments, which Megatron's own code reads and completes.
-        mask: The routing mask; None for a model without experts.
-        has_work: Whether something is left to do: to train, or to save the checkpoint of a complete run into another
-            folder, for example in another layout of ranks.
+        has_work: Whether to train, or to save the checkpoint of a complete run into another folder.
         run_folder: The folder of logs, arguments and pages; None if the run writes none.
         checkpoint_folders: The folders that the run saves checkpoints to, and no other run may.
     """
@@ -57,8 +55,7 @@ class RunSettings:
 def megatrons_checks(what: str = "invalid settings") -> Iterator[None]:
     """Turn any error of Megatron's code into a `UserError`, one line that begins with `what`.
 
-    Most of Megatron's checks are assertions, many without a message, and the message is then the source line of the
-    assertion. Other exceptions that are no checks, such as a division by zero, are quoted with their source line.
+    Assertions without a message, and exceptions that are no checks, are quoted with their source line.
     """
     try:
         yield
@@ -72,11 +69,7 @@ def megatrons_checks(what: str = "invalid settings") -> Iterator[None]:
 
 
 def model_config_from_args(args: Namespace) -> MaskMoEModelConfig:
-    """Return the configuration of the model that the command line describes.
-
-    Raises:
-        UserError: Settings that cannot work together.
-    """
+    """Return the configuration of the command line's model; raise `UserError` if settings cannot work together."""
     with megatrons_checks():
         if args.hybrid_layer_pattern is None:
             config = gpt_config_from_args(args, model_config_cls=MaskMoEGPTModelConfig)
@@ -101,8 +94,8 @@ def embedding_ranks_of(config: MaskMoEModelConfig) -> Callable[[list[int]], list
     """Return a function from the ranks of a pipeline to those ranks that have a copy of the embedding.
 
     These ranks are the first, the last if embedding and output layer share their weights, and all ranks with layers of
-    multi-token prediction. Megatron adds up the gradients of the copies. The function is that of `pretrain_gpt.py` of
-    Megatron-LM; by default, Megatron-Core takes the first and the last rank.
+    multi-token prediction. The function is that of `pretrain_gpt.py` of Megatron-LM; by default, Megatron-Core takes
+    the first and the last rank.
     """
 
     def embedding_ranks(ranks: list[int]) -> list[int]:
@@ -120,8 +113,7 @@ def embedding_ranks_of(config: MaskMoEModelConfig) -> Callable[[list[int]], list
 def leaving_process_groups() -> Iterator[None]:
     """Destroy the process groups when the block succeeds or ends by `sys.exit`, as Megatron's training loop may end.
 
-    If the interpreter destroys them at exit, gloo's threads can outlive the memory that they use and abort the process
-    after all work is done.
+    At exit, gloo's threads could outlive the memory that they use and abort the process after all work is done.
     """
     try:
         yield

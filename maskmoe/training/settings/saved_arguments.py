@@ -19,16 +19,7 @@ _FOLDERS = frozenset(
 
 
 def save_arguments(args: Namespace, words: Sequence[str], folder: Path) -> None:
-    """Write `args.yaml` into the run folder.
-
-    Args:
-        args: The validated arguments.
-        words: The command line of this process, without the program.
-        folder: The run folder.
-
-    Raises:
-        OSError: The file cannot be written.
-    """
+    """Write `args.yaml` into the run folder; see `arguments_text` for the arguments."""
     folder.mkdir(parents=True, exist_ok=True)
     unfinished = folder / f".{ARGUMENTS}.{uuid.uuid4().hex[:8]}.tmp"
     unfinished.write_text(arguments_text(args, words, folder), encoding="utf-8")
@@ -36,15 +27,10 @@ def save_arguments(args: Namespace, words: Sequence[str], folder: Path) -> None:
 
 
 def arguments_text(args: Namespace, words: Sequence[str], folder: Path) -> str:
-    """Return the text of `args.yaml`: the flags of the command line, then all arguments as comments.
+    """Return the text of `args.yaml`: the flags in the words of the command line, then all arguments as comments.
 
     Paths in the run folder are written with `${RUN_DIR}`, so that another run with this file has its own folders.
     Relative paths of folders that the run writes are made absolute first.
-
-    Args:
-        args: The validated arguments.
-        words: The command line of this process, without the program.
-        folder: The run folder.
     """
     flags = dict(split_flags(words))
     flags |= {name: tuple(os.path.abspath(value) for value in flags[name]) for name in _FOLDERS & flags.keys()}

@@ -55,8 +55,4 @@ class Callback:
         """Training waits until the files of an asynchronous save are written."""
 
     def on_end(self, error: BaseException | None) -> None:
-        """The run ends.
-
-        Args:
-            error: The cause: a `SystemExit` if the run stops early, or an error; None if training is complete.
-        """
+        """The run ends; `error` is a `SystemExit` if the run stops early, and None if training is complete."""

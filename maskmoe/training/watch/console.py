@@ -54,12 +54,7 @@ _VALIDATION = re.compile(
 
 @dataclass(frozen=True)
 class LoggedLoss:
-    """A loss that Megatron has printed.
-
-    Attributes:
-        is_validation: Whether the loss is that of held-out text.
-        loss: Nats per token; None if the line has no finite loss.
-    """
+    """A loss that Megatron has printed, in nats per token, None if the line has no finite loss."""
 
     is_validation: bool
     loss: float | None
@@ -84,7 +79,6 @@ class Console:
     Attributes:
         shows_timers: Whether the table of Megatron's timers reaches the console.
         iteration: The newest iteration of which a line was printed; None on ranks that print no such lines.
-        validation: The newest validation loss that was printed, or None.
     """
 
     def __init__(self) -> None:
@@ -104,11 +98,7 @@ class Console:
         return self._log.name if self._log else None
 
     def route(self, progress: TextIO) -> None:
-        """Start to route what this process prints, logs and warns of; with `--verbose`, everything reaches the console.
-
-        Args:
-            progress: The stream for progress lines: stdout or stderr.
-        """
+        """Route what this process prints, logs and warns of; `progress`, stdout or stderr, takes the progress lines."""
         self._stdout, self._progress, self._is_rank = sys.stdout, progress, True
         if VERBOSE_FLAG in sys.argv[1:]:
             return
@@ -155,7 +145,7 @@ class Console:
     def end_of_loading(self) -> None:
         """Note that the first iteration, or the work on a result, begins; further calls change nothing.
 
-        If progress goes to stderr, then stdout is for the result, and from now on gets what is printed, unchanged.
+        If progress goes to stderr, then stdout is for the result and gets what is printed unchanged.
         """
         self._is_training = True
         if self._is_routed and self._progress is not self._stdout:

@@ -40,14 +40,7 @@ _DISK_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO, errno.EROFS)
 
 
 class LeaveAfterSave(Callback):
-    """Makes Megatron end its training loop after a checkpoint if the launcher's file asks for it.
-
-    Args:
-        ranks: The ranks of the run, all of which save.
-
-    Attributes:
-        is_leaving: Whether the run ends for this reason.
-    """
+    """Makes Megatron end its training loop after a checkpoint of all ranks if the launcher's file asks for it."""
 
     def __init__(self, ranks: RankStore) -> None:
         self.is_leaving = False
@@ -69,12 +62,9 @@ class LeaveAfterSave(Callback):
 class SaveOnSignals(Callback):
     """Makes Megatron save a checkpoint on every signal of `SIGNALS_THAT_SAVE`, not only on `--exit-signal`.
 
-    Megatron saves after the iteration in progress. Before the first iteration there is nothing to save, and a rank may
-    wait for other ranks without handling signals. So until then, `--exit-signal`, with which torchrun ends ranks, ends
-    the process at once.
-
-    Args:
-        args: Megatron's arguments. Megatron has installed its handler of `--exit-signal`.
+    Megatron, which has installed its handler before, saves after the iteration in progress. Before the first iteration
+    there is nothing to save, and a rank may wait for other ranks without handling signals. So until then,
+    `--exit-signal`, with which torchrun ends ranks, ends the process at once.
     """
 
     def __init__(self, args: Namespace) -> None:
@@ -93,21 +83,14 @@ class SaveOnSignals(Callback):
 
 
 class FirstStepCheck(Callback):
-    """Checks the first step of a process, the only step that Megatron does not repeat if its result is not finite.
-
-    The update of the first step is applied, and the next checkpoint would hold the damaged weights.
-    """
+    """Checks the first step of a process, the only step that Megatron does not repeat if its result is not finite."""
 
     def __init__(self, args: Namespace) -> None:
         self._args = args
         self._is_done = not args.check_for_nan_in_loss_and_grad
 
     def after_step(self, step: Step) -> None:
-        """Check the loss and the gradient norm; a collective call.
-
-        Raises:
-            RunFailure: A value of any rank is NaN or infinite.
-        """
+        """Raise `RunFailure` if the loss or gradient norm of any rank is NaN or infinite; a collective call."""
         if self._is_done:
             return
         self._is_done = True
@@ -129,11 +112,8 @@ class FirstStepCheck(Callback):
 def explaining_early_ends(args: Namespace, leaving: LeaveAfterSave) -> Iterator[None]:
     """Explain why the block ends early, exit with the right code, and end the workers of the data loaders.
 
-    A failed save and a failed load are explained in one line. If the block ends because of a signal, or because the
-    launcher asks for it, Megatron's exit code 0 becomes `EXIT_REQUEUE`.
-
-    Raises:
-        RunFailure: The cause lies outside the program.
+    A failed save or load raises a one-line `RunFailure`. If the block ends because of a signal, or because the launcher
+    asks for it, Megatron's exit code 0 becomes `EXIT_REQUEUE`.
     """
     try:
         yield

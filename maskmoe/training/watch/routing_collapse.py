@@ -15,11 +15,9 @@ _MOST_NAMED = 16
 
 @dataclass(frozen=True)
 class LayerRouting:
-    """The routing of one MoE layer in one log interval, on all ranks.
+    """The tokens per expert of one MoE layer in one log interval, on all ranks, and the mean entropy.
 
-    Attributes:
-        tokens_per_expert: The tokens that each expert got.
-        entropy: The mean entropy of the masked probabilities in nats; None if every token had one visible expert.
+    The entropy is of the masked probabilities, in nats; None if every token had one visible expert.
     """
 
     tokens_per_expert: Sequence[float]
@@ -27,10 +25,9 @@ class LayerRouting:
 
 
 class Subject(NamedTuple):
-    """Something of a layer that can collapse.
+    """Something of a layer, numbered from 0 as in Megatron's tags, that can collapse.
 
     Attributes:
-        layer: Index of the layer, from 0 as in Megatron's tags.
         kind: "expert", "expert-parallel rank" or "routing entropy".
         number: Number of the expert or rank; 0 for an entropy.
     """
@@ -49,7 +46,6 @@ class RoutingCollapse:
     Args:
         intervals: The number of log intervals after which a collapse is reported.
         reachable: For each MoE layer, by its index, whether each expert is visible to any id.
-        num_ranks: The number of expert-parallel ranks, each of which has an equal, contiguous share of the experts.
     """
 
     def __init__(self, intervals: int, reachable: Mapping[int, Sequence[bool]], num_ranks: int = 1) -> None:

@@ -31,14 +31,10 @@ class RoutingRecord(NamedTuple):
         by_layer: Values by name of the scalar and index of the layer, from 0 as in Megatron's tags. Layers of
             multi-token prediction follow the decoder's layers. Layers without a value are left out.
 
-            - `expert_load_max_over_mean`: tokens of the expert with the most tokens, divided by the mean of all
-              experts.
-            - `rank_load_max_over_mean`: tokens of the expert-parallel rank with the most tokens, divided by the mean of
-              all ranks; with several ranks only.
-            - `rank_rows_max`: the most rows that the experts of one rank got in one micro-batch; with several ranks
-              only.
-            - `routing_entropy`: entropy of the masked probabilities in nats, at most ln V; mean over tokens with V >=
-              2.
+            - `expert_load_max_over_mean`: the most tokens of an expert, divided by the mean of all experts.
+            - `rank_load_max_over_mean`: this quotient for expert-parallel ranks; with several ranks only.
+            - `rank_rows_max`: the most rows of one rank's experts in one micro-batch; with several ranks only.
+            - `routing_entropy`: entropy of the masked probabilities in nats, at most ln V; mean over tokens with V > 1.
             - `single_expert_token_share`: share of the tokens with V = 1.
         tokens_per_expert: The tokens that each expert got, by index of the layer.
     """
@@ -48,11 +44,7 @@ class RoutingRecord(NamedTuple):
 
 
 class RoutingLog(Callback):
-    """Logs the routing of the last `--log-interval` iterations, and warns of routing that has collapsed.
-
-    Counts are not saved in checkpoints: after a restart, the first logged interval covers only the iterations since the
-    restart.
-    """
+    """Logs the routing of the last `--log-interval` iterations, and warns of collapse; a restart resets the counts."""
 
     def __init__(self, args: Namespace, mask: RoutingMask, journal: Journal) -> None:
         self._args = args
@@ -156,11 +148,7 @@ class HybridMetricsTracker(MoEMetricsTracker):
     Megatron-Core 0.19.2 records router losses by symbol of the pattern, and reports by MoE layer. A pipeline stage
     without MoE layers then reduces a tensor of another size than other stages, and the mean of a model with multi-token
     prediction counts the MoE layers of multi-token prediction twice. Later versions count MoE layers (Megatron-LM pull
-    request 6748).
-
-    Args:
-        layers: The feed-forward layers of the model.
-        num_symbols: Layers of the decoder, as Megatron-Core counts them.
+    request 6748). `num_symbols` counts the layers of the decoder as Megatron-Core does.
     """
 
     def __init__(self, layers: FeedForwardLayers, num_symbols: int) -> None:

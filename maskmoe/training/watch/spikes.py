@@ -32,14 +32,11 @@ _ABSOLUTE_FLOOR = 1e-6
 
 @dataclass(frozen=True)
 class Deviation:
-    """A value that is too far from the values of the steps before.
+    """A loss or gradient norm that is too far from the values of the steps before.
 
     Attributes:
-        name: "loss" or "gradient norm".
-        value: The value.
         median: The median of the values before; NaN without such values.
-        deviations: The distance from the median in robust deviations; negative below the median. Infinite for a value
-            that is NaN or infinite.
+        deviations: The signed distance from the median in robust deviations, infinite for a value that is not finite.
     """
 
     name: str
@@ -59,11 +56,7 @@ class RobustWindow:
     """The values of the last steps, with their median and robust deviation.
 
     The robust deviation is the median absolute deviation, scaled to the standard deviation of a normal distribution,
-    with a floor.
-
-    Args:
-        size: The number of values that the window holds. With fewer than half of this number, nothing is judged.
-        values: The values that the window begins with, in the order of their steps; the last `size` count.
+    with a floor. With fewer than half of `size` values, nothing is judged.
     """
 
     def __init__(self, size: int, values: Iterable[float] = ()) -> None:
@@ -78,7 +71,7 @@ class RobustWindow:
     def judge(self, value: float) -> tuple[float, float]:
         """Return the median of the values, and the distance of another value from the median in robust deviations.
 
-        The distance is 0 as long as the window has too few values, and infinite if the value is NaN or infinite.
+        The distance is 0 while the window has too few values, and infinite if the value is not finite.
         """
         middle = median(self._values) if self._values else math.nan
         if not math.isfinite(value):
@@ -100,7 +93,6 @@ class SpikeDetector:
     A step that is off enters the windows, too. So a lasting change of the level is the new normal after half a window.
 
     Args:
-        window: The number of steps that a step is compared with.
         limit: The number of robust deviations beyond which a value is off.
         history: The `history` of an earlier detector, whose steps came right before.
     """
@@ -134,12 +126,7 @@ _TAGS = {"loss": "spike/loss", "gradient norm": "spike/grad-norm"}
 
 
 class SpikeWatch(Callback):
-    """Watches the loss and the gradient norm of each step, see `--spike-action`.
-
-    Args:
-        args: Megatron's arguments.
-        journal: Takes the reports.
-    """
+    """Watches the loss and the gradient norm of each step, and reports to the journal, see `--spike-action`."""
 
     def __init__(self, args: Namespace, journal: Journal) -> None:
         self._journal = journal
@@ -195,10 +182,9 @@ def _saved_history(args: Namespace) -> dict[str, list[float]] | None:
 
 
 def _mean_loss(losses: list[dict[str, Tensor]]) -> float:
-    """Return the loss of a step as Megatron logs it on the last pipeline stage; 0 on other stages; a collective call.
+    """Return a step's loss on the last pipeline stage, as Megatron logs it, else 0; a collective call.
 
-    Args:
-        losses: For each micro-batch of this rank, the sum of the losses and the number of tokens, [2].
+    `losses` has, for each micro-batch of this rank, the sum of the losses and the number of tokens, [2].
     """
     if not losses:
         return 0.0

@@ -76,12 +76,7 @@ def describe_run(
 ) -> dict[str, str]:
     """Return the lines of the header by their labels, at most 15.
 
-    Args:
-        args: Megatron's validated arguments.
-        mask: The routing mask; None for a model without experts.
-        folder: The run folder, or None.
-        parameters: The number of parameters of the whole model.
-        dispatch: How tokens reach their experts, in words; None for a model without experts.
+    `parameters` counts the whole model; `dispatch` says in words how tokens reach their experts, None without experts.
     """
     layout = Layout.from_args(args)
     fields = {
@@ -163,10 +158,7 @@ def _short(number: int) -> str:
 
 
 class RunStart(Callback):
-    """Opens the log of each rank and, on the first rank, writes the arguments and an entry of the journal.
-
-    A refused run leaves no files, so this happens when the model is built: no rank refuses the run any more.
-    """
+    """Opens logs and writes arguments and a journal entry once the model is built: a refused run leaves no files."""
 
     def __init__(self, args: Namespace, folder: Path | None) -> None:
         self._args = args

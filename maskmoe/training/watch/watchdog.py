@@ -32,7 +32,6 @@ class Sighting(NamedTuple):
     """The state of a rank, as its watchdog reports it.
 
     Attributes:
-        rank: The rank.
         where: Host and process of the rank, for the message.
         steps: Number of micro-batches that the rank has begun.
         at: Innermost Python call of the training thread, for the message.
@@ -54,10 +53,6 @@ class Watchdog(Callback):
     If the rank begins no micro-batch for `timeout` seconds, the watchdog prints which rank is to blame and ends the
     process with `EXIT_HANG`. The first watchdog that reaches a verdict shares it, so that all ranks end. Time counts
     from the first micro-batch: everything before has timeouts of its own.
-
-    Args:
-        ranks: The ranks of the run.
-        timeout: Seconds.
     """
 
     def __init__(self, ranks: RankStore, timeout: float) -> None:
@@ -173,14 +168,9 @@ def _end() -> NoReturn:
 
 
 def find_culprits(before: Sequence[Sighting], after: Sequence[Sighting]) -> tuple[list[int], str]:
-    """Find the ranks that hold up the run.
+    """Return the ranks that hold up the run, which may be none, and a sentence about them.
 
-    Args:
-        before: The last sighting of each rank, ordered by rank.
-        after: The last sighting of each rank some periods later.
-
-    Returns:
-        The ranks to blame, which may be none, and a sentence about them.
+    Both arguments have a sighting of each rank, ordered by rank, and some periods lie between them.
     """
     times = {seen.rank: seen.time for seen in before}
     most_steps = max((seen.steps for seen in after), default=0)

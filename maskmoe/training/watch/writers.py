@@ -86,10 +86,8 @@ RUN_ID = "wandb_run_id"
 def wandb_defaults(args: Namespace) -> dict[str, Any]:
     """Return the values of Megatron's flags that `--wandb-project` sets by default; empty without the flag.
 
-    By default, the run has the name of the run folder, and its files are in `wandb` there.
-
-    Raises:
-        UserError: The package is not installed, or the run has no folder.
+    By default, the run has the name of the run folder, and its files are in `wandb` there. Raises `UserError` if the
+    package is not installed, or the run has no folder.
     """
     if not getattr(args, "wandb_project", None):
         return {}
@@ -104,10 +102,9 @@ def wandb_defaults(args: Namespace) -> dict[str, Any]:
 
 
 def take_run_id(args: Namespace) -> None:
-    """Let the last rank, which logs to Weights & Biases, continue the run whose id is in the run folder.
+    """Let the last rank, which logs to Weights & Biases, continue the run whose id is in the run folder, or make an id.
 
-    Without an id in the folder, the rank makes one. Nothing is done without `--wandb-project`, or if `WANDB_RUN_ID` is
-    set.
+    Nothing is done without `--wandb-project`, or if `WANDB_RUN_ID` is set.
     """
     folder = run_folder(args.save, args.tensorboard_dir)
     is_logging = getattr(args, "wandb_project", None) and args.rank == args.world_size - 1
@@ -122,13 +119,6 @@ def take_run_id(args: Namespace) -> None:
 
 
 def warn(journal: Journal, text: str, iteration: int, **facts: Fact) -> None:
-    """Print a warning and write it to the journal; to be called on the last rank only, which logs.
-
-    Args:
-        journal: The journal of the run.
-        text: The event in words, on one line.
-        iteration: The iteration of the event, counted from 1.
-        **facts: Values for programs that read the journal.
-    """
+    """Print a warning on one line and write it to the journal; to be called on the last rank only, which logs."""
     console.say(f"warning: {text}", rank=-1)
     journal.write(Kind.WARNED, text, iteration, **facts)
