@@ -91,14 +91,6 @@ def test_rows_by_reach(case):
     assert np.array_equal(cluster.sent_by_reach(cluster.reverse(rows)), received)
 
 
-def test_time_of_one_message():
-    cluster = make_cluster(4, 4, 2)
-    rows = np.zeros((4, 4), int)
-    rows[0] = 9, 0, 10, 0
-    # Two peers are on the other node. Rank 0 sends to them and determines the time.
-    assert cluster.seconds(rows, 1000) == pytest.approx(2 * 3e-6 + 10 * 1000 / 50e9)
-
-
 @given(st.integers(0, 2**32))
 def test_the_busiest_direction_of_the_busiest_rank_decides(seed):
     rows, slowest = np.random.default_rng(seed).integers(0, 100, size=(8, 4)), 0.0

@@ -85,18 +85,14 @@ def test_altered_content_is_found_when_it_is_converted(series, tmp_path, monkeyp
     assert not any((tmp_path / "temporary").iterdir())
 
 
-def test_paths_that_are_no_models(tmp_path, tiny_model):
+def test_paths_that_are_no_models(tmp_path, tiny_model, checkpoints):
     for path, steps, words in (
         (tmp_path, (), "neither Megatron checkpoints nor a model"),
         (tiny_model, (3,), "--ckpt-step chooses among the checkpoints of a folder"),
+        (checkpoints, (3,), "iter_0000003 does not exist"),
     ):
         with pytest.raises(UserError, match=words):
             find_models([path], steps)
-
-
-def test_missing_step(checkpoints):
-    with pytest.raises(UserError, match="iter_0000003 does not exist"):
-        find_models([checkpoints], [3])
 
 
 def test_models_that_differ(checkpoints, tiny_model):

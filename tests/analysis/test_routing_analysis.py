@@ -105,9 +105,7 @@ def test_batches_do_not_matter():
 def test_saved(tmp_path):
     trace = record_routing(make_model().model, make_probe(40))
     trace.save(tmp_path / "trace.safetensors", "iteration 500", (1, 3))
-    tensors = load_file(tmp_path / "trace.safetensors")
-    assert tensors.keys() == {"token_ids", "experts", "weights", "entropy", "num_visible"}
-    for name, saved in tensors.items():
+    for name, saved in load_file(tmp_path / "trace.safetensors").items():
         assert saved.dtype == getattr(trace, name).dtype
         assert np.array_equal(saved, getattr(trace, name))
     with safe_open(tmp_path / "trace.safetensors", framework="numpy") as file:

@@ -109,11 +109,6 @@ def test_information_by_hand():
         assert information == pytest.approx(information_by_hand(ids, trace.experts[layer][is_chosen]))
 
 
-def test_information_of_a_table_and_of_independence():
-    assert statistics.mutual_information(np.array([[5, 0], [0, 5]])) == pytest.approx(math.log(2))
-    assert statistics.mutual_information(np.array([[1, 2], [2, 4]])) == pytest.approx(0, abs=1e-12)
-
-
 @examples
 @given(traces, st.integers(1, 5))
 def test_top_ids(trace, num_top):

@@ -6,16 +6,14 @@ experts. Losses may differ by 1e-4 of their size, since processors sum floats in
 """
 
 import json
-import os
 import shlex
 import shutil
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 import torch
 from support.runs import read_losses
+from support.small_series import Workplace
 
 from maskmoe.routing_mask.frequency import TokenFrequency
 from maskmoe.routing_mask.mask import RoutingMask
@@ -40,16 +38,8 @@ def run_folder(tmp_path: Path) -> Path:
 
 
 def run_entry_point(name: str, flags: str, folder: Path) -> None:
-    command = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "1", "-m", f"maskmoe.training.{name}"]
-    environment = os.environ | {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
-    process = subprocess.run(
-        [sys.executable, *command, *shlex.split(f"{DATA_FLAGS} {flags}")],
-        cwd=folder,
-        env=environment,
-        capture_output=True,
-        text=True,
-        timeout=300,
-    )
+    command = ["-m", f"maskmoe.training.{name}", *shlex.split(f"{DATA_FLAGS} {flags}")]
+    process = Workplace(folder).run_python(*command)
     assert process.returncode == 0, process.stdout[-2000:] + process.stderr[-4000:]
 
 

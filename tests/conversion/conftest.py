@@ -1,22 +1,17 @@
-"""Fixtures of the tests of conversion: checkpoints that Megatron saves once a session, and the command line."""
+"""Fixtures of the tests of conversion: checkpoints that Megatron saves once a session."""
 
-import os
 import shlex
-import subprocess
-import sys
 import tempfile
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pytest
 from support.datasets import frequent_ids, write_documents
-from support.launchers import CPU_ENVIRONMENT, start_ranks
+from support.launchers import start_ranks
 from support.masks import build_mask, count_ids
-from support.paths import ROOT
 
 VOCAB_SIZE = 500  # Megatron pads this to 512, or to 768 for two tensor-parallel ranks
 DATA = f"--data-path data --split 90,10,0 --tokenizer-type NullTokenizer --vocab-size {VOCAB_SIZE} --num-workers 0"
@@ -81,16 +76,3 @@ def checkpoints(workplace: Workplace) -> Callable[[str], Path]:
         return save
 
     return make
-
-
-@pytest.fixture(scope="session")
-def run_cli() -> Callable[..., subprocess.CompletedProcess]:
-    """Return a function that runs tools/convert_checkpoint.py in a process of its own."""
-
-    def run(*arguments: object, **options: Any) -> subprocess.CompletedProcess:
-        command = [sys.executable, ROOT / "tools/convert_checkpoint.py", *map(str, arguments)]
-        return subprocess.run(
-            command, capture_output=True, text=True, env=os.environ | CPU_ENVIRONMENT, timeout=240, **options
-        )
-
-    return run

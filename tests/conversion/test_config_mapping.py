@@ -217,18 +217,26 @@ def plain_args(**changes):
             {"multi_latent_attention": True, "rope_type": "rope", "rotary_scaling_factor": 2.0, "mscale_all_dim": 1.0},
             "--mscale-all-dim along with --rope-type rope",
         ),
-        ({"normalization": "LayerNorm"}, "normalization LayerNorm"),
-        ({"add_bias_linear": True}, "add_bias_linear True"),
-        ({"swiglu": False}, "swiglu False"),
-        ({"position_embedding_type": "learned_absolute"}, "position_embedding_type learned_absolute"),
-        ({"rotary_interleaved": True}, "rotary_interleaved True"),
-        ({"moe_latent_size": 4}, "moe_latent_size 4"),
-        ({"attention_output_gate": True, "window_size": (3, 3)}, "attention_output_gate True, window_size"),
+        (
+            {"normalization": "LayerNorm", "add_bias_linear": True, "swiglu": False, "moe_latent_size": 4},
+            "add_bias_linear True, moe_latent_size 4, normalization LayerNorm, swiglu False",
+        ),
+        (
+            {"position_embedding_type": "learned_absolute", "rotary_interleaved": True, "window_size": (3, 3)},
+            r"position_embedding_type learned_absolute, rotary_interleaved True, window_size \(3, 3\)",
+        ),
     ],
 )
 def test_settings_that_transformers_cannot_express(changes, named):
     with pytest.raises(UserError, match=named):
         config_from_args(plain_args(**changes), 100)
+
+
+def latent_fields(**rope):
+    """Return the fields of latent attention with further settings of the rotary embedding."""
+    rope = {"rope_theta": 1e4, "factor": 2.0, "original_max_position_embeddings": 32} | rope
+    sizes = dict.fromkeys(LATENT_SIZES, 4) | {"num_key_value_heads": None, "head_dim": None}
+    return sizes | {"rope_parameters": rope}
 
 
 @pytest.mark.parametrize(
@@ -238,31 +246,16 @@ def test_settings_that_transformers_cannot_express(changes, named):
         ({"scoring_func": "sigmoid", "norm_topk_prob": False, "num_experts_per_tok": 2}, "only with norm_topk_prob"),
         ({"rope_parameters": {"rope_type": "yarn", "rope_theta": 1e4, "factor": 2.0}}, "rope_parameters are .*yarn"),
         ({"rope_parameters": {"rope_type": "linear", "rope_theta": 1e4, "factor": 2.5}}, "whole factor"),
+        (latent_fields(rope_type="linear"), "rope_type linear"),
+        (latent_fields(rope_type="yarn", attention_factor=1.5), "attention_factor"),
+        # Transformers' default for `mscale` is none.
+        (latent_fields(rope_type="yarn", mscale_all_dim=1.0), "attention_factor"),
+        (latent_fields(rope_type="yarn", truncate=False), "truncate"),
     ],
 )
 def test_settings_that_megatron_cannot_express(changes, named):
     with pytest.raises(UserError, match=named):
-        args_from_config(MaskMoEConfig(num_hidden_layers=2).to_dict() | changes)
-
-
-@pytest.mark.parametrize(
-    ("rope", "named"),
-    [
-        ({"rope_type": "linear"}, "rope_type linear"),
-        ({"rope_type": "yarn", "attention_factor": 1.5}, "attention_factor"),
-        (
-            {"rope_type": "yarn", "mscale_all_dim": 1.0},
-            "attention_factor",
-        ),  # transformers' default for `mscale` is none
-        ({"rope_type": "yarn", "truncate": False}, "truncate"),
-    ],
-)
-def test_rotary_embeddings_that_megatrons_latent_attention_lacks(rope, named):
-    rope = {"rope_theta": 1e4, "factor": 2.0, "original_max_position_embeddings": 32} | rope
-    latent = dict.fromkeys(LATENT_SIZES, 4) | {"num_key_value_heads": None, "head_dim": None}
-    config = MaskMoEConfig(num_hidden_layers=2, **latent, rope_parameters=rope).to_dict()
-    with pytest.raises(UserError, match=named):
-        args_from_config(config)
+        args_from_config(MaskMoEConfig(num_hidden_layers=2, **changes).to_dict())
 
 
 def test_aux_losses_of_several_kinds():

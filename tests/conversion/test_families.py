@@ -138,7 +138,6 @@ def test_refuses_a_mask_that_does_not_fit(tmp_path):
         ("llama", {"model_type": ...}, ["config.json", "model_type"]),
         ("llama", {"hidden_size": ...}, ["config.json lacks hidden_size"]),
         ("mixtral", {"num_local_experts": ...}, ["lacks num_experts"]),
-        ("qwen2_moe", {"moe_intermediate_size": ...}, ["lacks moe_intermediate_size"]),
         ("llama", {"hidden_size": "32"}, ["not a configuration of llama", "hidden_size"]),
         ("mistral", {"sliding_window": 16}, ["sliding_window 16"]),
         (

@@ -1,15 +1,13 @@
 """Models of other families, imported or upcycled, compute the same in Megatron, and training starts from them."""
 
-import os
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 import torch
 from support.foreign_models import CONFIGS, VOCAB_SIZE, logits_of, random_ids, save_model
 from support.megatron_models import TRAINING, load_converted_model, logits_of_megatron
-from support.paths import ROOT, python_path
+from support.paths import ROOT
+from support.small_series import Workplace
 from transformers import AutoModelForCausalLM
 
 from maskmoe.checkpoint.integrity import read_checkpoint_layout
@@ -86,14 +84,7 @@ def test_upcycled_models_compute_what_the_dense_model_computes(recipe, dense_for
 
 def run(program: str, folder: Path) -> str:
     """Run Python with the words of `program` as arguments, in a folder; return its output."""
-    process = subprocess.run(
-        [sys.executable, *program.split()],
-        cwd=folder,
-        env=os.environ | {"PYTHONPATH": python_path(ROOT), "CUDA_VISIBLE_DEVICES": ""},
-        capture_output=True,
-        text=True,
-        timeout=300,
-    )
+    process = Workplace(folder).run_python(*program.split())
     assert process.returncode == 0, process.stdout[-2000:] + process.stderr[-4000:]
     return process.stdout
 

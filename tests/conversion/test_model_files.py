@@ -5,9 +5,6 @@ import json
 import os
 import shutil
 import signal
-import subprocess
-import sys
-import time
 
 import pytest
 import torch
@@ -133,10 +130,8 @@ def test_index_that_contradicts_the_files(sharded):
             SafetensorsSource(sharded)
 
 
-@pytest.mark.parametrize("name", ["model.safetensors", "model-00001-of-00003.safetensors"])
-def test_pipes_are_not_read(sharded, name):
-    (sharded / name).unlink(missing_ok=True)
-    os.mkfifo(sharded / name)
+def test_a_pipe_is_not_read(sharded):
+    os.mkfifo(sharded / "model.safetensors")
     with pytest.raises(UserError, match="is not a regular file"):
         SafetensorsSource(sharded)
 
@@ -162,21 +157,14 @@ def load(folder):
     return load_exported_model(folder, load_exported_tokenizer(folder))
 
 
-def test_intact_model_loads(exported):
-    names = {name for file in exported.glob("*.safetensors") for name in load_file(file)}
-    assert load(exported).state_dict().keys() >= names
-
-
-@pytest.mark.parametrize("name", ["pipe", "../../dev/zero", "/dev/zero", "zeros", "outside.safetensors", "none"])
-def test_index_that_leads_outside_the_folder(exported, tmp_path, name):
+def test_index_that_leads_outside_the_folder(exported, tmp_path):
+    """tests/files/test_untrusted.py has further names that lead outside."""
     folder = shutil.copytree(exported, tmp_path / "model")
-    (tmp_path / "elsewhere.safetensors").write_bytes(next(exported.glob("*.safetensors")).read_bytes())
-    os.mkfifo(folder / "pipe")
-    (folder / "zeros").symlink_to("/dev/zero")
+    shutil.copy(next(exported.glob("*.safetensors")), tmp_path / "elsewhere.safetensors")
     (folder / "outside.safetensors").symlink_to(tmp_path / "elsewhere.safetensors")
     index = folder / "model.safetensors.index.json"
     content = json.loads(index.read_text())
-    content["weight_map"] = dict.fromkeys(content["weight_map"], name)
+    content["weight_map"] = dict.fromkeys(content["weight_map"], "outside.safetensors")
     index.write_text(json.dumps(content))
     with pytest.raises(UserError, match=str(folder)) as error:
         load_exported_model(folder, None)
@@ -221,6 +209,12 @@ def test_failure_leaves_nothing(tmp_path, failure):
     assert os.listdir(tmp_path) == []
 
 
+def test_sigterm_leaves_nothing(tmp_path):
+    with pytest.raises(SystemExit):
+        fill(tmp_path / "model", meanwhile=lambda: signal.raise_signal(signal.SIGTERM))
+    assert os.listdir(tmp_path) == []
+
+
 def test_full_disk_is_one_line_of_error(tmp_path):
     with pytest.raises(UserError, match=r"cannot write .*model: No space left on device$"):
         fill(tmp_path / "model", OSError(errno.ENOSPC, os.strerror(errno.ENOSPC)))
@@ -247,25 +241,3 @@ def test_folder_that_was_filled_meanwhile_stays(tmp_path):
         fill(tmp_path / "model", meanwhile=fill_meanwhile)
     assert os.listdir(tmp_path) == ["model"]
     assert (tmp_path / "model" / "file").read_text() == "of another program"
-
-
-FILLING = """
-import sys, time
-from pathlib import Path
-from maskmoe.conversion.model_files import output_folder
-with output_folder(Path(sys.argv[1])) as folder:
-    (folder / "file").touch()
-    time.sleep(60)
-"""
-
-
-def test_sigterm_leaves_nothing(tmp_path):
-    process = subprocess.Popen([sys.executable, "-c", FILLING, tmp_path / "model"])
-    deadline = time.monotonic() + 60
-    while not (tmp_path / f"model{UNFINISHED}" / "file").exists():
-        assert process.poll() is None
-        assert time.monotonic() < deadline
-        time.sleep(0.01)
-    process.send_signal(signal.SIGTERM)
-    assert process.wait(timeout=30) == 128 + signal.SIGTERM
-    assert os.listdir(tmp_path) == []

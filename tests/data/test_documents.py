@@ -68,15 +68,11 @@ def test_zstd_with_the_largest_window(tmp_path: Path) -> None:
     assert list(read_documents([tmp_path / "a.txt.zst"])) == [text.decode()]
 
 
-def test_zstd_frames_follow_each_other(tmp_path: Path) -> None:
-    path = tmp_path / "a.txt.zst"
-    path.write_bytes(zstandard.compress(b"one\n") + zstandard.compress(b"two\n"))
-    assert list(read_documents([path])) == ["one\ntwo\n"]
-
-
-def test_gzip_members_follow_each_other_and_may_be_padded(tmp_path: Path) -> None:
-    path = tmp_path / "a.txt.gz"
-    path.write_bytes(gzip.compress(b"one\n") + gzip.compress(b"two\n") + bytes(100_000))
+@pytest.mark.parametrize(("suffix", "padding"), [(".zst", b""), (".gz", bytes(100_000))])
+def test_compressed_parts_follow_each_other(tmp_path: Path, suffix: str, padding: bytes) -> None:
+    """Parts are zstd's frames or gzip's members, which may be padded."""
+    path = tmp_path / f"a.txt{suffix}"
+    path.write_bytes(COMPRESS[suffix](b"one\n") + COMPRESS[suffix](b"two\n") + padding)
     assert list(read_documents([path])) == ["one\ntwo\n"]
 
 
@@ -86,12 +82,6 @@ def test_a_block_ends_after_the_line_that_exceeds_its_size(tmp_path: Path, monke
     path = tmp_path / "a.txt"
     path.write_bytes(b"abc\nd\nefghijklm\n\nno\np")
     assert list(read_documents([path])) == ["abc\nd\n", "efghijklm\n", "\nno\np"]
-
-
-def test_json_keys(tmp_path: Path) -> None:
-    (tmp_path / "a.jsonl").write_text('{"q": "1", "a": "2"}\n\n  \n{"q": "3", "a": "4"}\n')
-    (block,) = read_blocks(find_inputs([tmp_path / "a.jsonl"]))
-    assert block.documents(["q", "a"]) == [["1", "3"], ["2", "4"]]
 
 
 @pytest.mark.parametrize(

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from megatron.core.datasets.indexed_dataset import DType, IndexedDataset, IndexedDatasetBuilder
+from megatron.core.datasets.indexed_dataset import DType, IndexedDatasetBuilder
 
 from maskmoe.data.dataset_writing import IndexedDatasetWriter
 from maskmoe.data.indexed_dataset import open_tokens, optimal_dtype, parse_data_path, read_index, read_tokenizer_record
@@ -70,14 +70,6 @@ def test_documents_in_batches(tmp_path: Path, documents: list[list[int]], batch:
             writer.add_documents(np.array(flatten(part), np.uint16), np.array([len(document) for document in part]))
     write(tmp_path / "single", [[document] if document else [] for document in documents], np.uint16)
     assert content(tmp_path / "batches") == content(tmp_path / "single")
-
-
-def test_megatron_reads_ours(tmp_path: Path) -> None:
-    documents = [[[1, 2, 3]], [[4], [65535, 6]], [[7] * 100]]
-    write(tmp_path / "ours", documents, np.uint16)
-    dataset = IndexedDataset(str(tmp_path / "ours"))
-    assert [dataset[i].tolist() for i in range(len(dataset))] == flatten(documents)
-    assert dataset.document_indices.tolist() == [0, 1, 3, 4]
 
 
 def test_reads_multimodal_index(tmp_path: Path) -> None:

@@ -6,23 +6,21 @@ from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
-import numpy as np
 import pytest
 from megatron.core.datasets.indexed_dataset import DType, IndexedDatasetBuilder
 from sentencepiece import SentencePieceProcessor
 from support.tools import run_tool
 from tokenizers import Tokenizer
 
-from maskmoe.data.indexed_dataset import open_tokens, read_index, read_tokenizer_record
+from maskmoe.data.indexed_dataset import open_tokens, read_tokenizer_record
 from maskmoe.data.preprocess import preprocess
 from maskmoe.data.tokenizer import load_tokenizer
 from maskmoe.errors import UserError
 
-SUFFIXES = ("bin", "idx", "tokenizer.json")
 
-
-def content(prefix: Path | str) -> list[bytes]:
-    return [Path(f"{prefix}_text_document.{suffix}").read_bytes() for suffix in SUFFIXES]
+def content(prefix: Path) -> list[bytes]:
+    """Return the bytes of both files of a dataset."""
+    return [Path(f"{prefix}_text_document.{suffix}").read_bytes() for suffix in ("bin", "idx")]
 
 
 def sentencepiece_arguments(model: Path, prefix: Path, *inputs: Path) -> list[object]:
@@ -56,9 +54,7 @@ def test_tool_gives_megatrons_bytes_for_any_number_of_workers(
         )
         assert result.returncode == 0, result.stderr
         assert result.stdout.startswith(f"{prefix}_text_document: {len(documents)} documents, ")
-        for suffix in ("bin", "idx"):
-            expected = Path(f"{tmp_path}/megatron_text_document.{suffix}").read_bytes()
-            assert Path(f"{prefix}_text_document.{suffix}").read_bytes() == expected
+        assert content(prefix) == content(tmp_path / "megatron")
         assert read_tokenizer_record(f"{prefix}_text_document") == (
             load_tokenizer("SentencePieceTokenizer", sentencepiece_model).record()
         )
@@ -70,9 +66,7 @@ def test_huggingface(jsonl: Callable, texts: list[str], huggingface_folder: Path
     tokenizer = Tokenizer.from_file(str(huggingface_folder / "tokenizer.json"))
     ids = [[*tokenizer.encode(text).ids, tokenizer.token_to_id("<end>")] for text in texts]
     write_as_megatron(tmp_path / "megatron", ids, tokenizer.get_vocab_size())
-    for suffix in ("bin", "idx"):
-        expected = Path(f"{tmp_path}/megatron_text_document.{suffix}").read_bytes()
-        assert Path(f"{tmp_path}/ours_text_document.{suffix}").read_bytes() == expected
+    assert content(tmp_path / "ours") == content(tmp_path / "megatron")
 
 
 def test_names_that_are_not_utf8(jsonl: Callable, texts: list[str], sentencepiece_model: Path, tmp_path: Path) -> None:
@@ -87,21 +81,6 @@ def test_names_that_are_not_utf8(jsonl: Callable, texts: list[str], sentencepiec
     assert record == replace(
         load_tokenizer("SentencePieceTokenizer", sentencepiece_model).record(), model=r"n\xff.model"
     )
-
-
-def test_plain_text_files_are_documents(texts: list[str], sentencepiece_model: Path, tmp_path: Path) -> None:
-    documents = [text for text in texts[:5] + texts[-3:] if text]
-    inputs = [tmp_path / f"{i}.txt" for i in range(len(documents))]
-    for path, text in zip(inputs, documents, strict=True):
-        path.write_bytes(text.encode())
-    (summary,) = preprocess(inputs, "SentencePieceTokenizer", sentencepiece_model, tmp_path / "out", append_eod=True)
-    index, tokens = read_index(summary.prefix), open_tokens(summary.prefix)
-    assert (summary.num_documents, summary.num_tokens) == (len(documents), len(tokens))
-    processor = SentencePieceProcessor(model_file=str(sentencepiece_model))
-    ends = np.cumsum(index.sequence_lengths)
-    assert [processor.decode(part.tolist()) for part in np.split(tokens, ends[:-1])] == documents
-    assert (tokens[ends - 1] == processor.eos_id()).all()
-    assert (tokens == processor.eos_id()).sum() == len(documents)
 
 
 def test_several_keys_and_no_eod(sentencepiece_model: Path, tmp_path: Path) -> None:

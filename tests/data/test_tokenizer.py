@@ -92,8 +92,3 @@ def test_bad_huggingface_settings(huggingface_folder: Path, tmp_path: Path, sett
     (tmp_path / "tokenizer_config.json").write_text(settings)
     with pytest.raises(UserError, match=message):
         load_tokenizer("HuggingFaceTokenizer", tmp_path)
-
-
-def test_huggingface_without_end_of_text(huggingface_folder: Path, tmp_path: Path) -> None:
-    (tmp_path / "tokenizer.json").write_bytes((huggingface_folder / "tokenizer.json").read_bytes())
-    assert load_tokenizer("HuggingFaceTokenizer", tmp_path).eod_id is None

@@ -1,4 +1,4 @@
-"""The page of Megatron's internals: what its generator finds in small sources, and its tables against real classes."""
+"""The tables of the page about Megatron's internals list what real classes and a real process have."""
 
 import importlib
 import inspect
@@ -17,32 +17,15 @@ import maskmoe
 
 
 @pytest.fixture(scope="module")
-def generators():
-    """Make the modules of the generators importable."""
-    sys.path.insert(0, str(DOCS / "generators"))
-    yield
-    sys.path.remove(str(DOCS / "generators"))
-
-
-@pytest.fixture(scope="module")
-def internals(generators):
-    return importlib.import_module("internals")
-
-
-@pytest.fixture(scope="module")
-def sources(generators):
-    return importlib.import_module("sources")
-
-
-# The real package
-
-
-@pytest.fixture(scope="module")
-def real_package(internals, sources):
+def real_package():
+    """The package and Megatron as the generator of the page reads them."""
     import megatron
 
     folders = {"maskmoe": [ROOT / "maskmoe"], "megatron": [Path(folder) for folder in megatron.__path__]}
-    return internals.Package(sources.Sources(folders))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.syspath_prepend(DOCS / "generators")
+        internals, sources = (importlib.import_module(name) for name in ("internals", "sources"))
+        yield internals.Package(sources.Sources(folders))
 
 
 @pytest.fixture(scope="module")

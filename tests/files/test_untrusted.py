@@ -33,15 +33,11 @@ MANIFEST = {"algorithm": "sha256", "files": {"a": SHA256}, "sizes": {"a": 3}}
 RECORD = {"type": "NullTokenizer", "model": "m", "sha256": SHA256, "vocab_size": 8, "eod_id": None}
 
 
-def reader_of_index(folder: Path) -> None:
-    SafetensorsSource(folder)
-
-
 READERS: dict[str, tuple[Any, Callable[[Path], object]]] = {
     "config.json": (CONFIG, lambda folder: read_model_config(folder / "config.json")),
     "integrity.json": (MANIFEST, lambda folder: check_content(folder)),
     "metadata.json": ({"sharded_backend": "torch_dist", "sharded_backend_version": 1}, check_structure),
-    "model.safetensors.index.json": (INDEX, reader_of_index),
+    "model.safetensors.index.json": (INDEX, SafetensorsSource),
     "data.tokenizer.json": (RECORD, lambda folder: read_tokenizer_record(folder / "data")),
     "args.json": ({"num_layers": 2, "lr": 1e-3}, lambda folder: read_json(folder / "args.json")),
 }

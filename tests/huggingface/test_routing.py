@@ -70,15 +70,11 @@ class Case:
 
     @property
     def hidden(self) -> Tensor:
-        return torch.randn(40, 8, generator=torch.Generator().manual_seed(self.seed)) * self.scale
+        return self.normal(40, 8) * self.scale
 
-    @property
-    def weight(self) -> Tensor:
-        return torch.randn(NUM_EXPERTS, 8, generator=torch.Generator().manual_seed(self.seed + 2))
-
-    @property
-    def bias(self) -> Tensor:
-        return torch.randn(NUM_EXPERTS, generator=torch.Generator().manual_seed(self.seed + 3))
+    def normal(self, *shape: int) -> Tensor:
+        """Draw numbers from the normal distribution; they depend on the shape and on the seed."""
+        return torch.randn(shape, generator=torch.Generator().manual_seed(self.seed + len(shape) * shape[0]))
 
     @property
     def config(self):
@@ -98,11 +94,11 @@ class Case:
 
     def router(self) -> MaskMoETopKRouter:
         router = MaskMoETopKRouter(self.config)
-        state = {"weight": self.weight} | ({"e_score_correction_bias": self.bias} if self.has_bias else {})
-        router.load_state_dict(state)
+        router.load_state_dict({name: self.normal(*value.shape) for name, value in router.state_dict().items()})
         return router
 
-    def megatron_router(self):
+    def megatron_router(self, ours: MaskMoETopKRouter):
+        """Return Megatron's router with the weights of our router."""
         num_groups, topk_group = self.groups or (None, None)
         config = make_megatron_config(
             NUM_EXPERTS,
@@ -117,9 +113,9 @@ class Case:
         # The configuration refuses k = 1 with softmax after top-k, since the weight is constant. Set it afterwards.
         config.moe_router_pre_softmax = not self.normalised
         router = make_router(config, self.mask, layer_number=2)
-        router.weight.data.copy_(self.weight)
+        router.weight.data.copy_(ours.weight)
         if self.has_bias:
-            router.expert_bias.copy_(self.bias)
+            router.expert_bias.copy_(ours.e_score_correction_bias)
         return router
 
 
@@ -155,7 +151,7 @@ def test_routes_as_the_megatron_router(case: Case) -> None:
     router = case.router()
     logits, weights, indices = router(case.hidden, case.visible)
     with torch.no_grad():
-        probs, routing_map = case.megatron_router()(
+        probs, routing_map = case.megatron_router(router)(
             case.hidden.unsqueeze(1).to(DEVICE), TokenIds(case.token_ids.unsqueeze(1).to(DEVICE))
         )
     ours = torch.zeros(40, NUM_EXPERTS).scatter_add(1, indices, weights.detach())

@@ -1,11 +1,11 @@
 import itertools
 from dataclasses import replace
-from fractions import Fraction
 
 import numpy as np
 import pytest
 from hypothesis import example, given
 from hypothesis import strategies as st
+from support.masks import covering_ids, frequency_of
 
 from maskmoe.errors import UserError
 from maskmoe.routing_mask.assignment import MaskRecipe, Vocabulary, assign_table, build_routing_mask, uniform_subsets
@@ -19,16 +19,6 @@ def visible_sets(recipe: MaskRecipe, occurrences: np.ndarray, table: int = 0) ->
     return np.array(bits, dtype=bool)
 
 
-def frequent_reference(counts: list[int], mass: float) -> set[int]:
-    """Return the frequent ids by their definition, in exact arithmetic."""
-    order = sorted(range(len(counts)), key=lambda token: (-counts[token], token))
-    share = Fraction(str(mass))
-    for length in range(len(order) + 1):
-        if sum(counts[token] for token in order[:length]) >= share * sum(counts):
-            return set(order[:length])
-    raise AssertionError("all ids together cover everything")
-
-
 @given(
     counts=st.lists(st.integers(0, 30), min_size=1, max_size=40).filter(any),
     mass=st.integers(0, 100).map(lambda percent: percent / 100),
@@ -38,7 +28,7 @@ def test_frequent_ids_are_the_shortest_prefix_that_covers_the_mass(counts, mass)
     recipe = MaskRecipe(8, 1, "uniform", mass, 2)
     vocabulary = Vocabulary(np.array(counts, dtype=np.float64), recipe)
     frequent = vocabulary.ids[: vocabulary.num_frequent].tolist()
-    assert set(frequent) == frequent_reference(counts, mass)
+    assert set(frequent) == covering_ids(counts, mass)
     assert frequent == sorted(frequent, key=lambda token: (-counts[token], token))
 
 
@@ -72,7 +62,7 @@ def test_every_id_sees_exactly_its_number_of_experts(recipe_and_counts):
     """In a rank-local mask, the experts of an id lie on one rank."""
     recipe, counts = recipe_and_counts
     visible = visible_sets(recipe, counts)
-    frequent = frequent_reference(counts.astype(int).tolist(), recipe.frequent_mass)
+    frequent = covering_ids(counts, recipe.frequent_mass)
     expected = [recipe.frequent_visible_experts if token in frequent else 1 for token in range(len(counts))]
     assert visible.sum(axis=1).tolist() == expected
     of_ranks = visible.reshape(len(counts), recipe.num_ranks, -1).any(axis=2)
@@ -257,13 +247,9 @@ def test_provenance_has_the_settings_and_the_data(mask, zipf_frequency):
 
 
 def test_baselines_that_ignore_counts_need_only_the_vocabulary_size():
-    smoe = build_routing_mask(MaskRecipe.from_preset("smoe", 9, 4), vocab_size=50)
-    assert smoe.min_visible == 9
-    assert smoe.is_shared
-    assert (
-        build_routing_mask(MaskRecipe.from_preset("hash", 9, 4), vocab_size=50).num_visible_of_layer(0).tolist()
-        == [1] * 50
-    )
+    for name, num_visible in (("smoe", 9), ("hash", 1)):
+        mask = build_routing_mask(MaskRecipe.from_preset(name, 9, 4), vocab_size=50)
+        assert mask.num_visible_of_layer(0).tolist() == [num_visible] * 50
     for recipe in (MaskRecipe.from_preset("hash-balanced", 9, 4), MaskRecipe(9, 4, "uniform", 0.4, 2)):
         with pytest.raises(UserError, match="--token-frequency"):
             build_routing_mask(recipe, vocab_size=50)
@@ -272,8 +258,8 @@ def test_baselines_that_ignore_counts_need_only_the_vocabulary_size():
 
 
 @pytest.mark.parametrize("assignment", ["uniform", "balanced"])
-def test_all_mass_and_all_experts_reproduce_smoe(make_frequency, assignment):
-    frequency = make_frequency([3, 1, 4, 1, 5])
+def test_all_mass_and_all_experts_reproduce_smoe(assignment):
+    frequency = frequency_of([3, 1, 4, 1, 5])
     everything = build_routing_mask(MaskRecipe(6, 2, assignment, 1.0, 6), frequency=frequency)
     smoe = build_routing_mask(MaskRecipe.from_preset("smoe", 6, 2), frequency=frequency)
     for layer in range(2):

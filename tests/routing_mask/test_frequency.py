@@ -7,9 +7,10 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 from safetensors.numpy import save_file
+from support.datasets import write_documents
+from support.masks import frequency_of
 from support.open_files import few_open_files
 
-from maskmoe.data.dataset_writing import IndexedDatasetWriter
 from maskmoe.data.tokenizer import TokenizerRecord
 from maskmoe.errors import UserError
 from maskmoe.routing_mask import frequency as frequency_module
@@ -30,10 +31,8 @@ TOKENIZER = TokenizerRecord("SentencePieceTokenizer", "text.model", sha256="a" *
 
 
 def write_dataset(prefix: Path, ids, dtype=np.uint16, tokenizer=None) -> str:
-    with IndexedDatasetWriter(prefix, dtype, tokenizer) as writer:
-        for document in np.array_split(np.asarray(ids), 3):
-            writer.add_document(document)
-    return str(prefix)
+    """Write a dataset of three documents; return its prefix."""
+    return str(write_documents(prefix, np.array_split(np.asarray(ids), 3), dtype, tokenizer))
 
 
 def random_ids(seed: int, size: int, vocab_size: int = 100) -> np.ndarray:
@@ -53,28 +52,10 @@ def test_counts_equal_numpy(tmp_path, small_spans, dtype):
     frequency = count_token_frequency([write_dataset(tmp_path / "text", ids, dtype)], 100, workers=1)
     assert frequency.counts.dtype == np.int64
     assert frequency.counts.tolist() == [np.bincount(ids, minlength=100).tolist()]
+    index_digest = hashlib.sha256((tmp_path / "text.idx").read_bytes()).hexdigest()
+    sizes = {"num_tokens": 12345, "bin_bytes": 12345 * np.dtype(dtype).itemsize}
+    assert frequency.datasets == ({"name": "text", "idx_sha256": index_digest} | sizes,)
     assert frequency.num_tokens == 12345
-
-
-@pytest.mark.filterwarnings("ignore:__array__ implementation")
-def test_counts_of_a_dataset_that_megatron_wrote(tmp_path):
-    torch = pytest.importorskip("torch")
-    indexed_dataset = pytest.importorskip("megatron.core.datasets.indexed_dataset")
-    ids = random_ids(1, 3000)
-    builder = indexed_dataset.IndexedDatasetBuilder(str(tmp_path / "text.bin"), dtype=np.uint16)
-    for document in np.split(ids, 3):
-        builder.add_document(torch.from_numpy(document), [400, 600])
-    builder.finalize(str(tmp_path / "text.idx"))
-    frequency = count_token_frequency([str(tmp_path / "text")], 100)
-    assert frequency.counts[0].tolist() == np.bincount(ids, minlength=100).tolist()
-    assert frequency.datasets == (
-        {
-            "name": "text",
-            "num_tokens": 3000,
-            "idx_sha256": hashlib.sha256((tmp_path / "text.idx").read_bytes()).hexdigest(),
-            "bin_bytes": 6000,
-        },
-    )
 
 
 def test_workers_change_nothing(tmp_path, monkeypatch):
@@ -83,8 +64,6 @@ def test_workers_change_nothing(tmp_path, monkeypatch):
     alone = count_token_frequency(prefixes, 100, workers=1)
     together = count_token_frequency(prefixes, 100, workers=2)
     assert together.digest == alone.digest
-    with pytest.raises(UserError, match="at least 1 worker"):
-        count_token_frequency(prefixes, 100, workers=0)
 
 
 def test_few_files_are_open_at_a_time(tmp_path):
@@ -126,17 +105,11 @@ def test_an_id_outside_the_vocabulary_is_reported_with_its_position(tmp_path, sm
         count_token_frequency([good, bad], 100, workers=workers)
 
 
-def test_datasets_without_tokens_or_files_are_refused(tmp_path):
-    with pytest.raises(UserError, match="missing"):
-        count_token_frequency([str(tmp_path / "missing")], 100)
+def test_a_dataset_without_tokens_and_a_vocabulary_without_ids_are_refused(tmp_path):
     with pytest.raises(UserError, match="empty holds no tokens"):
         count_token_frequency([write_dataset(tmp_path / "empty", [])], 100)
-    truncated = write_dataset(tmp_path / "truncated", random_ids(0, 100))
-    (tmp_path / "truncated.bin").write_bytes(b"1234")
-    with pytest.raises(UserError, match="truncated"):
-        count_token_frequency([truncated], 100)
     with pytest.raises(UserError, match="--vocab-size"):
-        count_token_frequency([truncated], 0)
+        count_token_frequency([write_dataset(tmp_path / "text", [1, 2, 3])], 0)
 
 
 def test_tokenizers_must_agree(tmp_path):
@@ -199,25 +172,13 @@ def test_altered_counts_are_refused(tmp_path):
             TokenFrequency.load(path)
 
 
-def test_bands_cover_the_given_shares():
-    occurrences = np.array([5.0, 40.0, 0.0, 25.0, 15.0, 10.0, 5.0])
-
-    bands = FrequencyBands(occurrences)
-
-    assert bands.names == ("top 40 %", "next 50 %", "last 10 %")
-    # Id 1 covers 40 %, and ids 3, 4 and 5 extend this to 90 %. All other ids, id 2 without occurrences included, are
-    # in the last band.
-    assert bands.band_of_id.tolist() == [2, 0, 2, 1, 1, 1, 2]
-    # One id can fill several bands.
-    assert FrequencyBands(np.array([1.0, 99.0])).band_of_id.tolist() == [2, 0]
-
-
 @given(st.lists(st.integers(0, 1000), min_size=1, max_size=50).filter(any))
 def test_bands_are_the_shortest_prefixes_by_frequency(counts):
     occurrences = np.array(counts, dtype=float)
 
     band_of_id = FrequencyBands(occurrences).band_of_id
 
+    # One id can fill several bands, and ids without occurrences are in the last band.
     by_frequency = sorted(range(len(counts)), key=lambda id: (-counts[id], id))
     assert (np.diff(band_of_id[by_frequency]) >= 0).all()
     for band, share in enumerate((0.4, 0.9)):
@@ -238,8 +199,8 @@ def test_expected_load_against_a_loop(mask, zipf_frequency, topk):
     assert topk > 1 or expected.sum() == pytest.approx(3 * 5000)
 
 
-def test_ids_that_make_balance_impossible(make_frequency):
-    frequency = make_frequency([30, 5, 26, 5, 5, 5, 5, 5, 5, 9])
+def test_ids_that_make_balance_impossible():
+    frequency = frequency_of([30, 5, 26, 5, 5, 5, 5, 5, 5, 9])
     hashed = build_routing_mask(MaskRecipe.from_preset("hash", 4, 1), frequency=frequency)
     assert overloading_ids(hashed, frequency.occurrences).tolist() == [0, 2]
     balanced = build_routing_mask(MaskRecipe(4, 1, "balanced", 0.5, 2), frequency=frequency)

@@ -18,8 +18,9 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as npst
 from safetensors.numpy import save_file
+from support.masks import frequency_of
 
-from maskmoe.checkpoint.routing_mask import routing_mask_from_buffers
+from maskmoe.checkpoint.routing_mask import BUFFERS, buffers_of_routing_mask, routing_mask_from_buffers
 from maskmoe.data.tokenizer import TokenizerRecord
 from maskmoe.errors import UserError
 from maskmoe.routing_mask.assignment import MaskRecipe, build_routing_mask
@@ -40,9 +41,8 @@ fuzz = settings(suppress_health_check=[HealthCheck.function_scoped_fixture, Heal
 
 
 @pytest.fixture
-def originals(make_frequency) -> dict[str, Any]:
-    frequency = make_frequency(np.arange(20) + 1)
-    frequency = TokenFrequency(frequency.counts, (None,), frequency.datasets, TOKENIZER)
+def originals() -> dict[str, Any]:
+    frequency = frequency_of(np.arange(20) + 1, TOKENIZER)
     return {MASK: build_routing_mask(MaskRecipe(10, 2, "balanced", 0.4, 3), frequency=frequency), COUNTS: frequency}
 
 
@@ -167,34 +167,22 @@ def test_forged_files(data, kind, originals, tmp_path):
         assert read(kind, tmp_path / "again.safetensors").digest == value.digest
 
 
-@fuzz
-@given(data=st.data())
-def test_masks_in_checkpoints(data, originals):
-    """The tensors of a checkpoint have any type and content, and may be missing."""
-    mask = originals[MASK]
-    tensors, metadata = mask.to_tensors()
-    buffers = {name: torch.from_numpy(tensor) for name, tensor in tensors.items()}
-    text = bytearray(json.dumps(metadata).encode())
-    text = bytearray(data.draw(mutations(bytes(text)) | st.just(bytes(text)) | st.just(b"[" * 100_000)))
-    buffers["metadata"] = torch.frombuffer(text or bytearray(b"x"), dtype=torch.uint8)
-    for name in list(buffers):
-        change = data.draw(
-            st.sampled_from([None, None, None, "missing", "other", torch.bfloat16, torch.float64, torch.bool])
-        )
-        if change == "missing":
-            del buffers[name]
-        elif change == "other":
-            buffers[name] = torch.from_numpy(data.draw(ARRAYS))
-        elif change is not None:
-            buffers[name] = buffers[name].to(change)
-    message, found = None, None
-    try:
-        found = routing_mask_from_buffers(buffers)
-    except UserError as error:
-        message = str(error)
-    if message is not None:
-        assert "checkpoint" in message
-        assert "\n" not in message
-    else:
-        assert found is not None
-        assert found.digest == mask.digest
+@pytest.mark.parametrize("name", BUFFERS)
+@pytest.mark.parametrize("changed", [None, torch.bfloat16, torch.float64, torch.bool], ids=str)
+def test_checkpoints_whose_tensors_are_missing_or_have_other_types(name, changed, originals):
+    buffers = buffers_of_routing_mask(originals[MASK])
+    tensor = buffers.pop(name)
+    if changed is not None:
+        buffers[name] = tensor.to(changed)
+    assert_refused(buffers)
+
+
+def test_checkpoints_with_nested_metadata(originals):
+    nested = torch.tensor([*b"[" * 100_000], dtype=torch.uint8)
+    assert_refused(buffers_of_routing_mask(originals[MASK]) | {"metadata": nested})
+
+
+def assert_refused(buffers: dict[str, torch.Tensor]) -> None:
+    with pytest.raises(UserError, match="checkpoint") as refusal:
+        routing_mask_from_buffers(buffers)
+    assert "\n" not in str(refusal.value)

@@ -125,7 +125,7 @@ def test_a_mask_cannot_be_changed(mask):
         ({"num_experts": 0}, "0 experts"),
     ],
 )
-def test_parts_that_do_not_fit_together_are_refused(changes, message, tmp_path):
+def test_parts_that_do_not_fit_together_are_refused(changes, message):
     with pytest.raises(UserError, match=message):
         small_mask(**changes)
 
@@ -187,9 +187,6 @@ def test_files_of_other_kinds_are_refused(mask, zipf_frequency, tmp_path):
     save_file(mask.to_tensors()[0], tmp_path / "bare.safetensors")
     with pytest.raises(UserError, match="not a routing mask file"):
         RoutingMask.load(tmp_path / "bare.safetensors")
-    save_file({"weights": np.zeros(3, dtype=np.float16)}, tmp_path / "model.safetensors")
-    with pytest.raises(UserError, match="not a routing mask file"):
-        RoutingMask.load(tmp_path / "model.safetensors")
 
 
 def test_more_ids_see_what_the_last_one_sees():

@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from support.masks import covering_ids, frequency_of
 from support.tools import run_tool
 
 from maskmoe.data.tokenizer import TokenizerRecord
@@ -15,20 +16,6 @@ from maskmoe.routing_mask.expert_table import ExpertTable
 from maskmoe.routing_mask.frequency import TokenFrequency, expected_expert_load
 from maskmoe.routing_mask.mask import HashLayers, MaskChange, RoutingMask
 from maskmoe.routing_mask.widening import widen_routing_mask
-
-
-def frequency_of(counts: list[int], tokenizer: TokenizerRecord | None = None) -> TokenFrequency:
-    dataset = {"name": "text", "num_tokens": sum(counts), "idx_sha256": "0" * 64, "bin_bytes": 0}
-    return TokenFrequency(np.array([counts], np.int64), (None,), (dataset,), tokenizer)
-
-
-def covering(counts: np.ndarray, mass: float) -> set[int]:
-    """Return the shortest prefix of the ids by descending count, then by id, that covers a share of all counts."""
-    order = sorted(range(len(counts)), key=lambda token: (-counts[token], token))
-    length = 0
-    while sum(counts[order[:length]]) < mass * counts.sum() * (1 - 1e-12):
-        length += 1
-    return set(order[:length])
 
 
 @st.composite
@@ -73,7 +60,7 @@ def widenings(draw) -> tuple[RoutingMask, RoutingMask, TokenFrequency, dict]:
 @given(widenings())
 def test_sets_only_grow_to_the_number_of_a_frequent_id(widening):
     mask, wider, frequency, chosen = widening
-    frequent = covering(frequency.occurrences, chosen["frequent_mass"])
+    frequent = covering_ids(frequency.occurrences, chosen["frequent_mass"])
     num_hashed = mask.provenance.hash_layers.num_layers if mask.provenance.hash_layers else 0
     for layer in range(mask.num_layers):
         old, new = mask.visible_sets(layer), wider.visible_sets(layer)
@@ -181,7 +168,7 @@ def test_hash_preset_gets_frequent_ids(zipf_frequency):
     mask = build_routing_mask(MaskRecipe.from_preset("hash", 4, 1), frequency=frequency)
     wider = widen_routing_mask(mask, frequency=frequency, frequent_mass=0.4, frequent_visible_experts=2)
     assert wider.provenance.preset is None
-    assert set(np.flatnonzero(wider.num_visible_of_layer(0) == 2)) == covering(frequency.occurrences, 0.4)
+    assert set(np.flatnonzero(wider.num_visible_of_layer(0) == 2)) == covering_ids(frequency.occurrences, 0.4)
 
 
 @pytest.mark.parametrize(
