@@ -26,10 +26,7 @@ def next_choice(replay: RouterReplay) -> Tensor | None:
 def record_choice(replay: RouterReplay, selected: Tensor, visible: Tensor) -> None:
     """Record a choice if the router is to record.
 
-    Args:
-        replay: The record of the router.
-        selected: Int64 [tokens, k], experts as `select_experts` returns them: invisible experts fill up to k.
-        visible: Bool [tokens, experts].
+    The choice, int64 [tokens, k], is a result of `select_experts`: invisible experts fill up to k.
     """
     if replay.router_replay_action is not RouterReplayAction.RECORD:
         return

@@ -31,7 +31,7 @@ def test_lookup_equals_the_mask(seed: int, tables: int, vocab_size: int, num_exp
     module = make_visible_experts(make_config(num_experts, num_layers=mask.num_layers), mask)
     token_ids = np.random.default_rng(seed).integers(0, vocab_size, 30)
     for layer in range(mask.num_layers):
-        found = module(torch.from_numpy(token_ids).to(DEVICE), module.table_of_layer(layer + 1))
+        found = module.mask_table(module.table_of_layer(layer + 1)).look_up(torch.from_numpy(token_ids).to(DEVICE))
         expected = mask.visible_sets(layer)[token_ids]
         assert found.experts.dtype == torch.bool
         assert np.array_equal(found.experts.cpu(), expected)
@@ -67,7 +67,7 @@ def test_half_precision_leaves_the_mask_alone(mask) -> None:
     Float16Module(config, module)
     assert all(buffer.dtype != torch.bfloat16 for buffer in module.buffers())
     token_ids = torch.arange(30, device=DEVICE)
-    assert np.array_equal(module(token_ids, 1).experts.cpu(), mask.visible_sets(1))
+    assert np.array_equal(module.mask_table(1).look_up(token_ids).experts.cpu(), mask.visible_sets(1))
 
 
 def test_state_dict_round_trip(mask, module: VisibleExperts) -> None:

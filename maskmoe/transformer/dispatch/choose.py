@@ -61,13 +61,7 @@ def choose_dispatch(
 
 
 def build_dispatcher(kind: DispatchKind, layer: MoELayer, pg_collection: ProcessGroupCollection) -> Dispatcher:
-    """Build the dispatcher of an MoE layer.
-
-    Args:
-        kind: The way to dispatch.
-        layer: The layer.
-        pg_collection: Process groups of the layer.
-    """
+    """Build the dispatcher of an MoE layer."""
     if kind is DispatchKind.STOCK:
         return StockDispatcher(layer, pg_collection)
     if kind is DispatchKind.PLANNED:

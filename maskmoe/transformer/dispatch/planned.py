@@ -35,11 +35,7 @@ class DispatchPlanner:
         self._group = ep_group
 
     def plan(self, token_ids: TokenIds) -> DispatchPlan:
-        """Plan one micro-batch; a collective call. The host waits once, for the split sizes of all layers.
-
-        Args:
-            token_ids: The ids [batch, sequence] of this rank's tokens.
-        """
+        """Plan a micro-batch of ids [batch, sequence]; a collective call. The host waits once, for all split sizes."""
         # Look up the destination of every token of every rank.
         rank, num_ranks = get_pg_rank(self._group), get_pg_size(self._group)
         ids, is_padding = self._gather_ids(token_ids)  # [ranks, tokens] each
@@ -101,10 +97,6 @@ class PlannedDispatcher:
     3. Choose experts for the received rows, and copy the rows to the local experts.
     4. [experts]
     5. Add the outputs of each received row, and all-to-all back.
-
-    Args:
-        config: The model's configuration; every rank holds an equal, contiguous share of the experts.
-        ep_group: The expert-parallel ranks.
     """
 
     def __init__(self, config: TransformerConfig, ep_group: ProcessGroup) -> None:
