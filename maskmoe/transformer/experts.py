@@ -139,12 +139,8 @@ def _activate_and_project(
 ) -> Tensor:
     """Compute an expert from the output of its first linear layer; recompute the activation function if asked to.
 
-    Args:
-        projected: [rows, fc1 output].
-        probs: [rows], the weight of each row.
-        bias: [fc1 output], the bias of the first linear layer, or None.
-        config: The configuration of the experts.
-        project: The second linear layer.
+    `projected` is [rows, fc1 output], `probs` [rows], and the bias of the first linear layer [fc1 output]. `project` is
+    the second linear layer.
     """
     activate = partial(_activate, config=config)
     if not _recomputes_activation(config) or not (projected.requires_grad or probs.requires_grad):

@@ -84,11 +84,8 @@ def choose_experts(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Select experts and compute their weights.
 
-    Args:
-        logits: The masked logits.
-        rule: The settings of the router.
-        expert_bias: Float32 [experts], added to sigmoid and sqrtsoftplus scores for the selection; None: no bias.
-        selected: Int64 [tokens, k], a choice to repeat, in the form of `select_experts`.
+    The expert bias, float32 [experts], is added to sigmoid and sqrtsoftplus scores for the selection. `selected`, int64
+    [tokens, k], is a choice to repeat, in the form of `select_experts`.
 
     Returns:
         [tokens, experts], the weights of the selected experts, 0 elsewhere; bool [tokens, experts], the experts that

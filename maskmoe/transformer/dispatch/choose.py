@@ -21,11 +21,7 @@ def choose_dispatch(
 ) -> DispatchKind:
     """Return the fastest kind of dispatch that supports all settings.
 
-    Args:
-        config: The model's configuration.
-        pg_collection: Process groups of the MoE layers.
-        is_rank_local: Whether the visible experts of every id are on one expert-parallel rank.
-        is_mtp_layer: Whether the layer belongs to multi-token prediction.
+    The mask is rank-local if all visible experts of every id are on one expert-parallel rank.
     """
     if (
         config.moe_token_dispatcher_type != "alltoall"

@@ -97,13 +97,7 @@ class OneCopyDispatcher:
 
 
 class ExchangedCounts(NamedTuple):
-    """The numbers of rows of one layer, on the host.
-
-    Attributes:
-        rows_to: The number of rows sent to each rank.
-        rows_from: The number of rows received from each rank.
-        tokens_per_expert: Int64 [local experts], the tokens of each local expert.
-    """
+    """The numbers of rows of one layer, on the host: to each rank, from each rank, and of each local expert (int64)."""
 
     rows_to: tuple[int, ...]
     rows_from: tuple[int, ...]

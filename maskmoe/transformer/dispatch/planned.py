@@ -18,12 +18,8 @@ from maskmoe.transformer.visible_experts import VisibleExperts
 class DispatchPlanner:
     """Makes plans under a rank-local mask, where the destination of a token is a function of its id alone.
 
-    Args:
-        visible_experts: The routing mask, rank-local for the expert-parallel ranks.
-        topk: k.
-        tables: The tables that the stage's layers use.
-        ep_group: The expert-parallel ranks. All ranks have micro-batches of one shape, and either all ranks have a
-            padding mask or none has.
+    `tables` are those that the stage's layers use. All expert-parallel ranks have micro-batches of one shape, and
+    either all of them have a padding mask or none has.
     """
 
     def __init__(
