@@ -1,16 +1,15 @@
 """Experts for models without Transformer Engine, computed together instead of module by module."""
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from functools import partial
-from typing import cast
+from typing import Any, cast
 
 import torch
 from megatron.core.fusions.fused_bias_geglu import quick_gelu, weighted_bias_quick_geglu_impl
 from megatron.core.fusions.fused_bias_swiglu import weighted_bias_swiglu_impl
-from megatron.core.process_groups_config import ProcessGroupCollection
 from megatron.core.tensor_parallel import CheckpointWithoutOutput
 from megatron.core.tensor_parallel.layers import ColumnParallelLinear, RowParallelLinear
-from megatron.core.transformer.mlp import MLP, MLPSubmodules
+from megatron.core.transformer.mlp import MLP
 from megatron.core.transformer.moe.experts import SequentialMLP
 from megatron.core.transformer.transformer_config import TransformerConfig
 from megatron.core.typed_torch import apply_module
@@ -38,20 +37,11 @@ class GroupedMLP(SequentialMLP):
     - With `--recompute-modules moe_act`, the backward pass computes the input of each second linear layer again.
     - Experts may have biases without expert parallelism. `SequentialMLP` adds biases in place, which autograd forbids
       there, because the outputs of the linear layers are views.
-
-    Args: those of `SequentialMLP`.
     """
 
-    def __init__(
-        self,
-        num_local_experts: int,
-        config: TransformerConfig,
-        submodules: MLPSubmodules,
-        pg_collection: ProcessGroupCollection | None = None,
-        name: str | None = None,
-    ) -> None:
-        super().__init__(num_local_experts, config, submodules, pg_collection, name)
-        self._can_group = can_group(self.config, num_local_experts, self.tp_group.size())
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self._can_group = can_group(self.config, self.num_local_experts, self.tp_group.size())
 
     def forward(
         self, permuted_local_hidden_states: Tensor, tokens_per_expert: Tensor, permuted_probs: Tensor
@@ -87,13 +77,7 @@ class GroupedMLP(SequentialMLP):
 
 
 def can_group(config: TransformerConfig, num_local_experts: int, expert_tensor_size: int) -> bool:
-    """Return whether there are several experts, and their linear layers only multiply by their weights.
-
-    Args:
-        config: The configuration of the experts.
-        num_local_experts: Experts on this rank.
-        expert_tensor_size: Ranks that share each expert.
-    """
+    """Return whether there are several local experts, and their linear layers only multiply by their weights."""
     return num_local_experts > 1 and not (
         expert_tensor_size > 1
         # Weights are assembled from shards.
@@ -155,12 +139,8 @@ def _activate_and_project(
 ) -> Tensor:
     """Compute an expert from the output of its first linear layer; recompute the activation function if asked to.
 
-    Args:
-        projected: [rows, fc1 output].
-        probs: [rows], the weight of each row.
-        bias: [fc1 output], the bias of the first linear layer, or None.
-        config: The configuration of the experts.
-        project: The second linear layer.
+    `projected` is [rows, fc1 output], `probs` [rows], and the bias of the first linear layer [fc1 output]. `project` is
+    the second linear layer.
     """
     activate = partial(_activate, config=config)
     if not _recomputes_activation(config) or not (projected.requires_grad or probs.requires_grad):
@@ -199,14 +179,6 @@ def _activate(projected: Tensor, probs: Tensor, bias: Tensor | None, config: Tra
     return (activated * probs.unsqueeze(-1)).to(activated.dtype)
 
 
-def _split(
-    rows: Tensor, tokens_per_expert: Tensor, probs: Tensor, experts: Sequence[MLP]
-) -> Iterator[tuple[MLP, Tensor, Tensor]]:
-    """Yield each expert with its rows and their weights; arguments as for `GroupedMLP.forward`."""
-    sizes = [len(rows)] if len(experts) == 1 else tokens_per_expert.tolist()
-    return zip(experts, rows.split(sizes), probs.split(sizes), strict=True)
-
-
 def _compute_in_turns(rows: Tensor, tokens_per_expert: Tensor, probs: Tensor, experts: Sequence[MLP]) -> Tensor:
     """Compute one expert after the other in each linear layer; arguments as for `GroupedMLP.forward`."""
     sizes: list[int] = tokens_per_expert.tolist()
@@ -217,8 +189,9 @@ def _compute_in_turns(rows: Tensor, tokens_per_expert: Tensor, probs: Tensor, ex
 
 def _compute_by_modules(rows: Tensor, tokens_per_expert: Tensor, probs: Tensor, experts: Sequence[MLP]) -> Tensor:
     """Compute one expert after the other by calling its linear layers; arguments as for `GroupedMLP.forward`."""
+    sizes = [len(rows)] if len(experts) == 1 else tokens_per_expert.tolist()
     outputs = []
-    for expert, own_rows, own_probs in _split(rows, tokens_per_expert, probs, experts):
+    for expert, own_rows, own_probs in zip(experts, rows.split(sizes), probs.split(sizes), strict=True):
         projected, bias = apply_module(expert.linear_fc1)(own_rows)
 
         def project(activated: Tensor, expert: MLP = expert, own_probs: Tensor = own_probs) -> Tensor:

@@ -13,9 +13,6 @@ def wait_for_parameters(module: Module) -> None:
 
     With `--overlap-param-gather`, `DistributedDataParallel` gathers parameters during the forward pass and waits for
     them in a forward pre-hook of each module, which ignores the module's input.
-
-    Args:
-        module: A module whose parameters are read without calling it.
     """
     for hook in module._forward_pre_hooks.values():
         if waits_for_parameters(hook):
@@ -26,9 +23,6 @@ def wait_for_convolutions(model: Module) -> None:
     """Let gated delta nets wait for the parameters of their convolution, which they read without calling it.
 
     Mamba layers hold these parameters themselves, so a call of the layer waits for them.
-
-    Args:
-        model: A model that may have gated delta nets.
     """
     mixers: list[Any] = [each for each in model.modules() if isinstance(each, GatedDeltaNet)]
     for mixer in mixers:

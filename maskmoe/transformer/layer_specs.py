@@ -221,14 +221,6 @@ def _part(layer: ModuleSpec, names: tuple[str, ...]) -> ModuleSpec:
 class MaskMoEHybridStack(HybridStack):
     """`HybridStack` whose final norm comes from the spec; the stock class always uses Transformer Engine's norm.
 
-    Args:
-        config: The model's configuration.
-        submodules: The spec of each kind of layer.
-        final_norm: Builds the norm after the last layer.
-        post_layer_norm: Whether there is a norm after the last layer.
-        post_process: Whether this is the last pipeline stage.
-        kwargs: Further arguments of `HybridStack`.
-
     Raises:
         ValueError: `submodules` has no spec for the symbol of a layer, which `HybridStack` would silently leave out.
     """

@@ -45,11 +45,7 @@ class RoutesByTokenId(torch.nn.Module):
     output_layer: Any
 
     def set_routing_mask(self, visible_experts: VisibleExperts) -> None:
-        """Register the routing mask, and prepare to plan dispatch if mask and settings allow plans.
-
-        Args:
-            visible_experts: The routing mask that the model's routers share.
-        """
+        """Register the model's routing mask, and prepare to plan dispatch if mask and settings allow plans."""
         self._drop_unused_output_weight()
         self.routing_mask = visible_experts
         self._dispatch_planner: DispatchPlanner | None = None
@@ -108,11 +104,7 @@ class MaskMoEGPTModel(PackingModel, RoutesByTokenId, ChunkedCrossEntropyMixin, G
     Every pipeline stage must be given `input_ids`, also stages without an embedding. A padding mask, bool [batch,
     sequence] with True for padding, can be given to all stages as well: the routers then exclude padding from their
     losses and from the counts behind the expert bias, as Megatron-Core's routers do.
-
-    Args:
-        args: Positional arguments of `GPTModel`.
-        visible_experts: The routing mask shared by the model's routers.
-        kwargs: Keyword arguments of `GPTModel`.
+    The routers share the mask `visible_experts`; the remaining arguments are those of `GPTModel`.
     """
 
     def __init__(self, *args: Any, visible_experts: VisibleExperts, **kwargs: Any) -> None:
@@ -120,11 +112,7 @@ class MaskMoEGPTModel(PackingModel, RoutesByTokenId, ChunkedCrossEntropyMixin, G
         self.set_routing_mask(visible_experts)
 
     def _preprocess(self, input_ids: Tensor, *args: Any, padding_mask: Tensor | None = None, **kwargs: Any) -> tuple:
-        """Compute the inputs of the decoder as `GPTModel` does, with packed token ids as `padding_mask`.
-
-        Raises:
-            ValueError: No token ids, or a padding mask of another shape.
-        """
+        """Compute the inputs of the decoder as `GPTModel` does, with packed token ids as `padding_mask`."""
         packed = self.pack_for_layers(input_ids, padding_mask)
         outputs = super()._preprocess(input_ids, *args, **kwargs)
         decoder_input, rope, rope_cos, rope_sin, sequence_offset, _padding_mask, *rest = outputs
@@ -136,12 +124,6 @@ class BaseHybridModel(HybridModel):
 
     Rotary embeddings can be scaled as Llama 3 does, like those of `GPTModel`. Gated delta nets wait until the
     parameters of their convolution are gathered, see `wait_for_convolutions`.
-
-    Args:
-        args: Positional arguments of `HybridModel`.
-        rope_scaling: Whether to scale rotary embeddings.
-        rope_scaling_factor: Divides low frequencies of rotary embeddings.
-        kwargs: Keyword arguments of `HybridModel`.
     """
 
     def __init__(self, *args: Any, rope_scaling: bool = False, rope_scaling_factor: float = 8.0, **kwargs: Any) -> None:
@@ -160,11 +142,7 @@ class _HybridModelWithIds(RoutesByTokenId, ChunkedCrossEntropyMixin, BaseHybridM
     """`HybridModel` that passes token ids to all layers, those of multi-token prediction included."""
 
     def forward(self, input_ids: Tensor, *args: Any, padding_mask: Tensor | None = None, **kwargs: Any) -> Tensor:
-        """Run one pipeline stage as `HybridModel` does, with packed token ids as `padding_mask`.
-
-        Raises:
-            ValueError: No token ids, or a padding mask of another shape.
-        """
+        """Run one pipeline stage as `HybridModel` does, with packed token ids as `padding_mask`."""
         packed = self.pack_for_layers(input_ids, padding_mask)
 
         def add_ids(module: torch.nn.Module, args: Any, kwargs: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
@@ -182,11 +160,6 @@ class MaskMoEHybridModel(PackingModel, _HybridModelWithIds):
     Every pipeline stage must be given `input_ids`, and can be given a padding mask, as for `MaskMoEGPTModel`. With
     equal weights, a model and its twin of the other class compute the same bits: a transformer layer of
     `MaskMoEGPTModel` is two symbols of the pattern, attention and MLP or MoE layer.
-
-    Args:
-        args: Positional arguments of `HybridModel`.
-        visible_experts: The routing mask shared by the model's routers.
-        kwargs: Keyword arguments of `HybridModel`.
     """
 
     def __init__(self, *args: Any, visible_experts: VisibleExperts, **kwargs: Any) -> None:

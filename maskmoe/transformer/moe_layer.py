@@ -23,8 +23,6 @@ class MaskMoELayer(MoELayer):
 
     Token ids arrive in `padding_mask`, see `token_ids`.
 
-    Args: those of `MoELayer`.
-
     Attributes:
         dispatcher: Sends tokens to their experts and outputs back, see `dispatch.protocol`.
         token_dispatcher: Megatron's own dispatcher, which only `StockDispatcher` uses; None with another `dispatcher`.

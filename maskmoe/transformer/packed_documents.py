@@ -78,16 +78,9 @@ class PackingModel(torch.nn.Module):
     ) -> Tensor:
         """Run one pipeline stage.
 
-        Args:
-            input_ids: int64 [batch, sequence].
-            position_ids: int64 [batch, sequence]; with packed documents, positions within the documents.
-            attention_mask: As for the model's class; None with packed documents.
-            args: Further positional arguments of the model's class.
-            packed_seq_params: The documents of the micro-batch; None if tokens attend to the whole sample.
-            kwargs: Further keyword arguments of the model's class; tensors for each token are [batch, sequence].
-
-        Returns:
-            losses [batch, sequence] or logits [batch, sequence, vocabulary] on the last stage, else hidden states.
+        Ids and labels are [batch, sequence]. With packed documents, `position_ids` are positions within the documents,
+        and `attention_mask` is None. The result is losses [batch, sequence] or logits [batch, sequence, vocabulary] on
+        the last stage, else hidden states.
         """
         if packed_seq_params is None:
             return super().forward(input_ids, position_ids, attention_mask, *args, **kwargs)

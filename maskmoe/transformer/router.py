@@ -14,7 +14,7 @@ from maskmoe.transformer.routing_replay import REPLAYS, next_choice, record_choi
 from maskmoe.transformer.routing_statistics import RoutingStatistics, RoutingSums
 from maskmoe.transformer.selection import RoutingRule
 from maskmoe.transformer.token_ids import TokenIds
-from maskmoe.transformer.visible_experts import MaskTable, VisibleExperts, VisibleExpertsReference
+from maskmoe.transformer.visible_experts import MaskTable, VisibleExperts
 
 BALANCING_LOSSES = ("aux_loss", "seq_aux_loss", "global_aux_loss")
 """Megatron's names of the load-balancing losses, in the order in which the losses are attached."""
@@ -42,15 +42,8 @@ class MaskMoERouter(TopKRouter):
     exception is the global load-balancing loss, which deviates on purpose, see `router_losses`. A token with one
     visible expert has weight exactly 1 (softmax scores) and sends no gradient to the router's weight.
 
-    Args:
-        config: The model's configuration.
-        pg_collection: Process groups of the MoE layer.
-        is_mtp_layer: The router belongs to a layer of multi-token prediction.
-        visible_experts: The model's routing mask.
-        aux_loss_tokens: Tokens that load-balancing losses count: `all`, or only `routable` ones (V ≥ 2).
-
-    Attributes:
-        statistics: Sums over the tokens that were routed in training.
+    Load-balancing losses count the tokens `aux_loss_tokens`: `all`, or only `routable` ones (V ≥ 2). `statistics` holds
+    sums over the tokens that were routed in training.
     """
 
     def __init__(
@@ -66,12 +59,13 @@ class MaskMoERouter(TopKRouter):
         self.aux_loss_tokens: AuxLossTokens = aux_loss_tokens
         assert self.num_experts is not None
         self.statistics = RoutingStatistics(self.num_experts)
-        self._mask = VisibleExpertsReference(visible_experts)
+        # In a tuple, the module is not a submodule, whose buffers the checkpoint would hold once more.
+        self._mask = (visible_experts,)
 
     @property
     def visible_experts(self) -> VisibleExperts:
         """The model's routing mask."""
-        return self._mask.module
+        return self._mask[0]
 
     @property
     def number_in_model(self) -> int:
@@ -104,8 +98,7 @@ class MaskMoERouter(TopKRouter):
 
         Returns:
             probs: [tokens, experts], the weights of the selected experts, 0 elsewhere.
-            routing_map: Bool [tokens, experts], the experts that each token is sent to: all selected experts, unless a
-                capacity factor drops some.
+            routing_map: Bool [tokens, experts], the selected experts, unless a capacity factor drops some.
         """
         self._maintain_float32_expert_bias()
         # Megatron-Core fails with a jitter of 0.
@@ -155,12 +148,7 @@ class MaskMoERouter(TopKRouter):
     def attach_losses(self, hidden_states: Tensor, token_ids: TokenIds) -> Tensor:
         """Attach the router's losses over this rank's tokens to hidden states; for tokens that other ranks route.
 
-        Args:
-            hidden_states: [sequence, batch, hidden].
-            token_ids: The ids [sequence, batch] of the same tokens.
-
-        Returns:
-            [tokens, hidden], unchanged in value.
+        Hidden states are [sequence, batch, hidden]. The result is [tokens, hidden], unchanged in value.
         """
         tokens, losses = hidden_states.flatten(0, 1), self._loss_rule()
         if losses is None:

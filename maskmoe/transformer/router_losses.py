@@ -29,17 +29,10 @@ class ExpertLoad:
 
 
 def attach_losses(router: TopKRouter, activation: Tensor, sums: LossSums) -> Tensor:
-    """Attach the z-loss and the load-balancing losses whose coefficients are not 0.
+    """Attach the z-loss and the load-balancing losses to [tokens, features], which stays unchanged in value.
 
     Gradients of the losses flow when the gradient of the result flows. The losses are logged under Megatron's names.
-
-    Args:
-        router: Provides coefficients, process groups and the accumulated load of the global loss.
-        activation: [tokens, features], the tensor to attach to.
-        sums: Sums over this rank's tokens.
-
-    Returns:
-        The activation, unchanged in value.
+    `sums` are over this rank's tokens. The router holds the accumulated load of the global loss.
     """
     for name, balancing in sums.balancing.items():
         attach = _attach_global_loss if name == "global_aux_loss" else _attach_local_loss
@@ -68,11 +61,6 @@ def measure_load(sums: BalancingSums, topk: int, group: ProcessGroup) -> ExpertL
 
     Tokens with fewer than k visible experts have fewer than k assignments. Dividing by the true number of assignments
     makes the shares of the experts add up to 1 in every sequence.
-
-    Args:
-        sums: The sums over this rank's tokens.
-        topk: K.
-        group: The ranks that share the batch.
     """
     num_tokens = tokens_of_sequence = sums.num_tokens
     if isinstance(tokens_of_sequence, int):
@@ -95,16 +83,8 @@ def masked_load_balancing_loss(scores: Tensor, load: ExpertLoad, topk: int, coef
     """Return the load-balancing loss of Switch Transformers (arXiv 2101.03961, eq. 4-6) over masked probabilities.
 
     The loss is `coeff * N * Σ_i f_i P_i`, summed over the sequences of `load`, with `f_i` the share of all assignments
-    that expert i received and `P_i` the mean score of expert i.
-
-    Args:
-        scores: [sequences, experts], the sums of the normalized scores of this rank's tokens.
-        load: The load over all ranks.
-        topk: K.
-        coeff: α.
-
-    Returns:
-        scalar; the losses of the ranks add up to the loss of the whole batch.
+    that expert i received and `P_i` the mean score of expert i. `scores` [sequences, experts] are sums over this rank's
+    tokens, `load` is over all ranks, and the losses of the ranks add up to the loss of the whole batch.
     """
     num_experts = scores.shape[1]
     denominator = topk * load.num_tokens * load.num_tokens

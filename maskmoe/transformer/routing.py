@@ -90,15 +90,8 @@ def route_tokens(
 ) -> Routed:
     """Look up the visible experts, select among them, weigh them, and sum what losses and statistics need.
 
-    Args:
-        logits: [sequence, batch, experts].
-        token_ids: The ids [sequence, batch] of the same tokens.
-        table: The table of the routing mask.
-        rule: The settings of the router.
-        losses: The losses to compute sums for; None: no sums.
-        has_statistics: Whether to compute statistics.
-        expert_bias: Float32 [experts]; None: no bias.
-        selected: Int64 [tokens, k], a choice to repeat; None: choose.
+    Logits are [sequence, batch, experts], ids [sequence, batch], and the expert bias float32 [experts]. `selected`,
+    int64 [tokens, k], is a choice to repeat. Without `losses`, nothing is summed for losses.
     """
     masked = MaskedLogits.mask(logits, table.look_up(token_ids.ids.flatten()), token_ids, rule.score_function)
     # Autograd adds gradients in reverse order. As in `TopKRouter`, the gradients of the losses come last.

@@ -26,10 +26,7 @@ def next_choice(replay: RouterReplay) -> Tensor | None:
 def record_choice(replay: RouterReplay, selected: Tensor, visible: Tensor) -> None:
     """Record a choice if the router is to record.
 
-    Args:
-        replay: The record of the router.
-        selected: Int64 [tokens, k], experts as `select_experts` returns them: invisible experts fill up to k.
-        visible: Bool [tokens, experts].
+    The choice, int64 [tokens, k], is a result of `select_experts`: invisible experts fill up to k.
     """
     if replay.router_replay_action is not RouterReplayAction.RECORD:
         return
@@ -43,16 +40,9 @@ def select_replayed(
 ) -> Tensor:
     """Return a recorded choice in the form of `select_experts`.
 
-    Args:
-        choice: Integers [tokens, k], the experts of each token; repetitions fill up to k.
-        visible: Bool [tokens, experts].
-        topk: k.
-        has_groups: Whether experts are chosen from some groups only, which may leave a token fewer than `min(k, V)`.
-        token_ids: The ids [sequence, batch] of the tokens.
-        layer_number: The layer, for error messages.
-
-    Returns:
-        Int64 [tokens, k], the recorded experts in their order; invisible experts replace repetitions.
+    The choice, integers [tokens, k], has repetitions that fill up to k; `visible` is bool [tokens, experts], and the
+    ids are [sequence, batch]. With groups, a token may be left fewer than `min(k, V)` experts. The result, int64
+    [tokens, k], has the recorded experts in their order; invisible experts replace repetitions.
 
     Raises:
         ValueError: The routing mask does not allow the choice, or the choice does not fit the tokens.

@@ -37,12 +37,7 @@ class RoutingSums(NamedTuple):
 
 @torch.no_grad()
 def sum_tokens(logits: MaskedLogits, routing_map: Tensor) -> Tensor:
-    """Return the sums over the tokens of a micro-batch that `RoutingStatistics.add_tokens` takes.
-
-    Args:
-        logits: The masked logits of the tokens.
-        routing_map: Bool [tokens, experts], the experts that the tokens are sent to.
-    """
+    """Return float64 [3 + experts], the fields of `RoutingSums`, over the tokens of a micro-batch."""
     is_real, routable = logits.is_real, logits.visible.routable
     entropy = torch.special.entr(logits.normalized_scores).sum(dim=-1)  # [tokens]
     real = torch.ones_like(entropy) if is_real is None else is_real.to(entropy.dtype)
@@ -58,9 +53,6 @@ class RoutingStatistics:
 
     The class is not a module and has no buffers, so checkpoints do not hold the sums and `Float16Module` does not
     convert them. Sums are float64, which counts exactly up to 2^53. Nothing waits for the device before `take`.
-
-    Args:
-        num_experts: N.
     """
 
     def __init__(self, num_experts: int) -> None:
@@ -68,11 +60,7 @@ class RoutingStatistics:
         self._clear()
 
     def add_tokens(self, sums: Tensor) -> None:
-        """Add the sums over the tokens of a micro-batch.
-
-        Args:
-            sums: Float64 [3 + experts]: the fields of `RoutingSums`.
-        """
+        """Add the sums over the tokens of a micro-batch, as `sum_tokens` returns them."""
         self._tokens += sums
 
     def count_rows(self, num_rows: int) -> None:

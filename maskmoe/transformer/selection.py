@@ -84,11 +84,8 @@ def choose_experts(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Select experts and compute their weights.
 
-    Args:
-        logits: The masked logits.
-        rule: The settings of the router.
-        expert_bias: Float32 [experts], added to sigmoid and sqrtsoftplus scores for the selection; None: no bias.
-        selected: Int64 [tokens, k], a choice to repeat, in the form of `select_experts`.
+    The expert bias, float32 [experts], is added to sigmoid and sqrtsoftplus scores for the selection. `selected`, int64
+    [tokens, k], is a choice to repeat, in the form of `select_experts`.
 
     Returns:
         [tokens, experts], the weights of the selected experts, 0 elsewhere; bool [tokens, experts], the experts that
@@ -124,10 +121,7 @@ def choose_experts(
 def preference_scores(logits: MaskedLogits, pre_softmax: bool, expert_bias: Tensor | None) -> Tensor:
     """Return the scores [tokens, experts] that rank the experts, as Megatron-Core does.
 
-    Args:
-        logits: The masked logits.
-        pre_softmax: Apply softmax before the selection, not after it; only for the softmax score function.
-        expert_bias: Float32 [experts], added to sigmoid and sqrtsoftplus scores; None: no bias.
+    The expert bias, float32 [experts], is added to sigmoid and sqrtsoftplus scores.
     """
     if logits.score_function == "softmax":
         return logits.normalized_scores.detach() if pre_softmax else logits.values.detach()
@@ -182,13 +176,8 @@ def _outside_chosen_groups(scores: Tensor, topk: int, num_groups: int, group_top
     Groups are chosen as in group-limited routing (DeepSeek-V3, arXiv 2412.19437): the score of a group is the sum of
     its `topk / group_topk` largest scores. If a group has fewer visible experts, the token's smallest visible score
     takes the missing places. A constant that is added to all scores therefore changes no choice. A group without a
-    visible expert is chosen only if there are not enough other groups.
-
-    Args:
-        scores: [tokens, experts], -inf for invisible experts.
-        topk: k.
-        num_groups: Number of groups.
-        group_topk: Groups that are chosen for each token.
+    visible expert is chosen only if there are not enough other groups. Scores are
+    [tokens, experts], -inf for invisible experts.
     """
     num_tokens, num_experts = scores.shape
     group_size = num_experts // num_groups

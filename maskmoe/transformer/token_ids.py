@@ -48,10 +48,7 @@ class TokenIds:
 
 
 def pack_token_ids(token_ids: TokenIds) -> Tensor:
-    """Pack token ids, padding and plan into the tensor that travels as `padding_mask`.
-
-    Args:
-        token_ids: Ids and padding [batch, sequence].
+    """Pack token ids and padding [batch, sequence], and plan, into the tensor that travels as `padding_mask`.
 
     Raises:
         ValueError: Ids and padding mask have different shapes.

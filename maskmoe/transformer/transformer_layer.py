@@ -18,8 +18,6 @@ class MaskMoETransformerLayer(TransformerLayer):
     With `cuda_graph_impl="transformer_engine"` and graphs of the attention, `TransformerLayer` replays the graph and
     then calls the rest of the layer without `padding_mask`, on which the token ids travel. This class keeps the ids
     aside: the graph never sees them, so no ids are captured, and the MoE layer gets the ids of its own micro-batch.
-
-    Args: those of `TransformerLayer`.
     """
 
     _ids_of_replay: Tensor | None = None
@@ -51,8 +49,6 @@ class MaskMoEMultiTokenPredictionLayer(MultiTokenPredictionLayer):
     Each layer embeds the tokens one position further on, and shifts `padding_mask`, which holds the token ids, along.
     The stock layer shifts only the part of the sequence that a rank holds. The last token of the part then gets id 0
     instead of the id of the next rank's first token.
-
-    Args: those of `MultiTokenPredictionLayer`.
     """
 
     def __init__(self, *args: Any, hybrid_submodules: HybridStackSubmodules | None = None, **kwargs: Any) -> None:
@@ -66,10 +62,7 @@ class MaskMoEMultiTokenPredictionLayer(MultiTokenPredictionLayer):
     def _get_embeddings(self, *args: Any, padding_mask: Tensor | None = None, **kwargs: Any) -> tuple:
         """Shift ids and embed them, as the overridden method does.
 
-        Args:
-            args: Positional arguments of the overridden method.
-            padding_mask: This rank's part of the packed token ids.
-            kwargs: Keyword arguments of the overridden method.
+        `padding_mask` is this rank's part of the packed ids.
         """
         if not self.sequence_parallel or padding_mask is None:
             return super()._get_embeddings(*args, padding_mask=padding_mask, **kwargs)

@@ -130,24 +130,10 @@ class VisibleExperts(MegatronModule):
             has_single=self.min_visible == 1,
         )
 
-    def forward(self, token_ids: Tensor, table: int) -> VisibleSets:
-        """Look up visible sets.
-
-        Args:
-            token_ids: Int64 [tokens], each smaller than the mask's vocabulary size.
-            table: The table to read, see `table_of_layer`.
-        """
-        return self.mask_table(table).look_up(token_ids)
-
     def rank_and_size(self, token_ids: Tensor, tables: Tensor) -> tuple[Tensor, Tensor]:
         """Return rank and number of the visible experts of each id; only for a rank-local mask.
 
-        Args:
-            token_ids: Int64 [ranks, tokens].
-            tables: Int64 [tables], the tables to read.
-
-        Returns:
-            Int64 [tables, ranks, tokens] each: the expert-parallel rank, and the number of visible experts.
+        Ids are int64 [ranks, tokens], tables int64 [tables], and both results int64 [tables, ranks, tokens].
         """
         tables = tables.view(-1, 1, 1)
         rows = self.row_of_id[tables, token_ids].long()
@@ -193,24 +179,8 @@ class VisibleExperts(MegatronModule):
         super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)
 
 
-@dataclass(frozen=True)
-class VisibleExpertsReference:
-    """Refers to the model's `VisibleExperts` from a module that must not register them as a submodule.
-
-    The buffers of a registered submodule would appear in the checkpoint once more.
-    """
-
-    module: VisibleExperts
-
-
 def check_same_mask(run_digest: str, checkpoint_digest: str, further_cure: str = "") -> None:
-    """Raise a UserError that names both masks if their digests differ.
-
-    Args:
-        run_digest: The digest of the run's mask.
-        checkpoint_digest: The digest of the checkpoint's mask.
-        further_cure: Text after the cures in the message.
-    """
+    """Raise a UserError that names both masks if their digests differ; `further_cure` ends the message."""
     if run_digest != checkpoint_digest:
         raise UserError(
             f"the checkpoint was made with routing mask {checkpoint_digest[:16]}…, this run was given "

@@ -109,8 +109,11 @@ def test_transformer_engine_without_apex(on_a_gpu, parse) -> None:
 
 def test_flags_override_the_defaults(on_a_gpu, parse) -> None:
     on_a_gpu(GpuPackages())
-    args = parse("--transformer-impl", "local", "--no-moe-permute-fusion", "--no-rope-fusion")
-    assert (args.transformer_impl, args.moe_permute_fusion, args.apply_rope_fusion) == ("local", False, False)
+    args = parse(
+        *("--transformer-impl", "local", "--no-moe-permute-fusion", "--no-moe-grouped-gemm", "--no-rope-fusion")
+    )
+    assert args.transformer_impl == "local"
+    assert not any((args.moe_permute_fusion, args.moe_grouped_gemm, args.apply_rope_fusion))
 
 
 @pytest.mark.parametrize(

@@ -13,7 +13,7 @@ import psutil
 import pytest
 
 from maskmoe.errors import UserError
-from maskmoe.processes import folder_lock, liveness
+from maskmoe.processes import folder_lock, lifetimes
 from maskmoe.processes.folder_lock import LOCK_NAME, check_unlocked, locked_folder
 from maskmoe.processes.lifetimes import Holder
 
@@ -119,7 +119,7 @@ def test_lock_of_another_host_with_the_name_of_this_host(
 def test_host_name_alone_tells_hosts_apart_without_proc(monkeypatch: pytest.MonkeyPatch) -> None:
     holder = Holder(os.uname().nodename, 4711, 1.0)
     assert not holder.is_here
-    monkeypatch.setattr(liveness, "_BOOT_ID", Path("/proc/missing"))
+    monkeypatch.setattr(lifetimes, "_BOOT_ID", Path("/proc/missing"))
     assert holder.is_here
     assert Holder.this_process().is_here
 

@@ -1,7 +1,6 @@
 """The text of pinned packages: which documents, their order, and errors."""
 
 import hashlib
-import json
 import sqlite3
 import sys
 from contextlib import closing
@@ -70,10 +69,6 @@ def run(monkeypatch: pytest.MonkeyPatch, description: Path, output: Path) -> Non
     words = ["--sources", description, "--packages", description.parent, "--output", output]
     monkeypatch.setattr(sys, "argv", ["laptop_text.py", *map(str, words)])
     laptop_text.main()
-
-
-def read(path: Path) -> list[dict[str, str]]:
-    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
 
 
 def test_texts_keep_their_bytes(wheel: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

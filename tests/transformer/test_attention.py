@@ -319,18 +319,6 @@ def test_refuses_a_bias() -> None:
         attention(*inputs, None, attention_bias=torch.zeros(1))
 
 
-@pytest.mark.parametrize("softmax_type", ["vanilla", "off-by-one", "learnable"])
-def test_has_the_checkpoint_of_the_stock_module(softmax_type) -> None:
-    ours, theirs = (build(kind, softmax_type=softmax_type) for kind in (TorchDotProductAttention, DotProductAttention))
-    metadata = {"dp_cp_group": process_groups().dp_cp}
-    assert ours.state_dict().keys() == theirs.state_dict().keys()
-    ours_sharded, theirs_sharded = (
-        {name: (tensor.key, tensor.global_shape) for name, tensor in sharded.items()}
-        for sharded in (module.sharded_state_dict("prefix.", metadata=metadata) for module in (ours, theirs))
-    )
-    assert ours_sharded == theirs_sharded
-
-
 @pytest.mark.parametrize("num_ranks", [2, pytest.param(3, marks=pytest.mark.slow)])
 def test_context_parallel_ranks_equal_one_rank(num_ranks, run_ranks, tmp_path) -> None:
     """Outputs and gradients of ranks that hold chunks in Megatron's zigzag order; the sums add up in another order."""

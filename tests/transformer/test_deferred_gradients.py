@@ -29,15 +29,6 @@ def test_deferred_gradients_equal_gradients_of_the_backward_pass(mask: str, rank
         assert_equal_gradients(deferred, computed)
 
 
-@pytest.mark.parametrize("mask", MASKS)
-def test_other_dispatchers_never_compute_deferred_gradients(mask: str, ranks: list[dict]) -> None:
-    """If this fails, the choice of the dispatcher need not consider deferred gradients any more."""
-    for results in ranks:
-        ignored = results[mask, "ignored"]
-        assert ignored["dispatcher"] == results[mask, "computed"]["dispatcher"]
-        assert all(gradient.isnan().all() for name, gradient in ignored.items() if name.startswith("linear_fc"))
-
-
 def test_data_parallelism_sees_deferred_gradients_only_in_the_supported_combination(ranks: list[dict]) -> None:
     """The optimizer reads `main_grad`. The other combinations are refused, see `test_refused_settings`."""
     for results in ranks:

@@ -3,13 +3,10 @@
 On a CPU nearly every operation is deterministic, so the tests say most on a GPU.
 """
 
-import os
-from argparse import Namespace
 from collections.abc import Iterator
 
 import pytest
 import torch
-from megatron.training.determinism import apply_determinism_to_args
 from support.small_moe import DEVICE, make_config, make_layer, make_mask, random_visible_sets
 
 from maskmoe.transformer.dispatch.rows import RowBuffers, RowCopies
@@ -55,21 +52,3 @@ def test_copies_of_rows_repeat_bit_for_bit(deterministic) -> None:
     assert all(map(torch.equal, run(), run()))
     order = torch.randperm(64, device=DEVICE)
     assert torch.equal(RowCopies.permutations(order.unsqueeze(0))[0].order, order.argsort())
-
-
-def test_megatron_sets_the_variables_that_the_documentation_names(monkeypatch) -> None:
-    expected = {
-        "NCCL_ALGO": "Ring",
-        "CUBLAS_WORKSPACE_CONFIG": ":4096:8",
-        "NVTE_ALLOW_NONDETERMINISTIC_ALGO": "0",
-    }
-    monkeypatch.setattr(os, "environ", {})
-    switched_on = []
-    monkeypatch.setattr(torch, "use_deterministic_algorithms", switched_on.append)
-    args = Namespace(cross_entropy_loss_fusion=False, tp_comm_overlap=False)
-    apply_determinism_to_args(args)
-    assert os.environ == expected
-    assert switched_on == [True]
-    args.cross_entropy_loss_fusion = True
-    with pytest.raises(AssertionError, match="cross_entropy_loss_fusion=False"):
-        apply_determinism_to_args(args)

@@ -15,8 +15,6 @@ from torch import Tensor
 
 from maskmoe.transformer.dispatch.flex import missing_library, select_slots
 
-BACKENDS = ("deepep", "hybridep", "ncclep")
-
 
 def test_equals_other_ways_to_dispatch(tmp_path: Path, run_ranks: RunRanks) -> None:
     run_ranks(RANK_SCRIPTS / "flex_ranks.py", tmp_path)
@@ -43,21 +41,16 @@ def test_slots_hold_the_selected_experts(num_selected: list[int], seed: int, dty
     assert torch.equal(probs.grad, routing_map.to(dtype))
 
 
-def test_slots_are_megatrons_where_every_token_selects_k_experts() -> None:
-    probs = torch.rand(50, 8, generator=torch.Generator().manual_seed(0))
-    routing_map = torch.zeros_like(probs, dtype=torch.bool).scatter(1, probs.topk(3).indices, True)
-    weights, experts = select_slots(routing_map, probs * routing_map, 3)
-    expected = probs.topk(3)
-    assert torch.equal(weights, expected.values)
-    assert torch.equal(experts, expected.indices)
-
-
-@pytest.mark.parametrize("backend", BACKENDS)
-def test_missing_library_is_named(backend: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    for flag in ("HAVE_DEEP_EP", "HAVE_HYBRIDEP", "HAVE_TE_EP"):
-        monkeypatch.setattr(fused_a2a, flag, False)
-    package = "transformer-engine" if backend == "ncclep" else "deep_ep"
-    assert package in (missing_library(backend) or "")
+@pytest.mark.parametrize(
+    ("backend", "package"), [("deepep", "deep_ep"), ("hybridep", "deep_ep"), ("ncclep", "transformer-engine")]
+)
+def test_missing_library_is_named(backend: str, package: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(fused_a2a, "te_ep", flex_libraries.te_ep, raising=False)
+    for is_installed in (False, True):
+        for flag in ("HAVE_DEEP_EP", "HAVE_HYBRIDEP", "HAVE_TE_EP"):
+            monkeypatch.setattr(fused_a2a, flag, is_installed)
+        assert (package in (missing_library(backend) or "")) is not is_installed
+    assert missing_library(backend) is None
 
 
 def bootstrap_of_later_version(num_topk: int) -> None: ...
@@ -67,28 +60,19 @@ def dispatch_of_earlier_version(buffer: Any, tokens: Tensor) -> None: ...
 
 
 @pytest.mark.parametrize(
-    ("changed", "fits"),
+    "changed",
     [
-        ({}, True),
-        ({"ep_bootstrap": bootstrap_of_later_version}, False),
-        ({"ep_dispatch": dispatch_of_earlier_version}, False),
-        ({"tex": None}, False),
+        {"ep_bootstrap": bootstrap_of_later_version},
+        {"ep_dispatch": dispatch_of_earlier_version},
+        {"tex": None},
     ],
-    ids=["2.18", "later", "earlier", "built without NCCL-EP"],
+    ids=["later", "earlier", "built without NCCL-EP"],
 )
 def test_transformer_engine_must_fit_megatron(
-    changed: dict[str, Callable | None], fits: bool, monkeypatch: pytest.MonkeyPatch
+    changed: dict[str, Callable | None], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(fused_a2a, "HAVE_TE_EP", True)
     monkeypatch.setattr(fused_a2a, "te_ep", flex_libraries.te_ep, raising=False)
     for name, value in changed.items():
         monkeypatch.setattr(flex_libraries.te_ep, name, value)
-    assert (missing_library("ncclep") is None) is fits
-
-
-@pytest.mark.parametrize("backend", BACKENDS)
-def test_installed_library_is_not_missing(backend: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    for flag in ("HAVE_DEEP_EP", "HAVE_HYBRIDEP", "HAVE_TE_EP"):
-        monkeypatch.setattr(fused_a2a, flag, True)
-    monkeypatch.setattr(fused_a2a, "te_ep", flex_libraries.te_ep, raising=False)
-    assert missing_library(backend) is None
+    assert missing_library("ncclep") is not None

@@ -19,7 +19,6 @@ from support.small_moe import DEVICE, make_config
 from torch import Tensor
 
 from maskmoe.megatron_compat import cpu
-from maskmoe.transformer.packed_documents import PackedDocuments
 from maskmoe.transformer.torch_modules import gated_delta_net
 from maskmoe.transformer.transformer_layer import MaskMoETransformerLayer
 
@@ -130,13 +129,6 @@ def test_transformer_engine_with_fla_has_the_stock_spec(monkeypatch: pytest.Monk
 def test_fla_computes_on_gpus_only(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(gated_delta_net, "HAVE_FLA", True)
     assert gated_delta_net.uses_fla() is not cpu.is_installed()
-
-
-def test_packed_documents_are_refused_in_the_layer() -> None:
-    documents = PackedDocuments.of_samples(torch.tensor([[0, 3, 8]]), DEVICE, reads_on_host=True)
-    hidden = torch.randn(8, 1, HIDDEN, device=DEVICE)
-    with pytest.raises(AssertionError, match="Packed sequence"):
-        make_gated_delta_net()(hidden_states=hidden, attention_mask=None, packed_seq_params=documents)
 
 
 GIVEN = {

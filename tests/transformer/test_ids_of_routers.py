@@ -178,14 +178,9 @@ def test_sequence_parallel_ranks_take_their_part_of_the_ids() -> None:
 
 
 @every_model
-def test_refuses_missing_ids_and_padding_of_another_shape(kind: str) -> None:
-    model = build_model(kind)
-    (token_ids,) = micro_batches(1)
-    positions = torch.arange(SEQUENCE, device=DEVICE).expand(BATCH, -1)
+def test_refuses_missing_ids(kind: str) -> None:
     with pytest.raises(ValueError, match="needs input_ids on every pipeline stage"):
-        model(None, positions, None)
-    with pytest.raises(ValueError, match=r"padding mask has shape \[2, 15\], the token ids have \[2, 16\]"):
-        model(token_ids, positions, None, padding_mask=torch.zeros_like(token_ids[:, 1:], dtype=torch.bool))
+        build_model(kind)(None, None, None)
 
 
 @every_model
@@ -206,14 +201,6 @@ def test_padding_reaches_every_router(recompute: str, kind: str, router_calls: l
         assert torch.equal(call.routing_map, plain.routing_map)
     for name in ("load_balancing_loss", "z_loss"):
         assert (losses[name][:NUM_LAYERS] != plain_losses[name][:NUM_LAYERS]).all()
-
-
-@every_model
-def test_a_block_that_drops_the_ids_is_reported(kind: str) -> None:
-    model = build_model(kind)
-    hidden = torch.randn(SEQUENCE, BATCH, 16, device=DEVICE)
-    with pytest.raises(ValueError, match="got no token ids"):
-        model.decoder(hidden, attention_mask=None)
 
 
 @every_model

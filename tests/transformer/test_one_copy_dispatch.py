@@ -47,44 +47,38 @@ def groups(expert_parallel: int = 2, expert_tensor_parallel: int = 1) -> SimpleN
     return SimpleNamespace(**{name: SimpleNamespace(size=lambda size=size: size) for name, size in sizes.items()})
 
 
-def test_kind_of_dispatch() -> None:
-    assert choose_dispatch(make_config(4), groups(), is_rank_local=False) is DispatchKind.ONE_COPY
-    assert choose_dispatch(make_config(4), groups(), is_rank_local=True) is DispatchKind.PLANNED
-    no_jitter = make_config(4, moe_input_jitter_eps=0.0)
-    assert choose_dispatch(no_jitter, groups(), is_rank_local=True) is DispatchKind.PLANNED
-    for settings in (
-        {"moe_expert_capacity_factor": 1.0},
-        {"moe_input_jitter_eps": 0.1},
-        {"moe_latent_size": 6},
-        {"moe_enable_routing_replay": True},
-        {"moe_router_num_groups": 2, "moe_router_group_topk": 1},
-    ):
-        assert choose_dispatch(make_config(4, **settings), groups(), is_rank_local=True) is DispatchKind.ONE_COPY
-    one_expert = make_config(4, topk=1)
-    assert choose_dispatch(one_expert, groups(), is_rank_local=False) is DispatchKind.STOCK
-    assert choose_dispatch(one_expert, groups(), is_rank_local=True) is DispatchKind.PLANNED
-    one_expert_per_rank = make_config(8)
-    assert choose_dispatch(one_expert_per_rank, groups(8), is_rank_local=False) is DispatchKind.STOCK
-    assert choose_dispatch(one_expert_per_rank, groups(8), is_rank_local=True) is DispatchKind.PLANNED
-    assert choose_dispatch(make_config(4), groups(), is_rank_local=True, is_mtp_layer=True) is DispatchKind.ONE_COPY
+STOCK, ONE_COPY, PLANNED = DispatchKind.STOCK, DispatchKind.ONE_COPY, DispatchKind.PLANNED
 
 
-def test_settings_that_only_megatrons_dispatcher_supports() -> None:
-    assert choose_dispatch(make_config(4), groups(expert_tensor_parallel=2), is_rank_local=True) is DispatchKind.STOCK
-    for settings in (
-        {"moe_token_dispatcher_type": "allgather"},
-        {"moe_token_dispatcher_type": "flex"},
-        {"moe_expert_capacity_factor": 1.0, "moe_pad_expert_input_to_capacity": True},
-        {"moe_shared_expert_intermediate_size": 8, "moe_shared_expert_overlap": True},
-    ):
-        assert choose_dispatch(make_config(4, **settings), groups(), is_rank_local=True) is DispatchKind.STOCK
-
-
-def test_deferred_weight_gradients_need_megatrons_dispatcher() -> None:
-    """Without Transformer Engine, the configuration refuses the setting, so set it afterwards."""
-    config = make_config(4)
-    config.overlap_dispatch_backward_with_experts_wgrad = True
-    assert choose_dispatch(config, groups(), is_rank_local=True) is DispatchKind.STOCK
+@pytest.mark.parametrize(
+    ("settings", "ranks", "kind_without_plan", "kind"),
+    [
+        ({}, {}, ONE_COPY, PLANNED),
+        ({"moe_input_jitter_eps": 0.0}, {}, ONE_COPY, PLANNED),
+        ({"moe_expert_capacity_factor": 1.0}, {}, ONE_COPY, ONE_COPY),
+        ({"moe_input_jitter_eps": 0.1}, {}, ONE_COPY, ONE_COPY),
+        ({"moe_latent_size": 6}, {}, ONE_COPY, ONE_COPY),
+        ({"moe_enable_routing_replay": True}, {}, ONE_COPY, ONE_COPY),
+        ({"moe_router_num_groups": 2, "moe_router_group_topk": 1}, {}, ONE_COPY, ONE_COPY),
+        ({"topk": 1}, {}, STOCK, PLANNED),
+        ({}, {"expert_parallel": 4}, STOCK, PLANNED),  # one expert on each rank
+        # Only Megatron's dispatchers support these settings.
+        ({}, {"expert_tensor_parallel": 2}, STOCK, STOCK),
+        ({"moe_token_dispatcher_type": "allgather"}, {}, STOCK, STOCK),
+        ({"moe_token_dispatcher_type": "flex"}, {}, STOCK, STOCK),
+        ({"moe_expert_capacity_factor": 1.0, "moe_pad_expert_input_to_capacity": True}, {}, STOCK, STOCK),
+        ({"moe_shared_expert_intermediate_size": 8, "moe_shared_expert_overlap": True}, {}, STOCK, STOCK),
+        pytest.param({}, {"expert_parallel": 1}, DispatchKind.ONE_RANK, DispatchKind.ONE_RANK, marks=on_cpu),
+        ({"moe_expert_capacity_factor": 1.0}, {"expert_parallel": 1}, STOCK, STOCK),
+    ],
+    ids=str,
+)
+def test_kind_of_dispatch(settings, ranks, kind_without_plan, kind) -> None:
+    config, pg_collection = make_config(4, **settings), groups(**ranks)
+    assert choose_dispatch(config, pg_collection, is_rank_local=False) is kind_without_plan
+    assert choose_dispatch(config, pg_collection, is_rank_local=True) is kind
+    # The ids of multi-token prediction have no plan.
+    assert choose_dispatch(config, pg_collection, is_rank_local=True, is_mtp_layer=True) is kind_without_plan
 
 
 def compute(layer: MaskMoELayer, hidden: Tensor, token_ids: Tensor, gradient: Tensor) -> dict[str, Tensor]:
@@ -127,13 +121,6 @@ def test_micro_batches_in_flight_do_not_share_memory() -> None:
     alone = [layer(hidden, padding_mask=token_ids)[0].clone() for hidden in inputs]
     together = [layer(hidden, padding_mask=token_ids)[0] for hidden in inputs]
     assert all(map(torch.equal, together, alone))
-
-
-@on_cpu
-def test_dropped_tokens_need_megatrons_dispatcher() -> None:
-    assert choose_dispatch(make_config(4), groups(1), is_rank_local=True) is DispatchKind.ONE_RANK
-    dropping = make_config(4, moe_expert_capacity_factor=1.0)
-    assert choose_dispatch(dropping, groups(1), is_rank_local=True) is DispatchKind.STOCK
 
 
 def test_gpus_use_megatrons_dispatcher(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -95,17 +95,6 @@ def test_plan_equals_a_loop_over_tokens(num_ranks: int, has_padding: bool, monke
                 assert of_table.received_padding is None
 
 
-def test_ranks_without_tokens_receive_none(monkeypatch: pytest.MonkeyPatch) -> None:
-    visible_sets = np.zeros((TABLES, VOCAB_SIZE, 2 * EXPERTS_OF_RANK), bool)
-    visible_sets[..., 0] = True
-    plans = plan_of_every_rank(2, visible_sets, [draw_ids(rank, False) for rank in range(2)], monkeypatch)
-    starved = plans[1].of_table[0]
-    assert starved.rows_from == (0, 0)
-    assert starved.rows_to == (BATCH * SEQUENCE, 0)
-    assert starved.received_ids.shape == (0, 1)
-    assert starved.num_selected == 0
-
-
 def test_the_watchdog_sees_that_the_host_waits(monkeypatch: pytest.MonkeyPatch) -> None:
     """A rank that waits for the counts of a plan must not be blamed for a hang."""
     stacks, tolist = [], Tensor.tolist

@@ -13,6 +13,7 @@ from support.small_moe import (
     make_router,
     random_visible_sets,
     reference_routing,
+    take_metrics,
 )
 from torch import Tensor
 
@@ -79,16 +80,20 @@ def test_sums_over_micro_batches(score_function: str, pads: bool, sizes: tuple[i
 
 
 def test_only_training_counts() -> None:
-    router = make_router(make_config(NUM_EXPERTS), make_mask(random_visible_sets(3, 1, VOCAB_SIZE, NUM_EXPERTS)))
+    """Statistics and losses."""
+    config = make_config(NUM_EXPERTS, moe_aux_loss_coeff=1e-2, moe_z_loss_coeff=1e-3)
+    router = make_router(config, make_mask(random_visible_sets(3, 1, VOCAB_SIZE, NUM_EXPERTS)))
     hidden = torch.randn(SEQUENCE, BATCH, 8, device=DEVICE)
     with torch.no_grad():
         router(hidden, TokenIds(random_ids(0)))
     router.eval()
     router(hidden, TokenIds(random_ids(0)))
     assert take(router).num_tokens == 0
+    assert not take_metrics()
     router.train()
     router(hidden, TokenIds(random_ids(0)))
     assert take(router).num_tokens == SEQUENCE * BATCH
+    assert take_metrics().keys() == {"load_balancing_loss", "z_loss"}
 
 
 def train(**settings) -> list[tuple[list[float], int]]:

@@ -33,7 +33,7 @@ from maskmoe.transformer.dispatch.stock import MaskMoEAlltoAllTokenDispatcher
 
 def choose(tokens: RoutedTokens, ids: Tensor, topk: int) -> Tensor:
     """Return the k visible experts of each id [tokens] that a fixed score prefers: bool [tokens, experts]."""
-    visible = tokens.visible_experts(ids, 0).experts
+    visible = tokens.visible_experts.mask_table(0).look_up(ids).experts
     generator = torch.Generator().manual_seed(0)
     preference = torch.rand(routed_tokens.VOCAB_SIZE, visible.shape[1], generator=generator).to(ids.device)
     scores = preference[ids].masked_fill(~visible, -1.0)

@@ -53,6 +53,13 @@ def add_maskmoe_flags(parser: ArgumentParser) -> ArgumentParser:
         "Engine",
     )
     group.add_argument(
+        "--no-moe-grouped-gemm",
+        action="store_false",
+        dest="moe_grouped_gemm",
+        help="compute experts one after the other, not by Transformer Engine's grouped linear layers, which are the "
+        "default on a GPU from Ampere on with Transformer Engine",
+    )
+    group.add_argument(
         "--verbose",
         action="store_true",
         help="print everything that Megatron prints, such as all arguments, to the console. By default this goes to "

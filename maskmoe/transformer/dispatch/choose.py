@@ -21,11 +21,7 @@ def choose_dispatch(
 ) -> DispatchKind:
     """Return the fastest kind of dispatch that supports all settings.
 
-    Args:
-        config: The model's configuration.
-        pg_collection: Process groups of the MoE layers.
-        is_rank_local: Whether the visible experts of every id are on one expert-parallel rank.
-        is_mtp_layer: Whether the layer belongs to multi-token prediction.
+    The mask is rank-local if all visible experts of every id are on one expert-parallel rank.
     """
     if (
         config.moe_token_dispatcher_type != "alltoall"
@@ -61,13 +57,7 @@ def choose_dispatch(
 
 
 def build_dispatcher(kind: DispatchKind, layer: MoELayer, pg_collection: ProcessGroupCollection) -> Dispatcher:
-    """Build the dispatcher of an MoE layer.
-
-    Args:
-        kind: The way to dispatch.
-        layer: The layer.
-        pg_collection: Process groups of the layer.
-    """
+    """Build the dispatcher of an MoE layer."""
     if kind is DispatchKind.STOCK:
         return StockDispatcher(layer, pg_collection)
     if kind is DispatchKind.PLANNED:

@@ -9,10 +9,8 @@ from inspect import signature
 from typing import Any
 
 import torch
-from megatron.core.process_groups_config import ProcessGroupCollection
 from megatron.core.transformer.moe import fused_a2a
 from megatron.core.transformer.moe.token_dispatcher import MoEFlexTokenDispatcher, _DeepepManager, _NCCLEPManager
-from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor
 
 
@@ -51,38 +49,20 @@ class MaskMoENcclEpManager(_NCCLEPManager):
 
 
 class MaskMoEFlexTokenDispatcher(MoEFlexTokenDispatcher):
-    """`MoEFlexTokenDispatcher` for any number of selected experts per token.
+    """`MoEFlexTokenDispatcher` for any number of selected experts per token."""
 
-    Args:
-        num_local_experts: Experts on this rank.
-        local_expert_indices: Their indices among all experts, contiguous.
-        config: The model's configuration.
-        pg_collection: Process groups of the MoE layer.
-    """
-
-    def __init__(
-        self,
-        num_local_experts: int,
-        local_expert_indices: list[int],
-        config: TransformerConfig,
-        pg_collection: ProcessGroupCollection | None = None,
-    ) -> None:
-        super().__init__(num_local_experts, local_expert_indices, config, pg_collection)
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
         # Megatron hard-codes the classes of the managers, so replace the instance here.
         stock = self._comm_manager
         if isinstance(stock, _DeepepManager | _NCCLEPManager):
             manager = MaskMoEDeepepManager if isinstance(stock, _DeepepManager) else MaskMoENcclEpManager
-            self._comm_manager = manager(
-                stock.group, stock.num_local_experts, stock.router_topk, stock.num_experts, config
-            )
+            sizes = (stock.num_local_experts, stock.router_topk, stock.num_experts)
+            self._comm_manager = manager(stock.group, *sizes, self.config)
 
 
 def missing_library(backend: str) -> str | None:
-    """Return the library that a backend of the flex dispatcher lacks on this machine; None if it lacks nothing.
-
-    Args:
-        backend: deepep, hybridep or ncclep.
-    """
+    """Return the library that a backend (deepep, hybridep, ncclep) lacks on this machine; None if it lacks nothing."""
     if backend == "deepep":
         return None if fused_a2a.HAVE_DEEP_EP else "DeepEP 1 (the Python package deep_ep)"
     if backend == "hybridep":

@@ -45,11 +45,8 @@ class OneCopyDispatcher:
     Outputs are added by expert within a rank, then by rank. With at most two experts for each token, the result is
     bit-equal to the stock dispatcher's; with more experts, the order of additions differs.
 
-    Args:
-        config: The model's configuration; every rank holds an equal, contiguous share of the experts.
-        ep_group: The expert-parallel ranks.
-        compress: Maps hidden states [sequence, batch, hidden] to the width of the experts.
-        expand: Maps the width of the experts to the width of hidden states.
+    Every rank holds an equal, contiguous share of the experts. `compress` maps hidden states [sequence, batch, hidden]
+    to the width of the experts, and `expand` maps outputs back.
     """
 
     def __init__(
@@ -100,13 +97,7 @@ class OneCopyDispatcher:
 
 
 class ExchangedCounts(NamedTuple):
-    """The numbers of rows of one layer, on the host.
-
-    Attributes:
-        rows_to: The number of rows sent to each rank.
-        rows_from: The number of rows received from each rank.
-        tokens_per_expert: Int64 [local experts], the tokens of each local expert.
-    """
+    """The numbers of rows of one layer, on the host: to each rank, from each rank, and of each local expert (int64)."""
 
     rows_to: tuple[int, ...]
     rows_from: tuple[int, ...]
@@ -116,10 +107,7 @@ class ExchangedCounts(NamedTuple):
 def exchange_counts(selected: Tensor, to_rank: Tensor, group: ProcessGroup) -> ExchangedCounts:
     """Exchange the numbers of rows of one layer; the host waits for the result.
 
-    Args:
-        selected: Bool [tokens, ranks, local experts], the selected experts.
-        to_rank: Bool [tokens, ranks], the ranks that each token is sent to.
-        group: The ranks.
+    `selected` is bool [tokens, ranks, local experts], and `to_rank` bool [tokens, ranks].
     """
     counts = torch.cat([to_rank.sum(dim=0).unsqueeze(1), selected.sum(dim=0)], dim=1)  # [ranks, 1 + local experts]
     both = torch.stack([counts, counts])
@@ -137,12 +125,7 @@ class OneRankDispatcher:
 
     Results and gradients are bit-equal to those of `MoEAlltoAllTokenDispatcher` with one rank. That class sorts all
     pairs of a token and an expert, and copies the rows twice in each direction. This class finds the chosen pairs
-    without a sort, and copies the rows once.
-
-    Args:
-        config: The model's configuration; one rank holds all experts.
-        compress: Maps hidden states [sequence, batch, hidden] to the width of the experts.
-        expand: Maps the width of the experts to the width of hidden states.
+    without a sort, and copies the rows once. The arguments are those of `OneCopyDispatcher`.
     """
 
     def __init__(

@@ -18,12 +18,8 @@ from maskmoe.transformer.visible_experts import VisibleExperts
 class DispatchPlanner:
     """Makes plans under a rank-local mask, where the destination of a token is a function of its id alone.
 
-    Args:
-        visible_experts: The routing mask, rank-local for the expert-parallel ranks.
-        topk: k.
-        tables: The tables that the stage's layers use.
-        ep_group: The expert-parallel ranks. All ranks have micro-batches of one shape, and either all ranks have a
-            padding mask or none has.
+    `tables` are those that the stage's layers use. All expert-parallel ranks have micro-batches of one shape, and
+    either all of them have a padding mask or none has.
     """
 
     def __init__(
@@ -35,11 +31,7 @@ class DispatchPlanner:
         self._group = ep_group
 
     def plan(self, token_ids: TokenIds) -> DispatchPlan:
-        """Plan one micro-batch; a collective call. The host waits once, for the split sizes of all layers.
-
-        Args:
-            token_ids: The ids [batch, sequence] of this rank's tokens.
-        """
+        """Plan a micro-batch of ids [batch, sequence]; a collective call. The host waits once, for all split sizes."""
         # Look up the destination of every token of every rank.
         rank, num_ranks = get_pg_rank(self._group), get_pg_size(self._group)
         ids, is_padding = self._gather_ids(token_ids)  # [ranks, tokens] each
@@ -101,10 +93,6 @@ class PlannedDispatcher:
     3. Choose experts for the received rows, and copy the rows to the local experts.
     4. [experts]
     5. Add the outputs of each received row, and all-to-all back.
-
-    Args:
-        config: The model's configuration; every rank holds an equal, contiguous share of the experts.
-        ep_group: The expert-parallel ranks.
     """
 
     def __init__(self, config: TransformerConfig, ep_group: ProcessGroup) -> None:

@@ -28,10 +28,7 @@ class RowBuffers:
     def get(self, use: str, like: Tensor, num_rows: int) -> Tensor:
         """Return uninitialized memory [num_rows, features] with features, dtype and device of `like`.
 
-        Args:
-            use: The purpose; memory for the same purpose is overwritten.
-            like: [rows, features].
-            num_rows: The number of rows.
+        Memory for the same `use` is overwritten.
         """
         shape = (num_rows, *like.shape[1:])
         if not _is_on_cpu(like):
@@ -98,9 +95,7 @@ class RowCopies:
     def sum_copies(self, copies: Tensor, out: Tensor | None = None) -> Tensor:
         """Sum the copies [copies, features] of each row by target, without a gradient: [rows, features].
 
-        Args:
-            copies: The values of the copies.
-            out: Memory that the sums of a permutation use.
+        The sums of a permutation use `out`.
         """
         if self.is_permutation:
             return _gather_rows(copies, self.order, out)
@@ -149,28 +144,17 @@ class RowExchange:
     rows_from: tuple[int, ...]
 
     def dispatch(self, values: Tensor, is_kept: bool = False) -> Tensor:
-        """Copy rows [rows, features] for each rank, and all-to-all.
-
-        Returns:
-            [received rows, features], in a buffer unless `is_kept` is set.
-        """
-        dispatch = self._dispatch_to_new_memory if is_kept else self._dispatch
-        return _LinearMap.apply(values, dispatch, self._combine)
+        """Copy rows [rows, features] for each rank, and all-to-all; the result is in a buffer unless `is_kept`."""
+        return _LinearMap.apply(values, partial(self._dispatch, is_kept=is_kept), self._combine)
 
     def combine(self, values: Tensor) -> Tensor:
         """All-to-all of [received rows, features] back, and add the copies of each row: [rows, features]."""
         return _LinearMap.apply(values, self._combine, self._dispatch)
 
-    def _dispatch(self, values: Tensor) -> Tensor:
-        """Compute `dispatch` without a gradient, into a buffer."""
-        return self._send(values, self.buffers.get("receive", values, sum(self.rows_from)))
-
-    def _dispatch_to_new_memory(self, values: Tensor) -> Tensor:
-        """Compute `dispatch` without a gradient, into new memory."""
-        return self._send(values, values.new_empty(sum(self.rows_from), *values.shape[1:]))
-
-    def _send(self, values: Tensor, received: Tensor) -> Tensor:
-        """Copy rows for each rank, and all-to-all into `received`."""
+    def _dispatch(self, values: Tensor, is_kept: bool = False) -> Tensor:
+        """Compute `dispatch` without a gradient."""
+        buffers = RowBuffers() if is_kept else self.buffers  # A new buffer is new memory.
+        received = buffers.get("receive", values, sum(self.rows_from))
         sending = self.to_ranks.copy_rows(values, self.buffers.get("send", values, len(self.to_ranks.rows)))
         return self._all_to_all(sending, received, self.rows_to, self.rows_from)
 
@@ -194,7 +178,7 @@ class ExpertRows:
     """The rows of this rank's experts.
 
     Attributes:
-        values: [copies, features], the received rows copied to the experts that are chosen for them, by expert.
+        values: [copies, features], the received rows copied to their experts, by expert.
         weights: [copies].
         sum_outputs: Adds up the experts' outputs [copies, features] of each received row: [rows, features].
     """
@@ -207,10 +191,8 @@ class ExpertRows:
 class CopyToExperts:
     """Copies received rows to this rank's experts.
 
-    Args:
-        experts: This rank's experts.
-        buffers: Memory for rows that are consumed at once; None: new memory.
-        uses_transformer_engine: Copy by Transformer Engine's fused permutation, as `--moe-permute-fusion` asks.
+    Without `buffers`, the rows are in new memory; rows in buffers must be consumed at once. Transformer Engine's fused
+    permutation copies the rows if `--moe-permute-fusion` asks for it.
     """
 
     def __init__(self, experts: slice, buffers: RowBuffers | None, uses_transformer_engine: bool) -> None:

@@ -1,7 +1,7 @@
 """Stock dispatch: Megatron-Core's own token dispatchers, for any number of selected experts per token."""
 
 from collections.abc import Callable
-from typing import cast
+from typing import Any, cast
 
 from megatron.core.process_groups_config import ProcessGroupCollection
 from megatron.core.transformer.moe.moe_layer import MoELayer, _RecordExpertDgradCompletion
@@ -10,7 +10,6 @@ from megatron.core.transformer.moe.token_dispatcher import (
     MoEAlltoAllTokenDispatcher,
     MoETokenDispatcher,
 )
-from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor
 
 from maskmoe.transformer.dispatch.flex import MaskMoEFlexTokenDispatcher
@@ -26,10 +25,7 @@ class StockDispatcher:
     The steps of `MoELayer` itself are used, so that its options work unchanged: shared experts that overlap with
     communication, latent projections, padding to capacity, expert tensor parallelism. Megatron's token dispatcher keeps
     the state between dispatch and combine, so `Dispatched.metadata` is None.
-
-    Args:
-        layer: The layer. Its `token_dispatcher` is set to Megatron's dispatcher, which the layer's steps use.
-        pg_collection: Process groups of the layer.
+    The layer's `token_dispatcher` is set to Megatron's dispatcher, which the layer's steps use.
     """
 
     def __init__(self, layer: MoELayer, pg_collection: ProcessGroupCollection) -> None:
@@ -84,25 +80,12 @@ class MaskMoEAlltoAllTokenDispatcher(MoEAlltoAllTokenDispatcher):
     Megatron's class sends `tokens * k` rows. Under a routing mask, a token with fewer than k visible experts uses fewer
     rows, so this class counts the rows of the routing map. On a GPU, the host waits for the count before the first
     permutation. The count is skipped if every token is known to select k experts.
-
-    Args:
-        num_local_experts: Experts on this rank.
-        local_expert_indices: Their indices among all experts, contiguous.
-        config: The model's configuration.
-        pg_collection: Process groups of the MoE layer.
-        min_visible: The smallest number of visible experts of any id.
+    `min_visible` is the smallest number of visible experts of any id.
     """
 
-    def __init__(
-        self,
-        num_local_experts: int,
-        local_expert_indices: list[int],
-        config: TransformerConfig,
-        pg_collection: ProcessGroupCollection | None = None,
-        *,
-        min_visible: int,
-    ) -> None:
-        super().__init__(num_local_experts, local_expert_indices, config, pg_collection)
+    def __init__(self, *args: Any, min_visible: int, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        config = self.config
         # Group-limited routing may leave only some of the visible experts, so only V = N guarantees k of them.
         assert config.num_moe_experts is not None
         enough_visible = config.num_moe_experts if config.moe_router_group_topk else config.moe_router_topk
@@ -110,11 +93,7 @@ class MaskMoEAlltoAllTokenDispatcher(MoEAlltoAllTokenDispatcher):
         self.counts_rows = min_visible < enough_visible and not self.drop_and_pad
 
     def preprocess(self, routing_map: Tensor) -> Tensor:
-        """Count rows and split sizes; return the tokens of each local expert.
-
-        Args:
-            routing_map: Bool [tokens, experts].
-        """
+        """Count rows and split sizes; return the tokens of each local expert."""
         tokens_per_local_expert = super().preprocess(routing_map)
         if self.counts_rows:
             alone = self.ep_size == 1 and self.tp_size == 1

@@ -57,14 +57,8 @@ class TorchDotProductAttention(DotProductAttention):
     Under context parallelism, each rank gathers the keys and values of the whole sequence. Megatron cuts the sequence
     into twice as many chunks as ranks, and gives rank r the chunks r and 2 * ranks - 1 - r.
 
-    Args:
-        config: The model's configuration.
-        args: Further positional arguments of `DotProductAttention`.
-        softmax_scale: Factor of the scores; None: one divided by the square root of the number of channels.
-        k_channels: Channels of each head of queries and keys; None: the configuration's `kv_channels`.
-        v_channels: Unused, because the values have their own width.
-        pg_collection: Groups of tensor and context parallelism; None: Megatron's.
-        kwargs: Further keyword arguments of `DotProductAttention`.
+    The scores are multiplied by `softmax_scale`, or divided by the square root of `k_channels`. `v_channels` is unused,
+    because the values have their own width.
     """
 
     def __init__(
@@ -140,15 +134,8 @@ class TorchDotProductAttention(DotProductAttention):
     ) -> Tensor:
         """Attend with each block of queries to the keys that the block can see.
 
-        Args:
-            query: [batch, heads, queries, channels].
-            key: [batch, groups, keys, channels].
-            value: [batch, groups, keys, value channels].
-            attention_mask: As in `forward`.
-            dropout: Probability of dropping a weight.
-
-        Returns:
-            [queries, batch, heads, value channels].
+        Queries are [batch, heads, queries, channels], keys and values [batch, groups, keys, channels], the mask as in
+        `forward`, and the result [queries, batch, heads, value channels].
         """
         value_channels = value.shape[-1]
         query, key, value = self._widen(query, key, value)
@@ -167,15 +154,8 @@ class TorchDotProductAttention(DotProductAttention):
     ) -> Tensor:
         """Attend within each document.
 
-        Args:
-            query: [tokens, heads, channels].
-            key: [tokens, groups, channels].
-            value: [tokens, groups, value channels].
-            documents: The bounds of the documents.
-            dropout: Probability of dropping a weight.
-
-        Returns:
-            [tokens, heads, value channels].
+        Queries are [tokens, heads, channels], keys and values [tokens, groups, channels], and the result
+        [tokens, heads, value channels].
         """
         if dropout == 0 and self._fits_packed_kernel(query, value):
             return self._run_packed_kernel(query, key, value, documents)
@@ -269,16 +249,9 @@ class TorchDotProductAttention(DotProductAttention):
     ) -> Tensor:
         """Attend with one block of queries.
 
-        Args:
-            query: [batch, heads, queries, channels].
-            key: [batch, groups, keys, channels].
-            value: [batch, groups, keys, channels].
-            band: The keys that each query sees.
-            hidden: bool [batch or 1, 1, queries, keys], True for keys that a query must not see, or None.
-            dropout: Probability of dropping a weight.
-
-        Returns:
-            [batch, heads, queries, channels].
+        Queries are [batch, heads, queries, channels], keys and values [batch, groups, keys, channels], and the result
+        [batch, heads, queries, channels]. `hidden`, bool [batch or 1, 1, queries, keys], is True for keys that a query
+        must not see.
         """
         # Fused kernels compute a causal mask, and read other masks from a bias.
         is_causal = hidden is None and band.is_causal and (band.queries == band.keys or query.is_cuda)
@@ -308,13 +281,7 @@ class TorchDotProductAttention(DotProductAttention):
 
 
 def padded_width(key_width: int, value_width: int, *, has_offset: bool) -> int:
-    """Return the number of channels to which queries, keys and values are padded.
-
-    Args:
-        key_width: Channels of each head of queries and keys.
-        value_width: Channels of each head of values.
-        has_offset: Whether the softmax has an offset, which takes one more channel of queries and keys.
-    """
+    """Return the number of channels to which queries, keys and values are padded; an offset takes one of the keys."""
     return _round_up(max(key_width + 1, value_width)) if has_offset else max(key_width, value_width)
 
 
@@ -376,13 +343,8 @@ def _add_sink(
     """Put a key that all queries see before the other keys; its score is the softmax offset, its value is zero.
 
     The keys are zero in the last channel, in which the queries hold the offset. There the new key is one.
-
-    Args:
-        query: [batch, heads, queries, channels].
-        key: [batch, groups, keys, channels].
-        value: [batch, groups, keys, channels].
-        bias: [..., queries, keys] or None.
-        with_query: Also put a query of zeros before the other queries, so that a causal mask stays square.
+    Shapes are those of `_attend`, and [..., queries, keys] of a bias. `with_query` also puts a query of zeros before
+    the other queries, so that a causal mask stays square.
     """
     sink = torch.zeros_like(key[:, :, :1])
     sink[..., -1] = 1

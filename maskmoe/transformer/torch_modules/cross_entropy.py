@@ -23,12 +23,8 @@ class ChunkedCrossEntropyMixin(LanguageModule):
     def compute_language_model_loss(self, labels: Tensor, logits: Tensor) -> Tensor:
         """Compute the loss of each token.
 
-        Args:
-            labels: int64 [batch, sequence].
-            logits: [sequence, batch, vocabulary of this rank]; overwritten by the backward pass.
-
-        Returns:
-            fp32 [batch, sequence].
+        Labels and losses (fp32) are [batch, sequence]. The backward pass overwrites the logits [sequence, batch,
+        vocabulary of this rank].
         """
         if self.config.cross_entropy_loss_fusion:
             return super().compute_language_model_loss(labels, logits)
@@ -97,15 +93,10 @@ def _chunks(rows: Tensor) -> Iterator[slice]:
 
 
 def _combine(target_logit: Tensor, log_sum: Tensor, tp_group: ProcessGroup) -> tuple[Tensor, Tensor]:
-    """Combine the sums of all ranks.
+    """Combine the sums of all ranks: return losses, and this rank's share in the sum of the exponentials of all ranks.
 
-    Args:
-        target_logit: fp32 [tokens], the logit of the target on the rank that holds it, 0 on other ranks.
-        log_sum: fp32 [tokens], the logarithm of the sum of this rank's exponentials.
-        tp_group: The tensor-parallel ranks.
-
-    Returns:
-        the losses, and this rank's share in the sum of the exponentials of all ranks, fp32 [tokens] each.
+    All tensors are fp32 [tokens]. `target_logit` is 0 on ranks that do not hold the target, and `log_sum` is the
+    logarithm of the sum of this rank's exponentials.
     """
     largest = log_sum.clone()
     torch.distributed.all_reduce(largest, ReduceOp.MAX, tp_group)

@@ -35,8 +35,6 @@ class TorchGatedDeltaNet(GatedDeltaNet):
     The stock class needs fla. This class computes what the stock class computes in deterministic mode, except that it
     normalizes queries and keys itself, for which the stock class calls fla also in that mode. Packed documents are
     refused, as in that mode.
-
-    Args: those of `GatedDeltaNet`.
     """
 
     def __init__(self, config: TransformerConfig, *args: Any, **kwargs: Any) -> None:
@@ -60,14 +58,8 @@ def _normalized_gated_delta_rule(
 ) -> tuple[Tensor, Tensor | None]:
     """Scale queries and keys to length 1, and compute the gated delta rule (arXiv 2412.06464) in fp32.
 
-    Args:
-        query: [batch, sequence, value heads, channels].
-        key: [batch, sequence, value heads, channels].
-        value: [batch, sequence, value heads, value channels].
-        arguments: Further arguments of Megatron-Core's `torch_chunk_gated_delta_rule`.
-
-    Returns:
-        [batch, sequence, value heads, value channels] in the dtype of `value`, and the state after the last token.
+    All tensors are [batch, sequence, value heads, channels]; the result has the dtype of `value`. The state after the
+    last token is returned, too.
     """
     query, key = (
         heads * torch.rsqrt(heads.square().sum(dim=-1, keepdim=True) + _EPSILON)
@@ -87,9 +79,6 @@ def get_gated_delta_net_layer_spec(config: TransformerConfig) -> ModuleSpec:
 
     With Transformer Engine and fla, the modules are those of Megatron-Core's `hybrid_stack_spec`. Local modules save
     the norm before the layer by the name that it has in a checkpoint of Transformer Engine.
-
-    Args:
-        config: The model's configuration; `transformer_impl` selects Transformer Engine or local modules.
     """
     backend = get_backend(config.transformer_impl)
     is_local = config.transformer_impl == "local"
@@ -114,9 +103,7 @@ def get_gated_delta_net_layer_spec(config: TransformerConfig) -> ModuleSpec:
 def check_gated_delta_net(args: Namespace, has_fla: bool) -> str | None:
     """Return why a pattern with a gated delta net cannot have the given settings; None if it can.
 
-    Args:
-        args: Parsed arguments; Megatron need not have validated them.
-        has_fla: Whether the machines that train have GPUs and fla.
+    Megatron need not have validated the arguments. `has_fla`: the machines that train have GPUs and fla.
     """
     if Symbols.GDN not in (args.hybrid_layer_pattern or ""):
         return None

@@ -17,8 +17,6 @@ class LocalMLASelfAttention(MLASelfAttention):
 
     Transformer Engine normalizes inside the projections, and this class before them. `keys_of_checkpoint` maps the
     norms' names, so that checkpoints can be exchanged. The spec's down projections must be `ReplicatedLinear`.
-
-    Args: those of `MLASelfAttention`.
     """
 
     def __init__(
@@ -39,12 +37,8 @@ class LocalMLASelfAttention(MLASelfAttention):
     def _qkv_down_projection(self, hidden_states: Tensor) -> tuple[Tensor, Tensor]:
         """Compress queries, and keys with values; queries without compression are normalized hidden states.
 
-        Args:
-            hidden_states: [sequence, batch, hidden].
-
-        Returns:
-            The input of the queries' up-projection or, with compression, of its norm; and the compressed keys and
-            values beside the keys' positional part [sequence, batch, kv_lora_rank + qk_pos_emb_head_dim].
+        Returns the input of the queries' up-projection or, with compression, of its norm; and the compressed keys and
+        values beside the keys' positional part [sequence, batch, kv_lora_rank + qk_pos_emb_head_dim].
         """
         q_compressed, kv_combined = super()._qkv_down_projection(hidden_states)
         if self.config.q_lora_rank is None:

@@ -16,14 +16,6 @@ class ReplicatedLinear(torch.nn.Linear):
     The tensor-parallel ranks draw the same initial weight. Under sequence parallelism, the gradient of each rank covers
     only its part of the sequence. Marking the parameters `sequence_parallel` makes Megatron-Core's
     `finalize_model_grads` add the gradients of all ranks.
-
-    Args:
-        input_size: Features of the input.
-        output_size: Features of the output.
-        config: The model's configuration.
-        init_method: Draws the initial weight.
-        bias: Whether to add a bias, which is 0 at first.
-        unused: Further arguments of `TELinear`; ignored.
     """
 
     def __init__(
@@ -82,13 +74,8 @@ def linear_in_turns(rows: Tensor, sizes: Sequence[int], weights: Sequence[Tensor
     less time than slices, concatenations and nodes of autograd's graph, so all experts share one node, and each product
     writes into its part of one tensor.
 
-    Args:
-        rows: [rows, inputs], ordered by expert.
-        sizes: The number of rows of each expert.
-        weights: [outputs, inputs] of each expert.
-
-    Returns:
-        [rows, outputs].
+    Rows are [rows, inputs], ordered by expert; `sizes` are the numbers of rows, and weights [outputs, inputs], of each
+    expert. The result is [rows, outputs].
     """
     return _LinearInTurns.apply(rows, sizes, *weights)
 

@@ -15,8 +15,6 @@ class TorchMLP(MLP):
     """`MLP` with the same parameters, checkpoints and bits, whose SwiGLU keeps only its input.
 
     `MLP` computes settings that `is_plain_swiglu` excludes, and weighted rows.
-
-    Args: those of `MLP`.
     """
 
     def forward(
@@ -24,13 +22,7 @@ class TorchMLP(MLP):
     ) -> tuple[Tensor, Tensor | None]:
         """Compute the MLP.
 
-        Args:
-            hidden_states: [sequence, batch, hidden].
-            per_token_scale: The weight of each row, or None.
-            kwargs: Further arguments of `MLP.forward`.
-
-        Returns:
-            [sequence, batch, hidden] and the bias that is still to be added, or None.
+        Input and output are [sequence, batch, hidden]. The bias that is still to be added is returned, too, or None.
         """
         if per_token_scale is not None or not is_plain_swiglu(self.config):
             return super().forward(hidden_states, per_token_scale, **kwargs)
@@ -61,7 +53,7 @@ def is_plain_swiglu(config: TransformerConfig) -> bool:
 
 
 def swiglu(projected: Tensor, weights: Tensor | None = None) -> Tensor:
-    """Compute silu(gate) * value * weight of each row.
+    """Compute silu(gate) * value * weight of each row: [..., channels] in the dtype of `projected`.
 
     The result and all gradients are bit-equal to those of the unfused operations, which keep two to four further
     tensors of the size of the result. The backward pass computes silu(gate) again.
@@ -69,9 +61,6 @@ def swiglu(projected: Tensor, weights: Tensor | None = None) -> Tensor:
     Args:
         projected: [..., 2 * channels], gates before values.
         weights: [..., 1], the weight of each row; None: no weights.
-
-    Returns:
-        [..., channels], dtype of `projected`.
     """
     return _SwiGLU.apply(projected, weights)
 

@@ -95,12 +95,6 @@ class TorchNorm:
 
     This is a class because Megatron-Core's `build_module` does not call functions.
 
-    Args:
-        config: The model's configuration; `normalization` is LayerNorm or RMSNorm.
-        hidden_size: Size of the normalized dimension.
-        eps: Added to the variance.
-        unused: Arguments for other norms, which the specs may pass; ignored.
-
     Raises:
         ValueError: Torch has no such norm.
     """
@@ -133,12 +127,8 @@ class AllHeadsRMSNorm(torch.nn.Module):
     norm: `finalize_model_grads` finds the weight by its name and adds the gradients of all ranks, and a checkpoint fits
     any layout.
 
-    Args:
-        config: The model's configuration; `normalization` must be RMSNorm.
-        hidden_size: Features of one head.
-        eps: Added to the mean of the squares.
-        num_heads: Heads of the model. If there are fewer heads than ranks, neighbouring ranks hold the same head.
-        tp_group: The tensor-parallel ranks; None: the ranks of `parallel_state`.
+    `hidden_size` is the size of one head. If the model has fewer heads than ranks, neighbouring ranks hold the same
+    head.
     """
 
     def __init__(
@@ -164,14 +154,7 @@ class AllHeadsRMSNorm(torch.nn.Module):
         self.weight = torch.nn.Parameter(torch.ones(self.num_features, dtype=config.params_dtype))
 
     def forward(self, heads: Tensor) -> Tensor:
-        """Normalize the features of all heads of each token; computed in fp32.
-
-        Args:
-            heads: [sequence, batch, heads of this rank, features of one head].
-
-        Returns:
-            the normalized features, same shape and dtype.
-        """
+        """Normalize all heads of each token, [sequence, batch, heads of this rank, channels]; computed in fp32."""
         features = heads.flatten(2).float()  # [sequence, batch, features of this rank]
         squares = features.square().sum(dim=-1, keepdim=True)
         # The output of each rank depends on the squares of all ranks: add squares forward, and gradients backward.

@@ -8,7 +8,6 @@ import os
 import sys
 from dataclasses import replace
 from pathlib import Path
-from unittest import mock
 
 from support import stub_transformer_engine
 from support.rank_program import run_as_rank
@@ -22,20 +21,16 @@ import torch
 from megatron.core import parallel_state
 from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig
 from megatron.core.tensor_parallel import model_parallel_cuda_manual_seed
-from megatron.core.transformer.transformer_config import TransformerConfig
 from support.small_moe import draw_parameters, make_config, make_layer, make_mask, process_groups
 from torch import Tensor
 
-from maskmoe.transformer import moe_layer
-from maskmoe.transformer.dispatch.choose import choose_dispatch
 from maskmoe.transformer.dispatch.planned import DispatchPlanner
 from maskmoe.transformer.moe_layer import MaskMoELayer
 from maskmoe.transformer.token_ids import TokenIds, pack_token_ids
 
 NUM_EXPERTS, VOCAB_SIZE, SEQUENCE, BATCH, HIDDEN, TOPK = 4, 8, 6, 2, 8, 2
 MASKS = ("all_ranks", "rank_local")
-WAYS = ("computed", "deferred", "ignored")
-FLAG = "overlap_dispatch_backward_with_experts_wgrad"
+WAYS = ("computed", "deferred")
 
 
 def visible_sets(mask: str) -> Tensor:
@@ -44,13 +39,8 @@ def visible_sets(mask: str) -> Tensor:
     return ((rank_of_id[:, None] == rank_of_expert) | (mask == "all_ranks")).unsqueeze(0)
 
 
-def ignoring_choice(config: TransformerConfig, *args, **kwargs):
-    """Choose the kind of dispatch as if the flag were not given."""
-    return choose_dispatch(replace(config, **{FLAG: False}), *args, **kwargs)
-
-
 def build_layer(mask: str, way: str, **settings) -> MaskMoELayer:
-    """Build a layer in one of `WAYS`: experts compute all gradients, defer some, or defer them and dispatch forgets."""
+    """Build a layer in one of `WAYS`: experts compute all gradients in the backward pass, or defer some."""
     config = make_config(
         NUM_EXPERTS,
         TOPK,
@@ -58,11 +48,9 @@ def build_layer(mask: str, way: str, **settings) -> MaskMoELayer:
         transformer_impl="transformer_engine",
         moe_grouped_gemm=True,
         **settings,
-        **{FLAG: way != "computed"},
+        overlap_dispatch_backward_with_experts_wgrad=way == "deferred",
     )
-    choice = ignoring_choice if way == "ignored" else choose_dispatch
-    with mock.patch.object(moe_layer, "choose_dispatch", choice):
-        layer = make_layer(config, make_mask(visible_sets(mask).numpy()))
+    layer = make_layer(config, make_mask(visible_sets(mask).numpy()))
     draw_parameters(layer)
     return layer
 
