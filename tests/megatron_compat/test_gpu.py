@@ -107,12 +107,6 @@ def test_transformer_engine_without_apex(on_a_gpu, parse) -> None:
     assert not any((args.gradient_accumulation_fusion, args.masked_softmax_fusion, args.moe_permute_fusion))
 
 
-def test_flags_override_the_defaults(on_a_gpu, parse) -> None:
-    on_a_gpu(GpuPackages())
-    args = parse("--transformer-impl", "local", "--no-moe-permute-fusion", "--no-rope-fusion")
-    assert (args.transformer_impl, args.moe_permute_fusion, args.apply_rope_fusion) == ("local", False, False)
-
-
 @pytest.mark.parametrize(
     ("packages", "named"),
     [
