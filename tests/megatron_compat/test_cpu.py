@@ -177,23 +177,6 @@ def test_generators_are_that_of_the_cpu() -> None:
     assert len(torch.cuda.default_generators) == 1
 
 
-def test_forked_random_states_are_restored() -> None:
-    """Tensor-parallel regions draw their own random numbers with Megatron's tracker."""
-    from megatron.core.tensor_parallel.random import CudaRNGStatesTracker
-
-    tracker = CudaRNGStatesTracker()
-    tracker.reset()
-    torch.manual_seed(1)
-    tracker.add("part", 7)
-    expected = torch.rand(2)
-    torch.manual_seed(1)
-    with tracker.fork("part"):
-        inside = torch.rand(2)
-    assert torch.equal(torch.rand(2), expected)
-    torch.manual_seed(7)
-    assert torch.equal(torch.rand(2), inside)
-
-
 def test_memory_is_that_of_the_process() -> None:
     allocated = torch.cuda.memory_allocated()
     free, total = torch.cuda.mem_get_info()

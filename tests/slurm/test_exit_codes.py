@@ -1,6 +1,7 @@
 """The job script launch/slurm/pretrain.sbatch after the exit codes of the nodes, with stubs of Slurm's commands."""
 
 import os
+import re
 import subprocess
 from pathlib import Path
 
@@ -73,7 +74,7 @@ def train(tmp_path: Path):
             tmp_path / "model.yaml",
         ]
         result = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=60, check=False)
-        assert result.stderr == expect_stderr
+        assert re.sub(r"stopped \d+ s", "stopped 0 s", result.stderr) == expect_stderr  # a busy machine takes longer
         return result.returncode, result.stdout
 
     return train

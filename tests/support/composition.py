@@ -37,7 +37,7 @@ TABLE: dict[str, Works] = {
     "expert tensor parallel": Works(
         "`--expert-tensor-parallel-size` 1 and 2 on 2 and 4 ranks", ("--expert-tensor-parallel-size",)
     ),
-    "context parallel": Works("2 and 4 ranks", ("--context-parallel-size 2",)),
+    "context parallel": Works("2 and 8 ranks", ("--context-parallel-size 2",)),
     "data parallel, gradient accumulation": Works(
         "2 ranks, 2 or 4 micro-batches a step", ("--micro-batch-size 2", "--global-batch-size 8")
     ),
@@ -85,7 +85,10 @@ TABLE: dict[str, Works] = {
         tests=("transformer/test_latent_attention.py::test_equals_attention_of_transformers",),
     ),
     "grouped-query attention": Works("2 and 4 ranks", ("--group-query-attention",)),
-    "norms of queries and keys over all heads": Works("2 ranks", ("--qk-layernorm-all-heads",)),
+    "norms of queries and keys over all heads": Works(
+        "2 ranks, against transformers' OLMoE",
+        tests=("transformer/test_norms.py::test_divided_heads_have_the_norm_of_olmoe",),
+    ),
     "biases of linear layers and experts": Works(
         "2 ranks, without `--disable-bias-linear`",
         ("--expert-model-parallel-size 2",),
@@ -144,16 +147,16 @@ TABLE: dict[str, Works] = {
         tests=(f"{PACKED}test_equals_documents_one_by_one", f"{PACKED}test_multi_token_prediction_keeps_to_documents"),
     ),
     "packed documents with multi-token prediction": Works(
-        "2 and 4 ranks", ("--dataloader-inter-document-masking", "--mtp-num-layers 2")
+        "2 ranks", ("--dataloader-inter-document-masking", "--mtp-num-layers 2")
     ),
     "packed documents with the load-balancing loss of sequences": Works(
         "4 ranks, one sample in a micro-batch",
         ("--dataloader-inter-document-masking", "--moe-router-load-balancing-type aux_loss seq_aux_loss"),
     ),
     "attention masks and positions reset after a document, documents' ends without a loss": Works(
-        "2 ranks; each document by itself",
+        "2 ranks; as packed documents",
         ("--reset-attention-mask", "--reset-position-ids", "--eod-mask-loss"),
-        tests=(f"{PACKED}test_masks_of_a_dataset_equal_documents_one_by_one",),
+        tests=("training/test_composition.py::test_packed_documents_equal_reset_masks",),
     ),
     "documents rearranged to fill in the middle": Works(
         "2 ranks; samples depend on their index only",

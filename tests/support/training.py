@@ -141,7 +141,7 @@ class Workplace:
     Attributes:
         folder: Holds the datasets `data` and `ended`, whose documents end with the tokenizer's end-of-document id, a
             tokenizer of characters in `tokenizer`, `counts.safetensors`, and the routing masks `mask.safetensors`,
-            `three_layers.safetensors`, `five_layers.safetensors`, `six_layers.safetensors`, `other_seed.safetensors`,
+            `three_layers.safetensors`, `five_layers.safetensors`, `six_layers.safetensors`,
             `starving.safetensors` (all tokens go to the first 4 experts), `rank_local.safetensors` (for two expert-
             parallel ranks), `wider.safetensors` (`mask.safetensors`, widened) and `hash_layers.safetensors` (two hash
             layers with V = 2 below layers with all experts).
@@ -156,14 +156,9 @@ class Workplace:
         write_character_tokenizer(folder / "tokenizer", VOCAB_SIZE)
         frequency = count_ids(folder / "data", VOCAB_SIZE)
         frequency.save(folder / "counts.safetensors")
-        for name, num_layers, seed in (
-            ("mask.safetensors", 4, 1),
-            ("three_layers.safetensors", 3, 1),
-            ("five_layers.safetensors", 5, 1),
-            ("six_layers.safetensors", 6, 1),
-            ("other_seed.safetensors", 4, 2),
-        ):
-            build_mask(frequency, 8, num_layers, "uniform", seed=seed).save(folder / name)
+        layers = {"mask": 4, "three_layers": 3, "five_layers": 5, "six_layers": 6}
+        for name, num_layers in layers.items():
+            build_mask(frequency, 8, num_layers, "uniform", seed=1).save(folder / f"{name}.safetensors")
         mask = RoutingMask.load(folder / "mask.safetensors")
         starving = replace(mask, row_of_id=mask.row_of_id % 4)
         starving.save(folder / "starving.safetensors")

@@ -7,12 +7,16 @@ the session, and run two at a time.
 
 import os
 import re
+import sys
+from argparse import Namespace
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from functools import cache
 from pathlib import Path
+from typing import Any
 
 import pytest
+from support.command_lines import forget_megatrons_globals
 from support.training import Run, TrainingOutcome, Workplace
 from support.training_runs import RUNS
 
@@ -64,6 +68,27 @@ def start_by_name(
                     start_by_name(name)
     yield start_by_name
     pool.shutdown(cancel_futures=True)
+
+
+@pytest.fixture(scope="session")
+def parse(workplace: Workplace, tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Namespace]:
+    """Run the checks of a run's command line in this process, and return its arguments."""
+    from maskmoe.training.settings.checks import parse_and_check_args
+    from maskmoe.training.settings.flags import add_pretraining_arguments
+
+    folder = tmp_path_factory.mktemp("parsed")
+
+    def parse(flags: str, **settings: Any) -> Namespace:
+        words = workplace.flags(Run(flags, logs_scalars=False, **settings), folder)
+        with pytest.MonkeyPatch.context() as patch:
+            patch.chdir(workplace.folder)
+            patch.setattr(sys, "argv", ["pretrain", *words])
+            try:
+                return parse_and_check_args(add_pretraining_arguments).args
+            finally:
+                forget_megatrons_globals()
+
+    return parse
 
 
 @pytest.fixture

@@ -1,7 +1,7 @@
 """Pretraining in which the routing of one layer collapses for some iterations.
 
-COLLAPSE names the fault: `expert` keeps all tokens from expert 5, `rank` from experts 0 to 3, and `entropy` gives all
-other experts than the best one the probability 0. The fault is in the MoE layer COLLAPSE_LAYER, counted from 0, from
+COLLAPSE names the fault: `rank` keeps all tokens from experts 0 to 3, and `entropy` gives all other experts than the
+best one the probability 0. The fault is in the MoE layer COLLAPSE_LAYER, counted from 0, from
 iteration COLLAPSE_FROM until before COLLAPSE_UNTIL.
 """
 
@@ -19,7 +19,6 @@ from maskmoe.transformer.router import MaskMoERouter
 KIND = os.environ["COLLAPSE"]
 LAYER = int(os.environ["COLLAPSE_LAYER"])
 ITERATIONS = range(int(os.environ["COLLAPSE_FROM"]), int(os.environ["COLLAPSE_UNTIL"]))
-HIDDEN = {"expert": slice(5, 6), "rank": slice(0, 4), "entropy": slice(0, 0)}[KIND]
 
 stock_routing = MaskMoERouter.routing
 
@@ -27,8 +26,9 @@ stock_routing = MaskMoERouter.routing
 def route(router, logits, token_ids, attaches_losses=True):
     if router.number_in_model - 1 == LAYER and router.training and get_args().curr_iteration + 1 in ITERATIONS:
         logits = logits.clone()
-        logits[..., HIDDEN] -= 1000
-        if KIND == "entropy":
+        if KIND == "rank":
+            logits[..., :4] -= 1000
+        else:
             logits = logits * 1e6
     return stock_routing(router, logits, token_ids, attaches_losses)
 

@@ -13,7 +13,8 @@ from support.training_runs import COMPARED, RUNS
 from maskmoe.transformer.dispatch.kind import DispatchKind
 
 # fp32 numbers are 1.2e-7 apart, and layouts add them in different orders. The largest difference seen is 4.3e-7, and it
-# does not grow over the steps. A mask that differs in its seed alone makes a difference of 2e-2.
+# does not grow over the steps. Another mask changes the loss by more than 1e-4, see
+# settings/test_inputs.py.
 FP32_ORDER_OF_SUMS = 2e-6
 
 # Compared runs of the default test run; the remaining runs are for `--all`. Each kind of parallelism is in one of them.
@@ -22,18 +23,12 @@ FAST = {
     "pipeline 2",
     "interleaved pipeline",
     "data parallel 2, distributed optimizer",
-    "full recompute",
-    "selective recompute",
     "rich, tensor 2, expert parallel 2",
     "rich, pipeline 2",
-    "rich, prediction before the last rank",
     "rich, context parallel 2, expert parallel 2",
-    "biases, tensor 2, expert parallel 2",
     "groups, tensor 2, expert parallel 2",
-    "latent, recomputed parts, tensor 2, expert parallel 2",
     "experts of one rank, selective recompute",
     "rich hybrid, tensor 2, expert parallel 2",
-    "hybrid, pipeline 2",
 }
 
 
@@ -73,36 +68,6 @@ def test_layout_agrees_with_single_process(runs, name):
     assert run.difference(reference) < FP32_ORDER_OF_SUMS
 
 
-@pytest.mark.parametrize(
-    "pair",
-    [
-        pytest.param(pair, marks=[pytest.mark.runs(*pair), *marks], id=pair[1])
-        for pair, *marks in (
-            (("rich", "rich, resumed"),),
-            (("groups", "groups, resumed"), pytest.mark.slow),
-            (("rich", "rich hybrid"),),
-            (("hybrid", "hybrid, resumed"), pytest.mark.slow),
-            (("muon", "muon, resumed"), pytest.mark.slow),
-            (("latent", "latent, resumed"), pytest.mark.slow),
-            (("gated delta net", "gated delta net, resumed"), pytest.mark.slow),
-            (("filled-in middle", "filled-in middle, resumed"), pytest.mark.slow),
-        )
-    ],
-)
-def test_resume_is_bit_equal(runs, pair):
-    """The model `rich` has all load-balancing losses and a hybrid twin, the model `groups` has an expert bias."""
-    reference, run = runs
-    assert run.iterations == list(range(5, 9))
-    assert run.difference(reference) == 0
-
-
-@pytest.mark.runs("reference", "start, then hybrid")
-def test_hybrid_twin_continues_with_the_optimizer_of_a_gpt_model(runs):
-    reference, run = runs
-    assert run.iterations == list(range(2, 22))
-    assert run.difference(reference) == 0
-
-
 @pytest.mark.slow
 @pytest.mark.runs("reference", "GPT, then with gated delta nets")
 def test_new_layers_of_a_hybrid_model_start_beside_the_layers_of_a_gpt_model(runs):
@@ -112,6 +77,7 @@ def test_new_layers_of_a_hybrid_model_start_beside_the_layers_of_a_gpt_model(run
     assert 1e-4 < run.difference(reference, ["lm loss"]) < 1e-2
 
 
+@pytest.mark.slow
 @pytest.mark.runs("planned dispatch, distributed optimizer", "planned dispatch, gathered parameters")
 def test_every_module_waits_for_its_gathered_parameters(runs):
     reference, run = runs
@@ -119,6 +85,7 @@ def test_every_module_waits_for_its_gathered_parameters(runs):
     assert run.difference(reference) < FP32_ORDER_OF_SUMS
 
 
+@pytest.mark.slow
 @pytest.mark.runs("reference", "tensor 2, larger micro-batches in evaluation")
 def test_validation_has_micro_batches_of_its_own(runs):
     reference, run = runs
@@ -131,20 +98,6 @@ def test_rank_without_tokens_agrees_with_single_process(runs):
     reference, run = runs
     assert run.iterations == list(range(8, 13))
     assert run.difference(reference) < FP32_ORDER_OF_SUMS
-
-
-@pytest.mark.runs("reference", "mask of another seed")
-def test_another_mask_is_noticed(runs):
-    reference, run = runs
-    assert run.difference(reference) > 1e3 * FP32_ORDER_OF_SUMS
-    assert run.difference(reference, ["lm loss"]) > 50 * FP32_ORDER_OF_SUMS
-
-
-@pytest.mark.runs("reference", "context parallel 2, contiguous ids")
-def test_ids_that_do_not_follow_their_tokens_are_noticed(runs):
-    reference, run = runs
-    assert run.difference(reference) > 1e3 * FP32_ORDER_OF_SUMS
-    assert run.difference(reference, ["lm loss"]) > 50 * FP32_ORDER_OF_SUMS
 
 
 @pytest.mark.runs("reference", "bf16, distributed optimizer")
@@ -160,34 +113,6 @@ def test_layout_in_bf16_agrees_roughly(runs, name):
     assert run.iterations == list(range(5, 9))
     assert run.difference(reference, ["lm loss", "lm loss validation"]) < 5e-4  # 8e-6 was seen
     assert run.difference(reference) < 1e-2  # bf16 numbers are 8e-3 apart
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize(
-    (),
-    [
-        pytest.param(marks=pytest.mark.runs("bf16, expert parallel 2", name))
-        for name in (
-            "bf16, expert parallel 2, DeepEP",
-            "bf16, expert parallel 2, HybridEP",
-            "bf16, expert parallel 2, NCCL-EP",
-        )
-    ],
-)
-def test_flex_dispatch_with_a_stand_in_agrees_roughly(runs):
-    reference, run = runs
-    assert run.iterations == reference.iterations
-    assert run.difference(reference, ["lm loss", "lm loss validation"]) < 5e-4
-    assert run.difference(reference) < 1e-2  # bf16 numbers are 8e-3 apart
-
-
-@pytest.mark.slow
-@pytest.mark.runs("reference", "Megatron-FSDP, data parallel 2")
-def test_shards_of_megatron_fsdp_agree(runs):
-    """The program of the run allows Megatron-FSDP, which training refuses. Both runs have equal initial weights."""
-    reference, run = runs
-    assert run.iterations == list(range(1, 9))
-    assert run.difference(reference) < FP32_ORDER_OF_SUMS
 
 
 @pytest.mark.slow

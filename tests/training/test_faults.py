@@ -72,20 +72,6 @@ def damage_of(checkpoint: Path) -> str | None:
     return None
 
 
-@pytest.mark.slow
-@UNDISTURBED
-def test_killed_rank_is_started_again(runs, start_faulty, tmp_path):
-    (undisturbed,) = runs
-    with start_faulty(torchrun=True, restarts=1) as processes:
-        processes.wait_for_iteration(9)
-        os.kill(processes.pid_of_rank(1), signal.SIGKILL)
-        outcome = processes.wait()
-    assert outcome.exit_codes == (0,), outcome.report()
-    assert "at iteration 7" in processes.output
-    assert outcome.iterations == undisturbed.iterations
-    assert outcome.difference(undisturbed) == 0
-
-
 @pytest.mark.parametrize("flags", ["", "--async-save"])
 @pytest.mark.slow
 @UNDISTURBED

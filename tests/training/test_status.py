@@ -32,6 +32,7 @@ def test_status_of_an_ended_run(runs):
     assert status.checkpoints.next_start == run.checkpoints / "iter_0000021"
 
 
+@pytest.mark.slow
 def test_validation_loss_is_not_that_of_the_test_part(workplace, tmp_path):
     """Megatron logs the loss of the test set under the tag and the iteration of the last validation."""
     outcome = workplace.run(Run("--split 80,10,10 --train-iters 4 --eval-interval 10"), tmp_path / "run")

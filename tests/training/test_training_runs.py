@@ -26,6 +26,7 @@ def test_every_run_is_used():
     assert set(RUNS) - literals - compared - continued == set()
 
 
+@pytest.mark.slow
 @pytest.mark.runs("reference", "length in samples")
 def test_length_in_samples_is_the_length_in_iterations(runs):
     """170 samples are 21 iterations of 8 samples; Megatron leaves an incomplete batch out."""

@@ -22,7 +22,11 @@ LAYOUTS = {
     "one rank": ("", 1),
     # Neither 3 samples (a batch) nor 6 samples (the batches of two ranks) divide the number of samples.
     "expert parallel": ("--expert-model-parallel-size 2 --micro-batch-size 3", 2),
+}
+# Under context parallelism, each rank holds two chunks of every sequence, and the last micro-batch is filled up.
+MORE_LAYOUTS = {
     "pipeline": ("--pipeline-model-parallel-size 2", 2),
+    "context parallel": ("--context-parallel-size 2 --micro-batch-size 3", 2),
 }
 
 
@@ -89,16 +93,14 @@ def assert_agree(evaluation: dict, reference: dict) -> None:
     assert evaluation["expert_load"] == reference["expert_load"]
 
 
-@pytest.mark.parametrize("name", [name for name in LAYOUTS if name != "one rank"])
-def test_layouts_agree(results, name):
-    assert_agree(results[name][0], results["one rank"][0])
+def test_expert_parallel_ranks_agree_with_one_rank(results):
+    assert_agree(results["expert parallel"][0], results["one rank"][0])
 
 
 @pytest.mark.slow
-def test_context_parallel_ranks_agree_with_one_rank(evaluate, results):
-    """Each rank holds two chunks of every sequence, and the last micro-batch is filled up."""
-    evaluation, _ = evaluate("context parallel", "--context-parallel-size 2 --micro-batch-size 3", 2)
-    assert_agree(evaluation, results["one rank"][0])
+@pytest.mark.parametrize("name", MORE_LAYOUTS)
+def test_more_layouts_agree_with_one_rank(evaluate, results, name):
+    assert_agree(evaluate(name, *MORE_LAYOUTS[name])[0], results["one rank"][0])
 
 
 def test_bands_make_up_the_whole(results):
@@ -169,6 +171,7 @@ def test_each_rank_counts_its_part_of_the_sequence(evaluate, results):
     assert [sum(load["tokens_per_expert"]) for load in loads] == [sum(load["tokens_per_expert"]) for load in expected]
 
 
+@pytest.mark.slow
 def test_planned_tokens_of_tensor_parallel_ranks_count_once(evaluate):
     """The mask allows plans. Both ranks hold all tokens, and each routes the tokens of its experts."""
     layout = "--tensor-model-parallel-size 2 --expert-tensor-parallel-size 1 --expert-model-parallel-size 2"
@@ -194,15 +197,9 @@ def test_documents_are_kept_apart_if_the_flag_is_given(evaluate):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(
-    ("name", "flags", "ranks"),
-    [
-        ("hybrid", "--hybrid-layer-pattern *E*E*E*E", 1),
-        ("hybrid pipeline", "--hybrid-layer-pattern *E*E|*E*E --pipeline-model-parallel-size 2", 2),
-    ],
-)
-def test_hybrid_twin_has_the_losses_and_loads_of_its_gpt_model(evaluate, results, name, flags, ranks):
-    twin, gpt = evaluate(name, f" {flags}", ranks)[0], results["one rank"][0]
+def test_hybrid_twin_has_the_losses_and_loads_of_its_gpt_model(evaluate, results):
+    flags = "--hybrid-layer-pattern *E*E|*E*E --pipeline-model-parallel-size 2"
+    twin, gpt = evaluate("hybrid pipeline", flags, 2)[0], results["one rank"][0]
     assert math.isclose(twin["loss"], gpt["loss"], rel_tol=1e-6)
     assert twin["expert_load"] == gpt["expert_load"]
 
@@ -252,10 +249,6 @@ def assert_sum(evaluation: dict, parts: list[dict]) -> None:
     ("name", "flags", "ranks"),
     [
         ("weights", "--data-path 0.7 data 0.2 second 0.1 one_document", 1),
-        pytest.param(
-            *("weights on two ranks", "--data-path 9 second 1 data --expert-model-parallel-size 2", 2),
-            marks=pytest.mark.slow,
-        ),
         pytest.param(
             *(
                 "no weights",

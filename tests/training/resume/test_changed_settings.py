@@ -13,7 +13,7 @@ import pytest
 from megatron.core.dist_checkpointing import load_common_state_dict
 from megatron.core.num_microbatches_calculator import unset_num_microbatches_calculator
 from megatron.training.arguments import parse_args, validate_args
-from megatron.training.global_vars import destroy_global_vars
+from support.command_lines import forget_megatrons_globals
 from support.runs import read_scalars
 from support.training import Run, TrainingOutcome
 from support.training_runs import IN_ITERATIONS
@@ -206,6 +206,7 @@ def test_overridden_learning_rate_is_the_one_that_trains(runs):
     assert rates_of(runs[0]) == pytest.approx(expected, rel=1e-5)
 
 
+@pytest.mark.slow
 @pytest.mark.runs("fp32", "schedule of the checkpoint")
 def test_kept_schedule_ignores_the_command_line(runs):
     """The command line has another learning rate and weight decay; the losses are equal to the last bit."""
@@ -214,6 +215,7 @@ def test_kept_schedule_ignores_the_command_line(runs):
     assert kept.difference(unchanged) == 0
 
 
+@pytest.mark.slow
 @pytest.mark.runs("fp32", "shortened")
 def test_shortened_run_has_the_same_data_and_an_earlier_end(runs):
     """The first loss does not depend on the new learning rate. The number of epochs stays the same."""
@@ -223,14 +225,6 @@ def test_shortened_run_has_the_same_data_and_an_earlier_end(runs):
     assert shortened.curves["lm loss"][10] != unchanged.curves["lm loss"][10]
     expected = {iteration: cosine(iteration, 2e-3, 2e-4, 18) for iteration in range(8, 13)}
     assert rates_of(shortened) == pytest.approx(expected, rel=1e-5)
-
-
-@pytest.mark.runs("evaluated often", "smaller batch")
-def test_run_with_a_smaller_batch_has_samples_left(runs):
-    """The checkpoint has consumed 56 samples, and 12 iterations of the new batch are 48 samples."""
-    before, smaller = runs
-    assert smaller.iterations == list(range(8, 13))
-    assert smaller.curves["lm loss"][8] != before.curves["lm loss"][8]  # the mean over half as many samples
 
 
 # Megatron alone fails with a blend of datasets, whose samples are used up.
@@ -252,8 +246,7 @@ def pretrain(runs, workplace, tmp_path, monkeypatch):
         try:
             trainer.main()
         finally:
-            destroy_global_vars()
-            unset_num_microbatches_calculator()
+            forget_megatrons_globals()
 
     return pretrain
 

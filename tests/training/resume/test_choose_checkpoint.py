@@ -123,23 +123,6 @@ def test_no_sound_checkpoint(copy):
 
 
 @pytest.mark.runs(SAVED)
-def test_checkpoint_that_the_user_names_is_taken_or_refused(copy):
-    assert choose_checkpoint(copy, 7).iteration == 7
-    flip(checkpoint_path(copy, 14) / "__0_0.distcp")
-    with pytest.raises(UserError, match=r"iter_0000014 __0_0\.distcp does not have the content that was saved"):
-        choose_checkpoint(copy, 14, check=check_all)
-    with pytest.raises(UserError, match=r"iter_0000015 does not exist"):
-        choose_checkpoint(copy, 15)
-
-
-@pytest.mark.runs(SAVED)
-def test_tracker_of_an_earlier_one_is_followed(copy):
-    """A user edits the tracker to resume from an earlier checkpoint."""
-    (copy / TRACKER).write_text("14\n")
-    assert choose_checkpoint(copy).iteration == 14
-
-
-@pytest.mark.runs(SAVED)
 @pytest.mark.parametrize("content", ["", "twenty", None])
 def test_unusable_tracker(copy, content, files_and_times, capsys):
     if content is None:
@@ -179,6 +162,7 @@ def test_iteration_beside_an_imported_model_is_loaded(copy, capsys):
     assert read_tracker(copy) == RELEASE
 
 
+@pytest.mark.slow
 @pytest.mark.runs(SAVED)
 def test_imported_model_is_trained_with_a_retain_interval(copy, workplace, tmp_path):
     checkpoint_path(copy, 21).rename(copy / RELEASE)
@@ -191,21 +175,6 @@ def test_imported_model_is_trained_with_a_retain_interval(copy, workplace, tmp_p
     assert outcome.iterations == [1, 2, 3, 4, 5, 6]
     assert saved_iterations(copy) == [6, 4]
     assert read_tracker(copy) == 6
-
-
-@pytest.mark.runs(SAVED)
-def test_unfinished_first_save_is_not_a_checkpoint(copy, tmp_path):
-    first = tmp_path / "first"
-    shutil.copytree(checkpoint_path(copy, 7), checkpoint_path(first, 7))
-    (checkpoint_path(first, 7) / "metadata.json").unlink()
-    choice = choose_checkpoint(first)
-    assert choice.checkpoint is None
-    assert len(choice.rejected) == 1
-    assert choose_checkpoint(tmp_path / "nowhere").checkpoint is None
-    # A damaged checkpoint is an error, although the run could start from the beginning.
-    (checkpoint_path(first, 7) / "metadata.json").write_text("{}")
-    with pytest.raises(UserError, match="no sound checkpoint"):
-        choose_checkpoint(first)
 
 
 @pytest.mark.runs(SAVED)
@@ -238,10 +207,9 @@ def test_run_resumes_from_the_newest_sound_checkpoint(runs, copy, workplace, tmp
         check_all(checkpoint_path(copy, iteration))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
-    ("passed", "saved"),
-    [("3 7 8", [4, 8]), pytest.param("4", [8], marks=pytest.mark.slow)],
-    ids=["the last iterations", "an iteration between"],
+    ("passed", "saved"), [("3 7 8", [4, 8]), ("4", [8])], ids=["the last iterations", "an iteration between"]
 )
 def test_the_last_iteration_is_saved_once(workplace, tmp_path, passed, saved):
     """Megatron saves no iteration that it passes over."""
@@ -308,8 +276,9 @@ def test_checkpoint_stays_until_it_is_saved_again(tmp_path, monkeypatch):
     assert list(tmp_path.iterdir()) == [saved.parent]
 
 
+@pytest.mark.slow
 @pytest.mark.runs(SAVED)
-@pytest.mark.parametrize("algorithm", ["broadcast", pytest.param("gather_rounds", marks=pytest.mark.slow)])
+@pytest.mark.parametrize("algorithm", ["broadcast", "gather_rounds"])
 def test_ranks_share_the_work_of_loading(runs, copy, workplace, tmp_path, algorithm):
     """The ranks send each other also the routing mask, whose integers of 16 bits no collective can send."""
     shutil.rmtree(checkpoint_path(copy, 21))
@@ -329,12 +298,13 @@ def test_old_checkpoints_are_removed_but_those_to_retain(workplace, tmp_path, fl
     assert saved_iterations(outcome.checkpoints) == [11, 10, 8, 4]
 
 
+@pytest.mark.slow
 @pytest.mark.runs(SAVED)
 @pytest.mark.parametrize(
     ("damages", "flags", "resumed", "saved"),
     [
         (True, "--keep-last-checkpoints 1", 15, [21, 16]),
-        pytest.param(False, "--ckpt-step 7 --keep-last-checkpoints 2", 8, [21, 14, 9, 8], marks=pytest.mark.slow),
+        (False, "--ckpt-step 7 --keep-last-checkpoints 2", 8, [21, 14, 9, 8]),
     ],
     ids=["damaged", "gone back"],
 )
@@ -385,6 +355,7 @@ def test_damaged_pretrained_checkpoint_is_refused(copy, parse):
         parse(flags)
 
 
+@pytest.mark.slow
 @pytest.mark.runs(SAVED)
 def test_pretrained_checkpoint_is_named(copy, workplace, tmp_path):
     run = Run(f"{EXPERT_2} --pretrained-checkpoint {copy} --exit-interval 1 --eval-iters 0", ranks=2, saves=True)

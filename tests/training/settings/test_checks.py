@@ -1,7 +1,6 @@
 """The checks of a run find bad input, and end a process with exit code 2 and one line that names the input."""
 
 import io
-import sys
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -9,17 +8,12 @@ from pathlib import Path
 import numpy as np
 import pytest
 import sentencepiece
-from megatron.core.num_microbatches_calculator import unset_num_microbatches_calculator
-from megatron.training.global_vars import destroy_global_vars
 from support.datasets import write_documents
 from support.masks import build_mask, count_ids
-from support.training import Run
 
 from maskmoe.data.tokenizer import SentencePieceTokenizer
 from maskmoe.errors import UserError
 from maskmoe.routing_mask.assignment import MaskRecipe, build_routing_mask
-from maskmoe.training.settings.checks import parse_and_check_args
-from maskmoe.training.settings.flags import add_pretraining_arguments
 
 SENTENCE_PIECE = "--tokenizer-type SentencePieceTokenizer --tokenizer-model"
 
@@ -114,18 +108,12 @@ def test_bad_input_ends_the_process(bad_files, workplace, tmp_path, refusal):
 
 
 @pytest.fixture
-def error_of(workplace, tmp_path, monkeypatch) -> Callable[[Run], str]:
+def error_of(parse) -> Callable[..., str]:
     """Check a run in this process, and return its error."""
 
-    def error_of(run: Run) -> str:
-        monkeypatch.chdir(workplace.folder)
-        monkeypatch.setattr(sys, "argv", ["pretrain", *workplace.flags(run, tmp_path)])
-        try:
-            with pytest.raises(UserError) as error:
-                parse_and_check_args(add_pretraining_arguments)
-        finally:
-            destroy_global_vars()
-            unset_num_microbatches_calculator()
+    def error_of(flags: str, **settings: object) -> str:
+        with pytest.raises(UserError) as error:
+            parse(flags, **settings)
         assert "\n" not in str(error.value)
         return str(error.value)
 
@@ -133,9 +121,9 @@ def error_of(workplace, tmp_path, monkeypatch) -> Callable[[Run], str]:
 
 
 @pytest.mark.parametrize("case", CASES)
-def test_bad_input_is_found_by_the_checks(case, bad_files, refusal, error_of):
+def test_bad_input_is_found_by_the_checks(case, bad_files, error_of):
     flags, mask, parts = CASES[case]
-    message = error_of(replace(refusal.run, flags=flags, mask=mask, saves="--save" not in flags))
+    message = error_of(flags, mask=mask, saves="--save" not in flags)
     for part in parts:
         assert part in message
 
@@ -154,21 +142,15 @@ def test_bad_input_is_found_by_the_checks(case, bad_files, refusal, error_of):
         ),
     ],
 )
-def test_bad_file_of_data_paths(flag, content, message, refusal, error_of, tmp_path):
+def test_bad_file_of_data_paths(flag, content, message, error_of, tmp_path):
     path = tmp_path / "paths"
     if content is not None:
         path.write_text(content)
-    assert message in error_of(replace(refusal.run, omits="--data-path", flags=f"{flag} {path}"))
+    assert message in error_of(f"{flag} {path}", omits="--data-path", saves=True)
 
 
-@pytest.mark.parametrize(
-    ("flags", "culprit"),
-    [
-        ("--data-path nowhere", "nowhere"),  # every rank finds the error
-        # Only the first rank reads the ids. The other rank waits for it until torchrun kills the rank.
-        pytest.param("--data-path bad/large_ids", "large_ids", marks=pytest.mark.slow),
-    ],
-)
-def test_one_line_from_many_ranks(flags, culprit, workplace, tmp_path, refusal, bad_files):
-    run = replace(refusal.run, flags=flags, ranks=2, torchrun=True)
-    assert culprit in refusal(workplace.run(run, tmp_path / "run"), exit_code=1)
+@pytest.mark.slow
+def test_one_line_from_many_ranks(workplace, tmp_path, refusal):
+    """Every rank finds the error."""
+    run = replace(refusal.run, flags="--data-path nowhere", ranks=2, torchrun=True)
+    assert "nowhere" in refusal(workplace.run(run, tmp_path / "run"), exit_code=1)

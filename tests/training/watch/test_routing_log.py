@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 import torch
 from support.runs import read_scalars
+from support.training_runs import run_pairs
 
 from maskmoe.routing_mask.mask import RoutingMask
 from maskmoe.training.watch import routing_log, writers
@@ -86,29 +87,15 @@ def test_losses_of_layers_are_megatrons(runs):
 
 @pytest.mark.parametrize(
     "layouts",
-    [
-        *(
-            pytest.param(pair, marks=pytest.mark.runs(*pair))
-            for pair in [
-                ("reference", "expert parallel 2"),
-                ("reference", "pipeline 2"),
-                ("reference", "interleaved pipeline"),
-                ("reference", "data parallel 2, distributed optimizer"),
-                ("rich", "rich, tensor 2, expert parallel 2"),
-                ("rich", "rich, pipeline 2"),
-                ("rich", "rich, context parallel 2, expert parallel 2"),
-                ("experts of one rank", "experts of one rank, selective recompute"),
-            ]
-        ),
-        *(
-            pytest.param(pair, marks=[pytest.mark.runs(*pair), pytest.mark.slow])
-            for pair in [
-                ("reference", "tensor 2 with sequence parallel"),
-                ("reference", "Megatron-FSDP, data parallel 2"),
-                ("experts of one rank", "experts of one rank, full recompute, expert parallel 2, pipeline 2"),
-            ]
-        ),
-    ],
+    run_pairs(
+        ("reference", "expert parallel 2"),
+        ("reference", "interleaved pipeline"),
+        ("reference", "data parallel 2, distributed optimizer"),
+        ("rich", "rich, tensor 2, expert parallel 2"),
+        ("rich", "rich, pipeline 2"),
+        ("rich", "rich, context parallel 2, expert parallel 2"),
+        ("experts of one rank", "experts of one rank, selective recompute"),
+    ),
 )
 def test_layout_agrees_with_single_process(runs, layouts):
     reference, run = (read_routing(outcome.folder) for outcome in runs)
@@ -121,10 +108,7 @@ def test_layout_agrees_with_single_process(runs, layouts):
 
 @pytest.mark.parametrize(
     "pair",
-    [
-        pytest.param(pair, marks=pytest.mark.runs(*pair))
-        for pair in [("reference", "full recompute"), ("reference", "selective recompute"), ("rich", "rich, resumed")]
-    ],
+    run_pairs(("rich", "rich, resumed"), slow=(("reference", "full recompute"), ("reference", "selective recompute"))),
 )
 def test_recomputation_and_resume_are_bit_equal(runs, pair):
     reference, run = (read_routing(outcome.folder) for outcome in runs)

@@ -67,28 +67,6 @@ def test_normal_noise_on_a_falling_curve_is_not_off():
         assert not detector.judge(loss, 0.3 * math.exp(0.2 * generator.standard_normal()))
 
 
-@pytest.mark.parametrize(
-    ("loss", "grad_norm", "names"), [(4, 0.3, {"loss"}), (2, 9, {"gradient norm"}), (1, 0.3, {"loss"})]
-)
-def test_spike_is_off(loss, grad_norm, names):
-    generator = np.random.default_rng(0)
-    detector = SpikeDetector(128, 15)
-    for _ in range(64):
-        assert not detector.judge(2 + 0.02 * generator.standard_normal(), 0.3 + 0.03 * generator.standard_normal())
-    found = detector.judge(loss, grad_norm)
-    assert {deviation.name for deviation in found} == names
-    assert (found[0].deviations > 0) == (loss != 1)
-    assert not detector.judge(2, 0.3)
-
-
-def test_first_half_of_the_window_is_not_judged():
-    detector = SpikeDetector(10, 15)
-    for _ in range(4):
-        assert not detector.judge(1, 1)
-    assert not detector.judge(100, 1)
-    assert detector.judge(100, 1)
-
-
 @pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])
 def test_value_that_is_not_finite_is_off_and_not_kept(value):
     detector = SpikeDetector(4, 15)
@@ -97,13 +75,6 @@ def test_value_that_is_not_finite_is_off_and_not_kept(value):
     assert found.deviations == math.inf
     assert str(found) == f"loss {value}"
     assert detector.history == {"loss": [], "gradient norm": [1.0]}
-
-
-def test_lasting_change_is_normal_after_half_a_window():
-    detector = SpikeDetector(20, 15)
-    for _ in range(20):
-        detector.judge(2, 1)
-    assert [bool(detector.judge(8, 1)) for _ in range(20)] == [True] * 10 + [False] * 10
 
 
 @given(st.lists(st.tuples(POSITIVE, POSITIVE), max_size=40), st.integers(0, 40))
@@ -138,7 +109,6 @@ def test_texts():
 # In training
 
 SPIKE = (str(TESTS / "training" / "pretrain_with_spike.py"),)
-IDLE_OPTIMIZER = (str(TESTS / "training" / "pretrain_with_idle_optimizer.py"),)
 WINDOW = "--spike-window 8"
 TAGS = ("spike/loss", "spike/grad-norm")
 
@@ -150,15 +120,17 @@ def run_spiky(workplace, tmp_path) -> StartSpiky:
     """Run with spikes to the end. All starts of one test that save use one folder, from which they also load."""
 
     def run_spiky(
-        flags: str = "", spikes: str = "", factor: float = 50, name: str = "run", saves: bool = False, **settings
+        flags: str = "",
+        spikes: str = "",
+        factor: float = 50,
+        name: str = "run",
+        saves: bool = False,
+        ranks: int = 1,
+        without_update: int = 0,
     ) -> TrainingOutcome:
         folders = f"--save {tmp_path}/save --load {tmp_path}/save" if saves else ""
-        run = Run(f"{WINDOW} {flags} {folders}", program=settings.pop("program", SPIKE), **settings)
-        environment = {
-            "SPIKES": spikes,
-            "SPIKE_FACTOR": str(factor),
-            "WITHOUT_UPDATE": spikes or "0",
-        }
+        run = Run(f"{WINDOW} {flags} {folders}", program=SPIKE, ranks=ranks)
+        environment = {"SPIKES": spikes, "SPIKE_FACTOR": str(factor), "WITHOUT_UPDATE": str(without_update)}
         with workplace.start(run, tmp_path / name, environment=environment) as processes:
             return processes.wait(all_end=True)
 
@@ -180,19 +152,10 @@ def differences(outcome: TrainingOutcome, reference: TrainingOutcome) -> set[int
     return found
 
 
-@pytest.mark.parametrize(
-    ("flags", "ranks"),
-    [
-        (f"{EXPERT_2} {DISTRIBUTED}", 2),
-        pytest.param("", 1, marks=pytest.mark.slow),
-        pytest.param(PIPELINE_2, 2, marks=pytest.mark.slow),
-        pytest.param(TENSOR_2, 2, marks=pytest.mark.slow),
-    ],
-)
-def test_report(run_spiky, tmp_path, flags, ranks):
+def test_report(run_spiky, tmp_path):
     """One step is off. The last rank reports the step, once."""
-    outcome = run_spiky(f"{flags} --save {tmp_path}/save --exit-interval 14", "12", ranks=ranks)
-    assert outcome.exit_codes == (0,) * ranks, outcome.report()
+    outcome = run_spiky(f"{EXPERT_2} {DISTRIBUTED} --save {tmp_path}/save --exit-interval 14", "12", ranks=2)
+    assert outcome.exit_codes == (0, 0), outcome.report()
     (line,) = warnings_of(outcome)
     assert re.fullmatch(
         r"iteration 12 is off: loss [\d.]+, [\d.]+ robust deviations above the median [\d.]+; "
@@ -231,8 +194,6 @@ def test_fall_is_reported_only(run_spiky, action):
     ("flags", "ranks"),
     [
         (f"{EXPERT_2} {DISTRIBUTED} --overlap-grad-reduce --overlap-param-gather", 2),
-        ("", 1),
-        ("--bf16", 1),
         (f"--bf16 {EXPERT_2} {DISTRIBUTED}", 2),
         ("--fp16 --initial-loss-scale 1024", 1),
         (PIPELINE_2, 2),
@@ -251,7 +212,7 @@ def test_skip(run_spiky, flags, ranks):
     (line,) = warnings_of(outcome)
     assert line.startswith("iteration 12 is off: loss ")
     assert line.endswith("; the update is skipped")
-    reference = run_spiky(flags, "12", ranks=ranks, name="reference", program=IDLE_OPTIMIZER)
+    reference = run_spiky(flags, ranks=ranks, name="reference", without_update=12)
     assert differences(outcome, reference) == {12}  # the reference has no spike
 
 
@@ -259,7 +220,7 @@ def test_skip(run_spiky, flags, ranks):
 def test_applied_update_changes_the_next_steps(run_spiky):
     """The comparison of the test above finds an update that was applied."""
     flags = f"{EXPERT_2} {DISTRIBUTED} --overlap-grad-reduce --overlap-param-gather --exit-interval 14"
-    reference = run_spiky(flags, "12", ranks=2, name="reference", program=IDLE_OPTIMIZER)
+    reference = run_spiky(flags, ranks=2, name="reference", without_update=12)
     assert differences(run_spiky(flags, "12", ranks=2), reference) == {12, 13, 14}
 
 
