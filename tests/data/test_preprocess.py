@@ -92,6 +92,7 @@ def test_several_keys_and_no_eod(sentencepiece_model: Path, tmp_path: Path) -> N
         assert summary.prefix == f"{tmp_path}/out_{word[0]}_document"
         expected = [token for i in range(10) for token in processor.encode(f"{word} {i}")]
         assert open_tokens(summary.prefix).tolist() == expected
+        assert (summary.num_documents, summary.num_tokens) == (10, len(expected))
 
 
 def test_bad_input_keeps_the_earlier_dataset(
