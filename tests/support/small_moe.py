@@ -5,7 +5,9 @@ from typing import Any
 
 import numpy as np
 import torch
+from megatron.core import parallel_state
 from megatron.core.process_groups_config import ProcessGroupCollection
+from megatron.core.tensor_parallel import model_parallel_cuda_manual_seed
 from megatron.core.transformer.moe.moe_logging import get_moe_metrics_tracker
 from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor
@@ -96,6 +98,13 @@ def make_config(
 def process_groups() -> ProcessGroupCollection:
     """Return the process groups that `parallel_state` holds."""
     return ProcessGroupCollection.use_mpu_process_groups()
+
+
+def initialize_parallelism(**sizes: int) -> ProcessGroupCollection:
+    """Initialise Megatron's process groups of the given sizes, and its random numbers; return the groups."""
+    parallel_state.initialize_model_parallel(**sizes)
+    model_parallel_cuda_manual_seed(1)
+    return process_groups()
 
 
 def make_visible_experts(config: TransformerConfig, mask: RoutingMask) -> VisibleExperts:

@@ -15,15 +15,13 @@ from typing import Any
 import numpy as np
 import pytest
 from megatron.core.transformer.moe.moe_layer import HAVE_TE
-from support.launchers import RANK_SCRIPTS, run_script_as_ranks
-from support.runs import free_port
+from support.launchers import run_as_ranks
+from support.ranks.run_check_ranks import answer_cases
 
 from maskmoe.data.dataset_writing import IndexedDatasetWriter
 from maskmoe.data.indexed_dataset import optimal_dtype
 from maskmoe.routing_mask.assignment import MaskRecipe, build_routing_mask
 from maskmoe.routing_mask.frequency import count_token_frequency
-
-SCRIPT = RANK_SCRIPTS / "run_check_ranks.py"
 
 # Megatron pads this vocabulary to 512 ids.
 VOCAB_SIZE = 510
@@ -155,7 +153,7 @@ MANY_RANKS = "more ranks than there are GPUs"
 
 @dataclass(frozen=True)
 class Bench:
-    """Runs `run_check_ranks.py` in a folder that has a dataset and masks.
+    """Runs `answer_cases` in a folder that has a dataset and masks.
 
     Attributes:
         working_folder: the folder with the files that flags name.
@@ -173,13 +171,13 @@ class Bench:
         ranks: dict[str, int] | None = None,
         processes: int = 1,
     ) -> list[dict[str, Any]]:
-        """Run a command of the script on cases.
+        """Run a command on cases.
 
         Args:
-            command: the command of the script.
+            command: The command.
             cases: By name, the flags of each case besides `BASE`.
             ranks: the number of ranks that a case is checked for; 1 by default.
-            processes: the number of ranks of the script.
+            processes: The number of ranks that run the command.
 
         Returns:
             For each process, the answers by the names of the cases.
@@ -191,12 +189,8 @@ class Bench:
             base = BASE.replace("--global-batch-size 8", "") if name == MANY_RANKS else BASE
             words = [*shlex.split(base), "--routing-mask", "shared.safetensors", *shlex.split(flags)]
             described[name] = {"ranks": (ranks or {}).get(name, 1), "flags": words}
-        (folder / "cases.json").write_text(json.dumps(described))
-        with pytest.MonkeyPatch.context() as patch:
-            patch.setenv("MASTER_ADDR", "localhost")
-            patch.setenv("MASTER_PORT", str(free_port()))
-            run_script_as_ranks(SCRIPT, folder, command, self.working_folder, world_size=processes, timeout=500)
-        return [json.loads((folder / f"answers{rank}.json").read_text()) for rank in range(processes)]
+        arguments = (command, described, self.working_folder)
+        return run_as_ranks(answer_cases, folder, *arguments, world_size=processes, timeout=500, joins=False)
 
 
 @pytest.fixture(scope="module")
