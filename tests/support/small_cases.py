@@ -3,8 +3,7 @@
 from pathlib import Path
 
 import numpy as np
-from support.datasets import write_documents
-from support.masks import build_mask, count_ids
+from support.datasets import build_mask, count_ids, write_documents
 
 from maskmoe.analysis.dispatch_traffic import Cluster, Link
 from maskmoe.routing_mask.assignment import stack_tables, table_of_sets

@@ -11,8 +11,7 @@ import pytest
 import sentencepiece
 from megatron.core.num_microbatches_calculator import unset_num_microbatches_calculator
 from megatron.training.global_vars import destroy_global_vars
-from support.datasets import write_documents
-from support.masks import build_mask, count_ids
+from support.datasets import build_mask, count_ids, write_documents
 from support.training import Run
 
 from maskmoe.data.tokenizer import SentencePieceTokenizer
