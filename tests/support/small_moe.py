@@ -12,6 +12,7 @@ from megatron.core.transformer.moe.moe_logging import get_moe_metrics_tracker
 from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor
 
+from maskmoe.routing_mask.assignment import stack_tables, table_of_sets
 from maskmoe.routing_mask.mask import MaskProvenance, RoutingMask
 from maskmoe.transformer.layer_specs import get_maskmoe_decoder_block_spec
 from maskmoe.transformer.models import MaskMoEGPTModel
@@ -26,28 +27,11 @@ DEVICE = torch.device(torch.cuda.current_device())
 
 def make_mask(visible: np.ndarray, num_layers: int | None = None) -> RoutingMask:
     """Build a mask of visible sets, bool [tables, vocab, N]; `num_layers` layers can share one table."""
-    tables, vocab_size, num_experts = visible.shape
-    row_of_id, rows_of_table = [], []
-    for table in visible:
-        is_single = table.sum(axis=1) == 1
-        sets, index = np.unique(table[~is_single], axis=0, return_inverse=True)
-        rows = np.empty(vocab_size, np.int16)
-        rows[is_single] = table[is_single].argmax(axis=1)
-        rows[~is_single] = num_experts + index.ravel()
-        row_of_id.append(rows)
-        rows_of_table.append(np.concatenate([np.eye(num_experts, dtype=bool), sets]))
-    num_rows = max(map(len, rows_of_table))
-    bits = np.ones((tables, num_rows, num_experts), bool)
-    for table, rows in enumerate(rows_of_table):
-        bits[table, : len(rows)] = rows
-    return RoutingMask(
-        row_of_id=np.stack(row_of_id),
-        visible_bits=np.packbits(bits, axis=-1, bitorder="little"),
-        vocab_size=vocab_size,
-        num_experts=num_experts,
-        num_layers=num_layers or tables,
-        provenance=MaskProvenance("uniform", 0.5, 2, seed=0, shared_table=tables == 1 and (num_layers or 1) > 1),
-    )
+    num_tables, vocab_size, num_experts = visible.shape
+    num_layers = num_layers or num_tables
+    tables = stack_tables([table_of_sets(table) for table in visible], num_experts)
+    provenance = MaskProvenance("uniform", 0.5, 2, seed=0, shared_table=num_tables == 1 and num_layers > 1)
+    return RoutingMask(*tables, vocab_size, num_experts, num_layers, provenance)
 
 
 def random_visible_sets(

@@ -188,7 +188,7 @@ def test_checkpoints_are_exchanged_with_transformer_engine(provider: str, run_ra
     layer = make_gated_delta_net()
     save(layer, tmp_path / "local")
     is_stub = provider == "stub"
-    (found,) = run_ranks(
+    (results,) = run_ranks(
         exchange_with_transformer_engine, tmp_path, tmp_path, is_stub, world_size=1, transformer_engine=provider
     )
     again = load(tmp_path / "transformer_engine")
@@ -197,7 +197,7 @@ def test_checkpoints_are_exchanged_with_transformer_engine(provider: str, run_ra
     if is_stub:
         expected = run_layer(layer, *whole_batch())
         expected["self_attention.in_proj.layer_norm_weight"] = expected.pop("input_layernorm.weight")
-        assert_equal_up_to_rounding(found, expected, ROUNDING)
+        assert_equal_up_to_rounding(results, expected, ROUNDING)
 
 
 def test_transformer_engine_with_fla_has_the_stock_spec(monkeypatch: pytest.MonkeyPatch) -> None:
