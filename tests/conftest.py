@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 import torch
 from hypothesis import settings
-from support.launchers import RunRanks, run_script_as_ranks
+from support.launchers import RunRanks, run_as_ranks
 from support.places import num_gpus
 
 from maskmoe.megatron_compat import prepare_process
@@ -56,11 +56,10 @@ def signal_handlers() -> Iterator[None]:
 def one_rank() -> Iterator[None]:
     """Initialise Megatron's process groups, each with this process as the only rank."""
     from megatron.core import parallel_state
-    from megatron.core.tensor_parallel import model_parallel_cuda_manual_seed
+    from support.small_moe import initialize_parallelism
 
     torch.distributed.init_process_group(store=torch.distributed.HashStore(), rank=0, world_size=1)
-    parallel_state.initialize_model_parallel()
-    model_parallel_cuda_manual_seed(1)
+    initialize_parallelism()
     yield
     parallel_state.destroy_model_parallel()
     torch.distributed.destroy_process_group()
@@ -68,5 +67,5 @@ def one_rank() -> Iterator[None]:
 
 @pytest.fixture(scope="session")
 def run_ranks() -> RunRanks:
-    """Return `run_script_as_ranks`, which runs a script as the ranks of one group."""
-    return run_script_as_ranks
+    """Return `run_as_ranks`, which runs a function as the ranks of one group."""
+    return run_as_ranks

@@ -5,15 +5,13 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from support.datasets import write_documents
+from support.datasets import build_mask, count_ids, write_documents
 from support.paths import ROOT
 from support.small_series import NUM_EXPERTS, TRAINING, VOCAB_SIZE, Workplace
 
 from maskmoe.data.indexed_dataset import optimal_dtype
 from maskmoe.data.tokenizer import SentencePieceTokenizer
 from maskmoe.data.tokenizer_training import train_tokenizer
-from maskmoe.routing_mask.assignment import MaskRecipe, build_routing_mask
-from maskmoe.routing_mask.frequency import count_token_frequency
 
 
 @pytest.fixture(scope="session")
@@ -26,10 +24,10 @@ def workplace(tmp_path_factory: pytest.TempPathFactory) -> Workplace:
     tokenizer = SentencePieceTokenizer(folder / "tokenizer.model")
     documents = [np.append(ids, tokenizer.eod_id) for ids in tokenizer.encode_batch(text.split("\n\n"))]
     write_documents(folder / "data", documents, optimal_dtype(VOCAB_SIZE), tokenizer.record())
-    frequency = count_token_frequency([str(folder / "data")], VOCAB_SIZE, workers=1)
+    frequency = count_ids(folder / "data", VOCAB_SIZE)
     frequency.save(folder / "counts.safetensors")
-    recipe = MaskRecipe(NUM_EXPERTS, 3, "uniform", frequent_mass=0.6, frequent_visible_experts=3, seed=1)
-    build_routing_mask(recipe, frequency=frequency).save(folder / "mask.safetensors")
+    mask = build_mask(frequency, NUM_EXPERTS, 3, "uniform", frequent_mass=0.6, frequent_visible_experts=3)
+    mask.save(folder / "mask.safetensors")
     return Workplace(folder)
 
 

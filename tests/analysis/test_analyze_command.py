@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from safetensors.numpy import load_file
 from support.command_lines import Outcome, run_command, writing_nothing
-from support.masks import frequency_of
+from support.datasets import frequency_of
 from support.small_series import ITERATIONS, NUM_EXPERTS, SPLIT
 from support.tiny_maskmoe import make_model, random_mask
 

@@ -9,7 +9,8 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from support.small_cases import make_cluster, mask_of
+from support.small_cases import make_cluster
+from support.small_moe import make_mask
 
 from maskmoe.analysis.dispatch_traffic import NO_EXPERT, Reach, VisibleLists, rows_to_ranks
 from maskmoe.errors import UserError
@@ -25,7 +26,7 @@ def draws(draw):
     visible = rng.random((vocab_size, num_experts)) < rng.random((vocab_size, 1))
     visible[np.arange(vocab_size), rng.integers(num_experts, size=vocab_size)] = True
     token_ids = rng.integers(vocab_size, size=draw(st.integers(1, 12)))
-    return visible[token_ids], VisibleLists(mask_of(visible)).draw(token_ids, topk, rng)
+    return visible[token_ids], VisibleLists(make_mask(visible[None])).draw(token_ids, topk, rng)
 
 
 @given(draws(), st.integers(0, 2**32))
@@ -45,7 +46,7 @@ def test_all_subsets_are_equally_likely():
     visible = np.array([[1, 0, 1, 1, 1, 0, 1, 1]], bool)
     for topk in (1, 2, 5):
         num_draws = 30_000
-        experts = VisibleLists(mask_of(visible)).draw(np.zeros(num_draws, int), topk, np.random.default_rng(0))
+        experts = VisibleLists(make_mask(visible[None])).draw(np.zeros(num_draws, int), topk, np.random.default_rng(0))
         drawn = Counter(map(frozenset, experts.T.tolist()))
         expected = list(map(frozenset, combinations(np.flatnonzero(visible[0]).tolist(), topk)))
         assert drawn.keys() == set(expected)

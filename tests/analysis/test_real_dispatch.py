@@ -1,18 +1,30 @@
 """Compares simulated bytes with the bytes that real ranks put into their collectives, for each pair of ranks."""
 
-import json
+from collections.abc import Callable
+from pathlib import Path
 
 import numpy as np
 import pytest
-from support.launchers import RANK_SCRIPTS
+import torch
+from fixed_router import FixedRouter
+from megatron.core.process_groups_config import ProcessGroupCollection
+from megatron.core.tensor_parallel import mappings
+from megatron.core.transformer.moe.token_dispatcher import MoEAlltoAllTokenDispatcher
 from support.small_cases import count, make_cluster, make_mask, write_data
+from support.small_moe import initialize_parallelism, make_config
+from torch import Tensor
 
 from maskmoe.analysis.dispatch_simulation import Routing, Simulation, mask_of_layer
 from maskmoe.analysis.dispatch_traffic import NO_EXPERT, VisibleLists, Workload, exchanges, rows_to_ranks
 from maskmoe.data.indexed_dataset import open_tokens
+from maskmoe.routing_mask.mask import RoutingMask
 from maskmoe.transformer.dispatch.kind import DispatchKind
+from maskmoe.transformer.dispatch.one_copy import OneCopyDispatcher
+from maskmoe.transformer.dispatch.planned import DispatchPlanner, PlannedDispatcher
+from maskmoe.transformer.dispatch.stock import MaskMoEAlltoAllTokenDispatcher
+from maskmoe.transformer.token_ids import TokenIds
+from maskmoe.transformer.visible_experts import VisibleExperts
 
-PROGRAM = RANK_SCRIPTS / "dispatch_ranks.py"
 TOPK, HIDDEN, TOKENS = 3, 24, 200
 DISPATCH = {
     "top-k, row per expert": DispatchKind.STOCK,
@@ -21,6 +33,115 @@ DISPATCH = {
     "mask, one copy": DispatchKind.ONE_COPY,
     "rank-local mask, planned": DispatchKind.PLANNED,
 }
+
+NO_IDS = TokenIds(torch.empty(0, dtype=torch.int64))  # A fixed router reads no ids.
+
+
+class Record:
+    """Replaces torch's collectives by functions that also record the bytes sent to each rank."""
+
+    def __init__(self, num_ranks: int):
+        self._num_ranks = num_ranks
+        self._all_to_all = torch.distributed.all_to_all_single
+        self._all_gather = torch.distributed.all_gather_into_tensor
+        torch.distributed.all_to_all_single = self.all_to_all
+        torch.distributed.all_gather_into_tensor = mappings.dist_all_gather_func = self.all_gather
+        self.calls: list[tuple[str, list[int]]] = []
+
+    def all_to_all(
+        self,
+        output: Tensor,
+        input: Tensor,
+        output_split_sizes: list[int] | None = None,
+        input_split_sizes: list[int] | None = None,
+        **kwargs,
+    ):
+        if input_split_sizes is None:
+            input_split_sizes = [len(input) // self._num_ranks] * self._num_ranks
+        bytes_per_row = input.element_size() * input[:1].numel() if len(input) else 0
+        what = "counts"
+        if input.is_floating_point():
+            what = "hidden states" if input.shape[1:] == (HIDDEN,) else "weights"
+        self.calls.append((what, [int(rows) * bytes_per_row for rows in input_split_sizes]))
+        return self._all_to_all(output, input, output_split_sizes, input_split_sizes, **kwargs)
+
+    def all_gather(self, output: Tensor, input: Tensor, **kwargs):
+        what = "token ids" if input.dtype is torch.int32 else "counts"
+        self.calls.append((what, [input.nbytes] * self._num_ranks))
+        return self._all_gather(output, input, **kwargs)
+
+    def take(self) -> list[tuple[str, list[int]]]:
+        """Return the calls since the last call of this method."""
+        calls, self.calls = self.calls, []
+        return calls
+
+
+def dispatch_rows(dispatcher: MoEAlltoAllTokenDispatcher, hidden: Tensor, routing_map: Tensor) -> None:
+    """Send a row for every selected expert, forward and backward."""
+    hidden, probs = hidden.clone().requires_grad_(), routing_map.float().requires_grad_()
+    rows, weights = dispatcher.dispatch_preprocess(hidden, routing_map, probs)
+    rows, weights = dispatcher.token_dispatch(rows, weights)
+    rows, _, weights = dispatcher.dispatch_postprocess(rows, weights)
+    output = dispatcher.token_combine(dispatcher.combine_preprocess(rows * weights.unsqueeze(1)))
+    dispatcher.combine_postprocess(output).sum().backward()
+
+
+def dispatch_copies(dispatcher: OneCopyDispatcher, hidden: Tensor, routing_map: Tensor) -> None:
+    """Send one copy to each rank, forward and backward."""
+    hidden, probs = hidden.clone().requires_grad_(), routing_map.float().requires_grad_()
+    dispatched = dispatcher.route_and_dispatch(hidden.unsqueeze(1), NO_IDS, FixedRouter(probs, routing_map))
+    outputs = dispatched.expert_input * dispatched.weights.unsqueeze(1)
+    dispatcher.combine(outputs, dispatched.metadata).sum().backward()
+
+
+def dispatch_planned(
+    dispatcher: PlannedDispatcher,
+    visible_experts: VisibleExperts,
+    hidden: Tensor,
+    token_ids: Tensor,
+    groups: ProcessGroupCollection,
+) -> None:
+    """One copy a rank, planned; the first visible experts are selected."""
+    plan = DispatchPlanner(visible_experts, TOPK, [0], groups.ep).plan(TokenIds(token_ids.unsqueeze(0)))
+    visible = visible_experts(plan.of_table[0].received_ids.flatten(), 0).experts
+    routing_map = visible & (visible.cumsum(dim=1) <= TOPK)
+    router = FixedRouter(routing_map.float().requires_grad_(), routing_map)
+    planned_ids = TokenIds(token_ids.unsqueeze(1), plan=plan)
+    dispatched = dispatcher.route_and_dispatch(hidden.clone().requires_grad_().unsqueeze(1), planned_ids, router)
+    outputs = dispatched.expert_input * dispatched.weights.unsqueeze(1)
+    dispatcher.combine(outputs, dispatched.metadata).sum().backward()
+
+
+def calls_of_rank(folder: Path) -> dict[str, list[tuple[str, list[int]]]]:
+    """Dispatch and combine the tokens in FOLDER/cases.npz; return the bytes that each collective sent to each rank."""
+    rank, num_ranks = torch.distributed.get_rank(), torch.distributed.get_world_size()
+    groups = initialize_parallelism(expert_model_parallel_size=num_ranks)
+    with np.load(folder / "cases.npz") as arrays:
+        cases = {name: torch.from_numpy(arrays[name][rank]) for name in ("token_ids", "top-k", "mask")}
+    num_tokens, num_experts = cases["top-k"].shape
+    config = make_config(num_experts, TOPK, hidden_size=HIDDEN, expert_model_parallel_size=num_ranks)
+    local_experts = num_experts // num_ranks
+    indices = list(range(rank * local_experts, (rank + 1) * local_experts))
+    hidden = torch.ones(num_tokens, HIDDEN)
+    visible_experts = VisibleExperts(config, RoutingMask.load(folder / "rank_local.safetensors"), groups)
+
+    stock = MoEAlltoAllTokenDispatcher(local_experts, indices, config, groups)
+    of_any_number = MaskMoEAlltoAllTokenDispatcher(local_experts, indices, config, groups, min_visible=1)
+    one_copy = OneCopyDispatcher(config, groups.ep)
+    works: dict[str, Callable[[], None]] = {
+        "top-k, row per expert": lambda: dispatch_rows(stock, hidden, cases["top-k"]),
+        "top-k, one copy": lambda: dispatch_copies(one_copy, hidden, cases["top-k"]),
+        "mask, row per expert": lambda: dispatch_rows(of_any_number, hidden, cases["mask"]),
+        "mask, one copy": lambda: dispatch_copies(one_copy, hidden, cases["mask"]),
+        "rank-local mask, planned": lambda: dispatch_planned(
+            PlannedDispatcher(config, groups.ep), visible_experts, hidden, cases["token_ids"], groups
+        ),
+    }
+    record, calls = Record(num_ranks), {}
+    for name, work in works.items():
+        work()
+        calls[name] = record.take()
+    return calls
 
 
 def routing_map(experts: np.ndarray, num_experts: int) -> np.ndarray:
@@ -51,11 +172,9 @@ def test_bytes_are_those_of_real_ranks(run_ranks, tmp_path, num_ranks):
         rows |= {f"{routing.value}, row per expert": per_expert, f"{routing.value}, one copy": per_rank}
     rows["rank-local mask, planned"] = rows["rank-local mask, one copy"]
     layer_mask.save(tmp_path / "rank_local.safetensors")
-    np.savez(tmp_path / "cases.npz", token_ids=token_ids, topk=TOPK, hidden_size=HIDDEN, **maps)
+    np.savez(tmp_path / "cases.npz", token_ids=token_ids, **maps)
 
-    run_ranks(PROGRAM, tmp_path, world_size=num_ranks)
-
-    calls_of_ranks = [json.loads((tmp_path / f"rank{rank}.json").read_text()) for rank in range(num_ranks)]
+    calls_of_ranks = run_ranks(calls_of_rank, tmp_path, tmp_path, world_size=num_ranks)
     costs = {cost.variant: cost for cost in simulation.run([cluster], [TOPK])}
     for name, dispatch in DISPATCH.items():
         matrix = rows[name]  # [ranks, ranks]

@@ -8,15 +8,13 @@ from pathlib import Path
 import numpy as np
 import pytest
 from support.command_lines import forget_megatrons_globals, run_command
-from support.datasets import write_documents
+from support.datasets import build_mask, count_ids, write_documents
 from support.paths import ROOT
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
 from maskmoe.data.indexed_dataset import optimal_dtype
 from maskmoe.data.tokenizer import HuggingFaceTokenizer, SentencePieceTokenizer
 from maskmoe.data.tokenizer_training import train_tokenizer
-from maskmoe.routing_mask.assignment import MaskRecipe, build_routing_mask
-from maskmoe.routing_mask.frequency import count_token_frequency
 
 VOCAB_SIZE = 400
 
@@ -35,10 +33,9 @@ def original_workshop(tmp_path_factory: pytest.TempPathFactory) -> Path:
     tokenizer = HuggingFaceTokenizer(folder / "huggingface")
     documents = [np.append(ids, tokenizer.eod_id) for ids in tokenizer.encode_batch(text.split("\n\n"))]
     write_documents(folder / "data", documents, optimal_dtype(VOCAB_SIZE), tokenizer.record())
-    frequency = count_token_frequency([str(folder / "data")], VOCAB_SIZE, workers=1)
+    frequency = count_ids(folder / "data", VOCAB_SIZE)
     frequency.save(folder / "counts.safetensors")
-    recipe = MaskRecipe(4, 2, "uniform", frequent_mass=0.6, frequent_visible_experts=3, seed=1)
-    mask = build_routing_mask(recipe, frequency=frequency)
+    mask = build_mask(frequency, 4, 2, "uniform", frequent_mass=0.6, frequent_visible_experts=3)
     mask.save(folder / "mask.safetensors")
     make_model(mask, num_hidden_layers=2).save_pretrained(folder / "model")
     for path in (folder / "huggingface").iterdir():

@@ -13,7 +13,7 @@ import pytest
 from PIL import Image
 from support.command_lines import run_command
 from support.paths import ROOT
-from support.scalars import write_scalars
+from support.runs import write_scalars
 from support.waiting import wait_until
 
 from maskmoe.command_line.quickstart import parse_settings

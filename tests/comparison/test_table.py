@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 from support.results import result
-from support.scalars import write_scalars
+from support.runs import write_scalars
 
 from maskmoe.comparison.table import merge, read_table, scalars, training_seconds, write_table
 from maskmoe.errors import UserError

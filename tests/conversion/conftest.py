@@ -9,9 +9,8 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from support.datasets import frequent_ids, write_documents
+from support.datasets import build_mask, count_ids, frequent_ids, write_documents
 from support.launchers import start_ranks
-from support.masks import build_mask, count_ids
 
 VOCAB_SIZE = 500  # Megatron pads this to 512, or to 768 for two tensor-parallel ranks
 DATA = f"--data-path data --split 90,10,0 --tokenizer-type NullTokenizer --vocab-size {VOCAB_SIZE} --num-workers 0"

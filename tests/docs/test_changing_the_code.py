@@ -1,15 +1,26 @@
 """The Python examples of the walk-throughs run against the code, and do what the page says."""
 
 import re
+from importlib.machinery import SourceFileLoader
 from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 import torch
 from support.documentation import DOCS, blocks
-from support.launchers import RANK_SCRIPTS, RunRanks
+from support.launchers import RunRanks
+from support.small_moe import (
+    draw_parameters,
+    initialize_parallelism,
+    make_config,
+    make_layer,
+    make_mask,
+    random_visible_sets,
+)
 
+from maskmoe.transformer.dispatch.one_copy import OneCopyDispatcher
 from maskmoe.transformer.selection import MaskedLogits, select_experts
+from maskmoe.transformer.token_ids import TokenIds, pack_token_ids
 
 
 def example(name: str) -> str:
@@ -58,8 +69,38 @@ def test_entropy_loss_and_its_gradient(is_real: torch.Tensor | None) -> None:
     assert gradient[1].abs().max() == 0
 
 
+NUM_EXPERTS, VOCAB_SIZE, SEQUENCE, BATCH, HIDDEN = 6, 9, 6, 4, 8
+
+
+def compare_gather_dispatch(module: Path) -> None:
+    """Compare outputs and gradients under the `GatherDispatcher` of a file with those under one-copy dispatch."""
+    num_ranks = torch.distributed.get_world_size()
+    initialize_parallelism(expert_model_parallel_size=num_ranks)
+    mask = make_mask(random_visible_sets(5, 1, VOCAB_SIZE, NUM_EXPERTS, (1, 2, 3, 6)))
+    layer = make_layer(make_config(NUM_EXPERTS, topk=2, expert_model_parallel_size=num_ranks), mask)
+    draw_parameters(layer)
+
+    torch.manual_seed(torch.distributed.get_rank())
+    token_ids = pack_token_ids(TokenIds(torch.randint(0, VOCAB_SIZE, (BATCH, SEQUENCE))))
+    hidden_states, gradient = torch.randn(2, SEQUENCE, BATCH, HIDDEN)
+
+    def output_and_gradients() -> list[torch.Tensor]:
+        layer.zero_grad()
+        input = hidden_states.clone().requires_grad_()
+        output, _ = layer(input, padding_mask=token_ids)
+        output.backward(gradient)
+        return [output.detach(), input.grad, *(parameter.grad.clone() for parameter in layer.parameters())]
+
+    assert isinstance(layer.dispatcher, OneCopyDispatcher)
+    expected = output_and_gradients()
+    gather = SourceFileLoader("gather", str(module)).load_module()
+    layer.dispatcher = gather.GatherDispatcher(NUM_EXPERTS, torch.distributed.group.WORLD)
+    for value, expected_value in zip(output_and_gradients(), expected, strict=True):
+        torch.testing.assert_close(value, expected_value, rtol=0, atol=0)
+
+
 @pytest.mark.slow
 def test_gather_dispatcher_equals_one_copy_dispatch(run_ranks: RunRanks, tmp_path: Path) -> None:
     module = tmp_path / "gather.py"
     module.write_text(example("GatherDispatcher"), encoding="utf-8")
-    run_ranks(RANK_SCRIPTS / "gather_dispatch_ranks.py", tmp_path, module)
+    run_ranks(compare_gather_dispatch, tmp_path, module)

@@ -1,39 +1,355 @@
 """Layers on GPUs over NCCL; the same checks run on CPU cores over gloo.
 
 On one GPU, the expert-parallel group has one rank, and dispatchers are built directly, because a layer on one rank
-would choose Megatron-Core's.
+would choose Megatron-Core's. All ranks are one expert-parallel group, and the number of experts grows with the number
+of ranks.
 """
 
-import json
-from collections.abc import Callable
+import traceback
+import warnings
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass
 from functools import cache
 from typing import Any
+from unittest.mock import patch
 
+import numpy as np
 import pytest
-from support.launchers import RANK_SCRIPTS, RunRanks
+import torch
+from device_meter import device_cost_of
+from fixed_router import FixedRouter
+from megatron.core.process_groups_config import ProcessGroupCollection
+from megatron.core.transformer.moe.moe_utils import MoEAuxLossAutoScaler
+from megatron.core.transformer.moe.token_dispatcher import MoEAlltoAllTokenDispatcher
+from megatron.core.transformer.transformer_config import TransformerConfig
+from meter import cost_of
+from routed_tokens import let_one_rank_plan
+from support.launchers import RunRanks
 from support.places import PLACES, Place
+from support.small_moe import DEVICE, draw_parameters, initialize_parallelism, make_config, make_layer, make_mask
+from torch import Tensor
+from torch.nn.functional import linear, silu
 
-CHECKS = ("device", "dispatch", "experts", "waits")
+from maskmoe.megatron_compat import cpu
+from maskmoe.routing_mask.mask import RoutingMask
+from maskmoe.transformer.dispatch.choose import build_dispatcher
+from maskmoe.transformer.dispatch.kind import DispatchKind
+from maskmoe.transformer.dispatch.one_copy import OneCopyDispatcher
+from maskmoe.transformer.dispatch.planned import DispatchPlanner, PlannedDispatcher
+from maskmoe.transformer.moe_layer import MaskMoELayer
+from maskmoe.transformer.token_ids import TokenIds, pack_token_ids
+from maskmoe.transformer.visible_experts import VisibleExperts
+
 # bf16 has 8 significant bits, and several roundings follow one another. The difference relates to the largest value.
 BF16_TOLERANCE = 2e-2
 
 Check = Callable[[Place, str], list[Any]]
 
+LOCAL_EXPERTS, TOPK, VOCAB_SIZE, TOKENS, HIDDEN, WIDTH = 4, 2, 50, 96, 64, 32
+
+
+@dataclass(frozen=True)
+class Setting:
+    """A mask on the expert-parallel ranks.
+
+    Attributes:
+        groups: the process groups.
+        mask: every id sees k or more experts, all on one rank.
+        visible: bool [vocab, experts], the visible experts.
+    """
+
+    groups: ProcessGroupCollection
+    mask: RoutingMask
+    visible: np.ndarray
+
+    @classmethod
+    def draw(cls, groups: ProcessGroupCollection) -> "Setting":
+        rng = np.random.default_rng(0)
+        num_ranks = groups.ep.size()
+        visible = np.zeros((VOCAB_SIZE, num_ranks, LOCAL_EXPERTS), bool)
+        num_visible = rng.integers(TOPK, LOCAL_EXPERTS + 1, (VOCAB_SIZE, 1))
+        home = rng.integers(num_ranks, size=VOCAB_SIZE)
+        visible[np.arange(VOCAB_SIZE), home] = rng.random((VOCAB_SIZE, LOCAL_EXPERTS)).argsort(axis=1) < num_visible
+        visible = visible.reshape(VOCAB_SIZE, -1)
+        return cls(groups, make_mask(visible[None]), visible)
+
+    def config(self, **settings: Any) -> TransformerConfig:
+        num_ranks = self.groups.ep.size()
+        sizes = {"hidden_size": HIDDEN, "ffn_hidden_size": WIDTH, "expert_model_parallel_size": num_ranks}
+        return make_config(LOCAL_EXPERTS * num_ranks, TOPK, **sizes, **settings)
+
+    def planner(self, visible_experts: VisibleExperts) -> DispatchPlanner:
+        if self.groups.ep.size() == 1:
+            let_one_rank_plan(visible_experts, self.mask)
+        return DispatchPlanner(visible_experts, TOPK, [0], self.groups.ep)
+
+    def draw_ids(self) -> Tensor:
+        """Return ids [1, tokens] that differ between the ranks."""
+        rng = np.random.default_rng(self.groups.ep.rank())
+        return torch.from_numpy(rng.integers(0, VOCAB_SIZE, (1, TOKENS))).to(DEVICE)
+
+
+@dataclass(frozen=True)
+class LayerWork:
+    """A layer in bf16 and its input.
+
+    Attributes:
+        layer: the layer.
+        hidden: the input [tokens, 1, hidden].
+        token_ids: the ids of the input, with a plan if dispatch is planned.
+    """
+
+    layer: MaskMoELayer
+    hidden: Tensor
+    token_ids: TokenIds
+
+    @classmethod
+    def build(cls, setting: Setting, kind: DispatchKind, has_experts: bool = True) -> "LayerWork":
+        """Build a layer that dispatches in the given way, also on one rank.
+
+        Args:
+            setting: mask and ranks.
+            kind: the way to dispatch.
+            has_experts: whether the experts compute; otherwise they multiply rows by their weights, and never read
+                the number of their rows.
+        """
+        config = setting.config(params_dtype=torch.bfloat16, bf16=True, moe_aux_loss_coeff=1e-2, moe_z_loss_coeff=1e-3)
+        layer = make_layer(config, setting.mask)
+        draw_parameters(layer)
+        layer.dispatcher = build_dispatcher(kind, layer, setting.groups)
+        if not has_experts:
+            layer.experts.forward = lambda rows, tokens_per_expert, weights: (
+                (rows * weights.unsqueeze(-1)).to(rows.dtype),
+                None,
+            )
+        token_ids = TokenIds(setting.draw_ids())
+        if kind is DispatchKind.PLANNED:
+            token_ids = TokenIds(token_ids.ids, plan=setting.planner(layer.router.visible_experts).plan(token_ids))
+        return cls(layer, torch.randn(TOKENS, 1, HIDDEN, device=DEVICE, dtype=torch.bfloat16), token_ids)
+
+    def run(self) -> tuple[Tensor, Tensor]:
+        """Return output and gradient of the input."""
+        hidden = self.hidden.detach().requires_grad_()
+        output, _ = self.layer(hidden, padding_mask=pack_token_ids(self.token_ids))
+        output.backward(torch.ones_like(output))
+        return output, hidden.grad
+
+
+def check_device(setting: Setting) -> dict[str, Any]:
+    """Return the devices of a layer's tensors, the kernels that it launches, and the backend of the collectives."""
+    work = LayerWork.build(setting, DispatchKind.PLANNED)
+    tensors = [*work.run(), *work.layer.parameters(), *(parameter.grad for parameter in work.layer.parameters())]
+    return {
+        "devices": sorted({tensor.device.type for tensor in tensors}),
+        "backend": torch.distributed.get_backend(),
+        **asdict(device_cost_of(work.run)),
+    }
+
+
+def check_dispatch(setting: Setting) -> dict[str, float]:
+    """Return the largest relative differences from Megatron-Core's dispatcher, by dispatcher, dtype and result."""
+    differences = {}
+    for dtype in (torch.float32, torch.bfloat16):
+        expected = dispatch("Megatron-Core", setting, dtype)
+        for name in ("one copy", "planned"):
+            for result, value in dispatch(name, setting, dtype).items():
+                assert value.shape == expected[result].shape, (name, result)
+                found, stock = value.double(), expected[result].double()
+                difference = torch.where(found == stock, 0.0, (found - stock).abs() / stock.abs())
+                differences[f"{name}, {dtype}, {result}"] = difference.max().item() if difference.numel() else 0.0
+    return differences
+
+
+def dispatch(name: str, setting: Setting, dtype: torch.dtype) -> dict[str, Tensor]:
+    """Dispatch to experts that scale their activated rows, combine, and run the backward pass.
+
+    The experts and weights of a token depend on its id only, so that every rank can choose them.
+    """
+    groups, config = setting.groups, setting.config()
+    num_experts, rank = config.num_moe_experts, groups.ep.rank()
+    generator = torch.Generator().manual_seed(1)
+    scores = torch.rand(VOCAB_SIZE, num_experts, generator=generator).masked_fill(~torch.from_numpy(setting.visible), 0)
+    weights_of_id = torch.zeros_like(scores).scatter(1, scores.topk(TOPK, dim=1).indices, 0.5) * scores
+    scales = torch.randn(num_experts, HIDDEN, generator=generator)[rank * LOCAL_EXPERTS :][:LOCAL_EXPERTS]
+    own = torch.Generator().manual_seed(2 + rank)
+    hidden, gradient = torch.randn(2, TOKENS, 1, HIDDEN, generator=own).to(DEVICE, dtype)
+    hidden.requires_grad_()
+    ids = setting.draw_ids()
+
+    def route(token_ids: Tensor) -> tuple[Tensor, Tensor]:
+        probs = weights_of_id.to(DEVICE)[token_ids.flatten()]
+        return probs.requires_grad_(), probs.detach() > 0
+
+    def experts(rows: Tensor, tokens_per_expert: Tensor, weights: Tensor) -> Tensor:
+        scale_of_row = scales.repeat_interleave(tokens_per_expert.cpu(), dim=0).to(DEVICE)
+        return (silu(rows) * scale_of_row * weights.unsqueeze(1)).to(dtype)
+
+    if name == "Megatron-Core":
+        indices = list(range(rank * LOCAL_EXPERTS, (rank + 1) * LOCAL_EXPERTS))
+        megatron = MoEAlltoAllTokenDispatcher(LOCAL_EXPERTS, indices, config, groups)
+        probs, routing_map = route(ids)
+        rows, weights = megatron.dispatch_preprocess(hidden, routing_map, probs)
+        rows, weights = megatron.token_dispatch(rows, weights)
+        rows, tokens_per_expert, weights = megatron.dispatch_postprocess(rows, weights)
+        weights.retain_grad()
+        sums = megatron.token_combine(megatron.combine_preprocess(experts(rows, tokens_per_expert, weights)))
+        output = megatron.combine_postprocess(sums)
+    else:
+        token_ids = routed = TokenIds(ids)
+        dispatcher = OneCopyDispatcher(config, groups.ep)
+        if name == "planned":
+            visible_experts = VisibleExperts(config, setting.mask, groups).to(DEVICE)
+            token_ids = TokenIds(ids, plan=setting.planner(visible_experts).plan(token_ids))
+            routed = TokenIds(token_ids.plan.of_table[0].received_ids)
+            dispatcher = PlannedDispatcher(config, groups.ep)
+        router = FixedRouter(*route(routed.ids))
+        dispatched = dispatcher.route_and_dispatch(hidden, token_ids.transpose(), router)
+        rows, tokens_per_expert, weights = dispatched.expert_input, dispatched.tokens_per_expert, dispatched.weights
+        weights.retain_grad()
+        output = dispatcher.combine(experts(rows, tokens_per_expert, weights), dispatched.metadata)
+    output.backward(gradient)
+    return {
+        "rows": rows.detach(),
+        "tokens of each expert": tokens_per_expert.to(DEVICE),
+        "weights": weights.detach(),
+        "output": output.detach(),
+        "gradient of the input": hidden.grad,
+        "gradient of the weights": weights.grad,
+    }
+
+
+def check_experts(setting: Setting) -> dict[str, Any]:
+    """Compare the gradients of bf16 experts, some without rows, with float32; the allocator's free memory is NaN.
+
+    Returns:
+        Relative differences by name, whether gradients of experts without rows are 0, and whether experts are grouped.
+    """
+    experts = LayerWork.build(setting, DispatchKind.STOCK).layer.experts
+    tokens_per_expert = [5, 0, 19, 0]
+    generator = torch.Generator().manual_seed(setting.groups.ep.rank())
+    rows, gradient = torch.randn(2, sum(tokens_per_expert), HIDDEN, generator=generator).to(DEVICE, torch.bfloat16)
+    probs = torch.rand(len(rows), generator=generator).to(DEVICE)
+    rows.requires_grad_(), probs.requires_grad_()
+    dirty_the_allocator()
+    output, _ = experts(rows, torch.tensor(tokens_per_expert), probs)
+    is_grouped = "GroupedMm" in output.grad_fn.name()
+    output.backward(gradient)
+
+    # The same in float32, one expert after the other.
+    exact = {name: value.detach().float().requires_grad_() for name, value in experts.named_parameters()}
+    exact_rows, exact_probs = (values.detach().float().requires_grad_() for values in (rows, probs))
+    outputs = []
+    for expert, (own, weights) in enumerate(
+        zip(exact_rows.split(tokens_per_expert), exact_probs.split(tokens_per_expert), strict=True)
+    ):
+        gate, value = linear(own, exact[f"local_experts.{expert}.linear_fc1.weight"]).chunk(2, dim=-1)
+        activated = silu(gate) * value * weights.unsqueeze(1)
+        outputs.append(linear(activated, exact[f"local_experts.{expert}.linear_fc2.weight"]))
+    expected = torch.cat(outputs)
+    expected.backward(gradient.float())
+
+    pairs = {
+        "output": (output, expected),
+        "rows": (rows.grad, exact_rows.grad),
+        "probs": (probs.grad, exact_probs.grad),
+    }
+    differences, of_empty_experts = {}, {}
+    for name, parameter in experts.named_parameters():
+        if tokens_per_expert[int(name.split(".")[1])] == 0:
+            of_empty_experts[name] = bool((parameter.grad == 0).all())
+        else:
+            pairs[name] = (parameter.grad, exact[name].grad)
+    for name, (found, exact_value) in pairs.items():
+        differences[name] = ((found.float() - exact_value).abs().max() / exact_value.abs().max()).item()
+    return {"differences": differences, "zero": of_empty_experts, "is_grouped": is_grouped}
+
+
+def dirty_the_allocator() -> None:
+    """Free blocks of all sizes that are full of NaN, which the allocator hands out next."""
+    blocks = [
+        torch.full((1 << power,), float("nan"), device=DEVICE, dtype=torch.bfloat16)
+        for power in range(6, 20)
+        for _ in range(8)
+    ]
+    del blocks
+
+
+def check_waits(setting: Setting) -> dict[str, Any]:
+    """Return how often the host waits in the forward and backward pass of a layer, and where it waits first."""
+    found = {}
+    for kind in (DispatchKind.PLANNED, DispatchKind.ONE_COPY):
+        for has_experts in (False, True):
+            work = LayerWork.build(setting, kind, has_experts)
+            name = f"{kind.name.lower()}, {'experts' if has_experts else 'no experts'}"
+            found[name] = {
+                "waits": count_waits(work.run),
+                "first": None if cpu.is_installed() else first_wait(work.run),
+            }
+    return found
+
+
+def count_waits(work: Callable[[], object]) -> int:
+    """Return how often the host waits for the device; without a GPU, how often it would wait."""
+    if cpu.is_installed():
+        return cost_of(work).host_waits
+    work()  # The first call loads kernels.
+    waits_for_events = []
+    wait = torch.cuda.Event.synchronize
+
+    def counted(event: torch.cuda.Event) -> None:
+        waits_for_events.append(event)
+        wait(event)
+
+    # torch warns of every wait but those for events.
+    with warnings.catch_warnings(record=True) as seen, patch.object(torch.cuda.Event, "synchronize", counted):
+        warnings.simplefilter("always")
+        watch_waits("warn", work)
+    return len(waits_for_events) + sum("synchronizing CUDA operation" in str(warning.message) for warning in seen)
+
+
+def first_wait(work: Callable[[], object]) -> str | None:
+    """Return the calls that lead to the first wait of the host; None without a wait."""
+    try:
+        watch_waits("error", work)
+    except RuntimeError:
+        return traceback.format_exc()
+    return None
+
+
+def watch_waits(mode: str, work: Callable[[], object]) -> None:
+    """Do the work while torch warns of waits, or raises errors for them."""
+    torch.cuda.synchronize()
+    torch.cuda.set_sync_debug_mode(mode)
+    try:
+        work()
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+
+
+CHECKS = {"device": check_device, "dispatch": check_dispatch, "experts": check_experts, "waits": check_waits}
+
+
+def run_checks(names: Sequence[str]) -> dict[str, Any]:
+    """Return the results of some checks on this rank."""
+    num_ranks = torch.distributed.get_world_size()
+    setting = Setting.draw(initialize_parallelism(expert_model_parallel_size=num_ranks))
+    # Training sets the scale of router losses on the device.
+    MoEAuxLossAutoScaler.set_loss_scale(torch.ones((), device=DEVICE))
+    return {name: CHECKS[name](setting) for name in names}
+
 
 @pytest.fixture(scope="module")
 def check(run_ranks: RunRanks, tmp_path_factory: pytest.TempPathFactory) -> Check:
-    """Return a function that runs a check of `device_ranks.py` and returns the results of each rank."""
+    """Return a function that runs a check and returns the results of each rank."""
 
     @cache
     def run(place: Place, checks: tuple[str, ...]) -> list[dict[str, Any]]:
-        folder, num_ranks = tmp_path_factory.mktemp("device"), place.num_ranks()
-        script = RANK_SCRIPTS / "device_ranks.py"
-        run_ranks(script, folder, *checks, world_size=num_ranks, sees_gpus=place.is_gpu)
-        return [json.loads((folder / f"rank{rank}.json").read_text()) for rank in range(num_ranks)]
+        folder = tmp_path_factory.mktemp("device")
+        return run_ranks(run_checks, folder, checks, world_size=place.num_ranks(), sees_gpus=place.is_gpu)
 
     def check(place: Place, name: str) -> list[Any]:
         # A failure on a GPU can make later work of its process fail, so each check has a process of its own there.
-        return [results[name] for results in run(place, (name,) if place.is_gpu else CHECKS)]
+        return [results[name] for results in run(place, (name,) if place.is_gpu else tuple(CHECKS))]
 
     return check
 

@@ -6,10 +6,13 @@ from pathlib import Path
 
 import pytest
 import torch
-from support.launchers import RANK_SCRIPTS
 from support.tiny_maskmoe import VARIANTS, make_config, make_model, mask_tensors, random_ids, random_mask
 from torch import nn
+from torch.distributed.fsdp import FSDPModule
+from transformers import AutoModelForCausalLM
+from transformers.distributed import DistributedConfig
 
+import maskmoe.huggingface  # noqa: F401  registers the model
 from maskmoe.huggingface import AUTO_MAP, MaskMoEForCausalLM
 from maskmoe.huggingface.modeling_maskmoe import check_digest
 
@@ -98,10 +101,19 @@ def test_a_row_that_its_stored_type_cannot_hold_is_noticed() -> None:
         check_digest(mask)
 
 
+def save_under_fsdp(folder: Path) -> None:
+    """Load the model FOLDER/model, divide its weights among the ranks, and save it to FOLDER/saved."""
+    distributed = DistributedConfig(fsdp_size=torch.distributed.get_world_size())
+    model = AutoModelForCausalLM.from_pretrained(folder / "model", distributed_config=distributed)
+    assert isinstance(model, FSDPModule)
+    model.save_pretrained(folder / "saved")
+    assert type(model).__name__ == "FSDPMaskMoEForCausalLM"
+
+
 def test_a_model_that_is_saved_under_fsdp_carries_its_code(run_ranks, tmp_path: Path) -> None:
     """FSDP2 replaces the model's class by a class that torch defines."""
     make_model().save_pretrained(tmp_path / "model")
-    run_ranks(RANK_SCRIPTS / "fsdp_export_ranks.py", tmp_path)
+    run_ranks(save_under_fsdp, tmp_path, tmp_path)
     original, saved = tmp_path / "model", tmp_path / "saved"
     assert {path.name for path in saved.iterdir()} == {path.name for path in original.iterdir()}
     assert json.loads((saved / "config.json").read_text())["auto_map"] == AUTO_MAP

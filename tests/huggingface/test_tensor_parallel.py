@@ -1,13 +1,31 @@
 """Exported models on two ranks under transformers' `tp_plan="auto"` equal the same models on one rank."""
 
+from pathlib import Path
+
 import pytest
 import torch
-from safetensors.torch import load_file
-from support.launchers import RANK_SCRIPTS
-from support.ranks.tensor_parallel_export_ranks import outcome_of
-from support.tiny_maskmoe import VARIANTS, make_model
+from support.tiny_maskmoe import VARIANTS, make_model, random_ids
+from torch import Tensor
+from torch.distributed.tensor import DTensor
+from transformers import AutoModelForCausalLM, PreTrainedModel
 
-NUM_RANKS = 2
+import maskmoe.huggingface  # noqa: F401  registers the model
+
+
+def outcome_of(model: PreTrainedModel) -> dict[str, Tensor]:
+    """Return logits, loss and the gradients of all parameters, with the parts of all ranks, for fixed tokens."""
+    token_ids = random_ids(2, 10)
+    outputs = model.train()(token_ids, labels=token_ids, output_router_logits=True)
+    outputs.loss.backward()
+    values = {"logits": outputs.logits, "loss": outputs.loss}
+    values |= {name: parameter.grad for name, parameter in model.named_parameters()}
+    whole = {name: value.full_tensor() if isinstance(value, DTensor) else value for name, value in values.items()}
+    return {name: value.detach().contiguous() for name, value in whole.items()}
+
+
+def outcomes_of_rank(folder: Path) -> dict[str, dict[str, Tensor]]:
+    """Return the outcomes of a rank that shares the models in a folder, by variant."""
+    return {name: outcome_of(AutoModelForCausalLM.from_pretrained(folder / name, tp_plan="auto")) for name in VARIANTS}
 
 
 @pytest.fixture(scope="module")
@@ -16,15 +34,9 @@ def outcomes(run_ranks, tmp_path_factory):
     folder = tmp_path_factory.mktemp("tensor_parallel")
     models = {name: make_model(**settings) for name, settings in VARIANTS.items()}
     for name, model in models.items():
-        model.save_pretrained(folder / "models" / name)
-    run_ranks(RANK_SCRIPTS / "tensor_parallel_export_ranks.py", folder, world_size=NUM_RANKS)
-    return {
-        name: (
-            outcome_of(model),
-            [load_file(folder / f"rank{rank}-{name}.safetensors") for rank in range(NUM_RANKS)],
-        )
-        for name, model in models.items()
-    }
+        model.save_pretrained(folder / name)
+    of_ranks = run_ranks(outcomes_of_rank, folder, folder)
+    return {name: (outcome_of(model), [of_rank[name] for of_rank in of_ranks]) for name, model in models.items()}
 
 
 @pytest.mark.parametrize("variant", VARIANTS)

@@ -1,12 +1,77 @@
 """transformers' Trainer: the gradients of a step do not depend on how its samples are divided."""
 
+import os
+from pathlib import Path
+from typing import Any
+
 import pytest
 import torch
 from safetensors.torch import load_file
-from support.launchers import RANK_SCRIPTS
-from support.ranks.trainer_ranks import NUM_SAMPLES, train_one_step
 from support.tiny_maskmoe import make_model, random_ids
 from torch import Tensor
+from torch.nn.parallel import DistributedDataParallel
+from transformers import AutoModelForCausalLM, PreTrainedModel, Trainer, TrainerCallback, TrainingArguments
+
+import maskmoe.huggingface  # noqa: F401  registers the model
+
+NUM_SAMPLES = 4
+
+
+class KeepGradients(TrainerCallback):
+    """Keeps the gradients with which the optimizer makes its step."""
+
+    def __init__(self) -> None:
+        self.gradients: dict[str, Tensor] = {}
+
+    def on_pre_optimizer_step(self, *_args, model, **_) -> None:
+        self.gradients = {name: parameter.grad.clone() for name, parameter in model.named_parameters()}
+
+
+def train_one_step(
+    model: PreTrainedModel, folder: Path, samples: Tensor, batch_size: int, accumulation: int = 1, **arguments: Any
+) -> tuple[Trainer, float, dict[str, Tensor]]:
+    """Train a model for one step; return the Trainer, the loss, and the gradients of the step.
+
+    Args:
+        model: the model.
+        folder: Trainer's folder.
+        samples: int64 [samples, length].
+        batch_size: number of samples in a micro-batch of a process.
+        accumulation: number of micro-batches.
+        arguments: further `TrainingArguments`.
+    """
+    keep = KeepGradients()
+    training = TrainingArguments(
+        output_dir=str(folder),
+        per_device_train_batch_size=batch_size,
+        gradient_accumulation_steps=accumulation,
+        max_steps=1,
+        max_grad_norm=0.0,
+        train_sampling_strategy="sequential",
+        use_cpu=True,
+        report_to=[],
+        save_strategy="no",
+        disable_tqdm=True,
+        **arguments,
+    )
+    data = [{"input_ids": sample.tolist(), "labels": sample.tolist()} for sample in samples]
+    trainer = Trainer(model=model, args=training, train_dataset=data, callbacks=[keep])
+    return trainer, trainer.train().training_loss, keep.gradients
+
+
+def train_in_parallel(folder: Path) -> dict[str, Tensor]:
+    """Make one step with the model FOLDER/model under DistributedDataParallel, and save the model to FOLDER/saved.
+
+    Returns:
+        The gradients of the step by parameter.
+    """
+    model = AutoModelForCausalLM.from_pretrained(folder / "model")
+    batch_size = NUM_SAMPLES // int(os.environ["WORLD_SIZE"])
+    samples = random_ids(NUM_SAMPLES, 10)
+    trainer, _, gradients = train_one_step(model, folder / "run", samples, batch_size, ddp_backend="gloo")
+    assert isinstance(trainer.model_wrapped, DistributedDataParallel)
+    trainer.save_model(str(folder / "saved"))
+    return {name.removeprefix("module."): value for name, value in gradients.items()}
 
 
 def assert_same_gradients(actual: dict[str, Tensor], expected: dict[str, Tensor]) -> None:
@@ -32,9 +97,9 @@ def test_data_parallelism_changes_nothing(run_ranks, tmp_path) -> None:
     """DistributedDataParallel broadcasts all buffers. The saved model has the types of the original."""
     model = make_model()
     model.save_pretrained(tmp_path / "model")
-    run_ranks(RANK_SCRIPTS / "trainer_ranks.py", tmp_path)
+    parallel, _ = run_ranks(train_in_parallel, tmp_path, tmp_path, joins=False)
     _, _, gradients = train_one_step(model, tmp_path / "alone", random_ids(NUM_SAMPLES, 10), NUM_SAMPLES)
-    assert_same_gradients(load_file(tmp_path / "gradients.safetensors"), gradients)
+    assert_same_gradients(parallel, gradients)
     original, saved = (load_file(tmp_path / name / "model.safetensors") for name in ("model", "saved"))
     for name, tensor in original.items():
         assert saved[name].dtype == tensor.dtype

@@ -1,6 +1,6 @@
 import numpy as np
 import pytest
-from support.masks import frequency_of
+from support.datasets import frequency_of
 
 from maskmoe.routing_mask.assignment import MaskRecipe, build_routing_mask
 from maskmoe.routing_mask.frequency import TokenFrequency

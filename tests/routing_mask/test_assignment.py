@@ -5,7 +5,7 @@ import numpy as np
 import pytest
 from hypothesis import example, given
 from hypothesis import strategies as st
-from support.masks import covering_ids, frequency_of
+from support.datasets import covering_ids, frequency_of
 
 from maskmoe.errors import UserError
 from maskmoe.routing_mask.assignment import MaskRecipe, Vocabulary, assign_table, build_routing_mask, uniform_subsets

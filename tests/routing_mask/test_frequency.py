@@ -7,8 +7,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 from safetensors.numpy import save_file
-from support.datasets import write_documents
-from support.masks import frequency_of
+from support.datasets import frequency_of, write_documents
 from support.open_files import few_open_files
 
 from maskmoe.data.tokenizer import TokenizerRecord

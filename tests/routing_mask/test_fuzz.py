@@ -18,7 +18,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as npst
 from safetensors.numpy import save_file
-from support.masks import frequency_of
+from support.datasets import frequency_of
 
 from maskmoe.checkpoint.routing_mask import BUFFERS, buffers_of_routing_mask, routing_mask_from_buffers
 from maskmoe.data.tokenizer import TokenizerRecord

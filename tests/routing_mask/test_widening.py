@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from support.masks import covering_ids, frequency_of
+from support.datasets import covering_ids, frequency_of
 from support.tools import run_tool
 
 from maskmoe.data.tokenizer import TokenizerRecord

@@ -8,7 +8,7 @@ from functools import cache
 from pathlib import Path
 
 import pytest
-from support.masks import build_mask, count_ids
+from support.datasets import build_mask, count_ids
 from support.network import running_network
 from support.paths import ROOT
 from support.runs import LAPTOP_VOCAB_SIZE

@@ -1,7 +1,8 @@
-"""Small datasets in Megatron's format."""
+"""Small datasets in Megatron's format, and routing masks that are built from their token counts."""
 
 import json
 from collections.abc import Iterable, Sequence
+from fractions import Fraction
 from pathlib import Path
 
 import numpy as np
@@ -10,6 +11,9 @@ from numpy.typing import ArrayLike, DTypeLike
 
 from maskmoe.data.dataset_writing import IndexedDatasetWriter
 from maskmoe.data.tokenizer import TokenizerRecord
+from maskmoe.routing_mask.assignment import MaskRecipe, build_routing_mask
+from maskmoe.routing_mask.frequency import TokenFrequency, count_token_frequency
+from maskmoe.routing_mask.mask import RoutingMask
 
 
 def write_documents(
@@ -82,3 +86,49 @@ def write_character_tokenizer(folder: Path, vocab_size: int, special: Sequence[s
     settings = {"tokenizer_class": "PreTrainedTokenizerFast", "eos_token": special[-1]}
     (folder / "tokenizer_config.json").write_text(json.dumps(settings))
     return folder
+
+
+def count_ids(prefix: Path, vocab_size: int) -> TokenFrequency:
+    """Count the token ids of one dataset."""
+    return count_token_frequency([str(prefix)], vocab_size, workers=1)
+
+
+def build_mask(
+    frequency: TokenFrequency,
+    num_experts: int,
+    num_layers: int,
+    assignment: str = "balanced",
+    *,
+    frequent_mass: float = 0.4,
+    frequent_visible_experts: int | None = 4,
+    seed: int = 1,
+    expert_model_parallel_size: int | None = None,
+) -> RoutingMask:
+    """Build a routing mask; arguments as for `MaskRecipe`."""
+    recipe = MaskRecipe(
+        num_experts,
+        num_layers,
+        assignment,
+        frequent_mass,
+        frequent_visible_experts,
+        seed=seed,
+        expert_model_parallel_size=expert_model_parallel_size,
+    )
+    return build_routing_mask(recipe, frequency=frequency, workers=1)
+
+
+def frequency_of(counts: ArrayLike, tokenizer: TokenizerRecord | None = None) -> TokenFrequency:
+    """Return token counts of one dataset, without a dataset."""
+    counts = np.array(counts, np.int64)[None]
+    dataset = {"name": "text", "num_tokens": int(counts.sum()), "idx_sha256": "0" * 64, "bin_bytes": 0}
+    return TokenFrequency(counts, (None,), (dataset,), tokenizer)
+
+
+def covering_ids(counts: ArrayLike, mass: float) -> set[int]:
+    """Return the shortest prefix of the ids by descending count, then by id, that covers a share of whole counts."""
+    counts = np.array(counts, np.int64).tolist()
+    order = sorted(range(len(counts)), key=lambda token: (-counts[token], token))
+    length = 0
+    while sum(counts[token] for token in order[:length]) < Fraction(str(mass)) * sum(counts):
+        length += 1
+    return set(order[:length])

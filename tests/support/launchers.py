@@ -2,6 +2,7 @@
 
 import contextlib
 import os
+import pickle
 import signal
 import subprocess
 import sys
@@ -11,20 +12,19 @@ from dataclasses import dataclass
 from datetime import timedelta
 from functools import cache
 from pathlib import Path
-from typing import IO
+from typing import IO, Any
 
 import psutil
 import pytest
-from support.paths import BENCHMARKS, RANK_SCRIPTS, TESTS, python_path
+import torch
+from support.paths import BENCHMARKS, TESTS, python_path
 from support.preloaded import ForkedProcess, PreloadedPython
 from support.waiting import wait_until
 from torch.distributed import TCPStore
 
 from maskmoe.launch import machine
 
-__all__ = ["BENCHMARKS", "RANK_SCRIPTS", "TESTS", "Outcome", "RankProcesses", "RunRanks", "run_script_as_ranks"]
-
-RunRanks = Callable[..., None]
+RunRanks = Callable[..., list[Any]]
 TIMEOUT = 180.0
 """Seconds after which processes are taken to hang."""
 
@@ -249,34 +249,45 @@ def start_ranks(
     )
 
 
-def run_script_as_ranks(
-    script: Path,
+def run_as_ranks(
+    function: Callable[..., Any],
     folder: Path,
     *arguments: object,
     world_size: int = 2,
     timeout: float = TIMEOUT,
     sees_gpus: bool = False,
-    are_preloaded: bool = True,
-) -> None:
-    """Run `python SCRIPT FOLDER ARGUMENTS…` as ranks of one group, on the CPU unless they see GPUs.
+    transformer_engine: str | None = None,
+    joins: bool = True,
+) -> list[Any]:
+    """Run a function of a module as the ranks of one group, and return the result of each rank.
 
-    The script joins the group with `init_method=f"file://{FOLDER}/rendezvous"` and may import `support` and the modules
-    of the benchmarks. A rank that fails or hangs fails the test. A script that does something before Megatron-Core is
-    imported must not be preloaded, see `RankProcesses`.
+    A rank that fails or hangs fails the test.
+
+    Args:
+        function: Each rank imports its module anew, after `prepare_process`.
+        folder: Takes the logs and the results.
+        arguments: Arguments of the function, which are pickled.
+        world_size: Number of ranks.
+        timeout: Seconds after which the ranks are taken to hang.
+        sees_gpus: Whether the ranks see the GPUs of this machine.
+        transformer_engine: Transformer Engine that Megatron imports on the CPU, `stub` or `installed`; None: none.
+        joins: Whether the ranks join a process group before they call the function.
     """
-    program = [str(script), str(folder), *map(str, arguments)]
-    environment = {"PYTHONPATH": python_path(TESTS, BENCHMARKS)}
+    code = function.__code__
+    work = (code.co_filename, code.co_name, arguments, transformer_engine, joins)
+    (folder / "work.pickle").write_bytes(pickle.dumps(work))
     with start_ranks(
-        program,
+        ["-m", "support.rank_program", str(folder)],
         folder,
         ranks=world_size,
-        environment=environment,
+        environment={"PYTHONPATH": python_path(TESTS, BENCHMARKS)},
         sees_gpus=sees_gpus,
-        are_preloaded=are_preloaded,
+        are_preloaded=transformer_engine is None,
     ) as processes:
         outcome = processes.wait(timeout=timeout)
     if any(outcome.exit_codes):
         pytest.fail(f"a rank failed or hung\n{outcome.report()}")
+    return [torch.load(folder / f"rank{rank}.pt") for rank in range(world_size)]
 
 
 def kill_with_children(process: subprocess.Popen | ForkedProcess) -> None:

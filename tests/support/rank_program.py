@@ -1,10 +1,44 @@
-"""How a program that is one rank of a group ends."""
+"""One rank of a group: `python -m support.rank_program FOLDER`, with the variables that torchrun sets.
+
+The rank runs the function that `run_as_ranks` describes in FOLDER/work.pickle, and writes FOLDER/rankR.pt.
+"""
 
 import os
+import pickle
 import sys
 import traceback
 from collections.abc import Callable
-from typing import NoReturn
+from importlib.util import module_from_spec, spec_from_file_location
+from pathlib import Path
+from typing import Any, NoReturn
+
+import torch
+
+from maskmoe.megatron_compat import cpu, prepare_process
+
+
+def prepare_rank(transformer_engine: str | None, joins: bool) -> None:
+    """Prepare this process for Megatron, and join the other ranks; arguments as of `run_as_ranks`."""
+    if transformer_engine == "stub":
+        from support import stub_transformer_engine
+
+        stub_transformer_engine.install()
+    if transformer_engine is not None:
+        cpu.install(hidden=())
+    prepare_process()
+    torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
+    if joins:
+        torch.distributed.init_process_group("gloo" if cpu.is_installed() else "nccl")
+
+
+def load_function(file: str, name: str) -> Callable[..., Any]:
+    """Import a file as a module, and return one of its functions."""
+    spec = spec_from_file_location(Path(file).stem, file)
+    assert spec is not None
+    assert spec.loader is not None
+    sys.modules[spec.name] = module = module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return getattr(module, name)
 
 
 def run_as_rank(main: Callable[[], None]) -> NoReturn:
@@ -24,3 +58,17 @@ def run_as_rank(main: Callable[[], None]) -> NoReturn:
     sys.stdout.flush()
     sys.stderr.flush()
     os._exit(code)
+
+
+def main() -> None:
+    folder = Path(sys.argv[1])
+    file, name, arguments, transformer_engine, joins = pickle.loads((folder / "work.pickle").read_bytes())
+    prepare_rank(transformer_engine, joins)
+    result = load_function(file, name)(*arguments)
+    torch.save(result, folder / f"rank{os.environ['RANK']}.pt")
+    if torch.distributed.is_initialized():
+        torch.distributed.destroy_process_group()
+
+
+if __name__ == "__main__":
+    run_as_rank(main)

@@ -1,12 +1,15 @@
 """Data for, and logs of, training runs that tests of several folders start."""
 
 import socket
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
-from support.datasets import frequent_ids, write_documents
-from support.masks import build_mask, count_ids
+from support.datasets import build_mask, count_ids, frequent_ids, write_documents
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator, ScalarEvent
+from tensorboard.compat.proto.event_pb2 import Event
+from tensorboard.compat.proto.summary_pb2 import Summary
+from tensorboard.summary.writer.event_file_writer import EventFileWriter
 
 from maskmoe.data.indexed_dataset import optimal_dtype
 
@@ -53,3 +56,22 @@ def make_laptop_data(folder: Path, num_documents: int) -> str:
         f"--data-path {folder}/data --split 90,10,0 --tokenizer-type NullTokenizer --vocab-size {LAPTOP_VOCAB_SIZE} "
         f"--routing-mask {folder}/mask.safetensors"
     )
+
+
+def write_scalars(
+    folder: Path, scalars: Mapping[str, Sequence[tuple[int, float]]], start: float = 0.0, seconds: float = 1.0
+) -> None:
+    """Write a file of scalars.
+
+    Args:
+        folder: Folder of event files, which is made.
+        scalars: Steps and values by tag.
+        start: Wall time before the first step.
+        seconds: Duration of a step.
+    """
+    writer = EventFileWriter(str(folder))
+    for tag, points in scalars.items():
+        for step, value in points:
+            summary = Summary(value=[Summary.Value(tag=tag, simple_value=value)])
+            writer.add_event(Event(step=step, summary=summary, wall_time=start + step * seconds))
+    writer.close()

@@ -3,22 +3,13 @@
 from pathlib import Path
 
 import numpy as np
-from support.datasets import write_documents
-from support.masks import build_mask, count_ids
+from support.datasets import build_mask, count_ids, write_documents
 
 from maskmoe.analysis.dispatch_traffic import Cluster, Link
-from maskmoe.routing_mask.assignment import stack_tables, table_of_sets
 from maskmoe.routing_mask.frequency import TokenFrequency
-from maskmoe.routing_mask.mask import MaskProvenance, RoutingMask
+from maskmoe.routing_mask.mask import RoutingMask
 
 VOCAB_SIZE = 100
-
-
-def mask_of(visible: np.ndarray) -> RoutingMask:
-    """Return the mask of one layer with these visible sets, bool [vocab, N]."""
-    vocab_size, num_experts = visible.shape
-    tables = stack_tables([table_of_sets(visible)], num_experts)
-    return RoutingMask(*tables, vocab_size, num_experts, 1, MaskProvenance("uniform", 0.5, 2, seed=0))
 
 
 def make_cluster(num_gpus: int, ep_size: int, gpus_per_node: int) -> Cluster:

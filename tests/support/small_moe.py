@@ -5,11 +5,14 @@ from typing import Any
 
 import numpy as np
 import torch
+from megatron.core import parallel_state
 from megatron.core.process_groups_config import ProcessGroupCollection
+from megatron.core.tensor_parallel import model_parallel_cuda_manual_seed
 from megatron.core.transformer.moe.moe_logging import get_moe_metrics_tracker
 from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor
 
+from maskmoe.routing_mask.assignment import stack_tables, table_of_sets
 from maskmoe.routing_mask.mask import MaskProvenance, RoutingMask
 from maskmoe.transformer.layer_specs import get_maskmoe_decoder_block_spec
 from maskmoe.transformer.models import MaskMoEGPTModel
@@ -24,28 +27,11 @@ DEVICE = torch.device(torch.cuda.current_device())
 
 def make_mask(visible: np.ndarray, num_layers: int | None = None) -> RoutingMask:
     """Build a mask of visible sets, bool [tables, vocab, N]; `num_layers` layers can share one table."""
-    tables, vocab_size, num_experts = visible.shape
-    row_of_id, rows_of_table = [], []
-    for table in visible:
-        is_single = table.sum(axis=1) == 1
-        sets, index = np.unique(table[~is_single], axis=0, return_inverse=True)
-        rows = np.empty(vocab_size, np.int16)
-        rows[is_single] = table[is_single].argmax(axis=1)
-        rows[~is_single] = num_experts + index.ravel()
-        row_of_id.append(rows)
-        rows_of_table.append(np.concatenate([np.eye(num_experts, dtype=bool), sets]))
-    num_rows = max(map(len, rows_of_table))
-    bits = np.ones((tables, num_rows, num_experts), bool)
-    for table, rows in enumerate(rows_of_table):
-        bits[table, : len(rows)] = rows
-    return RoutingMask(
-        row_of_id=np.stack(row_of_id),
-        visible_bits=np.packbits(bits, axis=-1, bitorder="little"),
-        vocab_size=vocab_size,
-        num_experts=num_experts,
-        num_layers=num_layers or tables,
-        provenance=MaskProvenance("uniform", 0.5, 2, seed=0, shared_table=tables == 1 and (num_layers or 1) > 1),
-    )
+    num_tables, vocab_size, num_experts = visible.shape
+    num_layers = num_layers or num_tables
+    tables = stack_tables([table_of_sets(table) for table in visible], num_experts)
+    provenance = MaskProvenance("uniform", 0.5, 2, seed=0, shared_table=num_tables == 1 and num_layers > 1)
+    return RoutingMask(*tables, vocab_size, num_experts, num_layers, provenance)
 
 
 def random_visible_sets(
@@ -96,6 +82,13 @@ def make_config(
 def process_groups() -> ProcessGroupCollection:
     """Return the process groups that `parallel_state` holds."""
     return ProcessGroupCollection.use_mpu_process_groups()
+
+
+def initialize_parallelism(**sizes: int) -> ProcessGroupCollection:
+    """Initialise Megatron's process groups of the given sizes, and its random numbers; return the groups."""
+    parallel_state.initialize_model_parallel(**sizes)
+    model_parallel_cuda_manual_seed(1)
+    return process_groups()
 
 
 def make_visible_experts(config: TransformerConfig, mask: RoutingMask) -> VisibleExperts:

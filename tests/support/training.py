@@ -8,9 +8,8 @@ from functools import cached_property
 from pathlib import Path
 
 import numpy as np
-from support.datasets import predictable_ids, write_character_tokenizer, write_documents
+from support.datasets import build_mask, count_ids, predictable_ids, write_character_tokenizer, write_documents
 from support.launchers import TIMEOUT, Outcome, RankProcesses, Rendezvous, rank_environments, start_ranks
-from support.masks import build_mask, count_ids
 from support.runs import free_port, read_scalars
 
 from maskmoe.data.indexed_dataset import optimal_dtype

@@ -7,7 +7,7 @@ test, so that a search for the name finds both.
 from dataclasses import replace
 
 import pytest
-from support.launchers import TESTS
+from support.paths import TESTS
 from support.training import Run
 
 DISTRIBUTED = "--use-distributed-optimizer"

@@ -15,7 +15,7 @@ from gpu_campaign.step import Command, Context, Step
 from gpu_campaign.steps import STEPS
 from gpu_campaign.training import ITERATIONS, TOLERANCE, read_training, training_commands
 from support.paths import ROOT
-from support.scalars import write_scalars
+from support.runs import write_scalars
 
 from maskmoe.launch.machine import Devices
 

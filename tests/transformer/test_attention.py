@@ -1,6 +1,5 @@
 """Core attention by torch's fused kernels against Megatron-Core's `DotProductAttention`, and against plain torch."""
 
-import json
 from collections.abc import Callable
 from typing import Any
 
@@ -9,7 +8,7 @@ import torch
 from megatron.core.tensor_parallel import get_cuda_rng_tracker
 from megatron.core.transformer.dot_product_attention import DotProductAttention
 from megatron.core.transformer.enums import AttnMaskType
-from support.launchers import RANK_SCRIPTS
+from support.ranks.context_parallel_ranks import deviations_of_rank
 from support.small_moe import DEVICE, make_config, process_groups
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -322,7 +321,5 @@ def test_refuses_a_bias() -> None:
 @pytest.mark.parametrize("num_ranks", [2, pytest.param(3, marks=pytest.mark.slow)])
 def test_context_parallel_ranks_equal_one_rank(num_ranks, run_ranks, tmp_path) -> None:
     """Outputs and gradients of ranks that hold chunks in Megatron's zigzag order; the sums add up in another order."""
-    run_ranks(RANK_SCRIPTS / "context_parallel_ranks.py", tmp_path, world_size=num_ranks)
-    for rank in range(num_ranks):
-        deviations = json.loads((tmp_path / f"rank{rank}.json").read_text())
+    for deviations in run_ranks(deviations_of_rank, tmp_path, world_size=num_ranks):
         assert max(deviations.values()) < 5e-6, deviations

@@ -5,17 +5,14 @@ from collections.abc import Callable
 import pytest
 import torch
 from megatron.core.tensor_parallel import vocab_parallel_cross_entropy as stock_cross_entropy
-from safetensors.torch import load_file
-from support.launchers import RANK_SCRIPTS
-from support.ranks.cross_entropy_ranks import VOCAB_SIZE, results, values_of
 from support.saved_tensors import saved_tensors
 from support.small_moe import DEVICE, make_config, make_mask, make_model, process_groups, random_visible_sets
 from torch import Tensor
+from torch.distributed import ProcessGroup
 
 from maskmoe.transformer.torch_modules import cross_entropy
 from maskmoe.transformer.torch_modules.cross_entropy import vocab_parallel_cross_entropy
 
-SCRIPT = RANK_SCRIPTS / "cross_entropy_ranks.py"
 DTYPES = [torch.float32, torch.bfloat16]
 # The functions add exponentials in another order. Gradients of bf16 logits are rounded to bf16, up or down.
 LOSS_TOLERANCE = {"rtol": 1e-6, "atol": 2e-6}
@@ -23,6 +20,37 @@ GRADIENT_TOLERANCE = {
     torch.float32: {"rtol": 2e-6, "atol": 1e-7},
     torch.bfloat16: {"rtol": 2**-8, "atol": 1e-7},
 }
+
+VOCAB_SIZE = 64
+
+
+def values_of(dtype: torch.dtype, device: torch.device) -> tuple[Tensor, Tensor, Tensor]:
+    """Draw logits [sequence, batch, vocabulary], targets and the gradient of the losses, [sequence, batch] each."""
+    generator = torch.Generator().manual_seed(0)
+    logits = 3 * torch.randn(12, 2, VOCAB_SIZE, generator=generator)
+    target = torch.randint(VOCAB_SIZE, (12, 2), generator=generator)
+    gradient = torch.randn(12, 2, generator=generator)
+    return logits.to(device, dtype), target.to(device), gradient.to(device)
+
+
+def results(
+    cross_entropy: Callable, logits: Tensor, target: Tensor, gradient: Tensor, group: ProcessGroup
+) -> dict[str, Tensor]:
+    """Return the losses and the gradient of the logits."""
+    leaf = logits.clone().requires_grad_()
+    losses = cross_entropy(leaf * 1, target, tp_group=group)
+    return {"losses": losses.detach(), "gradient": torch.autograd.grad(losses, leaf, gradient)[0]}
+
+
+def results_of_rank() -> dict[str, dict[str, Tensor]]:
+    """Return the results of a rank with its part of the logits, by dtype."""
+    rank, num_ranks = torch.distributed.get_rank(), torch.distributed.get_world_size()
+    found = {}
+    for dtype in DTYPES:
+        logits, *rest = values_of(dtype, torch.device("cpu"))
+        values = (logits.chunk(num_ranks, dim=-1)[rank].contiguous(), *rest)
+        found[str(dtype)] = results(vocab_parallel_cross_entropy, *values, torch.distributed.group.WORLD)
+    return found
 
 
 @pytest.fixture(params=[1, 5 * VOCAB_SIZE, 2**30], ids=["one token", "five tokens", "all tokens"])
@@ -60,19 +88,17 @@ def test_equals_plain_torch(dtype) -> None:
 
 
 @pytest.fixture(scope="module")
-def ranks(run_ranks, tmp_path_factory) -> list[dict[str, Tensor]]:
-    folder = tmp_path_factory.mktemp("cross_entropy")
-    run_ranks(SCRIPT, folder, world_size=2)
-    return [load_file(folder / f"rank{rank}.safetensors") for rank in range(2)]
+def ranks(run_ranks, tmp_path_factory) -> list[dict[str, dict[str, Tensor]]]:
+    return run_ranks(results_of_rank, tmp_path_factory.mktemp("cross_entropy"))
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_divided_vocabulary(dtype, ranks) -> None:
     """Two ranks with half of the vocabulary each compute what one rank with all of it computes."""
     expected = results(stock_cross_entropy, *values_of(dtype, torch.device("cpu")), process_groups().tp)
-    gradient = torch.cat([result[f"{dtype}/gradient"] for result in ranks], dim=-1)
+    gradient = torch.cat([result[str(dtype)]["gradient"] for result in ranks], dim=-1)
     for result in ranks:
-        assert_close({"losses": result[f"{dtype}/losses"], "gradient": gradient}, expected)
+        assert_close({"losses": result[str(dtype)]["losses"], "gradient": gradient}, expected)
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)

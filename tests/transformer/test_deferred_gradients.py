@@ -1,16 +1,104 @@
 """Experts that defer their weights' gradients, as Transformer Engine's do, are trained by two real ranks."""
 
+from dataclasses import replace
+
 import pytest
 import torch
-from support.launchers import RANK_SCRIPTS, RunRanks
-from support.ranks.deferred_gradients_ranks import MASKS
+from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig
+from support.launchers import RunRanks
+from support.small_moe import (
+    draw_parameters,
+    initialize_parallelism,
+    make_config,
+    make_layer,
+    make_mask,
+    process_groups,
+)
+from torch import Tensor
+
+from maskmoe.transformer.dispatch.planned import DispatchPlanner
+from maskmoe.transformer.moe_layer import MaskMoELayer
+from maskmoe.transformer.token_ids import TokenIds, pack_token_ids
+
+NUM_EXPERTS, VOCAB_SIZE, SEQUENCE, BATCH, HIDDEN, TOPK = 4, 8, 6, 2, 8, 2
+MASKS = ("all_ranks", "rank_local")
+WAYS = ("computed", "deferred")
+
+
+def visible_sets(mask: str) -> Tensor:
+    """Return visible sets, bool [1, vocab, N]: all experts, or the two experts of one rank."""
+    rank_of_id, rank_of_expert = torch.arange(VOCAB_SIZE) % 2, torch.arange(NUM_EXPERTS) // 2
+    return ((rank_of_id[:, None] == rank_of_expert) | (mask == "all_ranks")).unsqueeze(0)
+
+
+def build_layer(mask: str, way: str, **settings) -> MaskMoELayer:
+    """Build a layer in one of `WAYS`: experts compute all gradients in the backward pass, or defer some."""
+    config = make_config(
+        NUM_EXPERTS,
+        TOPK,
+        expert_model_parallel_size=2,
+        transformer_impl="transformer_engine",
+        moe_grouped_gemm=True,
+        **settings,
+        overlap_dispatch_backward_with_experts_wgrad=way == "deferred",
+    )
+    layer = make_layer(config, make_mask(visible_sets(mask).numpy()))
+    draw_parameters(layer)
+    return layer
+
+
+def run_backward(layer: MaskMoELayer, call: torch.nn.Module, rank: int, seed: int = 0) -> Tensor:
+    """Run forward and backward on one batch of this rank; return the gradient of the input."""
+    generator = torch.Generator().manual_seed(10 * seed + rank)
+    ids = TokenIds(torch.randint(0, VOCAB_SIZE, (BATCH, SEQUENCE), generator=generator))
+    planner = DispatchPlanner(layer.router.visible_experts, TOPK, [0], process_groups().ep)
+    if layer.router.visible_experts.is_rank_local:
+        ids = replace(ids, plan=planner.plan(ids))
+    hidden, gradient = torch.randn(2, SEQUENCE, BATCH, HIDDEN, generator=generator)
+    call(hidden.requires_grad_(), padding_mask=pack_token_ids(ids))[0].backward(gradient)
+    return hidden.grad
+
+
+def gradients_alone(mask: str, way: str, rank: int) -> dict[str, Tensor | str]:
+    """Return the results of a layer without data parallelism."""
+    layer = build_layer(mask, way)
+    input_grad = run_backward(layer, layer, rank)
+    of_experts = {name: parameter.grad for name, parameter in layer.experts.named_parameters()}
+    return {"dispatcher": type(layer.dispatcher).__name__, "input": input_grad, **of_experts}
+
+
+def gradients_of_data_parallelism(way: str, fused: bool, overlap: bool, rank: int) -> dict[str, Tensor]:
+    """Return the gradients that the optimizer sees after two micro-batches of the second step."""
+    layer = build_layer("all_ranks", way, gradient_accumulation_fusion=fused)
+    ddp = DistributedDataParallel(layer.config, DistributedDataParallelConfig(overlap_grad_reduce=overlap), layer)
+    for step in range(2):  # Megatron overlaps the reduction from the second step on.
+        ddp.zero_grad_buffer()
+        with ddp.no_sync():
+            run_backward(layer, ddp, rank, 2 * step)
+        run_backward(layer, ddp, rank, 2 * step + 1)
+        ddp.finish_grad_sync()
+    return {name: parameter.main_grad.clone() for name, parameter in layer.experts.named_parameters()}
+
+
+def gradients_of_rank() -> dict[tuple, dict[str, Tensor | str]]:
+    """Return the kind of dispatch, and the gradients of the experts and of the input, by case."""
+    initialize_parallelism(expert_model_parallel_size=2)
+    rank = torch.distributed.get_rank()
+    results = {(mask, way): gradients_alone(mask, way, rank) for mask in MASKS for way in WAYS}
+    for way, fused, overlap in (
+        ("computed", True, False),
+        ("deferred", True, False),
+        ("deferred", False, False),
+        ("deferred", True, True),
+    ):
+        results[way, fused, overlap] = gradients_of_data_parallelism(way, fused, overlap, rank)
+    return results
 
 
 @pytest.fixture(scope="module")
 def ranks(run_ranks: RunRanks, tmp_path_factory: pytest.TempPathFactory) -> list[dict]:
     folder = tmp_path_factory.mktemp("deferred_gradients")
-    run_ranks(RANK_SCRIPTS / "deferred_gradients_ranks.py", folder, are_preloaded=False)
-    return [torch.load(folder / f"rank{rank}.pt") for rank in range(2)]
+    return run_ranks(gradients_of_rank, folder, transformer_engine="stub")
 
 
 def assert_equal_gradients(found: dict[str, torch.Tensor], expected: dict[str, torch.Tensor]) -> None:

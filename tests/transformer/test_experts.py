@@ -11,13 +11,15 @@ from hypothesis import strategies as st
 from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig
 from megatron.core.distributed.param_and_grad_buffer import _ParamAndGradBucketGroup
 from megatron.core.optimizer import OptimizerConfig, get_megatron_optimizer
-from megatron.core.tensor_parallel.layers import ColumnParallelLinear
+from megatron.core.tensor_parallel.layers import ColumnParallelLinear, RowParallelLinear
+from megatron.core.transformer.mlp import MLPSubmodules
 from megatron.core.transformer.moe.experts import SequentialMLP
+from megatron.core.transformer.transformer_config import TransformerConfig
 from support.saved_tensors import KeptBytes
-from support.small_experts import make_experts, make_rows
 from support.small_moe import (
     DEVICE,
     make_config,
+    process_groups,
 )
 from torch import Tensor
 from torch.nn.functional import gelu
@@ -33,6 +35,33 @@ OTHER_ACTIVATIONS = {
     "offset": {"glu_linear_offset": 1.0},
 }
 """Each setting differs from SwiGLU in one respect."""
+
+
+def make_experts[Experts: SequentialMLP](kind: type[Experts], config: TransformerConfig) -> Experts:
+    """Build experts of the local spec, with weights that depend on the configuration only."""
+    experts = kind(
+        config.num_moe_experts,
+        config,
+        MLPSubmodules(linear_fc1=ColumnParallelLinear, linear_fc2=RowParallelLinear),
+        process_groups(),
+    ).to(DEVICE)
+    generator = torch.Generator().manual_seed(1)
+    with torch.no_grad():
+        for parameter in experts.parameters():
+            parameter.copy_(torch.randn(parameter.shape, generator=generator))
+    return experts
+
+
+def make_rows(
+    experts: SequentialMLP, tokens_per_expert: list[int], seed: int = 0, probs_dtype: torch.dtype = torch.float32
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Draw rows, their weights, and the gradient of the output."""
+    generator = torch.Generator().manual_seed(seed)
+    number, config = sum(tokens_per_expert), experts.config
+    shape = number, config.hidden_size
+    rows, gradient = (torch.randn(shape, generator=generator).to(DEVICE, config.params_dtype) for _ in range(2))
+    probs = torch.rand(number, generator=generator).to(DEVICE, probs_dtype)
+    return rows.requires_grad_(), probs.requires_grad_(), gradient
 
 
 def make_pair(**overrides: Any) -> tuple[GroupedMLP, SequentialMLP]:

@@ -6,9 +6,8 @@ from typing import Any
 import pytest
 import torch
 from megatron.core.transformer.moe.moe_utils import MoEAuxLossAutoScaler
-from safetensors.torch import load_file
-from support.launchers import RANK_SCRIPTS, RunRanks
-from support.ranks.parallel_layer_ranks import CASES, LAYOUTS, is_possible, run_case
+from support.launchers import RunRanks
+from support.ranks.parallel_layer_ranks import CASES, LAYOUTS, is_possible, results_of_rank, run_case
 from support.small_moe import (
     DEVICE,
     draw_parameters,
@@ -213,9 +212,7 @@ def test_refuses_what_it_cannot_route() -> None:
 @pytest.fixture(scope="module")
 def two_ranks(run_ranks: RunRanks, tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Tensor]]:
     """Return the results of each of two ranks for all layouts and cases."""
-    folder = tmp_path_factory.mktemp("parallel_layer")
-    run_ranks(RANK_SCRIPTS / "parallel_layer_ranks.py", folder)
-    return [load_file(folder / f"rank{rank}.safetensors") for rank in range(2)]
+    return run_ranks(results_of_rank, tmp_path_factory.mktemp("parallel_layer"))
 
 
 @pytest.mark.parametrize(

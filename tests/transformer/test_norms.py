@@ -3,9 +3,6 @@
 import pytest
 import torch
 from megatron.core.transformer.attention import SelfAttention
-from safetensors.torch import load_file
-from support.launchers import RANK_SCRIPTS
-from support.ranks.all_heads_norm_ranks import EPSILON, HEAD_DIM, NUM_HEADS, heads_of, values_of
 from support.saved_tensors import saved_tensors
 from support.small_moe import DEVICE, make_config, make_mask, make_visible_experts, process_groups, random_visible_sets
 from torch import Tensor
@@ -130,11 +127,57 @@ def test_refuses_a_norm_that_torch_lacks() -> None:
         TorchNorm(config, 8)
 
 
+SEQUENCE, BATCH, HEAD_DIM = 5, 2, 8
+# Numbers of heads of the model: three for each of two ranks, one for each rank, and one that both ranks hold.
+NUM_HEADS = (6, 2, 1)
+EPSILON = 1e-2
+
+
+def values_of(num_heads: int, num_ranks: int) -> tuple[Tensor, Tensor, Tensor]:
+    """Draw heads, a weight, and a gradient for the output of each rank.
+
+    Returns:
+        heads [sequence, batch, heads, features]; weight [heads * features]; gradients [ranks, sequence, batch, heads,
+        features], 0 for heads that a rank does not hold.
+    """
+    generator = torch.Generator().manual_seed(num_heads)
+    heads = torch.randn(SEQUENCE, BATCH, num_heads, HEAD_DIM, generator=generator)
+    weight = torch.randn(num_heads * HEAD_DIM, generator=generator)
+    gradients = torch.randn(num_ranks, SEQUENCE, BATCH, num_heads, HEAD_DIM, generator=generator)
+    for rank in range(num_ranks):
+        held = torch.zeros(num_heads, 1)
+        held[heads_of(rank, num_heads, num_ranks)] = 1
+        gradients[rank] *= held
+    return heads, weight, gradients
+
+
+def heads_of(rank: int, num_heads: int, num_ranks: int) -> slice:
+    """Return the heads that a rank holds."""
+    first = rank * num_heads // num_ranks
+    return slice(first, first + max(1, num_heads // num_ranks))
+
+
+def results_of_rank() -> dict[int, dict[str, Tensor]]:
+    """Return the results of the norm over this rank's heads, by the number of heads of the model."""
+    rank, num_ranks = torch.distributed.get_rank(), torch.distributed.get_world_size()
+    found = {}
+    for num_heads in NUM_HEADS:
+        heads, weight, gradients = values_of(num_heads, num_ranks)
+        mine = heads_of(rank, num_heads, num_ranks)
+        norm = AllHeadsRMSNorm(
+            make_config(), HEAD_DIM, EPSILON, num_heads=num_heads, tp_group=torch.distributed.group.WORLD
+        )
+        norm.weight.data.copy_(weight)
+        local = heads[:, :, mine].clone().requires_grad_()
+        output = norm(local)
+        output.backward(gradients[rank][:, :, mine])
+        found[num_heads] = {"output": output.detach(), "input_grad": local.grad, "weight_grad": norm.weight.grad}
+    return found
+
+
 @pytest.fixture(scope="module")
-def ranks(run_ranks, tmp_path_factory) -> list[dict[str, torch.Tensor]]:
-    folder = tmp_path_factory.mktemp("all_heads_norm")
-    run_ranks(RANK_SCRIPTS / "all_heads_norm_ranks.py", folder, world_size=NUM_RANKS)
-    return [load_file(folder / f"rank{rank}.safetensors") for rank in range(NUM_RANKS)]
+def ranks(run_ranks, tmp_path_factory) -> list[dict[int, dict[str, Tensor]]]:
+    return run_ranks(results_of_rank, tmp_path_factory.mktemp("all_heads_norm"), world_size=NUM_RANKS)
 
 
 @pytest.mark.parametrize("num_heads", NUM_HEADS)
@@ -148,11 +191,11 @@ def test_divided_heads_have_the_norm_of_olmoe(num_heads, ranks) -> None:
     input_grads = torch.zeros_like(heads)
     for rank, result in enumerate(ranks):
         mine = heads_of(rank, num_heads, NUM_RANKS)
-        torch.testing.assert_close(result[f"{num_heads}/output"], output[:, :, mine])
-        input_grads[:, :, mine] += result[f"{num_heads}/input_grad"]
+        torch.testing.assert_close(result[num_heads]["output"], output[:, :, mine])
+        input_grads[:, :, mine] += result[num_heads]["input_grad"]
     torch.testing.assert_close(input_grads, heads.grad)
     # `finalize_model_grads` adds up the weight's gradients of all ranks.
-    weight_grad = sum(result[f"{num_heads}/weight_grad"] for result in ranks)
+    weight_grad = sum(result[num_heads]["weight_grad"] for result in ranks)
     torch.testing.assert_close(weight_grad, norm.weight.grad)
 
 

@@ -1,7 +1,9 @@
 """The router: V = N against `TopKRouter`, V = 1 against a table lookup, all else against a plain reference."""
 
 import itertools
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from typing import Any
 
 import numpy as np
 import pytest
@@ -11,7 +13,6 @@ from hypothesis import strategies as st
 from megatron.core.distributed.finalize_model_grads import reset_model_temporary_tensors
 from megatron.core.transformer.moe.moe_utils import MoEAuxLossAutoScaler
 from megatron.core.transformer.moe.router import TopKRouter
-from support.pairwise import pairwise
 from support.router_cases import ALL_BALANCING_LOSSES, LOSSES, Case, cases
 from support.small_moe import (
     DEVICE,
@@ -32,6 +33,32 @@ from maskmoe.transformer.token_ids import TokenIds
 
 GROUPS = {"moe_router_num_groups": 3, "moe_router_group_topk": 2}
 LOSS_SCALE = 0.5
+
+
+def pairwise(options: Mapping[str, Sequence[Any]]) -> list[tuple[Any, ...]]:
+    """Choose combinations of option values such that every two values of different options occur together.
+
+    Each step takes the combination that covers the most new pairs. The result is the same in every run.
+
+    Args:
+        options: the values of each option; few enough to try all combinations.
+
+    Returns:
+        combinations, one value for each option in the order of `options`.
+    """
+    combinations = list(itertools.product(*(range(len(values)) for values in options.values())))
+
+    def pairs_of(combination: tuple[int, ...]) -> set[tuple[tuple[int, int], ...]]:
+        return set(itertools.combinations(enumerate(combination), 2))
+
+    missing = set().union(*map(pairs_of, combinations))
+    chosen = []
+    while missing:
+        best = max(combinations, key=lambda combination: len(pairs_of(combination) & missing))
+        chosen.append(best)
+        missing -= pairs_of(best)
+    values = list(options.values())
+    return [tuple(values[option][index] for option, index in enumerate(combination)) for combination in chosen]
 
 
 @pytest.fixture(autouse=True, scope="module")

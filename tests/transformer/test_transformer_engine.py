@@ -2,26 +2,165 @@
 
 import json
 import re
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass, field
+from functools import partial
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from megatron.core import dist_checkpointing
+from megatron.core.dist_checkpointing.dict_utils import nested_values
+from megatron.core.dist_checkpointing.mapping import ShardedObject, apply_factories
+from megatron.core.models.gpt import GPTModel
+from megatron.core.transformer.transformer_config import MLATransformerConfig, TransformerConfig
 from support.foreign_models import random_ids, save_model
-from support.launchers import RANK_SCRIPTS, RunRanks
+from support.launchers import RunRanks
 from support.megatron_models import load_converted_model, logits_of_megatron, save_as_release
-from support.ranks.transformer_engine_ranks import IDS, LAYOUTS, SAVED, Described, build_model, describe
+from support.small_moe import (
+    draw_parameters,
+    initialize_parallelism,
+    make_config,
+    make_mask,
+    make_visible_experts,
+    random_visible_sets,
+)
 
 from maskmoe.conversion.convert import huggingface_to_megatron
 from maskmoe.conversion.megatron_models import open_megatron
 from maskmoe.conversion.settings import Settings
 from maskmoe.conversion.tensor_sources import Block
+from maskmoe.transformer.layer_specs import get_maskmoe_decoder_block_spec, get_maskmoe_mtp_block_spec
+from maskmoe.transformer.models import MaskMoEGPTModel
 
 # Together, the models have shared experts with a gate, dense layers, biases, norms of each head or of all heads, and
 # multi-latent attention.
 MODELS = ("qwen2_moe", "qwen3_moe", "olmoe", "deepseek_v3")
 ROUNDING = 1e-4  # as in `test_families_in_megatron`
+
+NUM_LAYERS, VOCAB_SIZE = 2, 9
+GROUPED = {"moe_grouped_gemm": True}
+LATENT_ATTENTION = {
+    "multi_latent_attention": True,
+    "num_query_groups": None,
+    "qk_layernorm": True,
+    "q_lora_rank": 6,
+    "kv_lora_rank": 4,
+    "qk_head_dim": 8,
+    "qk_pos_emb_head_dim": 4,
+    "v_head_dim": 8,
+}
+LAYOUTS: dict[str, dict[str, Any]] = {
+    "dense": {"num_experts": None},
+    "experts": GROUPED,
+    "experts_one_by_one": {"moe_grouped_gemm": False},
+    "dense_layer_and_shared_experts": {
+        **GROUPED,
+        "moe_layer_freq": [0, 1],
+        "moe_shared_expert_intermediate_size": 10,
+        "moe_shared_expert_gate": True,
+    },
+    "norms_of_heads": {**GROUPED, "qk_layernorm": True, "add_qkv_bias": True},
+    "norms_of_all_heads": {**GROUPED, "qk_layernorm": True, "all_heads": True},
+    "layer_norms": {**GROUPED, "moe_layer_freq": [0, 1], "normalization": "LayerNorm"},
+    "expert_bias": {**GROUPED, "moe_router_score_function": "sigmoid", "moe_router_enable_expert_bias": True},
+    "multi_token_prediction": {**GROUPED, "mtp_num_layers": 1},
+    "latent_attention": {**GROUPED, "moe_layer_freq": [0, 1], **LATENT_ATTENTION},
+    "latent_attention_of_whole_queries": {**GROUPED, **LATENT_ATTENTION, "q_lora_rank": None, "rope_type": "rope"},
+    "latent_experts": {**GROUPED, **LATENT_ATTENTION, "moe_latent_size": 6, "moe_shared_expert_intermediate_size": 10},
+}
+"""Settings of models by name."""
+SAVED = ("latent_attention", "latent_attention_of_whole_queries", "latent_experts")
+IDS = torch.arange(2 * VOCAB_SIZE).view(2, VOCAB_SIZE) % VOCAB_SIZE
+
+
+@dataclass
+class Described:
+    """Names and shapes of a model.
+
+    Attributes:
+        parameters: shapes of the parameters.
+        tensors: shapes of the tensors of its checkpoint.
+        objects: names of the other entries of its checkpoint.
+    """
+
+    parameters: dict[str, list[int]]
+    tensors: dict[str, list[int]] = field(default_factory=dict)
+    objects: list[str] = field(default_factory=list)
+
+
+def build_model(layout: str, implementation: str) -> GPTModel:
+    """Build the model of a layout, with `implementation` as `transformer_impl`."""
+    settings = {"num_layers": NUM_LAYERS, "hidden_size": 16, "num_query_groups": 1, **LAYOUTS[layout]}
+    all_heads = settings.pop("all_heads", False)
+    config_class = MLATransformerConfig if "multi_latent_attention" in settings else TransformerConfig
+    config = make_config(config_class=config_class, transformer_impl=implementation, **settings)
+    model, visible_experts = GPTModel, None
+    if config.num_moe_experts:
+        num_tables = NUM_LAYERS + (config.mtp_num_layers or 0)
+        mask = make_mask(random_visible_sets(0, num_tables, VOCAB_SIZE, config.num_moe_experts))
+        visible_experts = make_visible_experts(config, mask)
+        model = partial(MaskMoEGPTModel, visible_experts=visible_experts)
+    described = (config, visible_experts, "all", None, all_heads)
+    return model(
+        config,
+        get_maskmoe_decoder_block_spec(*described),
+        mtp_block_spec=get_maskmoe_mtp_block_spec(*described) if config.mtp_num_layers else None,
+        vocab_size=VOCAB_SIZE,
+        max_sequence_length=16,
+        position_embedding_type="rope",
+    )
+
+
+def describe(model: GPTModel) -> Described:
+    """Describe a model and its checkpoint."""
+    described = Described({name: list(parameter.shape) for name, parameter in model.named_parameters()})
+    state = model.sharded_state_dict()
+    apply_factories(state)
+    for entry in nested_values(state):
+        if isinstance(entry, ShardedObject):
+            described.objects.append(entry.unique_key)
+        else:
+            described.tensors[entry.key] = list(entry.global_shape)
+    return described
+
+
+def save(model: GPTModel, folder: Path, computes: bool) -> None:
+    """Save a model with random parameters and, if it computes here, its logits."""
+    draw_parameters(model)
+    if computes:
+        torch.save(logits_of_megatron(model.eval(), IDS), folder / "logits.pt")
+    (folder / "saved").mkdir()
+    dist_checkpointing.save(model.sharded_state_dict(), str(folder / "saved"))
+
+
+def load_and_save(folder: Path, computes: bool) -> None:
+    """Load checkpoints of a model with the flags in `flags.json`, and save them again."""
+    flags = json.loads((folder / "flags.json").read_text())
+    flags += ["--transformer-impl", "transformer_engine", "--moe-grouped-gemm"]
+    for name in ("converted", "local"):
+        model, args = load_converted_model(folder / name, flags)
+        save_as_release(model, args, folder / f"{name}_again")
+    if computes:
+        torch.save(logits_of_megatron(model, torch.load(folder.parent / "ids.pt")), folder / "logits.pt")
+
+
+def work_on_transformer_engine(folder: Path, computes: bool) -> dict[str, dict[str, Any]]:
+    """Describe a model of each layout, and exchange checkpoints with the local models.
+
+    Load each checkpoint FOLDER/NAME/converted and FOLDER/NAME/local and save the model again, to
+    FOLDER/NAME/converted_again and FOLDER/NAME/local_again. Save the models of the layouts in `SAVED` to
+    FOLDER/LAYOUT/saved. If the modules compute here, write the logits of the ids in FOLDER/ids.pt to
+    FOLDER/NAME/logits.pt, and the logits of `IDS` to FOLDER/LAYOUT/logits.pt.
+    """
+    initialize_parallelism()
+    described = {layout: asdict(describe(build_model(layout, "transformer_engine"))) for layout in LAYOUTS}
+    for layout in SAVED:
+        (folder / layout).mkdir()
+        save(build_model(layout, "transformer_engine"), folder / layout, computes)
+    for flags in folder.glob("*/flags.json"):
+        load_and_save(flags.parent, computes)
+    return described
 
 
 @dataclass(frozen=True)
@@ -48,9 +187,11 @@ def built(request, run_ranks: RunRanks, one_rank: None, tmp_path_factory: pytest
         flags = huggingface_to_megatron(Settings(load=folder / name / "original", save=folder / name / "converted"))
         (folder / name / "flags.json").write_text(json.dumps(flags))
         save_as_release(*load_converted_model(folder / name / "converted", flags), folder / name / "local")
-    run_ranks(RANK_SCRIPTS / "transformer_engine_ranks.py", folder, request.param, world_size=1, are_preloaded=False)
-    layouts = json.loads((folder / "layouts.json").read_text())
-    return Built({name: Described(**values) for name, values in layouts.items()}, folder, request.param == "stub")
+    computes = request.param == "stub"
+    (layouts,) = run_ranks(
+        work_on_transformer_engine, folder, folder, computes, world_size=1, transformer_engine=request.param
+    )
+    return Built({name: Described(**values) for name, values in layouts.items()}, folder, computes)
 
 
 def parameter_on_transformer_engine(name: str, local: Described) -> str:
@@ -128,10 +269,50 @@ def test_checkpoints_are_exchanged_with_local_models(name: str, built: Built, on
         torch.testing.assert_close(logits, logits_of_megatron(local, random_ids()), atol=ROUNDING, rtol=0)
 
 
+def permute_in_triton() -> dict[str, torch.Tensor]:
+    """Run Transformer Engine's permutation kernels on tokens that have 0 to 3 experts; return inputs and results."""
+    from transformer_engine.common.triton import permutation as kernels
+    from transformer_engine.pytorch.triton import permutation
+
+    # Leave each kernel one configuration, which needs no measurement.
+    for kernel in vars(kernels).values():
+        if hasattr(kernel, "configs"):
+            kernel.configs = kernel.configs[:1]
+    num_tokens, num_experts, hidden_size, num_chunks = 30, 5, 70, 6
+    generator = torch.Generator().manual_seed(0)
+    hidden = torch.randn(num_tokens, hidden_size, generator=generator)
+    num_chosen = torch.arange(num_tokens) % 4
+    rank_of_expert = torch.rand(num_tokens, num_experts, generator=generator).argsort(dim=1).argsort(dim=1)
+    routing_map = rank_of_expert < num_chosen[:, None]
+    routing_map[:, 2] = False  # an expert without tokens
+    probs = torch.rand(num_tokens, num_experts, generator=generator) * routing_map
+    num_rows = int(routing_map.sum())
+    # `CopyToExperts` passes this rank's columns of all experts.
+    routing_map, probs = (torch.nn.functional.pad(each, (2, 3))[:, 2:-3] for each in (routing_map, probs))
+
+    row_id_map = permutation.make_row_id_map(routing_map, num_tokens, num_experts)
+    rows, _, row_probs = permutation.permute_with_mask_map(
+        hidden, row_id_map, probs, None, None, num_tokens, num_experts, num_rows, hidden_size, 0
+    )
+    sums, unpermuted_probs = permutation.unpermute_with_mask_map(
+        rows, row_id_map, None, row_probs, None, num_tokens, num_experts, hidden_size
+    )
+    sizes, order = torch.tensor([3, 0, 4, 1, 0, num_rows - 8]), torch.randperm(num_chunks, generator=generator)
+    chunk_map = permutation.make_chunk_sort_map(sizes, order, num_rows, num_chunks)
+    sorted_rows, sorted_probs = permutation.sort_chunks_by_map(rows, chunk_map, row_probs, num_rows, hidden_size, True)
+    return {
+        **{"hidden": hidden, "routing_map": routing_map, "probs": probs},
+        **{"rows": rows, "row_probs": row_probs, "sums": sums, "unpermuted_probs": unpermuted_probs},
+        **{"sizes": sizes, "order": order, "sorted_rows": sorted_rows, "sorted_probs": sorted_probs},
+    }
+
+
 @pytest.mark.te
-def test_fused_permutation_takes_0_to_3_experts_per_token(run_ranks: RunRanks, tmp_path: Path) -> None:
-    run_ranks(RANK_SCRIPTS / "triton_permutation_ranks.py", tmp_path, world_size=1, are_preloaded=False)
-    results = torch.load(tmp_path / "results.pt")
+def test_fused_permutation_takes_0_to_3_experts_per_token(
+    run_ranks: RunRanks, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("TRITON_INTERPRET", "1")
+    (results,) = run_ranks(permute_in_triton, tmp_path, world_size=1, transformer_engine="installed")
     hidden, routing_map, probs = results["hidden"], results["routing_map"], results["probs"]
     # Rows are ordered by expert, then by token.
     experts, tokens = routing_map.t().nonzero(as_tuple=True)

@@ -1,25 +1,13 @@
-"""One rank of context-parallel attention: `python context_parallel_ranks.py FOLDER`, with RANK and WORLD_SIZE set.
+"""Context-parallel attention on ranks that also compute attention over the whole sequence by themselves."""
 
-Each rank also computes attention over the whole sequence by itself. The script writes the largest deviations from this
-attention to `rankR.json`.
-"""
-
-import json
-import os
-import sys
-from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
-from maskmoe.megatron_compat import prepare_process
-
-prepare_process()
 import torch
 from megatron.core.models.gpt import gpt_model
 from megatron.core.transformer.enums import AttnMaskType
 from megatron.core.transformer.multi_token_prediction import roll_tensor
 from megatron.core.utils import get_batch_on_this_cp_rank
-from support.rank_program import run_as_rank
 from support.small_moe import make_config
 from torch import Tensor
 from torch.distributed import ProcessGroup
@@ -145,18 +133,13 @@ def weights_deviation(world: ProcessGroup, alone: ProcessGroup) -> float:
     return (weights_of_prediction(part_of_rank(mask, world), world) - part_of_rank(expected, world)).abs().max().item()
 
 
-def main() -> None:
-    folder, rank, num_ranks = Path(sys.argv[1]), int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
-    torch.distributed.init_process_group(init_method=f"file://{folder}/rendezvous", rank=rank, world_size=num_ranks)
+def deviations_of_rank() -> dict[str, float]:
+    """Return the deviations of attention, and of multi-token prediction's weights, by case."""
+    rank, num_ranks = torch.distributed.get_rank(), torch.distributed.get_world_size()
     alone = [torch.distributed.new_group([other]) for other in range(num_ranks)][rank]
     attention_module.SHORTEST_BLOCK = 1
     world: Any = torch.distributed.group.WORLD
     deviations = {name: deviation(world, alone, **case) for name, case in CASES.items()}
     deviations["tokens of multi-token prediction"], deviations["loss"] = normalization_deviations(world)
     deviations["weights of multi-token prediction"] = weights_deviation(world, alone)
-    (folder / f"rank{rank}.json").write_text(json.dumps(deviations))
-    torch.distributed.destroy_process_group()
-
-
-if __name__ == "__main__":
-    run_as_rank(main)
+    return deviations

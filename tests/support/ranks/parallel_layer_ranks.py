@@ -1,25 +1,17 @@
-"""One rank of an MoE layer in parallel layouts: `python parallel_layer_ranks.py FOLDER`, with RANK and WORLD_SIZE set.
+"""An MoE layer in parallel layouts.
 
 Parameters and inputs of a case do not depend on layout and rank, so that all layouts must give the same results.
 """
 
-import os
-import sys
 from dataclasses import dataclass, field, replace
-from pathlib import Path
 from typing import Any
 
-from maskmoe.megatron_compat import prepare_process
-
-prepare_process()
 import numpy as np
 import torch
 from megatron.core import parallel_state
-from megatron.core.tensor_parallel import model_parallel_cuda_manual_seed
-from safetensors.torch import save_file
-from support.rank_program import run_as_rank
 from support.small_moe import (
     DEVICE,
+    initialize_parallelism,
     make_config,
     make_layer,
     make_mask,
@@ -224,22 +216,15 @@ def _part_of_weight(name: str, shape: torch.Size, rank: int, shards: int) -> Ten
     return torch.from_numpy(rng.normal(size=shape))
 
 
-def main() -> None:
-    folder = Path(sys.argv[1])
-    rank, num_ranks = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
-    torch.distributed.init_process_group(init_method=f"file://{folder}/rendezvous", rank=rank, world_size=num_ranks)
+def results_of_rank() -> dict[str, Tensor]:
+    """Return the results of this rank for all layouts and cases."""
+    rank, num_ranks = torch.distributed.get_rank(), torch.distributed.get_world_size()
     results = {}
     for layout_name, layout in LAYOUTS.items():
-        parallel_state.initialize_model_parallel(**layout.settings)
-        model_parallel_cuda_manual_seed(1)
+        initialize_parallelism(**layout.settings)
         for case_name in CASES:
             if is_possible(layout_name, case_name):
                 for key, value in run_case(layout_name, case_name, rank, num_ranks).items():
-                    results[f"{layout_name}/{case_name}/{key}"] = value.contiguous()
+                    results[f"{layout_name}/{case_name}/{key}"] = value
         parallel_state.destroy_model_parallel()
-    save_file(results, folder / f"rank{rank}.safetensors")
-    torch.distributed.destroy_process_group()
-
-
-if __name__ == "__main__":
-    run_as_rank(main)
+    return results

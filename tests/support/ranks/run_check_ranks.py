@@ -1,20 +1,15 @@
 """Reports of `--check` on command lines, and measurements of the models that these command lines build.
 
-`python run_check_ranks.py FOLDER COMMAND WORKING_FOLDER` reads named command lines from `FOLDER/cases.json`, and writes
-an answer for each of them to `FOLDER/answers{rank}.json`. The commands `report`, `report_on_a_gpu` and `build` run as
-one process and take any number of cases. The command `measure` runs as the ranks of a training run and takes one case.
+The commands `report`, `report_on_a_gpu` and `build` run as one process and take any number of cases. The command
+`measure` runs as the ranks of a training run and takes one case.
 """
 
-import json
 import os
 import sys
 from argparse import Namespace
 from pathlib import Path
 from typing import Any
 
-from maskmoe.megatron_compat import prepare_process
-
-prepare_process()
 import torch
 from megatron.core import parallel_state
 from megatron.core.enums import ModelType
@@ -28,7 +23,6 @@ from megatron.training.arguments import parse_args, validate_args
 from megatron.training.global_vars import rebuild_tokenizer
 from megatron.training.initialize import initialize_megatron
 from megatron.training.training import setup_model_and_optimizer
-from support.rank_program import run_as_rank
 from support.saved_tensors import KeptBytes
 
 from maskmoe.megatron_compat import cpu
@@ -147,26 +141,16 @@ def _is_first_replica(parameter: torch.nn.Parameter) -> bool:
     return data_rank == 0 and (is_divided or tensor_rank == 0)
 
 
-def main() -> None:
-    folder, command, working_folder = Path(sys.argv[1]), sys.argv[2], sys.argv[3]
+def answer_cases(command: str, cases: dict[str, dict[str, Any]], working_folder: Path) -> dict[str, dict[str, Any]]:
+    """Return a command's answer for each case: the number of ranks and the flags that it is called for."""
     os.chdir(working_folder)
-    answers_of = {
-        "report": report,
-        "report_on_a_gpu": report_on_a_gpu,
-        "build": build,
-        "measure": measure,
-    }
-    answer = answers_of[command]
+    answers_of = {"report": report, "report_on_a_gpu": report_on_a_gpu, "build": build, "measure": measure}
     if command == "build":
         torch.distributed.init_process_group(store=torch.distributed.HashStore(), rank=0, world_size=1)
         parallel_state.initialize_model_parallel()
     answers = {}
     with leaving_process_groups():
-        for name, case in json.loads((folder / "cases.json").read_text()).items():
+        for name, case in cases.items():
             sys.argv = [sys.argv[0], *case["flags"]]
-            answers[name] = answer(case["ranks"])
-    (folder / f"answers{os.environ['RANK']}.json").write_text(json.dumps(answers))
-
-
-if __name__ == "__main__":
-    run_as_rank(main)
+            answers[name] = answers_of[command](case["ranks"])
+    return answers

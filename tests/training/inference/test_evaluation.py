@@ -7,9 +7,8 @@ import shlex
 
 import numpy as np
 import pytest
-from support.datasets import predictable_ids, write_documents
+from support.datasets import count_ids, predictable_ids, write_documents
 from support.launchers import Outcome
-from support.masks import count_ids
 from support.training import VOCAB_SIZE
 
 from maskmoe.data.indexed_dataset import open_tokens, read_index

@@ -13,15 +13,13 @@ from typing import Any
 import numpy as np
 import pytest
 from megatron.core.transformer.moe.moe_layer import HAVE_TE
-from support.launchers import RANK_SCRIPTS, run_script_as_ranks
-from support.runs import free_port
+from support.launchers import run_as_ranks
+from support.ranks.run_check_ranks import answer_cases
 
 from maskmoe.data.dataset_writing import IndexedDatasetWriter
 from maskmoe.data.indexed_dataset import optimal_dtype
 from maskmoe.routing_mask.assignment import MaskRecipe, build_routing_mask
 from maskmoe.routing_mask.frequency import count_token_frequency
-
-SCRIPT = RANK_SCRIPTS / "run_check_ranks.py"
 
 # Megatron pads this vocabulary to 512 ids.
 VOCAB_SIZE = 510
@@ -186,12 +184,8 @@ def answer(working_folder, tmp_path_factory) -> Callable[..., Answers]:
             base = BASE.replace("--global-batch-size 8", "") if name == MANY_RANKS else BASE
             words = [*shlex.split(base), "--routing-mask", "shared.safetensors", *shlex.split(flags)]
             described[name] = {"ranks": ranks.get(name, 1), "flags": words}
-        (folder / "cases.json").write_text(json.dumps(described))
-        with pytest.MonkeyPatch.context() as patch:
-            patch.setenv("MASTER_ADDR", "localhost")
-            patch.setenv("MASTER_PORT", str(free_port()))
-            run_script_as_ranks(SCRIPT, folder, command, working_folder, world_size=processes, timeout=500)
-        return [json.loads((folder / f"answers{rank}.json").read_text()) for rank in range(processes)]
+        arguments = (command, described, working_folder)
+        return run_as_ranks(answer_cases, folder, *arguments, world_size=processes, timeout=500, joins=False)
 
     return answer
 

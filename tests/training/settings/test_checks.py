@@ -8,8 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import sentencepiece
-from support.datasets import write_documents
-from support.masks import build_mask, count_ids
+from support.datasets import build_mask, count_ids, write_documents
 
 from maskmoe.data.tokenizer import SentencePieceTokenizer
 from maskmoe.errors import UserError

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from support.launchers import TESTS
+from support.paths import TESTS
 from support.training import Run, TrainingOutcome
 from support.training_runs import EXPERT_2
 

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from support.launchers import TESTS
+from support.paths import TESTS
 from support.runs import read_scalars
 from support.training import Run, TrainingOutcome
 from support.training_runs import DISTRIBUTED, EXPERT_2, INTERLEAVED, PIPELINE_2, TENSOR_2
