@@ -20,6 +20,7 @@ from torch.distributed.elastic.multiprocessing.errors import ChildFailedError, P
 from torch.distributed.elastic.rendezvous import RendezvousError
 
 from maskmoe.files.run_folder import RUN_FOLDER_VARIABLE, Journal, Kind
+from maskmoe.launch.meeting import watch_meeting
 from maskmoe.processes.interruption import EXIT_HANG, EXIT_REQUEUE
 
 _EXPLAINED = (2, EXIT_REQUEUE, EXIT_HANG)
@@ -36,6 +37,8 @@ def main() -> None:
     arguments = run.get_args_parser().parse_args(sys.argv[1:])
     folder = arguments.log_dir
     redirect_log(folder)
+    if arguments.nnodes.isdecimal() and int(arguments.nnodes) > 1:
+        watch_meeting(arguments.rdzv_endpoint, arguments.rdzv_id, int(arguments.nnodes))
     if run_folder := os.environ.get(RUN_FOLDER_VARIABLE):
         logging.getLogger(_FAILURES).addHandler(FailureJournal(Journal(Path(run_folder)), folder))
     try:

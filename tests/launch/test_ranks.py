@@ -43,12 +43,15 @@ def test_failed_run_ends_with_the_cause(tmp_path):
     assert "failed (exitcode: 1)" in (tmp_path / "logs" / "torchrun.log").read_text()
 
 
-def test_missing_node_is_one_line(tmp_path):
+def test_missing_node_is_named_before_and_after_the_timeout(tmp_path):
+    program = "import maskmoe.launch.meeting as meeting; meeting._LOOK_SECONDS = 0.5\n"
+    program += "from maskmoe.launch.ranks import main; main()"
     words = f"--nnodes 2 --rdzv-backend c10d --rdzv-endpoint 127.0.0.1:{free_port()} --rdzv-id run -m stub".split()
-    command = [sys.executable, "-m", "maskmoe.launch.ranks", "--rdzv-conf", "is_host=true,join_timeout=3", *words]
+    command = [sys.executable, "-c", program, "--rdzv-conf", "is_host=true,join_timeout=10", *words]
     with Launch(command, tmp_path, tmp_path / "run", {}) as launch:
         assert launch.wait() == 1
-    (error,) = launch.output.splitlines()
+    waiting, error = launch.output.splitlines()
+    assert waiting.startswith(f"launch: waiting for 1 of 2 nodes at {words[5]}: each node needs the same --nodes, ")
     assert error.startswith(f"error: the 2 nodes did not meet at {words[5]}, --rendezvous-id run: ")
 
 
