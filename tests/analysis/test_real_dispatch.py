@@ -103,7 +103,7 @@ def dispatch_planned(
 ) -> None:
     """One copy a rank, planned; the first visible experts are selected."""
     plan = DispatchPlanner(visible_experts, TOPK, [0], groups.ep).plan(TokenIds(token_ids.unsqueeze(0)))
-    visible = visible_experts(plan.of_table[0].received_ids.flatten(), 0).experts
+    visible = visible_experts.mask_table(0).look_up(plan.of_table[0].received_ids.flatten()).experts
     routing_map = visible & (visible.cumsum(dim=1) <= TOPK)
     router = FixedRouter(routing_map.float().requires_grad_(), routing_map)
     planned_ids = TokenIds(token_ids.unsqueeze(1), plan=plan)
