@@ -24,7 +24,10 @@ VOCAB_SIZE = 400
 @pytest.fixture(scope="session")
 def original_workshop(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder with a text, tokenizers, a dataset, counts, a mask, an exported model and its Megatron checkpoint."""
-    from support.tiny_maskmoe import make_model  # needs the prepared process
+    # These modules need the prepared process.
+    from support.tiny_maskmoe import make_model
+
+    from maskmoe.conversion.model_tensors import routing_mask_tensors
 
     folder = tmp_path_factory.mktemp("workshop")
     text = "\n".join(path.read_text() for path in sorted((ROOT / "maskmoe/routing_mask").glob("*.py")))
@@ -40,7 +43,8 @@ def original_workshop(tmp_path_factory: pytest.TempPathFactory) -> Path:
     recipe = MaskRecipe(4, 2, "uniform", frequent_mass=0.6, frequent_visible_experts=3, seed=1)
     mask = build_routing_mask(recipe, frequency=frequency)
     mask.save(folder / "mask.safetensors")
-    make_model(mask, num_hidden_layers=2).save_pretrained(folder / "model")
+    description = routing_mask_tensors(mask)[1]
+    make_model(mask, num_hidden_layers=2, routing_mask=description).save_pretrained(folder / "model")
     for path in (folder / "huggingface").iterdir():
         shutil.copy(path, folder / "model")
     shutil.copy(ROOT / "launch" / "models" / "laptop.yaml", folder / "laptop.yaml")

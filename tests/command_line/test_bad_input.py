@@ -202,6 +202,7 @@ MISTAKES = [
     ("count --data-path a --output b --vocab-size 5 stray --x=1", "unknown flag --x"),
     ("count --merge a --output b --merge=c", "--merge is given 2 times: write all its values after one --merge"),
     ("sample --model model --prompt a stray", "unrecognized arguments: stray"),
+    ("sample --model model", "one of the arguments --prompt --prompts-file is required"),
     ("convert", "the following arguments are required: command"),
     ("convert megatron-to-hf --lode x", "unknown flag --lode (nearest: --load)"),
     ("analyze --load model --output-dir OUT", "--data-path --input is required"),
