@@ -1,6 +1,5 @@
 """The program `maskmoe`: its help, its errors, and the subcommand that it runs."""
 
-import importlib.util
 import re
 import subprocess
 import sys
@@ -83,12 +82,6 @@ def test_subcommand_gets_its_arguments(name, tmp_path, monkeypatch):
     monkeypatch.setattr("builtins.print", lambda *values: printed.append(values))
     program.main()
     assert printed == [(name.replace(" ", "_"), [f"maskmoe {name}", "--a", "b"])]
-
-
-@pytest.mark.parametrize("subcommand", SUBCOMMANDS, ids=lambda subcommand: subcommand.name)
-def test_module_of_each_subcommand_can_be_found(subcommand):
-    """tests/training/test_help.py and tests/command_line/test_parser.py run the modules."""
-    assert importlib.util.find_spec(subcommand.module)
 
 
 def test_each_tool_runs_a_subcommand():
