@@ -51,7 +51,7 @@ class GatedHashRouter(MaskMoERouter):
 
     def routing(self, logits: Tensor, token_ids: TokenIds, attaches_losses: bool = True) -> tuple[Tensor, Tensor]:
         """Give each token the expert of its id; arguments and result are those of `MaskMoERouter.routing`."""
-        visible = self.visible_experts(token_ids.ids.flatten(), self.table)
+        visible = self.visible_experts.mask_table(self.table).look_up(token_ids.ids.flatten())
         masked = MaskedLogits.mask(logits, visible, token_ids, self.score_function)
         experts = self.own_expert[token_ids.ids.flatten()]  # [tokens]
         routing_map = torch.nn.functional.one_hot(experts, self.num_experts).bool()
