@@ -9,8 +9,7 @@ import numpy as np
 import pytest
 from support.command_lines import forget_megatrons_globals, run_command
 from support.datasets import build_mask, count_ids, write_documents
-from support.paths import ROOT
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+from support.paths import EXPORTED_MODEL, ROOT
 
 from maskmoe.data.indexed_dataset import optimal_dtype
 from maskmoe.data.tokenizer import HuggingFaceTokenizer, SentencePieceTokenizer
@@ -22,14 +21,19 @@ VOCAB_SIZE = 400
 @pytest.fixture(scope="session")
 def original_workshop(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder with a text, tokenizers, a dataset, counts, a mask, an exported model and its Megatron checkpoint."""
-    from support.tiny_maskmoe import make_model  # needs the prepared process
+    # These modules need the prepared process.
+    from support.tiny_maskmoe import make_model
+
+    from maskmoe.conversion.model_tensors import routing_mask_tensors
 
     folder = tmp_path_factory.mktemp("workshop")
     text = "\n".join(path.read_text() for path in sorted((ROOT / "maskmoe/routing_mask").glob("*.py")))
     (folder / "text.txt").write_text(text)
     (folder / "loop").symlink_to("loop")
     (folder / "tokenizer.model").write_bytes(train_tokenizer([text], vocab_size=VOCAB_SIZE, num_threads=1))
-    write_huggingface_tokenizer(folder / "huggingface", text)
+    (folder / "huggingface").mkdir()
+    for name in ("tokenizer.json", "tokenizer_config.json"):
+        shutil.copy(EXPORTED_MODEL / name, folder / "huggingface")
     tokenizer = HuggingFaceTokenizer(folder / "huggingface")
     documents = [np.append(ids, tokenizer.eod_id) for ids in tokenizer.encode_batch(text.split("\n\n"))]
     write_documents(folder / "data", documents, optimal_dtype(VOCAB_SIZE), tokenizer.record())
@@ -37,7 +41,8 @@ def original_workshop(tmp_path_factory: pytest.TempPathFactory) -> Path:
     frequency.save(folder / "counts.safetensors")
     mask = build_mask(frequency, 4, 2, "uniform", frequent_mass=0.6, frequent_visible_experts=3)
     mask.save(folder / "mask.safetensors")
-    make_model(mask, num_hidden_layers=2).save_pretrained(folder / "model")
+    description = routing_mask_tensors(mask)[1]
+    make_model(mask, num_hidden_layers=2, routing_mask=description).save_pretrained(folder / "model")
     for path in (folder / "huggingface").iterdir():
         shutil.copy(path, folder / "model")
     shutil.copy(ROOT / "launch" / "models" / "laptop.yaml", folder / "laptop.yaml")
@@ -48,22 +53,6 @@ def original_workshop(tmp_path_factory: pytest.TempPathFactory) -> Path:
     assert converted.code == 0, converted.errors
     assert SentencePieceTokenizer(folder / "tokenizer.model").vocab_size == tokenizer.vocab_size == VOCAB_SIZE
     return folder
-
-
-def write_huggingface_tokenizer(folder: Path, text: str) -> None:
-    """Train a byte-level BPE tokenizer and write its files as transformers does."""
-    tokenizer = Tokenizer(models.BPE())
-    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    tokenizer.decoder = decoders.ByteLevel()
-    alphabet = pre_tokenizers.ByteLevel.alphabet()
-    trainer = trainers.BpeTrainer(
-        vocab_size=VOCAB_SIZE, special_tokens=["<end>"], initial_alphabet=alphabet, show_progress=False
-    )
-    tokenizer.train_from_iterator([text], trainer)
-    folder.mkdir()
-    tokenizer.save(str(folder / "tokenizer.json"))
-    settings = '{"tokenizer_class": "PreTrainedTokenizerFast", "eos_token": "<end>"}'
-    (folder / "tokenizer_config.json").write_text(settings)
 
 
 @pytest.fixture

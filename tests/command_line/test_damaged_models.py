@@ -1,5 +1,6 @@
-"""Damaged models, tokenizers and checkpoints: `maskmoe sample` and others refuse them with one line of error."""
+"""Damaged and altered models and tokenizers: `maskmoe sample` and others refuse them with one line of error."""
 
+import io
 import json
 import shutil
 from collections.abc import Callable
@@ -10,6 +11,11 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 from support.command_lines import refuse_all, run_command
+from support.tiny_maskmoe import mask_tensors
+
+from maskmoe.huggingface import MaskMoEForCausalLM
+from maskmoe.routing_mask.assignment import MaskRecipe, build_routing_mask
+from maskmoe.routing_mask.frequency import TokenFrequency
 
 WEIGHTS, CONFIG, TOKENIZER = "model.safetensors", "config.json", "tokenizer.json"
 Damage = Callable[[Path], object]
@@ -28,16 +34,6 @@ def write(name: str, content: str | bytes) -> Damage:
 def remove(name: str) -> Damage:
     """Return a damage that removes a file."""
     return lambda folder: (folder / name).unlink()
-
-
-def into_folder(name: str) -> Damage:
-    """Return a damage that replaces a file by a folder."""
-
-    def damage(folder: Path) -> None:
-        (folder / name).unlink()
-        (folder / name).mkdir()
-
-    return damage
 
 
 def set_values(name: str, **values: Any) -> Damage:
@@ -79,10 +75,6 @@ def remove_weight(part: str) -> Damage:
             del weights[name]
 
     return change_weights(remove_all)
-
-
-def filled(value: float) -> Callable[[torch.Tensor], torch.Tensor]:
-    return lambda weight: torch.full_like(weight, value)
 
 
 # One damage for each way in which a model or tokenizer fails: by a reader of files, by transformers, by a comparison.
@@ -136,6 +128,75 @@ def test_sample_of_a_damaged_model(damaged, workshop):
             for model in models
         ],
     )
+
+
+# ---- A mask that was altered after the export ------------------------------------------------------------------------
+
+PREFIX = "model.routing_mask."
+
+
+def alter_rows(tensors: dict[str, torch.Tensor]) -> None:
+    rows = tensors[f"{PREFIX}row_of_id"]
+    rows[0, 0] = (rows[0, 0] + 1) % 2
+
+
+def alter_bits(tensors: dict[str, torch.Tensor]) -> None:
+    tensors[f"{PREFIX}visible_bits"][0, -1] ^= 1
+
+
+def alter_metadata(tensors: dict[str, torch.Tensor]) -> None:
+    text = bytes(tensors[f"{PREFIX}metadata"].tolist())
+    altered = text.replace(b'seed\\":1', b'seed\\":2')
+    assert altered != text
+    tensors[f"{PREFIX}metadata"] = torch.tensor(list(altered), dtype=torch.uint8)
+
+
+def replace_by_another_mask(tensors: dict[str, torch.Tensor]) -> None:
+    """Replace the mask by an intact one of the same shape."""
+    recipe = MaskRecipe(4, 2, "uniform", frequent_mass=0.6, frequent_visible_experts=3, seed=2)
+    other = build_routing_mask(recipe, frequency=TokenFrequency.load(Path("counts.safetensors")))
+    for name, tensor in mask_tensors(other).items():
+        assert tensor.shape == tensors[PREFIX + name].shape
+        tensors[PREFIX + name] = tensor
+
+
+def test_altered_mask_is_refused(damaged, workshop):
+    alterations = (alter_rows, alter_bits, alter_metadata, replace_by_another_mask)
+    models = [str(damaged(change_weights(alter))) for alter in alterations]
+    sample = ["sample", "--prompt", "import", "--max-new-tokens", "3", "--model"]
+    refuse_all(workshop, [([*sample, model], ["does not match its digest"]) for model in models])
+    convert = ["convert", "hf-to-megatron", "--save", "OUT", "--load"]
+    refuse_all(workshop, [([*convert, model], ["mask"]) for model in models], after_progress=True)
+    for model in models:
+        with pytest.raises(ValueError, match="does not match its digest"):
+            MaskMoEForCausalLM.from_pretrained(model)
+
+
+# ---- Code in the folder of a model -----------------------------------------------------------------------------------
+
+MODEL_CODE = {"AutoConfig": "evil.Evil", "AutoModelForCausalLM": "evil.Evil"}
+TOKENIZER_CODE = {"AutoTokenizer": ["evil.Evil", "evil.Evil"]}
+
+
+@pytest.mark.parametrize(
+    "damage",
+    [
+        set_values(CONFIG, model_type="unknown", auto_map=MODEL_CODE),
+        set_values("tokenizer_config.json", tokenizer_class="Evil", auto_map=TOKENIZER_CODE),
+    ],
+)
+def test_code_of_a_models_folder_is_not_run(damaged, workshop, tmp_path, monkeypatch, damage):
+    """The code is not run either if the user agrees to everything."""
+    model = damaged(damage)
+    (model / "evil.py").write_text(
+        f"import pathlib\npathlib.Path({str(tmp_path)!r}, 'ran').touch()\nclass Evil: pass\n"
+    )
+    monkeypatch.setattr("sys.stdin", io.StringIO("y\ny\ny\n"))
+    refuse_all(workshop, [(["sample", "--model", str(model), "--prompt", "import", "--max-new-tokens", "3"], [])])
+    assert not (tmp_path / "ran").exists()
+
+
+# ---- Other commands --------------------------------------------------------------------------------------------------
 
 
 def test_sample_of_an_intact_model(workshop):

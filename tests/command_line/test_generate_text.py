@@ -4,13 +4,11 @@ import json
 import sys
 from argparse import Namespace
 
-import pytest
 import torch
 from support.paths import EXPORTED_MODEL as MODEL
 from support.tiny_maskmoe import make_model
 
 from maskmoe.command_line import generate_text
-from maskmoe.errors import UserError
 
 PROMPTS = [[5, 6, 7, 8, 9, 10, 11], [12], [3, 1, 4, 1], [2, 7]]
 
@@ -69,19 +67,3 @@ def test_prompts_of_a_file(tmp_path, monkeypatch, capsys):
     assert first["text"].startswith("import os")
     assert second["text"].startswith("def f(x):\n    return")
     assert capsys.readouterr().out == (tmp_path / "texts.jsonl").read_text()
-
-
-@pytest.mark.parametrize("words", ["--prompt a --prompts-file b", ""])
-def test_needs_one_source_of_prompts(monkeypatch, words):
-    monkeypatch.setattr(sys, "argv", ["sample", "--model", str(MODEL), *words.split()])
-    with pytest.raises(UserError, match=r"not allowed with|one of the arguments --prompt --prompts-file"):
-        generate_text.main()
-
-
-def test_file_of_prompts_is_never_replaced(tmp_path, monkeypatch):
-    (tmp_path / "prompts.txt").write_text("import os\n")
-    files = f"--prompts-file {tmp_path}/prompts.txt --output {tmp_path}/prompts.txt --force"
-    monkeypatch.setattr(sys, "argv", ["sample", "--model", str(MODEL), *files.split()])
-    with pytest.raises(UserError, match="it is an input of this command"):
-        generate_text.main()
-    assert (tmp_path / "prompts.txt").read_text() == "import os\n"

@@ -7,8 +7,7 @@ import subprocess
 import sys
 import sysconfig
 import time
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -20,40 +19,12 @@ from maskmoe.command_line.main import SUBCOMMANDS
 pytestmark = pytest.mark.slow
 
 
-@dataclass(frozen=True)
-class Installation:
-    """A virtual environment with the package, and without the checkout.
-
-    Attributes:
-        folder: contains the environment as `venv`, and an empty folder to work in as `empty`.
-        environment: the environment variables of its programs.
-    """
-
-    folder: Path
-    environment: Mapping[str, str]
-
-    @property
-    def bin(self) -> Path:
-        """The folder of the environment's programs."""
-        return self.folder / "venv" / "bin"
-
-    def run(self, program: str, *words: object, expect: int = 0) -> str:
-        """Run a program of the environment, and return its output if it succeeds, else its errors."""
-        completed = subprocess.run(
-            [self.bin / program, *map(str, words)],
-            env=self.environment,
-            cwd=self.folder / "empty",
-            capture_output=True,
-            text=True,
-            timeout=300,
-        )
-        assert completed.returncode == expect, completed.stdout[-2000:] + completed.stderr[-4000:]
-        return completed.stdout if expect == 0 else completed.stderr
-
-
 @pytest.fixture(scope="module")
-def installation(tmp_path_factory) -> Installation:
-    """Install the package without its dependencies, which PYTHONPATH takes from the tests' own environment."""
+def run(tmp_path_factory) -> Callable[..., str]:
+    """Install the package; return a function that runs a program of the environment and returns its output.
+
+    The dependencies are not installed; PYTHONPATH takes them from the tests' own environment.
+    """
     folder = tmp_path_factory.mktemp("installation")
     (folder / "empty").mkdir()
     # Build from a copy, because setuptools writes its files beside the sources and reuses old ones.
@@ -67,55 +38,53 @@ def installation(tmp_path_factory) -> Installation:
         if "maskmoe" not in path.name.lower() and path.suffix != ".pth":
             (packages / path.name).symlink_to(path)
     environment = {**os.environ, "PYTHONPATH": str(packages), "CUDA_VISIBLE_DEVICES": "", "PIP_USER": "0"}
-    installation = Installation(folder, environment)
+
+    def run(program: str, *words: object) -> str:
+        completed = subprocess.run(
+            [folder / "venv" / "bin" / program, *map(str, words)],
+            env=environment,
+            cwd=folder / "empty",
+            capture_output=True,
+            text=True,
+            timeout=300,
+        )
+        assert completed.returncode == 0, completed.stdout[-2000:] + completed.stderr[-4000:]
+        return completed.stdout
+
     subprocess.run([sys.executable, "-m", "venv", folder / "venv"], check=True)
     pip = ("-m", "pip", "--disable-pip-version-check", "install", "--no-deps", "--no-build-isolation")
-    installation.run("python", *pip, source)
+    run("python", *pip, source)
     shutil.rmtree(source)
-    return installation
+    return run
 
 
-def test_help_is_fast(installation):
-    installation.run("maskmoe", "--help")
+def test_help_is_fast(run):
+    run("maskmoe", "--help")
     start = time.monotonic()
-    output = installation.run("maskmoe", "--help")
+    output = run("maskmoe", "--help")
     assert time.monotonic() - start < 2  # seconds; importing torch alone takes longer
     assert all(f"  {subcommand.name} " in output for subcommand in SUBCOMMANDS)
 
 
-def test_text_becomes_a_routing_mask(installation, tmp_path):
-    """The commands work together, outside the checkout."""
-    documents = [json.dumps({"text": path.read_text()}) for path in sorted((ROOT / "maskmoe" / "launch").glob("*.py"))]
-    corpus, tokenizer, dataset = tmp_path / "corpus.jsonl", tmp_path / "tokenizer", tmp_path / "dataset"
-    corpus.write_text("\n".join(documents) + "\n")
-    installation.run("maskmoe", "tokenizer", "--input", corpus, "--vocab-size", 512, "--output-prefix", tokenizer)
-    tokenizer_flags = ("--tokenizer-type", "SentencePieceTokenizer", "--tokenizer-model", f"{tokenizer}.model")
-    installation.run("maskmoe", "preprocess", "--input", corpus, *tokenizer_flags, "--output-prefix", dataset)
-    prefix = next(tmp_path.glob("dataset*.idx")).with_suffix("")
-    installation.run(
-        "maskmoe", "count", "--data-path", prefix, "--vocab-size", 512, "--output", tmp_path / "counts.safetensors"
-    )
-    recipe = "--num-experts 8 --num-layers 2 --frequent-mass 0.4 --frequent-visible-experts 4 --assignment balanced"
-    mask = tmp_path / "mask.safetensors"
-    installation.run(
-        "maskmoe", "mask", "--token-frequency", tmp_path / "counts.safetensors", *recipe.split(), "--output", mask
-    )
-    assert mask.exists()
+def test_command_writes_a_mask(run, tmp_path):
+    recipe = "--vocab-size 512 --preset hash --num-experts 8 --num-layers 2"
+    run("maskmoe", "mask", *recipe.split(), "--output", tmp_path / "mask.safetensors")
+    assert (tmp_path / "mask.safetensors").exists()
 
 
-def test_metadata_and_data_files(installation):
+def test_metadata_and_files(run):
     program = "import json, importlib.metadata as m; print(json.dumps([m.metadata('maskmoe').json, "
     program += "[str(path) for path in m.files('maskmoe')]]))"
-    metadata, files = json.loads(installation.run("python", "-c", program))
+    metadata, files = json.loads(run("python", "-c", program))
     assert metadata["version"] == maskmoe.__version__
     assert metadata["license_expression"] == "Apache-2.0"
     assert sorted(metadata["provides_extra"]) == ["data", "dev", "eval", "gpu", "hf", "muon"]
     assert metadata["description"] == (ROOT / "README.md").read_text()
-    data_files = {
+    package = {
         str(path.relative_to(ROOT))
-        for pattern in ("**/*.yaml", "**/*.j2", "py.typed")
+        for pattern in ("**/*.py", "**/*.yaml", "**/*.j2", "py.typed")
         for path in (ROOT / "maskmoe").glob(pattern)
     }
-    assert data_files
-    assert data_files <= set(files)
+    assert package
+    assert package <= set(files)
     assert not [file for file in files if file.startswith(("tests", "tools"))]

@@ -1,6 +1,7 @@
 """Every command that writes files refuses an output that is an input, or that exists, and changes no file then."""
 
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -10,39 +11,23 @@ from pathlib import Path
 import numpy as np
 import psutil
 import pytest
-from support.datasets import write_documents
+from support.paths import EXPORTED_MODEL
 from support.waiting import wait_until
 
 from maskmoe.command_line.main import SUBCOMMANDS
 from maskmoe.comparison.stage import maskmoe_command
-from maskmoe.data.tokenizer_training import train_tokenizer
 from maskmoe.errors import UserError
 from maskmoe.processes.lifetimes import is_alive
-from maskmoe.routing_mask.assignment import MaskRecipe, build_routing_mask
-from maskmoe.routing_mask.frequency import count_token_frequency
 
 MODULES = {subcommand.name: subcommand.module for subcommand in SUBCOMMANDS}
 TEXT = "The quick brown fox jumps over the lazy dog. " * 40
-VOCAB_SIZE = 300
-
-
-@pytest.fixture(scope="module")
-def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder with a text, a tokenizer, a dataset, counts and a mask."""
-    folder = tmp_path_factory.mktemp("inputs")
-    (folder / "text.txt").write_text(TEXT)
-    (folder / "tokenizer.model").write_bytes(train_tokenizer([TEXT], VOCAB_SIZE))
-    write_documents(folder / "data", [np.arange(64) % VOCAB_SIZE], np.dtype(np.uint16))
-    count_token_frequency([str(folder / "data")], VOCAB_SIZE, workers=1).save(folder / "counts")
-    build_routing_mask(MaskRecipe.from_preset("hash", 4, 2, seed=0), vocab_size=VOCAB_SIZE).save(folder / "mask")
-    return folder
 
 
 @pytest.fixture
-def folder(made: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """The current folder, with copies of the files."""
-    for path in made.iterdir():
-        (tmp_path / path.name).write_bytes(path.read_bytes())
+def folder(original_workshop: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """The current folder, with copies of the text, the tokenizer, the dataset, the counts and the mask."""
+    for name in ("text.txt", "tokenizer.model", "data.bin", "data.idx", "counts.safetensors", "mask.safetensors"):
+        shutil.copy(original_workshop / name, tmp_path / name.removesuffix(".safetensors"))
     monkeypatch.chdir(tmp_path)
     return tmp_path
 
@@ -62,14 +47,15 @@ SIMULATE = "simulate --data-path data --routing-mask mask --hidden-size 8 --num-
 
 # Commands whose output OUT is one of their inputs.
 OUTPUTS_THAT_ARE_INPUTS = {
-    "dataset of count": ("count --data-path data --vocab-size 300 --output OUT", "data.bin data.idx"),
+    "dataset of count": ("count --data-path data --vocab-size 400 --output OUT", "data.bin data.idx"),
     "parts of count": ("count --merge counts --output OUT", "counts"),
     "counts of mask": ("mask --token-frequency counts --num-experts 4 --num-layers 2 --frequent-mass 0.4 "
                        "--frequent-visible-experts 2 --assignment balanced --output OUT", "counts"),
     "table of mask": ("mask --expert-table table.npy --num-experts 4 --num-layers 2 --output OUT", "table.npy"),
-    "mask of widen": ("mask widen --routing-mask mask --token-frequency counts --frequent-mass 0.5 "
-                      "--frequent-visible-experts 2 --output OUT", "mask counts"),
+    "mask of widen": ("mask widen --routing-mask mask --token-frequency counts --frequent-mass 0.7 "
+                      "--frequent-visible-experts 4 --output OUT", "mask counts"),
     "inputs of simulate": (f"{SIMULATE} --output OUT", "data.bin data.idx mask"),
+    "prompts of sample": (f"sample --model {EXPORTED_MODEL} --prompts-file text.txt --output OUT", "text.txt"),
     "plot of simulate": (f"{SIMULATE} --plot OUT", "data.bin mask"),
 }  # fmt: skip
 CASES = [(command, name) for command, names in OUTPUTS_THAT_ARE_INPUTS.values() for name in names.split()]
@@ -80,7 +66,7 @@ CASES = [(command, name) for command, names in OUTPUTS_THAT_ARE_INPUTS.values() 
 def test_an_input_is_not_overwritten(
     folder: Path, monkeypatch: pytest.MonkeyPatch, command: str, name: str, force: str
 ) -> None:
-    np.save(folder / "table.npy", np.zeros((VOCAB_SIZE, 1), np.int64))
+    np.save(folder / "table.npy", np.zeros((400, 1), np.int64))
     (folder / "sub").mkdir()
     (folder / "link").symlink_to(name)
     os.link(folder / name, folder / "hard")
@@ -135,11 +121,11 @@ def test_inputs_of_text_commands_are_not_overwritten(folder: Path, monkeypatch: 
 # Commands, and the first file that each writes.
 WRITERS = {
     "corpus --output OUT --max-bytes 100000": "OUT",
-    "tokenizer --input text.txt --vocab-size 300 --output-prefix OUT": "OUT.model",
+    "tokenizer --input text.txt --vocab-size 400 --output-prefix OUT": "OUT.model",
     f"preprocess --input text.txt {TOKENIZE} --output-prefix OUT --workers 1": "OUT_text_document.bin",
-    "count --data-path data --vocab-size 300 --output OUT --workers 1": "OUT",
-    "mask --vocab-size 300 --preset hash --num-experts 4 --num-layers 2 --output OUT": "OUT",
-    "mask widen --routing-mask mask --token-frequency counts --frequent-mass 0.5 --frequent-visible-experts 2 "
+    "count --data-path data --vocab-size 400 --output OUT --workers 1": "OUT",
+    "mask --vocab-size 400 --preset hash --num-experts 4 --num-layers 2 --output OUT": "OUT",
+    "mask widen --routing-mask mask --token-frequency counts --frequent-mass 0.7 --frequent-visible-experts 4 "
     "--output OUT": "OUT",
     f"{SIMULATE} --output OUT": "OUT",
 }

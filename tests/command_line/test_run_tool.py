@@ -14,37 +14,42 @@ from maskmoe.command_line.run_tool import run_tool
 from maskmoe.errors import RunFailure, UserError, one_line
 
 
-def report_of(error: BaseException, monkeypatch: pytest.MonkeyPatch, *words: str) -> object:
-    """Return the exit code with which `run_tool` ends for an exception and a command line."""
+def run_failing(error: BaseException, monkeypatch: pytest.MonkeyPatch, *words: str) -> object:
+    """Run a function that raises an exception by `run_tool`, for a command line; return the exit code."""
 
     def fail() -> None:
         raise error
 
     monkeypatch.setattr(sys, "argv", ["maskmoe", *words])
     monkeypatch.setattr("signal.signal", lambda *_: None)
-    monkeypatch.delenv("RANK", raising=False)
     with pytest.raises(SystemExit) as end:
         run_tool(fail)
     return end.value.code
+
+
+@pytest.fixture(autouse=True)
+def no_rank(monkeypatch):
+    """The process is no rank, unless a test makes it one."""
+    monkeypatch.delenv("RANK", raising=False)
 
 
 @pytest.mark.parametrize("number", [errno.ENOENT, errno.EISDIR, errno.EIO])
 @pytest.mark.parametrize("word", ["data/run", "--load=data/run", "./data"])
 def test_error_about_a_path_of_the_command_line(monkeypatch, capsys, number, word):
     error = OSError(number, os.strerror(number), "data/run/config.json")
-    assert report_of(error, monkeypatch, word) == 2
+    assert run_failing(error, monkeypatch, word) == 2
     assert capsys.readouterr().err == f"error: cannot use data/run/config.json: {os.strerror(number)}\n"
 
 
 def test_full_disk_is_a_failure_of_the_run(monkeypatch, capsys):
-    assert report_of(OSError(errno.ENOSPC, "No space", "out"), monkeypatch) == 1
+    assert run_failing(OSError(errno.ENOSPC, "No space", "out"), monkeypatch) == 1
     assert capsys.readouterr().err == "error: no space is left on the disk for out\n"
-    assert report_of(OSError(errno.EFBIG, "File too large"), monkeypatch) == 1
+    assert run_failing(OSError(errno.EFBIG, "File too large"), monkeypatch) == 1
     assert capsys.readouterr().err == "error: the limit of file sizes (ulimit -f) is reached\n"
 
 
 def test_too_many_open_files_are_a_failure_of_the_run(monkeypatch, capsys):
-    assert report_of(OSError(errno.EMFILE, os.strerror(errno.EMFILE)), monkeypatch) == 1
+    assert run_failing(OSError(errno.EMFILE, os.strerror(errno.EMFILE)), monkeypatch) == 1
     expected = "error: Too many open files; raise the limit (ulimit -Hn, or fs.file-max of the host)\n"
     assert capsys.readouterr().err == expected
 
@@ -68,27 +73,19 @@ def test_a_command_may_open_as_many_files_as_the_system_permits():
     ],
 )
 def test_error_of_the_program_keeps_its_traceback(monkeypatch, error):
-    def fail() -> None:
-        raise error
-
-    monkeypatch.setattr(sys, "argv", ["maskmoe", "data"])
     with pytest.raises(type(error)):
-        run_tool(fail)
+        run_failing(error, monkeypatch, "data")
 
 
 def test_rank_keeps_the_traceback_of_a_path(monkeypatch):
-    def fail() -> None:
-        raise FileNotFoundError(errno.ENOENT, "No such file", "data")
-
-    monkeypatch.setattr(sys, "argv", ["maskmoe", "data"])
     monkeypatch.setenv("RANK", "0")
     with pytest.raises(FileNotFoundError):
-        run_tool(fail)
+        run_failing(FileNotFoundError(errno.ENOENT, "No such file", "data"), monkeypatch, "data")
 
 
 @pytest.mark.parametrize("kind", [UserError, RunFailure])
 def test_error_is_one_short_line(monkeypatch, capsys, kind):
-    report_of(kind(f"first\nsecond\x1b[31m {'n' * 5000} end"), monkeypatch)
+    run_failing(kind(f"first\nsecond\x1b[31m {'n' * 5000} end"), monkeypatch)
     printed = capsys.readouterr().err
     assert printed.startswith("error: first second\\x1b[31m nnn")
     assert printed.endswith("nnn end\n")
@@ -125,12 +122,6 @@ def test_rank_that_alone_finds_bad_input_reports_it(monkeypatch, capsys):
     waits = []
     monkeypatch.setattr(time, "sleep", waits.append)
     monkeypatch.setenv("LOCAL_RANK", "1")
-
-    def fail():
-        raise UserError("only here")
-
-    with pytest.raises(SystemExit) as end:
-        run_tool(fail)
-    assert end.value.code == 2
+    assert run_failing(UserError("only here"), monkeypatch) == 2
     assert capsys.readouterr().err == "error: only here\n"
     assert len(waits) == 1

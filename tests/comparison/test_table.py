@@ -69,9 +69,3 @@ def test_scalars_of_a_resumed_run(tmp_path):
     assert scalars(tmp_path, "lm loss") == [(1, 8.0), (2, 7.0), (3, 6.5), (4, 6.0)]
     assert scalars(tmp_path, "nothing") == []
     assert training_seconds(tmp_path) == 4.0
-
-
-def test_validation_loss_is_not_that_of_the_test_part(tmp_path):
-    """With a test part in `--split`, Megatron logs the loss of the test set with the tag and step of validation."""
-    write_scalars(tmp_path, {"lm loss validation": [(2, 3.0), (4, 2.5), (4, 2.75)]})
-    assert scalars(tmp_path, "lm loss validation") == [(2, 3.0), (4, 2.5)]

@@ -3,6 +3,7 @@
 import argparse
 import re
 import shlex
+import subprocess
 
 import pytest
 from megatron.training.arguments import add_megatron_arguments
@@ -19,6 +20,7 @@ from maskmoe.launch.command import (
     torchrun_command,
 )
 from maskmoe.launch.machine import Route
+from maskmoe.launch.model_file import ModelFile
 from maskmoe.launch.options import NodeRange, Options, _parser, parse_options
 from maskmoe.training.help_page import help_page
 
@@ -89,10 +91,31 @@ def test_default_folders_lie_in_the_run_folder():
     assert parse("launch/models/laptop.yaml").run_dir == ROOT / "runs" / "laptop"
 
 
+@pytest.mark.parametrize("pattern", ["*E*E", "*E*E|*-*E/*E/*E", "-*E|+-GE", "--*E"])
+@pytest.mark.parametrize("given_by", ["file", "flag"])
+def test_layer_pattern_of_a_hybrid_model_reaches_the_ranks(tmp_path, pattern, given_by):
+    """Argparse takes a value that begins with `-` for a flag, unless an equals sign joins flag and value."""
+    flag, path = "--hybrid-layer-pattern", tmp_path / "model.yaml"
+    path.write_text(f'hybrid-layer-pattern: "{pattern if given_by == "file" else "MMM"}"')
+    words = [f"{flag}={pattern}"] if given_by == "flag" else []
+    options = parse_options("maskmoe pretrain", [str(path), *words], {})
+    flags = run_flags(options, ModelFile.read(path, {}).flags, split_flags(options.flags))
+    line = str(torchrun_command(options, options.meeting, flags, 1, None, {}))
+    expected = [f"{flag}={pattern}"] if pattern.startswith("-") else [flag, pattern]
+    assert f" {shlex.join(expected)}" in line
+    assert line.count(flag) == 1
+
+
+def test_script_passes_its_words_on():
+    """A shell would replace an unquoted `*` by the names of files."""
+    command = [ROOT / "launch" / "pretrain.sh", "--dry-run", "launch/models/laptop.yaml", "--hybrid-layer-pattern", "*"]
+    line = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True).stdout
+    assert " --hybrid-layer-pattern '*'" in line
+
+
 @pytest.mark.parametrize(
     ("arguments", "environment", "reason"),
     [
-        ("", {}, "the following arguments are required: MODEL.yaml"),
         ("--nodes 0 m.yaml", {}, "--nodes must be at least 1, not 0 .*"),
         ("m.yaml", {"NNODES": "two"}, "--nodes must be a whole number, not 'two'"),
         ("--nodes 2 m.yaml", {}, "2 nodes need a rendezvous"),

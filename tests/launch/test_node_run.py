@@ -84,20 +84,15 @@ def test_hung_command_is_killed(supervise, has_signal):
     assert "torchrun does not notice that a rank has exited" in launch.output
 
 
-def test_signalled_run_without_a_checkpoint_requests_a_restart(supervise):
-    launch = supervise(f"{READY}; import time; time.sleep(1000)")
+@pytest.mark.parametrize(("saves_checkpoints", "code"), [(True, EXIT_REQUEUE), (False, 128 + signal.SIGTERM)])
+def test_signalled_command_that_has_not_saved(supervise, saves_checkpoints, code):
+    """If the command saves checkpoints, the code requests a restart; otherwise the code is that of shells."""
+    launch = supervise(f"{READY}; import time; time.sleep(1000)", saves_checkpoints=saves_checkpoints)
     launch.wait_for_output("ready")
     launch.process.send_signal(signal.SIGTERM)
-    assert launch.wait() == EXIT_REQUEUE
-    assert "stopped without saving a new checkpoint" in launch.output
-
-
-def test_signalled_command_that_saves_nothing_exits_as_shells_do(supervise):
-    launch = supervise(f"{READY}; import time; time.sleep(1000)", saves_checkpoints=False)
-    launch.wait_for_output("ready")
-    launch.process.send_signal(signal.SIGTERM)
-    assert launch.wait() == 128 + signal.SIGTERM
-    assert "checkpoint" not in launch.output
+    assert launch.wait() == code
+    assert ("stopped without saving a new checkpoint" in launch.output) == saves_checkpoints
+    assert ("checkpoint" in launch.output) == saves_checkpoints
 
 
 def test_ranks_that_outlive_torchrun_may_save(supervise, tmp_path):

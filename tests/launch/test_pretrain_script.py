@@ -6,62 +6,52 @@ import signal
 from collections.abc import Callable
 from pathlib import Path
 
-import numpy as np
 import pytest
-from support.datasets import write_documents, zipf_ids
 from support.launch import Launch
 from support.paths import ROOT
 from support.report_pages import Page
-from support.runs import free_port, read_losses
+from support.runs import free_port, make_laptop_data, read_losses
 
 from maskmoe.checkpoint.series import read_tracker
-from maskmoe.data.indexed_dataset import optimal_dtype
 from maskmoe.files.run_folder import Kind, read_journal
 from maskmoe.processes.interruption import EXIT_REQUEUE
-from maskmoe.routing_mask.assignment import MaskRecipe, build_routing_mask
 
 SCRIPT = ROOT / "launch" / "pretrain.sh"
 LAPTOP = ROOT / "launch" / "models" / "laptop.yaml"
 HYBRID_LAPTOP = ROOT / "launch" / "models" / "laptop-hybrid.yaml"
-VOCAB_SIZE = 510
 ITERATIONS = 21
 SMALLER = f"""
     --hidden-size 32 --num-attention-heads 2 --moe-ffn-hidden-size 32 --seq-length 32 --max-position-embeddings 32
     --train-iters {ITERATIONS} --lr-warmup-fraction false --lr-warmup-iters 3
     --save-interval 7 --eval-iters 1 --log-interval 1 --tensorboard-log-interval 1
-    --data-path data --split 90,10,0 --tokenizer-type NullTokenizer --vocab-size {VOCAB_SIZE}
 """
-MASK = "--routing-mask mask.safetensors"
 HEADER = ["model", "parameters", "layout", "step", "dispatch", "mask", "data", "start", "folder"]
 EXPERT_2 = "--expert-model-parallel-size 2"
 
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory) -> Path:
-    """Return a folder with a dataset, a routing mask, and a file that must not replace a module of Python."""
+    """Return a folder with a file that must not replace a module of Python."""
     folder = tmp_path_factory.mktemp("pretrain")
     (folder / "random.py").write_text("raise ImportError('a file of the current folder was imported')\n")
-    documents = zipf_ids(np.random.default_rng(0), VOCAB_SIZE)
-    write_documents(folder / "data", documents, optimal_dtype(VOCAB_SIZE))
-    recipe = MaskRecipe.from_preset("hash", 8, 4, seed=1)
-    build_routing_mask(recipe, vocab_size=VOCAB_SIZE).save(folder / "mask.safetensors")
     return folder
 
 
 @pytest.fixture(scope="module")
 def start(folder) -> Callable[..., Launch]:
     """Start `launch/pretrain.sh` on the smaller laptop model; use the result as a context manager."""
+    data = make_laptop_data(folder, num_documents=30)
 
     def start(
         name: str,
         options: str = "",
-        flags: str = MASK,
+        flags: str = "",
         processes: int = 2,
         model: Path = LAPTOP,
         **environment: str,
     ) -> Launch:
         options = [*("--gpus-per-node", str(processes), "--run-dir", f"runs/{name}"), *shlex.split(options)]
-        command = [str(SCRIPT), *options, str(model), *shlex.split(SMALLER), *shlex.split(flags)]
+        command = [str(SCRIPT), *options, str(model), *shlex.split(f"{SMALLER} {data} {flags}")]
         if processes > 1:
             command += shlex.split(EXPERT_2)
         return Launch(command, folder, folder / "runs" / name, environment)
@@ -137,7 +127,7 @@ def test_signalled_run_saves_and_resumes(start, undisturbed):
 def test_second_run_in_a_folder_is_refused(start):
     """The launcher of the second run refuses, and leaves the folder as it is."""
     # The first run makes no files while the second run is refused.
-    without_files = f"{MASK} --train-iters 100000 --save-interval 100000 --no-report"
+    without_files = "--train-iters 100000 --save-interval 100000 --no-report"
     with start("locked", flags=without_files) as launch:
         launch.wait_for_iteration(1)
         before = sorted(launch.run_dir.rglob("*"))
@@ -164,7 +154,7 @@ def test_two_nodes_are_one_job(start, undisturbed):
 
     def start_node(rank: int) -> Launch:
         options = f"--nodes 2 --node-rank {rank} --rendezvous 127.0.0.1:{port} --rendezvous-timeout 60"
-        return start("nodes", options, flags=f"{MASK} {EXPERT_2}", processes=1)
+        return start("nodes", options, flags=EXPERT_2, processes=1)
 
     port = free_port()
     with start_node(1) as second, start_node(0) as first:
@@ -190,18 +180,11 @@ def test_hybrid_twin_has_the_losses_of_the_laptop_model(start, undisturbed):
     assert read_losses(launch.run_dir) == undisturbed
 
 
-@pytest.mark.parametrize(
-    ("flags", "message"),
-    [
-        (f"{MASK} --moe-router-topp 3", "--moe-router-topp (nearest: --moe-router-topk)"),
-        pytest.param("--routing-mask nowhere.safetensors", "nowhere.safetensors", marks=pytest.mark.slow),
-    ],
-)
-def test_bad_input_ends_the_run_at_once_with_one_line(start, flags, message):
+def test_bad_input_ends_the_run_at_once_with_one_line(start):
     """All ranks refuse the input, before any process group exists, and are not restarted."""
-    with start("refused", flags=flags) as launch:
+    with start("refused", flags="--moe-router-topp 3") as launch:
         assert launch.wait() == 2, launch.output[-4000:]
     (error,) = [line for line in launch.output.splitlines() if "error: " in line]
-    assert message in error
+    assert "--moe-router-topp (nearest: --moe-router-topk)" in error
     assert "attempt_1" not in "".join(map(str, launch.run_dir.rglob("*")))
     assert not launch.checkpoints.exists()

@@ -86,13 +86,6 @@ def altered(models, tmp_path) -> Path:
     return shutil.copytree(models["mixed"], tmp_path / "altered")
 
 
-def remove_mask(folder: Path, names: tuple[str, ...] = ("row_of_id", "visible_bits", "metadata")) -> None:
-    tensors = load_file(folder / "model.safetensors")
-    for name in names:
-        del tensors[f"model.routing_mask.{name}"]
-    save_file(tensors, folder / "model.safetensors", {"format": "pt"})
-
-
 # Replaces the function of this name: every expert is visible.
 IGNORES_THE_MASK = """
 
@@ -110,26 +103,12 @@ def test_comparison_notices_an_ignored_mask(answer_with_vllm, altered, expected)
 
 
 @pytest.mark.parametrize("eager", [True, False], ids=["eager", "compiled"])
-@pytest.mark.parametrize("names", [("row_of_id", "visible_bits", "metadata"), ("visible_bits",)], ids=len)
-def test_a_model_without_its_mask_is_refused(answer_with_vllm, altered, names, eager) -> None:
-    remove_mask(altered, names)
-    found = answer_with_vllm({"altered": altered}, PROMPTS, MAX_TOKENS, enforce_eager=eager)["altered"]
-    assert isinstance(found, str)
-    assert "the routing mask was never loaded" in found
-
-
-def test_an_altered_mask_is_refused(answer_with_vllm, altered) -> None:
+def test_a_model_without_its_mask_is_refused(answer_with_vllm, altered, eager) -> None:
+    """tests/huggingface/test_guards.py has more masks that are incomplete or altered."""
     tensors = load_file(altered / "model.safetensors")
-    rows = tensors["model.routing_mask.row_of_id"]
-    tensors["model.routing_mask.row_of_id"] = rows.roll(1, dims=1)
+    del tensors["model.routing_mask.visible_bits"]
     save_file(tensors, altered / "model.safetensors", {"format": "pt"})
-    found = answer_with_vllm({"altered": altered}, PROMPTS, MAX_TOKENS)["altered"]
-    assert isinstance(found, str)
-    assert "the routing mask was damaged or altered" in found
-
-
-def test_weights_that_were_never_loaded_are_refused(answer_with_vllm, altered) -> None:
-    found = answer_with_vllm({"altered": altered}, PROMPTS, MAX_TOKENS, load_format="dummy")["altered"]
+    found = answer_with_vllm({"altered": altered}, PROMPTS, MAX_TOKENS, enforce_eager=eager)["altered"]
     assert isinstance(found, str)
     assert "the routing mask was never loaded" in found
 
@@ -141,7 +120,7 @@ def test_pipeline_stages_are_refused(run_script, altered, tmp_path) -> None:
     assert "ValueError: MaskMoE models cannot be divided into pipeline stages" in output
 
 
-def test_vllm_does_not_replace_the_router(run_script, models) -> None:
-    """No router matches what vLLM replaces; if vLLM replaced one all the same, the model would not run without ids."""
-    process = run_script("match_routers.py", *models.values())
+def test_a_model_whose_router_vllm_replaces_does_not_run(run_script, models) -> None:
+    """If vLLM took the router for one that it knows, the router would get no ids."""
+    process = run_script("replace_routers.py", models["mixed"])
     assert process.returncode == 0, process.stdout[-3000:]

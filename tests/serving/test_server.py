@@ -1,25 +1,23 @@
-"""Clients of `vllm serve` get transformers' greedy text, and its log-probabilities to 1e-4."""
+"""Requests to `vllm serve` get transformers' greedy text, and its log-probabilities to 1e-4."""
 
 import json
 import os
 import subprocess
 import sys
+import urllib.request
+from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
-from support.paths import ROOT, SERVING_BIN, SERVING_SCRIPTS, python_path
-from support.served_models import make_served_model, random_prompts, save_model, transformers_answer
-from support.tiny_maskmoe import VOCAB_SIZE
-from tokenizers import Tokenizer
-from tokenizers.models import WordLevel
-from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerFast
+from support.paths import ROOT, python_path
+from support.served_models import transformers_answer
+from transformers import AutoModelForCausalLM, AutoTokenizer
 
 pytestmark = [pytest.mark.serving, pytest.mark.timeout(3000)]
-
-NUM_CLIENTS, REQUESTS_OF_A_CLIENT = 2, 100
 
 
 @pytest.fixture(scope="module")
@@ -39,16 +37,14 @@ def quickstart_model(tmp_path_factory) -> Path:
     return folder / "run" / "model"
 
 
-def ask(environment: dict[str, str], address: str, requests: list[list[dict]], folder: Path) -> list[list[dict]]:
-    """Send the requests of several clients at the same time, each client in its own process; return the answers."""
-    clients = []
-    for number, of_client in enumerate(requests):
-        files = folder / f"requests_{number}.json", folder / f"answers_{number}.json"
-        files[0].write_text(json.dumps(of_client))
-        command = [SERVING_BIN / "python", SERVING_SCRIPTS / "ask_server.py", address, *files]
-        clients.append((subprocess.Popen(command, env=environment), files[1]))
-    assert [client.wait(1800) for client, _ in clients] == [0] * len(clients)
-    return [json.loads(answers.read_text()) for _, answers in clients]
+def ask(address: str, request: dict[str, Any]) -> dict[str, Any]:
+    """Return the text of a server's greedy completion, its ids, and the log-probabilities of these ids."""
+    content = {"model": "model", "temperature": 0, "logprobs": 0, "return_token_ids": True, **request}
+    headers = {"Content-Type": "application/json"}
+    message = urllib.request.Request(f"{address}/completions", json.dumps(content).encode(), headers)
+    with urllib.request.urlopen(message, timeout=600) as response:
+        (choice,) = json.load(response)["choices"]
+    return {"text": choice["text"], "tokens": choice["token_ids"], "logprobs": choice["logprobs"]["token_logprobs"]}
 
 
 def largest_difference(model: Any, prompt: list[int], answer: dict) -> float:
@@ -60,37 +56,19 @@ def largest_difference(model: Any, prompt: list[int], answer: dict) -> float:
     return (expected - torch.tensor(answer["logprobs"])).abs().max().item()
 
 
-def test_two_clients_get_the_text_of_transformers(serve, environment, quickstart_model, tmp_path) -> None:
+def test_requests_get_the_text_of_transformers(serve, quickstart_model) -> None:
     """200 requests of 1 to 64 ids and 1 to 32 new tokens, in parallel and batched by the server."""
     tokenizer = AutoTokenizer.from_pretrained(quickstart_model)
     model = AutoModelForCausalLM.from_pretrained(quickstart_model)
     source = tokenizer(Path(json.__file__).read_text())["input_ids"]
     rng, requests = np.random.default_rng(0), []
-    for _ in range(NUM_CLIENTS * REQUESTS_OF_A_CLIENT):
+    for _ in range(200):
         length, start = int(rng.integers(1, 65)), int(rng.integers(0, len(source) - 65))
         requests.append({"prompt": source[start : start + length], "max_tokens": int(rng.integers(1, 33))})
-    with serve(quickstart_model, "--max-model-len", "128") as address:
-        of_clients = [requests[:REQUESTS_OF_A_CLIENT], requests[REQUESTS_OF_A_CLIENT:]]
-        answers = [answer for client in ask(environment, address, of_clients, tmp_path) for answer in client]
-    assert len(answers) == len(requests)
+    with serve(quickstart_model, "--max-model-len", "128") as address, ThreadPoolExecutor(16) as threads:
+        answers = list(threads.map(partial(ask, address), requests))
     for request, answer in zip(requests, answers, strict=True):
         expected = transformers_answer(model, request["prompt"], request["max_tokens"])
         assert answer["tokens"] == expected.tokens
         assert answer["text"] == tokenizer.decode(expected.tokens, skip_special_tokens=True)
         assert largest_difference(model, request["prompt"], answer) < 1e-4
-
-
-@pytest.mark.parametrize("setting", ["sigmoid", "gated_shared_experts"])
-def test_tensor_parallel_server(setting, serve, environment, tmp_path) -> None:
-    model = make_served_model(setting)
-    folder = save_model(model, tmp_path / "model")
-    # A server needs a tokenizer, although the prompts are ids.
-    words = Tokenizer(WordLevel({str(number): number for number in range(VOCAB_SIZE)}, unk_token="0"))
-    PreTrainedTokenizerFast(tokenizer_object=words).save_pretrained(folder)
-    prompts = random_prompts(16, longest=40)
-    requests = [{"prompt": prompt, "max_tokens": 8} for prompt in prompts]
-    with serve(folder, "--max-model-len", "64", "--enforce-eager", "--tensor-parallel-size", "2") as address:
-        (answers,) = ask(environment, address, [requests], tmp_path)
-    for prompt, answer in zip(prompts, answers, strict=True):
-        assert answer["tokens"] == transformers_answer(model, prompt, 8).tokens
-        assert largest_difference(model, prompt, answer) < 1e-4

@@ -92,19 +92,21 @@ def test_unfit_gpus(check, machine, problem):
     assert check("--gpus=2", **machine) == (1, f"node n7: {problem}\n")
 
 
-@pytest.mark.parametrize("machine", [{"count": 8}, {"count": 1, "instances": 2}])
-def test_job_may_use_a_part_of_the_node(check, machine):
-    """nvidia-smi does not know which GPUs Slurm gave to the job; Slurm counts instances of MIG as GPUs."""
-    assert check("--gpus=2", nvidia_smi=gpus(**machine)) == (0, "")
-
-
-def test_gpus_without_error_correction(check):
-    assert check("--gpus", nvidia_smi=gpus("[N/A]")) == (0, "")
-
-
-def test_xids_that_programs_cause_are_ignored(check):
-    log = "echo '[1.2] NVRM: Xid (PCI:0000:3b:00): 13, Graphics Exception'"
-    assert check("--gpus", nvidia_smi=gpus(), dmesg=log) == (0, "")
+@pytest.mark.parametrize(
+    "machine",
+    [
+        # nvidia-smi does not know which GPUs Slurm gave to the job; Slurm counts instances of MIG as GPUs.
+        {"nvidia_smi": gpus(count=8)},
+        {"nvidia_smi": gpus(count=1, instances=2)},
+        # These GPUs have no error correction.
+        {"nvidia_smi": gpus("[N/A]")},
+        # Programs cause this Xid.
+        {"nvidia_smi": gpus(), "dmesg": "echo '[1.2] NVRM: Xid (PCI:0000:3b:00): 13, Graphics Exception'"},
+    ],
+)
+def test_fit_gpus(check, machine):
+    for option in ("--gpus", "--gpus=2"):
+        assert check(option, **machine) == (0, "")
 
 
 @pytest.mark.parametrize("arguments", [("--nonsense",), ("--time",), ("--time", "noon"), ("--rendezvous", "host")])

@@ -53,7 +53,9 @@ def train(tmp_path: Path):
         (tmp_path / name).write_text(f"#!/usr/bin/env bash\n{program}\n")
         (tmp_path / name).chmod(0o755)
 
-    def train(codes: str, stops: bool = False, expect_stderr: str = "", **variables: str) -> tuple[int, str]:
+    def train(
+        codes: str, *flags: str, stops: bool = False, expect_stderr: str = "", **variables: str
+    ) -> tuple[int, str]:
         environment = {
             **os.environ,
             "PATH": f"{tmp_path}:{os.environ['PATH']}",
@@ -72,6 +74,7 @@ def train(tmp_path: Path):
             tmp_path / "run",
             "--no-node-check",
             tmp_path / "model.yaml",
+            *flags,
         ]
         result = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=60, check=False)
         assert re.sub(r"stopped \d+ s", "stopped 0 s", result.stderr) == expect_stderr  # a busy machine takes longer
@@ -80,42 +83,39 @@ def train(tmp_path: Path):
     return train
 
 
-@pytest.mark.parametrize("codes", [f"{EXIT_HANG} {EXIT_REQUEUE}", f"{EXIT_REQUEUE} {EXIT_HANG}", f"{EXIT_HANG} none"])
-def test_hang_is_reported_although_slurm_stops_the_other_node(train, codes):
-    code, output = train(codes)
-    assert code == EXIT_HANG
-    assert "the run hung; the job is requeued" in output
-    assert f"error: code {EXIT_HANG} on node" in output
-
-
-@pytest.mark.parametrize("codes", [f"1 {EXIT_REQUEUE}", f"{EXIT_REQUEUE} 1", "1 none", "0 1"])
-def test_failure_is_not_requeued_although_slurm_stops_the_other_node(train, codes):
-    code, output = train(codes)
-    assert code == 1
-    assert "the run failed with exit code 1" in output
-    assert "error: code 1 on node" in output
-
-
-@pytest.mark.parametrize("codes", [f"{BAD_INPUT} {EXIT_REQUEUE}", f"{EXIT_HANG} {BAD_INPUT}"])
-def test_bad_input_is_not_requeued(train, codes):
-    assert train(codes)[0] == BAD_INPUT
+WORDS = {
+    EXIT_HANG: ("the run hung; the job is requeued", f"error: code {EXIT_HANG} on node"),
+    1: ("the run failed with exit code 1", "error: code 1 on node"),
+    BAD_INPUT: (),
+    EXIT_REQUEUE: ("a signal stopped the run; the job is requeued", "requeue 1"),
+}
+"""Words of the output, for each exit code of the job."""
 
 
 @pytest.mark.parametrize(
-    ("codes", "stops"),
+    ("expected", "codes"),
     [
-        (f"{EXIT_REQUEUE} {EXIT_REQUEUE}", False),
-        (f"0 {EXIT_REQUEUE}", False),
-        (f"1 {EXIT_REQUEUE}", True),
-        (f"{EXIT_REQUEUE} none", True),
-        ("none none", True),
+        (EXIT_HANG, f"{EXIT_HANG} {EXIT_REQUEUE}"),
+        (EXIT_HANG, f"{EXIT_REQUEUE} {EXIT_HANG}"),
+        (EXIT_HANG, f"{EXIT_HANG} none"),
+        (1, f"1 {EXIT_REQUEUE}"),
+        (1, f"{EXIT_REQUEUE} 1"),
+        (1, "1 none"),
+        (1, "0 1"),
+        (BAD_INPUT, f"{BAD_INPUT} {EXIT_REQUEUE}"),
+        (BAD_INPUT, f"{EXIT_HANG} {BAD_INPUT}"),
+        (EXIT_REQUEUE, f"{EXIT_REQUEUE} {EXIT_REQUEUE}"),
+        (EXIT_REQUEUE, f"0 {EXIT_REQUEUE}"),
+        (EXIT_REQUEUE, f"stop 1 {EXIT_REQUEUE}"),
+        (EXIT_REQUEUE, f"stop {EXIT_REQUEUE} none"),
+        (EXIT_REQUEUE, "stop none none"),
     ],
 )
-def test_stopped_run_is_requeued(train, codes, stops):
-    code, output = train(codes, stops)
-    assert code == EXIT_REQUEUE
-    assert "a signal stopped the run; the job is requeued" in output
-    assert "requeue 1" in output
+def test_exit_code(train, expected, codes):
+    """After a hang, a failure or bad input on one node, Slurm stops the other node; `stop` is a signal to the job."""
+    code, output = train(codes.removeprefix("stop "), stops=codes.startswith("stop"))
+    assert code == expected
+    assert all(words in output for words in WORDS[expected])
 
 
 def test_job_of_an_array_is_requeued_alone(train):
@@ -146,6 +146,14 @@ def test_variables_reach_the_nodes_of_a_job_that_exports_none(train, tmp_path):
     program = tmp_path / "launch" / "pretrain.sh"
     program.write_text('#!/usr/bin/env bash\necho "error: SLURM_EXPORT_ENV=$SLURM_EXPORT_ENV"; exit 1\n')
     assert "error: SLURM_EXPORT_ENV=ALL" in train("1 1", SLURM_EXPORT_ENV="NONE")[1]
+
+
+def test_flags_reach_the_nodes_unchanged(train, tmp_path):
+    """A shell would replace an unquoted `*` by the names of files, and divide the flag at the space."""
+    (tmp_path / "launch" / "pretrain.sh").write_text('#!/usr/bin/env bash\nprintf "%s\\n" "$@" >"${0%/*}/given"\n')
+    flags = ("--hybrid-layer-pattern", "*", "--prompt", "a b")
+    train("0 0", *flags)
+    assert (tmp_path / "launch" / "given").read_text().splitlines()[-4:] == list(flags)
 
 
 def test_complete_run(train, tmp_path):

@@ -32,17 +32,6 @@ def assert_completed(job, run):
     assert job.wait_for("COMPLETED", "FAILED", "CANCELLED", "TIMEOUT", "NODE_FAIL") == "COMPLETED", log_of(run, job)
 
 
-def test_two_nodes_train_one_model(submit, new_laptop_run, undisturbed):
-    run = new_laptop_run()
-    job = submit(run)
-    assert_completed(job, run)
-    assert run.losses == undisturbed.losses
-    assert {log.name for log in (run.folder / "slurm" / job.number).iterdir()} == {
-        "attempt0.n1.log",
-        "attempt0.n2.log",
-    }
-
-
 def test_signal_before_the_time_limit(cluster, submit, new_laptop_run, undisturbed):
     """The run saves, the job requeues itself, and the resumed run reaches the same losses."""
     run = new_laptop_run()

@@ -28,12 +28,13 @@ def words(*arguments: object, folder: Path = ROOT) -> tuple[list[str], list[str]
 
 def test_options_are_sorted_into_those_of_sbatch_and_of_the_script(tmp_path):
     options = ("--nodes=4", "--run-dir", tmp_path / "run", "--container", "pyxis", "--image", "a b", "--time=1:00")
-    sbatch, script, run = words(*options, "--", "launch/models/laptop.yaml", "--lr", "1e-3")
+    flags = ("--lr", "1e-3", "--hybrid-layer-pattern", "*")  # a shell would replace an unquoted `*`
+    sbatch, script, run = words(*options, "--", "launch/models/laptop.yaml", *flags)
     joined = ("--nodes=4", f"--run-dir={tmp_path}/run", "--container=pyxis", "--image=a b", "--time=1:00")
-    assert words(*joined, "--", "launch/models/laptop.yaml", "--lr", "1e-3") == (sbatch, script, run)
+    assert words(*joined, "--", "launch/models/laptop.yaml", *flags) == (sbatch, script, run)
     assert sbatch == [f"--output={tmp_path}/run/slurm/%j.log", f"--chdir={ROOT}", "--nodes=4", "--time=1:00"]
     assert script == ["--root", str(ROOT), *options[3:7], "--run-dir", f"{tmp_path}/run"]
-    assert run == [str(LAPTOP), "--lr", "1e-3"]
+    assert run == [str(LAPTOP), *flags]
     assert not (tmp_path / "run").exists()
 
 

@@ -8,10 +8,11 @@ import numpy as np
 import pytest
 import torch
 from support.paths import ROOT
+from support.results import result
 from support.small_moe import make_config, make_mask, make_visible_experts, process_groups
 
 from maskmoe.comparison.statistics import paired_difference
-from maskmoe.comparison.table import HeldOutLoss, RunResult, read_table, write_table
+from maskmoe.comparison.table import HeldOutLoss, read_table, write_table
 from maskmoe.transformer.router import MaskMoERouter
 from maskmoe.transformer.token_ids import TokenIds
 
@@ -133,12 +134,7 @@ def table(tmp_path):
                 HeldOutLoss(text=text, band="all", tokens=tokens, loss=3.6 + random.normal(0, 0.02))
                 for text, tokens in (("held-out", 100), ("prose", 1500), ("code", 500))
             ]
-            common = {"settings": {"variant": variant}, "text": {}, "mask": None, "tokens": 1, "validation": []}
-            results.append(
-                RunResult(
-                    suite=suite, variant=variant, seed=seed, losses=losses, load=[], seconds=1, origin={}, **common
-                )
-            )
+            results.append(result(variant, seed, 0).model_copy(update={"suite": suite, "losses": losses}))
     write_table(tmp_path / "results.jsonl", results)
     return tmp_path / "results.jsonl"
 

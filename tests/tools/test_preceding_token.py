@@ -7,28 +7,11 @@ from itertools import pairwise
 import numpy as np
 import pytest
 import torch
-from hypothesis import given
-from hypothesis import strategies as st
 from studies import preceding_token
 from support.datasets import write_documents
 from support.paths import EXPORTED_MODEL
 
 from maskmoe.errors import UserError
-
-
-@given(st.lists(st.integers(0, 3), min_size=2, max_size=30))
-def test_repeated_pairs(ids):
-    window = torch.tensor([ids, ids])
-    pairs = [*pairwise(ids)]
-    expected = [pair in pairs[:position] for position, pair in enumerate(pairs)]
-    assert preceding_token.repeated_pairs(window[:, :-1], window[:, 1:]).tolist() == [expected, expected]
-
-
-def test_attention_to_preceding():
-    attention = torch.zeros(2, 2, 3, 3)  # the second head attends to nothing but the preceding token
-    attention[:, 0] = torch.eye(3)
-    attention[:, 1, 1:, :2] = torch.eye(2)
-    assert preceding_token.attention_to_preceding(attention).tolist() == [0, 1]
 
 
 def test_models_are_measured(tmp_path, monkeypatch, capsys):
