@@ -41,17 +41,20 @@ def test_error_about_a_path_of_the_command_line(monkeypatch, capsys, number, wor
     assert capsys.readouterr().err == f"error: cannot use data/run/config.json: {os.strerror(number)}\n"
 
 
-def test_full_disk_is_a_failure_of_the_run(monkeypatch, capsys):
-    assert run_failing(OSError(errno.ENOSPC, "No space", "out"), monkeypatch) == 1
-    assert capsys.readouterr().err == "error: no space is left on the disk for out\n"
-    assert run_failing(OSError(errno.EFBIG, "File too large"), monkeypatch) == 1
-    assert capsys.readouterr().err == "error: the limit of file sizes (ulimit -f) is reached\n"
-
-
-def test_too_many_open_files_are_a_failure_of_the_run(monkeypatch, capsys):
-    assert run_failing(OSError(errno.EMFILE, os.strerror(errno.EMFILE)), monkeypatch) == 1
-    expected = "error: Too many open files; raise the limit (ulimit -Hn, or fs.file-max of the host)\n"
-    assert capsys.readouterr().err == expected
+@pytest.mark.parametrize(
+    ("error", "message"),
+    [
+        (OSError(errno.ENOSPC, "No space", "out"), "no space is left on the disk for out"),
+        (OSError(errno.EFBIG, "File too large"), "the limit of file sizes (ulimit -f) is reached"),
+        (
+            OSError(errno.EMFILE, os.strerror(errno.EMFILE)),
+            "Too many open files; raise the limit (ulimit -Hn, or fs.file-max of the host)",
+        ),
+    ],
+)
+def test_limit_of_the_system_is_a_failure_of_the_run(monkeypatch, capsys, error, message):
+    assert run_failing(error, monkeypatch) == 1
+    assert capsys.readouterr().err == f"error: {message}\n"
 
 
 def test_a_command_may_open_as_many_files_as_the_system_permits():

@@ -71,10 +71,12 @@ class Run:
         return self.launchers[-1]
 
     def start_two(self) -> tuple[Launch, Launch]:
-        """Start the launchers of two nodes, of which the first leads."""
+        """Start the launchers of two nodes, of which the first leads, and wait until their ranks have begun."""
         first = self.start("a")
         first.wait_for_output("waiting for 1 to 2 nodes")
-        return first, self.start("b")
+        second = self.start("b")
+        self.wait_for_nodes(1, 2)
+        return first, second
 
     def wait_for_nodes(self, generation: int, nodes: int) -> str:
         """Wait until all ranks of a generation have begun; return the flags of its layout."""
@@ -91,6 +93,11 @@ class Run:
     def say(self, word: str) -> None:
         """Make a file that the ranks obey."""
         (self.folder / word).touch()
+
+    def finish(self, *launchers: Launch) -> None:
+        """Let the ranks finish, and check that launchers exit with 0."""
+        self.say("finish")
+        assert [launcher.wait() for launcher in launchers] == [0] * len(launchers)
 
 
 @pytest.fixture
@@ -121,8 +128,7 @@ def test_lost_and_returned_node(new_run):
     assert not (run.folder / "began-3-0").exists()
     run.say("saved")
     assert run.wait_for_nodes(3, 2) == "expert-model-parallel-size=2"
-    run.say("finish")
-    assert (first.wait(), back.wait()) == (0, 0)
+    run.finish(first, back)
     kinds = [entry.kind for entry in read_journal(run.folder)]
     assert kinds.count(Kind.NODES) == 5
     assert kinds.count(Kind.LAUNCHED) == 3
@@ -137,14 +143,12 @@ def test_lost_leader(new_run):
     assert run.wait_for_nodes(1, 3) == ""
     first.kill()
     assert run.wait_for_nodes(2, 2) == "expert-model-parallel-size=2"
-    run.say("finish")
-    assert [other.wait() for other in others] == [0, 0]
+    run.finish(*others)
 
 
 def test_nodes_that_have_waited_for_long_take_over(new_run):
     run = new_run("1:2")
     training = run.start_two()
-    run.wait_for_nodes(1, 2)
     waiting = [run.start(host, "--rendezvous-timeout", "5") for host in "cd"]
     for launcher in waiting:
         launcher.wait_for_output("the run trains already")
@@ -153,27 +157,23 @@ def test_nodes_that_have_waited_for_long_take_over(new_run):
         launcher.kill()
     # They still wait for each other.
     assert run.wait_for_nodes(2, 2) == "expert-model-parallel-size=2"
-    run.say("finish")
-    assert [launcher.wait() for launcher in waiting] == [0, 0]
+    run.finish(*waiting)
 
 
 def test_node_that_is_cut_off_is_left_out_and_taken_in_again(new_run):
     run = new_run("1:2")
     first, second = run.start_two()
-    run.wait_for_nodes(1, 2)
     run.say("cut-b")
     run.wait_for_nodes(2, 1)
     run.say("saved")
     (run.folder / "cut-b").unlink()
     run.wait_for_nodes(3, 2)
-    run.say("finish")
-    assert (first.wait(), second.wait()) == (0, 0)
+    run.finish(first, second)
 
 
 def test_stopped_node_leaves_and_the_others_continue(new_run):
     run = new_run("1:2")
     first, second = run.start_two()
-    run.wait_for_nodes(1, 2)
     os.kill(first.process.pid, signal.SIGTERM)
     assert first.wait() == EXIT_REQUEUE
     run.wait_for_nodes(2, 1)
@@ -186,17 +186,14 @@ def test_ranks_that_go_back_are_started_again(new_run):
     """Torchrun may not start them again, so they end with the exit code that asks for a restart."""
     run = new_run("1:2")
     first, second = run.start_two()
-    run.wait_for_nodes(1, 2)
     run.say("go-back-1")
     run.wait_for_nodes(2, 2)
-    run.say("finish")
-    assert (first.wait(), second.wait()) == (0, 0)
+    run.finish(first, second)
 
 
 def test_failure_of_the_ranks_ends_the_run_everywhere(new_run):
     run = new_run("1:2")
     first, second = run.start_two()
-    run.wait_for_nodes(1, 2)
     # Only the ranks of one node fail, and those of the other node wait for them.
     run.say("fail-0")
     assert (first.wait(), second.wait()) == (3, 3)
@@ -204,8 +201,7 @@ def test_failure_of_the_ranks_ends_the_run_everywhere(new_run):
     (run.folder / "fail-0").unlink()
     again = run.start("a"), run.start("b")
     run.wait_for_nodes(2, 2)
-    run.say("finish")
-    assert [launcher.wait() for launcher in again] == [0, 0]
+    run.finish(*again)
 
 
 def test_too_few_nodes(new_run):
@@ -233,8 +229,7 @@ def test_enough_nodes_start_at_the_latest_after_the_timeout(new_run):
     run = new_run("1:2")
     launcher = run.start("a", "--rendezvous-timeout", "1")
     run.wait_for_nodes(1, 1)
-    run.say("finish")
-    assert launcher.wait() == 0
+    run.finish(launcher)
 
 
 def test_run_without_checkpoints_is_refused(tmp_path):

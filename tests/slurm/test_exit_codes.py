@@ -148,12 +148,12 @@ def test_variables_reach_the_nodes_of_a_job_that_exports_none(train, tmp_path):
     assert "error: SLURM_EXPORT_ENV=ALL" in train("1 1", SLURM_EXPORT_ENV="NONE")[1]
 
 
-def test_flags_reach_the_nodes_unchanged(train, tmp_path):
-    """A shell would replace an unquoted `*` by the names of files, and divide the flag at the space."""
+def test_flags_reach_the_nodes_with_the_number_of_the_job(train, tmp_path):
+    """A shell would replace an unquoted `*` by the names of files, and divide the prompt at the space."""
     (tmp_path / "launch" / "pretrain.sh").write_text('#!/usr/bin/env bash\nprintf "%s\\n" "$@" >"${0%/*}/given"\n')
-    flags = ("--hybrid-layer-pattern", "*", "--prompt", "a b")
-    train("0 0", *flags)
-    assert (tmp_path / "launch" / "given").read_text().splitlines()[-4:] == list(flags)
+    flags = ["--hybrid-layer-pattern", "*", "--prompt", "a b", "--seed"]
+    train("0 0", *flags, "%a", SLURM_ARRAY_JOB_ID="1", SLURM_ARRAY_TASK_ID="3")
+    assert (tmp_path / "launch" / "given").read_text().splitlines()[-6:] == [*flags, "3"]
 
 
 def test_complete_run(train, tmp_path):
