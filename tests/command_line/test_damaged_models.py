@@ -11,10 +11,10 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 from support.command_lines import refuse_all, run_command
+from support.datasets import build_mask
 from support.tiny_maskmoe import mask_tensors
 
 from maskmoe.huggingface import MaskMoEForCausalLM
-from maskmoe.routing_mask.assignment import MaskRecipe, build_routing_mask
 from maskmoe.routing_mask.frequency import TokenFrequency
 
 WEIGHTS, CONFIG, TOKENIZER = "model.safetensors", "config.json", "tokenizer.json"
@@ -153,8 +153,8 @@ def alter_metadata(tensors: dict[str, torch.Tensor]) -> None:
 
 def replace_by_another_mask(tensors: dict[str, torch.Tensor]) -> None:
     """Replace the mask by an intact one of the same shape."""
-    recipe = MaskRecipe(4, 2, "uniform", frequent_mass=0.6, frequent_visible_experts=3, seed=2)
-    other = build_routing_mask(recipe, frequency=TokenFrequency.load(Path("counts.safetensors")))
+    frequency = TokenFrequency.load(Path("counts.safetensors"))
+    other = build_mask(frequency, 4, 2, "uniform", frequent_mass=0.6, frequent_visible_experts=3, seed=2)
     for name, tensor in mask_tensors(other).items():
         assert tensor.shape == tensors[PREFIX + name].shape
         tensors[PREFIX + name] = tensor
