@@ -214,12 +214,16 @@ def preset(name: str, **settings) -> RoutingMask:
         (preset("hash"), "every id sees 1 of 8 experts"),
         (preset("top-k-hash", frequent_visible_experts=3), "every id sees 3 of 8 experts"),
         (
+            small_mask(row_of_id=np.array([[0, 1, 2, 3], [2, 1, 0, 4]], dtype=np.int16)),
+            "1 of 4 ids sees 2 of 3 experts; every other id sees 1 expert",
+        ),
+        (
             preset("smoe", hash_layers=HASH),
             "in the first layer, every id sees 2 of 8 experts; after that, every id sees all 8 experts",
         ),
     ],
 )
-def test_alike_ids_in_words(mask, words):
+def test_visible_experts_in_words(mask, words):
     assert describe_visible_experts(mask) == words
 
 
