@@ -53,7 +53,10 @@ def killed(workplace, tmp_path_factory) -> Path:
     """
     folder = tmp_path_factory.mktemp("killed")
     save = folder / "save"
-    with workplace.start(Run(f"{FLAGS} --load {save}", saves=True), folder / "run") as processes:
+    run = Run(f"{FLAGS} --load {save}", saves=True, program=PROGRAM)
+    # The run stands still before iteration 14, after which it would save a persistent checkpoint.
+    fault = {"FAULT": "hang", "FAULT_RANK": "0", "FAULT_ITERATION": "14", "FAULT_FOLDER": str(folder)}
+    with workplace.start(run, folder / "run", environment=fault) as processes:
         save.symlink_to(folder / "run" / "save")
         processes.wait_for_iteration(13)
         os.kill(processes.pids[0], signal.SIGKILL)
