@@ -11,6 +11,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from PIL import Image
+from support.datasets import frequency_of
 from support.paths import ROOT
 from support.runs import write_scalars
 
@@ -21,7 +22,6 @@ from maskmoe.comparison.stage import Stage
 from maskmoe.data.dataset_writing import IndexedDatasetWriter
 from maskmoe.launch.machine import Devices
 from maskmoe.launch.model_file import ModelFile
-from maskmoe.routing_mask.frequency import TokenFrequency
 
 # ---- Settings and commands -------------------------------------------------------------------------------------------
 
@@ -159,10 +159,9 @@ def finished(plan):
     held_out = [(step, 6.5) for step in (125, 250)]
     scalars = {"lm loss": training, "lm loss validation": held_out}
     write_scalars(finished.run.tensorboard, scalars, seconds=0.25)
-    counts = np.zeros((1, 4096), np.int64)
-    counts[:, 1:501] = 7
-    dataset = {"name": "dataset", "num_tokens": 3500, "idx_sha256": "0" * 64, "bin_bytes": 7000}
-    TokenFrequency(counts, (None,), (dataset,), None).save(finished.data.token_frequency)
+    counts = np.zeros(4096, np.int64)
+    counts[1:501] = 7
+    frequency_of(counts).save(finished.data.token_frequency)
     return finished
 
 

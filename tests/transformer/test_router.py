@@ -13,6 +13,7 @@ from hypothesis import strategies as st
 from megatron.core.distributed.finalize_model_grads import reset_model_temporary_tensors
 from megatron.core.transformer.moe.moe_utils import MoEAuxLossAutoScaler
 from megatron.core.transformer.moe.router import TopKRouter
+from support.datasets import frequency_of
 from support.router_cases import ALL_BALANCING_LOSSES, LOSSES, Case, cases
 from support.small_moe import (
     DEVICE,
@@ -27,7 +28,6 @@ from support.small_moe import (
 from torch import Tensor
 
 from maskmoe.routing_mask.assignment import MaskRecipe, build_routing_mask
-from maskmoe.routing_mask.frequency import TokenFrequency
 from maskmoe.transformer.router import MaskMoERouter
 from maskmoe.transformer.token_ids import TokenIds
 
@@ -105,10 +105,8 @@ def all_visible_mask(kind: str, vocab_size: int, num_experts: int):
     """Build a mask in which the first half of the vocabulary sees every expert."""
     if kind == "smoe":
         return build_routing_mask(MaskRecipe.from_preset("smoe", num_experts, 1), vocab_size=vocab_size)
-    counts = np.repeat([1000, 1], vocab_size // 2)[None].astype(np.int64)
-    dataset = {"name": "text", "num_tokens": int(counts.sum()), "idx_sha256": "0" * 64, "bin_bytes": 0}
     recipe = MaskRecipe(num_experts, 1, "uniform", frequent_mass=0.99, frequent_visible_experts=num_experts)
-    mask = build_routing_mask(recipe, frequency=TokenFrequency(counts, (None,), (dataset,), None))
+    mask = build_routing_mask(recipe, frequency=frequency_of(np.repeat([1000, 1], vocab_size // 2)))
     assert mask.min_visible == 1
     return mask
 
