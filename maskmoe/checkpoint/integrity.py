@@ -31,7 +31,7 @@ LAYOUT_FILE = ".metadata"
 COMPLETION_FILE = "metadata.json"
 MANIFEST_FILE = "integrity.json"
 _FORMAT = "torch_dist"
-# What the layout of a checkpoint may consist of.
+# The only classes and functions that the layout of a checkpoint may name.
 _LAYOUT_MODULES = {f"torch.distributed.checkpoint.{module}" for module in ("metadata", "planner", "filesystem")}
 _CONSTRUCTORS = {
     "builtins.set",

@@ -76,7 +76,7 @@ class Stage:
         inputs: Files and folders that the command reads. The stage is repeated if one of them changes.
         byproducts: Other files and folders that the command writes. They are set aside together with the results.
         environment: Variables that are set in addition to those of this process.
-        is_resumable: Whether the command goes on from the files that an interrupted command has left.
+        is_resumable: Whether the command resumes from the files of an interrupted command.
     """
 
     name: str

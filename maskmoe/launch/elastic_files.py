@@ -1,4 +1,4 @@
-"""The files of a run folder by which the launchers of an elastic run know each other and agree on its generations."""
+"""Files in the run folder through which the launchers of an elastic run find each other and agree on generations."""
 
 import os
 import re

@@ -146,11 +146,11 @@ def _seconds_per_iteration(logged: Logged) -> float | None:
 
 
 State = Literal["running", "finished", "ended", "lost", "unknown"]
-"""What a run does.
+"""The state of a run.
 
-Processes of a running run work. A finished run has done all iterations. An ended run can be started again. A lost run
-was killed, or its host failed: it left its lock behind, or its journal has no end. The state is unknown if nothing says
-whether the run works.
+The processes of a running run work. A finished run has done all iterations. An ended run can be started again. A lost
+run was killed, or its host failed: it left its lock behind, or its journal has no end. The state is unknown if nothing
+says whether the run works.
 """
 
 

@@ -176,8 +176,8 @@ def _outside_chosen_groups(scores: Tensor, topk: int, num_groups: int, group_top
     Groups are chosen as in group-limited routing (DeepSeek-V3, arXiv 2412.19437): the score of a group is the sum of
     its `topk / group_topk` largest scores. If a group has fewer visible experts, the token's smallest visible score
     takes the missing places. A constant that is added to all scores therefore changes no choice. A group without a
-    visible expert is chosen only if there are not enough other groups. Scores are
-    [tokens, experts], -inf for invisible experts.
+    visible expert is chosen only if there are not enough other groups. `scores` is [tokens, experts], -inf for
+    invisible experts.
     """
     num_tokens, num_experts = scores.shape
     group_size = num_experts // num_groups

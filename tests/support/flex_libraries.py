@@ -170,7 +170,7 @@ te_ep = SimpleNamespace(
     ep_dispatch=ep_dispatch,
     ep_finalize=lambda: None,
 )
-"""What shows that Transformer Engine 2.18 is installed with NCCL-EP; its functions are not called."""
+"""Stands for Transformer Engine 2.18 with NCCL-EP; no test calls its functions."""
 
 
 def install() -> None:

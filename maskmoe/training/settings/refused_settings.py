@@ -20,7 +20,7 @@ from maskmoe.transformer.torch_modules.gated_delta_net import check_gated_delta_
 
 Predicate = Callable[[Namespace], bool]
 
-# Settings that must be above zero if they are given: sizes by which others are divided, lengths and intervals.
+# Settings that must be above zero if they are given: divisors of other sizes, lengths and intervals.
 _ABOVE_ZERO = (
     *("num_layers", "hidden_size", "num_attention_heads", "seq_length", "num_experts", "moe_router_topk"),
     *("tensor_model_parallel_size", "pipeline_model_parallel_size", "context_parallel_size"),

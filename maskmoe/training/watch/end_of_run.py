@@ -1,4 +1,4 @@
-"""What a run leaves when it ends: the end in its journal, the last line, and the page report.html."""
+"""Writes the end of a run: its entry in the journal, the last line, and the page report.html."""
 
 import subprocess
 import sys

@@ -1,4 +1,4 @@
-"""What a run says and writes at its start: the header, its arguments, and an entry of its journal."""
+"""Writes the start of a run: the header, its arguments, and its entry in the journal."""
 
 import os
 import sys

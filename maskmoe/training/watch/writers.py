@@ -1,4 +1,4 @@
-"""Where a run's values and warnings go: TensorBoard's event files, Weights & Biases, and the journal."""
+"""Writes the values and warnings of a run to TensorBoard, Weights & Biases and the journal."""
 
 import os
 import shlex
