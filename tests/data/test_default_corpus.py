@@ -65,6 +65,7 @@ def test_default_corpus_leaves_files_out(tmp_path: Path, monkeypatch: pytest.Mon
     (tmp_path / "huge.py").write_text(source * 5)
     (tmp_path / "numbers.txt").write_text(table_of_digits(20))
     (tmp_path / "latin.txt").write_bytes(source.encode() + b"\xe9")
+    (tmp_path / "__editable___package_1_0_finder.py").write_text(f"MAPPING = {{'package': '/checkout'}}\n{source}")
     (tmp_path / "binary.so").write_text(source + "1")
     (tmp_path / "package" / "__pycache__" / "c.py").write_text(source + "2")
     assert [document.path for document in default_corpus(1 << 20)] == ["a.py", "package/b.md"]
