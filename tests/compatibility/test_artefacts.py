@@ -6,14 +6,13 @@ width 32 with 4 experts. Losses may differ by 1e-4 of their size, since processo
 """
 
 import json
-import shlex
 import shutil
 from pathlib import Path
 
 import pytest
 import torch
+from support.launchers import run_program
 from support.runs import read_losses
-from support.small_series import Workplace
 
 from maskmoe.routing_mask.frequency import TokenFrequency
 from maskmoe.routing_mask.mask import RoutingMask
@@ -38,9 +37,7 @@ def run_folder(tmp_path: Path) -> Path:
 
 
 def run_entry_point(name: str, flags: str, folder: Path) -> None:
-    command = ["-m", f"maskmoe.training.{name}", *shlex.split(f"{DATA_FLAGS} {flags}")]
-    process = Workplace(folder).run_python(*command)
-    assert process.returncode == 0, process.stdout[-2000:] + process.stderr[-4000:]
+    run_program(f"-m maskmoe.training.{name} {DATA_FLAGS} {flags}", folder)
 
 
 def test_mask_and_counts_load() -> None:
