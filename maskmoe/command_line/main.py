@@ -18,8 +18,8 @@ class Subcommand:
 
     Attributes:
         name: The word, or the two words, after `maskmoe` on the command line.
-        module: The module below `maskmoe` whose `main()` reads `sys.argv` and does the work, or the entry point of ranks.
-            Only the chosen subcommand's module is imported, so that `maskmoe --help` does not wait for torch.
+        module: The module below `maskmoe` whose `main()` reads `sys.argv` and does the work, or the entry point that
+            every rank runs. Only the chosen module is imported, so that `maskmoe --help` does not wait for torch.
         help: One line for `maskmoe --help`.
     """
 
