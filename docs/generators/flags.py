@@ -80,7 +80,7 @@ def parser_of(subcommand: Subcommand) -> argparse.ArgumentParser:
     def stop(parser: argparse.ArgumentParser, *_: object, **__: object) -> None:
         raise ParserFound(parser)
 
-    module = importlib.import_module(subcommand.module)
+    module = importlib.import_module(f"maskmoe.{subcommand.module}")
     with (
         mock.patch.object(argparse.ArgumentParser, "parse_args", stop),
         mock.patch.object(argparse.ArgumentParser, "parse_known_args", stop),

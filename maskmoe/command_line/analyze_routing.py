@@ -24,11 +24,10 @@ import tempfile
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
-from typing import Any
 
 from maskmoe.analysis.routing_statistics import SPLITS, AnalysisSettings
 from maskmoe.command_line import ranges
-from maskmoe.command_line.parser import add_force_argument, command_parser, say_loading
+from maskmoe.command_line.parser import add_force_argument, add_option, command_parser, say_loading
 from maskmoe.command_line.ranges import split
 from maskmoe.data.indexed_dataset import dataset_files
 from maskmoe.errors import UserError
@@ -47,33 +46,32 @@ def parse_arguments() -> argparse.Namespace:
     models = parser.add_argument_group("models")
     series = "the models of the series, in order: Megatron checkpoints, models in transformers' format, or folders of "
     series += "Megatron checkpoints, which stand for all their checkpoints"
-    _add(models, "--load PATH", series, type=Path, nargs="+", required=True)
-    _add(models, "--ckpt-step I", "use only these iterations of a folder", type=ranges.ITERATION, nargs="+", default=())
-    _add(models, "--tokenizer-type T", "type of the tokenizer (default: the checkpoint's; NullTokenizer: no tokenizer)")
-    _add(models, "--tokenizer-model F", "file of the tokenizer (default: the checkpoint's)")
+    add_option(models, "--load PATH", series, Path, nargs="+", required=True)
+    add_option(models, "--ckpt-step I", "use only these iterations of a folder", ranges.ITERATION, nargs="+")
+    add_option(models, "--tokenizer-type T", "type of the tokenizer (default: the checkpoint's; NullTokenizer: none)")
+    add_option(models, "--tokenizer-model F", "file of the tokenizer (default: the checkpoint's)")
 
     probe = parser.add_argument_group("probe text")
     text = probe.add_mutually_exclusive_group(required=True)
-    _add(text, "--data-path P", "prefix of a dataset; P.bin and P.idx exist")
-    _add(text, "--input F", "text files (.jsonl, .txt, also .gz and .zst) to tokenize", type=Path, nargs="+")
-    _add(probe, "--split A,B,C", "Megatron's --split of --data-path (default: the whole dataset)", type=split)
-    probe.add_argument(
-        "--eval-split", choices=SPLITS, default="valid", help="the part of --split to use (default: %(default)s)"
-    )
-    _add(probe, "--json-keys K", "key of the text in JSON lines (default: %(default)s)", default="text")
-    tokens = "number of tokens, from all over --data-path or from the beginning of --input (default: %(default)s)"
-    _add(probe, "--tokens T", tokens, type=ranges.TOKENS)
-    _add(probe, "--seq-length S", "tokens in a window (default: the model's)", type=ranges.SEQ_LENGTH)
-    _add(probe, "--batch-size B", "windows in a batch (default: %(default)s)", type=ranges.BATCH_SIZE)
+    add_option(text, "--data-path P", "prefix of a dataset; P.bin and P.idx exist")
+    add_option(text, "--input F", "text files (.jsonl, .txt, also .gz and .zst) to tokenize", Path, nargs="+")
+    add_option(probe, "--split A,B,C", "Megatron's --split of --data-path (default: the whole dataset)", split)
+    add_option(probe, "--eval-split", "the part of --split to use", choices=SPLITS, default="valid")
+    add_option(probe, "--json-keys K", "key of the text in JSON lines", default="text")
+    tokens = "number of tokens, from all over --data-path or from the beginning of --input"
+    add_option(probe, "--tokens T", tokens, ranges.TOKENS, default=AnalysisSettings.tokens)
+    add_option(probe, "--seq-length S", "tokens in a window (default: the model's)", ranges.SEQ_LENGTH)
+    add_option(probe, "--batch-size B", "windows in a batch", ranges.BATCH_SIZE, default=AnalysisSettings.batch_size)
 
     measures = parser.add_argument_group("statistics")
     counts = "token counts for the frequency bands, made by maskmoe count (default: the probe's)"
-    _add(measures, "--token-frequency F", counts, type=Path)
-    occurrences = "occurrences in the probe from which an id counts in ids.csv (default: %(default)s)"
-    _add(measures, "--min-occurrences O", occurrences, type=ranges.OCCURRENCES)
-    _add(measures, "--top-ids R", "ids to list for each expert (default: %(default)s)", type=ranges.LISTED_IDS)
+    add_option(measures, "--token-frequency F", counts, Path)
+    least, most = AnalysisSettings.min_occurrences, AnalysisSettings.top_ids
+    occurrences = "occurrences in the probe from which an id counts in ids.csv"
+    add_option(measures, "--min-occurrences O", occurrences, ranges.OCCURRENCES, default=least)
+    add_option(measures, "--top-ids R", "ids to list for each expert", ranges.LISTED_IDS, default=most)
 
-    parser.add_argument("--output-dir", type=Path, required=True, metavar="DIR", help="folder for the results")
+    add_option(parser, "--output-dir DIR", "folder for the results", Path, required=True)
     traces = "also write the routing of every token, trace_1.safetensors, …"
     parser.add_argument("--save-traces", action="store_true", help=traces)
     add_force_argument(parser)
@@ -81,20 +79,6 @@ def parse_arguments() -> argparse.Namespace:
     if arguments.input is not None and arguments.split is not None:
         raise UserError("--split is for --data-path; --input is used from its beginning")
     return arguments
-
-
-def _add(group: argparse._ActionsContainer, usage: str, text: str, **options: Any) -> None:
-    """Add an argument with a value, by default the value that `AnalysisSettings` has.
-
-    Args:
-        group: The group of the argument.
-        usage: The flag and the name of its value, such as `--tokens T`.
-        text: The help text.
-        options: Further options of argparse.
-    """
-    flag, metavar = usage.split()
-    options.setdefault("default", getattr(AnalysisSettings, flag.removeprefix("--").replace("-", "_"), None))
-    group.add_argument(flag, metavar=metavar, help=text, **options)
 
 
 @contextmanager
@@ -161,7 +145,7 @@ def main() -> None:
     else:
         text = FileText(tuple(arguments.input), arguments.json_keys)
     say_loading("finding the models and the text")
-    models = find_models(arguments.load, arguments.ckpt_step)
+    models = find_models(arguments.load, arguments.ckpt_step or ())
     with unwinding_on_signals(), output_folder(arguments.output_dir) as folder, ExitStack() as outputs:
         numbers = range(1, len(models) + 1) if arguments.save_traces else ()
         trace_files = [folder / f"trace_{number}.safetensors" for number in numbers]

@@ -17,7 +17,7 @@ from typing import Any
 import numpy as np
 
 from maskmoe.command_line import ranges
-from maskmoe.command_line.parser import add_force_argument, add_seed_argument, command_parser
+from maskmoe.command_line.parser import add_force_argument, add_option, add_seed_argument, command_parser
 from maskmoe.errors import UserError
 from maskmoe.files.outputs import atomic_output, check_outputs
 from maskmoe.routing_mask.assignment import ASSIGNMENTS, PRESETS, MaskRecipe, build_routing_mask
@@ -33,10 +33,9 @@ def parse_arguments() -> argparse.Namespace:
     """Parse the command line."""
     parser = command_parser(__doc__)
     vocabulary = parser.add_argument_group("vocabulary (give one)").add_mutually_exclusive_group(required=True)
-    counts = "file of token counts, counted in the training data"
-    vocabulary.add_argument("--token-frequency", type=Path, metavar="F", help=counts)
+    add_option(vocabulary, "--token-frequency F", "file of token counts, counted in the training data", Path)
     size = "number of ids of the tokenizer, for masks that need no counts"
-    vocabulary.add_argument("--vocab-size", type=ranges.VOCAB_SIZE, metavar="V", help=size)
+    add_option(vocabulary, "--vocab-size V", size, ranges.VOCAB_SIZE)
     vocabulary.add_argument(
         "--expert-table",
         metavar="F[:TENSOR]",
@@ -47,23 +46,15 @@ def parse_arguments() -> argparse.Namespace:
     )
 
     model = parser.add_argument_group("model")
-    experts = "experts in each MoE layer"
-    model.add_argument("--num-experts", type=ranges.EXPERTS, required=True, metavar="N", help=experts)
-    layers = "transformer layers, with and without experts"
-    model.add_argument("--num-layers", type=ranges.LAYERS, required=True, metavar="L", help=layers)
-    model.add_argument(
-        "--expert-model-parallel-size",
-        type=ranges.RANKS,
-        metavar="E",
-        help="number of expert-parallel ranks; required for rank-local assignment, otherwise it only adds the load of "
-        "the ranks to the summary",
-    )
+    add_option(model, "--num-experts N", "experts in each MoE layer", ranges.EXPERTS, required=True)
+    add_option(model, "--num-layers L", "transformer layers, with and without experts", ranges.LAYERS, required=True)
+    size = "number of expert-parallel ranks; required for rank-local assignment, otherwise it only adds the load of "
+    add_option(model, "--expert-model-parallel-size E", f"{size}the ranks to the summary", ranges.RANKS)
 
     method = parser.add_argument_group("method")
     mass = "the most frequent ids that together make up this share (0 to 1) of all occurrences are the frequent ids"
-    method.add_argument("--frequent-mass", type=ranges.SHARE, metavar="P", help=mass)
-    visible = "experts that each frequent id sees, 2 to N"
-    method.add_argument("--frequent-visible-experts", type=ranges.EXPERTS, metavar="V_f", help=visible)
+    add_option(method, "--frequent-mass P", mass, ranges.SHARE)
+    add_option(method, "--frequent-visible-experts V_f", "experts that each frequent id sees, 2 to N", ranges.EXPERTS)
     method.add_argument(
         "--assignment",
         choices=ASSIGNMENTS,
@@ -78,20 +69,14 @@ def parse_arguments() -> argparse.Namespace:
         "--frequent-visible-experts experts)",
     )
     first = "the first L transformer layers are hash layers: every id sees equally many experts there, and the other "
-    hashed = f"{first}flags apply to the other layers only; 0: none"
-    method.add_argument("--hash-layers", type=ranges.HASH_LAYERS, metavar="L", help=hashed)
+    add_option(method, "--hash-layers L", f"{first}flags apply to the other layers only; 0: none", ranges.HASH_LAYERS)
     number = "experts that every id sees in a hash layer; with k of them, the table picks the k experts and the router "
-    seen = f"{number}only weights them (default: 1)"
-    method.add_argument("--hash-visible-experts", type=ranges.EXPERTS, metavar="V", help=seen)
-    method.add_argument(
-        "--hash-assignment",
-        choices=ASSIGNMENTS,
-        help="how the experts of hash layers are chosen (default: rank-local with --assignment rank-local, "
-        "else balanced)",
-    )
+    add_option(method, "--hash-visible-experts V", f"{number}only weights them (default: 1)", ranges.EXPERTS)
+    chosen = "how the experts of hash layers are chosen (default: rank-local with --assignment rank-local, else "
+    add_option(method, "--hash-assignment", f"{chosen}balanced)", choices=ASSIGNMENTS)
     method.add_argument("--shared-table", action="store_true", help="use the same table in all layers")
     add_seed_argument(method, "the random choices")
-    parser.add_argument("--output", type=Path, required=True, metavar="F", help="file to write, .safetensors")
+    add_option(parser, "--output F", "file to write, .safetensors", Path, required=True)
     add_force_argument(parser)
     return parser.parse_args()
 

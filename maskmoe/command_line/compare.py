@@ -12,7 +12,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from maskmoe.command_line import ranges
-from maskmoe.command_line.parser import Parser
+from maskmoe.command_line.parser import Parser, add_option
 from maskmoe.command_line.ranges import split
 from maskmoe.comparison.comparison import Comparison
 from maskmoe.comparison.data import Dataset
@@ -36,26 +36,25 @@ def parse_arguments(arguments: Sequence[str]) -> argparse.Namespace:
         "finished run, and report/ with README.md and losses.png.",
     )
     parser.add_argument("suite", type=Path, metavar="SUITE.yaml", help="a suite file, as in launch/suites/")
-    parser.add_argument("--run-dir", type=Path, metavar="DIR", help="folder of all files [runs/SUITE]")
-    table = "table of the results [results.jsonl in the run folder]"
-    parser.add_argument("--table", type=Path, metavar="FILE", help=table)
+    add_option(parser, "--run-dir DIR", "folder of all files [runs/SUITE]", Path)
+    add_option(parser, "--table FILE", "table of the results [results.jsonl in the run folder]", Path)
     jobs = "runs at a time [one for each core; with GPUs, one; in Slurm, no limit]"
-    parser.add_argument("--jobs", type=ranges.PROCESSES, metavar="J", help=jobs)
+    add_option(parser, "--jobs J", jobs, ranges.PROCESSES)
     pieces = parser.add_argument_group("pieces of a suite")
     merged = "tables of other machines, whose results are added to the table first"
-    pieces.add_argument("--merge", nargs="+", default=[], type=Path, metavar="FILE", help=merged)
-    patterns = "finish only runs whose variant or name matches a shell pattern"
-    pieces.add_argument("--only", nargs="+", default=[], metavar="PATTERN", help=patterns)
-    pieces.add_argument("--seeds", nargs="+", default=[], type=ranges.SEED, metavar="N", help="finish only these seeds")
+    add_option(pieces, "--merge FILE", merged, Path, nargs="+")
+    add_option(pieces, "--only PATTERN", "finish only runs whose variant or name matches a shell pattern", nargs="+")
+    add_option(pieces, "--seeds N", "finish only these seeds", ranges.SEED, nargs="+")
     data = parser.add_argument_group("data, which replace the suite's data")
-    data.add_argument("--input", nargs="+", metavar="FILE", help="text files: JSON lines or plain text")
-    held_out = "further text files to evaluate on, each with a name"
-    data.add_argument("--held-out", nargs="+", type=_named_file, metavar="NAME=FILE", help=held_out)
-    data.add_argument("--data-path", nargs="+", metavar="P", help="an existing dataset, as Megatron's --data-path")
-    data.add_argument("--split", type=split, metavar="A,B,C", help="Megatron's --split of --data-path")
-    data.add_argument("--tokenizer-type", metavar="T", help="tokenizer of --data-path [SentencePieceTokenizer]")
-    data.add_argument("--tokenizer-model", metavar="F", help="tokenizer file of --data-path")
-    data.add_argument("--vocab-size", type=ranges.VOCAB_SIZE, metavar="V", help="number of ids of the tokenizer")
+    add_option(data, "--input FILE", "text files: JSON lines or plain text", nargs="+")
+    add_option(
+        data, "--held-out NAME=FILE", "further text files to evaluate on, each with a name", _named_file, nargs="+"
+    )
+    add_option(data, "--data-path P", "an existing dataset, as Megatron's --data-path", nargs="+")
+    add_option(data, "--split A,B,C", "Megatron's --split of --data-path", split)
+    add_option(data, "--tokenizer-type T", "tokenizer of --data-path [SentencePieceTokenizer]")
+    add_option(data, "--tokenizer-model F", "tokenizer file of --data-path")
+    add_option(data, "--vocab-size V", "number of ids of the tokenizer", ranges.VOCAB_SIZE)
     action = parser.add_mutually_exclusive_group()
     action.add_argument("--list", action="store_true", help="only list the runs, and which are finished")
     action.add_argument("--report", action="store_true", help="only write the report of the finished runs")
@@ -102,7 +101,7 @@ def main() -> None:
     if not options.slurm and (options.dry_run or slurm_words):
         raise UserError(f"{'--dry-run' if options.dry_run else 'options after `--`'}: only together with --slurm")
     comparison, line = open_comparison(options), StatusLine(sys.stdout)
-    runs = comparison.selected(options.only, options.seeds)
+    runs = comparison.selected(options.only or (), options.seeds or ())
     if options.merge:
         comparison.add(result for table in options.merge for result in read_table(table))
     if not options.run:

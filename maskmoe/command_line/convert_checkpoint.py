@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from maskmoe.command_line import ranges
-from maskmoe.command_line.parser import Parser, say_loading
+from maskmoe.command_line.parser import Parser, add_option, say_loading
 from maskmoe.conversion.settings import (
     DERIVED_PATTERN,
     DTYPE_NAMES,
@@ -40,35 +40,35 @@ def _add_arguments(parser: argparse.ArgumentParser, name: str) -> None:
     parser.set_defaults(ckpt_step=None, hybrid_layer_pattern=None)
     if name in ("megatron-to-hf", "upcycle"):
         step = "iteration to convert of a run's checkpoints, as Megatron's flag (default: the newest, if undamaged)"
-        parser.add_argument("--ckpt-step", type=ranges.ITERATION, metavar="I", help=step)
+        add_option(parser, "--ckpt-step I", step, ranges.ITERATION)
     if name in ("hf-to-megatron", "upcycle"):
         pattern = (
             "write a checkpoint of a HybridModel with this pattern, in which | may divide pipeline stages; "
             f"{DERIVED_PATTERN}: with the pattern of the model's layers; {NO_PATTERN}: of a GPTModel (default: of the "
             "class that the model was exported from, else of a GPTModel)"
         )
-        parser.add_argument("--hybrid-layer-pattern", metavar="P", help=pattern)
+        add_option(parser, "--hybrid-layer-pattern P", pattern)
     if name == "upcycle":
-        formats = {"choices": ("megatron", "hf"), "default": "megatron"}
-        parser.add_argument("--save-format", **formats, help="format of the result (default: %(default)s)")
+        add_option(parser, "--save-format", "format of the result", choices=("megatron", "hf"), default="megatron")
         add_upcycle_arguments(parser)
     else:
-        parser.add_argument("--routing-mask", type=Path, metavar="F", help="routing mask for a model that holds none")
+        add_option(parser, "--routing-mask F", "routing mask for a model that holds none", Path)
     verification = "do not compare files with the digests that were saved with them"
     parser.add_argument("--no-verify-checkpoint", action="store_false", dest="verify", help=verification)
 
 
 def _add_conversion_arguments(parser: argparse.ArgumentParser) -> None:
-    folder: dict[str, Any] = {"type": Path, "required": True, "metavar": "DIR"}
-    size: dict[str, Any] = {"type": parse_size, "default": Settings.max_shard_size, "metavar": "SIZE"}
     kind = "type of the tokenizer (default: the checkpoint's), as Megatron's flag; NullTokenizer for none"
     file = "file of the tokenizer (default: the checkpoint's); export refuses another file than that of training"
-    parser.add_argument("--load", **folder, help="folder to convert: a model, a checkpoint, or a run's checkpoints")
-    parser.add_argument("--save", **folder, help="new folder for the result")
-    parser.add_argument("--dtype", choices=DTYPE_NAMES, help="type of the weights (default: as they are stored)")
-    parser.add_argument("--max-shard-size", **size, help="upper bound of the weights in a file, such as 5GB (default)")
-    parser.add_argument("--tokenizer-type", metavar="T", help=kind)
-    parser.add_argument("--tokenizer-model", metavar="F", help=file)
+    folder = "folder to convert: a model, a checkpoint, or a run's checkpoints"
+    add_option(parser, "--load DIR", folder, Path, required=True)
+    add_option(parser, "--save DIR", "new folder for the result", Path, required=True)
+    add_option(parser, "--dtype", "type of the weights (default: as they are stored)", choices=DTYPE_NAMES)
+    size = "upper bound of the weights in a file, such as 5GB (default)"
+    parser.set_defaults(max_shard_size=Settings.max_shard_size)
+    add_option(parser, "--max-shard-size SIZE", size, parse_size)
+    add_option(parser, "--tokenizer-type T", kind)
+    add_option(parser, "--tokenizer-model F", file)
     parser.add_argument("--allow-nan", action="store_true", help="convert weights that are NaN or infinite, too")
 
 
@@ -76,25 +76,16 @@ def add_upcycle_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the flags that `upcycle_settings` reads, and `--routing-mask`."""
     group = parser.add_argument_group("experts")
     mask = "routing mask made by maskmoe mask for the model's vocabulary (vocab_size in config.json)"
-    group.add_argument("--routing-mask", type=Path, required=True, metavar="F", help=mask)
-    experts = "experts in each MoE layer"
-    group.add_argument("--num-experts", type=ranges.EXPERTS, required=True, metavar="N", help=experts)
+    add_option(group, "--routing-mask F", mask, Path, required=True)
+    add_option(group, "--num-experts N", "experts in each MoE layer", ranges.EXPERTS, required=True)
     group.add_argument("--shared-expert", action="store_true", help="give each MoE layer a shared expert, too")
     layers = "which layers get experts, as Megatron's flag: one in FREQ layers, or a list such as [0]+[1]*23"
-    frequency: dict[str, Any] = {"default": UpcycleSettings.moe_layer_freq, "metavar": "FREQ"}
-    group.add_argument("--moe-layer-freq", **frequency, help=f"{layers} (default: all layers)")
-    flags = {
-        "topk": ("K", ranges.EXPERTS, "experts of a token"),
-        "granularity": (
-            "G",
-            ranges.GRANULARITY,
-            "make experts of 1/G of the MLP's size; N and K must be multiples of G; 1: whole copies",
-        ),
-        "seed": ("S", ranges.SEED, "seed of the routers"),
-    }
-    for name, (metavar, kind, help) in flags.items():
-        default, text = getattr(UpcycleSettings, name), f"{help} (default: %(default)s)"
-        group.add_argument(f"--{name.replace('_', '-')}", type=kind, default=default, metavar=metavar, help=text)
+    parser.set_defaults(moe_layer_freq=UpcycleSettings.moe_layer_freq)
+    add_option(group, "--moe-layer-freq FREQ", f"{layers} (default: all layers)")
+    add_option(group, "--topk K", "experts of a token", ranges.EXPERTS, default=UpcycleSettings.topk)
+    parts = "make experts of 1/G of the MLP's size; N and K must be multiples of G; 1: whole copies"
+    add_option(group, "--granularity G", parts, ranges.GRANULARITY, default=UpcycleSettings.granularity)
+    add_option(group, "--seed S", "seed of the routers", ranges.SEED, default=UpcycleSettings.seed)
 
 
 def upcycle_settings(arguments: argparse.Namespace) -> UpcycleSettings:

@@ -13,7 +13,7 @@ from argparse import Namespace
 from pathlib import Path
 
 from maskmoe.command_line import ranges
-from maskmoe.command_line.parser import add_force_argument, add_workers_argument, command_parser
+from maskmoe.command_line.parser import add_force_argument, add_option, add_workers_argument, command_parser
 from maskmoe.data.indexed_dataset import files_of_data_path
 from maskmoe.files.outputs import atomic_output, check_outputs
 from maskmoe.routing_mask.frequency import (
@@ -55,11 +55,9 @@ def main() -> None:
         help="the value of Megatron's --data-path in training, so that the counts follow the same blend: dataset "
         "prefixes (PREFIX.bin and PREFIX.idx exist), or alternating blend weights and prefixes",
     )
-    size = "number of ids of the tokenizer, without padding"
-    parser.add_argument("--vocab-size", type=ranges.VOCAB_SIZE, metavar="V", help=size)
-    merged = "add up counts that this command has written, instead of counting"
-    parser.add_argument("--merge", nargs="+", metavar="COUNTS", help=merged)
-    parser.add_argument("--output", type=Path, required=True, metavar="F", help="file to write, .safetensors")
+    add_option(parser, "--vocab-size V", "number of ids of the tokenizer, without padding", ranges.VOCAB_SIZE)
+    add_option(parser, "--merge COUNTS", "add up counts that this command has written, instead of counting", nargs="+")
+    add_option(parser, "--output F", "file to write, .safetensors", Path, required=True)
     add_force_argument(parser)
     add_workers_argument(parser)
     arguments = parser.parse_args()

@@ -9,7 +9,7 @@ from maskmoe import __version__
 from maskmoe.command_line.run_tool import run_tool
 from maskmoe.errors import UserError
 
-_ENTRY_POINTS = "maskmoe.training."
+_ENTRY_POINTS = "training."
 
 
 @dataclass(frozen=True)
@@ -18,8 +18,8 @@ class Subcommand:
 
     Attributes:
         name: The word, or the two words, after `maskmoe` on the command line.
-        module: The module whose `main()` reads `sys.argv` and does the work, or the entry point that every rank runs.
-            Only the chosen subcommand's module is imported, so that `maskmoe --help` does not wait for torch.
+        module: The module below `maskmoe` whose `main()` reads `sys.argv` and does the work, or the entry point that
+            every rank runs. Only the chosen module is imported, so that `maskmoe --help` does not wait for torch.
         help: One line for `maskmoe --help`.
     """
 
@@ -29,38 +29,24 @@ class Subcommand:
 
 
 SUBCOMMANDS = (
-    Subcommand(
-        "corpus", "maskmoe.command_line.make_corpus", "collect the text of Python packages as a training corpus"
-    ),
-    Subcommand("tokenizer", "maskmoe.command_line.train_tokenizer", "train a SentencePiece tokenizer on raw text"),
-    Subcommand("preprocess", "maskmoe.command_line.preprocess_data", "tokenize raw text into a Megatron dataset"),
-    Subcommand(
-        "count", "maskmoe.command_line.count_token_frequency", "count how often each token id occurs in a dataset"
-    ),
-    Subcommand("mask", "maskmoe.command_line.build_routing_mask", "build the routing mask from token frequencies"),
-    Subcommand(
-        "mask widen", "maskmoe.command_line.widen_routing_mask", "let frequent ids of a routing mask see more experts"
-    ),
-    Subcommand(
-        "pretrain", "maskmoe.command_line.pretrain", "pretrain a model file, or from Megatron's flags, with restarts"
-    ),
-    Subcommand("evaluate", "maskmoe.training.evaluate", "compute a checkpoint's loss by token frequency"),
-    Subcommand("generate", "maskmoe.training.generate", "generate text from a Megatron checkpoint"),
-    Subcommand("check", "maskmoe.command_line.check", "check a model file's settings and show what the run needs"),
-    Subcommand("status", "maskmoe.command_line.status", "show whether and how a run works, from its run folder"),
-    Subcommand(
-        "convert", "maskmoe.command_line.convert_checkpoint", "convert checkpoints to and from Hugging Face's format"
-    ),
-    Subcommand(
-        "sample", "maskmoe.command_line.generate_text", "generate text from an exported model, without Megatron"
-    ),
-    Subcommand("analyze", "maskmoe.command_line.analyze_routing", "show how checkpoints route a text to experts"),
-    Subcommand("simulate", "maskmoe.command_line.simulate_dispatch", "predict the cost of dispatch on many GPUs"),
-    Subcommand("prune", "maskmoe.command_line.prune_checkpoints", "delete the old checkpoints of a finished run"),
-    Subcommand(
-        "quickstart", "maskmoe.command_line.quickstart", "go from raw text to an exported model on this machine"
-    ),
-    Subcommand("compare", "maskmoe.command_line.compare", "train and compare the variants of a suite"),
+    Subcommand("corpus", "command_line.make_corpus", "collect the text of Python packages as a training corpus"),
+    Subcommand("tokenizer", "command_line.train_tokenizer", "train a SentencePiece tokenizer on raw text"),
+    Subcommand("preprocess", "command_line.preprocess_data", "tokenize raw text into a Megatron dataset"),
+    Subcommand("count", "command_line.count_token_frequency", "count how often each token id occurs in a dataset"),
+    Subcommand("mask", "command_line.build_routing_mask", "build the routing mask from token frequencies"),
+    Subcommand("mask widen", "command_line.widen_routing_mask", "let frequent ids of a routing mask see more experts"),
+    Subcommand("pretrain", "command_line.pretrain", "pretrain a model file, or from Megatron's flags, with restarts"),
+    Subcommand("evaluate", "training.evaluate", "compute a checkpoint's loss by token frequency"),
+    Subcommand("generate", "training.generate", "generate text from a Megatron checkpoint"),
+    Subcommand("check", "command_line.check", "check a model file's settings and show what the run needs"),
+    Subcommand("status", "command_line.status", "show whether and how a run works, from its run folder"),
+    Subcommand("convert", "command_line.convert_checkpoint", "convert checkpoints to and from Hugging Face's format"),
+    Subcommand("sample", "command_line.generate_text", "generate text from an exported model, without Megatron"),
+    Subcommand("analyze", "command_line.analyze_routing", "show how checkpoints route a text to experts"),
+    Subcommand("simulate", "command_line.simulate_dispatch", "predict the cost of dispatch on many GPUs"),
+    Subcommand("prune", "command_line.prune_checkpoints", "delete the old checkpoints of a finished run"),
+    Subcommand("quickstart", "command_line.quickstart", "go from raw text to an exported model on this machine"),
+    Subcommand("compare", "command_line.compare", "train and compare the variants of a suite"),
 )
 """All subcommands, in the order in which `maskmoe --help` lists them: a run's steps first, then analysis."""
 
@@ -92,11 +78,12 @@ def dispatch(words: Sequence[str]) -> None:
     elif name in modules:
         # The subcommand's parser takes its program name and its arguments from here.
         sys.argv = [f"maskmoe {name}", *arguments]
+        module = f"maskmoe.{modules[name]}"
         if modules[name].startswith(_ENTRY_POINTS):
             from maskmoe.launch.launcher import run_entry_point
 
-            run_entry_point(("-m", modules[name]), saves_checkpoints=False)
-        importlib.import_module(modules[name]).main()
+            run_entry_point(("-m", module), saves_checkpoints=False)
+        importlib.import_module(module).main()
     else:
         raise UserError(f"unknown subcommand {name}; maskmoe --help lists the subcommands")
 

@@ -15,7 +15,7 @@ import random
 from pathlib import Path
 
 from maskmoe.command_line import ranges
-from maskmoe.command_line.parser import add_force_argument, add_seed_argument, command_parser
+from maskmoe.command_line.parser import add_force_argument, add_option, add_seed_argument, command_parser
 from maskmoe.data.default_corpus import default_corpus
 from maskmoe.errors import UserError
 from maskmoe.files.outputs import atomic_output, check_outputs
@@ -24,7 +24,7 @@ from maskmoe.files.outputs import atomic_output, check_outputs
 def main() -> None:
     """Write the corpus and print its size."""
     parser = command_parser(__doc__)
-    parser.add_argument("--output", required=True, type=Path, metavar="FILE.jsonl", help="file to write")
+    add_option(parser, "--output FILE.jsonl", "file to write", Path, required=True)
     limit = "largest size of the text in bytes; the standard library comes first (default: %(default)s, 32 MiB)"
     parser.add_argument("--max-bytes", type=ranges.BYTES, default=32 << 20, metavar="N", help=limit)
     add_seed_argument(parser, "the order of the documents")

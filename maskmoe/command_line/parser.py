@@ -3,7 +3,7 @@
 import argparse
 import difflib
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, NoReturn
 
 from maskmoe.command_line import ranges
@@ -78,6 +78,23 @@ def _refuse_repeated_lists(parser: argparse.ArgumentParser, words: Sequence[str]
                 raise UserError(f"{flags[-1]} is given {len(flags)} times: write all its values after one {flags[-1]}")
 
 
+def add_option(
+    group: argparse._ActionsContainer, usage: str, meaning: str, kind: Callable[[str], Any] = str, **options: Any
+) -> None:
+    """Add a flag that takes a value.
+
+    Args:
+        group: The parser, or the group of the flag.
+        usage: The flag, and the name of its value unless the flag has choices, such as `--seed S`.
+        meaning: The help, to which the default in `options` is appended.
+        kind: Converts the word of the command line.
+        options: Further options of argparse.
+    """
+    flag, _, metavar = usage.partition(" ")
+    default = " (default: %(default)s)" if "default" in options else ""
+    group.add_argument(flag, metavar=metavar or None, help=meaning + default, type=kind, **options)
+
+
 def add_force_argument(parser: argparse._ActionsContainer) -> None:
     """Add the flag that lets a command replace its earlier outputs, see `maskmoe.files.outputs.check_outputs`."""
     meaning = "replace output files that exist; inputs are never replaced"
@@ -98,14 +115,12 @@ def command_parser(documentation: str | None) -> Parser:
 def add_workers_argument(parser: argparse.ArgumentParser) -> None:
     """Add the flag for the number of processes."""
     meaning = "number of processes; does not change the result (default: number of available cores)"
-    parser.add_argument("--workers", type=ranges.PROCESSES, metavar="W", help=meaning)
+    add_option(parser, "--workers W", meaning, ranges.PROCESSES)
 
 
 def add_seed_argument(parser: argparse._ActionsContainer, purpose: str) -> None:
     """Add the flag for the seed of something random."""
-    parser.add_argument(
-        "--seed", type=ranges.SEED, default=0, metavar="S", help=f"seed of {purpose} (default: %(default)s)"
-    )
+    add_option(parser, "--seed S", f"seed of {purpose}", ranges.SEED, default=0)
 
 
 def say_loading(phase: str) -> None:

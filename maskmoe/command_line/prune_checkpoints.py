@@ -14,7 +14,7 @@ Examples:
 from pathlib import Path
 
 from maskmoe.command_line import ranges
-from maskmoe.command_line.parser import command_parser
+from maskmoe.command_line.parser import add_option, command_parser
 from maskmoe.errors import UserError
 
 
@@ -26,11 +26,11 @@ def main() -> None:
             checkpoints are removed nevertheless.
     """
     parser = command_parser(__doc__)
-    parser.add_argument("--load", type=Path, required=True, metavar="DIR", help="folder of Megatron checkpoints")
-    keep = "number of checkpoints to keep (default: %(default)s)"
-    parser.add_argument("--keep-last-checkpoints", type=ranges.CHECKPOINTS, default=1, metavar="K", help=keep)
+    add_option(parser, "--load DIR", "folder of Megatron checkpoints", Path, required=True)
+    keep = "number of checkpoints to keep"
+    add_option(parser, "--keep-last-checkpoints K", keep, ranges.CHECKPOINTS, default=1)
     retain = "also keep the checkpoints at multiples of this iteration (default: none)"
-    parser.add_argument("--save-retain-interval", type=ranges.ITERATIONS, metavar="N", help=retain)
+    add_option(parser, "--save-retain-interval N", retain, ranges.ITERATIONS)
     dry_run = "only print which checkpoints would be removed"
     parser.add_argument("--dry-run", action="store_true", help=dry_run)
     arguments = parser.parse_args()

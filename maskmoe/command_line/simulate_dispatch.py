@@ -35,7 +35,7 @@ from maskmoe.analysis.dispatch_report import draw_plot, terminal_table, write_co
 from maskmoe.analysis.dispatch_simulation import Simulation
 from maskmoe.analysis.dispatch_traffic import Cluster, Link, Workload
 from maskmoe.command_line import ranges
-from maskmoe.command_line.parser import add_force_argument, add_seed_argument, command_parser
+from maskmoe.command_line.parser import add_force_argument, add_option, add_seed_argument, command_parser
 from maskmoe.data.indexed_dataset import dataset_files, open_tokens
 from maskmoe.errors import UserError
 from maskmoe.files.outputs import atomic_output, check_outputs
@@ -46,42 +46,42 @@ from maskmoe.routing_mask.mask import RoutingMask, describe_visible_experts
 def parse_arguments() -> argparse.Namespace:
     """Parse the command line."""
     parser = command_parser(__doc__)
-    group = parser.add_argument_group("tokens and mask")
-    source = group.add_argument
-    source("--data-path", required=True, metavar="P", help="prefix of a dataset (P.bin and P.idx exist)")
-    source("--routing-mask", type=Path, required=True, metavar="F", help="routing mask of the dataset's tokenizer")
-    layer = "layer of the mask, counted from 1 (default: the last layer)"
-    source("--layer", type=ranges.LAYER, metavar="L", help=layer)
-    tokens = "consecutive tokens of the dataset in the micro-batch of a rank (default: %(default)s)"
-    source("--tokens-per-rank", type=ranges.TOKENS, default=4096, metavar="T", help=tokens)
-    add_seed_argument(group, "the random choice of experts")
+    source = parser.add_argument_group("tokens and mask")
+    add_option(source, "--data-path P", "prefix of a dataset (P.bin and P.idx exist)", required=True)
+    add_option(source, "--routing-mask F", "routing mask of the dataset's tokenizer", Path, required=True)
+    add_option(source, "--layer L", "layer of the mask, counted from 1 (default: the last layer)", ranges.LAYER)
+    tokens = "consecutive tokens of the dataset in the micro-batch of a rank"
+    add_option(source, "--tokens-per-rank T", tokens, ranges.TOKENS, default=4096)
+    add_seed_argument(source, "the random choice of experts")
 
-    model = parser.add_argument_group("model").add_argument
+    model = parser.add_argument_group("model")
     topk = "experts of a token; give several to compare them"
-    model("--topk", type=ranges.EXPERTS, nargs="+", required=True, metavar="K", help=topk)
-    size = "elements of a hidden state"
-    model("--hidden-size", type=ranges.HIDDEN_SIZE, required=True, metavar="H", help=size)
-    size = "bytes of an element of a hidden state (default: %(default)s, bf16)"
-    model("--bytes-per-element", type=ranges.ELEMENT_BYTES, default=2, metavar="B", help=size)
+    add_option(model, "--topk K", topk, ranges.EXPERTS, nargs="+", required=True)
+    add_option(model, "--hidden-size H", "elements of a hidden state", ranges.HIDDEN_SIZE, required=True)
+    size = "bytes of an element of a hidden state, 2 in bf16"
+    add_option(model, "--bytes-per-element B", size, ranges.ELEMENT_BYTES, default=2)
 
-    cluster = parser.add_argument_group("cluster").add_argument
+    cluster = parser.add_argument_group("cluster")
     sizes, default = "numbers of GPUs to compare (default: 8, 16, … 4096)", tuple(8 << power for power in range(10))
-    cluster("--num-gpus", type=ranges.RANKS, nargs="+", default=default, metavar="G", help=sizes)
-    node = "GPUs of a node (default: %(default)s)"
-    cluster("--gpus-per-node", type=ranges.RANKS_OF_NODE, default=8, metavar="G", help=node)
+    cluster.add_argument("--num-gpus", type=ranges.RANKS, nargs="+", default=default, metavar="G", help=sizes)
+    add_option(cluster, "--gpus-per-node G", "GPUs of a node", ranges.RANKS_OF_NODE, default=8)
     ranks = "number of expert-parallel ranks, limited to the number of GPUs (default: all GPUs)"
-    cluster("--expert-model-parallel-size", type=ranges.RANKS, metavar="E", help=ranks)
-    for flag, default, unit, meaning in (
-        ("--intra-node-bandwidth", 450, "GB/s", "bandwidth of a GPU to GPUs of its node, in each direction"),
-        ("--intra-node-latency", 1, "µs", "constant time of a message to GPUs of its node"),
-        ("--inter-node-bandwidth", 50, "GB/s", "bandwidth of a GPU to other nodes, in each direction"),
-        ("--inter-node-latency", 2, "µs", "constant time of a message to other nodes"),
+    add_option(cluster, "--expert-model-parallel-size E", ranks, ranges.RANKS)
+    for usage, kind, default, meaning in (
+        (
+            "--intra-node-bandwidth GB/s",
+            ranges.BANDWIDTH,
+            450,
+            "bandwidth of a GPU to GPUs of its node, in each direction",
+        ),
+        ("--intra-node-latency µs", ranges.LATENCY, 1, "constant time of a message to GPUs of its node"),
+        ("--inter-node-bandwidth GB/s", ranges.BANDWIDTH, 50, "bandwidth of a GPU to other nodes, in each direction"),
+        ("--inter-node-latency µs", ranges.LATENCY, 2, "constant time of a message to other nodes"),
     ):
-        kind = ranges.BANDWIDTH if unit == "GB/s" else ranges.LATENCY
-        cluster(flag, type=kind, default=default, metavar=unit, help=f"{meaning} (default: %(default)s)")
+        add_option(cluster, usage, meaning, kind, default=default)
 
-    parser.add_argument("--output", type=Path, metavar="F", help="file for the results in bytes and seconds, .csv")
-    parser.add_argument("--plot", type=Path, metavar="F", help="file for a plot of the results, .png")
+    add_option(parser, "--output F", "file for the results in bytes and seconds, .csv", Path)
+    add_option(parser, "--plot F", "file for a plot of the results, .png", Path)
     add_force_argument(parser)
     return parser.parse_args()
 

@@ -13,7 +13,7 @@ Example:
 from collections.abc import Iterator, Sequence
 
 from maskmoe.command_line import ranges
-from maskmoe.command_line.parser import add_force_argument, add_seed_argument, command_parser
+from maskmoe.command_line.parser import add_force_argument, add_option, add_seed_argument, command_parser
 from maskmoe.command_line.preprocess_data import add_text_arguments, pop_reading_options
 from maskmoe.data.documents import progress_bar, read_blocks
 from maskmoe.data.inputs import Input, find_inputs
@@ -35,23 +35,18 @@ def main() -> None:
     parser = command_parser(__doc__)
     add_text_arguments(parser, " to train on", "the text")
     size = "number of token ids, including 3 special ids and 256 ids for bytes"
-    parser.add_argument("--vocab-size", type=ranges.TOKENIZER_SIZE, required=True, metavar="V", help=size)
-    outputs = "path of the output files without .model and .vocab"
-    parser.add_argument("--output-prefix", required=True, metavar="PREFIX", help=outputs)
-    algorithm = "algorithm of the tokenizer (default: %(default)s)"
-    parser.add_argument("--model-type", choices=("bpe", "unigram"), default="bpe", help=algorithm)
-    parser.add_argument(
-        "--character-coverage",
-        type=ranges.CHARACTER_COVERAGE,
-        default=0.9995,
-        metavar="SHARE",
-        help="share of the characters in the text (0.98 to 1) that is covered by characters with a token of their own; "
-        "other characters are encoded as bytes (default: %(default)s)",
+    add_option(parser, "--vocab-size V", size, ranges.TOKENIZER_SIZE, required=True)
+    add_option(parser, "--output-prefix PREFIX", "path of the output files without .model and .vocab", required=True)
+    add_option(parser, "--model-type", "algorithm of the tokenizer", choices=("bpe", "unigram"), default="bpe")
+    covered = (
+        "share of the characters in the text (0.98 to 1) that is covered by characters with a token of their own; "
     )
-    lines = "train on at most N lines, drawn at random; limits the memory (default: %(default)s)"
-    parser.add_argument("--max-lines", type=ranges.LINES, default=10_000_000, metavar="N", help=lines)
-    workers = "threads that train; another number gives slightly different tokens (default: %(default)s)"
-    parser.add_argument("--workers", type=ranges.THREADS, default=16, metavar="W", help=workers, dest="num_threads")
+    covered += "other characters are encoded as bytes"
+    add_option(parser, "--character-coverage SHARE", covered, ranges.CHARACTER_COVERAGE, default=0.9995)
+    lines = "train on at most N lines, drawn at random; limits the memory"
+    add_option(parser, "--max-lines N", lines, ranges.LINES, default=10_000_000)
+    workers = "threads that train; another number gives slightly different tokens"
+    add_option(parser, "--workers W", workers, ranges.THREADS, default=16, dest="num_threads")
     add_seed_argument(parser, "the drawn lines")
     add_force_argument(parser)
     settings = vars(parser.parse_args())

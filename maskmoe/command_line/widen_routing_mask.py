@@ -16,7 +16,7 @@ import numpy as np
 
 from maskmoe.command_line import ranges
 from maskmoe.command_line.build_routing_mask import describe_imbalance, warn_of_overload
-from maskmoe.command_line.parser import add_force_argument, add_seed_argument, command_parser
+from maskmoe.command_line.parser import add_force_argument, add_option, add_seed_argument, command_parser
 from maskmoe.files.outputs import atomic_output, check_outputs
 from maskmoe.routing_mask.frequency import TokenFrequency, expected_expert_load
 from maskmoe.routing_mask.mask import MaskChange, RoutingMask
@@ -27,16 +27,16 @@ def parse_arguments() -> argparse.Namespace:
     """Parse the command line."""
     parser = command_parser(__doc__)
     mask = "routing mask to widen: a file, a checkpoint, or the folder of a run's checkpoints"
-    parser.add_argument("--routing-mask", type=Path, required=True, metavar="F", help=mask)
+    add_option(parser, "--routing-mask F", mask, Path, required=True)
     counts = "file of token counts; needed unless the mask is uniform and P does not grow"
-    parser.add_argument("--token-frequency", type=Path, metavar="F", help=counts)
+    add_option(parser, "--token-frequency F", counts, Path)
     mass = "the most frequent ids that together make up this share (0 to 1) of all occurrences become frequent ids, in "
-    meaning = f"{mass}addition to those that see several experts already (default: the mask's P)"
-    parser.add_argument("--frequent-mass", type=ranges.SHARE, metavar="P", help=meaning)
+    mass += "addition to those that see several experts already (default: the mask's P)"
+    add_option(parser, "--frequent-mass P", mass, ranges.SHARE)
     visible = "experts that each frequent id sees (default: the mask's V_f)"
-    parser.add_argument("--frequent-visible-experts", type=ranges.EXPERTS, metavar="V_f", help=visible)
+    add_option(parser, "--frequent-visible-experts V_f", visible, ranges.EXPERTS)
     add_seed_argument(parser, "the random choices")
-    parser.add_argument("--output", type=Path, required=True, metavar="F", help="file to write, .safetensors")
+    add_option(parser, "--output F", "file to write, .safetensors", Path, required=True)
     add_force_argument(parser)
     return parser.parse_args()
 

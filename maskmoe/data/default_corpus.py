@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 _SUFFIXES = {".py", ".pyi", ".md", ".rst", ".txt"}
+_EDITABLE_FINDERS = "__editable__"  # setuptools writes them, and they name the folder of a checkout
 _SKIPPED_FOLDERS = {"__pycache__", "site-packages", "dist-packages", "encodings"}  # encodings: generated tables
 MIN_FILE_BYTES = 256
 # A larger file would make up a large part of the held-out text, of which there are about 600 kB.
@@ -32,7 +33,7 @@ def default_corpus(limit_bytes: int) -> Iterator[CorpusDocument]:
     """Yield text files of the standard library, then of the installed packages, in the order of their paths.
 
     Each content is yielded once. Skipped are files that are not UTF-8, smaller than 256 bytes, larger than 32 KiB, or
-    not written by people (see `is_written_by_people`).
+    not written by people (see `is_written_by_people`), and the finders of packages that are installed in editable form.
 
     Args:
         limit_bytes: Stop before the documents together exceed this number of bytes.
@@ -83,7 +84,9 @@ def is_written_by_people(data: bytes) -> bool:
 def _text_files(root: Path) -> Iterator[Path]:
     for folder, subfolders, names in root.walk():
         subfolders[:] = sorted(name for name in subfolders if name not in _SKIPPED_FOLDERS)
-        yield from (folder / name for name in sorted(names) if Path(name).suffix in _SUFFIXES)
+        for name in sorted(names):
+            if Path(name).suffix in _SUFFIXES and not name.startswith(_EDITABLE_FINDERS):
+                yield folder / name
 
 
 def _read_text(path: Path) -> bytes:

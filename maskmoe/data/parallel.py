@@ -12,7 +12,7 @@ from functools import partial
 from itertools import chain, islice
 
 from maskmoe.errors import RunFailure, UserError
-from maskmoe.processes.interruption import deferring_signals
+from maskmoe.processes.interruption import SIGNALS_THAT_END_TOOLS, deferring_signals
 
 _TASKS_PER_WORKER = 16
 
@@ -71,7 +71,7 @@ def map_in_processes[Task, Result](
 
 def _start_worker() -> None:
     """Let a new worker react to the end of the calling process only, which ends its workers after a signal."""
-    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+    for number in SIGNALS_THAT_END_TOOLS:
         signal.signal(number, signal.SIG_IGN)
     threading.Thread(target=_end_with_caller, daemon=True).start()
 

@@ -3,14 +3,13 @@
 import io
 import re
 import signal
-import threading
 from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
 from itertools import batched, islice
 
 import numpy as np
 
 from maskmoe.errors import UserError
+from maskmoe.processes.interruption import SIGNALS_THAT_END_TOOLS, handling_signals
 
 # The trainer takes lines and refuses lines with tabs, which it uses itself. "\n" and "\t" become byte tokens instead.
 _SEPARATORS = re.compile(r"[\n\t]")
@@ -18,7 +17,6 @@ _MAX_LINE_CHARACTERS = 1 << 12
 _RARE_CHARACTER = "▅"  # stands for rare characters in the trainer, which skips lines that hold it
 _LEAST_LIMIT = 101  # the smallest limit of lines that the trainer takes
 _LINES_OF_BATCH = 1 << 16
-_SIGNALS_TO_END = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 _NO_TEXT = "the input holds no text to train a tokenizer on"
 # Errors of the trainer that the user can cure, with the message that says how.
 _CURABLE = {
@@ -73,7 +71,8 @@ def train_tokenizer(
     lines.reverse()
     model = io.BytesIO()
     try:
-        with _ended_by_signals():
+        # The trainer computes for minutes without a return to Python, which therefore could not handle signals.
+        with handling_signals(SIGNALS_THAT_END_TOOLS, signal.SIG_DFL):
             sentencepiece.SentencePieceTrainer.train(
                 sentence_iterator=(lines.pop() for _ in range(len(lines))),  # the trainer copies a line: free ours
                 model_writer=model,
@@ -116,24 +115,6 @@ def draw_lines(lines: Iterator[str], max_lines: int, seed: int) -> list[str]:
                 drawn[place] = line
         num_lines += len(batch)
     return drawn
-
-
-@contextmanager
-def _ended_by_signals() -> Iterator[None]:
-    """Let Ctrl-C, SIGTERM and SIGHUP end the process at once during the block.
-
-    The trainer computes for minutes without a return to Python, which therefore could not handle the signals.
-    """
-    is_main = threading.current_thread() is threading.main_thread()
-    before = {number: signal.getsignal(number) for number in _SIGNALS_TO_END if is_main}
-    for number, handler in before.items():
-        if handler is not signal.SIG_IGN:
-            signal.signal(number, signal.SIG_DFL)
-    try:
-        yield
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
 
 
 def _cut_into_lines(document: str) -> Iterator[str]:

@@ -14,7 +14,11 @@ from contextlib import suppress
 from dataclasses import asdict, dataclass, field
 from enum import StrEnum
 from pathlib import Path
+from typing import Annotated
 
+from pydantic import AfterValidator
+
+from maskmoe.files.json_files import type_adapter
 from maskmoe.files.untrusted import UnusableFile, open_regular
 
 RUN_FOLDER_VARIABLE = "MASKMOE_RUN_DIR"
@@ -67,7 +71,6 @@ class Kind(StrEnum):
         ENDED: The ranks have ended. Facts: `exit_code`.
         SAVED: A checkpoint was saved. Facts: `seconds` for which training stood still, `is_local`, `is_asynchronous`.
         WARNED: Something deserves a look, such as a spike of the loss.
-        STEP_TIME: How long a step takes. Facts: `seconds`, `ranks`.
         NODES: A node was lost, has left, waits, or was taken in.
     """
 
@@ -76,7 +79,6 @@ class Kind(StrEnum):
     ENDED = "ended"
     SAVED = "saved"
     WARNED = "warned"
-    STEP_TIME = "step_time"
     NODES = "nodes"
 
 
@@ -92,7 +94,7 @@ class Entry:
     """
 
     kind: Kind
-    text: str
+    text: Annotated[str, AfterValidator(lambda text: " ".join(text.split()))]
     time: float
     host: str
     iteration: int | None = None
@@ -138,19 +140,5 @@ def _read(path: Path) -> Iterator[Entry]:
     except (UnusableFile, OSError):
         return
     for line in lines:
-        with suppress(ValueError, TypeError, KeyError, OverflowError, RecursionError):
-            yield _parse(json.loads(line))
-
-
-def _parse(content: dict) -> Entry:
-    """Return the entry in the content of a line. Raises an error of a wrong type, value or key if it holds none."""
-    iteration = content["iteration"]
-    facts = {str(name): value for name, value in dict(content["facts"]).items() if isinstance(value, Fact)}
-    return Entry(
-        kind=Kind(content["kind"]),
-        text=" ".join(str(content["text"]).split()),
-        time=float(content["time"]),
-        host=str(content["host"]),
-        iteration=None if iteration is None else int(iteration),
-        facts=facts,
-    )
+        with suppress(ValueError):
+            yield type_adapter(Entry).validate_json(line)

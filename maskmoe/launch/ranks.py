@@ -50,7 +50,8 @@ def main() -> None:
     except ChildFailedError as error:
         rank, failure = find_cause(error.failures)
         if failure.exitcode not in _EXPLAINED:
-            print(f"launch: {describe(rank, failure, folder)}", file=sys.stderr, flush=True)
+            text = describe(rank, failure.local_rank, failure.exitcode, folder)
+            print(f"launch: {text}", file=sys.stderr, flush=True)
         sys.exit(_EXIT_FAILURE)
     except SignalException:
         sys.exit(_EXIT_FAILURE)
@@ -77,7 +78,7 @@ class FailureJournal(logging.Handler):
             return
         code, local_rank = record.args[:2]
         if isinstance(code, int) and isinstance(local_rank, int) and code not in _ON_REQUEST:
-            text = f"local {_describe(local_rank, local_rank, code, self._folder)}"
+            text = f"local {describe(local_rank, local_rank, code, self._folder)}"
             self._journal.write(Kind.ENDED, text, exit_code=code)
 
 
@@ -113,18 +114,15 @@ def find_cause(failures: Mapping[int, ProcessFailure]) -> tuple[int, ProcessFail
     return min(failures.items(), key=order)
 
 
-def describe(rank: int, failure: ProcessFailure, folder: str | None) -> str:
+def describe(rank: int, local_rank: int, code: int, folder: str | None) -> str:
     """Describe how a rank failed, in one line, with the last line that it wrote to stderr.
 
     Args:
         rank: The rank.
-        failure: Torchrun's record of the failure.
+        local_rank: The rank on this node.
+        code: The exit code; negative for a signal.
         folder: The folder of `--log-dir`; None if the output of the ranks is in no file.
     """
-    return _describe(rank, failure.local_rank, failure.exitcode, folder)
-
-
-def _describe(rank: int, local_rank: int, code: int, folder: str | None) -> str:
     how = f"failed with exit code {code}"
     if code < 0:
         how = f"was ended by signal {-code} ({signal.Signals(-code).name})"

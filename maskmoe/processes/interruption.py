@@ -3,7 +3,7 @@
 import os
 import signal
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from types import FrameType
@@ -13,6 +13,11 @@ SIGNALS_THAT_SAVE = (signal.SIGTERM, signal.SIGUSR1)
 
 SIGNALS_THAT_END = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGQUIT, signal.SIGUSR1)
 """The signals after which a launcher stops the run. The launcher sends `SIGTERM` to the ranks for each of them."""
+
+SIGNALS_THAT_END_TOOLS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+"""The signals that end a command that is no training."""
+
+Handler = Callable[[int, FrameType | None], object] | signal.Handlers
 
 EXIT_REQUEUE = 75
 """A signal stopped the run, which saved a checkpoint and can resume. The code is `EX_TEMPFAIL` of sysexits.h."""
@@ -59,7 +64,23 @@ def read_exit_code(path: Path) -> int | None:
     return int(path.read_text()) if path.exists() else None
 
 
-_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+@contextmanager
+def handling_signals(numbers: Iterable[signal.Signals], handler: Handler) -> Iterator[None]:
+    """Handle signals by a handler until the block ends, then as before the block.
+
+    An ignored signal stays ignored. Outside the main thread nothing changes.
+    """
+    is_main = threading.current_thread() is threading.main_thread()
+    before = {number: signal.getsignal(number) for number in numbers if is_main}
+    # A handler that Python did not install (None) cannot be restored.
+    before = {number: earlier for number, earlier in before.items() if earlier not in (signal.SIG_IGN, None)}
+    for number in before:
+        signal.signal(number, handler)
+    try:
+        yield
+    finally:
+        for number, earlier in before.items():
+            signal.signal(number, earlier)
 
 
 @contextmanager
@@ -69,19 +90,10 @@ def deferring_signals() -> Iterator[None]:
     Use a short block: nothing reacts to Ctrl-C inside it. Do not block signals by the thread's mask: `multiprocessing`
     unblocks SIGINT and SIGTERM when it starts its resource tracker. Outside the main thread nothing changes.
     """
-    if threading.current_thread() is not threading.main_thread():
-        yield
-        return
     received: list[int] = []
-    handlers = {number: signal.getsignal(number) for number in _SIGNALS}
-    # An ignored signal stays ignored, and a handler that Python did not install (None) cannot be restored.
-    handlers = {number: handler for number, handler in handlers.items() if handler not in (signal.SIG_IGN, None)}
-    for number in handlers:
-        signal.signal(number, lambda number, _frame: received.append(number))
     try:
-        yield
+        with handling_signals(SIGNALS_THAT_END_TOOLS, lambda number, _frame: received.append(number)):
+            yield
     finally:
-        for number, handler in handlers.items():
-            signal.signal(number, handler)
         for number in received:
             signal.raise_signal(number)

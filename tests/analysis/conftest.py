@@ -1,13 +1,13 @@
 """Fixtures: a folder with data, and the checkpoints of a short training run in this folder."""
 
-import shlex
 from pathlib import Path
 
 import numpy as np
 import pytest
 from support.datasets import build_mask, count_ids, write_documents
+from support.launchers import run_program
 from support.paths import ROOT
-from support.small_series import NUM_EXPERTS, TRAINING, VOCAB_SIZE, Workplace
+from support.small_series import NUM_EXPERTS, TRAINING, VOCAB_SIZE
 
 from maskmoe.data.indexed_dataset import optimal_dtype
 from maskmoe.data.tokenizer import SentencePieceTokenizer
@@ -15,7 +15,7 @@ from maskmoe.data.tokenizer_training import train_tokenizer
 
 
 @pytest.fixture(scope="session")
-def workplace(tmp_path_factory: pytest.TempPathFactory) -> Workplace:
+def workplace(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder with a text, its tokenizer, a dataset, token counts and a routing mask."""
     folder = tmp_path_factory.mktemp("routing")
     text = "\n".join(path.read_text() for path in sorted((ROOT / "maskmoe/routing_mask").glob("*.py")))
@@ -28,12 +28,11 @@ def workplace(tmp_path_factory: pytest.TempPathFactory) -> Workplace:
     frequency.save(folder / "counts.safetensors")
     mask = build_mask(frequency, NUM_EXPERTS, 3, "uniform", frequent_mass=0.6, frequent_visible_experts=3)
     mask.save(folder / "mask.safetensors")
-    return Workplace(folder)
+    return folder
 
 
 @pytest.fixture(scope="session")
-def checkpoints(workplace: Workplace) -> Path:
+def checkpoints(workplace: Path) -> Path:
     """The folder with the checkpoints of a training run, at `ITERATIONS`."""
-    process = workplace.run_python("-m", "maskmoe.training.pretrain", *shlex.split(TRAINING))
-    assert process.returncode == 0, process.stdout[-2000:] + process.stderr[-4000:]
-    return workplace.folder / "checkpoints"
+    run_program(f"-m maskmoe.training.pretrain {TRAINING}", workplace)
+    return workplace / "checkpoints"

@@ -1,6 +1,5 @@
 """`maskmoe analyze`, as a user runs it."""
 
-import contextlib
 import csv
 from pathlib import Path
 
@@ -28,8 +27,7 @@ LAYERS = (1, 3)
 
 def analyze(folder: Path, *words: object) -> Outcome:
     """Run `maskmoe analyze WORDS…` in a folder."""
-    with contextlib.chdir(folder):
-        return run_command("analyze", *words)
+    return run_command("analyze", *words, folder=folder)
 
 
 def read_table(folder: Path, name: str) -> list[dict[str, str]]:
@@ -41,12 +39,12 @@ def read_table(folder: Path, name: str) -> list[dict[str, str]]:
 def analysed_series(workplace, checkpoints) -> Path:
     """The folder with the results of the checkpoints of a run."""
     flags = ("--token-frequency", "counts.safetensors", "--tokens", 1500, "--save-traces")
-    outcome = analyze(workplace.folder, *SERIES, *flags, "--output-dir", "series")
+    outcome = analyze(workplace, *SERIES, *flags, "--output-dir", "series")
     assert outcome.code == 0, outcome.errors
     assert "routing the probe: 100%" in outcome.errors
     table, _, written = outcome.output.partition("\n\n")
     assert [line.split()[:2] for line in table.splitlines()[2:]] == [["iteration", str(it)] for it in ITERATIONS]
-    folder = workplace.folder / "series"
+    folder = workplace / "series"
     assert {Path(line.split()[1]).name for line in written.splitlines()} == {path.name for path in folder.iterdir()}
     return folder
 
@@ -58,8 +56,8 @@ def test_files(analysed_series):
 
 def test_tables_have_the_statistics_of_the_traces(analysed_series, workplace):
     """tests/analysis/test_routing_statistics.py proves the statistics; the tables have them in the right places."""
-    mask = RoutingMask.load(workplace.folder / "mask.safetensors")
-    bands = FrequencyBands(TokenFrequency.load(workplace.folder / "counts.safetensors").occurrences)
+    mask = RoutingMask.load(workplace / "mask.safetensors")
+    bands = FrequencyBands(TokenFrequency.load(workplace / "counts.safetensors").occurrences)
     tables = {name: read_table(analysed_series, name) for name in TABLE_NAMES}
     before = None
     for number, iteration in enumerate(ITERATIONS, 1):
@@ -95,14 +93,14 @@ def test_tables_have_the_statistics_of_the_traces(analysed_series, workplace):
 
 
 def test_an_exported_model_and_a_text(workplace, checkpoints):
-    tokenizer = str(workplace.folder / "tokenizer.model")
-    megatron_to_huggingface(Settings(load=checkpoints, save=workplace.folder / "exported", tokenizer_model=tokenizer))
-    (exported,) = find_models([workplace.folder / "exported"])
+    tokenizer = str(workplace / "tokenizer.model")
+    megatron_to_huggingface(Settings(load=checkpoints, save=workplace / "exported", tokenizer_model=tokenizer))
+    (exported,) = find_models([workplace / "exported"])
     of_checkpoint, of_exported = (model.open().args for model in (find_models([checkpoints])[0], exported))
     assert of_exported.tokenizer_sha256 == of_checkpoint.tokenizer_sha256
     flags = ("--load", "exported", "--input", "text.txt", "--seq-length", 16, "--tokens", 700, "--batch-size", 5)
-    assert analyze(workplace.folder, *flags, "--output-dir", "of_text").code == 0
-    folder = workplace.folder / "of_text"
+    assert analyze(workplace, *flags, "--output-dir", "of_text").code == 0
+    folder = workplace / "of_text"
     assert {path.name for path in folder.iterdir()} == FILES - {"fluctuation.png"}
     assert {(row["checkpoint"], row["iteration"]) for row in read_table(folder, "layers.csv")} == {("exported", "")}
     assert sum(int(row["assignments"]) for row in read_table(folder, "load.csv") if row["layer"] == "1") > 700
@@ -144,16 +142,14 @@ def write_data(folder: Path) -> str:
     ],
 )
 def test_bad_input(workplace, checkpoints, flags, words):
-    frequency_of([600, *[0] * 59]).save(workplace.folder / "few.safetensors")
+    frequency_of([600, *[0] * 59]).save(workplace / "few.safetensors")
     series = SERIES[2:] if flags[0] == "--load" else SERIES  # the flag may be given only once
-    with writing_nothing(workplace.folder):
-        outcome = analyze(workplace.folder, *series, "--output-dir", "bad", *flags)
+    with writing_nothing(workplace):
+        outcome = analyze(workplace, *series, "--output-dir", "bad", *flags)
     outcome.assert_refused(words)
     assert outcome.output == ""
 
 
 def test_split_of_files(workplace):
-    outcome = analyze(
-        workplace.folder, "--load", "nowhere", "--input", "text.txt", "--split", "1,1,1", "--output-dir", "bad"
-    )
+    outcome = analyze(workplace, "--load", "nowhere", "--input", "text.txt", "--split", "1,1,1", "--output-dir", "bad")
     outcome.assert_refused("--split is for --data-path")

@@ -33,9 +33,9 @@ from maskmoe.errors import UserError
 @pytest.fixture(scope="module")
 def model(workplace) -> Path:
     """A folder with the tokenizer, like the folder of an exported model."""
-    folder = workplace.folder / "tokenizer"
+    folder = workplace / "tokenizer"
     folder.mkdir()
-    export_tokenizer("SentencePieceTokenizer", workplace.folder / "tokenizer.model", folder)
+    export_tokenizer("SentencePieceTokenizer", workplace / "tokenizer.model", folder)
     return folder
 
 
@@ -86,12 +86,12 @@ def test_splits_are_megatrons(tmp_path, split, num_documents):
 
 
 def test_dataset(workplace):
-    prefix = str(workplace.folder / "data")
+    prefix = str(workplace / "data")
     tokens, lengths = open_tokens(prefix), read_index(prefix).sequence_lengths
     whole = DatasetText(prefix)
-    assert np.array_equal(whole.read(len(tokens), 8, VOCAB_SIZE, workplace.folder), tokens)
+    assert np.array_equal(whole.read(len(tokens), 8, VOCAB_SIZE, workplace), tokens)
     start = lengths[: round(0.7 * len(lengths))].sum()
-    valid = DatasetText(prefix, SPLIT).read(50, 50, VOCAB_SIZE, workplace.folder)
+    valid = DatasetText(prefix, SPLIT).read(50, 50, VOCAB_SIZE, workplace)
     assert valid.dtype == np.int64
     assert np.array_equal(valid, tokens[start : start + 50])
 
@@ -118,21 +118,21 @@ def test_files(workplace, model, tmp_path):
     (tmp_path / "a.jsonl").write_text("".join(json.dumps({"body": text}) + "\n" for text in documents[:3]))
     (tmp_path / "b.txt.gz").write_bytes(gzip.compress(documents[3].encode()))
     text = FileText([tmp_path / "a.jsonl", tmp_path / "b.txt.gz"], "body")
-    tokenizer = SentencePieceTokenizer(workplace.folder / "tokenizer.model")
+    tokenizer = SentencePieceTokenizer(workplace / "tokenizer.model")
     expected = [number for ids in tokenizer.encode_batch(documents) for number in (*ids.tolist(), tokenizer.eod_id)]
     assert text.read(10**6, 8, VOCAB_SIZE, model).tolist() == expected
     assert text.read(7, 8, VOCAB_SIZE, model).tolist() == expected[:7]
 
 
 def test_pieces(workplace, model, tmp_path):
-    tokenizer = SentencePieceTokenizer(workplace.folder / "tokenizer.model")
+    tokenizer = SentencePieceTokenizer(workplace / "tokenizer.model")
     ids = np.array([400, 3, 400, 299])
     assert read_pieces(model, ids) == {number: tokenizer.processor.id_to_piece(number) for number in (3, 299, 400)}
     assert read_pieces(tmp_path, ids) == {}
 
 
 def test_what_does_not_fit(workplace, model, tmp_path):
-    prefix = str(workplace.folder / "data")
+    prefix = str(workplace / "data")
     for text, words in (
         (DatasetText("nowhere"), "nowhere.idx does not exist"),
         (FileText([tmp_path / "nowhere.txt"]), "nowhere.txt does not exist"),
@@ -152,6 +152,6 @@ def test_what_does_not_fit(workplace, model, tmp_path):
     with pytest.raises(UserError, match="has no text"):
         FileText([tmp_path / "empty.txt"]).read(10, 8, VOCAB_SIZE, model)
     with pytest.raises(UserError, match="needs a tokenizer"):
-        FileText([workplace.folder / "text.txt"]).read(10, 8, VOCAB_SIZE, tmp_path)
+        FileText([workplace / "text.txt"]).read(10, 8, VOCAB_SIZE, tmp_path)
     with pytest.raises(UserError, match=f"has {VOCAB_SIZE} ids, but the model only 60"):
-        FileText([workplace.folder / "text.txt"]).read(10, 8, 60, model)
+        FileText([workplace / "text.txt"]).read(10, 8, 60, model)

@@ -1,13 +1,13 @@
 """The recorded routing equals the routing of the model, computed by hand and by Megatron's routers."""
 
 import json
-import shlex
 
 import numpy as np
 import pytest
 import torch
 from safetensors import safe_open
 from safetensors.numpy import load_file
+from support.launchers import run_program
 from support.small_series import DATA, ITERATIONS
 from support.tiny_maskmoe import NUM_EXPERTS, make_model, random_ids, random_mask
 
@@ -117,10 +117,8 @@ def test_saved(tmp_path):
 def routed_by_megatron(workplace, checkpoints) -> dict[int, tuple[np.ndarray, ...]]:
     """Ids, weights and choices of the last checkpoint by layer, see `evaluate_with_recorded_routing.py`."""
     script = f"{__file__.rpartition('/')[0]}/evaluate_with_recorded_routing.py"
-    flags = f"--load {checkpoints} --use-checkpoint-args {DATA} --micro-batch-size 4"
-    process = workplace.run_python(script, *shlex.split(flags))
-    assert process.returncode == 0, process.stderr[-4000:]
-    routed = torch.load(workplace.folder / "routed.pt")
+    run_program(f"{script} --load {checkpoints} --use-checkpoint-args {DATA} --micro-batch-size 4", workplace)
+    routed = torch.load(workplace / "routed.pt")
     return {
         layer: tuple(torch.cat(values).numpy() for values in zip(*micro_batches, strict=True))
         for layer, micro_batches in routed.items()

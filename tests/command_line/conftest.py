@@ -24,8 +24,6 @@ def original_workshop(tmp_path_factory: pytest.TempPathFactory) -> Path:
     # These modules need the prepared process.
     from support.tiny_maskmoe import make_model
 
-    from maskmoe.conversion.model_tensors import routing_mask_tensors
-
     folder = tmp_path_factory.mktemp("workshop")
     text = "\n".join(path.read_text() for path in sorted((ROOT / "maskmoe/routing_mask").glob("*.py")))
     (folder / "text.txt").write_text(text)
@@ -41,8 +39,7 @@ def original_workshop(tmp_path_factory: pytest.TempPathFactory) -> Path:
     frequency.save(folder / "counts.safetensors")
     mask = build_mask(frequency, 4, 2, "uniform", frequent_mass=0.6, frequent_visible_experts=3)
     mask.save(folder / "mask.safetensors")
-    description = routing_mask_tensors(mask)[1]
-    make_model(mask, num_hidden_layers=2, routing_mask=description).save_pretrained(folder / "model")
+    make_model(mask, num_hidden_layers=2).save_pretrained(folder / "model")
     for path in (folder / "huggingface").iterdir():
         shutil.copy(path, folder / "model")
     shutil.copy(ROOT / "launch" / "models" / "laptop.yaml", folder / "laptop.yaml")

@@ -12,8 +12,8 @@ import torch
 from safetensors.torch import load_file, save_file
 from support.command_lines import refuse_all, run_command
 from support.datasets import build_mask
-from support.tiny_maskmoe import mask_tensors
 
+from maskmoe.checkpoint.routing_mask import buffers_of_routing_mask
 from maskmoe.huggingface import MaskMoEForCausalLM
 from maskmoe.routing_mask.frequency import TokenFrequency
 
@@ -155,7 +155,7 @@ def replace_by_another_mask(tensors: dict[str, torch.Tensor]) -> None:
     """Replace the mask by an intact one of the same shape."""
     frequency = TokenFrequency.load(Path("counts.safetensors"))
     other = build_mask(frequency, 4, 2, "uniform", frequent_mass=0.6, frequent_visible_experts=3, seed=2)
-    for name, tensor in mask_tensors(other).items():
+    for name, tensor in buffers_of_routing_mask(other).items():
         assert tensor.shape == tensors[PREFIX + name].shape
         tensors[PREFIX + name] = tensor
 

@@ -39,7 +39,7 @@ def contents(folder: Path) -> dict[str, bytes]:
 def run(monkeypatch: pytest.MonkeyPatch, command: str) -> None:
     name = next(name for name in sorted(MODULES, key=len, reverse=True) if command.startswith(f"{name} "))
     monkeypatch.setattr(sys, "argv", [f"maskmoe {name}", *command.removeprefix(name).split()])
-    import_module(MODULES[name]).main()
+    import_module(f"maskmoe.{MODULES[name]}").main()
 
 
 TOKENIZE = "--tokenizer-type SentencePieceTokenizer --tokenizer-model tokenizer.model"

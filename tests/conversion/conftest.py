@@ -1,17 +1,15 @@
 """Fixtures of the tests of conversion: checkpoints that Megatron saves once a session."""
 
-import shlex
-import tempfile
 from collections.abc import Callable
-from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
 
 import numpy as np
 import pytest
 from support.datasets import build_mask, count_ids, frequent_ids, write_documents
-from support.launchers import start_ranks
+from support.launchers import run_program
 
+PRETRAIN = "-m maskmoe.training.pretrain"
 VOCAB_SIZE = 500  # Megatron pads this to 512, or to 768 for two tensor-parallel ranks
 DATA = f"--data-path data --split 90,10,0 --tokenizer-type NullTokenizer --vocab-size {VOCAB_SIZE} --num-workers 0"
 TRAINING = f"""{DATA} --micro-batch-size 2 --global-batch-size 4 --lr 1e-2 --lr-decay-style constant --eval-iters 0
@@ -28,33 +26,18 @@ TP2_PP2_EP2 = """--tensor-model-parallel-size 2 --sequence-parallel --expert-ten
     --expert-model-parallel-size 2 --pipeline-model-parallel-size 2"""
 
 
-@dataclass(frozen=True)
-class Workplace:
-    """A folder with a dataset and a routing mask, in which training processes run."""
-
-    folder: Path
-
-    def run(self, module: str, flags: str, ranks: int = 1) -> None:
-        """Run `python -m MODULE FLAGS` on a number of ranks; fail the test if a rank fails."""
-        program = ["-m", module, *shlex.split(flags)]
-        folder = Path(tempfile.mkdtemp(dir=self.folder))
-        with start_ranks(program, folder, ranks=ranks, working_folder=self.folder, are_preloaded=True) as processes:
-            outcome = processes.wait()
-        if any(outcome.exit_codes):
-            pytest.fail(outcome.report())
-
-
 @pytest.fixture(scope="session")
-def workplace(tmp_path_factory: pytest.TempPathFactory) -> Workplace:
+def workplace(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Return a folder with a dataset and a routing mask, in which training processes run."""
     folder = tmp_path_factory.mktemp("conversion")
     documents = frequent_ids(np.random.default_rng(0), VOCAB_SIZE, num_documents=40)
     frequency = count_ids(write_documents(folder / "data", documents), VOCAB_SIZE)
     build_mask(frequency, 4, 2, frequent_visible_experts=3).save(folder / "mask.safetensors")
-    return Workplace(folder)
+    return folder
 
 
 @pytest.fixture(scope="session")
-def checkpoints(workplace: Workplace) -> Callable[[str], Path]:
+def checkpoints(workplace: Path) -> Callable[[str], Path]:
     """Return a function from the name of a run to the folder of the run's checkpoints.
 
     - "ranks": saved by 4 ranks with tensor, pipeline and expert parallelism; all layers are alike.
@@ -64,14 +47,14 @@ def checkpoints(workplace: Workplace) -> Callable[[str], Path]:
 
     @cache
     def make(name: str) -> Path:
-        save = workplace.folder / name.replace(" ", "_")
+        save = workplace / name.replace(" ", "_")
         if name == "ranks":
-            workplace.run("maskmoe.training.pretrain", f"{UNIFORM} {TRAINING} {TP2_PP2_EP2} --save {save}", ranks=4)
+            run_program(f"{PRETRAIN} {UNIFORM} {TRAINING} {TP2_PP2_EP2} --save {save}", workplace, ranks=4)
         elif name == "one rank":
             flags = f"{UNIFORM} {TRAINING} --load {make('ranks')} --save {save} --no-load-optim --no-load-rng"
-            workplace.run("maskmoe.training.pretrain", f"{flags} --make-vocab-size-divisible-by 256")
+            run_program(f"{PRETRAIN} {flags} --make-vocab-size-divisible-by 256", workplace)
         else:
-            workplace.run("maskmoe.training.pretrain", f"{RICH} {TRAINING} --save {save}")
+            run_program(f"{PRETRAIN} {RICH} {TRAINING} --save {save}", workplace)
         return save
 
     return make

@@ -13,6 +13,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from support.checkpoint_tensors import assert_same_tensors, tensors_of
 from support.foreign_models import add_multi_token_prediction, save_model
+from support.launchers import run_program
 from support.paths import ROOT
 from support.tiny_maskmoe import NUM_LAYERS, make_config
 from support.tools import run_tool
@@ -99,10 +100,8 @@ def test_command_line_and_the_loss_that_megatron_evaluates(checkpoints, workplac
     assert flags.strip() == "--vocab-size 500"
     for number, load in enumerate((checkpoints("rich"), tmp_path / "megatron")):
         output = tmp_path / f"evaluation{number}.json"
-        workplace.run(
-            "maskmoe.training.evaluate",
-            f"--load {load} --use-checkpoint-args {flags} --data-path data --split 90,10,0 --eval-output {output}",
-        )
+        data = f"--data-path data --split 90,10,0 --eval-output {output}"
+        run_program(f"-m maskmoe.training.evaluate --load {load} --use-checkpoint-args {flags} {data}", workplace)
         losses.append(json.loads(output.read_text())["loss"])
     assert losses[0] == losses[1]
 
@@ -178,7 +177,7 @@ def test_wrong_checkpoint(checkpoints, tmp_path, wrong):
 
 def test_mask_and_nan_on_request(checkpoints, workplace, exported, tmp_path):
     original = checkpoint_path(checkpoints("ranks"), 2)
-    mask = read_routing_mask(workplace.folder / "mask.safetensors")
+    mask = read_routing_mask(workplace / "mask.safetensors")
     without = rewrite(original, tmp_path / "without", remove_mask)
     megatron_to_huggingface(Settings(load=without, save=tmp_path / "out"), mask)
     assert contents_of(tmp_path / "out")["model.safetensors"] == contents_of(exported("ranks"))["model.safetensors"]

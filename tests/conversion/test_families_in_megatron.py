@@ -5,9 +5,9 @@ from pathlib import Path
 import pytest
 import torch
 from support.foreign_models import CONFIGS, VOCAB_SIZE, logits_of, random_ids, save_model
+from support.launchers import run_program
 from support.megatron_models import TRAINING, load_converted_model, logits_of_megatron
-from support.paths import ROOT
-from support.small_series import Workplace
+from support.tools import run_tool
 from transformers import AutoModelForCausalLM
 
 from maskmoe.checkpoint.integrity import read_checkpoint_layout
@@ -16,7 +16,6 @@ from maskmoe.conversion.settings import Settings, UpcycleSettings
 from maskmoe.routing_mask.assignment import MaskRecipe, build_routing_mask
 from maskmoe.routing_mask.mask import RoutingMask
 
-TOOL = ROOT / "tools" / "convert_checkpoint.py"
 # Megatron computes attention and rotary embedding in another way, in fp32. The largest difference seen is 8e-6, for
 # logits of about 5 in magnitude.
 ROUNDING = 1e-4
@@ -82,13 +81,6 @@ def test_upcycled_models_compute_what_the_dense_model_computes(recipe, dense_for
         assert torch.equal(logits.argmax(dim=-1), expected.argmax(dim=-1))
 
 
-def run(program: str, folder: Path) -> str:
-    """Run Python with the words of `program` as arguments, in a folder; return its output."""
-    process = Workplace(folder).run_python(*program.split())
-    assert process.returncode == 0, process.stdout[-2000:] + process.stderr[-4000:]
-    return process.stdout
-
-
 @pytest.mark.slow
 @pytest.mark.parametrize(
     ("name", "command", "ranks"),
@@ -103,13 +95,14 @@ def test_training_starts_from_them(name, command, ranks, mask, tmp_path):
     save_model(name, tmp_path / "original")
     mask.save(tmp_path / "mask.safetensors")
     options = f"--routing-mask mask.safetensors --num-experts {NUM_EXPERTS}" if command == "upcycle" else ""
-    printed = run(f"{TOOL} {command} --load original --save imported {options}", tmp_path)
+    words = f"{command} --load original --save imported {options}".split()
+    printed = run_tool("convert_checkpoint", *words, cwd=tmp_path).stdout
     assert ("the model computes what the dense model computes" in printed) == (command == "upcycle")
     flags = printed.partition("load it with")[2]
     layout = "--tensor-model-parallel-size 2 --sequence-parallel" if ranks == 2 else ""
     data = f"--mock-data --split 100,0,0 --eval-iters 0 --log-interval 1 --save run --save-interval 2 {layout}"
-    launcher = f"-m torch.distributed.run --standalone --nproc-per-node {ranks} -m maskmoe.training.pretrain"
-    log = run(f"{launcher} {flags} --tokenizer-type NullTokenizer {TRAINING} {data}", tmp_path)
+    program = f"-m maskmoe.training.pretrain {flags} --tokenizer-type NullTokenizer {TRAINING} {data}"
+    log = run_program(program, tmp_path, ranks)
     assert "successfully loaded checkpoint" in log
     assert log.count("lm loss:") == 2
     saved = read_checkpoint_layout(tmp_path / "run" / "iter_0000002").state_dict_metadata

@@ -22,7 +22,6 @@ from maskmoe.conversion.model_files import (
     output_folder,
     write_safetensors,
 )
-from maskmoe.conversion.model_tensors import routing_mask_tensors
 from maskmoe.conversion.tensor_sources import Block, MemorySource
 from maskmoe.errors import UserError
 
@@ -147,7 +146,7 @@ def exported(tmp_path_factory):
     """A model in several files with a tokenizer."""
     folder = tmp_path_factory.mktemp("exported")
     mask = random_mask()
-    make_model(mask, routing_mask=routing_mask_tensors(mask)[1]).save_pretrained(folder, max_shard_size="20KB")
+    make_model(mask).save_pretrained(folder, max_shard_size="20KB")
     words = Tokenizer(models.WordLevel({"a": 0, "b": 1}, unk_token="a"))
     PreTrainedTokenizerFast(tokenizer_object=words).save_pretrained(folder)
     return folder

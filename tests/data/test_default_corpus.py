@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import pytest
-from support.tools import run_tool
+from support.command_lines import run_command
 
 from maskmoe.data.default_corpus import default_corpus, is_written_by_people
 
@@ -65,6 +65,7 @@ def test_default_corpus_leaves_files_out(tmp_path: Path, monkeypatch: pytest.Mon
     (tmp_path / "huge.py").write_text(source * 5)
     (tmp_path / "numbers.txt").write_text(table_of_digits(20))
     (tmp_path / "latin.txt").write_bytes(source.encode() + b"\xe9")
+    (tmp_path / "__editable___package_1_0_finder.py").write_text(f"MAPPING = {{'package': '/checkout'}}\n{source}")
     (tmp_path / "binary.so").write_text(source + "1")
     (tmp_path / "package" / "__pycache__" / "c.py").write_text(source + "2")
     assert [document.path for document in default_corpus(1 << 20)] == ["a.py", "package/b.md"]
@@ -74,8 +75,8 @@ def test_default_corpus_leaves_files_out(tmp_path: Path, monkeypatch: pytest.Mon
 def test_make_corpus(tmp_path: Path) -> None:
     outputs: Sequence[Path] = [tmp_path / "a.jsonl", tmp_path / "b.jsonl", tmp_path / "c.jsonl"]
     for output, seed in zip(outputs, (0, 0, 1), strict=True):
-        result = run_tool("make_corpus", "--output", output, "--max-bytes", 300_000, "--seed", seed)
-        assert result.returncode == 0, result.stderr
+        result = run_command("corpus", "--output", output, "--max-bytes", 300_000, "--seed", seed)
+        assert result.code == 0, result.errors
     first, second, other = (output.read_bytes() for output in outputs)
     assert first == second != other
     assert sorted(first.splitlines()) == sorted(other.splitlines())

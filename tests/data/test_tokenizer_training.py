@@ -6,7 +6,7 @@ import pytest
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from sentencepiece import SentencePieceProcessor
-from support.tools import assert_bad_input, run_tool
+from support.command_lines import run_command
 
 from maskmoe.data import tokenizer_training
 from maskmoe.data.tokenizer_training import draw_lines, train_tokenizer
@@ -110,11 +110,11 @@ def test_errors_of_the_documents_come_through() -> None:
 
 def test_tool(jsonl: Callable, texts: list[str], tmp_path: Path) -> None:
     prefix = tmp_path / "t"
-    result = run_tool(
-        "train_tokenizer", "--input", jsonl("a.jsonl", texts), "--vocab-size", 500, "--output-prefix", prefix
+    result = run_command(
+        "tokenizer", "--input", jsonl("a.jsonl", texts), "--vocab-size", 500, "--output-prefix", prefix
     )
-    assert result.returncode == 0, result.stderr
-    assert result.stdout == f"{prefix}.model: bpe, 500 ids\n"
+    assert result.code == 0, result.errors
+    assert result.output == f"{prefix}.model: bpe, 500 ids\n"
     processor = SentencePieceProcessor(model_file=f"{prefix}.model")
     assert all(processor.decode(processor.encode(text)) == text for text in texts if "▁" not in text)
     lines = Path(f"{prefix}.vocab").read_text(encoding="utf-8").removesuffix("\n").split("\n")
@@ -123,6 +123,6 @@ def test_tool(jsonl: Callable, texts: list[str], tmp_path: Path) -> None:
     before = {path.name: path.read_bytes() for path in tmp_path.iterdir()}
     path = jsonl("tiny.jsonl", ["hello"])
     before[path.name] = path.read_bytes()
-    result = run_tool("train_tokenizer", "--input", path, "--vocab-size", 5000, "--output-prefix", prefix)
-    assert_bad_input(result)
+    result = run_command("tokenizer", "--input", path, "--vocab-size", 5000, "--output-prefix", prefix, "--force")
+    assert result.problem("too small for a vocabulary of 5000", after_progress=True) is None
     assert {path.name: path.read_bytes() for path in tmp_path.iterdir()} == before

@@ -6,13 +6,14 @@ from pathlib import Path
 
 import pytest
 import torch
-from support.tiny_maskmoe import VARIANTS, make_config, make_model, mask_tensors, random_ids, random_mask
+from support.tiny_maskmoe import VARIANTS, make_config, make_model, random_ids, random_mask
 from torch import nn
 from torch.distributed.fsdp import FSDPModule
 from transformers import AutoModelForCausalLM
 from transformers.distributed import DistributedConfig
 
 import maskmoe.huggingface  # noqa: F401  registers the model
+from maskmoe.checkpoint.routing_mask import buffers_of_routing_mask
 from maskmoe.huggingface import AUTO_MAP, MaskMoEForCausalLM
 from maskmoe.huggingface.modeling_maskmoe import check_digest
 
@@ -22,7 +23,7 @@ NAMES = ("row_of_id", "visible_bits", "metadata")
 def unloaded_model(*loaded: str) -> MaskMoEForCausalLM:
     """A model whose weights were set, and of whose mask only some tensors were loaded."""
     model = MaskMoEForCausalLM(make_config(random_mask())).eval()
-    tensors = mask_tensors(random_mask())
+    tensors = buffers_of_routing_mask(random_mask())
     model.model.routing_mask.load_state_dict({name: tensors[name] for name in loaded}, strict=False)
     return model
 
@@ -32,7 +33,7 @@ def test_a_mask_that_was_never_loaded_is_noticed(missing) -> None:
     model = unloaded_model(*(name for name in NAMES if missing and name != missing))
     with pytest.raises(ValueError, match="the routing mask was never loaded"):
         model(random_ids(1, 4))
-    model.model.routing_mask.load_state_dict(mask_tensors(random_mask()))
+    model.model.routing_mask.load_state_dict(buffers_of_routing_mask(random_mask()))
     assert model(random_ids(1, 4)).logits.isfinite().all()
 
 
@@ -44,9 +45,9 @@ def test_a_model_whose_ids_see_all_experts_needs_no_mask() -> None:
 def test_loading_one_tensor_at_a_time_verifies_the_mask() -> None:
     """VLLM loads so: the tensors may lie in several files."""
     mask = unloaded_model().model.routing_mask
-    for name, value in mask_tensors(random_mask()).items():
+    for name, value in buffers_of_routing_mask(random_mask()).items():
         assert mask.load_weights([(name, value)]) == {name}
-    altered = mask_tensors(random_mask())
+    altered = buffers_of_routing_mask(random_mask())
     altered["row_of_id"] = altered["row_of_id"].roll(1, dims=1)
     with pytest.raises(ValueError, match="altered"):
         mask.load_weights(altered.items())

@@ -13,7 +13,6 @@ from support.tiny_maskmoe import (
     VOCAB_SIZE,
     make_config,
     make_model,
-    mask_tensors,
     random_ids,
     random_mask,
 )
@@ -22,6 +21,7 @@ from transformers import (
     AutoModelForCausalLM,
 )
 
+from maskmoe.checkpoint.routing_mask import buffers_of_routing_mask
 from maskmoe.huggingface import MaskMoEForCausalLM
 
 IMPLEMENTATIONS = ["eager", "grouped_mm", "batched_mm"]
@@ -262,7 +262,7 @@ def test_bfloat16_leaves_the_mask_alone(variant, tmp_path) -> None:
     cast = copy.deepcopy(model).to(torch.bfloat16)
     for half in (loaded, cast):
         assert all(parameter.dtype == torch.bfloat16 for parameter in half.parameters())
-        for name, value in mask_tensors(random_mask()).items():
+        for name, value in buffers_of_routing_mask(random_mask()).items():
             buffer = half.model.routing_mask.get_buffer(name)
             assert buffer.dtype == (torch.int32 if name == "row_of_id" else value.dtype)
             assert torch.equal(buffer, value.to(buffer.dtype))

@@ -15,12 +15,12 @@ from support.tiny_maskmoe import (
     VOCAB_SIZE,
     make_config,
     make_model,
-    mask_tensors,
     random_ids,
     random_mask,
 )
 from torch import Tensor
 
+from maskmoe.checkpoint.routing_mask import buffers_of_routing_mask
 from maskmoe.huggingface.modeling_maskmoe import (
     MaskMoERoutingMask,
     MaskMoESparseMoeBlock,
@@ -218,7 +218,7 @@ def test_lookup_gives_the_masks_visible_sets(num_experts, tables) -> None:
     visible[..., 0] |= ~visible.any(axis=-1)
     mask = make_mask(visible, NUM_LAYERS)
     module = MaskMoERoutingMask(make_config(mask))
-    module.load_state_dict(mask_tensors(mask))
+    module.load_state_dict(buffers_of_routing_mask(mask))
     token_ids = random_ids(25)
     for table, bits in enumerate(module(token_ids)):
         assert torch.equal(unpack_bits(bits, num_experts), torch.from_numpy(visible[table])[token_ids])
@@ -240,7 +240,7 @@ def test_invisible_experts_compute_nothing(implementation) -> None:
         block.experts.gate_up_proj[0] = float("nan")
         block.experts.down_proj[0] = float("nan")
     routing_mask = MaskMoERoutingMask(config)
-    routing_mask.load_state_dict(mask_tensors(mask))
+    routing_mask.load_state_dict(buffers_of_routing_mask(mask))
     output = block(torch.randn(*token_ids.shape, config.hidden_size), routing_mask(token_ids.flatten()))
     output.sum().backward()
     assert output.isfinite().all()

@@ -5,6 +5,7 @@ import shlex
 import signal
 from collections.abc import Callable
 from pathlib import Path
+from typing import NamedTuple
 
 import pytest
 from support.launch import Launch
@@ -95,33 +96,56 @@ def kinds_of_starts(launch: Launch) -> list[Kind]:
     return [kind for kind in kinds if kind in (Kind.LAUNCHED, Kind.STARTED, Kind.ENDED)]
 
 
-def test_signalled_run_saves_and_resumes(start, undisturbed):
-    name = "signalled"
-    with start(name) as launch:
+class Stopped(NamedTuple):
+    """A run that a signal has stopped, with the contents of its folder at that time.
+
+    Attributes:
+        launch: The command, which has ended.
+        saved: The iteration of the newest checkpoint.
+        losses: The losses by iteration.
+        page: The text of the run's page.
+    """
+
+    launch: Launch
+    saved: int
+    losses: dict[int, float]
+    page: str
+
+
+@pytest.fixture(scope="module")
+def stopped(start) -> Stopped:
+    with start("signalled") as launch:
         launch.wait_for_iteration(9)
         os.killpg(launch.process.pid, signal.SIGTERM)
         assert launch.wait() == EXIT_REQUEUE, launch.output[-4000:]
-    saved = read_tracker(launch.checkpoints)
-    interrupted = read_losses(launch.run_dir)
+    page = Page(launch.run_dir / "report.html")
+    return Stopped(launch, read_tracker(launch.checkpoints), read_losses(launch.run_dir), page.text)
+
+
+def test_signalled_run_saves(stopped):
+    launch, saved, losses, page = stopped
     assert 9 <= saved < ITERATIONS
-    assert list(interrupted)[-1] == saved
-    assert f"{saved} of {ITERATIONS}" in Page(launch.run_dir / "report.html").text
+    assert list(losses)[-1] == saved
+    assert f"{saved} of {ITERATIONS}" in page
     assert "attempt_1" not in "".join(map(str, launch.run_dir.rglob("*")))
     assert_quiet(launch, f"stopped: saved iteration {saved} in {launch.checkpoints}; the same command resumes")
-    with start(name) as again:
+
+
+def test_same_command_resumes_a_stopped_run(stopped, start, undisturbed):
+    with start("signalled") as again:
         assert again.wait() == 0, again.output[-4000:]
-    assert f"at iteration {saved}" in again.output
+    assert f"at iteration {stopped.saved}" in again.output
     assert_quiet(again, f"complete: {ITERATIONS} iterations, loss ")
-    assert read_losses(launch.run_dir) == undisturbed
-    page = Page(launch.run_dir / "report.html")
+    assert read_losses(again.run_dir) == undisturbed
+    page = Page(again.run_dir / "report.html")
     page.assert_self_contained()
     for part in ("The run is finished", f"{ITERATIONS} of {ITERATIONS}", "the run stopped on request"):
         assert part in " ".join(page.text.split())
-    logs = sorted((launch.run_dir / "logs" / "node0").glob("*/attempt_0/*/stdout.log"))
+    logs = sorted((again.run_dir / "logs" / "node0").glob("*/attempt_0/*/stdout.log"))
     assert len(logs) == 4
     assert all(log.stat().st_size for log in logs)
     # The last rank and the launcher report the end.
-    assert kinds_of_starts(launch) == [Kind.LAUNCHED, Kind.STARTED, Kind.ENDED, Kind.ENDED] * 2
+    assert kinds_of_starts(again) == [Kind.LAUNCHED, Kind.STARTED, Kind.ENDED, Kind.ENDED] * 2
 
 
 def test_second_run_in_a_folder_is_refused(start):

@@ -83,5 +83,5 @@ def test_description(tmp_path, exit_code, written, expected):
     folder = tmp_path / "id" / "attempt_0" / "1"
     folder.mkdir(parents=True)
     (folder / "stderr.log").write_text(written)
-    assert describe(1, failure(exit_code), str(tmp_path)).startswith(expected)
-    assert describe(1, failure(exit_code), None) == expected.partition(";")[0].partition(": ")[0]
+    assert describe(1, 1, exit_code, str(tmp_path)).startswith(expected)
+    assert describe(1, 1, exit_code, None) == expected.partition(";")[0].partition(": ")[0]

@@ -1,12 +1,11 @@
 """The commands that count ids and build masks, as a user runs them."""
 
-import subprocess
 import sys
 from pathlib import Path
 
 import numpy as np
 import pytest
-from support.tools import assert_bad_input, run_tool
+from support.command_lines import Outcome, run_command
 
 from maskmoe.command_line.build_routing_mask import parse_arguments, recipe_from
 from maskmoe.data.dataset_writing import IndexedDatasetWriter
@@ -19,12 +18,12 @@ from maskmoe.routing_mask.mask import RoutingMask
 VOCAB_SIZE = 300
 
 
-def count(*arguments, cwd: Path, output: str = "counts.safetensors") -> subprocess.CompletedProcess:
-    return run_tool("count_token_frequency", *arguments, "--output", output, cwd=cwd)
+def count(*arguments, cwd: Path, output: str = "counts.safetensors") -> Outcome:
+    return run_command("count", *arguments, "--output", output, folder=cwd)
 
 
-def build(*arguments, cwd: Path, output: str = "mask.safetensors") -> subprocess.CompletedProcess:
-    return run_tool("build_routing_mask", *arguments, "--output", output, cwd=cwd)
+def build(*arguments, cwd: Path, output: str = "mask.safetensors") -> Outcome:
+    return run_command("mask", *arguments, "--output", output, folder=cwd)
 
 
 @pytest.fixture(scope="module")
@@ -39,7 +38,7 @@ def folder(tmp_path_factory) -> Path:
         with IndexedDatasetWriter(folder / name, np.uint16, record) as writer:
             writer.add_document(np.concatenate([ids, tail]))
     counted = count("--data-path", "text", "--vocab-size", VOCAB_SIZE, cwd=folder)
-    assert counted.returncode == 0, counted.stderr
+    assert counted.code == 0, counted.errors
     return folder
 
 
@@ -47,23 +46,23 @@ def test_count(folder):
     process = count(
         "--data-path", "text", "--vocab-size", VOCAB_SIZE, "--workers", 2, cwd=folder, output="again.safetensors"
     )
-    assert process.returncode == 0
+    assert process.code == 0
     frequency = TokenFrequency.load(folder / "again.safetensors")
     assert frequency.num_tokens == 5001
     assert frequency.tokenizer.model == "text.json"
-    assert "tokens           5,001" in process.stdout
+    assert "tokens           5,001" in process.output
     most_frequent = np.argmax(frequency.counts[0])
-    assert f"most frequent    {most_frequent} (" in process.stdout
-    assert f"ids never seen   {(frequency.counts == 0).sum()} of 300" in process.stdout
-    assert frequency.digest in process.stdout
+    assert f"most frequent    {most_frequent} (" in process.output
+    assert f"ids never seen   {(frequency.counts == 0).sum()} of 300" in process.output
+    assert frequency.digest in process.output
 
 
 def test_count_refuses_bad_input_and_touches_nothing(folder):
     (folder / "kept").write_text("kept")
     before = sorted(folder.iterdir())
     flags = ["--data-path", "text", "--vocab-size", 299]
-    assert_bad_input(count(*flags, "--force", cwd=folder, output="kept"), "--vocab-size is 299", "300 ids")
-    assert_bad_input(count(*flags, cwd=folder, output="no/where"), "no/where")
+    count(*flags, "--force", cwd=folder, output="kept").assert_refused("--vocab-size is 299", "300 ids")
+    count(*flags, cwd=folder, output="no/where").assert_refused("no/where")
     assert sorted(folder.iterdir()) == before
     assert (folder / "kept").read_text() == "kept"
 
@@ -76,7 +75,7 @@ COUNTS = ["--token-frequency", "counts.safetensors"]
 def test_build(folder):
     rank_local = ["--assignment", "rank-local", "--expert-model-parallel-size", 2]
     process = build(*COUNTS, *MODEL, *METHOD, *rank_local, cwd=folder)
-    assert process.returncode == 0, process.stderr
+    assert process.code == 0, process.errors
     mask = RoutingMask.load(folder / "mask.safetensors")
     mask.check_fits(
         vocab_size=VOCAB_SIZE, num_experts=8, layers=FeedForwardLayers((True,) * 3), expert_model_parallel_size=2
@@ -92,12 +91,12 @@ def test_build(folder):
         "rank load ",
         mask.digest,
     ):
-        assert line in process.stdout
+        assert line in process.output
     again = build(*COUNTS, *MODEL, *METHOD, *rank_local, cwd=folder, output="again.mask")
-    assert again.returncode == 0
+    assert again.code == 0
     assert (folder / "again.mask").read_bytes() == (folder / "mask.safetensors").read_bytes()
     shared = build(*COUNTS, *MODEL, *METHOD, *rank_local, "--shared-table", cwd=folder, output="shared.mask")
-    assert "one table for all layers" in shared.stdout
+    assert "one table for all layers" in shared.output
     assert RoutingMask.load(folder / "shared.mask").is_shared
 
 
@@ -110,16 +109,16 @@ def test_build_hash_layers(folder):
         ([*COUNTS, *METHOD, *rank_local], [{1}, {1, 2}, {1, 2}], "rank-local"),
     ):
         process = build(*flags, *MODEL, "--force", cwd=folder, output="hash_layers.safetensors")
-        assert process.returncode == 0, process.stderr
+        assert process.code == 0, process.errors
         mask = RoutingMask.load(folder / "hash_layers.safetensors")
         assert [set(mask.num_visible_of_layer(layer)) for layer in range(3)] == num_visible
         assert mask.provenance.hash_layers.assignment == assignment
         first = mask.provenance.hash_layers.num_layers
         layers = f"the first {first} layers" if first > 1 else "the first layer"
         experts = f"{max(num_visible[0])} of 8 experts"
-        assert f"visible experts  in {layers}, every id sees {experts}; after that, " in process.stdout
+        assert f"visible experts  in {layers}, every id sees {experts}; after that, " in process.output
         # One id has 16 % of the occurrences, too many for the one expert that it sees in a hash layer.
-        assert ("use --hash-visible-experts of at least 2" in process.stdout) == (assignment == "rank-local")
+        assert ("use --hash-visible-experts of at least 2" in process.output) == (assignment == "rank-local")
 
 
 def built_in_process(folder: Path, monkeypatch: pytest.MonkeyPatch, *flags: object) -> RoutingMask:
@@ -159,18 +158,18 @@ def test_build_warns_of_an_id_that_makes_balance_impossible(folder):
     occurrences = TokenFrequency.load(folder / "counts.safetensors").occurrences
     worst = int(np.argmax(occurrences))
     process = build(*COUNTS, *MODEL, "--preset", "hash-balanced", cwd=folder, output="hash.safetensors")
-    assert process.returncode == 0
+    assert process.code == 0
     share = f"{occurrences[worst] / occurrences.sum():.2%}"
-    assert f"WARNING: balance is impossible: id {worst} alone has {share} of all occurrences" in process.stdout
+    assert f"WARNING: balance is impossible: id {worst} alone has {share} of all occurrences" in process.output
     fine = build(*COUNTS, *MODEL, *METHOD, "--assignment", "balanced", cwd=folder, output="fine.safetensors")
-    assert fine.returncode == 0, fine.stderr
-    assert "WARNING" not in fine.stdout
+    assert fine.code == 0, fine.errors
+    assert "WARNING" not in fine.output
 
 
 def test_build_refuses_bad_input_and_touches_nothing(folder):
     (folder / "kept").write_text("kept")
     before = sorted(folder.iterdir())
     process = build(*COUNTS, *MODEL, "--frequent-mass", 0.4, "--force", cwd=folder, output="kept")
-    assert_bad_input(process, "--frequent-visible-experts, --assignment missing")
+    process.assert_refused("--frequent-visible-experts, --assignment missing")
     assert sorted(folder.iterdir()) == before
     assert (folder / "kept").read_text() == "kept"

@@ -1,6 +1,5 @@
 """Turns tables of experts into masks with V = k."""
 
-import subprocess
 from pathlib import Path
 
 import numpy as np
@@ -10,7 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from hypothesis.extra.numpy import arrays
 from safetensors.numpy import save_file
-from support.tools import run_tool
+from support.command_lines import Outcome, run_command
 from transformers.models.deepseek_v4.configuration_deepseek_v4 import DeepseekV4Config
 from transformers.models.deepseek_v4.modeling_deepseek_v4 import DeepseekV4HashRouter
 
@@ -35,9 +34,9 @@ def assert_shows(mask: RoutingMask, layer: int, table: np.ndarray) -> None:
     assert [set(np.flatnonzero(row)) for row in sets] == [set(row) for row in table.tolist()]
 
 
-def build(*arguments: object, folder: Path) -> subprocess.CompletedProcess:
+def build(*arguments: object, folder: Path) -> Outcome:
     model = ["--num-experts", NUM_EXPERTS, "--num-layers", NUM_LAYERS, "--output", "mask.safetensors"]
-    return run_tool("build_routing_mask", *model, *arguments, cwd=folder)
+    return run_command("mask", *model, *arguments, folder=folder)
 
 
 @given(
@@ -59,7 +58,7 @@ def test_one_table_serves_all_layers(tmp_path):
     table[[3, 7], 1] = table[[3, 7], 0]
     np.save(tmp_path / "t.npy", table.astype(np.int16))
     process = build("--expert-table", "t.npy", folder=tmp_path)
-    assert "WARNING: 2 ids name an expert more than once" in process.stdout
+    assert "WARNING: 2 ids name an expert more than once" in process.output
     mask = RoutingMask.load(tmp_path / "mask.safetensors")
     assert mask.is_shared
     assert mask.num_layers == NUM_LAYERS
@@ -83,7 +82,7 @@ def test_hash_layers_of_a_sharded_model(tmp_path):
         tensors = {TENSOR.format(layer=layer): random_table(layer), f"model.layers.{layer}.x": np.zeros(2, np.float32)}
         save_file(tensors, tmp_path / f"model-0000{layer + 1}-of-00002.safetensors")
     process = build("--expert-table", f".:{TENSOR}", folder=tmp_path)
-    assert process.returncode == 0, process.stderr
+    assert process.code == 0, process.errors
     mask = RoutingMask.load(tmp_path / "mask.safetensors")
     for layer in range(2):
         assert_shows(mask, layer, random_table(layer))

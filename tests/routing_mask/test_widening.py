@@ -6,8 +6,8 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from support.command_lines import run_command
 from support.datasets import covering_ids, frequency_of
-from support.tools import run_tool
 
 from maskmoe.data.tokenizer import TokenizerRecord
 from maskmoe.errors import UserError
@@ -208,10 +208,9 @@ def test_command_line(tmp_path):
     mask = build_routing_mask(recipe, frequency=frequency)
     mask.save(tmp_path / "mask.safetensors")
     flags = ["--token-frequency", "counts.safetensors", "--frequent-visible-experts", 4, "--output"]
-    process = run_tool(
-        "widen_routing_mask", "--routing-mask", "mask.safetensors", *flags, "wider.safetensors", cwd=tmp_path
-    )
-    assert process.returncode == 0, process.stderr
+    widen = ("mask", "widen", "--routing-mask")
+    process = run_command(*widen, "mask.safetensors", *flags, "wider.safetensors", folder=tmp_path)
+    assert process.code == 0, process.errors
     wider = RoutingMask.load(tmp_path / "wider.safetensors")
     change = MaskChange.between(mask, wider)
     assert change.num_changed == change.num_grown == 3 * np.count_nonzero(mask.num_visible_of_layer(0) == 2)
@@ -223,7 +222,7 @@ def test_command_line(tmp_path):
         f"digest before    {mask.digest}",
         f"digest           {wider.digest}",
     ):
-        assert line in process.stdout
-    again = run_tool("widen_routing_mask", "--routing-mask", "wider.safetensors", *flags, "again", cwd=tmp_path)
-    assert "changed sets     0 of 900" in again.stdout
+        assert line in process.output
+    again = run_command(*widen, "wider.safetensors", *flags, "again", folder=tmp_path)
+    assert "changed sets     0 of 900" in again.output
     assert (tmp_path / "again").read_bytes() == (tmp_path / "wider.safetensors").read_bytes()

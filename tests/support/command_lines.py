@@ -57,17 +57,19 @@ class Outcome:
         assert self.problem(*words) is None
 
 
-def run_command(*words: object, starts_ranks: bool = False) -> Outcome:
-    """Run `maskmoe WORDS…` in this process and in the current folder.
+def run_command(*words: object, folder: Path | str = ".", starts_ranks: bool = False) -> Outcome:
+    """Run `maskmoe WORDS…` in this process.
 
     Args:
         words: the command line.
+        folder: the folder in which the command runs, by default the current folder.
         starts_ranks: whether training commands start ranks, as they do for a user. By default they are the only rank.
     """
     command = [str(word) for word in words]
     output, errors = io.StringIO(), io.StringIO()
     with (
         pytest.MonkeyPatch.context() as patch,
+        contextlib.chdir(folder),
         contextlib.redirect_stdout(output),
         contextlib.redirect_stderr(errors),
     ):

@@ -3,9 +3,11 @@
 import contextlib
 import os
 import pickle
+import shlex
 import signal
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -247,6 +249,22 @@ def start_ranks(
     return RankProcesses(
         program, environments, folder, working_folder or folder, environment, rendezvous, sees_gpus, are_preloaded
     )
+
+
+def run_program(program: str, folder: Path, ranks: int = 1) -> str:
+    """Run Python on `program` in a folder, as the ranks of one group; return their output, fail the test if one fails.
+
+    Args:
+        program: Python's arguments, as on a shell's command line.
+        folder: Working directory of the ranks. Their logs go into a new folder in it.
+        ranks: Number of ranks.
+    """
+    logs = Path(tempfile.mkdtemp(prefix="logs-", dir=folder))
+    with start_ranks(shlex.split(program), logs, ranks=ranks, working_folder=folder, are_preloaded=True) as processes:
+        outcome = processes.wait(timeout=600)
+        if any(outcome.exit_codes):
+            pytest.fail(outcome.report())
+        return processes.output
 
 
 def run_as_ranks(

@@ -1,6 +1,5 @@
 """Tiny MaskMoE models for transformers, with routing masks."""
 
-import json
 from typing import Any
 
 import numpy as np
@@ -8,6 +7,8 @@ import torch
 from support.small_moe import make_mask, random_visible_sets
 from torch import Tensor
 
+from maskmoe.checkpoint.routing_mask import buffers_of_routing_mask
+from maskmoe.conversion.model_tensors import routing_mask_tensors
 from maskmoe.huggingface import MaskMoEConfig, MaskMoEForCausalLM
 from maskmoe.routing_mask.mask import RoutingMask
 
@@ -57,25 +58,12 @@ def make_config(mask: RoutingMask | None = None, **settings: Any) -> MaskMoEConf
         "initializer_range": 0.3,
     }
     if mask is not None:
-        tensors = mask_tensors(mask)
         defaults |= {
             "vocab_size": mask.vocab_size,
             "num_experts": mask.num_experts,
-            "routing_mask": {
-                "num_tables": len(tensors["row_of_id"]),
-                "num_rows": tensors["visible_bits"].shape[1],
-                "row_dtype": str(tensors["row_of_id"].dtype).removeprefix("torch."),
-                "metadata_bytes": len(tensors["metadata"]),
-            },
+            "routing_mask": routing_mask_tensors(mask)[1],
         }
     return MaskMoEConfig(**(defaults | settings))
-
-
-def mask_tensors(mask: RoutingMask) -> dict[str, Tensor]:
-    """Return the tensors of a mask by name, as checkpoints hold them."""
-    arrays, metadata = mask.to_tensors()
-    tensors = {name: torch.from_numpy(array) for name, array in arrays.items()}
-    return tensors | {"metadata": torch.frombuffer(bytearray(json.dumps(metadata).encode()), dtype=torch.uint8)}
 
 
 def random_mask(*sizes: int, tables: int = NUM_LAYERS, seed: int = 0) -> RoutingMask:
@@ -88,7 +76,7 @@ def make_model(mask: RoutingMask | None = None, **settings: Any) -> MaskMoEForCa
     torch.manual_seed(1)
     mask = random_mask() if mask is None else mask
     model = MaskMoEForCausalLM(make_config(mask, **settings)).eval()
-    model.model.routing_mask.load_state_dict(mask_tensors(mask))
+    model.model.routing_mask.load_state_dict(buffers_of_routing_mask(mask))
     for name, buffer in model.named_buffers():
         if name.endswith("e_score_correction_bias"):
             buffer.copy_(torch.randn_like(buffer) / 4)

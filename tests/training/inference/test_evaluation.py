@@ -149,7 +149,8 @@ def test_expert_load_is_what_the_mask_allows(results, workplace):
         assert math.isclose(load["max_over_mean"], counts.max() / counts.mean())
 
 
-def test_tokens_of_multi_token_prediction_count_in_a_layer_of_their_own(evaluate, workplace):
+@pytest.mark.runs("rich")
+def test_tokens_of_multi_token_prediction_count_in_a_layer_of_their_own(runs, evaluate, workplace):
     """The second of four layers is dense. The layer of multi-token prediction follows as layer 5."""
     evaluation, _ = evaluate("multi-token prediction", "", 1, run="rich")
 
