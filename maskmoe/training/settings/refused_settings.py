@@ -203,6 +203,15 @@ def _loses_gradients_of_experts(args: Namespace) -> bool:
     return overlaps and (args.overlap_grad_reduce or not args.gradient_accumulation_fusion)
 
 
+def _leaves_experts_unquantized(args: Namespace) -> bool:
+    is_grouped = args.moe_grouped_gemm or not args.num_experts
+    return bool(args.fp8 or args.fp4) and not (args.transformer_impl == "transformer_engine" and is_grouped)
+
+
+def _pickles_scales(args: Namespace) -> bool:
+    return bool(args.fp8 and args.fp8_recipe in ("delayed", "custom")) or bool(args.fp4 and args.fp4_recipe == "custom")
+
+
 def _cuts_documents(args: Namespace) -> bool:
     """Return whether packed documents would be cut, or their bounds forgotten."""
     balances_samples = "seq_aux_loss" in _balancing_types(args) and (args.micro_batch_size or 1) > 1
@@ -285,6 +294,8 @@ MEANINGLESS_WITH_A_MASK = (
             "Megatron-Core's MoE layers ignore the mask.",
             "--moe-routing-trace-path": "Megatron's trace leaves out every layer in which a token has fewer than k "
             "experts. Use maskmoe analyze.",
+            "--moe-router-padding-for-quantization --moe-router-padding-for-fp8": "The router would send tokens to "
+            "invisible experts. Transformer Engine's experts pad their rows without a flag.",
             "--moe-use-upcycling": "A dense checkpoint holds no routing mask. Use maskmoe convert upcycle.",
             "--sft": "Megatron-Core's dataset fills up each sample with one id, which the routing mask sends to few "
             "experts. Tokenize the conversations first, and use --dataloader-inter-document-masking.",
@@ -324,6 +335,11 @@ BROKEN_IN_MEGATRON = (
         "--no-gradient-accumulation-fusion",
         "Megatron-Core would reduce the experts' gradients before they are computed, or never read them.",
         _loses_gradients_of_experts,
+    ),
+    Check(
+        "--fp8-format or --fp4-format without --transformer-impl transformer_engine and --moe-grouped-gemm",
+        "Megatron-Core's local layers would ignore the flag, and other experts need not pad their rows.",
+        _leaves_experts_unquantized,
     ),
     Check(
         "--cross-entropy-loss-fusion without --bf16",
@@ -394,9 +410,10 @@ NOT_BUILT = (
         _captures_experts,
     ),
     Check(
-        "--fp8-format or --fp4-format",
-        "torch's checkpointing, which recomputes MaskMoE's MoE layers, does not know the scales of fp8. Use --bf16.",
-        _given("fp8", "fp4"),
+        "--fp8-recipe delayed, the default, or custom; or --fp4-recipe custom",
+        "A checkpoint would hold the scales as a pickle with code, which Transformer Engine refuses to load. Use "
+        "tensorwise, blockwise or mxfp8.",
+        _pickles_scales,
     ),
     Check(
         "--dataloader-inter-document-masking with --context-parallel-size above 1, CUDA graphs, --fim-data, or "
