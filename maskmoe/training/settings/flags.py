@@ -129,7 +129,7 @@ def add_pretraining_arguments(parser: ArgumentParser) -> ArgumentParser:
         type=ranges.TIMEOUT,
         metavar="SECONDS",
         help="end the run, and name the rank that hangs, if no rank begins a micro-batch for this long; "
-        "default: half of --distributed-timeout-minutes",
+        "default: half of the shorter of --distributed-timeout-minutes and --distributed-timeout-seconds-after-init",
     )
     group.add_argument(
         "--report",
@@ -223,7 +223,8 @@ def may_change_mask(args: Namespace) -> bool:
 
 def hang_timeout(args: Namespace) -> float:
     """Return the seconds without a micro-batch after which a rank counts as hanging, by default before NCCL aborts."""
-    return args.hang_timeout or 0.5 * 60 * args.distributed_timeout_minutes
+    timeouts = (60 * args.distributed_timeout_minutes, args.distributed_timeout_seconds_after_init)
+    return args.hang_timeout or 0.5 * min(filter(None, timeouts))
 
 
 def _report_errors_in_one_line(parser: ArgumentParser) -> None:

@@ -167,9 +167,10 @@ def _captures_graphs(args: Namespace) -> bool:
 
 
 def _captures_experts(args: Namespace) -> bool:
-    """Return whether CUDA graphs would capture more than attention and dense MLPs."""
+    """Return whether CUDA graphs would capture more than attention and dense MLPs of Transformer Engine."""
     modules = {getattr(module, "name", module) for module in args.cuda_graph_modules or ["full"]}
-    return _captures_graphs(args) and (args.cuda_graph_impl != "transformer_engine" or not modules <= {"attn", "mlp"})
+    is_supported = args.cuda_graph_impl == args.transformer_impl == "transformer_engine" and modules <= {"attn", "mlp"}
+    return _captures_graphs(args) and not is_supported
 
 
 def _hides_prediction(args: Namespace) -> bool:
@@ -405,8 +406,10 @@ NOT_BUILT = (
         lambda args: args.qk_layernorm_all_heads and not (args.qk_layernorm and args.normalization == "RMSNorm"),
     ),
     Check(
-        "--cuda-graph-impl, but for transformer_engine with --cuda-graph-modules attn or mlp",
-        "A graph of an MoE layer needs fixed shapes, but the number of rows that a rank sends to experts varies.",
+        "--cuda-graph-impl, but for transformer_engine with --cuda-graph-modules attn or mlp and --transformer-impl "
+        "transformer_engine",
+        "A graph of an MoE layer needs fixed shapes, but the number of rows that a rank sends to experts varies. "
+        "Beside graphs, Megatron-Core can drop gradients of local experts.",
         _captures_experts,
     ),
     Check(

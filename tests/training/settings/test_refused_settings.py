@@ -25,7 +25,7 @@ from maskmoe.training.settings.refused_settings import (
 
 MODEL = "--num-experts 8 --routing-mask mask.safetensors --disable-bias-linear --transformer-impl local"
 FLEX = "--moe-token-dispatcher-type flex"
-GRAPHS = "--cuda-graph-impl transformer_engine"
+GRAPHS = "--transformer-impl transformer_engine --cuda-graph-impl transformer_engine"
 ENGINE = "--transformer-impl transformer_engine --moe-grouped-gemm"
 QUANTIZED = f"{ENGINE} --fp8-format hybrid --fp8-recipe tensorwise"
 PACKED = "--dataloader-inter-document-masking"
@@ -70,6 +70,7 @@ REFUSED = {
     "--cuda-graph-impl local": "--cuda-graph-impl",
     GRAPHS: "--cuda-graph-impl",
     f"{GRAPHS} --cuda-graph-modules attn moe_router": "--cuda-graph-impl",
+    f"{GRAPHS} --cuda-graph-modules attn --transformer-impl local": "--cuda-graph-impl",
     f"{QUANTIZED} --transformer-impl local": "--fp8-format or --fp4-format without",
     f"{QUANTIZED} --no-moe-grouped-gemm": "--fp8-format or --fp4-format without",
     f"{QUANTIZED} --fp8-recipe delayed": "--fp8-recipe",
