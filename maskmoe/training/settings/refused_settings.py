@@ -285,7 +285,7 @@ MEANINGLESS_WITH_A_MASK = (
     ),
     Check(
         "--moe-router-fusion or --transformer-impl inference_optimized",
-        "These routers ignore the routing mask. On GPUs, MaskMoE's own kernel routes without a flag.",
+        "These routers ignore the routing mask. On GPUs, torch compiles MaskMoE's router without a flag.",
         lambda args: args.moe_router_fusion or args.transformer_impl == "inference_optimized",
     ),
     *_flags(
