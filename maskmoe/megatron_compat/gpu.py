@@ -1,10 +1,8 @@
-"""Chooses Megatron's arguments on GPUs: its defaults fail on a machine without Transformer Engine or Apex."""
+"""Chooses Megatron's arguments on GPUs: its defaults fail on a machine without Transformer Engine."""
 
-import importlib.util
 from dataclasses import dataclass
 from typing import Any
 
-_SOFTMAX_MODULES = ("scaled_masked_softmax_cuda", "scaled_upper_triang_masked_softmax_cuda")
 _PERMUTATION_KERNELS = (
     *("fused_permute", "fused_permute_with_probs", "fused_unpermute"),
     *("fused_sort_chunks_by_index", "fused_sort_chunks_by_index_with_probs"),
@@ -13,7 +11,7 @@ _PERMUTATION_KERNELS = (
 
 @dataclass(frozen=True)
 class GpuPackages:
-    """The parts of Transformer Engine and Apex that a machine has.
+    """The parts of Transformer Engine that a machine has.
 
     Attributes:
         permutation: Transformer Engine has the kernels that permute tokens.
@@ -23,7 +21,6 @@ class GpuPackages:
     transformer_engine: bool = True
     permutation: bool = True
     grouped_experts: bool = True
-    masked_softmax: bool = True
 
     @classmethod
     def installed(cls) -> "GpuPackages":
@@ -36,14 +33,12 @@ class GpuPackages:
             transformer_engine=moe_utils.HAVE_TE,
             permutation=all(getattr(moe_utils, name) is not None for name in _PERMUTATION_KERNELS),
             grouped_experts=moe_utils.HAVE_TE and torch.cuda.get_device_capability() >= (8, 0),
-            masked_softmax=all(importlib.util.find_spec(name) is not None for name in _SOFTMAX_MODULES),
         )
 
     def argument_defaults(self) -> dict[str, Any]:
         """Return the fastest defaults that work with these packages, in the form of `args_defaults`."""
         return {
             "transformer_impl": "transformer_engine" if self.transformer_engine else "local",
-            "masked_softmax_fusion": self.masked_softmax,
             "apply_rope_fusion": self.transformer_engine,
             "no_persist_layer_norm": not self.transformer_engine,
             "moe_permute_fusion": self.permutation,

@@ -13,10 +13,9 @@ from maskmoe.training.settings.flags import add_maskmoe_arguments
 from maskmoe.training.settings.refused_settings import missing_transformer_engine
 from maskmoe.training.settings.run_settings import model_config_from_args
 
-# Megatron's defaults that fail without Transformer Engine or Apex, and the values that work.
+# Megatron's defaults that fail without Transformer Engine, and the values that work.
 WITHOUT_PACKAGES = {
     "transformer_impl": "local",
-    "masked_softmax_fusion": False,
     "apply_rope_fusion": False,
     "no_persist_layer_norm": True,
     "moe_permute_fusion": False,
@@ -34,8 +33,6 @@ def on_a_gpu(monkeypatch):
         monkeypatch.setattr(moe_utils, "HAVE_TE", packages.transformer_engine)
         for name in gpu._PERMUTATION_KERNELS:
             monkeypatch.setattr(moe_utils, name, print if packages.permutation else None)
-        found = object() if packages.masked_softmax else None
-        monkeypatch.setattr(gpu.importlib.util, "find_spec", lambda name: found)
 
     return pretend
 
@@ -66,7 +63,6 @@ def test_with_all_packages_all_fusions_are_on(on_a_gpu, parse) -> None:
     args = parse()
     assert values(args) == {
         "transformer_impl": "transformer_engine",
-        "masked_softmax_fusion": True,
         "apply_rope_fusion": True,
         "no_persist_layer_norm": False,
         "moe_permute_fusion": True,
@@ -101,11 +97,11 @@ def test_gradients_are_added_by_fused_kernels_with_and_without_apex(on_a_gpu, pa
         assert parse().gradient_accumulation_fusion
 
 
-def test_transformer_engine_without_apex(on_a_gpu, parse) -> None:
-    on_a_gpu(GpuPackages(masked_softmax=False, permutation=False))
+def test_transformer_engine_without_permutation(on_a_gpu, parse) -> None:
+    on_a_gpu(GpuPackages(permutation=False))
     args = parse()
     assert args.transformer_impl == "transformer_engine"
-    assert not any((args.masked_softmax_fusion, args.moe_permute_fusion))
+    assert not args.moe_permute_fusion
 
 
 def test_flags_override_the_defaults(on_a_gpu, parse) -> None:
