@@ -1,10 +1,8 @@
-"""Chooses Megatron's arguments on GPUs: its defaults fail on a machine without Transformer Engine or Apex."""
+"""Chooses Megatron's arguments on GPUs: its defaults fail on a machine without Transformer Engine."""
 
-import importlib.util
 from dataclasses import dataclass
 from typing import Any
 
-_SOFTMAX_MODULES = ("scaled_masked_softmax_cuda", "scaled_upper_triang_masked_softmax_cuda")
 _PERMUTATION_KERNELS = (
     *("fused_permute", "fused_permute_with_probs", "fused_unpermute"),
     *("fused_sort_chunks_by_index", "fused_sort_chunks_by_index_with_probs"),
@@ -13,43 +11,34 @@ _PERMUTATION_KERNELS = (
 
 @dataclass(frozen=True)
 class GpuPackages:
-    """The parts of Transformer Engine and Apex that a machine has.
+    """The parts of Transformer Engine that a machine has.
 
     Attributes:
         permutation: Transformer Engine has the kernels that permute tokens.
         grouped_experts: Transformer Engine can compute the experts of a rank together, which needs Ampere or newer.
-        gradient_accumulation: Apex has the kernels that add a product to a gradient.
     """
 
     transformer_engine: bool = True
     permutation: bool = True
     grouped_experts: bool = True
-    gradient_accumulation: bool = True
-    masked_softmax: bool = True
 
     @classmethod
     def installed(cls) -> "GpuPackages":
         """Return what Megatron finds on this machine."""
         # These modules import megatron, so they must come after `prepare_process`.
         import torch
-        from megatron.core.tensor_parallel import layers
         from megatron.core.transformer.moe import moe_utils
 
         return cls(
             transformer_engine=moe_utils.HAVE_TE,
             permutation=all(getattr(moe_utils, name) is not None for name in _PERMUTATION_KERNELS),
             grouped_experts=moe_utils.HAVE_TE and torch.cuda.get_device_capability() >= (8, 0),
-            gradient_accumulation=layers._grad_accum_fusion_available,
-            masked_softmax=all(importlib.util.find_spec(name) is not None for name in _SOFTMAX_MODULES),
         )
 
     def argument_defaults(self) -> dict[str, Any]:
         """Return the fastest defaults that work with these packages, in the form of `args_defaults`."""
         return {
             "transformer_impl": "transformer_engine" if self.transformer_engine else "local",
-            # Megatron's output layer uses Apex, also beside layers of Transformer Engine.
-            "gradient_accumulation_fusion": self.gradient_accumulation,
-            "masked_softmax_fusion": self.masked_softmax,
             "apply_rope_fusion": self.transformer_engine,
             "no_persist_layer_norm": not self.transformer_engine,
             "moe_permute_fusion": self.permutation,
@@ -58,14 +47,9 @@ class GpuPackages:
 
     def describe_missing(self) -> str | None:
         """Return one line about the packages that are missing and what is lost; None if nothing is missing."""
-        if not self.transformer_engine:
-            return (
-                "Transformer Engine is not installed, so the default is --transformer-impl local: layers are slower, "
-                "rotary embedding is not fused, and precision-aware optimizers are unavailable"
-            )
-        if not self.gradient_accumulation:
-            return (
-                "Apex is not installed, so the default is --no-gradient-accumulation-fusion: each gradient is added in "
-                "a separate step"
-            )
-        return None
+        if self.transformer_engine:
+            return None
+        return (
+            "Transformer Engine is not installed, so the default is --transformer-impl local: layers are slower, "
+            "rotary embedding is not fused, and precision-aware optimizers are unavailable"
+        )

@@ -8,9 +8,10 @@ import argparse
 import copy
 import importlib
 import logging
+import sys
 from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager
-from types import ModuleType
+from types import ModuleType, SimpleNamespace
 from typing import Any
 
 import torch
@@ -145,6 +146,33 @@ def recompute_without_transformer_engine() -> None:
     replace(random, "_get_share_storage", lambda: copy_storage)
 
 
+def accumulate_gradients_without_apex() -> None:
+    """Let Megatron's linear layers add the gradient of a weight to `main_grad` without Apex.
+
+    Replaces: The module `fused_weight_gradient_mlp_cuda`, and `_grad_accum_fusion_available` in
+        `megatron.core.tensor_parallel.layers`, unless Apex is installed.
+    Why: Megatron's output layer takes Apex's kernels, also beside layers of Transformer Engine. Without Apex, fusion
+        would be off in the whole model, and each gradient would be added in a separate step.
+    Can go: When `ColumnParallelLinear` takes `gradient_accumulation_fusion` without Apex.
+    """
+    from megatron.core.tensor_parallel import layers
+
+    if layers._grad_accum_fusion_available:
+        return
+    add: Any = _add_weight_gradient
+    kernels: Any = SimpleNamespace(wgrad_gemm_accum_fp32=add, wgrad_gemm_accum_fp16=add)
+    sys.modules["fused_weight_gradient_mlp_cuda"] = layers.fused_weight_gradient_mlp_cuda = kernels
+    replace(layers, "_grad_accum_fusion_available", True)
+
+
+def _add_weight_gradient(inputs: torch.Tensor, gradients: torch.Tensor, main_grad: torch.Tensor) -> None:
+    """Add the gradient of a weight to `main_grad` [out, in]; arguments are [rows, in] and [rows, out]."""
+    if main_grad.is_cpu:  # torch has no product of another dtype on CPUs
+        main_grad.addmm_(gradients.t().to(main_grad.dtype), inputs.to(main_grad.dtype))
+    else:
+        torch.addmm(main_grad, gradients.t(), inputs, out_dtype=main_grad.dtype, out=main_grad)
+
+
 def count_predicted_tokens_of_all_context_ranks() -> None:
     """Average the losses of multi-token prediction over all tokens under context parallelism.
 
@@ -212,6 +240,7 @@ def weigh_predicted_tokens_of_all_context_ranks() -> None:
 EVERY_PROCESS = (
     *(let_megatron_log, use_compiled_helpers_of_wheel, make_optimizer_state_loadable),
     recompute_without_transformer_engine,
+    accumulate_gradients_without_apex,
     count_predicted_tokens_of_all_context_ranks,
     weigh_predicted_tokens_of_all_context_ranks,
 )

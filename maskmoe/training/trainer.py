@@ -35,7 +35,7 @@ from maskmoe.training.settings.run_settings import (
 )
 from maskmoe.training.watch.callback import Callback, Step
 from maskmoe.training.watch.console import console
-from maskmoe.training.watch.early_ends import FirstStepCheck, LeaveAfterSave, SaveOnSignals, explaining_early_ends
+from maskmoe.training.watch.early_ends import FiniteStepCheck, LeaveAfterSave, SaveOnSignals, explaining_early_ends
 from maskmoe.training.watch.end_of_run import EndOfRun, writing_page
 from maskmoe.training.watch.routing_log import RoutingLog
 from maskmoe.training.watch.spikes import SpikeWatch
@@ -95,7 +95,7 @@ class Trainer:
             RunStart(args, self._run_folder),
             Header(args, self._mask, self._run_folder),
             self._save_on_signals,
-            FirstStepCheck(args),
+            FiniteStepCheck(args),
             leave_after_save,
         ]
         if self._mask is not None:

@@ -84,10 +84,6 @@ def can_group(config: TransformerConfig, num_local_experts: int, expert_tensor_s
         or config.expert_gtp_weight_remat_size > 1
         # Each expert adds its bias, times the weights of the rows.
         or config.add_bias_linear
-        # Kernels of Transformer Engine.
-        or config.use_te_activation_func
-        or config.fp8
-        or config.fp4
         # Linear layers move or cast tensors.
         or config.cpu_offloading
         or config.enable_autocast

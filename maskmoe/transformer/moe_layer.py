@@ -4,6 +4,7 @@ from contextlib import nullcontext
 
 import torch
 from megatron.core import tensor_parallel
+from megatron.core.extensions.transformer_engine import te_checkpoint
 from megatron.core.process_groups_config import ProcessGroupCollection
 from megatron.core.transformer.moe import moe_layer
 from megatron.core.transformer.moe.moe_layer import MoELayer, MoESubmodules
@@ -100,5 +101,9 @@ class MaskMoELayer(MoELayer):
 
         # Recomputation calls the same closure again, so it sees the token ids of its own micro-batch.
         if self.moe_layer_recompute and self.training:
+            if self.config.fp8 or self.config.fp4:
+                # As in `MoELayer`: only Transformer Engine's checkpointing restores the state of quantization.
+                tracker = tensor_parallel.random.get_cuda_rng_tracker
+                return te_checkpoint(compute, False, tracker, self.tp_group, hidden_states), None
             return tensor_parallel.checkpoint(compute, False, hidden_states), None
         return compute(hidden_states), None

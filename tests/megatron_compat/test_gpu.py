@@ -4,7 +4,6 @@ import sys
 from dataclasses import fields
 
 import pytest
-from megatron.core.tensor_parallel import layers
 from megatron.core.transformer.moe import moe_utils
 from megatron.training.arguments import parse_args, validate_args
 
@@ -14,11 +13,9 @@ from maskmoe.training.settings.flags import add_maskmoe_arguments
 from maskmoe.training.settings.refused_settings import missing_transformer_engine
 from maskmoe.training.settings.run_settings import model_config_from_args
 
-# Megatron's defaults that fail without Transformer Engine or Apex, and the values that work.
+# Megatron's defaults that fail without Transformer Engine, and the values that work.
 WITHOUT_PACKAGES = {
     "transformer_impl": "local",
-    "gradient_accumulation_fusion": False,
-    "masked_softmax_fusion": False,
     "apply_rope_fusion": False,
     "no_persist_layer_norm": True,
     "moe_permute_fusion": False,
@@ -36,9 +33,6 @@ def on_a_gpu(monkeypatch):
         monkeypatch.setattr(moe_utils, "HAVE_TE", packages.transformer_engine)
         for name in gpu._PERMUTATION_KERNELS:
             monkeypatch.setattr(moe_utils, name, print if packages.permutation else None)
-        monkeypatch.setattr(layers, "_grad_accum_fusion_available", packages.gradient_accumulation)
-        found = object() if packages.masked_softmax else None
-        monkeypatch.setattr(gpu.importlib.util, "find_spec", lambda name: found)
 
     return pretend
 
@@ -69,8 +63,6 @@ def test_with_all_packages_all_fusions_are_on(on_a_gpu, parse) -> None:
     args = parse()
     assert values(args) == {
         "transformer_impl": "transformer_engine",
-        "gradient_accumulation_fusion": True,
-        "masked_softmax_fusion": True,
         "apply_rope_fusion": True,
         "no_persist_layer_norm": False,
         "moe_permute_fusion": True,
@@ -99,12 +91,17 @@ def test_only_gated_activations_of_experts_are_fused(on_a_gpu, parse, packages, 
     assert model_config_from_args(args).transformer.bias_activation_fusion is fuses
 
 
-def test_transformer_engine_without_apex(on_a_gpu, parse) -> None:
-    """Megatron's output layer takes Apex's kernels, also beside layers of Transformer Engine."""
-    on_a_gpu(GpuPackages(gradient_accumulation=False, masked_softmax=False, permutation=False))
+def test_gradients_are_added_by_fused_kernels_with_and_without_apex(on_a_gpu, parse) -> None:
+    for packages in (NOTHING, GpuPackages()):
+        on_a_gpu(packages)
+        assert parse().gradient_accumulation_fusion
+
+
+def test_transformer_engine_without_permutation(on_a_gpu, parse) -> None:
+    on_a_gpu(GpuPackages(permutation=False))
     args = parse()
     assert args.transformer_impl == "transformer_engine"
-    assert not any((args.gradient_accumulation_fusion, args.masked_softmax_fusion, args.moe_permute_fusion))
+    assert not args.moe_permute_fusion
 
 
 def test_flags_override_the_defaults(on_a_gpu, parse) -> None:
@@ -120,7 +117,6 @@ def test_flags_override_the_defaults(on_a_gpu, parse) -> None:
     ("packages", "named"),
     [
         (NOTHING, "Transformer Engine is not installed, so the default is --transformer-impl local"),
-        (GpuPackages(gradient_accumulation=False), "Apex is not installed, so the default is --no-grad"),
         (GpuPackages(), ""),
     ],
 )

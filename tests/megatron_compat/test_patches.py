@@ -10,6 +10,7 @@ from megatron.core import dist_checkpointing
 from megatron.core.datasets import helpers_cpp, utils
 from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig
 from megatron.core.optimizer import OptimizerConfig, distrib_optimizer, get_megatron_optimizer
+from megatron.core.tensor_parallel import ColumnParallelLinear
 from megatron.core.transformer.module import MegatronModule
 from megatron.core.transformer.transformer_config import TransformerConfig
 
@@ -137,6 +138,41 @@ def test_optimizer_without_parameters_counts_and_restores_its_steps() -> None:
     resumed.load_state_dict(trained.state_dict())
     resumed.step()
     assert steps(resumed) == [4.0]
+
+
+@pytest.mark.usefixtures("one_rank")
+@pytest.mark.parametrize(
+    ("dtype", "main_dtype"),
+    [(torch.float32, torch.float32), (torch.bfloat16, torch.float32), (torch.bfloat16, torch.bfloat16)],
+)
+def test_gradients_are_accumulated_with_and_without_apex(dtype: torch.dtype, main_dtype: torch.dtype) -> None:
+    config = TransformerConfig(
+        num_layers=1,
+        hidden_size=4,
+        num_attention_heads=1,
+        params_dtype=dtype,
+        gradient_accumulation_fusion=True,
+        use_cpu_initialization=True,
+    )
+    layer = ColumnParallelLinear(4, 6, config=config, init_method=torch.nn.init.normal_, bias=False).to(DEVICE)
+    layer.weight.main_grad = torch.ones_like(layer.weight, dtype=main_dtype)
+    expected = torch.ones_like(layer.weight, dtype=torch.float64)
+    for seed in range(2):
+        inputs, gradients = (
+            torch.randn(3, 2, size, generator=torch.Generator().manual_seed(seed)).to(DEVICE, dtype) for size in (4, 6)
+        )
+        layer(inputs)[0].backward(gradients)
+        expected += gradients.flatten(0, 1).double().t() @ inputs.flatten(0, 1).double()
+    tolerance = 1e-5 if main_dtype == torch.float32 else 5e-2
+    torch.testing.assert_close(layer.weight.main_grad.double(), expected, rtol=tolerance, atol=tolerance)
+    assert layer.weight.grad is None
+
+
+@pytest.mark.parametrize("main_dtype", [torch.float32, torch.bfloat16])
+def test_product_on_gpus_takes_the_dtypes(main_dtype: torch.dtype) -> None:
+    """A meta tensor takes the way of a GPU and computes nothing."""
+    inputs, gradients = (torch.empty(3, size, device="meta", dtype=torch.bfloat16) for size in (4, 6))
+    patches._add_weight_gradient(inputs, gradients, torch.empty(6, 4, device="meta", dtype=main_dtype))
 
 
 def test_patch_of_a_missing_attribute_fails() -> None:

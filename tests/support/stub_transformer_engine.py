@@ -1,7 +1,8 @@
 """A stub of Transformer Engine in plain torch: the modules from which Megatron-Core builds dense layers and experts.
 
 `install()` makes the stub importable as `transformer_engine` in this process. It must run before Megatron is imported.
-The stub knows no FP8, no tensor parallelism and no communication. Tests marked `te` compare it with the real modules.
+The stub knows no tensor parallelism and no communication. With FP8 and FP4 it pads the rows of experts, but computes in
+the precision of the weights. Tests marked `te` compare it with the real modules.
 """
 
 import sys
@@ -12,10 +13,15 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.distributed import ProcessGroup
 from torch.nn import Parameter
-from torch.nn.functional import layer_norm, linear, rms_norm, scaled_dot_product_attention
+from torch.nn.functional import layer_norm, linear, pad, rms_norm, scaled_dot_product_attention
 
 VERSION = "2.20.2"
+ALIGNMENT = 16
+"""Rows of an expert with FP8 and FP4 are padded to a multiple of this number."""
+CALLS: list[str] = []
+"""The calls of `checkpoint`, `Fp8Padding` and `Fp8Unpadding`, in order."""
 
 
 class Module(torch.nn.Module):
@@ -186,6 +192,44 @@ class _GroupedProduct(torch.autograd.Function):
         return x_gradient, None, None, *of_weights
 
 
+def checkpoint(
+    function: Callable[..., Any],
+    *args: Any,
+    distribute_saved_activations: bool,
+    get_rng_state_tracker: Callable[[], Any],
+    tp_group: ProcessGroup,
+) -> Any:
+    """Compute a function, and compute it again in the backward pass."""
+    assert not distribute_saved_activations
+    CALLS.append("checkpoint")
+    return torch.utils.checkpoint.checkpoint(function, *args, use_reentrant=True)
+
+
+def _padded(m_splits: Sequence[int]) -> list[int]:
+    return [-(-rows // ALIGNMENT) * ALIGNMENT for rows in m_splits]
+
+
+class Fp8Padding(torch.nn.Module):
+    """Appends rows of zeros to each group of rows; returns all rows, and their number in each group."""
+
+    def __init__(self, num_gemms: int, align_size: int | None = None) -> None:
+        super().__init__()
+
+    def forward(self, x: Tensor, m_splits: list[int]) -> tuple[Tensor, list[int]]:
+        CALLS.append("pad")
+        padded = _padded(m_splits)
+        groups = zip(x.split(m_splits), padded, strict=True)
+        return torch.cat([pad(rows, (0, 0, 0, target - len(rows))) for rows, target in groups]), padded
+
+
+class Fp8Unpadding(Fp8Padding):
+    """Removes the rows that `Fp8Padding` appends."""
+
+    def forward(self, x: Tensor, m_splits: list[int]) -> Tensor:
+        CALLS.append("unpad")
+        return torch.cat([rows[:own] for rows, own in zip(x.split(_padded(m_splits)), m_splits, strict=True)])
+
+
 class DotProductAttention(torch.nn.Module):
     """Causal attention of [sequence, batch, heads, head size]; Megatron saves no state of the module."""
 
@@ -202,7 +246,16 @@ class DotProductAttention(torch.nn.Module):
 
 def install() -> None:
     """Make the stub importable as `transformer_engine`."""
-    modules = (RMSNorm, LayerNorm, Linear, LayerNormLinear, GroupedLinear, DotProductAttention)
+    modules = (
+        RMSNorm,
+        LayerNorm,
+        Linear,
+        LayerNormLinear,
+        GroupedLinear,
+        DotProductAttention,
+        Fp8Padding,
+        Fp8Unpadding,
+    )
     contents: dict[str, dict[str, Any]] = {
         "": {"__version__": VERSION},
         ".common": {},
@@ -212,6 +265,7 @@ def install() -> None:
         ".pytorch.distributed": {
             "CudaRNGStatesTracker": type("CudaRNGStatesTracker", (), {}),
             "activation_recompute_forward": None,
+            "checkpoint": checkpoint,
         },
         ".pytorch.fp8": dict.fromkeys(("FP8GlobalStateManager", "fp8_autocast", "fp8_model_init"), SimpleNamespace()),
         ".pytorch.tensor": {"QuantizedTensor": type("QuantizedTensor", (), {})},

@@ -218,20 +218,27 @@ def test_nan_gradient_ends_the_run(start_faulty, tmp_path, kind, exit_code, verd
 
 
 @UNDISTURBED
-@pytest.mark.parametrize("flags", ["--spike-action none", pytest.param("", marks=pytest.mark.slow)])
-def test_nan_in_the_first_step_is_not_saved(runs, start_faulty, tmp_path, flags):
-    """Megatron does not repeat the first step of a process, and applies its update."""
+@pytest.mark.parametrize(
+    ("flags", "iteration"),
+    [
+        ("--spike-action none", 8),
+        ("--no-check-for-nan-in-loss-and-grad", 9),
+        pytest.param("", 8, marks=pytest.mark.slow),
+    ],
+)
+def test_nan_in_a_step_that_megatron_does_not_repeat_is_not_saved(runs, start_faulty, tmp_path, flags, iteration):
+    """Megatron applies the update of the first step of a process, and of each step without its own check."""
     save = tmp_path / "save"
     shutil.copytree(checkpoint_path(runs[0].checkpoints, 7), checkpoint_path(save, 7))
     write_tracker(save, 7)
     flags = f"{flags} --save-interval 1 --keep-last-checkpoints 1"
-    with start_faulty("nan-always", flags, iteration=8) as processes:
+    with start_faulty("nan-always", flags, iteration=iteration) as processes:
         outcome = processes.wait(all_end=True)
     assert outcome.exit_codes == (1, 1), outcome.report()
     error = re.search(r"^error: (.*)$", outcome.errors[0], re.MULTILINE)[1]
-    assert error.startswith("the loss or gradient of iteration 8 was NaN or infinite. It is the first iteration since")
-    assert error.endswith("The newest checkpoint is of iteration 7")
-    assert damages_in(save) == {7: None}
+    assert error.startswith(f"the loss or gradient of iteration {iteration} was NaN or infinite, and Megatron did not")
+    assert error.endswith(f"The newest checkpoint is of iteration {iteration - 1}")
+    assert damages_in(save) == {iteration - 1: None}
 
 
 @pytest.mark.slow

@@ -312,9 +312,6 @@ def test_fused_swiglu_takes_biases() -> None:
     [
         ("add_bias_linear", True),
         ("expert_gtp_weight_remat_size", 2),
-        ("use_te_activation_func", True),
-        ("fp8", "hybrid"),
-        ("fp4", "e2m1"),
         ("cpu_offloading", True),
     ],
 )

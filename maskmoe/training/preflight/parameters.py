@@ -46,9 +46,8 @@ _PART_OF_MODULE = {"embedding": "embedding", "output_layer": "output layer", "mt
 
 # Settings that local modules refuse, or that cost time. None of them changes the shape of a parameter.
 _SWITCHED_OFF = (
-    *("perform_initialization", "use_cpu_initialization", "gradient_accumulation_fusion", "persist_layer_norm"),
-    *("memory_efficient_layer_norm", "moe_grouped_gemm", "moe_permute_fusion"),
-    *("moe_shared_expert_overlap", "tp_comm_overlap"),
+    *("perform_initialization", "use_cpu_initialization", "persist_layer_norm", "memory_efficient_layer_norm"),
+    *("moe_grouped_gemm", "moe_permute_fusion", "moe_shared_expert_overlap", "tp_comm_overlap"),
 )
 _LOCAL = {
     "transformer_impl": "local",

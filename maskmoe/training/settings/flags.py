@@ -129,7 +129,7 @@ def add_pretraining_arguments(parser: ArgumentParser) -> ArgumentParser:
         type=ranges.TIMEOUT,
         metavar="SECONDS",
         help="end the run, and name the rank that hangs, if no rank begins a micro-batch for this long; "
-        "default: half of --distributed-timeout-minutes",
+        "default: half of the shorter of --distributed-timeout-minutes and --distributed-timeout-seconds-after-init",
     )
     group.add_argument(
         "--report",
@@ -197,7 +197,7 @@ def add_check_arguments(parser: ArgumentParser) -> ArgumentParser:
         const=os.environ.get("WORLD_SIZE", "1"),
         help="do not train. Check the other arguments and all files for a run of RANKS processes, one for each GPU, by "
         "default WORLD_SIZE or 1; print layout, parameters, memory and cost of the run, and every error. Needs no "
-        "GPU and no torchrun. On a machine without GPUs, the check assumes GPUs with Transformer Engine and Apex "
+        "GPU and no torchrun. On a machine without GPUs, the check assumes GPUs with Transformer Engine "
         "unless --distributed-backend gloo is given",
     )
     parser.add_argument(
@@ -223,7 +223,8 @@ def may_change_mask(args: Namespace) -> bool:
 
 def hang_timeout(args: Namespace) -> float:
     """Return the seconds without a micro-batch after which a rank counts as hanging, by default before NCCL aborts."""
-    return args.hang_timeout or 0.5 * 60 * args.distributed_timeout_minutes
+    timeouts = (60 * args.distributed_timeout_minutes, args.distributed_timeout_seconds_after_init)
+    return args.hang_timeout or 0.5 * min(filter(None, timeouts))
 
 
 def _report_errors_in_one_line(parser: ArgumentParser) -> None:

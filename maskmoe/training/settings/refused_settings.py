@@ -167,9 +167,10 @@ def _captures_graphs(args: Namespace) -> bool:
 
 
 def _captures_experts(args: Namespace) -> bool:
-    """Return whether CUDA graphs would capture more than attention and dense MLPs."""
+    """Return whether CUDA graphs would capture more than attention and dense MLPs of Transformer Engine."""
     modules = {getattr(module, "name", module) for module in args.cuda_graph_modules or ["full"]}
-    return _captures_graphs(args) and (args.cuda_graph_impl != "transformer_engine" or not modules <= {"attn", "mlp"})
+    is_supported = args.cuda_graph_impl == args.transformer_impl == "transformer_engine" and modules <= {"attn", "mlp"}
+    return _captures_graphs(args) and not is_supported
 
 
 def _hides_prediction(args: Namespace) -> bool:
@@ -201,6 +202,15 @@ def _divides_tokens_of_experts_wrongly(args: Namespace) -> bool:
 def _loses_gradients_of_experts(args: Namespace) -> bool:
     overlaps = args.overlap_dispatch_backward_with_experts_wgrad
     return overlaps and (args.overlap_grad_reduce or not args.gradient_accumulation_fusion)
+
+
+def _leaves_experts_unquantized(args: Namespace) -> bool:
+    is_grouped = args.moe_grouped_gemm or not args.num_experts
+    return bool(args.fp8 or args.fp4) and not (args.transformer_impl == "transformer_engine" and is_grouped)
+
+
+def _pickles_scales(args: Namespace) -> bool:
+    return bool(args.fp8 and args.fp8_recipe in ("delayed", "custom")) or bool(args.fp4 and args.fp4_recipe == "custom")
 
 
 def _cuts_documents(args: Namespace) -> bool:
@@ -275,7 +285,7 @@ MEANINGLESS_WITH_A_MASK = (
     ),
     Check(
         "--moe-router-fusion or --transformer-impl inference_optimized",
-        "These routers ignore the routing mask. On GPUs, MaskMoE's own kernel routes without a flag.",
+        "These routers ignore the routing mask. On GPUs, torch compiles MaskMoE's router without a flag.",
         lambda args: args.moe_router_fusion or args.transformer_impl == "inference_optimized",
     ),
     *_flags(
@@ -285,6 +295,8 @@ MEANINGLESS_WITH_A_MASK = (
             "Megatron-Core's MoE layers ignore the mask.",
             "--moe-routing-trace-path": "Megatron's trace leaves out every layer in which a token has fewer than k "
             "experts. Use maskmoe analyze.",
+            "--moe-router-padding-for-quantization --moe-router-padding-for-fp8": "The router would send tokens to "
+            "invisible experts. Transformer Engine's experts pad their rows without a flag.",
             "--moe-use-upcycling": "A dense checkpoint holds no routing mask. Use maskmoe convert upcycle.",
             "--sft": "Megatron-Core's dataset fills up each sample with one id, which the routing mask sends to few "
             "experts. Tokenize the conversations first, and use --dataloader-inter-document-masking.",
@@ -324,6 +336,11 @@ BROKEN_IN_MEGATRON = (
         "--no-gradient-accumulation-fusion",
         "Megatron-Core would reduce the experts' gradients before they are computed, or never read them.",
         _loses_gradients_of_experts,
+    ),
+    Check(
+        "--fp8-format or --fp4-format without --transformer-impl transformer_engine and --moe-grouped-gemm",
+        "Megatron-Core's local layers would ignore the flag, and other experts need not pad their rows.",
+        _leaves_experts_unquantized,
     ),
     Check(
         "--cross-entropy-loss-fusion without --bf16",
@@ -389,14 +406,17 @@ NOT_BUILT = (
         lambda args: args.qk_layernorm_all_heads and not (args.qk_layernorm and args.normalization == "RMSNorm"),
     ),
     Check(
-        "--cuda-graph-impl, but for transformer_engine with --cuda-graph-modules attn or mlp",
-        "A graph of an MoE layer needs fixed shapes, but the number of rows that a rank sends to experts varies.",
+        "--cuda-graph-impl, but for transformer_engine with --cuda-graph-modules attn or mlp and --transformer-impl "
+        "transformer_engine",
+        "A graph of an MoE layer needs fixed shapes, but the number of rows that a rank sends to experts varies. "
+        "Beside graphs, Megatron-Core can drop gradients of local experts.",
         _captures_experts,
     ),
     Check(
-        "--fp8-format or --fp4-format",
-        "torch's checkpointing, which recomputes MaskMoE's MoE layers, does not know the scales of fp8. Use --bf16.",
-        _given("fp8", "fp4"),
+        "--fp8-recipe delayed, the default, or custom; or --fp4-recipe custom",
+        "A checkpoint would hold the scales as a pickle with code, which Transformer Engine refuses to load. Use "
+        "tensorwise, blockwise or mxfp8.",
+        _pickles_scales,
     ),
     Check(
         "--dataloader-inter-document-masking with --context-parallel-size above 1, CUDA graphs, --fim-data, or "

@@ -82,18 +82,22 @@ class SaveOnSignals(Callback):
             self._exit_signal = None
 
 
-class FirstStepCheck(Callback):
-    """Checks the first step of a process, the only step that Megatron does not repeat if its result is not finite."""
+class FiniteStepCheck(Callback):
+    """Checks the steps that Megatron does not check and repeat.
+
+    These are the first step of a process, and all steps with `--no-check-for-nan-in-loss-and-grad`. Megatron's check
+    lets the host wait for the device in each micro-batch, and twice for each bucket of gradients.
+    """
 
     def __init__(self, args: Namespace) -> None:
         self._args = args
-        self._is_done = not args.check_for_nan_in_loss_and_grad
+        self._is_done = False
 
     def after_step(self, step: Step) -> None:
         """Raise `RunFailure` if the loss or gradient norm of any rank is NaN or infinite; a collective call."""
         if self._is_done:
             return
-        self._is_done = True
+        self._is_done = self._args.check_for_nan_in_loss_and_grad
         values = [float(value) for value in (*step.losses.values(), step.grad_norm) if value is not None]
         is_bad = step.has_updated and not all(map(math.isfinite, values))
         # Only the last pipeline stage has the loss.
@@ -101,10 +105,10 @@ class FirstStepCheck(Callback):
         torch.distributed.all_reduce(is_bad_on_any, op=torch.distributed.ReduceOp.MAX)
         if is_bad_on_any:
             raise RunFailure(
-                f"the loss or gradient of iteration {self._args.curr_iteration + 1} was NaN or infinite. It is the "
-                "first iteration since the start, which Megatron does not repeat, so nothing is saved: start the run "
-                "again, if possible on other devices; if this happens again, look for the fault in the data and the "
-                f"model. {describe_newest_checkpoint(self._args)}"
+                f"the loss or gradient of iteration {self._args.curr_iteration + 1} was NaN or infinite, and "
+                "Megatron did not repeat the iteration, so nothing is saved: start the run again, if possible on other "
+                "devices; if this happens again, look for the fault in the data and the model. "
+                f"{describe_newest_checkpoint(self._args)}"
             )
 
 

@@ -26,6 +26,7 @@ _WAITING_PACKAGES = tuple(f"{os.path.dirname(torch.__file__)}/{package}/" for pa
 _WAITING_CALLS = (".wait(", "barrier(", ".synchronize(", ".item(", ".cpu(", ".tolist(")
 _MAX_NAMED_RANKS = 8
 _JOIN_TIMEOUT = 5.0  # seconds
+_QUERY_TIMEOUT = 1.0  # seconds
 
 
 class Sighting(NamedTuple):
@@ -35,7 +36,7 @@ class Sighting(NamedTuple):
         where: Host and process of the rank, for the message.
         steps: Number of micro-batches that the rank has begun.
         at: Innermost Python call of the training thread, for the message.
-        waits: Whether this call waits for other ranks.
+        waits: Whether this call waits for other ranks, or for a device that is busy.
         time: When the rank reported this, in seconds on a clock of its own.
     """
 
@@ -54,6 +55,8 @@ class Watchdog(Callback):
     process with `EXIT_HANG`. The first watchdog that reaches a verdict shares it, so that all ranks end. Time counts
     from the first micro-batch: everything before has timeouts of its own.
     """
+
+    _stream: torch.cuda.Stream  # of the latest micro-batch
 
     def __init__(self, ranks: RankStore, timeout: float) -> None:
         self._timeout = timeout
@@ -81,6 +84,7 @@ class Watchdog(Callback):
     def before_micro_batch(self) -> None:
         """Note that a micro-batch begins."""
         self._steps += 1
+        self._stream = torch.cuda.current_stream()
         self._last_step = time.monotonic()
 
     def before_save(self) -> None:
@@ -123,7 +127,8 @@ class Watchdog(Callback):
         where = f"host {socket.gethostname()}, process {os.getpid()}"
         at = f"{call.filename}:{call.lineno} in {call.name}"
         rank = self._ranks.rank
-        sighting = Sighting(rank, where, self._steps, at, waits_for_others(call), time.monotonic())
+        waits = waits_for_others(call) or (self._stands_still() and is_busy(self._stream))
+        sighting = Sighting(rank, where, self._steps, at, waits, time.monotonic())
         self._ranks.store.set(f"sighting/{rank}", json.dumps(sighting))
 
     def _judge(self) -> str | None:
@@ -191,3 +196,13 @@ def find_culprits(before: Sequence[Sighting], after: Sequence[Sighting]) -> tupl
 def waits_for_others(call: traceback.FrameSummary) -> bool:
     """Report whether the innermost Python call of a rank waits for other ranks."""
     return call.filename.startswith(_WAITING_PACKAGES) or any(wait in (call.line or "") for wait in _WAITING_CALLS)
+
+
+def is_busy(stream: torch.cuda.Stream) -> bool:
+    """Report whether a stream has work left, such as a collective: any Python call then waits to launch a kernel.
+
+    A launch that waits can block other calls of the driver, so a thread of its own asks; without an answer, it is busy.
+    """
+    idle = threading.Event()
+    threading.Thread(target=lambda: stream.query() and idle.set(), daemon=True).start()
+    return not idle.wait(_QUERY_TIMEOUT)

@@ -8,7 +8,6 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 from megatron.core.utils import get_pg_size
 from torch import Tensor
 
-from maskmoe.megatron_compat import cpu
 from maskmoe.transformer.dispatch.kind import DispatchKind
 from maskmoe.transformer.dispatch.one_copy import OneCopyDispatcher, OneRankDispatcher, unchanged
 from maskmoe.transformer.dispatch.planned import PlannedDispatcher
@@ -33,9 +32,8 @@ def choose_dispatch(
     ):
         return DispatchKind.STOCK
     if get_pg_size(pg_collection.ep) == 1:
-        # Dropped tokens have no expert, and Megatron's kernels for GPUs copy faster.
-        copies_here = cpu.is_installed() and config.moe_expert_capacity_factor is None
-        return DispatchKind.ONE_RANK if copies_here else DispatchKind.STOCK
+        # Dropped tokens have no expert.
+        return DispatchKind.ONE_RANK if config.moe_expert_capacity_factor is None else DispatchKind.STOCK
     # A plan lets the receiving rank choose experts. Random logits, dropped tokens and recorded choices depend on the
     # rank that chooses. A plan also states the number of selected experts, which depends on the chosen groups in
     # group-limited routing.
@@ -53,7 +51,7 @@ def choose_dispatch(
         return DispatchKind.PLANNED
     # With one expert for each token, or on each rank, Megatron's all-to-all also sends one copy.
     one_expert_per_rank = config.num_moe_experts == get_pg_size(pg_collection.ep)
-    return DispatchKind.STOCK if config.moe_router_topk == 1 or one_expert_per_rank else DispatchKind.ONE_COPY
+    return DispatchKind.ONE_RANK if config.moe_router_topk == 1 or one_expert_per_rank else DispatchKind.ONE_COPY
 
 
 def build_dispatcher(kind: DispatchKind, layer: MoELayer, pg_collection: ProcessGroupCollection) -> Dispatcher:

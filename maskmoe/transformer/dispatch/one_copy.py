@@ -1,6 +1,6 @@
 """One-copy dispatch: an all-to-all that sends a token to each rank once, however many of the rank's experts it uses.
 
-On one rank of a CPU, nothing is sent, and `OneRankDispatcher` copies the rows to the experts.
+On one rank, nothing is sent, and `OneRankDispatcher` copies the rows to the experts.
 """
 
 from collections.abc import Callable
@@ -130,9 +130,10 @@ def exchange_counts(selected: Tensor, to_rank: Tensor, group: ProcessGroup) -> E
 class OneRankDispatcher:
     """Copies each token to its experts, and adds up the experts' outputs of each token.
 
-    Results and gradients are bit-equal to those of `MoEAlltoAllTokenDispatcher` with one rank. That class sorts all
-    pairs of a token and an expert, and copies the rows twice in each direction. This class finds the chosen pairs
-    without a sort, and copies the rows once. The arguments are those of `OneCopyDispatcher`.
+    On a CPU, results and gradients are bit-equal to those of `MoEAlltoAllTokenDispatcher` with one rank. That class
+    sorts all pairs of a token and an expert, and copies the rows twice in each direction. This class finds the chosen
+    pairs without a sort, and copies the rows once. The host waits once, for the counts. The arguments are those of
+    `OneCopyDispatcher`.
     """
 
     def __init__(
@@ -149,7 +150,7 @@ class OneRankDispatcher:
     def _dispatch(self, hidden_states: Tensor, token_ids: TokenIds, router: Router) -> Dispatched:
         """Choose experts and copy one row to each."""
         probs, routing_map = router(hidden_states, token_ids)
-        tokens_per_expert = routing_map.sum(dim=0)
+        tokens_per_expert = routing_map.sum(dim=0).cpu()
         compressed = self._compress(hidden_states)
         rows = self._copy_to_experts(compressed.flatten(0, 1), probs, routing_map, int(tokens_per_expert.sum()))
         return Dispatched(

@@ -34,6 +34,7 @@ LLAMA = "--swiglu --normalization RMSNorm --disable-bias-linear --untie-embeddin
 MTP = "--mtp-num-layers 1"
 BF16 = "--bf16"
 DISTRIBUTED = "--use-distributed-optimizer"
+FP8 = "--transformer-impl transformer_engine --moe-grouped-gemm --fp8-format hybrid --fp8-recipe blockwise"
 
 ARCHITECTURES = {
     "tied embeddings, biases, no gate": "",
@@ -201,6 +202,7 @@ def reports(answer) -> dict[str, Any]:
     }
     ranks |= {name: 2 for name, flags in twins.items() if "pipeline" in flags}
     libraries = {"flex dispatcher": FLEX, "Mamba": hybrid("*-ME")}
+    libraries["FP8"] = f"{LLAMA} {BF16} {FP8}"
     libraries["frequent ids with more experts"] = f"{LLAMA} --routing-mask mask.safetensors"
     cases = ARCHITECTURES | hybrids() | FORWARD | LAYOUTS | errors | twins | libraries | {MANY_RANKS: ""}
     return answer("report", cases, ranks=ranks)[0]
@@ -261,6 +263,13 @@ def test_parameters_of_latent_experts(reports):
     projections = 4 * 2 * 64 * 16
     assert parts["routed experts"] * 64 == without["routed experts"] * 16
     assert parts["layers without routed experts"] == without["layers without routed experts"] + projections
+
+
+def test_fp8_is_a_note(reports):
+    (note,) = reports["FP8"]["notes"]
+    assert note.startswith("FP8 and FP4 have not run")
+    assert not reports["FP8"]["errors"]
+    assert reports["FP8"]["parameters"] == reports["untied embeddings, gate"]["parameters"]
 
 
 def test_missing_library_of_the_flex_dispatcher_is_a_note(reports):

@@ -25,7 +25,9 @@ from maskmoe.training.settings.refused_settings import (
 
 MODEL = "--num-experts 8 --routing-mask mask.safetensors --disable-bias-linear --transformer-impl local"
 FLEX = "--moe-token-dispatcher-type flex"
-GRAPHS = "--cuda-graph-impl transformer_engine"
+GRAPHS = "--transformer-impl transformer_engine --cuda-graph-impl transformer_engine"
+ENGINE = "--transformer-impl transformer_engine --moe-grouped-gemm"
+QUANTIZED = f"{ENGINE} --fp8-format hybrid --fp8-recipe tensorwise"
 PACKED = "--dataloader-inter-document-masking"
 SCHEDULE = "--step-batch-size-schedule 0:4"
 # Command lines that are refused, and the beginning of the check's name; `~` leaves the flags of `MODEL` out. Checks of
@@ -68,7 +70,13 @@ REFUSED = {
     "--cuda-graph-impl local": "--cuda-graph-impl",
     GRAPHS: "--cuda-graph-impl",
     f"{GRAPHS} --cuda-graph-modules attn moe_router": "--cuda-graph-impl",
-    "--fp8-format hybrid": "--fp8-format",
+    f"{GRAPHS} --cuda-graph-modules attn --transformer-impl local": "--cuda-graph-impl",
+    f"{QUANTIZED} --transformer-impl local": "--fp8-format or --fp4-format without",
+    f"{QUANTIZED} --no-moe-grouped-gemm": "--fp8-format or --fp4-format without",
+    f"{QUANTIZED} --fp8-recipe delayed": "--fp8-recipe",
+    f"{QUANTIZED} --fp8-recipe custom": "--fp8-recipe",
+    f"{ENGINE} --fp4-format e2m1 --fp4-recipe custom": "--fp8-recipe",
+    "--moe-router-padding-for-quantization": "--moe-router-padding",
     f"{PACKED} --context-parallel-size 2": PACKED,
     f"{PACKED} {GRAPHS} --cuda-graph-modules attn": PACKED,
     f"{PACKED} --fim-data --tokenizer-type HuggingFaceTokenizer": PACKED,
@@ -101,6 +109,9 @@ SUPPORTED = (
     "--full-validation --multiple-validation-sets",
     "--full-validation --multiple-validation-sets --pipeline-model-parallel-size 2 --eval-micro-batch-size 1",
     f"{GRAPHS} --cuda-graph-modules attn mlp",
+    QUANTIZED,
+    "~ --transformer-impl transformer_engine --fp8-format e4m3 --fp8-recipe mxfp8",
+    f"{ENGINE} --fp4-format e2m1",
     "--non-persistent-ckpt-type global --non-persistent-save-interval 5",
     "--qk-layernorm-all-heads --qk-layernorm --normalization RMSNorm",
 )

@@ -6,11 +6,13 @@ import threading
 import traceback
 
 import pytest
+import torch
 from torch.distributed import HashStore
 
 from maskmoe.processes.interruption import is_last_attempt
 from maskmoe.training.loop.rank_store import RankStore
 from maskmoe.training.settings.flags import add_pretraining_arguments, hang_timeout
+from maskmoe.training.watch import watchdog
 from maskmoe.training.watch.watchdog import Sighting, Watchdog, find_culprits, waits_for_others
 
 WAITING = Sighting(
@@ -81,10 +83,10 @@ def test_waiting_is_told_from_working():
 def test_threads_end_with_the_run():
     """A thread that outlives the interpreter would abort the process."""
     before = set(threading.enumerate())
-    watchdog = Watchdog(RankStore(HashStore(), 0, 1), timeout=1.0)
-    watchdog.on_start()
+    watched = Watchdog(RankStore(HashStore(), 0, 1), timeout=1.0)
+    watched.on_start()
     assert len(set(threading.enumerate()) - before) == 2
-    watchdog.on_end(None)
+    watched.on_end(None)
     assert set(threading.enumerate()) <= before
 
 
@@ -99,13 +101,38 @@ def test_last_attempt_of_torchrun(monkeypatch, restarts, most, is_last):
     assert is_last_attempt() == is_last
 
 
+class Stream:
+    """A stream of a device, which has work left, is idle, or does not answer (None)."""
+
+    def __init__(self, is_idle: bool | None) -> None:
+        self.is_idle = is_idle
+
+    def query(self) -> bool:
+        return threading.Event().wait() if self.is_idle is None else self.is_idle
+
+
+@pytest.mark.parametrize(("is_idle", "waits"), [(True, False), (False, True), (None, True)])
+def test_a_rank_that_waits_to_launch_a_kernel_is_not_to_blame(monkeypatch, is_idle: bool | None, waits: bool) -> None:
+    monkeypatch.setattr(watchdog, "_QUERY_TIMEOUT", 0.1)
+    ranks = RankStore(HashStore(), 0, 1)
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda: Stream(is_idle))
+    watched = Watchdog(ranks, timeout=1e-9)
+    watched.before_micro_batch()
+    watched._trainer = threading.get_ident()
+    watched._report()
+    assert watched._read()[0].waits is waits
+
+
 @pytest.mark.parametrize("minutes", [1, 10, 60])
 def test_default_verdict_comes_before_the_distributed_timeout(minutes: int) -> None:
     """NCCL aborts then. A verdict takes six periods: one to notice, three to judge, two to wait for other ranks."""
     parser = add_pretraining_arguments(argparse.ArgumentParser())
     parser.add_argument("--distributed-timeout-minutes", type=int, default=10)
+    parser.add_argument("--distributed-timeout-seconds-after-init", type=int)
     args = parser.parse_args(["--distributed-timeout-minutes", str(minutes)])
     timeout = hang_timeout(args)
     period = Watchdog(RankStore(HashStore(), 0, 1), timeout)._period
     assert timeout + 6 * period < 60 * minutes
     assert hang_timeout(parser.parse_args(["--hang-timeout", "7"])) == 7
+    assert hang_timeout(parser.parse_args(["--distributed-timeout-seconds-after-init", "40"])) == 20
+    assert hang_timeout(parser.parse_args(["--distributed-timeout-seconds-after-init", "4000"])) == 300

@@ -1,0 +1,88 @@
+"""FP8 and FP4: rows of experts are padded after dispatch, and Transformer Engine's checkpointing recomputes layers."""
+
+from dataclasses import replace
+from typing import Any
+
+import pytest
+import torch
+from support.launchers import RunRanks
+from support.small_moe import (
+    draw_parameters,
+    initialize_parallelism,
+    make_config,
+    make_layer,
+    make_mask,
+    process_groups,
+)
+from torch import Tensor
+
+from maskmoe.transformer.dispatch.planned import DispatchPlanner
+from maskmoe.transformer.token_ids import TokenIds, pack_token_ids
+
+NUM_EXPERTS, VOCAB_SIZE, SEQUENCE, BATCH, HIDDEN, TOPK = 4, 8, 6, 2, 8, 2
+DISPATCHERS = {"all_ranks": "OneCopyDispatcher", "rank_local": "PlannedDispatcher"}
+PRECISIONS: dict[str, dict[str, Any]] = {
+    "bf16": {},
+    "fp8": {"fp8": "hybrid", "fp8_recipe": "tensorwise"},
+    "fp4": {"fp4": "e2m1"},
+}
+RECOMPUTATION = {"none": {}, "moe": {"recompute_granularity": "selective", "recompute_modules": ["moe"]}}
+
+
+def train(mask: str, settings: dict[str, Any]) -> tuple[str, dict[str, Tensor], list[str]]:
+    """Run a layer forward and backward; return the dispatcher, output and gradients, and Transformer Engine's calls.
+
+    All visible experts of an id are on both ranks, or `rank_local`.
+    """
+    from support import stub_transformer_engine
+
+    rank = torch.distributed.get_rank()
+    rank_of_id, rank_of_expert = torch.arange(VOCAB_SIZE) % 2, torch.arange(NUM_EXPERTS) // 2
+    visible = ((rank_of_id[:, None] == rank_of_expert) | (mask == "all_ranks")).unsqueeze(0)
+    engine = {"transformer_impl": "transformer_engine", "moe_grouped_gemm": True, "expert_model_parallel_size": 2}
+    layer = make_layer(make_config(NUM_EXPERTS, TOPK, **engine, **settings), make_mask(visible.numpy()))
+    draw_parameters(layer)
+    generator = torch.Generator().manual_seed(rank)
+    ids = TokenIds(torch.randint(0, VOCAB_SIZE, (BATCH, SEQUENCE), generator=generator))
+    hidden, gradient = torch.randn(2, SEQUENCE, BATCH, HIDDEN, generator=generator)
+    if mask == "rank_local":
+        ids = replace(ids, plan=DispatchPlanner(layer.router.visible_experts, TOPK, [0], process_groups().ep).plan(ids))
+    stub_transformer_engine.CALLS.clear()
+    output = layer(hidden.requires_grad_(), padding_mask=pack_token_ids(ids))[0]
+    output.backward(gradient)
+    gradients = {name: parameter.grad for name, parameter in layer.named_parameters()}
+    tensors = {"output": output.detach(), "input": hidden.grad, **gradients}
+    return type(layer.dispatcher).__name__, tensors, list(stub_transformer_engine.CALLS)
+
+
+def train_all() -> dict[tuple[str, str, str], tuple[str, dict[str, Tensor], list[str]]]:
+    initialize_parallelism(expert_model_parallel_size=2)
+    return {
+        (mask, precision, recomputed): train(mask, settings | recomputation)
+        for mask in DISPATCHERS
+        for precision, settings in PRECISIONS.items()
+        for recomputed, recomputation in RECOMPUTATION.items()
+    }
+
+
+@pytest.fixture(scope="module")
+def ranks(run_ranks: RunRanks, tmp_path_factory: pytest.TempPathFactory) -> list[dict]:
+    return run_ranks(train_all, tmp_path_factory.mktemp("quantization"), transformer_engine="stub")
+
+
+@pytest.mark.parametrize("mask", DISPATCHERS)
+@pytest.mark.parametrize("precision", ["fp8", "fp4"])
+@pytest.mark.parametrize("recomputed", RECOMPUTATION)
+def test_padded_experts_compute_the_same(mask: str, precision: str, recomputed: str, ranks: list[dict]) -> None:
+    for results in ranks:
+        dispatcher, expected, calls = results[mask, "bf16", recomputed]
+        assert dispatcher == DISPATCHERS[mask]
+        assert calls == []
+        # Rows and weights of rows are padded, and outputs unpadded.
+        passes = ["pad", "pad", "unpad"]
+        dispatcher, found, calls = results[mask, precision, recomputed]
+        assert dispatcher == DISPATCHERS[mask]
+        assert calls == (passes if recomputed == "none" else ["checkpoint", *passes, *passes])
+        assert found.keys() == expected.keys()
+        for name, value in expected.items():
+            torch.testing.assert_close(found[name], value, rtol=1e-5, atol=1e-5, msg=name)
