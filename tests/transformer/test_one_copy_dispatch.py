@@ -6,6 +6,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 from fixed_router import FixedRouter
+from support.gpu_branches import take_gpu_branches
 from support.launchers import RunRanks
 from support.small_moe import (
     DEVICE,
@@ -227,5 +228,5 @@ def test_micro_batches_in_flight_do_not_share_memory() -> None:
 
 def test_gpus_use_megatrons_dispatcher(monkeypatch: pytest.MonkeyPatch) -> None:
     config = make_config(4)
-    monkeypatch.setattr(cpu, "is_installed", lambda: False)
+    take_gpu_branches(monkeypatch.setattr)
     assert choose_dispatch(config, groups(1), is_rank_local=True) is DispatchKind.STOCK
