@@ -84,8 +84,10 @@ class MaskMoELayer(MoELayer):
         token_ids = unpack_token_ids(padding_mask).transpose()
 
         def compute(hidden_states: Tensor) -> Tensor:
+            finish_dispatch = self.dispatcher.start_dispatch(hidden_states, token_ids, self.router)
+            # While tokens travel, compute the shared experts.
             shared_expert_output: Tensor | None = self.shared_experts_compute(hidden_states)  # pyrefly: ignore[bad-assignment]
-            dispatched = self.dispatcher.route_and_dispatch(hidden_states, token_ids, self.router)
+            dispatched = finish_dispatch()
             if self.router.is_recording:
                 self.router.statistics.count_rows(len(dispatched.expert_input))
             expert_output, bias = self.experts(

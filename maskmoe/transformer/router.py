@@ -145,18 +145,19 @@ class MaskMoERouter(TopKRouter):
             probs = attach_losses(self, probs, routed.loss_sums)
         return probs, routed.routing_map
 
-    def attach_losses(self, hidden_states: Tensor, token_ids: TokenIds) -> Tensor:
-        """Attach the router's losses over this rank's tokens to hidden states; for tokens that other ranks route.
+    def attach_losses(self, activation: Tensor, hidden_states: Tensor, token_ids: TokenIds) -> Tensor:
+        """Attach the router's losses over this rank's tokens to an activation; for tokens that other ranks route.
 
-        Hidden states are [sequence, batch, hidden]. The result is [tokens, hidden], unchanged in value.
+        Hidden states are [sequence, batch, hidden]. The values of the activation are not read: the result is the
+        activation, from whose gradient the gradients of the losses flow.
         """
-        tokens, losses = hidden_states.flatten(0, 1), self._loss_rule()
+        losses = self._loss_rule()
         if losses is None:
-            return tokens
+            return activation
         wait_for_parameters(self)
         own_ids = TokenIds(token_ids.ids, token_ids.is_padding)
         sums = _sum_for_losses(self.gating(hidden_states), own_ids, self._mask_table, self._rule(), losses)
-        return attach_losses(self, tokens, sums)
+        return attach_losses(self, activation, sums)
 
     def gating(self, input: Tensor) -> Tensor:
         """Compute logits as `TopKRouter.gating` does, and also for no tokens: an expert-parallel rank may receive none.

@@ -89,7 +89,7 @@ def dispatch_rows(dispatcher: MoEAlltoAllTokenDispatcher, hidden: Tensor, routin
 def dispatch_copies(dispatcher: OneCopyDispatcher, hidden: Tensor, routing_map: Tensor) -> None:
     """Send one copy to each rank, forward and backward."""
     hidden, probs = hidden.clone().requires_grad_(), routing_map.float().requires_grad_()
-    dispatched = dispatcher.route_and_dispatch(hidden.unsqueeze(1), NO_IDS, FixedRouter(probs, routing_map))
+    dispatched = dispatcher.start_dispatch(hidden.unsqueeze(1), NO_IDS, FixedRouter(probs, routing_map))()
     outputs = dispatched.expert_input * dispatched.weights.unsqueeze(1)
     dispatcher.combine(outputs, dispatched.metadata).sum().backward()
 
@@ -107,7 +107,7 @@ def dispatch_planned(
     routing_map = visible & (visible.cumsum(dim=1) <= TOPK)
     router = FixedRouter(routing_map.float().requires_grad_(), routing_map)
     planned_ids = TokenIds(token_ids.unsqueeze(1), plan=plan)
-    dispatched = dispatcher.route_and_dispatch(hidden.clone().requires_grad_().unsqueeze(1), planned_ids, router)
+    dispatched = dispatcher.start_dispatch(hidden.clone().requires_grad_().unsqueeze(1), planned_ids, router)()
     outputs = dispatched.expert_input * dispatched.weights.unsqueeze(1)
     dispatcher.combine(outputs, dispatched.metadata).sum().backward()
 

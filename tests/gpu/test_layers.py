@@ -207,7 +207,7 @@ def dispatch(name: str, setting: Setting, dtype: torch.dtype) -> dict[str, Tenso
             routed = TokenIds(token_ids.plan.of_table[0].received_ids)
             dispatcher = PlannedDispatcher(config, groups.ep)
         router = FixedRouter(*route(routed.ids))
-        dispatched = dispatcher.route_and_dispatch(hidden, token_ids.transpose(), router)
+        dispatched = dispatcher.start_dispatch(hidden, token_ids.transpose(), router)()
         rows, tokens_per_expert, weights = dispatched.expert_input, dispatched.tokens_per_expert, dispatched.weights
         weights.retain_grad()
         output = dispatcher.combine(experts(rows, tokens_per_expert, weights), dispatched.metadata)

@@ -92,7 +92,7 @@ def deviations(case: dict[str, Tensor], rank: int, num_ranks: int) -> dict[str, 
     own_hidden, own_weights = (case[name].clone().requires_grad_() for name in ("hidden", "weights"))
     own_scales = case["scales"][rank * local_experts :][:local_experts].clone().requires_grad_()
     router = FixedRouter(own_weights, case["chosen"])
-    dispatched = dispatcher.route_and_dispatch(own_hidden.unsqueeze(1), NO_IDS, router)
+    dispatched = dispatcher.start_dispatch(own_hidden.unsqueeze(1), NO_IDS, router)()
     scale_of_row = own_scales.repeat_interleave(dispatched.tokens_per_expert, dim=0)
     expert_output = dispatched.expert_input * scale_of_row * dispatched.weights.unsqueeze(1)
     output = dispatcher.combine(expert_output, dispatched.metadata).squeeze(1)

@@ -81,7 +81,7 @@ def test_exchange_with_this_rank_alone(to_ranks: Tensor) -> None:
     rows = to_ranks.t().nonzero()[:, 1]
 
     values = whole_numbers(len(to_ranks), FEATURES).requires_grad_()
-    received = exchange.dispatch(values)
+    received = dispatch(exchange, values)
     assert torch.equal(received, values[rows])
     outputs = whole_numbers(*received.shape).requires_grad_()
     received.backward(outputs.detach())
@@ -100,11 +100,17 @@ def exchange_alone(copies: RowCopies) -> RowExchange:
     return RowExchange(process_groups().ep, RowBuffers(), copies, num_rows, num_rows)
 
 
+def dispatch(exchange: RowExchange, values: Tensor, is_kept: bool = False) -> Tensor:
+    """Send rows and wait for them."""
+    sent = exchange.dispatch(values, is_kept)
+    return sent.receive(sent.rows)
+
+
 def test_reused_buffers_keep_earlier_sums() -> None:
     exchange = exchange_alone(RowCopies.permutations(torch.tensor([[2, 0, 1]], device=DEVICE))[0])
     first, second = whole_numbers(3, FEATURES), whole_numbers(3, FEATURES) + 100
-    combined = exchange.combine(exchange.dispatch(first))
-    exchange.combine(exchange.dispatch(second))
+    combined = exchange.combine(dispatch(exchange, first))
+    exchange.combine(dispatch(exchange, second))
     assert torch.equal(combined, first)
 
 
@@ -112,13 +118,13 @@ def test_reused_buffers_keep_earlier_sums() -> None:
 def test_overwritten_rows_that_autograd_saved_are_an_error_unless_they_are_kept() -> None:
     exchange = exchange_alone(RowCopies.permutations(torch.tensor([[2, 0, 1]], device=DEVICE))[0])
     weight = whole_numbers(FEATURES, FEATURES).requires_grad_()
-    product = exchange.dispatch(whole_numbers(3, FEATURES).requires_grad_()) @ weight
-    exchange.dispatch(whole_numbers(3, FEATURES))
+    product = dispatch(exchange, whole_numbers(3, FEATURES).requires_grad_()) @ weight
+    dispatch(exchange, whole_numbers(3, FEATURES))
     with pytest.raises(RuntimeError, match="modified inplace"):
         product.sum().backward()
 
-    product = exchange.dispatch(whole_numbers(3, FEATURES).requires_grad_(), is_kept=True) @ weight
-    exchange.dispatch(whole_numbers(3, FEATURES))
+    product = dispatch(exchange, whole_numbers(3, FEATURES).requires_grad_(), is_kept=True) @ weight
+    dispatch(exchange, whole_numbers(3, FEATURES))
     product.sum().backward()
 
 
@@ -189,3 +195,11 @@ def test_rows_of_experts(uses_transformer_engine: bool, choice: tuple[Tensor, sl
     assert torch.equal(sums, expected)
     gradients = torch.autograd.grad(sums.sum(), [rows, weights])
     assert all(map(torch.equal, gradients, torch.autograd.grad(expected.sum(), [rows, weights])))
+
+
+def test_losses_attached_to_rows_without_gradient_send_nothing_back() -> None:
+    exchange = exchange_alone(RowCopies.permutations(torch.tensor([[2, 0, 1]], device=DEVICE))[0])
+    sent = exchange.dispatch(whole_numbers(3, FEATURES))
+    scale = torch.ones((), device=DEVICE, requires_grad=True)
+    sent.receive(sent.rows * scale).sum().backward()
+    assert not sent.in_flight

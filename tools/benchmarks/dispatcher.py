@@ -81,7 +81,7 @@ def dispatch_ours(
 
     def work() -> None:
         hidden, probs = _leaves(tokens.hidden, routing_map)
-        dispatched = dispatcher.route_and_dispatch(hidden, token_ids.transpose(), FixedRouter(probs, routing_map))
+        dispatched = dispatcher.start_dispatch(hidden, token_ids.transpose(), FixedRouter(probs, routing_map))()
         output = dispatcher.combine(dispatched.expert_input, dispatched.metadata)
         _backward(output, dispatched.weights, tokens)
 

@@ -27,6 +27,6 @@ class FixedRouter:
         """Return weights and choices."""
         return self.probs, self.routing_map
 
-    def attach_losses(self, hidden_states: Tensor, token_ids: TokenIds) -> Tensor:
-        """Return the tokens [tokens, hidden]; there are no losses."""
-        return hidden_states.flatten(0, 1)
+    def attach_losses(self, activation: Tensor, hidden_states: Tensor, token_ids: TokenIds) -> Tensor:
+        """Return the activation; there are no losses."""
+        return activation

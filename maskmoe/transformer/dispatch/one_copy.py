@@ -4,6 +4,7 @@ On one rank of a CPU, nothing is sent, and `OneRankDispatcher` copies the rows t
 """
 
 from collections.abc import Callable
+from functools import partial
 from typing import NamedTuple
 
 import torch
@@ -35,7 +36,8 @@ class OneCopyDispatcher:
 
     1. Choose experts. Count the rows for each rank and expert, and exchange the counts. The host waits for the counts.
     2. Copy the rows for each rank.
-    3. All-to-all of the rows, and of the weights of the receiving rank's experts.
+    3. All-to-all of the rows, while the layer computes its shared experts. All-to-all of the weights of the receiving
+       rank's experts.
     4. Copy the received rows to the local experts.
     5. [experts]
     6. Add the outputs of each received row, all-to-all back, and add the sums that the ranks returned for each token.
@@ -43,7 +45,8 @@ class OneCopyDispatcher:
     Rows of latent experts are compressed between the first two steps, and the sums expanded after the last step.
 
     Outputs are added by expert within a rank, then by rank. With at most two experts for each token, the result is
-    bit-equal to the stock dispatcher's; with more experts, the order of additions differs.
+    bit-equal to the stock dispatcher's; with more experts, the order of additions differs. Beside shared experts, the
+    order in which gradients of the hidden states are added differs, too.
 
     Every rank holds an equal, contiguous share of the experts. `compress` maps hidden states [sequence, batch, hidden]
     to the width of the experts, and `expand` maps outputs back.
@@ -64,8 +67,8 @@ class OneCopyDispatcher:
         self._buffers = RowBuffers()
         self._copy_to_experts = CopyToExperts(slice(0, num_local_experts), self._buffers, config.moe_permute_fusion)
 
-    def route_and_dispatch(self, hidden_states: Tensor, token_ids: TokenIds, router: Router) -> Dispatched:
-        """Choose experts and send one copy for each rank; see `Dispatcher`."""
+    def start_dispatch(self, hidden_states: Tensor, token_ids: TokenIds, router: Router) -> Callable[[], Dispatched]:
+        """Choose experts and start to send one copy for each rank; see `Dispatcher`."""
         probs, routing_map = router(hidden_states, token_ids)
         selected = routing_map.unflatten(1, (self._num_ranks, -1))  # [tokens, ranks, local experts]
         to_rank = selected.any(dim=-1)  # [tokens, ranks]
@@ -74,22 +77,26 @@ class OneCopyDispatcher:
         to_ranks = RowCopies.from_map(to_rank, sum(counts.rows_to))
         exchange = RowExchange(self._group, self._buffers, to_ranks, counts.rows_to, counts.rows_from)
         compressed = self._compress(hidden_states)
-        rows = exchange.dispatch(compressed.flatten(0, 1))
+        sent = exchange.dispatch(compressed.flatten(0, 1))
 
-        # Send weights along with the rows; they also tell the receiving rank which of its experts are selected.
-        weights = probs.masked_fill(~routing_map, _NOT_SELECTED).unflatten(1, (self._num_ranks, -1))
-        weights = to_ranks.pick(weights)
-        # [rows, local experts]
-        weights = all_to_all(self._group, weights, list(counts.rows_from), list(counts.rows_to))
-        expert_rows = self._copy_to_experts(
-            rows, weights, weights != _NOT_SELECTED, int(counts.tokens_per_expert.sum())
-        )
-        return Dispatched(
-            expert_input=expert_rows.values,
-            tokens_per_expert=counts.tokens_per_expert,
-            weights=expert_rows.weights,
-            metadata=DispatchRecord(expert_rows.sum_outputs, compressed.shape, exchange),
-        )
+        def finish() -> Dispatched:
+            rows = sent.receive(sent.rows)
+            # Send weights after the rows; they also tell the receiving rank which of its experts are selected.
+            weights = probs.masked_fill(~routing_map, _NOT_SELECTED).unflatten(1, (self._num_ranks, -1))
+            weights = to_ranks.pick(weights)
+            # [rows, local experts]
+            weights = all_to_all(self._group, weights, list(counts.rows_from), list(counts.rows_to))
+            expert_rows = self._copy_to_experts(
+                rows, weights, weights != _NOT_SELECTED, int(counts.tokens_per_expert.sum())
+            )
+            return Dispatched(
+                expert_input=expert_rows.values,
+                tokens_per_expert=counts.tokens_per_expert,
+                weights=expert_rows.weights,
+                metadata=DispatchRecord(expert_rows.sum_outputs, compressed.shape, exchange),
+            )
+
+        return finish
 
     def combine(self, expert_output: Tensor, metadata: DispatchRecord) -> Tensor:
         """Send outputs back and add them up; see `Dispatcher`."""
@@ -135,8 +142,12 @@ class OneRankDispatcher:
         # The outputs live on in the layers that follow, so they are not in a buffer.
         self._copy_to_experts = CopyToExperts(slice(0, config.num_moe_experts), None, config.moe_permute_fusion)
 
-    def route_and_dispatch(self, hidden_states: Tensor, token_ids: TokenIds, router: Router) -> Dispatched:
-        """Choose experts and copy one row to each; see `Dispatcher`."""
+    def start_dispatch(self, hidden_states: Tensor, token_ids: TokenIds, router: Router) -> Callable[[], Dispatched]:
+        """Do nothing yet, because nothing travels; see `Dispatcher`."""
+        return partial(self._dispatch, hidden_states, token_ids, router)
+
+    def _dispatch(self, hidden_states: Tensor, token_ids: TokenIds, router: Router) -> Dispatched:
+        """Choose experts and copy one row to each."""
         probs, routing_map = router(hidden_states, token_ids)
         tokens_per_expert = routing_map.sum(dim=0)
         compressed = self._compress(hidden_states)

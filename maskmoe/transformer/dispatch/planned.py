@@ -1,6 +1,6 @@
 """Planned dispatch: token ids tell every destination before the first layer runs, so layers exchange only rows."""
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 
 import torch
 from megatron.core.transformer.transformer_config import TransformerConfig
@@ -88,11 +88,14 @@ class PlannedDispatcher:
     All counts are known from the plan, and experts are chosen by the rank that holds all visible experts of a token:
     all-to-alls carry hidden states and nothing else, and no layer waits for counts.
 
-    1. Attach the router's losses to this rank's tokens, since other ranks route them.
-    2. All-to-all of the rows.
-    3. Choose experts for the received rows, and copy the rows to the local experts.
+    1. Start the all-to-all of the rows.
+    2. Compute the router's losses over this rank's tokens, since other ranks route them. [shared experts]
+    3. Wait for the rows, choose their experts, and copy the rows to the local experts.
     4. [experts]
     5. Add the outputs of each received row, and all-to-all back.
+
+    The backward pass mirrors steps 1 to 3: the all-to-all of the gradients runs beside the backward pass of the losses
+    and the shared experts.
     """
 
     def __init__(self, config: TransformerConfig, ep_group: ProcessGroup) -> None:
@@ -104,8 +107,8 @@ class PlannedDispatcher:
         self._experts = slice(first, first + num_local_experts)
         self._copy_to_experts = CopyToExperts(self._experts, self._buffers, config.moe_permute_fusion)
 
-    def route_and_dispatch(self, hidden_states: Tensor, token_ids: TokenIds, router: Router) -> Dispatched:
-        """Send one copy to the rank that the plan names, and choose experts there; see `Dispatcher`.
+    def start_dispatch(self, hidden_states: Tensor, token_ids: TokenIds, router: Router) -> Callable[[], Dispatched]:
+        """Start to send one copy to the rank that the plan names; experts are chosen there; see `Dispatcher`.
 
         Raises:
             RuntimeError: The token ids have no plan.
@@ -118,18 +121,23 @@ class PlannedDispatcher:
         plan = token_ids.plan.of_table[router.table]
         exchange = RowExchange(self._group, self._buffers, plan.to_ranks, plan.rows_to, plan.rows_from)
         # Autograd keeps the received rows for the router, so they must not be in a buffer that is overwritten.
-        rows = exchange.dispatch(router.attach_losses(hidden_states, token_ids), is_kept=True)
+        sent = exchange.dispatch(hidden_states.flatten(0, 1), is_kept=True)
+        rows_with_losses = router.attach_losses(sent.rows, hidden_states, token_ids)
 
-        # The router takes [sequence, batch, hidden], so the rows form one sequence.
-        received = TokenIds(plan.received_ids, plan.received_padding)
-        probs, routing_map = router(rows.unsqueeze(1), received, False)
-        expert_rows = self._copy_to_experts(rows, probs, routing_map, plan.num_selected)
-        return Dispatched(
-            expert_input=expert_rows.values,
-            tokens_per_expert=routing_map[:, self._experts].sum(dim=0),
-            weights=expert_rows.weights,
-            metadata=DispatchRecord(expert_rows.sum_outputs, hidden_states.shape, exchange),
-        )
+        def finish() -> Dispatched:
+            rows = sent.receive(rows_with_losses)
+            # The router takes [sequence, batch, hidden], so the rows form one sequence.
+            received = TokenIds(plan.received_ids, plan.received_padding)
+            probs, routing_map = router(rows.unsqueeze(1), received, False)
+            expert_rows = self._copy_to_experts(rows, probs, routing_map, plan.num_selected)
+            return Dispatched(
+                expert_input=expert_rows.values,
+                tokens_per_expert=routing_map[:, self._experts].sum(dim=0),
+                weights=expert_rows.weights,
+                metadata=DispatchRecord(expert_rows.sum_outputs, hidden_states.shape, exchange),
+            )
+
+        return finish
 
     def combine(self, expert_output: Tensor, metadata: DispatchRecord) -> Tensor:
         """Send outputs back and add them up; see `Dispatcher`."""

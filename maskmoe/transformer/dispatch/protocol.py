@@ -1,9 +1,10 @@
 """The protocol of all ways to dispatch, and what a dispatcher needs from a router.
 
-A dispatcher is not a module and keeps no state between `route_and_dispatch` and `combine`: whatever `combine` needs
-travels in `Dispatched.metadata`.
+A dispatcher is not a module and keeps no state between `start_dispatch` and `combine`: whatever `combine` needs travels
+in `Dispatched.metadata`.
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -43,16 +44,16 @@ class Router(Protocol):
         """Route tokens [sequence, batch, hidden]; return weights and routing map, [tokens, experts] each."""
         ...
 
-    def attach_losses(self, hidden_states: Tensor, token_ids: TokenIds, /) -> Tensor:
-        """Attach the router's losses over the tokens [sequence, batch, hidden]; return [tokens, hidden]."""
+    def attach_losses(self, activation: Tensor, hidden_states: Tensor, token_ids: TokenIds, /) -> Tensor:
+        """Attach the router's losses over the tokens [sequence, batch, hidden] to an activation, and return it."""
         ...
 
 
 class Dispatcher(Protocol):
     """One way to send tokens to their experts and the experts' outputs back."""
 
-    def route_and_dispatch(self, hidden_states: Tensor, token_ids: TokenIds, router: Router) -> Dispatched:
-        """Choose experts for this rank's tokens and send the tokens to the ranks of their experts.
+    def start_dispatch(self, hidden_states: Tensor, token_ids: TokenIds, router: Router) -> Callable[[], Dispatched]:
+        """Start to choose experts for this rank's tokens and to send the tokens to the ranks of their experts.
 
         The dispatcher calls the router, because experts may be chosen before tokens are sent or where they arrive.
 
@@ -60,6 +61,10 @@ class Dispatcher(Protocol):
             hidden_states: [sequence, batch, hidden].
             token_ids: The ids [sequence, batch] of the same tokens.
             router: Chooses the experts and attaches its losses.
+
+        Returns:
+            A function that waits for the tokens. Until the caller calls the function, the caller can compute what does
+            not depend on the tokens of other ranks.
         """
         ...
 

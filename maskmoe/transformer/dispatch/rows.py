@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from megatron.core.transformer.moe import moe_utils
 from torch import Size, Tensor
-from torch.distributed import ProcessGroup
+from torch.distributed import ProcessGroup, Work
 from torch.nn.functional import embedding_bag
 
 RowMap = Callable[[Tensor], Tensor]
@@ -143,34 +143,91 @@ class RowExchange:
     rows_to: tuple[int, ...]
     rows_from: tuple[int, ...]
 
-    def dispatch(self, values: Tensor, is_kept: bool = False) -> Tensor:
-        """Copy rows [rows, features] for each rank, and all-to-all; the result is in a buffer unless `is_kept`."""
-        return _LinearMap.apply(values, partial(self._dispatch, is_kept=is_kept), self._combine)
+    def dispatch(self, values: Tensor, is_kept: bool = False) -> "SentRows":
+        """Copy rows [rows, features] for each rank, and start their all-to-all.
+
+        The received rows are in a buffer unless `is_kept`.
+        """
+        in_flight: list[_AllToAll] = []
+        rows = _Send.apply(values, self, is_kept, in_flight)
+        return SentRows(rows, self, in_flight, has_gradient=values.requires_grad)
 
     def combine(self, values: Tensor) -> Tensor:
         """All-to-all of [received rows, features] back, and add the copies of each row: [rows, features]."""
-        return _LinearMap.apply(values, self._combine, self._dispatch)
+        return _LinearMap.apply(
+            values,
+            lambda values: self.finish_combine(self.start_combine(values)),
+            lambda gradients: self.start_dispatch(gradients).wait(),
+        )
 
-    def _dispatch(self, values: Tensor, is_kept: bool = False) -> Tensor:
-        """Compute `dispatch` without a gradient."""
+    def start_dispatch(self, values: Tensor, is_kept: bool = False) -> "_AllToAll":
+        """Copy rows for each rank and start their all-to-all, without a gradient."""
         buffers = RowBuffers() if is_kept else self.buffers  # A new buffer is new memory.
         received = buffers.get("receive", values, sum(self.rows_from))
         sending = self.to_ranks.copy_rows(values, self.buffers.get("send", values, len(self.to_ranks.rows)))
-        return self._all_to_all(sending, received, self.rows_to, self.rows_from)
+        return _AllToAll(received, sending, self.rows_from, self.rows_to, self.group)
 
-    def _combine(self, values: Tensor) -> Tensor:
-        """Compute `combine` without a gradient."""
+    def start_combine(self, values: Tensor) -> "_AllToAll":
+        """Start the all-to-all of received rows back, without a gradient."""
         received = self.buffers.get("receive", values, sum(self.rows_to))
-        return self.to_ranks.sum_copies(self._all_to_all(values, received, self.rows_from, self.rows_to))
+        return _AllToAll(received, values, self.rows_to, self.rows_from, self.group)
 
-    def _all_to_all(
-        self, sending: Tensor, received: Tensor, rows_to: tuple[int, ...], rows_from: tuple[int, ...]
-    ) -> Tensor:
-        """Exchange rows between the ranks; return `received`."""
-        if self.group.size() == 1:
-            return received.copy_(sending)
-        torch.distributed.all_to_all_single(received, sending, list(rows_from), list(rows_to), group=self.group)
-        return received
+    def finish_combine(self, all_to_all: "_AllToAll") -> Tensor:
+        """Wait for an all-to-all that `start_combine` started, and add the copies of each row."""
+        return self.to_ranks.sum_copies(all_to_all.wait())
+
+
+class _AllToAll:
+    """An all-to-all of rows that has been started; the memory of the rows must not be used before `wait`."""
+
+    def __init__(
+        self,
+        received: Tensor,
+        sending: Tensor,
+        rows_from: tuple[int, ...],
+        rows_to: tuple[int, ...],
+        group: ProcessGroup,
+    ) -> None:
+        self.received = received
+        self._sending = sending  # keeps the memory
+        self._work: Work | None = None
+        if group.size() == 1:
+            received.copy_(sending)
+        else:
+            self._work = torch.distributed.all_to_all_single(
+                received, sending, list(rows_from), list(rows_to), group=group, async_op=True
+            )
+
+    def wait(self) -> Tensor:
+        """Wait for the rows, and return them."""
+        if self._work is not None:
+            self._work.wait()
+        return self.received
+
+
+@dataclass(frozen=True)
+class SentRows:
+    """Rows that travel to other ranks, while the caller computes something else.
+
+    In the backward pass, `receive` starts the all-to-all of the gradients, and `RowExchange.dispatch` waits for the
+    result. In between, autograd runs the backward pass of what was computed while the rows travelled, because
+    autograd runs the operations of a backward pass in the reverse order of the forward pass.
+
+    Attributes:
+        rows: [received rows, features]; the values must not be read before `receive`.
+        exchange: Sent the rows.
+        in_flight: The all-to-all of the rows, or of their gradients, while it runs; else empty.
+        has_gradient: Whether the sent rows need a gradient.
+    """
+
+    rows: Tensor
+    exchange: RowExchange
+    in_flight: list[_AllToAll]
+    has_gradient: bool
+
+    def receive(self, rows: Tensor) -> Tensor:
+        """Wait for the rows; `rows` is `self.rows`, to which losses may be attached."""
+        return _Receive.apply(rows, self.exchange, self.in_flight, self.has_gradient)
 
 
 @dataclass(frozen=True)
@@ -245,6 +302,39 @@ class DispatchRecord:
         """Add up the outputs [copies, features] of each token: [sequence, batch, features]."""
         rows = self.sum_outputs(expert_output)
         return (rows if self.exchange is None else self.exchange.combine(rows)).view(self.shape)
+
+
+class _Send(torch.autograd.Function):
+    """Starts to send rows; waits for the gradients."""
+
+    @staticmethod
+    def forward(ctx: Any, values: Tensor, exchange: RowExchange, is_kept: bool, in_flight: list[_AllToAll]) -> Tensor:
+        ctx.exchange, ctx.in_flight = exchange, in_flight
+        in_flight.append(exchange.start_dispatch(values.contiguous(), is_kept))
+        return in_flight[-1].received
+
+    @staticmethod
+    def backward(ctx: Any, *_: Tensor) -> tuple[Tensor, None, None, None]:
+        return ctx.exchange.finish_combine(ctx.in_flight.pop()), None, None, None
+
+
+class _Receive(torch.autograd.Function):
+    """Waits for rows; starts to send the gradients."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, rows: Tensor, exchange: RowExchange, in_flight: list[_AllToAll], has_gradient: bool
+    ) -> Tensor:
+        ctx.exchange, ctx.in_flight, ctx.has_gradient = exchange, in_flight, has_gradient
+        in_flight.pop().wait()
+        return rows
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None, None, None]:
+        if ctx.has_gradient:
+            ctx.in_flight.append(ctx.exchange.start_combine(gradients[0].contiguous()))
+        # `_Send` ignores the values of this gradient, which only leads autograd to it.
+        return gradients[0], None, None, None
 
 
 class _LinearMap(torch.autograd.Function):

@@ -1,6 +1,7 @@
 """Stock dispatch: Megatron-Core's own token dispatchers, for any number of selected experts per token."""
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any, cast
 
 from megatron.core.process_groups_config import ProcessGroupCollection
@@ -40,8 +41,12 @@ class StockDispatcher:
         assert self._layer.token_dispatcher is not None
         return self._layer.token_dispatcher
 
-    def route_and_dispatch(self, hidden_states: Tensor, token_ids: TokenIds, router: Router) -> Dispatched:
-        """Choose experts and send one row for each; see `Dispatcher`."""
+    def start_dispatch(self, hidden_states: Tensor, token_ids: TokenIds, router: Router) -> Callable[[], Dispatched]:
+        """Do nothing yet, because Megatron computes shared experts before it routes; see `Dispatcher`."""
+        return partial(self._dispatch, hidden_states, token_ids, router)
+
+    def _dispatch(self, hidden_states: Tensor, token_ids: TokenIds, router: Router) -> Dispatched:
+        """Choose experts and send one row for each."""
         layer = self._layer
         probs, routing_map = router(hidden_states, token_ids)
         if layer.shared_expert_overlap and layer.shared_experts is not None:
