@@ -79,9 +79,9 @@ def copy_rows(place: str) -> Any:
     exchange = RowExchange(torch.distributed.group.WORLD, RowBuffers(), to_ranks, shares, shares)
     hidden = torch.zeros(TOKENS, HIDDEN, device="cuda")
     weights = torch.zeros(TOKENS, NUM_EXPERTS, device="cuda")
-    rows = CopyToExperts(slice(0, NUM_EXPERTS // RANKS), RowBuffers(), uses_transformer_engine=False)(
-        exchange.dispatch(hidden), weights, chosen, 2 * TOKENS
-    )
+    sent = exchange.dispatch(hidden)
+    copy_to_experts = CopyToExperts(slice(0, NUM_EXPERTS // RANKS), RowBuffers(), uses_transformer_engine=False)
+    rows = copy_to_experts(sent.receive(sent.rows), weights, chosen, 2 * TOKENS)
     output = exchange.combine(rows.sum_outputs(rows.values * rows.weights.unsqueeze(1)))
     return vars(to_ranks), rows.values, rows.weights, output
 
