@@ -220,20 +220,62 @@ log_pip() {
     tee -a "$(pip_log)" | sed --unbuffered --quiet --regexp-extended "s!$fetched!setup:   \\3 \\4\\6!p" >&2
 }
 
+# pip_install PYTHON CONSTRAINTS ARGUMENTS…: installs into the environment of a Python, in the versions of a file.
+pip_install() {
+    # PIP_USER=1, set by a user or a site, fails in a virtual environment.
+    PIP_USER=0 "$1" -I -m pip --disable-pip-version-check install --progress-bar off --constraint "$2" "${@:3}" 2>&1 |
+        log_pip
+}
+
+# packages_of PYTHON: prints the folder of its own packages.
+packages_of() {
+    "$1" -I -c 'import sysconfig; print(sysconfig.get_path("purelib"))'
+}
+
+# add_transformer_engine PYTHON CONSTRAINTS: compiles Transformer Engine for the torch of a Python's environment, unless
+# the environment has it already. Needs no GPU.
+add_transformer_engine() {
+    local python=$1 constraints=$2 site own_site toolkit problem
+    # Without torch's import first, the libraries of CUDA are not found.
+    local imports=("$python" -I -c 'import torch, transformer_engine.pytorch')
+    ! "${imports[@]}" 2>/dev/null || return 0
+    site=$("$python" -I -c 'import pathlib, torch; print(pathlib.Path(torch.__file__).parents[1])') || return
+    if [[ ! -d $site/nvidia/cu13 ]]; then
+        say "error: torch does not come with the packages of CUDA 13: install Transformer Engine by hand"
+        return 1
+    elif ! type -P g++ >/dev/null; then
+        say "error: the build of Transformer Engine needs g++: install the Debian package g++"
+        return 1
+    elif [[ ! -e $("$python" -I -c 'import sysconfig; print(sysconfig.get_path("include"))')/Python.h ]]; then
+        say "error: the build of Transformer Engine needs Python's headers: install the Debian package python3-dev"
+        return 1
+    fi
+    say "building Transformer Engine; this takes about 10 minutes on 2 cores"
+    # The build searches one folder for CUDA's files. If torch is in another folder, link torch's files.
+    own_site=$(packages_of "$python") || return
+    [[ $site -ef $own_site ]] || cp --recursive --symbolic-link --force "$site/nvidia" "$own_site" || return
+    # Add the CUDA packages that Transformer Engine needs and torch does not.
+    toolkit=$("$python" -I -c 'from importlib.metadata import version; print(version("cuda-toolkit"))') || return
+    pip_install "$python" "$constraints" ninja transformer-engine-cu13 "cuda-toolkit[crt,curand]==$toolkit" || return
+    # An extension that is installed, or that is in pip's cache, may fit another torch.
+    "$python" -I -m pip --disable-pip-version-check uninstall --quiet --yes transformer-engine-torch 2>/dev/null || return
+    PATH=$(dirname -- "$python"):$PATH MAX_JOBS=${MAX_JOBS:-4} NVTE_FRAMEWORK=pytorch \
+        NVTE_BUILD_USE_NVIDIA_WHEELS=1 NVTE_WITH_NCCL_EP=0 NVTE_PYTORCH_FORCE_BUILD=TRUE \
+        pip_install "$python" "$constraints" --verbose --no-cache-dir --no-build-isolation \
+        "transformer-engine[pytorch]" || return
+    if ! problem=$("${imports[@]}" 2>&1); then
+        say "error: Transformer Engine cannot be imported: ${problem##*$'\n'}"
+        return 1
+    fi
+}
+
 # install_package EXTRAS: installs the package in editable form with all its dependencies.
 install_package() {
-    local constraints without_gpu
+    local constraints without_gpu python=$root/.venv/bin/python
     constraints=$(constraints_file) || return
     without_gpu=$(tr ',' '\n' <<<"$1" | sed '/^gpu$/d' | paste -sd,)
-    local pip=("$root/.venv/bin/python" -I -m pip --disable-pip-version-check install --progress-bar off)
-    pip+=(--constraint "$constraints")
-    # PIP_USER=1, set by a user or a site, fails in a virtual environment.
-    export PIP_USER=0
-    "${pip[@]}" --editable "${root}${without_gpu:+[$without_gpu]}" 2>&1 | log_pip || return
-    if [[ ,$1, == *,gpu,* ]]; then
-        # Transformer Engine must be compiled against the torch that is now installed, so disable build isolation.
-        "${pip[@]}" --no-build-isolation --editable "${root}[$1]" 2>&1 | log_pip || return
-    fi
+    pip_install "$python" "$constraints" --editable "${root}${without_gpu:+[$without_gpu]}" || return
+    [[ ,$1, != *,gpu,* ]] || add_transformer_engine "$python" "$constraints"
 }
 
 # write_stamp EXTRAS: records that .venv is complete.

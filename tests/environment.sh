@@ -19,11 +19,6 @@ stop() {
     exit 2
 }
 
-# packages_of PYTHON: prints the folder of its packages.
-packages_of() {
-    "$1" -I -c 'import sysconfig; print(sysconfig.get_path("purelib"))'
-}
-
 # extend_venv [OPTIONS OF venv]: makes an environment that also finds the packages of .venv, and sets own_site to the
 # folder of its own packages.
 extend_venv() {

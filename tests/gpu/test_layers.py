@@ -1,4 +1,4 @@
-"""Layers on GPUs over NCCL; the same checks run on CPU cores over gloo.
+"""Layers on GPUs over NCCL; the same checks run on CPU cores over gloo, in the branches of GPUs.
 
 On one GPU, the expert-parallel group has one rank, and dispatchers are built directly, because a layer on one rank
 would choose Megatron-Core's. All ranks are one expert-parallel group, and the number of experts grows with the number
@@ -24,13 +24,13 @@ from megatron.core.transformer.moe.token_dispatcher import MoEAlltoAllTokenDispa
 from megatron.core.transformer.transformer_config import TransformerConfig
 from meter import cost_of
 from routed_tokens import let_one_rank_plan
+from support.gpu_branches import Operations, take_gpu_branches
 from support.launchers import RunRanks
 from support.places import PLACES, Place
 from support.small_moe import DEVICE, draw_parameters, initialize_parallelism, make_config, make_layer, make_mask
 from torch import Tensor
 from torch.nn.functional import linear, silu
 
-from maskmoe.megatron_compat import cpu
 from maskmoe.routing_mask.mask import RoutingMask
 from maskmoe.transformer.dispatch.choose import build_dispatcher
 from maskmoe.transformer.dispatch.kind import DispatchKind
@@ -150,13 +150,17 @@ def check_dispatch(setting: Setting) -> dict[str, float]:
     """Return the largest relative differences from Megatron-Core's dispatcher, by dispatcher, dtype and result."""
     differences = {}
     for dtype in (torch.float32, torch.bfloat16):
-        expected = dispatch("Megatron-Core", setting, dtype)
+        with Operations() as megatrons:
+            expected = dispatch("Megatron-Core", setting, dtype)
         for name in ("one copy", "planned"):
-            for result, value in dispatch(name, setting, dtype).items():
+            with Operations() as ours:
+                results = dispatch(name, setting, dtype)
+            assert ours.names != megatrons.names, f"{name} is Megatron-Core's own dispatch"
+            for result, value in results.items():
                 assert value.shape == expected[result].shape, (name, result)
                 found, stock = value.double(), expected[result].double()
                 difference = torch.where(found == stock, 0.0, (found - stock).abs() / stock.abs())
-                differences[f"{name}, {dtype}, {result}"] = difference.max().item() if difference.numel() else 0.0
+                differences[f"{name}, {dtype}, {result}"] = difference.max().item()  # Fails for an empty result.
     return differences
 
 
@@ -277,20 +281,20 @@ def dirty_the_allocator() -> None:
 def check_waits(setting: Setting) -> dict[str, Any]:
     """Return how often the host waits in the forward and backward pass of a layer, and where it waits first."""
     found = {}
-    for kind in (DispatchKind.PLANNED, DispatchKind.ONE_COPY):
+    for kind in (DispatchKind.PLANNED, DispatchKind.ONE_COPY, DispatchKind.STOCK):
         for has_experts in (False, True):
             work = LayerWork.build(setting, kind, has_experts)
             name = f"{kind.name.lower()}, {'experts' if has_experts else 'no experts'}"
             found[name] = {
                 "waits": count_waits(work.run),
-                "first": None if cpu.is_installed() else first_wait(work.run),
+                "first": None if DEVICE.type == "cpu" else first_wait(work.run),
             }
     return found
 
 
 def count_waits(work: Callable[[], object]) -> int:
     """Return how often the host waits for the device; without a GPU, how often it would wait."""
-    if cpu.is_installed():
+    if DEVICE.type == "cpu":
         return cost_of(work).host_waits
     work()  # The first call loads kernels.
     waits_for_events = []
@@ -331,6 +335,8 @@ CHECKS = {"device": check_device, "dispatch": check_dispatch, "experts": check_e
 
 def run_checks(names: Sequence[str]) -> dict[str, Any]:
     """Return the results of some checks on this rank."""
+    if DEVICE.type == "cpu":
+        take_gpu_branches()
     num_ranks = torch.distributed.get_world_size()
     setting = Setting.draw(initialize_parallelism(expert_model_parallel_size=num_ranks))
     # Training sets the scale of router losses on the device.
@@ -375,7 +381,7 @@ def test_dispatch_is_bit_equal_to_megatrons(place: Place, check: Check) -> None:
 @pytest.mark.parametrize("place", PLACES)
 def test_gradients_of_experts_without_rows_are_zero(place: Place, check: Check) -> None:
     for found in check(place, "experts"):
-        assert found["is_grouped"] is place.is_gpu
+        assert found["is_grouped"]
         assert len(found["zero"]) == 4
         assert all(found["zero"].values()), found["zero"]
         # NaN is not below the tolerance either.
@@ -385,14 +391,9 @@ def test_gradients_of_experts_without_rows_are_zero(place: Place, check: Check) 
 
 @pytest.mark.parametrize("place", PLACES)
 def test_host_waits(place: Place, check: Check) -> None:
-    """Experts on a CPU take turns and read the number of their rows: one wait, unless the number is on the host."""
-    waits_of_experts = 0 if place.is_gpu else 1
-    expected = {
-        "planned, no experts": 0,
-        "planned, experts": waits_of_experts,
-        "one_copy, no experts": 1,
-        "one_copy, experts": 1,
-    }
+    """Grouped experts never wait: not for the numbers of their rows either."""
+    waits = {"planned": 0, "one_copy": 1, "stock": 1}
+    expected = {f"{kind}, {experts}": number for kind, number in waits.items() for experts in ("no experts", "experts")}
     for found in check(place, "waits"):
         assert {name: of_layer["waits"] for name, of_layer in found.items()} == expected, found
         if place.is_gpu:

@@ -1,11 +1,13 @@
 """With `--deterministic-mode`, a run that stops and resumes equals an uninterrupted run bit for bit, also on GPUs."""
 
 import math
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
+from support.paths import TESTS
 from support.places import PLACES, Place
-from support.training import Run, Workplace
+from support.training import PRETRAIN, Run, Workplace
 
 from maskmoe.launch.machine import find_devices
 
@@ -20,8 +22,9 @@ def test_resume_is_bit_equal(place: Place, tmp_path: Path) -> None:
         f"--micro-batch-size 1 --expert-model-parallel-size {num_ranks}",
         *(find_devices().megatron_flags if place.is_gpu else []),
     ]
-    whole = Run(" ".join(flags), ranks=num_ranks, saves=True, sees_gpus=place.is_gpu)
-    resumed = Run(f"{whole.flags} --ckpt-step 7", ranks=num_ranks, sees_gpus=place.is_gpu)
+    program = PRETRAIN if place.is_gpu else (str(TESTS / "training" / "pretrain_with_gpu_branches.py"),)
+    whole = Run(" ".join(flags), ranks=num_ranks, saves=True, program=program, sees_gpus=place.is_gpu)
+    resumed = replace(whole, flags=f"{whole.flags} --ckpt-step 7", saves=False)
     workplace = Workplace(tmp_path)
     uninterrupted = workplace.run(whole, tmp_path / "whole")
     assert set(uninterrupted.exit_codes) == {0}, uninterrupted.report()

@@ -257,6 +257,15 @@ def test_output_has_one_line_per_package_and_the_log_has_all(project):
     assert "Successfully installed maskmoe-0.1.0 tool-1.0 torch-2.15.0" in log
 
 
+def test_transformer_engine_is_not_built_for_a_torch_without_cuda(project):
+    """The environment stays usable, and the next set-up tries again."""
+    project.run()
+    for _ in range(2):
+        *_, reason, _ = project.run("--extras", "gpu", expect=1).splitlines()
+        assert reason.startswith("setup: error: torch does not come with the packages of CUDA 13: ")
+    assert project.run() == "setup: .venv is up to date\n"
+
+
 def test_interrupted_set_up_is_repeated_and_only_one_runs_at_a_time(project):
     (project.root / "hold").touch()
     process = project.start()
@@ -415,7 +424,7 @@ def test_every_requirement_has_a_tested_version_in_its_range():
     pins = {canonicalize_name(name): version for name, version in pins.items()}
     project = PYPROJECT["project"]
     extras = project["optional-dependencies"]
-    tested = (text for name in ("data", "dev", "eval", "hf", "muon") for text in extras[name])
+    tested = (text for name in ("data", "dev", "eval", "gpu", "hf", "muon") for text in extras[name])
     for text in [*project["dependencies"], *tested]:
         requirement = Requirement(text)
         if requirement.name != "maskmoe":  # an extra that includes another extra

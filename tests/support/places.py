@@ -1,4 +1,4 @@
-"""Places where the ranks of a test run: CPU cores over gloo, or GPUs over NCCL.
+"""Places where the ranks of a test run: GPUs over NCCL, or CPU cores over gloo that take the branches of GPUs.
 
 A test with `@pytest.mark.parametrize("place", PLACES)` runs the same body everywhere, so that only the device differs.
 """
@@ -37,7 +37,5 @@ class Place(Enum):
         return {Place.ONE_CORE: 1, Place.CORES: 2, Place.ONE_GPU: 1, Place.ALL_GPUS: num_gpus()}[self]
 
 
-# Other tests cover the code on CPUs.
-_MARKS = {Place.ONE_CORE: "slow", Place.CORES: "slow", Place.ONE_GPU: "gpu", Place.ALL_GPUS: "gpu"}
-PLACES = [pytest.param(place, id=place.value, marks=getattr(pytest.mark, _MARKS[place])) for place in Place]
+PLACES = [pytest.param(place, id=place.value, marks=[pytest.mark.gpu] * place.is_gpu) for place in Place]
 """All places with their marks."""

@@ -15,6 +15,7 @@ from megatron.core.tensor_parallel.layers import ColumnParallelLinear, RowParall
 from megatron.core.transformer.mlp import MLPSubmodules
 from megatron.core.transformer.moe.experts import SequentialMLP
 from megatron.core.transformer.transformer_config import TransformerConfig
+from support.gpu_branches import take_gpu_branches
 from support.saved_tensors import KeptBytes
 from support.small_moe import (
     DEVICE,
@@ -230,7 +231,7 @@ def test_backward_can_be_repeated() -> None:
 @pytest.fixture
 def branches_of_gpus(monkeypatch: pytest.MonkeyPatch) -> None:
     """Let `GroupedMLP` compute as on GPUs, which `grouped_mm` also supports on a CPU."""
-    monkeypatch.setattr(Tensor, "is_cuda", True)
+    take_gpu_branches(monkeypatch.setattr)
     forbid(monkeypatch, "_compute_in_turns")
 
 

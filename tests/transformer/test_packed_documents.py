@@ -19,7 +19,9 @@ from megatron.core.transformer.enums import AttnMaskType
 from megatron.core.transformer.multi_token_prediction import MTPLossLoggingHelper
 from megatron.core.transformer.transformer_config import MLATransformerConfig
 from support.datasets import write_documents
+from support.gpu_branches import take_gpu_branches
 from support.latent_attention import SIZES, YARN
+from support.places import PLACES, Place
 from support.small_moe import (
     DEVICE,
     make_config,
@@ -389,18 +391,24 @@ def by_documents_in_plain_torch(
     return torch.cat(contexts)
 
 
+def record_calls(monkeypatch: pytest.MonkeyPatch, kernel: Callable[..., Tensor]) -> list[tuple]:
+    """Let a function compute what `varlen_attn` computes; return the list of its calls."""
+    calls = []
+
+    def record(*args: Any, **kwargs: Any) -> Tensor:
+        inspect.signature(varlen_attn).bind(*args, **kwargs)
+        calls.append(args)
+        return kernel(*args, **kwargs)
+
+    monkeypatch.setattr(attention_module, "varlen_attn", record)
+    return calls
+
+
 @pytest.mark.parametrize("name", ATTENTIONS)
 def test_kernel_is_called_as_documented(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     attention, inputs = build_attention(**ATTENTIONS[name]), inputs_of(name)
     expected = attention_results(attention, inputs, by_mask=False)
-    calls = []
-
-    def kernel(*args: Any, **kwargs: Any) -> Tensor:
-        inspect.signature(varlen_attn).bind(*args, **kwargs)
-        calls.append(args)
-        return by_documents_in_plain_torch(*args, **kwargs)
-
-    monkeypatch.setattr(attention_module, "varlen_attn", kernel)
+    calls = record_calls(monkeypatch, by_documents_in_plain_torch)
     monkeypatch.setattr(TorchDotProductAttention, "_fits_packed_kernel", lambda *_: True)
     assert_close(attention_results(attention, inputs, by_mask=False), expected, 5e-6)
     assert len(calls) == 1
@@ -409,11 +417,16 @@ def test_kernel_is_called_as_documented(name: str, monkeypatch: pytest.MonkeyPat
     assert len(calls) == 1
 
 
-@pytest.mark.gpu
+@pytest.mark.parametrize("place", PLACES[::2])
 @pytest.mark.parametrize("name", ATTENTIONS)
-def test_kernel_equals_one_document_after_the_other(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_kernel_equals_one_document_after_the_other(name: str, place: Place, monkeypatch: pytest.MonkeyPatch) -> None:
+    """On a core, plain torch stands in for the kernel."""
     attention, inputs = build_attention(torch.bfloat16, **ATTENTIONS[name]), inputs_of(name, dtype=torch.bfloat16)
-    assert attention._fits_packed_kernel(inputs[0], inputs[2])
-    by_kernel = attention_results(attention, inputs, by_mask=False)
-    monkeypatch.setattr(TorchDotProductAttention, "_fits_packed_kernel", lambda *_: False)
-    assert_close(by_kernel, attention_results(attention, inputs, by_mask=False), 2e-2)
+    calls = record_calls(monkeypatch, varlen_attn if place.is_gpu else by_documents_in_plain_torch)
+    with monkeypatch.context() as branches:
+        take_gpu_branches(branches.setattr)
+        by_kernel = attention_results(attention, inputs, by_mask=False)
+        branches.setattr(TorchDotProductAttention, "_fits_packed_kernel", lambda *_: False)
+        one_by_one = attention_results(attention, inputs, by_mask=False)
+    assert len(calls) == 1
+    assert_close(by_kernel, one_by_one, 2e-2)

@@ -43,29 +43,34 @@ class Cost:
 
 def cost_of(work: Callable[[], object]) -> Cost:
     """Do the work, forward and backward passes included, and return its cost."""
-    collectives, waits = _Collectives(), _HostWaits()
-    with waits.seeing_all(), collectives, waits:
+    operations, waits = _Operations(), _HostWaits()
+    with waits.seeing_all(), operations, waits:
         work()
-    return Cost(collectives.all_to_alls, collectives.all_to_all_bytes, collectives.others, waits.count)
+    num_waits = waits.count + operations.waits
+    return Cost(operations.all_to_alls, operations.all_to_all_bytes, operations.other_collectives, num_waits)
 
 
-class _Collectives(TorchDispatchMode):
-    """Counts the collectives that are called with tensors."""
+class _Operations(TorchDispatchMode):
+    """Counts collectives of tensors, and operations that wait because values decide about the size of their result."""
 
     def __init__(self) -> None:
         super().__init__()
-        self.all_to_alls = self.all_to_all_bytes = self.others = 0
+        self.all_to_alls = self.all_to_all_bytes = self.other_collectives = self.waits = 0
 
     def __torch_dispatch__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
-        """Count the call if it is a collective, and do it."""
+        """Count the call if it is a collective or waits, and do it."""
         if func.namespace == "c10d" and func.overloadpacket.__name__ != "barrier":
             if func.overloadpacket.__name__ == _ALL_TO_ALL and args[1].is_floating_point():
                 self.all_to_alls += 1
                 self.all_to_all_bytes += args[1].nbytes
             else:
-                self.others += 1
+                self.other_collectives += 1
+        if torch.Tag.dynamic_output_shape in func.tags:
+            # An index waits only if it is a mask.
+            is_index = func is torch.ops.aten.index.Tensor
+            self.waits += not is_index or any(index is not None and index.dtype == torch.bool for index in args[1])
         return func(*args, **(kwargs or {}))
 
 
@@ -88,11 +93,11 @@ class _HostWaits(TorchFunctionMode):
         result = func(*args, **(kwargs or {}))
         tensors = [leaf for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, Tensor)]
         on_host = bool(tensors) and all(any(tensor is known for known in self._on_host) for tensor in tensors)
-        if not on_host and (func in _READS or func is Tensor.cpu):
-            self.count += 1
+        is_copy = func is Tensor.cpu or (func is Tensor.to and "cpu" in (*args[1:], (kwargs or {}).get("device")))
+        if not on_host and (func in _READS or is_copy):
+            # The host waits for an event before it reads what an asynchronous copy brings.
+            self.count += not (kwargs or {}).get("non_blocking", False)
             on_host = True
-        # The host waits for an event before it reads what such a copy brings.
-        on_host |= func is Tensor.to and args[1:] == ("cpu",) and bool(kwargs) and kwargs.get("non_blocking", False)
         return self._mark_on_host(result) if on_host else result
 
     @contextmanager
