@@ -1,7 +1,6 @@
 """Lets a CPU take the branches of GPUs, so that tests of GPUs can fail on a machine without one."""
 
 from collections.abc import Callable
-from types import SimpleNamespace
 from typing import Any
 
 import torch
@@ -9,12 +8,11 @@ from torch import Tensor
 from torch.nn.functional import embedding_bag
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from maskmoe.transformer.dispatch import choose, rows
+from maskmoe.transformer.dispatch import rows
 
 
 def take_gpu_branches(replace: Callable[[Any, str, Any], None] = setattr) -> None:
     """Let models take the branches of GPUs while their tensors are on the CPU; `replace` sets an attribute."""
-    replace(choose, "cpu", SimpleNamespace(is_installed=lambda: False))
     replace(rows, "_is_on_cpu", lambda tensor: False)
     replace(rows, "embedding_bag", _rounded_embedding_bag)
     replace(Tensor, "is_cuda", True)
