@@ -24,6 +24,7 @@ from support.paths import ROOT
 from support.runs import write_scalars
 
 from maskmoe.errors import RunFailure
+from maskmoe.launch.command import standalone_command
 from maskmoe.launch.machine import Devices
 from maskmoe.megatron_compat import cpu
 from maskmoe.megatron_compat.gpu import GpuPackages
@@ -355,6 +356,19 @@ def test_bad_arguments_and_failed_steps_have_exit_codes(tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
+def test_launches_of_a_layer_are_those_of_the_page() -> None:
+    script = ROOT / "tools" / "benchmarks" / "launches.py"
+    completed = subprocess.run(standalone_command(2, (str(script),)), capture_output=True, text=True, check=True)
+    header, *rows = [line for line in completed.stdout.splitlines() if " | " in line]
+    page = (ROOT / "docs" / "gpus.md").read_text()
+    assert f"| {header} |" in page
+    assert len(rows) == 5
+    for row in rows:
+        assert f"| {row} |" in page
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(2000)
 def test_every_step_of_a_dry_run(tmp_path: Path) -> None:
     """Without a GPU, all steps are tried; with a GPU, all steps measure."""
     completed = run_script("--output", tmp_path)

@@ -1,9 +1,7 @@
 """Measure dispatch and combine, forward and backward, against Megatron-Core's all-to-all dispatcher and a floor.
 
 The floor is the cost of any exchange of one copy of each token: four all-to-alls, and a gather of rows with each.
-Under a `rank-local` mask, dispatch is planned; under an `any` mask, every id sees all experts. Experts do nothing. The
-case `in two parts` is the floor with two exchanges of half the tokens each: the cost of sending tokens whose rank is
-known beforehand separately from tokens that the router must choose a rank for.
+Under a `rank-local` mask, dispatch is planned; under an `any` mask, every id sees all experts. Experts do nothing.
 
     torchrun --standalone --nproc-per-node 2 tools/benchmarks/dispatcher.py
 """
@@ -105,15 +103,6 @@ def cases(arguments: argparse.Namespace, groups: ProcessGroupCollection) -> Iter
             name += " with Transformer Engine" if arguments.transformer_engine else ""
             yield compare(name, ours, "stock", stock)
             yield compare(f"{name} to the floor", ours, "floor", floor)
-
-    half = arguments.tokens // 2
-    parts = [exchange_floor(hidden[part], gradient[part], groups.ep) for part in (slice(half), slice(half, None))]
-
-    def in_two_parts() -> None:
-        for part in parts:
-            part()
-
-    yield compare(f"exchange in two parts ranks {num_ranks}", in_two_parts, "floor", floor)
 
 
 def build_parser() -> argparse.ArgumentParser:

@@ -125,6 +125,8 @@ def with_main_grads(module: MegatronModule) -> DistributedDataParallel:
 
 def configs(arguments: argparse.Namespace, num_ranks: int, **settings: Any) -> Iterator[TransformerConfig]:
     """Yield a configuration of one layer for each choice of K and N."""
+    # The layers of Transformer Engine add to gradients without Apex, which only the output layer of a model needs.
+    accumulation = {"gradient_accumulation_fusion": True} if arguments.transformer_engine else {}
     for pair in arguments.experts:
         topk, num_experts = map(int, pair.split("/"))
         yield TransformerConfig(
@@ -138,7 +140,7 @@ def configs(arguments: argparse.Namespace, num_ranks: int, **settings: Any) -> I
             expert_model_parallel_size=num_ranks,
             add_bias_linear=False,
             params_dtype=getattr(torch, arguments.dtype),
-            **settings | fused_settings(arguments.transformer_engine),
+            **settings | fused_settings(arguments.transformer_engine) | accumulation,
         )
 
 
