@@ -118,6 +118,9 @@ def test_a_dry_run_keeps_no_measurement(finished, tmp_path: Path) -> None:
     campaign, _, _ = finished
     tried = campaign.steps[4]
     assert (tried.status, tried.findings) == (Status.TRIED, Findings())
+    killed = make_step("killed", HANG, FOUND, measures=True)
+    (result,) = run_campaign([killed], make_context(tmp_path), 3, lambda _: None).steps
+    assert (result.status, result.findings) == (Status.FAILED, Findings())
     step = make_step("measured", "pass", FOUND, measures=True)
     on_gpu = run_campaign([step], make_context(tmp_path, num_gpus=1), 60, lambda _: None)
     assert on_gpu.ran_on_gpu

@@ -86,8 +86,8 @@ def _run_step(step: Step, context: Context, limit: float) -> StepResult:
         problems = problems or [f"{type(error).__name__}: {error}"]
     problem = "; ".join(problems) or None
     status = Status.FAILED if problem else Status.PASSED
-    if step.measures and context.is_dry_run and not problem:
-        status, findings = Status.TRIED, Findings()
+    if step.measures and context.is_dry_run:
+        status, findings = Status.FAILED if problem else Status.TRIED, Findings()
     return StepResult(
         name=step.name,
         title=step.title,
