@@ -2,7 +2,7 @@
 set -euo pipefail
 unset CDPATH
 
-# Shows what works on the GPUs of this machine and how fast it is, in less than ten minutes:
+# Shows what works on the GPUs of this machine and how fast it is, in ten minutes on one GPU or 30 minutes on several:
 #
 #   tools/gpu_campaign.sh --output DIR [--only STEP…] [--minutes M]
 #

@@ -1,9 +1,7 @@
 """Measure dispatch and combine, forward and backward, against Megatron-Core's all-to-all dispatcher and a floor.
 
 The floor is the cost of any exchange of one copy of each token: four all-to-alls, and a gather of rows with each.
-Under a `rank-local` mask, dispatch is planned; under an `any` mask, every id sees all experts. Experts do nothing. The
-case `in two parts` is the floor with two exchanges of half the tokens each: the cost of sending tokens whose rank is
-known beforehand separately from tokens that the router must choose a rank for.
+Under a `rank-local` mask, dispatch is planned; under an `any` mask, every id sees all experts. Experts do nothing.
 
     torchrun --standalone --nproc-per-node 2 tools/benchmarks/dispatcher.py
 """
@@ -21,14 +19,13 @@ from fixed_router import FixedRouter
 from megatron.core.process_groups_config import ProcessGroupCollection
 from megatron.core.transformer.moe.token_dispatcher import MoEAlltoAllTokenDispatcher
 from megatron.core.transformer.transformer_config import TransformerConfig
-from ranks import compare, join_ranks, run_and_report
+from ranks import compare, run_and_report
 from routed_tokens import RoutedTokens, draw_tokens, exchange_floor
 from torch import Tensor
 
 from maskmoe.transformer.dispatch.kind import DispatchKind
 from maskmoe.transformer.dispatch.one_copy import OneCopyDispatcher
 from maskmoe.transformer.dispatch.planned import PlannedDispatcher
-from maskmoe.transformer.dispatch.stock import MaskMoEAlltoAllTokenDispatcher
 
 
 def choose(tokens: RoutedTokens, ids: Tensor, topk: int) -> Tensor:
@@ -40,10 +37,14 @@ def choose(tokens: RoutedTokens, ids: Tensor, topk: int) -> Tensor:
     return torch.zeros_like(visible).scatter(1, scores.topk(topk, dim=1).indices, True)
 
 
-def dispatch_by_alltoall(
-    dispatcher: MoEAlltoAllTokenDispatcher, tokens: RoutedTokens, routing_map: Tensor
+def dispatch_stock(
+    config: TransformerConfig, tokens: RoutedTokens, groups: ProcessGroupCollection
 ) -> Callable[[], None]:
-    """Return work that dispatches by a dispatcher of Megatron-Core's kind, in the steps of `MoELayer`."""
+    """Return work that dispatches by Megatron-Core's own dispatcher, in the steps of `MoELayer`."""
+    num_local = config.num_moe_experts // groups.ep.size()
+    first = groups.ep.rank() * num_local
+    dispatcher = MoEAlltoAllTokenDispatcher(num_local, list(range(first, first + num_local)), config, groups)
+    routing_map = choose(tokens, tokens.ids[0], config.moe_router_topk)
 
     def work() -> None:
         hidden, probs = _leaves(tokens.hidden, routing_map)
@@ -56,14 +57,6 @@ def dispatch_by_alltoall(
     return work
 
 
-def dispatch_stock(
-    config: TransformerConfig, tokens: RoutedTokens, groups: ProcessGroupCollection
-) -> Callable[[], None]:
-    """Return work that dispatches by Megatron-Core's own dispatcher."""
-    dispatcher = MoEAlltoAllTokenDispatcher(*_local_experts(config, groups), config, groups)
-    return dispatch_by_alltoall(dispatcher, tokens, choose(tokens, tokens.ids[0], config.moe_router_topk))
-
-
 def dispatch_ours(
     config: TransformerConfig, tokens: RoutedTokens, groups: ProcessGroupCollection
 ) -> Callable[[], None]:
@@ -71,11 +64,6 @@ def dispatch_ours(
     token_ids = tokens.plan_ids()
     routed_ids = token_ids.plan.of_table[0].received_ids if token_ids.plan else token_ids.ids
     routing_map = choose(tokens, routed_ids.flatten(), config.moe_router_topk)
-    if tokens.kind is DispatchKind.STOCK:
-        alltoall = MaskMoEAlltoAllTokenDispatcher(
-            *_local_experts(config, groups), config, groups, min_visible=tokens.visible_experts.min_visible
-        )
-        return dispatch_by_alltoall(alltoall, tokens, routing_map)
     build = PlannedDispatcher if tokens.kind is DispatchKind.PLANNED else OneCopyDispatcher
     dispatcher = build(config, groups.ep)
 
@@ -86,13 +74,6 @@ def dispatch_ours(
         _backward(output, dispatched.weights, tokens)
 
     return work
-
-
-def _local_experts(config: TransformerConfig, groups: ProcessGroupCollection) -> tuple[int, list[int]]:
-    """Return the number of experts on this rank and their indices."""
-    num_local = config.num_moe_experts // groups.ep.size()
-    first = groups.ep.rank() * num_local
-    return num_local, list(range(first, first + num_local))
 
 
 def _leaves(hidden: Tensor, routing_map: Tensor) -> tuple[Tensor, Tensor]:
@@ -115,29 +96,22 @@ def cases(arguments: argparse.Namespace, groups: ProcessGroupCollection) -> Iter
     for config in routed_tokens.configs(arguments, num_ranks):
         for mask_name in routed_tokens.MASKS:
             tokens = draw_tokens(config, arguments.tokens, mask_name, groups, arguments.dispatches_alone)
+            if tokens.kind is DispatchKind.STOCK:
+                continue  # Both sides would be Megatron-Core's dispatcher.
             ours, stock = dispatch_ours(config, tokens, groups), dispatch_stock(config, tokens, groups)
             name = f"dispatch {mask_name} top-{config.moe_router_topk} of {config.num_moe_experts} ranks {num_ranks}"
             name += " with Transformer Engine" if arguments.transformer_engine else ""
             yield compare(name, ours, "stock", stock)
             yield compare(f"{name} to the floor", ours, "floor", floor)
 
-    half = arguments.tokens // 2
-    parts = [exchange_floor(hidden[part], gradient[part], groups.ep) for part in (slice(half), slice(half, None))]
 
-    def in_two_parts() -> None:
-        for part in parts:
-            part()
-
-    yield compare(f"exchange in two parts ranks {num_ranks}", in_two_parts, "floor", floor)
-
-
-def main() -> None:
+def build_parser() -> argparse.ArgumentParser:
+    """Return the parser of the command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     routed_tokens.add_arguments(parser)
     harness.add_arguments(parser, repeats=15)
-    arguments = parser.parse_args()
-    run_and_report(cases(arguments, join_ranks()), arguments)
+    return parser
 
 
 if __name__ == "__main__":
-    main()
+    run_and_report(cases, build_parser())

@@ -1,7 +1,6 @@
 """Measure the experts of one layer, forward and backward, against Megatron-Core's `SequentialMLP`.
 
-Each weight's gradient is added to an fp32 buffer and freed as soon as it is computed, as Megatron's data parallelism
-does.
+Megatron's data parallelism adds each weight's gradient to an fp32 buffer and frees it.
 
     python tools/benchmarks/experts.py
 """
@@ -15,33 +14,26 @@ from collections.abc import Callable, Iterator
 import harness
 import numpy as np
 import torch
+from megatron.core.distributed import DistributedDataParallel
 from megatron.core.process_groups_config import ProcessGroupCollection
 from megatron.core.tensor_parallel.layers import ColumnParallelLinear, RowParallelLinear
 from megatron.core.transformer.mlp import MLPSubmodules
 from megatron.core.transformer.moe.experts import SequentialMLP
 from megatron.core.transformer.transformer_config import TransformerConfig
-from ranks import compare, join_ranks, run_and_report
+from ranks import compare, run_and_report
+from routed_tokens import fused_settings, with_main_grads
 from torch import Tensor
 from zipf import zipf_probabilities
 
 from maskmoe.transformer.experts import GroupedMLP
 
 
-def make_experts(kind: type[SequentialMLP], config: TransformerConfig, groups: ProcessGroupCollection) -> SequentialMLP:
+def make_experts(
+    kind: type[SequentialMLP], config: TransformerConfig, groups: ProcessGroupCollection
+) -> DistributedDataParallel:
     """Build experts that accumulate gradients in `main_grad`."""
     submodules = MLPSubmodules(linear_fc1=ColumnParallelLinear, linear_fc2=RowParallelLinear)
-    experts = kind(config.num_moe_experts, config, submodules, groups).cuda()
-
-    def accumulate(parameter: torch.nn.Parameter) -> None:
-        if not parameter.grad_added_to_main_grad:
-            parameter.main_grad.add_(parameter.grad)
-        parameter.grad = None
-
-    for parameter in experts.parameters():
-        parameter.main_grad = torch.zeros_like(parameter, dtype=torch.float32)
-        parameter.grad_added_to_main_grad = False
-        parameter.register_post_accumulate_grad_hook(accumulate)
-    return experts
+    return with_main_grads(kind(config.num_moe_experts, config, submodules, groups).cuda())
 
 
 def draw_load(name: str, num_rows: int, num_experts: int) -> Tensor:
@@ -51,7 +43,7 @@ def draw_load(name: str, num_rows: int, num_experts: int) -> Tensor:
     return torch.from_numpy(np.random.default_rng(0).multinomial(num_rows, zipf_probabilities(num_experts)))
 
 
-def step(experts: SequentialMLP, tokens_per_expert: Tensor) -> Callable[[], None]:
+def step(experts: DistributedDataParallel, tokens_per_expert: Tensor) -> Callable[[], None]:
     """Return one forward and backward pass."""
     config = experts.config
     num_rows = int(tokens_per_expert.sum())
@@ -59,8 +51,9 @@ def step(experts: SequentialMLP, tokens_per_expert: Tensor) -> Callable[[], None
     probs = torch.rand(num_rows, device="cuda")
 
     def work() -> None:
-        output, _ = experts(hidden.detach().requires_grad_(), tokens_per_expert, probs.detach().requires_grad_())
-        output.backward(gradient)
+        with experts.no_sync():
+            output, _ = experts(hidden.detach().requires_grad_(), tokens_per_expert, probs.detach().requires_grad_())
+            output.backward(gradient)
 
     return work
 
@@ -80,8 +73,8 @@ def cases(arguments: argparse.Namespace, groups: ProcessGroupCollection) -> Iter
             add_bias_linear=False,
             gated_linear_unit=True,
             activation_func=torch.nn.functional.silu,
-            use_cpu_initialization=True,
             params_dtype=dtype,
+            **fused_settings(transformer_engine=False),
         )
         ours, stock = (make_experts(kind, config, groups) for kind in (GroupedMLP, SequentialMLP))
         for load in ("even", "zipf"):
@@ -90,7 +83,8 @@ def cases(arguments: argparse.Namespace, groups: ProcessGroupCollection) -> Iter
             yield compare(name, step(ours, tokens_per_expert), "stock", step(stock, tokens_per_expert))
 
 
-def main() -> None:
+def build_parser() -> argparse.ArgumentParser:
+    """Return the parser of the command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument(
         "--sizes",
@@ -106,9 +100,8 @@ def main() -> None:
         help="dtype of weights and rows (default: %(default)s)",
     )
     harness.add_arguments(parser)
-    arguments = parser.parse_args()
-    run_and_report(cases(arguments, join_ranks()), arguments)
+    return parser
 
 
 if __name__ == "__main__":
-    main()
+    run_and_report(cases, build_parser())

@@ -7,10 +7,12 @@ import argparse
 import json
 import statistics
 import time
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
+
+from maskmoe.files.outputs import atomic_output
 
 
 @dataclass(frozen=True)
@@ -69,13 +71,12 @@ def rate(work: Callable[[], object], amount: float) -> Callable[[], float]:
     return lambda: amount / measure_seconds()
 
 
-def run(cases: Iterable[Case], repeats: int) -> list[Result]:
-    """Measure every case `repeats` times after one uncounted round; the next case is built afterwards.
+def run(cases: Iterable[Case], repeats: int) -> Iterator[Result]:
+    """Measure a case `repeats` times after one uncounted round, and yield the result; then build the next case.
 
     The order within a pair alternates, so that neither side always runs with the caches and clocks that the other side
     leaves behind.
     """
-    results = []
     for case in cases:
         case.ours(), case.baseline()
         ours, baseline = [], []
@@ -84,8 +85,7 @@ def run(cases: Iterable[Case], repeats: int) -> list[Result]:
             for measure, values in sides:
                 values.append(measure())
             sides.reverse()
-        results.append(Result(case.name, case.unit, ours, baseline, case.costs))
-    return results
+        yield Result(case.name, case.unit, ours, baseline, case.costs)
 
 
 def add_arguments(parser: argparse.ArgumentParser, repeats: int = 7) -> None:
@@ -96,11 +96,15 @@ def add_arguments(parser: argparse.ArgumentParser, repeats: int = 7) -> None:
     parser.add_argument("--json", type=Path, metavar="F", help="also write the results to this file")
 
 
-def report(results: Sequence[Result], json_path: Path | None) -> None:
-    """Print one line for each case; if a path is given, also write all measurements there as JSON."""
+def report(results: Iterable[Result], json_path: Path | None) -> None:
+    """Print one line for each case as soon as it is measured; if a path is given, also write all results as JSON.
+
+    The file is complete after each case, so a benchmark that is killed leaves the cases that it has measured.
+    """
+    written = []
     for result in results:
-        print(result)
-    if json_path:
-        json_path.write_text(
-            json.dumps([asdict(result) | {"ratio": result.ratio} for result in results], indent=2) + "\n"
-        )
+        print(result, flush=True)
+        written.append(asdict(result) | {"ratio": result.ratio})
+        if json_path:
+            with atomic_output(json_path) as path:
+                path.write_text(json.dumps(written, indent=2) + "\n")

@@ -166,7 +166,7 @@ def main() -> None:
             measure_training(arguments.baseline.resolve(), flags, losses["baseline"]),
             {"last losses": losses},
         )
-        results = harness.run([case], arguments.repeats)
+        results = list(harness.run([case], arguments.repeats))
     for side, values in losses.items():
         print(f"last lm loss, {side}: {', '.join(sorted(set(values)))}")
     harness.report(results, arguments.json)

@@ -1,4 +1,4 @@
-"""Count what a piece of work costs besides time: collectives, the bytes put into them, and waits of the host."""
+"""Count what a piece of work costs besides time: launches, collectives and their bytes, and waits of the host."""
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -14,6 +14,11 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 _ALL_TO_ALL = "alltoall_base_"
+# Operations that compute nothing. Scalars of Python become tensors by `lift_fresh`.
+_NOT_COMPUTED = {
+    *("empty", "empty_like", "empty_strided", "new_empty", "new_empty_strided", "_unsafe_view", "_reshape_alias"),
+    *("lift_fresh", "detach", "set_", "resize_", "is_same_size", "_local_scalar_dense", "barrier"),
+}
 # Functions that read the values of a tensor into Python.
 _READS = {Tensor.tolist, Tensor.item, Tensor.numpy, Tensor.__bool__, Tensor.__int__, Tensor.__index__, Tensor.__float__}
 
@@ -27,42 +32,63 @@ class Cost:
         all_to_all_bytes: bytes put into these all-to-alls, including the bytes that a rank sends to itself.
         other_collectives: exchanges of counts and ids, reductions of losses and gradients.
         host_waits: how often the host waited for the device.
+        launches: operations that a GPU computes. Views and allocations are none. An operation launches one kernel or a
+            few; compiled functions and custom kernels are not seen.
+        operations: the names of these operations in their order.
     """
 
     all_to_alls: int
     all_to_all_bytes: int
     other_collectives: int
     host_waits: int
+    launches: int
+    operations: str
 
     def __str__(self) -> str:
         return (
             f"{self.all_to_alls} all-to-alls of {self.all_to_all_bytes / 2**20:.1f} MiB, "
-            f"{self.other_collectives} other collectives, {self.host_waits} host waits"
+            f"{self.other_collectives} other collectives, {self.host_waits} host waits, {self.launches} operations"
         )
 
 
 def cost_of(work: Callable[[], object]) -> Cost:
     """Do the work, forward and backward passes included, and return its cost."""
-    operations, waits = _Operations(), _HostWaits()
+    operations, waits = Operations(), _HostWaits()
     with waits.seeing_all(), operations, waits:
         work()
-    num_waits = waits.count + operations.waits
-    return Cost(operations.all_to_alls, operations.all_to_all_bytes, operations.other_collectives, num_waits)
+    return Cost(
+        operations.all_to_alls,
+        operations.all_to_all_bytes,
+        operations.other_collectives,
+        waits.count + operations.waits,
+        len(operations.names),
+        " ".join(operations.names),
+    )
 
 
-class _Operations(TorchDispatchMode):
-    """Counts collectives of tensors, and operations that wait because values decide about the size of their result."""
+class Operations(TorchDispatchMode):
+    """Counts the operations that a GPU computes, and the collectives among them.
+
+    Attributes:
+        names: the names of the operations in their order, collectives included.
+        all_to_alls, all_to_all_bytes, other_collectives: see `Cost`.
+        waits: operations that wait because values decide about the size of their result.
+    """
 
     def __init__(self) -> None:
         super().__init__()
+        self.names: list[str] = []
         self.all_to_alls = self.all_to_all_bytes = self.other_collectives = self.waits = 0
 
     def __torch_dispatch__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
-        """Count the call if it is a collective or waits, and do it."""
-        if func.namespace == "c10d" and func.overloadpacket.__name__ != "barrier":
-            if func.overloadpacket.__name__ == _ALL_TO_ALL and args[1].is_floating_point():
+        """Count the call, and do it."""
+        name = func.overloadpacket.__name__
+        if not (func.is_view or name in _NOT_COMPUTED):
+            self.names.append(name)
+        if func.namespace == "c10d" and name != "barrier":
+            if name == _ALL_TO_ALL and args[1].is_floating_point():
                 self.all_to_alls += 1
                 self.all_to_all_bytes += args[1].nbytes
             else:

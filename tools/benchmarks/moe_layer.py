@@ -19,12 +19,12 @@ from megatron.core.models.gpt.gpt_layer_specs import get_gpt_decoder_block_spec
 from megatron.core.process_groups_config import ProcessGroupCollection
 from megatron.core.transformer.moe.moe_layer import MoELayer
 from megatron.core.transformer.transformer_config import TransformerConfig
-from ranks import compare, join_ranks, run_and_report
-from routed_tokens import RoutedTokens, draw_tokens, exchange_floor
+from ranks import compare, run_and_report
+from routed_tokens import RoutedTokens, as_stock, draw_tokens, exchange_floor, with_main_grads
 from torch import Tensor
 
 from maskmoe.transformer.dispatch.choose import build_dispatcher
-from maskmoe.transformer.layer_specs import get_maskmoe_decoder_block_spec
+from maskmoe.transformer.layer_specs import backend_arguments, get_maskmoe_decoder_block_spec
 from maskmoe.transformer.token_ids import pack_token_ids
 
 LAYER_SETTINGS = {
@@ -32,25 +32,21 @@ LAYER_SETTINGS = {
     "moe_router_dtype": "fp32",
     "gated_linear_unit": True,
     "activation_func": torch.nn.functional.silu,
-    "bias_activation_fusion": False,
-    "gradient_accumulation_fusion": False,
     "normalization": "RMSNorm",
-    "transformer_impl": "local",
-    "use_cpu_initialization": not torch.cuda.is_available(),
 }
-"""Settings of an MoE layer of the local spec without fused kernels."""
+"""Settings of an MoE layer."""
 
 
 def build_layers(
     config: TransformerConfig, tokens: RoutedTokens, groups: ProcessGroupCollection
 ) -> tuple[MoELayer, MoELayer]:
-    """Build a MaskMoE layer, which dispatches as the tokens say, and a stock layer."""
-    has_engine = config.transformer_impl == "transformer_engine"
+    """Build a MaskMoE layer, which dispatches as the tokens say, and a stock layer with everything fused."""
+    stock_config = as_stock(config)
     blocks = (
-        get_maskmoe_decoder_block_spec(config, tokens.visible_experts),
-        get_gpt_decoder_block_spec(config, use_transformer_engine=has_engine, normalization=config.normalization),
+        (config, get_maskmoe_decoder_block_spec(config, tokens.visible_experts)),
+        (stock_config, get_gpt_decoder_block_spec(stock_config, **backend_arguments(stock_config))),
     )
-    layers = [block.layer_specs[0].submodules.mlp(config, pg_collection=groups).cuda() for block in blocks]
+    layers = [block.layer_specs[0].submodules.mlp(each, pg_collection=groups).cuda() for each, block in blocks]
     for layer in layers:
         layer.set_layer_number(1)
     ours, stock = layers
@@ -59,18 +55,20 @@ def build_layers(
 
 
 def compute(layer: MoELayer, tokens: RoutedTokens, padding_mask: Callable[[], Tensor | None]) -> Callable[[], None]:
-    """Return one forward and backward pass; gradients of weights are accumulated, as in training.
+    """Return one forward and backward pass; gradients of weights are added to `main_grad`, as in training.
 
     Args:
         layer: the layer.
         tokens: its input.
         padding_mask: makes the layer's argument `padding_mask`.
     """
+    wrapped = with_main_grads(layer)
 
     def work() -> None:
         hidden = tokens.hidden.detach().requires_grad_()
-        output, _ = layer(hidden, padding_mask=padding_mask())
-        output.backward(tokens.gradient)
+        with wrapped.no_sync():
+            output, _ = wrapped(hidden, padding_mask=padding_mask())
+            output.backward(tokens.gradient)
 
     return work
 
@@ -93,14 +91,14 @@ def cases(arguments: argparse.Namespace, groups: ProcessGroupCollection) -> Iter
             yield compare(f"{name} to the floor", ours, "floor", floor)
 
 
-def main() -> None:
+def build_parser() -> argparse.ArgumentParser:
+    """Return the parser of the command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     routed_tokens.add_arguments(parser)
     parser.add_argument("--ffn-hidden-size", type=int, default=512, help="width of an expert (default: %(default)s)")
     harness.add_arguments(parser, repeats=15)
-    arguments = parser.parse_args()
-    run_and_report(cases(arguments, join_ranks()), arguments)
+    return parser
 
 
 if __name__ == "__main__":
-    main()
+    run_and_report(cases, build_parser())

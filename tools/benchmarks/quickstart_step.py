@@ -133,7 +133,7 @@ def main() -> None:
             measure_loop(model, inputs["data-path"], arguments.iterations, batch),
             {"last losses": losses},
         )
-        results = harness.run([case], arguments.repeats)
+        results = list(harness.run([case], arguments.repeats))
     print(f"last lm loss, ours: {', '.join(sorted(set(losses)))}")
     harness.report(results, arguments.json)
 

@@ -14,6 +14,7 @@ from megatron.core.process_groups_config import ProcessGroupCollection
 from megatron.core.tensor_parallel import model_parallel_cuda_manual_seed
 from meter import Cost, cost_of
 
+from maskmoe.errors import RunFailure
 from maskmoe.megatron_compat import cpu
 
 
@@ -43,7 +44,7 @@ def join_ranks() -> ProcessGroupCollection:
     for name, value in {"RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "0"}.items():
         os.environ.setdefault(name, value)
     torch.set_num_threads(1)
-    logging.getLogger().setLevel(logging.WARNING)
+    logging.getLogger().setLevel(logging.ERROR)
     torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")))
     torch.distributed.init_process_group("gloo" if cpu.is_installed() else "nccl")
     parallel_state.initialize_model_parallel(expert_model_parallel_size=torch.distributed.get_world_size())
@@ -59,20 +60,38 @@ def compare(name: str, ours: Callable[[], object], against: str, baseline: Calla
         ours: the work.
         against: the name of the baseline.
         baseline: the work of the baseline.
+
+    Raises:
+        RunFailure: Ours does all operations of the baseline one after the other, perhaps after planning.
     """
+    # The first round initializes what later rounds share.
+    ours(), baseline()
     costs = {"ours": SideCost.of(ours), against: SideCost.of(baseline)}
+    if costs[against].cost.operations in costs["ours"].cost.operations:
+        raise RunFailure(f"{name}: ours does the operations of {against}, so the comparison would say nothing")
     if torch.distributed.get_rank() == 0:
         for side, cost in costs.items():
             print(f"{name}: {side} {cost}", flush=True)
     return harness.Case(name, "s", _seconds_of_all(ours), _seconds_of_all(baseline), costs)
 
 
-def run_and_report(cases: Iterable[harness.Case], arguments: argparse.Namespace) -> None:
-    """Measure the cases, report the results, and leave the process group."""
+def run_and_report(
+    cases: Callable[[argparse.Namespace, ProcessGroupCollection], Iterable[harness.Case]],
+    parser: argparse.ArgumentParser,
+) -> None:
+    """Join the ranks, measure the cases for the command line, report the results, and leave the process group."""
+    arguments = parser.parse_args()
+    measure(cases(arguments, join_ranks()), arguments)
+    torch.distributed.destroy_process_group()
+
+
+def measure(cases: Iterable[harness.Case], arguments: argparse.Namespace) -> None:
+    """Measure the cases on all ranks; rank 0 reports the results."""
     results = harness.run(cases, arguments.repeats)
     if torch.distributed.get_rank() == 0:
         harness.report(results, arguments.json)
-    torch.distributed.destroy_process_group()
+    for _ in results:  # The other ranks take part.
+        pass
 
 
 def _seconds_of_all(work: Callable[[], object]) -> Callable[[], float]:

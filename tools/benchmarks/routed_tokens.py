@@ -2,17 +2,23 @@
 
 import argparse
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from copy import copy
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
 import torch
+from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig
 from megatron.core.process_groups_config import ProcessGroupCollection
+from megatron.core.transformer.module import MegatronModule
+from megatron.core.transformer.moe import moe_utils
 from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor
 from torch.distributed import ProcessGroup
 from zipf import zipf_mask, zipf_probabilities
 
+from maskmoe.megatron_compat import cpu
+from maskmoe.megatron_compat.gpu import GpuPackages
 from maskmoe.routing_mask.assignment import MaskRecipe
 from maskmoe.routing_mask.mask import RoutingMask
 from maskmoe.transformer.dispatch.choose import choose_dispatch
@@ -22,12 +28,6 @@ from maskmoe.transformer.token_ids import TokenIds
 from maskmoe.transformer.visible_experts import VisibleExperts
 
 VOCAB_SIZE = 8192
-ENGINE_SETTINGS = {
-    "transformer_impl": "transformer_engine",
-    "moe_grouped_gemm": True,
-    "moe_permute_fusion": True,
-}
-"""Settings of the fastest MoE layer that stock Megatron-Core builds with Transformer Engine."""
 MASKS = ("rank-local", "any")
 """`rank-local`: every id sees max(2, k) experts, all on one rank. `any`: every id sees all experts."""
 
@@ -85,12 +85,48 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def add_engine_argument(parser: argparse.ArgumentParser) -> None:
     """Add the option that selects Transformer Engine for both sides."""
-    text = "both sides use modules of Transformer Engine, with grouped experts and fused permutation"
+    text = "both sides use modules of Transformer Engine, with everything fused that they can fuse"
     parser.add_argument("--transformer-engine", action="store_true", help=text)
+
+
+def fused_settings(transformer_engine: bool) -> dict[str, Any]:
+    """Return the settings of the fastest modules that Megatron-Core has on this machine; a CPU fuses nothing.
+
+    Args:
+        transformer_engine: use Transformer Engine.
+    """
+    on_gpu = not cpu.is_installed()
+    packages = GpuPackages.installed() if on_gpu else GpuPackages(*5 * [False])
+    if not transformer_engine:
+        packages = replace(packages, transformer_engine=False, permutation=False, grouped_experts=False)
+    settings = packages.argument_defaults()
+    return settings | {
+        "persist_layer_norm": not settings.pop("no_persist_layer_norm"),
+        "bias_activation_fusion": on_gpu,
+        "bias_dropout_fusion": on_gpu,
+        "use_cpu_initialization": not on_gpu,
+    }
+
+
+def as_stock(config: TransformerConfig) -> TransformerConfig:
+    """Return the settings of the stock side: Transformer Engine's router, which knows no mask, where it is fused."""
+    config = copy(config)
+    config.moe_router_fusion = config.moe_permute_fusion and moe_utils.fused_topk_with_score_function is not None
+    return config
+
+
+def with_main_grads(module: MegatronModule) -> DistributedDataParallel:
+    """Wrap a module as production does: gradients are added to `main_grad` in fp32, and freed."""
+    settings = DistributedDataParallelConfig(
+        grad_reduce_in_fp32=True, overlap_grad_reduce=True, use_distributed_optimizer=True
+    )
+    return DistributedDataParallel(module.config, settings, module)
 
 
 def configs(arguments: argparse.Namespace, num_ranks: int, **settings: Any) -> Iterator[TransformerConfig]:
     """Yield a configuration of one layer for each choice of K and N."""
+    # The layers of Transformer Engine add to gradients without Apex, which only the output layer of a model needs.
+    accumulation = {"gradient_accumulation_fusion": True} if arguments.transformer_engine else {}
     for pair in arguments.experts:
         topk, num_experts = map(int, pair.split("/"))
         yield TransformerConfig(
@@ -104,7 +140,7 @@ def configs(arguments: argparse.Namespace, num_ranks: int, **settings: Any) -> I
             expert_model_parallel_size=num_ranks,
             add_bias_linear=False,
             params_dtype=getattr(torch, arguments.dtype),
-            **(settings | (ENGINE_SETTINGS if arguments.transformer_engine else {})),
+            **settings | fused_settings(arguments.transformer_engine) | accumulation,
         )
 
 

@@ -16,7 +16,7 @@ import routed_tokens
 import torch
 from megatron.core.process_groups_config import ProcessGroupCollection
 from moe_layer import LAYER_SETTINGS, build_layers
-from ranks import compare, join_ranks, run_and_report
+from ranks import compare, run_and_report
 from routed_tokens import RoutedTokens, draw_tokens
 from torch import Tensor
 
@@ -46,13 +46,13 @@ def cases(arguments: argparse.Namespace, groups: ProcessGroupCollection) -> Iter
             yield compare(name, masked, "stock", route(stock.router, tokens))
 
 
-def main() -> None:
+def build_parser() -> argparse.ArgumentParser:
+    """Return the parser of the command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     routed_tokens.add_arguments(parser)
     harness.add_arguments(parser, repeats=15)
-    arguments = parser.parse_args()
-    run_and_report(cases(arguments, join_ranks()), arguments)
+    return parser
 
 
 if __name__ == "__main__":
-    main()
+    run_and_report(cases, build_parser())

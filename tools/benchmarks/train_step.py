@@ -1,7 +1,8 @@
-"""Measure a whole training step against stock Megatron-Core MoE of the same sizes, and a hybrid twin against our step.
+"""Measure a whole training step against stock Megatron-Core MoE of the same sizes.
 
-The step includes forward, backward, gradient reduction and optimizer, on Zipf-distributed ids. The hybrid twin is the
-same model, built as a pattern of layers in Megatron-Core's `HybridModel`; in its cases the baseline is our `GPTModel`.
+The step includes forward, backward, gradient reduction and optimizer, on Zipf-distributed ids. Both sides have the
+distributed optimizer, and overlap the reduction of gradients and the gathering of parameters.
+
 The benchmark runs as one process, or with expert parallelism under torchrun. Under torchrun it also compares with a
 floor: the floor of `dispatcher.py`, once for each layer.
 
@@ -22,21 +23,19 @@ import torch
 from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig, finalize_model_grads
 from megatron.core.models.gpt import GPTModel
 from megatron.core.models.gpt.gpt_layer_specs import get_gpt_decoder_block_spec
-from megatron.core.models.hybrid.hybrid_model import HybridModel
 from megatron.core.optimizer import OptimizerConfig, get_megatron_optimizer
 from megatron.core.pipeline_parallel import get_forward_backward_func
 from megatron.core.process_groups_config import ProcessGroupCollection
 from megatron.core.transformer.module import Float16Module
 from megatron.core.transformer.transformer_config import TransformerConfig
-from ranks import compare, join_ranks, run_and_report
-from routed_tokens import ENGINE_SETTINGS, add_engine_argument, exchange_floor
+from ranks import compare, run_and_report
+from routed_tokens import add_engine_argument, as_stock, exchange_floor, fused_settings
 from zipf import zipf_mask, zipf_probabilities
 
 from maskmoe.routing_mask.assignment import MaskRecipe
-from maskmoe.routing_mask.feed_forward_layers import FeedForwardLayers
 from maskmoe.routing_mask.mask import RoutingMask
-from maskmoe.transformer.layer_specs import get_maskmoe_decoder_block_spec, get_maskmoe_hybrid_stack_spec
-from maskmoe.transformer.models import DenseGPTModel, DenseHybridModel, MaskMoEGPTModel, MaskMoEHybridModel
+from maskmoe.transformer.layer_specs import backend_arguments, get_maskmoe_decoder_block_spec
+from maskmoe.transformer.models import DenseGPTModel, MaskMoEGPTModel
 from maskmoe.transformer.visible_experts import VisibleExperts
 
 
@@ -51,13 +50,17 @@ class Trainer:
 
     def __init__(
         self,
-        model: GPTModel | HybridModel,
+        model: GPTModel,
         config: TransformerConfig,
         batches: Iterator[dict[str, torch.Tensor]],
     ) -> None:
         module = Float16Module(config, model) if config.bf16 else model
-        self.model = DistributedDataParallel(config, DistributedDataParallelConfig(), module)
-        settings = OptimizerConfig(optimizer="adam", lr=1e-4, bf16=config.bf16, params_dtype=config.params_dtype)
+        overlap = {"use_distributed_optimizer": True, "overlap_param_gather": True}
+        data_parallelism = DistributedDataParallelConfig(grad_reduce_in_fp32=True, overlap_grad_reduce=True, **overlap)
+        self.model = DistributedDataParallel(config, data_parallelism, module)
+        settings = OptimizerConfig(
+            optimizer="adam", lr=1e-4, bf16=config.bf16, params_dtype=config.params_dtype, **overlap
+        )
         self.optimizer = get_megatron_optimizer(settings, [self.model])
         config.finalize_model_grads_func = finalize_model_grads
         self.batches = batches
@@ -110,8 +113,8 @@ def make_mask(arguments: argparse.Namespace, num_ranks: int) -> RoutingMask:
     return zipf_mask(recipe, arguments.vocab_size)
 
 
-def make_config(arguments: argparse.Namespace, topk: int, num_ranks: int, pattern: str | None) -> TransformerConfig:
-    """Return the configuration of a model; 0 experts stand for a model without experts, None for a GPT model."""
+def make_config(arguments: argparse.Namespace, topk: int, num_ranks: int) -> TransformerConfig:
+    """Return the configuration of a model; 0 experts stand for a model without experts."""
     experts: dict[str, Any] = {
         "num_moe_experts": arguments.num_experts,
         "moe_router_topk": topk,
@@ -122,8 +125,7 @@ def make_config(arguments: argparse.Namespace, topk: int, num_ranks: int, patter
         "expert_model_parallel_size": num_ranks,
     }
     return TransformerConfig(
-        num_layers=len(pattern) if pattern else arguments.num_layers,
-        is_hybrid_model=pattern is not None,
+        num_layers=arguments.num_layers,
         hidden_size=arguments.hidden_size,
         bf16=arguments.dtype == "bfloat16",
         params_dtype=getattr(torch, arguments.dtype),
@@ -132,28 +134,20 @@ def make_config(arguments: argparse.Namespace, topk: int, num_ranks: int, patter
         gated_linear_unit=True,
         activation_func=torch.nn.functional.silu,
         add_bias_linear=False,
-        bias_activation_fusion=False,
-        bias_dropout_fusion=False,
-        gradient_accumulation_fusion=False,
-        masked_softmax_fusion=False,
-        apply_rope_fusion=False,
         hidden_dropout=0.0,
         attention_dropout=0.0,
         normalization="RMSNorm",
-        persist_layer_norm=False,
-        use_cpu_initialization=not torch.cuda.is_available(),
         **(experts if arguments.num_experts else {}),
-        **({"transformer_impl": "local"} | (ENGINE_SETTINGS if arguments.transformer_engine else {})),
+        **fused_settings(arguments.transformer_engine),
     )
 
 
 def build_trainer(
-    side: Literal["ours", "hybrid", "stock"], arguments: argparse.Namespace, topk: int, groups: ProcessGroupCollection
+    side: Literal["ours", "stock"], arguments: argparse.Namespace, topk: int, groups: ProcessGroupCollection
 ) -> Trainer:
-    """Build a trainer of our model, of its hybrid twin or of the stock model; all have the same seed and batches."""
+    """Build a trainer of our model or of the stock model; both have the same seed and batches."""
     torch.manual_seed(1)
-    pattern = ("*E" if arguments.num_experts else "*-") * arguments.num_layers if side == "hybrid" else None
-    config = make_config(arguments, topk, groups.ep.size(), pattern)
+    config = make_config(arguments, topk, groups.ep.size())
     sizes: dict[str, Any] = {
         "vocab_size": arguments.vocab_size,
         "max_sequence_length": arguments.seq_length,
@@ -161,33 +155,17 @@ def build_trainer(
         "pg_collection": groups,
     }
     if side == "stock":
-        spec = get_gpt_decoder_block_spec(
-            config, use_transformer_engine=arguments.transformer_engine, normalization="RMSNorm"
-        )
-        model = GPTModel(config, spec, **sizes)
+        config = as_stock(config)
+        model = GPTModel(config, get_gpt_decoder_block_spec(config, **backend_arguments(config)), **sizes)
+    elif not arguments.num_experts:
+        model = DenseGPTModel(config, get_maskmoe_decoder_block_spec(config, None), **sizes)
     else:
-        model = build_model(config, pattern, arguments, sizes)
+        visible_experts = VisibleExperts(config, make_mask(arguments, groups.ep.size()), groups)
+        spec = get_maskmoe_decoder_block_spec(config, visible_experts)
+        model = MaskMoEGPTModel(config, spec, visible_experts=visible_experts, **sizes)
     seed = torch.distributed.get_rank()
     batches = zipf_batches(arguments.vocab_size, arguments.batch_size, arguments.seq_length, seed)
     return Trainer(model.cuda(), config, batches)
-
-
-def build_model(
-    config: TransformerConfig, pattern: str | None, arguments: argparse.Namespace, sizes: dict[str, Any]
-) -> GPTModel | HybridModel:
-    """Build our GPT model, or our hybrid model of a pattern."""
-    visible_experts = None
-    if arguments.num_experts:
-        groups = sizes["pg_collection"]
-        layers = FeedForwardLayers.of_pattern(pattern) if pattern else None
-        visible_experts = VisibleExperts(config, make_mask(arguments, groups.ep.size()), groups, layers=layers)
-        sizes = sizes | {"visible_experts": visible_experts}
-    if pattern is None:
-        spec = get_maskmoe_decoder_block_spec(config, visible_experts)
-        return (MaskMoEGPTModel if visible_experts else DenseGPTModel)(config, spec, **sizes)
-    spec = get_maskmoe_hybrid_stack_spec(config, visible_experts)
-    hybrid = MaskMoEHybridModel if visible_experts else DenseHybridModel
-    return hybrid(config, spec, hybrid_layer_pattern=pattern, **sizes)
 
 
 def cases(arguments: argparse.Namespace, groups: ProcessGroupCollection) -> Iterator[harness.Case]:
@@ -201,11 +179,10 @@ def cases(arguments: argparse.Namespace, groups: ProcessGroupCollection) -> Iter
             floor_of_layer()
 
     for topk in arguments.topk:
-        ours, hybrid, stock = (build_trainer(side, arguments, topk, groups) for side in ("ours", "hybrid", "stock"))
+        ours, stock = (build_trainer(side, arguments, topk, groups) for side in ("ours", "stock"))
         name = f"train step {arguments.assignment} top-{topk} of {arguments.num_experts} ranks {groups.ep.size()}"
         name += " with Transformer Engine" if arguments.transformer_engine else ""
         yield compare(name, ours.step, "stock", stock.step)
-        yield compare(f"{name}, hybrid twin to GPT model", hybrid.step, "GPT model", ours.step)
         if groups.ep.size() > 1:
             yield compare(f"{name} to the floor", ours.step, "floor", floor)
 
@@ -249,10 +226,5 @@ def build_parser() -> argparse.ArgumentParser:
     return parser
 
 
-def main() -> None:
-    arguments = build_parser().parse_args()
-    run_and_report(cases(arguments, join_ranks()), arguments)
-
-
 if __name__ == "__main__":
-    main()
+    run_and_report(cases, build_parser())

@@ -12,13 +12,14 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import torch._inductor.analysis.device_info
 from device_meter import device_cost_of
 
 from maskmoe.command_line.run_tool import run_tool
 from maskmoe.errors import RunFailure
 from maskmoe.megatron_compat import cpu, prepare_process
 
-_PACKAGES = ("megatron-core", "transformer-engine", "triton", "nvidia-nccl-cu12", "nvidia-nccl-cu13")
+_PACKAGES = ("megatron-core", "transformer-engine", "apex", "triton", "nvidia-nccl-cu12", "nvidia-nccl-cu13")
 
 
 def main() -> None:
@@ -32,6 +33,7 @@ def main() -> None:
         facts["GPUs"] = 0
     else:
         facts |= {"GPUs": torch.cuda.device_count(), "CUDA of torch": torch.version.cuda}
+        facts["bf16 TFLOP/s of a GPU"] = datasheet_teraflops(torch.cuda.get_device_name())
         for number in range(torch.cuda.device_count()):
             facts |= describe(number)
     Path(sys.argv[1]).write_text(json.dumps(facts, indent=2))
@@ -45,6 +47,13 @@ def check_no_gpu_is_missed() -> None:
             f"the machine has the GPUs {', '.join(map(str, files))}, but torch {torch.__version__} (CUDA: "
             f"{torch.version.cuda}) sees none: install a torch for CUDA, or set CUDA_VISIBLE_DEVICES to nothing"
         )
+
+
+def datasheet_teraflops(name: str) -> float | None:
+    """Return the dense bf16 operations per second of a GPU on NVLink, in units of 1e12; None if torch has no number."""
+    model = " ".join(name.replace("-", " ").split()[:2])  # without memory and connector
+    model = model.replace("H200", "H100")  # They differ in memory only.
+    return torch._inductor.analysis.device_info.datasheet_tops(torch.bfloat16, device_name=model)
 
 
 def describe(number: int) -> dict[str, Any]:

@@ -35,11 +35,12 @@ def run_campaign(steps: Sequence[Step], context: Context, seconds: float, say: S
     Args:
         steps: the steps.
         context: where the campaign runs.
-        seconds: the time for all steps; a step that would begin later fails.
+        seconds: the time for all steps, which the steps share. A step may also use the time that steps before it left.
         say: prints a line of progress.
     """
     started, start = datetime.now(UTC), time.monotonic()
     results: list[StepResult] = []
+    total, deadline = sum(step.share for step in steps), start
 
     def campaign() -> Campaign:
         return Campaign(
@@ -55,7 +56,8 @@ def run_campaign(steps: Sequence[Step], context: Context, seconds: float, say: S
     for number, step in enumerate(steps, start=1):
         title = f"[{number}/{len(steps)}] {step.name}"
         say(f"{title}: {step.title}")
-        result = _run_step(step, context, min(step.limit, start + seconds - time.monotonic()))
+        deadline += seconds * step.share / total
+        result = _run_step(step, context, deadline - time.monotonic())
         say(f"{title}: {result.status} in {result.seconds:.0f} s" + (f": {result.problem}" if result.problem else ""))
         results.append(result)
         _write(campaign(), context.output)
@@ -84,8 +86,8 @@ def _run_step(step: Step, context: Context, limit: float) -> StepResult:
         problems = problems or [f"{type(error).__name__}: {error}"]
     problem = "; ".join(problems) or None
     status = Status.FAILED if problem else Status.PASSED
-    if step.measures and context.is_dry_run and not problem:
-        status, findings = Status.TRIED, Findings()
+    if step.measures and context.is_dry_run:
+        status, findings = Status.FAILED if problem else Status.TRIED, Findings()
     return StepResult(
         name=step.name,
         title=step.title,

@@ -30,6 +30,16 @@ class Context:
         """Whether there is no GPU, so that steps are only tried on the CPU."""
         return not self.devices.num_gpus
 
+    @property
+    def num_ranks(self) -> int:
+        """The number of ranks of a step on all GPUs; two in a dry run."""
+        return self.devices.num_processes
+
+    @property
+    def minutes(self) -> int:
+        """The time that a campaign takes at most by default; a dry run may share a slow machine with other work."""
+        return 10 if self.devices.num_gpus == 1 else 30
+
     def folder(self, step: str) -> Path:
         """Return the folder for the files of a step, which exists."""
         folder = self.output / step
@@ -56,7 +66,7 @@ class Step:
     Attributes:
         name: a short word, which names the folder of the step's files.
         title: what the step shows.
-        limit: seconds after which the step is ended.
+        share: the part of the campaign's time that the step may take, in addition to what earlier steps left of theirs.
         commands: returns the commands, which run one after the other.
         read: returns what the files of the finished commands say.
         measures: whether the numbers only mean something on a GPU. Without a GPU, they are discarded.
@@ -64,7 +74,7 @@ class Step:
 
     name: str
     title: str
-    limit: float
+    share: float
     commands: Callable[[Context], Sequence[Command]]
     read: Callable[[Context], Findings]
     measures: bool = False

@@ -1,15 +1,12 @@
-"""The steps that make data and train the laptop model, on the CPU and on a GPU."""
+"""The step that trains the laptop model on the CPU and on a GPU, and compares the losses."""
 
-import math
 from collections.abc import Mapping
 from pathlib import Path
 
 from gpu_campaign.results import Cell, Findings, Plot, Table
+from gpu_campaign.runs import Run
 from gpu_campaign.step import Command, Context
-from maskmoe.comparison.data import Dataset
 from maskmoe.comparison.report import new_figure, tidy
-from maskmoe.comparison.stage import maskmoe_command
-from maskmoe.comparison.table import scalars, training_seconds
 
 ITERATIONS = 30
 TOLERANCE = 0.03
@@ -19,53 +16,7 @@ _NOTE = (
     "may choose another one. On a CPU, bf16 changes the loss by up to 0.01 nats."
 )
 _REFERENCE = "float32 on the CPU"
-_WITHOUT_PACKAGES = (
-    *("--transformer-impl", "local", "--no-persist-layer-norm", "--no-rope-fusion"),
-    *("--no-masked-softmax-fusion", "--no-gradient-accumulation-fusion", "--no-moe-permute-fusion"),
-)
-"""Flags that need neither Transformer Engine nor Apex."""
-_CORPUS_BYTES, _VOCAB_SIZE, _SEQ_LENGTH = 3_000_000, 4096, 256
 _SHOWN = (1, 5, 10, 15, 20, 25, 30)
-
-
-def data_commands(context: Context) -> list[Command]:
-    """Return the commands from the sources of the installed Python to a dataset and a routing mask."""
-    data = _data(context)
-    tokenizer = ("--tokenizer-type", "SentencePieceTokenizer", "--tokenizer-model", data.tokenizer_model)
-    masking = ("--frequent-mass", "0.4", "--frequent-visible-experts", "4", "--assignment", "balanced")
-    lines = (
-        ("corpus", "--output", data.corpus, "--max-bytes", _CORPUS_BYTES),
-        (
-            "tokenizer",
-            "--input",
-            data.corpus,
-            "--vocab-size",
-            _VOCAB_SIZE,
-            "--output-prefix",
-            data.folder / "tokenizer",
-        ),
-        ("preprocess", "--input", data.corpus, "--append-eod", *tokenizer, "--output-prefix", data.folder / "dataset"),
-        ("count", "--data-path", data.prefix, "--vocab-size", _VOCAB_SIZE, "--output", data.token_frequency),
-        (
-            *("mask", "--token-frequency", data.token_frequency, "--num-experts", 8, "--num-layers", 4),
-            *(*masking, "--seed", 1, "--output", _mask(context)),
-        ),
-    )
-    return [Command(maskmoe_command(*line, "--force")) for line in lines]  # a step may be repeated
-
-
-def read_data(context: Context) -> Findings:
-    """Return the sizes of dataset and mask."""
-    files = (*_data(context).files, _mask(context))
-    return Findings(facts={path.name: f"{path.stat().st_size:,} bytes" for path in files})
-
-
-def _data(context: Context) -> Dataset:
-    return Dataset(context.folder("data"), str(_VOCAB_SIZE), _SEQ_LENGTH)
-
-
-def _mask(context: Context) -> Path:
-    return context.folder("data") / "routing_mask.safetensors"
 
 
 def training_commands(context: Context) -> list[Command]:
@@ -73,68 +24,44 @@ def training_commands(context: Context) -> list[Command]:
 
     Initial weights depend on the device, so all runs start from one checkpoint.
     """
-    folder = context.folder("training")
-    threads = str(max(1, context.devices.num_cores // 2))
-    on_cpu = {"CUDA_VISIBLE_DEVICES": "", "PYTHONPATH": str(context.root / "tools"), "OMP_NUM_THREADS": threads}
-
-    start = _train(context, "start", ("--exit-interval", "1"), on_cpu)
-    continues = (
-        *("--load", str(folder / "start" / "checkpoints"), "--finetune", "--save", "false"),
-        *("--exit-interval", str(ITERATIONS)),
-    )
-    commands = [start, _train(context, _REFERENCE, continues, on_cpu)]
-    for name, flags in _runs_to_compare(context).items():
-        commands.append(_train(context, name, (*continues, *flags), on_cpu if context.is_dry_run else {}))
-    return commands
+    start = Run("training", "start", ("--exit-interval", "1"), environment=_on_cpu(context))
+    return [run.command(context) for run in (start, *_runs(context))]
 
 
-def _runs_to_compare(context: Context) -> dict[str, list[str]]:
-    """Return the flags of the runs in bf16, by name."""
+def _runs(context: Context) -> tuple[Run, ...]:
+    """Return the runs that are compared; the first one is the reference."""
+    load = ("--load", str(context.folder("training") / "start" / "checkpoints"), "--finetune", "--save", "false")
+    flags = (*load, "--exit-interval", str(ITERATIONS))
+    on_cpu = _on_cpu(context)
+    reference, in_bf16 = Run("training", _REFERENCE, flags, environment=on_cpu), (*flags, "--bf16")
     if context.is_dry_run:
-        return {"bf16 on the CPU": ["--bf16"]}
-    runs = {"GPU": ["--bf16", *_WITHOUT_PACKAGES]}
-    if context.has_transformer_engine:
-        runs["GPU, Transformer Engine"] = ["--bf16"]
-    return runs
+        return reference, Run("training", "bf16 on the CPU", in_bf16, environment=on_cpu)
+    runs = (reference, Run("training", "GPU", in_bf16, has_engine=False))
+    has_engine = context.has_transformer_engine
+    return (*runs, Run("training", "GPU, Transformer Engine", in_bf16)) if has_engine else runs
 
 
-def _train(context: Context, name: str, flags: tuple[str, ...], environment: Mapping[str, str]) -> Command:
-    """Return the command that trains the laptop model on one rank, as a user does."""
-    data, folder = _data(context), context.folder("training")
-    words = (
-        *(str(context.root / "launch" / "pretrain.sh"), "--gpus-per-node", "1", "--max-restarts", "0"),
-        *("--run-dir", str(_run_dir(context, name)), str(context.root / "launch" / "models" / "laptop.yaml")),
-        *("--data-path", str(data.prefix), "--split", "90,10,0", "--data-cache-path", str(folder / "cache")),
-        *("--tokenizer-type", "SentencePieceTokenizer", "--tokenizer-model", str(data.tokenizer_model)),
-        *("--routing-mask", str(_mask(context)), "--log-interval", "1", *flags),
-    )
-    return Command(words, environment)
-
-
-def _run_dir(context: Context, name: str) -> Path:
-    return context.folder("training") / name.replace(",", "").replace(" ", "-")
+def _on_cpu(context: Context) -> dict[str, str]:
+    threads = str(max(1, context.devices.num_cores // 2))
+    return {"CUDA_VISIBLE_DEVICES": "", "PYTHONPATH": str(context.root / "tools"), "OMP_NUM_THREADS": threads}
 
 
 def read_training(context: Context) -> Findings:
     """Compare the losses of all runs with those of the CPU, iteration by iteration."""
-    folders = {name: _run_dir(context, name) / "tensorboard" for name in (_REFERENCE, *_runs_to_compare(context))}
-    losses = {name: _losses(folder) for name, folder in folders.items()}
+    reference, *others = _runs(context)
+    losses = {run.name: run.scalars(context, "lm loss") for run in (reference, *others)}
     facts: dict[str, Cell] = {"tolerance (nats)": TOLERANCE}
     problems = []
     backend = "gloo" if context.is_dry_run else "nccl"
-    for name in _runs_to_compare(context):
-        difference = largest_difference(losses[_REFERENCE], losses[name])
-        facts[f"{name}: largest difference of the loss (nats)"] = difference
+    for run in others:
+        difference = largest_difference(losses[_REFERENCE], losses[run.name])
+        facts[f"{run.name}: largest difference of the loss (nats)"] = difference
         if not difference <= TOLERANCE:
-            problems.append(f"{name}: losses differ by {difference:.3g} nats from the CPU's, more than {TOLERANCE}")
-        # The console shows the arguments with `--verbose` only; otherwise the rank's own log has them.
-        arguments = [*_lines(context, name), *_lines(context, name, "logs/rank0.log")]
-        if not any("distributed_backend" in line and line.endswith(f" {backend}") for line in arguments):
-            problems.append(f"{name}: the run did not use the backend {backend}")
-    for name, folder in folders.items():
-        iterations = max(losses[name], default=0)
-        seconds = training_seconds(folder) / iterations if iterations else None
-        facts[f"{name}: seconds an iteration (median)"] = seconds
+            problems.append(f"{run.name}: losses differ by {difference:.3g} nats from the CPU's, more than {TOLERANCE}")
+        if losses[_REFERENCE] == losses[run.name]:
+            problems.append(f"{run.name}: all losses equal the CPU's in every bit, so both runs did the same")
+        if not run.has_logged(context, "distributed_backend", backend):
+            problems.append(f"{run.name}: the run did not use the backend {backend}")
     picture = context.folder("training") / "losses.png"
     draw_losses(losses, picture)
     rows = tuple((number, *(values.get(number) for values in losses.values())) for number in _SHOWN)
@@ -145,17 +72,6 @@ def read_training(context: Context) -> Findings:
         plots=(Plot(file=str(picture.relative_to(context.output)), caption="Losses, and differences from the CPU"),),
         problems=tuple(problems),
     )
-
-
-def _lines(context: Context, name: str, logs_of_run: str = "logs/node0/**/stdout.log") -> list[str]:
-    """Return the lines in the logs of a run; by default those that the console shows."""
-    logs = sorted(_run_dir(context, name).glob(logs_of_run))
-    return [line for log in logs for line in log.read_text(encoding="utf-8", errors="replace").splitlines()]
-
-
-def _losses(tensorboard: Path) -> dict[int, float]:
-    """Return finite losses by iteration."""
-    return {step: loss for step, loss in scalars(tensorboard, "lm loss") if math.isfinite(loss)}
 
 
 def largest_difference(reference: Mapping[int, float], losses: Mapping[int, float]) -> float:
