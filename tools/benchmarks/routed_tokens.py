@@ -3,7 +3,7 @@
 import argparse
 from collections.abc import Callable, Iterator
 from copy import copy
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -96,12 +96,11 @@ def fused_settings(transformer_engine: bool) -> dict[str, Any]:
         transformer_engine: use Transformer Engine.
     """
     on_gpu = not cpu.is_installed()
-    packages = GpuPackages.installed() if on_gpu else GpuPackages(*5 * [False])
-    if not transformer_engine:
-        packages = replace(packages, transformer_engine=False, permutation=False, grouped_experts=False)
-    settings = packages.argument_defaults()
+    is_fused = on_gpu and transformer_engine
+    settings = (GpuPackages.installed() if is_fused else GpuPackages(*3 * [False])).argument_defaults()
     return settings | {
         "persist_layer_norm": not settings.pop("no_persist_layer_norm"),
+        "gradient_accumulation_fusion": is_fused,
         "bias_activation_fusion": on_gpu,
         "bias_dropout_fusion": on_gpu,
         "use_cpu_initialization": not on_gpu,
@@ -125,8 +124,6 @@ def with_main_grads(module: MegatronModule) -> DistributedDataParallel:
 
 def configs(arguments: argparse.Namespace, num_ranks: int, **settings: Any) -> Iterator[TransformerConfig]:
     """Yield a configuration of one layer for each choice of K and N."""
-    # The layers of Transformer Engine add to gradients without Apex, which only the output layer of a model needs.
-    accumulation = {"gradient_accumulation_fusion": True} if arguments.transformer_engine else {}
     for pair in arguments.experts:
         topk, num_experts = map(int, pair.split("/"))
         yield TransformerConfig(
@@ -140,7 +137,7 @@ def configs(arguments: argparse.Namespace, num_ranks: int, **settings: Any) -> I
             expert_model_parallel_size=num_ranks,
             add_bias_linear=False,
             params_dtype=getattr(torch, arguments.dtype),
-            **settings | fused_settings(arguments.transformer_engine) | accumulation,
+            **settings | fused_settings(arguments.transformer_engine),
         )
 
 

@@ -16,9 +16,9 @@ _CORPUS_BYTES, _VOCAB_SIZE, _SEQ_LENGTH = 3_000_000, 4096, 256
 _MASKING = ("--num-experts", NUM_EXPERTS, "--frequent-mass", "0.4", "--frequent-visible-experts", 4, "--seed", 1)
 _WITHOUT_PACKAGES = (
     *("--transformer-impl", "local", "--no-persist-layer-norm", "--no-rope-fusion", "--moe-grouped-gemm", "false"),
-    *("--no-masked-softmax-fusion", "--no-gradient-accumulation-fusion", "--no-moe-permute-fusion"),
+    *("--no-masked-softmax-fusion", "--no-moe-permute-fusion"),
 )
-"""Flags that need neither Transformer Engine nor Apex."""
+"""Flags that need no Transformer Engine."""
 
 
 @dataclass(frozen=True)
