@@ -266,7 +266,7 @@ def test_one_gpu_has_no_negative_control(tmp_path: Path) -> None:
     context = make_context(tmp_path, num_gpus=1)
     assert len(overlap_commands(context)) == 2
     for name, gathers in (("off", False), ("on", True)):
-        facts = {"dispatch": DispatchKind.STOCK.value, "overlap_param_gather": str(gathers)}
+        facts = {"dispatch": DispatchKind.ONE_RANK.value, "overlap_param_gather": str(gathers)}
         write_run(tmp_path / "overlap" / f"balanced-{name}", [8.0], **facts)
     findings = read_overlap(context)
     assert findings.problems == ()
@@ -323,7 +323,7 @@ def test_stock_fuses_everything_that_the_machine_can(monkeypatch) -> None:
     monkeypatch.setattr(moe_utils, "fused_topk_with_score_function", print)
     settings = fused_settings(transformer_engine=True)
     fused = {name for name, value in settings.items() if "fusion" in name and value is True}
-    names = ("gradient_accumulation", "masked_softmax", "moe_permute", "bias_activation", "bias_dropout", "apply_rope")
+    names = ("gradient_accumulation", "moe_permute", "bias_activation", "bias_dropout", "apply_rope")
     assert fused == {f"{name}_fusion" for name in names}
     assert settings["moe_grouped_gemm"]
     ours = SimpleNamespace(moe_router_fusion=False, **settings)

@@ -15,7 +15,8 @@ from maskmoe.launch.command import standalone_command
 _NOTE = (
     "Stock Megatron-Core fuses whatever it can: with Transformer Engine router, permutation, activation functions, and "
     "the accumulation of gradients. Ours has the same settings, except that Transformer Engine's router knows no mask. "
-    "The ratio is the median of ours / stock over pairs that were measured in turns. A benchmark fails if ours does the operations of stock."
+    "The ratio is the median of ours / stock over pairs that were measured in turns. A benchmark fails if ours does "
+    "the operations of stock."
 )
 _COLUMNS = (
     *("case", "ratio of times", "smallest", "largest", "ours (ms)", "stock (ms)"),

@@ -110,7 +110,7 @@ def _pairs(context: Context) -> list[_Pair]:
         return run("off", mask), run("on", mask, *_OVERLAP, *_ONE_BUCKET)
 
     if expert_parallel_size(context) == 1:
-        return [_Pair(DispatchKind.STOCK, off_and_on("balanced"), True, (False, True))]
+        return [_Pair(DispatchKind.ONE_RANK, off_and_on("balanced"), True, (False, True))]
     mask, buckets = "rank-local", (*_OVERLAP, *_SMALL_BUCKETS)
     at_once = run("small buckets, gathers at once", mask, _OVERLAP[0], *_SMALL_BUCKETS)
     late = run("small buckets, late gathers", mask, *program, *buckets)
@@ -149,7 +149,7 @@ def read_overlap(context: Context) -> Findings:
                 problems.append(f"{run.name}: the run did not dispatch by {pair.dispatch.value}")
     if expert_parallel_size(context) == 1:
         notes.append(
-            "Experts are on one rank, so dispatch is Megatron's. On one GPU, no parameter comes from another rank, so "
+            "Experts are on one rank, so no rows travel. On one GPU, no parameter comes from another rank, so "
             "there is no negative control: nothing changes if nothing waits for gathered parameters."
         )
     else:
