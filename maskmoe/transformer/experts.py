@@ -1,4 +1,4 @@
-"""Experts for models without Transformer Engine, computed together instead of module by module."""
+"""Experts that are computed together: without Transformer Engine, and with it without a wait of the host."""
 
 from collections.abc import Callable, Sequence
 from functools import partial
@@ -10,7 +10,7 @@ from megatron.core.fusions.fused_bias_swiglu import weighted_bias_swiglu_impl
 from megatron.core.tensor_parallel import CheckpointWithoutOutput
 from megatron.core.tensor_parallel.layers import ColumnParallelLinear, RowParallelLinear
 from megatron.core.transformer.mlp import MLP
-from megatron.core.transformer.moe.experts import SequentialMLP
+from megatron.core.transformer.moe.experts import SequentialMLP, TEGroupedMLP
 from megatron.core.transformer.transformer_config import TransformerConfig
 from megatron.core.typed_torch import apply_module
 from torch import Tensor
@@ -74,6 +74,44 @@ class GroupedMLP(SequentialMLP):
                 wait_for_parameters(layer)
         compute = _compute_grouped if is_on_gpu else _compute_in_turns
         return compute(rows, tokens_per_expert, probs, experts), None
+
+
+class CountsOnDeviceMLP(TEGroupedMLP):
+    """`TEGroupedMLP` that leaves the numbers of rows on the device if Transformer Engine reads them there.
+
+    Transformer Engine does so from Hopper on, in bf16, with `NVTE_GROUPED_LINEAR_USE_FUSED_GROUPED_GEMM=1`.
+    Megatron-Core brings the numbers to the host in every layer. The gradients of weights must be added to `main_grad`,
+    because a product of no rows may write no gradient.
+    """
+
+    def forward(  # pyrefly: ignore[bad-override]  # the arguments that follow are handed on
+        self, permuted_local_hidden_states: Tensor, tokens_per_expert: Tensor, permuted_probs: Tensor, *buffers: Any
+    ) -> tuple[Tensor, Tensor | None]:
+        """Compute the output of every expert for its rows; arguments as for `GroupedMLP.forward`."""
+        if self._reads_on_device(permuted_local_hidden_states.dtype) and tokens_per_expert.is_cuda:
+            tokens_per_expert = tokens_per_expert.as_subclass(_CountsOnDevice)
+        return super().forward(permuted_local_hidden_states, tokens_per_expert, permuted_probs, *buffers)
+
+    def _reads_on_device(self, dtype: torch.dtype) -> bool:
+        """Return whether both linear layers read the numbers of rows on the device."""
+        config = self.config
+        if config.fp8 or config.fp4 or not config.gradient_accumulation_fusion:
+            return False
+        if not getattr(self.linear_fc1, "use_grouped_tensor", False):
+            return False
+        from transformer_engine.pytorch.module import (  # pyrefly: ignore[missing-import]
+            is_module_grouped_tensor_path_supported,
+        )
+
+        return is_module_grouped_tensor_path_supported(None, dtype)
+
+
+class _CountsOnDevice(Tensor):
+    """Numbers of rows that Megatron-Core does not turn into a list."""
+
+    def tolist(self) -> Tensor:  # pyrefly: ignore[bad-override]
+        """Return the numbers as a tensor, which Transformer Engine takes instead of a list."""
+        return self.as_subclass(Tensor)
 
 
 def can_group(config: TransformerConfig, num_local_experts: int, expert_tensor_size: int) -> bool:

@@ -20,7 +20,7 @@ from megatron.core.transformer.attention import SelfAttentionSubmodules
 from megatron.core.transformer.dot_product_attention import DotProductAttention
 from megatron.core.transformer.identity_op import IdentityOp
 from megatron.core.transformer.mlp import MLP
-from megatron.core.transformer.moe.experts import SequentialMLP
+from megatron.core.transformer.moe.experts import SequentialMLP, TEGroupedMLP
 from megatron.core.transformer.moe.moe_layer import MoELayer, MoESubmodules
 from megatron.core.transformer.multi_latent_attention import MLASelfAttention, MLASelfAttentionSubmodules
 from megatron.core.transformer.multi_token_prediction import (
@@ -33,7 +33,7 @@ from megatron.core.transformer.transformer_block import TransformerBlockSubmodul
 from megatron.core.transformer.transformer_config import MLATransformerConfig, TransformerConfig
 from megatron.core.transformer.transformer_layer import TransformerLayer, TransformerLayerSubmodules
 
-from maskmoe.transformer.experts import GroupedMLP
+from maskmoe.transformer.experts import CountsOnDeviceMLP, GroupedMLP
 from maskmoe.transformer.moe_layer import MaskMoELayer
 from maskmoe.transformer.router import MaskMoERouter
 from maskmoe.transformer.routing import AuxLossTokens
@@ -52,6 +52,7 @@ _REPLACEMENTS: dict[Any, Any] = {
     MLP.as_mlp_submodule: TorchMLP.as_mlp_submodule,
     MoELayer: MaskMoELayer,
     SequentialMLP: GroupedMLP,
+    TEGroupedMLP: CountsOnDeviceMLP,
     TransformerLayer: MaskMoETransformerLayer,
     MultiTokenPredictionLayer: MaskMoEMultiTokenPredictionLayer,
 }

@@ -21,7 +21,7 @@ VERSION = "2.20.2"
 ALIGNMENT = 16
 """Rows of an expert with FP8 and FP4 are padded to a multiple of this number."""
 CALLS: list[str] = []
-"""The calls of `checkpoint`, `Fp8Padding` and `Fp8Unpadding`, in order."""
+"""The calls of `checkpoint`, `Fp8Padding` and `Fp8Unpadding`, and of `GroupedLinear` with a tensor, in order."""
 
 
 class Module(torch.nn.Module):
@@ -147,6 +147,7 @@ class GroupedLinear(Module):
         self.num_gemms, self.in_features, self.out_features = num_gemms, in_features, out_features
         self.use_bias, self.fuse_wgrad_accumulation = bias, fuse_wgrad_accumulation
         self.deferred: list[list[Tensor]] | None = [] if delay_wgrad_compute else None
+        self.use_grouped_tensor = False
         for index in range(num_gemms):
             weight = Parameter(torch.empty(out_features, in_features, dtype=params_dtype, device=device))
             init_method(weight)
@@ -157,7 +158,11 @@ class GroupedLinear(Module):
     def weights(self) -> list[Parameter]:
         return [getattr(self, f"weight{index}") for index in range(self.num_gemms)]
 
-    def forward(self, x: Tensor, m_splits: Sequence[int], is_first_microbatch: bool | None = None) -> Tensor:
+    def forward(self, x: Tensor, m_splits: Sequence[int] | Tensor, is_first_microbatch: bool | None = None) -> Tensor:
+        if isinstance(m_splits, Tensor):
+            assert type(m_splits) is Tensor
+            CALLS.append("rows on the device")
+            m_splits = m_splits.tolist()
         return _GroupedProduct.apply(x, m_splits, self, *self.weights)
 
     def backward_dw(self) -> None:
@@ -261,6 +266,7 @@ def install() -> None:
         ".common": {},
         ".common.recipe": {"DelayedScaling": type("DelayedScaling", (), {})},
         ".pytorch": {module.__name__: module for module in modules},
+        ".pytorch.module": {"is_module_grouped_tensor_path_supported": lambda recipe, dtype: dtype != torch.float16},
         ".pytorch.ops": {},
         ".pytorch.distributed": {
             "CudaRNGStatesTracker": type("CudaRNGStatesTracker", (), {}),

@@ -1,4 +1,4 @@
-"""FP8 and FP4: rows of experts are padded after dispatch, and Transformer Engine's checkpointing recomputes layers."""
+"""Experts of Transformer Engine: rows are padded for FP8 and FP4, and their numbers can stay on the device."""
 
 from dataclasses import replace
 from typing import Any
@@ -29,10 +29,11 @@ PRECISIONS: dict[str, dict[str, Any]] = {
 RECOMPUTATION = {"none": {}, "moe": {"recompute_granularity": "selective", "recompute_modules": ["moe"]}}
 
 
-def train(mask: str, settings: dict[str, Any]) -> tuple[str, dict[str, Tensor], list[str]]:
+def train(mask: str, settings: dict[str, Any], on_device: bool = False) -> tuple[str, dict[str, Tensor], list[str]]:
     """Run a layer forward and backward; return the dispatcher, output and gradients, and Transformer Engine's calls.
 
-    All visible experts of an id are on both ranks, or `rank_local`.
+    All visible experts of an id are on both ranks, or `rank_local`. `on_device`: Transformer Engine takes numbers of
+    rows on the device.
     """
     from support import stub_transformer_engine
 
@@ -42,6 +43,9 @@ def train(mask: str, settings: dict[str, Any]) -> tuple[str, dict[str, Tensor], 
     engine = {"transformer_impl": "transformer_engine", "moe_grouped_gemm": True, "expert_model_parallel_size": 2}
     layer = make_layer(make_config(NUM_EXPERTS, TOPK, **engine, **settings), make_mask(visible.numpy()))
     draw_parameters(layer)
+    if on_device:
+        layer.config.gradient_accumulation_fusion = True  # for the layer's choice alone
+        layer.experts.linear_fc1.use_grouped_tensor = layer.experts.linear_fc2.use_grouped_tensor = True
     generator = torch.Generator().manual_seed(rank)
     ids = TokenIds(torch.randint(0, VOCAB_SIZE, (BATCH, SEQUENCE), generator=generator))
     hidden, gradient = torch.randn(2, SEQUENCE, BATCH, HIDDEN, generator=generator)
@@ -57,12 +61,17 @@ def train(mask: str, settings: dict[str, Any]) -> tuple[str, dict[str, Tensor], 
 
 def train_all() -> dict[tuple[str, str, str], tuple[str, dict[str, Tensor], list[str]]]:
     initialize_parallelism(expert_model_parallel_size=2)
-    return {
+    results = {
         (mask, precision, recomputed): train(mask, settings | recomputation)
         for mask in DISPATCHERS
         for precision, settings in PRECISIONS.items()
         for recomputed, recomputation in RECOMPUTATION.items()
     }
+    Tensor.is_cuda = True  # pyrefly: ignore[bad-assignment]
+    for mask in DISPATCHERS:
+        for precision, settings in PRECISIONS.items():
+            results[mask, precision, "on device"] = train(mask, settings, on_device=True)
+    return results
 
 
 @pytest.fixture(scope="module")
@@ -86,3 +95,14 @@ def test_padded_experts_compute_the_same(mask: str, precision: str, recomputed: 
         assert found.keys() == expected.keys()
         for name, value in expected.items():
             torch.testing.assert_close(found[name], value, rtol=1e-5, atol=1e-5, msg=name)
+
+
+@pytest.mark.parametrize("mask", DISPATCHERS)
+def test_numbers_of_rows_stay_on_the_device(mask: str, ranks: list[dict]) -> None:
+    for results in ranks:
+        _, expected, _ = results[mask, "bf16", "none"]
+        _, found, calls = results[mask, "bf16", "on device"]
+        assert calls == 2 * ["rows on the device"]
+        assert all(torch.equal(found[name], value) for name, value in expected.items())
+        # Padding needs the numbers on the host.
+        assert "rows on the device" not in results[mask, "fp8", "on device"][2]
