@@ -19,7 +19,7 @@ from maskmoe.transformer.token_ids import TokenIds
 sys.path.insert(0, str(ROOT / "tools" / "studies" / "choice_or_damping"))
 import analysis
 import interventions
-from interventions import GatedHashRouter, SmearedSelfAttention, UnitWeightRouter
+from interventions import GatedHashRouter, SecondChoiceRouter, SmearedSelfAttention, UnitWeightRouter
 
 STUDY = ROOT / "tools" / "studies" / "choice_or_damping"
 NUM_EXPERTS, IDS, RARE = 4, 12, 5
@@ -88,6 +88,16 @@ def test_unit_weight_keeps_the_choice_and_the_gradient_of_the_logarithm(make, ba
     torch.testing.assert_close(found, expected)
 
 
+def test_second_choice_leaves_out_the_best_expert_of_frequent_ids(make, batch):
+    logits, ids = batch
+    own, own_map = make(SecondChoiceRouter).routing(logits, ids)
+    assert own_map[:RARE].int().argmax(1).tolist() == OWN[:RARE].tolist()
+    second = logits.flatten(0, 1).topk(2).indices[RARE:, 1]
+    assert torch.equal(own_map[RARE:].int().argmax(1), second)
+    without_best = logits.flatten(0, 1)[RARE:].topk(NUM_EXPERTS).values[:, 1:].softmax(-1)
+    torch.testing.assert_close(own[RARE:].sum(1), without_best[:, 0])
+
+
 @pytest.mark.parametrize("layer", [1, 2])
 def test_keys_of_layer_2_are_mixed_with_the_preceding_ones(monkeypatch, layer):
     query, key, value = (torch.randn(5, 2, 3, 4) for _ in range(3))
@@ -112,6 +122,7 @@ def test_keys_of_layer_2_are_mixed_with_the_preceding_ones(monkeypatch, layer):
 def test_specs_have_the_replacements():
     for builder, stock, own in (
         (interventions.GatedHashBuilder, MaskMoERouter, GatedHashRouter),
+        (interventions.SecondChoiceBuilder, MaskMoERouter, SecondChoiceRouter),
         (interventions.UnitWeightBuilder, MaskMoERouter, UnitWeightRouter),
         (interventions.SmearedKeysBuilder, interventions.SelfAttention, SmearedSelfAttention),
     ):

@@ -70,6 +70,21 @@ class UnitWeightRouter(MaskMoERouter):
         return probs / torch.where(routing_map, probs.detach(), 1.0), routing_map
 
 
+class SecondChoiceRouter(MaskMoERouter):
+    """MaskMoE without each token's best expert: if an id sees several experts, its tokens use the next best ones.
+
+    For evaluation of trained models: the loss that is gained shows what the learned choice is worth.
+    """
+
+    def routing(self, logits: Tensor, token_ids: TokenIds, attaches_losses: bool = True) -> tuple[Tensor, Tensor]:
+        """Route as `MaskMoERouter.routing` does, with the best visible expert of each routable token out of reach."""
+        _, best = super().routing(logits, token_ids, False)  # [tokens, experts]
+        visible = self.visible_experts.mask_table(self.table).look_up(token_ids.ids.flatten()).experts
+        best = best & (visible.sum(dim=-1, keepdim=True) > 1)
+        lowest = torch.finfo(logits.dtype).min
+        return super().routing(logits.masked_fill(best.view(logits.shape), lowest), token_ids, attaches_losses)
+
+
 class SmearedSelfAttention(SelfAttention):
     """Self-attention whose keys in layer 2 are mixed with the keys of the preceding token, by a learned share a head.
 
@@ -124,6 +139,12 @@ class UnitWeightBuilder(_InterventionBuilder):
     """Replaces the router by `UnitWeightRouter`."""
 
     change = staticmethod(partial(_with_router, UnitWeightRouter))
+
+
+class SecondChoiceBuilder(_InterventionBuilder):
+    """Replaces the router by `SecondChoiceRouter`."""
+
+    change = staticmethod(partial(_with_router, SecondChoiceRouter))
 
 
 class SmearedKeysBuilder(_InterventionBuilder):
