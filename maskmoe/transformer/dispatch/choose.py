@@ -51,7 +51,7 @@ def choose_dispatch(
         return DispatchKind.PLANNED
     # With one expert for each token, or on each rank, Megatron's all-to-all also sends one copy.
     one_expert_per_rank = config.num_moe_experts == get_pg_size(pg_collection.ep)
-    return DispatchKind.ONE_RANK if config.moe_router_topk == 1 or one_expert_per_rank else DispatchKind.ONE_COPY
+    return DispatchKind.STOCK if config.moe_router_topk == 1 or one_expert_per_rank else DispatchKind.ONE_COPY
 
 
 def build_dispatcher(kind: DispatchKind, layer: MoELayer, pg_collection: ProcessGroupCollection) -> Dispatcher:
