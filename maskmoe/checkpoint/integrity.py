@@ -11,7 +11,7 @@ import hashlib
 import json
 import os
 import pickle
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -181,22 +181,19 @@ def check_structure(checkpoint: Path) -> None:
             raise Damage(checkpoint, f"{name} has {size} of at least {needed} bytes")
 
 
-def check_content(
-    checkpoint: Path, part: slice = slice(None), on_checked: Callable[[int], object] = lambda size: None
-) -> None:
+def check_content(checkpoint: Path, part: slice = slice(None)) -> None:
     """Raise `Damage` for the first file that differs from its digest; without a manifest, the checkpoint passes.
 
     Args:
         checkpoint: A checkpoint that passes `check_structure`.
         part: Which files to compare, in the order of their names; `slice(rank, None, ranks)` divides them among ranks.
-        on_checked: Called after each file with its size in bytes.
     """
     for name, digest in sorted(Manifest.load(checkpoint).files.items())[part]:
-        on_checked(_check_digest(checkpoint, name, digest))
+        _check_digest(checkpoint, name, digest)
 
 
-def _check_digest(checkpoint: Path, name: str, digest: str) -> int:
-    """Compare one file with its digest, and return its size in bytes. Raises Damage if the file differs."""
+def _check_digest(checkpoint: Path, name: str, digest: str) -> None:
+    """Compare one file with its digest. Raises Damage if the file differs."""
     try:
         found = FileRecord.of(resolve_inside(checkpoint, name))
     except UnusableFile as error:
@@ -205,7 +202,6 @@ def _check_digest(checkpoint: Path, name: str, digest: str) -> int:
         raise Damage(checkpoint, f"{name} cannot be read: {error.strerror}") from error
     if found.sha256 != digest:
         raise Damage(checkpoint, f"{name} does not have the content that was saved")
-    return found.size
 
 
 class _LayoutUnpickler(pickle.Unpickler):

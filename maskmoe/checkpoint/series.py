@@ -82,7 +82,6 @@ def choose_checkpoint(
     step: int | None = None,
     check: Callable[[Path], None] = check_structure,
     non_persistent: Path | None = None,
-    flag: str = "--load",
 ) -> Choice:
     """Choose the newest sound checkpoint in a folder, or in the folder of the run's non-persistent checkpoints.
 
@@ -92,11 +91,10 @@ def choose_checkpoint(
     checkpoint that a kill has interrupted.
 
     Args:
-        folder: The folder in Megatron's `--load` or `--pretrained-checkpoint`.
+        folder: The folder in Megatron's `--load`.
         step: Megatron's `--ckpt-step`, the only iteration to choose; None to choose among all.
         check: Raises `Damage` if a checkpoint is not sound.
         non_persistent: The folder of the non-persistent checkpoints, which need no tracker file; None without them.
-        flag: The flag that names the folder.
 
     Raises:
         UserError: The folder has checkpoints, or a record of one, but none is sound.
@@ -119,7 +117,7 @@ def choose_checkpoint(
     if is_without_saves and all(isinstance(damage, Unfinished) for damage in rejected):
         return Choice(None, tuple(rejected))
     reasons = "; ".join(map(str, rejected)) or f"{TRACKER} names none that exists"
-    raise UserError(f"{flag} {folder} holds no sound checkpoint: {reasons}")
+    raise UserError(f"--load {folder} holds no sound checkpoint: {reasons}")
 
 
 def locate_checkpoint(path: Path, step: int | None = None) -> Path:
