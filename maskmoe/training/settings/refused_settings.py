@@ -103,11 +103,13 @@ def refused_settings(args: Namespace) -> Iterator[str]:
 
 def missing_transformer_engine(args: Namespace, packages: GpuPackages) -> Iterator[str]:
     """Yield an error if the layers need Transformer Engine, but the machines that train lack it."""
-    cure = "install it, or leave the flag out"
-    if args.transformer_impl == "transformer_engine" and not packages.transformer_engine:
-        yield f"--transformer-impl transformer_engine needs Transformer Engine, which is not installed: {cure}"
-    if args.moe_permute_fusion and not packages.permutation:
-        yield f"--moe-permute-fusion needs Transformer Engine 2.1 or newer: {cure}"
+    if packages.transformer_engine:
+        return
+    problem = "needs Transformer Engine, which is not installed: install it, or leave the flag out"
+    if args.transformer_impl == "transformer_engine":
+        yield f"--transformer-impl transformer_engine {problem}"
+    if args.moe_permute_fusion:
+        yield f"--moe-permute-fusion {problem}"
 
 
 def missing_libraries(args: Namespace) -> Iterator[str]:
