@@ -11,7 +11,7 @@ from maskmoe.transformer.token_ids import TokenIds, gather_sequence, pack_token_
 
 IDS = torch.arange(6, device=DEVICE).view(2, 3)
 IS_PADDING = IDS > 3
-PLAN = DispatchPlan({})
+PLAN: DispatchPlan = {}
 
 
 @pytest.mark.parametrize("is_padding", [None, IS_PADDING], ids=["no padding", "padding"])

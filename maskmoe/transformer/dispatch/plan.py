@@ -29,12 +29,5 @@ class LayerPlan:
     num_selected: int
 
 
-@dataclass(frozen=True)
-class DispatchPlan:
-    """The plan of a micro-batch for all layers of a pipeline stage.
-
-    Attributes:
-        of_table: The plan of the layers that use a table of the routing mask, by the table's number.
-    """
-
-    of_table: Mapping[int, LayerPlan]
+DispatchPlan = Mapping[int, LayerPlan]
+"""The plan of a micro-batch for all layers of a pipeline stage, by the number of the mask's table that a layer uses."""
