@@ -6,7 +6,7 @@ import time
 from argparse import Namespace
 from collections import deque
 from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -72,7 +72,7 @@ class CheckpointSaver:
         finalize: Megatron's `maybe_finalize_async_save`.
         saving_into: Makes a context manager in which Megatron saves into another folder.
         while_saving: Makes a context manager that is entered around each save.
-        while_waiting: Makes a context manager that is entered while training waits for asynchronous saves.
+        before_wait: Is called before training waits for asynchronous saves.
         journal: Gets an entry for each checkpoint on the first rank.
     """
 
@@ -83,12 +83,12 @@ class CheckpointSaver:
         finalize: Callable[..., None],
         saving_into: Callable[[Path], AbstractContextManager],
         while_saving: Callable[[], AbstractContextManager],
-        while_waiting: Callable[[], AbstractContextManager],
+        before_wait: Callable[[], None],
         journal: Journal,
     ) -> None:
         self._settings = settings
         self._save_checkpoint, self._finalize, self._saving_into = save_checkpoint, finalize, saving_into
-        self._while_saving, self._while_waiting, self._journal = while_saving, while_waiting, journal
+        self._while_saving, self._before_wait, self._journal = while_saving, before_wait, journal
         self._unfinished: deque[_Save] = deque()
         self._has_saved_non_persistent = False
         self._retain_interval: int | None = None
@@ -138,14 +138,14 @@ class CheckpointSaver:
     def finalize(self, blocking: bool = False, terminate: bool = False) -> None:
         """Finalise asynchronous saves whose files are written; raise `SaveError` if a rank failed to save."""
         start = time.perf_counter()
-        waits = blocking and bool(self._unfinished)
-        with self._while_waiting() if waits else nullcontext():
-            with _marking_failures():
-                self._finalize(blocking=blocking, terminate=terminate)
-            finished = [self._unfinished.popleft() for _ in range(len(self._unfinished) - _num_unfinished())]
-            if torch.distributed.get_rank() == 0:
-                for save in finished:
-                    self._remove_outdated(save)
+        if blocking and self._unfinished:
+            self._before_wait()
+        with _marking_failures():
+            self._finalize(blocking=blocking, terminate=terminate)
+        finished = [self._unfinished.popleft() for _ in range(len(self._unfinished) - _num_unfinished())]
+        if torch.distributed.get_rank() == 0:
+            for save in finished:
+                self._remove_outdated(save)
         for save in finished:
             save.seconds += (time.perf_counter() - start) / len(finished)
             self._record(save, is_asynchronous=True)

@@ -257,7 +257,7 @@ EVERY_PROCESS = (
 def keep_checkpoints_whole(
     settings: Namespace,
     while_saving: Callable[[], AbstractContextManager],
-    while_waiting: Callable[[], AbstractContextManager],
+    before_wait: Callable[[], None],
     journal: Journal,
 ) -> None:
     """Save into empty folders only, record a digest of every file, and record every save; for processes that train.
@@ -274,7 +274,7 @@ def keep_checkpoints_whole(
     Args:
         settings: Megatron's arguments.
         while_saving: Returns a context manager that is entered around each save.
-        while_waiting: Returns a context manager that is entered while training waits for asynchronous saves.
+        before_wait: Is called before training waits for asynchronous saves.
         journal: Gets an entry for each checkpoint.
     """
     # Processes that do not train need not spend the time to import these modules.
@@ -283,7 +283,7 @@ def keep_checkpoints_whole(
     from maskmoe.checkpoint.saver import CheckpointSaver, SealedSaveStrategy
 
     functions = training.save_checkpoint, training.maybe_finalize_async_save, saving_into
-    saver = CheckpointSaver(settings, *functions, while_saving, while_waiting, journal)
+    saver = CheckpointSaver(settings, *functions, while_saving, before_wait, journal)
     replace(checkpointing, "TorchDistSaveShardedStrategy", SealedSaveStrategy)
     replace(checkpointing, "cleanup_old_non_persistent_checkpoint", lambda *args, **kwargs: None)
     replace(training, "save_checkpoint", saver.save)

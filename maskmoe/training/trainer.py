@@ -39,7 +39,7 @@ from maskmoe.training.watch.early_ends import FiniteStepCheck, LeaveAfterSave, S
 from maskmoe.training.watch.end_of_run import EndOfRun, writing_page
 from maskmoe.training.watch.routing_log import RoutingLog
 from maskmoe.training.watch.spikes import SpikeWatch
-from maskmoe.training.watch.start_of_run import Header, RunStart
+from maskmoe.training.watch.start_of_run import StartOfRun
 from maskmoe.training.watch.watchdog import Watchdog
 from maskmoe.training.watch.writers import EventFiles, choose_event_folder, take_run_id
 
@@ -92,8 +92,7 @@ class Trainer:
             EndOfRun(args, self._run_folder, self._ranks),
             EventFiles(),
             Watchdog(self._ranks, hang_timeout(args)),
-            RunStart(args, self._run_folder),
-            Header(args, self._mask, self._run_folder),
+            StartOfRun(args, self._mask, self._run_folder),
             self._save_on_signals,
             FiniteStepCheck(args),
             leave_after_save,
@@ -161,18 +160,17 @@ class Trainer:
             for callback in callbacks:
                 callback.after_save()
 
-        @contextmanager
-        def waiting() -> Iterator[None]:
+        def before_wait() -> None:
             for callback in callbacks:
                 callback.before_wait()
-            yield
 
         # In the order in which a run calls them.
         self.model_config.pre_wrap_hooks.append(on_model_built)
         self.model_config.transformer.finalize_model_grads_func = finalize_gradients
         call_after_each_step(after_step)
         skip_iterations_of_interleaved_pipelines()
-        keep_checkpoints_whole(self.args, saving, waiting, Journal(self._run_folder if self._ranks.rank == 0 else None))
+        journal = Journal(self._run_folder if self._ranks.rank == 0 else None)
+        keep_checkpoints_whole(self.args, saving, before_wait, journal)
 
     @contextmanager
     def _accompanied(self) -> Iterator[None]:

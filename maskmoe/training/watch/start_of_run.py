@@ -5,7 +5,6 @@ import sys
 from argparse import Namespace
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 import torch
 from megatron.core import mpu
@@ -48,8 +47,11 @@ def count_parameters(chunks: Sequence[MegatronModule]) -> int:
     return round(float(total))
 
 
-class Header(Callback):
-    """Prints the header on the first rank when the model is built, and ends the console's report of loading."""
+class StartOfRun(Callback):
+    """Opens logs, writes arguments and a journal entry, and prints the header on the first rank.
+
+    All this is done once the model is built, because a refused run leaves no files.
+    """
 
     def __init__(self, args: Namespace, mask: RoutingMask | None, folder: Path | None) -> None:
         self._args = args
@@ -57,7 +59,11 @@ class Header(Callback):
         self._folder = folder
 
     def on_model_built(self, chunks: Sequence[MegatronModule]) -> None:
-        """Print the header; a collective call."""
+        """Write the files, and print the header; a collective call."""
+        console.open_log(self._folder)
+        console.shows_timers = self._args.timing_log_level > 0
+        if self._folder is not None and self._args.rank == 0:
+            _write_files(self._args, self._folder)
         dispatch = getattr(chunks[0], "dispatch_kind", None)
         fields = describe_run(
             self._args, self._mask, self._folder, count_parameters(chunks), dispatch and dispatch.value
@@ -157,29 +163,14 @@ def _short(number: int) -> str:
     return f"{number / 1e3:.3g} k"
 
 
-class RunStart(Callback):
-    """Opens logs and writes arguments and a journal entry once the model is built: a refused run leaves no files."""
-
-    def __init__(self, args: Namespace, folder: Path | None) -> None:
-        self._args = args
-        self._folder = folder
-
-    def on_model_built(self, chunks: Sequence[Any]) -> None:
-        """Write the files."""
-        console.open_log(self._folder)
-        console.shows_timers = self._args.timing_log_level > 0
-        if self._folder is not None and self._args.rank == 0:
-            # Megatron computes the number of iterations from --train-samples later, so add the number here.
-            complete = Namespace(**vars(self._args) | {"train_iters": training_iterations(self._args)})
-            try:
-                save_arguments(complete, sys.argv[1:], self._folder)
-            except OSError as error:
-                console.say(f"note: cannot write {self._folder / ARGUMENTS}: {error.strerror}")
-            _record_start(self._args, self._folder)
-
-
-def _record_start(args: Namespace, folder: Path) -> None:
-    """Write the start of the ranks into the run's journal."""
+def _write_files(args: Namespace, folder: Path) -> None:
+    """Write the arguments into the run folder, and the start of the ranks into the run's journal."""
+    # Megatron computes the number of iterations from --train-samples later, so add the number here.
+    complete = Namespace(**vars(args) | {"train_iters": training_iterations(args)})
+    try:
+        save_arguments(complete, sys.argv[1:], folder)
+    except OSError as error:
+        console.say(f"note: cannot write {folder / ARGUMENTS}: {error.strerror}")
     layout = Layout.from_args(args)
     Journal(folder).write(
         Kind.STARTED,
