@@ -8,7 +8,6 @@ This module imports nothing that takes long, because it prints the first line of
 """
 
 import logging
-import math
 import os
 import re
 import sys
@@ -18,7 +17,6 @@ import warnings
 from collections import deque
 from collections.abc import Iterable, Sequence
 from contextlib import suppress
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TextIO
 
@@ -44,31 +42,13 @@ _HIDDEN_WARNINGS_WHILE_TRAINING = re.compile(
     r"Result validation enabled|(Setting )?RerunStateMachine (mode|initialized)|MCore's async save is deprecated"
 )
 _TIMERS = "megatron.core.timers"
-
-
-_ITERATION = re.compile(r" \[[^]]+\] iteration +\d+/ *\d+ \|(?:.* lm loss: (?P<loss>\S+) \|)?")
-_VALIDATION = re.compile(
-    r" *validation loss at iteration \d+ (?:on validation set )?\| lm loss value: (?P<loss>\S+) \|"
-)
-
-
-@dataclass(frozen=True)
-class LoggedLoss:
-    """A loss that Megatron has printed, in nats per token, None if the line has no finite loss."""
-
-    is_validation: bool
-    loss: float | None
-
-
-def parse_line(line: str) -> LoggedLoss | None:
-    """Return the loss that a line of Megatron's log prints; None for any other line."""
-    match, is_validation = _ITERATION.match(line), False
-    if match is None:
-        match, is_validation = _VALIDATION.match(line), True
-    if match is None:
-        return None
-    loss = float(match["loss"] or "nan")
-    return LoggedLoss(is_validation, loss if math.isfinite(loss) else None)
+# The lines with losses, by the names of the losses.
+_LOSSES = {
+    "loss": re.compile(r" \[[^]]+\] iteration +\d+/ *\d+ \|(?:.* lm loss: (?P<loss>\S+) \|)?"),
+    "validation loss": re.compile(
+        r" *validation loss at iteration \d+ (?:on validation set )?\| lm loss value: (?P<loss>\S+) \|"
+    ),
+}
 
 
 class Console:
@@ -78,13 +58,13 @@ class Console:
 
     Attributes:
         shows_timers: Whether the table of Megatron's timers reaches the console.
-        iteration: The newest iteration of which a line was printed; None on ranks that print no such lines.
+        losses: The newest `loss` of an iteration and the newest `validation loss` that Megatron has printed on this
+            rank, in nats per token; NaN if the line has no loss.
     """
 
     def __init__(self) -> None:
         self.shows_timers = False
-        self.iteration: LoggedLoss | None = None
-        self.validation: LoggedLoss | None = None
+        self.losses: dict[str, float] = {}
         self._stdout = self._progress = sys.stdout
         self._is_rank = self._is_routed = self._is_training = False
         self._log: TextIO | None = None
@@ -176,11 +156,9 @@ class Console:
         if not is_shown:
             self._keep(line)
             return
-        record = parse_line(line)
-        if record is not None and record.is_validation:
-            self.validation = record
-        elif record is not None:
-            self.iteration = record
+        for name, pattern in _LOSSES.items():
+            if match := pattern.match(line):
+                self.losses[name] = float(match["loss"] or "nan")
         self._show(line, self._progress)
 
     def take_log(self, record: logging.LogRecord, text: str) -> None:
