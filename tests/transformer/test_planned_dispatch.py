@@ -11,9 +11,8 @@ from support.small_moe import DEVICE, make_config, make_mask, make_visible_exper
 from torch import Tensor
 
 from maskmoe.training.watch.watchdog import waits_for_others
-from maskmoe.transformer.dispatch.plan import DispatchPlan
 from maskmoe.transformer.dispatch.planned import DispatchPlanner
-from maskmoe.transformer.token_ids import TokenIds
+from maskmoe.transformer.token_ids import DispatchPlan, TokenIds
 
 EXPERTS_OF_RANK, TABLES, VOCAB_SIZE, BATCH, SEQUENCE, TOPK = 3, 3, 9, 2, 5, 2
 

@@ -13,6 +13,7 @@ from maskmoe.checkpoint.saved_names import without_new_layers
 from maskmoe.checkpoint.series import RELEASE, write_tracker
 from maskmoe.errors import UserError
 from maskmoe.routing_mask.feed_forward_layers import FeedForwardLayers
+from maskmoe.transformer.torch_modules import gated_delta_net
 
 # Settings of YaRN for which Megatron has no flags; its configuration of multi-latent attention takes them from the
 # arguments. Converted checkpoints have them if they differ from Megatron's values.
@@ -42,11 +43,6 @@ ADJUSTABLE_ARGUMENTS = (
     "yarn_correction_range_round_to_int",
     *("mup_width_mult", "mup_base_hidden_size", "mup_embedding_mult", "mup_output_mult"),
     *("mup_base_head_dim", "mup_attn_scale_power"),
-)
-# Sizes of gated delta nets.
-_GATED_DELTA_NET_SIZES = (
-    *("linear_conv_kernel_dim", "linear_key_head_dim", "linear_value_head_dim"),
-    *("linear_num_key_heads", "linear_num_value_heads"),
 )
 # Flags that do not have the names of their arguments.
 _FLAGS = {"layernorm_zero_centered_gamma": "--apply-layernorm-1p"}
@@ -82,7 +78,7 @@ def further_checkpoint_args(args: Namespace, checkpoint: Path) -> dict[str, Any]
     the checkpoint. They are left out if they do not fit the layout of this run.
     """
     saved = load_common_state_dict(checkpoint).get("args", Namespace())
-    names = (*_MODEL_ARGUMENTS, *ADJUSTABLE_ARGUMENTS, *_GATED_DELTA_NET_SIZES, *_YARN_WITHOUT_FLAGS)
+    names = (*_MODEL_ARGUMENTS, *ADJUSTABLE_ARGUMENTS, *gated_delta_net.SIZES, *_YARN_WITHOUT_FLAGS)
     chosen = {name: getattr(saved, name) for name in names if hasattr(saved, name)}
     pattern = getattr(saved, "hybrid_layer_pattern", None)
     if pattern is not None:

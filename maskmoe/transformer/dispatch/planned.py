@@ -8,10 +8,9 @@ from megatron.core.utils import get_pg_rank, get_pg_size
 from torch import Tensor
 from torch.distributed import ProcessGroup
 
-from maskmoe.transformer.dispatch.plan import DispatchPlan, LayerPlan
 from maskmoe.transformer.dispatch.protocol import Dispatched, Router
 from maskmoe.transformer.dispatch.rows import CopyToExperts, DispatchRecord, RowBuffers, RowCopies, RowExchange
-from maskmoe.transformer.token_ids import TokenIds
+from maskmoe.transformer.token_ids import DispatchPlan, LayerPlan, TokenIds
 from maskmoe.transformer.visible_experts import VisibleExperts
 
 
