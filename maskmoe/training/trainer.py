@@ -16,6 +16,7 @@ from megatron.core.enums import ModelType
 from megatron.training import pretrain
 from megatron.training.argument_utils import pretrain_cfg_container_from_args
 
+from maskmoe.checkpoint.saver import CheckpointSaver
 from maskmoe.files.run_folder import Journal
 from maskmoe.megatron_compat.checkpoint_patches import keep_checkpoints_whole, override_learning_rates
 from maskmoe.megatron_compat.globals import get_timers, open_writers
@@ -170,19 +171,17 @@ class Trainer:
         call_after_each_step(after_step)
         skip_iterations_of_interleaved_pipelines()
         journal = Journal(self._run_folder if self._ranks.rank == 0 else None)
-        keep_checkpoints_whole(self.args, saving, before_wait, journal)
+        saver = CheckpointSaver(self.args, saving, before_wait, journal)
+        keep_checkpoints_whole(saver.save, saver.finalize)
 
     @contextmanager
     def _accompanied(self) -> Iterator[None]:
         """Tell the callbacks about the start of the run and, in the reverse order, about its end."""
-        error: BaseException | None = None
         try:
             for callback in self.callbacks:
                 callback.on_start()
             yield
-        except BaseException as raised:
-            error = raised
-            raise
         finally:
+            error = sys.exception()
             for callback in reversed(self.callbacks):
                 callback.on_end(error)
