@@ -57,6 +57,7 @@ class Console:
     Until `route` is called, everything reaches the console.
 
     Attributes:
+        log: The log file; None if there is none.
         shows_timers: Whether the table of Megatron's timers reaches the console.
         losses: The newest `loss` of an iteration and the newest `validation loss` that Megatron has printed on this
             rank, in nats per token; NaN if the line has no loss.
@@ -67,15 +68,10 @@ class Console:
         self.losses: dict[str, float] = {}
         self._stdout = self._progress = sys.stdout
         self._is_rank = self._is_routed = self._is_training = False
-        self._log: TextIO | None = None
+        self.log: TextIO | None = None
         self._pending: deque[str] = deque(maxlen=_MOST_PENDING_LINES)
         self._lock = threading.RLock()
         self._phase = ""
-
-    @property
-    def log_file(self) -> str | None:
-        """The path of the log file; None if there is none."""
-        return self._log.name if self._log else None
 
     def route(self, progress: TextIO) -> None:
         """Route what this process prints, logs and warns of; `progress`, stdout or stderr, takes the progress lines."""
@@ -104,7 +100,7 @@ class Console:
             self.say(f"note: cannot write {path}: {error.strerror}; the log of this rank is not kept")
             return
         with self._lock:
-            self._log = log
+            self.log = log
             self._write_log([f"==== started {time.strftime('%Y-%m-%d %H:%M:%S')} by process {os.getpid()} ====\n"])
             self._write_log(self._pending)
             self._pending.clear()
@@ -141,8 +137,8 @@ class Console:
         if self._is_training or not self._is_routed:
             return
         with self._lock:
-            if self._log is not None:
-                lines = Path(self._log.name).read_text(encoding="utf-8", errors="replace").splitlines(keepends=True)
+            if self.log is not None:
+                lines = Path(self.log.name).read_text(encoding="utf-8", errors="replace").splitlines(keepends=True)
             else:
                 lines = list(self._pending)
             self._show("".join(lines[-_LAST_LINES:]), sys.stderr)
@@ -188,16 +184,16 @@ class Console:
 
     def _keep(self, text: str) -> None:
         with self._lock:
-            if self._log is not None:
+            if self.log is not None:
                 self._write_log([text])
             else:
                 self._pending.append(text)
 
     def _write_log(self, lines: Iterable[str]) -> None:
         """Write lines to the log. A full disk must not end the run, so lines for which there is no space are lost."""
-        if self._log is not None:
+        if self.log is not None:
             with suppress(OSError):
-                self._log.writelines(lines)
+                self.log.writelines(lines)
 
 
 class _LineRouter:
