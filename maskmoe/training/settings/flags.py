@@ -101,6 +101,7 @@ def add_maskmoe_arguments(parser: ArgumentParser) -> ArgumentParser:
         eval_interval=1000,
         dist_ckpt_optim_fully_reshardable=True,
         loads_non_persistent=False,  # has no flag: set when the checkpoint is chosen
+        change_routing_mask=False,  # only training has the flag
     )
     defaults = cpu.argument_defaults() if cpu.is_installed() else GpuPackages.installed().argument_defaults()
     parser.set_defaults(**defaults)
@@ -138,19 +139,6 @@ def add_pretraining_arguments(parser: ArgumentParser) -> ArgumentParser:
         help="write event files of TensorBoard and, at the end of the run, the page report.html into the run folder "
         "(default: on)",
     )
-    _add_watch_arguments(parser)
-    parser.set_defaults(
-        exit_signal_handler=True,
-        log_timers_to_tensorboard=True,  # the status shows the time of an iteration
-        # Megatron switches asynchronous saving off without this setting, with a warning that is easily overlooked.
-        use_persistent_ckpt_worker=True,
-        async_strategy="nvrx" if find_spec("nvidia_resiliency_ext") else "mcore",
-    )
-    return parser
-
-
-def _add_watch_arguments(parser: ArgumentParser) -> None:
-    """Add the group of the watches over loss, gradient norm and routing."""
     group = parser.add_argument_group(title="spikes and silent faults")
     group.add_argument(
         "--spike-action",
@@ -172,6 +160,14 @@ def _add_watch_arguments(parser: ArgumentParser) -> None:
     add_option(group, "--spike-deviations D", deviations, Number(0, is_above=True), default=15.0)
     add_option(group, "--spike-window STEPS", window, WholeNumber(2, 100_000), default=128)
     add_option(group, "--collapse-intervals N", intervals, WholeNumber(0), default=10)
+    parser.set_defaults(
+        exit_signal_handler=True,
+        log_timers_to_tensorboard=True,  # the status shows the time of an iteration
+        # Megatron switches asynchronous saving off without this setting, with a warning that is easily overlooked.
+        use_persistent_ckpt_worker=True,
+        async_strategy="nvrx" if find_spec("nvidia_resiliency_ext") else "mcore",
+    )
+    return parser
 
 
 def add_check_arguments(parser: ArgumentParser) -> ArgumentParser:
@@ -197,11 +193,6 @@ def replace_help(parser: ArgumentParser, texts: Mapping[str, str]) -> None:
     for action in parser._actions:
         for flag in texts.keys() & set(action.option_strings):
             action.help = texts[flag]
-
-
-def may_change_mask(args: Namespace) -> bool:
-    """Return whether the run's mask may differ from the checkpoint's; only training has the flag for it."""
-    return getattr(args, "change_routing_mask", False)
 
 
 def hang_timeout(args: Namespace) -> float:

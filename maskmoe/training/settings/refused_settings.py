@@ -146,10 +146,6 @@ def _pattern_has(symbol: str) -> Predicate:
     return lambda args: symbol in (args.hybrid_layer_pattern or "")
 
 
-def _experts_contradict_pattern(args: Namespace) -> bool:
-    return args.hybrid_layer_pattern is not None and _pattern_has("E")(args) != bool(args.num_experts)
-
-
 def _pattern_contradicts_flags(args: Namespace) -> bool:
     pattern = args.hybrid_layer_pattern or ""
     return ("*" in pattern and args.multi_latent_attention) or bool(
@@ -273,7 +269,7 @@ MEANINGLESS_WITH_A_MASK = (
     Check(
         "--hybrid-layer-pattern with E without --num-experts, or without E with --num-experts",
         "The symbol E is for an MoE layer, and experts are in MoE layers only.",
-        _experts_contradict_pattern,
+        lambda args: args.hybrid_layer_pattern is not None and _pattern_has("E")(args) != bool(args.num_experts),
     ),
     Check(
         "--moe-router-topk above --num-experts",
