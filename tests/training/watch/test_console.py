@@ -204,4 +204,4 @@ def test_full_disk_does_not_end_the_run(console, emit, stdout, tmp_path):
     emit("a line after")
     assert stdout.getvalue() == ""
     with pytest.raises(OSError, match="No space left"):  # closed here, the file does not fail a later test
-        console._log.close()
+        console.log.close()
