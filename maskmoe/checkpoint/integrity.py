@@ -11,7 +11,7 @@ import hashlib
 import json
 import os
 import pickle
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -58,18 +58,10 @@ class Unfinished(Damage):
     """The fault of a checkpoint whose saving was interrupted."""
 
 
-@dataclass(frozen=True)
-class FileRecord:
-    """The SHA-256 digest, hexadecimal, and the size in bytes of a file when it was written."""
-
-    sha256: str
-    size: int
-
-    @classmethod
-    def of(cls, path: Path) -> "FileRecord":
-        """Read a regular file and return its record. Raises UnusableFile if the file cannot be read."""
-        with open_regular(path) as stream:
-            return cls(hashlib.file_digest(stream, "sha256").hexdigest(), stream.tell())
+def digest_and_size(path: Path) -> tuple[str, int]:
+    """Return the SHA-256 digest, hexadecimal, and the size in bytes of a regular file; raise `UnusableFile` if none."""
+    with open_regular(path) as stream:
+        return hashlib.file_digest(stream, "sha256").hexdigest(), stream.tell()
 
 
 class Manifest(BaseModel):
@@ -87,18 +79,18 @@ class Manifest(BaseModel):
     sizes: dict[str, int] = {}
 
     @classmethod
-    def of(cls, records: Mapping[str, FileRecord]) -> "Manifest":
-        """Return the manifest with the records of files by their names."""
+    def of(cls, records: Mapping[str, tuple[str, int]]) -> "Manifest":
+        """Return the manifest with the digests and sizes of files by their names."""
         return cls(
-            files={name: record.sha256 for name, record in records.items()},
-            sizes={name: record.size for name, record in records.items()},
+            files={name: digest for name, (digest, _) in records.items()},
+            sizes={name: size for name, (_, size) in records.items()},
         )
 
     @classmethod
     def of_files(cls, folder: Path, names: Sequence[str]) -> "Manifest":
         """Read files of a folder, several at a time, and return their manifest."""
         with ThreadPoolExecutor() as readers:
-            records = readers.map(FileRecord.of, (folder / name for name in names))
+            records = readers.map(digest_and_size, (folder / name for name in names))
             return cls.of(dict(zip(names, records, strict=True)))
 
     @property
@@ -130,13 +122,13 @@ class Manifest(BaseModel):
 def record_rank(files: Sequence[Path], rank: int) -> None:
     """Record one rank's files, all in one folder, in a manifest there; `write_manifest` reports a missing record."""
     with contextlib.suppress(OSError, UserError):
-        records = {path.name: FileRecord.of(path) for path in files}
+        records = {path.name: digest_and_size(path) for path in files}
         Manifest.of(records).save(files[0].parent, f"integrity.{rank}.json")
 
 
 def write_manifest(checkpoint: Path) -> None:
     """Join the manifests of all ranks and remove them; raise `Damage` if a needed file has no record."""
-    manifest = Manifest.of({LAYOUT_FILE: FileRecord.of(checkpoint / LAYOUT_FILE)})
+    manifest = Manifest.of({LAYOUT_FILE: digest_and_size(checkpoint / LAYOUT_FILE)})
     paths = sorted(checkpoint.glob("integrity.*.json"))
     for path in paths:
         of_rank = Manifest.model_validate_json(read_json_bytes(path))
@@ -181,31 +173,27 @@ def check_structure(checkpoint: Path) -> None:
             raise Damage(checkpoint, f"{name} has {size} of at least {needed} bytes")
 
 
-def check_content(
-    checkpoint: Path, part: slice = slice(None), on_checked: Callable[[int], object] = lambda size: None
-) -> None:
+def check_content(checkpoint: Path, part: slice = slice(None)) -> None:
     """Raise `Damage` for the first file that differs from its digest; without a manifest, the checkpoint passes.
 
     Args:
         checkpoint: A checkpoint that passes `check_structure`.
         part: Which files to compare, in the order of their names; `slice(rank, None, ranks)` divides them among ranks.
-        on_checked: Called after each file with its size in bytes.
     """
     for name, digest in sorted(Manifest.load(checkpoint).files.items())[part]:
-        on_checked(_check_digest(checkpoint, name, digest))
+        _check_digest(checkpoint, name, digest)
 
 
-def _check_digest(checkpoint: Path, name: str, digest: str) -> int:
-    """Compare one file with its digest, and return its size in bytes. Raises Damage if the file differs."""
+def _check_digest(checkpoint: Path, name: str, digest: str) -> None:
+    """Compare one file with its digest. Raises Damage if the file differs."""
     try:
-        found = FileRecord.of(resolve_inside(checkpoint, name))
+        found, _ = digest_and_size(resolve_inside(checkpoint, name))
     except UnusableFile as error:
         raise Damage(checkpoint, f"{name} {error.reason}") from error
     except OSError as error:
         raise Damage(checkpoint, f"{name} cannot be read: {error.strerror}") from error
-    if found.sha256 != digest:
+    if found != digest:
         raise Damage(checkpoint, f"{name} does not have the content that was saved")
-    return found.size
 
 
 class _LayoutUnpickler(pickle.Unpickler):

@@ -6,7 +6,7 @@ import time
 from argparse import Namespace
 from collections import deque
 from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -17,7 +17,7 @@ from megatron.core.dist_checkpointing.strategies import filesystem_async
 from megatron.core.dist_checkpointing.strategies.async_utils import AsyncRequest
 from megatron.core.dist_checkpointing.strategies.torch import TorchDistSaveShardedStrategy
 from megatron.core.rerun_state_machine import RerunState, get_rerun_state_machine
-from megatron.training import async_utils, print_rank_0
+from megatron.training import async_utils, print_rank_0, training
 from megatron.training.checkpointing import get_loaded_iteration
 from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.utils import _DistWrapper
@@ -25,7 +25,6 @@ from torch.distributed.checkpoint.utils import _DistWrapper
 from maskmoe.checkpoint.integrity import record_rank, write_manifest
 from maskmoe.checkpoint.series import (
     checkpoint_path,
-    keep_newest,
     make_room,
     next_version,
     non_persistent_folder,
@@ -34,6 +33,7 @@ from maskmoe.checkpoint.series import (
     replace_by_next_version,
 )
 from maskmoe.files.run_folder import Journal, Kind
+from maskmoe.megatron_compat.checkpoint_patches import saving_into
 
 
 @dataclass
@@ -69,26 +69,23 @@ class CheckpointSaver:
     that both parts took: the call that starts the save, and the call that finalises it.
 
     Args:
-        finalize: Megatron's `maybe_finalize_async_save`.
-        saving_into: Makes a context manager in which Megatron saves into another folder.
+        settings: Megatron's arguments.
         while_saving: Makes a context manager that is entered around each save.
-        while_waiting: Makes a context manager that is entered while training waits for asynchronous saves.
+        before_wait: Is called before training waits for asynchronous saves.
         journal: Gets an entry for each checkpoint on the first rank.
     """
 
     def __init__(
         self,
         settings: Namespace,
-        save_checkpoint: Callable[..., None],
-        finalize: Callable[..., None],
-        saving_into: Callable[[Path], AbstractContextManager],
         while_saving: Callable[[], AbstractContextManager],
-        while_waiting: Callable[[], AbstractContextManager],
+        before_wait: Callable[[], None],
         journal: Journal,
     ) -> None:
         self._settings = settings
-        self._save_checkpoint, self._finalize, self._saving_into = save_checkpoint, finalize, saving_into
-        self._while_saving, self._while_waiting, self._journal = while_saving, while_waiting, journal
+        # Megatron's own functions: this object's methods replace their names.
+        self._save_checkpoint, self._finalize = training.save_checkpoint, training.maybe_finalize_async_save
+        self._while_saving, self._before_wait, self._journal = while_saving, before_wait, journal
         self._unfinished: deque[_Save] = deque()
         self._has_saved_non_persistent = False
         self._retain_interval: int | None = None
@@ -110,7 +107,7 @@ class CheckpointSaver:
         # Save the iteration again, beside its checkpoint. Wait first, because an asynchronous save may still write it.
         self.finalize(blocking=True)
         checkpoint = checkpoint_path(settings.save, iteration)
-        with self._saving_into(next_version(checkpoint)):
+        with saving_into(next_version(checkpoint)):
             self._begin(_Save(iteration, is_local=False, is_repeated=True), *args, **kwargs)
         self.finalize(blocking=True)
         if torch.distributed.get_rank() == 0:
@@ -138,14 +135,14 @@ class CheckpointSaver:
     def finalize(self, blocking: bool = False, terminate: bool = False) -> None:
         """Finalise asynchronous saves whose files are written; raise `SaveError` if a rank failed to save."""
         start = time.perf_counter()
-        waits = blocking and bool(self._unfinished)
-        with self._while_waiting() if waits else nullcontext():
-            with _marking_failures():
-                self._finalize(blocking=blocking, terminate=terminate)
-            finished = [self._unfinished.popleft() for _ in range(len(self._unfinished) - _num_unfinished())]
-            if torch.distributed.get_rank() == 0:
-                for save in finished:
-                    self._remove_outdated(save)
+        if blocking and self._unfinished:
+            self._before_wait()
+        with _marking_failures():
+            self._finalize(blocking=blocking, terminate=terminate)
+        finished = [self._unfinished.popleft() for _ in range(len(self._unfinished) - _num_unfinished())]
+        if torch.distributed.get_rank() == 0:
+            for save in finished:
+                self._remove_outdated(save)
         for save in finished:
             save.seconds += (time.perf_counter() - start) / len(finished)
             self._record(save, is_asynchronous=True)
@@ -179,7 +176,7 @@ class CheckpointSaver:
         """Remove what a save would write over, and checkpoints that are no longer wanted."""
         folder = self._folder(save)
         if save.is_local:
-            loaded = None if self._has_saved_non_persistent else _loaded_iteration()
+            loaded = None if self._has_saved_non_persistent else get_loaded_iteration() or 0
             make_room(folder, save.iteration, loaded)
             self._has_saved_non_persistent = True
         else:
@@ -192,9 +189,9 @@ class CheckpointSaver:
         """Remove the checkpoints that a run does not keep beside its newest one."""
         folder = self._folder(save)
         if save.is_local:
-            keep_newest(folder)
+            remove_old_checkpoints(folder, keep=1)
         else:
-            newest = _loaded_iteration() if self._last_saved is None else self._last_saved
+            newest = get_loaded_iteration() or 0 if self._last_saved is None else self._last_saved
             keep = self._settings.keep_last_checkpoints
             if keep is None and self._retain_interval is not None:
                 keep = 1  # Megatron's flag keeps the newest checkpoint and the multiples of the interval
@@ -215,11 +212,6 @@ def _marking_failures() -> Iterator[None]:
         yield
     except CheckpointException as error:
         raise SaveError(describe_failures(error)) from error
-
-
-def _loaded_iteration() -> int:
-    """Return the iteration from which the run has resumed; 0 or less if nothing was loaded."""
-    return get_loaded_iteration() or 0
 
 
 def _num_unfinished() -> int:

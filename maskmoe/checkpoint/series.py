@@ -61,11 +61,6 @@ def write_tracker(folder: str | Path, iteration: int | str) -> None:
         path.write_text(str(iteration))
 
 
-def remove_tracker(folder: str | Path) -> None:
-    """Remove Megatron's tracker file if it exists."""
-    (Path(folder) / TRACKER).unlink(missing_ok=True)
-
-
 def read_tracker(folder: str | Path) -> int | str | None:
     """Return the iteration in Megatron's tracker file, or `RELEASE`; None if the file is missing or damaged."""
     try:
@@ -82,7 +77,6 @@ def choose_checkpoint(
     step: int | None = None,
     check: Callable[[Path], None] = check_structure,
     non_persistent: Path | None = None,
-    flag: str = "--load",
 ) -> Choice:
     """Choose the newest sound checkpoint in a folder, or in the folder of the run's non-persistent checkpoints.
 
@@ -92,11 +86,10 @@ def choose_checkpoint(
     checkpoint that a kill has interrupted.
 
     Args:
-        folder: The folder in Megatron's `--load` or `--pretrained-checkpoint`.
+        folder: The folder in Megatron's `--load`.
         step: Megatron's `--ckpt-step`, the only iteration to choose; None to choose among all.
         check: Raises `Damage` if a checkpoint is not sound.
         non_persistent: The folder of the non-persistent checkpoints, which need no tracker file; None without them.
-        flag: The flag that names the folder.
 
     Raises:
         UserError: The folder has checkpoints, or a record of one, but none is sound.
@@ -105,9 +98,10 @@ def choose_checkpoint(
     rejected: list[Damage] = []
     candidates = [checkpoint_path(folder, step)] if step is not None else _candidates(folder)
     if non_persistent is not None:
-        of_both = [*candidates, *_non_persistent_candidates(non_persistent, step)]
+        iterations = (saved for saved in saved_iterations(non_persistent) if step in (None, saved))
+        candidates += [checkpoint_path(non_persistent, iteration) for iteration in iterations]
         # The order is stable: a persistent checkpoint stays before a non-persistent one of the same iteration.
-        candidates = sorted(of_both, key=_iteration_or_release, reverse=True)
+        candidates.sort(key=_iteration_or_release, reverse=True)
     for candidate in candidates:
         try:
             check(candidate)
@@ -119,7 +113,7 @@ def choose_checkpoint(
     if is_without_saves and all(isinstance(damage, Unfinished) for damage in rejected):
         return Choice(None, tuple(rejected))
     reasons = "; ".join(map(str, rejected)) or f"{TRACKER} names none that exists"
-    raise UserError(f"{flag} {folder} holds no sound checkpoint: {reasons}")
+    raise UserError(f"--load {folder} holds no sound checkpoint: {reasons}")
 
 
 def locate_checkpoint(path: Path, step: int | None = None) -> Path:
@@ -158,11 +152,6 @@ def _candidates(folder: str | Path) -> list[Path]:
     if isinstance(tracked, int) and tracked not in iterations:
         iterations.insert(0, tracked)
     return [checkpoint_path(folder, iteration) for iteration in iterations]
-
-
-def _non_persistent_candidates(folder: Path, step: int | None) -> list[Path]:
-    """Return the non-persistent checkpoints that a run may load, of all iterations or of the iteration `step`."""
-    return [checkpoint_path(folder, saved) for saved in saved_iterations(folder) if step in (None, saved)]
 
 
 def _iteration_or_release(checkpoint: Path) -> int:
@@ -272,11 +261,6 @@ def non_persistent_folder(args: Namespace, folder: str | Path | None) -> Path | 
     return Path(args.non_persistent_global_ckpt_dir or Path(folder) / _SUBFOLDER)
 
 
-def is_non_persistent(args: Namespace, checkpoint: Path | None) -> bool:
-    """Return whether the checkpoint that was chosen for `--load` is a non-persistent one."""
-    return checkpoint is not None and checkpoint.parent == non_persistent_folder(args, args.load)
-
-
 def check_separate_folder(args: Namespace) -> None:
     """Raise `UserError` if the folder of non-persistent checkpoints is or contains the folder of other checkpoints."""
     if args.non_persistent_global_ckpt_dir is None:
@@ -301,9 +285,4 @@ def make_room(folder: Path, iteration: int, loaded: int | None = None) -> None:
         checkpoint = checkpoint_path(folder, saved)
         if (saved >= iteration or (loaded is not None and saved > loaded)) and not checkpoint.is_symlink():
             shutil.rmtree(checkpoint, ignore_errors=True)
-    keep_newest(folder)
-
-
-def keep_newest(folder: Path) -> None:
-    """Remove all non-persistent checkpoints that are older than the newest sound one."""
     remove_old_checkpoints(folder, keep=1)

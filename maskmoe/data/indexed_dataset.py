@@ -40,17 +40,17 @@ def dataset_files(prefix: str | Path) -> list[Path]:
     return [bin_path(prefix), idx_path(prefix), tokenizer_record_path(prefix)]
 
 
-def parse_data_path(data_path: Sequence[str], source: str = "--data-path") -> tuple[list[str], list[float | None]]:
+def parse_data_path(data_path: Sequence[str]) -> tuple[list[str], list[float | None]]:
     """Split Megatron's `--data-path` into dataset prefixes and blend weights; all weights are None if none is given.
 
     The rules are those of `megatron.core.datasets.utils.get_blend_from_list`. All items are prefixes if their number is
-    odd or if no item at an even position is a number. Otherwise weights and prefixes alternate. Errors name `source`.
+    odd or if no item at an even position is a number. Otherwise weights and prefixes alternate.
 
     Raises:
         UserError: `data_path` is empty, only some datasets have a weight, or a weight is not a positive number.
     """
     if not data_path:
-        raise UserError(f"{source} is empty; give PREFIX… or WEIGHT PREFIX …")
+        raise UserError("--data-path is empty; give PREFIX… or WEIGHT PREFIX …")
     items = [item.strip() for item in data_path]
     weights: dict[int, float] = {}
     for position, item in enumerate(items[::2]):
@@ -60,9 +60,9 @@ def parse_data_path(data_path: Sequence[str], source: str = "--data-path") -> tu
         return items, [None] * len(items)
     for position, item in enumerate(items[::2]):
         if position not in weights:
-            raise UserError(f"{source} has weights for some datasets, but {item!r} stands where a weight is expected")
+            raise UserError(f"--data-path has weights for some datasets, but {item!r} stands where one is expected")
         if not 0 < weights[position] < math.inf:
-            raise UserError(f"{source}: blend weight {item} is not a positive number")
+            raise UserError(f"--data-path: blend weight {item} is not a positive number")
     return items[1::2], list(weights.values())
 
 

@@ -4,7 +4,6 @@ import os
 import signal
 import stat
 import tempfile
-import threading
 import uuid
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager, suppress
@@ -13,6 +12,7 @@ from types import FrameType
 from typing import Any
 
 from maskmoe.errors import UserError
+from maskmoe.processes.interruption import handling_signals
 
 _NAME_CHARACTERS = 40  # of an output's name in the name of its temporary file, since file systems limit names
 
@@ -96,16 +96,9 @@ def unwinding_on_signals() -> Iterator[None]:
     Signals that are ignored or have a handler keep their handling. Outside the main thread nothing changes, because
     Python handles signals on the main thread only.
     """
-    numbers = (signal.SIGTERM, signal.SIGHUP) if threading.current_thread() is threading.main_thread() else ()
-    changed = [number for number in numbers if signal.getsignal(number) is signal.SIG_DFL]
-    for number in changed:
-        signal.signal(number, _exit_once)
-    try:
+    numbers = (signal.SIGTERM, signal.SIGHUP)
+    with handling_signals([each for each in numbers if signal.getsignal(each) is signal.SIG_DFL], _exit_once):
         yield
-    finally:
-        for number in changed:
-            if signal.getsignal(number) in (_exit_once, _ignore):
-                signal.signal(number, signal.SIG_DFL)
 
 
 def _exit_once(number: int, _frame: FrameType | None) -> None:

@@ -11,9 +11,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Self
 
-from pydantic import TypeAdapter, ValidationError
+from pydantic import ValidationError
 
 from maskmoe.errors import RunFailure, UserError
+from maskmoe.files.json_files import type_adapter
 from maskmoe.files.outputs import atomic_output
 from maskmoe.launch.machine import connection_error, listen
 from maskmoe.launch.model_file import Flags
@@ -60,9 +61,6 @@ class _Sign:
     member: Member
     beat: int
     reaches: str
-
-
-_SIGN = TypeAdapter(_Sign)
 
 
 @dataclass
@@ -182,7 +180,7 @@ class Membership:
         reaches = leader is not None and connection_error(leader.address, leader.port) is None
         sign = _Sign(self.me, self._beat, leader.id if leader is not None and reaches else "")
         unfinished = self._path(self.me.id).with_suffix(".tmp")
-        unfinished.write_bytes(_SIGN.dump_json(sign))
+        unfinished.write_bytes(type_adapter(_Sign).dump_json(sign))
         unfinished.replace(self._path(self.me.id))
         # `Path.glob` would return an empty list for a folder that cannot be read.
         listed = {Path(name).stem for name in os.listdir(self._folder) if name.endswith(".json")}
@@ -193,7 +191,7 @@ class Membership:
         """Read the file of another launcher. Opening the file asks the server; a listing may come from a cache."""
         now = time.monotonic()
         try:
-            sign = _SIGN.validate_json(self._path(id).read_bytes())
+            sign = type_adapter(_Sign).validate_json(self._path(id).read_bytes())
         except FileNotFoundError:
             with self._lock:
                 self._sightings.pop(id, None)
@@ -243,9 +241,6 @@ class Generation:
         return self.members[0].address, self.port
 
 
-_GENERATION = TypeAdapter(Generation)
-
-
 class Generations:
     """The files of a run's generations, in a folder that all nodes see.
 
@@ -279,7 +274,7 @@ class Generations:
         if path == self._path(0):
             return None
         try:
-            return _GENERATION.validate_json(path.read_bytes())
+            return type_adapter(Generation).validate_json(path.read_bytes())
         except ValidationError as error:
             raise RunFailure(
                 f"{path} is damaged: stop the launchers of all nodes, remove {self._folder}, and start the run again"
@@ -293,7 +288,7 @@ class Generations:
         """
         # A link, unlike a renamed file, never replaces a file. Network file systems make links atomically, too.
         unfinished = self._folder / f".{uuid.uuid4().hex}.tmp"
-        unfinished.write_bytes(_GENERATION.dump_json(generation))
+        unfinished.write_bytes(type_adapter(Generation).dump_json(generation))
         try:
             os.link(unfinished, self._path(generation.number))
         except FileExistsError:

@@ -17,8 +17,6 @@ from maskmoe.errors import UserError
 
 _COUNT_GPUS = "import torch; print(torch.cuda.device_count())"
 _CPU_PROCESSES = 2
-_CPU_FLAGS = ("--num-workers", "0")
-_GPU_FLAGS = ("--bf16",)
 # Device files of the drivers of NVIDIA, of NVIDIA's Tegra, of AMD, and of Windows Subsystem for Linux.
 _GPU_DEVICE_FILES = ("nvidia*", "nvhost-gpu", "nvgpu", "kfd", "dxg")
 
@@ -65,7 +63,7 @@ class Devices:
     @property
     def megatron_flags(self) -> list[str]:
         """Megatron's flags that depend on the device, valid for every entry point."""
-        return [*(_GPU_FLAGS if self.num_gpus else _CPU_FLAGS)]
+        return ["--bf16"] if self.num_gpus else ["--num-workers", "0"]
 
 
 def find_devices() -> Devices:

@@ -32,7 +32,6 @@ from megatron.training import checkpointing
 from torch.distributed.checkpoint import default_planner, filesystem
 
 from maskmoe.checkpoint.integrity import read_layout
-from maskmoe.files.run_folder import Journal
 from maskmoe.megatron_compat import replace, replacing
 from maskmoe.processes.interruption import SIGNALS_THAT_SAVE
 from maskmoe.processes.lifetimes import end_with_parent
@@ -254,12 +253,7 @@ EVERY_PROCESS = (
 """The patches that `prepare_process` applies."""
 
 
-def keep_checkpoints_whole(
-    settings: Namespace,
-    while_saving: Callable[[], AbstractContextManager],
-    while_waiting: Callable[[], AbstractContextManager],
-    journal: Journal,
-) -> None:
+def keep_checkpoints_whole(save: Callable[..., None], finalize: Callable[..., None]) -> None:
     """Save into empty folders only, record a digest of every file, and record every save; for processes that train.
 
     Replaces: `TorchDistSaveShardedStrategy` and `cleanup_old_non_persistent_checkpoint` in
@@ -272,22 +266,18 @@ def keep_checkpoints_whole(
     Can go: When Megatron takes the strategy and the functions as arguments, and keeps sound checkpoints.
 
     Args:
-        settings: Megatron's arguments.
-        while_saving: Returns a context manager that is entered around each save.
-        while_waiting: Returns a context manager that is entered while training waits for asynchronous saves.
-        journal: Gets an entry for each checkpoint.
+        save: `CheckpointSaver.save`.
+        finalize: `CheckpointSaver.finalize`.
     """
     # Processes that do not train need not spend the time to import these modules.
     from megatron.training import training
 
-    from maskmoe.checkpoint.saver import CheckpointSaver, SealedSaveStrategy
+    from maskmoe.checkpoint.saver import SealedSaveStrategy
 
-    functions = training.save_checkpoint, training.maybe_finalize_async_save, saving_into
-    saver = CheckpointSaver(settings, *functions, while_saving, while_waiting, journal)
     replace(checkpointing, "TorchDistSaveShardedStrategy", SealedSaveStrategy)
     replace(checkpointing, "cleanup_old_non_persistent_checkpoint", lambda *args, **kwargs: None)
-    replace(training, "save_checkpoint", saver.save)
-    replace(training, "maybe_finalize_async_save", saver.finalize)
+    replace(training, "save_checkpoint", save)
+    replace(training, "maybe_finalize_async_save", finalize)
 
 
 def saving_into(folder: Path) -> AbstractContextManager:

@@ -175,10 +175,6 @@ class _Stream(torch.cpu.Stream):
     def record_event(self, event: Any = None) -> Any:
         return event or _Event()
 
-    @staticmethod
-    def priority_range() -> tuple[int, int]:
-        return 0, 0
-
 
 class _Event(torch.cpu.Event):
     """A mark in the one queue of work; all work before the mark is done."""
@@ -192,7 +188,7 @@ _ONLY_STREAM = _Stream()
 # Functions of `torch.cuda` that have nothing to do on the CPU, where everything happens in program order.
 _NO_OPERATION = (
     *("set_device", "set_stream", "synchronize", "init", "_lazy_init"),
-    *("empty_cache", "ipc_collect", "reset_peak_memory_stats", "reset_max_memory_allocated"),
+    *("empty_cache", "reset_peak_memory_stats", "reset_max_memory_allocated"),
 )
 
 
@@ -334,7 +330,6 @@ _REPLACEMENTS: dict[Any, dict[str, Any]] = {
         "Stream": _Stream,
         "Event": _Event,
         "current_stream": lambda device=None: _ONLY_STREAM,
-        "default_stream": lambda device=None: _ONLY_STREAM,
         "stream": lambda stream: contextlib.nullcontext(),
         "device": lambda device: contextlib.nullcontext(),
         "is_current_stream_capturing": lambda: False,

@@ -3,23 +3,17 @@
 from dataclasses import dataclass
 from typing import Any
 
-_PERMUTATION_KERNELS = (
-    *("fused_permute", "fused_permute_with_probs", "fused_unpermute"),
-    *("fused_sort_chunks_by_index", "fused_sort_chunks_by_index_with_probs"),
-)
-
 
 @dataclass(frozen=True)
 class GpuPackages:
-    """The parts of Transformer Engine that a machine has.
+    """What a machine has of Transformer Engine.
 
     Attributes:
-        permutation: Transformer Engine has the kernels that permute tokens.
+        transformer_engine: Transformer Engine is installed.
         grouped_experts: Transformer Engine can compute the experts of a rank together, which needs Ampere or newer.
     """
 
     transformer_engine: bool = True
-    permutation: bool = True
     grouped_experts: bool = True
 
     @classmethod
@@ -31,7 +25,6 @@ class GpuPackages:
 
         return cls(
             transformer_engine=moe_utils.HAVE_TE,
-            permutation=all(getattr(moe_utils, name) is not None for name in _PERMUTATION_KERNELS),
             grouped_experts=moe_utils.HAVE_TE and torch.cuda.get_device_capability() >= (8, 0),
         )
 
@@ -41,7 +34,7 @@ class GpuPackages:
             "transformer_impl": "transformer_engine" if self.transformer_engine else "local",
             "apply_rope_fusion": self.transformer_engine,
             "no_persist_layer_norm": not self.transformer_engine,
-            "moe_permute_fusion": self.permutation,
+            "moe_permute_fusion": self.transformer_engine,
             "moe_grouped_gemm": self.grouped_experts,
         }
 

@@ -8,6 +8,7 @@ import argparse
 import copy
 import importlib
 import logging
+import re
 import sys
 from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager
@@ -258,14 +259,8 @@ def escape_percent_signs_in_help(parser: argparse.ArgumentParser) -> None:
     Args:
         parser: Changed in place.
     """
-    formatter = parser._get_formatter()
     for action in parser._actions:
-        if not action.help:
-            continue
-        try:
-            formatter._expand_help(action)
-        except (ValueError, TypeError, KeyError):
-            action.help = action.help.replace("%", "%%")
+        action.help = action.help and re.sub(r"(?<!%)%(?![%(])", "%%", action.help)
 
 
 def building_replicated_linears_of(

@@ -16,6 +16,7 @@ from megatron.core.enums import ModelType
 from megatron.training import pretrain
 from megatron.training.argument_utils import pretrain_cfg_container_from_args
 
+from maskmoe.checkpoint.saver import CheckpointSaver
 from maskmoe.files.run_folder import Journal
 from maskmoe.megatron_compat.checkpoint_patches import keep_checkpoints_whole, override_learning_rates
 from maskmoe.megatron_compat.globals import get_timers, open_writers
@@ -39,7 +40,7 @@ from maskmoe.training.watch.early_ends import FiniteStepCheck, LeaveAfterSave, S
 from maskmoe.training.watch.end_of_run import EndOfRun, writing_page
 from maskmoe.training.watch.routing_log import RoutingLog
 from maskmoe.training.watch.spikes import SpikeWatch
-from maskmoe.training.watch.start_of_run import Header, RunStart
+from maskmoe.training.watch.start_of_run import StartOfRun
 from maskmoe.training.watch.watchdog import Watchdog
 from maskmoe.training.watch.writers import EventFiles, choose_event_folder, take_run_id
 
@@ -92,8 +93,7 @@ class Trainer:
             EndOfRun(args, self._run_folder, self._ranks),
             EventFiles(),
             Watchdog(self._ranks, hang_timeout(args)),
-            RunStart(args, self._run_folder),
-            Header(args, self._mask, self._run_folder),
+            StartOfRun(args, self._mask, self._run_folder),
             self._save_on_signals,
             FiniteStepCheck(args),
             leave_after_save,
@@ -161,30 +161,27 @@ class Trainer:
             for callback in callbacks:
                 callback.after_save()
 
-        @contextmanager
-        def waiting() -> Iterator[None]:
+        def before_wait() -> None:
             for callback in callbacks:
                 callback.before_wait()
-            yield
 
         # In the order in which a run calls them.
         self.model_config.pre_wrap_hooks.append(on_model_built)
         self.model_config.transformer.finalize_model_grads_func = finalize_gradients
         call_after_each_step(after_step)
         skip_iterations_of_interleaved_pipelines()
-        keep_checkpoints_whole(self.args, saving, waiting, Journal(self._run_folder if self._ranks.rank == 0 else None))
+        journal = Journal(self._run_folder if self._ranks.rank == 0 else None)
+        saver = CheckpointSaver(self.args, saving, before_wait, journal)
+        keep_checkpoints_whole(saver.save, saver.finalize)
 
     @contextmanager
     def _accompanied(self) -> Iterator[None]:
         """Tell the callbacks about the start of the run and, in the reverse order, about its end."""
-        error: BaseException | None = None
         try:
             for callback in self.callbacks:
                 callback.on_start()
             yield
-        except BaseException as raised:
-            error = raised
-            raise
         finally:
+            error = sys.exception()
             for callback in reversed(self.callbacks):
                 callback.on_end(error)

@@ -2,11 +2,10 @@
 
 from collections.abc import Callable, Sequence
 from functools import partial
+from types import SimpleNamespace
 from typing import Any, cast
 
 import torch
-from megatron.core.fusions.fused_bias_geglu import quick_gelu, weighted_bias_quick_geglu_impl
-from megatron.core.fusions.fused_bias_swiglu import weighted_bias_swiglu_impl
 from megatron.core.tensor_parallel import CheckpointWithoutOutput
 from megatron.core.tensor_parallel.layers import ColumnParallelLinear, RowParallelLinear
 from megatron.core.transformer.mlp import MLP
@@ -14,7 +13,7 @@ from megatron.core.transformer.moe.experts import SequentialMLP, TEGroupedMLP
 from megatron.core.transformer.transformer_config import TransformerConfig
 from megatron.core.typed_torch import apply_module
 from torch import Tensor
-from torch.nn.functional import grouped_mm, silu
+from torch.nn.functional import grouped_mm
 
 from maskmoe.transformer.gathered_parameters import wait_for_parameters, waits_for_parameters
 from maskmoe.transformer.torch_modules.linear import linear_in_turns
@@ -187,30 +186,24 @@ def _activate_and_project(
 
 def _activate(projected: Tensor, probs: Tensor, bias: Tensor | None, config: TransformerConfig) -> Tensor:
     """Apply activation function and row weights as `MLP.forward` does; arguments as for `_activate_and_project`."""
-    if config.bias_activation_fusion:
-        weights, store_fp8 = probs.unsqueeze(-1), config.activation_func_fp8_input_store
-        if config.gated_linear_unit and config.activation_func is silu:
-            # The fused function takes no bias.
-            return weighted_bias_swiglu_impl(projected if bias is None else projected + bias, None, weights, store_fp8)
-        if config.gated_linear_unit and config.activation_func is quick_gelu:
-            offset, clamp = config.glu_linear_offset, config.activation_func_clamp_value
-            return weighted_bias_quick_geglu_impl(projected, bias, weights, store_fp8, offset, clamp)
-        raise ValueError("only SwiGLU and quick GeGLU can be fused with the weights of the rows")
+    # Megatron's fused SwiGLU with weights takes no bias.
     projected = projected if bias is None else projected + bias
     if is_plain_swiglu(config):
         return swiglu(projected, probs.unsqueeze(-1))
-    function: Callable[[Tensor], Tensor] = config.activation_func
-    if config.gated_linear_unit:
-        gate, value = projected.chunk(2, dim=-1)
-        clamp = config.activation_func_clamp_value
-        if clamp is not None:
-            gate, value = gate.clamp(max=clamp), value.clamp(min=-clamp, max=clamp)
-        if config.glu_linear_offset != 0:
-            value = value + config.glu_linear_offset
-        activated = function(gate) * value
-    else:
-        activated = function(projected)
-    return (activated * probs.unsqueeze(-1)).to(activated.dtype)
+    without_layers: Any = SimpleNamespace(config=config, activation_func=config.activation_func)
+    without_layers.linear_fc1 = without_layers.linear_fc2 = _PASS_ON
+    return MLP.forward(without_layers, projected, probs)[0]
+
+
+class _PassOn(torch.nn.Module):
+    """Stands for a linear layer that is computed elsewhere."""
+
+    def forward(self, rows: Tensor) -> tuple[Tensor, None]:
+        """Return the rows, and None in place of a bias."""
+        return rows, None
+
+
+_PASS_ON = _PassOn()
 
 
 def _compute_in_turns(rows: Tensor, tokens_per_expert: Tensor, probs: Tensor, experts: Sequence[MLP]) -> Tensor:

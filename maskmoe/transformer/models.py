@@ -46,7 +46,11 @@ class RoutesByTokenId(torch.nn.Module):
 
     def set_routing_mask(self, visible_experts: VisibleExperts) -> None:
         """Register the model's routing mask, and prepare to plan dispatch if mask and settings allow plans."""
-        self._drop_unused_output_weight()
+        if self.share_embeddings_and_output_weights and self.mtp_process and self.post_process:
+            # With tied embeddings, the output layer uses the weight of the embedding that multi-token prediction holds.
+            # On a later pipeline stage, Megatron-Core also allocates a weight in the output layer, which is never used
+            # and makes saving a checkpoint fail. The model classes have no argument to prevent the allocation.
+            self.output_layer.weight = None
         self.routing_mask = visible_experts
         self._dispatch_planner: DispatchPlanner | None = None
         kind = choose_dispatch(self.config, self.pg_collection, visible_experts.is_rank_local)
@@ -82,16 +86,6 @@ class RoutesByTokenId(torch.nn.Module):
         if self._dispatch_planner is not None:
             token_ids = replace(token_ids, plan=self._dispatch_planner.plan(token_ids))
         return pack_token_ids(token_ids)
-
-    def _drop_unused_output_weight(self) -> None:
-        """Drop the output layer's own weight where embeddings are tied and multi-token prediction holds an embedding.
-
-        The output layer then uses the weight of that embedding. On a later pipeline stage, Megatron-Core also allocates
-        a weight in the output layer, which is never used and makes saving a checkpoint fail. The model classes have no
-        argument to prevent the allocation.
-        """
-        if self.share_embeddings_and_output_weights and self.mtp_process and self.post_process:
-            self.output_layer.weight = None
 
 
 class DenseGPTModel(PackingModel, ChunkedCrossEntropyMixin, GPTModel):

@@ -7,7 +7,7 @@ import pytest
 from megatron.core.transformer.moe import moe_utils
 from megatron.training.arguments import parse_args, validate_args
 
-from maskmoe.megatron_compat import cpu, gpu
+from maskmoe.megatron_compat import cpu
 from maskmoe.megatron_compat.gpu import GpuPackages
 from maskmoe.training.settings.flags import add_maskmoe_arguments
 from maskmoe.training.settings.refused_settings import missing_transformer_engine
@@ -21,6 +21,10 @@ WITHOUT_PACKAGES = {
     "moe_permute_fusion": False,
     "moe_grouped_gemm": False,
 }
+PERMUTATION_KERNELS = (
+    *("fused_permute", "fused_permute_with_probs", "fused_unpermute"),
+    *("fused_sort_chunks_by_index", "fused_sort_chunks_by_index_with_probs"),
+)
 NOTHING = GpuPackages(*[False] * len(fields(GpuPackages)))
 
 
@@ -31,8 +35,8 @@ def on_a_gpu(monkeypatch):
     def pretend(packages: GpuPackages) -> None:
         monkeypatch.setattr(cpu, "is_installed", lambda: False)
         monkeypatch.setattr(moe_utils, "HAVE_TE", packages.transformer_engine)
-        for name in gpu._PERMUTATION_KERNELS:
-            monkeypatch.setattr(moe_utils, name, print if packages.permutation else None)
+        for name in PERMUTATION_KERNELS:
+            monkeypatch.setattr(moe_utils, name, print if packages.transformer_engine else None)
 
     return pretend
 
@@ -95,13 +99,6 @@ def test_gradients_are_added_by_fused_kernels_with_and_without_apex(on_a_gpu, pa
     for packages in (NOTHING, GpuPackages()):
         on_a_gpu(packages)
         assert parse().gradient_accumulation_fusion
-
-
-def test_transformer_engine_without_permutation(on_a_gpu, parse) -> None:
-    on_a_gpu(GpuPackages(permutation=False))
-    args = parse()
-    assert args.transformer_impl == "transformer_engine"
-    assert not args.moe_permute_fusion
 
 
 def test_flags_override_the_defaults(on_a_gpu, parse) -> None:

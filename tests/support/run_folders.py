@@ -8,7 +8,7 @@ from torch.distributed.checkpoint.filesystem import _StorageInfo
 from torch.distributed.checkpoint.metadata import Metadata, MetadataIndex
 from torch.utils.tensorboard import SummaryWriter
 
-from maskmoe.checkpoint.integrity import LAYOUT_FILE, FileRecord, Manifest
+from maskmoe.checkpoint.integrity import LAYOUT_FILE, Manifest, digest_and_size
 from maskmoe.files.run_folder import JOURNAL
 
 NUM_LAYERS = 3
@@ -62,7 +62,7 @@ def write_checkpoint(folder, iteration, with_manifest=True):
     (checkpoint / "__0_0.distcp").write_bytes(bytes(1000))
     if with_manifest:
         names = (LAYOUT_FILE, "__0_0.distcp")
-        Manifest.of({name: FileRecord.of(checkpoint / name) for name in names}).save(checkpoint)
+        Manifest.of({name: digest_and_size(checkpoint / name) for name in names}).save(checkpoint)
     (checkpoint / "metadata.json").write_text('{"sharded_backend": "torch_dist"}')
     (folder / "latest_checkpointed_iteration.txt").write_text(str(iteration))
     return checkpoint

@@ -11,9 +11,8 @@ from support.small_moe import DEVICE, make_config, make_mask, make_visible_exper
 from torch import Tensor
 
 from maskmoe.training.watch.watchdog import waits_for_others
-from maskmoe.transformer.dispatch.plan import DispatchPlan
 from maskmoe.transformer.dispatch.planned import DispatchPlanner
-from maskmoe.transformer.token_ids import TokenIds
+from maskmoe.transformer.token_ids import DispatchPlan, TokenIds
 
 EXPERTS_OF_RANK, TABLES, VOCAB_SIZE, BATCH, SEQUENCE, TOPK = 3, 3, 9, 2, 5, 2
 
@@ -64,8 +63,8 @@ def test_plan_equals_a_loop_over_tokens(num_ranks: int, has_padding: bool, monke
     token_ids = [draw_ids(rank, has_padding) for rank in range(num_ranks)]
     plans = plan_of_every_rank(num_ranks, visible_sets, token_ids, monkeypatch)
     for rank, plan in enumerate(plans):
-        assert set(plan.of_table) == {0, 2}
-        for table, of_table in plan.of_table.items():
+        assert set(plan) == {0, 2}
+        for table, of_table in plan.items():
 
             def destination(token_id: int, table: int = table) -> int:
                 return int(visible_sets[table, token_id].argmax()) // EXPERTS_OF_RANK

@@ -6,12 +6,11 @@ from megatron.core import tensor_parallel
 from support.small_moe import DEVICE
 from torch import Tensor
 
-from maskmoe.transformer.dispatch.plan import DispatchPlan
-from maskmoe.transformer.token_ids import TokenIds, gather_sequence, pack_token_ids, unpack_token_ids
+from maskmoe.transformer.token_ids import DispatchPlan, TokenIds, gather_sequence, pack_token_ids, unpack_token_ids
 
 IDS = torch.arange(6, device=DEVICE).view(2, 3)
 IS_PADDING = IDS > 3
-PLAN = DispatchPlan({})
+PLAN: DispatchPlan = {}
 
 
 @pytest.mark.parametrize("is_padding", [None, IS_PADDING], ids=["no padding", "padding"])

@@ -4,7 +4,7 @@ from argparse import ArgumentParser, _ArgumentGroup, _MutuallyExclusiveGroup
 from pathlib import Path
 
 from maskmoe.command_line import ranges
-from maskmoe.command_line.parser import add_force_argument
+from maskmoe.command_line.parser import add_force_argument, add_option
 from maskmoe.training.settings.flags import replace_help
 
 SPLITS = ("train", "valid", "test")
@@ -15,13 +15,12 @@ def add_evaluation_arguments(parser: ArgumentParser) -> ArgumentParser:
     group = parser.add_argument_group(title="evaluation")
     split = "which split of --data-path to evaluate, every sample once: weights of datasets have no effect"
     group.add_argument("--eval-split", choices=SPLITS, default="valid", help=split)
-    files = {
-        "--token-frequency": "token counts made by maskmoe count, which define the frequency bands; "
-        "if the flag is left out, the tokens of --data-path are counted",
-        "--eval-output": "also write the results as JSON; the loss of a band without tokens is null",
-    }
-    for flag, meaning in files.items():
-        group.add_argument(flag, metavar="FILE", help=meaning)
+    counts = (
+        "token counts made by maskmoe count, which define the frequency bands; if the flag is left out, the tokens of "
+        "--data-path are counted"
+    )
+    add_option(group, "--token-frequency FILE", counts)
+    add_option(group, "--eval-output FILE", "also write the results as JSON; the loss of a band without tokens is null")
     add_force_argument(group)
     parser.set_defaults(eval_iters=0)
     replace_help(parser, {"--eval-iters": "number of batches to evaluate (default: 0, all samples of the split)"})

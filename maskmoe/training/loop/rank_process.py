@@ -26,9 +26,21 @@ def run_rank(main: Callable[[], None], name: str) -> None:
 
         print(help_page(name), end="")
         return
+    code: int | None = None  # until this function sees the end
+
+    def leave() -> None:
+        """End this process with its exit code; a process that was forked from this one ends as usual.
+
+        Do not run destructors of C++ libraries: threads of gloo and NCCL live on and could make the destructors abort.
+        """
+        if code is not None:
+            logging.shutdown()
+            for stream in (sys.stdout, sys.stderr):
+                stream.flush()
+            os._exit(code)
+
     # Exit handlers run in the reverse order of their registration: register first, to run last.
-    end = _End()
-    atexit.register(end.exit)
+    atexit.register(leave)
     # The report of a check, and the help, are the output of the process.
     if name != "check" and _FULL_HELP_FLAG not in flags:
         console.route(sys.stdout if name == "pretrain" else sys.stderr)
@@ -36,12 +48,12 @@ def run_rank(main: Callable[[], None], name: str) -> None:
         sys.argv[1:] = ["--help"]
     try:
         run_tool(lambda: _run_with_last_lines(main))
-        end.code = 0
+        code = 0
     except SystemExit as exit_request:
-        end.code = exit_request.code if isinstance(exit_request.code, int) else int(exit_request.code is not None)
+        code = exit_request.code if isinstance(exit_request.code, int) else int(exit_request.code is not None)
         raise
     except BaseException:
-        end.code = 1
+        code = 1
         raise
 
 
@@ -58,33 +70,9 @@ def _run_with_last_lines(main: Callable[[], None]) -> None:
     """Run the entry point; if it ends without an explanation of ours, show the newest lines that were only logged."""
     try:
         main()
-    except (UserError, RunFailure):
-        raise
-    except SystemExit as exit_request:
-        if exit_request.code not in (None, 0):
-            console.show_last_lines()
-        raise
-    except BaseException:
-        console.show_last_lines()
-        raise
     finally:
+        error = sys.exception()
+        is_success = isinstance(error, SystemExit) and error.code in (None, 0)
+        if not (is_success or isinstance(error, UserError | RunFailure | None)):
+            console.show_last_lines()
         console.finish()
-
-
-class _End:
-    """Ends the process after all exit handlers, with its exit code `code`, None if `run_rank` did not see the end.
-
-    Do not run destructors of C++ libraries: threads of gloo and NCCL live on and could make the destructors abort.
-    """
-
-    def __init__(self) -> None:
-        self.code: int | None = None
-
-    def exit(self) -> None:
-        """End this process with its exit code. A process that was forked from this one ends as usual."""
-        if self.code is None:
-            return
-        logging.shutdown()
-        for stream in (sys.stdout, sys.stderr):
-            stream.flush()
-        os._exit(self.code)

@@ -15,7 +15,6 @@ from maskmoe.checkpoint.series import (
     has_checkpoint,
     non_persistent_folder,
     read_tracker,
-    remove_tracker,
     saved_iterations,
     write_tracker,
 )
@@ -97,7 +96,7 @@ def repair_tracker_file(args: Namespace, ranks: RankStore) -> None:
         write_tracker(args.load, args.ckpt_step)
         outcome = f"it names iteration {args.ckpt_step} now"
     elif (Path(args.load) / TRACKER).exists():
-        remove_tracker(args.load)
+        (Path(args.load) / TRACKER).unlink()
         outcome = "it is removed"
     else:
         return

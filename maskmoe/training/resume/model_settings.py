@@ -13,32 +13,25 @@ from maskmoe.checkpoint.saved_names import without_new_layers
 from maskmoe.checkpoint.series import RELEASE, write_tracker
 from maskmoe.errors import UserError
 from maskmoe.routing_mask.feed_forward_layers import FeedForwardLayers
+from maskmoe.transformer.torch_modules import gated_delta_net
 
-# Sizes of multi-latent attention.
-_LATENT_SIZES = ("q_lora_rank", "kv_lora_rank", "qk_head_dim", "qk_pos_emb_head_dim", "v_head_dim")
 # Settings of YaRN for which Megatron has no flags; its configuration of multi-latent attention takes them from the
 # arguments. Converted checkpoints have them if they differ from Megatron's values.
 _YARN_WITHOUT_FLAGS = ("original_max_position_embeddings", "beta_fast", "beta_slow")
 # Arguments that decide the kinds and the number of layers, if there is no pattern.
 _LAYER_ARGUMENTS = ("num_layers", "mtp_num_layers", "moe_layer_freq")
-# Arguments that decide what a model's layers compute from their parameters.
-_ACTIVATION_ARGUMENTS = ("quick_geglu", "openai_gelu", "glu_linear_offset", "activation_func_clamp_value")
-_FUNCTION_ARGUMENTS = (
-    *(*_ACTIVATION_ARGUMENTS, "moe_apply_probs_on_input"),
-    *("attention_output_gate", "softmax_type", "qk_l2_norm"),
-    *("layernorm_zero_centered_gamma", "apply_residual_connection_post_layernorm", "use_mup"),
-)
-# Other arguments that decide the shapes of a model's parameters, or their meaning.
+# Other arguments that decide the shapes of a model's parameters, or what layers compute from them.
 _MODEL_ARGUMENTS = (
-    *_FUNCTION_ARGUMENTS,
-    *("squared_relu", "rotary_interleaved"),
+    *("quick_geglu", "openai_gelu", "glu_linear_offset", "activation_func_clamp_value", "moe_apply_probs_on_input"),
+    *("attention_output_gate", "softmax_type", "qk_l2_norm", "squared_relu", "rotary_interleaved"),
+    *("layernorm_zero_centered_gamma", "apply_residual_connection_post_layernorm", "use_mup"),
     *("hidden_size", "ffn_hidden_size", "swiglu", "add_bias_linear"),
     *("num_attention_heads", "group_query_attention", "num_query_groups", "kv_channels", "multi_latent_attention"),
     *("add_qkv_bias", "qk_layernorm", "qk_layernorm_all_heads", "normalization", "layernorm_epsilon"),
     *("num_experts", "moe_ffn_hidden_size", "moe_router_enable_expert_bias", "moe_latent_size"),
     *("moe_shared_expert_intermediate_size", "moe_shared_expert_gate"),
     *("position_embedding_type", "max_position_embeddings", "untie_embeddings_and_output_weights"),
-    *_LATENT_SIZES,
+    *("q_lora_rank", "kv_lora_rank", "qk_head_dim", "qk_pos_emb_head_dim", "v_head_dim"),
 )
 # Arguments that change what a model computes, and that a run may change on purpose, for example for longer sequences.
 ADJUSTABLE_ARGUMENTS = (
@@ -51,24 +44,10 @@ ADJUSTABLE_ARGUMENTS = (
     *("mup_width_mult", "mup_base_hidden_size", "mup_embedding_mult", "mup_output_mult"),
     *("mup_base_head_dim", "mup_attn_scale_power"),
 )
-# Sizes of gated delta nets.
-_GATED_DELTA_NET_SIZES = (
-    *("linear_conv_kernel_dim", "linear_key_head_dim", "linear_value_head_dim"),
-    *("linear_num_key_heads", "linear_num_value_heads"),
-)
 # Flags that do not have the names of their arguments.
 _FLAGS = {"layernorm_zero_centered_gamma": "--apply-layernorm-1p"}
 # Formats in which the distributed optimizer saves its state in the order of a model's parameters, without their names.
 _NAMELESS_OPTIMIZER_FORMATS = ("dp_reshardable", "dp_zero_gather_scatter")
-# Settings of a model that Megatron 0.19 does not take from the checkpoint with `--use-checkpoint-args`.
-_ARGUMENTS_LEFT_OUT_BY_MEGATRON = (
-    *_FUNCTION_ARGUMENTS,
-    *ADJUSTABLE_ARGUMENTS,
-    *("layernorm_epsilon", "qk_layernorm", "qk_layernorm_all_heads", "moe_shared_expert_gate"),
-    *("multi_latent_attention", *_LATENT_SIZES),
-    *_GATED_DELTA_NET_SIZES,
-    *_YARN_WITHOUT_FLAGS,
-)
 
 
 def take_settings_of_checkpoint(args: Namespace, checkpoint: Path) -> Namespace:
@@ -93,13 +72,14 @@ def take_settings_of_checkpoint(args: Namespace, checkpoint: Path) -> Namespace:
 
 
 def further_checkpoint_args(args: Namespace, checkpoint: Path) -> dict[str, Any]:
-    """Return the settings of a checkpoint's model that `--use-checkpoint-args` of Megatron does not take from it.
+    """Return the settings of a checkpoint's model, many of which Megatron's `--use-checkpoint-args` leaves out.
 
     Megatron takes the pattern of a hybrid model as it is, with the bounds of the pipeline stages of the run that saved
     the checkpoint. They are left out if they do not fit the layout of this run.
     """
     saved = load_common_state_dict(checkpoint).get("args", Namespace())
-    chosen = {name: getattr(saved, name) for name in _ARGUMENTS_LEFT_OUT_BY_MEGATRON if hasattr(saved, name)}
+    names = (*_MODEL_ARGUMENTS, *ADJUSTABLE_ARGUMENTS, *gated_delta_net.SIZES, *_YARN_WITHOUT_FLAGS)
+    chosen = {name: getattr(saved, name) for name in names if hasattr(saved, name)}
     pattern = getattr(saved, "hybrid_layer_pattern", None)
     if pattern is not None:
         stages, num_chunks = args.pipeline_model_parallel_size, get_hybrid_total_pipeline_segment_count(pattern)

@@ -9,7 +9,7 @@ from pathlib import Path
 
 from megatron.training.arguments import parse_args, validate_args
 
-from maskmoe.checkpoint.series import is_non_persistent, iteration_of
+from maskmoe.checkpoint.series import iteration_of, non_persistent_folder
 from maskmoe.command_line.parser import refuse_unknown_flags
 from maskmoe.errors import UserError
 from maskmoe.megatron_compat import cpu
@@ -163,7 +163,7 @@ class RunChecks:
         if checkpoint is not None and (iteration := iteration_of(checkpoint)) is not None:
             # Pass the choice to Megatron by `--ckpt-step`, as a user would.
             args.ckpt_step = iteration
-            args.loads_non_persistent = is_non_persistent(args, checkpoint)
+            args.loads_non_persistent = checkpoint.parent == non_persistent_folder(args, args.load)
         if args.use_checkpoint_args and checkpoint is None:
             found = "" if args.load is None else f"; --load {args.load} holds no checkpoint"
             yield f"--use-checkpoint-args needs --load with the folder of the checkpoints{found}"

@@ -10,7 +10,7 @@ from types import MethodType
 from typing import Any
 
 from maskmoe.command_line import ranges
-from maskmoe.command_line.parser import OneLineParser
+from maskmoe.command_line.parser import OneLineParser, add_option
 from maskmoe.command_line.ranges import Number, WholeNumber
 
 _LONGEST_WORD, _LONGEST_PATTERN = 100_000, 1 << 17
@@ -20,11 +20,11 @@ _FACTOR = re.compile(r"(?<=\*)\s*\d+|\d+\s*(?=\*)")
 def add_maskmoe_flags(parser: ArgumentParser) -> ArgumentParser:
     """Add the `MaskMoE` group, without changes of Megatron's defaults; return the parser."""
     group = parser.add_argument_group(title="MaskMoE")
-    group.add_argument(
-        "--routing-mask",
-        metavar="FILE",
-        help="routing mask made by maskmoe mask. It may be left out when a checkpoint is loaded: "
-        "every checkpoint holds its routing mask",
+    add_option(
+        group,
+        "--routing-mask FILE",
+        "routing mask made by maskmoe mask. It may be left out when a checkpoint is loaded: every checkpoint holds its "
+        "routing mask",
     )
     group.add_argument(
         "--moe-aux-loss-tokens",
@@ -101,6 +101,7 @@ def add_maskmoe_arguments(parser: ArgumentParser) -> ArgumentParser:
         eval_interval=1000,
         dist_ckpt_optim_fully_reshardable=True,
         loads_non_persistent=False,  # has no flag: set when the checkpoint is chosen
+        change_routing_mask=False,  # only training has the flag
     )
     defaults = cpu.argument_defaults() if cpu.is_installed() else GpuPackages.installed().argument_defaults()
     parser.set_defaults(**defaults)
@@ -117,19 +118,19 @@ def add_pretraining_arguments(parser: ArgumentParser) -> ArgumentParser:
         "vocabulary, number of experts and number of tables. Later checkpoints hold the new mask, so the flag then "
         "changes nothing",
     )
-    group.add_argument(
-        "--keep-last-checkpoints",
-        type=ranges.CHECKPOINTS,
-        metavar="N",
-        help="keep the newest N checkpoints in --save and the multiples of --save-retain-interval, and remove all "
-        "others; by default all checkpoints are kept",
+    add_option(
+        group,
+        "--keep-last-checkpoints N",
+        "keep the newest N checkpoints in --save and the multiples of --save-retain-interval, and remove all others; "
+        "by default all checkpoints are kept",
+        ranges.CHECKPOINTS,
     )
-    group.add_argument(
-        "--hang-timeout",
-        type=ranges.TIMEOUT,
-        metavar="SECONDS",
-        help="end the run, and name the rank that hangs, if no rank begins a micro-batch for this long; "
-        "default: half of the shorter of --distributed-timeout-minutes and --distributed-timeout-seconds-after-init",
+    add_option(
+        group,
+        "--hang-timeout SECONDS",
+        "end the run, and name the rank that hangs, if no rank begins a micro-batch for this long; default: half of "
+        "the shorter of --distributed-timeout-minutes and --distributed-timeout-seconds-after-init",
+        ranges.TIMEOUT,
     )
     group.add_argument(
         "--report",
@@ -138,19 +139,6 @@ def add_pretraining_arguments(parser: ArgumentParser) -> ArgumentParser:
         help="write event files of TensorBoard and, at the end of the run, the page report.html into the run folder "
         "(default: on)",
     )
-    _add_watch_arguments(parser)
-    parser.set_defaults(
-        exit_signal_handler=True,
-        log_timers_to_tensorboard=True,  # the status shows the time of an iteration
-        # Megatron switches asynchronous saving off without this setting, with a warning that is easily overlooked.
-        use_persistent_ckpt_worker=True,
-        async_strategy="nvrx" if find_spec("nvidia_resiliency_ext") else "mcore",
-    )
-    return parser
-
-
-def _add_watch_arguments(parser: ArgumentParser) -> None:
-    """Add the group of the watches over loss, gradient norm and routing."""
     group = parser.add_argument_group(title="spikes and silent faults")
     group.add_argument(
         "--spike-action",
@@ -160,31 +148,26 @@ def _add_watch_arguments(parser: ArgumentParser) -> None:
         "steps before. skip: if a value is too high, also do not apply the step's update. none: do not judge steps "
         "(default: report)",
     )
-    group.add_argument(
-        "--spike-deviations",
-        type=Number(0, is_above=True),
-        default=15.0,
-        metavar="D",
-        help="a value is off if it is more than D robust deviations above or below the median of the steps before. A "
-        "robust deviation is 1.4826 times the median absolute deviation, and at least 0.5%% of the median (default: "
-        "15)",
+    deviations = (
+        "a value is off if it is more than D robust deviations above or below the median of the steps before. A robust "
+        "deviation is 1.4826 times the median absolute deviation, and at least 0.5%% of the median"
     )
-    group.add_argument(
-        "--spike-window",
-        type=WholeNumber(2, 100_000),
-        default=128,
-        metavar="STEPS",
-        help="the number of steps before that a step is compared with; with fewer than half of them, no step is judged "
-        "(default: 128)",
+    window = "the number of steps before that a step is compared with; with fewer than half of them, no step is judged"
+    intervals = (
+        "report an expert or an expert-parallel rank that got no token in N log intervals in a row, and a MoE layer "
+        "whose routing entropy was 0 in all of them; 0: never"
     )
-    group.add_argument(
-        "--collapse-intervals",
-        type=WholeNumber(0),
-        default=10,
-        metavar="N",
-        help="report an expert or an expert-parallel rank that got no token in N log intervals in a row, and a MoE "
-        "layer whose routing entropy was 0 in all of them; 0: never (default: 10)",
+    add_option(group, "--spike-deviations D", deviations, Number(0, is_above=True), default=15.0)
+    add_option(group, "--spike-window STEPS", window, WholeNumber(2, 100_000), default=128)
+    add_option(group, "--collapse-intervals N", intervals, WholeNumber(0), default=10)
+    parser.set_defaults(
+        exit_signal_handler=True,
+        log_timers_to_tensorboard=True,  # the status shows the time of an iteration
+        # Megatron switches asynchronous saving off without this setting, with a warning that is easily overlooked.
+        use_persistent_ckpt_worker=True,
+        async_strategy="nvrx" if find_spec("nvidia_resiliency_ext") else "mcore",
     )
+    return parser
 
 
 def add_check_arguments(parser: ArgumentParser) -> ArgumentParser:
@@ -200,12 +183,8 @@ def add_check_arguments(parser: ArgumentParser) -> ArgumentParser:
         "GPU and no torchrun. On a machine without GPUs, the check assumes GPUs with Transformer Engine "
         "unless --distributed-backend gloo is given",
     )
-    parser.add_argument(
-        "--json",
-        dest="check_json",
-        metavar="FILE",
-        help="also write the report of --check as JSON; maskmoe/training/preflight/report.py documents its keys",
-    )
+    keys = "also write the report of --check as JSON; maskmoe/training/preflight/report.py documents its keys"
+    add_option(parser, "--json FILE", keys, dest="check_json")
     return parser
 
 
@@ -214,11 +193,6 @@ def replace_help(parser: ArgumentParser, texts: Mapping[str, str]) -> None:
     for action in parser._actions:
         for flag in texts.keys() & set(action.option_strings):
             action.help = texts[flag]
-
-
-def may_change_mask(args: Namespace) -> bool:
-    """Return whether the run's mask may differ from the checkpoint's; only training has the flag for it."""
-    return getattr(args, "change_routing_mask", False)
 
 
 def hang_timeout(args: Namespace) -> float:

@@ -21,7 +21,6 @@ from maskmoe.errors import UserError, reason_of
 from maskmoe.megatron_compat.globals import get_tokenizer
 from maskmoe.routing_mask.feed_forward_layers import FeedForwardLayers
 from maskmoe.routing_mask.mask import MaskChange, RoutingMask
-from maskmoe.training.settings.flags import may_change_mask
 from maskmoe.transformer.visible_experts import check_same_mask
 
 _CHUNK_TOKENS = 1 << 24
@@ -99,9 +98,8 @@ def find_routing_mask(args: Namespace, checkpoint: Path | None, report: Callable
         raise UserError("no routing mask: pass --routing-mask with a file that maskmoe mask makes")
     own, *others = map(read_routing_mask, sources)
     of_checkpoint = others[0] if others else own
-    if not may_change_mask(args):
-        is_training = hasattr(args, "change_routing_mask")
-        cure = "; pass --change-routing-mask to change visible experts on purpose" if is_training else ""
+    if not args.change_routing_mask:
+        cure = "; pass --change-routing-mask to change visible experts on purpose" if not args.skip_train else ""
         check_same_mask(own.digest, of_checkpoint.digest, cure)
     elif own.digest == of_checkpoint.digest:
         report(
@@ -117,7 +115,7 @@ def find_routing_mask(args: Namespace, checkpoint: Path | None, report: Callable
 def check_mask(args: Namespace, mask: RoutingMask) -> None:
     """Raise `UserError` if the routing mask does not fit the model, the layout or the tokenizer that Megatron built."""
     vocab_size = get_tokenizer().vocab_size
-    has_sizes_of_checkpoint = args.routing_mask is None or may_change_mask(args)
+    has_sizes_of_checkpoint = args.routing_mask is None or args.change_routing_mask
     if has_sizes_of_checkpoint and vocab_size < mask.vocab_size <= args.padded_vocab_size:
         # The mask comes from a checkpoint of an imported model, or replaces the mask of one. The model's embedding may
         # have more rows than its tokenizer has ids.

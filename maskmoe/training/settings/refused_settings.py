@@ -103,11 +103,13 @@ def refused_settings(args: Namespace) -> Iterator[str]:
 
 def missing_transformer_engine(args: Namespace, packages: GpuPackages) -> Iterator[str]:
     """Yield an error if the layers need Transformer Engine, but the machines that train lack it."""
-    cure = "install it, or leave the flag out"
-    if args.transformer_impl == "transformer_engine" and not packages.transformer_engine:
-        yield f"--transformer-impl transformer_engine needs Transformer Engine, which is not installed: {cure}"
-    if args.moe_permute_fusion and not packages.permutation:
-        yield f"--moe-permute-fusion needs Transformer Engine 2.1 or newer: {cure}"
+    if packages.transformer_engine:
+        return
+    problem = "needs Transformer Engine, which is not installed: install it, or leave the flag out"
+    if args.transformer_impl == "transformer_engine":
+        yield f"--transformer-impl transformer_engine {problem}"
+    if args.moe_permute_fusion:
+        yield f"--moe-permute-fusion {problem}"
 
 
 def missing_libraries(args: Namespace) -> Iterator[str]:
@@ -142,10 +144,6 @@ def _balancing_types(args: Namespace) -> list[str]:
 def _pattern_has(symbol: str) -> Predicate:
     """Return a predicate: the pattern of a hybrid model has a symbol."""
     return lambda args: symbol in (args.hybrid_layer_pattern or "")
-
-
-def _experts_contradict_pattern(args: Namespace) -> bool:
-    return args.hybrid_layer_pattern is not None and _pattern_has("E")(args) != bool(args.num_experts)
 
 
 def _pattern_contradicts_flags(args: Namespace) -> bool:
@@ -271,7 +269,7 @@ MEANINGLESS_WITH_A_MASK = (
     Check(
         "--hybrid-layer-pattern with E without --num-experts, or without E with --num-experts",
         "The symbol E is for an MoE layer, and experts are in MoE layers only.",
-        _experts_contradict_pattern,
+        lambda args: args.hybrid_layer_pattern is not None and _pattern_has("E")(args) != bool(args.num_experts),
     ),
     Check(
         "--moe-router-topk above --num-experts",

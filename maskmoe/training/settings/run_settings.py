@@ -18,7 +18,6 @@ from maskmoe.files.run_folder import run_folder
 from maskmoe.routing_mask.mask import RoutingMask
 from maskmoe.training.loop.model_builder import MaskMoEGPTModelConfig, MaskMoEHybridModelConfig, MaskMoEModelConfig
 from maskmoe.training.resume.choose_checkpoint import checkpoint_to_load, loads_what_it_saves
-from maskmoe.training.settings.flags import may_change_mask
 
 
 @dataclass(frozen=True)
@@ -83,7 +82,7 @@ def model_config_from_args(args: Namespace) -> MaskMoEModelConfig:
         if not config.transformer.gated_linear_unit:
             # Megatron-Core's fused activation functions that also weigh the rows of an expert exist only with a gate.
             config.transformer.bias_activation_fusion = False
-        config.replaced_routing_mask = checkpoint if may_change_mask(args) else None
+        config.replaced_routing_mask = checkpoint if args.change_routing_mask else None
     config.aux_loss_tokens = args.moe_aux_loss_tokens
     config.qk_layernorm_all_heads = args.qk_layernorm_all_heads
     config.rope_scaling_factor = args.rope_scaling_factor  # Megatron-Core 0.19 leaves it at its default

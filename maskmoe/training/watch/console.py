@@ -8,7 +8,6 @@ This module imports nothing that takes long, because it prints the first line of
 """
 
 import logging
-import math
 import os
 import re
 import sys
@@ -18,7 +17,6 @@ import warnings
 from collections import deque
 from collections.abc import Iterable, Sequence
 from contextlib import suppress
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TextIO
 
@@ -44,31 +42,13 @@ _HIDDEN_WARNINGS_WHILE_TRAINING = re.compile(
     r"Result validation enabled|(Setting )?RerunStateMachine (mode|initialized)|MCore's async save is deprecated"
 )
 _TIMERS = "megatron.core.timers"
-
-
-_ITERATION = re.compile(r" \[[^]]+\] iteration +\d+/ *\d+ \|(?:.* lm loss: (?P<loss>\S+) \|)?")
-_VALIDATION = re.compile(
-    r" *validation loss at iteration \d+ (?:on validation set )?\| lm loss value: (?P<loss>\S+) \|"
-)
-
-
-@dataclass(frozen=True)
-class LoggedLoss:
-    """A loss that Megatron has printed, in nats per token, None if the line has no finite loss."""
-
-    is_validation: bool
-    loss: float | None
-
-
-def parse_line(line: str) -> LoggedLoss | None:
-    """Return the loss that a line of Megatron's log prints; None for any other line."""
-    match, is_validation = _ITERATION.match(line), False
-    if match is None:
-        match, is_validation = _VALIDATION.match(line), True
-    if match is None:
-        return None
-    loss = float(match["loss"] or "nan")
-    return LoggedLoss(is_validation, loss if math.isfinite(loss) else None)
+# The lines with losses, by the names of the losses.
+_LOSSES = {
+    "loss": re.compile(r" \[[^]]+\] iteration +\d+/ *\d+ \|(?:.* lm loss: (?P<loss>\S+) \|)?"),
+    "validation loss": re.compile(
+        r" *validation loss at iteration \d+ (?:on validation set )?\| lm loss value: (?P<loss>\S+) \|"
+    ),
+}
 
 
 class Console:
@@ -77,25 +57,21 @@ class Console:
     Until `route` is called, everything reaches the console.
 
     Attributes:
+        log: The log file; None if there is none.
         shows_timers: Whether the table of Megatron's timers reaches the console.
-        iteration: The newest iteration of which a line was printed; None on ranks that print no such lines.
+        losses: The newest `loss` of an iteration and the newest `validation loss` that Megatron has printed on this
+            rank, in nats per token; NaN if the line has no loss.
     """
 
     def __init__(self) -> None:
         self.shows_timers = False
-        self.iteration: LoggedLoss | None = None
-        self.validation: LoggedLoss | None = None
+        self.losses: dict[str, float] = {}
         self._stdout = self._progress = sys.stdout
         self._is_rank = self._is_routed = self._is_training = False
-        self._log: TextIO | None = None
+        self.log: TextIO | None = None
         self._pending: deque[str] = deque(maxlen=_MOST_PENDING_LINES)
         self._lock = threading.RLock()
         self._phase = ""
-
-    @property
-    def log_file(self) -> str | None:
-        """The path of the log file; None if there is none."""
-        return self._log.name if self._log else None
 
     def route(self, progress: TextIO) -> None:
         """Route what this process prints, logs and warns of; `progress`, stdout or stderr, takes the progress lines."""
@@ -124,7 +100,7 @@ class Console:
             self.say(f"note: cannot write {path}: {error.strerror}; the log of this rank is not kept")
             return
         with self._lock:
-            self._log = log
+            self.log = log
             self._write_log([f"==== started {time.strftime('%Y-%m-%d %H:%M:%S')} by process {os.getpid()} ====\n"])
             self._write_log(self._pending)
             self._pending.clear()
@@ -161,8 +137,8 @@ class Console:
         if self._is_training or not self._is_routed:
             return
         with self._lock:
-            if self._log is not None:
-                lines = Path(self._log.name).read_text(encoding="utf-8", errors="replace").splitlines(keepends=True)
+            if self.log is not None:
+                lines = Path(self.log.name).read_text(encoding="utf-8", errors="replace").splitlines(keepends=True)
             else:
                 lines = list(self._pending)
             self._show("".join(lines[-_LAST_LINES:]), sys.stderr)
@@ -176,11 +152,9 @@ class Console:
         if not is_shown:
             self._keep(line)
             return
-        record = parse_line(line)
-        if record is not None and record.is_validation:
-            self.validation = record
-        elif record is not None:
-            self.iteration = record
+        for name, pattern in _LOSSES.items():
+            if match := pattern.match(line):
+                self.losses[name] = float(match["loss"] or "nan")
         self._show(line, self._progress)
 
     def take_log(self, record: logging.LogRecord, text: str) -> None:
@@ -210,16 +184,16 @@ class Console:
 
     def _keep(self, text: str) -> None:
         with self._lock:
-            if self._log is not None:
+            if self.log is not None:
                 self._write_log([text])
             else:
                 self._pending.append(text)
 
     def _write_log(self, lines: Iterable[str]) -> None:
         """Write lines to the log. A full disk must not end the run, so lines for which there is no space are lost."""
-        if self._log is not None:
+        if self.log is not None:
             with suppress(OSError):
-                self._log.writelines(lines)
+                self.log.writelines(lines)
 
 
 class _LineRouter:

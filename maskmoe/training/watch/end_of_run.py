@@ -1,5 +1,6 @@
 """Writes the end of a run: its entry in the journal, the last line, and the page report.html."""
 
+import math
 import subprocess
 import sys
 import time
@@ -39,10 +40,9 @@ class EndOfRun(Callback):
         code, text = _describe_end(error)
         is_orderly = code in (0, EXIT_REQUEUE)
         if self._ranks.rank == self._ranks.world_size - 1 or (self._ranks.rank == 0 and not is_orderly):
-            facts: dict[str, Any] = {"exit_code": code}
-            if console.iteration is not None and console.iteration.loss is not None:
-                facts["loss"] = console.iteration.loss
-            Journal(self._folder).write(Kind.ENDED, text, **facts)
+            loss = console.losses.get("loss", math.nan)
+            facts: dict[str, Any] = {"loss": loss} if math.isfinite(loss) else {}
+            Journal(self._folder).write(Kind.ENDED, text, exit_code=code, **facts)
         if is_orderly:
             time.sleep(_TORCHRUN_DELAY)
             console.say(_describe_completion(self._args) if error is None else _describe_stop(self._args), rank=-1)
@@ -70,12 +70,9 @@ def _describe_stop(args: Namespace) -> str:
 
 def _describe_completion(args: Namespace) -> str:
     parts = [f"complete: {args.train_iters} iterations"]
-    if console.iteration is None:
+    if "loss" not in console.losses:
         parts.append("no iteration was left to train")
-    elif console.iteration.loss is not None:
-        parts.append(f"loss {console.iteration.loss:.4f}")
-    if console.validation is not None and console.validation.loss is not None:
-        parts.append(f"validation loss {console.validation.loss:.4f}")
+    parts += (f"{name} {loss:.4f}" for name, loss in console.losses.items() if math.isfinite(loss))
     newest = read_tracker(args.save) if args.save else None
     saved = f"checkpoint {newest} is in {args.save}" if newest is not None else "no checkpoint was saved"
     return f"{', '.join(parts)}; {saved}"

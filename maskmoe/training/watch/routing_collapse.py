@@ -1,7 +1,6 @@
 """Finds experts and ranks that get no tokens any more, and layers whose routing has become rigid; needs no torch."""
 
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
 from typing import NamedTuple
 
 from maskmoe.routing_mask.feed_forward_layers import FeedForwardLayers
@@ -11,17 +10,6 @@ _NO_ENTROPY = 1e-4
 """The entropy in nats below which routing is rigid: of two experts, one gets a probability of 1e-5 at most."""
 
 _MOST_NAMED = 16
-
-
-@dataclass(frozen=True)
-class LayerRouting:
-    """The tokens per expert of one MoE layer in one log interval, on all ranks, and the mean entropy.
-
-    The entropy is of the masked probabilities, in nats; None if every token had one visible expert.
-    """
-
-    tokens_per_expert: Sequence[float]
-    entropy: float | None
 
 
 class Subject(NamedTuple):
@@ -54,11 +42,16 @@ class RoutingCollapse:
         self._num_ranks = num_ranks
         self._counts: dict[Subject, int] = {}
 
-    def take(self, layers: Mapping[int, LayerRouting]) -> list[str]:
-        """Take the routing of each layer that had tokens in a log interval, and return a line for each event."""
+    def take(self, tokens_per_expert: Mapping[int, Sequence[float]], entropies: Mapping[int, float]) -> list[str]:
+        """Take the routing of a log interval on all ranks, and return a line for each event.
+
+        Args:
+            tokens_per_expert: The tokens that each expert got, by the index of each layer that had tokens.
+            entropies: The mean entropy of the masked probabilities, in nats, of layers in which a token had a choice.
+        """
         begun, ended = [], []
-        for layer, routing in layers.items():
-            collapsed = set(self._collapsed(layer, routing))
+        for layer, tokens in tokens_per_expert.items():
+            collapsed = set(self._collapsed(layer, tokens, entropies.get(layer)))
             for subject in collapsed:
                 self._counts[subject] = self._counts.get(subject, 0) + 1
                 if self._counts[subject] == self._intervals:
@@ -68,15 +61,15 @@ class RoutingCollapse:
                     ended.append(subject)
         return [*self._describe(begun, has_ended=False), *self._describe(ended, has_ended=True)]
 
-    def _collapsed(self, layer: int, routing: LayerRouting) -> Iterable[Subject]:
+    def _collapsed(self, layer: int, tokens: Sequence[float], entropy: float | None) -> Iterable[Subject]:
         """Yield what has collapsed in an interval. An expert of a rank without any token is not named by itself."""
-        if routing.entropy is not None and routing.entropy < _NO_ENTROPY:
+        if entropy is not None and entropy < _NO_ENTROPY:
             yield Subject(layer, "routing entropy")
-        size = len(routing.tokens_per_expert) // self._num_ranks
+        size = len(tokens) // self._num_ranks
         for rank in range(self._num_ranks):
             experts = range(rank * size, (rank + 1) * size)
             reachable = [expert for expert in experts if self._reachable[layer][expert]]
-            idle = [expert for expert in reachable if not routing.tokens_per_expert[expert]]
+            idle = [expert for expert in reachable if not tokens[expert]]
             if self._num_ranks > 1 and idle and len(idle) == len(reachable):
                 yield Subject(layer, "expert-parallel rank", rank)
             else:

@@ -16,7 +16,7 @@ from maskmoe.megatron_compat.globals import get_args
 from maskmoe.routing_mask.feed_forward_layers import FeedForwardLayers
 from maskmoe.routing_mask.mask import RoutingMask
 from maskmoe.training.watch.callback import Callback
-from maskmoe.training.watch.routing_collapse import LayerRouting, RoutingCollapse, reachable_experts
+from maskmoe.training.watch.routing_collapse import RoutingCollapse, reachable_experts
 from maskmoe.training.watch.writers import log_scalars, warn
 from maskmoe.transformer.router import MaskMoERouter
 from maskmoe.transformer.routing_statistics import RoutingSums
@@ -71,11 +71,7 @@ class RoutingLog(Callback):
     def _report_collapse(self, record: RoutingRecord, iteration: int) -> None:
         """Warn of what has collapsed for `--collapse-intervals`, and of what has recovered."""
         if self._collapse is not None:
-            entropies = record.by_layer["routing_entropy"]
-            layers = {
-                layer: LayerRouting(tokens, entropies.get(layer)) for layer, tokens in record.tokens_per_expert.items()
-            }
-            for line in self._collapse.take(layers):
+            for line in self._collapse.take(record.tokens_per_expert, record.by_layer["routing_entropy"]):
                 warn(self._journal, line, iteration)
 
 

@@ -53,7 +53,7 @@ class Deviation:
 
 
 class RobustWindow:
-    """The values of the last steps, with their median and robust deviation.
+    """The `values` of the last steps in their order, with their median and robust deviation.
 
     The robust deviation is the median absolute deviation, scaled to the standard deviation of a normal distribution,
     with a floor. With fewer than half of `size` values, nothing is judged.
@@ -61,30 +61,25 @@ class RobustWindow:
 
     def __init__(self, size: int, values: Iterable[float] = ()) -> None:
         self._least = max(2, size // 2)
-        self._values = deque(values, maxlen=size)
-
-    @property
-    def values(self) -> list[float]:
-        """The values in the order of their steps."""
-        return list(self._values)
+        self.values = deque(values, maxlen=size)
 
     def judge(self, value: float) -> tuple[float, float]:
         """Return the median of the values, and the distance of another value from the median in robust deviations.
 
         The distance is 0 while the window has too few values, and infinite if the value is not finite.
         """
-        middle = median(self._values) if self._values else math.nan
+        middle = median(self.values) if self.values else math.nan
         if not math.isfinite(value):
             return middle, math.inf
-        if len(self._values) < self._least:
+        if len(self.values) < self._least:
             return middle, 0.0
-        spread = _DEVIATIONS_PER_MAD * median(abs(other - middle) for other in self._values)
+        spread = _DEVIATIONS_PER_MAD * median(abs(other - middle) for other in self.values)
         return middle, (value - middle) / max(spread, _FLOOR * abs(middle), _ABSOLUTE_FLOOR)
 
     def add(self, value: float) -> None:
         """Add the value of a step; a value that is NaN or infinite is left out."""
         if math.isfinite(value):
-            self._values.append(value)
+            self.values.append(value)
 
 
 class SpikeDetector:
@@ -106,7 +101,7 @@ class SpikeDetector:
     @property
     def history(self) -> dict[str, list[float]]:
         """The values of the last steps, by name."""
-        return {name: window.values for name, window in self._windows.items()}
+        return {name: list(window.values) for name, window in self._windows.items()}
 
     def judge(self, loss: float, grad_norm: float | None) -> list[Deviation]:
         """Return the values of a step that are off, and take the step into the windows; a norm may be None."""

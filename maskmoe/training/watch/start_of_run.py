@@ -2,29 +2,36 @@
 
 import os
 import sys
+import uuid
 from argparse import Namespace
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
 
 import torch
 from megatron.core import mpu
 from megatron.core.transformer.module import MegatronModule
 
 from maskmoe.errors import counted
+from maskmoe.files.flags import flags_to_yaml, split_flags
 from maskmoe.files.run_folder import ARGUMENTS, Journal, Kind
 from maskmoe.routing_mask.feed_forward_layers import FeedForwardLayers
 from maskmoe.routing_mask.mask import RoutingMask, describe_visible_experts
 from maskmoe.training.resume.choose_checkpoint import checkpoint_to_load, pretrained_to_load
 from maskmoe.training.settings.inputs import data_prefixes
 from maskmoe.training.settings.layout import BatchSizes, Layout, trained_samples, training_iterations
-from maskmoe.training.settings.saved_arguments import save_arguments
 from maskmoe.training.watch.callback import Callback
 from maskmoe.training.watch.console import console
 from maskmoe.training.watch.writers import log_facts
 
 _LABEL_WIDTH = 12
 _MOST_NAMED_DATASETS = 2
+_FOLDERS = frozenset(
+    (
+        *("save", "load", "tensorboard-dir", "wandb-save-dir", "data-cache-path"),
+        *("non-persistent-global-ckpt-dir", "non-persistent-local-ckpt-dir"),
+    )
+)
+"""The flags of the folders that a run writes; `--load` is usually the folder of `--save`."""
 
 
 def count_parameters(chunks: Sequence[MegatronModule]) -> int:
@@ -48,8 +55,11 @@ def count_parameters(chunks: Sequence[MegatronModule]) -> int:
     return round(float(total))
 
 
-class Header(Callback):
-    """Prints the header on the first rank when the model is built, and ends the console's report of loading."""
+class StartOfRun(Callback):
+    """Opens logs, writes arguments and a journal entry, and prints the header on the first rank.
+
+    All this is done once the model is built, because a refused run leaves no files.
+    """
 
     def __init__(self, args: Namespace, mask: RoutingMask | None, folder: Path | None) -> None:
         self._args = args
@@ -57,7 +67,11 @@ class Header(Callback):
         self._folder = folder
 
     def on_model_built(self, chunks: Sequence[MegatronModule]) -> None:
-        """Print the header; a collective call."""
+        """Write the files, and print the header; a collective call."""
+        console.open_log(self._folder)
+        console.shows_timers = self._args.timing_log_level > 0
+        if self._folder is not None and self._args.rank == 0:
+            _write_files(self._args, self._folder)
         dispatch = getattr(chunks[0], "dispatch_kind", None)
         fields = describe_run(
             self._args, self._mask, self._folder, count_parameters(chunks), dispatch and dispatch.value
@@ -145,7 +159,7 @@ def _describe_data(args: Namespace) -> str:
 def _describe_folder(args: Namespace, folder: Path | None) -> str:
     if folder is None:
         return "none: without --save, nothing is saved and arguments and logs are not written"
-    logs = f"{Path('logs')}{os.sep}rank*.log" if console.log_file else "no log files with --verbose"
+    logs = f"{Path('logs')}{os.sep}rank*.log" if console.log else "no log files with --verbose"
     return f"{folder}: args.yaml, {logs}; checkpoints in {args.save}"
 
 
@@ -157,29 +171,14 @@ def _short(number: int) -> str:
     return f"{number / 1e3:.3g} k"
 
 
-class RunStart(Callback):
-    """Opens logs and writes arguments and a journal entry once the model is built: a refused run leaves no files."""
-
-    def __init__(self, args: Namespace, folder: Path | None) -> None:
-        self._args = args
-        self._folder = folder
-
-    def on_model_built(self, chunks: Sequence[Any]) -> None:
-        """Write the files."""
-        console.open_log(self._folder)
-        console.shows_timers = self._args.timing_log_level > 0
-        if self._folder is not None and self._args.rank == 0:
-            # Megatron computes the number of iterations from --train-samples later, so add the number here.
-            complete = Namespace(**vars(self._args) | {"train_iters": training_iterations(self._args)})
-            try:
-                save_arguments(complete, sys.argv[1:], self._folder)
-            except OSError as error:
-                console.say(f"note: cannot write {self._folder / ARGUMENTS}: {error.strerror}")
-            _record_start(self._args, self._folder)
-
-
-def _record_start(args: Namespace, folder: Path) -> None:
-    """Write the start of the ranks into the run's journal."""
+def _write_files(args: Namespace, folder: Path) -> None:
+    """Write the arguments into the run folder, and the start of the ranks into the run's journal."""
+    # Megatron computes the number of iterations from --train-samples later, so add the number here.
+    complete = Namespace(**vars(args) | {"train_iters": training_iterations(args)})
+    try:
+        save_arguments(complete, sys.argv[1:], folder)
+    except OSError as error:
+        console.say(f"note: cannot write {folder / ARGUMENTS}: {error.strerror}")
     layout = Layout.from_args(args)
     Journal(folder).write(
         Kind.STARTED,
@@ -193,3 +192,48 @@ def _record_start(args: Namespace, folder: Path) -> None:
         expert_tensor=layout.expert_tensor,
         attempt=int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0)),
     )
+
+
+def save_arguments(args: Namespace, words: Sequence[str], folder: Path) -> None:
+    """Write `args.yaml` into the run folder; see `arguments_text` for the arguments."""
+    folder.mkdir(parents=True, exist_ok=True)
+    unfinished = folder / f".{ARGUMENTS}.{uuid.uuid4().hex[:8]}.tmp"
+    unfinished.write_text(arguments_text(args, words, folder), encoding="utf-8")
+    unfinished.replace(folder / ARGUMENTS)
+
+
+def arguments_text(args: Namespace, words: Sequence[str], folder: Path) -> str:
+    """Return the text of `args.yaml`: the flags in the words of the command line, then all arguments as comments.
+
+    Paths in the run folder are written with `${RUN_DIR}`, so that another run with this file has its own folders.
+    Relative paths of folders that the run writes are made absolute first.
+    """
+    flags = dict(split_flags(words))
+    flags |= {name: tuple(os.path.abspath(value) for value in flags[name]) for name in _FOLDERS & flags.keys()}
+    flags = {name: tuple(_in_run_folder(_escape(value), folder) for value in values) for name, values in flags.items()}
+    command = f"launch/pretrain.sh --run-dir DIR {ARGUMENTS}"
+    values: Mapping[str, object] = vars(args)
+    return "\n".join(
+        (
+            f"# The flags of a run, as a model file: `{command}` starts another run with the same flags.",
+            f"# Relative paths are relative to {os.getcwd()}",
+            flags_to_yaml(flags).rstrip("\n"),
+            "",
+            "# All arguments, with Megatron's defaults and the values that Megatron derives:",
+            *(f"# {name}: {' '.join(str(values[name]).split())}" for name in sorted(values)),
+            "",
+        )
+    )
+
+
+def _escape(value: str) -> str:
+    return value.replace("$", "$$")
+
+
+def _in_run_folder(value: str, folder: Path) -> str:
+    """Return a value in which the path of the run folder, if the value begins with it, is a variable."""
+    for path in (folder.absolute(), os.path.abspath(folder)):  # with and without `..`
+        start = _escape(str(path))
+        if value == start or value.startswith(start + os.sep):
+            return "${RUN_DIR}" + value.removeprefix(start)
+    return value

@@ -8,10 +8,9 @@ from megatron.core.utils import get_pg_rank, get_pg_size
 from torch import Tensor
 from torch.distributed import ProcessGroup
 
-from maskmoe.transformer.dispatch.plan import DispatchPlan, LayerPlan
 from maskmoe.transformer.dispatch.protocol import Dispatched, Router
 from maskmoe.transformer.dispatch.rows import CopyToExperts, DispatchRecord, RowBuffers, RowCopies, RowExchange
-from maskmoe.transformer.token_ids import TokenIds
+from maskmoe.transformer.token_ids import DispatchPlan, LayerPlan, TokenIds
 from maskmoe.transformer.visible_experts import VisibleExperts
 
 
@@ -52,19 +51,17 @@ class DispatchPlanner:
         received = torch.nonzero_static(is_received.flatten(1), size=sum(num_received))[:, 1:]  # [rows, 1]
         received_ids = ids.flatten()[received].split(num_received)
         padding = [None] * len(counts) if is_padding is None else is_padding.flatten()[received].split(num_received)
-        return DispatchPlan(
-            {
-                table: LayerPlan(
-                    to_ranks=to_ranks[index],
-                    rows_to=tuple(of_table[:num_ranks]),
-                    rows_from=tuple(of_table[num_ranks:-1]),
-                    received_ids=received_ids[index],
-                    received_padding=padding[index],
-                    num_selected=of_table[-1],
-                )
-                for index, (table, of_table) in enumerate(zip(self._tables, counts, strict=True))
-            }
-        )
+        return {
+            table: LayerPlan(
+                to_ranks=to_ranks[index],
+                rows_to=tuple(of_table[:num_ranks]),
+                rows_from=tuple(of_table[num_ranks:-1]),
+                received_ids=received_ids[index],
+                received_padding=padding[index],
+                num_selected=of_table[-1],
+            )
+            for index, (table, of_table) in enumerate(zip(self._tables, counts, strict=True))
+        }
 
     def _gather_ids(self, token_ids: TokenIds) -> tuple[Tensor, Tensor | None]:
         """Gather ids, int64, and padding, bool, of all ranks: [ranks, tokens], tokens ordered as in the layers."""
@@ -118,7 +115,7 @@ class PlannedDispatcher:
                 "planned dispatch got token ids without a plan. The model must plan each micro-batch, and whatever "
                 "passes `padding_mask` on to the layers must not replace the tensor"
             )
-        plan = token_ids.plan.of_table[router.table]
+        plan = token_ids.plan[router.table]
         exchange = RowExchange(self._group, self._buffers, plan.to_ranks, plan.rows_to, plan.rows_from)
         # Autograd keeps the received rows for the router, so they must not be in a buffer that is overwritten.
         sent = exchange.dispatch(hidden_states.flatten(0, 1), is_kept=True)

@@ -31,15 +31,9 @@ class StockDispatcher:
 
     def __init__(self, layer: MoELayer, pg_collection: ProcessGroupCollection) -> None:
         self._layer = layer
-        layer.token_dispatcher = _build_token_dispatcher(layer, pg_collection)
+        self._megatron = layer.token_dispatcher = _build_token_dispatcher(layer, pg_collection)
         if layer.use_shared_expert and layer.shared_expert_overlap:
-            layer.token_dispatcher.set_shared_experts(layer.shared_experts)
-
-    @property
-    def _megatron(self) -> MoETokenDispatcher:
-        """Megatron's dispatcher."""
-        assert self._layer.token_dispatcher is not None
-        return self._layer.token_dispatcher
+            self._megatron.set_shared_experts(layer.shared_experts)
 
     def start_dispatch(self, hidden_states: Tensor, token_ids: TokenIds, router: Router) -> Callable[[], Dispatched]:
         """Do nothing yet, because Megatron computes shared experts before it routes; see `Dispatcher`."""

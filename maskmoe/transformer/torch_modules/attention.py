@@ -202,8 +202,9 @@ class TorchDotProductAttention(DotProductAttention):
 
         With a softmax offset, the last channel of the queries is new and holds the offset of the head, see `_add_sink`.
         """
-        width = padded_width(query.shape[-1], value.shape[-1], has_offset=self.softmax_offset is not None)
+        width = max(query.shape[-1], value.shape[-1])
         if self.softmax_offset is not None:
+            width = _round_up(max(query.shape[-1] + 1, value.shape[-1]))
             offset = (self.softmax_offset.to(query) / self._scale).view(1, -1, 1, 1).expand(*query.shape[:3], 1)
             query = torch.cat([pad(query, (0, width - 1 - query.shape[-1])), offset], dim=-1)
         query, key, value = (
@@ -278,11 +279,6 @@ class TorchDotProductAttention(DotProductAttention):
             enable_gqa=query.shape[1] != key.shape[1],
         )
         return context[:, :, -band.queries :]
-
-
-def padded_width(key_width: int, value_width: int, *, has_offset: bool) -> int:
-    """Return the number of channels to which queries, keys and values are padded; an offset takes one of the keys."""
-    return _round_up(max(key_width + 1, value_width)) if has_offset else max(key_width, value_width)
 
 
 def _round_up(width: int) -> int:

@@ -23,10 +23,11 @@ from maskmoe.transformer.torch_modules.norms import TorchNorm
 from maskmoe.transformer.transformer_layer import MaskMoETransformerLayer
 
 _EPSILON = 1e-6  # of fla's `l2norm`
-_SIZES = (
+SIZES = (
     *("linear_num_key_heads", "linear_num_value_heads", "linear_key_head_dim", "linear_value_head_dim"),
     "linear_conv_kernel_dim",
 )
+"""Megatron's arguments of the sizes of gated delta nets."""
 
 
 class TorchGatedDeltaNet(GatedDeltaNet):
@@ -107,7 +108,7 @@ def check_gated_delta_net(args: Namespace, has_fla: bool) -> str | None:
     """
     if Symbols.GDN not in (args.hybrid_layer_pattern or ""):
         return None
-    for name in _SIZES:
+    for name in SIZES:
         if not getattr(args, name):
             return f"--{name.replace('_', '-')} must be above 0 for layers G of --hybrid-layer-pattern"
     key_heads, value_heads = args.linear_num_key_heads, args.linear_num_value_heads

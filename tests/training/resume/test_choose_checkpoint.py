@@ -12,7 +12,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from megatron.core.dist_checkpointing import load_common_state_dict
 from megatron.core.rerun_state_machine import RerunState
-from megatron.training import checkpointing
+from megatron.training import checkpointing, training
 from support.command_lines import run_command
 from support.training import Run
 from torch.distributed import HashStore
@@ -31,7 +31,6 @@ from maskmoe.checkpoint.series import (
 )
 from maskmoe.errors import RunFailure, UserError
 from maskmoe.files.run_folder import Journal, Kind, read_journal
-from maskmoe.megatron_compat.checkpoint_patches import saving_into
 from maskmoe.training.loop.rank_store import RankStore
 from maskmoe.training.resume.choose_checkpoint import find_checkpoint, repair_tracker_file
 from maskmoe.training.watch.early_ends import LeaveAfterSave, explaining_early_ends
@@ -258,8 +257,9 @@ def test_checkpoint_stays_until_it_is_saved_again(tmp_path, monkeypatch):
         if isinstance(item, OSError):
             raise item
 
-    functions = save_checkpoint, lambda **_: None, saving_into, nullcontext, nullcontext
-    own = saver.CheckpointSaver(settings, *functions, Journal(None))
+    monkeypatch.setattr(training, "save_checkpoint", save_checkpoint)
+    monkeypatch.setattr(training, "maybe_finalize_async_save", lambda **_: None)
+    own = saver.CheckpointSaver(settings, nullcontext, lambda: None, Journal(None))
     saved = checkpoint_path(tmp_path, 4) / "content"
     own.save(4)
     own.save(4)

@@ -72,7 +72,8 @@ def test_mask_of_a_checkpoint_can_be_widened_again(runs, workplace):
 
 
 def arguments(mask: object, **further: object) -> Namespace:
-    return Namespace(routing_mask=mask, num_experts=8, expert_model_parallel_size=2, **further)
+    settings = {"change_routing_mask": False, "skip_train": False} | further
+    return Namespace(routing_mask=mask, num_experts=8, expert_model_parallel_size=2, **settings)
 
 
 @pytest.mark.runs("wider mask", "fp32")
@@ -80,7 +81,7 @@ def test_other_mask_is_refused_unless_the_flag_is_given(runs, workplace):
     changed, unchanged = runs
     old, new = masks_of(workplace, "mask", "wider")
     for run, given, own in ((changed, old, "mask"), (unchanged, new, "wider")):
-        args = arguments(workplace.folder / f"{own}.safetensors", change_routing_mask=False)
+        args = arguments(workplace.folder / f"{own}.safetensors")
         with pytest.raises(UserError, match=r"or leave --routing-mask out .*; pass --change-routing-mask to change"):
             find_routing_mask(args, run.checkpoints, pytest.fail)
         args.change_routing_mask = True
@@ -88,7 +89,7 @@ def test_other_mask_is_refused_unless_the_flag_is_given(runs, workplace):
         assert find_routing_mask(args, run.checkpoints, reports.append).digest == given.digest
         assert "(id, layer) pairs change" in reports[0]
         # Evaluation and generation have no such flag, so their error does not name the flag.
-        del args.change_routing_mask
+        args.change_routing_mask, args.skip_train = False, True
         with pytest.raises(UserError, match=r"to use it$"):
             find_routing_mask(args, run.checkpoints, pytest.fail)
 

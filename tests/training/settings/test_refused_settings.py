@@ -214,8 +214,8 @@ def test_mamba_layers_need_transformer_engine(monkeypatch, implementation: str) 
     [
         ("--transformer-impl transformer_engine", GpuPackages(transformer_engine=False), 1),
         ("--transformer-impl transformer_engine", GpuPackages(), 0),
-        ("--moe-permute-fusion", GpuPackages(permutation=False), 1),
-        ("", GpuPackages(transformer_engine=False, permutation=False), 0),
+        ("--moe-permute-fusion", GpuPackages(transformer_engine=False), 1),
+        ("", GpuPackages(transformer_engine=False), 0),
     ],
 )
 def test_missing_transformer_engine(flags: str, packages: GpuPackages, errors: int) -> None:

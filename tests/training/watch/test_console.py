@@ -182,11 +182,11 @@ def test_newest_losses_are_known(console, emit):
     console.end_of_loading()
     emit(ITERATION)
     emit(VALIDATION)
-    assert console.iteration.loss == 7.729889
-    assert console.validation.loss == 5.654449
+    assert console.losses["loss"] == 7.729889
+    assert console.losses["validation loss"] == 5.654449
     emit(VALIDATION.replace("10 |", "10 on validation set |").replace("5.654449", "5.5"))
     emit(VALIDATION.replace("10 |", "10 on test set |"))
-    assert console.validation.loss == 5.5
+    assert console.losses["validation loss"] == 5.5
 
 
 def test_unwritable_log_is_no_failure(console, emit, stdout, tmp_path):
@@ -204,4 +204,4 @@ def test_full_disk_does_not_end_the_run(console, emit, stdout, tmp_path):
     emit("a line after")
     assert stdout.getvalue() == ""
     with pytest.raises(OSError, match="No space left"):  # closed here, the file does not fail a later test
-        console._log.close()
+        console.log.close()

@@ -13,14 +13,14 @@ from support.training_runs import EXPERT_2
 from maskmoe.files.run_folder import Kind, read_journal
 from maskmoe.routing_mask.feed_forward_layers import FeedForwardLayers
 from maskmoe.routing_mask.mask import RoutingMask
-from maskmoe.training.watch.routing_collapse import LayerRouting, RoutingCollapse, reachable_experts
+from maskmoe.training.watch.routing_collapse import RoutingCollapse, reachable_experts
 
 COLLAPSE = (str(TESTS / "training" / "pretrain_with_collapse.py"),)
 
 
-def take_all(collapse: RoutingCollapse, *intervals: LayerRouting) -> list[list[str]]:
-    """Return the lines of each interval of layer 3."""
-    return [collapse.take({3: routing}) for routing in intervals]
+def take_all(collapse: RoutingCollapse, *intervals: tuple[list[int], float | None]) -> list[list[str]]:
+    """Return the lines of each interval of layer 3: tokens of the experts, and the entropy."""
+    return [collapse.take({3: tokens}, {} if entropy is None else {3: entropy}) for tokens, entropy in intervals]
 
 
 BUSY, IDLE_1, IDLE_23 = ([5, 5, 5, 5], 0.5), ([9, 0, 5, 5], 0.5), ([9, 9, 0, 0], 0.5)
@@ -60,16 +60,16 @@ BUSY, IDLE_1, IDLE_23 = ([5, 5, 5, 5], 0.5), ([9, 0, 5, 5], 0.5), ([9, 9, 0, 0],
 )
 def test_events(num_ranks, intervals, lines):
     collapse = RoutingCollapse(2, {3: [True] * 4}, num_ranks)
-    taken = take_all(collapse, *(LayerRouting(*interval) for interval in intervals))
+    taken = take_all(collapse, *intervals)
     assert {number: line for number, found in enumerate(taken) for line in found} == lines
 
 
 @pytest.mark.parametrize("num_ranks", [1, 2])
 def test_experts_that_no_id_sees_are_left_out(num_ranks):
     collapse = RoutingCollapse(1, {3: [True, False, False, False]}, num_ranks)
-    assert take_all(collapse, LayerRouting([7, 0, 0, 0], None)) == [[]]
+    assert take_all(collapse, ([7, 0, 0, 0], None)) == [[]]
     collapse = RoutingCollapse(1, {3: [True, True, False, True]}, num_ranks)
-    (lines,) = take_all(collapse, LayerRouting([7, 7, 0, 0], None))
+    (lines,) = take_all(collapse, ([7, 7, 0, 0], None))
     assert lines == [
         f"MoE layer 3: {'expert-parallel rank 1' if num_ranks == 2 else 'expert 3'} got no token for 1 log interval"
     ]
@@ -77,7 +77,7 @@ def test_experts_that_no_id_sees_are_left_out(num_ranks):
 
 def test_many_experts_fit_on_a_line():
     collapse = RoutingCollapse(1, {0: [True] * 256})
-    (line,) = collapse.take({0: LayerRouting([1] + [0] * 255, 1.0)})
+    (line,) = collapse.take({0: [1] + [0] * 255}, {0: 1.0})
     assert (
         line == f"MoE layer 0: experts {', '.join(map(str, range(1, 17)))} and 239 more got no token for 1 log interval"
     )
@@ -87,7 +87,7 @@ def test_many_experts_fit_on_a_line():
 def test_events_agree_with_runs_of_idle_intervals(idle, least):
     """Each run of at least `least` idle intervals of an expert gives one line, and one at its end if there is one."""
     collapse = RoutingCollapse(least, {0: [True] * 3})
-    taken = [collapse.take({0: LayerRouting([0 if is_idle else 4 for is_idle in row], None)}) for row in idle]
+    taken = [collapse.take({0: [0 if is_idle else 4 for is_idle in row]}, {}) for row in idle]
     found = {"got no": 0, "again": 0}
     for lines in taken:
         for line in lines:

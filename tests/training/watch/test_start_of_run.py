@@ -11,8 +11,7 @@ from megatron.training.arguments import parse_args, validate_args
 from maskmoe.files.flags import flag_words, split_flags
 from maskmoe.launch.model_file import ModelFile
 from maskmoe.training.settings.flags import add_maskmoe_arguments, add_pretraining_arguments
-from maskmoe.training.settings.saved_arguments import arguments_text
-from maskmoe.training.watch.start_of_run import describe_run
+from maskmoe.training.watch.start_of_run import arguments_text, describe_run
 
 MODEL = """
     --num-layers 2 --hidden-size 32 --num-attention-heads 4 --seq-length 16 --max-position-embeddings 16 --mock-data
