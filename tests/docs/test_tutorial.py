@@ -45,5 +45,5 @@ def test_tutorial_runs_in_an_empty_folder(script: str, tmp_path: Path) -> None:
     assert "no errors found" in result.stdout
     assert re.search(r"validation loss at iteration 4", result.stdout)
     assert "next 50 %" in result.stdout  # the table of the evaluation
-    # The checkpoint and the exported model each continue the prompt.
-    assert len(re.findall(r"^def __init__\(self", result.stdout, re.MULTILINE)) == 2
+    # The checkpoint continues the prompt, and the exported model does so on both pages.
+    assert len(re.findall(r"^def __init__\(self", result.stdout, re.MULTILINE)) == 3
