@@ -103,7 +103,7 @@ def dispatch_planned(
 ) -> None:
     """One copy a rank, planned; the first visible experts are selected."""
     plan = DispatchPlanner(visible_experts, TOPK, [0], groups.ep).plan(TokenIds(token_ids.unsqueeze(0)))
-    visible = visible_experts.mask_table(0).look_up(plan.of_table[0].received_ids.flatten()).experts
+    visible = visible_experts.mask_table(0).look_up(plan[0].received_ids.flatten()).experts
     routing_map = visible & (visible.cumsum(dim=1) <= TOPK)
     router = FixedRouter(routing_map.float().requires_grad_(), routing_map)
     planned_ids = TokenIds(token_ids.unsqueeze(1), plan=plan)
@@ -202,6 +202,9 @@ def test_bytes_are_those_of_real_ranks(run_ranks, tmp_path, num_ranks):
             own = np.trace(sent)
             on_node = sent[ranks[:, None] // cluster.gpus_per_node == ranks // cluster.gpus_per_node].sum() - own
             cost = costs[name]
+            load = rows[f"{name.partition(', ')[0]}, row per expert"].sum(axis=0)
+            assert cost.load_max_over_mean == pytest.approx(load.max() / load.mean())
+            assert cost.rows == matrix.sum() / num_ranks
             assert cost.bytes_own * num_ranks == own
             assert cost.bytes_node * num_ranks == on_node
             assert cost.bytes_across * num_ranks == sent.sum() - own - on_node

@@ -204,7 +204,7 @@ def dispatch(name: str, setting: Setting, dtype: torch.dtype) -> dict[str, Tenso
         if name == "planned":
             visible_experts = VisibleExperts(config, setting.mask, groups).to(DEVICE)
             token_ids = TokenIds(ids, plan=setting.planner(visible_experts).plan(token_ids))
-            routed = TokenIds(token_ids.plan.of_table[0].received_ids)
+            routed = TokenIds(token_ids.plan[0].received_ids)
             dispatcher = PlannedDispatcher(config, groups.ep)
         router = FixedRouter(*route(routed.ids))
         dispatched = dispatcher.start_dispatch(hidden, token_ids.transpose(), router)()

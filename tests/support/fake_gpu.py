@@ -67,7 +67,7 @@ def plan(place: str) -> Any:
     counts = [TOKENS // RANKS] * 2 * RANKS + [TOKENS]
     # A tensor without storage has no numbers to read.
     with patch.object(FakeTensor, "tolist", lambda tensor: [counts]):
-        made = planner.plan(draw_ids(place)).of_table[0]
+        made = planner.plan(draw_ids(place))[0]
     return vars(made.to_ranks), made.received_ids, made.received_padding
 
 

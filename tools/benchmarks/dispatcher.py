@@ -62,7 +62,7 @@ def dispatch_ours(
 ) -> Callable[[], None]:
     """Return work that dispatches in the way that a MaskMoE layer chooses for these tokens."""
     token_ids = tokens.plan_ids()
-    routed_ids = token_ids.plan.of_table[0].received_ids if token_ids.plan else token_ids.ids
+    routed_ids = token_ids.plan[0].received_ids if token_ids.plan else token_ids.ids
     routing_map = choose(tokens, routed_ids.flatten(), config.moe_router_topk)
     build = PlannedDispatcher if tokens.kind is DispatchKind.PLANNED else OneCopyDispatcher
     dispatcher = build(config, groups.ep)
