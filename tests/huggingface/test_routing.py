@@ -1,14 +1,12 @@
 """The transformers model routes as our Megatron router does, with the same load-balancing loss; V = 1 is a look-up."""
 
-from dataclasses import dataclass
-
 import numpy as np
 import pytest
 import torch
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
-from support.small_moe import DEVICE, make_mask, make_router, reference_routing
-from support.small_moe import make_config as make_megatron_config
+from support.router_cases import Case, cases
+from support.small_moe import DEVICE, make_mask, reference_routing
 from support.tiny_maskmoe import (
     NUM_EXPERTS,
     NUM_LAYERS,
@@ -29,164 +27,92 @@ from maskmoe.huggingface.modeling_maskmoe import (
     unpack_bits,
 )
 from maskmoe.routing_mask.assignment import MaskRecipe, build_routing_mask
-from maskmoe.transformer.token_ids import TokenIds
+from maskmoe.transformer.router import MaskMoERouter
 
 pytestmark = pytest.mark.usefixtures("one_rank")
 
 
-@dataclass(frozen=True)
-class Case:
-    """Settings of a router, and tokens drawn for it from `seed`."""
-
-    seed: int
-    topk: int
-    scoring_func: str = "softmax"
-    normalised: bool = True
-    has_bias: bool = False
-    groups: tuple[int, int] | None = None
-    scaling_factor: float = 1.0
-    aux_loss_tokens: str = "all"
-    has_padding: bool = False
-    scale: float = 1.0
-
-    @property
-    def mask(self):
-        return random_mask(seed=self.seed)
-
-    @property
-    def token_ids(self) -> Tensor:
-        return random_ids(40, seed=self.seed)
-
-    @property
-    def visible(self) -> Tensor:
-        """The experts that each token sees in the second layer, bool [tokens, experts]."""
-        return torch.from_numpy(self.mask.visible_sets(1))[self.token_ids]
-
-    @property
-    def is_padding(self) -> Tensor | None:
-        if not self.has_padding:
-            return None
-        return torch.from_numpy(np.random.default_rng(self.seed + 1).random(len(self.token_ids)) < 0.4)
-
-    @property
-    def hidden(self) -> Tensor:
-        return self.normal(40, 8) * self.scale
-
-    def normal(self, *shape: int) -> Tensor:
-        """Draw numbers from the normal distribution; they depend on the shape and on the seed."""
-        return torch.randn(shape, generator=torch.Generator().manual_seed(self.seed + len(shape) * shape[0]))
-
-    @property
-    def config(self):
-        num_groups, topk_group = self.groups or (None, None)
-        return make_config(
-            self.mask,
-            hidden_size=8,
-            num_experts_per_tok=self.topk,
-            scoring_func=self.scoring_func,
-            norm_topk_prob=self.normalised,
-            use_expert_bias=self.has_bias,
-            n_group=num_groups,
-            topk_group=topk_group,
-            routed_scaling_factor=self.scaling_factor,
-            aux_loss_tokens=self.aux_loss_tokens,
-        )
-
-    def router(self) -> MaskMoETopKRouter:
-        router = MaskMoETopKRouter(self.config)
-        router.load_state_dict({name: self.normal(*value.shape) for name, value in router.state_dict().items()})
-        return router
-
-    def megatron_router(self, ours: MaskMoETopKRouter):
-        """Return Megatron's router with the weights of our router."""
-        num_groups, topk_group = self.groups or (None, None)
-        config = make_megatron_config(
-            NUM_EXPERTS,
-            self.topk,
-            num_layers=NUM_LAYERS,
-            moe_router_score_function=self.scoring_func,
-            moe_router_enable_expert_bias=self.has_bias,
-            moe_router_num_groups=num_groups,
-            moe_router_group_topk=topk_group,
-            moe_router_topk_scaling_factor=self.scaling_factor,
-        )
-        # The configuration refuses k = 1 with softmax after top-k, since the weight is constant. Set it afterwards.
-        config.moe_router_pre_softmax = not self.normalised
-        router = make_router(config, self.mask, layer_number=2)
-        router.weight.data.copy_(ours.weight)
-        if self.has_bias:
-            router.expert_bias.copy_(ours.e_score_correction_bias)
-        return router
+# transformers wants as many experts from each group.
+CASES = cases().filter(lambda case: case.groups is None or case.topk % case.groups[1] == 0)
 
 
-@st.composite
-def cases(draw, scales: tuple[float, ...] = (1.0,)) -> Case:
-    scoring_func = draw(st.sampled_from(["softmax", "sigmoid", "sqrtsoftplus"]))
-    groups = draw(st.sampled_from([None, (3, 2), (2, 1), (3, 3)]))
-    topk = draw(st.sampled_from({None: [1, 2, 3, 6], (3, 2): [2, 4], (2, 1): [1, 2, 3], (3, 3): [3, 6]}[groups]))
-    return Case(
-        seed=draw(st.integers(0, 99)),
-        topk=topk,
-        scoring_func=scoring_func,
-        # Megatron always normalises the other scores.
-        normalised=draw(st.booleans()) if scoring_func == "softmax" else True,
-        has_bias=scoring_func != "softmax" and draw(st.booleans()),
-        groups=groups,
-        scaling_factor=draw(st.sampled_from([1.0, 2.5])),
-        aux_loss_tokens=draw(st.sampled_from(["all", "routable"])),
-        has_padding=draw(st.booleans()),
-        scale=draw(st.sampled_from(scales)),
+def make_routers(case: Case, scaling_factor: float = 1.0) -> tuple[MaskMoETopKRouter, MaskMoERouter]:
+    """Return our router and Megatron's router of a case, with the same random parameters."""
+    num_groups, topk_group = case.groups or (None, None)
+    theirs = case.router(moe_router_topk_scaling_factor=scaling_factor)
+    theirs.weight.data.normal_(generator=torch.Generator(DEVICE).manual_seed(case.seed))
+    config = make_config(
+        case.mask,
+        num_hidden_layers=2,
+        hidden_size=8,
+        num_experts_per_tok=case.topk,
+        scoring_func=case.score_function,
+        norm_topk_prob=not case.pre_softmax,
+        use_expert_bias=theirs.enable_expert_bias,
+        n_group=num_groups,
+        topk_group=topk_group,
+        routed_scaling_factor=scaling_factor,
+        aux_loss_tokens=case.aux_loss_tokens,
     )
+    ours = MaskMoETopKRouter(config)
+    bias = {"e_score_correction_bias": theirs.expert_bias} if theirs.enable_expert_bias else {}
+    ours.load_state_dict({"weight": theirs.weight.detach()} | bias)
+    return ours.to(DEVICE), theirs
+
+
+def draw_hidden(case: Case) -> Tensor:
+    """Draw hidden states [sequence, batch, hidden]."""
+    return torch.randn(*case.shape, 8, generator=torch.Generator().manual_seed(case.seed)).to(DEVICE)
 
 
 # With large logits, scores of visible experts are rounded to 0.
-@given(cases(scales=(1.0, 100.0)))
-@example(Case(seed=0, topk=1, normalised=False))
-@example(Case(seed=0, topk=2, normalised=False))
-@example(Case(seed=1, topk=6, scoring_func="sigmoid", has_bias=True))
-@example(Case(seed=2, topk=4, scoring_func="sqrtsoftplus", has_bias=True, groups=(3, 2)))
-@example(Case(seed=2, topk=4, groups=(3, 2)))
+@given(CASES, st.sampled_from([1.0, 2.5]), st.sampled_from([1.0, 100.0]))
+@example(Case(0, 6, 1, (20, 2), "softmax_before", "all"), 1.0, 1.0)
+@example(Case(0, 6, 2, (20, 2), "softmax_before", "all"), 1.0, 1.0)
+@example(Case(1, 6, 6, (20, 2), "sigmoid_with_bias", "all"), 1.0, 1.0)
+@example(Case(2, 6, 4, (20, 2), "sqrtsoftplus_with_bias", "all", groups=(3, 2)), 1.0, 1.0)
+@example(Case(2, 6, 4, (20, 2), "softmax_after", "all", groups=(3, 2)), 1.0, 1.0)
 @settings(max_examples=60, derandomize=True)
-def test_routes_as_the_megatron_router(case: Case) -> None:
-    router = case.router()
-    logits, weights, indices = router(case.hidden, case.visible)
+def test_routes_as_the_megatron_router(case: Case, scaling_factor: float, scale: float) -> None:
+    router, theirs = make_routers(case, scaling_factor)
+    hidden = scale * draw_hidden(case)
+    logits, weights, indices = router(hidden.flatten(0, 1), case.visible)
     with torch.no_grad():
-        probs, routing_map = case.megatron_router(router)(
-            case.hidden.unsqueeze(1).to(DEVICE), TokenIds(case.token_ids.unsqueeze(1).to(DEVICE))
-        )
-    ours = torch.zeros(40, NUM_EXPERTS).scatter_add(1, indices, weights.detach())
+        probs, routing_map = theirs(hidden, case.token_ids)
+    ours = torch.zeros_like(probs).scatter_add(1, indices, weights.detach())
     # Both routers compute in float32, but add up in another order.
-    torch.testing.assert_close(ours, probs.cpu(), rtol=1e-5, atol=1e-6)
-    assert torch.equal(torch.zeros(40, NUM_EXPERTS).scatter(1, indices, 1.0).bool(), routing_map.cpu())
+    torch.testing.assert_close(ours, probs, rtol=1e-5, atol=1e-6)
+    assert torch.equal(torch.zeros_like(probs).scatter(1, indices, 1.0).bool(), routing_map)
     assert torch.equal(logits == float("-inf"), ~case.visible)
     assert case.visible.gather(1, indices).all()
 
 
-@given(cases())
-@example(Case(seed=3, topk=2, has_padding=True))
-@example(Case(seed=3, topk=2, aux_loss_tokens="routable", has_padding=True))
+@given(CASES)
+@example(Case(3, 6, 2, (20, 2), "softmax_after", "all", has_padding=True))
+@example(Case(3, 6, 2, (20, 2), "softmax_after", "routable", has_padding=True))
 @settings(max_examples=60, derandomize=True)
 def test_load_balancing_loss_equals_the_reference(case: Case) -> None:
-    logits, _, _ = case.router()(case.hidden, case.visible)
-    real = None if case.is_padding is None else ~case.is_padding
+    router, _ = make_routers(case)
+    logits, _, _ = router(draw_hidden(case).flatten(0, 1), case.visible)
+    is_padding = None if case.is_padding is None else case.is_padding.flatten()
     expected = reference_routing(
         logits.detach(),
         case.visible,
         case.topk,
-        score_function=case.scoring_func,
+        score_function=case.score_function,
         aux_loss_tokens=case.aux_loss_tokens,
-        is_padding=case.is_padding,
+        is_padding=is_padding,
     ).load_balancing_loss
-    loss = load_balancing_loss((logits, logits), real, case.config)
+    loss = load_balancing_loss((logits, logits), None if is_padding is None else ~is_padding, router.config)
     torch.testing.assert_close(loss.double(), 2 * expected, rtol=1e-5, atol=1e-6)
 
 
 def test_routes_in_float32_under_autocast() -> None:
-    case = Case(seed=0, topk=2)
-    router = case.router()
-    with torch.autocast("cpu", dtype=torch.bfloat16):
-        under_autocast = router(case.hidden, case.visible)
-    for actual, expected in zip(under_autocast, router(case.hidden, case.visible), strict=True):
+    case = Case(0, 6, 2, (20, 2), "softmax_after", "all")
+    (router, _), hidden = make_routers(case), draw_hidden(case).flatten(0, 1)
+    with torch.autocast(DEVICE.type, dtype=torch.bfloat16):
+        under_autocast = router(hidden, case.visible)
+    for actual, expected in zip(under_autocast, router(hidden, case.visible), strict=True):
         assert actual.dtype == expected.dtype
         assert torch.equal(actual, expected)
 

@@ -14,8 +14,9 @@ from torch import Tensor
 from torch._dynamo.utils import counters
 from torch._inductor.ir import MultiOutput
 from torch._inductor.scheduler import BaseSchedulerNode, NopKernelSchedulerNode
+from torch.utils._pytree import tree_leaves
 
-from maskmoe.transformer.routing import LossRule, Routed, route_tokens
+from maskmoe.transformer.routing import LossRule, route_tokens
 from maskmoe.transformer.selection import RoutingRule
 from maskmoe.transformer.token_ids import TokenIds
 from maskmoe.transformer.visible_experts import MaskTable
@@ -78,30 +79,18 @@ def random_table(generator: torch.Generator) -> MaskTable:
     return MaskTable(row_of_id.short(), visible_bits.byte(), bit_values.byte(), NUM_EXPERTS, has_single=True)
 
 
-def differentiable_outputs(routed: Routed) -> list[Tensor]:
-    """Return the outputs that losses and experts use."""
-    outputs = [routed.probs]
-    if routed.loss_sums is not None:
-        outputs += [sums.scores for sums in routed.loss_sums.balancing.values()]
-        if routed.loss_sums.squared_logsumexp is not None:
-            outputs.append(routed.loss_sums.squared_logsumexp)
-    return outputs
-
-
 def difference(ours: Any, expected: Any) -> float:
-    """Return the largest difference of the tensors and numbers of two results, relative to the largest value."""
-    if isinstance(expected, Tensor):
-        assert ours.dtype == expected.dtype
-        assert ours.shape == expected.shape
-        scale = max(expected.double().abs().max().item(), 1.0) if expected.numel() else 1.0
-        return (ours.double() - expected.double()).abs().max().item() / scale if expected.numel() else 0.0
-    if isinstance(expected, dict):
-        assert ours.keys() == expected.keys()
-        ours, expected = tuple(ours.values()), tuple(expected.values())
-    if isinstance(expected, tuple):
-        return max((difference(*pair) for pair in zip(ours, expected, strict=True)), default=0.0)
-    assert ours == expected
-    return 0.0
+    """Return the largest difference of the tensors of two results, relative to the largest value of each tensor."""
+    largest = 0.0
+    for one, other in zip(tree_leaves(ours), tree_leaves(expected), strict=True):
+        if isinstance(other, Tensor):
+            assert (one.dtype, one.shape) == (other.dtype, other.shape)
+            if other.numel():
+                error = (one.double() - other.double()).abs().max() / other.double().abs().max().clamp(min=1)
+                largest = max(largest, error.item())
+        else:
+            assert one == other
+    return largest
 
 
 def run(case: Case) -> dict[str, Any]:
@@ -139,7 +128,8 @@ def run(case: Case) -> dict[str, Any]:
                     expert_bias=expert_bias,
                 )
                 if case.losses is not None:
-                    outputs = differentiable_outputs(routed)
+                    leaves = tree_leaves((routed.probs, routed.loss_sums))
+                    outputs = [leaf for leaf in leaves if isinstance(leaf, Tensor) and leaf.requires_grad]
                     seeds = [torch.linspace(-1, 1, each.numel()).view_as(each).to(each) for each in outputs]
                     torch.autograd.backward(outputs, seeds)
             results.append((tuple(routed), own_logits.grad))
@@ -147,10 +137,7 @@ def run(case: Case) -> dict[str, Any]:
         # The order among equal scores is open, so compare the selection by the routing map.
         ours, expected = ((*each[:2], *each[3:]) for each in (ours, expected))
         assert torch.equal(ours[1], expected[1])
-        without_none = [pair for pair in zip(ours, expected, strict=True) if pair[1] is not None]
-        largest = max(largest, *(difference(*pair) for pair in without_none))
-        if our_grad is not None:
-            largest = max(largest, difference(our_grad, expected_grad))
+        largest = max(largest, difference((*ours, our_grad), (*expected, expected_grad)))
     return {
         "difference": largest,
         "compilations": counters["stats"]["unique_graphs"],

@@ -51,13 +51,8 @@ class Twins:
         arguments = {
             "transformer_layer_spec": get_maskmoe_decoder_block_spec(config, visible_experts),
             "mtp_block_spec": get_maskmoe_mtp_block_spec(config, visible_experts) if config.mtp_num_layers else None,
-            **ARGUMENTS,
-            **self.arguments,
-            **stage,
         }
-        if visible_experts is None:
-            return DenseGPTModel(config, **arguments).to(DEVICE)
-        return MaskMoEGPTModel(config, visible_experts=visible_experts, **arguments).to(DEVICE)
+        return self._build((DenseGPTModel, MaskMoEGPTModel), config, visible_experts, arguments | stage)
 
     def hybrid(self, **stage: Any) -> torch.nn.Module:
         """Build the hybrid model; `stage` overrides its arguments."""
@@ -68,13 +63,15 @@ class Twins:
             "hybrid_stack_spec": get_maskmoe_hybrid_stack_spec(config, visible_experts),
             "hybrid_layer_pattern": self.pattern,
             "pg_collection": process_groups(),
-            **ARGUMENTS,
-            **self.arguments,
-            **stage,
         }
-        if visible_experts is None:
-            return DenseHybridModel(config, **arguments).to(DEVICE)
-        return MaskMoEHybridModel(config, visible_experts=visible_experts, **arguments).to(DEVICE)
+        return self._build((DenseHybridModel, MaskMoEHybridModel), config, visible_experts, arguments | stage)
+
+    def _build(
+        self, kinds: tuple[Any, Any], config: TransformerConfig, experts: VisibleExperts | None, arguments: Any
+    ) -> torch.nn.Module:
+        """Build a model of the first kind, or of the second kind if the model has experts."""
+        arguments = ARGUMENTS | self.arguments | arguments | ({} if experts is None else {"visible_experts": experts})
+        return kinds[experts is not None](config, **arguments).to(DEVICE)
 
     def _config(self, **layers: Any) -> TransformerConfig:
         latent = {"config_class": MLATransformerConfig, "multi_latent_attention": True} if "+" in self.pattern else {}

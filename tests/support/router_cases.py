@@ -1,6 +1,7 @@
 """Random routers, masks and batches."""
 
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import torch
@@ -64,7 +65,8 @@ class Case:
         values = np.random.default_rng(self.seed + 1).normal(scale=scale, size=(*self.shape, self.num_experts))
         return torch.from_numpy(values).to(DEVICE, self.dtype).requires_grad_()
 
-    def router(self) -> MaskMoERouter:
+    def router(self, **settings: Any) -> MaskMoERouter:
+        """Build the router of the second layer; `settings` override its configuration."""
         has_bias = "with_bias" in self.scores
         num_groups, group_topk = self.groups or (None, None)
         config = make_config(
@@ -76,7 +78,7 @@ class Case:
             moe_router_enable_expert_bias=has_bias,
             moe_router_num_groups=num_groups,
             moe_router_group_topk=group_topk,
-            **(LOSSES | ALL_BALANCING_LOSSES),
+            **(LOSSES | ALL_BALANCING_LOSSES | settings),
         )
         router = make_router(config, self.mask, layer_number=2, aux_loss_tokens=self.aux_loss_tokens)
         if has_bias:

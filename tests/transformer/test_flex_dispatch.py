@@ -12,7 +12,6 @@ from hypothesis import given
 from hypothesis import strategies as st
 from megatron.core import parallel_state
 from megatron.core.transformer.moe import fused_a2a
-from megatron.core.transformer.moe.token_dispatcher import MoEFlexTokenDispatcher
 from support import flex_libraries
 from support.launchers import RunRanks
 from support.small_moe import (
@@ -186,20 +185,6 @@ def compare(name: str, backend: str, layout: Mapping[str, int] = EXPERT, toleran
     assert (outcome.weights[outcome.routing_map] == 0).any() == (case.router_scale > 1)
 
 
-def show_need(backend: str) -> None:
-    """Show that Megatron's own manager sends k rows for each token, though the results are the same."""
-    case = CASES["softmax"]
-    layer, stock = build_flex(case, EXPERT, backend), build_flex(case, EXPERT, backend)
-    managed = (stock.num_local_experts, stock.local_expert_indices, stock.config, process_groups())
-    stock.token_dispatcher = MoEFlexTokenDispatcher(*managed)
-    expected, outcome = run(layer, case), run(stock, case)
-    for value, expected_value in zip(outcome.tensors, expected.tensors, strict=True):
-        torch.testing.assert_close(value, expected_value, rtol=0, atol=1e-6 * expected_value.abs().max().item())
-    num_rows = outcome.tokens_per_expert.sum().clone()
-    torch.distributed.all_reduce(num_rows)
-    assert num_rows == 2 * TOPK * SEQUENCE * BATCH > sum(rows_of_all_experts(outcome))
-
-
 def compare_on_rank() -> None:
     flex_libraries.install()
     for layout in (EXPERT, EXPERT_TENSOR):
@@ -209,8 +194,6 @@ def compare_on_rank() -> None:
                 for name in CASES:
                     # With overlap, autograd adds up the gradients of the input in another order.
                     compare(name, backend, tolerance=1e-6 if name == OVERLAPPED else 0)
-            show_need("deepep")
-            show_need("ncclep")
         else:
             # The sums over tensor-parallel ranks and over experts are made in another order.
             for backend in BACKENDS:

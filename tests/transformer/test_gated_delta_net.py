@@ -1,15 +1,13 @@
-"""Gated delta net in plain torch: against transformers, in parallel layouts, with recomputation and in checkpoints."""
+"""Gated delta net in plain torch: against transformers, with recomputation and in checkpoints."""
 
 from argparse import Namespace
-from collections.abc import Iterator
 from dataclasses import replace
-from math import prod
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from megatron.core import dist_checkpointing, parallel_state
+from megatron.core import dist_checkpointing
 from megatron.core.models.hybrid.hybrid_layer_specs import hybrid_stack_spec
 from megatron.core.transformer.transformer_layer import TransformerLayer
 from support.gated_delta_net import HIDDEN, RECOMPUTE, SIZES, LayerOfTransformers, make_gated_delta_net, run_layer
@@ -86,19 +84,6 @@ def load(folder: Path) -> TransformerLayer:
 
 
 SEQUENCE, BATCH = 160, 2
-LAYOUTS: dict[str, dict[str, int]] = {
-    "tensor": {"tensor_model_parallel_size": 2},
-    "context": {"context_parallel_size": 2},
-    "tensor and context": {"tensor_model_parallel_size": 2, "context_parallel_size": 2},
-}
-SETTINGS: dict[str, dict[str, Any]] = {"plain": {}, "recomputed": RECOMPUTE}
-
-
-def cases(num_ranks: int) -> Iterator[tuple[str, dict[str, int], dict[str, Any]]]:
-    """Yield the name, the sizes of the process groups and the further settings of the cases for a number of ranks."""
-    for layout, sizes in LAYOUTS.items():
-        if prod(sizes.values()) == num_ranks:
-            yield from ((f"{layout}, {name}", sizes, settings) for name, settings in SETTINGS.items())
 
 
 def whole_batch() -> tuple[Tensor, Tensor]:
@@ -106,62 +91,6 @@ def whole_batch() -> tuple[Tensor, Tensor]:
     generator = torch.Generator().manual_seed(1)
     hidden, gradient = torch.randn(2, SEQUENCE, BATCH, HIDDEN, generator=generator)
     return hidden, gradient
-
-
-def part_of_rank(tensor: Tensor, tp_size: int, tp_rank: int, cp_size: int, cp_rank: int) -> Tensor:
-    """Return a rank's part of a sequence [sequence, ...].
-
-    Context-parallel ranks take one chunk from each end of the sequence; tensor-parallel ranks divide what is left.
-    """
-    chunks = tensor.chunk(2 * cp_size)
-    return torch.cat([chunks[cp_rank], chunks[-1 - cp_rank]]).chunk(tp_size)[tp_rank]
-
-
-def run_layouts(folder: Path) -> dict[str, dict[str, Tensor]]:
-    """Run each case of as many ranks on the checkpoint FOLDER/parameters.
-
-    Save the gradients of the parameters as a checkpoint of the layer, FOLDER/CASE.
-
-    Returns:
-        Output and gradient of the input by case.
-    """
-    found = {}
-    for name, sizes, settings in cases(torch.distributed.get_world_size()):
-        groups = initialize_parallelism(**sizes)
-        place = (groups.tp.size(), groups.tp.rank(), groups.cp.size(), groups.cp.rank())
-        layer = make_gated_delta_net(**sizes, sequence_parallel="tensor_model_parallel_size" in sizes, **settings)
-        layer.load_state_dict(dist_checkpointing.load(layer.sharded_state_dict(), str(folder / "parameters")))
-        results = run_layer(layer, *(part_of_rank(tensor, *place).contiguous() for tensor in whole_batch()))
-        found[name] = {key: results[key] for key in ("output", "input")}
-        for parameter in layer.parameters():
-            # Megatron's `finalize_model_grads` and its data parallelism add the gradients up.
-            if getattr(parameter, "sequence_parallel", False):
-                torch.distributed.all_reduce(parameter.grad, group=groups.tp)
-            torch.distributed.all_reduce(parameter.grad, group=groups.cp)
-            parameter.data.copy_(parameter.grad)
-        if torch.distributed.get_rank() == 0:
-            (folder / name).mkdir()
-        torch.distributed.barrier()
-        dist_checkpointing.save(layer.sharded_state_dict(), str(folder / name))
-        parallel_state.destroy_model_parallel()
-    return found
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("num_ranks", [2, 4])
-def test_parallel_layouts_equal_one_rank(num_ranks: int, run_ranks: RunRanks, tmp_path: Path) -> None:
-    layer = make_gated_delta_net()
-    save(layer, tmp_path / "parameters")
-    results_of_ranks = run_ranks(run_layouts, tmp_path, tmp_path, world_size=num_ranks)
-    expected = run_layer(layer, *whole_batch())
-    for name, sizes, _ in cases(num_ranks):
-        tp_size, cp_size = (sizes.get(f"{kind}_parallel_size", 1) for kind in ("tensor_model", "context"))
-        for rank, results in enumerate(results_of_ranks):
-            place = (tp_size, rank % tp_size, cp_size, rank // tp_size)
-            parts = {key: part_of_rank(expected[key], *place) for key in results[name]}
-            assert_equal_up_to_rounding(results[name], parts, ROUNDING)
-        gradients = {key: parameter.detach() for key, parameter in load(tmp_path / name).named_parameters()}
-        assert_equal_up_to_rounding(gradients, {key: expected[key] for key in gradients}, ROUNDING)
 
 
 def exchange_with_transformer_engine(folder: Path, is_stub: bool) -> dict[str, Tensor]:

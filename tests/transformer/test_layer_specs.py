@@ -1,7 +1,7 @@
 """MaskMoE's specs are Megatron's specs with some modules replaced, and differ in nothing else."""
 
 from collections.abc import Iterator
-from dataclasses import dataclass, fields, is_dataclass
+from dataclasses import fields, is_dataclass
 from functools import partial
 from typing import Any
 
@@ -14,7 +14,7 @@ from megatron.core.models.gpt.moe_module_specs import _build_shared_experts
 from megatron.core.transformer.dot_product_attention import DotProductAttention
 from megatron.core.transformer.mlp import MLP
 from megatron.core.transformer.moe.experts import SequentialMLP
-from megatron.core.transformer.moe.moe_layer import MoELayer, MoESubmodules
+from megatron.core.transformer.moe.moe_layer import MoELayer
 from megatron.core.transformer.moe.router import TopKRouter
 from megatron.core.transformer.torch_norm import WrappedTorchNorm
 from megatron.core.transformer.transformer_config import TransformerConfig
@@ -54,7 +54,9 @@ def leaves(node: Any, path: str = "") -> Iterator[tuple[str, Any]]:
 
 
 def stock_block(config: TransformerConfig) -> Any:
-    return get_gpt_decoder_block_spec(config, use_transformer_engine=False, normalization=config.normalization)
+    return get_gpt_decoder_block_spec(
+        config, use_transformer_engine=False, normalization=config.normalization, qk_l2_norm=config.qk_l2_norm
+    )
 
 
 REPLACEMENTS = {
@@ -69,12 +71,10 @@ REPLACEMENTS = {
 """The only differences, stock module and ours, besides routers."""
 
 
-@pytest.mark.parametrize("shared_experts", [None, 10])
+@pytest.mark.parametrize("settings", [{"qk_l2_norm": True}, {"moe_shared_expert_intermediate_size": 10}], ids=str)
 @pytest.mark.parametrize("pattern", PATTERNS, ids=str)
-def test_replaces_exactly_the_moe_layers_their_routers_mlps_norms_and_attention(pattern, shared_experts) -> None:
-    config = make_config(
-        num_layers=4, moe_layer_freq=pattern, moe_shared_expert_intermediate_size=shared_experts, qk_layernorm=True
-    )
+def test_replaces_exactly_the_moe_layers_their_routers_mlps_norms_and_attention(pattern, settings) -> None:
+    config = make_config(num_layers=4, moe_layer_freq=pattern, qk_layernorm=True, **settings)
     visible_experts = make_visible_experts(config, make_mask(random_visible_sets(0, 4, 9, 4)))
     theirs = dict(leaves(stock_block(config)))
     ours = dict(leaves(get_maskmoe_decoder_block_spec(config, visible_experts, "routable")))
@@ -119,48 +119,3 @@ def test_norms_of_apex_are_kept_where_they_fit(normalization, expected, monkeypa
     visible_experts = make_visible_experts(config, make_mask(random_visible_sets(0, 1, 9, 4)))
     spec = get_maskmoe_decoder_block_spec(config, visible_experts)
     assert spec.layer_norm is spec.layer_specs[0].submodules.pre_mlp_layernorm is expected
-
-
-@dataclass
-class _Submodules:
-    linear: Any = None
-    mlp: Any = None
-
-
-class _TransformerEngineNorm:
-    """A stand-in for a module of Transformer Engine, which is a leaf of a spec."""
-
-
-def test_specs_of_transformer_engine_keep_its_modules() -> None:
-    experts = partial(object, submodules=_Submodules(linear=_TransformerEngineNorm))
-    moe = partial(MoELayer, submodules=MoESubmodules(experts=experts, shared_experts=None))
-    spec = [_Submodules(linear=_TransformerEngineNorm, mlp=moe), _Submodules(linear=WrappedTorchNorm)]
-    config = make_config()
-    visible_experts = make_visible_experts(config, make_mask(random_visible_sets(0, 1, 9, 4)))
-    first, second = layer_specs.with_maskmoe_modules(spec, config, visible_experts)
-    assert first.linear is _TransformerEngineNorm
-    assert first.mlp.func is MaskMoELayer
-    submodules = first.mlp.keywords["submodules"]
-    assert submodules.router.func is MaskMoERouter
-    own = {"visible_experts": visible_experts, "aux_loss_tokens": "all"}
-    assert submodules.router.keywords == own
-    assert submodules.experts.keywords["submodules"].linear is _TransformerEngineNorm
-    assert second.linear is TorchNorm
-    assert spec[0].mlp is moe
-    assert spec[1].linear is WrappedTorchNorm
-
-
-@pytest.mark.parametrize(("implementation", "expected"), [("transformer_engine", True), ("local", False)])
-def test_configuration_chooses_the_backend(implementation: str, expected: bool, monkeypatch) -> None:
-    config = make_config(qk_l2_norm=True)
-    config.transformer_impl = implementation
-    asked = []
-
-    def record(config, vp_stage=None, **backend):
-        asked.append((vp_stage, backend))
-        return _Submodules()
-
-    monkeypatch.setattr(layer_specs, "get_gpt_decoder_block_spec", record)
-    visible_experts = make_visible_experts(make_config(), make_mask(random_visible_sets(0, 1, 9, 4)))
-    get_maskmoe_decoder_block_spec(config, visible_experts, vp_stage=1)
-    assert asked == [(1, {"use_transformer_engine": expected, "normalization": "RMSNorm", "qk_l2_norm": True})]

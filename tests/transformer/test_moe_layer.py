@@ -1,6 +1,6 @@
 """The layer against a plain loop over tokens, on one rank and on two ranks."""
 
-from dataclasses import dataclass
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -23,7 +23,6 @@ from torch.nn.functional import linear, silu
 
 from maskmoe.transformer.dispatch.choose import build_dispatcher
 from maskmoe.transformer.dispatch.kind import DispatchKind
-from maskmoe.transformer.moe_layer import MaskMoELayer
 from maskmoe.transformer.token_ids import TokenIds
 
 LOSSES = {"moe_aux_loss_coeff": 1e-2, "moe_z_loss_coeff": 1e-3}
@@ -116,27 +115,13 @@ def test_equals_dense_reference(sizes, topk, overrides) -> None:
 CAPACITY = 4  # Tokens of each expert: 24 tokens with up to 2 of 6 experts, and a capacity factor of 0.5.
 
 
-@dataclass(frozen=True)
-class CapacityRun:
-    """A layer with a capacity factor after one forward and backward pass.
+def run_with_capacity(**settings: Any) -> SimpleNamespace:
+    """Run a layer forward and backward; parameters and input are the same for all settings.
 
-    Attributes:
-        layer: the layer; parameters and input are the same for all settings.
-        hidden: the input [sequence, batch, hidden].
-        results: the output, and all gradients by name.
-        probs: [tokens, experts], the router's weights.
-        routing_map: bool [tokens, experts].
+    Returns:
+        `layer`; its input `hidden`, [sequence, batch, hidden]; `results`, the output and all gradients by name; the
+        router's weights `probs`, [tokens, experts]; `routing_map`, bool [tokens, experts].
     """
-
-    layer: MaskMoELayer
-    hidden: Tensor
-    results: dict[str, Tensor]
-    probs: Tensor
-    routing_map: Tensor
-
-
-def run_with_capacity(**settings: Any) -> CapacityRun:
-    """Run a layer forward and backward."""
     layer = make_layer(make_config(6, 2, **settings), make_mask(random_visible_sets(2, 1, 9, 6)))
     draw_parameters(layer)
     hidden = torch.randn(12, 2, 8, device=DEVICE, requires_grad=True)
@@ -145,7 +130,9 @@ def run_with_capacity(**settings: Any) -> CapacityRun:
     output, _ = layer(hidden, padding_mask=token_ids)
     output.backward(torch.randn_like(output))
     results = {"output": output.detach(), "hidden": hidden.grad} | {n: p.grad for n, p in layer.named_parameters()}
-    return CapacityRun(layer, hidden.detach(), results, probs.detach(), routing_map)
+    return SimpleNamespace(
+        layer=layer, hidden=hidden.detach(), results=results, probs=probs.detach(), routing_map=routing_map
+    )
 
 
 @pytest.mark.parametrize("drop_policy", ["probs", "position"])
@@ -261,14 +248,8 @@ def test_plan_changes_no_loss(case: str, two_ranks: list[dict[str, Tensor]]) -> 
     names = {key.split("/")[2] for key in two_ranks[0] if key.startswith(f"planned_with_losses/{case}/")}
     assert {"load_balancing_loss", "seq_load_balancing_loss", "global_load_balancing_loss", "z_loss"} <= names
     for name in names:
-        planned, unplanned = (
-            [
-                rank[f"{layout}_with_losses/{case}/{name}"]
-                for rank in two_ranks
-                if f"{layout}_with_losses/{case}/{name}" in rank
-            ]
-            for layout in ("planned", "expert")
-        )
+        keys = (f"{layout}_with_losses/{case}/{name}" for layout in ("planned", "expert"))
+        planned, unplanned = ([rank[key] for rank in two_ranks if key in rank] for key in keys)
         if "loss" in name or name == "output":
             assert all(map(torch.equal, planned, unplanned)), name
         elif "router" in name:

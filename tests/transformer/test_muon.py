@@ -1,7 +1,6 @@
 """Muon updates the matrices of experts and routers as it does in Megatron-Core's own model."""
 
 import numpy as np
-import pytest
 import torch
 from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig
 from megatron.core.models.gpt import GPTModel
@@ -39,49 +38,33 @@ def make_stock() -> GPTModel:
     ).to(DEVICE)
 
 
-class Trained:
-    """A model that trains with Muon.
+def train(model: GPTModel) -> None:
+    """Make three steps with Muon.
 
-    Attributes:
-        model: The model.
-        optimizer: Megatron's optimizer. It clips no gradients: a norm is summed optimizer by optimizer, and MaskMoE
-            always gives experts their own optimizer.
+    No gradients are clipped: Megatron sums a norm optimizer by optimizer, and MaskMoE always gives experts their own.
     """
-
-    def __init__(self, model: GPTModel) -> None:
-        self.model = model
-        self._wrapped = DistributedDataParallel(model.config, DistributedDataParallelConfig(), model)
-        self.optimizer = get_megatron_optimizer(
-            OptimizerConfig(optimizer="muon", lr=0.02, clip_grad=0), [self._wrapped]
-        )
-
-    def step(self, seed: int) -> None:
-        take_metrics()
-        self._wrapped.zero_grad_buffer()
-        self.optimizer.zero_grad()
-        ids = torch.randint(0, VOCAB_SIZE, (2, SEQUENCE), generator=torch.Generator().manual_seed(seed)).to(DEVICE)
-        positions = torch.arange(SEQUENCE, device=DEVICE).expand(2, -1)
-        self._wrapped(ids, positions, None, labels=ids.roll(-1, dims=1)).mean().backward()
-        self._wrapped.finish_grad_sync()
-        self.optimizer.step()
-
-
-@pytest.fixture
-def pair() -> tuple[Trained, Trained]:
-    """Return our model and the stock model with the same weights; every id sees every expert."""
-    ours, stock = make_ours(), make_stock()
-    stock.load_state_dict({name: ours.state_dict()[name] for name in stock.state_dict()})
-    return Trained(ours), Trained(stock)
-
-
-def test_all_visible_equals_stock(pair) -> None:
-    ours, stock = pair
-    first = {name: parameter.detach().clone() for name, parameter in ours.model.named_parameters()}
+    wrapped = DistributedDataParallel(model.config, DistributedDataParallelConfig(), model)
+    optimizer = get_megatron_optimizer(OptimizerConfig(optimizer="muon", lr=0.02, clip_grad=0), [wrapped])
+    positions = torch.arange(SEQUENCE, device=DEVICE).expand(2, -1)
     for seed in range(3):
-        for trained in pair:
-            trained.step(seed)
-    theirs = dict(stock.model.named_parameters())
+        take_metrics()
+        wrapped.zero_grad_buffer()
+        optimizer.zero_grad()
+        ids = torch.randint(0, VOCAB_SIZE, (2, SEQUENCE), generator=torch.Generator().manual_seed(seed)).to(DEVICE)
+        wrapped(ids, positions, None, labels=ids.roll(-1, dims=1)).mean().backward()
+        wrapped.finish_grad_sync()
+        optimizer.step()
+
+
+def test_all_visible_equals_stock() -> None:
+    """Every id sees every expert, and both models start from the same weights."""
+    ours, stock = make_ours(), make_stock()
+    first = {name: parameter.detach().clone() for name, parameter in ours.named_parameters()}
+    stock.load_state_dict({name: ours.state_dict()[name] for name in stock.state_dict()})
+    for model in (ours, stock):
+        train(model)
+    theirs = dict(stock.named_parameters())
     assert first.keys() == theirs.keys()
-    for name, parameter in ours.model.named_parameters():
+    for name, parameter in ours.named_parameters():
         assert torch.equal(parameter, theirs[name]), name
         assert not torch.equal(parameter, first[name]), name

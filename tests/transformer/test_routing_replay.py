@@ -102,16 +102,8 @@ def test_all_visible_equals_stock(selection: str) -> None:
 @given(case=cases())
 @settings(max_examples=60, deadline=None)
 def test_replay_of_a_record_changes_nothing(case: Case) -> None:
-    config = replay_config(
-        case.num_experts,
-        case.topk,
-        num_layers=2,
-        moe_router_score_function=case.score_function,
-        moe_router_pre_softmax=case.pre_softmax,
-        moe_router_num_groups=case.groups and case.groups[0],
-        moe_router_group_topk=case.groups and case.groups[1],
-    )
-    router = make_router(config, case.mask, layer_number=2)
+    no_losses = {"moe_router_load_balancing_type": "none", "moe_aux_loss_coeff": 0.0}
+    router = case.router(moe_enable_routing_replay=True, **no_losses)
 
     def routed() -> tuple[Tensor, Tensor, Tensor]:
         logits = case.logits(scale=2)

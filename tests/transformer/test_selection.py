@@ -11,8 +11,7 @@ from support.router_cases import possible_groups
 from support.small_moe import DEVICE
 from torch import Tensor
 
-from maskmoe.transformer.selection import MaskedLogits, preference_scores, routing_map_of, select_experts
-from maskmoe.transformer.visible_experts import VisibleSets
+from maskmoe.transformer.selection import routing_map_of, select_experts
 
 TOKENS = 12
 
@@ -96,17 +95,3 @@ def test_scores_without_a_value_select_visible_experts(groups: dict[str, int]) -
     for experts, num_visible in zip(found, visible.sum(dim=1).tolist(), strict=True):
         assert 1 <= len(experts) <= min(4, num_visible)
         assert groups or len(experts) == min(4, num_visible)
-
-
-@pytest.mark.parametrize("score_function", ["sigmoid", "sqrtsoftplus"])
-def test_bias_lifts_a_score_but_never_above_visibility(score_function: str) -> None:
-    """The bias is added to the score, not to the logit, and an invisible expert with a large bias stays invisible."""
-    logits = torch.tensor([[2.0, 1.0, 0.5, 3.0]], device=DEVICE)
-    visible = torch.tensor([[True, True, True, False]], device=DEVICE)
-    masked = MaskedLogits(logits.masked_fill(~visible, -torch.inf), VisibleSets(visible, None), None, 1, score_function)
-    bias = torch.tensor([0.0, 0.0, 1.0, 100.0], device=DEVICE)
-    scores = preference_scores(masked, pre_softmax=False, expert_bias=bias)
-    raw = logits.sigmoid() if score_function == "sigmoid" else (1 + logits.exp()).log().sqrt()
-    torch.testing.assert_close(scores[:, :3], (raw + bias)[:, :3])
-    assert selected_visible(scores, visible, 1) == [[2]]
-    assert selected_visible(scores, visible, 2) == [[0, 2]]
