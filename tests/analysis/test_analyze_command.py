@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 from safetensors.numpy import load_file
 from support.command_lines import Outcome, run_command, writing_nothing
-from support.datasets import frequency_of
+from support.datasets import frequency_of, write_documents
 from support.small_series import ITERATIONS, NUM_EXPERTS, SPLIT
 from support.tiny_maskmoe import make_model, random_mask
 
@@ -15,7 +15,6 @@ from maskmoe.analysis.model_series import find_models
 from maskmoe.analysis.routing_report import PLOT_NAMES, TABLE_NAMES
 from maskmoe.analysis.routing_statistics import AnalysisSettings, RoutingTrace, measure
 from maskmoe.conversion.convert import Settings, megatron_to_huggingface
-from maskmoe.data.dataset_writing import IndexedDatasetWriter
 from maskmoe.routing_mask.frequency import FrequencyBands, TokenFrequency
 from maskmoe.routing_mask.mask import RoutingMask
 
@@ -112,7 +111,8 @@ def test_a_model_against_itself(tmp_path):
     """With one layer with experts and no token with a choice, cells without a value are empty."""
     settings = {"mlp_layer_types": ["dense", "sparse", "dense"], "num_experts_per_tok": 1}
     make_model(random_mask(1), **settings).save_pretrained(tmp_path / "model")
-    outcome = analyze(tmp_path, "--load", "model", "model", "--data-path", write_data(tmp_path), "--output-dir", "out")
+    write_documents(tmp_path / "tiny", [np.arange(600) % 60])
+    outcome = analyze(tmp_path, "--load", "model", "model", "--data-path", "tiny", "--output-dir", "out")
     changed = {row["tokens"]: row["changed"] for row in read_table(tmp_path / "out", "fluctuation.csv")}
     assert changed["all"] == "0"
     assert changed["routable"] == ""
@@ -121,13 +121,6 @@ def test_a_model_against_itself(tmp_path):
     assert {row["distinct"] for row in read_table(tmp_path / "out", "ids.csv")} == {"1"}
     assert {path.name for path in (tmp_path / "out").iterdir()} == FILES
     assert "Warning" not in outcome.errors
-
-
-def write_data(folder: Path) -> str:
-    """Write a dataset with the ids of the tiny model; return its prefix."""
-    with IndexedDatasetWriter(folder / "tiny", np.uint16) as dataset:
-        dataset.add_document(np.arange(600) % 60)
-    return str(folder / "tiny")
 
 
 @pytest.mark.parametrize(

@@ -39,32 +39,6 @@ def by_name(costs) -> dict[str, DispatchCost]:
     return {cost.variant: cost for cost in costs}
 
 
-def test_costs_of_a_mask_without_choice(frequency, tokens):
-    """At most k experts are visible, so that loops can follow every token."""
-    mask = make_mask(frequency, num_experts=16, frequent_visible=3)
-    costs = by_name(run(frequency, tokens, mask, [make_cluster(8, 4, 2)], topks=(3,)))
-    visible = mask.visible_sets(0)
-    for name, per_rank in (("mask, row per expert", False), ("mask, one copy", True)):
-        weights = 4 * 4 if per_rank else 4  # weights of 4 local experts, or of 1 expert, in fp32
-        counts = 8 * (1 + 4) if per_rank else 8 * 16
-        sent = np.zeros(3)  # bytes by reach
-        received, load = np.zeros((2, 8))
-        for source in range(8):
-            for rank in range(source // 4 * 4, source // 4 * 4 + 4):
-                reach = 0 if rank == source else 1 if rank // 2 == source // 2 else 2
-                rows = 0
-                for token in tokens[source * 375 : source * 375 + TOKENS]:
-                    num_selected = visible[token, rank % 4 * 4 :][:4].sum()
-                    rows += min(num_selected, 1) if per_rank else num_selected
-                    load[rank] += num_selected
-                received[rank] += rows
-                sent[reach] += rows * (4 * HIDDEN * 2 + 2 * weights) + (counts if reach else 0)
-        cost = costs[name]
-        assert (cost.bytes_own, cost.bytes_node, cost.bytes_across) == pytest.approx(tuple(sent / 8))
-        assert cost.rows == received.mean()
-        assert cost.load_max_over_mean == pytest.approx(load.max() / load.mean())
-
-
 def test_rank_local_masks_are_planned(frequency, tokens):
     mask = make_mask(frequency, num_experts=32, frequent_visible=4, num_layers=2)
     costs = run(frequency, tokens, mask, [make_cluster(8, 8, 4)])

@@ -12,7 +12,8 @@ from hypothesis import strategies as st
 from megatron.core.datasets.blended_megatron_dataset_builder import BlendedMegatronDatasetBuilder
 from megatron.core.datasets.gpt_dataset import GPTDataset, GPTDatasetConfig
 from megatron.core.tokenizers import MegatronTokenizer
-from support.small_series import SPLIT, VOCAB_SIZE
+from support.datasets import write_documents
+from support.small_series import VOCAB_SIZE
 
 from maskmoe.analysis.probe_text import (
     DatasetText,
@@ -24,8 +25,6 @@ from maskmoe.analysis.probe_text import (
 )
 from maskmoe.analysis.routing_statistics import SPLITS
 from maskmoe.conversion.tokenizer import export_tokenizer
-from maskmoe.data.dataset_writing import IndexedDatasetWriter
-from maskmoe.data.indexed_dataset import open_tokens, read_index
 from maskmoe.data.tokenizer import SentencePieceTokenizer
 from maskmoe.errors import UserError
 
@@ -72,9 +71,7 @@ def megatron_splits(folder: Path, prefix: Path, split: str) -> list[np.ndarray |
 def test_splits_are_megatrons(tmp_path, split, num_documents):
     prefix = tmp_path / f"data{num_documents}"
     if not Path(f"{prefix}.idx").exists():
-        with IndexedDatasetWriter(prefix, np.uint16) as dataset:
-            for number in range(num_documents):
-                dataset.add_document(np.full(30, number))
+        write_documents(prefix, ([number] * 30 for number in range(num_documents)))
     for name, sequences in zip(SPLITS, megatron_splits(tmp_path, prefix, split), strict=True):
         text = DatasetText(str(prefix), split, name)
         if sequences is None:
@@ -83,17 +80,6 @@ def test_splits_are_megatrons(tmp_path, split, num_documents):
         elif len(sequences):
             tokens = text.read(10**6, 8, VOCAB_SIZE, tmp_path)
             assert np.array_equal(tokens, np.repeat(sequences, 30))
-
-
-def test_dataset(workplace):
-    prefix = str(workplace / "data")
-    tokens, lengths = open_tokens(prefix), read_index(prefix).sequence_lengths
-    whole = DatasetText(prefix)
-    assert np.array_equal(whole.read(len(tokens), 8, VOCAB_SIZE, workplace), tokens)
-    start = lengths[: round(0.7 * len(lengths))].sum()
-    valid = DatasetText(prefix, SPLIT).read(50, 50, VOCAB_SIZE, workplace)
-    assert valid.dtype == np.int64
-    assert np.array_equal(valid, tokens[start : start + 50])
 
 
 @given(st.integers(1, 200), st.integers(1, 200), st.integers(1, 40))

@@ -3,12 +3,10 @@
 import csv
 from pathlib import Path
 
-import numpy as np
 import pytest
 from support.command_lines import Outcome, run_command, writing_nothing
+from support.datasets import write_documents
 from support.small_cases import VOCAB_SIZE, count, make_mask, write_data
-
-from maskmoe.data.dataset_writing import IndexedDatasetWriter
 
 
 @pytest.fixture(scope="module")
@@ -18,8 +16,7 @@ def folder(tmp_path_factory) -> Path:
     make_mask(count(write_data(folder)), num_experts=32, frequent_visible=4, num_layers=2).save(
         folder / "mask.safetensors"
     )
-    with IndexedDatasetWriter(folder / "foreign", np.uint16) as dataset:
-        dataset.add_document(np.arange(VOCAB_SIZE + 1))
+    write_documents(folder / "foreign", [range(VOCAB_SIZE + 1)])
     return folder
 
 

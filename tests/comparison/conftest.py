@@ -1,7 +1,6 @@
 """Suites small enough to read."""
 
 import json
-from pathlib import Path
 
 import pytest
 
@@ -40,23 +39,14 @@ def suite_file(tmp_path):
     return write
 
 
-def _write_text(path: Path, num_documents: int, first: int = 0) -> Path:
-    """Write a text with few different words, for which a small vocabulary suffices."""
+@pytest.fixture
+def texts(tmp_path):
+    """Return two text files with few different words, for which a small vocabulary suffices."""
     words = ["alpha", "beta", "gamma", "delta", "of", "the", "and", "(", ")", "1", "2"]
-    with path.open("w") as stream:
-        for document in range(first, first + num_documents):
-            chosen = [words[(document * 7 + i * i) % len(words)] for i in range(60)]
-            stream.write(json.dumps({"text": " ".join(chosen)}) + "\n")
-    return path
-
-
-@pytest.fixture
-def text(tmp_path):
-    """A text file."""
-    return _write_text(tmp_path / "text.jsonl", 400)
-
-
-@pytest.fixture
-def other_text(tmp_path):
-    """Another text file."""
-    return _write_text(tmp_path / "other.jsonl", 50, first=1000)
+    paths = tmp_path / "text.jsonl", tmp_path / "other.jsonl"
+    for path, documents in zip(paths, (range(400), range(1000, 1050)), strict=True):
+        with path.open("w") as stream:
+            for document in documents:
+                chosen = [words[(document * 7 + i * i) % len(words)] for i in range(60)]
+                stream.write(json.dumps({"text": " ".join(chosen)}) + "\n")
+    return paths

@@ -95,10 +95,10 @@ def compare(*arguments):
 
 
 @pytest.fixture
-def arguments(tmp_path, text, other_text):
+def arguments(tmp_path, texts):
     """The suite above with its text, and the run folder. The suite names the other text."""
     (tmp_path / "suite.yaml").write_text(SUITE)
-    return (tmp_path / "suite.yaml", "--input", text, "--run-dir", tmp_path / "run")
+    return (tmp_path / "suite.yaml", "--input", texts[0], "--run-dir", tmp_path / "run")
 
 
 def test_list_names_all_runs_and_makes_nothing(arguments, tmp_path):

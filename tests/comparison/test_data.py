@@ -2,14 +2,13 @@
 
 import hashlib
 
-import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from support.datasets import write_documents
 
 from maskmoe.comparison.data import Dataset, choose_split
 from maskmoe.comparison.suite import DataSection
-from maskmoe.data.dataset_writing import IndexedDatasetWriter
 from maskmoe.errors import UserError
 
 
@@ -17,7 +16,8 @@ def section(**values):
     return DataSection.model_construct(**{"vocab_size": "300", **values})
 
 
-def test_text_becomes_a_dataset_with_its_tokenizer_and_counts(tmp_path, text):
+def test_text_becomes_a_dataset_with_its_tokenizer_and_counts(tmp_path, texts):
+    text, _ = texts
     data = Dataset.of(section(input=(str(text),), held_out={"other": str(text)}), tmp_path / "data", 16)
     stages = {stage.name: stage for stage in data.stages()}
     assert list(stages) == ["tokenizer", "dataset", "other", "frequency"]
@@ -81,16 +81,10 @@ def test_digests_tell_texts_apart(tmp_path, monkeypatch):
     assert data.digests() == {"training": "counts", "other": hashlib.sha256(b"index").hexdigest()}
 
 
-def write_dataset(prefix, lengths):
-    with IndexedDatasetWriter(prefix, np.uint16) as writer:
-        for length in lengths:
-            writer.add_document(np.zeros(length, np.uint16))
-
-
 @given(st.lists(st.integers(1, 400), min_size=1, max_size=40), st.integers(16, 64))
 def test_split_leaves_a_sample_to_both_parts(tmp_path_factory, lengths, seq_length):
     prefix = tmp_path_factory.mktemp("split") / "data"
-    write_dataset(prefix, lengths)
+    write_documents(prefix, ([0] * length for length in lengths))
     try:
         split = choose_split(prefix, seq_length)
     except UserError:
@@ -108,6 +102,6 @@ def test_split_leaves_a_sample_to_both_parts(tmp_path_factory, lengths, seq_leng
     [([5000], "the input is a single document"), ([20, 20], "40 tokens in 2 documents are too few")],
 )
 def test_text_that_cannot_be_split_is_refused(tmp_path, lengths, message):
-    write_dataset(tmp_path / "data", lengths)
+    prefix = write_documents(tmp_path / "data", ([0] * length for length in lengths))
     with pytest.raises(UserError, match=message):
-        choose_split(tmp_path / "data", 32)
+        choose_split(prefix, 32)

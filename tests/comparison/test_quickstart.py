@@ -11,7 +11,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from PIL import Image
-from support.datasets import frequency_of
+from support.datasets import frequency_of, write_documents
 from support.paths import ROOT
 from support.runs import write_scalars
 
@@ -19,7 +19,6 @@ from maskmoe.command_line.quickstart import parse_settings
 from maskmoe.comparison.quickstart import Quickstart, quickstart_suite, write_report
 from maskmoe.comparison.run import OWN_TEXT
 from maskmoe.comparison.stage import Stage
-from maskmoe.data.dataset_writing import IndexedDatasetWriter
 from maskmoe.launch.machine import Devices
 from maskmoe.launch.model_file import ModelFile
 
@@ -31,9 +30,7 @@ CPU_ENVIRONMENT = {"OMP_NUM_THREADS": "4", "GLIBC_TUNABLES": "glibc.malloc.huget
 @pytest.fixture
 def plan(tmp_path):
     """Make a quickstart on a dataset of two documents."""
-    with IndexedDatasetWriter(tmp_path / "dataset_text_document", np.uint16) as writer:
-        for _ in range(2):
-            writer.add_document(np.zeros(5000, np.uint16))
+    write_documents(tmp_path / "dataset_text_document", [[0] * 5000] * 2)
 
     def plan(*arguments, num_gpus=0):
         devices = Devices(num_gpus=num_gpus, num_cores=8)
@@ -44,10 +41,6 @@ def plan(tmp_path):
 
 def flags_of(stage: Stage):
     return dict(itertools.pairwise(stage.command))
-
-
-def evaluation(quickstart: Quickstart):
-    return quickstart.run.evaluation_stage(OWN_TEXT, quickstart.devices.num_processes)
 
 
 def test_training_follows_settings_and_devices(plan):
@@ -62,7 +55,8 @@ def test_training_follows_settings_and_devices(plan):
     assert (flags["--micro-batch-size"], flags["--global-batch-size"]) == ("2", "8")
     assert (flags["--num-attention-heads"], flags["--moe-ffn-hidden-size"]) == ("2", "128")
     assert "--bf16" in made.training_stage().command
-    for stage in (plan().training_stage(), evaluation(plan())):
+    made = plan()
+    for stage in (made.training_stage(), made.run.evaluation_stage(OWN_TEXT, made.devices.num_processes)):
         assert stage.environment == CPU_ENVIRONMENT
         assert "--bf16" not in stage.command
         assert flags_of(stage)["--nproc-per-node"] == "2"
@@ -194,15 +188,11 @@ def test_report_holds_the_numbers(finished, tmp_path):
 # ---- The whole pipeline ----------------------------------------------------------------------------------------------
 
 
-def write_text(path):
-    sources = sorted(Path(os.__file__).parent.glob("*.py"))[:60]
-    path.write_text("".join(json.dumps({"text": source.read_text()}) + "\n" for source in sources))
-
-
 @pytest.mark.slow
 def test_quickstart_from_text_to_a_sample(tmp_path):
     text, run_dir = tmp_path / "text.jsonl", tmp_path / "a run"
-    write_text(text)
+    sources = sorted(Path(os.__file__).parent.glob("*.py"))[:60]
+    text.write_text("".join(json.dumps({"text": source.read_text()}) + "\n" for source in sources))
     arguments = [
         *("--input", text, "--run-dir", run_dir, "--vocab-size", 512, "--train-iters", 60, "--hidden-size", 64),
         *("--num-layers", 2, "--seq-length", 64, "--num-experts", 4, "--frequent-visible-experts", 2),

@@ -2,14 +2,13 @@
 
 from dataclasses import replace
 
-import numpy as np
 import pytest
 import yaml
+from support.datasets import write_documents
 
 from maskmoe.comparison.data import Dataset
 from maskmoe.comparison.run import OWN_TEXT, runs_of
 from maskmoe.comparison.suite import Suite
-from maskmoe.data.dataset_writing import IndexedDatasetWriter
 from maskmoe.launch.machine import Devices
 
 
@@ -18,9 +17,7 @@ def runs(suite_file, tmp_path):
     """Return the runs of a suite by title, on a dataset of two documents."""
     data = Dataset(tmp_path / "data", "300", 16, held_out={"other": tmp_path / "other.jsonl"})
     data.folder.mkdir()
-    with IndexedDatasetWriter(data.prefix, np.uint16) as writer:
-        for _ in range(2):
-            writer.add_document(np.zeros(5000, np.uint16))
+    write_documents(data.prefix, [[0] * 5000] * 2)
 
     def runs(num_gpus=0, **changes):
         suite = Suite.read(suite_file(**changes), {})

@@ -1,7 +1,6 @@
 """Megatron's arguments and the configuration of the transformers model describe the same model."""
 
 import math
-import re
 from argparse import Namespace
 
 import pytest
@@ -18,7 +17,7 @@ from maskmoe.conversion.config_mapping import (
 )
 from maskmoe.conversion.model_tensors import mtp_tensor_shapes, tensor_shapes
 from maskmoe.conversion.settings import DERIVED_PATTERN, NO_PATTERN
-from maskmoe.conversion.tensor_mapping import EXPERT_NORMS, MegatronLayout, map_tensors, name_in_hybrid_model
+from maskmoe.conversion.tensor_mapping import EXPERT_NORMS, MegatronLayout, map_tensors
 from maskmoe.errors import UserError
 from maskmoe.huggingface import MaskMoEConfig
 
@@ -155,13 +154,16 @@ def test_arguments_and_configuration_describe_the_same_model(fields):
 
 @settings(max_examples=100)
 @given(
-    configs(), st.booleans(), st.integers(0, 20), st.sampled_from([EXPERT_NORMS, EXPERT_NORMS[:1], EXPERT_NORMS[1:]])
+    configs(),
+    st.sampled_from(["GPT", "stacked", "hybrid"]),
+    st.integers(0, 20),
+    st.sampled_from([EXPERT_NORMS, EXPERT_NORMS[:1], EXPERT_NORMS[1:]]),
 )
-def test_every_element_has_one_place(fields, is_stacked, padding, norms):
+def test_every_element_has_one_place(fields, kind, padding, norms):
     """Creating a mapping checks that it uses every element once; this test creates mappings of all kinds of models."""
-    is_stacked = is_stacked and len(set(fields["mlp_layer_types"])) == 1
+    is_stacked = kind == "stacked" and len(set(fields["mlp_layer_types"])) == 1
     config = fields | {"routing_mask": MASK if fields["num_experts"] else None}
-    mapping = map_tensors(config, MegatronLayout(is_stacked, fields["vocab_size"] + padding, norms))
+    mapping = map_tensors(config, MegatronLayout(is_stacked, fields["vocab_size"] + padding, norms, kind == "hybrid"))
     shapes = tensor_shapes(config)
     mtp_shapes = mtp_tensor_shapes(config)
     num_mtp_layers = len({name.split(".")[2] for name in mtp_shapes})
@@ -172,30 +174,6 @@ def test_every_element_has_one_place(fields, is_stacked, padding, norms):
     assert {name: shape for name, shape in mapping.huggingface.items() if name in shapes} == shapes
     assert len(mapping.huggingface) - len(shapes) == bool(padding) * (1 if fields["tie_word_embeddings"] else 2)
     assert any(name.startswith("decoder.layers.0.") for name in mapping.megatron) == (not is_stacked)
-
-
-def name_in_gpt_model(name: str) -> str:
-    """Return the name in the checkpoint of a GPT model by the name in the checkpoint of its hybrid twin."""
-    if match := re.fullmatch(r"decoder\.layers\.(\d+)\.(.*)", name):
-        number, module = int(match[1]), match[2]
-        assert module.startswith(("mlp.", "pre_mlp_layernorm.") if number % 2 else ("input_layernorm.", "self_att"))
-        return f"decoder.layers.{number // 2}.{module}"
-    if match := re.fullmatch(r"mtp\.layers\.(\d+)\.mtp_model_layer\.layers\.([01])\.(.*)", name):
-        assert match[3].startswith(("mlp.", "pre_mlp_layernorm.") if match[2] == "1" else ("input_layer", "self_att"))
-        return f"mtp.layers.{match[1]}.transformer_layer.{match[3]}"
-    assert "mtp_model_layer" not in name
-    return name.replace("decoder.final_norm.", "decoder.final_layernorm.")
-
-
-@settings(max_examples=100)
-@given(configs())
-def test_names_of_hybrid_models_are_one_to_one(fields):
-    """Each name in the checkpoint of a GPT model has one name in that of its twin, in the layer of its symbol."""
-    config = fields | {"routing_mask": MASK if fields["num_experts"] else None}
-    gpt, hybrid = (map_tensors(config, MegatronLayout(False, 512, EXPERT_NORMS, hybrid)) for hybrid in (False, True))
-    assert {name_in_gpt_model(name): shape for name, shape in hybrid.megatron.items()} == gpt.megatron
-    assert {name_in_hybrid_model(name) for name in gpt.megatron} == hybrid.megatron.keys()
-    assert len(hybrid.megatron) == len(gpt.megatron)
 
 
 def test_flags_that_a_run_needs_besides_the_checkpoint():

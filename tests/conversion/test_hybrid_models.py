@@ -190,6 +190,7 @@ def test_analysis_counts_feed_forward_layers(moe_model, tmp_path):
     probe = Probe(random_ids(64).flatten().numpy(), 16, 2)
     with model_folder(model) as folder:
         trace = record_routing(load_decoder(folder), probe)
+    assert not folder.exists()
     assert len(trace.experts) == 2
     for table in range(2):
         visible = mask.visible_sets(table)[probe.token_ids]

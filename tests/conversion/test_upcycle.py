@@ -104,21 +104,6 @@ def test_multi_token_prediction_gets_experts_of_its_own_mlp(tmp_path):
         upcycle(dense, UpcycleSettings(4), mask_of(4, "hash"))
 
 
-def test_experts_start_as_parts_of_the_mlp(dense):
-    upcycled = upcycle(dense, UpcycleSettings(4, granularity=2), mask_of(4)).source
-    mlp = "model.layers.1.mlp"
-    gate, up, down = (read(dense.source, f"{mlp}.{part}_proj.weight") for part in ("gate", "up", "down"))
-    experts, outputs = (read(upcycled, f"{mlp}.experts.{part}_proj") for part in ("gate_up", "down"))
-    for expert in range(4):
-        part = slice(24 * (expert % 2), 24 * (expert % 2) + 24)
-        assert torch.equal(experts[expert], torch.cat([gate[part], up[part]]))
-        assert torch.equal(outputs[expert], down[:, part])
-    router = read(upcycled, f"{mlp}.gate.weight")
-    assert torch.equal(router[0], router[1])
-    assert torch.equal(router[2], router[3])
-    assert not torch.equal(router[0], router[2])
-
-
 def test_routers_are_drawn_from_a_normal_distribution(dense):
     upcycled = upcycle(dense, UpcycleSettings(512), mask_of(512)).source
     routers = [read(upcycled, f"model.layers.{layer}.mlp.gate.weight") for layer in range(LAYERS)]

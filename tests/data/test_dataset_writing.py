@@ -161,13 +161,6 @@ def test_merging_gives_the_dataset_of_one_machine(
     )
 
 
-def test_datasets_are_joined_in_the_given_order(tmp_path: Path) -> None:
-    first, second = [[1, 2], [], [3]], [[4], [5, 6, 7]]
-    names = [str(write_documents(tmp_path / name, ids)) for name, ids in (("a", first), ("b", second))]
-    merge_datasets(names[::-1], f"{tmp_path}/merged")
-    assert documents_of(tmp_path / "merged") == second + first
-
-
 def test_documents_of_several_sequences_are_joined(tmp_path: Path) -> None:
     with IndexedDatasetWriter(tmp_path / "a", np.uint16) as writer:
         writer.add_sequences(np.array([0, 1, 2, 3, 4, 5, 0, 1, 2]), np.array([1, 2, 3, 3]), np.array([3, 1]))

@@ -6,9 +6,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 from support.command_lines import Outcome, run_command
+from support.datasets import write_documents
 
 from maskmoe.command_line.build_routing_mask import parse_arguments, recipe_from
-from maskmoe.data.dataset_writing import IndexedDatasetWriter
 from maskmoe.data.tokenizer import TokenizerRecord
 from maskmoe.routing_mask.assignment import build_routing_mask
 from maskmoe.routing_mask.feed_forward_layers import FeedForwardLayers
@@ -35,8 +35,7 @@ def folder(tmp_path_factory) -> Path:
     ids = rng.choice(VOCAB_SIZE, size=5000, p=probabilities / probabilities.sum())
     for name, sha256, tail in (("text", "a", [5]), ("other", "b", [VOCAB_SIZE])):
         record = TokenizerRecord("HuggingFaceTokenizer", f"{name}.json", sha256 * 64, VOCAB_SIZE, eod_id=0)
-        with IndexedDatasetWriter(folder / name, np.uint16, record) as writer:
-            writer.add_document(np.concatenate([ids, tail]))
+        write_documents(folder / name, [[*ids, *tail]], tokenizer=record)
     counted = count("--data-path", "text", "--vocab-size", VOCAB_SIZE, cwd=folder)
     assert counted.code == 0, counted.errors
     return folder

@@ -177,11 +177,6 @@ def test_checkpoints_whose_tensors_are_missing_or_have_other_types(name, changed
     assert_refused(buffers)
 
 
-def test_checkpoints_with_nested_metadata(originals):
-    nested = torch.tensor([*b"[" * 100_000], dtype=torch.uint8)
-    assert_refused(buffers_of_routing_mask(originals[MASK]) | {"metadata": nested})
-
-
 def assert_refused(buffers: dict[str, torch.Tensor]) -> None:
     with pytest.raises(UserError, match="checkpoint") as refusal:
         routing_mask_from_buffers(buffers)

@@ -48,18 +48,13 @@ def predictable_ids(rng: np.random.Generator, vocab_size: int, num_documents: in
         vocab_size: Number of ids.
         num_documents: 30 documents make about 100 samples of 32 tokens.
     """
-    documents = zipf_ids(rng, vocab_size, num_documents)
+    shares = 1 / np.arange(1, vocab_size + 1)
+    documents = [
+        rng.choice(vocab_size, size=2 * rng.integers(25, 100), p=shares / shares.sum()) for _ in range(num_documents)
+    ]
     for ids in documents:
         ids[1::2] = (ids[0::2] * 7 + 3) % vocab_size
     return documents
-
-
-def zipf_ids(rng: np.random.Generator, vocab_size: int, num_documents: int = 30) -> list[np.ndarray]:
-    """Return documents of 50 to 198 ids, drawn with `rng` from Zipf's law with exponent 1."""
-    shares = 1 / np.arange(1, vocab_size + 1)
-    return [
-        rng.choice(vocab_size, size=2 * rng.integers(25, 100), p=shares / shares.sum()) for _ in range(num_documents)
-    ]
 
 
 FILL_IN_MIDDLE_TOKENS = ("<fim_prefix>", "<fim_middle>", "<fim_suffix>", "<fim_pad>", "<|endoftext|>")

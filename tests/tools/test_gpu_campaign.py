@@ -146,19 +146,16 @@ def test_limits_add_up_to_the_promised_time(tmp_path: Path) -> None:
     assert {num_gpus: make_context(tmp_path, num_gpus).minutes for num_gpus in (1, 8)} == {1: 10, 8: 30}
 
 
-def step_named(name: str) -> Step:
-    return next(step for step in STEPS if step.name == name)
-
-
 def test_tests_must_pass(tmp_path: Path) -> None:
     """Tests that are all skipped show nothing."""
     context = make_context(tmp_path, num_gpus=1)
+    read = next(step.read for step in STEPS if step.name == "tests")
     report = context.folder("tests") / "junit.xml"
     skipped = '<testcase classname="c" name="b" time="0"><skipped message="one GPU"/></testcase>'
     passed = '<testcase classname="c" name="a" time="1.23"/>'
     failed = '<testcase classname="c" name="d" time="2"><failure message="assert 1 == 2">text</failure></testcase>'
     report.write_text(f"<testsuites><testsuite>{passed}{skipped}{failed}</testsuite></testsuites>")
-    findings = step_named("tests").read(context)
+    findings = read(context)
     assert findings.facts == {"passed": 1, "skipped": 1, "failure": 1}
     assert findings.tables[0].rows == (
         ("c.a", "passed", 1.2),
@@ -167,7 +164,7 @@ def test_tests_must_pass(tmp_path: Path) -> None:
     )
     assert findings.problems == ()
     report.write_text(f"<testsuites><testsuite>{skipped}</testsuite></testsuites>")
-    assert step_named("tests").read(context).problems == ("no test passed",)
+    assert read(context).problems == ("no test passed",)
 
 
 def trace_event(category: str, name: str, start: float, duration: float = 1.0) -> dict:
