@@ -1,15 +1,18 @@
 """Model files: how they are read, and what `--check` finds in the files of `launch/models/`."""
 
-import json
-import os
+import contextlib
+import io
+import logging
 import re
 import shlex
-import subprocess
 import sys
+import warnings
 from functools import cache
 from pathlib import Path
+from typing import Any
 
 import pytest
+from support.launchers import run_as_ranks
 from support.paths import ROOT
 
 from maskmoe.command_line.build_routing_mask import parse_arguments
@@ -18,13 +21,14 @@ from maskmoe.files.flags import flag_words, override, split_flags
 from maskmoe.launch import launcher
 from maskmoe.launch.model_file import ModelFile
 from maskmoe.routing_mask.assignment import MaskRecipe, build_routing_mask
+from maskmoe.routing_mask.feed_forward_layers import FeedForwardLayers
+from maskmoe.training.preflight.inspection import Inspection
 
 MODELS = sorted((ROOT / "launch" / "models").glob("*.yaml"))
 QUICK = ("laptop", "12l-768d-dense")
 MODEL_CASES = [
     pytest.param(path, id=path.stem, marks=() if path.stem in QUICK else pytest.mark.slow) for path in MODELS
 ]
-SCRIPT = Path(__file__).with_name("check_model_files.py")
 HEADER = re.compile(r"^# parameters: ([0-9,]+) in all, ([0-9,]+) active \(vocabulary of ([0-9,]+)\)$", re.MULTILINE)
 # Published numbers of parameters: of the dense model, then all and active ones of the models with experts.
 SIZES = {"12l-768d": (162e6, 842e6, 247e6), "24l-1024d": (468e6, 2.88e9, 770e6)}
@@ -43,9 +47,56 @@ def header(path: Path) -> tuple[int, int, int]:
     return tuple(int(number.replace(",", "")) for number in HEADER.search(path.read_text()).groups())
 
 
+class Collector(logging.Handler):
+    """Collects the messages that are logged as warnings or errors."""
+
+    def __init__(self) -> None:
+        super().__init__(logging.WARNING)
+        self.messages = []
+
+    def emit(self, record: logging.LogRecord) -> None:
+        self.messages.append(record.getMessage())
+
+
+def answer(ranks: int) -> dict[str, Any]:
+    """Check the command line of this process, and collect the findings and all warnings, Megatron's included."""
+    collector = Collector()
+    logging.getLogger().addHandler(collector)
+    with contextlib.redirect_stdout(io.StringIO()) as printed, warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        warnings.simplefilter("ignore", DeprecationWarning)  # Megatron's code causes them for any settings
+        inspection = Inspection(ranks)
+        report = inspection.report()
+    logging.getLogger().removeHandler(collector)
+    # Megatron logs the deprecation for every model that is built.
+    logged = [message for message in collector.messages if not message.startswith("GPTModel IS DEPRECATED")]
+    messages = [*logged, *(str(warning.message) for warning in caught)]
+    messages += [line for line in printed.getvalue().splitlines() if "warn" in line.lower()]
+    findings = {"errors": report.errors, "notes": report.notes, "warnings": messages}
+    if report.layout is None or report.model is None or report.memory is None:
+        return findings
+    layout = report.layout
+    return findings | {
+        "parameters": report.model.whole.num_parameters,
+        "active": report.model.active(report.model.expert_use.most),
+        "memory": [stage.total for stage in report.memory.stages],
+        "layout": [layout.tensor, layout.pipeline, layout.expert, layout.data],
+        "layers_of_mask": len(FeedForwardLayers.of_args(inspection.args).has_experts),
+    }
+
+
+def answer_cases(cases: dict[str, dict[str, Any]]) -> dict[str, dict[str, Any]]:
+    """Return the answer for each case: a number of ranks, and the flags that are checked for them."""
+    answers = {}
+    for name, case in cases.items():
+        sys.argv[1:] = case["flags"]
+        answers[name] = answer(case["ranks"])
+    return answers
+
+
 @pytest.fixture(scope="module")
 def check(tmp_path_factory):
-    """Run `check_model_files.py` on named cases, each a file and a number of ranks, and return its answers."""
+    """Check named cases in one process, each a file and a number of ranks, and return the answers."""
     folder = tmp_path_factory.mktemp("models")
 
     def flags_of(path: Path, ranks: int, as_shipped: bool = False) -> list[str]:
@@ -64,12 +115,8 @@ def check(tmp_path_factory):
 
     def check(cases: dict[str, tuple]) -> dict:
         described = {name: {"ranks": case[1], "flags": flags_of(*case)} for name, case in cases.items()}
-        (folder / "cases.json").write_text(json.dumps(described))
-        environment = os.environ | {"CUDA_VISIBLE_DEVICES": "", "CUDA_DEVICE_MAX_CONNECTIONS": "1"}
-        command = [sys.executable, str(SCRIPT), str(folder / "cases.json"), str(folder / "answers.json")]
-        process = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300)
-        assert process.returncode == 0, process.stderr[-4000:]
-        return json.loads((folder / "answers.json").read_text())
+        (answers,) = run_as_ranks(answer_cases, folder, described, world_size=1, timeout=300, joins=False)
+        return answers
 
     return check
 
@@ -101,7 +148,7 @@ def layouts_to_check(path: Path) -> list[int]:
 @pytest.mark.parametrize("path", MODEL_CASES)
 def test_model_loads_without_a_warning_and_matches_its_header(path, answers):
     answer = answers(path.stem)
-    assert (answer["errors"], answer["notes"], answer["warnings"]) == ([], [], [])
+    assert (answer["errors"], answer["notes"], answer["warnings"]) == ((), (), [])
     assert (answer["parameters"], round(answer["active"])) == header(path)[:2]
 
 
@@ -161,7 +208,7 @@ def test_comparison_set_differs_only_where_it_should(size):
 @pytest.mark.parametrize("case", [f"{path.stem} on {ranks}" for path in MODELS for ranks in layouts_to_check(path)])
 def test_layout_divides_and_fits_into_memory(case, answers_for_layouts):
     answer = answers_for_layouts[case]
-    assert (answer["errors"], answer["notes"], answer["warnings"]) == ([], [], [])
+    assert (answer["errors"], answer["notes"], answer["warnings"]) == ((), (), [])
     assert max(answer["memory"]) + SPARE_BYTES <= GPU_BYTES
 
 

@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from datetime import timedelta
 from functools import cache
 from pathlib import Path
-from typing import IO, Any
+from typing import Any
 
 import psutil
 import pytest
@@ -41,27 +41,6 @@ CPU_ENVIRONMENT = {**GPU_ENVIRONMENT, "CUDA_VISIBLE_DEVICES": ""}
 def preloaded_python() -> PreloadedPython:
     """Return the preloaded Python of this process of pytest, which is started at first use."""
     return PreloadedPython({**os.environ, **CPU_ENVIRONMENT})
-
-
-def start_python(
-    program: Sequence[str],
-    working_folder: Path,
-    environment: Mapping[str, str],
-    out: IO[str],
-    err: IO[str],
-    is_preloaded: bool,
-) -> ForkedProcess | subprocess.Popen:
-    """Start Python on `program` in a process group of its own: a fork of the preloaded Python, or a new process."""
-    if is_preloaded:
-        return preloaded_python().start(program, working_folder, environment, out, err)
-    return subprocess.Popen(
-        [sys.executable, *program],
-        cwd=working_folder,
-        env=environment,
-        stdout=out,
-        stderr=err,
-        start_new_session=True,
-    )
 
 
 @dataclass(frozen=True)
@@ -155,9 +134,17 @@ class RankProcesses:
         for rank, variables in enumerate(environments):
             with open(folder / f"out{rank}.log", "w") as out, open(folder / f"err{rank}.log", "w") as err:
                 every_variable = {**os.environ, **common, **(environment or {}), **variables}
-                process = start_python(
-                    program, working_folder, every_variable, out, err, are_preloaded and not sees_gpus
-                )
+                if are_preloaded and not sees_gpus:
+                    process = preloaded_python().start(program, working_folder, every_variable, out, err)
+                else:
+                    process = subprocess.Popen(
+                        [sys.executable, *program],
+                        cwd=working_folder,
+                        env=every_variable,
+                        stdout=out,
+                        stderr=err,
+                        start_new_session=True,
+                    )
             self._processes.append(process)
 
     def __enter__(self) -> "RankProcesses":

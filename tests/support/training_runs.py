@@ -35,7 +35,6 @@ SAMPLES = "--train-samples 80 --lr-warmup-samples 24 --eval-global-batch-size 8"
 GROWING_BATCHES = f"{SAMPLES} --step-batch-size-schedule '0:4 512:8'"
 EIGHT_MICRO_BATCHES = "--micro-batch-size 1 --exit-interval 6"
 STALE_IDS = (str(TESTS / "training" / "pretrain_with_stale_ids.py"),)
-RECORDED_ROUTING = (str(TESTS / "training" / "pretrain_with_recorded_routing.py"),)
 OTHER_MASK = (str(TESTS / "training" / "pretrain_with_other_mask.py"),)
 STUB_TRANSFORMER_ENGINE = (str(TESTS / "training" / "pretrain_with_stub_transformer_engine.py"),)
 
@@ -188,12 +187,11 @@ RUNS = {
         ranks=2,
         continues="planned dispatch, distributed optimizer",
     ),
-    "recorded routing, experts of one rank, expert parallel 2": Run(
+    "experts of one rank, expert parallel 2, logged seldom": Run(
         f"{EXPERT_2} --moe-router-topk 3 --moe-z-loss-coeff 1e-3 --moe-per-layer-logging --log-interval 2 "
         "--eval-interval 3 --exit-interval 4",
         ranks=2,
         mask="rank_local.safetensors",
-        program=RECORDED_ROUTING,
     ),
 }
 
@@ -512,6 +510,7 @@ add_model(
         "gated delta net, gathered parameters": (2, f"{EXPERT_2} {GATHERED}"),
         "gated delta net, tensor 2, expert parallel 2": (2, TENSOR_EXPERT_2),
         "gated delta net, context parallel 2, expert parallel 2": (2, f"{CONTEXT_2} {EXPERT_2}"),
+        "gated delta net, tensor 2, context parallel 2": (4, f"{TENSOR_2} {CONTEXT_2}"),
     },
 )
 RUNS |= {

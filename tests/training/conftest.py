@@ -103,37 +103,12 @@ def runs(
     return outcomes
 
 
-class Refusal:
-    """Checks that a run was refused for bad input.
-
-    Attributes:
-        run: A run that writes checkpoints but no TensorBoard events; tests change its flags.
-    """
-
-    run = Run(saves=True, logs_scalars=False)
-
-    def __call__(self, outcome: TrainingOutcome, exit_code: int = 2) -> str:
-        """Check that a run neither trained nor wrote anything, and return its error line.
-
-        Args:
-            outcome: The outcome of the run, which starts from `Refusal.run`.
-            exit_code: The expected exit code.
-        """
-        lines = [line for text in outcome.errors for line in text.splitlines() if line.startswith("error: ")]
-        assert outcome.exit_codes == (exit_code,), outcome.report()
-        assert len(lines) == 1, outcome.report()
-        assert "Traceback (most recent call last)" not in "".join(outcome.errors) or exit_code == 1
-        assert not any(re.search(r"iteration +\d+/", log.read_text()) for log in outcome.folder.glob("out*.log"))
-        assert {path.name for path in outcome.folder.iterdir()} == {"out0.log", "err0.log"}
-        return lines[0]
-
-
 @pytest.fixture(scope="session")
-def refusal() -> Refusal:
-    return Refusal()
+def files_and_times() -> Callable[[Path], dict[str, tuple[int, int]]]:
+    """Return the size and the time of change in nanoseconds of a folder and everything below it, by path."""
 
+    def read(folder: Path) -> dict[str, tuple[int, int]]:
+        stats = {path: path.lstat() for path in (folder, *folder.rglob("*"))}
+        return {str(path): (stat.st_size, stat.st_mtime_ns) for path, stat in stats.items()}
 
-@pytest.fixture(scope="session")
-def files_and_times() -> Callable[[Path], dict[Path, int]]:
-    """Return all files under a folder with the times of their last changes."""
-    return lambda folder: {path: path.stat().st_mtime_ns for path in folder.rglob("*") if path.is_file()}
+    return read

@@ -10,7 +10,6 @@ import signal
 import sys
 import types
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -35,47 +34,21 @@ runpy.run_module("maskmoe.training.pretrain", run_name="__main__", alter_sys=Tru
 UNUSABLE_IDS = "unusable"
 
 
-def snapshot(folder: Path) -> dict[str, tuple[int, int]]:
-    """Return the size and the time of change in nanoseconds of everything below a folder, by path."""
-    stats = {path: path.lstat() for path in (folder, *folder.rglob("*"))}
-    return {str(path): (stat.st_size, stat.st_mtime_ns) for path, stat in stats.items()}
-
-
-@dataclass(frozen=True)
-class RunFolder:
-    """The folder of a run that has trained.
-
-    Attributes:
-        path: the folder.
-        flags: flags with which the run resumes.
-    """
-
-    path: Path
-    flags: str
-
-    @property
-    def checkpoints(self) -> Path:
-        return self.path / "checkpoints"
-
-    def damage(self) -> None:
-        """Change a byte in each checkpoint."""
-        for path in self.checkpoints.glob("iter_*/__0_0.distcp"):
-            content = bytearray(path.read_bytes())
-            content[len(content) // 2] ^= 1
-            path.write_bytes(content)
-
-
 @pytest.fixture
-def run_folder(runs, tmp_path) -> RunFolder:
+def run_folder(runs, tmp_path) -> Path:
     """Copy the checkpoints of the first run of the test, and add the other files of a run folder."""
     path = tmp_path / "run"
     shutil.copytree(runs[0].checkpoints, path / "checkpoints")
     for name in ("tensorboard/events.out.tfevents.1.host.1.0", "logs/rank0.log", "args.yaml", "report.html"):
         (path / name).parent.mkdir(exist_ok=True)
         (path / name).write_text("of the run before")
+    return path
+
+
+def flags_of(path: Path) -> str:
+    """Return the flags with which the run in a folder resumes."""
     folders = f"--save {path}/checkpoints --load {path}/checkpoints --tensorboard-dir {path}/tensorboard"
-    flags = f"--hidden-dropout 0.1 --attention-dropout 0.1 --data-cache-path {path}/cache"
-    return RunFolder(path, f"{folders} {flags}")
+    return f"{folders} --hidden-dropout 0.1 --attention-dropout 0.1 --data-cache-path {path}/cache"
 
 
 @pytest.fixture
@@ -90,34 +63,34 @@ Refuse = Callable[..., str]
 
 
 @pytest.fixture
-def refuse(run_folder, workplace, monkeypatch) -> Iterator[Refuse]:
+def refuse(run_folder, workplace, monkeypatch, files_and_times) -> Iterator[Refuse]:
     """Run an entry point in this process, check that it is refused without a trace, and return its error."""
     # Other tests of this process need its handlers.
     handlers = {number: signal.getsignal(number) for number in (*SIGNALS_THAT_SAVE, signal.SIGTERM)}
     for name in ("WANDB_RUN_ID", "WANDB_RESUME"):
         monkeypatch.setenv(name, "")  # and restore it after the test
     wandb = types.ModuleType("wandb")
-    wandb.init = lambda **_: (run_folder.path / "wandb of a refused run").touch()
+    wandb.init = lambda **_: (run_folder / "wandb of a refused run").touch()
     monkeypatch.setitem(sys.modules, "wandb", wandb)
     monkeypatch.setattr(writers, "find_spec", lambda name: object())
 
     def refuse(flags: str, main: Callable[[], None] = trainer.main) -> str:
         if main is trainer.main:
-            run = Run(f"{run_folder.flags} --report {flags}", logs_scalars=False)
-            words = workplace.flags(run, run_folder.path)
+            run = Run(f"{flags_of(run_folder)} --report {flags}", logs_scalars=False)
+            words = workplace.flags(run, run_folder)
         else:
             words = shlex.split(
-                f"{run_folder.flags} --use-checkpoint-args --vocab-size {VOCAB_SIZE} --save-interval 7 {flags}"
+                f"{flags_of(run_folder)} --use-checkpoint-args --vocab-size {VOCAB_SIZE} --save-interval 7 {flags}"
             )
         monkeypatch.setattr(sys, "argv", ["maskmoe", *words])
         monkeypatch.chdir(workplace.folder)
-        before = snapshot(run_folder.path)
+        before = files_and_times(run_folder)
         try:
             with pytest.raises(UserError) as refusal:
                 main()
         finally:
             forget_megatrons_globals()
-        assert snapshot(run_folder.path) == before
+        assert files_and_times(run_folder) == before
         return str(refusal.value)
 
     yield refuse
@@ -142,19 +115,22 @@ def test_refused_training(refuse, unusable_dataset, monkeypatch, flags):
 
 @pytest.mark.runs("fp32")
 def test_refused_training_without_a_sound_checkpoint(refuse, run_folder):
-    run_folder.damage()
+    for path in run_folder.glob("checkpoints/iter_*/__0_0.distcp"):
+        content = bytearray(path.read_bytes())
+        content[len(content) // 2] ^= 1
+        path.write_bytes(content)
     assert "no sound checkpoint" in refuse("")
 
 
 @pytest.mark.runs("fp32")
 def test_missing_checkpoint_of_refused_training(refuse, run_folder, monkeypatch):
     monkeypatch.delenv("MASTER_ADDR", raising=False)
-    load = f"--load {run_folder.path}/nowhere"
+    load = f"--load {run_folder}/nowhere"
     flag = "--exit-on-missing-checkpoint"
     assert refuse(f"{load} {flag}").startswith(f"{load} holds no checkpoint: leave {flag} out")
     # These runs are refused only because no launcher has started them.
-    for accepted in (flag, load, f"{load} {flag} --pretrained-checkpoint {run_folder.checkpoints}"):
-        assert "not started as a rank" in refuse(f"{accepted} --save {run_folder.path}/new")
+    for accepted in (flag, load, f"{load} {flag} --pretrained-checkpoint {run_folder}/checkpoints"):
+        assert "not started as a rank" in refuse(f"{accepted} --save {run_folder}/new")
 
 
 @pytest.mark.runs("fp32")
@@ -166,7 +142,7 @@ def test_missing_checkpoint_of_refused_training(refuse, run_folder, monkeypatch)
     ],
 )
 def test_refused_evaluation_and_generation(refuse, run_folder, main, flags, error):
-    assert error in refuse(flags.format(run_folder.path), main)
+    assert error in refuse(flags.format(run_folder), main)
 
 
 @pytest.mark.runs("fp32")
@@ -184,19 +160,19 @@ def test_missing_tokenizer_beside_settings_of_the_checkpoint(refuse, main, token
 
 
 @pytest.fixture
-def refuse_ranks(run_folder, workplace, tmp_path) -> Refuse:
+def refuse_ranks(run_folder, workplace, tmp_path, files_and_times) -> Refuse:
     """Run two ranks, check that they are refused without a trace, and return their output.
 
     The second rank is the last, which has the writers.
     """
 
     def refuse_ranks(flags: str, ignored: tuple[str, ...] = (), program: tuple[str, ...] = PRETRAIN) -> str:
-        run = Run(f"{run_folder.flags} {flags}", ranks=2, logs_scalars=False, program=program)
-        before = snapshot(run_folder.path)
+        run = Run(f"{flags_of(run_folder)} {flags}", ranks=2, logs_scalars=False, program=program)
+        before = files_and_times(run_folder)
         outcome = workplace.run(run, tmp_path / "output")
         assert 2 in outcome.exit_codes, outcome.report()
         assert 0 not in outcome.exit_codes, outcome.report()
-        after = snapshot(run_folder.path)
+        after = files_and_times(run_folder)
         assert {path for path in {**before, **after} if before.get(path) != after.get(path)} <= set(ignored)
         return "".join(outcome.errors)
 
@@ -219,6 +195,6 @@ def test_dataset_that_the_second_rank_alone_lacks(refuse_ranks, tmp_path):
 @pytest.mark.slow
 @pytest.mark.runs("fp32")
 def test_folder_of_a_run_that_trains(refuse_ranks, run_folder):
-    with locked_folder(run_folder.checkpoints):
-        lock = str(run_folder.checkpoints / LOCK_NAME)  # its holder touches the file
+    with locked_folder(run_folder / "checkpoints"):
+        lock = str(run_folder / "checkpoints" / LOCK_NAME)  # its holder touches the file
         assert "another run" in refuse_ranks("", ignored=(lock,))

@@ -16,10 +16,10 @@ SETTINGS = "--use-checkpoint-args --tokenizer-type NullTokenizer --vocab-size 51
 
 @pytest.fixture(scope="module")
 def generate(workplace, start_by_name):
-    """Continue the ids "1 2 3" with the checkpoint of the run `start`; return the outcome and the text, if any."""
+    """Continue the ids "1 2 3" with the checkpoint of a run; return the outcome and the text, if any."""
 
-    def generate(name: str, flags: str, ranks: int = 1) -> tuple:
-        checkpoints = start_by_name("start").result().checkpoints
+    def generate(name: str, flags: str, ranks: int = 1, run: str = "start") -> tuple:
+        checkpoints = start_by_name(run).result().checkpoints
         folder = workplace.folder / "samples" / name
         folder.mkdir(parents=True)
         output = folder / "sample.txt"
@@ -40,6 +40,13 @@ def test_continues_the_prompt_alike_on_one_rank_and_two(generate):
     assert len(text.split()) <= 9
     assert text == text_of_two
     assert text in (outcome.folder / "out0.log").read_text()
+
+
+@pytest.mark.slow
+def test_continues_the_prompt_with_latent_attention(generate):
+    outcome, text = generate("latent", "--temperature 0", run="latent")
+    assert not any(outcome.exit_codes), outcome.report()
+    assert text.startswith("1 2 3 ")
 
 
 @pytest.mark.slow

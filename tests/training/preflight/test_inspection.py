@@ -13,11 +13,10 @@ from typing import Any
 import numpy as np
 import pytest
 from megatron.core.transformer.moe.moe_layer import HAVE_TE
+from support.datasets import write_documents
 from support.launchers import run_as_ranks
 from support.ranks.run_check_ranks import answer_cases
 
-from maskmoe.data.dataset_writing import IndexedDatasetWriter
-from maskmoe.data.indexed_dataset import optimal_dtype
 from maskmoe.routing_mask.assignment import MaskRecipe, build_routing_mask
 from maskmoe.routing_mask.frequency import count_token_frequency
 
@@ -153,9 +152,7 @@ def working_folder(tmp_path_factory) -> Path:
     """A folder with a dataset, and with masks for it: of the model, of any number of layers, and rank-local."""
     folder = tmp_path_factory.mktemp("run_check")
     random = np.random.default_rng(1)
-    with IndexedDatasetWriter(folder / "data", optimal_dtype(VOCAB_SIZE)) as writer:
-        for _ in range(30):
-            writer.add_document(np.minimum(random.zipf(1.3, size=100), VOCAB_SIZE) - 1)
+    write_documents(folder / "data", np.minimum(random.zipf(1.3, size=(30, 100)), VOCAB_SIZE) - 1)
     frequency = count_token_frequency([str(folder / "data")], VOCAB_SIZE, workers=1)
     recipe = MaskRecipe(8, 4, "uniform", 0.4, frequent_visible_experts=4)
     build_routing_mask(recipe, frequency=frequency).save(folder / "mask.safetensors")

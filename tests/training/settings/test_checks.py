@@ -1,16 +1,15 @@
 """The checks of a run find bad input, and end a process with exit code 2 and one line that names the input."""
 
-import io
 from collections.abc import Callable
-from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pytest
-import sentencepiece
 from support.datasets import build_mask, count_ids, write_documents
+from support.training import Run
 
 from maskmoe.data.tokenizer import SentencePieceTokenizer
+from maskmoe.data.tokenizer_training import train_tokenizer
 from maskmoe.errors import UserError
 from maskmoe.routing_mask.assignment import MaskRecipe, build_routing_mask
 
@@ -81,13 +80,7 @@ def write_tokenizers(folder: Path) -> None:
     """Write two SentencePiece models of one size, datasets with and without a record of one model, and masks."""
     documents = [np.full(120, 3)] * 10
     for name, letters in (("ours", "abcdefgh"), ("theirs", "klmnopqr")):
-        random = np.random.default_rng(0)
-        words = ["".join(random.choice(list(letters), 5)) for _ in range(400)]
-        model = io.BytesIO()
-        sentencepiece.SentencePieceTrainer.train(
-            sentence_iterator=iter(words), model_writer=model, vocab_size=40, minloglevel=2
-        )
-        (folder / f"{name}.model").write_bytes(model.getvalue())
+        (folder / f"{name}.model").write_bytes(train_tokenizer([f"{letters} " * 50], vocab_size=270, num_threads=1))
     tokenizer = SentencePieceTokenizer(folder / "theirs.model")
     write_documents(folder / "theirs", documents, np.int32, tokenizer.record())
     write_documents(folder / "unknown", documents, np.int32)
@@ -99,9 +92,14 @@ def write_tokenizers(folder: Path) -> None:
     build_routing_mask(recipe, vocab_size=tokenizer.vocab_size).save(folder / "without_counts.safetensors")
 
 
-def test_bad_input_ends_the_process(bad_files, workplace, tmp_path, refusal):
+def test_bad_input_ends_the_process(bad_files, workplace, tmp_path):
+    """The run neither trains nor writes anything but its output."""
     flags, mask, parts = CASES["altered mask"]
-    message = refusal(workplace.run(replace(refusal.run, flags=flags, mask=mask), tmp_path / "run"))
+    outcome = workplace.run(Run(flags, mask=mask, saves=True, logs_scalars=False), tmp_path / "run")
+    assert outcome.exit_codes == (2,), outcome.report()
+    (message,) = (line for line in outcome.errors[0].splitlines() if line.startswith("error: "))
+    assert "Traceback (most recent call last)" not in outcome.errors[0]
+    assert {path.name for path in outcome.folder.iterdir()} == {"out0.log", "err0.log"}
     for part in parts:
         assert part in message
 
@@ -146,10 +144,3 @@ def test_bad_file_of_data_paths(flag, content, message, error_of, tmp_path):
     if content is not None:
         path.write_text(content)
     assert message in error_of(f"{flag} {path}", omits="--data-path", saves=True)
-
-
-@pytest.mark.slow
-def test_one_line_from_many_ranks(workplace, tmp_path, refusal):
-    """Every rank finds the error."""
-    run = replace(refusal.run, flags="--data-path nowhere", ranks=2, torchrun=True)
-    assert "nowhere" in refusal(workplace.run(run, tmp_path / "run"), exit_code=1)

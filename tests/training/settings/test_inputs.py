@@ -4,15 +4,14 @@ import math
 from argparse import Namespace
 from dataclasses import replace
 
-import numpy as np
 import pytest
+from support.datasets import write_documents
 from support.open_files import few_open_files
 from support.training import TrainingOutcome
 
 from maskmoe.checkpoint.routing_mask import read_routing_mask
 from maskmoe.checkpoint.series import checkpoint_path
 from maskmoe.command_line.widen_routing_mask import read_mask
-from maskmoe.data.dataset_writing import IndexedDatasetWriter
 from maskmoe.errors import UserError
 from maskmoe.routing_mask.assignment import MaskRecipe, build_routing_mask
 from maskmoe.routing_mask.mask import MaskChange, RoutingMask
@@ -145,9 +144,7 @@ def test_change_agrees_between_layouts(runs):
 def args(tmp_path) -> Namespace:
     """The arguments of a run with 40 datasets of ten documents."""
     for number in range(40):
-        with IndexedDatasetWriter(tmp_path / str(number), np.uint16) as writer:
-            for _ in range(10):
-                writer.add_document(np.arange(3))
+        write_documents(tmp_path / str(number), [range(3)] * 10)
     paths = dict.fromkeys(("train_data_path", "valid_data_path", "test_data_path"))
     files = {"data_args_path": None, "per_split_data_args_path": None, "mock_data": False}
     data_path = [str(tmp_path / str(number)) for number in range(40)]
@@ -163,7 +160,6 @@ def test_few_files_are_open_at_a_time(args):
 
 def test_every_dataset_has_all_parts(args):
     args.split = "8,1,1"
-    with IndexedDatasetWriter(args.data_path[-1], np.uint16) as writer:
-        writer.add_document(np.arange(3))
+    write_documents(args.data_path[-1], [range(3)])
     error, _ = data_errors(args, None, 10, math.inf)
     assert error.startswith(f"dataset {args.data_path[-1]}: --split 8,1,1 leaves the validation part no tokens")

@@ -79,9 +79,6 @@ def test_run_leaves_its_page_and_its_end(runs):
     (run,) = runs
     (path,) = run.folder.rglob("*report.html*")
     page = Page(path)
-    page.assert_self_contained()
-    assert "The run is finished: all iterations are done." in " ".join(page.text.split())
-    assert "21 of 21" in page.text
     assert {"Loss in nats per token", "Load of the busiest expert by layer, from dark to bright"} <= set(page.titles)
     settings = dict(page.tables[1])
     assert settings["command"].startswith("torchrun --nnodes 1 --nproc-per-node ")

@@ -1,23 +1,26 @@
 """The routing log of training equals plain torch, and is equal in every layout."""
 
 import re
+from argparse import Namespace
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 from support.runs import read_scalars
+from support.small_moe import make_config, make_mask, make_router, random_visible_sets
 from support.training_runs import run_pairs
 
-from maskmoe.routing_mask.mask import RoutingMask
 from maskmoe.training.watch import routing_log, writers
 from maskmoe.training.watch.routing_log import RoutingRecord
+from maskmoe.transformer.token_ids import TokenIds
 
 # Entropies are fp32 sums, whose order depends on the layout. Loads and shares are counts.
 FP32_ORDER_OF_SUMS = 2e-5
 NAMES = ("expert_load_max_over_mean", "routing_entropy", "single_expert_token_share")
 OF_EXPERT_PARALLEL = ("rank_load_max_over_mean", "rank_rows_max")
-RECORDED = "recorded routing, experts of one rank, expert parallel 2"
+LOGGED = "experts of one rank, expert parallel 2, logged seldom"
 
 
 def read_routing(folder: Path) -> dict[str, dict[int, float]]:
@@ -31,50 +34,42 @@ def layers_of(routing: dict[str, dict[int, float]], name: str) -> list[int]:
     return sorted(int(tag.rpartition("_")[2]) for tag in routing if tag.startswith(f"moe/{name}_layer_"))
 
 
-@pytest.mark.runs(RECORDED)
-def test_follows_the_method(runs, workplace):
-    """The run plans its dispatch on two ranks, logs every second iteration, and evaluates in between."""
-    (run,) = runs
-    logged = read_routing(run.folder)
-    mask = RoutingMask.load(workplace.folder / "rank_local.safetensors")
-    for iteration in (2, 4):
-        ranks = [torch.load(run.folder / f"routed{iteration}_{rank}.pt") for rank in range(2)]
-        means = dict.fromkeys((*NAMES, *OF_EXPERT_PARALLEL), 0.0)
-        for layer in range(4):
-            load, rows = np.zeros(8), []
-            entropies, num_tokens = [], 0
-            for micro_batches in (rank[layer + 1] for rank in ranks):
-                assert len(micro_batches) == 2 * 2
-                for ids, logits in micro_batches:
-                    visible = torch.from_numpy(mask.visible_sets(layer)[ids])
-                    masked = logits.masked_fill(~visible, -torch.inf)
-                    kth_best = masked.topk(3).values[:, -1:]
-                    selected = visible & (masked >= kth_best)
-                    load += selected.sum(dim=0).numpy()
-                    rows.append(int(selected.sum()))
-                    num_tokens += len(ids)
-                    for p in masked[visible.sum(dim=1) > 1].softmax(dim=1):
-                        entropies.append(-(p[p > 0] * p[p > 0].log()).sum().item())
-            assert num_tokens == 2 * 8 * 32  # all tokens of two batches
-            expected = {
-                "expert_load_max_over_mean": load.max() / load.mean(),
-                "routing_entropy": np.mean(entropies),
-                "single_expert_token_share": 1 - len(entropies) / num_tokens,
-                "rank_load_max_over_mean": max(load[:4].sum(), load[4:].sum()) / (load.sum() / 2),
-                "rank_rows_max": max(rows),
-            }
-            for name, value in expected.items():
-                assert logged[f"moe/{name}_layer_{layer}"][iteration] == pytest.approx(value, rel=1e-6), name
-                means[name] = max(means[name], value) if name == "rank_rows_max" else means[name] + value / 4
-        assert means == {name: pytest.approx(logged[name][iteration], rel=1e-6) for name in means}
-    assert list(logged["routing_entropy"]) == [2, 4]
-    lines = re.findall(r"^ routing \| expert load max over mean: (\S+) \|", (run.folder / "out1.log").read_text(), re.M)
-    assert [float(value) for value in lines] == pytest.approx(
-        list(logged["expert_load_max_over_mean"].values()), rel=1e-3
-    )
+def test_values_follow_the_counts_of_the_routers(one_rank, monkeypatch) -> None:
+    """Two micro-batches, in which every token selects up to 3 of 8 experts; two ranks would have 4 experts each."""
+    config, mask = make_config(8, 3, num_layers=2), make_mask(random_visible_sets(0, 2, 20, 8))
+    chunk = torch.nn.ModuleList([make_router(config, mask, layer_number=layer) for layer in (1, 2)])
+    chunk.config = replace(config, expert_model_parallel_size=2)
+    args = Namespace(num_layers=2, moe_layer_freq=1, num_experts=8, mtp_num_layers=None)
+    monkeypatch.setattr(routing_log, "get_args", lambda: args)
+    generator, expected = torch.Generator().manual_seed(0), {}
+    for layer, router in enumerate(chunk):
+        load, entropies, num_tokens, rows = torch.zeros(8), [], 0, []
+        for _ in range(2):
+            ids, logits = torch.randint(20, (6, 2), generator=generator), torch.randn(6, 2, 8, generator=generator)
+            _, selected = router.routing(logits, TokenIds(ids))
+            visible = torch.from_numpy(mask.visible_sets(layer)[ids.flatten()])
+            masked = logits.flatten(0, 1).double().masked_fill(~visible, -torch.inf)
+            assert torch.equal(selected, visible & (masked >= masked.topk(3).values[:, -1:]))
+            load += selected.sum(dim=0)
+            rows.append(int(selected.sum()))
+            router.statistics.count_rows(rows[-1])
+            num_tokens += ids.numel()
+            for p in masked[visible.sum(dim=1) > 1].softmax(dim=1):
+                entropies.append(-(p[p > 0] * p[p > 0].log()).sum().item())
+        expected[layer] = {
+            "expert_load_max_over_mean": (load.max() / load.mean()).item(),
+            "routing_entropy": np.mean(entropies),
+            "single_expert_token_share": 1 - len(entropies) / num_tokens,
+            "rank_load_max_over_mean": (max(load[:4].sum(), load[4:].sum()) / (load.sum() / 2)).item(),
+            "rank_rows_max": max(rows),
+        }
+    values = routing_log.take_record([chunk]).by_layer
+    assert values.keys() == expected[0].keys()
+    for name in values:
+        assert values[name] == pytest.approx({layer: expected[layer][name] for layer in expected})
 
 
-@pytest.mark.runs(RECORDED)
+@pytest.mark.runs(LOGGED)
 def test_losses_of_layers_are_megatrons(runs):
     """`--moe-per-layer-logging` logs the losses of a layer under the index that the routing log uses."""
     (run,) = runs
@@ -83,6 +78,10 @@ def test_losses_of_layers_are_megatrons(runs):
         of_layers = [[event.value for event in logged[f"moe/{name}_layer_{layer}"]] for layer in range(4)]
         assert np.mean(of_layers, axis=0) == pytest.approx([event.value for event in logged[name]], rel=1e-6)
         assert len(set(map(tuple, of_layers))) == 4
+    loads = read_routing(run.folder)["expert_load_max_over_mean"]
+    assert list(loads) == [2, 4]
+    lines = re.findall(r"^ routing \| expert load max over mean: (\S+) \|", (run.folder / "out1.log").read_text(), re.M)
+    assert [float(value) for value in lines] == pytest.approx(list(loads.values()), rel=1e-3)
 
 
 @pytest.mark.parametrize(
@@ -149,6 +148,8 @@ def test_scalars_go_to_both_writers(monkeypatch):
     tensorboard, wandb = Writer(), Writer()
     monkeypatch.setattr(writers, "get_tensorboard_writer", lambda: tensorboard)
     monkeypatch.setattr(writers, "get_wandb_writer", lambda: wandb)
-    routing_log._write(RoutingRecord({"routing_entropy": {0: 0.5, 2: 1.0}}, tokens_per_expert={}), 10)
+    by_layer = {"routing_entropy": {0: 0.5, 2: 1.0}, "rank_rows_max": {0: 7, 2: 3}}
+    routing_log._write(RoutingRecord(by_layer, tokens_per_expert={}), 10)
     expected = {"routing_entropy": 0.75, "moe/routing_entropy_layer_0": 0.5, "moe/routing_entropy_layer_2": 1.0}
+    expected |= {"rank_rows_max": 7, "moe/rank_rows_max_layer_0": 7, "moe/rank_rows_max_layer_2": 3}
     assert tensorboard.scalars == wandb.scalars == {(tag, 10): value for tag, value in expected.items()}
