@@ -174,7 +174,7 @@ TABLE: dict[str, Works] = {
     ),
     "gated delta net in hybrid models": Works(
         "2 ranks; one layer against transformers' Qwen3-Next",
-        ("--hybrid-layer-pattern", "--linear-num-key-heads 2"),
+        ("--hybrid-layer-pattern", "--linear-num-key-heads 4"),
         tests=("transformer/test_gated_delta_net.py::test_equals_the_layer_of_transformers",),
     ),
 }

@@ -497,7 +497,7 @@ add_hybrid_twins(
     pattern="*E*-*E*E/*E/*E",
 )
 GATED_DELTA_NET = """
-    --hybrid-layer-pattern GEGEGE*E --linear-num-key-heads 2 --linear-num-value-heads 4 --linear-key-head-dim 8
+    --hybrid-layer-pattern GEGEGE*E --linear-num-key-heads 4 --linear-num-value-heads 8 --linear-key-head-dim 8
     --linear-value-head-dim 8 --linear-conv-kernel-dim 4
 """
 # Three layers of gated delta net, one of attention, each with experts.
