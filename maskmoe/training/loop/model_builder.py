@@ -114,9 +114,11 @@ class StageBuilder:
         if settings.replaced_routing_mask is not None:
             of_checkpoint = read_routing_mask(settings.replaced_routing_mask)
             replaced = of_checkpoint if of_checkpoint.digest != mask.digest else None
-        pattern = getattr(settings, "hybrid_layer_pattern", None)
-        layers = FeedForwardLayers.of_pattern(pattern) if pattern else None
-        return VisibleExperts(settings.transformer, mask, pg_collection, vp_stage, replaced, layers)
+        return VisibleExperts(settings.transformer, mask, pg_collection, vp_stage, replaced, self.feed_forward_layers())
+
+    def feed_forward_layers(self) -> FeedForwardLayers | None:
+        """Return the feed-forward layers of the whole model; None for the layers of a `GPTModel`."""
+        return None
 
     def layer_specs(self, visible_experts: VisibleExperts | None, vp_stage: int | None) -> dict[str, Any]:
         """Return the specs of one stage's layers by the names of the model's arguments."""
@@ -151,6 +153,10 @@ class MaskMoEHybridModelBuilder(StageBuilder, HybridModelBuilder):
     """Builds a `MaskMoEHybridModel`, or a `DenseHybridModel` if the model has no experts."""
 
     _classes = (DenseHybridModel, MaskMoEHybridModel)
+
+    def feed_forward_layers(self) -> FeedForwardLayers:
+        """Return the feed-forward layers of the whole model."""
+        return FeedForwardLayers.of_pattern(self._model_config.hybrid_layer_pattern)
 
     def layer_specs(self, visible_experts: VisibleExperts | None, vp_stage: int | None) -> dict[str, Any]:
         """Return the specs of one stage's layers, multi-token prediction included."""
