@@ -22,9 +22,9 @@ from megatron.core.process_groups_config import ProcessGroupCollection
 from megatron.core.transformer.moe.moe_utils import MoEAuxLossAutoScaler
 from megatron.core.transformer.moe.token_dispatcher import MoEAlltoAllTokenDispatcher
 from megatron.core.transformer.transformer_config import TransformerConfig
-from meter import cost_of
+from meter import Operations, cost_of
 from routed_tokens import let_one_rank_plan
-from support.gpu_branches import Operations, take_gpu_branches
+from support.gpu_branches import take_gpu_branches
 from support.launchers import RunRanks
 from support.places import PLACES, Place
 from support.small_moe import DEVICE, draw_parameters, initialize_parallelism, make_config, make_layer, make_mask

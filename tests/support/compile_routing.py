@@ -10,10 +10,9 @@ from typing import Any
 
 import torch
 import torch._inductor.config
+from compiled_kernels import record_kernels
 from torch import Tensor
 from torch._dynamo.utils import counters
-from torch._inductor.ir import MultiOutput
-from torch._inductor.scheduler import BaseSchedulerNode, NopKernelSchedulerNode
 from torch.utils._pytree import tree_leaves
 
 from maskmoe.transformer.routing import LossRule, route_tokens
@@ -95,16 +94,8 @@ def difference(ours: Any, expected: Any) -> float:
 
 def run(case: Case) -> dict[str, Any]:
     """Route all batches of a case both ways; count the kernels of each graph: forward, backward."""
-    torch.compiler.reset()
     counters.clear()
-    kernels: list[int] = []
-
-    def count_kernels(nodes: list[BaseSchedulerNode]) -> list[BaseSchedulerNode]:
-        launched = [node for node in nodes if not isinstance(node, NopKernelSchedulerNode)]
-        kernels.append(sum(not isinstance(node.node, MultiOutput) for node in launched))
-        return nodes
-
-    torch._inductor.config._post_fusion_custom_pass = count_kernels
+    kernels = record_kernels()
     generator = torch.Generator().manual_seed(0)
     table = random_table(generator)
     expert_bias = torch.randn(NUM_EXPERTS, generator=generator) if case.has_bias else None

@@ -6,7 +6,6 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.nn.functional import embedding_bag
-from torch.utils._python_dispatch import TorchDispatchMode
 
 from maskmoe.transformer.dispatch import rows
 
@@ -22,21 +21,3 @@ def _rounded_embedding_bag(order: Tensor, values: Tensor, offsets: Tensor, mode:
     """Round sums of bf16 as the kernel of GPUs does; the kernel of CPUs truncates them."""
     terms = values.float() if values.dtype == torch.bfloat16 else values
     return embedding_bag(order, terms, offsets, mode=mode).to(values.dtype)
-
-
-class Operations(TorchDispatchMode):
-    """Records the operations of a `with` block, by which two sides of a comparison are known to be different code.
-
-    Attributes:
-        names: the operations in their order.
-    """
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.names: list[str] = []
-
-    def __torch_dispatch__(
-        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
-    ) -> Any:
-        self.names.append(str(func))
-        return func(*args, **(kwargs or {}))

@@ -23,8 +23,8 @@ from maskmoe.transformer.visible_experts import MaskTable
 _VOCAB_SIZE, _NUM_EXPERTS, _NUM_TOKENS = 40, 24, 13  # No two sizes are equal, or torch.compile takes them for one size.
 
 
-def count_kernels(function: Callable[..., Any], *arguments: Any, **settings: Any) -> int:
-    """Compile a function of logits, ids, table and arguments; return the number of kernels of both passes."""
+def record_kernels() -> list[int]:
+    """Return a list to which the compiler appends the number of kernels of each graph that it compiles from now on."""
     torch.compiler.reset()
     counts: list[int] = []
 
@@ -34,6 +34,12 @@ def count_kernels(function: Callable[..., Any], *arguments: Any, **settings: Any
         return nodes
 
     torch._inductor.config._post_fusion_custom_pass = count
+    return counts
+
+
+def count_kernels(function: Callable[..., Any], *arguments: Any, **settings: Any) -> int:
+    """Compile a function of logits, ids, table and arguments; return the number of kernels of both passes."""
+    counts = record_kernels()
     bits = torch.randint(1, 256, (_VOCAB_SIZE, _NUM_EXPERTS // 8)).byte()
     row_of_id, bit_values = torch.arange(_VOCAB_SIZE).short(), (1 << torch.arange(8)).byte()
     table = MaskTable(row_of_id, bits, bit_values, _NUM_EXPERTS, has_single=False)
