@@ -6,7 +6,7 @@ from typing import Any
 
 @dataclass(frozen=True)
 class GpuPackages:
-    """What a machine has of Transformer Engine.
+    """The parts of Transformer Engine that a machine can use.
 
     Attributes:
         transformer_engine: Transformer Engine is installed.

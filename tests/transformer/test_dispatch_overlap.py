@@ -1,4 +1,4 @@
-"""What a layer computes while its tokens travel, on two real ranks."""
+"""A layer computes while its tokens travel: the order of its work on two real ranks, and the bits of late rows."""
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -117,7 +117,7 @@ def two_ranks(run_ranks: RunRanks, tmp_path_factory: pytest.TempPathFactory) -> 
     return run_ranks(results_of_rank, tmp_path_factory.mktemp("ranks"))
 
 
-# What runs while the rows of a dispatch travel, forward and backward. The combine has only a start and a wait.
+# The order of events, forward | backward. Dispatch and combine each start an all-to-all and wait for it.
 EVENTS = {
     "PLANNED": "start router shared wait router start wait | "
     "start wait router-backward start shared-backward router-backward wait",
