@@ -18,6 +18,7 @@ class MaskMoETransformerLayer(TransformerLayer):
     With `cuda_graph_impl="transformer_engine"` and graphs of the attention, `TransformerLayer` replays the graph and
     then calls the rest of the layer without `padding_mask`, on which the token ids travel. This class keeps the ids
     aside: the graph never sees them, so no ids are captured, and the MoE layer gets the ids of its own micro-batch.
+    Only for versions of Megatron-Core whose layers do not take `input_ids`.
     """
 
     _ids_of_replay: Tensor | None = None
@@ -30,17 +31,10 @@ class MaskMoETransformerLayer(TransformerLayer):
         finally:
             self._ids_of_replay = None
 
-    def _forward_mlp(
-        self,
-        hidden_states: Tensor,
-        inference_context: Any = None,
-        padding_mask: Tensor | None = None,
-        packed_seq_params: Any = None,
-    ) -> Any:
+    def _forward_mlp(self, *args: Any, padding_mask: Tensor | None = None, **kwargs: Any) -> Any:
         """Compute the MLP or MoE layer, after a replay with the ids that were kept aside."""
-        if padding_mask is None:
-            padding_mask = self._ids_of_replay
-        return super()._forward_mlp(hidden_states, inference_context, padding_mask, packed_seq_params)
+        padding_mask = self._ids_of_replay if padding_mask is None else padding_mask
+        return super()._forward_mlp(*args, padding_mask=padding_mask, **kwargs)
 
 
 class MaskMoEMultiTokenPredictionLayer(MultiTokenPredictionLayer):

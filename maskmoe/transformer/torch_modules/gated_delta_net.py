@@ -17,13 +17,12 @@ from megatron.core.ssm.gated_delta_net import (
 from megatron.core.transformer.identity_op import IdentityOp
 from megatron.core.transformer.spec_utils import ModuleSpec
 from megatron.core.transformer.transformer_config import TransformerConfig
-from megatron.core.transformer.transformer_layer import TransformerLayerSubmodules
+from megatron.core.transformer.transformer_layer import TransformerLayer, TransformerLayerSubmodules
 from torch import Tensor
 
 from maskmoe.megatron_compat import cpu
 from maskmoe.megatron_compat.patches import building_gated_delta_net_without_fla
 from maskmoe.transformer.torch_modules.norms import TorchNorm
-from maskmoe.transformer.transformer_layer import MaskMoETransformerLayer
 
 _EPSILON = 1e-6  # of fla's `l2norm`
 SIZES = (
@@ -83,7 +82,7 @@ def get_gated_delta_net_layer_spec(config: TransformerConfig) -> ModuleSpec:
     )
     bias_dropout_add: Any = get_bias_dropout_add
     return ModuleSpec(
-        MaskMoETransformerLayer,
+        TransformerLayer,
         submodules=TransformerLayerSubmodules(
             input_layernorm=TorchNorm if is_local else IdentityOp,
             self_attention=attention,
