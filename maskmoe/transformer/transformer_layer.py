@@ -3,6 +3,7 @@
 from dataclasses import replace
 from typing import Any
 
+from megatron.core import package_info
 from megatron.core.models.hybrid.hybrid_block import HybridStackSubmodules
 from megatron.core.transformer.multi_token_prediction import MultiTokenPredictionLayer
 from megatron.core.transformer.spec_utils import ModuleSpec
@@ -46,8 +47,9 @@ class MaskMoEMultiTokenPredictionLayer(MultiTokenPredictionLayer):
     """
 
     def __init__(self, *args: Any, hybrid_submodules: HybridStackSubmodules | None = None, **kwargs: Any) -> None:
-        if hybrid_submodules is not None and isinstance(hybrid_submodules.moe_layer, ModuleSpec):
-            # `HybridStack` does not pass `is_mtp_layer` to MoE layers. Without experts, there is no spec of MoE layers.
+        # `HybridStack` of 0.19 does not pass `is_mtp_layer` to MoE layers. Without experts, no MoE layer has a spec.
+        is_older = package_info.__version__.startswith("0.19.")
+        if is_older and hybrid_submodules is not None and isinstance(hybrid_submodules.moe_layer, ModuleSpec):
             moe_layer = hybrid_submodules.moe_layer
             moe_layer = replace(moe_layer, params={**moe_layer.params, "is_mtp_layer": True})
             hybrid_submodules = replace(hybrid_submodules, moe_layer=moe_layer)

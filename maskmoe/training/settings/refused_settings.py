@@ -12,10 +12,12 @@ from math import isfinite
 
 from megatron.core.transformer.enums import LayerType
 from megatron.core.transformer.pipeline_parallel_layer_layout import PipelineParallelLayerLayout
+from megatron.core.transformer.transformer_layer import TransformerLayer
 
 from maskmoe.command_line.ranges import split
 from maskmoe.megatron_compat.gpu import GpuPackages
 from maskmoe.transformer.dispatch.flex import missing_library
+from maskmoe.transformer.token_ids import takes_token_ids
 from maskmoe.transformer.torch_modules.gated_delta_net import check_gated_delta_net, uses_fla
 
 Predicate = Callable[[Namespace], bool]
@@ -165,10 +167,13 @@ def _captures_graphs(args: Namespace) -> bool:
 
 
 def _captures_experts(args: Namespace) -> bool:
-    """Return whether CUDA graphs would capture more than attention and dense MLPs of Transformer Engine."""
+    """Return whether CUDA graphs would capture more than attention and dense MLPs of Transformer Engine.
+
+    Layers that take `input_ids`, of Megatron-Core after 0.19, give the ids to every graph, which was captured without.
+    """
     modules = {getattr(module, "name", module) for module in args.cuda_graph_modules or ["full"]}
     is_supported = args.cuda_graph_impl == args.transformer_impl == "transformer_engine" and modules <= {"attn", "mlp"}
-    return _captures_graphs(args) and not is_supported
+    return _captures_graphs(args) and (takes_token_ids(TransformerLayer) or not is_supported)
 
 
 def _hides_prediction(args: Namespace) -> bool:
