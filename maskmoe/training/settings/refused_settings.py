@@ -132,6 +132,9 @@ def missing_libraries(args: Namespace) -> Iterator[str]:
 # ---- Predicates ------------------------------------------------------------------------------------------------------
 
 
+_WIRE_DTYPES = ("moe_dispatch_fwd_dtype", "moe_combine_bwd_dtype")  # of Megatron-Core after 0.19
+
+
 def _given(*names: str) -> Predicate:
     """Return a predicate: one of the flags is given. A flag that the installed Megatron-Core lacks is not given."""
     return lambda args: any(getattr(args, name, None) not in (None, False) for name in names)
@@ -296,6 +299,8 @@ MEANINGLESS_WITH_A_MASK = (
             "--spec --experimental-attention-variant --linear-attention-freq --heterogeneous-layers-config-path "
             "--heterogeneous-layers-config-encoded-json": "MaskMoE builds the layer specification itself, because "
             "Megatron-Core's MoE layers ignore the mask.",
+            "--moe-n-hash-layers": "The routing mask decides for every layer. `maskmoe mask --expert-table` builds "
+            "a mask from the table of the hash layers.",
             "--moe-routing-trace-path": "Megatron's trace leaves out every layer in which a token has fewer than k "
             "experts. Use maskmoe analyze.",
             "--moe-router-padding-for-quantization --moe-router-padding-for-fp8": "The router would send tokens to "
@@ -443,6 +448,11 @@ NOT_BUILT = (
         _leaves_non_persistent_checkpoints_out,
     ),
     Check(
+        "--moe-dispatch-fwd-dtype or --moe-combine-bwd-dtype",
+        "MaskMoE's experts take rows in the dtype of the model only, so leave the flags at bf16.",
+        lambda args: any(getattr(args, name, "bf16") != "bf16" for name in _WIRE_DTYPES),
+    ),
+    Check(
         "--spike-action skip with --qk-clip or --optimizer-cuda-graph",
         "The weights would change although the update is skipped.",
         _skips_too_little,
@@ -453,6 +463,8 @@ NOT_BUILT = (
             "schedule of the overlap calls the router without the channel on which the token ids travel.",
             "--moe-paged-stash --moe-pad-experts-for-cuda-graph-inference --moe-ncclep-static-shape "
             "--moe-ncclep-zero-copy": "The setting is for fixed shapes, but the number of rows of a rank varies.",
+            "--moe-use-grouped-tensor --enable-hyper-connections --enable-mhc-connections": "MaskMoE has not been "
+            "tried with these settings of later versions of Megatron-Core.",
             "--moe-mlp-glu-interleave-size --moe-shared-expert-glu-interleave-size --moe-single-grouped-weight "
             "--moe-single-grouped-bias --tensor-parallel-num-weight-shards "
             "--expert-tensor-parallel-num-weight-shards": "MaskMoE's conversion and its transformers model read "
