@@ -203,11 +203,14 @@ def main() -> None:
     """Write the page and its picture."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("table", type=Path, help="table of results, such as docs/study/results.jsonl")
-    path = parser.parse_args().table
+    parser.add_argument("--output", type=Path, metavar="DIR", help="folder of the page [that of the table]")
+    arguments = parser.parse_args()
+    path, folder = arguments.table, arguments.output or arguments.table.parent
     study, measures = Study.read(path), read_measures(path.with_name("measures.jsonl"))
-    with atomic_output(path.with_name(f"{NAME}.png")) as temporary:
+    folder.mkdir(parents=True, exist_ok=True)
+    with atomic_output(folder / f"{NAME}.png") as temporary:
         draw(study).savefig(temporary, format="png")
-    with atomic_output(path.with_name(f"{NAME}.md")) as temporary:
+    with atomic_output(folder / f"{NAME}.md") as temporary:
         temporary.write_text(render(study, measures), encoding="utf-8")
     print(*(f"missing: {each}" for each in missing_runs(study, measures)), sep="\n")
 
