@@ -1,24 +1,32 @@
-"""The interventions of the study "choice or damping" do what they say."""
+"""The study "choice or damping": interventions, suites, measures, and the numbers of the page."""
 
+import json
+import re
 import subprocess
 import sys
+from collections.abc import Iterator, Sequence
+from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
+import yaml
+from support.command_lines import run_command
 from support.paths import ROOT
 from support.results import result
 from support.small_moe import make_config, make_mask, make_visible_experts, process_groups
 
-from maskmoe.comparison.statistics import paired_difference
-from maskmoe.comparison.table import HeldOutLoss, read_table, write_table
+from maskmoe.command_line.compare import open_comparison, parse_arguments
+from maskmoe.comparison.table import HeldOutLoss, RunResult, read_table, write_table
 from maskmoe.transformer.router import MaskMoERouter
 from maskmoe.transformer.token_ids import TokenIds
 
 sys.path.insert(0, str(ROOT / "tools" / "studies" / "choice_or_damping"))
 import analysis
+import check_numbers
 import interventions
+import measures
 from interventions import GatedHashRouter, SecondChoiceRouter, SmearedSelfAttention, UnitWeightRouter
 
 STUDY = ROOT / "tools" / "studies" / "choice_or_damping"
@@ -130,50 +138,161 @@ def test_specs_have_the_replacements():
         assert builder.change(int) is int
 
 
+BANDS = {"all": 1_000_000, "top 40 %": 400_000, "next 50 %": 500_000, "last 10 %": 100_000}
+
+
 @pytest.fixture
-def table(tmp_path):
-    """A table of the blocks of rates, confirmation and mechanism with random losses."""
+def results():
+    """Results of all planned runs with random losses."""
     random = np.random.default_rng(0)
-    results = []
-    for suite, variant, seeds in (
-        *(("rates", f"{arm}.lr-{rate}", (101, 102)) for arm in ("smoe", "hash") for rate in ("1e-2", "2e-2", "4e-2")),
-        *(("confirm", arm, range(1001, 1025)) for arm in ("smoe", "hash", "maskmoe")),
-        ("mechanism", "gated-hash", range(1001, 1013)),
-    ):
-        for seed in seeds:
-            losses = [
-                HeldOutLoss(text=text, band="all", tokens=tokens, loss=3.6 + random.normal(0, 0.02))
-                for text, tokens in (("held-out", 100), ("prose", 1500), ("code", 500))
-            ]
-            results.append(result(variant, seed, 0).model_copy(update={"suite": suite, "losses": losses}))
-    write_table(tmp_path / "results.jsonl", results)
-    return tmp_path / "results.jsonl"
+    return [
+        result(name, seed, 0).model_copy(update={"suite": suite, "losses": [*random_losses(random)]})
+        for suite in ("rates", *analysis.CONTRASTS)
+        for name, variant in analysis.variants_of(suite).items()
+        for seed in variant.seeds
+    ]
 
 
-def test_analysis_and_the_independent_script_agree(table):
-    suites = analysis.outcomes_by_suite(read_table(table))
-    for own, baseline in (
-        (("confirm", "maskmoe"), ("confirm", "smoe")),
-        (("mechanism", "gated-hash"), ("confirm", "maskmoe")),
-    ):
-        expected = paired_difference(suites[own[0]][own[1]], suites[baseline[0]][baseline[1]])
-        found = run_script("check_numbers.py", table, *own, *baseline)
-        numbers = dict(word.split("=") for word in found.split())
-        assert int(numbers["n"]) == expected.n
-        for name in ("mean", "low", "high"):
-            assert float(numbers[name]) == pytest.approx(getattr(expected, name), abs=2e-6), name  # six decimals
-        # Above 16 pairs the package samples 100,000 flips, whose standard error is below 0.0016.
-        assert float(numbers["p"]) == pytest.approx(expected.p, abs=0.006)
+def random_losses(random: np.random.Generator) -> Iterator[HeldOutLoss]:
+    for text, share in (("held-out", 0.1), ("prose", 1), ("code", 1.2)):
+        for band, tokens in BANDS.items():
+            yield HeldOutLoss(text=text, band=band, tokens=int(tokens * share), loss=3.6 + random.normal(0, 0.02))
 
 
-def test_analysis_prints_rates_and_differences(table):
-    page = run_script("analysis.py", table)
-    assert "## rates" in page
+@pytest.fixture
+def write(tmp_path):
+    """Write the tables of results and measures, and return the path of the table of results."""
+
+    def write(results: Sequence[RunResult]) -> Path:
+        random = np.random.default_rng(1)
+        measured = [
+            measures.Measures(
+                suite=each.suite,
+                variant=each.variant,
+                seed=each.seed,
+                losses=[*random_losses(random)],
+                changing=[(221 * number, random.random(), random.random()) for number in range(1, 11)],
+            )
+            for each in results
+            if (each.suite, each.variant) in (("confirm", "smoe"), ("confirm", "maskmoe"))
+        ]
+        write_table(tmp_path / "results.jsonl", results)
+        measures.write_measures(tmp_path / "measures.jsonl", measured)
+        return tmp_path / "results.jsonl"
+
+    return write
+
+
+def test_independent_script_finds_the_numbers_of_the_page(write, results, tmp_path):
+    table, page = write(results), tmp_path / "choice-or-damping.md"
+    assert run_script("page.py", table).stdout.strip() == ""
+    assert page.with_suffix(".png").read_bytes().startswith(b"\x89PNG")
+    text = page.read_text()
+    assert "Not complete" not in text
+    assert "too few runs" not in text
+    outcome = run_script("check_numbers.py", table, page)
+    assert outcome.returncode == 0, outcome.stdout
+    # Every number of a row is compared, in each kind of table, and numbers of the prose with the tables.
+    tables = check_numbers.Tables(table)
+    for label in ("Hash, 9 M tokens", "MaskMoE − Hash, 36 M tokens", "Gated Hash − Hash", "SMoE, all"):
+        row = re.search(rf"^\| {label} .*$", text, re.MULTILINE)[0]
+        start = row.index("|", 1)
+        for number in re.finditer(r"\d+(\.\d+)?", row[start:]):
+            changed = f"{float(number[0]) + 0.11:.3f}" if "." in number[0] else "9"
+            damaged = row[: start + number.start()] + changed + row[start + number.end() :]
+            found, *_ = check_numbers.differing(text.replace(row, damaged), tables)
+            assert f": {label}: the page has " in found
+    page.write_text(text.replace("## The question", "0.777"))
+    outcome = run_script("check_numbers.py", table, page)
+    assert outcome.returncode == 1
+    assert outcome.stdout.startswith("0.777 of the prose is in no table\n")
+
+
+def test_page_of_a_part_of_the_runs_says_what_is_missing(write, results, tmp_path):
+    """Block B is not looked at before it is complete; other blocks are."""
+    some = [each for each in results if each.suite != "experts" and (each.suite, each.seed) != ("confirm", 1024)]
+    printed = run_script("page.py", write(some)).stdout
+    assert "missing: 3 of 72 runs of confirm\n" in printed
+    assert "missing: 24 of 24 runs of experts\n" in printed
+    assert "missing: the measures of 2 of 48 runs" in printed
+    page = (tmp_path / "choice-or-damping.md").read_text()
+    assert "The question is open" in page
+    assert "MaskMoE − SMoE, 36 M tokens" in page
+    assert "Hash, smeared keys" in page
+    for of_block_b in ("MaskMoE − SMoE, 9 M tokens", "Gated Hash −", "Hash, 9 M tokens"):
+        assert of_block_b not in page
+    assert "maskmoe − smoe | 24" not in run_script("analysis.py", tmp_path / "results.jsonl").stdout
+    # Without any run, the page has no numbers.
+    run_script("page.py", write([]))
+    assert not re.search(r"\b\d\.\d{3}\b", (tmp_path / "choice-or-damping.md").read_text())
+
+
+def test_analysis_prints_rates_and_differences(write, results):
+    page = run_script("analysis.py", write(results)).stdout
+    assert "| smoe | 1e-2 | 6 |" in page
     assert "| maskmoe − smoe | 24 |" in page
     assert "| gated-hash − maskmoe | 12 |" in page
-    assert "maskmoe-weight-1 − hash | 0 | +nan" not in page
 
 
-def run_script(name: str, *arguments: object) -> str:
+def test_suites_have_the_plans_runs_and_the_rates_of_the_arms():
+    planned = {suite: analysis.variants_of(suite) for suite in ("rates", *analysis.CONTRASTS)}
+    runs = {suite: sum(len(variant.seeds) for variant in of.values()) for suite, of in planned.items()}
+    assert runs == {"rates": 54, "confirm": 72, "mechanism": 72, "long": 24, "experts": 24}
+    rates = {arm: variant.flags["lr"][0] for arm, variant in planned["confirm"].items()}
+    assert [*analysis.stale_rates(rates)] == []
+    others = dict.fromkeys(rates, "8e-2")
+    stale = [*analysis.stale_rates(others)]
+    assert len(stale) == 3 + 6 + 3 + 3
+    assert "- maskmoe of long.yaml has the rate 2.5e-3: change it to 0.02" in stale
+
+
+def test_recorded_runs_have_the_settings_of_the_suites():
+    """A change of a suite that would repeat recorded runs is noticed."""
+    recorded = read_table(ROOT / "docs" / "study" / "results.jsonl")
+    for suite in dict.fromkeys(each.suite for each in recorded):
+        options = parse_arguments([str(STUDY / f"{suite}.yaml"), "--table", str(ROOT / "docs/study/results.jsonl")])
+        assert len(open_comparison(options).results()) == sum(each.suite == suite for each in recorded)
+
+
+def test_tokens_change_until_their_last_other_expert():
+    """Four checkpoints of one layer: one token never changes, one comes back, one changes at the end."""
+    experts = np.array([[0, 1, 2], [0, 3, 2], [0, 1, 2], [0, 1, 3]], np.int16)[:, None]
+    assert measures.shares_changing(experts).tolist() == pytest.approx([2 / 3, 2 / 3, 1 / 3, 0])
+
+
+@pytest.mark.slow
+def test_trained_runs_are_measured(tmp_path):
+    """The smallest suite from text to a line for each run; a second call measures nothing again."""
+    words = [f"word{number}" for number in range(60)]
+    with (tmp_path / "text.jsonl").open("w") as stream:
+        for document in range(400):
+            text = " ".join(words[(document * 7 + i * i) % 59] for i in range(60))
+            stream.write(json.dumps({"text": text}) + "\n")
+    arms = yaml.safe_load((STUDY / "arms.yaml").read_text())
+    arms["flags"] |= {"train-iters": 8, "eval-interval": 4, "eval-iters": 1, "save-interval": 2, "micro-batch-size": 2}
+    arms["flags"] |= {"keep-last-checkpoints": 4, "global-batch-size": 2, "log-interval": 2}
+    arms["data"] = {"vocab-size": 280, "input": "text.jsonl", "held-out": {"prose": "text.jsonl"}}
+    arms["baselines"], _ = [], arms["variants"].pop("smoe")
+    (tmp_path / "confirm.yaml").write_text(yaml.safe_dump(arms))
+    options = (tmp_path / "confirm.yaml", "--run-dir", tmp_path / "run")
+    outcome = run_command("compare", *options)
+    assert outcome.code == 0, outcome.errors
+    for _ in range(2):
+        outcome = run_script("measures.py", *options)
+        assert outcome.returncode == 0, outcome.stdout
+    found = {each.variant: each for each in measures.read_measures(tmp_path / "run" / "measures.jsonl")}
+    losses = {each.variant: each.losses for each in read_table(tmp_path / "run" / "results.jsonl")}
+    # Hash has nothing to choose, and never changes.
+    prose = [each for each in losses["hash"] if each.text == "prose"]
+    assert found["hash"].losses == prose
+    assert found["hash"].changing == [(step, 0, 0) for step in (2, 4, 6, 8)]
+    # In MaskMoE only frequent ids can change.
+    assert found["maskmoe"].losses != [each for each in losses["maskmoe"] if each.text == "prose"]
+    (_, all_tokens, frequent), *_ = found["maskmoe"].changing
+    assert 0 < all_tokens < frequent
+    assert not (tmp_path / "run" / "runs" / "maskmoe.seed-1" / "measures").exists()
+
+
+def run_script(name: str, *arguments: object) -> subprocess.CompletedProcess[str]:
     words = [sys.executable, STUDY / name, *map(str, arguments)]
-    return subprocess.run(words, capture_output=True, text=True, check=True).stdout
+    return subprocess.run(words, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, check=False)

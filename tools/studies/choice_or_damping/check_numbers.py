@@ -1,29 +1,48 @@
-"""Computes a paired difference of the study from the table of results, with numpy and without the package.
+"""Checks the numbers of the study's page against the tables, with numpy and without the package.
 
-`python check_numbers.py ../../../docs/study/results.jsonl confirm maskmoe confirm smoe` prints the number of pairs, the
-mean difference in nats, the ends of its 95 % interval (Student's t), and the exact p-value of the two-sided sign-flip
-test. Each arm is named by its suite and its variant.
+`python check_numbers.py ../../../docs/study/results.jsonl ../../../docs/study/choice-or-damping.md` computes every
+number in the page's tables from the table of results and from `measures.jsonl` beside it, and compares them. A number
+of the prose with three decimals must stand in a table, too. Exit code 1 names the numbers that differ.
 """
 
 import json
 import math
+import re
 import sys
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from functools import cache
+from pathlib import Path
 
 import numpy as np
 
+Cell = tuple[float, float]
+"""A value, and the half of its interval or nan."""
 
-def outcomes(table: str, suite: str, variant: str) -> dict[int, float]:
-    """Return the loss of prose and code together by seed."""
-    by_seed = {}
-    with open(table, encoding="utf-8") as lines:
-        for run in map(json.loads, lines):
-            if (run["suite"], run["variant"]) == (suite, variant):
-                held_out = [each for each in run["losses"] if each["band"] == "all" and each["text"] != "held-out"]
-                tokens = np.array([each["tokens"] for each in held_out])
-                by_seed[run["seed"]] = float(np.average([each["loss"] for each in held_out], weights=tokens))
-    return by_seed
+BYTES = 2_888_121 + 2_898_399  # of the held-out prose and code
+SUITES = {"9 M tokens, N = 32": "experts", "9 M tokens": "confirm", "36 M tokens": "long"}
+ARMS = {
+    "SMoE": ("confirm", "smoe"),
+    "Hash": ("confirm", "hash"),
+    "MaskMoE": ("confirm", "maskmoe"),
+    "Gated Hash": ("mechanism", "gated-hash"),
+    "MaskMoE with weight 1": ("mechanism", "maskmoe-weight-1"),
+    "SMoE, smeared keys": ("mechanism", "smoe-smeared"),
+    "Hash, smeared keys": ("mechanism", "hash-smeared"),
+    "MaskMoE, smeared keys": ("mechanism", "maskmoe-smeared"),
+    "Hash, random": ("mechanism", "hash-random"),
+}
+COLUMNS = {"prose": (["prose"], "all"), "code": (["code"], "all"), "both": (["prose", "code"], "all")}
+P_TOLERANCE = 0.006  # the page samples 100,000 sign flips of more than 16 pairs
 
 
+def weighted(run: Mapping, texts: Sequence[str], band: str) -> tuple[float, float]:
+    """Return the mean loss of a run over the tokens of some texts and a band, and the number of these tokens."""
+    rows = [each for each in run["losses"] if each["text"] in texts and each["band"] == band]
+    tokens = np.array([each["tokens"] for each in rows])
+    return float(np.average([each["loss"] for each in rows], weights=tokens)), float(tokens.sum())
+
+
+@cache
 def t_quantile(freedom: int, share: float = 0.975) -> float:
     """Return a quantile of Student's t: integrate its density by the trapezoidal rule, then interpolate."""
     t = np.linspace(0, 200, 4_000_001)
@@ -52,16 +71,132 @@ def sign_flip_p(differences: np.ndarray) -> float:
     return float((at_least + at_most).sum() / (len(first) * len(second)))
 
 
+def estimate(values: Sequence[float]) -> Cell:
+    """Return a mean and half of its 95 % interval."""
+    if len(values) < 2:
+        return float(np.mean(values)), math.nan
+    return float(np.mean(values)), t_quantile(len(values) - 1) * float(np.std(values, ddof=1)) / math.sqrt(len(values))
+
+
+class Tables:
+    """The tables of results and measures.
+
+    Args:
+        results: Path of the table of results.
+    """
+
+    def __init__(self, results: Path) -> None:
+        self.runs: dict[tuple[str, str], dict[int, Mapping]] = {}
+        self.measures: dict[tuple[str, str], dict[int, Mapping]] = {}
+        for path, of in ((results, self.runs), (results.with_name("measures.jsonl"), self.measures)):
+            for line in path.read_text(encoding="utf-8").splitlines() if path.exists() else ():
+                run = json.loads(line)
+                of.setdefault((run["suite"], run["variant"]), {})[run["seed"]] = run
+
+    def losses(self, label: str) -> Iterator[Cell]:
+        """Yield the cells of a row such as `SMoE, 9 M tokens`."""
+        arm, _, length = label.partition(", ")
+        runs = [*self.runs[SUITES[length], ARMS[arm][1]].values()]
+        yield (len(runs), math.nan)
+        for column in COLUMNS.values():
+            yield estimate([weighted(run, *column)[0] for run in runs])
+        both = [weighted(run, *COLUMNS["both"]) for run in runs]
+        yield estimate([loss * tokens / BYTES / math.log(2) for loss, tokens in both])
+
+    def difference(self, label: str) -> Iterator[Cell]:
+        """Yield the cells of a row such as `MaskMoE − SMoE, 9 M tokens` or `Gated Hash − Hash`."""
+        length = next((length for length in SUITES if label.endswith(f", {length}")), "")
+        names = label.removesuffix(f", {length}").split(" − ")
+        own, baseline = (self.runs[SUITES[length] if length else ARMS[arm][0], ARMS[arm][1]] for arm in names)
+        seeds = sorted(own.keys() & baseline.keys())
+
+        def pairs(texts: Sequence[str], band: str) -> np.ndarray:
+            return np.array([weighted(own[s], texts, band)[0] - weighted(baseline[s], texts, band)[0] for s in seeds])
+
+        yield (len(seeds), math.nan)
+        yield estimate(pairs(*COLUMNS["both"]))
+        yield (sign_flip_p(pairs(*COLUMNS["both"])), math.nan)
+        bands = [(COLUMNS["both"][0], band) for band in ("top 40 %", "next 50 %", "last 10 %")]
+        for column in (COLUMNS["prose"], COLUMNS["code"], *bands):
+            yield estimate(pairs(*column))
+
+    def second_choice(self, label: str) -> Iterator[Cell]:
+        """Yield the cells of an arm without its best experts."""
+        runs, measures = self.runs[ARMS[label]], self.measures[ARMS[label]]
+        seeds = sorted(runs.keys() & measures.keys())
+        without = np.array([weighted(measures[seed], *COLUMNS["both"])[0] for seed in seeds])
+        with_best = np.array([weighted(runs[seed], *COLUMNS["both"])[0] for seed in seeds])
+        yield (len(seeds), math.nan)
+        yield estimate(without)
+        yield estimate(without - with_best)
+
+    def changing(self, label: str) -> Iterator[Cell]:
+        """Yield the cells of a row such as `SMoE, all`."""
+        arm, _, tokens = label.partition(", ")
+        series = [np.array(each["changing"]) for each in self.measures[ARMS[arm]].values() if each["changing"]]
+        yield (len(series), math.nan)
+        for share in (0.2, 0.5, 0.8):
+            rows = [each[np.abs(each[:, 0] - share * each[-1, 0]).argmin()] for each in series]
+            yield (100 * float(np.mean(rows, axis=0)[1 if tokens == "all" else 2]), math.nan)
+
+    def rate(self, label: str, rate: str) -> Iterator[Cell]:
+        """Yield the cells of an arm and a rate of block A."""
+        arm = ARMS[label.removesuffix(" (chosen)")][1]
+        means = {
+            name: estimate([weighted(run, *COLUMNS["both"])[0] for run in runs.values()])
+            for (suite, name), runs in self.runs.items()
+            if suite == "rates" and name.startswith(f"{arm}.")
+        }
+        own = f"{arm}.lr-{rate}"
+        is_best = own == min(means, key=lambda name: means[name][0])
+        yield (float(rate) if is_best == label.endswith(" (chosen)") else math.nan, math.nan)
+        yield (len(self.runs["rates", own]), math.nan)
+        yield means[own]
+
+
+def numbers(cell: str) -> list[float]:
+    """Return the numbers of a cell: a value, and after `±` half of its interval."""
+    parts = cell.replace("−", "-").removesuffix("%").split(" ± ")
+    return [float(part) for part in parts]
+
+
+def differing(page: str, tables: Tables) -> Iterator[str]:
+    """Yield the cells of the page that the tables do not give, and numbers of the prose that are in no cell."""
+    kinds: dict[str, Callable[..., Iterator[Cell]]] = {
+        "losses": tables.losses,
+        "difference": tables.difference,
+        "rates": tables.rate,
+        "without each token's best expert": tables.second_choice,
+        "tokens that change their expert later": tables.changing,
+    }
+    known, head = set(), ""
+    lines = [line for line in page.splitlines() if line.startswith("|") and not line.startswith("|--")]
+    for line in lines:
+        label, *cells = (cell.strip() for cell in line.strip("|").split("|"))
+        if label in kinds:
+            head = label
+            continue
+        known |= set(re.findall(r"[+−]?\d+\.\d{3}", line))
+        expected = [*kinds[head](label, *cells[:1])] if head == "rates" else [*kinds[head](label)]
+        for number, (cell, (value, half)) in enumerate(zip(cells, expected, strict=True)):
+            found = numbers(cell)
+            tolerance = P_TOLERANCE if head == "difference" and number == 2 else 0.00051
+            tolerance = 0.051 if cell.endswith("%") else tolerance
+            wanted = [value] if math.isnan(half) else [value, half]
+            if len(found) != len(wanted) or not np.allclose(found, wanted, rtol=0, atol=tolerance):
+                yield f"{head}: {label}: the page has {cell}, the tables give {wanted}"
+    prose = "\n".join(line for line in page.splitlines() if not line.startswith("|"))
+    for number in sorted(set(re.findall(r"[+−]?\d+\.\d{3}\b", prose)) - known):
+        if f"+{number}" not in known:
+            yield f"{number} of the prose is in no table"
+
+
 def main() -> None:
-    """Print the difference of two arms."""
-    table, *arms = sys.argv[1:]
-    own, baseline = outcomes(table, *arms[:2]), outcomes(table, *arms[2:])
-    differences = np.array([own[seed] - baseline[seed] for seed in sorted(own.keys() & baseline.keys())])
-    n = len(differences)
-    half_width = t_quantile(n - 1) * differences.std(ddof=1) / math.sqrt(n)
-    mean = differences.mean()
-    print(f"n={n} mean={mean:+.6f} low={mean - half_width:+.6f} high={mean + half_width:+.6f}", end=" ")
-    print(f"p={sign_flip_p(differences):.6f}")
+    """Check the page that the command line names."""
+    results, page = map(Path, sys.argv[1:])
+    wrong = [*differing(page.read_text(encoding="utf-8"), Tables(results))]
+    print(*wrong, f"{len(wrong)} numbers of {page} differ from the tables", sep="\n")
+    sys.exit(1 if wrong else 0)
 
 
 if __name__ == "__main__":

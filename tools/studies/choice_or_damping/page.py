@@ -1,0 +1,219 @@
+"""Writes the page of the study from the tables of results and measures, in seconds.
+
+`python tools/studies/choice_or_damping/page.py docs/study/results.jsonl` writes `choice-or-damping.md` and
+`choice-or-damping.png` beside the table, and prints how many runs are missing. The measures are those of
+`measures.jsonl` beside the table. The prose is in `page.md.j2`; `check_numbers.py` checks the page.
+"""
+
+import argparse
+import math
+import sys
+from collections.abc import Iterator, Mapping, Sequence
+from functools import partial
+from pathlib import Path
+
+import jinja2
+import numpy as np
+from analysis import CONFIRMATION, CONTRASTS, TEXTS, Study, best_rate, outcome, variants_of
+from matplotlib.figure import Figure
+from measures import Measures, read_measures
+
+from maskmoe.comparison.report import markdown_table, new_figure, tidy
+from maskmoe.comparison.statistics import Estimate, mean, paired_difference
+from maskmoe.comparison.table import ALL_TOKENS, RunResult
+from maskmoe.files.outputs import atomic_output
+from maskmoe.routing_mask.frequency import FrequencyBands
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[3] / "docs" / "generators"))
+from pages import wrap
+
+NAME = "choice-or-damping"
+
+BYTES = {"prose": 2_888_121, "code": 2_898_399}
+"""Size of the text of the held-out documents in UTF-8."""
+
+BLOCKS = {CONFIRMATION: "9 M tokens", "long": "36 M tokens", "experts": "9 M tokens, N = 32"}
+ARMS = ("smoe", "hash", "maskmoe")
+ARMS_WITH_CHOICE = ("smoe", "maskmoe")
+SHARES_OF_TRAINING = (0.2, 0.5, 0.8)
+
+
+def bits_per_byte(run: RunResult) -> float:
+    """Return the loss of prose and code together in bits per byte of text."""
+    nats = sum(each.loss * each.tokens for each in run.losses if each.text in TEXTS and each.band == ALL_TOKENS)
+    return nats / math.log(2) / sum(BYTES.values())
+
+
+def title(suite: str, arm: str) -> str:
+    """Return the name of an arm on the page."""
+    return {**variants_of(CONFIRMATION), **variants_of(suite)}[arm].title
+
+
+def table(rows: Sequence[Sequence[object]]) -> str:
+    """Return a Markdown table of a header and rows; without rows, a remark."""
+    return markdown_table("\n".join(" | ".join(map(str, row)) for row in rows)) if len(rows) > 1 else "*No runs yet.*"
+
+
+def losses_table(study: Study) -> str:
+    """Return the table of the losses of the arms of the blocks B, D and E."""
+    rows = [["losses", "runs", *TEXTS, "both", "bits per byte"]]
+    for suite, length in BLOCKS.items():
+        for arm in ARMS:
+            runs = study.runs(suite, arm)
+            if runs:
+                texts = [mean([*study.outcomes(suite, arm, each).values()]) for each in (*zip(TEXTS), TEXTS)]
+                bits = mean([bits_per_byte(run) for run in runs.values()])
+                cells = (f"{estimate:.3f}" for estimate in (*texts, bits))
+                rows.append([f"{title(suite, arm)}, {length}", str(len(runs)), *cells])
+    return table(rows)
+
+
+def differences_table(study: Study, suites: Mapping[str, str]) -> str:
+    """Return the table of the differences of some blocks.
+
+    Args:
+        study: The results.
+        suites: What is said behind each difference, by suite.
+    """
+    rows = [["difference", "pairs", "both", "p", *TEXTS, *FrequencyBands.names]]
+    for suite, remark in suites.items():
+        for own, baseline in CONTRASTS[suite]:
+            difference = partial(study.difference, suite, own, baseline)
+            both = difference()
+            if both.n:
+                parts = [difference(text) for text in zip(TEXTS)]
+                parts += [difference(band=band) for band in FrequencyBands.names]
+                cells = (f"{estimate:+.3f}" for estimate in parts)
+                name = f"{title(suite, own)} − {title(suite, baseline)}{remark}"
+                rows.append([name, both.n, f"{both:+.3f}", f"{both.p:.3f}", *cells])
+    return table(rows)
+
+
+def rates_table(study: Study) -> str:
+    """Return the table of block A: the mean outcome of each arm and rate."""
+    rows = [["rates", "rate", "runs", "both"]]
+    for arm, means in study.rates().items():
+        for rate, estimate in means.items():
+            chosen = " (chosen)" if rate == best_rate(means) else ""
+            rows.append([title(CONFIRMATION, arm) + chosen, rate, estimate.n, f"{estimate:.3f}"])
+    return table(rows)
+
+
+def of_arm(measures: Sequence[Measures], arm: str) -> Iterator[Measures]:
+    """Yield the measures of an arm of block B."""
+    return (each for each in measures if (each.suite, each.variant) == (CONFIRMATION, arm))
+
+
+def second_choices_table(study: Study, measures: Sequence[Measures]) -> str:
+    """Return the table of losses without each token's best expert."""
+    rows = [["without each token's best expert", "runs", "both", "loss added"]]
+    for arm in ARMS_WITH_CHOICE:
+        with_best = study.outcomes(CONFIRMATION, arm)
+        without = {each.seed: outcome(each.losses) for each in of_arm(measures, arm) if each.seed in with_best}
+        if without:
+            added = paired_difference(without, with_best)
+            rows.append([title(CONFIRMATION, arm), len(without), f"{mean([*without.values()]):.3f}", f"{added:+.3f}"])
+    return table(rows)
+
+
+def changing_table(measures: Sequence[Measures]) -> str:
+    """Return the table of the tokens that still change their expert, in per cent."""
+    rows = [["tokens that change their expert later", "runs", *(f"after {share:.0%}" for share in SHARES_OF_TRAINING)]]
+    for arm in ARMS_WITH_CHOICE:
+        series = [each.changing for each in of_arm(measures, arm) if each.changing]
+        for column, tokens in ((1, "all"), (2, "frequent ids")):
+            if series:
+                after = [[changing_after(each, share)[column] for share in SHARES_OF_TRAINING] for each in series]
+                cells = (f"{share:.1%}" for share in np.mean(after, axis=0))
+                rows.append([f"{title(CONFIRMATION, arm)}, {tokens}", len(series), *cells])
+    return table(rows)
+
+
+def changing_after(changing: Sequence[tuple[int, float, float]], share: float) -> tuple[int, float, float]:
+    """Return the entry of the checkpoint that is nearest to a share of the training."""
+    return min(changing, key=lambda entry: abs(entry[0] - share * changing[-1][0]))
+
+
+def draw(study: Study) -> Figure:
+    """Return a figure with a panel for each length, and in it a dot for each run, and each arm's mean and interval."""
+    lengths = {suite: length for suite, length in BLOCKS.items() if suite != "experts"}
+    figure = new_figure(8, 3.6)
+    for axes, (suite, length) in zip(figure.subplots(1, len(lengths), squeeze=False)[0], lengths.items(), strict=True):
+        for place, arm in enumerate(ARMS):
+            losses = [*study.outcomes(suite, arm).values()]
+            spread = [place + 0.3 * (number / max(1, len(losses) - 1) - 0.5) for number in range(len(losses))]
+            axes.scatter(spread, losses, s=18, alpha=0.6, color="#1f4e9c", linewidths=0)
+            if losses:
+                estimate = mean(losses)
+                error = 0 if math.isnan(estimate.half_width) else estimate.half_width
+                axes.errorbar(place + 0.28, estimate.mean, error, fmt="_", markersize=12, color="#c0392b", capsize=3)
+        axes.set_xticks(range(len(ARMS)), [title(suite, arm) for arm in ARMS])
+        axes.set_xlim(-0.5, len(ARMS) - 0.5)
+        axes.set_title(f"{length}, P = 40 %")
+        axes.set_ylabel("loss on prose and code (nats per token)")
+        tidy(axes)
+    return figure
+
+
+def said(estimate: Estimate) -> str:
+    """Return a difference as a part of a sentence."""
+    return f"{estimate:+.3f} (p = {estimate.p:.3f}, {estimate.n} pairs)" if estimate.n > 1 else "(too few runs yet)"
+
+
+def missing_runs(study: Study, measures: Sequence[Measures]) -> list[str]:
+    """Return what is missing, block by block."""
+    counts = {suite: study.missing(suite) for suite in ("rates", *CONTRASTS)}
+    lines = [f"{missing} of {planned} runs of {suite}" for suite, (missing, planned) in counts.items() if missing]
+    seeds = [(arm, seed) for arm in ARMS_WITH_CHOICE for seed in variants_of(CONFIRMATION)[arm].seeds]
+    unmeasured = [each for each in seeds if each not in {(found.variant, found.seed) for found in measures}]
+    return [*lines, *([f"the measures of {len(unmeasured)} of {len(seeds)} runs of confirm"] if unmeasured else [])]
+
+
+def render(study: Study, measures: Sequence[Measures]) -> str:
+    """Return the page."""
+    differences = {
+        (suite, own, baseline): study.difference(suite, own, baseline)
+        for suite, contrasts in CONTRASTS.items()
+        for own, baseline in contrasts
+    }
+    loader = jinja2.FileSystemLoader(Path(__file__).parent)
+    environment = jinja2.Environment(
+        loader=loader,
+        undefined=jinja2.StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+        keep_trailing_newline=True,
+    )
+    text = environment.get_template("page.md.j2").render(
+        name=NAME,
+        difference=lambda *names: differences[names],
+        said=said,
+        missing=missing_runs(study, measures),
+        rates=rates_table(study),
+        losses=losses_table(study),
+        differences=differences_table(study, {suite: f", {length}" for suite, length in BLOCKS.items()}),
+        interventions=differences_table(study, {"mechanism": ""}),
+        second_choices=second_choices_table(study, measures),
+        changing=changing_table(measures),
+    )
+    return wrap(text)
+
+
+def main() -> None:
+    """Write the page and its picture."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("table", type=Path, help="table of results, such as docs/study/results.jsonl")
+    parser.add_argument("--output", type=Path, metavar="DIR", help="folder of the page [that of the table]")
+    arguments = parser.parse_args()
+    path, folder = arguments.table, arguments.output or arguments.table.parent
+    study, measures = Study.read(path), read_measures(path.with_name("measures.jsonl"))
+    folder.mkdir(parents=True, exist_ok=True)
+    with atomic_output(folder / f"{NAME}.png") as temporary:
+        draw(study).savefig(temporary, format="png")
+    with atomic_output(folder / f"{NAME}.md") as temporary:
+        temporary.write_text(render(study, measures), encoding="utf-8")
+    print(*(f"missing: {each}" for each in missing_runs(study, measures)), sep="\n")
+
+
+if __name__ == "__main__":
+    main()
