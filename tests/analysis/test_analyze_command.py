@@ -72,6 +72,9 @@ def test_tables_have_the_statistics_of_the_traces(analysed_series, workplace):
             (of_layer,) = rows["layers.csv"]
             for name in ("entropy", "entropy_bound", "first_weight", "single_expert_share", "id_information"):
                 assert float(of_layer[name]) == pytest.approx(getattr(measured, name)[index], rel=1e-5)
+            shares = {(row["experts"], row["tokens"]): row["explained"] for row in rows["explained.csv"]}
+            assert [*shares] == [("first", "all"), ("first", "routable"), ("all", "all"), ("all", "routable")]
+            assert [*map(float, shares.values())] == pytest.approx(measured.explained[..., index].ravel(), rel=1e-5)
             listed = np.flatnonzero(np.bincount(ids) >= 8).tolist()
             assert [int(row["id"]) for row in rows["ids.csv"]] == listed
             assert [int(row["distinct"]) for row in rows["ids.csv"]] == measured.distinct[index].tolist()
