@@ -1,7 +1,7 @@
 """Writes the results of an analysis: tidy CSV files, plots, and a table for the terminal.
 
 Every CSV file starts with the columns `checkpoint` (the name of the model), `iteration` (empty if it is unknown) and
-`layer` (from 1). Information and entropy are in nats.
+`layer` (from 1). Entropy is in nats.
 """
 
 from collections.abc import Callable, Iterator
@@ -20,7 +20,7 @@ from maskmoe.files.outputs import atomic_output
 
 PLOT_NAMES = ("load.png", "bands.png", "explained.png", "fluctuation.png")
 _EXPERTS, _TOKENS = ("first", "all"), ("all", "routable")  # the axes of `RoutingStatistics.explained`
-_BY_LAYER = ("entropy", "entropy_bound", "first_weight", "single_expert_share", "id_information")
+_BY_LAYER = ("entropy", "entropy_bound", "first_weight", "single_expert_share")
 
 Rows = Iterator[tuple[Any, ...]]
 """The rows of one model: the position of the layer, and the cells after the column `layer`."""
@@ -107,7 +107,7 @@ def terminal_table(analysis: RoutingAnalysis) -> Iterator[str]:
         "changed": ".1%",
         "of V > 1": ".1%",
     }
-    yield "means over the layers; information and entropy in nats, per cent of tokens"
+    yield "means over the layers; entropy in nats, per cent of tokens or, by the id, of the uncertainty"
     yield f"{'model':<28}" + "".join(f"{title:>{len(title) + 3}}" for title in columns)
     for model, statistics in zip(analysis.models, analysis.statistics, strict=True):
         shown = [

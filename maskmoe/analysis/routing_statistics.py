@@ -98,7 +98,6 @@ class RoutingStatistics:
         entropy_bound: float64 [L], mean of ln V over these tokens, the largest possible mean entropy, in nats.
         first_weight: float64 [L], mean weight of a token's best expert over these tokens.
         single_expert_share: float64 [L], share of the tokens that see one expert.
-        id_information: float64 [L], mutual information of the id and the experts of a token, in nats.
         explained: float64 [2, 2, L], share of the uncertainty about the experts of a token that its id removes, see
             `explained_by_id`: of its best expert and of all its experts, for all tokens and for the tokens that see two
             or more experts.
@@ -117,7 +116,6 @@ class RoutingStatistics:
     entropy_bound: np.ndarray
     first_weight: np.ndarray
     single_expert_share: np.ndarray
-    id_information: np.ndarray
     explained: np.ndarray
     changed: np.ndarray | None
     top_ids: np.ndarray
@@ -149,7 +147,6 @@ def measure(
         entropy_bound=mean_where(np.log(trace.num_visible, dtype=np.float64), routable),
         first_weight=mean_where(trace.weights[..., 0], routable),
         single_expert_share=1 - routable.mean(axis=1),
-        id_information=np.array([mutual_information(choices) for choices in choices_of_ids(trace)]),
         explained=np.array(
             [
                 [_explained_of_layers(trace, experts, tokens) for tokens in (np.ones_like(routable), routable)]
@@ -204,16 +201,6 @@ def mean_where(values: np.ndarray, counted: np.ndarray) -> np.ndarray:
     """Return the mean over the counted elements of the last axis, float64 [L] of [L, T]; NaN if none is counted."""
     counted = np.broadcast_to(counted, values.shape)
     return _divide(np.where(counted, values, 0).sum(axis=-1, dtype=np.float64), counted.sum(axis=-1))
-
-
-def mutual_information(counts: np.ndarray) -> float:
-    """Return the mutual information of rows and columns of counts [rows, columns], in nats.
-
-    The mutual information is at most the logarithm of the smaller one of the numbers of rows and columns. It is
-    overestimated if rows have few counts.
-    """
-    information = _entropy(counts.sum(axis=1)) + _entropy(counts.sum(axis=0)) - _entropy(counts.ravel())
-    return max(float(information), 0.0)  # rounding may make the difference negative
 
 
 def _explained_of_layers(trace: RoutingTrace, experts: np.ndarray, is_counted: np.ndarray) -> list[float]:

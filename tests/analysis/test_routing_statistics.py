@@ -93,22 +93,6 @@ def test_entropy_without_choice():
     assert (found.single_expert_share == 1).all()
 
 
-def information_by_hand(xs: np.ndarray, ys: np.ndarray) -> float:
-    """Return the mutual information of paired observations, in nats."""
-    pairs = Counter(zip(xs.tolist(), ys.tolist(), strict=True))
-    of_x, of_y = Counter(xs.tolist()), Counter(ys.tolist())
-    total = pairs.total()
-    return sum(n / total * math.log(n * total / (of_x[x] * of_y[y])) for (x, y), n in pairs.items())
-
-
-def test_information_by_hand():
-    trace = make_trace()
-    for layer, information in enumerate(measure(trace).id_information):
-        is_chosen = trace.experts[layer] != NO_EXPERT
-        ids = np.repeat(trace.token_ids[:, None], 2, axis=1)[is_chosen]
-        assert information == pytest.approx(information_by_hand(ids, trace.experts[layer][is_chosen]))
-
-
 def draw_experts(
     num_ids: int, occurrences: int, num_experts: int, topk: int, decided: float, seed: int = 0
 ) -> tuple[np.ndarray, np.ndarray]:

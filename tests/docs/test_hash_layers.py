@@ -39,6 +39,7 @@ def make_router(layer_number: int) -> torch.nn.Module:
         num_attention_heads=1,
         num_moe_experts=NUM_EXPERTS,
         moe_router_topk=TOPK,
+        moe_router_dtype="fp32",
         moe_n_hash_layers=6,
         actual_vocab_size=PADDED_SIZE,
         use_cpu_initialization=True,
@@ -72,6 +73,7 @@ def test_commands_write_and_read_the_same_table(folder: Path) -> None:
     assert (folder / "hash_layers.png").read_bytes().startswith(b"\x89PNG")
 
 
+@pytest.mark.usefixtures("one_rank")
 def test_lines_load_the_table(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(folder)
     model = torch.nn.ModuleList([make_router(layer_number) for layer_number in range(2, 13, 2)])
