@@ -86,9 +86,14 @@ def test_a_mask_is_read_back_from_its_table(tables, name, stride, tmp_path_facto
 def test_a_shared_table_is_written_for_each_layer_with_experts(tmp_path):
     recipe = MaskRecipe.from_preset("top-k-hash", NUM_EXPERTS, 2, assignment="uniform", frequent_visible_experts=3)
     mask = build_routing_mask(replace(recipe, shared_table=True), vocab_size=VOCAB_SIZE)
-    names = ExpertTable.of_mask(mask).save(tmp_path / "t", "{layer}", positions_in_pattern("*-*E", 2))
-    assert names == ["3"]
-    assert_shows(mask, 0, load_file(tmp_path / "t")["3"])
+    positions = positions_in_pattern("*-*E", 2)
+    (name,) = ExpertTable.of_mask(mask).save(tmp_path / "t", TENSOR_NAMES["tid2eid"], positions)
+    assert name == "decoder.layers.3.mlp.router.tid2eid"
+    assert_shows(mask, 0, load_file(tmp_path / "t")[name])
+    for location in ("t", f"t:{TENSOR_NAMES['tid2eid']}"):
+        without, table = ExpertTable.read(f"{tmp_path}/{location}", positions).experts
+        assert without is None
+        assert_shows(mask, 1, table)
 
 
 @pytest.mark.parametrize(
