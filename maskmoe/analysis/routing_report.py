@@ -1,7 +1,7 @@
 """Writes the results of an analysis: tidy CSV files, plots, and a table for the terminal.
 
 Every CSV file starts with the columns `checkpoint` (the name of the model), `iteration` (empty if it is unknown) and
-`layer` (from 1). Information and entropy are in nats.
+`layer` (from 1). Entropy is in nats.
 """
 
 from collections.abc import Callable, Iterator
@@ -18,8 +18,9 @@ from maskmoe.analysis.routing_analysis import RoutingAnalysis
 from maskmoe.analysis.routing_statistics import RoutingStatistics, max_over_mean, mean_where
 from maskmoe.files.outputs import atomic_output
 
-PLOT_NAMES = ("load.png", "bands.png", "fluctuation.png")
-_BY_LAYER = ("entropy", "entropy_bound", "first_weight", "single_expert_share", "id_information")
+PLOT_NAMES = ("load.png", "bands.png", "explained.png", "fluctuation.png")
+_EXPERTS, _TOKENS = ("first", "all"), ("all", "routable")  # the axes of `RoutingStatistics.explained`
+_BY_LAYER = ("entropy", "entropy_bound", "first_weight", "single_expert_share")
 
 Rows = Iterator[tuple[Any, ...]]
 """The rows of one model: the position of the layer, and the cells after the column `layer`."""
@@ -47,6 +48,12 @@ def _load_rows(analysis: RoutingAnalysis, statistics: RoutingStatistics) -> Rows
     """Yield the assignments of each expert, by the frequency band of the ids."""
     for (layer, band, expert), assignments in np.ndenumerate(statistics.load):
         yield layer, analysis.bands.names[band], expert, assignments
+
+
+def _explained_rows(analysis: RoutingAnalysis, statistics: RoutingStatistics) -> Rows:
+    """Yield the shares of the routing that the id explains."""
+    for (experts, tokens, layer), explained in np.ndenumerate(statistics.explained):
+        yield layer, _EXPERTS[experts], _TOKENS[tokens], explained
 
 
 def _fluctuation_rows(analysis: RoutingAnalysis, statistics: RoutingStatistics) -> Rows:
@@ -80,6 +87,7 @@ def _top_id_rows(analysis: RoutingAnalysis, statistics: RoutingStatistics) -> Ro
 _TABLES: dict[str, tuple[tuple[str, ...], Callable[[RoutingAnalysis, RoutingStatistics], Rows]]] = {
     "layers.csv": (("load_max_over_mean", *_BY_LAYER), _layer_rows),
     "load.csv": (("band", "expert", "assignments"), _load_rows),
+    "explained.csv": (("experts", "tokens", "explained"), _explained_rows),
     "fluctuation.csv": (("tokens", "changed"), _fluctuation_rows),
     "ids.csv": (("id", "piece", "band", "occurrences", "distinct", "effective"), _id_rows),
     "top_ids.csv": (("expert", "rank", "id", "piece", "tokens", "share", "lift"), _top_id_rows),
@@ -94,17 +102,17 @@ def terminal_table(analysis: RoutingAnalysis) -> Iterator[str]:
         "entropy": ".3f",
         "of at most": ".3f",
         "one expert": ".1%",
-        "id–expert": ".3f",
+        "by the id": ".1%",
         "experts an id": ".2f",
         "changed": ".1%",
         "of V > 1": ".1%",
     }
-    yield "means over the layers; information and entropy in nats, per cent of tokens"
+    yield "means over the layers; entropy in nats, per cent of tokens or, by the id, of the uncertainty"
     yield f"{'model':<28}" + "".join(f"{title:>{len(title) + 3}}" for title in columns)
     for model, statistics in zip(analysis.models, analysis.statistics, strict=True):
         shown = [
             max_over_mean(statistics.load.sum(axis=1)),
-            *(statistics.entropy, statistics.entropy_bound, statistics.single_expert_share, statistics.id_information),
+            *(statistics.entropy, statistics.entropy_bound, statistics.single_expert_share, statistics.explained[0, 0]),
             statistics.distinct,
             *(() if statistics.changed is None else statistics.changed[:2]),
         ]
@@ -135,6 +143,7 @@ def write_plots(analysis: RoutingAnalysis, folder: Path) -> list[Path]:
         "load.png": _heat_maps(analysis, titles[0], {"": over_mean}, "RdBu_r", 2),
         "bands.png": _heat_maps(analysis, titles[1], dict(zip(analysis.bands.names, shares, strict=True)), "Blues", 1),
     }
+    figures["explained.png"] = _explained(analysis)
     if len(analysis.models) > 1:
         figures["fluctuation.png"] = _fluctuation(analysis)
     for stale in set(PLOT_NAMES) - figures.keys():
@@ -166,6 +175,27 @@ def _heat_maps(
         axes.set_yticks(range(num_layers), [str(layer) for layer in analysis.layers], fontsize="x-small")
         axes.xaxis.set_major_locator(MaxNLocator(nbins=8, integer=True))
     figure.colorbar(image, ax=figure.axes)
+    return figure
+
+
+def _explained(analysis: RoutingAnalysis) -> Figure:
+    """Draw the share of the routing that the id explains over the layers of the last model, for experts and tokens."""
+    explained = analysis.statistics[-1].explained
+    figure = Figure(dpi=130, layout="constrained")
+    axes = figure.subplots()
+    drawn: list[np.ndarray] = []
+    for (experts, tokens), style in np.ndenumerate([["C0o-", "C0s--"], ["C1o-", "C1s--"]]):
+        line = explained[experts, tokens]
+        # Lines coincide in models with k = 1, and in models in which every token has a choice.
+        if not any(np.array_equal(line, other) for other in drawn) and not np.isnan(line).all():
+            label = f"{('best expert', 'all k experts')[experts]}, {('all tokens', 'tokens with V > 1')[tokens]}"
+            axes.plot(analysis.layers, line, style, markersize=4, label=label)
+            drawn.append(line)
+    axes.set_title(f"Routing that the id alone explains, {analysis.models[-1].name}", fontsize="medium")
+    axes.set(xlabel="layer", ylabel="share of the uncertainty", ylim=(0, 1.02))
+    axes.xaxis.set_major_locator(MaxNLocator(integer=True))
+    axes.grid(alpha=0.4)
+    axes.legend(fontsize="small")
     return figure
 
 

@@ -17,6 +17,7 @@ from maskmoe.routing_mask.frequency import FrequencyBands
 
 SPLITS = ("train", "valid", "test")
 NO_EXPERT = -1
+_SHUFFLES = 4
 
 
 @dataclass(frozen=True)
@@ -97,7 +98,9 @@ class RoutingStatistics:
         entropy_bound: float64 [L], mean of ln V over these tokens, the largest possible mean entropy, in nats.
         first_weight: float64 [L], mean weight of a token's best expert over these tokens.
         single_expert_share: float64 [L], share of the tokens that see one expert.
-        id_information: float64 [L], mutual information of the id and the experts of a token, in nats.
+        explained: float64 [2, 2, L], share of the uncertainty about the experts of a token that its id removes, see
+            `explained_by_id`: of its best expert and of all its experts, for all tokens and for the tokens that see two
+            or more experts.
         changed: float64 [2 + B, L], share of its experts that a token changed since the previous model, as means over
             groups of tokens: all tokens, the tokens that see two or more experts in either model, and the tokens of
             each frequency band. None for the first model.
@@ -113,7 +116,7 @@ class RoutingStatistics:
     entropy_bound: np.ndarray
     first_weight: np.ndarray
     single_expert_share: np.ndarray
-    id_information: np.ndarray
+    explained: np.ndarray
     changed: np.ndarray | None
     top_ids: np.ndarray
     top_counts: np.ndarray
@@ -144,7 +147,12 @@ def measure(
         entropy_bound=mean_where(np.log(trace.num_visible, dtype=np.float64), routable),
         first_weight=mean_where(trace.weights[..., 0], routable),
         single_expert_share=1 - routable.mean(axis=1),
-        id_information=np.array([mutual_information(choices) for choices in choices_of_ids(trace)]),
+        explained=np.array(
+            [
+                [_explained_of_layers(trace, experts, tokens) for tokens in (np.ones_like(routable), routable)]
+                for experts in (trace.experts[..., :1], trace.experts)
+            ]
+        ),
         changed=None if before is None else mean_changes(before, trace, band_of_token, len(bands.names)),
         top_ids=top_ids,
         top_counts=top_counts,
@@ -195,14 +203,45 @@ def mean_where(values: np.ndarray, counted: np.ndarray) -> np.ndarray:
     return _divide(np.where(counted, values, 0).sum(axis=-1, dtype=np.float64), counted.sum(axis=-1))
 
 
-def mutual_information(counts: np.ndarray) -> float:
-    """Return the mutual information of rows and columns of counts [rows, columns], in nats.
+def _explained_of_layers(trace: RoutingTrace, experts: np.ndarray, is_counted: np.ndarray) -> list[float]:
+    """Return `explained_by_id` of each layer, for experts [L, T, k] and the tokens that are counted, bool [L, T]."""
+    return [
+        explained_by_id(trace.token_ids[counted], of_layer[counted], trace.num_experts)
+        for of_layer, counted in zip(experts, is_counted, strict=True)
+    ]
 
-    The mutual information is at most the logarithm of the smaller one of the numbers of rows and columns. It is
-    overestimated if rows have few counts.
+
+def explained_by_id(token_ids: np.ndarray, experts: np.ndarray, num_experts: int) -> float:
+    """Return the share of the uncertainty about the experts of a token in one layer that the token's id removes.
+
+    The share is I(expert; id) / H(expert) with both terms corrected for finite samples: the mutual information of ids
+    that were shuffled among the tokens is subtracted from both, which leaves 1 - H(expert | id) / H(expert | shuffled
+    id). The expected result is 0 if the experts do not depend on the id; it is 1 if the id decides the experts. In
+    between, ids with few occurrences bias the result: by up to 0.1 for 2 to 40 occurrences of each id and 16 or 64
+    experts. Tokens whose id occurs once do not count.
+
+    For k > 1 experts, the uncertainty is the sum over the experts of the entropy of "the token goes to this expert".
+
+    Args:
+        token_ids: int64 [T].
+        experts: int16 [T, k], the chosen experts or `NO_EXPERT`.
+        num_experts: Number of experts, N.
+
+    Returns:
+        The share, at most 1; NaN if nothing is uncertain even with shuffled ids, for example without tokens.
     """
-    information = _entropy(counts.sum(axis=1)) + _entropy(counts.sum(axis=0)) - _entropy(counts.ravel())
-    return max(float(information), 0.0)  # rounding may make the difference negative
+    ids, index, occurrences = np.unique(token_ids, return_inverse=True, return_counts=True)
+
+    def uncertainty(index: np.ndarray) -> float:
+        chosen = count_choices(experts, index, len(ids), num_experts) / occurrences[:, None]  # [U, N]
+        entropy = entr(chosen) if experts.shape[1] == 1 else entr(chosen) + entr(1 - chosen)
+        return float(occurrences @ entropy.sum(axis=1))
+
+    from scipy.special import entr  # the help of the command needs no scipy
+
+    rng = np.random.default_rng(0)
+    shuffled = np.mean([uncertainty(rng.permutation(index)) for _ in range(_SHUFFLES)])
+    return float(1 - uncertainty(index) / shuffled) if shuffled else np.nan
 
 
 def most_frequent_ids(trace: RoutingTrace, num_top: int) -> tuple[np.ndarray, np.ndarray]:

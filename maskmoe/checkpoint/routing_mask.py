@@ -1,9 +1,11 @@
 """The routing mask as tensors of a checkpoint, and the mask of a run, read from a mask file or a checkpoint."""
 
 import json
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 from torch.distributed import checkpoint as torch_checkpoint
@@ -13,6 +15,7 @@ from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 from maskmoe.checkpoint.integrity import read_checkpoint_layout
 from maskmoe.checkpoint.series import locate_checkpoint
 from maskmoe.errors import UserError
+from maskmoe.routing_mask.expert_table import TENSOR_NAMES, layer_of_tensor
 from maskmoe.routing_mask.mask import RoutingMask
 
 CHECKPOINT_PREFIX = "routing_mask."
@@ -54,18 +57,40 @@ def read_routing_mask(source: str | Path) -> RoutingMask:
     if not source.is_dir():
         return RoutingMask.load(source)
     checkpoint = locate_checkpoint(source)
-    layout = read_checkpoint_layout(checkpoint)
-    try:
-        buffers = {
-            name: torch.empty(entry.size, dtype=entry.properties.dtype)
-            for name, entry in layout.state_dict_metadata.items()
-            if name.startswith(CHECKPOINT_PREFIX) and isinstance(entry, TensorStorageMetadata)
-        }
-        if buffers:
-            torch_checkpoint.load(buffers, storage_reader=torch_checkpoint.FileSystemReader(checkpoint), no_dist=True)
-    # Torch's unpickler and zip reader raise exceptions of any class on damaged files.
-    except (Exception, CheckpointException) as error:
-        raise UserError(f"{checkpoint} is not a readable torch_dist checkpoint: its files are damaged") from error
+    buffers = _read_tensors(checkpoint, lambda name: name.startswith(CHECKPOINT_PREFIX))
     if not buffers:
         raise UserError(f"{checkpoint} holds no routing mask: it is not a checkpoint of MaskMoE")
     return routing_mask_from_buffers({name.removeprefix(CHECKPOINT_PREFIX): buffer for name, buffer in buffers.items()})
+
+
+def read_expert_tables(source: Path) -> dict[str, np.ndarray]:
+    """Read the tables of Megatron-Core's hash layers from a checkpoint, or the newest sound one in the folder of a run.
+
+    Returns:
+        The tables, int32 [vocab, k], by the names of their tensors.
+
+    Raises:
+        UserError: The source is missing or damaged, or holds no such table.
+    """
+    checkpoint = locate_checkpoint(source)
+    tables = _read_tensors(checkpoint, lambda name: layer_of_tensor(name) is not None)
+    if not tables:
+        raise UserError(f"{checkpoint} holds no expert table: no tensor is named as {TENSOR_NAMES['tid2eid']}")
+    return {name: table.numpy() for name, table in tables.items()}
+
+
+def _read_tensors(checkpoint: Path, is_wanted: Callable[[str], bool]) -> dict[str, Tensor]:
+    """Read the tensors of a checkpoint whose names are wanted; raise `UserError` if the checkpoint is damaged."""
+    layout = read_checkpoint_layout(checkpoint)
+    try:
+        tensors = {
+            name: torch.empty(entry.size, dtype=entry.properties.dtype)
+            for name, entry in layout.state_dict_metadata.items()
+            if is_wanted(name) and isinstance(entry, TensorStorageMetadata)
+        }
+        if tensors:
+            torch_checkpoint.load(tensors, storage_reader=torch_checkpoint.FileSystemReader(checkpoint), no_dist=True)
+    # Torch's unpickler and zip reader raise exceptions of any class on damaged files.
+    except (Exception, CheckpointException) as error:
+        raise UserError(f"{checkpoint} is not a readable torch_dist checkpoint: its files are damaged") from error
+    return tensors

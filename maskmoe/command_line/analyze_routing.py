@@ -10,13 +10,15 @@ Examples:
 
 files in --output-dir; each table has the columns checkpoint, iteration and layer, and:
   layers.csv       load (maximum over mean), entropy and its bound, weight of the best expert, share of tokens that see
-                   one expert, mutual information of ids and experts
+                   one expert
   load.csv         assignments of each expert, by the frequency band of the ids
+  explained.csv    share of the routing that the id alone explains: near 1, a hash layer would route alike
   fluctuation.csv  share of the experts that changed since the previous checkpoint, by group of tokens
   ids.csv          number of experts of each id that occurs often enough
   top_ids.csv      the most frequent ids of each expert
-  load.png, bands.png, fluctuation.png
-                   load of the experts, their tokens by frequency band, and changes (needs two checkpoints)
+  load.png, bands.png, explained.png, fluctuation.png
+                   load of the experts, their tokens by frequency band, routing that the id explains by layer, and
+                   changes (needs two checkpoints)
 """
 
 import argparse

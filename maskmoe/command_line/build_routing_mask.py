@@ -10,21 +10,25 @@ Example:
 
 import argparse
 import math
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import numpy as np
 
 from maskmoe.command_line import ranges
 from maskmoe.command_line.parser import add_force_argument, add_option, add_seed_argument, command_parser
-from maskmoe.errors import UserError
+from maskmoe.errors import UserError, counted
 from maskmoe.files.outputs import atomic_output, check_outputs
 from maskmoe.routing_mask.assignment import ASSIGNMENTS, PRESETS, MaskRecipe, build_routing_mask
-from maskmoe.routing_mask.expert_table import ExpertTable
+from maskmoe.routing_mask.expert_table import TENSOR_NAMES, ExpertTable
+from maskmoe.routing_mask.feed_forward_layers import positions_in_pattern
 from maskmoe.routing_mask.frequency import TokenFrequency, expected_expert_load, overloading_ids
 from maskmoe.routing_mask.mask import HashLayers, RoutingMask, describe_visible_experts
 
+_MODEL = ("num_experts", "num_layers")
 _HASH_LAYERS = ("hash_layers", "hash_visible_experts", "hash_assignment")
 _METHOD = ("frequent_mass", "frequent_visible_experts", "assignment")
 
@@ -32,24 +36,31 @@ _METHOD = ("frequent_mass", "frequent_visible_experts", "assignment")
 def parse_arguments() -> argparse.Namespace:
     """Parse the command line."""
     parser = command_parser(__doc__)
-    vocabulary = parser.add_argument_group("vocabulary (give one)").add_mutually_exclusive_group(required=True)
+    source = parser.add_argument_group("vocabulary and experts (give one or more)")
+    vocabulary = source.add_mutually_exclusive_group()
     add_option(vocabulary, "--token-frequency F", "file of token counts, counted in the training data", Path)
     size = "number of ids of the tokenizer, for masks that need no counts"
     add_option(vocabulary, "--vocab-size V", size, ranges.VOCAB_SIZE)
-    vocabulary.add_argument(
+    experts = source.add_mutually_exclusive_group()
+    experts.add_argument(
         "--expert-table",
         metavar="F[:TENSOR]",
-        help="a table that already names the experts of every id, of shape [vocab, k] for all layers or "
-        "[layers, vocab, k]: a .npy file, or a tensor of a safetensors file or of a folder of such files. {layer} in "
-        "TENSOR stands for the number of a layer; then each layer has a tensor [vocab, k], and in layers without a "
-        "tensor every id sees all experts. Example for DeepSeek-V4: FOLDER:model.layers.{layer}.mlp.gate.tid2eid",
+        help="a table that already names the experts of every id: a .npy file or a tensor of a safetensors file, of "
+        "shape [vocab, k] for all layers or [layers, vocab, k]; or a safetensors file or a folder of such files with a "
+        "tensor [vocab, k] for each hash layer, named as in Megatron-Core, DeepSeek-V4 or transformers, or by TENSOR "
+        "with {layer} for the number of the layer; or a checkpoint of Megatron-LM with hash layers. In layers without "
+        "a tensor every id sees all experts. Rows beyond the vocabulary are padding",
     )
+    mask = "write this mask: a file, a checkpoint, or the folder of a run's checkpoints"
+    add_option(experts, "--routing-mask F", mask, Path)
 
-    model = parser.add_argument_group("model")
-    add_option(model, "--num-experts N", "experts in each MoE layer", ranges.EXPERTS, required=True)
-    add_option(model, "--num-layers L", "transformer layers, with and without experts", ranges.LAYERS, required=True)
+    model = parser.add_argument_group("model (needed without --routing-mask)")
+    add_option(model, "--num-experts N", "experts in each MoE layer", ranges.EXPERTS)
+    add_option(model, "--num-layers L", "transformer layers, with and without experts", ranges.LAYERS)
     size = "number of expert-parallel ranks; required for rank-local assignment, otherwise it only adds the load of "
     add_option(model, "--expert-model-parallel-size E", f"{size}the ranks to the summary", ranges.RANKS)
+    pattern = "layers of a HybridModel, for the numbers of layers in the tensors' names of tid2eid tables"
+    add_option(model, "--hybrid-layer-pattern P", pattern)
 
     method = parser.add_argument_group("method")
     mass = "the most frequent ids that together make up this share (0 to 1) of all occurrences are the frequent ids"
@@ -77,8 +88,23 @@ def parse_arguments() -> argparse.Namespace:
     method.add_argument("--shared-table", action="store_true", help="use the same table in all layers")
     add_seed_argument(method, "the random choices")
     add_option(parser, "--output F", "file to write, .safetensors", Path, required=True)
+    kind = "mask: a routing mask; tid2eid, tid2eid-deepseek: int32 [vocab, k] for each layer in which every id sees k "
+    kind += "experts, with the names of Megatron-Core or of DeepSeek-V4"
+    add_option(parser, "--format", kind, choices=("mask", *TENSOR_NAMES), default="mask")
     add_force_argument(parser)
-    return parser.parse_args()
+    arguments = parser.parse_args()
+    if arguments.routing_mask:
+        decided = (*_MODEL, "vocab_size", "shared_table", *_METHOD, "preset", *_HASH_LAYERS)
+        _refuse(arguments, decided, "--routing-mask already decides the model and the experts of each id")
+        return arguments
+    if missing := [name for name in _MODEL if getattr(arguments, name) is None]:
+        raise UserError(f"{_flags(missing)} missing")
+    if not (arguments.token_frequency or arguments.vocab_size or arguments.expert_table):
+        raise UserError("give --token-frequency, --vocab-size, --expert-table or --routing-mask")
+    if arguments.expert_table:
+        decided = (*_METHOD, "preset", *_HASH_LAYERS, "shared_table")
+        _refuse(arguments, decided, "--expert-table already decides the experts of each id")
+    return arguments
 
 
 def recipe_from(arguments: argparse.Namespace) -> MaskRecipe:
@@ -136,27 +162,61 @@ def _with_hash_layers(recipe: MaskRecipe, arguments: argparse.Namespace) -> Mask
     return MaskRecipe.from_preset("hash" if assignment == "uniform" else "hash-balanced", **sizes)
 
 
-def mask_from_table(arguments: argparse.Namespace) -> RoutingMask:
-    """Return the mask that `--expert-table` describes.
+def _refuse(arguments: argparse.Namespace, names: Sequence[str], reason: str) -> None:
+    """Raise a `UserError` with a reason if any of the flags was given."""
+    if given := [name for name in names if getattr(arguments, name) not in (None, False)]:
+        raise UserError(f"{reason}; leave {_flags(given)} out")
+
+
+def read_mask(source: Path) -> RoutingMask:
+    """Read a routing mask from a file or a checkpoint.
 
     Raises:
-        UserError: The table cannot be used, or a flag is given that the table already decides.
+        UserError: The source is missing or damaged, or holds no routing mask.
     """
-    given = [name for name in (*_METHOD, "preset", *_HASH_LAYERS) if getattr(arguments, name) is not None]
-    if arguments.shared_table:
-        given.append("shared_table")
-    if given:
-        raise UserError(f"--expert-table already decides the experts of each id; leave {_flags(given)} out")
-    table = ExpertTable.read(arguments.expert_table, arguments.num_layers)
-    if repeats := table.num_ids_with_repeats:
-        print(f"WARNING: {repeats:,} ids name an expert more than once; they see each named expert once")
-    return table.to_mask(arguments.num_experts, arguments.num_layers)
+    return _checkpoint_reader().read_routing_mask(source) if source.is_dir() else RoutingMask.load(source)
+
+
+def _checkpoint_reader() -> ModuleType:
+    """Return the module that reads checkpoints, which imports torch and Megatron: that takes seconds."""
+    from maskmoe.megatron_compat import prepare_process
+
+    prepare_process()
+    from maskmoe.checkpoint import routing_mask
+
+    return routing_mask
+
+
+def _make_mask(arguments: argparse.Namespace, frequency: TokenFrequency | None) -> RoutingMask:
+    """Return the mask that the flags describe: a given mask, the mask of a table, or a new mask.
+
+    Raises:
+        UserError: An input cannot be used, or flags contradict each other.
+    """
+    if arguments.routing_mask:
+        return read_mask(arguments.routing_mask)
+    if not arguments.expert_table:
+        source = {"frequency": frequency, "vocab_size": arguments.vocab_size}
+        return build_routing_mask(recipe_from(arguments), **source, progress=True)
+    folder, positions = Path(arguments.expert_table), _positions(arguments, arguments.num_layers)
+    if folder.is_dir() and not any(folder.glob("*.safetensors")):
+        table = ExpertTable.of_tensors(folder.name, _checkpoint_reader().read_expert_tables(folder), positions)
+    else:
+        table = ExpertTable.read(arguments.expert_table, positions)
+    vocab_size = frequency.vocab_size if frequency else arguments.vocab_size
+    return table.to_mask(arguments.num_experts, arguments.num_layers, vocab_size)
+
+
+def _positions(arguments: argparse.Namespace, num_layers: int) -> Sequence[int | None]:
+    """Return the number of each layer in the names of tensors, see `ExpertTable.read`."""
+    pattern = arguments.hybrid_layer_pattern
+    return range(num_layers) if pattern is None else positions_in_pattern(pattern, num_layers)
 
 
 def _inputs(arguments: argparse.Namespace) -> list[Path]:
     """Return the files and folders that the command reads."""
     table = arguments.expert_table and Path(ExpertTable.path_of(arguments.expert_table))
-    return [path for path in (arguments.token_frequency, table) if path]
+    return [path for path in (arguments.token_frequency, table, arguments.routing_mask) if path]
 
 
 def _flags(names: list[str]) -> str:
@@ -225,16 +285,21 @@ def main() -> None:
     """Build the mask, write it and print a summary."""
     arguments = parse_arguments()
     num_ranks = arguments.expert_model_parallel_size
-    if num_ranks is not None and arguments.num_experts % num_ranks:
-        raise UserError(f"{arguments.num_experts} experts cannot be divided over {num_ranks} expert-parallel ranks")
     check_outputs([arguments.output], _inputs(arguments), arguments.force)
     frequency = TokenFrequency.load(arguments.token_frequency) if arguments.token_frequency else None
     with atomic_output(arguments.output) as temporary:
-        if arguments.expert_table:
-            mask = mask_from_table(arguments)
+        mask = _make_mask(arguments, frequency)
+        if frequency and frequency.vocab_size != mask.vocab_size:
+            raise UserError(f"--token-frequency counts {frequency.vocab_size:,} ids, the mask has {mask.vocab_size:,}")
+        if num_ranks is not None and mask.num_experts % num_ranks:
+            raise UserError(f"{mask.num_experts} experts cannot be divided over {num_ranks} expert-parallel ranks")
+        if arguments.format == "mask":
+            tensors = []
+            mask.save(temporary)
         else:
-            source = {"frequency": frequency, "vocab_size": arguments.vocab_size}
-            mask = build_routing_mask(recipe_from(arguments), **source, progress=True)
-        mask.save(temporary)
+            positions = _positions(arguments, mask.num_layers)
+            tensors = ExpertTable.of_mask(mask).save(temporary, TENSOR_NAMES[arguments.format], positions)
     print_summary(mask, frequency, num_ranks)
+    if tensors:
+        print(f"tensors          {counted(len(tensors), 'tensor')}, the first is {tensors[0]}")
     print(f"written          {arguments.output}")

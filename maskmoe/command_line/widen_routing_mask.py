@@ -15,7 +15,7 @@ from pathlib import Path
 import numpy as np
 
 from maskmoe.command_line import ranges
-from maskmoe.command_line.build_routing_mask import describe_imbalance, warn_of_overload
+from maskmoe.command_line.build_routing_mask import describe_imbalance, read_mask, warn_of_overload
 from maskmoe.command_line.parser import add_force_argument, add_option, add_seed_argument, command_parser
 from maskmoe.files.outputs import atomic_output, check_outputs
 from maskmoe.routing_mask.frequency import TokenFrequency, expected_expert_load
@@ -39,23 +39,6 @@ def parse_arguments() -> argparse.Namespace:
     add_option(parser, "--output F", "file to write, .safetensors", Path, required=True)
     add_force_argument(parser)
     return parser.parse_args()
-
-
-def read_mask(source: Path) -> RoutingMask:
-    """Read a routing mask from a file or a checkpoint.
-
-    Raises:
-        UserError: The source is missing or damaged, or holds no routing mask.
-    """
-    if not source.is_dir():
-        return RoutingMask.load(source)
-    # Checkpoints need torch and Megatron, whose imports take seconds.
-    from maskmoe.megatron_compat import prepare_process
-
-    prepare_process()
-    from maskmoe.checkpoint.routing_mask import read_routing_mask
-
-    return read_routing_mask(source)
 
 
 def print_summary(old: RoutingMask, new: RoutingMask, frequency: TokenFrequency | None) -> None:

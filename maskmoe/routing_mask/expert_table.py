@@ -1,21 +1,43 @@
-"""Turn tables of the experts of every token id, as models with hash layers have them, into routing masks."""
+"""Tables of the experts of every token id, as models with hash layers have them: files, and conversion to masks."""
 
 import hashlib
 import os
-from collections.abc import Sequence
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Self
 
 import numpy as np
 from safetensors import SafetensorError, safe_open
+from safetensors.numpy import save
 
-from maskmoe.errors import UserError
+from maskmoe.errors import UserError, counted
+from maskmoe.files.outputs import atomic_output
 from maskmoe.files.untrusted import UnusableFile, check_regular
 from maskmoe.routing_mask.assignment import stack_tables, table_of_sets
 from maskmoe.routing_mask.mask import MaskProvenance, RoutingMask
 
 ASSIGNMENT = "expert-table"
+TENSOR_NAMES = {
+    "tid2eid": "decoder.layers.{layer}.mlp.router.tid2eid",
+    "tid2eid-deepseek": "layers.{layer}.ffn.gate.tid2eid",
+}
+"""The names of the layers' tables in Megatron-Core's models and in DeepSeek-V4's checkpoints, by format."""
 _LAYER = "{layer}"
+# transformers renames DeepSeek-V4's tensors to `model.layers.0.mlp.gate.tid2eid`.
+_KNOWN_NAME = re.compile(
+    r"(?:decoder\.layers\.(\d+)\.mlp\.router|(?:model\.)?layers\.(\d+)\.(?:ffn|mlp)\.gate)\.tid2eid"
+)
+_MAX_IDS = 3  # in an error
+_ADVICE = "make the mask with --preset top-k-hash or --hash-layers"
+
+
+def layer_of_tensor(name: str) -> int | None:
+    """Return the layer, from 0, whose table has this name in Megatron-Core, DeepSeek-V4 or transformers, or None."""
+    match = _KNOWN_NAME.fullmatch(name)
+    return int(match[1] or match[2]) if match else None
 
 
 @dataclass(frozen=True)
@@ -51,60 +73,140 @@ class ExpertTable:
         return [table for table in self.experts if table is not None]
 
     @classmethod
-    def read(cls, location: str, num_layers: int) -> "ExpertTable":
+    def read(cls, location: str, positions: Sequence[int | None]) -> Self:
         """Read a table from a file.
 
         Args:
-            location: `F.npy`, `F.safetensors` with a single tensor, `F.safetensors:TENSOR`, or `FOLDER:TENSOR` for a
-                tensor in any safetensors file of a folder. The tensor has the shape `[vocab, k]` or
-                `[layers, vocab, k]`. If its name contains `{layer}`, there is one tensor `[vocab, k]` for each layer,
-                as in DeepSeek-V4 (`model.layers.{layer}.mlp.gate.tid2eid`); layers without a tensor have no table.
-            num_layers: Number of layers of the model.
+            location: `F.npy`, or `F.safetensors` or a folder of such files, with or without `:TENSOR`. The tensor has
+                the shape `[vocab, k]` or `[layers, vocab, k]`. If TENSOR contains `{layer}`, there is one tensor
+                `[vocab, k]` for each layer, and layers without a tensor have no table. Without TENSOR, the tables are
+                the tensors that `layer_of_tensor` knows, or the only tensor.
+            positions: The number of each layer in the names of tensors; None for a layer without experts.
 
         Raises:
             UserError: The file or the tensor is missing or damaged, or is not a table of experts.
         """
         path, separator, tensor = location.partition(":")
-        names = [tensor.replace(_LAYER, str(layer)) for layer in range(num_layers)] if _LAYER in tensor else [tensor]
-        found = _read_tensors(Path(path), names if tensor else None)
-        if tensor and not found:
-            others = ", and none of any other layer" if _LAYER in tensor else ""
-            raise UserError(f"expert table {path} has no tensor {names[0]}{others}")
-        name = Path(path).name + separator + tensor
+        name, file_of = Path(path).name + separator + tensor, _files_of_tensors(Path(path))
         if _LAYER in tensor:
-            return cls(name, [found.get(of_layer) for of_layer in names])
-        if len(found) != 1:
-            raise UserError(f"expert table {path} has {len(found)} tensors; name one after a colon")
-        (table,) = found.values()
+            names = [None if layer is None else tensor.replace(_LAYER, str(layer)) for layer in positions]
+            experts = [_read_tensor(file_of[each], each) if each in file_of else None for each in names]
+            if not any(each is not None for each in experts):
+                raise UserError(f"expert table {path} has no tensor {names[0]}, and none of any other layer")
+            return cls(name, experts)
+        if not tensor and (known := [each for each in file_of if layer_of_tensor(each) is not None]):
+            return cls.of_tensors(name, {each: _read_tensor(file_of[each], each) for each in known}, positions)
+        if tensor and tensor not in file_of:
+            raise UserError(f"expert table {path} has no tensor {tensor}")
+        if not tensor and len(file_of) != 1:
+            raise UserError(f"expert table {path} has {len(file_of)} tensors; name one after a colon")
+        tensor = tensor or next(iter(file_of))
+        table = _read_tensor(file_of[tensor], tensor)
         # A tensor of three dimensions has a table for each layer.
-        if table.ndim == 3 and len(table) not in (1, num_layers):
-            raise UserError(f"expert table {location} is for {len(table)} layers, but the model has {num_layers}")
+        if table.ndim == 3 and len(table) not in (1, len(positions)):
+            raise UserError(f"expert table {location} is for {len(table)} layers, but the model has {len(positions)}")
         return cls(name, list(table) if table.ndim == 3 else [table])
+
+    @classmethod
+    def of_tensors(cls, name: str, tensors: Mapping[str, np.ndarray], positions: Sequence[int | None]) -> Self:
+        """Return the table of a model whose first layers with experts have tensors that `layer_of_tensor` knows.
+
+        Args:
+            name: Name of the file.
+            tensors: The tables by the names of their tensors.
+            positions: See `read`.
+
+        Raises:
+            UserError: A layer with experts lacks a table and a later layer has one, or see `ExpertTable`.
+        """
+        table_of = {layer: name for name in tensors if (layer := layer_of_tensor(name)) is not None}
+        layers = [layer for layer in positions if layer is not None][: len(tensors)]
+        if sorted(table_of) != layers:
+            raise UserError(
+                f"expert table {name} has tables of the layers {', '.join(map(str, sorted(table_of)))}, but the first "
+                f"{counted(len(tensors), 'layer')} with experts must have them: {', '.join(map(str, layers))}; add "
+                "missing files, give --hybrid-layer-pattern for a HybridModel, or name the tensors as in "
+                f"{name}:{TENSOR_NAMES['tid2eid']}"
+            )
+        return cls(name, [tensors[table_of[layer]] if layer in table_of else None for layer in positions])
+
+    @classmethod
+    def of_mask(cls, mask: RoutingMask) -> Self:
+        """Return the table of a mask in which every id sees k experts, int32, or all experts in some of the layers.
+
+        Raises:
+            UserError: Some ids see another number of experts, or all ids see all experts in all layers.
+        """
+        experts: list[np.ndarray | None] = []
+        topk = 0
+        for layer in range(len(mask.row_of_id)):
+            num_visible = mask.num_visible_of_layer(layer)
+            if num_visible.min() == mask.num_experts:
+                experts.append(None)
+                continue
+            topk = topk or int(np.bincount(num_visible).argmax())
+            others = np.flatnonzero(num_visible != topk)
+            if len(others):
+                named = ", ".join(f"id {each} sees {num_visible[each]}" for each in others[:_MAX_IDS])
+                raise UserError(
+                    f"a tid2eid table has equally many experts for every id, but in table {layer} of the mask "
+                    f"{len(others):,} of {mask.vocab_size:,} ids see another number than {topk}: {named}"
+                    f"{', …' if len(others) > _MAX_IDS else ''}; {_ADVICE}"
+                )
+            experts.append(np.nonzero(mask.visible_sets(layer))[1].reshape(-1, topk).astype(np.int32))
+        if not topk:
+            raise UserError(
+                f"every id sees all experts in all layers of the mask, so there is no tid2eid table to write; {_ADVICE}"
+            )
+        return cls(mask.digest, experts)
+
+    def save(self, path: str | os.PathLike[str], tensor: str, positions: Sequence[int | None]) -> list[str]:
+        """Write a safetensors file with a tensor for each layer that has a table, atomically.
+
+        Args:
+            path: The file to write.
+            tensor: The names of the tensors, with `{layer}` for the number of a layer.
+            positions: See `read`.
+
+        Returns:
+            The names of the tensors.
+
+        Raises:
+            UserError: The file cannot be written.
+        """
+        experts = self.experts if len(self.experts) > 1 else [self.experts[0]] * len(positions)
+        tensors = {
+            tensor.replace(_LAYER, str(layer)): np.ascontiguousarray(table)
+            for layer, table in zip(positions, experts, strict=True)
+            if layer is not None and table is not None
+        }
+        with atomic_output(path) as temporary:
+            temporary.write_bytes(save(tensors, {"routing_mask": self.name}))
+        return list(tensors)
 
     @staticmethod
     def path_of(location: str) -> str:
         """Return the file or folder of a location, see `read`."""
         return location.partition(":")[0]
 
-    @property
-    def num_ids_with_repeats(self) -> int:
-        """Number of ids that name an expert more than once in at least one layer."""
-        repeats = [(np.diff(np.sort(table, axis=1), axis=1) == 0).any(axis=1) for table in self.tables]
-        return int(np.logical_or.reduce(repeats).sum())
-
-    def to_mask(self, num_experts: int, num_layers: int) -> RoutingMask:
-        """Return the mask in which every id sees the experts that the table names.
-
-        An id sees V = k experts, or fewer if the table repeats an expert.
+    def to_mask(self, num_experts: int, num_layers: int, vocab_size: int | None = None) -> RoutingMask:
+        """Return the mask in which every id sees the k experts that the table names.
 
         Args:
             num_experts: N, the number of experts in a layer.
             num_layers: Number of layers of the model.
+            vocab_size: Number of ids of the tokenizer, at most that of the table, which may be padded; None for all
+                ids of the table.
 
         Raises:
-            UserError: The table names an expert that does not exist.
+            UserError: The table names an expert that does not exist or the same expert twice, or has too few ids.
         """
-        for table in self.tables:
+        if vocab_size is not None and len(self.tables[0]) < vocab_size:
+            raise UserError(
+                f"expert table {self.name} has {len(self.tables[0]):,} ids, but the tokenizer has {vocab_size:,}"
+            )
+        all_experts = [None if table is None else table[:vocab_size] for table in self.experts]
+        for table in (table for table in all_experts if table is not None):
             outside = np.argwhere((table < 0) | (table >= num_experts))
             if len(outside):
                 token_id, column = outside[0]
@@ -112,12 +214,18 @@ class ExpertTable:
                     f"expert table {self.name} gives id {token_id} the expert {table[token_id, column]}, but the "
                     f"experts are 0 to {num_experts - 1}"
                 )
-        vocab_size, most = len(self.tables[0]), max(table.shape[1] for table in self.tables)
+            repeated = np.flatnonzero((np.diff(np.sort(table, axis=1), axis=1) == 0).any(axis=1))
+            if len(repeated):
+                raise UserError(
+                    f"expert table {self.name} gives {len(repeated):,} ids an expert twice, such as id {repeated[0]}: "
+                    f"{', '.join(map(str, table[repeated[0]]))}; every expert of an id must be another one"
+                )
+        num_ids, most = len(self.tables[0][:vocab_size]), max(table.shape[1] for table in self.tables)
         digest, tables = hashlib.sha256(), []
-        for experts in self.experts:
+        for experts in all_experts:
             digest.update(b"-" if experts is None else np.ascontiguousarray(experts, dtype="<i8").tobytes())
             # Without a table, every id sees all experts.
-            visible = np.full((vocab_size, num_experts), experts is None)
+            visible = np.full((num_ids, num_experts), experts is None)
             if experts is not None:
                 np.put_along_axis(visible, experts, True, axis=1)
             tables.append(table_of_sets(visible))
@@ -129,24 +237,39 @@ class ExpertTable:
             shared_table=len(tables) == 1,
             expert_table={"name": self.name, "sha256": digest.hexdigest()},
         )
-        return RoutingMask(*stack_tables(tables, num_experts), vocab_size, num_experts, num_layers, provenance)
+        return RoutingMask(*stack_tables(tables, num_experts), num_ids, num_experts, num_layers, provenance)
 
 
-def _read_tensors(path: Path, names: Sequence[str] | None) -> dict[str, np.ndarray]:
-    """Return the array of a .npy file, or the named tensors, all if None, of a safetensors file or a folder of them."""
-    found: dict[str, np.ndarray] = {}
+def _files_of_tensors(path: Path) -> dict[str, Path]:
+    """Return the file of each tensor of a safetensors file or of a folder of such files; a .npy file has one, ""."""
+    file_of: dict[str, Path] = {}
     for file in sorted(path.glob("*.safetensors")) if os.path.isdir(path) else [path]:
-        try:
+        with _reading(file):
             check_regular(file)
             if file.suffix == ".npy":
-                return {"": np.load(file, mmap_mode="r", allow_pickle=False)}
+                return {"": file}
             with safe_open(file, framework="numpy") as tensors:
-                wanted = set(tensors.keys()).intersection(names or tensors.keys())
-                found |= {name: tensors.get_tensor(name) for name in wanted}
-        except UnusableFile as error:
-            raise UserError(f"expert table {error}") from error
-        except OSError as error:
-            raise UserError(f"cannot read expert table {file}: {error.strerror or error}") from error
-        except (EOFError, SafetensorError, TypeError, ValueError) as error:
-            raise UserError(f"expert table {file} is not a readable file of integers: {error}") from error
-    return found
+                file_of |= dict.fromkeys(tensors.keys(), file)
+    return file_of
+
+
+def _read_tensor(file: Path, name: str) -> np.ndarray:
+    """Return a tensor of a safetensors file, or the array of a .npy file."""
+    with _reading(file):
+        if file.suffix == ".npy":
+            return np.load(file, mmap_mode="r", allow_pickle=False)
+        with safe_open(file, framework="numpy") as tensors:
+            return tensors.get_tensor(name)
+
+
+@contextmanager
+def _reading(file: Path) -> Iterator[None]:
+    """Turn failures to read a file into a `UserError` that names the file."""
+    try:
+        yield
+    except UnusableFile as error:
+        raise UserError(f"expert table {error}") from error
+    except OSError as error:
+        raise UserError(f"cannot read expert table {file}: {error.strerror or error}") from error
+    except (EOFError, SafetensorError, TypeError, ValueError) as error:
+        raise UserError(f"expert table {file} is not a readable file of integers: {error}") from error

@@ -5,7 +5,9 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Self
 
-_MLP, _MOE, _PREDICTION = "-", "E", "/"
+from maskmoe.errors import UserError, counted
+
+_MLP, _MOE, _STAGE, _PREDICTION = "-", "E", "|", "/"
 
 
 @dataclass(frozen=True)
@@ -79,6 +81,32 @@ class FeedForwardLayers:
         if num_tables == 1:
             return 0
         return number - 1 if num_tables == len(self.has_experts) else sum(self.has_experts[: number - 1])
+
+
+def positions_in_pattern(pattern: str, num_layers: int) -> list[int | None]:
+    """Return the number, from 0, that each layer of a mask has among the decoder layers of a `HybridModel`.
+
+    Args:
+        pattern: The model's `--hybrid-layer-pattern`.
+        num_layers: Number of layers of the mask, which are the decoder's MoE layers or all its feed-forward layers.
+
+    Returns:
+        The numbers, which Megatron-Core's names of tensors contain; None for a feed-forward layer without experts.
+
+    Raises:
+        UserError: The pattern has another number of layers.
+    """
+    symbols = pattern.partition(_PREDICTION)[0].replace(_STAGE, "")
+    feed_forward = [layer for layer, symbol in enumerate(symbols) if symbol in (_MLP, _MOE)]
+    moe = [layer for layer in feed_forward if symbols[layer] == _MOE]
+    if num_layers == len(moe):
+        return list(moe)
+    if num_layers == len(feed_forward):
+        return [layer if layer in moe else None for layer in feed_forward]
+    raise UserError(
+        f"--hybrid-layer-pattern '{pattern}' has {len(moe)} E and {len(feed_forward) - len(moe)} - in its decoder, but "
+        f"the mask is for {counted(num_layers, 'layer')}"
+    )
 
 
 def expand_layer_frequency(frequency: int | list[int], num_layers: int) -> list[bool]:

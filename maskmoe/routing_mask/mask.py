@@ -289,12 +289,14 @@ def unpack_bits(visible_bits: np.ndarray, num_experts: int) -> np.ndarray:
 
 
 def describe_visible_experts(mask: RoutingMask) -> str:
-    """Say how many experts the ids see, in one clause; hash layers come first if the mask has some."""
-    beyond = _describe(mask.num_visible_beyond_hash_layers, mask.num_experts)
-    hashed = mask.provenance.hash_layers
-    if not hashed:
+    """Say how many experts the ids see, in one clause; layers below that see other numbers come first."""
+    last = mask.num_visible_beyond_hash_layers
+    tables = range(len(mask.row_of_id))
+    num_first = next(table for table in tables if np.array_equal(mask.num_visible_of_layer(table), last))
+    beyond = _describe(last, mask.num_experts)
+    if not num_first:
         return beyond
-    layers = f"the first {hashed.num_layers} layers" if hashed.num_layers > 1 else "the first layer"
+    layers = f"the first {num_first} layers" if num_first > 1 else "the first layer"
     return f"in {layers}, {_describe(mask.num_visible_of_layer(0), mask.num_experts)}; after that, {beyond}"
 
 

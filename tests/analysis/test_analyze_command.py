@@ -70,8 +70,11 @@ def test_tables_have_the_statistics_of_the_traces(analysed_series, workplace):
             load = {(row["band"], int(row["expert"])): int(row["assignments"]) for row in rows["load.csv"]}
             assert load == {(BANDS[band], n): count for (band, n), count in np.ndenumerate(measured.load[index])}
             (of_layer,) = rows["layers.csv"]
-            for name in ("entropy", "entropy_bound", "first_weight", "single_expert_share", "id_information"):
+            for name in ("entropy", "entropy_bound", "first_weight", "single_expert_share"):
                 assert float(of_layer[name]) == pytest.approx(getattr(measured, name)[index], rel=1e-5)
+            shares = {(row["experts"], row["tokens"]): row["explained"] for row in rows["explained.csv"]}
+            assert [*shares] == [("first", "all"), ("first", "routable"), ("all", "all"), ("all", "routable")]
+            assert [*map(float, shares.values())] == pytest.approx(measured.explained[..., index].ravel(), rel=1e-5)
             listed = np.flatnonzero(np.bincount(ids) >= 8).tolist()
             assert [int(row["id"]) for row in rows["ids.csv"]] == listed
             assert [int(row["distinct"]) for row in rows["ids.csv"]] == measured.distinct[index].tolist()

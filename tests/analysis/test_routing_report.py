@@ -17,6 +17,7 @@ def test_plots(tmp_path, monkeypatch, num_models, layers, num_experts):
     statistics = [
         SimpleNamespace(
             load=random.poisson(5, (len(layers), 3, num_experts)),
+            explained=random.uniform(0, 1, (2, 2, len(layers))),
             changed=random.uniform(0, 1, (5, len(layers))) if model else None,
         )
         for model in range(num_models)
@@ -30,7 +31,7 @@ def test_plots(tmp_path, monkeypatch, num_models, layers, num_experts):
         Figure, "savefig", lambda figure, *args, **options: (figures.append(figure), save(figure, *args, **options))
     )
     paths = write_plots(analysis, tmp_path)
-    assert [path.name for path in paths] == list(PLOT_NAMES[: 3 if num_models > 1 else 2])
+    assert [path.name for path in paths] == list(PLOT_NAMES[: 4 if num_models > 1 else 3])
     assert {path.name for path in tmp_path.iterdir()} == {path.name for path in paths}
     assert all(path.read_bytes().startswith(b"\x89PNG") for path in paths)
     load = statistics[-1].load
@@ -39,6 +40,23 @@ def test_plots(tmp_path, monkeypatch, num_models, layers, num_experts):
     shares = [axes.images[0].get_array() for axes in figures[1].axes[:3]]
     np.testing.assert_allclose(np.sum(shares, axis=0), np.ones((len(layers), num_experts)))
     np.testing.assert_allclose(shares[0], load[:, 0] / load.sum(axis=1))
+    explained = [line.get_ydata() for line in figures[2].axes[0].lines]
+    assert np.array_equal(explained, statistics[-1].explained.reshape(4, -1))
     if num_models > 1:
-        lines = figures[2].axes[0].lines
+        lines = figures[3].axes[0].lines
         assert np.array_equal([line.get_ydata() for line in lines], np.stack([s.changed[1] for s in statistics[1:]]).T)
+
+
+def test_plot_of_the_explained_routing_has_no_line_twice(tmp_path, monkeypatch):
+    """With k = 1 the best expert is the only one, and in a hash layer no token has a choice."""
+    of_first = np.array([[0.9, 0.5], [np.nan, np.nan]])
+    statistics = SimpleNamespace(load=np.ones((2, 3, 4)), explained=np.stack([of_first, of_first]), changed=None)
+    models = [SimpleNamespace(name="name")]
+    analysis = RoutingAnalysis(
+        models, [statistics], (1, 2), np.ones(9, int), FrequencyBands(np.ones(9)), np.arange(9), {}
+    )
+    figures = []
+    monkeypatch.setattr(Figure, "savefig", lambda figure, *args, **options: figures.append(figure))
+    write_plots(analysis, tmp_path)
+    (line,) = figures[2].axes[0].lines
+    assert line.get_label() == "best expert, all tokens"

@@ -93,20 +93,61 @@ def test_entropy_without_choice():
     assert (found.single_expert_share == 1).all()
 
 
-def information_by_hand(xs: np.ndarray, ys: np.ndarray) -> float:
-    """Return the mutual information of paired observations, in nats."""
-    pairs = Counter(zip(xs.tolist(), ys.tolist(), strict=True))
-    of_x, of_y = Counter(xs.tolist()), Counter(ys.tolist())
-    total = pairs.total()
-    return sum(n / total * math.log(n * total / (of_x[x] * of_y[y])) for (x, y), n in pairs.items())
+def draw_experts(
+    num_ids: int, occurrences: int, num_experts: int, topk: int, decided: float, seed: int = 0
+) -> tuple[np.ndarray, np.ndarray]:
+    """Draw ids [T] and experts [T, k] of tokens: with a probability `decided` those of the id, else uniform ones."""
+    rng = np.random.default_rng(seed)
+    token_ids = rng.permutation(np.repeat(np.arange(num_ids), occurrences))
+    of_id = rng.random((num_ids, num_experts)).argsort(axis=1)
+    any_experts = rng.random((len(token_ids), num_experts)).argsort(axis=1)
+    is_decided = rng.random(len(token_ids)) < decided
+    return token_ids, np.where(is_decided[:, None], of_id[token_ids], any_experts)[:, :topk].astype(np.int16)
 
 
-def test_information_by_hand():
+@pytest.mark.parametrize("topk", [1, 3])
+@pytest.mark.parametrize(("num_ids", "occurrences"), [(800, 3), (300, 40)])
+def test_explained_by_id_at_both_ends(topk, num_ids, occurrences):
+    """Without the correction, three occurrences of an id explain most of the choice between 16 experts by chance."""
+    ids, experts = draw_experts(num_ids, occurrences, 16, topk, decided=0)
+    assert statistics.explained_by_id(ids, experts, 16) == pytest.approx(0, abs=0.01)
+    ids, experts = draw_experts(num_ids, occurrences, 16, topk, decided=1)
+    assert statistics.explained_by_id(ids, experts, 16) == 1
+    once = np.arange(1000, 1000 + num_ids)  # ids that occur once say nothing about themselves
+    mixed = np.concatenate([ids, once]), np.concatenate([experts, draw_experts(num_ids, 1, 16, topk, 0)[1]])
+    assert statistics.explained_by_id(*mixed, 16) > 0.9
+
+
+def true_share(num_experts: int, topk: int, decided: float) -> float:
+    """Return 1 - H(expert | id) / H(expert) of the distribution of `draw_experts`."""
+    share = topk / num_experts
+    of_id, other = decided + (1 - decided) * share, (1 - decided) * share
+    if topk == 1:
+        return 1 - scipy_entropy([of_id, *[other] * (num_experts - 1)]) / math.log(num_experts)
+    entropies = [scipy_entropy([chance, 1 - chance]) for chance in (of_id, other, share)]
+    return 1 - (topk * entropies[0] + (num_experts - topk) * entropies[1]) / (num_experts * entropies[2])
+
+
+@pytest.mark.parametrize("topk", [1, 3])
+@pytest.mark.parametrize("decided", [0.3, 0.8])
+def test_explained_by_id_in_between(topk, decided):
+    expected = true_share(16, topk, decided)
+    for num_ids, occurrences, accuracy in ((2000, 2, 0.1), (300, 40, 0.1), (200, 1000, 0.01)):
+        ids, experts = draw_experts(num_ids, occurrences, 16, topk, decided)
+        assert statistics.explained_by_id(ids, experts, 16) == pytest.approx(expected, abs=accuracy)
+
+
+def test_explained_by_id_of_layers_and_tokens():
     trace = make_trace()
-    for layer, information in enumerate(measure(trace).id_information):
-        is_chosen = trace.experts[layer] != NO_EXPERT
-        ids = np.repeat(trace.token_ids[:, None], 2, axis=1)[is_chosen]
-        assert information == pytest.approx(information_by_hand(ids, trace.experts[layer][is_chosen]))
+    explained = measure(trace).explained
+    for layer in range(3):
+        routable = trace.num_visible[layer] > 1
+        for number, experts in enumerate((trace.experts[layer, :, :1], trace.experts[layer])):
+            for place, tokens in enumerate((slice(None), routable)):
+                share = statistics.explained_by_id(trace.token_ids[tokens], experts[tokens], 6)
+                assert explained[number, place, layer] == share
+    without_choice = measure(make_trace(vocab_size=1)).explained
+    assert np.isnan(without_choice).all()
 
 
 @examples

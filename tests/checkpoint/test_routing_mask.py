@@ -1,12 +1,17 @@
-"""Reading routing masks from files and from checkpoints."""
+"""Reading routing masks and tables of hash layers from files and from checkpoints."""
 
 from pathlib import Path
 
+import numpy as np
 import pytest
+import torch
+from support.command_lines import run_command
+from torch.distributed import checkpoint as torch_checkpoint
 
-from maskmoe.checkpoint.routing_mask import read_routing_mask
+from maskmoe.checkpoint.routing_mask import read_expert_tables, read_routing_mask
 from maskmoe.errors import UserError
 from maskmoe.routing_mask.assignment import MaskRecipe, build_routing_mask
+from maskmoe.routing_mask.mask import RoutingMask
 
 
 def test_reads_a_mask_file(tmp_path: Path) -> None:
@@ -31,3 +36,24 @@ def test_unreadable_checkpoint_is_reported(content: bytes, tmp_path: Path) -> No
     (tmp_path / ".metadata").write_bytes(content)
     with pytest.raises(UserError, match=r"\.metadata is damaged"):
         read_routing_mask(tmp_path)
+
+
+@pytest.mark.filterwarnings("ignore:torch.distributed is disabled")
+def test_tables_of_a_checkpoint_of_megatron(tmp_path: Path) -> None:
+    """Megatron-Core's hybrid models number all layers, so the second hash layer of `*E*E*E` has the number 3."""
+    tables = {layer: torch.randperm(8).repeat(50, 1)[:, :2].int() for layer in (1, 3)}
+    tensors = {f"decoder.layers.{layer}.mlp.router.tid2eid": table for layer, table in tables.items()}
+    other = {f"decoder.layers.{layer}.mlp.router.weight": torch.zeros(8, 4) for layer in (1, 3, 5)}
+    torch_checkpoint.save(tensors | other, checkpoint_id=tmp_path / "checkpoint", no_dist=True)
+    assert read_expert_tables(tmp_path / "checkpoint").keys() == tensors.keys()
+    model = "--num-experts 8 --num-layers 3 --hybrid-layer-pattern *E*E*E --vocab-size 45 --output mask"
+    process = run_command("mask", "--expert-table", "checkpoint", *model.split(), folder=tmp_path)
+    assert process.code == 0, process.errors
+    mask = RoutingMask.load(tmp_path / "mask")
+    assert mask.vocab_size == 45
+    for layer, table in enumerate(tables.values()):
+        assert np.flatnonzero(mask.visible_sets(layer)[7]).tolist() == sorted(table[7].tolist())
+    assert mask.visible_sets(2).all()
+    torch_checkpoint.save(other, checkpoint_id=tmp_path / "learned", no_dist=True)
+    with pytest.raises(UserError, match="learned holds no expert table: no tensor is named as decoder"):
+        read_expert_tables(tmp_path / "learned")

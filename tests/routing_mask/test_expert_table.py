@@ -1,5 +1,6 @@
-"""Turns tables of experts into masks with V = k."""
+"""Reads and writes tables of experts, and turns them into masks with V = k and back."""
 
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -7,19 +8,22 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from hypothesis.extra.numpy import arrays
-from safetensors.numpy import save_file
+from safetensors.numpy import load_file, save_file
 from support.command_lines import Outcome, run_command
+from support.datasets import frequency_of
 from transformers.models.deepseek_v4.configuration_deepseek_v4 import DeepseekV4Config
 from transformers.models.deepseek_v4.modeling_deepseek_v4 import DeepseekV4HashRouter
 
 from maskmoe.errors import UserError
 from maskmoe.huggingface import MaskMoEConfig
 from maskmoe.huggingface.modeling_maskmoe import MaskMoETopKRouter
-from maskmoe.routing_mask.expert_table import ExpertTable
+from maskmoe.routing_mask.assignment import MaskRecipe, build_routing_mask, stack_tables
+from maskmoe.routing_mask.expert_table import TENSOR_NAMES, ExpertTable
+from maskmoe.routing_mask.feed_forward_layers import positions_in_pattern
 from maskmoe.routing_mask.mask import RoutingMask
 
 VOCAB_SIZE, NUM_EXPERTS, NUM_LAYERS = 50, 12, 4
+LAYERS = range(NUM_LAYERS)
 TENSOR = "model.layers.{layer}.mlp.gate.tid2eid"
 
 
@@ -34,31 +38,154 @@ def assert_shows(mask: RoutingMask, layer: int, table: np.ndarray) -> None:
     assert [set(np.flatnonzero(row)) for row in sets] == [set(row) for row in table.tolist()]
 
 
-def build(*arguments: object, folder: Path) -> Outcome:
-    model = ["--num-experts", NUM_EXPERTS, "--num-layers", NUM_LAYERS, "--output", "mask.safetensors"]
-    return run_command("mask", *model, *arguments, folder=folder)
+MODEL = ["--num-experts", NUM_EXPERTS, "--num-layers", NUM_LAYERS]
 
 
-@given(
-    tables=st.integers(1, 3).flatmap(
-        lambda layers: st.tuples(st.integers(1, 20), st.integers(1, 5)).flatmap(
-            lambda shape: arrays(np.int64, (layers, *shape), elements=st.integers(0, NUM_EXPERTS - 1))
-        )
-    )
-)
+def build(*arguments: object, folder: Path, output: str = "mask.safetensors") -> Outcome:
+    return run_command("mask", *MODEL, *arguments, "--output", output, folder=folder)
+
+
+@st.composite
+def tables_of_layers(draw: st.DrawFn) -> list[np.ndarray | None]:
+    """Draw for each layer a table without repeats, or None in the last layers; at least one layer has a table."""
+    vocab_size, topk, layers = draw(st.integers(1, 20)), draw(st.integers(1, 5)), draw(st.integers(1, 4))
+    hashed = draw(st.integers(1, layers))
+    tables = [random_table(draw(st.integers(0, 1 << 30)), topk, vocab_size) for _ in range(hashed)]
+    return [*tables, *[None] * (layers - hashed)]
+
+
+@given(tables_of_layers())
 def test_shows_exactly_the_experts_of_the_table(tables):
-    mask = ExpertTable("t", tuple(tables)).to_mask(NUM_EXPERTS, len(tables))
+    mask = ExpertTable("t", tables).to_mask(NUM_EXPERTS, len(tables))
     for layer, table in enumerate(tables):
-        assert_shows(mask, layer, table)
+        assert_shows(mask, layer, np.tile(np.arange(NUM_EXPERTS), (mask.vocab_size, 1)) if table is None else table)
     assert RoutingMask.from_tensors(*mask.to_tensors()).digest == mask.digest
+
+
+@given(tables=tables_of_layers(), name=st.sampled_from([*TENSOR_NAMES.values(), TENSOR]), stride=st.integers(1, 3))
+def test_a_mask_is_read_back_from_its_table(tables, name, stride, tmp_path_factory):
+    """The files hold other tensors, too, as checkpoints do, and the layers of hybrid models have numbers with gaps."""
+    folder = tmp_path_factory.mktemp("round_trip")
+    mask = ExpertTable("t", tables).to_mask(NUM_EXPERTS, len(tables))
+    positions = [stride * layer + 1 for layer in range(len(tables))]
+    names = ExpertTable.of_mask(mask).save(folder / "t.safetensors", name, positions)
+    written = load_file(folder / "t.safetensors")
+    assert written.keys() == set(names)
+    assert {tensor.dtype for tensor in written.values()} == {np.dtype(np.int32)}
+    other = {
+        name.format(layer=1).removesuffix("tid2eid") + "weight": np.zeros(3),
+        "mtp.0.ffn.gate.tid2eid": np.zeros(3),
+    }
+    save_file(written | other, folder / "shard.safetensors")
+    for file in ("t.safetensors", "shard.safetensors", f"shard.safetensors:{name}"):
+        again = ExpertTable.read(f"{folder}/{file}", positions).to_mask(NUM_EXPERTS, len(tables))
+        assert np.array_equal(again.row_of_id, mask.row_of_id)
+        assert np.array_equal(again.visible_bits, mask.visible_bits)
+
+
+def test_a_shared_table_is_written_for_each_layer_with_experts(tmp_path):
+    recipe = MaskRecipe.from_preset("top-k-hash", NUM_EXPERTS, 2, assignment="uniform", frequent_visible_experts=3)
+    mask = build_routing_mask(replace(recipe, shared_table=True), vocab_size=VOCAB_SIZE)
+    positions = positions_in_pattern("*-*E", 2)
+    (name,) = ExpertTable.of_mask(mask).save(tmp_path / "t", TENSOR_NAMES["tid2eid"], positions)
+    assert name == "decoder.layers.3.mlp.router.tid2eid"
+    assert_shows(mask, 0, load_file(tmp_path / "t")[name])
+    for location in ("t", f"t:{TENSOR_NAMES['tid2eid']}"):
+        without, table = ExpertTable.read(f"{tmp_path}/{location}", positions).experts
+        assert without is None
+        assert_shows(mask, 1, table)
+
+
+@pytest.mark.parametrize(
+    ("pattern", "num_layers", "positions"),
+    [
+        ("*E*E", 2, [1, 3]),
+        ("*E|M*E", 2, [1, 4]),
+        ("*-*E", 2, [None, 3]),
+        ("*-*E", 1, [3]),
+        ("*E/*E", 1, [1]),
+        ("*E*E", 3, None),
+    ],
+)
+def test_positions_in_pattern(pattern, num_layers, positions):
+    if positions is None:
+        with pytest.raises(UserError, match="2 E and 0 - in its decoder, but the mask is for 3 layers"):
+            positions_in_pattern(pattern, num_layers)
+    else:
+        assert positions_in_pattern(pattern, num_layers) == positions
+
+
+@pytest.mark.parametrize(
+    ("masses", "words"),
+    [
+        ([1.0, 0.3], r"in table 1 of the mask \d+ of 50 ids see another number than 3: id \d+ sees 1, .*, …; make"),
+        ([None, None], "every id sees all experts in all layers"),
+    ],
+)
+def test_refuses_masks_without_a_table(masses, words):
+    tables = []
+    for mass in masses:
+        recipe = MaskRecipe.from_preset("smoe", NUM_EXPERTS, 1)
+        if mass is not None:
+            recipe = MaskRecipe(NUM_EXPERTS, 1, "balanced", mass, 3)
+        mask = build_routing_mask(recipe, frequency=frequency_of(np.arange(VOCAB_SIZE) + 1))
+        tables.append((mask.row_of_id[0].astype(np.int64), mask.visible_bits[0]))
+    mask = RoutingMask(*stack_tables(tables, NUM_EXPERTS), VOCAB_SIZE, NUM_EXPERTS, 2, mask.provenance)
+    with pytest.raises(UserError, match=words):
+        ExpertTable.of_mask(mask)
+
+
+def test_commands_write_and_read_a_table(tmp_path):
+    """Rows beyond the vocabulary of the tokenizer are padding."""
+    frequency_of(np.arange(VOCAB_SIZE) + 1).save(tmp_path / "counts")
+    hashed = ["--preset", "smoe", "--hash-layers", 2, "--hash-visible-experts", 3]
+    pattern = ["--hybrid-layer-pattern", "*E*E*E*E"]
+    write = ["--token-frequency", "counts", *hashed, *pattern, "--force"]
+    for form, first in (
+        ("tid2eid", "decoder.layers.1.mlp.router.tid2eid"),
+        ("mask", ""),
+        ("tid2eid-deepseek", "layers.1."),
+    ):
+        process = build(*write, "--format", form, folder=tmp_path, output=form)
+        assert process.code == 0, process.errors
+        assert (f"2 tensors, the first is {first}" in process.output) == (form != "mask")
+    mask = RoutingMask.load(tmp_path / "mask")
+    tables = load_file(tmp_path / "tid2eid")
+    assert list(tables) == ["decoder.layers.1.mlp.router.tid2eid", "decoder.layers.3.mlp.router.tid2eid"]
+    save_file({name: np.pad(table, ((0, 14), (0, 0))) for name, table in tables.items()}, tmp_path / "t.safetensors")
+    for size in (["--token-frequency", "counts"], ["--vocab-size", VOCAB_SIZE]):
+        process = build("--expert-table", "t.safetensors", *size, *pattern, "--force", folder=tmp_path, output="again")
+        assert process.code == 0, process.errors
+        assert "in the first 2 layers, every id sees 3 of 12 experts; after that, every id sees all" in process.output
+        assert ("expert load" in process.output) == (size[0] == "--token-frequency")
+        again = RoutingMask.load(tmp_path / "again")
+        for layer in LAYERS:
+            assert np.array_equal(again.visible_sets(layer), mask.visible_sets(layer))
+    too_many = build("--expert-table", "t.safetensors", "--vocab-size", 65, *pattern, folder=tmp_path, output="no")
+    too_many.assert_refused("has 64 ids, but the tokenizer has 65")
+    copy = ["--routing-mask", "mask", "--format", "tid2eid", *pattern, "--output", "copy"]
+    assert run_command("mask", *copy, folder=tmp_path).code == 0
+    assert (tmp_path / "copy").read_bytes() == (tmp_path / "tid2eid").read_bytes()
+
+
+@pytest.mark.parametrize(
+    ("flags", "words"),
+    [
+        (["--routing-mask", "mask", "--num-layers", 4, "--seed", 1], "leave --num-layers out"),
+        (["--expert-table", "t.npy", "--shared-table"], "--num-experts, --num-layers missing"),
+        (["--expert-table", "t.npy", "--shared-table", *MODEL], "leave --shared-table out"),
+        (MODEL, "give --token-frequency, --vocab-size, --expert-table or --routing-mask"),
+    ],
+)
+def test_flags_that_contradict_each_other(flags, words, tmp_path):
+    run_command("mask", *flags, "--output", "out", folder=tmp_path).assert_refused(words)
 
 
 def test_one_table_serves_all_layers(tmp_path):
     table = random_table(0)
-    table[[3, 7], 1] = table[[3, 7], 0]
     np.save(tmp_path / "t.npy", table.astype(np.int16))
     process = build("--expert-table", "t.npy", folder=tmp_path)
-    assert "WARNING: 2 ids name an expert more than once" in process.output
+    assert process.code == 0, process.errors
     mask = RoutingMask.load(tmp_path / "mask.safetensors")
     assert mask.is_shared
     assert mask.num_layers == NUM_LAYERS
@@ -69,11 +196,11 @@ def test_one_table_serves_all_layers(tmp_path):
 def test_a_table_for_each_layer(tmp_path):
     tables = np.stack([random_table(layer) for layer in range(NUM_LAYERS)])
     save_file({"other": np.zeros(3), "experts": tables.astype(np.int32)}, tmp_path / "t.safetensors")
-    mask = ExpertTable.read(f"{tmp_path}/t.safetensors:experts", NUM_LAYERS).to_mask(NUM_EXPERTS, NUM_LAYERS)
+    mask = ExpertTable.read(f"{tmp_path}/t.safetensors:experts", LAYERS).to_mask(NUM_EXPERTS, NUM_LAYERS)
     for layer in range(NUM_LAYERS):
         assert_shows(mask, layer, tables[layer])
     with pytest.raises(UserError, match="4 layers, but the model has 5"):
-        ExpertTable.read(f"{tmp_path}/t.safetensors:experts", NUM_LAYERS + 1)
+        ExpertTable.read(f"{tmp_path}/t.safetensors:experts", range(NUM_LAYERS + 1))
 
 
 def test_hash_layers_of_a_sharded_model(tmp_path):
@@ -81,7 +208,7 @@ def test_hash_layers_of_a_sharded_model(tmp_path):
     for layer in range(2):
         tensors = {TENSOR.format(layer=layer): random_table(layer), f"model.layers.{layer}.x": np.zeros(2, np.float32)}
         save_file(tensors, tmp_path / f"model-0000{layer + 1}-of-00002.safetensors")
-    process = build("--expert-table", f".:{TENSOR}", folder=tmp_path)
+    process = build("--expert-table", ".", folder=tmp_path)
     assert process.code == 0, process.errors
     mask = RoutingMask.load(tmp_path / "mask.safetensors")
     for layer in range(2):
@@ -144,18 +271,30 @@ def test_provenance_has_a_digest_of_the_table(tmp_path):
         ("two.safetensors:c", r"no tensor c$"),
         ("two.safetensors:c.{layer}", r"no tensor c.0"),
         ("different.safetensors:t{layer}", r"one vocabulary.*\[49, 50\]"),
+        ("twice.npy", r"gives 2 ids an expert twice, such as id 4: (\d+), \1, \d+;"),
+        (
+            "missing.safetensors",
+            r"tables of the layers 0, 2, but the first 2 layers with experts must have them: 0, 1;",
+        ),
+        ("doubled.safetensors", r"tables of the layers 0, but the first 2 layers"),
+        ("beyond.safetensors", r"tables of the layers 0, 1, 2, 3, 4, but"),
     ],
 )
 def test_refuses_bad_input(location, words, tmp_path):
     fine = random_table(0)
     outside, negative = fine.copy(), fine.copy()
     outside[4, 2], negative[4, 2] = NUM_EXPERTS, -1
-    tables = {"floats": fine * 1.0, "flat": fine[:, 0], "outside": outside, "negative": negative}
+    twice = fine.copy()
+    twice[[4, 7], 1] = twice[[4, 7], 0]
+    tables = {"floats": fine * 1.0, "flat": fine[:, 0], "outside": outside, "negative": negative, "twice": twice}
     for name, table in {**tables, "objects": np.array([{}], dtype=object)}.items():
         np.save(tmp_path / f"{name}.npy", table)
     for name in ("text.npy", "text.safetensors"):
         (tmp_path / name).write_text("text")
     save_file({"a": fine, "b": fine}, tmp_path / "two.safetensors")
+    save_file({TENSOR.format(layer=layer): fine for layer in (0, 2)}, tmp_path / "missing.safetensors")
+    save_file({TENSOR.format(layer=layer): fine for layer in range(5)}, tmp_path / "beyond.safetensors")
+    save_file({name.format(layer=0): fine for name in TENSOR_NAMES.values()}, tmp_path / "doubled.safetensors")
     save_file({"t0": fine, "t1": fine[1:]}, tmp_path / "different.safetensors")
     with pytest.raises(UserError, match=words):
-        ExpertTable.read(f"{tmp_path}/{location}", NUM_LAYERS).to_mask(NUM_EXPERTS, NUM_LAYERS)
+        ExpertTable.read(f"{tmp_path}/{location}", LAYERS).to_mask(NUM_EXPERTS, NUM_LAYERS)

@@ -11,7 +11,7 @@ from support.training import TrainingOutcome
 
 from maskmoe.checkpoint.routing_mask import read_routing_mask
 from maskmoe.checkpoint.series import checkpoint_path
-from maskmoe.command_line.widen_routing_mask import read_mask
+from maskmoe.command_line.build_routing_mask import read_mask
 from maskmoe.errors import UserError
 from maskmoe.routing_mask.assignment import MaskRecipe, build_routing_mask
 from maskmoe.routing_mask.mask import MaskChange, RoutingMask
