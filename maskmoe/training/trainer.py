@@ -22,7 +22,7 @@ from maskmoe.megatron_compat.checkpoint_patches import keep_checkpoints_whole, o
 from maskmoe.megatron_compat.globals import get_timers, open_writers
 from maskmoe.processes.folder_lock import locked_folder
 from maskmoe.training.loop.batch import build_datasets, get_batch, loss_function, token_losses
-from maskmoe.training.loop.megatron_patches import call_after_each_step, skip_iterations_of_interleaved_pipelines
+from maskmoe.training.loop.megatron_patches import watch_steps
 from maskmoe.training.loop.rank_store import RankStore, check_launched, sharing_failures
 from maskmoe.training.resume.changed_settings import has_one_learning_rate
 from maskmoe.training.resume.choose_checkpoint import repair_tracker_file
@@ -168,8 +168,8 @@ class Trainer:
         # In the order in which a run calls them.
         self.model_config.pre_wrap_hooks.append(on_model_built)
         self.model_config.transformer.finalize_model_grads_func = finalize_gradients
-        call_after_each_step(after_step)
-        skip_iterations_of_interleaved_pipelines()
+        skipping = (callback for callback in callbacks if isinstance(callback, SpikeWatch) and callback.skips)
+        watch_steps(after_step, next((callback.allows_update for callback in skipping), None))
         journal = Journal(self._run_folder if self._ranks.rank == 0 else None)
         saver = CheckpointSaver(self.args, saving, before_wait, journal)
         keep_checkpoints_whole(saver.save, saver.finalize)
