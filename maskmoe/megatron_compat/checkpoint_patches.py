@@ -14,7 +14,7 @@ import threading
 import time
 from argparse import Namespace
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import AbstractContextManager, contextmanager, suppress
+from contextlib import contextmanager, suppress
 from functools import wraps
 from multiprocessing.managers import SyncManager
 from multiprocessing.process import BaseProcess
@@ -32,7 +32,7 @@ from megatron.training import checkpointing
 from torch.distributed.checkpoint import default_planner, filesystem
 
 from maskmoe.checkpoint.integrity import read_layout
-from maskmoe.megatron_compat import replace, replacing
+from maskmoe.megatron_compat import replace
 from maskmoe.processes.interruption import SIGNALS_THAT_SAVE
 from maskmoe.processes.lifetimes import end_with_parent
 
@@ -196,23 +196,6 @@ def load_gpt_checkpoints_into_hybrid_models() -> None:
     replace(gpt_checkpoint_interop, "retarget_sharded_state_dict_to_gpt_checkpoint", retarget)
 
 
-def load_the_chosen_checkpoint() -> None:
-    """Load a non-persistent checkpoint if, and only if, the run has chosen it.
-
-    Replaces: `_get_non_persistent_iteration` in `megatron.training.checkpointing`.
-    Why: Megatron loads the non-persistent checkpoint that the tracker file names, sound or not, unless the persistent
-        one is newer. With `--ckpt-step` it still does so.
-    Can go: When Megatron verifies checkpoints and takes the choice from its caller.
-    """
-
-    def get_iteration(
-        non_persistent_global_dir: str, args: Namespace, checkpointing_context: dict | None = None
-    ) -> int:
-        return args.ckpt_step if getattr(args, "loads_non_persistent", False) else -1
-
-    replace(checkpointing, "_get_non_persistent_iteration", get_iteration)
-
-
 def exchange_short_integers() -> None:
     """Let `--ckpt-fully-parallel-load` load routing masks.
 
@@ -248,7 +231,7 @@ def exchange_short_integers() -> None:
 
 EVERY_PROCESS = (
     *(unpickle_data_only, tie_writers_to_their_rank, load_either_implementation),
-    *(load_gpt_checkpoints_into_hybrid_models, load_the_chosen_checkpoint, exchange_short_integers),
+    *(load_gpt_checkpoints_into_hybrid_models, exchange_short_integers),
 )
 """The patches that `prepare_process` applies."""
 
@@ -256,14 +239,11 @@ EVERY_PROCESS = (
 def keep_checkpoints_whole(save: Callable[..., None], finalize: Callable[..., None]) -> None:
     """Save into empty folders only, record a digest of every file, and record every save; for processes that train.
 
-    Replaces: `TorchDistSaveShardedStrategy` and `cleanup_old_non_persistent_checkpoint` in
-        `megatron.training.checkpointing`, and `save_checkpoint` and `maybe_finalize_async_save` in
-        `megatron.training.training`.
+    Replaces: `TorchDistSaveShardedStrategy` in `megatron.training.checkpointing`, and `save_checkpoint` and
+        `maybe_finalize_async_save` in `megatron.training.training`.
     Why: Megatron saves over the files of an interrupted save and, if asked for a record of its files, makes the record
-        on one rank. It hard-codes the class that writes and the functions that save, so replace these names. Before it
-        saves a non-persistent checkpoint, Megatron keeps the newest one even if it is not finished, removes the sound
-        one, and looks for checkpoints in all subfolders. `CheckpointSaver` has removed the right ones before.
-    Can go: When Megatron takes the strategy and the functions as arguments, and keeps sound checkpoints.
+        on one rank. It hard-codes the class that writes and the functions that save, so replace these names.
+    Can go: When Megatron takes the strategy and the functions as arguments.
 
     Args:
         save: `CheckpointSaver.save`.
@@ -275,19 +255,8 @@ def keep_checkpoints_whole(save: Callable[..., None], finalize: Callable[..., No
     from maskmoe.checkpoint.saver import SealedSaveStrategy
 
     replace(checkpointing, "TorchDistSaveShardedStrategy", SealedSaveStrategy)
-    replace(checkpointing, "cleanup_old_non_persistent_checkpoint", lambda *args, **kwargs: None)
     replace(training, "save_checkpoint", save)
     replace(training, "maybe_finalize_async_save", finalize)
-
-
-def saving_into(folder: Path) -> AbstractContextManager:
-    """Let Megatron save a checkpoint into another folder than that of its iteration.
-
-    Replaces: `get_checkpoint_name` in `megatron.training.checkpointing`, inside a `with` block only.
-    Why: Megatron saves an iteration again if the next step is NaN, over the files of its checkpoint.
-    Can go: When Megatron keeps a checkpoint until it is saved again.
-    """
-    return replacing(checkpointing, get_checkpoint_name=lambda *_, **__: str(folder))
 
 
 def override_learning_rates() -> None:
