@@ -4,13 +4,13 @@ Importing this package changes nothing. Each process calls `prepare_process` onc
 """
 
 import functools
+import logging
 from collections.abc import Iterator
 from contextlib import contextmanager
 
 import torch
 
 from maskmoe.errors import UserError
-
 
 @functools.cache
 def prepare_process() -> None:
@@ -20,8 +20,9 @@ def prepare_process() -> None:
         UserError: There are GPUs that torch cannot use, so training on them would become training on the CPU.
         RuntimeError: There is no GPU, and megatron was imported before.
     """
-    from maskmoe.megatron_compat import cpu
+    from maskmoe.megatron_compat import cpu, patches
 
+    patches.accumulate_gradients_without_apex()
     if not torch.cuda.is_available():
         # The driver's library counts GPUs even if the driver is too old for CUDA.
         if num_unusable := torch.cuda.device_count():
@@ -33,8 +34,14 @@ def prepare_process() -> None:
         if not cpu.is_installed():
             cpu.install()
     # These modules import megatron, so they must come after the CPU adapter.
-    from maskmoe.megatron_compat import checkpoint_patches, patches
+    from megatron.training import training
 
+    from maskmoe.megatron_compat import checkpoint_patches
+
+    # emerging-optimizers logs by absl while Megatron imports it, and absl then gives the root logger a handler, beside
+    # which `megatron.training` installs none, so that its lines of level INFO would vanish.
+    if not any(isinstance(handler, training.CustomHandler) for handler in logging.root.handlers):
+        logging.basicConfig(handlers=[training.CustomHandler()], level=logging.INFO, force=True)
     for patch in (*patches.EVERY_PROCESS, *checkpoint_patches.EVERY_PROCESS):
         patch()
 
