@@ -5,16 +5,24 @@ Importing this package changes nothing. Each process calls `prepare_process` onc
 
 import functools
 import logging
+import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 
 import torch
 
 from maskmoe.errors import UserError
+from maskmoe.processes.lifetimes import end_with_parent
+
+RANK_PROCESS = "MASKMOE_RANK_PROCESS"
+"""The environment variable of a process that writes checkpoints, with the id of the rank that has started it."""
+
 
 @functools.cache
 def prepare_process() -> None:
     """Install the CPU adapter if there is no GPU, then patch Megatron-Core and torch; further calls do nothing.
+
+    A process that writes checkpoints ends with its rank from now on.
 
     Raises:
         UserError: There are GPUs that torch cannot use, so training on them would become training on the CPU.
@@ -22,6 +30,8 @@ def prepare_process() -> None:
     """
     from maskmoe.megatron_compat import cpu, patches
 
+    if RANK_PROCESS in os.environ:
+        end_with_parent(int(os.environ[RANK_PROCESS]))
     patches.accumulate_gradients_without_apex()
     if not torch.cuda.is_available():
         # The driver's library counts GPUs even if the driver is too old for CUDA.

@@ -3,46 +3,25 @@
 Each function replaces something of megatron-core 0.19.2 or torch 2.15 and says what, why, and when the patch can go.
 """
 
-import multiprocessing.connection
-import os
 import pickle
-import select
-import signal
-import socket
-import sys
-import threading
-import time
 from argparse import Namespace
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager, suppress
+from collections.abc import Callable, Mapping
 from functools import wraps
-from multiprocessing.managers import SyncManager
-from multiprocessing.process import BaseProcess
 from pathlib import Path
-from queue import Queue
 from types import SimpleNamespace
 from typing import Any
 
 import torch
 from megatron.core.dist_checkpointing import ShardedTensor, gpt_checkpoint_interop
 from megatron.core.dist_checkpointing.exchange_utils import ShardDistribution, exchange_loaded_tensors_gather_object
-from megatron.core.dist_checkpointing.strategies import filesystem_async, fully_parallel
-from megatron.core.dist_checkpointing.strategies.async_utils import PersistentAsyncCaller
+from megatron.core.dist_checkpointing.strategies import fully_parallel
 from megatron.training import checkpointing
 from torch.distributed.checkpoint import default_planner, filesystem
 
 from maskmoe.checkpoint.integrity import read_layout
 from maskmoe.megatron_compat import replace
-from maskmoe.processes.interruption import SIGNALS_THAT_SAVE
-from maskmoe.processes.lifetimes import end_with_parent
 
 _SHORT_INTEGERS = (torch.int16, torch.uint16)
-_RANK_PROCESS = "MASKMOE_RANK_PROCESS"
-rank_is_ending = threading.Event()
-"""Is set when this rank ends, and ends its writer."""
-
-_stock_get_process: Callable[..., BaseProcess] = PersistentAsyncCaller._get_process
-_stock_async_loop: Callable[..., None] = PersistentAsyncCaller.async_loop
 
 
 def unpickle_data_only() -> None:
@@ -65,83 +44,6 @@ def unpickle_data_only() -> None:
 
     replace(filesystem, "pickle", SimpleNamespace(load=read_layout, dump=pickle.dump))
     replace(default_planner.DefaultLoadPlanner, "load_bytes", load_bytes)
-
-
-def tie_writers_to_their_rank() -> None:
-    """Let the processes of asynchronous saving end with their rank, not earlier and not later.
-
-    Replaces: `PersistentAsyncCaller._get_process` and `async_loop`, and `filesystem_async.get_write_results_queue`.
-    Why: A signal that asks for a last checkpoint goes to the whole process group and would kill the writer before it
-        has written the checkpoint. When the rank is killed, the writer would stay and might write into the folder that
-        the rank's successor saves to. When the writer is killed, the rank would wait for the writer forever.
-    Can go: When Megatron-Core blocks these signals in its writers, ends them with their rank, and notices their end.
-    """
-    replace(PersistentAsyncCaller, "_get_process", staticmethod(start_writer))
-    replace(PersistentAsyncCaller, "async_loop", staticmethod(write_for_rank))
-    replace(filesystem_async, "get_write_results_queue", get_write_results_queue)
-
-
-def start_writer(*args: Any) -> BaseProcess:
-    """Return the process that writes the checkpoints of this rank; start the process if there is none."""
-    if PersistentAsyncCaller._persistent_process is not None:
-        return PersistentAsyncCaller._persistent_process
-    with _immune_children():
-        writer = _stock_get_process(*args)
-    threading.Thread(target=end_with_writer, args=(writer,), daemon=True).start()
-    return writer
-
-
-def end_with_writer(writer: BaseProcess) -> None:
-    """Wait for the end of the process that writes checkpoints; unless this rank has ended it, end this rank, too."""
-    multiprocessing.connection.wait([writer.sentinel])
-    time.sleep(1)  # Megatron may be ending the writer: only one thread can read the exit code
-    if writer.exitcode and not rank_is_ending.is_set():
-        print(
-            f"error: the process that writes checkpoints has died (host {socket.gethostname()}, process {writer.pid}, "
-            f"exit code {writer.exitcode}); a killed process (-9) may mean that the host is out of memory. Start the "
-            "run again: it resumes from its last checkpoint",
-            file=sys.stderr,
-            flush=True,
-        )
-        os._exit(1)
-
-
-def write_for_rank(*args: Any) -> None:
-    """Run `PersistentAsyncCaller.async_loop` in this process, which is killed when its rank ends.
-
-    The parent is a fork server, which lives as long as it has a child, so watch the rank and not the parent.
-    """
-    threading.Thread(target=_end_with, args=(int(os.environ[_RANK_PROCESS]),), daemon=True).start()
-    _stock_async_loop(*args)
-
-
-def get_write_results_queue(mp_mode: str = "spawn") -> Queue:
-    """Return the queue of write results; its process ends together with this process."""
-    if filesystem_async._results_queue is None:
-        manager = SyncManager(ctx=torch.multiprocessing.get_context(mp_mode))
-        with _immune_children():
-            manager.start(end_with_parent, (os.getpid(),))
-        # The queue keeps its manager alive. The attribute is declared as None.
-        filesystem_async._results_queue = manager.Queue()  # pyrefly: ignore[bad-assignment]
-    return filesystem_async._results_queue  # pyrefly: ignore[bad-return]
-
-
-@contextmanager
-def _immune_children() -> Iterator[None]:
-    """Let processes that the block starts inherit blocked `SIGNALS_THAT_SAVE`, and this rank in their environment."""
-    os.environ[_RANK_PROCESS] = str(os.getpid())
-    before = signal.pthread_sigmask(signal.SIG_BLOCK, SIGNALS_THAT_SAVE)
-    try:
-        yield
-    finally:
-        signal.pthread_sigmask(signal.SIG_SETMASK, before)
-
-
-def _end_with(process: int) -> None:
-    """Kill this process when another process ends."""
-    with suppress(ProcessLookupError):
-        select.select([os.pidfd_open(process)], [], [])
-    os.kill(os.getpid(), signal.SIGKILL)
 
 
 def load_either_implementation() -> None:
@@ -230,7 +132,7 @@ def exchange_short_integers() -> None:
 
 
 EVERY_PROCESS = (
-    *(unpickle_data_only, tie_writers_to_their_rank, load_either_implementation),
+    *(unpickle_data_only, load_either_implementation),
     *(load_gpt_checkpoints_into_hybrid_models, exchange_short_integers),
 )
 """The patches that `prepare_process` applies."""

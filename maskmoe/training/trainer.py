@@ -19,6 +19,7 @@ from megatron.training.argument_utils import pretrain_cfg_container_from_args
 
 from maskmoe.checkpoint.saver import CheckpointSaver
 from maskmoe.checkpoint.series import showing_only
+from maskmoe.checkpoint.writers import start_writers
 from maskmoe.files.run_folder import Journal
 from maskmoe.megatron_compat.checkpoint_patches import keep_checkpoints_whole, override_learning_rates
 from maskmoe.megatron_compat.globals import get_timers, open_writers
@@ -115,6 +116,8 @@ class Trainer:
         config.checkpoint.save_interval = sys.maxsize
         early_ends = explaining_early_ends(args, leave_after_save)
         with self._accompanied(), leaving_process_groups(), early_ends, self._until_loaded:
+            if args.async_save and args.async_strategy == "mcore":
+                start_writers(args.rank)
             console.load("building the model")
             pretrain(
                 config,
