@@ -155,53 +155,35 @@ def _add_weight_gradient(inputs: torch.Tensor, gradients: torch.Tensor, main_gra
         torch.addmm(main_grad, gradients.t(), inputs, out_dtype=main_grad.dtype, out=main_grad)
 
 
-def count_predicted_tokens_of_all_context_ranks() -> None:
-    """Average the losses of multi-token prediction over all tokens under context parallelism.
+def average_predictions_over_all_context_ranks() -> None:
+    """Give all tokens of multi-token prediction one weight under context parallelism.
 
     Replaces: `roll_tensor` in `megatron.core.transformer.multi_token_prediction`, whose second result is the number of
-        tokens that the loss divides by.
-    Why: The stock function returns the number of tokens of one context-parallel rank. The last token of a sequence has
-        no label, so ranks have different numbers, and the mean of their means is not the mean over all tokens. The
-        replacement returns the mean number of the ranks.
-    Can go: When losses of multi-token prediction are the same for every context-parallel size.
+        tokens that the loss divides by, and `process_mtp_loss` in `megatron.core.models.gpt.gpt_model` and in
+        `megatron.core.models.hybrid.hybrid_model`.
+    Why: The stock functions count the tokens of one context-parallel rank. The last token of a sequence has no label,
+        so ranks have different numbers, and the mean of their means is not the mean over all tokens. `roll_tensor`
+        now returns the mean number of the ranks. With `--calculate-per-token-loss`, Megatron also multiplies the loss
+        by the rank's number of tokens, which differs if there is a loss mask. `process_mtp_loss` now multiplies the
+        coefficient of the loss by the mean number of the ranks instead.
+    Can go: When losses and gradients of multi-token prediction are the same for every context-parallel size.
     """
+    from megatron.core.models.gpt import gpt_model
+    from megatron.core.models.hybrid import hybrid_model
     from megatron.core.transformer import multi_token_prediction
 
     stock_roll: Any = multi_token_prediction.roll_tensor
+    stock_process: Any = gpt_model.process_mtp_loss
 
     def roll(
-        tensor: torch.Tensor,
-        shifts: int = -1,
-        dims: int = -1,
-        cp_group: torch.distributed.ProcessGroup | None = None,
-        packed_seq_params: Any = None,
+        tensor: torch.Tensor, *args: Any, cp_group: torch.distributed.ProcessGroup | None = None, **kwargs: Any
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        rolled, total = stock_roll(tensor, shifts, dims, cp_group, packed_seq_params)
+        rolled, total = stock_roll(tensor, *args, cp_group=cp_group, **kwargs)
         # Sums of token ids and positions, which are integers, are not used.
         if cp_group is not None and cp_group.size() > 1 and tensor.is_floating_point():
             torch.distributed.all_reduce(total, group=cp_group)
             total = total / cp_group.size()
         return rolled, total
-
-    replace(multi_token_prediction, "roll_tensor", roll)
-
-
-def weigh_predicted_tokens_of_all_context_ranks() -> None:
-    """Give all tokens of multi-token prediction one weight under context parallelism with `--calculate-per-token-loss`.
-
-    Replaces: `process_mtp_loss` in `megatron.core.models.gpt.gpt_model` and in
-        `megatron.core.models.hybrid.hybrid_model`.
-    Why: Megatron divides all gradients by the number of tokens that the main loss counts. So the stock function
-        multiplies the mean loss of multi-token prediction by this number, but it takes the number of one
-        context-parallel rank. A loss mask leaves different numbers on the ranks. The replacement multiplies the
-        coefficient of the loss by the mean number of the ranks instead.
-    Can go: When gradients of multi-token prediction with `--calculate-per-token-loss` and a loss mask are the same for
-        every context-parallel size.
-    """
-    from megatron.core.models.gpt import gpt_model
-    from megatron.core.models.hybrid import hybrid_model
-
-    stock_process: Any = gpt_model.process_mtp_loss
 
     def process(
         *, loss_mask: torch.Tensor | None, config: Any, cp_group: torch.distributed.ProcessGroup, **arguments: Any
@@ -215,14 +197,30 @@ def weigh_predicted_tokens_of_all_context_ranks() -> None:
             config.mtp_loss_scaling_factor *= num_tokens / cp_group.size()
         return stock_process(loss_mask=loss_mask, config=config, cp_group=cp_group, **arguments)
 
+    replace(multi_token_prediction, "roll_tensor", roll)
     replace(gpt_model, "process_mtp_loss", process)
     replace(hybrid_model, "process_mtp_loss", process)
 
 
+def predict_tokens_without_transformer_engine() -> None:
+    """Let multi-token prediction be built without Transformer Engine.
+
+    Replaces: `is_inference_column_parallel_linear` in `megatron.core.transformer.multi_token_prediction`, unless
+        Transformer Engine is installed; for versions after 0.19, which have the function.
+    Why: The function asks whether a module is an instance of a class that derives from a class of Transformer Engine.
+        Without Transformer Engine, that is no class, and `isinstance` raises a TypeError.
+    Can go: When `is_inference_column_parallel_linear` works without Transformer Engine.
+    """
+    from megatron.core.extensions.transformer_engine import HAVE_TE
+    from megatron.core.transformer import multi_token_prediction
+
+    if not HAVE_TE and hasattr(multi_token_prediction, "is_inference_column_parallel_linear"):
+        replace(multi_token_prediction, "is_inference_column_parallel_linear", lambda module: False)
+
+
 EVERY_PROCESS = (
     *(use_compiled_helpers_of_wheel, make_optimizer_state_loadable, recompute_without_transformer_engine),
-    count_predicted_tokens_of_all_context_ranks,
-    weigh_predicted_tokens_of_all_context_ranks,
+    *(average_predictions_over_all_context_ranks, predict_tokens_without_transformer_engine),
 )
 """The patches that `prepare_process` applies once megatron is imported."""
 

@@ -37,6 +37,7 @@ from maskmoe.transformer.experts import CountsOnDeviceMLP, GroupedMLP
 from maskmoe.transformer.moe_layer import MaskMoELayer
 from maskmoe.transformer.router import MaskMoERouter
 from maskmoe.transformer.routing import AuxLossTokens
+from maskmoe.transformer.token_ids import takes_token_ids
 from maskmoe.transformer.torch_modules.attention import TorchDotProductAttention
 from maskmoe.transformer.torch_modules.gated_delta_net import get_gated_delta_net_layer_spec
 from maskmoe.transformer.torch_modules.latent_attention import LocalMLASelfAttention, keys_of_checkpoint
@@ -53,7 +54,7 @@ _REPLACEMENTS: dict[Any, Any] = {
     MoELayer: MaskMoELayer,
     SequentialMLP: GroupedMLP,
     TEGroupedMLP: CountsOnDeviceMLP,
-    TransformerLayer: MaskMoETransformerLayer,
+    **({} if takes_token_ids(TransformerLayer) else {TransformerLayer: MaskMoETransformerLayer}),
     MultiTokenPredictionLayer: MaskMoEMultiTokenPredictionLayer,
 }
 """Modules of Megatron-Core and functions that build them, and their replacements."""

@@ -2,7 +2,7 @@
 
 import logging
 from collections.abc import Iterable
-from contextlib import nullcontext
+from contextlib import ExitStack
 from dataclasses import replace
 from typing import Any
 
@@ -15,6 +15,7 @@ from megatron.core.transformer.moe.moe_layer import MoELayer
 from megatron.core.transformer.transformer_config import TransformerConfig
 from megatron.core.utils import log_single_rank
 from torch import Tensor
+from torch.utils.hooks import RemovableHandle
 
 from maskmoe.routing_mask.feed_forward_layers import FeedForwardLayers
 from maskmoe.transformer.dispatch.choose import choose_dispatch
@@ -23,7 +24,7 @@ from maskmoe.transformer.dispatch.planned import DispatchPlanner
 from maskmoe.transformer.gathered_parameters import wait_for_convolutions
 from maskmoe.transformer.packed_documents import PackingModel
 from maskmoe.transformer.router import MaskMoERouter
-from maskmoe.transformer.token_ids import TokenIds, pack_token_ids, split_sequence
+from maskmoe.transformer.token_ids import TokenIds, pack_token_ids, split_sequence, to_arguments
 from maskmoe.transformer.torch_modules.cross_entropy import ChunkedCrossEntropyMixin
 from maskmoe.transformer.visible_experts import VisibleExperts
 
@@ -33,11 +34,12 @@ _logger = logging.getLogger(__name__)
 class RoutesByTokenId(torch.nn.Module):
     """Mixin for a Megatron-Core model whose MoE layers route by token id.
 
-    A model class calls `set_routing_mask` at the end of its `__init__`, and passes the result of `pack_for_layers` to
-    its layers as `padding_mask`.
+    A model class calls `set_routing_mask` at the end of its `__init__`.
     """
 
     config: TransformerConfig
+    decoder: Any
+    mtp: Any
     pg_collection: ProcessGroupCollection
     share_embeddings_and_output_weights: bool
     mtp_process: bool
@@ -64,8 +66,18 @@ class RoutesByTokenId(torch.nn.Module):
                 topk = self.config.moe_router_topk
                 self._dispatch_planner = DispatchPlanner(visible_experts, topk, tables, self.pg_collection.ep)
 
-    def pack_for_layers(self, input_ids: Tensor | None, padding_mask: Tensor | None) -> Tensor:
-        """Return the tensor that the layers get as `padding_mask`: the ids of this rank's tokens, padding and plan.
+    def forward(self, input_ids: Tensor, *args: Any, padding_mask: Tensor | None = None, **kwargs: Any) -> Tensor:
+        """Run one pipeline stage as the stock model does, with token ids for all MoE layers; see `ids_of_layers`."""
+        token_ids = self.ids_of_layers(input_ids, padding_mask)
+        with ExitStack() as hooks:
+            hooks.enter_context(_giving(self.decoder, to_arguments(token_ids, type(self.decoder))))
+            if self.mtp_process:
+                # `HybridModel` passes no padding mask to these layers, and their `input_ids` are for embeddings only.
+                hooks.enter_context(_giving(self.mtp, {"padding_mask": pack_token_ids(token_ids)}))
+            return super().forward(input_ids, *args, padding_mask=padding_mask, **kwargs)
+
+    def ids_of_layers(self, input_ids: Tensor | None, padding_mask: Tensor | None) -> TokenIds:
+        """Return the ids of this rank's tokens [batch, sequence], with padding and plan.
 
         Args:
             input_ids: int64 [batch, sequence].
@@ -78,6 +90,10 @@ class RoutesByTokenId(torch.nn.Module):
             raise ValueError(
                 f"{type(self).__name__} needs input_ids on every pipeline stage: its routers choose by token id"
             )
+        if padding_mask is not None and padding_mask.shape != input_ids.shape:
+            raise ValueError(
+                f"the padding mask has shape {list(padding_mask.shape)}, the token ids have {list(input_ids.shape)}"
+            )
         if self.config.sequence_parallel:
             tp_group = self.pg_collection.tp
             input_ids = split_sequence(input_ids, tp_group)
@@ -85,7 +101,16 @@ class RoutesByTokenId(torch.nn.Module):
         token_ids = TokenIds(input_ids, padding_mask)
         if self._dispatch_planner is not None:
             token_ids = replace(token_ids, plan=self._dispatch_planner.plan(token_ids))
-        return pack_token_ids(token_ids)
+        return token_ids
+
+
+def _giving(block: torch.nn.Module, arguments: dict[str, Tensor | None]) -> RemovableHandle:
+    """Give a block of layers these arguments whenever it is called, inside a `with` block."""
+
+    def give(module: torch.nn.Module, args: Any, kwargs: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
+        return args, kwargs | arguments
+
+    return block.register_forward_pre_hook(give, with_kwargs=True)
 
 
 class DenseGPTModel(PackingModel, ChunkedCrossEntropyMixin, GPTModel):
@@ -104,13 +129,6 @@ class MaskMoEGPTModel(PackingModel, RoutesByTokenId, ChunkedCrossEntropyMixin, G
     def __init__(self, *args: Any, visible_experts: VisibleExperts, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
         self.set_routing_mask(visible_experts)
-
-    def _preprocess(self, input_ids: Tensor, *args: Any, padding_mask: Tensor | None = None, **kwargs: Any) -> tuple:
-        """Compute the inputs of the decoder as `GPTModel` does, with packed token ids as `padding_mask`."""
-        packed = self.pack_for_layers(input_ids, padding_mask)
-        outputs = super()._preprocess(input_ids, *args, **kwargs)
-        decoder_input, rope, rope_cos, rope_sin, sequence_offset, _padding_mask, *rest = outputs
-        return decoder_input, rope, rope_cos, rope_sin, sequence_offset, packed, *rest
 
 
 class BaseHybridModel(HybridModel):
@@ -132,23 +150,7 @@ class DenseHybridModel(PackingModel, ChunkedCrossEntropyMixin, BaseHybridModel):
     """`HybridModel` without experts, with packed documents and the loss of `MaskMoEHybridModel`."""
 
 
-class _HybridModelWithIds(RoutesByTokenId, ChunkedCrossEntropyMixin, BaseHybridModel):
-    """`HybridModel` that passes token ids to all layers, those of multi-token prediction included."""
-
-    def forward(self, input_ids: Tensor, *args: Any, padding_mask: Tensor | None = None, **kwargs: Any) -> Tensor:
-        """Run one pipeline stage as `HybridModel` does, with packed token ids as `padding_mask`."""
-        packed = self.pack_for_layers(input_ids, padding_mask)
-
-        def add_ids(module: torch.nn.Module, args: Any, kwargs: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
-            return args, {**kwargs, "padding_mask": packed}
-
-        # `HybridModel` passes no padding mask to multi-token prediction, so a hook passes it during this call.
-        hook = self.mtp.register_forward_pre_hook(add_ids, with_kwargs=True) if self.mtp_process else nullcontext()
-        with hook:
-            return super().forward(input_ids, *args, padding_mask=packed, **kwargs)
-
-
-class MaskMoEHybridModel(PackingModel, _HybridModelWithIds):
+class MaskMoEHybridModel(PackingModel, RoutesByTokenId, ChunkedCrossEntropyMixin, BaseHybridModel):
     """`HybridModel` whose MoE layers route by token id.
 
     Every pipeline stage must be given `input_ids`, and can be given a padding mask, as for `MaskMoEGPTModel`. With

@@ -15,14 +15,14 @@ from torch import Tensor
 from maskmoe.megatron_compat.patches import building_replicated_linears_of
 from maskmoe.transformer.dispatch.choose import build_dispatcher, choose_dispatch
 from maskmoe.transformer.router import MaskMoERouter
-from maskmoe.transformer.token_ids import unpack_token_ids
+from maskmoe.transformer.token_ids import from_arguments
 from maskmoe.transformer.torch_modules.linear import ReplicatedLinear
 
 
 class MaskMoELayer(MoELayer):
     """`MoELayer` with a masked router and a dispatcher that uses the mask.
 
-    Token ids arrive in `padding_mask`, see `token_ids`.
+    Token ids arrive as `input_ids` or in `padding_mask`, see `token_ids`.
 
     Attributes:
         dispatcher: Sends tokens to their experts and outputs back, see `dispatch.protocol`.
@@ -59,14 +59,20 @@ class MaskMoELayer(MoELayer):
             parameter.sequence_parallel = False  # pyrefly: ignore[missing-attribute]
 
     def forward(
-        self, hidden_states: Tensor, intermediate_tensors: None = None, padding_mask: Tensor | None = None
+        self,
+        hidden_states: Tensor,
+        intermediate_tensors: None = None,
+        padding_mask: Tensor | None = None,
+        input_ids: Tensor | None = None,
     ) -> tuple[Tensor, None]:
         """Route, dispatch, compute the experts, and combine.
 
         Args:
             hidden_states: [sequence, batch, hidden].
             intermediate_tensors: Must be None; the overridden method uses it for CUDA graphs of parts of the layer.
-            padding_mask: Token ids [batch, sequence] as `pack_token_ids` packs them.
+            padding_mask: Bool [batch, sequence], True where a token is padding; None if no token is padding. Without
+                `input_ids`, the token ids as `pack_token_ids` packs them.
+            input_ids: Token ids, int64 [batch, sequence].
 
         Returns:
             The output [sequence, batch, hidden], and None in place of a bias.
@@ -76,13 +82,14 @@ class MaskMoELayer(MoELayer):
         """
         if intermediate_tensors is not None:
             raise ValueError("a MaskMoE layer cannot be captured in CUDA graphs: it was given intermediate tensors")
-        if padding_mask is None:
+        token_ids = from_arguments(padding_mask, input_ids)
+        if token_ids is None:
             raise ValueError(
-                "a MaskMoE layer got no token ids. Something between MaskMoEGPTModel and the layer drops `padding_mask`"
+                "a MaskMoE layer got no token ids. Something between the MaskMoE model and the layer drops them"
             )
         if self.training and self.attn_tp_group.size() > 1 and not self.config.sequence_parallel:
             raise ValueError("mixture-of-experts training with tensor parallelism needs --sequence-parallel")
-        token_ids = unpack_token_ids(padding_mask).transpose()
+        token_ids = token_ids.transpose()
 
         def compute(hidden_states: Tensor) -> Tensor:
             finish_dispatch = self.dispatcher.start_dispatch(hidden_states, token_ids, self.router)

@@ -1,15 +1,18 @@
-"""Token ids of a micro-batch, and their transport to the MoE layers on Megatron-Core's `padding_mask` channel.
+"""Token ids of a micro-batch, and their transport from the model to the MoE layers.
 
-Megatron-Core hands one tensor per token, `padding_mask`, from the model through blocks, layers, recomputation and
-multi-token prediction to every MoE layer. `pack_token_ids` puts token ids, padding and dispatch plan into that tensor;
-`unpack_token_ids` reads all three from the tensor. No other module knows the format:
+Megatron-Core after 0.19 hands `input_ids` from a hybrid model's block to its layers, their recomputation and their MoE
+layers, for its own hash routing (pull request 6403). The ids of MaskMoE take the same way. Older versions, the block of
+`GPTModel` and multi-token prediction hand on only one tensor per token, `padding_mask`, so ids and padding are packed
+into that tensor there:
 
 - the ids alone: int64 [batch, sequence];
 - ids and padding: int64 [2, batch, sequence], the second row is 1 where a token is padding.
 
-The sequence is the last dimension in both cases, because multi-token prediction shifts the last dimension.
+The sequence is the last dimension in both cases, because multi-token prediction shifts the last dimension. The dispatch
+plan is attached to the tensor that holds the ids. No other module knows by which way the ids travel.
 """
 
+import inspect
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -72,25 +75,34 @@ class TokenIds:
         return TokenIds(self.ids.t(), None if self.is_padding is None else self.is_padding.t(), self.plan)
 
 
-def pack_token_ids(token_ids: TokenIds) -> Tensor:
-    """Pack token ids and padding [batch, sequence], and plan, into the tensor that travels as `padding_mask`.
+def takes_token_ids(module: type[torch.nn.Module]) -> bool:
+    """Return whether a block or layer of Megatron-Core hands on token ids as an argument of their own."""
+    return "input_ids" in inspect.signature(module.forward).parameters
 
-    Raises:
-        ValueError: Ids and padding mask have different shapes.
-    """
+
+def to_arguments(token_ids: TokenIds, block: type[torch.nn.Module]) -> dict[str, Tensor | None]:
+    """Return the arguments by which a block hands token ids, padding [batch, sequence] and plan to its layers."""
+    if takes_token_ids(block):
+        return {"input_ids": _attach(token_ids.ids, token_ids.plan), "padding_mask": token_ids.is_padding}
+    return {"padding_mask": pack_token_ids(token_ids)}
+
+
+def from_arguments(padding_mask: Tensor | None, input_ids: Tensor | None) -> TokenIds | None:
+    """Read the token ids of `to_arguments` in a layer; None if the arguments hold no ids."""
+    if input_ids is not None:
+        return TokenIds(input_ids.as_subclass(Tensor), padding_mask, _plan_of(input_ids))
+    return None if padding_mask is None else unpack_token_ids(padding_mask)
+
+
+def pack_token_ids(token_ids: TokenIds) -> Tensor:
+    """Pack token ids and padding [batch, sequence], and plan, into the tensor that travels as `padding_mask`."""
     ids, is_padding = token_ids.ids, token_ids.is_padding
-    if is_padding is not None:
-        if is_padding.shape != ids.shape:
-            raise ValueError(
-                f"the padding mask has shape {list(is_padding.shape)}, the token ids have {list(ids.shape)}"
-            )
-        ids = torch.stack([ids, is_padding.to(ids.dtype)])
-    return ids if token_ids.plan is None else _TensorWithPlan.attach(ids, token_ids.plan)
+    return _attach(ids if is_padding is None else torch.stack([ids, is_padding.to(ids.dtype)]), token_ids.plan)
 
 
 def unpack_token_ids(padding_mask: Tensor) -> TokenIds:
     """Read token ids, padding and plan from a tensor that `pack_token_ids` made."""
-    plan = padding_mask.plan if isinstance(padding_mask, _TensorWithPlan) else None
+    plan = _plan_of(padding_mask)
     if padding_mask.dim() == 2:
         return TokenIds(padding_mask.as_subclass(Tensor), None, plan)
     ids, is_padding = padding_mask.unbind()
@@ -108,21 +120,28 @@ def gather_sequence(padding_mask: Tensor, tp_group: ProcessGroup) -> Tensor:
     return gather_from_sequence_parallel_region(sequence_first, group=tp_group).movedim(0, -1)
 
 
+def _attach(tensor: Tensor, plan: DispatchPlan | None) -> Tensor:
+    """Return the tensor with the plan attached; the tensor itself if there is no plan."""
+    if plan is None:
+        return tensor
+    with_plan = tensor.as_subclass(_TensorWithPlan)
+    with_plan.plan = plan
+    return with_plan
+
+
+def _plan_of(tensor: Tensor) -> DispatchPlan | None:
+    """Return the plan that is attached to a tensor, if any."""
+    return tensor.plan if isinstance(tensor, _TensorWithPlan) else None
+
+
 class _TensorWithPlan(Tensor):
-    """A packed tensor with a dispatch plan attached.
+    """A tensor of token ids with a dispatch plan attached.
 
     Megatron-Core's recomputation saves the tensor and hands a detached copy to the layers that run again, so `detach`
     keeps the plan. The result of any other operation has no plan, because the plan would not fit other ids.
     """
 
     plan: DispatchPlan
-
-    @classmethod
-    def attach(cls, packed: Tensor, plan: DispatchPlan) -> "_TensorWithPlan":
-        """Return the packed tensor with the plan attached."""
-        with_plan = packed.as_subclass(cls)
-        with_plan.plan = plan
-        return with_plan
 
     @classmethod
     def __torch_function__(
@@ -136,5 +155,5 @@ class _TensorWithPlan(Tensor):
         with torch._C.DisableTorchFunctionSubclass():
             result = func(*args, **(kwargs or {}))
         if func is Tensor.detach:
-            return cls.attach(result, args[0].plan)
+            return _attach(result, args[0].plan)
         return result.as_subclass(Tensor) if type(result) is cls else result

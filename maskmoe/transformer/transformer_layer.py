@@ -3,6 +3,7 @@
 from dataclasses import replace
 from typing import Any
 
+from megatron.core import package_info
 from megatron.core.models.hybrid.hybrid_block import HybridStackSubmodules
 from megatron.core.transformer.multi_token_prediction import MultiTokenPredictionLayer
 from megatron.core.transformer.spec_utils import ModuleSpec
@@ -18,6 +19,7 @@ class MaskMoETransformerLayer(TransformerLayer):
     With `cuda_graph_impl="transformer_engine"` and graphs of the attention, `TransformerLayer` replays the graph and
     then calls the rest of the layer without `padding_mask`, on which the token ids travel. This class keeps the ids
     aside: the graph never sees them, so no ids are captured, and the MoE layer gets the ids of its own micro-batch.
+    Only for versions of Megatron-Core whose layers do not take `input_ids`.
     """
 
     _ids_of_replay: Tensor | None = None
@@ -30,17 +32,10 @@ class MaskMoETransformerLayer(TransformerLayer):
         finally:
             self._ids_of_replay = None
 
-    def _forward_mlp(
-        self,
-        hidden_states: Tensor,
-        inference_context: Any = None,
-        padding_mask: Tensor | None = None,
-        packed_seq_params: Any = None,
-    ) -> Any:
+    def _forward_mlp(self, *args: Any, padding_mask: Tensor | None = None, **kwargs: Any) -> Any:
         """Compute the MLP or MoE layer, after a replay with the ids that were kept aside."""
-        if padding_mask is None:
-            padding_mask = self._ids_of_replay
-        return super()._forward_mlp(hidden_states, inference_context, padding_mask, packed_seq_params)
+        padding_mask = self._ids_of_replay if padding_mask is None else padding_mask
+        return super()._forward_mlp(*args, padding_mask=padding_mask, **kwargs)
 
 
 class MaskMoEMultiTokenPredictionLayer(MultiTokenPredictionLayer):
@@ -52,8 +47,9 @@ class MaskMoEMultiTokenPredictionLayer(MultiTokenPredictionLayer):
     """
 
     def __init__(self, *args: Any, hybrid_submodules: HybridStackSubmodules | None = None, **kwargs: Any) -> None:
-        if hybrid_submodules is not None and isinstance(hybrid_submodules.moe_layer, ModuleSpec):
-            # `HybridStack` does not pass `is_mtp_layer` to MoE layers. Without experts, there is no spec of MoE layers.
+        # `HybridStack` of 0.19 does not pass `is_mtp_layer` to MoE layers. Without experts, no MoE layer has a spec.
+        is_older = package_info.__version__.startswith("0.19.")
+        if is_older and hybrid_submodules is not None and isinstance(hybrid_submodules.moe_layer, ModuleSpec):
             moe_layer = hybrid_submodules.moe_layer
             moe_layer = replace(moe_layer, params={**moe_layer.params, "is_mtp_layer": True})
             hybrid_submodules = replace(hybrid_submodules, moe_layer=moe_layer)

@@ -11,23 +11,24 @@ from maskmoe.command_line.run_tool import run_tool
 from maskmoe.training.trainer import main
 from maskmoe.transformer.models import RoutesByTokenId
 from maskmoe.transformer.moe_layer import MaskMoELayer
+from maskmoe.transformer.token_ids import pack_token_ids
 
 newest_ids = None
-pack_for_layers = RoutesByTokenId.pack_for_layers
+ids_of_layers = RoutesByTokenId.ids_of_layers
 layer_forward = MaskMoELayer.forward
 
 
 def remember(self, input_ids, padding_mask):
     global newest_ids
-    newest_ids = pack_for_layers(self, input_ids, padding_mask)
+    newest_ids = ids_of_layers(self, input_ids, padding_mask)
     return newest_ids
 
 
-def forward(self, hidden_states, intermediate_tensors=None, padding_mask=None):
-    return layer_forward(self, hidden_states, intermediate_tensors, newest_ids)
+def forward(self, hidden_states, intermediate_tensors=None, padding_mask=None, input_ids=None):
+    return layer_forward(self, hidden_states, intermediate_tensors, pack_token_ids(newest_ids))
 
 
 if __name__ == "__main__":
-    RoutesByTokenId.pack_for_layers = remember
+    RoutesByTokenId.ids_of_layers = remember
     MaskMoELayer.forward = forward
     run_tool(main)

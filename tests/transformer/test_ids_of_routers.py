@@ -114,14 +114,14 @@ def test_ids_kept_on_a_module_are_caught(
 ) -> None:
     """The check fails for routers that read the ids of the latest forward pass (negative control)."""
     model = build_model(kind, recompute)
-    pack, route = RoutesByTokenId.pack_for_layers, MaskMoERouter.forward
+    ids_of_layers, route = RoutesByTokenId.ids_of_layers, MaskMoERouter.forward
 
     def keep_ids(self, input_ids, *args, **kwargs):
         MaskMoERouter.current_ids = TokenIds(input_ids.T)
-        return pack(self, input_ids, *args, **kwargs)
+        return ids_of_layers(self, input_ids, *args, **kwargs)
 
     monkeypatch.setattr(MaskMoERouter, "current_ids", None, raising=False)
-    monkeypatch.setattr(RoutesByTokenId, "pack_for_layers", keep_ids)
+    monkeypatch.setattr(RoutesByTokenId, "ids_of_layers", keep_ids)
     monkeypatch.setattr(MaskMoERouter, "forward", lambda self, input, token_ids: route(self, input, self.current_ids))
     with pytest.raises(AssertionError, match=WRONG_IDS):
         check_two_micro_batches_in_flight(model, router_calls)
@@ -181,6 +181,13 @@ def test_sequence_parallel_ranks_take_their_part_of_the_ids() -> None:
 def test_refuses_missing_ids(kind: str) -> None:
     with pytest.raises(ValueError, match="needs input_ids on every pipeline stage"):
         build_model(kind)(None, None, None)
+
+
+@every_model
+def test_refuses_padding_of_another_shape(kind: str) -> None:
+    (token_ids,) = micro_batches(1)
+    with pytest.raises(ValueError, match=r"padding mask has shape \[2, 2\], the token ids have \[2, "):
+        forward(build_model(kind), token_ids, padding_mask=token_ids[:, :2] > 5)
 
 
 @every_model

@@ -6,17 +6,47 @@ from megatron.core import tensor_parallel
 from support.small_moe import DEVICE
 from torch import Tensor
 
-from maskmoe.transformer.token_ids import DispatchPlan, TokenIds, gather_sequence, pack_token_ids, unpack_token_ids
+from maskmoe.transformer.token_ids import (
+    DispatchPlan,
+    TokenIds,
+    from_arguments,
+    gather_sequence,
+    pack_token_ids,
+    to_arguments,
+    unpack_token_ids,
+)
 
 IDS = torch.arange(6, device=DEVICE).view(2, 3)
 IS_PADDING = IDS > 3
 PLAN: DispatchPlan = {}
 
 
+class WithoutIds(torch.nn.Module):
+    """A block as Megatron-Core 0.19 has it: ids travel on `padding_mask`."""
+
+    def forward(self, hidden: Tensor, padding_mask: Tensor | None = None) -> None: ...
+
+
+class WithIds(torch.nn.Module):
+    """A block of a later Megatron-Core, which hands ids to its layers."""
+
+    def forward(self, hidden: Tensor, padding_mask: Tensor | None = None, input_ids: Tensor | None = None) -> None: ...
+
+
+every_block = pytest.mark.parametrize("block", [WithoutIds, WithIds])
+
+
+def through(block: type[torch.nn.Module], token_ids: TokenIds) -> TokenIds | None:
+    """Hand token ids to the layers of a block."""
+    return from_arguments(**{"padding_mask": None, "input_ids": None} | to_arguments(token_ids, block))
+
+
+@every_block
 @pytest.mark.parametrize("is_padding", [None, IS_PADDING], ids=["no padding", "padding"])
 @pytest.mark.parametrize("plan", [None, PLAN], ids=["no plan", "plan"])
-def test_round_trip(is_padding: Tensor | None, plan: DispatchPlan | None) -> None:
-    found = unpack_token_ids(pack_token_ids(TokenIds(IDS, is_padding, plan)))
+def test_round_trip(block: type[torch.nn.Module], is_padding: Tensor | None, plan: DispatchPlan | None) -> None:
+    found = through(block, TokenIds(IDS, is_padding, plan))
+    assert found is not None
     assert torch.equal(found.ids, IDS)
     assert type(found.ids) is Tensor
     assert found.plan is plan
@@ -31,27 +61,28 @@ def test_round_trip(is_padding: Tensor | None, plan: DispatchPlan | None) -> Non
     assert in_layer.plan is plan
 
 
-def test_plain_ids_are_packed_without_a_copy() -> None:
-    assert pack_token_ids(TokenIds(IDS)) is IDS
+def test_plain_ids_travel_without_a_copy() -> None:
+    assert to_arguments(TokenIds(IDS), WithoutIds) == {"padding_mask": IDS}
+    assert to_arguments(TokenIds(IDS), WithIds) == {"input_ids": IDS, "padding_mask": None}
 
 
-def test_padding_of_another_shape_is_refused() -> None:
-    with pytest.raises(ValueError, match=r"padding mask has shape \[2, 2\], the token ids have \[2, 3\]"):
-        pack_token_ids(TokenIds(IDS, IS_PADDING[:, :2]))
+def test_a_layer_without_arguments_has_no_ids() -> None:
+    assert from_arguments(None, None) is None
 
 
+@every_block
 @pytest.mark.parametrize("is_padding", [None, IS_PADDING], ids=["no padding", "padding"])
-def test_plan_survives_recomputation(is_padding: Tensor | None) -> None:
-    """Megatron-Core saves the packed tensor, and hands a detached one to the layers that run again."""
+def test_plan_survives_recomputation(block: type[torch.nn.Module], is_padding: Tensor | None) -> None:
+    """Megatron-Core saves the tensors, and hands detached ones to the layers that run again."""
     seen = []
 
-    def layer(hidden: Tensor, padding_mask: Tensor) -> Tensor:
-        seen.append(unpack_token_ids(padding_mask))
+    def layer(hidden: Tensor, padding_mask: Tensor | None, input_ids: Tensor | None) -> Tensor:
+        seen.append(from_arguments(padding_mask, input_ids))
         return hidden * 2
 
     hidden = torch.ones(2, 3, device=DEVICE, requires_grad=True)
-    packed = pack_token_ids(TokenIds(IDS, is_padding, PLAN))
-    tensor_parallel.checkpoint(layer, False, hidden, packed).sum().backward()
+    arguments = {"padding_mask": None, "input_ids": None} | to_arguments(TokenIds(IDS, is_padding, PLAN), block)
+    tensor_parallel.checkpoint(layer, False, hidden, *arguments.values()).sum().backward()
     assert len(seen) == 2
     assert all(token_ids.plan is PLAN for token_ids in seen)
     assert all(torch.equal(token_ids.ids, IDS) for token_ids in seen)

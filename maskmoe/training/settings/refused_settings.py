@@ -12,10 +12,12 @@ from math import isfinite
 
 from megatron.core.transformer.enums import LayerType
 from megatron.core.transformer.pipeline_parallel_layer_layout import PipelineParallelLayerLayout
+from megatron.core.transformer.transformer_layer import TransformerLayer
 
 from maskmoe.command_line.ranges import split
 from maskmoe.megatron_compat.gpu import GpuPackages
 from maskmoe.transformer.dispatch.flex import missing_library
+from maskmoe.transformer.token_ids import takes_token_ids
 from maskmoe.transformer.torch_modules.gated_delta_net import check_gated_delta_net, uses_fla
 
 Predicate = Callable[[Namespace], bool]
@@ -130,6 +132,9 @@ def missing_libraries(args: Namespace) -> Iterator[str]:
 # ---- Predicates ------------------------------------------------------------------------------------------------------
 
 
+_WIRE_DTYPES = ("moe_dispatch_fwd_dtype", "moe_combine_bwd_dtype")  # of Megatron-Core after 0.19
+
+
 def _given(*names: str) -> Predicate:
     """Return a predicate: one of the flags is given. A flag that the installed Megatron-Core lacks is not given."""
     return lambda args: any(getattr(args, name, None) not in (None, False) for name in names)
@@ -165,10 +170,13 @@ def _captures_graphs(args: Namespace) -> bool:
 
 
 def _captures_experts(args: Namespace) -> bool:
-    """Return whether CUDA graphs would capture more than attention and dense MLPs of Transformer Engine."""
+    """Return whether CUDA graphs would capture more than attention and dense MLPs of Transformer Engine.
+
+    Layers that take `input_ids`, of Megatron-Core after 0.19, give the ids to every graph, which was captured without.
+    """
     modules = {getattr(module, "name", module) for module in args.cuda_graph_modules or ["full"]}
     is_supported = args.cuda_graph_impl == args.transformer_impl == "transformer_engine" and modules <= {"attn", "mlp"}
-    return _captures_graphs(args) and not is_supported
+    return _captures_graphs(args) and (takes_token_ids(TransformerLayer) or not is_supported)
 
 
 def _chunks_of_layout(args: Namespace) -> list[list[LayerType]]:
@@ -303,6 +311,8 @@ MEANINGLESS_WITH_A_MASK = (
             "--spec --experimental-attention-variant --linear-attention-freq --heterogeneous-layers-config-path "
             "--heterogeneous-layers-config-encoded-json": "MaskMoE builds the layer specification itself, because "
             "Megatron-Core's MoE layers ignore the mask.",
+            "--moe-n-hash-layers": "The routing mask decides for every layer. `maskmoe mask --expert-table` builds "
+            "a mask from the table of the hash layers.",
             "--moe-routing-trace-path": "Megatron's trace leaves out every layer in which a token has fewer than k "
             "experts. Use maskmoe analyze.",
             "--moe-router-padding-for-quantization --moe-router-padding-for-fp8": "The router would send tokens to "
@@ -455,6 +465,11 @@ NOT_BUILT = (
         _leaves_non_persistent_checkpoints_out,
     ),
     Check(
+        "--moe-dispatch-fwd-dtype or --moe-combine-bwd-dtype",
+        "MaskMoE's experts take rows in the dtype of the model only, so leave the flags at bf16.",
+        lambda args: any(getattr(args, name, "bf16") != "bf16" for name in _WIRE_DTYPES),
+    ),
+    Check(
         "--spike-action skip with --qk-clip or --optimizer-cuda-graph",
         "The weights would change although the update is skipped.",
         _skips_too_little,
@@ -465,6 +480,8 @@ NOT_BUILT = (
             "schedule of the overlap calls the router without the channel on which the token ids travel.",
             "--moe-paged-stash --moe-pad-experts-for-cuda-graph-inference --moe-ncclep-static-shape "
             "--moe-ncclep-zero-copy": "The setting is for fixed shapes, but the number of rows of a rank varies.",
+            "--moe-use-grouped-tensor --enable-hyper-connections --enable-mhc-connections": "MaskMoE has not been "
+            "tried with these settings of later versions of Megatron-Core.",
             "--moe-mlp-glu-interleave-size --moe-shared-expert-glu-interleave-size --moe-single-grouped-weight "
             "--moe-single-grouped-bias --tensor-parallel-num-weight-shards "
             "--expert-tensor-parallel-num-weight-shards": "MaskMoE's conversion and its transformers model read "

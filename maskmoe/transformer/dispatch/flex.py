@@ -2,7 +2,8 @@
 
 The flex dispatcher leaves communication to a library: DeepEP, HybridEP, or NCCL-EP of Transformer Engine. HybridEP
 takes the routing map, so Megatron's manager serves every routing mask. DeepEP and NCCL-EP take k expert indices for
-each token, and skip an index of -1. Megatron's managers for DeepEP and NCCL-EP fill all k slots, so they are replaced.
+each token, and skip an index of -1. Megatron's managers for DeepEP and NCCL-EP fill all k slots, so their method that
+fills the slots is replaced.
 """
 
 from inspect import signature
@@ -10,7 +11,7 @@ from typing import Any
 
 import torch
 from megatron.core.transformer.moe import fused_a2a
-from megatron.core.transformer.moe.token_dispatcher import MoEFlexTokenDispatcher, _DeepepManager, _NCCLEPManager
+from megatron.core.transformer.moe.token_dispatcher import MoEFlexTokenDispatcher
 from torch import Tensor
 
 
@@ -31,34 +32,22 @@ def select_slots(routing_map: Tensor, probs: Tensor, num_slots: int) -> tuple[Te
     return slot_probs.masked_fill(unused, 0), slot_experts.masked_fill(unused, -1)
 
 
-class MaskMoEDeepepManager(_DeepepManager):
-    """Megatron's manager for DeepEP, for any number of selected experts per token."""
+def build_flex_dispatcher(*args: Any) -> MoEFlexTokenDispatcher:
+    """Build `MoEFlexTokenDispatcher`, whose arguments are taken, for any number of selected experts per token."""
+    dispatcher = MoEFlexTokenDispatcher(*args)
+    if dispatcher.config.moe_flex_dispatcher_backend != "hybridep":
+        manager: Any = dispatcher._comm_manager
 
-    def setup_metadata(self, routing_map: Tensor, probs: Tensor) -> None:
-        """Store weights and indices of the selected experts; both arguments are [tokens, ranks, local experts]."""
-        self.token_probs, self.token_indices = select_slots(routing_map.flatten(1), probs.flatten(1), self.router_topk)
+        def setup_metadata(routing_map: Tensor, probs: Tensor) -> None:
+            """Store weights and indices of the selected experts; both arguments are [tokens, ranks, local experts]."""
+            manager.token_probs, manager.token_indices = select_slots(
+                routing_map.flatten(1), probs.flatten(1), manager.router_topk
+            )
+            manager.num_local_tokens = len(routing_map)
 
-
-class MaskMoENcclEpManager(_NCCLEPManager):
-    """Megatron's manager for NCCL-EP, for any number of selected experts per token."""
-
-    def setup_metadata(self, routing_map: Tensor, probs: Tensor) -> None:
-        """Store weights and indices of the selected experts; both arguments are [tokens, ranks, local experts]."""
-        self.token_probs, self.token_indices = select_slots(routing_map.flatten(1), probs.flatten(1), self.router_topk)
-        self.num_local_tokens = len(routing_map)
-
-
-class MaskMoEFlexTokenDispatcher(MoEFlexTokenDispatcher):
-    """`MoEFlexTokenDispatcher` for any number of selected experts per token."""
-
-    def __init__(self, *args: Any, **kwargs: Any) -> None:
-        super().__init__(*args, **kwargs)
-        # Megatron hard-codes the classes of the managers, so replace the instance here.
-        stock = self._comm_manager
-        if isinstance(stock, _DeepepManager | _NCCLEPManager):
-            manager = MaskMoEDeepepManager if isinstance(stock, _DeepepManager) else MaskMoENcclEpManager
-            sizes = (stock.num_local_experts, stock.router_topk, stock.num_experts)
-            self._comm_manager = manager(stock.group, *sizes, self.config)
+        # Megatron hard-codes the classes of the managers, so replace the method of the instance.
+        manager.setup_metadata = setup_metadata
+    return dispatcher
 
 
 def missing_library(backend: str) -> str | None:

@@ -13,7 +13,7 @@ from megatron.core.transformer.moe.token_dispatcher import (
 )
 from torch import Tensor
 
-from maskmoe.transformer.dispatch.flex import MaskMoEFlexTokenDispatcher
+from maskmoe.transformer.dispatch.flex import build_flex_dispatcher
 from maskmoe.transformer.dispatch.protocol import Dispatched, Router
 from maskmoe.transformer.gathered_parameters import wait_for_parameters
 from maskmoe.transformer.router import MaskMoERouter
@@ -67,7 +67,7 @@ def _build_token_dispatcher(layer: MoELayer, pg_collection: ProcessGroupCollecti
             min_visible = cast(MaskMoERouter, layer.router).visible_experts.min_visible
             return MaskMoEAlltoAllTokenDispatcher(*common, min_visible=min_visible)
         case "flex":
-            return MaskMoEFlexTokenDispatcher(*common)
+            return build_flex_dispatcher(*common)
         case _:
             # The all-gather dispatcher reads only the routing map.
             return MoEAllGatherTokenDispatcher(*common)

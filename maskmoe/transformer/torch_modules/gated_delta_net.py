@@ -1,7 +1,6 @@
 """Gated delta net, layer `G` of hybrid models, also without the package `fla` and without Transformer Engine."""
 
 import copy
-import inspect
 from argparse import Namespace
 from typing import Any
 
@@ -9,18 +8,21 @@ import torch
 from megatron.core.fusions.fused_bias_dropout import get_bias_dropout_add
 from megatron.core.models.backends import get_backend
 from megatron.core.models.hybrid.hybrid_layer_allocation import Symbols
-from megatron.core.ssm.gated_delta_net import HAVE_FLA, GatedDeltaNet, GatedDeltaNetSubmodules
-from megatron.core.ssm.gated_delta_net.common import torch_chunk_gated_delta_rule
+from megatron.core.ssm.gated_delta_net import (
+    HAVE_FLA,
+    GatedDeltaNet,
+    GatedDeltaNetSubmodules,
+    torch_chunk_gated_delta_rule,
+)
 from megatron.core.transformer.identity_op import IdentityOp
 from megatron.core.transformer.spec_utils import ModuleSpec
 from megatron.core.transformer.transformer_config import TransformerConfig
-from megatron.core.transformer.transformer_layer import TransformerLayerSubmodules
+from megatron.core.transformer.transformer_layer import TransformerLayer, TransformerLayerSubmodules
 from torch import Tensor
 
 from maskmoe.megatron_compat import cpu
 from maskmoe.megatron_compat.patches import building_gated_delta_net_without_fla
 from maskmoe.transformer.torch_modules.norms import TorchNorm
-from maskmoe.transformer.transformer_layer import MaskMoETransformerLayer
 
 _EPSILON = 1e-6  # of fla's `l2norm`
 SIZES = (
@@ -39,35 +41,24 @@ class TorchGatedDeltaNet(GatedDeltaNet):
     """
 
     def __init__(self, config: TransformerConfig, *args: Any, **kwargs: Any) -> None:
+        config = copy.copy(config)
+        config.deterministic_mode = True
         with building_gated_delta_net_without_fla():
             super().__init__(config, *args, use_qk_l2norm=False, **kwargs)
-        self.config = copy.copy(config)
-        self.config.deterministic_mode = True
-
-    def _setup_variant_attrs(self) -> None:
-        super()._setup_variant_attrs()
         self.gated_delta_rule = _normalized_gated_delta_rule  # pyrefly: ignore[bad-assignment]  # names of arguments
 
-    # Megatron-Core compiles these methods, which needs a compiler on every machine.
-    _apply_gated_norm = inspect.unwrap(GatedDeltaNet._apply_gated_norm)
-    _compute_g_and_beta = inspect.unwrap(GatedDeltaNet._compute_g_and_beta)
-    _prepare_input_for_gated_delta_rule = inspect.unwrap(GatedDeltaNet._prepare_input_for_gated_delta_rule)
 
-
-def _normalized_gated_delta_rule(
-    query: Tensor, key: Tensor, value: Tensor, **arguments: Any
-) -> tuple[Tensor, Tensor | None]:
+def _normalized_gated_delta_rule(q: Tensor, k: Tensor, v: Tensor, **arguments: Any) -> tuple[Tensor, Tensor | None]:
     """Scale queries and keys to length 1, and compute the gated delta rule (arXiv 2412.06464) in fp32.
 
-    All tensors are [batch, sequence, value heads, channels]; the result has the dtype of `value`. The state after the
-    last token is returned, too.
+    All tensors are [batch, sequence, value heads, channels]; the result has the dtype of `v`. The state after the last
+    token is returned, too.
     """
-    query, key = (
-        heads * torch.rsqrt(heads.square().sum(dim=-1, keepdim=True) + _EPSILON)
-        for heads in (query.float(), key.float())
+    q, k = (
+        heads * torch.rsqrt(heads.square().sum(dim=-1, keepdim=True) + _EPSILON) for heads in (q.float(), k.float())
     )
-    output, state = torch_chunk_gated_delta_rule(query, key, value, **arguments)
-    return output.to(value.dtype), state
+    output, state = torch_chunk_gated_delta_rule(q, k, v, **arguments)
+    return output.to(v.dtype), state
 
 
 def uses_fla() -> bool:
@@ -91,7 +82,7 @@ def get_gated_delta_net_layer_spec(config: TransformerConfig) -> ModuleSpec:
     )
     bias_dropout_add: Any = get_bias_dropout_add
     return ModuleSpec(
-        MaskMoETransformerLayer,
+        TransformerLayer,
         submodules=TransformerLayerSubmodules(
             input_layernorm=TorchNorm if is_local else IdentityOp,
             self_attention=attention,

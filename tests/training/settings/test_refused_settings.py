@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 from megatron.core.transformer.moe import fused_a2a
+from megatron.core.transformer.transformer_layer import TransformerLayer
 from megatron.training.arguments import add_megatron_arguments
 from support.command_lines import parse_training
 
@@ -22,6 +23,7 @@ from maskmoe.training.settings.refused_settings import (
     refused_settings,
     value_errors,
 )
+from maskmoe.transformer.token_ids import takes_token_ids
 
 MODEL = "--num-experts 8 --routing-mask mask.safetensors --disable-bias-linear --transformer-impl local"
 FLEX = "--moe-token-dispatcher-type flex"
@@ -117,7 +119,7 @@ SUPPORTED = (
     "--num-layers-per-virtual-pipeline-stage 1",
     "--full-validation --multiple-validation-sets",
     "--full-validation --multiple-validation-sets --pipeline-model-parallel-size 2 --eval-micro-batch-size 1",
-    f"{GRAPHS} --cuda-graph-modules attn mlp",
+    *(() if takes_token_ids(TransformerLayer) else (f"{GRAPHS} --cuda-graph-modules attn mlp",)),
     QUANTIZED,
     "~ --transformer-impl transformer_engine --fp8-format e4m3 --fp8-recipe mxfp8",
     f"{ENGINE} --fp4-format e2m1",
@@ -146,6 +148,15 @@ BAD_VALUES = {
     "--split": "abc -1,2,3 0,0,0 1,2,3,4 nan,1,1",
     "--window-size": "a,b",
     "--num-layer": "2",
+}
+
+
+# The tests also run with the next Megatron-Core, see docs/megatron.md.
+OF_OTHER_VERSIONS = {
+    *("--moe-n-hash-layers", "--moe-use-grouped-tensor", "--enable-hyper-connections", "--enable-mhc-connections"),
+    *("--moe-dispatch-fwd-dtype", "--moe-combine-bwd-dtype", "--moe-ncclep-static-shape", "--mhc-recompute-layer-num"),
+    *("--gdp-num-chunk-states-to-recompute", "--gtp-expert-remat-nccl-ub", "--no-save-tokenizer-assets"),
+    "--use-gigatoken",
 }
 
 
@@ -180,11 +191,11 @@ def test_every_check_has_a_case_or_refuses_its_flags_in_every_combination() -> N
 
 def test_named_flags_exist() -> None:
     named = {flag for check in REFUSED_SETTINGS for flag in re.findall(r"--[\w-]+", check.name)}
-    assert named <= parser()._option_string_actions.keys()
+    assert named <= parser()._option_string_actions.keys() | OF_OTHER_VERSIONS
 
 
 def test_every_flag_of_megatron_near_routing_is_reviewed() -> None:
-    """A flag that the file lacks is new in this release of Megatron-Core; a surplus flag is gone.
+    """A flag that the file lacks is new in this release of Megatron-Core; a surplus flag is of another version.
 
     Review whether a new flag is wrong beside a routing mask, and refuse it if so, before it is added to the file.
     """
@@ -192,7 +203,7 @@ def test_every_flag_of_megatron_near_routing_is_reviewed() -> None:
     megatron = add_megatron_arguments(argparse.ArgumentParser(allow_abbrev=False))
     flags = [action.option_strings[0] for action in megatron._actions]
     reviewed = Path(__file__).with_name("reviewed_flags.txt").read_text().split()
-    assert sorted(flag for flag in flags if near.search(flag)) == reviewed
+    assert {flag for flag in flags if near.search(flag)} ^ {*reviewed} <= OF_OTHER_VERSIONS & {*reviewed}
 
 
 @pytest.mark.parametrize(
