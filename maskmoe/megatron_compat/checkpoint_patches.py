@@ -5,23 +5,19 @@ Each function replaces something of megatron-core 0.19.2 or torch 2.15 and says 
 
 import pickle
 from argparse import Namespace
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from functools import wraps
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import torch
-from megatron.core.dist_checkpointing import ShardedTensor, gpt_checkpoint_interop
-from megatron.core.dist_checkpointing.exchange_utils import ShardDistribution, exchange_loaded_tensors_gather_object
-from megatron.core.dist_checkpointing.strategies import fully_parallel
+from megatron.core.dist_checkpointing import gpt_checkpoint_interop
 from megatron.training import checkpointing
 from torch.distributed.checkpoint import default_planner, filesystem
 
 from maskmoe.checkpoint.integrity import read_layout
 from maskmoe.megatron_compat import replace
-
-_SHORT_INTEGERS = (torch.int16, torch.uint16)
 
 
 def unpickle_data_only() -> None:
@@ -47,13 +43,16 @@ def unpickle_data_only() -> None:
 
 
 def load_either_implementation() -> None:
-    """Load checkpoints of local modules into Transformer Engine's modules, and the other way round.
+    """Ask checkpoints for the names that they have, and for tensors that ranks can send each other.
 
     Replaces: `_load_global_dist_base_checkpoint` in `megatron.training.checkpointing`.
     Why: In layers with experts, Megatron's local modules and Transformer Engine's save the norm before the experts
         under different names, and Transformer Engine's norms save a state of FP8, too. Megatron asks a checkpoint for
-        the names of the model that is loaded, and has no hook between the request and the checkpoint.
-    Can go: When Megatron's local modules save the same names as Transformer Engine's.
+        the names of the model that is loaded, and has no hook between the request and the checkpoint. With
+        `--ckpt-fully-parallel-load`, each rank loads a part of the tensors and sends it to the other ranks, but NCCL
+        and gloo cannot send integers of 16 bits, of which a routing mask consists.
+    Can go: When Megatron's local modules save the same names as Transformer Engine's, and Megatron sends tensors of all
+        types.
     """
     load_stock = checkpointing._load_global_dist_base_checkpoint
 
@@ -98,43 +97,7 @@ def load_gpt_checkpoints_into_hybrid_models() -> None:
     replace(gpt_checkpoint_interop, "retarget_sharded_state_dict_to_gpt_checkpoint", retarget)
 
 
-def exchange_short_integers() -> None:
-    """Let `--ckpt-fully-parallel-load` load routing masks.
-
-    Replaces: `exchange_by_distribution` in `megatron.core.dist_checkpointing.strategies.fully_parallel`.
-    Why: Each rank loads a part of the tensors and sends it to the other ranks. NCCL and gloo cannot send integers of 16
-        bits, of which a routing mask consists. The replacement sends them as objects; a mask has a few MiB.
-    Can go: When Megatron sends tensors of all types.
-    """
-    exchange_stock = fully_parallel.exchange_by_distribution
-
-    @wraps(exchange_stock)
-    def exchange(
-        loaded: Mapping[Any, torch.Tensor],
-        unloaded: Mapping[Any, ShardedTensor],
-        distribution: ShardDistribution,
-        group: torch.distributed.ProcessGroup | None = None,
-        exchange_algo: str = "broadcast",
-    ) -> dict[Any, torch.Tensor]:
-        short = {id for id, shard in distribution.shard_to_metadata.items() if shard.dtype in _SHORT_INTEGERS}
-        of_others = {id: rank for id, rank in distribution.main_rank_for_shard.items() if id not in short}
-        others = exchange_stock(
-            {id: tensor for id, tensor in loaded.items() if id not in short},
-            {id: shard for id, shard in unloaded.items() if id not in short},
-            distribution._replace(main_rank_for_shard=of_others),
-            group,
-            exchange_algo,
-        )
-        own = {id: tensor.cpu() for id, tensor in loaded.items() if id in short}
-        return others | exchange_loaded_tensors_gather_object(own, {}, distribution, group)
-
-    replace(fully_parallel, "exchange_by_distribution", exchange)
-
-
-EVERY_PROCESS = (
-    *(unpickle_data_only, load_either_implementation),
-    *(load_gpt_checkpoints_into_hybrid_models, exchange_short_integers),
-)
+EVERY_PROCESS = (unpickle_data_only, load_either_implementation, load_gpt_checkpoints_into_hybrid_models)
 """The patches that `prepare_process` applies."""
 
 

@@ -293,7 +293,7 @@ def test_checkpoint_stays_until_it_is_saved_again(tmp_path, monkeypatch):
 @pytest.mark.runs(SAVED)
 @pytest.mark.parametrize("algorithm", ["broadcast", "gather_rounds"])
 def test_ranks_share_the_work_of_loading(runs, copy, workplace, tmp_path, algorithm):
-    """The ranks send each other also the routing mask, whose integers of 16 bits no collective can send."""
+    """The ranks send each other also the routing mask, whose integers of 16 bits no collective could send."""
     shutil.rmtree(checkpoint_path(copy, 21))
     (copy / TRACKER).write_text("14")
     flags = f"{EXPERT_2} --load {copy} --ckpt-fully-parallel-load --ckpt-fully-parallel-load-exchange-algo {algorithm}"
