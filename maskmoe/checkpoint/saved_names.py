@@ -6,6 +6,7 @@ from collections.abc import Callable, Collection
 from dataclasses import dataclass
 from typing import Any, Self
 
+import torch
 from megatron.core.dist_checkpointing.dict_utils import dict_list_map_inplace
 from megatron.core.dist_checkpointing.gpt_checkpoint_interop import GPTCompatLayerMaps
 from megatron.core.dist_checkpointing.mapping import LocalNonpersistentObject, ShardedBase, ShardedObject, ShardedTensor
@@ -112,12 +113,16 @@ def request_saved_names(state: dict[str, Any], saved: Collection[str]) -> None:
 
     The norm before experts is the only tensor whose name depends on the implementation. Its optimizer state has the
     same name with a prefix. If the checkpoint has no FP8 state of Transformer Engine's norms, the module keeps its own.
+
+    Integers of 16 bits, which ranks cannot send each other, are requested as integers of 32 bits.
     """
 
     def request(entry: Any) -> Any:
         if isinstance(entry, ShardedTensor) and entry.key not in saved:
             entry.key = next((name for name in _other_names(entry.key) if name in saved), entry.key)
-        elif isinstance(entry, ShardedObject) and entry.key.endswith(_FP8_STATE) and entry.unique_key not in saved:
+        if isinstance(entry, ShardedTensor) and entry.dtype is torch.int16 and entry.data is not None:
+            entry.data, entry.dtype = entry.data.int(), torch.int32
+        if isinstance(entry, ShardedObject) and entry.key.endswith(_FP8_STATE) and entry.unique_key not in saved:
             return LocalNonpersistentObject(entry.data)
         return entry
 

@@ -4,7 +4,6 @@ import queue
 import shutil
 import time
 from argparse import Namespace
-from collections import deque
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
@@ -17,23 +16,23 @@ from megatron.core.dist_checkpointing.strategies import filesystem_async
 from megatron.core.dist_checkpointing.strategies.async_utils import AsyncRequest
 from megatron.core.dist_checkpointing.strategies.torch import TorchDistSaveShardedStrategy
 from megatron.core.rerun_state_machine import RerunState, get_rerun_state_machine
-from megatron.training import async_utils, print_rank_0, training
+from megatron.training import print_rank_0, training
+from megatron.training.async_utils import is_empty_async_queue
 from megatron.training.checkpointing import get_loaded_iteration
 from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.utils import _DistWrapper
 
 from maskmoe.checkpoint.integrity import record_rank, write_manifest
 from maskmoe.checkpoint.series import (
+    NEXT,
     checkpoint_path,
     make_room,
-    next_version,
     non_persistent_folder,
     remove_next_versions,
     remove_old_checkpoints,
     replace_by_next_version,
 )
 from maskmoe.files.run_folder import Journal, Kind
-from maskmoe.megatron_compat.checkpoint_patches import saving_into
 
 
 @dataclass
@@ -82,11 +81,11 @@ class CheckpointSaver:
         before_wait: Callable[[], None],
         journal: Journal,
     ) -> None:
-        self._settings = settings
+        self._settings, self._save_folder = settings, settings.save
         # Megatron's own functions: this object's methods replace their names.
         self._save_checkpoint, self._finalize = training.save_checkpoint, training.maybe_finalize_async_save
         self._while_saving, self._before_wait, self._journal = while_saving, before_wait, journal
-        self._unfinished: deque[_Save] = deque()
+        self._unfinished: list[_Save] = []
         self._has_saved_non_persistent = False
         self._retain_interval: int | None = None
         self._last_saved: int | None = None  # the iteration of the last persistent checkpoint
@@ -107,27 +106,33 @@ class CheckpointSaver:
         # Save the iteration again, beside its checkpoint. Wait first, because an asynchronous save may still write it.
         self.finalize(blocking=True)
         checkpoint = checkpoint_path(settings.save, iteration)
-        with saving_into(next_version(checkpoint)):
-            self._begin(_Save(iteration, is_local=False, is_repeated=True), *args, **kwargs)
+        self._begin(_Save(iteration, is_local=False, is_repeated=True), *args, **kwargs)
         self.finalize(blocking=True)
         if torch.distributed.get_rank() == 0:
             replace_by_next_version(checkpoint)
 
     def _begin(self, save: _Save, *args: Any, **kwargs: Any) -> None:
         """Call Megatron's function for a save; `finalize` completes and records an asynchronous save."""
-        is_first, start = torch.distributed.get_rank() == 0, time.perf_counter()
+        settings, is_first, start = self._settings, torch.distributed.get_rank() == 0, time.perf_counter()
         with self._while_saving():
             if is_first:
                 self._clear_folder(save)
             torch.distributed.barrier()
-            with _marking_failures():
-                self._save_checkpoint(save.iteration, *args, non_persistent_ckpt=save.is_local, **kwargs)
+            # For Megatron, every checkpoint is persistent: it would remove old non-persistent checkpoints from all
+            # subfolders, and keep the newest one even if it is damaged.
+            folder = self._folder(save)
+            settings.save = str(folder / NEXT if save.is_repeated else folder)
+            try:
+                with _marking_failures():
+                    self._save_checkpoint(save.iteration, *args, **kwargs)
+            finally:
+                settings.save = self._save_folder
             if not save.is_local:
                 self._last_saved = save.iteration
-            if is_first and not self._settings.async_save:
+            if is_first and not settings.async_save:
                 self._remove_outdated(save)
         save.seconds += time.perf_counter() - start
-        if self._settings.async_save:
+        if settings.async_save:
             self._unfinished.append(save)
         else:
             self._record(save, is_asynchronous=False)
@@ -139,7 +144,9 @@ class CheckpointSaver:
             self._before_wait()
         with _marking_failures():
             self._finalize(blocking=blocking, terminate=terminate)
-        finished = [self._unfinished.popleft() for _ in range(len(self._unfinished) - _num_unfinished())]
+        finished: list[_Save] = []
+        if is_empty_async_queue():  # Megatron does not say which of several saves it has finalised
+            finished, self._unfinished = self._unfinished, []
         if torch.distributed.get_rank() == 0:
             for save in finished:
                 self._remove_outdated(save)
@@ -167,8 +174,8 @@ class CheckpointSaver:
     def _folder(self, save: _Save) -> Path:
         """Return the folder in which a save makes the folder of the checkpoint."""
         if not save.is_local:
-            return Path(self._settings.save)
-        folder = non_persistent_folder(self._settings, self._settings.save)
+            return Path(self._save_folder)
+        folder = non_persistent_folder(self._settings, self._save_folder)
         assert folder is not None
         return folder
 
@@ -212,12 +219,6 @@ def _marking_failures() -> Iterator[None]:
         yield
     except CheckpointException as error:
         raise SaveError(describe_failures(error)) from error
-
-
-def _num_unfinished() -> int:
-    """Return the number of asynchronous saves that Megatron has not finalised."""
-    queue = async_utils._async_calls_queue
-    return 0 if queue is None else queue.get_num_unfinalized_calls()
 
 
 class SealedSaveStrategy(TorchDistSaveShardedStrategy):

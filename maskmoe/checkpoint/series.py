@@ -1,9 +1,10 @@
 """Finds, chooses and removes the checkpoints of one run, persistent and non-persistent ones."""
 
 import shutil
+import tempfile
 from argparse import Namespace
-from collections.abc import Callable
-from contextlib import suppress
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -15,7 +16,10 @@ from maskmoe.files.untrusted import UnusableFile, read_bounded
 
 TRACKER = "latest_checkpointed_iteration.txt"
 _MAX_TRACKER_BYTES = 100
-_NEXT, _REPLACED = "next_", "replaced_"
+NEXT = "next"
+"""The subfolder into which an iteration is saved again while its checkpoint stays."""
+
+_REPLACED = "replaced_"
 RELEASE = "release"
 """Megatron's name of a checkpoint that no training run saved, such as a converted checkpoint."""
 
@@ -42,6 +46,26 @@ def iteration_of(checkpoint: Path) -> int | None:
     """Return the iteration in the name of a checkpoint's folder; None for a name without one, such as `release`."""
     number = checkpoint.name.removeprefix("iter_")
     return int(number) if number.isascii() and number.isdecimal() else None
+
+
+@contextmanager
+def showing_only(checkpoint: Path | None, args: Namespace) -> Iterator[None]:
+    """Let `--load` be a folder with one checkpoint, or without any, while Megatron loads during the block.
+
+    Megatron prefers other checkpoints to `--ckpt-step`: the imported model that a tracker file names, and the newest
+    non-persistent checkpoint, sound or not. Megatron fails if the tracker file is unusable.
+    """
+    shown = args.load, args.non_persistent_ckpt_type
+    with tempfile.TemporaryDirectory(prefix="maskmoe-load-") as folder:
+        if checkpoint is not None:
+            (Path(folder) / checkpoint.name).symlink_to(checkpoint.absolute())
+            iteration = iteration_of(checkpoint)
+            write_tracker(folder, RELEASE if iteration is None else iteration)
+        args.load, args.non_persistent_ckpt_type = args.load and folder, None
+        try:
+            yield
+        finally:
+            args.load, args.non_persistent_ckpt_type = shown
 
 
 def saved_iterations(folder: str | Path) -> list[int]:
@@ -169,40 +193,27 @@ def newest_sound(folder: str | Path) -> int | None:
     return None
 
 
-def next_version(checkpoint: Path) -> Path:
-    """Return the folder into which an iteration is saved again while its checkpoint stays."""
-    return checkpoint.with_name(f"{_NEXT}{checkpoint.name}")
-
-
 def replace_by_next_version(checkpoint: Path) -> None:
     """Replace a checkpoint by its complete next version in two renames; `finish_replacements` repairs interruptions."""
     checkpoint.rename(checkpoint.with_name(f"{_REPLACED}{checkpoint.name}"))
-    finish_replacements(checkpoint.parent)
-    _remove_replaced(checkpoint.parent)
+    remove_next_versions(checkpoint.parent)
 
 
 def finish_replacements(folder: str | Path) -> None:
     """Complete replacements whose first rename is done; several processes may do this at the same time."""
     for replaced in Path(folder).glob(f"{_REPLACED}iter_*"):
         checkpoint = replaced.with_name(replaced.name.removeprefix(_REPLACED))
-        version = next_version(checkpoint)
+        version = Path(folder) / NEXT / checkpoint.name
         if not checkpoint.exists():
             with suppress(OSError):
                 (version if version.exists() else replaced).rename(checkpoint)
 
 
-def _remove_replaced(folder: Path) -> None:
-    """Remove the checkpoints that were replaced by their next versions."""
-    for replaced in folder.glob(f"{_REPLACED}iter_*"):
-        shutil.rmtree(replaced, ignore_errors=True)
-
-
 def remove_next_versions(folder: str | Path) -> None:
-    """Remove the next versions of checkpoints that interrupted saves have left."""
+    """Remove the next versions that interrupted saves have left, and the checkpoints that next versions replaced."""
     finish_replacements(folder)
-    _remove_replaced(Path(folder))
-    for version in Path(folder).glob(f"{_NEXT}iter_*"):
-        shutil.rmtree(version, ignore_errors=True)
+    for left in (Path(folder) / NEXT, *Path(folder).glob(f"{_REPLACED}iter_*")):
+        shutil.rmtree(left, ignore_errors=True)
 
 
 def remove_unfinished_checkpoints(folder: str | Path) -> None:

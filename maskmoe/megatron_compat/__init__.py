@@ -4,24 +4,35 @@ Importing this package changes nothing. Each process calls `prepare_process` onc
 """
 
 import functools
+import logging
+import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 
 import torch
 
 from maskmoe.errors import UserError
+from maskmoe.processes.lifetimes import end_with_parent
+
+RANK_PROCESS = "MASKMOE_RANK_PROCESS"
+"""The environment variable of a process that writes checkpoints, with the id of the rank that has started it."""
 
 
 @functools.cache
 def prepare_process() -> None:
     """Install the CPU adapter if there is no GPU, then patch Megatron-Core and torch; further calls do nothing.
 
+    A process that writes checkpoints ends with its rank from now on.
+
     Raises:
         UserError: There are GPUs that torch cannot use, so training on them would become training on the CPU.
         RuntimeError: There is no GPU, and megatron was imported before.
     """
-    from maskmoe.megatron_compat import cpu
+    from maskmoe.megatron_compat import cpu, patches
 
+    if RANK_PROCESS in os.environ:
+        end_with_parent(int(os.environ[RANK_PROCESS]))
+    patches.accumulate_gradients_without_apex()
     if not torch.cuda.is_available():
         # The driver's library counts GPUs even if the driver is too old for CUDA.
         if num_unusable := torch.cuda.device_count():
@@ -33,8 +44,14 @@ def prepare_process() -> None:
         if not cpu.is_installed():
             cpu.install()
     # These modules import megatron, so they must come after the CPU adapter.
-    from maskmoe.megatron_compat import checkpoint_patches, patches
+    from megatron.training import training
 
+    from maskmoe.megatron_compat import checkpoint_patches
+
+    # emerging-optimizers logs by absl while Megatron imports it, and absl then gives the root logger a handler, beside
+    # which `megatron.training` installs none, so that its lines of level INFO would vanish.
+    if not any(isinstance(handler, training.CustomHandler) for handler in logging.root.handlers):
+        logging.basicConfig(handlers=[training.CustomHandler()], level=logging.INFO, force=True)
     for patch in (*patches.EVERY_PROCESS, *checkpoint_patches.EVERY_PROCESS):
         patch()
 

@@ -106,15 +106,6 @@ def _adapt_megatron() -> None:
     # This function warms up the fusions on CUDA.
     replace(megatron.training.training, "set_jit_fusion_options", lambda tp_size=None: None)
 
-    # The dispatcher copies split sizes from a CUDA tensor to NumPy arrays on the host, but leaves CPU tensors as
-    # tensors, which the collective cannot read.
-    import megatron.core.transformer.moe.token_dispatcher as token_dispatcher
-
-    def to_host(tensor: Any, as_numpy: bool = False, record_stream: bool = False) -> Any:
-        return tensor.numpy() if as_numpy and isinstance(tensor, torch.Tensor) else tensor
-
-    replace(token_dispatcher, "maybe_move_tensor_to_cpu", to_host)
-
 
 # Devices
 
@@ -272,11 +263,12 @@ def _type_of_cuda(self: torch.Tensor, dtype: Any = None, non_blocking: bool = Fa
     return _type(self, dtype, non_blocking, **kwargs)
 
 
-# Collectives of tensors of different sizes, which NCCL has and gloo lacks
+# Collectives: of tensors of different sizes, which NCCL has and gloo lacks, and with sizes in tensors on the CPU
 
 
 _all_gather: Callable = torch.distributed.all_gather
 _reduce_scatter: Callable = torch.distributed.reduce_scatter
+_all_to_all_single: Callable = torch.distributed.all_to_all_single
 
 
 @functools.wraps(_all_gather)
@@ -305,6 +297,22 @@ def _reduce_scatter_any(
     torch.distributed.all_reduce(total, op, group)
     output.copy_(total.split([len(part) for part in input_list])[torch.distributed.get_rank(group)])
     return None
+
+
+@functools.wraps(_all_to_all_single)
+def _all_to_all_of_tensor_sizes(
+    output: torch.Tensor,
+    input: torch.Tensor,
+    output_split_sizes: Any = None,
+    input_split_sizes: Any = None,
+    *args: Any,
+    **options: Any,
+) -> Any:
+    """Take the sizes also as tensors: Megatron's dispatcher makes NumPy arrays only of tensors on a GPU."""
+    sizes = (
+        each.tolist() if isinstance(each, torch.Tensor) else each for each in (output_split_sizes, input_split_sizes)
+    )
+    return _all_to_all_single(output, input, *sizes, *args, **options)
 
 
 # Everything that `install` replaces, by its owner.
@@ -367,5 +375,6 @@ _REPLACEMENTS: dict[Any, dict[str, Any]] = {
     torch.distributed: {
         "all_gather": _all_gather_any,
         "reduce_scatter": _reduce_scatter_any,
+        "all_to_all_single": _all_to_all_of_tensor_sizes,
     },
 }

@@ -1,7 +1,8 @@
 """Megatron's functions that return global variables, with types; import this module after `prepare_process()`."""
 
 from argparse import Namespace
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
 from typing import Any, cast
 
 from megatron.core.timers import Timers
@@ -20,12 +21,30 @@ get_timers = cast(Callable[[], Timers], global_vars.get_timers)
 get_signal_handler = cast(Callable[[], DistributedSignalHandler], global_vars.get_signal_handler)
 """Returns the handler of `--exit-signal`."""
 
+
+@contextmanager
+def global_args(args: Namespace) -> Iterator[None]:
+    """Let `get_args` return other arguments during the block; Megatron's global variables may not exist yet."""
+    before = None
+    with suppress(AssertionError):
+        before = get_args()
+    global_vars.set_args(args)
+    try:
+        yield
+    finally:
+        global_vars.set_args(before)
+
+
 # The arguments for which `set_global_variables` opens a writer on the last rank, and their values without a writer.
-_NO_WRITERS = {"tensorboard_dir": None, "wandb_project": "", "enable_one_logger": False}
+_NO_WRITERS = {"tensorboard_dir": None, "wandb_project": ""}
 
 
 def set_globals_without_writers(args: Namespace) -> None:
-    """Set all global variables but the writers, which would write files before all settings are checked."""
+    """Set all global variables but the writers, which would write files before all settings are checked.
+
+    One-logger, which only NVIDIA has, stays off.
+    """
+    args.enable_one_logger = False
     held_back = {name: getattr(args, name) for name in _NO_WRITERS}
     vars(args).update(_NO_WRITERS)
     try:
@@ -35,10 +54,6 @@ def set_globals_without_writers(args: Namespace) -> None:
 
 
 def open_writers(args: Namespace) -> None:
-    """Open the writers of TensorBoard, Weights & Biases and one-logger that the arguments ask for, on the last rank."""
-    for set_writer in (
-        global_vars._set_tensorboard_writer,
-        global_vars._set_wandb_writer,
-        global_vars._set_one_logger,
-    ):
+    """Open the writers of TensorBoard and Weights & Biases that the arguments ask for, on the last rank."""
+    for set_writer in (global_vars._set_tensorboard_writer, global_vars._set_wandb_writer):
         set_writer(args)

@@ -4,11 +4,8 @@ Each function replaces something of megatron-core 0.19.2 or torch 2.15 and says 
 The patches that concern checkpoints are in `checkpoint_patches`.
 """
 
-import argparse
 import copy
-import importlib
-import logging
-import re
+import importlib.util
 import sys
 from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager
@@ -32,20 +29,6 @@ def use_compiled_helpers_of_wheel() -> None:
 
     importlib.import_module("megatron.core.datasets.helpers_cpp")  # fails here rather than in the first dataset
     replace(utils, "compile_helpers", lambda: None)
-
-
-def let_megatron_log() -> None:
-    """Keep the log lines of `megatron.training` if emerging-optimizers is installed.
-
-    Replaces: The handler of the root logger, unless it is the handler that importing `megatron.training` installs.
-    Why: emerging-optimizers logs by absl while Megatron imports it, and absl then gives the root logger a handler.
-        `megatron.training` leaves a root logger with handlers alone, so its lines of level INFO would vanish.
-    Can go: When importing emerging-optimizers adds no handler (tests/megatron_compat/test_patches.py).
-    """
-    from megatron.training import training
-
-    if not any(isinstance(handler, training.CustomHandler) for handler in logging.root.handlers):
-        logging.basicConfig(handlers=[training.CustomHandler()], level=logging.INFO, force=True)
 
 
 def make_optimizer_state_loadable() -> None:
@@ -150,20 +133,18 @@ def recompute_without_transformer_engine() -> None:
 def accumulate_gradients_without_apex() -> None:
     """Let Megatron's linear layers add the gradient of a weight to `main_grad` without Apex.
 
-    Replaces: The module `fused_weight_gradient_mlp_cuda`, and `_grad_accum_fusion_available` in
-        `megatron.core.tensor_parallel.layers`, unless Apex is installed.
+    Call this before megatron is imported, which looks for the module only once.
+
+    Replaces: The module `fused_weight_gradient_mlp_cuda`, unless Apex is installed.
     Why: Megatron's output layer takes Apex's kernels, also beside layers of Transformer Engine. Without Apex, fusion
         would be off in the whole model, and each gradient would be added in a separate step.
     Can go: When `ColumnParallelLinear` takes `gradient_accumulation_fusion` without Apex.
     """
-    from megatron.core.tensor_parallel import layers
-
-    if layers._grad_accum_fusion_available:
-        return
-    add: Any = _add_weight_gradient
-    kernels: Any = SimpleNamespace(wgrad_gemm_accum_fp32=add, wgrad_gemm_accum_fp16=add)
-    sys.modules["fused_weight_gradient_mlp_cuda"] = layers.fused_weight_gradient_mlp_cuda = kernels
-    replace(layers, "_grad_accum_fusion_available", True)
+    name = "fused_weight_gradient_mlp_cuda"
+    if name not in sys.modules and importlib.util.find_spec(name) is None:
+        add: Any = _add_weight_gradient
+        kernels: Any = SimpleNamespace(wgrad_gemm_accum_fp32=add, wgrad_gemm_accum_fp16=add)
+        sys.modules[name] = kernels
 
 
 def _add_weight_gradient(inputs: torch.Tensor, gradients: torch.Tensor, main_grad: torch.Tensor) -> None:
@@ -238,28 +219,10 @@ def predict_tokens_without_transformer_engine() -> None:
 
 
 EVERY_PROCESS = (
-    *(let_megatron_log, use_compiled_helpers_of_wheel, make_optimizer_state_loadable),
-    recompute_without_transformer_engine,
-    accumulate_gradients_without_apex,
-    average_predictions_over_all_context_ranks,
-    predict_tokens_without_transformer_engine,
+    *(use_compiled_helpers_of_wheel, make_optimizer_state_loadable, recompute_without_transformer_engine),
+    *(average_predictions_over_all_context_ranks, predict_tokens_without_transformer_engine),
 )
-"""The patches that `prepare_process` applies."""
-
-
-def escape_percent_signs_in_help(parser: argparse.ArgumentParser) -> None:
-    """Make `--help` of Megatron's parser printable.
-
-    Replaces: Help texts of the parser's arguments in which `%` is not followed by a conversion.
-    Why: argparse formats help texts with `%`. The help of `--moe-paged-stash-buffer-size-factor-cuda` in
-        megatron-core 0.19.2 contains "10%)", so `--help` raised a ValueError.
-    Can go: When `--help` of Megatron's own parser works.
-
-    Args:
-        parser: Changed in place.
-    """
-    for action in parser._actions:
-        action.help = action.help and re.sub(r"(?<!%)%(?![%(])", "%%", action.help)
+"""The patches that `prepare_process` applies once megatron is imported."""
 
 
 def building_replicated_linears_of(

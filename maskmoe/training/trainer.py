@@ -11,21 +11,24 @@ from functools import partial
 from typing import Any
 
 import torch
+from megatron.core.datasets.gpt_dataset import GPTDataset
 from megatron.core.distributed import finalize_model_grads
 from megatron.core.enums import ModelType
 from megatron.training import pretrain
 from megatron.training.argument_utils import pretrain_cfg_container_from_args
 
 from maskmoe.checkpoint.saver import CheckpointSaver
+from maskmoe.checkpoint.series import showing_only
+from maskmoe.checkpoint.writers import start_writers
 from maskmoe.files.run_folder import Journal
 from maskmoe.megatron_compat.checkpoint_patches import keep_checkpoints_whole, override_learning_rates
 from maskmoe.megatron_compat.globals import get_timers, open_writers
 from maskmoe.processes.folder_lock import locked_folder
 from maskmoe.training.loop.batch import build_datasets, get_batch, loss_function, token_losses
-from maskmoe.training.loop.megatron_patches import call_after_each_step, skip_iterations_of_interleaved_pipelines
+from maskmoe.training.loop.megatron_patches import watch_steps
 from maskmoe.training.loop.rank_store import RankStore, check_launched, sharing_failures
 from maskmoe.training.resume.changed_settings import has_one_learning_rate
-from maskmoe.training.resume.choose_checkpoint import repair_tracker_file
+from maskmoe.training.resume.choose_checkpoint import checkpoint_to_load
 from maskmoe.training.settings.checks import parse_and_check_args
 from maskmoe.training.settings.flags import add_pretraining_arguments, hang_timeout
 from maskmoe.training.settings.run_settings import (
@@ -63,7 +66,6 @@ def main() -> None:
             for folder in run.checkpoint_folders if ranks.rank == 0 else ():
                 until_end.enter_context(locked_folder(folder))
             ranks.wait_for_all("locks of the folders")
-        repair_tracker_file(run.args, ranks)
         trainer.train()
 
 
@@ -78,6 +80,7 @@ class Trainer:
         self._ranks = ranks
         self._run_folder = run.run_folder
         self._save_on_signals = SaveOnSignals(run.args)
+        self._until_loaded = ExitStack()
 
     def train(self) -> None:
         """Train to the end, or until a signal, a failure or a limit of the command line ends the run early."""
@@ -111,16 +114,27 @@ class Trainer:
         # is passed over is not saved, multiple or not. So always save: `CheckpointSaver` leaves out a checkpoint that
         # exists.
         config.checkpoint.save_interval = sys.maxsize
-        with self._accompanied(), leaving_process_groups(), explaining_early_ends(args, leave_after_save):
+        early_ends = explaining_early_ends(args, leave_after_save)
+        with self._accompanied(), leaving_process_groups(), early_ends, self._until_loaded:
+            if args.async_save and args.async_strategy == "mcore":
+                start_writers(args.rank)
             console.load("building the model")
             pretrain(
                 config,
-                build_datasets,
+                self.build_datasets,
                 ModelType.encoder_or_decoder,
                 self.forward_step,
                 get_embedding_ranks=embedding_ranks_of(self.model_config),
                 store=self._ranks.for_process_groups,
             )
+
+    def build_datasets(self, num_samples: list[int], vp_stage: int | None = None) -> list[GPTDataset | None]:
+        """Build the datasets, for which Megatron asks once the checkpoint is loaded; see `batch.build_datasets`."""
+        self._until_loaded.close()
+        return build_datasets(num_samples)
+
+    # Megatron asks all ranks, not only those of the first stage, if the attribute is set.
+    vars(build_datasets)["is_distributed"] = True
 
     def forward_step(self, data_iterator: Iterator, model: torch.nn.Module) -> tuple:
         """Run one micro-batch forward; return the model's output and the function that computes the loss from it."""
@@ -141,6 +155,7 @@ class Trainer:
         def on_model_built(chunks: Any) -> Any:
             for callback in callbacks:
                 callback.on_model_built(chunks)
+            self._until_loaded.enter_context(showing_only(checkpoint_to_load(self.args), self.args))
             return chunks
 
         # Megatron copies the configuration that holds this function, so it must not be a method.
@@ -168,8 +183,8 @@ class Trainer:
         # In the order in which a run calls them.
         self.model_config.pre_wrap_hooks.append(on_model_built)
         self.model_config.transformer.finalize_model_grads_func = finalize_gradients
-        call_after_each_step(after_step)
-        skip_iterations_of_interleaved_pipelines()
+        skipping = (callback for callback in callbacks if isinstance(callback, SpikeWatch) and callback.skips)
+        watch_steps(after_step, next((callback.allows_update for callback in skipping), None))
         journal = Journal(self._run_folder if self._ranks.rank == 0 else None)
         saver = CheckpointSaver(self.args, saving, before_wait, journal)
         keep_checkpoints_whole(saver.save, saver.finalize)

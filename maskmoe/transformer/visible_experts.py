@@ -170,6 +170,8 @@ class VisibleExperts(MegatronModule):
         """
         loaded = {name: state_dict[prefix + name] for name in BUFFERS if prefix + name in state_dict}
         if len(loaded) == len(BUFFERS):
+            buffers = self.state_dict() if self._replaces is None else buffers_of_routing_mask(self._replaces)
+            loaded = {name: tensor.to(buffers[name].dtype) for name, tensor in loaded.items()}
             expected = self.digest if self._replaces is None else self._replaces.digest
             check_same_mask(expected, routing_mask_from_buffers(loaded).digest)
             if self._replaces is not None:

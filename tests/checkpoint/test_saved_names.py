@@ -38,6 +38,13 @@ def test_names_of_no_implementation_are_left_for_the_error_of_megatron():
         assert requested(names, {"embedding.word_embeddings.weight"}) == names
 
 
+def test_short_integers_are_requested_as_integers_that_ranks_can_send():
+    mask = ShardedTensor.from_rank_offsets("routing_mask.row_of_id", torch.zeros(2, 3, dtype=torch.int16))
+    request_saved_names({"model": {"mask": mask}}, {mask.key})
+    assert mask.dtype is torch.int32
+    mask.validate_metadata_integrity()
+
+
 def test_missing_state_of_fp8_stays_the_models_own():
     """A missing object of another kind stays requested."""
     own = torch.empty(0)

@@ -14,12 +14,12 @@ from support.run_folders import write_checkpoint
 
 from maskmoe.checkpoint.integrity import Damage, Unfinished
 from maskmoe.checkpoint.series import (
+    NEXT,
     TRACKER,
     checkpoint_path,
     choose_checkpoint,
     finish_replacements,
     iteration_of,
-    next_version,
     read_tracker,
     remove_next_versions,
     replace_by_next_version,
@@ -131,8 +131,8 @@ def test_a_released_checkpoint_is_older_than_non_persistent_ones(root):
 @pytest.mark.parametrize("renames", [0, 1, 2])
 def test_interrupted_replacement_of_a_checkpoint_is_finished(tmp_path, monkeypatch, renames):
     checkpoint = checkpoint_path(tmp_path, 4)
-    for folder, content in ((checkpoint, "old"), (next_version(checkpoint), "new")):
-        folder.mkdir()
+    for folder, content in ((checkpoint, "old"), (tmp_path / NEXT / checkpoint.name, "new")):
+        folder.mkdir(parents=True)
         (folder / "file").write_text(content)
     actions = iter([Path.rename] * renames)
 

@@ -86,10 +86,9 @@ compat.prepare_process()
 from maskmoe.megatron_compat.checkpoint_patches import keep_checkpoints_whole
 
 keep_checkpoints_whole(lambda: None, lambda: None)
-from maskmoe.training.loop.megatron_patches import call_after_each_step, skip_iterations_of_interleaved_pipelines
+from maskmoe.training.loop.megatron_patches import watch_steps
 
-call_after_each_step(lambda step: None)
-skip_iterations_of_interleaved_pipelines()
+watch_steps(lambda step: None)
 json.dump(names, sys.stdout)
 """
 

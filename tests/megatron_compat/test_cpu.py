@@ -252,12 +252,21 @@ def check_reduce_scatter(sizes: list[int]) -> None:
     assert all(torch.equal(part, before) for part, before in zip(inputs, kept, strict=True))
 
 
+def check_all_to_all(sizes: list[int]) -> None:
+    """Rank r sends `sizes[q]` numbers, all of which are r, to each rank q; the sizes are in tensors."""
+    rank, num_ranks = distributed.get_rank(), distributed.get_world_size()
+    output, received = torch.empty(sizes[rank] * num_ranks), torch.full((num_ranks,), sizes[rank])
+    distributed.all_to_all_single(output, torch.full((sum(sizes),), float(rank)), received, torch.tensor(sizes))
+    assert torch.equal(output, torch.arange(float(num_ranks)).repeat_interleave(sizes[rank]))
+
+
 def check_collectives() -> None:
     for sizes in ([2, 2], [1, 4], [5, 2], [0, 3], [3, 0]):
         for columns in ((), (3,)):
             for dtype in (torch.float32, torch.bfloat16, torch.int64):
                 check_all_gather(sizes, columns, dtype)
         check_reduce_scatter(sizes)
+        check_all_to_all(sizes)
 
 
 def test_uneven_collectives_equal_the_reference(run_ranks, tmp_path: Path) -> None:

@@ -1,6 +1,8 @@
 """Without experts, the model builder makes the model that Megatron-Core's builder makes."""
 
 import sys
+from collections.abc import Callable
+from typing import Any
 
 import torch
 from megatron.core.models.gpt import GPTModel
@@ -9,7 +11,7 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 from megatron.training.arguments import parse_args, validate_args
 from megatron.training.models.gpt import GPTModelBuilder, GPTModelConfig
 
-from maskmoe.training.loop.model_builder import MaskMoEGPTModelBuilder, MaskMoEGPTModelConfig
+from maskmoe.training.loop.model_builder import MaskMoEGPTModelBuilder, MaskMoEModelConfig
 from maskmoe.training.settings.flags import add_maskmoe_arguments
 from maskmoe.training.settings.run_settings import model_config_from_args
 from maskmoe.transformer.models import DenseGPTModel
@@ -18,7 +20,7 @@ VOCAB_SIZE = 128
 SEQUENCE = 16
 
 
-def build(builder: type[GPTModelBuilder], config: type[GPTModelConfig]) -> GPTModel:
+def build(builder: Callable[[GPTModelConfig], Any]) -> GPTModel:
     transformer = TransformerConfig(
         num_layers=2,
         hidden_size=32,
@@ -28,14 +30,14 @@ def build(builder: type[GPTModelBuilder], config: type[GPTModelConfig]) -> GPTMo
         use_cpu_initialization=True,
         transformer_impl="local",
     )
-    settings = config(transformer=transformer, vocab_size=VOCAB_SIZE, seq_length=SEQUENCE)
+    settings = GPTModelConfig(transformer=transformer, vocab_size=VOCAB_SIZE, seq_length=SEQUENCE)
     torch.manual_seed(1)
     return builder(settings).build_model(ProcessGroupCollection.use_mpu_process_groups())
 
 
 def test_model_without_experts_is_megatrons(one_rank):
-    ours = build(MaskMoEGPTModelBuilder, MaskMoEGPTModelConfig)
-    theirs = build(GPTModelBuilder, GPTModelConfig)
+    ours = build(lambda settings: MaskMoEGPTModelBuilder(MaskMoEModelConfig(megatron=settings)))
+    theirs = build(GPTModelBuilder)
     assert type(ours) is DenseGPTModel
     states = ours.state_dict(), theirs.state_dict()
     assert list(states[0]) == list(states[1])

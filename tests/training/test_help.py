@@ -8,8 +8,8 @@ from pathlib import Path
 import pytest
 from support.launchers import start_ranks
 
-from maskmoe.megatron_compat.patches import escape_percent_signs_in_help
 from maskmoe.training.help_page import help_page
+from maskmoe.training.settings.flags import _escape_percent_signs_in_help
 
 ENTRY_POINTS = ("pretrain", "evaluate", "generate")
 
@@ -45,7 +45,7 @@ def test_help_with_a_stray_percent_sign_is_printed_as_it_is() -> None:
     action = parser.add_argument("--stray", help="")
     action.help = "headroom (1.10 = 10%)."
     parser.add_argument("--sound", default=3, help="default: %(default)s, at most 10%%")
-    escape_percent_signs_in_help(parser)
+    _escape_percent_signs_in_help(parser)
     printed = parser.format_help()
     assert "headroom (1.10 = 10%)." in printed
     assert "default: 3, at most 10%" in printed

@@ -1,4 +1,4 @@
-"""What accompanies a run is called at the right time, also by the patches of Megatron's training step."""
+"""What accompanies a run is called at the right time, also by the patch of Megatron's training step."""
 
 from contextlib import nullcontext
 from types import SimpleNamespace
@@ -6,7 +6,7 @@ from types import SimpleNamespace
 import pytest
 from megatron.training import training
 
-from maskmoe.training.loop.megatron_patches import ask_before_each_update, call_after_each_step
+from maskmoe.training.loop.megatron_patches import watch_steps
 from maskmoe.training.trainer import Trainer
 from maskmoe.training.watch.callback import Callback, Step
 
@@ -53,8 +53,7 @@ def test_updates_are_asked_for_and_steps_are_reported(monkeypatch):
     monkeypatch.setattr(training, "train_step", train_step)
     optimizer = SimpleNamespace(get_grad_norm=lambda: 0.5, step_with_ready_grads=lambda: not updates.append(0.5))
     asked, steps = [], []
-    ask_before_each_update(lambda losses, norm: asked.append((list(losses), norm)) or losses != [{"lm loss": 2}])
-    call_after_each_step(steps.append)
+    watch_steps(steps.append, lambda losses, norm: asked.append((list(losses), norm)) or losses != [{"lm loss": 2}])
     for iteration in range(1, 4):
         arguments = (None, None, None, optimizer, None, None, lambda number: [{"lm loss": number}])
         results = training.train_step(*arguments, iteration=iteration)

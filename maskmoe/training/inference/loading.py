@@ -10,11 +10,12 @@ from megatron.training.argument_utils import pretrain_cfg_container_from_args
 from megatron.training.initialize import initialize_megatron
 from megatron.training.training import setup_model_and_optimizer
 
+from maskmoe.checkpoint.series import showing_only
 from maskmoe.data.indexed_dataset import files_of_data_path
 from maskmoe.errors import UserError
 from maskmoe.files.outputs import atomic_output, check_outputs
 from maskmoe.training.loop.rank_store import RankStore, check_launched
-from maskmoe.training.resume.choose_checkpoint import checkpoint_to_load, repair_tracker_file
+from maskmoe.training.resume.choose_checkpoint import checkpoint_to_load
 from maskmoe.training.settings.run_settings import embedding_ranks_of, model_config_from_args
 from maskmoe.training.watch.console import console
 
@@ -28,7 +29,8 @@ def load_model(args: Namespace) -> torch.nn.Module:
         UserError: `--load` holds no checkpoint, the pipeline is interleaved, which is for training only, or no launcher
             has started this rank.
     """
-    if checkpoint_to_load(args) is None:
+    checkpoint = checkpoint_to_load(args)
+    if checkpoint is None:
         found = "" if args.load is None else f"; --load {args.load} holds no checkpoint"
         raise UserError(f"pass --load with the folder of the checkpoints{found}")
     if args.virtual_pipeline_model_parallel_size is not None:
@@ -40,14 +42,14 @@ def load_model(args: Namespace) -> torch.nn.Module:
     console.load("building the model and reading the checkpoint")
     ranks = RankStore.from_environment()
     ranks.wait_for_all("checks")
-    repair_tracker_file(args, ranks)
     config = model_config_from_args(args)
     initialize_megatron(get_embedding_ranks=embedding_ranks_of(config), store=ranks.for_process_groups)
-    model, _, _ = setup_model_and_optimizer(
-        ModelType.encoder_or_decoder,
-        cfg_container=pretrain_cfg_container_from_args(args, config),
-        pg_collection=ProcessGroupCollection.use_mpu_process_groups(),
-    )
+    with showing_only(checkpoint, args):
+        model, _, _ = setup_model_and_optimizer(
+            ModelType.encoder_or_decoder,
+            cfg_container=pretrain_cfg_container_from_args(args, config),
+            pg_collection=ProcessGroupCollection.use_mpu_process_groups(),
+        )
     return model[0]
 
 

@@ -104,18 +104,13 @@ def token_losses(model: torch.nn.Module, batch: Batch, padding_mask: Tensor | No
     )
 
 
-def build_datasets(num_samples: list[int] | list[None], vp_stage: int | None = None) -> list[GPTDataset | None]:
+def build_datasets(num_samples: list[int] | list[None]) -> list[GPTDataset | None]:
     """Build the train, validation and test datasets on the first tensor-parallel rank of every pipeline stage.
 
     A number of samples of None stands for one epoch. A dataset is None without a share, and on ranks that read no data.
-    `vp_stage` is unused; `pretrain` asks for it.
     """
     console.load("building the datasets")
     return build_blend(samples_to_request(get_args(), num_samples), *get_blend_and_blend_per_split(get_args()))
-
-
-# Megatron's training loop calls the function on all ranks, not only on the first stage, if the attribute is set.
-vars(build_datasets)["is_distributed"] = True
 
 
 def build_blend(

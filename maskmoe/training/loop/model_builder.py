@@ -1,14 +1,18 @@
-"""Builds the model from its configuration, with the interface of Megatron's model builders."""
+"""Builds the model from its configuration, with the interface of Megatron's configurations and builders."""
 
-from dataclasses import dataclass
+from collections.abc import Callable
+from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any
 
 from megatron.core.pipeline_parallel import utils as pipeline
 from megatron.core.process_groups_config import ProcessGroupCollection
-from megatron.training.models.gpt import GPTModelBuilder, GPTModelConfig
-from megatron.training.models.hybrid import HybridModelBuilder, HybridModelConfig
+from megatron.core.transformer.transformer_config import TransformerConfig
+from megatron.training.models.base import compose_hooks
+from megatron.training.models.dist_utils import unimodal_build_distributed_models
+from megatron.training.models.gpt import GPTModelConfig
+from megatron.training.models.hybrid import HybridModelConfig
 
 from maskmoe.checkpoint.routing_mask import read_routing_mask
 from maskmoe.routing_mask.feed_forward_layers import FeedForwardLayers
@@ -23,8 +27,14 @@ from maskmoe.transformer.visible_experts import VisibleExperts
 
 
 @dataclass(kw_only=True)
-class RoutingSettings:
-    """The settings that MaskMoE adds to Megatron's configuration of a model."""
+class MaskMoEModelConfig:
+    """The configuration of a model with a routing mask, or of a model without experts to compare with.
+
+    Megatron takes it in place of its own configurations, of which it reads `pre_wrap_hooks` and `get_builder_cls`.
+    """
+
+    megatron: GPTModelConfig | HybridModelConfig
+    """The settings that Megatron has, too; the class says which kind of model is built."""
 
     routing_mask: Path | None = None
     """File of the routing mask, or a checkpoint that holds the mask. Ignored for a model without experts."""
@@ -38,35 +48,40 @@ class RoutingSettings:
     qk_layernorm_all_heads: bool = False
     """Normalise queries and keys over all heads together, see `AllHeadsRMSNorm`."""
 
-
-@dataclass(kw_only=True)
-class MaskMoEGPTModelConfig(GPTModelConfig, RoutingSettings):
-    """`GPTModelConfig` for a model with a routing mask, or for a model without experts to compare with."""
-
-    builder: ClassVar[str] = f"{__name__}.MaskMoEGPTModelBuilder"
-
-
-@dataclass(kw_only=True)
-class MaskMoEHybridModelConfig(HybridModelConfig, RoutingSettings):
-    """`HybridModelConfig` for a model with a routing mask, or for a model without experts to compare with."""
-
-    builder: ClassVar[str] = f"{__name__}.MaskMoEHybridModelBuilder"
-
     rope_scaling: bool = False
     """Scale rotary embeddings as Llama 3 does."""
 
     rope_scaling_factor: float = 8.0
     """Divides low frequencies of rotary embeddings, as in Llama 3."""
 
+    pre_wrap_hooks: list[Callable[[list[Any]], list[Any]]] = field(default_factory=list)
+    """Functions of the model chunks of a rank, which return the chunks, before they are wrapped."""
 
-MaskMoEModelConfig = MaskMoEGPTModelConfig | MaskMoEHybridModelConfig
+    @property
+    def transformer(self) -> TransformerConfig:
+        """The configuration of the layers."""
+        return self.megatron.transformer
+
+    def get_builder_cls(self) -> type["StageBuilder"]:
+        """Return the class that builds the model."""
+        is_hybrid = isinstance(self.megatron, HybridModelConfig)
+        return MaskMoEHybridModelBuilder if is_hybrid else MaskMoEGPTModelBuilder
 
 
 class StageBuilder:
-    """Mixin that builds one pipeline stage of a model with a routing mask, or of a model without experts."""
+    """Base class of what builds the pipeline stages of a model with a routing mask, or of a model without experts."""
 
-    _model_config: Any  # one of the configurations above; Megatron declares their base class
     _classes: tuple[type, type]  # without and with experts
+
+    def __init__(self, config: MaskMoEModelConfig) -> None:
+        self.config: Any = config  # the settings that may be None are given where a model needs them
+
+    def build_distributed_models(self, pg_collection: ProcessGroupCollection, **options: Any) -> list[Any]:
+        """Build and wrap the model chunks of this rank; arguments as for `unimodal_build_distributed_models`."""
+        hooks = compose_hooks(self.config.pre_wrap_hooks)
+        return unimodal_build_distributed_models(
+            self.build_model, self.config.transformer, pg_collection, pre_wrap_hook=hooks, **options
+        )
 
     def build_model(
         self,
@@ -75,9 +90,8 @@ class StageBuilder:
         post_process: bool | None = None,
         vp_stage: int | None = None,
     ) -> Any:
-        """Build one pipeline stage; arguments as for `GPTModelBuilder.build_model`."""
-        settings = self._model_config
-        config = settings.transformer
+        """Build one pipeline stage; arguments as for `megatron.training.models.base.ModelBuilder.build_model`."""
+        settings, config = self.config.megatron, self.config.transformer
         # Without an interleaved pipeline `vp_stage` and `vp_size` are None, which Megatron accepts but does not
         # annotate.
         virtual: Any = (vp_stage, config.virtual_pipeline_model_parallel_size)
@@ -96,8 +110,8 @@ class StageBuilder:
             position_embedding_type=settings.position_embedding_type,
             rotary_percent=settings.rotary_percent,
             rotary_base=settings.rotary_base,
-            rope_scaling=settings.rope_scaling,
-            rope_scaling_factor=settings.rope_scaling_factor,
+            rope_scaling=self.config.rope_scaling,
+            rope_scaling_factor=self.config.rope_scaling_factor,
             seq_len_interpolation_factor=settings.seq_len_interpolation_factor,
             pre_process=is_first if pre_process is None else pre_process,
             post_process=is_last if post_process is None else post_process,
@@ -109,7 +123,7 @@ class StageBuilder:
 
     def visible_experts(self, pg_collection: ProcessGroupCollection, vp_stage: int | None) -> VisibleExperts:
         """Return the routing mask of the run, which the routers of one pipeline stage share."""
-        settings = self._model_config
+        settings = self.config
         mask, replaced = read_routing_mask(settings.routing_mask), None
         if settings.replaced_routing_mask is not None:
             of_checkpoint = read_routing_mask(settings.replaced_routing_mask)
@@ -129,15 +143,14 @@ class StageBuilder:
         raise NotImplementedError
 
 
-class MaskMoEGPTModelBuilder(StageBuilder, GPTModelBuilder):
+class MaskMoEGPTModelBuilder(StageBuilder):
     """Builds a `MaskMoEGPTModel`, or a `DenseGPTModel` if the model has no experts."""
 
     _classes = (DenseGPTModel, MaskMoEGPTModel)
 
     def layer_specs(self, visible_experts: VisibleExperts | None, vp_stage: int | None) -> dict[str, Any]:
         """Return the specs of one stage's decoder layers and of its multi-token prediction, which may be None."""
-        settings = self._model_config
-        config = settings.transformer
+        settings, config = self.config, self.config.transformer
         described = config, visible_experts, settings.aux_loss_tokens, vp_stage, settings.qk_layernorm_all_heads
         return {
             "transformer_layer_spec": get_maskmoe_decoder_block_spec(*described),
@@ -146,24 +159,24 @@ class MaskMoEGPTModelBuilder(StageBuilder, GPTModelBuilder):
 
     def arguments_of_kind(self) -> dict[str, Any]:
         """Return the argument that only a `GPTModel` has."""
-        return {"scatter_embedding_sequence_parallel": self._model_config.scatter_embedding_sequence_parallel}
+        return {"scatter_embedding_sequence_parallel": self.config.megatron.scatter_embedding_sequence_parallel}
 
 
-class MaskMoEHybridModelBuilder(StageBuilder, HybridModelBuilder):
+class MaskMoEHybridModelBuilder(StageBuilder):
     """Builds a `MaskMoEHybridModel`, or a `DenseHybridModel` if the model has no experts."""
 
     _classes = (DenseHybridModel, MaskMoEHybridModel)
 
     def feed_forward_layers(self) -> FeedForwardLayers:
         """Return the feed-forward layers of the whole model."""
-        return FeedForwardLayers.of_pattern(self._model_config.hybrid_layer_pattern)
+        return FeedForwardLayers.of_pattern(self.config.megatron.hybrid_layer_pattern)
 
     def layer_specs(self, visible_experts: VisibleExperts | None, vp_stage: int | None) -> dict[str, Any]:
         """Return the specs of one stage's layers, multi-token prediction included."""
-        settings = self._model_config
+        settings = self.config
         described = visible_experts, settings.aux_loss_tokens, vp_stage, settings.qk_layernorm_all_heads
         return {"hybrid_stack_spec": get_maskmoe_hybrid_stack_spec(settings.transformer, *described)}
 
     def arguments_of_kind(self) -> dict[str, Any]:
         """Return the argument that only a `HybridModel` has."""
-        return {"hybrid_layer_pattern": self._model_config.hybrid_layer_pattern}
+        return {"hybrid_layer_pattern": self.config.megatron.hybrid_layer_pattern}

@@ -207,5 +207,5 @@ def _model_config(args: Namespace) -> MaskMoEModelConfig:
     with megatrons_checks():
         config = model_config_from_args(buildable)
         pretrain_cfg_container_from_args(buildable, config)
-        config.finalize()
+        config.megatron.finalize()
     return config

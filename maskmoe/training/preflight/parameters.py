@@ -22,6 +22,7 @@ from megatron.core.tensor_parallel import model_parallel_cuda_manual_seed
 from megatron.core.transformer.moe.experts import SequentialMLP
 from megatron.core.transformer.moe.moe_layer import MoELayer
 from megatron.core.transformer.transformer_config import TransformerConfig
+from megatron.training.models.hybrid import HybridModelConfig
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.testing._internal.distributed.fake_pg import FakeStore
 
@@ -31,7 +32,6 @@ from maskmoe.routing_mask.mask import MaskProvenance, RoutingMask, pack_sets
 from maskmoe.training.loop.model_builder import (
     MaskMoEGPTModelBuilder,
     MaskMoEHybridModelBuilder,
-    MaskMoEHybridModelConfig,
     MaskMoEModelConfig,
     StageBuilder,
 )
@@ -192,7 +192,7 @@ class _Counting(StageBuilder):
 
     def visible_experts(self, pg_collection: ProcessGroupCollection, vp_stage: int | None) -> VisibleExperts:
         """Return the visible experts of a mask that fits every model."""
-        config = self._model_config.transformer
+        config = self.config.transformer
         num_experts, provenance = config.num_moe_experts, MaskProvenance("uniform", 0.0, None, seed=0)
         single_experts = pack_sets(np.eye(num_experts, dtype=bool))[None]
         mask = RoutingMask(np.zeros((1, 1), np.int16), single_experts, 1, num_experts, 1, provenance)
@@ -220,14 +220,16 @@ def _changed(config: MaskMoEModelConfig, settings: Mapping[str, Any]) -> MaskMoE
     """Return a copy of a configuration in which some settings of the transformer are replaced."""
     transformer = copy.copy(config.transformer)
     vars(transformer).update(settings)
-    return replace(config, transformer=transformer)
+    return replace(config, megatron=replace(config.megatron, transformer=transformer))
 
 
 def _on_one_rank(config: MaskMoEModelConfig) -> MaskMoEModelConfig:
     """Return a configuration whose pattern, if it has one, is not divided into pipeline stages."""
-    if not isinstance(config, MaskMoEHybridModelConfig):
+    megatron = config.megatron
+    if not isinstance(megatron, HybridModelConfig):
         return config
-    return replace(config, hybrid_layer_pattern=(config.hybrid_layer_pattern or "").replace(Symbols.PIPE, ""))
+    pattern = (megatron.hybrid_layer_pattern or "").replace(Symbols.PIPE, "")
+    return replace(config, megatron=replace(megatron, hybrid_layer_pattern=pattern))
 
 
 def _count_stage(config: MaskMoEModelConfig, layout: Layout, stage: int) -> tuple[Chunk, ...]:
@@ -258,7 +260,7 @@ def _count_stage(config: MaskMoEModelConfig, layout: Layout, stage: int) -> tupl
 def _count_chunk(config: MaskMoEModelConfig, groups: ProcessGroupCollection, vp_stage: int | None) -> Chunk:
     """Build one model chunk on tensors without storage, and count its parameters."""
     with FakeTensorMode():
-        is_hybrid = isinstance(config, MaskMoEHybridModelConfig)
+        is_hybrid = isinstance(config.megatron, HybridModelConfig)
         builder: Any = _CountingHybridModelBuilder if is_hybrid else _CountingGPTModelBuilder
         model = builder(config).build_model(groups, vp_stage=vp_stage)
     parameters = Counter(dict.fromkeys(PARTS, 0))

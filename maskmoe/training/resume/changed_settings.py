@@ -6,6 +6,7 @@ Megatron refuses late, ignores, or changes as a side effect: schedules, optimize
 
 from argparse import Namespace
 from collections.abc import Iterator
+from contextlib import redirect_stdout
 from copy import copy
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,7 +19,7 @@ from megatron.training import training
 
 from maskmoe.checkpoint.series import iteration_of
 from maskmoe.errors import UserError, reason_of
-from maskmoe.megatron_compat import replacing
+from maskmoe.megatron_compat.globals import global_args
 from maskmoe.training.resume.choose_checkpoint import loads_what_it_saves
 from maskmoe.training.resume.model_settings import ADJUSTABLE_ARGUMENTS
 from maskmoe.training.settings.layout import BatchSizes, requested_training_samples, training_iterations
@@ -91,9 +92,9 @@ def schedule_of(args: Namespace) -> OptimizerParamScheduler:
     """Return the scheduler of validated arguments, without an optimizer; raise `UserError` if Megatron refuses it."""
     optimizer: Any = SimpleNamespace(param_groups=[])
     completed = copy(args)  # Megatron completes the arguments
+    completed.step_batch_size_schedule = None  # for the number of iterations, which the scheduler does not use
     try:
-        # Megatron's global variables may not exist yet, and the scheduler counts samples, not iterations.
-        with replacing(training, get_args=lambda: completed, update_train_iters=lambda args: None):
+        with global_args(completed), redirect_stdout(None):
             return training.get_optimizer_param_scheduler(optimizer)
     except AssertionError as error:
         raise UserError(

@@ -16,7 +16,6 @@ from maskmoe.checkpoint.series import (
     non_persistent_folder,
     read_tracker,
     saved_iterations,
-    write_tracker,
 )
 from maskmoe.errors import UserError
 from maskmoe.training.loop.rank_store import RankStore
@@ -78,30 +77,6 @@ def check_not_missing(args: Namespace, checkpoint: Path | None) -> None:
     if is_missing and args.exit_on_missing_checkpoint:
         cure = "leave --exit-on-missing-checkpoint out to start from the beginning"
         raise UserError(f"--load {args.load} holds no checkpoint: {cure}")
-
-
-def repair_tracker_file(args: Namespace, ranks: RankStore) -> None:
-    """Rewrite the tracker file of `--load` on the first rank if Megatron cannot load the chosen checkpoint with it.
-
-    Megatron fails with an unusable tracker. If the tracker names `RELEASE`, Megatron ignores `--ckpt-step`, which holds
-    the chosen iteration. A tracker cannot name a non-persistent checkpoint, so an unusable one is then removed. Call
-    this when no rank can refuse the run any more.
-    """
-    if ranks.rank > 0 or args.load is None or args.ckpt_step is None:
-        return
-    tracked = read_tracker(args.load)
-    if isinstance(tracked, int) or (tracked == RELEASE and args.loads_non_persistent):
-        return
-    if not args.loads_non_persistent:
-        write_tracker(args.load, args.ckpt_step)
-        outcome = f"it names iteration {args.ckpt_step} now"
-    elif (Path(args.load) / TRACKER).exists():
-        (Path(args.load) / TRACKER).unlink()
-        outcome = "it is removed"
-    else:
-        return
-    fault = f"named {RELEASE}" if tracked == RELEASE else "was unusable"
-    print(f"warning: the tracker file in {args.load} {fault}; {outcome}", file=sys.stderr, flush=True)
 
 
 def checkpoint_to_load(args: Namespace) -> Path | None:

@@ -1,6 +1,5 @@
 """Settings of a checkpoint's model: a run takes them over, or compares them with its own."""
 
-import tempfile
 from argparse import Namespace
 from pathlib import Path
 from typing import Any
@@ -10,7 +9,7 @@ from megatron.core.models.hybrid.hybrid_layer_allocation import Symbols, get_hyb
 from megatron.training.checkpointing import load_args_from_checkpoint
 
 from maskmoe.checkpoint.saved_names import without_new_layers
-from maskmoe.checkpoint.series import RELEASE, write_tracker
+from maskmoe.checkpoint.series import showing_only
 from maskmoe.errors import UserError
 from maskmoe.routing_mask.feed_forward_layers import FeedForwardLayers
 from maskmoe.transformer.torch_modules import gated_delta_net
@@ -55,15 +54,9 @@ def take_settings_of_checkpoint(args: Namespace, checkpoint: Path) -> Namespace:
 
     Megatron would prefer the tokenizer of the checkpoint to the tokenizer of the command line, without a word.
     """
-    given_type, given_model, load = args.tokenizer_type, args.tokenizer_model, args.load
-    loads_non_persistent, args.loads_non_persistent = args.loads_non_persistent, False
-    # Megatron reads the checkpoint that a tracker names. The tracker of the checkpoint's own folder may be unusable.
-    with tempfile.TemporaryDirectory() as folder:
-        (Path(folder) / checkpoint.name).symlink_to(checkpoint.absolute())
-        write_tracker(folder, RELEASE if args.ckpt_step is None else args.ckpt_step)
-        args.load = folder
+    given_type, given_model = args.tokenizer_type, args.tokenizer_model
+    with showing_only(checkpoint, args):
         args, _ = load_args_from_checkpoint(args)
-    args.load, args.loads_non_persistent = load, loads_non_persistent
     if given_type is not None and given_type != args.tokenizer_type:
         args.tokenizer_type, args.tokenizer_model = given_type, None
     if given_model is not None or args.tokenizer_type == "NullTokenizer":  # which needs no model

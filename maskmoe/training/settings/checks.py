@@ -235,8 +235,6 @@ class RunChecks:
             yield from _error_of(lambda: model_settings.check_same_model(args, checkpoint))
             take_schedule_of_checkpoint(args, checkpoint)
         yield from _error_of(self.check_pretrained_model)
-        if args.loads_non_persistent:
-            args.pretrained_checkpoint = None  # Megatron would prefer it if there is no persistent checkpoint
 
     def _compare_settings(self) -> Iterator[str]:
         """Compare the remaining settings with those of the checkpoint."""

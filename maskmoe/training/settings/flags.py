@@ -68,6 +68,15 @@ def add_maskmoe_flags(parser: ArgumentParser) -> ArgumentParser:
     return parser
 
 
+def _escape_percent_signs_in_help(parser: ArgumentParser) -> None:
+    """Make `--help` printable, in which argparse takes each `%` for the beginning of a conversion.
+
+    The help of `--moe-paged-stash-buffer-size-factor-cuda` in megatron-core 0.19.2 contains "10%)".
+    """
+    for action in parser._actions:
+        action.help = action.help and re.sub(r"(?<!%)%(?![%(])", "%%", action.help)
+
+
 def add_maskmoe_arguments(parser: ArgumentParser) -> ArgumentParser:
     """Add the `MaskMoE` group to Megatron's parser and change some defaults; pass as `extra_args_provider`.
 
@@ -79,9 +88,8 @@ def add_maskmoe_arguments(parser: ArgumentParser) -> ArgumentParser:
     # Only now: `--help` does not wait for PyTorch, which these modules import.
     from maskmoe.megatron_compat import cpu
     from maskmoe.megatron_compat.gpu import GpuPackages
-    from maskmoe.megatron_compat.patches import escape_percent_signs_in_help
 
-    escape_percent_signs_in_help(parser)
+    _escape_percent_signs_in_help(parser)
     _report_errors_in_one_line(parser)
     add_maskmoe_flags(parser)
     replace_help(

@@ -179,15 +179,27 @@ def _captures_experts(args: Namespace) -> bool:
     return _captures_graphs(args) and (takes_token_ids(TransformerLayer) or not is_supported)
 
 
+def _chunks_of_layout(args: Namespace) -> list[list[LayerType]]:
+    """Return the layers of each model chunk in `--pipeline-model-parallel-layout`; nothing without the flag."""
+    try:
+        return PipelineParallelLayerLayout.parse_str_to_list(args.pipeline_model_parallel_layout or "")
+    except AssertionError:
+        return []  # Megatron reports a layout that it cannot parse.
+
+
+def _is_interleaved(args: Namespace) -> bool:
+    """Return whether a pipeline rank holds several model chunks."""
+    is_given = _given("num_layers_per_virtual_pipeline_stage", "num_virtual_stages_per_pipeline_rank")(args)
+    chunks = max(len(_chunks_of_layout(args)), (args.hybrid_layer_pattern or "").count("|") + 1)
+    return is_given or chunks > args.pipeline_model_parallel_size
+
+
 def _hides_prediction(args: Namespace) -> bool:
     """Return whether a layout puts multi-token prediction where Megatron-Core misses its copy of the embedding.
 
     Megatron-Core looks in the first chunk of the first pipeline rank, and in the last chunk of each other rank.
     """
-    try:
-        chunks = PipelineParallelLayerLayout.parse_str_to_list(args.pipeline_model_parallel_layout or "")
-    except AssertionError:
-        return False  # Megatron reports a layout that it cannot parse.
+    chunks = _chunks_of_layout(args)
     searched = {0, *range(len(chunks) - args.pipeline_model_parallel_size + 1, len(chunks))}
     return any(LayerType.mtp in chunk and number not in searched for number, chunk in enumerate(chunks))
 
@@ -386,6 +398,11 @@ BROKEN_IN_MEGATRON = (
         "--eval-micro-batch-size 1",
         "Megatron-Core fails at the first validation.",
         _fails_at_full_validation,
+    ),
+    Check(
+        "--iterations-to-skip with an interleaved pipeline",
+        "Megatron-Core takes the list of the chunks' iterators for an iterator, and fails.",
+        lambda args: bool(args.iterations_to_skip) and _is_interleaved(args),
     ),
     Check(
         "--optimizer soap or adaptive_muon",

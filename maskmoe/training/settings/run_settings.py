@@ -16,7 +16,7 @@ from megatron.training.argument_utils import gpt_config_from_args, hybrid_config
 from maskmoe.errors import UserError, reason_of
 from maskmoe.files.run_folder import run_folder
 from maskmoe.routing_mask.mask import RoutingMask
-from maskmoe.training.loop.model_builder import MaskMoEGPTModelConfig, MaskMoEHybridModelConfig, MaskMoEModelConfig
+from maskmoe.training.loop.model_builder import MaskMoEModelConfig
 from maskmoe.training.resume.choose_checkpoint import checkpoint_to_load, loads_what_it_saves
 
 
@@ -70,11 +70,14 @@ def megatrons_checks(what: str = "invalid settings") -> Iterator[None]:
 def model_config_from_args(args: Namespace) -> MaskMoEModelConfig:
     """Return the configuration of the command line's model; raise `UserError` if settings cannot work together."""
     with megatrons_checks():
-        if args.hybrid_layer_pattern is None:
-            config = gpt_config_from_args(args, model_config_cls=MaskMoEGPTModelConfig)
-        else:
-            config = hybrid_config_from_args(args, model_config_cls=MaskMoEHybridModelConfig)
-            config.rope_scaling = args.use_rope_scaling
+        from_args = gpt_config_from_args if args.hybrid_layer_pattern is None else hybrid_config_from_args
+        config = MaskMoEModelConfig(
+            megatron=from_args(args),
+            aux_loss_tokens=args.moe_aux_loss_tokens,
+            qk_layernorm_all_heads=args.qk_layernorm_all_heads,
+            rope_scaling=args.use_rope_scaling,
+            rope_scaling_factor=args.rope_scaling_factor,
+        )
     if args.num_experts:
         # `find_routing_mask` refuses a run without a mask.
         checkpoint = checkpoint_to_load(args)
@@ -83,9 +86,6 @@ def model_config_from_args(args: Namespace) -> MaskMoEModelConfig:
             # Megatron-Core's fused activation functions that also weigh the rows of an expert exist only with a gate.
             config.transformer.bias_activation_fusion = False
         config.replaced_routing_mask = checkpoint if args.change_routing_mask else None
-    config.aux_loss_tokens = args.moe_aux_loss_tokens
-    config.qk_layernorm_all_heads = args.qk_layernorm_all_heads
-    config.rope_scaling_factor = args.rope_scaling_factor  # Megatron-Core 0.19 leaves it at its default
     return config
 
 
@@ -99,9 +99,9 @@ def embedding_ranks_of(config: MaskMoEModelConfig) -> Callable[[list[int]], list
 
     def embedding_ranks(ranks: list[int]) -> list[int]:
         found = {ranks[0]}
-        if config.share_embeddings_and_output_weights:
+        if config.megatron.share_embeddings_and_output_weights:
             found.add(ranks[-1])
-        if config.mtp_num_layers:
+        if config.transformer.mtp_num_layers:
             found.update(get_mtp_ranks(ranks, config.transformer))
         return sorted(found)
 

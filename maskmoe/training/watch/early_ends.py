@@ -18,8 +18,8 @@ from torch.distributed.checkpoint.api import CheckpointException
 
 from maskmoe.checkpoint.saver import SaveError, describe_failures
 from maskmoe.checkpoint.series import newest_sound, non_persistent_folder, read_tracker, remove_unfinished_checkpoints
+from maskmoe.checkpoint.writers import rank_is_ending
 from maskmoe.errors import RunFailure
-from maskmoe.megatron_compat.checkpoint_patches import rank_is_ending
 from maskmoe.megatron_compat.globals import get_args, get_signal_handler
 from maskmoe.processes.interruption import EXIT_REQUEUE, LEAVE_FILE, SIGNALS_THAT_SAVE
 from maskmoe.training.loop.rank_store import RankStore

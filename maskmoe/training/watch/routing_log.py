@@ -57,7 +57,8 @@ class RoutingLog(Callback):
     def on_start(self) -> None:
         """Let Megatron count the MoE layers of a hybrid model."""
         if self._args.hybrid_layer_pattern is not None:
-            set_moe_metrics_tracker(HybridMetricsTracker(FeedForwardLayers.of_args(self._args), self._args.num_layers))
+            tracker: Any = HybridMetricsTracker(FeedForwardLayers.of_args(self._args), self._args.num_layers)
+            set_moe_metrics_tracker(tracker)
 
     def after_gradients(self, chunks: Sequence[DistributedDataParallel]) -> None:
         """Log and judge the routing at the end of an interval; a collective call."""
@@ -138,8 +139,8 @@ def _max_over_mean(load: Tensor) -> Tensor:
     return load.amax(dim=1) / load.mean(dim=1)
 
 
-class HybridMetricsTracker(MoEMetricsTracker):
-    """`MoEMetricsTracker` that counts the feed-forward layers of a hybrid model.
+class HybridMetricsTracker:
+    """A `MoEMetricsTracker` for which the layers of a hybrid model are its feed-forward layers.
 
     Megatron-Core 0.19.2 records router losses by symbol of the pattern, and reports by MoE layer. A pipeline stage
     without MoE layers then reduces a tensor of another size than other stages, and the mean of a model with multi-token
@@ -148,17 +149,18 @@ class HybridMetricsTracker(MoEMetricsTracker):
     """
 
     def __init__(self, layers: FeedForwardLayers, num_symbols: int) -> None:
-        super().__init__()
+        self._tracker = MoEMetricsTracker()
         self._layers = layers
         self._num_symbols = num_symbols
 
-    def record(  # pyrefly: ignore[bad-override]
-        self, name: str, value: Tensor, layer_number: int, num_layers: int, **groups: Any
-    ) -> None:
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._tracker, name)
+
+    def record(self, name: str, value: Tensor, layer_number: int, num_layers: int, **groups: Any) -> None:
         """Add a value to the record of a MoE layer, see `MoEMetricsTracker.record`."""
         if layer_number > self._num_symbols:  # The router is a layer of multi-token prediction.
             layer_number += len(self._layers.decoder) - self._num_symbols
-        super().record(name, value, layer_number, len(self._layers.has_experts), **groups)
+        self._tracker.record(name, value, layer_number, len(self._layers.has_experts), **groups)
 
     def report(self, *args: Any, **settings: Any) -> str:
         """Log the means over the MoE layers of the model, see `MoEMetricsTracker.report`."""
@@ -167,4 +169,4 @@ class HybridMetricsTracker(MoEMetricsTracker):
             "moe_layer_freq": [int(has_experts) for has_experts in self._layers.has_experts],
             "mtp_num_layers": None,
         }
-        return super().report(*args, **settings | layers)
+        return self._tracker.report(*args, **settings | layers)

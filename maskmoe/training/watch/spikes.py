@@ -15,7 +15,6 @@ from torch import Tensor
 
 from maskmoe.files.run_folder import Journal
 from maskmoe.megatron_compat.globals import get_args
-from maskmoe.training.loop.megatron_patches import ask_before_each_update
 from maskmoe.training.resume.choose_checkpoint import checkpoint_to_load
 from maskmoe.training.watch.callback import Callback, Step
 from maskmoe.training.watch.writers import log_scalars, warn
@@ -121,22 +120,21 @@ _TAGS = {"loss": "spike/loss", "gradient norm": "spike/grad-norm"}
 
 
 class SpikeWatch(Callback):
-    """Watches the loss and the gradient norm of each step, and reports to the journal, see `--spike-action`."""
+    """Watches the loss and the gradient norm of each step, and reports to the journal, see `--spike-action`.
+
+    Attributes:
+        skips: Whether Megatron must ask `allows_update` before each update.
+    """
 
     def __init__(self, args: Namespace, journal: Journal) -> None:
         self._journal = journal
-        self._skips = args.spike_action == "skip"
+        self.skips = args.spike_action == "skip"
         self._detector = SpikeDetector(args.spike_window, args.spike_deviations, _saved_history(args))
-
-    def on_start(self) -> None:
-        """Let Megatron ask before each update if updates may be skipped."""
-        if self._skips:
-            ask_before_each_update(self._allows_update)
 
     def after_step(self, step: Step) -> None:
         """Judge a finished step on the last rank, unless it was judged before its update."""
         # Steps without an update have no result to judge, or were skipped because the loss scale of fp16 was too large.
-        if is_last_rank() and step.has_updated and not self._skips:
+        if is_last_rank() and step.has_updated and not self.skips:
             # Megatron waits for the device in each step, for the norm and for the loss scale. The loss is ready then.
             self._report(self._detector.judge(float(step.losses[_LOSS]), step.grad_norm))
 
@@ -146,7 +144,7 @@ class SpikeWatch(Callback):
         torch.distributed.broadcast_object_list(shared, torch.distributed.get_world_size() - 1)
         get_args().spike_history = shared[0]
 
-    def _allows_update(self, losses: list[dict[str, Tensor]], grad_norm: float) -> bool:
+    def allows_update(self, losses: list[dict[str, Tensor]], grad_norm: float) -> bool:
         """Judge the step in progress, and return whether no value is too high; a collective call of all ranks."""
         # All ranks judge the values of the last rank.
         values = torch.tensor([_mean_loss(losses), grad_norm], dtype=torch.float64, device=torch.cuda.current_device())

@@ -78,7 +78,8 @@ class StartOfRun(Callback):
         )
         console.say("\n".join(f"{label:<{_LABEL_WIDTH}}{text}" for label, text in fields.items()))
         log_facts(fields)
-        console.load("reading the checkpoint" if checkpoint_to_load(self._args) else "setting up the optimizer")
+        checkpoint = checkpoint_to_load(self._args)
+        console.load(f"reading {checkpoint}" if checkpoint else "setting up the optimizer")
 
     def before_micro_batch(self) -> None:
         """Note that loading is over."""

@@ -26,7 +26,6 @@ from megatron.training.training import setup_model_and_optimizer
 from support.saved_tensors import KeptBytes
 
 from maskmoe.megatron_compat import cpu
-from maskmoe.training.loop.model_builder import MaskMoEGPTModelBuilder, MaskMoEHybridModelBuilder
 from maskmoe.training.preflight.inspection import inspect_run
 from maskmoe.training.settings.checks import parse_and_check_args
 from maskmoe.training.settings.flags import add_maskmoe_arguments, add_pretraining_arguments
@@ -54,13 +53,12 @@ def build(ranks: int) -> dict[str, Any]:
     validate_args(args)
     rebuild_tokenizer(args)
     config = model_config_from_args(args)
-    config.finalize()
+    config.megatron.finalize()
     model_parallel_cuda_manual_seed(1)
     # The previous model may have had other numbers of layers and of predicted tokens.
     get_moe_metrics_tracker().metrics.clear()
     MTPLossLoggingHelper.tracker.clear()
-    builder = MaskMoEHybridModelBuilder if args.hybrid_layer_pattern else MaskMoEGPTModelBuilder
-    model = builder(config).build_model(ProcessGroupCollection.use_mpu_process_groups())
+    model = config.get_builder_cls()(config).build_model(ProcessGroupCollection.use_mpu_process_groups())
     experts = [p.numel() for name, p in model.named_parameters() if ".mlp.experts." in name]
     return {
         "parameters": sum(parameter.numel() for parameter in model.parameters()),

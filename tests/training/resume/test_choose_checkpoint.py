@@ -25,14 +25,16 @@ from maskmoe.checkpoint.series import (
     TRACKER,
     checkpoint_path,
     choose_checkpoint,
+    iteration_of,
     read_tracker,
     saved_iterations,
+    showing_only,
     write_tracker,
 )
 from maskmoe.errors import RunFailure, UserError
 from maskmoe.files.run_folder import Journal, Kind, read_journal
 from maskmoe.training.loop.rank_store import RankStore
-from maskmoe.training.resume.choose_checkpoint import find_checkpoint, repair_tracker_file
+from maskmoe.training.resume.choose_checkpoint import find_checkpoint
 from maskmoe.training.watch.early_ends import LeaveAfterSave, explaining_early_ends
 
 SAVED = "expert parallel 2, undisturbed"  # at 7, 14 and 21
@@ -121,9 +123,21 @@ def test_no_sound_checkpoint(copy):
         choose_checkpoint(copy, check=check_all)
 
 
+def loaded_by_megatron(chosen: Path | None, folder: Path) -> int | None:
+    """Return the iteration of the checkpoint that Megatron loads from a folder; None if it loads none."""
+    args = Namespace(load=str(folder), non_persistent_ckpt_type="global", non_persistent_global_ckpt_dir=None)
+    args.ckpt_step = None if chosen is None else iteration_of(chosen)
+    args.exit_on_missing_checkpoint = False
+    before = Namespace(**vars(args))
+    with showing_only(chosen, args):
+        state, *_ = checkpointing._load_base_checkpoint(args.load, args, rank0=True)
+    assert args == before
+    return state and state["iteration"]
+
+
 @pytest.mark.runs(SAVED)
 @pytest.mark.parametrize("content", ["", "twenty", None])
-def test_unusable_tracker(copy, content, files_and_times, capsys):
+def test_unusable_tracker(copy, content, files_and_times):
     if content is None:
         (copy / TRACKER).unlink()
     else:
@@ -132,33 +146,32 @@ def test_unusable_tracker(copy, content, files_and_times, capsys):
     args, ranks = Namespace(load=str(copy), ckpt_step=None, verify_checkpoint=True), RankStore(HashStore(), 0, 1)
     args.non_persistent_ckpt_type, args.loads_non_persistent = None, False
     assert find_checkpoint(args, ranks) == checkpoint_path(copy, 21)
-    assert files_and_times(copy) == before  # the run may still be refused
-    args.ckpt_step = 21
-    repair_tracker_file(args, RankStore(HashStore(), 1, 2))
-    assert files_and_times(copy) == before  # the first rank alone writes
-    repair_tracker_file(args, ranks)
-    assert (copy / TRACKER).read_text() == "21"
-    assert "was unusable; it names iteration 21 now" in capsys.readouterr().err
+    assert loaded_by_megatron(checkpoint_path(copy, 21), copy) == 21
+    assert files_and_times(copy) == before
 
 
 @pytest.mark.runs(SAVED)
-def test_iteration_beside_an_imported_model_is_loaded(copy, capsys):
-    """Megatron loads the imported model, whatever --ckpt-step says, as long as the tracker names it."""
+def test_iteration_beside_an_imported_model_is_loaded(copy):
+    """Megatron loads the imported model, whatever --ckpt-step says, if the tracker names it."""
     checkpoint_path(copy, 14).rename(copy / RELEASE)
     write_tracker(copy, RELEASE)
     args, ranks = Namespace(load=str(copy), ckpt_step=7, verify_checkpoint=True), RankStore(HashStore(), 0, 1)
     args.non_persistent_ckpt_type, args.loads_non_persistent = None, False
     assert find_checkpoint(args, ranks) == checkpoint_path(copy, 7)
-    repair_tracker_file(args, ranks)
-    assert read_tracker(copy) == 7
-    assert f"the tracker file in {copy} named release; it names iteration 7 now" in capsys.readouterr().err
-    write_tracker(copy, RELEASE)
-    args.loads_non_persistent = True
-    repair_tracker_file(args, ranks)
-    assert read_tracker(copy) == RELEASE
-    args.ckpt_step, args.loads_non_persistent = None, False
-    repair_tracker_file(args, ranks)
-    assert read_tracker(copy) == RELEASE
+    assert loaded_by_megatron(checkpoint_path(copy, 7), copy) == 7
+    assert loaded_by_megatron(copy / RELEASE, copy) == 14
+
+
+@pytest.mark.runs(SAVED)
+def test_megatron_loads_the_chosen_checkpoint_only(copy):
+    """Megatron prefers a newer non-persistent checkpoint, and a pretrained one if there is no other."""
+    folder = copy / "non_persistent"
+    for iteration in (7, 14, 21):
+        shutil.copytree(checkpoint_path(copy, iteration), checkpoint_path(folder, iteration))
+    write_tracker(folder, 21)
+    assert loaded_by_megatron(checkpoint_path(copy, 14), copy) == 14
+    assert loaded_by_megatron(checkpoint_path(folder, 7), copy) == 7
+    assert loaded_by_megatron(None, copy) is None
 
 
 @pytest.mark.slow
@@ -252,7 +265,7 @@ def test_checkpoint_stays_until_it_is_saved_again(tmp_path, monkeypatch):
     def save_checkpoint(iteration: int, **_: object) -> None:
         """Write as Megatron's function does, but fail after the file is written if the content is an error."""
         folder = Path(checkpointing.get_checkpoint_name(settings.save, iteration, return_base_dir=True))
-        folder.mkdir()
+        folder.mkdir(parents=True)
         (folder / "content").write_text(str(item := next(content)))
         if isinstance(item, OSError):
             raise item
@@ -280,7 +293,7 @@ def test_checkpoint_stays_until_it_is_saved_again(tmp_path, monkeypatch):
 @pytest.mark.runs(SAVED)
 @pytest.mark.parametrize("algorithm", ["broadcast", "gather_rounds"])
 def test_ranks_share_the_work_of_loading(runs, copy, workplace, tmp_path, algorithm):
-    """The ranks send each other also the routing mask, whose integers of 16 bits no collective can send."""
+    """The ranks send each other also the routing mask, whose integers of 16 bits no collective could send."""
     shutil.rmtree(checkpoint_path(copy, 21))
     (copy / TRACKER).write_text("14")
     flags = f"{EXPERT_2} --load {copy} --ckpt-fully-parallel-load --ckpt-fully-parallel-load-exchange-algo {algorithm}"

@@ -8,7 +8,6 @@ from pathlib import Path
 
 import pytest
 from support.training import Run, TrainingOutcome, Workplace
-from torch.distributed import HashStore
 
 from maskmoe.checkpoint.integrity import check_content, check_structure
 from maskmoe.checkpoint.series import (
@@ -21,8 +20,6 @@ from maskmoe.checkpoint.series import (
 )
 from maskmoe.errors import UserError
 from maskmoe.files.run_folder import Kind, read_journal
-from maskmoe.training.loop.rank_store import RankStore
-from maskmoe.training.resume.choose_checkpoint import repair_tracker_file
 
 PROGRAM = (str(Path(__file__).parents[1] / "pretrain_with_fault.py"),)
 FLAGS = "--non-persistent-ckpt-type global --non-persistent-save-interval 3"
@@ -193,15 +190,3 @@ def test_room_is_made_for_a_save(copy, tmp_path):
     shutil.copytree(checkpoint_path(folder, 12), checkpoint_path(folder, 7))
     make_room(folder, 15, loaded=7)
     assert saved_iterations(folder) == [7]
-
-
-@pytest.mark.slow
-def test_tracker_never_names_a_non_persistent_checkpoint(copy, capsys):
-    args = Namespace(load=str(copy), ckpt_step=12, loads_non_persistent=True)
-    (copy / TRACKER).write_text("twelve")
-    repair_tracker_file(args, RankStore(HashStore(), 0, 1))
-    assert not (copy / TRACKER).exists()
-    assert "was unusable; it is removed" in capsys.readouterr().err
-    repair_tracker_file(args, RankStore(HashStore(), 0, 1))
-    assert not (copy / TRACKER).exists()
-    assert capsys.readouterr().err == ""

@@ -66,6 +66,13 @@ REFUSED = {
     "--full-validation --multiple-validation-sets --pipeline-model-parallel-size 2 --micro-batch-size 2": (
         "--full-validation"
     ),
+    "--iterations-to-skip 3 --pipeline-model-parallel-size 2 --num-layers-per-virtual-pipeline-stage 1": (
+        "--iterations-to-skip"
+    ),
+    "--iterations-to-skip 3 --pipeline-model-parallel-size 2 --pipeline-model-parallel-layout Et|t|t|tL": (
+        "--iterations-to-skip"
+    ),
+    "--iterations-to-skip 3 --hybrid-layer-pattern *E|*E": "--iterations-to-skip",
     "--optimizer soap": "--optimizer",
     "--hybrid-context-parallel": "--hybrid-context-parallel",
     "--qk-layernorm-all-heads --qk-layernorm": "--qk-layernorm-all-heads without",
@@ -108,6 +115,8 @@ SUPPORTED = (
     f"{PACKED} --reset-attention-mask --no-create-attention-mask-in-dataloader",
     "--fim-data --tokenizer-type HuggingFaceTokenizer",
     f"{SCHEDULE} --train-samples 8",
+    "--iterations-to-skip 3 --pipeline-model-parallel-size 2 --hybrid-layer-pattern *E|*E",
+    "--num-layers-per-virtual-pipeline-stage 1",
     "--full-validation --multiple-validation-sets",
     "--full-validation --multiple-validation-sets --pipeline-model-parallel-size 2 --eval-micro-batch-size 1",
     *(() if takes_token_ids(TransformerLayer) else (f"{GRAPHS} --cuda-graph-modules attn mlp",)),

@@ -230,7 +230,7 @@ def test_resumed_run_knows_the_steps_before(run_spiky):
 
 @pytest.mark.slow
 @pytest.mark.runs("start")
-@pytest.mark.parametrize("flags", [INTERLEAVED, TENSOR_2, PIPELINE_2, "--context-parallel-size 2"])
+@pytest.mark.parametrize("flags", [TENSOR_2, PIPELINE_2, "--context-parallel-size 2"])
 def test_iterations_are_skipped_in_every_layout(runs, run_spiky, flags):
     (source,) = runs
     passed = f"--iterations-to-skip 4 5 9 --exit-interval 12 --load {source.checkpoints}"

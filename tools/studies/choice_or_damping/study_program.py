@@ -25,7 +25,8 @@ def run(builder: str, module_name: str) -> None:
 
 def _main(task: str, builder: str) -> None:
     prepare_rank()
-    from maskmoe.training.loop.model_builder import MaskMoEGPTModelConfig
+    from maskmoe.training.loop.model_builder import MaskMoEModelConfig
 
-    MaskMoEGPTModelConfig.builder = f"interventions.{builder}"
+    builder_class = getattr(importlib.import_module("interventions"), builder)
+    MaskMoEModelConfig.get_builder_cls = lambda config: builder_class
     importlib.import_module(f"maskmoe.training.{task}").main()

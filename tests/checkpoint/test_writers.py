@@ -9,7 +9,7 @@ START_WRITER = """
 import multiprocessing, os, signal, sys, threading, time
 from maskmoe.megatron_compat import prepare_process
 prepare_process()
-from maskmoe.megatron_compat.checkpoint_patches import end_with_writer, rank_is_ending
+from maskmoe.checkpoint.writers import end_with_writer, rank_is_ending
 
 def write():
     if sys.argv[1] != "is done":
