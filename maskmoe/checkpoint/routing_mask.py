@@ -1,7 +1,7 @@
 """The routing mask as tensors of a checkpoint, and the mask of a run, read from a mask file or a checkpoint."""
 
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +15,8 @@ from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 from maskmoe.checkpoint.integrity import read_checkpoint_layout
 from maskmoe.checkpoint.series import locate_checkpoint
 from maskmoe.errors import UserError
-from maskmoe.routing_mask.expert_table import TENSOR_NAMES, layer_of_tensor
+from maskmoe.routing_mask.expert_table import TENSOR_NAMES, ExpertTable, layer_of_tensor
+from maskmoe.routing_mask.feed_forward_layers import positions_in_pattern
 from maskmoe.routing_mask.mask import RoutingMask
 
 CHECKPOINT_PREFIX = "routing_mask."
@@ -53,14 +54,45 @@ def read_routing_mask(source: str | Path) -> RoutingMask:
     Raises:
         UserError: The source is missing or damaged, or a checkpoint holds no routing mask.
     """
-    source = Path(source)
-    if not source.is_dir():
-        return RoutingMask.load(source)
-    checkpoint = locate_checkpoint(source)
-    buffers = _read_tensors(checkpoint, lambda name: name.startswith(CHECKPOINT_PREFIX))
+    mask = RoutingMask.load(source) if not Path(source).is_dir() else find_routing_mask(Path(source))
+    if mask is None:
+        raise UserError(
+            f"{locate_checkpoint(Path(source))} holds no routing mask: it is not a checkpoint of MaskMoE; training can "
+            "continue it with --routing-mask and --change-routing-mask"
+        )
+    return mask
+
+
+def find_routing_mask(folder: Path) -> RoutingMask | None:
+    """Read the mask of a checkpoint, or of the newest sound checkpoint of a run; None if it holds none, see above."""
+    buffers = _read_tensors(locate_checkpoint(folder), lambda name: name.startswith(CHECKPOINT_PREFIX))
     if not buffers:
-        raise UserError(f"{checkpoint} holds no routing mask: it is not a checkpoint of MaskMoE")
+        return None
     return routing_mask_from_buffers({name.removeprefix(CHECKPOINT_PREFIX): buffer for name, buffer in buffers.items()})
+
+
+def mask_of_megatron(checkpoint: Path, like: RoutingMask, pattern: str | None, num_predictions: int) -> RoutingMask:
+    """Return the mask by which a model of Megatron-Core routes, whose checkpoint holds no routing mask.
+
+    Ids see the k experts of a hash layer's table, and all experts in the other layers.
+
+    Args:
+        checkpoint: The folder of the checkpoint.
+        like: The mask for the same model whose sizes the result has.
+        pattern: `--hybrid-layer-pattern` of the model; None for a `GPTModel`.
+        num_predictions: Layers of multi-token prediction, which are never hash layers.
+
+    Raises:
+        UserError: The checkpoint is damaged, or a table does not fit the model.
+    """
+    num_decoder_layers = like.num_layers - num_predictions
+    positions = range(num_decoder_layers) if pattern is None else positions_in_pattern(pattern, num_decoder_layers)
+    tables = _read_tensors(checkpoint, lambda name: layer_of_tensor(name) is not None)
+    experts: Sequence[np.ndarray | None] = [np.tile(np.arange(like.num_experts), (like.vocab_size, 1))]
+    if tables:
+        arrays = {name: table.numpy() for name, table in tables.items()}
+        experts = [*ExpertTable.of_tensors(checkpoint.name, arrays, positions).experts, *[None] * num_predictions]
+    return ExpertTable(checkpoint.name, experts).to_mask(like.num_experts, like.num_layers, like.vocab_size)
 
 
 def read_expert_tables(source: Path) -> dict[str, np.ndarray]:

@@ -70,6 +70,7 @@ class VisibleExperts(MegatronModule):
         vp_stage: The model chunk of this rank that holds the instance, if the pipeline is interleaved.
         replaces: The other mask that the checkpoint to load was made with; None if it was made with `mask`.
         layers: The feed-forward layers of the model; by default those of a `GPTModel` with this configuration.
+        is_added: The checkpoint to load is of Megatron-Core's own model and holds no mask.
 
     Attributes:
         layers: The feed-forward layers of the model.
@@ -92,6 +93,7 @@ class VisibleExperts(MegatronModule):
         vp_stage: int | None = None,
         replaces: RoutingMask | None = None,
         layers: FeedForwardLayers | None = None,
+        is_added: bool = False,
     ) -> None:
         super().__init__(config)
         self.layers = layers or FeedForwardLayers.of_frequency(
@@ -104,6 +106,7 @@ class VisibleExperts(MegatronModule):
         self.min_visible = mask.min_visible
         self.digest = mask.digest
         self._replaces = replaces
+        self._is_added = is_added
         for name, buffer in buffers_of_routing_mask(mask).items():
             self.register_buffer(name, buffer)
         ep_size = config.expert_model_parallel_size
@@ -146,8 +149,11 @@ class VisibleExperts(MegatronModule):
 
         The checkpoint reader overwrites the tensors that it is given. It is given copies, so that the run's own mask is
         still available to compare with. Until a checkpoint with the mask in `replaces` is loaded, the tensors are those
-        of that mask, because the reader needs tensors of the shapes in the checkpoint.
+        of that mask, because the reader needs tensors of the shapes in the checkpoint. Until a checkpoint without a
+        mask is loaded, there are none.
         """
+        if self._is_added:
+            return {}
         buffers = self.state_dict() if self._replaces is None else buffers_of_routing_mask(self._replaces)
         chunk = self.vp_stage * get_pg_size(self.pg_collection.pp) + get_pg_rank(self.pg_collection.pp)
         replica_id = (chunk, get_pg_rank(self.pg_collection.tp), get_pg_rank(self.pg_collection.dp_cp))
@@ -169,6 +175,9 @@ class VisibleExperts(MegatronModule):
             UserError: The checkpoint was made with another routing mask.
         """
         loaded = {name: state_dict[prefix + name] for name in BUFFERS if prefix + name in state_dict}
+        if self._is_added and not loaded:
+            self._is_added = False
+            return
         if len(loaded) == len(BUFFERS):
             buffers = self.state_dict() if self._replaces is None else buffers_of_routing_mask(self._replaces)
             loaded = {name: tensor.to(buffers[name].dtype) for name, tensor in loaded.items()}

@@ -142,8 +142,9 @@ class Workplace:
             tokenizer of characters in `tokenizer`, `counts.safetensors`, and the routing masks `mask.safetensors`,
             `three_layers.safetensors`, `five_layers.safetensors`, `six_layers.safetensors`,
             `starving.safetensors` (all tokens go to the first 4 experts), `rank_local.safetensors` (for two expert-
-            parallel ranks), `wider.safetensors` (`mask.safetensors`, widened) and `hash_layers.safetensors` (two hash
-            layers with V = 2 below layers with all experts).
+            parallel ranks), `wider.safetensors` (`mask.safetensors`, widened), `hash_layers.safetensors` (two hash
+            layers with V = 2 below layers with all experts) and `megatrons.safetensors` (the hash layers if
+            Megatron-Core has hash layers, else all experts in all layers).
     """
 
     def __init__(self, folder: Path) -> None:
@@ -166,6 +167,11 @@ class Workplace:
         wider.save(folder / "wider.safetensors")
         hash_layers = MaskRecipe.from_preset("smoe", 8, 4, hash_layers=HashLayers(2, 2, "balanced"))
         build_routing_mask(hash_layers, frequency=frequency, workers=1).save(folder / "hash_layers.safetensors")
+        from megatron.core.transformer.transformer_config import TransformerConfig  # after the CPU adapter
+
+        has_hash_layers = hasattr(TransformerConfig, "moe_n_hash_layers")
+        megatrons = hash_layers if has_hash_layers else MaskRecipe.from_preset("smoe", 8, 4)
+        build_routing_mask(megatrons, frequency=frequency, workers=1).save(folder / "megatrons.safetensors")
         # The provenance of a uniform mask: the check of the expert-parallel size does not apply, as for a mask that
         # happens to be rank-local.
         replace(rank_local, provenance=mask.provenance).save(folder / "rank_local.safetensors")

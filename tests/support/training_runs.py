@@ -36,6 +36,9 @@ GROWING_BATCHES = f"{SAMPLES} --step-batch-size-schedule '0:4 512:8'"
 EIGHT_MICRO_BATCHES = "--micro-batch-size 1 --exit-interval 6"
 STALE_IDS = (str(TESTS / "training" / "pretrain_with_stale_ids.py"),)
 OTHER_MASK = (str(TESTS / "training" / "pretrain_with_other_mask.py"),)
+MEGATRONS_LAYERS = (str(TESTS / "training" / "pretrain_with_megatrons_layers.py"),)
+# Scores and losses that Megatron-Core's hash layers compute as a routing mask does.
+MEGATRONS_MODEL = "--hybrid-layer-pattern *E*E*E*E --moe-router-score-function sigmoid --moe-aux-loss-coeff 0"
 STUB_TRANSFORMER_ENGINE = (str(TESTS / "training" / "pretrain_with_stub_transformer_engine.py"),)
 
 RUNS = {
@@ -172,6 +175,27 @@ RUNS = {
         saves=True,
     ),
     "wider mask, reference": Run(f"{DROPOUT} {UNTIL_10} --ckpt-step 7", continues="fp32", program=OTHER_MASK),
+    "Megatron's own model": Run(
+        f"{MEGATRONS_MODEL} {EXPERT_2} {UNTIL_12}",
+        ranks=2,
+        program=MEGATRONS_LAYERS,
+        mask="megatrons.safetensors",
+        saves=True,
+    ),
+    "Megatron's own model, continued with its mask": Run(
+        f"{MEGATRONS_MODEL} {EXPERT_2} {UNTIL_10} --change-routing-mask --ckpt-step 7",
+        ranks=2,
+        continues="Megatron's own model",
+        mask="megatrons.safetensors",
+        saves=True,
+    ),
+    "Megatron's own model, continued from ours": Run(
+        f"{MEGATRONS_MODEL} {EXPERT_2} {UNTIL_12} --ckpt-step 10",
+        ranks=2,
+        continues="Megatron's own model, continued with its mask",
+        program=MEGATRONS_LAYERS,
+        mask="megatrons.safetensors",
+    ),
     "wider mask, resumed": Run(f"{DROPOUT} {UNTIL_10} --ckpt-step 8", continues="wider mask", mask="wider.safetensors"),
     "planned dispatch, distributed optimizer": Run(
         f"{EXPERT_2} {DISTRIBUTED} {UNTIL_12}", ranks=2, saves=True, mask="rank_local.safetensors"

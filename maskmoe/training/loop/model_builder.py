@@ -14,7 +14,7 @@ from megatron.training.models.dist_utils import unimodal_build_distributed_model
 from megatron.training.models.gpt import GPTModelConfig
 from megatron.training.models.hybrid import HybridModelConfig
 
-from maskmoe.checkpoint.routing_mask import read_routing_mask
+from maskmoe.checkpoint.routing_mask import find_routing_mask, read_routing_mask
 from maskmoe.routing_mask.feed_forward_layers import FeedForwardLayers
 from maskmoe.transformer.layer_specs import (
     get_maskmoe_decoder_block_spec,
@@ -124,11 +124,18 @@ class StageBuilder:
     def visible_experts(self, pg_collection: ProcessGroupCollection, vp_stage: int | None) -> VisibleExperts:
         """Return the routing mask of the run, which the routers of one pipeline stage share."""
         settings = self.config
-        mask, replaced = read_routing_mask(settings.routing_mask), None
+        mask = of_checkpoint = read_routing_mask(settings.routing_mask)
         if settings.replaced_routing_mask is not None:
-            of_checkpoint = read_routing_mask(settings.replaced_routing_mask)
-            replaced = of_checkpoint if of_checkpoint.digest != mask.digest else None
-        return VisibleExperts(settings.transformer, mask, pg_collection, vp_stage, replaced, self.feed_forward_layers())
+            of_checkpoint = find_routing_mask(settings.replaced_routing_mask)
+        return VisibleExperts(
+            settings.transformer,
+            mask,
+            pg_collection,
+            vp_stage,
+            replaces=of_checkpoint if of_checkpoint is not None and of_checkpoint.digest != mask.digest else None,
+            layers=self.feed_forward_layers(),
+            is_added=of_checkpoint is None,
+        )
 
     def feed_forward_layers(self) -> FeedForwardLayers | None:
         """Return the feed-forward layers of the whole model; None for the layers of a `GPTModel`."""

@@ -17,6 +17,7 @@ from megatron.core.dist_checkpointing import load_common_state_dict
 from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
 from megatron.training import training
 
+from maskmoe.checkpoint.routing_mask import find_routing_mask
 from maskmoe.checkpoint.series import iteration_of
 from maskmoe.errors import UserError, reason_of
 from maskmoe.megatron_compat.globals import global_args
@@ -151,6 +152,12 @@ class _Resumption:
             )
         if args.no_load_optim or self.state is None:
             return
+        is_undivided = self.saved.num_experts and self.saved.expert_model_parallel_size == 1
+        if is_undivided and find_routing_mask(self.checkpoint) is None:
+            yield (
+                f"checkpoint {self.checkpoint} is of Megatron-Core's own model without expert parallelism, so its "
+                f"experts share the optimizer of all parameters, which MaskMoE cannot load: pass {anew}"
+            )
         precision = () if args.use_distributed_optimizer else _PRECISION_ARGUMENTS
         for names, problem in (
             ((*_OPTIMIZER_ARGUMENTS, *precision), "holds the state of another optimizer"),

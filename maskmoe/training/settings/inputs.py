@@ -13,7 +13,8 @@ from megatron.core.datasets import blended_megatron_dataset_config as dataset_co
 from megatron.training.utils import get_blend_and_blend_per_split
 from tqdm import tqdm
 
-from maskmoe.checkpoint.routing_mask import read_routing_mask
+from maskmoe.checkpoint.routing_mask import find_routing_mask as routing_mask_of
+from maskmoe.checkpoint.routing_mask import mask_of_megatron, read_routing_mask
 from maskmoe.checkpoint.series import check_separate_folder
 from maskmoe.data.indexed_dataset import open_tokens, read_index, read_tokenizer_record
 from maskmoe.data.tokenizer import TOKENIZER_TYPES, TokenizerRecord
@@ -96,8 +97,9 @@ def find_routing_mask(args: Namespace, checkpoint: Path | None, report: Callable
     sources = [source for source in (args.routing_mask, checkpoint) if source is not None]
     if not sources:
         raise UserError("no routing mask: pass --routing-mask with a file that maskmoe mask makes")
-    own, *others = map(read_routing_mask, sources)
-    of_checkpoint = others[0] if others else own
+    own = of_checkpoint = read_routing_mask(sources[0])
+    if len(sources) > 1:
+        of_checkpoint = _mask_of_checkpoint(args, sources[1], own)
     if not args.change_routing_mask:
         cure = "; pass --change-routing-mask to change visible experts on purpose" if not args.skip_train else ""
         check_same_mask(own.digest, of_checkpoint.digest, cure)
@@ -110,6 +112,30 @@ def find_routing_mask(args: Namespace, checkpoint: Path | None, report: Callable
         digests = f"{of_checkpoint.digest[:16]}… of the checkpoint → {own.digest[:16]}…"
         report(f"routing mask: {digests}: {MaskChange.between(of_checkpoint, own)}")
     return own
+
+
+def _mask_of_checkpoint(args: Namespace, checkpoint: Path, own: RoutingMask) -> RoutingMask:
+    """Return the mask of a checkpoint, or by what Megatron-Core's own model in the checkpoint routes.
+
+    Raises:
+        UserError: The checkpoint holds no routing mask, and the run may not add one or weighs experts differently.
+    """
+    mask = routing_mask_of(checkpoint)
+    if mask is not None:
+        return mask
+    if not args.change_routing_mask:
+        raise UserError(
+            f"{checkpoint} holds no routing mask: it is not a checkpoint of MaskMoE; pass --change-routing-mask to "
+            "continue it with the mask of --routing-mask"
+        )
+    num_predictions = len(FeedForwardLayers.of_args(args).prediction)
+    mask = mask_of_megatron(checkpoint, own, args.hybrid_layer_pattern, num_predictions)
+    if mask.num_visible_of_layer(0).max() < mask.num_experts and args.moe_router_score_function == "softmax":
+        raise UserError(
+            f"{checkpoint} has hash layers of Megatron-Core, whose softmax is over all experts, but a routing mask has "
+            "it over visible experts; only --moe-router-score-function sigmoid and sqrtsoftplus give the same weights"
+        )
+    return mask
 
 
 def check_mask(args: Namespace, mask: RoutingMask) -> None:

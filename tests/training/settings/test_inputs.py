@@ -40,6 +40,25 @@ def test_losses_are_those_of_the_new_mask_with_the_weights_of_the_checkpoint(run
     assert changed.difference(unchanged, ["lm loss"]) > 50 * FP32_ORDER_OF_SUMS
 
 
+@pytest.mark.runs(
+    "Megatron's own model",
+    "Megatron's own model, continued with its mask",
+    "Megatron's own model, continued from ours",
+)
+def test_megatrons_own_model_continues_with_its_mask_and_back(runs, workplace):
+    """Where Megatron-Core has hash layers, the first two MoE layers are hash layers."""
+    megatrons, ours, back = runs
+    (mask,) = masks_of(workplace, "megatrons")
+    assert ours.iterations == [8, 9, 10]
+    assert back.iterations == [11, 12]
+    for run in (ours, back):
+        assert run.difference(megatrons, ["lm loss", "grad-norm"]) < FP32_ORDER_OF_SUMS
+    assert "0 of " in output_of(ours)
+    assert read_routing_mask(checkpoint_path(ours.checkpoints, 10)).digest == mask.digest
+    with pytest.raises(UserError, match="holds no routing mask"):
+        read_routing_mask(checkpoint_path(megatrons.checkpoints, 7))
+
+
 @pytest.mark.runs("wider mask")
 def test_start_reports_the_change_once(runs, workplace):
     (changed,) = runs
