@@ -11,8 +11,12 @@ from support.paths import ROOT
 from support.results import result
 from support.small_moe import make_config, make_mask, make_visible_experts, process_groups
 
+from maskmoe.comparison.comparison import Comparison
+from maskmoe.comparison.data import Dataset
 from maskmoe.comparison.statistics import paired_difference
+from maskmoe.comparison.suite import Suite
 from maskmoe.comparison.table import HeldOutLoss, read_table, write_table
+from maskmoe.launch.machine import Devices
 from maskmoe.transformer.router import MaskMoERouter
 from maskmoe.transformer.token_ids import TokenIds
 
@@ -177,3 +181,16 @@ def test_analysis_prints_rates_and_differences(table):
 def run_script(name: str, *arguments: object) -> str:
     words = [sys.executable, STUDY / name, *map(str, arguments)]
     return subprocess.run(words, capture_output=True, text=True, check=True).stdout
+
+
+def test_recorded_runs_are_finished_runs_of_the_suites(tmp_path):
+    """The recorded runs trained a GPT model; with other settings, their suites would train them again."""
+    table = ROOT / "docs" / "study" / "results.jsonl"
+    recorded = read_table(table)
+    for name in {run.suite for run in recorded}:
+        suite = Suite.read(STUDY / f"{name}.yaml", {})
+        data = Dataset.of(suite.data, tmp_path, suite.seq_length)
+        finished = Comparison(suite, name, tmp_path, table, data, Devices(0, 1)).results().values()
+        runs = {(run.variant, run.seed) for run in recorded if run.suite == name}
+        assert runs <= {(run.variant, run.seed) for run in finished}
+        assert all("hybrid-layer-pattern" not in variant.flags for variant in suite.variants.values())
