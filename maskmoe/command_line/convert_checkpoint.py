@@ -45,7 +45,7 @@ def _add_arguments(parser: argparse.ArgumentParser, name: str) -> None:
         pattern = (
             "write a checkpoint of a HybridModel with this pattern, in which | may divide pipeline stages; "
             f"{DERIVED_PATTERN}: with the pattern of the model's layers; {NO_PATTERN}: of a GPTModel (default: of the "
-            "class that the model was exported from, else of a GPTModel)"
+            f"class that the model was exported from, else {DERIVED_PATTERN})"
         )
         add_option(parser, "--hybrid-layer-pattern P", pattern)
     if name == "upcycle":

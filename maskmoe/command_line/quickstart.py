@@ -38,8 +38,7 @@ def parse_settings(arguments: Sequence[str] | None = None) -> Settings:
     assert variant.mask != "none"
     defaults = {**variant.flags, **variant.mask}
     parser.set_defaults(**{flag.replace("-", "_"): words[0] for flag, words in defaults.items() if words})
-    parser.set_defaults(vocab_size=suite.data.vocab_size)
-    parser.set_defaults(seed=variant.seeds[0])
+    parser.set_defaults(vocab_size=suite.data.vocab_size, num_layers=suite.layers, seed=variant.seeds[0])
 
     def add(
         group: argparse._ArgumentGroup, flag: str, kind: Callable[[str], float], text: str, metavar: str = "N"

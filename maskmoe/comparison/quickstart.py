@@ -22,6 +22,7 @@ from maskmoe.files.outputs import atomic_output, render_template
 from maskmoe.launch.command import entry_point, standalone_command
 from maskmoe.launch.machine import Devices
 from maskmoe.launch.model_file import Flags
+from maskmoe.routing_mask.feed_forward_layers import FeedForwardLayers
 from maskmoe.routing_mask.frequency import TokenFrequency
 
 _SUITE = Path(__file__).parent / "suites" / "quickstart.yaml"
@@ -81,7 +82,8 @@ class Settings:
         micro_batch_size = -(-self.global_batch_size // devices.num_processes)
         expert_parallel = {"expert_model_parallel_size": devices.expert_model_parallel_size(self.num_experts)}
         flags = {
-            **self._values("num_layers", "hidden_size", "num_experts", "seq_length", "train_iters", "lr"),
+            "hybrid_layer_pattern": FeedForwardLayers((True,) * self.num_layers).pattern("*"),
+            **self._values("hidden_size", "num_experts", "seq_length", "train_iters", "lr"),
             **expert_parallel,
             "min_lr": f"{_MIN_LR_RATIO * self.lr:.6g}",
             "num_attention_heads": self.hidden_size // _HEAD_SIZE,

@@ -14,6 +14,7 @@ from maskmoe.files.run_folder import CHECKPOINTS, TENSORBOARD
 from maskmoe.launch.command import entry_point, standalone_command
 from maskmoe.launch.machine import Devices
 from maskmoe.launch.model_file import Flags
+from maskmoe.routing_mask.feed_forward_layers import FeedForwardLayers
 
 OWN_TEXT = "held-out"
 """Name of the held-out documents of the training text, beside the further held-out texts of a suite."""
@@ -61,6 +62,13 @@ class Run:
         if self.variant.program:
             flags["program"] = (Path(self.variant.program).name,)
         return {flag: " ".join(words) or "true" for flag, words in sorted(flags.items())}
+
+    @property
+    def num_mask_layers(self) -> str:
+        """Number of tables of the routing mask: of feed-forward layers, with and without experts."""
+        if pattern := self.variant.flags.get("hybrid-layer-pattern"):
+            return str(len(FeedForwardLayers.of_pattern(*pattern).has_experts))
+        return self.variant.flags["num-layers"][0]
 
     @property
     def tokens(self) -> int:
@@ -140,7 +148,7 @@ class Run:
         flags = {
             "token-frequency": (str(self.data.token_frequency),),
             "num-experts": self.variant.flags["num-experts"],
-            "num-layers": self.variant.flags["num-layers"],
+            "num-layers": (self.num_mask_layers,),
             "seed": (str(self.seed),),
             **self.variant.mask,
         }

@@ -27,9 +27,10 @@ from maskmoe.files.flags import override
 from maskmoe.files.json_files import first_problem
 from maskmoe.files.untrusted import read_words
 from maskmoe.launch.model_file import Flags, ModelFile, parse_flags, parse_layouts
+from maskmoe.routing_mask.feed_forward_layers import FeedForwardLayers
 
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._+-]*")
-_NEEDED_FLAGS = ("train-iters", "seq-length", "global-batch-size", "num-layers")
+_NEEDED_FLAGS = ("train-iters", "seq-length", "global-batch-size")
 _DECIDED_FLAGS = {"seed", "save", "load", "routing-mask", "data-path"}
 # A preset decides all other flags of the mask.
 _FLAGS_BESIDE_PRESET = {"seed", "shared-table", "expert-model-parallel-size"}
@@ -149,6 +150,8 @@ class Suite(_Section):
         title: Title of the report.
         data: The text.
         model: Model file of all variants; the path is relative to the folder of the suite.
+        layers: Layers of all variants, each of attention and a feed-forward layer; 0 to leave the layers to the flags.
+            The result is the flag `hybrid-layer-pattern`: `*E` for each layer with experts, `*-` without.
         flags: Flags of all variants.
         expert_flags: Flags of all variants with experts.
         mask: Flags of all masks that no preset makes.
@@ -163,6 +166,7 @@ class Suite(_Section):
     title: str = ""
     data: DataSection = DataSection()
     model: str = ""
+    layers: NonNegativeInt = 0
     flags: FlagSection = {}
     expert_flags: FlagSection = {}
     mask: FlagSection = {}
@@ -226,11 +230,17 @@ class Suite(_Section):
         if not section.has_experts:
             own = {flag: words for flag, words in own.items() if flag not in self.expert_flags}
         flags = dict(model_file.flags)
+        if self.layers:
+            flags["hybrid-layer-pattern"] = (FeedForwardLayers((section.has_experts,) * self.layers).pattern("*"),)
         for further in (self.flags, self.expert_flags if section.has_experts else {}, section.flags, own):
             flags = dict(override(flags, further))
         needed = (*_NEEDED_FLAGS, "num-experts") if section.has_experts else _NEEDED_FLAGS
         if missing := [flag for flag in needed if flag not in flags]:
             raise ValueError(f"variant {name} has no {missing[0]} among its flags")
+        if not {"hybrid-layer-pattern", "num-layers"} & flags.keys():
+            raise ValueError(
+                f"variant {name} has no layers: write `layers: 2`, or hybrid-layer-pattern among its flags"
+            )
         if decided := sorted(_DECIDED_FLAGS & flags.keys()):
             raise ValueError(f"variant {name}: {', '.join(decided)} is decided by the comparison; leave the flag out")
         if self.min_lr_ratio and "lr" in flags:

@@ -93,7 +93,8 @@ def upcycle_model(settings: Settings, recipe: UpcycleSettings, mask: RoutingMask
     sparse = upcycle(dense, recipe, mask)
     args, dense_args = args_from_config(sparse.config), dense.args or Namespace()
     args.__dict__ |= {name: value for name, value in vars(dense_args).items() if name in _VOCABULARY_ARGS}
-    pattern = settings.hybrid_layer_pattern or (DERIVED_PATTERN if is_hybrid(dense_args) else None)
+    keeps_gpt = dense.args is not None and not is_hybrid(dense_args)
+    pattern = settings.hybrid_layer_pattern or (None if keeps_gpt else DERIVED_PATTERN)
     args = with_pattern(args, sparse.config, pattern)
     # The dense model's source provides the padding of the vocabulary.
     sparse = replace(sparse, source=JoinedSource(sparse.source, dense.source), args=args)
@@ -185,6 +186,6 @@ def _megatron_args(model: OpenedModel, pattern: str | None) -> Namespace:
         described = config_from_args(model.args, model.config["vocab_size"])
         if all(model.config.get(name) == value for name, value in described.items()):
             return with_pattern(Namespace(**vars(model.args)), model.config, pattern)
-        if pattern is None and is_hybrid(model.args):
-            pattern = DERIVED_PATTERN
+    if pattern is None and (model.args is None or is_hybrid(model.args)):
+        pattern = DERIVED_PATTERN
     return with_pattern(args_from_config(model.config), model.config, pattern)

@@ -37,7 +37,7 @@ class Settings:
         tokenizer_model: Megatron's `--tokenizer-model`; None selects the tokenizer that the model was trained with.
         hybrid_layer_pattern: The pattern of a `HybridModel` whose checkpoint is written, `DERIVED_PATTERN`, or
             `NO_PATTERN` for the checkpoint of a `GPTModel`; None selects the class of the model that `load` came from,
-            and `GPTModel` if it did not come from Megatron. Ignored if no checkpoint is written.
+            and `DERIVED_PATTERN` if it did not come from Megatron. Ignored if no checkpoint is written.
         ckpt_step: Megatron's `--ckpt-step`: the iteration to convert of the checkpoints of a run; None for the newest.
     """
 

@@ -7,8 +7,8 @@ import pytest
 SUITE = """
 title: A small suite
 data: {vocab-size: 300}
-flags: {num-layers: 2, hidden-size: 32, seq-length: 16, train-iters: 40, global-batch-size: 2, ffn-hidden-size: 64,
-  lr: 1e-2}
+layers: 2
+flags: {hidden-size: 32, seq-length: 16, train-iters: 40, global-batch-size: 2, ffn-hidden-size: 64, lr: 1e-2}
 expert-flags: {num-experts: 4, moe-ffn-hidden-size: 64}
 mask: {frequent-mass: 0.4, frequent-visible-experts: 2, assignment: balanced}
 min-lr-ratio: 0.1

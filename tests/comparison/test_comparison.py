@@ -61,8 +61,8 @@ def test_runs_are_selected_by_patterns_and_seeds(comparison):
 
 SUITE = """
 data: {vocab-size: 300, held-out: {other: other.jsonl}}
+layers: 2
 flags:
-  num-layers: 2
   hidden-size: 32
   ffn-hidden-size: 64
   num-attention-heads: 2

@@ -63,13 +63,14 @@ def test_training_follows_settings_and_devices(plan):
 
 
 def test_settings_reach_their_stages(plan):
-    made = plan("--lr", "0.01", "--seed", "7", "--train-iters", "600", "--frequent-mass", "0.25", "--vocab-size", "500")
+    made = plan("--lr", "0.01", "--seed", "7", "--train-iters", "600", "--frequent-mass", "0.25", "--num-layers", "3")
     train, mask = flags_of(made.training_stage()), flags_of(made.run.mask_stage(Path("mask")))
     assert (train["--lr"], train["--min-lr"], train["--seed"]) == ("0.01", "0.0005", "7")
     assert (train["--train-iters"], train["--save-interval"]) == ("600", "30")
     assert (train["--eval-interval"], train["--log-interval"]) == ("60", "3")
-    assert (mask["--frequent-mass"], mask["--seed"]) == ("0.25", "7")
-    tokenizer = next(stage for stage in made.data.stages() if stage.name == "tokenizer")
+    assert train["--hybrid-layer-pattern"] == "*E*E*E"
+    assert (mask["--frequent-mass"], mask["--seed"], mask["--num-layers"]) == ("0.25", "7", "3")
+    tokenizer = next(stage for stage in plan("--vocab-size", "500").data.stages() if stage.name == "tokenizer")
     assert flags_of(tokenizer)["--vocab-size"] == "500"
 
 

@@ -48,6 +48,14 @@ def test_the_seed_is_that_of_the_mask_too(runs):
     assert command[command.index("--frequent-visible-experts") + 1] == "2"
 
 
+@pytest.mark.parametrize(
+    "layers", ["layers: 2\nflags: {", "flags: {num-layers: 2, ", 'flags: {hybrid-layer-pattern: "*-|*E", ']
+)
+def test_the_mask_has_a_table_for_each_feed_forward_layer(runs, layers):
+    (stage,) = runs(replace={"layers: 2\nflags: {": layers})["maskmoe.seed-1"].stages_before_training()
+    assert stage.command[stage.command.index("--num-layers") + 1] == "2"
+
+
 def test_a_widened_mask_shares_the_table_of_the_narrow_one(runs):
     widened = "maskmoe: {mask: {preset: hash-balanced}, widen: {frequent-mass: 0.4, frequent-visible-experts: 2}}"
     run = runs(replace={"maskmoe: {mask: {}}": widened})["maskmoe.seed-2"]

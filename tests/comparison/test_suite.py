@@ -18,6 +18,8 @@ def test_variants_have_the_flags_of_suite_experts_and_their_own(suite_file):
     assert suite.variants["hash"].flags["moe-ffn-hidden-size"] == ("32",)
     assert "ffn-hidden-size" not in suite.variants["hash"].flags
     assert suite.variants["hash"].flags["min-lr"] == ("0.001",)
+    patterns = {name: variant.flags["hybrid-layer-pattern"] for name, variant in suite.variants.items()}
+    assert patterns == dict.fromkeys(suite.variants, ("*E*E",)) | {"dense": ("*-*-",)}
     assert [variant.seeds for variant in suite.variants.values()] == [(1, 2)] * 4 + [(2,)]
 
 
@@ -63,8 +65,9 @@ def test_a_suite_extends_another_one(suite_file, tmp_path):
 
 def test_a_suite_on_top_of_a_model_file_keeps_its_layouts(suite_file, tmp_path):
     (tmp_path / "model.yaml").write_text("num-layers: 9\nhidden-size: 8\nlayouts: {8: {bf16: true}}\n")
-    suite = Suite.read(suite_file(replace={"data:": "model: model.yaml\ndata:", "num-layers: 2, ": ""}), {})
+    suite = Suite.read(suite_file(replace={"data:": "model: model.yaml\ndata:", "layers: 2\n": ""}), {})
     assert suite.variants["smoe"].flags["num-layers"] == ("9",)
+    assert "hybrid-layer-pattern" not in suite.variants["smoe"].flags
     assert suite.variants["smoe"].flags["hidden-size"] == ("32",)
     assert suite.variants["smoe"].layouts[8] == {"bf16": ()}
 
@@ -89,7 +92,8 @@ def test_paths_are_relative_to_the_suite(suite_file, tmp_path):
         ("seeds: [1, 2]", "seeds: [-1]", "seeds.0: should be greater than or equal to 0"),
         ("baselines: [smoe, hash]", "baselines: [moe]", "moe is not a variant of the suite"),
         ("train-iters: 40, ", "", "has no train-iters"),
-        ("num-layers: 2,", "num-layers: 2, seed: 3,", "seed is decided by the comparison"),
+        ("layers: 2", "layers: 0", "variant dense has no layers: write `layers: 2`, or hybrid-layer-pattern"),
+        ("lr: 1e-2", "seed: 3", "seed is decided by the comparison"),
         ("dense: {title", "../dense: {title", "names a folder"),
         ("smoe: {mask", "dense: {mask", "the key dense is repeated"),
         ("smoe: {mask: {preset: smoe}}", "smoe: {mask: {preset: smoe}, model: nowhere.yaml}", "nowhere.yaml"),
@@ -109,7 +113,7 @@ def shipped(request):
 
 def test_shipped_variants_are_trained_alike(shipped):
     """The variants of one setting differ only in the flags of their experts."""
-    own = {"ffn-hidden-size", "num-experts"}
+    own = {"ffn-hidden-size", "num-experts", "hybrid-layer-pattern"}
     for setting in {variant.setting for variant in shipped.variants.values()}:
         trained = [
             {name: words for name, words in variant.flags.items() if name not in own and not name.startswith("moe-")}

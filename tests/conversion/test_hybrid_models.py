@@ -61,8 +61,7 @@ def test_imported_models_compute_the_same(name, tmp_path):
     original = save_model(name, tmp_path / "original")
     if name == "deepseek_v3":
         add_multi_token_prediction(tmp_path / "original")
-    settings = Settings(load=tmp_path / "original", save=tmp_path / "hybrid", hybrid_layer_pattern="auto")
-    flags = huggingface_to_megatron(settings)
+    flags = huggingface_to_megatron(Settings(load=tmp_path / "original", save=tmp_path / "hybrid"))
     model, args = load_converted_model(tmp_path / "hybrid", flags)
     assert args.hybrid_layer_pattern == PATTERNS[name]
     assert args.num_layers == 6
@@ -97,11 +96,14 @@ def test_the_class_of_the_model_is_kept(hybrid, moe_model, tmp_path):
     huggingface_to_megatron(Settings(load=tmp_path / "hf", save=tmp_path / "same"))
     assert vars(args_of(tmp_path / "same")) == vars(args_of(hybrid))
     assert_same_checkpoints(tmp_path / "same", hybrid)
-    # A GPT model on request, whose checkpoint is that of an import without hybrid layers.
+    # A GPT model on request, whose checkpoint is that of an import as a GPT model, and stays one.
     huggingface_to_megatron(Settings(load=tmp_path / "hf", save=tmp_path / "gpt", hybrid_layer_pattern="none"))
-    huggingface_to_megatron(Settings(load=moe_model, save=tmp_path / "direct"))
+    huggingface_to_megatron(Settings(load=moe_model, save=tmp_path / "direct", hybrid_layer_pattern="none"))
     assert_same_checkpoints(tmp_path / "gpt", tmp_path / "direct")
     assert vars(args_of(tmp_path / "gpt")).items() >= vars(args_of(tmp_path / "direct")).items()
+    megatron_to_huggingface(Settings(load=tmp_path / "gpt", save=tmp_path / "hf_of_gpt"))
+    huggingface_to_megatron(Settings(load=tmp_path / "hf_of_gpt", save=tmp_path / "gpt_again"))
+    assert_same_checkpoints(tmp_path / "gpt_again", tmp_path / "gpt")
     # A hybrid model also if the configuration has changed since.
     config = tmp_path / "hf/config.json"
     config.write_text(config.read_text().replace('"num_experts_per_tok": 2', '"num_experts_per_tok": 1'))
@@ -132,9 +134,9 @@ def test_layers_that_transformers_does_not_have(pattern):
     assert f"--hybrid-layer-pattern '{pattern}' cannot be expressed in transformers' format: " in str(refusal.value)
 
 
-@pytest.mark.parametrize("dense_is_hybrid", [False, True])
-def test_upcycling_to_a_hybrid_model(dense_is_hybrid, tmp_path):
-    """A hybrid model without experts becomes a hybrid model with experts, without a flag."""
+@pytest.mark.parametrize(("dense_is_hybrid", "pattern"), [(False, "*-|*E*E"), (False, None), (True, None)])
+def test_upcycling_to_a_hybrid_model(dense_is_hybrid, pattern, tmp_path):
+    """Models of transformers and hybrid models become hybrid models with experts, without a flag."""
     original = save_model("llama", tmp_path / "dense")
     dense = tmp_path / "dense"
     if dense_is_hybrid:
@@ -142,7 +144,6 @@ def test_upcycling_to_a_hybrid_model(dense_is_hybrid, tmp_path):
         dense = tmp_path / "hybrid"
     mask = make_mask(random_visible_sets(0, 2, VOCAB_SIZE, 4))
     recipe = UpcycleSettings(4, topk=3, moe_layer_freq=[0, 1, 1])
-    pattern = None if dense_is_hybrid else "*-|*E*E"
     settings = Settings(load=dense, save=tmp_path / "out", hybrid_layer_pattern=pattern)
     flags = upcycle_model(settings, recipe, mask, to_megatron=True)
     assert args_of(tmp_path / "out").hybrid_layer_pattern == (pattern or "*-*E*E")

@@ -88,19 +88,23 @@ FURTHER_CASES = [
 ]
 # Hybrid models.
 HYBRID_CASES = [
-    Case((1, 4), 2, f"--hybrid-layer-pattern *E*E {GQA} {UNTIED} {SHARED} --rotary-percent 0.5 --rotary-base 500"),
     Case(
         (1, 4),
         2,
-        f"--hybrid-layer-pattern *-*E/*E --ffn-hidden-size 40 {SIGMOID} --qk-layernorm --add-qkv-bias",
+        f"--num-layers 4 --hybrid-layer-pattern *E*E {GQA} {UNTIED} {SHARED} --rotary-percent 0.5 --rotary-base 500",
+    ),
+    Case(
+        (1, 4),
+        2,
+        f"--num-layers 4 --hybrid-layer-pattern *-*E/*E --ffn-hidden-size 40 {SIGMOID} --qk-layernorm --add-qkv-bias",
         trained=True,
         masks_moe_layers=True,
     ),
-    Case((1, 4), 2, "--hybrid-layer-pattern *E*-*E/*E/*E --ffn-hidden-size 40 --mtp-use-repeated-layer"),
+    Case((1, 4), 2, "--num-layers 6 --hybrid-layer-pattern *E*-*E/*E/*E --ffn-hidden-size 40 --mtp-use-repeated-layer"),
     Case(
         (1, 4),
         2,
-        f"--hybrid-layer-pattern +-+E/+E {LATENT} --q-lora-rank 16 --rope-type rope --qk-layernorm",
+        f"--num-layers 4 --hybrid-layer-pattern +-+E/+E {LATENT} --q-lora-rank 16 --rope-type rope --qk-layernorm",
         masks_moe_layers=True,
     ),
 ]

@@ -11,8 +11,8 @@ pytestmark = pytest.mark.slurm
 SUITE = """
 title: Two variants
 data: {vocab-size: 300, input: required}
+layers: 1
 flags:
-  num-layers: 1
   hidden-size: 16
   ffn-hidden-size: 32
   num-attention-heads: 2

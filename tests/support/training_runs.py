@@ -80,7 +80,7 @@ RUNS = {
         f"{PIPELINE_2} {EIGHT_MICRO_BATCHES} {FULL_RECOMPUTE}", ranks=2, program=STALE_IDS
     ),
     "hybrid, pipeline 2, 8 micro-batches, full recompute": Run(
-        f"{PIPELINE_2} {EIGHT_MICRO_BATCHES} {FULL_RECOMPUTE} --hybrid-layer-pattern *E*E|*E*E", ranks=2
+        f"{PIPELINE_2} {EIGHT_MICRO_BATCHES} {FULL_RECOMPUTE} --num-layers 8 --hybrid-layer-pattern *E*E|*E*E", ranks=2
     ),
     # Stop and resume.
     "fp32": Run(f"{DROPOUT} {UNTIL_12}", saves=True),
@@ -486,8 +486,8 @@ def add_hybrid_twins(gpt: str, layouts: dict[str, tuple[int, str]], *, pattern: 
         pattern: The pattern of the twin.
     """
     for name, (ranks, more_flags) in layouts.items():
-        # The pattern replaces the frequency of MoE layers.
-        flags = f"{RUNS[gpt].flags} --moe-layer-freq 1 --hybrid-layer-pattern {pattern} {more_flags} --ckpt-step 4"
+        layers = f"--num-layers 8 --moe-layer-freq 1 --hybrid-layer-pattern {pattern}"  # override the GPT model's
+        flags = f"{RUNS[gpt].flags} {layers} {more_flags} --ckpt-step 4"
         RUNS[name] = replace(RUNS[gpt], flags=flags, ranks=ranks, continues=gpt, saves=False)
     COMPARED[gpt] += [name for name, (ranks, _) in layouts.items() if ranks > 1]
 
@@ -521,8 +521,8 @@ add_hybrid_twins(
     pattern="*E*-*E*E/*E/*E",
 )
 GATED_DELTA_NET = """
-    --hybrid-layer-pattern GEGEGE*E --linear-num-key-heads 4 --linear-num-value-heads 8 --linear-key-head-dim 8
-    --linear-value-head-dim 8 --linear-conv-kernel-dim 4
+    --num-layers 8 --hybrid-layer-pattern GEGEGE*E --linear-num-key-heads 4 --linear-num-value-heads 8
+    --linear-key-head-dim 8 --linear-value-head-dim 8 --linear-conv-kernel-dim 4
 """
 # Three layers of gated delta net, one of attention, each with experts.
 add_model(
@@ -539,13 +539,13 @@ add_model(
 )
 RUNS |= {
     "GPT, then with gated delta nets": Run(
-        f"{GATED_DELTA_NET} --hybrid-layer-pattern G*EG*EG*EG*E {UNTIL_8}", continues="start"
+        f"{GATED_DELTA_NET} --num-layers 12 --hybrid-layer-pattern G*EG*EG*EG*E {UNTIL_8}", continues="start"
     ),
 }
 # A hybrid model with a mask for its MoE layers only.
 add_model(
     "hybrid",
-    f"--hybrid-layer-pattern *-*-*E*E/*E {DISTRIBUTED}",
+    f"--num-layers 8 --hybrid-layer-pattern *-*-*E*E/*E {DISTRIBUTED}",
     {"hybrid, pipeline 2": (2, f"{PIPELINE_2} --hybrid-layer-pattern *-*-|*E*E/*E")},
     mask="three_layers.safetensors",
 )

@@ -55,7 +55,7 @@ def write_inputs(
             writer.add_document(rng.choice(vocab_size, size=DOCUMENT_TOKENS, p=zipf_probabilities(vocab_size)))
     recipe = MaskRecipe(
         num_experts=flags["num-experts"],
-        num_layers=flags["num-layers"],
+        num_layers=flags["hybrid-layer-pattern"].count("E"),
         assignment="balanced",
         frequent_mass=frequent_mass,
         frequent_visible_experts=4,
@@ -145,7 +145,7 @@ def main() -> None:
     """Measure and report."""
     arguments = build_parser().parse_args()
     suite = yaml.safe_load(SUITE.read_text())
-    flags = suite["flags"] | suite["expert-flags"]
+    flags = suite["flags"] | suite["expert-flags"] | {"hybrid-layer-pattern": "*E" * suite["layers"]}
     batch_size = arguments.micro_batch_size or flags["micro-batch-size"]
     flags |= {
         "micro-batch-size": batch_size,

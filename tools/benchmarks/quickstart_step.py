@@ -109,7 +109,7 @@ def main() -> None:
         folder = Path(name)
         settings = parse_settings(["--run-dir", name, "--train-iters", str(arguments.iterations)])
         flags = settings.variant(DEVICES).flags
-        sizes = {flag: int(flags[flag][0]) for flag in ("num-experts", "num-layers")}
+        sizes = {"num-experts": settings.num_experts, "hybrid-layer-pattern": flags["hybrid-layer-pattern"][0]}
         batch = (settings.global_batch_size, settings.seq_length)
         num_tokens = 2 * arguments.iterations * batch[0] * batch[1]
         inputs = write_inputs(folder, sizes, settings.vocab_size, num_tokens, settings.frequent_mass)

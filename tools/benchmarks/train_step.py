@@ -33,9 +33,10 @@ from routed_tokens import add_engine_argument, as_stock, exchange_floor, fused_s
 from zipf import zipf_mask, zipf_probabilities
 
 from maskmoe.routing_mask.assignment import MaskRecipe
+from maskmoe.routing_mask.feed_forward_layers import FeedForwardLayers
 from maskmoe.routing_mask.mask import RoutingMask
-from maskmoe.transformer.layer_specs import backend_arguments, get_maskmoe_decoder_block_spec
-from maskmoe.transformer.models import DenseGPTModel, MaskMoEGPTModel
+from maskmoe.transformer.layer_specs import backend_arguments, get_maskmoe_hybrid_stack_spec
+from maskmoe.transformer.models import DenseHybridModel, MaskMoEHybridModel
 from maskmoe.transformer.visible_experts import VisibleExperts
 
 
@@ -50,7 +51,7 @@ class Trainer:
 
     def __init__(
         self,
-        model: GPTModel,
+        model: torch.nn.Module,
         config: TransformerConfig,
         batches: Iterator[dict[str, torch.Tensor]],
     ) -> None:
@@ -113,8 +114,8 @@ def make_mask(arguments: argparse.Namespace, num_ranks: int) -> RoutingMask:
     return zipf_mask(recipe, arguments.vocab_size)
 
 
-def make_config(arguments: argparse.Namespace, topk: int, num_ranks: int) -> TransformerConfig:
-    """Return the configuration of a model; 0 experts stand for a model without experts."""
+def make_config(arguments: argparse.Namespace, topk: int, num_ranks: int, **layers: Any) -> TransformerConfig:
+    """Return the configuration of a model with `layers`; 0 experts stand for a model without experts."""
     experts: dict[str, Any] = {
         "num_moe_experts": arguments.num_experts,
         "moe_router_topk": topk,
@@ -125,7 +126,6 @@ def make_config(arguments: argparse.Namespace, topk: int, num_ranks: int) -> Tra
         "expert_model_parallel_size": num_ranks,
     }
     return TransformerConfig(
-        num_layers=arguments.num_layers,
         hidden_size=arguments.hidden_size,
         bf16=arguments.dtype == "bfloat16",
         params_dtype=getattr(torch, arguments.dtype),
@@ -137,6 +137,7 @@ def make_config(arguments: argparse.Namespace, topk: int, num_ranks: int) -> Tra
         hidden_dropout=0.0,
         attention_dropout=0.0,
         normalization="RMSNorm",
+        **layers,
         **(experts if arguments.num_experts else {}),
         **fused_settings(arguments.transformer_engine),
     )
@@ -145,9 +146,9 @@ def make_config(arguments: argparse.Namespace, topk: int, num_ranks: int) -> Tra
 def build_trainer(
     side: Literal["ours", "stock"], arguments: argparse.Namespace, topk: int, groups: ProcessGroupCollection
 ) -> Trainer:
-    """Build a trainer of our model or of the stock model; both have the same seed and batches."""
+    """Build a trainer of our hybrid model or of the stock GPT model; both have the same seed and batches."""
     torch.manual_seed(1)
-    config = make_config(arguments, topk, groups.ep.size())
+    num_ranks = groups.ep.size()
     sizes: dict[str, Any] = {
         "vocab_size": arguments.vocab_size,
         "max_sequence_length": arguments.seq_length,
@@ -155,14 +156,18 @@ def build_trainer(
         "pg_collection": groups,
     }
     if side == "stock":
-        config = as_stock(config)
+        config = as_stock(make_config(arguments, topk, num_ranks, num_layers=arguments.num_layers))
         model = GPTModel(config, get_gpt_decoder_block_spec(config, **backend_arguments(config)), **sizes)
-    elif not arguments.num_experts:
-        model = DenseGPTModel(config, get_maskmoe_decoder_block_spec(config, None), **sizes)
     else:
-        visible_experts = VisibleExperts(config, make_mask(arguments, groups.ep.size()), groups)
-        spec = get_maskmoe_decoder_block_spec(config, visible_experts)
-        model = MaskMoEGPTModel(config, spec, visible_experts=visible_experts, **sizes)
+        layers = FeedForwardLayers((arguments.num_experts > 0,) * arguments.num_layers)
+        sizes["hybrid_layer_pattern"] = pattern = layers.pattern("*")
+        config = make_config(arguments, topk, num_ranks, num_layers=len(pattern), is_hybrid_model=True)
+        if arguments.num_experts:
+            visible_experts = VisibleExperts(config, make_mask(arguments, num_ranks), groups, layers=layers)
+            spec = get_maskmoe_hybrid_stack_spec(config, visible_experts)
+            model = MaskMoEHybridModel(config, spec, visible_experts=visible_experts, **sizes)
+        else:
+            model = DenseHybridModel(config, get_maskmoe_hybrid_stack_spec(config, None), **sizes)
     seed = torch.distributed.get_rank()
     batches = zipf_batches(arguments.vocab_size, arguments.batch_size, arguments.seq_length, seed)
     return Trainer(model.cuda(), config, batches)

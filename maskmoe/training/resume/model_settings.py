@@ -43,6 +43,8 @@ ADJUSTABLE_ARGUMENTS = (
     *("mup_width_mult", "mup_base_hidden_size", "mup_embedding_mult", "mup_output_mult"),
     *("mup_base_head_dim", "mup_attn_scale_power"),
 )
+# Arguments that choose layers by their numbers, of which a layer of a GPT model has one and its pattern has two.
+_COUNTING_ARGUMENTS = ("window_attn_skip_freq", "no_rope_freq")
 # Flags that do not have the names of their arguments.
 _FLAGS = {"layernorm_zero_centered_gamma": "--apply-layernorm-1p"}
 # Formats in which the distributed optimizer saves its state in the order of a model's parameters, without their names.
@@ -61,6 +63,8 @@ def take_settings_of_checkpoint(args: Namespace, checkpoint: Path) -> Namespace:
         args.tokenizer_type, args.tokenizer_model = given_type, None
     if given_model is not None or args.tokenizer_type == "NullTokenizer":  # which needs no model
         args.tokenizer_model = given_model
+    if args.hybrid_layer_pattern is not None:  # which decides the layers; the checkpoint may be a GPT model's
+        args.num_layers, args.moe_layer_freq = None, 1
     return args
 
 
@@ -125,6 +129,11 @@ def _check_same_layers(args: Namespace, saved: Namespace, checkpoint: Path) -> N
         of_gpt = FeedForwardLayers.of_args(saved).pattern(attention)
         is_same = of_gpt == without_new_layers(pattern)
         description = f"a GPT model, which continues with --hybrid-layer-pattern '{of_gpt}'"
+        if counting := [_flag_of(name) for name in _COUNTING_ARGUMENTS if getattr(saved, name, None) is not None]:
+            raise UserError(
+                f"checkpoint {checkpoint} holds a GPT model with {' and '.join(counting)}, which would select other "
+                "layers in a pattern: continue with --num-layers and without --hybrid-layer-pattern"
+            )
     if not is_same:
         raise UserError(f"checkpoint {checkpoint} holds {description}, not with '{pattern}'")
 

@@ -152,9 +152,12 @@ def _pattern_has(symbol: str) -> Predicate:
 
 
 def _pattern_contradicts_flags(args: Namespace) -> bool:
-    pattern = args.hybrid_layer_pattern or ""
-    return ("*" in pattern and args.multi_latent_attention) or bool(
-        pattern and "/" not in pattern and args.mtp_num_layers
+    pattern = args.hybrid_layer_pattern
+    return pattern is not None and (
+        args.num_layers not in (None, len(pattern.partition("/")[0].replace("|", "")))
+        or args.moe_layer_freq != 1
+        or ("*" in pattern and args.multi_latent_attention)
+        or bool("/" not in pattern and args.mtp_num_layers)
     )
 
 
@@ -368,9 +371,20 @@ BROKEN_IN_MEGATRON = (
         lambda args: args.cross_entropy_loss_fusion and not args.bf16,
     ),
     Check(
-        "--hybrid-layer-pattern with * with --multi-latent-attention, or without / with --mtp-num-layers",
-        "Megatron-Core ignores the flags. Use + for latent attention, and append /*E for each predicted token.",
+        "--hybrid-layer-pattern with another --num-layers, --moe-layer-freq, --multi-latent-attention or "
+        "--mtp-num-layers",
+        "Megatron-Core ignores the flags. In a pattern, *E is a layer with experts, *- is one without, + is latent "
+        "attention, and /*E predicts one more token.",
         _pattern_contradicts_flags,
+    ),
+    Check(
+        "--recompute-num-layers above 1 with --recompute-method uniform and multi-token prediction",
+        "Megatron-Core recomputes multi-token prediction layer by layer, and would fail in the first step.",
+        lambda args: (
+            args.recompute_method == "uniform"
+            and (args.recompute_num_layers or 1) > 1
+            and bool(args.mtp_num_layers or _pattern_has("/")(args))
+        ),
     ),
     Check(
         "--pipeline-model-parallel-layout with m in a chunk that is neither the first nor a rank's last chunk",

@@ -23,7 +23,7 @@ from maskmoe.routing_mask.frequency import count_token_frequency
 # Megatron pads this vocabulary to 512 ids.
 VOCAB_SIZE = 510
 BASE = f"""
-    --num-layers 4 --hidden-size 64 --num-attention-heads 4 --ffn-hidden-size 96 --seq-length 64
+    --hidden-size 64 --num-attention-heads 4 --ffn-hidden-size 96 --seq-length 64
     --max-position-embeddings 64 --position-embedding-type rope --num-experts 8 --moe-ffn-hidden-size 48
     --moe-router-topk 2 --micro-batch-size 2 --global-batch-size 8 --train-iters 1 --lr 1e-3 --mock-data
     --split 90,10,0 --tokenizer-type NullTokenizer --vocab-size {VOCAB_SIZE} --make-vocab-size-divisible-by 256
@@ -48,9 +48,8 @@ ARCHITECTURES = {
 
 
 def hybrid(pattern: str, flags: str = LLAMA) -> str:
-    """Return the flags of a hybrid model, whose number of layers replaces the number in `BASE`."""
-    num_layers = len(pattern.partition("/")[0].replace("|", ""))
-    return f"{flags} --num-layers {num_layers} --hybrid-layer-pattern={shlex.quote(pattern)}"
+    """Return the flags of a hybrid model."""
+    return f"{flags} --hybrid-layer-pattern={shlex.quote(pattern)}"
 
 
 LATENT_ATTENTION = """
@@ -170,8 +169,9 @@ Answers = list[dict[str, Any]]
 def answer(working_folder, tmp_path_factory) -> Callable[..., Answers]:
     """Run a command of `run_check_ranks.py` on cases in a folder that has a dataset and masks.
 
-    The function takes the command, the flags of each case besides `BASE` by name, the number of ranks that a case is
-    checked for (by default 1), and the number of ranks of the script. It returns the answers of each rank by name.
+    The function takes the command, the flags of each case besides `BASE` and the layers of a GPT model by name, the
+    number of ranks that a case is checked for (by default 1), and the number of ranks of the script. It returns the
+    answers of each rank by name.
     """
 
     def answer(command: str, cases: Mapping[str, str], ranks: Mapping[str, int] = {}, processes: int = 1) -> Answers:
@@ -180,7 +180,8 @@ def answer(working_folder, tmp_path_factory) -> Callable[..., Answers]:
         for name, flags in cases.items():
             # --global-batch-size cannot be as large as these ranks need, but the default of Megatron can.
             base = BASE.replace("--global-batch-size 8", "") if name == MANY_RANKS else BASE
-            words = [*shlex.split(base), "--routing-mask", "shared.safetensors", *shlex.split(flags)]
+            layers = [] if "--hybrid-layer-pattern" in flags else ["--num-layers", "4"]
+            words = [*shlex.split(base), *layers, "--routing-mask", "shared.safetensors", *shlex.split(flags)]
             described[name] = {"ranks": ranks.get(name, 1), "flags": words}
         arguments = (command, described, working_folder)
         return run_as_ranks(answer_cases, folder, *arguments, world_size=processes, timeout=500, joins=False)
@@ -310,9 +311,9 @@ def test_bytes_are_those_of_a_run(name, answer, reports):
 
 # A run with many errors, on 24 ranks, and a part of each error.
 FAULTY = (
-    f"{BASE} --num-experts 12 --vocab-size 500 --pipeline-model-parallel-size 2 --expert-model-parallel-size 5 "
-    "--global-batch-size 9 --spec a b --routing-mask mask.safetensors --data-path nowhere data elsewhere "
-    "--save data.idx --tensorboard-dir events --load no_checkpoint"
+    f"{BASE} --num-layers 4 --num-experts 12 --vocab-size 500 --pipeline-model-parallel-size 2 "
+    "--expert-model-parallel-size 5 --global-batch-size 9 --spec a b --routing-mask mask.safetensors "
+    "--data-path nowhere data elsewhere --save data.idx --tensorboard-dir events --load no_checkpoint"
 ).replace("--mock-data", "")
 FAULTS = (
     "--spec, --experimental-attention-variant, ",

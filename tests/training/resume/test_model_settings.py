@@ -153,6 +153,14 @@ def test_hybrid_run_continues_the_gpt_model_of_its_pattern(args, save, pattern, 
         check_same_model(replace_fields(args, hybrid_layer_pattern=pattern, num_layers=8), CHECKPOINT)
 
 
+def test_layers_that_flags_choose_by_number_continue_in_a_gpt_model_only(args, save):
+    saved = replace_fields(args, no_rope_freq=[0, 1, 0, 1])
+    save(saved)
+    check_same_model(saved, CHECKPOINT)
+    with pytest.raises(UserError, match=r"GPT model with --no-rope-freq, .* without --hybrid-layer-pattern"):
+        check_same_model(replace_fields(saved, hybrid_layer_pattern="*E*E*E*E", num_layers=8), CHECKPOINT)
+
+
 def test_checkpoint_of_a_hybrid_model_is_for_the_same_pattern(args, save):
     saved = replace_fields(args, hybrid_layer_pattern="*E*E|*E*E/*E", mtp_num_layers=1, num_layers=8)
     save(saved)

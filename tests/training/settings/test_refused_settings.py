@@ -53,8 +53,19 @@ REFUSED = {
     "--overlap-dispatch-backward-with-experts-wgrad --overlap-grad-reduce": "--overlap-dispatch-backward",
     "--overlap-dispatch-backward-with-experts-wgrad --no-gradient-accumulation-fusion": "--overlap-dispatch-backward",
     "--cross-entropy-loss-fusion": "--cross-entropy-loss-fusion without",
-    "--hybrid-layer-pattern *E*E --multi-latent-attention": "--hybrid-layer-pattern with *",
-    "--hybrid-layer-pattern *E*E --mtp-num-layers 1": "--hybrid-layer-pattern with *",
+    **{
+        f"--hybrid-layer-pattern {flags}": "--hybrid-layer-pattern with another"
+        for flags in (
+            *("*E*E --num-layers 2", "*-*E --moe-layer-freq ([0]+[1]*1)"),
+            *("*E*E --multi-latent-attention", "*E*E --mtp-num-layers 1"),
+        )
+    },
+    **{
+        f"--recompute-granularity full --recompute-method uniform --recompute-num-layers 2 {prediction}": (
+            "--recompute-num-layers above 1 with"
+        )
+        for prediction in ("--hybrid-layer-pattern *E*E/*E", "--mtp-num-layers 1")
+    },
     "--pipeline-model-parallel-size 2 --pipeline-model-parallel-layout Et|ttt|m|L": "--pipeline-model-parallel-layout",
     "--reset-attention-mask --no-create-attention-mask-in-dataloader": "--reset-attention-mask",
     "--reset-attention-mask --transformer-impl transformer_engine": "--reset-attention-mask",
@@ -109,6 +120,8 @@ SUPPORTED = (
     "--pipeline-model-parallel-size 2 --pipeline-model-parallel-layout Etm|t|tt|L",
     "--pipeline-model-parallel-size 3 --pipeline-model-parallel-layout Et*3|tm|L",
     "--pipeline-model-parallel-size 2 --pipeline-model-parallel-layout E?|mL",  # left to Megatron
+    "--hybrid-layer-pattern *E|*E/*E --num-layers 4 --mtp-num-layers 1",
+    "--hybrid-layer-pattern *E*E/*E --recompute-granularity full --recompute-method uniform --recompute-num-layers 1",
     "--reset-attention-mask --reset-position-ids --eod-mask-loss",
     f"{PACKED} --micro-batch-size 2",
     f"{PACKED} --micro-batch-size 1 --moe-router-load-balancing-type seq_aux_loss",
