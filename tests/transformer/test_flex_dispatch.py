@@ -12,6 +12,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from megatron.core import parallel_state
 from megatron.core.transformer.moe import fused_a2a
+from megatron.core.transformer.transformer_config import TransformerConfig
 from support import flex_libraries
 from support.launchers import RunRanks
 from support.small_moe import (
@@ -33,6 +34,7 @@ from maskmoe.transformer.moe_layer import MaskMoELayer
 from maskmoe.transformer.token_ids import TokenIds, pack_token_ids
 
 NUM_EXPERTS, TOPK, VOCAB_SIZE, SEQUENCE, BATCH, HIDDEN = 8, 3, 9, 12, 4, 16
+HAS_NCCL_EP = hasattr(TransformerConfig, "moe_ncclep_static_shape")  # the interface of Megatron-Core 0.19
 EXPERT = {"expert_model_parallel_size": 2}
 EXPERT_TENSOR = {"tensor_model_parallel_size": 2, "expert_tensor_parallel_size": 2}
 NO_OVERLAP = {"moe_shared_expert_overlap": False}
@@ -40,7 +42,7 @@ BACKENDS: dict[str, dict[str, Any]] = {
     "deepep": {},
     "hybridep": {},
     # No rank receives more than all rows.
-    "ncclep": {"moe_expert_rank_capacity_factor": 8.0},
+    **({"ncclep": {"moe_expert_rank_capacity_factor": 8.0}} if HAS_NCCL_EP else {}),
 }
 
 
