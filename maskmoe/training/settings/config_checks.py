@@ -16,7 +16,7 @@ def check_settings(config: TransformerConfig, mask: RoutingMask, hybrid_layer_pa
     """Refuse settings of a model that a routing mask cannot work with; report defaults that differ.
 
     The checks are those of `maskmoe pretrain`, which name settings by Megatron's flags. Settings that a configuration
-    lacks, such as the format of checkpoints, count as left at Megatron's defaults.
+    lacks, such as the format of checkpoints, count as left at their defaults.
 
     Args:
         config: The configuration of the model's layers.
@@ -35,7 +35,7 @@ def check_settings(config: TransformerConfig, mask: RoutingMask, hybrid_layer_pa
     # A configuration has most settings of the arguments, by the same names.
     settings = vars(config) | {"num_experts": config.num_moe_experts, "routing_mask": mask}
     settings |= {"hybrid_layer_pattern": hybrid_layer_pattern, "is_hybrid_model": False}  # the old flag is refused
-    args = Namespace(**vars(megatrons) | {"qk_layernorm_all_heads": False} | settings)
+    args = Namespace(**vars(ours) | settings)
 
     errors = list(refused_settings(args))
     if args.num_experts:
