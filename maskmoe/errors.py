@@ -14,9 +14,13 @@ class RunFailure(Exception):  # noqa: N818 - the run fails, not the program: a d
     """A run that started well cannot continue: for example a full disk, a lost file, or a loss of NaN."""
 
 
-def reason_of(error: Exception) -> str:
+def reason_of(error: BaseException) -> str:
     """Return the message of an exception in one line; without a message, as of most assertions, its source line."""
-    reason = str(error) or traceback.extract_tb(error.__traceback__)[-1].line or type(error).__name__
+    if isinstance(error, KeyError):
+        return f"{' '.join(str(error).split())} is missing"
+    reason = (
+        str(error).removesuffix("None") or traceback.extract_tb(error.__traceback__)[-1].line or type(error).__name__
+    )
     return " ".join(reason.split())
 
 

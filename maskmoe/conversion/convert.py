@@ -10,8 +10,8 @@ from pathlib import Path
 
 import torch
 
-from maskmoe.checkpoint.integrity import check_structure
-from maskmoe.checkpoint.series import iteration_of, locate_checkpoint
+from maskmoe.checkpoint.integrity import check_structure, iteration_of
+from maskmoe.checkpoint.series import locate_checkpoint
 from maskmoe.conversion.config_mapping import args_from_config, config_from_args, further_flags, is_hybrid, with_pattern
 from maskmoe.conversion.huggingface_models import check_files, open_model, write_huggingface
 from maskmoe.conversion.megatron_models import open_megatron, write_megatron

@@ -17,7 +17,7 @@ from torch import Tensor
 from maskmoe.conversion.tensor_sources import Block, TensorSource, TensorSpec, list_names
 from maskmoe.errors import UserError
 from maskmoe.files.json_files import read_record, write_record
-from maskmoe.files.outputs import atomic_output, unwinding_on_signals
+from maskmoe.files.outputs import atomic_output, refuse_checkpoint, unwinding_on_signals
 from maskmoe.files.untrusted import check_regular, reading, resolve_inside
 
 SINGLE_FILE = "model.safetensors"
@@ -227,6 +227,7 @@ def check_output_folder(folder: Path) -> None:
     Raises:
         UserError: The folder has content, or another conversion is writing it.
     """
+    refuse_checkpoint(folder)
     if os.path.lexists(folder) and not (folder.is_dir() and not any(folder.iterdir())):
         raise UserError(f"{folder} is not empty; name a new folder")
     unfinished = _unfinished(folder)

@@ -27,7 +27,7 @@ def check_outputs(
 
     Raises:
         UserError: An output is an input, two outputs are the same file, an output exists and `force` is false, or an
-            output is not a regular file, or its folder does not exist or is not writable.
+            output is not a regular file or belongs to a checkpoint, or its folder does not exist or is not writable.
     """
     outputs, inputs = [Path(path) for path in outputs], [Path(path) for path in inputs]
     for number, path in enumerate(outputs):
@@ -40,6 +40,7 @@ def check_outputs(
             if os.path.lexists(path) and os.path.isdir(source) and lies_inside(path, source):
                 raise UserError(f"cannot write {path}: it belongs to the input {source}; name a file elsewhere")
         check_output_kind(path)
+        refuse_checkpoint(path)
         if os.path.lexists(path) and not force:
             raise UserError(f"cannot write {path}: it exists; name another file, or give --force to replace it")
         check_output_folder(path.parent, path)
@@ -56,6 +57,16 @@ def check_output_kind(path: Path) -> None:
         raise UserError(f"cannot write {path}: it is a folder; name a file")
     if not stat.S_ISREG(mode):
         raise UserError(f"cannot write {path}: it is not a regular file; name a file")
+
+
+def refuse_checkpoint(path: Path) -> None:
+    """Refuse an output in the folder of a checkpoint of Megatron, which must stay as it was saved. Raises UserError."""
+    path = Path(os.path.realpath(path))
+    for folder in (path, *path.parents):
+        if os.path.lexists(folder / ".metadata"):
+            raise UserError(
+                f"cannot write {path}: {folder} is a checkpoint, which stays as it was saved; write elsewhere"
+            )
 
 
 def check_output_folder(folder: Path, path: Path) -> None:

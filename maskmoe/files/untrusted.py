@@ -14,7 +14,7 @@ from typing import Any
 import yaml
 from pydantic_core import from_json
 
-from maskmoe.errors import UserError
+from maskmoe.errors import UserError, reason_of
 
 MAX_JSON_BYTES = 64 << 20
 """Upper bound of a JSON file. The largest known files, tokenizers and indices of weights, have 35 MB."""
@@ -150,7 +150,7 @@ def read_words(path: Path, kind: str) -> object:
     try:
         text = read_bounded(path, MAX_YAML_BYTES).decode()
         content = yaml.load(text, Loader=_WordLoader)
-        _check_size(content)
+        _check_values(content)
     except UnusableFile as error:
         raise UserError(f"the {kind} {path} {error.reason}") from error
     except RecursionError as error:
@@ -162,16 +162,23 @@ def read_words(path: Path, kind: str) -> object:
     return content
 
 
-def _check_size(content: object) -> None:
-    """Count the values of a YAML file. Raises ValueError if there are too many, for example by aliases of aliases."""
+def _check_values(content: object) -> None:
+    """Check the values of a YAML file.
+
+    Raises:
+        ValueError: There are too many, for example by aliases of aliases, or one has a null character, which no word of
+            a command line may have.
+    """
     remaining, found = [content], 0
     while remaining:
         value = remaining.pop()
         found += 1
         if found > _MAX_YAML_VALUES:
             raise ValueError(f"it has more than {_MAX_YAML_VALUES:,} values once its anchors are written out")
+        if isinstance(value, str) and "\0" in value:
+            raise ValueError(f"{value!r} has a null character")
         if isinstance(value, list | dict):
-            remaining.extend(value.values() if isinstance(value, dict) else value)
+            remaining.extend([*value, *value.values()] if isinstance(value, dict) else value)
 
 
 @contextmanager
@@ -188,7 +195,7 @@ def reading(what: str, advice: str = "replace it by an intact copy") -> Iterator
     except BaseException as error:
         if not isinstance(error, Exception) and type(error).__name__ != "PanicException":
             raise
-        reason = " ".join(str(error).split()).removesuffix(f"; {advice}") or type(error).__name__
+        reason = reason_of(error).removesuffix(f"; {advice}")
         raise UserError(f"{what} cannot be read; {advice}: {reason[:300]}") from error
 
 

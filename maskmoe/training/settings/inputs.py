@@ -18,6 +18,7 @@ from maskmoe.checkpoint.series import check_separate_folder
 from maskmoe.data.indexed_dataset import open_tokens, read_index, read_tokenizer_record
 from maskmoe.data.tokenizer import TOKENIZER_TYPES, TokenizerRecord
 from maskmoe.errors import UserError, reason_of
+from maskmoe.files.outputs import refuse_checkpoint
 from maskmoe.megatron_compat.globals import get_tokenizer
 from maskmoe.routing_mask.feed_forward_layers import FeedForwardLayers
 from maskmoe.routing_mask.mask import MaskChange, RoutingMask
@@ -71,6 +72,7 @@ def check_save_folder(args: Namespace) -> None:
         if name is None:
             continue
         folder = Path(name).absolute()
+        refuse_checkpoint(folder)
         existing = next(path for path in (folder, *folder.parents) if os.path.lexists(path))
         try:
             with tempfile.TemporaryFile(dir=existing):
