@@ -18,7 +18,7 @@ from maskmoe.conversion.tensor_sources import Block, TensorSource, TensorSpec, l
 from maskmoe.errors import UserError
 from maskmoe.files.json_files import read_record, write_record
 from maskmoe.files.outputs import atomic_output, refuse_checkpoint, unwinding_on_signals
-from maskmoe.files.untrusted import check_regular, reading, resolve_inside
+from maskmoe.files.untrusted import check_model_folder, check_regular, reading, resolve_inside
 
 SINGLE_FILE = "model.safetensors"
 INDEX_SUFFIX = ".index.json"
@@ -169,9 +169,7 @@ def load_exported_tokenizer(folder: Path) -> Any:
     # Without the registered model, transformers would warn of an unknown type.
     import maskmoe.huggingface  # noqa: F401 (registers the model)
 
-    for path in folder.iterdir():
-        if not path.is_dir():
-            check_regular(path)  # transformers would wait for the writer of a pipe
+    check_model_folder(folder)
     with reading(f"the tokenizer in {folder}", _ADVICE):
         return AutoTokenizer.from_pretrained(folder, **_OPTIONS)
 

@@ -90,6 +90,7 @@ DAMAGES: dict[str, Damage] = {
     "config cut": cut(CONFIG, 100),
     "width that is a text": set_values(CONFIG, hidden_size="wide"),
     "heads of zero": set_values(CONFIG, num_attention_heads=0),
+    "end of a text that is a text": write("generation_config.json", '{"eos_token_id": [1, "a"]}'),
     "mask that is a text": set_values(CONFIG, routing_mask="mask"),
     "unknown activation": set_values(CONFIG, hidden_act="unheard_of"),
     "type of the weights unknown": set_values(CONFIG, dtype="float12"),

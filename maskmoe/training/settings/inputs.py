@@ -1,6 +1,5 @@
 """Checks of the files that a run names, made before any compute is spent: tokenizer, mask, datasets, save folder."""
 
-import hashlib
 import math
 import os
 import tempfile
@@ -16,7 +15,7 @@ from tqdm import tqdm
 from maskmoe.checkpoint.routing_mask import read_routing_mask
 from maskmoe.checkpoint.series import check_separate_folder
 from maskmoe.data.indexed_dataset import open_tokens, read_index, read_tokenizer_record
-from maskmoe.data.tokenizer import TOKENIZER_TYPES, TokenizerRecord
+from maskmoe.data.tokenizer import TOKENIZER_TYPES, TokenizerRecord, tokenizer_sha256
 from maskmoe.errors import UserError, reason_of
 from maskmoe.files.outputs import refuse_checkpoint
 from maskmoe.megatron_compat.globals import get_tokenizer
@@ -37,7 +36,7 @@ def check_tokenizer(args: Namespace) -> str | None:
 
     Raises:
         UserError: No tokenizer is named, the vocabulary size that the type needs is missing, or the model does not
-            exist.
+            exist or is damaged.
     """
     if args.tokenizer_type is None:
         raise UserError("no tokenizer: pass --tokenizer-type and --tokenizer-model; maskmoe tokenizer makes one")
@@ -48,13 +47,7 @@ def check_tokenizer(args: Namespace) -> str | None:
     model = Path(args.tokenizer_model)
     if not model.exists():
         raise UserError(f"--tokenizer-model {model} does not exist")
-    if args.tokenizer_type not in TOKENIZER_TYPES:
-        return None
-    if args.tokenizer_type == "HuggingFaceTokenizer" and model.is_dir():
-        model /= "tokenizer.json"
-    if not model.is_file():
-        raise UserError(f"--tokenizer-model {model} is not a file")
-    return hashlib.sha256(model.read_bytes()).hexdigest()
+    return tokenizer_sha256(args.tokenizer_type, model)
 
 
 def check_save_folder(args: Namespace) -> None:
