@@ -10,6 +10,7 @@ Example:
 
 import argparse
 import math
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -29,8 +30,8 @@ _HASH_LAYERS = ("hash_layers", "hash_visible_experts", "hash_assignment")
 _METHOD = ("frequent_mass", "frequent_visible_experts", "assignment")
 
 
-def parse_arguments() -> argparse.Namespace:
-    """Parse the command line."""
+def parse_arguments(words: Sequence[str] | None = None) -> argparse.Namespace:
+    """Parse the words of a command line, by default this process's."""
     parser = command_parser(__doc__)
     vocabulary = parser.add_argument_group("vocabulary (give one)").add_mutually_exclusive_group(required=True)
     add_option(vocabulary, "--token-frequency F", "file of token counts, counted in the training data", Path)
@@ -78,7 +79,7 @@ def parse_arguments() -> argparse.Namespace:
     add_seed_argument(method, "the random choices")
     add_option(parser, "--output F", "file to write, .safetensors", Path, required=True)
     add_force_argument(parser)
-    return parser.parse_args()
+    return parser.parse_args(words)
 
 
 def recipe_from(arguments: argparse.Namespace) -> MaskRecipe:

@@ -23,7 +23,8 @@ from maskmoe.routing_mask.feed_forward_layers import FeedForwardLayers
 from maskmoe.routing_mask.mask import MaskChange, RoutingMask
 from maskmoe.transformer.visible_experts import check_same_mask
 
-_CHUNK_TOKENS = 1 << 24
+_CHUNK_TOKENS = 1 << 20
+_MOST_CHUNKS_OF_COUNTED = 64  # of a dataset whose counts are known, but whose file may have changed since
 # Types whose model is a file or folder on this machine, or that need no model but must not be given a missing one.
 _LOCAL_TOKENIZERS = {"NullTokenizer", "TikTokenizer", "GPTSentencePieceTokenizer", "Llama2Tokenizer", *TOKENIZER_TYPES}
 
@@ -135,8 +136,8 @@ def data_errors(
     """Yield an error for every unusable dataset of the run.
 
     A dataset must be complete, made with the tokenizer of the run, and hold no token id beyond the vocabulary. Before
-    training, the datasets must also have all the parts that training reads. Token ids are not read if their counts are
-    in the mask, if `vocab_size` is unknown, or if a dataset is larger than `most_bytes_read`.
+    training, the datasets must also have all the parts that training reads. Only samples of the token ids are read if
+    their counts are in the mask, and none if `vocab_size` is unknown, or if a dataset is larger than `most_bytes_read`.
     """
     counted = [(dataset["idx_sha256"], dataset["bin_bytes"]) for dataset in (mask.provenance.datasets if mask else ())]
     try:
@@ -154,8 +155,8 @@ def data_errors(
             if (record := read_tokenizer_record(prefix)) is not None:
                 _check_same_tokenizer(args, record, f"dataset {prefix} was")
             is_counted = (index.idx_sha256, index.bin_bytes) in counted
-            if vocab_size is not None and not is_counted and index.bin_bytes <= most_bytes_read:
-                _check_token_ids(prefix, vocab_size)
+            if vocab_size is not None and (is_counted or index.bin_bytes <= most_bytes_read):
+                _check_token_ids(prefix, vocab_size, _MOST_CHUNKS_OF_COUNTED if is_counted else None)
         except UserError as error:
             are_usable = False
             yield str(error)
@@ -227,12 +228,18 @@ def _check_same_tokenizer(args: Namespace, made_with: TokenizerRecord, what: str
         )
 
 
-def _check_token_ids(prefix: str, vocab_size: int) -> None:
-    """Check that every token id of a dataset is in the vocabulary. Raises UserError."""
+def _check_token_ids(prefix: str, vocab_size: int, most_chunks: int | None = None) -> None:
+    """Check that the token ids of a dataset are in the vocabulary, all or those of evenly spread chunks.
+
+    Raises:
+        UserError: A token id is beyond the vocabulary.
+    """
     tokens = open_tokens(prefix)
     # As an unsigned number, a negative id is larger than any vocabulary.
     unsigned = tokens.view(f"u{tokens.dtype.itemsize}")
     starts = range(0, len(tokens), _CHUNK_TOKENS)
+    if most_chunks is not None:
+        starts = starts[:: -(-len(starts) // most_chunks) or 1]
     for start in tqdm(starts, desc=f"checking {Path(prefix).name}", unit="chunk", delay=1):
         is_beyond = unsigned[start : start + _CHUNK_TOKENS] >= vocab_size
         if is_beyond.any():
