@@ -201,7 +201,7 @@ def load_exported_model(folder: Path, tokenizer: Any) -> Any:
         contextlib.redirect_stderr(devnull),
     ):
         model, loading = AutoModelForCausalLM.from_pretrained(
-            folder, dtype="auto", output_loading_info=True, **_OPTIONS
+            folder, dtype="auto", output_loading_info=True, ignore_mismatched_sizes=True, **_OPTIONS
         )
         num_ids = len(tokenizer)
     for problem, meaning in (("missing", "lacks"), ("unexpected", "has unknown"), ("mismatched", "has misshapen")):

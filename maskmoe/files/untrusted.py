@@ -152,7 +152,9 @@ def check_tokenizer(path: Path) -> None:
     except ValueError as error:
         raise UnusableFile(path, f"is not a tokenizer.json (invalid JSON: {' '.join(str(error).split())})") from error
     names = ("normalizer", "pre_tokenizer", "post_processor", "decoder")
-    parts = [content.get(name) for name in names] if isinstance(content, dict) else []
+    if not isinstance(content, dict):
+        raise UnusableFile(path, "is not a tokenizer.json")
+    parts = [content.get(name) for name in names]
     growth, found = 1.0, 0
     while parts:
         part, found = parts.pop(), found + 1

@@ -125,8 +125,11 @@ def test_sample_of_a_damaged_model(damaged, workshop):
     refuse_all(
         workshop,
         [
-            (["sample", "--model", str(model), "--prompt", "import", "--max-new-tokens", "3"], [str(model)])
-            for model in models
+            (
+                ["sample", "--model", str(model), "--prompt", "import", "--max-new-tokens", "3"],
+                [str(model), "misshapen weights"] if name == "router for more experts" else [str(model)],
+            )
+            for name, model in zip(DAMAGES, models, strict=True)
         ],
     )
 
