@@ -1,7 +1,8 @@
 """The exceptions whose text is shown to users: one line that says what is wrong, where, and what to do."""
 
 import traceback
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 
 _LONGEST_WORD = 240
 
@@ -22,6 +23,15 @@ def reason_of(error: BaseException) -> str:
         str(error).removesuffix("None") or traceback.extract_tb(error.__traceback__)[-1].line or type(error).__name__
     )
     return " ".join(reason.split())
+
+
+@contextmanager
+def refused_by_system(what: str, cure: str = "") -> Iterator[None]:
+    """Turn an `OSError` of the block into a `UserError`: what failed, the system's reason, and a cure."""
+    try:
+        yield
+    except OSError as error:
+        raise UserError("; ".join(filter(None, (f"{what}: {error.strerror or error}", cure)))) from error
 
 
 def one_line(message: object) -> str:

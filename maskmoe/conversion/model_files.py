@@ -15,7 +15,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from maskmoe.conversion.tensor_sources import Block, TensorSource, TensorSpec, list_names
-from maskmoe.errors import UserError
+from maskmoe.errors import UserError, refused_by_system
 from maskmoe.files.json_files import read_record, write_record
 from maskmoe.files.outputs import atomic_output, refuse_checkpoint, unwinding_on_signals
 from maskmoe.files.untrusted import check_model_folder, check_regular, reading, resolve_inside
@@ -246,20 +246,15 @@ def output_folder(folder: Path) -> Iterator[Path]:
     """
     check_output_folder(folder)
     unfinished = _unfinished(folder)
-    try:
-        with unwinding_on_signals():
-            unfinished.mkdir(parents=True)
-            try:
-                yield unfinished
-                for path in (unfinished, *unfinished.rglob("*")):
-                    _sync(path)
-                unfinished.rename(folder)
-            finally:
-                shutil.rmtree(unfinished, ignore_errors=True)
-    except OSError as error:
-        raise UserError(f"cannot write {folder}: {error.strerror or error}") from error
-    except SafetensorError as error:
-        raise UserError(f"cannot write {folder}: {error}") from error
+    with refused_by_system(f"cannot write {folder}"), unwinding_on_signals():
+        unfinished.mkdir(parents=True)
+        try:
+            yield unfinished
+            for path in (unfinished, *unfinished.rglob("*")):
+                _sync(path)
+            unfinished.rename(folder)
+        finally:
+            shutil.rmtree(unfinished, ignore_errors=True)
 
 
 def _unfinished(folder: Path) -> Path:

@@ -11,9 +11,10 @@ from pathlib import Path
 from types import FrameType
 from typing import Any
 
-from maskmoe.errors import UserError
+from maskmoe.errors import UserError, refused_by_system
 from maskmoe.processes.interruption import handling_signals
 
+_CURE = "choose an existing, writable folder"
 _NAME_CHARACTERS = 40  # of an output's name in the name of its temporary file, since file systems limit names
 
 
@@ -48,7 +49,7 @@ def check_outputs(
 
 def check_output_kind(path: Path) -> None:
     """Check that a path is free, or leads to a regular file, which can be replaced. Raises UserError."""
-    with _reporting_failure(path):
+    with refused_by_system(f"cannot write {path}", _CURE):
         try:
             mode = os.stat(path).st_mode
         except FileNotFoundError:
@@ -71,7 +72,7 @@ def refuse_checkpoint(path: Path) -> None:
 
 def check_output_folder(folder: Path, path: Path) -> None:
     """Check that files can be made in a folder; raise a UserError that names the output `path` otherwise."""
-    with _reporting_failure(path), tempfile.TemporaryFile(dir=folder):
+    with refused_by_system(f"cannot write {path}", _CURE), tempfile.TemporaryFile(dir=folder):
         pass
 
 
@@ -89,7 +90,7 @@ def atomic_output(path: str | os.PathLike[str]) -> Iterator[Path]:
     check_output_kind(path)
     temporary = path.with_name(f".{path.name[:_NAME_CHARACTERS]}.{uuid.uuid4().hex[:8]}.tmp")
     with unwinding_on_signals():
-        with _reporting_failure(path):
+        with refused_by_system(f"cannot write {path}", _CURE):
             temporary.touch(exist_ok=False)
         mode = stat.S_IMODE(temporary.stat().st_mode)
         try:
@@ -136,15 +137,6 @@ def _is_same_file(path: Path, other: Path) -> bool:
 def lies_inside(path: Path, folder: Path) -> bool:
     """Return whether a path, which need not exist, is a folder or lies inside the folder, also by links."""
     return Path(os.path.realpath(path)).is_relative_to(os.path.realpath(folder))
-
-
-@contextmanager
-def _reporting_failure(path: Path) -> Iterator[None]:
-    """Report an `OSError` in the block as a `UserError` that names the output `path`."""
-    try:
-        yield
-    except OSError as error:
-        raise UserError(f"cannot write {path}: {error.strerror}; choose an existing, writable folder") from error
 
 
 def render_template(package: str, name: str, values: Mapping[str, Any], filters: Mapping[str, Callable]) -> str:

@@ -143,6 +143,14 @@ def test_aliases_that_multiply_are_refused(tmp_path: Path) -> None:
     assert time.monotonic() - start < 5
 
 
+@pytest.mark.parametrize("text", ['num-layers: "a\\0b"\n', '"a\\0b": 1\n'])
+def test_yaml_with_a_null_character_is_refused(tmp_path: Path, text: str) -> None:
+    """No word of a command line may have one."""
+    (tmp_path / "null.yaml").write_text(text)
+    with pytest.raises(UserError, match="has a null character"):
+        ModelFile.read(tmp_path / "null.yaml", {})
+
+
 def test_yaml_that_is_too_large_is_refused(tmp_path: Path) -> None:
     (tmp_path / "large.yaml").write_bytes(b"#" * (MAX_YAML_BYTES + 1))
     with pytest.raises(UserError, match="has more than the"):

@@ -15,7 +15,7 @@ from typing import ClassVar
 import psutil
 from torch.distributed import HashStore, PrefixStore, Store, TCPStore
 
-from maskmoe.errors import RunFailure, UserError, counted
+from maskmoe.errors import RunFailure, UserError
 from maskmoe.launch.machine import connection_error
 from maskmoe.training.watch.console import console, rank_of_process
 
@@ -193,16 +193,15 @@ def _meet(store: Store, rank: int, world_size: int) -> str:
             console.say(f"waiting for {_missing(store, hellos)}", rank=rank)
             has_said = True
         if seconds > _TIMEOUT.total_seconds():
-            raise RunFailure(f"the ranks have not met within {_TIMEOUT}: {_missing(store, hellos)} did not come")
+            raise RunFailure(f"the ranks have not met within {_TIMEOUT}; missing are {_missing(store, hellos)}")
         time.sleep(_poll_seconds(world_size))
 
 
 def _missing(store: Store, hellos: list[str]) -> str:
     """Return which ranks have not come to a meeting, in words."""
-    ranks = [number for number, hello in enumerate(hellos) if not store.check([hello])]
-    named = ", ".join(map(str, ranks[:_MOST_NAMED_RANKS])) + (", …" if len(ranks) > _MOST_NAMED_RANKS else "")
-    which = f"rank {named}" if len(ranks) == 1 else f"ranks {named}" if ranks else "restarted ranks"
-    return f"{which} of {counted(len(hellos), 'rank')}"
+    missing = [str(number) for number, hello in enumerate(hellos) if not store.check([hello])]
+    names = ", ".join(missing[:_MOST_NAMED_RANKS]) + (", …" if len(missing) > _MOST_NAMED_RANKS else "")
+    return f"{len(missing)} of {len(hellos)} ranks: {names or 'restarted ones'}"
 
 
 def _poll_seconds(world_size: int) -> float:

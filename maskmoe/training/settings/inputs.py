@@ -16,7 +16,7 @@ from maskmoe.checkpoint.routing_mask import read_routing_mask
 from maskmoe.checkpoint.series import check_separate_folder
 from maskmoe.data.indexed_dataset import open_tokens, read_index, read_tokenizer_record
 from maskmoe.data.tokenizer import TOKENIZER_TYPES, TokenizerRecord, tokenizer_sha256
-from maskmoe.errors import UserError, reason_of
+from maskmoe.errors import UserError, reason_of, refused_by_system
 from maskmoe.files.outputs import refuse_checkpoint
 from maskmoe.megatron_compat.globals import get_tokenizer
 from maskmoe.routing_mask.feed_forward_layers import FeedForwardLayers
@@ -68,11 +68,8 @@ def check_save_folder(args: Namespace) -> None:
         folder = Path(name).absolute()
         refuse_checkpoint(folder)
         existing = next(path for path in (folder, *folder.parents) if os.path.lexists(path))
-        try:
-            with tempfile.TemporaryFile(dir=existing):
-                pass
-        except OSError as error:
-            raise UserError(f"{flag} {name}: cannot write in {existing}: {error.strerror}") from error
+        with refused_by_system(f"{flag} {name}: cannot write in {existing}"):
+            tempfile.TemporaryFile(dir=existing).close()
 
 
 # ---- The routing mask ------------------------------------------------------------------------------------------------

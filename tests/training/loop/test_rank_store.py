@@ -140,9 +140,9 @@ def test_waiting_rank_says_for_whom(server, rank_1_of_3, monkeypatch):
     monkeypatch.setattr(rank_store.console, "say", lambda line, rank: said.append((line, rank)))
     monkeypatch.setattr(rank_store, "_PATIENCE", 0.1)
     monkeypatch.setattr(rank_store, "_TIMEOUT", timedelta(seconds=0.5))
-    with pytest.raises(RunFailure, match=r"ranks 0, 2 of 3 ranks did not come"):
+    with pytest.raises(RunFailure, match=r"missing are 2 of 3 ranks: 0, 2$"):
         _meet(connect(server), 1, WORLD_SIZE)
-    assert said == [("waiting for ranks 0, 2 of 3 ranks", 1)]
+    assert said == [("waiting for 2 of 3 ranks: 0, 2", 1)]
 
 
 @pytest.mark.parametrize(
