@@ -27,6 +27,14 @@ def run_failing(error: BaseException, monkeypatch: pytest.MonkeyPatch, *words: s
     return end.value.code
 
 
+def chained(error: Exception, cause: Exception) -> Exception:
+    error.__context__ = cause
+    return error
+
+
+NO_MEMORY = "there is not enough memory: raise the limit (ulimit -v), or use a larger host"
+
+
 @pytest.fixture(autouse=True)
 def no_rank(monkeypatch):
     """The process is no rank, unless a test makes it one."""
@@ -47,6 +55,14 @@ def test_error_about_a_path_of_the_command_line(monkeypatch, capsys, number, wor
         (OSError(errno.ENOSPC, "No space", "out"), "no space is left on the disk for out"),
         (OSError(errno.EFBIG, "File too large"), "the limit of file sizes (ulimit -f) is reached"),
         (
+            chained(ValueError("flush of closed file"), OSError(errno.EFBIG, "")),
+            "the limit of file sizes (ulimit -f) is reached",
+        ),
+        (ValueError("I/O error: No space left on device (os error 28)"), "no space is left on the disk"),
+        (MemoryError(), NO_MEMORY),
+        (OSError(errno.ENOMEM, "fork"), NO_MEMORY),
+        (ImportError("libtorch.so: failed to map segment from shared object"), NO_MEMORY),
+        (
             OSError(errno.EMFILE, os.strerror(errno.EMFILE)),
             "Too many open files; raise the limit (ulimit -Hn, or fs.file-max of the host)",
         ),
@@ -55,6 +71,14 @@ def test_error_about_a_path_of_the_command_line(monkeypatch, capsys, number, wor
 def test_limit_of_the_system_is_a_failure_of_the_run(monkeypatch, capsys, error, message):
     assert run_failing(error, monkeypatch) == 1
     assert capsys.readouterr().err == f"error: {message}\n"
+
+
+def test_working_folder_that_was_removed(monkeypatch, capsys, tmp_path):
+    (tmp_path / "gone").mkdir()
+    monkeypatch.chdir(tmp_path / "gone")
+    (tmp_path / "gone").rmdir()
+    assert run_failing(ValueError("not reached"), monkeypatch) == 2
+    assert capsys.readouterr().err == "error: the working folder was removed: change into a folder that exists\n"
 
 
 def test_a_command_may_open_as_many_files_as_the_system_permits():
