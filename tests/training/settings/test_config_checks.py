@@ -28,7 +28,7 @@ def test_settings_of_validated_arguments_are_accepted():
 
 
 def test_hybrid_model_is_accepted():
-    assert check_settings(make(is_hybrid_model=True), MASK, hybrid_layer_pattern="*E*E*E*E") == []
+    assert check_settings(make(is_hybrid_model=True, num_layers=8), MASK, hybrid_layer_pattern="*E*E*E*E") == []
 
 
 def test_defaults_that_differ_are_reported():
