@@ -51,6 +51,7 @@ def run_tool(main: Callable[[], None]) -> None:
             finally:
                 _flush_output()
     except (UserError, RunFailure) as error:
+        sys.unraisablehook = lambda _: None  # files of a failed command fail again when they are closed
         signal.signal(signal.SIGTERM, signal.SIG_DFL)  # a handler may save, but no state is left to save
         if os.environ.get("LOCAL_RANK", "0") != "0":
             # The first rank of the node usually fails with the same error. Torchrun then ends this rank while it waits.

@@ -22,6 +22,7 @@ def run_failing(error: BaseException, monkeypatch: pytest.MonkeyPatch, *words: s
 
     monkeypatch.setattr(sys, "argv", ["maskmoe", *words])
     monkeypatch.setattr("signal.signal", lambda *_: None)
+    monkeypatch.setattr(sys, "unraisablehook", sys.unraisablehook)
     with pytest.raises(SystemExit) as end:
         run_tool(fail)
     return end.value.code
@@ -117,6 +118,15 @@ def test_error_is_one_short_line(monkeypatch, capsys, kind):
     assert printed.startswith("error: first second\\x1b[31m nnn")
     assert printed.endswith("nnn end\n")
     assert len(printed) < 400
+
+
+def test_nothing_follows_the_error():
+    program = "from maskmoe.command_line.run_tool import run_tool; from maskmoe.errors import UserError\n"
+    program += "class File:\n def __del__(self): raise ValueError('flush of closed file')\n"
+    program += "def main(file=File()): raise UserError('bad')\n"
+    program += "run_tool(main)"
+    ended = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, cwd=ROOT, check=False)
+    assert (ended.returncode, ended.stderr) == (2, "error: bad\n")
 
 
 def test_one_line_keeps_an_ordinary_message():
