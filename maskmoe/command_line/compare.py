@@ -9,6 +9,7 @@ import os
 import sys
 import time
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 
 from maskmoe.command_line import build_routing_mask, ranges
@@ -22,7 +23,7 @@ from maskmoe.comparison.stage import POLL_SECONDS, StageFolder, StatusLine
 from maskmoe.comparison.suite import Suite
 from maskmoe.comparison.table import read_table
 from maskmoe.errors import UserError
-from maskmoe.files.paths import RUNS, short_path
+from maskmoe.files.paths import RUNS, shipped_file, short_path
 from maskmoe.launch.machine import find_devices
 from maskmoe.processes.folder_lock import locked_folder
 
@@ -35,7 +36,8 @@ def parse_arguments(arguments: Sequence[str]) -> argparse.Namespace:
         epilog="The run folder gets data/, runs/ with a folder for each run, results.jsonl with a line for each "
         "finished run, and report/ with README.md and losses.png.",
     )
-    parser.add_argument("suite", type=Path, metavar="SUITE.yaml", help="a suite file, as in launch/suites/")
+    suite_help = "a suite file, or the name of a shipped one: laptop.yaml, small.yaml, …; see launch/suites/"
+    parser.add_argument("suite", type=partial(shipped_file, folder="suites"), metavar="SUITE.yaml", help=suite_help)
     add_option(parser, "--run-dir DIR", "folder of all files [runs/SUITE]", Path)
     add_option(parser, "--table FILE", "table of the results [results.jsonl in the run folder]", Path)
     jobs = "runs at a time [one for each core; with GPUs, one; in Slurm, no limit]"

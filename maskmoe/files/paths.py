@@ -12,6 +12,19 @@ RUNS = Path("runs")
 SUBMIT_SCRIPT = _CHECKOUT / "launch" / "slurm" / "submit.sh"
 """The script that submits training to Slurm. The script exists only in a checkout of the repository."""
 
+_SHIPPED = Path(__file__).resolve().parents[1] / "launch"  # with links to launch/models and launch/suites
+
+
+def shipped_file(name: str, folder: str) -> Path:
+    """Return the path of a file, which may be the bare name of a file that the package ships.
+
+    Args:
+        name: A path. A file in the current folder goes before a shipped file of the same name.
+        folder: Where to look for shipped files: `models` or `suites`.
+    """
+    shipped = {path.name: path for path in (_SHIPPED / folder).iterdir()}
+    return shipped[name] if name in shipped and not Path(name).exists() else Path(name)
+
 
 def check_folder(path: Path, flag: str = "") -> None:
     """Check that a folder exists. Raises a UserError that names the flag otherwise."""

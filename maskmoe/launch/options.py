@@ -4,12 +4,13 @@ import argparse
 import socket
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 from maskmoe.command_line import ranges
 from maskmoe.command_line.parser import Parser
 from maskmoe.errors import UserError
-from maskmoe.files.paths import RUNS
+from maskmoe.files.paths import RUNS, shipped_file
 
 DEFAULT_PORT = 29400
 
@@ -190,7 +191,8 @@ def _parser(program: str, environment: Mapping[str, str]) -> Parser:
     parser.add_argument("--dry-run", action="store_true", help="only print torchrun's command line")
     verbose_help = "print all arguments, the memory of the run, and everything else that is usually only in files"
     parser.add_argument("--verbose", action="store_true", help=verbose_help)
-    parser.add_argument("model", type=Path, metavar="MODEL.yaml", help="the model file; launch/models/ has examples")
+    model_help = "the model file, or the name of a shipped one: laptop.yaml, mixtral-8x7b.yaml, …; see launch/models/"
+    parser.add_argument("model", type=partial(shipped_file, folder="models"), metavar="MODEL.yaml", help=model_help)
     parser.add_argument("flags", nargs=argparse.REMAINDER, metavar="flags", help="flags of Megatron and MaskMoE")
     return parser
 

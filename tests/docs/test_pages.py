@@ -75,6 +75,13 @@ def test_site_has_all_pages_and_pictures(site: Path) -> None:
     assert not list(site.rglob("*.j2"))
 
 
+def test_site_has_no_data_files_and_searches_offline(site: Path) -> None:
+    assert [path.name for path in site.rglob("*.json*")] == ["search_index.json"]
+    assert not list(site.rglob("*.zst"))
+    assert (site / "search" / "search_index.js").exists()
+    assert 'src="javascripts/iframe-worker.js"' in (site / "index.html").read_text(encoding="utf-8")
+
+
 def test_site_loads_nothing_from_elsewhere(site: Path) -> None:
     for page in site.rglob("*.html"):
         html = page.read_text(encoding="utf-8")
