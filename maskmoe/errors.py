@@ -1,7 +1,8 @@
 """The exceptions whose text is shown to users: one line that says what is wrong, where, and what to do."""
 
 import traceback
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 
 _LONGEST_WORD = 240
 
@@ -14,10 +15,23 @@ class RunFailure(Exception):  # noqa: N818 - the run fails, not the program: a d
     """A run that started well cannot continue: for example a full disk, a lost file, or a loss of NaN."""
 
 
-def reason_of(error: Exception) -> str:
+def reason_of(error: BaseException) -> str:
     """Return the message of an exception in one line; without a message, as of most assertions, its source line."""
-    reason = str(error) or traceback.extract_tb(error.__traceback__)[-1].line or type(error).__name__
+    if isinstance(error, KeyError):
+        return f"{' '.join(str(error).split())} is missing"
+    reason = (
+        str(error).removesuffix("None") or traceback.extract_tb(error.__traceback__)[-1].line or type(error).__name__
+    )
     return " ".join(reason.split())
+
+
+@contextmanager
+def refused_by_system(what: str, cure: str = "") -> Iterator[None]:
+    """Turn an `OSError` of the block into a `UserError`: what failed, the system's reason, and a cure."""
+    try:
+        yield
+    except OSError as error:
+        raise UserError("; ".join(filter(None, (f"{what}: {error.strerror or error}", cure)))) from error
 
 
 def one_line(message: object) -> str:

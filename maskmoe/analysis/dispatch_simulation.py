@@ -12,9 +12,9 @@ from tqdm import tqdm
 from maskmoe.analysis.dispatch_traffic import Cluster, Exchange, VisibleLists, Workload, exchanges, rows_to_ranks
 from maskmoe.errors import UserError
 from maskmoe.routing_mask.assignment import MaskRecipe, build_routing_mask
+from maskmoe.routing_mask.dispatch_kind import DispatchKind
 from maskmoe.routing_mask.frequency import TokenFrequency, expected_expert_load
 from maskmoe.routing_mask.mask import RoutingMask
-from maskmoe.transformer.dispatch.kind import DispatchKind
 
 
 class Routing(Enum):

@@ -8,8 +8,8 @@ from typing import NamedTuple
 import numpy as np
 
 from maskmoe.errors import UserError
+from maskmoe.routing_mask.dispatch_kind import DispatchKind
 from maskmoe.routing_mask.mask import RoutingMask, unpack_bits
-from maskmoe.transformer.dispatch.kind import DispatchKind
 
 NO_EXPERT = -1
 _WEIGHT_BYTES = 4  # routers compute in fp32

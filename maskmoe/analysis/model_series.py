@@ -9,7 +9,7 @@ from typing import Any
 
 from maskmoe.analysis.routing_statistics import AnalysisSettings
 from maskmoe.checkpoint import series
-from maskmoe.checkpoint.integrity import LAYOUT_FILE, Damage, check_structure
+from maskmoe.checkpoint.integrity import LAYOUT_FILE, Damage, check_structure, iteration_of
 from maskmoe.conversion.convert import megatron_to_huggingface
 from maskmoe.conversion.huggingface_models import open_model
 from maskmoe.conversion.megatron_models import open_megatron
@@ -124,7 +124,7 @@ def _megatron_model(checkpoint: Path, with_folder: bool) -> ModelSource:
         check_structure(checkpoint)
     except Damage as damage:
         raise UserError(f"{damage}; choose sound checkpoints with --ckpt-step") from damage
-    iteration = series.iteration_of(checkpoint)
+    iteration = iteration_of(checkpoint)
     name = checkpoint.name if iteration is None else f"iteration {iteration}"
     return ModelSource(checkpoint, f"{checkpoint.parent} {name}" if with_folder else name, iteration, is_megatron=True)
 

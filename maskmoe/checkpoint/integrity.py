@@ -11,6 +11,7 @@ import hashlib
 import json
 import os
 import pickle
+import re
 from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -30,6 +31,7 @@ LAYOUT_FILE = ".metadata"
 # Megatron's names of the file that marks a checkpoint as complete, and of the manifest.
 COMPLETION_FILE = "metadata.json"
 MANIFEST_FILE = "integrity.json"
+_LEGACY_FILE = "common.pt"
 _FORMAT = "torch_dist"
 # The only classes and functions that the layout of a checkpoint may name.
 _LAYOUT_MODULES = {f"torch.distributed.checkpoint.{module}" for module in ("metadata", "planner", "filesystem")}
@@ -64,6 +66,12 @@ def digest_and_size(path: Path) -> tuple[str, int]:
         return hashlib.file_digest(stream, "sha256").hexdigest(), stream.tell()
 
 
+def iteration_of(checkpoint: Path) -> int | None:
+    """Return the iteration in the name of a checkpoint's folder; None for a name without one, such as `release`."""
+    number = checkpoint.name.removeprefix("iter_")
+    return int(number) if number.isascii() and number.isdecimal() else None
+
+
 class Manifest(BaseModel):
     """The digests and sizes of the files of a checkpoint: Megatron's format (`--verify-integrity`) with sizes added.
 
@@ -72,11 +80,13 @@ class Manifest(BaseModel):
     Attributes:
         files: The digests, hexadecimal, by the names of the files.
         sizes: The sizes in bytes by the names of the files; empty in a manifest that Megatron wrote.
+        iteration: The iteration of the checkpoint; None if unknown.
     """
 
     algorithm: str = "sha256"
     files: dict[str, str]
     sizes: dict[str, int] = {}
+    iteration: int | None = None
 
     @classmethod
     def of(cls, records: Mapping[str, tuple[str, int]]) -> "Manifest":
@@ -136,6 +146,8 @@ def write_manifest(checkpoint: Path) -> None:
         manifest.sizes |= of_rank.sizes
     for name in sorted(_needed_sizes(checkpoint).keys() - manifest.files.keys()):
         raise Damage(checkpoint, f"{name} was not written completely, or not into a folder that all nodes share")
+    if number := re.search(r"iter_(\d+)$", checkpoint.name):
+        manifest.iteration = int(number[1])
     manifest.save(checkpoint)
     for path in paths:
         path.unlink()
@@ -164,6 +176,11 @@ def check_structure(checkpoint: Path) -> None:
         size = _size(checkpoint, name)
         if size != manifest.sizes.get(name, size):
             raise Damage(checkpoint, f"{name} has {size} of {manifest.sizes[name]} bytes")
+    # Megatron reads this file of older versions wherever it lies.
+    if manifest.files and _LEGACY_FILE not in manifest.files and os.path.lexists(checkpoint / _LEGACY_FILE):
+        raise Damage(checkpoint, f"holds {_LEGACY_FILE}, which was not saved with it")
+    if manifest.iteration not in (None, iteration_of(checkpoint)) and iteration_of(checkpoint) is not None:
+        raise Damage(checkpoint, f"was saved as the checkpoint of iteration {manifest.iteration}")
     if manifest.has_sizes:
         _check_digest(checkpoint, LAYOUT_FILE, manifest.files[LAYOUT_FILE])
         return

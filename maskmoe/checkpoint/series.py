@@ -8,7 +8,14 @@ from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 
-from maskmoe.checkpoint.integrity import COMPLETION_FILE, LAYOUT_FILE, Damage, Unfinished, check_structure
+from maskmoe.checkpoint.integrity import (
+    COMPLETION_FILE,
+    LAYOUT_FILE,
+    Damage,
+    Unfinished,
+    check_structure,
+    iteration_of,
+)
 from maskmoe.errors import UserError
 from maskmoe.files.outputs import atomic_output
 from maskmoe.files.paths import check_folder
@@ -40,12 +47,6 @@ class Choice:
 def checkpoint_path(folder: str | Path, iteration: int) -> Path:
     """Return the folder of the checkpoint of an iteration, as Megatron names it."""
     return Path(folder) / f"iter_{iteration:07d}"
-
-
-def iteration_of(checkpoint: Path) -> int | None:
-    """Return the iteration in the name of a checkpoint's folder; None for a name without one, such as `release`."""
-    number = checkpoint.name.removeprefix("iter_")
-    return int(number) if number.isascii() and number.isdecimal() else None
 
 
 @contextmanager

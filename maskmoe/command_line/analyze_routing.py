@@ -32,7 +32,7 @@ from maskmoe.command_line import ranges
 from maskmoe.command_line.parser import add_force_argument, add_option, command_parser, say_loading
 from maskmoe.command_line.ranges import split
 from maskmoe.data.indexed_dataset import dataset_files
-from maskmoe.errors import UserError
+from maskmoe.errors import UserError, refused_by_system
 from maskmoe.files.outputs import atomic_output, check_outputs, lies_inside, unwinding_on_signals
 from maskmoe.files.paths import check_folder
 from maskmoe.routing_mask.frequency import TokenFrequency
@@ -91,12 +91,9 @@ def output_folder(path: Path) -> Iterator[Path]:
         UserError: The folder cannot be made, or is not writable.
     """
     is_new = not path.exists()
-    try:
+    with refused_by_system(f"cannot write to --output-dir {path}"):
         path.mkdir(exist_ok=True)
-        with tempfile.TemporaryFile(dir=path):
-            pass
-    except OSError as error:
-        raise UserError(f"cannot write to --output-dir {path}: {error.strerror}") from error
+        tempfile.TemporaryFile(dir=path).close()
     try:
         yield path
     finally:

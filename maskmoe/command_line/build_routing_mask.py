@@ -33,8 +33,8 @@ _HASH_LAYERS = ("hash_layers", "hash_visible_experts", "hash_assignment")
 _METHOD = ("frequent_mass", "frequent_visible_experts", "assignment")
 
 
-def parse_arguments() -> argparse.Namespace:
-    """Parse the command line."""
+def parse_arguments(words: Sequence[str] | None = None) -> argparse.Namespace:
+    """Parse the words of a command line, by default this process's."""
     parser = command_parser(__doc__)
     source = parser.add_argument_group("vocabulary and experts (give one or more)")
     vocabulary = source.add_mutually_exclusive_group()
@@ -92,7 +92,7 @@ def parse_arguments() -> argparse.Namespace:
     kind += "experts, with the names of Megatron-Core or of DeepSeek-V4"
     add_option(parser, "--format", kind, choices=("mask", *TENSOR_NAMES), default="mask")
     add_force_argument(parser)
-    arguments = parser.parse_args()
+    arguments = parser.parse_args(words)
     if arguments.routing_mask:
         decided = (*_MODEL, "vocab_size", "shared_table", *_METHOD, "preset", *_HASH_LAYERS)
         _refuse(arguments, decided, "--routing-mask already decides the model and the experts of each id")

@@ -12,7 +12,7 @@ from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
 
-from maskmoe.command_line import ranges
+from maskmoe.command_line import build_routing_mask, ranges
 from maskmoe.command_line.parser import Parser, add_option
 from maskmoe.command_line.ranges import split
 from maskmoe.comparison.comparison import Comparison
@@ -23,7 +23,7 @@ from maskmoe.comparison.stage import POLL_SECONDS, StageFolder, StatusLine
 from maskmoe.comparison.suite import Suite
 from maskmoe.comparison.table import read_table
 from maskmoe.errors import UserError
-from maskmoe.files.paths import runs_folder, shipped_file, short_path
+from maskmoe.files.paths import RUNS, shipped_file, short_path
 from maskmoe.launch.machine import find_devices
 from maskmoe.processes.folder_lock import locked_folder
 
@@ -88,10 +88,25 @@ def open_comparison(options: argparse.Namespace) -> Comparison:
         if key in given:
             given[key] = dict(given[key]) if key == "held_out" else tuple(given[key])
     section = section.model_copy(update={key: str(of) if key == "vocab_size" else of for key, of in given.items()})
-    folder = (options.run_dir or runs_folder() / name).absolute()
+    folder = (options.run_dir or RUNS / name).absolute()
     data = Dataset.of(section, folder / "data", suite.seq_length)
     table = (options.table or folder / "results.jsonl").absolute()
-    return Comparison(suite, name, folder, table, data, find_devices())
+    comparison = Comparison(suite, name, folder, table, data, find_devices())
+    for run in comparison.runs:
+        if run.variant.has_experts:
+            _check_mask(run)
+    return comparison
+
+
+def _check_mask(run: Run) -> None:
+    """Refuse flags of a mask before anything is made. Raises a UserError that names the variant."""
+    words = run.mask_stage(run.routing_mask).command
+    try:
+        arguments = build_routing_mask.parse_arguments(words[words.index("mask") + 1 :])
+        if not arguments.expert_table:
+            build_routing_mask.recipe_from(arguments)
+    except UserError as error:
+        raise UserError(f"the mask of the variant {run.name}: {error}") from error
 
 
 def main() -> None:

@@ -88,12 +88,22 @@ class Continuation:
         arguments: The arguments of the command line.
         tokenizer: The model's tokenizer.
         model: The model.
+
+    Raises:
+        UserError: The model does not end texts by token ids.
     """
 
     def __init__(self, arguments: argparse.Namespace, tokenizer: Any, model: Any) -> None:
+        from transformers import GenerationConfig
+
         self._tokenizer, self._model = tokenizer, model
         end = model.generation_config.eos_token_id
-        self._ends = {*end} if isinstance(end, list) else {end}
+        ends = end if isinstance(end, list) else [] if end is None else [end]
+        if not all(type(token) is int for token in ends):
+            raise UserError(f"generation_config.json in {arguments.model}: eos_token_id is {end!r}, not token ids")
+        self._ends = {*ends}
+        # Other settings of the folder do not fit the arguments, or not even transformers.
+        model.generation_config = GenerationConfig(eos_token_id=ends or None)
         self._options: dict[str, Any] = {"max_new_tokens": arguments.max_new_tokens, "do_sample": False}
         if arguments.temperature > 0:
             # Logits that are divided by the smallest temperatures become infinite.

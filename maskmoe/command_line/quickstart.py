@@ -16,7 +16,7 @@ from maskmoe.command_line import ranges
 from maskmoe.command_line.parser import Parser
 from maskmoe.comparison.quickstart import Quickstart, Settings, quickstart_suite, write_report
 from maskmoe.comparison.stage import StageFolder, StatusLine
-from maskmoe.files.paths import runs_folder
+from maskmoe.files.paths import RUNS
 from maskmoe.launch.machine import find_devices
 from maskmoe.processes.folder_lock import locked_folder
 from maskmoe.routing_mask.assignment import ASSIGNMENTS
@@ -51,7 +51,7 @@ def parse_settings(arguments: Sequence[str] | None = None) -> Settings:
     files.add_argument("--input", nargs="+", type=Path, default=(), metavar="FILE", help=text)
     keys = "key that holds the text in JSON lines [text]"
     files.add_argument("--json-keys", default="text", metavar="KEY", help=keys)
-    run_dir = runs_folder() / "quickstart"
+    run_dir = RUNS / "quickstart"
     files.add_argument("--run-dir", type=Path, default=run_dir, metavar="DIR", help="all files [runs/quickstart]")
 
     model = parser.add_argument_group("model")

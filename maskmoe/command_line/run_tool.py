@@ -3,6 +3,7 @@
 import errno
 import io
 import os
+import re
 import resource
 import select
 import signal
@@ -26,6 +27,8 @@ _NO_SPACE = {
     errno.EFBIG: "the limit of file sizes (ulimit -f) is reached",
 }
 _TOO_MANY_FILES = {errno.EMFILE, errno.ENFILE}
+_NUMBER_IN_TEXT = re.compile(r"\(os error (\d+)\)")
+_NO_MEMORY = re.compile("failed to map segment|can't start new thread|can't allocate memory|[Cc]annot allocate memory")
 
 # Seconds that all other ranks of a node wait before they report an error, so that only the first rank reports it.
 _REPORT_DELAY = 10
@@ -34,20 +37,21 @@ _REPORT_DELAY = 10
 def run_tool(main: Callable[[], None]) -> None:
     """Run `main`, and report its `UserError` or `RunFailure` in one line on stderr.
 
-    An error of the operating system about a path of the command line, a full disk, and too many open files are reported
-    in one line, too, except in a rank of a run, which may have begun and is then restarted. All other exceptions are
+    What the operating system refuses is reported in one line, too, see `_describing_refusals`. All other exceptions are
     errors of the program, and keep their traceback. The process exits with code 2 for bad input, as argparse does for
     bad flags, with 1 for a failed run, with 130 after Ctrl-C, and silently with 141 if nobody reads its output.
     """
     _print_every_character()
     _allow_open_files()
     try:
-        with _describing_paths():
+        with _describing_refusals():
+            _check_working_folder()
             try:
                 main()
             finally:
                 _flush_output()
     except (UserError, RunFailure) as error:
+        sys.unraisablehook = lambda _: None  # files of a failed command fail again when they are closed
         signal.signal(signal.SIGTERM, signal.SIG_DFL)  # a handler may save, but no state is left to save
         if os.environ.get("LOCAL_RANK", "0") != "0":
             # The first rank of the node usually fails with the same error. Torchrun then ends this rank while it waits.
@@ -94,12 +98,12 @@ def _allow_open_files() -> None:
 
 
 @contextmanager
-def _describing_paths() -> Iterator[None]:
-    """Turn an error of the operating system into one that names the path of the command line, or the full disk.
+def _describing_refusals() -> Iterator[None]:
+    """Turn what the operating system refuses into an error of one line.
 
     Raises:
         UserError: A path of the command line cannot be used.
-        RunFailure: A disk is full, or too many files are open.
+        RunFailure: A disk is full, too many files are open, or there is not enough memory.
     """
     try:
         yield
@@ -109,18 +113,43 @@ def _describing_paths() -> Iterator[None]:
         if word is None:
             raise
         raise UserError(f"{word!a} on the command line is not valid UTF-8: rename the file") from error
-    except OSError as error:
+    except (UserError, RunFailure, BrokenPipeError):
+        raise
+    except Exception as error:
+        number, filename = _refusal_of_system(error)
+        if number in _NO_SPACE:
+            place = f" for {os.fsdecode(filename)}" if isinstance(filename, str | bytes) else ""
+            raise RunFailure(f"{_NO_SPACE[number]}{place}") from error
+        if number in _TOO_MANY_FILES:
+            limit = "raise the limit (ulimit -Hn, or fs.file-max of the host)"
+            raise RunFailure(f"{os.strerror(number)}; {limit}") from error
         if "RANK" in os.environ:
-            raise
-        if error.errno in _NO_SPACE:
-            place = f" for {os.fsdecode(error.filename)}" if isinstance(error.filename, str | bytes) else ""
-            raise RunFailure(f"{_NO_SPACE[error.errno]}{place}") from error
-        if error.errno in _TOO_MANY_FILES:
-            raise RunFailure(f"{error.strerror}; raise the limit (ulimit -Hn, or fs.file-max of the host)") from error
-        path = _path_of_command_line(error, sys.argv[1:])
+            raise  # the run may have begun: the place of the error helps, and the rank is restarted
+        if isinstance(error, MemoryError) or number == errno.ENOMEM or _NO_MEMORY.search(str(error)):
+            raise RunFailure("there is not enough memory: raise the limit (ulimit -v), or use a larger host") from error
+        path = _path_of_command_line(error, sys.argv[1:]) if isinstance(error, OSError) else None
         if path is None:
             raise
-        raise UserError(f"cannot use {path}: {error.strerror}") from error
+        raise UserError(f"cannot use {path}: {os.strerror(number or 0)}") from error
+
+
+def _refusal_of_system(error: BaseException | None) -> tuple[int | None, object]:
+    """Return the number of the operating system's error behind an exception, and the file; None without any."""
+    while error is not None:
+        if isinstance(error, OSError) and error.errno is not None:
+            return error.errno, error.filename
+        # Libraries in Rust raise classes of their own.
+        if number := _NUMBER_IN_TEXT.search(str(error)):
+            return int(number[1]), None
+        error = error.__cause__ or error.__context__
+    return None, None
+
+
+def _check_working_folder() -> None:
+    try:
+        os.getcwd()
+    except FileNotFoundError as error:
+        raise UserError("the working folder was removed: change into a folder that exists") from error
 
 
 def _path_of_command_line(error: OSError, words: Sequence[str]) -> str | None:

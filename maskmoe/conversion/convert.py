@@ -1,5 +1,6 @@
 """Runs the conversions that users ask for: each reads a model from one folder and writes it to another."""
 
+import os
 import shutil
 import sys
 from argparse import Namespace
@@ -10,8 +11,8 @@ from pathlib import Path
 
 import torch
 
-from maskmoe.checkpoint.integrity import check_structure
-from maskmoe.checkpoint.series import iteration_of, locate_checkpoint
+from maskmoe.checkpoint.integrity import check_structure, iteration_of
+from maskmoe.checkpoint.series import locate_checkpoint
 from maskmoe.conversion.config_mapping import args_from_config, config_from_args, further_flags, is_hybrid, with_pattern
 from maskmoe.conversion.huggingface_models import check_files, open_model, write_huggingface
 from maskmoe.conversion.megatron_models import open_megatron, write_megatron
@@ -19,10 +20,12 @@ from maskmoe.conversion.model_files import check_output_folder, output_folder
 from maskmoe.conversion.model_tensors import OpenedModel
 from maskmoe.conversion.settings import CONFIG_FILE, DERIVED_PATTERN, DTYPE_NAMES, Settings, UpcycleSettings
 from maskmoe.conversion.tensor_sources import CastSource, FiniteSource, JoinedSource, TensorSource
-from maskmoe.conversion.tokenizer import TOKENIZER_FILES, WITHOUT_TEXT, choose_tokenizer, tokenizer_sha256
+from maskmoe.conversion.tokenizer import TOKENIZER_FILES, WITHOUT_TEXT, choose_tokenizer
 from maskmoe.conversion.upcycle import upcycle
+from maskmoe.data.tokenizer import tokenizer_sha256
 from maskmoe.errors import UserError
 from maskmoe.files.outputs import lies_inside
+from maskmoe.files.untrusted import resolve_inside
 from maskmoe.routing_mask.mask import RoutingMask
 
 _DTYPES = dict(zip(DTYPE_NAMES, (torch.bfloat16, torch.float16, torch.float32), strict=True))
@@ -151,8 +154,8 @@ def _save_megatron(model: OpenedModel, settings: Settings, folder: Path) -> list
     if args.tokenizer_model == str(settings.load):
         (folder / "tokenizer").mkdir()
         for name in TOKENIZER_FILES:
-            if (settings.load / name).is_file():
-                shutil.copy(settings.load / name, folder / "tokenizer")
+            if os.path.lexists(settings.load / name):
+                shutil.copy(resolve_inside(settings.load, name), folder / "tokenizer")
         args.tokenizer_model = str(settings.save.resolve() / "tokenizer")
     if args.tokenizer_type == WITHOUT_TEXT:
         args.vocab_size = model.config["vocab_size"]

@@ -15,10 +15,10 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from maskmoe.conversion.tensor_sources import Block, TensorSource, TensorSpec, list_names
-from maskmoe.errors import UserError
+from maskmoe.errors import UserError, refused_by_system
 from maskmoe.files.json_files import read_record, write_record
-from maskmoe.files.outputs import atomic_output, unwinding_on_signals
-from maskmoe.files.untrusted import check_regular, reading, resolve_inside
+from maskmoe.files.outputs import atomic_output, refuse_checkpoint, unwinding_on_signals
+from maskmoe.files.untrusted import check_model_folder, check_regular, reading, resolve_inside
 
 SINGLE_FILE = "model.safetensors"
 INDEX_SUFFIX = ".index.json"
@@ -169,9 +169,7 @@ def load_exported_tokenizer(folder: Path) -> Any:
     # Without the registered model, transformers would warn of an unknown type.
     import maskmoe.huggingface  # noqa: F401 (registers the model)
 
-    for path in folder.iterdir():
-        if not path.is_dir():
-            check_regular(path)  # transformers would wait for the writer of a pipe
+    check_model_folder(folder)
     with reading(f"the tokenizer in {folder}", _ADVICE):
         return AutoTokenizer.from_pretrained(folder, **_OPTIONS)
 
@@ -203,7 +201,7 @@ def load_exported_model(folder: Path, tokenizer: Any) -> Any:
         contextlib.redirect_stderr(devnull),
     ):
         model, loading = AutoModelForCausalLM.from_pretrained(
-            folder, dtype="auto", output_loading_info=True, **_OPTIONS
+            folder, dtype="auto", output_loading_info=True, ignore_mismatched_sizes=True, **_OPTIONS
         )
         num_ids = len(tokenizer)
     for problem, meaning in (("missing", "lacks"), ("unexpected", "has unknown"), ("mismatched", "has misshapen")):
@@ -227,6 +225,7 @@ def check_output_folder(folder: Path) -> None:
     Raises:
         UserError: The folder has content, or another conversion is writing it.
     """
+    refuse_checkpoint(folder)
     if os.path.lexists(folder) and not (folder.is_dir() and not any(folder.iterdir())):
         raise UserError(f"{folder} is not empty; name a new folder")
     unfinished = _unfinished(folder)
@@ -247,20 +246,15 @@ def output_folder(folder: Path) -> Iterator[Path]:
     """
     check_output_folder(folder)
     unfinished = _unfinished(folder)
-    try:
-        with unwinding_on_signals():
-            unfinished.mkdir(parents=True)
-            try:
-                yield unfinished
-                for path in (unfinished, *unfinished.rglob("*")):
-                    _sync(path)
-                unfinished.rename(folder)
-            finally:
-                shutil.rmtree(unfinished, ignore_errors=True)
-    except OSError as error:
-        raise UserError(f"cannot write {folder}: {error.strerror or error}") from error
-    except SafetensorError as error:
-        raise UserError(f"cannot write {folder}: {error}") from error
+    with refused_by_system(f"cannot write {folder}"), unwinding_on_signals():
+        unfinished.mkdir(parents=True)
+        try:
+            yield unfinished
+            for path in (unfinished, *unfinished.rglob("*")):
+                _sync(path)
+            unfinished.rename(folder)
+        finally:
+            shutil.rmtree(unfinished, ignore_errors=True)
 
 
 def _unfinished(folder: Path) -> Path:

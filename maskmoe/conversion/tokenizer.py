@@ -11,11 +11,11 @@ from transformers.convert_slow_tokenizer import SentencePieceExtractor, SpmConve
 
 from maskmoe.conversion.settings import Settings
 from maskmoe.data.tokenizer import (
-    TOKENIZER_TYPES,
     HuggingFaceTokenizer,
     SentencePieceTokenizer,
     Tokenizer,
     load_tokenizer,
+    tokenizer_sha256,
 )
 from maskmoe.errors import UserError
 
@@ -74,17 +74,6 @@ def choose_tokenizer(args: Namespace | None, settings: Settings, may_replace: bo
         f"the tokenizer {path} of {settings.load} {problem}; pass --tokenizer-model with the right file, or "
         f"--tokenizer-type {WITHOUT_TEXT} to go without"
     )
-
-
-def tokenizer_sha256(tokenizer_type: str, tokenizer_model: str | Path | None) -> str | None:
-    """Return the digest of a tokenizer's file as training records it; None for types that have no record.
-
-    Raises:
-        UserError: The tokenizer cannot be read.
-    """
-    if tokenizer_type not in TOKENIZER_TYPES or tokenizer_model is None:
-        return None
-    return load_tokenizer(tokenizer_type, tokenizer_model).record().sha256
 
 
 def export_tokenizer(tokenizer_type: str, tokenizer_model: str | Path | None, folder: Path) -> dict[str, int | None]:

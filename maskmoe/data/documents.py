@@ -2,7 +2,7 @@
 
 A single process reads the blocks, and many processes can parse them into documents.
 
-- A JSON line is one document, whatever its size.
+- A JSON line is one document of up to 1 GiB.
 - Plain text is divided at a separator if one is given. Otherwise a plain text file is one document if it has up to
   about 1 MiB (`DOCUMENT_BYTES`), and a larger file is divided at line ends into documents of about 1 MiB.
 - A row of a Parquet file, or of an Arrow IPC file or stream, is one document. pyarrow, which is optional, reads these
@@ -33,6 +33,8 @@ DOCUMENT_BYTES = 1 << 20
 """Size in bytes beyond which a plain text file is divided into several documents."""
 BLOCK_BYTES = 1 << 18
 """Approximate size in bytes of a block of JSON lines or of rows."""
+MAX_BLOCK_BYTES = 1 << 30
+"""Upper bound of the size in bytes of a document, which is in memory as a whole."""
 _CHUNK_BYTES = 1 << 16
 _BYTE_ORDER_MARK = b"\xef\xbb\xbf"
 _ZSTD_WINDOW_BYTES = 1 << 31  # the largest window, of `zstd --long=31`
@@ -192,6 +194,8 @@ def _cut_after(chunks: Iterable[bytes], delimiter: bytes, size: int) -> Iterator
                 del block[:searched]
                 searched = start
         searched = max(searched, len(block) - len(delimiter) + 1)
+        if len(block) > MAX_BLOCK_BYTES:
+            raise EOFError(f"{MAX_BLOCK_BYTES:,} bytes have no line end or separator")
     if block:
         yield bytes(block)
 

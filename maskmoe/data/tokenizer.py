@@ -13,7 +13,14 @@ import numpy as np
 
 from maskmoe.errors import UserError
 from maskmoe.files.json_files import read_json
-from maskmoe.files.untrusted import UnusableFile, printable_name, read_bounded, reading
+from maskmoe.files.untrusted import (
+    UnusableFile,
+    check_model_folder,
+    check_tokenizer,
+    printable_name,
+    read_bounded,
+    reading,
+)
 
 _MAX_MODEL_BYTES = 256 << 20  # of a tokenizer's file; the largest known has 35 MB
 
@@ -108,12 +115,16 @@ class HuggingFaceTokenizer(Tokenizer):
         os.environ["TOKENIZERS_PARALLELISM"] = "false"
         import tokenizers
 
-        super().__init__(Path(model) / "tokenizer.json" if os.path.isdir(model) else model)
+        if os.path.isdir(model):
+            check_model_folder(Path(model))
+            model = Path(model) / "tokenizer.json"
+        super().__init__(model)
+        check_tokenizer(self.model_path)
         with reading(f"{self.model_path} is not a tokenizer.json: it"):
             self._tokenizer = tokenizers.Tokenizer.from_buffer(self._content)
+            self._tokenizer.no_truncation()
+            self._tokenizer.no_padding()
             self._tokenizer.encode("")  # fails here, not in a worker process, if a special token is missing
-        self._tokenizer.no_truncation()
-        self._tokenizer.no_padding()
         self.vocab_size = self._tokenizer.get_vocab_size(with_added_tokens=True)
         self.eod_id = self._find_eod_id()
 
@@ -137,6 +148,17 @@ class HuggingFaceTokenizer(Tokenizer):
 
 
 TOKENIZER_TYPES = {cls.__name__: cls for cls in (SentencePieceTokenizer, HuggingFaceTokenizer)}
+
+
+def tokenizer_sha256(tokenizer_type: str, tokenizer_model: str | Path | None) -> str | None:
+    """Return the digest of a tokenizer's file as training records it; None for types that have no record.
+
+    Raises:
+        UserError: The tokenizer cannot be read.
+    """
+    if tokenizer_type not in TOKENIZER_TYPES or tokenizer_model is None:
+        return None
+    return load_tokenizer(tokenizer_type, tokenizer_model).record().sha256
 
 
 def load_tokenizer(tokenizer_type: str, model: str | Path) -> Tokenizer:

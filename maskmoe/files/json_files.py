@@ -11,7 +11,9 @@ from pydantic import TypeAdapter, ValidationError
 
 from maskmoe.errors import UserError, one_line
 from maskmoe.files.outputs import atomic_output
-from maskmoe.files.untrusted import UnusableFile, read_json_bytes
+from maskmoe.files.untrusted import UnusableFile, read_bounded, read_json_bytes
+
+_MAX_TEXT_BYTES = 64 << 20
 
 
 def read_json(path: Path) -> dict[str, Any]:
@@ -99,9 +101,9 @@ def read_lines(path: Path, flag: str) -> list[Line]:
     """
     name = f"{flag} {path}"
     try:
-        lines = path.read_bytes().decode("utf-8-sig").split("\n")
-    except OSError as error:
-        raise UserError(f"cannot read {name}: {error.strerror}") from error
+        lines = read_bounded(path, _MAX_TEXT_BYTES, takes_pipe=True).decode("utf-8-sig").split("\n")
+    except UnusableFile as error:
+        raise UserError(f"{flag} {error}") from error
     except UnicodeDecodeError as error:
         raise UserError(f"{name} is not text in UTF-8") from error
     found = [

@@ -11,9 +11,10 @@ from pathlib import Path
 from types import FrameType
 from typing import Any
 
-from maskmoe.errors import UserError
+from maskmoe.errors import UserError, refused_by_system
 from maskmoe.processes.interruption import handling_signals
 
+_CURE = "choose an existing, writable folder"
 _NAME_CHARACTERS = 40  # of an output's name in the name of its temporary file, since file systems limit names
 
 
@@ -27,7 +28,7 @@ def check_outputs(
 
     Raises:
         UserError: An output is an input, two outputs are the same file, an output exists and `force` is false, or an
-            output is not a regular file, or its folder does not exist or is not writable.
+            output is not a regular file or belongs to a checkpoint, or its folder does not exist or is not writable.
     """
     outputs, inputs = [Path(path) for path in outputs], [Path(path) for path in inputs]
     for number, path in enumerate(outputs):
@@ -40,6 +41,7 @@ def check_outputs(
             if os.path.lexists(path) and os.path.isdir(source) and lies_inside(path, source):
                 raise UserError(f"cannot write {path}: it belongs to the input {source}; name a file elsewhere")
         check_output_kind(path)
+        refuse_checkpoint(path)
         if os.path.lexists(path) and not force:
             raise UserError(f"cannot write {path}: it exists; name another file, or give --force to replace it")
         check_output_folder(path.parent, path)
@@ -47,7 +49,7 @@ def check_outputs(
 
 def check_output_kind(path: Path) -> None:
     """Check that a path is free, or leads to a regular file, which can be replaced. Raises UserError."""
-    with _reporting_failure(path):
+    with refused_by_system(f"cannot write {path}", _CURE):
         try:
             mode = os.stat(path).st_mode
         except FileNotFoundError:
@@ -58,9 +60,19 @@ def check_output_kind(path: Path) -> None:
         raise UserError(f"cannot write {path}: it is not a regular file; name a file")
 
 
+def refuse_checkpoint(path: Path) -> None:
+    """Refuse an output in the folder of a checkpoint of Megatron, which must stay as it was saved. Raises UserError."""
+    path = Path(os.path.realpath(path))
+    for folder in (path, *path.parents):
+        if os.path.lexists(folder / ".metadata"):
+            raise UserError(
+                f"cannot write {path}: {folder} is a checkpoint, which stays as it was saved; write elsewhere"
+            )
+
+
 def check_output_folder(folder: Path, path: Path) -> None:
     """Check that files can be made in a folder; raise a UserError that names the output `path` otherwise."""
-    with _reporting_failure(path), tempfile.TemporaryFile(dir=folder):
+    with refused_by_system(f"cannot write {path}", _CURE), tempfile.TemporaryFile(dir=folder):
         pass
 
 
@@ -78,7 +90,7 @@ def atomic_output(path: str | os.PathLike[str]) -> Iterator[Path]:
     check_output_kind(path)
     temporary = path.with_name(f".{path.name[:_NAME_CHARACTERS]}.{uuid.uuid4().hex[:8]}.tmp")
     with unwinding_on_signals():
-        with _reporting_failure(path):
+        with refused_by_system(f"cannot write {path}", _CURE):
             temporary.touch(exist_ok=False)
         mode = stat.S_IMODE(temporary.stat().st_mode)
         try:
@@ -125,15 +137,6 @@ def _is_same_file(path: Path, other: Path) -> bool:
 def lies_inside(path: Path, folder: Path) -> bool:
     """Return whether a path, which need not exist, is a folder or lies inside the folder, also by links."""
     return Path(os.path.realpath(path)).is_relative_to(os.path.realpath(folder))
-
-
-@contextmanager
-def _reporting_failure(path: Path) -> Iterator[None]:
-    """Report an `OSError` in the block as a `UserError` that names the output `path`."""
-    try:
-        yield
-    except OSError as error:
-        raise UserError(f"cannot write {path}: {error.strerror}; choose an existing, writable folder") from error
 
 
 def render_template(package: str, name: str, values: Mapping[str, Any], filters: Mapping[str, Callable]) -> str:

@@ -6,6 +6,9 @@ from maskmoe.errors import UserError
 
 _CHECKOUT = Path(__file__).resolve().parents[2]
 
+RUNS = Path("runs")
+"""The folder, in the current folder, in which runs are kept by default."""
+
 SUBMIT_SCRIPT = _CHECKOUT / "launch" / "slurm" / "submit.sh"
 """The script that submits training to Slurm. The script exists only in a checkout of the repository."""
 
@@ -21,12 +24,6 @@ def shipped_file(name: str, folder: str) -> Path:
     """
     shipped = {path.name: path for path in (_SHIPPED / folder).iterdir()}
     return shipped[name] if name in shipped and not Path(name).exists() else Path(name)
-
-
-def runs_folder() -> Path:
-    """Return the folder in which runs are kept by default: `runs` in the checkout, or else in the current folder."""
-    is_checkout = (_CHECKOUT / "launch" / "pretrain.sh").exists()
-    return (_CHECKOUT if is_checkout else Path.cwd()) / "runs"
 
 
 def check_folder(path: Path, flag: str = "") -> None:

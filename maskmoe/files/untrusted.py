@@ -14,7 +14,7 @@ from typing import Any
 import yaml
 from pydantic_core import from_json
 
-from maskmoe.errors import UserError
+from maskmoe.errors import UserError, reason_of
 
 MAX_JSON_BYTES = 64 << 20
 """Upper bound of a JSON file. The largest known files, tokenizers and indices of weights, have 35 MB."""
@@ -22,6 +22,10 @@ MAX_JSON_BYTES = 64 << 20
 MAX_YAML_BYTES = 256 << 10
 """Upper bound of a YAML file. Parsing takes about 10 s for each MiB."""
 
+MAX_GROWTH = 128
+"""Upper bound of the characters that a tokenizer makes of one character; tokenizers in use have up to about 10."""
+
+_MAX_TOKENIZER_VALUES = 10_000  # of all parts of a tokenizer but its vocabulary
 _MAX_YAML_VALUES = 50_000  # with aliases counted as often as they occur
 _HUB_BLOBS, _HUB_SNAPSHOTS = "blobs", "snapshots"
 
@@ -34,31 +38,35 @@ class UnusableFile(UserError):  # noqa: N818 (a finding about a file)
         self.reason = reason
 
 
-def open_regular(path: str | os.PathLike[str]) -> BufferedReader:
+def open_regular(path: str | os.PathLike[str], takes_pipe: bool = False) -> BufferedReader:
     """Open a regular file for reading, without waiting for the writer of a pipe.
+
+    Args:
+        path: The file.
+        takes_pipe: Whether the user named the file, which may be a pipe then.
 
     Raises:
         UnusableFile: The path is missing or cannot be read, or is a folder, a device, a pipe or a socket.
     """
     path = Path(path)
     try:
-        _check_mode(path, os.stat(path).st_mode)  # opening a device can change its state
-        descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
+        _check_mode(path, os.stat(path).st_mode, takes_pipe)  # opening a device can change its state
+        descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC | (0 if takes_pipe else os.O_NONBLOCK))
     except FileNotFoundError as error:
         raise UnusableFile(path, "does not exist") from error
     except (OSError, ValueError) as error:
         reason = getattr(error, "strerror", None) or str(error)
         raise UnusableFile(path, f"cannot be read: {reason}") from error
     try:
-        _check_mode(path, os.fstat(descriptor).st_mode)
+        _check_mode(path, os.fstat(descriptor).st_mode, takes_pipe)
     except UnusableFile:
         os.close(descriptor)
         raise
     return open(descriptor, "rb")
 
 
-def _check_mode(path: Path, mode: int) -> None:
-    if not stat.S_ISREG(mode):
+def _check_mode(path: Path, mode: int, takes_pipe: bool) -> None:
+    if not stat.S_ISREG(mode) and not (takes_pipe and stat.S_ISFIFO(mode)):
         raise UnusableFile(path, "is a folder, not a file" if stat.S_ISDIR(mode) else "is not a regular file")
 
 
@@ -67,10 +75,10 @@ def check_regular(path: str | os.PathLike[str]) -> None:
     open_regular(path).close()
 
 
-def read_bounded(path: str | os.PathLike[str], max_bytes: int) -> bytes:
-    """Read a regular file. Raises UnusableFile if it cannot be read, or has more than `max_bytes` bytes."""
+def read_bounded(path: str | os.PathLike[str], max_bytes: int, takes_pipe: bool = False) -> bytes:
+    """Read a file, see `open_regular`. Raises UnusableFile if it cannot be read, or has more than `max_bytes` bytes."""
     path = Path(path)
-    with open_regular(path) as stream:
+    with open_regular(path, takes_pipe) as stream:
         try:
             content = stream.read(max_bytes + 1)
         except OSError as error:
@@ -118,6 +126,50 @@ def resolve_inside(folder: Path, name: str) -> Path:
     return path
 
 
+def check_model_folder(folder: Path) -> None:
+    """Check the files of a model or a tokenizer that a library will open by their names.
+
+    Raises:
+        UnusableFile: A file is no regular file, or the tokenizer may make texts much longer.
+    """
+    for path in (*folder.iterdir(), *folder.glob("additional_chat_templates/*")):
+        if not path.is_dir():
+            check_regular(path)
+    if os.path.lexists(folder / "tokenizer.json"):
+        check_tokenizer(folder / "tokenizer.json")
+
+
+def check_tokenizer(path: Path) -> None:
+    """Check that the tokenizer in a `tokenizer.json` makes texts at most `MAX_GROWTH` times longer.
+
+    Replacements multiply each other, and may insert text between all characters.
+
+    Raises:
+        UnusableFile: The file cannot be read, is not JSON, or its tokenizer may make texts longer.
+    """
+    try:
+        content = from_json(read_bounded(path, MAX_JSON_BYTES))
+    except ValueError as error:
+        raise UnusableFile(path, f"is not a tokenizer.json (invalid JSON: {' '.join(str(error).split())})") from error
+    names = ("normalizer", "pre_tokenizer", "post_processor", "decoder")
+    if not isinstance(content, dict):
+        raise UnusableFile(path, "is not a tokenizer.json")
+    parts = [content.get(name) for name in names]
+    growth, found = 1.0, 0
+    while parts:
+        part, found = parts.pop(), found + 1
+        if isinstance(part, dict):
+            pattern, text = part.get("pattern"), part.get("content") or part.get("prepend")
+            replaced = pattern.get("String") if isinstance(pattern, dict) else None
+            if isinstance(text, str):
+                growth *= max(1, len(text) / len(replaced) if isinstance(replaced, str) and replaced else len(text) + 1)
+            parts.extend(part.values())
+        elif isinstance(part, list):
+            parts.extend(part)
+        if growth > MAX_GROWTH or found > _MAX_TOKENIZER_VALUES:
+            raise UnusableFile(path, f"makes texts more than {MAX_GROWTH} times longer; use another tokenizer")
+
+
 def check_name(folder: Path, name: str) -> None:
     """Check that a name, which need not exist yet, stays inside a folder, see `resolve_inside`. Raises UnusableFile."""
     parts = name.split("/")
@@ -150,7 +202,7 @@ def read_words(path: Path, kind: str) -> object:
     try:
         text = read_bounded(path, MAX_YAML_BYTES).decode()
         content = yaml.load(text, Loader=_WordLoader)
-        _check_size(content)
+        _check_values(content)
     except UnusableFile as error:
         raise UserError(f"the {kind} {path} {error.reason}") from error
     except RecursionError as error:
@@ -162,16 +214,23 @@ def read_words(path: Path, kind: str) -> object:
     return content
 
 
-def _check_size(content: object) -> None:
-    """Count the values of a YAML file. Raises ValueError if there are too many, for example by aliases of aliases."""
+def _check_values(content: object) -> None:
+    """Check the values of a YAML file.
+
+    Raises:
+        ValueError: There are too many, for example by aliases of aliases, or one has a null character, which no word of
+            a command line may have.
+    """
     remaining, found = [content], 0
     while remaining:
         value = remaining.pop()
         found += 1
         if found > _MAX_YAML_VALUES:
             raise ValueError(f"it has more than {_MAX_YAML_VALUES:,} values once its anchors are written out")
+        if isinstance(value, str) and "\0" in value:
+            raise ValueError(f"{value!r} has a null character")
         if isinstance(value, list | dict):
-            remaining.extend(value.values() if isinstance(value, dict) else value)
+            remaining.extend([*value, *value.values()] if isinstance(value, dict) else value)
 
 
 @contextmanager
@@ -188,7 +247,7 @@ def reading(what: str, advice: str = "replace it by an intact copy") -> Iterator
     except BaseException as error:
         if not isinstance(error, Exception) and type(error).__name__ != "PanicException":
             raise
-        reason = " ".join(str(error).split()).removesuffix(f"; {advice}") or type(error).__name__
+        reason = reason_of(error).removesuffix(f"; {advice}")
         raise UserError(f"{what} cannot be read; {advice}: {reason[:300]}") from error
 
 

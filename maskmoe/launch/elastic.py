@@ -18,7 +18,7 @@ from dataclasses import replace
 from pathlib import Path
 
 from maskmoe.command_line.run_tool import EXIT_BAD_INPUT
-from maskmoe.errors import UserError, counted
+from maskmoe.errors import UserError, counted, refused_by_system
 from maskmoe.files.flags import override, split_flags
 from maskmoe.files.run_folder import Journal, Kind
 from maskmoe.launch.command import run_flags
@@ -136,18 +136,13 @@ class ElasticRun:
             RunFailure: A file in which the launchers meet is damaged.
         """
         self._supervisor.listen()
-        try:
-            with self._nodes:
-                while True:
-                    outcome = self._next_generation()
-                    if isinstance(outcome, Generation):
-                        outcome = self._train(outcome)
-                    if outcome is not None:
-                        return outcome
-        except OSError as error:
-            raise UserError(
-                f"cannot use {self._options.run_dir}: {error.strerror}; choose another --run-dir"
-            ) from error
+        with refused_by_system(f"cannot use {self._options.run_dir}", "choose another --run-dir"), self._nodes:
+            while True:
+                outcome = self._next_generation()
+                if isinstance(outcome, Generation):
+                    outcome = self._train(outcome)
+                if outcome is not None:
+                    return outcome
 
     # ---- Agreeing on the next generation -----------------------------------------------------------------------------
 

@@ -15,7 +15,7 @@ from pathlib import Path
 import psutil
 
 from maskmoe.command_line.run_tool import EXIT_BAD_INPUT
-from maskmoe.errors import UserError, counted
+from maskmoe.errors import counted, refused_by_system
 from maskmoe.files.flags import flag_words
 from maskmoe.files.run_folder import Journal, Kind
 from maskmoe.launch.command import (
@@ -220,11 +220,9 @@ class NodeRun:
         """
         command = self.command
         folder = self.options.log_folder(self.meeting.node_rank)
-        try:
+        with refused_by_system(f"cannot make {folder}", "choose another --run-dir"):
             folder.mkdir(parents=True, exist_ok=True)
             (folder / "command.txt").write_text(f"{command}\n", encoding="utf-8")
-        except OSError as error:
-            raise UserError(f"cannot make {folder}: {error.strerror}; choose another --run-dir") from error
         ranks = counted(self.processes, "rank")
         say(str(command) if "verbose" in self.flags else f"starting {ranks}; everything is in {self.options.run_dir}")
         nodes = self.meeting.nodes

@@ -10,7 +10,7 @@ from pathlib import Path
 from maskmoe.command_line import ranges
 from maskmoe.command_line.parser import Parser
 from maskmoe.errors import UserError
-from maskmoe.files.paths import runs_folder, shipped_file
+from maskmoe.files.paths import RUNS, shipped_file
 
 DEFAULT_PORT = 29400
 
@@ -122,7 +122,7 @@ def parse_options(program: str, arguments: Sequence[str], environment: Mapping[s
     own = parser.option_names() - _OPTIONS_OF_TRAINING
     if misplaced := [name for word in options.flags if (name := word.partition("=")[0]) in own]:
         raise UserError(f"{misplaced[0]} is an option of {program}: write it before {options.model}")
-    options.run_dir = (options.run_dir or runs_folder() / options.model.stem).absolute()
+    options.run_dir = (options.run_dir or RUNS / options.model.stem).absolute()
     options.address = options.address or socket.gethostname()
     options.rendezvous_id = options.rendezvous_id or options.run_dir.name
     if options.nodes.is_elastic:

@@ -32,7 +32,10 @@ def unpickle_data_only() -> None:
     def load_bytes(self: Any, read_item: Any, value: Any) -> None:
         name = read_item.dest_index.fqn
         # Megatron-Core registers the classes of its settings with torch when it is imported.
-        content = torch.load(value, map_location="cpu", weights_only=True)
+        try:
+            content = torch.load(value, map_location="cpu", weights_only=True)
+        except pickle.UnpicklingError as error:  # torch's message advises to run the code
+            raise pickle.UnpicklingError(f"{name} is damaged, or names code that would run") from error
         if self.flatten_state_dict:
             default_planner.set_element(self.original_state_dict, self.mappings[name], content)
         else:

@@ -19,7 +19,7 @@ from pathlib import Path
 
 from pydantic import TypeAdapter, ValidationError
 
-from maskmoe.errors import UserError
+from maskmoe.errors import UserError, refused_by_system
 from maskmoe.files.untrusted import UnusableFile, open_regular
 from maskmoe.processes.lifetimes import Holder, beating
 
@@ -78,11 +78,9 @@ def look_at_lock(folder: Path) -> LockState | None:
 def locked_folder(folder: Path) -> Iterator[None]:
     """Hold the lock of a folder, which is made if missing; raise `UserError` if the lock is held or cannot be made."""
     path = folder / LOCK_NAME
-    try:
+    with refused_by_system(f"cannot lock {folder}", "choose another --save"):
         folder.mkdir(parents=True, exist_ok=True)
         lock = _acquire(path)
-    except OSError as error:
-        raise UserError(f"cannot lock {folder}: {error.strerror}; choose another --save") from error
     try:
         with beating(partial(os.utime, lock), _TOUCH_SECONDS):
             yield

@@ -14,13 +14,13 @@ from maskmoe.checkpoint.integrity import (
     Unfinished,
     check_content,
     check_structure,
+    iteration_of,
 )
 from maskmoe.checkpoint.series import (
     RELEASE,
     checkpoint_path,
     choose_checkpoint,
     has_checkpoint,
-    iteration_of,
     saved_iterations,
 )
 from maskmoe.errors import UserError, one_line

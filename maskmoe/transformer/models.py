@@ -17,9 +17,9 @@ from megatron.core.utils import log_single_rank
 from torch import Tensor
 from torch.utils.hooks import RemovableHandle
 
+from maskmoe.routing_mask.dispatch_kind import DispatchKind
 from maskmoe.routing_mask.feed_forward_layers import FeedForwardLayers
 from maskmoe.transformer.dispatch.choose import choose_dispatch
-from maskmoe.transformer.dispatch.kind import DispatchKind
 from maskmoe.transformer.dispatch.planned import DispatchPlanner
 from maskmoe.transformer.gathered_parameters import wait_for_convolutions
 from maskmoe.transformer.packed_documents import PackingModel

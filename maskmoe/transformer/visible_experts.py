@@ -66,7 +66,7 @@ class VisibleExperts(MegatronModule):
     Args:
         config: The model's configuration.
         mask: The routing mask; must fit the model's experts and layers.
-        pg_collection: Process groups of the model; saving uses `tp`, `pp` and `dp_cp`.
+        pg_collection: Process groups of the model, by default Megatron's; saving uses `tp`, `pp` and `dp_cp`.
         vp_stage: The model chunk of this rank that holds the instance, if the pipeline is interleaved.
         replaces: The other mask that the checkpoint to load was made with; None if it was made with `mask`.
         layers: The feed-forward layers of the model; by default those of a `GPTModel` with this configuration.
@@ -89,7 +89,7 @@ class VisibleExperts(MegatronModule):
         self,
         config: TransformerConfig,
         mask: RoutingMask,
-        pg_collection: ProcessGroupCollection,
+        pg_collection: ProcessGroupCollection | None = None,
         vp_stage: int | None = None,
         replaces: RoutingMask | None = None,
         layers: FeedForwardLayers | None = None,
@@ -99,7 +99,7 @@ class VisibleExperts(MegatronModule):
         self.layers = layers or FeedForwardLayers.of_frequency(
             config.moe_layer_freq, config.num_layers, config.mtp_num_layers or 0
         )
-        self.pg_collection = pg_collection
+        self.pg_collection = pg_collection or ProcessGroupCollection.use_mpu_process_groups()
         self.vp_stage = vp_stage or 0
         self.num_experts = mask.num_experts
         self.vocab_size = mask.vocab_size

@@ -17,8 +17,8 @@ from torch import Tensor
 from maskmoe.analysis.dispatch_simulation import Routing, Simulation, mask_of_layer
 from maskmoe.analysis.dispatch_traffic import NO_EXPERT, VisibleLists, Workload, exchanges, rows_to_ranks
 from maskmoe.data.indexed_dataset import open_tokens
+from maskmoe.routing_mask.dispatch_kind import DispatchKind
 from maskmoe.routing_mask.mask import RoutingMask
-from maskmoe.transformer.dispatch.kind import DispatchKind
 from maskmoe.transformer.dispatch.one_copy import OneCopyDispatcher
 from maskmoe.transformer.dispatch.planned import DispatchPlanner, PlannedDispatcher
 from maskmoe.transformer.dispatch.stock import MaskMoEAlltoAllTokenDispatcher

@@ -17,7 +17,15 @@ from torch.distributed.checkpoint.metadata import Metadata, MetadataIndex
 from torch.distributed.checkpoint.state_dict_loader import load
 from torch.distributed.checkpoint.state_dict_saver import save
 
-from maskmoe.checkpoint.integrity import LAYOUT_FILE, Damage, Manifest, check_structure, read_layout
+from maskmoe.checkpoint.integrity import (
+    LAYOUT_FILE,
+    Damage,
+    Manifest,
+    check_structure,
+    read_layout,
+    record_rank,
+    write_manifest,
+)
 from maskmoe.conversion.megatron_models import MARKER
 
 
@@ -52,6 +60,20 @@ def test_sound_checkpoint_is_read(checkpoint: Path) -> None:
     check_structure(checkpoint)
 
 
+def test_only_what_was_saved_is_read(checkpoint: Path) -> None:
+    saved = checkpoint.rename(checkpoint.with_name("iter_0000008"))
+    record_rank(sorted(saved.glob("*.distcp")), 0)
+    write_manifest(saved)
+    check_structure(saved)
+    (saved / "common.pt").touch()
+    with pytest.raises(Damage, match=r"iter_0000008 holds common\.pt, which was not saved with it"):
+        check_structure(saved)
+    (saved / "common.pt").unlink()
+    with pytest.raises(Damage, match="iter_0000004 was saved as the checkpoint of iteration 8"):
+        check_structure(saved.rename(checkpoint.with_name("iter_0000004")))
+    check_structure(checkpoint.with_name("iter_0000004").rename(checkpoint.with_name("best")))
+
+
 def test_layout_that_runs_a_command_is_refused(checkpoint: Path, tmp_path: Path) -> None:
     layout = pickle.loads((checkpoint / ".metadata").read_bytes())
     layout.planner_data = Command(tmp_path / "ran")
@@ -75,7 +97,7 @@ def test_layout_knows_no_other_names(name: str) -> None:
 def test_object_that_runs_a_command_is_refused(tmp_path: Path) -> None:
     folder = tmp_path / "checkpoint"
     save({"settings": Command(tmp_path / "ran")}, storage_writer=FileSystemWriter(folder), no_dist=True)
-    with pytest.raises(CheckpointException, match="Weights only load failed"):
+    with pytest.raises(CheckpointException, match="settings is damaged, or names code that would run"):
         load({"settings": {}}, storage_reader=FileSystemReader(folder), planner=DefaultLoadPlanner(), no_dist=True)
     assert not (tmp_path / "ran").exists()
 

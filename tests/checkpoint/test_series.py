@@ -12,14 +12,13 @@ from hypothesis import given
 from hypothesis import strategies as st
 from support.run_folders import write_checkpoint
 
-from maskmoe.checkpoint.integrity import Damage, Unfinished
+from maskmoe.checkpoint.integrity import Damage, Unfinished, iteration_of
 from maskmoe.checkpoint.series import (
     NEXT,
     TRACKER,
     checkpoint_path,
     choose_checkpoint,
     finish_replacements,
-    iteration_of,
     read_tracker,
     remove_next_versions,
     replace_by_next_version,

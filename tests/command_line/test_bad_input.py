@@ -87,6 +87,22 @@ def test_value_that_contradicts_another(workshop):
     refuse_all(workshop, [(command_line(name, **{flag: word}), [text]) for name, flag, word, text in CONTRADICTIONS])
 
 
+@pytest.mark.parametrize(
+    ("flags", "words"),
+    [
+        ("", "--frequent-mass, --frequent-visible-experts, --assignment missing"),
+        ("frequent-mass: 0.4, frequent-visible-experts: 99, assignment: balanced", "2 to 8 of 8 experts, not 99"),
+        ("preset: hashed", "--preset: invalid choice"),
+    ],
+)
+def test_mask_of_a_suite_that_cannot_be_built(workshop, tmp_path, flags, words):
+    suite = tmp_path / "suite.yaml"
+    suite.write_text(
+        f"data: {{vocab-size: 400}}\nmodel: {workshop}/laptop.yaml\nvariants: {{one: {{mask: {{{flags}}}}}}}\n"
+    )
+    refuse_all(workshop, [(["compare", str(suite), "--list"], ["the mask of the variant one: ", words])])
+
+
 FILE, FOLDER, OUTPUT, OUTPUT_FOLDER, PREFIX = "a file", "a folder", "an output", "an output folder", "a prefix"
 BAD_PATHS = {
     FILE: ("nowhere", "nowhere/x", "model", "text.txt/x", LONG_NAME, "/dev/null/x", "\udcff", "loop", "/dev/null"),

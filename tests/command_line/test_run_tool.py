@@ -22,9 +22,18 @@ def run_failing(error: BaseException, monkeypatch: pytest.MonkeyPatch, *words: s
 
     monkeypatch.setattr(sys, "argv", ["maskmoe", *words])
     monkeypatch.setattr("signal.signal", lambda *_: None)
+    monkeypatch.setattr(sys, "unraisablehook", sys.unraisablehook)
     with pytest.raises(SystemExit) as end:
         run_tool(fail)
     return end.value.code
+
+
+def chained(error: Exception, cause: Exception) -> Exception:
+    error.__context__ = cause
+    return error
+
+
+NO_MEMORY = "there is not enough memory: raise the limit (ulimit -v), or use a larger host"
 
 
 @pytest.fixture(autouse=True)
@@ -47,6 +56,14 @@ def test_error_about_a_path_of_the_command_line(monkeypatch, capsys, number, wor
         (OSError(errno.ENOSPC, "No space", "out"), "no space is left on the disk for out"),
         (OSError(errno.EFBIG, "File too large"), "the limit of file sizes (ulimit -f) is reached"),
         (
+            chained(ValueError("flush of closed file"), OSError(errno.EFBIG, "")),
+            "the limit of file sizes (ulimit -f) is reached",
+        ),
+        (ValueError("I/O error: No space left on device (os error 28)"), "no space is left on the disk"),
+        (MemoryError(), NO_MEMORY),
+        (OSError(errno.ENOMEM, "fork"), NO_MEMORY),
+        (ImportError("libtorch.so: failed to map segment from shared object"), NO_MEMORY),
+        (
             OSError(errno.EMFILE, os.strerror(errno.EMFILE)),
             "Too many open files; raise the limit (ulimit -Hn, or fs.file-max of the host)",
         ),
@@ -55,6 +72,14 @@ def test_error_about_a_path_of_the_command_line(monkeypatch, capsys, number, wor
 def test_limit_of_the_system_is_a_failure_of_the_run(monkeypatch, capsys, error, message):
     assert run_failing(error, monkeypatch) == 1
     assert capsys.readouterr().err == f"error: {message}\n"
+
+
+def test_working_folder_that_was_removed(monkeypatch, capsys, tmp_path):
+    (tmp_path / "gone").mkdir()
+    monkeypatch.chdir(tmp_path / "gone")
+    (tmp_path / "gone").rmdir()
+    assert run_failing(ValueError("not reached"), monkeypatch) == 2
+    assert capsys.readouterr().err == "error: the working folder was removed: change into a folder that exists\n"
 
 
 def test_a_command_may_open_as_many_files_as_the_system_permits():
@@ -93,6 +118,15 @@ def test_error_is_one_short_line(monkeypatch, capsys, kind):
     assert printed.startswith("error: first second\\x1b[31m nnn")
     assert printed.endswith("nnn end\n")
     assert len(printed) < 400
+
+
+def test_nothing_follows_the_error():
+    program = "from maskmoe.command_line.run_tool import run_tool; from maskmoe.errors import UserError\n"
+    program += "class File:\n def __del__(self): raise ValueError('flush of closed file')\n"
+    program += "def main(file=File()): raise UserError('bad')\n"
+    program += "run_tool(main)"
+    ended = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, cwd=ROOT, check=False)
+    assert (ended.returncode, ended.stderr) == (2, "error: bad\n")
 
 
 def test_one_line_keeps_an_ordinary_message():

@@ -16,7 +16,7 @@ def megatron_tokenizer(tokenizer_type: str, model: Path):
     """Build a tokenizer as `megatron.training` does for `--tokenizer-type` and `--tokenizer-model` alone."""
     unset = (
         "special_tokens vocab_file merge_file chat_template metadata_path tokenizer_sentencepiece_legacy "
-        "tokenizer_hf_no_use_fast tokenizer_hf_no_include_special_tokens trust_remote_code pad_vocab_size"
+        "tokenizer_hf_no_use_fast tokenizer_hf_no_include_special_tokens trust_remote_code pad_vocab_size use_gigatoken"
     )
     arguments = SimpleNamespace(
         **dict.fromkeys(unset.split()),

@@ -54,6 +54,8 @@ FOREIGN_FLAGS = {
         "--trust-remote-code",
     },
 }
+# Scripts that library.md prints.
+PRINTED_SCRIPTS = {"my_pretrain.py", "my_loop.py"}
 SHELL_COMMANDS = {"cp", "export", "mkdir", "source", "split"}
 # The first blocks of these pages, which take seconds (that of hybrid.md trains), and what they print.
 QUICK = {
@@ -111,8 +113,10 @@ def unknown_flags(words: list[str]) -> set[str]:
         return flags_of(arguments) - (known_flags(name) if name != "--help" else {"--help"})
     if program in FOREIGN_FLAGS:
         scripts = [word for word in arguments if word.endswith(".py")]
+        if PRINTED_SCRIPTS.issuperset(scripts):
+            return flags_of(arguments) - FOREIGN_FLAGS[program] - (known_flags("pretrain") if scripts else set())
         assert all((ROOT / script).is_file() for script in scripts)
-        return flags_of(arguments) - FOREIGN_FLAGS[program] - (script_flags() if scripts else set())
+        return flags_of(arguments) - FOREIGN_FLAGS[program] - script_flags()
     if program == "python":
         assert (ROOT / arguments[0]).is_file(), arguments[0]
         return flags_of(arguments) - script_flags()

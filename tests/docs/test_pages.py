@@ -3,6 +3,7 @@
 import re
 import subprocess
 import sys
+from importlib.metadata import version
 from pathlib import Path
 
 import pytest
@@ -40,6 +41,8 @@ def test_every_page_begins_with_a_command() -> None:
 
 @pytest.mark.parametrize("script", GENERATED)
 def test_generated_page_is_up_to_date(script: str, tmp_path: Path) -> None:
+    if script == "internals.py" and not version("megatron-core").startswith("0.19."):
+        pytest.skip("the page is about another version of Megatron-Core")
     program = [str(DOCS / "generators" / script), "--check"]
     with start_ranks(program, tmp_path, working_folder=ROOT, are_preloaded=True) as processes:
         outcome = processes.wait()

@@ -43,6 +43,17 @@ def test_a_file_of_an_input_folder_is_an_input(source: Path):
     check_outputs([folder / "new"], [folder])
 
 
+def test_a_checkpoint_gets_no_output(tmp_path: Path):
+    checkpoint = tmp_path / "iter_0000008"
+    (checkpoint / "sub").mkdir(parents=True)
+    (checkpoint / ".metadata").touch()
+    (tmp_path / "link").symlink_to(checkpoint)
+    for path in (checkpoint / "new", checkpoint / "sub" / "new", tmp_path / "link" / "new"):
+        with pytest.raises(UserError, match="is a checkpoint, which stays as it was saved"):
+            check_outputs([path], force=True)
+    check_outputs([tmp_path / "new"])
+
+
 @pytest.mark.parametrize("umask", [0o022, 0o077])
 def test_umask_decides_who_may_read_an_output(tmp_path: Path, umask: int):
     """Also if a library replaces the temporary file by a file that only its owner may read."""

@@ -18,8 +18,17 @@ from maskmoe.conversion.settings import read_model_config
 from maskmoe.data.indexed_dataset import read_tokenizer_record
 from maskmoe.data.tokenizer import load_tokenizer
 from maskmoe.errors import UserError
+from maskmoe.files import json_files
 from maskmoe.files.json_files import read_json
-from maskmoe.files.untrusted import MAX_YAML_BYTES, UnusableFile, read_bounded, read_words, resolve_inside
+from maskmoe.files.untrusted import (
+    MAX_YAML_BYTES,
+    UnusableFile,
+    check_model_folder,
+    check_tokenizer,
+    read_bounded,
+    read_words,
+    resolve_inside,
+)
 from maskmoe.launch.model_file import ModelFile
 from maskmoe.routing_mask.expert_table import ExpertTable
 from maskmoe.routing_mask.frequency import TokenFrequency
@@ -134,6 +143,14 @@ def test_aliases_that_multiply_are_refused(tmp_path: Path) -> None:
     assert time.monotonic() - start < 5
 
 
+@pytest.mark.parametrize("text", ['num-layers: "a\\0b"\n', '"a\\0b": 1\n'])
+def test_yaml_with_a_null_character_is_refused(tmp_path: Path, text: str) -> None:
+    """No word of a command line may have one."""
+    (tmp_path / "null.yaml").write_text(text)
+    with pytest.raises(UserError, match="has a null character"):
+        ModelFile.read(tmp_path / "null.yaml", {})
+
+
 def test_yaml_that_is_too_large_is_refused(tmp_path: Path) -> None:
     (tmp_path / "large.yaml").write_bytes(b"#" * (MAX_YAML_BYTES + 1))
     with pytest.raises(UserError, match="has more than the"):
@@ -151,6 +168,7 @@ READERS_OF_ONE_FILE: dict[str, Callable[[Path], object]] = {
     "SentencePiece": lambda path: load_tokenizer("SentencePieceTokenizer", path),
     "tokenizer.json": lambda path: load_tokenizer("HuggingFaceTokenizer", path),
     "bytes": lambda path: read_bounded(path, 100),
+    "checkpoint's tokenizer": check_tokenizer,
 }
 
 
@@ -163,6 +181,48 @@ def test_only_regular_files_are_read(tmp_path: Path, kind: str) -> None:
         with pytest.raises(UserError) as refusal:
             READERS_OF_ONE_FILE[kind](path)
         assert len(str(refusal.value).splitlines()) == 1
+
+
+def test_a_file_that_the_user_names_may_be_a_pipe_but_not_without_end(tmp_path: Path, monkeypatch) -> None:
+    monkeypatch.setattr(json_files, "_MAX_TEXT_BYTES", 100)
+    for content, error in ((b"a\nb\n", ""), (b"a" * 101, "has more than the 100 bytes")):
+        reader, writer = os.pipe()
+        os.write(writer, content)
+        os.close(writer)
+        assert error in error_of(
+            lambda descriptor=reader: json_files.read_lines(Path(f"/dev/fd/{descriptor}"), "--input")
+        )
+        os.close(reader)
+    assert "is not a regular file" in error_of(lambda: json_files.read_lines(Path("/dev/zero"), "--input"))
+
+
+def replacement(pattern: object, content: str) -> dict[str, object]:
+    return {"type": "Replace", "pattern": pattern, "content": content}
+
+
+@pytest.mark.parametrize(
+    ("parts", "is_refused"),
+    [
+        ({"normalizer": replacement({"String": " "}, "▁")}, False),
+        ({"normalizer": replacement({"Regex": " +"}, " "), "decoder": replacement({"String": "▁"}, " ")}, False),
+        ({"normalizer": replacement({"String": ""}, "a" * 200)}, True),
+        ({"normalizer": replacement({"Regex": "x*"}, "a" * 200)}, True),
+        ({"decoder": {"type": "Sequence", "decoders": [replacement({"String": "a"}, "aa")] * 40}}, True),
+        ({"normalizer": {"type": "Prepend", "prepend": "a" * 200}}, True),
+        ({"post_processor": {"type": "TemplateProcessing", "single": [{"SpecialToken": {"id": "a"}}] * 10_000}}, True),
+    ],
+)
+def test_tokenizer_that_makes_texts_longer(tmp_path: Path, parts: dict[str, Any], is_refused: bool) -> None:
+    (tmp_path / "tokenizer.json").write_text(json.dumps({"model": {"vocab": {"a" * 1000: 0}}, **parts}))
+    assert ("times longer" in error_of(lambda: check_model_folder(tmp_path))) == is_refused
+
+
+def test_folder_of_a_model_has_regular_files(tmp_path: Path) -> None:
+    (tmp_path / "additional_chat_templates").mkdir()
+    check_model_folder(tmp_path)
+    os.mkfifo(tmp_path / "additional_chat_templates" / "a.jinja")
+    with pytest.raises(UnusableFile, match=r"a\.jinja is not a regular file"):
+        check_model_folder(tmp_path)
 
 
 @pytest.mark.parametrize(

@@ -31,9 +31,9 @@ from support.small_moe import DEVICE, draw_parameters, initialize_parallelism, m
 from torch import Tensor
 from torch.nn.functional import linear, silu
 
+from maskmoe.routing_mask.dispatch_kind import DispatchKind
 from maskmoe.routing_mask.mask import RoutingMask
 from maskmoe.transformer.dispatch.choose import build_dispatcher
-from maskmoe.transformer.dispatch.kind import DispatchKind
 from maskmoe.transformer.dispatch.one_copy import OneCopyDispatcher
 from maskmoe.transformer.dispatch.planned import DispatchPlanner, PlannedDispatcher
 from maskmoe.transformer.moe_layer import MaskMoELayer

@@ -4,6 +4,7 @@ import argparse
 import re
 import shlex
 import subprocess
+from pathlib import Path
 
 import pytest
 from megatron.training.arguments import add_megatron_arguments
@@ -88,7 +89,7 @@ def test_default_folders_lie_in_the_run_folder():
     )
     moved = str(build_command("--run-dir /run m.yaml --save /elsewhere --tensorboard-dir false"))
     assert moved.endswith(" --save /elsewhere --load /elsewhere")
-    assert parse("launch/models/laptop.yaml").run_dir == ROOT / "runs" / "laptop"
+    assert parse("launch/models/laptop.yaml").run_dir == Path.cwd() / "runs" / "laptop"
 
 
 @pytest.mark.parametrize("pattern", ["*E*E", "*E*E|*-*E/*E/*E", "-*E|+-GE", "--*E"])

@@ -15,7 +15,7 @@ from support.runs import LAPTOP_VOCAB_SIZE
 from support.waiting import wait_until
 
 from maskmoe.files.run_folder import Kind, read_journal
-from maskmoe.transformer.dispatch.kind import DispatchKind
+from maskmoe.routing_mask.dispatch_kind import DispatchKind
 
 pytestmark = pytest.mark.slurm
 

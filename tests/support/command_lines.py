@@ -78,6 +78,7 @@ def run_command(*words: object, folder: Path | str = ".", starts_ranks: bool = F
         module = None if launches else TRAINING.get("check" if is_check else command[0])
         patch.setattr(sys, "argv", ["maskmoe", *command] if module is None else [f"{command[0]}.py", *command[1:]])
         patch.setattr("signal.signal", lambda *_: None)
+        patch.setattr(sys, "unraisablehook", sys.unraisablehook)
         for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK"):
             patch.delenv(name, raising=False)
         try:

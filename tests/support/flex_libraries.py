@@ -110,10 +110,9 @@ def fused_combine(x: Tensor, group: ProcessGroup, handle: Plan, **_: Any) -> tup
 
 
 def hybrid_ep_dispatch(
-    *, x: Tensor, routing_map: Tensor, probs: Tensor, group: ProcessGroup, pad_multiple: None, **_: Any
+    *, x: Tensor, routing_map: Tensor, probs: Tensor, group: ProcessGroup, **_: Any
 ) -> tuple[Tensor, Tensor, None, Tensor, Plan]:
-    """HybridEP: send a token by its routing map, and order rows by expert."""
-    assert pad_multiple is None
+    """HybridEP: send a token by its routing map, and order rows by expert, without rows of padding."""
     # The library gathers the routing maps of all ranks, which must have the same shape.
     sizes = [torch.empty(1, dtype=torch.int64) for _ in range(group.size())]
     torch.distributed.all_gather(sizes, torch.tensor([len(x)]), group=group)

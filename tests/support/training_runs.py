@@ -180,6 +180,7 @@ RUNS = {
         ranks=2,
         program=MEGATRONS_LAYERS,
         mask="megatrons.safetensors",
+        omits="--num-layers",
         saves=True,
     ),
     "Megatron's own model, continued with its mask": Run(
@@ -187,6 +188,7 @@ RUNS = {
         ranks=2,
         continues="Megatron's own model",
         mask="megatrons.safetensors",
+        omits="--num-layers",
         saves=True,
     ),
     "Megatron's own model, continued from ours": Run(
@@ -195,6 +197,7 @@ RUNS = {
         continues="Megatron's own model, continued with its mask",
         program=MEGATRONS_LAYERS,
         mask="megatrons.safetensors",
+        omits="--num-layers",
     ),
     "wider mask, resumed": Run(f"{DROPOUT} {UNTIL_10} --ckpt-step 8", continues="wider mask", mask="wider.safetensors"),
     "planned dispatch, distributed optimizer": Run(

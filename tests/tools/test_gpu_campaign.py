@@ -28,7 +28,7 @@ from maskmoe.launch.command import standalone_command
 from maskmoe.launch.machine import Devices
 from maskmoe.megatron_compat import cpu
 from maskmoe.megatron_compat.gpu import GpuPackages
-from maskmoe.transformer.dispatch.kind import DispatchKind
+from maskmoe.routing_mask.dispatch_kind import DispatchKind
 
 SCRIPT = ROOT / "tools" / "gpu_campaign.sh"
 

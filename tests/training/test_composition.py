@@ -10,7 +10,7 @@ from support.paths import TESTS
 from support.training import SETTINGS, Run
 from support.training_runs import COMPARED, RUNS
 
-from maskmoe.transformer.dispatch.kind import DispatchKind
+from maskmoe.routing_mask.dispatch_kind import DispatchKind
 
 # fp32 numbers are 1.2e-7 apart, and layouts add them in different orders. The largest difference seen is 4.3e-7, and it
 # does not grow over the steps. Another mask changes the loss by more than 1e-4, see

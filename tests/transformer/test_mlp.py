@@ -57,7 +57,7 @@ def test_swiglu_keeps_its_input_only() -> None:
 def mlp_of(spec_of: Callable, is_dense: bool, **settings: Any) -> MLP:
     """Build the dense MLP, or the shared expert, of the first layer of a block."""
     config = make_config(
-        None if is_dense else 4,
+        moe_layer_freq=[int(not is_dense)],
         moe_shared_expert_intermediate_size=None if is_dense else 12,
         moe_shared_expert_gate=not is_dense,
         **settings,

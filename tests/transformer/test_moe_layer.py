@@ -21,8 +21,8 @@ from support.small_moe import (
 from torch import Tensor
 from torch.nn.functional import linear, silu
 
+from maskmoe.routing_mask.dispatch_kind import DispatchKind
 from maskmoe.transformer.dispatch.choose import build_dispatcher
-from maskmoe.transformer.dispatch.kind import DispatchKind
 from maskmoe.transformer.token_ids import TokenIds
 
 LOSSES = {"moe_aux_loss_coeff": 1e-2, "moe_z_loss_coeff": 1e-3}

@@ -19,8 +19,8 @@ from support.small_moe import (
 from torch import Tensor
 
 from maskmoe.megatron_compat import cpu
+from maskmoe.routing_mask.dispatch_kind import DispatchKind
 from maskmoe.transformer.dispatch.choose import choose_dispatch
-from maskmoe.transformer.dispatch.kind import DispatchKind
 from maskmoe.transformer.dispatch.one_copy import OneCopyDispatcher, OneRankDispatcher
 from maskmoe.transformer.dispatch.stock import StockDispatcher
 from maskmoe.transformer.moe_layer import MaskMoELayer

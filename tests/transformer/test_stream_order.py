@@ -26,10 +26,10 @@ from torch import Tensor
 from torch.cuda._sanitizer import ArgumentHandler, EventHandler
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from maskmoe.routing_mask.dispatch_kind import DispatchKind
 from maskmoe.transformer import experts, router
 from maskmoe.transformer.dispatch import stock
 from maskmoe.transformer.dispatch.choose import build_dispatcher
-from maskmoe.transformer.dispatch.kind import DispatchKind
 from maskmoe.transformer.dispatch.planned import DispatchPlanner
 from maskmoe.transformer.gathered_parameters import wait_for_convolutions
 from maskmoe.transformer.token_ids import TokenIds, pack_token_ids

@@ -23,7 +23,7 @@ from ranks import compare, run_and_report
 from routed_tokens import RoutedTokens, draw_tokens, exchange_floor
 from torch import Tensor
 
-from maskmoe.transformer.dispatch.kind import DispatchKind
+from maskmoe.routing_mask.dispatch_kind import DispatchKind
 from maskmoe.transformer.dispatch.one_copy import OneCopyDispatcher
 from maskmoe.transformer.dispatch.planned import PlannedDispatcher
 

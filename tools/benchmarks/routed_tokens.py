@@ -20,9 +20,9 @@ from zipf import zipf_mask, zipf_probabilities
 from maskmoe.megatron_compat import cpu
 from maskmoe.megatron_compat.gpu import GpuPackages
 from maskmoe.routing_mask.assignment import MaskRecipe
+from maskmoe.routing_mask.dispatch_kind import DispatchKind
 from maskmoe.routing_mask.mask import RoutingMask
 from maskmoe.transformer.dispatch.choose import choose_dispatch
-from maskmoe.transformer.dispatch.kind import DispatchKind
 from maskmoe.transformer.dispatch.planned import DispatchPlanner
 from maskmoe.transformer.token_ids import TokenIds
 from maskmoe.transformer.visible_experts import VisibleExperts

@@ -7,7 +7,7 @@ from gpu_campaign.results import Cell, Findings, Table
 from gpu_campaign.runs import Run, expert_parallel_size
 from gpu_campaign.step import Command, Context
 from maskmoe.comparison.table import training_seconds
-from maskmoe.transformer.dispatch.kind import DispatchKind
+from maskmoe.routing_mask.dispatch_kind import DispatchKind
 
 _OVERLAP = ("--overlap-grad-reduce", "--overlap-param-gather")
 _ONE_BUCKET, _SMALL_BUCKETS = ("--ddp-bucket-size", "1000000000"), ("--ddp-bucket-size", "1")

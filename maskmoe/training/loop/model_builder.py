@@ -36,7 +36,7 @@ class MaskMoEModelConfig:
     megatron: GPTModelConfig | HybridModelConfig
     """The settings that Megatron has, too; the class says which kind of model is built."""
 
-    routing_mask: Path | None = None
+    routing_mask: Path | str | None = None
     """File of the routing mask, or a checkpoint that holds the mask. Ignored for a model without experts."""
 
     replaced_routing_mask: Path | None = None

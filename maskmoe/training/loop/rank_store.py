@@ -7,18 +7,22 @@ import socket
 import time
 import uuid
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
 from datetime import timedelta
 from typing import ClassVar
 
-import torch
-from torch.distributed import HashStore, PrefixStore, Store
+import psutil
+from torch.distributed import HashStore, PrefixStore, Store, TCPStore
 
 from maskmoe.errors import RunFailure, UserError
+from maskmoe.launch.machine import connection_error
+from maskmoe.training.watch.console import console, rank_of_process
 
 _TIMEOUT = timedelta(hours=1)
+_PATIENCE = 5.0  # seconds before a waiting rank says for whom it waits
 _FAILURE = "failure"
+_MOST_NAMED_RANKS = 8
 
 
 @dataclass(frozen=True)
@@ -47,14 +51,15 @@ class RankStore:
 
     @classmethod
     def _meet_other_ranks(cls) -> "RankStore":
-        rank, world_size = (
-            int(os.environ.get(name, default)) for name, default in (("RANK", "0"), ("WORLD_SIZE", "1"))
-        )
+        rank, world_size = rank_of_process()
         if rank >= world_size:
             raise UserError(f"RANK={rank} is not one of the ranks 0 to {world_size - 1} of WORLD_SIZE={world_size}")
         if world_size == 1:
             return cls(HashStore(), 0, 1)
-        store, rank, world_size = next(torch.distributed.rendezvous("env://", timeout=_TIMEOUT))
+        interfaces = filter(None, os.environ.get("GLOO_SOCKET_IFNAME", "").split(","))
+        if missing := sorted({*interfaces} - psutil.net_if_addrs().keys()):
+            raise UserError(f"GLOO_SOCKET_IFNAME: this host has no network interface {missing[0]}")
+        store = _open_store(rank)
         session = _meet(store, rank, world_size)
         return cls(PrefixStore(session, store), rank, world_size)
 
@@ -93,9 +98,7 @@ class RankStore:
         deadline = time.monotonic() + _TIMEOUT.total_seconds()
         # Waiting in the store would not notice a failure, or log a warning at each time limit.
         while (message := self.peek(key)) is None:
-            if (failure := self.peek(_FAILURE)) is not None:
-                is_refusal, text = json.loads(failure)
-                raise UserError(text) if is_refusal else RunFailure(text)
+            _raise_failure(self.store)
             if time.monotonic() > deadline:
                 raise TimeoutError(f"no rank has left the message {key} for {_TIMEOUT}")
             time.sleep(_poll_seconds(self.world_size))
@@ -104,15 +107,37 @@ class RankStore:
 
 @contextmanager
 def sharing_failures() -> Iterator[None]:
-    """Let all ranks that wait for a message fail with this rank's failure, if the ranks have met already."""
+    """Let all ranks that wait for a message, or to meet this rank, fail with this rank's failure.
+
+    Before the ranks have met, only a refusal is shared: torchrun may restart a rank that failed.
+    """
     try:
         yield
     except Exception as error:
-        if RankStore.of_process is not None:
-            place = f"rank {RankStore.of_process.rank} on host {socket.gethostname()}"
-            failure = [isinstance(error, UserError), f"{error} ({place})"]
-            RankStore.of_process.store.set(_FAILURE, json.dumps(failure))
+        if (store := _store_for(error)) is not None:
+            place = f"rank {os.environ.get('RANK', '0')} on host {socket.gethostname()}"
+            store.set(_FAILURE, json.dumps([isinstance(error, UserError), f"{error} ({place})"]))
         raise
+
+
+def _store_for(failure: Exception) -> Store | None:
+    """Return the store in which the other ranks see a failure of this rank; None if there is none."""
+    if RankStore.of_process is not None:
+        return RankStore.of_process.store
+    with suppress(UserError):
+        if isinstance(failure, UserError) and rank_of_process()[1] > 1:
+            check_launched()
+            host, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
+            if connection_error(host, port) is None:
+                return TCPStore(host, port, None, False, timedelta(seconds=_PATIENCE), wait_for_workers=False)
+    return None
+
+
+def _raise_failure(store: Store) -> None:
+    """Raise the failure that another rank has left in a store, if there is one."""
+    if store.check([_FAILURE]):
+        is_refusal, text = json.loads(store.get(_FAILURE))
+        raise UserError(text) if is_refusal else RunFailure(text)
 
 
 def check_launched() -> None:
@@ -122,6 +147,22 @@ def check_launched() -> None:
             f"this process was not started as a rank, {' and '.join(missing)} are not set: start it by torchrun, by "
             "`maskmoe pretrain`, `evaluate` or `generate`, or by launch/pretrain.sh"
         )
+    port = os.environ["MASTER_PORT"]
+    if not (port.isascii() and port.isdecimal() and int(port[:9]) < 1 << 16):
+        raise UserError(f"MASTER_PORT={port} is not a port: set a free port, 1 to 65535")
+
+
+def _open_store(rank: int) -> Store:
+    """Connect to the store at which the ranks meet, which torchrun hosts, or else rank 0. Raises UserError."""
+    check_launched()
+    host, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
+    is_host = rank == 0 and os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True"
+    if is_host and connection_error(host, port) is None:
+        raise UserError(f"another process listens at MASTER_PORT={port} already: set a free port")
+    if not is_host and connection_error(host, port) is not None:
+        console.say(f"waiting for rank 0 at {host}:{port}: check that it was started, and MASTER_ADDR", rank=rank)
+    # `torch.distributed.rendezvous` would wait here for all ranks without a word.
+    return TCPStore(host, port, None, is_host, _TIMEOUT, wait_for_workers=False, multi_tenant=True)
 
 
 def _meet(store: Store, rank: int, world_size: int) -> str:
@@ -136,17 +177,31 @@ def _meet(store: Store, rank: int, world_size: int) -> str:
     me = uuid.uuid4().hex
     hellos = [f"hello/{number}" for number in range(world_size)]
     store.set(hellos[rank], me)
-    store.wait(hellos)
-    joined = ""
+    start, has_said, joined = time.monotonic(), os.environ.get("LOCAL_RANK", "0") != "0", ""
     while True:
-        names = store.multi_get(hellos)
-        session = hashlib.sha256(b" ".join(names)).hexdigest()
-        if names[rank].decode() == me and session != joined:
-            store.add(session, 1)
-            joined = session
-        if session == joined and store.add(session, 0) == world_size:
-            return session
+        _raise_failure(store)
+        if store.check(hellos):
+            names = store.multi_get(hellos)
+            session = hashlib.sha256(b" ".join(names)).hexdigest()
+            if names[rank].decode() == me and session != joined:
+                store.add(session, 1)
+                joined = session
+            if session == joined and store.add(session, 0) == world_size:
+                return session
+        seconds = time.monotonic() - start
+        if seconds > _PATIENCE and not has_said:
+            console.say(f"waiting for {_missing(store, hellos)}", rank=rank)
+            has_said = True
+        if seconds > _TIMEOUT.total_seconds():
+            raise RunFailure(f"the ranks have not met within {_TIMEOUT}; missing are {_missing(store, hellos)}")
         time.sleep(_poll_seconds(world_size))
+
+
+def _missing(store: Store, hellos: list[str]) -> str:
+    """Return which ranks have not come to a meeting, in words."""
+    missing = [str(number) for number, hello in enumerate(hellos) if not store.check([hello])]
+    names = ", ".join(missing[:_MOST_NAMED_RANKS]) + (", …" if len(missing) > _MOST_NAMED_RANKS else "")
+    return f"{len(missing)} of {len(hellos)} ranks: {names or 'restarted ones'}"
 
 
 def _poll_seconds(world_size: int) -> float:

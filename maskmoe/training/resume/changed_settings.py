@@ -17,8 +17,8 @@ from megatron.core.dist_checkpointing import load_common_state_dict
 from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
 from megatron.training import training
 
+from maskmoe.checkpoint.integrity import iteration_of
 from maskmoe.checkpoint.routing_mask import find_routing_mask
-from maskmoe.checkpoint.series import iteration_of
 from maskmoe.errors import UserError, reason_of
 from maskmoe.megatron_compat.globals import global_args
 from maskmoe.training.resume.choose_checkpoint import loads_what_it_saves
@@ -82,7 +82,7 @@ def find_changed_settings(args: Namespace, checkpoint: Path | None) -> ChangedSe
     if schedule is None:  # nothing is trained
         return ChangedSettings(notes=tuple(_notes_of_function(args, saved)))
     if args.finetune:
-        return ChangedSettings(notes=tuple(_notes_of_finetuning(args)))
+        return ChangedSettings()
     if args.override_ckpt_iteration is not None:
         iteration = args.override_ckpt_iteration
     resumption = _Resumption(args, checkpoint, saved, state.get("opt_param_scheduler"), schedule, iteration)
@@ -235,15 +235,6 @@ class _Resumption:
 def has_one_learning_rate(args: Namespace) -> bool:
     """Return whether all parameters have the learning rate in `--lr`."""
     return args.decoupled_lr is None and not args.use_mup
-
-
-def _notes_of_finetuning(args: Namespace) -> Iterator[str]:
-    """Yield a note if a restart with `--finetune` would lose the progress."""
-    if loads_what_it_saves(args):
-        yield (
-            f"--finetune with --save in the folder of --load, {args.load}: each start begins at iteration 0 again; "
-            f"pass another --save, or --pretrained-checkpoint instead of --finetune ({_PAGE})"
-        )
 
 
 def _notes_of_function(args: Namespace, saved: Namespace) -> Iterator[str]:

@@ -1,10 +1,13 @@
 """Finds the newest sound checkpoint to resume from, which all ranks verify together, and checks `--save`."""
 
 import json
+import os
 import sys
 from argparse import Namespace
 from itertools import count
 from pathlib import Path
+
+from megatron.core.dist_checkpointing import load_common_state_dict
 
 from maskmoe.checkpoint.integrity import Damage, check_content, check_structure
 from maskmoe.checkpoint.series import (
@@ -13,6 +16,7 @@ from maskmoe.checkpoint.series import (
     checkpoint_path,
     choose_checkpoint,
     has_checkpoint,
+    newest_sound,
     non_persistent_folder,
     read_tracker,
     saved_iterations,
@@ -134,16 +138,35 @@ def loads_what_it_saves(args: Namespace) -> bool:
 
 
 def check_save_folder_is_own(args: Namespace, checkpoint: Path | None) -> None:
-    """Raise `UserError` if a run from the beginning would write over checkpoints of another run in `--save`.
+    """Raise `UserError` if a run would write over, or remove, checkpoints that it does not continue.
 
-    A run that saves to the folder from which it loads continues the run of this folder. A run that loads from another
-    folder may have been interrupted and started again, so its checkpoints may be in `--save` already.
+    A run that loads from the folder to which it saves continues this folder's run, unless it starts at iteration 0. A
+    run that loads from another folder may have been interrupted and started again: then the checkpoints in `--save`
+    name the same `--load`.
     """
-    if args.save is None or checkpoint is not None or loads_what_it_saves(args) or not has_checkpoint(args.save):
+    if args.save is None:
         return
-    newest = max(saved_iterations(args.save), default=None)
-    which = f"of iteration {newest} " if newest is not None else ""
-    raise UserError(
-        f"--save {args.save} holds a checkpoint {which}already, and this run would start from the beginning and write "
-        f"over it: pass --load {args.save} to continue that run, or save to another folder"
-    )
+    starts_anew, is_same_folder = checkpoint is None or args.finetune, loads_what_it_saves(args)
+    for folder in (Path(args.save), non_persistent_folder(args, args.save)):
+        if folder is None or (is_same_folder and not starts_anew):
+            continue
+        is_own = not (saved_iterations(folder) if is_same_folder else has_checkpoint(folder))
+        if not starts_anew:
+            is_own = is_own or folder != Path(args.save) or _names_same_load(folder, args.load)
+        if not is_own:
+            newest = max(saved_iterations(folder), default=None)
+            which = f"of iteration {newest} " if newest is not None else ""
+            start = "start at iteration 0" if starts_anew else f"continue the run in --load {args.load}"
+            raise UserError(
+                f"{folder} holds a checkpoint {which}already, and this run would {start} and write over it: save to "
+                f"another folder, or pass --load {args.save} without --finetune to continue the run in --save"
+            )
+
+
+def _names_same_load(folder: Path, load: str) -> bool:
+    """Return whether the newest sound checkpoint in a folder is of a run with this `--load`; True without any."""
+    newest = newest_sound(folder)
+    if newest is None:
+        return True
+    saved = load_common_state_dict(checkpoint_path(folder, newest)).get("args")
+    return Path(getattr(saved, "load", None) or os.devnull).resolve() == Path(load).resolve()

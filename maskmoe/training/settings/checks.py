@@ -9,7 +9,8 @@ from pathlib import Path
 
 from megatron.training.arguments import parse_args, validate_args
 
-from maskmoe.checkpoint.series import iteration_of, non_persistent_folder
+from maskmoe.checkpoint.integrity import iteration_of
+from maskmoe.checkpoint.series import non_persistent_folder
 from maskmoe.command_line.parser import refuse_unknown_flags
 from maskmoe.errors import UserError
 from maskmoe.megatron_compat import cpu

@@ -1,6 +1,5 @@
 """Checks of the files that a run names, made before any compute is spent: tokenizer, mask, datasets, save folder."""
 
-import hashlib
 import math
 import os
 import tempfile
@@ -17,14 +16,16 @@ from maskmoe.checkpoint.routing_mask import find_routing_mask as routing_mask_of
 from maskmoe.checkpoint.routing_mask import mask_of_megatron, read_routing_mask
 from maskmoe.checkpoint.series import check_separate_folder
 from maskmoe.data.indexed_dataset import open_tokens, read_index, read_tokenizer_record
-from maskmoe.data.tokenizer import TOKENIZER_TYPES, TokenizerRecord
-from maskmoe.errors import UserError, reason_of
+from maskmoe.data.tokenizer import TOKENIZER_TYPES, TokenizerRecord, tokenizer_sha256
+from maskmoe.errors import UserError, reason_of, refused_by_system
+from maskmoe.files.outputs import refuse_checkpoint
 from maskmoe.megatron_compat.globals import get_tokenizer
 from maskmoe.routing_mask.feed_forward_layers import FeedForwardLayers
 from maskmoe.routing_mask.mask import MaskChange, RoutingMask
 from maskmoe.transformer.visible_experts import check_same_mask
 
-_CHUNK_TOKENS = 1 << 24
+_CHUNK_TOKENS = 1 << 20
+_MOST_CHUNKS_OF_COUNTED = 64  # of a dataset whose counts are known, but whose file may have changed since
 # Types whose model is a file or folder on this machine, or that need no model but must not be given a missing one.
 _LOCAL_TOKENIZERS = {"NullTokenizer", "TikTokenizer", "GPTSentencePieceTokenizer", "Llama2Tokenizer", *TOKENIZER_TYPES}
 
@@ -37,7 +38,7 @@ def check_tokenizer(args: Namespace) -> str | None:
 
     Raises:
         UserError: No tokenizer is named, the vocabulary size that the type needs is missing, or the model does not
-            exist.
+            exist or is damaged.
     """
     if args.tokenizer_type is None:
         raise UserError("no tokenizer: pass --tokenizer-type and --tokenizer-model; maskmoe tokenizer makes one")
@@ -48,13 +49,7 @@ def check_tokenizer(args: Namespace) -> str | None:
     model = Path(args.tokenizer_model)
     if not model.exists():
         raise UserError(f"--tokenizer-model {model} does not exist")
-    if args.tokenizer_type not in TOKENIZER_TYPES:
-        return None
-    if args.tokenizer_type == "HuggingFaceTokenizer" and model.is_dir():
-        model /= "tokenizer.json"
-    if not model.is_file():
-        raise UserError(f"--tokenizer-model {model} is not a file")
-    return hashlib.sha256(model.read_bytes()).hexdigest()
+    return tokenizer_sha256(args.tokenizer_type, model)
 
 
 def check_save_folder(args: Namespace) -> None:
@@ -72,12 +67,10 @@ def check_save_folder(args: Namespace) -> None:
         if name is None:
             continue
         folder = Path(name).absolute()
+        refuse_checkpoint(folder)
         existing = next(path for path in (folder, *folder.parents) if os.path.lexists(path))
-        try:
-            with tempfile.TemporaryFile(dir=existing):
-                pass
-        except OSError as error:
-            raise UserError(f"{flag} {name}: cannot write in {existing}: {error.strerror}") from error
+        with refused_by_system(f"{flag} {name}: cannot write in {existing}"):
+            tempfile.TemporaryFile(dir=existing).close()
 
 
 # ---- The routing mask ------------------------------------------------------------------------------------------------
@@ -166,8 +159,8 @@ def data_errors(
     """Yield an error for every unusable dataset of the run.
 
     A dataset must be complete, made with the tokenizer of the run, and hold no token id beyond the vocabulary. Before
-    training, the datasets must also have all the parts that training reads. Token ids are not read if their counts are
-    in the mask, if `vocab_size` is unknown, or if a dataset is larger than `most_bytes_read`.
+    training, the datasets must also have all the parts that training reads. Only samples of the token ids are read if
+    their counts are in the mask, and none if `vocab_size` is unknown, or if a dataset is larger than `most_bytes_read`.
     """
     counted = [(dataset["idx_sha256"], dataset["bin_bytes"]) for dataset in (mask.provenance.datasets if mask else ())]
     try:
@@ -185,8 +178,8 @@ def data_errors(
             if (record := read_tokenizer_record(prefix)) is not None:
                 _check_same_tokenizer(args, record, f"dataset {prefix} was")
             is_counted = (index.idx_sha256, index.bin_bytes) in counted
-            if vocab_size is not None and not is_counted and index.bin_bytes <= most_bytes_read:
-                _check_token_ids(prefix, vocab_size)
+            if vocab_size is not None and (is_counted or index.bin_bytes <= most_bytes_read):
+                _check_token_ids(prefix, vocab_size, _MOST_CHUNKS_OF_COUNTED if is_counted else None)
         except UserError as error:
             are_usable = False
             yield str(error)
@@ -258,12 +251,18 @@ def _check_same_tokenizer(args: Namespace, made_with: TokenizerRecord, what: str
         )
 
 
-def _check_token_ids(prefix: str, vocab_size: int) -> None:
-    """Check that every token id of a dataset is in the vocabulary. Raises UserError."""
+def _check_token_ids(prefix: str, vocab_size: int, most_chunks: int | None = None) -> None:
+    """Check that the token ids of a dataset are in the vocabulary, all or those of evenly spread chunks.
+
+    Raises:
+        UserError: A token id is beyond the vocabulary.
+    """
     tokens = open_tokens(prefix)
     # As an unsigned number, a negative id is larger than any vocabulary.
     unsigned = tokens.view(f"u{tokens.dtype.itemsize}")
     starts = range(0, len(tokens), _CHUNK_TOKENS)
+    if most_chunks is not None:
+        starts = starts[:: -(-len(starts) // most_chunks) or 1]
     for start in tqdm(starts, desc=f"checking {Path(prefix).name}", unit="chunk", delay=1):
         is_beyond = unsigned[start : start + _CHUNK_TOKENS] >= vocab_size
         if is_beyond.any():

@@ -184,8 +184,11 @@ def _captures_experts(args: Namespace) -> bool:
 
 def _chunks_of_layout(args: Namespace) -> list[list[LayerType]]:
     """Return the layers of each model chunk in `--pipeline-model-parallel-layout`; nothing without the flag."""
+    layout = args.pipeline_model_parallel_layout or ""
+    if isinstance(layout, PipelineParallelLayerLayout):  # of a configuration: [pipeline ranks, chunks of a rank]
+        return [chunk for chunks in zip(*layout.layout, strict=True) for chunk in chunks]
     try:
-        return PipelineParallelLayerLayout.parse_str_to_list(args.pipeline_model_parallel_layout or "")
+        return PipelineParallelLayerLayout.parse_str_to_list(layout)
     except AssertionError:
         return []  # Megatron reports a layout that it cannot parse.
 
@@ -228,6 +231,14 @@ def _loses_gradients_of_experts(args: Namespace) -> bool:
 def _leaves_experts_unquantized(args: Namespace) -> bool:
     is_grouped = args.moe_grouped_gemm or not args.num_experts
     return bool(args.fp8 or args.fp4) and not (args.transformer_impl == "transformer_engine" and is_grouped)
+
+
+def _divides_weights_further(args: Namespace) -> bool:
+    """Return whether ranks hold smaller parts of weights than tensor parallelism gives them."""
+    tp = args.tensor_model_parallel_size
+    shards = getattr(args, "tensor_parallel_num_weight_shards", None) or 0
+    expert_shards = getattr(args, "expert_tensor_parallel_num_weight_shards", None) or 0
+    return shards > tp or expert_shards > (args.expert_tensor_parallel_size or tp)
 
 
 def _pickles_scales(args: Namespace) -> bool:
@@ -484,6 +495,11 @@ NOT_BUILT = (
         lambda args: any(getattr(args, name, "bf16") != "bf16" for name in _WIRE_DTYPES),
     ),
     Check(
+        "--tensor-parallel-num-weight-shards or --expert-tensor-parallel-num-weight-shards above the parallel size",
+        "MaskMoE's conversion reads weights that are divided by tensor parallelism only.",
+        _divides_weights_further,
+    ),
+    Check(
         "--spike-action skip with --qk-clip or --optimizer-cuda-graph",
         "The weights would change although the update is skipped.",
         _skips_too_little,
@@ -497,9 +513,8 @@ NOT_BUILT = (
             "--moe-use-grouped-tensor --enable-hyper-connections --enable-mhc-connections": "MaskMoE has not been "
             "tried with these settings of later versions of Megatron-Core.",
             "--moe-mlp-glu-interleave-size --moe-shared-expert-glu-interleave-size --moe-single-grouped-weight "
-            "--moe-single-grouped-bias --tensor-parallel-num-weight-shards "
-            "--expert-tensor-parallel-num-weight-shards": "MaskMoE's conversion and its transformers model read "
-            "weights in the order of Megatron-Core's defaults.",
+            "--moe-single-grouped-bias": "MaskMoE's conversion and its transformers model read weights in the order of "
+            "Megatron-Core's defaults.",
             "--inprocess-restart": "MaskMoE ends the processes of a run that hangs. Use --max-restarts of torchrun.",
             "--yaml-cfg": "Megatron-Core replaces all arguments by the file. Use launch/pretrain.sh MODEL.yaml.",
             "--perform-rl-step --logits-save-dir --logits-load-dir --freeze-all-layers": "MaskMoE pretrains language "

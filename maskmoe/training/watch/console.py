@@ -20,6 +20,8 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any, TextIO
 
+from maskmoe.errors import UserError
+
 VERBOSE_FLAG = "--verbose"
 _PACKAGE = str(Path(__file__).parents[2]) + os.sep
 _MOST_PENDING_LINES = 20_000
@@ -107,8 +109,8 @@ class Console:
 
     def say(self, line: str, rank: int = 0) -> None:
         """Print one or several lines of our own on one rank, the last one for -1."""
-        ranks = int(os.environ.get("WORLD_SIZE", "1"))
-        if int(os.environ.get("RANK", "0")) == rank % ranks:
+        own_rank, ranks = rank_of_process()
+        if own_rank == rank % ranks:
             self._show(line + "\n", self._progress)
 
     def load(self, phase: str) -> None:
@@ -242,6 +244,14 @@ class _LogHandler(logging.Handler):
 
 console = Console()
 """The console of this process; like `sys.stdout`, there is one."""
+
+
+def rank_of_process() -> tuple[int, int]:
+    """Return this process's rank and the number of ranks as torchrun's variables say; raise `UserError` if unusable."""
+    rank, ranks = os.environ.get("RANK", "0"), os.environ.get("WORLD_SIZE", "1")
+    if not all(word.isascii() and word.isdecimal() and len(word) < 10 for word in (rank, ranks)) or int(ranks) < 1:
+        raise UserError(f"RANK={rank} of WORLD_SIZE={ranks}: set a rank from 0, and the number of all ranks")
+    return int(rank), int(ranks)
 
 
 def progress_bar[Step](steps: Sequence[Step], description: str, unit: str) -> Iterable[Step]:

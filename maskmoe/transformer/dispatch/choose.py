@@ -8,7 +8,7 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 from megatron.core.utils import get_pg_size
 from torch import Tensor
 
-from maskmoe.transformer.dispatch.kind import DispatchKind
+from maskmoe.routing_mask.dispatch_kind import DispatchKind
 from maskmoe.transformer.dispatch.one_copy import OneCopyDispatcher, OneRankDispatcher, unchanged
 from maskmoe.transformer.dispatch.planned import PlannedDispatcher
 from maskmoe.transformer.dispatch.protocol import Dispatcher

@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from megatron.core.transformer.moe import fused_a2a
 from megatron.core.transformer.moe.token_dispatcher import MoEFlexTokenDispatcher
+from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor
 
 
@@ -65,10 +66,11 @@ def _fits_megatron(te_ep: Any) -> bool:
     """Report whether Transformer Engine has NCCL-EP with the interface that Megatron-Core 0.19.2 calls.
 
     Version 2.17 lacks arguments that Megatron passes. Since version 2.19, one argument is required that Megatron leaves
-    out.
+    out. Later versions of Megatron-Core call another interface, which has not been tried.
     """
     return (
-        hasattr(te_ep.tex, "ep_initialize")
+        hasattr(TransformerConfig, "moe_ncclep_static_shape")
+        and hasattr(te_ep.tex, "ep_initialize")
         and "recv_tokens" in signature(te_ep.ep_dispatch).parameters
         and "num_topk" not in signature(te_ep.ep_bootstrap).parameters
     )

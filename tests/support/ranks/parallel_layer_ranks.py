@@ -21,8 +21,8 @@ from support.small_moe import (
 )
 from torch import Tensor
 
+from maskmoe.routing_mask.dispatch_kind import DispatchKind
 from maskmoe.transformer.dispatch.choose import build_dispatcher
-from maskmoe.transformer.dispatch.kind import DispatchKind
 from maskmoe.transformer.dispatch.planned import DispatchPlanner, PlannedDispatcher
 from maskmoe.transformer.token_ids import TokenIds, pack_token_ids
 

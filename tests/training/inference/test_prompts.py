@@ -76,7 +76,7 @@ def test_one_prompt_is_printed_as_text():
         (b'{"prompt": "a"}\n{"prompt": "\\ud800"}', "line 2 of .* half of a surrogate pair"),
         (b'{"prompt": "a", "id": {"\\udcff": 1}}', "line 1 of .* half of a surrogate pair"),
         (b"\n \n", "holds no text"),
-        (None, "cannot read --prompts-file .*: No such file or directory"),
+        (None, "--prompts-file .* does not exist"),
     ],
 )
 def test_bad_files_are_refused(tmp_path, content, message):

@@ -8,6 +8,7 @@ import pytest
 from torch.distributed import HashStore, PrefixStore, TCPStore
 
 from maskmoe.errors import RunFailure, UserError
+from maskmoe.training.loop import rank_store
 from maskmoe.training.loop.rank_store import RankStore, _meet, sharing_failures
 
 WORLD_SIZE = 3
@@ -99,6 +100,7 @@ def test_ranks_wait_until_the_last_one_calls(server):
 def test_failure_of_one_rank_is_raised_by_all_ranks_that_wait(server, monkeypatch, failure, raised):
     ranks = [RankStore(connect(server), rank, WORLD_SIZE) for rank in range(WORLD_SIZE)]
     monkeypatch.setattr(RankStore, "of_process", ranks[1])
+    monkeypatch.setenv("RANK", "1")
     with ThreadPoolExecutor(WORLD_SIZE) as pool:
         waiting = [pool.submit(ranks[0].wait_for_all, "checks"), pool.submit(ranks[2].broadcast, "word")]
         with pytest.raises(failure, match=r"^no data$"), sharing_failures():
@@ -108,15 +110,52 @@ def test_failure_of_one_rank_is_raised_by_all_ranks_that_wait(server, monkeypatc
                 rank.result(timeout=20)
 
 
-def test_failure_before_the_ranks_have_met_is_not_shared(monkeypatch):
+@pytest.fixture
+def rank_1_of_3(server, monkeypatch):
+    """This process is a rank that has not met the others yet."""
     monkeypatch.setattr(RankStore, "of_process", None)
-    with pytest.raises(UserError, match="no data"), sharing_failures():
-        raise UserError("no data")
+    variables = {"RANK": "1", "LOCAL_RANK": "0", "WORLD_SIZE": "3", "MASTER_ADDR": "localhost"}
+    for name, value in (variables | {"MASTER_PORT": str(server.port)}).items():
+        monkeypatch.setenv(name, value)
 
 
-def test_rank_beyond_the_number_of_ranks_is_refused(monkeypatch):
-    monkeypatch.setattr(RankStore, "of_process", None)
-    monkeypatch.setenv("RANK", "5")
-    monkeypatch.setenv("WORLD_SIZE", "2")
-    with pytest.raises(UserError, match="RANK=5 is not one of the ranks 0 to 1 of WORLD_SIZE=2"):
+def test_refusal_before_the_ranks_have_met_reaches_ranks_that_wait(server, rank_1_of_3):
+    with ThreadPoolExecutor(1) as pool:
+        waiting = pool.submit(_meet, connect(server), 0, WORLD_SIZE)
+        with pytest.raises(UserError, match=r"^no flag$"), sharing_failures():
+            raise UserError("no flag")
+        with pytest.raises(UserError, match=r"^no flag \(rank 1 on host .+\)$"):
+            waiting.result(timeout=20)
+
+
+def test_failure_before_the_ranks_have_met_is_not_shared(server, rank_1_of_3):
+    """Torchrun may restart the rank."""
+    with pytest.raises(ValueError, match="no data"), sharing_failures():
+        raise ValueError("no data")
+    assert len(set(meet(server))) == 1
+
+
+def test_waiting_rank_says_for_whom(server, rank_1_of_3, monkeypatch):
+    said = []
+    monkeypatch.setattr(rank_store.console, "say", lambda line, rank: said.append((line, rank)))
+    monkeypatch.setattr(rank_store, "_PATIENCE", 0.1)
+    monkeypatch.setattr(rank_store, "_TIMEOUT", timedelta(seconds=0.5))
+    with pytest.raises(RunFailure, match=r"missing are 2 of 3 ranks: 0, 2$"):
+        _meet(connect(server), 1, WORLD_SIZE)
+    assert said == [("waiting for 2 of 3 ranks: 0, 2", 1)]
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "message"),
+    [
+        ("RANK", "5", "RANK=5 is not one of the ranks 0 to 2 of WORLD_SIZE=3"),
+        ("RANK", "x", "RANK=x of WORLD_SIZE=3"),
+        ("WORLD_SIZE", "0", "RANK=1 of WORLD_SIZE=0"),
+        ("MASTER_PORT", "99999999", "MASTER_PORT=99999999 is not a port"),
+        ("GLOO_SOCKET_IFNAME", "nope", "this host has no network interface nope"),
+    ],
+)
+def test_variables_that_no_run_can_have(rank_1_of_3, monkeypatch, name, value, message):
+    monkeypatch.setenv(name, value)
+    with pytest.raises(UserError, match=message):
         RankStore.from_environment()

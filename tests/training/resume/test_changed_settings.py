@@ -168,12 +168,6 @@ def test_changed_length_in_samples(changed, flags, errors, notes, is_complete):
 
 
 @pytest.mark.runs("fp32")
-def test_finetuning_in_the_folder_of_the_checkpoint_is_warned_of(changed, runs):
-    (note,) = changed(f"--finetune --save {runs[0].checkpoints}").notes
-    assert "each start begins at iteration 0 again" in note
-
-
-@pytest.mark.runs("fp32")
 def test_checkpoint_without_an_optimizer_is_refused(changed, runs, monkeypatch):
     """Megatron fails for lack of the state."""
     saved = load_common_state_dict(checkpoint_path(runs[0].checkpoints, 7))["args"]

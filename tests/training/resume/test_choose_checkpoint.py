@@ -34,6 +34,7 @@ from maskmoe.checkpoint.series import (
 from maskmoe.errors import RunFailure, UserError
 from maskmoe.files.run_folder import Journal, Kind, read_journal
 from maskmoe.training.loop.rank_store import RankStore
+from maskmoe.training.resume import choose_checkpoint as resume
 from maskmoe.training.resume.choose_checkpoint import find_checkpoint
 from maskmoe.training.watch.early_ends import LeaveAfterSave, explaining_early_ends
 
@@ -94,7 +95,7 @@ def test_damaged_checkpoint_is_passed_over(copy, damage):
 @given(data=st.data())
 def test_any_flipped_bit_is_found(copy, data):
     checkpoint = checkpoint_path(copy, 14)
-    path = checkpoint / data.draw(st.sampled_from(sorted(path.name for path in checkpoint.iterdir())))
+    path = checkpoint / data.draw(st.sampled_from(sorted(path.name for path in checkpoint.iterdir() if path.is_file())))
     content = path.read_bytes()
     bit = data.draw(st.integers(0, 8 * len(content) - 1))
     changed = bytearray(content)
@@ -394,16 +395,34 @@ def test_failed_load_is_not_a_failed_save(copy, monkeypatch):
 
 
 @pytest.mark.runs(SAVED)
-def test_run_from_the_beginning_does_not_write_over_checkpoints(runs, tmp_path, parse):
+def test_checkpoints_that_a_run_does_not_continue_stay(runs, tmp_path, parse):
     """The checkpoints of the folder may be of another run, with other settings."""
-    save = runs[0].checkpoints
-    with pytest.raises(UserError, match=f"--save {save} holds a checkpoint of iteration 21 already"):
-        parse(f"--seed 77 --save {save}")
-    for flags in (f"--load {tmp_path}", f"--pretrained-checkpoint {save}"):
-        with pytest.raises(UserError, match=f"pass --load {save} to continue that run, or save to another folder"):
-            parse(f"{flags} --save {save}")
+    save, other, local = runs[0].checkpoints, tmp_path / "other", tmp_path / "local"
+    shutil.copytree(save, other)
+    shutil.copytree(checkpoint_path(save, 21), checkpoint_path(local, 21))
+    non_persistent = f"--non-persistent-ckpt-type global --non-persistent-save-interval 2 --save {tmp_path / 'new'}"
+    for flags, folder in (
+        (f"--seed 77 --save {save}", save),
+        (f"--load {tmp_path} --save {save}", save),
+        (f"--pretrained-checkpoint {save} --save {save}", save),
+        (f"--finetune --load {save} --save {save}", save),
+        (f"--load {save} --save {other}", other),
+        (f"{non_persistent} --non-persistent-global-ckpt-dir {local}", local),
+    ):
+        with pytest.raises(UserError, match=f"^{folder} holds a checkpoint of iteration 21 already, and this run"):
+            parse(flags)
     # A run that loads from elsewhere may have been started again.
     parse(f"--load {save} --save {tmp_path / 'new'}")
-    shutil.copytree(save, tmp_path / "new")
-    parse(f"--load {save} --save {tmp_path / 'new'}")
     parse(f"--load {save} --save {save}/../save")
+
+
+def test_run_that_loads_from_elsewhere_may_start_again(tmp_path, monkeypatch):
+    load, save = tmp_path / "load", tmp_path / "save"
+    checkpoint_path(save, 8).mkdir(parents=True)
+    monkeypatch.setattr(resume, "newest_sound", lambda _: 8)
+    monkeypatch.setattr(resume, "load_common_state_dict", lambda _: {"args": Namespace(load=f"{load}/")})
+    args = Namespace(load=str(load), save=str(save), finetune=False, non_persistent_ckpt_type=None)
+    resume.check_save_folder_is_own(args, checkpoint_path(load, 4))
+    args.load = str(tmp_path)
+    with pytest.raises(UserError, match="and this run would continue the run in --load"):
+        resume.check_save_folder_is_own(args, checkpoint_path(tmp_path, 4))

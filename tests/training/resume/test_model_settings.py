@@ -98,7 +98,7 @@ def test_function_of_a_model_is_taken_from_the_checkpoint(args, save, monkeypatc
     save(saved)
     state = {"args": saved, "iteration": 21}
     monkeypatch.setattr(checkpointing, "_load_base_checkpoint", lambda *_, **__: (state, "", False, None))
-    completed = replace_fields(args, **further_checkpoint_args(args, CHECKPOINT))
+    completed = replace_fields(args, load=str(tmp_path), **further_checkpoint_args(args, CHECKPOINT))
     completed = take_settings_of_checkpoint(completed, CHECKPOINT)
     assert {name: getattr(completed, name) for name in FUNCTION} == {name: getattr(saved, name) for name in FUNCTION}
 

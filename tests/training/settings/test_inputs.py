@@ -12,10 +12,12 @@ from support.training import TrainingOutcome
 from maskmoe.checkpoint.routing_mask import read_routing_mask
 from maskmoe.checkpoint.series import checkpoint_path
 from maskmoe.command_line.build_routing_mask import read_mask
+from maskmoe.data.indexed_dataset import read_index
 from maskmoe.errors import UserError
 from maskmoe.routing_mask.assignment import MaskRecipe, build_routing_mask
 from maskmoe.routing_mask.mask import MaskChange, RoutingMask
 from maskmoe.routing_mask.widening import widen_routing_mask
+from maskmoe.training.settings import inputs
 from maskmoe.training.settings.inputs import data_errors, find_routing_mask
 
 # See test_composition.py.
@@ -182,3 +184,17 @@ def test_every_dataset_has_all_parts(args):
     write_documents(args.data_path[-1], [range(3)])
     error, _ = data_errors(args, None, 10, math.inf)
     assert error.startswith(f"dataset {args.data_path[-1]}: --split 8,1,1 leaves the validation part no tokens")
+
+
+def test_file_that_has_changed_since_it_was_counted(tmp_path, args, monkeypatch):
+    """Its index and its size are those that the mask records."""
+    monkeypatch.setattr(inputs, "_CHUNK_TOKENS", 2)
+    args.data_path = args.data_path[:1]
+    index = read_index(args.data_path[0])
+    dataset = {"idx_sha256": index.idx_sha256, "bin_bytes": index.bin_bytes}
+    mask = Namespace(provenance=Namespace(datasets=(dataset,)))
+    assert list(data_errors(args, mask, 3, math.inf)) == []
+    file = tmp_path / "0.bin"
+    file.write_bytes(file.read_bytes()[:-2] + b"\xff\xff")
+    (error,) = data_errors(args, mask, 3, 0)
+    assert "holds token id 65535 at position 29" in error

@@ -106,6 +106,8 @@ REFUSED = {
     "--non-persistent-save-interval 5": "--non-persistent-save-interval",
     "--non-persistent-ckpt-type local": "--non-persistent-save-interval",
     "--yaml-cfg F": "--yaml-cfg",
+    "--tensor-parallel-num-weight-shards 2": "--tensor-parallel-num-weight-shards",
+    "--expert-tensor-parallel-num-weight-shards 2": "--tensor-parallel-num-weight-shards",
     "--spike-action skip --qk-clip": "--spike-action",
 }
 # Settings beside the refused ones.
@@ -138,6 +140,7 @@ SUPPORTED = (
     f"{ENGINE} --fp4-format e2m1",
     "--non-persistent-ckpt-type global --non-persistent-save-interval 5",
     "--qk-layernorm-all-heads --qk-layernorm --normalization RMSNorm",
+    "--tensor-parallel-num-weight-shards 1 --expert-tensor-parallel-num-weight-shards 1",  # as after validation
 )
 # Values that would train something else without a word, or that cannot be read.
 BAD_VALUES = {
