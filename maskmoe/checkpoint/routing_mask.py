@@ -54,7 +54,7 @@ def read_routing_mask(source: str | Path) -> RoutingMask:
     Raises:
         UserError: The source is missing or damaged, or a checkpoint holds no routing mask.
     """
-    mask = RoutingMask.load(source) if not Path(source).is_dir() else find_routing_mask(Path(source))
+    mask = RoutingMask.load(source) if not Path(source).is_dir() else mask_in_checkpoint(Path(source))
     if mask is None:
         raise UserError(
             f"{locate_checkpoint(Path(source))} holds no routing mask: it is not a checkpoint of MaskMoE; training can "
@@ -63,7 +63,7 @@ def read_routing_mask(source: str | Path) -> RoutingMask:
     return mask
 
 
-def find_routing_mask(folder: Path) -> RoutingMask | None:
+def mask_in_checkpoint(folder: Path) -> RoutingMask | None:
     """Read the mask of a checkpoint, or of the newest sound checkpoint of a run; None if it holds none, see above."""
     buffers = _read_tensors(locate_checkpoint(folder), lambda name: name.startswith(CHECKPOINT_PREFIX))
     if not buffers:
@@ -87,11 +87,10 @@ def mask_of_megatron(checkpoint: Path, like: RoutingMask, pattern: str | None, n
     """
     num_decoder_layers = like.num_layers - num_predictions
     positions = range(num_decoder_layers) if pattern is None else positions_in_pattern(pattern, num_decoder_layers)
-    tables = _read_tensors(checkpoint, lambda name: layer_of_tensor(name) is not None)
-    experts: Sequence[np.ndarray | None] = [np.tile(np.arange(like.num_experts), (like.vocab_size, 1))]
-    if tables:
-        arrays = {name: table.numpy() for name, table in tables.items()}
-        experts = [*ExpertTable.of_tensors(checkpoint.name, arrays, positions).experts, *[None] * num_predictions]
+    all_experts = np.tile(np.arange(like.num_experts), (like.vocab_size, 1))
+    experts: Sequence[np.ndarray | None] = [all_experts] * len(like.row_of_id)
+    if tables := _read_tables(checkpoint):
+        experts = [*ExpertTable.of_tensors(checkpoint.name, tables, positions).experts, *[None] * num_predictions]
     return ExpertTable(checkpoint.name, experts).to_mask(like.num_experts, like.num_layers, like.vocab_size)
 
 
@@ -105,9 +104,15 @@ def read_expert_tables(source: Path) -> dict[str, np.ndarray]:
         UserError: The source is missing or damaged, or holds no such table.
     """
     checkpoint = locate_checkpoint(source)
-    tables = _read_tensors(checkpoint, lambda name: layer_of_tensor(name) is not None)
+    tables = _read_tables(checkpoint)
     if not tables:
         raise UserError(f"{checkpoint} holds no expert table: no tensor is named as {TENSOR_NAMES['tid2eid']}")
+    return tables
+
+
+def _read_tables(checkpoint: Path) -> dict[str, np.ndarray]:
+    """Return the tables of hash layers in a checkpoint, see `read_expert_tables`; empty if there are none."""
+    tables = _read_tensors(checkpoint, lambda name: layer_of_tensor(name) is not None)
     return {name: table.numpy() for name, table in tables.items()}
 
 

@@ -14,7 +14,7 @@ from megatron.training.models.dist_utils import unimodal_build_distributed_model
 from megatron.training.models.gpt import GPTModelConfig
 from megatron.training.models.hybrid import HybridModelConfig
 
-from maskmoe.checkpoint.routing_mask import find_routing_mask, read_routing_mask
+from maskmoe.checkpoint.routing_mask import mask_in_checkpoint, read_routing_mask
 from maskmoe.routing_mask.feed_forward_layers import FeedForwardLayers
 from maskmoe.transformer.layer_specs import (
     get_maskmoe_decoder_block_spec,
@@ -126,7 +126,7 @@ class StageBuilder:
         settings = self.config
         mask = of_checkpoint = read_routing_mask(settings.routing_mask)
         if settings.replaced_routing_mask is not None:
-            of_checkpoint = find_routing_mask(settings.replaced_routing_mask)
+            of_checkpoint = mask_in_checkpoint(settings.replaced_routing_mask)
         return VisibleExperts(
             settings.transformer,
             mask,

@@ -18,7 +18,7 @@ from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
 from megatron.training import training
 
 from maskmoe.checkpoint.integrity import iteration_of
-from maskmoe.checkpoint.routing_mask import find_routing_mask
+from maskmoe.checkpoint.routing_mask import mask_in_checkpoint
 from maskmoe.errors import UserError, reason_of
 from maskmoe.megatron_compat.globals import global_args
 from maskmoe.training.resume.choose_checkpoint import loads_what_it_saves
@@ -153,7 +153,7 @@ class _Resumption:
         if args.no_load_optim or self.state is None:
             return
         is_undivided = self.saved.num_experts and self.saved.expert_model_parallel_size == 1
-        if is_undivided and find_routing_mask(self.checkpoint) is None:
+        if is_undivided and mask_in_checkpoint(self.checkpoint) is None:
             yield (
                 f"checkpoint {self.checkpoint} is of Megatron-Core's own model without expert parallelism, so its "
                 f"experts share the optimizer of all parameters, which MaskMoE cannot load: pass {anew}"

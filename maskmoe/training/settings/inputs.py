@@ -12,8 +12,7 @@ from megatron.core.datasets import blended_megatron_dataset_config as dataset_co
 from megatron.training.utils import get_blend_and_blend_per_split
 from tqdm import tqdm
 
-from maskmoe.checkpoint.routing_mask import find_routing_mask as routing_mask_of
-from maskmoe.checkpoint.routing_mask import mask_of_megatron, read_routing_mask
+from maskmoe.checkpoint.routing_mask import mask_in_checkpoint, mask_of_megatron, read_routing_mask
 from maskmoe.checkpoint.series import check_separate_folder
 from maskmoe.data.indexed_dataset import open_tokens, read_index, read_tokenizer_record
 from maskmoe.data.tokenizer import TOKENIZER_TYPES, TokenizerRecord, tokenizer_sha256
@@ -113,7 +112,7 @@ def _mask_of_checkpoint(args: Namespace, checkpoint: Path, own: RoutingMask) -> 
     Raises:
         UserError: The checkpoint holds no routing mask, and the run may not add one or weighs experts differently.
     """
-    mask = routing_mask_of(checkpoint)
+    mask = mask_in_checkpoint(checkpoint)
     if mask is not None:
         return mask
     if not args.change_routing_mask:
@@ -123,7 +122,7 @@ def _mask_of_checkpoint(args: Namespace, checkpoint: Path, own: RoutingMask) -> 
         )
     num_predictions = len(FeedForwardLayers.of_args(args).prediction)
     mask = mask_of_megatron(checkpoint, own, args.hybrid_layer_pattern, num_predictions)
-    if mask.num_visible_of_layer(0).max() < mask.num_experts and args.moe_router_score_function == "softmax":
+    if mask.min_visible < mask.num_experts and args.moe_router_score_function == "softmax":
         raise UserError(
             f"{checkpoint} has hash layers of Megatron-Core, whose softmax is over all experts, but a routing mask has "
             "it over visible experts; only --moe-router-score-function sigmoid and sqrtsoftplus give the same weights"

@@ -5,6 +5,7 @@ from argparse import Namespace
 from dataclasses import replace
 
 import pytest
+from megatron.core.transformer.transformer_config import TransformerConfig
 from support.datasets import write_documents
 from support.open_files import few_open_files
 from support.training import TrainingOutcome
@@ -59,6 +60,30 @@ def test_megatrons_own_model_continues_with_its_mask_and_back(runs, workplace):
     assert read_routing_mask(checkpoint_path(ours.checkpoints, 10)).digest == mask.digest
     with pytest.raises(UserError, match="holds no routing mask"):
         read_routing_mask(checkpoint_path(megatrons.checkpoints, 7))
+
+
+@pytest.mark.runs("Megatron's own model")
+def test_megatrons_own_model_continues_only_on_purpose(runs, workplace):
+    (megatrons,) = runs
+    args = Namespace(
+        num_experts=8,
+        skip_train=False,
+        change_routing_mask=False,
+        routing_mask=workplace.folder / "hash_layers.safetensors",
+        hybrid_layer_pattern="*E*E*E*E",
+        moe_router_score_function="softmax",
+    )
+    checkpoint = checkpoint_path(megatrons.checkpoints, 7)
+    with pytest.raises(UserError, match=r"holds no routing mask.*pass --change-routing-mask"):
+        find_routing_mask(args, checkpoint, print)
+    args.change_routing_mask = True
+    if hasattr(TransformerConfig, "moe_n_hash_layers"):
+        with pytest.raises(UserError, match="whose softmax is over all experts"):
+            find_routing_mask(args, checkpoint, print)
+    else:
+        lines = []
+        find_routing_mask(args, checkpoint, lines.append)
+        assert "1,020 of 2,040" in lines[0]  # ids of two hash layers
 
 
 @pytest.mark.runs("wider mask")
