@@ -138,7 +138,7 @@ ERRORS = {
     "--pipeline-model-parallel-size 8": ["invalid settings: Number of layers should be divisible"],
     "--global-batch-size 40": ["--global-batch-size 40", "data parallel size 8 = 16; 32 or 48 would fit"],
     "--routing-mask for_2_ranks.safetensors --expert-model-parallel-size 4": ["rank-local", "size 2", "4"],
-    "--tokenizer-type SentencePieceTokenizer --tokenizer-model data.bin": ["data.bin) cannot be made"],
+    "--tokenizer-type SentencePieceTokenizer --tokenizer-model data.bin": ["data.bin is not a SentencePiece model"],
     "--hybrid-layer-pattern /*E": ["invalid settings: ZeroDivisionError"],
     "--hybrid-layer-pattern *E*E --pipeline-model-parallel-size 8": ["the model cannot be made: "],
     "--load save/nowhere --ckpt-step 3": ["holds no sound checkpoint: save/nowhere/iter_0000003 does not exist"],
