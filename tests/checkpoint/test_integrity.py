@@ -4,6 +4,7 @@ import io
 import json
 import os
 import pickle
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +14,7 @@ from torch.distributed.checkpoint import FileSystemReader, FileSystemWriter
 from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.default_planner import DefaultLoadPlanner
 from torch.distributed.checkpoint.filesystem import _StorageInfo
-from torch.distributed.checkpoint.metadata import Metadata, MetadataIndex
+from torch.distributed.checkpoint.metadata import Metadata, MetadataIndex, TensorProperties, TensorStorageMetadata
 from torch.distributed.checkpoint.state_dict_loader import load
 from torch.distributed.checkpoint.state_dict_saver import save
 
@@ -22,6 +23,7 @@ from maskmoe.checkpoint.integrity import (
     Damage,
     Manifest,
     check_structure,
+    read_checkpoint_layout,
     read_layout,
     record_rank,
     write_manifest,
@@ -131,3 +133,11 @@ def test_place_of_wrong_types(tmp_path, place):
     write_checkpoint(tmp_path, *place)
     with pytest.raises(Damage, match=r"\.metadata is damaged"):
         check_structure(tmp_path)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, "torch.serialization"], ids=str)
+def test_dtype_of_a_tensor(tmp_path, dtype):
+    tensor = TensorStorageMetadata(TensorProperties(dtype), torch.Size([2]), [])
+    (tmp_path / LAYOUT_FILE).write_bytes(pickle.dumps(Metadata({"tensor": tensor}, storage_data={})))
+    with nullcontext() if dtype is torch.float32 else pytest.raises(Damage, match=r"\.metadata is damaged"):
+        read_checkpoint_layout(tmp_path)
