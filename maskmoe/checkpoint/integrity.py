@@ -11,7 +11,6 @@ import hashlib
 import json
 import os
 import pickle
-import re
 from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -146,8 +145,7 @@ def write_manifest(checkpoint: Path) -> None:
         manifest.sizes |= of_rank.sizes
     for name in sorted(_needed_sizes(checkpoint).keys() - manifest.files.keys()):
         raise Damage(checkpoint, f"{name} was not written completely, or not into a folder that all nodes share")
-    if number := re.search(r"iter_(\d+)$", checkpoint.name):
-        manifest.iteration = int(number[1])
+    manifest.iteration = iteration_of(checkpoint)
     manifest.save(checkpoint)
     for path in paths:
         path.unlink()

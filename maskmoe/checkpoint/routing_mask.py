@@ -16,7 +16,7 @@ from maskmoe.checkpoint.integrity import read_checkpoint_layout
 from maskmoe.checkpoint.series import locate_checkpoint
 from maskmoe.errors import UserError
 from maskmoe.routing_mask.expert_table import TENSOR_NAMES, ExpertTable, layer_of_tensor
-from maskmoe.routing_mask.feed_forward_layers import positions_in_pattern
+from maskmoe.routing_mask.feed_forward_layers import positions_of_layers
 from maskmoe.routing_mask.mask import RoutingMask
 
 CHECKPOINT_PREFIX = "routing_mask."
@@ -72,7 +72,7 @@ def mask_in_checkpoint(folder: Path) -> RoutingMask | None:
 
 
 def mask_of_megatron(checkpoint: Path, like: RoutingMask, pattern: str | None, num_predictions: int) -> RoutingMask:
-    """Return the mask by which a model of Megatron-Core routes, whose checkpoint holds no routing mask.
+    """Return the mask that describes how Megatron-Core's own model in a checkpoint routes.
 
     Ids see the k experts of a hash layer's table, and all experts in the other layers.
 
@@ -85,8 +85,7 @@ def mask_of_megatron(checkpoint: Path, like: RoutingMask, pattern: str | None, n
     Raises:
         UserError: The checkpoint is damaged, or a table does not fit the model.
     """
-    num_decoder_layers = like.num_layers - num_predictions
-    positions = range(num_decoder_layers) if pattern is None else positions_in_pattern(pattern, num_decoder_layers)
+    positions = positions_of_layers(pattern, like.num_layers - num_predictions)
     all_experts = np.tile(np.arange(like.num_experts), (like.vocab_size, 1))
     experts: Sequence[np.ndarray | None] = [all_experts] * len(like.row_of_id)
     if tables := _read_tables(checkpoint):

@@ -24,7 +24,7 @@ from maskmoe.errors import UserError, counted
 from maskmoe.files.outputs import atomic_output, check_outputs
 from maskmoe.routing_mask.assignment import ASSIGNMENTS, PRESETS, MaskRecipe, build_routing_mask
 from maskmoe.routing_mask.expert_table import TENSOR_NAMES, ExpertTable
-from maskmoe.routing_mask.feed_forward_layers import positions_in_pattern
+from maskmoe.routing_mask.feed_forward_layers import positions_of_layers
 from maskmoe.routing_mask.frequency import TokenFrequency, expected_expert_load, overloading_ids
 from maskmoe.routing_mask.mask import HashLayers, RoutingMask, describe_visible_experts
 
@@ -198,19 +198,14 @@ def _make_mask(arguments: argparse.Namespace, frequency: TokenFrequency | None) 
     if not arguments.expert_table:
         source = {"frequency": frequency, "vocab_size": arguments.vocab_size}
         return build_routing_mask(recipe_from(arguments), **source, progress=True)
-    folder, positions = Path(arguments.expert_table), _positions(arguments, arguments.num_layers)
+    folder = Path(arguments.expert_table)
+    positions = positions_of_layers(arguments.hybrid_layer_pattern, arguments.num_layers)
     if folder.is_dir() and not any(folder.glob("*.safetensors")):
         table = ExpertTable.of_tensors(folder.name, _checkpoint_reader().read_expert_tables(folder), positions)
     else:
         table = ExpertTable.read(arguments.expert_table, positions)
     vocab_size = frequency.vocab_size if frequency else arguments.vocab_size
     return table.to_mask(arguments.num_experts, arguments.num_layers, vocab_size)
-
-
-def _positions(arguments: argparse.Namespace, num_layers: int) -> Sequence[int | None]:
-    """Return the number of each layer in the names of tensors, see `ExpertTable.read`."""
-    pattern = arguments.hybrid_layer_pattern
-    return range(num_layers) if pattern is None else positions_in_pattern(pattern, num_layers)
 
 
 def _inputs(arguments: argparse.Namespace) -> list[Path]:
@@ -297,7 +292,7 @@ def main() -> None:
             tensors = []
             mask.save(temporary)
         else:
-            positions = _positions(arguments, mask.num_layers)
+            positions = positions_of_layers(arguments.hybrid_layer_pattern, mask.num_layers)
             tensors = ExpertTable.of_mask(mask).save(temporary, TENSOR_NAMES[arguments.format], positions)
     print_summary(mask, frequency, num_ranks)
     if tensors:

@@ -37,7 +37,7 @@ _REPORT_DELAY = 10
 def run_tool(main: Callable[[], None]) -> None:
     """Run `main`, and report its `UserError` or `RunFailure` in one line on stderr.
 
-    What the operating system refuses is reported in one line, too, see `_describing_refusals`. All other exceptions are
+    Refusals of the operating system are reported in one line, too, see `_describing_refusals`. All other exceptions are
     errors of the program, and keep their traceback. The process exits with code 2 for bad input, as argparse does for
     bad flags, with 1 for a failed run, with 130 after Ctrl-C, and silently with 141 if nobody reads its output.
     """

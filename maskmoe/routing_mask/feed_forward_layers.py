@@ -1,7 +1,7 @@
 """The layers of a model that a routing mask has tables for."""
 
 from argparse import Namespace
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Self
 
@@ -83,11 +83,11 @@ class FeedForwardLayers:
         return number - 1 if num_tables == len(self.has_experts) else sum(self.has_experts[: number - 1])
 
 
-def positions_in_pattern(pattern: str, num_layers: int) -> list[int | None]:
-    """Return the number, from 0, that each layer of a mask has among the decoder layers of a `HybridModel`.
+def positions_of_layers(pattern: str | None, num_layers: int) -> Sequence[int | None]:
+    """Return the number, from 0, that each layer of a mask has among the decoder layers of its model.
 
     Args:
-        pattern: The model's `--hybrid-layer-pattern`.
+        pattern: `--hybrid-layer-pattern` of a `HybridModel`; None for a `GPTModel`, whose layers have one number each.
         num_layers: Number of layers of the mask, which are the decoder's MoE layers or all its feed-forward layers.
 
     Returns:
@@ -96,6 +96,8 @@ def positions_in_pattern(pattern: str, num_layers: int) -> list[int | None]:
     Raises:
         UserError: The pattern has another number of layers.
     """
+    if pattern is None:
+        return range(num_layers)
     symbols = pattern.partition(_PREDICTION)[0].replace(_STAGE, "")
     feed_forward = [layer for layer, symbol in enumerate(symbols) if symbol in (_MLP, _MOE)]
     moe = [layer for layer in feed_forward if symbols[layer] == _MOE]

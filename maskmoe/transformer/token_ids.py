@@ -9,7 +9,7 @@ into that tensor there:
 - ids and padding: int64 [2, batch, sequence], the second row is 1 where a token is padding.
 
 The sequence is the last dimension in both cases, because multi-token prediction shifts the last dimension. The dispatch
-plan is attached to the tensor that holds the ids. No other module knows by which way the ids travel.
+plan is attached to the tensor that holds the ids. No other module knows how the ids travel.
 """
 
 import inspect
@@ -81,7 +81,7 @@ def takes_token_ids(module: type[torch.nn.Module]) -> bool:
 
 
 def to_arguments(token_ids: TokenIds, block: type[torch.nn.Module]) -> dict[str, Tensor | None]:
-    """Return the arguments by which a block hands token ids, padding [batch, sequence] and plan to its layers."""
+    """Return the arguments with which a block hands token ids, padding [batch, sequence] and plan to its layers."""
     if takes_token_ids(block):
         return {"input_ids": _attach(token_ids.ids, token_ids.plan), "padding_mask": token_ids.is_padding}
     return {"padding_mask": pack_token_ids(token_ids)}

@@ -19,7 +19,7 @@ from maskmoe.huggingface import MaskMoEConfig
 from maskmoe.huggingface.modeling_maskmoe import MaskMoETopKRouter
 from maskmoe.routing_mask.assignment import MaskRecipe, build_routing_mask, stack_tables
 from maskmoe.routing_mask.expert_table import TENSOR_NAMES, ExpertTable
-from maskmoe.routing_mask.feed_forward_layers import positions_in_pattern
+from maskmoe.routing_mask.feed_forward_layers import positions_of_layers
 from maskmoe.routing_mask.mask import RoutingMask
 
 VOCAB_SIZE, NUM_EXPERTS, NUM_LAYERS = 50, 12, 4
@@ -86,7 +86,7 @@ def test_a_mask_is_read_back_from_its_table(tables, name, stride, tmp_path_facto
 def test_a_shared_table_is_written_for_each_layer_with_experts(tmp_path):
     recipe = MaskRecipe.from_preset("top-k-hash", NUM_EXPERTS, 2, assignment="uniform", frequent_visible_experts=3)
     mask = build_routing_mask(replace(recipe, shared_table=True), vocab_size=VOCAB_SIZE)
-    positions = positions_in_pattern("*-*E", 2)
+    positions = positions_of_layers("*-*E", 2)
     (name,) = ExpertTable.of_mask(mask).save(tmp_path / "t", TENSOR_NAMES["tid2eid"], positions)
     assert name == "decoder.layers.3.mlp.router.tid2eid"
     assert_shows(mask, 0, load_file(tmp_path / "t")[name])
@@ -107,12 +107,12 @@ def test_a_shared_table_is_written_for_each_layer_with_experts(tmp_path):
         ("*E*E", 3, None),
     ],
 )
-def test_positions_in_pattern(pattern, num_layers, positions):
+def test_positions_of_layers(pattern, num_layers, positions):
     if positions is None:
         with pytest.raises(UserError, match="2 E and 0 - in its decoder, but the mask is for 3 layers"):
-            positions_in_pattern(pattern, num_layers)
+            positions_of_layers(pattern, num_layers)
     else:
-        assert positions_in_pattern(pattern, num_layers) == positions
+        assert positions_of_layers(pattern, num_layers) == positions
 
 
 @pytest.mark.parametrize(

@@ -1,4 +1,4 @@
-"""What accompanies a run is called at the right time, also by the patch of Megatron's training step."""
+"""The callbacks of a run are called at the right time, also by the patch of Megatron's training step."""
 
 from contextlib import nullcontext
 from types import SimpleNamespace

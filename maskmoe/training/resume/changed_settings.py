@@ -152,8 +152,9 @@ class _Resumption:
             )
         if args.no_load_optim or self.state is None:
             return
+        # Only a run with --change-routing-mask can continue a checkpoint without a routing mask.
         is_undivided = self.saved.num_experts and self.saved.expert_model_parallel_size == 1
-        if is_undivided and mask_in_checkpoint(self.checkpoint) is None:
+        if args.change_routing_mask and is_undivided and mask_in_checkpoint(self.checkpoint) is None:
             yield (
                 f"checkpoint {self.checkpoint} is of Megatron-Core's own model without expert parallelism, so its "
                 f"experts share the optimizer of all parameters, which MaskMoE cannot load: pass {anew}"

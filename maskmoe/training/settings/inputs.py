@@ -107,7 +107,7 @@ def find_routing_mask(args: Namespace, checkpoint: Path | None, report: Callable
 
 
 def _mask_of_checkpoint(args: Namespace, checkpoint: Path, own: RoutingMask) -> RoutingMask:
-    """Return the mask of a checkpoint, or by what Megatron-Core's own model in the checkpoint routes.
+    """Return the mask of a checkpoint, or the mask that describes Megatron-Core's own model in the checkpoint.
 
     Raises:
         UserError: The checkpoint holds no routing mask, and the run may not add one or weighs experts differently.
