@@ -21,6 +21,7 @@ settings.load_profile("untimed")
 # processes under test would inherit this.
 signal.signal(signal.SIGINT, signal.default_int_handler)
 signal.signal(signal.SIGHUP, signal.SIG_DFL)
+HANDLERS = {number: signal.getsignal(number) for number in SIGNALS_THAT_END}
 
 
 def pytest_configure(config: pytest.Config) -> None:
@@ -43,11 +44,9 @@ def pytest_runtest_setup(item: pytest.Item) -> None:
 
 
 @pytest.fixture(autouse=True)
-def signal_handlers() -> Iterator[None]:
-    """Restore the handlers of signals that a launcher, run in this process, has replaced."""
-    before = {number: signal.getsignal(number) for number in SIGNALS_THAT_END}
-    yield
-    for number, handler in before.items():
+def signal_handlers() -> None:
+    """Restore the handlers of signals that launchers and Megatron, run in this process by any fixture, replaced."""
+    for number, handler in HANDLERS.items():
         if signal.getsignal(number) is not handler:
             signal.signal(number, handler)
 
