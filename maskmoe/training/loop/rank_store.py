@@ -13,7 +13,7 @@ from datetime import timedelta
 from typing import ClassVar
 
 import psutil
-from torch.distributed import HashStore, PrefixStore, Store, TCPStore
+from torch.distributed import DistError, HashStore, PrefixStore, Store, TCPStore
 
 from maskmoe.errors import RunFailure, UserError
 from maskmoe.launch.machine import connection_error
@@ -21,6 +21,7 @@ from maskmoe.training.watch.console import console, rank_of_process
 
 _TIMEOUT = timedelta(hours=1)
 _PATIENCE = 5.0  # seconds before a waiting rank says for whom it waits
+_LATE_START = 60.0  # seconds for which a rank with a failure waits for ranks that start later
 _FAILURE = "failure"
 _MOST_NAMED_RANKS = 8
 
@@ -93,12 +94,38 @@ class RankStore:
         """Return a message, or None if no rank has left one."""
         return self.store.get(key).decode() if self.store.check([key]) else None
 
+    def leave_failure(self, error: Exception) -> None:
+        """Let the other ranks fail with this rank's failure, and wait until all ranks know the failure."""
+        # This rank may have the failure from another rank.
+        if not self.store.check([_FAILURE]):
+            place = f"rank {self.rank} on host {socket.gethostname()}"
+            self.store.set(_FAILURE, json.dumps([isinstance(error, UserError), f"{error} ({place})"]))
+        self._wait_until_failure_is_known()
+
+    def raise_failure(self) -> None:
+        """Raise the failure that another rank has left, if there is one, once all ranks know the failure."""
+        if self.store.check([_FAILURE]):
+            is_refusal, text = json.loads(self.store.get(_FAILURE))
+            self._wait_until_failure_is_known()
+            raise UserError(text) if is_refusal else RunFailure(text)
+
+    def _wait_until_failure_is_known(self) -> None:
+        """Wait for the other ranks, because the store may end with the first rank that ends; do not wait twice."""
+        ranks = [f"{_FAILURE} is known to {number}" for number in range(self.world_size)]
+        with suppress(DistError):  # the store has ended
+            if self.store.check([ranks[self.rank]]):
+                return
+            self.store.set(ranks[self.rank], "")
+            deadline = time.monotonic() + (_LATE_START if RankStore.of_process is None else _PATIENCE)
+            while not self.store.check(ranks) and time.monotonic() < deadline:
+                time.sleep(_poll_seconds(self.world_size))
+
     def _wait_for(self, key: str) -> str:
         """Return a message once a rank has left it; raise another rank's failure, or a TimeoutError after an hour."""
         deadline = time.monotonic() + _TIMEOUT.total_seconds()
         # Waiting in the store would not notice a failure, or log a warning at each time limit.
         while (message := self.peek(key)) is None:
-            _raise_failure(self.store)
+            self.raise_failure()
             if time.monotonic() > deadline:
                 raise TimeoutError(f"no rank has left the message {key} for {_TIMEOUT}")
             time.sleep(_poll_seconds(self.world_size))
@@ -114,30 +141,24 @@ def sharing_failures() -> Iterator[None]:
     try:
         yield
     except Exception as error:
-        if (store := _store_for(error)) is not None:
-            place = f"rank {os.environ.get('RANK', '0')} on host {socket.gethostname()}"
-            store.set(_FAILURE, json.dumps([isinstance(error, UserError), f"{error} ({place})"]))
+        if (ranks := _ranks_to_inform(error)) is not None:
+            ranks.leave_failure(error)
         raise
 
 
-def _store_for(failure: Exception) -> Store | None:
+def _ranks_to_inform(failure: Exception) -> RankStore | None:
     """Return the store in which the other ranks see a failure of this rank; None if there is none."""
     if RankStore.of_process is not None:
-        return RankStore.of_process.store
+        return RankStore.of_process
     with suppress(UserError):
-        if isinstance(failure, UserError) and rank_of_process()[1] > 1:
+        rank, world_size = rank_of_process()
+        if isinstance(failure, UserError) and world_size > 1:
             check_launched()
             host, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
             if connection_error(host, port) is None:
-                return TCPStore(host, port, None, False, timedelta(seconds=_PATIENCE), wait_for_workers=False)
+                store = TCPStore(host, port, None, False, timedelta(seconds=_PATIENCE), wait_for_workers=False)
+                return RankStore(store, rank, world_size)
     return None
-
-
-def _raise_failure(store: Store) -> None:
-    """Raise the failure that another rank has left in a store, if there is one."""
-    if store.check([_FAILURE]):
-        is_refusal, text = json.loads(store.get(_FAILURE))
-        raise UserError(text) if is_refusal else RunFailure(text)
 
 
 def check_launched() -> None:
@@ -174,12 +195,12 @@ def _meet(store: Store, rank: int, world_size: int) -> str:
     Every rank writes who it is, and names the session after all ranks that it reads. A rank joins a session that it is
     part of. Once all ranks have joined one session, no rank in it is of an earlier attempt.
     """
-    me = uuid.uuid4().hex
+    me, ranks = uuid.uuid4().hex, RankStore(store, rank, world_size)
     hellos = [f"hello/{number}" for number in range(world_size)]
     store.set(hellos[rank], me)
     start, has_said, joined = time.monotonic(), os.environ.get("LOCAL_RANK", "0") != "0", ""
     while True:
-        _raise_failure(store)
+        ranks.raise_failure()
         if store.check(hellos):
             names = store.multi_get(hellos)
             session = hashlib.sha256(b" ".join(names)).hexdigest()

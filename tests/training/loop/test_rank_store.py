@@ -114,6 +114,7 @@ def test_failure_of_one_rank_is_raised_by_all_ranks_that_wait(server, monkeypatc
 def rank_1_of_3(server, monkeypatch):
     """This process is a rank that has not met the others yet."""
     monkeypatch.setattr(RankStore, "of_process", None)
+    monkeypatch.setattr(rank_store, "_LATE_START", 0.5)
     variables = {"RANK": "1", "LOCAL_RANK": "0", "WORLD_SIZE": "3", "MASTER_ADDR": "localhost"}
     for name, value in (variables | {"MASTER_PORT": str(server.port)}).items():
         monkeypatch.setenv(name, value)
@@ -126,6 +127,25 @@ def test_refusal_before_the_ranks_have_met_reaches_ranks_that_wait(server, rank_
             raise UserError("no flag")
         with pytest.raises(UserError, match=r"^no flag \(rank 1 on host .+\)$"):
             waiting.result(timeout=20)
+
+
+def test_refusing_rank_waits_for_ranks_that_start_later(server, rank_1_of_3, monkeypatch):
+    """Torchrun's store may end with the refusing rank."""
+    monkeypatch.setattr(rank_store, "_LATE_START", 20)
+
+    def refuse() -> None:
+        with sharing_failures():
+            raise UserError("no flag")
+
+    with ThreadPoolExecutor(3) as pool:
+        refusing = pool.submit(refuse)
+        early = pool.submit(_meet, connect(server), 0, WORLD_SIZE)
+        with pytest.raises(TimeoutError):
+            early.result(timeout=0.5)
+        assert not refusing.done()
+        late = pool.submit(_meet, connect(server), 2, WORLD_SIZE)
+        for rank in (refusing, early, late):
+            assert isinstance(rank.exception(timeout=10), UserError)
 
 
 def test_failure_before_the_ranks_have_met_is_not_shared(server, rank_1_of_3):
