@@ -5,15 +5,22 @@ import sys
 from collections.abc import Sequence
 from contextlib import suppress
 
+from maskmoe.errors import UserError
 from maskmoe.launch.command import entry_point
 from maskmoe.launch.launcher import launch, run_entry_point
+from maskmoe.launch.options import launcher_options
 
 _SUFFIXES = (".yaml", ".yml")
+_CHECK = "--check"
 _HELP_FLAGS = {"-h", "--help"}
 
 
 def main() -> None:
-    """Launch the model file that `sys.argv` names; without one, train with Megatron's flags on this machine."""
+    """Launch the model file that `sys.argv` names; without one, train with Megatron's flags on this machine.
+
+    Raises:
+        UserError: The command line has options of the launcher, but no model file.
+    """
     words = sys.argv[1:]
     if _HELP_FLAGS.intersection(words) and "RANK" not in os.environ:
         # First the options of the launcher, then the flags of training.
@@ -23,7 +30,9 @@ def main() -> None:
         sys.argv[1:] = ["--help"]
         run_entry_point(entry_point("pretrain"), saves_checkpoints=True)
     if "RANK" in os.environ or has_flags_only(words):
-        is_check = any(word.partition("=")[0] == "--check" for word in words)
+        is_check = any(word.partition("=")[0] == _CHECK for word in words)
+        if own := [name for name in launcher_options(words) if name != _CHECK]:
+            raise UserError(f"{own[0]} needs a model file: write MODEL.yaml after the options of maskmoe pretrain")
         run_entry_point(entry_point("check" if is_check else "pretrain"), saves_checkpoints=not is_check)
     launch("maskmoe pretrain", words)
 

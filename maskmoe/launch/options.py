@@ -2,7 +2,7 @@
 
 import argparse
 import socket
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -105,6 +105,12 @@ _OPTIONS_OF_TRAINING = frozenset(("--verbose", "--help", "-h"))
 """Options of the launcher that training has, too, so that they may follow the model file."""
 
 
+def launcher_options(words: Iterable[str]) -> list[str]:
+    """Return the words of a command line that name options of the launcher alone, without their values."""
+    own = _parser("", {}).option_names() - _OPTIONS_OF_TRAINING
+    return [name for word in words if (name := word.partition("=")[0]) in own]
+
+
 def parse_options(program: str, arguments: Sequence[str], environment: Mapping[str, str]) -> Options:
     """Parse the launcher's options.
 
@@ -117,10 +123,8 @@ def parse_options(program: str, arguments: Sequence[str], environment: Mapping[s
         UserError: A value is invalid, an option follows the model file, or several nodes lack a rendezvous or a node
             rank.
     """
-    parser = _parser(program, environment)
-    options = parser.parse_args(arguments, namespace=Options())
-    own = parser.option_names() - _OPTIONS_OF_TRAINING
-    if misplaced := [name for word in options.flags if (name := word.partition("=")[0]) in own]:
+    options = _parser(program, environment).parse_args(arguments, namespace=Options())
+    if misplaced := launcher_options(options.flags):
         raise UserError(f"{misplaced[0]} is an option of {program}: write it before {options.model}")
     options.run_dir = (options.run_dir or RUNS / options.model.stem).absolute()
     options.address = options.address or socket.gethostname()

@@ -8,6 +8,7 @@ import pytest
 from support.launch import Launch
 from support.paths import python_path
 
+from maskmoe.command_line import pretrain
 from maskmoe.command_line.pretrain import has_flags_only
 from maskmoe.errors import UserError
 from maskmoe.launch.launcher import split_processes
@@ -95,6 +96,12 @@ def test_help_and_check_need_no_ranks(run_stub, flag):
 )
 def test_command_line_without_a_model_file_has_flags_only(line, expected):
     assert has_flags_only(line.split()) == expected
+
+
+def test_options_of_the_launcher_need_a_model_file(monkeypatch):
+    monkeypatch.setattr(sys, "argv", ["maskmoe pretrain", "--run-dir=runs/x", "laptop", "--lr", "1"])
+    with pytest.raises(UserError, match=r"^--run-dir needs a model file: write MODEL\.yaml"):
+        pretrain.main()
 
 
 def test_number_of_processes_is_no_flag_of_training():

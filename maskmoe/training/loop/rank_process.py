@@ -24,7 +24,7 @@ def run_rank(main: Callable[[], None], name: str) -> None:
         # Only now: other runs do not need the page.
         from maskmoe.training.help_page import help_page
 
-        print(help_page(name), end="")
+        run_tool(lambda: print(help_page(name), end=""))
         return
     code: int | None = None  # until this function sees the end
 

@@ -54,6 +54,8 @@ def check_tokenizer(args: Namespace) -> str | None:
 def check_save_folder(args: Namespace) -> None:
     """Check that files can be written to `--save`, `--tensorboard-dir` and `--non-persistent-global-ckpt-dir`.
 
+    An existing `--data-cache-path` may be complete, so it need not be writable.
+
     Raises:
         UserError: A folder cannot be made or written; or the folder of non-persistent checkpoints holds other
             checkpoints.
@@ -62,6 +64,8 @@ def check_save_folder(args: Namespace) -> None:
     folders = {"--save": args.save, "--tensorboard-dir": args.tensorboard_dir}
     if args.save is not None:
         folders["--non-persistent-global-ckpt-dir"] = args.non_persistent_global_ckpt_dir
+    if args.data_cache_path is not None and not Path(args.data_cache_path).is_dir():
+        folders["--data-cache-path"] = args.data_cache_path
     for flag, name in folders.items():
         if name is None:
             continue

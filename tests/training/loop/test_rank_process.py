@@ -53,3 +53,9 @@ def test_process_ends_after_all_exit_handlers():
         env={**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)},
     )
     assert (process.returncode, process.stderr) == (0, "thread\nhandler\n")
+
+
+def test_help_that_nobody_reads():
+    command = f"{sys.executable} -m maskmoe.training.pretrain --help | true; exit ${{PIPESTATUS[0]}}"
+    result = subprocess.run(["bash", "-c", command], capture_output=True, text=True, timeout=60)
+    assert (result.returncode, result.stderr) == (141, "")

@@ -51,6 +51,7 @@ CASES = {
         MASK,
         ["--save bad/ours.model/save: cannot write in", "Not a directory"],
     ),
+    "cache that is a device": ("--data-cache-path /dev/full", MASK, ["--data-cache-path /dev/full: cannot write in"]),
 }
 
 
