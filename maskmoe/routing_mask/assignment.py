@@ -1,7 +1,6 @@
 """Make routing masks: choose the experts that each token id sees, table by table."""
 
 import heapq
-from collections.abc import Sequence
 from dataclasses import dataclass, fields, replace
 from functools import partial
 from typing import Any
@@ -12,7 +11,7 @@ from tqdm import tqdm
 from maskmoe.data.parallel import map_in_processes
 from maskmoe.errors import UserError
 from maskmoe.routing_mask.frequency import TokenFrequency, count_frequent, ids_by_frequency
-from maskmoe.routing_mask.mask import HashLayers, MaskProvenance, RoutingMask, pack_sets
+from maskmoe.routing_mask.mask import HashLayers, MaskProvenance, RoutingMask, pack_sets, row_dtype, stack_tables
 
 ASSIGNMENTS = ("uniform", "balanced", "rank-local")
 # Each baseline fixes these settings of a recipe. `smoe` also fixes V_f = N.
@@ -283,43 +282,6 @@ def assign_table(recipe: MaskRecipe, occurrences: np.ndarray, table: int) -> tup
     row_of_id[vocabulary.ids[num_frequent:]] = single_expert
     visible = np.concatenate([np.eye(num_experts, dtype=bool), sets])
     return row_of_id, pack_sets(visible)
-
-
-def stack_tables(tables: Sequence[tuple[np.ndarray, np.ndarray]], num_experts: int) -> tuple[np.ndarray, np.ndarray]:
-    """Stack tables with different numbers of rows; tables with fewer rows get rows of all experts, which no id uses.
-
-    Args:
-        tables: Each table's `row_of_id`, integer `[vocab]`, and `visible_bits`, uint8 `[rows, bytes]`.
-        num_experts: N, the number of experts in a layer.
-
-    Returns:
-        `row_of_id` `[tables, vocab]` and `visible_bits` `[tables, rows, bytes]`, see `RoutingMask`.
-    """
-    num_rows = max(len(bits) for _, bits in tables)
-    row_of_id = np.stack([rows for rows, _ in tables]).astype(row_dtype(num_rows), copy=False)
-    visible_bits = np.tile(pack_sets(np.ones(num_experts, bool)), (len(tables), num_rows, 1))
-    for stacked, (_, bits) in zip(visible_bits, tables, strict=True):
-        stacked[: len(bits)] = bits
-    return row_of_id, visible_bits
-
-
-def table_of_sets(visible: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Return `row_of_id` `[vocab]` and `visible_bits` `[rows, bytes]` of visible sets, bool `[vocab, N]`.
-
-    Rows 0 to N - 1 are the single experts; each different set of several experts gets one row after them.
-    """
-    num_experts = visible.shape[1]
-    is_single = visible.sum(axis=1) == 1
-    sets, index = np.unique(pack_sets(visible[~is_single]), axis=0, return_inverse=True)
-    row_of_id = np.empty(len(visible), np.int64)
-    row_of_id[is_single] = visible[is_single].argmax(axis=1)
-    row_of_id[~is_single] = num_experts + index.ravel()
-    return row_of_id, np.concatenate([pack_sets(np.eye(num_experts, dtype=bool)), sets])
-
-
-def row_dtype(num_rows: int) -> type[np.int16] | type[np.int32]:
-    """Return the smallest dtype of a routing mask that can hold row numbers from 0 to `num_rows - 1`."""
-    return np.int16 if num_rows <= np.iinfo(np.int16).max + 1 else np.int32
 
 
 def uniform_subsets(rng: np.random.Generator, count: int, size: int, num_experts: int) -> np.ndarray:

@@ -16,8 +16,7 @@ from safetensors.numpy import save
 from maskmoe.errors import UserError, counted
 from maskmoe.files.outputs import atomic_output
 from maskmoe.files.untrusted import UnusableFile, check_regular
-from maskmoe.routing_mask.assignment import stack_tables, table_of_sets
-from maskmoe.routing_mask.mask import MaskProvenance, RoutingMask
+from maskmoe.routing_mask.mask import MaskProvenance, RoutingMask, stack_tables, table_of_sets
 
 ASSIGNMENT = "expert-table"
 TENSOR_NAMES = {

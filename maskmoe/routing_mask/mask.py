@@ -1,5 +1,6 @@
 """The routing mask: the experts that each token id may use in each layer, fixed before training."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Annotated, Any, Self, TypedDict
@@ -286,6 +287,43 @@ def pack_sets(sets: np.ndarray) -> np.ndarray:
 def unpack_bits(visible_bits: np.ndarray, num_experts: int) -> np.ndarray:
     """Unpack visible bits `[…, bytes]` into bool `[…, num_experts]`."""
     return np.unpackbits(visible_bits, axis=-1, count=num_experts, bitorder="little").view(bool)
+
+
+def stack_tables(tables: Sequence[tuple[np.ndarray, np.ndarray]], num_experts: int) -> tuple[np.ndarray, np.ndarray]:
+    """Stack tables with different numbers of rows; tables with fewer rows get rows of all experts, which no id uses.
+
+    Args:
+        tables: Each table's `row_of_id`, integer `[vocab]`, and `visible_bits`, uint8 `[rows, bytes]`.
+        num_experts: N, the number of experts in a layer.
+
+    Returns:
+        `row_of_id` `[tables, vocab]` and `visible_bits` `[tables, rows, bytes]`, see `RoutingMask`.
+    """
+    num_rows = max(len(bits) for _, bits in tables)
+    row_of_id = np.stack([rows for rows, _ in tables]).astype(row_dtype(num_rows), copy=False)
+    visible_bits = np.tile(pack_sets(np.ones(num_experts, bool)), (len(tables), num_rows, 1))
+    for stacked, (_, bits) in zip(visible_bits, tables, strict=True):
+        stacked[: len(bits)] = bits
+    return row_of_id, visible_bits
+
+
+def table_of_sets(visible: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Return `row_of_id` `[vocab]` and `visible_bits` `[rows, bytes]` of visible sets, bool `[vocab, N]`.
+
+    Rows 0 to N - 1 are the single experts; each different set of several experts gets one row after them.
+    """
+    num_experts = visible.shape[1]
+    is_single = visible.sum(axis=1) == 1
+    sets, index = np.unique(pack_sets(visible[~is_single]), axis=0, return_inverse=True)
+    row_of_id = np.empty(len(visible), np.int64)
+    row_of_id[is_single] = visible[is_single].argmax(axis=1)
+    row_of_id[~is_single] = num_experts + index.ravel()
+    return row_of_id, np.concatenate([pack_sets(np.eye(num_experts, dtype=bool)), sets])
+
+
+def row_dtype(num_rows: int) -> type[np.int16] | type[np.int32]:
+    """Return the smallest dtype of a routing mask that can hold row numbers from 0 to `num_rows - 1`."""
+    return np.int16 if num_rows <= np.iinfo(np.int16).max + 1 else np.int32
 
 
 def describe_visible_experts(mask: RoutingMask) -> str:

@@ -8,17 +8,10 @@ from tqdm import tqdm
 
 from maskmoe.data.parallel import map_in_processes
 from maskmoe.errors import UserError
-from maskmoe.routing_mask.assignment import (
-    FEW_ASSIGNMENTS,
-    LOAD_JITTER,
-    MaskRecipe,
-    Vocabulary,
-    stack_tables,
-    table_of_sets,
-)
+from maskmoe.routing_mask.assignment import FEW_ASSIGNMENTS, LOAD_JITTER, MaskRecipe, Vocabulary
 from maskmoe.routing_mask.expert_table import ASSIGNMENT as EXPERT_TABLE
 from maskmoe.routing_mask.frequency import TokenFrequency
-from maskmoe.routing_mask.mask import Ancestor, RoutingMask, unpack_bits
+from maskmoe.routing_mask.mask import Ancestor, RoutingMask, stack_tables, table_of_sets, unpack_bits
 
 
 def widen_routing_mask(

@@ -17,10 +17,10 @@ from transformers.models.deepseek_v4.modeling_deepseek_v4 import DeepseekV4HashR
 from maskmoe.errors import UserError
 from maskmoe.huggingface import MaskMoEConfig
 from maskmoe.huggingface.modeling_maskmoe import MaskMoETopKRouter
-from maskmoe.routing_mask.assignment import MaskRecipe, build_routing_mask, stack_tables
+from maskmoe.routing_mask.assignment import MaskRecipe, build_routing_mask
 from maskmoe.routing_mask.expert_table import TENSOR_NAMES, ExpertTable
 from maskmoe.routing_mask.feed_forward_layers import positions_of_layers
-from maskmoe.routing_mask.mask import RoutingMask
+from maskmoe.routing_mask.mask import RoutingMask, stack_tables
 
 VOCAB_SIZE, NUM_EXPERTS, NUM_LAYERS = 50, 12, 4
 LAYERS = range(NUM_LAYERS)
