@@ -309,24 +309,6 @@ def test_model_without_a_mask_is_refused(tmp_path) -> None:
         AutoModelForCausalLM.from_pretrained(tmp_path)
 
 
-@torch.no_grad()
-def test_an_adapter_of_the_router_obeys_the_mask() -> None:
-    """PEFT wraps the router in a module that counts experts by the dimensions of the weight."""
-    peft = pytest.importorskip("peft")
-    model, token_ids = make_model(), random_ids(2, 10)
-    expected = model(token_ids, output_router_logits=True)
-    adapters = peft.LoraConfig(target_modules=["q_proj"], target_parameters=["gate.weight"])
-    adapted = peft.get_peft_model(model, adapters).eval()
-    assert_alike(adapted(token_ids).logits, expected.logits)  # new adapters change nothing
-    for name, parameter in adapted.named_parameters():
-        if "lora_B" in name:
-            parameter.normal_()
-    outputs = adapted(token_ids, output_router_logits=True)
-    assert not torch.equal(outputs.router_logits[0], expected.router_logits[0])
-    for logits, original in zip(outputs.router_logits, expected.router_logits, strict=True):
-        assert torch.equal(logits.isneginf(), original.isneginf())
-
-
 def test_model_without_experts() -> None:
     config = make_config(mlp_layer_types=["dense"] * NUM_LAYERS)
     assert config.routing_mask is None
