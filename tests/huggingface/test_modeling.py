@@ -17,9 +17,7 @@ from support.tiny_maskmoe import (
     random_mask,
 )
 from torch import Tensor
-from transformers import (
-    AutoModelForCausalLM,
-)
+from transformers import AutoModelForCausalLM
 
 from maskmoe.checkpoint.routing_mask import buffers_of_routing_mask
 from maskmoe.huggingface import MaskMoEForCausalLM
@@ -64,24 +62,6 @@ def test_padded_prompts_continue_like_unpadded_prompts(attention, use_cache) -> 
     together = generate(model, padded, attention_mask=mask, use_cache=use_cache)
     for prompt, tokens in zip(prompts, together, strict=True):
         assert torch.equal(generate(model, prompt, attention_mask=torch.ones_like(prompt))[0], tokens)
-
-
-@pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
-@torch.no_grad()
-def test_padding_does_not_touch_other_tokens(implementation) -> None:
-    model = make_model()
-    model.set_experts_implementation(implementation)
-    token_ids = random_ids(2, 10)
-    mask = torch.ones_like(token_ids)
-    mask[0, :4] = 0
-    results = []
-    for padding_id in (PADDING_ID, 11):
-        token_ids[0, :4] = padding_id
-        results.append(model(token_ids, attention_mask=mask, output_router_logits=True))
-    first, second = results
-    assert_alike(first.logits[0, 4:], second.logits[0, 4:])
-    assert_alike(first.logits[1], second.logits[1])
-    assert_alike(first.aux_loss, second.aux_loss)
 
 
 @pytest.mark.parametrize("variant", VARIANTS)
