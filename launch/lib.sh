@@ -6,7 +6,7 @@ MINIMUM_PYTHON=3.12
 MINIMUM_TORCH=2.11
 # Newer Pythons work too, but there pip must compile a part of megatron-core.
 NEWEST_PYTHON_WITH_WHEELS=3.13
-EXTRAS=(data dev eval gpu hf muon)
+EXTRAS=(data dev eval gpu hf muon tune)
 SYSTEM_BIN_DIRS=(/usr/bin /usr/local/bin)
 
 # Messages go to standard error: standard output belongs to the command that is started after the set-up.

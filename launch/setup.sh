@@ -11,8 +11,9 @@ versions of constraints.txt. If .venv is up to date, the script takes less than 
 
   --extras LIST  optional parts, separated by commas: data (pyarrow and datasets, to read tables), dev (tests and
                  linters), gpu (Transformer Engine, compiled here), hf (Hugging Face transformers), eval
-                 (lm-evaluation-harness), muon (NVIDIA's emerging-optimizers, for --optimizer muon and lion). Parts
-                 installed earlier stay. gpu needs g++ and Python's headers, no GPU, and minutes.
+                 (lm-evaluation-harness), muon (NVIDIA's emerging-optimizers, for --optimizer muon and lion), tune
+                 (TRL and PEFT, for fine-tuning). Parts installed earlier stay. gpu needs g++ and Python's headers, no
+                 GPU, and minutes.
   MAX_JOBS=N     (environment) compile N files of Transformer Engine at a time; each takes about 1.5 GB of memory.
                  Default: 4
   PYTHON=PATH    (environment) the Python to use. Default: the first working Python 3.12 or newer among python3 and

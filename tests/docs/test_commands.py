@@ -54,8 +54,8 @@ FOREIGN_FLAGS = {
         "--trust-remote-code",
     },
 }
-# Scripts that library.md prints.
-PRINTED_SCRIPTS = {"my_pretrain.py", "my_loop.py"}
+# Scripts that pages print.
+PRINTED_SCRIPTS = {"my_pretrain.py", "my_loop.py", "fine_tune.py"}
 SHELL_COMMANDS = {"cp", "export", "mkdir", "source", "split"}
 # The first blocks of these pages, which take seconds (that of hybrid.md trains), and what they print.
 QUICK = {
@@ -118,7 +118,7 @@ def unknown_flags(words: list[str]) -> set[str]:
         assert all((ROOT / script).is_file() for script in scripts)
         return flags_of(arguments) - FOREIGN_FLAGS[program] - script_flags()
     if program == "python":
-        assert (ROOT / arguments[0]).is_file(), arguments[0]
+        assert arguments[0] in PRINTED_SCRIPTS or (ROOT / arguments[0]).is_file(), arguments[0]
         return flags_of(arguments) - script_flags()
 
     assert os.access(ROOT / program, os.X_OK), f"{program} is not a script of the repository"

@@ -17,9 +17,7 @@ from support.tiny_maskmoe import (
     random_mask,
 )
 from torch import Tensor
-from transformers import (
-    AutoModelForCausalLM,
-)
+from transformers import AutoModelForCausalLM
 
 from maskmoe.checkpoint.routing_mask import buffers_of_routing_mask
 from maskmoe.huggingface import MaskMoEForCausalLM
@@ -64,24 +62,6 @@ def test_padded_prompts_continue_like_unpadded_prompts(attention, use_cache) -> 
     together = generate(model, padded, attention_mask=mask, use_cache=use_cache)
     for prompt, tokens in zip(prompts, together, strict=True):
         assert torch.equal(generate(model, prompt, attention_mask=torch.ones_like(prompt))[0], tokens)
-
-
-@pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
-@torch.no_grad()
-def test_padding_does_not_touch_other_tokens(implementation) -> None:
-    model = make_model()
-    model.set_experts_implementation(implementation)
-    token_ids = random_ids(2, 10)
-    mask = torch.ones_like(token_ids)
-    mask[0, :4] = 0
-    results = []
-    for padding_id in (PADDING_ID, 11):
-        token_ids[0, :4] = padding_id
-        results.append(model(token_ids, attention_mask=mask, output_router_logits=True))
-    first, second = results
-    assert_alike(first.logits[0, 4:], second.logits[0, 4:])
-    assert_alike(first.logits[1], second.logits[1])
-    assert_alike(first.aux_loss, second.aux_loss)
 
 
 @pytest.mark.parametrize("variant", VARIANTS)
@@ -307,24 +287,6 @@ def test_model_without_a_mask_is_refused(tmp_path) -> None:
     )
     with pytest.raises(ValueError, match=r"no routing mask: model\.routing_mask\.row_of_id"):
         AutoModelForCausalLM.from_pretrained(tmp_path)
-
-
-@torch.no_grad()
-def test_an_adapter_of_the_router_obeys_the_mask() -> None:
-    """PEFT wraps the router in a module that counts experts by the dimensions of the weight."""
-    peft = pytest.importorskip("peft")
-    model, token_ids = make_model(), random_ids(2, 10)
-    expected = model(token_ids, output_router_logits=True)
-    adapters = peft.LoraConfig(target_modules=["q_proj"], target_parameters=["gate.weight"])
-    adapted = peft.get_peft_model(model, adapters).eval()
-    assert_alike(adapted(token_ids).logits, expected.logits)  # new adapters change nothing
-    for name, parameter in adapted.named_parameters():
-        if "lora_B" in name:
-            parameter.normal_()
-    outputs = adapted(token_ids, output_router_logits=True)
-    assert not torch.equal(outputs.router_logits[0], expected.router_logits[0])
-    for logits, original in zip(outputs.router_logits, expected.router_logits, strict=True):
-        assert torch.equal(logits.isneginf(), original.isneginf())
 
 
 def test_model_without_experts() -> None:

@@ -424,7 +424,7 @@ def test_every_requirement_has_a_tested_version_in_its_range():
     pins = {canonicalize_name(name): version for name, version in pins.items()}
     project = PYPROJECT["project"]
     extras = project["optional-dependencies"]
-    tested = (text for name in ("data", "dev", "eval", "gpu", "hf", "muon") for text in extras[name])
+    tested = (text for name in ("data", "dev", "eval", "gpu", "hf", "muon", "tune") for text in extras[name])
     for text in [*project["dependencies"], *tested]:
         requirement = Requirement(text)
         if requirement.name != "maskmoe":  # an extra that includes another extra
