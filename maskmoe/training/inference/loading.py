@@ -1,4 +1,4 @@
-"""Loads the model of a checkpoint for evaluation and generation, and writes their outputs."""
+"""Loads the model of a checkpoint for evaluation, and writes its output."""
 
 from argparse import Namespace
 from pathlib import Path
@@ -64,7 +64,7 @@ def check_output(path: str | None, args: Namespace) -> None:
         UserError: The output is an input, exists without `--force`, or cannot be written.
     """
     if path is not None:
-        names = ("load", "routing_mask", "tokenizer_model", "token_frequency", "prompts_file")
+        names = ("load", "routing_mask", "tokenizer_model", "token_frequency")
         inputs = [Path(value) for name in names if (value := getattr(args, name, None)) is not None]
         check_outputs([path], [*inputs, *(files_of_data_path(args.data_path) if args.data_path else ())], args.force)
 
