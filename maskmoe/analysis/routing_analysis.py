@@ -92,9 +92,8 @@ def analyze(
     statistics, before = [], None
     for position, model in enumerate(tqdm(models, desc="routing the probe", unit="model", disable=not progress)):
         with model_folder(model) as folder:
-            trace = record_routing(
-                load_exported_model(folder, None).model, Probe(token_ids, seq_length, settings.batch_size)
-            )
+            decoder = load_exported_model(folder, tokenizer=None).model
+            trace = record_routing(decoder, Probe(token_ids, seq_length, settings.batch_size))
         if trace_files:
             trace.save(trace_files[position], model.name, shape.layers)
         statistics.append(measure(trace, before, bands, settings))

@@ -199,8 +199,8 @@ def check_output(args: argparse.Namespace) -> None:
     """
     if args.eval_output is not None:
         inputs = (args.load, args.routing_mask, args.tokenizer_model, args.token_frequency)
-        files = [Path(path) for path in inputs if path is not None]
-        check_outputs([args.eval_output], [*files, *files_of_data_path(args.data_path or ())], args.force)
+        data = files_of_data_path(args.data_path) if args.data_path else []
+        check_outputs([args.eval_output], [*(Path(path) for path in inputs if path), *data], args.force)
 
 
 def main() -> None:
