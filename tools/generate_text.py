@@ -1,4 +1,4 @@
-"""Runs `maskmoe sample` from a checkout; `--help` shows the arguments."""
+"""Runs `maskmoe generate` from a checkout; `--help` shows the arguments."""
 
 from maskmoe.command_line.generate_text import main
 from maskmoe.command_line.run_tool import run_tool

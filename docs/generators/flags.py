@@ -18,7 +18,7 @@ from maskmoe.megatron_compat import prepare_process
 
 Provider = Callable[[argparse.ArgumentParser], argparse.ArgumentParser]
 
-# `maskmoe pretrain`, `evaluate` and `generate` read this flag before Megatron's parser reads the others.
+# `maskmoe pretrain` and `evaluate` read this flag before Megatron's parser reads the others.
 PROCESSES = (
     "`--nproc-per-node N`",
     "start N ranks on this machine. Default: one rank for each GPU, or one without GPUs",
@@ -60,13 +60,12 @@ def section(subcommand: Subcommand) -> str:
 
 def megatron_providers() -> dict[str, tuple[Provider, ...]]:
     """Return the functions that add MaskMoE's flags to Megatron's parser, by subcommand."""
-    from maskmoe.training.inference.flags import add_evaluation_arguments, add_generation_arguments
+    from maskmoe.training.inference.flags import add_evaluation_arguments
     from maskmoe.training.settings.flags import add_check_arguments, add_maskmoe_arguments, add_pretraining_arguments
 
     return {
         "pretrain": (add_maskmoe_arguments, add_pretraining_arguments, add_check_arguments),
         "evaluate": (add_maskmoe_arguments, add_evaluation_arguments),
-        "generate": (add_maskmoe_arguments, add_generation_arguments),
     }
 
 

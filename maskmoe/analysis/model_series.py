@@ -10,7 +10,7 @@ from typing import Any
 from maskmoe.analysis.routing_statistics import AnalysisSettings
 from maskmoe.checkpoint import series
 from maskmoe.checkpoint.integrity import LAYOUT_FILE, Damage, check_structure, iteration_of
-from maskmoe.conversion.convert import megatron_to_huggingface
+from maskmoe.conversion.convert import temporary_export
 from maskmoe.conversion.huggingface_models import open_model
 from maskmoe.conversion.megatron_models import open_megatron
 from maskmoe.conversion.model_tensors import OpenedModel
@@ -164,9 +164,8 @@ def model_folder(model: ModelSource) -> Iterator[Path]:
     if not model.is_megatron:
         yield model.path
         return
-    with tempfile.TemporaryDirectory(prefix="analyze_routing_") as folder:
-        megatron_to_huggingface(Settings(load=model.path, save=Path(folder), tokenizer_type=WITHOUT_TEXT))
-        yield Path(folder)
+    with temporary_export(model.path, tokenizer_type=WITHOUT_TEXT) as folder:
+        yield folder
 
 
 @contextmanager

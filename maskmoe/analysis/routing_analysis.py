@@ -9,7 +9,6 @@ import numpy as np
 import torch
 from torch import Tensor
 from tqdm import tqdm
-from transformers.utils import logging
 
 from maskmoe.analysis.model_series import ModelSource, common_shape, model_folder, tokenizer_folder
 from maskmoe.analysis.probe_text import Probe, ProbeText, read_pieces
@@ -21,9 +20,9 @@ from maskmoe.analysis.routing_statistics import (
     measure,
     repeated_ids,
 )
+from maskmoe.conversion.model_files import load_exported_model
 from maskmoe.errors import UserError
-from maskmoe.files.untrusted import reading
-from maskmoe.huggingface import MaskMoEForCausalLM, MaskMoEModel
+from maskmoe.huggingface import MaskMoEModel
 from maskmoe.huggingface.modeling_maskmoe import MaskMoETopKRouter, score
 from maskmoe.routing_mask.frequency import FrequencyBands, TokenFrequency
 
@@ -93,30 +92,14 @@ def analyze(
     statistics, before = [], None
     for position, model in enumerate(tqdm(models, desc="routing the probe", unit="model", disable=not progress)):
         with model_folder(model) as folder:
-            trace = record_routing(load_decoder(folder), Probe(token_ids, seq_length, settings.batch_size))
+            decoder = load_exported_model(folder, tokenizer=None).model
+            trace = record_routing(decoder, Probe(token_ids, seq_length, settings.batch_size))
         if trace_files:
             trace.save(trace_files[position], model.name, shape.layers)
         statistics.append(measure(trace, before, bands, settings))
         before = trace
     listed_ids = repeated_ids(token_ids, settings.min_occurrences)
     return RoutingAnalysis(models, statistics, shape.layers, occurrences, bands, listed_ids, pieces)
-
-
-def load_decoder(folder: Path) -> MaskMoEModel:
-    """Load the decoder of an exported model for inference, in the dtype of the stored weights.
-
-    Raises:
-        UserError: The model cannot be read.
-    """
-    logging.disable_progress_bar()
-    with reading(f"{folder} is not a complete MaskMoE model: it", "export the model again"):
-        model = MaskMoEForCausalLM.from_pretrained(folder, dtype="auto", local_files_only=True)
-    for part, parameter in model.model.named_parameters():
-        if not torch.isfinite(parameter).all():
-            raise UserError(f"{folder} has weights that are NaN or infinite, such as {part}: they route to no expert")
-    # Under the CPU adapter the current device is the CPU.
-    device = torch.device(torch.cuda.current_device()) if torch.cuda.is_available() else torch.device("cpu")
-    return model.model.to(device).eval()
 
 
 @torch.inference_mode()

@@ -138,7 +138,7 @@ def choose_checkpoint(
     if is_without_saves and all(isinstance(damage, Unfinished) for damage in rejected):
         return Choice(None, tuple(rejected))
     reasons = "; ".join(map(str, rejected)) or f"{TRACKER} names none that exists"
-    raise UserError(f"--load {folder} holds no sound checkpoint: {reasons}")
+    raise UserError(f"{folder} holds no sound checkpoint: {reasons}")
 
 
 def locate_checkpoint(path: Path, step: int | None = None) -> Path:

@@ -1,18 +1,64 @@
-"""Continue texts with a model in transformers' format, such as maskmoe convert writes."""
+"""Continue texts with a checkpoint of Megatron or with an exported model; print each prompt with its continuation.
+
+A checkpoint is first exported to a temporary folder, below TMPDIR if that variable is set. To generate often, export it
+once with maskmoe convert megatron-to-hf, and name the exported folder. The text goes to stdout, everything else to
+stderr.
+
+Examples:
+  %(prog)s --model runs/a/checkpoints --prompt "def __init__(self"
+  %(prog)s --model runs/a/model --prompts-file prompts.jsonl --temperature 0 --output texts.jsonl
+"""
 
 import argparse
+import json
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from itertools import batched
 from pathlib import Path
 from typing import Any
 
+from tqdm import tqdm
+
 from maskmoe.command_line import ranges
-from maskmoe.command_line.parser import Parser, add_force_argument, say_loading
-from maskmoe.conversion.settings import read_model_config
+from maskmoe.command_line.parser import add_force_argument, add_option, command_parser, say_loading
+from maskmoe.conversion.settings import CONFIG_FILE
+from maskmoe.data.prompts import KEY, read_prompts
 from maskmoe.errors import UserError
 from maskmoe.files.outputs import atomic_output, check_outputs
-from maskmoe.training.inference.flags import add_prompt_arguments
-from maskmoe.training.inference.prompts import Prompts, check_prompt
+from maskmoe.files.paths import check_folder
+from maskmoe.files.untrusted import refuse_surrogates
 
 _MIN_TEMPERATURE = 1e-6
+
+
+def parse_arguments() -> argparse.Namespace:
+    """Parse the command line of this process."""
+    parser = command_parser(__doc__)
+    folder = "folder of an exported model, of a checkpoint, or of a run's checkpoints"
+    add_option(parser, "--model DIR", folder, Path, required=True)
+    source = parser.add_mutually_exclusive_group(required=True)
+    add_option(source, "--prompt TEXT", "the text to continue")
+    file = "file of texts to continue: one text a line, or JSON lines with the key `prompt` if the name ends in "
+    file += "`.jsonl`. The output is JSON lines with the key `text`"
+    add_option(source, "--prompts-file FILE", file, Path)
+    batch = "continue this many texts of --prompts-file at a time"
+    add_option(parser, "--batch-size N", batch, ranges.BATCH_SIZE, default=8)
+    length = "stop after this many new tokens, or at the end of the text"
+    add_option(parser, "--max-new-tokens N", length, ranges.NEW_TOKENS, default=64)
+    divisor = "divide logits by this before a token is drawn; 0 takes the most probable token"
+    add_option(parser, "--temperature T", divisor, ranges.TEMPERATURE, default=0.8)
+    add_option(parser, "--top-k K", "draw among the K most probable tokens; 0: all", ranges.TOP_K, default=50)
+    add_option(parser, "--seed S", "seed of the drawing", ranges.SEED, default=1234)
+    add_option(parser, "--output FILE", "also write the text to this file", Path)
+    add_force_argument(parser)
+    group = parser.add_argument_group("checkpoints of Megatron")
+    step = "iteration of a run's checkpoints to read, as Megatron's flag (default: the newest, if undamaged)"
+    add_option(group, "--ckpt-step I", step, ranges.ITERATION)
+    kind = "type of the tokenizer (default: the checkpoint's); NullTokenizer: prompts are token ids"
+    add_option(group, "--tokenizer-type T", kind)
+    add_option(group, "--tokenizer-model F", "file of the tokenizer of training (default: the checkpoint's)")
+    add_option(group, "--routing-mask F", "routing mask for a checkpoint that holds none", Path)
+    return parser.parse_args()
 
 
 def main() -> None:
@@ -22,63 +68,99 @@ def main() -> None:
         UserError: The model or the file of prompts is missing or damaged, a prompt is empty or too long for the model,
             or a number is out of range.
     """
-    parser = Parser(description=__doc__, formatter_class=argparse.ArgumentDefaultsHelpFormatter)
-    add = parser.add_argument
-    add("--model", type=Path, required=True, metavar="DIR", help="folder of model and tokenizer")
-    add_prompt_arguments(parser)
-    add("--max-new-tokens", type=ranges.NEW_TOKENS, default=64, metavar="N", help="stop after N new tokens")
-    divisor = "divide logits by this; 0 takes the most probable token"
-    add("--temperature", type=ranges.TEMPERATURE, default=0.8, help=divisor)
-    add("--top-k", type=ranges.TOP_K, default=50, help="sample among the K most probable tokens; 0 for all")
-    add("--seed", type=ranges.SEED, default=1234, help="seed of the sampling")
-    add("--output", type=Path, metavar="FILE", help="also write the text to a file")
-    add_force_argument(parser)
-    arguments = parser.parse_args()
-    if not (arguments.model / "config.json").is_file():
-        raise UserError(f"--model {arguments.model} holds no config.json: name the folder of an exported model")
-    positions = read_positions(arguments.model / "config.json")
+    arguments = parse_arguments()
+    check_folder(arguments.model, "--model")
     if arguments.output is not None:
-        inputs = [path for path in (arguments.model, arguments.prompts_file) if path is not None]
-        check_outputs([arguments.output], inputs, arguments.force)
-    prompts = Prompts(arguments)
+        paths = (arguments.model, arguments.prompts_file, arguments.tokenizer_model, arguments.routing_mask)
+        check_outputs([arguments.output], [Path(path) for path in paths if path is not None], arguments.force)
+    if arguments.prompts_file is not None:
+        records = read_prompts(arguments.prompts_file)
+    elif arguments.prompt.strip():
+        refuse_surrogates(arguments.prompt, "--prompt")
+        records = [{KEY: arguments.prompt}]
+    else:
+        raise UserError("--prompt is empty")
 
-    say_loading("importing PyTorch and transformers")
-    # Only now, since these imports take seconds and `--help` does not need them.
-    import torch
-    from transformers import set_seed
+    with exported_folder(arguments) as folder:
+        # Only now, since these imports take seconds and `--help` does not need them.
+        from transformers import set_seed
 
-    from maskmoe.conversion.model_files import load_exported_model, load_exported_tokenizer
+        from maskmoe.conversion.model_files import load_exported_model, load_exported_tokenizer
 
-    tokenizer = load_exported_tokenizer(arguments.model)
-    prompts_ids = [tokenizer(prompt)["input_ids"] for prompt in prompts.texts]
-    for prompt_ids in prompts_ids:
-        check_prompt(prompt_ids, arguments.max_new_tokens, positions)
-    say_loading("reading the model")
-    model = load_exported_model(arguments.model, tokenizer)
-    model = model.to("cuda" if torch.cuda.is_available() else "cpu")
-    continuation = Continuation(arguments, tokenizer, model)
+        say_loading("reading the model")
+        tokenizer = load_exported_tokenizer(folder)
+        model = load_exported_model(folder, tokenizer)
+    continuation = Continuation(arguments, TokenIds(model.config.vocab_size) if tokenizer is None else tokenizer, model)
+    prompts = [continuation.token_ids(record[KEY]) for record in records]
     set_seed(arguments.seed)
-    texts = (text for batch in prompts.batches() for text in continuation.of(prompts_ids[batch]))
-    text = prompts.output([*texts])
-    print(text)
+    batches = [*batched(prompts, arguments.batch_size)]
+    progress = tqdm(batches, desc="generating", unit="batch", disable=len(batches) == 1)
+    texts = [text for batch in progress for text in continuation.of(batch)]
+    if arguments.prompts_file is not None:
+        results = (record | {"text": text} for record, text in zip(records, texts, strict=True))
+        texts = [json.dumps(result, ensure_ascii=False) for result in results]
+    output = "\n".join(texts)
+    print(output)
     if arguments.output is not None:
         with atomic_output(arguments.output) as path:
-            path.write_text(text + "\n", encoding="utf-8")
+            path.write_text(output + "\n", encoding="utf-8")
 
 
-def read_positions(path: Path) -> int | None:
-    """Return the number of positions of a model; None if the model names no limit.
-
-    Args:
-        path: The model's `config.json`.
+@contextmanager
+def exported_folder(arguments: argparse.Namespace) -> Iterator[Path]:
+    """Yield the folder of the model in transformers' format, a temporary folder for a checkpoint of Megatron.
 
     Raises:
-        UserError: The file is damaged, or its number of positions is no positive whole number.
+        UserError: The checkpoint is missing or damaged, or transformers cannot express its model; or flags for
+            checkpoints are given along with an exported model.
     """
-    positions = read_model_config(path).get("max_position_embeddings")
-    if positions is not None and (type(positions) is not int or positions < 1):
-        raise UserError(f"{path}: max_position_embeddings is {positions!r}, not a positive whole number")
-    return positions
+    of_checkpoint = ("ckpt_step", "tokenizer_type", "tokenizer_model", "routing_mask")
+    given = {name: value for name in of_checkpoint if (value := getattr(arguments, name)) is not None}
+    if (arguments.model / CONFIG_FILE).is_file():
+        if given:
+            flag = f"--{next(iter(given)).replace('_', '-')}"
+            raise UserError(
+                f"{flag} is for checkpoints of Megatron, but --model {arguments.model} is an exported model"
+            )
+        say_loading("importing PyTorch and transformers")
+        yield arguments.model
+        return
+    say_loading("importing PyTorch and Megatron-Core")
+    from maskmoe.megatron_compat import prepare_process
+
+    prepare_process()
+    from maskmoe.checkpoint.routing_mask import read_routing_mask
+    from maskmoe.conversion.convert import temporary_export
+
+    mask = given.pop("routing_mask", None)
+    with temporary_export(arguments.model, mask and read_routing_mask(mask), **given) as folder:
+        yield folder
+
+
+class TokenIds:
+    """Replaces the tokenizer of a model that has none: a text consists of token ids, separated by spaces.
+
+    Args:
+        vocab_size: Number of the model's token ids.
+    """
+
+    def __init__(self, vocab_size: int) -> None:
+        self._to_id = ranges.WholeNumber(0, vocab_size - 1)
+
+    def __call__(self, text: str) -> dict[str, list[int]]:
+        """Return the ids of a text under the key `input_ids`, as tokenizers of transformers do.
+
+        Raises:
+            UserError: A word is no id of the model.
+        """
+        try:
+            return {"input_ids": [self._to_id(word) for word in text.split()]}
+        except argparse.ArgumentTypeError as error:
+            raise UserError(f"the model has no tokenizer, so a word of a prompt is a token id: it {error}") from error
+
+    def decode(self, token_ids: list[int], skip_special_tokens: bool) -> str:
+        """Return the text of token ids, none of which is special."""
+        return " ".join(map(str, token_ids))
 
 
 class Continuation:
@@ -110,7 +192,25 @@ class Continuation:
             temperature = max(arguments.temperature, _MIN_TEMPERATURE)
             self._options |= {"do_sample": True, "temperature": temperature, "top_k": arguments.top_k}
 
-    def of(self, prompts: list[list[int]]) -> list[str]:
+    def token_ids(self, prompt: str) -> list[int]:
+        """Return the token ids of a prompt, at least one.
+
+        Raises:
+            UserError: The prompt has no token, or the text would be longer than the model's positions.
+        """
+        ids: list[int] = self._tokenizer(prompt)["input_ids"]
+        if not ids:
+            raise UserError("the prompt is empty")
+        num_new = self._options["max_new_tokens"]
+        positions = getattr(self._model.config, "max_position_embeddings", None)  # not every model has a limit
+        if positions is not None and len(ids) + num_new > positions:
+            raise UserError(
+                f"{len(ids)} prompt tokens and {num_new} new ones exceed the model's {positions} positions; shorten "
+                "the prompt or lower --max-new-tokens"
+            )
+        return ids
+
+    def of(self, prompts: Sequence[list[int]]) -> list[str]:
         """Return each prompt with its continuation.
 
         Args:

@@ -160,7 +160,7 @@ class Quickstart:
             *("--max-new-tokens", min(_SAMPLE_TOKENS, self.settings.seq_length // 2)),
             *("--seed", self.settings.seed, "--output", self.sample),
         )
-        return Stage("sample", maskmoe_command("sample", *words), (self.sample,), (self.model,))
+        return Stage("sample", maskmoe_command("generate", *words), (self.sample,), (self.model,))
 
     def _prompt(self) -> str:
         """Return the user's prompt, or the start of the user's text, or of a function if the text is Python's."""

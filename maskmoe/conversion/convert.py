@@ -3,11 +3,13 @@
 import os
 import shutil
 import sys
+import tempfile
 from argparse import Namespace
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -24,7 +26,7 @@ from maskmoe.conversion.tokenizer import TOKENIZER_FILES, WITHOUT_TEXT, choose_t
 from maskmoe.conversion.upcycle import upcycle
 from maskmoe.data.tokenizer import tokenizer_sha256
 from maskmoe.errors import UserError
-from maskmoe.files.outputs import lies_inside
+from maskmoe.files.outputs import lies_inside, unwinding_on_signals
 from maskmoe.files.untrusted import resolve_inside
 from maskmoe.routing_mask.mask import RoutingMask
 
@@ -54,6 +56,24 @@ def megatron_to_huggingface(settings: Settings, mask: RoutingMask | None = None)
     checkpoint, model = _open_checkpoint(settings, mask)
     with _output(settings, checkpoint) as folder:
         _save_huggingface(model, settings, folder)
+
+
+@contextmanager
+def temporary_export(load: Path, mask: RoutingMask | None = None, **settings: Any) -> Iterator[Path]:
+    """Yield a temporary folder with a checkpoint as a transformers model; remove it at the end, also after SIGTERM.
+
+    Args:
+        load: As `Settings.load`.
+        mask: The routing mask for a checkpoint that holds none.
+        settings: Further fields of `Settings`.
+
+    Raises:
+        UserError: The checkpoint cannot be converted, or the disk is full.
+    """
+    with unwinding_on_signals(), tempfile.TemporaryDirectory(prefix="maskmoe-export-") as private:
+        folder = Path(private, "model")  # within a folder that only this user may read
+        megatron_to_huggingface(Settings(load, folder, **settings), mask)
+        yield folder
 
 
 def huggingface_to_megatron(settings: Settings, mask: RoutingMask | None = None) -> list[str]:

@@ -159,7 +159,7 @@ def write_safetensors(
 
 
 def load_exported_tokenizer(folder: Path) -> Any:
-    """Load the tokenizer of a folder, without running code of the folder.
+    """Load the tokenizer of a folder, without running code of the folder; None if the folder has no tokenizer.
 
     Raises:
         UserError: The tokenizer is missing or damaged, or a file of the folder is not a regular file.
@@ -170,16 +170,18 @@ def load_exported_tokenizer(folder: Path) -> Any:
     import maskmoe.huggingface  # noqa: F401 (registers the model)
 
     check_model_folder(folder)
+    if not any(folder.glob("tokenizer*")):
+        return None
     with reading(f"the tokenizer in {folder}", _ADVICE):
         return AutoTokenizer.from_pretrained(folder, **_OPTIONS)
 
 
 def load_exported_model(folder: Path, tokenizer: Any) -> Any:
-    """Load the model of a folder, in evaluation mode and on the CPU, without running code of the folder.
+    """Load the model of a folder, in evaluation mode and on a GPU if there is one, without running code of the folder.
 
     Args:
         folder: The folder.
-        tokenizer: The tokenizer of the folder.
+        tokenizer: The tokenizer of the folder; None if it has none.
 
     Raises:
         UserError: A file is missing or damaged, or lies outside the folder; weights are missing, superfluous, of
@@ -203,7 +205,7 @@ def load_exported_model(folder: Path, tokenizer: Any) -> Any:
         model, loading = AutoModelForCausalLM.from_pretrained(
             folder, dtype="auto", output_loading_info=True, ignore_mismatched_sizes=True, **_OPTIONS
         )
-        num_ids = len(tokenizer)
+        num_ids = 0 if tokenizer is None else len(tokenizer)
     for problem, meaning in (("missing", "lacks"), ("unexpected", "has unknown"), ("mismatched", "has misshapen")):
         # Transformers names a mismatched weight along with its shapes.
         found = loading.get(f"{problem}_keys") or ()
@@ -216,7 +218,8 @@ def load_exported_model(folder: Path, tokenizer: Any) -> Any:
             f"the tokenizer in {folder} has {num_ids} ids, but the model has only {model.config.vocab_size}: they do "
             "not belong together"
         )
-    return model.eval()
+    # Under the CPU adapter, the current device is the CPU.
+    return model.to(torch.cuda.current_device() if torch.cuda.is_available() else "cpu").eval()
 
 
 def check_output_folder(folder: Path) -> None:

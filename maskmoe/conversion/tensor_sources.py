@@ -302,7 +302,7 @@ class FiniteSource:
         """
         elements = self._source.read(block)
         if elements.is_floating_point() and elements.numel() and not all(map(torch.isfinite, elements.aminmax())):
-            raise UserError(f"{block.tensor} holds NaN or infinite values; pass --allow-nan to convert it nevertheless")
+            raise UserError(f"{block.tensor} holds NaN or infinite values; maskmoe convert --allow-nan converts it")
         return elements
 
 

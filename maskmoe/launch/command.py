@@ -107,7 +107,7 @@ def entry_point(task: str, program: str = "") -> tuple[str, ...]:
     """Return the words that name what every rank runs.
 
     Args:
-        task: `pretrain`, `check`, `evaluate` or `generate`.
+        task: `pretrain`, `check` or `evaluate`.
         program: A Python file that runs instead of MaskMoE's entry point, with the task as its first argument; empty
             for MaskMoE's entry point.
     """

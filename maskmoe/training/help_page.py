@@ -3,17 +3,15 @@
 import argparse
 from functools import partial
 
-from maskmoe.training.inference.flags import add_evaluation_arguments, add_generation_arguments
+from maskmoe.training.inference.flags import add_evaluation_arguments
 from maskmoe.training.settings.flags import add_check_arguments, add_maskmoe_flags, add_pretraining_arguments
 
 _PRETRAIN = "Pretrain a language model. The flags are Megatron's, with those of MaskMoE."
 _EVALUATE = "Compute the loss of a checkpoint on a dataset, by token frequency."
-_GENERATE = "Continue a text with a checkpoint. The text goes to stdout, everything else to stderr."
 _PROGRAMS = {
     "pretrain": (_PRETRAIN, add_pretraining_arguments, add_check_arguments),
     "check": (_PRETRAIN, add_pretraining_arguments, add_check_arguments),
     "evaluate": (_EVALUATE, add_evaluation_arguments),
-    "generate": (_GENERATE, add_generation_arguments),
 }
 
 

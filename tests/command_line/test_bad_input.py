@@ -1,11 +1,7 @@
 """Bad values, files and folders on the command lines of all tools: one line of error, exit code 2, nothing written."""
 
-from types import SimpleNamespace
-
 import pytest
-from support.command_lines import forget_megatrons_globals, refuse_all, run_command
-
-from maskmoe.errors import UserError
+from support.command_lines import refuse_all, run_command
 
 LONG_NAME = "n" * 5000
 
@@ -23,7 +19,7 @@ COMMANDS = {
     "convert megatron-to-hf": "--load checkpoints --save OUT",
     "convert hf-to-megatron": "--load model --save OUT",
     "convert upcycle": "--load model --save OUT --routing-mask mask.safetensors --num-experts 4",
-    "sample": "--model model --prompt import --output OUT",
+    "generate": "--model model --prompt import --output OUT",
     "analyze": "--load model --data-path data --output-dir OUT",
     "simulate": "--data-path data --routing-mask mask.safetensors --topk 2 --hidden-size 32 --output OUT",
     "prune": "--load checkpoints",
@@ -33,7 +29,6 @@ COMMANDS = {
     "pretrain of a file": "--run-dir OUT --gpus-per-node 1 --dry-run laptop.yaml",
     "check": "--run-dir OUT --gpus-per-node 1 laptop.yaml",
     "evaluate": "--load checkpoints --use-checkpoint-args --data-path data --eval-output OUT",
-    "generate": "--load checkpoints --use-checkpoint-args --prompt import --sample-output OUT",
 }
 RUN = (
     "--num-layers 2 --hidden-size 32 --num-attention-heads 4 --ffn-hidden-size 40 --seq-length 32 --lr 1e-3"
@@ -121,7 +116,7 @@ PATHS = {
     "mask widen": {"routing_mask": FILE, "token_frequency": FILE, "output": OUTPUT},
     "convert megatron-to-hf": {"load": FOLDER, "save": OUTPUT_FOLDER},
     "convert hf-to-megatron": {"load": FOLDER, "save": OUTPUT_FOLDER},
-    "sample": {"model": FOLDER, "output": OUTPUT},
+    "generate": {"model": FOLDER, "output": OUTPUT},
     "analyze": {"load": FOLDER, "data_path": FILE, "token_frequency": FILE, "output_dir": OUTPUT_FOLDER},
     "simulate": {"data_path": FILE, "routing_mask": FILE, "output": OUTPUT, "plot": OUTPUT},
     "prune": {"load": FOLDER},
@@ -129,13 +124,12 @@ PATHS = {
     "quickstart": {"input": FILE, "run_dir": OUTPUT_FOLDER},
     "compare": {"input": FILE},
     "evaluate": {"load": FOLDER, "data_path": FILE, "token_frequency": FILE, "routing_mask": FILE},
-    "generate": {"load": FOLDER, "routing_mask": FILE},
     "pretrain": {"data_path": FILE, "routing_mask": FILE, "tokenizer_model": FILE, "save": OUTPUT_FOLDER}
     | {"tensorboard_dir": OUTPUT_FOLDER},
 }
 
 
-SLOW = ("evaluate", "generate", "pretrain")
+SLOW = ("evaluate", "pretrain")
 
 
 @pytest.mark.parametrize(
@@ -150,25 +144,16 @@ def test_path_that_cannot_be_used(workshop, command):
     refuse_all(workshop, [(command_line(command, **{flag: path}), []) for flag, path in paths])
 
 
-PROMPTS = {"": "--prompt is empty", "import " * 30: "64 positions"}
+PROMPTS = {
+    "": "--prompt is empty",
+    " \n": "--prompt is empty",
+    "a\udcff": "--prompt has an invalid byte",
+    "import " * 30: "64 positions",
+}
 
 
 def test_prompt_that_the_model_cannot_take(workshop):
-    for prompt, words in PROMPTS.items():
-        refuse_all(workshop, [(command_line(command, prompt=prompt), [words]) for command in ("generate", "sample")])
-        forget_megatrons_globals()
-
-
-@pytest.mark.parametrize(("prompt", "words"), [("400", "0 to 399"), ("-1", "token id -1"), ("one", "NullTokenizer")])
-def test_prompt_of_ids_that_the_vocabulary_lacks(monkeypatch, prompt, words):
-    from maskmoe.training.inference import generation
-
-    tokenizer = SimpleNamespace(tokenize=lambda text: [int(word) for word in text.split()], vocab_size=400)
-    monkeypatch.setattr(generation, "get_tokenizer", lambda: tokenizer)
-    args = SimpleNamespace(max_new_tokens=1, max_position_embeddings=None)
-    assert generation.tokenize_prompt(args, "0 399") == [0, 399]
-    with pytest.raises(UserError, match=words):
-        generation.tokenize_prompt(args, prompt)
+    refuse_all(workshop, [(command_line("generate", prompt=prompt), [words]) for prompt, words in PROMPTS.items()])
 
 
 @pytest.mark.parametrize("command", ["pretrain", pytest.param("evaluate", marks=pytest.mark.slow)])
@@ -192,7 +177,7 @@ MISSING_FOLDERS = {
     "convert hf-to-megatron": "load",
     "convert upcycle": "load",
     "analyze": "load",
-    "sample": "model",
+    "generate": "model",
 }
 
 
@@ -211,8 +196,8 @@ MISTAKES = [
     ("mask --token-frequency a --vocab-size 5", "--vocab-size: not allowed with argument --token-frequency"),
     ("count --data-path a --output b --vocab-size 5 stray --x=1", "unknown flag --x"),
     ("count --merge a --output b --merge=c", "--merge is given 2 times: write all its values after one --merge"),
-    ("sample --model model --prompt a stray", "unrecognized arguments: stray"),
-    ("sample --model model", "one of the arguments --prompt --prompts-file is required"),
+    ("generate --model model --prompt a stray", "unrecognized arguments: stray"),
+    ("generate --model model", "one of the arguments --prompt --prompts-file is required"),
     ("convert", "the following arguments are required: command"),
     ("convert megatron-to-hf --lode x", "unknown flag --lode (nearest: --load)"),
     ("analyze --load model --output-dir OUT", "--data-path --input is required"),
@@ -224,10 +209,12 @@ MISTAKES = [
     ("pretrain --check x", "--check must be a whole number, not 'x'"),
     ("pretrain --check 1000000007", "--check must be at most"),
     ("pretrain --json F", "unknown flag --json"),
-    ("generate", "one of the arguments --prompt --prompts-file is required"),
     ("evaluate --eval-split tests", "--eval-split: invalid choice: 'tests'"),
     ("evaluate --load nowhere --use-checkpoint-args", "--load nowhere holds no checkpoint"),
-    ("generate --prompt a --load huggingface --use-checkpoint-args", "--load huggingface holds no"),
+    ("generate --prompt a --model huggingface", "there is no checkpoint in huggingface"),
+    ("generate --prompt a --model checkpoints --ckpt-step 3", "iter_0000003 does not exist"),
+    ("generate --prompt a --model checkpoints --routing-mask nowhere", "nowhere does not exist"),
+    ("generate --prompt a --model checkpoints --tokenizer-model nowhere", "pass --tokenizer-model"),
 ]
 
 

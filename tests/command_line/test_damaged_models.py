@@ -1,4 +1,4 @@
-"""Damaged and altered models and tokenizers: `maskmoe sample` and others refuse them with one line of error."""
+"""Damaged and altered models and tokenizers: `maskmoe generate` and others refuse them with one line of error."""
 
 import io
 import json
@@ -120,13 +120,13 @@ def damaged(workshop: Path, tmp_path: Path) -> Callable[[Damage], Path]:
     return make
 
 
-def test_sample_of_a_damaged_model(damaged, workshop):
+def test_generation_with_a_damaged_model(damaged, workshop):
     models = [damaged(damage) for damage in DAMAGES.values()]
     refuse_all(
         workshop,
         [
             (
-                ["sample", "--model", str(model), "--prompt", "import", "--max-new-tokens", "3"],
+                ["generate", "--model", str(model), "--prompt", "import", "--max-new-tokens", "3"],
                 [str(model), "misshapen weights"] if name == "router for more experts" else [str(model)],
             )
             for name, model in zip(DAMAGES, models, strict=True)
@@ -167,8 +167,8 @@ def replace_by_another_mask(tensors: dict[str, torch.Tensor]) -> None:
 def test_altered_mask_is_refused(damaged, workshop):
     alterations = (alter_rows, alter_bits, alter_metadata, replace_by_another_mask)
     models = [str(damaged(change_weights(alter))) for alter in alterations]
-    sample = ["sample", "--prompt", "import", "--max-new-tokens", "3", "--model"]
-    refuse_all(workshop, [([*sample, model], ["does not match its digest"]) for model in models])
+    generate = ["generate", "--prompt", "import", "--max-new-tokens", "3", "--model"]
+    refuse_all(workshop, [([*generate, model], ["does not match its digest"]) for model in models])
     convert = ["convert", "hf-to-megatron", "--save", "OUT", "--load"]
     refuse_all(workshop, [([*convert, model], ["mask"]) for model in models], after_progress=True)
     for model in models:
@@ -196,15 +196,15 @@ def test_code_of_a_models_folder_is_not_run(damaged, workshop, tmp_path, monkeyp
         f"import pathlib\npathlib.Path({str(tmp_path)!r}, 'ran').touch()\nclass Evil: pass\n"
     )
     monkeypatch.setattr("sys.stdin", io.StringIO("y\ny\ny\n"))
-    refuse_all(workshop, [(["sample", "--model", str(model), "--prompt", "import", "--max-new-tokens", "3"], [])])
+    refuse_all(workshop, [(["generate", "--model", str(model), "--prompt", "import", "--max-new-tokens", "3"], [])])
     assert not (tmp_path / "ran").exists()
 
 
 # ---- Other commands --------------------------------------------------------------------------------------------------
 
 
-def test_sample_of_an_intact_model(workshop):
-    outcome = run_command("sample", "--model", "model", "--prompt", "import", "--max-new-tokens", 3)
+def test_generation_with_an_intact_model(workshop):
+    outcome = run_command("generate", "--model", "model", "--prompt", "import", "--max-new-tokens", 3)
     assert (outcome.code, outcome.messages()) == (0, "")
     assert outcome.output.startswith("import")
 

@@ -1,24 +1,25 @@
-"""`maskmoe sample`: texts of a batch equal the texts of single prompts."""
+"""`maskmoe generate`: its texts are those of Megatron's model, and texts of a batch are those of single prompts."""
 
 import json
+import os
 import sys
 from argparse import Namespace
+from pathlib import Path
 
+import pytest
 import torch
+from support.megatron_models import load_converted_model, logits_of_megatron
 from support.paths import EXPORTED_MODEL as MODEL
-from support.tiny_maskmoe import make_model
+from support.tiny_maskmoe import VOCAB_SIZE, make_model
+from transformers import AutoTokenizer
 
+from maskmoe.checkpoint.series import RELEASE
 from maskmoe.command_line import generate_text
+from maskmoe.conversion.convert import huggingface_to_megatron
+from maskmoe.conversion.settings import Settings
+from maskmoe.errors import UserError
 
 PROMPTS = [[5, 6, 7, 8, 9, 10, 11], [12], [3, 1, 4, 1], [2, 7]]
-
-
-class Numbers:
-    """A tokenizer whose text is the ids."""
-
-    def decode(self, tokens: list[int], skip_special_tokens: bool) -> str:
-        assert skip_special_tokens
-        return " ".join(map(str, tokens))
 
 
 def continuation(ends: object = None, temperature: float = 0) -> generate_text.Continuation:
@@ -28,7 +29,8 @@ def continuation(ends: object = None, temperature: float = 0) -> generate_text.C
         for parameter in model.parameters():
             parameter.add_(torch.randn_like(parameter) * 0.1)  # so that texts differ
     model.generation_config.eos_token_id = ends
-    return generate_text.Continuation(Namespace(max_new_tokens=8, temperature=temperature, top_k=50), Numbers(), model)
+    arguments = Namespace(max_new_tokens=8, temperature=temperature, top_k=50)
+    return generate_text.Continuation(arguments, generate_text.TokenIds(VOCAB_SIZE), model)
 
 
 def test_batch_equals_single_prompts():
@@ -57,13 +59,65 @@ def test_smallest_temperature_takes_the_most_probable():
     assert continuation(temperature=1e-42).of(PROMPTS) == continuation().of(PROMPTS)
 
 
+@pytest.mark.parametrize(
+    ("prompt", "words"),
+    [(f"{VOCAB_SIZE}", "must be at most"), ("1 one", "must be a whole number, not 'one'"), (" ", "prompt is empty")],
+)
+def test_prompt_of_token_ids(prompt, words):
+    assert continuation().token_ids(f"0 {VOCAB_SIZE - 1}") == [0, VOCAB_SIZE - 1]
+    with pytest.raises(UserError, match=words):
+        continuation().token_ids(prompt)
+
+
+def generate(monkeypatch: pytest.MonkeyPatch, words: str) -> None:
+    monkeypatch.setattr(sys, "argv", ["maskmoe generate", *words.split()])
+    generate_text.main()
+
+
 def test_prompts_of_a_file(tmp_path, monkeypatch, capsys):
     (tmp_path / "prompts.jsonl").write_text('{"prompt": "import os", "id": 1}\n{"prompt": "def f(x):\\n    return"}\n')
-    words = f"sample --model {MODEL} --prompts-file {tmp_path}/prompts.jsonl --temperature 0 --max-new-tokens 4"
-    monkeypatch.setattr(sys, "argv", [*words.split(), "--output", str(tmp_path / "texts.jsonl")])
-    generate_text.main()
+    words = f"--model {MODEL} --prompts-file {tmp_path}/prompts.jsonl --temperature 0 --max-new-tokens 4"
+    generate(monkeypatch, f"{words} --output {tmp_path}/texts.jsonl")
     first, second = map(json.loads, (tmp_path / "texts.jsonl").read_text().splitlines())
     assert first.keys() == {"prompt", "id", "text"}
     assert first["text"].startswith("import os")
     assert second["text"].startswith("def f(x):\n    return")
     assert capsys.readouterr().out == (tmp_path / "texts.jsonl").read_text()
+
+
+@pytest.fixture(scope="module")
+def checkpoints(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with a trained model as the checkpoint `release`."""
+    folder = tmp_path_factory.mktemp("generation") / "checkpoints"
+    assert huggingface_to_megatron(Settings(load=MODEL, save=folder)) == []
+    return folder
+
+
+def test_text_of_a_checkpoint_is_that_of_megatrons_model(checkpoints, one_rank, tmp_path, monkeypatch, capsys):
+    """Megatron computes the whole text again for each token, transformers keeps keys and values."""
+    monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
+    generate(monkeypatch, f"--model {checkpoints} --prompt import --temperature 0 --max-new-tokens 24")
+    printed = capsys.readouterr()
+    assert f"loading: {RELEASE} in {checkpoints}\n" in printed.err
+    assert not os.listdir(tmp_path)
+
+    tokenizer = AutoTokenizer.from_pretrained(checkpoints / "tokenizer")
+    model, ids = load_converted_model(checkpoints, [])[0], tokenizer("import")["input_ids"]
+    for _ in range(24):
+        ids.append(int(logits_of_megatron(model, torch.tensor([ids]))[0, -1, : len(tokenizer)].argmax()))
+    assert printed.out == tokenizer.decode(ids, skip_special_tokens=True) + "\n"
+    assert len(set(ids)) > 4
+
+
+def test_checkpoint_without_a_tokenizer_continues_ids(checkpoints, monkeypatch, capsys):
+    words = f"--model {checkpoints / RELEASE} --tokenizer-type NullTokenizer --max-new-tokens 4"
+    generate(monkeypatch, f"{words} --prompt 17")
+    ids = capsys.readouterr().out.split()
+    assert ids[0] == "17"
+    assert len([*map(int, ids)]) == 5
+
+
+@pytest.mark.parametrize("flag", ["--ckpt-step 3", "--tokenizer-type NullTokenizer", "--routing-mask mask"])
+def test_flag_of_checkpoints_beside_an_exported_model(monkeypatch, flag):
+    with pytest.raises(UserError, match=f"{flag.split()[0]} is for checkpoints of Megatron, but --model .* exported"):
+        generate(monkeypatch, f"--model {MODEL} --prompt import {flag}")

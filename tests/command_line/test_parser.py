@@ -12,7 +12,7 @@ from maskmoe.command_line.main import SUBCOMMANDS, Subcommand
 from maskmoe.command_line.parser import OneLineParser
 from maskmoe.command_line.ranges import Number, WholeNumber, split
 
-TRAINING = ("pretrain", "evaluate", "generate")
+TRAINING = ("pretrain", "evaluate")
 
 
 class ParserFound(BaseException):

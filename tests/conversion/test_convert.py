@@ -154,7 +154,7 @@ WRONG_CHECKPOINTS = {
         lambda tensors, common: tensors.update({ROUTER: tensors[ROUTER][:, :3]}),
         rf"{re.escape(ROUTER)} has the shape \[2, 3, 32\], it should have \[2, 4, 32\]",
     ),
-    "nan": (set_nan, r"model\.layers\.0\.mlp\.gate\.weight holds NaN or infinite values; pass --allow-nan"),
+    "nan": (set_nan, r"model\.layers\.0\.mlp\.gate\.weight holds NaN or infinite values; maskmoe convert --allow-nan"),
     "no mask": (remove_mask, "holds no routing mask; pass the one"),
     "altered mask": (flip_mask, "routing mask"),
     "no arguments": (lambda tensors, common: common.pop("args"), "holds no arguments of Megatron"),

@@ -16,10 +16,11 @@ from support.small_moe import make_mask, random_visible_sets
 
 from maskmoe.analysis.model_series import common_shape, find_models, model_folder
 from maskmoe.analysis.probe_text import Probe
-from maskmoe.analysis.routing_analysis import load_decoder, record_routing
+from maskmoe.analysis.routing_analysis import record_routing
 from maskmoe.conversion.config_mapping import gpt_args
 from maskmoe.conversion.convert import huggingface_to_megatron, megatron_to_huggingface, upcycle_model
 from maskmoe.conversion.megatron_models import TorchDistSource
+from maskmoe.conversion.model_files import load_exported_model
 from maskmoe.conversion.settings import Settings, UpcycleSettings
 from maskmoe.errors import UserError
 from maskmoe.huggingface import MaskMoEConfig
@@ -190,7 +191,7 @@ def test_analysis_counts_feed_forward_layers(moe_model, tmp_path):
     assert shape.layers == (1, 3)
     probe = Probe(random_ids(64).flatten().numpy(), 16, 2)
     with model_folder(model) as folder:
-        trace = record_routing(load_decoder(folder), probe)
+        trace = record_routing(load_exported_model(folder, None).model, probe)
     assert not folder.exists()
     assert len(trace.experts) == 2
     for table in range(2):

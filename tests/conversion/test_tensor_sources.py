@@ -202,7 +202,7 @@ def test_sources_of_sources():
 def test_infinite_values_are_refused(value, dtype):
     bad = torch.zeros(3000, dtype=dtype)
     bad[1234] = value
-    with pytest.raises(UserError, match="bad holds NaN or infinite values; pass --allow-nan"):
+    with pytest.raises(UserError, match="bad holds NaN or infinite values; maskmoe convert --allow-nan"):
         FiniteSource(MemorySource({"bad": bad})).read(Block.whole("bad", (3000,)))
 
 

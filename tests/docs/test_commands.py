@@ -25,7 +25,7 @@ from support.paths import ROOT
 
 BLOCKS = [block for page in pages() for block in bash_blocks(page)]
 # Subcommands that take Megatron's flags, too.
-TAKE_MEGATRON_FLAGS = ("pretrain", "evaluate", "generate", "check")
+TAKE_MEGATRON_FLAGS = ("pretrain", "evaluate", "check")
 # Scripts that run a subcommand.
 SCRIPTS_OF_SUBCOMMANDS = {
     "launch/pretrain.sh": "pretrain",

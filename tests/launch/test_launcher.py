@@ -1,4 +1,4 @@
-"""`maskmoe pretrain`, `evaluate` and `generate`: how they start ranks, and the exit codes that they return."""
+"""`maskmoe pretrain` and `evaluate`: how they start ranks, and the exit codes that they return."""
 
 import signal
 import sys

@@ -17,7 +17,7 @@ from maskmoe.command_line.pretrain import has_flags_only
 from maskmoe.command_line.run_tool import run_tool
 
 TRAINING = {"pretrain": "maskmoe.training.pretrain", "evaluate": "maskmoe.training.evaluate"}
-TRAINING |= {"generate": "maskmoe.training.generate", "check": "maskmoe.training.check"}
+TRAINING |= {"check": "maskmoe.training.check"}
 
 
 @dataclass(frozen=True)

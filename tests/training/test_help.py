@@ -11,7 +11,7 @@ from support.launchers import start_ranks
 from maskmoe.training.help_page import help_page
 from maskmoe.training.settings.flags import _escape_percent_signs_in_help
 
-ENTRY_POINTS = ("pretrain", "evaluate", "generate")
+ENTRY_POINTS = ("pretrain", "evaluate")
 
 
 def test_full_help_lists_our_arguments_and_megatrons(tmp_path: Path) -> None:

@@ -1,1 +1,1 @@
-"""What a trained checkpoint says: losses by frequency band, log-likelihoods of texts, continuations of prompts."""
+"""What a trained checkpoint says: losses by frequency band."""

@@ -8,6 +8,7 @@ import argparse
 import json
 import time
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -16,12 +17,14 @@ from megatron.training import print_rank_0
 from pydantic_core import to_jsonable_python
 from torch import Tensor
 
+from maskmoe.data.indexed_dataset import files_of_data_path
 from maskmoe.errors import UserError
+from maskmoe.files.outputs import atomic_output, check_outputs
 from maskmoe.megatron_compat.globals import get_tokenizer
 from maskmoe.routing_mask.feed_forward_layers import FeedForwardLayers
 from maskmoe.routing_mask.frequency import FrequencyBands, TokenFrequency, count_token_frequency
 from maskmoe.training.inference.flags import add_evaluation_arguments
-from maskmoe.training.inference.loading import check_output, load_model, write_on_first_rank
+from maskmoe.training.inference.loading import load_model
 from maskmoe.training.inference.token_losses import build_whole_split, losses_of_all, sum_over_ranks
 from maskmoe.training.loop.rank_store import sharing_failures
 from maskmoe.training.settings.checks import parse_and_check_args
@@ -188,14 +191,28 @@ def evaluate(args: argparse.Namespace, model: torch.nn.Module) -> Evaluation:
     return Evaluation(*of_all, band_results, expert_load, seconds, tokens_per_second=overall.tokens / seconds)
 
 
+def check_output(args: argparse.Namespace) -> None:
+    """Check that `--eval-output` may be written, see `check_outputs`.
+
+    Raises:
+        UserError: The file is an input, exists without `--force`, or cannot be written.
+    """
+    if args.eval_output is not None:
+        inputs = (args.load, args.routing_mask, args.tokenizer_model, args.token_frequency)
+        data = files_of_data_path(args.data_path) if args.data_path else []
+        check_outputs([args.eval_output], [*(Path(path) for path in inputs if path), *data], args.force)
+
+
 def main() -> None:
     """Evaluate as the command line says."""
     with sharing_failures():
         args = parse_and_check_args(add_evaluation_arguments).args
-        check_output(args.eval_output, args)
+        check_output(args)
     with leaving_process_groups():
         model = load_model(args)
         results = evaluate(args, model)
         print_rank_0(results.table())
         content = json.dumps(to_jsonable_python(results, inf_nan_mode="null"), indent=2, allow_nan=False)
-        write_on_first_rank(args.eval_output, content + "\n")
+        if args.eval_output is not None and torch.distributed.get_rank() == 0:
+            with atomic_output(args.eval_output) as path:
+                path.write_text(content + "\n")

@@ -1,7 +1,6 @@
-"""Loads the model of a checkpoint for evaluation and generation, and writes their outputs."""
+"""Loads the model of a checkpoint for evaluation."""
 
 from argparse import Namespace
-from pathlib import Path
 
 import torch
 from megatron.core.enums import ModelType
@@ -11,9 +10,7 @@ from megatron.training.initialize import initialize_megatron
 from megatron.training.training import setup_model_and_optimizer
 
 from maskmoe.checkpoint.series import showing_only
-from maskmoe.data.indexed_dataset import files_of_data_path
 from maskmoe.errors import UserError
-from maskmoe.files.outputs import atomic_output, check_outputs
 from maskmoe.training.loop.rank_store import RankStore, check_launched
 from maskmoe.training.resume.choose_checkpoint import checkpoint_to_load
 from maskmoe.training.settings.run_settings import embedding_ranks_of, model_config_from_args
@@ -51,26 +48,3 @@ def load_model(args: Namespace) -> torch.nn.Module:
             pg_collection=ProcessGroupCollection.use_mpu_process_groups(),
         )
     return model[0]
-
-
-def check_output(path: str | None, args: Namespace) -> None:
-    """Check that an output of a command that reads a model may be written, see `check_outputs`.
-
-    Args:
-        path: The output, or None if there is none.
-        args: Megatron's arguments, with `--force`.
-
-    Raises:
-        UserError: The output is an input, exists without `--force`, or cannot be written.
-    """
-    if path is not None:
-        names = ("load", "routing_mask", "tokenizer_model", "token_frequency", "prompts_file")
-        inputs = [Path(value) for name in names if (value := getattr(args, name, None)) is not None]
-        check_outputs([path], [*inputs, *(files_of_data_path(args.data_path) if args.data_path else ())], args.force)
-
-
-def write_on_first_rank(path: str | None, text: str) -> None:
-    """Write a text file on the first rank, if a path is given."""
-    if path is not None and torch.distributed.get_rank() == 0:
-        with atomic_output(path) as unfinished:
-            unfinished.write_text(text)

@@ -1,1 +1,1 @@
-"""What happens in every step of training, evaluation and generation: batches, the model, and the ranks."""
+"""What happens in every step of training and evaluation: batches, the model, and the ranks."""

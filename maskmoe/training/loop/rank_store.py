@@ -166,7 +166,7 @@ def check_launched() -> None:
     if missing := [name for name in ("MASTER_ADDR", "MASTER_PORT") if name not in os.environ]:
         raise UserError(
             f"this process was not started as a rank, {' and '.join(missing)} are not set: start it by torchrun, by "
-            "`maskmoe pretrain`, `evaluate` or `generate`, or by launch/pretrain.sh"
+            "`maskmoe pretrain` or `evaluate`, or by launch/pretrain.sh"
         )
     port = os.environ["MASTER_PORT"]
     if not (port.isascii() and port.isdecimal() and int(port[:9]) < 1 << 16):

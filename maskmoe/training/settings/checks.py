@@ -39,9 +39,7 @@ from maskmoe.training.watch.writers import wandb_defaults
 ArgumentsProvider = Callable[[ArgumentParser], ArgumentParser]
 
 
-def parse_and_check_args(
-    own_arguments: ArgumentsProvider = lambda parser: parser, reads_data: bool = True
-) -> RunSettings:
+def parse_and_check_args(own_arguments: ArgumentsProvider) -> RunSettings:
     """Parse the command line, check all settings and files in it, and set Megatron's global variables.
 
     The function changes no file and makes none, and does not open Megatron's writers. See `RunChecks` for the
@@ -51,7 +49,7 @@ def parse_and_check_args(
         UserError: The first error of the run.
     """
     console.load("checking settings and files")
-    checks = RunChecks(own_arguments, reads_data)
+    checks = RunChecks(own_arguments)
     for error in checks.errors():
         raise UserError(error)
     for note in checks.notes:
@@ -67,7 +65,6 @@ class RunChecks:
 
     Args:
         own_arguments: Adds the arguments of the entry point to the arguments of all entry points.
-        reads_data: Whether the entry point needs a dataset.
 
     Attributes:
         packages: The packages of the machines that train; None if they train on CPUs.
@@ -79,14 +76,13 @@ class RunChecks:
         UserError: The command line has unknown flags, or a word that cannot be read.
     """
 
-    def __init__(self, own_arguments: ArgumentsProvider, reads_data: bool = True) -> None:
+    def __init__(self, own_arguments: ArgumentsProvider) -> None:
         self.packages = None if cpu.is_installed() else GpuPackages.installed()
         self.checkpoint: Path | None = None
         self.mask: RoutingMask | None = None
         self.is_validated = self.is_complete = False
         self.notes: list[str] = []
         self._own_arguments = own_arguments
-        self._reads_data = reads_data
         self._vocab_size: int | None = None
         self._given: set[str] = set()
         self.args = parse_args(self._add_arguments)
@@ -226,8 +222,7 @@ class RunChecks:
             yield from _error_of(lambda: inputs.check_mask(args, mask))
         if self._vocab_size is not None and args.fim_data:
             yield from _error_of(lambda: check_fill_in_middle_tokens(args))
-        if self._reads_data:
-            yield from inputs.data_errors(args, mask, self._vocab_size, self.most_bytes_read())
+        yield from inputs.data_errors(args, mask, self._vocab_size, self.most_bytes_read())
 
     def _compare_models(self) -> Iterator[str]:
         """Check that the checkpoint holds the model of the run."""

@@ -74,7 +74,7 @@ def measure(ranks: int) -> dict[str, Any]:
     Args:
         ranks: unused; the environment has the number of ranks.
     """
-    args = parse_and_check_args(add_pretraining_arguments, reads_data=False).args
+    args = parse_and_check_args(add_pretraining_arguments).args
     initialize_megatron()
     model, optimizer, _ = setup_model_and_optimizer(
         ModelType.encoder_or_decoder,

@@ -1,22 +1,13 @@
-"""Prompts from the command line and from files."""
+"""Files of prompts."""
 
 import json
-import os
-from argparse import ArgumentParser
 
 import pytest
 from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 
+from maskmoe.data.prompts import read_prompts
 from maskmoe.errors import UserError
-from maskmoe.training.inference.flags import add_prompt_arguments
-from maskmoe.training.inference.prompts import Prompts, read_prompts
-
-
-def parse(*words):
-    parser = ArgumentParser()
-    add_prompt_arguments(parser)
-    return parser.parse_args([*map(str, words)])
 
 
 def test_plain_lines(tmp_path):
@@ -28,14 +19,7 @@ def test_plain_lines(tmp_path):
 def test_json_lines_keep_their_keys(tmp_path):
     path = tmp_path / "prompts.jsonl"
     path.write_text('{"prompt": "a\\nb", "id": 7}\n\n{"prompt": "ü"}\n', encoding="utf-8")
-    prompts = Prompts(parse("--prompts-file", path, "--batch-size", "1"))
-    assert prompts.texts == ["a\nb", "ü"]
-    assert [prompts.texts[batch] for batch in prompts.batches()] == [["a\nb"], ["ü"]]
-    lines = prompts.output(["a\nb c", "ü d"]).splitlines()
-    assert [json.loads(line) for line in lines] == [
-        {"prompt": "a\nb", "id": 7, "text": "a\nb c"},
-        {"prompt": "ü", "text": "ü d"},
-    ]
+    assert read_prompts(path) == [{"prompt": "a\nb", "id": 7}, {"prompt": "ü"}]
 
 
 @settings(suppress_health_check=[HealthCheck.function_scoped_fixture])
@@ -55,11 +39,6 @@ def test_only_line_feeds_end_a_line(tmp_path, texts, line_end, byte_order_mark):
     texts = [text for part in texts if (text := part.replace("\n", "").rstrip("\r")).strip()] or ["a"]
     path.write_bytes(line_end.join(texts).encode(encoding))
     assert read_prompts(path) == [{"prompt": text} for text in texts]
-
-
-def test_one_prompt_is_printed_as_text():
-    prompts = Prompts(parse("--prompt", "a"))
-    assert (prompts.texts, prompts.output(["a b"])) == (["a"], "a b")
 
 
 @pytest.mark.parametrize(
@@ -86,16 +65,3 @@ def test_bad_files_are_refused(tmp_path, content, message):
     with pytest.raises(UserError, match=message) as refusal:
         read_prompts(path)
     assert "\n" not in str(refusal.value)
-
-
-@pytest.mark.parametrize(
-    ("prompt", "message"),
-    [
-        ("", "--prompt is empty"),
-        (" \n", "--prompt is empty"),
-        (os.fsdecode(b"a\xff"), r"^--prompt has an invalid byte .*'\\udcff'"),
-    ],
-)
-def test_bad_prompt_is_refused(prompt, message):
-    with pytest.raises(UserError, match=message):
-        Prompts(parse("--prompt", prompt))
