@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import Any
 
 from maskmoe.command_line import ranges
-from maskmoe.command_line.parser import Parser, add_force_argument, say_loading
+from maskmoe.command_line.parser import Parser, add_force_argument, add_option, add_seed_argument, say_loading
 from maskmoe.conversion.settings import read_model_config
 from maskmoe.errors import UserError
 from maskmoe.files.outputs import atomic_output, check_outputs
@@ -22,16 +22,15 @@ def main() -> None:
         UserError: The model or the file of prompts is missing or damaged, a prompt is empty or too long for the model,
             or a number is out of range.
     """
-    parser = Parser(description=__doc__, formatter_class=argparse.ArgumentDefaultsHelpFormatter)
-    add = parser.add_argument
-    add("--model", type=Path, required=True, metavar="DIR", help="folder of model and tokenizer")
+    parser = Parser(description=__doc__)
+    parser.add_argument("--model", type=Path, required=True, metavar="DIR", help="folder of model and tokenizer")
     add_prompt_arguments(parser)
-    add("--max-new-tokens", type=ranges.NEW_TOKENS, default=64, metavar="N", help="stop after N new tokens")
-    divisor = "divide logits by this; 0 takes the most probable token"
-    add("--temperature", type=ranges.TEMPERATURE, default=0.8, help=divisor)
-    add("--top-k", type=ranges.TOP_K, default=50, help="sample among the K most probable tokens; 0 for all")
-    add("--seed", type=ranges.SEED, default=1234, help="seed of the sampling")
-    add("--output", type=Path, metavar="FILE", help="also write the text to a file")
+    add_option(parser, "--max-new-tokens N", "stop after N new tokens", ranges.NEW_TOKENS, default=64)
+    divisor = "divide logits by T; 0 takes the most probable token"
+    add_option(parser, "--temperature T", divisor, ranges.TEMPERATURE, default=0.8)
+    add_option(parser, "--top-k K", "sample among the K most probable tokens; 0 for all", ranges.TOP_K, default=50)
+    add_seed_argument(parser, "the sampling", default=1234)
+    add_option(parser, "--output FILE", "also write the text to a file", Path)
     add_force_argument(parser)
     arguments = parser.parse_args()
     if not (arguments.model / "config.json").is_file():
