@@ -41,7 +41,7 @@ SUBCOMMANDS = (
     Subcommand("check", "command_line.check", "check a model file's settings and show what the run needs"),
     Subcommand("status", "command_line.status", "show whether and how a run works, from its run folder"),
     Subcommand("convert", "command_line.convert_checkpoint", "convert checkpoints to and from Hugging Face's format"),
-    Subcommand("sample", "command_line.generate_text", "generate text from an exported model, without Megatron"),
+    Subcommand("sample", "command_line.sample_text", "generate text from an exported model, without Megatron"),
     Subcommand("analyze", "command_line.analyze_routing", "show how checkpoints route a text to experts"),
     Subcommand("simulate", "command_line.simulate_dispatch", "predict the cost of dispatch on many GPUs"),
     Subcommand("prune", "command_line.prune_checkpoints", "delete the old checkpoints of a finished run"),

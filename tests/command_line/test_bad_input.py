@@ -32,8 +32,8 @@ COMMANDS = {
     "compare": "suite.yaml --input text.txt --run-dir OUT",
     "pretrain of a file": "--run-dir OUT --gpus-per-node 1 --dry-run laptop.yaml",
     "check": "--run-dir OUT --gpus-per-node 1 laptop.yaml",
-    "evaluate": "--load checkpoints --use-checkpoint-args --data-path data --eval-output OUT",
-    "generate": "--load checkpoints --use-checkpoint-args --prompt import --sample-output OUT",
+    "evaluate": "--load checkpoints --use-checkpoint-args --data-path data --output OUT",
+    "generate": "--load checkpoints --use-checkpoint-args --prompt import --output OUT",
 }
 RUN = (
     "--num-layers 2 --hidden-size 32 --num-attention-heads 4 --ffn-hidden-size 40 --seq-length 32 --lr 1e-3"

@@ -137,7 +137,7 @@ def test_missing_checkpoint_of_refused_training(refuse, run_folder, monkeypatch)
 @pytest.mark.parametrize(
     ("main", "flags", "error"),
     [
-        (evaluation.main, "--data-path data --split 90,10,0 --eval-output {0}/args.yaml", "args.yaml"),
+        (evaluation.main, "--data-path data --split 90,10,0 --output {0}/args.yaml", "args.yaml"),
         (generation.main, "--prompt 1 --max-new-tokens 99", "exceed the model's 32 positions"),
     ],
 )

@@ -192,10 +192,10 @@ def main() -> None:
     """Evaluate as the command line says."""
     with sharing_failures():
         args = parse_and_check_args(add_evaluation_arguments).args
-        check_output(args.eval_output, args)
+        check_output(args.output, args)
     with leaving_process_groups():
         model = load_model(args)
         results = evaluate(args, model)
         print_rank_0(results.table())
         content = json.dumps(to_jsonable_python(results, inf_nan_mode="null"), indent=2, allow_nan=False)
-        write_on_first_rank(args.eval_output, content + "\n")
+        write_on_first_rank(args.output, content + "\n")

@@ -20,7 +20,7 @@ def add_evaluation_arguments(parser: ArgumentParser) -> ArgumentParser:
         "--data-path are counted"
     )
     add_option(group, "--token-frequency FILE", counts)
-    add_option(group, "--eval-output FILE", "also write the results as JSON; the loss of a band without tokens is null")
+    add_option(group, "--output FILE", "also write the results as JSON; the loss of a band without tokens is null")
     add_force_argument(group)
     parser.set_defaults(eval_iters=0)
     replace_help(parser, {"--eval-iters": "number of batches to evaluate (default: 0, all samples of the split)"})
@@ -40,7 +40,7 @@ def add_generation_arguments(parser: ArgumentParser) -> ArgumentParser:
         ("--top-k", ranges.TOP_K, 50, "draw among this many of the most probable tokens; 0: all"),
     ):
         group.add_argument(flag, type=kind, default=default, help=meaning)
-    group.add_argument("--sample-output", metavar="FILE", help="also write the text to this file")
+    group.add_argument("--output", metavar="FILE", help="also write the text to this file")
     add_force_argument(group)
     parser.set_defaults(batch_size=None, micro_batch_size=1, skip_train=True, no_load_optim=True, no_load_rng=True)
     return parser

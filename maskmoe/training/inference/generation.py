@@ -122,7 +122,7 @@ def main() -> None:
         args = parse_and_check_args(add_generation_arguments, reads_data=False).args
         check_generation(args)
         prompts = Prompts(args)
-        check_output(args.sample_output, args)
+        check_output(args.output, args)
         prompts_ids = [tokenize_prompt(args, prompt) for prompt in prompts.texts]
     with leaving_process_groups():
         model = load_model(args)
@@ -130,4 +130,4 @@ def main() -> None:
         tokens = [text for batch in prompts.batches() for text in generate(args, model, prompts_ids[batch])]
         output = prompts.output([get_tokenizer().detokenize(text) for text in tokens])
         print_rank_0(output)
-        write_on_first_rank(args.sample_output, output + "\n")
+        write_on_first_rank(args.output, output + "\n")

@@ -24,7 +24,7 @@ def generate(workplace, start_by_name):
         folder.mkdir(parents=True)
         output = folder / "sample.txt"
         program = ["-m", "maskmoe.training.generate", "--load", str(checkpoints), "--prompt", "1 2 3"]
-        program += ["--sample-output", str(output), *shlex.split(f"{SETTINGS} {flags}")]
+        program += ["--output", str(output), *shlex.split(f"{SETTINGS} {flags}")]
         outcome = workplace.execute(program, folder, ranks)
         return outcome, output.read_text() if output.exists() else None
 

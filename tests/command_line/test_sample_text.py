@@ -8,7 +8,7 @@ import torch
 from support.paths import EXPORTED_MODEL as MODEL
 from support.tiny_maskmoe import make_model
 
-from maskmoe.command_line import generate_text
+from maskmoe.command_line import sample_text
 
 PROMPTS = [[5, 6, 7, 8, 9, 10, 11], [12], [3, 1, 4, 1], [2, 7]]
 
@@ -21,14 +21,14 @@ class Numbers:
         return " ".join(map(str, tokens))
 
 
-def continuation(ends: object = None, temperature: float = 0) -> generate_text.Continuation:
+def continuation(ends: object = None, temperature: float = 0) -> sample_text.Continuation:
     torch.manual_seed(0)
     model = make_model().eval()
     with torch.no_grad():
         for parameter in model.parameters():
             parameter.add_(torch.randn_like(parameter) * 0.1)  # so that texts differ
     model.generation_config.eos_token_id = ends
-    return generate_text.Continuation(Namespace(max_new_tokens=8, temperature=temperature, top_k=50), Numbers(), model)
+    return sample_text.Continuation(Namespace(max_new_tokens=8, temperature=temperature, top_k=50), Numbers(), model)
 
 
 def test_batch_equals_single_prompts():
@@ -61,7 +61,7 @@ def test_prompts_of_a_file(tmp_path, monkeypatch, capsys):
     (tmp_path / "prompts.jsonl").write_text('{"prompt": "import os", "id": 1}\n{"prompt": "def f(x):\\n    return"}\n')
     words = f"sample --model {MODEL} --prompts-file {tmp_path}/prompts.jsonl --temperature 0 --max-new-tokens 4"
     monkeypatch.setattr(sys, "argv", [*words.split(), "--output", str(tmp_path / "texts.jsonl")])
-    generate_text.main()
+    sample_text.main()
     first, second = map(json.loads, (tmp_path / "texts.jsonl").read_text().splitlines())
     assert first.keys() == {"prompt", "id", "text"}
     assert first["text"].startswith("import os")
