@@ -12,7 +12,7 @@ writes to runs/ are kept.
 
   --run-dir DIR        mount DIR as runs/ (default: the runs/ of this checkout)
   --mount PATH[:MODE]  mount PATH at the same path; MODE is ro (default) or rw. For data, models and masks.
-  --code image         use the image's own Python code and scripts (default: those of this checkout)
+  --code image         use the image's own Python code and scripts (default: this checkout's)
   --cpu                use the image for CPUs (default if nvidia-smi shows no GPU, except with --build --base-image)
   --gpus LIST          use these GPUs, for instance 0,1 (default: all)
   --image NAME         use this image (default: maskmoe:VERSION or maskmoe-cpu:VERSION)

@@ -80,7 +80,7 @@ class DatasetText:
         if record is not None and (record.vocab_size > vocab_size or tokenizer_sha256 not in (None, record.sha256)):
             raise UserError(
                 f"dataset {self.prefix} was made with another tokenizer ({record.model}, {record.vocab_size:,} ids) "
-                f"than that of the model of {vocab_size:,} ids"
+                f"than the model, which has {vocab_size:,} ids"
             )
         token_ids = spread_windows(self._tokens(), num_tokens, seq_length).astype(np.int64)
         if not len(token_ids):

@@ -38,9 +38,9 @@ def parse_arguments(arguments: Sequence[str]) -> argparse.Namespace:
     )
     suite_help = "a suite file, or the name of a shipped one: laptop.yaml, small.yaml, …; see launch/suites/"
     parser.add_argument("suite", type=partial(shipped_file, folder="suites"), metavar="SUITE.yaml", help=suite_help)
-    add_option(parser, "--run-dir DIR", "folder of all files [runs/SUITE]", Path)
-    add_option(parser, "--table FILE", "table of the results [results.jsonl in the run folder]", Path)
-    jobs = "runs at a time [one for each core; with GPUs, one; in Slurm, no limit]"
+    add_option(parser, "--run-dir DIR", "folder of all files (default: runs/suites/SUITE)", Path)
+    add_option(parser, "--table FILE", "table of the results (default: results.jsonl in the run folder)", Path)
+    jobs = "runs at a time (default: one for each core; with GPUs, one; in Slurm, no limit)"
     add_option(parser, "--jobs J", jobs, ranges.PROCESSES)
     pieces = parser.add_argument_group("pieces of a suite")
     merged = "tables of other machines, whose results are added to the table first"
@@ -54,7 +54,7 @@ def parse_arguments(arguments: Sequence[str]) -> argparse.Namespace:
     )
     add_option(data, "--data-path P", "an existing dataset, as Megatron's --data-path", nargs="+")
     add_option(data, "--split A,B,C", "Megatron's --split of --data-path", split)
-    add_option(data, "--tokenizer-type T", "tokenizer of --data-path [SentencePieceTokenizer]")
+    add_option(data, "--tokenizer-type T", "tokenizer of --data-path (default: SentencePieceTokenizer)")
     add_option(data, "--tokenizer-model F", "tokenizer file of --data-path")
     add_option(data, "--vocab-size V", "number of ids of the tokenizer", ranges.VOCAB_SIZE)
     action = parser.add_mutually_exclusive_group()
@@ -64,7 +64,7 @@ def parse_arguments(arguments: Sequence[str]) -> argparse.Namespace:
     jobs_help = "train and evaluate in one Slurm job array, which gets the options after `--` (--nodes=2 …)"
     action.add_argument("--slurm", action="store_true", help=jobs_help)
     parser.add_argument("--dry-run", action="store_true", help="only print the command that --slurm would run")
-    parser.add_argument("--output", type=Path, metavar="DIR", help="folder of the report [report in the run folder]")
+    add_option(parser, "--output DIR", "folder of the report (default: report in the run folder)", Path)
     return parser.parse_args(arguments)
 
 
@@ -88,7 +88,7 @@ def open_comparison(options: argparse.Namespace) -> Comparison:
         if key in given:
             given[key] = dict(given[key]) if key == "held_out" else tuple(given[key])
     section = section.model_copy(update={key: str(of) if key == "vocab_size" else of for key, of in given.items()})
-    folder = (options.run_dir or RUNS / name).absolute()
+    folder = (options.run_dir or RUNS / "suites" / name).absolute()
     data = Dataset.of(section, folder / "data", suite.seq_length)
     table = (options.table or folder / "results.jsonl").absolute()
     comparison = Comparison(suite, name, folder, table, data, find_devices())

@@ -59,7 +59,7 @@ def _add_arguments(parser: argparse.ArgumentParser, name: str) -> None:
 
 def _add_conversion_arguments(parser: argparse.ArgumentParser) -> None:
     kind = "type of the tokenizer (default: the checkpoint's), as Megatron's flag; NullTokenizer for none"
-    file = "file of the tokenizer (default: the checkpoint's); export refuses another file than that of training"
+    file = "file of the tokenizer (default: the checkpoint's); export refuses another file than the training's"
     folder = "folder to convert: a model, a checkpoint, or a run's checkpoints"
     add_option(parser, "--load DIR", folder, Path, required=True)
     add_option(parser, "--save DIR", "new folder for the result", Path, required=True)

@@ -5,8 +5,8 @@ once with maskmoe convert megatron-to-hf, and name the exported folder. The text
 stderr.
 
 Examples:
-  %(prog)s --model runs/a/checkpoints --prompt "def __init__(self"
-  %(prog)s --model runs/a/model --prompts-file prompts.jsonl --temperature 0 --output texts.jsonl
+  %(prog)s --load runs/a/checkpoints --prompt "def __init__(self"
+  %(prog)s --load runs/a/model --prompts-file prompts.jsonl --temperature 0 --output texts.jsonl
 """
 
 import argparse
@@ -35,7 +35,7 @@ def parse_arguments() -> argparse.Namespace:
     """Parse the command line of this process."""
     parser = command_parser(__doc__)
     folder = "folder of an exported model, of a checkpoint, or of a run's checkpoints"
-    add_option(parser, "--model DIR", folder, Path, required=True)
+    add_option(parser, "--load DIR", folder, Path, required=True)
     source = parser.add_mutually_exclusive_group(required=True)
     add_option(source, "--prompt TEXT", "the text to continue")
     file = "file of texts to continue: one text a line, or JSON lines with the key `prompt` if the name ends in "
@@ -69,9 +69,9 @@ def main() -> None:
             or a number is out of range.
     """
     arguments = parse_arguments()
-    check_folder(arguments.model, "--model")
+    check_folder(arguments.load, "--load")
     if arguments.output is not None:
-        paths = (arguments.model, arguments.prompts_file, arguments.tokenizer_model, arguments.routing_mask)
+        paths = (arguments.load, arguments.prompts_file, arguments.tokenizer_model, arguments.routing_mask)
         check_outputs([arguments.output], [Path(path) for path in paths if path is not None], arguments.force)
     if arguments.prompts_file is not None:
         records = read_prompts(arguments.prompts_file)
@@ -116,14 +116,12 @@ def exported_folder(arguments: argparse.Namespace) -> Iterator[Path]:
     """
     of_checkpoint = ("ckpt_step", "tokenizer_type", "tokenizer_model", "routing_mask")
     given = {name: value for name in of_checkpoint if (value := getattr(arguments, name)) is not None}
-    if (arguments.model / CONFIG_FILE).is_file():
+    if (arguments.load / CONFIG_FILE).is_file():
         if given:
             flag = f"--{next(iter(given)).replace('_', '-')}"
-            raise UserError(
-                f"{flag} is for checkpoints of Megatron, but --model {arguments.model} is an exported model"
-            )
+            raise UserError(f"{flag} is for checkpoints of Megatron, but --load {arguments.load} is an exported model")
         say_loading("importing PyTorch and transformers")
-        yield arguments.model
+        yield arguments.load
         return
     say_loading("importing PyTorch and Megatron-Core")
     from maskmoe.megatron_compat import prepare_process
@@ -133,7 +131,7 @@ def exported_folder(arguments: argparse.Namespace) -> Iterator[Path]:
     from maskmoe.conversion.convert import temporary_export
 
     mask = given.pop("routing_mask", None)
-    with temporary_export(arguments.model, mask and read_routing_mask(mask), **given) as folder:
+    with temporary_export(arguments.load, mask and read_routing_mask(mask), **given) as folder:
         yield folder
 
 
@@ -182,7 +180,7 @@ class Continuation:
         end = model.generation_config.eos_token_id
         ends = end if isinstance(end, list) else [] if end is None else [end]
         if not all(type(token) is int for token in ends):
-            raise UserError(f"generation_config.json in {arguments.model}: eos_token_id is {end!r}, not token ids")
+            raise UserError(f"generation_config.json in {arguments.load}: eos_token_id is {end!r}, not token ids")
         self._ends = {*ends}
         # Other settings of the folder do not fit the arguments, or not even transformers.
         model.generation_config = GenerationConfig(eos_token_id=ends or None)

@@ -118,9 +118,9 @@ def add_workers_argument(parser: argparse.ArgumentParser) -> None:
     add_option(parser, "--workers W", meaning, ranges.PROCESSES)
 
 
-def add_seed_argument(parser: argparse._ActionsContainer, purpose: str) -> None:
+def add_seed_argument(parser: argparse._ActionsContainer, purpose: str, default: int = 0) -> None:
     """Add the flag for the seed of something random."""
-    add_option(parser, "--seed S", f"seed of {purpose}", ranges.SEED, default=0)
+    add_option(parser, "--seed S", f"seed of {purpose}", ranges.SEED, default=default)
 
 
 def say_loading(phase: str) -> None:

@@ -13,7 +13,7 @@ from dataclasses import fields
 from pathlib import Path
 
 from maskmoe.command_line import ranges
-from maskmoe.command_line.parser import Parser
+from maskmoe.command_line.parser import Parser, add_option
 from maskmoe.comparison.quickstart import Quickstart, Settings, quickstart_suite, write_report
 from maskmoe.comparison.stage import StageFolder, StatusLine
 from maskmoe.files.paths import RUNS
@@ -43,16 +43,14 @@ def parse_settings(arguments: Sequence[str] | None = None) -> Settings:
     def add(
         group: argparse._ArgumentGroup, flag: str, kind: Callable[[str], float], text: str, metavar: str = "N"
     ) -> None:
-        group.add_argument(flag, type=kind, metavar=metavar, help=f"{text} [%(default)s]")
+        group.add_argument(flag, type=kind, metavar=metavar, help=f"{text} (default: %(default)s)")
 
     files = parser.add_argument_group("files")
     text = "text to train on: JSON lines (.jsonl) or plain text, also .gz and .zst "
-    text += "[sources and documentation of the installed Python and its packages]"
+    text += "(default: sources and documentation of the installed Python and its packages)"
     files.add_argument("--input", nargs="+", type=Path, default=(), metavar="FILE", help=text)
-    keys = "key that holds the text in JSON lines [text]"
-    files.add_argument("--json-keys", default="text", metavar="KEY", help=keys)
-    run_dir = RUNS / "quickstart"
-    files.add_argument("--run-dir", type=Path, default=run_dir, metavar="DIR", help="all files [runs/quickstart]")
+    add_option(files, "--json-keys KEY", "key that holds the text in JSON lines", default="text")
+    add_option(files, "--run-dir DIR", "all files", Path, default=RUNS / "quickstart")
 
     model = parser.add_argument_group("model")
     add(model, "--vocab-size", ranges.TOKENIZER_SIZE, "number of ids of the tokenizer")
@@ -64,7 +62,9 @@ def parse_settings(arguments: Sequence[str] | None = None) -> Settings:
     add(mask, "--frequent-mass", ranges.SHARE, "the ids that make up this share of the text see several experts", "P")
     visible = "experts that such an id sees; all other ids see one expert"
     add(mask, "--frequent-visible-experts", ranges.EXPERTS, visible, "V")
-    mask.add_argument("--assignment", choices=ASSIGNMENTS, help="how experts are assigned to ids [%(default)s]")
+    mask.add_argument(
+        "--assignment", choices=ASSIGNMENTS, help="how experts are assigned to ids (default: %(default)s)"
+    )
 
     training = parser.add_argument_group("training")
     add(training, "--seq-length", ranges.WholeNumber(32, ranges.SEQ_LENGTH.most), "number of tokens in a sample")
@@ -72,7 +72,7 @@ def parse_settings(arguments: Sequence[str] | None = None) -> Settings:
     add(training, "--train-iters", ranges.ITERATIONS, "number of iterations")
     add(training, "--lr", ranges.LEARNING_RATE, "largest learning rate", "X")
     add(training, "--seed", ranges.SEED, "seed of the initial weights and of the order of the data")
-    training.add_argument("--prompt", metavar="TEXT", help="start of the sample [the start of the text]")
+    training.add_argument("--prompt", metavar="TEXT", help="start of the sample (default: the start of the text)")
     options = parser.parse_args(arguments)
     return Settings(**{field.name: getattr(options, field.name) for field in fields(Settings)})
 

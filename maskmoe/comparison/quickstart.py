@@ -155,7 +155,7 @@ class Quickstart:
     def sample_stage(self) -> Stage:
         """Let the exported model continue the prompt."""
         words = (
-            *("--model", self.model),
+            *("--load", self.model),
             f"--prompt={self._prompt()}",  # one word, so that the prompt may begin with a dash
             *("--max-new-tokens", min(_SAMPLE_TOKENS, self.settings.seq_length // 2)),
             *("--seed", self.settings.seed, "--output", self.sample),

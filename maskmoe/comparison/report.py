@@ -43,7 +43,7 @@ def _page(suite: Suite, name: str, results: Sequence[RunResult]) -> Iterator[str
     yield (
         f"{len(results)} of {planned} runs of the suite `{name}` are finished (commits {commits}). Losses are in nats "
         "per token of held-out text. ± is half of the 95 % interval over seeds (Student's t; Welch's t for differences "
-        "that are not paired). p is that of a two-sided sign-flip test over pairs of equal seeds. No value is "
+        "that are not paired). p belongs to a two-sided sign-flip test over pairs of equal seeds. No value is "
         "corrected for the number of comparisons."
     )
     yield "![The loss of each run](losses.png)"

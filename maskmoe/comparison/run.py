@@ -195,7 +195,7 @@ class Run:
             "data-cache-path": (str(self.folder / "dataset_cache"),),
             "micro-batch-size": self.variant.flags.get("micro-batch-size", ("1",)),
             "token-frequency": (str(self.data.token_frequency),),
-            "eval-output": (str(self.evaluation(text)),),
+            "output": (str(self.evaluation(text)),),
         }
         words = (*flag_words(flags), *self.devices.megatron_flags)
         command = standalone_command(processes, entry_point("evaluate", self.variant.program), words)

@@ -278,7 +278,7 @@ def _find_shards(name: str, key: str) -> list[str]:
         )
     if len(counts) > 1:
         listed = " and ".join(map(str, counts))
-        raise UserError(f"{name} has shards of {listed}; name the shards, or delete those of an earlier division")
+        raise UserError(f"{name} has shards of {listed}; name the shards, or delete the shards of an earlier run")
     numbers = [(counts[0], index) for index in range(counts[0])]
     missing = [f"{index}/{count}" for count, index in numbers if (count, index) not in shards]
     if missing:

@@ -184,7 +184,7 @@ class _WordLoader(yaml.BaseLoader):
         keys: set[str] = set()
         for key_node, _ in node.value:
             if not isinstance(key_node, yaml.ScalarNode):
-                raise yaml.constructor.ConstructorError(None, None, "a key must be a word", key_node.start_mark)
+                raise yaml.constructor.ConstructorError(None, None, "a key must be text", key_node.start_mark)
             if key_node.value in keys:
                 problem = f"the key {key_node.value} is repeated"
                 raise yaml.constructor.ConstructorError(None, None, problem, node.start_mark)

@@ -281,7 +281,7 @@ class ElasticRun:
             run.record_end(code)
         if self._supervisor.is_stopped:
             return code
-        # The ranks ask for another start after a signal to another node, after a request to leave, and to go back.
+        # The ranks ask for another start after a signal to another node, and after a request to leave.
         if self._is_ending or code == EXIT_REQUEUE:
             return None
         if code not in (0, EXIT_BAD_INPUT) and self._others_have_changed(generation, code):

@@ -6,7 +6,7 @@ from functools import partial
 from maskmoe.training.inference.flags import add_evaluation_arguments
 from maskmoe.training.settings.flags import add_check_arguments, add_maskmoe_flags, add_pretraining_arguments
 
-_PRETRAIN = "Pretrain a language model. The flags are Megatron's, with those of MaskMoE."
+_PRETRAIN = "Pretrain a language model. The flags are Megatron's and MaskMoE's."
 _EVALUATE = "Compute the loss of a checkpoint on a dataset, by token frequency."
 _PROGRAMS = {
     "pretrain": (_PRETRAIN, add_pretraining_arguments, add_check_arguments),

@@ -19,7 +19,7 @@ COMMANDS = {
     "convert megatron-to-hf": "--load checkpoints --save OUT",
     "convert hf-to-megatron": "--load model --save OUT",
     "convert upcycle": "--load model --save OUT --routing-mask mask.safetensors --num-experts 4",
-    "generate": "--model model --prompt import --output OUT",
+    "generate": "--load model --prompt import --output OUT",
     "analyze": "--load model --data-path data --output-dir OUT",
     "simulate": "--data-path data --routing-mask mask.safetensors --topk 2 --hidden-size 32 --output OUT",
     "prune": "--load checkpoints",
@@ -28,7 +28,7 @@ COMMANDS = {
     "compare": "suite.yaml --input text.txt --run-dir OUT",
     "pretrain of a file": "--run-dir OUT --gpus-per-node 1 --dry-run laptop.yaml",
     "check": "--run-dir OUT --gpus-per-node 1 laptop.yaml",
-    "evaluate": "--load checkpoints --use-checkpoint-args --data-path data --eval-output OUT",
+    "evaluate": "--load checkpoints --use-checkpoint-args --data-path data --output OUT",
 }
 RUN = (
     "--num-layers 2 --hidden-size 32 --num-attention-heads 4 --ffn-hidden-size 40 --seq-length 32 --lr 1e-3"
@@ -116,7 +116,7 @@ PATHS = {
     "mask widen": {"routing_mask": FILE, "token_frequency": FILE, "output": OUTPUT},
     "convert megatron-to-hf": {"load": FOLDER, "save": OUTPUT_FOLDER},
     "convert hf-to-megatron": {"load": FOLDER, "save": OUTPUT_FOLDER},
-    "generate": {"model": FOLDER, "output": OUTPUT},
+    "generate": {"load": FOLDER, "output": OUTPUT},
     "analyze": {"load": FOLDER, "data_path": FILE, "token_frequency": FILE, "output_dir": OUTPUT_FOLDER},
     "simulate": {"data_path": FILE, "routing_mask": FILE, "output": OUTPUT, "plot": OUTPUT},
     "prune": {"load": FOLDER},
@@ -177,7 +177,7 @@ MISSING_FOLDERS = {
     "convert hf-to-megatron": "load",
     "convert upcycle": "load",
     "analyze": "load",
-    "generate": "model",
+    "generate": "load",
 }
 
 
@@ -196,8 +196,8 @@ MISTAKES = [
     ("mask --token-frequency a --vocab-size 5", "--vocab-size: not allowed with argument --token-frequency"),
     ("count --data-path a --output b --vocab-size 5 stray --x=1", "unknown flag --x"),
     ("count --merge a --output b --merge=c", "--merge is given 2 times: write all its values after one --merge"),
-    ("generate --model model --prompt a stray", "unrecognized arguments: stray"),
-    ("generate --model model", "one of the arguments --prompt --prompts-file is required"),
+    ("generate --load model --prompt a stray", "unrecognized arguments: stray"),
+    ("generate --load model", "one of the arguments --prompt --prompts-file is required"),
     ("convert", "the following arguments are required: command"),
     ("convert megatron-to-hf --lode x", "unknown flag --lode (nearest: --load)"),
     ("analyze --load model --output-dir OUT", "--data-path --input is required"),
@@ -211,10 +211,10 @@ MISTAKES = [
     ("pretrain --json F", "unknown flag --json"),
     ("evaluate --eval-split tests", "--eval-split: invalid choice: 'tests'"),
     ("evaluate --load nowhere --use-checkpoint-args", "--load nowhere holds no checkpoint"),
-    ("generate --prompt a --model huggingface", "there is no checkpoint in huggingface"),
-    ("generate --prompt a --model checkpoints --ckpt-step 3", "iter_0000003 does not exist"),
-    ("generate --prompt a --model checkpoints --routing-mask nowhere", "nowhere does not exist"),
-    ("generate --prompt a --model checkpoints --tokenizer-model nowhere", "pass --tokenizer-model"),
+    ("generate --prompt a --load huggingface", "there is no checkpoint in huggingface"),
+    ("generate --prompt a --load checkpoints --ckpt-step 3", "iter_0000003 does not exist"),
+    ("generate --prompt a --load checkpoints --routing-mask nowhere", "nowhere does not exist"),
+    ("generate --prompt a --load checkpoints --tokenizer-model nowhere", "pass --tokenizer-model"),
 ]
 
 

@@ -126,7 +126,7 @@ def test_generation_with_a_damaged_model(damaged, workshop):
         workshop,
         [
             (
-                ["generate", "--model", str(model), "--prompt", "import", "--max-new-tokens", "3"],
+                ["generate", "--load", str(model), "--prompt", "import", "--max-new-tokens", "3"],
                 [str(model), "misshapen weights"] if name == "router for more experts" else [str(model)],
             )
             for name, model in zip(DAMAGES, models, strict=True)
@@ -167,7 +167,7 @@ def replace_by_another_mask(tensors: dict[str, torch.Tensor]) -> None:
 def test_altered_mask_is_refused(damaged, workshop):
     alterations = (alter_rows, alter_bits, alter_metadata, replace_by_another_mask)
     models = [str(damaged(change_weights(alter))) for alter in alterations]
-    generate = ["generate", "--prompt", "import", "--max-new-tokens", "3", "--model"]
+    generate = ["generate", "--prompt", "import", "--max-new-tokens", "3", "--load"]
     refuse_all(workshop, [([*generate, model], ["does not match its digest"]) for model in models])
     convert = ["convert", "hf-to-megatron", "--save", "OUT", "--load"]
     refuse_all(workshop, [([*convert, model], ["mask"]) for model in models], after_progress=True)
@@ -196,7 +196,7 @@ def test_code_of_a_models_folder_is_not_run(damaged, workshop, tmp_path, monkeyp
         f"import pathlib\npathlib.Path({str(tmp_path)!r}, 'ran').touch()\nclass Evil: pass\n"
     )
     monkeypatch.setattr("sys.stdin", io.StringIO("y\ny\ny\n"))
-    refuse_all(workshop, [(["generate", "--model", str(model), "--prompt", "import", "--max-new-tokens", "3"], [])])
+    refuse_all(workshop, [(["generate", "--load", str(model), "--prompt", "import", "--max-new-tokens", "3"], [])])
     assert not (tmp_path / "ran").exists()
 
 
@@ -204,7 +204,7 @@ def test_code_of_a_models_folder_is_not_run(damaged, workshop, tmp_path, monkeyp
 
 
 def test_generation_with_an_intact_model(workshop):
-    outcome = run_command("generate", "--model", "model", "--prompt", "import", "--max-new-tokens", 3)
+    outcome = run_command("generate", "--load", "model", "--prompt", "import", "--max-new-tokens", 3)
     assert (outcome.code, outcome.messages()) == (0, "")
     assert outcome.output.startswith("import")
 

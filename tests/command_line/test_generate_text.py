@@ -76,7 +76,7 @@ def generate(monkeypatch: pytest.MonkeyPatch, words: str) -> None:
 
 def test_prompts_of_a_file(tmp_path, monkeypatch, capsys):
     (tmp_path / "prompts.jsonl").write_text('{"prompt": "import os", "id": 1}\n{"prompt": "def f(x):\\n    return"}\n')
-    words = f"--model {MODEL} --prompts-file {tmp_path}/prompts.jsonl --temperature 0 --max-new-tokens 4"
+    words = f"--load {MODEL} --prompts-file {tmp_path}/prompts.jsonl --temperature 0 --max-new-tokens 4"
     generate(monkeypatch, f"{words} --output {tmp_path}/texts.jsonl")
     first, second = map(json.loads, (tmp_path / "texts.jsonl").read_text().splitlines())
     assert first.keys() == {"prompt", "id", "text"}
@@ -96,7 +96,7 @@ def checkpoints(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def test_text_of_a_checkpoint_is_that_of_megatrons_model(checkpoints, one_rank, tmp_path, monkeypatch, capsys):
     """Megatron computes the whole text again for each token, transformers keeps keys and values."""
     monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
-    generate(monkeypatch, f"--model {checkpoints} --prompt import --temperature 0 --max-new-tokens 24")
+    generate(monkeypatch, f"--load {checkpoints} --prompt import --temperature 0 --max-new-tokens 24")
     printed = capsys.readouterr()
     assert f"loading: {RELEASE} in {checkpoints}\n" in printed.err
     assert not os.listdir(tmp_path)
@@ -110,7 +110,7 @@ def test_text_of_a_checkpoint_is_that_of_megatrons_model(checkpoints, one_rank, 
 
 
 def test_checkpoint_without_a_tokenizer_continues_ids(checkpoints, monkeypatch, capsys):
-    words = f"--model {checkpoints / RELEASE} --tokenizer-type NullTokenizer --max-new-tokens 4"
+    words = f"--load {checkpoints / RELEASE} --tokenizer-type NullTokenizer --max-new-tokens 4"
     generate(monkeypatch, f"{words} --prompt 17")
     ids = capsys.readouterr().out.split()
     assert ids[0] == "17"
@@ -119,5 +119,5 @@ def test_checkpoint_without_a_tokenizer_continues_ids(checkpoints, monkeypatch, 
 
 @pytest.mark.parametrize("flag", ["--ckpt-step 3", "--tokenizer-type NullTokenizer", "--routing-mask mask"])
 def test_flag_of_checkpoints_beside_an_exported_model(monkeypatch, flag):
-    with pytest.raises(UserError, match=f"{flag.split()[0]} is for checkpoints of Megatron, but --model .* exported"):
-        generate(monkeypatch, f"--model {MODEL} --prompt import {flag}")
+    with pytest.raises(UserError, match=f"{flag.split()[0]} is for checkpoints of Megatron, but --load .* exported"):
+        generate(monkeypatch, f"--load {MODEL} --prompt import {flag}")

@@ -55,7 +55,7 @@ OUTPUTS_THAT_ARE_INPUTS = {
     "mask of widen": ("mask widen --routing-mask mask --token-frequency counts --frequent-mass 0.7 "
                       "--frequent-visible-experts 4 --output OUT", "mask counts"),
     "inputs of simulate": (f"{SIMULATE} --output OUT", "data.bin data.idx mask"),
-    "prompts of generate": (f"generate --model {EXPORTED_MODEL} --prompts-file text.txt --output OUT", "text.txt"),
+    "prompts of generate": (f"generate --load {EXPORTED_MODEL} --prompts-file text.txt --output OUT", "text.txt"),
     "plot of simulate": (f"{SIMULATE} --plot OUT", "data.bin mask"),
 }  # fmt: skip
 CASES = [(command, name) for command, names in OUTPUTS_THAT_ARE_INPUTS.values() for name in names.split()]

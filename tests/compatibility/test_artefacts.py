@@ -54,7 +54,7 @@ def test_training_resumes_to_the_same_losses(run_folder: Path) -> None:
 
 @pytest.mark.slow
 def test_evaluation_gives_the_same_loss(run_folder: Path) -> None:
-    run_entry_point("evaluate", "--token-frequency counts.safetensors --eval-output evaluation.json", run_folder)
+    run_entry_point("evaluate", "--token-frequency counts.safetensors --output evaluation.json", run_folder)
     loss = json.loads((run_folder / "evaluation.json").read_text())["loss"]
     assert loss == pytest.approx(EXPECTED["evaluation_loss"], rel=1e-4)
 

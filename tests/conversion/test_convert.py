@@ -100,7 +100,7 @@ def test_command_line_and_the_loss_that_megatron_evaluates(checkpoints, workplac
     assert flags.strip() == "--vocab-size 500"
     for number, load in enumerate((checkpoints("rich"), tmp_path / "megatron")):
         output = tmp_path / f"evaluation{number}.json"
-        data = f"--data-path data --split 90,10,0 --eval-output {output}"
+        data = f"--data-path data --split 90,10,0 --output {output}"
         run_program(f"-m maskmoe.training.evaluate --load {load} --use-checkpoint-args {flags} {data}", workplace)
         losses.append(json.loads(output.read_text())["loss"])
     assert losses[0] == losses[1]

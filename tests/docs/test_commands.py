@@ -62,6 +62,7 @@ QUICK = {
     "method.md": "digest           aeff2031e4989abe",
     "check.md": "no errors found",
     "launching.md": "-m maskmoe.training.pretrain",
+    "spikes.md": "--spike-action skip",
     "hybrid.md": "iteration       20/      20",
     "slurm.md": "sbatch --output=",
     "containers.md": "podman run --rm",

@@ -31,12 +31,9 @@ def test_links_lead_somewhere(page: Path) -> None:
             assert anchor in anchors(target), link
 
 
-def test_every_page_begins_with_a_command() -> None:
-    """Each page says what it is for and shows a command before its options."""
-    for page in DOCS.glob("*.md"):
-        text = page.read_text(encoding="utf-8")
-        assert re.match(r"# .+\n\n[^#\n]", text), page
-        assert "```bash\n" in text, page
+def test_every_page_says_what_it_is_for() -> None:
+    for page in DOCS.rglob("*.md"):
+        assert re.match(r"# .+\n\n[^#\n]", page.read_text(encoding="utf-8")), page
 
 
 @pytest.mark.parametrize("script", GENERATED)
@@ -87,3 +84,8 @@ def test_site_loads_nothing_from_elsewhere(site: Path) -> None:
         html = page.read_text(encoding="utf-8")
         loaded = re.findall(r"<(?:script|img|link|iframe)[^>]*(?:src|href)=\"?(https?://[^\s\">]+)", html)
         assert loaded == [], page
+
+
+def test_commands_wrap_on_narrow_screens(site: Path) -> None:
+    assert ".language-bash pre > code { white-space: pre-wrap; }" in (site / "stylesheets" / "site.css").read_text()
+    assert '<div class="language-bash highlight">' in (site / "launching.html").read_text(encoding="utf-8")

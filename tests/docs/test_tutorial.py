@@ -42,7 +42,6 @@ def test_tutorial_runs_in_an_empty_folder(script: str, tmp_path: Path) -> None:
     files = ["mask.safetensors", "checkpoints", "evaluation.json", "tensorboard", "model/config.json", "dispatch.csv"]
     files += ["model-bf16/config.json", "../../wider.safetensors"]
     assert [name for name in [*files, "routing/layers.csv"] if not (folder / name).exists()] == []
-    assert "no errors found" in result.stdout
     assert re.search(r"validation loss at iteration 4", result.stdout)
     assert "next 50 %" in result.stdout  # the table of the evaluation
     # The checkpoint continues the prompt, and the exported model does so on both pages.

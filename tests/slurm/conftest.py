@@ -136,9 +136,9 @@ class Cluster:
         self.nodes[name].start()
         self.start_node(name)
 
-    def submit(self, *arguments: object) -> "Job":
-        """Submit a job by launch/slurm/submit.sh."""
-        output = self.run(ROOT / "launch" / "slurm" / "submit.sh", "--parsable", *arguments)
+    def submit(self, *arguments: object, program: object = ROOT / "launch" / "slurm" / "submit.sh") -> "Job":
+        """Submit a job by launch/slurm/submit.sh, or by sbatch."""
+        output = self.run(program, "--parsable", *arguments)
         return Job(self, output.strip())
 
     def stop(self) -> None:

@@ -1,9 +1,11 @@
 """launch/slurm/ on a real Slurm cluster of two nodes."""
 
 import re
+import shlex
 from dataclasses import replace
 
 import pytest
+from support.paths import ROOT
 
 pytestmark = pytest.mark.slurm
 
@@ -49,6 +51,28 @@ def test_signal_before_the_time_limit(cluster, submit, new_laptop_run, undisturb
     assert re.search(r"attempt 0.*attempt 1", log, re.DOTALL)
     resumed = (run.folder / "slurm" / job.number / "attempt1.n1.log").read_text()
     assert f"at iteration {saved}" in resumed
+
+
+def test_example_of_a_job(cluster, new_laptop_run, undisturbed, tmp_path):
+    """A copy of the example, with its marked lines changed, trains, requeues itself and resumes."""
+    run = new_laptop_run()
+    model, *flags = run.arguments
+    text = (ROOT / "launch" / "slurm" / "example.sbatch").read_text()
+    text = re.sub(r"^#SBATCH --(account|gpus-per-node|cpus-per-task|exclusive).*\n", "", text, flags=re.M)
+    text = re.sub(r"^flags=\(.*?^\)", f"flags=({shlex.join(flags)})", text, flags=re.M | re.S)
+    for name, value in {"#SBATCH --partition": "low", "#SBATCH --time": "30", "root": ROOT, "model": model}.items():
+        text = re.sub(rf"^{name}=\S+", f"{name}={value}", text, flags=re.M)
+    text = text.replace("slurm-%j.log", f"{tmp_path}/slurm-%j.log")
+    (tmp_path / "job.sbatch").write_text(re.sub(r"^run_dir=\S+", f"run_dir={run.folder}", text, flags=re.M))
+    cluster.wait_for_nodes()
+    job = cluster.submit(tmp_path / "job.sbatch", program="sbatch")
+    run.wait_for_iteration(12)
+    cluster.run("scancel", "--batch", "--signal=USR1", job.number)
+    job.wait_for("PENDING")
+    ended = job.wait_for("COMPLETED", "FAILED", "CANCELLED")
+    assert ended == "COMPLETED", (tmp_path / f"slurm-{job.number}.log").read_text()
+    assert job.show("Restarts") == "1"
+    assert run.losses == undisturbed.losses
 
 
 def test_job_of_an_array_is_requeued_alone(cluster, new_laptop_run):

@@ -1,6 +1,7 @@
-"""launch/slurm/submit.sh: the command line of sbatch; and the options of launch/slurm/pretrain.sbatch."""
+"""launch/slurm/: the command line of submit.sh, the options of pretrain.sbatch, and the example of a job."""
 
 import os
+import re
 import shlex
 import subprocess
 from pathlib import Path
@@ -124,3 +125,20 @@ def test_bad_options_of_the_job(tmp_path, arguments, error):
     assert result.returncode == 2
     assert result.stderr.startswith(f"slurm: error: {error}")
     assert result.stderr.count("\n") == 1
+
+
+def test_example_of_a_job_runs_the_script(tmp_path):
+    """The example has the directives that pretrain.sbatch has, and passes a model file and flags that exist."""
+    folder = tmp_path / "launch" / "slurm"
+    folder.mkdir(parents=True)
+    (folder / "pretrain.sbatch").write_text("#!/bin/sh\nprintf '%s\\n' \"$@\"\n")
+    (folder / "pretrain.sbatch").chmod(0o755)
+    example = ROOT / "launch" / "slurm" / "example.sbatch"
+    job = os.environ | {"SLURM_SUBMIT_DIR": str(tmp_path)}
+    passed = subprocess.run([example], env=job, capture_output=True, text=True, check=True).stdout.splitlines()
+    options, model, flags = passed[: passed.index("--")], Path(passed[passed.index("--") + 1]), passed[-8:]
+    assert options == ["--root", str(tmp_path), "--run-dir", f"{tmp_path}/runs/12l-768d"]
+    assert (ROOT / model.relative_to(tmp_path)).exists()
+    assert flags[::2] == ["--data-path", "--tokenizer-type", "--tokenizer-model", "--routing-mask"]
+    needed = re.findall(r"^#SBATCH --(?!job-name|nodes).*", example.with_name("pretrain.sbatch").read_text(), re.M)
+    assert set(needed) <= set(example.read_text().splitlines())

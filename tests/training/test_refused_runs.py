@@ -135,7 +135,7 @@ def test_missing_checkpoint_of_refused_training(refuse, run_folder, monkeypatch)
 
 @pytest.mark.runs("fp32")
 def test_refused_evaluation(refuse, run_folder):
-    output = f"--eval-output {run_folder}/args.yaml"
+    output = f"--output {run_folder}/args.yaml"
     assert "args.yaml" in refuse(f"--data-path data --split 90,10,0 {output}", evaluation.main)
 
 

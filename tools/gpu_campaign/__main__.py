@@ -39,7 +39,7 @@ def main() -> None:
 
     # Steps remove the folders of their earlier results.
     if any(output.iterdir()) and not (output / "campaign.json").exists():
-        raise UserError(f"--output {output} has other files than those of a campaign; choose another folder")
+        raise UserError(f"--output {output} has files that no campaign has made; choose another folder")
     has_engine = importlib.util.find_spec("transformer_engine") is not None
     context = Context(Path(__file__).resolve().parents[2], output, find_devices(), has_engine)
     steps = [step for step in STEPS if arguments.only is None or step.name in arguments.only]

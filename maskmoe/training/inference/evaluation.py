@@ -192,15 +192,15 @@ def evaluate(args: argparse.Namespace, model: torch.nn.Module) -> Evaluation:
 
 
 def check_output(args: argparse.Namespace) -> None:
-    """Check that `--eval-output` may be written, see `check_outputs`.
+    """Check that `--output` may be written, see `check_outputs`.
 
     Raises:
         UserError: The file is an input, exists without `--force`, or cannot be written.
     """
-    if args.eval_output is not None:
+    if args.output is not None:
         inputs = (args.load, args.routing_mask, args.tokenizer_model, args.token_frequency)
         data = files_of_data_path(args.data_path) if args.data_path else []
-        check_outputs([args.eval_output], [*(Path(path) for path in inputs if path), *data], args.force)
+        check_outputs([args.output], [*(Path(path) for path in inputs if path), *data], args.force)
 
 
 def main() -> None:
@@ -213,6 +213,6 @@ def main() -> None:
         results = evaluate(args, model)
         print_rank_0(results.table())
         content = json.dumps(to_jsonable_python(results, inf_nan_mode="null"), indent=2, allow_nan=False)
-        if args.eval_output is not None and torch.distributed.get_rank() == 0:
-            with atomic_output(args.eval_output) as path:
+        if args.output is not None and torch.distributed.get_rank() == 0:
+            with atomic_output(args.output) as path:
                 path.write_text(content + "\n")

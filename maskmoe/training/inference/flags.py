@@ -18,7 +18,7 @@ def add_evaluation_arguments(parser: ArgumentParser) -> ArgumentParser:
         "--data-path are counted"
     )
     add_option(group, "--token-frequency FILE", counts)
-    add_option(group, "--eval-output FILE", "also write the results as JSON; the loss of a band without tokens is null")
+    add_option(group, "--output FILE", "also write the results as JSON; the loss of a band without tokens is null")
     add_force_argument(group)
     parser.set_defaults(eval_iters=0)
     replace_help(parser, {"--eval-iters": "number of batches to evaluate (default: 0, all samples of the split)"})

@@ -21,7 +21,7 @@ from maskmoe.training.preflight.parameters import Chunk, ModelParameters
 from maskmoe.training.settings.layout import Layout
 from maskmoe.transformer.torch_modules.mlp import is_plain_swiglu
 
-# The purposes of memory, and how the report for people calls them. `_Activations` estimates the second group.
+# The purposes of memory, with their names in the printed report. `_Activations` estimates the second group.
 EXACT = {
     "weights": "weights and buffers",
     "gradients": "gradients",

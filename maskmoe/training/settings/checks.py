@@ -182,9 +182,7 @@ class RunChecks:
             if missing := self.packages.describe_missing():
                 self.notes.append(missing)
         if args.fp8 or args.fp4:
-            self.notes.append(
-                "FP8 and FP4 have not run with MaskMoE on a GPU yet: compare the losses with those of bf16"
-            )
+            self.notes.append("FP8 and FP4 have not run with MaskMoE on a GPU yet: compare the losses with bf16's")
         yield from self.missing_libraries()
         yield from missing_flags(args, takes_learning_rate=self.checkpoint is not None and takes_schedule)
 

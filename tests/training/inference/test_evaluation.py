@@ -16,7 +16,7 @@ from maskmoe.routing_mask.mask import RoutingMask
 
 DATA = "--data-path data --split 60,40,0"
 MODEL = "--use-checkpoint-args --tokenizer-type NullTokenizer --vocab-size 510"
-SETTINGS = f"{MODEL} --token-frequency counts.safetensors --eval-output evaluation.json"
+SETTINGS = f"{MODEL} --token-frequency counts.safetensors --output evaluation.json"
 LAYOUTS = {
     "one rank": ("", 1),
     # Neither 3 samples (a batch) nor 6 samples (the batches of two ranks) divide the number of samples.

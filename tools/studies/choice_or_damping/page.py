@@ -203,7 +203,9 @@ def main() -> None:
     """Write the page and its picture."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("table", type=Path, help="table of results, such as docs/study/results.jsonl")
-    parser.add_argument("--output", type=Path, metavar="DIR", help="folder of the page [that of the table]")
+    parser.add_argument(
+        "--output", type=Path, metavar="DIR", help="folder of the page (default: the folder of the table)"
+    )
     arguments = parser.parse_args()
     path, folder = arguments.table, arguments.output or arguments.table.parent
     study, measures = Study.read(path), read_measures(path.with_name("measures.jsonl"))
