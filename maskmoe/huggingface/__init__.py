@@ -1,8 +1,8 @@
 """Defines MaskMoE models for transformers.
 
 Importing this package registers the models with transformers' Auto classes, which then load exported models without
-`trust_remote_code`. The package imports only torch and transformers, since its files `configuration_maskmoe.py` and
-`modeling_maskmoe.py` are copied beside exported weights.
+`trust_remote_code`. The package imports only torch and transformers, since its files `*_maskmoe.py` are copied beside
+exported weights; only vLLM imports `vllm_maskmoe.py`.
 """
 
 import shutil
@@ -10,15 +10,14 @@ from pathlib import Path
 
 from transformers import AutoConfig, AutoModel, AutoModelForCausalLM
 
-from maskmoe.huggingface import configuration_maskmoe, modeling_maskmoe
 from maskmoe.huggingface.configuration_maskmoe import AUTO_MAP, MaskMoEConfig
 from maskmoe.huggingface.modeling_maskmoe import MaskMoEForCausalLM, MaskMoEModel
 
 
 def export_code(folder: Path) -> None:
     """Copy the code of the models to a folder of exported weights, for users who do not have this package."""
-    for module in (configuration_maskmoe, modeling_maskmoe):
-        shutil.copy(module.__file__, folder)
+    for file in Path(__file__).parent.glob("*_maskmoe.py"):
+        shutil.copy(file, folder)
 
 
 AutoConfig.register(MaskMoEConfig.model_type, MaskMoEConfig, exist_ok=True)

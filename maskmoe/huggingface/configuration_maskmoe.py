@@ -111,8 +111,6 @@ class MaskMoEConfig(PreTrainedConfig):
     model_type = "maskmoe"
 
     base_model_tp_plan = _TP_PLAN_OF_ATTENTION | _TP_PLAN_OF_MLPS
-    # Every pipeline stage needs the token ids, which pipeline plans of transformers pass only to the first stage.
-    base_model_pp_plan = None
 
     vocab_size: int = 32000
     hidden_size: int = 1024

@@ -383,6 +383,7 @@ class MaskMoEPreTrainedModel(glm4_moe.Glm4MoePreTrainedModel):
     config: MaskMoEConfig  # pyrefly: ignore[bad-override-mutable-attribute]  # as all models of transformers do
     _no_split_modules = ["MaskMoEDecoderLayer"]  # noqa: RUF012
     _keep_in_fp32_modules_strict = ["e_score_correction_bias"]  # noqa: RUF012
+    stages_get_token_ids = False  # vllm_maskmoe.py sets it
     _keys_to_ignore_on_load_unexpected = None  # Glm4Moe ignores layers that only its own checkpoints have
     _can_record_outputs = {  # noqa: RUF012
         "router_logits": OutputRecorder(MaskMoETopKRouter, index=0),
@@ -444,15 +445,15 @@ class MaskMoEPreTrainedModel(glm4_moe.Glm4MoePreTrainedModel):
 
     @property
     def supports_pp_plan(self) -> bool:
-        """Refuse pipeline stages, for which servers ask here; a model without experts can be divided.
+        """Refuse pipeline stages that get no token ids; servers ask here before they divide a model.
 
         Raises:
-            ValueError: the model has experts.
+            ValueError: the model has experts, and the server has not set `stages_get_token_ids`.
         """
-        if self.config.has_experts:
+        if self.config.has_experts and not self.stages_get_token_ids:
             raise ValueError(
-                "MaskMoE models cannot be divided into pipeline stages, because later stages get no token ids: "
-                "use tensor parallelism"
+                "later pipeline stages would get no token ids: use tensor parallelism, or vLLM with "
+                """--model-class-overrides '{"MaskMoEForCausalLM": "vllm_maskmoe:MaskMoEForCausalLM"}'"""
             )
         return super().supports_pp_plan
 
@@ -511,6 +512,7 @@ class MaskMoEModel(MaskMoEPreTrainedModel, glm4_moe.Glm4MoeModel):
         attention_mask: Tensor | None = None,
         position_ids: Tensor | None = None,
         inputs_embeds: Tensor | None = None,
+        routing_ids: Tensor | None = None,
         **kwargs: Any,
     ) -> MoeModelOutputWithPast:
         """Process tokens.
@@ -520,6 +522,7 @@ class MaskMoEModel(MaskMoEPreTrainedModel, glm4_moe.Glm4MoeModel):
             attention_mask: [batch, sequence of cache and tokens], 0 for padding.
             position_ids: int64 [batch, sequence].
             inputs_embeds: [batch, sequence, hidden], replaces the embeddings of `input_ids`.
+            routing_ids: int64 [batch, sequence], replaces `input_ids` on later pipeline stages, where vLLM drops them.
             kwargs: arguments of every decoder of transformers, such as `cache`, `use_cache`, `output_hidden_states`.
 
         Raises:
@@ -527,9 +530,10 @@ class MaskMoEModel(MaskMoEPreTrainedModel, glm4_moe.Glm4MoeModel):
         """
         visible_bits = None
         if self.routing_mask is not None:
-            if input_ids is None:
+            ids = input_ids if routing_ids is None else routing_ids
+            if ids is None:
                 raise ValueError("MaskMoE needs input_ids, also with inputs_embeds: experts are chosen by a token's id")
-            visible_bits = self.routing_mask(input_ids.flatten())
+            visible_bits = self.routing_mask(ids.flatten())
         return super().forward(
             input_ids=input_ids if inputs_embeds is None else None,
             attention_mask=attention_mask,

@@ -32,7 +32,7 @@ def real_package():
 def real_classes():
     """All classes of the package that inherit from Megatron."""
     names = (module.name for module in pkgutil.walk_packages(maskmoe.__path__, "maskmoe."))
-    modules = [importlib.import_module(name) for name in names if not name.endswith("__main__")]
+    modules = [importlib.import_module(name) for name in names if not name.endswith(("__main__", "vllm_maskmoe"))]
     classes = [cls for module in modules for cls in vars(module).values() if inspect.isclass(cls)]
     return [cls for cls in dict.fromkeys(classes) if is_ours(cls) and any(map(is_megatrons, cls.__mro__))]
 

@@ -15,11 +15,14 @@ from support.paths import SERVING_BIN, SERVING_SCRIPTS
 from support.runs import free_port
 from support.waiting import wait_until
 
+from maskmoe.huggingface import export_code
+
 
 @pytest.fixture(scope="session")
 def environment(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
-    """Environment of processes of vLLM: without network, with their caches in a new folder."""
-    home = tmp_path_factory.mktemp("home")
+    """Environment of processes of vLLM: without network and `maskmoe`, with the code beside exported models."""
+    home, code = tmp_path_factory.mktemp("home"), tmp_path_factory.mktemp("code")
+    export_code(code)
     own = {
         "HF_HOME": str(home),
         "HF_HUB_OFFLINE": "1",
@@ -28,8 +31,9 @@ def environment(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
         "VLLM_CPU_OMP_THREADS_BIND": "nobind",
         "OMP_NUM_THREADS": "1",
         "PATH": f"{SERVING_BIN}:{os.environ['PATH']}",
+        "PYTHONPATH": str(code),
     }
-    return {name: value for name, value in os.environ.items() if name != "PYTHONPATH"} | own
+    return dict(os.environ) | own
 
 
 @pytest.fixture(scope="session")
