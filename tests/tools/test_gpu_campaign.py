@@ -55,7 +55,7 @@ subprocess.run([sys.executable, "-c", "import time; print(7, flush=True); time.s
 
 @pytest.fixture(scope="module")
 def finished(tmp_path_factory: pytest.TempPathFactory) -> tuple[Campaign, Path, list[str]]:
-    """Run steps of every kind in 60 s; return the results, the output folder and the lines of progress."""
+    """Run steps of every kind in 120 s; return the results, the output folder and the lines of progress."""
     output, lines = tmp_path_factory.mktemp("campaign"), []
     steps = [
         make_step("good", "import os; assert os.environ['VARIABLE'] == 'a value'", FOUND),
@@ -65,7 +65,7 @@ def finished(tmp_path_factory: pytest.TempPathFactory) -> tuple[Campaign, Path, 
         make_step("measured", "print(1)", FOUND, measures=True),
         Step("broken", "A step with an error", 22, lambda _: [], lambda _: json.loads("")),
     ]
-    return run_campaign(steps, make_context(output), 60, lines.append), output, lines
+    return run_campaign(steps, make_context(output), 120, lines.append), output, lines
 
 
 def test_a_failed_step_does_not_stop_the_others(finished) -> None:
@@ -85,13 +85,13 @@ def test_a_failed_step_does_not_stop_the_others(finished) -> None:
 
 
 def test_a_killed_step_leaves_what_it_found_and_the_time_of_the_others(finished) -> None:
-    """The first three steps share 6 s; the third one may use what the others left."""
+    """The first three steps share 12 s; the third one may use what the others left."""
     campaign, _, _ = finished
     good, bad, slow, wrong = campaign.steps[:4]
     assert slow.findings == FOUND
-    assert 2 <= slow.limit < 6
-    assert 5 < good.seconds + bad.seconds + slow.seconds < 9
-    assert wrong.limit > 25
+    assert 4 <= slow.limit < 12
+    assert good.seconds + bad.seconds + slow.seconds > 11
+    assert wrong.limit > 50
 
 
 def test_page_and_json_have_what_the_steps_found(finished) -> None:
@@ -349,7 +349,7 @@ def test_bad_arguments_and_failed_steps_have_exit_codes(tmp_path: Path) -> None:
     assert (completed.returncode, completed.stderr.count("\n")) == (2, 1)
     completed = run_script("--output", tmp_path, "--only", "cuda")
     assert (completed.returncode, completed.stderr.count("\n")) == (2, 1)
-    assert "has other files" in completed.stderr
+    assert "has files that no campaign has made" in completed.stderr
     completed = run_script("--output", tmp_path / "out", "--only", "cuda", "--minutes", "0")
     assert completed.returncode == 1
     assert "1 of 1 steps failed: cuda" in completed.stderr
