@@ -149,7 +149,7 @@ def write_huggingface(
     export_code(folder)
     if model.args is not None:
         (folder / _ARGS_FILE).parent.mkdir(exist_ok=True)
-        write_record(_json_values(model.args), folder / _ARGS_FILE, indent=2)
+        write_record(_json_values(model.args), folder / _ARGS_FILE)
 
 
 def _special_ids(config: Mapping[str, Any], of_tokenizer: Mapping[str, int | None]) -> dict[str, Any]:

@@ -154,7 +154,7 @@ def write_safetensors(
     if split.is_sharded:
         file_of = {name: Path(file).name for name, file in split.tensor_to_filename.items()}
         index: dict[str, Any] = {"metadata": split.metadata, "weight_map": file_of}
-        write_record(index, folder / f"{single_file}{INDEX_SUFFIX}", indent=2)
+        write_record(index, folder / f"{single_file}{INDEX_SUFFIX}")
     return list(split.filename_to_tensors)
 
 

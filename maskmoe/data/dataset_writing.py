@@ -96,10 +96,6 @@ class IndexedDatasetWriter:
             if tokenizer is None:
                 record_path.unlink(missing_ok=True)
 
-    def add_document(self, tokens: np.ndarray) -> None:
-        """Append one document, which is one sequence, or none if it is empty; see `add_documents`."""
-        self.add_documents(tokens, np.array([len(tokens)]))
-
     def add_documents(self, tokens: np.ndarray, document_lengths: np.ndarray) -> None:
         """Append many documents at once; each is one sequence, or none if it is empty.
 

@@ -5,30 +5,49 @@ from pathlib import Path
 from typing import Any
 
 from maskmoe.errors import UserError
-from maskmoe.files.json_files import Line, read_lines
-from maskmoe.files.untrusted import refuse_surrogates
+from maskmoe.files.untrusted import UnusableFile, read_bounded, refuse_surrogates
 
 KEY = "prompt"
 """The key of the text in a record."""
+_FLAG = "--prompts-file"
 _JSON_LINES = ".jsonl"
+_MAX_BYTES = 64 << 20
 
 
 def read_prompts(path: Path) -> list[dict[str, Any]]:
     """Return the records of a file of prompts, each with a text that is not empty in the key `prompt`.
 
-    A record of a plain line has no other key. Blank lines are skipped.
+    A record of a plain line has no other key. Blank lines are skipped. Only a line feed, alone or after a carriage
+    return, ends a line: other line ends of Unicode may be part of a prompt.
 
     Raises:
-        UserError: The file cannot be read, holds no prompt, or a line is not a record with a prompt.
+        UserError: The file cannot be read, is not text in UTF-8, holds no prompt, or a line is not a record with a
+            prompt.
     """
-    is_json = path.suffix == _JSON_LINES
-    return [_record_of(line) if is_json else {KEY: line.text} for line in read_lines(path, "--prompts-file")]
+    try:
+        lines = read_bounded(path, _MAX_BYTES, takes_pipe=True).decode("utf-8-sig").split("\n")
+    except UnusableFile as error:
+        raise UserError(f"{_FLAG} {error}") from error
+    except UnicodeDecodeError as error:
+        raise UserError(f"{_FLAG} {path} is not text in UTF-8") from error
+    texts = [(number, line.removesuffix("\r")) for number, line in enumerate(lines, start=1) if line.strip()]
+    if not texts:
+        raise UserError(f"{_FLAG} {path} holds no text")
+    if path.suffix != _JSON_LINES:
+        return [{KEY: text} for _, text in texts]
+    return [_parse(text, f"line {number} of {_FLAG} {path}") for number, text in texts]
 
 
-def _record_of(line: Line) -> dict[str, Any]:
-    record = line.parse()
+def _parse(line: str, place: str) -> dict[str, Any]:
+    """Return the record in a JSON line; `place` is the number and the file of the line. Raises UserError."""
+    try:
+        record = json.loads(line)
+    except (ValueError, RecursionError) as error:
+        raise UserError(f"{place} is not JSON: {str(error) or 'nested too deeply'}") from error
+    if not isinstance(record, dict):
+        raise UserError(f"{place} is not a JSON object")
     if not isinstance(record.get(KEY), str) or not record[KEY].strip():
-        raise UserError(f'{line.place} has no text in the key "{KEY}"')
+        raise UserError(f'{place} has no text in the key "{KEY}"')
     # The output repeats all keys of the record.
-    refuse_surrogates(json.dumps(record, ensure_ascii=False), line.place)
+    refuse_surrogates(json.dumps(record, ensure_ascii=False), place)
     return record

@@ -1,19 +1,17 @@
-"""Reads JSON files, which pydantic validates, writes them, and reads JSON lines."""
+"""Reads JSON files, which pydantic validates, and writes them."""
 
 import json
 import math
 import os
 from functools import cache
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 from pydantic import TypeAdapter, ValidationError
 
 from maskmoe.errors import UserError, one_line
 from maskmoe.files.outputs import atomic_output
-from maskmoe.files.untrusted import UnusableFile, read_bounded, read_json_bytes
-
-_MAX_TEXT_BYTES = 64 << 20
+from maskmoe.files.untrusted import UnusableFile, read_json_bytes
 
 
 def read_json(path: Path) -> dict[str, Any]:
@@ -50,13 +48,12 @@ def read_record[T](kind: type[T], path: Path, advice: str) -> T:
         raise UserError(f"{path} is damaged ({first_problem(error)}); {advice}") from error
 
 
-def write_record(record: object, path: Path, indent: int | None = None) -> None:
+def write_record(record: object, path: Path) -> None:
     """Write a dataclass as a JSON file, which replaces an older file atomically."""
     # A loss may be NaN, which `dump_json` would write as null.
     content = type_adapter(type(record)).dump_python(record)
-    separators = (",", ":") if indent is None else None
     with atomic_output(path) as temporary:
-        temporary.write_text(json.dumps(content, indent=indent, separators=separators) + "\n", encoding="utf-8")
+        temporary.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
 
 
 def first_problem(error: ValidationError) -> str:
@@ -72,45 +69,3 @@ def first_problem(error: ValidationError) -> str:
         value = f", not {problem['input']}" if isinstance(problem["input"], str | int | float) else ""
         message = message.removeprefix("Input ") + value
     return one_line(f"{place}: {message}" if place else message)
-
-
-class Line(NamedTuple):
-    """A line of a file without its end, and its place, which is the line's number and file for error messages."""
-
-    place: str
-    text: str
-
-    def parse(self) -> dict[str, Any]:
-        """Return the JSON object in the line. Raises UserError if the line is not a JSON object."""
-        try:
-            content = json.loads(self.text)
-        except (ValueError, RecursionError) as error:
-            raise UserError(f"{self.place} is not JSON: {str(error) or 'nested too deeply'}") from error
-        if not isinstance(content, dict):
-            raise UserError(f"{self.place} is not a JSON object")
-        return content
-
-
-def read_lines(path: Path, flag: str) -> list[Line]:
-    """Return the lines of a text file that are not blank.
-
-    Only a line feed, alone or after a carriage return, ends a line. Other line ends of Unicode may be part of a text.
-
-    Raises:
-        UserError: The file, which `flag` names, cannot be read, is not text in UTF-8, or has blank lines only.
-    """
-    name = f"{flag} {path}"
-    try:
-        lines = read_bounded(path, _MAX_TEXT_BYTES, takes_pipe=True).decode("utf-8-sig").split("\n")
-    except UnusableFile as error:
-        raise UserError(f"{flag} {error}") from error
-    except UnicodeDecodeError as error:
-        raise UserError(f"{name} is not text in UTF-8") from error
-    found = [
-        Line(f"line {number} of {name}", line.removesuffix("\r"))
-        for number, line in enumerate(lines, start=1)
-        if line.strip()
-    ]
-    if not found:
-        raise UserError(f"{name} holds no text")
-    return found

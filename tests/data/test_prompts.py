@@ -1,11 +1,14 @@
 """Files of prompts."""
 
 import json
+import os
+from pathlib import Path
 
 import pytest
 from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 
+from maskmoe.data import prompts
 from maskmoe.data.prompts import read_prompts
 from maskmoe.errors import UserError
 
@@ -65,3 +68,22 @@ def test_bad_files_are_refused(tmp_path, content, message):
     with pytest.raises(UserError, match=message) as refusal:
         read_prompts(path)
     assert "\n" not in str(refusal.value)
+
+
+def read_pipe(content):
+    reader, writer = os.pipe()
+    os.write(writer, content)
+    os.close(writer)
+    try:
+        return read_prompts(Path(f"/dev/fd/{reader}"))
+    finally:
+        os.close(reader)
+
+
+def test_file_may_be_a_pipe_but_not_without_end(monkeypatch):
+    monkeypatch.setattr(prompts, "_MAX_BYTES", 100)
+    assert read_pipe(b"a\nb\n") == [{"prompt": "a"}, {"prompt": "b"}]
+    with pytest.raises(UserError, match="has more than the 100 bytes"):
+        read_pipe(b"a" * 101)
+    with pytest.raises(UserError, match="is not a regular file"):
+        read_prompts(Path("/dev/zero"))

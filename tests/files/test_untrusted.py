@@ -18,7 +18,6 @@ from maskmoe.conversion.settings import read_model_config
 from maskmoe.data.indexed_dataset import read_tokenizer_record
 from maskmoe.data.tokenizer import load_tokenizer
 from maskmoe.errors import UserError
-from maskmoe.files import json_files
 from maskmoe.files.json_files import read_json
 from maskmoe.files.untrusted import (
     MAX_YAML_BYTES,
@@ -181,19 +180,6 @@ def test_only_regular_files_are_read(tmp_path: Path, kind: str) -> None:
         with pytest.raises(UserError) as refusal:
             READERS_OF_ONE_FILE[kind](path)
         assert len(str(refusal.value).splitlines()) == 1
-
-
-def test_a_file_that_the_user_names_may_be_a_pipe_but_not_without_end(tmp_path: Path, monkeypatch) -> None:
-    monkeypatch.setattr(json_files, "_MAX_TEXT_BYTES", 100)
-    for content, error in ((b"a\nb\n", ""), (b"a" * 101, "has more than the 100 bytes")):
-        reader, writer = os.pipe()
-        os.write(writer, content)
-        os.close(writer)
-        assert error in error_of(
-            lambda descriptor=reader: json_files.read_lines(Path(f"/dev/fd/{descriptor}"), "--input")
-        )
-        os.close(reader)
-    assert "is not a regular file" in error_of(lambda: json_files.read_lines(Path("/dev/zero"), "--input"))
 
 
 def replacement(pattern: object, content: str) -> dict[str, object]:

@@ -29,7 +29,7 @@ def write_documents(
     """
     with IndexedDatasetWriter(prefix, np.dtype(dtype), tokenizer) as writer:
         for document in documents:
-            writer.add_document(np.asarray(document))
+            writer.add_documents(np.asarray(document), np.array([len(document)]))
     return prefix
 
 

@@ -29,7 +29,7 @@ def write_dataset(prefix: Path, vocab_size: int, dtype: type, num_bytes: int) ->
     block = block.astype(dtype)
     with IndexedDatasetWriter(prefix, dtype) as writer:
         for _ in range(max(1, num_bytes // block.nbytes)):
-            writer.add_document(block)
+            writer.add_documents(block, np.array([len(block)]))
 
 
 def counting_case(folder: Path, vocab_size: int, dtype: type, num_bytes: int) -> harness.Case:

@@ -52,7 +52,8 @@ def write_inputs(
     rng = np.random.default_rng(0)
     with IndexedDatasetWriter(folder / "zipf", np.dtype(np.uint16)) as writer:
         for _ in range(num_tokens // DOCUMENT_TOKENS):
-            writer.add_document(rng.choice(vocab_size, size=DOCUMENT_TOKENS, p=zipf_probabilities(vocab_size)))
+            tokens = rng.choice(vocab_size, size=DOCUMENT_TOKENS, p=zipf_probabilities(vocab_size))
+            writer.add_documents(tokens, np.array([DOCUMENT_TOKENS]))
     recipe = MaskRecipe(
         num_experts=flags["num-experts"],
         num_layers=flags["hybrid-layer-pattern"].count("E"),

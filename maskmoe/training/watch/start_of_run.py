@@ -2,7 +2,6 @@
 
 import os
 import sys
-import uuid
 from argparse import Namespace
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -11,8 +10,9 @@ import torch
 from megatron.core import mpu
 from megatron.core.transformer.module import MegatronModule
 
-from maskmoe.errors import counted
+from maskmoe.errors import UserError, counted
 from maskmoe.files.flags import flags_to_yaml, split_flags
+from maskmoe.files.outputs import atomic_output
 from maskmoe.files.run_folder import ARGUMENTS, Journal, Kind
 from maskmoe.routing_mask.feed_forward_layers import FeedForwardLayers
 from maskmoe.routing_mask.mask import RoutingMask, describe_visible_experts
@@ -177,9 +177,11 @@ def _write_files(args: Namespace, folder: Path) -> None:
     # Megatron computes the number of iterations from --train-samples later, so add the number here.
     complete = Namespace(**vars(args) | {"train_iters": training_iterations(args)})
     try:
-        save_arguments(complete, sys.argv[1:], folder)
-    except OSError as error:
-        console.say(f"note: cannot write {folder / ARGUMENTS}: {error.strerror}")
+        folder.mkdir(parents=True, exist_ok=True)
+        with atomic_output(folder / ARGUMENTS) as path:
+            path.write_text(arguments_text(complete, sys.argv[1:], folder), encoding="utf-8")
+    except (OSError, UserError) as error:
+        console.say(f"note: {ARGUMENTS} is not written: {error}")
     layout = Layout.from_args(args)
     Journal(folder).write(
         Kind.STARTED,
@@ -193,14 +195,6 @@ def _write_files(args: Namespace, folder: Path) -> None:
         expert_tensor=layout.expert_tensor,
         attempt=int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0)),
     )
-
-
-def save_arguments(args: Namespace, words: Sequence[str], folder: Path) -> None:
-    """Write `args.yaml` into the run folder; see `arguments_text` for the arguments."""
-    folder.mkdir(parents=True, exist_ok=True)
-    unfinished = folder / f".{ARGUMENTS}.{uuid.uuid4().hex[:8]}.tmp"
-    unfinished.write_text(arguments_text(args, words, folder), encoding="utf-8")
-    unfinished.replace(folder / ARGUMENTS)
 
 
 def arguments_text(args: Namespace, words: Sequence[str], folder: Path) -> str:
