@@ -1,7 +1,7 @@
 """The exceptions whose text is shown to users: one line that says what is wrong, where, and what to do."""
 
 import traceback
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 
 _LONGEST_WORD = 240
@@ -49,6 +49,12 @@ def _shorten(word: str) -> str:
         return word
     half = _LONGEST_WORD // 2
     return f"{word[:half]}…{word[-half:]}"
+
+
+def listed(names: Sequence[str], most: int) -> str:
+    """Return names for a message, of which the first `most` are written out: `a, b and 1,024 more`."""
+    more = f" and {len(names) - most:,} more" if len(names) > most else ""
+    return ", ".join(names[:most]) + more
 
 
 def counted(number: int, noun: str) -> str:

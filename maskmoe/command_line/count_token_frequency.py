@@ -9,7 +9,6 @@ Example:
   %(prog)s --merge counts-0.safetensors counts-1.safetensors --output counts.safetensors
 """
 
-from argparse import Namespace
 from pathlib import Path
 
 from maskmoe.command_line import ranges
@@ -39,12 +38,6 @@ def print_summary(frequency: TokenFrequency) -> None:
     print(f"digest           {frequency.digest}")
 
 
-def _count(arguments: Namespace) -> TokenFrequency:
-    if arguments.merge is None:
-        return count_token_frequency(arguments.data_path, arguments.vocab_size, arguments.workers, progress=True)
-    return merge_token_frequencies(arguments.merge)
-
-
 def main() -> None:
     """Count, write the counts and print a summary."""
     parser = command_parser(__doc__)
@@ -69,7 +62,10 @@ def main() -> None:
     inputs = files_of_data_path(arguments.data_path) if arguments.data_path is not None else []
     check_outputs([arguments.output], [*inputs, *(arguments.merge or ())], arguments.force)
     with atomic_output(arguments.output) as temporary:
-        frequency = _count(arguments)
+        if arguments.merge is None:
+            frequency = count_token_frequency(*others, progress=True)
+        else:
+            frequency = merge_token_frequencies(arguments.merge)
         frequency.save(temporary)
     print_summary(frequency)
     print(f"written          {arguments.output}")

@@ -121,9 +121,7 @@ class StageFolder:
     def seconds(self, stage: Stage) -> float | None:
         """Return the duration of a finished stage; None if it is unfinished, or if its settings or results changed."""
         record = self._read(stage)
-        if record is None or record["settings"] != stage.settings:
-            return None
-        return record["seconds"] if all(path.exists() for path in stage.results) else None
+        return record["seconds"] if record and all(path.exists() for path in stage.results) else None
 
     def finish(self, stages: Sequence[Stage]) -> Generator[str]:
         """Run the unfinished stages in order; yield the state of the running stage again and again.
@@ -174,8 +172,7 @@ class StageFolder:
 
     def has_begun(self, stage: Stage) -> bool:
         """Return whether a stage was started with the settings that it has now."""
-        record = self._read(stage)
-        return record is not None and record["settings"] == stage.settings
+        return self._read(stage) is not None
 
     def _run(self, stage: Stage) -> Generator[str]:
         """Run one stage."""
@@ -207,11 +204,13 @@ class StageFolder:
         return self.path / "stages" / f"{stage.name}.json"
 
     def _read(self, stage: Stage) -> dict | None:
+        """Return the record of a stage; None if there is none, or if the settings of the stage have changed."""
         path = self._record_file(stage)
         try:
-            return json.loads(path.read_text(encoding="utf-8")) if path.exists() else None
+            record = json.loads(path.read_text(encoding="utf-8")) if path.exists() else None
         except ValueError as error:
             raise UserError(f"{path} is damaged: delete it to repeat the stage {stage.name}") from error
+        return record if record and record["settings"] == stage.settings else None
 
     def _write(self, stage: Stage, seconds: float | None) -> None:
         self._record_file(stage).parent.mkdir(exist_ok=True)

@@ -77,11 +77,7 @@ FlagSection = Annotated[Flags, PlainValidator(partial(_parse, parse_flags))]
 LayoutSection = Annotated[Mapping[int, Flags], PlainValidator(partial(_parse, parse_layouts))]
 
 
-def _kebab_case(name: str) -> str:
-    return name.replace("_", "-")
-
-
-class _Section(BaseModel, frozen=True, extra="forbid", alias_generator=_kebab_case):
+class _Section(BaseModel, frozen=True, extra="forbid", alias_generator=lambda name: name.replace("_", "-")):
     """A mapping with known keys."""
 
 

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from maskmoe.errors import UserError
+from maskmoe.errors import UserError, listed
 
 BLOCK_BYTES = 16 << 20
 """Upper bound of a block's size when a tensor is read or written block by block."""
@@ -335,6 +335,4 @@ class ProgressSource:
 
 def list_names(names: Iterable[str]) -> str:
     """Join names of tensors for an error message; only the first `_MAX_NAMES` are named, the others counted."""
-    names = sorted(names)
-    more = f" and {len(names) - _MAX_NAMES} more" if len(names) > _MAX_NAMES else ""
-    return ", ".join(names[:_MAX_NAMES]) + more
+    return listed(sorted(names), _MAX_NAMES)

@@ -2,7 +2,6 @@
 
 import ipaddress
 import math
-import os
 import socket
 import subprocess
 import sys
@@ -13,6 +12,7 @@ from pathlib import Path
 
 import psutil
 
+from maskmoe.data.parallel import available_cores
 from maskmoe.errors import UserError
 
 _COUNT_GPUS = "import torch; print(torch.cuda.device_count())"
@@ -68,10 +68,7 @@ class Devices:
 
 def find_devices() -> Devices:
     """Return the devices of this machine."""
-    return Devices(
-        num_gpus=_count_gpus(),
-        num_cores=len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1,
-    )
+    return Devices(num_gpus=_count_gpus(), num_cores=available_cores())
 
 
 def _count_gpus() -> int:

@@ -64,15 +64,13 @@ class ModelFile:
         Raises:
             UserError: The file has layouts, but none of them divides the number of ranks.
         """
-        if not self.layouts:
-            return self.flags
-        fitting = [size for size in self.layouts if ranks % size == 0]
-        if not fitting:
+        if not self.fits(ranks):
             sizes = ", ".join(map(str, sorted(self.layouts)))
             raise UserError(
                 f"model file {self.path} has layouts for {sizes} ranks and their multiples, not for {ranks}"
             )
-        return {**self.flags, **self.layouts[max(fitting)]}
+        fitting = [size for size in self.layouts if ranks % size == 0]
+        return {**self.flags, **self.layouts[max(fitting)]} if fitting else self.flags
 
 
 def parse_flags(content: object, place: str, variables: Mapping[str, str]) -> Flags:

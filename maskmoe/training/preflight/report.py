@@ -137,7 +137,7 @@ class Report:
     def to_text(self) -> str:
         """Return the report for people, without its errors; `templates/report.txt.j2` is its layout."""
         values = vars(self) | {"exact": EXACT, "purposes": EXACT | ESTIMATED}
-        filters = {"gib": _gib, "run_lengths": _run_lengths, "kinds": _describe_layers}
+        filters = {"gib": lambda size: f"{size / 2**30:.2f}", "run_lengths": _run_lengths, "kinds": _describe_layers}
         return render_template("maskmoe.training.preflight", "report.txt.j2", values, filters).rstrip("\n")
 
 
@@ -154,11 +154,6 @@ def _describe_layers(chunk: Chunk) -> str:
         for layers in (chunk.layers, chunk.predictions)
     )
     return f"{chunk.num_layers}: {decoder}{f'; multi-token prediction: {prediction}' if prediction else ''}"
-
-
-def _gib(number: int) -> str:
-    """Write a number of bytes in GiB."""
-    return f"{number / 2**30:.2f}"
 
 
 def _run_lengths(values: Iterable[str]) -> str:

@@ -3,6 +3,7 @@
 from collections.abc import Iterable, Mapping, Sequence
 from typing import NamedTuple
 
+from maskmoe.errors import listed
 from maskmoe.routing_mask.feed_forward_layers import FeedForwardLayers
 from maskmoe.routing_mask.mask import RoutingMask
 
@@ -85,8 +86,7 @@ class RoutingCollapse:
                 state = "is above 0 again" if has_ended else f"has been 0 for {self._span}"
                 yield f"MoE layer {layer}: the routing entropy {state}"
                 continue
-            more = f" and {len(found) - _MOST_NAMED} more" if len(found) > _MOST_NAMED else ""
-            names = f"{kind}{'s' if len(found) > 1 else ''} {', '.join(map(str, found[:_MOST_NAMED]))}{more}"
+            names = f"{kind}{'s' if len(found) > 1 else ''} {listed([*map(str, found)], _MOST_NAMED)}"
             if has_ended:
                 yield f"MoE layer {layer}: {names} {'get' if len(found) > 1 else 'gets'} tokens again"
             else:

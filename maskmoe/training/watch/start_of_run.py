@@ -10,7 +10,7 @@ import torch
 from megatron.core import mpu
 from megatron.core.transformer.module import MegatronModule
 
-from maskmoe.errors import UserError, counted
+from maskmoe.errors import UserError, counted, listed
 from maskmoe.files.flags import flags_to_yaml, split_flags
 from maskmoe.files.outputs import atomic_output
 from maskmoe.files.run_folder import ARGUMENTS, Journal, Kind
@@ -150,11 +150,8 @@ def _describe_data(args: Namespace) -> str:
     tokens = f"{trained_samples(args) * args.seq_length:,} tokens in all"
     if args.mock_data:
         return f"mock data; {tokens}"
-    prefixes = data_prefixes(args)
-    named = ", ".join(prefixes[:_MOST_NAMED_DATASETS])
-    more = f" and {len(prefixes) - _MOST_NAMED_DATASETS} more" if len(prefixes) > _MOST_NAMED_DATASETS else ""
     split = f", split {args.split}" if args.split else ""
-    return f"{named}{more}{split}; {tokens}"
+    return f"{listed(data_prefixes(args), _MOST_NAMED_DATASETS)}{split}; {tokens}"
 
 
 def _describe_folder(args: Namespace, folder: Path | None) -> str:
