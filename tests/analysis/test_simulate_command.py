@@ -69,7 +69,6 @@ def test_same_seed_same_results():
         (["--layer", 3], ["--layer is 3", "layers 1 to 2"]),
         (["--tokens-per-rank", 3001], ["3,000 tokens"]),
         (["--num-gpus", 8, 10], ["10 GPUs", "nodes of 4"]),
-        (["--plot", "no/folder/x.png"], ["no/folder/x.png"]),
     ],
 )
 def test_bad_input(folder, changes, words):
