@@ -7,9 +7,7 @@ from pathlib import Path
 import numpy as np
 from support.datasets import build_mask, count_ids, frequent_ids, write_documents
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator, ScalarEvent
-from tensorboard.compat.proto.event_pb2 import Event
-from tensorboard.compat.proto.summary_pb2 import Summary
-from tensorboard.summary.writer.event_file_writer import EventFileWriter
+from torch.utils.tensorboard import SummaryWriter
 
 from maskmoe.data.indexed_dataset import optimal_dtype
 
@@ -69,9 +67,7 @@ def write_scalars(
         start: Wall time before the first step.
         seconds: Duration of a step.
     """
-    writer = EventFileWriter(str(folder))
-    for tag, points in scalars.items():
-        for step, value in points:
-            summary = Summary(value=[Summary.Value(tag=tag, simple_value=value)])
-            writer.add_event(Event(step=step, summary=summary, wall_time=start + step * seconds))
-    writer.close()
+    with SummaryWriter(folder) as writer:
+        for tag, points in scalars.items():
+            for step, value in points:
+                writer.add_scalar(tag, value, step, walltime=start + step * seconds)
