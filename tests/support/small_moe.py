@@ -1,6 +1,6 @@
 """Small routing masks, layers and models, and a reference router in plain torch, token by token."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -13,11 +13,13 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor
 
 from maskmoe.routing_mask.mask import MaskProvenance, RoutingMask, stack_tables, table_of_sets
+from maskmoe.transformer.dispatch.planned import DispatchPlanner
 from maskmoe.transformer.layer_specs import get_maskmoe_decoder_block_spec
 from maskmoe.transformer.models import MaskMoEGPTModel
 from maskmoe.transformer.moe_layer import MaskMoELayer
 from maskmoe.transformer.router import MaskMoERouter
 from maskmoe.transformer.routing import AuxLossTokens
+from maskmoe.transformer.token_ids import TokenIds
 from maskmoe.transformer.visible_experts import VisibleExperts
 
 # With the CPU adapter, the current device is the CPU.
@@ -44,6 +46,11 @@ def random_visible_sets(
         num_visible = rng.choice(sizes, (tables, vocab_size))
     order = rng.random((tables, vocab_size, num_experts)).argsort(axis=-1)
     return order < num_visible[..., None]
+
+
+def visible_halves(vocab_size: int, num_experts: int) -> np.ndarray:
+    """Return visible sets, bool [1, vocab, N]: even ids see the first half of the experts, odd ids the second half."""
+    return (np.arange(vocab_size)[:, None] % 2 == np.arange(num_experts) // (num_experts // 2))[None]
 
 
 def make_config(
@@ -113,6 +120,13 @@ def make_layer(
     layer = mlp(config, pg_collection=process_groups()).to(DEVICE)
     layer.set_layer_number(layer_number)
     return layer
+
+
+def plan_ids(layer: MaskMoELayer, token_ids: TokenIds) -> TokenIds:
+    """Return the ids with a plan for a layer that uses the first table of its mask."""
+    topk = layer.config.moe_router_topk
+    planner = DispatchPlanner(layer.router.visible_experts, topk, [0], process_groups().ep)
+    return replace(token_ids, plan=planner.plan(token_ids))
 
 
 def make_model(config: TransformerConfig, mask: RoutingMask, sequence_length: int = 16) -> MaskMoEGPTModel:

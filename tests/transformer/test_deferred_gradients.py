@@ -1,7 +1,5 @@
 """Experts that defer their weights' gradients, as Transformer Engine's do, are trained by two real ranks."""
 
-from dataclasses import replace
-
 import pytest
 import torch
 from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig
@@ -12,23 +10,17 @@ from support.small_moe import (
     make_config,
     make_layer,
     make_mask,
-    process_groups,
+    plan_ids,
+    visible_halves,
 )
 from torch import Tensor
 
-from maskmoe.transformer.dispatch.planned import DispatchPlanner
 from maskmoe.transformer.moe_layer import MaskMoELayer
 from maskmoe.transformer.token_ids import TokenIds, pack_token_ids
 
 NUM_EXPERTS, VOCAB_SIZE, SEQUENCE, BATCH, HIDDEN, TOPK = 4, 8, 6, 2, 8, 2
 MASKS = ("all_ranks", "rank_local")
 WAYS = ("computed", "deferred")
-
-
-def visible_sets(mask: str) -> Tensor:
-    """Return visible sets, bool [1, vocab, N]: all experts, or the two experts of one rank."""
-    rank_of_id, rank_of_expert = torch.arange(VOCAB_SIZE) % 2, torch.arange(NUM_EXPERTS) // 2
-    return ((rank_of_id[:, None] == rank_of_expert) | (mask == "all_ranks")).unsqueeze(0)
 
 
 def build_layer(mask: str, way: str, **settings) -> MaskMoELayer:
@@ -42,7 +34,7 @@ def build_layer(mask: str, way: str, **settings) -> MaskMoELayer:
         **settings,
         overlap_dispatch_backward_with_experts_wgrad=way == "deferred",
     )
-    layer = make_layer(config, make_mask(visible_sets(mask).numpy()))
+    layer = make_layer(config, make_mask(visible_halves(VOCAB_SIZE, NUM_EXPERTS) | (mask == "all_ranks")))
     draw_parameters(layer)
     return layer
 
@@ -51,9 +43,8 @@ def run_backward(layer: MaskMoELayer, call: torch.nn.Module, rank: int, seed: in
     """Run forward and backward on one batch of this rank; return the gradient of the input."""
     generator = torch.Generator().manual_seed(10 * seed + rank)
     ids = TokenIds(torch.randint(0, VOCAB_SIZE, (BATCH, SEQUENCE), generator=generator))
-    planner = DispatchPlanner(layer.router.visible_experts, TOPK, [0], process_groups().ep)
     if layer.router.visible_experts.is_rank_local:
-        ids = replace(ids, plan=planner.plan(ids))
+        ids = plan_ids(layer, ids)
     hidden, gradient = torch.randn(2, SEQUENCE, BATCH, HIDDEN, generator=generator)
     call(hidden.requires_grad_(), padding_mask=pack_token_ids(ids))[0].backward(gradient)
     return hidden.grad

@@ -5,7 +5,6 @@ from dataclasses import dataclass, field
 from types import SimpleNamespace
 from typing import Any
 
-import numpy as np
 import pytest
 import torch
 from megatron.core.transformer.moe.moe_utils import MoEAuxLossAutoScaler
@@ -17,13 +16,14 @@ from support.small_moe import (
     make_config,
     make_layer,
     make_mask,
+    plan_ids,
     process_groups,
+    visible_halves,
 )
 from torch import Tensor
 
 from maskmoe.routing_mask.dispatch_kind import DispatchKind
 from maskmoe.transformer.dispatch.choose import build_dispatcher
-from maskmoe.transformer.dispatch.planned import DispatchPlanner
 from maskmoe.transformer.moe_layer import MaskMoELayer
 from maskmoe.transformer.token_ids import TokenIds, pack_token_ids
 
@@ -70,10 +70,7 @@ def build_layer(kind: DispatchKind) -> MaskMoELayer:
         moe_aux_loss_coeff=1e-2,
         moe_z_loss_coeff=1e-3,
     )
-    # Even ids see the experts of the first rank, odd ids the experts of the second rank.
-    visible_sets = np.zeros((1, VOCAB_SIZE, NUM_EXPERTS), bool)
-    visible_sets[0, 0::2, :3] = visible_sets[0, 1::2, 3:] = True
-    layer = make_layer(config, make_mask(visible_sets))
+    layer = make_layer(config, make_mask(visible_halves(VOCAB_SIZE, NUM_EXPERTS)))
     draw_parameters(layer)
     layer.dispatcher = build_dispatcher(kind, layer, process_groups())
     return layer
@@ -85,10 +82,8 @@ def run_layer(layer: MaskMoELayer) -> dict[str, Tensor]:
     hidden, gradient = torch.randn(2, 7, 2, 8, generator=draws).to(DEVICE)
     hidden.requires_grad_()
     token_ids = TokenIds(torch.randint(0, VOCAB_SIZE, (2, 7), generator=draws).to(DEVICE))
-    planner = DispatchPlanner(layer.router.visible_experts, 2, [0], process_groups().ep)
-    packed = pack_token_ids(TokenIds(token_ids.ids, plan=planner.plan(token_ids)))
     layer.zero_grad()
-    output, _ = layer(hidden, padding_mask=packed)
+    output, _ = layer(hidden, padding_mask=pack_token_ids(plan_ids(layer, token_ids)))
     output.backward(gradient)
     gradients = {name: parameter.grad.clone() for name, parameter in layer.named_parameters()}
     return {"output": output.detach(), "hidden": hidden.grad, **gradients}

@@ -1,6 +1,5 @@
 """Experts of Transformer Engine: rows are padded for FP8 and FP4, and their numbers can stay on the device."""
 
-from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -12,11 +11,11 @@ from support.small_moe import (
     make_config,
     make_layer,
     make_mask,
-    process_groups,
+    plan_ids,
+    visible_halves,
 )
 from torch import Tensor
 
-from maskmoe.transformer.dispatch.planned import DispatchPlanner
 from maskmoe.transformer.token_ids import TokenIds, pack_token_ids
 
 NUM_EXPERTS, VOCAB_SIZE, SEQUENCE, BATCH, HIDDEN, TOPK = 4, 8, 6, 2, 8, 2
@@ -38,10 +37,9 @@ def train(mask: str, settings: dict[str, Any], on_device: bool = False) -> tuple
     from support import stub_transformer_engine
 
     rank = torch.distributed.get_rank()
-    rank_of_id, rank_of_expert = torch.arange(VOCAB_SIZE) % 2, torch.arange(NUM_EXPERTS) // 2
-    visible = ((rank_of_id[:, None] == rank_of_expert) | (mask == "all_ranks")).unsqueeze(0)
+    visible = visible_halves(VOCAB_SIZE, NUM_EXPERTS) | (mask == "all_ranks")
     engine = {"transformer_impl": "transformer_engine", "moe_grouped_gemm": True, "expert_model_parallel_size": 2}
-    layer = make_layer(make_config(NUM_EXPERTS, TOPK, **engine, **settings), make_mask(visible.numpy()))
+    layer = make_layer(make_config(NUM_EXPERTS, TOPK, **engine, **settings), make_mask(visible))
     draw_parameters(layer)
     if on_device:
         layer.config.gradient_accumulation_fusion = True  # for the layer's choice alone
@@ -50,7 +48,7 @@ def train(mask: str, settings: dict[str, Any], on_device: bool = False) -> tuple
     ids = TokenIds(torch.randint(0, VOCAB_SIZE, (BATCH, SEQUENCE), generator=generator))
     hidden, gradient = torch.randn(2, SEQUENCE, BATCH, HIDDEN, generator=generator)
     if mask == "rank_local":
-        ids = replace(ids, plan=DispatchPlanner(layer.router.visible_experts, TOPK, [0], process_groups().ep).plan(ids))
+        ids = plan_ids(layer, ids)
     stub_transformer_engine.CALLS.clear()
     output = layer(hidden.requires_grad_(), padding_mask=pack_token_ids(ids))[0]
     output.backward(gradient)

@@ -21,7 +21,7 @@ from megatron.core.transformer.moe.token_dispatcher import MoEAlltoAllTokenDispa
 from routed_tokens import let_one_rank_plan
 from support.gated_delta_net import make_gated_delta_net
 from support.gpu_branches import take_gpu_branches
-from support.small_moe import DEVICE, make_config, make_layer, make_mask, process_groups, random_visible_sets
+from support.small_moe import DEVICE, make_config, make_layer, make_mask, plan_ids, process_groups, random_visible_sets
 from torch import Tensor
 from torch.cuda._sanitizer import ArgumentHandler, EventHandler
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -30,7 +30,6 @@ from maskmoe.routing_mask.dispatch_kind import DispatchKind
 from maskmoe.transformer import experts, router
 from maskmoe.transformer.dispatch import stock
 from maskmoe.transformer.dispatch.choose import build_dispatcher
-from maskmoe.transformer.dispatch.planned import DispatchPlanner
 from maskmoe.transformer.gathered_parameters import wait_for_convolutions
 from maskmoe.transformer.token_ids import TokenIds, pack_token_ids
 
@@ -163,10 +162,8 @@ def run_moe_layer(kind: DispatchKind, trace: Trace) -> list[str]:
     layer.dispatcher = build_dispatcher(kind, layer, process_groups())
     token_ids = TokenIds(torch.randint(0, 30, (1, 12), device=DEVICE))
     if kind is DispatchKind.PLANNED:
-        visible_experts = layer.router.visible_experts
-        let_one_rank_plan(visible_experts, mask)
-        plan = DispatchPlanner(visible_experts, 2, [0], process_groups().ep).plan(token_ids)
-        token_ids = TokenIds(token_ids.ids, plan=plan)
+        let_one_rank_plan(layer.router.visible_experts, mask)
+        token_ids = plan_ids(layer, token_ids)
     hidden = torch.randn(12, 1, 8, device=DEVICE, dtype=torch.bfloat16)
     return races_of(layer, trace, lambda layer: layer(hidden.clone(), padding_mask=pack_token_ids(token_ids))[0])
 

@@ -15,6 +15,7 @@ from support.small_moe import (
     make_config,
     make_layer,
     make_mask,
+    plan_ids,
     process_groups,
     random_visible_sets,
     take_metrics,
@@ -23,7 +24,7 @@ from torch import Tensor
 
 from maskmoe.routing_mask.dispatch_kind import DispatchKind
 from maskmoe.transformer.dispatch.choose import build_dispatcher
-from maskmoe.transformer.dispatch.planned import DispatchPlanner, PlannedDispatcher
+from maskmoe.transformer.dispatch.planned import PlannedDispatcher
 from maskmoe.transformer.token_ids import TokenIds, pack_token_ids
 
 NUM_EXPERTS, VOCAB_SIZE, SEQUENCE, BATCH, HIDDEN = 6, 9, 6, 4, 8
@@ -190,8 +191,7 @@ def run_case(layout_name: str, case_name: str, rank: int = 0, num_ranks: int = 1
         token_ids = replace(token_ids, is_padding=part_of(rng.random(shape[:2]) < 0.4).T.contiguous())
     if layout.plans and num_ranks > 1:
         assert isinstance(layer.dispatcher, PlannedDispatcher)
-        planner = DispatchPlanner(layer.router.visible_experts, config.moe_router_topk, [0], process_groups().ep)
-        token_ids = replace(token_ids, plan=planner.plan(token_ids))
+        token_ids = plan_ids(layer, token_ids)
     elif isinstance(layer.dispatcher, PlannedDispatcher):
         layer.dispatcher = build_dispatcher(DispatchKind.ONE_COPY, layer, process_groups())
     take_metrics()
