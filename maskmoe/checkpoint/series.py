@@ -80,6 +80,15 @@ def has_checkpoint(folder: str | Path) -> bool:
     return (Path(folder) / TRACKER).is_file() or bool(saved_iterations(folder))
 
 
+def describe_missing(folder: str | Path) -> str:
+    """Return the error about a folder without checkpoints, and what the folder holds instead."""
+    if has_checkpoint(Path(folder) / "checkpoints"):
+        return f"{folder} holds no checkpoint, but {Path(folder) / 'checkpoints'} does"
+    if (Path(folder) / "config.json").is_file():
+        return f"{folder} holds an exported model, of which `maskmoe convert hf-to-megatron` makes a checkpoint"
+    return f"{folder} holds no checkpoint"
+
+
 def write_tracker(folder: str | Path, iteration: int | str) -> None:
     """Record the newest checkpoint, an iteration or `RELEASE`, in Megatron's tracker file, atomically."""
     with atomic_output(Path(folder) / TRACKER) as path:
@@ -156,7 +165,7 @@ def locate_checkpoint(path: Path, step: int | None = None) -> Path:
         return path
     choice = choose_checkpoint(path, step)
     if choice.checkpoint is None:
-        raise UserError(f"there is no checkpoint in {path}")
+        raise UserError(describe_missing(path))
     if choice.rejected:
         raise UserError(f"{choice.rejected[0]}; to use an older checkpoint, name its folder: {choice.checkpoint}")
     return choice.checkpoint

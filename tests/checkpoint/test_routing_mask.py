@@ -27,7 +27,7 @@ def test_missing_file_is_reported(tmp_path: Path) -> None:
 
 
 def test_folder_without_a_checkpoint_is_reported(tmp_path: Path) -> None:
-    with pytest.raises(UserError, match="no checkpoint in"):
+    with pytest.raises(UserError, match="holds no checkpoint"):
         read_routing_mask(tmp_path)
 
 

@@ -212,7 +212,7 @@ MISTAKES = [
     ("pretrain --json F", "unknown flag --json"),
     ("evaluate --eval-split tests", "--eval-split: invalid choice: 'tests'"),
     ("evaluate --load nowhere --use-checkpoint-args", "--load nowhere holds no checkpoint"),
-    ("generate --prompt a --load huggingface", "there is no checkpoint in huggingface"),
+    ("generate --prompt a --load huggingface", "huggingface holds no checkpoint"),
     ("generate --prompt a --load checkpoints --ckpt-step 3", "iter_0000003 does not exist"),
     ("generate --prompt a --load checkpoints --routing-mask nowhere", "nowhere does not exist"),
     ("generate --prompt a --load checkpoints --tokenizer-model nowhere", "pass --tokenizer-model"),

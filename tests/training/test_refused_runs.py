@@ -16,6 +16,7 @@ import numpy as np
 import pytest
 from support.command_lines import forget_megatrons_globals
 from support.datasets import write_documents
+from support.paths import EXPORTED_MODEL
 from support.training import PRETRAIN, VOCAB_SIZE, Run
 
 from maskmoe.errors import UserError
@@ -127,10 +128,18 @@ def test_missing_checkpoint_of_refused_training(refuse, run_folder, monkeypatch)
     monkeypatch.delenv("MASTER_ADDR", raising=False)
     load = f"--load {run_folder}/nowhere"
     flag = "--exit-on-missing-checkpoint"
-    assert refuse(f"{load} {flag}").startswith(f"{load} holds no checkpoint: leave {flag} out")
+    assert refuse(f"{load} {flag}").startswith(f"{load} holds no checkpoint; leave {flag} out")
+    assert refuse(load) == f"{load} holds no checkpoint; leave --load out to start from random weights"
+    assert f"but {run_folder}/checkpoints does; leave" in refuse(f"--load {run_folder}")
+    assert "holds an exported model, of which `maskmoe convert" in refuse(f"--load {EXPORTED_MODEL}")
     # These runs are refused only because no launcher has started them.
-    for accepted in (flag, load, f"{load} {flag} --pretrained-checkpoint {run_folder}/checkpoints"):
-        assert "not started as a rank" in refuse(f"{accepted} --save {run_folder}/new")
+    new = f"--load {run_folder}/new --save {run_folder}/new"
+    for accepted in (
+        flag,
+        new,
+        f"{load} {flag} --pretrained-checkpoint {run_folder}/checkpoints --save {run_folder}/new",
+    ):
+        assert "not started as a rank" in refuse(accepted)
 
 
 @pytest.mark.runs("fp32")

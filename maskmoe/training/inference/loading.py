@@ -28,8 +28,7 @@ def load_model(args: Namespace) -> torch.nn.Module:
     """
     checkpoint = checkpoint_to_load(args)
     if checkpoint is None:
-        found = "" if args.load is None else f"; --load {args.load} holds no checkpoint"
-        raise UserError(f"pass --load with the folder of the checkpoints{found}")
+        raise UserError("pass --load with the folder of the checkpoints")
     if args.virtual_pipeline_model_parallel_size is not None:
         raise UserError(
             "interleaved pipelines are for training only; leave --num-layers-per-virtual-pipeline-stage out, or give "

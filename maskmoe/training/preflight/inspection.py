@@ -29,7 +29,7 @@ from maskmoe.training.loop.model_builder import MaskMoEModelConfig
 from maskmoe.training.preflight.memory import compute_memory
 from maskmoe.training.preflight.parameters import count_parameters
 from maskmoe.training.preflight.report import Report, compute_cost
-from maskmoe.training.resume.choose_checkpoint import check_pretrained_model
+from maskmoe.training.resume.choose_checkpoint import check_pretrained_model, loads_what_it_saves
 from maskmoe.training.settings.checks import RunChecks
 from maskmoe.training.settings.flags import add_check_arguments, add_pretraining_arguments
 from maskmoe.training.settings.layout import Layout
@@ -148,7 +148,7 @@ class Inspection(RunChecks):
             return None
         choice = choose_checkpoint(args.load, args.ckpt_step, non_persistent=non_persistent_folder(args, args.load))
         self.notes += [f"checkpoint {damage}" for damage in choice.rejected]
-        if choice.checkpoint is None:
+        if choice.checkpoint is None and loads_what_it_saves(args):
             self.notes.append(f"--load {args.load} holds no checkpoint: training starts from the beginning")
         return choice.checkpoint
 

@@ -15,6 +15,7 @@ from maskmoe.checkpoint.series import (
     TRACKER,
     checkpoint_path,
     choose_checkpoint,
+    describe_missing,
     has_checkpoint,
     newest_sound,
     non_persistent_folder,
@@ -76,11 +77,19 @@ def _find_damages(checkpoint: Path, ranks: RankStore, key: str) -> list[str]:
 
 
 def check_not_missing(args: Namespace, checkpoint: Path | None) -> None:
-    """Raise `UserError` if there is no checkpoint, but `--exit-on-missing-checkpoint` asks for one."""
-    is_missing = args.load is not None and checkpoint is None and args.pretrained_checkpoint is None
-    if is_missing and args.exit_on_missing_checkpoint:
-        cure = "leave --exit-on-missing-checkpoint out to start from the beginning"
-        raise UserError(f"--load {args.load} holds no checkpoint: {cure}")
+    """Raise `UserError` if there is no checkpoint in `--load`, and the run may not begin without one.
+
+    A run may begin without a checkpoint in the folder to which it saves, but not with `--exit-on-missing-checkpoint`.
+    """
+    if args.load is None or checkpoint is not None or args.pretrained_checkpoint is not None:
+        return
+    if args.exit_on_missing_checkpoint:
+        cure = "; leave --exit-on-missing-checkpoint out to start from the beginning"
+    elif not loads_what_it_saves(args):
+        cure = "" if args.skip_train else "; leave --load out to start from random weights"
+    else:
+        return
+    raise UserError(f"--load {describe_missing(args.load)}{cure}")
 
 
 def checkpoint_to_load(args: Namespace) -> Path | None:

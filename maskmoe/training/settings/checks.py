@@ -162,8 +162,7 @@ class RunChecks:
             args.ckpt_step = iteration
             args.loads_non_persistent = checkpoint.parent == non_persistent_folder(args, args.load)
         if args.use_checkpoint_args and checkpoint is None:
-            found = "" if args.load is None else f"; --load {args.load} holds no checkpoint"
-            yield f"--use-checkpoint-args needs --load with the folder of the checkpoints{found}"
+            yield "--use-checkpoint-args needs --load with the folder of the checkpoints"
         elif args.use_checkpoint_args and checkpoint is not None:
             # The command line overrides the settings of the checkpoint.
             for name, value in model_settings.further_checkpoint_args(args, checkpoint).items():

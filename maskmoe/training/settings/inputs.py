@@ -40,7 +40,8 @@ def check_tokenizer(args: Namespace) -> str | None:
             exist or is damaged.
     """
     if args.tokenizer_type is None:
-        raise UserError("no tokenizer: pass --tokenizer-type and --tokenizer-model; maskmoe tokenizer makes one")
+        cure = "--use-checkpoint-args takes the checkpoint's" if args.load else "maskmoe tokenizer makes one"
+        raise UserError(f"no tokenizer: pass --tokenizer-type and --tokenizer-model; {cure}")
     if args.tokenizer_type == "NullTokenizer" and args.vocab_size is None:
         raise UserError("--tokenizer-type NullTokenizer needs --vocab-size")
     if args.tokenizer_type not in _LOCAL_TOKENIZERS or args.tokenizer_model is None:

@@ -320,6 +320,7 @@ FAULTS = (
     "24 ranks cannot be divided",
     "vocabulary size is 510, the model's is 500; its number of experts is 8, the model's is 12",
     "--save data.idx: cannot write in",
+    "--load no_checkpoint holds no checkpoint; leave --load out",
     "nowhere.idx does not exist",
     "elsewhere.idx does not exist",
 )
@@ -348,7 +349,7 @@ def test_all_errors_at_once(working_folder, tmp_path, files_and_times):
         assert sum(fault in error for error in errors) == 1, (fault, errors)
     (error,) = [error for error in errors if "24 ranks" in error]
     assert "20 or 30 ranks would fit" in error
-    assert report["notes"] == ["--load no_checkpoint holds no checkpoint: training starts from the beginning"]
+    assert report["notes"] == []
     assert (report["layout"], report["can_start"]) == (None, False)
     assert files_and_times(working_folder) == before
 

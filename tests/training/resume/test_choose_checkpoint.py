@@ -403,7 +403,6 @@ def test_checkpoints_that_a_run_does_not_continue_stay(runs, tmp_path, parse):
     non_persistent = f"--non-persistent-ckpt-type global --non-persistent-save-interval 2 --save {tmp_path / 'new'}"
     for flags, folder in (
         (f"--seed 77 --save {save}", save),
-        (f"--load {tmp_path} --save {save}", save),
         (f"--pretrained-checkpoint {save} --save {save}", save),
         (f"--finetune --load {save} --save {save}", save),
         (f"--load {save} --save {other}", other),
