@@ -23,7 +23,7 @@ import zstandard
 from tqdm import tqdm
 
 from maskmoe.data.inputs import Input, compression_of_name, find_inputs
-from maskmoe.errors import UserError
+from maskmoe.errors import UserError, listed
 from maskmoe.files.untrusted import refuse_surrogates
 
 if TYPE_CHECKING:
@@ -99,7 +99,11 @@ class TextBlock:
         texts = []
         for key in json_keys:
             if key not in values:
-                raise UserError(f"{self._place(number)}: no key {key!r}; choose the keys of the text with --json-keys")
+                found = listed([repr(name) for name in values], most=20)
+                raise UserError(
+                    f"{self._place(number)}: no key {key!r}; its keys are {found}: choose those of the text with "
+                    "--json-keys"
+                )
             text = values[key]
             if not isinstance(text, str):
                 raise UserError(f"{self._place(number)}: the value of {key!r} is not text")
@@ -310,9 +314,9 @@ def _check_columns(source: Input, schema: "pyarrow.Schema", keys: Sequence[str])
     for key in keys:
         count = schema.names.count(key)
         if count != 1:
-            listed = ", ".join(schema.names[:20]) + (", …" if len(schema.names) > 20 else "")
+            found = listed(schema.names, most=20)
             problem = f"no column {key!r}" if count == 0 else f"{count} columns {key!r}"
-            raise UserError(f"input {source.name} has {problem}; its columns are {listed}: choose with --json-keys")
+            raise UserError(f"input {source.name} has {problem}; its columns are {found}: choose with --json-keys")
         kind = schema.field(key).type
         text = kind.value_type if types.is_dictionary(kind) else kind
         if not (types.is_string(text) or types.is_large_string(text) or types.is_string_view(text)):

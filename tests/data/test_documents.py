@@ -89,7 +89,7 @@ def test_a_block_ends_after_the_line_that_exceeds_its_size(tmp_path: Path, monke
     [
         (b'{"text": "a"', "invalid JSON"),
         (b"[1]", "expected a JSON object"),
-        (b'{"body": "a"}', "no key 'text'"),
+        (b'{"body": "a", "id": 1}', "no key 'text'; its keys are 'body', 'id': choose"),
         (b'{"text": 5}', "the value of 'text' is not text"),
         (b'{"text": "\\ud800"}', "half of a surrogate pair"),
         (b'{"text": "\xff"}', "invalid UTF-8"),

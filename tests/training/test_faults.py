@@ -301,6 +301,6 @@ def test_full_disk(workplace, tmp_path, flags):
     )
     error = re.search(r"^error: (cannot save a checkpoint.*)$", outcome.stderr, re.MULTILINE)
     assert error, outcome.stderr[-4000:]
-    assert "no space is left there" in error[1]
-    assert error[1].endswith("The newest checkpoint is of iteration 7")
+    cause = f"no space is left in {save}: make space, and start the run again"
+    assert error[1] == f"cannot save a checkpoint to {save}: {cause}. The newest checkpoint is of iteration 7"
     assert damages_in(tmp_path / "left") == {7: None}

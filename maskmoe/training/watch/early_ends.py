@@ -151,22 +151,18 @@ def explaining_early_ends(args: Namespace, leaving: LeaveAfterSave) -> Iterator[
 
 
 def _save_failure(args: Namespace, cause: str) -> RunFailure:
-    """Return the failure of a save. Megatron's writer may hide the system's error, so report the free space, too."""
+    """Return the failure of a save. Megatron's writer may hide the system's error, so report a full disk instead."""
     folders = [Path(args.save)]
     local = non_persistent_folder(args, args.save)
     if local is not None and local.exists():
         folders.append(local)
-    spaces = "; ".join(map(_describe_space, folders))  # before unfinished checkpoints are removed
+    full = [folder for folder in folders if shutil.disk_usage(folder).free < _NO_SPACE]
+    if full:  # before unfinished checkpoints are removed
+        cause = f"no space is left in {full[0]}: make space, and start the run again"
     if torch.distributed.get_rank() == 0:
         for folder in folders:
             remove_unfinished_checkpoints(folder)
-    return RunFailure(f"cannot save a checkpoint to {spaces}; {cause}. {describe_newest_checkpoint(args)}")
-
-
-def _describe_space(folder: Path) -> str:
-    free = shutil.disk_usage(folder).free
-    space = "no space is left there" if free < _NO_SPACE else f"{free / 2**30:.1f} GiB are free there"
-    return f"{folder}: {space}"
+    return RunFailure(f"cannot save a checkpoint to {args.save}: {cause}. {describe_newest_checkpoint(args)}")
 
 
 def describe_newest_checkpoint(args: Namespace) -> str:
