@@ -35,7 +35,7 @@ def load_model(args: Namespace) -> torch.nn.Module:
             "--hybrid-layer-pattern as many stages as --pipeline-model-parallel-size"
         )
     check_launched()
-    console.load("building the model and reading the checkpoint")
+    console.load(f"building the model and reading {checkpoint}")
     ranks = RankStore.from_environment()
     ranks.wait_for_all("checks")
     config = model_config_from_args(args)
