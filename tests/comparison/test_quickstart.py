@@ -107,6 +107,11 @@ def run_quickstart(*arguments, **options):
     return subprocess.run(command, capture_output=True, text=True, **options)
 
 
+def test_two_ways_to_a_text_are_one_path(plan, tmp_path):
+    (tmp_path / "else").mkdir()
+    assert plan("--input", f"{tmp_path}/else/../text.jsonl").data.text == (tmp_path / "text.jsonl",)
+
+
 def test_the_prompt_leaves_room_for_the_sample(plan, tmp_path):
     (tmp_path / "text.jsonl").write_text('{"text": ""}\n{"text": "Some words of the text"}\n')
     made = plan("--input", str(tmp_path / "text.jsonl"), "--seq-length", "64")
