@@ -24,7 +24,7 @@ from tqdm import tqdm
 from maskmoe.errors import RunFailure, UserError, listed
 from maskmoe.files.outputs import atomic_output
 from maskmoe.files.paths import short_path
-from maskmoe.processes.interruption import SIGNALS_THAT_END_TOOLS, handling_signals
+from maskmoe.processes.interruption import SIGNALS_THAT_END_TOOLS, deferring_signals, handling_signals
 from maskmoe.processes.lifetimes import end_with_parent, send_signal
 
 _SECONDS_TO_END = 45.0  # torchrun gives its workers 30 seconds
@@ -204,13 +204,16 @@ class StageFolder:
         log, start = self.log(stage.name), time.monotonic()
         log.parent.mkdir(exist_ok=True)
         first_byte = log.stat().st_size if log.exists() else 0
-        process = _start(stage, log)
+        process = None
         try:
+            with deferring_signals():  # Python drops exceptions of handlers that run while a process forks
+                process = _start(stage, log)
             while process.poll() is None:
                 elapsed = tqdm.format_interval(time.monotonic() - start)
                 yield f"{stage.name} {elapsed}  {_last_line(log, first_byte)}"
         finally:
-            _stop(process)
+            if process is not None:
+                _stop(process)
         if process.returncode:
             _raise_failure(stage, log, first_byte, process.returncode)
         self.end(stage, time.monotonic() - start)
