@@ -19,7 +19,7 @@ from maskmoe.comparison.comparison import Comparison
 from maskmoe.comparison.data import Dataset
 from maskmoe.comparison.run import Run
 from maskmoe.comparison.slurm import submission, submit
-from maskmoe.comparison.stage import POLL_SECONDS, StageFolder, StatusLine
+from maskmoe.comparison.stage import POLL_SECONDS, StageFolder, StatusLine, stopping_in_order
 from maskmoe.comparison.suite import Suite
 from maskmoe.comparison.table import read_table
 from maskmoe.errors import UserError
@@ -133,7 +133,7 @@ def main() -> None:
     else:
         if not options.report:
             comparison.data.check()  # before anything is written
-            with locked_folder(comparison.folder):
+            with locked_folder(comparison.folder, "--run-dir"), stopping_in_order():
                 unfinished = _finish(comparison, runs, options, arguments, slurm_words, line)
             if unfinished:
                 return
@@ -180,7 +180,7 @@ def _finish_one(comparison: Comparison, folder: Path, line: StatusLine) -> None:
     run = next((run for run in comparison.runs if run.folder.resolve() == folder.resolve()), None)
     if run is None:
         raise UserError(f"--run: {folder} is not the folder of a run of the suite")
-    with locked_folder(run.folder):
+    with locked_folder(run.folder, "--run-dir"), stopping_in_order():
         for state in comparison.finish(run):
             line.update(state)
             time.sleep(POLL_SECONDS)

@@ -15,7 +15,7 @@ from pathlib import Path
 from maskmoe.command_line import ranges
 from maskmoe.command_line.parser import Parser, add_option
 from maskmoe.comparison.quickstart import Quickstart, Settings, quickstart_suite, write_report
-from maskmoe.comparison.stage import StageFolder, StatusLine
+from maskmoe.comparison.stage import StageFolder, StatusLine, stopping_in_order
 from maskmoe.files.paths import RUNS
 from maskmoe.launch.machine import find_devices
 from maskmoe.processes.folder_lock import locked_folder
@@ -83,7 +83,7 @@ def main() -> None:
     quickstart = Quickstart(settings, find_devices())
     quickstart.data.check()  # before anything is written
     line = StatusLine(sys.stdout)
-    with locked_folder(quickstart.run.folder):
+    with locked_folder(quickstart.run.folder, "--run-dir"), stopping_in_order():
         folder = StageFolder(quickstart.run.folder)
         data = tuple(quickstart.data.stages())
         folder.run(data, line)

@@ -3,12 +3,14 @@
 import hashlib
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
+from itertools import islice
 from pathlib import Path
 
 import numpy as np
 
 from maskmoe.comparison.stage import Stage, maskmoe_command
 from maskmoe.comparison.suite import REQUIRED, DataSection
+from maskmoe.data.documents import read_documents
 from maskmoe.data.indexed_dataset import dataset_files, parse_data_path, read_index
 from maskmoe.errors import UserError
 from maskmoe.launch.model_file import Flags
@@ -62,10 +64,11 @@ class Dataset:
         return cls(folder, section.vocab_size, seq_length, text, "text", held_out, existing)
 
     def check(self) -> None:
-        """Check that the text files exist; only training needs them.
+        """Check the text files, which only training needs.
 
         Raises:
-            UserError: A file does not exist, or the suite leaves the text to the command line, which names none.
+            UserError: A path is no file, the text is a single document, or the suite leaves the text to the command
+                line, which names none.
         """
         if self.text == (Path(REQUIRED),):
             raise UserError(
@@ -74,7 +77,15 @@ class Dataset:
             )
         for path in (*self.text, *self.held_out.values()):
             if not path.is_file():
-                raise UserError(f"the text file {path} does not exist")
+                reason = "is a pipe or a device, but is read several times: name a file"
+                reason = "is a folder: name its files" if path.is_dir() else reason
+                reason = reason if path.exists() else "does not exist"
+                raise UserError(f"the text file {path} {reason}")
+        if self.text and len([*islice(read_documents(self.text, self.json_key), 2)]) < 2:
+            raise UserError(
+                "the input is a single document, but training and evaluation need one document each: give several "
+                "files, JSON lines with one document each, or a text file above 1 MB"
+            )
 
     @property
     def corpus(self) -> Path:
@@ -175,11 +186,6 @@ def choose_split(dataset_prefix: Path, seq_length: int) -> str:
     """
     boundaries = read_index(dataset_prefix).document_boundaries
     num_documents, num_tokens = len(boundaries) - 1, int(boundaries[-1])
-    if num_documents < 2:
-        raise UserError(
-            "the input is a single document, but training and evaluation need one document each: give several files, "
-            "JSON lines with one document each, or a text file above 1 MB"
-        )
     sample = seq_length + 1
     for wanted in (max(sample, min(int(_HELD_OUT_SHARE * num_tokens), _MAX_HELD_OUT_TOKENS)), sample):
         # Hold out as few documents as have the wanted number of tokens.

@@ -1,6 +1,7 @@
 """The quickstart: a suite of one variant, trained on this machine, then exported, with a sample and a report."""
 
 import math
+import os
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -121,7 +122,8 @@ class Quickstart:
         self.settings = settings
         self.devices = devices
         folder, size = settings.run_dir.absolute(), str(settings.vocab_size)
-        text = tuple(path.absolute() for path in settings.input)
+        # A link keeps its name, whose suffix is the format; only its folder is resolved.
+        text = tuple(Path(os.path.realpath(path.parent), path.name) for path in settings.input)
         self.data = Dataset(folder, size, settings.seq_length, text, settings.json_keys)
         self.run = Run("maskmoe", settings.variant(devices), settings.seed, folder, self.data, devices)
         self.model = folder / "model"

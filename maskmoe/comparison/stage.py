@@ -8,21 +8,23 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Generator, Mapping, Sequence
-from contextlib import closing
+from collections.abc import Generator, Iterator, Mapping, Sequence
+from contextlib import closing, contextmanager, suppress
 from dataclasses import dataclass, field
 from functools import partial
-from itertools import count
+from itertools import count, pairwise
 from pathlib import Path
 from shutil import get_terminal_size
-from typing import NoReturn, TextIO
+from types import FrameType
+from typing import Any, NoReturn, TextIO
 
 import psutil
 from tqdm import tqdm
 
-from maskmoe.errors import RunFailure, UserError
+from maskmoe.errors import RunFailure, UserError, listed
 from maskmoe.files.outputs import atomic_output
 from maskmoe.files.paths import short_path
+from maskmoe.processes.interruption import SIGNALS_THAT_END_TOOLS, deferring_signals, handling_signals
 from maskmoe.processes.lifetimes import end_with_parent, send_signal
 
 _SECONDS_TO_END = 45.0  # torchrun gives its workers 30 seconds
@@ -31,6 +33,8 @@ _REFUSAL = re.compile(r"^(\[rank\d+\]:? )?(\S+( [\w-]+)?: )?error: (?P<message>.
 _SECONDS_BETWEEN_LINES = 60.0
 _CLEAR = "\r\x1b[K"
 
+_STOPPING = "\nstopping: the stage in progress ends first (train saves a checkpoint); the same command continues"
+
 POLL_SECONDS = 0.2
 """How often the state of running commands is asked for."""
 
@@ -38,6 +42,22 @@ POLL_SECONDS = 0.2
 def maskmoe_command(*words: object) -> tuple[str, ...]:
     """Return the command line of a subcommand of `maskmoe`, run by this Python."""
     return (sys.executable, "-P", "-m", "maskmoe", *map(str, words))
+
+
+@contextmanager
+def stopping_in_order() -> Iterator[None]:
+    """Until the block ends, let a signal that ends tools say what happens, and raise `SystemExit` with its exit code.
+
+    A running stage is then stopped in good order, as by Ctrl-C. A second signal kills the stage.
+    """
+
+    def stop(number: int, _frame: FrameType | None) -> NoReturn:
+        with suppress(OSError):  # the terminal may be gone
+            print(_STOPPING, file=sys.stderr, flush=True)
+        raise SystemExit(128 + number)
+
+    with handling_signals(SIGNALS_THAT_END_TOOLS, stop):
+        yield
 
 
 class StatusLine:
@@ -92,7 +112,7 @@ class Stage:
         return shlex.join([*(f"{name}={value}" for name, value in self.environment.items()), *self.command])
 
     @property
-    def settings(self) -> dict[str, object]:
+    def settings(self) -> dict[str, Any]:
         """The command, and size and modification time of each input, null if missing: changes repeat the stage."""
         return {"command": list(self.command), "inputs": {str(path): _version(path) for path in self.inputs}}
 
@@ -154,9 +174,13 @@ class StageFolder:
             path.write_text("\n\n".join(["#!/bin/sh", *map(str, stages)]) + "\n", encoding="utf-8")
 
     def begin(self, stage: Stage) -> None:
-        """Record that a stage starts. Files that it cannot resume from are moved into `previous/`."""
+        """Record that a stage starts. Files that it cannot resume from are moved into `previous/`; a line says why."""
         if not (stage.is_resumable and self.has_begun(stage)):
-            self._set_aside((*stage.results, *stage.byproducts))
+            reason = self._reason_to_repeat(stage)
+            if folder := self._set_aside((*stage.results, *stage.byproducts)):
+                StatusLine(sys.stderr).print(
+                    f"{stage.name}: {reason}; the earlier files are now in {short_path(folder)}"
+                )
         self._write(stage, None)
 
     def end(self, stage: Stage, seconds: float) -> None:
@@ -180,37 +204,58 @@ class StageFolder:
         log, start = self.log(stage.name), time.monotonic()
         log.parent.mkdir(exist_ok=True)
         first_byte = log.stat().st_size if log.exists() else 0
-        process = _start(stage, log)
+        process = None
         try:
+            with deferring_signals():  # Python drops exceptions of handlers that run while a process forks
+                process = _start(stage, log)
             while process.poll() is None:
                 elapsed = tqdm.format_interval(time.monotonic() - start)
                 yield f"{stage.name} {elapsed}  {_last_line(log, first_byte)}"
         finally:
-            _stop(process)
+            if process is not None:
+                _stop(process)
         if process.returncode:
             _raise_failure(stage, log, first_byte, process.returncode)
         self.end(stage, time.monotonic() - start)
 
-    def _set_aside(self, paths: Sequence[Path]) -> None:
-        """Move files and folders into a new folder of `previous/`."""
+    def _reason_to_repeat(self, stage: Stage) -> str:
+        """Return why the files of an earlier attempt do not count, for people."""
+        record, settings = self._record(stage), stage.settings
+        if record is None:
+            return "this run folder has no record of the stage"
+        earlier, inputs = record["settings"], settings["inputs"]
+        if earlier == settings:
+            return "the stage was interrupted, or a result is missing"
+        options = {*pairwise(stage.command)} - {*pairwise(earlier["command"])}
+        changed = sorted(f"{flag} {value}" for flag, value in options if flag.startswith("--") and value[:2] != "--")
+        changed += [short_path(path) for path in inputs if inputs[path] != earlier["inputs"].get(path)]
+        return f"{listed(changed, 3) or 'the command line'} changed"
+
+    def _set_aside(self, paths: Sequence[Path]) -> Path | None:
+        """Move files and folders into a new folder of `previous/`; return the folder, None if no file exists."""
         if existing := [path for path in paths if os.path.lexists(path)]:
             folders = (self.path / "previous" / str(number) for number in count(1))
             folder = next(folder for folder in folders if not folder.exists())
             folder.mkdir(parents=True)
             for path in existing:
                 path.rename(folder / path.name)
+            return folder
+        return None
 
     def _record_file(self, stage: Stage) -> Path:
         return self.path / "stages" / f"{stage.name}.json"
 
     def _read(self, stage: Stage) -> dict | None:
         """Return the record of a stage; None if there is none, or if the settings of the stage have changed."""
+        record = self._record(stage)
+        return record if record and record["settings"] == stage.settings else None
+
+    def _record(self, stage: Stage) -> dict | None:
         path = self._record_file(stage)
         try:
-            record = json.loads(path.read_text(encoding="utf-8")) if path.exists() else None
+            return json.loads(path.read_text(encoding="utf-8")) if path.exists() else None
         except ValueError as error:
             raise UserError(f"{path} is damaged: delete it to repeat the stage {stage.name}") from error
-        return record if record and record["settings"] == stage.settings else None
 
     def _write(self, stage: Stage, seconds: float | None) -> None:
         self._record_file(stage).parent.mkdir(exist_ok=True)

@@ -75,10 +75,18 @@ def look_at_lock(folder: Path) -> LockState | None:
 
 
 @contextmanager
-def locked_folder(folder: Path) -> Iterator[None]:
-    """Hold the lock of a folder, which is made if missing; raise `UserError` if the lock is held or cannot be made."""
+def locked_folder(folder: Path, flag: str = "--save") -> Iterator[None]:
+    """Hold the lock of a folder, which is made if missing.
+
+    Args:
+        folder: The folder.
+        flag: The flag that names the folder, for the error.
+
+    Raises:
+        UserError: The lock is held or cannot be made.
+    """
     path = folder / LOCK_NAME
-    with refused_by_system(f"cannot lock {folder}", "choose another --save"):
+    with refused_by_system(f"cannot lock {folder}", f"choose another {flag}"):
         folder.mkdir(parents=True, exist_ok=True)
         lock = _acquire(path)
     try:

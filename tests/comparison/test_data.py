@@ -63,6 +63,9 @@ def test_incomplete_data_are_refused(tmp_path, values, message):
         ({"input": ("required",)}, "name text files by --input"),
         ({"input": ("/nowhere",)}, "the text file /nowhere does not exist"),
         ({"held_out": {"other": "/nowhere"}}, "the text file /nowhere does not exist"),
+        ({"input": ("/",)}, "the text file / is a folder: name its files"),
+        ({"input": ("/dev/null",)}, "/dev/null is a pipe or a device, but is read several times: name a file"),
+        ({"input": (__file__,)}, "the input is a single document"),
     ],
 )
 def test_only_training_needs_the_text(tmp_path, values, message):
@@ -97,11 +100,9 @@ def test_split_leaves_a_sample_to_both_parts(tmp_path_factory, lengths, seq_leng
     assert sum(held_out[1:]) < max(seq_length + 1, 0.02 * sum(lengths))
 
 
-@pytest.mark.parametrize(
-    ("lengths", "message"),
-    [([5000], "the input is a single document"), ([20, 20], "40 tokens in 2 documents are too few")],
-)
-def test_text_that_cannot_be_split_is_refused(tmp_path, lengths, message):
+@pytest.mark.parametrize("lengths", [[5000], [20, 20]])
+def test_text_that_cannot_be_split_is_refused(tmp_path, lengths):
     prefix = write_documents(tmp_path / "data", ([0] * length for length in lengths))
+    message = f"{sum(lengths)} tokens in {len(lengths)} documents are too few"
     with pytest.raises(UserError, match=message):
         choose_split(prefix, 32)

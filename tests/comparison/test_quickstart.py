@@ -4,6 +4,7 @@ import itertools
 import json
 import math
 import os
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -14,6 +15,7 @@ from PIL import Image
 from support.datasets import frequency_of, write_documents
 from support.paths import ROOT
 from support.runs import write_scalars
+from support.waiting import wait_until
 
 from maskmoe.command_line.quickstart import parse_settings
 from maskmoe.comparison.quickstart import Quickstart, quickstart_suite, write_report
@@ -105,6 +107,20 @@ def test_stages_go_from_text_to_a_sample(plan, tmp_path):
 def run_quickstart(*arguments, **options):
     command = [sys.executable, "-P", "-m", "maskmoe", "quickstart", *map(str, arguments)]
     return subprocess.run(command, capture_output=True, text=True, **options)
+
+
+def test_two_ways_to_a_text_are_one_path(plan, tmp_path):
+    (tmp_path / "else").mkdir()
+    assert plan("--input", f"{tmp_path}/else/../text.jsonl").data.text == (tmp_path / "text.jsonl",)
+
+
+def test_a_signal_ends_the_stage_before_the_command(tmp_path):
+    command = [sys.executable, "-P", "-m", "maskmoe", "quickstart", "--run-dir", tmp_path / "run"]
+    process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True)
+    wait_until((tmp_path / "run" / "logs" / "corpus.log").exists, has_ended=lambda: process.poll() is not None)
+    process.terminate()
+    assert "stopping: the stage in progress ends first" in process.communicate(timeout=60)[1]
+    assert process.returncode == 128 + signal.SIGTERM
 
 
 def test_the_prompt_leaves_room_for_the_sample(plan, tmp_path):

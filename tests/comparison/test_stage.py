@@ -5,13 +5,14 @@ import os
 import signal
 import subprocess
 import sys
+from dataclasses import replace
 
 import psutil
 import pytest
 from support.waiting import wait_until
 
 from maskmoe.comparison import stage as stages
-from maskmoe.comparison.stage import Stage, StageFolder, StatusLine
+from maskmoe.comparison.stage import Stage, StageFolder, StatusLine, stopping_in_order
 from maskmoe.errors import RunFailure, UserError
 
 COUNT = """
@@ -54,19 +55,26 @@ def test_a_finished_stage_does_not_run_again(folder, capsys):
     assert both[1].command[-1] in (folder.path / "commands.sh").read_text()
 
 
-def test_a_changed_command_repeats_its_stage_and_keeps_the_result(folder):
+def test_a_changed_command_repeats_its_stage_and_keeps_the_result(folder, capsys):
     run(folder, stage(folder, end=3))
+    assert capsys.readouterr().err == ""
     run(folder, stage(folder, end=5))
+    place = folder.path / "previous" / "1"
+    assert capsys.readouterr().err == f"count: the command line changed; the earlier files are now in {place}\n"
     assert (folder.path / "count.out").read_text() == "5"
     assert (folder.path / "previous" / "1" / "count.out").read_text() == "3"
 
 
-def test_a_changed_input_repeats_its_stage(folder, tmp_path):
+def test_a_changed_input_repeats_its_stage(folder, tmp_path, capsys):
     source = tmp_path / "source"
     source.write_text("text")
-    run(folder, stage(folder, inputs=(source,)))
+    before = stage(folder, inputs=(source,))
+    run(folder, replace(before, command=(*before.command, "--lr", "1", "--seed", "2")))
     source.write_text("another text")
-    assert folder.seconds(stage(folder, inputs=(source,))) is None
+    again = replace(before, command=(*before.command, "--lr", "2", "--seed", "2"))
+    assert folder.seconds(again) is None
+    run(folder, again)
+    assert f"count: --lr 2, {source} changed; the earlier files" in capsys.readouterr().err
 
 
 def test_a_lost_result_repeats_its_stage(folder):
@@ -75,15 +83,16 @@ def test_a_lost_result_repeats_its_stage(folder):
     assert folder.seconds(stage(folder)) is None
 
 
-def test_files_of_somebody_else_are_set_aside(folder):
+def test_files_of_somebody_else_are_set_aside(folder, capsys):
     folder.path.mkdir()
     (folder.path / "count.out").write_text("100")
     run(folder, stage(folder))
     assert (folder.path / "previous" / "1" / "count.out").read_text() == "100"
+    assert capsys.readouterr().err.startswith("count: this run folder has no record of the stage; ")
 
 
 @pytest.mark.parametrize("is_resumable", [True, False])
-def test_a_stopped_stage_resumes_or_starts_again(folder, is_resumable):
+def test_a_stopped_stage_resumes_or_starts_again(folder, is_resumable, capsys):
     endless = stage(folder, end=10**6, is_resumable=is_resumable)
     count = folder.path / "count.out"
     work = folder.finish([endless])
@@ -95,19 +104,37 @@ def test_a_stopped_stage_resumes_or_starts_again(folder, is_resumable):
     assert (int(count.read_text()) > before) == is_resumable
     work.close()
     assert (folder.path / "previous").exists() == (not is_resumable)
+    assert ("count: the stage was interrupted" in capsys.readouterr().err) == (not is_resumable)
+
+
+SAVES = """
+import pathlib, signal, sys, time
+signal.signal(signal.SIGTERM, lambda *_: (print('saved', flush=True), sys.exit(3)))
+print('ready', flush=True)
+time.sleep(60)
+"""
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_signal_says_that_the_stage_ends_first(folder, number, capsys):
+    class Line(StatusLine):
+        def update(self, state):
+            if "ready" in state:
+                signal.raise_signal(number)
+
+    with pytest.raises(SystemExit) as end, stopping_in_order():
+        folder.run([stage(folder, program=SAVES)], Line(sys.stdout))
+    assert end.value.code == 128 + number
+    assert capsys.readouterr().err.startswith("\nstopping: the stage in progress ends first")
+    assert folder.log("count").read_text() == "ready\nsaved\n"
 
 
 def test_a_stage_has_time_to_end_in_order(folder):
-    program = (
-        "import pathlib, signal, sys, time\n"
-        "signal.signal(signal.SIGTERM, lambda *_: (print('saved', flush=True), sys.exit(3)))\n"
-        "print('ready', flush=True)\ntime.sleep(60)"
-    )
-    work = folder.finish([stage(folder, program=program)])
+    work = folder.finish([stage(folder, program=SAVES)])
     wait_until(lambda: "ready" in next(work))
     work.close()
     assert folder.log("count").read_text() == "ready\nsaved\n"
-    work = folder.finish([stage(folder, program=program)])
+    work = folder.finish([stage(folder, program=SAVES)])
     assert "saved" not in next(work)  # the last line of the attempt before
     work.close()
 
