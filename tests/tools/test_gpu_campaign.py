@@ -87,10 +87,10 @@ def test_a_failed_step_does_not_stop_the_others(finished) -> None:
 def test_a_killed_step_leaves_what_it_found_and_the_time_of_the_others(finished) -> None:
     """The first three steps share 12 s; the third one may use what the others left."""
     campaign, _, _ = finished
-    good, bad, slow, wrong = campaign.steps[:4]
+    slow, wrong = campaign.steps[2:4]
     assert slow.findings == FOUND
     assert 4 <= slow.limit < 12
-    assert good.seconds + bad.seconds + slow.seconds > 11
+    assert slow.seconds >= slow.limit
     assert wrong.limit > 50
 
 
