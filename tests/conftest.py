@@ -1,6 +1,5 @@
 """Prepares the process for Megatron before any test module imports it, and starts gloo ranks."""
 
-import signal
 from collections.abc import Iterator
 from typing import Any
 
@@ -9,19 +8,15 @@ import torch
 from hypothesis import settings
 from support.launchers import RunRanks, run_as_ranks
 from support.places import num_gpus
+from support.signal_handlers import install_handlers
 
 from maskmoe.megatron_compat import prepare_process
-from maskmoe.processes.interruption import SIGNALS_THAT_END
 
 # Tests must not fail because a busy machine is slow.
 settings.register_profile("untimed", deadline=None)
 settings.load_profile("untimed")
 
-# A shell that starts the tests in the background makes them ignore Ctrl-C, and `nohup` makes them ignore SIGHUP. The
-# processes under test would inherit this.
-signal.signal(signal.SIGINT, signal.default_int_handler)
-signal.signal(signal.SIGHUP, signal.SIG_DFL)
-HANDLERS = {number: signal.getsignal(number) for number in SIGNALS_THAT_END}
+install_handlers()
 
 
 def pytest_configure(config: pytest.Config) -> None:
@@ -46,9 +41,7 @@ def pytest_runtest_setup(item: pytest.Item) -> None:
 @pytest.fixture(autouse=True)
 def signal_handlers() -> None:
     """Restore the handlers of signals that launchers and Megatron, run in this process by any fixture, replaced."""
-    for number, handler in HANDLERS.items():
-        if signal.getsignal(number) is not handler:
-            signal.signal(number, handler)
+    install_handlers()
 
 
 @pytest.fixture(scope="session")

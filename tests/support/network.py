@@ -11,6 +11,7 @@ from typing import Any
 
 import psutil
 from support.paths import ROOT
+from support.signal_handlers import HANDLERS, install_handlers
 from support.waiting import wait_until
 
 
@@ -114,8 +115,9 @@ def running_network(names: Sequence[str], folder: Path) -> Iterator[Network]:
         names: the names of the hosts.
         folder: an existing folder for the hosts' files.
     """
-    # On SIGTERM, pytest then tears down all fixtures, as after Ctrl-C.
-    signal.signal(signal.SIGTERM, signal.default_int_handler)
+    # On SIGTERM, pytest then tears down all fixtures, as after Ctrl-C, also during the tests that use the hosts.
+    HANDLERS[signal.SIGTERM] = signal.default_int_handler
+    install_handlers()
     network = Network(names, folder)
     try:
         yield network

@@ -6,10 +6,9 @@ compares names, sizes and times of all its files and folders.
 
 import shlex
 import shutil
-import signal
 import sys
 import types
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -21,7 +20,6 @@ from support.training import PRETRAIN, VOCAB_SIZE, Run
 
 from maskmoe.errors import UserError
 from maskmoe.processes.folder_lock import LOCK_NAME, locked_folder
-from maskmoe.processes.interruption import SIGNALS_THAT_SAVE
 from maskmoe.training import trainer
 from maskmoe.training.inference import evaluation
 from maskmoe.training.watch import writers
@@ -64,10 +62,8 @@ Refuse = Callable[..., str]
 
 
 @pytest.fixture
-def refuse(run_folder, workplace, monkeypatch, files_and_times) -> Iterator[Refuse]:
+def refuse(run_folder, workplace, monkeypatch, files_and_times) -> Refuse:
     """Run an entry point in this process, check that it is refused without a trace, and return its error."""
-    # Other tests of this process need its handlers.
-    handlers = {number: signal.getsignal(number) for number in (*SIGNALS_THAT_SAVE, signal.SIGTERM)}
     for name in ("WANDB_RUN_ID", "WANDB_RESUME"):
         monkeypatch.setenv(name, "")  # and restore it after the test
     wandb = types.ModuleType("wandb")
@@ -94,9 +90,7 @@ def refuse(run_folder, workplace, monkeypatch, files_and_times) -> Iterator[Refu
         assert files_and_times(run_folder) == before
         return str(refusal.value)
 
-    yield refuse
-    for number, handler in handlers.items():
-        signal.signal(number, handler)
+    return refuse
 
 
 REFUSED = {
