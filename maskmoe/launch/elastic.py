@@ -23,12 +23,13 @@ from maskmoe.files.flags import override, split_flags
 from maskmoe.files.run_folder import Journal, Kind
 from maskmoe.launch.command import run_flags
 from maskmoe.launch.elastic_files import Generation, Generations, Member, Membership, leading_member
-from maskmoe.launch.machine import connection_error, find_devices, listen
+from maskmoe.launch.machine import find_devices, listen
 from maskmoe.launch.model_file import Flags, ModelFile
 from maskmoe.launch.node_run import NodeRun, Supervisor, check, say
 from maskmoe.launch.options import Options
 from maskmoe.processes.folder_lock import check_unlocked
 from maskmoe.processes.interruption import EXIT_REQUEUE, LEAVE_FILE
+from maskmoe.processes.network import connection_error
 
 FOLDER = "elastic"
 """Name of the folder in a run folder in which launchers meet."""

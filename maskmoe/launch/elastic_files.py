@@ -16,9 +16,10 @@ from pydantic import ValidationError
 from maskmoe.errors import RunFailure, UserError
 from maskmoe.files.json_files import type_adapter
 from maskmoe.files.outputs import atomic_output
-from maskmoe.launch.machine import connection_error, listen
+from maskmoe.launch.machine import listen
 from maskmoe.launch.model_file import Flags
 from maskmoe.processes.lifetimes import Holder, beating
+from maskmoe.processes.network import connection_error
 
 _BEAT_SECONDS = 2.0
 _GENERATION_FILE = re.compile(r"generation-(?P<number>[0-9]+)\.json")

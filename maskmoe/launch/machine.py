@@ -14,6 +14,7 @@ import psutil
 
 from maskmoe.data.parallel import available_cores
 from maskmoe.errors import UserError
+from maskmoe.processes.network import connection_error
 
 _COUNT_GPUS = "import torch; print(torch.cuda.device_count())"
 _CPU_PROCESSES = 2
@@ -21,7 +22,6 @@ _CPU_PROCESSES = 2
 _GPU_DEVICE_FILES = ("nvidia*", "nvhost-gpu", "nvgpu", "kfd", "dxg")
 
 _PAUSE = 1.0  # seconds between attempts to connect
-_CONNECT_TIMEOUT = 5.0  # seconds for one attempt to connect
 
 # Let glibc take huge pages for tensors. Fewer misses of the address cache save 5 to 10 % of a small model's processor
 # time. Other C libraries ignore the variable.
@@ -123,15 +123,6 @@ def listen(backlog: int | None = None) -> socket.socket:
     dual = socket.has_dualstack_ipv6()
     family = socket.AF_INET6 if dual else socket.AF_INET
     return socket.create_server(("", 0), family=family, backlog=backlog, dualstack_ipv6=dual)
-
-
-def connection_error(host: str, port: int) -> OSError | None:
-    """Try to connect to an address; return the error, or None if a process listens there."""
-    try:
-        socket.create_connection((host.strip("[]"), port), timeout=_CONNECT_TIMEOUT).close()
-    except OSError as error:
-        return error
-    return None
 
 
 def wait_for(host: str, port: int, timeout: float) -> None:

@@ -15,8 +15,8 @@ from typing import ClassVar
 import psutil
 from torch.distributed import DistError, HashStore, PrefixStore, Store, TCPStore
 
-from maskmoe.errors import RunFailure, UserError
-from maskmoe.launch.machine import connection_error
+from maskmoe.errors import RunFailure, UserError, listed
+from maskmoe.processes.network import connection_error
 from maskmoe.training.watch.console import console, rank_of_process
 
 _TIMEOUT = timedelta(hours=1)
@@ -141,8 +141,9 @@ def sharing_failures() -> Iterator[None]:
     try:
         yield
     except Exception as error:
-        if (ranks := _ranks_to_inform(error)) is not None:
-            ranks.leave_failure(error)
+        with suppress(DistError):  # the store has ended with another rank
+            if (ranks := _ranks_to_inform(error)) is not None:
+                ranks.leave_failure(error)
         raise
 
 
@@ -221,8 +222,7 @@ def _meet(store: Store, rank: int, world_size: int) -> str:
 def _missing(store: Store, hellos: list[str]) -> str:
     """Return which ranks have not come to a meeting, in words."""
     missing = [str(number) for number, hello in enumerate(hellos) if not store.check([hello])]
-    names = ", ".join(missing[:_MOST_NAMED_RANKS]) + (", …" if len(missing) > _MOST_NAMED_RANKS else "")
-    return f"{len(missing)} of {len(hellos)} ranks: {names or 'restarted ones'}"
+    return f"{len(missing)} of {len(hellos)} ranks: {listed(missing, _MOST_NAMED_RANKS) or 'restarted ones'}"
 
 
 def _poll_seconds(world_size: int) -> float:

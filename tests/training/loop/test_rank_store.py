@@ -110,6 +110,14 @@ def test_failure_of_one_rank_is_raised_by_all_ranks_that_wait(server, monkeypatc
                 rank.result(timeout=20)
 
 
+def test_failure_is_raised_if_the_store_has_ended(monkeypatch):
+    server = TCPStore("localhost", 0, is_master=True, wait_for_workers=False)
+    monkeypatch.setattr(RankStore, "of_process", RankStore(connect(server), 0, WORLD_SIZE))
+    del server
+    with pytest.raises(UserError, match=r"^no data$"), sharing_failures():
+        raise UserError("no data")
+
+
 @pytest.fixture
 def rank_1_of_3(server, monkeypatch):
     """This process is a rank that has not met the others yet."""
