@@ -20,7 +20,7 @@ from typing import Any
 from tqdm import tqdm
 
 from maskmoe.command_line import ranges
-from maskmoe.command_line.parser import add_force_argument, add_option, command_parser, say_loading
+from maskmoe.command_line.parser import add_force_argument, add_option, add_seed_argument, command_parser, say_loading
 from maskmoe.conversion.settings import CONFIG_FILE
 from maskmoe.data.prompts import KEY, read_prompts
 from maskmoe.errors import UserError
@@ -48,7 +48,7 @@ def parse_arguments() -> argparse.Namespace:
     divisor = "divide logits by this before a token is drawn; 0 takes the most probable token"
     add_option(parser, "--temperature T", divisor, ranges.TEMPERATURE, default=0.8)
     add_option(parser, "--top-k K", "draw among the K most probable tokens; 0: all", ranges.TOP_K, default=50)
-    add_option(parser, "--seed S", "seed of the drawing", ranges.SEED, default=1234)
+    add_seed_argument(parser, "the drawing", default=1234)
     add_option(parser, "--output FILE", "also write the text to this file", Path)
     add_force_argument(parser)
     group = parser.add_argument_group("checkpoints of Megatron")

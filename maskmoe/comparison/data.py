@@ -76,11 +76,12 @@ class Dataset:
                 "--split A,B,C --tokenizer-model FILE"
             )
         for path in (*self.text, *self.held_out.values()):
+            if not path.exists():
+                raise UserError(f"the text file {path} does not exist")
+            if path.is_dir():
+                raise UserError(f"the text file {path} is a folder: name its files")
             if not path.is_file():
-                reason = "is a pipe or a device, but is read several times: name a file"
-                reason = "is a folder: name its files" if path.is_dir() else reason
-                reason = reason if path.exists() else "does not exist"
-                raise UserError(f"the text file {path} {reason}")
+                raise UserError(f"the text file {path} is a pipe or a device, but is read several times: name a file")
         if self.text and len([*islice(read_documents(self.text, self.json_key), 2)]) < 2:
             raise UserError(
                 "the input is a single document, but training and evaluation need one document each: give several "

@@ -1,1 +1,1 @@
-"""What a trained checkpoint says: losses by frequency band."""
+"""Evaluates a checkpoint: losses by frequency band."""

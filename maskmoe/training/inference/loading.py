@@ -9,7 +9,7 @@ from megatron.training.argument_utils import pretrain_cfg_container_from_args
 from megatron.training.initialize import initialize_megatron
 from megatron.training.training import setup_model_and_optimizer
 
-from maskmoe.checkpoint.series import showing_only
+from maskmoe.checkpoint.series import describe_missing, showing_only
 from maskmoe.errors import UserError
 from maskmoe.training.loop.rank_store import RankStore, check_launched
 from maskmoe.training.resume.choose_checkpoint import checkpoint_to_load
@@ -28,7 +28,8 @@ def load_model(args: Namespace) -> torch.nn.Module:
     """
     checkpoint = checkpoint_to_load(args)
     if checkpoint is None:
-        raise UserError("pass --load with the folder of the checkpoints")
+        found = "" if args.load is None else f"; --load {describe_missing(args.load)}"
+        raise UserError(f"pass --load with the folder of the checkpoints{found}")
     if args.virtual_pipeline_model_parallel_size is not None:
         raise UserError(
             "interleaved pipelines are for training only; leave --num-layers-per-virtual-pipeline-stage out, or give "

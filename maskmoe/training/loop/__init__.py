@@ -1,1 +1,1 @@
-"""What happens in every step of training and evaluation: batches, the model, and the ranks."""
+"""The parts of every step of training and evaluation: batches, the model, and the ranks."""

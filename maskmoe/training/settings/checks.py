@@ -10,7 +10,7 @@ from pathlib import Path
 from megatron.training.arguments import parse_args, validate_args
 
 from maskmoe.checkpoint.integrity import iteration_of
-from maskmoe.checkpoint.series import non_persistent_folder
+from maskmoe.checkpoint.series import describe_missing, non_persistent_folder
 from maskmoe.command_line.parser import refuse_unknown_flags
 from maskmoe.errors import UserError
 from maskmoe.megatron_compat import cpu
@@ -162,7 +162,8 @@ class RunChecks:
             args.ckpt_step = iteration
             args.loads_non_persistent = checkpoint.parent == non_persistent_folder(args, args.load)
         if args.use_checkpoint_args and checkpoint is None:
-            yield "--use-checkpoint-args needs --load with the folder of the checkpoints"
+            found = "" if args.load is None else f"; --load {describe_missing(args.load)}"
+            yield f"--use-checkpoint-args needs --load with the folder of the checkpoints{found}"
         elif args.use_checkpoint_args and checkpoint is not None:
             # The command line overrides the settings of the checkpoint.
             for name, value in model_settings.further_checkpoint_args(args, checkpoint).items():

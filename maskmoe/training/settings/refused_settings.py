@@ -58,9 +58,6 @@ class Check:
         return f"{self.name} is not supported. {self.reason}"
 
 
-_OR_OF_CHECKPOINT = ", or --use-checkpoint-args for the settings of the checkpoint"
-
-
 # ---- The functions of this module take parsed arguments; Megatron need not have validated them. ----------------------
 
 
@@ -90,7 +87,8 @@ def missing_flags(args: Namespace, takes_learning_rate: bool = False) -> Iterato
     A checkpoint's learning rate replaces the arguments' if `takes_learning_rate` is set.
     """
     if args.seq_length is None and args.encoder_seq_length is None:
-        yield f"no sequence length: pass --seq-length{_OR_OF_CHECKPOINT if args.load else ''}"
+        settings = ", or --use-checkpoint-args for the settings of the checkpoint" if args.load else ""
+        yield f"no sequence length: pass --seq-length{settings}"
     if args.skip_train:
         return
     if args.train_iters is None and args.train_samples is None:
