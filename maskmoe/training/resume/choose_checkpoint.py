@@ -9,14 +9,13 @@ from pathlib import Path
 
 from megatron.core.dist_checkpointing import load_common_state_dict
 
-from maskmoe.checkpoint.integrity import Damage, check_content, check_structure
+from maskmoe.checkpoint.integrity import COMPLETION_FILE, Damage, check_content, check_structure
 from maskmoe.checkpoint.series import (
     RELEASE,
     TRACKER,
     checkpoint_path,
     choose_checkpoint,
     describe_missing,
-    has_checkpoint,
     newest_sound,
     non_persistent_folder,
     read_tracker,
@@ -151,7 +150,7 @@ def check_save_folder_is_own(args: Namespace, checkpoint: Path | None) -> None:
 
     A run that loads from the folder to which it saves continues this folder's run, unless it starts at iteration 0. A
     run that loads from another folder may have been interrupted and started again: then the checkpoints in `--save`
-    name the same `--load`.
+    name the same `--load`. The folder that an interrupted save leaves is no checkpoint.
     """
     if args.save is None:
         return
@@ -159,11 +158,12 @@ def check_save_folder_is_own(args: Namespace, checkpoint: Path | None) -> None:
     for folder in (Path(args.save), non_persistent_folder(args, args.save)):
         if folder is None or (is_same_folder and not starts_anew):
             continue
-        is_own = not (saved_iterations(folder) if is_same_folder else has_checkpoint(folder))
+        saved = [step for step in saved_iterations(folder) if (checkpoint_path(folder, step) / COMPLETION_FILE).exists()]
+        is_own = not saved and (is_same_folder or not (folder / TRACKER).is_file())
         if not starts_anew:
             is_own = is_own or folder != Path(args.save) or _names_same_load(folder, args.load)
         if not is_own:
-            newest = max(saved_iterations(folder), default=None)
+            newest = max(saved, default=None)
             which = f"of iteration {newest} " if newest is not None else ""
             start = "start at iteration 0" if starts_anew else f"continue the run in --load {args.load}"
             raise UserError(

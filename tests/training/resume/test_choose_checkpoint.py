@@ -418,6 +418,7 @@ def test_checkpoints_that_a_run_does_not_continue_stay(runs, tmp_path, parse):
 def test_run_that_loads_from_elsewhere_may_start_again(tmp_path, monkeypatch):
     load, save = tmp_path / "load", tmp_path / "save"
     checkpoint_path(save, 8).mkdir(parents=True)
+    (checkpoint_path(save, 8) / "metadata.json").touch()
     monkeypatch.setattr(resume, "newest_sound", lambda _: 8)
     monkeypatch.setattr(resume, "load_common_state_dict", lambda _: {"args": Namespace(load=f"{load}/")})
     args = Namespace(load=str(load), save=str(save), finetune=False, non_persistent_ckpt_type=None)
@@ -425,3 +426,19 @@ def test_run_that_loads_from_elsewhere_may_start_again(tmp_path, monkeypatch):
     args.load = str(tmp_path)
     with pytest.raises(UserError, match="and this run would continue the run in --load"):
         resume.check_save_folder_is_own(args, checkpoint_path(tmp_path, 4))
+
+
+@pytest.mark.parametrize("changes", [{}, {"load": None}, {"finetune": True}])
+def test_run_that_was_killed_in_its_first_save_may_start_again(tmp_path, changes):
+    saved, local = checkpoint_path(tmp_path, 8), checkpoint_path(tmp_path / "non_persistent", 8)
+    for folder in (saved, local):
+        folder.mkdir(parents=True)
+    same = {"save": str(tmp_path), "load": str(tmp_path), "finetune": False, "ckpt_step": None}
+    types = {"non_persistent_ckpt_type": "global", "non_persistent_global_ckpt_dir": None}
+    args = Namespace(**same | types | changes)
+    assert find_checkpoint(args, RankStore(HashStore(), 0, 1)) is None
+    resume.check_save_folder_is_own(args, None)
+    for folder in (local, saved):
+        (folder / "metadata.json").touch()
+        with pytest.raises(UserError, match=f"^{folder.parent} holds a checkpoint of iteration 8 already"):
+            resume.check_save_folder_is_own(args, None)
