@@ -16,6 +16,8 @@ from megatron.training.datasets.fim_dataset import GPTFIMDataset, GPTFIMDatasetC
 from megatron.training.utils import get_blend_and_blend_per_split
 from torch import Tensor
 
+from maskmoe.checkpoint.integrity import digest_and_size
+from maskmoe.data.indexed_dataset import idx_path
 from maskmoe.errors import UserError
 from maskmoe.megatron_compat.globals import get_args, get_tokenizer
 from maskmoe.training.settings.layout import samples_to_request
@@ -118,7 +120,7 @@ def build_blend(
 ) -> list[GPTDataset | None]:
     """Build the datasets of all splits, see `build_datasets`, of one blend or of a blend for each split."""
     args = get_args()
-    dataset, config = MockGPTDataset if args.mock_data else GPTDataset, GPTDatasetConfig
+    dataset, config = MockGPTDataset if args.mock_data else TokenDataset, GPTDatasetConfig
     if args.fim_data:
         dataset, config = FillInMiddleDataset, GPTFIMDatasetConfig
     # Megatron's configuration names most settings like its arguments.
@@ -143,7 +145,21 @@ def build_blend(
     return cast(list[GPTDataset | None], builder.build())
 
 
-class FillInMiddleDataset(GPTFIMDataset):
+class TokenDataset(GPTDataset):
+    """`GPTDataset` whose cached indices belong to the content of the dataset.
+
+    Megatron's class finds them by the path of the dataset. After the dataset is made again, samples would still begin
+    and end where those of the earlier dataset did, and new documents would be left out.
+    """
+
+    def _build_document_sample_shuffle_indices(self) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """Return the documents in order, the bounds of samples, and the order of samples, from the cache or new."""
+        digest, _ = digest_and_size(idx_path(cast(str, self.dataset_path)))
+        self.unique_description_hash += f"-{digest[:16]}"  # begins the names of the files in the cache
+        return super()._build_document_sample_shuffle_indices()
+
+
+class FillInMiddleDataset(TokenDataset, GPTFIMDataset):
     """`GPTFIMDataset` whose samples depend on their index only.
 
     Megatron's class draws all samples from one random generator in the order of reading, so samples would differ after

@@ -1,4 +1,4 @@
-"""Samples whose documents are rearranged to fill in the middle."""
+"""Samples of datasets: their cached indices, and documents that are rearranged to fill in the middle."""
 
 import argparse
 from pathlib import Path
@@ -14,7 +14,7 @@ from support.datasets import predictable_ids, write_character_tokenizer, write_d
 
 from maskmoe.errors import UserError
 from maskmoe.training.loop import batch
-from maskmoe.training.loop.batch import FillInMiddleDataset, check_fill_in_middle_tokens, fill_in_middle_tokens
+from maskmoe.training.loop.batch import FillInMiddleDataset, TokenDataset, check_fill_in_middle_tokens, fill_in_middle_tokens
 
 VOCAB_SIZE, SAMPLE = 300, 400
 PREFIX, MIDDLE, SUFFIX, PAD, END = range(VOCAB_SIZE - 5, VOCAB_SIZE)
@@ -101,6 +101,23 @@ def test_samples_depend_on_their_index_only(folder: Path) -> None:
     dataset = build(FillInMiddleDataset, folder, 1, 0)
     starts = {tuple(tokens_of(dataset, index)[:9]) for index in range(len(dataset))}
     assert len(starts) == len(dataset)
+
+
+@pytest.mark.parametrize("kind", [TokenDataset, FillInMiddleDataset])
+@pytest.mark.parametrize("lengths", [(SAMPLE, SAMPLE, SAMPLE), (100, 100, 3 * SAMPLE)])
+def test_indices_of_an_earlier_dataset_are_not_used(
+    folder: Path, tmp_path: Path, kind: type[GPTFIMDataset], lengths: tuple[int, ...]
+) -> None:
+    (tmp_path / "tokenizer").symlink_to(folder / "tokenizer")
+    write_documents(tmp_path / "data", [np.full(SAMPLE, 1), np.full(SAMPLE, 2)])
+    build(kind, tmp_path, rate=0, spm_rate=0)
+    write_documents(tmp_path / "data", [np.full(length, number) for number, length in enumerate(lengths, start=5)])
+    dataset = build(kind, tmp_path, rate=0, spm_rate=0)
+    tokens = [token for index in range(len(dataset)) for token in tokens_of(dataset, index)]
+    assert len(tokens) == (sum(lengths) - 1) // SAMPLE * SAMPLE
+    assert set(tokens) <= {5, 6, 7}
+    build(kind, tmp_path, rate=0, spm_rate=0)
+    assert len([*(tmp_path / "cache").glob("*-description.txt")]) == 2
 
 
 def test_token_that_the_tokenizer_lacks_is_named(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
