@@ -117,7 +117,8 @@ class Supervisor:
             Torchrun's exit code; negative if a signal ended torchrun.
         """
         while (code := process.poll()) is None:
-            if self._stopping_since is None and (self._signals or exit_file.exists()):
+            # The code 0 says that the training is complete: the ranks are about to exit.
+            if self._stopping_since is None and (self._signals or read_exit_code(exit_file)):
                 if self._signals:
                     action = "saves a checkpoint and stops" if self._saves_checkpoints else "stops"
                     print(f"launch: {self._signals[0].name}: the run {action}", file=sys.stderr)

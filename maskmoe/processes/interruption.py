@@ -44,6 +44,8 @@ def handle_signals_that_end(handler: Callable[[int, FrameType | None], object]) 
 def leave_exit_code(code: int) -> None:
     """Write the exit code of a rank that must not be restarted to the launcher's file, if a launcher asks for it.
 
+    The code 0 says that the training is complete on all ranks.
+
     Torchrun treats every exit code but 0 as a failure, restarts the ranks, and itself exits with 1.
     """
     if path := os.environ.get(EXIT_CODE_FILE):

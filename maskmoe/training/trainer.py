@@ -24,6 +24,7 @@ from maskmoe.files.run_folder import Journal
 from maskmoe.megatron_compat.checkpoint_patches import keep_checkpoints_whole, override_learning_rates
 from maskmoe.megatron_compat.globals import get_timers, open_writers
 from maskmoe.processes.folder_lock import locked_folder
+from maskmoe.processes.interruption import leave_exit_code
 from maskmoe.training.loop.batch import build_datasets, get_batch, loss_function, token_losses
 from maskmoe.training.loop.megatron_patches import watch_steps
 from maskmoe.training.loop.rank_store import RankStore, check_launched, sharing_failures
@@ -67,6 +68,8 @@ def main() -> None:
                 until_end.enter_context(locked_folder(folder))
             ranks.wait_for_all("locks of the folders")
         trainer.train()
+        # If a signal comes from now on, the launcher must not take the run for one that was stopped.
+        leave_exit_code(0)
 
 
 class Trainer:

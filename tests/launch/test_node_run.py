@@ -95,6 +95,19 @@ def test_signalled_command_that_has_not_saved(supervise, saves_checkpoints, code
     assert ("checkpoint" in launch.output) == saves_checkpoints
 
 
+@pytest.mark.parametrize("has_signal", [False, True])
+def test_complete_training_is_no_stopped_run(supervise, has_signal):
+    """After the training, the ranks still write a page, in peace unless a signal comes."""
+    left = LEAVE_EXIT_CODE.format(code=0)
+    launch = supervise(f"{left}; {READY}; import time; time.sleep({1000 if has_signal else 1}); print('page written')")
+    launch.wait_for_output("ready")
+    if has_signal:
+        launch.process.send_signal(signal.SIGTERM)
+    assert launch.wait() == 0
+    assert ("page written" in launch.output) != has_signal
+    assert "without saving" not in launch.output
+
+
 def test_ranks_that_outlive_torchrun_may_save(supervise, tmp_path):
     """The command is killed. A process that it started in another session needs a second to save."""
     rank = (
