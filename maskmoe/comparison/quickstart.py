@@ -170,8 +170,10 @@ class Quickstart:
             return self.settings.prompt
         if not self.settings.input:
             return _PROMPT_FOR_PYTHON
+        # A prompt needs more than white space, and a word of a command line cannot have a null character.
+        documents = read_documents(self.settings.input, self.settings.json_keys)
+        first = next(filter(None, (document.replace("\0", "").lstrip() for document in documents)))
         # A character is at most four tokens, so the prompt has at most half of the tokens of a sample.
-        first = next(filter(None, read_documents(self.settings.input, self.settings.json_keys)))
         return first[: min(_PROMPT_CHARACTERS, self.settings.seq_length // 8)]
 
 

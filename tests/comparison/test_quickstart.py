@@ -131,6 +131,13 @@ def test_the_prompt_leaves_room_for_the_sample(plan, tmp_path):
     assert flags["--max-new-tokens"] == "32"
 
 
+def test_the_prompt_is_no_white_space(plan, tmp_path):
+    (tmp_path / "book.txt").write_text(f"\0{' ' * 70}THE TITLE\n")
+    (tmp_path / "blank.jsonl").write_text('{"text": " \\n"}\n')
+    made = plan("--input", str(tmp_path / "blank.jsonl"), str(tmp_path / "book.txt"))
+    assert "--prompt=THE TITLE\n" in made.sample_stage().command
+
+
 def test_script_sets_up_and_passes_its_arguments_on(tmp_path):
     def script(name, text):
         path = tmp_path / name
