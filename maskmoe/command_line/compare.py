@@ -120,6 +120,9 @@ def main() -> None:
     comparison, line = open_comparison(options), StatusLine(sys.stdout)
     runs = comparison.selected(options.only or (), options.seeds or ())
     if options.merge:
+        # An absent table would count as an empty one.
+        if missing := [table for table in options.merge if not table.exists()]:
+            raise UserError(f"--merge {missing[0]} does not exist")
         comparison.add(result for table in options.merge for result in read_table(table))
     if not options.run:
         # Elements of a job array leave their results in the folders of their runs.

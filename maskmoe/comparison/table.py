@@ -139,7 +139,7 @@ def read_table(path: Path) -> list[RunResult]:
     if not path.exists():
         return []
     results = []
-    for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), 1):
+    for number, line in enumerate(path.read_bytes().splitlines(), 1):
         try:
             results.append(RunResult.model_validate_json(line))
         except ValidationError as error:

@@ -13,7 +13,7 @@ from support.paths import ROOT
 from support.results import result
 from support.waiting import wait_until
 
-from maskmoe.command_line.compare import open_comparison, parse_arguments
+from maskmoe.command_line.compare import main, open_comparison, parse_arguments
 from maskmoe.comparison.comparison import Comparison
 from maskmoe.comparison.data import Dataset
 from maskmoe.comparison.suite import Suite
@@ -106,6 +106,12 @@ def test_list_names_all_runs_and_makes_nothing(arguments, tmp_path):
     outcome = run_command("compare", *arguments, "--list")
     assert outcome.output.splitlines() == [f"to do     {name}.seed-1" for name in ("dense", "smoe", "all-visible")]
     assert not (tmp_path / "run").exists()
+
+
+def test_a_table_to_merge_must_exist(arguments, tmp_path, monkeypatch):
+    monkeypatch.setattr(sys, "argv", ["compare", *map(str, arguments), "--list", "--merge", str(tmp_path / "slip")])
+    with pytest.raises(UserError, match=f"^--merge {tmp_path}/slip does not exist$"):
+        main()
 
 
 def test_the_run_folder_of_a_suite_is_not_that_of_a_model_file(tmp_path, texts, monkeypatch):
