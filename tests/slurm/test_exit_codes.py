@@ -54,7 +54,12 @@ def train(tmp_path: Path):
         (tmp_path / name).chmod(0o755)
 
     def train(
-        codes: str, *flags: str, stops: bool = False, expect_stderr: str = "", **variables: str
+        codes: str,
+        *flags: str,
+        options: tuple[object, ...] = (),
+        stops: bool = False,
+        expect_stderr: str = "",
+        **variables: str,
     ) -> tuple[int, str]:
         environment = {
             **os.environ,
@@ -73,6 +78,7 @@ def train(tmp_path: Path):
             "--run-dir",
             tmp_path / "run",
             "--no-node-check",
+            *options,
             tmp_path / "model.yaml",
             *flags,
         ]
@@ -161,3 +167,14 @@ def test_complete_run(train, tmp_path):
     assert code == 0
     assert "the training is complete" in output
     assert (tmp_path / "run" / "slurm" / "1.finished").exists()
+
+
+def test_command_after_a_complete_run(train, tmp_path):
+    """The command is a line of a shell, in a repository whose path is not."""
+    repository = tmp_path / "a repository"
+    repository.symlink_to(tmp_path)
+    (tmp_path / "launch" / "report.sh").write_text('#!/usr/bin/env bash\nprintf "%s\\n" "$@" >"${0%/*}/given"\n')
+    (tmp_path / "launch" / "report.sh").chmod(0o755)
+    code, _ = train("0 0", options=("--root", repository, "--then", "launch/report.sh --run 'a run'"))
+    assert code == 0
+    assert (tmp_path / "launch" / "given").read_text().splitlines() == ["--run", "a run"]
