@@ -158,7 +158,8 @@ def check_save_folder_is_own(args: Namespace, checkpoint: Path | None) -> None:
     for folder in (Path(args.save), non_persistent_folder(args, args.save)):
         if folder is None or (is_same_folder and not starts_anew):
             continue
-        saved = [step for step in saved_iterations(folder) if (checkpoint_path(folder, step) / COMPLETION_FILE).exists()]
+        steps = saved_iterations(folder)
+        saved = [step for step in steps if (checkpoint_path(folder, step) / COMPLETION_FILE).exists()]
         is_own = not saved and (is_same_folder or not (folder / TRACKER).is_file())
         if not starts_anew:
             is_own = is_own or folder != Path(args.save) or _names_same_load(folder, args.load)

@@ -14,7 +14,12 @@ from support.datasets import predictable_ids, write_character_tokenizer, write_d
 
 from maskmoe.errors import UserError
 from maskmoe.training.loop import batch
-from maskmoe.training.loop.batch import FillInMiddleDataset, TokenDataset, check_fill_in_middle_tokens, fill_in_middle_tokens
+from maskmoe.training.loop.batch import (
+    FillInMiddleDataset,
+    TokenDataset,
+    check_fill_in_middle_tokens,
+    fill_in_middle_tokens,
+)
 
 VOCAB_SIZE, SAMPLE = 300, 400
 PREFIX, MIDDLE, SUFFIX, PAD, END = range(VOCAB_SIZE - 5, VOCAB_SIZE)
