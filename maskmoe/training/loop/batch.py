@@ -3,22 +3,23 @@
 from argparse import Namespace
 from collections.abc import Iterator, Sequence
 from dataclasses import fields
+from pathlib import Path
 from typing import Any, NamedTuple, cast
 
 import numpy as np
 import torch
 from megatron.core import mpu
+from megatron.core.datasets import gpt_dataset
 from megatron.core.datasets.blended_megatron_dataset_builder import BlendedMegatronDatasetBuilder
-from megatron.core.datasets.gpt_dataset import GPTDataset, GPTDatasetConfig, MockGPTDataset
+from megatron.core.datasets.gpt_dataset import GPTDatasetConfig, MockGPTDataset
 from megatron.core.rerun_state_machine import get_rerun_state_machine
 from megatron.core.utils import get_batch_on_this_cp_rank, get_batch_on_this_tp_rank
 from megatron.training.datasets.fim_dataset import GPTFIMDataset, GPTFIMDatasetConfig
 from megatron.training.utils import get_blend_and_blend_per_split
 from torch import Tensor
 
-from maskmoe.checkpoint.integrity import digest_and_size
-from maskmoe.data.indexed_dataset import idx_path
 from maskmoe.errors import UserError
+from maskmoe.files.json_files import read_json
 from maskmoe.megatron_compat.globals import get_args, get_tokenizer
 from maskmoe.training.settings.layout import samples_to_request
 from maskmoe.training.watch.console import console
@@ -106,7 +107,7 @@ def token_losses(model: torch.nn.Module, batch: Batch, padding_mask: Tensor | No
     )
 
 
-def build_datasets(num_samples: list[int] | list[None]) -> list[GPTDataset | None]:
+def build_datasets(num_samples: list[int] | list[None]) -> list[gpt_dataset.GPTDataset | None]:
     """Build the train, validation and test datasets on the first tensor-parallel rank of every pipeline stage.
 
     A number of samples of None stands for one epoch. A dataset is None without a share, and on ranks that read no data.
@@ -117,10 +118,10 @@ def build_datasets(num_samples: list[int] | list[None]) -> list[GPTDataset | Non
 
 def build_blend(
     num_samples: Sequence[int | None], blend: Blend | None, blend_per_split: list[Blend | None] | None
-) -> list[GPTDataset | None]:
+) -> list[gpt_dataset.GPTDataset | None]:
     """Build the datasets of all splits, see `build_datasets`, of one blend or of a blend for each split."""
     args = get_args()
-    dataset, config = MockGPTDataset if args.mock_data else TokenDataset, GPTDatasetConfig
+    dataset, config = MockGPTDataset if args.mock_data else GPTDataset, GPTDatasetConfig
     if args.fim_data:
         dataset, config = FillInMiddleDataset, GPTFIMDatasetConfig
     # Megatron's configuration names most settings like its arguments.
@@ -135,6 +136,9 @@ def build_blend(
         "tokenizer": get_tokenizer(),
         "create_attention_mask": args.create_attention_mask_in_dataloader,
         "inter_document_masking": args.dataloader_inter_document_masking,
+        "fast_cache_load": args.dataloader_fast_cache_load,
+        "defer_npy_index_mmap": args.dataloader_defer_npy_index_mmap,
+        "sequences_per_dataset": args.per_dataset_sequences_path and read_json(Path(args.per_dataset_sequences_path)),
     }
     builder = BlendedMegatronDatasetBuilder(
         dataset,
@@ -142,24 +146,58 @@ def build_blend(
         lambda: mpu.get_tensor_model_parallel_rank() == 0,
         config(**settings),
     )
-    return cast(list[GPTDataset | None], builder.build())
+    return cast(list[gpt_dataset.GPTDataset | None], builder.build())
 
 
-class TokenDataset(GPTDataset):
-    """`GPTDataset` whose cached indices belong to the content of the dataset.
+class GPTDataset(gpt_dataset.GPTDataset):
+    """Megatron's `GPTDataset`, which replaces the cached indices of an earlier dataset at the same path.
 
-    Megatron's class finds them by the path of the dataset. After the dataset is made again, samples would still begin
-    and end where those of the earlier dataset did, and new documents would be left out.
+    Megatron's class would use them: samples would still begin and end where those of the earlier dataset did, and new
+    documents would be left out. The names of cached files contain the name of the class, so both classes share a cache.
     """
+
+    dataset: Any
+    """the `IndexedDataset`"""
+    config: Any
+    """the `GPTDatasetConfig`"""
 
     def _build_document_sample_shuffle_indices(self) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         """Return the documents in order, the bounds of samples, and the order of samples, from the cache or new."""
-        digest, _ = digest_and_size(idx_path(cast(str, self.dataset_path)))
-        self.unique_description_hash += f"-{digest[:16]}"  # begins the names of the files in the cache
+        indices = super()._build_document_sample_shuffle_indices()
+        is_first_rank = not torch.distributed.is_initialized() or torch.distributed.get_rank() == 0
+        is_trusted = self.config.fast_cache_load or self.config.defer_npy_index_mmap
+        if is_trusted or not is_first_rank or self._fits(*indices[:2]):
+            return indices
+        folder = self.config.path_to_cache or f"{self.dataset.path_prefix}/cache/{type(self).__name__}_indices"
+        try:
+            for path in Path(folder).glob(f"{self.unique_description_hash}-*"):
+                path.unlink()
+        except OSError as error:
+            raise UserError(
+                f"{folder} has the samples of an earlier dataset {self.dataset_path}, and they cannot be replaced "
+                f"({error.strerror}): pass another --data-cache-path"
+            ) from error
         return super()._build_document_sample_shuffle_indices()
 
+    def _fits(self, documents: np.ndarray, bounds: np.ndarray) -> bool:
+        """Return whether indices have the documents of this dataset, and samples of the right length.
 
-class FillInMiddleDataset(TokenDataset, GPTFIMDataset):
+        Args:
+            documents: Documents in the order of reading, int32 [epochs * documents].
+            bounds: Where each sample begins and the last one ends, [samples + 1, 2]: place in `documents`, and token.
+        """
+        tokens_of_epoch = self._get_num_tokens_per_epoch()
+        epochs = self._get_num_epochs(tokens_of_epoch)
+        if len(documents) != epochs * len(self.indices) or documents.max() != self.indices.max():
+            return False
+        document, token = map(int, bounds[-1])
+        end = self.dataset.sequence_lengths[documents[:document]].sum(dtype=np.int64) + token
+        whole_samples = (len(bounds) - 1) * self.config.sequence_length
+        # The last sample of the validation split may be shorter.
+        return end == min(whole_samples, epochs * tokens_of_epoch - self.config.add_extra_token_to_sequence)
+
+
+class FillInMiddleDataset(GPTDataset, GPTFIMDataset):
     """`GPTFIMDataset` whose samples depend on their index only.
 
     Megatron's class draws all samples from one random generator in the order of reading, so samples would differ after

@@ -414,6 +414,15 @@ BROKEN_IN_MEGATRON = (
         lambda args: args.fim_data and args.tokenizer_type != "HuggingFaceTokenizer",
     ),
     Check(
+        "--dataloader-fast-cache-load or --dataloader-defer-npy-index-mmap without --data-cache-path, or "
+        "--dataloader-fast-cache-load with --data-path",
+        "Megatron-Core finds the caches by the paths of the datasets of each part: use --train-data-path and so on.",
+        lambda args: (
+            (args.dataloader_fast_cache_load and bool(args.data_path))
+            or ((args.dataloader_fast_cache_load or args.dataloader_defer_npy_index_mmap) and not args.data_cache_path)
+        ),
+    ),
+    Check(
         "--step-batch-size-schedule without --train-samples, or with --override-ckpt-iteration, "
         "--phase-transition-iterations, --decrease-batch-size-if-needed or CUDA graphs",
         "Megatron-Core counts as if all batches had one size.",

@@ -1,10 +1,13 @@
 """Samples of datasets: their cached indices, and documents that are rearranged to fill in the middle."""
 
 import argparse
+import json
 from pathlib import Path
+from unittest.mock import Mock
 
 import numpy as np
 import pytest
+from megatron.core.datasets import gpt_dataset
 from megatron.core.datasets.indexed_dataset import IndexedDataset
 from megatron.core.datasets.utils import Split
 from megatron.core.tokenizers.utils.build_tokenizer import build_tokenizer
@@ -16,7 +19,8 @@ from maskmoe.errors import UserError
 from maskmoe.training.loop import batch
 from maskmoe.training.loop.batch import (
     FillInMiddleDataset,
-    TokenDataset,
+    GPTDataset,
+    build_blend,
     check_fill_in_middle_tokens,
     fill_in_middle_tokens,
 )
@@ -108,21 +112,71 @@ def test_samples_depend_on_their_index_only(folder: Path) -> None:
     assert len(starts) == len(dataset)
 
 
-@pytest.mark.parametrize("kind", [TokenDataset, FillInMiddleDataset])
-@pytest.mark.parametrize("lengths", [(SAMPLE, SAMPLE, SAMPLE), (100, 100, 3 * SAMPLE)])
-def test_indices_of_an_earlier_dataset_are_not_used(
-    folder: Path, tmp_path: Path, kind: type[GPTFIMDataset], lengths: tuple[int, ...]
-) -> None:
+def cached_files(folder: Path) -> dict[str, int]:
+    """Return the time of the last change of each file by its name."""
+    return {path.name: path.stat().st_mtime_ns for path in (folder / "cache").iterdir()}
+
+
+@pytest.fixture
+def two_documents(folder: Path, tmp_path: Path) -> Path:
+    """Return a folder like `folder` whose documents have one sample each."""
     (tmp_path / "tokenizer").symlink_to(folder / "tokenizer")
     write_documents(tmp_path / "data", [np.full(SAMPLE, 1), np.full(SAMPLE, 2)])
-    build(kind, tmp_path, rate=0, spm_rate=0)
-    write_documents(tmp_path / "data", [np.full(length, number) for number, length in enumerate(lengths, start=5)])
-    dataset = build(kind, tmp_path, rate=0, spm_rate=0)
+    return tmp_path
+
+
+@pytest.mark.parametrize("kind", [GPTDataset, FillInMiddleDataset])
+@pytest.mark.parametrize("lengths", [(SAMPLE, SAMPLE, SAMPLE), (100, 100, 3 * SAMPLE), (2 * SAMPLE, 99), (2 * SAMPLE,)])
+def test_indices_of_an_earlier_dataset_are_replaced(
+    two_documents: Path, kind: type[GPTFIMDataset], lengths: tuple[int, ...]
+) -> None:
+    build(kind, two_documents, rate=0, spm_rate=0)
+    new = [np.full(length, number) for number, length in enumerate(lengths, start=5)]
+    write_documents(two_documents / "data", new)
+    dataset = build(kind, two_documents, rate=0, spm_rate=0)
     tokens = [token for index in range(len(dataset)) for token in tokens_of(dataset, index)]
     assert len(tokens) == (sum(lengths) - 1) // SAMPLE * SAMPLE
     assert set(tokens) <= {5, 6, 7}
-    build(kind, tmp_path, rate=0, spm_rate=0)
-    assert len([*(tmp_path / "cache").glob("*-description.txt")]) == 2
+    written = cached_files(two_documents)
+    build(kind, two_documents, rate=0, spm_rate=0)
+    assert cached_files(two_documents) == written
+    assert len(written) == 4
+
+
+def test_cache_is_shared_with_megatron(two_documents: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    build(gpt_dataset.GPTDataset, two_documents, rate=0, spm_rate=0)
+    written = cached_files(two_documents)
+    build(GPTDataset, two_documents, rate=0, spm_rate=0)
+    assert cached_files(two_documents) == written
+    write_documents(two_documents / "data", [np.full(3 * SAMPLE, 1)])
+    monkeypatch.setattr(Path, "unlink", Mock(side_effect=PermissionError(13, "Permission denied")))
+    with pytest.raises(
+        UserError, match=r"/cache has the samples of an earlier dataset .*/data, .*\(Permission denied\)"
+    ):
+        build(GPTDataset, two_documents, rate=0, spm_rate=0)
+
+
+def test_flags_for_a_fast_start_reach_the_dataset(two_documents: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (two_documents / "sizes.json").write_text(json.dumps({str(two_documents / "data"): [2, 3]}))
+    fast = ["--dataloader-fast-cache-load", "--dataloader-defer-npy-index-mmap"]
+    fast += ["--per-dataset-sequences-path", str(two_documents / "sizes.json")]
+
+    def build_with(*flags: str) -> GPTDataset:
+        cache = str(two_documents / "cache")
+        args = arguments(two_documents, "--seq-length", str(SAMPLE), "--data-cache-path", cache, *flags)
+        tokenizer = build_tokenizer(args)
+        monkeypatch.setattr(batch, "get_args", lambda: args)
+        monkeypatch.setattr(batch, "get_tokenizer", lambda: tokenizer)
+        dataset, *_ = build_blend([3, None, None], None, [([str(two_documents / "data")], None), None, None])
+        return dataset
+
+    usual, lazy = build_with(), build_with(*fast)
+    assert usual.document_index is not None
+    assert lazy.document_index is None
+    assert len(lazy) == 3
+    assert [tokens_of(lazy, index) for index in range(3)] == [tokens_of(usual, index) for index in range(3)]
+    assert lazy.config.fast_cache_load
+    assert lazy.config.sequences_per_dataset is not None
 
 
 def test_token_that_the_tokenizer_lacks_is_named(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
