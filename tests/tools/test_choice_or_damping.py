@@ -18,7 +18,11 @@ from support.results import result
 from support.small_moe import make_config, make_mask, make_visible_experts, process_groups
 
 from maskmoe.command_line.compare import open_comparison, parse_arguments
+from maskmoe.comparison.statistics import Estimate
 from maskmoe.comparison.table import HeldOutLoss, RunResult, read_table, write_table
+from maskmoe.errors import UserError
+from maskmoe.training.loop.model_builder import MaskMoEGPTModelBuilder
+from maskmoe.transformer.models import MaskMoEGPTModel
 from maskmoe.transformer.router import MaskMoERouter
 from maskmoe.transformer.token_ids import TokenIds
 
@@ -27,6 +31,7 @@ import analysis
 import check_numbers
 import interventions
 import measures
+import page as study_page
 from interventions import GatedHashRouter, SecondChoiceRouter, SmearedSelfAttention, UnitWeightRouter
 
 STUDY = ROOT / "tools" / "studies" / "choice_or_damping"
@@ -127,15 +132,38 @@ def test_keys_of_layer_2_are_mixed_with_the_preceding_ones(monkeypatch, layer):
     torch.testing.assert_close(attention.get_query_key_value_tensors(None)[1][:, :, 0], key[:, :, 0])
 
 
-def test_specs_have_the_replacements():
-    for builder, stock, own in (
-        (interventions.GatedHashBuilder, MaskMoERouter, GatedHashRouter),
-        (interventions.SecondChoiceBuilder, MaskMoERouter, SecondChoiceRouter),
-        (interventions.UnitWeightBuilder, MaskMoERouter, UnitWeightRouter),
-        (interventions.SmearedKeysBuilder, interventions.SelfAttention, SmearedSelfAttention),
+def test_models_have_the_replacements_and_equal_initial_weights(monkeypatch, tmp_path, one_rank):
+    """The modules of whole models, and what a checkpoint holds of them: gated Hash is evaluated with its experts."""
+    narrow = np.eye(NUM_EXPERTS, dtype=bool)[[OWN.tolist(), OWN.flip(0).tolist()]]
+    visible = narrow.copy()
+    visible[:, RARE:] = True
+    make_mask(narrow).save(tmp_path / interventions.NARROW_MASK)
+    monkeypatch.setenv("MASKMOE_RUN_DIR", str(tmp_path))
+    config = make_config(NUM_EXPERTS, 1, num_layers=2, moe_router_pre_softmax=True)
+    settings = SimpleNamespace(transformer=config, aux_loss_tokens="all", qk_layernorm_all_heads=False)
+
+    def build(builder: type[MaskMoEGPTModelBuilder]) -> MaskMoEGPTModel:
+        torch.manual_seed(0)
+        mask = make_visible_experts(config, make_mask(visible))
+        spec = builder(settings).layer_specs(mask, None)["transformer_layer_spec"]
+        return MaskMoEGPTModel(config, spec, visible_experts=mask, vocab_size=IDS, max_sequence_length=4)
+
+    stock = dict(build(MaskMoEGPTModelBuilder).named_parameters())
+    for builder, own, in_checkpoint in (
+        (interventions.GatedHashBuilder, GatedHashRouter, "mlp.router.own_expert"),
+        (interventions.SecondChoiceBuilder, SecondChoiceRouter, None),
+        (interventions.UnitWeightBuilder, UnitWeightRouter, None),
+        (interventions.SmearedKeysBuilder, SmearedSelfAttention, "self_attention.smear"),
     ):
-        assert builder.change(stock) is own
-        assert builder.change(int) is int
+        model = build(builder)
+        assert sum(isinstance(module, own) for module in model.modules()) == 2
+        parameters = dict(model.named_parameters())
+        assert all(torch.equal(parameters[name], weight) for name, weight in stock.items())
+        if in_checkpoint:
+            assert all(f"decoder.layers.{layer}.{in_checkpoint}" in model.sharded_state_dict() for layer in (0, 1))
+        if own is GatedHashRouter:
+            routers = [layer.mlp.router for layer in model.decoder.layers]
+            assert [router.own_expert.tolist() for router in routers] == narrow.argmax(-1).tolist()
 
 
 BANDS = {"all": 1_000_000, "top 40 %": 400_000, "next 50 %": 500_000, "last 10 %": 100_000}
@@ -146,7 +174,9 @@ def results():
     """Results of all planned runs with random losses."""
     random = np.random.default_rng(0)
     return [
-        result(name, seed, 0).model_copy(update={"suite": suite, "losses": [*random_losses(random)]})
+        result(name, seed, 0, {"lr": variant.flags["lr"][0]}).model_copy(
+            update={"suite": suite, "losses": [*random_losses(random)]}
+        )
         for suite in ("rates", *analysis.CONTRASTS)
         for name, variant in analysis.variants_of(suite).items()
         for seed in variant.seeds
@@ -227,6 +257,63 @@ def test_page_of_a_part_of_the_runs_says_what_is_missing(write, results, tmp_pat
     assert not re.search(r"\b\d\.\d{3}\b", (tmp_path / "choice-or-damping.md").read_text())
 
 
+LEAD = {"maskmoe": -0.1, "maskmoe-smeared": -0.1}
+
+
+@pytest.mark.parametrize(
+    ("changes", "answers"),
+    [
+        ({}, ["does not beat both", "Hash's (not resolved)", "show no lead over Hash"]),
+        ({"maskmoe": 0.1}, ["does not beat both", "Hash's (MaskMoE is worse)", "show no lead over Hash"]),
+        (
+            LEAD | {"smoe": -0.1, "gated-hash": -0.05},
+            ["does not beat both", "SMoE's (not resolved)", "Damping without choice gives a smaller lead"],
+        ),
+        (
+            LEAD | {"gated-hash": -0.1},
+            ["beats both", "Damping without choice also gives", "Choice without damping does not give", "remains if"],
+        ),
+        (
+            {"maskmoe": -0.1, "maskmoe-weight-1": -0.1},
+            ["Damping without choice does not give", "Choice without damping also gives", "over Hash is gone if"],
+        ),
+    ],
+)
+def test_first_paragraph_answers_the_question(results, changes, answers, tmp_path):
+    table = tmp_path / "results.jsonl"
+    shifted = []
+    for each in results:
+        change = changes.get(each.variant, 0) if each.suite in ("confirm", "mechanism") else 0
+        losses = [loss.model_copy(update={"loss": loss.loss + change}) for loss in each.losses]
+        shifted.append(each.model_copy(update={"losses": losses}))
+    write_table(table, shifted)
+    page = study_page.render(analysis.Study.read(table), [])
+    text = " ".join(page.partition("```")[0].split())
+    assert [each for each in answers if each not in text] == []
+    tables = check_numbers.Tables(table)
+    assert [*check_numbers.differing(page, tables)] == []
+    for wrong, right in (("beats both", "does not beat both"), ("does not beat both", "beats both")):
+        assert [*check_numbers.differing(page.replace(right, wrong), tables)] or right not in page
+
+
+@pytest.mark.parametrize(
+    ("low", "high", "says"),
+    [
+        (-0.004, 0.009, "the whole interval is within this range"),
+        (-0.004, 0.012, "the mean is within this range, the whole interval is not"),
+        (0.006, 0.016, "the mean is outside this range"),
+    ],
+)
+def test_estimate_within_a_margin(low, high, says):
+    assert study_page.within(Estimate(12, (low + high) / 2, low, high), 0.01) == says
+
+
+def test_results_with_other_rates_than_the_suites_are_refused(write, results):
+    stale = results[-1].model_copy(update={"settings": {"lr": "3e-3"}})
+    with pytest.raises(UserError, match=r"maskmoe of experts with seed 1008 has the rate 3e-3, but the suite has 1e-2"):
+        analysis.Study.read(write([*results, stale]))
+
+
 def test_analysis_prints_rates_and_differences(write, results):
     page = run_script("analysis.py", write(results)).stdout
     assert "| smoe | 1e-2 | 6 |" in page
@@ -237,7 +324,8 @@ def test_analysis_prints_rates_and_differences(write, results):
 def test_suites_have_the_plans_runs_and_the_rates_of_the_arms():
     planned = {suite: analysis.variants_of(suite) for suite in ("rates", *analysis.CONTRASTS)}
     runs = {suite: sum(len(variant.seeds) for variant in of.values()) for suite, of in planned.items()}
-    assert runs == {"rates": 54, "confirm": 72, "mechanism": 72, "long": 24, "experts": 24}
+    grid = yaml.safe_load((STUDY / "rates.yaml").read_text())["vary"]["lr"]  # block A may add rates at its ends
+    assert runs == {"rates": 18 * len(grid), "confirm": 72, "mechanism": 72, "long": 24, "experts": 24}
     rates = {arm: variant.flags["lr"][0] for arm, variant in planned["confirm"].items()}
     assert [*analysis.stale_rates(rates)] == []
     others = dict.fromkeys(rates, "8e-2")
@@ -250,6 +338,7 @@ def test_recorded_runs_have_the_settings_of_the_suites():
     """A change of a suite that would repeat recorded runs is noticed."""
     recorded = read_table(ROOT / "docs" / "study" / "results.jsonl")
     for suite in dict.fromkeys(each.suite for each in recorded):
+        assert len({json.dumps(each.text, sort_keys=True) for each in recorded if each.suite == suite}) == 1
         options = parse_arguments([str(STUDY / f"{suite}.yaml"), "--table", str(ROOT / "docs/study/results.jsonl")])
         assert len(open_comparison(options).results()) == sum(each.suite == suite for each in recorded)
 

@@ -12,9 +12,11 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from maskmoe.command_line.run_tool import run_tool
 from maskmoe.comparison.statistics import Estimate, mean, paired_difference
 from maskmoe.comparison.suite import Suite, Variant
 from maskmoe.comparison.table import ALL_TOKENS, HeldOutLoss, RunResult, read_table
+from maskmoe.errors import UserError
 
 TEXTS = ("prose", "code")
 
@@ -63,9 +65,20 @@ class Study:
 
     @classmethod
     def read(cls, table: Path) -> "Study":
-        """Read a table of results."""
+        """Read a table of results.
+
+        Raises:
+            UserError: The table is damaged, or a run has another learning rate than its suite.
+        """
+        planned = {suite: variants_of(suite) for suite in ("rates", *CONTRASTS)}
         found: dict[str, dict[str, dict[int, RunResult]]] = defaultdict(lambda: defaultdict(dict))
         for result in read_table(table):
+            variant = planned.get(result.suite, {}).get(result.variant)
+            if variant and float(result.settings["lr"]) != float(variant.flags["lr"][0]):
+                raise UserError(
+                    f"{table}: {result.variant} of {result.suite} with seed {result.seed} has the rate "
+                    f"{result.settings['lr']}, but the suite has {variant.flags['lr'][0]}: remove the line"
+                )
             found[result.suite][result.variant][result.seed] = result
         return cls(found)
 
@@ -177,4 +190,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    run_tool(main)

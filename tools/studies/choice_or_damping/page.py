@@ -8,7 +8,7 @@
 import argparse
 import math
 import sys
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from functools import partial
 from pathlib import Path
 
@@ -18,6 +18,7 @@ from analysis import CONFIRMATION, CONTRASTS, TEXTS, Study, best_rate, outcome, 
 from matplotlib.figure import Figure
 from measures import Measures, read_measures
 
+from maskmoe.command_line.run_tool import run_tool
 from maskmoe.comparison.report import markdown_table, new_figure, tidy
 from maskmoe.comparison.statistics import Estimate, mean, paired_difference
 from maskmoe.comparison.table import ALL_TOKENS, RunResult
@@ -68,15 +69,16 @@ def losses_table(study: Study) -> str:
     return table(rows)
 
 
-def differences_table(study: Study, suites: Mapping[str, str]) -> str:
-    """Return the table of the differences of some blocks.
+def label(suite: str, own: str, baseline: str) -> str:
+    """Return the name of a difference on the page."""
+    length = f", {BLOCKS[suite]}" if suite in BLOCKS else ""
+    return f"{title(suite, own)} − {title(suite, baseline)}{length}"
 
-    Args:
-        study: The results.
-        suites: What is said behind each difference, by suite.
-    """
+
+def differences_table(study: Study, suites: Iterable[str]) -> str:
+    """Return the table of the differences of some blocks."""
     rows = [["difference", "pairs", "both", "p", *TEXTS, *FrequencyBands.names]]
-    for suite, remark in suites.items():
+    for suite in suites:
         for own, baseline in CONTRASTS[suite]:
             difference = partial(study.difference, suite, own, baseline)
             both = difference()
@@ -84,8 +86,8 @@ def differences_table(study: Study, suites: Mapping[str, str]) -> str:
                 parts = [difference(text) for text in zip(TEXTS)]
                 parts += [difference(band=band) for band in FrequencyBands.names]
                 cells = (f"{estimate:+.3f}" for estimate in parts)
-                name = f"{title(suite, own)} − {title(suite, baseline)}{remark}"
-                rows.append([name, both.n, f"{both:+.3f}", f"{both.p:.3f}", *cells])
+                p = "<0.001" if both.p < 0.001 else f"{both.p:.3f}"
+                rows.append([label(suite, own, baseline), both.n, f"{both:+.3f}", p, *cells])
     return table(rows)
 
 
@@ -135,29 +137,76 @@ def changing_after(changing: Sequence[tuple[int, float, float]], share: float) -
 
 
 def draw(study: Study) -> Figure:
-    """Return a figure with a panel for each length, and in it a dot for each run, and each arm's mean and interval."""
-    lengths = {suite: length for suite, length in BLOCKS.items() if suite != "experts"}
-    figure = new_figure(8, 3.6)
-    for axes, (suite, length) in zip(figure.subplots(1, len(lengths), squeeze=False)[0], lengths.items(), strict=True):
-        for place, arm in enumerate(ARMS):
-            losses = [*study.outcomes(suite, arm).values()]
-            spread = [place + 0.3 * (number / max(1, len(losses) - 1) - 0.5) for number in range(len(losses))]
-            axes.scatter(spread, losses, s=18, alpha=0.6, color="#1f4e9c", linewidths=0)
-            if losses:
-                estimate = mean(losses)
-                error = 0 if math.isnan(estimate.half_width) else estimate.half_width
-                axes.errorbar(place + 0.28, estimate.mean, error, fmt="_", markersize=12, color="#c0392b", capsize=3)
-        axes.set_xticks(range(len(ARMS)), [title(suite, arm) for arm in ARMS])
-        axes.set_xlim(-0.5, len(ARMS) - 0.5)
-        axes.set_title(f"{length}, P = 40 %")
-        axes.set_ylabel("loss on prose and code (nats per token)")
-        tidy(axes)
+    """Return a figure with a row for each difference: a dot for each pair of runs, and the mean with its interval."""
+    rows = [(suite, *arms) for suite, contrasts in CONTRASTS.items() for arms in contrasts]
+    figure = new_figure(8, 0.8 + 0.34 * len(rows))
+    axes = figure.add_subplot()
+    axes.axvline(0, color="#444444", linewidth=1)
+    for row, (suite, own, baseline) in enumerate(rows):
+        ours, theirs = (study.outcomes(suite, arm) for arm in (own, baseline))
+        pairs = [ours[seed] - theirs[seed] for seed in sorted(ours.keys() & theirs.keys())]
+        axes.scatter(pairs, [row] * len(pairs), s=18, alpha=0.4, color="#1f4e9c", linewidths=0)
+        if pairs:
+            estimate = mean(pairs)
+            error = 0 if math.isnan(estimate.half_width) else estimate.half_width
+            axes.errorbar(estimate.mean, row + 0.25, xerr=error, fmt="|", markersize=8, color="#c0392b", capsize=3)
+    axes.set_yticks(range(len(rows)), [label(*row) for row in rows])
+    axes.invert_yaxis()
+    axes.set_xlabel("difference in loss (nats per token)")
+    tidy(axes)
     return figure
 
 
 def said(estimate: Estimate) -> str:
     """Return a difference as a part of a sentence."""
-    return f"{estimate:+.3f} (p = {estimate.p:.3f}, {estimate.n} pairs)" if estimate.n > 1 else "(too few runs yet)"
+    return f"{estimate:+.3f}" if estimate.n > 1 else "(too few runs yet)"
+
+
+def standing(difference: Estimate) -> str:
+    """Return what a difference of MaskMoE shows at the 5 % level."""
+    if difference.high < 0:
+        return "MaskMoE is better"
+    return "MaskMoE is worse" if difference.low > 0 else "not resolved"
+
+
+def isolated(cause: str, to_hash: Estimate, to_maskmoe: Estimate) -> str:
+    """Return the sentence that says whether an arm of block C has MaskMoE's lead over Hash, too.
+
+    Args:
+        cause: The cause that the arm isolates.
+        to_hash: Difference of the arm to Hash.
+        to_maskmoe: Difference of the arm to MaskMoE.
+    """
+    if to_hash.high < 0:
+        return f"{cause} {'gives a smaller' if to_maskmoe.low > 0 else 'also gives a'} lead over Hash."
+    if to_maskmoe.low > 0:
+        return f"{cause} does not give the lead over Hash."
+    return f"{cause} may or may not give the lead over Hash: the runs do not resolve it."
+
+
+def with_smeared_keys(lead: Estimate, smeared: Estimate) -> str:
+    """Return the sentence that says whether MaskMoE's lead over Hash remains with smeared keys.
+
+    Args:
+        lead: Difference to Hash in block B.
+        smeared: Difference to Hash if both have smeared keys. The lead is gone if the interval reaches 0 and does not
+            reach the mean of block B.
+    """
+    condition = "if attention to the preceding token is built in"
+    if smeared.high < 0:
+        return f"The lead over Hash remains {condition}."
+    if smeared.low > lead.mean:
+        return f"The lead over Hash is gone {condition}."
+    return f"The lead over Hash may or may not remain {condition}: the runs do not resolve it."
+
+
+def within(estimate: Estimate, margin: float) -> str:
+    """Return how much of an estimate lies within ± margin, as a part of a sentence."""
+    if max(abs(estimate.low), abs(estimate.high)) <= margin:
+        return "the whole interval is within this range"
+    if abs(estimate.mean) <= margin:
+        return "the mean is within this range, the whole interval is not"
+    return "the mean is outside this range"
 
 
 def missing_runs(study: Study, measures: Sequence[Measures]) -> list[str]:
@@ -188,11 +237,16 @@ def render(study: Study, measures: Sequence[Measures]) -> str:
         name=NAME,
         difference=lambda *names: differences[names],
         said=said,
+        standing=standing,
+        isolated=isolated,
+        with_smeared_keys=with_smeared_keys,
+        within=within,
         missing=missing_runs(study, measures),
+        missing_mechanism=study.missing("mechanism")[0],
         rates=rates_table(study),
         losses=losses_table(study),
-        differences=differences_table(study, {suite: f", {length}" for suite, length in BLOCKS.items()}),
-        interventions=differences_table(study, {"mechanism": ""}),
+        differences=differences_table(study, BLOCKS),
+        interventions=differences_table(study, ["mechanism"]),
         second_choices=second_choices_table(study, measures),
         changing=changing_table(measures),
     )
@@ -218,4 +272,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    run_tool(main)
