@@ -171,7 +171,7 @@ class RouterLossTracker:
             layer_number += len(self._layers.decoder) - self._num_symbols
         self._tracker.record(name, value, layer_number, len(self._layers.has_experts), **groups)
 
-    def report(self, *args: Any, track_names: Sequence[str], **settings: Any) -> str:
+    def report(self, *args: Any, track_names: list[str], **settings: Any) -> str:
         """Log the means over the MoE layers of the model, see `MoEMetricsTracker.report`."""
         num_layers, groups = len(self._layers.has_experts), get_default_pg_collection()
         # Tell every stage, by a loss of 0, over which ranks the routers' losses are parts of a sum.
@@ -180,9 +180,5 @@ class RouterLossTracker:
             is_global = name == "global_load_balancing_loss"
             group = groups.tp_dp_cp if is_global else groups.tp_cp
             self._tracker.record(name, nothing, 1, num_layers, reduce_group=group, needs_dp_avg=not is_global)
-        layers: dict[str, Any] = {
-            "num_layers": num_layers,
-            "moe_layer_freq": self._counted,
-            "mtp_num_layers": None,
-        }
+        layers: dict[str, Any] = {"num_layers": num_layers, "moe_layer_freq": self._counted, "mtp_num_layers": None}
         return self._tracker.report(*args, track_names=track_names, **settings | layers)
