@@ -114,6 +114,16 @@ def test_reused_buffers_keep_earlier_sums() -> None:
     assert torch.equal(combined, first)
 
 
+def test_training_follows_inference_mode() -> None:
+    exchange = exchange_alone(RowCopies.permutations(torch.tensor([[2, 0, 1]], device=DEVICE))[0])
+    with torch.inference_mode():
+        values = whole_numbers(3, FEATURES)
+        assert torch.equal(exchange.combine(dispatch(exchange, values)), values)
+    values = whole_numbers(3, FEATURES).requires_grad_()
+    exchange.combine(dispatch(exchange, values)).sum().backward()
+    assert torch.equal(values.grad, torch.ones_like(values))
+
+
 @pytest.mark.skipif(DEVICE.type != "cpu", reason="only buffers on the host are reused")
 def test_overwritten_rows_that_autograd_saved_are_an_error_unless_they_are_kept() -> None:
     exchange = exchange_alone(RowCopies.permutations(torch.tensor([[2, 0, 1]], device=DEVICE))[0])

@@ -7,6 +7,7 @@ from typing import Any, NamedTuple
 import torch
 from megatron.core.distributed import DistributedDataParallel
 from megatron.core.transformer.moe.moe_logging import MoEMetricsTracker, set_moe_metrics_tracker
+from megatron.core.transformer.moe.moe_utils import get_default_pg_collection
 from megatron.core.utils import get_model_config
 from megatron.training import is_last_rank
 from torch import Tensor
@@ -55,10 +56,9 @@ class RoutingLog(Callback):
             self._collapse = RoutingCollapse(args.collapse_intervals, reachable, args.expert_model_parallel_size)
 
     def on_start(self) -> None:
-        """Let Megatron count the MoE layers of a hybrid model."""
-        if self._args.hybrid_layer_pattern is not None:
-            tracker: Any = HybridMetricsTracker(FeedForwardLayers.of_args(self._args), self._args.num_layers)
-            set_moe_metrics_tracker(tracker)
+        """Let Megatron log the mean of each router loss over the MoE layers of the model."""
+        tracker: Any = RouterLossTracker(self._args)
+        set_moe_metrics_tracker(tracker)
 
     def after_gradients(self, chunks: Sequence[DistributedDataParallel]) -> None:
         """Log and judge the routing at the end of an interval; a collective call."""
@@ -139,19 +139,28 @@ def _max_over_mean(load: Tensor) -> Tensor:
     return load.amax(dim=1) / load.mean(dim=1)
 
 
-class HybridMetricsTracker:
-    """A `MoEMetricsTracker` for which the layers of a hybrid model are its feed-forward layers.
+class RouterLossTracker:
+    """A `MoEMetricsTracker` that reports means over the MoE layers of the model, on every pipeline stage.
 
-    Megatron-Core 0.19.2 records router losses by symbol of the pattern, and reports by MoE layer. A pipeline stage
-    without MoE layers then reduces a tensor of another size than other stages, and the mean of a model with multi-token
-    prediction counts the MoE layers of multi-token prediction twice. Later versions count MoE layers (Megatron-LM pull
-    request 6748). `num_symbols` counts the layers of the decoder as Megatron-Core does.
+    Megatron-Core 0.19.2 reports other values in three cases. Later versions solve the first two (Megatron-LM pull
+    request 6748).
+
+    - It records the losses of a hybrid model by symbol of the pattern, and reports by MoE layer. A pipeline stage
+      without MoE layers then reduces a tensor of another size than other stages.
+    - It counts layers of multi-token prediction that have no experts, and a repeated layer once for each prediction.
+    - A pipeline stage without MoE layers does not add up the parts of the tensor- and context-parallel ranks. The last
+      stage, whose values are logged, can be such a stage.
     """
 
-    def __init__(self, layers: FeedForwardLayers, num_symbols: int) -> None:
+    def __init__(self, args: Namespace) -> None:
         self._tracker = MoEMetricsTracker()
-        self._layers = layers
-        self._num_symbols = num_symbols
+        self._layers = FeedForwardLayers.of_args(args)
+        # Megatron-Core counts the layers of the decoder by the symbols of a pattern.
+        self._num_symbols = args.num_layers
+        predictions = self._layers.prediction
+        if predictions and args.mtp_use_repeated_layer:
+            predictions = predictions[: len(predictions) // args.mtp_num_layers]
+        self._counted = [int(has_experts) for has_experts in self._layers.decoder + predictions]
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self._tracker, name)
@@ -162,11 +171,14 @@ class HybridMetricsTracker:
             layer_number += len(self._layers.decoder) - self._num_symbols
         self._tracker.record(name, value, layer_number, len(self._layers.has_experts), **groups)
 
-    def report(self, *args: Any, **settings: Any) -> str:
+    def report(self, *args: Any, track_names: list[str], **settings: Any) -> str:
         """Log the means over the MoE layers of the model, see `MoEMetricsTracker.report`."""
-        layers: dict[str, Any] = {
-            "num_layers": len(self._layers.has_experts),
-            "moe_layer_freq": [int(has_experts) for has_experts in self._layers.has_experts],
-            "mtp_num_layers": None,
-        }
-        return self._tracker.report(*args, **settings | layers)
+        num_layers, groups = len(self._layers.has_experts), get_default_pg_collection()
+        # Tell every stage, by a loss of 0, over which ranks the routers' losses are parts of a sum.
+        nothing = torch.zeros((), device=torch.cuda.current_device())
+        for name in track_names:
+            is_global = name == "global_load_balancing_loss"
+            group = groups.tp_dp_cp if is_global else groups.tp_cp
+            self._tracker.record(name, nothing, 1, num_layers, reduce_group=group, needs_dp_avg=not is_global)
+        layers: dict[str, Any] = {"num_layers": num_layers, "moe_layer_freq": self._counted, "mtp_num_layers": None}
+        return self._tracker.report(*args, track_names=track_names, **settings | layers)

@@ -25,6 +25,8 @@ class RowBuffers:
     def __init__(self) -> None:
         self._buffers: dict[tuple, Tensor] = {}
 
+    # Memory that is made in inference mode could not be overwritten in training.
+    @torch.inference_mode(False)
     def get(self, use: str, like: Tensor, num_rows: int) -> Tensor:
         """Return uninitialized memory [num_rows, features] with features, dtype and device of `like`.
 

@@ -8,12 +8,13 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from megatron.core.transformer.moe.moe_logging import MoEMetricsTracker, set_moe_metrics_tracker
 from support.runs import read_scalars
 from support.small_moe import make_config, make_mask, make_router, random_visible_sets
 from support.training_runs import run_pairs
 
 from maskmoe.training.watch import routing_log, writers
-from maskmoe.training.watch.routing_log import RoutingRecord
+from maskmoe.training.watch.routing_log import RouterLossTracker, RoutingRecord
 from maskmoe.transformer.token_ids import TokenIds
 
 # Entropies are fp32 sums, whose order depends on the layout. Loads and shares are counts.
@@ -67,6 +68,46 @@ def test_values_follow_the_counts_of_the_routers(one_rank, monkeypatch) -> None:
     assert values.keys() == expected[0].keys()
     for name in values:
         assert values[name] == pytest.approx({layer: expected[layer][name] for layer in expected})
+
+
+@pytest.mark.parametrize(
+    ("settings", "layers"),
+    [
+        ({}, [1, 2, 3, 4]),
+        ({"mtp_use_repeated_layer": True}, [1, 2, 3]),
+        ({"moe_layer_freq": [1, 0]}, [1]),
+        ({"hybrid_layer_pattern": "*E*-*E/*E/*E", "num_layers": 6}, [1, 3, 7, 8]),
+        ({"hybrid_layer_pattern": "*E*-*E/*E/*E", "num_layers": 6, "mtp_use_repeated_layer": True}, [1, 3, 7]),
+    ],
+)
+def test_losses_are_means_over_moe_layers(one_rank, settings, layers):
+    """`layers` are the numbers under which Megatron-Core's routers record losses, which are 1 in every layer."""
+    args = {"num_layers": 2, "moe_layer_freq": 1, "num_experts": 8, "mtp_num_layers": 2}
+    args |= {"mtp_use_repeated_layer": False, "hybrid_layer_pattern": None} | settings
+    tracker, losses = RouterLossTracker(Namespace(**args)), {}
+    for layer in layers:
+        tracker.record("z_loss", torch.ones(()), layer, num_layers=4)
+    of_megatron = {"num_layers": 3, "moe_layer_freq": 1, "mtp_num_layers": 2, "force_initialize": True}
+    tracker.report(1.0, 1, track_names=["z_loss"], total_loss_dict=losses, **of_megatron)
+    assert losses == {"z_loss": 1.0}
+
+
+def test_stage_without_moe_layers_sums_losses_over_the_ranks_of_the_other_stages(one_rank):
+    args = Namespace(num_layers=2, moe_layer_freq=[1, 0], num_experts=8, mtp_num_layers=None)
+    tracker, names = RouterLossTracker(args), ["load_balancing_loss", "global_load_balancing_loss", "z_loss"]
+    tracker.report(1.0, 1, track_names=names, total_loss_dict={})
+    # A router with these losses records the groups.
+    losses = {"moe_router_load_balancing_type": ["aux_loss", "global_aux_loss"], "moe_aux_loss_coeff": [0.1, 0.1]}
+    set_moe_metrics_tracker(of_router := MoEMetricsTracker())
+    mask = make_mask(random_visible_sets(0, 2, 20, 8))
+    make_router(make_config(8, 3, num_layers=2, moe_z_loss_coeff=0.1, **losses), mask).routing(
+        torch.randn(6, 2, 8, requires_grad=True), TokenIds(torch.ones(6, 2, dtype=torch.int64))
+    )
+    assert of_router.metrics.keys() == set(names)
+    for name, expected in of_router.metrics.items():
+        entry = tracker.metrics[name]
+        assert entry.reduce_group is expected.reduce_group
+        assert (entry.avg_group, entry.needs_dp_avg) == (expected.avg_group, expected.needs_dp_avg)
 
 
 @pytest.mark.runs(LOGGED)
