@@ -233,6 +233,8 @@ class Suite(_Section):
         needed = (*_NEEDED_FLAGS, "num-experts") if section.has_experts else _NEEDED_FLAGS
         if missing := [flag for flag in needed if flag not in flags]:
             raise ValueError(f"variant {name} has no {missing[0]} among its flags")
+        if wrong := [flag for flag in needed if not "".join(flags[flag]).isdecimal()]:
+            raise ValueError(f"variant {name}: {wrong[0]} must be a whole number")
         if not {"hybrid-layer-pattern", "num-layers"} & flags.keys():
             raise ValueError(
                 f"variant {name} has no layers: write `layers: 2`, or hybrid-layer-pattern among its flags"

@@ -92,6 +92,8 @@ def test_paths_are_relative_to_the_suite(suite_file, tmp_path):
         ("seeds: [1, 2]", "seeds: [-1]", "seeds.0: should be greater than or equal to 0"),
         ("baselines: [smoe, hash]", "baselines: [moe]", "moe is not a variant of the suite"),
         ("train-iters: 40, ", "", "has no train-iters"),
+        ("train-iters: 40, ", "train-iters: ten, ", "variant .*: train-iters must be a whole number"),
+        ("train-iters: 40, ", "train-iters: true, ", "variant .*: train-iters must be a whole number"),
         ("layers: 2", "layers: 0", "variant dense has no layers: write `layers: 2`, or hybrid-layer-pattern"),
         ("lr: 1e-2", "seed: 3", "seed is decided by the comparison"),
         ("dense: {title", "../dense: {title", "names a folder"),
