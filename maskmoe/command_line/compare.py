@@ -22,6 +22,7 @@ from maskmoe.comparison.slurm import submission, submit
 from maskmoe.comparison.stage import POLL_SECONDS, StageFolder, StatusLine, stopping_in_order
 from maskmoe.comparison.suite import Suite
 from maskmoe.comparison.table import read_table
+from maskmoe.data.indexed_dataset import idx_path
 from maskmoe.errors import UserError
 from maskmoe.files.paths import RUNS, shipped_file, short_path
 from maskmoe.launch.machine import find_devices
@@ -161,9 +162,9 @@ def _finish(
         default = 1 if comparison.devices.num_gpus else comparison.devices.num_cores
         comparison.finish_all(waiting, options.jobs or default, line)
         return False
-    # The jobs run in another folder.
-    words = (word for word in arguments if word not in ("--slurm", "--dry-run"))
-    own = [str(Path(word).absolute()) if Path(word).exists() else word for word in words]
+    # The jobs may run in another folder.
+    words = (_with_absolute_path(word) for word in arguments if word not in ("--slurm", "--dry-run"))
+    own = [*words, "--run-dir", str(comparison.folder)]
     command = submission(comparison, waiting, own, slurm_words, options.jobs)
     if options.dry_run:
         print(" ".join(command))
@@ -176,6 +177,13 @@ def _finish(
         folder.begin(run.training_stage())
     line.print(submit(comparison, waiting, command).strip())
     return True
+
+
+def _with_absolute_path(word: str) -> str:
+    """Return a word of the command line with its path, such as `F`, `NAME=F` or a dataset's prefix, made absolute."""
+    start, equals, path = word.rpartition("=")
+    is_path = Path(path).exists() or idx_path(path).exists()
+    return f"{start}{equals}{Path(path).absolute()}" if is_path else word
 
 
 def _finish_one(comparison: Comparison, folder: Path, line: StatusLine) -> None:

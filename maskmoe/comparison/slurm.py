@@ -24,14 +24,15 @@ def submission(
     Args:
         comparison: The comparison.
         runs: The unfinished runs; element N of the array, counted from 1, is the Nth of them.
-        arguments: Arguments of `maskmoe compare` without those for Slurm.
+        arguments: Arguments of `maskmoe compare` with absolute paths, without the arguments for Slurm.
         options: The user's options of submit.sh and sbatch.
         jobs: Number of elements that run at a time; None for no limit.
     """
     links = _links_folder(comparison)
     throttle = f"%{jobs}" if jobs else ""
     programs = (Path(run.variant.program) for run in runs if run.variant.program)
-    files = (*comparison.data.files, *comparison.data.text, *programs)
+    named = (path for path in map(Path, arguments) if path.is_absolute() and path.is_file())
+    files = (*comparison.data.files, *comparison.data.text, *programs, *named)
     folders = {comparison.data.folder, *(path.parent for path in files)}
     evaluation = shlex.join(["launch/compare.sh", *arguments, "--run"])
     return (

@@ -5,6 +5,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
+from support.command_lines import run_command
 
 from maskmoe.comparison.comparison import Comparison
 from maskmoe.comparison.data import Dataset
@@ -54,12 +55,20 @@ def test_each_run_is_an_element_of_one_array(comparison, slurm):
     assert mounts == [str(comparison.data.folder), str(slurm / "text"), f"{comparison.folder}:rw"]
 
 
-def test_folders_of_programs_are_mounted(comparison):
+def test_folders_of_programs_and_of_the_suite_are_mounted(comparison, suite_file):
     (run, *_) = comparison.runs
     own = replace(run, variant=run.variant.model_copy(update={"program": "/programs/own.py"}))
-    command = submission(comparison, [own], [], [], None)
-    assert "/programs" in command
+    command = submission(comparison, [own], [str(suite_file())], [], None)
+    assert {"/programs", str(suite_file().parent)} < set(command)
     assert "--array=1-1" in command
+
+
+def test_jobs_get_absolute_paths(suite_file, texts, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    words = [suite_file().name, f"--input={texts[0].name}", "--held-out", f"a={texts[1].name}", "--seeds", "1"]
+    outcome = run_command("compare", *words, "--slurm", "--dry-run")
+    own = f"{tmp_path}/small.yaml --input={texts[0]} --held-out a={texts[1]} --seeds 1"
+    assert f"launch/compare.sh {own} --run-dir {tmp_path}/runs/suites/small --run " in outcome.output
 
 
 def test_a_second_array_is_refused_while_the_first_is_queued(comparison, slurm):
