@@ -105,6 +105,8 @@ def _adapt_megatron() -> None:
 
     # This function warms up the fusions on CUDA.
     replace(megatron.training.training, "set_jit_fusion_options", lambda tp_size=None: None)
+    # Megatron would make this tensor on a device that it names by number.
+    replace(megatron.training.training, "_seqlen_stats_in_iteration", torch.zeros(2, dtype=torch.float64))
 
 
 # Devices

@@ -14,8 +14,10 @@ import torch
 from megatron.core.datasets.gpt_dataset import GPTDataset
 from megatron.core.distributed import finalize_model_grads
 from megatron.core.enums import ModelType
+from megatron.core.utils import StragglerDetector, get_attr_wrapped_model
 from megatron.training import pretrain
 from megatron.training.argument_utils import pretrain_cfg_container_from_args
+from megatron.training.training import update_seqlen_stats_from_cu_seqlens
 
 from maskmoe.checkpoint.saver import CheckpointSaver
 from maskmoe.checkpoint.series import showing_only
@@ -47,6 +49,9 @@ from maskmoe.training.watch.spikes import SpikeWatch
 from maskmoe.training.watch.start_of_run import StartOfRun
 from maskmoe.training.watch.watchdog import Watchdog
 from maskmoe.training.watch.writers import EventFiles, choose_event_folder, take_run_id
+
+straggler_detector = StragglerDetector()
+"""Times micro-batches if Megatron has switched it on for `--log-straggler`; there is one in a process."""
 
 
 def main() -> None:
@@ -145,11 +150,16 @@ class Trainer:
             callback.before_micro_batch()
         timers = get_timers()
         timers("batch-generator", log_level=2).start()
-        batch = get_batch(
-            data_iterator, self.args.micro_batch_size if model.training else self.args.eval_micro_batch_size
-        )
+        samples = self.args.micro_batch_size if model.training else self.args.eval_micro_batch_size
+        with straggler_detector(bdata=True):
+            batch = get_batch(data_iterator, samples)
         timers("batch-generator").stop()
-        return token_losses(model, batch), partial(loss_function, batch.loss_mask)
+        # Each chunk of an interleaved pipeline gets the documents, which count once.
+        if batch.documents is not None and model.training and not get_attr_wrapped_model(model, "vp_stage"):
+            update_seqlen_stats_from_cu_seqlens(batch.documents.bounds)
+        with straggler_detector:
+            losses = token_losses(model, batch)
+        return losses, partial(loss_function, batch.loss_mask)
 
     def _connect_hooks(self) -> None:
         """Let Megatron call the callbacks; `forward_step` and `_accompanied` call the remaining methods."""

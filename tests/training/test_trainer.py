@@ -4,6 +4,7 @@ from contextlib import nullcontext
 from types import SimpleNamespace
 
 import pytest
+import torch
 from megatron.training import training
 from torch.distributed import HashStore
 
@@ -82,3 +83,28 @@ def test_updates_are_asked_for_and_steps_are_reported(monkeypatch):
     assert asked == [([{"lm loss": iteration}], 0.5) for iteration in (1, 2, 3)]
     assert len(updates) == 2
     assert steps == [Step({"lm loss": 3.0}, 0.5, has_updated=iteration != 2) for iteration in (1, 2, 3)]
+
+
+@pytest.mark.parametrize("packed", [False, True])
+def test_micro_batches_reach_megatrons_statistics(monkeypatch, packed):
+    """The stragglers' timer sees batch and model; documents are counted once, in the first chunk, and in training."""
+    detector, timed = trainer.straggler_detector, []
+
+    def start() -> None:
+        timed.append(detector.bdata)
+        detector.bdata = False
+
+    monkeypatch.setattr(detector, "start", start)
+    documents = SimpleNamespace(bounds=torch.tensor([0, 3, 8], dtype=torch.int32)) if packed else None
+    batch = SimpleNamespace(documents=documents, loss_mask=None)
+    monkeypatch.setattr(trainer, "get_batch", lambda iterator, samples: batch)
+    monkeypatch.setattr(trainer, "token_losses", lambda model, batch: None)
+    timer = SimpleNamespace(start=lambda: None, stop=lambda: None)
+    monkeypatch.setattr(trainer, "get_timers", lambda: lambda name, log_level=0: timer)
+    run = object.__new__(Trainer)
+    run.callbacks, run.args = [], SimpleNamespace(micro_batch_size=1, eval_micro_batch_size=2)
+    for is_training, chunk in ((True, None), (True, 0), (True, 1), (False, None)):
+        run.forward_step(iter(()), SimpleNamespace(training=is_training, vp_stage=chunk))
+    assert timed == [True, False] * 4
+    expected = (2 * 8.0, 2 * (3.0**2 + 5.0**2)) if packed else (None, None)
+    assert training.consume_seqlen_stats_in_iteration() == expected

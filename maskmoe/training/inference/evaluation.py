@@ -1,7 +1,7 @@
 """Evaluate a checkpoint: `torchrun … -m maskmoe.training.evaluate --load DIR --use-checkpoint-args --data-path P`.
 
 Prints the loss and perplexity of the validation split, overall and by the frequency of the input token, and the load of
-the experts in every layer. `--eval-iters N` evaluates the first N batches of `--global-batch-size` samples only.
+the experts in every layer. `--eval-iters N` evaluates the first N batches only, of `--eval-global-batch-size` samples.
 """
 
 import argparse
@@ -152,7 +152,7 @@ def evaluate(args: argparse.Namespace, model: torch.nn.Module) -> Evaluation:
             f"no dataset has a sample in the {args.eval_split} split; give it a larger share in --split, or choose "
             "another --eval-split"
         )
-    limit = args.eval_iters * args.global_batch_size
+    limit = args.eval_iters * args.eval_global_batch_size
     if 0 < limit < num_samples[0]:
         console.say(f"note: --eval-iters {args.eval_iters}: {limit:,} of {num_samples[0]:,} samples are evaluated")
         num_samples = [limit]

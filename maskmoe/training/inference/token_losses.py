@@ -61,7 +61,7 @@ def losses_of_all(
     """Compute the loss of every token of a dataset, with a progress bar; all ranks must iterate over the result.
 
     Args:
-        args: Megatron's arguments; each rank takes `micro_batch_size` samples in each step.
+        args: Megatron's arguments; each rank takes `eval_micro_batch_size` samples in each step.
         model: This rank's part of the model.
         sample: Returns a sample by its index, in the form of Megatron's `GPTDataset`; None on ranks that do not read
             data.
@@ -72,8 +72,9 @@ def losses_of_all(
         the last pipeline stage.
     """
     model.eval()
-    samples_a_step = args.micro_batch_size * mpu.get_data_parallel_world_size()
-    first_of_rank = mpu.get_data_parallel_rank() * args.micro_batch_size
+    micro_batch_size = args.eval_micro_batch_size
+    samples_a_step = micro_batch_size * mpu.get_data_parallel_world_size()
+    first_of_rank = mpu.get_data_parallel_rank() * micro_batch_size
     steps = range(0, num_samples, samples_a_step)
 
     def micro_batches(sample: Callable[[int], dict[str, Any]]) -> Iterator[dict[str, Any]]:
@@ -84,7 +85,7 @@ def losses_of_all(
         not count.
         """
         for first in (step + first_of_rank for step in steps):
-            samples = [sample(min(index, num_samples - 1)) for index in range(first, first + args.micro_batch_size)]
+            samples = [sample(min(index, num_samples - 1)) for index in range(first, first + micro_batch_size)]
             for copy in samples[max(0, num_samples - first) :]:
                 copy["loss_mask"] = torch.zeros_like(copy["loss_mask"])
             yield default_collate(samples)
@@ -95,7 +96,7 @@ def losses_of_all(
         Returns:
             The losses, and a function that keeps them with the micro-batch.
         """
-        batch = get_batch(data_iterator, args.micro_batch_size)
+        batch = get_batch(data_iterator, micro_batch_size)
         # In a step that is filled up, samples beyond the last one are padding for the routers. All ranks pass a mask in
         # that step, since they dispatch together.
         is_padding = None
@@ -113,7 +114,7 @@ def losses_of_all(
             model=model,
             num_microbatches=1,
             seq_length=args.seq_length,
-            micro_batch_size=args.micro_batch_size,
+            micro_batch_size=micro_batch_size,
             forward_only=True,
             collect_non_loss_data=True,
         )

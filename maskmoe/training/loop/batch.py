@@ -3,6 +3,7 @@
 from argparse import Namespace
 from collections.abc import Iterator, Sequence
 from dataclasses import fields
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple, cast
 
@@ -45,6 +46,9 @@ class Batch(NamedTuple):
 
 Blend = tuple[list[str], list[float] | None]
 """Prefixes of datasets, and their weights."""
+
+_SPIKY_LOSS_FACTOR = 10
+"""That of Megatron-LM's `pretrain_gpt.py`: how many times the largest loss so far a spiky loss is, at least."""
 
 _TENSORS = ("tokens", "position_ids", "attention_mask", "labels", "loss_mask")
 """The tensors of a micro-batch, which have the names of `GPTDataset`."""
@@ -246,10 +250,14 @@ def loss_function(loss_mask: Tensor, output_tensor: Tensor) -> tuple[Tensor, Ten
     """
     loss = torch.sum(output_tensor.float() * loss_mask)
     num_tokens = loss_mask.sum().to(torch.int)
+    machine = get_rerun_state_machine()
     if get_args().check_for_nan_in_loss_and_grad:
-        get_rerun_state_machine().validate_result(
+        machine.validate_result(
             loss, lambda value: not torch.isfinite(value), "found NaN or Inf in local forward loss calculation"
         )
+    if get_args().check_for_spiky_loss:
+        is_spiky = partial(machine.is_unexpectedly_large, threshold=_SPIKY_LOSS_FACTOR, context="loss")
+        machine.validate_result(loss, is_spiky, "Spiky loss", fatal=False)
     logged = {"lm loss": torch.stack([loss.detach(), num_tokens.to(loss.dtype)])}
     if get_args().context_parallel_size > 1 and not get_args().calculate_per_token_loss:
         cp_group = cast(torch.distributed.ProcessGroup, mpu.get_context_parallel_group())

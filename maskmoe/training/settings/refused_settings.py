@@ -452,6 +452,8 @@ BROKEN_IN_MEGATRON = (
             "--hybrid-override-pattern --mtp-hybrid-override-pattern --is-hybrid-model --enable-cuda-graph "
             "--external-cuda-graph": "Megatron-Core replaces these old flags late. Use --hybrid-layer-pattern, and "
             "--cuda-graph-impl with --cuda-graph-modules.",
+            "--exit-signal-handler-for-training --adlr-autoresume": "The run would end early with exit code 0, as if "
+            "it were complete. By default, signals save a checkpoint.",
             "--hybrid-context-parallel": "Expert-parallel ranks would wait for each other forever, because they run "
             "different numbers of micro-batches. Use --context-parallel-size.",
         }
@@ -526,6 +528,8 @@ NOT_BUILT = (
             "--moe-single-grouped-bias": "MaskMoE's conversion and its transformers model read weights in the order of "
             "Megatron-Core's defaults.",
             "--inprocess-restart": "MaskMoE ends the processes of a run that hangs. Use --max-restarts of torchrun.",
+            "--ckpt-convert-format": "The result would replace the checkpoint in --save, to which alone MaskMoE saves. "
+            "Use maskmoe convert.",
             "--yaml-cfg": "Megatron-Core replaces all arguments by the file. Use launch/pretrain.sh MODEL.yaml.",
             "--perform-rl-step --logits-save-dir --logits-load-dir --freeze-all-layers": "MaskMoE pretrains language "
             "models, without a reward, a teacher or frozen layers.",

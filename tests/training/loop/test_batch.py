@@ -2,11 +2,14 @@
 
 import argparse
 import json
+import math
 from pathlib import Path
 from unittest.mock import Mock
 
 import numpy as np
 import pytest
+import torch
+from megatron.core import rerun_state_machine
 from megatron.core.datasets import gpt_dataset
 from megatron.core.datasets.indexed_dataset import IndexedDataset
 from megatron.core.datasets.utils import Split
@@ -23,6 +26,7 @@ from maskmoe.training.loop.batch import (
     build_blend,
     check_fill_in_middle_tokens,
     fill_in_middle_tokens,
+    loss_function,
 )
 
 VOCAB_SIZE, SAMPLE = 300, 400
@@ -185,3 +189,27 @@ def test_token_that_the_tokenizer_lacks_is_named(folder: Path, monkeypatch: pyte
     check_fill_in_middle_tokens(arguments(folder))
     with pytest.raises(UserError, match=r"has no token <SUF>, which --fim-data needs.*--fim-suffix-token"):
         check_fill_in_middle_tokens(arguments(folder, "--fim-suffix-token", "<SUF>"))
+
+
+def test_losses_are_checked_as_the_flags_say(monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:
+    monkeypatch.setattr(rerun_state_machine, "_GLOBAL_RERUN_STATE_MACHINE", None)
+    rerun_state_machine.initialize_rerun_state_machine(mode=rerun_state_machine.RerunMode.DISABLED)
+
+    def compute(loss: float, *, finite: bool = False, spiky: bool = False) -> None:
+        args = argparse.Namespace(
+            check_for_nan_in_loss_and_grad=finite, check_for_spiky_loss=spiky, context_parallel_size=1
+        )
+        monkeypatch.setattr(batch, "get_args", lambda: args)
+        loss_function(torch.ones(1, 1), torch.tensor([[loss]]))
+
+    for _ in range(200):  # from which Megatron learns what is usual
+        compute(5.0, spiky=True)
+    compute(49.0, spiky=True)
+    compute(math.inf, spiky=True)
+    compute(5000.0)
+    assert "Spiky loss" not in caplog.text
+    compute(5000.0, spiky=True)
+    assert "Spiky loss" in caplog.text
+    for loss in (math.inf, math.nan):
+        with pytest.raises(RuntimeError, match="NaN or Inf"):
+            compute(loss, finite=True)

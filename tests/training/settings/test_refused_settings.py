@@ -88,6 +88,8 @@ REFUSED = {
     ),
     "--iterations-to-skip 3 --hybrid-layer-pattern *E|*E": "--iterations-to-skip",
     "--optimizer soap": "--optimizer",
+    "--exit-signal-handler-for-training": "--exit-signal-handler-for-training",
+    "--ckpt-convert-format torch": "--ckpt-convert-format",
     "--hybrid-context-parallel": "--hybrid-context-parallel",
     "--qk-layernorm-all-heads --qk-layernorm": "--qk-layernorm-all-heads without",
     "--cuda-graph-impl local": "--cuda-graph-impl",
