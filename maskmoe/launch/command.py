@@ -77,7 +77,6 @@ def torchrun_command(
         *_rendezvous_words(meeting, route),
         *("--max-restarts", str(options.max_restarts), "--monitor-interval", "0.5"),
         *("--log-dir", str(options.log_folder(meeting.node_rank)), "--redirects", "3", "--tee", "3"),
-        *("--log-line-prefix-template", "[rank${rank}]: "),
         *("--signals-to-handle", ",".join(number.name for number in SIGNALS_THAT_END)),
         *("--shutdown-timeout", str(options.shutdown_timeout)),
     )
