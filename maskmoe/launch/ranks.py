@@ -72,8 +72,8 @@ def parse_arguments(words: Sequence[str]) -> Namespace:
     arguments = parser.parse_args(words)
     close = PContext.close
 
-    def close_later(context: PContext, death_sig: Any = None, timeout: int = 30) -> None:
-        close(context, death_sig, timeout if death_sig is None else arguments.shutdown_timeout)
+    def close_later(self: PContext, death_sig: Any = None, timeout: int = 30) -> None:
+        close(self, death_sig, timeout if death_sig is None else arguments.shutdown_timeout)
 
     PContext.close = close_later
     return arguments
