@@ -46,9 +46,9 @@ def run_flags(options: Options, model_flags: Flags, user_flags: Flags) -> Flags:
     """Combine the flags of the model file and of the user, and add the run's folders.
 
     The user's flags override the model file's flags. By default, a run loads from the folder to which it saves, so that
-    it resumes when it is started again.
+    it resumes when it is started again. With `--save false`, a run has nothing to resume from, so it loads nothing.
     """
-    save = override(model_flags, user_flags).get("save", (str(options.run_dir / CHECKPOINTS),))
+    save = {**model_flags, **user_flags}.get("save", (str(options.run_dir / CHECKPOINTS),))
     folders = {"save": save, "load": save, "tensorboard-dir": (str(options.run_dir / TENSORBOARD),)}
     verbose = {"verbose": ()} if options.verbose else {}
     return override({**folders, **model_flags, **verbose}, user_flags)
@@ -77,7 +77,6 @@ def torchrun_command(
         *_rendezvous_words(meeting, route),
         *("--max-restarts", str(options.max_restarts), "--monitor-interval", "0.5"),
         *("--log-dir", str(options.log_folder(meeting.node_rank)), "--redirects", "3", "--tee", "3"),
-        *("--log-line-prefix-template", "[rank${rank}]: "),
         *("--signals-to-handle", ",".join(number.name for number in SIGNALS_THAT_END)),
         *("--shutdown-timeout", str(options.shutdown_timeout)),
     )

@@ -11,11 +11,13 @@ import os
 import re
 import signal
 import sys
+from argparse import Namespace
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 from torch.distributed import run
-from torch.distributed.elastic.multiprocessing.api import SignalException
+from torch.distributed.elastic.multiprocessing.api import PContext, SignalException
 from torch.distributed.elastic.multiprocessing.errors import ChildFailedError, ProcessFailure
 from torch.distributed.elastic.rendezvous import RendezvousError
 
@@ -34,7 +36,8 @@ _LOOKS_FATAL = re.compile(r"error|fatal|terminate|abort", re.IGNORECASE)
 
 def main() -> None:
     """Run torchrun with the arguments of this process; exit with code 1 if a rank failed or a signal came."""
-    arguments = run.get_args_parser().parse_args(sys.argv[1:])
+    arguments = parse_arguments(sys.argv[1:])
+    os.environ.setdefault("TORCHELASTIC_LOG_LINE_PREFIX_TEMPLATE", "[rank${rank}]: ")
     folder = arguments.log_dir
     redirect_log(folder)
     if arguments.nnodes.isdecimal() and int(arguments.nnodes) > 1:
@@ -55,6 +58,25 @@ def main() -> None:
         sys.exit(_EXIT_FAILURE)
     except SignalException:
         sys.exit(_EXIT_FAILURE)
+
+
+def parse_arguments(words: Sequence[str]) -> Namespace:
+    """Parse torchrun's arguments; an older torchrun gets `--shutdown-timeout`, too.
+
+    Torch 2.11 waits 30 s for ranks that a signal stops. So replace the default of `PContext.close`, for signals only.
+    """
+    parser = run.get_args_parser()
+    if "--shutdown-timeout" in parser.format_help():
+        return parser.parse_args(words)
+    parser.add_argument("--shutdown-timeout", type=int, default=30)
+    arguments = parser.parse_args(words)
+    close = PContext.close
+
+    def close_later(self: PContext, death_sig: Any = None, timeout: int = 30) -> None:
+        close(self, death_sig, timeout if death_sig is None else arguments.shutdown_timeout)
+
+    PContext.close = close_later
+    return arguments
 
 
 class FailureJournal(logging.Handler):

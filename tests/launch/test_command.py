@@ -89,6 +89,10 @@ def test_default_folders_lie_in_the_run_folder():
     )
     moved = str(build_command("--run-dir /run m.yaml --save /elsewhere --tensorboard-dir false"))
     assert moved.endswith(" --save /elsewhere --load /elsewhere")
+    unsaved = str(build_command("--run-dir /run m.yaml --save false"))
+    assert "--save" not in unsaved
+    assert "--load" not in unsaved
+    assert " --load /other" in str(build_command("--run-dir /run m.yaml --save false --load /other"))
     assert parse("launch/models/laptop.yaml").run_dir == Path.cwd() / "runs" / "laptop"
 
 

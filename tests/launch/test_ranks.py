@@ -1,15 +1,18 @@
 """Torchrun without its own report of failures."""
 
+import argparse
 import signal
 import sys
 
 import pytest
 from support.launch import Launch
 from support.runs import free_port
+from torch.distributed import run
+from torch.distributed.elastic.multiprocessing.api import PContext
 from torch.distributed.elastic.multiprocessing.errors import ProcessFailure
 
 from maskmoe.files.run_folder import RUN_FOLDER_VARIABLE, Kind, read_journal
-from maskmoe.launch.ranks import describe, find_cause
+from maskmoe.launch.ranks import describe, find_cause, parse_arguments
 
 RANK = """
 import os, signal, sys, time
@@ -38,9 +41,22 @@ def test_failed_run_ends_with_the_cause(tmp_path):
     assert entries == [(Kind.ENDED, "local rank 1 failed with exit code 1: ValueError: boom")] * 2
     last = launch.output.splitlines()[-1]
     assert last.startswith("launch: rank 1 failed with exit code 1: ValueError: boom; its log is logs/")
-    assert "rank 1 says why" in launch.output
+    assert "[rank1]: rank 1 says why" in launch.output
     assert "ChildFailedError" not in launch.output
     assert "failed (exitcode: 1)" in (tmp_path / "logs" / "torchrun.log").read_text()
+
+
+def test_older_torchrun_waits_as_long_for_stopped_ranks(monkeypatch):
+    """torchrun of torch 2.11 has no `--shutdown-timeout`."""
+    older = argparse.ArgumentParser()
+    older.add_argument("training_script")
+    seconds = []
+    monkeypatch.setattr(run, "get_args_parser", lambda: older)
+    monkeypatch.setattr(PContext, "close", lambda context, death_sig=None, timeout=30: seconds.append(timeout))
+    assert parse_arguments(["--shutdown-timeout", "600", "stub.py"]).training_script == "stub.py"
+    PContext.close(None, signal.SIGTERM)
+    PContext.close(None)
+    assert seconds == [600, 30]
 
 
 def test_missing_node_is_named_before_and_after_the_timeout(tmp_path):

@@ -11,11 +11,12 @@ from types import SimpleNamespace
 import pytest
 import torch
 from device_meter import DeviceCost, cost_in_trace
+from gpu_campaign.probe import datasheet_teraflops
 from gpu_campaign.production import overlap_commands, read_overlap, read_speed
 from gpu_campaign.results import Campaign, Findings, Plot, Status, Table
 from gpu_campaign.runner import run_campaign
 from gpu_campaign.step import Command, Context, Step
-from gpu_campaign.steps import STEPS
+from gpu_campaign.steps import GPU_TESTS, STEPS
 from gpu_campaign.training import ITERATIONS, TOLERANCE, read_training, training_commands
 from megatron.core.transformer.moe import moe_utils
 from ranks import compare
@@ -165,6 +166,20 @@ def test_tests_must_pass(tmp_path: Path) -> None:
     assert findings.problems == ()
     report.write_text(f"<testsuites><testsuite>{skipped}</testsuite></testsuites>")
     assert read(context).problems == ("no test passed",)
+
+
+def test_all_tests_of_gpus_run() -> None:
+    with_place = {path for path in (ROOT / "tests").rglob("test_*.py") if "\nfrom support.places " in path.read_text()}
+    assert with_place == {
+        path for name in GPU_TESTS for path in (ROOT / name, *(ROOT / name).glob("*.py")) if path.is_file()
+    }
+
+
+def test_operations_of_known_gpus() -> None:
+    assert datasheet_teraflops("NVIDIA H100 80GB HBM3") == datasheet_teraflops("NVIDIA H200") == 989
+    assert datasheet_teraflops("NVIDIA A100-SXM4-80GB") == 312
+    assert datasheet_teraflops("NVIDIA GB200") == 2500
+    assert datasheet_teraflops("NVIDIA GeForce RTX 3060") is None
 
 
 def trace_event(category: str, name: str, start: float, duration: float = 1.0) -> dict:
@@ -331,6 +346,7 @@ def test_runs_on_the_cpu_see_no_gpus(tmp_path: Path) -> None:
     start, on_cpu, on_gpu, with_engine = training_commands(make_context(tmp_path, num_gpus=2))
     for command in (start, on_cpu):
         assert command.environment["CUDA_VISIBLE_DEVICES"] == ""
+        assert "PYTHONPATH" not in command.environment  # may name the folder of MaskMoE
         assert "--bf16" not in command.words
     for command in (on_gpu, with_engine):
         assert command.environment == {}

@@ -12,12 +12,14 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import torch._inductor.analysis.device_info
 from device_meter import device_cost_of
 
 from maskmoe.command_line.run_tool import run_tool
 from maskmoe.errors import RunFailure
 from maskmoe.megatron_compat import cpu, prepare_process
+
+_TERAFLOPS = {"A100": 312.0, "H100": 989.0, "H200": 989.0, "GB200": 2500.0, "B200": 2250.0}
+"""Dense bf16 operations per second of GPUs on NVLink by their names, in units of 1e12; torch's table is private."""
 
 _PACKAGES = ("megatron-core", "transformer-engine", "apex", "triton", "nvidia-nccl-cu12", "nvidia-nccl-cu13")
 
@@ -50,10 +52,8 @@ def check_no_gpu_is_missed() -> None:
 
 
 def datasheet_teraflops(name: str) -> float | None:
-    """Return the dense bf16 operations per second of a GPU on NVLink, in units of 1e12; None if torch has no number."""
-    model = " ".join(name.replace("-", " ").split()[:2])  # without memory and connector
-    model = model.replace("H200", "H100")  # They differ in memory only.
-    return torch._inductor.analysis.device_info.datasheet_tops(torch.bfloat16, device_name=model)
+    """Return the dense bf16 operations per second of a GPU on NVLink, in units of 1e12; None if they are not known."""
+    return next((teraflops for model, teraflops in _TERAFLOPS.items() if model in name), None)
 
 
 def describe(number: int) -> dict[str, Any]:

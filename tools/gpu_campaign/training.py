@@ -43,7 +43,7 @@ def _runs(context: Context) -> tuple[Run, ...]:
 
 def _on_cpu(context: Context) -> dict[str, str]:
     threads = str(max(1, context.devices.num_cores // 2))
-    return {"CUDA_VISIBLE_DEVICES": "", "PYTHONPATH": str(context.root / "tools"), "OMP_NUM_THREADS": threads}
+    return {"CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": threads}
 
 
 def read_training(context: Context) -> Findings:

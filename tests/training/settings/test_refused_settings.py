@@ -252,6 +252,15 @@ def test_mamba_layers_need_transformer_engine(monkeypatch, implementation: str) 
     assert len(errors) == (implementation == "local")
 
 
+@pytest.mark.parametrize(("backend", "is_installed"), [("nccl", False), ("nccl", True), ("gloo", False)])
+def test_timer_of_stragglers_needs_a_library_on_gpus(monkeypatch, backend: str, is_installed: bool) -> None:
+    monkeypatch.setattr(module, "find_spec", lambda name: name if is_installed else None)
+    errors = list(missing_libraries(parse(f"--log-straggler --distributed-backend {backend}")))
+    assert [error.partition(",")[0] for error in errors] == [
+        "--log-straggler needs the Python package nvidia-ml-py"
+    ] * (backend == "nccl" and not is_installed)
+
+
 @pytest.mark.parametrize(
     ("flags", "packages", "errors"),
     [
