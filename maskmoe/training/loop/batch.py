@@ -192,13 +192,13 @@ class GPTDataset(gpt_dataset.GPTDataset):
         """
         tokens_of_epoch = self._get_num_tokens_per_epoch()
         epochs = self._get_num_epochs(tokens_of_epoch)
-        if len(documents) != epochs * len(self.indices) or documents.max() != self.indices.max():
+        if len(documents) != epochs * len(self.indices) or documents.max(initial=0) != self.indices.max(initial=0):
             return False
         document, token = map(int, bounds[-1])
         end = self.dataset.sequence_lengths[documents[:document]].sum(dtype=np.int64) + token
         whole_samples = (len(bounds) - 1) * self.config.sequence_length
         # The last sample of the validation split may be shorter.
-        return end == min(whole_samples, epochs * tokens_of_epoch - self.config.add_extra_token_to_sequence)
+        return end == min(whole_samples, max(0, epochs * tokens_of_epoch - self.config.add_extra_token_to_sequence))
 
 
 class FillInMiddleDataset(GPTDataset, GPTFIMDataset):
