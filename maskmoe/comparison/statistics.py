@@ -2,7 +2,8 @@
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import cached_property
 
 import numpy as np
 
@@ -20,14 +21,34 @@ class Estimate:
         mean: The mean; nan without values.
         low: Lower end of the interval; nan if there are too few values.
         high: Upper end of the interval.
-        p: Two-sided p-value of a sign-flip test that the mean is 0; nan for means that are no differences of pairs.
+        pairs: The differences of the pairs; empty for means that are no differences of pairs.
     """
 
     n: int
     mean: float
     low: float
     high: float
-    p: float = math.nan
+    pairs: tuple[float, ...] = ()
+
+    @cached_property
+    def p(self) -> float:
+        """Two-sided p-value of a sign-flip test that the mean is 0; nan without two pairs.
+
+        With n pairs, the p-value cannot be below 2 / 2^n. Up to 16 pairs the test is exact.
+        """
+        from scipy import stats
+
+        if len(self.pairs) < 2:
+            return math.nan
+        test = stats.permutation_test(
+            (self.pairs,),
+            np.mean,
+            permutation_type="samples",
+            n_resamples=_MAX_FLIPS,
+            rng=_SEED_OF_FLIPS,
+            vectorized=True,
+        )
+        return float(test.pvalue)
 
     @property
     def half_width(self) -> float:
@@ -53,22 +74,12 @@ def mean(values: Sequence[float]) -> Estimate:
 def paired_difference(own: Mapping[int, float], baseline: Mapping[int, float]) -> Estimate:
     """Estimate own − baseline over common seeds, with Student's t and a sign-flip test of the pairs.
 
-    With n pairs, the p-value of the test cannot be below 2 / 2^n. Up to 16 pairs the test is exact.
-
     Args:
         own: Values by seed.
         baseline: Values by seed.
     """
-    from scipy import stats
-
-    pairs = [own[seed] - baseline[seed] for seed in sorted(own.keys() & baseline.keys())]
-    estimate = mean(pairs)
-    if len(pairs) < 2:
-        return estimate
-    test = stats.permutation_test(
-        (pairs,), np.mean, permutation_type="samples", n_resamples=_MAX_FLIPS, rng=_SEED_OF_FLIPS, vectorized=True
-    )
-    return Estimate(estimate.n, estimate.mean, estimate.low, estimate.high, float(test.pvalue))
+    pairs = tuple(own[seed] - baseline[seed] for seed in sorted(own.keys() & baseline.keys()))
+    return replace(mean(pairs), pairs=pairs)
 
 
 def unpaired_difference(own: Sequence[float], baseline: Sequence[float]) -> Estimate:

@@ -10,6 +10,7 @@ import math
 from collections import defaultdict
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 
 from maskmoe.command_line.run_tool import run_tool
@@ -42,6 +43,7 @@ _RATE_DIVISOR = {"long": 4}
 _FOLDER = Path(__file__).parent
 
 
+@cache
 def variants_of(suite: str) -> Mapping[str, Variant]:
     """Return the planned variants of a block by name."""
     return Suite.read(_FOLDER / f"{suite}.yaml", {}).variants

@@ -142,12 +142,10 @@ def draw(study: Study) -> Figure:
     figure = new_figure(8, 0.8 + 0.34 * len(rows))
     axes = figure.add_subplot()
     axes.axvline(0, color="#444444", linewidth=1)
-    for row, (suite, own, baseline) in enumerate(rows):
-        ours, theirs = (study.outcomes(suite, arm) for arm in (own, baseline))
-        pairs = [ours[seed] - theirs[seed] for seed in sorted(ours.keys() & theirs.keys())]
-        axes.scatter(pairs, [row] * len(pairs), s=18, alpha=0.4, color="#1f4e9c", linewidths=0)
-        if pairs:
-            estimate = mean(pairs)
+    for row, names in enumerate(rows):
+        estimate = study.difference(*names)
+        axes.scatter(estimate.pairs, [row] * estimate.n, s=18, alpha=0.4, color="#1f4e9c", linewidths=0)
+        if estimate.n:
             error = 0 if math.isnan(estimate.half_width) else estimate.half_width
             axes.errorbar(estimate.mean, row + 0.25, xerr=error, fmt="|", markersize=8, color="#c0392b", capsize=3)
     axes.set_yticks(range(len(rows)), [label(*row) for row in rows])
