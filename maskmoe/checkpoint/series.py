@@ -75,6 +75,11 @@ def saved_iterations(folder: str | Path) -> list[int]:
     return sorted((iteration for iteration in iterations if iteration is not None), reverse=True)
 
 
+def is_finished(checkpoint: Path) -> bool:
+    """Return whether the save of a checkpoint was finished: Megatron writes `COMPLETION_FILE` last."""
+    return (checkpoint / COMPLETION_FILE).exists()
+
+
 def has_checkpoint(folder: str | Path) -> bool:
     """Return whether a run has saved a checkpoint in a folder, or has begun to."""
     return (Path(folder) / TRACKER).is_file() or bool(saved_iterations(folder))
@@ -233,7 +238,7 @@ def remove_unfinished_checkpoints(folder: str | Path) -> None:
     for iteration in saved_iterations(folder):
         checkpoint = checkpoint_path(folder, iteration)
         is_newer = not isinstance(newest, int) or iteration > newest
-        if is_newer and not (checkpoint / COMPLETION_FILE).exists():  # Megatron writes this file last
+        if is_newer and not is_finished(checkpoint):
             shutil.rmtree(checkpoint, ignore_errors=True)
 
 

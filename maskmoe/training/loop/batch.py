@@ -16,10 +16,10 @@ from megatron.core.datasets.gpt_dataset import GPTDatasetConfig, MockGPTDataset
 from megatron.core.rerun_state_machine import get_rerun_state_machine
 from megatron.core.utils import get_batch_on_this_cp_rank, get_batch_on_this_tp_rank
 from megatron.training.datasets.fim_dataset import GPTFIMDataset, GPTFIMDatasetConfig
-from megatron.training.utils import get_blend_and_blend_per_split
+from megatron.training.utils import get_blend_and_blend_per_split, is_rank0
 from torch import Tensor
 
-from maskmoe.errors import UserError
+from maskmoe.errors import UserError, refused_by_system
 from maskmoe.files.json_files import read_json
 from maskmoe.megatron_compat.globals import get_args, get_tokenizer
 from maskmoe.training.settings.layout import samples_to_request
@@ -48,7 +48,7 @@ Blend = tuple[list[str], list[float] | None]
 """Prefixes of datasets, and their weights."""
 
 _SPIKY_LOSS_FACTOR = 10
-"""That of Megatron-LM's `pretrain_gpt.py`: how many times the largest loss so far a spiky loss is, at least."""
+"""A loss is spiky from this multiple of the largest loss so far on, as in Megatron-LM's `pretrain_gpt.py`."""
 
 _TENSORS = ("tokens", "position_ids", "attention_mask", "labels", "loss_mask")
 """The tensors of a micro-batch, which have the names of `GPTDataset`."""
@@ -168,19 +168,14 @@ class GPTDataset(gpt_dataset.GPTDataset):
     def _build_document_sample_shuffle_indices(self) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         """Return the documents in order, the bounds of samples, and the order of samples, from the cache or new."""
         indices = super()._build_document_sample_shuffle_indices()
-        is_first_rank = not torch.distributed.is_initialized() or torch.distributed.get_rank() == 0
         is_trusted = self.config.fast_cache_load or self.config.defer_npy_index_mmap
-        if is_trusted or not is_first_rank or self._fits(*indices[:2]):
+        if is_trusted or not is_rank0() or self._fits(*indices[:2]):
             return indices
         folder = self.config.path_to_cache or f"{self.dataset.path_prefix}/cache/{type(self).__name__}_indices"
-        try:
+        what = f"cannot replace the samples of an earlier dataset {self.dataset_path} in {folder}"
+        with refused_by_system(what, "pass another --data-cache-path"):
             for path in Path(folder).glob(f"{self.unique_description_hash}-*"):
                 path.unlink()
-        except OSError as error:
-            raise UserError(
-                f"{folder} has the samples of an earlier dataset {self.dataset_path}, and they cannot be replaced "
-                f"({error.strerror}): pass another --data-cache-path"
-            ) from error
         return super()._build_document_sample_shuffle_indices()
 
     def _fits(self, documents: np.ndarray, bounds: np.ndarray) -> bool:

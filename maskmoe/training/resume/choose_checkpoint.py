@@ -9,13 +9,14 @@ from pathlib import Path
 
 from megatron.core.dist_checkpointing import load_common_state_dict
 
-from maskmoe.checkpoint.integrity import COMPLETION_FILE, Damage, check_content, check_structure
+from maskmoe.checkpoint.integrity import Damage, check_content, check_structure
 from maskmoe.checkpoint.series import (
     RELEASE,
     TRACKER,
     checkpoint_path,
     choose_checkpoint,
     describe_missing,
+    is_finished,
     newest_sound,
     non_persistent_folder,
     read_tracker,
@@ -158,8 +159,7 @@ def check_save_folder_is_own(args: Namespace, checkpoint: Path | None) -> None:
     for folder in (Path(args.save), non_persistent_folder(args, args.save)):
         if folder is None or (is_same_folder and not starts_anew):
             continue
-        steps = saved_iterations(folder)
-        saved = [step for step in steps if (checkpoint_path(folder, step) / COMPLETION_FILE).exists()]
+        saved = [step for step in saved_iterations(folder) if is_finished(checkpoint_path(folder, step))]
         is_own = not saved and (is_same_folder or not (folder / TRACKER).is_file())
         if not starts_anew:
             is_own = is_own or folder != Path(args.save) or _names_same_load(folder, args.load)
