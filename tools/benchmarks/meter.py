@@ -54,8 +54,8 @@ class Cost:
 def cost_of(work: Callable[[], object]) -> Cost:
     """Do the work, forward and backward passes included, and return its cost."""
     operations, waits = Operations(), _HostWaits()
-    # Where a mode is on, torch.compile runs a function as it is, and torch 2.11 then never compiles it again. Force
-    # torch.compile to stand aside, so that functions stay compiled.
+    # Inside a dispatch mode, torch.compile runs a function eagerly, and torch 2.11 never compiles the function later.
+    # With `force_eager`, torch.compile leaves the function alone, so that later calls are compiled.
     with torch.compiler.set_stance("force_eager"), waits.seeing_all(), operations, waits:
         work()
     return Cost(

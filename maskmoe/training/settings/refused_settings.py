@@ -119,8 +119,8 @@ def missing_libraries(args: Namespace) -> Iterator[str]:
     """Yield an error if a layer, the flex dispatcher or a flag needs a library that this machine lacks."""
     if args.log_straggler and args.distributed_backend == "nccl" and find_spec("pynvml") is None:
         yield (
-            "--log-straggler needs the Python package nvidia-ml-py, by which torch reads the temperatures of GPUs: "
-            "install it, or leave the flag out"
+            "--log-straggler needs the Python package nvidia-ml-py, which reads the temperature of a GPU: install the "
+            "package, or leave the flag out"
         )
     if _pattern_has("M")(args) and (find_spec("mamba_ssm") is None or args.transformer_impl == "local"):
         yield (
