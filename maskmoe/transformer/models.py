@@ -132,16 +132,18 @@ class MaskMoEGPTModel(PackingModel, RoutesByTokenId, ChunkedCrossEntropyMixin, G
 
 
 class BaseHybridModel(HybridModel):
-    """`HybridModel` with what Megatron-Core leaves out: scaled rotary embeddings, and waiting for convolutions.
+    """`HybridModel` with what Megatron-Core leaves out: settings of rotary embeddings, and waiting for convolutions.
 
-    Rotary embeddings can be scaled as Llama 3 does, like those of `GPTModel`. Gated delta nets wait until the
-    parameters of their convolution are gathered, see `wait_for_convolutions`.
+    Rotary embeddings can be scaled as Llama 3 does, and interleaved, like those of `GPTModel`. Gated delta nets wait
+    until the parameters of their convolution are gathered, see `wait_for_convolutions`.
     """
 
     def __init__(self, *args: Any, rope_scaling: bool = False, rope_scaling_factor: float = 8.0, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
-        if rope_scaling and self.position_embedding_type == "rope" and not self.config.multi_latent_attention:
-            rope: Any = self.rotary_pos_emb
+        rope: Any = getattr(self, "rotary_pos_emb", None)
+        if rope is not None:
+            rope.rotary_interleaved = self.config.rotary_interleaved
+        if rope_scaling and self.position_embedding_type == "rope" and rope is not None:
             rope.inv_freq = rope._apply_scaling(rope.inv_freq, factor=rope_scaling_factor)
         wait_for_convolutions(self)
 

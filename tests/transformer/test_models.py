@@ -53,6 +53,7 @@ TWINS = {
     "recompute in blocks": Twins("*E*E", FULL | {"recompute_method": "block"}),
     "recompute of moe": Twins("*E*E", {"recompute_granularity": "selective", "recompute_modules": ["moe"]}),
     "recompute of attention": Twins("*E*E", {"recompute_granularity": "selective", "recompute_modules": ["core_attn"]}),
+    "interleaved rope": Twins("*E*E", {"rotary_interleaved": True}),
     "scaled rope": Twins("*E*E", arguments={"rope_scaling": True, "rope_scaling_factor": 4.0}),
 }
 
