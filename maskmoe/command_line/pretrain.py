@@ -4,6 +4,7 @@ import os
 import sys
 from collections.abc import Sequence
 from contextlib import suppress
+from itertools import pairwise
 
 from maskmoe.errors import UserError
 from maskmoe.launch.command import entry_point
@@ -12,6 +13,8 @@ from maskmoe.launch.options import launcher_options
 
 _SUFFIXES = (".yaml", ".yml")
 _CHECK = "--check"
+_SWITCHES = (_CHECK, "--dry-run", "--verbose")
+"""The options of the launcher that take no value."""
 _HELP_FLAGS = {"-h", "--help"}
 
 
@@ -40,7 +43,10 @@ def main() -> None:
 def has_flags_only(words: Sequence[str]) -> bool:
     """Return whether a command line gives Megatron's flags without a model file.
 
-    The name of a model file ends in `.yaml` or `.yml`.
+    The name of a model file ends in `.yaml` or `.yml`, and is not the value of a flag.
     """
-    has_model_file = any(word.endswith(_SUFFIXES) for word in words if not word.startswith("-"))
+    has_model_file = any(
+        word.endswith(_SUFFIXES) and not word.startswith("-") and (not before.startswith("--") or before in _SWITCHES)
+        for before, word in pairwise(("", *words))
+    )
     return bool(words) and words[0].startswith("--") and not has_model_file
