@@ -236,7 +236,23 @@ def _loses_gradients_of_experts(args: Namespace) -> bool:
 
 def _leaves_experts_unquantized(args: Namespace) -> bool:
     is_grouped = args.moe_grouped_gemm or not args.num_experts
-    return bool(args.fp8 or args.fp4) and not (args.transformer_impl == "transformer_engine" and is_grouped)
+    is_asked_for = _given("fp8", "fp4", "te_precision_config_file")(args)
+    return is_asked_for and not (args.transformer_impl == "transformer_engine" and is_grouped)
+
+
+def _records_nothing(args: Namespace) -> bool:
+    """Return whether Megatron-Core would look for layers of Transformer Engine that the model does not have."""
+    of_layers = _given("save_activations_interval", "save_dgrads_interval")(args)
+    of_experts = _given("save_tokens_per_expert_interval")(args)
+    has_engine = args.transformer_impl == "transformer_engine"
+    return (of_layers and not has_engine) or (of_experts and not (has_engine and args.moe_grouped_gemm))
+
+
+def _sets_yarn_in_vain(args: Namespace) -> bool:
+    """Return whether flags of YaRN are given that latent attention ignores."""
+    names = ("yarn_original_max_position_embeddings", "yarn_beta_fast", "yarn_beta_slow")
+    is_given = _given(*names)(args) or args.yarn_correction_range_round_to_int is False
+    return is_given and (args.multi_latent_attention or _pattern_has("+")(args))
 
 
 def _divides_weights_further(args: Namespace) -> bool:
@@ -378,9 +394,32 @@ BROKEN_IN_MEGATRON = (
         _loses_gradients_of_experts,
     ),
     Check(
-        "--fp8-format or --fp4-format without --transformer-impl transformer_engine and --moe-grouped-gemm",
+        "--fp8-format, --fp4-format or --te-precision-config-file without --transformer-impl transformer_engine and "
+        "--moe-grouped-gemm",
         "Megatron-Core's local layers would ignore the flag, and other experts need not pad their rows.",
         _leaves_experts_unquantized,
+    ),
+    Check(
+        "--save-activations-interval or --save-dgrads-interval without --transformer-impl transformer_engine, or "
+        "--save-tokens-per-expert-interval without --transformer-impl transformer_engine and --moe-grouped-gemm",
+        "Megatron-Core looks for layers of Transformer Engine, and would fail or write nothing.",
+        _records_nothing,
+    ),
+    Check(
+        "--position-embedding-type mrope or relative",
+        "A language model would have no positions, or fail in the first step. Use rope.",
+        lambda args: args.position_embedding_type in ("mrope", "relative"),
+    ),
+    Check(
+        "--yarn-original-max-position-embeddings, --yarn-beta-fast, --yarn-beta-slow or "
+        "--no-yarn-correction-range-round-to-int with multi-latent attention",
+        "Megatron-Core's latent attention reads these settings by other names, for which there are no flags.",
+        _sets_yarn_in_vain,
+    ),
+    Check(
+        "--cpu-offloading-num-layers with --hybrid-layer-pattern",
+        "Megatron-Core's hybrid model ignores the flag. Use --fine-grained-activation-offloading.",
+        lambda args: args.hybrid_layer_pattern is not None and args.cpu_offloading_num_layers > 0,
     ),
     Check(
         "--cross-entropy-loss-fusion without --bf16",
@@ -454,6 +493,9 @@ BROKEN_IN_MEGATRON = (
             "--use-megatron-fsdp --use-torch-fsdp2": "Megatron-FSDP divides the gradient of experts once too often, "
             "and saving hangs; FSDP2 excludes expert parallelism. Use --use-distributed-optimizer.",
             "--rampup-batch-size": "Megatron-Core 0.19 ignores the flag. Use --step-batch-size-schedule.",
+            "--apply-residual-connection-post-layernorm --openai-gelu --vocab-extra-ids --create-all-gather-group": (
+                "Megatron-Core 0.19 ignores the flags."
+            ),
             "--hybrid-override-pattern --mtp-hybrid-override-pattern --is-hybrid-model --enable-cuda-graph "
             "--external-cuda-graph": "Megatron-Core replaces these old flags late. Use --hybrid-layer-pattern, and "
             "--cuda-graph-impl with --cuda-graph-modules.",

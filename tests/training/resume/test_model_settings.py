@@ -22,12 +22,12 @@ from maskmoe.training.resume.model_settings import (
 CHECKPOINT = Path("checkpoints/iter_0000007")
 # Arguments with which a model computes something else, without another pattern, and without those that are refused.
 FUNCTION = {
-    *("window_attn_skip_freq", "openai_gelu", "rope_scaling_factor", "rotary_scaling_factor", "yarn_beta_fast"),
+    *("window_attn_skip_freq", "rope_scaling_factor", "rotary_scaling_factor", "yarn_beta_fast"),
     *("mup_width_mult", "mup_base_hidden_size", "mup_embedding_mult", "mup_output_mult", "mup_base_head_dim"),
     *("mup_attn_scale_power", *_FIXED_ARGS),
 } - {
     *("hybrid_layer_pattern", "experimental_attention_variant", "linear_attention_freq"),
-    "heterogeneous_layers_config_path",
+    *("heterogeneous_layers_config_path", "apply_residual_connection_post_layernorm"),
 }
 
 
