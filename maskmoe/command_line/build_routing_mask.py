@@ -148,13 +148,15 @@ def _with_hash_layers(recipe: MaskRecipe, arguments: argparse.Namespace) -> Mask
     if arguments.hash_layers == 0:
         return recipe
     if arguments.hash_layers < recipe.num_layers:
+        if (assignment == "rank-local") != (recipe.assignment == "rank-local"):
+            raise UserError("--hash-assignment and --assignment must both be rank-local, or neither of them")
         return replace(recipe, hash_layers=HashLayers(arguments.hash_layers, visible, assignment))
     if arguments.hash_layers > recipe.num_layers:
         raise UserError(f"--hash-layers {arguments.hash_layers}: the model has {recipe.num_layers} layers")
     sizes: dict[str, Any] = {"num_experts": recipe.num_experts, "num_layers": recipe.num_layers, "seed": recipe.seed}
     sizes["shared_table"] = recipe.shared_table
     if assignment == "rank-local":
-        sizes["expert_model_parallel_size"] = recipe.expert_model_parallel_size
+        sizes["expert_model_parallel_size"] = arguments.expert_model_parallel_size
     if visible > 1:
         return MaskRecipe.from_preset("top-k-hash", assignment=assignment, frequent_visible_experts=visible, **sizes)
     if assignment == "rank-local":

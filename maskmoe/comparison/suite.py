@@ -92,8 +92,8 @@ class Variant(_Section):
         model: Model file with the first flags and the layouts, instead of the suite's model file.
         flags: Flags of training, without the seed.
         layouts: Further flags by number of ranks, see `ModelFile`.
-        program: Python file that trains and evaluates instead of MaskMoE's entry points, see `launch --program`; the
-            path is relative to the folder of the suite.
+        program: Python file that trains and evaluates instead of MaskMoE's entry points, see `ModelFile.read`; the path
+            is relative to the folder of the suite.
         seeds: Seeds of the variant's runs; by default those of the suite.
         setting: The values of `vary` that the variant has, such as `lr-2e-2`; empty without `vary`. A file cannot set
             this attribute.

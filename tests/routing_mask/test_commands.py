@@ -10,6 +10,7 @@ from support.datasets import write_documents
 
 from maskmoe.command_line.build_routing_mask import parse_arguments, recipe_from
 from maskmoe.data.tokenizer import TokenizerRecord
+from maskmoe.errors import UserError
 from maskmoe.routing_mask.assignment import build_routing_mask
 from maskmoe.routing_mask.feed_forward_layers import FeedForwardLayers
 from maskmoe.routing_mask.frequency import TokenFrequency
@@ -136,11 +137,26 @@ def test_build_none_or_all_hash_layers(folder, monkeypatch, recipe, hash_flags, 
         assert mask.digest == built_in_process(folder, monkeypatch, *same_flags).digest
 
 
-def test_build_all_hash_layers_on_single_ranks(folder, monkeypatch):
-    flags = [*METHOD, "--assignment", "rank-local", "--expert-model-parallel-size", 2, "--hash-layers", 3]
+@pytest.mark.parametrize(
+    "recipe", [[*METHOD, "--assignment", "rank-local"], ["--preset", "smoe", "--hash-assignment", "rank-local"]]
+)
+def test_build_all_hash_layers_on_single_ranks(folder, monkeypatch, recipe):
+    flags = [*recipe, "--expert-model-parallel-size", 2, "--hash-layers", 3]
     mask = built_in_process(folder, monkeypatch, *flags)
     assert (mask.num_visible_of_layer(2) == 1).all()
     assert mask.rank_of_rows(2) is not None
+
+
+@pytest.mark.parametrize(
+    "flags",
+    [
+        ["--preset", "smoe", "--hash-assignment", "rank-local"],
+        [*METHOD, "--assignment", "rank-local", "--hash-assignment", "balanced"],
+    ],
+)
+def test_refuse_some_rank_local_layers(folder, monkeypatch, flags):
+    with pytest.raises(UserError, match="--hash-assignment and --assignment must both be rank-local"):
+        built_in_process(folder, monkeypatch, *flags, "--expert-model-parallel-size", 2, "--hash-layers", 1)
 
 
 def test_build_warns_of_an_id_that_makes_balance_impossible(folder):

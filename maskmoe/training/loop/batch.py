@@ -48,7 +48,7 @@ Blend = tuple[list[str], list[float] | None]
 """Prefixes of datasets, and their weights."""
 
 _SPIKY_LOSS_FACTOR = 10
-"""A loss is spiky from this multiple of the largest loss so far on, as in Megatron-LM's `pretrain_gpt.py`."""
+"""A loss is spiky from this multiple of the largest of the first 100 on, as in Megatron-LM's `pretrain_gpt.py`."""
 
 _TENSORS = ("tokens", "position_ids", "attention_mask", "labels", "loss_mask")
 """The tensors of a micro-batch, which have the names of `GPTDataset`."""

@@ -26,14 +26,14 @@ from maskmoe.training.loop.rank_store import RankStore
 from maskmoe.training.resume.choose_checkpoint import checkpoint_to_load, pretrained_to_load
 from maskmoe.training.watch.callback import Callback, Step
 
-# If a loss or gradient is NaN, infinite or spiky, Megatron repeats the step, names the rank in the log and exits with
-# these codes.
+# If a loss or gradient is NaN or infinite, Megatron repeats the step, names the rank in the log and exits with these
+# codes. After a step that `--check-for-spiky-loss` repeats, Megatron continues.
 _RERUN_VERDICTS = {
-    rerun_state_machine.EXIT_CODE_FAILED_ON_RESULT_VALIDATION: "a loss or gradient was NaN, infinite or spiky, and not "
-    "so when the step was repeated: the device that the log names may be faulty",
-    rerun_state_machine.EXIT_CODE_RESUME_TO_DISAMBIGUATE: "a loss or gradient was NaN, infinite or spiky, and so again "
-    "when the step was repeated: start the run again, if possible on other devices, to find out whether the device or "
-    "the model is at fault",
+    rerun_state_machine.EXIT_CODE_FAILED_ON_RESULT_VALIDATION: "a loss or gradient was NaN or infinite, and not so "
+    "when the step was repeated: the device that the log names may be faulty",
+    rerun_state_machine.EXIT_CODE_RESUME_TO_DISAMBIGUATE: "a loss or gradient was NaN or infinite, and so again when "
+    "the step was repeated: start the run again, if possible on other devices, to find out whether the device or the "
+    "model is at fault",
 }
 _NO_SPACE = 1 << 20  # bytes
 _DISK_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO, errno.EROFS)
