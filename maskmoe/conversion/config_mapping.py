@@ -36,6 +36,7 @@ _FIXED_ARGS: dict[str, Any] = {
     "linear_attention_freq": None,
     "moe_apply_probs_on_input": False,
     "moe_latent_size": None,
+    "moe_mlp_glu_interleave_size": None,
     "no_rope_freq": None,
     "normalization": "RMSNorm",
     "position_embedding_type": "rope",

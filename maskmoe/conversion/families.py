@@ -202,7 +202,9 @@ def translate_config(config: PreTrainedConfig, path: Path) -> dict[str, Any]:
     # Fields of the same name mean the same in all families.
     names = MaskMoEConfig.__annotations__
     fields = {"num_experts": 0} | {name: value for name in names if (value := getattr(config, name, None)) is not None}
-    fields["rope_parameters"] = {name: value for name, value in config.rope_parameters.items() if name != "type"}
+    # The rotary embeddings of these families turn all features, whatever the factor.
+    unread = ("type", "partial_rotary_factor")
+    fields["rope_parameters"] = {name: value for name, value in config.rope_parameters.items() if name not in unread}
     fields |= {"num_nextn_predict_layers": 0} | FAMILIES[config.model_type].special_fields(config)
     step, dense = getattr(config, "decoder_sparse_step", 1), getattr(config, "mlp_only_layers", None) or ()
     first_sparse = getattr(config, "first_k_dense_replace", 0)
@@ -256,25 +258,29 @@ def rename_tensors(
     copies = max(candidates, key=lambda candidate: len(candidate.keys() & source.tensors.keys()))
     expected = {name: copy.source.sizes for name, copy in copies.items()}
     computed = {name for name in source.tensors if _COMPUTED.search(name)}
-    tied = {"lm_head.weight"} if config["tie_word_embeddings"] else set()
     shared = _copies_of_shared_tensors(source, config, folder)
-    check_tensors(source.tensors, expected, str(folder), ignored=computed | tied | shared)
+    check_tensors(source.tensors, expected, str(folder), ignored=computed | shared)
     return RearrangedSource(source, shapes, copies.values())
 
 
 def _copies_of_shared_tensors(source: TensorSource, config: Mapping[str, Any], folder: Path) -> set[str]:
-    """Return the names of the copies of the embedding and output layer that layers of multi-token prediction hold.
+    """Return the names of the copies of the embedding and output layer that a model's files hold.
+
+    An output layer that is tied to the embedding is a copy, and layers of multi-token prediction may hold copies.
 
     Raises:
         UserError: A copy differs from the model's own tensor.
     """
-    copies, output = {}, "model.embed_tokens.weight" if config["tie_word_embeddings"] else "lm_head.weight"
+    is_tied, embedding = config["tie_word_embeddings"], "model.embed_tokens.weight"
+    output = embedding if is_tied else "lm_head.weight"
+    copies = {"lm_head.weight": embedding} if is_tied else {}
     for layer in range(config["num_hidden_layers"], config["num_hidden_layers"] + config["num_nextn_predict_layers"]):
-        copies[f"model.layers.{layer}.embed_tokens.weight"] = "model.embed_tokens.weight"
+        copies[f"model.layers.{layer}.embed_tokens.weight"] = embedding
         copies[f"model.layers.{layer}.shared_head.head.weight"] = output
     found = {name: original for name, original in copies.items() if {name, original} <= source.tensors.keys()}
     for name, original in found.items():
         copy, own = (source.read(Block.whole(each, source.tensors[each].shape)) for each in (name, original))
         if copy.dtype != own.dtype or not torch.equal(copy, own):
-            raise UserError(f"{folder}: MaskMoE cannot express that {name} differs from {original}")
+            cure = "; set tie_word_embeddings to false in config.json" if name == "lm_head.weight" else ""
+            raise UserError(f"{folder}: MaskMoE cannot express that {name} differs from {original}{cure}")
     return set(found)

@@ -226,9 +226,11 @@ def check_output_folder(folder: Path) -> None:
     """Check that a conversion can write a folder.
 
     Raises:
-        UserError: The folder has content, or another conversion is writing it.
+        UserError: The folder has content or is a mount point, or another conversion is writing it.
     """
     refuse_checkpoint(folder)
+    if os.path.ismount(folder):  # nothing can be renamed to it
+        raise UserError(f"{folder} is a mount point; name a new folder inside it")
     if os.path.lexists(folder) and not (folder.is_dir() and not any(folder.iterdir())):
         raise UserError(f"{folder} is not empty; name a new folder")
     unfinished = _unfinished(folder)
@@ -255,14 +257,14 @@ def output_folder(folder: Path) -> Iterator[Path]:
             yield unfinished
             for path in (unfinished, *unfinished.rglob("*")):
                 _sync(path)
-            unfinished.rename(folder)
+            unfinished.rename(os.path.realpath(folder))
         finally:
             shutil.rmtree(unfinished, ignore_errors=True)
 
 
 def _unfinished(folder: Path) -> Path:
-    """Return the temporary folder that becomes `folder`."""
-    folder = Path(os.path.abspath(folder))
+    """Return the temporary folder that becomes `folder`, or the folder that the link `folder` names."""
+    folder = Path(os.path.realpath(folder))
     return folder.with_name(folder.name + UNFINISHED)
 
 

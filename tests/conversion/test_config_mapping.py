@@ -203,6 +203,7 @@ def plain_args(**changes):
             {"position_embedding_type": "learned_absolute", "rotary_interleaved": True, "window_size": (3, 3)},
             r"position_embedding_type learned_absolute, rotary_interleaved True, window_size \(3, 3\)",
         ),
+        ({"moe_mlp_glu_interleave_size": 32}, "moe_mlp_glu_interleave_size 32"),  # gate and up projections alternate
     ],
 )
 def test_settings_that_transformers_cannot_express(changes, named):

@@ -17,6 +17,7 @@ from support.foreign_models import (
     random_ids,
     save_model,
 )
+from transformers import AutoModelForCausalLM
 
 from maskmoe.conversion.families import open_huggingface
 from maskmoe.conversion.model_tensors import mtp_tensor_shapes
@@ -92,6 +93,16 @@ def test_older_description_of_the_rotary_embedding(tmp_path):
     assert config["rope_parameters"] == {"rope_type": "linear", "rope_theta": 1e4, "factor": 2.0}
 
 
+def test_partial_rotary_embedding_is_ignored_as_in_transformers(tmp_path):
+    save_model("mistral", tmp_path)
+    edit_config(tmp_path, rope_parameters={"rope_type": "default", "rope_theta": 1e4, "partial_rotary_factor": 0.5})
+    original, ids = AutoModelForCausalLM.from_pretrained(tmp_path), random_ids()
+    expected = logits_of(original, ids)
+    torch.testing.assert_close(
+        logits_of(in_transformers(open_huggingface(tmp_path)), ids), expected, atol=ROUNDING, rtol=0
+    )
+
+
 def test_computed_and_tied_tensors_are_ignored(tmp_path):
     save_model("llama, tied", tmp_path)
 
@@ -101,6 +112,11 @@ def test_computed_and_tied_tensors_are_ignored(tmp_path):
 
     edit_tensors(tmp_path, add)
     assert "lm_head.weight" not in open_huggingface(tmp_path).source.tensors
+    edit_tensors(tmp_path, lambda tensors: tensors["lm_head.weight"].add_(1))
+    with pytest.raises(UserError, match=r"lm_head\.weight differs from model.*; set tie_word_embeddings to false"):
+        open_huggingface(tmp_path)
+    edit_config(tmp_path, tie_word_embeddings=False)
+    assert "lm_head.weight" in open_huggingface(tmp_path).source.tensors
 
 
 def test_mask_for_a_tokenizer_with_fewer_ids_than_rows(tmp_path):

@@ -5,6 +5,7 @@ import json
 import os
 import shutil
 import signal
+from pathlib import Path
 
 import pytest
 import torch
@@ -229,6 +230,20 @@ def test_other_folders_are_left_alone(tmp_path):
         with pytest.raises(UserError, match=words):
             fill(tmp_path / name)
     assert sorted(os.listdir(tmp_path)) == ["file", f"model{UNFINISHED}", "whole"]
+
+
+def test_a_link_to_an_empty_folder_stays(tmp_path):
+    (tmp_path / "disk" / "empty").mkdir(parents=True)
+    (tmp_path / "model").symlink_to("disk/empty")
+    fill(tmp_path / "model")
+    assert (tmp_path / "model").is_symlink()
+    assert os.listdir(tmp_path / "disk") == ["empty"]
+    assert os.listdir(tmp_path / "disk" / "empty")
+
+
+def test_mount_points_are_refused_at_once():
+    with pytest.raises(UserError, match="/ is a mount point; name a new folder inside it"):
+        fill(Path("/"))
 
 
 def test_folder_that_was_filled_meanwhile_stays(tmp_path):
