@@ -176,8 +176,11 @@ class DataShare(NamedTuple):
     @classmethod
     def of_rank(cls) -> Self:
         """Return the share of this rank as torchrun's variables say; without them, everything."""
-        pairs = (("LOCAL_RANK", "LOCAL_WORLD_SIZE"), ("GROUP_RANK", "GROUP_WORLD_SIZE"))
-        return cls(*(slice(int(os.environ.get(i, "0")), None, int(os.environ.get(n, "1"))) for i, n in pairs))
+
+        def part(number: str, count: str) -> slice:
+            return slice(int(os.environ.get(number, "0")), None, int(os.environ.get(count, "1")))
+
+        return cls(part("LOCAL_RANK", "LOCAL_WORLD_SIZE"), part("GROUP_RANK", "GROUP_WORLD_SIZE"))
 
 
 def data_errors(args: Namespace, mask: RoutingMask | None, vocab_size: int | None, share: DataShare) -> Iterator[str]:
