@@ -259,13 +259,13 @@ def remove_old_checkpoints(
             beyond them, so they neither count nor are removed. None counts all checkpoints.
         is_dry_run: Whether to remove nothing.
     """
-    if keep is None:
+    iterations = [saved for saved in saved_iterations(folder) if newest is None or saved <= newest]
+    # The check of a checkpoint opens thousands of files, while all ranks wait.
+    if keep is None or len(iterations) <= keep:
         return []
     kept, old = 0, []
-    for iteration in saved_iterations(folder):
+    for iteration in iterations:
         checkpoint = checkpoint_path(folder, iteration)
-        if newest is not None and iteration > newest:
-            continue
         if kept < keep:
             with suppress(Damage):
                 check_structure(checkpoint)

@@ -6,12 +6,14 @@ import shutil
 import sys
 from dataclasses import dataclass
 from pathlib import Path
+from unittest.mock import Mock
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 from support.run_folders import write_checkpoint
 
+from maskmoe.checkpoint import series
 from maskmoe.checkpoint.integrity import Damage, Unfinished, iteration_of
 from maskmoe.checkpoint.series import (
     NEXT,
@@ -21,6 +23,7 @@ from maskmoe.checkpoint.series import (
     finish_replacements,
     read_tracker,
     remove_next_versions,
+    remove_old_checkpoints,
     replace_by_next_version,
     saved_iterations,
 )
@@ -173,6 +176,18 @@ def test_pruning_reports_a_checkpoint_that_cannot_be_removed(tmp_path, monkeypat
     assert saved_iterations(tmp_path) == [4, 3, 2]
     prune_checkpoints.main()
     assert saved_iterations(tmp_path) == [4]
+
+
+def test_no_checkpoint_is_checked_if_there_are_none_to_remove(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """All ranks wait meanwhile; checkpoints later than `newest` do not count."""
+    for iteration in (1, 2, 3):
+        write_checkpoint(tmp_path, iteration)
+    check = Mock()
+    monkeypatch.setattr(series, "check_structure", check)
+    assert remove_old_checkpoints(tmp_path, keep=2, newest=2) == []
+    assert not check.called
+    assert remove_old_checkpoints(tmp_path, keep=2) == [checkpoint_path(tmp_path, 1)]
+    assert check.call_count == 2
 
 
 def test_tracker_of_odd_bytes(tmp_path: Path) -> None:

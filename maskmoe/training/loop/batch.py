@@ -190,7 +190,10 @@ class GPTDataset(gpt_dataset.GPTDataset):
         if len(documents) != epochs * len(self.indices) or documents.max(initial=0) != self.indices.max(initial=0):
             return False
         document, token = map(int, bounds[-1])
-        end = self.dataset.sequence_lengths[documents[:document]].sum(dtype=np.int64) + token
+        # The documents are those of all epochs, and few of them follow the last sample. To look up the lengths of all
+        # others in random order would take minutes for billions of documents, while the other ranks wait.
+        unread = self.dataset.sequence_lengths[documents[document:]].sum(dtype=np.int64)
+        end = epochs * tokens_of_epoch - unread + token
         whole_samples = (len(bounds) - 1) * self.config.sequence_length
         # The last sample of the validation split may be shorter.
         return end == min(whole_samples, max(0, epochs * tokens_of_epoch - self.config.add_extra_token_to_sequence))

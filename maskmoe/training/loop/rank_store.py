@@ -72,7 +72,15 @@ class RankStore:
     def gather(self, key: str, message: str) -> list[str]:
         """Return the messages of all ranks, ordered by rank; all ranks must call this once for each key."""
         self.store.set(f"{key}/{self.rank}", message)
-        return [self._wait_for(f"{key}/{rank}") for rank in range(self.world_size)]
+        self.wait_for_all(key)
+        return self.read_all(key)
+
+    def read_all(self, key: str) -> list[str]:
+        """Return the messages `KEY/RANK` that all ranks have left, ordered by rank.
+
+        This is one request: if thousands of ranks asked for each message, the store would be busy for minutes.
+        """
+        return [message.decode() for message in self.store.multi_get([f"{key}/{n}" for n in range(self.world_size)])]
 
     def broadcast(self, key: str, message: str = "") -> str:
         """Return the message of the first rank; all ranks must call this once for each key."""

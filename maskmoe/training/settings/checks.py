@@ -1,10 +1,8 @@
 """All checks of a run, in one order: training raises the first error, `--check` collects all of them."""
 
-import os
 import sys
 from argparse import ArgumentParser, Namespace
 from collections.abc import Callable, Iterator
-from math import inf
 from pathlib import Path
 
 from megatron.training.arguments import parse_args, validate_args
@@ -117,9 +115,9 @@ class RunChecks:
     def make_tokenizer(self) -> None:
         """Build Megatron's tokenizer, unless `validate` has built it. Raises UserError."""
 
-    def most_bytes_read(self) -> float:
-        """Return the size of datasets whose token ids are read: the first rank of each node reads all of them."""
-        return inf if os.environ.get("LOCAL_RANK", "0") == "0" else 0
+    def share_of_data(self) -> inputs.DataShare:
+        """Return what this rank checks of the datasets."""
+        return inputs.DataShare.of_rank()
 
     # ---- The checks --------------------------------------------------------------------------------------------------
 
@@ -220,7 +218,7 @@ class RunChecks:
             yield from _error_of(lambda: inputs.check_mask(args, mask))
         if self._vocab_size is not None and args.fim_data:
             yield from _error_of(lambda: check_fill_in_middle_tokens(args))
-        yield from inputs.data_errors(args, mask, self._vocab_size, self.most_bytes_read())
+        yield from inputs.data_errors(args, mask, self._vocab_size, self.share_of_data())
 
     def _compare_models(self) -> Iterator[str]:
         """Check that the checkpoint holds the model of the run."""

@@ -6,7 +6,7 @@ import tempfile
 from argparse import Namespace
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple, Self
 
 from megatron.core.datasets import blended_megatron_dataset_config as dataset_config
 from megatron.training.utils import get_blend_and_blend_per_split
@@ -14,7 +14,7 @@ from tqdm import tqdm
 
 from maskmoe.checkpoint.routing_mask import mask_in_checkpoint, mask_of_megatron, read_routing_mask
 from maskmoe.checkpoint.series import check_separate_folder
-from maskmoe.data.indexed_dataset import open_tokens, read_index, read_tokenizer_record
+from maskmoe.data.indexed_dataset import DatasetIndex, bin_path, read_index, read_tokenizer_record
 from maskmoe.data.tokenizer import TOKENIZER_TYPES, TokenizerRecord, tokenizer_sha256
 from maskmoe.errors import UserError, reason_of, refused_by_system
 from maskmoe.files.outputs import refuse_checkpoint
@@ -157,16 +157,41 @@ def check_mask(args: Namespace, mask: RoutingMask) -> None:
 # ---- Datasets --------------------------------------------------------------------------------------------------------
 
 
-def data_errors(
-    args: Namespace, mask: RoutingMask | None, vocab_size: int | None, most_bytes_read: float
-) -> Iterator[str]:
-    """Yield an error for every unusable dataset of the run.
+class DataShare(NamedTuple):
+    """What a rank checks of the datasets, of which thousands can have terabytes together.
+
+    The ranks of a node share the datasets, so that each node, which may have files of its own, checks all of them. The
+    nodes share the token ids of each dataset.
+
+    Attributes:
+        datasets: Selects the rank's datasets.
+        chunks: Selects the node's chunks of the token ids of a dataset.
+        most_bytes: Size of the largest dataset whose token ids are read although the mask lacks their counts.
+    """
+
+    datasets: slice = slice(None)
+    chunks: slice = slice(None)
+    most_bytes: float = math.inf
+
+    @classmethod
+    def of_rank(cls) -> Self:
+        """Return the share of this rank as torchrun's variables say; without them, everything."""
+
+        def part(number: str, count: str) -> slice:
+            return slice(int(os.environ.get(number, "0")), None, int(os.environ.get(count, "1")))
+
+        return cls(part("LOCAL_RANK", "LOCAL_WORLD_SIZE"), part("GROUP_RANK", "GROUP_WORLD_SIZE"))
+
+
+def data_errors(args: Namespace, mask: RoutingMask | None, vocab_size: int | None, share: DataShare) -> Iterator[str]:
+    """Yield an error for every unusable dataset in a rank's share of the datasets.
 
     A dataset must be complete, made with the tokenizer of the run, and hold no token id beyond the vocabulary. Before
     training, the datasets must also have all the parts that training reads. Only samples of the token ids are read if
-    their counts are in the mask, and none if `vocab_size` is unknown, or if a dataset is larger than `most_bytes_read`.
+    their counts are in the mask, and none if `vocab_size` is unknown.
     """
-    counted = [(dataset["idx_sha256"], dataset["bin_bytes"]) for dataset in (mask.provenance.datasets if mask else ())]
+    counted = {(dataset["bin_bytes"], dataset["idx_sha256"]) for dataset in (mask.provenance.datasets if mask else ())}
+    counted_sizes = {size for size, _ in counted}
     try:
         prefixes = data_prefixes(args)
     except UserError as error:
@@ -176,19 +201,20 @@ def data_errors(
         yield "no dataset: pass --data-path with a dataset that maskmoe preprocess makes, or --mock-data"
         return
     are_usable = True
-    for prefix in prefixes:
+    for prefix in prefixes[share.datasets]:
         try:
             index = read_index(prefix)
             if (record := read_tokenizer_record(prefix)) is not None:
                 _check_same_tokenizer(args, record, f"dataset {prefix} was")
-            is_counted = (index.idx_sha256, index.bin_bytes) in counted
-            if vocab_size is not None and (is_counted or index.bin_bytes <= most_bytes_read):
-                _check_token_ids(prefix, vocab_size, _MOST_CHUNKS_OF_COUNTED if is_counted else None)
+            size = index.bin_bytes
+            is_counted = size in counted_sizes and (size, index.idx_sha256) in counted  # the digest takes long
+            if vocab_size is not None and (is_counted or size <= share.most_bytes):
+                _check_token_ids(index, vocab_size, share.chunks, _MOST_CHUNKS_OF_COUNTED if is_counted else None)
         except UserError as error:
             are_usable = False
             yield str(error)
     if are_usable and not args.skip_train:
-        yield from _errors_of_parts(args)
+        yield from _errors_of_parts(args, share.datasets)
 
 
 def data_prefixes(args: Namespace) -> list[str]:
@@ -212,8 +238,8 @@ def data_prefixes(args: Namespace) -> list[str]:
     return list(dict.fromkeys(prefix for prefixes, _ in blends for prefix in prefixes))
 
 
-def _errors_of_parts(args: Namespace) -> Iterator[str]:
-    """Yield an error for each part that training asks for and that the datasets lack.
+def _errors_of_parts(args: Namespace, of_rank: slice) -> Iterator[str]:
+    """Yield an error for each part that training asks for and that the datasets, or those of a rank, lack.
 
     Megatron would end at once, as if training were complete, without training data. It would fail at the first
     evaluation without validation data. It would draw samples for ever from a part that has a share but no tokens.
@@ -232,7 +258,7 @@ def _errors_of_parts(args: Namespace) -> Iterator[str]:
         if part is None and is_needed:
             hint = " or pass --eval-iters 0" if name == "validation" else ""
             yield f"there are no {name} data; give them a share in --split or a path of their own{hint}"
-    for prefix in blend[0] if blend else ():
+    for prefix in blend[0][of_rank] if blend else ():
         lengths = read_index(prefix).sequence_lengths  # keeps a file open, so go through the datasets only once
         for name, part in zip(names, parts, strict=True):
             if part is None:
@@ -255,19 +281,30 @@ def _check_same_tokenizer(args: Namespace, made_with: TokenizerRecord, what: str
         )
 
 
-def _check_token_ids(prefix: str, vocab_size: int, most_chunks: int | None = None) -> None:
-    """Check that the token ids of a dataset are in the vocabulary, all or those of evenly spread chunks.
+def _check_token_ids(index: DatasetIndex, vocab_size: int, chunks: slice, most_chunks: int | None) -> None:
+    """Check that token ids of a dataset are in the vocabulary.
+
+    Args:
+        index: The index of the dataset.
+        vocab_size: Number of ids of the tokenizer.
+        chunks: Selects the chunks that are checked.
+        most_chunks: Number of evenly spread chunks from which `chunks` selects; None for all chunks.
 
     Raises:
-        UserError: A token id is beyond the vocabulary.
+        UserError: A token id is beyond the vocabulary, or the dataset has no tokens.
     """
-    tokens = open_tokens(prefix)
+    prefix, tokens = index.prefix, index.map_tokens()
+    if not len(tokens):
+        raise UserError(f"{bin_path(prefix)} holds no tokens")
     # As an unsigned number, a negative id is larger than any vocabulary.
     unsigned = tokens.view(f"u{tokens.dtype.itemsize}")
     starts = range(0, len(tokens), _CHUNK_TOKENS)
     if most_chunks is not None:
         starts = starts[:: -(-len(starts) // most_chunks) or 1]
-    for start in tqdm(starts, desc=f"checking {Path(prefix).name}", unit="chunk", delay=1):
+    is_shown = os.environ.get("RANK", "0") == "0"
+    for start in tqdm(
+        starts[chunks], desc=f"checking {Path(prefix).name}", unit="chunk", delay=1, disable=not is_shown
+    ):
         is_beyond = unsigned[start : start + _CHUNK_TOKENS] >= vocab_size
         if is_beyond.any():
             position = start + int(is_beyond.argmax())

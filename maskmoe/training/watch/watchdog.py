@@ -70,7 +70,8 @@ class Watchdog(Callback):
         self._threads = [threading.Thread(target=target, daemon=True) for target in (self._watch, self._guard)]
 
     def on_start(self) -> None:
-        """Start the threads of the watchdog."""
+        """Report this rank, so that `_read` finds a sighting of each rank, and start the threads of the watchdog."""
+        self._report()
         for thread in self._threads:
             thread.start()
 
@@ -144,8 +145,7 @@ class Watchdog(Callback):
         return self._ranks.store.compare_set("verdict", "", json.dumps([culprits, message])).decode()
 
     def _read(self) -> list[Sighting]:
-        messages = (self._ranks.peek(f"sighting/{rank}") for rank in range(self._ranks.world_size))
-        return [Sighting(*json.loads(message)) for message in messages if message is not None]
+        return [Sighting(*json.loads(message)) for message in self._ranks.read_all("sighting")]
 
     def _print(self, culprits: list[int], message: str) -> None:
         if self._ranks.rank in culprits or os.environ.get("LOCAL_RANK", "0") == "0" or not culprits:

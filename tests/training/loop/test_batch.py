@@ -4,7 +4,7 @@ import argparse
 import json
 import math
 from pathlib import Path
-from unittest.mock import Mock
+from unittest.mock import MagicMock, Mock
 
 import numpy as np
 import pytest
@@ -147,6 +147,19 @@ def test_indices_of_an_earlier_dataset_are_replaced(
     build(kind, two_documents, rate=0, spm_rate=0)
     assert cached_files(two_documents) == written
     assert len(written) == 4
+
+
+def test_few_lengths_are_looked_up_in_random_order(folder: Path) -> None:
+    """A run of thousands of datasets has billions of documents, and the other ranks wait for the first one."""
+    dataset = build(GPTDataset, folder, rate=0, spm_rate=0)
+    stored, lengths = dataset.dataset, MagicMock()
+    lengths.__getitem__.side_effect = stored.sequence_lengths.__getitem__
+    dataset.dataset = Mock(sequence_lengths=lengths)
+    assert dataset._fits(dataset.document_index, dataset.sample_index)
+    in_random_order = [
+        call.args[0] for call in lengths.__getitem__.call_args_list if call.args[0] is not dataset.indices
+    ]
+    assert sum(map(len, in_random_order)) < 0.2 * len(dataset.indices)
 
 
 def test_cache_is_shared_with_megatron(two_documents: Path, monkeypatch: pytest.MonkeyPatch) -> None:

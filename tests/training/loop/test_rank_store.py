@@ -3,6 +3,7 @@
 import threading
 from concurrent.futures import ThreadPoolExecutor
 from datetime import timedelta
+from unittest.mock import Mock
 
 import pytest
 from torch.distributed import HashStore, PrefixStore, TCPStore
@@ -71,6 +72,17 @@ def test_messages(server):
     assert ranks[1].peek("verdict") is None
     assert [one.store.compare_set("verdict", "", str(one.rank)) for one in ranks[1:]] == [b"1", b"1"]
     assert ranks[0].beside().peek("verdict") == "1"
+
+
+def test_messages_of_all_ranks_take_few_requests():
+    """Thousands of ranks ask one store at the same time."""
+    store = Mock(wraps=HashStore())
+    for rank in range(1, 1000):
+        store.set(f"names/{rank}", str(rank))
+    store.add("names/ranks", 999)
+    store.reset_mock()
+    assert RankStore(store, 0, 1000).gather("names", "0") == [str(rank) for rank in range(1000)]
+    assert len(store.method_calls) < 10
 
 
 def test_single_rank():

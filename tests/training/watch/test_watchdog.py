@@ -86,6 +86,7 @@ def test_threads_end_with_the_run():
     watched = Watchdog(RankStore(HashStore(), 0, 1), timeout=1.0)
     watched.on_start()
     assert len(set(threading.enumerate()) - before) == 2
+    assert watched._read()[0].rank == 0  # at once: a rank that has not reported would let the other ranks wait
     watched.on_end(None)
     assert set(threading.enumerate()) <= before
 
