@@ -78,24 +78,32 @@ class GroupedMLP(SequentialMLP):
 class CountsOnDeviceMLP(TEGroupedMLP):
     """`TEGroupedMLP` that leaves the numbers of rows on the device if Transformer Engine reads them there.
 
-    Transformer Engine does so from Hopper on, in bf16, with `NVTE_GROUPED_LINEAR_USE_FUSED_GROUPED_GEMM=1`.
-    Megatron-Core brings the numbers to the host in every layer. The gradients of weights must be added to `main_grad`,
-    because a product of no rows may write no gradient.
+    Transformer Engine does so from Hopper on, in bf16, with `NVTE_GROUPED_LINEAR_USE_FUSED_GROUPED_GEMM=1`, and then
+    refuses numbers on the host, to which Megatron-Core brings them in every layer.
+
+    Megatron-Core needs the numbers on the host to pad rows for FP8 and FP4, and to add biases. The gradients of weights
+    must be added to `main_grad`, because a product of no rows may write no gradient. With other settings, Transformer
+    Engine reads the numbers on the host, whatever the variable says.
     """
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        config = self.config
+        if config.fp8 or config.fp4 or config.add_bias_linear or not config.gradient_accumulation_fusion:
+            self.linear_fc1.use_grouped_tensor = self.linear_fc2.use_grouped_tensor = False
 
     def forward(  # pyrefly: ignore[bad-override]  # the arguments that follow are handed on
         self, permuted_local_hidden_states: Tensor, tokens_per_expert: Tensor, permuted_probs: Tensor, *buffers: Any
     ) -> tuple[Tensor, Tensor | None]:
         """Compute the output of every expert for its rows; arguments as for `GroupedMLP.forward`."""
-        if self._reads_on_device(permuted_local_hidden_states.dtype) and tokens_per_expert.is_cuda:
-            tokens_per_expert = tokens_per_expert.as_subclass(_CountsOnDevice)
-        return super().forward(permuted_local_hidden_states, tokens_per_expert, permuted_probs, *buffers)
+        rows = permuted_local_hidden_states
+        if self._reads_on_device(rows.dtype):
+            # Dispatchers that count rows for the host leave the numbers there.
+            tokens_per_expert = tokens_per_expert.to(rows.device, non_blocking=True).as_subclass(_CountsOnDevice)
+        return super().forward(rows, tokens_per_expert, permuted_probs, *buffers)
 
     def _reads_on_device(self, dtype: torch.dtype) -> bool:
         """Return whether both linear layers read the numbers of rows on the device."""
-        config = self.config
-        if config.fp8 or config.fp4 or not config.gradient_accumulation_fusion:
-            return False
         if not getattr(self.linear_fc1, "use_grouped_tensor", False):
             return False
         from transformer_engine.pytorch.module import (  # pyrefly: ignore[missing-import]
