@@ -13,10 +13,9 @@ from megatron.core.transformer.moe.experts import SequentialMLP, TEGroupedMLP
 from megatron.core.transformer.transformer_config import TransformerConfig
 from megatron.core.typed_torch import apply_module
 from torch import Tensor
-from torch.nn.functional import grouped_mm
 
 from maskmoe.transformer.gathered_parameters import wait_for_parameters, waits_for_parameters
-from maskmoe.transformer.torch_modules.linear import linear_in_turns
+from maskmoe.transformer.torch_modules.linear import grouped_linear, linear_in_turns
 from maskmoe.transformer.torch_modules.mlp import is_plain_swiglu, swiglu
 
 
@@ -90,7 +89,8 @@ class CountsOnDeviceMLP(TEGroupedMLP):
         super().__init__(*args, **kwargs)
         config = self.config
         if config.fp8 or config.fp4 or config.add_bias_linear or not config.gradient_accumulation_fusion:
-            self.linear_fc1.use_grouped_tensor = self.linear_fc2.use_grouped_tensor = False
+            for layer in cast(tuple[Any, ...], (self.linear_fc1, self.linear_fc2)):
+                layer.use_grouped_tensor = False
 
     def forward(  # pyrefly: ignore[bad-override]  # the arguments that follow are handed on
         self, permuted_local_hidden_states: Tensor, tokens_per_expert: Tensor, permuted_probs: Tensor, *buffers: Any
@@ -248,11 +248,5 @@ def _compute_grouped(rows: Tensor, tokens_per_expert: Tensor, probs: Tensor, exp
     """Compute all experts in one product for each linear layer; arguments as for `GroupedMLP.forward`."""
     ends = tokens_per_expert.to(rows.device, non_blocking=True).cumsum(0, dtype=torch.int32)
     first, second = zip(*map(_weights, experts), strict=True)
-
-    def multiply(values: Tensor, weights: Sequence[Tensor]) -> Tensor:
-        # `grouped_mm` takes the weights as one tensor [experts, in, out], so they are copied.
-        return grouped_mm(values, torch.stack(tuple(weights)).transpose(1, 2), offs=ends)
-
-    return _activate_and_project(
-        multiply(rows, first), probs, None, experts[0].config, partial(multiply, weights=second)
-    )
+    project = partial(grouped_linear, ends=ends, weights=second)
+    return _activate_and_project(grouped_linear(rows, ends, first), probs, None, experts[0].config, project)
