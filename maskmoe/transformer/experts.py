@@ -13,10 +13,9 @@ from megatron.core.transformer.moe.experts import SequentialMLP, TEGroupedMLP
 from megatron.core.transformer.transformer_config import TransformerConfig
 from megatron.core.typed_torch import apply_module
 from torch import Tensor
-from torch.nn.functional import grouped_mm
 
 from maskmoe.transformer.gathered_parameters import wait_for_parameters, waits_for_parameters
-from maskmoe.transformer.torch_modules.linear import linear_in_turns
+from maskmoe.transformer.torch_modules.linear import grouped_linear, linear_in_turns
 from maskmoe.transformer.torch_modules.mlp import is_plain_swiglu, swiglu
 
 
@@ -78,24 +77,33 @@ class GroupedMLP(SequentialMLP):
 class CountsOnDeviceMLP(TEGroupedMLP):
     """`TEGroupedMLP` that leaves the numbers of rows on the device if Transformer Engine reads them there.
 
-    Transformer Engine does so from Hopper on, in bf16, with `NVTE_GROUPED_LINEAR_USE_FUSED_GROUPED_GEMM=1`.
-    Megatron-Core brings the numbers to the host in every layer. The gradients of weights must be added to `main_grad`,
-    because a product of no rows may write no gradient.
+    Transformer Engine does so from Hopper on, in bf16, with `NVTE_GROUPED_LINEAR_USE_FUSED_GROUPED_GEMM=1`, and then
+    refuses numbers on the host, to which Megatron-Core brings them in every layer.
+
+    Megatron-Core needs the numbers on the host to pad rows for FP8 and FP4, and to add biases. The gradients of weights
+    must be added to `main_grad`, because a product of no rows may write no gradient. With other settings, Transformer
+    Engine reads the numbers on the host, whatever the variable says.
     """
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        config = self.config
+        if config.fp8 or config.fp4 or config.add_bias_linear or not config.gradient_accumulation_fusion:
+            for layer in cast(tuple[Any, ...], (self.linear_fc1, self.linear_fc2)):
+                layer.use_grouped_tensor = False
 
     def forward(  # pyrefly: ignore[bad-override]  # the arguments that follow are handed on
         self, permuted_local_hidden_states: Tensor, tokens_per_expert: Tensor, permuted_probs: Tensor, *buffers: Any
     ) -> tuple[Tensor, Tensor | None]:
         """Compute the output of every expert for its rows; arguments as for `GroupedMLP.forward`."""
-        if self._reads_on_device(permuted_local_hidden_states.dtype) and tokens_per_expert.is_cuda:
-            tokens_per_expert = tokens_per_expert.as_subclass(_CountsOnDevice)
-        return super().forward(permuted_local_hidden_states, tokens_per_expert, permuted_probs, *buffers)
+        rows = permuted_local_hidden_states
+        if self._reads_on_device(rows.dtype):
+            # Dispatchers that count rows for the host leave the numbers there.
+            tokens_per_expert = tokens_per_expert.to(rows.device, non_blocking=True).as_subclass(_CountsOnDevice)
+        return super().forward(rows, tokens_per_expert, permuted_probs, *buffers)
 
     def _reads_on_device(self, dtype: torch.dtype) -> bool:
         """Return whether both linear layers read the numbers of rows on the device."""
-        config = self.config
-        if config.fp8 or config.fp4 or not config.gradient_accumulation_fusion:
-            return False
         if not getattr(self.linear_fc1, "use_grouped_tensor", False):
             return False
         from transformer_engine.pytorch.module import (  # pyrefly: ignore[missing-import]
@@ -240,11 +248,5 @@ def _compute_grouped(rows: Tensor, tokens_per_expert: Tensor, probs: Tensor, exp
     """Compute all experts in one product for each linear layer; arguments as for `GroupedMLP.forward`."""
     ends = tokens_per_expert.to(rows.device, non_blocking=True).cumsum(0, dtype=torch.int32)
     first, second = zip(*map(_weights, experts), strict=True)
-
-    def multiply(values: Tensor, weights: Sequence[Tensor]) -> Tensor:
-        # `grouped_mm` takes the weights as one tensor [experts, in, out], so they are copied.
-        return grouped_mm(values, torch.stack(tuple(weights)).transpose(1, 2), offs=ends)
-
-    return _activate_and_project(
-        multiply(rows, first), probs, None, experts[0].config, partial(multiply, weights=second)
-    )
+    project = partial(grouped_linear, ends=ends, weights=second)
+    return _activate_and_project(grouped_linear(rows, ends, first), probs, None, experts[0].config, project)

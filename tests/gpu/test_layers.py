@@ -236,7 +236,7 @@ def check_experts(setting: Setting) -> dict[str, Any]:
     rows.requires_grad_(), probs.requires_grad_()
     dirty_the_allocator()
     output, _ = experts(rows, torch.tensor(tokens_per_expert), probs)
-    is_grouped = "GroupedMm" in output.grad_fn.name()
+    is_grouped = "GroupedLinear" in output.grad_fn.name()
     output.backward(gradient)
 
     # The same in float32, one expert after the other.

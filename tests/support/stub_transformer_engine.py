@@ -5,6 +5,7 @@ The stub knows no tensor parallelism and no communication. With FP8 and FP4 it p
 the precision of the weights. Tests marked `te` compare it with the real modules.
 """
 
+import os
 import sys
 from collections.abc import Callable, Sequence
 from importlib.machinery import ModuleSpec
@@ -123,7 +124,8 @@ class GroupedLinear(Module):
 
     With `delay_wgrad_compute`, the backward pass leaves the gradients of the weights unset, and `backward_dw` computes
     the gradients of the oldest backward pass that still lacks them: with `fuse_wgrad_accumulation` it adds them to
-    `main_grad`, otherwise it replaces `grad`.
+    `main_grad`, otherwise it replaces `grad`. With NVTE_GROUPED_LINEAR_USE_FUSED_GROUPED_GEMM, the layer refuses
+    numbers of rows that are not on the device of the rows.
     """
 
     def __init__(
@@ -147,7 +149,7 @@ class GroupedLinear(Module):
         self.num_gemms, self.in_features, self.out_features = num_gemms, in_features, out_features
         self.use_bias, self.fuse_wgrad_accumulation = bias, fuse_wgrad_accumulation
         self.deferred: list[list[Tensor]] | None = [] if delay_wgrad_compute else None
-        self.use_grouped_tensor = False
+        self.use_grouped_tensor = os.environ.get("NVTE_GROUPED_LINEAR_USE_FUSED_GROUPED_GEMM") == "1"
         for index in range(num_gemms):
             weight = Parameter(torch.empty(out_features, in_features, dtype=params_dtype, device=device))
             init_method(weight)
@@ -159,8 +161,9 @@ class GroupedLinear(Module):
         return [getattr(self, f"weight{index}") for index in range(self.num_gemms)]
 
     def forward(self, x: Tensor, m_splits: Sequence[int] | Tensor, is_first_microbatch: bool | None = None) -> Tensor:
-        if isinstance(m_splits, Tensor):
+        if self.use_grouped_tensor:
             assert type(m_splits) is Tensor
+            assert m_splits.device == x.device
             CALLS.append("rows on the device")
             m_splits = m_splits.tolist()
         return _GroupedProduct.apply(x, m_splits, self, *self.weights)

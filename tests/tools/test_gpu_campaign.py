@@ -82,7 +82,7 @@ def test_a_failed_step_does_not_stop_the_others(finished) -> None:
     assert wrong.problem == "losses differ"
     assert broken.problem.startswith("JSONDecodeError")
     assert slow.problem.startswith("the time limit was reached after")
-    assert slow.output_end.endswith("7")
+    assert "7" in slow.output_end.splitlines()
 
 
 def test_a_killed_step_leaves_what_it_found_and_the_time_of_the_others(finished) -> None:
@@ -93,6 +93,18 @@ def test_a_killed_step_leaves_what_it_found_and_the_time_of_the_others(finished)
     assert 4 <= slow.limit < 12
     assert slow.seconds >= slow.limit
     assert wrong.limit > 50
+
+
+def test_a_killed_step_may_report(tmp_path: Path) -> None:
+    """So pytest reports on the tests that have run."""
+    code = """import time
+try:
+    time.sleep(99)
+except KeyboardInterrupt:
+    print("the report")"""
+    (result,) = run_campaign([make_step("killed", code)], make_context(tmp_path), 3, lambda _: None).steps
+    assert result.problem.startswith("the time limit was reached after")
+    assert result.output_end.endswith("the report")
 
 
 def test_page_and_json_have_what_the_steps_found(finished) -> None:
@@ -155,7 +167,8 @@ def test_tests_must_pass(tmp_path: Path) -> None:
     skipped = '<testcase classname="c" name="b" time="0"><skipped message="one GPU"/></testcase>'
     passed = '<testcase classname="c" name="a" time="1.23"/>'
     failed = '<testcase classname="c" name="d" time="2"><failure message="assert 1 == 2">text</failure></testcase>'
-    report.write_text(f"<testsuites><testsuite>{passed}{skipped}{failed}</testsuite></testsuites>")
+    interrupted = '<testcase time="0.000" />'
+    report.write_text(f"<testsuites><testsuite>{passed}{skipped}{failed}{interrupted}</testsuite></testsuites>")
     findings = read(context)
     assert findings.facts == {"passed": 1, "skipped": 1, "failure": 1}
     assert findings.tables[0].rows == (

@@ -235,6 +235,13 @@ def branches_of_gpus(monkeypatch: pytest.MonkeyPatch) -> None:
     forbid(monkeypatch, "_compute_in_turns")
 
 
+def test_grouped_products_keep_no_copies_of_weights(branches_of_gpus: None) -> None:
+    ours, _ = make_pair(params_dtype=torch.bfloat16, ffn_hidden_size=16)
+    hidden, ffn, num_rows = 8, 16, 80
+    in_bf16, in_fp32, ends = num_rows * (hidden + 3 * ffn), num_rows, 4
+    assert kept_bytes(ours, [20] * 4) == 2 * in_bf16 + 4 * (in_fp32 + ends)
+
+
 @pytest.mark.parametrize("recomputation", [{}, RECOMPUTATION], ids=["kept", "recomputed"])
 @pytest.mark.parametrize("tokens_per_expert", [[5, 0, 11, 8], [0, 24, 0, 0], [0, 0, 0, 0]], ids=str)
 def test_grouped_products_equal_sequential_experts(

@@ -1,6 +1,8 @@
 """Experts of Transformer Engine: rows are padded for FP8 and FP4, and their numbers can stay on the device."""
 
+import os
 from typing import Any
+from unittest.mock import patch
 
 import pytest
 import torch
@@ -31,19 +33,20 @@ RECOMPUTATION = {"none": {}, "moe": {"recompute_granularity": "selective", "reco
 def train(mask: str, settings: dict[str, Any], on_device: bool = False) -> tuple[str, dict[str, Tensor], list[str]]:
     """Run a layer forward and backward; return the dispatcher, output and gradients, and Transformer Engine's calls.
 
-    All visible experts of an id are on both ranks, or `rank_local`. `on_device`: Transformer Engine takes numbers of
-    rows on the device.
+    All visible experts of an id are on both ranks, or `rank_local`. `on_device`: Transformer Engine wants the numbers
+    of rows on the device.
     """
     from support import stub_transformer_engine
 
     rank = torch.distributed.get_rank()
     visible = visible_halves(VOCAB_SIZE, NUM_EXPERTS) | (mask == "all_ranks")
     engine = {"transformer_impl": "transformer_engine", "moe_grouped_gemm": True, "expert_model_parallel_size": 2}
-    layer = make_layer(make_config(NUM_EXPERTS, TOPK, **engine, **settings), make_mask(visible))
-    draw_parameters(layer)
+    config = make_config(NUM_EXPERTS, TOPK, **engine, **settings)
     if on_device:
-        layer.config.gradient_accumulation_fusion = True  # for the layer's choice alone
-        layer.experts.linear_fc1.use_grouped_tensor = layer.experts.linear_fc2.use_grouped_tensor = True
+        config.gradient_accumulation_fusion = True  # for the layer's choice alone
+    with patch.dict(os.environ, {"NVTE_GROUPED_LINEAR_USE_FUSED_GROUPED_GEMM": str(int(on_device))}):
+        layer = make_layer(config, make_mask(visible))
+    draw_parameters(layer)
     generator = torch.Generator().manual_seed(rank)
     ids = TokenIds(torch.randint(0, VOCAB_SIZE, (BATCH, SEQUENCE), generator=generator))
     hidden, gradient = torch.randn(2, SEQUENCE, BATCH, HIDDEN, generator=generator)
@@ -65,7 +68,6 @@ def train_all() -> dict[tuple[str, str, str], tuple[str, dict[str, Tensor], list
         for precision, settings in PRECISIONS.items()
         for recomputed, recomputation in RECOMPUTATION.items()
     }
-    Tensor.is_cuda = True  # pyrefly: ignore[bad-assignment]
     for mask in DISPATCHERS:
         for precision, settings in PRECISIONS.items():
             results[mask, precision, "on device"] = train(mask, settings, on_device=True)

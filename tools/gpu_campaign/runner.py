@@ -6,6 +6,7 @@ import signal
 import subprocess
 import time
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from datetime import UTC, datetime
 from functools import partial
 from pathlib import Path
@@ -19,6 +20,7 @@ from maskmoe.files.outputs import atomic_output
 from maskmoe.processes.lifetimes import end_with_parent, send_signal
 
 _LINES_OF_END, _CHARACTERS_OF_END = 60, 6000
+_SECONDS_TO_REPORT = 10
 # Each process computes with one thread, because several steps start several processes.
 _ENVIRONMENT = {"OMP_NUM_THREADS": "1", "PYTHONUNBUFFERED": "1", "CUDA_DEVICE_MAX_CONNECTIONS": "1"}
 
@@ -126,11 +128,21 @@ def _run(command: Command, folder: Path, log: Path, limit: float) -> None:
         try:
             exit_code = process.wait(limit)
         except subprocess.TimeoutExpired:
+            _interrupt(process)
             raise StepError(f"the time limit was reached after {limit:.0f} s in: {command}") from None
         finally:
             _kill(process)
     if exit_code:
         raise StepError(f"exit code {exit_code} of: {command}")
+
+
+def _interrupt(process: subprocess.Popen) -> None:
+    """Let a process report: when pytest is interrupted, it reports on the tests that have run. Kill its children."""
+    children = psutil.Process(process.pid).children(recursive=True)
+    process.send_signal(signal.SIGINT)
+    with suppress(subprocess.TimeoutExpired):
+        process.wait(_SECONDS_TO_REPORT)
+    send_signal(children, signal.SIGKILL)
 
 
 def _kill(process: subprocess.Popen) -> None:

@@ -17,6 +17,7 @@ from megatron.core.transformer.enums import AttnMaskType
 from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor
 from torch.distributed import ProcessGroup
+from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.attention.bias import causal_lower_right
 from torch.nn.attention.varlen import varlen_attn
 from torch.nn.functional import pad, scaled_dot_product_attention
@@ -183,18 +184,21 @@ class TorchDotProductAttention(DotProductAttention):
         width = _round_up(max(query.shape[-1], value_channels))
         query, key, value = (pad(tensor, (0, width - tensor.shape[-1])) for tensor in (query, key, value))
         left, right = self._reach(has_mask=False)
-        context: Any = varlen_attn(
-            query,
-            key,
-            value,
-            documents.bounds,
-            documents.bounds,
-            documents.max_seqlen_q,
-            documents.max_seqlen_kv,
-            scale=self._scale,
-            window_size=(-1 if left is None else left, -1 if right is None else right),
-            enable_gqa=query.shape[1] != key.shape[1],
-        )
+        # `varlen_attn` prefers cuDNN, whose gradients have no fixed order of additions in torch.
+        is_deterministic = torch.are_deterministic_algorithms_enabled()
+        with sdpa_kernel(SDPBackend.FLASH_ATTENTION) if is_deterministic else nullcontext():
+            context: Any = varlen_attn(
+                query,
+                key,
+                value,
+                documents.bounds,
+                documents.bounds,
+                documents.max_seqlen_q,
+                documents.max_seqlen_kv,
+                scale=self._scale,
+                window_size=(-1 if left is None else left, -1 if right is None else right),
+                enable_gqa=query.shape[1] != key.shape[1],
+            )
         return context[..., :value_channels]
 
     def _widen(self, query: Tensor, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor, Tensor]:
