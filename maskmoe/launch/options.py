@@ -177,7 +177,7 @@ def _parser(program: str, environment: Mapping[str, str]) -> Parser:
     add("--gpus-per-node", "G", ranges.RANKS_OF_NODE, "NPROC_PER_NODE", ranks)
     add("--rendezvous", "HOST:PORT", _address, "RDZV_ENDPOINT", f"where the nodes meet: {address}")
     own = "address of this node for the other nodes, with --nodes MIN:MAX (default: the host name)"
-    add("--address", "HOST", str, "NODE_ADDRESS", own)
+    add("--address", "HOST", _host, "NODE_ADDRESS", own)
     silence = "how long a node may be silent, with --nodes MIN:MAX, until the others train without it"
     add("--node-timeout", "SECONDS", ranges.NODE_TIMEOUT, "NODE_TIMEOUT", silence, 30)
     add("--rendezvous-id", "ID", str, "RDZV_ID", "name of the job, equal on all nodes (default: the run folder)")
@@ -211,12 +211,21 @@ def _node_range(text: str) -> NodeRange:
     return nodes
 
 
+def _host(text: str) -> str:
+    try:
+        text.encode("idna")  # as the system's functions for addresses do
+    except UnicodeError as error:
+        raise argparse.ArgumentTypeError(f"{text!r} is not the name of a host") from error
+    return text
+
+
 def _address(text: str) -> tuple[str, int]:
     host, colon, port = text.rpartition(":")
     if text.endswith("]") or not colon:
         host, port = text, str(DEFAULT_PORT)
     if not host:
         raise argparse.ArgumentTypeError(f"{text!r} is not HOST:PORT")
+    host = _host(host)
     try:
         return host, ranges.PORT(port)
     except argparse.ArgumentTypeError as error:
