@@ -226,11 +226,13 @@ def check_output_folder(folder: Path) -> None:
     """Check that a conversion can write a folder.
 
     Raises:
-        UserError: The folder has content, or another conversion is writing it.
+        UserError: The folder has content or is a mount point, or another conversion is writing it.
     """
     refuse_checkpoint(folder)
     if os.path.lexists(folder) and not (folder.is_dir() and not any(folder.iterdir())):
         raise UserError(f"{folder} is not empty; name a new folder")
+    if os.path.ismount(folder):  # no other folder can take its place
+        raise UserError(f"{folder} is a mount point; name a new folder in it")
     unfinished = _unfinished(folder)
     if os.path.lexists(unfinished):
         raise UserError(
@@ -255,14 +257,14 @@ def output_folder(folder: Path) -> Iterator[Path]:
             yield unfinished
             for path in (unfinished, *unfinished.rglob("*")):
                 _sync(path)
-            unfinished.rename(folder)
+            unfinished.rename(os.path.realpath(folder))
         finally:
             shutil.rmtree(unfinished, ignore_errors=True)
 
 
 def _unfinished(folder: Path) -> Path:
-    """Return the temporary folder that becomes `folder`."""
-    folder = Path(os.path.abspath(folder))
+    """Return the temporary folder that becomes `folder`, which may be a link to an empty folder."""
+    folder = Path(os.path.realpath(folder))
     return folder.with_name(folder.name + UNFINISHED)
 
 

@@ -192,6 +192,20 @@ def test_folder_gets_its_name_when_it_is_complete(tmp_path, is_there):
     assert os.listdir(save.parent) == ["model"]
 
 
+def test_link_to_an_empty_folder_is_filled(tmp_path):
+    (tmp_path / "elsewhere" / "target").mkdir(parents=True)
+    (tmp_path / "model").symlink_to(tmp_path / "elsewhere" / "target")
+    fill(tmp_path / "model")
+    assert (tmp_path / "elsewhere" / "target" / "file").read_text() == "content"
+    assert os.listdir(tmp_path / "elsewhere") == ["target"]
+
+
+def test_mount_point_is_refused_at_once(tmp_path, monkeypatch):
+    monkeypatch.setattr(os.path, "ismount", lambda path: path == tmp_path)
+    with pytest.raises(UserError, match="is a mount point; name a new folder in it"):
+        fill(tmp_path)
+
+
 def fill(save, failure=None, meanwhile=lambda: None):
     """Write a file into an output folder; then call a function, and raise an exception if one is given."""
     with output_folder(save) as folder:
