@@ -11,6 +11,7 @@ from maskmoe.command_line import ranges
 from maskmoe.command_line.parser import Parser
 from maskmoe.errors import UserError
 from maskmoe.files.paths import RUNS, shipped_file
+from maskmoe.processes.interruption import SHUTDOWN_TIMEOUT
 
 DEFAULT_PORT = 29400
 
@@ -186,7 +187,7 @@ def _parser(program: str, environment: Mapping[str, str]) -> Parser:
     )
     add("--max-restarts", "M", ranges.RESTARTS, "MAX_RESTARTS", "how often failed ranks are restarted", 3)
     saving = "how long ranks may take for a last checkpoint"
-    add("--shutdown-timeout", "SECONDS", ranges.SECONDS, "SHUTDOWN_TIMEOUT", saving, 600)
+    add("--shutdown-timeout", "SECONDS", ranges.SECONDS, "SHUTDOWN_TIMEOUT", saving, SHUTDOWN_TIMEOUT)
     add(
         "--run-dir", "DIR", Path, "RUN_DIR", "folder for checkpoints, TensorBoard events and logs (default: runs/MODEL)"
     )

@@ -19,6 +19,9 @@ SIGNALS_THAT_END_TOOLS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 
 Handler = Callable[[int, FrameType | None], object] | signal.Handlers
 
+SHUTDOWN_TIMEOUT = 600
+"""The seconds for which a launcher waits, by default, for a last checkpoint after a signal."""
+
 EXIT_REQUEUE = 75
 """A signal stopped the run, which saved a checkpoint and can resume. The code is `EX_TEMPFAIL` of sysexits.h."""
 
