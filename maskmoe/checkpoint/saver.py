@@ -52,7 +52,7 @@ class _Save:
 
 
 class SaveError(Exception):
-    """A rank failed to save a checkpoint; the message is that of `describe_failures`."""
+    """A rank failed to save a checkpoint; the message is that of `describe_failures`, or of the system."""
 
 
 def describe_failures(error: CheckpointException) -> str:
@@ -214,9 +214,11 @@ class CheckpointSaver:
 
 @contextmanager
 def _marking_failures() -> Iterator[None]:
-    """Raise `SaveError` instead of `CheckpointException`, which Megatron also raises for failed loads."""
+    """Raise `SaveError` instead of `CheckpointException` and `OSError`, which Megatron also raises without a save."""
     try:
         yield
+    except OSError as error:
+        raise SaveError(str(error)) from error
     except CheckpointException as error:
         raise SaveError(describe_failures(error)) from error
 

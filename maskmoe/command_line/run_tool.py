@@ -1,7 +1,6 @@
 """Runs the main function of a command-line tool and reports its errors."""
 
 import errno
-import io
 import os
 import re
 import resource
@@ -86,8 +85,9 @@ def _flush_output() -> None:
 def _print_every_character() -> None:
     """Let the output replace characters that it cannot encode, such as bytes of a file's name that are not UTF-8."""
     for stream in (sys.stdout, sys.stderr):
-        if isinstance(stream, io.TextIOWrapper):
-            stream.reconfigure(errors="backslashreplace")
+        # A closed stream is None. A rank's console replaces stdout by an object that has the stream's methods.
+        if reconfigure := getattr(stream, "reconfigure", None):
+            reconfigure(errors="backslashreplace")
 
 
 def _allow_open_files() -> None:

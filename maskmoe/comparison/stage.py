@@ -24,16 +24,19 @@ from tqdm import tqdm
 from maskmoe.errors import RunFailure, UserError, listed
 from maskmoe.files.outputs import atomic_output
 from maskmoe.files.paths import short_path
-from maskmoe.processes.interruption import SIGNALS_THAT_END_TOOLS, deferring_signals, handling_signals
+from maskmoe.processes.interruption import SHUTDOWN_TIMEOUT, SIGNALS_THAT_END_TOOLS, deferring_signals, handling_signals
 from maskmoe.processes.lifetimes import end_with_parent, send_signal
 
-_SECONDS_TO_END = 45.0  # torchrun gives its workers 30 seconds
+_SECONDS_TO_END = SHUTDOWN_TIMEOUT + 90.0  # a launcher needs some time of its own
 _LAST_BYTES = 4096  # of a log, in which its last line is searched
 _REFUSAL = re.compile(r"^(\[rank\d+\]:? )?(\S+( [\w-]+)?: )?error: (?P<message>.+)", re.MULTILINE)
 _SECONDS_BETWEEN_LINES = 60.0
 _CLEAR = "\r\x1b[K"
 
-_STOPPING = "\nstopping: the stage in progress ends first (train saves a checkpoint); the same command continues"
+_STOPPING = (
+    "\nstopping: the stage in progress ends first (train saves a checkpoint), or a second Ctrl-C kills it; the same "
+    "command continues"
+)
 
 POLL_SECONDS = 0.2
 """How often the state of running commands is asked for."""

@@ -30,6 +30,7 @@ from maskmoe.launch.model_file import Flags, ModelFile, parse_flags, parse_layou
 from maskmoe.routing_mask.feed_forward_layers import FeedForwardLayers
 
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._+-]*")
+_WHOLE_NUMBER = re.compile(r"[0-9]{1,18}")
 _NEEDED_FLAGS = ("train-iters", "seq-length", "global-batch-size")
 _DECIDED_FLAGS = {"seed", "save", "load", "routing-mask", "data-path"}
 # A preset decides all other flags of the mask.
@@ -169,7 +170,7 @@ class Suite(_Section):
     min_lr_ratio: Annotated[str, Field(pattern=r"^(|0?\.\d+|[01])$")] = ""
     seeds: Seeds = (1,)
     variants: Annotated[dict[Name, Variant], Field(min_length=1)]
-    vary: dict[str, Words] = {}
+    vary: dict[str, Annotated[Words, Field(min_length=1)]] = {}
     baselines: Words = ()
 
     @classmethod
@@ -233,7 +234,7 @@ class Suite(_Section):
         needed = (*_NEEDED_FLAGS, "num-experts") if section.has_experts else _NEEDED_FLAGS
         if missing := [flag for flag in needed if flag not in flags]:
             raise ValueError(f"variant {name} has no {missing[0]} among its flags")
-        if wrong := [flag for flag in needed if not "".join(flags[flag]).isdecimal()]:
+        if wrong := [flag for flag in needed if not _WHOLE_NUMBER.fullmatch(" ".join(flags[flag]))]:
             raise ValueError(f"variant {name}: {wrong[0]} must be a whole number")
         if not {"hybrid-layer-pattern", "num-layers"} & flags.keys():
             raise ValueError(
@@ -241,7 +242,7 @@ class Suite(_Section):
             )
         if decided := sorted(_DECIDED_FLAGS & flags.keys()):
             raise ValueError(f"variant {name}: {', '.join(decided)} is decided by the comparison; leave the flag out")
-        if self.min_lr_ratio and "lr" in flags:
+        if self.min_lr_ratio and flags.get("lr"):
             flags["min-lr"] = (f"{float(self.min_lr_ratio) * float(flags['lr'][0]):.6g}",)
         mask = section.mask
         if mask != "none":

@@ -218,8 +218,8 @@ def _check_values(content: object) -> None:
     """Check the values of a YAML file.
 
     Raises:
-        ValueError: There are too many, for example by aliases of aliases, or one has a null character, which no word of
-            a command line may have.
+        ValueError: There are too many, for example by aliases of aliases, or one has a null character or half of a
+            surrogate pair, which no word of a command line may have.
     """
     remaining, found = [content], 0
     while remaining:
@@ -227,8 +227,8 @@ def _check_values(content: object) -> None:
         found += 1
         if found > _MAX_YAML_VALUES:
             raise ValueError(f"it has more than {_MAX_YAML_VALUES:,} values once its anchors are written out")
-        if isinstance(value, str) and "\0" in value:
-            raise ValueError(f"{value!r} has a null character")
+        if isinstance(value, str) and ("\0" in value or has_surrogates(value)):
+            raise ValueError(f"{value!a} has a null character or half of a surrogate pair")
         if isinstance(value, list | dict):
             remaining.extend([*value, *value.values()] if isinstance(value, dict) else value)
 

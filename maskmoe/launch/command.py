@@ -5,6 +5,7 @@ import sys
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 
+from maskmoe.errors import UserError
 from maskmoe.files.flags import flag_words, override
 from maskmoe.files.run_folder import CHECKPOINTS, RUN_FOLDER_VARIABLE, TENSORBOARD
 from maskmoe.launch.machine import GPU_ENVIRONMENT, Route
@@ -114,9 +115,15 @@ def entry_point(task: str, program: str = "") -> tuple[str, ...]:
 
 
 def split_program(flags: Flags) -> tuple[str, Flags]:
-    """Return the program that the key `program` of a model file names, empty if it names none, and all other flags."""
-    (program, *_) = flags.get("program", ("",))
-    return program, {name: words for name, words in flags.items() if name != "program"}
+    """Return the program that the key `program` of a model file names, empty if it names none, and all other flags.
+
+    Raises:
+        UserError: The key has no value, or several.
+    """
+    words = flags.get("program", ("",))
+    if len(words) != 1:
+        raise UserError(f"`program` must name one Python file, not {' '.join(words) or 'none'}")
+    return words[0], {name: words for name, words in flags.items() if name != "program"}
 
 
 def unset_variables(defaults: Mapping[str, str], environment: Mapping[str, str]) -> dict[str, str]:

@@ -15,10 +15,9 @@ from maskmoe.launch.model_file import ModelFile
 from maskmoe.launch.node_run import NodeRun, Supervisor, check
 from maskmoe.launch.options import Options, parse_options
 from maskmoe.processes.folder_lock import check_unlocked
-from maskmoe.processes.interruption import EXIT_REQUEUE, handle_signals_that_end
+from maskmoe.processes.interruption import EXIT_REQUEUE, SHUTDOWN_TIMEOUT, handle_signals_that_end
 
 _SINGLE_PROCESS_FLAGS = ("-h", "--help", "--help-all", "--check")
-_SHUTDOWN_TIMEOUT = 600  # seconds for a last checkpoint after a signal
 
 
 def launch(program: str, arguments: Sequence[str]) -> None:
@@ -102,9 +101,9 @@ def run_entry_point(entry: Sequence[str], saves_checkpoints: bool) -> NoReturn:
     if "RANK" in os.environ or any(word.partition("=")[0] in _SINGLE_PROCESS_FLAGS for word in arguments):
         # Replace this program: Megatron's helper processes import the main module, which must be the entry point.
         os.execv(sys.executable, [sys.executable, "-P", "-u", *entry, *arguments])
-    options = ("--local-addr", "127.0.0.1", "--shutdown-timeout", str(_SHUTDOWN_TIMEOUT))
+    options = ("--local-addr", "127.0.0.1", "--shutdown-timeout", str(SHUTDOWN_TIMEOUT))
     words = standalone_command(processes or find_devices().num_gpus or 1, entry, arguments, options)
-    supervisor = Supervisor(_SHUTDOWN_TIMEOUT, saves_checkpoints)
+    supervisor = Supervisor(SHUTDOWN_TIMEOUT, saves_checkpoints)
     sys.exit(supervisor.run(Command(words, unset_variables(ENTRY_POINT_ENVIRONMENT, os.environ))))
 
 

@@ -11,6 +11,7 @@ from contextlib import suppress
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
+from typing import TextIO
 
 import psutil
 
@@ -121,19 +122,18 @@ class Supervisor:
             if self._stopping_since is None and (self._signals or read_exit_code(exit_file)):
                 if self._signals:
                     action = "saves a checkpoint and stops" if self._saves_checkpoints else "stops"
-                    print(f"launch: {self._signals[0].name}: the run {action}", file=sys.stderr)
+                    _warn(f"launch: {self._signals[0].name}: the run {action}")
                 process.terminate()
                 self._stopping_since = time.monotonic()
             if self._signals.count(signal.SIGINT) > 1:
-                print("launch: second Ctrl-C: the run is killed", file=sys.stderr)
+                _warn("launch: second Ctrl-C: the run is killed")
                 send_signal(psutil.Process().children(recursive=True), signal.SIGKILL)
             if must_end():
                 send_signal(psutil.Process().children(recursive=True), signal.SIGKILL)
             if self._hangs(process):
-                print(
+                _warn(
                     "error: torchrun does not notice that a rank has exited, as when the network to node 0 is down: "
-                    "torchrun is killed",
-                    file=sys.stderr,
+                    "torchrun is killed"
                 )
                 process.kill()
             with suppress(psutil.TimeoutExpired):
@@ -174,9 +174,8 @@ class Supervisor:
         if self._signals and not self._saves_checkpoints:
             return 128 + self._signals[0]
         if self._signals:
-            print(
-                "launch: the run stopped without saving a new checkpoint; the next start resumes from the previous one",
-                file=sys.stderr,
+            _warn(
+                "launch: the run stopped without saving a new checkpoint; the next start resumes from the previous one"
             )
             return EXIT_REQUEUE
         return torchrun_code if torchrun_code > 0 else 128 - torchrun_code
@@ -258,5 +257,11 @@ def check(flags: Flags, ranks: int, shows_report: bool = True) -> int:
 
 
 def say(text: str) -> None:
-    """Print a line of the launcher at once, also into a log file."""
-    print(f"launch: {text}", flush=True)
+    """Print a line of the launcher at once, also into a log file; the line may be lost, see `_warn`."""
+    _warn(f"launch: {text}", sys.stdout)
+
+
+def _warn(line: str, stream: TextIO | None = None) -> None:
+    """Print a line, by default to stderr, unless that fails: a terminal may be gone, or a disk be full."""
+    with suppress(OSError):
+        print(line, file=stream or sys.stderr, flush=True)

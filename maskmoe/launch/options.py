@@ -11,6 +11,7 @@ from maskmoe.command_line import ranges
 from maskmoe.command_line.parser import Parser
 from maskmoe.errors import UserError
 from maskmoe.files.paths import RUNS, shipped_file
+from maskmoe.processes.interruption import SHUTDOWN_TIMEOUT
 
 DEFAULT_PORT = 29400
 
@@ -177,7 +178,7 @@ def _parser(program: str, environment: Mapping[str, str]) -> Parser:
     add("--gpus-per-node", "G", ranges.RANKS_OF_NODE, "NPROC_PER_NODE", ranks)
     add("--rendezvous", "HOST:PORT", _address, "RDZV_ENDPOINT", f"where the nodes meet: {address}")
     own = "address of this node for the other nodes, with --nodes MIN:MAX (default: the host name)"
-    add("--address", "HOST", str, "NODE_ADDRESS", own)
+    add("--address", "HOST", _host, "NODE_ADDRESS", own)
     silence = "how long a node may be silent, with --nodes MIN:MAX, until the others train without it"
     add("--node-timeout", "SECONDS", ranges.NODE_TIMEOUT, "NODE_TIMEOUT", silence, 30)
     add("--rendezvous-id", "ID", str, "RDZV_ID", "name of the job, equal on all nodes (default: the run folder)")
@@ -186,7 +187,7 @@ def _parser(program: str, environment: Mapping[str, str]) -> Parser:
     )
     add("--max-restarts", "M", ranges.RESTARTS, "MAX_RESTARTS", "how often failed ranks are restarted", 3)
     saving = "how long ranks may take for a last checkpoint"
-    add("--shutdown-timeout", "SECONDS", ranges.SECONDS, "SHUTDOWN_TIMEOUT", saving, 600)
+    add("--shutdown-timeout", "SECONDS", ranges.SECONDS, "SHUTDOWN_TIMEOUT", saving, SHUTDOWN_TIMEOUT)
     add(
         "--run-dir", "DIR", Path, "RUN_DIR", "folder for checkpoints, TensorBoard events and logs (default: runs/MODEL)"
     )
@@ -211,12 +212,21 @@ def _node_range(text: str) -> NodeRange:
     return nodes
 
 
+def _host(text: str) -> str:
+    try:
+        text.encode("idna")  # as the system's functions for addresses do
+    except UnicodeError as error:
+        raise argparse.ArgumentTypeError(f"{text!r} is not the name of a host") from error
+    return text
+
+
 def _address(text: str) -> tuple[str, int]:
     host, colon, port = text.rpartition(":")
     if text.endswith("]") or not colon:
         host, port = text, str(DEFAULT_PORT)
     if not host:
         raise argparse.ArgumentTypeError(f"{text!r} is not HOST:PORT")
+    host = _host(host)
     try:
         return host, ranges.PORT(port)
     except argparse.ArgumentTypeError as error:

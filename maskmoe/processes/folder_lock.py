@@ -112,7 +112,8 @@ def _acquire(path: Path) -> int:
     me = Holder.this_process()
     start, gone = time.monotonic(), None
     while True:
-        lock = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666)
+        # Do not follow a link: the folder may come from a stranger, and the file is written.
+        lock = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW, 0o666)
         is_locked, holder = _try_lock(lock), _read(lock)
         is_left = holder in (None, gone, me)
         if is_locked is not False and is_left and _is_file_of(path, lock):

@@ -4,7 +4,7 @@ import os
 import signal
 import threading
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from types import FrameType
 
@@ -18,6 +18,9 @@ SIGNALS_THAT_END_TOOLS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 """The signals that end a command that is no training."""
 
 Handler = Callable[[int, FrameType | None], object] | signal.Handlers
+
+SHUTDOWN_TIMEOUT = 600
+"""The seconds for which a launcher waits, by default, for a last checkpoint after a signal."""
 
 EXIT_REQUEUE = 75
 """A signal stopped the run, which saved a checkpoint and can resume. The code is `EX_TEMPFAIL` of sysexits.h."""
@@ -46,12 +49,15 @@ def leave_exit_code(code: int) -> None:
 
     The code 0 says that the training is complete on all ranks.
 
-    Torchrun treats every exit code but 0 as a failure, restarts the ranks, and itself exits with 1.
+    Torchrun treats every exit code but 0 as a failure, restarts the ranks, and itself exits with 1. A code that cannot
+    be written is lost without an error, because this process is about to end.
     """
     if path := os.environ.get(EXIT_CODE_FILE):
         unfinished = Path(f"{path}.{os.getpid()}")
-        unfinished.write_text(str(code))
-        unfinished.replace(path)
+        with suppress(OSError):
+            unfinished.parent.mkdir(exist_ok=True)  # systems remove folders of /tmp that are some days old
+            unfinished.write_text(str(code))
+            unfinished.replace(path)
 
 
 def is_last_attempt() -> bool:

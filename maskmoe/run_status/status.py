@@ -1,5 +1,6 @@
 """The status of a run at one moment: its arguments, how far it is, whether it is alive, and its checkpoints."""
 
+import os
 import re
 import time
 from argparse import Namespace
@@ -18,10 +19,12 @@ from maskmoe.processes.folder_lock import LockState, look_at_lock
 from maskmoe.run_status.checkpoints import Checkpoints, find_checkpoints, read_checkpoints
 from maskmoe.run_status.events import Logged, find_event_folder, read_events
 
+_MOST_SECONDS = 1e11  # the year 5138; damaged files have later times
 # The file with the arguments of a run.
 _MOST_BYTES = 1 << 20
-_FOLDER = re.compile(r"# Relative paths are relative to (.+)")
-_ARGUMENT = re.compile(r"# (\w+): (.*)")
+# A path cannot have a null character.
+_FOLDER = re.compile(r"# Relative paths are relative to ([^\0]+)")
+_ARGUMENT = re.compile(r"# (\w+): ([^\0]*)")
 _MOST_DIGITS = 15
 # The event files.
 _LOSS, _HELD_OUT_LOSS = "lm loss", "lm loss validation"
@@ -30,7 +33,6 @@ _RECENT = 100  # values from which the speed is measured
 # The journal.
 _HISTORY = (Kind.LAUNCHED, Kind.STARTED, Kind.ENDED, Kind.NODES)
 _MOST_CHARACTERS = 500  # of a text in the journal
-_MOST_SECONDS = 1e11  # the year 5138; damaged files have later times
 _MEETING_SECONDS = 300.0  # which nodes may take to start the ranks after one of the nodes was lost
 # A run without a lock that writes nothing for this time, and for this number of iterations, counts as lost. A start may
 # take as long before its first rank locks the folder.
@@ -71,9 +73,9 @@ class RunArguments:
         return int(text) if text.isdecimal() and len(text) <= _MOST_DIGITS else None
 
     def path(self, name: str) -> Path | None:
-        """Return an argument that is a path; None if the argument is unknown or None."""
+        """Return an argument that is a folder; None if the argument is unknown or None, or the folder is unreadable."""
         text = self.get(name)
-        return None if text is None else self.folder / text
+        return None if text is None or not os.access(path := self.folder / text, os.R_OK | os.X_OK) else path
 
 
 @dataclass(frozen=True)
@@ -131,10 +133,11 @@ class Progress:
 
     @property
     def seconds_left(self) -> float | None:
-        """The time that the remaining iterations need, with evaluation and saving; None if it is unknown."""
+        """The time that the remaining iterations need, with evaluation and saving; None if unknown or beyond reason."""
         if self.iteration is None or self.total is None or self.seconds_per_iteration is None:
             return None
-        return max(0, self.total - self.iteration) * self.seconds_per_iteration
+        seconds = max(0, self.total - self.iteration) * self.seconds_per_iteration
+        return seconds if seconds < _MOST_SECONDS else None
 
 
 def _seconds_per_iteration(logged: Logged) -> float | None:
@@ -283,7 +286,7 @@ def read_status(run: Path, verify: bool = False) -> Status:
     if progress.iteration is None and not entries and folder is None and not (run / ARGUMENTS).is_file():
         raise UserError(f"{run} is not the folder of a run: it has no event files, journal or checkpoints")
     signs = (logged.newest, entries[-1].time if entries else None)
-    last_sign = max((seconds for seconds in signs if seconds is not None), default=None)
+    last_sign = max((sign for sign in signs if sign is not None and 0 <= sign < _MOST_SECONDS), default=None)
     names = ("non_persistent_ckpt_type", "non_persistent_global_ckpt_dir")
     frequent = non_persistent_folder(Namespace(**{name: arguments.get(name) for name in names}), folder)
     return Status(

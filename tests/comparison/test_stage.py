@@ -14,6 +14,7 @@ from support.waiting import wait_until
 from maskmoe.comparison import stage as stages
 from maskmoe.comparison.stage import Stage, StageFolder, StatusLine, stopping_in_order
 from maskmoe.errors import RunFailure, UserError
+from maskmoe.launch.options import parse_options
 
 COUNT = """
 import pathlib, sys, time
@@ -137,6 +138,16 @@ def test_a_stage_has_time_to_end_in_order(folder):
     work = folder.finish([stage(folder, program=SAVES)])
     assert "saved" not in next(work)  # the last line of the attempt before
     work.close()
+
+
+def test_a_training_has_the_time_that_its_launcher_gives_it(folder, monkeypatch):
+    waits = []
+    wait = psutil.Popen.wait
+    monkeypatch.setattr(psutil.Popen, "wait", lambda self, *timeout: (waits.extend(timeout), wait(self, *timeout)))
+    work = folder.finish([stage(folder, program=SAVES)])
+    next(work)
+    work.close()
+    assert min(waits) > parse_options("maskmoe pretrain", ["laptop.yaml"], {}).shutdown_timeout
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="only Linux reports a parent's end")

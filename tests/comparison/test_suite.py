@@ -94,6 +94,8 @@ def test_paths_are_relative_to_the_suite(suite_file, tmp_path):
         ("train-iters: 40, ", "", "has no train-iters"),
         ("train-iters: 40, ", "train-iters: ten, ", "variant .*: train-iters must be a whole number"),
         ("train-iters: 40, ", "train-iters: true, ", "variant .*: train-iters must be a whole number"),
+        ("train-iters: 40, ", f"train-iters: '{'4' * 5000}', ", "variant .*: train-iters must be a whole number"),
+        ("seeds: [1, 2]", "vary: {lr: []}", "vary.lr: "),
         ("layers: 2", "layers: 0", "variant dense has no layers: write `layers: 2`, or hybrid-layer-pattern"),
         ("lr: 1e-2", "seed: 3", "seed is decided by the comparison"),
         ("dense: {title", "../dense: {title", "names a folder"),
@@ -106,6 +108,11 @@ def test_bad_suite_is_refused(suite_file, old, new, message):
     with pytest.raises(UserError, match=message) as error:
         Suite.read(suite_file(replace={old: new}), {})
     assert "\n" not in str(error.value)
+
+
+def test_rate_without_a_value_is_left_to_the_check_of_the_settings(suite_file):
+    suite = Suite.read(suite_file(replace={"lr: 1e-2": "lr: true"}), {})
+    assert "min-lr" not in suite.variants["dense"].flags
 
 
 @pytest.fixture(params=SHIPPED, ids=lambda path: path.stem)

@@ -142,8 +142,8 @@ def test_aliases_that_multiply_are_refused(tmp_path: Path) -> None:
     assert time.monotonic() - start < 5
 
 
-@pytest.mark.parametrize("text", ['num-layers: "a\\0b"\n', '"a\\0b": 1\n'])
-def test_yaml_with_a_null_character_is_refused(tmp_path: Path, text: str) -> None:
+@pytest.mark.parametrize("text", ['num-layers: "a\\0b"\n', '"a\\0b": 1\n', 'num-layers: "a\\ud800"\n'])
+def test_yaml_with_a_null_character_or_half_of_a_pair_is_refused(tmp_path: Path, text: str) -> None:
     """No word of a command line may have one."""
     (tmp_path / "null.yaml").write_text(text)
     with pytest.raises(UserError, match="has a null character"):

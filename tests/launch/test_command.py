@@ -17,6 +17,7 @@ from maskmoe.launch.command import (
     Command,
     entry_point,
     run_flags,
+    split_program,
     standalone_command,
     torchrun_command,
 )
@@ -131,6 +132,8 @@ def test_script_passes_its_words_on():
         ("--nodes 1: m.yaml", {}, "--nodes must be a whole number, not ''"),
         ("--nodes 1:2 --node-timeout 3 m.yaml", {}, "--node-timeout must be at least 10, not 3"),
         ("--rendezvous a:b m.yaml", {}, "'a:b' is not HOST:PORT"),
+        ("--rendezvous a..b:1 m.yaml", {}, r"--rendezvous: 'a\.\.b' is not the name of a host"),
+        ("--nodes 1:2 m.yaml", {"NODE_ADDRESS": "a" * 64}, "--address: 'a*' is not the name of a host"),
         ("--nodes 1:2 --dry-run m.yaml", {}, "--dry-run prints one command line, but --nodes MIN:MAX"),
         ("--nonsense m.yaml", {}, r"--nonsense.*\(see maskmoe pretrain --help\)"),
     ],
@@ -157,6 +160,11 @@ def test_no_option_of_the_launcher_is_a_flag_of_training():
 def test_word_that_is_not_a_flag_is_refused():
     with pytest.raises(UserError, match=r"only Megatron's flags may follow the model file, not 'more\.yaml'"):
         split_flags(("more.yaml",))
+
+
+def test_program_without_a_name_is_refused():
+    with pytest.raises(UserError, match="`program` must name one Python file, not none"):
+        split_program({"program": ()})
 
 
 def test_command_for_one_machine_ends_with_the_module_and_its_arguments():

@@ -1,6 +1,7 @@
 """The supervisor of torchrun, with other commands than torchrun."""
 
 import signal
+import subprocess
 import sys
 from collections.abc import Callable, Iterator
 
@@ -93,6 +94,18 @@ def test_signalled_command_that_has_not_saved(supervise, saves_checkpoints, code
     assert launch.wait() == code
     assert ("stopped without saving a new checkpoint" in launch.output) == saves_checkpoints
     assert ("checkpoint" in launch.output) == saves_checkpoints
+
+
+def test_stop_is_orderly_although_nothing_can_be_printed():
+    """The terminal may be gone, or the disk of a log file may be full."""
+    program = (
+        f"import os, signal, sys, time; {LEAVE_EXIT_CODE.split(';')[0]}\n"
+        f"signal.signal(signal.SIGTERM, lambda *_: (time.sleep(1), leave_exit_code({EXIT_REQUEUE}), sys.exit(1)))\n"
+        "os.kill(os.getppid(), signal.SIGTERM); time.sleep(1000)"
+    )
+    with open("/dev/full", "w") as full:
+        words = [sys.executable, "-c", SUPERVISE, program, "20", "60", "True"]
+        assert subprocess.run(words, stdout=full, stderr=full, timeout=60).returncode == EXIT_REQUEUE
 
 
 @pytest.mark.parametrize("has_signal", [False, True])

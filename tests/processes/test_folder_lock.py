@@ -175,3 +175,12 @@ def test_folder_that_cannot_be_made(tmp_path: Path) -> None:
 def test_this_process_as_holder() -> None:
     assert Holder.this_process().is_here
     assert Holder.this_process().is_alive
+
+
+def test_no_file_outside_the_folder_is_written(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("content")
+    (tmp_path / "folder").mkdir()
+    (tmp_path / "folder" / LOCK_NAME).symlink_to(tmp_path / "file")
+    with pytest.raises(UserError, match="cannot lock"), locked_folder(tmp_path / "folder"):
+        pass
+    assert (tmp_path / "file").read_text() == "content"

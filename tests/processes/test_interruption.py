@@ -4,7 +4,7 @@ from types import FrameType
 
 import pytest
 
-from maskmoe.processes.interruption import deferring_signals
+from maskmoe.processes.interruption import EXIT_CODE_FILE, EXIT_HANG, deferring_signals, leave_exit_code, read_exit_code
 
 
 def interrupt_and(finish: Callable[[], None]) -> None:
@@ -50,3 +50,15 @@ def test_handlers_and_ignored_signals_stay() -> None:
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)
+
+
+def test_launcher_gets_the_exit_code_although_its_folder_was_removed(tmp_path, monkeypatch) -> None:
+    path = tmp_path / "maskmoe-launch-x" / "exit-code"
+    monkeypatch.setenv(EXIT_CODE_FILE, str(path))
+    leave_exit_code(EXIT_HANG)
+    assert read_exit_code(path) == EXIT_HANG
+
+
+def test_exit_code_that_cannot_be_written_is_lost(monkeypatch) -> None:
+    monkeypatch.setenv(EXIT_CODE_FILE, "/dev/full/exit-code")
+    leave_exit_code(EXIT_HANG)

@@ -1,6 +1,7 @@
 """The status of a run shows what the files of its folder hold, and never changes them."""
 
 import json
+import math
 import os
 import signal
 import subprocess
@@ -10,6 +11,7 @@ import time
 import pytest
 from support.paths import ROOT
 from support.run_folders import write_arguments, write_checkpoint, write_events, write_journal
+from torch.utils.tensorboard import SummaryWriter
 
 from maskmoe.errors import UserError
 from maskmoe.files.run_folder import Entry, Kind
@@ -37,6 +39,28 @@ def test_folders_elsewhere_are_found_by_the_arguments(tmp_path):
     write_arguments(run, tensorboard_dir=tmp_path / "tb", save=tmp_path / "save")
     status = read_status(run)
     assert (status.progress.iteration, status.checkpoints.folder) == (20, tmp_path / "save")
+
+
+@pytest.mark.parametrize("end", ["", "\0"], ids=["folder", "folder with a null character"])
+@pytest.mark.parametrize("name", ["null \0 character", "x" * 300], ids=["null character", "long name"])
+def test_folders_that_cannot_be_read_are_left_out(run, tmp_path, name, end):
+    folders = dict.fromkeys(("save", "tensorboard_dir", "non_persistent_global_ckpt_dir"), name)
+    write_arguments(
+        tmp_path, f"# Relative paths are relative to {tmp_path}{end}", **folders, non_persistent_ckpt_type="global"
+    )
+    assert read_status(tmp_path).checkpoints.folder is None
+    (tmp_path / "args.yaml").replace(run / "args.yaml")
+    assert read_status(run).progress.iteration == 20
+
+
+@pytest.mark.parametrize("wall_time", [math.nan, math.inf, -1e300, 1e17])
+def test_impossible_times_of_events_are_not_shown(tmp_path, wall_time):
+    write_arguments(tmp_path)
+    with SummaryWriter(tmp_path / "tensorboard") as writer:
+        for step, when in enumerate((time.time(), wall_time, wall_time), start=1):
+            writer.add_scalar("lm loss", 1.0, step, walltime=when)
+    write_journal(tmp_path, (Kind.STARTED, time.time(), "2 ranks train", 0, {}))  # so that the run seems to run
+    assert "iteration   3 of 40\n" in render_text(read_status(tmp_path))
 
 
 def test_json_has_all_parts(run):
@@ -164,14 +188,12 @@ def test_time_between_two_starts_is_not_counted(tmp_path):
 
 def test_arguments_of_a_run(tmp_path):
     assert RunArguments.read(tmp_path) == RunArguments()
-    folder = "# Relative paths are relative to /work"
-    write_arguments(tmp_path, folder, save="runs/a", tensorboard_dir="/tb", load=None, lr="0.1", layers="9" * 5000)
+    folder = f"# Relative paths are relative to {tmp_path}"
+    (tmp_path / "a").mkdir()
+    write_arguments(tmp_path, folder, save="a", tensorboard_dir=tmp_path, load=None, lr="0.1", layers="9" * 5000)
     arguments = RunArguments.read(tmp_path)
-    assert [str(arguments.path(name)) for name in ("save", "tensorboard_dir", "load")] == [
-        "/work/runs/a",
-        "/tb",
-        "None",
-    ]
+    paths = {name: arguments.path(name) for name in ("save", "tensorboard_dir", "load")}
+    assert paths == {"save": tmp_path / "a", "tensorboard_dir": tmp_path, "load": None}
     assert [arguments.number(name) for name in ("train_iters", "lr", "layers", "other")] == [40, None, None, None]
 
 

@@ -180,9 +180,14 @@ class Console:
             self._keep(text)
 
     def _show(self, text: str, stream: TextIO) -> None:
+        """Write text at once. A full disk must not end the run, so text for which there is no space is lost."""
         with self._lock:
-            stream.write(text)
-            stream.flush()
+            try:
+                stream.write(text)
+                stream.flush()
+            except OSError as error:
+                if isinstance(error, BrokenPipeError):  # nobody reads the output: `run_tool` ends the process
+                    raise
 
     def _keep(self, text: str) -> None:
         with self._lock:

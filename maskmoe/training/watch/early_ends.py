@@ -1,6 +1,5 @@
 """Early ends of a training run: by a signal, by the launcher, and by a failure, which one line explains."""
 
-import errno
 import math
 import multiprocessing
 import os
@@ -36,7 +35,6 @@ _RERUN_VERDICTS = {
     "model is at fault",
 }
 _NO_SPACE = 1 << 20  # bytes
-_DISK_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO, errno.EROFS)
 
 
 class LeaveAfterSave(Callback):
@@ -128,10 +126,6 @@ def explaining_early_ends(args: Namespace, leaving: LeaveAfterSave) -> Iterator[
         raise RunFailure(
             f"cannot load {checkpoint}: {describe_failures(error)}; remove the cause and start the run again"
         ) from error
-    except OSError as error:
-        if error.errno not in _DISK_ERRORS or not args.save:
-            raise
-        raise _save_failure(args, str(error)) from error
     except SystemExit as end:
         if end.code in _RERUN_VERDICTS and torch.distributed.get_rank() == 0:
             print(f"error: {_RERUN_VERDICTS[end.code]}. {describe_newest_checkpoint(args)}", file=sys.stderr)

@@ -148,12 +148,13 @@ class Watchdog(Callback):
         return [Sighting(*json.loads(message)) for message in self._ranks.read_all("sighting")]
 
     def _print(self, culprits: list[int], message: str) -> None:
-        if self._ranks.rank in culprits or os.environ.get("LOCAL_RANK", "0") == "0" or not culprits:
-            print(f"error: {message}", file=sys.stderr)
-        if self._ranks.rank in culprits or not culprits:
-            stack = "".join(traceback.format_stack(sys._current_frames()[self._trainer]))
-            print(f"rank {self._ranks.rank} stands at\n{stack}", file=sys.stderr)
-        sys.stderr.flush()
+        with suppress(OSError):  # a full disk must not keep this process from ending
+            if self._ranks.rank in culprits or os.environ.get("LOCAL_RANK", "0") == "0" or not culprits:
+                print(f"error: {message}", file=sys.stderr)
+            if self._ranks.rank in culprits or not culprits:
+                stack = "".join(traceback.format_stack(sys._current_frames()[self._trainer]))
+                print(f"rank {self._ranks.rank} stands at\n{stack}", file=sys.stderr)
+            sys.stderr.flush()
 
     def _wait_for_others(self) -> None:
         """Wait until all living ranks have read the verdict: the end of a rank breaks the collectives of the others."""

@@ -6,6 +6,7 @@ import sys
 import uuid
 from argparse import Namespace
 from collections.abc import Callable, Mapping
+from contextlib import suppress
 from importlib.metadata import version
 from importlib.util import find_spec
 from typing import Any
@@ -62,8 +63,9 @@ def tolerate_write_errors(writer: Any) -> None:
             try:
                 call(*arguments)
             except OSError as error:
-                print(f"warning: TensorBoard's events end here: {error}", file=sys.stderr, flush=True)
                 events.add_event = events.flush = lambda *_: None
+                with suppress(OSError):  # stderr may be a file on the same disk
+                    print(f"warning: TensorBoard's events end here: {error}", file=sys.stderr, flush=True)
 
         return tolerant
 

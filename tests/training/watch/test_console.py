@@ -196,7 +196,15 @@ def test_unwritable_log_is_no_failure(console, emit, stdout, tmp_path):
     assert "the log of this rank is not kept" in stdout.getvalue()
 
 
-def test_full_disk_does_not_end_the_run(console, emit, stdout, tmp_path):
+def test_full_disk_of_the_output_does_not_end_the_run(stdout):
+    console = Console()
+    with open("/dev/full", "wb", buffering=0) as full:
+        console.route(io.TextIOWrapper(full, write_through=True))
+        console.say("complete: 20 iterations")
+        sys.stdout.write(f"{LOADED}\n")
+
+
+def test_full_disk_of_the_log_does_not_end_the_run(console, emit, stdout, tmp_path):
     (tmp_path / "logs").mkdir()
     (tmp_path / "logs" / "rank0.log").symlink_to("/dev/full")
     emit("a line before")

@@ -1,6 +1,7 @@
 """The watchdog blames the right rank."""
 
 import argparse
+import io
 import sys
 import threading
 import traceback
@@ -89,6 +90,18 @@ def test_threads_end_with_the_run():
     assert watched._read()[0].rank == 0  # at once: a rank that has not reported would let the other ranks wait
     watched.on_end(None)
     assert set(threading.enumerate()) <= before
+
+
+def test_run_ends_although_its_verdict_cannot_be_printed(monkeypatch):
+    has_ended = threading.Event()
+    monkeypatch.setattr(watchdog, "_end", has_ended.set)
+    with open("/dev/full", "wb", buffering=0) as full:
+        monkeypatch.setattr(sys, "stderr", io.TextIOWrapper(full, write_through=True))
+        watched = Watchdog(RankStore(HashStore(), 0, 1), timeout=0.1)
+        watched.on_start()
+        watched._ranks.store.set("verdict", '[[0], "the rank hangs"]')
+        assert has_ended.wait(10)
+        watched.on_end(None)
 
 
 @pytest.mark.parametrize(

@@ -1,6 +1,7 @@
 """The event files of a run hold its command, and a resumed run continues its Weights & Biases run."""
 
 import errno
+import io
 import os
 import shlex
 import sys
@@ -51,6 +52,14 @@ def test_full_disk_ends_the_events_and_not_the_training(writer, capsys, monkeypa
         writer.flush()
     (line,) = capsys.readouterr().err.splitlines()
     assert line == "warning: TensorBoard's events end here: [Errno 28] No space left on device"
+
+
+def test_stderr_may_be_on_the_full_disk(writer, monkeypatch):
+    with open("/dev/full", "wb", buffering=0) as full:
+        monkeypatch.setattr(sys, "stderr", io.TextIOWrapper(full, write_through=True))
+        monkeypatch.setattr(writer.file_writer.event_writer, "flush", lambda: full.write(b"events"))
+        EventFiles().on_start()
+        writer.flush()
 
 
 @pytest.mark.parametrize(
