@@ -125,7 +125,10 @@ RUNS = {
     ),
     "saved asynchronously": Run(f"{DISTRIBUTED} {DROPOUT} {UNTIL_12} --async-save", ranks=2, saves=True),
     "saved asynchronously, resumed": Run(
-        f"{DISTRIBUTED} {DROPOUT} {FROM_7} --async-save", ranks=2, continues="saved asynchronously", mask=None
+        f"{DISTRIBUTED} {DROPOUT} {FROM_7} --async-save --no-save-optim --no-save-rng",
+        ranks=2,
+        continues="saved asynchronously",
+        mask=None,
     ),
     # Another layout after a stop.
     "joint": Run(f"{TENSOR_EXPERT_2} {PIPELINE_2} {UNTIL_12}", ranks=4, saves=True),
