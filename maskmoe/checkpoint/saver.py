@@ -97,10 +97,12 @@ class CheckpointSaver:
         # which fails if the tracker file names no iteration, as in the folder of an imported model.
         if settings.save_retain_interval is not None:
             self._retain_interval, settings.save_retain_interval = settings.save_retain_interval, None
-        if not non_persistent_ckpt and (self._has_saved(iteration) or self._has_loaded(iteration)):
+        has_loaded = self._has_loaded(iteration)
+        is_unchanged = has_loaded and settings.override_ckpt_iteration is None  # else the run has come back to it
+        if not non_persistent_ckpt and (self._has_saved(iteration) or is_unchanged):
             print_rank_0(f"the checkpoint of iteration {iteration} is in {settings.save} already")
             return
-        if non_persistent_ckpt or iteration != self._last_saved:
+        if non_persistent_ckpt or not (iteration == self._last_saved or has_loaded):
             self._begin(_Save(iteration, non_persistent_ckpt), *args, **kwargs)
             return
         # Save the iteration again, beside its checkpoint. Wait first, because an asynchronous save may still write it.

@@ -54,19 +54,21 @@ def showing_only(checkpoint: Path | None, args: Namespace) -> Iterator[None]:
     """Let `--load` be a folder with one checkpoint, or without any, while Megatron loads during the block.
 
     Megatron prefers other checkpoints to `--ckpt-step`: the imported model that a tracker file names, and the newest
-    non-persistent checkpoint, sound or not. Megatron fails if the tracker file is unusable.
+    non-persistent checkpoint, sound or not. Megatron fails if the tracker file is unusable. Hide `--no-save-optim` and
+    `--no-save-rng`, too: Megatron would not ask the checkpoint for these states, and then fail or exit with code 0.
     """
-    shown = args.load, args.non_persistent_ckpt_type
+    hidden = dict.fromkeys(("load", "non_persistent_ckpt_type", "no_save_optim", "no_save_rng"))
+    shown = {name: getattr(args, name) for name in hidden}
     with tempfile.TemporaryDirectory(prefix="maskmoe-load-") as folder:
         if checkpoint is not None:
             (Path(folder) / checkpoint.name).symlink_to(checkpoint.absolute())
             iteration = iteration_of(checkpoint)
             write_tracker(folder, RELEASE if iteration is None else iteration)
-        args.load, args.non_persistent_ckpt_type = args.load and folder, None
+        vars(args).update(hidden | {"load": args.load and folder})
         try:
             yield
         finally:
-            args.load, args.non_persistent_ckpt_type = shown
+            vars(args).update(shown)
 
 
 def saved_iterations(folder: str | Path) -> list[int]:

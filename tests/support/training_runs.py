@@ -15,7 +15,8 @@ DISTRIBUTED = "--use-distributed-optimizer"
 GATHERED = f"{DISTRIBUTED} --overlap-grad-reduce --overlap-param-gather --ddp-bucket-size 1"
 EXPERT_2 = "--expert-model-parallel-size 2"
 PIPELINE_2 = "--pipeline-model-parallel-size 2"
-TENSOR_2 = "--tensor-model-parallel-size 2 --sequence-parallel"
+# A run on one rank pads the vocabulary to 512 ids. These runs would pad it to 1,024 ids, but keep a checkpoint's 512.
+TENSOR_2 = "--tensor-model-parallel-size 2 --sequence-parallel --make-vocab-size-divisible-by 512"
 TENSOR_EXPERT_2 = f"{TENSOR_2} --expert-tensor-parallel-size 1 {EXPERT_2}"
 CONTEXT_2 = "--context-parallel-size 2"
 INTERLEAVED = f"{PIPELINE_2} --num-layers-per-virtual-pipeline-stage 1"
@@ -124,7 +125,10 @@ RUNS = {
     ),
     "saved asynchronously": Run(f"{DISTRIBUTED} {DROPOUT} {UNTIL_12} --async-save", ranks=2, saves=True),
     "saved asynchronously, resumed": Run(
-        f"{DISTRIBUTED} {DROPOUT} {FROM_7} --async-save", ranks=2, continues="saved asynchronously", mask=None
+        f"{DISTRIBUTED} {DROPOUT} {FROM_7} --async-save --no-save-optim --no-save-rng",
+        ranks=2,
+        continues="saved asynchronously",
+        mask=None,
     ),
     # Another layout after a stop.
     "joint": Run(f"{TENSOR_EXPERT_2} {PIPELINE_2} {UNTIL_12}", ranks=4, saves=True),

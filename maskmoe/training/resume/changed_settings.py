@@ -46,10 +46,12 @@ _DATA_ARGUMENTS = (
     *("data_path", "train_data_path", "data_args_path", "per_split_data_args_path", "mock_data", "split"),
     *("seq_length", "seed", "dataloader_type", "fim_data"),
 )
+# Further arguments that decide the order of --dataloader-type cyclic.
+_CYCLIC_ARGUMENTS = ("data_sharding", "micro_batch_size", "data_parallel_size")
 # Arguments that change what the checkpoint's weights compute.
 _FUNCTION_ARGUMENTS = (
     *("moe_router_topk", "moe_router_score_function", "moe_router_pre_softmax", "moe_router_topk_scaling_factor"),
-    *("rotary_base", "rotary_percent"),
+    *("rotary_base", "rotary_percent", "padded_vocab_size"),
     *ADJUSTABLE_ARGUMENTS,
 )
 
@@ -221,7 +223,8 @@ class _Resumption:
         consequence = (
             f"the run continues at sample {consumed:,} of the new order, so it may repeat samples and leave samples out"
         )
-        if changed := _changes(self.args, self.saved, _DATA_ARGUMENTS):
+        names = (*_DATA_ARGUMENTS, *(_CYCLIC_ARGUMENTS if self.args.dataloader_type == "cyclic" else ()))
+        if changed := _changes(self.args, self.saved, names):
             yield f"the training data are in another order ({changed}): {consequence}"
             return
         before = requested_training_samples(self.saved, iteration_of(self.checkpoint) or 0, consumed)

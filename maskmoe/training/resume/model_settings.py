@@ -87,6 +87,17 @@ def further_checkpoint_args(args: Namespace, checkpoint: Path) -> dict[str, Any]
     return chosen
 
 
+def take_padding_of_checkpoint(args: Namespace, checkpoint: Path, vocab_size: int) -> None:
+    """Set the padded vocabulary size to a checkpoint's, if it has `vocab_size` ids and the ranks can divide it.
+
+    Megatron pads the vocabulary to a multiple of the tensor parallel size, and loads zeros into rows that a checkpoint
+    lacks. The softmax is over all rows, so other padding changes the loss.
+    """
+    size = getattr(load_common_state_dict(checkpoint).get("args"), "padded_vocab_size", None) or 0
+    if size >= vocab_size and size % args.tensor_model_parallel_size == 0:
+        args.padded_vocab_size = size
+
+
 def check_same_model(args: Namespace, checkpoint: Path) -> None:
     """Raise `UserError` naming all differences if a checkpoint's model or tokenizer is not that of this run.
 

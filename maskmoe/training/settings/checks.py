@@ -226,7 +226,11 @@ class RunChecks:
         if checkpoint is not None:
             yield from _error_of(lambda: model_settings.check_same_model(args, checkpoint))
             take_schedule_of_checkpoint(args, checkpoint)
-        yield from _error_of(self.check_pretrained_model)
+        errors = [*_error_of(self.check_pretrained_model)]
+        yield from errors
+        weights = checkpoint if checkpoint is not None or errors else resume.pretrained_to_load(args)
+        if weights is not None and self._vocab_size is not None and "padded_vocab_size" not in self._given:
+            model_settings.take_padding_of_checkpoint(args, weights, self._vocab_size)
 
     def _compare_settings(self) -> Iterator[str]:
         """Compare the remaining settings with those of the checkpoint."""

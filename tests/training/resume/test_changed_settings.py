@@ -57,6 +57,7 @@ REFUSED_SCHEDULES = {
 NOTES = {
     "--no-load-optim --lr 1e-3": ["a new optimizer continues at iteration 7", "begins anew"],
     "--seed 7": ["another order (--seed 1234 in the checkpoint, 7 in this run)", "at sample 56 of the new order"],
+    "--dataloader-type cyclic --micro-batch-size 4": ["--dataloader-type single", "--micro-batch-size 2 in the"],
     "--data-path ended": ["another order (--data-path data in the checkpoint, ended in this run)"],
     f"--train-iters 99 {OVERRIDE}": ["reads 792 samples, not 168", "another order", "at sample 56 of the new order"],
     f"--train-iters 22 {KEEP}": ["reads 176 samples, not 168"],
@@ -91,7 +92,7 @@ def changed(runs, workplace, monkeypatch):
         monkeypatch.setattr(sys, "argv", ["pretrain", *words])
         monkeypatch.chdir(workplace.folder)
         args = parse_args(lambda parser: add_pretraining_arguments(add_maskmoe_arguments(parser)))
-        args.rank, args.world_size = 0, 1
+        args.rank, args.world_size, args.padded_vocab_size = 0, 1, 512  # as with a tokenizer
         validate_args(args)
         take_schedule_of_checkpoint(args, checkpoint)
         return find_changed_settings(args, checkpoint)

@@ -129,7 +129,7 @@ def loaded_by_megatron(chosen: Path | None, folder: Path) -> int | None:
     """Return the iteration of the checkpoint that Megatron loads from a folder; None if it loads none."""
     args = Namespace(load=str(folder), non_persistent_ckpt_type="global", non_persistent_global_ckpt_dir=None)
     args.ckpt_step = None if chosen is None else iteration_of(chosen)
-    args.exit_on_missing_checkpoint = False
+    args.exit_on_missing_checkpoint = args.no_save_optim = args.no_save_rng = False
     before = Namespace(**vars(args))
     with showing_only(chosen, args):
         state, *_ = checkpointing._load_base_checkpoint(args.load, args, rank0=True)
@@ -262,7 +262,7 @@ def test_checkpoint_stays_until_it_is_saved_again(tmp_path, monkeypatch):
     monkeypatch.setattr(saver, "get_rerun_state_machine", lambda: machine)
     monkeypatch.setattr("torch.distributed.get_rank", lambda: 0)
     monkeypatch.setattr("torch.distributed.barrier", lambda: None)
-    content = iter(("first", "not saved", "second", OSError("the disk is full"), "third"))
+    content = iter(("first", "not saved", "second", OSError("the disk is full"), "third", "fourth"))
 
     def save_checkpoint(iteration: int, **_: object) -> None:
         """Write as Megatron's function does, but fail after the file is written if the content is an error."""
@@ -288,6 +288,16 @@ def test_checkpoint_stays_until_it_is_saved_again(tmp_path, monkeypatch):
     assert saved.read_text() == "second"
     own.save(4)
     assert saved.read_text() == "third"
+    # Another run loads this checkpoint and continues at an earlier iteration.
+    vars(settings).update(load=str(tmp_path), finetune=False, loads_non_persistent=False, override_ckpt_iteration=None)
+    machine.state = RerunState.NOT_RUNNING_YET
+    monkeypatch.setattr(saver, "get_loaded_iteration", lambda: 4)
+    own = saver.CheckpointSaver(settings, nullcontext, lambda: None, Journal(None))
+    own.save(4)
+    assert saved.read_text() == "third"
+    settings.override_ckpt_iteration = 2
+    own.save(4)
+    assert saved.read_text() == "fourth"
     assert list(tmp_path.iterdir()) == [saved.parent]
 
 

@@ -16,6 +16,7 @@ from maskmoe.training.resume.changed_settings import find_changed_settings
 from maskmoe.training.resume.model_settings import (
     check_same_model,
     further_checkpoint_args,
+    take_padding_of_checkpoint,
     take_settings_of_checkpoint,
 )
 
@@ -91,6 +92,17 @@ def test_settings_without_flags_are_taken_from_the_checkpoint(args, save):
     with pytest.raises(UserError, match="beta_fast 16, for which Megatron has no flag: pass --use-checkpoint-args"):
         check_same_model(args, CHECKPOINT)
     check_same_model(replace_fields(args, **further_checkpoint_args(args, CHECKPOINT)), CHECKPOINT)
+
+
+@pytest.mark.parametrize(("saved", "ranks", "expected"), [(1024, 2, 1024), (512, 3, 768), (384, 2, 768)])
+def test_padding_is_taken_from_a_checkpoint_if_it_fits(args, save, saved, ranks, expected):
+    """The ranks can divide the embedding, which has a row for each of the 510 ids; else the run has its own padding."""
+    save(replace_fields(args, padded_vocab_size=saved))
+    args = replace_fields(args, padded_vocab_size=768, tensor_model_parallel_size=ranks)
+    take_padding_of_checkpoint(args, CHECKPOINT, vocab_size=510)
+    assert args.padded_vocab_size == expected
+    notes = " ".join(find_changed_settings(replace_fields(args, load="load"), CHECKPOINT).notes)
+    assert (f"--padded-vocab-size {saved} in the checkpoint, 768 in this run" in notes) == (expected == 768)
 
 
 def test_function_of_a_model_is_taken_from_the_checkpoint(args, save, monkeypatch, tmp_path):
