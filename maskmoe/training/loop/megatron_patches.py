@@ -88,10 +88,7 @@ def watch_steps(after_step: Callable[[Step], object], allows_update: AllowsUpdat
 def count_operations(expert_use: ExpertUse, args: Namespace, *sizes: Any, **named_sizes: Any) -> float:
     """Count the floating-point operations of a batch as Megatron does, with the experts that tokens use.
 
-    Args:
-        expert_use: How many experts tokens use.
-        args: Arguments that Megatron has validated.
-        sizes, named_sizes: The sizes of the batch, see Megatron's `num_floating_point_operations`.
+    `args` are validated; the sizes are those of Megatron's `num_floating_point_operations`.
     """
     counted = Namespace(**vars(args) | {"moe_router_topk": expert_use.mean})
     operations = num_floating_point_operations(counted, *sizes, **named_sizes)
