@@ -97,7 +97,9 @@ def route_tokens(
     # Autograd adds gradients in reverse order. As in `TopKRouter`, the gradients of the losses come last.
     loss_sums = None if losses is None else _sum_masked(masked, rule.topk, losses)
     probs, routing_map, selected = choose_experts(masked, rule, expert_bias, selected)
-    statistics = sum_tokens(masked, routing_map) if has_statistics else None
+    # Padding to capacity sends tokens to experts that the tokens have not chosen, with weight 0.
+    chosen = routing_map & (probs > 0) if rule.pads_to_capacity else routing_map
+    statistics = sum_tokens(masked, chosen) if has_statistics else None
     return Routed(probs, routing_map, selected, loss_sums, statistics)
 
 

@@ -220,7 +220,7 @@ RUNS = {
     ),
     "experts of one rank, expert parallel 2, logged seldom": Run(
         f"{EXPERT_2} --moe-router-topk 3 --moe-z-loss-coeff 1e-3 --moe-per-layer-logging --log-interval 2 "
-        "--eval-interval 3 --exit-interval 4",
+        "--log-throughput --eval-interval 3 --exit-interval 4",
         ranks=2,
         mask="rank_local.safetensors",
     ),

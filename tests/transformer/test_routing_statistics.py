@@ -79,6 +79,23 @@ def test_sums_over_micro_batches(score_function: str, pads: bool, sizes: tuple[i
     assert not torch.cat([field.flatten() for field in take(router)]).any()
 
 
+@pytest.mark.parametrize("policy", ["probs", "position"])
+def test_tokens_that_fill_up_an_expert_are_not_its_load(policy: str) -> None:
+    """All experts get 13 of the 32 tokens; expert 4 is chosen by none."""
+    visible = random_visible_sets(3, 1, VOCAB_SIZE, NUM_EXPERTS)
+    visible[..., 4] = False
+    visible[..., 0] |= ~visible.any(axis=-1)
+    padding = {"moe_pad_expert_input_to_capacity": True, "moe_token_drop_policy": policy}
+    config = make_config(NUM_EXPERTS, topk=2, moe_expert_capacity_factor=1.0, **padding)
+    router, ids = make_router(config, make_mask(visible)), random_ids(0)
+    logits = torch.randn(SEQUENCE, BATCH, NUM_EXPERTS, device=DEVICE)
+    _, routing_map = router.routing(logits, TokenIds(ids))
+    assert routing_map.sum(dim=0).tolist() == [13] * NUM_EXPERTS
+    seen = torch.from_numpy(visible[0]).to(DEVICE)[ids.flatten()]
+    chosen = reference_routing(logits.flatten(0, 1), seen, 2).routing_map
+    assert take(router).tokens_per_expert.tolist() == chosen.sum(dim=0).clamp(max=13).tolist()
+
+
 def test_only_training_counts() -> None:
     """Statistics and losses."""
     config = make_config(NUM_EXPERTS, moe_aux_loss_coeff=1e-2, moe_z_loss_coeff=1e-3)

@@ -98,7 +98,9 @@ def count_tokens_of_experts(model: torch.nn.Module, num_layers: int, num_experts
 
     def count(router: MaskMoERouter, inputs: tuple[Tensor, TokenIds], outputs: tuple[Tensor, Tensor]) -> None:
         is_padding = inputs[1].is_padding  # [sequence, batch]
-        _, routing_map = outputs  # [tokens, experts]
+        probs, routing_map = outputs  # [tokens, experts] each
+        if router.config.moe_pad_expert_input_to_capacity:
+            routing_map = routing_map & (probs > 0)  # without the tokens that only fill up an expert
         if is_padding is not None:
             routing_map = routing_map & ~is_padding.reshape(-1, 1)
         counts[router.number_in_model - 1] += routing_map.sum(dim=0)

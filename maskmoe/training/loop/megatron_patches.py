@@ -1,16 +1,20 @@
-"""The patch of Megatron-Core that concerns training steps, for runs that watch their steps.
+"""The patches of Megatron-Core that concern training steps, for runs that train.
 
-The function replaces something of megatron-core 0.19.2 and says what, why, and when the patch can go.
+Each patch replaces something of megatron-core 0.19.2 and says what, why, and when the patch can go.
 """
 
+from argparse import Namespace
 from collections.abc import Callable
-from functools import wraps
+from functools import partial, wraps
 from typing import Any
 
+from megatron.core.models.hybrid.hybrid_layer_allocation import Symbols
 from megatron.training import training
+from megatron.training.training import num_floating_point_operations
 from torch import Tensor
 
 from maskmoe.megatron_compat import replace
+from maskmoe.routing_mask.frequency import ExpertUse
 from maskmoe.training.watch.callback import Step
 
 AllowsUpdate = Callable[[list[dict[str, Tensor]], float], bool]
@@ -79,3 +83,30 @@ def watch_steps(after_step: Callable[[Step], object], allows_update: AllowsUpdat
         return results
 
     replace(training, "train_step", train_step)
+
+
+def count_operations(expert_use: ExpertUse, args: Namespace, *sizes: Any, **named_sizes: Any) -> float:
+    """Count the floating-point operations of a batch as Megatron does, with the experts that tokens use.
+
+    `args` are validated; the sizes are those of Megatron's `num_floating_point_operations`.
+    """
+    counted = Namespace(**vars(args) | {"moe_router_topk": expert_use.mean})
+    operations = num_floating_point_operations(counted, *sizes, **named_sizes)
+    if num_latent := (args.hybrid_layer_pattern or "").count(Symbols.MLA):
+        # Megatron counts no latent attention in hybrid models. Count a GPT model that has nothing else.
+        attention = {"hybrid_layer_pattern": None, "num_layers": num_latent, "mtp_num_layers": None}
+        attention |= {"num_experts": None, "ffn_hidden_size": 0, "padded_vocab_size": 0}
+        alone = Namespace(**vars(args) | attention)
+        operations += num_floating_point_operations(alone, *sizes, **named_sizes)
+    return operations
+
+
+def count_operations_by_mask(expert_use: ExpertUse) -> None:
+    """Let Megatron log the operations that `count_operations` counts; for runs that train.
+
+    Replaces: `megatron.training.training.num_floating_point_operations`.
+    Why: Megatron counts k experts for each token, also for tokens with fewer visible experts. In hybrid models, it
+        counts no latent attention.
+    Can go: When the caller of Megatron can name the number of experts of a token, and Megatron counts latent attention.
+    """
+    replace(training, "num_floating_point_operations", partial(count_operations, expert_use))

@@ -2,16 +2,15 @@
 
 from argparse import Namespace
 from collections.abc import Iterable
-from copy import deepcopy
 from dataclasses import asdict, dataclass
 from itertools import groupby
 from typing import Any
 
 from megatron.core.models.hybrid.hybrid_layer_allocation import Symbols
-from megatron.training.training import num_floating_point_operations
 
 from maskmoe.files.outputs import render_template
 from maskmoe.routing_mask.frequency import ExpertUse
+from maskmoe.training.loop.megatron_patches import count_operations
 from maskmoe.training.preflight.memory import ESTIMATED, EXACT, MemoryReport
 from maskmoe.training.preflight.parameters import Chunk, ModelParameters
 from maskmoe.training.settings.layout import Layout, trained_samples
@@ -46,18 +45,13 @@ class TrainingCost:
 
 
 def compute_cost(args: Namespace, expert_use: ExpertUse) -> TrainingCost:
-    """Count the operations of a training run as Megatron does, with the experts that tokens use under the mask.
+    """Count the operations of a training run, see `count_operations`.
 
     Args:
         args: Arguments that Megatron has validated.
         expert_use: How many experts tokens use.
     """
-    counted = deepcopy(args)
-    counted.moe_router_topk = expert_use.mean
-    if args.hybrid_layer_pattern is not None:
-        # Megatron counts no latent attention in hybrid models. Count it as attention.
-        counted.hybrid_layer_pattern = args.hybrid_layer_pattern.replace(Symbols.MLA, Symbols.ATTENTION)
-    flops = num_floating_point_operations(counted, batch_size=1)
+    flops = count_operations(expert_use, args, batch_size=1)
     return TrainingCost(flops / args.seq_length, trained_samples(args) * args.seq_length)
 
 

@@ -142,7 +142,7 @@ def _max_over_mean(load: Tensor) -> Tensor:
 class RouterLossTracker:
     """A `MoEMetricsTracker` that reports means over the MoE layers of the model, on every pipeline stage.
 
-    Megatron-Core 0.19.2 reports other values in three cases. Later versions solve the first two (Megatron-LM pull
+    Megatron-Core 0.19.2 reports other values in four cases. Later versions solve the first two (Megatron-LM pull
     request 6748).
 
     - It records the losses of a hybrid model by symbol of the pattern, and reports by MoE layer. A pipeline stage
@@ -150,6 +150,8 @@ class RouterLossTracker:
     - It counts layers of multi-token prediction that have no experts, and a repeated layer once for each prediction.
     - A pipeline stage without MoE layers does not add up the parts of the tensor- and context-parallel ranks. The last
       stage, whose values are logged, can be such a stage.
+    - If the only load-balancing loss is that of sequences, or the global one, it also reports a load-balancing loss of
+      micro-batches, of 0, because it looks for `aux_loss` in the name of the loss.
     """
 
     def __init__(self, args: Namespace) -> None:
@@ -161,6 +163,8 @@ class RouterLossTracker:
         if predictions and args.mtp_use_repeated_layer:
             predictions = predictions[: len(predictions) // args.mtp_num_layers]
         self._counted = [int(has_experts) for has_experts in self._layers.decoder + predictions]
+        has_other_loss = args.moe_router_load_balancing_type in ("seq_aux_loss", "global_aux_loss")
+        self._absent = {"load_balancing_loss"} if has_other_loss else set()
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self._tracker, name)
@@ -174,6 +178,7 @@ class RouterLossTracker:
     def report(self, *args: Any, track_names: list[str], **settings: Any) -> str:
         """Log the means over the MoE layers of the model, see `MoEMetricsTracker.report`."""
         num_layers, groups = len(self._layers.has_experts), get_default_pg_collection()
+        track_names = [name for name in track_names if name not in self._absent]
         # Tell every stage, by a loss of 0, over which ranks the routers' losses are parts of a sum.
         nothing = torch.zeros((), device=torch.cuda.current_device())
         for name in track_names:

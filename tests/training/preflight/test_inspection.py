@@ -254,6 +254,9 @@ def test_hybrid_twin_needs_what_its_gpt_model_needs(name, reports):
     assert twin["parameters"] == gpt["parameters"]
     assert twin["memory"] == gpt["memory"]
     assert twin["layout"] == gpt["layout"]
+    # Megatron counts the norms and the projection of a prediction in GPT models only.
+    of_prediction = 6 * gpt["layers"]["multi_token_prediction"] * (3 * 64 + 2 * 64 * 64)
+    assert twin["cost"]["flops_per_token"] + of_prediction == pytest.approx(gpt["cost"]["flops_per_token"])
 
 
 def test_parameters_of_latent_experts(reports):

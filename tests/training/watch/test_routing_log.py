@@ -83,7 +83,8 @@ def test_values_follow_the_counts_of_the_routers(one_rank, monkeypatch) -> None:
 def test_losses_are_means_over_moe_layers(one_rank, settings, layers):
     """`layers` are the numbers under which Megatron-Core's routers record losses, which are 1 in every layer."""
     args = {"num_layers": 2, "moe_layer_freq": 1, "num_experts": 8, "mtp_num_layers": 2}
-    args |= {"mtp_use_repeated_layer": False, "hybrid_layer_pattern": None} | settings
+    args |= {"mtp_use_repeated_layer": False, "hybrid_layer_pattern": None, "moe_router_load_balancing_type": "none"}
+    args |= settings
     tracker, losses = RouterLossTracker(Namespace(**args)), {}
     for layer in layers:
         tracker.record("z_loss", torch.ones(()), layer, num_layers=4)
@@ -93,11 +94,13 @@ def test_losses_are_means_over_moe_layers(one_rank, settings, layers):
 
 
 def test_stage_without_moe_layers_sums_losses_over_the_ranks_of_the_other_stages(one_rank):
-    args = Namespace(num_layers=2, moe_layer_freq=[1, 0], num_experts=8, mtp_num_layers=None)
+    types = ["aux_loss", "global_aux_loss"]
+    sizes = {"num_layers": 2, "moe_layer_freq": [1, 0], "num_experts": 8, "mtp_num_layers": None}
+    args = Namespace(**sizes, moe_router_load_balancing_type=types)
     tracker, names = RouterLossTracker(args), ["load_balancing_loss", "global_load_balancing_loss", "z_loss"]
     tracker.report(1.0, 1, track_names=names, total_loss_dict={})
     # A router with these losses records the groups.
-    losses = {"moe_router_load_balancing_type": ["aux_loss", "global_aux_loss"], "moe_aux_loss_coeff": [0.1, 0.1]}
+    losses = {"moe_router_load_balancing_type": types, "moe_aux_loss_coeff": [0.1, 0.1]}
     set_moe_metrics_tracker(of_router := MoEMetricsTracker())
     mask = make_mask(random_visible_sets(0, 2, 20, 8))
     make_router(make_config(8, 3, num_layers=2, moe_z_loss_coeff=0.1, **losses), mask).routing(
@@ -108,6 +111,15 @@ def test_stage_without_moe_layers_sums_losses_over_the_ranks_of_the_other_stages
         entry = tracker.metrics[name]
         assert entry.reduce_group is expected.reduce_group
         assert (entry.avg_group, entry.needs_dp_avg) == (expected.avg_group, expected.needs_dp_avg)
+
+
+def test_only_losses_of_the_run_are_logged(one_rank):
+    """Megatron asks for the loss of micro-batches whenever `aux_loss` is a part of the only type."""
+    sizes = {"num_layers": 2, "moe_layer_freq": 1, "num_experts": 8, "mtp_num_layers": None}
+    for kind, names in (("seq_aux_loss", {"seq_load_balancing_loss"}), ("aux_loss", {"load_balancing_loss"})):
+        tracker, losses = RouterLossTracker(Namespace(**sizes, moe_router_load_balancing_type=kind)), {}
+        tracker.report(1.0, 1, track_names=["load_balancing_loss", *names], total_loss_dict=losses)
+        assert losses.keys() == names
 
 
 @pytest.mark.runs(LOGGED)
