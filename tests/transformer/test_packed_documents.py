@@ -43,7 +43,7 @@ from maskmoe.transformer.torch_modules import attention as attention_module
 from maskmoe.transformer.torch_modules.attention import TorchDotProductAttention
 
 NUM_LAYERS, VOCAB_SIZE, SEQUENCE = 2, 40, 16
-MASK = make_mask(random_visible_sets(6, NUM_LAYERS + 2, VOCAB_SIZE, 4))
+VISIBLE = random_visible_sets(6, NUM_LAYERS + 2, VOCAB_SIZE, 4)
 # The bounds of the documents of two samples; the second sample is one document.
 BOUNDS = [[0, 1, 6, 13, 16], [0, 16]]
 FP32_ORDER_OF_SUMS = 2e-5
@@ -85,7 +85,8 @@ def build_model(
     yarn = {name: settings.pop(name) for name in [*settings] if name.startswith("yarn_")}
     config = make_config(num_experts, num_layers=NUM_LAYERS, hidden_size=16, **settings)
     vars(config).update(yarn)  # these settings are not fields of the configuration's class
-    visible_experts = None if num_experts is None else make_visible_experts(config, MASK)
+    mask = make_mask(VISIBLE[: NUM_LAYERS + (config.mtp_num_layers or 0)])
+    visible_experts = None if num_experts is None else make_visible_experts(config, mask)
     own = {} if visible_experts is None else {"visible_experts": visible_experts}
     return (MaskMoEGPTModel if own else DenseGPTModel)(
         config,
