@@ -236,6 +236,6 @@ def _ids_of(tokens: Tensor, token_ids: TokenIds) -> TokenIds:
         if per_token is not None and per_token.shape != tokens.shape[:2]:
             raise ValueError(
                 f"a MaskMoE router got ids or padding of shape {list(per_token.shape)} for tokens "
-                f"{list(tokens.shape[:2])}: a router takes [sequence, batch], a layer and a model take [batch, sequence]"
+                f"{list(tokens.shape[:2])}: a router takes [sequence, batch], layers and models take [batch, sequence]"
             )
     return TokenIds(token_ids.ids, token_ids.is_padding)
