@@ -30,6 +30,7 @@ def prepare_process() -> None:
     """
     from maskmoe.megatron_compat import cpu, patches
 
+    has_own_log = logging.root.hasHandlers()
     if RANK_PROCESS in os.environ:
         end_with_parent(int(os.environ[RANK_PROCESS]))
     patches.accumulate_gradients_without_apex()
@@ -49,8 +50,9 @@ def prepare_process() -> None:
     from maskmoe.megatron_compat import checkpoint_patches
 
     # emerging-optimizers logs by absl while Megatron imports it, and absl then gives the root logger a handler, beside
-    # which `megatron.training` installs none, so that its lines of level INFO would vanish.
-    if not any(isinstance(handler, training.CustomHandler) for handler in logging.root.handlers):
+    # which `megatron.training` installs none, so that its lines of level INFO would vanish. The handlers of a script
+    # that has set up its log before this call remain.
+    if not has_own_log and not any(isinstance(handler, training.CustomHandler) for handler in logging.root.handlers):
         logging.basicConfig(handlers=[training.CustomHandler()], level=logging.INFO, force=True)
     for patch in (*patches.EVERY_PROCESS, *checkpoint_patches.EVERY_PROCESS):
         patch()

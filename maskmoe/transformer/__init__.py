@@ -9,6 +9,7 @@ from maskmoe.transformer.layer_specs import (
     get_maskmoe_decoder_block_spec,
     get_maskmoe_hybrid_stack_spec,
     get_maskmoe_mtp_block_spec,
+    with_maskmoe_modules,
 )
 from maskmoe.transformer.models import MaskMoEGPTModel, MaskMoEHybridModel
 from maskmoe.transformer.moe_layer import MaskMoELayer
@@ -27,4 +28,5 @@ __all__ = [
     "get_maskmoe_decoder_block_spec",
     "get_maskmoe_hybrid_stack_spec",
     "get_maskmoe_mtp_block_spec",
+    "with_maskmoe_modules",
 ]

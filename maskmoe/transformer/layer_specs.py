@@ -122,7 +122,12 @@ def with_maskmoe_modules(
     aux_loss_tokens: AuxLossTokens = "all",
     qk_layernorm_all_heads: bool = False,
 ) -> Any:
-    """Return the spec with MaskMoE's layers, routers, experts and norms; see `get_maskmoe_decoder_block_spec`."""
+    """Return any spec of Megatron-Core with MaskMoE's layers, routers, experts and norms in place of the stock ones.
+
+    `spec` is the spec of a block, of one layer or of an MoE layer, which stays unchanged; subclasses of the stock
+    modules are kept. `config.transformer_impl` must be that of the spec. The other arguments are those of
+    `get_maskmoe_decoder_block_spec`.
+    """
     heads, query_groups = config.num_attention_heads, config.num_query_groups
     is_local = config.transformer_impl == "local"
 

@@ -46,6 +46,8 @@ class MaskMoELayer(MoELayer):
         is_local = config.transformer_impl == "local"
         with building_replicated_linears_of(ReplicatedLinear, moe_layer) if is_local else nullcontext():
             super().__init__(config, submodules, layer_number, pg_collection, is_mtp_layer, name)
+        if layer_number is not None:
+            self.set_layer_number(layer_number)  # `MoELayer` leaves that to the transformer layer
         # `MoELayer` always builds a token dispatcher. `StockDispatcher` builds the one that this layer needs.
         self.token_dispatcher = None
         kind = choose_dispatch(config, pg_collection, self.router.visible_experts.is_rank_local, is_mtp_layer)
@@ -78,14 +80,16 @@ class MaskMoELayer(MoELayer):
             The output [sequence, batch, hidden], and None in place of a bias.
 
         Raises:
-            ValueError: No token ids, intermediate tensors, or tensor-parallel training without sequence parallelism.
+            ValueError: No token ids, ids or padding of another shape, no layer number, intermediate tensors, or
+                tensor-parallel training without sequence parallelism.
         """
         if intermediate_tensors is not None:
             raise ValueError("a MaskMoE layer cannot be captured in CUDA graphs: it was given intermediate tensors")
         token_ids = from_arguments(padding_mask, input_ids)
         if token_ids is None:
             raise ValueError(
-                "a MaskMoE layer got no token ids. Something between the MaskMoE model and the layer drops them"
+                "a MaskMoE layer got no token ids. Build a MaskMoEGPTModel or MaskMoEHybridModel, or pass input_ids; "
+                "inside these models, something between the model and the layer drops the ids"
             )
         if self.training and self.attn_tp_group.size() > 1 and not self.config.sequence_parallel:
             raise ValueError("mixture-of-experts training with tensor parallelism needs --sequence-parallel")

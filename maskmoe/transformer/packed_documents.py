@@ -57,10 +57,11 @@ class PackedDocuments(PackedSeqParams):
 
 
 class PackingModel(torch.nn.Module):
-    """Mixin for a Megatron-Core model that takes packed documents in samples, [batch, sequence], on every stage.
+    """Mixin for a Megatron-Core model that takes `PackedDocuments` in samples, [batch, sequence], on every stage.
 
     Megatron-Core computes packed documents as one sequence, [1, batch * sequence]. Its pipeline schedules still expect
     hidden states [sequence, batch, hidden] between stages, so this class changes the shape at both ends of a stage.
+    Megatron-Core's own `PackedSeqParams` is passed on unchanged, with all arguments in the shapes of Megatron-Core.
     """
 
     config: TransformerConfig
@@ -73,17 +74,19 @@ class PackingModel(torch.nn.Module):
         position_ids: Tensor,
         attention_mask: Any,
         *args: Any,
-        packed_seq_params: PackedDocuments | None = None,
+        packed_seq_params: PackedSeqParams | None = None,
         **kwargs: Any,
     ) -> Tensor:
         """Run one pipeline stage.
 
-        Ids and labels are [batch, sequence]. With packed documents, `position_ids` are positions within the documents,
+        Ids and labels are [batch, sequence]. With `PackedDocuments`, `position_ids` are positions within the documents,
         and `attention_mask` is None. The result is losses [batch, sequence] or logits [batch, sequence, vocabulary] on
         the last stage, else hidden states.
         """
-        if packed_seq_params is None:
-            return super().forward(input_ids, position_ids, attention_mask, *args, **kwargs)
+        if not isinstance(packed_seq_params, PackedDocuments):
+            return super().forward(
+                input_ids, position_ids, attention_mask, *args, packed_seq_params=packed_seq_params, **kwargs
+            )
         # Join the samples, and the hidden states that were received from the previous stage.
         for name in ("labels", "loss_mask", "padding_mask"):
             if kwargs.get(name) is not None:

@@ -72,8 +72,15 @@ class MaskMoERouter(TopKRouter):
         """The layer's number among the feed-forward layers of the model, counting from 1.
 
         `layer_number` starts again from 1 in multi-token prediction.
+
+        Raises:
+            ValueError: The layer has no number.
         """
-        assert self.layer_number is not None
+        if self.layer_number is None:
+            raise ValueError(
+                "a MaskMoE layer has no number, by which it finds its table of the routing mask: call "
+                "set_layer_number(…) with its number among the feed-forward layers, counting from 1"
+            )
         return self.layer_number + (len(self.visible_experts.layers.decoder) if self.is_mtp_layer else 0)
 
     @property
@@ -99,6 +106,9 @@ class MaskMoERouter(TopKRouter):
         Returns:
             probs: [tokens, experts], the weights of the selected experts, 0 elsewhere.
             routing_map: Bool [tokens, experts], the selected experts, unless a capacity factor drops some.
+
+        Raises:
+            ValueError: Ids or padding have another shape than the hidden states, or the layer has no number.
         """
         self._maintain_float32_expert_bias()
         # Megatron-Core fails with a jitter of 0.
@@ -123,7 +133,7 @@ class MaskMoERouter(TopKRouter):
         route = route_tokens if rule.capacity_factor is not None else _route_tokens
         routed = route(
             logits,
-            TokenIds(token_ids.ids, token_ids.is_padding),  # The plan would be a part of what is compiled.
+            _ids_of(logits, token_ids),
             self._mask_table,
             rule,
             losses,
@@ -155,7 +165,7 @@ class MaskMoERouter(TopKRouter):
         if losses is None:
             return activation
         wait_for_parameters(self)
-        own_ids = TokenIds(token_ids.ids, token_ids.is_padding)
+        own_ids = _ids_of(hidden_states, token_ids)
         sums = _sum_for_losses(self.gating(hidden_states), own_ids, self._mask_table, self._rule(), losses)
         return attach_losses(self, activation, sums)
 
@@ -214,3 +224,18 @@ class MaskMoERouter(TopKRouter):
         for counts in (self.local_tokens_per_expert, self.global_tokens_per_expert, self.ga_steps):
             if counts is not None:
                 counts.data = counts.data.float()
+
+
+def _ids_of(tokens: Tensor, token_ids: TokenIds) -> TokenIds:
+    """Return the ids of tokens [sequence, batch, …] without their plan, which would be a part of what is compiled.
+
+    Raises:
+        ValueError: Ids or padding have another shape. They are flattened, so [batch, sequence] would go unnoticed.
+    """
+    for per_token in (token_ids.ids, token_ids.is_padding):
+        if per_token is not None and per_token.shape != tokens.shape[:2]:
+            raise ValueError(
+                f"a MaskMoE router got ids or padding of shape {list(per_token.shape)} for tokens "
+                f"{list(tokens.shape[:2])}: a router takes [sequence, batch], layers and models take [batch, sequence]"
+            )
+    return TokenIds(token_ids.ids, token_ids.is_padding)

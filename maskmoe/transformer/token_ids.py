@@ -91,7 +91,8 @@ def from_arguments(padding_mask: Tensor | None, input_ids: Tensor | None) -> Tok
     """Read the token ids of `to_arguments` in a layer; None if the arguments hold no ids."""
     if input_ids is not None:
         return TokenIds(input_ids.as_subclass(Tensor), padding_mask, _plan_of(input_ids))
-    return None if padding_mask is None else unpack_token_ids(padding_mask)
+    # Without a MaskMoE model, the mask is Megatron-Core's own: it is bool and holds no ids.
+    return None if padding_mask is None or padding_mask.dtype is torch.bool else unpack_token_ids(padding_mask)
 
 
 def pack_token_ids(token_ids: TokenIds) -> Tensor:

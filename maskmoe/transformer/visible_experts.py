@@ -69,13 +69,16 @@ class VisibleExperts(MegatronModule):
         pg_collection: Process groups of the model, by default Megatron's; saving uses `tp`, `pp` and `dp_cp`.
         vp_stage: The model chunk of this rank that holds the instance, if the pipeline is interleaved.
         replaces: The other mask that the checkpoint to load was made with; None if it was made with `mask`.
-        layers: The feed-forward layers of the model; by default those of a `GPTModel` with this configuration.
+        hybrid_layer_pattern: The pattern of a `HybridModel`; None for a `GPTModel`.
         is_added: The checkpoint to load is of Megatron-Core's own model and holds no mask.
 
     Attributes:
         layers: The feed-forward layers of the model.
         is_rank_local: Whether the visible experts of every id are on one expert-parallel rank.
         min_visible: The smallest number of visible experts of any id.
+
+    Raises:
+        UserError: The mask does not fit the model's experts or layers.
     """
 
     row_of_id: Tensor
@@ -92,13 +95,17 @@ class VisibleExperts(MegatronModule):
         pg_collection: ProcessGroupCollection | None = None,
         vp_stage: int | None = None,
         replaces: RoutingMask | None = None,
-        layers: FeedForwardLayers | None = None,
+        hybrid_layer_pattern: str | None = None,
         is_added: bool = False,
     ) -> None:
         super().__init__(config)
-        self.layers = layers or FeedForwardLayers.of_frequency(
-            config.moe_layer_freq, config.num_layers, config.mtp_num_layers or 0
-        )
+        if hybrid_layer_pattern is not None:
+            self.layers = FeedForwardLayers.of_pattern(hybrid_layer_pattern)
+        else:
+            num_predictions = config.mtp_num_layers or 0
+            self.layers = FeedForwardLayers.of_frequency(config.moe_layer_freq, config.num_layers, num_predictions)
+        assert config.num_moe_experts is not None
+        mask.check_fits(vocab_size=mask.vocab_size, num_experts=config.num_moe_experts, layers=self.layers)
         self.pg_collection = pg_collection or ProcessGroupCollection.use_mpu_process_groups()
         self.vp_stage = vp_stage or 0
         self.num_experts = mask.num_experts

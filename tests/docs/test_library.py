@@ -1,4 +1,4 @@
-"""The page about the user's own script: both examples run as printed, and the table of patches is complete."""
+"""The page about the user's own script: the examples run as printed, and the table of patches is complete."""
 
 import re
 from pathlib import Path
@@ -9,9 +9,9 @@ from support.documentation import DOCS, bash_blocks, blocks, run_script
 from maskmoe.megatron_compat import checkpoint_patches, patches
 
 PAGE = DOCS / "library.md"
-MASK, PRETRAIN, LOOP = (block.text for block in bash_blocks(PAGE))
+MASK, PRETRAIN, LOOP, LAYER = (block.text for block in bash_blocks(PAGE))
 SCRIPTS = [block.text for block in blocks(PAGE) if block.language == "python"]
-NAMES = ("my_pretrain.py", "my_loop.py")
+NAMES = ("my_pretrain.py", "my_loop.py", "my_layer.py")
 
 
 @pytest.fixture
@@ -47,6 +47,13 @@ def test_loop_runs_as_printed(folder: Path) -> None:
     losses = train(LOOP, folder, r"'loss': tensor\(([\d.]+)\)")
     assert len(losses) == 2 * 20  # of the two ranks of the last pipeline stage
     assert losses[-1] < losses[0] - 0.5
+
+
+@pytest.mark.slow
+def test_layer_runs_as_printed(folder: Path) -> None:
+    result = run_script(LAYER, folder, timeout=300)
+    assert result.returncode == 0, result.stdout[-2000:] + result.stderr[-4000:]
+    assert result.stdout.count("output 32 4 64 gradient True") == 2
 
 
 def test_loop_needs_the_cpu_adapter_only(folder: Path) -> None:

@@ -186,14 +186,19 @@ def test_helpers_of_the_wheel_are_used_as_they_are() -> None:
     assert callable(helpers_cpp.build_sample_idx_int32)
 
 
-def test_emerging_optimizers_leaves_the_log_to_megatron() -> None:
+@pytest.mark.parametrize(
+    ("setup", "handlers", "level"), [("", ["CustomHandler"], "INFO"), ("basicConfig()", ["StreamHandler"], "WARNING")]
+)
+def test_log_goes_to_megatron_or_to_the_script(setup: str, handlers: list[str], level: str) -> None:
+    """emerging-optimizers would take the log of Megatron; a script that has set up its own log keeps its handlers."""
     pytest.importorskip("emerging_optimizers")
-    code = """
+    code = f"""
 import logging
+logging.{setup or "root"}
 from maskmoe.megatron_compat import prepare_process
 prepare_process()
-assert [type(handler).__name__ for handler in logging.root.handlers] == ["CustomHandler"]
-assert logging.root.level == logging.INFO
+assert [type(handler).__name__ for handler in logging.root.handlers] == {handlers}
+assert logging.root.level == logging.{level}
 """
     result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120)
     assert result.returncode == 0, result.stderr

@@ -58,7 +58,7 @@ class Twins:
         """Build the hybrid model; `stage` overrides its arguments."""
         num_symbols = len(self.pattern.partition("/")[0].replace("|", ""))
         config = self._config(num_layers=num_symbols, is_hybrid_model=True)
-        visible_experts = self._visible_experts(config)
+        visible_experts = self._visible_experts(config, self.pattern)
         arguments = {
             "hybrid_stack_spec": get_maskmoe_hybrid_stack_spec(config, visible_experts),
             "hybrid_layer_pattern": self.pattern,
@@ -78,12 +78,12 @@ class Twins:
         settings = {"hidden_size": 16, "mtp_num_layers": self.pattern.count("/") or None, **LOSSES, **latent, **layers}
         return make_config(NUM_EXPERTS if self.layers.num_moe_layers else None, **settings | self.settings)
 
-    def _visible_experts(self, config: TransformerConfig) -> VisibleExperts | None:
+    def _visible_experts(self, config: TransformerConfig, pattern: str | None = None) -> VisibleExperts | None:
         if not config.num_moe_experts:
             return None
         tables = len(self.layers.has_experts)
         mask = self.mask or make_mask(random_visible_sets(6, tables, VOCAB_SIZE, NUM_EXPERTS))
-        return VisibleExperts(config, mask, process_groups(), layers=self.layers).to(DEVICE)
+        return VisibleExperts(config, mask, process_groups(), hybrid_layer_pattern=pattern).to(DEVICE)
 
 
 def copy_parameters(gpt: torch.nn.Module, hybrid: torch.nn.Module) -> dict[str, str]:

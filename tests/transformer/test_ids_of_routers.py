@@ -14,7 +14,8 @@ from maskmoe.transformer.router import MaskMoERouter
 from maskmoe.transformer.token_ids import TokenIds, split_sequence
 
 NUM_LAYERS, BATCH = 3, 2
-MASK = make_mask(random_visible_sets(6, NUM_LAYERS + 1, VOCAB_SIZE, 4))
+VISIBLE = random_visible_sets(6, NUM_LAYERS + 1, VOCAB_SIZE, 4)
+MASK = make_mask(VISIBLE)
 MODELS = {"GPT": Twins.gpt, "hybrid": Twins.hybrid}
 every_model = pytest.mark.parametrize("kind", MODELS)
 RECOMPUTE = {
@@ -60,7 +61,8 @@ def router_calls(monkeypatch: pytest.MonkeyPatch) -> list[RouterCall]:
 
 def build_model(kind: str, recompute: str = "none", predictions: str = "", **stage: bool) -> torch.nn.Module:
     torch.manual_seed(0)
-    return MODELS[kind](Twins(f"*E*E*E{predictions}", RECOMPUTE[recompute], mask=MASK), **stage)
+    mask = MASK if predictions else make_mask(VISIBLE[:NUM_LAYERS])
+    return MODELS[kind](Twins(f"*E*E*E{predictions}", RECOMPUTE[recompute], mask=mask), **stage)
 
 
 def micro_batches(number: int) -> list[Tensor]:

@@ -112,6 +112,18 @@ def test_stock_specs_stay_as_they_are() -> None:
     assert all(x[0] == y[0] and x[1] is y[1] for x, y in zip(before, fresh, strict=True))
 
 
+def test_specs_of_other_functions_take_part() -> None:
+    """A spec that the user has asked Megatron-Core for, here with a pipeline rank and of one layer."""
+    config = make_config(num_layers=4)
+    visible_experts = make_visible_experts(config, make_mask(random_visible_sets(0, 4, 9, 4)))
+    block = gpt_layer_specs.get_gpt_decoder_block_spec(config, use_transformer_engine=False, pp_rank=0)
+    one_layer = gpt_layer_specs.get_gpt_layer_local_spec(num_experts=4, moe_grouped_gemm=False)
+    for spec, count in ((block, 4), (one_layer, 1)):
+        modules = [leaf for _, leaf in leaves(layer_specs.with_maskmoe_modules(spec, config, visible_experts))]
+        assert modules.count(MaskMoELayer) == modules.count(MaskMoERouter) == count
+        assert TopKRouter not in modules
+
+
 @pytest.mark.parametrize(("normalization", "expected"), [("RMSNorm", TorchNorm), ("LayerNorm", FusedLayerNorm)])
 def test_norms_of_apex_are_kept_where_they_fit(normalization, expected, monkeypatch) -> None:
     """With Apex installed, Megatron takes Apex's LayerNorm after the last layer, also if the model has RMSNorms."""

@@ -187,8 +187,16 @@ def test_experts_have_an_optimizer_of_their_own() -> None:
 def test_refuses_what_it_cannot_route() -> None:
     layer = make_layer(make_config(), make_mask(random_visible_sets(0, 1, 9, 4)))
     hidden, token_ids = torch.randn(3, 1, 8, device=DEVICE), torch.zeros(1, 3, dtype=torch.int64, device=DEVICE)
-    with pytest.raises(ValueError, match="got no token ids"):
-        layer(hidden)
+    for no_ids in (None, torch.zeros(1, 3, dtype=torch.bool, device=DEVICE)):
+        with pytest.raises(ValueError, match="got no token ids"):
+            layer(hidden, padding_mask=no_ids)
+    with pytest.raises(ValueError, match=r"ids or padding of shape \[1, 3\] for tokens \[3, 1\]"):
+        layer(hidden, input_ids=token_ids.T)
+    with pytest.raises(ValueError, match=r"ids or padding of shape \[1, 3\] for tokens \[3, 1\]"):
+        layer(hidden, input_ids=token_ids, padding_mask=token_ids.T.bool())
+    layer.router.layer_number = None
+    with pytest.raises(ValueError, match=r"call set_layer_number\(…\)"):
+        layer(hidden, input_ids=token_ids)
     with pytest.raises(ValueError, match="CUDA graphs"):
         layer(hidden, intermediate_tensors=(hidden,), padding_mask=token_ids)
     layer.dispatcher = build_dispatcher(DispatchKind.PLANNED, layer, process_groups())

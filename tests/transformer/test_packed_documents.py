@@ -15,6 +15,7 @@ from hypothesis import strategies as st
 from megatron.core.datasets.blended_megatron_dataset_builder import BlendedMegatronDatasetBuilder
 from megatron.core.datasets.gpt_dataset import GPTDataset, GPTDatasetConfig
 from megatron.core.models.gpt import GPTModel
+from megatron.core.packed_seq_params import PackedSeqParams
 from megatron.core.transformer.enums import AttnMaskType
 from megatron.core.transformer.multi_token_prediction import MTPLossLoggingHelper
 from megatron.core.transformer.transformer_config import MLATransformerConfig
@@ -42,7 +43,7 @@ from maskmoe.transformer.torch_modules import attention as attention_module
 from maskmoe.transformer.torch_modules.attention import TorchDotProductAttention
 
 NUM_LAYERS, VOCAB_SIZE, SEQUENCE = 2, 40, 16
-MASK = make_mask(random_visible_sets(6, NUM_LAYERS + 2, VOCAB_SIZE, 4))
+VISIBLE = random_visible_sets(6, NUM_LAYERS + 2, VOCAB_SIZE, 4)
 # The bounds of the documents of two samples; the second sample is one document.
 BOUNDS = [[0, 1, 6, 13, 16], [0, 16]]
 FP32_ORDER_OF_SUMS = 2e-5
@@ -84,7 +85,8 @@ def build_model(
     yarn = {name: settings.pop(name) for name in [*settings] if name.startswith("yarn_")}
     config = make_config(num_experts, num_layers=NUM_LAYERS, hidden_size=16, **settings)
     vars(config).update(yarn)  # these settings are not fields of the configuration's class
-    visible_experts = None if num_experts is None else make_visible_experts(config, MASK)
+    mask = make_mask(VISIBLE[: NUM_LAYERS + (config.mtp_num_layers or 0)])
+    visible_experts = None if num_experts is None else make_visible_experts(config, mask)
     own = {} if visible_experts is None else {"visible_experts": visible_experts}
     return (MaskMoEGPTModel if own else DenseGPTModel)(
         config,
@@ -207,6 +209,26 @@ def prediction_losses(compute: Callable[[], Tensor]) -> Tensor:
     MTPLossLoggingHelper.tracker.clear()
     compute()
     return MTPLossLoggingHelper.tracker["loss_values"]
+
+
+def test_packed_sequences_of_megatron_are_left_to_megatron(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Megatron-Core rotates them from 0 in each sequence, whatever the positions are, which may be None."""
+    seen: list[dict[str, Any]] = []
+    monkeypatch.setattr(GPTModel, "forward", lambda model, *args, **kwargs: seen.append({"args": args} | kwargs))
+    model = build_model()
+    bounds = torch.tensor([0, 10, 16], dtype=torch.int32)
+    packed = PackedSeqParams(qkv_format="thd", cu_seqlens_q=bounds, cu_seqlens_kv=bounds)
+    token_ids = torch.zeros(1, 16, dtype=torch.int64, device=DEVICE)
+    model(token_ids, None, None, packed_seq_params=packed)
+    assert seen[0]["args"] == (token_ids, None, None)
+    assert seen[0]["packed_seq_params"] is packed
+    assert not model.rotary_pos_emb._forward_hooks
+
+
+def test_attention_names_the_packed_sequences_that_it_takes() -> None:
+    attention = build_model().decoder.layers[0].self_attention.core_attention
+    with pytest.raises(NotImplementedError, match=r"takes packed sequences as .*PackedDocuments only"):
+        attention(*torch.zeros(3, 16, 2, 4, device=DEVICE), None, packed_seq_params=PackedSeqParams(qkv_format="thd"))
 
 
 def test_multi_token_prediction_keeps_to_documents() -> None:

@@ -61,6 +61,21 @@ def test_buffers_are_filled_on_the_meta_device(mask) -> None:
         assert torch.equal(module.get_buffer(name), buffer.cpu()), name
 
 
+@pytest.mark.parametrize(
+    ("settings", "pattern", "problem"),
+    [
+        ({"num_experts": 8}, None, "its number of experts is 10, the model's is 8"),
+        ({"num_layers": 3}, None, "it is for 2 MoE layers, the model has 3"),
+        ({"num_layers": 6}, "*E*E*E", "it is for 2 MoE layers, the model has 3"),
+    ],
+    ids=["experts", "layers", "pattern"],
+)
+def test_mask_that_does_not_fit_is_refused(settings: dict, pattern: str | None, problem: str, mask) -> None:
+    config = make_config(**{"num_experts": 10, "num_layers": 2} | settings)
+    with pytest.raises(UserError, match=problem):
+        VisibleExperts(config, mask, process_groups(), hybrid_layer_pattern=pattern)
+
+
 def test_half_precision_leaves_the_mask_alone(mask) -> None:
     config = make_config(10, num_layers=2, bf16=True, params_dtype=torch.bfloat16)
     module = make_visible_experts(config, mask)

@@ -163,7 +163,8 @@ def build_trainer(
         sizes["hybrid_layer_pattern"] = pattern = layers.pattern("*")
         config = make_config(arguments, topk, num_ranks, num_layers=len(pattern), is_hybrid_model=True)
         if arguments.num_experts:
-            visible_experts = VisibleExperts(config, make_mask(arguments, num_ranks), groups, layers=layers)
+            mask = make_mask(arguments, num_ranks)
+            visible_experts = VisibleExperts(config, mask, groups, hybrid_layer_pattern=pattern)
             spec = get_maskmoe_hybrid_stack_spec(config, visible_experts)
             model = MaskMoEHybridModel(config, spec, visible_experts=visible_experts, **sizes)
         else:

@@ -15,7 +15,6 @@ from megatron.training.models.gpt import GPTModelConfig
 from megatron.training.models.hybrid import HybridModelConfig
 
 from maskmoe.checkpoint.routing_mask import mask_in_checkpoint, read_routing_mask
-from maskmoe.routing_mask.feed_forward_layers import FeedForwardLayers
 from maskmoe.transformer.layer_specs import (
     get_maskmoe_decoder_block_spec,
     get_maskmoe_hybrid_stack_spec,
@@ -133,13 +132,9 @@ class StageBuilder:
             pg_collection,
             vp_stage,
             replaces=of_checkpoint if of_checkpoint is not None and of_checkpoint.digest != mask.digest else None,
-            layers=self.feed_forward_layers(),
+            hybrid_layer_pattern=getattr(settings.megatron, "hybrid_layer_pattern", None),
             is_added=of_checkpoint is None,
         )
-
-    def feed_forward_layers(self) -> FeedForwardLayers | None:
-        """Return the feed-forward layers of the whole model; None for the layers of a `GPTModel`."""
-        return None
 
     def layer_specs(self, visible_experts: VisibleExperts | None, vp_stage: int | None) -> dict[str, Any]:
         """Return the specs of one stage's layers by the names of the model's arguments."""
@@ -173,10 +168,6 @@ class MaskMoEHybridModelBuilder(StageBuilder):
     """Builds a `MaskMoEHybridModel`, or a `DenseHybridModel` if the model has no experts."""
 
     _classes = (DenseHybridModel, MaskMoEHybridModel)
-
-    def feed_forward_layers(self) -> FeedForwardLayers:
-        """Return the feed-forward layers of the whole model."""
-        return FeedForwardLayers.of_pattern(self.config.megatron.hybrid_layer_pattern)
 
     def layer_specs(self, visible_experts: VisibleExperts | None, vp_stage: int | None) -> dict[str, Any]:
         """Return the specs of one stage's layers, multi-token prediction included."""

@@ -9,6 +9,7 @@ import copy
 from argparse import Namespace
 from collections import Counter
 from collections.abc import Iterable, Mapping
+from contextlib import suppress
 from dataclasses import dataclass, fields, replace
 from typing import Any
 
@@ -26,6 +27,7 @@ from megatron.training.models.hybrid import HybridModelConfig
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.testing._internal.distributed.fake_pg import FakeStore
 
+from maskmoe.errors import UserError
 from maskmoe.routing_mask.feed_forward_layers import FeedForwardLayers
 from maskmoe.routing_mask.frequency import ExpertUse
 from maskmoe.routing_mask.mask import MaskProvenance, RoutingMask, pack_sets
@@ -155,8 +157,10 @@ def count_parameters(args: Namespace, config: MaskMoEModelConfig, mask: RoutingM
     (whole,) = _count_stage(_on_one_rank(_changed(config, _LOCAL | _ONE_RANK)), _ALONE, stage=0)
     layout, local = Layout.from_args(args), _changed(config, _LOCAL)
     buffers: Iterable[torch.Tensor] = ()
-    if mask is not None and mask.num_experts == args.num_experts:  # a mask that does not fit is an error of its own
-        buffers = VisibleExperts(config.transformer, mask, ProcessGroupCollection()).buffers()
+    if mask is not None and args.num_experts:
+        model = {"config": config.transformer, "hybrid_layer_pattern": args.hybrid_layer_pattern}
+        with suppress(UserError):  # a mask that does not fit is an error of its own
+            buffers = VisibleExperts(mask=mask, pg_collection=ProcessGroupCollection(), **model).buffers()
     layers = FeedForwardLayers.of_args(args)
     return ModelParameters(
         whole,
@@ -193,7 +197,8 @@ class _Counting(StageBuilder):
     def visible_experts(self, pg_collection: ProcessGroupCollection, vp_stage: int | None) -> VisibleExperts:
         """Return the visible experts of a mask that fits every model."""
         config = self.config.transformer
-        num_experts, provenance = config.num_moe_experts, MaskProvenance("uniform", 0.0, None, seed=0)
+        num_experts = config.num_moe_experts
+        provenance = MaskProvenance("uniform", 0.0, None, seed=0, shared_table=True)
         single_experts = pack_sets(np.eye(num_experts, dtype=bool))[None]
         mask = RoutingMask(np.zeros((1, 1), np.int16), single_experts, 1, num_experts, 1, provenance)
         return VisibleExperts(config, mask, pg_collection, vp_stage)

@@ -114,6 +114,9 @@ class TorchDotProductAttention(DotProductAttention):
 
         Returns:
             [queries, batch, heads * value channels]; [tokens, heads * value channels] with packed documents.
+
+        Raises:
+            NotImplementedError: An attention bias, or packed sequences that are not `PackedDocuments`.
         """
         if attention_bias is not None:
             raise NotImplementedError("attention of --transformer-impl local takes no bias")
@@ -123,7 +126,11 @@ class TorchDotProductAttention(DotProductAttention):
         tracker: Any = get_cuda_rng_tracker()
         with tracker.fork() if own_draws else nullcontext():
             if packed_seq_params is not None:
-                assert isinstance(packed_seq_params, PackedDocuments)
+                if not isinstance(packed_seq_params, PackedDocuments):
+                    raise NotImplementedError(
+                        "attention of --transformer-impl local takes packed sequences as "
+                        "maskmoe.transformer.packed_documents.PackedDocuments only"
+                    )
                 return self._attend_within_documents(query, key, value, packed_seq_params, dropout).flatten(1)
             if self.cp_group.size() > 1:
                 key, value = (gather_zigzag(tensor, self.cp_group) for tensor in (key, value))
