@@ -34,7 +34,6 @@ SAMPLES = "--train-samples 80 --lr-warmup-samples 24 --eval-global-batch-size 8"
 # The first 4 iterations have 4 samples, the remaining 8 iterations have 8 samples. Thresholds are in tokens.
 GROWING_BATCHES = f"{SAMPLES} --step-batch-size-schedule '0:4 512:8'"
 EIGHT_MICRO_BATCHES = "--micro-batch-size 1 --exit-interval 6"
-STALE_IDS = (str(TESTS / "training" / "pretrain_with_stale_ids.py"),)
 OTHER_MASK = (str(TESTS / "training" / "pretrain_with_other_mask.py"),)
 MEGATRONS_LAYERS = (str(TESTS / "training" / "pretrain_with_megatrons_layers.py"),)
 # Scores and losses that Megatron-Core's hash layers compute as a routing mask does.
@@ -76,9 +75,6 @@ RUNS = {
     "selective recompute": Run("--recompute-granularity selective --recompute-modules moe"),
     "pipeline 2, 8 micro-batches": Run(f"{PIPELINE_2} {EIGHT_MICRO_BATCHES}", ranks=2),
     "pipeline 2, 8 micro-batches, full recompute": Run(f"{PIPELINE_2} {EIGHT_MICRO_BATCHES} {FULL_RECOMPUTE}", ranks=2),
-    "pipeline 2, 8 micro-batches, full recompute, stale ids": Run(
-        f"{PIPELINE_2} {EIGHT_MICRO_BATCHES} {FULL_RECOMPUTE}", ranks=2, program=STALE_IDS
-    ),
     "hybrid, pipeline 2, 8 micro-batches, full recompute": Run(
         f"{PIPELINE_2} {EIGHT_MICRO_BATCHES} {FULL_RECOMPUTE} --num-layers 8 --hybrid-layer-pattern *E*E|*E*E", ranks=2
     ),
