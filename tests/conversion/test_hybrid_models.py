@@ -6,12 +6,10 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from support.checkpoint_tensors import assert_same_tensors, tensors_of
-from support.foreign_models import VOCAB_SIZE, logits_of, random_ids, save_model
-from support.megatron_models import load_converted_model, logits_of_megatron
+from support.foreign_models import VOCAB_SIZE, random_ids, save_model
 from support.small_moe import make_mask, random_visible_sets
 
 from maskmoe.analysis.model_series import common_shape, find_models, model_folder
@@ -28,8 +26,6 @@ from maskmoe.routing_mask.feed_forward_layers import FeedForwardLayers
 
 pytestmark = pytest.mark.usefixtures("one_rank")
 
-# Megatron computes attention and rotary embedding in another way, in fp32.
-ROUNDING = 1e-4
 SIZES = {
     "vocab_size": 100,
     "hidden_size": 8,
@@ -110,27 +106,22 @@ def test_layers_that_transformers_does_not_have(pattern):
     assert f"--hybrid-layer-pattern '{pattern}' cannot be expressed in transformers' format: " in str(refusal.value)
 
 
-@pytest.mark.parametrize(("dense_is_hybrid", "pattern"), [(False, "*-|*E*E"), (False, None), (True, None)])
-def test_upcycling_to_a_hybrid_model(dense_is_hybrid, pattern, tmp_path):
-    """Models of transformers and hybrid models become hybrid models with experts, without a flag."""
-    original = save_model("llama", tmp_path / "dense")
-    dense = tmp_path / "dense"
-    if dense_is_hybrid:
-        huggingface_to_megatron(Settings(load=dense, save=tmp_path / "hybrid", hybrid_layer_pattern="*-*-|*-"))
-        dense = tmp_path / "hybrid"
+def test_upcycling_to_a_hybrid_model(tmp_path):
+    """A hybrid model becomes a hybrid model with experts, without a flag; a pattern may divide it into stages."""
+    save_model("llama", tmp_path / "dense")
+    dense = Settings(load=tmp_path / "dense", save=tmp_path / "hybrid", hybrid_layer_pattern="*-*-|*-")
+    huggingface_to_megatron(dense)
     mask = make_mask(random_visible_sets(0, 2, VOCAB_SIZE, 4))
     recipe = UpcycleSettings(4, topk=3, moe_layer_freq=[0, 1, 1])
-    settings = Settings(load=dense, save=tmp_path / "out", hybrid_layer_pattern=pattern)
-    flags = upcycle_model(settings, recipe, mask, to_megatron=True)
-    assert args_of(tmp_path / "out").hybrid_layer_pattern == (pattern or "*-*E*E")
-    model, _ = load_converted_model(tmp_path / "out", [*flags, "--hybrid-layer-pattern", "*-*E*E"])
-    ids = random_ids()
-    logits = logits_of_megatron(model, ids)[..., :VOCAB_SIZE]
-    torch.testing.assert_close(logits, logits_of(original, ids), atol=ROUNDING, rtol=0)
+    settings = Settings(load=tmp_path / "hybrid", save=tmp_path / "out")
+    divided = replace(settings, save=tmp_path / "divided", hybrid_layer_pattern="*-|*E*E")
+    for each, pattern in ((settings, "*-*E*E"), (divided, "*-|*E*E")):
+        upcycle_model(each, recipe, mask, to_megatron=True)
+        assert args_of(each.save).hybrid_layer_pattern == pattern
     # The class is kept on the way through transformers' format, too.
     upcycle_model(replace(settings, save=tmp_path / "hf"), recipe, mask, to_megatron=False)
     huggingface_to_megatron(Settings(load=tmp_path / "hf", save=tmp_path / "again"))
-    assert_same_checkpoints(tmp_path / "out", tmp_path / "again")
+    assert_same_checkpoints(settings.save, tmp_path / "again")
     wrong = replace(settings, save=tmp_path / "wrong", hybrid_layer_pattern="*E*E*E")
     with pytest.raises(UserError, match=r"does not fit the model, whose pattern is '\*-\*E\*E'"):
         upcycle_model(wrong, recipe, mask, to_megatron=True)
