@@ -97,22 +97,6 @@ def altered(models, tmp_path) -> Path:
     return shutil.copytree(models["mixed"], tmp_path / "altered")
 
 
-# Replaces the function of this name: every expert is visible.
-IGNORES_THE_MASK = """
-
-def unpack_bits(bits, num_experts):
-    return torch.ones(*bits.shape[:-1], num_experts, dtype=torch.bool)
-"""
-
-
-def test_comparison_notices_an_ignored_mask(answer_with_vllm, altered, expected) -> None:
-    code = altered / "modeling_maskmoe.py"
-    code.write_text(code.read_text() + IGNORES_THE_MASK)
-    found = answer_with_vllm({"altered": altered}, PROMPTS, MAX_TOKENS)["altered"]
-    assert not isinstance(found, str), found
-    assert difference(found, expected("mixed")) > 0.01
-
-
 @pytest.mark.parametrize("eager", [True, False], ids=["eager", "compiled"])
 def test_a_model_without_its_mask_is_refused(answer_with_vllm, altered, eager) -> None:
     """tests/huggingface/test_guards.py has more masks that are incomplete or altered."""
