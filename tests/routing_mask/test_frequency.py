@@ -149,15 +149,9 @@ def test_name_of_a_dataset_that_is_not_utf8(tmp_path):
     assert loaded.datasets[0]["name"] == r"n\xff"
 
 
-def test_altered_counts_are_refused(tmp_path):
+def test_forged_counts_are_refused(tmp_path):
     path = tmp_path / "counts.safetensors"
     frequency = count_token_frequency([write_dataset(tmp_path / "text", random_ids(0, 500))], 100)
-    frequency.save(path)
-    content = bytearray(path.read_bytes())
-    content[-800] += 1
-    path.write_bytes(content)
-    with pytest.raises(UserError, match="altered or damaged"):
-        TokenFrequency.load(path)
     with pytest.raises(UserError, match="contradict"):
         replace(frequency, counts=frequency.counts + 1)
     tensors, record = frequency.parts()
