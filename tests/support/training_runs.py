@@ -80,7 +80,6 @@ RUNS = {
     ),
     # Stop and resume.
     "fp32": Run(f"{DROPOUT} {UNTIL_12}", saves=True),
-    "fp32, resumed": Run(f"{DROPOUT} {FROM_7}", continues="fp32"),
     "another learning rate": Run(
         f"{DROPOUT} {FROM_7} --lr 1e-3 --min-lr 0 --override-opt-param-scheduler", continues="fp32"
     ),
@@ -93,8 +92,6 @@ RUNS = {
     "evaluated often, then seldom": Run(
         f"{BLEND_12} --ckpt-step 7 --eval-interval 4 --eval-iters 2", continues="evaluated often"
     ),
-    "bf16": Run(f"--bf16 {DROPOUT} {UNTIL_12}", saves=True),
-    "bf16, resumed": Run(f"--bf16 {DROPOUT} {FROM_7}", continues="bf16"),
     "bf16, distributed optimizer": Run(f"--bf16 {DISTRIBUTED} {UNTIL_12}", ranks=2, saves=True),
     "bf16, distributed optimizer, resumed": Run(
         f"--bf16 {DISTRIBUTED} {FROM_7}", ranks=2, continues="bf16, distributed optimizer"
@@ -102,19 +99,11 @@ RUNS = {
     "stage without experts, distributed optimizer": Run(
         f"{PIPELINE_2} --moe-layer-freq [0,0,1,1] {DISTRIBUTED} {UNTIL_12}", ranks=2, saves=True
     ),
-    "stage without experts, distributed optimizer, resumed": Run(
-        f"{PIPELINE_2} --moe-layer-freq [0,0,1,1] {DISTRIBUTED} {FROM_7}",
-        ranks=2,
-        continues="stage without experts, distributed optimizer",
-    ),
     "stage without experts, distributed optimizer, resumed on 1": Run(
         f"--moe-layer-freq [0,0,1,1] {DISTRIBUTED} {FROM_7}", continues="stage without experts, distributed optimizer"
     ),
     # Another expert parallel size after a stop.
     "experts on 2, distributed optimizer": Run(f"{EXPERT_2} {DISTRIBUTED} {UNTIL_12}", ranks=2, saves=True),
-    "experts on 2, distributed optimizer, resumed": Run(
-        f"{EXPERT_2} {DISTRIBUTED} {FROM_7}", ranks=2, continues="experts on 2, distributed optimizer"
-    ),
     "experts on 2, distributed optimizer, resumed on 1": Run(
         f"{DISTRIBUTED} {FROM_7}", continues="experts on 2, distributed optimizer"
     ),
@@ -351,7 +340,6 @@ add_model(
     "groups",
     GROUPS,
     {
-        "groups, resumed": (1, ""),
         "groups, tensor 2, expert parallel 2": (2, TENSOR_EXPERT_2),
     },
 )
@@ -439,13 +427,6 @@ add_model(
     "dense layers below experts of one rank",
     "--moe-layer-freq [0,0,1,1]",
     {"dense layers below experts of one rank, expert parallel 2, pipeline 2": (4, f"{EXPERT_2} {PIPELINE_2}")},
-    mask="rank_local.safetensors",
-)
-# A rank-local mask with group-limited routing, which rules out planned dispatch.
-add_model(
-    "groups, experts of one rank",
-    GROUPS,
-    {"groups, experts of one rank, expert parallel 2": (2, EXPERT_2)},
     mask="rank_local.safetensors",
 )
 # Samples of several documents, 2 samples in a micro-batch, with multi-token prediction.
