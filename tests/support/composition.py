@@ -80,9 +80,9 @@ TABLE: dict[str, Works] = {
         "3 ranks", ("--pipeline-model-parallel-layout",)
     ),
     "multi-latent attention": Works(
-        "2, 4 and 8 ranks, also with context parallel; one layer against transformers' DeepSeek-V3",
+        "2, 4 and 8 ranks, also with context parallel; whole models against transformers' DeepSeek-V3",
         ("--multi-latent-attention",),
-        tests=("transformer/test_latent_attention.py::test_equals_attention_of_transformers",),
+        tests=("conversion/test_families_in_megatron.py::test_logits_equal_the_originals",),
     ),
     "grouped-query attention": Works("2 and 4 ranks", ("--group-query-attention",)),
     "norms of queries and keys over all heads": Works(

@@ -15,10 +15,11 @@ from megatron.core.transformer.enums import AttnMaskType
 from megatron.core.transformer.multi_token_prediction import MTPLossLoggingHelper
 from megatron.core.transformer.transformer_config import MLATransformerConfig
 from support.gpu_branches import take_gpu_branches
-from support.latent_attention import SIZES, YARN
 from support.places import PLACES, Place
 from support.small_moe import (
     DEVICE,
+    LATENT_SIZES,
+    YARN,
     make_config,
     make_mask,
     make_visible_experts,
@@ -62,8 +63,13 @@ MODELS: dict[str, dict[str, Any]] = {
     },
     "selective recompute": {"recompute_granularity": "selective", "recompute_modules": ["core_attn", "moe"]},
     "multi-token prediction": {"mtp_num_layers": 2},
-    "multi-latent attention": {"config_class": MLATransformerConfig, "rope_type": "rope", **SIZES},
-    "multi-latent attention with YaRN": {"config_class": MLATransformerConfig, "rope_type": "yarn", **SIZES, **YARN},
+    "multi-latent attention": {"config_class": MLATransformerConfig, "rope_type": "rope", **LATENT_SIZES},
+    "multi-latent attention with YaRN": {
+        "config_class": MLATransformerConfig,
+        "rope_type": "yarn",
+        **LATENT_SIZES,
+        **YARN,
+    },
 }
 
 
