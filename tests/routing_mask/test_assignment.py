@@ -132,19 +132,6 @@ def test_ids_never_seen_are_spread_evenly(assignment):
     assert per_expert.max() - per_expert.min() <= (200 if assignment == "uniform" else 2)
 
 
-@pytest.mark.parametrize("assignment", ["uniform", "balanced"])
-def test_presets(assignment):
-    counts = np.array([5.0, 3, 0, 2, 0, 1])
-    smoe = MaskRecipe.from_preset("smoe", 4, 6)
-    assert visible_sets(smoe, counts).all()
-    assert smoe.num_tables == 1
-    assert assign_table(smoe, counts, 0)[1].shape == (4 + 1, 1)
-    for preset in ("hash", "hash-balanced"):
-        assert (visible_sets(MaskRecipe.from_preset(preset, 4, 6), counts).sum(axis=1) == 1).all()
-    top_k = MaskRecipe.from_preset("top-k-hash", 4, 6, frequent_visible_experts=3, assignment=assignment)
-    assert (visible_sets(top_k, counts).sum(axis=1) == 3).all()
-
-
 @pytest.mark.parametrize("assignment", ["uniform", "balanced", "rank-local"])
 @pytest.mark.parametrize("visible_experts", [1, 3])
 def test_hash_layers_and_the_other_layers(zipf_frequency, assignment, visible_experts):
