@@ -80,16 +80,6 @@ def test_gated_hash_has_hashs_expert_and_maskmoes_weight(make, batch):
     assert has_gradient.tolist() == [False] * RARE + [True] * (IDS - RARE)
 
 
-def test_gated_hash_starts_from_bit_equal_outputs(make, batch):
-    """With MaskMoE's own choice as the table, gated Hash is MaskMoE: the fixed expert is the only difference."""
-    logits, ids = batch
-    probs, routing_map = make(MaskMoERouter).routing(logits, ids)
-    gated = make(GatedHashRouter)
-    gated.own_expert.copy_(routing_map.int().argmax(1))
-    for own, expected in zip(gated.routing(logits, ids), (probs, routing_map), strict=True):
-        assert torch.equal(own, expected)
-
-
 def test_unit_weight_keeps_the_choice_and_the_gradient_of_the_logarithm(make, batch):
     logits, ids = batch
     probs, routing_map = make(MaskMoERouter).routing(logits, ids)
