@@ -72,14 +72,6 @@ def test_few_files_are_open_at_a_time(tmp_path):
     assert frequency.counts.tolist() == (3 * np.eye(40, dtype=int)).tolist()
 
 
-def test_unweighted_datasets_add_up(tmp_path):
-    parts = [random_ids(0, 100), random_ids(1, 5000), random_ids(2, 33)]
-    prefixes = [write_dataset(tmp_path / str(index), ids) for index, ids in enumerate(parts)]
-    frequency = count_token_frequency(prefixes, 100)
-    assert frequency.occurrences.tolist() == np.bincount(np.concatenate(parts), minlength=100).tolist()
-    assert frequency.weights == (None, None, None)
-
-
 def test_blend_weights_count_tokens_whatever_the_sizes_of_the_datasets(tmp_path):
     small = write_dataset(tmp_path / "small", [1, 1, 2, 3])
     large = write_dataset(tmp_path / "large", [4] * 300 + [1] * 96)
