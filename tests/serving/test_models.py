@@ -1,6 +1,5 @@
 """vLLM computes exported models as transformers does: log-probabilities to 1e-4 and equal greedy continuations."""
 
-import json
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -106,13 +105,6 @@ def test_a_model_without_its_mask_is_refused(answer_with_vllm, altered, eager) -
     found = answer_with_vllm({"altered": altered}, PROMPTS, MAX_TOKENS, enforce_eager=eager)["altered"]
     assert isinstance(found, str)
     assert "the routing mask was never loaded" in found
-
-
-def test_pipeline_stages_are_refused(run_script, altered, tmp_path) -> None:
-    request = {"models": {"altered": str(altered)}, "prompts": PROMPTS, "max_tokens": 1, "pipeline_parallel_size": 2}
-    (tmp_path / "request.json").write_text(json.dumps(request))
-    output = run_script("answer_with_vllm.py", tmp_path / "request.json", tmp_path / "answers.json").stdout
-    assert "ValueError: later pipeline stages would get no token ids" in output
 
 
 def test_a_model_whose_router_vllm_replaces_does_not_run(run_script, models) -> None:

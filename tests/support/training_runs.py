@@ -301,7 +301,6 @@ add_model(
         ),
         "rich, context parallel 2, expert parallel 2": (2, f"{CONTEXT_2} {EXPERT_2}"),
         "rich, overlapped shared experts": (2, f"{TENSOR_EXPERT_2} --moe-shared-expert-overlap"),
-        "rich, selective recompute": (2, f"{TENSOR_EXPERT_2} {MORE_RECOMPUTE}"),
         "rich, tensor 2, expert parallel 2, pipeline 2": (4, f"{TENSOR_EXPERT_2} {PIPELINE_2}"),
         "rich, full recompute, tensor 2, pipeline 2": (4, f"{TENSOR_2} {PIPELINE_2} {FULL_RECOMPUTE}"),
     },
@@ -351,7 +350,6 @@ add_model(
     {
         "latent, resumed": (1, ""),
         "latent, all-gather, expert parallel 2": (2, f"{ALL_GATHER} {EXPERT_2}"),
-        "latent, recomputed parts, tensor 2, expert parallel 2": (2, f"{TENSOR_EXPERT_2} {RECOMPUTED_PARTS}"),
         "latent, recomputed parts, tensor 2, experts in 2 parts, pipeline 2": (
             4,
             f"{TENSOR_2} --expert-tensor-parallel-size 2 {PIPELINE_2} {RECOMPUTED_PARTS}",
@@ -513,7 +511,6 @@ add_model(
         "gated delta net, pipeline 2": (2, f"{PIPELINE_2} --hybrid-layer-pattern GEGE|GE*E"),
         "gated delta net, gathered parameters": (2, f"{EXPERT_2} {GATHERED}"),
         "gated delta net, tensor 2, expert parallel 2": (2, TENSOR_EXPERT_2),
-        "gated delta net, context parallel 2, expert parallel 2": (2, f"{CONTEXT_2} {EXPERT_2}"),
         "gated delta net, tensor 2, context parallel 2": (4, f"{TENSOR_2} {CONTEXT_2}"),
     },
 )
