@@ -32,11 +32,10 @@ def lock(folder: Path) -> None:
 
 
 def test_second_run_is_refused_with_the_holders_host_and_pid(holder: subprocess.Popen, tmp_path: Path) -> None:
-    expected = f"process {holder.pid} on host {os.uname().nodename}"
-    with pytest.raises(UserError, match=expected):
-        lock(tmp_path)
-    with pytest.raises(UserError, match=expected):
-        check_unlocked(tmp_path)
+    """A look does not free or take the lock."""
+    for look_or_lock in (check_unlocked, check_unlocked, lock, check_unlocked):
+        with pytest.raises(UserError, match=f"process {holder.pid} on host {os.uname().nodename}"):
+            look_or_lock(tmp_path)
 
 
 def test_lock_is_free_after_its_holder_ended(holder: subprocess.Popen, tmp_path: Path) -> None:
@@ -54,14 +53,6 @@ def test_lock_is_free_after_its_holder_was_killed(holder: subprocess.Popen, tmp_
     start = time.monotonic()
     lock(tmp_path)
     assert time.monotonic() - start < 5
-
-
-def test_a_look_does_not_free_or_take_the_lock(holder: subprocess.Popen, tmp_path: Path) -> None:
-    for _ in range(2):
-        with pytest.raises(UserError):
-            check_unlocked(tmp_path)
-    with pytest.raises(UserError):
-        lock(tmp_path)
 
 
 def leave_lock_of(folder: Path, host: str, pid: int = 4711, started: float = 1.0, **others: str) -> None:
@@ -156,8 +147,3 @@ def test_folder_that_cannot_be_made(tmp_path: Path) -> None:
         with pytest.raises(UserError, match="cannot lock"):
             lock(folder)
         check_unlocked(folder)
-
-
-def test_this_process_as_holder() -> None:
-    assert Holder.this_process().is_here
-    assert Holder.this_process().is_alive
