@@ -6,6 +6,7 @@ import shutil
 import subprocess
 import sys
 import zipfile
+from importlib.metadata import distributions
 from pathlib import Path
 
 import pytest
@@ -13,6 +14,7 @@ import yaml
 from support.paths import ROOT
 
 import maskmoe
+from maskmoe.command_line.main import main
 
 
 @pytest.fixture(scope="module")
@@ -40,6 +42,16 @@ def test_wheel_holds_all_files_of_the_package(installed: Path) -> None:
 
     missing = files(ROOT / "maskmoe") - files(installed / "maskmoe")
     assert {name for name in missing if not name.endswith(".txt")} == set()  # texts of launch/suites are for studies
+
+
+def test_wheel_describes_the_package(installed: Path) -> None:
+    (found,) = distributions(path=[str(installed)])
+    assert {path.name for path in installed.iterdir()} == {"maskmoe", f"maskmoe-{maskmoe.__version__}.dist-info"}
+    assert found.metadata["License-Expression"] == "Apache-2.0"
+    assert found.metadata.json["description"] == (ROOT / "README.md").read_text()
+    (script,) = found.entry_points
+    assert script.name == "maskmoe"
+    assert script.load() is main
 
 
 @pytest.mark.parametrize(

@@ -47,8 +47,7 @@ def make_optimizer_state_loadable() -> None:
         - `load_state_dict` copies into views of fp32 parameters, which autograd forbids.
         - `load_state_dict` gives all parameters one `step` tensor, which every parameter's update then advances.
         - Loading then overwrites the loaded `step` by the `step` of the state that was allocated for loading.
-    Can go: When Megatron saves, loads and resumes bit for bit with torch's Adam
-    (tests/megatron_compat/test_patches.py).
+    Can go: When Megatron saves, loads and resumes bit for bit with torch's Adam (tests/training/test_resume.py).
     """
     from megatron.core.optimizer import distrib_optimizer
 

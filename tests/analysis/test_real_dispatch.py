@@ -1,40 +1,29 @@
 """Compares simulated bytes with the bytes that real ranks put into their collectives, for each pair of ranks."""
 
-from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
-from fixed_router import FixedRouter
-from megatron.core.process_groups_config import ProcessGroupCollection
 from megatron.core.tensor_parallel import mappings
-from megatron.core.transformer.moe.token_dispatcher import MoEAlltoAllTokenDispatcher
 from support.small_cases import count, make_cluster, make_mask, write_data
-from support.small_moe import initialize_parallelism, make_config
+from support.small_moe import initialize_parallelism, make_config, make_layer, plan_ids
 from torch import Tensor
 
 from maskmoe.analysis.dispatch_simulation import Routing, Simulation, mask_of_layer
-from maskmoe.analysis.dispatch_traffic import NO_EXPERT, VisibleLists, Workload, exchanges, rows_to_ranks
+from maskmoe.analysis.dispatch_traffic import VisibleLists, Workload, exchanges, rows_to_ranks
 from maskmoe.data.indexed_dataset import open_tokens
 from maskmoe.routing_mask.dispatch_kind import DispatchKind
 from maskmoe.routing_mask.mask import RoutingMask
-from maskmoe.transformer.dispatch.one_copy import OneCopyDispatcher
-from maskmoe.transformer.dispatch.planned import DispatchPlanner, PlannedDispatcher
-from maskmoe.transformer.dispatch.stock import MaskMoEAlltoAllTokenDispatcher
-from maskmoe.transformer.token_ids import TokenIds
-from maskmoe.transformer.visible_experts import VisibleExperts
+from maskmoe.transformer.dispatch.choose import build_dispatcher
+from maskmoe.transformer.token_ids import TokenIds, pack_token_ids
 
 TOPK, HIDDEN, TOKENS = 3, 24, 200
 DISPATCH = {
-    "top-k, row per expert": DispatchKind.STOCK,
-    "top-k, one copy": DispatchKind.ONE_COPY,
     "mask, row per expert": DispatchKind.STOCK,
     "mask, one copy": DispatchKind.ONE_COPY,
     "rank-local mask, planned": DispatchKind.PLANNED,
 }
-
-NO_IDS = TokenIds(torch.empty(0, dtype=torch.int64))  # A fixed router reads no ids.
 
 
 class Record:
@@ -76,80 +65,23 @@ class Record:
         return calls
 
 
-def dispatch_rows(dispatcher: MoEAlltoAllTokenDispatcher, hidden: Tensor, routing_map: Tensor) -> None:
-    """Send a row for every selected expert, forward and backward."""
-    hidden, probs = hidden.clone().requires_grad_(), routing_map.float().requires_grad_()
-    rows, weights = dispatcher.dispatch_preprocess(hidden, routing_map, probs)
-    rows, weights = dispatcher.token_dispatch(rows, weights)
-    rows, _, weights = dispatcher.dispatch_postprocess(rows, weights)
-    output = dispatcher.token_combine(dispatcher.combine_preprocess(rows * weights.unsqueeze(1)))
-    dispatcher.combine_postprocess(output).sum().backward()
-
-
-def dispatch_copies(dispatcher: OneCopyDispatcher, hidden: Tensor, routing_map: Tensor) -> None:
-    """Send one copy to each rank, forward and backward."""
-    hidden, probs = hidden.clone().requires_grad_(), routing_map.float().requires_grad_()
-    dispatched = dispatcher.start_dispatch(hidden.unsqueeze(1), NO_IDS, FixedRouter(probs, routing_map))()
-    outputs = dispatched.expert_input * dispatched.weights.unsqueeze(1)
-    dispatcher.combine(outputs, dispatched.metadata).sum().backward()
-
-
-def dispatch_planned(
-    dispatcher: PlannedDispatcher,
-    visible_experts: VisibleExperts,
-    hidden: Tensor,
-    token_ids: Tensor,
-    groups: ProcessGroupCollection,
-) -> None:
-    """One copy a rank, planned; the first visible experts are selected."""
-    plan = DispatchPlanner(visible_experts, TOPK, [0], groups.ep).plan(TokenIds(token_ids.unsqueeze(0)))
-    visible = visible_experts.mask_table(0).look_up(plan[0].received_ids.flatten()).experts
-    routing_map = visible & (visible.cumsum(dim=1) <= TOPK)
-    router = FixedRouter(routing_map.float().requires_grad_(), routing_map)
-    planned_ids = TokenIds(token_ids.unsqueeze(1), plan=plan)
-    dispatched = dispatcher.start_dispatch(hidden.clone().requires_grad_().unsqueeze(1), planned_ids, router)()
-    outputs = dispatched.expert_input * dispatched.weights.unsqueeze(1)
-    dispatcher.combine(outputs, dispatched.metadata).sum().backward()
-
-
 def calls_of_rank(folder: Path) -> dict[str, list[tuple[str, list[int]]]]:
-    """Dispatch and combine the tokens in FOLDER/cases.npz; return the bytes that each collective sent to each rank."""
+    """Run a layer on the ids in FOLDER/ids.npy; return the bytes that each collective sent to each rank."""
     rank, num_ranks = torch.distributed.get_rank(), torch.distributed.get_world_size()
     groups = initialize_parallelism(expert_model_parallel_size=num_ranks)
-    with np.load(folder / "cases.npz") as arrays:
-        cases = {name: torch.from_numpy(arrays[name][rank]) for name in ("token_ids", "top-k", "mask")}
-    num_tokens, num_experts = cases["top-k"].shape
-    config = make_config(num_experts, TOPK, hidden_size=HIDDEN, expert_model_parallel_size=num_ranks)
-    local_experts = num_experts // num_ranks
-    indices = list(range(rank * local_experts, (rank + 1) * local_experts))
-    hidden = torch.ones(num_tokens, HIDDEN)
-    visible_experts = VisibleExperts(config, RoutingMask.load(folder / "rank_local.safetensors"), groups)
-
-    stock = MoEAlltoAllTokenDispatcher(local_experts, indices, config, groups)
-    of_any_number = MaskMoEAlltoAllTokenDispatcher(local_experts, indices, config, groups, min_visible=1)
-    one_copy = OneCopyDispatcher(config, groups.ep)
-    works: dict[str, Callable[[], None]] = {
-        "top-k, row per expert": lambda: dispatch_rows(stock, hidden, cases["top-k"]),
-        "top-k, one copy": lambda: dispatch_copies(one_copy, hidden, cases["top-k"]),
-        "mask, row per expert": lambda: dispatch_rows(of_any_number, hidden, cases["mask"]),
-        "mask, one copy": lambda: dispatch_copies(one_copy, hidden, cases["mask"]),
-        "rank-local mask, planned": lambda: dispatch_planned(
-            PlannedDispatcher(config, groups.ep), visible_experts, hidden, cases["token_ids"], groups
-        ),
-    }
+    config = make_config(4 * num_ranks, TOPK, hidden_size=HIDDEN, expert_model_parallel_size=num_ranks)
+    token_ids = TokenIds(torch.from_numpy(np.load(folder / "ids.npy")[rank]).unsqueeze(0))
     record, calls = Record(num_ranks), {}
-    for name, work in works.items():
-        work()
+    for name, kind in DISPATCH.items():
+        layer = make_layer(config, RoutingMask.load(folder / f"{name.partition(', ')[0]}.safetensors"))
+        layer.dispatcher = build_dispatcher(kind, layer, groups)
+        hidden = torch.ones(token_ids.ids.shape[1], 1, HIDDEN, requires_grad=True)
+        record.take()
+        ids = plan_ids(layer, token_ids) if kind is DispatchKind.PLANNED else token_ids
+        output, _ = layer(hidden, padding_mask=pack_token_ids(ids))
+        output.sum().backward()
         calls[name] = record.take()
     return calls
-
-
-def routing_map(experts: np.ndarray, num_experts: int) -> np.ndarray:
-    """Return the selected experts, bool [tokens, experts], of experts [k, tokens]."""
-    selected = np.zeros((experts.shape[1], num_experts + 1), bool)
-    selected[np.arange(len(selected)), experts] = True  # `NO_EXPERT` falls into the last column
-    assert NO_EXPERT == -1
-    return selected[:, :-1]
 
 
 @pytest.mark.parametrize("num_ranks", [2, *(pytest.param(ranks, marks=pytest.mark.slow) for ranks in (4, 8))])
@@ -162,17 +94,16 @@ def test_bytes_are_those_of_real_ranks(run_ranks, tmp_path, num_ranks):
     workload = Workload(TOKENS, HIDDEN, 4, num_experts, num_layers=1)
     simulation = Simulation(mask, 0, frequency, open_tokens(prefix), workload)
     token_ids = np.stack([simulation.tokens_of_rank(rank, num_ranks) for rank in range(num_ranks)]).astype(np.int64)
-    rng, maps, rows = np.random.default_rng(0), {}, {}
-    for routing in (Routing.TOPK, Routing.MASK, Routing.RANK_LOCAL):
+    np.save(tmp_path / "ids.npy", token_ids)
+    rng, rows = np.random.default_rng(0), {}
+    for routing in (Routing.MASK, Routing.RANK_LOCAL):
         layer_mask = mask_of_layer(routing, mask, 0, frequency, num_ranks)
+        layer_mask.save(tmp_path / f"{routing.value}.safetensors")
         experts = [VisibleLists(layer_mask).draw(ids, TOPK, rng) for ids in token_ids]  # for each rank [k, tokens]
-        maps[routing.value] = np.stack([routing_map(of_rank, num_experts) for of_rank in experts])
         of_ranks = [rows_to_ranks(of_rank, num_ranks, num_experts // num_ranks) for of_rank in experts]
         per_expert, per_rank = np.stack(of_ranks, axis=1)  # [ranks, ranks] each
         rows |= {f"{routing.value}, row per expert": per_expert, f"{routing.value}, one copy": per_rank}
     rows["rank-local mask, planned"] = rows["rank-local mask, one copy"]
-    layer_mask.save(tmp_path / "rank_local.safetensors")
-    np.savez(tmp_path / "cases.npz", token_ids=token_ids, **maps)
 
     calls_of_ranks = run_ranks(calls_of_rank, tmp_path, tmp_path, world_size=num_ranks)
     costs = {cost.variant: cost for cost in simulation.run([cluster], [TOPK])}
@@ -197,14 +128,13 @@ def test_bytes_are_those_of_real_ranks(run_ranks, tmp_path, num_ranks):
                 assert (calls[0::2] == matrix * exchange.bytes_per_row).all()
                 assert (calls[1::2] == matrix.T * exchange.bytes_per_row).all()
             sent += calls.sum(axis=0)
-        if not name.startswith("top-k"):
-            ranks = np.arange(num_ranks)
-            own = np.trace(sent)
-            on_node = sent[ranks[:, None] // cluster.gpus_per_node == ranks // cluster.gpus_per_node].sum() - own
-            cost = costs[name]
-            load = rows[f"{name.partition(', ')[0]}, row per expert"].sum(axis=0)
-            assert cost.load_max_over_mean == pytest.approx(load.max() / load.mean())
-            assert cost.rows == matrix.sum() / num_ranks
-            assert cost.bytes_own * num_ranks == own
-            assert cost.bytes_node * num_ranks == on_node
-            assert cost.bytes_across * num_ranks == sent.sum() - own - on_node
+        ranks = np.arange(num_ranks)
+        own = np.trace(sent)
+        on_node = sent[ranks[:, None] // cluster.gpus_per_node == ranks // cluster.gpus_per_node].sum() - own
+        cost = costs[name]
+        load = rows[f"{name.partition(', ')[0]}, row per expert"].sum(axis=0)
+        assert cost.load_max_over_mean == pytest.approx(load.max() / load.mean())
+        assert cost.rows == matrix.sum() / num_ranks
+        assert cost.bytes_own * num_ranks == own
+        assert cost.bytes_node * num_ranks == on_node
+        assert cost.bytes_across * num_ranks == sent.sum() - own - on_node

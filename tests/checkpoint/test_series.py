@@ -114,14 +114,6 @@ def test_the_newest_sound_checkpoint_of_both_kinds_is_chosen(root, data, step):
         assert of_run.choose(step) is None
 
 
-@given(data=st.data())
-def test_a_persistent_checkpoint_of_the_same_iteration_is_preferred(root, data):
-    iteration = data.draw(st.integers(1, 5))
-    of_run = Folders({(PERSISTENT, iteration): "sound", (LOCAL, iteration): "sound"}, iteration, root)
-    write(of_run)
-    assert of_run.choose() == of_run.path(PERSISTENT, iteration)
-
-
 def test_a_released_checkpoint_is_older_than_non_persistent_ones(root):
     of_run = Folders({(LOCAL, 1): "sound", (PERSISTENT, 0): "sound"}, "release", root)
     write(of_run)

@@ -1,6 +1,5 @@
 """Every command that writes files refuses an output that is an input, or that exists, and changes no file then."""
 
-import os
 import shutil
 import signal
 import subprocess
@@ -61,19 +60,13 @@ OUTPUTS_THAT_ARE_INPUTS = {
 CASES = [(command, name) for command, names in OUTPUTS_THAT_ARE_INPUTS.values() for name in names.split()]
 
 
-@pytest.mark.parametrize("force", ["", " --force"])
 @pytest.mark.parametrize(("command", "name"), CASES)
-def test_an_input_is_not_overwritten(
-    folder: Path, monkeypatch: pytest.MonkeyPatch, command: str, name: str, force: str
-) -> None:
+def test_an_input_is_not_overwritten(folder: Path, monkeypatch: pytest.MonkeyPatch, command: str, name: str) -> None:
+    """tests/files/test_outputs.py has other spellings and links of an input."""
     np.save(folder / "table.npy", np.zeros((400, 1), np.int64))
-    (folder / "sub").mkdir()
-    (folder / "link").symlink_to(name)
-    os.link(folder / name, folder / "hard")
     before = contents(folder)
-    for output in (name, f"sub/../{name}", "link", "hard", str(folder / name)):
-        with pytest.raises(UserError, match="it is an input of this command"):
-            run(monkeypatch, command.replace("OUT", output) + force)
+    with pytest.raises(UserError, match="it is an input of this command"):
+        run(monkeypatch, command.replace("OUT", name) + " --force")
     assert contents(folder) == before
 
 

@@ -1,8 +1,7 @@
 """Suites small enough to read."""
 
-import json
-
 import pytest
+from support.real_suite import write_texts
 
 SUITE = """
 title: A small suite
@@ -41,12 +40,5 @@ def suite_file(tmp_path):
 
 @pytest.fixture
 def texts(tmp_path):
-    """Return two text files with few different words, for which a small vocabulary suffices."""
-    words = ["alpha", "beta", "gamma", "delta", "of", "the", "and", "(", ")", "1", "2"]
-    paths = tmp_path / "text.jsonl", tmp_path / "other.jsonl"
-    for path, documents in zip(paths, (range(400), range(1000, 1050)), strict=True):
-        with path.open("w") as stream:
-            for document in documents:
-                chosen = [words[(document * 7 + i * i) % len(words)] for i in range(60)]
-                stream.write(json.dumps({"text": " ".join(chosen)}) + "\n")
-    return paths
+    """Return the two text files of `support.real_suite`."""
+    return write_texts(tmp_path)

@@ -10,6 +10,7 @@ import psutil
 import pytest
 from support.command_lines import run_command
 from support.paths import ROOT
+from support.real_suite import SUITE
 from support.results import result
 from support.waiting import wait_until
 
@@ -58,36 +59,6 @@ def test_runs_are_selected_by_patterns_and_seeds(comparison):
     assert titles == ["maskmoe-uniform.seed-2", "maskmoe.seed-2"]
     with pytest.raises(UserError, match="no run of the suite has such a name"):
         comparison.selected(["maskmoe"], [3])
-
-
-SUITE = """
-data: {vocab-size: 300, held-out: {other: other.jsonl}}
-layers: 2
-flags:
-  hidden-size: 32
-  ffn-hidden-size: 64
-  num-attention-heads: 2
-  position-embedding-type: rope
-  normalization: RMSNorm
-  swiglu: true
-  disable-bias-linear: true
-  seq-length: 16
-  max-position-embeddings: 16
-  micro-batch-size: 2
-  global-batch-size: 2
-  train-iters: 40
-  lr: 1e-2
-  eval-interval: 10
-  eval-iters: 2
-  log-interval: 5
-  num-workers: 0
-expert-flags: {num-experts: 4, moe-ffn-hidden-size: 64, moe-router-topk: 1, moe-router-pre-softmax: true}
-baselines: [smoe]
-variants:
-  dense: {mask: none}
-  smoe: {mask: {preset: smoe}}
-  all-visible: {mask: {frequent-mass: 1.0, frequent-visible-experts: 4, assignment: uniform}}
-"""
 
 
 def compare(*arguments):

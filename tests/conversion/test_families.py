@@ -59,38 +59,16 @@ def test_logits_equal_the_originals(name, layout, tmp_path):
     assert (model.config.bos_token_id, model.config.eos_token_id, model.config.pad_token_id) == (1, 2, 0)
 
 
-def test_published_layout_without_what_transformers_adds(tmp_path):
-    """Files as Mixtral 8x7B published them in 2023 have other names, and a configuration without newer fields."""
-    original = save_model("mixtral", tmp_path)
-    published = {
-        "model_type": "mixtral",
-        "vocab_size": VOCAB_SIZE,
-        "hidden_size": 32,
-        "intermediate_size": 48,
-        "num_hidden_layers": 3,
-        "num_attention_heads": 4,
-        "num_key_value_heads": 2,
-        "max_position_embeddings": 64,
-        "rms_norm_eps": 1e-5,
-        "rope_theta": 1e6,
-        "num_local_experts": 6,
-        "num_experts_per_tok": 2,
-        "sliding_window": None,
-        "torch_dtype": "float32",
-    }
-    (tmp_path / "config.json").write_text(json.dumps(published))
-    names = load_file(tmp_path / "model.safetensors")
-    assert "model.layers.2.block_sparse_moe.experts.5.w3.weight" in names
+def test_older_configuration_without_what_transformers_adds(tmp_path):
+    """As models were published in 2023."""
+    original = save_model("llama, linear", tmp_path)
+    rotary = {"rope_parameters": ..., "rope_theta": 1e4, "rope_scaling": {"type": "linear", "factor": 2.0}}
+    newer = ("dtype", "head_dim", "attention_bias", "mlp_bias", "hidden_act", "tie_word_embeddings", "use_cache")
+    edit_config(tmp_path, **rotary, **dict.fromkeys(newer, ...), torch_dtype="float32")
+    opened = open_huggingface(tmp_path)
+    assert opened.config["rope_parameters"] == {"rope_type": "linear", "rope_theta": 1e4, "factor": 2.0}
     ids = random_ids()
-    model = in_transformers(open_huggingface(tmp_path))
-    torch.testing.assert_close(logits_of(model, ids), logits_of(original, ids), atol=ROUNDING, rtol=0)
-
-
-def test_older_description_of_the_rotary_embedding(tmp_path):
-    save_model("llama, linear", tmp_path)
-    edit_config(tmp_path, rope_parameters=..., rope_theta=1e4, rope_scaling={"type": "linear", "factor": 2.0})
-    config = open_huggingface(tmp_path).config
-    assert config["rope_parameters"] == {"rope_type": "linear", "rope_theta": 1e4, "factor": 2.0}
+    torch.testing.assert_close(logits_of(in_transformers(opened), ids), logits_of(original, ids), atol=ROUNDING, rtol=0)
 
 
 def test_partial_rotary_embedding_is_ignored_as_in_transformers(tmp_path):

@@ -84,15 +84,6 @@ def test_any_block_of_a_rearranged_tensor(rearrangement, data):
             assert torch.equal(view.read(block), expected[name][block.slices])
 
 
-@settings(max_examples=100)
-@given(rearrangements())
-def test_inverse_copies_restore_the_source(rearrangement):
-    source, shapes, copies = rearrangement
-    view = RearrangedSource(MemorySource({"source": source}), shapes, copies)
-    back = RearrangedSource(view, {"source": tuple(source.shape)}, [Copy(copy.target, copy.source) for copy in copies])
-    assert torch.equal(back.read(Block.whole("source", source.shape)), source)
-
-
 class CountingSource(MemorySource):
     """Counts the elements that are read."""
 

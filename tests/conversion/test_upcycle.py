@@ -57,11 +57,9 @@ def dense_logits(dense) -> torch.Tensor:
 PRESERVING = {
     "k = 2": (UpcycleSettings(6), mask_of(6)),
     "k = 3, some layers": (UpcycleSettings(8, topk=3, moe_layer_freq=[0, 1, 1]), mask_of(8)),
-    "k = 2, V = 1": (UpcycleSettings(6), mask_of(6, "hash")),
     "k = 1, V = 1": (UpcycleSettings(6, topk=1), mask_of(6, "hash")),
     "k = 3, V = 2": (UpcycleSettings(6, topk=3), mask_of(6, "top-k-hash", frequent_visible_experts=2)),
     "shared expert": (UpcycleSettings(4, shared_expert=True), mask_of(4)),
-    "half experts": (UpcycleSettings(8, granularity=2), mask_of(8)),
     "quarter experts, shared expert": (UpcycleSettings(16, 8, granularity=4, shared_expert=True), mask_of(16)),
 }
 

@@ -17,7 +17,7 @@ from maskmoe.command_line import count_token_frequency as count_command
 from maskmoe.command_line import preprocess_data
 from maskmoe.data import dataset_writing
 from maskmoe.data.dataset_writing import IndexedDatasetWriter, copy_shuffled, merge_datasets
-from maskmoe.data.indexed_dataset import open_tokens, read_index, read_tokenizer_record
+from maskmoe.data.indexed_dataset import open_tokens, read_index
 from maskmoe.data.inputs import Shard
 from maskmoe.data.preprocess import preprocess
 from maskmoe.data.tokenizer import TokenizerRecord
@@ -76,28 +76,6 @@ def test_the_order_depends_on_the_seed_and_the_number_of_documents(tmp_path: Pat
     assert max(origins) > 140
 
 
-def test_shuffled_datasets_do_not_depend_on_workers(
-    jsonl: Callable, texts: list[str], sentencepiece_model: Path, tmp_path: Path
-) -> None:
-    documents = [*texts, *texts[-6:] * 50]
-    path = jsonl("a.jsonl", documents)
-    runs = {"in_order": (1, None), "first": (1, 5), "again": (3, 5)}
-    for name, (workers, seed) in runs.items():
-        tokenizer = ("SentencePieceTokenizer", sentencepiece_model)
-        (writer,) = preprocess([path], *tokenizer, tmp_path / name, append_eod=True, workers=workers, shuffle_seed=seed)
-        assert writer.num_documents == len(documents)
-    prefixes = {name: tmp_path / f"{name}_text_document" for name in runs}
-    # Nothing but the datasets is left.
-    files = {f"{prefix.name}.{suffix}" for prefix in prefixes.values() for suffix in SUFFIXES}
-    assert {path.name for path in tmp_path.iterdir()} == files | {"a.jsonl"}
-
-    assert content(prefixes["first"]) == content(prefixes["again"])
-    in_order, first = (documents_of(prefixes[name]) for name in ("in_order", "first"))
-    assert sorted(first) == sorted(in_order)
-    assert first != in_order
-    assert read_tokenizer_record(prefixes["first"]) == read_tokenizer_record(prefixes["in_order"])
-
-
 def test_all_keys_are_shuffled_alike(sentencepiece_model: Path, tmp_path: Path) -> None:
     path = tmp_path / "a.jsonl"
     # Some questions are empty; they have no tokens, but keep their place beside the answers.
@@ -110,6 +88,7 @@ def test_all_keys_are_shuffled_alike(sentencepiece_model: Path, tmp_path: Path) 
     assert len(questions) == len(answers) == 100
     assert questions.count([]) == 34
     assert all(question in ([], answer) for question, answer in zip(questions, answers, strict=True))
+    assert not list(tmp_path.glob(".*"))  # the datasets before they were shuffled
 
 
 def write_json_lines(path: Path, texts: Sequence[str]) -> None:

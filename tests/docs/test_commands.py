@@ -142,19 +142,11 @@ def unknown_flags(words: list[str]) -> set[str]:
 
 
 @pytest.mark.parametrize("block", BLOCKS, ids=str)
-def test_syntax(block: Block) -> None:
+def test_syntax_flags_and_files(block: Block) -> None:
     result = subprocess.run(["bash", "-n", "-c", block.text], capture_output=True, text=True)
     assert result.returncode == 0, result.stderr
-
-
-@pytest.mark.parametrize("block", BLOCKS, ids=str)
-def test_flags_exist(block: Block) -> None:
     for words in commands(block):
         assert unknown_flags(words) == set(), " ".join(words)
-
-
-@pytest.mark.parametrize("block", BLOCKS, ids=str)
-def test_files_of_the_repository_exist(block: Block) -> None:
     named = re.findall(r"(?<![\w/.-])(?:launch|tools|tests|docker)/[\w./-]+", block.text)
     assert [file for file in named if not (ROOT / file).exists()] == []
 

@@ -5,12 +5,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from megatron.core.transformer.moe.router import TopKRouter
-from megatron.core.transformer.transformer_config import TransformerConfig
 from safetensors.numpy import load_file
 from support.datasets import write_documents
 from support.documentation import DOCS, bash_blocks, blocks, run_script
-from support.small_moe import process_groups
 
 from maskmoe.routing_mask.mask import RoutingMask
 
@@ -20,7 +17,7 @@ LAYERS = (1, 3, 5)  # of the first MoE layers in the pattern
 
 
 class Router(torch.nn.Module):
-    """Has the attributes of Megatron-Core's router that the lines use, for versions without hash layers."""
+    """Has the attributes of Megatron-Core's router that the lines use; some versions have no hash layers."""
 
     def __init__(self, layer_number: int) -> None:
         super().__init__()
@@ -28,26 +25,6 @@ class Router(torch.nn.Module):
         ids = torch.arange(PADDED_SIZE)[:, None]
         placeholder = (ids + torch.arange(TOPK)) % NUM_EXPERTS
         self.register_buffer("tid2eid", placeholder.int() if self.is_hash_layer else None)
-
-
-def make_router(layer_number: int) -> torch.nn.Module:
-    if not hasattr(TransformerConfig, "moe_n_hash_layers"):
-        return Router(layer_number)
-    config = TransformerConfig(
-        num_layers=12,
-        hidden_size=4,
-        num_attention_heads=1,
-        num_moe_experts=NUM_EXPERTS,
-        moe_router_topk=TOPK,
-        moe_router_dtype="fp32",
-        moe_n_hash_layers=6,
-        actual_vocab_size=PADDED_SIZE,
-        use_cpu_initialization=True,
-        is_hybrid_model=True,
-    )
-    router = TopKRouter(config, process_groups())
-    router.set_layer_number(layer_number)
-    return router
 
 
 @pytest.fixture(scope="module")
@@ -73,10 +50,9 @@ def test_commands_write_and_read_the_same_table(folder: Path) -> None:
     assert (folder / "hash_layers.png").read_bytes().startswith(b"\x89PNG")
 
 
-@pytest.mark.usefixtures("one_rank")
 def test_lines_load_the_table(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(folder)
-    model = torch.nn.ModuleList([make_router(layer_number) for layer_number in range(2, 13, 2)])
+    model = torch.nn.ModuleList([Router(layer_number) for layer_number in range(2, 13, 2)])
     (lines,) = (block.text for block in blocks(PAGE) if block.language == "python")
     exec(lines, {"model": model})
     tables = load_file("tid2eid.safetensors")

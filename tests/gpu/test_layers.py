@@ -9,7 +9,7 @@ import traceback
 import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
-from functools import cache
+from functools import cache, partial
 from typing import Any
 from unittest.mock import patch
 
@@ -17,10 +17,8 @@ import numpy as np
 import pytest
 import torch
 from device_meter import device_cost_of
-from fixed_router import FixedRouter
 from megatron.core.process_groups_config import ProcessGroupCollection
 from megatron.core.transformer.moe.moe_utils import MoEAuxLossAutoScaler
-from megatron.core.transformer.moe.token_dispatcher import MoEAlltoAllTokenDispatcher
 from megatron.core.transformer.transformer_config import TransformerConfig
 from meter import Operations, cost_of
 from routed_tokens import let_one_rank_plan
@@ -34,8 +32,7 @@ from torch.nn.functional import linear, silu
 from maskmoe.routing_mask.dispatch_kind import DispatchKind
 from maskmoe.routing_mask.mask import RoutingMask
 from maskmoe.transformer.dispatch.choose import build_dispatcher
-from maskmoe.transformer.dispatch.one_copy import OneCopyDispatcher
-from maskmoe.transformer.dispatch.planned import DispatchPlanner, PlannedDispatcher
+from maskmoe.transformer.dispatch.planned import DispatchPlanner
 from maskmoe.transformer.moe_layer import MaskMoELayer
 from maskmoe.transformer.token_ids import TokenIds, pack_token_ids
 from maskmoe.transformer.visible_experts import VisibleExperts
@@ -91,7 +88,7 @@ class Setting:
 
 @dataclass(frozen=True)
 class LayerWork:
-    """A layer in bf16 and its input.
+    """A layer and its input.
 
     Attributes:
         layer: the layer.
@@ -104,7 +101,14 @@ class LayerWork:
     token_ids: TokenIds
 
     @classmethod
-    def build(cls, setting: Setting, kind: DispatchKind, has_experts: bool = True) -> "LayerWork":
+    def build(
+        cls,
+        setting: Setting,
+        kind: DispatchKind,
+        has_experts: bool = True,
+        dtype: torch.dtype = torch.bfloat16,
+        has_losses: bool = True,
+    ) -> "LayerWork":
         """Build a layer that dispatches in the given way, also on one rank.
 
         Args:
@@ -112,8 +116,11 @@ class LayerWork:
             kind: the way to dispatch.
             has_experts: whether the experts compute; otherwise they multiply rows by their weights, and never read
                 the number of their rows.
+            dtype: the dtype of parameters and input.
+            has_losses: whether the router has losses.
         """
-        config = setting.config(params_dtype=torch.bfloat16, bf16=True, moe_aux_loss_coeff=1e-2, moe_z_loss_coeff=1e-3)
+        losses = {"moe_aux_loss_coeff": 1e-2, "moe_z_loss_coeff": 1e-3} if has_losses else {}
+        config = setting.config(params_dtype=dtype, bf16=dtype is torch.bfloat16, **losses)
         layer = make_layer(config, setting.mask)
         draw_parameters(layer)
         layer.dispatcher = build_dispatcher(kind, layer, setting.groups)
@@ -125,7 +132,7 @@ class LayerWork:
         token_ids = TokenIds(setting.draw_ids())
         if kind is DispatchKind.PLANNED:
             token_ids = TokenIds(token_ids.ids, plan=setting.planner(layer.router.visible_experts).plan(token_ids))
-        return cls(layer, torch.randn(TOKENS, 1, HIDDEN, device=DEVICE, dtype=torch.bfloat16), token_ids)
+        return cls(layer, torch.randn(TOKENS, 1, HIDDEN, device=DEVICE, dtype=dtype), token_ids)
 
     def run(self) -> tuple[Tensor, Tensor]:
         """Return output and gradient of the input."""
@@ -133,6 +140,12 @@ class LayerWork:
         output, _ = self.layer(hidden, padding_mask=pack_token_ids(self.token_ids))
         output.backward(torch.ones_like(output))
         return output, hidden.grad
+
+    def results(self) -> dict[str, Tensor]:
+        """Return output, and gradients of the input and of the experts."""
+        output, gradient = self.run()
+        gradients = {name: parameter.grad for name, parameter in self.layer.experts.named_parameters()}
+        return {"output": output.detach(), "gradient of the input": gradient, **gradients}
 
 
 def check_device(setting: Setting) -> dict[str, Any]:
@@ -150,76 +163,19 @@ def check_dispatch(setting: Setting) -> dict[str, float]:
     """Return the largest relative differences from Megatron-Core's dispatcher, by dispatcher, dtype and result."""
     differences = {}
     for dtype in (torch.float32, torch.bfloat16):
+        # Each rank's losses are those of the tokens that it routes, which depend on the plan.
+        work = partial(LayerWork.build, setting, dtype=dtype, has_losses=False)
         with Operations() as megatrons:
-            expected = dispatch("Megatron-Core", setting, dtype)
-        for name in ("one copy", "planned"):
+            expected = work(DispatchKind.STOCK).results()
+        for kind in (DispatchKind.ONE_COPY, DispatchKind.PLANNED):
             with Operations() as ours:
-                results = dispatch(name, setting, dtype)
-            assert ours.names != megatrons.names, f"{name} is Megatron-Core's own dispatch"
-            for result, value in results.items():
-                assert value.shape == expected[result].shape, (name, result)
-                found, stock = value.double(), expected[result].double()
+                results = work(kind).results()
+            assert ours.names != megatrons.names, f"{kind} is Megatron-Core's own dispatch"
+            for name, value in results.items():
+                found, stock = value.double(), expected[name].double()
                 difference = torch.where(found == stock, 0.0, (found - stock).abs() / stock.abs())
-                differences[f"{name}, {dtype}, {result}"] = difference.max().item()  # Fails for an empty result.
+                differences[f"{kind.name}, {dtype}, {name}"] = difference.max().item()  # Fails for an empty result.
     return differences
-
-
-def dispatch(name: str, setting: Setting, dtype: torch.dtype) -> dict[str, Tensor]:
-    """Dispatch to experts that scale their activated rows, combine, and run the backward pass.
-
-    The experts and weights of a token depend on its id only, so that every rank can choose them.
-    """
-    groups, config = setting.groups, setting.config()
-    num_experts, rank = config.num_moe_experts, groups.ep.rank()
-    generator = torch.Generator().manual_seed(1)
-    scores = torch.rand(VOCAB_SIZE, num_experts, generator=generator).masked_fill(~torch.from_numpy(setting.visible), 0)
-    weights_of_id = torch.zeros_like(scores).scatter(1, scores.topk(TOPK, dim=1).indices, 0.5) * scores
-    scales = torch.randn(num_experts, HIDDEN, generator=generator)[rank * LOCAL_EXPERTS :][:LOCAL_EXPERTS]
-    own = torch.Generator().manual_seed(2 + rank)
-    hidden, gradient = torch.randn(2, TOKENS, 1, HIDDEN, generator=own).to(DEVICE, dtype)
-    hidden.requires_grad_()
-    ids = setting.draw_ids()
-
-    def route(token_ids: Tensor) -> tuple[Tensor, Tensor]:
-        probs = weights_of_id.to(DEVICE)[token_ids.flatten()]
-        return probs.requires_grad_(), probs.detach() > 0
-
-    def experts(rows: Tensor, tokens_per_expert: Tensor, weights: Tensor) -> Tensor:
-        scale_of_row = scales.repeat_interleave(tokens_per_expert.cpu(), dim=0).to(DEVICE)
-        return (silu(rows) * scale_of_row * weights.unsqueeze(1)).to(dtype)
-
-    if name == "Megatron-Core":
-        indices = list(range(rank * LOCAL_EXPERTS, (rank + 1) * LOCAL_EXPERTS))
-        megatron = MoEAlltoAllTokenDispatcher(LOCAL_EXPERTS, indices, config, groups)
-        probs, routing_map = route(ids)
-        rows, weights = megatron.dispatch_preprocess(hidden, routing_map, probs)
-        rows, weights = megatron.token_dispatch(rows, weights)
-        rows, tokens_per_expert, weights = megatron.dispatch_postprocess(rows, weights)
-        weights.retain_grad()
-        sums = megatron.token_combine(megatron.combine_preprocess(experts(rows, tokens_per_expert, weights)))
-        output = megatron.combine_postprocess(sums)
-    else:
-        token_ids = routed = TokenIds(ids)
-        dispatcher = OneCopyDispatcher(config, groups.ep)
-        if name == "planned":
-            visible_experts = VisibleExperts(config, setting.mask, groups).to(DEVICE)
-            token_ids = TokenIds(ids, plan=setting.planner(visible_experts).plan(token_ids))
-            routed = TokenIds(token_ids.plan[0].received_ids)
-            dispatcher = PlannedDispatcher(config, groups.ep)
-        router = FixedRouter(*route(routed.ids))
-        dispatched = dispatcher.start_dispatch(hidden, token_ids.transpose(), router)()
-        rows, tokens_per_expert, weights = dispatched.expert_input, dispatched.tokens_per_expert, dispatched.weights
-        weights.retain_grad()
-        output = dispatcher.combine(experts(rows, tokens_per_expert, weights), dispatched.metadata)
-    output.backward(gradient)
-    return {
-        "rows": rows.detach(),
-        "tokens of each expert": tokens_per_expert.to(DEVICE),
-        "weights": weights.detach(),
-        "output": output.detach(),
-        "gradient of the input": hidden.grad,
-        "gradient of the weights": weights.grad,
-    }
 
 
 def check_experts(setting: Setting) -> dict[str, Any]:
@@ -373,7 +329,7 @@ def test_everything_is_on_the_device(place: Place, check: Check) -> None:
 def test_dispatch_is_bit_equal_to_megatrons(place: Place, check: Check) -> None:
     """Each token has two experts, so every sum has two terms and does not depend on their order."""
     for found in check(place, "dispatch"):
-        assert len(found) == 24
+        assert len(found) == 40
         for name, difference in found.items():
             assert difference == 0, name
 

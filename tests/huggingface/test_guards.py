@@ -77,24 +77,6 @@ def test_tensor_parallel_plan_names_modules_of_the_model(variant) -> None:
     assert "base_model_tp_plan" not in model.config.to_dict()
 
 
-def test_a_model_that_is_saved_again_keeps_its_bytes_and_all_auto_classes(tmp_path: Path) -> None:
-    """Servers load the class of `AutoModel`.
-
-    The rows of the routing mask are wider in memory than in files, and the digest is of the stored type.
-    """
-    make_model().save_pretrained(tmp_path / "first")
-    model = MaskMoEForCausalLM.from_pretrained(tmp_path / "first")
-    assert model.model.routing_mask.row_of_id.dtype == torch.int32
-    model.save_pretrained(tmp_path / "second")
-    model.save_pretrained(tmp_path / "third", state_dict=model.state_dict())
-    assert model.model.routing_mask.row_of_id.dtype == torch.int32
-    folders = [tmp_path / name for name in ("first", "second", "third")]
-    first, *others = ((folder / "model.safetensors").read_bytes() for folder in folders)
-    assert others == [first, first]
-    for folder in folders:
-        assert json.loads((folder / "config.json").read_text())["auto_map"] == AUTO_MAP
-
-
 def test_a_row_that_its_stored_type_cannot_hold_is_noticed() -> None:
     mask = make_model().model.routing_mask
     mask.row_of_id[0, 0] += 1 << 16

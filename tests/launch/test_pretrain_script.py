@@ -194,16 +194,6 @@ def test_two_nodes_are_one_job(start, undisturbed):
     assert kinds_of_starts(first) == [Kind.LAUNCHED, Kind.STARTED, Kind.ENDED, Kind.ENDED] * 2
 
 
-@pytest.mark.slow
-def test_run_of_a_gpt_model_continues_as_its_hybrid_twin(start, undisturbed):
-    """Both models start from equal weights and have equal losses; the model file has the pattern of the twin."""
-    with start("gpt", flags="--hybrid-layer-pattern false --num-layers 4 --exit-interval 9") as launch:
-        assert launch.wait() == 0, launch.output[-4000:]
-    with start("gpt") as launch:
-        assert launch.wait() == 0, launch.output[-4000:]
-    assert read_losses(launch.run_dir) == undisturbed
-
-
 def test_bad_input_ends_the_run_at_once_with_one_line(start):
     """All ranks refuse the input, before any process group exists, and are not restarted."""
     with start("refused", flags="--moe-router-topp 3") as launch:

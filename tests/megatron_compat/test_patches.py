@@ -1,126 +1,21 @@
-"""Patches: optimizer state without Apex and Transformer Engine, the helper of the wheel, and outdated patches."""
+"""Patches: steps of an empty optimizer, gradients without Apex, the helper of the wheel, and outdated patches."""
 
 import subprocess
 import sys
-from pathlib import Path
 
 import pytest
 import torch
-from megatron.core import dist_checkpointing
 from megatron.core.datasets import helpers_cpp, utils
-from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig
-from megatron.core.optimizer import OptimizerConfig, distrib_optimizer, get_megatron_optimizer
 from megatron.core.tensor_parallel import ColumnParallelLinear
-from megatron.core.transformer.module import MegatronModule
 from megatron.core.transformer.transformer_config import TransformerConfig
 
 from maskmoe.megatron_compat import patches, replace
 
-without_apex = pytest.mark.skipif(distrib_optimizer.HAVE_APEX_OR_TE, reason="Apex and Transformer Engine need no patch")
 DEVICE = torch.device(torch.cuda.current_device())
 
 
-class TwoLinears(MegatronModule):
-    def __init__(self, config: TransformerConfig):
-        super().__init__(config)
-        self.first = torch.nn.Linear(4, 6)
-        self.second = torch.nn.Linear(6, 2)
-
-    def forward(self, hidden: torch.Tensor) -> torch.Tensor:
-        return self.second(self.first(hidden))
-
-
-class Trained:
-    """A model with Megatron's distributed optimizer."""
-
-    def __init__(self, bf16: bool) -> None:
-        dtype = torch.bfloat16 if bf16 else torch.float32
-        config = TransformerConfig(
-            num_layers=1,
-            hidden_size=4,
-            num_attention_heads=1,
-            bf16=bf16,
-            params_dtype=dtype,
-            use_cpu_initialization=True,
-        )
-        torch.manual_seed(0)
-        settings = DistributedDataParallelConfig(use_distributed_optimizer=True)
-        self.model = DistributedDataParallel(config, settings, TwoLinears(config).to(DEVICE, dtype))
-        self.dtype = dtype
-        optimizer_config = OptimizerConfig(
-            optimizer="adam", lr=0.1, bf16=bf16, params_dtype=dtype, use_distributed_optimizer=True, clip_grad=1.0
-        )
-        self.optimizer = get_megatron_optimizer(optimizer_config, [self.model])
-
-    @property
-    def parameters(self) -> list[torch.Tensor]:
-        return [parameter.detach().clone() for parameter in self.model.parameters()]
-
-    @property
-    def steps(self) -> set[float]:
-        (distributed,) = self.optimizer.chained_optimizers
-        return {float(state["step"]) for state in distributed.optimizer.state.values()}
-
-    def step(self, seed: int) -> None:
-        self.model.zero_grad_buffer()
-        self.optimizer.zero_grad()
-        hidden = torch.randn(3, 4, generator=torch.Generator().manual_seed(seed)).to(DEVICE, self.dtype)
-        self.model(hidden).square().sum().backward()
-        self.model.finish_grad_sync()
-        self.optimizer.step()
-
-    def save(self, folder: Path) -> None:
-        folder.mkdir()
-        dist_checkpointing.save(self._sharded_state(is_loading=False), str(folder))
-
-    def load(self, folder: Path) -> None:
-        state = dist_checkpointing.load(self._sharded_state(is_loading=True), str(folder))
-        self.model.module.load_state_dict(state["model"])
-        self.optimizer.load_state_dict(state["optimizer"])
-
-    def _sharded_state(self, is_loading: bool) -> dict:
-        model_state = self.model.module.sharded_state_dict()
-        optimizer_state = self.optimizer.sharded_state_dict(
-            model_state, is_loading, metadata={"distrib_optim_sharding_type": "fully_reshardable"}
-        )
-        return {"model": model_state, "optimizer": optimizer_state}
-
-
-@without_apex
-@pytest.mark.usefixtures("one_rank")
-@pytest.mark.parametrize("bf16", [False, True], ids=["fp32", "bf16"])
-def test_loaded_optimizer_continues_bit_for_bit(bf16: bool, tmp_path: Path) -> None:
-    whole = Trained(bf16)
-    for seed in range(3):
-        whole.step(seed)
-    whole.save(tmp_path / "checkpoint")
-    resumed = Trained(bf16)
-    resumed.load(tmp_path / "checkpoint")
-    assert resumed.steps == whole.steps == {3.0}
-    for seed in range(3, 6):
-        whole.step(seed)
-        resumed.step(seed)
-        assert all(torch.equal(x, y) for x, y in zip(whole.parameters, resumed.parameters, strict=True))
-    # A step tensor that all parameters share would advance once for each parameter.
-    assert resumed.steps == whole.steps == {6.0}
-
-
-@without_apex
-@pytest.mark.usefixtures("one_rank")
-def test_state_can_be_taken_before_the_first_step() -> None:
-    fresh = Trained(bf16=False)
-    before = fresh.parameters
-    fresh.optimizer.state_dict()
-    assert fresh.steps == {0.0}
-    assert all(torch.equal(x, y) for x, y in zip(fresh.parameters, before, strict=True))
-    stepped = Trained(bf16=False)
-    for trained in (fresh, stepped):
-        trained.step(1)
-    assert all(torch.equal(x, y) for x, y in zip(fresh.parameters, stepped.parameters, strict=True))
-
-
 def test_optimizer_without_parameters_counts_and_restores_its_steps() -> None:
-    """Saving on real ranks is in tests/training/test_resume.py, "stage without experts"."""
+    """tests/training/test_resume.py saves and loads on real ranks, also on a stage without experts."""
 
     def make_optimizer() -> torch.optim.Optimizer:
         optimizer = torch.optim.AdamW([{"params": []}])

@@ -11,33 +11,19 @@ from pathlib import Path
 
 import psutil
 import pytest
+from support.held_locks import HOLD, held_lock
 
 from maskmoe.errors import UserError
 from maskmoe.processes import folder_lock, lifetimes
 from maskmoe.processes.folder_lock import LOCK_NAME, check_unlocked, locked_folder
 from maskmoe.processes.lifetimes import Holder
 
-HOLD = """
-import sys, time
-from pathlib import Path
-from maskmoe.processes.folder_lock import locked_folder
-with locked_folder(Path(sys.argv[1])):
-    print("locked", flush=True)
-    sys.stdin.read()
-"""
-
 
 @pytest.fixture
 def holder(tmp_path: Path) -> Iterator[subprocess.Popen]:
     """A process that holds the lock of the folder until its standard input is closed."""
-    process = subprocess.Popen(
-        [sys.executable, "-c", HOLD, tmp_path], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
-    )
-    assert process.stdout is not None
-    assert process.stdout.readline() == "locked\n"
-    yield process
-    process.kill()
-    process.communicate()
+    with held_lock(tmp_path) as process:
+        yield process
 
 
 def lock(folder: Path) -> None:
@@ -46,11 +32,10 @@ def lock(folder: Path) -> None:
 
 
 def test_second_run_is_refused_with_the_holders_host_and_pid(holder: subprocess.Popen, tmp_path: Path) -> None:
-    expected = f"process {holder.pid} on host {os.uname().nodename}"
-    with pytest.raises(UserError, match=expected):
-        lock(tmp_path)
-    with pytest.raises(UserError, match=expected):
-        check_unlocked(tmp_path)
+    """A look does not free or take the lock."""
+    for look_or_lock in (check_unlocked, check_unlocked, lock, check_unlocked):
+        with pytest.raises(UserError, match=f"process {holder.pid} on host {os.uname().nodename}"):
+            look_or_lock(tmp_path)
 
 
 def test_lock_is_free_after_its_holder_ended(holder: subprocess.Popen, tmp_path: Path) -> None:
@@ -68,14 +53,6 @@ def test_lock_is_free_after_its_holder_was_killed(holder: subprocess.Popen, tmp_
     start = time.monotonic()
     lock(tmp_path)
     assert time.monotonic() - start < 5
-
-
-def test_a_look_does_not_free_or_take_the_lock(holder: subprocess.Popen, tmp_path: Path) -> None:
-    for _ in range(2):
-        with pytest.raises(UserError):
-            check_unlocked(tmp_path)
-    with pytest.raises(UserError):
-        lock(tmp_path)
 
 
 def leave_lock_of(folder: Path, host: str, pid: int = 4711, started: float = 1.0, **others: str) -> None:
@@ -170,11 +147,6 @@ def test_folder_that_cannot_be_made(tmp_path: Path) -> None:
         with pytest.raises(UserError, match="cannot lock"):
             lock(folder)
         check_unlocked(folder)
-
-
-def test_this_process_as_holder() -> None:
-    assert Holder.this_process().is_here
-    assert Holder.this_process().is_alive
 
 
 def test_no_file_outside_the_folder_is_written(tmp_path: Path) -> None:

@@ -5,7 +5,7 @@ import numpy as np
 import pytest
 from hypothesis import example, given
 from hypothesis import strategies as st
-from support.datasets import covering_ids, frequency_of
+from support.datasets import covering_ids
 
 from maskmoe.errors import UserError
 from maskmoe.routing_mask.assignment import MaskRecipe, Vocabulary, assign_table, build_routing_mask, uniform_subsets
@@ -132,19 +132,6 @@ def test_ids_never_seen_are_spread_evenly(assignment):
     assert per_expert.max() - per_expert.min() <= (200 if assignment == "uniform" else 2)
 
 
-@pytest.mark.parametrize("assignment", ["uniform", "balanced"])
-def test_presets(assignment):
-    counts = np.array([5.0, 3, 0, 2, 0, 1])
-    smoe = MaskRecipe.from_preset("smoe", 4, 6)
-    assert visible_sets(smoe, counts).all()
-    assert smoe.num_tables == 1
-    assert assign_table(smoe, counts, 0)[1].shape == (4 + 1, 1)
-    for preset in ("hash", "hash-balanced"):
-        assert (visible_sets(MaskRecipe.from_preset(preset, 4, 6), counts).sum(axis=1) == 1).all()
-    top_k = MaskRecipe.from_preset("top-k-hash", 4, 6, frequent_visible_experts=3, assignment=assignment)
-    assert (visible_sets(top_k, counts).sum(axis=1) == 3).all()
-
-
 @pytest.mark.parametrize("assignment", ["uniform", "balanced", "rank-local"])
 @pytest.mark.parametrize("visible_experts", [1, 3])
 def test_hash_layers_and_the_other_layers(zipf_frequency, assignment, visible_experts):
@@ -167,15 +154,6 @@ def test_hash_layers_and_the_other_layers(zipf_frequency, assignment, visible_ex
     loaded = RoutingMask.from_tensors(*mask.to_tensors())
     assert (loaded.digest, loaded.provenance) == (mask.digest, mask.provenance)
     assert "hash_layers" not in without.parts()[1]["provenance"]
-
-
-def test_hash_layers_below_learned_layers():
-    recipe = MaskRecipe.from_preset("smoe", 8, 4, hash_layers=HashLayers(1, 2, "uniform"))
-    assert not recipe.needs_counts
-    mask = build_routing_mask(recipe, vocab_size=50)
-    assert [set(mask.num_visible_of_layer(layer).tolist()) for layer in range(4)] == [{2}, {8}, {8}, {8}]
-    assert (mask.min_visible, mask.max_visible) == (2, 8)
-    assert MaskRecipe.from_preset("smoe", 8, 4, hash_layers=HashLayers(1, 2, "balanced")).needs_counts
 
 
 def test_rows_widen_when_they_do_not_fit_16_bits():
@@ -247,20 +225,13 @@ def test_provenance_has_the_settings_and_the_data(mask, zipf_frequency):
 
 
 def test_baselines_that_ignore_counts_need_only_the_vocabulary_size():
-    for name, num_visible in (("smoe", 9), ("hash", 1)):
-        mask = build_routing_mask(MaskRecipe.from_preset(name, 9, 4), vocab_size=50)
-        assert mask.num_visible_of_layer(0).tolist() == [num_visible] * 50
+    for assignment in ("uniform", "balanced"):
+        recipe = MaskRecipe.from_preset("smoe", 9, 4, hash_layers=HashLayers(1, 2, assignment))
+        assert recipe.needs_counts == (assignment == "balanced")
+    mask = build_routing_mask(MaskRecipe.from_preset("hash", 9, 4), vocab_size=50)
+    assert mask.num_visible_of_layer(0).tolist() == [1] * 50
     for recipe in (MaskRecipe.from_preset("hash-balanced", 9, 4), MaskRecipe(9, 4, "uniform", 0.4, 2)):
         with pytest.raises(UserError, match="--token-frequency"):
             build_routing_mask(recipe, vocab_size=50)
     with pytest.raises(UserError, match="vocabulary size is missing"):
         build_routing_mask(MaskRecipe.from_preset("smoe", 9, 4))
-
-
-@pytest.mark.parametrize("assignment", ["uniform", "balanced"])
-def test_all_mass_and_all_experts_reproduce_smoe(assignment):
-    frequency = frequency_of([3, 1, 4, 1, 5])
-    everything = build_routing_mask(MaskRecipe(6, 2, assignment, 1.0, 6), frequency=frequency)
-    smoe = build_routing_mask(MaskRecipe.from_preset("smoe", 6, 2), frequency=frequency)
-    for layer in range(2):
-        assert np.array_equal(everything.visible_sets(layer), smoe.visible_sets(layer))

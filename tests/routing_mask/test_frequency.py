@@ -72,14 +72,6 @@ def test_few_files_are_open_at_a_time(tmp_path):
     assert frequency.counts.tolist() == (3 * np.eye(40, dtype=int)).tolist()
 
 
-def test_unweighted_datasets_add_up(tmp_path):
-    parts = [random_ids(0, 100), random_ids(1, 5000), random_ids(2, 33)]
-    prefixes = [write_dataset(tmp_path / str(index), ids) for index, ids in enumerate(parts)]
-    frequency = count_token_frequency(prefixes, 100)
-    assert frequency.occurrences.tolist() == np.bincount(np.concatenate(parts), minlength=100).tolist()
-    assert frequency.weights == (None, None, None)
-
-
 def test_blend_weights_count_tokens_whatever_the_sizes_of_the_datasets(tmp_path):
     small = write_dataset(tmp_path / "small", [1, 1, 2, 3])
     large = write_dataset(tmp_path / "large", [4] * 300 + [1] * 96)
@@ -149,15 +141,9 @@ def test_name_of_a_dataset_that_is_not_utf8(tmp_path):
     assert loaded.datasets[0]["name"] == r"n\xff"
 
 
-def test_altered_counts_are_refused(tmp_path):
+def test_forged_counts_are_refused(tmp_path):
     path = tmp_path / "counts.safetensors"
     frequency = count_token_frequency([write_dataset(tmp_path / "text", random_ids(0, 500))], 100)
-    frequency.save(path)
-    content = bytearray(path.read_bytes())
-    content[-800] += 1
-    path.write_bytes(content)
-    with pytest.raises(UserError, match="altered or damaged"):
-        TokenFrequency.load(path)
     with pytest.raises(UserError, match="contradict"):
         replace(frequency, counts=frequency.counts + 1)
     tensors, record = frequency.parts()

@@ -1,6 +1,5 @@
 """vLLM computes exported models as transformers does: log-probabilities to 1e-4 and equal greedy continuations."""
 
-import json
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -97,22 +96,6 @@ def altered(models, tmp_path) -> Path:
     return shutil.copytree(models["mixed"], tmp_path / "altered")
 
 
-# Replaces the function of this name: every expert is visible.
-IGNORES_THE_MASK = """
-
-def unpack_bits(bits, num_experts):
-    return torch.ones(*bits.shape[:-1], num_experts, dtype=torch.bool)
-"""
-
-
-def test_comparison_notices_an_ignored_mask(answer_with_vllm, altered, expected) -> None:
-    code = altered / "modeling_maskmoe.py"
-    code.write_text(code.read_text() + IGNORES_THE_MASK)
-    found = answer_with_vllm({"altered": altered}, PROMPTS, MAX_TOKENS)["altered"]
-    assert not isinstance(found, str), found
-    assert difference(found, expected("mixed")) > 0.01
-
-
 @pytest.mark.parametrize("eager", [True, False], ids=["eager", "compiled"])
 def test_a_model_without_its_mask_is_refused(answer_with_vllm, altered, eager) -> None:
     """tests/huggingface/test_guards.py has more masks that are incomplete or altered."""
@@ -122,13 +105,6 @@ def test_a_model_without_its_mask_is_refused(answer_with_vllm, altered, eager) -
     found = answer_with_vllm({"altered": altered}, PROMPTS, MAX_TOKENS, enforce_eager=eager)["altered"]
     assert isinstance(found, str)
     assert "the routing mask was never loaded" in found
-
-
-def test_pipeline_stages_are_refused(run_script, altered, tmp_path) -> None:
-    request = {"models": {"altered": str(altered)}, "prompts": PROMPTS, "max_tokens": 1, "pipeline_parallel_size": 2}
-    (tmp_path / "request.json").write_text(json.dumps(request))
-    output = run_script("answer_with_vllm.py", tmp_path / "request.json", tmp_path / "answers.json").stdout
-    assert "ValueError: later pipeline stages would get no token ids" in output
 
 
 def test_a_model_whose_router_vllm_replaces_does_not_run(run_script, models) -> None:

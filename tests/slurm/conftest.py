@@ -10,7 +10,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import psutil
 import pytest
 from support.network import Host, Network, running_network
 from support.paths import ROOT
@@ -199,17 +198,6 @@ class LaptopRun:
         from maskmoe.checkpoint.series import read_tracker
 
         return read_tracker(self.folder / "checkpoints")
-
-    def find_rank(self, rank: int) -> psutil.Process:
-        """Return the process that trains a rank, on any host."""
-        # The rank's children have the same command line and variables, but are younger.
-        candidates = [
-            process
-            for process in psutil.process_iter(["cmdline", "environ"])
-            if str(self.folder / "checkpoints") in (process.info["cmdline"] or ())
-            and (process.info["environ"] or {}).get("RANK") == str(rank)
-        ]
-        return min(candidates, key=psutil.Process.create_time)
 
     def wait_for_iteration(self, iteration: int, timeout: float = 180) -> None:
         """Wait until a rank logs an iteration."""

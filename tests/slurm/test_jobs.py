@@ -2,7 +2,6 @@
 
 import re
 import shlex
-from dataclasses import replace
 
 import pytest
 from support.paths import ROOT
@@ -73,24 +72,6 @@ def test_example_of_a_job(cluster, new_laptop_run, undisturbed, tmp_path):
     assert ended == "COMPLETED", (tmp_path / f"slurm-{job.number}.log").read_text()
     assert job.show("Restarts") == "1"
     assert run.losses == undisturbed.losses
-
-
-def test_job_of_an_array_is_requeued_alone(cluster, new_laptop_run):
-    """The last job of an array has the number of the array."""
-    run = new_laptop_run("--expert-model-parallel-size 1")
-    runs = {index: replace(run, folder=run.folder.with_name(f"{run.folder.name}-{index}")) for index in (1, 2)}
-    cluster.wait_for_nodes()
-    options = ("--array=1-2", "--nodes=1", "--cpus-per-task=2", "--run-dir", f"{run.folder}-%a")
-    array = cluster.submit(*options, "--", *run.arguments)
-    jobs = {index: replace(array, number=f"{array.number}_{index}") for index in runs}
-    for each in runs.values():
-        each.wait_for_iteration(12)
-    cluster.run("scancel", "--batch", "--signal=USR1", jobs[2].number)
-    jobs[2].wait_for("PENDING")
-    assert (jobs[1].show("Restarts"), jobs[2].show("Restarts")) == ("0", "1")
-    assert [job.wait_for("COMPLETED", "FAILED", "CANCELLED") for job in jobs.values()] == ["COMPLETED"] * 2
-    assert jobs[1].show("Restarts") == "0"
-    assert runs[1].losses == runs[2].losses
 
 
 def test_preemption(cluster, submit, new_laptop_run, undisturbed):

@@ -57,13 +57,12 @@ class Outcome:
         assert self.problem(*words) is None
 
 
-def run_command(*words: object, folder: Path | str = ".", starts_ranks: bool = False) -> Outcome:
-    """Run `maskmoe WORDS…` in this process.
+def run_command(*words: object, folder: Path | str = ".") -> Outcome:
+    """Run `maskmoe WORDS…` in this process, which is the only rank of training commands with flags only.
 
     Args:
         words: the command line.
         folder: the folder in which the command runs, by default the current folder.
-        starts_ranks: whether training commands start ranks, as they do for a user. By default they are the only rank.
     """
     command = [str(word) for word in words]
     output, errors = io.StringIO(), io.StringIO()
@@ -73,7 +72,7 @@ def run_command(*words: object, folder: Path | str = ".", starts_ranks: bool = F
         contextlib.redirect_stdout(output),
         contextlib.redirect_stderr(errors),
     ):
-        launches = starts_ranks or (command[0] == "pretrain" and not has_flags_only(command[1:]))
+        launches = command[0] == "pretrain" and not has_flags_only(command[1:])
         is_check = command[0] == "pretrain" and any(word.partition("=")[0] == "--check" for word in command)
         module = None if launches else TRAINING.get("check" if is_check else command[0])
         patch.setattr(sys, "argv", ["maskmoe", *command] if module is None else [f"{command[0]}.py", *command[1:]])

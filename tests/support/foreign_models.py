@@ -94,9 +94,6 @@ CONFIGS = {
 }
 """Functions that make a configuration: one for each known family, and for variants of a family."""
 
-DENSE = ("llama", "llama, linear", "llama, tied", "mistral", "qwen2", "qwen3", "deepseek_v3, dense")
-SPARSE = tuple(name for name in CONFIGS if name not in DENSE)
-
 
 def make_model(name: str) -> PreTrainedModel:
     """Make a model in fp32 in which every parameter changes the output: no norm is 1, no bias 0."""

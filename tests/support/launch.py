@@ -1,6 +1,5 @@
 """Starts commands that launch a training run, and watches them."""
 
-import contextlib
 import os
 import re
 import subprocess
@@ -9,6 +8,7 @@ from pathlib import Path
 
 import psutil
 import pytest
+from support.launchers import kill_with_children
 from support.waiting import wait_until
 
 TIMEOUT = 240  # seconds
@@ -52,12 +52,7 @@ class Launch:
 
     def kill(self) -> None:
         """Kill the command and all of its descendants."""
-        with contextlib.suppress(psutil.NoSuchProcess):
-            for descendant in self.descendants():
-                with contextlib.suppress(psutil.NoSuchProcess):
-                    descendant.kill()
-        self.process.kill()
-        self.process.wait()
+        kill_with_children(self.process)
 
     @property
     def output(self) -> str:

@@ -25,6 +25,10 @@ from maskmoe.transformer.visible_experts import VisibleExperts
 # With the CPU adapter, the current device is the CPU.
 DEVICE = torch.device(torch.cuda.current_device())
 
+LATENT_SIZES = {"q_lora_rank": 10, "kv_lora_rank": 6, "qk_head_dim": 8, "qk_pos_emb_head_dim": 4, "v_head_dim": 5}
+"""Sizes of multi-latent attention that all differ."""
+YARN = {"rotary_scaling_factor": 4.0, "original_max_position_embeddings": 8, "mscale": 0.7, "mscale_all_dim": 1.3}
+
 
 def make_mask(visible: np.ndarray, num_layers: int | None = None) -> RoutingMask:
     """Build a mask of visible sets, bool [tables, vocab, N]; `num_layers` layers can share one table."""

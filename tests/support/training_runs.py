@@ -35,7 +35,6 @@ SAMPLES = "--train-samples 80 --lr-warmup-samples 24 --eval-global-batch-size 8"
 # The first 4 iterations have 4 samples, the remaining 8 iterations have 8 samples. Thresholds are in tokens.
 GROWING_BATCHES = f"{SAMPLES} --step-batch-size-schedule '0:4 512:8'"
 EIGHT_MICRO_BATCHES = "--micro-batch-size 1 --exit-interval 6"
-STALE_IDS = (str(TESTS / "training" / "pretrain_with_stale_ids.py"),)
 OTHER_MASK = (str(TESTS / "training" / "pretrain_with_other_mask.py"),)
 MEGATRONS_LAYERS = (str(TESTS / "training" / "pretrain_with_megatrons_layers.py"),)
 # Scores and losses that Megatron-Core's hash layers compute as a routing mask does.
@@ -77,15 +76,11 @@ RUNS = {
     "selective recompute": Run("--recompute-granularity selective --recompute-modules moe"),
     "pipeline 2, 8 micro-batches": Run(f"{PIPELINE_2} {EIGHT_MICRO_BATCHES}", ranks=2),
     "pipeline 2, 8 micro-batches, full recompute": Run(f"{PIPELINE_2} {EIGHT_MICRO_BATCHES} {FULL_RECOMPUTE}", ranks=2),
-    "pipeline 2, 8 micro-batches, full recompute, stale ids": Run(
-        f"{PIPELINE_2} {EIGHT_MICRO_BATCHES} {FULL_RECOMPUTE}", ranks=2, program=STALE_IDS
-    ),
     "hybrid, pipeline 2, 8 micro-batches, full recompute": Run(
         f"{PIPELINE_2} {EIGHT_MICRO_BATCHES} {FULL_RECOMPUTE} --num-layers 8 --hybrid-layer-pattern *E*E|*E*E", ranks=2
     ),
     # Stop and resume.
     "fp32": Run(f"{DROPOUT} {UNTIL_12}", saves=True),
-    "fp32, resumed": Run(f"{DROPOUT} {FROM_7}", continues="fp32"),
     "another learning rate": Run(
         f"{DROPOUT} {FROM_7} --lr 1e-3 --min-lr 0 --override-opt-param-scheduler", continues="fp32"
     ),
@@ -98,8 +93,6 @@ RUNS = {
     "evaluated often, then seldom": Run(
         f"{BLEND_12} --ckpt-step 7 --eval-interval 4 --eval-iters 2", continues="evaluated often"
     ),
-    "bf16": Run(f"--bf16 {DROPOUT} {UNTIL_12}", saves=True),
-    "bf16, resumed": Run(f"--bf16 {DROPOUT} {FROM_7}", continues="bf16"),
     "bf16, distributed optimizer": Run(f"--bf16 {DISTRIBUTED} {UNTIL_12}", ranks=2, saves=True),
     "bf16, distributed optimizer, resumed": Run(
         f"--bf16 {DISTRIBUTED} {FROM_7}", ranks=2, continues="bf16, distributed optimizer"
@@ -107,19 +100,11 @@ RUNS = {
     "stage without experts, distributed optimizer": Run(
         f"{PIPELINE_2} --moe-layer-freq [0,0,1,1] {DISTRIBUTED} {UNTIL_12}", ranks=2, saves=True
     ),
-    "stage without experts, distributed optimizer, resumed": Run(
-        f"{PIPELINE_2} --moe-layer-freq [0,0,1,1] {DISTRIBUTED} {FROM_7}",
-        ranks=2,
-        continues="stage without experts, distributed optimizer",
-    ),
     "stage without experts, distributed optimizer, resumed on 1": Run(
         f"--moe-layer-freq [0,0,1,1] {DISTRIBUTED} {FROM_7}", continues="stage without experts, distributed optimizer"
     ),
     # Another expert parallel size after a stop.
     "experts on 2, distributed optimizer": Run(f"{EXPERT_2} {DISTRIBUTED} {UNTIL_12}", ranks=2, saves=True),
-    "experts on 2, distributed optimizer, resumed": Run(
-        f"{EXPERT_2} {DISTRIBUTED} {FROM_7}", ranks=2, continues="experts on 2, distributed optimizer"
-    ),
     "experts on 2, distributed optimizer, resumed on 1": Run(
         f"{DISTRIBUTED} {FROM_7}", continues="experts on 2, distributed optimizer"
     ),
@@ -320,7 +305,6 @@ add_model(
         ),
         "rich, context parallel 2, expert parallel 2": (2, f"{CONTEXT_2} {EXPERT_2}"),
         "rich, overlapped shared experts": (2, f"{TENSOR_EXPERT_2} --moe-shared-expert-overlap"),
-        "rich, selective recompute": (2, f"{TENSOR_EXPERT_2} {MORE_RECOMPUTE}"),
         "rich, tensor 2, expert parallel 2, pipeline 2": (4, f"{TENSOR_EXPERT_2} {PIPELINE_2}"),
         "rich, full recompute, tensor 2, pipeline 2": (4, f"{TENSOR_2} {PIPELINE_2} {FULL_RECOMPUTE}"),
     },
@@ -359,7 +343,6 @@ add_model(
     "groups",
     GROUPS,
     {
-        "groups, resumed": (1, ""),
         "groups, tensor 2, expert parallel 2": (2, TENSOR_EXPERT_2),
     },
 )
@@ -371,7 +354,6 @@ add_model(
     {
         "latent, resumed": (1, ""),
         "latent, all-gather, expert parallel 2": (2, f"{ALL_GATHER} {EXPERT_2}"),
-        "latent, recomputed parts, tensor 2, expert parallel 2": (2, f"{TENSOR_EXPERT_2} {RECOMPUTED_PARTS}"),
         "latent, recomputed parts, tensor 2, experts in 2 parts, pipeline 2": (
             4,
             f"{TENSOR_2} --expert-tensor-parallel-size 2 {PIPELINE_2} {RECOMPUTED_PARTS}",
@@ -447,13 +429,6 @@ add_model(
     "dense layers below experts of one rank",
     "--moe-layer-freq [0,0,1,1]",
     {"dense layers below experts of one rank, expert parallel 2, pipeline 2": (4, f"{EXPERT_2} {PIPELINE_2}")},
-    mask="rank_local.safetensors",
-)
-# A rank-local mask with group-limited routing, which rules out planned dispatch.
-add_model(
-    "groups, experts of one rank",
-    GROUPS,
-    {"groups, experts of one rank, expert parallel 2": (2, EXPERT_2)},
     mask="rank_local.safetensors",
 )
 # Samples of several documents, 2 samples in a micro-batch, with multi-token prediction.
@@ -540,7 +515,6 @@ add_model(
         "gated delta net, pipeline 2": (2, f"{PIPELINE_2} --hybrid-layer-pattern GEGE|GE*E"),
         "gated delta net, gathered parameters": (2, f"{EXPERT_2} {GATHERED}"),
         "gated delta net, tensor 2, expert parallel 2": (2, TENSOR_EXPERT_2),
-        "gated delta net, context parallel 2, expert parallel 2": (2, f"{CONTEXT_2} {EXPERT_2}"),
         "gated delta net, tensor 2, context parallel 2": (4, f"{TENSOR_2} {CONTEXT_2}"),
     },
 )

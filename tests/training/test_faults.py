@@ -184,19 +184,6 @@ def test_sigterm_while_starting_ends_the_run_at_once(start_faulty):
     assert not any(psutil.pid_exists(rank) for rank in ranks)
 
 
-@pytest.mark.slow
-def test_sigterm_to_torchrun_saves(start_faulty, tmp_path):
-    with start_faulty(torchrun=True) as processes:
-        processes.wait_for_iteration(9)
-        os.kill(processes.pids[0], signal.SIGTERM)
-        outcome = processes.wait()
-    assert outcome.exit_codes == (1,), outcome.report()
-    assert re.search(r"SignalException: Process \d+ got signal: 15", outcome.errors[0]), outcome.report()
-    assert "exiting program after receiving SIGTERM" in processes.output
-    assert read_tracker(tmp_path / "save") == outcome.iterations[-1] >= 9
-    assert damages_in(tmp_path / "save")[outcome.iterations[-1]] is None
-
-
 @pytest.mark.parametrize(
     ("kind", "exit_code", "verdict", "newest"),
     [

@@ -5,8 +5,8 @@ import re
 import signal
 
 import pytest
+from support.runs import read_scalars
 from support.training import Run
-from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from maskmoe.comparison.table import scalars
 from maskmoe.run_status.status import read_status
@@ -17,14 +17,13 @@ EXPERT_2 = "--expert-model-parallel-size 2"
 @pytest.mark.runs("expert parallel 2, undisturbed")
 def test_status_of_an_ended_run(runs):
     (run,) = runs
-    logged = EventAccumulator(str(run.folder / "tensorboard"))
-    logged.Reload()
+    logged = read_scalars(run.folder)
     status = read_status(run.checkpoints)
     assert status.liveness.state == "finished"
-    newest = {tag: logged.Scalars(tag)[-1] for tag in logged.Tags()["scalars"]}
+    newest = {tag: events[-1] for tag, events in logged.items()}
     assert (status.progress.iteration, status.progress.loss) == (21, pytest.approx(newest["lm loss"].value, rel=1e-5))
     assert status.progress.held_out_loss == newest["lm loss validation"].value
-    assert status.logged.scalars["lm loss"] == logged.Scalars("lm loss")
+    assert status.logged.scalars["lm loss"] == logged["lm loss"]
     assert [each.iteration for each in status.checkpoints.saved] == [21, 14, 7]
     assert {each.soundness for each in status.checkpoints.saved} == {"complete"}
     for each in status.checkpoints.saved:

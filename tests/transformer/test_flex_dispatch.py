@@ -235,19 +235,6 @@ def test_slots_hold_the_selected_experts(num_selected: list[int], seed: int, dty
     assert torch.equal(probs.grad, routing_map.to(dtype))
 
 
-@pytest.mark.parametrize(
-    ("backend", "package"),
-    [("deepep", "deep_ep"), ("hybridep", "deep_ep"), *([("ncclep", "transformer-engine")] if HAS_NCCL_EP else [])],
-)
-def test_missing_library_is_named(backend: str, package: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(fused_a2a, "te_ep", flex_libraries.te_ep, raising=False)
-    for is_installed in (False, True):
-        for flag in ("HAVE_DEEP_EP", "HAVE_HYBRIDEP", "HAVE_TE_EP"):
-            monkeypatch.setattr(fused_a2a, flag, is_installed)
-        assert (package in (missing_library(backend) or "")) is not is_installed
-    assert missing_library(backend) is None
-
-
 def bootstrap_of_later_version(num_topk: int) -> None: ...
 
 

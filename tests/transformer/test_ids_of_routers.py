@@ -130,15 +130,6 @@ def test_ids_kept_on_a_module_are_caught(
 
 
 @every_model
-def test_each_layer_routes_by_its_own_table(kind: str, router_calls: list[RouterCall]) -> None:
-    (token_ids,) = micro_batches(1)
-    forward(build_model(kind), token_ids)
-    for call in router_calls:
-        num_visible = torch.from_numpy(MASK.num_visible_of_layer(call.layer_number - 1)).to(DEVICE)
-        assert torch.equal(call.routing_map.sum(dim=1), num_visible[token_ids.T.flatten()].clamp(max=2))
-
-
-@every_model
 def test_later_pipeline_stage_routes_by_ids(kind: str, router_calls: list[RouterCall]) -> None:
     stage = build_model(kind, pre_process=False, post_process=False)
     (token_ids,) = micro_batches(1)

@@ -119,8 +119,8 @@ def run_with_capacity(**settings: Any) -> SimpleNamespace:
     """Run a layer forward and backward; parameters and input are the same for all settings.
 
     Returns:
-        `layer`; its input `hidden`, [sequence, batch, hidden]; `results`, the output and all gradients by name; the
-        router's weights `probs`, [tokens, experts]; `routing_map`, bool [tokens, experts].
+        `results`, the output and all gradients by name; the router's weights `probs`, [tokens, experts];
+        `routing_map`, bool [tokens, experts].
     """
     layer = make_layer(make_config(6, 2, **settings), make_mask(random_visible_sets(2, 1, 9, 6)))
     draw_parameters(layer)
@@ -130,9 +130,7 @@ def run_with_capacity(**settings: Any) -> SimpleNamespace:
     output, _ = layer(hidden, padding_mask=token_ids)
     output.backward(torch.randn_like(output))
     results = {"output": output.detach(), "hidden": hidden.grad} | {n: p.grad for n, p in layer.named_parameters()}
-    return SimpleNamespace(
-        layer=layer, hidden=hidden.detach(), results=results, probs=probs.detach(), routing_map=routing_map
-    )
+    return SimpleNamespace(results=results, probs=probs.detach(), routing_map=routing_map)
 
 
 @pytest.mark.parametrize("drop_policy", ["probs", "position"])
@@ -149,21 +147,6 @@ def test_tokens_beyond_the_capacity_are_dropped(drop_policy: str) -> None:
         for expert in dropped.any(dim=0).nonzero().flatten():
             least_kept = all_probs[kept[:, expert], expert].min()
             assert least_kept >= all_probs[dropped[:, expert], expert].max()
-
-
-def test_dropped_assignments_do_not_count() -> None:
-    run = run_with_capacity(moe_expert_capacity_factor=0.5)
-    weights = dict(run.layer.named_parameters())
-    expected = sum(
-        run.probs[:, [expert]]
-        * gated_mlp(
-            run.hidden.flatten(0, 1),
-            weights[f"experts.local_experts.{expert}.linear_fc1.weight"],
-            weights[f"experts.local_experts.{expert}.linear_fc2.weight"],
-        )
-        for expert in range(6)
-    )
-    torch.testing.assert_close(run.results["output"].flatten(0, 1), expected, rtol=1e-4, atol=1e-5)
 
 
 @pytest.mark.parametrize("drop_policy", ["probs", "position"])
@@ -264,12 +247,3 @@ def test_plan_changes_no_loss(case: str, two_ranks: list[dict[str, Tensor]]) -> 
             torch.testing.assert_close(sum(planned), sum(unplanned), rtol=1e-4, atol=1e-5)
         else:
             torch.testing.assert_close(planned, unplanned, rtol=1e-4, atol=1e-5)
-
-
-def test_starved_rank_gets_no_token() -> None:
-    """The case `starved_last_rank` sends no token to the experts of the last rank."""
-    results = run_case("expert", "starved_last_rank")
-    for expert in range(6):
-        grads = [grad for key, grad in results.items() if f"local_experts.{expert}." in key]
-        assert len(grads) == 2
-        assert all(bool(grad.any()) is (expert < 3) for grad in grads)

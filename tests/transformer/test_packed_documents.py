@@ -3,8 +3,6 @@
 import inspect
 from collections.abc import Callable, Sequence
 from itertools import chain, pairwise
-from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -12,19 +10,17 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from megatron.core.datasets.blended_megatron_dataset_builder import BlendedMegatronDatasetBuilder
-from megatron.core.datasets.gpt_dataset import GPTDataset, GPTDatasetConfig
 from megatron.core.models.gpt import GPTModel
 from megatron.core.packed_seq_params import PackedSeqParams
 from megatron.core.transformer.enums import AttnMaskType
 from megatron.core.transformer.multi_token_prediction import MTPLossLoggingHelper
 from megatron.core.transformer.transformer_config import MLATransformerConfig
-from support.datasets import write_documents
 from support.gpu_branches import take_gpu_branches
-from support.latent_attention import SIZES, YARN
 from support.places import PLACES, Place
 from support.small_moe import (
     DEVICE,
+    LATENT_SIZES,
+    YARN,
     make_config,
     make_mask,
     make_visible_experts,
@@ -34,7 +30,6 @@ from support.small_moe import (
 from torch import Tensor
 from torch.nn.attention.varlen import varlen_attn
 from torch.nn.functional import scaled_dot_product_attention
-from torch.utils.data import default_collate
 
 from maskmoe.transformer.layer_specs import get_maskmoe_decoder_block_spec, get_maskmoe_mtp_block_spec
 from maskmoe.transformer.models import DenseGPTModel, MaskMoEGPTModel
@@ -69,8 +64,13 @@ MODELS: dict[str, dict[str, Any]] = {
     },
     "selective recompute": {"recompute_granularity": "selective", "recompute_modules": ["core_attn", "moe"]},
     "multi-token prediction": {"mtp_num_layers": 2},
-    "multi-latent attention": {"config_class": MLATransformerConfig, "rope_type": "rope", **SIZES},
-    "multi-latent attention with YaRN": {"config_class": MLATransformerConfig, "rope_type": "yarn", **SIZES, **YARN},
+    "multi-latent attention": {"config_class": MLATransformerConfig, "rope_type": "rope", **LATENT_SIZES},
+    "multi-latent attention with YaRN": {
+        "config_class": MLATransformerConfig,
+        "rope_type": "yarn",
+        **LATENT_SIZES,
+        **YARN,
+    },
 }
 
 
@@ -251,50 +251,6 @@ def test_multi_token_prediction_keeps_to_documents() -> None:
     torch.testing.assert_close(packed, total / count, rtol=FP32_ORDER_OF_SUMS, atol=0)
     across = prediction_losses(lambda: packed_losses(model, [[0, SEQUENCE]] * 2))
     assert ((packed - across).abs() > 1e2 * FP32_ORDER_OF_SUMS).all()
-
-
-def dataset_batch(folder: Path) -> dict[str, Tensor]:
-    """Return a batch of 8 packed samples of `GPTDataset`, which begin and end within documents.
-
-    Args:
-        folder: Takes the dataset, whose documents end with id `VOCAB_SIZE - 1`.
-    """
-    rng = np.random.default_rng(0)
-    documents = [np.append(rng.integers(0, VOCAB_SIZE - 1, size=size), VOCAB_SIZE - 1) for size in (3, 40, 1, 9, 20)]
-    prefix = write_documents(folder / "data", documents)
-    tokenizer: Any = SimpleNamespace(eod=VOCAB_SIZE - 1, pad=-1, vocab_size=VOCAB_SIZE, unique_identifiers={})
-    config = GPTDatasetConfig(
-        random_seed=1,
-        sequence_length=SEQUENCE,
-        blend=([str(prefix)], None),
-        split="1,0,0",
-        tokenizer=tokenizer,
-        reset_position_ids=False,
-        reset_attention_mask=False,
-        eod_mask_loss=False,
-        create_attention_mask=False,
-        inter_document_masking=True,
-    )
-    (dataset, *_) = BlendedMegatronDatasetBuilder(GPTDataset, [8, 0, 0], lambda: True, config).build()
-    assert dataset is not None
-    return {name: tensor.to(DEVICE) for name, tensor in default_collate([dataset[i] for i in range(8)]).items()}
-
-
-def begins_of_documents(tokens: Tensor) -> Tensor:
-    """Return bool [batch, sequence], True at the beginning of a sample and after each end of a document."""
-    begins = torch.ones_like(tokens, dtype=torch.bool)
-    begins[:, 1:] = tokens[:, :-1] == VOCAB_SIZE - 1
-    return begins
-
-
-def test_bounds_of_a_dataset_are_the_bounds_of_its_documents(tmp_path: Path) -> None:
-    batch = dataset_batch(tmp_path)
-    found = PackedDocuments.of_samples(batch["cu_seqlens"].cpu(), DEVICE, reads_on_host=True)
-    begins = begins_of_documents(batch["tokens"])
-    expected = [*begins.flatten().nonzero().flatten().tolist(), begins.numel()]
-    assert found.bounds.tolist() == found.cu_seqlens_q.tolist() == expected
-    assert found.lengths == [end - start for start, end in pairwise(expected)]
-    assert torch.equal(batch["position_ids"] == 0, begins)
 
 
 @given(

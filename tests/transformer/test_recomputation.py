@@ -3,9 +3,17 @@
 import pytest
 import torch
 from megatron.core.transformer.transformer_config import MLATransformerConfig
-from support.latent_attention import SIZES, YARN
 from support.saved_tensors import KeptBytes
-from support.small_moe import DEVICE, draw_parameters, make_config, make_mask, make_model, random_visible_sets
+from support.small_moe import (
+    DEVICE,
+    LATENT_SIZES,
+    YARN,
+    draw_parameters,
+    make_config,
+    make_mask,
+    make_model,
+    random_visible_sets,
+)
 from torch import Tensor
 
 LENGTH, BATCH, VOCAB_SIZE = 12, 2, 9
@@ -33,7 +41,7 @@ def train(modules: tuple[str, ...], normalization: str) -> tuple[dict[str, Tenso
         normalization=normalization,
         recompute_granularity="selective" if modules else None,
         recompute_modules=list(modules) or None,
-        **SIZES,
+        **LATENT_SIZES,
         **YARN,
     )
     model = make_model(config, make_mask(random_visible_sets(1, 2, VOCAB_SIZE, 4)))

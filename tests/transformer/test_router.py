@@ -243,20 +243,6 @@ def test_one_visible_expert_is_a_table_lookup(scale, topk, pre_softmax, aux_loss
         assert torch.equal(routed.input_grad, torch.zeros_like(routed.input_grad))
 
 
-@pytest.mark.parametrize("aux_loss_tokens", ["all", "routable"])
-@pytest.mark.parametrize(("topk", "pre_softmax"), [(1, True), (3, True), (3, False)])
-def test_single_expert_tokens_send_no_gradient_among_others(topk, pre_softmax, aux_loss_tokens) -> None:
-    mask = make_mask(random_visible_sets(0, 1, 40, 6))
-    config = make_config(6, topk, moe_router_pre_softmax=pre_softmax, **LOSSES)
-    router = make_router(config, mask, aux_loss_tokens=aux_loss_tokens)
-    token_ids = torch.arange(40, device=DEVICE).view(20, 2)
-    routed = route(router, torch.randn(20, 2, 8, device=DEVICE), TokenIds(token_ids))
-    is_single = torch.from_numpy(mask.num_visible_of_layer(0) == 1).to(DEVICE)
-    moved = routed.input_grad.flatten(0, 1).abs().amax(dim=1) > 0
-    assert torch.equal(moved, ~is_single)
-    assert torch.equal(routed.probs[is_single].amax(dim=1), torch.ones(int(is_single.sum()), device=DEVICE))
-
-
 @settings(max_examples=250)
 @given(case=cases())
 def test_follows_the_method(case: Case) -> None:

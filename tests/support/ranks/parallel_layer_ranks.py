@@ -72,7 +72,6 @@ CASES = {
     "two_experts_per_token": Case((2, 6)),
     "fewer_visible_than_k": Case((1, 2, 4), settings={"topk": 3}),
     "starved_last_rank": Case((1, 2), experts=range(3)),
-    "starved_first_rank": Case((1, 2), experts=range(3, 6)),
     "single_busy_expert": Case((1,), experts=range(4, 5)),
     "starved_rank_recomputed": Case(
         (1, 2), range(3), {"recompute_granularity": "selective", "recompute_modules": ["moe"]}
@@ -86,7 +85,6 @@ CASES = {
     # Every id sees k experts or more, but not within the groups that are chosen for its token.
     "groups": Case((2, 6), settings={"topk": 2, "moe_router_num_groups": 3, "moe_router_group_topk": 1}),
     "rank_local": Case((1, 2, 3), settings={"topk": 2}, halves=True),
-    "rank_local_one_expert_per_token": Case((1, 3), settings={"topk": 1}, halves=True),
     "rank_local_recomputed": Case(
         (1, 3), settings={"recompute_granularity": "selective", "recompute_modules": ["moe"]}, halves=True
     ),
@@ -97,7 +95,6 @@ CASES = {
         has_padding=True,
     ),
     "all_gather": Case((1, 2, 4), settings={"topk": 3, "moe_token_dispatcher_type": "allgather"}),
-    "all_gather_starved": Case((1, 2), experts=range(3), settings={"moe_token_dispatcher_type": "allgather"}),
 }
 
 

@@ -116,18 +116,6 @@ FORWARD = {
     ),
     "half recomputed": f"{LLAMA} {BF16} --recompute-granularity full --recompute-method block --recompute-num-layers 2",
 }
-# Flags of a GPT model and its hybrid twin.
-TWINS = {
-    "pipeline": (
-        f"{LLAMA} --moe-layer-freq 2 --pipeline-model-parallel-size 2 --global-batch-size 4",
-        hybrid("*E*-|*E*-", f"{LLAMA} --pipeline-model-parallel-size 2 --global-batch-size 4"),
-    ),
-    "latent attention, prediction": (
-        f"{LLAMA} {LATENT_ATTENTION} {MTP} --moe-layer-freq ([0]+[1]*3)",
-        hybrid("+-+E+E+E/+E", f"{LLAMA} {LATENT_ATTENTION}"),
-    ),
-}
-KINDS = ("GPT", "hybrid")
 # The largest allowed ratio between estimated and measured activations, in either direction. The estimate leaves out
 # masks, indices and statistics of norms, 2 to 3 %. With dropout the estimate is 11 % too low, because a CPU keeps two
 # bytes for an element of a dropout mask, and a GPU keeps one byte.
@@ -195,14 +183,10 @@ def reports(answer) -> dict[str, Any]:
     errors = {flags: f"--global-batch-size 16 {flags}" for flags in ERRORS}
     ranks = dict.fromkeys([*LAYOUTS, "flex dispatcher"], 2) | dict.fromkeys(errors, 8)
     ranks[MANY_RANKS] = 1_000_000_007
-    twins = {
-        f"{kind} twin, {name}": flags for name, pair in TWINS.items() for kind, flags in zip(KINDS, pair, strict=True)
-    }
-    ranks |= {name: 2 for name, flags in twins.items() if "pipeline" in flags}
     libraries = {"flex dispatcher": FLEX, "Mamba": hybrid("*-ME")}
     libraries["FP8"] = f"{LLAMA} {BF16} {FP8}"
     libraries["frequent ids with more experts"] = f"{LLAMA} --routing-mask mask.safetensors"
-    cases = ARCHITECTURES | hybrids() | FORWARD | LAYOUTS | errors | twins | libraries | {MANY_RANKS: ""}
+    cases = ARCHITECTURES | hybrids() | FORWARD | LAYOUTS | errors | libraries | {MANY_RANKS: ""}
     return answer("report", cases, ranks=ranks)[0]
 
 
@@ -247,18 +231,6 @@ def test_model_chunks_of_a_hybrid_model(reports):
     assert report["layout"]["virtual_pipeline"] == 2
 
 
-@pytest.mark.parametrize("name", TWINS)
-def test_hybrid_twin_needs_what_its_gpt_model_needs(name, reports):
-    gpt, twin = (reports[f"{kind} twin, {name}"] for kind in KINDS)
-    assert (gpt["errors"], twin["errors"]) == ([], [])
-    assert twin["parameters"] == gpt["parameters"]
-    assert twin["memory"] == gpt["memory"]
-    assert twin["layout"] == gpt["layout"]
-    # Megatron counts the norms and the projection of a prediction in GPT models only.
-    of_prediction = 6 * gpt["layers"]["multi_token_prediction"] * (3 * 64 + 2 * 64 * 64)
-    assert twin["cost"]["flops_per_token"] + of_prediction == pytest.approx(gpt["cost"]["flops_per_token"])
-
-
 def test_parameters_of_latent_experts(reports):
     parts, without = (reports[name]["parameters"]["parts"] for name in ("latent experts", "untied embeddings, gate"))
     projections = 4 * 2 * 64 * 16
@@ -288,7 +260,8 @@ def test_missing_library_of_mamba_layers_is_a_note(reports):
     assert mamba["parameters"] is None
 
 
-@pytest.mark.parametrize("name", FORWARD)
+# The local modules cannot run experts with biases, and the estimate leaves gated delta nets out.
+@pytest.mark.parametrize("name", [*FORWARD, "multi-token prediction", *list(HYBRIDS)[1:3]])
 def test_activations_are_near_those_of_a_forward_pass(name, reports, built):
     (memory,) = reports[name]["memory"]["stages"]
     estimate = memory["activations"] + memory["logits"]

@@ -1,7 +1,6 @@
 """Runs with `--change-routing-mask` continue with another routing mask; the datasets of a run are checked."""
 
 from argparse import Namespace
-from dataclasses import replace
 from itertools import product
 from pathlib import Path
 from unittest.mock import Mock
@@ -17,7 +16,6 @@ from maskmoe.checkpoint.series import checkpoint_path
 from maskmoe.command_line.build_routing_mask import read_mask
 from maskmoe.data.indexed_dataset import DatasetIndex, read_index
 from maskmoe.errors import UserError
-from maskmoe.routing_mask.assignment import MaskRecipe, build_routing_mask
 from maskmoe.routing_mask.mask import MaskChange, RoutingMask
 from maskmoe.routing_mask.widening import widen_routing_mask
 from maskmoe.training.settings import inputs
@@ -150,21 +148,6 @@ def test_flag_changes_nothing_if_the_masks_are_equal(runs, workplace):
         find_routing_mask(args, checkpoint, reports.append)
         assert len(reports) == 1
         assert "--change-routing-mask changes nothing" in reports[0]
-
-
-@pytest.mark.runs("fp32")
-def test_masks_of_other_sizes_are_refused(runs, tmp_path):
-    (run,) = runs
-    recipe = MaskRecipe.from_preset("hash", 8, 4)
-    for change, vocab_size, message in (
-        ({}, 500, "vocabulary size is 500, not 510"),
-        ({"num_experts": 16}, 510, "number of experts is 16, not 8"),
-        ({"shared_table": True}, 510, "number of tables is 1, not 4"),
-    ):
-        build_routing_mask(replace(recipe, **change), vocab_size=vocab_size).save(tmp_path / "mask.safetensors")
-        args = arguments(tmp_path / "mask.safetensors", change_routing_mask=True)
-        with pytest.raises(UserError, match=message):
-            find_routing_mask(args, run.checkpoints, pytest.fail)
 
 
 @pytest.mark.slow

@@ -10,6 +10,7 @@ from megatron.core.transformer.moe import fused_a2a
 from megatron.core.transformer.transformer_layer import TransformerLayer
 from megatron.training.arguments import add_megatron_arguments
 from support.command_lines import parse_training
+from support.flex_libraries import te_ep
 
 from maskmoe.errors import UserError
 from maskmoe.megatron_compat.gpu import GpuPackages
@@ -253,9 +254,12 @@ def test_every_flag_of_megatron_near_routing_is_reviewed() -> None:
     ],
 )
 def test_missing_library_of_the_flex_dispatcher(monkeypatch, flags: str, backend: str, library: str) -> None:
-    for flag in ("HAVE_DEEP_EP", "HAVE_HYBRIDEP", "HAVE_TE_EP"):
-        monkeypatch.setattr(fused_a2a, flag, False)
-    (error,) = missing_libraries(parse(f"{FLEX} {flags}"))
+    monkeypatch.setattr(fused_a2a, "te_ep", te_ep, raising=False)
+    for is_installed in (True, False):
+        for flag in ("HAVE_DEEP_EP", "HAVE_HYBRIDEP", "HAVE_TE_EP"):
+            monkeypatch.setattr(fused_a2a, flag, is_installed)
+        error, *_ = [*missing_libraries(parse(f"{FLEX} {flags}")), None]
+        assert (error is None) == is_installed
     assert f"--moe-flex-dispatcher-backend {backend} needs {library} (the Python package " in error
 
 

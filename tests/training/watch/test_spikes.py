@@ -207,14 +207,6 @@ def test_skip(run_spiky, flags, ranks):
 
 
 @pytest.mark.slow
-def test_applied_update_changes_the_next_steps(run_spiky):
-    """The comparison of the test above finds an update that was applied."""
-    flags = f"{EXPERT_2} {DISTRIBUTED} --overlap-grad-reduce --overlap-param-gather --exit-interval 14"
-    reference = run_spiky(flags, ranks=2, name="reference", without_update=12)
-    assert differences(run_spiky(flags, "12", ranks=2), reference) == {12, 13, 14}
-
-
-@pytest.mark.slow
 def test_resumed_run_knows_the_steps_before(run_spiky):
     """Two steps after the checkpoint are too few for a judgement. The checkpoint holds the steps before."""
     flags = "--spike-action skip --save-interval 10"
