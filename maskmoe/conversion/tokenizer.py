@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from transformers import AutoTokenizer, PreTrainedTokenizerFast
+from transformers import PreTrainedTokenizerFast
 from transformers.convert_slow_tokenizer import SentencePieceExtractor, SpmConverter
 
 from maskmoe.conversion.settings import Settings
@@ -116,9 +116,13 @@ def export_tokenizer(tokenizer_type: str, tokenizer_model: str | Path | None, fo
 
 
 def _load_transformers_tokenizer(model: Path) -> Any:
-    """Load a `tokenizer.json`, with the special tokens of `tokenizer_config.json` if that lies beside it."""
+    """Load a `tokenizer.json`, with the special tokens of `tokenizer_config.json` if that lies beside it.
+
+    `AutoTokenizer` would make the class that `tokenizer_config.json` names. Some classes, such as `GPT2Tokenizer`, take
+    only the vocabulary from the file, and cut text into words in their own way.
+    """
     if (model.parent / "tokenizer_config.json").is_file():
-        return AutoTokenizer.from_pretrained(model.parent, local_files_only=True, trust_remote_code=False)
+        return PreTrainedTokenizerFast.from_pretrained(model.parent, local_files_only=True)
     return PreTrainedTokenizerFast(tokenizer_file=str(model))
 
 

@@ -1,4 +1,4 @@
-"""Tokenizers for making datasets; their ids equal those of Megatron-Core's tokenizers of the same names.
+"""Tokenizers for making datasets; in general, their ids equal those of Megatron-Core's tokenizers of the same names.
 
 Megatron's own classes import torch, which takes seconds, and turn every id into a Python object.
 """
@@ -106,8 +106,10 @@ class SentencePieceTokenizer(Tokenizer):
 class HuggingFaceTokenizer(Tokenizer):
     """Encodes with a `tokenizer.json` or its folder, as Megatron-Core's class of this name does with default settings.
 
-    The special tokens that the tokenizer itself adds to a text are kept. The end-of-sequence token of
-    `tokenizer_config.json`, or else of `special_tokens_map.json`, ends a document.
+    The ids differ from Megatron-Core's if `tokenizer_config.json` names a class with which transformers 5 takes only
+    the vocabulary from `tokenizer.json`, such as `GPT2Tokenizer`. The special tokens that the tokenizer itself adds to
+    a text are kept. The end-of-sequence token of `tokenizer_config.json`, or else of `special_tokens_map.json`, ends a
+    document.
     """
 
     def __init__(self, model: str | Path) -> None:

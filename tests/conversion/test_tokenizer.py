@@ -13,6 +13,7 @@ from hypothesis import strategies as st
 from sentencepiece import SentencePieceProcessor
 from support.small_moe import make_mask, random_visible_sets
 from support.tiny_maskmoe import NUM_EXPERTS, NUM_LAYERS, make_config, make_model
+from tokenizers import Tokenizer, models, pre_tokenizers, trainers
 from transformers import AutoTokenizer
 
 from maskmoe.conversion.convert import huggingface_to_megatron, megatron_to_huggingface, upcycle_model
@@ -93,6 +94,25 @@ def test_hugging_face_tokenizer_is_copied(tmp_path):
     assert special == {"bos_token_id": 2, "eos_token_id": 2}
     first, second = (json.loads((tmp_path / name / "tokenizer.json").read_text()) for name in ("first", "second"))
     assert first == second
+
+
+def test_class_that_takes_only_the_vocabulary_from_the_file(tmp_path):
+    """The file merges whole sentences, which `GPT2Tokenizer` cuts into words."""
+    original = Tokenizer(models.BPE())
+    original.pre_tokenizer = byte_level = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+    text = "the end of the end. " * 20
+    trainer = trainers.BpeTrainer(
+        vocab_size=300, special_tokens=["<end>"], initial_alphabet=byte_level.alphabet(), show_progress=False
+    )
+    original.train_from_iterator([text], trainer)
+    original.save(str(tmp_path / "tokenizer.json"))
+    settings = {"tokenizer_class": "GPT2Tokenizer"} | dict.fromkeys(("bos_token", "eos_token", "unk_token"), "<end>")
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps(settings))
+    ids = load_tokenizer("HuggingFaceTokenizer", tmp_path).encode_batch([text])[0].tolist()
+    assert AutoTokenizer.from_pretrained(tmp_path)(text)["input_ids"] != ids
+    special = export_tokenizer("HuggingFaceTokenizer", tmp_path, tmp_path / "out")
+    assert special == {"bos_token_id": 0, "eos_token_id": 0}
+    assert AutoTokenizer.from_pretrained(tmp_path / "out")(text)["input_ids"] == ids
 
 
 @pytest.mark.parametrize(

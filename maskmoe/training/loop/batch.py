@@ -115,9 +115,32 @@ def build_datasets(num_samples: list[int] | list[None]) -> list[gpt_dataset.GPTD
     """Build the train, validation and test datasets on the first tensor-parallel rank of every pipeline stage.
 
     A number of samples of None stands for one epoch. A dataset is None without a share, and on ranks that read no data.
+
+    Raises:
+        UserError: Datasets without weights, which are read only once, have too few samples for the run.
     """
     console.load("building the datasets")
-    return build_blend(samples_to_request(get_args(), num_samples), *get_blend_and_blend_per_split(get_args()))
+    requested = samples_to_request(get_args(), num_samples)
+    datasets = build_blend(requested, *get_blend_and_blend_per_split(get_args()))
+    if get_args().dataloader_type == "single":
+        _check_last_to_the_end(datasets, requested)
+    return datasets
+
+
+def _check_last_to_the_end(datasets: Sequence[Any], requested: Sequence[int | None]) -> None:
+    """Raise `UserError` if a part of the data has fewer samples than requested.
+
+    Megatron repeats one dataset, or datasets with weights, as often as needed, but reads several datasets without
+    weights once. The run would fail after the last sample.
+    """
+    names = {"training": "--train-iters or --train-samples", "validation": "--eval-iters", "test": "--eval-iters"}
+    for (name, flag), dataset, number in zip(names.items(), datasets, requested, strict=True):
+        if dataset is not None and number is not None and len(dataset) < number:
+            raise UserError(
+                f"the run reads {number:,} {name} samples, but the datasets have {len(dataset):,}, and datasets "
+                "without weights are read once: give each dataset a weight, such as its number of tokens, or lower "
+                f"{flag}"
+            )
 
 
 def build_blend(

@@ -8,6 +8,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple, Self
 
+import numpy as np
 from megatron.core.datasets import blended_megatron_dataset_config as dataset_config
 from megatron.training.utils import get_blend_and_blend_per_split
 from tqdm import tqdm
@@ -17,6 +18,7 @@ from maskmoe.checkpoint.series import check_separate_folder
 from maskmoe.data.indexed_dataset import DatasetIndex, bin_path, read_index, read_tokenizer_record
 from maskmoe.data.tokenizer import TOKENIZER_TYPES, TokenizerRecord, tokenizer_sha256
 from maskmoe.errors import UserError, reason_of, refused_by_system
+from maskmoe.files.json_files import read_json
 from maskmoe.files.outputs import refuse_checkpoint
 from maskmoe.megatron_compat.globals import get_tokenizer
 from maskmoe.routing_mask.feed_forward_layers import FeedForwardLayers
@@ -192,8 +194,10 @@ def data_errors(args: Namespace, mask: RoutingMask | None, vocab_size: int | Non
     """
     counted = {(dataset["bin_bytes"], dataset["idx_sha256"]) for dataset in (mask.provenance.datasets if mask else ())}
     counted_sizes = {size for size, _ in counted}
+    path = args.per_dataset_sequences_path
     try:
         prefixes = data_prefixes(args)
+        headers = None if path is None else read_json(Path(path))
     except UserError as error:
         yield str(error)
         return
@@ -204,8 +208,12 @@ def data_errors(args: Namespace, mask: RoutingMask | None, vocab_size: int | Non
     for prefix in prefixes[share.datasets]:
         try:
             index = read_index(prefix)
+            if headers is not None:
+                _check_header(index, headers.get(prefix), vocab_size)
             if (record := read_tokenizer_record(prefix)) is not None:
                 _check_same_tokenizer(args, record, f"dataset {prefix} was")
+                if vocab_size is not None:
+                    _check_end_of_documents(args, record, prefix)
             size = index.bin_bytes
             is_counted = size in counted_sizes and (size, index.idx_sha256) in counted  # the digest takes long
             if vocab_size is not None and (is_counted or size <= share.most_bytes):
@@ -243,8 +251,11 @@ def _errors_of_parts(args: Namespace, of_rank: slice) -> Iterator[str]:
 
     Megatron would end at once, as if training were complete, without training data. It would fail at the first
     evaluation without validation data. It would draw samples for ever from a part that has a share but no tokens.
+    It would fail with datasets without weights of which one has no whole sample in a part.
     """
     blend, blend_per_split = get_blend_and_blend_per_split(args)
+    # Megatron repeats a dataset as often as needed, but reads several datasets without weights once.
+    least_tokens = (args.seq_length or 0) + 1 if blend is not None and len(blend[0]) > 1 and blend[1] is None else 1
     # A part is a blend of its own, or begins and ends at these shares of each dataset. None is a part without a share.
     parts: Any = blend_per_split
     if blend is not None:
@@ -264,7 +275,14 @@ def _errors_of_parts(args: Namespace, of_rank: slice) -> Iterator[str]:
             if part is None:
                 continue
             first, last = (round(bound * len(lengths)) for bound in part)
-            if not lengths[first:last].any():
+            num_tokens = lengths[first:last].sum(dtype=np.int64)
+            if 0 < num_tokens < least_tokens:
+                yield (
+                    f"dataset {prefix}: its {name} part has {num_tokens} tokens, too few for a sample of "
+                    f"{least_tokens}, and datasets without weights are read once: give each dataset a weight, such as "
+                    "its number of tokens, or join the datasets by maskmoe preprocess --merge"
+                )
+            elif not num_tokens:
                 yield (
                     f"dataset {prefix}: --split {args.split} leaves the {name} part no tokens, because the split "
                     f"assigns whole documents and the dataset has {len(lengths)}; give the part a share of 0, or a "
@@ -278,6 +296,39 @@ def _check_same_tokenizer(args: Namespace, made_with: TokenizerRecord, what: str
         raise UserError(
             f"{what} made with another tokenizer ({made_with.model}, {made_with.vocab_size} ids, "
             f"sha256 {made_with.sha256[:12]}…) than --tokenizer-model {args.tokenizer_model}"
+        )
+
+
+def _check_end_of_documents(args: Namespace, made_with: TokenizerRecord, prefix: str) -> None:
+    """Raise `UserError` if flags look for documents that end with another id than those of a dataset."""
+    looks_for_end = args.eod_mask_loss or args.reset_attention_mask or args.reset_position_ids
+    if looks_for_end and made_with.eod_id not in (None, get_tokenizer().eod):
+        raise UserError(
+            f"id {made_with.eod_id} ended texts when dataset {prefix} was made, but --tokenizer-model "
+            f"{args.tokenizer_model} now names id {get_tokenizer().eod}, which --eod-mask-loss, --reset-attention-mask "
+            "and --reset-position-ids would look for: name the former token as eos_token in tokenizer_config.json"
+        )
+
+
+def _check_header(index: DatasetIndex, described: object, vocab_size: int | None) -> None:
+    """Raise `UserError` if Megatron would misread a dataset with `--per-dataset-sequences-path`.
+
+    Megatron then does not read the header of the index: it takes the number of sequences and the number of documents
+    + 1 from the flag's file, and derives the dtype from the vocabulary.
+
+    Args:
+        index: The index of the dataset.
+        described: The two numbers in the file; None if the file lacks the dataset.
+        vocab_size: Number of ids of the tokenizer; None if it is unknown.
+    """
+    flag, numbers = "--per-dataset-sequences-path", [len(index.sequence_lengths), len(index.document_indices)]
+    if described != numbers:
+        raise UserError(f"{flag} has {described} for dataset {index.prefix}, not {numbers}: make the flag's file again")
+    dtype = index.dtype if vocab_size is None else np.dtype(np.uint16 if vocab_size <= 1 << 16 else np.int32)
+    if index.dtype != dtype:
+        raise UserError(
+            f"dataset {index.prefix} has {index.dtype} ids, which Megatron would read as {dtype} with {flag} and a "
+            f"vocabulary of {vocab_size} ids: leave the flag out"
         )
 
 

@@ -198,6 +198,31 @@ def test_flags_for_a_fast_start_reach_the_dataset(two_documents: Path, monkeypat
     assert lazy.config.sequences_per_dataset is not None
 
 
+def test_datasets_without_weights_last(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Megatron reads several datasets without weights once; the run would fail after the last sample."""
+    one, other = str(folder / "data"), str(write_documents(tmp_path / "other", [np.arange(PREFIX)] * 20))
+    monkeypatch.setattr(batch, "samples_to_request", lambda _, numbers: numbers)
+    monkeypatch.setattr(batch.console, "load", Mock())
+
+    def build_with(num_samples: int, *data: str, reading: str = "single") -> list[GPTDataset | None]:
+        settings = ["--seq-length", "100", "--data-cache-path", str(tmp_path), "--split", "8,2,0"]
+        args = arguments(folder, *settings, "--dataloader-type", reading, "--data-path", *data)
+        tokenizer = build_tokenizer(args)
+        monkeypatch.setattr(batch, "get_args", lambda: args)
+        monkeypatch.setattr(batch, "get_tokenizer", lambda: tokenizer)
+        return batch.build_datasets([num_samples, 9, 9])
+
+    (epoch, *_), *_ = build_with(10, one, other), build_with(10_000, one, other, reading="cyclic")
+    assert len(epoch) == 10
+    with pytest.raises(UserError, match=r"reads 10,000 training samples, but the datasets have \d\d,.*--train-iters"):
+        build_with(10_000, one, other)
+    for data in ([one], ["1", one, "1", other]):
+        lasting, validation, test = build_with(10_000, *data)
+        assert len(lasting) >= 10_000
+        assert len(validation) >= 9
+        assert test is None
+
+
 def test_token_that_the_tokenizer_lacks_is_named(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     built = build_tokenizer(arguments(folder))
     monkeypatch.setattr(batch, "get_tokenizer", lambda: built)

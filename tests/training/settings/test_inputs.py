@@ -1,10 +1,13 @@
 """Runs with `--change-routing-mask` continue with another routing mask; the datasets of a run are checked."""
 
+import json
+import re
 from argparse import Namespace
 from itertools import product
 from pathlib import Path
 from unittest.mock import Mock
 
+import numpy as np
 import pytest
 from megatron.core.transformer.transformer_config import TransformerConfig
 from support.datasets import write_documents
@@ -15,6 +18,7 @@ from maskmoe.checkpoint.routing_mask import read_routing_mask
 from maskmoe.checkpoint.series import checkpoint_path
 from maskmoe.command_line.build_routing_mask import read_mask
 from maskmoe.data.indexed_dataset import DatasetIndex, read_index
+from maskmoe.data.tokenizer import TokenizerRecord
 from maskmoe.errors import UserError
 from maskmoe.routing_mask.mask import MaskChange, RoutingMask
 from maskmoe.routing_mask.widening import widen_routing_mask
@@ -177,11 +181,10 @@ def args(tmp_path) -> Namespace:
     for number in range(40):
         write_documents(tmp_path / str(number), [range(3)] * 10)
     paths = dict.fromkeys(("train_data_path", "valid_data_path", "test_data_path"))
-    files = {"data_args_path": None, "per_split_data_args_path": None, "mock_data": False}
+    files = dict.fromkeys(("data_args_path", "per_split_data_args_path", "per_dataset_sequences_path"))
+    lengths = {"seq_length": 2, "full_validation": False, "eval_iters": 1}
     data_path = [str(tmp_path / str(number)) for number in range(40)]
-    return Namespace(
-        **paths, **files, data_path=data_path, split="9,1,0", skip_train=False, full_validation=False, eval_iters=1
-    )
+    return Namespace(**paths, **files, **lengths, data_path=data_path, split="9,1,0", mock_data=False, skip_train=False)
 
 
 def test_few_files_are_open_at_a_time(args):
@@ -194,6 +197,52 @@ def test_every_dataset_has_all_parts(args):
     write_documents(args.data_path[-1], [range(3)])
     error, _ = data_errors(args, None, 10, DataShare())
     assert error.startswith(f"dataset {args.data_path[-1]}: --split 8,1,1 leaves the validation part no tokens")
+
+
+def test_datasets_without_weights_have_a_sample_in_each_part(args):
+    """Megatron reads them once, and repeats all other datasets."""
+    args.seq_length = 3
+    error, *others = data_errors(args, None, 10, DataShare())
+    assert len(others) == 39
+    assert error.startswith(f"dataset {args.data_path[0]}: its validation part has 3 tokens, too few for a sample of 4")
+    args.data_path = [word for prefix in args.data_path for word in ("1", prefix)]
+    assert list(data_errors(args, None, 10, DataShare())) == []
+
+
+def test_sizes_that_replace_the_header_of_an_index(tmp_path, args):
+    """Megatron would read int32 ids as twice as many uint16 ids, half of them 0."""
+    args.data_path = args.data_path[:1]
+    args.per_dataset_sequences_path = tmp_path / "sizes.json"
+    for content, vocab_size, message in (
+        ({args.data_path[0]: [10, 11]}, 1 << 16, None),
+        ({args.data_path[0]: [10, 11]}, (1 << 16) + 1, "has uint16 ids, which Megatron would read as int32"),
+        ({args.data_path[0]: [9, 10]}, 10, r"has \[9, 10\] for dataset .*, not \[10, 11\]"),
+        ({}, 10, "has None for dataset"),
+    ):
+        args.per_dataset_sequences_path.write_text(json.dumps(content))
+        errors = list(data_errors(args, None, vocab_size, DataShare()))
+        assert len(errors) == (message is not None)
+        assert message is None or re.search(message, errors[0])
+    write_documents(args.data_path[0], [range(3)] * 10, np.int32)
+    args.per_dataset_sequences_path.write_text(json.dumps({args.data_path[0]: [10, 11]}))
+    assert list(data_errors(args, None, None, DataShare())) == []
+    (error,) = data_errors(args, None, 1 << 16, DataShare())
+    assert "has int32 ids, which Megatron would read as uint16" in error
+
+
+def test_documents_end_with_the_id_that_flags_look_for(args, monkeypatch):
+    """Two settings beside one `tokenizer.json`, of a base model and of a chat model, can name different ids."""
+    made_with = TokenizerRecord("HuggingFaceTokenizer", "tokenizer.json", "0" * 64, 10, 3)
+    args.data_path = args.data_path[:1]
+    write_documents(args.data_path[0], [range(4)] * 10, tokenizer=made_with)
+    args.tokenizer_sha256, args.tokenizer_model = made_with.sha256, "chat"
+    flags = dict.fromkeys(("eod_mask_loss", "reset_attention_mask", "reset_position_ids"), False)
+    for flag, eod_id in product((None, *flags), (3, 4, None)):
+        monkeypatch.setattr(inputs, "get_tokenizer", lambda: Namespace(eod=eod_id))  # noqa: B023 - called in this turn
+        vars(args).update(flags | ({} if flag is None else {flag: True}))
+        errors = list(data_errors(args, None, 10, DataShare()))
+        assert len(errors) == (flag is not None and eod_id != 3)
+        assert all(f"now names id {eod_id}, which --eod-mask-loss" in error for error in errors)
 
 
 def test_file_that_has_changed_since_it_was_counted(tmp_path, args, monkeypatch):
