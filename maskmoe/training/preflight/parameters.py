@@ -29,12 +29,7 @@ from torch.testing._internal.distributed.fake_pg import FakeStore
 from maskmoe.routing_mask.feed_forward_layers import FeedForwardLayers
 from maskmoe.routing_mask.frequency import ExpertUse
 from maskmoe.routing_mask.mask import MaskProvenance, RoutingMask, pack_sets
-from maskmoe.training.loop.model_builder import (
-    MaskMoEGPTModelBuilder,
-    MaskMoEHybridModelBuilder,
-    MaskMoEModelConfig,
-    StageBuilder,
-)
+from maskmoe.training.loop.model_builder import MaskMoEModelConfig, StageBuilder
 from maskmoe.training.settings.layout import Layout
 from maskmoe.transformer.experts import GroupedMLP
 from maskmoe.transformer.layer_specs import map_spec
@@ -208,14 +203,6 @@ class _Counting(StageBuilder):
         return map_spec(super().layer_specs(visible_experts, vp_stage), substitute)
 
 
-class _CountingGPTModelBuilder(_Counting, MaskMoEGPTModelBuilder):
-    pass
-
-
-class _CountingHybridModelBuilder(_Counting, MaskMoEHybridModelBuilder):
-    pass
-
-
 def _changed(config: MaskMoEModelConfig, settings: Mapping[str, Any]) -> MaskMoEModelConfig:
     """Return a copy of a configuration in which some settings of the transformer are replaced."""
     transformer = copy.copy(config.transformer)
@@ -260,8 +247,7 @@ def _count_stage(config: MaskMoEModelConfig, layout: Layout, stage: int) -> tupl
 def _count_chunk(config: MaskMoEModelConfig, groups: ProcessGroupCollection, vp_stage: int | None) -> Chunk:
     """Build one model chunk on tensors without storage, and count its parameters."""
     with FakeTensorMode():
-        is_hybrid = isinstance(config.megatron, HybridModelConfig)
-        builder: Any = _CountingHybridModelBuilder if is_hybrid else _CountingGPTModelBuilder
+        builder: Any = type("_CountingBuilder", (_Counting, config.get_builder_cls()), {})
         model = builder(config).build_model(groups, vp_stage=vp_stage)
     parameters = Counter(dict.fromkeys(PARTS, 0))
     experts_of_rank = (config.transformer.num_moe_experts or 0) // groups.ep.size()
