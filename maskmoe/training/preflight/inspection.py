@@ -118,7 +118,7 @@ class Inspection(RunChecks):
                 # Build the model without memory.
                 with megatrons_checks("the model cannot be made"):
                     model = count_parameters(args, config, self.mask)
-                memory, cost = compute_memory(args, config.transformer, model), compute_cost(args, model.expert_use)
+                memory, cost = compute_memory(args, config.transformer, model), compute_cost(args, model.mean_experts)
             except UserError as error:
                 # Libraries that only this machine lacks are no error of the run.
                 (self.notes if self._lacks_libraries else errors).append(str(error))

@@ -27,7 +27,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.testing._internal.distributed.fake_pg import FakeStore
 
 from maskmoe.routing_mask.feed_forward_layers import FeedForwardLayers
-from maskmoe.routing_mask.frequency import ExpertUse
+from maskmoe.routing_mask.frequency import mean_experts_per_token
 from maskmoe.routing_mask.mask import MaskProvenance, RoutingMask, pack_sets
 from maskmoe.training.loop.model_builder import MaskMoEModelConfig, StageBuilder
 from maskmoe.training.settings.layout import Layout
@@ -114,7 +114,8 @@ class ModelParameters:
         whole: The model as one rank without parallelism holds it.
         stages: The chunks of one rank of each pipeline stage.
         num_experts: Number of routed experts in a layer; None for a model without experts.
-        expert_use: How many experts tokens use.
+        topk: The most experts of a token; 0 for a model without experts.
+        mean_experts: The mean number of experts that tokens use under the routing mask.
         mask_bytes: The bytes that the routing mask takes on the device in each chunk.
         padded_vocab_size: Number of rows of the embedding.
     """
@@ -122,7 +123,8 @@ class ModelParameters:
     whole: Chunk
     stages: tuple[tuple[Chunk, ...], ...]
     num_experts: int | None
-    expert_use: ExpertUse
+    topk: int
+    mean_experts: float
     mask_bytes: int
     padded_vocab_size: int
 
@@ -152,12 +154,13 @@ def count_parameters(args: Namespace, config: MaskMoEModelConfig, mask: RoutingM
     buffers: Iterable[torch.Tensor] = ()
     if mask is not None and mask.num_experts == args.num_experts:  # a mask that does not fit is an error of its own
         buffers = VisibleExperts(config.transformer, mask, ProcessGroupCollection()).buffers()
-    layers = FeedForwardLayers.of_args(args)
+    topk = args.moe_router_topk if args.num_experts else 0
     return ModelParameters(
         whole,
         stages=tuple(_count_stage(local, layout, stage) for stage in range(layout.pipeline)),
         num_experts=args.num_experts,
-        expert_use=ExpertUse.from_mask(mask, args.moe_router_topk if args.num_experts else 0, layers),
+        topk=topk,
+        mean_experts=mean_experts_per_token(mask, topk, FeedForwardLayers.of_args(args)),
         mask_bytes=sum(buffer.nbytes for buffer in buffers),
         padded_vocab_size=args.padded_vocab_size,
     )

@@ -11,7 +11,6 @@ from megatron.core.models.hybrid.hybrid_layer_allocation import Symbols
 from megatron.training.training import num_floating_point_operations
 
 from maskmoe.files.outputs import render_template
-from maskmoe.routing_mask.frequency import ExpertUse
 from maskmoe.training.preflight.memory import ESTIMATED, EXACT, MemoryReport
 from maskmoe.training.preflight.parameters import Chunk, ModelParameters
 from maskmoe.training.settings.layout import Layout, trained_samples
@@ -45,15 +44,15 @@ class TrainingCost:
         return self.flops_per_token * self.tokens
 
 
-def compute_cost(args: Namespace, expert_use: ExpertUse) -> TrainingCost:
+def compute_cost(args: Namespace, mean_experts: float) -> TrainingCost:
     """Count the operations of a training run as Megatron does, with the experts that tokens use under the mask.
 
     Args:
         args: Arguments that Megatron has validated.
-        expert_use: How many experts tokens use.
+        mean_experts: The mean number of experts that tokens use.
     """
     counted = deepcopy(args)
-    counted.moe_router_topk = expert_use.mean
+    counted.moe_router_topk = mean_experts
     if args.hybrid_layer_pattern is not None:
         # Megatron counts no latent attention in hybrid models. Count it as attention.
         counted.hybrid_layer_pattern = args.hybrid_layer_pattern.replace(Symbols.MLA, Symbols.ATTENTION)
@@ -109,7 +108,7 @@ class Report:
             derived = ("data", "expert_data", "micro_batches", "tokens_per_step")
             layout = asdict(self.layout) | {name: getattr(self.layout, name) for name in derived}
         if self.model:
-            whole, use = self.model.whole, self.model.expert_use
+            whole = self.model.whole
             layers = {
                 "multi_token_prediction": len(whole.predictions),
                 "kinds": _count_kinds(whole.layers),
@@ -119,10 +118,10 @@ class Report:
                 "total": whole.num_parameters,
                 "parts": dict(whole.parameters),
                 "routed_experts": whole.expert_parameters,
-                "active": self.model.active(use.most),
-                "experts_per_token": use.most,
-                "mean_active": self.model.active(use.mean),
-                "mean_experts_per_token": use.mean,
+                "active": self.model.active(self.model.topk),
+                "experts_per_token": self.model.topk,
+                "mean_active": self.model.active(self.model.mean_experts),
+                "mean_experts_per_token": self.model.mean_experts,
                 "padded_vocab_size": self.model.padded_vocab_size,
             }
         if self.memory:
