@@ -12,7 +12,6 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, fields, replace
 from typing import Any
 
-import numpy as np
 import torch
 from megatron.core import parallel_state
 from megatron.core.models.hybrid.hybrid_layer_allocation import Symbols
@@ -26,9 +25,10 @@ from megatron.training.models.hybrid import HybridModelConfig
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.testing._internal.distributed.fake_pg import FakeStore
 
+from maskmoe.routing_mask.assignment import MaskRecipe, build_routing_mask
 from maskmoe.routing_mask.feed_forward_layers import FeedForwardLayers
 from maskmoe.routing_mask.frequency import mean_experts_per_token
-from maskmoe.routing_mask.mask import MaskProvenance, RoutingMask, pack_sets
+from maskmoe.routing_mask.mask import RoutingMask
 from maskmoe.training.loop.model_builder import MaskMoEModelConfig, StageBuilder
 from maskmoe.training.settings.layout import Layout
 from maskmoe.transformer.experts import GroupedMLP
@@ -191,9 +191,7 @@ class _Counting(StageBuilder):
     def visible_experts(self, pg_collection: ProcessGroupCollection, vp_stage: int | None) -> VisibleExperts:
         """Return the visible experts of a mask that fits every model."""
         config = self.config.transformer
-        num_experts, provenance = config.num_moe_experts, MaskProvenance("uniform", 0.0, None, seed=0)
-        single_experts = pack_sets(np.eye(num_experts, dtype=bool))[None]
-        mask = RoutingMask(np.zeros((1, 1), np.int16), single_experts, 1, num_experts, 1, provenance)
+        mask = build_routing_mask(MaskRecipe.from_preset("smoe", config.num_moe_experts, num_layers=1), vocab_size=1)
         return VisibleExperts(config, mask, pg_collection, vp_stage)
 
     def layer_specs(self, visible_experts: VisibleExperts | None, vp_stage: int | None) -> dict[str, Any]:
