@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING, Any, BinaryIO
 from pydantic import BaseModel
 
 from maskmoe.errors import UserError
-from maskmoe.files.outputs import atomic_output
+from maskmoe.files.outputs import write_text
 from maskmoe.files.untrusted import UnusableFile, check_name, open_regular, read_json_bytes, resolve_inside
 
 if TYPE_CHECKING:
@@ -102,15 +102,9 @@ class Manifest(BaseModel):
             records = readers.map(digest_and_size, (folder / name for name in names))
             return cls.of(dict(zip(names, records, strict=True)))
 
-    @property
-    def has_sizes(self) -> bool:
-        """Whether the manifest has the sizes of all files, and the layout among them."""
-        return LAYOUT_FILE in self.files and self.files.keys() == self.sizes.keys()
-
     def save(self, checkpoint: Path, name: str = MANIFEST_FILE) -> None:
         """Write the manifest into the folder of a checkpoint, atomically."""
-        with atomic_output(checkpoint / name) as path:
-            path.write_text(self.model_dump_json(indent=2))
+        write_text(checkpoint / name, self.model_dump_json(indent=2))
 
     @classmethod
     def load(cls, checkpoint: Path) -> "Manifest":
@@ -179,7 +173,7 @@ def check_structure(checkpoint: Path) -> None:
         raise Damage(checkpoint, f"holds {_LEGACY_FILE}, which was not saved with it")
     if manifest.iteration not in (None, iteration_of(checkpoint)) and iteration_of(checkpoint) is not None:
         raise Damage(checkpoint, f"was saved as the checkpoint of iteration {manifest.iteration}")
-    if manifest.has_sizes:
+    if LAYOUT_FILE in manifest.files and manifest.files.keys() == manifest.sizes.keys():
         _check_digest(checkpoint, LAYOUT_FILE, manifest.files[LAYOUT_FILE])
         return
     for name, needed in _needed_sizes(checkpoint).items():

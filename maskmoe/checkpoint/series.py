@@ -17,7 +17,7 @@ from maskmoe.checkpoint.integrity import (
     iteration_of,
 )
 from maskmoe.errors import UserError
-from maskmoe.files.outputs import atomic_output
+from maskmoe.files.outputs import write_text
 from maskmoe.files.paths import check_folder
 from maskmoe.files.untrusted import UnusableFile, read_bounded
 
@@ -98,8 +98,7 @@ def describe_missing(folder: str | Path) -> str:
 
 def write_tracker(folder: str | Path, iteration: int | str) -> None:
     """Record the newest checkpoint, an iteration or `RELEASE`, in Megatron's tracker file, atomically."""
-    with atomic_output(Path(folder) / TRACKER) as path:
-        path.write_text(str(iteration))
+    write_text(Path(folder) / TRACKER, str(iteration))
 
 
 def read_tracker(folder: str | Path) -> int | str | None:

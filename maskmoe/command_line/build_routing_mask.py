@@ -212,7 +212,7 @@ def _make_mask(arguments: argparse.Namespace, frequency: TokenFrequency | None) 
 
 def _inputs(arguments: argparse.Namespace) -> list[Path]:
     """Return the files and folders that the command reads."""
-    table = arguments.expert_table and Path(ExpertTable.path_of(arguments.expert_table))
+    table = arguments.expert_table and Path(arguments.expert_table.partition(":")[0])
     return [path for path in (arguments.token_frequency, table, arguments.routing_mask) if path]
 
 

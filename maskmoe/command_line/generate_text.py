@@ -24,7 +24,7 @@ from maskmoe.command_line.parser import add_force_argument, add_option, add_seed
 from maskmoe.conversion.settings import CONFIG_FILE
 from maskmoe.data.prompts import KEY, read_prompts
 from maskmoe.errors import UserError
-from maskmoe.files.outputs import atomic_output, check_outputs
+from maskmoe.files.outputs import check_outputs, write_text
 from maskmoe.files.paths import check_folder
 from maskmoe.files.untrusted import refuse_surrogates
 
@@ -102,8 +102,7 @@ def main() -> None:
     output = "\n".join(texts)
     print(output)
     if arguments.output is not None:
-        with atomic_output(arguments.output) as path:
-            path.write_text(output + "\n", encoding="utf-8")
+        write_text(arguments.output, output + "\n")
 
 
 @contextmanager

@@ -29,7 +29,7 @@ from typing import Any
 from maskmoe.command_line import ranges
 from maskmoe.command_line.parser import add_force_argument, add_workers_argument, command_parser
 from maskmoe.data.dataset_writing import IndexedDatasetWriter, merge_datasets
-from maskmoe.data.inputs import FORMATS, ReadingOptions, Shard, unescape
+from maskmoe.data.inputs import FORMATS, Shard, unescape
 from maskmoe.data.preprocess import preprocess
 from maskmoe.data.tokenizer import TOKENIZER_TYPES
 
@@ -94,6 +94,7 @@ def _parser() -> argparse.ArgumentParser:
     )
     parser.add_argument(
         "--shard",
+        type=Shard.parse,
         metavar="I/N",
         help="encode part I of N parts of the files, of about equal size, I from 0 to N - 1; the output prefix becomes "
         "PREFIX-I-of-N with five digits each",
@@ -110,11 +111,7 @@ def _encode(parser: argparse.ArgumentParser, settings: dict[str, Any]) -> Sequen
     del settings["merge"]
     if settings["json_keys"] is None:
         del settings["json_keys"]
-    shard = settings.pop("shard")
-    options = pop_reading_options(settings)
-    return preprocess(
-        settings.pop("input"), options=options, shard=None if shard is None else Shard.parse(shard), **settings
-    )
+    return preprocess(settings.pop("input"), **settings)
 
 
 def _merge(parser: argparse.ArgumentParser, settings: dict[str, Any]) -> Sequence[IndexedDatasetWriter]:
@@ -161,17 +158,8 @@ def add_text_arguments(
     parser.add_argument("--json-keys", nargs="+", default=["text"], metavar="KEY", help=keys)
     parser.add_argument(
         "--document-separator",
+        type=unescape,
         metavar="TEXT",
         help=r"text between two documents of a plain text file, such as '\n\n' or '<|endoftext|>'; the separator is "
         "left out (default: a file is a document)",
     )
-
-
-def pop_reading_options(settings: dict[str, Any]) -> ReadingOptions:
-    """Remove the flags that say how texts are read from the parsed flags, and return their values.
-
-    Raises:
-        UserError: The separator has an unknown escape.
-    """
-    separator = settings.pop("document_separator")
-    return ReadingOptions(settings.pop("input_format"), None if separator is None else unescape(separator))

@@ -14,7 +14,7 @@ from pathlib import Path
 
 from maskmoe.command_line.parser import add_force_argument, command_parser
 from maskmoe.errors import UserError
-from maskmoe.files.outputs import atomic_output, check_outputs, lies_inside
+from maskmoe.files.outputs import check_outputs, lies_inside, write_text
 from maskmoe.files.paths import check_folder
 
 _REPLACEABLE = ("report.html", "status.html", "status.json")  # the only files of a run folder that --force replaces
@@ -51,8 +51,7 @@ def main() -> None:
     if arguments.html is not None:
         write_page(status, arguments.html)
     if arguments.json is not None:
-        with atomic_output(arguments.json) as temporary:
-            temporary.write_text(f"{json.dumps(status.to_json())}\n", encoding="utf-8")
+        write_text(arguments.json, f"{json.dumps(status.to_json())}\n")
 
 
 def _check_is_no_file_of_run(outputs: Iterable[Path], run: Path, folders: Iterable[Path]) -> None:

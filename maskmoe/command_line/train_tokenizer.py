@@ -14,7 +14,7 @@ from collections.abc import Iterator, Sequence
 
 from maskmoe.command_line import ranges
 from maskmoe.command_line.parser import add_force_argument, add_option, add_seed_argument, command_parser
-from maskmoe.command_line.preprocess_data import add_text_arguments, pop_reading_options
+from maskmoe.command_line.preprocess_data import add_text_arguments
 from maskmoe.data.documents import progress_bar, read_blocks
 from maskmoe.data.inputs import Input, find_inputs
 from maskmoe.data.tokenizer_training import train_tokenizer, vocabulary_lines
@@ -51,7 +51,7 @@ def main() -> None:
     add_force_argument(parser)
     settings = vars(parser.parse_args())
     prefix, names = settings.pop("output_prefix"), settings.pop("input")
-    inputs = find_inputs(names, pop_reading_options(settings))
+    inputs = find_inputs(names, settings.pop("input_format"), settings.pop("document_separator"))
     outputs = [f"{prefix}.model", f"{prefix}.vocab"]
     check_outputs(outputs, [*names, *(source.path for source in inputs)], settings.pop("force"))
     # No output is open during the training, which a signal ends at once.

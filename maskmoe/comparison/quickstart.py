@@ -19,7 +19,7 @@ from maskmoe.data.documents import read_documents
 from maskmoe.errors import UserError
 from maskmoe.files.flags import flag_words, override
 from maskmoe.files.json_files import read_json
-from maskmoe.files.outputs import atomic_output, render_template
+from maskmoe.files.outputs import atomic_output, render_template, write_text
 from maskmoe.launch.command import entry_point, standalone_command
 from maskmoe.launch.machine import Devices
 from maskmoe.launch.model_file import Flags
@@ -211,8 +211,7 @@ def write_report(quickstart: Quickstart, seconds: Mapping[str, float]) -> str:
         "model": quickstart.model,
     }
     report = render_template("maskmoe.comparison", "quickstart.md.j2", values, {"table": markdown_table})
-    with atomic_output(run.folder / "report.md") as path:
-        path.write_text(report, encoding="utf-8")
+    write_text(run.folder / "report.md", report)
     return report
 
 

@@ -11,7 +11,7 @@ from maskmoe.comparison.run import OWN_TEXT
 from maskmoe.comparison.statistics import mean, paired_difference, unpaired_difference
 from maskmoe.comparison.suite import Suite
 from maskmoe.comparison.table import ALL_TOKENS, RunResult
-from maskmoe.files.outputs import atomic_output
+from maskmoe.files.outputs import atomic_output, write_text
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -30,8 +30,7 @@ def write_report(suite: Suite, name: str, results: Sequence[RunResult], folder: 
     folder.mkdir(parents=True, exist_ok=True)
     with atomic_output(folder / "losses.png") as path:
         _draw(suite, results).savefig(path, format="png")
-    with atomic_output(folder / "README.md") as path:
-        path.write_text("\n\n".join(_page(suite, name, results)) + "\n", encoding="utf-8")
+    write_text(folder / "README.md", "\n\n".join(_page(suite, name, results)) + "\n")
     return folder / "README.md"
 
 

@@ -9,7 +9,7 @@ from maskmoe.comparison.stage import Stage, maskmoe_command
 from maskmoe.comparison.suite import Suite, Variant
 from maskmoe.errors import UserError
 from maskmoe.files.flags import flag_words, flags_to_yaml
-from maskmoe.files.outputs import atomic_output
+from maskmoe.files.outputs import write_text
 from maskmoe.files.run_folder import CHECKPOINTS, TENSORBOARD
 from maskmoe.launch.command import entry_point, standalone_command
 from maskmoe.launch.machine import Devices
@@ -124,8 +124,7 @@ class Run:
         text = flags_to_yaml(_escape(self.flags()), layouts)
         if not self.model_file.exists() or self.model_file.read_text(encoding="utf-8") != text:
             self.folder.mkdir(parents=True, exist_ok=True)
-            with atomic_output(self.model_file) as path:
-                path.write_text(text, encoding="utf-8")
+            write_text(self.model_file, text)
 
     def stages(self) -> tuple[Stage, ...]:
         """Return all stages from the mask to the evaluations."""

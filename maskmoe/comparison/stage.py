@@ -22,7 +22,7 @@ import psutil
 from tqdm import tqdm
 
 from maskmoe.errors import RunFailure, UserError, listed
-from maskmoe.files.outputs import atomic_output
+from maskmoe.files.outputs import write_text
 from maskmoe.files.paths import short_path
 from maskmoe.processes.interruption import SHUTDOWN_TIMEOUT, SIGNALS_THAT_END_TOOLS, deferring_signals, handling_signals
 from maskmoe.processes.lifetimes import end_with_parent, send_signal
@@ -173,8 +173,7 @@ class StageFolder:
 
     def _write_commands(self, stages: Sequence[Stage]) -> None:
         self.path.mkdir(parents=True, exist_ok=True)
-        with atomic_output(self.path / "commands.sh") as path:
-            path.write_text("\n\n".join(["#!/bin/sh", *map(str, stages)]) + "\n", encoding="utf-8")
+        write_text(self.path / "commands.sh", "\n\n".join(["#!/bin/sh", *map(str, stages)]) + "\n")
 
     def begin(self, stage: Stage) -> None:
         """Record that a stage starts. Files that it cannot resume from are moved into `previous/`; a line says why."""
@@ -262,8 +261,7 @@ class StageFolder:
 
     def _write(self, stage: Stage, seconds: float | None) -> None:
         self._record_file(stage).parent.mkdir(exist_ok=True)
-        with atomic_output(self._record_file(stage)) as path:
-            path.write_text(json.dumps({"settings": stage.settings, "seconds": seconds}, indent=1), encoding="utf-8")
+        write_text(self._record_file(stage), json.dumps({"settings": stage.settings, "seconds": seconds}, indent=1))
 
 
 def _start(stage: Stage, log: Path) -> psutil.Popen:

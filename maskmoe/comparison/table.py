@@ -19,7 +19,7 @@ from maskmoe import __version__
 from maskmoe.comparison.run import OWN_TEXT, Run
 from maskmoe.errors import UserError
 from maskmoe.files.json_files import first_problem, read_json
-from maskmoe.files.outputs import atomic_output
+from maskmoe.files.outputs import write_text
 from maskmoe.files.paths import SUBMIT_SCRIPT
 from maskmoe.routing_mask.mask import RoutingMask
 from maskmoe.run_status.events import read_events
@@ -166,8 +166,7 @@ def merge(results: Iterable[RunResult]) -> list[RunResult]:
 
 def write_table(path: Path, results: Iterable[RunResult]) -> None:
     """Replace the file of a table."""
-    with atomic_output(path) as temporary:
-        temporary.write_text("".join(f"{result.model_dump_json()}\n" for result in results), encoding="utf-8")
+    write_text(path, "".join(f"{result.model_dump_json()}\n" for result in results))
 
 
 def _origin(run: Run) -> dict[str, str]:

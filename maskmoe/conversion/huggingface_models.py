@@ -13,7 +13,7 @@ from transformers import GenerationConfig
 
 from maskmoe.checkpoint.integrity import Damage, Manifest, check_content
 from maskmoe.conversion.families import open_huggingface
-from maskmoe.conversion.model_files import SINGLE_FILE, SafetensorsSource, has_safetensors, write_safetensors
+from maskmoe.conversion.model_files import INDEX_SUFFIX, SINGLE_FILE, SafetensorsSource, write_safetensors
 from maskmoe.conversion.model_tensors import (
     OpenedModel,
     check_mask,
@@ -75,7 +75,7 @@ def open_model(folder: Path, mask: RoutingMask | None = None) -> OpenedModel:
         mtp = SafetensorsSource(folder, MTP_FILE)
         check_tensors(mtp.tensors, mtp_shapes, str(folder / MTP_FILE))
         source = JoinedSource(source, mtp)
-    if has_safetensors(folder, _PADDING_FILE):
+    if any((folder / name).exists() for name in (_PADDING_FILE, f"{_PADDING_FILE}{INDEX_SUFFIX}")):
         source = JoinedSource(source, SafetensorsSource(folder, _PADDING_FILE))
     return OpenedModel(source, config, _read_args(folder / _ARGS_FILE))
 

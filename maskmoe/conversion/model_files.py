@@ -43,11 +43,6 @@ class _Index(BaseModel):
     weight_map: dict[str, Annotated[str, Field(pattern=r"^[^/]+$", max_length=255)]]
 
 
-def has_safetensors(folder: Path, single_file: str) -> bool:
-    """Return whether a folder has tensors in a file of this name, or in several files with an index of this name."""
-    return any((folder / name).exists() for name in (single_file, f"{single_file}{INDEX_SUFFIX}"))
-
-
 class SafetensorsSource:
     """Provides the tensors of a folder with `model.safetensors`, or with several files and their index.
 

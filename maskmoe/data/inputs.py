@@ -30,22 +30,6 @@ _FORMAT_OF_SUFFIX = {
 
 
 @dataclass(frozen=True)
-class ReadingOptions:
-    """How inputs are read.
-
-    Attributes:
-        format: One of `FORMATS` for all inputs. None derives the format of each input from the name's suffix.
-        separator: Text that ends a document of plain text. None makes a document of each file, see `text_files`.
-    """
-
-    format: str | None = None
-    separator: str | None = None
-
-
-DEFAULT_OPTIONS = ReadingOptions()
-
-
-@dataclass(frozen=True)
 class Input:
     """One input.
 
@@ -82,17 +66,22 @@ class Input:
         return open(self.path, "rb")
 
 
-def find_inputs(names: Sequence[str | Path], options: ReadingOptions = DEFAULT_OPTIONS) -> list[Input]:
+def find_inputs(names: Sequence[str | Path], format: str | None = None, separator: str | None = None) -> list[Input]:
     """Return the inputs that the names stand for, in order.
+
+    Args:
+        names: Names of files, pipes and saved datasets, or `-` for standard input.
+        format: One of `FORMATS` for all inputs. None derives the format of each input from the name's suffix.
+        separator: Text that ends a document of plain text. None makes a document of each file, see `text_files`.
 
     Raises:
         UserError: A name stands for nothing that can be read, a pipe is named twice, or an option fits no input.
     """
-    inputs = [source for name in names for source in _find(str(name), options)]
+    inputs = [source for name in names for source in _find(str(name), format, separator)]
     streams = [source.path for source in inputs if source.is_stream]
     if len(set(streams)) < len(streams):
         raise UserError("a pipe or standard input is named twice as input, but it can be read only once")
-    if options.separator is not None and all(source.format != "text" for source in inputs):
+    if separator is not None and all(source.format != "text" for source in inputs):
         raise UserError("--document-separator divides plain text, but no input is plain text")
     return inputs
 
@@ -118,7 +107,7 @@ def compression_of_name(name: str) -> str | None:
     return _COMPRESSION_OF_SUFFIX.get(Path(name).suffix.lower())
 
 
-def _find(name: str, options: ReadingOptions) -> list[Input]:
+def _find(name: str, format: str | None, separator: str | None) -> list[Input]:
     """Return the inputs that a name stands for: several for a saved dataset, else one."""
     name = STANDARD_INPUT if name == "/dev/stdin" else name
     try:
@@ -129,18 +118,17 @@ def _find(name: str, options: ReadingOptions) -> list[Input]:
         place = "standard input" if name == STANDARD_INPUT else name
         raise UserError(f"input {place} cannot be read: {getattr(error, 'strerror', None) or error}") from error
     if stat.S_ISDIR(status.st_mode):
-        if options.format not in (None, "arrow"):
-            raise UserError(f"input {name} is a folder, but --input-format {options.format} is for files")
+        if format not in (None, "arrow"):
+            raise UserError(f"input {name} is a folder, but --input-format {format} is for files")
         return _find_saved_dataset(Path(name))
     if name != STANDARD_INPUT and (stat.S_ISCHR(status.st_mode) or stat.S_ISBLK(status.st_mode)):
         raise UserError(f"input {name} is a device, not a file or a pipe")
     size = status.st_size if stat.S_ISREG(status.st_mode) else None
     is_stream = size is None or name == STANDARD_INPUT or name.startswith("/dev/fd/")
-    format_ = options.format or _format_of(name) or ("jsonl" if is_stream else "text")
-    if format_ in ("parquet", "arrow") and is_stream:
+    format = format or _format_of(name) or ("jsonl" if is_stream else "text")
+    if format in ("parquet", "arrow") and is_stream:
         raise UserError("Parquet and Arrow files cannot be read from a pipe or from standard input; name the file")
-    separator = options.separator.encode() if options.separator is not None and format_ == "text" else None
-    return [Input(name, format_, size, separator)]
+    return [Input(name, format, size, separator.encode() if separator is not None and format == "text" else None)]
 
 
 def _format_of(name: str) -> str | None:

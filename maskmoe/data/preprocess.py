@@ -18,9 +18,7 @@ from maskmoe.data.dataset_writing import IndexedDatasetWriter, copy_shuffled
 from maskmoe.data.documents import Block, progress_bar, read_blocks
 from maskmoe.data.indexed_dataset import dataset_files, optimal_dtype
 from maskmoe.data.inputs import (
-    DEFAULT_OPTIONS,
     Input,
-    ReadingOptions,
     Shard,
     find_inputs,
     take_shard,
@@ -91,7 +89,8 @@ def preprocess(
     workers: int | None = 1,
     shuffle_seed: int | None = None,
     force: bool = False,
-    options: ReadingOptions = DEFAULT_OPTIONS,
+    input_format: str | None = None,
+    document_separator: str | None = None,
     shard: Shard | None = None,
 ) -> list[IndexedDatasetWriter]:
     """Encode text into one indexed dataset for each key, named `OUTPUT_PREFIX_KEY_document` as by Megatron.
@@ -109,7 +108,8 @@ def preprocess(
         shuffle_seed: Seed of a random order of the documents, the same for all keys. None keeps the order of the input.
             With a seed, the datasets take twice their space on disk while they are written.
         force: Whether to replace datasets of these names.
-        options: How the inputs are read.
+        input_format: See `find_inputs`.
+        document_separator: See `find_inputs`.
         shard: The part of the inputs to encode. `Shard.prefix(output_prefix)` then replaces `output_prefix`, and a
             dataset may be empty.
 
@@ -121,7 +121,7 @@ def preprocess(
             no end-of-text id in its vocabulary and `append_eod` is true. Then nothing is written, and earlier datasets
             of these names stay as they were.
     """
-    sources = find_inputs(inputs, options)
+    sources = find_inputs(inputs, input_format, document_separator)
     if shard is not None and shuffle_seed is not None:
         raise UserError("--shuffle-seed shuffles whole datasets, not shards: give it to --merge instead")
     prefixes = _prefixes(output_prefix if shard is None else shard.prefix(output_prefix), json_keys)

@@ -10,7 +10,7 @@ from typing import Any
 from pydantic import TypeAdapter, ValidationError
 
 from maskmoe.errors import UserError, one_line
-from maskmoe.files.outputs import atomic_output
+from maskmoe.files.outputs import write_text
 from maskmoe.files.untrusted import UnusableFile, read_json_bytes
 
 
@@ -52,8 +52,7 @@ def write_record(record: object, path: Path) -> None:
     """Write a dataclass as a JSON file, which replaces an older file atomically."""
     # A loss may be NaN, which `dump_json` would write as null.
     content = type_adapter(type(record)).dump_python(record)
-    with atomic_output(path) as temporary:
-        temporary.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
+    write_text(path, json.dumps(content, indent=2) + "\n")
 
 
 def first_problem(error: ValidationError) -> str:

@@ -101,6 +101,12 @@ def atomic_output(path: str | os.PathLike[str]) -> Iterator[Path]:
             temporary.unlink(missing_ok=True)
 
 
+def write_text(path: str | os.PathLike[str], text: str) -> None:
+    """Write a text file in UTF-8, which replaces an older file atomically. Raises UserError, see `atomic_output`."""
+    with atomic_output(path) as temporary:
+        temporary.write_text(text, encoding="utf-8")
+
+
 @contextmanager
 def unwinding_on_signals() -> Iterator[None]:
     """Let SIGTERM and SIGHUP raise `SystemExit(128 + number)` in the block, so that its context managers clean up.

@@ -3,8 +3,6 @@
 import os
 import re
 import stat
-import sys
-import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from io import BufferedReader
@@ -240,8 +238,7 @@ def reading(what: str, advice: str = "replace it by an intact copy") -> Iterator
     A library in Rust may even panic, which Python sees as a BaseException.
     """
     try:
-        with _hiding_messages_of_failures():
-            yield
+        yield
     except UserError:
         raise
     except BaseException as error:
@@ -249,23 +246,6 @@ def reading(what: str, advice: str = "replace it by an intact copy") -> Iterator
             raise
         reason = reason_of(error).removesuffix(f"; {advice}")
         raise UserError(f"{what} cannot be read; {advice}: {reason[:300]}") from error
-
-
-@contextmanager
-def _hiding_messages_of_failures() -> Iterator[None]:
-    """Hold back what the block prints on stderr, and drop it if the block fails: a panic prints several lines."""
-    sys.stderr.flush()
-    with tempfile.TemporaryFile() as messages:
-        kept = os.dup(2)
-        os.dup2(messages.fileno(), 2)
-        try:
-            yield
-            sys.stderr.flush()
-        finally:
-            os.dup2(kept, 2)
-            os.close(kept)
-        messages.seek(0)
-        os.write(2, messages.read())
 
 
 _HALF_OF_PAIR = re.compile("[\ud800-\udfff]")

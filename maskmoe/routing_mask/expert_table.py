@@ -183,11 +183,6 @@ class ExpertTable:
             temporary.write_bytes(save(tensors, {"routing_mask": self.name}))
         return list(tensors)
 
-    @staticmethod
-    def path_of(location: str) -> str:
-        """Return the file or folder of a location, see `read`."""
-        return location.partition(":")[0]
-
     def to_mask(self, num_experts: int, num_layers: int, vocab_size: int | None = None) -> RoutingMask:
         """Return the mask in which every id sees the k experts that the table names.
 

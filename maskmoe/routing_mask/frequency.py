@@ -4,7 +4,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property, partial
 from pathlib import Path
-from typing import Annotated, NamedTuple, Self
+from typing import Annotated, NamedTuple
 
 import numpy as np
 from pydantic import Field
@@ -82,10 +82,6 @@ class TokenFrequency(SealedTensors):
         return (tokens_drawn / tokens) @ self.counts
 
 
-MAX_VOCAB_SIZE = 1 << 24
-"""Upper bound of the number of ids, far above all tokenizers; keeps a wrong number from using all memory."""
-
-
 def count_token_frequency(
     data_path: Sequence[str], vocab_size: int, workers: int | None = None, progress: bool = False
 ) -> TokenFrequency:
@@ -102,8 +98,6 @@ def count_token_frequency(
         UserError: A dataset is missing, truncated or empty, or holds an id outside `[0, vocab_size)`; or the recorded
             tokenizers of the datasets differ from each other or have another number of ids than `vocab_size`.
     """
-    if not 1 <= vocab_size <= MAX_VOCAB_SIZE:
-        raise UserError(f"--vocab-size must be 1 to {MAX_VOCAB_SIZE}, not {vocab_size}")
     prefixes, weights = parse_data_path(data_path)
     datasets: list[CountedDataset] = []
     dtypes: list[np.dtype] = []
@@ -322,38 +316,23 @@ def overloading_ids(mask: RoutingMask, occurrences: np.ndarray) -> np.ndarray:
     return ids[np.argsort(-per_expert[ids], kind="stable")]
 
 
-@dataclass(frozen=True)
-class ExpertUse:
-    """The number of experts that tokens use, min(k, V) for a token with V visible experts.
+def mean_experts_per_token(mask: RoutingMask | None, topk: int, layers: FeedForwardLayers) -> float:
+    """Return the mean number of experts that tokens use, min(k, V) for a token with V visible experts.
 
-    Attributes:
-        most: The largest number, k; 0 for a model without experts.
-        mean: The mean over the tokens of the counted datasets.
+    The mean is over the tokens of the counted datasets. It assumes that the frequent ids have exactly the share of
+    occurrences that they were chosen to cover. The true share differs by less than the share of one id.
+
+    Args:
+        mask: The routing mask; None if there is none, so that every token uses `topk` experts.
+        topk: k.
+        layers: The feed-forward layers of the model; layers of the decoder that the mask lacks are left out.
     """
-
-    most: int
-    mean: float
-
-    @classmethod
-    def from_mask(cls, mask: RoutingMask | None, topk: int, layers: FeedForwardLayers) -> Self:
-        """Return the use of experts under a routing mask; without one, every token uses `topk` experts.
-
-        The mean assumes that the frequent ids have exactly the share of occurrences that they were chosen to cover. The
-        true share differs by less than the share of one id.
-
-        Args:
-            mask: The routing mask; None if there is none.
-            topk: k.
-            layers: The feed-forward layers of the model; layers of the decoder that the mask lacks are left out.
-        """
-        if mask is None:
-            return cls(topk, topk)
-        num_tables = len(mask.row_of_id)
-        numbers = [number for number, has_experts in enumerate(layers.decoder, start=1) if has_experts]
-        tables = sorted({table for number in numbers if (table := layers.table(number, num_tables)) < num_tables})
-        if not tables:
-            return cls(topk, topk)
-        return cls(topk, float(np.mean([_mean_use_in_table(mask, topk, table) for table in tables])))
+    if mask is None:
+        return topk
+    num_tables = len(mask.row_of_id)
+    numbers = [number for number, has_experts in enumerate(layers.decoder, start=1) if has_experts]
+    tables = sorted({table for number in numbers if (table := layers.table(number, num_tables)) < num_tables})
+    return float(np.mean([_mean_use_in_table(mask, topk, table) for table in tables])) if tables else topk
 
 
 def _mean_use_in_table(mask: RoutingMask, topk: int, table: int) -> float:

@@ -18,7 +18,7 @@ from tqdm import tqdm
 
 from maskmoe.data import documents as documents_module
 from maskmoe.data.documents import read_blocks, read_documents
-from maskmoe.data.inputs import ReadingOptions, find_inputs
+from maskmoe.data.inputs import find_inputs
 from maskmoe.errors import UserError
 
 COMPRESS = {"": bytes, ".gz": gzip.compress, ".zst": zstandard.compress}
@@ -128,7 +128,7 @@ def test_damaged_compression(tmp_path: Path, suffix: str, damage: Callable[[byte
 
 
 def separated(path: Path, separator: str) -> list[str]:
-    blocks = read_blocks(find_inputs([path], ReadingOptions(separator=separator)))
+    blocks = read_blocks(find_inputs([path], separator=separator))
     return [text for block in blocks for text in block.documents(["text"])[0]]
 
 

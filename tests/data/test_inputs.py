@@ -20,7 +20,7 @@ from sentencepiece import SentencePieceProcessor
 from maskmoe.command_line import preprocess_data, train_tokenizer
 from maskmoe.data.documents import read_blocks
 from maskmoe.data.indexed_dataset import open_tokens
-from maskmoe.data.inputs import Input, ReadingOptions, Shard, find_inputs, take_shard, unescape
+from maskmoe.data.inputs import Input, Shard, find_inputs, take_shard, unescape
 from maskmoe.errors import UserError
 
 LINES = b"".join(json.dumps({"text": f"text {number}"}).encode() + b"\n" for number in range(50))
@@ -28,7 +28,7 @@ DOCUMENTS = [f"text {number}" for number in range(50)]
 
 
 def documents(name: Path | str, *options: str | None) -> list[str]:
-    return texts_of(find_inputs([name], ReadingOptions(*options)))
+    return texts_of(find_inputs([name], *options))
 
 
 def texts_of(inputs: Sequence[Input]) -> list[str]:
@@ -272,7 +272,7 @@ def test_shards_hold_all_documents_in_order(tmp_path: Path, files: list[tuple[st
         if "hidden" in path.name:
             path.write_bytes(gzip.compress(path.read_bytes()))
     separator = "<sep>" if any(path.suffix == ".txt" for path in paths) else None
-    inputs = find_inputs(paths, ReadingOptions(separator=separator))
+    inputs = find_inputs(paths, separator=separator)
     parts = [take_shard(inputs, Shard(index, count)) for index in range(count)]
     assert [text for part in parts for text in texts_of(part)] == texts_of(inputs)
 

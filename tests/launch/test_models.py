@@ -76,7 +76,7 @@ def answer(ranks: int) -> dict[str, Any]:
     layout = report.layout
     return findings | {
         "parameters": report.model.whole.num_parameters,
-        "active": report.model.active(report.model.expert_use.most),
+        "active": report.model.active(report.model.topk),
         "memory": [stage.total for stage in report.memory.stages],
         "layout": [layout.tensor, layout.pipeline, layout.expert, layout.data],
         "layers_of_mask": len(FeedForwardLayers.of_args(inspection.args).has_experts),

@@ -24,7 +24,7 @@ from zipf import zipf_mask
 
 from maskmoe.routing_mask.assignment import MaskRecipe
 from maskmoe.transformer.dispatch.planned import DispatchPlanner
-from maskmoe.transformer.dispatch.rows import CopyToExperts, RowBuffers, RowCopies, RowExchange
+from maskmoe.transformer.dispatch.rows import CopyToExperts, RowCopies, RowExchange
 from maskmoe.transformer.routing import route_tokens
 from maskmoe.transformer.token_ids import TokenIds
 from maskmoe.transformer.visible_experts import VisibleExperts
@@ -76,11 +76,11 @@ def copy_rows(place: str) -> Any:
     chosen = torch.zeros(TOKENS, NUM_EXPERTS, dtype=torch.bool, device=place)
     to_ranks = RowCopies.from_map(chosen[:, :RANKS], TOKENS)
     shares = (TOKENS // RANKS,) * RANKS
-    exchange = RowExchange(torch.distributed.group.WORLD, RowBuffers(), to_ranks, shares, shares)
+    exchange = RowExchange(torch.distributed.group.WORLD, to_ranks, shares, shares)
     hidden = torch.zeros(TOKENS, HIDDEN, device="cuda")
     weights = torch.zeros(TOKENS, NUM_EXPERTS, device="cuda")
     sent = exchange.dispatch(hidden)
-    copy_to_experts = CopyToExperts(slice(0, NUM_EXPERTS // RANKS), RowBuffers(), uses_transformer_engine=False)
+    copy_to_experts = CopyToExperts(slice(0, NUM_EXPERTS // RANKS), uses_transformer_engine=False)
     rows = copy_to_experts(sent.receive(sent.rows), weights, chosen, 2 * TOKENS)
     output = exchange.combine(rows.sum_outputs(rows.values * rows.weights.unsqueeze(1)))
     return vars(to_ranks), rows.values, rows.weights, output

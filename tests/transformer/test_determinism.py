@@ -9,7 +9,7 @@ import pytest
 import torch
 from support.small_moe import DEVICE, make_config, make_layer, make_mask, random_visible_sets
 
-from maskmoe.transformer.dispatch.rows import RowBuffers, RowCopies
+from maskmoe.transformer.dispatch.rows import RowCopies
 from maskmoe.transformer.token_ids import TokenIds, pack_token_ids
 
 VOCAB_SIZE, NUM_EXPERTS, SEQUENCE, BATCH, HIDDEN = 40, 8, 32, 4, 16
@@ -46,7 +46,7 @@ def test_copies_of_rows_repeat_bit_for_bit(deterministic) -> None:
     rows = torch.randn(64, HIDDEN, device=DEVICE, requires_grad=True)
 
     def run() -> list[torch.Tensor]:
-        copy = copies.copy_rows_with_gradient(rows, RowBuffers())
+        copy = copies.copy_rows_with_gradient(rows)
         return [copy, *torch.autograd.grad(copy.square().sum(), rows)]
 
     assert all(map(torch.equal, run(), run()))

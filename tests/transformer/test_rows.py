@@ -8,7 +8,7 @@ from megatron.core.transformer.moe import moe_utils
 from support.small_moe import DEVICE, process_groups
 from torch import Size, Tensor
 
-from maskmoe.transformer.dispatch.rows import CopyToExperts, RowBuffers, RowCopies, RowExchange
+from maskmoe.transformer.dispatch.rows import CopyToExperts, RowCopies, RowExchange
 
 FEATURES = 3
 
@@ -45,7 +45,7 @@ def test_copy_and_sum(chosen: Tensor, dtype: torch.dtype, data: st.DataObject) -
     assert copies.source.tolist() == [row * chosen.shape[1] + target for row, target in expected]
 
     values = whole_numbers(len(chosen), FEATURES, dtype=dtype).requires_grad_()
-    taken = copies.copy_rows_with_gradient(values, RowBuffers())
+    taken = copies.copy_rows_with_gradient(values)
     assert torch.equal(taken, values[rows])
     gradient = whole_numbers(*taken.shape, dtype=dtype)
     taken.backward(gradient)
@@ -53,8 +53,6 @@ def test_copy_and_sum(chosen: Tensor, dtype: torch.dtype, data: st.DataObject) -
     assert torch.equal(values.grad, sums)
 
     assert torch.equal(copies.sum_copies(gradient), sums)
-    assert torch.equal(copies.sum_copies(gradient, out=torch.empty_like(sums)), sums)
-    assert torch.equal(copies.copy_rows(values.detach(), out=torch.empty_like(gradient)), taken)
     weights = torch.arange(chosen.numel(), device=DEVICE).view_as(chosen)
     assert torch.equal(copies.pick(weights), copies.source)
 
@@ -97,21 +95,13 @@ def test_exchange_with_this_rank_alone(to_ranks: Tensor) -> None:
 def exchange_alone(copies: RowCopies) -> RowExchange:
     """Return an exchange of this rank with itself."""
     num_rows = (len(copies.rows),)
-    return RowExchange(process_groups().ep, RowBuffers(), copies, num_rows, num_rows)
+    return RowExchange(process_groups().ep, copies, num_rows, num_rows)
 
 
-def dispatch(exchange: RowExchange, values: Tensor, is_kept: bool = False) -> Tensor:
+def dispatch(exchange: RowExchange, values: Tensor) -> Tensor:
     """Send rows and wait for them."""
-    sent = exchange.dispatch(values, is_kept)
+    sent = exchange.dispatch(values)
     return sent.receive(sent.rows)
-
-
-def test_reused_buffers_keep_earlier_sums() -> None:
-    exchange = exchange_alone(RowCopies.permutations(torch.tensor([[2, 0, 1]], device=DEVICE))[0])
-    first, second = whole_numbers(3, FEATURES), whole_numbers(3, FEATURES) + 100
-    combined = exchange.combine(dispatch(exchange, first))
-    exchange.combine(dispatch(exchange, second))
-    assert torch.equal(combined, first)
 
 
 def test_training_follows_inference_mode() -> None:
@@ -122,30 +112,6 @@ def test_training_follows_inference_mode() -> None:
     values = whole_numbers(3, FEATURES).requires_grad_()
     exchange.combine(dispatch(exchange, values)).sum().backward()
     assert torch.equal(values.grad, torch.ones_like(values))
-
-
-@pytest.mark.skipif(DEVICE.type != "cpu", reason="only buffers on the host are reused")
-def test_overwritten_rows_that_autograd_saved_are_an_error_unless_they_are_kept() -> None:
-    exchange = exchange_alone(RowCopies.permutations(torch.tensor([[2, 0, 1]], device=DEVICE))[0])
-    weight = whole_numbers(FEATURES, FEATURES).requires_grad_()
-    product = dispatch(exchange, whole_numbers(3, FEATURES).requires_grad_()) @ weight
-    dispatch(exchange, whole_numbers(3, FEATURES))
-    with pytest.raises(RuntimeError, match="modified inplace"):
-        product.sum().backward()
-
-    product = dispatch(exchange, whole_numbers(3, FEATURES).requires_grad_(), is_kept=True) @ weight
-    dispatch(exchange, whole_numbers(3, FEATURES))
-    product.sum().backward()
-
-
-def test_buffers_grow_and_are_reused() -> None:
-    buffers, like = RowBuffers(), torch.empty(1, FEATURES)
-    large = buffers.get("send", like, 5)
-    assert large.shape == (5, FEATURES)
-    assert buffers.get("send", like, 2).data_ptr() == large.data_ptr()
-    assert buffers.get("receive", like, 2).data_ptr() != large.data_ptr()
-    assert buffers.get("send", like.double(), 2).dtype == torch.float64
-    assert buffers.get("send", like, 9).shape == (9, FEATURES)
 
 
 def permute(rows: Tensor, weights: Tensor, chosen: Tensor, num_out_tokens: int) -> tuple[Tensor, Tensor, Tensor]:
@@ -194,7 +160,7 @@ def test_rows_of_experts(uses_transformer_engine: bool, choice: tuple[Tensor, sl
     targets, sources = chosen.t().nonzero(as_tuple=True)
     rows = torch.randint(-8, 8, (len(chosen), FEATURES), device=DEVICE).float().requires_grad_()
     weights = torch.randint(1, 8, chosen.shape, device=DEVICE).float().requires_grad_()
-    copy_to_experts = CopyToExperts(local, RowBuffers(), uses_transformer_engine)
+    copy_to_experts = CopyToExperts(local, uses_transformer_engine)
     expert_rows = copy_to_experts(rows, weights, chosen, len(sources))
     assert torch.equal(expert_rows.values, rows[sources])
     assert torch.equal(expert_rows.weights, weights[sources, targets])

@@ -19,7 +19,7 @@ from torch import Tensor
 
 from maskmoe.data.indexed_dataset import files_of_data_path
 from maskmoe.errors import UserError
-from maskmoe.files.outputs import atomic_output, check_outputs
+from maskmoe.files.outputs import check_outputs, write_text
 from maskmoe.megatron_compat.globals import get_tokenizer
 from maskmoe.routing_mask.feed_forward_layers import FeedForwardLayers
 from maskmoe.routing_mask.frequency import FrequencyBands, TokenFrequency, count_token_frequency
@@ -216,5 +216,4 @@ def main() -> None:
         print_rank_0(results.table())
         content = json.dumps(to_jsonable_python(results, inf_nan_mode="null"), indent=2, allow_nan=False)
         if args.output is not None and torch.distributed.get_rank() == 0:
-            with atomic_output(args.output) as path:
-                path.write_text(content + "\n")
+            write_text(args.output, content + "\n")

@@ -14,7 +14,6 @@ from megatron.training.training import num_floating_point_operations
 from torch import Tensor
 
 from maskmoe.megatron_compat import replace
-from maskmoe.routing_mask.frequency import ExpertUse
 from maskmoe.training.watch.callback import Step
 
 AllowsUpdate = Callable[[list[dict[str, Tensor]], float], bool]
@@ -85,12 +84,12 @@ def watch_steps(after_step: Callable[[Step], object], allows_update: AllowsUpdat
     replace(training, "train_step", train_step)
 
 
-def count_operations(expert_use: ExpertUse, args: Namespace, *sizes: Any, **named_sizes: Any) -> float:
-    """Count the floating-point operations of a batch as Megatron does, with the experts that tokens use.
+def count_operations(mean_experts: float, args: Namespace, *sizes: Any, **named_sizes: Any) -> float:
+    """Count the floating-point operations of a batch as Megatron does, with `mean_experts` experts a token.
 
     `args` are validated; the sizes are those of Megatron's `num_floating_point_operations`.
     """
-    counted = Namespace(**vars(args) | {"moe_router_topk": expert_use.mean})
+    counted = Namespace(**vars(args) | {"moe_router_topk": mean_experts})
     operations = num_floating_point_operations(counted, *sizes, **named_sizes)
     if num_latent := (args.hybrid_layer_pattern or "").count(Symbols.MLA):
         # Megatron counts no latent attention in hybrid models. Count a GPT model that has nothing else.
@@ -101,12 +100,12 @@ def count_operations(expert_use: ExpertUse, args: Namespace, *sizes: Any, **name
     return operations
 
 
-def count_operations_by_mask(expert_use: ExpertUse) -> None:
-    """Let Megatron log the operations that `count_operations` counts; for runs that train.
+def count_operations_by_mask(mean_experts: float) -> None:
+    """Let Megatron log the operations that `count_operations` counts with a mean of experts; for runs that train.
 
     Replaces: `megatron.training.training.num_floating_point_operations`.
     Why: Megatron counts k experts for each token, also for tokens with fewer visible experts. In hybrid models, it
         counts no latent attention.
     Can go: When the caller of Megatron can name the number of experts of a token, and Megatron counts latent attention.
     """
-    replace(training, "num_floating_point_operations", partial(count_operations, expert_use))
+    replace(training, "num_floating_point_operations", partial(count_operations, mean_experts))

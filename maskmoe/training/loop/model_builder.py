@@ -117,7 +117,6 @@ class StageBuilder:
             pg_collection=pg_collection,
             vp_stage=vp_stage,
             **self.layer_specs(visible_experts, vp_stage),
-            **self.arguments_of_kind(),
         )
 
     def visible_experts(self, pg_collection: ProcessGroupCollection, vp_stage: int | None) -> VisibleExperts:
@@ -137,11 +136,7 @@ class StageBuilder:
         )
 
     def layer_specs(self, visible_experts: VisibleExperts | None, vp_stage: int | None) -> dict[str, Any]:
-        """Return the specs of one stage's layers by the names of the model's arguments."""
-        raise NotImplementedError
-
-    def arguments_of_kind(self) -> dict[str, Any]:
-        """Return the arguments that only this kind of model has."""
+        """Return the arguments that only this kind of model has: the specs of one stage's layers, and a setting."""
         raise NotImplementedError
 
 
@@ -151,17 +146,14 @@ class MaskMoEGPTModelBuilder(StageBuilder):
     _classes = (DenseGPTModel, MaskMoEGPTModel)
 
     def layer_specs(self, visible_experts: VisibleExperts | None, vp_stage: int | None) -> dict[str, Any]:
-        """Return the specs of one stage's decoder layers and of its multi-token prediction, which may be None."""
+        """Return the specs of one stage's decoder layers and of its multi-token prediction, and a setting."""
         settings, config = self.config, self.config.transformer
         described = config, visible_experts, settings.aux_loss_tokens, vp_stage, settings.qk_layernorm_all_heads
         return {
             "transformer_layer_spec": get_maskmoe_decoder_block_spec(*described),
             "mtp_block_spec": get_maskmoe_mtp_block_spec(*described) if config.mtp_num_layers else None,
+            "scatter_embedding_sequence_parallel": settings.megatron.scatter_embedding_sequence_parallel,
         }
-
-    def arguments_of_kind(self) -> dict[str, Any]:
-        """Return the argument that only a `GPTModel` has."""
-        return {"scatter_embedding_sequence_parallel": self.config.megatron.scatter_embedding_sequence_parallel}
 
 
 class MaskMoEHybridModelBuilder(StageBuilder):
@@ -170,11 +162,10 @@ class MaskMoEHybridModelBuilder(StageBuilder):
     _classes = (DenseHybridModel, MaskMoEHybridModel)
 
     def layer_specs(self, visible_experts: VisibleExperts | None, vp_stage: int | None) -> dict[str, Any]:
-        """Return the specs of one stage's layers, multi-token prediction included."""
+        """Return the specs of one stage's layers, multi-token prediction included, and the pattern."""
         settings = self.config
         described = visible_experts, settings.aux_loss_tokens, vp_stage, settings.qk_layernorm_all_heads
-        return {"hybrid_stack_spec": get_maskmoe_hybrid_stack_spec(settings.transformer, *described)}
-
-    def arguments_of_kind(self) -> dict[str, Any]:
-        """Return the argument that only a `HybridModel` has."""
-        return {"hybrid_layer_pattern": self.config.megatron.hybrid_layer_pattern}
+        return {
+            "hybrid_stack_spec": get_maskmoe_hybrid_stack_spec(settings.transformer, *described),
+            "hybrid_layer_pattern": settings.megatron.hybrid_layer_pattern,
+        }

@@ -22,7 +22,7 @@ from maskmoe.checkpoint.series import choose_checkpoint, non_persistent_folder
 from maskmoe.command_line.parser import OneLineParser
 from maskmoe.command_line.run_tool import EXIT_BAD_INPUT
 from maskmoe.errors import UserError
-from maskmoe.files.outputs import atomic_output
+from maskmoe.files.outputs import write_text
 from maskmoe.megatron_compat import cpu
 from maskmoe.megatron_compat.gpu import GpuPackages
 from maskmoe.training.loop.model_builder import MaskMoEModelConfig
@@ -65,8 +65,7 @@ def main() -> None:
         raise UserError("pass --check with the number of ranks of the run")
     report = inspect_run(request.check)
     if request.check_json is not None:
-        with atomic_output(request.check_json) as unfinished:
-            unfinished.write_text(json.dumps(report.to_json(), indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+        write_text(request.check_json, json.dumps(report.to_json(), indent=2, ensure_ascii=False) + "\n")
     print(report.to_text(), flush=True)
     for error in report.errors:
         print(f"error: {error}", file=sys.stderr)
@@ -118,7 +117,7 @@ class Inspection(RunChecks):
                 # Build the model without memory.
                 with megatrons_checks("the model cannot be made"):
                     model = count_parameters(args, config, self.mask)
-                memory, cost = compute_memory(args, config.transformer, model), compute_cost(args, model.expert_use)
+                memory, cost = compute_memory(args, config.transformer, model), compute_cost(args, model.mean_experts)
             except UserError as error:
                 # Libraries that only this machine lacks are no error of the run.
                 (self.notes if self._lacks_libraries else errors).append(str(error))

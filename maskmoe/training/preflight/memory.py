@@ -99,7 +99,7 @@ def compute_memory(args: Namespace, config: TransformerConfig, model: ModelParam
         model: The parameters of the stages.
     """
     layout = Layout.from_args(args)
-    rows_per_token = model.expert_use.mean
+    rows_per_token = model.mean_experts
     if args.moe_pad_expert_input_to_capacity:
         rows_per_token = args.moe_router_topk * args.moe_expert_capacity_factor
     activations = _Activations(args, config, layout, rows_per_token)

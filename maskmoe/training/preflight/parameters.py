@@ -13,7 +13,6 @@ from contextlib import suppress
 from dataclasses import dataclass, fields, replace
 from typing import Any
 
-import numpy as np
 import torch
 from megatron.core import parallel_state
 from megatron.core.models.hybrid.hybrid_layer_allocation import Symbols
@@ -28,15 +27,11 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.testing._internal.distributed.fake_pg import FakeStore
 
 from maskmoe.errors import UserError
+from maskmoe.routing_mask.assignment import MaskRecipe, build_routing_mask
 from maskmoe.routing_mask.feed_forward_layers import FeedForwardLayers
-from maskmoe.routing_mask.frequency import ExpertUse
-from maskmoe.routing_mask.mask import MaskProvenance, RoutingMask, pack_sets
-from maskmoe.training.loop.model_builder import (
-    MaskMoEGPTModelBuilder,
-    MaskMoEHybridModelBuilder,
-    MaskMoEModelConfig,
-    StageBuilder,
-)
+from maskmoe.routing_mask.frequency import mean_experts_per_token
+from maskmoe.routing_mask.mask import RoutingMask
+from maskmoe.training.loop.model_builder import MaskMoEModelConfig, StageBuilder
 from maskmoe.training.settings.layout import Layout
 from maskmoe.transformer.experts import GroupedMLP
 from maskmoe.transformer.layer_specs import map_spec
@@ -121,7 +116,8 @@ class ModelParameters:
         whole: The model as one rank without parallelism holds it.
         stages: The chunks of one rank of each pipeline stage.
         num_experts: Number of routed experts in a layer; None for a model without experts.
-        expert_use: How many experts tokens use.
+        topk: The most experts of a token; 0 for a model without experts.
+        mean_experts: The mean number of experts that tokens use under the routing mask.
         mask_bytes: The bytes that the routing mask takes on the device in each chunk.
         padded_vocab_size: Number of rows of the embedding.
     """
@@ -129,7 +125,8 @@ class ModelParameters:
     whole: Chunk
     stages: tuple[tuple[Chunk, ...], ...]
     num_experts: int | None
-    expert_use: ExpertUse
+    topk: int
+    mean_experts: float
     mask_bytes: int
     padded_vocab_size: int
 
@@ -161,12 +158,13 @@ def count_parameters(args: Namespace, config: MaskMoEModelConfig, mask: RoutingM
         model = {"config": config.transformer, "hybrid_layer_pattern": args.hybrid_layer_pattern}
         with suppress(UserError):  # a mask that does not fit is an error of its own
             buffers = VisibleExperts(mask=mask, pg_collection=ProcessGroupCollection(), **model).buffers()
-    layers = FeedForwardLayers.of_args(args)
+    topk = args.moe_router_topk if args.num_experts else 0
     return ModelParameters(
         whole,
         stages=tuple(_count_stage(local, layout, stage) for stage in range(layout.pipeline)),
         num_experts=args.num_experts,
-        expert_use=ExpertUse.from_mask(mask, args.moe_router_topk if args.num_experts else 0, layers),
+        topk=topk,
+        mean_experts=mean_experts_per_token(mask, topk, FeedForwardLayers.of_args(args)),
         mask_bytes=sum(buffer.nbytes for buffer in buffers),
         padded_vocab_size=args.padded_vocab_size,
     )
@@ -197,10 +195,8 @@ class _Counting(StageBuilder):
     def visible_experts(self, pg_collection: ProcessGroupCollection, vp_stage: int | None) -> VisibleExperts:
         """Return the visible experts of a mask that fits every model."""
         config = self.config.transformer
-        num_experts = config.num_moe_experts
-        provenance = MaskProvenance("uniform", 0.0, None, seed=0, shared_table=True)
-        single_experts = pack_sets(np.eye(num_experts, dtype=bool))[None]
-        mask = RoutingMask(np.zeros((1, 1), np.int16), single_experts, 1, num_experts, 1, provenance)
+        recipe = MaskRecipe.from_preset("smoe", config.num_moe_experts, num_layers=1, shared_table=True)
+        mask = build_routing_mask(recipe, vocab_size=1)
         return VisibleExperts(config, mask, pg_collection, vp_stage)
 
     def layer_specs(self, visible_experts: VisibleExperts | None, vp_stage: int | None) -> dict[str, Any]:
@@ -211,14 +207,6 @@ class _Counting(StageBuilder):
             return replacements.get(node, node) if isinstance(node, type) else node
 
         return map_spec(super().layer_specs(visible_experts, vp_stage), substitute)
-
-
-class _CountingGPTModelBuilder(_Counting, MaskMoEGPTModelBuilder):
-    pass
-
-
-class _CountingHybridModelBuilder(_Counting, MaskMoEHybridModelBuilder):
-    pass
 
 
 def _changed(config: MaskMoEModelConfig, settings: Mapping[str, Any]) -> MaskMoEModelConfig:
@@ -265,8 +253,7 @@ def _count_stage(config: MaskMoEModelConfig, layout: Layout, stage: int) -> tupl
 def _count_chunk(config: MaskMoEModelConfig, groups: ProcessGroupCollection, vp_stage: int | None) -> Chunk:
     """Build one model chunk on tensors without storage, and count its parameters."""
     with FakeTensorMode():
-        is_hybrid = isinstance(config.megatron, HybridModelConfig)
-        builder: Any = _CountingHybridModelBuilder if is_hybrid else _CountingGPTModelBuilder
+        builder: Any = type("_CountingBuilder", (_Counting, config.get_builder_cls()), {})
         model = builder(config).build_model(groups, vp_stage=vp_stage)
     parameters = Counter(dict.fromkeys(PARTS, 0))
     experts_of_rank = (config.transformer.num_moe_experts or 0) // groups.ep.size()

@@ -9,7 +9,6 @@ from typing import Any
 from megatron.core.models.hybrid.hybrid_layer_allocation import Symbols
 
 from maskmoe.files.outputs import render_template
-from maskmoe.routing_mask.frequency import ExpertUse
 from maskmoe.training.loop.megatron_patches import count_operations
 from maskmoe.training.preflight.memory import ESTIMATED, EXACT, MemoryReport
 from maskmoe.training.preflight.parameters import Chunk, ModelParameters
@@ -44,14 +43,14 @@ class TrainingCost:
         return self.flops_per_token * self.tokens
 
 
-def compute_cost(args: Namespace, expert_use: ExpertUse) -> TrainingCost:
+def compute_cost(args: Namespace, mean_experts: float) -> TrainingCost:
     """Count the operations of a training run, see `count_operations`.
 
     Args:
         args: Arguments that Megatron has validated.
-        expert_use: How many experts tokens use.
+        mean_experts: The mean number of experts that tokens use.
     """
-    flops = count_operations(expert_use, args, batch_size=1)
+    flops = count_operations(mean_experts, args, batch_size=1)
     return TrainingCost(flops / args.seq_length, trained_samples(args) * args.seq_length)
 
 
@@ -103,7 +102,7 @@ class Report:
             derived = ("data", "expert_data", "micro_batches", "tokens_per_step")
             layout = asdict(self.layout) | {name: getattr(self.layout, name) for name in derived}
         if self.model:
-            whole, use = self.model.whole, self.model.expert_use
+            whole = self.model.whole
             layers = {
                 "multi_token_prediction": len(whole.predictions),
                 "kinds": _count_kinds(whole.layers),
@@ -113,10 +112,10 @@ class Report:
                 "total": whole.num_parameters,
                 "parts": dict(whole.parameters),
                 "routed_experts": whole.expert_parameters,
-                "active": self.model.active(use.most),
-                "experts_per_token": use.most,
-                "mean_active": self.model.active(use.mean),
-                "mean_experts_per_token": use.mean,
+                "active": self.model.active(self.model.topk),
+                "experts_per_token": self.model.topk,
+                "mean_active": self.model.active(self.model.mean_experts),
+                "mean_experts_per_token": self.model.mean_experts,
                 "padded_vocab_size": self.model.padded_vocab_size,
             }
         if self.memory:

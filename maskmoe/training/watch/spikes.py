@@ -3,7 +3,7 @@
 import math
 from argparse import Namespace
 from collections import deque
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from statistics import median
 
@@ -51,42 +51,15 @@ class Deviation:
         return f"{self.name} {self.value:.4g}, {distance}"
 
 
-class RobustWindow:
-    """The `values` of the last steps in their order, with their median and robust deviation.
-
-    The robust deviation is the median absolute deviation, scaled to the standard deviation of a normal distribution,
-    with a floor. With fewer than half of `size` values, nothing is judged.
-    """
-
-    def __init__(self, size: int, values: Iterable[float] = ()) -> None:
-        self._least = max(2, size // 2)
-        self.values = deque(values, maxlen=size)
-
-    def judge(self, value: float) -> tuple[float, float]:
-        """Return the median of the values, and the distance of another value from the median in robust deviations.
-
-        The distance is 0 while the window has too few values, and infinite if the value is not finite.
-        """
-        middle = median(self.values) if self.values else math.nan
-        if not math.isfinite(value):
-            return middle, math.inf
-        if len(self.values) < self._least:
-            return middle, 0.0
-        spread = _DEVIATIONS_PER_MAD * median(abs(other - middle) for other in self.values)
-        return middle, (value - middle) / max(spread, _FLOOR * abs(middle), _ABSOLUTE_FLOOR)
-
-    def add(self, value: float) -> None:
-        """Add the value of a step; a value that is NaN or infinite is left out."""
-        if math.isfinite(value):
-            self.values.append(value)
-
-
 class SpikeDetector:
     """Judges the loss and the gradient norm of each step by the steps before.
 
-    A step that is off enters the windows, too. So a lasting change of the level is the new normal after half a window.
+    The robust deviation is the median absolute deviation, scaled to the standard deviation of a normal distribution,
+    with a floor. With fewer than half of `window` values, nothing is judged. A step that is off enters the windows,
+    too. So a lasting change of the level is the new normal after half a window.
 
     Args:
+        window: The number of steps before with which a step is compared.
         limit: The number of robust deviations beyond which a value is off.
         history: The `history` of an earlier detector, whose steps came right before.
     """
@@ -95,23 +68,33 @@ class SpikeDetector:
 
     def __init__(self, window: int, limit: float, history: Mapping[str, Sequence[float]] | None = None) -> None:
         self._limit = limit
-        self._windows = {name: RobustWindow(window, (history or {}).get(name, ())) for name in self.NAMES}
+        self._least = max(2, window // 2)
+        self._windows = {name: deque((history or {}).get(name, ()), maxlen=window) for name in self.NAMES}
 
     @property
     def history(self) -> dict[str, list[float]]:
         """The values of the last steps, by name."""
-        return {name: list(window.values) for name, window in self._windows.items()}
+        return {name: list(values) for name, values in self._windows.items()}
 
     def judge(self, loss: float, grad_norm: float | None) -> list[Deviation]:
-        """Return the values of a step that are off, and take the step into the windows; a norm may be None."""
+        """Return the values of a step that are off, and take the step into the windows; a norm may be None.
+
+        A value that is NaN or infinite is off, and does not enter its window.
+        """
         found = []
-        for name, value in zip(self.NAMES, (loss, grad_norm), strict=True):
+        for (name, before), value in zip(self._windows.items(), (loss, grad_norm), strict=True):
             if value is None:
                 continue
-            middle, deviations = self._windows[name].judge(value)
-            if abs(deviations) > self._limit:
-                found.append(Deviation(name, value, middle, deviations))
-            self._windows[name].add(value)
+            middle = median(before) if before else math.nan
+            if not math.isfinite(value):
+                found.append(Deviation(name, value, middle, math.inf))
+                continue
+            if len(before) >= self._least:
+                spread = _DEVIATIONS_PER_MAD * median(abs(other - middle) for other in before)
+                deviations = (value - middle) / max(spread, _FLOOR * abs(middle), _ABSOLUTE_FLOOR)
+                if abs(deviations) > self._limit:
+                    found.append(Deviation(name, value, middle, deviations))
+            before.append(value)
         return found
 
 

@@ -12,7 +12,7 @@ from megatron.core.transformer.module import MegatronModule
 
 from maskmoe.errors import UserError, counted, listed
 from maskmoe.files.flags import flags_to_yaml, split_flags
-from maskmoe.files.outputs import atomic_output
+from maskmoe.files.outputs import write_text
 from maskmoe.files.run_folder import ARGUMENTS, Journal, Kind
 from maskmoe.routing_mask.feed_forward_layers import FeedForwardLayers
 from maskmoe.routing_mask.mask import RoutingMask, describe_visible_experts
@@ -175,8 +175,7 @@ def _write_files(args: Namespace, folder: Path) -> None:
     complete = Namespace(**vars(args) | {"train_iters": training_iterations(args)})
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        with atomic_output(folder / ARGUMENTS) as path:
-            path.write_text(arguments_text(complete, sys.argv[1:], folder), encoding="utf-8")
+        write_text(folder / ARGUMENTS, arguments_text(complete, sys.argv[1:], folder))
     except (OSError, UserError) as error:
         console.say(f"note: {ARGUMENTS} is not written: {error}")
     layout = Layout.from_args(args)

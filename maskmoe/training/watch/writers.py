@@ -15,7 +15,7 @@ from megatron.training import get_tensorboard_writer, get_wandb_writer
 
 import maskmoe
 from maskmoe.errors import UserError
-from maskmoe.files.outputs import atomic_output
+from maskmoe.files.outputs import write_text
 from maskmoe.files.run_folder import TENSORBOARD, TEXT_TAG, Fact, Journal, Kind, run_folder
 from maskmoe.training.watch.callback import Callback
 from maskmoe.training.watch.console import console
@@ -114,8 +114,7 @@ def take_run_id(args: Namespace) -> None:
         path = folder / RUN_ID
         if not path.exists():
             folder.mkdir(parents=True, exist_ok=True)
-            with atomic_output(path) as unfinished:
-                unfinished.write_text(uuid.uuid4().hex[:12] + "\n")
+            write_text(path, uuid.uuid4().hex[:12] + "\n")
         os.environ["WANDB_RUN_ID"] = path.read_text().strip()
         os.environ.setdefault("WANDB_RESUME", "allow")
 

@@ -14,7 +14,7 @@ from torch import Tensor
 from torch.distributed import ProcessGroup
 
 from maskmoe.transformer.dispatch.protocol import Dispatched, Router
-from maskmoe.transformer.dispatch.rows import CopyToExperts, DispatchRecord, RowBuffers, RowCopies, RowExchange
+from maskmoe.transformer.dispatch.rows import CopyToExperts, DispatchRecord, RowCopies, RowExchange
 from maskmoe.transformer.token_ids import TokenIds
 
 _NOT_SELECTED = -1.0
@@ -64,8 +64,7 @@ class OneCopyDispatcher:
         self._compress, self._expand = compress, expand
         self._num_ranks = ep_group.size()
         num_local_experts = config.num_moe_experts // self._num_ranks
-        self._buffers = RowBuffers()
-        self._copy_to_experts = CopyToExperts(slice(0, num_local_experts), self._buffers, config.moe_permute_fusion)
+        self._copy_to_experts = CopyToExperts(slice(0, num_local_experts), config.moe_permute_fusion)
 
     def start_dispatch(self, hidden_states: Tensor, token_ids: TokenIds, router: Router) -> Callable[[], Dispatched]:
         """Choose experts and start to send one copy for each rank; see `Dispatcher`."""
@@ -75,7 +74,7 @@ class OneCopyDispatcher:
         counts = exchange_counts(selected, to_rank, self._group)
 
         to_ranks = RowCopies.from_map(to_rank, sum(counts.rows_to))
-        exchange = RowExchange(self._group, self._buffers, to_ranks, counts.rows_to, counts.rows_from)
+        exchange = RowExchange(self._group, to_ranks, counts.rows_to, counts.rows_from)
         compressed = self._compress(hidden_states)
         sent = exchange.dispatch(compressed.flatten(0, 1))
 
@@ -140,8 +139,7 @@ class OneRankDispatcher:
         self, config: TransformerConfig, compress: Callable[[Tensor], Tensor], expand: Callable[[Tensor], Tensor]
     ) -> None:
         self._compress, self._expand = compress, expand
-        # The outputs live on in the layers that follow, so they are not in a buffer.
-        self._copy_to_experts = CopyToExperts(slice(0, config.num_moe_experts), None, config.moe_permute_fusion)
+        self._copy_to_experts = CopyToExperts(slice(0, config.num_moe_experts), config.moe_permute_fusion)
 
     def start_dispatch(self, hidden_states: Tensor, token_ids: TokenIds, router: Router) -> Callable[[], Dispatched]:
         """Do nothing yet, because nothing travels; see `Dispatcher`."""

@@ -9,7 +9,7 @@ from torch import Tensor
 from torch.distributed import ProcessGroup
 
 from maskmoe.transformer.dispatch.protocol import Dispatched, Router
-from maskmoe.transformer.dispatch.rows import CopyToExperts, DispatchRecord, RowBuffers, RowCopies, RowExchange
+from maskmoe.transformer.dispatch.rows import CopyToExperts, DispatchRecord, RowCopies, RowExchange
 from maskmoe.transformer.token_ids import DispatchPlan, LayerPlan, TokenIds
 from maskmoe.transformer.visible_experts import VisibleExperts
 
@@ -98,11 +98,10 @@ class PlannedDispatcher:
     def __init__(self, config: TransformerConfig, ep_group: ProcessGroup) -> None:
         assert config.num_moe_experts is not None
         self._group = ep_group
-        self._buffers = RowBuffers()
         num_local_experts = config.num_moe_experts // ep_group.size()
         first = ep_group.rank() * num_local_experts
         self._experts = slice(first, first + num_local_experts)
-        self._copy_to_experts = CopyToExperts(self._experts, self._buffers, config.moe_permute_fusion)
+        self._copy_to_experts = CopyToExperts(self._experts, config.moe_permute_fusion)
 
     def start_dispatch(self, hidden_states: Tensor, token_ids: TokenIds, router: Router) -> Callable[[], Dispatched]:
         """Start to send one copy to the rank that the plan names; experts are chosen there; see `Dispatcher`.
@@ -116,9 +115,8 @@ class PlannedDispatcher:
                 "passes `padding_mask` on to the layers must not replace the tensor"
             )
         plan = token_ids.plan[router.table]
-        exchange = RowExchange(self._group, self._buffers, plan.to_ranks, plan.rows_to, plan.rows_from)
-        # Autograd keeps the received rows for the router, so they must not be in a buffer that is overwritten.
-        sent = exchange.dispatch(hidden_states.flatten(0, 1), is_kept=True)
+        exchange = RowExchange(self._group, plan.to_ranks, plan.rows_to, plan.rows_from)
+        sent = exchange.dispatch(hidden_states.flatten(0, 1))
         rows_with_losses = router.attach_losses(sent.rows, hidden_states, token_ids)
 
         def finish() -> Dispatched:

@@ -14,33 +14,6 @@ from torch.nn.functional import embedding_bag
 RowMap = Callable[[Tensor], Tensor]
 
 
-class RowBuffers:
-    """Reuses host memory for rows that live only until the next rows for the same purpose.
-
-    On a CPU, allocating fresh memory pages costs several times as much as copying the rows. CUDA's allocator reuses
-    memory itself, so buffers on other devices are allocated anew. If autograd saves rows of a buffer and the buffer is
-    overwritten before the backward pass, autograd raises an error.
-    """
-
-    def __init__(self) -> None:
-        self._buffers: dict[tuple, Tensor] = {}
-
-    # Memory that is made in inference mode could not be overwritten in training.
-    @torch.inference_mode(False)
-    def get(self, use: str, like: Tensor, num_rows: int) -> Tensor:
-        """Return uninitialized memory [num_rows, features] with features, dtype and device of `like`.
-
-        Memory for the same `use` is overwritten.
-        """
-        shape = (num_rows, *like.shape[1:])
-        if not _is_on_cpu(like):
-            return like.new_empty(shape)
-        key = (use, like.dtype, like.shape[1:])
-        if key not in self._buffers or len(self._buffers[key]) < num_rows:
-            self._buffers[key] = like.new_empty(shape)
-        return self._buffers[key][:num_rows]
-
-
 @dataclass(frozen=True)
 class RowCopies:
     """Describes copies of rows for targets. Copies are ordered by target, then by row.
@@ -90,41 +63,32 @@ class RowCopies:
         orders = torch.empty_like(rows).scatter_(1, rows, numbers.expand_as(rows))
         return [cls(each, each, order, numbers, is_permutation=True) for each, order in zip(rows, orders, strict=True)]
 
-    def copy_rows(self, values: Tensor, out: Tensor | None = None) -> Tensor:
-        """Copy rows [rows, features] to [copies, features], without a gradient; write into `out` if it is given."""
-        return _gather_rows(values, self.rows, out)
+    def copy_rows(self, values: Tensor) -> Tensor:
+        """Copy rows [rows, features] to [copies, features], without a gradient."""
+        return values.index_select(0, self.rows)
 
-    def sum_copies(self, copies: Tensor, out: Tensor | None = None) -> Tensor:
-        """Sum the copies [copies, features] of each row by target, without a gradient: [rows, features].
-
-        The sums of a permutation use `out`.
-        """
+    def sum_copies(self, copies: Tensor) -> Tensor:
+        """Sum the copies [copies, features] of each row by target, without a gradient: [rows, features]."""
         if self.is_permutation:
-            return _gather_rows(copies, self.order, out)
+            return copies.index_select(0, self.order)
         if len(self.order) == 0:
             return copies.new_zeros(len(self.offsets), *copies.shape[1:])
         # On a CPU, `embedding_bag` cuts off the bits that a sum of bf16 numbers has too many, so add in fp32 and round.
-        truncates = _is_on_cpu(copies) and copies.dtype == torch.bfloat16
+        truncates = copies.is_cpu and copies.dtype == torch.bfloat16
         terms = copies.float() if truncates else copies
         return embedding_bag(self.order, terms, self.offsets, mode="sum").to(copies.dtype)
 
-    def copy_rows_with_gradient(self, values: Tensor, buffers: RowBuffers | None) -> Tensor:
+    def copy_rows_with_gradient(self, values: Tensor) -> Tensor:
         """Copy rows as `copy_rows` does; the gradient is the sum of the copies' gradients."""
-        return _LinearMap.apply(values, self.copy_rows, self._sum_into(buffers))
+        return _LinearMap.apply(values, self.copy_rows, self.sum_copies)
 
-    def sum_copies_with_gradient(self, copies: Tensor, buffers: RowBuffers | None) -> Tensor:
-        """Sum copies as `sum_copies` does; the result may be in a buffer."""
-        return _LinearMap.apply(copies, self._sum_into(buffers), self.copy_rows)
+    def sum_copies_with_gradient(self, copies: Tensor) -> Tensor:
+        """Sum copies as `sum_copies` does; the gradient is a copy for each copy."""
+        return _LinearMap.apply(copies, self.sum_copies, self.copy_rows)
 
     def pick(self, values: Tensor) -> Tensor:
         """Pick the value [copies, features] of each copy from the values [rows, columns, features] of the map."""
         return values.flatten(0, 1).index_select(0, self.source)
-
-    def _sum_into(self, buffers: RowBuffers | None) -> RowMap:
-        """Return `sum_copies` with its result in a buffer if there are buffers."""
-        if buffers is None:
-            return self.sum_copies
-        return lambda copies: self.sum_copies(copies, buffers.get("sum", copies, len(self.offsets)))
 
 
 @dataclass(frozen=True)
@@ -133,25 +97,20 @@ class RowExchange:
 
     Attributes:
         group: The ranks.
-        buffers: Memory for rows on their way.
         to_ranks: Copies of this rank's rows, with ranks as targets.
         rows_to: The number of rows sent to each rank.
         rows_from: The number of rows received from each rank.
     """
 
     group: ProcessGroup
-    buffers: RowBuffers
     to_ranks: RowCopies
     rows_to: tuple[int, ...]
     rows_from: tuple[int, ...]
 
-    def dispatch(self, values: Tensor, is_kept: bool = False) -> "SentRows":
-        """Copy rows [rows, features] for each rank, and start their all-to-all.
-
-        The received rows are in a buffer unless `is_kept`.
-        """
+    def dispatch(self, values: Tensor) -> "SentRows":
+        """Copy rows [rows, features] for each rank, and start their all-to-all."""
         in_flight: list[_AllToAll] = []
-        rows = _Send.apply(values, self, is_kept, in_flight)
+        rows = _Send.apply(values, self, in_flight)
         return SentRows(rows, self, in_flight, has_gradient=values.requires_grad)
 
     def combine(self, values: Tensor) -> Tensor:
@@ -162,17 +121,13 @@ class RowExchange:
             lambda gradients: self.start_dispatch(gradients).wait(),
         )
 
-    def start_dispatch(self, values: Tensor, is_kept: bool = False) -> "_AllToAll":
+    def start_dispatch(self, values: Tensor) -> "_AllToAll":
         """Copy rows for each rank and start their all-to-all, without a gradient."""
-        buffers = RowBuffers() if is_kept else self.buffers  # A new buffer is new memory.
-        received = buffers.get("receive", values, sum(self.rows_from))
-        sending = self.to_ranks.copy_rows(values, self.buffers.get("send", values, len(self.to_ranks.rows)))
-        return _AllToAll(received, sending, self.rows_from, self.rows_to, self.group)
+        return _AllToAll(self.to_ranks.copy_rows(values), self.rows_from, self.rows_to, self.group)
 
     def start_combine(self, values: Tensor) -> "_AllToAll":
         """Start the all-to-all of received rows back, without a gradient."""
-        received = self.buffers.get("receive", values, sum(self.rows_to))
-        return _AllToAll(received, values, self.rows_to, self.rows_from, self.group)
+        return _AllToAll(values, self.rows_to, self.rows_from, self.group)
 
     def finish_combine(self, all_to_all: "_AllToAll") -> Tensor:
         """Wait for an all-to-all that `start_combine` started, and add the copies of each row."""
@@ -183,21 +138,16 @@ class _AllToAll:
     """An all-to-all of rows that has been started; the memory of the rows must not be used before `wait`."""
 
     def __init__(
-        self,
-        received: Tensor,
-        sending: Tensor,
-        rows_from: tuple[int, ...],
-        rows_to: tuple[int, ...],
-        group: ProcessGroup,
+        self, sending: Tensor, rows_from: tuple[int, ...], rows_to: tuple[int, ...], group: ProcessGroup
     ) -> None:
-        self.received = received
+        self.received = sending.new_empty(sum(rows_from), *sending.shape[1:])
         self._sending = sending  # keeps the memory
         self._work: Work | None = None
         if group.size() == 1:
-            received.copy_(sending)
+            self.received.copy_(sending)
         else:
             self._work = torch.distributed.all_to_all_single(
-                received, sending, list(rows_from), list(rows_to), group=group, async_op=True
+                self.received, sending, list(rows_from), list(rows_to), group=group, async_op=True
             )
 
     def wait(self) -> Tensor:
@@ -250,13 +200,11 @@ class ExpertRows:
 class CopyToExperts:
     """Copies received rows to this rank's experts.
 
-    Without `buffers`, the rows are in new memory; rows in buffers must be consumed at once. Transformer Engine's fused
-    permutation copies the rows if `--moe-permute-fusion` asks for it.
+    Transformer Engine's fused permutation copies the rows if `--moe-permute-fusion` asks for it.
     """
 
-    def __init__(self, experts: slice, buffers: RowBuffers | None, uses_transformer_engine: bool) -> None:
+    def __init__(self, experts: slice, uses_transformer_engine: bool) -> None:
         self._experts = experts
-        self._buffers = buffers
         self._uses_transformer_engine = uses_transformer_engine
 
     def __call__(self, rows: Tensor, weights: Tensor, chosen: Tensor, num_copies: int) -> ExpertRows:
@@ -280,9 +228,9 @@ class CopyToExperts:
             return ExpertRows(values, weights_of_copies, sum_outputs)
         copies = RowCopies.from_map(chosen, num_copies, self._experts, has_every_row=True)
         return ExpertRows(
-            values=copies.copy_rows_with_gradient(rows, self._buffers),
+            values=copies.copy_rows_with_gradient(rows),
             weights=copies.pick(weights),
-            sum_outputs=lambda outputs: copies.sum_copies_with_gradient(outputs, self._buffers),
+            sum_outputs=copies.sum_copies_with_gradient,
         )
 
 
@@ -310,14 +258,14 @@ class _Send(torch.autograd.Function):
     """Starts to send rows; waits for the gradients."""
 
     @staticmethod
-    def forward(ctx: Any, values: Tensor, exchange: RowExchange, is_kept: bool, in_flight: list[_AllToAll]) -> Tensor:
+    def forward(ctx: Any, values: Tensor, exchange: RowExchange, in_flight: list[_AllToAll]) -> Tensor:
         ctx.exchange, ctx.in_flight = exchange, in_flight
-        in_flight.append(exchange.start_dispatch(values.contiguous(), is_kept))
+        in_flight.append(exchange.start_dispatch(values.contiguous()))
         return in_flight[-1].received
 
     @staticmethod
-    def backward(ctx: Any, *_: Tensor) -> tuple[Tensor, None, None, None]:
-        return ctx.exchange.finish_combine(ctx.in_flight.pop()), None, None, None
+    def backward(ctx: Any, *_: Tensor) -> tuple[Tensor, None, None]:
+        return ctx.exchange.finish_combine(ctx.in_flight.pop()), None, None
 
 
 class _Receive(torch.autograd.Function):
@@ -350,18 +298,3 @@ class _LinearMap(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None, None]:
         return ctx.transpose(gradients[0].contiguous()), None, None
-
-
-def _is_on_cpu(tensor: Tensor) -> bool:
-    """Return whether a tensor is in host memory, where the fastest operations are other ones than on a GPU."""
-    return tensor.device.type == "cpu"
-
-
-def _gather_rows(values: Tensor, rows: Tensor, out: Tensor | None) -> Tensor:
-    """Return `values[rows]`, [copies, features], in `out` if it is given."""
-    if out is not None:
-        return torch.index_select(values, 0, rows, out=out)
-    if not _is_on_cpu(values) or len(rows) == 0:
-        return values.index_select(0, rows)
-    # On a CPU, the kernel of `embedding_bag` prefetches rows, so it is faster than `index_select`.
-    return embedding_bag(rows, values, torch.arange(len(rows)), mode="sum")

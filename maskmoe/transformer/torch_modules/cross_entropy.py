@@ -77,12 +77,8 @@ class _CrossEntropy(torch.autograd.Function):
         of_softmax = gradient if share is None else gradient * share.unsqueeze(-1)
         of_target = -gradient * is_here.unsqueeze(-1)
         for chunk in _chunks(rows):
-            # On a CPU, torch's softmax may overwrite its input.
-            in_place = rows[chunk] if rows.is_cpu and rows.dtype == torch.float32 else None
-            probs = torch.softmax(rows[chunk], dim=-1, dtype=torch.float32, out=in_place).mul_(of_softmax[chunk])
-            probs.scatter_add_(-1, column[chunk], of_target[chunk])
-            if in_place is None:
-                rows[chunk] = probs
+            probs = torch.softmax(rows[chunk], dim=-1, dtype=torch.float32).mul_(of_softmax[chunk])
+            rows[chunk] = probs.scatter_add_(-1, column[chunk], of_target[chunk])
         return logits, None, None
 
 

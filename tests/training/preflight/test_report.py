@@ -1,6 +1,5 @@
 """The text of the report of `--check`."""
 
-from maskmoe.routing_mask.frequency import ExpertUse
 from maskmoe.training.preflight.memory import MemoryReport, StageMemory
 from maskmoe.training.preflight.parameters import PARTS, Chunk, ModelParameters
 from maskmoe.training.preflight.report import Report, TrainingCost
@@ -9,7 +8,7 @@ from maskmoe.training.settings.layout import Layout
 
 def model_of(layers: tuple[str, ...], predictions: tuple[str, ...], mean: float) -> ModelParameters:
     chunk = Chunk(dict.fromkeys(PARTS, 10**8), 8 * 10**7, 0, layers, predictions, True, True)
-    return ModelParameters(chunk, ((chunk, chunk), (chunk,)), 8, ExpertUse(2, mean), mask_bytes=0, padded_vocab_size=9)
+    return ModelParameters(chunk, ((chunk, chunk), (chunk,)), 8, 2, mean, mask_bytes=0, padded_vocab_size=9)
 
 
 def test_complete_report():
