@@ -12,7 +12,7 @@ problem. /dev/shm is always checked; each other check needs its option.
   --run-dir DIR          check that DIR is writable and has free space
   --min-disk MIB         free space that DIR needs (default: 1024)
   --min-shm MIB          free space that /dev/shm needs (default: 32)
-  --time SECONDS         check that the clock is within a minute of SECONDS since 1970
+  --time SECONDS         check that the clock is at most 1 minute behind and 6 minutes ahead of SECONDS since 1970
   --rendezvous HOST:PORT check that HOST answers, whether or not a process listens at PORT already
 END
 }
@@ -52,11 +52,11 @@ check_run_dir() {
     check_space "$dir" "$2"
 }
 
-# check_clock SECONDS
+# check_clock SECONDS. Slurm may take minutes to start this script after the first node has read its clock.
 check_clock() {
     local now
     now=$(date +%s)
-    ((now - $1 <= 60 && $1 - now <= 60)) || problem "the clock differs by $((now - $1)) s from the first node's"
+    ((now - $1 <= 360 && $1 - now <= 60)) || problem "the clock differs by $((now - $1)) s from the first node's"
 }
 
 # check_reachable HOST:PORT. A refused connection proves that the host answers.

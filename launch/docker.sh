@@ -63,12 +63,13 @@ find_engine() {
     return 1
 }
 
-# add_limit NAME FLAG BYTES: sets a limit of the container. Docker's daemon can set any limit. Podman's containers cannot
-# exceed the user's own hard limit, so lower the limit to it.
+# add_limit NAME FLAG BYTES: sets a limit of the container. Docker's daemon can set any limit if it runs as root. Other
+# containers cannot exceed the user's own hard limit, so lower the limit to it.
 add_limit() {
     local limit=$3 hard_limit
     hard_limit=$(ulimit -H "-$2")
-    if [[ $engine == podman && $hard_limit != unlimited ]] && ((limit < 0 || limit > hard_limit * 1024)); then
+    if { [[ $engine == podman ]] || $rootless; } && [[ $hard_limit != unlimited ]] &&
+        ((limit < 0 || limit > hard_limit * 1024)); then
         limit=$((hard_limit * 1024))
     fi
     options+=("--ulimit=$1=$limit:$limit")
@@ -104,16 +105,24 @@ build() {
 
 # Sets the array options to the options of the container.
 set_options() {
-    local name folder user
+    local name folder user groups rootless=false
     # After a stop request, a run needs time for its last checkpoint.
-    options=(--rm --network=host "--user=$(id -u):$(id -g)" "--stop-timeout=${SHUTDOWN_TIMEOUT:-600}")
+    options=(--rm --network=host "--stop-timeout=${SHUTDOWN_TIMEOUT:-600}")
+    # The run has the caller's user and groups. In a rootless Docker, these are root's.
+    [[ $engine != docker || $(docker info --format '{{.SecurityOptions}}' 2>/dev/null) != *name=rootless* ]] ||
+        rootless=true
+    if [[ $engine == podman ]] && ((EUID > 0)); then
+        options+=("--user=$(id -u):$(id -g)" --userns=keep-id --group-add=keep-groups)
+    elif $rootless; then
+        options+=(--user=0:0)
+    else
+        read -ra groups <<<"$(id -G)"
+        options+=("--user=$(id -u):$(id -g)" "${groups[@]/#/--group-add=}")
+    fi
     # The caller's user has no home and no name in the image, but caches of Python packages need both.
     # Outside the image the user may have no name either; then id prints the number and fails.
     user=$(id -un 2>/dev/null) || user=$(id -u)
     options+=(--env=HOME=/tmp "--env=USER=$user")
-    if [[ $engine == podman ]] && ((EUID > 0)); then
-        options+=(--userns=keep-id)
-    fi
     if [[ -t 0 && -t 1 ]]; then
         options+=(--interactive --tty)
     elif [[ ! -t 0 && -e /dev/fd/0 && ! /dev/fd/0 -ef /dev/null ]]; then
@@ -196,6 +205,8 @@ if [[ -z $engine ]]; then
     $dry_run || type -P "$engine" >/dev/null || fail "neither docker nor podman is installed: install one of them"
 fi
 [[ $engine == docker || $engine == podman ]] || fail "--engine must be docker or podman, not $engine"
+# The package podman-docker installs podman as docker, which takes other options for GPUs and users.
+[[ $engine != docker || $(docker --version 2>/dev/null) != podman* ]] || engine=podman
 $dry_run || type -P "$engine" >/dev/null || fail "$engine is not installed: install it, or choose another --engine"
 # A machine that builds the image for GPUs often has no GPU.
 $cpu || [[ -n $gpus ]] || { $build && [[ -n $base_image ]]; } || has_gpus || cpu=true

@@ -7,8 +7,11 @@ unset CDPATH
 
 root=$(cd -- "$(dirname -- "${BASH_SOURCE[0]}")/.." && pwd -P)
 python=$root/.venv/bin/python
-[[ -x $python ]] || python=$(type -P python3) || {
-    echo "error: MaskMoE is not installed: run launch/setup.sh first" >&2
+fail() {
+    echo "error: $1" >&2
     exit 2
 }
+[[ ! -L $python || -e $python ]] || fail "$(uname -n) has no $(readlink -m "$python"), with which .venv was made: run \
+PYTHON=/path/to/python3 launch/setup.sh with a Python that all nodes have"
+[[ -x $python ]] || python=$(type -P python3) || fail "MaskMoE is not installed: run launch/setup.sh first"
 exec "$python" -P "$root/launch/run_checkout.py" pretrain "$@"

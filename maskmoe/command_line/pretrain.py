@@ -25,14 +25,16 @@ def main() -> None:
         UserError: The command line has options of the launcher, but no model file.
     """
     words = sys.argv[1:]
-    if _HELP_FLAGS.intersection(words) and "RANK" not in os.environ:
+    # Schedulers, such as Kubeflow, set RANK to the number of the node. Only torchrun also sets LOCAL_RANK.
+    is_rank = "LOCAL_RANK" in os.environ
+    if _HELP_FLAGS.intersection(words) and not is_rank:
         # First the options of the launcher, then the flags of training.
         with suppress(SystemExit):
             launch("maskmoe pretrain", ["--help"])
         sys.stdout.flush()
         sys.argv[1:] = ["--help"]
         run_entry_point(entry_point("pretrain"), saves_checkpoints=True)
-    if "RANK" in os.environ or has_flags_only(words):
+    if is_rank or has_flags_only(words):
         is_check = any(word.partition("=")[0] == _CHECK for word in words)
         if own := [name for name in launcher_options(words) if name != _CHECK]:
             raise UserError(f"{own[0]} needs a model file: write MODEL.yaml after the options of maskmoe pretrain")

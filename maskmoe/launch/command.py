@@ -22,8 +22,6 @@ ENTRY_POINT_ENVIRONMENT = {**GPU_ENVIRONMENT, "PYTHONSAFEPATH": "1"}
 RUN_ENVIRONMENT = {**ENTRY_POINT_ENVIRONMENT, "OMP_NUM_THREADS": "1", "PYTHONUNBUFFERED": "1"}
 """The environment variables of all processes of a run."""
 
-_INTERFACE_VARIABLES = ("GLOO_SOCKET_IFNAME", "NCCL_SOCKET_IFNAME")
-
 
 @dataclass(frozen=True)
 class Command:
@@ -83,7 +81,8 @@ def torchrun_command(
     )
     variables = dict(RUN_ENVIRONMENT)
     if meeting.nodes > 1 and route and route.interface:
-        variables |= dict.fromkeys(_INTERFACE_VARIABLES, route.interface)
+        # NCCL takes every interface whose name begins with the value, unless the value begins with `=`.
+        variables |= {"GLOO_SOCKET_IFNAME": route.interface, "NCCL_SOCKET_IFNAME": f"={route.interface}"}
     program, flags = split_program(flags)
     words = _torchrun_words(launcher_words, entry_point("pretrain", program), flag_words(flags))
     return Command(words, {**unset_variables(variables, environment), RUN_FOLDER_VARIABLE: str(options.run_dir)})

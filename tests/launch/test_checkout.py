@@ -53,3 +53,14 @@ def test_scripts_ignore_the_folders_in_which_cd_searches(command: str) -> None:
         )
         assert result.returncode == 0, result.stderr
         assert len(result.stdout.splitlines()) == 1
+
+
+def test_host_that_lacks_the_python_of_the_environment(tmp_path: Path) -> None:
+    for folder in (tmp_path / "launch", tmp_path / ".venv" / "bin"):
+        folder.mkdir(parents=True)
+    (tmp_path / ".venv" / "bin" / "python").symlink_to("/opt/python3.12/bin/python3")
+    script = tmp_path / "launch" / "pretrain.sh"
+    script.write_text((ROOT / "launch" / "pretrain.sh").read_text())
+    result = subprocess.run(["bash", script, "laptop.yaml"], capture_output=True, text=True, timeout=60)
+    assert (result.returncode, len(result.stderr.splitlines())) == (2, 1)
+    assert " has no /opt/python3.12/bin/python3, with which .venv was made: " in result.stderr

@@ -61,7 +61,7 @@ def test_flags_and_environment_give_the_same_command_for_many_nodes():
     line = str(build_command(by_flags, route=route))
     assert line == str(build_command("m.yaml", by_environment, route))
     assert line == str(build_command(by_flags, by_environment | {"NNODES": "9", "RDZV_ENDPOINT": "other:1"}, route))
-    assert "GLOO_SOCKET_IFNAME=eth1 NCCL_SOCKET_IFNAME=eth1 " in line
+    assert "GLOO_SOCKET_IFNAME=eth1 NCCL_SOCKET_IFNAME==eth1 " in line
     assert (
         "--nnodes 4 --nproc-per-node 8 --rdzv-backend c10d --rdzv-endpoint head:1234 --rdzv-id job "
         "--rdzv-conf is_host=false,join_timeout=600 --local-addr 10.0.0.3 --max-restarts 1 "

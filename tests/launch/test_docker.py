@@ -95,6 +95,26 @@ def test_caller_needs_no_name(tmp_path):
     assert {"--user=4321:4321", "--env=USER=4321"} <= set(words)
 
 
+def test_caller_keeps_its_groups(tmp_path):
+    words = dry_run("--engine", "docker", "true", **replace_program(tmp_path, "id", "echo 4321 5678"))
+    assert {"--group-add=4321", "--group-add=5678"} <= set(words)
+
+
+def test_rootless_docker_runs_root_as_the_caller(tmp_path):
+    program = replace_program(tmp_path, "docker", "[[ $1 != info ]] || echo '[name=seccomp name=rootless]'")
+    line = f"ulimit -l 64; {ROOT}/launch/docker.sh --dry-run --cpu true"
+    words = subprocess.check_output(["bash", "-c", line], env=os.environ | program, text=True).split()
+    assert words[0] == "docker"
+    assert {"--user=0:0", "--ulimit=memlock=65536:65536"} <= set(words)
+
+
+def test_podman_that_is_installed_as_docker(tmp_path):
+    program = replace_program(tmp_path, "docker", "[[ $1 != --version ]] || echo podman version 5.4.2")
+    words = dry_run("--gpus", "all", "true", **program)
+    assert words[0] == "podman"
+    assert "--device=nvidia.com/gpu=all" in words
+
+
 def test_podmans_limits_do_not_exceed_the_users_limits():
     command = f"ulimit -l 64 -s 8192; {ROOT}/launch/docker.sh --dry-run --engine podman true"
     output = subprocess.check_output(["bash", "-c", command], text=True)

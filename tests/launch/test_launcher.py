@@ -106,6 +106,18 @@ def test_options_of_the_launcher_need_a_model_file(monkeypatch):
         pretrain.main()
 
 
+def test_scheduler_may_set_the_rank_of_a_node(monkeypatch):
+    """Kubeflow's pods have RANK and WORLD_SIZE, whose values count nodes."""
+    launched = []
+    monkeypatch.setattr(pretrain, "launch", lambda _, words: launched.append(words))
+    monkeypatch.setenv("RANK", "1")
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    words = ["--nodes", "2", "--node-rank", "1", "laptop.yaml", "--lr", "1"]
+    monkeypatch.setattr(sys, "argv", ["maskmoe pretrain", *words])
+    pretrain.main()
+    assert launched == [words]
+
+
 def test_number_of_processes_is_no_flag_of_training():
     rest = ["--lr", "-1", "-0.5,1", "a b", "--split=-1,2", "--nproc", "--", "--x"]
     assert split_processes(["--nproc-per-node", "8", *rest]) == (8, rest)

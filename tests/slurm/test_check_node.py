@@ -51,6 +51,11 @@ def test_sound_node(check, tmp_path):
     assert check("--rendezvous", f"127.0.0.1:{port}") == (0, "")
 
 
+def test_clock(check):
+    """Slurm may start the check minutes after it was given the time."""
+    assert [check("--time", int(time.time()) + seconds)[0] for seconds in (-420, -300, 0, 30, 90)] == [1, 0, 0, 0, 1]
+
+
 @pytest.mark.parametrize(
     ("arguments", "problem"),
     [

@@ -130,6 +130,16 @@ def test_job_of_an_array_is_requeued_alone(train):
     assert "requeue 1_3\n" in output
 
 
+def test_many_different_errors(train, tmp_path):
+    """Each of thousands of ranks reports the hang in words of its own."""
+    program = f"for i in {{1..3000}}; do echo error: rank $i is silent; done; exit {EXIT_HANG}"
+    (tmp_path / "launch" / "pretrain.sh").write_text(f"#!/usr/bin/env bash\n{program}\n")
+    code, output = train(f"{EXIT_HANG} {EXIT_HANG}")
+    assert code == EXIT_HANG
+    assert "requeue 1" in output
+    assert output.count("is silent") == 20
+
+
 def test_slurm_that_refuses_to_requeue(train):
     code, output = train(f"{EXIT_HANG} 0", REFUSES="yes")
     assert code == EXIT_HANG
@@ -152,6 +162,32 @@ def test_variables_reach_the_nodes_of_a_job_that_exports_none(train, tmp_path):
     program = tmp_path / "launch" / "pretrain.sh"
     program.write_text('#!/usr/bin/env bash\necho "error: SLURM_EXPORT_ENV=$SLURM_EXPORT_ENV"; exit 1\n')
     assert "error: SLURM_EXPORT_ENV=ALL" in train("1 1", SLURM_EXPORT_ENV="NONE")[1]
+
+
+def test_tasks_have_all_gpus_and_cores_of_their_nodes(train, tmp_path):
+    """Whatever tasks and GPUs sbatch was asked for, a node has one task. The probe of a lost node needs no GPU."""
+    stub, srun = tmp_path / "stub", tmp_path / "srun"
+    stub.write_bytes(srun.read_bytes())
+    srun.write_text(f'#!/usr/bin/env bash\n{{ echo "$@"; env; }} >>{tmp_path}/given\nsource {stub}\n')
+    asked = {"CPUS_PER_TASK": "8", "TRES_PER_TASK": "cpu=8,gres/gpu=1", "GPUS_PER_TASK": "1", "GPUS": "16"}
+    train("1 1", SLURM_GPUS_ON_NODE="8", **{f"SLURM_{name}": value for name, value in asked.items()})
+    given = (tmp_path / "given").read_text().splitlines()
+    training, probe = (line for line in given if line.startswith("--nodelist"))
+    assert " --ntasks-per-node=1 --cpu-bind=none --gpu-bind=none --gpus-per-node=8 " in training
+    assert " --gres=none --overlap " in probe
+    assert not [line for line in given if re.match("SLURM_(CPUS_PER_TASK|TRES_PER_TASK|GPUS_PER_TASK|GPUS)=", line)]
+
+
+def test_apptainer(train, tmp_path):
+    """The image is read-only, and the caller's home is not mounted. Slurm may not know the GPUs of the nodes."""
+    (tmp_path / "apptainer").write_text(f'#!/usr/bin/env bash\necho "$@" >{tmp_path}/given\n')
+    (tmp_path / "apptainer").chmod(0o755)
+    code, _ = train("0 0", options=("--container", "apptainer", "--image", "x.sif", "--mount", "/data"))
+    assert code == 0
+    run, model = f"{tmp_path}/run", f"{tmp_path}/model.yaml"
+    words = f"exec --nv --no-home --home /tmp --pwd /opt/maskmoe --bind={run}:{run}:rw --bind={model}:{model}:ro"
+    given = (tmp_path / "given").read_text()
+    assert given.startswith(f"{words} --bind=/data:/data:ro x.sif /opt/maskmoe/launch/pretrain.sh ")
 
 
 def test_flags_reach_the_nodes_with_the_number_of_the_job(train, tmp_path):
