@@ -217,6 +217,19 @@ def test_operations_follow_the_mask(reports):
     assert difference == pytest.approx(0.6 * experts)
 
 
+def test_operations_of_latent_attention(reports):
+    hidden, heads, sequence = 64, 4, 64
+    queries = hidden * 32 + 32 * heads * (16 + 8)
+    keys_and_values = hidden * (24 + 8) + 24 * heads * (16 + 20)
+    # A token attends to half of the sequence in the mean.
+    scores_and_sums = sequence / 2 * heads * (16 + 8 + 20)
+    norms = 32 + 24
+    attention = queries + keys_and_values + scores_and_sums + heads * 20 * hidden + norms
+    mlp, experts, logits = 3 * hidden * 96, 2 * 3 * hidden * 48, hidden * 512
+    operations = 6 * (2 * attention + mlp + experts + logits)
+    assert reports["hybrid with latent attention"]["cost"]["flops_per_token"] == pytest.approx(operations)
+
+
 @pytest.mark.parametrize("name", HYBRIDS)
 def test_layers_of_a_hybrid_model_are_counted_by_kind(name, reports):
     layers, expected = reports[name]["layers"], HYBRIDS[name][1]
