@@ -11,33 +11,18 @@ from pathlib import Path
 
 import psutil
 import pytest
+from support.locks import HOLD, lock_holder
 
 from maskmoe.errors import UserError
 from maskmoe.processes import folder_lock, lifetimes
 from maskmoe.processes.folder_lock import LOCK_NAME, check_unlocked, locked_folder
 from maskmoe.processes.lifetimes import Holder
 
-HOLD = """
-import sys, time
-from pathlib import Path
-from maskmoe.processes.folder_lock import locked_folder
-with locked_folder(Path(sys.argv[1])):
-    print("locked", flush=True)
-    sys.stdin.read()
-"""
-
 
 @pytest.fixture
 def holder(tmp_path: Path) -> Iterator[subprocess.Popen]:
-    """A process that holds the lock of the folder until its standard input is closed."""
-    process = subprocess.Popen(
-        [sys.executable, "-c", HOLD, tmp_path], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
-    )
-    assert process.stdout is not None
-    assert process.stdout.readline() == "locked\n"
-    yield process
-    process.kill()
-    process.communicate()
+    with lock_holder(tmp_path) as process:
+        yield process
 
 
 def lock(folder: Path) -> None:
