@@ -116,7 +116,7 @@ class CheckpointSaver:
     def _begin(self, save: _Save, *args: Any, **kwargs: Any) -> None:
         """Call Megatron's function for a save; `finalize` completes and records an asynchronous save."""
         settings, is_first, start = self._settings, torch.distributed.get_rank() == 0, time.perf_counter()
-        with self._while_saving():
+        with _marking_failures(), self._while_saving():
             if is_first:
                 self._clear_folder(save)
             torch.distributed.barrier()
@@ -125,8 +125,7 @@ class CheckpointSaver:
             folder = self._folder(save)
             settings.save = str(folder / NEXT if save.is_repeated else folder)
             try:
-                with _marking_failures():
-                    self._save_checkpoint(save.iteration, *args, **kwargs)
+                self._save_checkpoint(save.iteration, *args, **kwargs)
             finally:
                 settings.save = self._save_folder
             if not save.is_local:

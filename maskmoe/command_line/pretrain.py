@@ -1,6 +1,7 @@
 """`maskmoe pretrain`: pretrains the model of a model file on one node or many, or from Megatron's flags alone."""
 
 import os
+import re
 import sys
 from collections.abc import Sequence
 from contextlib import suppress
@@ -13,8 +14,8 @@ from maskmoe.launch.options import launcher_options
 
 _SUFFIXES = (".yaml", ".yml")
 _CHECK = "--check"
-_SWITCHES = (_CHECK, "--dry-run", "--verbose")
-"""The options of the launcher that take no value."""
+_SWITCHES = (_CHECK, "--dry-run", "--verbose")  # options of the launcher that take no value
+_FLAG = re.compile(r"--[^=]*")  # its value is the next word
 _HELP_FLAGS = {"-h", "--help"}
 
 
@@ -48,7 +49,7 @@ def has_flags_only(words: Sequence[str]) -> bool:
     The name of a model file ends in `.yaml` or `.yml`, and is not the value of a flag.
     """
     has_model_file = any(
-        word.endswith(_SUFFIXES) and not word.startswith("-") and (not before.startswith("--") or before in _SWITCHES)
+        word.endswith(_SUFFIXES) and not word.startswith("-") and (before in _SWITCHES or not _FLAG.fullmatch(before))
         for before, word in pairwise(("", *words))
     )
     return bool(words) and words[0].startswith("--") and not has_model_file

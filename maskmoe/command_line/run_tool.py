@@ -45,17 +45,17 @@ def run_tool(main: Callable[[], None]) -> None:
     try:
         with _describing_refusals():
             _check_working_folder()
-            try:
-                main()
-            finally:
-                _flush_output()
+            main()
+            if sys.stdout is not None:  # it is None if the parent process has closed it
+                sys.stdout.flush()
     except (UserError, RunFailure) as error:
         sys.unraisablehook = lambda _: None  # files of a failed command fail again when they are closed
         signal.signal(signal.SIGTERM, signal.SIG_DFL)  # a handler may save, but no state is left to save
         if os.environ.get("LOCAL_RANK", "0") != "0":
             # The first rank of the node usually fails with the same error. Torchrun then ends this rank while it waits.
             time.sleep(_REPORT_DELAY)
-        print(f"error: {one_line(error)}", file=sys.stderr, flush=True)
+        with suppress(OSError):
+            print(f"error: {one_line(error)}", file=sys.stderr, flush=True)
         code = EXIT_RUN_FAILURE if isinstance(error, RunFailure) else EXIT_BAD_INPUT
     except SystemExit as exit_request:
         code = exit_request.code
@@ -67,19 +67,15 @@ def run_tool(main: Callable[[], None]) -> None:
         code = _EXIT_BROKEN_PIPE
     else:
         return
-    try:
-        _flush_output()
-    except OSError:
-        # The interpreter would try again when it exits, and report its failure.
-        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
+    for stream in filter(None, (sys.stdout, sys.stderr)):
+        try:
+            stream.flush()
+        except OSError:
+            # The interpreter would try again when it exits, and replace the exit code.
+            os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
     if code in (EXIT_BAD_INPUT, EXIT_REQUEUE):
         leave_exit_code(code)
     sys.exit(code)
-
-
-def _flush_output() -> None:
-    if sys.stdout is not None:  # it is None if the parent process has closed it
-        sys.stdout.flush()
 
 
 def _print_every_character() -> None:

@@ -287,9 +287,8 @@ def _stop(process: psutil.Popen) -> None:
     family = [process, *process.children(recursive=True)]
     process.terminate()
     try:
-        process.wait(_SECONDS_TO_END)
-    except psutil.TimeoutExpired:
-        pass
+        with suppress(psutil.TimeoutExpired):
+            process.wait(_SECONDS_TO_END)
     finally:
         send_signal(family, signal.SIGKILL)
         process.wait()

@@ -224,7 +224,7 @@ def check_output_folder(folder: Path) -> None:
         UserError: The folder has content or is a mount point, or another conversion is writing it.
     """
     refuse_checkpoint(folder)
-    if os.path.ismount(folder):  # nothing can be renamed to it
+    if os.path.ismount(os.path.realpath(folder)):  # nothing can be renamed to it
         raise UserError(f"{folder} is a mount point; name a new folder inside it")
     if os.path.lexists(folder) and not (folder.is_dir() and not any(folder.iterdir())):
         raise UserError(f"{folder} is not empty; name a new folder")

@@ -129,7 +129,7 @@ class DatasetIndex:
         num_integers = 12 * len(self.sequence_lengths) + 8 * len(self.document_indices)
         return idx_path(self.prefix).stat().st_size != _HEADER.size + num_integers
 
-    @property
+    @cached_property
     def idx_sha256(self) -> str:
         """Hex digest of the `.idx` file."""
         with open(idx_path(self.prefix), "rb") as stream:

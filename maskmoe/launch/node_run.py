@@ -122,18 +122,19 @@ class Supervisor:
             if self._stopping_since is None and (self._signals or read_exit_code(exit_file)):
                 if self._signals:
                     action = "saves a checkpoint and stops" if self._saves_checkpoints else "stops"
-                    _warn(f"launch: {self._signals[0].name}: the run {action}")
+                    say(f"{self._signals[0].name}: the run {action}", sys.stderr)
                 process.terminate()
                 self._stopping_since = time.monotonic()
             if self._signals.count(signal.SIGINT) > 1:
-                _warn("launch: second Ctrl-C: the run is killed")
+                say("second Ctrl-C: the run is killed", sys.stderr)
                 send_signal(psutil.Process().children(recursive=True), signal.SIGKILL)
             if must_end():
                 send_signal(psutil.Process().children(recursive=True), signal.SIGKILL)
             if self._hangs(process):
-                _warn(
+                say(
                     "error: torchrun does not notice that a rank has exited, as when the network to node 0 is down: "
-                    "torchrun is killed"
+                    "torchrun is killed",
+                    sys.stderr,
                 )
                 process.kill()
             with suppress(psutil.TimeoutExpired):
@@ -174,8 +175,9 @@ class Supervisor:
         if self._signals and not self._saves_checkpoints:
             return 128 + self._signals[0]
         if self._signals:
-            _warn(
-                "launch: the run stopped without saving a new checkpoint; the next start resumes from the previous one"
+            say(
+                "the run stopped without saving a new checkpoint; the next start resumes from the previous one",
+                sys.stderr,
             )
             return EXIT_REQUEUE
         return torchrun_code if torchrun_code > 0 else 128 - torchrun_code
@@ -256,12 +258,7 @@ def check(flags: Flags, ranks: int, shows_report: bool = True) -> int:
     return subprocess.run(words, env=environment, stdout=stdout, check=False).returncode
 
 
-def say(text: str) -> None:
-    """Print a line of the launcher at once, also into a log file; the line may be lost, see `_warn`."""
-    _warn(f"launch: {text}", sys.stdout)
-
-
-def _warn(line: str, stream: TextIO | None = None) -> None:
-    """Print a line, by default to stderr, unless that fails: a terminal may be gone, or a disk be full."""
+def say(text: str, stream: TextIO | None = None) -> None:
+    """Print a line of the launcher at once, by default to stdout; it is lost on a full disk or without a terminal."""
     with suppress(OSError):
-        print(line, file=stream or sys.stderr, flush=True)
+        print(f"launch: {text}", file=stream, flush=True)

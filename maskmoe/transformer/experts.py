@@ -80,16 +80,15 @@ class CountsOnDeviceMLP(TEGroupedMLP):
     Transformer Engine does so from Hopper on, in bf16, with `NVTE_GROUPED_LINEAR_USE_FUSED_GROUPED_GEMM=1`, and then
     refuses numbers on the host, to which Megatron-Core brings them in every layer.
 
-    Megatron-Core needs the numbers on the host to pad rows for FP8 and FP4, and to add biases. The gradients of weights
-    must be added to `main_grad`, because a product of no rows may write no gradient. With other settings, Transformer
-    Engine reads the numbers on the host, whatever the variable says.
+    This class ignores the variable if Megatron-Core needs the numbers on the host, to pad rows for FP8 and FP4 or to
+    add biases; or if gradients are not added to `main_grad`, because a product of no rows may write no gradient.
     """
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
-        config = self.config
+        config, layers = self.config, cast(tuple[Any, ...], (self.linear_fc1, self.linear_fc2))
         if config.fp8 or config.fp4 or config.add_bias_linear or not config.gradient_accumulation_fusion:
-            for layer in cast(tuple[Any, ...], (self.linear_fc1, self.linear_fc2)):
+            for layer in layers:
                 layer.use_grouped_tensor = False
 
     def forward(  # pyrefly: ignore[bad-override]  # the arguments that follow are handed on

@@ -174,12 +174,8 @@ def test_no_checkpoint_is_checked_if_there_are_none_to_remove(tmp_path: Path, mo
     """All ranks wait meanwhile; checkpoints later than `newest` do not count."""
     for iteration in (1, 2, 3):
         write_checkpoint(tmp_path, iteration)
-    check = Mock()
-    monkeypatch.setattr(series, "check_structure", check)
+    monkeypatch.setattr(series, "check_structure", Mock(side_effect=AssertionError))
     assert remove_old_checkpoints(tmp_path, keep=2, newest=2) == []
-    assert not check.called
-    assert remove_old_checkpoints(tmp_path, keep=2) == [checkpoint_path(tmp_path, 1)]
-    assert check.call_count == 2
 
 
 def test_tracker_of_odd_bytes(tmp_path: Path) -> None:

@@ -5,7 +5,6 @@ import json
 import os
 import shutil
 import signal
-from pathlib import Path
 
 import pytest
 import torch
@@ -227,9 +226,10 @@ def test_a_link_to_an_empty_folder_stays(tmp_path):
     assert os.listdir(tmp_path / "disk" / "empty")
 
 
-def test_mount_points_are_refused_at_once():
-    with pytest.raises(UserError, match="/ is a mount point; name a new folder inside it"):
-        fill(Path("/"))
+def test_mount_points_are_refused_at_once(tmp_path):
+    (tmp_path / "model").symlink_to("/")
+    with pytest.raises(UserError, match="model is a mount point; name a new folder inside it"):
+        fill(tmp_path / "model")
 
 
 def test_folder_that_was_filled_meanwhile_stays(tmp_path):

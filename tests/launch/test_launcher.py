@@ -91,6 +91,7 @@ def test_help_and_check_need_no_ranks(run_stub, flag):
         ("--num-layers 2 --te-precision-config-file precision.yaml", True),
         ("--check model.yaml", False),
         ("--verbose model.yaml", False),
+        ("--gpus-per-node=2 model.yaml", False),
         ("--nodes 2 models/model.yml --lr 1", False),
         ("model", False),
         ("", False),

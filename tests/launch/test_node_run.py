@@ -13,12 +13,14 @@ from maskmoe.processes.interruption import EXIT_HANG, EXIT_REQUEUE
 
 SUPERVISE = """
 import sys
+from maskmoe.command_line.run_tool import run_tool
 from maskmoe.launch import node_run
 from maskmoe.launch.command import Command
 program, shutdown_timeout, node_run._HANG_TIMEOUT = sys.argv[1], float(sys.argv[2]), float(sys.argv[3])
 node_run._INSPECTION_INTERVAL = node_run._HANG_TIMEOUT / 4
 command = Command((sys.executable, "-c", program), {})
-sys.exit(node_run.Supervisor(shutdown_timeout, saves_checkpoints=sys.argv[4] == "True").run(command))
+supervisor = node_run.Supervisor(shutdown_timeout, saves_checkpoints=sys.argv[4] == "True")
+run_tool(lambda: (node_run.say("starting"), sys.exit(supervisor.run(command))))
 """
 READY = "print('ready', flush=True)"
 LEAVE_EXIT_CODE = "from maskmoe.processes.interruption import leave_exit_code; leave_exit_code({code})"
@@ -96,8 +98,9 @@ def test_signalled_command_that_has_not_saved(supervise, saves_checkpoints, code
     assert ("checkpoint" in launch.output) == saves_checkpoints
 
 
-def test_stop_is_orderly_although_nothing_can_be_printed():
+def test_stop_is_orderly_although_nothing_can_be_printed(monkeypatch):
     """The terminal may be gone, or the disk of a log file may be full."""
+    monkeypatch.delenv("PYTHONUNBUFFERED", raising=False)  # which hides that Python writes again when it exits
     program = (
         f"import os, signal, sys, time; {LEAVE_EXIT_CODE.split(';')[0]}\n"
         f"signal.signal(signal.SIGTERM, lambda *_: (time.sleep(1), leave_exit_code({EXIT_REQUEUE}), sys.exit(1)))\n"

@@ -52,13 +52,9 @@ def test_handlers_and_ignored_signals_stay() -> None:
             signal.signal(number, handler)
 
 
-def test_launcher_gets_the_exit_code_although_its_folder_was_removed(tmp_path, monkeypatch) -> None:
-    path = tmp_path / "maskmoe-launch-x" / "exit-code"
+@pytest.mark.parametrize(("folder", "code"), [("removed", EXIT_HANG), ("/dev/full", None)])
+def test_exit_code_is_written_to_a_folder_that_was_removed_or_lost(tmp_path, monkeypatch, folder, code) -> None:
+    path = tmp_path / folder / "exit-code"
     monkeypatch.setenv(EXIT_CODE_FILE, str(path))
     leave_exit_code(EXIT_HANG)
-    assert read_exit_code(path) == EXIT_HANG
-
-
-def test_exit_code_that_cannot_be_written_is_lost(monkeypatch) -> None:
-    monkeypatch.setenv(EXIT_CODE_FILE, "/dev/full/exit-code")
-    leave_exit_code(EXIT_HANG)
+    assert read_exit_code(path) == code

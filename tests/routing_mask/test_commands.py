@@ -60,6 +60,8 @@ def test_count(folder):
 METHOD = ["--frequent-mass", 0.5, "--frequent-visible-experts", 2, "--seed", 3]
 MODEL = ["--num-experts", 8, "--num-layers", 3]
 COUNTS = ["--token-frequency", "counts.safetensors"]
+ON_RANKS = [*METHOD, "--assignment", "rank-local"]
+HASHED_ON_RANKS = ["--preset", "smoe", "--hash-assignment", "rank-local"]
 
 
 def test_build(folder):
@@ -137,9 +139,7 @@ def test_build_none_or_all_hash_layers(folder, monkeypatch, recipe, hash_flags, 
         assert mask.digest == built_in_process(folder, monkeypatch, *same_flags).digest
 
 
-@pytest.mark.parametrize(
-    "recipe", [[*METHOD, "--assignment", "rank-local"], ["--preset", "smoe", "--hash-assignment", "rank-local"]]
-)
+@pytest.mark.parametrize("recipe", [ON_RANKS, HASHED_ON_RANKS])
 def test_build_all_hash_layers_on_single_ranks(folder, monkeypatch, recipe):
     flags = [*recipe, "--expert-model-parallel-size", 2, "--hash-layers", 3]
     mask = built_in_process(folder, monkeypatch, *flags)
@@ -147,13 +147,7 @@ def test_build_all_hash_layers_on_single_ranks(folder, monkeypatch, recipe):
     assert mask.rank_of_rows(2) is not None
 
 
-@pytest.mark.parametrize(
-    "flags",
-    [
-        ["--preset", "smoe", "--hash-assignment", "rank-local"],
-        [*METHOD, "--assignment", "rank-local", "--hash-assignment", "balanced"],
-    ],
-)
+@pytest.mark.parametrize("flags", [HASHED_ON_RANKS, [*ON_RANKS, "--hash-assignment", "balanced"]])
 def test_refuse_some_rank_local_layers(folder, monkeypatch, flags):
     with pytest.raises(UserError, match="--hash-assignment and --assignment must both be rank-local"):
         built_in_process(folder, monkeypatch, *flags, "--expert-model-parallel-size", 2, "--hash-layers", 1)

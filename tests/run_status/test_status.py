@@ -42,8 +42,7 @@ def test_folders_elsewhere_are_found_by_the_arguments(tmp_path):
     assert (status.progress.iteration, status.checkpoints.folder) == (20, tmp_path / "save")
 
 
-@pytest.mark.parametrize("end", ["", "\0"], ids=["folder", "folder with a null character"])
-@pytest.mark.parametrize("name", ["null \0 character", "x" * 300], ids=["null character", "long name"])
+@pytest.mark.parametrize(("name", "end"), [("null \0", ""), ("x" * 300, ""), ("save", "\0")], ids=ascii)
 def test_folders_that_cannot_be_read_are_left_out(run, tmp_path, name, end):
     folders = dict.fromkeys(("save", "tensorboard_dir", "non_persistent_global_ckpt_dir"), name)
     write_arguments(
@@ -268,12 +267,9 @@ def test_start_succeeds_while_the_lock_is_read(tmp_path):
     reader = subprocess.Popen([sys.executable, "-c", program, tmp_path], stdout=subprocess.PIPE, env=environment)
     reader.stdout.readline()
     try:
-        lock_often = (
-            "import sys; from pathlib import Path; from maskmoe.processes.folder_lock import locked_folder\n"
-            "for _ in range(200):\n"
-            "    with locked_folder(Path(sys.argv[1])): pass\n"
-        )
-        subprocess.run([sys.executable, "-c", lock_often, tmp_path], check=True, env=environment, timeout=60)
+        for _ in range(200):
+            with locked_folder(tmp_path):
+                pass
         assert reader.poll() is None
     finally:
         reader.kill()

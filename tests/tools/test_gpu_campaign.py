@@ -51,7 +51,10 @@ FOUND = Findings(
     plots=(Plot(file="good/picture.png", caption="A picture"),),
 )
 HANG = """import subprocess, sys
-subprocess.run([sys.executable, "-c", "import time; print(7, flush=True); time.sleep(99)"])"""
+try:
+    subprocess.run([sys.executable, "-c", "import time; print(7, flush=True); time.sleep(99)"])
+except KeyboardInterrupt:
+    print("the report")"""
 
 
 @pytest.fixture(scope="module")
@@ -82,7 +85,7 @@ def test_a_failed_step_does_not_stop_the_others(finished) -> None:
     assert wrong.problem == "losses differ"
     assert broken.problem.startswith("JSONDecodeError")
     assert slow.problem.startswith("the time limit was reached after")
-    assert "7" in slow.output_end.splitlines()
+    assert slow.output_end.endswith("7\nthe report")  # pytest reports on the tests that have run
 
 
 def test_a_killed_step_leaves_what_it_found_and_the_time_of_the_others(finished) -> None:
@@ -93,18 +96,6 @@ def test_a_killed_step_leaves_what_it_found_and_the_time_of_the_others(finished)
     assert 4 <= slow.limit < 12
     assert slow.seconds >= slow.limit
     assert wrong.limit > 50
-
-
-def test_a_killed_step_may_report(tmp_path: Path) -> None:
-    """So pytest reports on the tests that have run."""
-    code = """import time
-try:
-    time.sleep(99)
-except KeyboardInterrupt:
-    print("the report")"""
-    (result,) = run_campaign([make_step("killed", code)], make_context(tmp_path), 3, lambda _: None).steps
-    assert result.problem.startswith("the time limit was reached after")
-    assert result.output_end.endswith("the report")
 
 
 def test_page_and_json_have_what_the_steps_found(finished) -> None:

@@ -405,15 +405,14 @@ def test_kernel_equals_one_document_after_the_other(name: str, place: Place, mon
 
 @pytest.mark.parametrize("is_deterministic", [False, True])
 def test_deterministic_mode_excludes_cudnn(is_deterministic: bool, monkeypatch: pytest.MonkeyPatch) -> None:
-    def compute(*args: Any, **kwargs: Any) -> Tensor:
+    def compute(query: Tensor, key: Tensor, value: Tensor, *_: Any, **__: Any) -> Tensor:
         found.append(torch.backends.cuda.cudnn_sdp_enabled())
-        return by_documents_in_plain_torch(*args, **kwargs)
+        return query + key + value
 
     found = []
-    attention, inputs = build_attention(torch.bfloat16), inputs_of("plain", dtype=torch.bfloat16)
     monkeypatch.setattr(torch, "are_deterministic_algorithms_enabled", lambda: is_deterministic)
     monkeypatch.setattr(attention_module, "varlen_attn", compute)
     monkeypatch.setattr(attention_module, "_HAS_PACKED_KERNEL", True)
     take_gpu_branches(monkeypatch.setattr)
-    attention_results(attention, inputs, by_mask=False)
+    attention_results(build_attention(torch.bfloat16), inputs_of("plain", dtype=torch.bfloat16), by_mask=False)
     assert found == [not is_deterministic]

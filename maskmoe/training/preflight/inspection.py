@@ -32,7 +32,6 @@ from maskmoe.training.preflight.report import Report, compute_cost
 from maskmoe.training.resume.choose_checkpoint import check_pretrained_model, loads_what_it_saves
 from maskmoe.training.settings.checks import RunChecks
 from maskmoe.training.settings.flags import add_check_arguments, add_pretraining_arguments
-from maskmoe.training.settings.inputs import DataShare
 from maskmoe.training.settings.layout import Layout
 from maskmoe.training.settings.run_settings import megatrons_checks, model_config_from_args
 
@@ -175,9 +174,9 @@ class Inspection(RunChecks):
         with megatrons_checks(f"the tokenizer ({self.args.tokenizer_type} {self.args.tokenizer_model}) cannot be made"):
             rebuild_tokenizer(self.args)
 
-    def share_of_data(self) -> DataShare:
-        """Check all datasets, but read only token ids that are read quickly."""
-        return DataShare(most_bytes=_MOST_BYTES_READ)
+    def most_bytes_read(self) -> float:
+        """Return the size of a dataset that is read quickly."""
+        return _MOST_BYTES_READ
 
     # ---- What the run needs ------------------------------------------------------------------------------------------
 

@@ -6,12 +6,11 @@ import tempfile
 from argparse import Namespace
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any, NamedTuple, Self
+from typing import Any
 
 import numpy as np
 from megatron.core.datasets import blended_megatron_dataset_config as dataset_config
 from megatron.training.utils import get_blend_and_blend_per_split
-from tqdm import tqdm
 
 from maskmoe.checkpoint.routing_mask import mask_in_checkpoint, mask_of_megatron, read_routing_mask
 from maskmoe.checkpoint.series import check_separate_folder
@@ -23,6 +22,7 @@ from maskmoe.files.outputs import refuse_checkpoint
 from maskmoe.megatron_compat.globals import get_tokenizer
 from maskmoe.routing_mask.feed_forward_layers import FeedForwardLayers
 from maskmoe.routing_mask.mask import MaskChange, RoutingMask
+from maskmoe.training.watch.console import progress_bar
 from maskmoe.transformer.visible_experts import check_same_mask
 
 _CHUNK_TOKENS = 1 << 20
@@ -159,41 +159,21 @@ def check_mask(args: Namespace, mask: RoutingMask) -> None:
 # ---- Datasets --------------------------------------------------------------------------------------------------------
 
 
-class DataShare(NamedTuple):
-    """What a rank checks of the datasets, of which thousands can have terabytes together.
-
-    The ranks of a node share the datasets, so that each node, which may have files of its own, checks all of them. The
-    nodes share the token ids of each dataset.
-
-    Attributes:
-        datasets: Selects the rank's datasets.
-        chunks: Selects the node's chunks of the token ids of a dataset.
-        most_bytes: Size of the largest dataset whose token ids are read although the mask lacks their counts.
-    """
-
-    datasets: slice = slice(None)
-    chunks: slice = slice(None)
-    most_bytes: float = math.inf
-
-    @classmethod
-    def of_rank(cls) -> Self:
-        """Return the share of this rank as torchrun's variables say; without them, everything."""
-
-        def part(number: str, count: str) -> slice:
-            return slice(int(os.environ.get(number, "0")), None, int(os.environ.get(count, "1")))
-
-        return cls(part("LOCAL_RANK", "LOCAL_WORLD_SIZE"), part("GROUP_RANK", "GROUP_WORLD_SIZE"))
-
-
-def data_errors(args: Namespace, mask: RoutingMask | None, vocab_size: int | None, share: DataShare) -> Iterator[str]:
-    """Yield an error for every unusable dataset in a rank's share of the datasets.
+def data_errors(
+    args: Namespace, mask: RoutingMask | None, vocab_size: int | None, most_bytes_read: float = math.inf
+) -> Iterator[str]:
+    """Yield an error for every unusable dataset that this rank checks.
 
     A dataset must be complete, made with the tokenizer of the run, and hold no token id beyond the vocabulary. Before
     training, the datasets must also have all the parts that training reads. Only samples of the token ids are read if
-    their counts are in the mask, and none if `vocab_size` is unknown.
+    their counts are in the mask, and none if `vocab_size` is unknown, or if a dataset without counts is larger than
+    `most_bytes_read`.
+
+    Thousands of datasets can have terabytes. So the ranks of a node share the datasets, and the nodes, which may have
+    files of their own, share the token ids of each dataset.
     """
-    counted = {(dataset["bin_bytes"], dataset["idx_sha256"]) for dataset in (mask.provenance.datasets if mask else ())}
-    counted_sizes = {size for size, _ in counted}
+    of_rank, of_node = _share("LOCAL_RANK", "LOCAL_WORLD_SIZE"), _share("GROUP_RANK", "GROUP_WORLD_SIZE")
+    counted = [(dataset["bin_bytes"], dataset["idx_sha256"]) for dataset in (mask.provenance.datasets if mask else ())]
     path = args.per_dataset_sequences_path
     try:
         prefixes = data_prefixes(args)
@@ -205,7 +185,7 @@ def data_errors(args: Namespace, mask: RoutingMask | None, vocab_size: int | Non
         yield "no dataset: pass --data-path with a dataset that maskmoe preprocess makes, or --mock-data"
         return
     are_usable = True
-    for prefix in prefixes[share.datasets]:
+    for prefix in prefixes[of_rank]:
         try:
             index = read_index(prefix)
             if headers is not None:
@@ -214,15 +194,20 @@ def data_errors(args: Namespace, mask: RoutingMask | None, vocab_size: int | Non
                 _check_same_tokenizer(args, record, f"dataset {prefix} was")
                 if vocab_size is not None:
                     _check_end_of_documents(args, record, prefix)
-            size = index.bin_bytes
-            is_counted = size in counted_sizes and (size, index.idx_sha256) in counted  # the digest takes long
-            if vocab_size is not None and (is_counted or size <= share.most_bytes):
-                _check_token_ids(index, vocab_size, share.chunks, _MOST_CHUNKS_OF_COUNTED if is_counted else None)
+            # The digest of an index takes long.
+            is_counted = any(size == index.bin_bytes and sha256 == index.idx_sha256 for size, sha256 in counted)
+            if vocab_size is not None and (is_counted or index.bin_bytes <= most_bytes_read):
+                _check_token_ids(index, vocab_size, of_node, _MOST_CHUNKS_OF_COUNTED if is_counted else None)
         except UserError as error:
             are_usable = False
             yield str(error)
     if are_usable and not args.skip_train:
-        yield from _errors_of_parts(args, share.datasets)
+        yield from _errors_of_parts(args, of_rank)
+
+
+def _share(number: str, count: str) -> slice:
+    """Return the share of one of several ranks or nodes, which torchrun's variables number; without them, all."""
+    return slice(int(os.environ.get(number, "0")), None, int(os.environ.get(count, "1")))
 
 
 def data_prefixes(args: Namespace) -> list[str]:
@@ -352,10 +337,7 @@ def _check_token_ids(index: DatasetIndex, vocab_size: int, chunks: slice, most_c
     starts = range(0, len(tokens), _CHUNK_TOKENS)
     if most_chunks is not None:
         starts = starts[:: -(-len(starts) // most_chunks) or 1]
-    is_shown = os.environ.get("RANK", "0") == "0"
-    for start in tqdm(
-        starts[chunks], desc=f"checking {Path(prefix).name}", unit="chunk", delay=1, disable=not is_shown
-    ):
+    for start in progress_bar(starts[chunks], f"checking {Path(prefix).name}", "chunk"):
         is_beyond = unsigned[start : start + _CHUNK_TOKENS] >= vocab_size
         if is_beyond.any():
             position = start + int(is_beyond.argmax())

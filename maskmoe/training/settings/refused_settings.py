@@ -122,6 +122,11 @@ def missing_libraries(args: Namespace) -> Iterator[str]:
             "--log-straggler needs the Python package nvidia-ml-py, which reads the temperature of a GPU: install the "
             "package, or leave the flag out"
         )
+    if _given("save_activations_interval", "save_dgrads_interval")(args) and find_spec("transformer_engine") is None:
+        yield (
+            "--save-activations-interval and --save-dgrads-interval need Transformer Engine, for whose layers "
+            "Megatron-Core looks: install Transformer Engine, or leave the flags out"
+        )
     if _pattern_has("M")(args) and (find_spec("mamba_ssm") is None or args.transformer_impl == "local"):
         yield (
             "--hybrid-layer-pattern with M needs the Python package mamba-ssm, which needs a GPU, and "
@@ -234,24 +239,16 @@ def _loses_gradients_of_experts(args: Namespace) -> bool:
     return overlaps and (args.overlap_grad_reduce or not args.gradient_accumulation_fusion)
 
 
-def _leaves_experts_unquantized(args: Namespace) -> bool:
+def _lacks_grouped_layers(args: Namespace) -> bool:
+    """Return whether flags for grouped linear layers of Transformer Engine are given for another model."""
     is_grouped = args.moe_grouped_gemm or not args.num_experts
-    is_asked_for = _given("fp8", "fp4", "te_precision_config_file")(args)
+    is_asked_for = _given("fp8", "fp4", "te_precision_config_file", "save_tokens_per_expert_interval")(args)
     return is_asked_for and not (args.transformer_impl == "transformer_engine" and is_grouped)
-
-
-def _records_nothing(args: Namespace) -> bool:
-    """Return whether Megatron-Core would look for layers of Transformer Engine that the model does not have."""
-    of_layers = _given("save_activations_interval", "save_dgrads_interval")(args)
-    of_experts = _given("save_tokens_per_expert_interval")(args)
-    has_engine = args.transformer_impl == "transformer_engine"
-    return (of_layers and not has_engine) or (of_experts and not (has_engine and args.moe_grouped_gemm))
 
 
 def _sets_yarn_in_vain(args: Namespace) -> bool:
     """Return whether flags of YaRN are given that latent attention ignores."""
-    names = ("yarn_original_max_position_embeddings", "yarn_beta_fast", "yarn_beta_slow")
-    is_given = _given(*names)(args) or args.yarn_correction_range_round_to_int is False
+    is_given = any(value is not None for name, value in vars(args).items() if name.startswith("yarn_"))
     return is_given and (args.multi_latent_attention or _pattern_has("+")(args))
 
 
@@ -394,16 +391,10 @@ BROKEN_IN_MEGATRON = (
         _loses_gradients_of_experts,
     ),
     Check(
-        "--fp8-format, --fp4-format or --te-precision-config-file without --transformer-impl transformer_engine and "
-        "--moe-grouped-gemm",
-        "Megatron-Core's local layers would ignore the flag, and other experts need not pad their rows.",
-        _leaves_experts_unquantized,
-    ),
-    Check(
-        "--save-activations-interval or --save-dgrads-interval without --transformer-impl transformer_engine, or "
-        "--save-tokens-per-expert-interval without --transformer-impl transformer_engine and --moe-grouped-gemm",
-        "Megatron-Core looks for layers of Transformer Engine, and would fail or write nothing.",
-        _records_nothing,
+        "--fp8-format, --fp4-format, --te-precision-config-file or --save-tokens-per-expert-interval without "
+        "--transformer-impl transformer_engine and --moe-grouped-gemm",
+        "Megatron-Core's local layers ignore the flags, and its other experts neither pad nor count rows.",
+        _lacks_grouped_layers,
     ),
     Check(
         "--position-embedding-type mrope or relative",
@@ -411,8 +402,8 @@ BROKEN_IN_MEGATRON = (
         lambda args: args.position_embedding_type in ("mrope", "relative"),
     ),
     Check(
-        "--yarn-original-max-position-embeddings, --yarn-beta-fast, --yarn-beta-slow or "
-        "--no-yarn-correction-range-round-to-int with multi-latent attention",
+        "--yarn-original-max-position-embeddings, --yarn-beta-fast, --yarn-beta-slow, "
+        "--yarn-correction-range-round-to-int or --no-yarn-correction-range-round-to-int with latent attention",
         "Megatron-Core's latent attention reads these settings by other names, for which there are no flags.",
         _sets_yarn_in_vain,
     ),

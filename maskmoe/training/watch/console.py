@@ -260,12 +260,15 @@ def rank_of_process() -> tuple[int, int]:
 
 
 def progress_bar[Step](steps: Sequence[Step], description: str, unit: str) -> Iterable[Step]:
-    """Return the steps with a progress bar on stderr, on the first rank; without a terminal, a line now and then."""
+    """Return the steps with a progress bar on stderr, on the first rank; without a terminal, a line now and then.
+
+    Work of less than a second has no bar.
+    """
     from tqdm import tqdm
 
     interval = 0.1 if sys.stderr.isatty() else _SECONDS_BETWEEN_LINES
     is_first = os.environ.get("RANK", "0") == "0"
-    return tqdm(steps, desc=description, unit=unit, mininterval=interval, disable=not is_first)
+    return tqdm(steps, desc=description, unit=unit, mininterval=interval, delay=1, disable=not is_first)
 
 
 def hide_foreign_warnings() -> None:

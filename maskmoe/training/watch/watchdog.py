@@ -92,9 +92,7 @@ class Watchdog(Callback):
         """Do not count time during work of any length until the next micro-batch begins."""
         self._last_step = None
 
-    def before_wait(self) -> None:
-        """Do not count time during work of any length until the next micro-batch begins."""
-        self._last_step = None
+    before_wait = before_save
 
     def _watch(self) -> None:
         while not self._is_over.wait(self._period):

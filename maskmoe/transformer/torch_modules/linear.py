@@ -81,8 +81,7 @@ def linear_in_turns(rows: Tensor, sizes: Sequence[int], weights: Sequence[Tensor
 def grouped_linear(rows: Tensor, ends: Tensor, weights: Sequence[Tensor]) -> Tensor:
     """Multiply the rows of each expert by the expert's weight, in one product, without a wait for the device.
 
-    `grouped_mm` takes the weights as one tensor, so they are copied. Autograd would keep the copies of all layers and
-    micro-batches until the backward pass, so the backward pass copies the weights again.
+    `grouped_mm` takes the weights as one tensor. Autograd would keep this copy, so both passes make one.
 
     Rows are bf16 [rows, inputs], ordered by expert; `ends` are the numbers of the rows up to the end of each expert,
     int32 [experts], and weights bf16 [outputs, inputs], of each expert. Inputs and outputs are multiples of 8. The

@@ -17,6 +17,13 @@ run_rank(main, "pretrain")
 """
 
 
+def run(end: str, **variables: str) -> subprocess.CompletedProcess[str]:
+    """Run the program, whose main function ends with the statements `end`."""
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path), **variables}
+    command = [sys.executable, "-c", PROGRAM.format(end=end)]
+    return subprocess.run(command, capture_output=True, text=True, timeout=60, env=environment)
+
+
 @pytest.mark.parametrize(
     ("end", "code", "last", "is_explained"),
     [
@@ -29,9 +36,7 @@ run_rank(main, "pretrain")
 )
 def test_last_words_of_a_process_are_shown(end, code, last, is_explained):
     """A process that ends while it loads, for a reason that we do not explain, shows its newest hidden lines."""
-    command = [sys.executable, "-c", PROGRAM.format(end=end)]
-    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path), "RANK": "0", "LOCAL_RANK": "0"}
-    process = subprocess.run(command, capture_output=True, text=True, timeout=60, env=environment)
+    process = run(end, RANK="0", LOCAL_RANK="0")
     assert process.returncode == code, process.stderr
     assert process.stderr.splitlines()[-1] == last
     assert ("Megatron says why" in process.stderr) != is_explained
@@ -40,25 +45,15 @@ def test_last_words_of_a_process_are_shown(end, code, last, is_explained):
 
 def test_output_may_lack_characters():
     """The locale of a cluster may be ASCII or Latin-1."""
-    program = PROGRAM.format(end="console.say('digest 12…')")
-    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path), "PYTHONIOENCODING": "ascii"}
-    process = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, env=environment)
+    process = run("console.say('digest 12…')", PYTHONIOENCODING="ascii")
     assert (process.returncode, process.stdout) == (0, "digest 12\\u2026\n"), process.stderr
 
 
 def test_process_ends_after_all_exit_handlers():
     """Threads that live on, and handlers that were registered during the run, end before the process does."""
-    program = PROGRAM.format(
-        end="import atexit, threading, time\n"
-        "    atexit.register(print, 'handler', file=sys.stderr)\n"
+    process = run(
+        "import atexit, threading, time; atexit.register(print, 'handler', file=sys.stderr)\n"
         "    threading.Thread(target=lambda: (time.sleep(0.3), print('thread', file=sys.stderr))).start()"
-    )
-    process = subprocess.run(
-        [sys.executable, "-c", program],
-        capture_output=True,
-        text=True,
-        timeout=60,
-        env={**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)},
     )
     assert (process.returncode, process.stderr) == (0, "thread\nhandler\n")
 

@@ -4,7 +4,6 @@ import json
 import re
 from argparse import Namespace
 from itertools import product
-from pathlib import Path
 from unittest.mock import Mock
 
 import numpy as np
@@ -23,7 +22,7 @@ from maskmoe.errors import UserError
 from maskmoe.routing_mask.mask import MaskChange, RoutingMask
 from maskmoe.routing_mask.widening import widen_routing_mask
 from maskmoe.training.settings import inputs
-from maskmoe.training.settings.inputs import DataShare, data_errors, find_routing_mask
+from maskmoe.training.settings.inputs import data_errors, find_routing_mask
 
 # See test_composition.py.
 FP32_ORDER_OF_SUMS = 2e-6
@@ -189,24 +188,24 @@ def args(tmp_path) -> Namespace:
 
 def test_few_files_are_open_at_a_time(args):
     with few_open_files():
-        assert list(data_errors(args, None, 10, DataShare())) == []
+        assert list(data_errors(args, None, 10)) == []
 
 
 def test_every_dataset_has_all_parts(args):
     args.split = "8,1,1"
     write_documents(args.data_path[-1], [range(3)])
-    error, _ = data_errors(args, None, 10, DataShare())
+    error, _ = data_errors(args, None, 10)
     assert error.startswith(f"dataset {args.data_path[-1]}: --split 8,1,1 leaves the validation part no tokens")
 
 
 def test_datasets_without_weights_have_a_sample_in_each_part(args):
     """Megatron reads them once, and repeats all other datasets."""
     args.seq_length = 3
-    error, *others = data_errors(args, None, 10, DataShare())
+    error, *others = data_errors(args, None, 10)
     assert len(others) == 39
     assert error.startswith(f"dataset {args.data_path[0]}: its validation part has 3 tokens, too few for a sample of 4")
     args.data_path = [word for prefix in args.data_path for word in ("1", prefix)]
-    assert list(data_errors(args, None, 10, DataShare())) == []
+    assert list(data_errors(args, None, 10)) == []
 
 
 def test_sizes_that_replace_the_header_of_an_index(tmp_path, args):
@@ -220,13 +219,13 @@ def test_sizes_that_replace_the_header_of_an_index(tmp_path, args):
         ({}, 10, "has None for dataset"),
     ):
         args.per_dataset_sequences_path.write_text(json.dumps(content))
-        errors = list(data_errors(args, None, vocab_size, DataShare()))
+        errors = list(data_errors(args, None, vocab_size))
         assert len(errors) == (message is not None)
         assert message is None or re.search(message, errors[0])
     write_documents(args.data_path[0], [range(3)] * 10, np.int32)
     args.per_dataset_sequences_path.write_text(json.dumps({args.data_path[0]: [10, 11]}))
-    assert list(data_errors(args, None, None, DataShare())) == []
-    (error,) = data_errors(args, None, 1 << 16, DataShare())
+    assert list(data_errors(args, None, None)) == []
+    (error,) = data_errors(args, None, 1 << 16)
     assert "has int32 ids, which Megatron would read as uint16" in error
 
 
@@ -240,7 +239,7 @@ def test_documents_end_with_the_id_that_flags_look_for(args, monkeypatch):
     for flag, eod_id in product((None, *flags), (3, 4, None)):
         monkeypatch.setattr(inputs, "get_tokenizer", lambda: Namespace(eod=eod_id))  # noqa: B023 - called in this turn
         vars(args).update(flags | ({} if flag is None else {flag: True}))
-        errors = list(data_errors(args, None, 10, DataShare()))
+        errors = list(data_errors(args, None, 10))
         assert len(errors) == (flag is not None and eod_id != 3)
         assert all(f"now names id {eod_id}, which --eod-mask-loss" in error for error in errors)
 
@@ -252,33 +251,32 @@ def test_file_that_has_changed_since_it_was_counted(tmp_path, args, monkeypatch)
     index = read_index(args.data_path[0])
     dataset = {"idx_sha256": index.idx_sha256, "bin_bytes": index.bin_bytes}
     mask = Namespace(provenance=Namespace(datasets=(dataset,)))
-    assert list(data_errors(args, mask, 3, DataShare())) == []
+    assert list(data_errors(args, mask, 3)) == []
     file = tmp_path / "0.bin"
     file.write_bytes(file.read_bytes()[:-2] + b"\xff\xff")
-    (error,) = data_errors(args, mask, 3, DataShare(most_bytes=0))
+    (error,) = data_errors(args, mask, 3, 0)
     assert "holds token id 65535 at position 29" in error
 
 
-def test_ranks_share_the_datasets_and_nodes_share_the_token_ids(args, monkeypatch):
-    """Thousands of datasets of a run can have terabytes together."""
+def test_ranks_share_the_datasets_and_nodes_share_the_token_ids(tmp_path, args, monkeypatch):
     monkeypatch.setattr(inputs, "_CHUNK_TOKENS", 10)
-    file = Path(f"{args.data_path[1]}.bin")
-    file.write_bytes(file.read_bytes()[:-2] + b"\xff\xff")  # in the third chunk
-    Path(f"{args.data_path[2]}.idx").unlink()
-    found = {}
-    for rank, node in product(range(2), repeat=2):
+    (tmp_path / "2.idx").unlink()
+    (tmp_path / "1.bin").write_bytes(29 * b"\0\0" + b"\xff\xff")  # in the third chunk
+    for (rank, node), message in {
+        (0, 0): "2.idx does not exist",
+        (0, 1): "2.idx does not exist",
+        (1, 0): "1 holds token id 65535 at position 29",
+        (1, 1): "",
+    }.items():
         variables = {"LOCAL_RANK": rank, "LOCAL_WORLD_SIZE": 2, "GROUP_RANK": node, "GROUP_WORLD_SIZE": 2}
         for name, value in variables.items():
             monkeypatch.setenv(name, str(value))
-        found[rank, node] = list(data_errors(args, None, 10, DataShare.of_rank()))
-    assert found[1, 1] == []
-    assert found[0, 0] == found[0, 1]
-    for place, message in (((0, 0), "2.idx does not exist"), ((1, 0), "1 holds token id 65535 at position 29")):
-        (error,) = found[place]
-        assert message in error
+        errors = list(data_errors(args, None, 10))
+        assert len(errors) == bool(message)
+        assert all(message in error for error in errors)
 
 
 def test_index_is_not_hashed_if_no_counted_dataset_has_its_size(args, monkeypatch):
     monkeypatch.setattr(DatasetIndex, "idx_sha256", property(Mock(side_effect=AssertionError)))
     mask = Namespace(provenance=Namespace(datasets=({"idx_sha256": "0" * 64, "bin_bytes": 2},)))
-    assert list(data_errors(args, mask, 10, DataShare())) == []
+    assert list(data_errors(args, mask, 10)) == []

@@ -97,16 +97,13 @@ REFUSED = {
     GRAPHS: "--cuda-graph-impl",
     f"{GRAPHS} --cuda-graph-modules attn moe_router": "--cuda-graph-impl",
     f"{GRAPHS} --cuda-graph-modules attn --transformer-impl local": "--cuda-graph-impl",
-    f"{QUANTIZED} --transformer-impl local": "--fp8-format, --fp4-format or --te-precision",
-    f"{QUANTIZED} --no-moe-grouped-gemm": "--fp8-format, --fp4-format or --te-precision",
+    f"{QUANTIZED} --transformer-impl local": "--fp8-format, --fp4-format, --te-precision",
+    f"{QUANTIZED} --no-moe-grouped-gemm": "--fp8-format, --fp4-format, --te-precision",
     f"{QUANTIZED} --fp8-recipe delayed": "--fp8-recipe",
     f"{QUANTIZED} --fp8-recipe custom": "--fp8-recipe",
     f"{ENGINE} --fp4-format e2m1 --fp4-recipe custom": "--fp8-recipe",
-    "--te-precision-config-file F": "--fp8-format, --fp4-format or --te-precision",
-    "--save-activations-interval 5": "--save-activations-interval or",
-    "--transformer-impl transformer_engine --no-moe-grouped-gemm --save-tokens-per-expert-interval 5": (
-        "--save-activations-interval or"
-    ),
+    "--te-precision-config-file F": "--fp8-format, --fp4-format, --te-precision",
+    f"{ENGINE} --no-moe-grouped-gemm --save-tokens-per-expert-interval 5": "--fp8-format, --fp4-format, --te-precision",
     "--position-embedding-type mrope": "--position-embedding-type",
     "--multi-latent-attention --yarn-beta-fast 16": "--yarn-original-max-position-embeddings",
     "--hybrid-layer-pattern +E+E --no-yarn-correction-range-round-to-int": "--yarn-original-max-position-embeddings",
@@ -154,8 +151,8 @@ SUPPORTED = (
     *(() if takes_token_ids(TransformerLayer) else (f"{GRAPHS} --cuda-graph-modules attn mlp",)),
     QUANTIZED,
     "~ --transformer-impl transformer_engine --fp8-format e4m3 --fp8-recipe mxfp8",
-    f"{ENGINE} --te-precision-config-file F --save-dgrads-interval 5 --save-tokens-per-expert-interval 5",
-    "--save-params-interval 5 --save-wgrads-interval 5",
+    f"{ENGINE} --te-precision-config-file F --save-tokens-per-expert-interval 5",
+    "--save-activations-interval 5 --save-dgrads-interval 5 --save-params-interval 5 --save-wgrads-interval 5",
     "--multi-latent-attention --rotary-scaling-factor 4 --mscale 1",
     "--position-embedding-type yarn --yarn-beta-fast 16",
     "--cpu-offloading-num-layers 1",
@@ -270,13 +267,20 @@ def test_mamba_layers_need_transformer_engine(monkeypatch, implementation: str) 
     assert len(errors) == (implementation == "local")
 
 
-@pytest.mark.parametrize(("backend", "is_installed"), [("nccl", False), ("nccl", True), ("gloo", False)])
-def test_timer_of_stragglers_needs_a_library_on_gpus(monkeypatch, backend: str, is_installed: bool) -> None:
+@pytest.mark.parametrize("is_installed", [False, True])
+@pytest.mark.parametrize(
+    ("flags", "error"),
+    [
+        ("--log-straggler --distributed-backend nccl", "--log-straggler needs the Python package nvidia-ml-py,"),
+        ("--log-straggler --distributed-backend gloo", None),
+        ("--save-dgrads-interval 5", "--save-activations-interval and --save-dgrads-interval need Transformer Engine,"),
+    ],
+)
+def test_flag_that_needs_a_library(monkeypatch, flags: str, error: str | None, is_installed: bool) -> None:
     monkeypatch.setattr(module, "find_spec", lambda name: name if is_installed else None)
-    errors = list(missing_libraries(parse(f"--log-straggler --distributed-backend {backend}")))
-    assert [error.partition(",")[0] for error in errors] == [
-        "--log-straggler needs the Python package nvidia-ml-py"
-    ] * (backend == "nccl" and not is_installed)
+    errors = list(missing_libraries(parse(flags)))
+    assert len(errors) == (error is not None and not is_installed)
+    assert all(found.startswith(error) for found in errors)
 
 
 @pytest.mark.parametrize(
