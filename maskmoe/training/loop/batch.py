@@ -11,6 +11,7 @@ import numpy as np
 import torch
 from megatron.core import mpu
 from megatron.core.datasets import gpt_dataset
+from megatron.core.datasets.blended_dataset import BlendedDataset
 from megatron.core.datasets.blended_megatron_dataset_builder import BlendedMegatronDatasetBuilder
 from megatron.core.datasets.gpt_dataset import GPTDatasetConfig, MockGPTDataset
 from megatron.core.rerun_state_machine import get_rerun_state_machine
@@ -120,9 +121,10 @@ def build_datasets(num_samples: list[int] | list[None]) -> list[gpt_dataset.GPTD
         UserError: Datasets without weights, which are read only once, have too few samples for the run.
     """
     console.load("building the datasets")
-    requested = samples_to_request(get_args(), num_samples)
-    datasets = build_blend(requested, *get_blend_and_blend_per_split(get_args()))
-    if get_args().dataloader_type == "single":
+    args = get_args()
+    requested = samples_to_request(args, num_samples)
+    datasets = build_blend(requested, *get_blend_and_blend_per_split(args))
+    if args.dataloader_type == "single" and not args.skip_train:  # else no training sample is read
         _check_last_to_the_end(datasets, requested)
     return datasets
 
@@ -135,7 +137,7 @@ def _check_last_to_the_end(datasets: Sequence[Any], requested: Sequence[int | No
     """
     names = {"training": "--train-iters or --train-samples", "validation": "--eval-iters", "test": "--eval-iters"}
     for (name, flag), dataset, number in zip(names.items(), datasets, requested, strict=True):
-        if dataset is not None and number is not None and len(dataset) < number:
+        if isinstance(dataset, BlendedDataset) and number is not None and len(dataset) < number:
             raise UserError(
                 f"the run reads {number:,} {name} samples, but the datasets have {len(dataset):,}, and datasets "
                 "without weights are read once: give each dataset a weight, such as its number of tokens, or lower "

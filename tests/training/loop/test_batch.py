@@ -4,6 +4,7 @@ import argparse
 import json
 import math
 from pathlib import Path
+from typing import Any
 from unittest.mock import MagicMock, Mock
 
 import numpy as np
@@ -202,16 +203,20 @@ def test_datasets_without_weights_last(folder: Path, tmp_path: Path, monkeypatch
     monkeypatch.setattr(batch, "samples_to_request", lambda _, numbers: numbers)
     monkeypatch.setattr(batch.console, "load", Mock())
 
-    def build_with(num_samples: int, *data: str, reading: str = "single") -> list[GPTDataset | None]:
-        settings = ["--seq-length", "100", "--data-cache-path", str(tmp_path), "--split", "8,2,0"]
-        args = arguments(folder, *settings, "--dataloader-type", reading, "--data-path", *data)
+    def build_with(num_samples: int, *data: str, flags: str = "--split 8,2,0 --data-path") -> list[Any]:
+        settings = ["--seq-length", "100", "--data-cache-path", str(tmp_path), "--dataloader-type", "single"]
+        args = arguments(folder, *settings, *flags.split(), *data)
         tokenizer = build_tokenizer(args)
         monkeypatch.setattr(batch, "get_args", lambda: args)
         monkeypatch.setattr(batch, "get_tokenizer", lambda: tokenizer)
         return batch.build_datasets([num_samples, 9, 9])
 
-    (epoch, *_), *_ = build_with(10, one, other), build_with(10_000, one, other, reading="cyclic")
+    epoch, *_ = build_with(10, one, other)
     assert len(epoch) == 10
+    for flags in ("--dataloader-type cyclic", "--skip-train"):
+        build_with(10_000, one, other, flags=f"{flags} --split 8,2,0 --data-path")
+    parts = f"--multiple-validation-sets --train-data-path {one} --valid-data-path"
+    assert all(len(each) >= 9 for each in build_with(10, one, other, flags=parts)[1])
     with pytest.raises(UserError, match=r"reads 10,000 training samples, but the datasets have \d\d,.*--train-iters"):
         build_with(10_000, one, other)
     for data in ([one], ["1", one, "1", other]):
