@@ -57,7 +57,7 @@ FOREIGN_FLAGS = {
     },
 }
 # Scripts that pages print.
-PRINTED_SCRIPTS = {"my_pretrain.py", "my_loop.py", "fine_tune.py"}
+PRINTED_SCRIPTS = {"my_pretrain.py", "my_loop.py", "my_layer.py", "fine_tune.py"}
 SHELL_COMMANDS = {"cp", "export", "mkdir", "source", "split"}
 # The first blocks of these pages, which take seconds (that of hybrid.md trains), and what they print.
 QUICK = {

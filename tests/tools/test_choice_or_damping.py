@@ -140,7 +140,10 @@ def test_models_have_the_replacements_and_equal_initial_weights(monkeypatch, tmp
     make_mask(narrow).save(tmp_path / interventions.NARROW_MASK)
     monkeypatch.setenv("MASKMOE_RUN_DIR", str(tmp_path))
     config = make_config(NUM_EXPERTS, 1, num_layers=2, moe_router_pre_softmax=True)
-    settings = SimpleNamespace(transformer=config, aux_loss_tokens="all", qk_layernorm_all_heads=False)
+    megatron = SimpleNamespace(scatter_embedding_sequence_parallel=True)
+    settings = SimpleNamespace(
+        transformer=config, megatron=megatron, aux_loss_tokens="all", qk_layernorm_all_heads=False
+    )
 
     def build(builder: type[MaskMoEGPTModelBuilder]) -> MaskMoEGPTModel:
         torch.manual_seed(0)
