@@ -27,6 +27,7 @@ from maskmoe.training.watch import writers
 SECOND_RANK_LACKS_DATA = """
 import os, runpy, sys
 if os.environ["RANK"] == "1":
+    os.environ.update(LOCAL_RANK="0", LOCAL_WORLD_SIZE="1")  # as on a node of its own
     sys.argv += ["--data-path", "nowhere"]
 runpy.run_module("maskmoe.training.pretrain", run_name="__main__", alter_sys=True)
 """
@@ -174,7 +175,7 @@ def test_dataset_that_the_first_rank_alone_refuses(refuse_ranks, unusable_datase
 @pytest.mark.slow
 @pytest.mark.runs("fp32")
 def test_dataset_that_the_second_rank_alone_lacks(refuse_ranks, tmp_path):
-    """Both ranks could be on different nodes. The first rank must not lock the folder before both have checked."""
+    """The ranks are on different nodes. The first rank must not lock the folder before both have checked."""
     (tmp_path / "program.py").write_text(SECOND_RANK_LACKS_DATA)
     assert "nowhere.idx does not exist" in refuse_ranks("", program=(str(tmp_path / "program.py"),))
 
