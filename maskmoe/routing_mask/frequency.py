@@ -15,7 +15,6 @@ from maskmoe.data.parallel import map_in_processes
 from maskmoe.data.tokenizer import TokenizerRecord
 from maskmoe.errors import UserError
 from maskmoe.files.untrusted import printable_name
-from maskmoe.routing_mask.feed_forward_layers import FeedForwardLayers
 from maskmoe.routing_mask.mask import CountedDataset, RoutingMask, unpack_bits
 from maskmoe.routing_mask.sealed_tensors import SealedTensors
 
@@ -314,32 +313,3 @@ def overloading_ids(mask: RoutingMask, occurrences: np.ndarray) -> np.ndarray:
     per_expert = occurrences / mask.fewest_visible_of_id
     ids = np.flatnonzero((per_expert > total / mask.num_experts) | (occurrences > total / num_ranks))
     return ids[np.argsort(-per_expert[ids], kind="stable")]
-
-
-def mean_experts_per_token(mask: RoutingMask | None, topk: int, layers: FeedForwardLayers) -> float:
-    """Return the mean number of experts that tokens use, min(k, V) for a token with V visible experts.
-
-    The mean is over the tokens of the counted datasets. It assumes that the frequent ids have exactly the share of
-    occurrences that they were chosen to cover. The true share differs by less than the share of one id.
-
-    Args:
-        mask: The routing mask; None if there is none, so that every token uses `topk` experts.
-        topk: k.
-        layers: The feed-forward layers of the model; layers of the decoder that the mask lacks are left out.
-    """
-    if mask is None:
-        return topk
-    num_tables = len(mask.row_of_id)
-    numbers = [number for number, has_experts in enumerate(layers.decoder, start=1) if has_experts]
-    tables = sorted({table for number in numbers if (table := layers.table(number, num_tables)) < num_tables})
-    return float(np.mean([_mean_use_in_table(mask, topk, table) for table in tables])) if tables else topk
-
-
-def _mean_use_in_table(mask: RoutingMask, topk: int, table: int) -> float:
-    """Return the mean of min(k, V) over the tokens in one table."""
-    num_visible = mask.num_visible_of_layer(table)
-    used, is_frequent = np.minimum(num_visible, topk), num_visible > 1
-    if is_frequent.all() or not is_frequent.any():
-        return float(used.mean())
-    share = mask.provenance.frequent_mass
-    return share * float(used[is_frequent].mean()) + (1 - share) * float(used[~is_frequent].mean())

@@ -28,7 +28,7 @@ from maskmoe.megatron_compat.globals import get_timers, open_writers
 from maskmoe.processes.folder_lock import locked_folder
 from maskmoe.processes.interruption import leave_exit_code
 from maskmoe.routing_mask.feed_forward_layers import FeedForwardLayers
-from maskmoe.routing_mask.frequency import mean_experts_per_token
+from maskmoe.routing_mask.mask import mean_experts_per_token
 from maskmoe.training.loop.batch import build_datasets, get_batch, loss_function, token_losses
 from maskmoe.training.loop.megatron_patches import count_operations_by_mask, watch_steps
 from maskmoe.training.loop.rank_store import RankStore, check_launched, sharing_failures

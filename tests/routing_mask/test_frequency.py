@@ -14,16 +14,13 @@ from maskmoe.data.tokenizer import TokenizerRecord
 from maskmoe.errors import UserError
 from maskmoe.routing_mask import frequency as frequency_module
 from maskmoe.routing_mask.assignment import MaskRecipe, build_routing_mask
-from maskmoe.routing_mask.feed_forward_layers import FeedForwardLayers
 from maskmoe.routing_mask.frequency import (
     FrequencyBands,
     TokenFrequency,
     count_token_frequency,
     expected_expert_load,
-    mean_experts_per_token,
     overloading_ids,
 )
-from maskmoe.routing_mask.mask import HashLayers
 from maskmoe.routing_mask.sealed_tensors import seal
 
 TOKENIZER = TokenizerRecord("SentencePieceTokenizer", "text.model", sha256="a" * 64, vocab_size=100, eod_id=0)
@@ -193,20 +190,3 @@ def test_ids_that_make_balance_impossible():
     local = MaskRecipe(8, 1, "rank-local", 0.5, 2, expert_model_parallel_size=4)
     local_mask = build_routing_mask(local, frequency=frequency)
     assert overloading_ids(local_mask, frequency.occurrences).tolist() == [0, 2]
-
-
-def test_mean_number_of_experts_is_that_of_the_layers_with_experts():
-    recipe = MaskRecipe.from_preset("smoe", 8, 4, hash_layers=HashLayers(2, 2, "uniform"))
-    mask = build_routing_mask(recipe, vocab_size=50)
-    layers = {
-        freq: FeedForwardLayers.of_frequency(list(map(int, freq)), len(freq)) for freq in ("1111", "0111", "0011")
-    }
-    assert mean_experts_per_token(mask, 4, layers["1111"]) == 3.0
-    assert mean_experts_per_token(mask, 4, layers["0111"]) == pytest.approx(10 / 3)
-    assert mean_experts_per_token(mask, 4, layers["0011"]) == 4.0
-    assert mean_experts_per_token(mask, 2, layers["1111"]) == 2.0
-    # A mask with a table for each MoE layer is for the MoE layers in order.
-    assert mean_experts_per_token(mask, 4, FeedForwardLayers.of_pattern("-E-EE*E")) == 3.0
-    shared = build_routing_mask(MaskRecipe.from_preset("hash", 8, 1, shared_table=True), vocab_size=50)
-    assert mean_experts_per_token(shared, 4, layers["1111"]) == 1.0
-    assert mean_experts_per_token(None, 4, layers["1111"]) == 4

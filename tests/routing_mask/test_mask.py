@@ -13,6 +13,7 @@ from maskmoe.routing_mask.mask import (
     MaskProvenance,
     RoutingMask,
     describe_visible_experts,
+    mean_experts_per_token,
 )
 
 PROVENANCE = MaskProvenance("uniform", 0.5, 2, seed=0)
@@ -240,3 +241,20 @@ def test_change_of_a_shared_table_counts_for_each_layer():
     )
     changed = (first.visible_sets(0) != second.visible_sets(0)).any(axis=1).sum()
     assert MaskChange.between(first, second) == MaskChange(150, 3 * changed, 0)
+
+
+def test_mean_number_of_experts_is_that_of_the_layers_with_experts():
+    recipe = MaskRecipe.from_preset("smoe", 8, 4, hash_layers=HashLayers(2, 2, "uniform"))
+    mask = build_routing_mask(recipe, vocab_size=50)
+    layers = {
+        freq: FeedForwardLayers.of_frequency(list(map(int, freq)), len(freq)) for freq in ("1111", "0111", "0011")
+    }
+    assert mean_experts_per_token(mask, 4, layers["1111"]) == 3.0
+    assert mean_experts_per_token(mask, 4, layers["0111"]) == pytest.approx(10 / 3)
+    assert mean_experts_per_token(mask, 4, layers["0011"]) == 4.0
+    assert mean_experts_per_token(mask, 2, layers["1111"]) == 2.0
+    # A mask with a table for each MoE layer is for the MoE layers in order.
+    assert mean_experts_per_token(mask, 4, FeedForwardLayers.of_pattern("-E-EE*E")) == 3.0
+    shared = build_routing_mask(MaskRecipe.from_preset("hash", 8, 1, shared_table=True), vocab_size=50)
+    assert mean_experts_per_token(shared, 4, layers["1111"]) == 1.0
+    assert mean_experts_per_token(None, 4, layers["1111"]) == 4

@@ -29,8 +29,7 @@ from torch.testing._internal.distributed.fake_pg import FakeStore
 from maskmoe.errors import UserError
 from maskmoe.routing_mask.assignment import MaskRecipe, build_routing_mask
 from maskmoe.routing_mask.feed_forward_layers import FeedForwardLayers
-from maskmoe.routing_mask.frequency import mean_experts_per_token
-from maskmoe.routing_mask.mask import RoutingMask
+from maskmoe.routing_mask.mask import RoutingMask, mean_experts_per_token
 from maskmoe.training.loop.model_builder import MaskMoEModelConfig, StageBuilder
 from maskmoe.training.settings.layout import Layout
 from maskmoe.transformer.experts import GroupedMLP
@@ -155,9 +154,9 @@ def count_parameters(args: Namespace, config: MaskMoEModelConfig, mask: RoutingM
     layout, local = Layout.from_args(args), _changed(config, _LOCAL)
     buffers: Iterable[torch.Tensor] = ()
     if mask is not None and args.num_experts:
-        model = {"config": config.transformer, "hybrid_layer_pattern": args.hybrid_layer_pattern}
+        groups, pattern = ProcessGroupCollection(), args.hybrid_layer_pattern
         with suppress(UserError):  # a mask that does not fit is an error of its own
-            buffers = VisibleExperts(mask=mask, pg_collection=ProcessGroupCollection(), **model).buffers()
+            buffers = VisibleExperts(config.transformer, mask, groups, hybrid_layer_pattern=pattern).buffers()
     topk = args.moe_router_topk if args.num_experts else 0
     return ModelParameters(
         whole,
