@@ -15,7 +15,7 @@ from pydantic import ValidationError
 
 from maskmoe.errors import RunFailure, UserError
 from maskmoe.files.json_files import type_adapter
-from maskmoe.files.outputs import atomic_output
+from maskmoe.files.outputs import write_text
 from maskmoe.launch.machine import listen
 from maskmoe.launch.model_file import Flags
 from maskmoe.processes.lifetimes import Holder, beating
@@ -300,8 +300,8 @@ class Generations:
 
     def end(self, number: int, exit_code: int) -> None:
         """Record that the run ends with a generation, for all launchers."""
-        with suppress(OSError, UserError), atomic_output(self._end_path(number)) as path:
-            path.write_text(str(exit_code))
+        with suppress(OSError, UserError):
+            write_text(self._end_path(number), str(exit_code))
 
     def exit_code(self, number: int) -> int | None:
         """Return the exit code with which the run ended in a generation; None if the run continues.

@@ -12,7 +12,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-from maskmoe.files.outputs import atomic_output
+from maskmoe.files.outputs import write_text
 
 
 @dataclass(frozen=True)
@@ -106,5 +106,4 @@ def report(results: Iterable[Result], json_path: Path | None) -> None:
         print(result, flush=True)
         written.append(asdict(result) | {"ratio": result.ratio})
         if json_path:
-            with atomic_output(json_path) as path:
-                path.write_text(json.dumps(written, indent=2) + "\n")
+            write_text(json_path, json.dumps(written, indent=2) + "\n")

@@ -16,7 +16,7 @@ import psutil
 from gpu_campaign.page import render_page
 from gpu_campaign.results import Campaign, Findings, Status, StepResult
 from gpu_campaign.step import Command, Context, Step
-from maskmoe.files.outputs import atomic_output
+from maskmoe.files.outputs import write_text
 from maskmoe.processes.lifetimes import end_with_parent, send_signal
 
 _LINES_OF_END, _CHARACTERS_OF_END = 60, 6000
@@ -162,8 +162,7 @@ def _end_of(log: Path) -> str:
 def _write(campaign: Campaign, output: Path) -> None:
     """Write `campaign.json` and `campaign.md`, which replace those of the step before."""
     for name, text in (("campaign.json", campaign.model_dump_json(indent=2)), ("campaign.md", render_page(campaign))):
-        with atomic_output(output / name) as path:
-            path.write_text(text + "\n", encoding="utf-8")
+        write_text(output / name, text + "\n")
 
 
 def _statement(context: Context) -> str:

@@ -26,7 +26,7 @@ from maskmoe.comparison.report import new_figure, tidy
 from maskmoe.conversion.model_files import load_exported_model, load_exported_tokenizer
 from maskmoe.data.indexed_dataset import dataset_files, open_tokens
 from maskmoe.errors import UserError
-from maskmoe.files.outputs import atomic_output, check_outputs
+from maskmoe.files.outputs import atomic_output, check_outputs, write_text
 
 _BATCH = 50  # windows
 
@@ -155,8 +155,7 @@ def main() -> None:
         found = measure(folder.name, model, read_windows(arguments.datasets, length))
         measurements.append(found)
         tqdm.write(f"{found.attention:9.2f}  {found.repeated:8.3f}  {found.other:5.3f}  {found.model}")
-    with atomic_output(arguments.output) as path:
-        path.write_text(json.dumps([asdict(each) for each in measurements], indent=1) + "\n", encoding="utf-8")
+    write_text(arguments.output, json.dumps([asdict(each) for each in measurements], indent=1) + "\n")
     draw(measurements, picture)
 
 

@@ -23,7 +23,7 @@ from maskmoe.comparison.stage import Stage, StageFolder, StatusLine, maskmoe_com
 from maskmoe.comparison.table import ALL_TOKENS, HeldOutLoss
 from maskmoe.errors import UserError
 from maskmoe.files.json_files import read_json
-from maskmoe.files.outputs import atomic_output
+from maskmoe.files.outputs import write_text
 from maskmoe.routing_mask.frequency import FrequencyBands, TokenFrequency
 
 _FREQUENT = 0  # the band of the ids that see several experts in MaskMoE
@@ -149,8 +149,7 @@ def measure(suite: str, run: Run, line: StatusLine) -> Measures:
 
 def write_measures(path: Path, measures: Iterable[Measures]) -> None:
     """Replace the file of a table."""
-    with atomic_output(path) as temporary:
-        temporary.write_text("".join(f"{each.model_dump_json()}\n" for each in measures), encoding="utf-8")
+    write_text(path, "".join(f"{each.model_dump_json()}\n" for each in measures))
 
 
 def main() -> None:

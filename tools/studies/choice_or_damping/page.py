@@ -22,7 +22,7 @@ from maskmoe.command_line.run_tool import run_tool
 from maskmoe.comparison.report import markdown_table, new_figure, tidy
 from maskmoe.comparison.statistics import Estimate, mean, paired_difference
 from maskmoe.comparison.table import ALL_TOKENS, RunResult
-from maskmoe.files.outputs import atomic_output
+from maskmoe.files.outputs import atomic_output, write_text
 from maskmoe.routing_mask.frequency import FrequencyBands
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[3] / "docs" / "generators"))
@@ -264,8 +264,7 @@ def main() -> None:
     folder.mkdir(parents=True, exist_ok=True)
     with atomic_output(folder / f"{NAME}.png") as temporary:
         draw(study).savefig(temporary, format="png")
-    with atomic_output(folder / f"{NAME}.md") as temporary:
-        temporary.write_text(render(study, measures), encoding="utf-8")
+    write_text(folder / f"{NAME}.md", render(study, measures))
     print(*(f"missing: {each}" for each in missing_runs(study, measures)), sep="\n")
 
 
