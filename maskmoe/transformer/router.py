@@ -78,7 +78,7 @@ class MaskMoERouter(TopKRouter):
         """
         if self.layer_number is None:
             raise ValueError(
-                "a MaskMoE layer has no number, by which it finds its table of the routing mask: call "
+                "a MaskMoE layer has no number, and so no table of the routing mask: call "
                 "set_layer_number(…) with its number among the feed-forward layers, counting from 1"
             )
         return self.layer_number + (len(self.visible_experts.layers.decoder) if self.is_mtp_layer else 0)
