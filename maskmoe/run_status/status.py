@@ -75,7 +75,10 @@ class RunArguments:
     def path(self, name: str) -> Path | None:
         """Return an argument that is a folder; None if the argument is unknown or None, or the folder is unreadable."""
         text = self.get(name)
-        return None if text is None or not os.access(path := self.folder / text, os.R_OK | os.X_OK) else path
+        if text is None:
+            return None
+        path = self.folder / text
+        return path if os.access(path, os.R_OK | os.X_OK) else None
 
 
 @dataclass(frozen=True)

@@ -35,8 +35,6 @@ from maskmoe.training.settings.flags import add_check_arguments, add_pretraining
 from maskmoe.training.settings.layout import Layout
 from maskmoe.training.settings.run_settings import megatrons_checks, model_config_from_args
 
-# Reading the token ids of a larger dataset would take more than a few seconds.
-_MOST_BYTES_READ = 1 << 30
 # The number of ids that the report assumes if neither a tokenizer nor a flag nor a mask says it.
 _ASSUMED_VOCAB_SIZE = 32_000
 # The machine of the check may lack Transformer Engine, and Megatron then refuses the settings that are replaced here.
@@ -96,6 +94,8 @@ class Inspection(RunChecks):
     Raises:
         UserError: The command line of this process has unknown flags.
     """
+
+    most_bytes_read = 1 << 30  # a larger dataset would take more than a few seconds
 
     def __init__(self, num_ranks: int) -> None:
         super().__init__(lambda parser: add_check_arguments(add_pretraining_arguments(parser)))
@@ -173,10 +173,6 @@ class Inspection(RunChecks):
         """Build Megatron's tokenizer, also if Megatron has refused the arguments."""
         with megatrons_checks(f"the tokenizer ({self.args.tokenizer_type} {self.args.tokenizer_model}) cannot be made"):
             rebuild_tokenizer(self.args)
-
-    def most_bytes_read(self) -> float:
-        """Return the size of a dataset that is read quickly."""
-        return _MOST_BYTES_READ
 
     # ---- What the run needs ------------------------------------------------------------------------------------------
 

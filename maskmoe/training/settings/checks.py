@@ -60,7 +60,7 @@ class RunChecks:
     """The checks that each rank of a run makes of its command line, and of the files that the command line names.
 
     The ranks verify the content of checkpoints together. A check beforehand, alone, overrides the methods of the first
-    group.
+    group, and reads less.
 
     Args:
         own_arguments: Adds the arguments of the entry point to the arguments of all entry points.
@@ -70,10 +70,13 @@ class RunChecks:
         is_validated: Whether Megatron has accepted the arguments.
         is_complete: Whether the checkpoint has reached the last iteration.
         notes: Facts that the user should know but that do not stop the run, one line each.
+        most_bytes_read: The size of the largest dataset whose token ids are read although the mask lacks their counts.
 
     Raises:
         UserError: The command line has unknown flags, or a word that cannot be read.
     """
+
+    most_bytes_read: float = inf
 
     def __init__(self, own_arguments: ArgumentsProvider) -> None:
         self.packages = None if cpu.is_installed() else GpuPackages.installed()
@@ -115,10 +118,6 @@ class RunChecks:
 
     def make_tokenizer(self) -> None:
         """Build Megatron's tokenizer, unless `validate` has built it. Raises UserError."""
-
-    def most_bytes_read(self) -> float:
-        """Return the size of the largest dataset whose token ids are read although the mask lacks their counts."""
-        return inf
 
     # ---- The checks --------------------------------------------------------------------------------------------------
 
@@ -219,7 +218,7 @@ class RunChecks:
             yield from _error_of(lambda: inputs.check_mask(args, mask))
         if self._vocab_size is not None and args.fim_data:
             yield from _error_of(lambda: check_fill_in_middle_tokens(args))
-        yield from inputs.data_errors(args, mask, self._vocab_size, self.most_bytes_read())
+        yield from inputs.data_errors(args, mask, self._vocab_size, self.most_bytes_read)
 
     def _compare_models(self) -> Iterator[str]:
         """Check that the checkpoint holds the model of the run."""
@@ -227,11 +226,14 @@ class RunChecks:
         if checkpoint is not None:
             yield from _error_of(lambda: model_settings.check_same_model(args, checkpoint))
             take_schedule_of_checkpoint(args, checkpoint)
-        errors = [*_error_of(self.check_pretrained_model)]
-        yield from errors
-        weights = checkpoint if checkpoint is not None or errors else resume.pretrained_to_load(args)
+        yield from _error_of(self._check_pretrained_and_take_padding)
+
+    def _check_pretrained_and_take_padding(self) -> None:
+        """Check the pretrained checkpoint, and keep the padding of the weights that the run loads. Raises UserError."""
+        self.check_pretrained_model()
+        weights = self.checkpoint or resume.pretrained_to_load(self.args)
         if weights is not None and self._vocab_size is not None and "padded_vocab_size" not in self._given:
-            model_settings.take_padding_of_checkpoint(args, weights, self._vocab_size)
+            model_settings.take_padding_of_checkpoint(self.args, weights, self._vocab_size)
 
     def _compare_settings(self) -> Iterator[str]:
         """Compare the remaining settings with those of the checkpoint."""

@@ -185,9 +185,10 @@ class Console:
             try:
                 stream.write(text)
                 stream.flush()
-            except OSError as error:
-                if isinstance(error, BrokenPipeError):  # nobody reads the output: `run_tool` ends the process
-                    raise
+            except BrokenPipeError:
+                raise  # nobody reads the output: `run_tool` ends the process
+            except OSError:
+                pass
 
     def _keep(self, text: str) -> None:
         with self._lock:
