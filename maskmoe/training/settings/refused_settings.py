@@ -246,6 +246,12 @@ def _lacks_grouped_layers(args: Namespace) -> bool:
     return is_asked_for and not (args.transformer_impl == "transformer_engine" and is_grouped)
 
 
+def _keeps_no_largest_scores(args: Namespace) -> bool:
+    """Return whether flags are given for which Megatron-Core misses the largest attention score of a layer."""
+    has_scores = args.transformer_impl == "transformer_engine" and not _pattern_has("M")(args)
+    return (args.qk_clip or args.log_max_attention_logit) and not (has_scores and (args.bf16 or args.fp16))
+
+
 def _sets_yarn_in_vain(args: Namespace) -> bool:
     """Return whether flags of YaRN are given that latent attention ignores."""
     is_given = any(value is not None for name, value in vars(args).items() if name.startswith("yarn_"))
@@ -408,6 +414,18 @@ BROKEN_IN_MEGATRON = (
         _sets_yarn_in_vain,
     ),
     Check(
+        "--qk-clip or --log-max-attention-logit without --transformer-impl transformer_engine and --bf16 or --fp16, or "
+        "with M in --hybrid-layer-pattern",
+        "Megatron-Core would fail after the first step, because only Transformer Engine's attention keeps its largest "
+        "scores, and Megatron-Core looks for them in every layer of a model in half precision.",
+        _keeps_no_largest_scores,
+    ),
+    Check(
+        "--dataloader-type external",
+        "Megatron-Core would read batches from the dataset itself, and fail in the first step. Use single or cyclic.",
+        lambda args: args.dataloader_type == "external",
+    ),
+    Check(
         "--cpu-offloading-num-layers with --hybrid-layer-pattern",
         "Megatron-Core's hybrid model ignores the flag. Use --fine-grained-activation-offloading.",
         lambda args: args.hybrid_layer_pattern is not None and args.cpu_offloading_num_layers > 0,
@@ -523,6 +541,14 @@ NOT_BUILT = (
         "--moe-router-load-balancing-type seq_aux_loss and --micro-batch-size above 1",
         "These settings are for samples of one length, but documents have any length.",
         _cuts_documents,
+    ),
+    Check(
+        "--mla-down-proj-fusion without --transformer-impl transformer_engine, or with --hybrid-layer-pattern",
+        "The flag is for the latent attention of Transformer Engine in Megatron-Core's GPT model.",
+        lambda args: (
+            args.mla_down_proj_fusion
+            and (args.transformer_impl != "transformer_engine" or args.hybrid_layer_pattern is not None)
+        ),
     ),
     Check(
         "--hybrid-layer-pattern with D",

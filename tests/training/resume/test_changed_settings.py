@@ -86,13 +86,13 @@ def changed(runs, workplace, monkeypatch):
     """Find the changes of a run with further flags; the first run of the test saved the checkpoint."""
     checkpoint = checkpoint_path(runs[0].checkpoints, 7)
 
-    def changed(flags: str, omits: str | None = None) -> ChangedSettings:
+    def changed(flags: str, omits: str | None = None, ranks: int = 1) -> ChangedSettings:
         run = Run(f"--hidden-dropout 0.1 --attention-dropout 0.1 --distributed-backend gloo {flags}", omits=omits)
         words = workplace.flags(run, workplace.folder / "unused", runs[0].checkpoints)
         monkeypatch.setattr(sys, "argv", ["pretrain", *words])
         monkeypatch.chdir(workplace.folder)
         args = parse_args(lambda parser: add_pretraining_arguments(add_maskmoe_arguments(parser)))
-        args.rank, args.world_size, args.padded_vocab_size = 0, 1, 512  # as with a tokenizer
+        args.rank, args.world_size, args.padded_vocab_size = 0, ranks, 512  # as with a tokenizer
         validate_args(args)
         take_schedule_of_checkpoint(args, checkpoint)
         return find_changed_settings(args, checkpoint)
@@ -166,6 +166,16 @@ def test_changed_length_in_samples(changed, flags, errors, notes, is_complete):
     for part in notes:
         assert part in " ".join(found.notes)
     assert found.is_complete == is_complete
+
+
+@pytest.mark.runs("fp32")
+def test_more_ranks_than_random_states_are_refused(changed):
+    """Megatron fails on the ranks whose state is missing."""
+    flags = "--data-parallel-random-init --global-batch-size 8"
+    (error,) = changed(flags, ranks=2).errors
+    assert "holds the random states of 1 data-parallel ranks, but the run has 2 and --data-par" in error
+    for allowed, ranks in ((flags, 1), (f"{flags} --no-load-rng", 2), ("--global-batch-size 8", 2)):
+        assert changed(allowed, ranks=ranks).errors == ()
 
 
 @pytest.mark.runs("fp32")
