@@ -66,14 +66,10 @@ class Block:
 
     def intersection(self, other: "Block") -> "Block | None":
         """Return the elements that two blocks of one tensor share, as a block; None if they share none."""
-        extents = []
-        for mine, my_size, theirs, their_size in zip(self.offsets, self.sizes, other.offsets, other.sizes, strict=True):
-            start = max(mine, theirs)
-            size = min(mine + my_size, theirs + their_size) - start
-            if size <= 0:  # blocks of large tensors are compared with thousands of others
-                return None
-            extents.append((start, size))
-        return Block(self.tensor, tuple(start for start, _ in extents), tuple(size for _, size in extents))
+        starts = tuple(map(max, self.offsets, other.offsets))
+        stops = map(min, map(add, self.offsets, self.sizes), map(add, other.offsets, other.sizes))
+        sizes = tuple(map(sub, stops, starts))
+        return Block(self.tensor, starts, sizes) if all(size > 0 for size in sizes) else None
 
     def within(self, outer: "Block") -> "Block":
         """Return this block as a block of a tensor that holds just the elements of `outer`."""
@@ -226,6 +222,11 @@ class RearrangedSource:
         for copy in copies:
             self._copies[copy.target.tensor].append(copy)
         check_cover(shapes, (copy.target for tensor_copies in self._copies.values() for copy in tensor_copies))
+        # Where the copies begin and end, int64 [copies, dimensions]: a tensor may have tens of thousands of copies.
+        self._starts = {name: np.array([copy.target.offsets for copy in each]) for name, each in self._copies.items()}
+        self._stops = {
+            name: self._starts[name] + [copy.target.sizes for copy in each] for name, each in self._copies.items()
+        }
         self.tensors: dict[str, TensorSpec] = {}
         for name, shape in shapes.items():
             dtype, *others = {source.tensors[copy.source.tensor].dtype for copy in self._copies[name]}
@@ -237,12 +238,16 @@ class RearrangedSource:
     def read(self, block: Block) -> Tensor:
         """See `TensorSource.read`."""
         result = torch.empty(block.sizes, dtype=self.tensors[block.tensor].dtype)
-        for copy in self._copies[block.tensor]:
-            if part := block.intersection(copy.target):
-                elements = self._source.read(copy.source_of(part)).reshape(part.sizes)
-                if part == block:  # the copies cover the tensor exactly, so this part is all
-                    return elements
-                result[part.within(block).slices] = elements
+        starts, stops = self._starts[block.tensor], self._stops[block.tensor]
+        is_met = (starts < np.add(block.offsets, block.sizes)) & (stops > np.array(block.offsets))
+        for number in np.flatnonzero(is_met.all(axis=1)):
+            copy = self._copies[block.tensor][number]
+            part = block.intersection(copy.target)
+            assert part is not None
+            elements = self._source.read(copy.source_of(part)).reshape(part.sizes)
+            if part == block:  # the copies cover the tensor exactly, so this part is all
+                return elements
+            result[part.within(block).slices] = elements
         return result
 
 
