@@ -27,6 +27,7 @@ from torch.nn.functional import gelu
 
 from maskmoe.transformer import experts as experts_module
 from maskmoe.transformer.experts import GroupedMLP, can_group
+from maskmoe.transformer.torch_modules import linear as linear_module
 
 OTHER_ACTIVATIONS = {
     "fused": {"bias_activation_fusion": True},
@@ -240,6 +241,17 @@ def test_grouped_products_keep_no_copies_of_weights(branches_of_gpus: None) -> N
     hidden, ffn, num_rows = 8, 16, 80
     in_bf16, in_fp32, ends = num_rows * (hidden + 3 * ffn), num_rows, 4
     assert kept_bytes(ours, [20] * 4) == 2 * in_bf16 + 4 * (in_fp32 + ends)
+
+
+def test_grouped_products_of_frozen_experts_compute_no_gradients_of_weights(
+    branches_of_gpus: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    ours, _ = make_pair(params_dtype=torch.bfloat16, ffn_hidden_size=16)
+    expected = compute(ours, [5, 0, 11, 8])
+    ours.requires_grad_(False)
+    calls = count_calls(monkeypatch, linear_module, "grouped_mm")
+    assert_equal(compute(ours, [5, 0, 11, 8]), {name: expected[name] for name in ("output", "rows", "probs")})
+    assert len(calls) == 4  # both layers, forward and backward
 
 
 @pytest.mark.parametrize("recomputation", [{}, RECOMPUTATION], ids=["kept", "recomputed"])

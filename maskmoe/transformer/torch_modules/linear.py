@@ -102,4 +102,6 @@ class _GroupedLinear(torch.autograd.Function):
         rows, ends, *weights = ctx.saved_tensors
         gradient = gradients[0].contiguous()
         grad_rows = grouped_mm(gradient, torch.stack(weights), offs=ends)
+        if not any(ctx.needs_input_grad[2:]):  # the experts are frozen
+            return grad_rows, None, *(None for _ in weights)
         return grad_rows, None, *grouped_mm(gradient.t(), rows, offs=ends).unbind()
