@@ -198,6 +198,25 @@ def test_flags_reach_the_nodes_with_the_number_of_the_job(train, tmp_path):
     assert (tmp_path / "launch" / "given").read_text().splitlines()[-6:] == [*flags, "3"]
 
 
+def test_signal_to_the_script_of_a_node_reaches_the_launcher(train, tmp_path):
+    """With proctrack/cgroup, Slurm sends signals to a step's first process alone."""
+    (tmp_path / "srun").write_text(f"""#!/usr/bin/env bash
+        while [[ $1 == --* ]]; do shift; done
+        SLURM_NODEID=0 "$@" &
+        until [[ -e {tmp_path}/ready ]]; do sleep 0.1; done
+        kill -USR1 $!
+        wait $!
+    """)
+    (tmp_path / "launch" / "pretrain.sh").write_text(f"""#!/usr/bin/env bash
+        trap "sleep 0.3; exit {EXIT_REQUEUE}" USR1
+        touch {tmp_path}/ready
+        for ((i = 0; i < 100; i++)); do sleep 0.1; done
+    """)
+    code, output = train("")
+    assert code == EXIT_REQUEUE
+    assert "a signal stopped the run; the job is requeued" in output
+
+
 def test_complete_run(train, tmp_path):
     code, output = train("0 0")
     assert code == 0
