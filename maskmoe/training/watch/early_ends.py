@@ -114,8 +114,8 @@ class FiniteStepCheck(Callback):
 def explaining_early_ends(args: Namespace, leaving: LeaveAfterSave) -> Iterator[None]:
     """Explain why the block ends early, exit with the right code, and end the workers of the data loaders.
 
-    A failed save or load raises a one-line `RunFailure`. If the block ends because of a signal, or because the launcher
-    asks for it, Megatron's exit code 0 becomes `EXIT_REQUEUE`.
+    A failed save or load raises a one-line `RunFailure`. If the block ends because of a signal or of
+    `--exit-duration-in-mins`, or because the launcher asks for it, Megatron's exit code 0 becomes `EXIT_REQUEUE`.
     """
     try:
         yield
@@ -130,7 +130,8 @@ def explaining_early_ends(args: Namespace, leaving: LeaveAfterSave) -> Iterator[
         if end.code in _RERUN_VERDICTS and torch.distributed.get_rank() == 0:
             print(f"error: {_RERUN_VERDICTS[end.code]}. {describe_newest_checkpoint(args)}", file=sys.stderr)
         has_signal = args.exit_signal_handler and any(get_signal_handler().signals_received())
-        if not end.code and (has_signal or leaving.is_leaving):
+        is_out_of_time = args.exit_duration_in_mins is not None and args.curr_iteration + 1 < args.train_iters
+        if not end.code and (has_signal or is_out_of_time or leaving.is_leaving):
             sys.exit(EXIT_REQUEUE)
         raise
     finally:

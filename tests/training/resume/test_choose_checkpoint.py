@@ -1,6 +1,5 @@
 """Resuming from the newest sound checkpoint, and removing old checkpoints."""
 
-import errno
 import re
 import shutil
 import traceback
@@ -403,16 +402,6 @@ def test_failed_load_is_not_a_failed_save(copy, monkeypatch):
         explaining_early_ends(args, LeaveAfterSave(RankStore(HashStore(), 0, 1))),
     ):
         raise error
-
-
-def test_full_disk_beside_a_save_is_not_a_failed_save(tmp_path, monkeypatch):
-    """The disk of a cache may be full."""
-    monkeypatch.setattr("multiprocessing.active_children", list)
-    with (
-        pytest.raises(OSError, match="'/tmp/cache'"),
-        explaining_early_ends(Namespace(save=str(tmp_path)), LeaveAfterSave(RankStore(HashStore(), 0, 1))),
-    ):
-        raise OSError(errno.ENOSPC, "No space left on device", "/tmp/cache")
 
 
 @pytest.mark.runs(SAVED)

@@ -1,0 +1,35 @@
+"""Why training ends early: the exit code, and the error that is reported."""
+
+import errno
+from argparse import Namespace
+
+import pytest
+from torch.distributed import HashStore
+
+from maskmoe.processes.interruption import EXIT_REQUEUE
+from maskmoe.training.loop.rank_store import RankStore
+from maskmoe.training.watch.early_ends import LeaveAfterSave, explaining_early_ends
+
+
+@pytest.fixture
+def explaining(monkeypatch):
+    """Return the context manager for some arguments of a run; it ends no process of the test."""
+    monkeypatch.setattr("multiprocessing.active_children", list)
+    return lambda **args: explaining_early_ends(Namespace(**args), LeaveAfterSave(RankStore(HashStore(), 0, 1)))
+
+
+@pytest.mark.parametrize(
+    ("minutes", "last_step", "code"), [(5, 7, EXIT_REQUEUE), (5, 8, 0), (None, 7, 0)], ids=["time", "complete", "other"]
+)
+def test_run_that_is_out_of_time_asks_for_a_new_start(explaining, minutes, last_step, code):
+    """Megatron exits with 0 after --exit-duration-in-mins, as after --exit-interval."""
+    args = {"exit_signal_handler": False, "exit_duration_in_mins": minutes, "train_iters": 9}
+    with pytest.raises(SystemExit) as end, explaining(**args, curr_iteration=last_step):
+        raise SystemExit(0)
+    assert end.value.code == code
+
+
+def test_full_disk_beside_a_save_is_not_a_failed_save(explaining, tmp_path):
+    """The disk of a cache may be full."""
+    with pytest.raises(OSError, match="'/tmp/cache'"), explaining(save=str(tmp_path)):
+        raise OSError(errno.ENOSPC, "No space left on device", "/tmp/cache")
