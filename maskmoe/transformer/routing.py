@@ -144,7 +144,9 @@ def _sum_squared_logsumexp(logits: MaskedLogits) -> Tensor:
     squared = torch.square(torch.logsumexp(logits.values, dim=-1))  # [tokens]
     if logits.visible.routable is not None:
         squared = squared.masked_fill(~logits.visible.routable, 0.0)
-    return squared.sum() if logits.is_real is None else (squared * logits.is_real).sum()
+    if logits.is_real is not None:
+        squared = squared * logits.is_real
+    return squared.sum(dtype=torch.promote_types(squared.dtype, torch.float32))  # a sum in fp16 would overflow
 
 
 def _sum_for_balancing(scores: Tensor, assigned: Tensor, counted: Tensor | None, num_sequences: int) -> BalancingSums:

@@ -211,6 +211,28 @@ def test_all_visible_equals_stock_on_many_tokens() -> None:
     check_equals_stock(make_config(12, 4, **LOSSES), "frequent", shape=(4097, 3))
 
 
+def test_z_loss_of_an_fp16_router_is_finite() -> None:
+    """The sum over all tokens is above the largest number of fp16. The tolerance is two roundings to fp16."""
+    config = make_config(12, 1, moe_z_loss_coeff=1e-3, moe_router_dtype=None, params_dtype=torch.float16)
+    ours, stock = make_stock_pair(config, "smoe")
+    hidden = torch.randn(2048, 2, config.hidden_size, device=DEVICE, dtype=torch.float16)
+    token_ids = TokenIds(torch.zeros(2048, 2, dtype=torch.long, device=DEVICE))
+    found, expected = (routed.losses["z_loss"] for routed in (route(ours, hidden, token_ids), route(stock, hidden)))
+    torch.testing.assert_close(found.float(), expected.float(), rtol=2**-10, atol=0)
+
+
+def test_expert_bias_follows_the_choices_of_tokens_and_not_the_padding_of_experts() -> None:
+    settings = {"moe_router_score_function": "sigmoid", "moe_router_enable_expert_bias": True}
+    padding = {"moe_expert_capacity_factor": 1.5, "moe_pad_expert_input_to_capacity": True}
+    router = make_router(make_config(4, 2, **settings, **padding), all_visible_mask("smoe", 20, 4))
+    with torch.no_grad():
+        router.weight.copy_(torch.tensor([[2.0], [1.0], [-1.0], [-2.0]]).expand_as(router.weight))
+    hidden, ids = torch.ones(5, 3, router.weight.shape[1], device=DEVICE), torch.zeros(5, 3, dtype=torch.long)
+    route(router, hidden, TokenIds(ids.to(DEVICE)))
+    capacity = 12  # 1.5 times the 2 * 15 / 4 assignments of an expert
+    assert router.local_tokens_per_expert.tolist() == [capacity, capacity, 0, 0]
+
+
 @pytest.mark.parametrize("setting", ["moe_z_loss_coeff", "moe_input_jitter_eps"])
 def test_zero_is_like_none(setting) -> None:
     mask = make_mask(random_visible_sets(0, 1, 20, 6))

@@ -376,11 +376,6 @@ BROKEN_IN_MEGATRON = (
         lambda args: (args.mlp_chunks_for_training or 0) > 1,
     ),
     Check(
-        "--moe-pad-expert-input-to-capacity with --moe-router-enable-expert-bias",
-        "The bias would never move: it is updated from the padded load, which is equal for all experts.",
-        lambda args: args.moe_pad_expert_input_to_capacity and args.moe_router_enable_expert_bias,
-    ),
-    Check(
         "--moe-token-dispatcher-type flex without --bf16",
         "DeepEP, HybridEP and NCCL-EP send bf16 only.",
         lambda args: _flex_backend(args) is not None and not args.bf16,

@@ -48,7 +48,6 @@ REFUSED = {
     "--moe-router-group-topk 3 --moe-router-num-groups 4 --moe-router-topk 2": "--moe-router-group-topk",
     "--moe-router-group-topk 1 --moe-router-num-groups 4 --moe-router-topk 3": "--moe-router-group-topk",
     "--mlp-chunks-for-training 2": "--mlp-chunks",
-    "--moe-pad-expert-input-to-capacity --moe-router-enable-expert-bias": "--moe-pad-expert-input",
     FLEX: f"{FLEX} without --bf16",
     "--tensor-model-parallel-size 2": "--tensor-model-parallel-size above 1 without",
     "--overlap-dispatch-backward-with-experts-wgrad --overlap-grad-reduce": "--overlap-dispatch-backward",
