@@ -99,7 +99,7 @@ class Inspection(RunChecks):
 
     def __init__(self, num_ranks: int) -> None:
         super().__init__(lambda parser: add_check_arguments(add_pretraining_arguments(parser)))
-        if cpu.is_installed():
+        if cpu.is_installed() and self.args.distributed_backend != "gloo":
             self.packages = GpuPackages()  # without GPUs here, the run is on other machines
         self._lacks_libraries = False
         self.args.world_size, self.args.rank = num_ranks, 0

@@ -66,7 +66,7 @@ class RunChecks:
         own_arguments: Adds the arguments of the entry point to the arguments of all entry points.
 
     Attributes:
-        packages: The packages of the machines that train; None if they train on CPUs.
+        packages: The packages of the machines that train.
         is_validated: Whether Megatron has accepted the arguments.
         is_complete: Whether the checkpoint has reached the last iteration.
         notes: Facts that the user should know but that do not stop the run, one line each.
@@ -79,7 +79,7 @@ class RunChecks:
     most_bytes_read: float = inf
 
     def __init__(self, own_arguments: ArgumentsProvider) -> None:
-        self.packages = None if cpu.is_installed() else GpuPackages.installed()
+        self.packages = GpuPackages.installed()
         self.checkpoint: Path | None = None
         self.mask: RoutingMask | None = None
         self.is_validated = self.is_complete = False
@@ -173,16 +173,14 @@ class RunChecks:
     def _settings(self) -> Iterator[str]:
         """Check the settings by MaskMoE's own rules."""
         args = self.args
-        takes_schedule = args.use_checkpoint_opt_param_scheduler and not (args.finetune or args.no_load_optim)
         yield from refused_settings(args)
-        if self.packages is not None:
-            yield from missing_transformer_engine(args, self.packages)
-            if missing := self.packages.describe_missing():
-                self.notes.append(missing)
+        yield from missing_transformer_engine(args, self.packages)
+        if not cpu.is_installed() and (missing := self.packages.describe_missing()):
+            self.notes.append(missing)
         if args.fp8 or args.fp4:
             self.notes.append("FP8 and FP4 have not run with MaskMoE on a GPU yet: compare the losses with bf16's")
         yield from self.missing_libraries()
-        yield from missing_flags(args, takes_learning_rate=self.checkpoint is not None and takes_schedule)
+        yield from missing_flags(args, has_checkpoint=self.checkpoint is not None)
 
     def _validate(self) -> Iterator[str]:
         """Check the settings by Megatron's rules."""
@@ -199,7 +197,7 @@ class RunChecks:
     def _check_tokenizer(self) -> None:
         """Check the tokenizer's file, and save its digest with the other arguments. Raises UserError."""
         self.args.tokenizer_sha256 = None
-        self.args.tokenizer_sha256 = inputs.check_tokenizer(self.args)
+        self.args.tokenizer_sha256 = inputs.check_tokenizer(self.args, self.checkpoint)
 
     def _make_tokenizer(self) -> None:
         """Build the tokenizer, which says how many ids there are. Raises UserError."""
@@ -237,7 +235,7 @@ class RunChecks:
 
     def _compare_settings(self) -> Iterator[str]:
         """Compare the remaining settings with those of the checkpoint."""
-        if any(missing_flags(self.args)):
+        if any(missing_flags(self.args, has_checkpoint=self.checkpoint is not None)):
             return  # Megatron cannot make the schedule
         try:
             changed = find_changed_settings(self.args, self.checkpoint)

@@ -31,7 +31,7 @@ _MOST_CHUNKS_OF_COUNTED = 64  # of a dataset whose counts are known, but whose f
 _LOCAL_TOKENIZERS = {"NullTokenizer", "TikTokenizer", "GPTSentencePieceTokenizer", "Llama2Tokenizer", *TOKENIZER_TYPES}
 
 
-def check_tokenizer(args: Namespace) -> str | None:
+def check_tokenizer(args: Namespace, checkpoint: Path | None) -> str | None:
     """Check that the flags describe a tokenizer that exists here, and return the SHA-256 digest of its file.
 
     Megatron would look for a missing tokenizer on the internet. The digest is None for a type that MaskMoE's tools do
@@ -42,7 +42,7 @@ def check_tokenizer(args: Namespace) -> str | None:
             exist or is damaged.
     """
     if args.tokenizer_type is None:
-        cure = "--use-checkpoint-args takes the checkpoint's" if args.load else "maskmoe tokenizer makes one"
+        cure = "--use-checkpoint-args takes the checkpoint's" if checkpoint else "maskmoe tokenizer makes one"
         raise UserError(f"no tokenizer: pass --tokenizer-type and --tokenizer-model; {cure}")
     if args.tokenizer_type == "NullTokenizer" and args.vocab_size is None:
         raise UserError("--tokenizer-type NullTokenizer needs --vocab-size")

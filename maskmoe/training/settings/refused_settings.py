@@ -81,19 +81,20 @@ def value_errors(args: Namespace) -> Iterator[str]:
             yield f"--split {problem}"
 
 
-def missing_flags(args: Namespace, takes_learning_rate: bool = False) -> Iterator[str]:
+def missing_flags(args: Namespace, has_checkpoint: bool) -> Iterator[str]:
     """Yield an error for each missing flag that Megatron reports late, or by another name.
 
-    A checkpoint's learning rate replaces the arguments' if `takes_learning_rate` is set.
+    If the run loads a checkpoint, the settings of the checkpoint can replace the arguments'.
     """
     if args.seq_length is None and args.encoder_seq_length is None:
-        settings = ", or --use-checkpoint-args for the settings of the checkpoint" if args.load else ""
+        settings = ", or --use-checkpoint-args for the settings of the checkpoint" if has_checkpoint else ""
         yield f"no sequence length: pass --seq-length{settings}"
     if args.skip_train:
         return
     if args.train_iters is None and args.train_samples is None:
         yield "no length of training: pass --train-iters or --train-samples"
-    if args.lr is None and not takes_learning_rate:
+    takes_schedule = has_checkpoint and args.use_checkpoint_opt_param_scheduler
+    if args.lr is None and (not takes_schedule or args.finetune or args.no_load_optim):
         yield "no learning rate: pass --lr"
 
 
@@ -105,7 +106,7 @@ def refused_settings(args: Namespace) -> Iterator[str]:
 
 
 def missing_transformer_engine(args: Namespace, packages: GpuPackages) -> Iterator[str]:
-    """Yield an error if the layers need Transformer Engine, but the machines that train lack it."""
+    """Yield an error if the layers or the optimizer need Transformer Engine, but the machines that train lack it."""
     if packages.transformer_engine:
         return
     problem = "needs Transformer Engine, which is not installed: install it, or leave the flag out"
@@ -113,6 +114,8 @@ def missing_transformer_engine(args: Namespace, packages: GpuPackages) -> Iterat
         yield f"--transformer-impl transformer_engine {problem}"
     if args.moe_permute_fusion:
         yield f"--moe-permute-fusion {problem}"
+    if args.use_precision_aware_optimizer and not args.skip_train:
+        yield f"--use-precision-aware-optimizer {problem}"
 
 
 def missing_libraries(args: Namespace) -> Iterator[str]:

@@ -184,7 +184,7 @@ def reports(answer) -> dict[str, Any]:
     ranks = dict.fromkeys([*LAYOUTS, "flex dispatcher"], 2) | dict.fromkeys(errors, 8)
     ranks[MANY_RANKS] = 1_000_000_007
     libraries = {"flex dispatcher": FLEX, "Mamba": hybrid("*-ME")}
-    libraries["FP8"] = f"{LLAMA} {BF16} {FP8}"
+    libraries["FP8"] = f"{LLAMA} {BF16} {FP8} --distributed-backend nccl"
     libraries["frequent ids with more experts"] = f"{LLAMA} --routing-mask mask.safetensors"
     cases = ARCHITECTURES | hybrids() | FORWARD | LAYOUTS | errors | libraries | {MANY_RANKS: ""}
     return answer("report", cases, ranks=ranks)[0]

@@ -296,6 +296,7 @@ def test_flag_that_needs_a_library(monkeypatch, flags: str, error: str | None, i
         ("--transformer-impl transformer_engine", GpuPackages(transformer_engine=False), 1),
         ("--transformer-impl transformer_engine", GpuPackages(), 0),
         ("--moe-permute-fusion", GpuPackages(transformer_engine=False), 1),
+        ("--use-precision-aware-optimizer", GpuPackages(transformer_engine=False), 1),
         ("", GpuPackages(transformer_engine=False), 0),
     ],
 )
@@ -318,11 +319,14 @@ def test_each_bad_value_is_reported() -> None:
 
 
 def test_flags_that_megatron_misses_late() -> None:
-    assert list(missing_flags(parser().parse_args([]))) == [
+    """Without a checkpoint, no cure is --use-checkpoint-args, although the launcher always sets --load."""
+    errors = [
         "no sequence length: pass --seq-length",
         "no length of training: pass --train-iters or --train-samples",
         "no learning rate: pass --lr",
     ]
-    assert len(list(missing_flags(parser().parse_args([]), takes_learning_rate=True))) == 2
-    evaluation = parser().parse_args(["--skip-train", "--seq-length", "8"])
-    assert not list(missing_flags(evaluation))
+    assert list(missing_flags(parse("--load F"), has_checkpoint=False)) == errors
+    errors[0] += ", or --use-checkpoint-args for the settings of the checkpoint"
+    assert list(missing_flags(parse("--load F"), has_checkpoint=True)) == errors
+    assert list(missing_flags(parse("--use-checkpoint-opt-param-scheduler"), has_checkpoint=True)) == errors[:2]
+    assert not list(missing_flags(parse("--skip-train --seq-length 8"), has_checkpoint=False))
