@@ -22,8 +22,8 @@ from maskmoe.transformer.torch_modules.mlp import is_plain_swiglu, swiglu
 class GroupedMLP(SequentialMLP):
     """`SequentialMLP` with the same parameters and checkpoints that computes its experts without calling their modules.
 
-    - On a GPU: torch's `grouped_mm` computes each linear layer, and one activation all rows. The host does not wait for
-      the device. Needs bf16 and sizes that are multiples of 8.
+    - On a GPU of compute capability 9 or 10: torch's `grouped_mm` computes each linear layer, and one activation all
+      rows. The host does not wait for the device. Needs bf16 and sizes that are multiples of 8.
     - On a CPU: the experts take turns in each linear layer, and one activation computes all rows. The result is
       bit-equal to `SequentialMLP`.
 
@@ -59,7 +59,7 @@ class GroupedMLP(SequentialMLP):
         is_on_gpu = rows.is_cuda
         is_grouped = self._can_group and all(map(_is_as_built, experts))
         if is_on_gpu:
-            is_grouped = is_grouped and _fit_grouped_mm(rows, experts)
+            is_grouped = is_grouped and _has_grouped_kernel(rows, experts)
         if not (is_grouped or _recomputes_activation(self.config) or self.config.add_bias_linear):
             return super().forward(rows, tokens_per_expert, probs)
         if self.config.moe_apply_probs_on_input:
@@ -236,11 +236,16 @@ def _compute_by_modules(rows: Tensor, tokens_per_expert: Tensor, probs: Tensor, 
     return torch.cat(outputs)
 
 
-def _fit_grouped_mm(rows: Tensor, experts: Sequence[MLP]) -> bool:
-    """Return whether `grouped_mm` supports the dtypes and sizes: bf16, and rows of a multiple of 16 bytes."""
+def _has_grouped_kernel(rows: Tensor, experts: Sequence[MLP]) -> bool:
+    """Return whether `grouped_mm` has a kernel for the device, the dtypes and the sizes.
+
+    Rows must be bf16 with a multiple of 16 bytes. On other devices than Hopper and data-center Blackwell, torch brings
+    the bounds of the groups to the host, and computes one group after the other.
+    """
     first, second = _weights(experts[0])
-    sizes = (*first.shape, *second.shape)
-    return rows.dtype == first.dtype == torch.bfloat16 and all(size % 8 == 0 for size in sizes)
+    has_fitting_sizes = all(size % 8 == 0 for size in (*first.shape, *second.shape))
+    is_bf16 = rows.dtype == first.dtype == torch.bfloat16
+    return is_bf16 and has_fitting_sizes and torch.cuda.get_device_capability(rows.device)[0] in (9, 10)
 
 
 def _compute_grouped(rows: Tensor, tokens_per_expert: Tensor, probs: Tensor, experts: Sequence[MLP]) -> Tensor:

@@ -272,19 +272,26 @@ def test_grouped_products_equal_sequential_experts(
 
 
 @pytest.mark.parametrize(
-    ("settings", "is_grouped"),
+    ("settings", "capability", "is_grouped"),
     [
-        ({"params_dtype": torch.bfloat16, "ffn_hidden_size": 16}, True),
-        ({"params_dtype": torch.bfloat16, "ffn_hidden_size": 12}, False),
-        ({"params_dtype": torch.float32, "ffn_hidden_size": 16}, False),
+        ({"params_dtype": torch.bfloat16, "ffn_hidden_size": 16}, (9, 0), True),
+        ({"params_dtype": torch.bfloat16, "ffn_hidden_size": 16}, (10, 3), True),
+        ({"params_dtype": torch.bfloat16, "ffn_hidden_size": 16}, (8, 0), False),
+        ({"params_dtype": torch.bfloat16, "ffn_hidden_size": 12}, (9, 0), False),
+        ({"params_dtype": torch.float32, "ffn_hidden_size": 16}, (9, 0), False),
     ],
-    ids=["bf16", "sizes", "fp32"],
+    ids=["Hopper", "Blackwell", "Ampere", "sizes", "fp32"],
 )
 def test_gpus_compute_grouped_products_where_they_can(
-    settings: dict, is_grouped: bool, branches_of_gpus: None, monkeypatch: pytest.MonkeyPatch
+    settings: dict,
+    capability: tuple[int, int],
+    is_grouped: bool,
+    branches_of_gpus: None,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     chosen = []
     experts, _ = make_pair(**settings)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
     monkeypatch.setattr(SequentialMLP, "forward", lambda *arguments: chosen.append("sequential"))
     monkeypatch.setattr(experts_module, "_compute_grouped", lambda *arguments: chosen.append("grouped"))
     rows, probs, _ = make_rows(experts, [3, 0, 0, 0])

@@ -91,7 +91,8 @@ def get_batch(data_iterator: Iterator[dict[str, Any]] | None, micro_batch_size: 
     if has_documents:
         # The rank that read the data need not wait for the device.
         cu_seqlens = data["cu_seqlens"] if data else batch["cu_seqlens"].cpu()
-        reads_on_host = args.transformer_impl == "local"
+        # Attention in plain torch reads bounds on the host; kernels of Transformer Engine read bounds on the device.
+        reads_on_host = args.transformer_impl == "local" and not args.apply_rope_fusion
         documents = PackedDocuments.of_samples(cu_seqlens, batch["tokens"].device, reads_on_host=reads_on_host)
     return Batch(**{key: batch[key] for key in _TENSORS}, documents=documents)
 

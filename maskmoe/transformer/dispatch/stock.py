@@ -1,6 +1,7 @@
 """Stock dispatch: Megatron-Core's own token dispatchers, for any number of selected experts per token."""
 
 from collections.abc import Callable
+from copy import copy
 from functools import partial
 from typing import Any, cast
 
@@ -69,8 +70,13 @@ def _build_token_dispatcher(layer: MoELayer, pg_collection: ProcessGroupCollecti
         case "flex":
             return build_flex_dispatcher(*common)
         case _:
-            # The all-gather dispatcher reads only the routing map.
-            return MoEAllGatherTokenDispatcher(*common)
+            # The all-gather dispatcher reads only the routing map. Transformer Engine's permutation of all gathered
+            # tokens fails if none of them uses an expert of this rank.
+            config = copy(layer.config)
+            config.moe_permute_fusion = False
+            return MoEAllGatherTokenDispatcher(
+                layer.num_local_experts, layer.local_expert_indices, config, pg_collection
+            )
 
 
 class MaskMoEAlltoAllTokenDispatcher(MoEAlltoAllTokenDispatcher):

@@ -234,6 +234,35 @@ def test_token_that_the_tokenizer_lacks_is_named(folder: Path, monkeypatch: pyte
         check_fill_in_middle_tokens(arguments(folder, "--fim-suffix-token", "<SUF>"))
 
 
+@pytest.mark.parametrize(
+    ("implementation", "is_rope_fused", "is_on_host"),
+    [("local", False, True), ("local", True, False), ("transformer_engine", True, False)],
+)
+def test_bounds_of_documents_are_where_the_layers_read_them(
+    monkeypatch: pytest.MonkeyPatch, implementation: str, is_rope_fused: bool, is_on_host: bool
+) -> None:
+    """Fused rotary embeddings read them on the device, also beside attention in plain torch."""
+    args = argparse.Namespace(
+        transformer_impl=implementation,
+        apply_rope_fusion=is_rope_fused,
+        dataloader_inter_document_masking=True,
+        create_attention_mask_in_dataloader=False,
+        context_parallel_size=1,
+        seq_length=4,
+    )
+    monkeypatch.setattr(batch, "get_args", lambda: args)
+    monkeypatch.setattr(batch, "mpu", MagicMock())
+    for name in ("get_batch_on_this_tp_rank", "get_batch_on_this_cp_rank"):
+        monkeypatch.setattr(batch, name, lambda tensors, **settings: tensors)
+    sample = dict.fromkeys(("tokens", "position_ids", "labels", "loss_mask"), torch.zeros(1, 4, dtype=torch.long))
+    bounds = torch.tensor([[0, 3, 4]], dtype=torch.int32)
+    monkeypatch.setattr(torch.Tensor, "to", lambda tensor, *args, **settings: tensor.clone())  # to a device
+    documents = batch.get_batch(iter([sample | {"cu_seqlens": bounds}]), 1).documents
+    assert documents is not None
+    assert documents.lengths == [3, 1]
+    assert (documents.cu_seqlens_q is documents.bounds) is not is_on_host
+
+
 def test_losses_are_checked_as_the_flags_say(monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:
     monkeypatch.setattr(rerun_state_machine, "_GLOBAL_RERUN_STATE_MACHINE", None)
     rerun_state_machine.initialize_rerun_state_machine(mode=rerun_state_machine.RerunMode.DISABLED)
