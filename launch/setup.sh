@@ -56,9 +56,13 @@ trap 'exit 143' TERM
 # If .venv cannot be written to, as in a container with a read-only root, no other set-up can run, so no lock is needed.
 if [[ ! -d $root/.venv || -w $root/.venv ]]; then
     exec {lock}>"$root/.venv.lock"
-    if ! flock --nonblock "$lock"; then
+    code=0
+    flock --nonblock "$lock" || code=$?
+    if ((code == 1)); then
         say "waiting for another set-up of this folder to finish"
         flock "$lock"
+    elif ((code)); then
+        say "the file system has no locks: start only one set-up of this folder at a time"
     fi
 fi
 refresh_venv "$extras"

@@ -294,6 +294,15 @@ def test_folder_that_is_not_an_environment_is_kept(project):
     assert (project.venv / "notes.txt").read_text() == "mine"
 
 
+def test_file_system_without_locks_is_no_reason_to_wait(project, tmp_path):
+    project.venv.mkdir()
+    (project.venv / "notes.txt").touch()  # which ends the set-up early
+    (tmp_path / "flock").write_text("#!/bin/sh\nexit 65\n")
+    (tmp_path / "flock").chmod(0o755)
+    first, *_ = project.run(expect=2, PATH=f"{tmp_path}:{os.environ['PATH']}").splitlines()
+    assert first == "setup: the file system has no locks: start only one set-up of this folder at a time"
+
+
 @pytest.mark.parametrize("arguments", [["--extras"], ["--extras", "nonsense"], ["--nonsense"]])
 def test_wrong_arguments_are_refused_in_one_line(project, arguments):
     output = project.run(*arguments, expect=2)
