@@ -17,7 +17,7 @@ from maskmoe.checkpoint.integrity import (
     iteration_of,
 )
 from maskmoe.errors import UserError
-from maskmoe.files.outputs import write_text
+from maskmoe.files.outputs import sync_to_disk, write_text
 from maskmoe.files.paths import check_folder
 from maskmoe.files.untrusted import UnusableFile, read_bounded
 
@@ -264,17 +264,24 @@ def remove_old_checkpoints(
     # The check of a checkpoint opens thousands of files, while all ranks wait.
     if keep is None or len(iterations) <= keep:
         return []
-    kept, old = 0, []
+    kept, old = [], []
     for iteration in iterations:
         checkpoint = checkpoint_path(folder, iteration)
-        if kept < keep:
+        if len(kept) < keep:
             with suppress(Damage):
                 check_structure(checkpoint)
-                kept += 1
+                kept.append(checkpoint)
         elif not (retain_interval and iteration % retain_interval == 0) and not checkpoint.is_symlink():
             old.append(checkpoint)
-    for checkpoint in () if is_dry_run else old:
-        shutil.rmtree(checkpoint, ignore_errors=True)
+    if old and not is_dry_run:
+        # The writer has synchronized the tensors, but not the small files. A loss of power could otherwise leave them
+        # empty, and the old checkpoints removed.
+        for checkpoint in kept:
+            for path in (*checkpoint.glob("*.json"), checkpoint, checkpoint.parent):
+                with suppress(OSError):  # some network file systems cannot synchronize folders
+                    sync_to_disk(path)
+        for checkpoint in old:
+            shutil.rmtree(checkpoint, ignore_errors=True)
     return old
 
 

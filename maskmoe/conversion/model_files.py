@@ -17,7 +17,7 @@ from torch import Tensor
 from maskmoe.conversion.tensor_sources import Block, TensorSource, TensorSpec, list_names
 from maskmoe.errors import UserError, refused_by_system
 from maskmoe.files.json_files import read_record, write_record
-from maskmoe.files.outputs import atomic_output, refuse_checkpoint, unwinding_on_signals
+from maskmoe.files.outputs import atomic_output, refuse_checkpoint, sync_to_disk, unwinding_on_signals
 from maskmoe.files.untrusted import check_model_folder, check_regular, reading, resolve_inside
 
 SINGLE_FILE = "model.safetensors"
@@ -251,7 +251,7 @@ def output_folder(folder: Path) -> Iterator[Path]:
         try:
             yield unfinished
             for path in (unfinished, *unfinished.rglob("*")):
-                _sync(path)
+                sync_to_disk(path)
             unfinished.rename(os.path.realpath(folder))
         finally:
             shutil.rmtree(unfinished, ignore_errors=True)
@@ -261,12 +261,3 @@ def _unfinished(folder: Path) -> Path:
     """Return the temporary folder that becomes `folder`, or the folder that the link `folder` names."""
     folder = Path(os.path.realpath(folder))
     return folder.with_name(folder.name + UNFINISHED)
-
-
-def _sync(path: Path) -> None:
-    """Wait until the content of a file or a folder is on the disk."""
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

@@ -107,6 +107,15 @@ def write_text(path: str | os.PathLike[str], text: str) -> None:
         temporary.write_text(text, encoding="utf-8")
 
 
+def sync_to_disk(path: str | os.PathLike[str]) -> None:
+    """Wait until the content of a file or a folder is on the disk."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
 @contextmanager
 def unwinding_on_signals() -> Iterator[None]:
     """Let SIGTERM and SIGHUP raise `SystemExit(128 + number)` in the block, so that its context managers clean up.

@@ -178,6 +178,20 @@ def test_no_checkpoint_is_checked_if_there_are_none_to_remove(tmp_path: Path, mo
     assert remove_old_checkpoints(tmp_path, keep=2, newest=2) == []
 
 
+def test_kept_checkpoint_is_on_the_disk_before_old_ones_are_removed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    old, kept = (write_checkpoint(tmp_path, iteration) for iteration in (1, 2))
+    events = []
+    monkeypatch.setattr(series, "sync_to_disk", lambda path: events.append(("synchronize", path)))
+    monkeypatch.setattr(shutil, "rmtree", lambda path, **options: events.append(("remove", path)))
+    remove_old_checkpoints(tmp_path, keep=1)
+    assert events.pop() == ("remove", old)
+    assert set(events) == {
+        ("synchronize", path) for path in (kept / "integrity.json", kept / "metadata.json", kept, tmp_path)
+    }
+
+
 def test_tracker_of_odd_bytes(tmp_path: Path) -> None:
     tracker = tmp_path / TRACKER
     for content in ("9" * 5000, "9" * 90, "٣", "\0", "../x"):
