@@ -37,6 +37,7 @@ _FIXED_ARGS: dict[str, Any] = {
     "moe_apply_probs_on_input": False,
     "moe_latent_size": None,
     "moe_mlp_glu_interleave_size": None,
+    "moe_shared_expert_glu_interleave_size": None,
     "no_rope_freq": None,
     "normalization": "RMSNorm",
     "position_embedding_type": "rope",
@@ -350,6 +351,9 @@ def _inexpressible(args: Namespace) -> list[str]:
         refusals.append("--rotary-seq-len-interpolation-factor along with --use-rope-scaling")
     if args.multi_latent_attention and args.rotary_percent != 1.0:
         refusals.append(f"--rotary-percent {args.rotary_percent} along with --multi-latent-attention")
+    for balancing in ("sinkhorn", "quantile_balancing"):  # which choose and weigh experts in ways of their own
+        if balancing in args.moe_router_load_balancing_type:  # a type, or a list of types
+            refusals.append(f"--moe-router-load-balancing-type {balancing}")
     is_scaled = args.rotary_scaling_factor > 1.0 and args.mscale_all_dim
     if args.multi_latent_attention and args.rope_type == "rope" and is_scaled:
         refusals.append("--rotary-scaling-factor and --mscale-all-dim along with --rope-type rope")

@@ -258,12 +258,12 @@ def rename_tensors(
     copies = max(candidates, key=lambda candidate: len(candidate.keys() & source.tensors.keys()))
     expected = {name: copy.source.sizes for name, copy in copies.items()}
     computed = {name for name in source.tensors if _COMPUTED.search(name)}
-    shared = _copies_of_shared_tensors(source, config, folder)
+    shared = copies_of_shared_tensors(source, config, folder)
     check_tensors(source.tensors, expected, str(folder), ignored=computed | shared)
     return RearrangedSource(source, shapes, copies.values())
 
 
-def _copies_of_shared_tensors(source: TensorSource, config: Mapping[str, Any], folder: Path) -> set[str]:
+def copies_of_shared_tensors(source: TensorSource, config: Mapping[str, Any], folder: Path) -> set[str]:
     """Return the names of the copies of the embedding and output layer that a model's files hold.
 
     An output layer that is tied to the embedding is a copy, and layers of multi-token prediction may hold copies.

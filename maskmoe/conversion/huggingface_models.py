@@ -12,7 +12,7 @@ from pydantic import BaseModel
 from transformers import GenerationConfig
 
 from maskmoe.checkpoint.integrity import Damage, Manifest, check_content
-from maskmoe.conversion.families import open_huggingface
+from maskmoe.conversion.families import copies_of_shared_tensors, open_huggingface
 from maskmoe.conversion.model_files import INDEX_SUFFIX, SINGLE_FILE, SafetensorsSource, write_safetensors
 from maskmoe.conversion.model_tensors import (
     OpenedModel,
@@ -69,7 +69,9 @@ def open_model(folder: Path, mask: RoutingMask | None = None) -> OpenedModel:
         config = make_config(MaskMoEConfig, config, folder / CONFIG_FILE).to_dict()
         shapes = tensor_shapes(config)
     source: TensorSource = SafetensorsSource(folder)
-    check_tensors(source.tensors, shapes, str(folder))
+    # Under FSDP, transformers saves an output layer that is tied to the embedding a second time.
+    copies = copies_of_shared_tensors(source, config, folder)
+    check_tensors(source.tensors, shapes, str(folder), ignored=copies)
     check_mask(source, config, folder)
     if mtp_shapes := mtp_tensor_shapes(config):
         mtp = SafetensorsSource(folder, MTP_FILE)

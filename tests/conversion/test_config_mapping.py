@@ -204,6 +204,9 @@ def plain_args(**changes):
             r"position_embedding_type learned_absolute, rotary_interleaved True, window_size \(3, 3\)",
         ),
         ({"moe_mlp_glu_interleave_size": 32}, "moe_mlp_glu_interleave_size 32"),  # gate and up projections alternate
+        ({"moe_shared_expert_glu_interleave_size": 32}, "moe_shared_expert_glu_interleave_size 32"),
+        ({"moe_router_load_balancing_type": "sinkhorn"}, "--moe-router-load-balancing-type sinkhorn"),
+        ({"moe_router_load_balancing_type": ["quantile_balancing"]}, "-balancing-type quantile_balancing"),
     ],
 )
 def test_settings_that_transformers_cannot_express(changes, named):

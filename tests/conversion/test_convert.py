@@ -10,7 +10,7 @@ from argparse import Namespace
 
 import pytest
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from support.checkpoint_tensors import assert_same_tensors, tensors_of
 from support.foreign_models import add_multi_token_prediction, save_model
 from support.paths import ROOT
@@ -180,6 +180,19 @@ def dense(tmp_path):
     text = ["sphinx of black quartz judge my vow "] * 20
     (tmp_path / "dense/tokenizer.model").write_bytes(train_tokenizer(text, TOKENIZER_IDS, num_threads=1))
     return tmp_path / "dense"
+
+
+def test_tied_output_layer_that_was_saved_again_is_ignored(tmp_path):
+    """FSDP gathers both tensors, and transformers saves both."""
+    path = tmp_path / "tied" / "model.safetensors"
+    dense = {"mlp_layer_types": ["dense"] * NUM_LAYERS, "tie_word_embeddings": True}
+    MaskMoEForCausalLM(make_config(**dense)).save_pretrained(path.parent)
+    tensors = load_file(path)
+    save_file(tensors | {"lm_head.weight": tensors["model.embed_tokens.weight"].clone()}, path)
+    huggingface_to_megatron(Settings(load=path.parent, save=tmp_path / "run"))
+    save_file(tensors | {"lm_head.weight": tensors["model.embed_tokens.weight"] + 1}, path)
+    with pytest.raises(UserError, match=r"lm_head\.weight differs from model\.embed_tokens\.weight; set tie_word_emb"):
+        huggingface_to_megatron(Settings(load=path.parent, save=tmp_path / "other"))
 
 
 def config_of(folder):

@@ -28,7 +28,7 @@ _MODEL_ARGUMENTS = (
     *("num_attention_heads", "group_query_attention", "num_query_groups", "kv_channels", "multi_latent_attention"),
     *("add_qkv_bias", "qk_layernorm", "qk_layernorm_all_heads", "normalization", "layernorm_epsilon"),
     *("num_experts", "moe_ffn_hidden_size", "moe_router_enable_expert_bias", "moe_latent_size"),
-    "moe_mlp_glu_interleave_size",
+    *("moe_mlp_glu_interleave_size", "moe_shared_expert_glu_interleave_size"),
     *("moe_shared_expert_intermediate_size", "moe_shared_expert_gate"),
     *("position_embedding_type", "max_position_embeddings", "untie_embeddings_and_output_weights"),
     *("q_lora_rank", "kv_lora_rank", "qk_head_dim", "qk_pos_emb_head_dim", "v_head_dim"),
