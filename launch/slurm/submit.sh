@@ -19,7 +19,7 @@ Submits launch/slurm/pretrain.sbatch, which trains MODEL.yaml on the nodes of a 
 
 These options are written as --option value or --option=value. All other options are passed to sbatch; write them as
 --option=value. For example:
-  launch/slurm/submit.sh --nodes=4 --exclusive --gpus-per-node=8 --time=24:00:00 -- launch/models/laptop.yaml --lr 1e-3
+  launch/slurm/submit.sh --nodes=4 --exclusive --gpus-per-node=8 --time=24:00:00 -- launch/models/mixtral-8x7b.yaml …
   launch/slurm/submit.sh --array=1-3 --run-dir runs/seed-%a -- launch/models/laptop.yaml --seed %a
   launch/slurm/submit.sh --dependency=afterok:1234 … (waits for job 1234)
 END
@@ -36,7 +36,7 @@ run_dir='' chain='' elastic='' dry_run=false script_options=(--root "$root") sba
 while (($#)) && [[ $1 != -- ]]; do
     # The script's own options take --option=value and --option value.
     case $1 in
-        --run-dir=* | --chain=* | --train-nodes=* | --max-requeues=* | --container=* | --image=* | --mount=* | \
+        --run-dir=* | --nodes=* | --chain=* | --train-nodes=* | --max-requeues=* | --container=* | --image=* | --mount=* | \
             --port=* | --address=* | --then=*)
             set -- "${1%%=*}" "${1#*=}" "${@:2}"
             ;;
@@ -48,11 +48,12 @@ while (($#)) && [[ $1 != -- ]]; do
             usage
             exit
             ;;
-        --nodes=*:*) elastic=${1#*=} ;;
-        --run-dir | --chain | --train-nodes | --max-requeues | --container | --image | --mount | --port | --address | --then)
+        --run-dir | --nodes | --chain | --train-nodes | --max-requeues | --container | --image | --mount | --port | \
+            --address | --then)
             (($# > 1)) || fail "$1 needs a value (see launch/slurm/submit.sh --help)"
             case $1 in
                 --run-dir) run_dir=$2 ;;
+                --nodes) if [[ $2 == *:* ]]; then elastic=$2; else sbatch+=("--nodes=$2"); fi ;;
                 --chain) chain=$2 ;;
                 --mount) script_options+=("$1" "$(realpath -m -- "${2%:r[ow]}")$(grep -oE ':r[ow]$' <<<"$2" || true)") ;;
                 *) script_options+=("$1" "$2") ;;
@@ -68,7 +69,7 @@ done
 shift
 model=$(realpath -m -- "$1")
 [[ $model == *%a* || -f $model ]] || fail "model file $1 does not exist"
-run_dir=$(realpath -m -- "${run_dir:-$root/runs/$(basename -- "$1" .yaml)}")
+run_dir=$(realpath -m -- "${run_dir:-runs/$(basename -- "$1" .yaml)}")
 if [[ -n $chain ]]; then
     [[ $chain =~ ^[1-9][0-9]*$ ]] || fail "--chain needs a number of jobs, not $chain"
     sbatch+=("--array=1-$chain%1")

@@ -35,7 +35,7 @@ SUBCOMMANDS = (
     Subcommand("count", "command_line.count_token_frequency", "count how often each token id occurs in a dataset"),
     Subcommand("mask", "command_line.build_routing_mask", "build the routing mask from token frequencies"),
     Subcommand("mask widen", "command_line.widen_routing_mask", "let frequent ids of a routing mask see more experts"),
-    Subcommand("pretrain", "command_line.pretrain", "pretrain a model file, or from Megatron's flags, with restarts"),
+    Subcommand("pretrain", "command_line.pretrain", "pretrain a model file, with restarts, or from Megatron's flags"),
     Subcommand("evaluate", "training.evaluate", "compute a checkpoint's loss by token frequency"),
     Subcommand("generate", "command_line.generate_text", "continue prompts with a checkpoint or an exported model"),
     Subcommand("check", "command_line.check", "check a model file's settings and show what the run needs"),

@@ -62,8 +62,8 @@ def add_maskmoe_flags(parser: ArgumentParser) -> ArgumentParser:
     group.add_argument(
         "--verbose",
         action="store_true",
-        help="print everything that Megatron prints, such as all arguments, to the console. By default this goes to "
-        "files in the run folder: logs/rankN.log and args.yaml",
+        help="print everything that Megatron prints, such as all arguments, to the console. By default a training run "
+        "writes this to logs/rankN.log and args.yaml in the run folder, and other commands leave it out",
     )
     return parser
 
