@@ -21,7 +21,7 @@ class OneLineParser(argparse.ArgumentParser):
         message = message.removeprefix("argument ")
         for verb in ("must", "has", "is"):
             message = message.replace(f": {verb} ", f" {verb} ", 1)
-        raise UserError(f"{message} (see {self.prog} --help)")
+        raise UserError(f"{message} (see {self.prog} {_help_flag(self)})")
 
 
 class Parser(OneLineParser):
@@ -39,6 +39,11 @@ class Parser(OneLineParser):
     def option_names(self) -> frozenset[str]:
         """Return the names of all options, with their dashes."""
         return frozenset(self._option_string_actions)
+
+
+def _help_flag(parser: argparse.ArgumentParser) -> str:
+    """Return the flag that shows all arguments; with Megatron's arguments, `--help` shows only MaskMoE's."""
+    return "--help-all" if "--help-all" in parser._option_string_actions else "--help"
 
 
 def refuse_unknown_flags(parser: argparse.ArgumentParser, words: Sequence[str]) -> None:
@@ -61,7 +66,9 @@ def refuse_unknown_flags(parser: argparse.ArgumentParser, words: Sequence[str]) 
     if unknown:
         hints = (difflib.get_close_matches(flag.replace("_", "-"), known, n=1) for flag in unknown)
         named = [f"{flag} (nearest: {hint[0]})" if hint else flag for flag, hint in zip(unknown, hints, strict=True)]
-        raise UserError(f"unknown flag{'s' if len(named) > 1 else ''} {', '.join(named)}; --help lists all")
+        raise UserError(
+            f"unknown flag{'s' if len(named) > 1 else ''} {', '.join(named)}; {_help_flag(parser)} lists all"
+        )
 
 
 def _refuse_repeated_lists(parser: argparse.ArgumentParser, words: Sequence[str]) -> None:

@@ -159,7 +159,7 @@ def test_flags_in_text_exist(page: Path) -> None:
     known = megatron_flags() | script_flags() | flags_in("tests/run.sh", "tools/gpu_campaign.sh")
     known |= {flag for flags in documented_flags().values() for flag in flags}
     known |= {flag for flags in FOREIGN_FLAGS.values() for flag in flags}
-    known |= {"--help-all"}  # which is in no parser
+    known |= {"--help-all"}  # which is added to Megatron's parser
     known |= flags_in(*(str(path.relative_to(ROOT)) for path in (ROOT / "launch").rglob("*.s*") if path.is_file()))
     assert set(FLAG.findall(prose(page))) - known == set()
 

@@ -44,8 +44,6 @@ def run_rank(main: Callable[[], None], name: str) -> None:
     # The report of a check, and the help, are the output of the process.
     if name != "check" and _FULL_HELP_FLAG not in flags:
         console.route(sys.stdout if name == "pretrain" else sys.stderr)
-    if _FULL_HELP_FLAG in flags:
-        sys.argv[1:] = ["--help"]
     try:
         run_tool(lambda: _run_with_last_lines(main))
         code = 0

@@ -2,10 +2,12 @@
 
 import os
 import re
+import sys
 from argparse import Action, ArgumentParser, ArgumentTypeError, BooleanOptionalAction, Namespace
 from collections.abc import Callable, Mapping
 from importlib.util import find_spec
 from math import prod
+from pathlib import Path
 from types import MethodType
 from typing import Any
 
@@ -211,6 +213,8 @@ def hang_timeout(args: Namespace) -> float:
 
 def _report_errors_in_one_line(parser: ArgumentParser) -> None:
     """Let Megatron's parser report a wrong value in one line, where argparse would print a usage of 700 lines first."""
+    parser.prog = f"maskmoe {Path(sys.argv[0]).stem}"
+    parser.add_argument("--help-all", action="help", help="show all flags and exit")
     vars(parser)["error"] = MethodType(OneLineParser.error, parser)
     for action in parser._actions:
         if callable(action.type) and not isinstance(action.type, type):
