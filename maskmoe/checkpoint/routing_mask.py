@@ -17,7 +17,7 @@ from maskmoe.checkpoint.series import locate_checkpoint
 from maskmoe.errors import UserError
 from maskmoe.routing_mask.expert_table import TENSOR_NAMES, ExpertTable, layer_of_tensor
 from maskmoe.routing_mask.feed_forward_layers import positions_of_layers
-from maskmoe.routing_mask.mask import RoutingMask
+from maskmoe.routing_mask.mask import RoutingMask, row_dtype
 
 CHECKPOINT_PREFIX = "routing_mask."
 """The name of the mask's module inside the model, hence the prefix of the mask's tensors in every checkpoint."""
@@ -38,12 +38,23 @@ def buffers_of_routing_mask(mask: RoutingMask) -> dict[str, Tensor]:
 
 
 def routing_mask_from_buffers(buffers: dict[str, Tensor]) -> RoutingMask:
-    """Convert the buffers of `VisibleExperts` to a routing mask; raise `UserError` if they are damaged or altered."""
+    """Convert the buffers of `VisibleExperts` to a routing mask; raise `UserError` if they are damaged or altered.
+
+    Rows may be int32, as in transformers' format, although the mask stores them as int16.
+    """
     metadata: Any = None
     try:
         arrays = {name: buffer.cpu().numpy() for name, buffer in buffers.items()}
         metadata = json.loads(arrays.pop("metadata").tobytes())
-    except (KeyError, TypeError, ValueError, RecursionError):  # `from_tensors` below refuses missing metadata.
+        if arrays["row_of_id"].dtype == np.int32:
+            arrays["row_of_id"] = arrays["row_of_id"].astype(row_dtype(arrays["visible_bits"].shape[1]))
+    except (
+        KeyError,
+        IndexError,
+        TypeError,
+        ValueError,
+        RecursionError,
+    ):  # `from_tensors` below refuses missing metadata.
         arrays = {}
     return RoutingMask.from_tensors(arrays, metadata, source="the checkpoint's routing mask")
 

@@ -29,7 +29,13 @@ from maskmoe.checkpoint.integrity import COMPLETION_FILE, LAYOUT_FILE, Manifest,
 from maskmoe.checkpoint.routing_mask import CHECKPOINT_PREFIX
 from maskmoe.checkpoint.series import RELEASE, write_tracker
 from maskmoe.conversion.config_mapping import config_from_args, is_hybrid, is_stacked
-from maskmoe.conversion.model_tensors import OpenedModel, check_tensors, read_mask, routing_mask_tensors
+from maskmoe.conversion.model_tensors import (
+    ROUTING_MASK_PREFIX,
+    OpenedModel,
+    check_tensors,
+    read_mask,
+    routing_mask_tensors,
+)
 from maskmoe.conversion.tensor_mapping import (
     EMBEDDING,
     EXPERT_NORMS,
@@ -240,7 +246,7 @@ def open_megatron(
         if has_mask or not args.num_experts:
             problem = "holds a routing mask" if has_mask else "has no experts"
             raise UserError(f"{checkpoint} {problem}; leave --routing-mask out")
-        source = JoinedSource(source, routing_mask_tensors(mask, CHECKPOINT_PREFIX)[0])
+        source = JoinedSource(source, routing_mask_tensors(mask, CHECKPOINT_PREFIX, for_megatron=True)[0])
     elif args.num_experts and not has_mask:
         raise UserError(
             f"{checkpoint} holds no routing mask; pass the one that its experts should route by, --routing-mask"
@@ -257,9 +263,11 @@ def open_megatron(
         # A checkpoint may hold a norm a second time, under the name that Transformer Engine's modules load.
         aliases = {name for name in weights if local_norm_name(name) in mapping.megatron}
         check_tensors(weights, mapping.megatron, str(checkpoint), ignored=aliases)
-        view = RearrangedSource(source, mapping.huggingface, mapping.copies)
+        view: TensorSource = RearrangedSource(source, mapping.huggingface, mapping.copies)
     except CoverageError as error:
         raise UserError(f"the tensors of {checkpoint} do not fit its arguments: {error}") from error
+    if mask is not None:
+        view = JoinedSource(routing_mask_tensors(mask)[0], view)
     return OpenedModel(view, config, args)
 
 
@@ -287,8 +295,11 @@ def write_megatron(model: OpenedModel, args: Namespace, folder: Path, max_file_b
             for name, shape in mapping.huggingface.items()
             if name.startswith(PADDING_PREFIX) and tensors.get(name) != TensorSpec(shape, dtype)
         }
+        source = JoinedSource(MemorySource(zeros), model.source)
+        if mask := read_mask(model.source, ROUTING_MASK_PREFIX):
+            source = JoinedSource(routing_mask_tensors(mask, for_megatron=True)[0], source)
         copies = (Copy(copy.target, copy.source) for copy in mapping.copies)
-        view = RearrangedSource(JoinedSource(MemorySource(zeros), model.source), mapping.megatron, copies)
+        view = RearrangedSource(source, mapping.megatron, copies)
     except CoverageError as error:
         raise UserError(f"the model's tensors do not fit into Megatron's: {error}") from error
     # Write them with the state that Megatron's loader requires. A module whose `_extra_state` is missing keeps its own.
@@ -301,8 +312,8 @@ def write_megatron(model: OpenedModel, args: Namespace, folder: Path, max_file_b
         _CONFIG: model.config,
     }
     checkpoint = folder / RELEASE
-    with ProgressSource(view, view.tensors) as source:
-        files = write_torch_dist(source, {COMMON_STATE: [common]}, checkpoint, max_file_bytes)
+    with ProgressSource(view, view.tensors) as progress:
+        files = write_torch_dist(progress, {COMMON_STATE: [common]}, checkpoint, max_file_bytes)
     Manifest.of_files(checkpoint, files).save(checkpoint)
     (checkpoint / COMPLETION_FILE).write_text(json.dumps(MARKER))
     write_tracker(folder, RELEASE)

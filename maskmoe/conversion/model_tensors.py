@@ -104,9 +104,17 @@ def expert_projections(name: str, shape: tuple[int, ...]) -> Iterator[tuple[int,
         yield expert, projection, Block(name, (expert, part * rows, 0), (1, rows, columns))
 
 
-def routing_mask_tensors(mask: RoutingMask, prefix: str = ROUTING_MASK_PREFIX) -> tuple[MemorySource, dict[str, Any]]:
-    """Return a routing mask as tensors with prefixed names, and as the field `routing_mask` of `MaskMoEConfig`."""
+def routing_mask_tensors(
+    mask: RoutingMask, prefix: str = ROUTING_MASK_PREFIX, for_megatron: bool = False
+) -> tuple[MemorySource, dict[str, Any]]:
+    """Return a routing mask as tensors with prefixed names, and as the field `routing_mask` of `MaskMoEConfig`.
+
+    In transformers' format, rows are int32: data parallelism broadcasts the tensors of a file, and neither NCCL nor
+    gloo broadcasts int16. In Megatron's checkpoints, rows have the type that `RoutingMask` stores.
+    """
     buffers = buffers_of_routing_mask(mask)
+    if not for_megatron:
+        buffers["row_of_id"] = buffers["row_of_id"].int()
     field = {
         "num_tables": len(mask.row_of_id),
         "num_rows": mask.visible_bits.shape[1],

@@ -100,9 +100,9 @@ class MaskMoEConfig(PreTrainedConfig):
         mtp_use_repeated_layer: one layer of multi-token prediction predicts all further tokens.
         routing_mask: sizes of the routing mask's tensors: "num_tables" (number of layers including those of multi-token
             prediction, number of sparse layers among them, or 1 for a table that all layers share), "num_rows",
-            "row_dtype" ("int16" or "int32") and "metadata_bytes"; and the mask's digest "sha256", which may be missing.
-            None in a model without sparse layers; in a model with sparse layers, None becomes the sizes of the smallest
-            mask under which every id sees all experts.
+            "row_dtype" ("int16" or "int32", the type of the rows in the digest) and "metadata_bytes"; and the mask's
+            digest "sha256", which may be missing. None in a model without sparse layers; in a model with sparse layers,
+            None becomes the sizes of the smallest mask under which every id sees all experts.
 
     Raises:
         ValueError: a field has an invalid value; names the field.

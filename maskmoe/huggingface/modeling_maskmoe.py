@@ -9,7 +9,7 @@ Change both places together; tests/huggingface/test_routing.py compares them.
 import hashlib
 import json
 from collections.abc import Iterable, Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import contextmanager
 from typing import Any
 
 import numpy as np
@@ -46,10 +46,10 @@ class MaskMoERoutingMask(nn.Module):
     complete from the start: every id sees every expert.
 
     Attributes:
-        row_of_id: int32 [tables, vocab], the row of `visible_bits` for each id. Files hold the rows as `stored_dtype`.
+        row_of_id: int32 [tables, vocab], the row of `visible_bits` for each id. Older files hold int16.
         visible_bits: uint8 [tables, rows, ceil(N / 8)], expert e at bit `e % 8` of byte `e // 8`.
         metadata: uint8 [n], a JSON text with the mask's digest and what the mask was made from.
-        stored_dtype: int16 or int32, the type of `row_of_id` in files and in the digest.
+        stored_dtype: int16 or int32, the type of `row_of_id` in the digest.
     """
 
     def __init__(self, config: MaskMoEConfig) -> None:
@@ -89,11 +89,11 @@ class MaskMoERoutingMask(nn.Module):
         buffers, names = dict(self.named_buffers()), set()
         for name, value in weights:
             buffer = buffers[name]
-            dtype = self.stored_dtype if name == "row_of_id" else buffer.dtype
-            if (value.shape, value.dtype) != (buffer.shape, dtype):
+            dtypes = (buffer.dtype, self.stored_dtype) if name == "row_of_id" else (buffer.dtype,)
+            if value.shape != buffer.shape or value.dtype not in dtypes:
                 raise ValueError(
                     f"the routing mask does not fit config.json: {name} is {value.dtype} {list(value.shape)}, expected "
-                    f"{dtype} {list(buffer.shape)}; export the model again"
+                    f"{buffer.dtype} {list(buffer.shape)}; export the model again"
                 )
             buffer.copy_(value)
             names.add(name)
@@ -119,16 +119,6 @@ class MaskMoERoutingMask(nn.Module):
         rows = self.row_of_id[:, token_ids].long()  # [tables, tokens]
         tables = torch.arange(len(rows), device=rows.device).unsqueeze(-1)
         return self.visible_bits[tables, rows]
-
-    @contextmanager
-    def holding_stored_rows(self) -> Iterator[None]:
-        """Hold `row_of_id` as `stored_dtype` during the block, so that the block saves the mask as it was loaded."""
-        rows = self.row_of_id
-        self.row_of_id = rows.to(self.stored_dtype)
-        try:
-            yield
-        finally:
-            self.row_of_id = rows
 
     def _check_loaded(self) -> None:
         # The first elements suffice. A JSON text has no byte 0, and every visible set of a mask has an expert.
@@ -411,28 +401,11 @@ class MaskMoEPreTrainedModel(glm4_moe.Glm4MoePreTrainedModel):
                 check_digest(module, (model.config.routing_mask or {}).get("sha256"))
         return (model, info) if output_loading_info else model
 
-    def save_pretrained(
-        self,
-        save_directory: Any,
-        is_main_process: bool = True,
-        state_dict: dict[str, Any] | None = None,
-        *args: Any,
-        **kwargs: Any,
-    ) -> None:
-        """Save the model as transformers does, for all Auto classes; servers load the class of `AutoModel`.
-
-        The rows of the routing mask are saved in their stored type, also from a given `state_dict`.
-        """
+    def save_pretrained(self, *args: Any, **kwargs: Any) -> None:
+        """Save the model as transformers does, for all Auto classes; servers load the class of `AutoModel`."""
         self.config.auto_map = dict(AUTO_MAP)
-        with ExitStack() as stack:
-            stack.enter_context(_original_name(type(self)))
-            for name, module in self.named_modules():
-                if isinstance(module, MaskMoERoutingMask):
-                    stack.enter_context(module.holding_stored_rows())
-                    rows = f"{name}.row_of_id"
-                    if state_dict is not None and rows in state_dict:
-                        state_dict = {**state_dict, rows: state_dict[rows].to(module.stored_dtype)}
-            super().save_pretrained(save_directory, is_main_process, state_dict, *args, **kwargs)
+        with _original_name(type(self)):
+            super().save_pretrained(*args, **kwargs)
 
     def get_correct_experts_implementation(self, requested_experts: str | None) -> str:
         """Choose how experts are computed; by default a quantized model computes them one after another.

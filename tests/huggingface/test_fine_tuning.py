@@ -74,13 +74,13 @@ def logits_of(model: PreTrainedModel | PeftModel) -> Tensor:
 
 
 def assert_same_mask(folder: Path) -> None:
-    """Check that a saved model has the exported model's mask, bit for bit."""
+    """Check that a saved model has the exported model's mask; the export is an older one, whose rows are int16."""
     original, saved = (load_file(path / "model.safetensors") for path in (EXPORTED_MODEL, folder))
     names = [name for name in original if "routing_mask" in name]
     assert len(names) == 3
     for name in names:
-        assert saved[name].dtype == original[name].dtype
-        assert torch.equal(saved[name], original[name])
+        assert saved[name].dtype == (torch.int32 if name.endswith("row_of_id") else torch.uint8)
+        assert torch.equal(saved[name], original[name].to(saved[name].dtype))
 
 
 def test_all_weights(tmp_path: Path) -> None:

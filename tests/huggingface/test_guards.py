@@ -51,7 +51,7 @@ def test_loading_one_tensor_at_a_time_verifies_the_mask() -> None:
     altered["row_of_id"] = altered["row_of_id"].roll(1, dims=1)
     with pytest.raises(ValueError, match="altered"):
         mask.load_weights(altered.items())
-    with pytest.raises(ValueError, match=re.escape("row_of_id is torch.int64 [3, 60], expected torch.int16 [3, 60]")):
+    with pytest.raises(ValueError, match=re.escape("row_of_id is torch.int64 [3, 60], expected torch.int32 [3, 60]")):
         mask.load_weights([("row_of_id", altered["row_of_id"].long())])
 
 

@@ -221,6 +221,8 @@ def test_base_model_and_hidden_states() -> None:
 def test_saved_and_loaded_bit_for_bit(variant, tmp_path) -> None:
     model = make_model(**VARIANTS[variant])
     model.save_pretrained(tmp_path)
+    # ZeRO-3 broadcasts the tensors of the file, which neither NCCL nor gloo does for int16.
+    assert torch.int16 not in {tensor.dtype for tensor in load_file(tmp_path / "model.safetensors").values()}
     loaded = AutoModelForCausalLM.from_pretrained(tmp_path)
     assert type(loaded) is MaskMoEForCausalLM
     for name, value in model.state_dict().items():
