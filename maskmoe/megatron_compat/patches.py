@@ -9,6 +9,7 @@ import importlib.util
 import sys
 from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager
+from pathlib import Path
 from types import ModuleType, SimpleNamespace
 from typing import Any
 
@@ -20,13 +21,16 @@ from maskmoe.megatron_compat import replace, replacing
 def use_compiled_helpers_of_wheel() -> None:
     """Do not compile Megatron's dataset helpers.
 
-    Replaces: `megatron.core.datasets.utils.compile_helpers`, which `initialize_megatron` calls.
+    Replaces: `megatron.core.datasets.utils.compile_helpers`, which `initialize_megatron` calls, unless Megatron is a
+        checkout, which has the Makefile.
     Why: The function runs `make` in the folder of the package. The wheel holds no Makefile, so every run would fail,
         but the wheel holds the compiled module.
     Can go: When `compile_helpers` does nothing if the module can be imported.
     """
     from megatron.core.datasets import utils
 
+    if Path(utils.__file__).with_name("Makefile").exists():
+        return
     importlib.import_module("megatron.core.datasets.helpers_cpp")  # fails here rather than in the first dataset
     replace(utils, "compile_helpers", lambda: None)
 

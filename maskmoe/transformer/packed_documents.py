@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from contextlib import AbstractContextManager, nullcontext
+from copy import copy
 from dataclasses import dataclass
 from typing import Any
 
@@ -61,7 +62,8 @@ class PackingModel(torch.nn.Module):
 
     Megatron-Core computes packed documents as one sequence, [1, batch * sequence]. Its pipeline schedules still expect
     hidden states [sequence, batch, hidden] between stages, so this class changes the shape at both ends of a stage.
-    Megatron-Core's own `PackedSeqParams` is passed on unchanged, with all arguments in the shapes of Megatron-Core.
+    Megatron-Core's own `PackedSeqParams` is passed on, with all arguments in the shapes of Megatron-Core, but without
+    `tokens_per_sample`: its layers would divide hidden states into samples for the loss of each sequence, but not ids.
     """
 
     config: TransformerConfig
@@ -82,7 +84,17 @@ class PackingModel(torch.nn.Module):
         Ids and labels are [batch, sequence]. With `PackedDocuments`, `position_ids` are positions within the documents,
         and `attention_mask` is None. The result is losses [batch, sequence] or logits [batch, sequence, vocabulary] on
         the last stage, else hidden states.
+
+        Raises:
+            NotImplementedError: `PackedSeqParams.tokens_per_sample` with the load-balancing loss `seq_aux_loss`.
         """
+        if getattr(packed_seq_params, "tokens_per_sample", None) is not None:
+            if "seq_aux_loss" in self.config.moe_router_load_balancing_type:
+                raise NotImplementedError(
+                    "seq_aux_loss cannot balance the samples of PackedSeqParams.tokens_per_sample"
+                )
+            packed_seq_params = copy(packed_seq_params)
+            packed_seq_params.tokens_per_sample = None
         if not isinstance(packed_seq_params, PackedDocuments):
             return super().forward(
                 input_ids, position_ids, attention_mask, *args, packed_seq_params=packed_seq_params, **kwargs

@@ -20,7 +20,7 @@ VOCAB_SIZE = 128
 SEQUENCE = 16
 
 
-def build(builder: Callable[[GPTModelConfig], Any]) -> GPTModel:
+def build(builder: Callable[[GPTModelConfig], Any], **further: Any) -> GPTModel:
     transformer = TransformerConfig(
         num_layers=2,
         hidden_size=32,
@@ -30,7 +30,7 @@ def build(builder: Callable[[GPTModelConfig], Any]) -> GPTModel:
         use_cpu_initialization=True,
         transformer_impl="local",
     )
-    settings = GPTModelConfig(transformer=transformer, vocab_size=VOCAB_SIZE, seq_length=SEQUENCE)
+    settings = GPTModelConfig(transformer=transformer, vocab_size=VOCAB_SIZE, seq_length=SEQUENCE, **further)
     torch.manual_seed(1)
     return builder(settings).build_model(ProcessGroupCollection.use_mpu_process_groups())
 
@@ -48,6 +48,22 @@ def test_model_without_experts_is_megatrons(one_rank):
     losses = [model(ids, positions, None, labels=ids.roll(-1, 1)) for model in (ours, theirs)]
     # Attention and loss add up in another order.
     torch.testing.assert_close(*losses, rtol=2e-6, atol=0)
+
+
+def test_settings_of_megatrons_configuration_are_honoured(one_rank):
+    """A script of one's own may set them there only."""
+    further = {"position_embedding_type": "rope", "rope_scaling": True, "rope_scaling_factor": 4.0}
+    padding = {"should_pad_vocab": True, "make_vocab_size_divisible_by": 64}
+    ours, theirs = (
+        build(builder, **further, **padding)
+        for builder in (
+            lambda settings: MaskMoEGPTModelBuilder(MaskMoEModelConfig(megatron=settings)),
+            GPTModelBuilder,
+        )
+    )
+    assert torch.equal(ours.rotary_pos_emb.inv_freq, theirs.rotary_pos_emb.inv_freq)
+    assert ours.embedding.word_embeddings.weight.shape == theirs.embedding.word_embeddings.weight.shape
+    assert len(ours.embedding.word_embeddings.weight) % 64 == 0
 
 
 def test_factor_of_rope_scaling_is_that_of_the_command_line(monkeypatch):

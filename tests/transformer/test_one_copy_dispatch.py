@@ -41,6 +41,7 @@ STOCK, ONE_COPY, PLANNED = DispatchKind.STOCK, DispatchKind.ONE_COPY, DispatchKi
         ({"moe_input_jitter_eps": 0.0}, {}, ONE_COPY, PLANNED),
         ({"moe_expert_capacity_factor": 1.0}, {}, ONE_COPY, ONE_COPY),
         ({"moe_input_jitter_eps": 0.1}, {}, ONE_COPY, ONE_COPY),
+        ({"variable_seq_lengths": True}, {}, ONE_COPY, ONE_COPY),
         ({"moe_latent_size": 6}, {}, ONE_COPY, ONE_COPY),
         ({"moe_enable_routing_replay": True}, {}, ONE_COPY, ONE_COPY),
         ({"moe_router_num_groups": 2, "moe_router_group_topk": 1}, {}, ONE_COPY, ONE_COPY),

@@ -223,6 +223,13 @@ def test_packed_sequences_of_megatron_are_left_to_megatron(monkeypatch: pytest.M
     assert seen[0]["args"] == (token_ids, None, None)
     assert seen[0]["packed_seq_params"] is packed
     assert not model.rotary_pos_emb._forward_hooks
+    # Layers would divide hidden states into samples, but not the token ids.
+    packed.tokens_per_sample = 8
+    model(token_ids, None, None, packed_seq_params=packed)
+    assert (seen[1]["packed_seq_params"].tokens_per_sample, packed.tokens_per_sample) == (None, 8)
+    model.config.moe_router_load_balancing_type = ["aux_loss", "seq_aux_loss"]
+    with pytest.raises(NotImplementedError, match="seq_aux_loss cannot balance the samples"):
+        model(token_ids, None, None, packed_seq_params=packed)
 
 
 def test_attention_names_the_packed_sequences_that_it_takes() -> None:

@@ -13,6 +13,7 @@ from megatron.training.models.base import compose_hooks
 from megatron.training.models.dist_utils import unimodal_build_distributed_models
 from megatron.training.models.gpt import GPTModelConfig
 from megatron.training.models.hybrid import HybridModelConfig
+from megatron.training.vocab_utils import calculate_padded_vocab_size
 
 from maskmoe.checkpoint.routing_mask import mask_in_checkpoint, read_routing_mask
 from maskmoe.transformer.layer_specs import (
@@ -99,9 +100,15 @@ class StageBuilder:
         visible_experts = self.visible_experts(pg_collection, vp_stage) if config.num_moe_experts else None
         dense, masked = self._classes
         model = partial(masked, visible_experts=visible_experts) if visible_experts else dense
+        vocab_size = settings.vocab_size
+        if settings.should_pad_vocab:
+            multiple, tp_size = settings.make_vocab_size_divisible_by, config.tensor_model_parallel_size
+            vocab_size = calculate_padded_vocab_size(vocab_size, multiple, tp_size)
+        # Megatron's configuration of a GPT model has these settings, too; that of a hybrid model lacks them.
+        rope = settings if getattr(settings, "rope_scaling", False) else self.config
         return model(
             config=config,
-            vocab_size=settings.vocab_size,
+            vocab_size=vocab_size,
             max_sequence_length=settings.seq_length,
             fp16_lm_cross_entropy=settings.fp16_lm_cross_entropy,
             parallel_output=settings.parallel_output,
@@ -109,8 +116,8 @@ class StageBuilder:
             position_embedding_type=settings.position_embedding_type,
             rotary_percent=settings.rotary_percent,
             rotary_base=settings.rotary_base,
-            rope_scaling=self.config.rope_scaling,
-            rope_scaling_factor=self.config.rope_scaling_factor,
+            rope_scaling=rope.rope_scaling,
+            rope_scaling_factor=rope.rope_scaling_factor,
             seq_len_interpolation_factor=settings.seq_len_interpolation_factor,
             pre_process=is_first if pre_process is None else pre_process,
             post_process=is_last if post_process is None else post_process,

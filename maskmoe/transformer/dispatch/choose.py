@@ -36,9 +36,10 @@ def choose_dispatch(
         return DispatchKind.ONE_RANK if config.moe_expert_capacity_factor is None else DispatchKind.STOCK
     # A plan lets the receiving rank choose experts. Random logits, dropped tokens and recorded choices depend on the
     # rank that chooses. A plan also states the number of selected experts, which depends on the chosen groups in
-    # group-limited routing.
+    # group-limited routing, and gathers as many ids from each rank.
     can_plan = (
         config.moe_expert_capacity_factor is None
+        and not config.variable_seq_lengths
         and not config.moe_input_jitter_eps
         and not config.moe_router_force_load_balancing
         and config.moe_router_force_biased is None
