@@ -2,6 +2,7 @@
 
 import json
 import time
+from collections import defaultdict
 from collections.abc import Generator, Iterable, Sequence
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
@@ -73,16 +74,24 @@ class Comparison:
         """Return the results of the suite's runs by the titles of the runs.
 
         Raises:
-            UserError: The table is damaged.
+            UserError: The table is damaged, or has results on several texts while there is no dataset that tells which.
         """
-        known = {(result.seed, frozenset(result.settings.items())): result for result in read_table(self.table)}
-        text = self.data.digests() if self.data.token_frequency.exists() else None
+        known = defaultdict(list)
+        for result in read_table(self.table):
+            known[result.seed, frozenset(result.settings.items())].append(result)
+        text, names = self.data.digests(), self.data.names_of_digests
         found = {}
         for run in self.runs:
-            result = known.get((run.seed, frozenset(run.settings.items())))
-            if result is not None and text in (None, result.text):
+            equal = known[run.seed, frozenset(run.settings.items())]
+            results = [each for each in equal if (each.text.keys() == names if text is None else each.text == text)]
+            if len(results) > 1:
+                raise UserError(
+                    f"{self.table} has results of {run.title} on several texts, and {self.data.folder} has no dataset "
+                    "that tells which to take: pass another --table, or let the command make the dataset"
+                )
+            if results:
                 # An equal run of another suite may have another name.
-                found[run.title] = result.model_copy(update={"suite": self.name, "variant": run.name})
+                found[run.title] = results[0].model_copy(update={"suite": self.name, "variant": run.name})
         return found
 
     def make_data(self, line: StatusLine) -> None:

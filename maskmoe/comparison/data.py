@@ -170,11 +170,22 @@ class Dataset:
         results = tuple(dataset_files(self.folder / f"{name}_{self.json_key}_document"))
         return Stage(name, command, results, (*text, self.tokenizer_model))
 
-    def digests(self) -> dict[str, str]:
-        """Return what identifies the text, in hexadecimal: the digest of the token counts, and of each further text."""
+    @property
+    def names_of_digests(self) -> set[str]:
+        """The names of what identifies the text, see `digests`."""
+        return {"training", *(("training split",) if self.existing else ()), *self.held_out}
+
+    def digests(self) -> dict[str, str] | None:
+        """Return what identifies the text; None until the dataset and all further texts are made.
+
+        These are the digest of the token counts, the split of an existing dataset, and the digest of each further text.
+        """
         indexes = {name: Path(f"{self.held_out_flags(name)['data-path'][0]}.idx") for name in self.held_out}
+        if not all(path.exists() for path in (self.token_frequency, *indexes.values())):
+            return None
+        split = {"training split": self.existing["split"][0]} if self.existing else {}
         held_out = {name: hashlib.sha256(path.read_bytes()).hexdigest() for name, path in indexes.items()}
-        return {"training": TokenFrequency.load(self.token_frequency).digest, **held_out}
+        return {"training": TokenFrequency.load(self.token_frequency).digest, **split, **held_out}
 
 
 def choose_split(dataset_prefix: Path, seq_length: int) -> str:

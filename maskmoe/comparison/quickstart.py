@@ -194,6 +194,7 @@ def write_report(quickstart: Quickstart, seconds: Mapping[str, float]) -> str:
     fence = "```"
     while fence in sample:
         fence += "`"
+    seconds_of_training = training_seconds(run.tensorboard)
     values = {
         "settings": settings,
         "processes": quickstart.devices.num_processes,
@@ -202,7 +203,7 @@ def write_report(quickstart: Quickstart, seconds: Mapping[str, float]) -> str:
         "number": _number,
         "unigram_perplexity": math.exp(unigram_loss),
         "trained_tokens": run.tokens,
-        "speed": run.tokens / training_seconds(run.tensorboard),
+        "speed": run.tokens / seconds_of_training if seconds_of_training else math.nan,
         "total": tqdm.format_interval(sum(seconds.values())),
         "stages": [f"{stage} {tqdm.format_interval(of_stage)}" for stage, of_stage in seconds.items()],
         "fence": fence,
@@ -215,8 +216,8 @@ def write_report(quickstart: Quickstart, seconds: Mapping[str, float]) -> str:
     return report
 
 
-def _number(value: float, form: str) -> str:
-    return format(value, form) if math.isfinite(value) else "–"
+def _number(value: float | None, form: str) -> str:
+    return "–" if value is None or not math.isfinite(value) else format(value, form)
 
 
 def draw_loss_curve(tensorboard: Path, unigram_loss: float, path: Path) -> None:

@@ -93,6 +93,8 @@ class RunResult(BaseModel, frozen=True):
     def of(cls, suite: str, run: Run) -> Self:
         """Read the result of a run whose stages are all finished."""
         evaluations = {text: read_json(run.evaluation(text)) for text in (OWN_TEXT, *run.data.held_out)}
+        digests = run.data.digests()
+        assert digests is not None  # the data were made before the run
         losses = []
         for text, content in evaluations.items():
             for band in ({**content, "name": ALL_TOKENS}, *content["bands"]):
@@ -102,7 +104,7 @@ class RunResult(BaseModel, frozen=True):
             variant=run.name,
             seed=run.seed,
             settings=run.settings,
-            text=run.data.digests(),
+            text=digests,
             mask=RoutingMask.load(run.routing_mask).digest if run.variant.has_experts else None,
             tokens=run.tokens,
             losses=losses,

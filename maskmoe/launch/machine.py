@@ -7,6 +7,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Mapping
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -22,6 +23,7 @@ _CPU_PROCESSES = 2
 _GPU_DEVICE_FILES = ("nvidia*", "nvhost-gpu", "nvgpu", "kfd", "dxg")
 
 _PAUSE = 1.0  # seconds between attempts to connect
+_ELSEWHERE = "192.0.2.1"  # an address of documentation (RFC 5737), which is no host
 
 # Let glibc take huge pages for tensors. Fewer misses of the address cache save 5 to 10 % of a small model's processor
 # time. Other C libraries ignore the variable.
@@ -97,18 +99,17 @@ class Route:
 def route_to(host: str, port: int) -> Route | None:
     """Return the network route to a host, without sending anything.
 
+    Many systems give their own name an address of the loopback (Debian: 127.0.1.1). Other nodes know this host by
+    another address, so the route is then the default route.
+
     Returns:
         None if the host's name cannot be resolved, or if the route is this machine's loopback.
     """
-    # Connecting a datagram socket only makes the system choose the address that it would send from.
-    try:
-        family, kind, _, _, address = socket.getaddrinfo(host.strip("[]"), port, type=socket.SOCK_DGRAM)[0]
-        with socket.socket(family, kind) as probe:
-            probe.connect(address)
-            own_address = probe.getsockname()[0].partition("%")[0]
-    except OSError:
-        return None
-    if ipaddress.ip_address(own_address).is_loopback:
+    name = host.strip("[]")
+    own_address = _own_address(name, port)
+    if _is_loopback(own_address) and not _is_loopback(name):
+        own_address = _own_address(_ELSEWHERE, port)
+    if own_address is None or _is_loopback(own_address):
         return None
     interfaces = [
         name
@@ -116,6 +117,25 @@ def route_to(host: str, port: int) -> Route | None:
         if any(address.address.partition("%")[0] == own_address for address in addresses)
     ]
     return Route(own_address, interfaces[0] if len(interfaces) == 1 else None)
+
+
+def _own_address(host: str, port: int) -> str | None:
+    """Return the address from which this machine would send to a host; None if the host cannot be reached."""
+    # Connecting a datagram socket only makes the system choose the address.
+    try:
+        family, kind, _, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_DGRAM)[0]
+        with socket.socket(family, kind) as probe:
+            probe.connect(address)
+            return probe.getsockname()[0].partition("%")[0]
+    except OSError:
+        return None
+
+
+def _is_loopback(host: str | None) -> bool:
+    """Return whether a host is named as this machine's loopback."""
+    with suppress(ValueError):
+        return ipaddress.ip_address(host or "").is_loopback
+    return host == "localhost"
 
 
 def listen(backlog: int | None = None) -> socket.socket:

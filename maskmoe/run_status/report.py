@@ -18,6 +18,7 @@ if TYPE_CHECKING:
 _MOST_LINES = 12  # of each list, the newest
 _MOST_EVENTS = 200  # of the journal, the newest
 _MOST_NAMES = 8  # in the legend of a plot
+_MOST_POINTS = 1000  # of a curve
 # The scalars of each plot, as a pattern of their tags.
 _PLOTS = {
     "Loss in nats per token": r"lm loss( validation(?!.* ppl).*)?|mtp_\d+ loss",
@@ -109,7 +110,8 @@ def draw_plot(curves: Mapping[str, Sequence["ScalarEvent"]]) -> str:
     colors = mpl.colormaps["viridis"](np.linspace(0, 0.85, len(curves)))
     for (tag, values), color in zip(curves.items(), colors, strict=True):
         marker = "o" if len(values) == 1 else None  # a line needs two points
-        steps, heights = [value.step for value in values], [value.value for value in values]
+        drawn = values[:: -(-len(values) // _MOST_POINTS)] if values else values
+        steps, heights = [value.step for value in drawn], [value.value for value in drawn]
         axes.plot(steps, heights, color=color, linewidth=1, marker=marker, label=tag)
     axes.set_xlabel("iteration")
     axes.grid(alpha=0.3)

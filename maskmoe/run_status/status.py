@@ -7,7 +7,8 @@ from argparse import Namespace
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
-from typing import Any, Literal, Self
+from statistics import fmean
+from typing import TYPE_CHECKING, Any, Literal, Self
 
 from pydantic_core import to_jsonable_python
 
@@ -19,6 +20,9 @@ from maskmoe.processes.folder_lock import LockState, look_at_lock
 from maskmoe.run_status.checkpoints import Checkpoints, find_checkpoints, read_checkpoints
 from maskmoe.run_status.events import Logged, find_event_folder, read_events
 
+if TYPE_CHECKING:
+    from tensorboard.backend.event_processing.event_accumulator import ScalarEvent
+
 _MOST_SECONDS = 1e11  # the year 5138; damaged files have later times
 # The file with the arguments of a run.
 _MOST_BYTES = 1 << 20
@@ -28,7 +32,7 @@ _ARGUMENT = re.compile(r"# (\w+): ([^\0]*)")
 _MOST_DIGITS = 15
 # The event files.
 _LOSS, _HELD_OUT_LOSS = "lm loss", "lm loss validation"
-_MOST_VALUES = 1000  # of a scalar in one file
+_MOST_VALUES = 20_000  # of a scalar in one file; more take gigabytes
 _RECENT = 100  # values from which the speed is measured
 # The journal.
 _HISTORY = (Kind.LAUNCHED, Kind.STARTED, Kind.ENDED, Kind.NODES)
@@ -114,10 +118,12 @@ class Progress:
             arguments: The arguments of the run.
         """
         loss, held_out = logged.last(_LOSS), logged.last(_HELD_OUT_LOSS)
-        batch, seq_length = logged.last("batch-size"), arguments.number("seq_length")
-        seconds, speed = _seconds_per_iteration(logged), None
-        if batch is not None and seq_length is not None and seconds is not None:
-            speed = batch.value * seq_length / seconds
+        recent, seq_length = _recent_losses(logged), arguments.number("seq_length")
+        seconds = speed = None
+        if len(recent) > 1 and recent[-1].wall_time > recent[0].wall_time:  # unless the clock was set back
+            seconds = (recent[-1].wall_time - recent[0].wall_time) / (recent[-1].step - recent[0].step)
+            sizes = [each.value for each in logged.scalars.get("batch-size", ()) if each.step > recent[0].step]
+            speed = fmean(sizes) * seq_length / seconds if sizes and seq_length is not None else None
         logged_loss = None if loss is None else loss.value
         return cls(
             iteration=None if loss is None else loss.step,
@@ -143,12 +149,10 @@ class Progress:
         return seconds if seconds < _MOST_SECONDS else None
 
 
-def _seconds_per_iteration(logged: Logged) -> float | None:
-    """Return the mean time between the newest iterations; None if it is unknown, or if the clock was set back."""
-    recent = [value for value in logged.scalars.get(_LOSS, ()) if value.wall_time >= (logged.newest_start or 0)]
-    if len(recent := recent[-_RECENT:]) < 2 or recent[-1].wall_time <= recent[0].wall_time:
-        return None
-    return (recent[-1].wall_time - recent[0].wall_time) / (recent[-1].step - recent[0].step)
+def _recent_losses(logged: Logged) -> Sequence["ScalarEvent"]:
+    """Return the newest losses of the newest start, from which the speed is measured."""
+    losses = (value for value in logged.scalars.get(_LOSS, ()) if value.wall_time >= (logged.newest_start or 0))
+    return [*losses][-_RECENT:]
 
 
 State = Literal["running", "finished", "ended", "lost", "unknown"]

@@ -88,13 +88,13 @@ class PackingModel(torch.nn.Module):
         Raises:
             NotImplementedError: `PackedSeqParams.tokens_per_sample` with the load-balancing loss `seq_aux_loss`.
         """
-        if getattr(packed_seq_params, "tokens_per_sample", None) is not None:
+        if packed_seq_params is not None and packed_seq_params.tokens_per_sample is not None:
             if "seq_aux_loss" in self.config.moe_router_load_balancing_type:
                 raise NotImplementedError(
                     "seq_aux_loss cannot balance the samples of PackedSeqParams.tokens_per_sample"
                 )
             packed_seq_params = copy(packed_seq_params)
-            packed_seq_params.tokens_per_sample = None
+            packed_seq_params.tokens_per_sample = None  # pyrefly: ignore[bad-assignment]  # Megatron's default
         if not isinstance(packed_seq_params, PackedDocuments):
             return super().forward(
                 input_ids, position_ids, attention_mask, *args, packed_seq_params=packed_seq_params, **kwargs

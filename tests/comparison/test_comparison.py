@@ -48,6 +48,18 @@ def test_a_run_with_a_line_in_the_table_is_finished(comparison):
     assert len(read_table(comparison.table)) == 3
 
 
+def test_results_on_other_texts_are_told_apart(comparison, monkeypatch):
+    """One table may hold results of one suite on several texts."""
+    title = "smoe.seed-1"
+    own, other = finished(comparison, title, 3.0), finished(comparison, title, 4.0)
+    comparison.add([own, other.model_copy(update={"text": {"training": "other digest"}})])
+    comparison.add([own.model_copy(update={"text": {"training": "digest", "news": "n"}, "seed": 2})])
+    with pytest.raises(UserError, match=r"has results of smoe\.seed-1 on several texts, and .* has no dataset that"):
+        comparison.results()
+    monkeypatch.setattr(Dataset, "digests", lambda data: {"training": "digest"})
+    assert [(name, each.losses) for name, each in comparison.results().items()] == [(title, own.losses)]
+
+
 def test_an_equal_run_of_another_suite_counts(comparison):
     other = finished(comparison, "smoe.seed-1", 3.0).model_copy(update={"suite": "large", "variant": "switch"})
     comparison.add([other])

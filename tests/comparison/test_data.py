@@ -81,7 +81,13 @@ def test_digests_tell_texts_apart(tmp_path, monkeypatch):
     monkeypatch.setattr("maskmoe.comparison.data.TokenFrequency.load", lambda path: Counts())
     data = Dataset(tmp_path, "300", 16, held_out={"other": tmp_path / "other.jsonl"})
     (tmp_path / "other_text_document.idx").write_bytes(b"index")
+    assert data.digests() is None  # the counts are not made yet
+    data.token_frequency.touch()
     assert data.digests() == {"training": "counts", "other": hashlib.sha256(b"index").hexdigest()}
+    assert data.names_of_digests == data.digests().keys()
+    existing = Dataset(tmp_path, "300", 16, existing={"split": ("99,1,0",), "data-path": ("p",)})
+    assert existing.digests() == {"training": "counts", "training split": "99,1,0"}
+    assert existing.names_of_digests == existing.digests().keys()
 
 
 @given(st.lists(st.integers(1, 400), min_size=1, max_size=40), st.integers(16, 64))

@@ -163,9 +163,10 @@ def test_script_sets_up_and_passes_its_arguments_on(tmp_path):
 @pytest.fixture
 def finished(plan):
     """A quickstart with the files that it leaves when it is finished."""
+    # The evaluation writes null for NaN.
     bands = [
         {"name": "top 40 %", "share": 0.4, "loss": 2.0, "perplexity": math.exp(2.0), "tokens": 4000},
-        {"name": "last 10 %", "share": 0.6, "loss": math.nan, "perplexity": math.nan, "tokens": 0},
+        {"name": "last 10 %", "share": 0.6, "loss": None, "perplexity": None, "tokens": 0},
     ]
     load = {"layer": 2, "max_over_mean": 1.25, "tokens_per_expert": [5000, 3000, 1000, 1000]}
     evaluation = {"loss": 3.0, "perplexity": math.exp(3.0), "tokens": 10000, "tokens_per_second": 1234.5}
@@ -207,6 +208,11 @@ def test_report_holds_the_numbers(finished, tmp_path):
         # Both curves are visible: pixels of their colors are there.
         colors = {color for _, color in image.convert("RGB").getcolors(image.width * image.height)}
     assert {(0x9D, 0xB4, 0xD6), (0x1F, 0x4E, 0x9C)} <= colors
+
+
+def test_training_of_one_iteration_has_no_speed(finished):
+    write_scalars(finished.run.tensorboard, {"lm loss": [(1, 9.0)]}, seconds=0.25)
+    assert "| training   | 256,000 |        – |" in write_report(finished, {"train": 1.0})
 
 
 # ---- The whole pipeline ----------------------------------------------------------------------------------------------

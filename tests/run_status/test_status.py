@@ -7,6 +7,7 @@ import subprocess
 import sys
 import time
 
+import numpy as np
 import pytest
 from support.held_locks import held_lock
 from support.paths import ROOT
@@ -171,6 +172,22 @@ def test_progress_of_event_files(measure):
     assert progress.seconds_per_iteration == pytest.approx(0.25)
     assert progress.tokens_per_second == pytest.approx(16 * 32 * 4)
     assert progress.seconds_left == pytest.approx(5)
+
+
+def test_speed_is_that_of_the_newest_iterations_of_a_long_start(tmp_path):
+    """The batches have grown, and the iterations take longer."""
+    steps = range(1, 3001)
+    is_new = [step > 2800 for step in steps]
+    times = np.cumsum([4.0 if new else 1.0 for new in is_new])
+    writer = SummaryWriter(tmp_path)
+    for step, new, seconds in zip(steps, is_new, times, strict=True):
+        writer.add_scalar("lm loss", 1.0, step, walltime=seconds)
+        writer.add_scalar("batch-size", 64 if new else 16, step, walltime=seconds)
+    writer.close()
+    write_arguments(tmp_path)
+    progress = read_status(tmp_path).progress
+    assert progress.seconds_per_iteration == pytest.approx(4.0)
+    assert progress.tokens_per_second == pytest.approx(64 * 32 / 4.0)
 
 
 def test_last_loss_is_that_of_the_console(measure):

@@ -30,13 +30,13 @@ STUBS = {
             ((result <= worst)) || worst=$result
             ((node += 1))
         done
-        exit $worst
+        exit ${SRUN_CODE:-$worst}
     """,
     "scontrol": """
         case "$*" in
             "show hostnames"*) printf '%s\\n' n0 n1 ;;
             *"show node"*) echo "NodeName=n0 NodeAddr=10.0.0.1 x" ;;
-            *"show job"*) echo "JobId=1 JobState=RUNNING x" ;;
+            *"show job"*) echo "JobId=1 JobState=${STATE:-RUNNING} x" ;;
             requeue*) echo "$*"; [[ -z ${REFUSES:-} ]] ;;
         esac
     """,
@@ -215,6 +215,21 @@ def test_signal_to_the_script_of_a_node_reaches_the_launcher(train, tmp_path):
     code, output = train("")
     assert code == EXIT_REQUEUE
     assert "a signal stopped the run; the job is requeued" in output
+
+
+@pytest.mark.parametrize(("expected", "codes"), [(0, "0 0"), (1, "0 none")])
+def test_run_that_has_recovered_from_a_lack_of_memory_is_complete(train, expected, codes):
+    """Slurm's step fails, although the ranks were started again and both nodes ended well."""
+    code, output = train(codes, SRUN_CODE="1")
+    assert code == expected
+    assert ("the training is complete" in output) == (expected == 0)
+
+
+def test_job_that_slurm_is_ending_is_left_to_slurm(train):
+    code, output = train(f"{EXIT_REQUEUE} {EXIT_REQUEUE}", STATE="COMPLETING")
+    assert code == EXIT_REQUEUE
+    assert "after preemption Slurm requeues it" in output
+    assert "is not requeued" not in output
 
 
 def test_complete_run(train, tmp_path):

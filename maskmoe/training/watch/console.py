@@ -79,6 +79,8 @@ class Console:
         """Route what this process prints, logs and warns of; `progress`, stdout or stderr, takes the progress lines."""
         self._stdout, self._progress, self._is_rank = sys.stdout, progress, True
         if VERBOSE_FLAG in sys.argv[1:]:
+            if progress is sys.stdout:  # to know the losses
+                sys.stdout = _LineRouter(self, sys.stdout)
             return
         self._is_routed = True
         sys.stdout = _LineRouter(self, sys.stdout)
@@ -147,7 +149,9 @@ class Console:
 
     def take_line(self, line: str) -> None:
         """Show or log one line that was printed to stdout, with its end."""
-        if self._is_training:
+        if not self._is_routed:
+            is_shown = True
+        elif self._is_training:
             is_shown = not _HIDDEN_WHILE_TRAINING.match(line)
         else:
             is_shown = _SHOWN_WHILE_LOADING.match(line) is not None

@@ -145,9 +145,12 @@ def test_parts_of_lines_are_joined(console, emit, stdout):
 def test_verbose_shows_everything(stdout, monkeypatch):
     monkeypatch.setattr(sys, "argv", ["pretrain", "--verbose"])
     monkeypatch.setattr(sys, "stdout", stdout)
-    Console().route(stdout)
+    console = Console()
+    console.route(stdout)
     print("  num_layers ..... 4")
-    assert stdout.getvalue() == "  num_layers ..... 4\n"
+    print(ITERATION)
+    assert stdout.getvalue() == f"  num_layers ..... 4\n{ITERATION}\n"
+    assert console.losses["loss"] == 7.729889  # for the last line of the run
 
 
 def test_result_goes_to_stdout_and_everything_else_to_stderr(stdout, monkeypatch):
