@@ -91,16 +91,18 @@ def mask_of_megatron(checkpoint: Path, like: RoutingMask, pattern: str | None, n
         checkpoint: The folder of the checkpoint.
         like: The mask for the same model whose sizes the result has.
         pattern: `--hybrid-layer-pattern` of the model; None for a `GPTModel`.
-        num_predictions: Layers of multi-token prediction, which are never hash layers.
+        num_predictions: Layers of multi-token prediction of a `GPTModel`, which are never hash layers.
 
     Raises:
         UserError: The checkpoint is damaged, or a table does not fit the model.
     """
-    positions = positions_of_layers(pattern, like.num_layers - num_predictions)
+    positions = positions_of_layers(pattern, like.num_layers)
+    if pattern is None:
+        positions = [*positions[: like.num_layers - num_predictions], *[None] * num_predictions]
     all_experts = np.tile(np.arange(like.num_experts), (like.vocab_size, 1))
     experts: Sequence[np.ndarray | None] = [all_experts] * len(like.row_of_id)
     if tables := _read_tables(checkpoint):
-        experts = [*ExpertTable.of_tensors(checkpoint.name, tables, positions).experts, *[None] * num_predictions]
+        experts = ExpertTable.of_tensors(checkpoint.name, tables, positions).experts
     return ExpertTable(checkpoint.name, experts).to_mask(like.num_experts, like.num_layers, like.vocab_size)
 
 

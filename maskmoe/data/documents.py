@@ -126,7 +126,8 @@ def read_text(source: Input, advance: Callable[[int], object]) -> Iterator[TextB
         advance: Takes the number of bytes that were read from the disk since the last call.
 
     Raises:
-        UserError: The file cannot be read, or its compression is damaged.
+        UserError: The file cannot be read, its compression is damaged, or it counts as plain text by its name but
+            begins with a JSON object.
     """
     one_document = source.format == "text" and source.separator is None
     size = DOCUMENT_BYTES if one_document else BLOCK_BYTES
@@ -138,12 +139,25 @@ def read_text(source: Input, advance: Callable[[int], object]) -> Iterator[TextB
             if compression is not None:
                 chunks = _decompress(chunks, _DECOMPRESSORS[compression])
             for number, data in enumerate(_cut_after(chunks, source.separator or b"\n", size)):
+                if number == 0 and source.is_guess and _begins_with_object(data):
+                    raise UserError(
+                        f"input {source.name} looks like JSON lines, but its name does not say so: pass --input-format "
+                        "jsonl, or text if it is plain text"
+                    )
                 yield TextBlock(source, data.removeprefix(_BYTE_ORDER_MARK) if number == 0 else data, line)
                 line += data.count(b"\n")
     except (EOFError, zlib.error, zstandard.ZstdError) as error:
         raise UserError(f"input {source.name} is damaged or truncated: {error}") from error
     except OSError as error:
         raise UserError(f"input {source.name} cannot be read: {error.strerror or error}") from error
+
+
+def _begins_with_object(data: bytes) -> bool:
+    """Return whether the first line of a file is a JSON object."""
+    try:
+        return isinstance(json.loads(data.partition(b"\n")[0]), dict)
+    except (ValueError, RecursionError):
+        return False
 
 
 def _find_compression(source: Input, stream: BufferedReader) -> str | None:

@@ -38,12 +38,14 @@ class Input:
         format: One of `FORMATS`.
         num_bytes: Size of the input on disk; None for a pipe, whose size is unknown.
         separator: Bytes that end a document of plain text, or None.
+        is_guess: Whether the file counts as plain text only because its name tells no other format.
     """
 
     path: str
     format: str
     num_bytes: int | None
     separator: bytes | None = None
+    is_guess: bool = False
 
     @property
     def name(self) -> str:
@@ -125,10 +127,12 @@ def _find(name: str, format: str | None, separator: str | None) -> list[Input]:
         raise UserError(f"input {name} is a device, not a file or a pipe")
     size = status.st_size if stat.S_ISREG(status.st_mode) else None
     is_stream = size is None or name == STANDARD_INPUT or name.startswith("/dev/fd/")
+    is_guess = format is None and separator is None
     format = format or _format_of(name) or ("jsonl" if is_stream else "text")
     if format in ("parquet", "arrow") and is_stream:
         raise UserError("Parquet and Arrow files cannot be read from a pipe or from standard input; name the file")
-    return [Input(name, format, size, separator.encode() if separator is not None and format == "text" else None)]
+    end = separator.encode() if separator is not None and format == "text" else None
+    return [Input(name, format, size, end, is_guess and format == "text")]
 
 
 def _format_of(name: str) -> str | None:

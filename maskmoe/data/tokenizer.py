@@ -8,6 +8,7 @@ import os
 from abc import ABC, abstractmethod
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -131,18 +132,35 @@ class HuggingFaceTokenizer(Tokenizer):
         self.eod_id = self._find_eod_id()
 
     def _find_eod_id(self) -> int | None:
-        """Return the id of the end-of-sequence token named by the first settings file that names one."""
-        for name in ("tokenizer_config.json", "special_tokens_map.json"):
-            path = self.model_path.parent / name
-            settings = read_json(path) if os.path.isfile(path) else {}
-            token = settings.get("eos_token") or settings.get("sep_token")
-            if token:
-                content = token["content"] if isinstance(token, dict) else token
-                eod_id = self._tokenizer.token_to_id(content)
-                if eod_id is None:
-                    raise UserError(f"{path} names {content!r} as the end of text, which {self.model_path} lacks")
-                return eod_id
-        return None
+        """Return the id of the end-of-sequence token named by the first settings file that names one.
+
+        Raises:
+            UserError: The settings name a special token that the tokenizer lacks.
+        """
+        files = [self.model_path.parent / name for name in ("tokenizer_config.json", "special_tokens_map.json")]
+        settings = [(path, read_json(path)) for path in files if os.path.isfile(path)]
+        eod_id = None
+        for path, named in settings:
+            for role in ("eos_token", "sep_token"):
+                if eod_id is None and named.get(role):
+                    eod_id = self._id_of(named[role], role, path)
+        # transformers takes all special tokens from the first file.
+        for path, named in settings[:1]:
+            for role, token in named.items():
+                if role.endswith("_token") and isinstance(token, str | dict) and token:
+                    self._id_of(token, role, path)
+        return eod_id
+
+    def _id_of(self, token: Any, role: str, path: Path) -> int:
+        """Return the id of a special token that a settings file names."""
+        content = token["content"] if isinstance(token, dict) else token
+        token_id = self._tokenizer.token_to_id(content)
+        if token_id is None:
+            raise UserError(
+                f"{path} names {content!r} as {role}, which {self.model_path} lacks, so transformers would add an id: "
+                "correct the name, or save the folder again by transformers' save_pretrained"
+            )
+        return token_id
 
     def encode_batch(self, texts: list[str]) -> list[np.ndarray]:
         """Return the token ids of each text, int32 [tokens of the text]."""

@@ -88,26 +88,30 @@ def positions_of_layers(pattern: str | None, num_layers: int) -> Sequence[int | 
 
     Args:
         pattern: `--hybrid-layer-pattern` of a `HybridModel`; None for a `GPTModel`, whose layers have one number each.
-        num_layers: Number of layers of the mask, which are the decoder's MoE layers or all its feed-forward layers.
+        num_layers: Number of layers of the mask, which are the model's MoE layers or all its feed-forward layers,
+            multi-token prediction included.
 
     Returns:
-        The numbers, which Megatron-Core's names of tensors contain; None for a feed-forward layer without experts.
+        The numbers, which Megatron-Core's names of tensors contain; None for a layer that is no hash layer: a
+        feed-forward layer without experts, or a layer of multi-token prediction.
 
     Raises:
         UserError: The pattern has another number of layers.
     """
     if pattern is None:
         return range(num_layers)
-    symbols = pattern.partition(_PREDICTION)[0].replace(_STAGE, "")
-    feed_forward = [layer for layer, symbol in enumerate(symbols) if symbol in (_MLP, _MOE)]
-    moe = [layer for layer in feed_forward if symbols[layer] == _MOE]
+    decoder, _, predictions = pattern.replace(_STAGE, "").partition(_PREDICTION)
+    of_predictions = [symbol for symbol in predictions if symbol in (_MLP, _MOE)]
+    feed_forward = [(layer, symbol) for layer, symbol in enumerate(decoder) if symbol in (_MLP, _MOE)]
+    feed_forward += [(None, symbol) for symbol in of_predictions]
+    moe = [layer for layer, symbol in feed_forward if symbol == _MOE]
     if num_layers == len(moe):
-        return list(moe)
+        return moe
     if num_layers == len(feed_forward):
-        return [layer if layer in moe else None for layer in feed_forward]
+        return [layer if symbol == _MOE else None for layer, symbol in feed_forward]
     raise UserError(
-        f"--hybrid-layer-pattern '{pattern}' has {len(moe)} E and {len(feed_forward) - len(moe)} - in its decoder, but "
-        f"the mask is for {counted(num_layers, 'layer')}"
+        f"--hybrid-layer-pattern '{pattern}' has {len(moe)} E and {len(feed_forward) - len(moe)} -, but the mask is "
+        f"for {counted(num_layers, 'layer')}"
     )
 
 

@@ -78,7 +78,12 @@ class TokenFrequency(SealedTensors):
         weights = np.array(self.weights, np.float64)
         tokens = np.array([dataset["num_tokens"] for dataset in self.datasets])
         tokens_drawn = self.num_tokens * weights / weights.sum()
-        return (tokens_drawn / tokens) @ self.counts
+        # Row by row, since a matrix product rounds otherwise in other columns and on other processors: ids with equal
+        # counts must have equal occurrences.
+        occurrences = np.zeros(self.vocab_size)
+        for scale, counts in zip(tokens_drawn / tokens, self.counts, strict=True):
+            occurrences += scale * counts
+        return occurrences
 
 
 def count_token_frequency(

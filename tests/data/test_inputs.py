@@ -94,8 +94,8 @@ def test_closed_standard_input(standard_input: Callable) -> None:
     [
         ("pipe", LINES, DOCUMENTS),
         ("a.jsonl", LINES, DOCUMENTS),
-        ("a.txt", LINES, [LINES.decode()]),
-        ("a.txt.gz", gzip.compress(LINES), [LINES.decode()]),
+        ("a.txt", b"a\nb", ["a\nb"]),
+        ("a.txt.gz", gzip.compress(b"a\nb"), ["a\nb"]),
     ],
 )
 def test_named_pipe(tmp_path: Path, name: str, content: bytes, expected: list[str]) -> None:
@@ -145,8 +145,15 @@ def test_format_is_given_or_told_by_the_suffix(tmp_path: Path) -> None:
     for name in ("a", "a.txt", "a.NDJSON", "a.json.gz"):
         (tmp_path / name).write_bytes(gzip.compress(LINES))
         assert documents(tmp_path / name, "jsonl") == DOCUMENTS
-        expected = DOCUMENTS if "json" in name.lower() else [LINES.decode()]
-        assert documents(tmp_path / name) == expected
+        assert documents(tmp_path / name, "text") == [LINES.decode()]
+        if "json" in name.lower():
+            assert documents(tmp_path / name) == DOCUMENTS
+        else:
+            with pytest.raises(UserError, match="looks like JSON lines, but its name does not say so: pass --input-f"):
+                documents(tmp_path / name)
+    for text in ("{", '["a"]\n', "[" * 100_000, "1"):
+        (tmp_path / "a").write_text(text)
+        assert documents(tmp_path / "a") == [text]
 
 
 @pytest.mark.parametrize(

@@ -82,7 +82,11 @@ def test_unknown_type(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        ('{"eos_token": "<nowhere>"}', "names '<nowhere>' as the end of text"),
+        (
+            '{"eos_token": "<nowhere>"}',
+            "names '<nowhere>' as eos_token, which .* lacks, so transformers would add an id",
+        ),
+        ('{"pad_token": {"content": "<pad>"}}', "names '<pad>' as pad_token"),
         ("{", "is damaged .Invalid JSON"),
         ("[]", "is damaged .should be an object"),
     ],

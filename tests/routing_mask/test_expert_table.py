@@ -103,13 +103,15 @@ def test_a_shared_table_is_written_for_each_layer_with_experts(tmp_path):
         ("*E|M*E", 2, [1, 4]),
         ("*-*E", 2, [None, 3]),
         ("*-*E", 1, [3]),
-        ("*E/*E", 1, [1]),
+        ("*E*E/*E", 3, [1, 3, None]),
+        ("*-*E/*E/*-", 2, [3, None]),
+        ("*-*E/*E/*-", 4, [None, 3, None, None]),
         ("*E*E", 3, None),
     ],
 )
 def test_positions_of_layers(pattern, num_layers, positions):
     if positions is None:
-        with pytest.raises(UserError, match="2 E and 0 - in its decoder, but the mask is for 3 layers"):
+        with pytest.raises(UserError, match="2 E and 0 -, but the mask is for 3 layers"):
             positions_of_layers(pattern, num_layers)
     else:
         assert positions_of_layers(pattern, num_layers) == positions

@@ -239,8 +239,6 @@ def _errors_of_parts(args: Namespace, of_rank: slice) -> Iterator[str]:
     It would fail with datasets without weights of which one has no whole sample in a part.
     """
     blend, blend_per_split = get_blend_and_blend_per_split(args)
-    # Megatron repeats a dataset as often as needed, but reads several datasets without weights once.
-    least_tokens = (args.seq_length or 0) + 1 if blend is not None and len(blend[0]) > 1 and blend[1] is None else 1
     # A part is a blend of its own, or begins and ends at these shares of each dataset. None is a part without a share.
     parts: Any = blend_per_split
     if blend is not None:
@@ -254,25 +252,44 @@ def _errors_of_parts(args: Namespace, of_rank: slice) -> Iterator[str]:
         if part is None and is_needed:
             hint = " or pass --eval-iters 0" if name == "validation" else ""
             yield f"there are no {name} data; give them a share in --split or a path of their own{hint}"
+    least_tokens = _least_tokens(args, blend)
+    for name, of_part in zip(names, blend_per_split or (), strict=False):
+        for prefix in of_part[0][of_rank] if of_part and _least_tokens(args, of_part) > 1 else ():
+            num_tokens = int(read_index(prefix).sequence_lengths.sum(dtype=np.int64))
+            if num_tokens < _least_tokens(args, of_part):
+                yield _too_few_tokens(args, prefix, name, num_tokens)
     for prefix in blend[0][of_rank] if blend else ():
         lengths = read_index(prefix).sequence_lengths  # keeps a file open, so go through the datasets only once
         for name, part in zip(names, parts, strict=True):
             if part is None:
                 continue
             first, last = (round(bound * len(lengths)) for bound in part)
-            num_tokens = lengths[first:last].sum(dtype=np.int64)
+            num_tokens = int(lengths[first:last].sum(dtype=np.int64))
             if 0 < num_tokens < least_tokens:
-                yield (
-                    f"dataset {prefix}: its {name} part has {num_tokens} tokens, too few for a sample of "
-                    f"{least_tokens}, and datasets without weights are read once: give each dataset a weight, such as "
-                    "its number of tokens, or join the datasets by maskmoe preprocess --merge"
-                )
+                yield _too_few_tokens(args, prefix, name, num_tokens)
             elif not num_tokens:
                 yield (
                     f"dataset {prefix}: --split {args.split} leaves the {name} part no tokens, because the split "
                     f"assigns whole documents and the dataset has {len(lengths)}; give the part a share of 0, or a "
                     "larger share"
                 )
+
+
+def _least_tokens(args: Namespace, blend: Any) -> int:
+    """Return how many tokens each dataset of a blend needs.
+
+    Megatron repeats a dataset as often as needed, but reads several datasets without weights once.
+    """
+    return (args.seq_length or 0) + 1 if blend is not None and len(blend[0]) > 1 and blend[1] is None else 1
+
+
+def _too_few_tokens(args: Namespace, prefix: str, part: str, num_tokens: int) -> str:
+    """Return the error of a dataset without a weight that has no whole sample in a part."""
+    return (
+        f"dataset {prefix}: its {part} part has {num_tokens} tokens, too few for a sample of {args.seq_length + 1}, "
+        "and datasets without weights are read once: give each dataset a weight, such as its number of tokens, or join the "
+        "datasets by maskmoe preprocess --merge"
+    )
 
 
 def _check_same_tokenizer(args: Namespace, made_with: TokenizerRecord, what: str) -> None:

@@ -204,8 +204,16 @@ def test_datasets_without_weights_have_a_sample_in_each_part(args):
     error, *others = data_errors(args, None, 10)
     assert len(others) == 39
     assert error.startswith(f"dataset {args.data_path[0]}: its validation part has 3 tokens, too few for a sample of 4")
-    args.data_path = [word for prefix in args.data_path for word in ("1", prefix)]
+    prefixes = args.data_path
+    args.data_path = [word for prefix in prefixes for word in ("1", prefix)]
     assert list(data_errors(args, None, 10)) == []
+    # The parts have datasets of their own.
+    args.data_path, args.split, args.seq_length = None, None, 30
+    args.train_data_path, args.valid_data_path, args.test_data_path = prefixes[:1], prefixes[:2], None
+    errors = list(data_errors(args, None, 10))
+    assert [error.partition(", too")[0] for error in errors] == [
+        f"dataset {prefix}: its validation part has 30 tokens" for prefix in prefixes[:2]
+    ]
 
 
 def test_sizes_that_replace_the_header_of_an_index(tmp_path, args):
