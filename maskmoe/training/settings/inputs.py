@@ -287,8 +287,8 @@ def _too_few_tokens(args: Namespace, prefix: str, part: str, num_tokens: int) ->
     """Return the error of a dataset without a weight that has no whole sample in a part."""
     return (
         f"dataset {prefix}: its {part} part has {num_tokens} tokens, too few for a sample of {args.seq_length + 1}, "
-        "and datasets without weights are read once: give each dataset a weight, such as its number of tokens, or join the "
-        "datasets by maskmoe preprocess --merge"
+        "and datasets without weights are read once: give each dataset a weight, such as its number of tokens, or join "
+        "the datasets by maskmoe preprocess --merge"
     )
 
 
