@@ -3,9 +3,9 @@
 
 root=$(cd -- "$(dirname -- "${BASH_SOURCE[0]}")/.." && pwd -P)
 MINIMUM_PYTHON=3.12
+# With Python 3.14, Megatron-Core 0.19 cannot build its parser of arguments.
+MAXIMUM_PYTHON=3.13
 MINIMUM_TORCH=2.11
-# Newer Pythons work too, but there pip must compile a part of megatron-core.
-NEWEST_PYTHON_WITH_WHEELS=3.13
 EXTRAS=(data dev eval gpu hf muon tune)
 SYSTEM_BIN_DIRS=(/usr/bin /usr/local/bin)
 
@@ -40,7 +40,7 @@ candidate_pythons() {
 # If the Python cannot be used, fails and sets python_reason.
 probe_python() {
     local verdict path version torch
-    verdict=$(timeout 30 "$1" -I "$root/launch/probe_python.py" "$MINIMUM_PYTHON" "$MINIMUM_TORCH" \
+    verdict=$(timeout 30 "$1" -I "$root/launch/probe_python.py" "$MINIMUM_PYTHON" "$MAXIMUM_PYTHON" "$MINIMUM_TORCH" \
         2>/dev/null </dev/null) || true
     case $verdict in
         ok$'\t'*)
@@ -52,7 +52,7 @@ probe_python() {
             return 1
             ;;
         *)
-            python_reason="it does not run as a Python $MINIMUM_PYTHON or newer"
+            python_reason="it does not run as a Python $MINIMUM_PYTHON to $MAXIMUM_PYTHON"
             return 1
             ;;
     esac
@@ -63,35 +63,24 @@ minor_version() {
     printf '%s\n' "${1%.*}"
 }
 
-# Prints 0 for a Python that has torch already, 1 for a Python for which all packages have wheels, 2 for any other.
-python_rank() {
-    if [[ $python_torch != none ]]; then
-        echo 0
-    elif printf '%s\n' "$(minor_version "$python_version")" "$NEWEST_PYTHON_WITH_WHEELS" | sort -CV; then
-        echo 1
-    else
-        echo 2
-    fi
-}
-
-# Sets python_path, python_version and python_torch to those of $PYTHON if it is set, else of the first candidate with
-# the lowest rank.
+# Sets python_path, python_version and python_torch to those of $PYTHON if it is set, else of the first candidate that
+# has torch already, else of the first candidate.
 choose_python() {
     if [[ -n ${PYTHON:-} ]]; then
         probe_python "$PYTHON" || fail 2 "PYTHON=$PYTHON cannot be used: $python_reason"
         return
     fi
-    local candidate rank best='' best_rank=3
+    local candidate best=''
     while IFS= read -r candidate; do
         probe_python "$candidate" || continue
-        rank=$(python_rank)
-        if ((rank < best_rank)); then
-            best=$candidate best_rank=$rank
+        if [[ $python_torch != none ]]; then
+            best=$candidate
+            break
         fi
-        ((best_rank > 0)) || break
+        best=${best:-$candidate}
     done < <(candidate_pythons)
-    [[ -n $best ]] || fail 2 "no working Python $MINIMUM_PYTHON or newer found among python3 and python3.N on PATH," \
-        "in ${SYSTEM_BIN_DIRS[*]} and in pyenv: install one, or set PYTHON=/path/to/python3"
+    [[ -n $best ]] || fail 2 "no working Python $MINIMUM_PYTHON to $MAXIMUM_PYTHON found among python3 and python3.N" \
+        "on PATH, in ${SYSTEM_BIN_DIRS[*]} and in pyenv: install one, or set PYTHON=/path/to/python3"
     probe_python "$best"
 }
 
@@ -196,8 +185,8 @@ make_venv() {
         "$python_path" -I -m venv "${options[@]}" "$venv"
     else
         "$python_path" -I -m venv --without-pip "${options[@]}" "$venv"
-        "$python_path" -I -m pip --disable-pip-version-check --python "$venv/bin/python" \
-            install --ignore-installed pip 2>&1 | log_pip
+        PIP_USER=0 "$python_path" -I -m pip --disable-pip-version-check --python "$venv/bin/python" \
+            install --ignore-installed pip 2>&1 | log_pip || fail_of_pip "pip could not be installed"
     fi
 }
 
@@ -289,6 +278,12 @@ write_stamp() {
 }
 
 # refresh_venv EXTRAS: makes or updates .venv so that it has the package with at least these extras.
+# fail_of_pip MESSAGE: ends with pip's first errors and the message.
+fail_of_pip() {
+    grep -E '^ *(ERROR|error):' "$(pip_log)" | head -n 5 >&2 || true
+    fail 1 "$1: $(pip_log) has its output"
+}
+
 refresh_venv() {
     local extras=$1 digest fresh=false
     digest=$(inputs_digest)
@@ -310,8 +305,7 @@ refresh_venv() {
     if ! install_package "$extras"; then
         # pip rolls back a failed installation, so an environment that worked before still works.
         $fresh || rm -f "$(venv_unfinished)"
-        grep -E '^ *(ERROR|error):' "$(pip_log)" | head -n 5 >&2 || true
-        fail 1 "pip could not install the packages: $(pip_log) has its output"
+        fail_of_pip "pip could not install the packages"
     fi
     write_stamp "$extras"
     say "finished in $SECONDS s"

@@ -1,9 +1,9 @@
 """Prints whether the Python that runs this file can be used for MaskMoE. launch/lib.sh runs it with every candidate.
 
-Usage: `python -I probe_python.py MINIMUM_PYTHON MINIMUM_TORCH`, for example with `3.12 2.11`. The program prints one
-line of fields separated by tabs: `ok EXECUTABLE VERSION TORCH`, where TORCH is the version of an installed torch that
-is new enough, or else `none`; or `no REASON`. In a virtual environment the program describes the environment's base
-Python, because a new environment is made from the base Python.
+Usage: `python -I probe_python.py MINIMUM_PYTHON MAXIMUM_PYTHON MINIMUM_TORCH`, such as with `3.12 3.13 2.11`. It prints
+one line of fields separated by tabs: `ok EXECUTABLE VERSION TORCH`, where TORCH is the version of an installed
+torch that is new enough, or else `none`; or `no REASON`. In a virtual environment the program describes the
+environment's base Python, because a new environment is made from the base Python.
 """
 
 import os
@@ -47,9 +47,9 @@ def usable_torch(minimum_torch: "tuple[int, int]") -> str:
 
 def main() -> "list[str]":
     """Return the fields of the line to print."""
-    minimum_python, minimum_torch = (parse_version(text) for text in sys.argv[1:3])
+    minimum_python, maximum_python, minimum_torch = (parse_version(text) for text in sys.argv[1:4])
     # Check the version before anything that an old Python lacks.
-    if sys.version_info < minimum_python:
+    if not minimum_python <= sys.version_info[:2] <= maximum_python:
         return ["no", "it is Python {}.{}".format(*sys.version_info)]
     if sys.prefix != sys.base_prefix and sys._base_executable != sys.executable:
         os.execv(sys._base_executable, [sys._base_executable, *sys.orig_argv[1:]])

@@ -16,7 +16,7 @@ versions of constraints.txt. If .venv is up to date, the script takes less than 
                  GPU, and minutes.
   MAX_JOBS=N     (environment) compile N files of Transformer Engine at a time; each takes about 1.5 GB of memory.
                  Default: 4
-  PYTHON=PATH    (environment) the Python to use. Default: the first working Python 3.12 or newer among python3 and
+  PYTHON=PATH    (environment) the Python to use. Default: the first working Python 3.12 or 3.13 among python3 and
                  python3.N on PATH, the system's and pyenv's; a Python that already has torch is preferred.
 
 If the Python already has torch, as in NGC images, that torch is used and never replaced.

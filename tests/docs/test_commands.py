@@ -34,6 +34,7 @@ SCRIPTS_OF_SUBCOMMANDS = {
 }
 # Flags of programs from elsewhere that the pages name.
 FOREIGN_FLAGS = {
+    "accelerate": {"--use_fsdp", "--fsdp_version", "--fsdp_cpu_ram_efficient_loading"},
     "lm_eval": {"--model", "--model_args", "--tasks", "--batch_size"},
     "mkdocs": {"--strict"},
     "zstd": {"--long"},
