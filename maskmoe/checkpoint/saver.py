@@ -93,6 +93,8 @@ class CheckpointSaver:
     def save(self, iteration: int, *args: Any, non_persistent_ckpt: bool = False, **kwargs: Any) -> None:
         """Save a checkpoint unless it exists already; raise `SaveError` if a rank failed to save."""
         settings = self._settings
+        if not settings.save:  # Megatron saves after a step that gave NaN again, whether or not there is a folder
+            return
         # Hide the interval from Megatron, which may remove the last sound checkpoint if the newest one is damaged, and
         # which fails if the tracker file names no iteration, as in the folder of an imported model.
         if settings.save_retain_interval is not None:

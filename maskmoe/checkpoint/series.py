@@ -308,6 +308,17 @@ def check_separate_folder(args: Namespace) -> None:
             )
 
 
+def newest_saved(args: Namespace) -> tuple[Path, int | str] | None:
+    """Return folder and iteration of the newest checkpoint that a run has saved, persistent or not; None if none."""
+    if not args.save:
+        return None
+    newest, local = read_tracker(args.save), non_persistent_folder(args, args.save)
+    newest_local = newest_sound(local) if local is not None else None
+    if local is not None and newest_local is not None and not (isinstance(newest, int) and newest >= newest_local):
+        return local, newest_local
+    return None if newest is None else (Path(args.save), newest)
+
+
 def make_room(folder: Path, iteration: int, loaded: int | None = None) -> None:
     """Remove the non-persistent checkpoints that a save makes useless; the newest sound checkpoint stays.
 

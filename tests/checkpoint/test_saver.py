@@ -1,10 +1,13 @@
-"""The copies of tensors that an asynchronous save hands to the process that writes them."""
+"""Saves: the copies of tensors for the process that writes them, and runs that save nothing."""
 
 import io
+from argparse import Namespace
+from contextlib import nullcontext
 
 import torch
 
-from maskmoe.checkpoint.saver import _copy_host_tensors
+from maskmoe.checkpoint.saver import CheckpointSaver, _copy_host_tensors
+from maskmoe.files.run_folder import Journal
 
 
 def test_copies_are_equal_and_share_no_memory_with_training():
@@ -17,3 +20,9 @@ def test_copies_are_equal_and_share_no_memory_with_training():
     assert names == ["folder/file", "file"]
     assert [name for name, _ in objects] == ["object"]
     assert all(torch.equal(copy, expected[number]) for number, copy in copies)
+
+
+def test_run_without_a_folder_saves_nothing():
+    """Megatron asks for a checkpoint before it repeats a step that gave NaN, so that all ranks can end with its code."""
+    saver = CheckpointSaver(Namespace(save=None, async_save=False), nullcontext, lambda: None, Journal(None))
+    saver.save(5)

@@ -62,6 +62,13 @@ def test_settings_of_megatrons_configuration_are_honoured(one_rank):
         )
     )
     assert torch.equal(ours.rotary_pos_emb.inv_freq, theirs.rotary_pos_emb.inv_freq)
+    # MaskMoE's settings come first: `gpt_config_from_args` leaves out the factor of the command line.
+    own = {"rope_scaling": True, "rope_scaling_factor": 4.0}
+    of_command_line = build(
+        lambda settings: MaskMoEGPTModelBuilder(MaskMoEModelConfig(megatron=settings, **own)),
+        **further | {"rope_scaling_factor": 8.0},
+    )
+    assert torch.equal(of_command_line.rotary_pos_emb.inv_freq, theirs.rotary_pos_emb.inv_freq)
     assert ours.embedding.word_embeddings.weight.shape == theirs.embedding.word_embeddings.weight.shape
     assert len(ours.embedding.word_embeddings.weight) % 64 == 0
 

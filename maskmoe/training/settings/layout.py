@@ -233,8 +233,11 @@ def samples_to_request(args: Namespace, num_samples: Sequence[int | None]) -> li
         training = max(training, requested_training_samples(args, args.iteration, args.consumed_train_samples))
     if validation is not None and not args.skip_train:
         before_first = (max(1, args.start_eval_at_iter or 0) - 1) // args.eval_interval
+        per_evaluation = args.eval_iters * args.eval_global_batch_size
+        # Megatron leaves out the evaluation in the iteration `start_eval_at_iter` itself.
+        validation = max(validation, (args.train_iters // args.eval_interval - before_first + 1) * per_evaluation)
         evaluations = max(0, args.iteration // args.eval_interval - before_first)
-        surplus = args.consumed_valid_samples - evaluations * args.eval_iters * args.eval_global_batch_size
+        surplus = args.consumed_valid_samples - evaluations * per_evaluation
         if surplus > 0:
             # Megatron refuses data of which all samples are consumed, even with `--eval-iters 0`.
             validation = max(validation + surplus, args.consumed_valid_samples + 1)

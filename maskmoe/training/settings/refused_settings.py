@@ -28,13 +28,13 @@ _ABOVE_ZERO = (
     *("tensor_model_parallel_size", "pipeline_model_parallel_size", "context_parallel_size"),
     *("expert_model_parallel_size", "expert_tensor_parallel_size", "num_distributed_optimizer_instances"),
     *("micro_batch_size", "global_batch_size", "eval_micro_batch_size", "eval_global_batch_size"),
-    *("train_iters", "train_samples", "log_interval", "eval_interval", "save_interval", "save_retain_interval"),
+    *("train_iters", "train_samples", "log_interval", "eval_interval", "save_interval", "save_retain_interval", "seed"),
 )
 # Settings that must not be negative if they are given.
 _NOT_NEGATIVE = (
     *("lr", "min_lr", "lr_warmup_init", "lr_warmup_iters", "lr_warmup_samples", "lr_warmup_fraction", "decoupled_lr"),
     *("weight_decay", "start_weight_decay", "clip_grad", "moe_aux_loss_coeff", "moe_z_loss_coeff"),
-    *("moe_router_bias_update_rate", "eval_iters", "seed", "num_workers"),
+    *("moe_router_bias_update_rate", "eval_iters", "num_workers"),
 )
 
 
@@ -89,10 +89,11 @@ def missing_flags(args: Namespace, has_checkpoint: bool) -> Iterator[str]:
     if args.seq_length is None and args.encoder_seq_length is None:
         settings = ", or --use-checkpoint-args for the settings of the checkpoint" if has_checkpoint else ""
         yield f"no sequence length: pass --seq-length{settings}"
+    is_evaluation = hasattr(args, "eval_split")
+    if not is_evaluation and args.train_iters is None and args.train_samples is None:
+        yield "no length of training: pass --train-iters or --train-samples"
     if args.skip_train:
         return
-    if args.train_iters is None and args.train_samples is None:
-        yield "no length of training: pass --train-iters or --train-samples"
     takes_schedule = has_checkpoint and args.use_checkpoint_opt_param_scheduler
     if args.lr is None and (not takes_schedule or args.finetune or args.no_load_optim):
         yield "no learning rate: pass --lr"
@@ -125,6 +126,8 @@ def missing_libraries(args: Namespace) -> Iterator[str]:
             "--log-straggler needs the Python package nvidia-ml-py, which reads the temperature of a GPU: install the "
             "package, or leave the flag out"
         )
+    if args.log_device_memory_used and args.distributed_backend == "nccl" and find_spec("pynvml") is None:
+        yield "--log-device-memory-used needs the Python package nvidia-ml-py: install it, or leave the flag out"
     if _given("save_activations_interval", "save_dgrads_interval")(args) and find_spec("transformer_engine") is None:
         yield (
             "--save-activations-interval and --save-dgrads-interval need Transformer Engine, for whose layers "
@@ -296,7 +299,9 @@ def _miscounts_batch_schedule(args: Namespace) -> bool:
 
 def _fails_at_full_validation(args: Namespace) -> bool:
     if not args.full_validation:
-        return False
+        return bool(args.multiple_validation_sets)
+    if args.test_data_path:
+        return True
     is_divided = max(args.tensor_model_parallel_size, args.pipeline_model_parallel_size) > 1
     samples = args.eval_micro_batch_size or args.micro_batch_size
     return not args.multiple_validation_sets or (is_divided and samples != 1)
@@ -419,6 +424,24 @@ BROKEN_IN_MEGATRON = (
         _keeps_no_largest_scores,
     ),
     Check(
+        "--defer-embedding-wgrad-compute with --hybrid-layer-pattern or without --transformer-impl transformer_engine",
+        "Megatron-Core would fail in the first step: only a GPT model with Transformer Engine's layers has the buffer.",
+        lambda args: (
+            args.defer_embedding_wgrad_compute
+            and (args.hybrid_layer_pattern is not None or args.transformer_impl != "transformer_engine")
+        ),
+    ),
+    Check(
+        "--phase-transition-iterations without --train-samples",
+        "Megatron-Core computes the phases from the number of samples, and fails.",
+        lambda args: bool(args.phase_transition_iterations) and args.train_samples is None,
+    ),
+    Check(
+        "--rerun-mode report_stats",
+        "Megatron-Core 0.19 knows the mode by another name, for which there is no flag, and fails.",
+        lambda args: args.rerun_mode == "report_stats",
+    ),
+    Check(
         "--dataloader-type external",
         "Megatron-Core would read batches from the dataset itself, and fail in the first step. Use single or cyclic.",
         lambda args: args.dataloader_type == "external",
@@ -480,9 +503,9 @@ BROKEN_IN_MEGATRON = (
         _miscounts_batch_schedule,
     ),
     Check(
-        "--full-validation without --multiple-validation-sets; or with tensor or pipeline parallelism and without "
-        "--eval-micro-batch-size 1",
-        "Megatron-Core fails at the first validation.",
+        "--full-validation without --multiple-validation-sets, or with --test-data-path; or with tensor or pipeline "
+        "parallelism and without --eval-micro-batch-size 1; or --multiple-validation-sets alone",
+        "Megatron-Core fails at a validation.",
         _fails_at_full_validation,
     ),
     Check(

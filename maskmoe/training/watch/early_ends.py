@@ -6,6 +6,7 @@ import os
 import shutil
 import signal
 import sys
+import time
 from argparse import Namespace
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -13,10 +14,11 @@ from pathlib import Path
 
 import torch
 from megatron.core import rerun_state_machine
+from megatron.training import training
 from torch.distributed.checkpoint.api import CheckpointException
 
 from maskmoe.checkpoint.saver import SaveError, describe_failures
-from maskmoe.checkpoint.series import newest_sound, non_persistent_folder, read_tracker, remove_unfinished_checkpoints
+from maskmoe.checkpoint.series import newest_saved, non_persistent_folder, remove_unfinished_checkpoints
 from maskmoe.checkpoint.writers import rank_is_ending
 from maskmoe.errors import RunFailure
 from maskmoe.megatron_compat.globals import get_args, get_signal_handler
@@ -130,8 +132,7 @@ def explaining_early_ends(args: Namespace, leaving: LeaveAfterSave) -> Iterator[
         if end.code in _RERUN_VERDICTS and torch.distributed.get_rank() == 0:
             print(f"error: {_RERUN_VERDICTS[end.code]}. {describe_newest_checkpoint(args)}", file=sys.stderr)
         has_signal = args.exit_signal_handler and any(get_signal_handler().signals_received())
-        is_out_of_time = args.exit_duration_in_mins is not None and args.curr_iteration + 1 < args.train_iters
-        if not end.code and (has_signal or is_out_of_time or leaving.is_leaving):
+        if not end.code and (has_signal or _is_out_of_time(args) or leaving.is_leaving):
             sys.exit(EXIT_REQUEUE)
         raise
     finally:
@@ -143,6 +144,16 @@ def explaining_early_ends(args: Namespace, leaving: LeaveAfterSave) -> Iterator[
         for child in multiprocessing.active_children():
             if child.daemon:
                 child.kill()
+
+
+def _is_out_of_time(args: Namespace) -> bool:
+    """Return whether `--exit-duration-in-mins` has ended a run before its last iteration.
+
+    Megatron ends all ranks when the time is up on one, and ranks start within a minute.
+    """
+    if args.exit_duration_in_mins is None or args.curr_iteration + 1 >= args.train_iters:
+        return False
+    return time.time() - training._TRAIN_START_TIME > 60 * (args.exit_duration_in_mins - 1)
 
 
 def _save_failure(args: Namespace, cause: str) -> RunFailure:
@@ -162,9 +173,9 @@ def _save_failure(args: Namespace, cause: str) -> RunFailure:
 
 def describe_newest_checkpoint(args: Namespace) -> str:
     """Return a sentence about the newest checkpoint of the run."""
-    newest = read_tracker(args.save) if args.save else None
-    local = non_persistent_folder(args, args.save)
-    newest_local = newest_sound(local) if local is not None else None
-    if newest_local is not None and not (isinstance(newest, int) and newest >= newest_local):
-        return f"The newest checkpoint is the non-persistent one of iteration {newest_local}"
-    return f"The newest checkpoint is of iteration {newest}" if newest is not None else "There is no checkpoint yet"
+    found = newest_saved(args)
+    if found is None:
+        return "There is no checkpoint yet"
+    folder, iteration = found
+    kind = "of" if folder == Path(args.save) else "the non-persistent one of"
+    return f"The newest checkpoint is {kind} iteration {iteration}"

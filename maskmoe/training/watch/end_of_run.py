@@ -10,7 +10,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from maskmoe.checkpoint.series import read_tracker
+from maskmoe.checkpoint.series import newest_saved, read_tracker
 from maskmoe.command_line.run_tool import EXIT_RUN_FAILURE
 from maskmoe.errors import UserError, one_line
 from maskmoe.files.run_folder import REPORT, Journal, Kind
@@ -59,13 +59,14 @@ def _describe_end(error: BaseException | None) -> tuple[int, str]:
 
 
 def _describe_stop(args: Namespace) -> str:
-    newest = read_tracker(args.save) if args.save else None
-    if newest is None:
+    found = newest_saved(args)
+    if found is None:
         return "stopped: nothing was saved" + ("" if args.save else ", because --save is not given")
+    folder, newest = found
     resumption = "the same command resumes"
     if args.no_save_optim and not args.no_load_optim:
         resumption = "without the optimizer (--no-save-optim), so --no-load-optim is needed to resume"
-    return f"stopped: saved iteration {newest} in {args.save}; {resumption}"
+    return f"stopped: saved iteration {newest} in {folder}; {resumption}"
 
 
 def _describe_completion(args: Namespace) -> str:

@@ -82,7 +82,7 @@ def test_schedule_that_cannot_be_read(schedule):
         ({"global_batch_size": 16, "eval_global_batch_size": 16}, 336, 80),
         ({"eval_interval": 100}, 168, 8 + 8),
         ({"eval_iters": 0}, 168, 9),
-        ({"eval_interval": 2, "start_eval_at_iter": 6}, 168, 64),
+        ({"eval_interval": 2, "start_eval_at_iter": 6}, 168, 72),
         ({"eval_interval": 2, "start_eval_at_iter": 7, "consumed_valid_samples": 16}, 168, 64 + 16),
         ({"train_samples": 170}, 170, 40),
         ({"skip_train": True, "consumed_valid_samples": 100}, 168, 8),

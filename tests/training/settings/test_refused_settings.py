@@ -111,6 +111,12 @@ REFUSED = {
     "--transformer-impl transformer_engine --log-max-attention-logit": "--qk-clip or",
     "--transformer-impl transformer_engine --bf16 --qk-clip --hybrid-layer-pattern ME": "--qk-clip or",
     "--dataloader-type external": "--dataloader-type external",
+    "--defer-embedding-wgrad-compute": "--defer-embedding",
+    f"{ENGINE} --defer-embedding-wgrad-compute --hybrid-layer-pattern *E": "--defer-embedding",
+    "--phase-transition-iterations 5": "--phase-transition-iterations",
+    "--rerun-mode report_stats": "--rerun-mode report_stats",
+    "--multiple-validation-sets": "--full-validation",
+    "--full-validation --multiple-validation-sets --test-data-path a": "--full-validation",
     "--multi-latent-attention --mla-down-proj-fusion": "--mla-down-proj-fusion",
     "--transformer-impl transformer_engine --mla-down-proj-fusion --hybrid-layer-pattern +E": "--mla-down-proj-fusion",
     "--moe-router-padding-for-quantization": "--moe-router-padding",
@@ -161,6 +167,8 @@ SUPPORTED = (
     "--multi-latent-attention --rotary-scaling-factor 4 --mscale 1",
     "--position-embedding-type yarn --yarn-beta-fast 16",
     "--cpu-offloading-num-layers 1",
+    f"{ENGINE} --defer-embedding-wgrad-compute",
+    "--phase-transition-iterations 5 --train-samples 80",
     "--transformer-impl transformer_engine --bf16 --qk-clip --log-max-attention-logit",
     "--transformer-impl transformer_engine --multi-latent-attention --mla-down-proj-fusion",
     f"{ENGINE} --fp4-format e2m1",
@@ -186,7 +194,7 @@ BAD_VALUES = {
     "--moe-layer-freq": "abc 0.5 [1]**9 [1]*99999999 [1",
     "--moe-router-load-balancing-type": "none_such",
     "--tensor-model-parallel-size": "0 x",
-    "--seed": "-1",
+    "--seed": "0 -1",
     "--split": "abc -1,2,3 0,0,0 1,2,3,4 nan,1,1",
     "--window-size": "a,b",
     "--num-layer": "2",
@@ -280,6 +288,10 @@ def test_mamba_layers_need_transformer_engine(monkeypatch, implementation: str) 
     [
         ("--log-straggler --distributed-backend nccl", "--log-straggler needs the Python package nvidia-ml-py,"),
         ("--log-straggler --distributed-backend gloo", None),
+        (
+            "--log-device-memory-used --distributed-backend nccl",
+            "--log-device-memory-used needs the Python package nvi",
+        ),
         ("--save-dgrads-interval 5", "--save-activations-interval and --save-dgrads-interval need Transformer Engine,"),
     ],
 )
@@ -329,4 +341,7 @@ def test_flags_that_megatron_misses_late() -> None:
     errors[0] += ", or --use-checkpoint-args for the settings of the checkpoint"
     assert list(missing_flags(parse("--load F"), has_checkpoint=True)) == errors
     assert list(missing_flags(parse("--use-checkpoint-opt-param-scheduler"), has_checkpoint=True)) == errors[:2]
-    assert not list(missing_flags(parse("--skip-train --seq-length 8"), has_checkpoint=False))
+    evaluation = parse("--skip-train --seq-length 8")
+    assert list(missing_flags(evaluation, has_checkpoint=False)) == errors[1:2]  # Megatron multiplies by the length
+    evaluation.eval_split = "valid"  # as with the arguments of `maskmoe evaluate`, which trains nothing
+    assert not list(missing_flags(evaluation, has_checkpoint=False))

@@ -1,9 +1,11 @@
 """Why training ends early: the exit code, and the error that is reported."""
 
 import errno
+import time
 from argparse import Namespace
 
 import pytest
+from megatron.training import training
 from torch.distributed import HashStore
 
 from maskmoe.processes.interruption import EXIT_REQUEUE
@@ -19,10 +21,13 @@ def explaining(monkeypatch):
 
 
 @pytest.mark.parametrize(
-    ("minutes", "last_step", "code"), [(5, 7, EXIT_REQUEUE), (5, 8, 0), (None, 7, 0)], ids=["time", "complete", "other"]
+    ("elapsed", "minutes", "last_step", "code"),
+    [(301, 5, 7, EXIT_REQUEUE), (301, 5, 8, 0), (100, 5, 7, 0), (301, None, 7, 0)],
+    ids=["time", "complete", "exit interval", "no limit"],
 )
-def test_run_that_is_out_of_time_asks_for_a_new_start(explaining, minutes, last_step, code):
+def test_run_that_is_out_of_time_asks_for_a_new_start(explaining, monkeypatch, elapsed, minutes, last_step, code):
     """Megatron exits with 0 after --exit-duration-in-mins, as after --exit-interval."""
+    monkeypatch.setattr(training, "_TRAIN_START_TIME", time.time() - elapsed)
     args = {"exit_signal_handler": False, "exit_duration_in_mins": minutes, "train_iters": 9}
     with pytest.raises(SystemExit) as end, explaining(**args, curr_iteration=last_step):
         raise SystemExit(0)

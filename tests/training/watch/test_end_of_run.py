@@ -5,6 +5,7 @@ from contextlib import nullcontext
 
 import pytest
 from support.report_pages import Page
+from support.run_folders import write_checkpoint
 from torch.distributed import HashStore
 
 from maskmoe.errors import RunFailure, UserError
@@ -41,6 +42,16 @@ def test_end_is_in_the_journal(tmp_path, monkeypatch, end, writers, code, text):
         expected = [(Kind.ENDED, text, code)] if rank in writers else []
         entries = read_journal(tmp_path / str(rank))
         assert [(entry.kind, entry.text, entry.facts["exit_code"]) for entry in entries] == expected
+
+
+def test_stopped_run_names_its_newest_checkpoint(tmp_path):
+    """Megatron saves no persistent checkpoint beside a non-persistent one."""
+    local = {"non_persistent_ckpt_type": "global", "non_persistent_global_ckpt_dir": None}
+    args = Namespace(save=str(tmp_path), no_save_optim=False, **local)
+    write_checkpoint(tmp_path, 20)
+    assert end_of_run._describe_stop(args) == f"stopped: saved iteration 20 in {tmp_path}; the same command resumes"
+    write_checkpoint(tmp_path / "non_persistent", 30)
+    assert end_of_run._describe_stop(args).startswith(f"stopped: saved iteration 30 in {tmp_path}/non_persistent; the")
 
 
 def end_run(folder, rank=0, error=None):
