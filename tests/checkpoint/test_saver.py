@@ -23,6 +23,6 @@ def test_copies_are_equal_and_share_no_memory_with_training():
 
 
 def test_run_without_a_folder_saves_nothing():
-    """Megatron asks for a checkpoint before it repeats a step that gave NaN, so that all ranks can end with its code."""
+    """Megatron asks for a checkpoint before it repeats a step that gave NaN, and then ends with its own code."""
     saver = CheckpointSaver(Namespace(save=None, async_save=False), nullcontext, lambda: None, Journal(None))
     saver.save(5)

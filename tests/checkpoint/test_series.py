@@ -194,9 +194,11 @@ def test_kept_checkpoint_is_on_the_disk_before_old_ones_are_removed(
 
 def test_tracker_of_odd_bytes(tmp_path: Path) -> None:
     tracker = tmp_path / TRACKER
-    for content in ("9" * 5000, "9" * 90, "٣", "\0", "../x"):
+    for content in ("9" * 5000, "٣", "\0", "../x"):
         tracker.write_text(content)
-        assert read_tracker(tmp_path) is None or len(content) == 90
+        assert read_tracker(tmp_path) is None
+    tracker.write_text("9" * 90)
+    assert read_tracker(tmp_path) == int("9" * 90)
     tracker.unlink()
     os.mkfifo(tracker)
     assert read_tracker(tmp_path) is None

@@ -124,9 +124,11 @@ def test_a_killed_suite_continues_to_the_page(arguments, tmp_path):
     _, alive = psutil.wait_procs(children, timeout=60)
     assert not alive
 
+    evaluated = evaluation.stat().st_mtime_ns
     second = compare(*arguments, "--jobs", 2)
     output, _ = second.communicate(timeout=400)
     assert second.returncode == 0, output
+    assert evaluation.stat().st_mtime_ns == evaluated
     results = {result.variant: result for result in read_table(folder / "results.jsonl")}
     assert set(results) == {"dense", "smoe", "all-visible"}
     assert all([step for step, _ in result.validation] == [10, 20, 30, 40] for result in results.values())

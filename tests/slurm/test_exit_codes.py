@@ -92,7 +92,7 @@ def train(tmp_path: Path):
 WORDS = {
     EXIT_HANG: ("the run hung; the job is requeued", f"error: code {EXIT_HANG} on node"),
     1: ("the run failed with exit code 1", "error: code 1 on node"),
-    BAD_INPUT: (),
+    BAD_INPUT: ("the run failed with exit code 2", "error: code 2 on node"),
     EXIT_REQUEUE: ("a signal stopped the run; the job is requeued", "requeue 1"),
 }
 """Words of the output, for each exit code of the job."""

@@ -112,8 +112,9 @@ class TrainingOutcome(Outcome):
 
         Args:
             reference: Has logged at least the iterations of this run.
-            scalars: Names of the scalars to compare, by default all that this run logged.
+            scalars: Names of the scalars to compare, by default all. Then both runs must have logged the same ones.
         """
+        assert scalars or self.curves.keys() == reference.curves.keys()
         values = [
             (value, reference.curves[name][iteration])
             for name in scalars or self.curves
