@@ -7,8 +7,8 @@ usage() {
 usage: tests/run.sh [--all | --slurm | --docker | --te | --serving | --tracking | --megatron VERSION|PATH]
                     [pytest arguments]
 
-Sets up .venv and runs the checks, then the tests. The checks are ruff, pyrefly, shellcheck, hadolint and, if there is a
-mkdocs.yml, a build of the documentation. Tests that need a GPU run only on a machine with a GPU.
+Sets up .venv and runs the checks (ruff, pyrefly, shellcheck and hadolint), then the tests. Tests that need a GPU run only
+on a machine with a GPU.
 
   --all             also run the slow tests
   --slurm           run only the tests that need a Slurm cluster of two nodes, or two hosts. The tests set up both on
@@ -120,14 +120,6 @@ if $checks && (($# == 0)); then
         xargs -0 .venv/bin/shellcheck --external-sources
     echo "tests: hadolint"
     .venv/bin/hadolint docker/Dockerfile*
-    if [[ -e mkdocs.yml ]]; then
-        echo "tests: mkdocs"
-        (
-            site=$(mktemp --directory)
-            trap 'rm -rf -- "$site"' EXIT
-            NO_MKDOCS_2_WARNING=1 .venv/bin/mkdocs build --quiet --strict --site-dir "$site"
-        )
-    fi
 fi
 
 # Many tests start several processes, so each process computes with one thread.

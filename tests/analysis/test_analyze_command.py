@@ -45,7 +45,25 @@ def analysed_series(workplace, checkpoints) -> Path:
     assert [line.split()[:2] for line in table.splitlines()[2:]] == [["iteration", str(it)] for it in ITERATIONS]
     folder = workplace / "series"
     assert {Path(line.split()[1]).name for line in written.splitlines()} == {path.name for path in folder.iterdir()}
+    assert [line.split()[2:] for line in table.splitlines()[2:]] == [means_of_tables(folder, it) for it in ITERATIONS]
     return folder
+
+
+def means_of_tables(folder: Path, iteration: int) -> list[str]:
+    """Return what the terminal shows of a checkpoint, from the CSV files."""
+    columns = (
+        *(("layers.csv", name, form) for name, form in (("load_max_over_mean", ".2f"), ("entropy", ".3f"))),
+        *(("layers.csv", name, form) for name, form in (("entropy_bound", ".3f"), ("single_expert_share", ".1%"))),
+        *(("explained.csv first all", "explained", ".1%"), ("ids.csv", "distinct", ".2f")),
+        *(("fluctuation.csv all", "changed", ".1%"), ("fluctuation.csv routable", "changed", ".1%")),
+    )
+    means = []
+    for table, column, form in columns:
+        name, *groups = table.split()
+        rows = [row for row in read_table(folder, name) if row["iteration"] == str(iteration)]
+        values = [float(row[column]) for row in rows if {*groups} <= {row.get("experts"), row.get("tokens")}]
+        means += [format(np.nanmean(values), form)] if values else []
+    return means
 
 
 def test_files(analysed_series):
@@ -70,6 +88,10 @@ def test_tables_have_the_statistics_of_the_traces(analysed_series, workplace):
             load = {(row["band"], int(row["expert"])): int(row["assignments"]) for row in rows["load.csv"]}
             assert load == {(BANDS[band], n): count for (band, n), count in np.ndenumerate(measured.load[index])}
             (of_layer,) = rows["layers.csv"]
+            of_experts = measured.load[index].sum(axis=0)
+            assert float(of_layer["load_max_over_mean"]) == pytest.approx(
+                of_experts.max() / of_experts.mean(), rel=1e-5
+            )
             for name in ("entropy", "entropy_bound", "first_weight", "single_expert_share"):
                 assert float(of_layer[name]) == pytest.approx(getattr(measured, name)[index], rel=1e-5)
             shares = {(row["experts"], row["tokens"]): row["explained"] for row in rows["explained.csv"]}
@@ -77,8 +99,17 @@ def test_tables_have_the_statistics_of_the_traces(analysed_series, workplace):
             assert [*map(float, shares.values())] == pytest.approx(measured.explained[..., index].ravel(), rel=1e-5)
             listed = np.flatnonzero(np.bincount(ids) >= 8).tolist()
             assert [int(row["id"]) for row in rows["ids.csv"]] == listed
+            assert [int(row["occurrences"]) for row in rows["ids.csv"]] == np.bincount(ids)[listed].tolist()
             assert [int(row["distinct"]) for row in rows["ids.csv"]] == measured.distinct[index].tolist()
+            effective = [float(row["effective"]) for row in rows["ids.csv"]]
+            assert effective == pytest.approx(measured.effective[index].tolist(), rel=1e-5)
             assert all(row["band"] == BANDS[bands.band_of_id[int(row["id"])]] for row in rows["ids.csv"])
+            ranked = {(int(row["expert"]), int(row["rank"]) - 1): int(row["id"]) for row in rows["top_ids.csv"]}
+            assert ranked
+            assert ranked == {
+                place: measured.top_ids[index][place]
+                for place in zip(*measured.top_counts[index].nonzero(), strict=True)
+            }
             for row in rows["top_ids.csv"]:
                 token_id, expert = int(row["id"]), int(row["expert"])
                 assert int(row["tokens"]) == (trace.experts[index][ids == token_id] == expert).sum()

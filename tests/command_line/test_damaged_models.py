@@ -240,4 +240,6 @@ def test_dataset_of_a_damaged_tokenizer(damaged, workshop):
         "--tokenizer-type",
         "HuggingFaceTokenizer",
     ]
-    refuse_all(workshop, [([*command, "--workers=1", "--tokenizer-model", str(folder)], []) for folder in folders])
+    refuse_all(
+        workshop, [([*command, "--workers=1", "--tokenizer-model", str(folder)], [str(folder)]) for folder in folders]
+    )
