@@ -112,9 +112,12 @@ class TrainingOutcome(Outcome):
 
         Args:
             reference: Has logged at least the iterations of this run.
-            scalars: Names of the scalars to compare, by default all. Then both runs must have logged the same ones.
+            scalars: Names of the scalars to compare, by default all. Then both runs must have logged the same ones in
+                the iterations of this run.
         """
-        assert scalars or self.curves.keys() == reference.curves.keys()
+        iterations = set(self.iterations)
+        logged = {name for name, curve in reference.curves.items() if iterations & curve.keys()}
+        assert scalars or self.curves.keys() == logged
         values = [
             (value, reference.curves[name][iteration])
             for name in scalars or self.curves
