@@ -277,13 +277,13 @@ write_stamp() {
     rm -f "$(venv_unfinished)"
 }
 
-# refresh_venv EXTRAS: makes or updates .venv so that it has the package with at least these extras.
 # fail_of_pip MESSAGE: ends with pip's first errors and the message.
 fail_of_pip() {
     grep -E '^ *(ERROR|error):' "$(pip_log)" | head -n 5 >&2 || true
     fail 1 "$1: $(pip_log) has its output"
 }
 
+# refresh_venv EXTRAS: makes or updates .venv so that it has the package with at least these extras.
 refresh_venv() {
     local extras=$1 digest fresh=false
     digest=$(inputs_digest)

@@ -48,13 +48,7 @@ def routing_mask_from_buffers(buffers: dict[str, Tensor]) -> RoutingMask:
         metadata = json.loads(arrays.pop("metadata").tobytes())
         if arrays["row_of_id"].dtype == np.int32:
             arrays["row_of_id"] = arrays["row_of_id"].astype(row_dtype(arrays["visible_bits"].shape[1]))
-    except (
-        KeyError,
-        IndexError,
-        TypeError,
-        ValueError,
-        RecursionError,
-    ):  # `from_tensors` below refuses missing metadata.
+    except (LookupError, TypeError, ValueError, RecursionError):  # `from_tensors` below refuses missing metadata.
         arrays = {}
     return RoutingMask.from_tensors(arrays, metadata, source="the checkpoint's routing mask")
 
