@@ -276,10 +276,10 @@ def remove_old_checkpoints(
     if old and not is_dry_run:
         # The writer has synchronized the tensors, but not the small files. A loss of power could otherwise leave them
         # empty, and the old checkpoints removed.
-        for checkpoint in kept:
-            for path in (*checkpoint.glob("*.json"), checkpoint, checkpoint.parent):
-                with suppress(OSError):  # some network file systems cannot synchronize folders
-                    sync_to_disk(path)
+        small_files = (path for checkpoint in kept for path in checkpoint.glob("*.json"))
+        for path in (*small_files, *kept, Path(folder)):
+            with suppress(OSError):  # some network file systems cannot synchronize folders
+                sync_to_disk(path)
         for checkpoint in old:
             shutil.rmtree(checkpoint, ignore_errors=True)
     return old

@@ -222,7 +222,8 @@ class RearrangedSource:
         for copy in copies:
             self._copies[copy.target.tensor].append(copy)
         check_cover(shapes, (copy.target for tensor_copies in self._copies.values() for copy in tensor_copies))
-        # Where the copies begin and end, int64 [copies, dimensions]: a tensor may have tens of thousands of copies.
+        # The bounds of the copies, int64 [copies, dimensions]. They are arrays because a tensor may have tens of
+        # thousands of copies, which `read` compares with each block.
         self._starts = {name: np.array([copy.target.offsets for copy in each]) for name, each in self._copies.items()}
         self._stops = {
             name: self._starts[name] + [copy.target.sizes for copy in each] for name, each in self._copies.items()

@@ -6,6 +6,7 @@ Megatron's own classes import torch, which takes seconds, and turn every id into
 import hashlib
 import os
 from abc import ABC, abstractmethod
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -129,30 +130,28 @@ class HuggingFaceTokenizer(Tokenizer):
             self._tokenizer.no_padding()
             self._tokenizer.encode("")  # fails here, not in a worker process, if a special token is missing
         self.vocab_size = self._tokenizer.get_vocab_size(with_added_tokens=True)
-        self.eod_id = self._find_eod_id()
-
-    def _find_eod_id(self) -> int | None:
-        """Return the id of the end-of-sequence token named by the first settings file that names one.
-
-        Raises:
-            UserError: The settings name a special token that the tokenizer lacks.
-        """
         files = [self.model_path.parent / name for name in ("tokenizer_config.json", "special_tokens_map.json")]
-        settings = [(path, read_json(path)) for path in files if os.path.isfile(path)]
-        eod_id = None
-        for path, named in settings:
+        settings = {path: read_json(path) for path in files if os.path.isfile(path)}
+        self.eod_id = self._find_eod_id(settings)
+        self._check_special_tokens(settings)
+
+    def _find_eod_id(self, settings: Mapping[Path, Mapping[str, Any]]) -> int | None:
+        """Return the id of the end-of-sequence token named by the first settings file that names one."""
+        for path, named in settings.items():
             for role in ("eos_token", "sep_token"):
-                if eod_id is None and named.get(role):
-                    eod_id = self._id_of(named[role], role, path)
-        # transformers takes all special tokens from the first file.
-        for path, named in settings[:1]:
+                if token := named.get(role):
+                    return self._id_of(token, role, path)
+        return None
+
+    def _check_special_tokens(self, settings: Mapping[Path, Mapping[str, Any]]) -> None:
+        """Check that the tokenizer has the special tokens of the first settings file, which transformers takes."""
+        for path, named in [*settings.items()][:1]:
             for role, token in named.items():
                 if role.endswith("_token") and isinstance(token, str | dict) and token:
                     self._id_of(token, role, path)
-        return eod_id
 
     def _id_of(self, token: Any, role: str, path: Path) -> int:
-        """Return the id of a special token that a settings file names."""
+        """Return the id of a special token that a settings file names; raise `UserError` if the tokenizer lacks it."""
         content = token["content"] if isinstance(token, dict) else token
         token_id = self._tokenizer.token_to_id(content)
         if token_id is None:

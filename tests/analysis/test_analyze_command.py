@@ -52,10 +52,14 @@ def analysed_series(workplace, checkpoints) -> Path:
 def means_of_tables(folder: Path, iteration: int) -> list[str]:
     """Return what the terminal shows of a checkpoint, from the CSV files."""
     columns = (
-        *(("layers.csv", name, form) for name, form in (("load_max_over_mean", ".2f"), ("entropy", ".3f"))),
-        *(("layers.csv", name, form) for name, form in (("entropy_bound", ".3f"), ("single_expert_share", ".1%"))),
-        *(("explained.csv first all", "explained", ".1%"), ("ids.csv", "distinct", ".2f")),
-        *(("fluctuation.csv all", "changed", ".1%"), ("fluctuation.csv routable", "changed", ".1%")),
+        ("layers.csv", "load_max_over_mean", ".2f"),
+        ("layers.csv", "entropy", ".3f"),
+        ("layers.csv", "entropy_bound", ".3f"),
+        ("layers.csv", "single_expert_share", ".1%"),
+        ("explained.csv first all", "explained", ".1%"),
+        ("ids.csv", "distinct", ".2f"),
+        ("fluctuation.csv all", "changed", ".1%"),
+        ("fluctuation.csv routable", "changed", ".1%"),
     )
     means = []
     for table, column, form in columns:

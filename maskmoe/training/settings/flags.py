@@ -91,6 +91,9 @@ def add_maskmoe_arguments(parser: ArgumentParser) -> ArgumentParser:
     from maskmoe.megatron_compat import cpu
     from maskmoe.megatron_compat.gpu import GpuPackages
 
+    # Errors name the command and this flag: Megatron's parser has the name of a file, and `--help` few of its flags.
+    parser.prog = f"maskmoe {Path(sys.argv[0]).stem}"
+    parser.add_argument("--help-all", action="help", help="show all flags and exit")
     _escape_percent_signs_in_help(parser)
     _report_errors_in_one_line(parser)
     add_maskmoe_flags(parser)
@@ -213,8 +216,6 @@ def hang_timeout(args: Namespace) -> float:
 
 def _report_errors_in_one_line(parser: ArgumentParser) -> None:
     """Let Megatron's parser report a wrong value in one line, where argparse would print a usage of 700 lines first."""
-    parser.prog = f"maskmoe {Path(sys.argv[0]).stem}"
-    parser.add_argument("--help-all", action="help", help="show all flags and exit")
     vars(parser)["error"] = MethodType(OneLineParser.error, parser)
     for action in parser._actions:
         if callable(action.type) and not isinstance(action.type, type):

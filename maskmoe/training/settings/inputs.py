@@ -254,9 +254,10 @@ def _errors_of_parts(args: Namespace, of_rank: slice) -> Iterator[str]:
             yield f"there are no {name} data; give them a share in --split or a path of their own{hint}"
     least_tokens = _least_tokens(args, blend)
     for name, of_part in zip(names, blend_per_split or (), strict=False):
-        for prefix in of_part[0][of_rank] if of_part and _least_tokens(args, of_part) > 1 else ():
+        least_of_part = _least_tokens(args, of_part)
+        for prefix in of_part[0][of_rank] if of_part and least_of_part > 1 else ():
             num_tokens = int(read_index(prefix).sequence_lengths.sum(dtype=np.int64))
-            if num_tokens < _least_tokens(args, of_part):
+            if num_tokens < least_of_part:
                 yield _too_few_tokens(args, prefix, name, num_tokens)
     for prefix in blend[0][of_rank] if blend else ():
         lengths = read_index(prefix).sequence_lengths  # keeps a file open, so go through the datasets only once

@@ -121,12 +121,13 @@ def missing_transformer_engine(args: Namespace, packages: GpuPackages) -> Iterat
 
 def missing_libraries(args: Namespace) -> Iterator[str]:
     """Yield an error if a layer, the flex dispatcher or a flag needs a library that this machine lacks."""
-    if args.log_straggler and args.distributed_backend == "nccl" and find_spec("pynvml") is None:
+    lacks_pynvml = args.distributed_backend == "nccl" and find_spec("pynvml") is None
+    if args.log_straggler and lacks_pynvml:
         yield (
             "--log-straggler needs the Python package nvidia-ml-py, which reads the temperature of a GPU: install the "
             "package, or leave the flag out"
         )
-    if args.log_device_memory_used and args.distributed_backend == "nccl" and find_spec("pynvml") is None:
+    if args.log_device_memory_used and lacks_pynvml:
         yield "--log-device-memory-used needs the Python package nvidia-ml-py: install it, or leave the flag out"
     if _given("save_activations_interval", "save_dgrads_interval")(args) and find_spec("transformer_engine") is None:
         yield (
@@ -256,6 +257,11 @@ def _keeps_no_largest_scores(args: Namespace) -> bool:
     """Return whether flags are given for which Megatron-Core misses the largest attention score of a layer."""
     has_scores = args.transformer_impl == "transformer_engine" and not _pattern_has("M")(args)
     return (args.qk_clip or args.log_max_attention_logit) and not (has_scores and (args.bf16 or args.fp16))
+
+
+def _is_gpt_of_transformer_engine(args: Namespace) -> bool:
+    """Return whether the model is Megatron's GPT model with layers of Transformer Engine."""
+    return args.transformer_impl == "transformer_engine" and args.hybrid_layer_pattern is None
 
 
 def _sets_yarn_in_vain(args: Namespace) -> bool:
@@ -426,10 +432,7 @@ BROKEN_IN_MEGATRON = (
     Check(
         "--defer-embedding-wgrad-compute with --hybrid-layer-pattern or without --transformer-impl transformer_engine",
         "Megatron-Core would fail in the first step: only a GPT model with Transformer Engine's layers has the buffer.",
-        lambda args: (
-            args.defer_embedding_wgrad_compute
-            and (args.hybrid_layer_pattern is not None or args.transformer_impl != "transformer_engine")
-        ),
+        lambda args: args.defer_embedding_wgrad_compute and not _is_gpt_of_transformer_engine(args),
     ),
     Check(
         "--phase-transition-iterations without --train-samples",
@@ -566,10 +569,7 @@ NOT_BUILT = (
     Check(
         "--mla-down-proj-fusion without --transformer-impl transformer_engine, or with --hybrid-layer-pattern",
         "The flag is for the latent attention of Transformer Engine in Megatron-Core's GPT model.",
-        lambda args: (
-            args.mla_down_proj_fusion
-            and (args.transformer_impl != "transformer_engine" or args.hybrid_layer_pattern is not None)
-        ),
+        lambda args: args.mla_down_proj_fusion and not _is_gpt_of_transformer_engine(args),
     ),
     Check(
         "--hybrid-layer-pattern with D",
