@@ -8,13 +8,14 @@
 import argparse
 import math
 import sys
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 
 import jinja2
 import numpy as np
 from analysis import CONFIRMATION, CONTRASTS, TEXTS, Study, best_rate, outcome, variants_of
+from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from measures import Measures, read_measures
 
@@ -137,22 +138,34 @@ def changing_after(changing: Sequence[tuple[int, float, float]], share: float) -
 
 
 def draw(study: Study) -> Figure:
-    """Return a figure with a row for each difference: a dot for each pair of runs, and the mean with its interval."""
-    rows = [(suite, *arms) for suite, contrasts in CONTRASTS.items() for arms in contrasts]
-    figure = new_figure(8, 0.8 + 0.34 * len(rows))
-    axes = figure.add_subplot()
-    axes.axvline(0, color="#444444", linewidth=1)
-    for row, names in enumerate(rows):
-        estimate = study.difference(*names)
-        axes.scatter(estimate.pairs, [row] * estimate.n, s=18, alpha=0.4, color="#1f4e9c", linewidths=0)
-        if estimate.n:
-            error = 0 if math.isnan(estimate.half_width) else estimate.half_width
-            axes.errorbar(estimate.mean, row + 0.25, xerr=error, fmt="|", markersize=8, color="#c0392b", capsize=3)
-    axes.set_yticks(range(len(rows)), [label(*row) for row in rows])
-    axes.invert_yaxis()
-    axes.set_xlabel("difference in loss (nats per token)")
-    tidy(axes)
+    """Return a figure of the losses of the blocks B and D, and of all differences below them."""
+    losses = {
+        f"{title(suite, arm)}, {BLOCKS[suite]}": [*study.outcomes(suite, arm).values()]
+        for suite in (CONFIRMATION, "long")
+        for arm in ARMS
+    }
+    names = [(suite, *arms) for suite, contrasts in CONTRASTS.items() for arms in contrasts]
+    differences = {label(*each): study.difference(*each).pairs for each in names}
+    figure = new_figure(8, 1.4 + 0.34 * (len(losses) + len(differences)))
+    upper, lower = figure.subplots(2, height_ratios=(len(losses), len(differences)))
+    draw_rows(upper, losses)
+    upper.set_xlabel("loss (nats per token)")
+    draw_rows(lower, differences)
+    lower.axvline(0, color="#444444", linewidth=1)
+    lower.set_xlabel("difference in loss (nats per token)")
     return figure
+
+
+def draw_rows(axes: Axes, rows: Mapping[str, Sequence[float]]) -> None:
+    """Draw a row for each label: a dot for each value, and the mean with its interval."""
+    for row, values in enumerate(rows.values()):
+        axes.scatter(values, [row] * len(values), s=18, alpha=0.4, color="#1f4e9c", linewidths=0)
+        estimate = mean(values)
+        error = 0 if math.isnan(estimate.half_width) else estimate.half_width
+        axes.errorbar(estimate.mean, row + 0.25, xerr=error, fmt="|", markersize=8, color="#c0392b", capsize=3)
+    axes.set_yticks(range(len(rows)), [*rows])
+    axes.set_ylim(len(rows) - 0.4, -0.6)
+    tidy(axes)
 
 
 def said(estimate: Estimate) -> str:
