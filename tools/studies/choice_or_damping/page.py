@@ -83,7 +83,7 @@ def differences_table(study: Study, suites: Iterable[str]) -> str:
         for own, baseline in CONTRASTS[suite]:
             difference = partial(study.difference, suite, own, baseline)
             both = difference()
-            if both.n:
+            if both.n > 1:
                 parts = [difference(text) for text in zip(TEXTS)]
                 parts += [difference(band=band) for band in FrequencyBands.names]
                 cells = (f"{estimate:+.3f}" for estimate in parts)
@@ -168,11 +168,6 @@ def draw_rows(axes: Axes, rows: Mapping[str, Sequence[float]]) -> None:
     tidy(axes)
 
 
-def said(estimate: Estimate) -> str:
-    """Return a difference as a part of a sentence."""
-    return f"{estimate:+.3f}" if estimate.n > 1 else "(too few runs yet)"
-
-
 def standing(difference: Estimate) -> str:
     """Return what a difference of MaskMoE shows at the 5 % level."""
     if difference.high < 0:
@@ -220,13 +215,10 @@ def within(estimate: Estimate, margin: float) -> str:
     return "the mean is outside this range"
 
 
-def missing_runs(study: Study, measures: Sequence[Measures]) -> list[str]:
-    """Return what is missing, block by block."""
+def missing_runs(study: Study) -> list[str]:
+    """Return how many runs are missing, block by block."""
     counts = {suite: study.missing(suite) for suite in ("rates", *CONTRASTS)}
-    lines = [f"{missing} of {planned} runs of {suite}" for suite, (missing, planned) in counts.items() if missing]
-    seeds = [(arm, seed) for arm in ARMS_WITH_CHOICE for seed in variants_of(CONFIRMATION)[arm].seeds]
-    unmeasured = [each for each in seeds if each not in {(found.variant, found.seed) for found in measures}]
-    return [*lines, *([f"the measures of {len(unmeasured)} of {len(seeds)} runs of confirm"] if unmeasured else [])]
+    return [f"{missing} of {planned} runs of {suite}" for suite, (missing, planned) in counts.items() if missing]
 
 
 def render(study: Study, measures: Sequence[Measures]) -> str:
@@ -247,12 +239,12 @@ def render(study: Study, measures: Sequence[Measures]) -> str:
     text = environment.get_template("page.md.j2").render(
         name=NAME,
         difference=lambda *names: differences[names],
-        said=said,
+        said=lambda estimate: f"{estimate:+.3f}",
         standing=standing,
         isolated=isolated,
         with_smeared_keys=with_smeared_keys,
         within=within,
-        missing=missing_runs(study, measures),
+        missing=missing_runs(study),
         missing_mechanism=study.missing("mechanism")[0],
         rates=rates_table(study),
         losses=losses_table(study),
@@ -278,7 +270,7 @@ def main() -> None:
     with atomic_output(folder / f"{NAME}.png") as temporary:
         draw(study).savefig(temporary, format="png")
     write_text(folder / f"{NAME}.md", render(study, measures))
-    print(*(f"missing: {each}" for each in missing_runs(study, measures)), sep="\n")
+    print(*(f"missing: {each}" for each in missing_runs(study)), sep="\n")
 
 
 if __name__ == "__main__":
