@@ -15,6 +15,7 @@ from PIL import Image
 from support.datasets import frequency_of, write_documents
 from support.paths import ROOT
 from support.runs import write_scalars
+from support.scripts import write_script
 from support.waiting import wait_until
 
 from maskmoe.command_line.quickstart import parse_settings
@@ -139,16 +140,9 @@ def test_the_prompt_is_no_white_space(plan, tmp_path):
 
 
 def test_script_sets_up_and_passes_its_arguments_on(tmp_path):
-    def script(name, text):
-        path = tmp_path / name
-        path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_text(f"#!/usr/bin/env bash\n{text}\n")
-        path.chmod(0o755)
-        return path
-
-    quickstart = script("launch/quickstart.sh", (ROOT / "launch" / "quickstart.sh").read_text())
-    script("launch/setup.sh", "echo setup")
-    script(".venv/bin/python", 'printf "<%s>" "$@"; exit 3')
+    quickstart = write_script(tmp_path / "launch/quickstart.sh", (ROOT / "launch" / "quickstart.sh").read_text())
+    write_script(tmp_path / "launch/setup.sh", "#!/bin/sh\necho setup\n")
+    write_script(tmp_path / ".venv/bin/python", '#!/bin/sh\nprintf "<%s>" "$@"; exit 3\n')
     result = subprocess.run([quickstart, "--prompt", "a b"], capture_output=True, text=True, cwd="/")
     words = f"<-P><{tmp_path}/launch/run_checkout.py><quickstart><--prompt><a b>"
     assert (result.stdout, result.returncode) == (f"setup\n{words}", 3)

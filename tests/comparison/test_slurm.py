@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 from support.command_lines import run_command
+from support.scripts import write_script
 
 from maskmoe.comparison.comparison import Comparison
 from maskmoe.comparison.data import Dataset
@@ -27,12 +28,9 @@ def comparison(suite_file, tmp_path):
 def slurm(tmp_path, monkeypatch):
     """Put stand-ins for sbatch and squeue on PATH, which print the files `sbatch.out` and `squeue.out`."""
     programs = tmp_path / "bin"
-    programs.mkdir()
     for name in ("sbatch", "squeue"):
-        (programs / name).write_text(
-            f'#!/bin/sh\nprintf "%s\\n" "$@" > {tmp_path}/{name}.in\ncat {tmp_path}/{name}.out\n'
-        )
-        (programs / name).chmod(0o755)
+        text = f'#!/bin/sh\nprintf "%s\\n" "$@" > {tmp_path}/{name}.in\ncat {tmp_path}/{name}.out\n'
+        write_script(programs / name, text)
         (tmp_path / f"{name}.out").write_text("")
     monkeypatch.setenv("PATH", f"{programs}:/usr/bin:/bin")
     return tmp_path

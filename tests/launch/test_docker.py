@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 from support.paths import ROOT
 from support.runs import make_laptop_data, read_losses
+from support.scripts import write_script
 
 import maskmoe
 
@@ -47,10 +48,7 @@ def dry_run(*arguments: object, **environment: str) -> list[str]:
 
 def replace_program(folder: Path, name: str, script: str) -> dict[str, str]:
     """Write a shell script to a folder, and return environment variables with which it replaces a program."""
-    program = folder / "bin" / name
-    program.parent.mkdir()
-    program.write_text(f"#!/bin/bash\n{script}\n")
-    program.chmod(0o755)
+    program = write_script(folder / "bin" / name, f"#!/bin/bash\n{script}\n")
     return {"PATH": f"{program.parent}:{os.environ['PATH']}"}
 
 

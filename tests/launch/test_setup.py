@@ -15,18 +15,12 @@ import pytest
 from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
 from support.paths import ROOT
+from support.scripts import write_script
 from support.waiting import wait_until
 from support.wheels import make_wheel
 
 BASE_PYTHON = sys._base_executable
 SHELL_TOOLS = ("bash", "cut", "dirname", "env", "grep", "paste", "sed", "sort", "timeout", "tr")
-
-
-def write_script(path: Path, text: str) -> Path:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(text)
-    path.chmod(0o755)
-    return path
 
 
 def run_bash(program: str, script: Path, environment: Mapping[str, str]) -> subprocess.CompletedProcess[str]:
@@ -319,8 +313,7 @@ def test_folder_that_is_not_an_environment_is_kept(project):
 def test_file_system_without_locks_is_no_reason_to_wait(project, tmp_path):
     project.venv.mkdir()
     (project.venv / "notes.txt").touch()  # which ends the set-up early
-    (tmp_path / "flock").write_text("#!/bin/sh\nexit 65\n")
-    (tmp_path / "flock").chmod(0o755)
+    write_script(tmp_path / "flock", "#!/bin/sh\nexit 65\n")
     first, *_ = project.run(expect=2, PATH=f"{tmp_path}:{os.environ['PATH']}").splitlines()
     assert first == "setup: the file system has no locks: start only one set-up of this folder at a time"
 

@@ -7,6 +7,7 @@ import time
 
 import pytest
 from support.paths import ROOT
+from support.scripts import write_script
 
 SCRIPT = ROOT / "launch" / "check_node.sh"
 
@@ -17,8 +18,7 @@ def check(tmp_path):
 
     def check(*arguments, nvidia_smi="exit 1", dmesg="exit 1"):
         for name, program in (("nvidia-smi", nvidia_smi), ("dmesg", dmesg)):
-            (tmp_path / name).write_text(f"#!/bin/sh\n{program}\n")
-            (tmp_path / name).chmod(0o755)
+            write_script(tmp_path / name, f"#!/bin/sh\n{program}\n")
         environment = os.environ | {"PATH": f"{tmp_path}:{os.environ['PATH']}", "SLURMD_NODENAME": "n7"}
         result = subprocess.run(
             [SCRIPT, *map(str, arguments)], env=environment, capture_output=True, text=True, timeout=60

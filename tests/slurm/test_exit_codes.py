@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 from support.paths import ROOT
+from support.scripts import write_script
 
 from maskmoe.processes.interruption import EXIT_HANG, EXIT_REQUEUE
 
@@ -50,8 +51,7 @@ def train(tmp_path: Path):
     (tmp_path / "launch").mkdir()
     (tmp_path / "model.yaml").touch()
     for name, program in STUBS.items():
-        (tmp_path / name).write_text(f"#!/usr/bin/env bash\n{program}\n")
-        (tmp_path / name).chmod(0o755)
+        write_script(tmp_path / name, f"#!/usr/bin/env bash\n{program}\n")
 
     def train(
         codes: str,
@@ -180,8 +180,7 @@ def test_tasks_have_all_gpus_and_cores_of_their_nodes(train, tmp_path):
 
 def test_apptainer(train, tmp_path):
     """The image is read-only, and the caller's home is not mounted. Slurm may not know the GPUs of the nodes."""
-    (tmp_path / "apptainer").write_text(f'#!/usr/bin/env bash\necho "$@" >{tmp_path}/given\n')
-    (tmp_path / "apptainer").chmod(0o755)
+    write_script(tmp_path / "apptainer", f'#!/usr/bin/env bash\necho "$@" >{tmp_path}/given\n')
     code, _ = train("0 0", options=("--container", "apptainer", "--image", "x.sif", "--mount", "/data"))
     assert code == 0
     run, model = f"{tmp_path}/run", f"{tmp_path}/model.yaml"
@@ -243,8 +242,7 @@ def test_command_after_a_complete_run(train, tmp_path):
     """The command is a line of a shell, in a repository whose path is not."""
     repository = tmp_path / "a repository"
     repository.symlink_to(tmp_path)
-    (tmp_path / "launch" / "report.sh").write_text('#!/usr/bin/env bash\nprintf "%s\\n" "$@" >"${0%/*}/given"\n')
-    (tmp_path / "launch" / "report.sh").chmod(0o755)
+    write_script(tmp_path / "launch/report.sh", '#!/usr/bin/env bash\nprintf "%s\\n" "$@" >"${0%/*}/given"\n')
     code, _ = train("0 0", options=("--root", repository, "--then", "launch/report.sh --run 'a run'"))
     assert code == 0
     assert (tmp_path / "launch" / "given").read_text().splitlines() == ["--run", "a run"]

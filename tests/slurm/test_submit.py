@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 from support.paths import ROOT
+from support.scripts import write_script
 
 LAPTOP = ROOT / "launch" / "models" / "laptop.yaml"
 
@@ -129,10 +130,7 @@ def test_bad_options_of_the_job(tmp_path, arguments, error):
 
 def test_example_of_a_job_runs_the_script(tmp_path):
     """The example has the directives that pretrain.sbatch has, and passes a model file and flags that exist."""
-    folder = tmp_path / "launch" / "slurm"
-    folder.mkdir(parents=True)
-    (folder / "pretrain.sbatch").write_text("#!/bin/sh\nprintf '%s\\n' \"$@\"\n")
-    (folder / "pretrain.sbatch").chmod(0o755)
+    write_script(tmp_path / "launch/slurm/pretrain.sbatch", "#!/bin/sh\nprintf '%s\\n' \"$@\"\n")
     example = ROOT / "launch" / "slurm" / "example.sbatch"
     job = os.environ | {"SLURM_SUBMIT_DIR": str(tmp_path)}
     passed = subprocess.run([example], env=job, capture_output=True, text=True, check=True).stdout.splitlines()

@@ -15,6 +15,7 @@ from megatron.core.tensor_parallel.layers import ColumnParallelLinear, RowParall
 from megatron.core.transformer.mlp import MLPSubmodules
 from megatron.core.transformer.moe.experts import SequentialMLP
 from megatron.core.transformer.transformer_config import TransformerConfig
+from support.checkpoint_tensors import assert_same_tensors
 from support.gpu_branches import take_gpu_branches
 from support.saved_tensors import KeptBytes
 from support.small_moe import (
@@ -87,13 +88,6 @@ def compute(
     return {"output": output.detach()} | {name: value for name, value in gradients.items() if value is not None}
 
 
-def assert_equal(found: dict[str, Tensor], expected: dict[str, Tensor]) -> None:
-    assert found.keys() == expected.keys()
-    for name, value in expected.items():
-        assert found[name].dtype == value.dtype, name
-        assert torch.equal(found[name], value), name
-
-
 def forbid(monkeypatch: pytest.MonkeyPatch, *names: str) -> None:
     """Fail where one of these functions of `maskmoe.transformer.experts` is called."""
     for name in names:
@@ -130,13 +124,13 @@ def test_is_bit_equal(tokens_per_expert, dtype, probs_dtype, on_input) -> None:
         moe_apply_probs_on_input=on_input,
     )
     found, expected = (compute(experts, tokens_per_expert, probs_dtype=probs_dtype) for experts in (ours, theirs))
-    assert_equal(found, expected)
+    assert_same_tensors(found, expected)
 
 
 @pytest.mark.parametrize("activation", OTHER_ACTIVATIONS.values(), ids=OTHER_ACTIVATIONS)
 def test_is_bit_equal_for_other_activations(activation: dict) -> None:
     ours, theirs = make_pair(**activation)
-    assert_equal(compute(ours, [2, 0, 3, 4]), compute(theirs, [2, 0, 3, 4]))
+    assert_same_tensors(compute(ours, [2, 0, 3, 4]), compute(theirs, [2, 0, 3, 4]))
 
 
 def test_is_bit_equal_for_rows_and_gradients_with_strides() -> None:
@@ -149,7 +143,7 @@ def test_is_bit_equal_for_rows_and_gradients_with_strides() -> None:
         return {"output": output.detach(), "rows": rows.grad, "probs": probs.grad}
 
     ours, theirs = make_pair()
-    assert_equal(compute_strided(ours), compute_strided(theirs))
+    assert_same_tensors(compute_strided(ours), compute_strided(theirs))
 
 
 @pytest.mark.parametrize("frozen", ["linear_fc1", "linear_fc2", "local_experts", "local_experts.0", "inputs"])
@@ -160,7 +154,7 @@ def test_frozen_parameters_get_no_gradient(frozen: str) -> None:
             parameter.requires_grad_(frozen not in name)
     found, expected = (compute(experts, [2, 0, 3, 4], are_inputs_frozen=frozen == "inputs") for experts in pair)
     assert len(expected) < 1 + 2 + 8
-    assert_equal(found, expected)
+    assert_same_tensors(found, expected)
 
 
 def kept_bytes(experts: SequentialMLP, tokens_per_expert: list[int]) -> int:
@@ -196,7 +190,7 @@ def test_recomputed_activations_are_bit_equal_and_need_less_memory(dtype, num_ex
     settings = {"num_experts": num_experts, "topk": 1, "params_dtype": dtype, **activation}
     recomputing, keeping = (make_pair(**settings, **more)[0] for more in (RECOMPUTATION, {}))
     tokens_per_expert = [20, 0, 3, 4][:num_experts]
-    assert_equal(compute(recomputing, tokens_per_expert), compute(keeping, tokens_per_expert))
+    assert_same_tensors(compute(recomputing, tokens_per_expert), compute(keeping, tokens_per_expert))
     kept, without = (kept_bytes(experts, tokens_per_expert) for experts in (recomputing, keeping))
     hidden, fc1_output = 8, 12 * (1 + recomputing.config.gated_linear_unit)
     assert kept == sum(tokens_per_expert) * (dtype.itemsize * (hidden + fc1_output) + 4)
@@ -250,7 +244,7 @@ def test_grouped_products_of_frozen_experts_compute_no_gradients_of_weights(
     expected = compute(ours, [5, 0, 11, 8])
     ours.requires_grad_(False)
     calls = count_calls(monkeypatch, linear_module, "grouped_mm")
-    assert_equal(compute(ours, [5, 0, 11, 8]), {name: expected[name] for name in ("output", "rows", "probs")})
+    assert_same_tensors(compute(ours, [5, 0, 11, 8]), {name: expected[name] for name in ("output", "rows", "probs")})
     assert len(calls) == 4  # both layers, forward and backward
 
 
@@ -311,7 +305,7 @@ def test_unsupported_settings_use_sequential_experts(settings, monkeypatch) -> N
     ours, theirs = make_pair(**settings)
     forbid(monkeypatch, "_compute_in_turns", "_compute_grouped")
     tokens_per_expert = [3] * ours.num_local_experts
-    assert_equal(compute(ours, tokens_per_expert), compute(theirs, tokens_per_expert))
+    assert_same_tensors(compute(ours, tokens_per_expert), compute(theirs, tokens_per_expert))
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
@@ -326,7 +320,7 @@ def test_experts_with_biases_are_bit_equal_where_sequential_experts_train(activa
     for expert in theirs.local_experts:
         expert.linear_fc2.explicit_expert_comm = True  # as with expert parallelism
     ours = make_pair(**settings, **recomputation)[0]
-    assert_equal(compute(ours, [2, 0, 3, 4]), compute(theirs, [2, 0, 3, 4]))
+    assert_same_tensors(compute(ours, [2, 0, 3, 4]), compute(theirs, [2, 0, 3, 4]))
 
 
 def test_fused_swiglu_takes_biases() -> None:
@@ -376,7 +370,7 @@ def test_changed_experts_keep_their_changes(change: Callable) -> None:
     for experts in (ours, theirs):
         change(experts.local_experts[2])
     changed = compute(ours, [2, 0, 3, 4])
-    assert_equal(changed, compute(theirs, [2, 0, 3, 4]))
+    assert_same_tensors(changed, compute(theirs, [2, 0, 3, 4]))
     assert not torch.equal(changed["rows"], unchanged["rows"])
 
 
@@ -430,6 +424,6 @@ def test_steps_under_data_parallelism(overlaps: bool, dtype: torch.dtype, monkey
     ours, theirs = make_pair(params_dtype=dtype, bf16=dtype == torch.bfloat16)
     found = train(ours)
     num_waits, num_forwards, num_weights = len(waits), 6, 8
-    assert_equal(found, train(theirs))
+    assert_same_tensors(found, train(theirs))
     assert len(turns) == num_forwards
     assert num_waits == len(waits) - num_waits == (num_forwards * num_weights if overlaps else 0)

@@ -7,6 +7,7 @@ import pytest
 import torch
 from megatron.core.models.gpt.gpt_layer_specs import get_gpt_decoder_block_spec
 from megatron.core.transformer.mlp import MLP
+from support.checkpoint_tensors import assert_same_tensors
 from support.saved_tensors import saved_tensors
 from support.small_moe import DEVICE, draw_parameters, make_config, make_mask, make_visible_experts, process_groups
 from support.small_moe import random_visible_sets as visible_sets
@@ -111,10 +112,7 @@ def test_mlp_equals_the_stock_module(is_dense, settings) -> None:
     assert ours.state_dict().keys() == stock.state_dict().keys()
     torch.manual_seed(3)
     hidden = torch.randn(5, 2, 8).to(DEVICE, ours.config.params_dtype).requires_grad_()
-    found, expected = outputs(ours, hidden), outputs(stock, hidden)
-    assert found.keys() == expected.keys()
-    for name, value in expected.items():
-        assert torch.equal(found[name], value), name
+    assert_same_tensors(outputs(ours, hidden), outputs(stock, hidden))
 
 
 def test_dense_mlp_with_biases_equals_the_stock_module() -> None:

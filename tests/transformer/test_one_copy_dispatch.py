@@ -4,6 +4,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from support.checkpoint_tensors import assert_same_tensors
 from support.small_moe import (
     DEVICE,
     draw_parameters,
@@ -91,9 +92,7 @@ def test_layer_is_bit_equal_to_one_with_megatrons_dispatcher(topk: int, sizes: t
     found = compute(layer, hidden, token_ids, gradient)
     layer.dispatcher = StockDispatcher(layer, process_groups())
     expected = compute(layer, hidden, token_ids, gradient)
-    assert found.keys() == expected.keys()
-    for name, value in expected.items():
-        assert torch.equal(found[name], value), name
+    assert_same_tensors(found, expected)
     assert expected["hidden"].any()
 
 

@@ -9,6 +9,7 @@ import torch
 from hypothesis import given, settings
 from megatron.core.transformer.moe.router import TopKRouter
 from megatron.core.transformer.moe.router_replay import RouterReplay, RouterReplayAction
+from support.checkpoint_tensors import assert_same_tensors
 from support.router_cases import Case, cases
 from support.small_moe import DEVICE, make_config, make_mask, make_model, make_router, process_groups, take_metrics
 from torch import Tensor
@@ -62,11 +63,6 @@ def route(router, hidden: Tensor, *token_ids: TokenIds) -> dict[str, Tensor]:
     return {"probs": probs.detach(), "map": routing_map, "input": hidden.grad, "weight": router.weight.grad}
 
 
-def assert_equal(ours: dict[str, Tensor], theirs: dict[str, Tensor]) -> None:
-    for name, tensor in theirs.items():
-        assert torch.equal(ours[name], tensor), name
-
-
 @pytest.mark.parametrize("selection", SELECTIONS)
 def test_all_visible_equals_stock(selection: str) -> None:
     config = replay_config(moe_aux_loss_coeff=1e-2, moe_z_loss_coeff=1e-3, **SELECTIONS[selection])
@@ -79,7 +75,7 @@ def test_all_visible_equals_stock(selection: str) -> None:
     token_ids = TokenIds(torch.randint(0, 4, SHAPE, generator=generator).to(DEVICE))
 
     def check(micro_batch: int) -> None:
-        assert_equal(route(ours, hidden[micro_batch], token_ids), route(stock, hidden[micro_batch]))
+        assert_same_tensors(route(ours, hidden[micro_batch], token_ids), route(stock, hidden[micro_batch]))
 
     RouterReplay.set_global_router_replay_action(RouterReplayAction.RECORD)
     check(0)

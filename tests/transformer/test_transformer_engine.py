@@ -14,6 +14,7 @@ from megatron.core.dist_checkpointing.dict_utils import nested_values
 from megatron.core.dist_checkpointing.mapping import ShardedObject, apply_factories
 from megatron.core.models.gpt import GPTModel
 from megatron.core.transformer.transformer_config import MLATransformerConfig, TransformerConfig
+from support.checkpoint_tensors import assert_same_tensors
 from support.foreign_models import random_ids, save_model
 from support.launchers import RunRanks
 from support.megatron_models import load_converted_model, logits_of_megatron, save_as_release
@@ -257,13 +258,9 @@ def test_checkpoints_are_exchanged_with_local_models(name: str, built: Built, on
     local, _ = load_converted_model(folder / "local_again", json.loads((folder / "flags.json").read_text()))
     expected = tensors_of(folder / "local" / "release")
     for again in ("converted_again", "local_again"):
-        found = tensors_of(folder / again / "release")
-        assert found.keys() == expected.keys()
-        for tensor_name, tensor in expected.items():
-            assert torch.equal(found[tensor_name], tensor), tensor_name
+        assert_same_tensors(tensors_of(folder / again / "release"), expected)
     original, _ = load_converted_model(folder / "local", json.loads((folder / "flags.json").read_text()))
-    for (parameter_name, parameter), found in zip(original.named_parameters(), local.parameters(), strict=True):
-        assert torch.equal(found, parameter), parameter_name
+    assert_same_tensors(dict(local.named_parameters()), dict(original.named_parameters()))
     if built.computes:
         logits = torch.load(folder / "logits.pt")
         torch.testing.assert_close(logits, logits_of_megatron(local, random_ids()), atol=ROUNDING, rtol=0)
