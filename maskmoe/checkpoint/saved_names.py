@@ -2,13 +2,16 @@
 
 import re
 from argparse import Namespace
-from collections.abc import Callable, Collection
+from collections.abc import Collection
 from dataclasses import dataclass
 from typing import Any, Self
 
 import torch
 from megatron.core.dist_checkpointing.dict_utils import dict_list_map_inplace
-from megatron.core.dist_checkpointing.gpt_checkpoint_interop import GPTCompatLayerMaps
+from megatron.core.dist_checkpointing.gpt_checkpoint_interop import (
+    GPTCompatLayerMaps,
+    retarget_sharded_state_dict_to_gpt_checkpoint,
+)
 from megatron.core.dist_checkpointing.mapping import LocalNonpersistentObject, ShardedBase, ShardedObject, ShardedTensor
 from megatron.core.models.hybrid.hybrid_layer_allocation import Symbols, parse_hybrid_pattern
 
@@ -44,36 +47,34 @@ class EquivalentGPT:
             num_found += symbol not in _NEW_LAYERS
         return cls(tuple(layers), has_alike_layers)
 
-    def request_names_of_gpt_model(
-        self, state: dict[str, Any], retarget_alike_layers: Callable[[dict[str, Any], GPTCompatLayerMaps], None]
-    ) -> None:
-        """Change the request of a hybrid model or its optimizer, in place, to the names that the GPT model saves.
-
-        Layers without counterpart, and their optimizer states, keep their initial values. `retarget_alike_layers` is
-        Megatron-Core's function for a GPT model with one tensor for all layers.
-        """
-        if self.has_alike_layers:
-            retarget_alike_layers(state, self._maps())
-
-        def request(entry: Any) -> Any:
-            if not isinstance(entry, ShardedBase):
-                return entry
-            match = _LAYER.search(entry.key)
-            if match is not None:
-                layer = self.layer_of_symbol[int(match[1])]
-                if layer is None:
-                    return LocalNonpersistentObject(entry.data)
-                entry.key = f"{entry.key[: match.start()]}decoder.layers.{layer}.{entry.key[match.end() :]}"
-            entry.key = _LAYER_OF_PREDICTION.sub(".transformer_layer.", entry.key.replace(*_FINAL_NORM))
-            return entry
-
-        dict_list_map_inplace(request, state)
-
-    def _maps(self) -> GPTCompatLayerMaps:
+    def maps(self) -> GPTCompatLayerMaps:
         """Return the layers in Megatron-Core's form."""
         pairs = [(symbol, layer) for symbol, layer in enumerate(self.layer_of_symbol) if layer is not None]
         new = frozenset(symbol for symbol, layer in enumerate(self.layer_of_symbol) if layer is None)
         return GPTCompatLayerMaps(dict(pairs[::2]), dict(pairs[1::2]), new, num_gpt_layers=len(pairs) // 2)
+
+
+def request_names_of_gpt_model(state: dict[str, Any], gpt_model: EquivalentGPT) -> None:
+    """Change the request of a hybrid model or its optimizer, in place, to the names that a GPT model saves.
+
+    Layers without counterpart, and their optimizer states, keep their initial values.
+    """
+    if gpt_model.has_alike_layers:
+        retarget_sharded_state_dict_to_gpt_checkpoint(state, gpt_model.maps())
+
+    def request(entry: Any) -> Any:
+        if not isinstance(entry, ShardedBase):
+            return entry
+        match = _LAYER.search(entry.key)
+        if match is not None:
+            layer = gpt_model.layer_of_symbol[int(match[1])]
+            if layer is None:
+                return LocalNonpersistentObject(entry.data)
+            entry.key = f"{entry.key[: match.start()]}decoder.layers.{layer}.{entry.key[match.end() :]}"
+        entry.key = _LAYER_OF_PREDICTION.sub(".transformer_layer.", entry.key.replace(*_FINAL_NORM))
+        return entry
+
+    dict_list_map_inplace(request, state)
 
 
 def find_equivalent_gpt(args: Namespace, saved_args: Namespace, model: object) -> tuple[EquivalentGPT | None, bool]:
@@ -82,12 +83,23 @@ def find_equivalent_gpt(args: Namespace, saved_args: Namespace, model: object) -
     Returns:
         The equivalent GPT model, or None if no checkpoint of one is loaded into a hybrid model; and whether to load the
         state of the optimizer, too.
+
+    Raises:
+        RuntimeError: The checkpoint of a hybrid model would be loaded into a GPT model.
     """
-    if args.hybrid_layer_pattern is None or getattr(saved_args, "hybrid_layer_pattern", None) is not None:
+    saved = saved_pattern(saved_args)
+    if saved and args.hybrid_layer_pattern is None:
+        raise RuntimeError(f"the checkpoint holds a hybrid model: pass --hybrid-layer-pattern '{saved}'")
+    if saved or args.hybrid_layer_pattern is None:
         return None, False
     gpt_model = EquivalentGPT.of_pattern(args.hybrid_layer_pattern, has_alike_layers(saved_args))
     has_optimizer = not getattr(saved_args, "no_save_optim", False)
     return gpt_model, has_optimizer and not (args.no_load_optim or args.finetune)
+
+
+def saved_pattern(args: Namespace) -> str | None:
+    """Return the pattern of a saved hybrid model, which earlier Megatron versions call `hybrid_override_pattern`."""
+    return getattr(args, "hybrid_layer_pattern", None) or getattr(args, "hybrid_override_pattern", None)
 
 
 def has_alike_layers(args: Namespace) -> bool:

@@ -9,6 +9,7 @@ import os
 import sys
 import time
 from collections.abc import Sequence
+from contextlib import nullcontext
 from functools import partial
 from pathlib import Path
 
@@ -85,6 +86,10 @@ def open_comparison(options: argparse.Namespace) -> Comparison:
     suite, name = Suite.read(options.suite, os.environ), options.suite.stem
     section = suite.data
     given = {key: getattr(options, key) for key in type(section).model_fields if getattr(options, key, None)}
+    if "input" in given:
+        if "data_path" in given:
+            raise UserError("--input and --data-path exclude each other: the dataset exists, or is made from text")
+        given["data_path"] = ()  # of the suite
     for key in ("input", "data_path", "held_out"):
         if key in given:
             given[key] = dict(given[key]) if key == "held_out" else tuple(given[key])
@@ -137,7 +142,8 @@ def main() -> None:
     else:
         if not options.report:
             comparison.data.check()  # before anything is written
-            with locked_folder(comparison.folder, "--run-dir"), stopping_in_order():
+            lock = nullcontext() if options.dry_run else locked_folder(comparison.folder, "--run-dir")
+            with lock, stopping_in_order():
                 unfinished = _finish(comparison, runs, options, arguments, slurm_words, line)
             if unfinished:
                 return

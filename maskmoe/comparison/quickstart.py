@@ -68,6 +68,8 @@ class Settings:
     prompt: str | None
 
     def __post_init__(self) -> None:
+        if self.prompt == "":
+            raise UserError("--prompt is empty: a sample needs at least one character")
         if self.hidden_size % _HEAD_SIZE:
             raise UserError(f"--hidden-size must be a multiple of {_HEAD_SIZE}, not {self.hidden_size}")
         visible = self.frequent_visible_experts

@@ -174,7 +174,7 @@ class Run:
     def training_stage(self) -> Stage:
         """Train the model by `maskmoe pretrain`, or resume its training."""
         command = self._launch()
-        byproducts = (self.checkpoints, self.tensorboard)
+        byproducts = (self.checkpoints, self.tensorboard, self.folder / "slurm")
         return Stage("train", command, (self.last_checkpoint,), self._inputs, byproducts, is_resumable=True)
 
     def evaluation_stage(self, text: str, processes: int = 0) -> Stage:

@@ -51,10 +51,17 @@ def maskmoe_command(*words: object) -> tuple[str, ...]:
 def stopping_in_order() -> Iterator[None]:
     """Until the block ends, let a signal that ends tools say what happens, and raise `SystemExit` with its exit code.
 
-    A running stage is then stopped in good order, as by Ctrl-C. A second signal kills the stage.
+    Running stages are then stopped in good order, as by Ctrl-C. A second signal kills the stages.
     """
+    is_stopping = False
 
-    def stop(number: int, _frame: FrameType | None) -> NoReturn:
+    def stop(number: int, _frame: FrameType | None) -> None:
+        nonlocal is_stopping
+        if is_stopping:
+            # Python drops exceptions that are raised while it closes the iterators of several runs.
+            send_signal(psutil.Process().children(recursive=True), signal.SIGKILL)
+            return
+        is_stopping = True
         with suppress(OSError):  # the terminal may be gone
             print(_STOPPING, file=sys.stderr, flush=True)
         raise SystemExit(128 + number)

@@ -5,6 +5,6 @@ format and reads blocks of tensors on demand from the input's files. A writer go
 block by block, so that no model is built and memory does not grow with the number of layers.
 
 The modules that know Megatron's models import Megatron, so a process calls `maskmoe.megatron_compat.prepare_process`
-before it imports them. `settings` and `model_config` import neither Megatron nor torch, so that a command line can
-print its help at once.
+before it imports them. `settings` imports neither Megatron nor torch, so that a command line can print its help at
+once.
 """

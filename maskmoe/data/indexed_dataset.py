@@ -26,6 +26,7 @@ import numpy as np
 
 from maskmoe.data.tokenizer import TokenizerRecord
 from maskmoe.errors import UserError
+from maskmoe.files.json_files import type_adapter
 from maskmoe.files.untrusted import check_regular, read_json_bytes
 
 _MAGIC = b"MMIDIDX\x00\x00"
@@ -213,8 +214,6 @@ def open_tokens(prefix: str | Path) -> np.ndarray:
 
 def read_tokenizer_record(prefix: str | Path) -> TokenizerRecord | None:
     """Return the record of the dataset's tokenizer, None if there is none; raise `UserError` if it is not valid."""
-    from maskmoe.files.json_files import type_adapter  # imported late: making datasets does not need pydantic
-
     path = tokenizer_record_path(prefix)
     if not os.path.lexists(path):
         return None

@@ -74,7 +74,7 @@ def find_inputs(names: Sequence[str | Path], format: str | None = None, separato
     Args:
         names: Names of files, pipes and saved datasets, or `-` for standard input.
         format: One of `FORMATS` for all inputs. None derives the format of each input from the name's suffix.
-        separator: Text that ends a document of plain text. None makes a document of each file, see `text_files`.
+        separator: Text that ends a document of plain text. None divides long files into several documents.
 
     Raises:
         UserError: A name stands for nothing that can be read, a pipe is named twice, or an option fits no input.

@@ -13,10 +13,12 @@ from typing import Any
 
 import torch
 from megatron.core.dist_checkpointing import gpt_checkpoint_interop
-from megatron.training import checkpointing
+from megatron.training import checkpointing, training
 from torch.distributed.checkpoint import default_planner, filesystem
 
-from maskmoe.checkpoint.integrity import read_layout
+from maskmoe.checkpoint.integrity import read_checkpoint_layout, read_layout
+from maskmoe.checkpoint.saved_names import find_equivalent_gpt, request_names_of_gpt_model, request_saved_names
+from maskmoe.checkpoint.saver import SealedSaveStrategy
 from maskmoe.megatron_compat import replace
 
 
@@ -64,10 +66,6 @@ def load_either_implementation() -> None:
         load_dir: str, args: Namespace, rank0: bool, state: dict | None, iteration: int, release: bool, **options: Any
     ) -> tuple:
         if state is not None and not rank0:
-            # Processes that load no checkpoint need not spend the time to import these modules.
-            from maskmoe.checkpoint.integrity import read_checkpoint_layout
-            from maskmoe.checkpoint.saved_names import request_saved_names
-
             folder = checkpointing.get_checkpoint_name(load_dir, iteration, release, return_base_dir=True)
             request_saved_names(state, read_checkpoint_layout(Path(folder)).state_dict_metadata.keys())
         return load_stock(load_dir, args, rank0, state, iteration, release, **options)
@@ -84,20 +82,8 @@ def load_gpt_checkpoints_into_hybrid_models() -> None:
         attention, without GDN and without multi-token prediction.
     Can go: When `gpt_compatible_layer_maps` accepts these patterns.
     """
-
-    def find_gpt_model(args: Namespace, saved_args: Namespace, model: object) -> tuple:
-        # Processes that load no checkpoint need not spend the time to import this module.
-        from maskmoe.checkpoint.saved_names import find_equivalent_gpt
-
-        return find_equivalent_gpt(args, saved_args, model)
-
-    retarget_stock = gpt_checkpoint_interop.retarget_sharded_state_dict_to_gpt_checkpoint
-
-    def retarget(state: dict[str, Any], gpt_model: Any) -> None:
-        gpt_model.request_names_of_gpt_model(state, retarget_stock)
-
-    replace(checkpointing, "_maybe_setup_gpt_to_hybrid_load", find_gpt_model)
-    replace(gpt_checkpoint_interop, "retarget_sharded_state_dict_to_gpt_checkpoint", retarget)
+    replace(checkpointing, "_maybe_setup_gpt_to_hybrid_load", find_equivalent_gpt)
+    replace(gpt_checkpoint_interop, "retarget_sharded_state_dict_to_gpt_checkpoint", request_names_of_gpt_model)
 
 
 EVERY_PROCESS = (unpickle_data_only, load_either_implementation, load_gpt_checkpoints_into_hybrid_models)
@@ -117,11 +103,6 @@ def keep_checkpoints_whole(save: Callable[..., None], finalize: Callable[..., No
         save: `CheckpointSaver.save`.
         finalize: `CheckpointSaver.finalize`.
     """
-    # Processes that do not train need not spend the time to import these modules.
-    from megatron.training import training
-
-    from maskmoe.checkpoint.saver import SealedSaveStrategy
-
     replace(checkpointing, "TorchDistSaveShardedStrategy", SealedSaveStrategy)
     replace(training, "save_checkpoint", save)
     replace(training, "maybe_finalize_async_save", finalize)

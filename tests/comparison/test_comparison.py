@@ -17,6 +17,8 @@ from support.waiting import wait_until
 from maskmoe.command_line.compare import main, open_comparison, parse_arguments
 from maskmoe.comparison.comparison import Comparison
 from maskmoe.comparison.data import Dataset
+from maskmoe.comparison.run import Run
+from maskmoe.comparison.stage import StageFolder
 from maskmoe.comparison.suite import Suite
 from maskmoe.comparison.table import read_table
 from maskmoe.errors import UserError
@@ -89,6 +91,27 @@ def test_list_names_all_runs_and_makes_nothing(arguments, tmp_path):
     outcome = run_command("compare", *arguments, "--list")
     assert outcome.output.splitlines() == [f"to do     {name}.seed-1" for name in ("dense", "smoe", "all-visible")]
     assert not (tmp_path / "run").exists()
+
+
+def test_text_files_replace_the_dataset_of_a_suite(suite_file, texts):
+    existing = "{vocab-size: 300, data-path: [mine], split: '9,1,0', tokenizer-model: t.model}"
+    suite = suite_file(replace={"{vocab-size: 300}": existing})
+    words = [str(suite), "--input", str(texts[0])]
+    data = open_comparison(parse_arguments(words)).data
+    assert (data.text, data.existing) == ((texts[0],), {})
+    with pytest.raises(UserError, match="--input and --data-path exclude each other"):
+        open_comparison(parse_arguments([*words, "--data-path", "mine"]))
+
+
+def test_local_training_after_a_job_of_slurm_resumes(comparison, monkeypatch):
+    """The file with which a job of earlier settings said that its training is complete does not count any more."""
+    run = comparison.runs[0]
+    monkeypatch.setattr(Run, "_inputs", ())
+    finished = run.folder / "slurm" / "1.finished"
+    finished.parent.mkdir(parents=True)
+    finished.touch()
+    StageFolder(run.folder).begin(run.training_stage())
+    assert not finished.exists()
 
 
 def test_a_table_to_merge_must_exist(arguments, tmp_path, monkeypatch):

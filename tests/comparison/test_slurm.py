@@ -67,6 +67,7 @@ def test_jobs_get_absolute_paths(suite_file, texts, tmp_path, monkeypatch):
     outcome = run_command("compare", *words, "--slurm", "--dry-run")
     own = f"{tmp_path}/small.yaml --input={texts[0]} --held-out a={texts[1]} --seeds 1"
     assert f"launch/compare.sh {own} --run-dir {tmp_path}/runs/suites/small --run " in outcome.output
+    assert not (tmp_path / "runs").exists()
 
 
 def test_a_second_array_is_refused_while_the_first_is_queued(comparison, slurm):

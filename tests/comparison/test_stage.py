@@ -5,6 +5,8 @@ import os
 import signal
 import subprocess
 import sys
+import threading
+import time
 from dataclasses import replace
 
 import psutil
@@ -128,6 +130,40 @@ def test_a_signal_says_that_the_stage_ends_first(folder, number, capsys):
     assert end.value.code == 128 + number
     assert capsys.readouterr().err.startswith("\nstopping: the stage in progress ends first")
     assert folder.log("count").read_text() == "ready\nsaved\n"
+
+
+STAYS = """
+import signal, time
+signal.signal(signal.SIGTERM, signal.SIG_IGN)
+print('ready', flush=True)
+time.sleep(600)
+"""
+
+
+def test_a_second_signal_kills_the_stages_of_all_runs(folder):
+    """Python drops exceptions that are raised while it closes an iterator of an iterator."""
+
+    def states(name):
+        for state in folder.finish([stage(folder, name, STAYS)]):
+            yield f"{name}: {state}"
+
+    works = [states("a"), states("b")]
+    for work in works:
+        wait_until(lambda work=work: "ready" in next(work))
+
+    def stop_twice():
+        threading.Timer(0.5, os.kill, (os.getpid(), signal.SIGINT)).start()
+        try:
+            signal.raise_signal(signal.SIGINT)
+        finally:
+            for work in works:
+                work.close()
+
+    start = time.monotonic()
+    with pytest.raises(SystemExit), stopping_in_order():
+        stop_twice()
+    assert time.monotonic() - start < 30
+    assert not psutil.Process().children()
 
 
 def test_a_stage_has_time_to_end_in_order(folder):

@@ -8,7 +8,7 @@ from megatron.core.dist_checkpointing import load_common_state_dict
 from megatron.core.models.hybrid.hybrid_layer_allocation import Symbols, get_hybrid_total_pipeline_segment_count
 from megatron.training.checkpointing import load_args_from_checkpoint
 
-from maskmoe.checkpoint.saved_names import without_new_layers
+from maskmoe.checkpoint.saved_names import saved_pattern, without_new_layers
 from maskmoe.checkpoint.series import showing_only
 from maskmoe.errors import UserError
 from maskmoe.routing_mask.feed_forward_layers import FeedForwardLayers
@@ -124,17 +124,17 @@ def check_same_model(args: Namespace, checkpoint: Path) -> None:
 
 def _check_same_layers(args: Namespace, saved: Namespace, checkpoint: Path) -> None:
     """Check that a checkpoint holds the layers of this run's pattern, if either has a pattern. Raises UserError."""
-    pattern, saved_pattern = args.hybrid_layer_pattern, getattr(saved, "hybrid_layer_pattern", None)
+    pattern, theirs = args.hybrid_layer_pattern, saved_pattern(saved)
     if pattern is None:
-        if saved_pattern:
+        if theirs:
             raise UserError(
                 f"checkpoint {checkpoint} holds a hybrid model, which cannot be loaded into a GPT model: pass "
-                f"--hybrid-layer-pattern '{saved_pattern}'"
+                f"--hybrid-layer-pattern '{theirs}'"
             )
         return
-    if saved_pattern is not None:
-        is_same = saved_pattern.replace("|", "") == pattern.replace("|", "")
-        description = f"a hybrid model with --hybrid-layer-pattern '{saved_pattern}'"
+    if theirs:
+        is_same = theirs.replace("|", "") == pattern.replace("|", "")
+        description = f"a hybrid model with --hybrid-layer-pattern '{theirs}'"
     else:
         # A hybrid model may continue the GPT model that has the same layers.
         attention = "+" if getattr(saved, "multi_latent_attention", False) else "*"

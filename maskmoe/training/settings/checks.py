@@ -110,7 +110,6 @@ class RunChecks:
     def validate(self) -> Namespace:
         """Return the arguments that Megatron has validated, and set its global variables. Raises UserError."""
         args = self.args
-        vars(args).update(wandb_defaults(args))
         with megatrons_checks():
             validate_args(args)
             set_globals_without_writers(args)
@@ -189,6 +188,7 @@ class RunChecks:
         if errors:
             return
         try:
+            vars(self.args).update(wandb_defaults(self.args))
             self.args = self.validate()
             self.is_validated = True
         except UserError as error:

@@ -121,6 +121,8 @@ def missing_transformer_engine(args: Namespace, packages: GpuPackages) -> Iterat
 
 def missing_libraries(args: Namespace) -> Iterator[str]:
     """Yield an error if a layer, the flex dispatcher or a flag needs a library that this machine lacks."""
+    if args.wandb_project and find_spec("wandb") is None:
+        yield "--wandb-project needs the Python package wandb: install it, or leave the flag out"
     lacks_pynvml = args.distributed_backend == "nccl" and find_spec("pynvml") is None
     if args.log_straggler and lacks_pynvml:
         yield (

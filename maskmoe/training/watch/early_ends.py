@@ -151,17 +151,15 @@ def _is_out_of_time(args: Namespace) -> bool:
 
     Megatron ends all ranks when the time is up on one, and ranks start within a minute.
     """
-    if args.exit_duration_in_mins is None or args.curr_iteration + 1 >= args.train_iters:
+    if not args.exit_duration_in_mins or args.curr_iteration + 1 >= args.train_iters:
         return False
     return time.time() - training._TRAIN_START_TIME > 60 * (args.exit_duration_in_mins - 1)
 
 
 def _save_failure(args: Namespace, cause: str) -> RunFailure:
     """Return the failure of a save. Megatron's writer may hide the system's error, so report a full disk instead."""
-    folders = [Path(args.save)]
-    local = non_persistent_folder(args, args.save)
-    if local is not None and local.exists():
-        folders.append(local)
+    places = (Path(args.save), non_persistent_folder(args, args.save))
+    folders = [folder for folder in places if folder is not None and folder.exists()]
     full = [folder for folder in folders if shutil.disk_usage(folder).free < _NO_SPACE]
     if full:  # before unfinished checkpoints are removed
         cause = f"no space is left in {full[0]}: make space, and start the run again"

@@ -8,7 +8,6 @@ from argparse import Namespace
 from collections.abc import Callable, Mapping
 from contextlib import suppress
 from importlib.metadata import version
-from importlib.util import find_spec
 from typing import Any
 
 from megatron.training import get_tensorboard_writer, get_wandb_writer
@@ -89,12 +88,10 @@ def wandb_defaults(args: Namespace) -> dict[str, Any]:
     """Return the values of Megatron's flags that `--wandb-project` sets by default; empty without the flag.
 
     By default, the run has the name of the run folder, and its files are in `wandb` there. Raises `UserError` if the
-    package is not installed, or the run has no folder.
+    run has no folder.
     """
     if not getattr(args, "wandb_project", None):
         return {}
-    if find_spec("wandb") is None:
-        raise UserError("--wandb-project needs the package wandb: pip install wandb")
     folder = run_folder(args.save, args.tensorboard_dir)
     if folder is None:
         raise UserError("--wandb-project needs a run folder: pass --save or --tensorboard-dir")

@@ -129,6 +129,7 @@ ERRORS = {
     "--tokenizer-type SentencePieceTokenizer --tokenizer-model data.bin": ["data.bin is not a SentencePiece model"],
     "--hybrid-layer-pattern /*E": ["invalid settings: ZeroDivisionError"],
     "--hybrid-layer-pattern *E*E --pipeline-model-parallel-size 8": ["the model cannot be made: "],
+    "--wandb-project p --save=": ["--wandb-project needs a run folder: pass --save or --tensorboard-dir"],
     "--load save/nowhere --ckpt-step 3": ["holds no sound checkpoint: save/nowhere/iter_0000003 does not exist"],
 }
 MANY_RANKS = "more ranks than there are GPUs"

@@ -293,6 +293,7 @@ def test_mamba_layers_need_transformer_engine(monkeypatch, implementation: str) 
             "--log-device-memory-used needs the Python package nvi",
         ),
         ("--save-dgrads-interval 5", "--save-activations-interval and --save-dgrads-interval need Transformer Engine,"),
+        ("--wandb-project p", "--wandb-project needs the Python package wandb"),
     ],
 )
 def test_flag_that_needs_a_library(monkeypatch, flags: str, error: str | None, is_installed: bool) -> None:

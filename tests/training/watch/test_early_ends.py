@@ -5,9 +5,12 @@ import time
 from argparse import Namespace
 
 import pytest
+import torch
 from megatron.training import training
 from torch.distributed import HashStore
 
+from maskmoe.checkpoint.saver import SaveError
+from maskmoe.errors import RunFailure
 from maskmoe.processes.interruption import EXIT_REQUEUE
 from maskmoe.training.loop.rank_store import RankStore
 from maskmoe.training.watch.early_ends import LeaveAfterSave, explaining_early_ends
@@ -22,8 +25,8 @@ def explaining(monkeypatch):
 
 @pytest.mark.parametrize(
     ("elapsed", "minutes", "last_step", "code"),
-    [(301, 5, 7, EXIT_REQUEUE), (301, 5, 8, 0), (100, 5, 7, 0), (301, None, 7, 0)],
-    ids=["time", "complete", "exit interval", "no limit"],
+    [(301, 5, 7, EXIT_REQUEUE), (301, 5, 8, 0), (100, 5, 7, 0), (301, None, 7, 0), (301, 0, 7, 0)],
+    ids=["time", "complete", "exit interval", "no limit", "0 is no limit"],
 )
 def test_run_that_is_out_of_time_asks_for_a_new_start(explaining, monkeypatch, elapsed, minutes, last_step, code):
     """Megatron exits with 0 after --exit-duration-in-mins, as after --exit-interval."""
@@ -32,6 +35,14 @@ def test_run_that_is_out_of_time_asks_for_a_new_start(explaining, monkeypatch, e
     with pytest.raises(SystemExit) as end, explaining(**args, curr_iteration=last_step):
         raise SystemExit(0)
     assert end.value.code == code
+
+
+def test_save_to_a_folder_that_has_vanished_fails_in_one_line(explaining, tmp_path, monkeypatch):
+    monkeypatch.setattr(torch.distributed, "get_rank", lambda: 0)
+    args = {"save": str(tmp_path / "gone"), "non_persistent_ckpt_type": None, "non_persistent_save_interval": None}
+    message = r"^cannot save a checkpoint to .*/gone: no such folder\. There is no checkpoint yet$"
+    with pytest.raises(RunFailure, match=message), explaining(**args):
+        raise SaveError("no such folder")
 
 
 def test_full_disk_beside_a_save_is_not_a_failed_save(explaining, tmp_path):
