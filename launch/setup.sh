@@ -9,7 +9,7 @@ usage: launch/setup.sh [--extras LIST]
 Makes or updates .venv in the repository: a virtual environment with MaskMoE (editable) and all its dependencies, in the
 versions of constraints.txt. If .venv is up to date, the script takes less than a second and needs no network.
 
-  --extras LIST  optional parts, separated by commas: data (pyarrow and datasets, to read tables), dev (tests and
+  --extras LIST  optional parts, separated by commas: data (pyarrow, to read tables), dev (tests and
                  linters), gpu (Transformer Engine, compiled here), hf (Hugging Face transformers), eval
                  (lm-evaluation-harness), muon (NVIDIA's emerging-optimizers, for --optimizer muon and lion), tune
                  (TRL and PEFT, for fine-tuning). Parts installed earlier stay. gpu needs g++ and Python's headers, no

@@ -83,7 +83,7 @@ class Settings:
         (variant,) = quickstart_suite().variants.values()
         # Every rank processes one micro-batch, so the global batch is rounded up to a multiple of the ranks.
         micro_batch_size = -(-self.global_batch_size // devices.num_processes)
-        expert_parallel = {"expert_model_parallel_size": devices.expert_model_parallel_size(self.num_experts)}
+        expert_parallel = {"expert_model_parallel_size": math.gcd(devices.num_processes, self.num_experts)}
         flags = {
             "hybrid_layer_pattern": FeedForwardLayers((True,) * self.num_layers).pattern("*"),
             **self._values("hidden_size", "num_experts", "seq_length", "train_iters", "lr"),
@@ -200,7 +200,7 @@ def write_report(quickstart: Quickstart, seconds: Mapping[str, float]) -> str:
     values = {
         "settings": settings,
         "processes": quickstart.devices.num_processes,
-        "expert_parallel": quickstart.devices.expert_model_parallel_size(settings.num_experts),
+        "expert_parallel": quickstart.run.variant.flags["expert-model-parallel-size"][0],
         "evaluation": read_json(run.evaluation(OWN_TEXT)),
         "number": _number,
         "unigram_perplexity": math.exp(unigram_loss),

@@ -5,13 +5,13 @@ import math
 import os
 import platform
 import subprocess
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 from functools import cache
 from importlib.metadata import version
 from itertools import pairwise
 from pathlib import Path
 from statistics import median
-from typing import Annotated, Any, Self
+from typing import Annotated, Self
 
 from pydantic import BaseModel, BeforeValidator, ValidationError
 
@@ -108,7 +108,7 @@ class RunResult(BaseModel, frozen=True):
             mask=RoutingMask.load(run.routing_mask).digest if run.variant.has_experts else None,
             tokens=run.tokens,
             losses=losses,
-            validation=[(step, loss) for step, loss in scalars(run.tensorboard, "lm loss validation")],
+            validation=scalars(run.tensorboard, "lm loss validation"),
             load=[layer["tokens_per_expert"] for layer in evaluations[OWN_TEXT]["expert_load"]],
             seconds=round(training_seconds(run.tensorboard), 1),
             origin=_origin(run),
@@ -117,19 +117,14 @@ class RunResult(BaseModel, frozen=True):
 
 def scalars(tensorboard: Path, tag: str) -> list[tuple[int, float]]:
     """Return steps and values of a scalar in TensorBoard's event files; of a repeated step, that of the last start."""
-    return [(event.step, event.value) for event in _events(tensorboard, tag)]
+    return [(event.step, event.value) for event in read_events(tensorboard).scalars.get(tag, ())]
 
 
 def training_seconds(tensorboard: Path) -> float:
     """Return the duration of a training without interruptions: the number of steps times the median step."""
-    events = _events(tensorboard, "lm loss")
+    events = read_events(tensorboard).scalars.get("lm loss", ())
     steps = [(b.wall_time - a.wall_time) / (b.step - a.step) for a, b in pairwise(events)]
     return median(steps) * events[-1].step if steps else 0.0
-
-
-def _events(tensorboard: Path, tag: str) -> Sequence[Any]:
-    """Return the events of a scalar; each has `step`, `value` and `wall_time`."""
-    return read_events(tensorboard).scalars.get(tag, ())
 
 
 def read_table(path: Path) -> list[RunResult]:

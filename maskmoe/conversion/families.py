@@ -24,7 +24,7 @@ from maskmoe.conversion.model_tensors import (
     tensor_shapes,
     with_routing_mask,
 )
-from maskmoe.conversion.settings import CONFIG_FILE, read_model_config
+from maskmoe.conversion.settings import CONFIG_FILE, LARGEST, read_model_config
 from maskmoe.conversion.tensor_sources import Block, Copy, RearrangedSource, TensorSource
 from maskmoe.errors import UserError
 from maskmoe.huggingface import MaskMoEConfig
@@ -111,13 +111,8 @@ def _deepseek_v3_refusals(config: PreTrainedConfig) -> dict[str, bool]:
     }
 
 
-# transformers fills in missing sizes with those of some published model, so configurations must have these.
-_SIZES = ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads")
-_EXPERT_SIZES = (
-    *("num_experts", "num_experts_per_tok", "moe_intermediate_size", "shared_expert_intermediate_size"),
-    *("n_routed_experts", "n_shared_experts", "n_group", "topk_group", "first_k_dense_replace"),
-)
-_LATENT_SIZES = ("kv_lora_rank", "q_lora_rank", "qk_nope_head_dim", "qk_rope_head_dim", "v_head_dim")
+# transformers fills in missing sizes with those of some published model, so configurations must have all but these.
+_OPTIONAL_SIZES = ("num_key_value_heads", "head_dim", "num_nextn_predict_layers", "num_local_experts")
 # transformers adds this to the mean square in the norms of latent vectors whatever is configured.
 _LATENT_NORM_EPS = 1e-6
 _PROJECTIONS = ("gate_proj", "up_proj", "down_proj")
@@ -181,7 +176,7 @@ def read_config(path: Path) -> PreTrainedConfig:
         raise UserError(f"{path}: model_type {model_type!r} is not known; known are {', '.join(FAMILIES)}")
     config = make_config(CONFIG_MAPPING[model_type], values, path)
     synonyms = config.attribute_map | {new: old for old, new in config.attribute_map.items()}
-    for name in _SIZES + _EXPERT_SIZES + _LATENT_SIZES:
+    for name in (name for name in LARGEST if name not in _OPTIONAL_SIZES):
         if hasattr(config, name) and name not in values and synonyms.get(name) not in values:
             raise UserError(f"{path} lacks {name}")
     return config

@@ -13,7 +13,9 @@ from pydantic import BaseModel, Field
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
+from transformers import AutoModelForCausalLM, AutoTokenizer, logging
 
+import maskmoe.huggingface  # noqa: F401 (registers the model, else transformers warns of an unknown type)
 from maskmoe.conversion.tensor_sources import Block, TensorSource, TensorSpec, list_names
 from maskmoe.errors import UserError, refused_by_system
 from maskmoe.files.json_files import read_record, write_record
@@ -65,16 +67,12 @@ class SafetensorsSource:
         path, index_file = folder / single_file, folder / f"{single_file}{INDEX_SUFFIX}"
         index: dict[str, str] | None = None
         if path.exists() or not os.path.lexists(index_file):
-            if not os.path.lexists(path):
-                raise UserError(f"{path} is missing")
             check_regular(path)
             self.files = [path]
         else:
             index = read_record(_Index, index_file, "replace the file by an intact copy").weight_map
             names = sorted(set(index.values()))
             for name in names:
-                if not os.path.lexists(path.parent / name) and name.isprintable():
-                    raise UserError(f"{path.parent / name} is missing")
                 resolve_inside(path.parent, name)
             self.files = [path.parent / name for name in names]
         self.tensors: dict[str, TensorSpec] = {}
@@ -159,11 +157,6 @@ def load_exported_tokenizer(folder: Path) -> Any:
     Raises:
         UserError: The tokenizer is missing or damaged, or a file of the folder is not a regular file.
     """
-    from transformers import AutoTokenizer
-
-    # Without the registered model, transformers would warn of an unknown type.
-    import maskmoe.huggingface  # noqa: F401 (registers the model)
-
     check_model_folder(folder)
     if not any(folder.glob("tokenizer*")):
         return None
@@ -182,21 +175,13 @@ def load_exported_model(folder: Path, tokenizer: Any) -> Any:
         UserError: A file is missing or damaged, or lies outside the folder; weights are missing, superfluous, of
             another shape or type, NaN or infinite; or the tokenizer has ids that the model lacks.
     """
-    from transformers import AutoModelForCausalLM, logging
-
-    import maskmoe.huggingface  # noqa: F401 (registers the model)
-
     stored = SafetensorsSource(folder).tensors
     integers = [name for name, spec in stored.items() if not spec.dtype.is_floating_point]
     if names := [name for name in integers if ".routing_mask." not in name]:
         raise UserError(f"the model in {folder} has weights that are no floating-point numbers: {list_names(names)}")
     logging.set_verbosity_error()  # it would warn of damaged weights, which are refused here
-    # A progress bar and a report of damaged weights go to stderr; the errors below name the same weights.
-    with (
-        reading(f"the model in {folder}", _ADVICE),
-        open(os.devnull, "w") as devnull,
-        contextlib.redirect_stderr(devnull),
-    ):
+    logging.disable_progress_bar()
+    with reading(f"the model in {folder}", _ADVICE):
         model, loading = AutoModelForCausalLM.from_pretrained(
             folder, dtype="auto", output_loading_info=True, ignore_mismatched_sizes=True, **_OPTIONS
         )

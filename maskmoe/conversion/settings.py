@@ -115,7 +115,7 @@ def parse_size(text: str) -> int:
 
 _MOST_LAYERS, _MOST_EXPERTS, _MOST_IDS, _WIDEST = 10_000, 1 << 16, 1 << 24, 1 << 20
 
-_LARGEST = {
+LARGEST = {
     **dict.fromkeys(
         ("num_hidden_layers", "num_nextn_predict_layers", "num_tables", "first_k_dense_replace"), _MOST_LAYERS
     ),
@@ -138,23 +138,10 @@ def read_model_config(path: Path) -> dict[str, Any]:
     """
     config = read_json(path)
     check_finite(config, path)
-    check_sizes(config, path)
-    return config
-
-
-def check_sizes(config: Mapping[str, Any], where: object) -> None:
-    """Check that no size of a model's configuration is beyond all models.
-
-    Args:
-        config: The fields of `config.json`.
-        where: What holds the fields, for error messages.
-
-    Raises:
-        UserError: Names the size.
-    """
     mask = config.get("routing_mask")
     for fields in (config, mask if isinstance(mask, Mapping) else {}):
-        for name, largest in _LARGEST.items():
+        for name, largest in LARGEST.items():
             value = fields.get(name)
             if isinstance(value, int | float) and not value <= largest:  # refuses NaN, too
-                raise UserError(f"{where}: {name} is {value:,}, more than the {largest:,} that MaskMoE accepts")
+                raise UserError(f"{path}: {name} is {value:,}, more than the {largest:,} that MaskMoE accepts")
+    return config

@@ -17,7 +17,8 @@ from itertools import accumulate, islice
 from pathlib import Path
 
 from maskmoe.errors import UserError
-from maskmoe.files.untrusted import reading
+from maskmoe.files.json_files import read_json
+from maskmoe.files.untrusted import check_name, reading
 
 FORMATS = ("jsonl", "text", "parquet", "arrow")
 STANDARD_INPUT = "-"
@@ -146,26 +147,24 @@ def _find_saved_dataset(folder: Path) -> list[Input]:
     """Return the Arrow files of a dataset that `save_to_disk` has written.
 
     Raises:
-        UserError: The folder is not a saved dataset, is damaged, or has several splits; or the library `datasets` is
-            missing.
+        UserError: The folder is not a saved dataset, is damaged, or has several splits.
     """
-    if not any((folder / name).is_file() for name in ("dataset_dict.json", "state.json")):
+    state, splits = folder / "state.json", folder / "dataset_dict.json"
+    if not (state.is_file() or splits.is_file()):
         suffixes = Counter(path.suffix for path in islice(folder.iterdir(), 1000)).most_common(1)
         files = folder / f"*{suffixes[0][0] if suffixes else ''}"
         raise UserError(f"input {folder} is a folder without a saved dataset; name its files, for example {files}")
-    try:
-        import datasets
-    except ImportError as error:
-        raise UserError(
-            f"input {folder} is a saved dataset, which needs the library datasets: pip install 'maskmoe[data]'"
-        ) from error
     with reading(f"the saved dataset {folder}", "save the dataset again"):
-        found = datasets.load_from_disk(str(folder), keep_in_memory=False)
-        splits = found if isinstance(found, datasets.DatasetDict) else {found.split: found}
-        files = {str(name): [file["filename"] for file in each.cache_files] for name, each in splits.items()}
-    if len(files) > 1:
-        raise UserError(f"input {folder} has several splits ({', '.join(files)}): name the folder of one split")
-    return [Input(path, "arrow", os.path.getsize(path)) for paths in files.values() for path in paths]
+        if not state.is_file():
+            names = read_json(splits)["splits"]
+            if len(names) > 1:
+                raise UserError(f"input {folder} has several splits ({', '.join(names)}): name the folder of one split")
+            check_name(folder, names[0])
+            state = folder / names[0] / "state.json"
+        files = [file["filename"] for file in read_json(state)["_data_files"]]
+        for file in files:
+            check_name(state.parent, file)
+        return [Input(str(path), "arrow", path.stat().st_size) for path in map(state.parent.joinpath, files)]
 
 
 @dataclass(frozen=True)

@@ -1,7 +1,6 @@
 """Finds the GPUs, CPU cores and network addresses of this machine, and waits for node 0."""
 
 import ipaddress
-import math
 import socket
 import subprocess
 import sys
@@ -50,10 +49,6 @@ class Devices:
     def num_processes(self) -> int:
         """The number of processes to train with: one for each GPU, or 2 on a machine without GPUs."""
         return self.num_gpus or _CPU_PROCESSES
-
-    def expert_model_parallel_size(self, num_experts: int) -> int:
-        """Return the largest expert parallel size that divides both the processes and the experts."""
-        return math.gcd(self.num_processes, num_experts)
 
     @property
     def environment(self) -> Mapping[str, str]:

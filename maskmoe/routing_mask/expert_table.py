@@ -3,20 +3,19 @@
 import hashlib
 import os
 import re
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Self
 
 import numpy as np
-from safetensors import SafetensorError, safe_open
+from safetensors import safe_open
 from safetensors.numpy import save
 
 from maskmoe.errors import UserError, counted
 from maskmoe.files.outputs import atomic_output
-from maskmoe.files.untrusted import UnusableFile, check_regular
 from maskmoe.routing_mask.mask import MaskProvenance, RoutingMask, stack_tables, table_of_sets
+from maskmoe.routing_mask.sealed_tensors import reading_tensors
 
 ASSIGNMENT = "expert-table"
 TENSOR_NAMES = {
@@ -238,8 +237,7 @@ def _files_of_tensors(path: Path) -> dict[str, Path]:
     """Return the file of each tensor of a safetensors file or of a folder of such files; a .npy file has one, ""."""
     file_of: dict[str, Path] = {}
     for file in sorted(path.glob("*.safetensors")) if os.path.isdir(path) else [path]:
-        with _reading(file):
-            check_regular(file)
+        with reading_tensors(file, "expert table"):
             if file.suffix == ".npy":
                 return {"": file}
             with safe_open(file, framework="numpy") as tensors:
@@ -249,21 +247,8 @@ def _files_of_tensors(path: Path) -> dict[str, Path]:
 
 def _read_tensor(file: Path, name: str) -> np.ndarray:
     """Return a tensor of a safetensors file, or the array of a .npy file."""
-    with _reading(file):
+    with reading_tensors(file, "expert table"):
         if file.suffix == ".npy":
             return np.load(file, mmap_mode="r", allow_pickle=False)
         with safe_open(file, framework="numpy") as tensors:
             return tensors.get_tensor(name)
-
-
-@contextmanager
-def _reading(file: Path) -> Iterator[None]:
-    """Turn failures to read a file into a `UserError` that names the file."""
-    try:
-        yield
-    except UnusableFile as error:
-        raise UserError(f"expert table {error}") from error
-    except OSError as error:
-        raise UserError(f"cannot read expert table {file}: {error.strerror or error}") from error
-    except (EOFError, SafetensorError, TypeError, ValueError) as error:
-        raise UserError(f"expert table {file} is not a readable file of integers: {error}") from error

@@ -8,7 +8,8 @@ file that was damaged or edited.
 import hashlib
 import json
 import os
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from functools import cached_property
 from typing import Annotated, Any, ClassVar, Self, TypedDict
 
@@ -89,19 +90,9 @@ class SealedTensors:
         Raises:
             UserError: The file is missing, unreadable, of another kind, damaged or altered.
         """
-        try:
-            check_regular(path)
-            with safe_open(path, framework="numpy") as file:
-                metadata, names = file.metadata(), file.keys()
-                tensors = {name: file.get_tensor(name) for name in names}
-        except UnusableFile as error:
-            raise UserError(f"{cls.KIND} file {error}") from error
-        except OSError as error:
-            raise UserError(f"cannot read {cls.KIND} file {path}: {error.strerror or error}") from error
-        except (SafetensorError, AttributeError, OverflowError, TypeError, ValueError) as error:
-            # NumPy does not know all dtypes of safetensors, and has limits for shapes.
-            problem = f"{path} is not a readable safetensors file of a {cls.KIND}"
-            raise UserError(f"{problem} ({error}); build it again") from error
+        with reading_tensors(path, f"{cls.KIND} file"), safe_open(path, framework="numpy") as file:
+            metadata, names = file.metadata(), file.keys()
+            tensors = {name: file.get_tensor(name) for name in names}
         return cls.from_tensors(tensors, metadata, str(path))
 
     def to_tensors(self) -> tuple[dict[str, np.ndarray], dict[str, str]]:
@@ -140,3 +131,23 @@ class SealedTensors:
         if value.digest != digest:
             raise UserError(f"{source} has other fields than a {cls.KIND}; build it again")
         return value
+
+
+@contextmanager
+def reading_tensors(path: str | os.PathLike[str], kind: str) -> Iterator[None]:
+    """Check that a file of tensors is a regular file, and turn failures to read it into a `UserError`.
+
+    Args:
+        path: The file.
+        kind: What the file holds, for the errors.
+    """
+    try:
+        check_regular(path)
+        yield
+    except UnusableFile as error:
+        raise UserError(f"{kind} {error}") from error
+    except OSError as error:
+        raise UserError(f"cannot read {kind} {path}: {error.strerror or error}") from error
+    except (AttributeError, EOFError, OverflowError, SafetensorError, TypeError, ValueError) as error:
+        # NumPy does not know all dtypes of safetensors, and has limits for shapes.
+        raise UserError(f"{kind} {path} is not a readable file of tensors: {error}; build it again") from error

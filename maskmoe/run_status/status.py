@@ -6,6 +6,7 @@ import time
 from argparse import Namespace
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
+from functools import partial
 from pathlib import Path
 from statistics import fmean
 from typing import TYPE_CHECKING, Any, Literal, Self
@@ -191,43 +192,29 @@ def read_liveness(
         progress: How far the run is.
     """
     lock = None if lock_folder is None else look_at_lock(lock_folder)
+    newest = history[-1] if history else None
     patience = max(_SILENT_SECONDS, _SILENT_ITERATIONS * (progress.seconds_per_iteration or 0))
     is_fresh = last_sign is not None and time.time() - last_sign < patience
-    state, reason = _state(lock, lock_folder is not None, history[-1] if history else None, progress, is_fresh)
-    return Liveness(state, reason, last_sign)
-
-
-def _state(
-    lock: LockState | None, has_checkpoints: bool, newest: Entry | None, progress: Progress, is_fresh: bool
-) -> tuple[State, str]:
-    """Return the state of a run, and how it is known.
-
-    Args:
-        lock: The lock of the checkpoints; None without a lock file.
-        has_checkpoints: Whether the run has a folder of checkpoints, and so would lock it.
-        newest: The newest entry of the run's history; None without a journal.
-        progress: How far the run is.
-        is_fresh: Whether the run wrote something recently.
-    """
+    found = partial(Liveness, last_sign=last_sign)
     if lock is not None and lock.is_alive:
-        return "running", f"{_name(lock)} holds the lock"
+        return found("running", f"{_name(lock)} holds the lock")
     is_open = newest is not None and newest.kind not in (Kind.ENDED, Kind.NODES)
     if lock is None and is_open and is_fresh:
-        return "running", "its journal has no end, and it wrote something a short time ago"
+        return found("running", "its journal has no end, and it wrote something a short time ago")
     if progress.is_complete:
-        return "finished", "all iterations are done"
+        return found("finished", "all iterations are done")
     # After a change of the nodes, the launchers of the remaining nodes start the ranks again.
     if newest is not None and newest.kind is Kind.NODES and time.time() - newest.time < _MEETING_SECONDS:
-        return "running", f"its nodes meet again: {newest.text}"
+        return found("running", f"its nodes meet again: {newest.text}")
     if newest is not None and newest.kind is Kind.ENDED:
-        return "ended", newest.text
+        return found("ended", newest.text)
     if lock is not None:
-        return "lost", f"{_name(lock)} has left its lock behind and is gone"
-    if is_open and not has_checkpoints:
-        return "lost", "its journal has no end, but it has written nothing for a while"
-    if has_checkpoints:
-        return "ended", "no process holds the lock"
-    return ("running", "it wrote something a short time ago") if is_fresh else ("unknown", "it has no lock")
+        return found("lost", f"{_name(lock)} has left its lock behind and is gone")
+    if is_open and lock_folder is None:
+        return found("lost", "its journal has no end, but it has written nothing for a while")
+    if lock_folder is not None:
+        return found("ended", "no process holds the lock")
+    return found("running", "it wrote something a short time ago") if is_fresh else found("unknown", "it has no lock")
 
 
 def _name(lock: LockState) -> str:

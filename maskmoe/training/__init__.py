@@ -1,5 +1,5 @@
-"""Pretraining, evaluation and generation under torchrun.
+"""Pretraining, evaluation and checks of a run.
 
-The modules `pretrain`, `evaluate` and `generate` are entry points: they prepare the process for Megatron, then import
-the modules that do the work. `console` decides what reaches the terminal.
+The modules `pretrain`, `evaluate` and `check` are entry points: they prepare the process for Megatron, then import the
+modules that do the work.
 """

@@ -6,12 +6,13 @@ from functools import partial
 from maskmoe.training.inference.flags import add_evaluation_arguments
 from maskmoe.training.settings.flags import add_check_arguments, add_maskmoe_flags, add_pretraining_arguments
 
-_PRETRAIN = "Pretrain a language model. The flags are Megatron's and MaskMoE's."
-_EVALUATE = "Compute the loss of a checkpoint on a dataset, by token frequency."
 _PROGRAMS = {
-    "pretrain": (_PRETRAIN, add_pretraining_arguments, add_check_arguments),
-    "check": (_PRETRAIN, add_pretraining_arguments, add_check_arguments),
-    "evaluate": (_EVALUATE, add_evaluation_arguments),
+    "pretrain": (
+        "Pretrain a language model. The flags are Megatron's and MaskMoE's.",
+        add_pretraining_arguments,
+        add_check_arguments,
+    ),
+    "evaluate": ("Compute the loss of a checkpoint on a dataset, by token frequency.", add_evaluation_arguments),
 }
 
 
@@ -19,8 +20,9 @@ def help_page(name: str) -> str:
     """Return what `--help` of an entry point prints.
 
     Args:
-        name: Name of the entry point, such as `pretrain`.
+        name: Name of the entry point, such as `pretrain`. `check` is a flag of `pretrain` for users.
     """
+    name = "pretrain" if name == "check" else name
     description, *providers = _PROGRAMS[name]
     parser = argparse.ArgumentParser(
         usage=f"maskmoe {name} [--nproc-per-node N] [flags]\n"

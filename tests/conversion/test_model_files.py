@@ -78,9 +78,9 @@ def sharded(tmp_path):
 
 def test_missing_shard(sharded):
     (sharded / "model-00002-of-00003.safetensors").unlink()
-    with pytest.raises(UserError, match=r"model-00002-of-00003\.safetensors is missing"):
+    with pytest.raises(UserError, match=r"model-00002-of-00003\.safetensors does not exist"):
         SafetensorsSource(sharded)
-    with pytest.raises(UserError, match=r"model\.safetensors is missing"):
+    with pytest.raises(UserError, match=r"model\.safetensors does not exist"):
         SafetensorsSource(sharded.parent)
 
 

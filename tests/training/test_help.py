@@ -14,7 +14,7 @@ from maskmoe.errors import UserError
 from maskmoe.training.help_page import help_page
 from maskmoe.training.settings.flags import _escape_percent_signs_in_help, add_maskmoe_arguments
 
-ENTRY_POINTS = ("pretrain", "evaluate")
+ENTRY_POINTS = ("pretrain", "evaluate", "check")
 
 
 def test_full_help_lists_our_arguments_and_megatrons(tmp_path: Path) -> None:
@@ -38,6 +38,7 @@ def test_help_imports_neither_torch_nor_megatron(name: str, monkeypatch, capsys)
     runpy.run_module(f"maskmoe.training.{name}", run_name="__main__")
     printed = capsys.readouterr().out
     assert printed == help_page(name)
+    assert printed.startswith("usage: maskmoe evaluate " if name == "evaluate" else "usage: maskmoe pretrain ")
     assert "\nMaskMoE:\n  --routing-mask FILE" in printed
     assert "--help-all shows" in printed
 

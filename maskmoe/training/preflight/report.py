@@ -1,7 +1,7 @@
 """The result of `--check`, with the operations of a run, its form as JSON, and its form as text for people."""
 
 from argparse import Namespace
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass
 from itertools import groupby
 from typing import Any
@@ -25,33 +25,16 @@ KINDS = {
 """The kind of layer that each symbol of a pattern stands for."""
 
 
-@dataclass(frozen=True)
-class TrainingCost:
-    """The floating-point operations of a training run.
-
-    Attributes:
-        flops_per_token: Operations of the forward and the backward pass, without recomputation.
-        tokens: All tokens of the run, those before a checkpoint included.
-    """
-
-    flops_per_token: float
-    tokens: int
-
-    @property
-    def flops(self) -> float:
-        """Return the operations of the whole run."""
-        return self.flops_per_token * self.tokens
-
-
-def compute_cost(args: Namespace, mean_experts: float) -> TrainingCost:
-    """Count the operations of a training run, see `count_operations`.
+def compute_cost(args: Namespace, mean_experts: float) -> dict[str, float]:
+    """Count the floating-point operations of a training run, see `cost` in `Report.to_json`.
 
     Args:
         args: Arguments that Megatron has validated.
         mean_experts: The mean number of experts that tokens use.
     """
-    flops = count_operations(mean_experts, args, batch_size=1)
-    return TrainingCost(flops / args.seq_length, trained_samples(args) * args.seq_length)
+    flops_per_token = count_operations(mean_experts, args, batch_size=1) / args.seq_length
+    tokens = trained_samples(args) * args.seq_length
+    return {"flops_per_token": flops_per_token, "tokens": tokens, "flops": flops_per_token * tokens}
 
 
 @dataclass(frozen=True)
@@ -72,7 +55,7 @@ class Report:
     layout: Layout | None = None
     model: ModelParameters | None = None
     memory: MemoryReport | None = None
-    cost: TrainingCost | None = None
+    cost: Mapping[str, float] | None = None
 
     def to_json(self) -> dict[str, Any]:
         """Return the report as JSON values; these keys are stable.
@@ -95,9 +78,10 @@ class Report:
           stage the bytes of each purpose, `total` and `micro_batches_in_flight`; `largest_stage`, an index of `stages`;
           `exact`, the purposes whose bytes are not estimated.
         - `cost`: null if the layout or the model is unknown. Else `flops_per_token`, the floating-point operations of
-          the forward and backward pass; the run's `tokens`; and `flops`, all operations of the run.
+          the forward and backward pass without recomputation; the run's `tokens`, those before a checkpoint included;
+          and `flops`, all operations of the run.
         """
-        layers = parameters = layout = memory = cost = None
+        layers = parameters = layout = memory = None
         if self.layout:
             derived = ("data", "expert_data", "micro_batches", "tokens_per_step")
             layout = asdict(self.layout) | {name: getattr(self.layout, name) for name in derived}
@@ -121,10 +105,8 @@ class Report:
         if self.memory:
             stages = [asdict(stage) | {"total": stage.total} for stage in self.memory.stages]
             memory = {"stages": stages, "largest_stage": self.memory.largest_stage, "exact": list(EXACT)}
-        if self.cost:
-            cost = asdict(self.cost) | {"flops": self.cost.flops}
         findings = {"can_start": not self.errors, "errors": list(self.errors), "notes": list(self.notes)}
-        run = {"layout": layout, "layers": layers, "parameters": parameters, "memory": memory, "cost": cost}
+        run = {"layout": layout, "layers": layers, "parameters": parameters, "memory": memory, "cost": self.cost}
         return findings | run
 
     def to_text(self) -> str:

@@ -3,7 +3,7 @@
 from collections.abc import Iterable, Mapping, Sequence
 from typing import NamedTuple
 
-from maskmoe.errors import listed
+from maskmoe.errors import counted, listed
 from maskmoe.routing_mask.feed_forward_layers import FeedForwardLayers
 from maskmoe.routing_mask.mask import RoutingMask
 
@@ -78,23 +78,19 @@ class RoutingCollapse:
 
     def _describe(self, subjects: Iterable[Subject], has_ended: bool) -> Iterable[str]:
         """Yield a line for each layer and kind of subject."""
-        numbers: dict[tuple[int, str], list[int]] = {}
+        span, numbers = counted(self._intervals, "log interval"), dict[tuple[int, str], list[int]]()
         for layer, kind, number in sorted(subjects):
             numbers.setdefault((layer, kind), []).append(number)
         for (layer, kind), found in numbers.items():
             if kind == "routing entropy":
-                state = "is above 0 again" if has_ended else f"has been 0 for {self._span}"
+                state = "is above 0 again" if has_ended else f"has been 0 for {span}"
                 yield f"MoE layer {layer}: the routing entropy {state}"
                 continue
             names = f"{kind}{'s' if len(found) > 1 else ''} {listed([*map(str, found)], _MOST_NAMED)}"
             if has_ended:
                 yield f"MoE layer {layer}: {names} {'get' if len(found) > 1 else 'gets'} tokens again"
             else:
-                yield f"MoE layer {layer}: {names} got no token for {self._span}"
-
-    @property
-    def _span(self) -> str:
-        return f"{self._intervals} log interval{'s' if self._intervals > 1 else ''}"
+                yield f"MoE layer {layer}: {names} got no token for {span}"
 
 
 def reachable_experts(mask: RoutingMask, layers: FeedForwardLayers) -> dict[int, list[bool]]:

@@ -2,7 +2,7 @@
 
 from maskmoe.training.preflight.memory import MemoryReport, StageMemory
 from maskmoe.training.preflight.parameters import PARTS, Chunk, ModelParameters
-from maskmoe.training.preflight.report import Report, TrainingCost
+from maskmoe.training.preflight.report import Report
 from maskmoe.training.settings.layout import Layout
 
 
@@ -17,7 +17,8 @@ def test_complete_report():
         StageMemory(gib << 30, gib << 29, 0, 0, 0, 0, 0, 0, micro_batches_in_flight=4 / gib) for gib in (2, 4)
     )
     model = model_of(tuple("GE*E+-M-E"), ("*E", "*E"), 1.4)
-    report = Report((), ("something",), layout, model, MemoryReport(stages, 1.4), TrainingCost(2.5e9, 10**11))
+    cost = {"flops_per_token": 2.5e9, "tokens": 10**11, "flops": 2.5e20}
+    report = Report((), ("something",), layout, model, MemoryReport(stages, 1.4), cost)
     lines = report.to_text().splitlines()
     for line in (
         "ranks         16",
