@@ -240,6 +240,16 @@ def test_independent_script_finds_the_numbers_of_the_page(write, results, tmp_pa
     assert outcome.stdout.startswith("0.777 of the prose is in no table\n")
 
 
+def test_pages_of_the_repository_have_the_numbers_of_its_tables():
+    study = ROOT / "docs" / "study"
+    page = (study / "choice-or-damping.md").read_text()
+    assert [*check_numbers.differing(page, check_numbers.Tables(study / "results.jsonl"))] == []
+    results = (ROOT / "README.md").read_text().partition("## Results")[2].partition("##")[0]
+    numbers = re.findall(r"[+−]\d\.\d{3} ± \d\.\d{3}", results)
+    assert numbers
+    assert [number for number in numbers if number not in page] == []
+
+
 def test_page_of_a_part_of_the_runs_says_what_is_missing(write, results, tmp_path):
     """Block B is not looked at before it is complete; other blocks are."""
     some = [each for each in results if each.suite != "experts" and (each.suite, each.seed) != ("confirm", 1024)]

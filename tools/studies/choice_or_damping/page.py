@@ -223,11 +223,6 @@ def missing_runs(study: Study) -> list[str]:
 
 def render(study: Study, measures: Sequence[Measures]) -> str:
     """Return the page."""
-    differences = {
-        (suite, own, baseline): study.difference(suite, own, baseline)
-        for suite, contrasts in CONTRASTS.items()
-        for own, baseline in contrasts
-    }
     loader = jinja2.FileSystemLoader(Path(__file__).parent)
     environment = jinja2.Environment(
         loader=loader,
@@ -238,7 +233,7 @@ def render(study: Study, measures: Sequence[Measures]) -> str:
     )
     text = environment.get_template("page.md.j2").render(
         name=NAME,
-        difference=lambda *names: differences[names],
+        difference=study.difference,
         said=lambda estimate: f"{estimate:+.3f}",
         standing=standing,
         isolated=isolated,
