@@ -57,10 +57,7 @@ def command_line(command: str, **replaced: str) -> list[str]:
 # with words of the error. test_parser.py shows that every number has a range.
 CONTRADICTIONS = [
     *(("convert megatron-to-hf", "max_shard_size", size, "--max-shard-size") for size in ("0", "-1", "x", "1e400GB")),
-    *(
-        ("convert upcycle", "moe_layer_freq", pattern, "--moe-layer-freq")
-        for pattern in ("0", "x", "[2]", "[1]**9", "[1]*9999999999", "()", "[" * 3000)
-    ),
+    ("convert upcycle", "moe_layer_freq", "x", "--moe-layer-freq"),
     ("compare", "split", "abc", "--split"),
     ("analyze", "split", "abc", "--split"),
     ("quickstart", "hidden_size", "33", "--hidden-size"),

@@ -190,9 +190,6 @@ def test_tied_output_layer_that_was_saved_again_is_ignored(tmp_path):
     tensors = load_file(path)
     save_file(tensors | {"lm_head.weight": tensors["model.embed_tokens.weight"].clone()}, path)
     huggingface_to_megatron(Settings(load=path.parent, save=tmp_path / "run"))
-    save_file(tensors | {"lm_head.weight": tensors["model.embed_tokens.weight"] + 1}, path)
-    with pytest.raises(UserError, match=r"lm_head\.weight differs from model\.embed_tokens\.weight; set tie_word_emb"):
-        huggingface_to_megatron(Settings(load=path.parent, save=tmp_path / "other"))
 
 
 def config_of(folder):

@@ -187,7 +187,11 @@ def test_flags():
     assert settings_from_flags() == UpcycleSettings(8)
 
 
-@pytest.mark.parametrize("pattern", ["x", "0", "[1,", "[0]+[2]*2", "[__import__('os')]"])
+@pytest.mark.parametrize(
+    "pattern",
+    ["x", "0", "[1,", "[2]", "[0]+[2]*2", "[1]**9", "[1]*9999999999", "()", "[" * 3000, "[__import__('os')]"],
+    ids=lambda pattern: pattern[:20],
+)
 def test_refuses_layer_patterns(pattern):
     with pytest.raises(UserError, match="--moe-layer-freq"):
         settings_from_flags("--moe-layer-freq", pattern)

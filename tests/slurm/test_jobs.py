@@ -33,23 +33,8 @@ def assert_completed(job, run):
     assert job.wait_for("COMPLETED", "FAILED", "CANCELLED", "TIMEOUT", "NODE_FAIL") == "COMPLETED", log_of(run, job)
 
 
-def test_signal_before_the_time_limit(cluster, submit, new_laptop_run, undisturbed):
-    """The run saves, the job requeues itself, and the resumed run reaches the same losses."""
-    run = new_laptop_run()
-    job = submit(run)
-    run.wait_for_iteration(12)
-    cluster.run("scancel", "--batch", "--signal=USR1", job.number)
-    job.wait_for("PENDING")
-    saved = run.saved
-    assert 12 <= saved < 100
-    assert_completed(job, run)
-    assert job.show("Restarts") == "1"
-    assert run.losses == undisturbed.losses
-    log = log_of(run, job)
-    assert "a signal stopped the run; the job is requeued" in log
-    assert re.search(r"attempt 0.*attempt 1", log, re.DOTALL)
-    resumed = (run.folder / "slurm" / job.number / "attempt1.n1.log").read_text()
-    assert f"at iteration {saved}" in resumed
+def log_of_second_attempt(run, job) -> str:
+    return (run.folder / "slurm" / job.number / "attempt1.n1.log").read_text()
 
 
 def test_example_of_a_job(cluster, new_laptop_run, undisturbed, tmp_path):
@@ -68,10 +53,13 @@ def test_example_of_a_job(cluster, new_laptop_run, undisturbed, tmp_path):
     run.wait_for_iteration(12)
     cluster.run("scancel", "--batch", "--signal=USR1", job.number)
     job.wait_for("PENDING")
+    saved = run.saved
+    assert 12 <= saved < 100
     ended = job.wait_for("COMPLETED", "FAILED", "CANCELLED")
     assert ended == "COMPLETED", (tmp_path / f"slurm-{job.number}.log").read_text()
     assert job.show("Restarts") == "1"
     assert run.losses == undisturbed.losses
+    assert f"at iteration {saved}" in log_of_second_attempt(run, job)
 
 
 def test_preemption(cluster, submit, new_laptop_run, undisturbed):
@@ -102,6 +90,7 @@ def test_dead_node(cluster, submit, new_laptop_run, undisturbed, node):
     cluster.mend_node(node)
     assert_completed(job, run)
     assert job.show("Restarts") == "1"
+    assert "at iteration 20" in log_of_second_attempt(run, job)
     losses = run.losses
     assert set(losses) >= set(range(21, 101))
     assert losses == {iteration: undisturbed.losses[iteration] for iteration in losses}
