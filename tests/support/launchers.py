@@ -3,6 +3,7 @@
 import contextlib
 import os
 import pickle
+import re
 import shlex
 import signal
 import subprocess
@@ -14,7 +15,7 @@ from dataclasses import dataclass
 from datetime import timedelta
 from functools import cache
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
 import psutil
 import pytest
@@ -57,6 +58,11 @@ class Outcome:
     errors: tuple[str, ...]
     folder: Path
 
+    @property
+    def output(self) -> str:
+        """All output of all ranks, on stdout and stderr."""
+        return "".join(log.read_text() for log in sorted(self.folder.glob("*.log")))
+
     def report(self) -> str:
         """Return the exit codes and the end of every log, for the message of a failing test."""
         logs = sorted(self.folder.glob("*.log"))
@@ -98,8 +104,64 @@ def rank_environments(ranks: int, rendezvous: Mapping[str, str] | None = None) -
     return [size | meeting | {"RANK": str(rank), "LOCAL_RANK": str(rank)} for rank in range(ranks)]
 
 
-class RankProcesses:
-    """Running processes of one group, which are killed at the end of the `with` block.
+class Processes:
+    """Running processes, which are killed with all of their descendants at the end of the `with` block."""
+
+    def __init__(self) -> None:
+        self._processes: list[subprocess.Popen | ForkedProcess] = []
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        self.kill()
+
+    def kill(self) -> None:
+        """Kill the processes and all of their descendants."""
+        for process in self._processes:
+            kill_with_children(process)
+
+    @property
+    def output(self) -> str:
+        """All output so far."""
+        raise NotImplementedError
+
+    def report(self) -> str:
+        """Return what the processes have left so far, for the message of a failing test."""
+        return self.output[-4000:]
+
+    def pid_of_rank(self, rank: int) -> int | None:
+        """Return the process id of a rank that the first process started; None while the rank is not running."""
+        with contextlib.suppress(psutil.NoSuchProcess):
+            # Parents come before their children, which inherit the variable.
+            for child in psutil.Process(self._processes[0].pid).children(recursive=True):
+                with contextlib.suppress(psutil.Error):
+                    if child.environ().get("RANK") == str(rank):
+                        return child.pid
+        return None
+
+    def wait_until(self, condition: Callable[[], object], what: str = "the condition") -> None:
+        """Return as soon as `condition()` is true; fail the test if a process ends before, or after four minutes."""
+        wait_until(
+            condition,
+            what,
+            timeout=240,
+            period=0.02,
+            has_ended=lambda: any(process.poll() is not None for process in self._processes),
+            report=self.report,
+        )
+
+    def wait_for_output(self, text: str) -> None:
+        """Return as soon as the output contains a text, see `wait_until`."""
+        self.wait_until(lambda: text in self.output, repr(text))
+
+    def wait_for_iteration(self, iteration: int) -> None:
+        """Return as soon as training logs an iteration, see `wait_until`."""
+        self.wait_until(lambda: re.search(rf"iteration +{iteration}/", self.output), f"iteration {iteration}")
+
+
+class RankProcesses(Processes):
+    """Running processes of one group.
 
     Args:
         program: Python's arguments.
@@ -127,9 +189,9 @@ class RankProcesses:
         sees_gpus: bool = False,
         are_preloaded: bool = False,
     ) -> None:
+        super().__init__()
         self.folder = folder
         self._rendezvous = rendezvous
-        self._processes: list[subprocess.Popen | ForkedProcess] = []
         common = GPU_ENVIRONMENT if sees_gpus else CPU_ENVIRONMENT
         for rank, variables in enumerate(environments):
             with open(folder / f"out{rank}.log", "w") as out, open(folder / f"err{rank}.log", "w") as err:
@@ -147,46 +209,24 @@ class RankProcesses:
                     )
             self._processes.append(process)
 
-    def __enter__(self) -> "RankProcesses":
-        return self
-
-    def __exit__(self, *exception: object) -> None:
-        for process in self._processes:
-            kill_with_children(process)
-
     @property
     def pids(self) -> list[int]:
         """Process ids, one for each rank; under torchrun the id of torchrun alone."""
         return [process.pid for process in self._processes]
 
-    def pid_of_rank(self, rank: int) -> int | None:
-        """Return the process id of a rank that torchrun started; None while the rank is not running."""
-        with contextlib.suppress(psutil.Error):
-            for child in psutil.Process(self.pids[0]).children():
-                if child.environ().get("RANK") == str(rank):
-                    return child.pid
-        return None
-
     @property
     def output(self) -> str:
         """All output so far."""
-        return "".join(log.read_text() for log in sorted(self.folder.glob("*.log")))
+        return self.outcome().output
+
+    def report(self) -> str:
+        """Return exit codes and the ends of all logs."""
+        return self.outcome().report()
 
     @property
     def is_running(self) -> bool:
         """Whether at least one process has not ended."""
         return any(process.poll() is None for process in self._processes)
-
-    def wait_until(self, condition: Callable[[], object], what: str = "the condition") -> None:
-        """Return as soon as `condition()` is true; fail the test if a process ends before, or after `TIMEOUT`."""
-        wait_until(
-            condition,
-            what,
-            timeout=TIMEOUT,
-            period=0.02,
-            has_ended=lambda: any(process.poll() is not None for process in self._processes),
-            report=lambda: self.outcome().report(),
-        )
 
     def wait(self, all_end: bool = False, timeout: float = TIMEOUT) -> Outcome:
         """Wait until all processes have ended or one has failed; then kill the remaining processes.
@@ -201,7 +241,7 @@ class RankProcesses:
             if None not in codes or (any(codes) and not all_end):
                 break
             time.sleep(0.05)
-        self.__exit__()
+        self.kill()
         return self.outcome()
 
     def outcome(self) -> Outcome:

@@ -1,6 +1,5 @@
 """Training runs of a tiny model: their description, their folder, and what they leave."""
 
-import re
 import shlex
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -129,10 +128,6 @@ class TrainingOutcome(Outcome):
 
 class TrainingProcesses(RankProcesses):
     """Running processes of one training run."""
-
-    def wait_for_iteration(self, iteration: int) -> None:
-        """Return once the iteration is logged."""
-        self.wait_until(lambda: re.search(rf"iteration +{iteration}/", self.output), f"iteration {iteration}")
 
     def outcome(self) -> TrainingOutcome:
         return TrainingOutcome(**vars(super().outcome()))

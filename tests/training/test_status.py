@@ -35,14 +35,13 @@ def test_status_of_an_ended_run(runs):
 def test_validation_loss_is_not_that_of_the_test_part(workplace, tmp_path):
     """Megatron logs the loss of the test set under the tag and the iteration of the last validation."""
     outcome = workplace.run(Run("--split 80,10,10 --train-iters 4 --eval-interval 10"), tmp_path / "run")
-    output = "".join(log.read_text() for log in outcome.folder.glob("*.log"))
-    printed = dict(re.findall(r"iteration 4 on (\w+) set \| lm loss value: (\S+)", output))
+    printed = dict(re.findall(r"iteration 4 on (\w+) set \| lm loss value: (\S+)", outcome.output))
     assert printed.keys() == {"validation", "test"}
     assert printed["validation"] != printed["test"]
     loss = pytest.approx(float(printed["validation"]), rel=1e-6)
     assert scalars(outcome.folder / "tensorboard", "lm loss validation") == [(4, loss)]
     assert read_status(outcome.folder).progress.held_out_loss == loss
-    assert f"validation loss {float(printed['validation']):.4f}; " in output
+    assert f"validation loss {float(printed['validation']):.4f}; " in outcome.output
 
 
 @pytest.mark.slow

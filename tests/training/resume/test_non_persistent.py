@@ -31,10 +31,6 @@ def local(save: Path) -> Path:
     return save / "non_persistent"
 
 
-def log_of(outcome: TrainingOutcome) -> str:
-    return "".join(path.read_text() for path in outcome.folder.glob("*.log"))
-
-
 def resume(workplace: Workplace, folder: Path, save: Path, flags: str = FLAGS, **settings) -> TrainingOutcome:
     run = Run(f"{flags} --load {save} --save {save}", **settings)
     outcome = workplace.run(run, folder)
@@ -72,7 +68,7 @@ def test_killed_run_resumes_from_the_non_persistent_checkpoint(runs, workplace, 
     assert saved_iterations(copy) == [7]
     assert saved_iterations(local(copy)) == [12]
     resumed = resume(workplace, tmp_path / "run", copy)
-    assert f"resumes from {local(copy)}/iter_0000012" in log_of(resumed)
+    assert f"resumes from {local(copy)}/iter_0000012" in resumed.output
     assert resumed.iterations == list(range(13, 22))
     assert resumed.difference(reference) == 0
     assert saved_iterations(copy) == [21, 14, 7]
@@ -127,7 +123,7 @@ def test_killed_while_saving_a_non_persistent_checkpoint(runs, workplace, tmp_pa
         assert saved_iterations(local(save)) == [6, 3]
         check_structure(checkpoint_path(local(save), 3))
     resumed = resume(workplace, tmp_path / "resumed", save, flags)
-    assert f"{local(save)}/iter_0000006 was not finished" in log_of(resumed)
+    assert f"{local(save)}/iter_0000006 was not finished" in resumed.output
     assert resumed.iterations == list(range(4, 22))
     assert resumed.difference(reference) == 0
     assert saved_iterations(local(save)) == [21]

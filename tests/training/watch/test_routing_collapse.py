@@ -116,8 +116,7 @@ def test_reachable_experts_are_those_of_the_visible_sets(workplace, name):
 
 
 def warnings_of(outcome: TrainingOutcome) -> list[str]:
-    text = "".join(log.read_text() for log in sorted(outcome.folder.glob("*.log")))
-    return re.findall(r"^warning: (MoE layer .*)$", text, re.MULTILINE)
+    return re.findall(r"^warning: (MoE layer .*)$", outcome.output, re.MULTILINE)
 
 
 @pytest.fixture

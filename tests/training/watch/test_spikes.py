@@ -129,8 +129,7 @@ def run_spiky(workplace, tmp_path) -> StartSpiky:
 
 def warnings_of(outcome: TrainingOutcome) -> list[str]:
     """Return the lines on the console that begin with a warning of a step."""
-    text = "".join(log.read_text() for log in sorted(outcome.folder.glob("*.log")))
-    return re.findall(r"^(?:\[rank\d\]: ?)?warning: (iteration .* is off.*)$", text, re.MULTILINE)
+    return re.findall(r"^(?:\[rank\d\]: ?)?warning: (iteration .* is off.*)$", outcome.output, re.MULTILINE)
 
 
 def differences(outcome: TrainingOutcome, reference: TrainingOutcome) -> set[int]:
