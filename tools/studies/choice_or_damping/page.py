@@ -121,13 +121,19 @@ def second_choices_table(study: Study, measures: Sequence[Measures]) -> str:
 
 def changing_table(measures: Sequence[Measures]) -> str:
     """Return the table of the tokens that still change their expert, in per cent."""
-    rows = [["tokens that change their expert later", "runs", *(f"after {share:.0%}" for share in SHARES_OF_TRAINING)]]
+    rows = [
+        [
+            "tokens that change their expert later",
+            "runs",
+            *(f"after {100 * share:.0f} %" for share in SHARES_OF_TRAINING),
+        ]
+    ]
     for arm in ARMS_WITH_CHOICE:
         series = [each.changing for each in of_arm(measures, arm) if each.changing]
         for column, tokens in ((1, "all"), (2, "frequent ids")):
             if series:
                 after = [[changing_after(each, share)[column] for share in SHARES_OF_TRAINING] for each in series]
-                cells = (f"{share:.1%}" for share in np.mean(after, axis=0))
+                cells = (f"{100 * share:.1f} %" for share in np.mean(after, axis=0))
                 rows.append([f"{title(CONFIRMATION, arm)}, {tokens}", len(series), *cells])
     return table(rows)
 
