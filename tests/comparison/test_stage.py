@@ -2,11 +2,10 @@
 
 import io
 import os
+import re
 import signal
 import subprocess
 import sys
-import threading
-import time
 from dataclasses import replace
 
 import psutil
@@ -132,38 +131,43 @@ def test_a_signal_says_that_the_stage_ends_first(folder, number, capsys):
     assert folder.log("count").read_text() == "ready\nsaved\n"
 
 
-STAYS = """
-import signal, time
-signal.signal(signal.SIGTERM, signal.SIG_IGN)
-print('ready', flush=True)
-time.sleep(600)
+TWO_RUNS = """
+import sys, time
+from pathlib import Path
+from maskmoe.comparison.stage import Stage, StageFolder, stopping_in_order
+
+PROGRAM = "import signal, time; signal.signal(signal.SIGTERM, signal.SIG_IGN); print('ready', flush=True)"
+
+def states(name):
+    stage = Stage(name, (sys.executable, "-c", PROGRAM + "; time.sleep(600)"), ())
+    for state in StageFolder(Path(sys.argv[1])).finish([stage]):
+        yield f"{name}: {state}"
+
+works = [states("a"), states("b")]
+with stopping_in_order():
+    try:
+        while True:
+            print(*map(next, works), flush=True)
+            time.sleep(0.05)
+    finally:
+        for work in works:
+            work.close()
 """
 
 
-def test_a_second_signal_kills_the_stages_of_all_runs(folder):
+def test_a_second_signal_kills_the_stages_of_all_runs(tmp_path):
     """Python drops exceptions that are raised while it closes an iterator of an iterator."""
-
-    def states(name):
-        for state in folder.finish([stage(folder, name, STAYS)]):
-            yield f"{name}: {state}"
-
-    works = [states("a"), states("b")]
-    for work in works:
-        wait_until(lambda work=work: "ready" in next(work))
-
-    def stop_twice():
-        threading.Timer(0.5, os.kill, (os.getpid(), signal.SIGINT)).start()
-        try:
-            signal.raise_signal(signal.SIGINT)
-        finally:
-            for work in works:
-                work.close()
-
-    start = time.monotonic()
-    with pytest.raises(SystemExit), stopping_in_order():
-        stop_twice()
-    assert time.monotonic() - start < 30
-    assert not psutil.Process().children()
+    log = tmp_path / "log"
+    command = [sys.executable, "-c", TWO_RUNS, tmp_path / "run"]
+    with open(log, "w") as output, subprocess.Popen(command, stdout=output, stderr=output) as process:
+        wait_until(lambda: re.search("ready .*ready", log.read_text()), has_ended=lambda: process.poll() is not None)
+        children = psutil.Process(process.pid).children(recursive=True)
+        process.send_signal(signal.SIGINT)
+        wait_until(lambda: "stopping: " in log.read_text())
+        process.send_signal(signal.SIGINT)
+        assert process.wait(60) == 128 + signal.SIGINT
+    assert not any(child.is_running() for child in children)
+    assert "Traceback" not in log.read_text()
 
 
 def test_a_stage_has_time_to_end_in_order(folder):

@@ -22,7 +22,7 @@ from maskmoe.errors import UserError
 from maskmoe.processes.folder_lock import LOCK_NAME, locked_folder
 from maskmoe.training import trainer
 from maskmoe.training.inference import evaluation
-from maskmoe.training.watch import writers
+from maskmoe.training.settings import refused_settings
 
 SECOND_RANK_LACKS_DATA = """
 import os, runpy, sys
@@ -70,7 +70,7 @@ def refuse(run_folder, workplace, monkeypatch, files_and_times) -> Refuse:
     wandb = types.ModuleType("wandb")
     wandb.init = lambda **_: (run_folder / "wandb of a refused run").touch()
     monkeypatch.setitem(sys.modules, "wandb", wandb)
-    monkeypatch.setattr(writers, "find_spec", lambda name: object())
+    monkeypatch.setattr(refused_settings, "find_spec", lambda name: object())
 
     def refuse(flags: str, main: Callable[[], None] = trainer.main) -> str:
         if main is trainer.main:
