@@ -149,7 +149,7 @@ def train(model: torch.nn.Module) -> None:
     """Train a model for 20 steps on two batches, so that it begins to remember them."""
     take_metrics()  # Megatron-Core sizes its records of router losses by the first model of a process.
     MTPLossLoggingHelper.tracker.clear()
-    MoEAuxLossAutoScaler.set_loss_scale(torch.ones(1, device=DEVICE))
+    MoEAuxLossAutoScaler.set_loss_scale(torch.ones((), device=DEVICE))
     optimizer = torch.optim.Adam(model.parameters(), lr=1e-2)
     losses = []
     for step in range(20):
