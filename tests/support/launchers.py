@@ -61,12 +61,17 @@ class Outcome:
     @property
     def output(self) -> str:
         """All output of all ranks, on stdout and stderr."""
-        return "".join(log.read_text() for log in sorted(self.folder.glob("*.log")))
+        return read_logs(self.folder)
 
     def report(self) -> str:
         """Return the exit codes and the end of every log, for the message of a failing test."""
         logs = sorted(self.folder.glob("*.log"))
         return f"exit codes {self.exit_codes}\n" + "\n".join(f"{log.name}: {log.read_text()[-4000:]}" for log in logs)
+
+
+def read_logs(folder: Path) -> str:
+    """Return the text of all logs in a folder."""
+    return "".join(log.read_text() for log in sorted(folder.glob("*.log")))
 
 
 class Rendezvous:
@@ -217,7 +222,7 @@ class RankProcesses(Processes):
     @property
     def output(self) -> str:
         """All output so far."""
-        return self.outcome().output
+        return read_logs(self.folder)
 
     def report(self) -> str:
         """Return exit codes and the ends of all logs."""

@@ -121,13 +121,8 @@ def second_choices_table(study: Study, measures: Sequence[Measures]) -> str:
 
 def changing_table(measures: Sequence[Measures]) -> str:
     """Return the table of the tokens that still change their expert, in per cent."""
-    rows = [
-        [
-            "tokens that change their expert later",
-            "runs",
-            *(f"after {100 * share:.0f} %" for share in SHARES_OF_TRAINING),
-        ]
-    ]
+    times = (f"after {100 * share:.0f} %" for share in SHARES_OF_TRAINING)
+    rows = [["tokens that change their expert later", "runs", *times]]
     for arm in ARMS_WITH_CHOICE:
         series = [each.changing for each in of_arm(measures, arm) if each.changing]
         for column, tokens in ((1, "all"), (2, "frequent ids")):
