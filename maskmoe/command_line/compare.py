@@ -12,6 +12,7 @@ from collections.abc import Sequence
 from contextlib import nullcontext
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 from maskmoe.command_line import build_routing_mask, ranges
 from maskmoe.command_line.parser import Parser, add_option
@@ -21,11 +22,10 @@ from maskmoe.comparison.data import Dataset
 from maskmoe.comparison.run import Run
 from maskmoe.comparison.slurm import submission, submit
 from maskmoe.comparison.stage import POLL_SECONDS, StageFolder, StatusLine, stopping_in_order
-from maskmoe.comparison.suite import Suite
+from maskmoe.comparison.suite import PATHS, DataSection, Suite, absolute, check_text_name
 from maskmoe.comparison.table import read_table
-from maskmoe.data.indexed_dataset import idx_path
 from maskmoe.errors import UserError
-from maskmoe.files.paths import RUNS, shipped_file, short_path
+from maskmoe.files.paths import RUNS, SUBMIT_SCRIPT, shipped_file, short_path
 from maskmoe.launch.machine import find_devices
 from maskmoe.processes.folder_lock import locked_folder
 
@@ -48,7 +48,7 @@ def parse_arguments(arguments: Sequence[str]) -> argparse.Namespace:
     merged = "tables of other machines, whose results are added to the table first"
     add_option(pieces, "--merge FILE", merged, Path, nargs="+")
     add_option(pieces, "--only PATTERN", "finish only runs whose variant or name matches a shell pattern", nargs="+")
-    add_option(pieces, "--seeds N", "finish only these seeds", ranges.SEED, nargs="+")
+    add_option(pieces, "--seeds N", "finish only these seeds", ranges.RUN_SEED, nargs="+")
     data = parser.add_argument_group("data, which replace the suite's data")
     add_option(data, "--input FILE", "text files: JSON lines or plain text", nargs="+")
     add_option(
@@ -74,7 +74,21 @@ def _named_file(word: str) -> tuple[str, str]:
     name, equals, path = word.partition("=")
     if not (name and equals and path):
         raise argparse.ArgumentTypeError(f"must be NAME=FILE, not {word!r}")
-    return name, path
+    try:
+        return check_text_name(name), path
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(f"must be NAME=FILE: {error}") from error
+
+
+def _given_data(options: argparse.Namespace) -> dict[str, Any]:
+    """Return the keys of the suite's section `data` that the command line replaces, with absolute paths."""
+    given = {key: value for key in DataSection.model_fields if (value := getattr(options, key, None))}
+    for key, kind in {"input": tuple, "data_path": tuple, "held_out": dict, "vocab_size": str}.items():
+        if key in given:
+            given[key] = kind(given[key])
+    if len(given.get("held_out", ())) < len(options.held_out or ()):
+        raise UserError("--held-out has two texts of one name")
+    return given | {key: absolute(given[key], Path.cwd()) for key in PATHS if key in given}
 
 
 def open_comparison(options: argparse.Namespace) -> Comparison:
@@ -84,18 +98,13 @@ def open_comparison(options: argparse.Namespace) -> Comparison:
         UserError: The suite or its data cannot be used.
     """
     suite, name = Suite.read(options.suite, os.environ), options.suite.stem
-    section = suite.data
-    given = {key: getattr(options, key) for key in type(section).model_fields if getattr(options, key, None)}
+    given = _given_data(options)
     if "input" in given:
         if "data_path" in given:
             raise UserError("--input and --data-path exclude each other: the dataset exists, or is made from text")
         given["data_path"] = ()  # of the suite
-    for key in ("input", "data_path", "held_out"):
-        if key in given:
-            given[key] = dict(given[key]) if key == "held_out" else tuple(given[key])
-    section = section.model_copy(update={key: str(of) if key == "vocab_size" else of for key, of in given.items()})
     folder = (options.run_dir or RUNS / "suites" / name).absolute()
-    data = Dataset.of(section, folder / "data", suite.seq_length)
+    data = Dataset.of(suite.data.model_copy(update=given), folder / "data", suite.seq_length)
     table = (options.table or folder / "results.jsonl").absolute()
     comparison = Comparison(suite, name, folder, table, data, find_devices())
     for run in comparison.runs:
@@ -123,6 +132,8 @@ def main() -> None:
     options = parse_arguments(arguments)
     if not options.slurm and (options.dry_run or slurm_words):
         raise UserError(f"{'--dry-run' if options.dry_run else 'options after `--`'}: only together with --slurm")
+    if options.slurm and not SUBMIT_SCRIPT.exists():
+        raise UserError("--slurm needs a checkout of the repository: start launch/compare.sh there")
     comparison, line = open_comparison(options), StatusLine(sys.stdout)
     runs = comparison.selected(options.only or (), options.seeds or ())
     if options.merge:
@@ -144,7 +155,7 @@ def main() -> None:
             comparison.data.check()  # before anything is written
             lock = nullcontext() if options.dry_run else locked_folder(comparison.folder, "--run-dir")
             with lock, stopping_in_order():
-                unfinished = _finish(comparison, runs, options, arguments, slurm_words, line)
+                unfinished = _finish(comparison, runs, options, slurm_words, line)
             if unfinished:
                 return
         line.print(f"report: {short_path(comparison.report(options.output))}")
@@ -154,24 +165,22 @@ def _finish(
     comparison: Comparison,
     runs: Sequence[Run],
     options: argparse.Namespace,
-    arguments: Sequence[str],
     slurm_words: Sequence[str],
     line: StatusLine,
 ) -> bool:
     """Finish the unfinished runs, here or in Slurm; return whether Slurm's jobs are still to finish them."""
     if not options.dry_run:
         comparison.make_data(line)
-    finished = comparison.results()
-    waiting = [run for run in runs if run.title not in finished]
+    waiting = comparison.unfinished(runs)
+    if options.slurm and not waiting:
+        line.print("all runs are finished")
+        return options.dry_run
     if not options.slurm:
         comparison.check(waiting, line)
         default = 1 if comparison.devices.num_gpus else comparison.devices.num_cores
         comparison.finish_all(waiting, options.jobs or default, line)
         return False
-    # The jobs may run in another folder.
-    words = (_with_absolute_path(word) for word in arguments if word not in ("--slurm", "--dry-run"))
-    own = [*words, "--run-dir", str(comparison.folder)]
-    command = submission(comparison, waiting, own, slurm_words, options.jobs)
+    command = submission(comparison, waiting, _job_arguments(options, comparison), slurm_words, options.jobs)
     if options.dry_run:
         print(" ".join(command))
         return True
@@ -185,11 +194,13 @@ def _finish(
     return True
 
 
-def _with_absolute_path(word: str) -> str:
-    """Return a word of the command line with its path, such as `F`, `NAME=F` or a dataset's prefix, made absolute."""
-    start, equals, path = word.rpartition("=")
-    is_path = Path(path).exists() or idx_path(path).exists()
-    return f"{start}{equals}{Path(path).absolute()}" if is_path else word
+def _job_arguments(options: argparse.Namespace, comparison: Comparison) -> list[str]:
+    """Return the arguments by which a job opens the comparison, with absolute paths: it may run in another folder."""
+    words = [str(options.suite.absolute()), "--run-dir", str(comparison.folder)]
+    for key, value in _given_data(options).items():
+        values = [f"{name}={path}" for name, path in value.items()] if isinstance(value, dict) else value
+        words += [f"--{key.replace('_', '-')}", *((values,) if isinstance(values, str) else values)]
+    return words
 
 
 def _finish_one(comparison: Comparison, folder: Path, line: StatusLine) -> None:

@@ -71,7 +71,7 @@ def parse_settings(arguments: Sequence[str] | None = None) -> Settings:
     add(training, "--global-batch-size", ranges.BATCH_SIZE, "number of samples in an iteration")
     add(training, "--train-iters", ranges.ITERATIONS, "number of iterations")
     add(training, "--lr", ranges.LEARNING_RATE, "largest learning rate", "X")
-    add(training, "--seed", ranges.SEED, "seed of the initial weights and of the order of the data")
+    add(training, "--seed", ranges.RUN_SEED, "seed of the initial weights and of the order of the data")
     training.add_argument("--prompt", metavar="TEXT", help="start of the sample (default: the start of the text)")
     options = parser.parse_args(arguments)
     return Settings(**{field.name: getattr(options, field.name) for field in fields(Settings)})

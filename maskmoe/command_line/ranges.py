@@ -118,6 +118,7 @@ NODE_TIMEOUT = WholeNumber(10, 1 << 20)  # five signs of life
 
 # Other numbers.
 SEED = WholeNumber(0, (1 << 32) - 1)  # the seeds of NumPy
+RUN_SEED = WholeNumber(1, SEED.most)  # Megatron's training refuses 0
 SHARE = Number(0, 1)
 CHARACTER_COVERAGE = Number(0.98, 1)  # the range of SentencePiece
 TEMPERATURE = Number(0, 1e6)

@@ -94,18 +94,26 @@ class Comparison:
                 found[run.title] = results[0].model_copy(update={"suite": self.name, "variant": run.name})
         return found
 
+    def unfinished(self, runs: Iterable[Run]) -> list[Run]:
+        """Return the runs without a result, one for each settings and seed: equal runs share their result."""
+        finished = self.results()
+        waiting = {(run.seed, *run.settings.items()): run for run in runs if run.title not in finished}
+        return [*waiting.values()]
+
     def make_data(self, line: StatusLine) -> None:
         """Make the dataset and its token counts, unless they exist."""
         StageFolder(self.data.folder).run(tuple(self.data.stages()), line)
 
-    def check(self, runs: Iterable[Run], line: StatusLine) -> None:
-        """Check the settings of each variant before any of them trains.
+    def check(self, runs: Sequence[Run], line: StatusLine) -> None:
+        """Check the settings of each variant before any of them trains; the sizes are compared with finished runs, too.
 
         Raises:
             UserError: Settings are refused, or variants have different numbers of active parameters.
         """
         active: dict[str, dict[str, int]] = {}
-        for run in {run.name: run for run in runs}.values():
+        settings, finished = {run.variant.setting for run in runs}, self.results()
+        compared = [run for run in self.runs if run.title in finished and run.variant.setting in settings]
+        for run in {run.name: run for run in (*compared, *runs)}.values():
             run.prepare()
             stage, folder = run.check_stage(), StageFolder(run.folder)
             folder.run((*run.stages_before_training(), stage), line)
@@ -131,6 +139,10 @@ class Comparison:
             yield f"{run.title}: {state}"
         write_table(run.folder / _RESULT, [RunResult.of(self.name, run)])
 
+    def _finish_and_add(self, run: Run) -> Generator[str]:
+        yield from self.finish(run)
+        self.add(read_table(run.folder / _RESULT))
+
     def collect(self) -> None:
         """Add the results in the folders of runs to the table."""
         self.add(result for run in self.runs for result in read_table(run.folder / _RESULT))
@@ -155,14 +167,13 @@ class Comparison:
             while waiting or active:
                 while waiting and len(active) < jobs:
                     run = waiting.pop(0)
-                    active[run.title] = self.finish(run)
+                    active[run.title] = self._finish_and_add(run)
                 for title, work in [*active.items()]:
                     try:
                         states[title] = next(work)
                         continue
                     except StopIteration:
                         verdict = "done"
-                        self.collect()
                     except (UserError, RunFailure) as error:
                         verdict = "FAILED"
                         failed.append(f"{title}: {error}")

@@ -95,7 +95,9 @@ def _tables(
 
 
 def _table(rows: Sequence[Sequence[str]]) -> str:
-    return markdown_table("\n".join(" | ".join(row) for row in rows))
+    # Titles of a suite may have bars and line ends.
+    escaped = ([" ".join(cell.split()).replace("|", r"\|") for cell in row] for row in rows)
+    return markdown_table("\n".join(" | ".join(row) for row in escaped))
 
 
 def _by_seed(results: Sequence[RunResult], text: str, band: str) -> dict[int, float]:

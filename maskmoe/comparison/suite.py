@@ -18,6 +18,7 @@ from pydantic import (
     Field,
     NonNegativeInt,
     PlainValidator,
+    PositiveInt,
     ValidationError,
     ValidationInfo,
 )
@@ -38,6 +39,11 @@ _FLAGS_BESIDE_PRESET = {"seed", "shared-table", "expert-model-parallel-size"}
 _MERGED_KEYS = {"flags", "expert-flags", "mask"}
 _MASK_PREFIX = "mask."
 
+_NAMES_OF_STAGES = {"corpus", "dataset", "frequency", "held-out", "tokenizer", "training"}
+
+PATHS = ("input", "data_path", "tokenizer_model", "held_out")
+"""The keys of the section `data` that hold paths."""
+
 REQUIRED = "required"
 """The value of `input` in a suite that leaves the text to the command line."""
 
@@ -50,6 +56,13 @@ def _check_name(name: str) -> str:
     if not _NAME.fullmatch(name):
         raise ValueError("a name consists of letters, digits and . _ + -, because it names a folder")
     return name
+
+
+def check_text_name(name: str) -> str:
+    """Return the name of a held-out text. Raises ValueError if it names no folder, or a file that every run has."""
+    if name in _NAMES_OF_STAGES:
+        raise ValueError(f"the name {name} is taken: give the held-out text another name")
+    return _check_name(name)
 
 
 def _check_seeds(seeds: tuple[int, ...]) -> tuple[int, ...]:
@@ -73,7 +86,8 @@ def _parse[T](parse: Callable[[object, str, Mapping[str, str]], T], content: obj
 
 type Words = Annotated[tuple[str, ...], BeforeValidator(_to_list)]
 Name = Annotated[str, AfterValidator(_check_name)]
-Seeds = Annotated[tuple[NonNegativeInt, ...], BeforeValidator(_to_list), AfterValidator(_check_seeds)]
+TextName = Annotated[str, AfterValidator(check_text_name)]
+Seeds = Annotated[tuple[PositiveInt, ...], BeforeValidator(_to_list), AfterValidator(_check_seeds)]
 FlagSection = Annotated[Flags, PlainValidator(partial(_parse, parse_flags))]
 LayoutSection = Annotated[Mapping[int, Flags], PlainValidator(partial(_parse, parse_layouts))]
 
@@ -133,7 +147,7 @@ class DataSection(_Section):
 
     vocab_size: str = ""
     input: Words = ()
-    held_out: dict[Name, str] = {}
+    held_out: dict[TextName, str] = {}
     data_path: Words = ()
     split: str = ""
     tokenizer_type: str = "SentencePieceTokenizer"
@@ -210,8 +224,8 @@ class Suite(_Section):
         if unknown := [name for name in self.baselines if name not in self.variants]:
             raise ValueError(f"baselines: {', '.join(unknown)} is not a variant of the suite")
         data = self.data.model_dump()
-        for key in ("input", "data_path", "tokenizer_model", "held_out"):
-            data[key] = _absolute(data[key], path.parent)
+        for key in PATHS:
+            data[key] = absolute(data[key], path.parent.resolve())
         update = {"title": self.title or path.stem, "variants": variants, "data": DataSection.model_construct(**data)}
         return self.model_copy(update=update)
 
@@ -222,7 +236,7 @@ class Suite(_Section):
 
         A setting changes flags of experts and masks only of variants that have them.
         """
-        own = {flag: (value,) for flag, value in setting.items()}
+        own = {flag: () if value == "true" else (value,) for flag, value in setting.items()}
         of_mask = {flag.removeprefix(_MASK_PREFIX): own.pop(flag) for flag in [*own] if flag.startswith(_MASK_PREFIX)}
         if not section.has_experts:
             own = {flag: words for flag, words in own.items() if flag not in self.expert_flags}
@@ -242,6 +256,8 @@ class Suite(_Section):
             )
         if decided := sorted(_DECIDED_FLAGS & flags.keys()):
             raise ValueError(f"variant {name}: {', '.join(decided)} is decided by the comparison; leave the flag out")
+        if "program" in flags:
+            raise ValueError(f"variant {name}: write `program` as a key of the variant, not among its flags")
         if self.min_lr_ratio and flags.get("lr"):
             flags["min-lr"] = (f"{float(self.min_lr_ratio) * float(flags['lr'][0]):.6g}",)
         mask = section.mask
@@ -261,12 +277,12 @@ class Suite(_Section):
         return section.model_copy(update=update)
 
 
-def _absolute(paths: object, folder: Path) -> object:
-    """Return paths of a suite as absolute paths; words that are no paths, such as weights of a blend, are kept."""
+def absolute(paths: object, folder: Path) -> object:
+    """Return the paths of a key of `PATHS` as absolute paths. Words that are no paths, such as weights, are kept."""
     if isinstance(paths, dict):
-        return {name: _absolute(path, folder) for name, path in paths.items()}
+        return {name: absolute(path, folder) for name, path in paths.items()}
     if isinstance(paths, tuple):
-        return tuple(_absolute(path, folder) for path in paths)
+        return tuple(absolute(path, folder) for path in paths)
     is_path = paths and paths != REQUIRED and not str(paths).replace(".", "", 1).isdecimal()
     return str((folder / str(paths)).absolute()) if is_path else paths
 

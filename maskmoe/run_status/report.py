@@ -110,7 +110,8 @@ def draw_plot(curves: Mapping[str, Sequence["ScalarEvent"]]) -> str:
     colors = mpl.colormaps["viridis"](np.linspace(0, 0.85, len(curves)))
     for (tag, values), color in zip(curves.items(), colors, strict=True):
         marker = "o" if len(values) == 1 else None  # a line needs two points
-        drawn = values[:: -(-len(values) // _MOST_POINTS)] if values else values
+        every = max(1, -(-len(values) // _MOST_POINTS))
+        drawn = [*values[:-1:every], *values[-1:]]  # the newest value is always drawn
         steps, heights = [value.step for value in drawn], [value.value for value in drawn]
         axes.plot(steps, heights, color=color, linewidth=1, marker=marker, label=tag)
     axes.set_xlabel("iteration")

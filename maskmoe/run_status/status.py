@@ -127,7 +127,8 @@ class Progress:
             speed = fmean(sizes) * seq_length / seconds if sizes and seq_length is not None else None
         logged_loss = None if loss is None else loss.value
         return cls(
-            iteration=None if loss is None else loss.step,
+            # The losses of training may be logged more rarely than the iterations.
+            iteration=max((newest.step for newest in (loss, held_out) if newest is not None), default=None),
             total=arguments.number("train_iters"),
             loss=printed_loss if isinstance(printed_loss, float) else logged_loss,
             held_out_iteration=None if held_out is None else held_out.step,
@@ -210,7 +211,7 @@ def read_liveness(
         return found("ended", newest.text)
     if lock is not None:
         return found("lost", f"{_name(lock)} has left its lock behind and is gone")
-    if is_open and lock_folder is None:
+    if is_open:
         return found("lost", "its journal has no end, but it has written nothing for a while")
     if lock_folder is not None:
         return found("ended", "no process holds the lock")

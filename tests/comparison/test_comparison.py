@@ -5,6 +5,7 @@ import re
 import signal
 import subprocess
 import sys
+from dataclasses import replace
 
 import psutil
 import pytest
@@ -18,10 +19,11 @@ from maskmoe.command_line.compare import main, open_comparison, parse_arguments
 from maskmoe.comparison.comparison import Comparison
 from maskmoe.comparison.data import Dataset
 from maskmoe.comparison.run import Run
-from maskmoe.comparison.stage import StageFolder
+from maskmoe.comparison.stage import StageFolder, StatusLine
 from maskmoe.comparison.suite import Suite
 from maskmoe.comparison.table import read_table
 from maskmoe.errors import UserError
+from maskmoe.files.outputs import write_text
 from maskmoe.launch.machine import Devices
 from maskmoe.processes.folder_lock import locked_folder
 
@@ -68,6 +70,34 @@ def test_an_equal_run_of_another_suite_counts(comparison):
     assert comparison.results()["smoe.seed-1"].variant == "smoe"
 
 
+def test_equal_runs_are_trained_once(comparison, suite_file):
+    """A dense variant has no experts whose number could vary."""
+    vary = "vary: {num-experts: [4, 8]}\ndata:"
+    suite = Suite.read(suite_file(replace={"data:": vary}), {})
+    comparison = replace(comparison, suite=suite)
+    dense = comparison.selected(["dense.*"], [1])
+    (waiting,) = comparison.unfinished(dense)
+    comparison.add([finished(comparison, waiting.title, 3.0)])
+    assert comparison.unfinished(dense) == []
+    assert {run.title for run in dense} <= comparison.results().keys()
+
+
+def test_sizes_are_compared_with_those_of_finished_runs(comparison, monkeypatch):
+    """The checks of the settings are replaced by a number of parameters for each variant."""
+
+    def report(folder, stages, line):
+        (run,) = [run for run in comparison.runs if run.folder == folder.path]
+        active = 100 if run.name == "smoe" else 200
+        write_text(run.check_report, json.dumps({"parameters": {"active": active, "total": 1000}}))
+
+    monkeypatch.setattr(StageFolder, "run", report)
+    monkeypatch.setattr(Run, "prepare", lambda run: run.folder.mkdir(parents=True, exist_ok=True))
+    comparison.add([finished(comparison, "smoe.seed-1", 3.0)])
+    comparison.check([], StatusLine(sys.stdout))
+    with pytest.raises(UserError, match="smoe has 100 active parameters and dense has 200"):
+        comparison.check(comparison.selected(["dense"], []), StatusLine(sys.stdout))
+
+
 def test_runs_are_selected_by_patterns_and_seeds(comparison):
     titles = [run.title for run in comparison.selected(["maskmoe*"], [2])]
     assert titles == ["maskmoe-uniform.seed-2", "maskmoe.seed-2"]
@@ -101,6 +131,28 @@ def test_text_files_replace_the_dataset_of_a_suite(suite_file, texts):
     assert (data.text, data.existing) == ((texts[0],), {})
     with pytest.raises(UserError, match="--input and --data-path exclude each other"):
         open_comparison(parse_arguments([*words, "--data-path", "mine"]))
+
+
+def test_relative_paths_of_the_command_line_are_those_of_its_folder(suite_file, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    words = [str(suite_file()), "--data-path", "0.5", "mine", "--split", "9,1,0", "--tokenizer-model", "t.model"]
+    data = open_comparison(parse_arguments([*words, "--held-out", "a=a.txt"])).data
+    assert data.existing["data-path"] == ("0.5", str(tmp_path / "mine"))
+    assert data.existing["tokenizer-model"] == (str(tmp_path / "t.model"),)
+    assert data.held_out == {"a": tmp_path / "a.txt"}
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["dataset=F"], "--held-out must be NAME=FILE: the name dataset is taken"),
+        (["../data=F"], "--held-out must be NAME=FILE: a name consists of letters"),
+        (["a=F", "a=G"], "--held-out has two texts of one name"),
+    ],
+)
+def test_names_of_held_out_texts_are_checked(suite_file, words, message):
+    with pytest.raises(UserError, match=message):
+        open_comparison(parse_arguments([str(suite_file()), "--held-out", *words]))
 
 
 def test_local_training_after_a_job_of_slurm_resumes(comparison, monkeypatch):

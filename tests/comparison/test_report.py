@@ -35,6 +35,12 @@ def test_page_has_the_tables(suite, tmp_path):
     assert difference.endswith("| 0.250 |")  # 2 of 8 sign flips
 
 
+def test_titles_cannot_break_a_table(suite_file, tmp_path):
+    suite = Suite.read(suite_file(replace={"{mask: {preset: smoe}}": '{title: "k | 1\\n", mask: {preset: smoe}}'}), {})
+    page = write_report(suite, "small", [result("smoe", 1, 3.5)], tmp_path).read_text()
+    assert "| k \\| 1 |" in page
+
+
 @pytest.mark.parametrize("num_results", [0, 1])
 def test_unfinished_suites_have_a_page_too(suite, tmp_path, num_results):
     results = [result("smoe", 1, 3.5)][:num_results]

@@ -62,12 +62,29 @@ def test_folders_of_programs_and_of_the_suite_are_mounted(comparison, suite_file
 
 
 def test_jobs_get_absolute_paths(suite_file, texts, tmp_path, monkeypatch):
+    """A file with the name of a variant changes nothing."""
     monkeypatch.chdir(tmp_path)
-    words = [suite_file().name, f"--input={texts[0].name}", "--held-out", f"a={texts[1].name}", "--seeds", "1"]
-    outcome = run_command("compare", *words, "--slurm", "--dry-run")
-    own = f"{tmp_path}/small.yaml --input={texts[0]} --held-out a={texts[1]} --seeds 1"
-    assert f"launch/compare.sh {own} --run-dir {tmp_path}/runs/suites/small --run " in outcome.output
+    (tmp_path / "maskmoe").touch()
+    words = [suite_file().name, f"--input={texts[0].name}", "--held-out", f"a={texts[1].name}", "--vocab-size", "400"]
+    outcome = run_command("compare", *words, "--only", "maskmoe", "--seeds", "1", "--slurm", "--dry-run")
+    own = f"{tmp_path}/small.yaml --run-dir {tmp_path}/runs/suites/small"
+    data = f"--vocab-size 400 --input {texts[0]} --held-out a={texts[1]}"
+    assert f"launch/compare.sh {own} {data} --run " in outcome.output
+    assert "--array=1-1 " in outcome.output
     assert not (tmp_path / "runs").exists()
+
+
+def test_a_dry_run_of_a_finished_suite_submits_nothing(comparison, suite_file, monkeypatch):
+    monkeypatch.setattr(Comparison, "unfinished", lambda comparison, runs: [])
+    outcome = run_command("compare", suite_file(), "--run-dir", comparison.folder, "--slurm", "--dry-run")
+    assert outcome.output == "all runs are finished\n"
+    assert not comparison.folder.exists()
+
+
+def test_an_installed_package_cannot_submit(suite_file, monkeypatch, tmp_path):
+    monkeypatch.setattr("maskmoe.command_line.compare.SUBMIT_SCRIPT", tmp_path / "submit.sh")
+    outcome = run_command("compare", suite_file(), "--slurm")
+    outcome.assert_refused("--slurm needs a checkout of the repository: start launch/compare.sh there")
 
 
 def test_a_second_array_is_refused_while_the_first_is_queued(comparison, slurm):

@@ -36,10 +36,12 @@ def test_preset_takes_only_the_common_flags_that_it_does_not_decide(suite_file):
 
 
 def test_vary_makes_a_variant_of_each_combination(suite_file):
-    vary = "vary: {lr: [1e-2, 2e-2], mask.frequent-mass: [0.2, 0.8], num-experts: 8}\ndata:"
+    vary = "vary: {lr: [1e-2, 2e-2], mask.frequent-mass: [0.2, 0.8], num-experts: 8, swiglu: [true, false]}\ndata:"
     suite = Suite.read(suite_file(replace={"data:": vary}), {})
-    assert len(suite.variants) == 5 * 4
-    variant = suite.variants["maskmoe.lr-2e-2.frequent-mass-0.8.num-experts-8"]
+    assert len(suite.variants) == 5 * 8
+    assert "swiglu" not in suite.variants["maskmoe.lr-2e-2.frequent-mass-0.8.num-experts-8.swiglu-false"].flags
+    variant = suite.variants["maskmoe.lr-2e-2.frequent-mass-0.8.num-experts-8.swiglu-true"]
+    assert variant.flags["swiglu"] == ()
     assert (variant.flags["lr"], variant.flags["min-lr"], variant.flags["num-experts"]) == (
         ("2e-2",),
         ("0.002",),
@@ -47,8 +49,8 @@ def test_vary_makes_a_variant_of_each_combination(suite_file):
     )
     assert variant.mask["frequent-mass"] == ("0.8",)
     # A preset decides its mask, and a dense model has no experts.
-    assert suite.variants["smoe.lr-1e-2.frequent-mass-0.8.num-experts-8"].mask == {"preset": ("smoe",)}
-    assert "num-experts" not in suite.variants["dense.lr-1e-2.frequent-mass-0.2.num-experts-8"].flags
+    assert suite.variants["smoe.lr-1e-2.frequent-mass-0.8.num-experts-8.swiglu-true"].mask == {"preset": ("smoe",)}
+    assert "num-experts" not in suite.variants["dense.lr-1e-2.frequent-mass-0.2.num-experts-8.swiglu-true"].flags
 
 
 def test_a_suite_extends_another_one(suite_file, tmp_path):
@@ -90,7 +92,9 @@ def test_paths_are_relative_to_the_suite(suite_file, tmp_path):
         ("variants:", "variant:", "variants: is missing"),
         ("maskmoe: {mask: {}}", "maskmoe: {title: MaskMoE}", "variants.maskmoe.mask: is missing"),
         ("seeds: [1, 2]", "seeds: [1, 1]", "seeds must be different"),
-        ("seeds: [1, 2]", "seeds: [-1]", "seeds.0: should be greater than or equal to 0"),
+        ("seeds: [1, 2]", "seeds: [-1]", "seeds.0: should be greater than 0"),
+        ("{vocab-size: 300}", "{vocab-size: 300, held-out: {training: a.txt}}", "the name training is taken"),
+        ("lr: 1e-2", "program: own.py", "variant dense: write `program` as a key of the variant"),
         ("baselines: [smoe, hash]", "baselines: [moe]", "moe is not a variant of the suite"),
         ("train-iters: 40, ", "", "has no train-iters"),
         ("train-iters: 40, ", "train-iters: ten, ", "variant .*: train-iters must be a whole number"),

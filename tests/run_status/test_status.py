@@ -190,6 +190,16 @@ def test_speed_is_that_of_the_newest_iterations_of_a_long_start(tmp_path):
     assert progress.tokens_per_second == pytest.approx(64 * 32 / 4.0)
 
 
+def test_iteration_is_that_of_the_newest_loss_of_any_text(tmp_path):
+    """With --tensorboard-log-interval 50, the last iterations have no loss of training."""
+    writer = SummaryWriter(tmp_path)
+    for tag, step in (("lm loss", 100), ("lm loss validation", 120)):
+        writer.add_scalar(tag, 1.0, step)
+    writer.close()
+    write_arguments(tmp_path)
+    assert read_status(tmp_path).progress.iteration == 120
+
+
 def test_last_loss_is_that_of_the_console(measure):
     """With a log interval above 1, Megatron prints a mean."""
     assert measure(loss=0.5).loss == 0.5
@@ -238,6 +248,8 @@ def test_running_killed_and_ended_runs(tmp_path):
     assert read_liveness(tmp_path, ended, time.time(), UNDER_WAY).reason == "rank 1 was ended by signal 9"
     with locked_folder(tmp_path):
         pass
+    killed = [*ended, entry(Kind.LAUNCHED, 5000)]
+    assert read_liveness(tmp_path, killed, time.time() - 5000, UNDER_WAY).state == "lost"
     assert read_liveness(tmp_path, [], time.time(), UNDER_WAY).state == "ended"
     assert read_liveness(tmp_path, [], time.time(), COMPLETE).state == "finished"
 
