@@ -61,6 +61,7 @@ CONTRADICTIONS = [
     ("compare", "split", "abc", "--split"),
     ("analyze", "split", "abc", "--split"),
     ("quickstart", "hidden_size", "33", "--hidden-size"),
+    ("quickstart", "seed", "0", "--seed"),
     ("mask", "frequent_visible_experts", "5", "2 to 4 of 4 experts, not 5"),
     ("mask widen", "frequent_visible_experts", "5", "2 to 4 of 4 experts, not 5"),
     ("simulate", "expert_model_parallel_size", "1", "at least 2 ranks"),
