@@ -1,6 +1,7 @@
 """`launch/pretrain.sh`: real runs of a smaller laptop model, undisturbed and disturbed."""
 
 import os
+import re
 import shlex
 import signal
 from collections.abc import Callable
@@ -8,6 +9,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 import pytest
+from support.documentation import DOCS, blocks
 from support.launch import Launch
 from support.paths import ROOT
 from support.report_pages import Page
@@ -16,6 +18,8 @@ from support.runs import free_port, make_laptop_data, read_losses
 from maskmoe.checkpoint.series import read_tracker
 from maskmoe.files.run_folder import Kind, read_journal
 from maskmoe.processes.interruption import EXIT_REQUEUE
+from maskmoe.run_status.report import render_text
+from maskmoe.run_status.status import read_status
 
 SCRIPT = ROOT / "launch" / "pretrain.sh"
 LAPTOP = ROOT / "launch" / "models" / "laptop.yaml"
@@ -129,6 +133,12 @@ def test_signalled_run_saves(stopped):
     assert_quiet(launch, f"stopped: saved iteration {saved} in {launch.checkpoints}; the same command resumes")
 
 
+def history(status: str) -> list[str]:
+    """Return the history in a status without the values that differ from run to run."""
+    varying = r"  \S+ \S+ |(?<=iteration )[1-9]\d*|\S+(?=/iter_)|(?<=iter_)\d+"
+    return re.sub(varying, "", status.partition("history\n")[2].partition("\n\n")[0]).splitlines()
+
+
 def test_same_command_resumes_a_stopped_run(stopped, start, undisturbed):
     with start("signalled") as again:
         assert again.wait() == 0, again.output[-4000:]
@@ -139,6 +149,8 @@ def test_same_command_resumes_a_stopped_run(stopped, start, undisturbed):
     page.assert_self_contained()
     for part in ("The run is finished", f"{ITERATIONS} of {ITERATIONS}", "the run stopped on request"):
         assert part in " ".join(page.text.split())
+    sample = next(block.text for block in blocks(DOCS / "tracking.md") if "maskmoe status" in block.text)
+    assert history(render_text(read_status(again.run_dir))) == history(sample)
     logs = sorted((again.run_dir / "logs" / "node0").glob("*/attempt_0/*/stdout.log"))
     assert len(logs) == 4
     assert all(log.stat().st_size for log in logs)
