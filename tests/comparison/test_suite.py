@@ -146,6 +146,15 @@ def test_shipped_routed_and_shared_experts_are_as_wide_as_the_dense_layer(shippe
             assert sum(widths) == int(dense), name
 
 
+@pytest.mark.parametrize("name", ["small", "large"])
+def test_shipped_rates_are_chosen_from_several_seeds_of_their_own(name):
+    suite, rates = (Suite.read(ROOT / "launch" / "suites" / f"{file}.yaml", {}) for file in (name, f"{name}-rates"))
+    used = {seed for variant in suite.variants.values() for seed in variant.seeds}
+    for variant in rates.variants.values():
+        assert len(variant.seeds) > 1
+        assert used.isdisjoint(variant.seeds)
+
+
 def test_shipped_fixed_routing_has_nothing_to_balance():
     for name in ("12l-768d-hash.yaml", "24l-1024d-hash.yaml"):
         model = ModelFile.read(ROOT / "launch" / "models" / name, {})
