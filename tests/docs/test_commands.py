@@ -5,6 +5,7 @@ import os
 import re
 import subprocess
 from functools import cache
+from itertools import pairwise
 from pathlib import Path
 
 import pytest
@@ -66,7 +67,7 @@ QUICK = {
     "check.md": "no errors found",
     "launching.md": "-m maskmoe.training.pretrain",
     "spikes.md": "--spike-action skip",
-    "hybrid.md": "iteration       20/      20",
+    "hybrid.md": "complete: 20 iterations, loss ",
     "slurm.md": "sbatch --output=",
     "containers.md": "podman run --rm",
     "comparing.md": "hash-balanced",
@@ -163,6 +164,13 @@ def test_flags_in_text_exist(page: Path) -> None:
     known |= {"--help-all"}  # which is added to Megatron's parser
     known |= flags_in(*(str(path.relative_to(ROOT)) for path in (ROOT / "launch").rglob("*.s*") if path.is_file()))
     assert set(FLAG.findall(prose(page))) - known == set()
+
+
+def test_pages_can_be_followed_in_one_folder() -> None:
+    """Commands refuse to replace a file unless `--force` is given."""
+    written = [words for block in BLOCKS for words in commands(block) if "--force" not in words]
+    outputs = [file for words in written for flag, file in pairwise(words) if flag == "--output"]
+    assert sorted(outputs) == sorted(set(outputs))
 
 
 @pytest.mark.parametrize(

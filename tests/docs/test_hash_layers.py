@@ -43,7 +43,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def test_commands_write_and_read_the_same_table(folder: Path) -> None:
-    mask, again = (RoutingMask.load(folder / name) for name in ("mask.safetensors", "again.safetensors"))
+    mask, again = (RoutingMask.load(folder / name) for name in ("hash-mask.safetensors", "again.safetensors"))
     assert mask.num_layers == 6
     for layer in range(6):
         assert np.array_equal(mask.visible_sets(layer), again.visible_sets(layer))
