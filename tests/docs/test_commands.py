@@ -24,6 +24,9 @@ from support.documentation import (
 )
 from support.paths import ROOT
 
+from maskmoe.training.inference.flags import add_evaluation_arguments
+from maskmoe.training.settings.flags import add_maskmoe_arguments, add_pretraining_arguments
+
 BLOCKS = [block for page in pages() for block in bash_blocks(page)]
 # Subcommands that take Megatron's flags, too.
 TAKE_MEGATRON_FLAGS = ("pretrain", "evaluate", "check")
@@ -164,6 +167,18 @@ def test_flags_in_text_exist(page: Path) -> None:
     known |= {"--help-all"}  # which is added to Megatron's parser
     known |= flags_in(*(str(path.relative_to(ROOT)) for path in (ROOT / "launch").rglob("*.s*") if path.is_file()))
     assert set(FLAG.findall(prose(page))) - known == set()
+
+
+def test_page_lists_all_defaults_that_differ_from_megatrons() -> None:
+    page = (DOCS / "megatron.md").read_text(encoding="utf-8")
+    listed = set(FLAG.findall(page.partition("## Defaults that differ")[2]))
+    stock = add_megatron_arguments(argparse.ArgumentParser(allow_abbrev=False))
+    for add_arguments in (add_pretraining_arguments, add_evaluation_arguments):
+        parser = add_megatron_arguments(argparse.ArgumentParser(allow_abbrev=False))
+        add_arguments(add_maskmoe_arguments(parser))
+        changed = [flag for flag in stock._actions if parser.get_default(flag.dest) != stock.get_default(flag.dest)]
+        names = {flag.option_strings[0] for flag in changed}
+        assert {name for name in names - listed if not name.endswith("-fusion")} == set()
 
 
 def test_pages_can_be_followed_in_one_folder() -> None:
