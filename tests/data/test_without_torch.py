@@ -9,6 +9,12 @@ import pytest
 
 PACKAGES = ("maskmoe.data", "maskmoe.routing_mask")
 HEAVY = ("torch", "megatron", "transformers", "matplotlib", "scipy")
+# The tools that docs/index.md names, and the packages that its short installation leaves out.
+TOOLS = (
+    *("make_corpus", "train_tokenizer", "preprocess_data", "count_token_frequency"),
+    *("build_routing_mask", "widen_routing_mask", "simulate_dispatch"),
+)
+NOT_INSTALLED = ("torch", "megatron", "transformers", "matplotlib", "psutil", "jinja2", "tensorboard", "pyarrow")
 
 
 def imported(modules: list[str], heavy: tuple[str, ...]) -> set[str]:
@@ -24,3 +30,7 @@ def test_packages_import_no_heavy_library(package: str) -> None:
     modules = [f"{package}.{module.name}" for module in pkgutil.iter_modules(folder)]
     assert len(modules) >= 5
     assert imported(modules, HEAVY) == set()
+
+
+def test_tools_of_the_short_installation_import_no_further_package() -> None:
+    assert imported([f"maskmoe.command_line.{tool}" for tool in TOOLS], NOT_INSTALLED) == set()
