@@ -31,6 +31,21 @@ from maskmoe.transformer.visible_experts import VisibleExperts
 _logger = logging.getLogger(__name__)
 
 
+class BaseModel(PackingModel, ChunkedCrossEntropyMixin):
+    """Mixin of all models: packed documents, a loss with less memory, and tied embeddings that can be saved."""
+
+    mtp_process: bool
+    output_layer: Any
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        if self.share_embeddings_and_output_weights and self.mtp_process and self.post_process:
+            # With tied embeddings, the output layer uses the weight of the embedding that multi-token prediction holds.
+            # On a later pipeline stage, Megatron-Core also allocates a weight in the output layer, which is never used
+            # and makes saving a checkpoint fail. The model classes have no argument to prevent the allocation.
+            self.output_layer.weight = None
+
+
 class RoutesByTokenId(torch.nn.Module):
     """Mixin for a Megatron-Core model whose MoE layers route by token id.
 
@@ -41,18 +56,10 @@ class RoutesByTokenId(torch.nn.Module):
     decoder: Any
     mtp: Any
     pg_collection: ProcessGroupCollection
-    share_embeddings_and_output_weights: bool
     mtp_process: bool
-    post_process: bool
-    output_layer: Any
 
     def set_routing_mask(self, visible_experts: VisibleExperts) -> None:
         """Register the model's routing mask, and prepare to plan dispatch if mask and settings allow plans."""
-        if self.share_embeddings_and_output_weights and self.mtp_process and self.post_process:
-            # With tied embeddings, the output layer uses the weight of the embedding that multi-token prediction holds.
-            # On a later pipeline stage, Megatron-Core also allocates a weight in the output layer, which is never used
-            # and makes saving a checkpoint fail. The model classes have no argument to prevent the allocation.
-            self.output_layer.weight = None
         self.routing_mask = visible_experts
         self._dispatch_planner: DispatchPlanner | None = None
         kind = choose_dispatch(self.config, self.pg_collection, visible_experts.is_rank_local)
@@ -113,11 +120,11 @@ def _giving(block: torch.nn.Module, arguments: dict[str, Tensor | None]) -> Remo
     return block.register_forward_pre_hook(give, with_kwargs=True)
 
 
-class DenseGPTModel(PackingModel, ChunkedCrossEntropyMixin, GPTModel):
+class DenseGPTModel(BaseModel, GPTModel):
     """`GPTModel` without experts, with packed documents and the loss of `MaskMoEGPTModel`."""
 
 
-class MaskMoEGPTModel(PackingModel, RoutesByTokenId, ChunkedCrossEntropyMixin, GPTModel):
+class MaskMoEGPTModel(BaseModel, RoutesByTokenId, GPTModel):
     """`GPTModel` whose MoE layers route by token id.
 
     Every pipeline stage must be given `input_ids`, also stages without an embedding. A padding mask, bool [batch,
@@ -148,11 +155,11 @@ class BaseHybridModel(HybridModel):
         wait_for_convolutions(self)
 
 
-class DenseHybridModel(PackingModel, ChunkedCrossEntropyMixin, BaseHybridModel):
+class DenseHybridModel(BaseModel, BaseHybridModel):
     """`HybridModel` without experts, with packed documents and the loss of `MaskMoEHybridModel`."""
 
 
-class MaskMoEHybridModel(PackingModel, RoutesByTokenId, ChunkedCrossEntropyMixin, BaseHybridModel):
+class MaskMoEHybridModel(BaseModel, RoutesByTokenId, BaseHybridModel):
     """`HybridModel` whose MoE layers route by token id.
 
     Every pipeline stage must be given `input_ids`, and can be given a padding mask, as for `MaskMoEGPTModel`. With

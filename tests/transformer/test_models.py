@@ -1,5 +1,7 @@
 """A hybrid model computes the same bits as the GPT model with the same weights."""
 
+from collections.abc import Callable
+
 import pytest
 import torch
 from support.hybrid_twins import NUM_EXPERTS, SEQUENCE, VOCAB_SIZE, Twins, copy_parameters
@@ -69,6 +71,17 @@ def test_twins_compute_the_same_bits(name: str) -> None:
     for name, parameter in hybrid.named_parameters():
         assert torch.equal(parameter.grad, theirs[names[name]].grad), name
     assert [r.number_in_model for r in routers_of(hybrid)] == [r.number_in_model for r in routers_of(gpt)]
+
+
+@pytest.mark.parametrize("pattern", ["*-*-/*-", "*E*E/*E"], ids=["dense", "experts"])
+@pytest.mark.parametrize("build", [Twins.gpt, Twins.hybrid])
+def test_last_stage_with_tied_embeddings_and_prediction_can_be_saved(
+    pattern: str, build: Callable[..., torch.nn.Module]
+) -> None:
+    stage = build(Twins(pattern, arguments={"share_embeddings_and_output_weights": True}), pre_process=False)
+    saved = stage.sharded_state_dict()
+    assert "embedding.word_embeddings.weight" in saved
+    assert "output_layer.weight" not in saved
 
 
 def test_mask_can_have_tables_for_moe_layers_only() -> None:
