@@ -1,7 +1,10 @@
 """The top-k router that chooses only among the visible experts of each token id."""
 
+from typing import Any
+
 import torch
 from megatron.core.process_groups_config import ProcessGroupCollection
+from megatron.core.transformer.moe.moe_logging import get_moe_metrics_tracker
 from megatron.core.transformer.moe.moe_utils import apply_biased_logits, apply_random_logits
 from megatron.core.transformer.moe.router import TopKRouter
 from megatron.core.transformer.transformer_config import TransformerConfig
@@ -170,6 +173,22 @@ class MaskMoERouter(TopKRouter):
         own_ids = _ids_of(hidden_states, token_ids)
         sums = _sum_for_losses(self.gating(hidden_states), own_ids, self._mask_table, self._rule(), losses)
         return attach_losses(self, activation, sums)
+
+    def attach_and_log_load_balancing_loss(
+        self, activation: Tensor, aux_loss_coeff: float, aux_loss: Tensor, aux_loss_name: str, *args: Any, **kwargs: Any
+    ) -> Tensor:
+        """Attach a loss and log it as the overridden method does, also if a depth of prediction has several layers.
+
+        The overridden method fails there: it makes a record for one feed-forward layer in each depth of multi-token
+        prediction. So make the record before.
+        """
+        tracker = get_moe_metrics_tracker()
+        if aux_loss_name not in tracker.metrics:
+            num_records = self.config.num_layers + len(self.visible_experts.layers.prediction)
+            tracker.record(aux_loss_name, torch.zeros_like(aux_loss), 1, num_records)
+        return super().attach_and_log_load_balancing_loss(
+            activation, aux_loss_coeff, aux_loss, aux_loss_name, *args, **kwargs
+        )
 
     def gating(self, input: Tensor) -> Tensor:
         """Compute logits as `TopKRouter.gating` does, and also for no tokens: an expert-parallel rank may receive none.

@@ -84,6 +84,16 @@ def test_last_stage_with_tied_embeddings_and_prediction_can_be_saved(
     assert "output_layer.weight" not in saved
 
 
+@pytest.mark.parametrize("pattern", ["*E*E/*-*E", "*E*E/*E*E/*E*E", "*E/E-E"])
+def test_every_layer_of_a_depth_of_prediction_records_its_losses(pattern: str) -> None:
+    twins = Twins(pattern)
+    model = twins.hybrid()
+    draw_parameters(model)
+    run(model)
+    recorded = {name: int(values.count_nonzero()) for name, values in take_metrics().items()}
+    assert recorded == dict.fromkeys(["load_balancing_loss", "z_loss"], twins.layers.num_moe_layers)
+
+
 def test_mask_can_have_tables_for_moe_layers_only() -> None:
     """A mask for the MoE layers equals a mask for all feed-forward layers with the same tables."""
     pattern = "*-*E*-*E/*E"
