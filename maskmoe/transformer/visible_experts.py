@@ -186,8 +186,6 @@ class VisibleExperts(MegatronModule):
             self._is_added = False
             return
         if len(loaded) == len(BUFFERS):
-            buffers = self.state_dict() if self._replaces is None else buffers_of_routing_mask(self._replaces)
-            loaded = {name: tensor.to(buffers[name].dtype) for name, tensor in loaded.items()}
             expected = self.digest if self._replaces is None else self._replaces.digest
             check_same_mask(expected, routing_mask_from_buffers(loaded).digest)
             if self._replaces is not None:

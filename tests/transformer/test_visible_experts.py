@@ -1,5 +1,6 @@
 """The routing mask on the device and in checkpoints."""
 
+from itertools import combinations
 from types import SimpleNamespace
 
 import numpy as np
@@ -91,6 +92,19 @@ def test_state_dict_round_trip(mask, module: VisibleExperts) -> None:
     assert routing_mask_from_buffers(state).digest == mask.digest
     assert np.array_equal(routing_mask_from_buffers(state).visible_sets(1), mask.visible_sets(1))
     make_visible_experts(make_config(10, num_layers=2), mask).load_state_dict(state)
+
+
+def test_rows_of_another_width_are_compared(mask, module: VisibleExperts) -> None:
+    """Rows of int32 are cast, unless int16 cannot hold them: then they are another mask, not a damaged one."""
+    state = module.state_dict()
+    module.load_state_dict(state | {"row_of_id": state["row_of_id"].int()})
+    assert module.row_of_id.dtype == torch.int16
+    experts = np.array([*combinations(range(70), 3)][:40_000])
+    wide = make_mask(np.eye(70, dtype=bool)[experts].any(axis=1)[None])
+    assert wide.row_of_id.dtype == np.int32
+    state = make_visible_experts(make_config(70), wide).state_dict()
+    with pytest.raises(UserError, match=f"{wide.digest[:16]}…, this run was given {mask.digest[:16]}…"):
+        module.load_state_dict(state)
 
 
 @pytest.mark.parametrize(
