@@ -177,7 +177,7 @@ def _pattern_contradicts_flags(args: Namespace) -> bool:
         args.num_layers not in (None, len(pattern.partition("/")[0].replace("|", "")))
         or args.moe_layer_freq != 1
         or ("*" in pattern and args.multi_latent_attention)
-        or bool("/" not in pattern and args.mtp_num_layers)
+        or args.mtp_num_layers not in (None, pattern.count("/"))
     )
 
 

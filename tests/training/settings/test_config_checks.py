@@ -27,8 +27,11 @@ def test_settings_of_validated_arguments_are_accepted():
     assert check_settings(config, MASK) == []
 
 
-def test_hybrid_model_is_accepted():
-    assert check_settings(make(is_hybrid_model=True, num_layers=8), MASK, hybrid_layer_pattern="*E*E*E*E") == []
+@pytest.mark.parametrize("pattern", ["*E*E*E*E", "*E*E*E/*E"])
+def test_hybrid_model_is_accepted(pattern):
+    decoder, *predictions = pattern.split("/")
+    config = make(is_hybrid_model=True, num_layers=len(decoder), mtp_num_layers=len(predictions) or None)
+    assert check_settings(config, MASK, hybrid_layer_pattern=pattern) == []
 
 
 def test_defaults_that_differ_are_reported():
@@ -54,13 +57,15 @@ def test_one_error_names_everything_that_is_refused():
     [
         ({"num_experts": None}, None, "--routing-mask without --num-experts"),
         ({}, "*-*-", "--hybrid-layer-pattern with E without"),
+        ({"num_layers": 8}, "*E*E*E*E/*E", "or --mtp-num-layers"),
+        ({"num_layers": 8, "mtp_num_layers": 2}, "*E*E*E*E/*E", "or --mtp-num-layers"),
         (
             {"pipeline_model_parallel_size": 2, "pipeline_model_parallel_layout": LAYOUT, "mtp_num_layers": 1},
             None,
             "--pipeline-model-parallel-layout with m",
         ),
     ],
-    ids=["no experts", "no E", "layout"],
+    ids=["no experts", "no E", "no prediction", "another prediction", "layout"],
 )
 def test_settings_that_arguments_have_in_another_form_are_refused(settings, pattern, named):
     with pytest.raises(UserError, match=named):

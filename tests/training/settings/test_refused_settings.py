@@ -58,6 +58,7 @@ REFUSED = {
         for flags in (
             *("*E*E --num-layers 2", "*-*E --moe-layer-freq ([0]+[1]*1)"),
             *("*E*E --multi-latent-attention", "*E*E --mtp-num-layers 1"),
+            *("*E*E/*E --mtp-num-layers 2", "*E*E/*E --mtp-num-layers 0"),
         )
     },
     **{
@@ -146,6 +147,7 @@ SUPPORTED = (
     "--pipeline-model-parallel-size 3 --pipeline-model-parallel-layout Et*3|tm|L",
     "--pipeline-model-parallel-size 2 --pipeline-model-parallel-layout E?|mL",  # left to Megatron
     "--hybrid-layer-pattern *E|*E/*E --num-layers 4 --mtp-num-layers 1",
+    "--hybrid-layer-pattern *E*E --mtp-num-layers 0",
     "--hybrid-layer-pattern *E*E/*E --recompute-granularity full --recompute-method uniform --recompute-num-layers 1",
     "--reset-attention-mask --reset-position-ids --eod-mask-loss",
     f"{PACKED} --micro-batch-size 2",
