@@ -97,10 +97,12 @@ class RoutesByTokenId(torch.nn.Module):
             raise ValueError(
                 f"{type(self).__name__} needs input_ids on every pipeline stage: its routers choose by token id"
             )
-        if padding_mask is not None and padding_mask.shape != input_ids.shape:
-            raise ValueError(
-                f"the padding mask has shape {list(padding_mask.shape)}, the token ids have {list(input_ids.shape)}"
-            )
+        if padding_mask is not None:
+            if padding_mask.shape != input_ids.shape:
+                raise ValueError(
+                    f"the padding mask has shape {list(padding_mask.shape)}, the token ids have {list(input_ids.shape)}"
+                )
+            padding_mask = padding_mask.bool()  # of integers, `~` would make other integers
         if self.config.sequence_parallel:
             tp_group = self.pg_collection.tp
             input_ids = split_sequence(input_ids, tp_group)

@@ -90,7 +90,8 @@ def to_arguments(token_ids: TokenIds, block: type[torch.nn.Module]) -> dict[str,
 def from_arguments(padding_mask: Tensor | None, input_ids: Tensor | None) -> TokenIds | None:
     """Read the token ids of `to_arguments` in a layer; None if the arguments hold no ids."""
     if input_ids is not None:
-        return TokenIds(input_ids.as_subclass(Tensor), padding_mask, _plan_of(input_ids))
+        is_padding = None if padding_mask is None else padding_mask.bool()
+        return TokenIds(input_ids.as_subclass(Tensor), is_padding, _plan_of(input_ids))
     # Without a MaskMoE model, the mask is Megatron-Core's own: it is bool and holds no ids.
     return None if padding_mask is None or padding_mask.dtype is torch.bool else unpack_token_ids(padding_mask)
 

@@ -177,6 +177,12 @@ def test_refuses_missing_ids(kind: str) -> None:
 
 
 @every_model
+def test_padding_may_be_integers(kind: str) -> None:
+    (token_ids,) = micro_batches(1)
+    assert not build_model(kind).ids_of_layers(token_ids, torch.ones_like(token_ids)).is_real.any()
+
+
+@every_model
 def test_refuses_padding_of_another_shape(kind: str) -> None:
     (token_ids,) = micro_batches(1)
     with pytest.raises(ValueError, match=r"padding mask has shape \[2, 2\], the token ids have \[2, "):

@@ -66,6 +66,12 @@ def test_plain_ids_travel_without_a_copy() -> None:
     assert to_arguments(TokenIds(IDS), WithIds) == {"input_ids": IDS, "padding_mask": None}
 
 
+def test_padding_of_a_layer_may_be_integers() -> None:
+    found = from_arguments(IS_PADDING.int(), IDS)
+    assert found is not None
+    assert torch.equal(found.is_real, ~IS_PADDING.flatten())
+
+
 def test_a_layer_without_arguments_has_no_ids() -> None:
     assert from_arguments(None, None) is None
 
