@@ -75,7 +75,10 @@ class PackingModel(torch.nn.Module):
         input_ids: Tensor,
         position_ids: Tensor,
         attention_mask: Any,
-        *args: Any,
+        decoder_input: Tensor | None = None,
+        labels: Tensor | None = None,
+        inference_context: Any = None,
+        *,  # `GPTModel` and `HybridModel` have different arguments at the next position.
         packed_seq_params: PackedSeqParams | None = None,
         **kwargs: Any,
     ) -> Tensor:
@@ -88,6 +91,7 @@ class PackingModel(torch.nn.Module):
         Raises:
             NotImplementedError: `PackedSeqParams.tokens_per_sample` with the load-balancing loss `seq_aux_loss`.
         """
+        kwargs |= {"decoder_input": decoder_input, "labels": labels, "inference_context": inference_context}
         if packed_seq_params is not None and packed_seq_params.tokens_per_sample is not None:
             if "seq_aux_loss" in self.config.moe_router_load_balancing_type:
                 raise NotImplementedError(
@@ -97,7 +101,7 @@ class PackingModel(torch.nn.Module):
             packed_seq_params.tokens_per_sample = None  # pyrefly: ignore[bad-assignment]  # Megatron's default
         if not isinstance(packed_seq_params, PackedDocuments):
             return super().forward(
-                input_ids, position_ids, attention_mask, *args, packed_seq_params=packed_seq_params, **kwargs
+                input_ids, position_ids, attention_mask, packed_seq_params=packed_seq_params, **kwargs
             )
         # Join the samples, and the hidden states that were received from the previous stage.
         for name in ("labels", "loss_mask", "padding_mask"):
@@ -108,9 +112,7 @@ class PackingModel(torch.nn.Module):
         if received is not None:
             self.decoder.input_tensor = received.view(-1, 1, received.shape[-1])
         with self._rotate_by_position(positions):
-            output = super().forward(
-                ids, positions, attention_mask, *args, packed_seq_params=packed_seq_params, **kwargs
-            )
+            output = super().forward(ids, positions, attention_mask, packed_seq_params=packed_seq_params, **kwargs)
         # Separate the samples, or give the hidden states the shape in which the schedules send them.
         if self.post_process:
             return output.view(*input_ids.shape, *output.shape[2:])

@@ -197,6 +197,15 @@ class TwoStages(torch.nn.Module):
         return self.second(*args, **kwargs)
 
 
+@pytest.mark.parametrize("samples", [None, BOUNDS], ids=["samples", "packed samples"])
+def test_labels_by_position_are_labels(samples: list[list[int]] | None) -> None:
+    model, (ids, labels) = build_model(), token_ids()
+    positions = torch.arange(SEQUENCE, device=DEVICE).expand(2, -1)
+    packed = samples and PackedDocuments.of_samples(padded_bounds(samples), DEVICE, reads_on_host=True)
+    by_position = model(ids, positions, None, None, labels, packed_seq_params=packed)
+    assert torch.equal(by_position, model(ids, positions, None, labels=labels, packed_seq_params=packed))
+
+
 def test_stages_exchange_hidden_states_of_samples() -> None:
     model = TwoStages()
     ours = results(model, packed_losses(model))
