@@ -89,7 +89,8 @@ class PackingModel(torch.nn.Module):
         the last stage, else hidden states.
 
         Raises:
-            NotImplementedError: `PackedSeqParams.tokens_per_sample` with the load-balancing loss `seq_aux_loss`.
+            NotImplementedError: The load-balancing loss `seq_aux_loss` with `PackedSeqParams.tokens_per_sample`, or in
+                training with `PackedDocuments` of several samples.
         """
         kwargs |= {"decoder_input": decoder_input, "labels": labels, "inference_context": inference_context}
         if packed_seq_params is not None and packed_seq_params.tokens_per_sample is not None:
@@ -102,6 +103,11 @@ class PackingModel(torch.nn.Module):
         if not isinstance(packed_seq_params, PackedDocuments):
             return super().forward(
                 input_ids, position_ids, attention_mask, packed_seq_params=packed_seq_params, **kwargs
+            )
+        balancing = self.config.moe_router_load_balancing_type if self.config.num_moe_experts else ()
+        if self.training and len(input_ids) > 1 and "seq_aux_loss" in balancing:
+            raise NotImplementedError(
+                "seq_aux_loss cannot balance the samples of PackedDocuments: train on micro-batches of one sample"
             )
         # Join the samples, and the hidden states that were received from the previous stage.
         for name in ("labels", "loss_mask", "padding_mask"):

@@ -241,6 +241,20 @@ def test_packed_sequences_of_megatron_are_left_to_megatron(monkeypatch: pytest.M
         model(token_ids, None, None, packed_seq_params=packed)
 
 
+@pytest.mark.parametrize("balancing", ["seq_aux_loss", ["aux_loss", "seq_aux_loss"]], ids=str)
+def test_joined_samples_cannot_be_balanced_one_by_one(balancing: str | list[str]) -> None:
+    """Only training balances, only experts are balanced, and a single sample needs no joining."""
+    coefficients = 0.01 if isinstance(balancing, str) else [0.01, 0.01]
+    settings = {"moe_router_load_balancing_type": balancing, "moe_aux_loss_coeff": coefficients}
+    model = build_model(**settings)
+    with pytest.raises(NotImplementedError, match="seq_aux_loss cannot balance the samples of PackedDocuments"):
+        packed_losses(model)
+    packed_losses(model.eval())
+    packed_losses(build_model(num_experts=None, **settings))
+    ids, positions = token_ids()[0][:1], torch.arange(SEQUENCE, device=DEVICE).unsqueeze(0)
+    model.train()(ids, positions, None, packed_seq_params=documents_of([SEQUENCE]))
+
+
 def test_attention_names_the_packed_sequences_that_it_takes() -> None:
     attention = build_model().decoder.layers[0].self_attention.core_attention
     with pytest.raises(NotImplementedError, match=r"takes packed sequences as .*PackedDocuments only"):
