@@ -326,7 +326,7 @@ def _spread(
 
     Exact least-loaded placement is random only in its ties. It would give every table nearly the same partition of the
     ids with the experts renamed, so ids that collide in one layer would collide in all layers. Therefore each bin's
-    priority is its load plus a random part, at most `LOAD_JITTER`, of the item that the bin received last. The chosen
+    priority is its load plus a random part, at most `LOAD_JITTER`, of the share that the bin received last. The chosen
     bin exceeds the least load by no more than this part, and the many small items that follow level the difference.
 
     Items that never occur weigh nothing and are dealt out evenly in a random order.
@@ -351,12 +351,14 @@ def _spread(
     # Items of several bins: each bin gets an equal share of the item.
     sets = np.zeros((num_sets, num_bins), dtype=bool)
     shares = occurrences[:num_seen_sets] / max(set_size, 1)
-    jitters = LOAD_JITTER * shares * rng.random(num_seen_sets)
-    for item, (share, jitter) in enumerate(zip(shares, jitters, strict=True)):
-        bins = np.argpartition(priorities, set_size - 1)[:set_size]
+    for item, share in enumerate(shares):
+        # Compare with the highest chosen priority, because processors differ in the ties of argpartition.
+        highest = np.partition(priorities, set_size - 1)[set_size - 1]
+        bins = (priorities <= highest).nonzero()[0][:set_size]
         sets[item, bins] = True
-        loads[bins] += share
-        priorities[bins] = loads[bins] + jitter
+        loads[bins] = new_loads = loads[bins] + share
+        # Each bin has a random part of its own: bins with a common one would stay together in all later sets.
+        priorities[bins] = new_loads + LOAD_JITTER * share * rng.random(set_size)
     sets[num_seen_sets:] = uniform_subsets(rng, num_sets - num_seen_sets, set_size, num_bins)
 
     # Items of one bin: a heap gives the bin of the lowest priority.

@@ -1,4 +1,7 @@
 import itertools
+import os
+import subprocess
+import sys
 from dataclasses import replace
 
 import numpy as np
@@ -92,6 +95,42 @@ def test_balanced_and_rank_local_level_a_zipf_vocabulary(zipf_frequency, num_ran
         assert load.max() < 1.001 * load.mean()
         rank_load = load.reshape(num_ranks or 1, -1).sum(axis=1)
         assert rank_load.max() < 1.001 * rank_load.mean()
+
+
+@given(
+    counts=st.lists(st.integers(1, 10), min_size=100, max_size=200),
+    visible_experts=st.sampled_from([2, 4]),
+    num_ranks=st.sampled_from([None, 2]),
+    seed=st.integers(0, 2**64),
+)
+def test_visible_sets_overlap_if_their_size_divides_the_experts(counts, visible_experts, num_ranks, seed):
+    """The experts do not fall into N / V_f groups, one of which each frequent id gets."""
+    assignment = "rank-local" if num_ranks else "balanced"
+    recipe = MaskRecipe(16, 1, assignment, 1.0, visible_experts, seed, expert_model_parallel_size=num_ranks)
+    sets = visible_sets(recipe, np.array(counts, dtype=np.float64))
+    assert len(np.unique(sets, axis=0)) > 16 / visible_experts
+
+
+@pytest.mark.parametrize("assignment", ["balanced", "rank-local"])
+def test_the_bytes_do_not_depend_on_the_processor(assignment):
+    """The counts give ties, which the kernels of numpy for newer processors break in other ways: 1e20 + 1 == 1e20."""
+    recipe = MaskRecipe(64, 1, assignment, 1.0, 7, expert_model_parallel_size=2 if assignment == "rank-local" else None)
+    program = f"""
+import hashlib, numpy
+from maskmoe.routing_mask.assignment import MaskRecipe, assign_table
+table = assign_table({recipe!r}, numpy.repeat([1e20, 1.0], [60, 200]), 0)
+print(hashlib.sha256(b"".join(part.tobytes() for part in table)).hexdigest())
+"""
+    outputs = {
+        subprocess.run(
+            [sys.executable, "-W", "ignore", "-c", program],
+            env=os.environ | {"NPY_DISABLE_CPU_FEATURES": features},
+            capture_output=True,
+            check=True,
+        ).stdout
+        for features in ("", "X86_V3 X86_V4 AVX512_ICL AVX512_SPR")
+    }
+    assert len(outputs) == 1
 
 
 def test_uniform_draws_every_expert_and_every_set_equally_often():
