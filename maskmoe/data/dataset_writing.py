@@ -266,7 +266,11 @@ def _find_shards(name: str, key: str) -> list[str]:
     """Return the prefixes of all shards that `preprocess` has made for an output prefix and a key, in order."""
     pattern = f"{glob.escape(name)}-*-of-*{glob.escape(f'_{key}_document.idx')}"
     matches = [match for path in glob.glob(pattern) if (match := _SHARD.fullmatch(path.removesuffix(".idx")))]
-    shards = {(int(match[3]), int(match[2])): match[0] for match in matches if match[1] == name}
+    shards = {
+        (int(match[3]), int(match[2])): match[0]
+        for match in matches
+        if Path(match[1]) == Path(name) and match[4] == f"_{key}_document"
+    }
     counts = sorted({count for count, _ in shards})
     if not counts:
         raise UserError(

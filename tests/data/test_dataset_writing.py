@@ -215,6 +215,18 @@ def test_an_input_of_merging_is_not_replaced(tmp_path: Path) -> None:
         merge_datasets(names, f"{tmp_path}/merged")
 
 
+@pytest.mark.parametrize("keys", [("raw_text", "text"), ("text", "raw_text")])
+def test_shards_of_a_key_that_ends_in_another_key(tmp_path: Path, keys: tuple[str, str]) -> None:
+    """The prefix may be written in another way than the paths of the shards."""
+    (tmp_path / "data").mkdir()
+    for number in range(2):
+        for token, key in enumerate(keys):
+            write_documents(tmp_path / "data" / f"a-0000{number}-of-00002_{key}_document", [[token]])
+    for token, key in enumerate(keys):
+        merge_datasets([f"{tmp_path}//data/./a"], f"{tmp_path}/{key}", [key])
+        assert documents_of(tmp_path / f"{key}_{key}_document") == [[token], [token]]
+
+
 def test_missing_and_unusable_datasets(shards: Path, tmp_path: Path) -> None:
     def link(name: str, index: int, count: int) -> None:
         for suffix in SUFFIXES:
