@@ -24,6 +24,7 @@ from maskmoe.files.untrusted import (
     reading,
 )
 
+_TOKEN_LISTS = ("additional_special_tokens", "extra_special_tokens", "added_tokens_decoder")  # keys of settings
 _MAX_MODEL_BYTES = 256 << 20  # of a tokenizer's file; the largest known has 35 MB
 
 
@@ -110,8 +111,8 @@ class HuggingFaceTokenizer(Tokenizer):
 
     The ids differ from Megatron-Core's if `tokenizer_config.json` names a class with which transformers 5 takes only
     the vocabulary from `tokenizer.json`, such as `GPT2Tokenizer`. The special tokens that the tokenizer itself adds to
-    a text are kept. The end-of-sequence token of `tokenizer_config.json`, or else of `special_tokens_map.json`, ends a
-    document.
+    a text are kept. The end-of-sequence token of `tokenizer_config.json` ends a document. If `tokenizer_config.json`
+    has no `added_tokens_decoder`, the settings of `special_tokens_map.json` take precedence, as in transformers 5.
     """
 
     def __init__(self, model: str | Path) -> None:
@@ -131,33 +132,35 @@ class HuggingFaceTokenizer(Tokenizer):
             self._tokenizer.encode("")  # fails here, not in a worker process, if a special token is missing
         self.vocab_size = self._tokenizer.get_vocab_size(with_added_tokens=True)
         files = [self.model_path.parent / name for name in ("tokenizer_config.json", "special_tokens_map.json")]
-        settings = {path: read_json(path) for path in files if os.path.isfile(path)}
+        config, special_map = (read_json(path) if os.path.isfile(path) else {} for path in files)
+        settings = config if "added_tokens_decoder" in config else {**config, **special_map}
         self.eod_id = self._find_eod_id(settings)
         self._check_special_tokens(settings)
 
-    def _find_eod_id(self, settings: Mapping[Path, Mapping[str, Any]]) -> int | None:
-        """Return the id of the end-of-sequence token named by the first settings file that names one."""
-        for path, named in settings.items():
-            for role in ("eos_token", "sep_token"):
-                if token := named.get(role):
-                    return self._id_of(token, role, path)
-        return None
+    def _find_eod_id(self, settings: Mapping[str, Any]) -> int | None:
+        """Return the id of the end-of-sequence token that the settings name, or None."""
+        ends = ((settings[role], role) for role in ("eos_token", "sep_token") if settings.get(role))
+        return next((self._id_of(token, role) for token, role in ends), None)
 
-    def _check_special_tokens(self, settings: Mapping[Path, Mapping[str, Any]]) -> None:
-        """Check that the tokenizer has the special tokens of the first settings file, which transformers takes."""
-        for path, named in [*settings.items()][:1]:
-            for role, token in named.items():
-                if role.endswith("_token") and isinstance(token, str | dict) and token:
-                    self._id_of(token, role, path)
+    def _check_special_tokens(self, settings: Mapping[str, Any]) -> None:
+        """Check that the tokenizer has the tokens that transformers takes from the settings."""
+        for role, value in settings.items():
+            if role in _TOKEN_LISTS:
+                tokens = value.values() if isinstance(value, dict) else value if isinstance(value, list) else [value]
+            else:
+                tokens = [value] if role.endswith("_token") and isinstance(value, str | dict) else []
+            for token in filter(None, tokens):
+                self._id_of(token, role)
 
-    def _id_of(self, token: Any, role: str, path: Path) -> int:
-        """Return the id of a special token that a settings file names; raise `UserError` if the tokenizer lacks it."""
-        content = token["content"] if isinstance(token, dict) else token
-        token_id = self._tokenizer.token_to_id(content)
+    def _id_of(self, token: Any, role: str) -> int:
+        """Return the id of a special token of the settings; raise `UserError` if the tokenizer lacks the token."""
+        content = token.get("content") if isinstance(token, dict) else token
+        token_id = self._tokenizer.token_to_id(content) if isinstance(content, str) else None
         if token_id is None:
             raise UserError(
-                f"{path} names {content!r} as {role}, which {self.model_path} lacks, so transformers would add an id: "
-                "correct the name, or save the folder again by transformers' save_pretrained"
+                f"tokenizer_config.json or special_tokens_map.json names {content!r} as {role}, which "
+                f"{self.model_path} lacks, so transformers would add an id or fail: correct the name, or save the "
+                "folder again by transformers' save_pretrained"
             )
         return token_id
 

@@ -6,10 +6,15 @@ from types import SimpleNamespace
 
 import numpy as np
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 from megatron.core.tokenizers.utils.build_tokenizer import build_tokenizer
+from transformers import AutoTokenizer
 
 from maskmoe.data.tokenizer import load_tokenizer
 from maskmoe.errors import UserError
+
+TOKENS = st.sampled_from(["<begin>", "<end>", None])
 
 
 def megatron_tokenizer(tokenizer_type: str, model: Path):
@@ -74,6 +79,31 @@ def test_template_with_a_missing_special_token(huggingface_folder: Path, tmp_pat
         load_tokenizer("HuggingFaceTokenizer", tmp_path)
 
 
+@given(
+    config=st.dictionaries(st.sampled_from(["eos_token", "bos_token", "pad_token"]), TOKENS),
+    special_map=st.none()
+    | st.dictionaries(st.sampled_from(["eos_token", "bos_token"]), TOKENS | st.just({"content": "<end>"})),
+    decoder=st.none() | st.just({"1": {"content": "<end>", "special": True}}),
+)
+def test_the_end_of_a_document_is_that_of_transformers(
+    huggingface_folder: Path,
+    tmp_path_factory: pytest.TempPathFactory,
+    config: dict[str, object],
+    special_map: dict[str, object] | None,
+    decoder: dict[str, object] | None,
+) -> None:
+    folder = tmp_path_factory.mktemp("settings")
+    (folder / "tokenizer.json").write_bytes((huggingface_folder / "tokenizer.json").read_bytes())
+    config = {"tokenizer_class": "PreTrainedTokenizerFast", **config}
+    if decoder is not None:
+        config["added_tokens_decoder"] = decoder
+    (folder / "tokenizer_config.json").write_text(json.dumps(config))
+    if special_map is not None:
+        (folder / "special_tokens_map.json").write_text(json.dumps(special_map))
+    ours, theirs = load_tokenizer("HuggingFaceTokenizer", folder), AutoTokenizer.from_pretrained(folder)
+    assert (ours.eod_id, ours.vocab_size) == (theirs.eos_token_id, len(theirs))
+
+
 def test_unknown_type(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="unknown tokenizer type NoTokenizer"):
         load_tokenizer("NoTokenizer", tmp_path)
@@ -87,6 +117,13 @@ def test_unknown_type(tmp_path: Path) -> None:
             "names '<nowhere>' as eos_token, which .* lacks, so transformers would add an id",
         ),
         ('{"pad_token": {"content": "<pad>"}}', "names '<pad>' as pad_token"),
+        ('{"additional_special_tokens": ["<end>", "<x>"]}', "names '<x>' as additional_special_tokens"),
+        ('{"extra_special_tokens": {"image_token": "<x>"}}', "names '<x>' as extra_special_tokens"),
+        ('{"added_tokens_decoder": {"500": {"content": "<x>"}}}', "names '<x>' as added_tokens_decoder"),
+        ('{"added_tokens_decoder": 5}', "names 5 as added_tokens_decoder"),
+        ('{"eos_token": 5}', "names 5 as eos_token"),
+        ('{"eos_token": ["<x>"]}', r"names \['<x>'\] as eos_token"),
+        ('{"eos_token": {"id": 2}}', "names None as eos_token"),
         ("{", "is damaged .Invalid JSON"),
         ("[]", "is damaged .should be an object"),
     ],
