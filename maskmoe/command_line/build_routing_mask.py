@@ -23,7 +23,7 @@ from maskmoe.command_line.parser import add_force_argument, add_option, add_seed
 from maskmoe.errors import UserError, counted
 from maskmoe.files.outputs import atomic_output, check_outputs
 from maskmoe.routing_mask.assignment import ASSIGNMENTS, PRESETS, MaskRecipe, build_routing_mask
-from maskmoe.routing_mask.expert_table import TENSOR_NAMES, ExpertTable
+from maskmoe.routing_mask.expert_table import TENSOR_NAMES, ExpertTable, split_location
 from maskmoe.routing_mask.feed_forward_layers import positions_of_layers
 from maskmoe.routing_mask.frequency import TokenFrequency, expected_expert_load, overloading_ids
 from maskmoe.routing_mask.mask import HashLayers, RoutingMask, describe_visible_experts
@@ -166,7 +166,8 @@ def _with_hash_layers(recipe: MaskRecipe, arguments: argparse.Namespace) -> Mask
 
 def _refuse(arguments: argparse.Namespace, names: Sequence[str], reason: str) -> None:
     """Raise a `UserError` with a reason if any of the flags was given."""
-    if given := [name for name in names if getattr(arguments, name) not in (None, False)]:
+    # `0` and `0.0` were given, but equal False.
+    if given := [name for name in names if not (getattr(arguments, name) is None or getattr(arguments, name) is False)]:
         raise UserError(f"{reason}; leave {_flags(given)} out")
 
 
@@ -212,7 +213,7 @@ def _make_mask(arguments: argparse.Namespace, frequency: TokenFrequency | None) 
 
 def _inputs(arguments: argparse.Namespace) -> list[Path]:
     """Return the files and folders that the command reads."""
-    table = arguments.expert_table and Path(arguments.expert_table.partition(":")[0])
+    table = arguments.expert_table and split_location(arguments.expert_table)[0]
     return [path for path in (arguments.token_frequency, table, arguments.routing_mask) if path]
 
 

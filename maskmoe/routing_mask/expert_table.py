@@ -38,6 +38,13 @@ def layer_of_tensor(name: str) -> int | None:
     return int(match[1] or match[2]) if match else None
 
 
+def split_location(location: str) -> tuple[Path, str]:
+    """Return the path and the tensor of `PATH[:TENSOR]`: the longest path that exists, as both may have colons."""
+    ends = [*(match.start() for match in re.finditer(":", location)), len(location)]
+    end = next((end for end in reversed(ends) if os.path.exists(location[:end])), ends[0])
+    return Path(location[:end]), location[end + 1 :]
+
+
 @dataclass(frozen=True)
 class ExpertTable:
     """The experts of every token id in each layer.
@@ -84,13 +91,13 @@ class ExpertTable:
         Raises:
             UserError: The file or the tensor is missing or damaged, or is not a table of experts.
         """
-        path, separator, tensor = location.partition(":")
-        name, file_of = Path(path).name + separator + tensor, _files_of_tensors(Path(path))
+        path, tensor = split_location(location)
+        name, file_of = f"{path.name}:{tensor}" if tensor else path.name, _files_of_tensors(path)
         if _LAYER in tensor:
             names = [None if layer is None else tensor.replace(_LAYER, str(layer)) for layer in positions]
             experts = [_read_tensor(file_of[each], each) if each in file_of else None for each in names]
             if not any(each is not None for each in experts):
-                raise UserError(f"expert table {path} has no tensor {names[0]}, and none of any other layer")
+                raise UserError(f"expert table {path} has no tensor {tensor} of any layer with experts")
             return cls(name, experts)
         if not tensor and (known := [each for each in file_of if layer_of_tensor(each) is not None]):
             return cls.of_tensors(name, {each: _read_tensor(file_of[each], each) for each in known}, positions)

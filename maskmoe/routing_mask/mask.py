@@ -3,6 +3,7 @@
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
+from itertools import groupby
 from typing import Annotated, Any, Self, TypedDict
 
 import numpy as np
@@ -356,15 +357,14 @@ def _mean_use_in_table(mask: RoutingMask, topk: int, table: int) -> float:
 
 
 def describe_visible_experts(mask: RoutingMask) -> str:
-    """Say how many experts the ids see, in one clause; layers below that see other numbers come first."""
-    last = mask.num_visible_beyond_hash_layers
-    tables = range(len(mask.row_of_id))
-    num_first = next(table for table in tables if np.array_equal(mask.num_visible_of_layer(table), last))
-    beyond = _describe(last, mask.num_experts)
-    if not num_first:
-        return beyond
-    layers = f"the first {num_first} layers" if num_first > 1 else "the first layer"
-    return f"in {layers}, {_describe(mask.num_visible_of_layer(0), mask.num_experts)}; after that, {beyond}"
+    """Say how many experts the ids see, in one clause for each group of successive layers that see equal numbers."""
+    texts = [_describe(mask.num_visible_of_layer(table), mask.num_experts) for table in range(len(mask.row_of_id))]
+    *groups, (last, _) = [(text, len(list(layers))) for text, layers in groupby(texts)]
+    clauses = [
+        f"in the {'next' if number else 'first'} {f'{size} layers' if size > 1 else 'layer'}, {text}; "
+        for number, (text, size) in enumerate(groups)
+    ]
+    return "".join(clauses) + ("after that, " if groups else "") + last
 
 
 def _describe(num_visible: np.ndarray, num_experts: int) -> str:

@@ -6,6 +6,7 @@ from safetensors.numpy import save_file
 
 from maskmoe.errors import UserError
 from maskmoe.routing_mask.assignment import MaskRecipe, build_routing_mask
+from maskmoe.routing_mask.expert_table import ExpertTable
 from maskmoe.routing_mask.feed_forward_layers import FeedForwardLayers
 from maskmoe.routing_mask.mask import (
     HashLayers,
@@ -212,6 +213,11 @@ def preset(name: str, **settings) -> RoutingMask:
         (
             preset("smoe", hash_layers=HASH),
             "in the first layer, every id sees 2 of 8 experts; after that, every id sees all 8 experts",
+        ),
+        (
+            ExpertTable("t", [None, np.zeros((4, 1), int), np.zeros((4, 1), int), None]).to_mask(8, 4),
+            "in the first layer, every id sees all 8 experts; in the next 2 layers, every id sees 1 of 8 experts; "
+            "after that, every id sees all 8 experts",
         ),
     ],
 )
