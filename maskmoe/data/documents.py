@@ -342,10 +342,11 @@ def _text_column(source: Input, key: str, column: "pyarrow.Array", first_row: in
     import pyarrow
 
     column.validate(full=True)
-    if column.null_count:
-        row = first_row + column.is_null().to_pylist().index(True)
+    texts = column.cast(pyarrow.large_string())  # first, because the nulls of a dictionary's values are not counted
+    if texts.null_count:
+        row = first_row + texts.is_null().to_pylist().index(True)
         raise UserError(f"input {source.name}: row {row} (from 0): the value of {key!r} is not text, but null")
-    return column.cast(pyarrow.large_string())
+    return texts
 
 
 Block = TextBlock | TableBlock

@@ -210,5 +210,6 @@ def take_shard(inputs: Sequence[Input], shard: Shard) -> list[Input]:
             raise UserError(f"--shard needs files, but input {source.name} is a pipe or standard input: name a file")
     sizes = [source.num_bytes or 0 for source in inputs]
     first, last = (sum(sizes) * number // shard.count for number in (shard.index, shard.index + 1))
+    last += shard.index + 1 == shard.count  # the last shard has the empty files at the end
     middles = [before + size // 2 for before, size in zip(accumulate(sizes, initial=0), sizes, strict=False)]
     return [source for source, middle in zip(inputs, middles, strict=True) if first <= middle < last]

@@ -64,7 +64,7 @@ def refuse_checkpoint(path: Path) -> None:
     """Refuse an output in the folder of a checkpoint of Megatron, which must stay as it was saved. Raises UserError."""
     path = Path(os.path.realpath(path))
     for folder in (path, *path.parents):
-        if os.path.lexists(folder / ".metadata"):
+        if os.path.isfile(folder / ".metadata"):  # Eclipse has a folder of this name
             raise UserError(
                 f"cannot write {path}: {folder} is a checkpoint, which stays as it was saved; write elsewhere"
             )

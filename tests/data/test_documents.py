@@ -257,6 +257,14 @@ def test_unusable_columns(tmp_path: Path, name: str, table: pa.Table, message: s
     assert "\n" not in str(caught.value)
 
 
+@pytest.mark.parametrize("name", ["stream.arrow", "file.arrow"])
+def test_a_null_among_the_values_of_a_dictionary_is_refused(tmp_path: Path, name: str) -> None:
+    table = pa.table({"text": pa.DictionaryArray.from_arrays([0] * 9 + [1], ["a", None])})
+    WRITERS[name](table, tmp_path / name)
+    with pytest.raises(UserError, match=r"row 9 \(from 0\): the value of 'text' is not text, but null"):
+        list(read_documents([tmp_path / name]))
+
+
 def test_a_stream_that_ends_between_two_batches_is_truncated(tmp_path: Path) -> None:
     path = tmp_path / "a.arrow"
     write_stream(pa.table({"text": ["a"] * 40}), path)

@@ -296,6 +296,13 @@ def test_files_are_distributed_evenly(tmp_path: Path, name: str) -> None:
         assert max(sizes) <= max(20, 240 // count)
 
 
+@given(sizes=st.lists(st.integers(0, 5), max_size=6), count=st.integers(1, 4))
+def test_every_file_belongs_to_one_shard(sizes: list[int], count: int) -> None:
+    """Also empty files, whose middle may be where all bytes end."""
+    inputs = [Input(str(number), "jsonl", size) for number, size in enumerate(sizes)]
+    assert [source for index in range(count) for source in take_shard(inputs, Shard(index, count))] == inputs
+
+
 def test_pipes_and_standard_input_cannot_be_divided() -> None:
     for source in (Input("pipe", "jsonl", None), Input("-", "jsonl", 100)):
         with pytest.raises(UserError, match=f"--shard needs files, but input {source.name} is a pipe or standard"):

@@ -51,6 +51,7 @@ def test_a_checkpoint_gets_no_output(tmp_path: Path):
     for path in (checkpoint / "new", checkpoint / "sub" / "new", tmp_path / "link" / "new"):
         with pytest.raises(UserError, match="is a checkpoint, which stays as it was saved"):
             check_outputs([path], force=True)
+    (tmp_path / ".metadata").mkdir()  # as in a workspace of Eclipse
     check_outputs([tmp_path / "new"])
 
 
