@@ -352,7 +352,7 @@ def _spread(
     sets = np.zeros((num_sets, num_bins), dtype=bool)
     shares = occurrences[:num_seen_sets] / max(set_size, 1)
     for item, share in enumerate(shares):
-        # Compare with the highest chosen priority, because processors differ in the ties of argpartition.
+        # Not argpartition, whose order depends on the processor: the random parts below would go to other bins.
         highest = np.partition(priorities, set_size - 1)[set_size - 1]
         bins = (priorities <= highest).nonzero()[0][:set_size]
         sets[item, bins] = True
