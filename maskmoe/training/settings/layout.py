@@ -116,19 +116,37 @@ def layout_errors(args: Namespace, iteration: int = 0) -> Iterator[str]:
             f"{layout.pipeline} for experts; {_nearest(layout.ranks, layout.ranks_step)} ranks would fit"
         )
         return
-    flag, sizes, step = "--global-batch-size", [layout.global_batch], layout.micro_batch * layout.data
+    instances, shared_by = args.num_distributed_optimizer_instances, (layout.data * layout.context, layout.expert_data)
+    if math.gcd(*shared_by) % instances:
+        yield (
+            f"--num-distributed-optimizer-instances {instances} must divide the {shared_by[0]} data-parallel ranks of "
+            f"dense parts and the {shared_by[1]} of experts: pass a divisor of {math.gcd(*shared_by)}"
+        )
+    flag, batches = "--global-batch-size", BatchSizes(((0, layout.global_batch),))
     if args.step_batch_size_schedule is not None:
         try:
-            flag, sizes = "--step-batch-size-schedule", sorted(set(BatchSizes.from_args(args).sizes_from(iteration)))
+            flag, batches = "--step-batch-size-schedule", BatchSizes.from_args(args)
         except UserError as error:
             yield str(error)
             return
-    for size in sizes:
+    sizes, step = batches.sizes_from(iteration), layout.micro_batch * layout.data
+    for size in sorted(set(sizes)):
         if size % step and not args.decrease_batch_size_if_needed:
             yield (
                 f"{flag} {size} is not divisible by --micro-batch-size {layout.micro_batch} × data parallel size "
                 f"{layout.data} = {step}; {_nearest(size, step)} would fit"
             )
+    if args.skip_train or args.train_samples is None:
+        return
+    for size, next_size in pairwise(sizes):
+        if next_size < size:
+            yield f"{flag} has batch size {next_size} after {size}: Megatron-Core's batches cannot become smaller"
+    iterations = batches.iterations(args.train_samples)
+    below, above = batches.samples(iterations), batches.samples(iterations + 1)
+    # Without a schedule, Megatron leaves an incomplete last batch out.
+    if below == 0 or (below < args.train_samples and args.step_batch_size_schedule is not None):
+        fitting = f"{below} or {above}" if below else above
+        yield f"--train-samples {args.train_samples} ends within a step of {flag}; {fitting} would fit"
 
 
 def _nearest(value: int, step: int) -> str:

@@ -116,6 +116,33 @@ SCHEDULE = "--step-batch-size-schedule"
         ),
         (3, "--global-batch-size 8 --decrease-batch-size-if-needed", []),
         (3, "--pipeline-model-parallel-size 2", ["3 ranks cannot be divided over TP 1 × PP 2 × CP 1 for dense parts"]),
+        (
+            1,
+            f"{SCHEDULE} 0:4,256:2,512:6 --train-samples 14",
+            [f"{SCHEDULE} has batch size 2 after 4: Megatron-Core's"],
+        ),
+        (
+            1,
+            f"{SCHEDULE} 0:4,256:6 --train-samples 12",
+            [f"--train-samples 12 ends within a step of {SCHEDULE}; 10 or 16"],
+        ),
+        (1, f"{SCHEDULE} 0:4 --train-samples 3", [f"--train-samples 3 ends within a step of {SCHEDULE}; 4 would fit"]),
+        (1, f"{SCHEDULE} 0:4,256:2 --train-samples 3 --skip-train", []),
+        (
+            1,
+            "--global-batch-size 8 --train-samples 7",
+            ["--train-samples 7 ends within a step of --global-batch-size; 8"],
+        ),
+        (1, "--global-batch-size 8 --train-samples 9", []),
+        (4, "--context-parallel-size 2 --num-distributed-optimizer-instances 4", []),
+        (
+            4,
+            "--expert-model-parallel-size 2 --num-distributed-optimizer-instances 4",
+            [
+                "--num-distributed-optimizer-instances 4 must divide the 4 data-parallel ranks of dense parts and the "
+                "2 of experts: pass a divisor of 2"
+            ],
+        ),
     ],
 )
 def test_ranks_and_batches_that_do_not_divide(ranks, flags, errors, monkeypatch):
@@ -129,6 +156,12 @@ def test_batch_sizes_before_a_checkpoint_may_be_any(monkeypatch):
     args = parse(2, f"{SCHEDULE} 0:2,256:4,512:8 --train-samples 24", monkeypatch)
     assert [error.partition(" is ")[0] for error in layout_errors(args)] == [f"{SCHEDULE} 2"]
     assert list(layout_errors(args, iteration=2)) == []
+    args = parse(2, f"{SCHEDULE} 0:6,256:4,640:8 --train-samples 18", monkeypatch)
+    assert [error.partition(":")[0] for error in layout_errors(args)] == [
+        f"{SCHEDULE} 6 is not divisible by --micro-batch-size 2 × data parallel size 2 = 4; 4 or 8 would fit",
+        f"{SCHEDULE} has batch size 4 after 6",
+    ]
+    assert list(layout_errors(args, iteration=1)) == []
 
 
 def parse(ranks: int, flags: str, monkeypatch) -> Namespace:
