@@ -106,7 +106,7 @@ def compute_memory(args: Namespace, config: TransformerConfig, model: ModelParam
     weight, gradient, optimizer = bytes_of_parameter(args)
     # The number of ranks among which the optimizer is divided, for dense parameters and for experts.
     share = expert_share = 1
-    if args.use_distributed_optimizer:
+    if args.use_distributed_optimizer or args.use_layer_wise_distributed_optimizer:
         share = layout.data * layout.context // args.num_distributed_optimizer_instances
         expert_share = layout.expert_data // args.num_distributed_optimizer_instances
     stages = []

@@ -96,6 +96,8 @@ LAYOUTS = {
     ),
     "gradients in bf16": f"{LLAMA} {BF16} --grad-reduce-in-bf16",
 }
+# Megatron divides the state of Lion and Muon, too, but sets another argument.
+LION = {"Lion": f"{LLAMA} --optimizer lion", "divided Lion": f"{LLAMA} --optimizer lion {DISTRIBUTED}"}
 # Settings under which the activations of a forward pass on one rank are compared.
 FORWARD = {
     "bf16": f"{LLAMA} {BF16}",
@@ -184,7 +186,8 @@ def reports(answer) -> dict[str, Any]:
     errors = {flags: f"--global-batch-size 16 {flags}" for flags in ERRORS}
     ranks = dict.fromkeys([*LAYOUTS, "flex dispatcher"], 2) | dict.fromkeys(errors, 8)
     ranks[MANY_RANKS] = 1_000_000_007
-    libraries = {"flex dispatcher": FLEX, "Mamba": hybrid("*-ME")}
+    ranks |= dict.fromkeys(LION, 2)
+    libraries = LION | {"flex dispatcher": FLEX, "Mamba": hybrid("*-ME")}
     libraries["FP8"] = f"{LLAMA} {BF16} {FP8} --distributed-backend nccl"
     libraries["frequent ids with more experts"] = f"{LLAMA} --routing-mask mask.safetensors"
     cases = ARCHITECTURES | hybrids() | FORWARD | LAYOUTS | errors | libraries | {MANY_RANKS: ""}
@@ -250,6 +253,11 @@ def test_parameters_of_latent_experts(reports):
     projections = 4 * 2 * 64 * 16
     assert parts["routed experts"] * 64 == without["routed experts"] * 16
     assert parts["layers without routed experts"] == without["layers without routed experts"] + projections
+
+
+def test_ranks_divide_the_state_of_lion(reports):
+    whole, divided = (reports[name]["memory"]["stages"][0]["optimizer"] for name in LION)
+    assert divided * 2 == whole
 
 
 def test_fp8_is_a_note(reports):
