@@ -514,9 +514,9 @@ BROKEN_IN_MEGATRON = (
         _fails_at_full_validation,
     ),
     Check(
-        "--iterations-to-skip with an interleaved pipeline",
-        "Megatron-Core takes the list of the chunks' iterators for an iterator, and fails.",
-        lambda args: bool(args.iterations_to_skip) and _is_interleaved(args),
+        "--iterations-to-skip or --result-rejected-tracker-filename with an interleaved pipeline",
+        "To skip an iteration, Megatron-Core takes the list of the chunks' iterators for an iterator, and fails.",
+        lambda args: bool(args.iterations_to_skip or args.result_rejected_tracker_filename) and _is_interleaved(args),
     ),
     Check(
         "--optimizer soap or adaptive_muon",
@@ -536,6 +536,7 @@ BROKEN_IN_MEGATRON = (
             "--cuda-graph-impl with --cuda-graph-modules.",
             "--exit-signal-handler-for-training --adlr-autoresume": "The run would end early with exit code 0, as if "
             "it were complete. By default, signals save a checkpoint.",
+            "--checkpoint-activations": "Megatron-Core ends with exit code 0. Use --recompute-activations.",
             "--hybrid-context-parallel": "Expert-parallel ranks would wait for each other forever, because they run "
             "different numbers of micro-batches. Use --context-parallel-size.",
         }

@@ -52,7 +52,7 @@ class RunSettings:
 
 @contextmanager
 def megatrons_checks(what: str = "invalid settings") -> Iterator[None]:
-    """Turn any error of Megatron's code into a `UserError`, one line that begins with `what`.
+    """Turn any error or exit of Megatron's code into a `UserError`, one line that begins with `what`.
 
     Assertions without a message, and exceptions that are no checks, are quoted with their source line.
     """
@@ -60,6 +60,8 @@ def megatrons_checks(what: str = "invalid settings") -> Iterator[None]:
         yield
     except UserError:
         raise
+    except SystemExit as end:
+        raise UserError(f"{what}: Megatron ends without an error") from end
     except Exception as error:
         reason = reason_of(error)
         if isinstance(error, ArithmeticError | LookupError | TypeError | AttributeError):

@@ -1,5 +1,6 @@
 """The checks of a run find bad input, and name it in one line."""
 
+import sys
 from collections.abc import Callable
 from pathlib import Path
 
@@ -11,6 +12,7 @@ from maskmoe.data.tokenizer import SentencePieceTokenizer
 from maskmoe.data.tokenizer_training import train_tokenizer
 from maskmoe.errors import UserError
 from maskmoe.routing_mask.assignment import MaskRecipe, build_routing_mask
+from maskmoe.training.settings.run_settings import megatrons_checks
 
 SENTENCE_PIECE = "--tokenizer-type SentencePieceTokenizer --tokenizer-model"
 
@@ -21,6 +23,7 @@ CASES = {
     "id beyond the vocabulary": ("--data-path bad/large_ids", MASK, ["bad/large_ids", "id 599 at position 57", "510"]),
     "altered mask": ("", "bad/altered.safetensors", ["bad/altered.safetensors"]),
     "setting that Megatron refuses without a word": ("--num-attention-heads 3", MASK, ["num_attention_heads"]),
+    "setting with which Megatron exits": ("--checkpoint-activations", MASK, ["Use --recompute-activations"]),
     "missing dataset": ("--data-path nowhere", MASK, ["nowhere", "does not exist"]),
     "no mask": ("", None, ["no routing mask: pass --routing-mask"]),
     "mask for another vocabulary": ("--vocab-size 500", MASK, ["vocabulary", "510", "500"]),
@@ -111,6 +114,11 @@ def test_bad_input_is_found_by_the_checks(case, bad_files, error_of):
     message = error_of(flags, mask=mask, saves="--save" not in flags)
     for part in parts:
         assert part in message
+
+
+def test_exit_of_megatron_is_an_error():
+    with pytest.raises(UserError, match=r"^invalid settings: Megatron ends without an error$"), megatrons_checks():
+        sys.exit()
 
 
 @pytest.mark.parametrize(

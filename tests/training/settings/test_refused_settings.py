@@ -88,6 +88,7 @@ REFUSED = {
         "--iterations-to-skip"
     ),
     "--iterations-to-skip 3 --hybrid-layer-pattern *E|*E": "--iterations-to-skip",
+    "--result-rejected-tracker-filename F --hybrid-layer-pattern *E|*E": "--iterations-to-skip",
     "--optimizer soap": "--optimizer",
     "--exit-signal-handler-for-training": "--exit-signal-handler-for-training",
     "--ckpt-convert-format torch": "--ckpt-convert-format",
