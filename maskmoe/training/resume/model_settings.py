@@ -1,6 +1,7 @@
 """Settings of a checkpoint's model: a run takes them over, or compares them with its own."""
 
 from argparse import Namespace
+from collections.abc import Collection
 from pathlib import Path
 from typing import Any
 
@@ -47,19 +48,25 @@ ADJUSTABLE_ARGUMENTS = (
 # Arguments that choose layers by their numbers, of which a layer of a GPT model has one and its pattern has two.
 _COUNTING_ARGUMENTS = ("window_attn_skip_freq", "no_rope_freq")
 # Flags that do not have the names of their arguments.
-_FLAGS = {"layernorm_zero_centered_gamma": "--apply-layernorm-1p"}
+_FLAGS = {
+    "layernorm_zero_centered_gamma": "--apply-layernorm-1p",
+    "use_layer_wise_distributed_optimizer": "--use-distributed-optimizer",  # with Muon and Lion
+}
 # Formats in which the distributed optimizer saves its state in the order of a model's parameters, without their names.
 _NAMELESS_OPTIMIZER_FORMATS = ("dp_reshardable", "dp_zero_gather_scatter")
 
 
-def take_settings_of_checkpoint(args: Namespace, checkpoint: Path) -> Namespace:
+def take_settings_of_checkpoint(args: Namespace, checkpoint: Path, given: Collection[str] = ()) -> Namespace:
     """Return the arguments, completed by the settings of a checkpoint as Megatron does for `--use-checkpoint-args`.
 
-    Megatron would prefer the tokenizer of the checkpoint to the tokenizer of the command line, without a word.
+    Megatron would prefer many settings and the tokenizer of the checkpoint to those of the command line, without a
+    word. `given` has the names of the arguments that the command line gives; a pattern replaces the number of layers.
     """
     given_type, given_model = args.tokenizer_type, args.tokenizer_model
+    given_values = {name: value for name, value in vars(args).items() if name in given}
     with showing_only(checkpoint, args):
         args, _ = load_args_from_checkpoint(args)
+    vars(args).update(given_values)
     if given_type is not None and given_type != args.tokenizer_type:
         args.tokenizer_type, args.tokenizer_model = given_type, None
     if given_model is not None or args.tokenizer_type == "NullTokenizer":  # which needs no model
@@ -141,7 +148,7 @@ def _check_same_layers(args: Namespace, saved: Namespace, checkpoint: Path) -> N
         of_gpt = FeedForwardLayers.of_args(saved).pattern(attention)
         is_same = of_gpt == without_new_layers(pattern)
         description = f"a GPT model, which continues with --hybrid-layer-pattern '{of_gpt}'"
-        if counting := [_flag_of(name) for name in _COUNTING_ARGUMENTS if getattr(saved, name, None) is not None]:
+        if counting := [flag_of(name) for name in _COUNTING_ARGUMENTS if getattr(saved, name, None) is not None]:
             raise UserError(
                 f"checkpoint {checkpoint} holds a GPT model with {' and '.join(counting)}, which would select other "
                 "layers in a pattern: continue with --num-layers and without --hybrid-layer-pattern"
@@ -154,7 +161,7 @@ def _check_same_arguments(args: Namespace, saved: Namespace, checkpoint: Path) -
     """Check that a checkpoint's model has the sizes and the functions of this run's model. Raises UserError."""
     names = _MODEL_ARGUMENTS if args.hybrid_layer_pattern is not None else (*_LAYER_ARGUMENTS, *_MODEL_ARGUMENTS)
     differences = [
-        f"{_flag_of(name)} {getattr(saved, name)} in the checkpoint, {getattr(args, name)} in this run"
+        f"{flag_of(name)} {getattr(saved, name)} in the checkpoint, {getattr(args, name)} in this run"
         for name in names
         if hasattr(saved, name)
         and getattr(saved, name) != getattr(args, name, None)
@@ -188,6 +195,6 @@ def _check_same_order_of_parameters(args: Namespace, saved: Namespace, checkpoin
         )
 
 
-def _flag_of(name: str) -> str:
+def flag_of(name: str) -> str:
     """Return the flag that sets an argument."""
     return _FLAGS.get(name, f"--{name.replace('_', '-')}")

@@ -166,7 +166,7 @@ class RunChecks:
             for name, value in model_settings.further_checkpoint_args(args, checkpoint).items():
                 if name not in self._given:
                     setattr(args, name, value)
-            self.args = model_settings.take_settings_of_checkpoint(args, checkpoint)
+            self.args = model_settings.take_settings_of_checkpoint(args, checkpoint, self._given)
             yield from value_errors(self.args)
 
     def _settings(self) -> Iterator[str]:

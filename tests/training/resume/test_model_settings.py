@@ -113,6 +113,8 @@ def test_function_of_a_model_is_taken_from_the_checkpoint(args, save, monkeypatc
     completed = replace_fields(args, load=str(tmp_path), **further_checkpoint_args(args, CHECKPOINT))
     completed = take_settings_of_checkpoint(completed, CHECKPOINT)
     assert {name: getattr(completed, name) for name in FUNCTION} == {name: getattr(saved, name) for name in FUNCTION}
+    given = take_settings_of_checkpoint(replace_fields(args, load=str(tmp_path)), CHECKPOINT, FUNCTION)
+    assert {name: getattr(given, name) for name in FUNCTION} == {name: getattr(args, name) for name in FUNCTION}
 
 
 def test_model_that_computes_something_else_is_refused_or_noted(args, save):
