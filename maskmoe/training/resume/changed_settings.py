@@ -22,13 +22,13 @@ from maskmoe.checkpoint.routing_mask import mask_in_checkpoint
 from maskmoe.errors import UserError, reason_of
 from maskmoe.megatron_compat.globals import global_args
 from maskmoe.training.resume.choose_checkpoint import loads_what_it_saves
-from maskmoe.training.resume.model_settings import ADJUSTABLE_ARGUMENTS
+from maskmoe.training.resume.model_settings import ADJUSTABLE_ARGUMENTS, flag_of
 from maskmoe.training.settings.layout import BatchSizes, requested_training_samples, training_iterations
 
 _PAGE = "docs/extending.md"
 # Arguments of the schedules of learning rate and weight decay.
 _SCHEDULE_ARGUMENTS = (
-    *("lr", "min_lr", "lr_decay_style", "lr_decay_iters", "lr_decay_samples"),
+    *("lr", "min_lr", "decoupled_lr", "decoupled_min_lr", "lr_decay_style", "lr_decay_iters", "lr_decay_samples"),
     *("lr_warmup_iters", "lr_warmup_samples", "lr_warmup_fraction", "lr_warmup_init"),
     *("lr_wsd_decay_iters", "lr_wsd_decay_samples", "lr_wsd_decay_style"),
     *("weight_decay", "start_weight_decay", "end_weight_decay", "weight_decay_incr_style"),
@@ -36,11 +36,17 @@ _SCHEDULE_ARGUMENTS = (
 # Arguments from which Megatron computes the lengths of the schedules.
 _LENGTHS = ("train_iters", "train_samples", "global_batch_size")
 # Arguments that decide which state an optimizer has. With another value, Megatron fails on every rank.
-_OPTIMIZER_ARGUMENTS = ("optimizer", "use_distributed_optimizer")
+_OPTIMIZER_ARGUMENTS = (
+    *("optimizer", "use_distributed_optimizer", "use_layer_wise_distributed_optimizer"),
+    *("muon_scalar_optimizer", "decoupled_lr", "decoupled_min_lr"),
+)
 # The distributed optimizer has the same state in every precision.
 _PRECISION_ARGUMENTS = ("bf16", "fp16")
 # Arguments whose values an optimizer loads with its state. Megatron ignores the values of the command line.
-_LOADED_WITH_OPTIMIZER = ("adam_beta1", "adam_beta2", "adam_eps", "sgd_momentum")
+_LOADED_WITH_OPTIMIZER = (
+    *("adam_beta1", "adam_beta2", "adam_eps", "sgd_momentum"),
+    *("muon_momentum", "lion_beta1", "lion_beta2"),
+)
 # Arguments that decide the order of the training data.
 _DATA_ARGUMENTS = (
     *("data_path", "train_data_path", "data_args_path", "per_split_data_args_path", "mock_data", "split"),
@@ -262,8 +268,7 @@ def _changes(args: Namespace, saved: Namespace, names: tuple[str, ...]) -> str:
             continue
         before, now = getattr(saved, name), getattr(args, name)
         if before != now and not (name.endswith("data_path") and _absolute(before) == _absolute(now)):
-            flag = f"--{name.replace('_', '-')}"
-            changed.append(f"{flag} {_text(before)} in the checkpoint, {_text(now)} in this run")
+            changed.append(f"{flag_of(name)} {_text(before)} in the checkpoint, {_text(now)} in this run")
     return "; ".join(changed)
 
 

@@ -40,12 +40,19 @@ ERRORS = {
     "--global-batch-size 16": ["--global-batch-size 8 in the checkpoint, 16 in this run"],
     "--optimizer sgd": ["--optimizer adam in the checkpoint, sgd in this run", "--no-load-optim"],
     "--use-distributed-optimizer": ["--use-distributed-optimizer False in the checkpoint, True", "--no-load-optim"],
+    "--decoupled-lr 1e-4": ["another optimizer: --decoupled-lr None in the checkpoint, 0.0001 in this run"],
+    "--muon-scalar-optimizer lion": ["another optimizer: --muon-scalar-optimizer adam in the checkpoint, lion in this"],
+    "--optimizer lion --use-distributed-optimizer": ["--use-distributed-optimizer False in the checkpoint, True in"],
     "--bf16": ["--bf16 False in the checkpoint, True in this run", "--no-load-optim"],
     "--adam-beta2 0.95": [
         "load without a word: --adam-beta2 0.999 in the checkpoint, 0.95 in this run",
         "--no-load-optim",
     ],
-    f"{OVERRIDE} --lr 1e-3 --decoupled-lr 1e-4": ["cannot change --lr or --min-lr of a run with --decoupled-lr"],
+    "--muon-momentum 0.8 --lion-beta1 0.9 --lion-beta2 0.9": [
+        "without a word: --muon-momentum 0.9 in the checkpoint, 0.8 in this run; --lion-beta1 0.95 in",
+        "--lion-beta2 0.98",
+    ],
+    f"{OVERRIDE} --lr 1e-3 --use-mup": ["cannot change --lr or --min-lr of a run with --decoupled-lr"],
 }
 # Schedules that no run can have, by Megatron's own assertions.
 REFUSED_SCHEDULES = {
@@ -105,7 +112,7 @@ def changed(runs, workplace, monkeypatch):
 @pytest.mark.parametrize("flags", ERRORS)
 def test_change_that_would_fail_or_be_ignored_is_an_error(changed, flags):
     (error,) = changed(flags).errors
-    for part in (*ERRORS[flags], "docs/extending.md" if "decoupled" not in flags else ""):
+    for part in (*ERRORS[flags], "docs/extending.md" if "mup" not in flags else ""):
         assert part in error
     assert "\n" not in error
 
