@@ -249,6 +249,9 @@ def samples_to_request(args: Namespace, num_samples: Sequence[int | None]) -> li
     # asks for the samples of one phase only.
     if training is not None and not (args.train_samples or args.phase_transition_iterations):
         training = max(training, requested_training_samples(args, args.iteration, args.consumed_train_samples))
+    if training is not None and not (args.skip_train or args.phase_transition_iterations):
+        # Megatron refuses data of which all samples are consumed, also to save a complete run into another folder.
+        training = max(training, args.consumed_train_samples + 1)
     if validation is not None and not args.skip_train:
         before_first = (max(1, args.start_eval_at_iter or 0) - 1) // args.eval_interval
         per_evaluation = args.eval_iters * args.eval_global_batch_size
