@@ -21,9 +21,12 @@ from maskmoe.training.watch.console import console
 
 
 def choose_event_folder(args: Namespace) -> None:
-    """Choose the folder `tensorboard` of the run folder for event files if the run has a page and no other folder."""
+    """Choose the folder `tensorboard` of the run folder for event files if the run needs them and has no other folder.
+
+    The page is made from the event files, and Megatron logs losses to Weights & Biases only beside event files.
+    """
     folder = run_folder(args.save, args.tensorboard_dir)
-    if folder is not None and args.report and args.tensorboard_dir is None:
+    if folder is not None and (args.report or args.wandb_project) and args.tensorboard_dir is None:
         args.tensorboard_dir = str(folder / TENSORBOARD)
 
 

@@ -57,11 +57,18 @@ def test_full_disk_ends_the_events_and_not_the_training(writer, capsys, monkeypa
 
 
 @pytest.mark.parametrize(
-    ("report", "tensorboard_dir", "expected"),
-    [(True, None, "/run/tensorboard"), (False, None, None), (True, "/tb", "/tb"), (False, "/tb", "/tb")],
+    ("report", "wandb_project", "tensorboard_dir", "expected"),
+    [
+        (True, "", None, "/run/tensorboard"),
+        (False, "", None, None),
+        (False, "p", None, "/run/tensorboard"),
+        (True, "", "/tb", "/tb"),
+        (False, "", "/tb", "/tb"),
+    ],
 )
-def test_folder_of_the_event_files(report, tensorboard_dir, expected):
+def test_folder_of_the_event_files(report, wandb_project, tensorboard_dir, expected):
     args = Namespace(save="/run/checkpoints", tensorboard_dir=tensorboard_dir, report=report)
+    args.wandb_project = wandb_project
     choose_event_folder(args)
     assert args.tensorboard_dir == expected
 
