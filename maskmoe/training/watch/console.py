@@ -8,6 +8,7 @@ This module imports nothing that takes long, because it prints the first line of
 """
 
 import logging
+import math
 import os
 import re
 import sys
@@ -160,7 +161,8 @@ class Console:
             return
         for name, pattern in _LOSSES.items():
             if match := pattern.match(line):
-                self.losses[name] = float(match["loss"] or "nan")
+                # Megatron prints the loss 0 if no step of the interval has updated the weights.
+                self.losses[name] = float(match["loss"] or 0) or math.nan
         self._show(line, self._progress)
 
     def take_log(self, record: logging.LogRecord, text: str) -> None:

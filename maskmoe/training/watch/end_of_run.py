@@ -70,8 +70,8 @@ def _describe_stop(args: Namespace) -> str:
 
 
 def _describe_completion(args: Namespace) -> str:
-    parts = [f"complete: {args.train_iters} iterations"]
-    if "loss" not in console.losses:
+    parts = ["complete: evaluated only" if args.skip_train else f"complete: {args.train_iters} iterations"]
+    if "loss" not in console.losses and not args.skip_train:
         parts.append("no iteration was left to train")
     parts += (f"{name} {loss:.4f}" for name, loss in console.losses.items() if math.isfinite(loss))
     newest = read_tracker(args.save) if args.save else None

@@ -158,7 +158,8 @@ def _describe_folder(args: Namespace, folder: Path | None) -> str:
     if folder is None:
         return "none: without --save, nothing is saved and arguments and logs are not written"
     logs = f"{Path('logs')}{os.sep}rank*.log" if console.log else "no log files with --verbose"
-    return f"{folder}: args.yaml, {logs}; checkpoints in {args.save}"
+    checkpoints = f"checkpoints in {args.save}" if args.save else "no checkpoints without --save"
+    return f"{folder}: args.yaml, {logs}; {checkpoints}"
 
 
 def _short(number: int) -> str:

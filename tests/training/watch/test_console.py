@@ -2,6 +2,7 @@
 
 import io
 import logging
+import math
 import sys
 import warnings
 from collections.abc import Callable
@@ -191,6 +192,8 @@ def test_newest_losses_are_known(console, emit):
     emit(VALIDATION.replace("10 |", "10 on validation set |").replace("5.654449", "5.5"))
     emit(VALIDATION.replace("10 |", "10 on test set |"))
     assert console.losses["validation loss"] == 5.5
+    emit(ITERATION.replace("7.729889", "0.000000"))  # all updates of the interval were skipped
+    assert math.isnan(console.losses["loss"])
 
 
 def test_unwritable_log_is_no_failure(console, emit, stdout, tmp_path):

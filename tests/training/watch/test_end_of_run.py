@@ -16,7 +16,7 @@ from maskmoe.training.loop.rank_store import RankStore
 from maskmoe.training.watch import end_of_run
 from maskmoe.training.watch.end_of_run import EndOfRun, writing_page
 
-ARGS = Namespace(save=None, train_iters=9)
+ARGS = Namespace(save=None, train_iters=9, skip_train=False)
 
 
 def rank_of(rank, world_size=3):
@@ -52,6 +52,23 @@ def test_stopped_run_names_its_newest_checkpoint(tmp_path):
     assert end_of_run._describe_stop(args) == f"stopped: saved iteration 20 in {tmp_path}; the same command resumes"
     write_checkpoint(tmp_path / "non_persistent", 30)
     assert end_of_run._describe_stop(args).startswith(f"stopped: saved iteration 30 in {tmp_path}/non_persistent; the")
+
+
+@pytest.mark.parametrize(
+    ("args", "losses", "line"),
+    [
+        ({}, {"loss": 2.5}, "complete: 9 iterations, loss 2.5000; no checkpoint was saved"),
+        ({}, {}, "complete: 9 iterations, no iteration was left to train; no checkpoint was saved"),
+        (
+            {"skip_train": True, "train_iters": None},
+            {"validation loss": 2.5},
+            "complete: evaluated only, validation loss 2.5000; no checkpoint was saved",
+        ),
+    ],
+)
+def test_completed_run_says_what_it_did(monkeypatch, args, losses, line):
+    monkeypatch.setattr(end_of_run.console, "losses", losses)
+    assert end_of_run._describe_completion(Namespace(**vars(ARGS) | args)) == line
 
 
 def end_run(folder, rank=0, error=None):

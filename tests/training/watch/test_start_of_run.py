@@ -43,6 +43,9 @@ def test_header_describes_steps_and_length(flags, step, tokens, monkeypatch):
     header = describe_run(args, None, None, 1000, None)
     assert header["step"] == f"{step}, in micro-batches of 2; 5 iterations"
     assert header["data"] == f"mock data; {tokens} tokens in all"
+    header = describe_run(args, None, Path("run"), 1000, None)
+    assert header["folder"].startswith("run: args.yaml, ")
+    assert header["folder"].endswith("; no checkpoints without --save")
 
 
 def test_saved_arguments_are_a_model_file(tmp_path):
