@@ -151,6 +151,7 @@ class _Resumption:
         """Yield an error for each change with which the run would fail, or that the run would ignore."""
         args, anew = self.args, f"--no-load-optim to begin with a new optimizer and a new schedule ({_PAGE})"
         yield from self._errors_of_length()
+        yield from self._errors_of_cyclic_data()
         # A complete run loads its checkpoint only to save the checkpoint in another folder.
         loads = not self.is_complete or (args.save is not None and not loads_what_it_saves(args))
         if getattr(self.saved, "no_save_optim", False) and not args.no_load_optim and loads:
@@ -210,6 +211,18 @@ class _Resumption:
                 f"{iterations} iterations with this run's batch sizes, so training would not end at --train-samples "
                 f"{args.train_samples}: pass a --step-batch-size-schedule that begins with the checkpoint's batch "
                 f"sizes, or --train-iters ({_PAGE})"
+            )
+
+    def _errors_of_cyclic_data(self) -> Iterator[str]:
+        """Yield an error if Megatron's sampler would fail without a message, because it reads only whole steps."""
+        args, samples = self.args, getattr(self.saved, "consumed_train_samples", 0)
+        step = args.micro_batch_size * args.data_parallel_size
+        starts_elsewhere = self.is_complete or args.override_ckpt_iteration is not None
+        if args.dataloader_type == "cyclic" and samples % step and not starts_elsewhere:
+            yield (
+                f"checkpoint {self.checkpoint} has read {samples:,} samples, but --dataloader-type cyclic can resume "
+                f"only after a multiple of --micro-batch-size {args.micro_batch_size} × data parallel size "
+                f"{args.data_parallel_size} = {step}: pass a smaller --micro-batch-size, or use fewer ranks"
             )
 
     def notes(self) -> Iterator[str]:

@@ -186,6 +186,17 @@ def test_more_ranks_than_random_states_are_refused(changed):
 
 
 @pytest.mark.runs("fp32")
+def test_samples_that_cyclic_data_cannot_resume_from_are_refused(changed):
+    """Megatron's sampler fails without a message."""
+    flags = f"--dataloader-type cyclic --global-batch-size 16 {OVERRIDE} --micro-batch-size"
+    (error,) = changed(f"{flags} 8", ranks=2).errors
+    assert "has read 56 samples, but --dataloader-type cyclic can resume only after a multiple of" in error
+    assert "--micro-batch-size 8 × data parallel size 2 = 16: pass a smaller" in error
+    for allowed in (f"{flags} 4", f"{flags} 8 --dataloader-type single", f"{flags} 8 --override-ckpt-iteration 4"):
+        assert changed(allowed, ranks=2).errors == ()
+
+
+@pytest.mark.runs("fp32")
 def test_checkpoint_without_an_optimizer_is_refused(changed, runs, monkeypatch):
     """Megatron fails for lack of the state."""
     saved = load_common_state_dict(checkpoint_path(runs[0].checkpoints, 7))["args"]
