@@ -36,6 +36,10 @@ _RERUN_VERDICTS = {
     "the step was repeated: start the run again, if possible on other devices, to find out whether the device or the "
     "model is at fault",
 }
+_SECOND_RERUN_VERDICT = (
+    "a loss or gradient was NaN or infinite, and the step was repeated on another device: the log's line `Second "
+    "rerun` says whether the first device or the model is at fault"
+)
 _NO_SPACE = 1 << 20  # bytes
 
 
@@ -130,7 +134,10 @@ def explaining_early_ends(args: Namespace, leaving: LeaveAfterSave) -> Iterator[
         ) from error
     except SystemExit as end:
         if end.code in _RERUN_VERDICTS and torch.distributed.get_rank() == 0:
-            print(f"error: {_RERUN_VERDICTS[end.code]}. {describe_newest_checkpoint(args)}", file=sys.stderr)
+            state = rerun_state_machine.get_rerun_state_machine().state
+            is_second = state == rerun_state_machine.RerunState.RERUNNING_FROM_CHECKPOINT
+            verdict = _SECOND_RERUN_VERDICT if is_second else _RERUN_VERDICTS[end.code]
+            print(f"error: {verdict}. {describe_newest_checkpoint(args)}", file=sys.stderr)
         has_signal = args.exit_signal_handler and any(get_signal_handler().signals_received())
         if not end.code and (has_signal or _is_out_of_time(args) or leaving.is_leaving):
             sys.exit(EXIT_REQUEUE)
