@@ -72,12 +72,7 @@ def _check_seeds(seeds: tuple[int, ...]) -> tuple[int, ...]:
 
 
 def _parse[T](parse: Callable[[object, str, Mapping[str, str]], T], content: object, info: ValidationInfo) -> T:
-    """Parse a section of flags or layouts. The context of the validation holds the variables for `${NAME}`.
-
-    The value `false` is kept as a word, because it removes a flag of an earlier section.
-    """
-    if isinstance(content, dict):
-        content = {name: ["false"] if value == "false" else value for name, value in content.items()}
+    """Parse a section of flags or layouts. The context of the validation holds the variables for `${NAME}`."""
     try:
         return parse(content, "the section", info.context or {})
     except UserError as error:
@@ -268,6 +263,7 @@ class Suite(_Section):
         update = {
             "title": section.title or name,
             "mask": mask,
+            "widen": override({}, section.widen),
             "flags": flags,
             "layouts": {**model_file.layouts, **section.layouts},
             "program": str((folder / section.program).absolute()) if section.program else "",

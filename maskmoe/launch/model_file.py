@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from maskmoe.errors import UserError
-from maskmoe.files.flags import LAYOUTS, OMITTED_VALUES, Flags
+from maskmoe.files.flags import LAYOUTS, OMITTED_VALUES, Flags, override
 from maskmoe.files.untrusted import read_words
 
 
@@ -17,7 +17,7 @@ class ModelFile:
     Attributes:
         path: The file.
         flags: The flags of every run.
-        layouts: For each number of ranks, the flags that are added for it.
+        layouts: For each number of ranks, the flags that override `flags` for it; the value `false` removes a flag.
     """
 
     path: Path
@@ -46,7 +46,7 @@ class ModelFile:
         if not isinstance(content, dict):
             raise UserError(f"{place} must contain flags and their values, one per line: `num-layers: 12`")
         layouts = parse_layouts(content.pop(LAYOUTS, None) or {}, place, variables)
-        return cls(path=path, flags=parse_flags(content, place, variables), layouts=layouts)
+        return cls(path=path, flags=override({}, parse_flags(content, place, variables)), layouts=layouts)
 
     def fits(self, ranks: int) -> bool:
         """Return whether the file has a layout for a number of ranks, or no layouts."""
@@ -70,11 +70,11 @@ class ModelFile:
                 f"model file {self.path} has layouts for {sizes} ranks and their multiples, not for {ranks}"
             )
         fitting = [size for size in self.layouts if ranks % size == 0]
-        return {**self.flags, **self.layouts[max(fitting)]} if fitting else self.flags
+        return override(self.flags, self.layouts[max(fitting)]) if fitting else self.flags
 
 
 def parse_flags(content: object, place: str, variables: Mapping[str, str]) -> Flags:
-    """Parse the flags in the content of a YAML file.
+    """Parse the flags in the content of a YAML file; a value that omits its flag becomes `false`, see `override`.
 
     Args:
         content: A mapping from flags to values, as `read_words` returns it.
@@ -93,7 +93,9 @@ def parse_flags(content: object, place: str, variables: Mapping[str, str]) -> Fl
             raise UserError(f"{place}: {name} must have a value or a list of values")
         if value == "true":
             flags[name] = ()
-        elif value not in OMITTED_VALUES:
+        elif value in OMITTED_VALUES:
+            flags[name] = ("false",)
+        else:
             try:
                 flags[name] = tuple(string.Template(word).substitute(variables) for word in words)
             except KeyError as error:

@@ -6,6 +6,7 @@ from support.paths import ROOT
 from maskmoe.comparison.data import Dataset
 from maskmoe.comparison.suite import Suite
 from maskmoe.errors import UserError
+from maskmoe.files.flags import flags_to_yaml
 from maskmoe.launch.model_file import ModelFile
 
 SHIPPED = sorted(path for path in (ROOT / "launch" / "suites").glob("*.yaml") if not path.stem.endswith("-text"))
@@ -73,6 +74,18 @@ def test_a_suite_on_top_of_a_model_file_keeps_its_layouts(suite_file, tmp_path):
     assert "hybrid-layer-pattern" not in suite.variants["smoe"].flags
     assert suite.variants["smoe"].flags["hidden-size"] == ("32",)
     assert suite.variants["smoe"].layouts[8] == {"bf16": ()}
+
+
+@pytest.mark.parametrize("value", ["false", "null"])
+def test_value_that_removes_a_flag_of_an_earlier_section(suite_file, tmp_path, value):
+    removing = f"maskmoe: {{flags: {{lr: {value}}}, widen: {{seed: {value}}}, layouts: {{8: {{bf16: {value}}}}}, mask"
+    suite = Suite.read(suite_file(replace={"maskmoe: {mask": removing}), {})
+    assert "lr" in suite.variants["dense"].flags
+    variant = suite.variants["maskmoe"]
+    assert "lr" not in variant.flags
+    assert variant.widen == {}
+    (tmp_path / "run.yaml").write_text(flags_to_yaml({"bf16": ()}, variant.layouts))
+    assert ModelFile.read(tmp_path / "run.yaml", {}).flags_for(8) == {}
 
 
 def test_paths_are_relative_to_the_suite(suite_file, tmp_path):

@@ -6,12 +6,16 @@ import logging
 import re
 import shlex
 import sys
+import tempfile
 import warnings
 from functools import cache
 from pathlib import Path
 from typing import Any
 
 import pytest
+import yaml
+from hypothesis import given
+from hypothesis import strategies as st
 from support.launchers import run_as_ranks
 from support.paths import ROOT
 
@@ -256,6 +260,19 @@ def test_layout_of_the_number_of_ranks(tmp_path):
     assert model.flags_for(12) == {"a": ("2",), "b": ("1",)}
     with pytest.raises(UserError, match="layouts for 2, 8 ranks and their multiples, not for 3"):
         model.flags_for(3)
+
+
+written_flags = st.dictionaries(
+    st.sampled_from("abc"), st.sampled_from(["true", "false", "null", "~", "", "1", ["2", "3"]]), min_size=1
+)
+
+
+@given(written_flags, written_flags)
+def test_layout_acts_as_if_its_values_replaced_those_of_the_file(flags, layout):
+    with tempfile.TemporaryDirectory() as folder:
+        model = read_text(Path(folder), yaml.safe_dump({**flags, "layouts": {2: layout}}))
+        merged = read_text(Path(folder), yaml.safe_dump({**flags, **layout}))
+    assert model.flags_for(4) == merged.flags
 
 
 @pytest.mark.parametrize(
