@@ -50,7 +50,7 @@ class LayoutChooser:
         check: Returns whether a run with some flags on a number of ranks may start; prints what is wrong.
 
     Raises:
-        UserError: The run saves no checkpoints, from which another set of nodes could continue.
+        UserError: The run saves no checkpoints, from which another set of nodes could continue, or has a time limit.
     """
 
     def __init__(self, options: Options, model: ModelFile, check: Callable[[Flags, int], bool]) -> None:
@@ -58,9 +58,15 @@ class LayoutChooser:
         self._model = model
         self._check = check
         self._verdicts: dict[int, bool] = {}
-        if "save-interval" not in self._run_flags(model.flags):
+        flags = self._run_flags(model.flags)
+        if "save-interval" not in flags:
             raise UserError(
                 f"--nodes {options.nodes} needs --save-interval, because the run continues from checkpoints"
+            )
+        if "exit-duration-in-mins" in flags:
+            raise UserError(
+                f"--nodes {options.nodes} excludes --exit-duration-in-mins, because the launchers would start the "
+                "stopped ranks again: leave out the flag, and stop the launchers by SIGTERM"
             )
 
     def count(self, node_ranks: Sequence[int]) -> int:
@@ -111,14 +117,14 @@ class ElasticRun:
         processes: The number of ranks of this node.
 
     Raises:
-        UserError: The run saves no checkpoints, from which another set of nodes could continue.
+        UserError: The run saves no checkpoints, from which another set of nodes could continue, or has a time limit.
     """
 
     def __init__(self, options: Options, model: ModelFile, processes: int) -> None:
         self._options = options
-        self._chooser = LayoutChooser(options, model, _passes_check)
-        self._journal = Journal(options.run_dir)
         self._supervisor = Supervisor(options.shutdown_timeout)
+        self._chooser = LayoutChooser(options, model, self._may_start)
+        self._journal = Journal(options.run_dir)
         folder = options.run_dir / FOLDER
         self._generations = Generations(folder)
         self._nodes = Membership(folder / "members", options.address, processes, options.node_timeout)
@@ -233,6 +239,15 @@ class ElasticRun:
         text = f"training on {counted(nodes, 'node')} ({hosts}), {counted(generation.ranks, 'rank')}"
         self._report(text, nodes=nodes, ranks=generation.ranks)
         return generation
+
+    def _may_start(self, flags: Flags, ranks: int) -> bool:
+        """Check a run on a number of ranks like those of this machine; print what is wrong, and return the result."""
+        say(f"checking settings and files for {counted(ranks, 'rank')}")
+        if not find_devices().num_gpus:
+            flags = override({"distributed-backend": ("gloo",)}, flags)
+        passes = check(flags, ranks, shows_report="verbose" in flags) == 0
+        # Ctrl-C also ends the check, whose failure then says nothing about the run.
+        return passes or self._supervisor.is_stopped
 
     def _give_up(self) -> int:
         """Say that too few nodes have come, and return the exit code of a run that can be started again."""
@@ -371,14 +386,6 @@ class ElasticRun:
                     return False
             time.sleep(_POLL_SECONDS)
         return self._supervisor.is_stopped
-
-
-def _passes_check(flags: Flags, ranks: int) -> bool:
-    """Return whether a run may start on a number of ranks like those of this machine; print what is wrong."""
-    say(f"checking settings and files for {counted(ranks, 'rank')}")
-    if not find_devices().num_gpus:
-        flags = override({"distributed-backend": ("gloo",)}, flags)
-    return check(flags, ranks, shows_report="verbose" in flags) == 0
 
 
 def _ranks_of(members: Iterable[Member]) -> list[int]:

@@ -232,12 +232,19 @@ def test_enough_nodes_start_at_the_latest_after_the_timeout(new_run):
     run.finish(launcher)
 
 
-def test_run_without_checkpoints_is_refused(tmp_path):
+@pytest.mark.parametrize(
+    ("flags", "error"),
+    [
+        ("num-layers: 2", "needs --save-interval"),
+        ("save-interval: 10\nexit-duration-in-mins: 5", "excludes --exit-duration-in-mins"),
+    ],
+)
+def test_run_that_could_not_continue_or_end_is_refused(tmp_path, flags, error):
     run = Run(tmp_path, "1:2")
-    (tmp_path / "model.yaml").write_text("num-layers: 2")
+    (tmp_path / "model.yaml").write_text(flags)
     with run.start("a") as launcher:
         assert launcher.wait() == 2
-    assert "error: --nodes 1:2 needs --save-interval" in launcher.output
+    assert f"error: --nodes 1:2 {error}" in launcher.output
     assert not run.folder.exists()
 
 
@@ -300,6 +307,17 @@ def test_generation_that_another_launcher_writes_during_the_check_stays(tmp_path
         # The next attempt sees the other launcher's generation.
         after = launcher._propose(launcher._running(), may_start=True)
         assert (after.number, after.members) == (winner.number + 1, (launcher._nodes.me,))
+
+
+def test_signal_that_also_ends_the_check_of_a_layout_stops_the_launcher(tmp_path, monkeypatch):
+    """Ctrl-C reaches the whole process group."""
+    model = tmp_path / "model.yaml"
+    model.write_text("save-interval: 10")
+    options = parse_options("pretrain", ["--nodes", "1:1", "--run-dir", str(tmp_path), str(model)], {})
+    launcher = ElasticRun(options, ModelFile.read(model, {}), 1)
+    monkeypatch.setattr(launcher._supervisor, "listen", lambda: None)
+    monkeypatch.setattr(elastic, "check", lambda *_, **__: launcher._supervisor._signals.append(signal.SIGINT) or 130)
+    assert launcher.run() == EXIT_REQUEUE
 
 
 @pytest.mark.parametrize("content", ["", "{}", '{"number": 1, "members": [{}], "port": 7, "flags": {}}'])
