@@ -83,6 +83,7 @@ if [[ -n $elastic ]]; then
     for option in "${sbatch[@]}"; do
         [[ $option != --array* && $option != -a* ]] || fail "$option: the nodes of --nodes=$elastic are a job array already"
     done
+    [[ " ${script_options[*]} " != *" --then "* ]] || fail "each node of --nodes=$elastic would run the command of --then"
     sbatch+=("--nodes=1" "--array=1-$most")
     script_options+=(--elastic "$elastic")
 fi

@@ -35,7 +35,7 @@ STUBS = {
     """,
     "scontrol": """
         case "$*" in
-            "show hostnames"*) printf '%s\\n' n0 n1 ;;
+            "show hostnames"*) printf '%s\\n' ${NODES:-n0 n1} ;;
             *"show node"*) echo "NodeName=n0 NodeAddr=10.0.0.1 x" ;;
             *"show job"*) echo "JobId=1 JobState=${STATE:-RUNNING} x" ;;
             requeue*) echo "$*"; [[ -z ${REFUSES:-} ]] ;;
@@ -236,6 +236,58 @@ def test_complete_run(train, tmp_path):
     assert code == 0
     assert "the training is complete" in output
     assert (tmp_path / "run" / "slurm" / "1.finished").exists()
+
+
+CHAIN = {"SLURM_ARRAY_JOB_ID": "1", "SLURM_ARRAY_TASK_ID": "1", "SLURM_ARRAY_TASK_MAX": "2"}
+LAST = CHAIN | {"SLURM_ARRAY_TASK_ID": "2", "SLURM_JOB_ID": "2"}
+
+
+@pytest.mark.parametrize("reason", [EXIT_HANG, EXIT_REQUEUE])
+def test_job_of_a_chain_leaves_the_run_to_the_next_job_if_there_is_one(train, reason):
+    code, output = train(f"{reason} {reason}", options=("--chain",), **CHAIN)
+    assert code == 0
+    assert "; the next job of the chain resumes the run\n" in output
+    code, output = train(f"{reason} {reason}", options=("--chain",), **LAST)
+    assert code == reason
+    assert "; this was the last job of the chain: submit the chain again to resume the run\n" in output
+
+
+@pytest.mark.parametrize(("answers", "words"), [(True, "requeue 1\n"), (False, "because its state is unknown\n")])
+def test_controller_that_does_not_answer_at_once(train, tmp_path, answers, words):
+    stub = tmp_path / "scontrol"
+    silence = f"[[ $* != *'show job'* || -e {tmp_path}/answers ]] || exit 1\n"
+    stub.write_text(stub.read_text().replace("\n", f"\n{silence}", 1))
+    write_script(tmp_path / "sleep", f"#!/bin/sh\n{f'touch {tmp_path}/answers' if answers else ''}\n")
+    code, output = train(f"{EXIT_REQUEUE} {EXIT_REQUEUE}")
+    assert code == EXIT_REQUEUE
+    assert output.endswith(words)
+
+
+def test_step_that_fails_before_the_script_waits_for_it(train, tmp_path):
+    (tmp_path / "srun").write_text("#!/usr/bin/env bash\n[[ ${*: -1} == true ]] || exit 5\n")
+    code, output = train("", **{"BASH_FUNC_kill%%": '() { sleep 0.5; builtin kill "$@"; }'})
+    assert code == 5
+    assert "the training is complete" not in output
+
+
+@pytest.mark.parametrize("fails_first", [False, True])
+def test_command_after_a_chain_runs_until_it_succeeds(train, tmp_path, fails_first):
+    runs = tmp_path / "runs"
+    program = f"#!/usr/bin/env bash\necho >>{runs}; (($(wc -l <{runs}) > {int(fails_first)}))\n"
+    write_script(tmp_path / "launch/report.sh", program)
+    options = ("--chain", "--then", "launch/report.sh")
+    for job, expected in ((CHAIN, int(fails_first)), (LAST, 0), (LAST | {"SLURM_JOB_ID": "3"}, 0)):
+        # srun's stub runs a command for each code.
+        assert train("0", options=options, NODES="n0", SLURM_JOB_NUM_NODES="1", **job)[0] == expected
+    assert len(runs.read_text().splitlines()) == 1 + fails_first
+    assert [path.name for path in (tmp_path / "run" / "slurm").glob("*.finished")] == ["1.finished"]
+
+
+def test_signal_interrupts_neither_the_training_nor_the_command_after_it(train, tmp_path):
+    write_script(tmp_path / "launch/report.sh", "#!/usr/bin/env bash\nsleep 0.5\n")
+    code, _ = train("0 0", options=("--then", "launch/report.sh"), stops=True)
+    assert code == 0
+    assert (tmp_path / "run" / "slurm" / "1.finished.then").exists()
 
 
 def test_command_after_a_complete_run(train, tmp_path):
