@@ -98,7 +98,8 @@ def run_entry_point(entry: Sequence[str], saves_checkpoints: bool) -> NoReturn:
         UserError: `--nproc-per-node` has no valid value.
     """
     processes, arguments = split_processes(sys.argv[1:])
-    if "RANK" in os.environ or any(word.partition("=")[0] in _SINGLE_PROCESS_FLAGS for word in arguments):
+    # Schedulers may set RANK to the number of the node. Only torchrun also sets LOCAL_RANK.
+    if "LOCAL_RANK" in os.environ or any(word.partition("=")[0] in _SINGLE_PROCESS_FLAGS for word in arguments):
         # Replace this program: Megatron's helper processes import the main module, which must be the entry point.
         os.execv(sys.executable, [sys.executable, "-P", "-u", *entry, *arguments])
     options = ("--local-addr", "127.0.0.1", "--shutdown-timeout", str(SHUTDOWN_TIMEOUT))

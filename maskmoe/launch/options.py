@@ -136,6 +136,8 @@ def parse_options(program: str, arguments: Sequence[str], environment: Mapping[s
         # The nodes agree on a rendezvous and on their ranks by files of the run folder.
         options.rendezvous, options.node_rank = None, None
         return options
+    if options.check_only:  # the check meets no other node
+        return options
     nodes = options.nodes.most
     if nodes > 1 and options.rendezvous is None:
         raise UserError(f"{nodes} nodes need a rendezvous: pass --rendezvous HOST:PORT or set MASTER_ADDR")
@@ -154,9 +156,9 @@ def _parser(program: str, environment: Mapping[str, str]) -> Parser:
         "the command on each node. Flags after the file override the file's flags, and `--flag false` removes a flag. "
         "Each option can be given as the environment variable in brackets instead.",
         epilog="A signal (SIGTERM, SIGUSR1, Ctrl-C and others) makes the run save a checkpoint and stop. The same "
-        "command resumes the run. Exit codes: 0, the training is complete; 1, the run failed, after all restarts; "
-        "2, the input is bad and nothing was done; 75, a signal stopped the run, start it again; 76, the run hung, "
-        "after all restarts.",
+        "command resumes the run. Exit codes: 0, the training is complete, or stopped at --exit-interval or "
+        "--phase-transition-iterations; 1, the run failed, after all restarts; 2, the input is bad "
+        "and nothing was done; 75, a signal stopped the run, start it again; 76, the run hung, after all restarts.",
     )
 
     if (host := environment.get("MASTER_ADDR")) and not environment.get("RDZV_ENDPOINT"):

@@ -77,6 +77,11 @@ def test_elastic_run_ignores_the_rendezvous_of_the_environment():
     assert parse("m.yaml").nodes == NodeRange(1, 1)
 
 
+@pytest.mark.parametrize("options", ["--nodes 8", "--nodes 8 --node-rank 9", "--nodes 1:8"])
+def test_check_of_a_run_on_several_nodes_needs_no_rendezvous(options):
+    assert parse(f"--check {options} m.yaml").nodes.most == 8
+
+
 def test_users_variables_are_kept():
     options = parse("m.yaml")
     variables = {**RUN_ENVIRONMENT, "OMP_NUM_THREADS": "7"}

@@ -70,9 +70,16 @@ def test_signal_stops_the_ranks(run_stub, saves_checkpoints, code):
 
 
 def test_rank_of_torchrun_runs_the_entry_point_itself(run_stub):
-    launch = run_stub("3", RANK="5", WORLD_SIZE="8")
+    launch = run_stub("3", RANK="5", LOCAL_RANK="1", WORLD_SIZE="8")
     assert launch.wait() == 3
     assert launch.output == "rank 5 of 8 ['3']\n"
+
+
+def test_node_whose_scheduler_sets_its_rank_starts_ranks(run_stub):
+    """Kubeflow's pods have RANK and WORLD_SIZE, whose values count nodes."""
+    launch = run_stub("0", RANK="5", WORLD_SIZE="8")
+    assert launch.wait() == 0, launch.output
+    assert "rank 0 of 1 ['0']\n" in launch.output
 
 
 @pytest.mark.parametrize("flag", ["--help", "-h", "--check", "--check=8"])
