@@ -179,8 +179,8 @@ make_venv() {
         options+=(--system-site-packages)
     fi
     mkdir -p "$venv"
-    find "$venv/" -mindepth 1 -delete
     touch "$(venv_unfinished)"
+    find "$venv/" -mindepth 1 ! -name maskmoe-setup-unfinished -delete
     if "$python_path" -I -c 'import ensurepip' 2>/dev/null; then
         "$python_path" -I -m venv "${options[@]}" "$venv"
     else

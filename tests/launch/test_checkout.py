@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 from support.paths import ROOT, python_path
+from support.scripts import write_script
 
 
 def run_version(script: Path, path: Path) -> subprocess.CompletedProcess[str]:
@@ -53,6 +54,16 @@ def test_scripts_ignore_the_folders_in_which_cd_searches(command: str) -> None:
         )
         assert result.returncode == 0, result.stderr
         assert len(result.stdout.splitlines()) == 1
+
+
+def test_python_that_is_too_old_is_no_installation(tmp_path: Path) -> None:
+    """Before launch/setup.sh, the system's Python may be older than the option -P."""
+    write_script(tmp_path / "bin" / "python3", "#!/bin/sh\necho 'Unknown option: -P' >&2\nexit 2\n")
+    write_script(tmp_path / "launch" / "pretrain.sh", (ROOT / "launch" / "pretrain.sh").read_text())
+    path = {"PATH": f"{tmp_path}/bin:{os.environ['PATH']}"}
+    command = [tmp_path / "launch" / "pretrain.sh", "laptop.yaml"]
+    result = subprocess.run(command, env=os.environ | path, capture_output=True, text=True, timeout=60)
+    assert (result.returncode, result.stderr) == (2, "error: MaskMoE is not installed: run launch/setup.sh first\n")
 
 
 def test_host_that_lacks_the_python_of_the_environment(tmp_path: Path) -> None:

@@ -137,6 +137,12 @@ def test_variables_of_the_launchers_are_passed():
     assert not {"--env=RUN_DIR", "--env=B"} & set(words)
 
 
+@pytest.mark.parametrize(("gpus", "is_passed"), [("2,3", False), ("all", True)])
+def test_visible_gpus_are_not_passed_to_a_container_that_renumbers_its_gpus(gpus, is_passed):
+    words = dry_run("--engine", "docker", "--gpus", gpus, "true", CUDA_VISIBLE_DEVICES="2,3")
+    assert ("--env=CUDA_VISIBLE_DEVICES" in words) == is_passed
+
+
 def test_build():
     command = docker("--dry-run", "--engine", "docker", "--cpu", "--build", "--base-image", "some:base").splitlines()
     assert len(command) == 1

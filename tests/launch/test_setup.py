@@ -302,6 +302,16 @@ def test_interrupted_set_up_is_repeated_and_only_one_runs_at_a_time(project):
     assert second.returncode == 0
 
 
+def test_set_up_that_is_interrupted_while_it_empties_the_environment_is_repeated(project, tmp_path):
+    project.venv.mkdir()
+    for name in ("pyvenv.cfg", "more"):
+        (project.venv / name).touch()
+    find = write_script(tmp_path / "bin" / "find", '#!/bin/sh\nrm -f "$1/pyvenv.cfg"\nkill -KILL $PPID\n')
+    project.run(expect=-signal.SIGKILL, PATH=f"{find.parent}:{os.environ['PATH']}")
+    assert "making .venv: " in project.run()
+    assert not (project.venv / "more").exists()
+
+
 def test_folder_that_is_not_an_environment_is_kept(project):
     project.venv.mkdir()
     (project.venv / "notes.txt").write_text("mine")
