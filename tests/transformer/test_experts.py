@@ -1,6 +1,7 @@
 """Experts that are computed together against Megatron-Core's `SequentialMLP`, bit for bit on the CPU."""
 
 import copy
+import math
 from collections.abc import Callable
 from typing import Any
 
@@ -24,7 +25,7 @@ from support.small_moe import (
     process_groups,
 )
 from torch import Tensor
-from torch.nn.functional import gelu
+from torch.nn.functional import gelu, grouped_mm
 
 from maskmoe.transformer import experts as experts_module
 from maskmoe.transformer.experts import GroupedMLP, can_group
@@ -263,6 +264,29 @@ def test_grouped_products_equal_sequential_experts(
         assert value.dtype == expected[name].dtype
         largest = expected[name].abs().max().item() if value.numel() else 0
         torch.testing.assert_close(value, expected[name], rtol=0, atol=3e-2 * largest, msg=name)
+
+
+@given(
+    tokens_per_expert=st.lists(st.integers(0, 9) | st.just(0), min_size=4, max_size=4),
+    garbage=st.sampled_from([1.0, math.inf, math.nan]),
+)
+@settings(max_examples=20)
+@example(tokens_per_expert=[0, 0, 0, 0], garbage=math.nan)
+def test_blackwell_computes_gradients_of_experts_without_rows(tokens_per_expert: list[int], garbage: float) -> None:
+    """There, torch leaves garbage in place of the gradients of weights without rows."""
+    sizes = torch.tensor(tokens_per_expert)
+
+    def leave_garbage(left: Tensor, right: Tensor, *, offs: Tensor) -> Tensor:
+        product = grouped_mm(left, right, offs=offs)
+        return product if right.ndim == 3 else product.masked_fill((sizes == 0).view(-1, 1, 1), garbage)
+
+    experts, _ = make_pair(params_dtype=torch.bfloat16, ffn_hidden_size=16)
+    with pytest.MonkeyPatch.context() as monkeypatch:
+        take_gpu_branches(monkeypatch.setattr)
+        expected = compute(experts, tokens_per_expert)
+        monkeypatch.setattr(linear_module, "grouped_mm", leave_garbage)
+        monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (10, 0))
+        assert_same_tensors(compute(experts, tokens_per_expert), expected)
 
 
 @pytest.mark.parametrize(

@@ -104,4 +104,9 @@ class _GroupedLinear(torch.autograd.Function):
         grad_rows = grouped_mm(gradient, torch.stack(weights), offs=ends)
         if not any(ctx.needs_input_grad[2:]):  # the experts are frozen
             return grad_rows, None, *(None for _ in weights)
-        return grad_rows, None, *grouped_mm(gradient.t(), rows, offs=ends).unbind()
+        grad_weights = grouped_mm(gradient.t(), rows, offs=ends)
+        # On data-center Blackwell, torch writes no zeros for experts without rows (pytorch issue 172439).
+        if torch.cuda.get_device_capability(rows.device)[0] == 10:
+            is_empty = ends.diff(prepend=ends.new_zeros(1)) == 0
+            grad_weights.masked_fill_(is_empty.view(-1, 1, 1), 0)
+        return grad_rows, None, *grad_weights.unbind()
