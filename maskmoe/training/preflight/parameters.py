@@ -240,7 +240,8 @@ def _count_stage(config: MaskMoEModelConfig, layout: Layout, stage: int) -> tupl
             expert_tensor_parallel_size=layout.expert_tensor,
             create_gloo_process_groups=False,
         )
-        model_parallel_cuda_manual_seed(1)
+        # Mamba layers fork the tracker, and its states are not tensors without storage; this tracker forks nothing.
+        model_parallel_cuda_manual_seed(1, inference_rng_tracker=True, force_reset_rng=True)
         groups = ProcessGroupCollection.use_mpu_process_groups()
         interleaved = config.transformer.virtual_pipeline_model_parallel_size
         return tuple(_count_chunk(config, groups, chunk) for chunk in (range(interleaved) if interleaved else [None]))

@@ -1,6 +1,6 @@
 """Reports of `--check` on command lines, and measurements of the models that these command lines build.
 
-The commands `report`, `report_on_a_gpu` and `build` run as one process and take any number of cases. The command
+The commands `report`, `report_on_a_gpu`, `report_with_mamba` and `build` run as one process and take any number of cases. The command
 `measure` runs as the ranks of a training run and takes one case.
 """
 
@@ -13,11 +13,13 @@ from typing import Any
 import torch
 from megatron.core import parallel_state
 from megatron.core.enums import ModelType
+from megatron.core.models.hybrid.hybrid_layer_specs import hybrid_stack_spec
 from megatron.core.process_groups_config import ProcessGroupCollection
-from megatron.core.tensor_parallel import model_parallel_cuda_manual_seed
+from megatron.core.tensor_parallel import get_cuda_rng_tracker, model_parallel_cuda_manual_seed
 from megatron.core.transformer.module import Float16Module
 from megatron.core.transformer.moe.moe_logging import get_moe_metrics_tracker
 from megatron.core.transformer.multi_token_prediction import MTPLossLoggingHelper
+from megatron.core.transformer.spec_utils import ModuleSpec
 from megatron.training.argument_utils import pretrain_cfg_container_from_args
 from megatron.training.arguments import parse_args, validate_args
 from megatron.training.global_vars import rebuild_tokenizer
@@ -40,6 +42,21 @@ def report(ranks: int) -> dict[str, Any]:
 def report_on_a_gpu(ranks: int) -> dict[str, Any]:
     """Return the report of `--check` on a machine with GPUs and the packages of this machine."""
     cpu.is_installed = lambda: False
+    return report(ranks)
+
+
+class MambaStub(torch.nn.Module):
+    """A layer with ten parameters that forks the random state as Mamba's mixer does."""
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__()
+        with get_cuda_rng_tracker().fork():
+            self.weight = torch.nn.Parameter(torch.rand(10))
+
+
+def report_with_mamba(ranks: int) -> dict[str, Any]:
+    """Return the report of `--check` where layers of Mamba can be built."""
+    hybrid_stack_spec.submodules.mamba_layer = ModuleSpec(MambaStub)
     return report(ranks)
 
 
@@ -142,7 +159,9 @@ def _is_first_replica(parameter: torch.nn.Parameter) -> bool:
 def answer_cases(command: str, cases: dict[str, dict[str, Any]], working_folder: Path) -> dict[str, dict[str, Any]]:
     """Return a command's answer for each case: the number of ranks and the flags that it is called for."""
     os.chdir(working_folder)
-    answers_of = {"report": report, "report_on_a_gpu": report_on_a_gpu, "build": build, "measure": measure}
+    answers_of = {
+        function.__name__: function for function in (report, report_on_a_gpu, report_with_mamba, build, measure)
+    }
     if command == "build":
         torch.distributed.init_process_group(store=torch.distributed.HashStore(), rank=0, world_size=1)
         parallel_state.initialize_model_parallel()

@@ -282,6 +282,12 @@ def test_missing_library_of_mamba_layers_is_a_note(reports):
     assert mamba["parameters"] is None
 
 
+def test_mamba_layers_are_counted_where_they_can_be_built(answer):
+    (reports,) = answer("report_with_mamba", {name: hybrid(name) for name in ("*-ME", "*-E")})
+    parameters, without = (reports[name]["parameters"] for name in ("*-ME", "*-E"))
+    assert parameters["total"] == without["total"] + 10
+
+
 # The local modules cannot run experts with biases, and the estimate leaves gated delta nets out.
 @pytest.mark.parametrize("name", [*FORWARD, "multi-token prediction", *list(HYBRIDS)[1:3]])
 def test_activations_are_near_those_of_a_forward_pass(name, reports, built):
