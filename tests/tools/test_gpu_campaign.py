@@ -5,12 +5,16 @@ import math
 import re
 import subprocess
 import sys
+import time
 from pathlib import Path
 from types import SimpleNamespace
 
+import psutil
 import pytest
 import torch
 from device_meter import DeviceCost, cost_in_trace
+from gpu_campaign import runner
+from gpu_campaign.__main__ import main
 from gpu_campaign.probe import datasheet_teraflops
 from gpu_campaign.production import overlap_commands, read_overlap, read_speed
 from gpu_campaign.results import Campaign, Findings, Plot, Status, Table
@@ -130,6 +134,40 @@ def test_a_dry_run_keeps_no_measurement(finished, tmp_path: Path) -> None:
     assert on_gpu.ran_on_gpu
     assert "1 GPU" in on_gpu.statement
     assert (on_gpu.steps[0].status, on_gpu.steps[0].findings) == (Status.PASSED, FOUND)
+
+
+@pytest.mark.parametrize("changed", [None, "commit", "GPUs"])
+def test_calls_with_one_output_add_up(changed: str | None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    steps = [make_step(name, "pass", FOUND if name == "b" else None) for name in "abc"]
+    whole = run_campaign(steps, make_context(tmp_path), 60, lambda _: None, only=("a", "c"))
+    assert not whole.is_complete
+    if changed == "commit":
+        monkeypatch.setattr(runner, "_commit", lambda root: "another")
+    lines = []
+    context = make_context(tmp_path, num_gpus=changed == "GPUs")
+    whole = run_campaign(steps, context, 60, lines.append, only=("c", "b"))
+    kept = ["a"] if changed is None else []
+    assert [step.name for step in whole.steps] == [*kept, "b", "c"]
+    assert whole.is_complete is (changed is None)
+    assert Campaign.model_validate_json((tmp_path / "campaign.json").read_text()).steps == whole.steps
+    assert [line for line in lines if line.endswith("Step b")] == ["[1/2] b: Step b"]
+
+
+def test_a_campaign_ends_within_its_minutes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Time before the campaign counts, and there is time to report, read and draw."""
+    began, hanging = (
+        time.time() - 567,
+        "import signal, time; signal.signal(signal.SIGINT, signal.SIG_IGN); time.sleep(99)",
+    )
+    monkeypatch.setattr(psutil.Process, "create_time", lambda process: began)
+    monkeypatch.setattr("gpu_campaign.steps.STEPS", [make_step("slow", hanging, FOUND)])
+    monkeypatch.setattr(sys, "argv", ["gpu_campaign", "--output", str(tmp_path), "--minutes", "10"])
+    with pytest.raises(RunFailure, match="1 of 1 steps failed: slow"):
+        main()
+    assert time.time() - began < 600
+    (slow,) = Campaign.model_validate_json((tmp_path / "campaign.json").read_text()).steps
+    assert slow.problem.startswith("the time limit was reached")
+    assert slow.findings == FOUND
 
 
 @pytest.mark.parametrize("num_gpus", [0, 1, 8])
@@ -370,6 +408,9 @@ def test_bad_arguments_and_failed_steps_have_exit_codes(tmp_path: Path) -> None:
     completed = run_script("--output", tmp_path, "--only", "cuda")
     assert (completed.returncode, completed.stderr.count("\n")) == (2, 1)
     assert "has files that no campaign has made" in completed.stderr
+    completed = run_script("--output", tmp_path / "out", "--only", "cuda", "speed")
+    assert (completed.returncode, completed.stderr.count("\n")) == (2, 1)
+    assert "--only speed needs the step data" in completed.stderr
     completed = run_script("--output", tmp_path / "out", "--only", "cuda", "--minutes", "0")
     assert completed.returncode == 1
     assert "1 of 1 steps failed: cuda" in completed.stderr

@@ -6,11 +6,17 @@ CPU and nothing is measured. The exit code is 1 if a step failed.
 
 import argparse
 import importlib.util
+import time
 from functools import partial
 from pathlib import Path
 
+import psutil
+
 from maskmoe.command_line.run_tool import run_tool
 from maskmoe.errors import RunFailure, UserError
+
+# After its limit, the last step reports, and its findings are read and drawn.
+_SECONDS_TO_FINISH = 30
 
 
 def main() -> None:
@@ -28,7 +34,10 @@ def main() -> None:
     parser.add_argument("--output", type=Path, required=True, metavar="DIR", help="folder for the results")
     parser.add_argument("--only", nargs="+", choices=names, metavar="STEP", help=f"run only these of {' '.join(names)}")
     parser.add_argument(
-        "--minutes", type=float, metavar="M", help="time for all steps (default: 10 on one GPU, else 30)"
+        "--minutes",
+        type=float,
+        metavar="M",
+        help="end after M minutes, page included (default: 10 on one GPU, else 30)",
     )
     arguments = parser.parse_args()
     output = arguments.output.absolute()
@@ -42,12 +51,18 @@ def main() -> None:
         raise UserError(f"--output {output} has files that no campaign has made; choose another folder")
     has_engine = importlib.util.find_spec("transformer_engine") is not None
     context = Context(Path(__file__).resolve().parents[2], output, find_devices(), has_engine)
-    steps = [step for step in STEPS if arguments.only is None or step.name in arguments.only]
+    only = arguments.only or names
+    for step in STEPS:
+        for need in step.needs:
+            if step.name in only and need not in only and not (output / need).exists():
+                raise UserError(f"--only {step.name} needs the step {need}: add {need}, or run it before in {output}")
     minutes = context.minutes if arguments.minutes is None else arguments.minutes
-    campaign = run_campaign(steps, context, 60 * minutes, partial(print, flush=True))
+    # The process began before its imports, as a caller with a time limit counts.
+    seconds = 60 * minutes - (time.time() - psutil.Process().create_time()) - _SECONDS_TO_FINISH
+    campaign = run_campaign(STEPS, context, seconds, partial(print, flush=True), only)
     print(f"{campaign.statement}\nThe page: {output / 'campaign.md'}", flush=True)
-    if failed := [step.name for step in campaign.failed]:
-        raise RunFailure(f"{len(failed)} of {len(steps)} steps failed: {', '.join(failed)}")
+    if failed := [step.name for step in campaign.failed if step.name in only]:
+        raise RunFailure(f"{len(failed)} of {len(set(only))} steps failed: {', '.join(failed)}")
 
 
 if __name__ == "__main__":

@@ -86,10 +86,10 @@ class Campaign(BaseModel, frozen=True):
         ran_on_gpu: whether the steps ran on GPUs; otherwise nothing in the file is about a GPU.
         statement: the same in a sentence.
         commit: the commit of the repository; None outside of a checkout.
-        started: when the campaign began, in ISO format.
-        seconds: how long the campaign took so far.
-        is_complete: whether all steps have ended.
-        steps: the steps that have ended.
+        started: when the last call began, in ISO format.
+        seconds: how long the last call took so far.
+        is_complete: whether all steps of a campaign have ended.
+        steps: the steps that have ended, those of earlier calls included.
     """
 
     version: Literal[1] = 1

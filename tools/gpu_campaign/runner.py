@@ -5,13 +5,14 @@ import shutil
 import signal
 import subprocess
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from contextlib import suppress
 from datetime import UTC, datetime
 from functools import partial
 from pathlib import Path
 
 import psutil
+from pydantic import ValidationError
 
 from gpu_campaign.page import render_page
 from gpu_campaign.results import Campaign, Findings, Status, StepResult
@@ -31,39 +32,58 @@ class StepError(Exception):
     """A command of a step failed; the text says why."""
 
 
-def run_campaign(steps: Sequence[Step], context: Context, seconds: float, say: Say) -> Campaign:
-    """Run all steps, and return what they found. A failed step does not stop the others.
+def run_campaign(
+    steps: Sequence[Step], context: Context, seconds: float, say: Say, only: Collection[str] | None = None
+) -> Campaign:
+    """Run steps, and return what they and earlier calls found. A failed step does not stop the others.
 
     Args:
-        steps: the steps.
+        steps: the steps of a whole campaign.
         context: where the campaign runs.
         seconds: the time for all steps, which the steps share. A step may also use the time that steps before it left.
+            The last step may take about 20 s more, to report and to be read.
         say: prints a line of progress.
+        only: the names of the steps to run; None for all. For the other steps, `campaign.json` keeps the results of
+            earlier calls with the same commit and GPUs.
     """
     started, start = datetime.now(UTC), time.monotonic()
-    results: list[StepResult] = []
-    total, deadline = sum(step.share for step in steps), start
+    chosen = [step for step in steps if only is None or step.name in only]
+    results = _earlier_results(context)
+    for step in chosen:
+        results.pop(step.name, None)
+    total, deadline = sum(step.share for step in chosen), start
 
     def campaign() -> Campaign:
+        ended = tuple(results[step.name] for step in steps if step.name in results)
         return Campaign(
             ran_on_gpu=not context.is_dry_run,
             statement=_statement(context),
             commit=_commit(context.root),
             started=started.isoformat(timespec="seconds"),
             seconds=round(time.monotonic() - start, 1),
-            is_complete=len(results) == len(steps),
-            steps=tuple(results),
+            is_complete=len(ended) == len(steps),
+            steps=ended,
         )
 
-    for number, step in enumerate(steps, start=1):
-        title = f"[{number}/{len(steps)}] {step.name}"
+    for number, step in enumerate(chosen, start=1):
+        title = f"[{number}/{len(chosen)}] {step.name}"
         say(f"{title}: {step.title}")
         deadline += seconds * step.share / total
         result = _run_step(step, context, deadline - time.monotonic())
         say(f"{title}: {result.status} in {result.seconds:.0f} s" + (f": {result.problem}" if result.problem else ""))
-        results.append(result)
+        results[step.name] = result
         _write(campaign(), context.output)
     return campaign()
+
+
+def _earlier_results(context: Context) -> dict[str, StepResult]:
+    """Return the results in `campaign.json` by name; none if they are of another commit or of other GPUs."""
+    try:
+        earlier = Campaign.model_validate_json((context.output / "campaign.json").read_text())
+    except (FileNotFoundError, ValidationError):
+        return {}
+    is_same = (earlier.commit, earlier.statement) == (_commit(context.root), _statement(context))
+    return {step.name: step for step in earlier.steps} if is_same else {}
 
 
 def _run_step(step: Step, context: Context, limit: float) -> StepResult:

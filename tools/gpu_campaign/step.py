@@ -70,6 +70,7 @@ class Step:
         commands: returns the commands, which run one after the other.
         read: returns what the files of the finished commands say.
         measures: whether the numbers only mean something on a GPU. Without a GPU, they are discarded.
+        needs: the steps whose files the step reads.
     """
 
     name: str
@@ -78,3 +79,4 @@ class Step:
     commands: Callable[[Context], Sequence[Command]]
     read: Callable[[Context], Findings]
     measures: bool = False
+    needs: tuple[str, ...] = ()

@@ -57,9 +57,17 @@ def _read_tests(context: Context) -> Findings:
 STEPS = (
     Step("cuda", "CUDA is used", 30, _probe, _read_probe),
     Step("data", "Data, made on this machine", 40, data_commands, read_data),
-    Step("speed", "Speed and memory of training on all GPUs", 80, speed_commands, read_speed, measures=True),
-    Step("overlap", "Overlapped communication changes no bit", 90, overlap_commands, read_overlap),
-    Step("benchmarks", "Against stock Megatron-Core", 170, measuring_command, read_measurements, measures=True),
-    Step("tests", "Tests on one GPU and on all GPUs", 110, _tests, _read_tests),
-    Step("training", "Training of the laptop model in bf16 against the CPU", 80, training_commands, read_training),
+    Step(
+        "speed",
+        "Speed and memory of training on all GPUs",
+        80,
+        speed_commands,
+        read_speed,
+        measures=True,
+        needs=("cuda", "data"),
+    ),
+    Step("overlap", "Overlapped communication changes no bit", 90, overlap_commands, read_overlap, needs=("data",)),
+    Step("benchmarks", "Against stock Megatron-Core", 100, measuring_command, read_measurements, measures=True),
+    Step("tests", "Tests on one GPU and on all GPUs", 180, _tests, _read_tests),
+    Step("training", "The laptop model in bf16 against the CPU", 80, training_commands, read_training, needs=("data",)),
 )

@@ -1,7 +1,7 @@
 """Reports of `--check` on command lines, and measurements of the models that these command lines build.
 
-The commands `report`, `report_on_a_gpu`, `report_with_mamba` and `build` run as one process and take any number of cases. The command
-`measure` runs as the ranks of a training run and takes one case.
+The command `measure` runs as the ranks of a training run and takes one case. The other commands run as one process and
+take any number of cases.
 """
 
 import os
