@@ -13,7 +13,7 @@ import psutil
 import pytest
 import torch
 from device_meter import DeviceCost, cost_in_trace
-from gpu_campaign import runner
+from gpu_campaign import benchmarks, runner
 from gpu_campaign.__main__ import main
 from gpu_campaign.probe import datasheet_teraflops
 from gpu_campaign.production import overlap_commands, read_overlap, read_speed
@@ -382,6 +382,24 @@ def test_stock_fuses_everything_that_the_machine_can(monkeypatch) -> None:
     assert settings["moe_grouped_gemm"]
     ours = SimpleNamespace(moe_router_fusion=False, **settings)
     assert (as_stock(ours).moe_router_fusion, ours.moe_router_fusion) == (True, False)
+
+
+@pytest.mark.parametrize(("capability", "are_measured"), [((9, 0), True), ((8, 6), False)])
+def test_experts_are_measured_where_they_are_grouped(
+    capability: tuple[int, int], are_measured: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Elsewhere, ours are Megatron-Core's experts, so the comparison would fail."""
+    measured = []
+    monkeypatch.setattr(cpu, "is_installed", lambda: False)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device=None: capability)
+    monkeypatch.setattr(torch.distributed, "destroy_process_group", lambda: None)
+    monkeypatch.setattr(benchmarks, "join_ranks", lambda: None)
+    monkeypatch.setattr(benchmarks, "measure", lambda cases, options: measured.append(Path(options.json).stem))
+    monkeypatch.setattr(sys, "argv", ["benchmarks", str(tmp_path), "local", "Transformer-Engine"])
+    benchmarks.main()
+    assert "local-router" in measured
+    assert ("local-experts" in measured) is are_measured
+    assert "Transformer-Engine-experts" not in measured
 
 
 def test_runs_on_the_cpu_see_no_gpus(tmp_path: Path) -> None:

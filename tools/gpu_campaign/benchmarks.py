@@ -7,7 +7,7 @@ import argparse
 import traceback
 from pathlib import Path
 
-from maskmoe.megatron_compat import prepare_process
+from maskmoe.megatron_compat import cpu, prepare_process
 
 prepare_process()
 import dispatcher
@@ -64,10 +64,11 @@ def main() -> None:
     parser.add_argument("--small", action="store_true")
     arguments = parser.parse_args()
     groups, failed = join_ranks(), []
+    ours_are_grouped = cpu.is_installed() or torch.cuda.get_device_capability()[0] in (9, 10)
     for engine in arguments.engines:
         for name, (benchmark, words) in _BENCHMARKS.items():
-            if benchmark is experts and engine != "local":
-                continue  # Both sides would be Transformer Engine's experts.
+            if benchmark is experts and (engine != "local" or not ours_are_grouped):
+                continue  # Both sides would be Transformer Engine's experts, or Megatron-Core's.
             small = (*_SMALL[name], "--repeats", "1") if arguments.small else ("--repeats", "9")
             path = arguments.folder / f"{engine}-{name}.json"
             words = (*words, *_ENGINES[engine], "--dtype", "bfloat16", *small, "--json", str(path))
