@@ -1,5 +1,6 @@
 """Experts that are computed together: without Transformer Engine, and with it without a wait of the host."""
 
+import os
 from collections.abc import Callable, Sequence
 from functools import partial
 from types import SimpleNamespace
@@ -14,9 +15,12 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 from megatron.core.typed_torch import apply_module
 from torch import Tensor
 
+from maskmoe.errors import UserError
 from maskmoe.transformer.gathered_parameters import wait_for_parameters, waits_for_parameters
 from maskmoe.transformer.torch_modules.linear import grouped_linear, linear_in_turns
 from maskmoe.transformer.torch_modules.mlp import is_plain_swiglu, swiglu
+
+_VARIABLE = "NVTE_GROUPED_LINEAR_USE_FUSED_GROUPED_GEMM"
 
 
 class GroupedMLP(SequentialMLP):
@@ -77,16 +81,26 @@ class GroupedMLP(SequentialMLP):
 class CountsOnDeviceMLP(TEGroupedMLP):
     """`TEGroupedMLP` that leaves the numbers of rows on the device if Transformer Engine reads them there.
 
-    Transformer Engine does so from Hopper on, in bf16, with `NVTE_GROUPED_LINEAR_USE_FUSED_GROUPED_GEMM=1`, and then
-    refuses numbers on the host, to which Megatron-Core brings them in every layer.
+    Transformer Engine 2.19 does so from Hopper on, in bf16, with `NVTE_GROUPED_LINEAR_USE_FUSED_GROUPED_GEMM=1`, and
+    then refuses numbers on the host, to which Megatron-Core brings them in every layer.
 
     This class ignores the variable if Megatron-Core needs the numbers on the host, to pad rows for FP8 and FP4 or to
     add biases; or if gradients are not added to `main_grad`, because a product of no rows may write no gradient.
+
+    Raises:
+        UserError: The variable is set, gradients are not added to `main_grad`, and Transformer Engine is older. Layers
+            of 2.17 and 2.18 take numbers on the host, but read the variable in each forward pass.
     """
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
         config, layers = self.config, cast(tuple[Any, ...], (self.linear_fc1, self.linear_fc2))
+        is_old = not hasattr(layers[0], "use_grouped_tensor")
+        if is_old and not config.gradient_accumulation_fusion and os.environ.get(_VARIABLE, "0") != "0":
+            raise UserError(
+                f"{_VARIABLE}=1 needs gradient accumulation fusion or Transformer Engine 2.19: unset the variable, "
+                "leave --no-gradient-accumulation-fusion out, or install a newer Transformer Engine"
+            )
         if config.fp8 or config.fp4 or config.add_bias_linear or not config.gradient_accumulation_fusion:
             for layer in layers:
                 layer.use_grouped_tensor = False

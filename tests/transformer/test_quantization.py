@@ -1,11 +1,13 @@
 """Experts of Transformer Engine: rows are padded for FP8 and FP4, and their numbers can stay on the device."""
 
 import os
+from contextlib import nullcontext
 from typing import Any
 from unittest.mock import patch
 
 import pytest
 import torch
+from megatron.core.transformer.moe.experts import TEGroupedMLP
 from support.launchers import RunRanks
 from support.small_moe import (
     draw_parameters,
@@ -18,6 +20,8 @@ from support.small_moe import (
 )
 from torch import Tensor
 
+from maskmoe.errors import UserError
+from maskmoe.transformer.experts import CountsOnDeviceMLP
 from maskmoe.transformer.token_ids import TokenIds, pack_token_ids
 
 NUM_EXPERTS, VOCAB_SIZE, SEQUENCE, BATCH, HIDDEN, TOPK = 4, 8, 6, 2, 8, 2
@@ -106,3 +110,27 @@ def test_numbers_of_rows_stay_on_the_device(mask: str, ranks: list[dict]) -> Non
         assert all(torch.equal(found[name], value) for name, value in expected.items())
         # Padding needs the numbers on the host.
         assert "rows on the device" not in results[mask, "fp8", "on device"][2]
+
+
+@pytest.mark.parametrize("is_old", [False, True])
+@pytest.mark.parametrize("is_set", [False, True])
+@pytest.mark.parametrize("fuses", [False, True])
+def test_layers_that_cannot_ignore_the_variable(
+    is_old: bool, is_set: bool, fuses: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Before version 2.19, Transformer Engine reads the variable in each forward pass."""
+
+    def build(experts: TEGroupedMLP) -> None:
+        torch.nn.Module.__init__(experts)
+        experts.linear_fc1, experts.linear_fc2 = torch.nn.Identity(), torch.nn.Identity()
+        experts.config = make_config(NUM_EXPERTS)
+        experts.config.gradient_accumulation_fusion = fuses
+        for layer in () if is_old else (experts.linear_fc1, experts.linear_fc2):
+            layer.use_grouped_tensor = is_set
+
+    monkeypatch.setattr(TEGroupedMLP, "__init__", build)
+    monkeypatch.setenv("NVTE_GROUPED_LINEAR_USE_FUSED_GROUPED_GEMM", str(int(is_set)))
+    is_refused = is_old and is_set and not fuses
+    with pytest.raises(UserError, match=r"Transformer Engine 2\.19") if is_refused else nullcontext():
+        layer = CountsOnDeviceMLP().linear_fc1
+        assert is_old or layer.use_grouped_tensor is (is_set and fuses)
