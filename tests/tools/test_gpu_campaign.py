@@ -29,7 +29,6 @@ from support.paths import ROOT
 from support.runs import write_scalars
 
 from maskmoe.errors import RunFailure
-from maskmoe.launch.command import standalone_command
 from maskmoe.launch.machine import Devices
 from maskmoe.megatron_compat import cpu
 from maskmoe.megatron_compat.gpu import GpuPackages
@@ -432,18 +431,6 @@ def test_bad_arguments_and_failed_steps_have_exit_codes(tmp_path: Path) -> None:
     completed = run_script("--output", tmp_path / "out", "--only", "cuda", "--minutes", "0")
     assert completed.returncode == 1
     assert "1 of 1 steps failed: cuda" in completed.stderr
-
-
-@pytest.mark.slow
-def test_launches_of_a_layer_are_those_of_the_page() -> None:
-    script = ROOT / "tools" / "benchmarks" / "launches.py"
-    completed = subprocess.run(standalone_command(2, (str(script),)), capture_output=True, text=True, check=True)
-    header, *rows = [line for line in completed.stdout.splitlines() if " | " in line]
-    page = (ROOT / "docs" / "gpus.md").read_text()
-    assert f"| {header} |" in page
-    assert len(rows) == 5
-    for row in rows:
-        assert f"| {row} |" in page
 
 
 @pytest.mark.slow
