@@ -32,7 +32,13 @@ def main() -> None:
         prog="tools/gpu_campaign.sh", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--output", type=Path, required=True, metavar="DIR", help="folder for the results")
-    parser.add_argument("--only", nargs="+", choices=names, metavar="STEP", help=f"run only these of {' '.join(names)}")
+    parser.add_argument(
+        "--only",
+        nargs="+",
+        choices=names,
+        metavar="STEP",
+        help=f"run only these of {' '.join(names)}; the page keeps the other steps of earlier calls",
+    )
     parser.add_argument(
         "--minutes",
         type=float,
