@@ -119,7 +119,7 @@ def _describing_refusals() -> Iterator[None]:
         if number in _TOO_MANY_FILES:
             limit = "raise the limit (ulimit -Hn, or fs.file-max of the host)"
             raise RunFailure(f"{os.strerror(number)}; {limit}") from error
-        if "RANK" in os.environ:
+        if "LOCAL_RANK" in os.environ:
             raise  # the run may have begun: the place of the error helps, and the rank is restarted
         if isinstance(error, MemoryError) or number == errno.ENOMEM or _NO_MEMORY.search(str(error)):
             raise RunFailure("there is not enough memory: raise the limit (ulimit -v), or use a larger host") from error

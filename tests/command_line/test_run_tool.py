@@ -39,7 +39,7 @@ NO_MEMORY = "there is not enough memory: raise the limit (ulimit -v), or use a l
 @pytest.fixture(autouse=True)
 def no_rank(monkeypatch):
     """The process is no rank, unless a test makes it one."""
-    monkeypatch.delenv("RANK", raising=False)
+    monkeypatch.delenv("LOCAL_RANK", raising=False)
 
 
 @pytest.mark.parametrize("number", [errno.ENOENT, errno.EISDIR, errno.EIO])
@@ -106,7 +106,7 @@ def test_error_of_the_program_keeps_its_traceback(monkeypatch, error):
 
 
 def test_rank_keeps_the_traceback_of_a_path(monkeypatch):
-    monkeypatch.setenv("RANK", "0")
+    monkeypatch.setenv("LOCAL_RANK", "0")
     with pytest.raises(FileNotFoundError):
         run_failing(FileNotFoundError(errno.ENOENT, "No such file", "data"), monkeypatch, "data")
 
