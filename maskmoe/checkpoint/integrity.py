@@ -38,7 +38,6 @@ _CONSTRUCTORS = {
     "builtins.set",
     "collections.OrderedDict",
     "pathlib.PosixPath",
-    "pathlib._local.PosixPath",  # the name in Python 3.13
     "torch.Size",
     "torch.serialization._get_layout",
 }
@@ -212,6 +211,7 @@ class _LayoutUnpickler(pickle.Unpickler):
         """Return a class or function by its name; raise `UnpicklingError` if it does not belong in a layout."""
         import torch
 
+        module = module.removesuffix("._local")  # Python 3.13 pickles paths under `pathlib._local`, unknown to 3.12
         if f"{module}.{name}" in _CONSTRUCTORS:
             return super().find_class(module, name)
         if "." not in name:

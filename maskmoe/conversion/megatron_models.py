@@ -204,6 +204,7 @@ def write_torch_dist(
     of_objects = [WriteItem(MetadataIndex(name), WriteItemType.BYTE_IO) for name in objects]
     of_tensors = batched(items, max(1, max_file_bytes // BLOCK_BYTES))
     writer, planner = FileSystemWriter(checkpoint, per_thread_copy_ahead=0), _BlockSaver(source, blocks, objects)
+    writer.path = str(checkpoint)  # enters the layout, and Python 3.12 cannot read the paths that Python 3.13 pickles
     writer.set_up_storage_writer(is_coordinator=True)
     plans = [SavePlan(list(plan)) for plan in (of_objects, *of_tensors) if plan]
     checkpoint.mkdir(parents=True, exist_ok=True)

@@ -4,6 +4,7 @@ import io
 import json
 import os
 import pickle
+import sys
 from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
@@ -14,7 +15,13 @@ from torch.distributed.checkpoint import FileSystemReader, FileSystemWriter
 from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.default_planner import DefaultLoadPlanner
 from torch.distributed.checkpoint.filesystem import _StorageInfo
-from torch.distributed.checkpoint.metadata import Metadata, MetadataIndex, TensorProperties, TensorStorageMetadata
+from torch.distributed.checkpoint.metadata import (
+    Metadata,
+    MetadataIndex,
+    StorageMeta,
+    TensorProperties,
+    TensorStorageMetadata,
+)
 from torch.distributed.checkpoint.state_dict_loader import load
 from torch.distributed.checkpoint.state_dict_saver import save
 
@@ -60,6 +67,14 @@ def test_sound_checkpoint_is_read(checkpoint: Path) -> None:
     assert state["weight"].tolist() == list(range(6))
     assert state["settings"] == {"lr": 1e-3}
     check_structure(checkpoint)
+
+
+def test_path_that_python_3_13_has_pickled(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Python 3.12 has no module `pathlib._local`."""
+    layout = Metadata({}, storage_data={}, storage_meta=StorageMeta(checkpoint_id=tmp_path))
+    (tmp_path / LAYOUT_FILE).write_bytes(pickle.dumps(layout))
+    monkeypatch.setitem(sys.modules, "pathlib._local", None)
+    assert read_checkpoint_layout(tmp_path) == layout
 
 
 def test_only_what_was_saved_is_read(checkpoint: Path) -> None:

@@ -81,6 +81,7 @@ def test_written_tensors_are_read_by_torch(tmp_path, max_file_bytes, monkeypatch
     checkpoint = write_checkpoint(tmp_path, tensors, {COMMON_STATE: [{"iteration": 0}]}, max_file_bytes)
     source = TorchDistSource(checkpoint)
     loaded = load_with_torch(checkpoint, source.tensors)
+    assert b"pathlib" not in (checkpoint / ".metadata").read_bytes()  # Python 3.12 could not read paths of Python 3.13
     for name, tensor in tensors.items():
         assert same_bits(loaded[name], tensor)
         assert same_bits(source.read(Block.whole(name, tensor.shape)), tensor)
