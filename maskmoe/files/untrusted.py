@@ -106,8 +106,8 @@ def resolve_inside(folder: Path, name: str) -> Path:
     """Return the path of a regular file that a file of the same folder names.
 
     A name must not be absolute or contain `..`. The file may be a link to another file of the folder, or to the `blobs`
-    of a cache of the Hugging Face Hub if the folder is a snapshot of that cache. The folder itself, which the user
-    named, may be a link to anywhere.
+    of a cache of the Hugging Face Hub if the folder is a snapshot of that cache or lies in one. The folder itself,
+    which the user named, may be a link to anywhere.
 
     Raises:
         UnusableFile: The name leads outside the folder, or does not name a regular file.
@@ -116,9 +116,8 @@ def resolve_inside(folder: Path, name: str) -> Path:
     path = folder / name
     open_regular(path).close()
     found, root = Path(os.path.realpath(path)), Path(os.path.realpath(folder))
-    allowed = [root]
-    if root.parent.name == _HUB_SNAPSHOTS:
-        allowed.append(root.parent.parent / _HUB_BLOBS)
+    snapshots = (place for place in root.parents if place.name == _HUB_SNAPSHOTS)
+    allowed = [root, *(place.parent / _HUB_BLOBS for place in snapshots)]
     if not any(found.is_relative_to(place) for place in allowed):
         raise UnusableFile(path, "is a link to a file outside its folder; copy the file into the folder")
     return path

@@ -240,8 +240,12 @@ def test_files_inside_a_folder(tmp_path: Path) -> None:
     (blobs / "123").write_text("content")
     (snapshot / "file").symlink_to("../../blobs/123")
     (snapshot / "again").symlink_to("file")
+    (snapshot / "megatron").mkdir()
+    (snapshot / "megatron" / "file").symlink_to("../../../blobs/123")
     (tmp_path / "link").symlink_to(snapshot)
     for folder in (snapshot, tmp_path / "link"):
         for name in ("file", "again", "./file"):
             assert resolve_inside(folder, name).read_text() == "content"
+        for place, name in ((folder, "megatron/file"), (folder / "megatron", "file")):
+            assert resolve_inside(place, name).read_text() == "content"
     assert Manifest.load(snapshot).files == {}
