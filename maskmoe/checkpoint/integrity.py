@@ -147,8 +147,8 @@ def write_manifest(checkpoint: Path) -> None:
 def check_structure(checkpoint: Path) -> None:
     """Raise `Damage` if a checkpoint is incomplete or a file is too short, without reading the tensors.
 
-    A manifest with sizes has the sizes of all files that the layout needs. So the digest of the layout replaces the
-    reading of the layout, which needs torch.
+    A manifest with the sizes of all files of the folder has the sizes of all files that the layout needs. So the digest
+    of the layout replaces the reading of the layout, which needs torch.
     """
     # Check the file that marks the checkpoint as complete.
     if not checkpoint.is_dir():
@@ -172,7 +172,8 @@ def check_structure(checkpoint: Path) -> None:
         raise Damage(checkpoint, f"holds {_LEGACY_FILE}, which was not saved with it")
     if manifest.iteration not in (None, iteration_of(checkpoint)) and iteration_of(checkpoint) is not None:
         raise Damage(checkpoint, f"was saved as the checkpoint of iteration {manifest.iteration}")
-    if LAYOUT_FILE in manifest.files and manifest.files.keys() == manifest.sizes.keys():
+    is_whole = {path.name for path in checkpoint.iterdir()} <= manifest.sizes.keys() | {COMPLETION_FILE, MANIFEST_FILE}
+    if is_whole and LAYOUT_FILE in manifest.files and manifest.files.keys() == manifest.sizes.keys():
         _check_digest(checkpoint, LAYOUT_FILE, manifest.files[LAYOUT_FILE])
         return
     for name, needed in _needed_sizes(checkpoint).items():

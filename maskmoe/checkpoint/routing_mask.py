@@ -15,6 +15,7 @@ from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 from maskmoe.checkpoint.integrity import read_checkpoint_layout
 from maskmoe.checkpoint.series import locate_checkpoint
 from maskmoe.errors import UserError
+from maskmoe.files.untrusted import resolve_inside
 from maskmoe.routing_mask.expert_table import TENSOR_NAMES, ExpertTable, layer_of_tensor
 from maskmoe.routing_mask.feed_forward_layers import positions_of_layers
 from maskmoe.routing_mask.mask import RoutingMask, row_dtype
@@ -125,6 +126,8 @@ def _read_tables(checkpoint: Path) -> dict[str, np.ndarray]:
 def _read_tensors(checkpoint: Path, is_wanted: Callable[[str], bool]) -> dict[str, Tensor]:
     """Read the tensors of a checkpoint whose names are wanted; raise `UserError` if the checkpoint is damaged."""
     layout = read_checkpoint_layout(checkpoint)
+    for name in {place.relative_path for place in layout.storage_data.values()}:
+        resolve_inside(checkpoint, name)
     try:
         tensors = {
             name: torch.empty(entry.size, dtype=entry.properties.dtype)

@@ -143,10 +143,14 @@ def test_object_in_a_file(tmp_path):
         check_structure(tmp_path)
 
 
-def test_a_manifest_without_sizes_leaves_them_to_the_layout(tmp_path):
-    """Megatron's own manifests have no sizes."""
+@pytest.mark.parametrize("is_megatrons", [True, False])
+def test_a_manifest_without_all_sizes_leaves_them_to_the_layout(tmp_path, is_megatrons):
+    """Megatron's own manifests have no sizes; a stranger's may lack files."""
     write_checkpoint(tmp_path, "__0_0.distcp", 3, 8)
-    Manifest(files=Manifest.of_files(tmp_path, [LAYOUT_FILE, "__0_0.distcp"]).files).save(tmp_path)
+    if is_megatrons:
+        Manifest(files=Manifest.of_files(tmp_path, [LAYOUT_FILE, "__0_0.distcp"]).files).save(tmp_path)
+    else:
+        Manifest.of_files(tmp_path, [LAYOUT_FILE]).save(tmp_path)
     with pytest.raises(Damage, match=r"__0_0\.distcp has 10 of at least 11 bytes"):
         check_structure(tmp_path)
 

@@ -1,5 +1,6 @@
 """Reading routing masks and tables of hash layers from files and from checkpoints."""
 
+import os
 from pathlib import Path
 
 import numpy as np
@@ -8,7 +9,13 @@ import torch
 from support.command_lines import run_command
 from torch.distributed import checkpoint as torch_checkpoint
 
-from maskmoe.checkpoint.routing_mask import mask_of_megatron, read_expert_tables, read_routing_mask
+from maskmoe.checkpoint.routing_mask import (
+    CHECKPOINT_PREFIX,
+    buffers_of_routing_mask,
+    mask_of_megatron,
+    read_expert_tables,
+    read_routing_mask,
+)
 from maskmoe.errors import UserError
 from maskmoe.routing_mask.assignment import MaskRecipe, build_routing_mask
 from maskmoe.routing_mask.mask import MaskChange, RoutingMask
@@ -36,6 +43,20 @@ def test_unreadable_checkpoint_is_reported(content: bytes, tmp_path: Path) -> No
     (tmp_path / ".metadata").write_bytes(content)
     with pytest.raises(UserError, match=r"\.metadata is damaged"):
         read_routing_mask(tmp_path)
+
+
+@pytest.mark.filterwarnings("ignore:torch.distributed is disabled")
+@pytest.mark.parametrize("kind", ["link", "pipe"])
+def test_only_regular_files_of_a_checkpoint_are_read(tmp_path: Path, kind: str) -> None:
+    mask = build_routing_mask(MaskRecipe.from_preset("hash", 4, 2), vocab_size=50)
+    buffers = {f"{CHECKPOINT_PREFIX}{name}": buffer for name, buffer in buffers_of_routing_mask(mask).items()}
+    torch_checkpoint.save(buffers, checkpoint_id=tmp_path / "checkpoint", no_dist=True)
+    assert read_routing_mask(tmp_path / "checkpoint").digest == mask.digest
+    (path,) = (tmp_path / "checkpoint").glob("*.distcp")
+    path.rename(tmp_path / "outside")
+    path.symlink_to("../outside") if kind == "link" else os.mkfifo(path)
+    with pytest.raises(UserError, match=r"\.distcp is (a link to a file outside its folder|not a regular file)"):
+        read_routing_mask(tmp_path / "checkpoint")
 
 
 @pytest.mark.filterwarnings("ignore:torch.distributed is disabled")
