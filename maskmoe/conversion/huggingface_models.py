@@ -62,7 +62,8 @@ def open_model(folder: Path, mask: RoutingMask | None = None) -> OpenedModel:
     """
     config = read_model_config(folder / CONFIG_FILE)
     if config.get("model_type") != MaskMoEConfig.model_type:
-        return open_huggingface(folder, mask)
+        with reading(f"{folder / CONFIG_FILE} does not describe a model: it"):  # transformers fails on some sizes
+            return open_huggingface(folder, mask)
     if mask is not None:
         raise UserError(f"{folder} holds the routing mask that it was trained with; leave --routing-mask out")
     with reading(f"{folder / CONFIG_FILE} does not describe a model: it", "export the model again"):

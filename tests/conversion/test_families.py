@@ -2,11 +2,14 @@
 
 import json
 import re
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 from support.foreign_models import (
     CONFIGS,
@@ -20,6 +23,7 @@ from support.foreign_models import (
 from transformers import AutoModelForCausalLM
 
 from maskmoe.conversion.families import open_huggingface
+from maskmoe.conversion.huggingface_models import open_model
 from maskmoe.conversion.model_tensors import mtp_tensor_shapes
 from maskmoe.conversion.tensor_sources import Block
 from maskmoe.errors import UserError
@@ -154,6 +158,47 @@ def test_refuses_settings(name, values, words, tmp_path):
     assert "\n" not in str(error.value)
     for word in words:
         assert word in str(error.value)
+
+
+WRONG = st.sampled_from([None, True, 0, -1, 1.5, "x", [], [1], {}])
+
+
+@pytest.fixture(scope="module")
+def families(tmp_path_factory):
+    """The folder of a model of each family with special settings, by the name of the family."""
+    folder = tmp_path_factory.mktemp("families")
+    for name in ("llama", "mixtral", "qwen3_moe", "deepseek_v3"):
+        save_model(name, folder / name)
+    return {path.name: (path, json.loads((path / "config.json").read_text())) for path in folder.iterdir()}
+
+
+@settings(max_examples=100)
+@given(data=st.data())
+def test_altered_settings_are_an_error_for_users(families, data):
+    folder, config = families[data.draw(st.sampled_from(sorted(families)))]
+    field, value = data.draw(st.sampled_from(sorted(config))), data.draw(WRONG)
+    if field == "rope_parameters":
+        value = config[field] | {data.draw(st.sampled_from(sorted(config[field]))): value}
+    edit_config(folder, **config | {field: value})
+    with suppress(UserError):
+        open_model(folder)
+
+
+@pytest.mark.parametrize(
+    ("name", "values"),
+    [
+        ("llama", {"num_attention_heads": 0}),
+        ("llama", {"hidden_size": -32}),
+        ("llama", {"rope_parameters": {"rope_type": "default", "rope_theta": "x"}}),
+        ("qwen3_moe", {"decoder_sparse_step": 0}),
+        ("deepseek_v3", {"topk_group": None}),
+    ],
+)
+def test_refuses_settings_on_which_transformers_fails(families, name, values):
+    folder, config = families[name]
+    edit_config(folder, **config | values)
+    with pytest.raises(UserError, match=r"config\.json does not describe a model: it cannot be read; replace it by"):
+        open_model(folder)
 
 
 def test_window_as_long_as_the_sequence_changes_nothing(tmp_path):
