@@ -10,7 +10,7 @@ import pytest
 import torch
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
-from support.tiny_maskmoe import make_model, random_mask
+from support.tiny_maskmoe import VARIANTS, make_model, random_mask
 from tokenizers import Tokenizer, models
 from transformers import PreTrainedTokenizerFast
 
@@ -154,6 +154,15 @@ def exported(tmp_path_factory):
 
 def load(folder):
     return load_exported_model(folder, load_exported_tokenizer(folder))
+
+
+def test_expert_bias_that_is_infinite(tmp_path):
+    """The bias is no parameter, since no gradient trains it."""
+    model = make_model(**VARIANTS["sigmoid"])
+    model.model.layers[0].mlp.gate.e_score_correction_bias[1] = float("inf")
+    model.save_pretrained(tmp_path)
+    with pytest.raises(UserError, match=r"NaN or infinite: model\.layers\.0\.mlp\.gate\.e_score_correction_bias$"):
+        load_exported_model(tmp_path, None)
 
 
 @pytest.mark.parametrize("name", ["tokenizer.json", "generation_config.json", "added_tokens.json"])
