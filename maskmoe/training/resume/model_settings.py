@@ -85,7 +85,7 @@ def further_checkpoint_args(args: Namespace, checkpoint: Path) -> dict[str, Any]
     saved = load_common_state_dict(checkpoint).get("args", Namespace())
     names = (*_MODEL_ARGUMENTS, *ADJUSTABLE_ARGUMENTS, *gated_delta_net.SIZES, *_YARN_WITHOUT_FLAGS)
     chosen = {name: getattr(saved, name) for name in names if hasattr(saved, name)}
-    pattern = getattr(saved, "hybrid_layer_pattern", None)
+    pattern = saved_pattern(saved)
     if pattern is not None:
         stages, num_chunks = args.pipeline_model_parallel_size, get_hybrid_total_pipeline_segment_count(pattern)
         # Interleaved pipelines are for training only.
@@ -183,7 +183,7 @@ def _check_same_order_of_parameters(args: Namespace, saved: Namespace, checkpoin
     """Check that this run can load an optimizer state without names, in the order of parameters. Raises UserError."""
     implementation = getattr(saved, "transformer_impl", args.transformer_impl)
     cure = "save a checkpoint with --dist-ckpt-optim-fully-reshardable, or pass --no-load-optim"
-    if args.hybrid_layer_pattern is not None and getattr(saved, "hybrid_layer_pattern", None) is None:
+    if args.hybrid_layer_pattern is not None and saved_pattern(saved) is None:
         raise UserError(
             f"checkpoint {checkpoint} holds a GPT model, and its optimizer state is in the order of its parameters, "
             f"which a hybrid model does not have: {cure}"

@@ -195,7 +195,8 @@ def test_checkpoint_of_a_hybrid_model_is_for_the_same_pattern(args, save):
         (4, True, "*E|*E|*E|*E/*E"),
     ],
 )
-def test_bounds_of_stages_are_taken_from_a_checkpoint_if_they_fit(stages, evaluates, expected, save):
-    save(Namespace(hybrid_layer_pattern="*E|*E|*E|*E/*E"))
+@pytest.mark.parametrize("name", ["hybrid_layer_pattern", "hybrid_override_pattern"])
+def test_bounds_of_stages_are_taken_from_a_checkpoint_if_they_fit(stages, evaluates, expected, name, save):
+    save(Namespace(**{name: "*E|*E|*E|*E/*E"}))
     args = Namespace(pipeline_model_parallel_size=stages, skip_train=evaluates)
     assert further_checkpoint_args(args, CHECKPOINT) == {"hybrid_layer_pattern": expected}
