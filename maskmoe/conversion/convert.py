@@ -27,7 +27,7 @@ from maskmoe.conversion.upcycle import upcycle
 from maskmoe.data.tokenizer import tokenizer_sha256
 from maskmoe.errors import UserError
 from maskmoe.files.outputs import lies_inside, unwinding_on_signals
-from maskmoe.files.untrusted import resolve_inside
+from maskmoe.files.untrusted import reading, resolve_inside
 from maskmoe.routing_mask.mask import RoutingMask
 
 _DTYPES = dict(zip(DTYPE_NAMES, (torch.bfloat16, torch.float16, torch.float32), strict=True))
@@ -134,7 +134,8 @@ def _open_checkpoint(settings: Settings, mask: RoutingMask | None = None) -> tup
     check_structure(checkpoint)
     tokenizer = {"tokenizer_type": settings.tokenizer_type, "tokenizer_model": settings.tokenizer_model}
     passed = {name: value for name, value in tokenizer.items() if value is not None}
-    return checkpoint, open_megatron(checkpoint, mask, passed)
+    with reading(f"{checkpoint} does not describe a model: it"):  # its arguments may have values of any type
+        return checkpoint, open_megatron(checkpoint, mask, passed)
 
 
 @contextmanager
@@ -168,7 +169,8 @@ def _save_huggingface(model: OpenedModel, settings: Settings, folder: Path) -> l
 def _save_megatron(model: OpenedModel, settings: Settings, folder: Path) -> list[str]:
     """Write a model as a checkpoint; return the flags that loading needs."""
     # Complete Megatron's arguments. A checkpoint gets its own copy of a tokenizer that lies beside the model.
-    args = _megatron_args(model, settings.hybrid_layer_pattern)
+    with reading(f"the arguments of Megatron beside {settings.load}", "export the model again"):
+        args = _megatron_args(model, settings.hybrid_layer_pattern)
     args.tokenizer_type, args.tokenizer_model = choose_tokenizer(model.args, settings, may_replace=True)
     args.tokenizer_sha256 = tokenizer_sha256(args.tokenizer_type, args.tokenizer_model)
     if args.tokenizer_model == str(settings.load):

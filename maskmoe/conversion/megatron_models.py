@@ -27,6 +27,7 @@ from torch.distributed.checkpoint.planner_helpers import create_read_items_for_c
 
 from maskmoe.checkpoint.integrity import COMPLETION_FILE, LAYOUT_FILE, Manifest, read_checkpoint_layout
 from maskmoe.checkpoint.routing_mask import CHECKPOINT_PREFIX
+from maskmoe.checkpoint.saved_names import saved_pattern
 from maskmoe.checkpoint.series import RELEASE, write_tracker
 from maskmoe.conversion.config_mapping import config_from_args, is_hybrid, is_stacked
 from maskmoe.conversion.model_tensors import (
@@ -240,6 +241,7 @@ def open_megatron(
     if not isinstance(args, Namespace):
         raise UserError(f"{checkpoint} holds no arguments of Megatron, which say what its tensors are")
     original_args, args = args, Namespace(**vars(args) | dict(changed_args or {}))
+    args.hybrid_layer_pattern = saved_pattern(args)
     # Add the routing mask to a checkpoint that has none.
     source: TensorSource = stored
     has_mask = f"{CHECKPOINT_PREFIX}row_of_id" in source.tensors

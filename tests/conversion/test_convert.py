@@ -14,7 +14,7 @@ from safetensors.torch import load_file, save_file
 from support.checkpoint_tensors import assert_same_tensors, tensors_of
 from support.foreign_models import add_multi_token_prediction, save_model
 from support.paths import ROOT
-from support.tiny_maskmoe import NUM_LAYERS, make_config
+from support.tiny_maskmoe import NUM_LAYERS, make_config, make_model
 from support.tools import run_tool
 from transformers import AutoModelForCausalLM
 
@@ -269,6 +269,55 @@ def test_damaged_checkpoint(checkpoints, tmp_path):
         megatron_to_huggingface(Settings(load=tmp_path / "run", save=tmp_path / "out"))
     assert not (tmp_path / "out").exists()
     megatron_to_huggingface(Settings(load=tmp_path / "run", save=tmp_path / "out", verify=False))
+
+
+@pytest.fixture(scope="module")
+def with_args(tmp_path_factory):
+    """The checkpoint of a tiny model, and its export with Megatron's arguments."""
+    folder = tmp_path_factory.mktemp("args")
+    make_model().save_pretrained(folder / "made")
+    huggingface_to_megatron(Settings(load=folder / "made", save=folder / "run"))
+    megatron_to_huggingface(Settings(load=folder / "run", save=folder / "exported"))
+    return folder / "run" / "release", folder / "exported"
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"hybrid_layer_pattern": None, "num_layers": "x"},
+        {"rotary_base": None},
+        {"hybrid_layer_pattern": None, "moe_layer_freq": 0},
+        {"hybrid_layer_pattern": 5},
+        {"moe_router_load_balancing_type": None},
+    ],
+    ids=str,
+)
+def test_arguments_of_wrong_values(with_args, tmp_path, changes):
+    checkpoint, exported = with_args
+
+    def change(tensors, common):
+        common["args"] = Namespace(**vars(common["args"]) | changes)
+
+    with pytest.raises(UserError) as refusal:
+        megatron_to_huggingface(Settings(load=rewrite(checkpoint, tmp_path, change), save=tmp_path / "out"))
+    assert "\n" not in str(refusal.value)
+    args = json.loads((exported / "megatron/args.json").read_text())
+    shutil.copytree(exported, tmp_path / "model")
+    (tmp_path / "model/megatron/args.json").write_text(json.dumps(args | changes))
+    try:
+        huggingface_to_megatron(Settings(load=tmp_path / "model", save=tmp_path / "out"))
+    except UserError as error:
+        assert "\n" not in str(error)
+
+
+def test_hybrid_model_of_an_earlier_version_of_megatron(with_args, tmp_path):
+    def rename(tensors, common):
+        args = common["args"]
+        args.hybrid_override_pattern, args.hybrid_layer_pattern = args.hybrid_layer_pattern, None
+
+    checkpoint = rewrite(with_args[0], tmp_path, rename)
+    megatron_to_huggingface(Settings(load=checkpoint, save=tmp_path / "out"))
+    assert_same_tensors(*(load_file(folder / "model.safetensors") for folder in (with_args[1], tmp_path / "out")))
 
 
 def test_the_flags_that_load_the_result_can_be_pasted(dense, tmp_path):
