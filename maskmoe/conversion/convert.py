@@ -110,6 +110,8 @@ def upcycle_model(settings: Settings, recipe: UpcycleSettings, mask: RoutingMask
         UserError: The input is bad, or the disk is full.
     """
     if (settings.load / CONFIG_FILE).exists():
+        if settings.ckpt_step is not None:
+            raise UserError(f"--ckpt-step {settings.ckpt_step} chooses a checkpoint, but {settings.load} is a model")
         source, dense = settings.load, open_model(settings.load)
     else:
         source, dense = _open_checkpoint(settings)

@@ -15,12 +15,14 @@ from maskmoe.checkpoint.integrity import Damage, Manifest, check_content
 from maskmoe.conversion.families import copies_of_shared_tensors, open_huggingface
 from maskmoe.conversion.model_files import INDEX_SUFFIX, SINGLE_FILE, SafetensorsSource, write_safetensors
 from maskmoe.conversion.model_tensors import (
+    ROUTING_MASK_PREFIX,
     OpenedModel,
     check_mask,
     check_tensors,
     make_config,
     mtp_tensor_shapes,
     tensor_shapes,
+    with_routing_mask,
 )
 from maskmoe.conversion.settings import CONFIG_FILE, read_model_config
 from maskmoe.conversion.tensor_mapping import PADDING_PREFIX
@@ -64,23 +66,27 @@ def open_model(folder: Path, mask: RoutingMask | None = None) -> OpenedModel:
     if config.get("model_type") != MaskMoEConfig.model_type:
         with reading(f"{folder / CONFIG_FILE} does not describe a model: it"):  # transformers fails on some sizes
             return open_huggingface(folder, mask)
-    if mask is not None:
-        raise UserError(f"{folder} holds the routing mask that it was trained with; leave --routing-mask out")
     with reading(f"{folder / CONFIG_FILE} does not describe a model: it", "export the model again"):
         config = make_config(MaskMoEConfig, config, folder / CONFIG_FILE).to_dict()
         shapes = tensor_shapes(config)
+    # A MaskMoE model that was made without a mask has the sizes of one in which every id sees all experts.
+    lacks_mask = shapes.get(f"{ROUTING_MASK_PREFIX}metadata") == (0,)
+    if mask is not None and not lacks_mask:
+        raise UserError(f"{folder} holds the routing mask that it was trained with; leave --routing-mask out")
     source: TensorSource = SafetensorsSource(folder)
     # Under FSDP, transformers saves an output layer that is tied to the embedding a second time.
     copies = copies_of_shared_tensors(source, config, folder)
     check_tensors(source.tensors, shapes, str(folder), ignored=copies)
-    check_mask(source, config, folder)
+    if not lacks_mask:
+        check_mask(source, config, folder)
     if mtp_shapes := mtp_tensor_shapes(config):
         mtp = SafetensorsSource(folder, MTP_FILE)
         check_tensors(mtp.tensors, mtp_shapes, str(folder / MTP_FILE))
         source = JoinedSource(source, mtp)
     if any((folder / name).exists() for name in (_PADDING_FILE, f"{_PADDING_FILE}{INDEX_SUFFIX}")):
         source = JoinedSource(source, SafetensorsSource(folder, _PADDING_FILE))
-    return OpenedModel(source, config, _read_args(folder / _ARGS_FILE))
+    model = OpenedModel(source, config, _read_args(folder / _ARGS_FILE))
+    return with_routing_mask(model, mask) if lacks_mask else model
 
 
 def check_files(folder: Path) -> None:

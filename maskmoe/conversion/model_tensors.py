@@ -169,7 +169,7 @@ def check_mask(source: TensorSource, config: Mapping[str, Any], folder: Path) ->
 def check_tensors(
     found: Mapping[str, TensorSpec], expected: Shapes, where: str, ignored: Collection[str] = frozenset()
 ) -> None:
-    """Check that a folder holds all tensors of a model, with the right shapes, and no further tensors.
+    """Check that a folder holds all tensors of a model, with the right shapes and types, and no further tensors.
 
     Args:
         found: The folder's tensors by name.
@@ -178,7 +178,8 @@ def check_tensors(
         ignored: Names of further tensors that the folder may hold.
 
     Raises:
-        UserError: A tensor is missing, unexpected or of another shape; names up to three such tensors.
+        UserError: A tensor is missing, unexpected or of another shape, or a weight is no floating-point number; names
+            up to three such tensors.
     """
     if missing := expected.keys() - found.keys():
         raise UserError(f"{where} lacks {list_names(missing)}")
@@ -187,6 +188,9 @@ def check_tensors(
     for name, shape in expected.items():
         if found[name].shape != shape:
             raise UserError(f"{where}: {name} has the shape {list(found[name].shape)}, it should have {list(shape)}")
+    integers = [name for name in expected if not found[name].dtype.is_floating_point and "routing_mask." not in name]
+    if integers:
+        raise UserError(f"{where} has weights that are no floating-point numbers: {list_names(integers)}")
 
 
 @dataclass(frozen=True)
@@ -226,4 +230,4 @@ def with_routing_mask(model: OpenedModel, mask: RoutingMask | None = None) -> Op
         mask = mask.with_vocab_size(config["vocab_size"])
     mask.check_fits(vocab_size=config["vocab_size"], num_experts=config["num_experts"], layers=layers)
     mask_source, mask_field = routing_mask_tensors(mask)
-    return OpenedModel(JoinedSource(model.source, mask_source), config | {"routing_mask": mask_field})
+    return OpenedModel(JoinedSource(mask_source, model.source), config | {"routing_mask": mask_field})

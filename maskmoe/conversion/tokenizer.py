@@ -50,10 +50,12 @@ def choose_tokenizer(args: Namespace | None, settings: Settings, may_replace: bo
         may_replace: Whether the user's tokenizer may be another one than the tokenizer of training.
 
     Raises:
-        UserError: The tokenizer is not on this machine, or the model was trained with another one.
+        UserError: The tokenizer is not on this machine, its type is unknown, or the model was trained with another one.
     """
     kind = settings.tokenizer_type or getattr(args, "tokenizer_type", None)
     path = settings.tokenizer_model or getattr(args, "tokenizer_model", None)
+    if kind is None and settings.tokenizer_model is not None:
+        raise UserError(f"--tokenizer-model {path} needs --tokenizer-type")
     if kind == WITHOUT_TEXT:
         return kind, None
     problem = "does not exist"
