@@ -20,6 +20,7 @@ from maskmoe.analysis.model_series import (
     tokenizer_folder,
 )
 from maskmoe.analysis.routing_statistics import AnalysisSettings
+from maskmoe.conversion.megatron_models import TorchDistSource
 from maskmoe.data.tokenizer_training import train_tokenizer
 from maskmoe.errors import UserError
 from maskmoe.huggingface import MaskMoEForCausalLM
@@ -115,6 +116,15 @@ def test_models_without_experts_and_of_other_types(tmp_path):
     (tmp_path / "dense/config.json").write_text("{")
     with pytest.raises(UserError, match=r"config.json is damaged"):
         common_shape(find_models([tmp_path / "dense"]))
+
+
+def test_arguments_of_wrong_types(checkpoints, monkeypatch):
+    (model,) = find_models([checkpoints / "iter_0000002"])
+    state = TorchDistSource(model.path).common_state()
+    state["args"].rotary_base = None
+    monkeypatch.setattr(TorchDistSource, "common_state", lambda self: state)
+    with pytest.raises(UserError, match=r"iter_0000002 does not describe a model: it cannot be read; replace it by"):
+        model.open()
 
 
 def test_tokenizers(checkpoints, tmp_path, monkeypatch):
