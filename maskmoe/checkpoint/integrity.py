@@ -147,8 +147,8 @@ def write_manifest(checkpoint: Path) -> None:
 def check_structure(checkpoint: Path) -> None:
     """Raise `Damage` if a checkpoint is incomplete or a file is too short, without reading the tensors.
 
-    A manifest with the sizes of all files of the folder has the sizes of all files that the layout needs. So the digest
-    of the layout replaces the reading of the layout, which needs torch.
+    If the manifest has the sizes of all files in the folder, the digest of the layout replaces reading the layout,
+    which needs torch. A file that neither the manifest nor the folder has is missed only when it is loaded.
     """
     # Check the file that marks the checkpoint as complete.
     if not checkpoint.is_dir():
@@ -172,7 +172,10 @@ def check_structure(checkpoint: Path) -> None:
         raise Damage(checkpoint, f"holds {_LEGACY_FILE}, which was not saved with it")
     if manifest.iteration not in (None, iteration_of(checkpoint)) and iteration_of(checkpoint) is not None:
         raise Damage(checkpoint, f"was saved as the checkpoint of iteration {manifest.iteration}")
-    is_whole = {path.name for path in checkpoint.iterdir()} <= manifest.sizes.keys() | {COMPLETION_FILE, MANIFEST_FILE}
+    try:
+        is_whole = set(os.listdir(checkpoint)) <= manifest.sizes.keys() | {COMPLETION_FILE, MANIFEST_FILE}
+    except OSError as error:
+        raise Damage(checkpoint, f"cannot be listed: {error.strerror}") from error
     if is_whole and LAYOUT_FILE in manifest.files and manifest.files.keys() == manifest.sizes.keys():
         _check_digest(checkpoint, LAYOUT_FILE, manifest.files[LAYOUT_FILE])
         return

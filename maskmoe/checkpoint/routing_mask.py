@@ -126,9 +126,9 @@ def _read_tables(checkpoint: Path) -> dict[str, np.ndarray]:
 def _read_tensors(checkpoint: Path, is_wanted: Callable[[str], bool]) -> dict[str, Tensor]:
     """Read the tensors of a checkpoint whose names are wanted; raise `UserError` if the checkpoint is damaged."""
     layout = read_checkpoint_layout(checkpoint)
-    for name in {place.relative_path for place in layout.storage_data.values()}:
-        resolve_inside(checkpoint, name)
     try:
+        for name in {place.relative_path for key, place in layout.storage_data.items() if is_wanted(key.fqn)}:
+            resolve_inside(checkpoint, name)
         tensors = {
             name: torch.empty(entry.size, dtype=entry.properties.dtype)
             for name, entry in layout.state_dict_metadata.items()
@@ -136,6 +136,8 @@ def _read_tensors(checkpoint: Path, is_wanted: Callable[[str], bool]) -> dict[st
         }
         if tensors:
             torch_checkpoint.load(tensors, storage_reader=torch_checkpoint.FileSystemReader(checkpoint), no_dist=True)
+    except UserError:
+        raise
     # Torch's unpickler and zip reader raise exceptions of any class on damaged files.
     except (Exception, CheckpointException) as error:
         raise UserError(f"{checkpoint} is not a readable torch_dist checkpoint: its files are damaged") from error

@@ -171,7 +171,7 @@ def _save_huggingface(model: OpenedModel, settings: Settings, folder: Path) -> l
 def _save_megatron(model: OpenedModel, settings: Settings, folder: Path) -> list[str]:
     """Write a model as a checkpoint; return the flags that loading needs."""
     # Complete Megatron's arguments. A checkpoint gets its own copy of a tokenizer that lies beside the model.
-    with reading(f"the arguments of Megatron beside {settings.load}", "export the model again"):
+    with reading(f"{settings.load} does not describe a model: it"):
         args = _megatron_args(model, settings.hybrid_layer_pattern)
     args.tokenizer_type, args.tokenizer_model = choose_tokenizer(model.args, settings, may_replace=True)
     args.tokenizer_sha256 = tokenizer_sha256(args.tokenizer_type, args.tokenizer_model)

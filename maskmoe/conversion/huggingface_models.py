@@ -26,7 +26,7 @@ from maskmoe.conversion.model_tensors import (
 )
 from maskmoe.conversion.settings import CONFIG_FILE, read_model_config
 from maskmoe.conversion.tensor_mapping import PADDING_PREFIX
-from maskmoe.conversion.tensor_sources import JoinedSource, ProgressSource, TensorSource
+from maskmoe.conversion.tensor_sources import Block, JoinedSource, ProgressSource, TensorSource
 from maskmoe.conversion.tokenizer import export_tokenizer
 from maskmoe.errors import UserError
 from maskmoe.files.json_files import check_finite, read_record, write_record
@@ -69,7 +69,7 @@ def open_model(folder: Path, mask: RoutingMask | None = None) -> OpenedModel:
     with reading(f"{folder / CONFIG_FILE} does not describe a model: it", "export the model again"):
         config = make_config(MaskMoEConfig, config, folder / CONFIG_FILE).to_dict()
         shapes = tensor_shapes(config)
-    # A MaskMoE model that was made without a mask has the sizes of one in which every id sees all experts.
+    # A MaskMoE model that was made without a mask has one without metadata, in which every id sees all experts.
     lacks_mask = shapes.get(f"{ROUTING_MASK_PREFIX}metadata") == (0,)
     if mask is not None and not lacks_mask:
         raise UserError(f"{folder} holds the routing mask that it was trained with; leave --routing-mask out")
@@ -77,8 +77,11 @@ def open_model(folder: Path, mask: RoutingMask | None = None) -> OpenedModel:
     # Under FSDP, transformers saves an output layer that is tied to the embedding a second time.
     copies = copies_of_shared_tensors(source, config, folder)
     check_tensors(source.tensors, shapes, str(folder), ignored=copies)
+    bits = f"{ROUTING_MASK_PREFIX}visible_bits"
     if not lacks_mask:
         check_mask(source, config, folder)
+    elif config["routing_mask"].get("sha256") or (source.read(Block.whole(bits, shapes[bits])) != 0xFF).any():
+        raise UserError(f"{folder}: the routing mask was altered or damaged; export the model again")
     if mtp_shapes := mtp_tensor_shapes(config):
         mtp = SafetensorsSource(folder, MTP_FILE)
         check_tensors(mtp.tensors, mtp_shapes, str(folder / MTP_FILE))

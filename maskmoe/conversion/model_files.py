@@ -4,6 +4,7 @@ import contextlib
 import os
 import shutil
 from collections.abc import Collection, Iterator
+from itertools import chain
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -191,7 +192,8 @@ def load_exported_model(folder: Path, tokenizer: Any) -> Any:
         found = loading.get(f"{problem}_keys") or ()
         if names := [name if isinstance(name, str) else name[0] for name in found]:
             raise UserError(f"the model in {folder} {meaning} weights: {list_names(names)}; {_ADVICE}")
-    if names := [name for name, tensor in model.state_dict().items() if not torch.isfinite(tensor).all()]:
+    tensors = chain(model.named_parameters(), model.named_buffers())
+    if names := [name for name, tensor in tensors if not torch.isfinite(tensor).all()]:
         raise UserError(f"the model in {folder} has weights that are NaN or infinite: {list_names(names)}")
     if num_ids > model.config.vocab_size:
         raise UserError(

@@ -178,7 +178,7 @@ def check_tensors(
         ignored: Names of further tensors that the folder may hold.
 
     Raises:
-        UserError: A tensor is missing, unexpected or of another shape, or a weight is no floating-point number; names
+        UserError: A tensor is missing, unexpected or of another shape, or a weight is not floating-point; names
             up to three such tensors.
     """
     if missing := expected.keys() - found.keys():
@@ -190,7 +190,7 @@ def check_tensors(
             raise UserError(f"{where}: {name} has the shape {list(found[name].shape)}, it should have {list(shape)}")
     integers = [name for name in expected if not found[name].dtype.is_floating_point and "routing_mask." not in name]
     if integers:
-        raise UserError(f"{where} has weights that are no floating-point numbers: {list_names(integers)}")
+        raise UserError(f"{where} has weights that are not floating-point numbers: {list_names(integers)}")
 
 
 @dataclass(frozen=True)

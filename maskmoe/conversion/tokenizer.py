@@ -110,7 +110,7 @@ def export_tokenizer(tokenizer_type: str, tokenizer_model: str | Path | None, fo
     else:
         exported = _load_transformers_tokenizer(tokenizer.model_path)
         if exported.eos_token_id is None and tokenizer.eod_id is not None:
-            # Training takes the id that ends documents also from settings that transformers does not read.
+            # Training falls back to `sep_token`, and reads `special_tokens_map.json` without `tokenizer_config.json`.
             exported.eos_token = exported.convert_ids_to_tokens(tokenizer.eod_id)
     _check_same_ids(tokenizer, exported, probes)
     exported.save_pretrained(folder)

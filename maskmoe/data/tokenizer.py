@@ -136,6 +136,8 @@ class HuggingFaceTokenizer(Tokenizer):
         settings = config if "added_tokens_decoder" in config else {**config, **special_map}
         self.eod_id = self._find_eod_id(settings)
         self._check_special_tokens(settings)
+        # transformers adds the lists of both files.
+        self._check_special_tokens({role: config[role] for role in _TOKEN_LISTS if role in config})
 
     def _find_eod_id(self, settings: Mapping[str, Any]) -> int | None:
         """Return the id of the end-of-sequence token that the settings name, or None."""

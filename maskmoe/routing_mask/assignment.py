@@ -353,8 +353,7 @@ def _spread(
     shares = occurrences[:num_seen_sets] / max(set_size, 1)
     for item, share in enumerate(shares):
         # Not argpartition, whose order depends on the processor: the random parts below would go to other bins.
-        highest = np.partition(priorities, set_size - 1)[set_size - 1]
-        bins = (priorities <= highest).nonzero()[0][:set_size]
+        bins = np.sort(np.argsort(priorities, kind="stable")[:set_size])
         sets[item, bins] = True
         loads[bins] = new_loads = loads[bins] + share
         # Each bin has a random part of its own: bins with a common one would stay together in all later sets.

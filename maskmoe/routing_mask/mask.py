@@ -357,7 +357,7 @@ def _mean_use_in_table(mask: RoutingMask, topk: int, table: int) -> float:
 
 
 def describe_visible_experts(mask: RoutingMask) -> str:
-    """Say how many experts the ids see, in one clause for each group of successive layers that see equal numbers."""
+    """Say how many experts the ids see, in one clause for each run of successive layers with equal numbers."""
     texts = [_describe(mask.num_visible_of_layer(table), mask.num_experts) for table in range(len(mask.row_of_id))]
     *groups, (last, _) = [(text, len(list(layers))) for text, layers in groupby(texts)]
     clauses = [

@@ -11,6 +11,7 @@ from contextlib import suppress
 
 import pytest
 import torch
+from megatron.core.dist_checkpointing import load_common_state_dict
 from safetensors.torch import load_file, save_file
 from support.checkpoint_tensors import assert_same_tensors, tensors_of
 from support.foreign_models import add_multi_token_prediction, save_model
@@ -21,6 +22,7 @@ from transformers import AutoModelForCausalLM
 
 from maskmoe.checkpoint.integrity import check_content, check_structure
 from maskmoe.checkpoint.routing_mask import read_routing_mask
+from maskmoe.checkpoint.saved_names import saved_pattern
 from maskmoe.checkpoint.series import checkpoint_path, write_tracker
 from maskmoe.conversion.convert import huggingface_to_megatron, megatron_to_huggingface, upcycle_model
 from maskmoe.conversion.megatron_models import COMMON_STATE, MARKER, TorchDistSource, write_torch_dist
@@ -284,6 +286,11 @@ def test_model_that_was_made_without_a_mask(tmp_path):
     first, second = (AutoModelForCausalLM.from_pretrained(tmp_path / name) for name in ("made", "back"))
     ids = torch.arange(VOCAB_SIZE)[None]
     assert torch.equal(first(ids).logits, second(ids).logits)
+    tensors = load_file(tmp_path / "made" / "model.safetensors")
+    tensors["model.routing_mask.visible_bits"].fill_(1)
+    save_file(tensors, tmp_path / "made" / "model.safetensors")
+    with pytest.raises(UserError, match="the routing mask was altered or damaged"):
+        huggingface_to_megatron(Settings(load=tmp_path / "made", save=tmp_path / "altered"))
 
 
 @pytest.fixture(scope="module")
@@ -331,12 +338,14 @@ def test_hybrid_model_of_an_earlier_version_of_megatron(with_args, tmp_path):
     checkpoint = rewrite(with_args[0], tmp_path, rename)
     megatron_to_huggingface(Settings(load=checkpoint, save=tmp_path / "out"))
     assert_same_tensors(*(load_file(folder / "model.safetensors") for folder in (with_args[1], tmp_path / "out")))
+    huggingface_to_megatron(Settings(load=tmp_path / "out", save=tmp_path / "gpt", hybrid_layer_pattern="none"))
+    assert saved_pattern(load_common_state_dict(tmp_path / "gpt" / "release")["args"]) is None
 
 
 def test_weights_that_are_integers(dense, tmp_path):
     tensors = load_file(dense / "model.safetensors")
     save_file(tensors | {"model.norm.weight": tensors["model.norm.weight"].int()}, dense / "model.safetensors")
-    with pytest.raises(UserError, match=r"has weights that are no floating-point numbers: model\.norm\.weight$"):
+    with pytest.raises(UserError, match=r"has weights that are not floating-point numbers: model\.norm\.weight$"):
         huggingface_to_megatron(Settings(load=dense, save=tmp_path / "run"))
 
 

@@ -128,7 +128,7 @@ print(hashlib.sha256(b"".join(part.tobytes() for part in table)).hexdigest())
             capture_output=True,
             check=True,
         ).stdout
-        for features in ("", "X86_V3 X86_V4 AVX512_ICL AVX512_SPR")
+        for features in ("", "X86_V3 X86_V4 AVX2 AVX512_SKX AVX512_ICL AVX512_SPR")
     }
     assert len(outputs) == 1
 
