@@ -14,8 +14,8 @@ writes to runs/ are kept.
   --mount PATH[:MODE]  mount PATH at the same path; MODE is ro (default) or rw. For data, models and masks.
   --code image         use the image's own Python code and scripts (default: this checkout's)
   --cpu                use the image for CPUs (default if nvidia-smi shows no GPU, except with --build --base-image)
-  --gpus LIST          use these GPUs, for instance 0,1 (default: all). The container counts them from 0, so
-                       CUDA_VISIBLE_DEVICES is then not passed.
+  --gpus LIST          use these GPUs, for instance 0,1 (default: all). The container numbers these GPUs from 0, so
+                       CUDA_VISIBLE_DEVICES is not passed.
   --image NAME         use this image (default: maskmoe:VERSION or maskmoe-cpu:VERSION)
   --shm-size SIZE      give the container its own /dev/shm, for instance 16g (default: share the host's)
   --env NAME[=VALUE]   set an environment variable. The launcher's variables except RUN_DIR, and those of NCCL, gloo,

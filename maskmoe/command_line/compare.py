@@ -196,7 +196,9 @@ def _finish(
 
 def _job_arguments(options: argparse.Namespace, comparison: Comparison) -> list[str]:
     """Return the arguments by which a job opens the comparison, with absolute paths: it may run in another folder."""
-    words = [str(options.suite.absolute()), "--run-dir", str(comparison.folder)]
+    # In a container, only files at their resolved places exist.
+    suite = options.suite.parent.resolve() / options.suite.name
+    words = [str(suite), "--run-dir", str(comparison.folder)]
     for key, value in _given_data(options).items():
         values = [f"{name}={path}" for name, path in value.items()] if isinstance(value, dict) else value
         words += [f"--{key.replace('_', '-')}", *((values,) if isinstance(values, str) else values)]

@@ -97,7 +97,10 @@ class Comparison:
     def unfinished(self, runs: Iterable[Run]) -> list[Run]:
         """Return the runs without a result, one for each settings and seed: equal runs share their result."""
         finished = self.results()
-        waiting = {(run.seed, *run.settings.items()): run for run in runs if run.title not in finished}
+        waiting: dict[tuple, Run] = {}
+        for run in runs:
+            if run.title not in finished:
+                waiting.setdefault((run.seed, *run.settings.items()), run)
         return [*waiting.values()]
 
     def make_data(self, line: StatusLine) -> None:
@@ -112,7 +115,9 @@ class Comparison:
         """
         active: dict[str, dict[str, int]] = {}
         settings, finished = {run.variant.setting for run in runs}, self.results()
-        compared = [run for run in self.runs if run.title in finished and run.variant.setting in settings]
+        # Runs of other machines and deleted folders have no report.
+        of_settings = (run for run in self.runs if run.title in finished and run.variant.setting in settings)
+        compared = [run for run in of_settings if run.check_report.exists()]
         for run in {run.name: run for run in (*compared, *runs)}.values():
             run.prepare()
             stage, folder = run.check_stage(), StageFolder(run.folder)

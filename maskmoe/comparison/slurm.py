@@ -30,9 +30,11 @@ def submission(
     """
     links = _links_folder(comparison)
     throttle = f"%{jobs}" if jobs else ""
+    # The job reads the suite with all model files.
+    models = (Path(run.variant.model) for run in comparison.runs if run.variant.model)
     programs = (Path(run.variant.program) for run in runs if run.variant.program)
     named = (path for path in map(Path, arguments) if path.is_absolute() and path.is_file())
-    files = (*comparison.data.files, *comparison.data.text, *programs, *named)
+    files = (*comparison.data.files, *comparison.data.text, *models, *programs, *named)
     folders = {comparison.data.folder, *(path.parent for path in files)}
     evaluation = shlex.join(["launch/compare.sh", *arguments, "--run"])
     return (

@@ -7,6 +7,7 @@ merges the flags of the sections, so that each variant has all its flags.
 import itertools
 import re
 from collections.abc import Callable, Mapping
+from contextlib import suppress
 from functools import partial
 from pathlib import Path
 from typing import Annotated, Literal
@@ -39,7 +40,7 @@ _FLAGS_BESIDE_PRESET = {"seed", "shared-table", "expert-model-parallel-size"}
 _MERGED_KEYS = {"flags", "expert-flags", "mask"}
 _MASK_PREFIX = "mask."
 
-_NAMES_OF_STAGES = {"corpus", "dataset", "frequency", "held-out", "tokenizer", "training"}
+_TAKEN_NAMES = {"corpus", "dataset", "frequency", "held-out", "tokenizer", "training"}
 
 PATHS = ("input", "data_path", "tokenizer_model", "held_out")
 """The keys of the section `data` that hold paths."""
@@ -59,8 +60,8 @@ def _check_name(name: str) -> str:
 
 
 def check_text_name(name: str) -> str:
-    """Return the name of a held-out text. Raises ValueError if it names no folder, or a file that every run has."""
-    if name in _NAMES_OF_STAGES:
+    """Return the name of a held-out text. Raises ValueError if it cannot name a folder, or another text has it."""
+    if name in _TAKEN_NAMES:
         raise ValueError(f"the name {name} is taken: give the held-out text another name")
     return _check_name(name)
 
@@ -252,12 +253,14 @@ class Suite(_Section):
         if decided := sorted(_DECIDED_FLAGS & flags.keys()):
             raise ValueError(f"variant {name}: {', '.join(decided)} is decided by the comparison; leave the flag out")
         if "program" in flags:
-            raise ValueError(f"variant {name}: write `program` as a key of the variant, not among its flags")
+            raise ValueError(
+                f"variant {name}: write `program` as a key of the variant, not among flags or in a model file"
+            )
         if self.min_lr_ratio and flags.get("lr"):
             flags["min-lr"] = (f"{float(self.min_lr_ratio) * float(flags['lr'][0]):.6g}",)
         mask = section.mask
         if mask != "none":
-            is_preset = "preset" in mask
+            is_preset = "preset" in override({}, mask)
             common = {flag: words for flag, words in self.mask.items() if not is_preset or flag in _FLAGS_BESIDE_PRESET}
             mask = override(override(common, mask), {} if is_preset else of_mask)
         update = {
@@ -265,6 +268,7 @@ class Suite(_Section):
             "mask": mask,
             "widen": override({}, section.widen),
             "flags": flags,
+            "model": str(model_file.path.resolve()) if section.model or self.model else "",
             "layouts": {**model_file.layouts, **section.layouts},
             "program": str((folder / section.program).absolute()) if section.program else "",
             "seeds": section.seeds or self.seeds,
@@ -279,8 +283,10 @@ def absolute(paths: object, folder: Path) -> object:
         return {name: absolute(path, folder) for name, path in paths.items()}
     if isinstance(paths, tuple):
         return tuple(absolute(path, folder) for path in paths)
-    is_path = paths and paths != REQUIRED and not str(paths).replace(".", "", 1).isdecimal()
-    return str((folder / str(paths)).absolute()) if is_path else paths
+    with suppress(ValueError):
+        float(str(paths))
+        return paths  # a weight
+    return str((folder / str(paths)).absolute()) if paths and paths != REQUIRED else paths
 
 
 def _read_with_base(path: Path) -> object:

@@ -28,11 +28,11 @@ class ModelFile:
     def read(cls, path: Path, variables: Mapping[str, str]) -> "ModelFile":
         """Read a model file.
 
-        A key is a flag without its dashes. The value is text, written as on a command line; a list gives several
-        words. The value `true` gives the flag without a value. The values `false` and `null`, and an empty value, omit
-        the flag. `${NAME}` in a value is replaced by a variable. The value of the key `layouts` maps numbers of
-        ranks to further flags. The key `program` names a Python file that every rank runs with the arguments
-        `pretrain FLAGS…`, instead of MaskMoE's own entry point.
+        A key is a flag without its dashes. The value is text, written as on a command line; a list gives several words.
+        The value `true` gives the flag without a value. The values `false` and `null`, and an empty value, omit the
+        flag; in a layout, they remove a flag of the file. `${NAME}` in a value is replaced by a variable. The value of
+        the key `layouts` maps numbers of ranks to further flags. The key `program` names a Python file that every rank
+        runs with the arguments `pretrain FLAGS…`, instead of MaskMoE's own entry point.
 
         Args:
             path: The file.

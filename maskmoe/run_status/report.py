@@ -110,8 +110,7 @@ def draw_plot(curves: Mapping[str, Sequence["ScalarEvent"]]) -> str:
     colors = mpl.colormaps["viridis"](np.linspace(0, 0.85, len(curves)))
     for (tag, values), color in zip(curves.items(), colors, strict=True):
         marker = "o" if len(values) == 1 else None  # a line needs two points
-        every = max(1, -(-len(values) // _MOST_POINTS))
-        drawn = [*values[:-1:every], *values[-1:]]  # the newest value is always drawn
+        drawn = [values[i] for i in np.linspace(0, len(values) - 1, min(len(values), _MOST_POINTS), dtype=int)]
         steps, heights = [value.step for value in drawn], [value.value for value in drawn]
         axes.plot(steps, heights, color=color, linewidth=1, marker=marker, label=tag)
     axes.set_xlabel("iteration")

@@ -127,7 +127,7 @@ class Progress:
             speed = fmean(sizes) * seq_length / seconds if sizes and seq_length is not None else None
         logged_loss = None if loss is None else loss.value
         return cls(
-            # The losses of training may be logged more rarely than the iterations.
+            # The training loss is logged only every `--tensorboard-log-interval` iterations.
             iteration=max((newest.step for newest in (loss, held_out) if newest is not None), default=None),
             total=arguments.number("train_iters"),
             loss=printed_loss if isinstance(printed_loss, float) else logged_loss,

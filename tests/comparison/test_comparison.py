@@ -77,6 +77,7 @@ def test_equal_runs_are_trained_once(comparison, suite_file):
     comparison = replace(comparison, suite=suite)
     dense = comparison.selected(["dense.*"], [1])
     (waiting,) = comparison.unfinished(dense)
+    assert waiting.title == "dense.num-experts-4.seed-1"
     comparison.add([finished(comparison, waiting.title, 3.0)])
     assert comparison.unfinished(dense) == []
     assert {run.title for run in dense} <= comparison.results().keys()
@@ -92,10 +93,13 @@ def test_sizes_are_compared_with_those_of_finished_runs(comparison, monkeypatch)
 
     monkeypatch.setattr(StageFolder, "run", report)
     monkeypatch.setattr(Run, "prepare", lambda run: run.folder.mkdir(parents=True, exist_ok=True))
-    comparison.add([finished(comparison, "smoe.seed-1", 3.0)])
+    comparison.check(comparison.selected(["smoe"], [1]), StatusLine(sys.stdout))
+    comparison.add([finished(comparison, "smoe.seed-1", 3.0), finished(comparison, "hash.seed-1", 3.0)])
     comparison.check([], StatusLine(sys.stdout))
     with pytest.raises(UserError, match="smoe has 100 active parameters and dense has 200"):
         comparison.check(comparison.selected(["dense"], []), StatusLine(sys.stdout))
+    (deleted,) = comparison.selected(["hash"], [1])
+    assert not deleted.folder.exists()
 
 
 def test_runs_are_selected_by_patterns_and_seeds(comparison):
@@ -135,9 +139,9 @@ def test_text_files_replace_the_dataset_of_a_suite(suite_file, texts):
 
 def test_relative_paths_of_the_command_line_are_those_of_its_folder(suite_file, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    words = [str(suite_file()), "--data-path", "0.5", "mine", "--split", "9,1,0", "--tokenizer-model", "t.model"]
+    words = [str(suite_file()), "--data-path", "5e-1", "mine", "--split", "9,1,0", "--tokenizer-model", "t.model"]
     data = open_comparison(parse_arguments([*words, "--held-out", "a=a.txt"])).data
-    assert data.existing["data-path"] == ("0.5", str(tmp_path / "mine"))
+    assert data.existing["data-path"] == ("5e-1", str(tmp_path / "mine"))
     assert data.existing["tokenizer-model"] == (str(tmp_path / "t.model"),)
     assert data.held_out == {"a": tmp_path / "a.txt"}
 

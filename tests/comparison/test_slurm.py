@@ -56,8 +56,12 @@ def test_each_run_is_an_element_of_one_array(comparison, slurm):
 def test_folders_of_programs_and_of_the_suite_are_mounted(comparison, suite_file):
     (run, *_) = comparison.runs
     own = replace(run, variant=run.variant.model_copy(update={"program": "/programs/own.py"}))
+    (suite_file().parent / "models").mkdir()
+    (suite_file().parent / "models" / "m.yaml").write_text("num-layers: 2\n")
+    text = {"data:": "model: models/m.yaml\ndata:"}
+    comparison = replace(comparison, suite=Suite.read(suite_file(replace=text), {}))
     command = submission(comparison, [own], [str(suite_file())], [], None)
-    assert {"/programs", str(suite_file().parent)} < set(command)
+    assert {"/programs", str(suite_file().parent), str(suite_file().parent / "models")} < set(command)
     assert "--array=1-1" in command
 
 

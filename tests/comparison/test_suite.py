@@ -74,12 +74,15 @@ def test_a_suite_on_top_of_a_model_file_keeps_its_layouts(suite_file, tmp_path):
     assert "hybrid-layer-pattern" not in suite.variants["smoe"].flags
     assert suite.variants["smoe"].flags["hidden-size"] == ("32",)
     assert suite.variants["smoe"].layouts[8] == {"bf16": ()}
+    assert suite.variants["smoe"].model == str(tmp_path / "model.yaml")
 
 
 @pytest.mark.parametrize("value", ["false", "null"])
 def test_value_that_removes_a_flag_of_an_earlier_section(suite_file, tmp_path, value):
     removing = f"maskmoe: {{flags: {{lr: {value}}}, widen: {{seed: {value}}}, layouts: {{8: {{bf16: {value}}}}}, mask"
-    suite = Suite.read(suite_file(replace={"maskmoe: {mask": removing}), {})
+    preset = {"maskmoe-uniform: {mask: {": f"maskmoe-uniform: {{mask: {{preset: {value}, "}
+    suite = Suite.read(suite_file(replace={"maskmoe: {mask": removing, **preset}), {})
+    assert suite.variants["maskmoe-uniform"].mask["frequent-mass"] == ("0.4",)
     assert "lr" in suite.variants["dense"].flags
     variant = suite.variants["maskmoe"]
     assert "lr" not in variant.flags

@@ -3,6 +3,7 @@
 import base64
 import math
 
+from matplotlib.axes import Axes
 from support.report_pages import Page
 from tensorboard.backend.event_processing.event_accumulator import ScalarEvent
 
@@ -40,6 +41,14 @@ def test_plot_has_its_scalars_by_name():
     assert all(f">{tag}<" in svg for tag in (*curves, "iteration"))
     many = {str(number): curves["tag 0"] for number in range(1000, 1064)}  # the layers of a deep model
     assert ">1000<" not in svg_of(draw_plot(many))
+
+
+def test_the_newest_of_many_values_is_drawn(monkeypatch):
+    drawn = []
+    monkeypatch.setattr(Axes, "plot", lambda axes, steps, heights, **options: drawn.append(steps))
+    for number in (1000, 1001, 2500):
+        draw_plot({"lm loss": [ScalarEvent(0.0, step, 1.0) for step in range(number)]})
+        assert (len(drawn[-1]), drawn[-1][-1]) == (1000, number - 1)
 
 
 def test_any_values_are_drawn():

@@ -224,11 +224,17 @@ def test_run_that_has_recovered_from_a_lack_of_memory_is_complete(train, expecte
     assert ("the training is complete" in output) == (expected == 0)
 
 
-def test_job_that_slurm_is_ending_is_left_to_slurm(train):
-    code, output = train(f"{EXIT_REQUEUE} {EXIT_REQUEUE}", STATE="COMPLETING")
+CHAIN = {"SLURM_ARRAY_JOB_ID": "1", "SLURM_ARRAY_TASK_ID": "1", "SLURM_ARRAY_TASK_MAX": "2"}
+LAST = CHAIN | {"SLURM_ARRAY_TASK_ID": "2", "SLURM_JOB_ID": "2"}
+
+
+@pytest.mark.parametrize(("options", "variables"), [((), {}), (("--chain",), LAST)])
+def test_job_that_slurm_is_ending_is_left_to_slurm(train, options, variables):
+    code, output = train(f"{EXIT_REQUEUE} {EXIT_REQUEUE}", options=options, STATE="COMPLETING", **variables)
     assert code == EXIT_REQUEUE
     assert "after preemption Slurm requeues it" in output
     assert "is not requeued" not in output
+    assert "submit the chain" not in output
 
 
 def test_complete_run(train, tmp_path):
@@ -236,10 +242,6 @@ def test_complete_run(train, tmp_path):
     assert code == 0
     assert "the training is complete" in output
     assert (tmp_path / "run" / "slurm" / "1.finished").exists()
-
-
-CHAIN = {"SLURM_ARRAY_JOB_ID": "1", "SLURM_ARRAY_TASK_ID": "1", "SLURM_ARRAY_TASK_MAX": "2"}
-LAST = CHAIN | {"SLURM_ARRAY_TASK_ID": "2", "SLURM_JOB_ID": "2"}
 
 
 @pytest.mark.parametrize("reason", [EXIT_HANG, EXIT_REQUEUE])

@@ -116,7 +116,7 @@ def test_bad_options(arguments, error):
         (("--container", "pyxis", "x.yaml"), "--container pyxis needs an --image"),
         (("--train-nodes", "3", "x.yaml"), "--train-nodes 3: the job has 2 nodes"),
         (("--chain", "x.yaml"), "--chain needs a job array"),
-        (("--elastic", "1:2", "--then", "x", "x.yaml"), "--then needs a run that one job trains at a time"),
+        (("--elastic", "1:2", "--then", "x", "x.yaml"), "--then excludes --elastic"),
         (("x.yaml",), "model file x.yaml does not exist"),
     ],
 )
