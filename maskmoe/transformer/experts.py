@@ -20,7 +20,10 @@ from maskmoe.transformer.gathered_parameters import wait_for_parameters, waits_f
 from maskmoe.transformer.torch_modules.linear import grouped_linear, linear_in_turns
 from maskmoe.transformer.torch_modules.mlp import is_plain_swiglu, swiglu
 
-_VARIABLE = "NVTE_GROUPED_LINEAR_USE_FUSED_GROUPED_GEMM"
+GROUPED_CAPABILITIES = (9, 10)
+"""Major compute capabilities of GPUs for which torch has a kernel of `grouped_mm`: Hopper, data-center Blackwell."""
+
+_GROUPED_GEMM_VARIABLE = "NVTE_GROUPED_LINEAR_USE_FUSED_GROUPED_GEMM"
 
 
 class GroupedMLP(SequentialMLP):
@@ -88,18 +91,18 @@ class CountsOnDeviceMLP(TEGroupedMLP):
     add biases; or if gradients are not added to `main_grad`, because a product of no rows may write no gradient.
 
     Raises:
-        UserError: The variable is set, gradients are not added to `main_grad`, and Transformer Engine is older. Layers
-            of 2.17 and 2.18 take numbers on the host, but read the variable in each forward pass.
+        UserError: The variable is set, gradients are not added to `main_grad`, and Transformer Engine is older than
+            2.19. Versions 2.17 and 2.18 read the variable in every forward pass, so this class cannot switch it off.
     """
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
         config, layers = self.config, cast(tuple[Any, ...], (self.linear_fc1, self.linear_fc2))
         is_old = not hasattr(layers[0], "use_grouped_tensor")
-        if is_old and not config.gradient_accumulation_fusion and os.environ.get(_VARIABLE, "0") != "0":
+        if is_old and not config.gradient_accumulation_fusion and os.environ.get(_GROUPED_GEMM_VARIABLE, "0") != "0":
             raise UserError(
-                f"{_VARIABLE}=1 needs gradient accumulation fusion or Transformer Engine 2.19: unset the variable, "
-                "leave --no-gradient-accumulation-fusion out, or install a newer Transformer Engine"
+                f"{_GROUPED_GEMM_VARIABLE}=1 needs gradient accumulation fusion or Transformer Engine 2.19: unset the "
+                "variable, leave --no-gradient-accumulation-fusion out, or install a newer Transformer Engine"
             )
         if config.fp8 or config.fp4 or config.add_bias_linear or not config.gradient_accumulation_fusion:
             for layer in layers:
@@ -259,7 +262,7 @@ def _has_grouped_kernel(rows: Tensor, experts: Sequence[MLP]) -> bool:
     first, second = _weights(experts[0])
     has_fitting_sizes = all(size % 8 == 0 for size in (*first.shape, *second.shape))
     is_bf16 = rows.dtype == first.dtype == torch.bfloat16
-    return is_bf16 and has_fitting_sizes and torch.cuda.get_device_capability(rows.device)[0] in (9, 10)
+    return is_bf16 and has_fitting_sizes and torch.cuda.get_device_capability(rows.device)[0] in GROUPED_CAPABILITIES
 
 
 def _compute_grouped(rows: Tensor, tokens_per_expert: Tensor, probs: Tensor, experts: Sequence[MLP]) -> Tensor:

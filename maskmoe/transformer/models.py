@@ -102,7 +102,7 @@ class RoutesByTokenId(torch.nn.Module):
                 raise ValueError(
                     f"the padding mask has shape {list(padding_mask.shape)}, the token ids have {list(input_ids.shape)}"
                 )
-            padding_mask = padding_mask.bool()  # of integers, `~` would make other integers
+            padding_mask = padding_mask.bool()  # `~`, which inverts the mask later, is wrong for integers
         if self.config.sequence_parallel:
             tp_group = self.pg_collection.tp
             input_ids = split_sequence(input_ids, tp_group)

@@ -104,8 +104,10 @@ class PackingModel(torch.nn.Module):
             return super().forward(
                 input_ids, position_ids, attention_mask, packed_seq_params=packed_seq_params, **kwargs
             )
-        balancing = self.config.moe_router_load_balancing_type if self.config.num_moe_experts else ()
-        if self.training and len(input_ids) > 1 and "seq_aux_loss" in balancing:
+        kind, weight = self.config.moe_router_load_balancing_type, self.config.moe_aux_loss_coeff
+        weights = dict(zip(kind, weight, strict=True)) if isinstance(weight, list) else {kind: weight}
+        balances = self.config.num_moe_experts and weights.get("seq_aux_loss")
+        if self.training and len(input_ids) > 1 and balances:
             raise NotImplementedError(
                 "seq_aux_loss cannot balance the samples of PackedDocuments: train on micro-batches of one sample"
             )

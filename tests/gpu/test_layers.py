@@ -33,12 +33,14 @@ from maskmoe.routing_mask.dispatch_kind import DispatchKind
 from maskmoe.routing_mask.mask import RoutingMask
 from maskmoe.transformer.dispatch.choose import build_dispatcher
 from maskmoe.transformer.dispatch.planned import DispatchPlanner
+from maskmoe.transformer.experts import GROUPED_CAPABILITIES
 from maskmoe.transformer.moe_layer import MaskMoELayer
 from maskmoe.transformer.token_ids import TokenIds, pack_token_ids
 from maskmoe.transformer.visible_experts import VisibleExperts
 
 # bf16 has 8 significant bits, and several roundings follow one another. The difference relates to the largest value.
 BF16_TOLERANCE = 2e-2
+FP32_TOLERANCE = 1e-4
 
 Check = Callable[[Place, str], list[Any]]
 
@@ -182,8 +184,8 @@ def check_dispatch(setting: Setting) -> dict[str, float]:
 
 
 def has_grouped_kernel() -> bool:
-    """Return whether torch has a kernel of `grouped_mm` for this GPU; a CPU pretends so."""
-    return torch.cuda.get_device_capability()[0] in (9, 10)
+    """Return whether torch has a kernel of `grouped_mm` for this GPU. On a CPU, `take_gpu_branches` reports Hopper."""
+    return torch.cuda.get_device_capability()[0] in GROUPED_CAPABILITIES
 
 
 def check_experts(setting: Setting) -> dict[str, Any]:
@@ -343,14 +345,14 @@ def test_everything_is_on_the_device(place: Place, check: Check) -> None:
 
 
 @pytest.mark.parametrize("place", PLACES)
-def test_dispatch_is_bit_equal_to_megatrons(place: Place, check: Check) -> None:
+def test_dispatch_equals_megatrons(place: Place, check: Check) -> None:
     """Each token has two experts, so every sum has two terms and does not depend on their order."""
     for found in check(place, "dispatch"):
         assert len(found) == 40
         for name, difference in found.items():
             # Planned dispatch applies the gate to other numbers of rows, by which cuBLAS chooses a kernel.
-            tolerance = BF16_TOLERANCE if place.is_gpu and name.startswith("PLANNED") else 0
-            assert difference <= tolerance, name
+            tolerance = FP32_TOLERANCE if "float32" in name else BF16_TOLERANCE
+            assert difference <= (tolerance if place.is_gpu and name.startswith("PLANNED") else 0), name
 
 
 @pytest.mark.parametrize("place", PLACES)

@@ -154,10 +154,9 @@ def test_calls_with_one_output_add_up(changed: str | None, tmp_path: Path, monke
 
 def test_a_campaign_ends_within_its_minutes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Time before the campaign counts, and there is time to report, read and draw."""
-    began, hanging = (
-        time.time() - 567,
-        "import signal, time; signal.signal(signal.SIGINT, signal.SIG_IGN); time.sleep(99)",
-    )
+    began = time.time() - 565
+    hanging = "import signal, time; signal.signal(signal.SIGINT, signal.SIG_IGN); time.sleep(99)"
+    monkeypatch.setattr("maskmoe.launch.machine.find_devices", lambda: Devices(0, num_cores=2))
     monkeypatch.setattr(psutil.Process, "create_time", lambda process: began)
     monkeypatch.setattr("gpu_campaign.steps.STEPS", [make_step("slow", hanging, FOUND)])
     monkeypatch.setattr(sys, "argv", ["gpu_campaign", "--output", str(tmp_path), "--minutes", "10"])

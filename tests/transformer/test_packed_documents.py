@@ -251,6 +251,7 @@ def test_joined_samples_cannot_be_balanced_one_by_one(balancing: str | list[str]
         packed_losses(model)
     packed_losses(model.eval())
     packed_losses(build_model(num_experts=None, **settings))
+    packed_losses(build_model(moe_router_load_balancing_type="seq_aux_loss", moe_aux_loss_coeff=0.0))
     ids, positions = token_ids()[0][:1], torch.arange(SEQUENCE, device=DEVICE).unsqueeze(0)
     model.train()(ids, positions, None, packed_seq_params=documents_of([SEQUENCE]))
 

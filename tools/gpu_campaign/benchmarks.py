@@ -20,6 +20,7 @@ from ranks import join_ranks, measure
 
 from maskmoe.command_line.run_tool import run_tool
 from maskmoe.errors import RunFailure
+from maskmoe.transformer.experts import GROUPED_CAPABILITIES
 
 _TOKENS = ("--tokens", "4096", "--hidden-size", "2048", "--experts", "2/16", "8/64")
 _STEP = (
@@ -64,7 +65,7 @@ def main() -> None:
     parser.add_argument("--small", action="store_true")
     arguments = parser.parse_args()
     groups, failed = join_ranks(), []
-    ours_are_grouped = cpu.is_installed() or torch.cuda.get_device_capability()[0] in (9, 10)
+    ours_are_grouped = cpu.is_installed() or torch.cuda.get_device_capability()[0] in GROUPED_CAPABILITIES
     for engine in arguments.engines:
         for name, (benchmark, words) in _BENCHMARKS.items():
             if benchmark is experts and (engine != "local" or not ours_are_grouped):

@@ -240,7 +240,8 @@ def _count_stage(config: MaskMoEModelConfig, layout: Layout, stage: int) -> tupl
             expert_tensor_parallel_size=layout.expert_tensor,
             create_gloo_process_groups=False,
         )
-        # Mamba layers fork the tracker, and its states are not tensors without storage; this tracker forks nothing.
+        # Mamba layers fork the random-state tracker, whose states are real tensors, which `FakeTensorMode` refuses. The
+        # inference tracker forks nothing.
         model_parallel_cuda_manual_seed(1, inference_rng_tracker=True, force_reset_rng=True)
         groups = ProcessGroupCollection.use_mpu_process_groups()
         interleaved = config.transformer.virtual_pipeline_model_parallel_size

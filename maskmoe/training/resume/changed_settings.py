@@ -214,7 +214,7 @@ class _Resumption:
             )
 
     def _errors_of_cyclic_data(self) -> Iterator[str]:
-        """Yield an error if Megatron's sampler would fail without a message, because it reads only whole steps."""
+        """Yield an error if Megatron's sampler of cyclic data would fail: it cannot resume within a micro-batch."""
         args, samples = self.args, getattr(self.saved, "consumed_train_samples", 0)
         step = args.micro_batch_size * args.data_parallel_size
         starts_elsewhere = self.is_complete or args.override_ckpt_iteration is not None
@@ -286,13 +286,17 @@ def _changes(args: Namespace, saved: Namespace, names: tuple[str, ...]) -> str:
 
 
 def _is_derived(args: Namespace, saved: Namespace, name: str) -> bool:
-    """Return whether Megatron derives a differing argument from other arguments."""
+    """Return whether Megatron derives a differing argument from other arguments, or does not use it."""
     if name in ("lr_decay_iters", "lr_decay_samples"):
         return getattr(args, name) is None  # from --train-iters or --train-samples
     if name == "train_iters":
         return args.train_samples is not None and getattr(saved, "train_samples", None) is not None
     if name == "global_batch_size":  # from --micro-batch-size
         return any(getattr(each, "step_batch_size_schedule", None) is not None for each in (args, saved))
+    if name.endswith("distributed_optimizer"):  # both from one flag and the optimizer
+        return args.optimizer != getattr(saved, "optimizer", args.optimizer)
+    if name.startswith(("muon_", "lion_")):
+        return {args.optimizer, getattr(saved, "optimizer", args.optimizer)} <= {"adam", "sgd"}
     return False
 
 

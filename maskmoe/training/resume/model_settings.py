@@ -59,18 +59,19 @@ _NAMELESS_OPTIMIZER_FORMATS = ("dp_reshardable", "dp_zero_gather_scatter")
 def take_settings_of_checkpoint(args: Namespace, checkpoint: Path, given: Collection[str] = ()) -> Namespace:
     """Return the arguments, completed by the settings of a checkpoint as Megatron does for `--use-checkpoint-args`.
 
-    Megatron would prefer many settings and the tokenizer of the checkpoint to those of the command line, without a
-    word. `given` has the names of the arguments that the command line gives; a pattern replaces the number of layers.
+    Megatron alone would replace many settings of the command line by the checkpoint's. `given` names the arguments that
+    the command line gives; they keep their values. Exception: with a layer pattern, `num_layers` and `moe_layer_freq`
+    are reset, because the pattern decides them.
     """
     given_type, given_model = args.tokenizer_type, args.tokenizer_model
     given_values = {name: value for name, value in vars(args).items() if name in given}
     with showing_only(checkpoint, args):
         args, _ = load_args_from_checkpoint(args)
-    vars(args).update(given_values)
     if given_type is not None and given_type != args.tokenizer_type:
         args.tokenizer_type, args.tokenizer_model = given_type, None
     if given_model is not None or args.tokenizer_type == "NullTokenizer":  # which needs no model
         args.tokenizer_model = given_model
+    vars(args).update(given_values)
     if args.hybrid_layer_pattern is not None:  # which decides the layers; the checkpoint may be a GPT model's
         args.num_layers, args.moe_layer_freq = None, 1
     return args

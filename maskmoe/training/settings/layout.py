@@ -103,9 +103,9 @@ class Layout:
 
 
 def layout_errors(args: Namespace, iteration: int = 0) -> Iterator[str]:
-    """Yield an error if the ranks cannot be divided, or else for each batch that cannot, with what would fit.
+    """Yield an error for each size of ranks, batches or samples that Megatron would refuse late, with what would fit.
 
-    Megatron reports these sizes late, or by flags that nobody passed. Batch sizes before `iteration`, from which the
+    Batch sizes before `iteration`, from which the
     run resumes, may be any.
     """
     layout = Layout.from_args(args)
@@ -140,7 +140,7 @@ def layout_errors(args: Namespace, iteration: int = 0) -> Iterator[str]:
         return
     for size, next_size in pairwise(sizes):
         if next_size < size:
-            yield f"{flag} has batch size {next_size} after {size}: Megatron-Core's batches cannot become smaller"
+            yield f"{flag} lowers the batch size from {size} to {next_size}, which Megatron refuses: let sizes grow"
     iterations = batches.iterations(args.train_samples)
     below, above = batches.samples(iterations), batches.samples(iterations + 1)
     # Without a schedule, Megatron leaves an incomplete last batch out.

@@ -41,16 +41,11 @@ ERRORS = {
     "--optimizer sgd": ["--optimizer adam in the checkpoint, sgd in this run", "--no-load-optim"],
     "--use-distributed-optimizer": ["--use-distributed-optimizer False in the checkpoint, True", "--no-load-optim"],
     "--decoupled-lr 1e-4": ["another optimizer: --decoupled-lr None in the checkpoint, 0.0001 in this run"],
-    "--muon-scalar-optimizer lion": ["another optimizer: --muon-scalar-optimizer adam in the checkpoint, lion in this"],
-    "--optimizer lion --use-distributed-optimizer": ["--use-distributed-optimizer False in the checkpoint, True in"],
+    "--optimizer lion --use-distributed-optimizer": ["another optimizer: --optimizer adam in the checkpoint, lion in"],
     "--bf16": ["--bf16 False in the checkpoint, True in this run", "--no-load-optim"],
     "--adam-beta2 0.95": [
         "load without a word: --adam-beta2 0.999 in the checkpoint, 0.95 in this run",
         "--no-load-optim",
-    ],
-    "--muon-momentum 0.8 --lion-beta1 0.9 --lion-beta2 0.9": [
-        "without a word: --muon-momentum 0.9 in the checkpoint, 0.8 in this run; --lion-beta1 0.95 in",
-        "--lion-beta2 0.98",
     ],
     f"{OVERRIDE} --lr 1e-3 --use-mup": ["cannot change --lr or --min-lr of a run with --decoupled-lr"],
 }
@@ -207,6 +202,21 @@ def test_checkpoint_without_an_optimizer_is_refused(changed, runs, monkeypatch):
     for flags in ("--no-load-optim", "--finetune", "--skip-train", "--train-iters 7"):
         assert changed(flags).errors == ()
     assert len(changed("--train-iters 7 --save elsewhere").errors) == 1
+
+
+@pytest.mark.runs("fp32")
+def test_changed_settings_of_muon_and_lion_are_refused(changed, runs, monkeypatch):
+    """Other optimizers do not use these settings."""
+    flags = "--muon-scalar-optimizer lion --muon-momentum 0.8 --lion-beta1 0.9 --lion-beta2 0.9"
+    assert changed(flags).errors == ()
+    state = load_common_state_dict(checkpoint_path(runs[0].checkpoints, 7))
+    vars(state["args"]).update(optimizer="muon", use_layer_wise_distributed_optimizer=True)
+    monkeypatch.setattr(changed_settings, "load_common_state_dict", lambda checkpoint: state)
+    group, values = changed(f"--optimizer muon {flags}").errors
+    assert "another optimizer: --use-distributed-optimizer True in the checkpoint, False in this run" in group
+    assert "--muon-scalar-optimizer adam in the checkpoint, lion in this run" in group
+    assert "without a word: --muon-momentum 0.9 in the checkpoint, 0.8 in this run; --lion-beta1 0.95 in" in values
+    assert "--lion-beta2 0.98" in values
 
 
 # ---- What real runs do -----------------------------------------------------------------------------------------------

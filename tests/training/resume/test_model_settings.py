@@ -117,6 +117,15 @@ def test_function_of_a_model_is_taken_from_the_checkpoint(args, save, monkeypatc
     assert {name: getattr(given, name) for name in FUNCTION} == {name: getattr(args, name) for name in FUNCTION}
 
 
+def test_model_of_a_tokenizer_is_not_taken_for_another_type(args, monkeypatch, tmp_path):
+    saved = replace_fields(args, tokenizer_type="SentencePieceTokenizer", tokenizer_model="theirs.model")
+    loaded = {"args": saved, "iteration": 21}, "", False, None
+    monkeypatch.setattr(checkpointing, "_load_base_checkpoint", lambda *_, **__: loaded)
+    ours = replace_fields(args, load=str(tmp_path), tokenizer_type="HuggingFaceTokenizer", tokenizer_model=None)
+    taken = take_settings_of_checkpoint(ours, CHECKPOINT, ["tokenizer_type"])
+    assert (taken.tokenizer_type, taken.tokenizer_model) == ("HuggingFaceTokenizer", None)
+
+
 def test_model_that_computes_something_else_is_refused_or_noted(args, save):
     for name in FUNCTION:
         before = another(getattr(args, name))

@@ -122,7 +122,7 @@ SCHEDULE = "--step-batch-size-schedule"
         (
             1,
             f"{SCHEDULE} 0:4,256:2,512:6 --train-samples 14",
-            [f"{SCHEDULE} has batch size 2 after 4: Megatron-Core's"],
+            [f"{SCHEDULE} lowers the batch size from 4 to 2, which"],
         ),
         (
             1,
@@ -162,7 +162,7 @@ def test_batch_sizes_before_a_checkpoint_may_be_any(monkeypatch):
     args = parse(2, f"{SCHEDULE} 0:6,256:4,640:8 --train-samples 18", monkeypatch)
     assert [error.partition(":")[0] for error in layout_errors(args)] == [
         f"{SCHEDULE} 6 is not divisible by --micro-batch-size 2 × data parallel size 2 = 4; 4 or 8 would fit",
-        f"{SCHEDULE} has batch size 4 after 6",
+        f"{SCHEDULE} lowers the batch size from 6 to 4, which Megatron refuses",
     ]
     assert list(layout_errors(args, iteration=1)) == []
 
