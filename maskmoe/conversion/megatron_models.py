@@ -242,7 +242,7 @@ def open_megatron(
         raise UserError(f"{checkpoint} holds no arguments of Megatron, which say what its tensors are")
     original_args, args = args, Namespace(**vars(args) | dict(changed_args or {}))
     args.hybrid_layer_pattern = saved_pattern(args)
-    args.hybrid_override_pattern = None  # else a GPT checkpoint made from the model would seem to have a pattern
+    vars(args).pop("hybrid_override_pattern", None)  # else a GPT checkpoint made from the model would seem hybrid
     # Add the routing mask to a checkpoint that has none.
     source: TensorSource = stored
     has_mask = f"{CHECKPOINT_PREFIX}row_of_id" in source.tensors
