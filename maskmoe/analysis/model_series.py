@@ -17,7 +17,6 @@ from maskmoe.conversion.model_tensors import OpenedModel
 from maskmoe.conversion.settings import CONFIG_FILE, Settings, read_model_config
 from maskmoe.conversion.tokenizer import WITHOUT_TEXT, choose_tokenizer, export_tokenizer
 from maskmoe.errors import UserError
-from maskmoe.files.untrusted import reading
 from maskmoe.huggingface import MaskMoEConfig
 
 
@@ -39,8 +38,7 @@ class ModelSource:
 
     def open(self) -> OpenedModel:
         """Open the model, without reading its weights. Raises UserError if the model cannot be read."""
-        with reading(f"{self.path} does not describe a model: it"):  # its settings may have values of any type
-            return open_megatron(self.path) if self.is_megatron else open_model(self.path)
+        return open_megatron(self.path) if self.is_megatron else open_model(self.path)
 
 
 @dataclass(frozen=True)

@@ -172,14 +172,14 @@ def _finish(
     if not options.dry_run:
         comparison.make_data(line)
     waiting = comparison.unfinished(runs)
-    if options.slurm and not waiting:
-        line.print("all runs are finished")
-        return options.dry_run
     if not options.slurm:
         comparison.check(waiting, line)
         default = 1 if comparison.devices.num_gpus else comparison.devices.num_cores
         comparison.finish_all(waiting, options.jobs or default, line)
         return False
+    if not waiting:
+        line.print("all runs are finished")
+        return options.dry_run
     command = submission(comparison, waiting, _job_arguments(options, comparison), slurm_words, options.jobs)
     if options.dry_run:
         print(" ".join(command))
@@ -195,7 +195,10 @@ def _finish(
 
 
 def _job_arguments(options: argparse.Namespace, comparison: Comparison) -> list[str]:
-    """Return the arguments by which a job opens the comparison, with absolute paths: it may run in another folder."""
+    """Return the arguments with which a job opens the comparison.
+
+    All paths are absolute, because the job may run in another folder.
+    """
     # In a container, only files at their resolved places exist.
     suite = options.suite.parent.resolve() / options.suite.name
     words = [str(suite), "--run-dir", str(comparison.folder)]

@@ -136,8 +136,7 @@ def _open_checkpoint(settings: Settings, mask: RoutingMask | None = None) -> tup
     check_structure(checkpoint)
     tokenizer = {"tokenizer_type": settings.tokenizer_type, "tokenizer_model": settings.tokenizer_model}
     passed = {name: value for name, value in tokenizer.items() if value is not None}
-    with reading(f"{checkpoint} does not describe a model: it"):  # its arguments may have values of any type
-        return checkpoint, open_megatron(checkpoint, mask, passed)
+    return checkpoint, open_megatron(checkpoint, mask, passed)
 
 
 @contextmanager

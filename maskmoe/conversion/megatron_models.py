@@ -62,6 +62,7 @@ from maskmoe.conversion.tensor_sources import (
 from maskmoe.conversion.tokenizer import WITHOUT_TEXT
 from maskmoe.data.tokenizer import TOKENIZER_TYPES, load_tokenizer
 from maskmoe.errors import UserError
+from maskmoe.files.untrusted import reading
 from maskmoe.routing_mask.mask import RoutingMask
 
 COMMON_STATE = "common_state/shard_0_1"
@@ -235,12 +236,18 @@ def open_megatron(
         UserError: The checkpoint is damaged, transformers cannot express the model, or the checkpoint's tensors do not
             match its arguments.
     """
+    with reading(f"{checkpoint} does not describe a model: it"):  # its arguments may have values of any type
+        return _open_checkpoint(checkpoint, mask, changed_args or {})
+
+
+def _open_checkpoint(checkpoint: Path, mask: RoutingMask | None, changed_args: Mapping[str, Any]) -> OpenedModel:
+    """Open a checkpoint whose arguments have values that Megatron could have saved. See `open_megatron`."""
     stored = TorchDistSource(checkpoint)
     common = stored.common_state()
     args = common.get("args")
     if not isinstance(args, Namespace):
         raise UserError(f"{checkpoint} holds no arguments of Megatron, which say what its tensors are")
-    original_args, args = args, Namespace(**vars(args) | dict(changed_args or {}))
+    original_args, args = args, Namespace(**vars(args) | dict(changed_args))
     args.hybrid_layer_pattern = saved_pattern(args)
     vars(args).pop("hybrid_override_pattern", None)  # else a GPT checkpoint made from the model would seem hybrid
     # Add the routing mask to a checkpoint that has none.

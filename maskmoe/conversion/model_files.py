@@ -17,7 +17,7 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoTokenizer, logging
 
 import maskmoe.huggingface  # noqa: F401 (registers the model, else transformers warns of an unknown type)
-from maskmoe.conversion.tensor_sources import Block, TensorSource, TensorSpec, list_names
+from maskmoe.conversion.tensor_sources import Block, TensorSource, TensorSpec, integer_weights, list_names
 from maskmoe.errors import UserError, refused_by_system
 from maskmoe.files.json_files import read_record, write_record
 from maskmoe.files.outputs import atomic_output, refuse_checkpoint, sync_to_disk, unwinding_on_signals
@@ -176,9 +176,7 @@ def load_exported_model(folder: Path, tokenizer: Any) -> Any:
         UserError: A file is missing or damaged, or lies outside the folder; weights are missing, superfluous, of
             another shape or type, NaN or infinite; or the tokenizer has ids that the model lacks.
     """
-    stored = SafetensorsSource(folder).tensors
-    integers = [name for name, spec in stored.items() if not spec.dtype.is_floating_point]
-    if names := [name for name in integers if ".routing_mask." not in name]:
+    if names := integer_weights(SafetensorsSource(folder).tensors):
         raise UserError(f"the model in {folder} has weights that are no floating-point numbers: {list_names(names)}")
     logging.set_verbosity_error()  # it would warn of damaged weights, which are refused here
     logging.disable_progress_bar()

@@ -12,7 +12,15 @@ from huggingface_hub.errors import StrictDataclassError
 from transformers import PreTrainedConfig
 
 from maskmoe.checkpoint.routing_mask import buffers_of_routing_mask, routing_mask_from_buffers
-from maskmoe.conversion.tensor_sources import Block, JoinedSource, MemorySource, TensorSource, TensorSpec, list_names
+from maskmoe.conversion.tensor_sources import (
+    Block,
+    JoinedSource,
+    MemorySource,
+    TensorSource,
+    TensorSpec,
+    integer_weights,
+    list_names,
+)
 from maskmoe.errors import UserError
 from maskmoe.huggingface import MaskMoEConfig, MaskMoEForCausalLM
 from maskmoe.routing_mask.assignment import MaskRecipe, build_routing_mask
@@ -188,8 +196,7 @@ def check_tensors(
     for name, shape in expected.items():
         if found[name].shape != shape:
             raise UserError(f"{where}: {name} has the shape {list(found[name].shape)}, it should have {list(shape)}")
-    integers = [name for name in expected if not found[name].dtype.is_floating_point and "routing_mask." not in name]
-    if integers:
+    if integers := integer_weights({name: found[name] for name in expected}):
         raise UserError(f"{where} has weights that are not floating-point numbers: {list_names(integers)}")
 
 

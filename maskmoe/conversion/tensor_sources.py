@@ -339,6 +339,11 @@ class ProgressSource:
         return elements
 
 
+def integer_weights(tensors: Mapping[str, TensorSpec]) -> list[str]:
+    """Return the names of all weights that are not floating-point numbers; a routing mask consists of integers."""
+    return [name for name, spec in tensors.items() if not spec.dtype.is_floating_point and "routing_mask." not in name]
+
+
 def list_names(names: Iterable[str]) -> str:
     """Join names of tensors for an error message; only the first `_MAX_NAMES` are named, the others counted."""
     return listed(sorted(names), _MAX_NAMES)

@@ -277,7 +277,7 @@ def _changes(args: Namespace, saved: Namespace, names: tuple[str, ...]) -> str:
     """Describe the arguments whose values differ from those in the checkpoint; empty if there are none."""
     changed = []
     for name in names:
-        if not hasattr(saved, name) or not hasattr(args, name) or _is_derived(args, saved, name):
+        if not hasattr(saved, name) or not hasattr(args, name) or _is_derived_or_unused(args, saved, name):
             continue
         before, now = getattr(saved, name), getattr(args, name)
         if before != now and not (name.endswith("data_path") and _absolute(before) == _absolute(now)):
@@ -285,7 +285,7 @@ def _changes(args: Namespace, saved: Namespace, names: tuple[str, ...]) -> str:
     return "; ".join(changed)
 
 
-def _is_derived(args: Namespace, saved: Namespace, name: str) -> bool:
+def _is_derived_or_unused(args: Namespace, saved: Namespace, name: str) -> bool:
     """Return whether Megatron derives a differing argument from other arguments, or does not use it."""
     if name in ("lr_decay_iters", "lr_decay_samples"):
         return getattr(args, name) is None  # from --train-iters or --train-samples

@@ -63,14 +63,12 @@ def take_settings_of_checkpoint(args: Namespace, checkpoint: Path, given: Collec
     the command line gives; they keep their values. Exception: with a layer pattern, `num_layers` and `moe_layer_freq`
     are reset, because the pattern decides them.
     """
-    given_type, given_model = args.tokenizer_type, args.tokenizer_model
     given_values = {name: value for name, value in vars(args).items() if name in given}
     with showing_only(checkpoint, args):
         args, _ = load_args_from_checkpoint(args)
-    if given_type is not None and given_type != args.tokenizer_type:
-        args.tokenizer_type, args.tokenizer_model = given_type, None
-    if given_model is not None or args.tokenizer_type == "NullTokenizer":  # which needs no model
-        args.tokenizer_model = given_model
+    tokenizer_type = given_values.get("tokenizer_type", args.tokenizer_type)
+    if tokenizer_type != args.tokenizer_type or tokenizer_type == "NullTokenizer":  # which needs no model
+        args.tokenizer_model = None
     vars(args).update(given_values)
     if args.hybrid_layer_pattern is not None:  # which decides the layers; the checkpoint may be a GPT model's
         args.num_layers, args.moe_layer_freq = None, 1

@@ -105,8 +105,7 @@ class Layout:
 def layout_errors(args: Namespace, iteration: int = 0) -> Iterator[str]:
     """Yield an error for each size of ranks, batches or samples that Megatron would refuse late, with what would fit.
 
-    Batch sizes before `iteration`, from which the
-    run resumes, may be any.
+    Batch sizes before `iteration`, from which the run resumes, may be any.
     """
     layout = Layout.from_args(args)
     if layout.ranks % layout.ranks_step:
