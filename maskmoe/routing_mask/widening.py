@@ -53,9 +53,8 @@ def widen_routing_mask(
     # Hash layers keep their tables.
     first = made_from.hash_layers.num_layers if made_from.hash_layers else 0
     old_tables = [mask.table_of_layer(table) for table in range(num_tables)]
-    new_tables = map_in_processes(
-        partial(_widen_table, recipe, vocabulary), list(enumerate(old_tables))[first:], workers
-    )
+    widen_table = partial(_widen_table, recipe, vocabulary, len(made_from.widened_from))
+    new_tables = map_in_processes(widen_table, list(enumerate(old_tables))[first:], workers)
     bar = tqdm(new_tables, total=num_tables - first, unit="table", desc="widening", delay=0.5, disable=not progress)
     tables = [*old_tables[:first], *(new or old for old, new in zip(old_tables[first:], bar, strict=True))]
     if all(new is old for old, new in zip(old_tables, tables, strict=True)):
@@ -127,21 +126,27 @@ def _widened_recipe(
 
 
 def _widen_table(
-    recipe: MaskRecipe, vocabulary: Vocabulary, numbered: tuple[int, tuple[np.ndarray, np.ndarray]]
+    recipe: MaskRecipe,
+    vocabulary: Vocabulary,
+    num_earlier: int,
+    numbered: tuple[int, tuple[np.ndarray, np.ndarray]],
 ) -> tuple[np.ndarray, np.ndarray] | None:
     """Return the widened table, or None if no visible set grows.
 
     Ids get experts one after the other, by descending occurrences: the least-loaded experts, with the jitter of
     `assignment._spread`. Ids without occurrences, and all ids if the recipe is uniform, draw their experts at random.
-    The random stream depends on the seed and the table's number only, and differs from that of `assign_table`.
+    The random stream depends on the seed, the table's number and `num_earlier` only, and differs from that of
+    `assign_table`.
 
     Args:
         recipe: The settings of the wider mask.
         vocabulary: The ids by frequency.
+        num_earlier: Number of earlier widenings of the mask. Each widening has a random stream of its own: otherwise
+            two widenings with one seed would give the i-th ids of both nearly the same experts.
         numbered: The number of the table, and its `row_of_id` `[vocab]` and `visible_bits` `[rows, bytes]`.
     """
     number, (row_of_id, visible_bits) = numbered
-    rng = np.random.default_rng(np.random.SeedSequence(recipe.seed, spawn_key=(number, 1)))
+    rng = np.random.default_rng(np.random.SeedSequence(recipe.seed, spawn_key=(number, 1 + num_earlier)))
     sets = unpack_bits(visible_bits, recipe.num_experts)  # [rows, experts]
     visible, sizes = sets[row_of_id], sets.sum(axis=1)[row_of_id]  # [vocab, experts], [vocab]
     # Find the ids that get more experts.
@@ -156,14 +161,18 @@ def _widen_table(
     if recipe.assignment != "uniform":
         shares[vocabulary.ids] = vocabulary.occurrences
         shares /= np.where(grows, target, sizes)
-    loads = np.bincount(row_of_id, weights=shares, minlength=len(sets)) @ sets
+    # Not a matrix product, whose rounding depends on the processor.
+    rows, experts = np.nonzero(sets)
+    share_of_row = np.bincount(row_of_id, weights=shares, minlength=len(sets))
+    loads = np.bincount(experts, weights=share_of_row[rows], minlength=recipe.num_experts)
     experts_per_rank = recipe.num_experts // recipe.num_ranks
     for token_id in vocabulary.ids[grows[vocabulary.ids]]:
         seen, share, noise = visible[token_id], shares[token_id], rng.random(recipe.num_experts)
         # The id may get further experts of the ranks on which it sees experts.
         available = np.repeat(seen.reshape(recipe.num_ranks, -1).any(axis=1), experts_per_rank) & ~seen
         priorities = np.where(available, loads + LOAD_JITTER * share * noise if share else noise, np.inf)
-        added = np.argpartition(priorities, target - sizes[token_id] - 1)[: target - sizes[token_id]]
+        # Not argpartition, whose order of ties depends on the processor.
+        added = np.argsort(priorities, kind="stable")[: target - sizes[token_id]]
         visible[token_id, added] = True
         loads[added] += share
     return table_of_sets(visible)
