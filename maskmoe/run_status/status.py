@@ -26,7 +26,7 @@ if TYPE_CHECKING:
 
 _MOST_SECONDS = 1e11  # the year 5138; damaged files have later times
 # The file with the arguments of a run.
-_MOST_BYTES = 1 << 20
+_MOST_BYTES = 1 << 24  # a blend of thousands of datasets takes more than 1 MiB
 # A path cannot have a null character.
 _FOLDER = re.compile(r"# Relative paths are relative to ([^\0]+)")
 _ARGUMENT = re.compile(r"# (\w+): ([^\0]*)")
@@ -282,8 +282,12 @@ def read_status(run: Path, verify: bool = False) -> Status:
         raise UserError(f"{run} is not the folder of a run: it has no event files, journal or checkpoints")
     signs = (logged.newest, entries[-1].time if entries else None)
     last_sign = max((sign for sign in signs if sign is not None and 0 <= sign < _MOST_SECONDS), default=None)
-    names = ("non_persistent_ckpt_type", "non_persistent_global_ckpt_dir")
-    frequent = non_persistent_folder(Namespace(**{name: arguments.get(name) for name in names}), folder)
+    elsewhere = arguments.get("non_persistent_global_ckpt_dir")
+    settings = Namespace(
+        non_persistent_ckpt_type=arguments.get("non_persistent_ckpt_type"),
+        non_persistent_global_ckpt_dir=elsewhere and arguments.folder / elsewhere,
+    )
+    frequent = non_persistent_folder(settings, folder)
     return Status(
         name=one_line(run.resolve().name),
         read=time.time(),

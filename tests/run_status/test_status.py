@@ -43,6 +43,18 @@ def test_folders_elsewhere_are_found_by_the_arguments(tmp_path):
     assert (status.progress.iteration, status.checkpoints.folder) == (20, tmp_path / "save")
 
 
+def test_relative_folder_of_non_persistent_checkpoints_is_that_of_the_start(run, tmp_path):
+    frequent = write_checkpoint(tmp_path / "frequent", 25)
+    folders = {"non_persistent_ckpt_type": "global", "non_persistent_global_ckpt_dir": "frequent"}
+    write_arguments(run, f"# Relative paths are relative to {tmp_path}", **folders)
+    assert read_status(run).checkpoints.next_start == frequent
+
+
+def test_arguments_with_thousands_of_datasets_are_read(tmp_path):
+    write_arguments(tmp_path, data_path=[f"/data/{'x' * 100}{number}_text_document" for number in range(20_000)])
+    assert RunArguments.read(tmp_path).number("train_iters") == 40
+
+
 @pytest.mark.parametrize(("name", "end"), [("null \0", ""), ("x" * 300, ""), ("save", "\0")], ids=ascii)
 def test_folders_that_cannot_be_read_are_left_out(run, tmp_path, name, end):
     folders = dict.fromkeys(("save", "tensorboard_dir", "non_persistent_global_ckpt_dir"), name)
