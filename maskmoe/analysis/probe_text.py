@@ -105,7 +105,7 @@ class DatasetText:
 
 
 def spread_windows(tokens: np.ndarray, num_tokens: int, seq_length: int) -> np.ndarray:
-    """Return windows that are spread evenly over a text, so that no single document dominates.
+    """Return disjoint windows that are spread evenly over a text, so that no single document dominates.
 
     Args:
         tokens: All tokens of the text, [tokens].
@@ -118,7 +118,8 @@ def spread_windows(tokens: np.ndarray, num_tokens: int, seq_length: int) -> np.n
     if len(tokens) <= num_tokens:
         return tokens
     num_windows = -(-num_tokens // seq_length)
-    last_start = max(0, len(tokens) - seq_length)
+    # If the windows hardly fit, they follow each other from the start without gaps.
+    last_start = max((num_windows - 1) * seq_length, len(tokens) - seq_length)
     starts = np.linspace(0, last_start, num_windows).round().astype(np.int64)
     return np.concatenate([tokens[start : start + seq_length] for start in starts])[:num_tokens]
 

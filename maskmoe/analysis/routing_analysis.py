@@ -76,7 +76,8 @@ def analyze(
     shape, max_seq_length = common_shape(models)
     if frequency is not None and frequency.vocab_size != shape.vocab_size:
         raise UserError(f"--token-frequency counts {frequency.vocab_size:,} ids, the model has {shape.vocab_size:,}")
-    seq_length = settings.seq_length or max_seq_length
+    # By default at least eight windows: a single long window would show only one place of the text.
+    seq_length = settings.seq_length or min(max_seq_length, max(1, settings.tokens // 8))
     if seq_length > max_seq_length:
         raise UserError(f"--seq-length is {seq_length}, but the model takes at most {max_seq_length} tokens")
 

@@ -62,7 +62,8 @@ def parse_arguments() -> argparse.Namespace:
     add_option(probe, "--json-keys K", "key of the text in JSON lines", default="text")
     tokens = "number of tokens, from all over --data-path or from the beginning of --input"
     add_option(probe, "--tokens T", tokens, ranges.TOKENS, default=AnalysisSettings.tokens)
-    add_option(probe, "--seq-length S", "tokens in a window (default: the model's)", ranges.SEQ_LENGTH)
+    window = "tokens in a window (default: the model's, at most an eighth of --tokens)"
+    add_option(probe, "--seq-length S", window, ranges.SEQ_LENGTH)
     add_option(probe, "--batch-size B", "windows in a batch", ranges.BATCH_SIZE, default=AnalysisSettings.batch_size)
 
     measures = parser.add_argument_group("statistics")

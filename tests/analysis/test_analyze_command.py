@@ -161,6 +161,16 @@ def test_a_model_against_itself(tmp_path):
     assert "Warning" not in outcome.errors
 
 
+def test_a_model_of_long_context_reads_several_windows(tmp_path):
+    """The model takes 64 tokens, as many as the probe has."""
+    make_model().save_pretrained(tmp_path / "model")
+    write_documents(tmp_path / "data", [np.arange(6000) // 100])
+    words = ("--load", "model", "--data-path", "data", "--tokens", 64, "--output-dir", "out")
+    assert analyze(tmp_path, *words).code == 0
+    ids = sorted({int(row["id"]) for row in read_table(tmp_path / "out", "ids.csv")})
+    assert ids == [0, 8, 17, 25, 34, 42, 51, 59]
+
+
 def test_counts_of_another_vocabulary_are_refused(workplace, checkpoints):
     frequency_of([600, *[0] * 59]).save(workplace / "few.safetensors")
     with writing_nothing(workplace):
