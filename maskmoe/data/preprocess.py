@@ -148,7 +148,7 @@ def preprocess(
             _encode_inputs(sources, encoder, writers, workers)
         else:
             # Write the documents in the order of the input to temporary datasets, then copy them in the random order.
-            folder = stack.enter_context(TemporaryDirectory(dir=Path(output_prefix).parent, prefix=".unshuffled."))
+            folder = stack.enter_context(TemporaryDirectory(dir=Path(prefixes[0]).parent, prefix=".unshuffled."))
             unshuffled = [IndexedDatasetWriter(Path(folder, str(number)), dtype) for number in range(len(writers))]
             with ExitStack() as temporary:
                 for writer in unshuffled:

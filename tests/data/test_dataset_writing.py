@@ -4,6 +4,8 @@ import json
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from tempfile import TemporaryDirectory
+from unittest.mock import Mock
 
 import numpy as np
 import pyarrow as pa
@@ -89,6 +91,18 @@ def test_all_keys_are_shuffled_alike(sentencepiece_model: Path, tmp_path: Path) 
     assert questions.count([]) == 34
     assert all(question in ([], answer) for question, answer in zip(questions, answers, strict=True))
     assert not list(tmp_path.glob(".*"))  # the datasets before they were shuffled
+
+
+def test_temporary_dataset_lies_beside_the_dataset(
+    jsonl: Callable, sentencepiece_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The folder of the dataset may be the only one with enough space."""
+    opened = Mock(wraps=TemporaryDirectory)
+    monkeypatch.setattr("maskmoe.data.preprocess.TemporaryDirectory", opened)
+    (tmp_path / "out").mkdir()
+    prefix = f"{tmp_path}/out/"  # the dataset is `out/_text_document`
+    preprocess([jsonl("a.jsonl", ["a"])], "SentencePieceTokenizer", sentencepiece_model, prefix, shuffle_seed=1)
+    assert [call.kwargs["dir"] for call in opened.call_args_list] == [tmp_path / "out"]
 
 
 def write_json_lines(path: Path, texts: Sequence[str]) -> None:
