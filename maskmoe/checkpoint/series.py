@@ -165,7 +165,7 @@ def locate_checkpoint(path: Path, step: int | None = None) -> Path:
         UserError: The folder does not exist or holds no checkpoint, or the newest checkpoint is damaged.
     """
     check_folder(path)
-    if (path / LAYOUT_FILE).exists():
+    if (path / LAYOUT_FILE).is_file():
         if step not in (None, iteration_of(path)):
             raise UserError(f"--ckpt-step {step} chooses among the checkpoints of a run, but {path} is a checkpoint")
         return path

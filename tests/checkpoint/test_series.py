@@ -21,6 +21,7 @@ from maskmoe.checkpoint.series import (
     checkpoint_path,
     choose_checkpoint,
     finish_replacements,
+    locate_checkpoint,
     read_tracker,
     remove_next_versions,
     remove_old_checkpoints,
@@ -190,6 +191,12 @@ def test_kept_checkpoint_is_on_the_disk_before_old_ones_are_removed(
     assert set(events) == {
         ("synchronize", path) for path in (kept / "integrity.json", kept / "metadata.json", kept, tmp_path)
     }
+
+
+def test_folder_with_the_name_of_a_checkpoints_file_is_no_checkpoint(tmp_path: Path) -> None:
+    (tmp_path / ".metadata").mkdir()
+    newest = write_checkpoint(tmp_path, 2)
+    assert locate_checkpoint(tmp_path) == newest
 
 
 def test_tracker_of_odd_bytes(tmp_path: Path) -> None:
