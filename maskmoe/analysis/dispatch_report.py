@@ -100,7 +100,8 @@ def write_csv(path: Path, columns: Sequence[str], rows: Iterable[Sequence[Any]])
         UserError: The file cannot be written.
     """
     with atomic_output(path) as temporary, open(temporary, "w", newline="", encoding="utf-8") as stream:
-        writer = csv.writer(stream, lineterminator="\n")
+        # Lines end with "\r\n": Python before 3.12.3 does not quote a "\r" in a cell if lines end with "\n".
+        writer = csv.writer(stream)
         writer.writerow(columns)
         writer.writerows(map(_cell, row) for row in rows)
 

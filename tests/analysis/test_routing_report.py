@@ -1,14 +1,24 @@
-"""The plots of an analysis show the right numbers, and a plot with nothing to show is left out."""
+"""Tables of an analysis can be read back, plots show the right numbers, and a plot with nothing to show is left out."""
 
+import csv
 from types import SimpleNamespace
 
 import numpy as np
 import pytest
 from matplotlib.figure import Figure
 
+from maskmoe.analysis.dispatch_report import write_csv
 from maskmoe.analysis.routing_analysis import RoutingAnalysis
 from maskmoe.analysis.routing_report import PLOT_NAMES, write_plots
 from maskmoe.routing_mask.frequency import FrequencyBands
+
+
+def test_pieces_with_line_ends_are_quoted(tmp_path):
+    pieces = ["\r", "\n", "a\r\nb", ",", '"', " "]
+    write_csv(tmp_path / "pieces.csv", ["piece"], [[piece] for piece in pieces])
+    with open(tmp_path / "pieces.csv", newline="", encoding="utf-8") as stream:
+        assert stream.readline() == "piece\r\n"
+        assert [piece for (piece,) in csv.reader(stream)] == pieces
 
 
 @pytest.mark.parametrize(("num_models", "layers", "num_experts"), [(1, (2,), 4), (2, (1, 3), 8), (5, range(30), 64)])
