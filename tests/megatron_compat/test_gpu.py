@@ -80,18 +80,23 @@ def test_with_all_packages_all_fusions_are_on(on_a_gpu, parse) -> None:
     ("flags", "fuses"),
     [
         ("", False),
-        ("--quick-geglu", True),
+        ("--quick-geglu", False),
+        ("--quick-geglu --num-experts 0", False),
         ("--swiglu", True),
+        ("--swiglu --num-experts 0", True),
+        ("--swiglu --activation-func-clamp-value 7", False),
+        ("--swiglu --activation-func-clamp-value 7 --num-experts 0", False),
         ("--num-experts 0", True),
     ],
 )
-def test_only_gated_activations_of_experts_are_fused(on_a_gpu, parse, packages, flags, fuses) -> None:
-    """Megatron's default for MLPs with biases is a fused GELU, which cannot weigh the rows of experts."""
+def test_only_activations_that_megatron_fuses_right_are_fused(on_a_gpu, parse, packages, flags, fuses) -> None:
+    """A fused GELU cannot weigh rows, a fused quick GELU must weigh them, and a fused SwiGLU ignores the clamp."""
     on_a_gpu(packages)
     sizes = "--num-layers 1 --hidden-size 32 --num-attention-heads 4 --seq-length 8 --max-position-embeddings 8"
     sizes += " --micro-batch-size 1 --vocab-size 100"
     args = validate_args(parse(*f"--routing-mask mask.safetensors {sizes} {flags}".split()))
     assert args.bias_gelu_fusion
+    assert args.bias_swiglu_fusion
     assert model_config_from_args(args).transformer.bias_activation_fusion is fuses
 
 

@@ -238,6 +238,12 @@ def _groups_do_not_fit(args: Namespace) -> bool:
     return not chosen <= args.moe_router_topk <= chosen * (args.num_experts // groups)
 
 
+def _pads_beyond_tokens(args: Namespace) -> bool:
+    if not (args.num_experts and args.moe_pad_expert_input_to_capacity):
+        return False
+    return (args.moe_expert_capacity_factor or 0) * args.moe_router_topk > args.num_experts
+
+
 def _divides_tokens_of_experts_wrongly(args: Namespace) -> bool:
     is_divided = args.tensor_model_parallel_size > 1 and not args.sequence_parallel
     return bool(args.num_experts) and is_divided and not args.skip_train
@@ -395,6 +401,24 @@ BROKEN_IN_MEGATRON = (
         "--moe-token-dispatcher-type flex without --bf16",
         "DeepEP, HybridEP and NCCL-EP send bf16 only.",
         lambda args: _flex_backend(args) is not None and not args.bf16,
+    ),
+    Check(
+        "--moe-apply-probs-on-input with --moe-router-topk above 1",
+        "Megatron-Core weighs the input of an expert only if a token has one expert.",
+        lambda args: bool(args.num_experts) and args.moe_apply_probs_on_input and args.moe_router_topk > 1,
+    ),
+    Check(
+        "--moe-shared-expert-overlap with --activation-func-clamp-value, --glu-linear-offset or --moe-latent-size",
+        "Overlapped shared experts ignore clamp and offset, and fail beside latent experts. Leave the overlap out.",
+        lambda args: (
+            args.moe_shared_expert_overlap
+            and (_given("activation_func_clamp_value", "moe_latent_size")(args) or args.glu_linear_offset != 0)
+        ),
+    ),
+    Check(
+        "--moe-pad-expert-input-to-capacity with --moe-expert-capacity-factor above --num-experts / --moe-router-topk",
+        "An expert would get more rows than there are tokens, and Megatron-Core would fail in the first step.",
+        _pads_beyond_tokens,
     ),
     Check(
         "--tensor-model-parallel-size above 1 without --sequence-parallel",

@@ -32,6 +32,7 @@ GRAPHS = "--transformer-impl transformer_engine --cuda-graph-impl transformer_en
 ENGINE = "--transformer-impl transformer_engine --moe-grouped-gemm"
 QUANTIZED = f"{ENGINE} --fp8-format hybrid --fp8-recipe tensorwise"
 PACKED = "--dataloader-inter-document-masking"
+PADDED = "--moe-pad-expert-input-to-capacity --moe-expert-capacity-factor"
 SCHEDULE = "--step-batch-size-schedule 0:4"
 # Command lines that are refused, and the beginning of the check's name; `~` leaves the flags of `MODEL` out. Checks of
 # flags that are refused in every combination have one case, since all of them have one predicate.
@@ -49,6 +50,12 @@ REFUSED = {
     "--moe-router-group-topk 1 --moe-router-num-groups 4 --moe-router-topk 3": "--moe-router-group-topk",
     "--mlp-chunks-for-training 2": "--mlp-chunks",
     FLEX: f"{FLEX} without --bf16",
+    "--moe-apply-probs-on-input --moe-router-topk 2": "--moe-apply-probs-on-input with",
+    **{
+        f"--moe-shared-expert-overlap {flags}": "--moe-shared-expert-overlap with"
+        for flags in ("--activation-func-clamp-value 7", "--glu-linear-offset -1", "--moe-latent-size 16")
+    },
+    f"{PADDED} 4.01 --moe-router-topk 2": "--moe-pad-expert-input-to-capacity with",
     "--tensor-model-parallel-size 2": "--tensor-model-parallel-size above 1 without",
     "--overlap-dispatch-backward-with-experts-wgrad --overlap-grad-reduce": "--overlap-dispatch-backward",
     "--overlap-dispatch-backward-with-experts-wgrad --no-gradient-accumulation-fusion": "--overlap-dispatch-backward",
@@ -141,6 +148,11 @@ SUPPORTED = (
     "--moe-router-topk 8",
     "--moe-router-group-topk 2 --moe-router-num-groups 4 --moe-router-topk 2",
     f"{FLEX} --bf16 --expert-model-parallel-size 2",
+    "--moe-apply-probs-on-input --moe-router-topk 1",
+    "--moe-shared-expert-overlap --moe-shared-expert-intermediate-size 8",
+    "--activation-func-clamp-value 7 --glu-linear-offset 1 --moe-latent-size 16",
+    f"{PADDED} 4 --moe-router-topk 2",
+    "--moe-expert-capacity-factor 9 --moe-router-topk 2",
     "--overlap-dispatch-backward-with-experts-wgrad",
     "--pipeline-model-parallel-size 2 --pipeline-model-parallel-layout Et*3|tmL",
     "--pipeline-model-parallel-size 2 --pipeline-model-parallel-layout Et|t|tt|mL",
