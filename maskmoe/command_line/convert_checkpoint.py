@@ -19,6 +19,7 @@ from maskmoe.conversion.settings import (
 )
 from maskmoe.errors import UserError
 from maskmoe.files.paths import check_folder
+from maskmoe.routing_mask.feed_forward_layers import LAYER_FREQUENCY_ERROR
 
 
 def parse_arguments() -> argparse.Namespace:
@@ -116,11 +117,8 @@ def _parse_layer_frequency(text: str) -> int | list[int]:
     from maskmoe.training.settings.flags import check_pattern
 
     with suppress(argparse.ArgumentTypeError, SyntaxError, TypeError, ValueError, MemoryError):
-        frequency = moe_freq_type(check_pattern(text))
-        is_valid = set(frequency) <= {0, 1} if isinstance(frequency, list) else frequency >= 1
-        if is_valid:
-            return frequency
-    raise UserError(f"--moe-layer-freq {text!r} is neither 1 or more nor a list of 0 and 1, such as [0]+[1]*23")
+        return moe_freq_type(check_pattern(text))
+    raise UserError(LAYER_FREQUENCY_ERROR)
 
 
 def _convert(arguments: argparse.Namespace) -> None:

@@ -12,7 +12,7 @@ from typing import Any
 
 from maskmoe.errors import UserError
 from maskmoe.files.json_files import check_finite, read_json
-from maskmoe.routing_mask.feed_forward_layers import expand_layer_frequency
+from maskmoe.routing_mask.feed_forward_layers import LAYER_FREQUENCY_ERROR, expand_layer_frequency, is_layer_frequency
 
 DTYPE_NAMES = ("bf16", "fp16", "fp32")
 CONFIG_FILE = "config.json"
@@ -68,7 +68,7 @@ class UpcycleSettings:
         seed: Seed of the routers.
 
     Raises:
-        UserError: The settings contradict each other.
+        UserError: The settings contradict each other, or no layer gets experts.
     """
 
     num_experts: int
@@ -86,18 +86,18 @@ class UpcycleSettings:
                 f"--num-experts {self.num_experts} and --topk {self.topk} must be multiples of --granularity "
                 f"{self.granularity}: that many experts make up one copy of the MLP and are chosen together"
             )
+        if not is_layer_frequency(self.moe_layer_freq):
+            raise UserError(LAYER_FREQUENCY_ERROR)
 
     def is_sparse(self, num_layers: int) -> list[bool]:
         """Return for each layer whether it gets experts.
 
         Raises:
-            UserError: `moe_layer_freq` is for another number of layers, or gives experts to none.
+            UserError: `moe_layer_freq` is for another number of layers.
         """
         is_sparse = expand_layer_frequency(self.moe_layer_freq, num_layers)
         if len(is_sparse) != num_layers:
             raise UserError(f"--moe-layer-freq is for {len(is_sparse)} layers, the model has {num_layers}")
-        if not any(is_sparse):
-            raise UserError("--moe-layer-freq gives experts to no layer")
         return is_sparse
 
 

@@ -7,6 +7,9 @@ from typing import Self
 
 from maskmoe.errors import UserError, counted
 
+LAYER_FREQUENCY_ERROR = (
+    "--moe-layer-freq must be 1 or more, or a list of 0 and 1 that gives experts to a layer, such as [0]+[1]*23"
+)
 _MLP, _MOE, _STAGE, _PREDICTION = "-", "E", "|", "/"
 
 
@@ -113,6 +116,13 @@ def positions_of_layers(pattern: str | None, num_layers: int) -> Sequence[int | 
         f"--hybrid-layer-pattern '{pattern}' has {len(moe)} E and {len(feed_forward) - len(moe)} -, but the mask is "
         f"for {counted(num_layers, 'layer')}"
     )
+
+
+def is_layer_frequency(value: object, has_experts: bool = True) -> bool:
+    """Return whether Megatron's `--moe-layer-freq` can have a value; with experts, at least one layer has them."""
+    if isinstance(value, list):
+        return all(layer in (0, 1) for layer in value) and (1 in value or not has_experts)
+    return isinstance(value, int) and value >= 1
 
 
 def expand_layer_frequency(frequency: int | list[int], num_layers: int) -> list[bool]:

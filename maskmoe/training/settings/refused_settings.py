@@ -16,6 +16,7 @@ from megatron.core.transformer.transformer_layer import TransformerLayer
 
 from maskmoe.command_line.ranges import split
 from maskmoe.megatron_compat.gpu import GpuPackages
+from maskmoe.routing_mask.feed_forward_layers import LAYER_FREQUENCY_ERROR, is_layer_frequency
 from maskmoe.transformer.dispatch.flex import missing_library
 from maskmoe.transformer.token_ids import takes_token_ids
 from maskmoe.transformer.torch_modules.gated_delta_net import check_gated_delta_net, uses_fla
@@ -62,7 +63,7 @@ class Check:
 
 
 def value_errors(args: Namespace) -> Iterator[str]:
-    """Yield an error for each number that is not finite, or zero or negative where it cannot be."""
+    """Yield an error for each number out of its range, and for `--moe-layer-freq` or `--split` without a meaning."""
     for name, setting in vars(args).items():
         for value in setting if isinstance(setting, list | tuple) else (setting,):
             if not isinstance(value, int | float) or isinstance(value, bool):
@@ -74,6 +75,8 @@ def value_errors(args: Namespace) -> Iterator[str]:
                 yield f"{flag} must be above 0, not {value:g}"
             elif name in _NOT_NEGATIVE and value < 0:
                 yield f"{flag} must not be negative, but is {value:g}"
+    if not is_layer_frequency(args.moe_layer_freq, has_experts=bool(args.num_experts)):
+        yield LAYER_FREQUENCY_ERROR
     if args.split is not None:
         try:
             split(args.split)

@@ -206,7 +206,7 @@ BAD_VALUES = {
     "--moe-router-topk": "0",
     "--num-experts": "-1 1.5",
     "--moe-aux-loss-coeff": "-1 nan",
-    "--moe-layer-freq": "abc 0.5 [1]**9 [1]*99999999 [1",
+    "--moe-layer-freq": "abc 0.5 0 -1 [1]**9 [1]*99999999 [1 [2] [[1]] ([1],[0])",
     "--moe-router-load-balancing-type": "none_such",
     "--tensor-model-parallel-size": "0 x",
     "--seed": "0 -1",
@@ -344,6 +344,14 @@ def test_each_bad_value_is_reported() -> None:
     args = parser().parse_args(["--lr", "nan", "--micro-batch-size", "0", "--moe-aux-loss-coeff", "-1"])
     assert len(list(value_errors(args))) == 3
     assert not list(value_errors(parser().parse_args([])))
+
+
+@pytest.mark.parametrize("pattern", ["[0]*2", "[0,0]+[0]"])
+def test_a_layer_must_have_the_experts(pattern: str) -> None:
+    dense = ["--moe-layer-freq", pattern]
+    assert not list(value_errors(parser().parse_args(dense)))
+    (error,) = value_errors(parser().parse_args([*dense, "--num-experts", "8"]))
+    assert error.startswith("--moe-layer-freq must ")
 
 
 def test_flags_that_megatron_misses_late() -> None:
