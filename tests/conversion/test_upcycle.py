@@ -189,7 +189,7 @@ def test_flags():
 
 @pytest.mark.parametrize(
     "pattern",
-    ["x", "0", "-1", "[1,", "[2]", "[0]*3", "[0]+[2]*2", "[1]**9", "[1]*9999999999", "()", "[" * 3000, "[__import__('os')]"],
+    ["x", "0", "[1,", "[2]", "[0]*3", "[0]+[2]*2", "[1]**9", "[1]*9999999999", "()", "[" * 3000, "[__import__('os')]"],
     ids=lambda pattern: pattern[:20],
 )
 def test_refuses_layer_patterns(pattern):
