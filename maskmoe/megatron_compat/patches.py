@@ -189,16 +189,23 @@ def average_predictions_over_all_context_ranks() -> None:
         return rolled, total
 
     def process(
-        *, loss_mask: torch.Tensor | None, config: Any, cp_group: torch.distributed.ProcessGroup, **arguments: Any
+        *,
+        labels: torch.Tensor | None,
+        loss_mask: torch.Tensor | None,
+        config: Any,
+        cp_group: torch.distributed.ProcessGroup,
+        **arguments: Any,
     ) -> torch.Tensor:
-        # Without a loss mask, ranks have equal numbers of tokens.
+        # The stock function makes a mask of integers, whose sums `roll` takes for sums of token ids.
+        if loss_mask is None and labels is not None:
+            loss_mask = torch.ones_like(labels, dtype=torch.float32)
         if config.calculate_per_token_loss and loss_mask is not None and cp_group.size() > 1:
             num_tokens = loss_mask.sum()
             torch.distributed.all_reduce(num_tokens, group=cp_group)
             config = copy.copy(config)
             config.calculate_per_token_loss = False
             config.mtp_loss_scaling_factor *= num_tokens / cp_group.size()
-        return stock_process(loss_mask=loss_mask, config=config, cp_group=cp_group, **arguments)
+        return stock_process(labels=labels, loss_mask=loss_mask, config=config, cp_group=cp_group, **arguments)
 
     replace(multi_token_prediction, "roll_tensor", roll)
     replace(gpt_model, "process_mtp_loss", process)

@@ -99,7 +99,7 @@ def normalization_deviations(world: ProcessGroup) -> tuple[float, float]:
     )
 
 
-def weights_of_prediction(mask: Tensor, cp_group: ProcessGroup) -> Tensor:
+def weights_of_prediction(mask: Tensor, cp_group: ProcessGroup, has_mask: bool) -> Tensor:
     """Return the weights [sequence, batch] that a loss per token of multi-token prediction gives to a rank's tokens."""
     losses = torch.zeros(*mask.shape, 1, requires_grad=True)
     settings: Any = SimpleNamespace(
@@ -108,7 +108,7 @@ def weights_of_prediction(mask: Tensor, cp_group: ProcessGroup) -> Tensor:
     arguments: dict[str, Any] = {
         "hidden_states": torch.cat([torch.zeros_like(losses), losses]),
         "labels": torch.zeros(mask.t().shape, dtype=torch.long),
-        "loss_mask": mask.t().contiguous(),
+        "loss_mask": mask.t().contiguous() if has_mask else None,
         "output_layer": lambda hidden, **_: (hidden, None),
         "output_weight": None,
         "runtime_gather_output": None,
@@ -122,15 +122,16 @@ def weights_of_prediction(mask: Tensor, cp_group: ProcessGroup) -> Tensor:
     return losses.grad.squeeze(-1)
 
 
-def weights_deviation(world: ProcessGroup, alone: ProcessGroup) -> float:
+def weights_deviation(world: ProcessGroup, alone: ProcessGroup, has_mask: bool) -> float:
     """Return the largest difference of the weights from one rank's; one rank counts no token of the main loss."""
     torch.manual_seed(0)
     mask = (torch.rand(SEQUENCE, BATCH) < 0.5).float()
     chunk = SEQUENCE // world.size() // 2
     mask[:chunk] = mask[-chunk:] = 0
     mask[chunk] = 1
-    expected = weights_of_prediction(mask, alone)
-    return (weights_of_prediction(part_of_rank(mask, world), world) - part_of_rank(expected, world)).abs().max().item()
+    expected = weights_of_prediction(mask, alone, has_mask)
+    found = weights_of_prediction(part_of_rank(mask, world), world, has_mask)
+    return (found - part_of_rank(expected, world)).abs().max().item()
 
 
 def deviations_of_rank() -> dict[str, float]:
@@ -141,5 +142,6 @@ def deviations_of_rank() -> dict[str, float]:
     world: Any = torch.distributed.group.WORLD
     deviations = {name: deviation(world, alone, **case) for name, case in CASES.items()}
     deviations["tokens of multi-token prediction"], deviations["loss"] = normalization_deviations(world)
-    deviations["weights of multi-token prediction"] = weights_deviation(world, alone)
+    for has_mask in (True, False):
+        deviations[f"weights of multi-token prediction, {has_mask}"] = weights_deviation(world, alone, has_mask)
     return deviations
