@@ -166,6 +166,7 @@ class MaskMoERouter(TopKRouter):
         Hidden states are [sequence, batch, hidden]. The values of the activation are not read: the result is the
         activation, from whose gradient the gradients of the losses flow.
         """
+        self._maintain_float32_expert_bias()
         losses = self._loss_rule()
         if losses is None:
             return activation

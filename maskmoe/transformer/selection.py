@@ -156,8 +156,9 @@ def select_experts(
         # least k experts, so invisible experts of the chosen groups rank above all experts of other groups.
         candidates = candidates.masked_fill(~visible, torch.finfo(scores.dtype).min)
         candidates = candidates.masked_fill(outside, float("-inf"))
-    # Megatron-Core sorts in training only. The order decides how weights are summed, so it must be the same here.
-    return candidates.topk(topk, dim=1, sorted=torch.is_grad_enabled()).indices
+    # Megatron-Core sorts in training, and with groups always. The order decides how weights are summed, so it must be
+    # the same here.
+    return candidates.topk(topk, dim=1, sorted=bool(group_topk) or torch.is_grad_enabled()).indices
 
 
 def routing_map_of(selected: Tensor, visible: Tensor) -> Tensor:

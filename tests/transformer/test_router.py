@@ -175,6 +175,15 @@ def test_all_visible_equals_stock_in_every_setting(overrides: dict, mask_kind: s
     check_equals_stock(config, mask_kind, steps=3)
 
 
+@pytest.mark.parametrize("overrides", SETTINGS, ids=str)
+@torch.no_grad()
+def test_all_visible_equals_stock_in_evaluation(overrides: dict) -> None:
+    ours, stock = make_stock_pair(make_config(**({"num_experts": 12, "topk": 4} | overrides)), "smoe")
+    hidden = torch.randn(256, 3, 8, device=DEVICE)
+    found = ours.eval()(hidden, TokenIds(torch.zeros(256, 3, dtype=torch.int64, device=DEVICE)))
+    assert all(map(torch.equal, found, stock.eval()(hidden)))
+
+
 @pytest.mark.parametrize("losses", [{}, ALL_BALANCING_LOSSES], ids=["aux_loss", "all"])
 def test_all_visible_equals_stock_when_only_routable_tokens_count(losses) -> None:
     check_equals_stock(make_config(12, 4, **(LOSSES | losses)), "frequent", aux_loss_tokens="routable", steps=2)
@@ -410,7 +419,8 @@ def test_global_loss_takes_the_load_of_all_micro_batches_of_a_step(has_padding) 
         assert not router.global_tokens_per_expert.any()
 
 
-def test_half_precision_model_counts_tokens_exactly() -> None:
+@pytest.mark.parametrize("is_planned", [False, True])
+def test_half_precision_model_counts_tokens_exactly(is_planned: bool) -> None:
     """The router counts more tokens than bfloat16 can represent. Checkpoints hold no counts of a step."""
     config = make_config(
         moe_router_load_balancing_type="global_aux_loss",
@@ -423,7 +433,10 @@ def test_half_precision_model_counts_tokens_exactly() -> None:
     counts = torch.zeros(4, device=DEVICE, dtype=torch.int64)
     for _ in range(3):
         hidden = torch.randn(251, 3, 8, device=DEVICE, dtype=torch.bfloat16)
-        _, routing_map = router(hidden, TokenIds(torch.zeros(251, 3, dtype=torch.int64, device=DEVICE)))
+        token_ids = TokenIds(torch.zeros(251, 3, dtype=torch.int64, device=DEVICE))
+        if is_planned:
+            router.attach_losses(hidden, hidden, token_ids)
+        _, routing_map = router(hidden, token_ids, not is_planned)
         counts += routing_map.sum(dim=0)
     assert torch.equal(router.local_tokens_per_expert.long(), counts)
     assert router.global_tokens_per_expert.dtype == router.ga_steps.dtype == torch.float32
