@@ -602,6 +602,11 @@ NOT_BUILT = (
         lambda args: args.mla_down_proj_fusion and not _is_gpt_of_transformer_engine(args),
     ),
     Check(
+        "--moe-pad-expert-input-to-capacity with --moe-token-dispatcher-type flex",
+        "DeepEP and NCCL-EP send at most k rows of a token, so no padding. HybridEP has not been tried. Use alltoall.",
+        lambda args: args.moe_pad_expert_input_to_capacity and _flex_backend(args) is not None,
+    ),
+    Check(
         "--hybrid-layer-pattern with D",
         "MaskMoE's layer specification has no layer of sparse attention. Use +.",
         _pattern_has("D"),

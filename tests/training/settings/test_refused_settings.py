@@ -55,7 +55,8 @@ REFUSED = {
         f"--moe-shared-expert-overlap {flags}": "--moe-shared-expert-overlap with"
         for flags in ("--activation-func-clamp-value 7", "--glu-linear-offset -1", "--moe-latent-size 16")
     },
-    f"{PADDED} 4.01 --moe-router-topk 2": "--moe-pad-expert-input-to-capacity with",
+    f"{PADDED} 4.01 --moe-router-topk 2": "--moe-pad-expert-input-to-capacity with --moe-expert",
+    f"{PADDED} 1 --bf16 {FLEX}": "--moe-pad-expert-input-to-capacity with --moe-token",
     "--tensor-model-parallel-size 2": "--tensor-model-parallel-size above 1 without",
     "--overlap-dispatch-backward-with-experts-wgrad --overlap-grad-reduce": "--overlap-dispatch-backward",
     "--overlap-dispatch-backward-with-experts-wgrad --no-gradient-accumulation-fusion": "--overlap-dispatch-backward",
