@@ -21,7 +21,7 @@ from maskmoe.checkpoint.integrity import iteration_of
 from maskmoe.checkpoint.routing_mask import mask_in_checkpoint
 from maskmoe.errors import UserError, reason_of
 from maskmoe.megatron_compat.globals import global_args
-from maskmoe.training.resume.choose_checkpoint import loads_what_it_saves
+from maskmoe.training.resume.choose_checkpoint import lacks_what_it_loads
 from maskmoe.training.resume.model_settings import ADJUSTABLE_ARGUMENTS, flag_of
 from maskmoe.training.settings.layout import BatchSizes, requested_training_samples, training_iterations
 
@@ -152,8 +152,8 @@ class _Resumption:
         args, anew = self.args, f"--no-load-optim to begin with a new optimizer and a new schedule ({_PAGE})"
         yield from self._errors_of_length()
         yield from self._errors_of_cyclic_data()
-        # A complete run loads its checkpoint only to save the checkpoint in another folder.
-        loads = not self.is_complete or (args.save is not None and not loads_what_it_saves(args))
+        # A complete run loads its checkpoint only to save the checkpoint into a folder that lacks it.
+        loads = not self.is_complete or lacks_what_it_loads(args)
         if getattr(self.saved, "no_save_optim", False) and not args.no_load_optim and loads:
             yield (
                 f"checkpoint {self.checkpoint} was saved with --no-save-optim and holds no state of the optimizer: "

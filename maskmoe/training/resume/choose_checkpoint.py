@@ -146,6 +146,11 @@ def loads_what_it_saves(args: Namespace) -> bool:
     return bool(args.save and args.load) and Path(args.save).resolve() == Path(args.load).resolve()
 
 
+def lacks_what_it_loads(args: Namespace) -> bool:
+    """Return whether `--save` lacks the checkpoint that a run loads, so that even a complete run has to save it."""
+    return args.save is not None and (args.loads_non_persistent or not loads_what_it_saves(args))
+
+
 def check_save_folder_is_own(args: Namespace, checkpoint: Path | None) -> None:
     """Raise `UserError` if a run would write over, or remove, checkpoints that it does not continue.
 

@@ -18,7 +18,7 @@ from maskmoe.errors import UserError, reason_of
 from maskmoe.files.run_folder import run_folder
 from maskmoe.routing_mask.mask import RoutingMask
 from maskmoe.training.loop.model_builder import MaskMoEModelConfig
-from maskmoe.training.resume.choose_checkpoint import checkpoint_to_load, loads_what_it_saves
+from maskmoe.training.resume.choose_checkpoint import checkpoint_to_load, lacks_what_it_loads
 
 
 @dataclass(frozen=True)
@@ -27,7 +27,7 @@ class RunSettings:
 
     Attributes:
         args: Megatron's validated arguments, which Megatron's own code reads and completes.
-        has_work: Whether to train, or to save the checkpoint of a complete run into another folder.
+        has_work: Whether to train, or to save the checkpoint of a complete run into `--save`, which lacks it.
         run_folder: The folder of logs, arguments and pages; None if the run writes none.
         checkpoint_folders: The folders that the run saves checkpoints to, and no other run may.
     """
@@ -45,7 +45,7 @@ class RunSettings:
         return cls(
             args,
             mask,
-            has_work=not is_complete or (args.save is not None and not loads_what_it_saves(args)),
+            has_work=not is_complete or lacks_what_it_loads(args),
             run_folder=run_folder(args.save, args.tensorboard_dir),
             checkpoint_folders=tuple(Path(folder) for folder in folders if folder is not None),
         )

@@ -77,6 +77,17 @@ def test_killed_run_resumes_from_the_non_persistent_checkpoint(runs, workplace, 
     check_content(checkpoint_path(local(copy), 18))
 
 
+def test_last_iteration_that_only_a_non_persistent_checkpoint_holds_is_saved(workplace, copy, tmp_path):
+    """The run was killed before the save after its last iteration."""
+    flags = f"{FLAGS} --train-iters 12 --override-opt-param-scheduler"
+    for name in ("first", "second"):
+        complete = resume(workplace, tmp_path / name, copy, flags, logs_scalars=False)
+        assert "nothing is left to train" in complete.output
+        assert saved_iterations(copy) == [12, 7]
+    check_structure(checkpoint_path(copy, 12))
+    assert "saved checkpoint" not in complete.output
+
+
 @pytest.mark.slow
 @pytest.mark.runs(REFERENCE)
 def test_non_persistent_checkpoint_loads_in_another_layout(runs, workplace, copy, tmp_path):
