@@ -112,11 +112,16 @@ def writer_of(rank: int) -> psutil.Process:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("is_writing", [False, True])
-def test_killed_writer_ends_the_run(start_faulty, tmp_path, is_writing):
-    """The rank ends, whether it would wait for the writer now or in the next save."""
-    with start_faulty("slow-save" if is_writing else "none", "--async-save", rank=0, ranks=1) as processes:
-        processes.wait_until((checkpoint_path(tmp_path / "save", 7) / "__0_0.distcp").exists)
+@pytest.mark.parametrize(
+    ("is_writing", "iteration", "flags", "newest"),
+    [(False, 7, "", 7), (True, 7, "", None), (True, 9, "--train-iters 9 --eval-iters 0", 7)],
+    ids=["between saves", "saving", "last save"],
+)
+def test_killed_writer_ends_the_run(start_faulty, tmp_path, is_writing, iteration, flags, newest):
+    """The rank ends, whether it would wait for the writer now, in the next save or after the last one."""
+    flags = f"--async-save {flags}"
+    with start_faulty("slow-save" if is_writing else "none", flags, rank=0, ranks=1) as processes:
+        processes.wait_until((checkpoint_path(tmp_path / "save", iteration) / "__0_0.distcp").exists)
         if not is_writing:
             processes.wait_until(lambda: read_tracker(tmp_path / "save") == 7)
         writer_of(processes.pids[0]).kill()
@@ -126,7 +131,7 @@ def test_killed_writer_ends_the_run(start_faulty, tmp_path, is_writing):
         r"^error: the process that writes checkpoints has died \(host \S+, process \d+, exit code -9\); .*start the run"
     )
     assert re.search(error, outcome.errors[0], re.M | re.I), outcome.report()
-    assert read_tracker(tmp_path / "save") == (None if is_writing else 7)
+    assert read_tracker(tmp_path / "save") == newest
 
 
 @pytest.mark.slow
