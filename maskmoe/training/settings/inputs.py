@@ -184,6 +184,7 @@ def data_errors(
     if not (prefixes or args.mock_data):
         yield "no dataset: pass --data-path with a dataset that maskmoe preprocess makes, or --mock-data"
         return
+    yield from _errors_of_full_validation(args)
     are_usable = True
     for prefix in prefixes[of_rank]:
         try:
@@ -274,6 +275,26 @@ def _errors_of_parts(args: Namespace, of_rank: slice) -> Iterator[str]:
                     f"assigns whole documents and the dataset has {len(lengths)}; give the part a share of 0, or a "
                     "larger share"
                 )
+
+
+def _errors_of_full_validation(args: Namespace) -> Iterator[str]:
+    """Yield an error for each reason why Megatron would fail with the sets of `--full-validation`, most of them late.
+
+    Megatron takes the data of the test for a list of sets.
+    """
+    if not args.full_validation:
+        return
+    blend, blend_per_split = get_blend_and_blend_per_split(args)
+    shares = dataset_config.parse_and_normalize_split(args.split or "1,1,1")  # Megatron's shares of mock data
+    shared = None, blend, dataset_config.convert_split_vector_to_split_matrix(shares)[2]
+    _, validation, test = blend_per_split or shared
+    if test is not None:
+        yield "--full-validation cannot be followed by a test: give the test data a share of 0 in --split, and no path"
+    if validation is not None and validation[1] is not None:
+        yield "--full-validation reads every sample once: leave the weights of the datasets out"
+    names, num_sets = args.validation_set_names, len(validation[0]) if blend_per_split and validation else 1
+    if names and len(names) != num_sets:
+        yield f"--validation-set-names has {len(names)} names for {num_sets} validation sets: name each set once"
 
 
 def _least_tokens(args: Namespace, blend: Any) -> int:

@@ -316,12 +316,10 @@ def _miscounts_batch_schedule(args: Namespace) -> bool:
 
 def _fails_at_full_validation(args: Namespace) -> bool:
     if not args.full_validation:
-        return bool(args.multiple_validation_sets)
-    if args.test_data_path:
-        return True
+        return bool(args.multiple_validation_sets or args.validation_set_names)
     is_divided = max(args.tensor_model_parallel_size, args.pipeline_model_parallel_size) > 1
     samples = args.eval_micro_batch_size or args.micro_batch_size
-    return not args.multiple_validation_sets or (is_divided and samples != 1)
+    return not args.multiple_validation_sets or (is_divided and samples != 1) or _is_interleaved(args)
 
 
 def _leaves_non_persistent_checkpoints_out(args: Namespace) -> bool:
@@ -535,9 +533,10 @@ BROKEN_IN_MEGATRON = (
         _miscounts_batch_schedule,
     ),
     Check(
-        "--full-validation without --multiple-validation-sets, or with --test-data-path; or with tensor or pipeline "
-        "parallelism and without --eval-micro-batch-size 1; or --multiple-validation-sets alone",
-        "Megatron-Core fails at a validation.",
+        "--full-validation without --multiple-validation-sets, or with an interleaved pipeline; or with tensor or "
+        "pipeline parallelism and without --eval-micro-batch-size 1; or --multiple-validation-sets or "
+        "--validation-set-names without --full-validation",
+        "Megatron-Core fails at a validation, or mixes the sets.",
         _fails_at_full_validation,
     ),
     Check(

@@ -181,7 +181,7 @@ def args(tmp_path) -> Namespace:
         write_documents(tmp_path / str(number), [range(3)] * 10)
     paths = dict.fromkeys(("train_data_path", "valid_data_path", "test_data_path"))
     files = dict.fromkeys(("data_args_path", "per_split_data_args_path", "per_dataset_sequences_path"))
-    lengths = {"seq_length": 2, "full_validation": False, "eval_iters": 1}
+    lengths = {"seq_length": 2, "full_validation": False, "validation_set_names": None, "eval_iters": 1}
     data_path = [str(tmp_path / str(number)) for number in range(40)]
     return Namespace(**paths, **files, **lengths, data_path=data_path, split="9,1,0", mock_data=False, skip_train=False)
 
@@ -214,6 +214,40 @@ def test_datasets_without_weights_have_a_sample_in_each_part(args):
     assert [error.partition(", too")[0] for error in errors] == [
         f"dataset {prefix}: its validation part has 30 tokens" for prefix in prefixes[:2]
     ]
+
+
+@pytest.mark.parametrize("from_file", [False, True])
+@pytest.mark.parametrize(
+    ("validation", "test", "names", "errors"),
+    [
+        ("./0 ./1", "", "a b", []),
+        ("./0", "", "", []),
+        ("./0 ./1 ./2", "./3", "", ["cannot be followed by a test"]),
+        ("1 ./0 2 ./1", "", "a b", ["leave the weights of the datasets out"]),
+        ("./0 ./1 ./2", "", "a b", ["2 names for 3 validation sets"]),
+    ],
+)
+def test_full_validation_of_sets(args, tmp_path, monkeypatch, from_file, validation, test, names, errors):
+    """Megatron itself fails at the first validation, or at the test after training."""
+    monkeypatch.chdir(tmp_path)
+    parts = {"train": ["./4"], "valid": validation.split() or None, "test": test.split() or None}
+    args.data_path, args.split = None, None
+    args.full_validation, args.validation_set_names = True, names.split() or None
+    if from_file:
+        args.per_split_data_args_path = tmp_path / "parts.json"
+        args.per_split_data_args_path.write_text(json.dumps(parts))
+    else:
+        args.train_data_path, args.valid_data_path, args.test_data_path = parts.values()
+    found = list(data_errors(args, None, 10))
+    assert len(found) == len(errors)
+    assert all(part in error for part, error in zip(errors, found, strict=True))
+
+
+@pytest.mark.parametrize(("split", "num_errors"), [("9,1,0", 0), ("8,1,1", 1), (None, 1)])
+def test_full_validation_of_a_share(args, split, num_errors):
+    args.full_validation, args.validation_set_names, args.split = True, ["all"], split
+    args.mock_data, args.data_path = (True, None) if split is None else (False, args.data_path[:1])
+    assert len(list(data_errors(args, None, 10))) == num_errors
 
 
 def test_sizes_that_replace_the_header_of_an_index(tmp_path, args):

@@ -126,7 +126,9 @@ REFUSED = {
     "--phase-transition-iterations 5": "--phase-transition-iterations",
     "--rerun-mode report_stats": "--rerun-mode report_stats",
     "--multiple-validation-sets": "--full-validation",
-    "--full-validation --multiple-validation-sets --test-data-path a": "--full-validation",
+    "--validation-set-names a": "--full-validation",
+    "--full-validation --multiple-validation-sets --eval-micro-batch-size 1 --pipeline-model-parallel-size 2 "
+    "--num-layers-per-virtual-pipeline-stage 1": "--full-validation",
     "--multi-latent-attention --mla-down-proj-fusion": "--mla-down-proj-fusion",
     "--transformer-impl transformer_engine --mla-down-proj-fusion --hybrid-layer-pattern +E": "--mla-down-proj-fusion",
     "--moe-router-padding-for-quantization": "--moe-router-padding",
