@@ -24,7 +24,7 @@ _LAYER_ARGUMENTS = ("num_layers", "mtp_num_layers", "moe_layer_freq")
 _MODEL_ARGUMENTS = (
     *("quick_geglu", "glu_linear_offset", "activation_func_clamp_value", "moe_apply_probs_on_input"),
     *("attention_output_gate", "softmax_type", "qk_l2_norm", "squared_relu", "rotary_interleaved"),
-    *("layernorm_zero_centered_gamma", "use_mup"),
+    *("layernorm_zero_centered_gamma", "use_mup", "mtp_use_repeated_layer"),
     *("hidden_size", "ffn_hidden_size", "swiglu", "add_bias_linear"),
     *("num_attention_heads", "group_query_attention", "num_query_groups", "kv_channels", "multi_latent_attention"),
     *("add_qkv_bias", "qk_layernorm", "qk_layernorm_all_heads", "normalization", "layernorm_epsilon"),

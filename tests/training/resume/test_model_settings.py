@@ -69,6 +69,7 @@ def save(monkeypatch) -> Callable[..., None]:
             ["--moe-ffn-hidden-size 32", "--num-attention-heads 2"],
         ),
         ({"moe_router_enable_expert_bias": True}, ["--moe-router-enable-expert-bias"]),
+        ({"mtp_use_repeated_layer": True}, ["--mtp-use-repeated-layer False in the checkpoint, True in this run"]),
     ],
 )
 def test_checkpoint_of_another_model_is_refused(args, save, fields, parts):
