@@ -261,4 +261,5 @@ def samples_to_request(args: Namespace, num_samples: Sequence[int | None]) -> li
         if surplus > 0:
             # Megatron refuses data of which all samples are consumed, even with `--eval-iters 0`.
             validation = max(validation + surplus, args.consumed_valid_samples + 1)
-    return [training, validation, test]
+    # Without evaluations, too, Megatron refuses data without samples.
+    return [training, *(None if number is None else max(1, number) for number in (validation, test))]

@@ -82,6 +82,7 @@ def test_schedule_that_cannot_be_read(schedule):
         ({"global_batch_size": 16, "eval_global_batch_size": 16}, 336, 80),
         ({"eval_interval": 100}, 168, 8 + 8),
         ({"eval_iters": 0}, 168, 9),
+        ({"eval_iters": 0, "consumed_valid_samples": 0}, 168, 1),
         ({"eval_interval": 2, "start_eval_at_iter": 6}, 168, 72),
         ({"eval_interval": 2, "start_eval_at_iter": 7, "consumed_valid_samples": 16}, 168, 64 + 16),
         ({"train_samples": 170}, 170, 40),
@@ -100,7 +101,7 @@ def test_requested_samples_last_to_the_end(monkeypatch, changes, training, valid
     vars(args).update({"phase_transition_iterations": None} | changes)
     monkeypatch.setattr(megatron_training, "get_args", lambda: args)
     requested = megatron_training.get_train_valid_test_num_samples()
-    assert samples_to_request(args, requested) == [training, validation, requested[2]]
+    assert samples_to_request(args, requested) == [training, validation, max(1, requested[2])]
 
 
 SCHEDULE = "--step-batch-size-schedule"
