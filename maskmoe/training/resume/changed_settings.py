@@ -147,14 +147,23 @@ class _Resumption:
         """Whether training ends at or before the iteration of the checkpoint."""
         return self.iteration >= training_iterations(self.args)
 
+    @property
+    def _loads(self) -> bool:
+        """Whether the run loads the checkpoint; a complete run does so only to save it into a folder that lacks it."""
+        return not self.is_complete or lacks_what_it_loads(self.args)
+
     def errors(self) -> Iterator[str]:
         """Yield an error for each change with which the run would fail, or that the run would ignore."""
         args, anew = self.args, f"--no-load-optim to begin with a new optimizer and a new schedule ({_PAGE})"
+        went_back_to = getattr(self.saved, "override_ckpt_iteration", None)
+        if went_back_to is not None and went_back_to == args.override_ckpt_iteration:
+            yield (
+                f"checkpoint {self.checkpoint} is of a run that has gone back to --override-ckpt-iteration "
+                f"{went_back_to} already, and the run would go back at every start: leave the flag out"
+            )
         yield from self._errors_of_length()
         yield from self._errors_of_cyclic_data()
-        # A complete run loads its checkpoint only to save the checkpoint into a folder that lacks it.
-        loads = not self.is_complete or lacks_what_it_loads(args)
-        if getattr(self.saved, "no_save_optim", False) and not args.no_load_optim and loads:
+        if getattr(self.saved, "no_save_optim", False) and not args.no_load_optim and self._loads:
             yield (
                 f"checkpoint {self.checkpoint} was saved with --no-save-optim and holds no state of the optimizer: "
                 f"pass {anew}"
@@ -174,6 +183,11 @@ class _Resumption:
             yield (
                 f"checkpoint {self.checkpoint} is of Megatron-Core's own model without expert parallelism, so its "
                 f"experts share the optimizer of all parameters, which MaskMoE cannot load: pass {anew}"
+            )
+        if args.fp16 and not args.loss_scale and getattr(self.saved, "loss_scale", None):
+            yield (
+                f"checkpoint {self.checkpoint} was saved with --loss-scale {self.saved.loss_scale:g} and holds no "
+                f"state of a dynamic loss scale: pass the flag, or {anew}"
             )
         precision = () if args.use_distributed_optimizer else _PRECISION_ARGUMENTS
         for names, problem in (
@@ -215,15 +229,23 @@ class _Resumption:
 
     def _errors_of_cyclic_data(self) -> Iterator[str]:
         """Yield an error if Megatron's sampler of cyclic data would fail: it cannot resume within a micro-batch."""
-        args, samples = self.args, getattr(self.saved, "consumed_train_samples", 0)
-        step = args.micro_batch_size * args.data_parallel_size
-        starts_elsewhere = self.is_complete or args.override_ckpt_iteration is not None
-        if args.dataloader_type == "cyclic" and samples % step and not starts_elsewhere:
-            yield (
-                f"checkpoint {self.checkpoint} has read {samples:,} samples, but --dataloader-type cyclic can resume "
-                f"only after a multiple of --micro-batch-size {args.micro_batch_size} × data parallel size "
-                f"{args.data_parallel_size} = {step}: pass a smaller --micro-batch-size, or use fewer ranks"
-            )
+        args = self.args
+        if args.dataloader_type != "cyclic" or args.override_ckpt_iteration is not None:
+            return
+        # A complete run evaluates if it is loaded.
+        evaluates = self._loads and args.eval_iters > 0 and not args.full_validation
+        for part, name, is_read in (
+            ("train", "micro_batch_size", not self.is_complete),
+            ("valid", "eval_micro_batch_size", evaluates),
+        ):
+            samples, size = getattr(self.saved, f"consumed_{part}_samples", 0), getattr(args, name)
+            step, flag = size * args.data_parallel_size, flag_of(name)
+            if is_read and samples % step:
+                yield (
+                    f"checkpoint {self.checkpoint} has read {samples:,} samples of the {part} data, but "
+                    f"--dataloader-type cyclic can resume only after a multiple of {flag} {size} × data parallel size "
+                    f"{args.data_parallel_size} = {step}: pass a smaller {flag}, or use fewer ranks"
+                )
 
     def notes(self) -> Iterator[str]:
         """Yield a note for each change that takes effect although nobody asked for it."""

@@ -184,9 +184,13 @@ def test_more_ranks_than_random_states_are_refused(changed):
 def test_samples_that_cyclic_data_cannot_resume_from_are_refused(changed):
     """Megatron's sampler fails without a message."""
     flags = f"--dataloader-type cyclic --global-batch-size 16 {OVERRIDE} --micro-batch-size"
-    (error,) = changed(f"{flags} 8", ranks=2).errors
-    assert "has read 56 samples, but --dataloader-type cyclic can resume only after a multiple of" in error
-    assert "--micro-batch-size 8 × data parallel size 2 = 16: pass a smaller" in error
+    (error,) = changed(f"{flags} 8 --eval-micro-batch-size 4", ranks=2).errors
+    assert "has read 56 samples of the train data, but --dataloader-type cyclic can resume only after a mul" in error
+    assert "multiple of --micro-batch-size 8 × data parallel size 2 = 16: pass a smaller --micro-batch-size" in error
+    (error,) = changed(f"{flags} 4 --eval-micro-batch-size 8", ranks=2).errors
+    assert "has read 8 samples of the valid data, but" in error
+    assert "multiple of --eval-micro-batch-size 8 × data parallel size 2 = 16: pass a smaller --eval-micro-b" in error
+    assert changed(f"{flags} 4 --eval-micro-batch-size 8 --eval-iters 0", ranks=2).errors == ()
     for allowed in (f"{flags} 4", f"{flags} 8 --dataloader-type single", f"{flags} 8 --override-ckpt-iteration 4"):
         assert changed(allowed, ranks=2).errors == ()
 
@@ -202,6 +206,27 @@ def test_checkpoint_without_an_optimizer_is_refused(changed, runs, monkeypatch):
     for flags in ("--no-load-optim", "--finetune", "--skip-train", "--train-iters 7"):
         assert changed(flags).errors == ()
     assert len(changed("--train-iters 7 --save elsewhere").errors) == 1
+
+
+@pytest.mark.runs("fp32")
+@pytest.mark.filterwarnings("ignore:Setting args.check_for_nan_in_loss_and_grad")
+@pytest.mark.parametrize(
+    ("before", "flags", "cures", "error"),
+    [
+        ({"fp16": True, "loss_scale": 512.0}, "--fp16", ("--loss-scale 64", "--no-load-optim"), "--loss-scale 512 and"),
+        ({"override_ckpt_iteration": 4}, "--override-ckpt-iteration 4", ("--override-ckpt-iteration 5",), "leave the"),
+    ],
+    ids=["loss scale", "iteration"],
+)
+def test_setting_of_the_run_that_saved_is_refused(changed, runs, monkeypatch, before, flags, cures, error):
+    """Megatron fails without the state of a dynamic loss scale, and goes back to the iteration at every start."""
+    state = load_common_state_dict(checkpoint_path(runs[0].checkpoints, 7))
+    vars(state["args"]).update(before)
+    monkeypatch.setattr(changed_settings, "load_common_state_dict", lambda checkpoint: state)
+    (found,) = changed(flags).errors
+    assert error in found
+    for cure in cures:
+        assert changed(f"{flags} {cure}").errors == ()
 
 
 @pytest.mark.runs("fp32")
