@@ -228,9 +228,39 @@ def predict_tokens_without_transformer_engine() -> None:
         replace(multi_token_prediction, "is_inference_column_parallel_linear", lambda module: False)
 
 
+def keep_one_loss_scale() -> None:
+    """Let all optimizers of an fp16 model have the loss scale that the loss was multiplied by.
+
+    Replaces: `prepare_grads` of `megatron.core.optimizer.optimizer.ChainedOptimizer`.
+    Why: The optimizer of the experts and the optimizer of all other parameters adapt a loss scale each. An overflow in
+        the gradients of one of them halves its own scale only. But the loss is multiplied by the scale of the first
+        optimizer, so the gradients of the other are wrong by a power of two from then on. Now an overflow anywhere
+        counts for all, and a checkpoint with different scales is resumed with the first.
+    Can go: When `ChainedOptimizer` updates the loss scales of its optimizers together.
+    """
+    from megatron.core.optimizer.optimizer import ChainedOptimizer
+
+    stock = ChainedOptimizer.prepare_grads
+
+    def prepare_grads(self: Any) -> bool:
+        # Optimizers of fp32 models have no attribute `grad_scaler`, those of bf16 models have None.
+        scalers = [*filter(None, (getattr(optimizer, "grad_scaler", None) for optimizer in self.chained_optimizers))]
+        before = scalers[0].state_dict() if scalers else {}
+        for scaler in scalers:
+            scaler.load_state_dict(before)
+        has_overflow = stock(self)
+        # Some optimizers may have counted the step as sound. Let all count it as an overflow.
+        for scaler in scalers if has_overflow else ():
+            scaler.load_state_dict(before)
+            scaler.update(has_overflow)
+        return has_overflow
+
+    replace(ChainedOptimizer, "prepare_grads", prepare_grads)
+
+
 EVERY_PROCESS = (
     *(use_compiled_helpers_of_wheel, make_optimizer_state_loadable, recompute_without_transformer_engine),
-    *(average_predictions_over_all_context_ranks, predict_tokens_without_transformer_engine),
+    *(average_predictions_over_all_context_ranks, predict_tokens_without_transformer_engine, keep_one_loss_scale),
 )
 """The patches that `prepare_process` applies once megatron is imported."""
 

@@ -1,4 +1,4 @@
-"""Patches: steps of an empty optimizer, gradients without Apex, the helper of the wheel, and outdated patches."""
+"""Patches: an optimizer without parameters, one loss scale, gradients without Apex, helpers, and outdated patches."""
 
 import subprocess
 import sys
@@ -6,7 +6,11 @@ from pathlib import Path
 
 import pytest
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
 from megatron.core.datasets import helpers_cpp, utils
+from megatron.core.optimizer.grad_scaler import DynamicGradScaler
+from megatron.core.optimizer.optimizer import ChainedOptimizer
 from megatron.core.tensor_parallel import ColumnParallelLinear
 from megatron.core.transformer.transformer_config import TransformerConfig
 
@@ -69,6 +73,30 @@ def test_product_on_gpus_takes_the_dtypes(main_dtype: torch.dtype) -> None:
     """A meta tensor takes the way of a GPU and computes nothing."""
     inputs, gradients = (torch.empty(3, size, device="meta", dtype=torch.bfloat16) for size in (4, 6))
     patches._add_weight_gradient(inputs, gradients, torch.empty(6, 4, device="meta", dtype=main_dtype))
+
+
+@given(st.lists(st.tuples(st.booleans(), st.booleans()), max_size=12))
+def test_an_overflow_of_one_optimizer_counts_for_all(overflows: list[tuple[bool, bool]]) -> None:
+    """The second optimizer begins with another scale, as after a resume of an older checkpoint."""
+
+    class Optimizer:
+        def __init__(self, initial_scale: float) -> None:
+            self.grad_scaler = DynamicGradScaler(initial_scale, 1, 2, 0.5, growth_interval=2, hysteresis=2)
+            self.overflows, self.scales_of_gradients = [False], list[float]()
+
+        def prepare_grads(self) -> bool:
+            self.scales_of_gradients.append(self.grad_scaler.scale.item())
+            self.grad_scaler.update(self.overflows[-1])
+            return self.overflows[-1]
+
+    chained = ChainedOptimizer.__new__(ChainedOptimizer)
+    chained.chained_optimizers = [dense, experts] = [Optimizer(1024), Optimizer(64)]
+    alone = Optimizer(1024)
+    for dense.overflows[-1], experts.overflows[-1] in overflows:
+        alone.overflows[-1] = dense.overflows[-1] or experts.overflows[-1]
+        assert chained.prepare_grads() == alone.prepare_grads()
+        assert dense.grad_scaler.state_dict() == experts.grad_scaler.state_dict() == alone.grad_scaler.state_dict()
+    assert dense.scales_of_gradients == experts.scales_of_gradients == alone.scales_of_gradients
 
 
 def test_patch_of_a_missing_attribute_fails() -> None:
