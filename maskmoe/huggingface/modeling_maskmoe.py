@@ -21,6 +21,7 @@ from transformers import initialization as init
 from transformers.integrations import use_experts_implementation
 from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.modeling_outputs import MoeCausalLMOutputWithPast, MoeModelOutputWithPast
+from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 from transformers.models.deepseek_v3.modeling_deepseek_v3 import DeepseekV3Attention
 from transformers.models.glm4_moe import modeling_glm4_moe as glm4_moe
 from transformers.models.qwen3_moe.modeling_qwen3_moe import Qwen3MoeExperts
@@ -273,8 +274,17 @@ class MaskMoESparseMoeBlock(nn.Module):
         return output.view_as(hidden_states)
 
 
-class MaskMoEAllHeadsRMSNorm(glm4_moe.Glm4MoeRMSNorm):
-    """Normalises queries or keys over the features of all heads together."""
+class MaskMoEAllHeadsRMSNorm(nn.Module):
+    """Normalises queries or keys over the features of all heads together.
+
+    The class does not inherit from `Glm4MoeRMSNorm`: with `use_kernels`, transformers would replace `forward` by a
+    kernel that normalises each head alone.
+    """
+
+    def __init__(self, num_features: int, eps: float) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(num_features))
+        self.variance_epsilon = eps
 
     def forward(self, hidden_states: Tensor) -> Tensor:
         """Normalise queries or keys [..., heads, head_dim].
@@ -288,7 +298,8 @@ class MaskMoEAllHeadsRMSNorm(glm4_moe.Glm4MoeRMSNorm):
                 f"qk_norm 'all_heads' needs all {self.weight.shape[-1]} features of the heads, not "
                 f"{features.shape[-1]}: serve the model without tensor parallelism"
             )
-        return super().forward(features).view_as(hidden_states)
+        norm: Any = glm4_moe.Glm4MoeRMSNorm.forward
+        return norm(self, features).view_as(hidden_states)
 
 
 class MaskMoEAttention(glm4_moe.Glm4MoeAttention):
@@ -299,8 +310,9 @@ class MaskMoEAttention(glm4_moe.Glm4MoeAttention):
         super().__init__(config, layer_idx)  # pyrefly: ignore[bad-argument-type]
         if config.qk_norm == "all_heads":
             assert config.num_key_value_heads is not None  # set by the configuration
-            self.q_norm = MaskMoEAllHeadsRMSNorm(config.num_attention_heads * self.head_dim, eps=config.rms_norm_eps)
-            self.k_norm = MaskMoEAllHeadsRMSNorm(config.num_key_value_heads * self.head_dim, eps=config.rms_norm_eps)
+            norm: Any = MaskMoEAllHeadsRMSNorm
+            self.q_norm = norm(config.num_attention_heads * self.head_dim, eps=config.rms_norm_eps)
+            self.k_norm = norm(config.num_key_value_heads * self.head_dim, eps=config.rms_norm_eps)
 
 
 class MaskMoENormedLinear(nn.Module):
@@ -551,7 +563,8 @@ class MaskMoEForCausalLM(MaskMoEPreTrainedModel, GenerationMixin):
             labels: int64 [batch, sequence], the tokens themselves (the loss shifts them), -100 for tokens without loss.
             output_router_logits: return `router_logits` and `aux_loss`, and add `aux_loss` times
                 `config.router_aux_loss_coef` to `loss`. None selects `config.output_router_logits`.
-            logits_to_keep: number of last positions to compute logits for, or int64 positions; 0 for all positions.
+            logits_to_keep: number of last positions to compute logits for; 0 for all positions. Or positions, int64
+                [positions] or [batch, positions], or bool [batch, sequence], which makes `logits` [kept, vocab].
             kwargs: see `MaskMoEModel.forward`; and `num_items_in_batch`, the number of labels in all micro-batches of
                 an optimizer step, which transformers' Trainer passes. The micro-batches' losses then add up to the
                 step's loss.
@@ -569,8 +582,7 @@ class MaskMoEForCausalLM(MaskMoEPreTrainedModel, GenerationMixin):
         outputs = self.model(
             input_ids, attention_mask, position_ids, inputs_embeds, output_router_logits=output_router_logits, **kwargs
         )
-        kept = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
-        logits = self.lm_head(outputs.last_hidden_state[:, kept])
+        logits = self.lm_head(keep_positions(outputs.last_hidden_state, logits_to_keep))
         loss = aux_loss = None
         if labels is not None:
             loss = self.loss_function(logits=logits, labels=labels, vocab_size=self.config.vocab_size, **kwargs)
@@ -602,6 +614,10 @@ class MaskMoEForCausalLM(MaskMoEPreTrainedModel, GenerationMixin):
             )
 
 
+# transformers' Trainer shifts the labels of label smoothing only for classes that this dictionary names.
+MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.setdefault(MaskMoEConfig.model_type, MaskMoEForCausalLM.__name__)
+
+
 @contextmanager
 def _original_name(model_class: type) -> Iterator[None]:
     """Give a class that torch has derived from a model's class the name and module of this class during the block.
@@ -616,6 +632,20 @@ def _original_name(model_class: type) -> Iterator[None]:
         yield
     finally:
         model_class.__name__, model_class.__module__ = name, module
+
+
+def keep_positions(hidden_states: Tensor, kept: int | Tensor) -> Tensor:
+    """Select positions of hidden states [batch, sequence, hidden], as transformers does since version 5.24.
+
+    Args:
+        hidden_states: [batch, sequence, hidden].
+        kept: `logits_to_keep` of `MaskMoEForCausalLM.forward`.
+    """
+    if isinstance(kept, int):
+        return hidden_states[:, -kept:]
+    if kept.dim() == 1:
+        return hidden_states[:, kept]
+    return hidden_states[kept] if kept.dtype == torch.bool else hidden_states.take_along_dim(kept.unsqueeze(-1), dim=1)
 
 
 def share_of_step(

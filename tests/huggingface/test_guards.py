@@ -11,6 +11,7 @@ from torch import nn
 from torch.distributed.fsdp import FSDPModule
 from transformers import AutoModelForCausalLM
 from transformers.distributed import DistributedConfig
+from transformers.models.glm4_moe.modeling_glm4_moe import Glm4MoeRMSNorm
 
 import maskmoe.huggingface  # noqa: F401  registers the model
 from maskmoe.checkpoint.routing_mask import buffers_of_routing_mask
@@ -108,6 +109,7 @@ def test_a_norm_over_all_heads_refuses_some_heads() -> None:
     norm = make_model(**VARIANTS["all_heads_norm"]).model.layers[0].self_attn.q_norm
     with pytest.raises(ValueError, match="without tensor parallelism"):
         norm(torch.zeros(1, 2, 2, 8))
+    assert not isinstance(norm, Glm4MoeRMSNorm)  # kernels would replace its `forward`, and normalise each head alone
 
 
 def test_quantized_experts_are_computed_one_after_another() -> None:

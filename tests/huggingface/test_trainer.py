@@ -93,6 +93,14 @@ def test_gradient_accumulation_changes_nothing(coefficient, tmp_path) -> None:
     assert_same_gradients(accumulated, gradients)
 
 
+def test_label_smoothing_predicts_the_next_token(tmp_path) -> None:
+    samples = random_ids(2, 10)
+    _, loss, gradients = train_one_step(make_model(), tmp_path, samples, 2)
+    _, smoothed_loss, smoothed = train_one_step(make_model(), tmp_path, samples, 2, label_smoothing_factor=1e-9)
+    assert smoothed_loss == pytest.approx(loss, rel=1e-6)
+    assert_same_gradients(smoothed, gradients)
+
+
 def test_data_parallelism_changes_nothing(run_ranks, tmp_path) -> None:
     """DistributedDataParallel broadcasts all buffers. The saved model has the types of the original."""
     model = make_model()
