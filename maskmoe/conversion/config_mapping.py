@@ -88,6 +88,13 @@ _EXPERT_FIELDS = {
     "shared_expert_gate": "moe_shared_expert_gate",
     "aux_loss_tokens": "moe_aux_loss_tokens",
 }
+# Arguments that the configuration does not describe, with the field from which `args_from_config` makes them.
+_FREE_ARGS = {
+    "seq_length": "max_position_embeddings",
+    "moe_router_load_balancing_type": "router_aux_loss_coef",
+    "moe_aux_loss_coeff": "router_aux_loss_coef",
+}
+_VOCABULARY_ARGS = ("padded_vocab_size", "make_vocab_size_divisible_by")
 _VOCAB_DIVISOR = 128
 """Megatron's default of `--make-vocab-size-divisible-by`."""
 
@@ -173,6 +180,31 @@ def args_from_config(config: Mapping[str, Any]) -> Namespace:
         "moe_aux_loss_coeff": config["router_aux_loss_coef"],
     }
     return Namespace(**args)
+
+
+def updated_args(args: Namespace, config: Mapping[str, Any]) -> Namespace:
+    """Return the arguments that a model was trained with, with new values for what its configuration changes.
+
+    Args:
+        args: Megatron's arguments of a GPT model or of a hybrid model.
+        config: The fields of the model's `MaskMoEConfig`, which may have changed since training.
+
+    Returns:
+        `args` if nothing has changed, else the arguments of a GPT model.
+
+    Raises:
+        UserError: The model cannot be expressed in Megatron.
+    """
+    trained = config_from_args(args, config["vocab_size"])
+    has_rows = config["vocab_size"] <= args.padded_vocab_size  # else the embedding was resized
+    if has_rows and all(config.get(name) == value for name, value in trained.items()):
+        return args
+    own, made = vars(gpt_args(args)), vars(args_from_config(config))
+    kept = [name for name, field in _FREE_ARGS.items() if trained.get(field) == config.get(field)]
+    kept += ["hidden_dropout", *(_VOCABULARY_ARGS if has_rows else ())]
+    # `made` lacks the arguments without flags if they have Megatron's values.
+    others = {name: value for name, value in own.items() if name not in _YARN_WITHOUT_FLAGS}
+    return Namespace(**others | made | {name: own[name] for name in kept if name in own})
 
 
 def is_stacked(args: Namespace) -> bool:

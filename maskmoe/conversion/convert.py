@@ -15,7 +15,7 @@ import torch
 
 from maskmoe.checkpoint.integrity import check_structure, iteration_of
 from maskmoe.checkpoint.series import locate_checkpoint
-from maskmoe.conversion.config_mapping import args_from_config, config_from_args, further_flags, is_hybrid, with_pattern
+from maskmoe.conversion.config_mapping import args_from_config, further_flags, is_hybrid, updated_args, with_pattern
 from maskmoe.conversion.huggingface_models import check_files, open_model, write_huggingface
 from maskmoe.conversion.megatron_models import open_megatron, write_megatron
 from maskmoe.conversion.model_files import check_output_folder, output_folder
@@ -172,7 +172,7 @@ def _save_megatron(model: OpenedModel, settings: Settings, folder: Path) -> list
     # Complete Megatron's arguments. A checkpoint gets its own copy of a tokenizer that lies beside the model.
     with reading(f"{settings.load} does not describe a model: it"):
         args = _megatron_args(model, settings.hybrid_layer_pattern)
-    args.tokenizer_type, args.tokenizer_model = choose_tokenizer(model.args, settings, may_replace=True)
+    args.tokenizer_type, args.tokenizer_model = choose_tokenizer(model.args, settings, model.config["vocab_size"])
     args.tokenizer_sha256 = tokenizer_sha256(args.tokenizer_type, args.tokenizer_model)
     if args.tokenizer_model == str(settings.load):
         (folder / "tokenizer").mkdir()
@@ -199,7 +199,7 @@ def _cast_and_check(model: OpenedModel, settings: Settings) -> OpenedModel:
 
 
 def _megatron_args(model: OpenedModel, pattern: str | None) -> Namespace:
-    """Return the arguments that a model came with; arguments made from its configuration if that has changed since.
+    """Return the arguments that a model came with, updated by its configuration, or made from its configuration.
 
     Args:
         model: The model.
@@ -208,10 +208,7 @@ def _megatron_args(model: OpenedModel, pattern: str | None) -> Namespace:
     Raises:
         UserError: The model cannot be expressed in Megatron, or the pattern does not fit it.
     """
-    if model.args is not None:
-        described = config_from_args(model.args, model.config["vocab_size"])
-        if all(model.config.get(name) == value for name, value in described.items()):
-            return with_pattern(Namespace(**vars(model.args)), model.config, pattern)
-    if pattern is None and (model.args is None or is_hybrid(model.args)):
-        pattern = DERIVED_PATTERN
-    return with_pattern(args_from_config(model.config), model.config, pattern)
+    if model.args is None:
+        return with_pattern(args_from_config(model.config), model.config, pattern or DERIVED_PATTERN)
+    args = Namespace(**vars(updated_args(model.args, model.config)))
+    return with_pattern(args, model.config, pattern or getattr(model.args, "hybrid_layer_pattern", None))

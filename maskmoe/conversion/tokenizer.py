@@ -39,7 +39,9 @@ _PROBES = (
 )
 
 
-def choose_tokenizer(args: Namespace | None, settings: Settings, may_replace: bool = False) -> tuple[str, str | None]:
+def choose_tokenizer(
+    args: Namespace | None, settings: Settings, vocab_size: int | None = None
+) -> tuple[str, str | None]:
     """Return type and path of the tokenizer: the user's, else Megatron's, else the tokenizer beside the model.
 
     Megatron's arguments name the path of a file, which may have been replaced since, and hold the file's digest.
@@ -47,7 +49,8 @@ def choose_tokenizer(args: Namespace | None, settings: Settings, may_replace: bo
     Args:
         args: Megatron's arguments that the model was trained with; None if they are unknown.
         settings: The settings of the conversion.
-        may_replace: Whether the user's tokenizer may be another one than the tokenizer of training.
+        vocab_size: The number of ids of a model that may get another tokenizer than the tokenizer of training: the
+            user's, or the tokenizer beside the model if it has more ids. None for a model that may not.
 
     Raises:
         UserError: The tokenizer is not on this machine, its type is unknown, or the model was trained with another one.
@@ -58,20 +61,28 @@ def choose_tokenizer(args: Namespace | None, settings: Settings, may_replace: bo
         raise UserError(f"--tokenizer-model {path} needs --tokenizer-type")
     if kind == WITHOUT_TEXT:
         return kind, None
+    own = HuggingFaceTokenizer.__name__, str(settings.load)
+    has_own = (settings.load / TOKENIZER_FILES[0]).is_file() and settings.tokenizer_model is None
     problem = "does not exist"
     if kind is not None and path is not None and Path(path).exists():
-        is_replaced = may_replace and settings.tokenizer_model is not None
+        is_replaced = vocab_size is not None and settings.tokenizer_model is not None
         trained_with = None if is_replaced else getattr(args, "tokenizer_sha256", None)
         sha256 = tokenizer_sha256(kind, path)
         if sha256 is None or trained_with is None or sha256 == trained_with:
+            # A dense model may have got further ids since training.
+            if has_own and sha256 and vocab_size is not None:
+                trained_ids, own_ids = load_tokenizer(kind, path).vocab_size, load_tokenizer(*own).vocab_size
+                return own if trained_ids < own_ids <= vocab_size else (kind, path)
             return kind, path
         problem = (
             f"(sha256 {sha256[:12]}…) is not the file that the model was trained with (sha256 {trained_with[:12]}…)"
         )
-    if (settings.load / TOKENIZER_FILES[0]).is_file() and settings.tokenizer_model is None:
-        return HuggingFaceTokenizer.__name__, str(settings.load)
+    if has_own and settings.tokenizer_type in (None, own[0]):
+        return own
     if kind is None:
         return WITHOUT_TEXT, None
+    if path is None:
+        raise UserError(f"--tokenizer-type {kind} needs --tokenizer-model")
     raise UserError(
         f"the tokenizer {path} of {settings.load} {problem}; pass --tokenizer-model with the right file, or "
         f"--tokenizer-type {WITHOUT_TEXT} to go without"

@@ -13,6 +13,7 @@ from maskmoe.conversion.config_mapping import (
     further_flags,
     gpt_args,
     is_stacked,
+    updated_args,
     with_pattern,
 )
 from maskmoe.conversion.model_tensors import mtp_tensor_shapes, tensor_shapes
@@ -150,6 +151,43 @@ def test_arguments_and_configuration_describe_the_same_model(fields):
     twin = with_pattern(hybrid, fields, NO_PATTERN)
     assert vars(twin).items() >= vars(args).items()
     assert vars(gpt_args(hybrid)) == vars(twin)
+
+
+@settings(max_examples=200)
+@given(configs(), configs(), st.sampled_from([None, DERIVED_PATTERN]))
+def test_updated_arguments_describe_the_new_configuration(trained, fields, pattern):
+    """The configuration may even be that of another model. Arguments that no configuration describes stay."""
+    record = {"hidden_dropout": 0.1, "seed": 7, "padded_vocab_size": 150, "make_vocab_size_divisible_by": 50}
+    args = with_pattern(Namespace(**vars(args_from_config(trained)) | record), trained, pattern)
+    updated = updated_args(args, fields)
+    assert config_from_args(updated, fields["vocab_size"]) == fields
+    if fields["vocab_size"] > 150:
+        padded = 256 if fields["vocab_size"] <= 256 else 384
+        record |= {"padded_vocab_size": padded, "make_vocab_size_divisible_by": 128}
+    assert vars(updated).items() >= record.items()
+
+
+TWO_LOSSES = {"moe_router_load_balancing_type": ["seq_aux_loss", "aux_loss"], "moe_aux_loss_coeff": [0.02, 0.01]}
+
+
+@pytest.mark.parametrize(
+    ("change", "updated"),
+    [
+        ({}, {}),
+        ({"attention_dropout": 0.3}, {"attention_dropout": 0.3}),
+        ({"initializer_range": 0.5}, {"init_method_std": 0.5}),
+        ({"max_position_embeddings": 32}, {"max_position_embeddings": 32, "seq_length": 32}),
+        (
+            {"router_aux_loss_coef": 0.0},
+            {"moe_router_load_balancing_type": "aux_loss", "moe_aux_loss_coeff": 0.0},
+        ),
+    ],
+    ids=str,
+)
+def test_a_changed_field_updates_only_its_arguments(change, updated):
+    args = plain_args(**TWO_LOSSES, hidden_dropout=0.1, seq_length=128, lr=1e-3, padded_vocab_size=33000)
+    config = MaskMoEConfig(**config_from_args(args, 32000) | change).to_dict()
+    assert vars(updated_args(args, config)) == vars(args) | updated
 
 
 @settings(max_examples=100)

@@ -18,7 +18,7 @@ from support.foreign_models import add_multi_token_prediction, save_model
 from support.paths import ROOT
 from support.tiny_maskmoe import NUM_EXPERTS, NUM_LAYERS, VOCAB_SIZE, make_config, make_model, random_mask
 from support.tools import run_tool
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from maskmoe.checkpoint.integrity import check_content, check_structure
 from maskmoe.checkpoint.routing_mask import read_routing_mask
@@ -251,6 +251,30 @@ def test_a_dense_model_keeps_its_rows_and_the_ids_that_begin_and_end_texts(
         assert (settings["bos_token_id"], settings["eos_token_id"]) == expected
 
 
+def test_a_dense_model_with_further_ids_returns_to_megatron(dense, tmp_path):
+    tokenizer = {"tokenizer_type": SENTENCEPIECE, "tokenizer_model": str(dense / "tokenizer.model")}
+    huggingface_to_megatron(Settings(load=dense, save=tmp_path / "run", **tokenizer))
+    megatron_to_huggingface(Settings(load=tmp_path / "run", save=tmp_path / "model"))
+    tokens = AutoTokenizer.from_pretrained(tmp_path / "model")
+    tokens.add_tokens([f"<{number}>" for number in range(PADDED_ROWS - TOKENIZER_IDS + 1)])
+    model = AutoModelForCausalLM.from_pretrained(tmp_path / "model")
+    model.resize_token_embeddings(len(tokens))
+    for saved in (model, tokens):
+        saved.save_pretrained(tmp_path / "tuned")
+    shutil.copytree(tmp_path / "model/megatron", tmp_path / "tuned/megatron")
+    huggingface_to_megatron(Settings(load=tmp_path / "tuned", save=tmp_path / "back"))
+    args = load_common_state_dict(tmp_path / "back/release")["args"]
+    assert (args.padded_vocab_size, args.tokenizer_type) == (PADDED_ROWS + 128, "HuggingFaceTokenizer")
+    megatron_to_huggingface(Settings(load=tmp_path / "back", save=tmp_path / "again"))
+    assert_same_tensors(*(load_file(tmp_path / name / "model.safetensors") for name in ("tuned", "again")))
+    assert len(AutoTokenizer.from_pretrained(tmp_path / "again")) == PADDED_ROWS + 1
+    # A tokenizer with more ids than the model has rows does not replace the tokenizer of training.
+    tokens.add_tokens("<one more>")
+    tokens.save_pretrained(tmp_path / "tuned")
+    huggingface_to_megatron(Settings(load=tmp_path / "tuned", save=tmp_path / "other"))
+    assert load_common_state_dict(tmp_path / "other/release")["args"].tokenizer_type == SENTENCEPIECE
+
+
 def test_multi_token_prediction_that_transformers_did_not_save_again(tmp_path):
     save_model("deepseek_v3", tmp_path / "original")
     add_multi_token_prediction(tmp_path / "original")
@@ -353,6 +377,9 @@ def test_flags_that_a_transformers_model_does_not_take(dense, tmp_path):
     settings = Settings(load=dense, save=tmp_path / "out", tokenizer_model=str(dense / "tokenizer.model"))
     with pytest.raises(UserError, match=r"--tokenizer-model .*tokenizer\.model needs --tokenizer-type$"):
         huggingface_to_megatron(settings)
+    (dense / "tokenizer.json").write_text("{}")
+    with pytest.raises(UserError, match=r"^--tokenizer-type SentencePieceTokenizer needs --tokenizer-model$"):
+        huggingface_to_megatron(Settings(load=dense, save=tmp_path / "out", tokenizer_type=SENTENCEPIECE))
     settings = Settings(load=dense, save=tmp_path / "out", ckpt_step=3)
     with pytest.raises(UserError, match=r"--ckpt-step 3 chooses a checkpoint, but .*dense is a model$"):
         upcycle_model(settings, UpcycleSettings(4), random_mask(), to_megatron=True)
