@@ -29,7 +29,14 @@ from maskmoe.routing_mask.mask import RoutingMask
 # A layer with a shared expert adds up two copies of the MLP, so each of them is scaled by one half.
 _SHARED_EXPERT_SCALE = 0.5
 
-_EXPERT_FEATURES = ("scoring_func", "use_expert_bias", "n_group", "topk_group", "shared_expert_gate")
+_EXPERT_FEATURES = (
+    "scoring_func",
+    "use_expert_bias",
+    "n_group",
+    "topk_group",
+    "shared_expert_gate",
+    "router_aux_loss_coef",
+)
 
 _ROUTER = ".mlp.gate.weight"
 _GATE_UP, _DOWN = ".experts.gate_up_proj", ".experts.down_proj"

@@ -1,6 +1,6 @@
 """Configures MaskMoE models for transformers."""
 
-from typing import Any
+from typing import Any, ClassVar
 
 from transformers import PreTrainedConfig
 
@@ -91,7 +91,8 @@ class MaskMoEConfig(PreTrainedConfig):
         shared_expert_intermediate_size: number of intermediate features of the MLP that every token of a sparse layer
             uses; 0 for no such MLP.
         shared_expert_gate: multiply the shared expert's output by a learned sigmoid gate (Qwen2-MoE).
-        router_aux_loss_coef: coefficient of the load-balancing loss in the training loss.
+        router_aux_loss_coef: coefficient of the load-balancing loss in the training loss; 0 in a model without sparse
+            layers.
         output_router_logits: return router logits and the load-balancing loss, and add this loss to the training loss.
         aux_loss_tokens: "all" to average the load-balancing loss over all tokens, "routable" to average over tokens
             with two or more visible experts.
@@ -109,6 +110,7 @@ class MaskMoEConfig(PreTrainedConfig):
     """
 
     model_type = "maskmoe"
+    keys_to_ignore_at_inference: ClassVar = ["cache", "past_key_values"]  # older transformers ignore nothing by default
 
     base_model_tp_plan = _TP_PLAN_OF_ATTENTION | _TP_PLAN_OF_MLPS
 
@@ -165,7 +167,9 @@ class MaskMoEConfig(PreTrainedConfig):
             self.head_dim = self.hidden_size // self.num_attention_heads
         if self.mlp_layer_types is None:
             self.mlp_layer_types = ["sparse" if self.num_experts else "dense"] * self.num_hidden_layers
-        if self.has_experts and self.routing_mask is None:
+        if not self.has_experts:
+            self.router_aux_loss_coef = 0.0  # else TRL would compute a load-balancing loss
+        elif self.routing_mask is None:
             sizes = {"num_tables": 1, "num_rows": self.num_experts + 1, "metadata_bytes": 0}
             self.routing_mask = sizes | {"row_dtype": "int16"}
         if self.has_latent_attention:  # transformers' DeepSeek-V3 does not divide attention either
@@ -191,6 +195,11 @@ class MaskMoEConfig(PreTrainedConfig):
     def rope_interleave(self) -> bool:
         """Whether rotary embedding turns neighbouring features; transformers' latent attention reads this attribute."""
         return True
+
+    @property
+    def qk_head_dim(self) -> int:
+        """Number of features of a query and key head in latent attention; older transformers read this attribute."""
+        return (self.qk_nope_head_dim or 0) + (self.qk_rope_head_dim or 0)
 
     @property
     def num_mtp_modules(self) -> int:

@@ -24,6 +24,7 @@ from maskmoe.conversion.settings import UpcycleSettings
 from maskmoe.conversion.tensor_sources import Block, CastSource, TensorSource, row_major_blocks
 from maskmoe.conversion.upcycle import changes_of_function, upcycle
 from maskmoe.errors import UserError
+from maskmoe.huggingface import MaskMoEConfig
 from maskmoe.routing_mask.assignment import MaskRecipe, build_routing_mask
 from maskmoe.routing_mask.mask import RoutingMask
 
@@ -70,6 +71,7 @@ def test_preserves_the_function(case, dense, dense_logits):
     assert changes_of_function(settings, mask) == []
     model = in_transformers(upcycle(dense, settings, mask))
     torch.testing.assert_close(logits_of(model, random_ids()), dense_logits, atol=ROUNDING, rtol=0)
+    assert model.config.router_aux_loss_coef == MaskMoEConfig.router_aux_loss_coef  # that of a dense model is 0
 
 
 CHANGING = {

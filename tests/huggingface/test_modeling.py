@@ -20,7 +20,7 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM
 
 from maskmoe.checkpoint.routing_mask import buffers_of_routing_mask
-from maskmoe.huggingface import MaskMoEForCausalLM
+from maskmoe.huggingface import MaskMoEConfig, MaskMoEForCausalLM
 
 IMPLEMENTATIONS = ["eager", "grouped_mm", "batched_mm"]
 PADDING_ID = 7
@@ -207,6 +207,10 @@ def test_logits_to_keep() -> None:
     logits = model(token_ids).logits
     assert_alike(model(token_ids, logits_to_keep=2).logits, logits[:, -2:])
     assert_alike(model(token_ids, logits_to_keep=torch.tensor([0, 3])).logits, logits[:, [0, 3]])
+    of_samples = torch.tensor([[0, 3], [4, 1]])
+    assert_alike(model(token_ids, logits_to_keep=of_samples).logits, logits[torch.arange(2)[:, None], of_samples])
+    marked = torch.tensor([[True, False, False, True, False], [False, False, False, False, True]])
+    assert_alike(model(token_ids, logits_to_keep=marked).logits, logits[marked])
 
 
 def test_base_model_and_hidden_states() -> None:
@@ -294,6 +298,7 @@ def test_model_without_a_mask_is_refused(tmp_path) -> None:
 def test_model_without_experts() -> None:
     config = make_config(mlp_layer_types=["dense"] * NUM_LAYERS)
     assert config.routing_mask is None
+    assert config.router_aux_loss_coef == 0.0  # else TRL's trainers fail, because they find no router logits
     torch.manual_seed(0)
     model = MaskMoEForCausalLM(config).eval()
     token_ids = random_ids(2, 10)
@@ -361,6 +366,14 @@ def test_vocabulary_cannot_change(arguments, settings, size) -> None:
 def test_bad_configurations_are_refused(settings, message) -> None:
     with pytest.raises(ValueError, match=message):
         make_config(**settings)
+
+
+def test_what_only_older_transformers_read() -> None:
+    """Up to 5.19, Trainer passes the cache to `compute_metrics` by default, and latent attention reads this size."""
+    assert {"cache", "past_key_values"} <= {*MaskMoEConfig.keys_to_ignore_at_inference}
+    model = make_model(**VARIANTS["latent_attention"])
+    assert model.config.qk_head_dim == model.model.layers[0].self_attn.qk_head_dim
+    assert "qk_head_dim" not in model.config.to_dict()
 
 
 def test_shared_table_and_wide_rows() -> None:
