@@ -137,8 +137,9 @@ class Comparison:
         """Train and evaluate a run, and write its result into its folder; yield the state again and again."""
         run.prepare()
         folder, training = StageFolder(run.folder), run.training_stage()
-        # A job of Slurm may have completed the training.
-        if any((run.folder / "slurm").glob("*.finished")) and folder.has_begun(training):
+        # A job of Slurm may have completed the training. Its checkpoint may have been removed since.
+        is_finished = run.last_checkpoint.exists() and any((run.folder / "slurm").glob("*.finished"))
+        if is_finished and folder.has_begun(training):
             folder.end(training, training_seconds(run.tensorboard))
         for state in folder.finish(run.stages()):
             yield f"{run.title}: {state}"

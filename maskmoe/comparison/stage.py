@@ -123,8 +123,14 @@ class Stage:
 
     @property
     def settings(self) -> dict[str, Any]:
-        """The command, and size and modification time of each input, null if missing: changes repeat the stage."""
+        """The command, and size and modification time of each input, null if missing."""
         return {"command": list(self.command), "inputs": {str(path): _version(path) for path in self.inputs}}
+
+    def has_settings(self, settings: Mapping[str, Any]) -> bool:
+        """Return whether recorded settings are those of the stage now, except for the path of the program, a Python."""
+        # The login node begins a stage that a job of Slurm continues in a container, whose Python has another path.
+        now = self.settings
+        return settings["command"][1:] == now["command"][1:] and settings["inputs"] == now["inputs"]
 
 
 def _version(path: Path) -> list[int] | None:
@@ -229,11 +235,11 @@ class StageFolder:
 
     def _reason_to_repeat(self, stage: Stage) -> str:
         """Return why the files of an earlier attempt do not count, for people."""
-        record, settings = self._record(stage), stage.settings
+        record = self._record(stage)
         if record is None:
             return "this run folder has no record of the stage"
-        earlier, inputs = record["settings"], settings["inputs"]
-        if earlier == settings:
+        earlier, inputs = record["settings"], stage.settings["inputs"]
+        if stage.has_settings(earlier):
             return "the stage was interrupted, or a result is missing"
         options = {*pairwise(stage.command)} - {*pairwise(earlier["command"])}
         changed = sorted(f"{flag} {value}" for flag, value in options if flag.startswith("--") and value[:2] != "--")
@@ -257,7 +263,7 @@ class StageFolder:
     def _read(self, stage: Stage) -> dict | None:
         """Return the record of a stage; None if there is none, or if the settings of the stage have changed."""
         record = self._record(stage)
-        return record if record and record["settings"] == stage.settings else None
+        return record if record and stage.has_settings(record["settings"]) else None
 
     def _record(self, stage: Stage) -> dict | None:
         path = self._record_file(stage)

@@ -170,6 +170,28 @@ def test_local_training_after_a_job_of_slurm_resumes(comparison, monkeypatch):
     assert not finished.exists()
 
 
+@pytest.mark.parametrize(("has_checkpoint", "trained"), [(True, []), (False, ["train"])])
+def test_training_that_a_job_of_slurm_has_completed_runs_again_only_without_its_checkpoint(
+    comparison, monkeypatch, has_checkpoint, trained
+):
+    """The job continues in a container what the login node has begun with another Python."""
+    run = comparison.runs[0]
+    monkeypatch.setattr(Run, "prepare", lambda run: run.folder.mkdir(parents=True, exist_ok=True))
+    monkeypatch.setattr(Run, "stages", lambda run: (run.training_stage(),))
+    monkeypatch.setattr(Run, "_inputs", ())
+    monkeypatch.setattr(StageFolder, "_run", lambda folder, stage: iter([stage.name]))
+    monkeypatch.setattr("maskmoe.comparison.comparison.RunResult.of", lambda suite, run: result("dense", 1, 3.0))
+    with monkeypatch.context() as login_node:
+        login_node.setattr(sys, "executable", "/login/bin/python")
+        run.prepare()
+        StageFolder(run.folder).begin(run.training_stage())
+    (run.folder / "slurm").mkdir()
+    (run.folder / "slurm" / "1.finished").touch()
+    if has_checkpoint:
+        run.last_checkpoint.mkdir(parents=True)
+    assert [*comparison.finish(run)] == [f"dense.seed-1: {name}" for name in trained]
+
+
 def test_a_table_to_merge_must_exist(arguments, tmp_path, monkeypatch):
     monkeypatch.setattr(sys, "argv", ["compare", *map(str, arguments), "--list", "--merge", str(tmp_path / "slip")])
     with pytest.raises(UserError, match=f"^--merge {tmp_path}/slip does not exist$"):

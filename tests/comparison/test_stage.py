@@ -79,6 +79,17 @@ def test_a_changed_input_repeats_its_stage(folder, tmp_path, capsys):
     assert f"count: --lr 2, {source} changed; the earlier files" in capsys.readouterr().err
 
 
+def test_another_python_repeats_nothing(folder):
+    """The job of a comparison may run in a container, whose Python has another path."""
+    before = stage(folder)
+    run(folder, before)
+    after = replace(before, command=("/container/bin/python", *before.command[1:]))
+    assert folder.seconds(after) == folder.seconds(before)
+    assert folder.seconds(replace(after, command=(*after.command, "more"))) is None
+    (folder.path / "count.out").unlink()
+    assert "or a result is missing" in folder._reason_to_repeat(after)
+
+
 def test_a_lost_result_repeats_its_stage(folder):
     run(folder, stage(folder))
     (folder.path / "count.out").unlink()
