@@ -230,6 +230,7 @@ class Suite(_Section):
     ) -> Variant:
         """Merge the flags of the model file, the suite, the variant and the setting; later flags replace earlier ones.
 
+        All but those of the model file also replace its layouts, as flags on a command line do.
         A setting changes flags of experts and masks only of variants that have them.
         """
         own = {flag: () if value == "true" else (value,) for flag, value in setting.items()}
@@ -237,10 +238,12 @@ class Suite(_Section):
         if not section.has_experts:
             own = {flag: words for flag, words in own.items() if flag not in self.expert_flags}
         flags = dict(model_file.flags)
-        if self.layers:
-            flags["hybrid-layer-pattern"] = (FeedForwardLayers((section.has_experts,) * self.layers).pattern("*"),)
-        for further in (self.flags, self.expert_flags if section.has_experts else {}, section.flags, own):
+        pattern = FeedForwardLayers((section.has_experts,) * self.layers).pattern("*")
+        of_layers = {"hybrid-layer-pattern": (pattern,)} if self.layers else {}
+        given = set[str]()
+        for further in (of_layers, self.flags, self.expert_flags if section.has_experts else {}, section.flags, own):
             flags = dict(override(flags, further))
+            given |= further.keys()
         needed = (*_NEEDED_FLAGS, "num-experts") if section.has_experts else _NEEDED_FLAGS
         if missing := [flag for flag in needed if flag not in flags]:
             raise ValueError(f"variant {name} has no {missing[0]} among its flags")
@@ -257,7 +260,12 @@ class Suite(_Section):
                 f"variant {name}: write `program` as a key of the variant, not among flags or in a model file"
             )
         if self.min_lr_ratio and flags.get("lr"):
+            given.add("min-lr")
             flags["min-lr"] = (f"{float(self.min_lr_ratio) * float(flags['lr'][0]):.6g}",)
+        layouts = {
+            ranks: {flag: words for flag, words in layout.items() if flag not in given}
+            for ranks, layout in model_file.layouts.items()
+        }
         mask = section.mask
         if mask != "none":
             is_preset = "preset" in override({}, mask)
@@ -269,7 +277,7 @@ class Suite(_Section):
             "widen": override({}, section.widen),
             "flags": flags,
             "model": str(model_file.path.resolve()) if section.model or self.model else "",
-            "layouts": {**model_file.layouts, **section.layouts},
+            "layouts": {**layouts, **section.layouts},
             "program": str((folder / section.program).absolute()) if section.program else "",
             "seeds": section.seeds or self.seeds,
             "setting": ".".join(f"{flag.removeprefix(_MASK_PREFIX)}-{value}" for flag, value in setting.items()),

@@ -77,6 +77,20 @@ def test_a_suite_on_top_of_a_model_file_keeps_its_layouts(suite_file, tmp_path):
     assert suite.variants["smoe"].model == str(tmp_path / "model.yaml")
 
 
+def test_flags_of_a_suite_replace_those_in_the_layouts_of_a_model_file(suite_file, tmp_path):
+    """As on a command line. Only a variant's own layouts replace its flags."""
+    decided = ("hidden-size", "num-experts", "ffn-hidden-size", "swiglu", "min-lr", "hybrid-layer-pattern")
+    layout = ", ".join(f"{flag}: 9" for flag in (*decided, "micro-batch-size"))
+    (tmp_path / "model.yaml").write_text(f"layouts: {{8: {{{layout}}}, 16: {{{layout}}}}}\n")
+    own = "maskmoe: {layouts: {16: {swiglu: false}}, mask"
+    replace = {"data:": "model: model.yaml\nvary: {swiglu: [true, false]}\ndata:", "maskmoe: {mask": own}
+    suite = Suite.read(suite_file(replace=replace), {})
+    for name, variant in suite.variants.items():
+        kept = {"micro-batch-size"} if variant.has_experts else {"micro-batch-size", "num-experts"}
+        assert variant.layouts[8].keys() == kept, name
+    assert suite.variants["maskmoe.swiglu-true"].layouts[16] == {"swiglu": ("false",)}
+
+
 @pytest.mark.parametrize("value", ["false", "null"])
 def test_value_that_removes_a_flag_of_an_earlier_section(suite_file, tmp_path, value):
     removing = f"maskmoe: {{flags: {{lr: {value}}}, widen: {{seed: {value}}}, layouts: {{8: {{bf16: {value}}}}}, mask"
