@@ -176,7 +176,8 @@ def _origin(run: Run) -> dict[str, str]:
 def _commit() -> str:
     """Return the commit of the checkout, with `+` if the package differs from it; empty without a checkout."""
     git = ("git", "-C", str(_CHECKOUT))
-    environment = {**os.environ, "GIT_OPTIONAL_LOCKS": "0"}
+    # An installed package may lie in an environment inside somebody else's repository.
+    environment = {**os.environ, "GIT_OPTIONAL_LOCKS": "0", "GIT_CEILING_DIRECTORIES": str(_CHECKOUT.parent)}
     try:
         commit, changes = (
             subprocess.run((*git, *words), env=environment, capture_output=True, text=True, check=True).stdout.strip()

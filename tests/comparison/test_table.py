@@ -2,6 +2,8 @@
 
 import json
 import math
+import os
+import subprocess
 
 import pytest
 from hypothesis import given
@@ -9,6 +11,7 @@ from hypothesis import strategies as st
 from support.results import result
 from support.runs import write_scalars
 
+from maskmoe.comparison import table
 from maskmoe.comparison.table import merge, read_table, scalars, training_seconds, write_table
 from maskmoe.errors import UserError
 
@@ -70,3 +73,14 @@ def test_scalars_of_a_resumed_run(tmp_path):
     assert scalars(tmp_path, "lm loss") == [(1, 8.0), (2, 7.0), (3, 6.5), (4, 6.0)]
     assert scalars(tmp_path, "nothing") == []
     assert training_seconds(tmp_path) == 4.0
+
+
+@pytest.mark.parametrize(("folder", "is_checkout"), [("", True), ("lib/site-packages", False)])
+def test_the_commit_is_that_of_a_checkout(tmp_path, monkeypatch, folder, is_checkout):
+    """An installed package may lie in an environment inside another repository."""
+    (tmp_path / "lib" / "site-packages").mkdir(parents=True)
+    identity = {f"GIT_{who}_{what}": "a" for who in ("AUTHOR", "COMMITTER") for what in ("NAME", "EMAIL")}
+    for words in (["init", "--quiet"], ["commit", "--quiet", "--allow-empty", "--message=a"]):
+        subprocess.run(["git", "-C", tmp_path, *words], env=os.environ | identity, check=True)
+    monkeypatch.setattr(table, "_CHECKOUT", tmp_path / folder)
+    assert bool(table._commit.__wrapped__()) == is_checkout
