@@ -224,6 +224,17 @@ def test_run_that_has_recovered_from_a_lack_of_memory_is_complete(train, expecte
     assert ("the training is complete" in output) == (expected == 0)
 
 
+@pytest.mark.parametrize("code", [0, 1, EXIT_REQUEUE])
+def test_exit_codes_that_a_full_disk_cannot_hold(train, tmp_path, code):
+    """The files of the codes are there, but empty. Then the exit code of Slurm's step decides."""
+    stub = tmp_path / "srun"
+    text = stub.read_text().replace("CODE=$code", 'ln -s /dev/full "$4/$node"; CODE=$code')
+    stub.write_text(text.replace("|| result=$?", '2>/dev/null || result=$?; rm "$4/$node"; touch "$4/$node"'))
+    found, output = train(f"{code} {code}")
+    assert found == code
+    assert ("the training is complete" in output) == (code == 0)
+
+
 CHAIN = {"SLURM_ARRAY_JOB_ID": "1", "SLURM_ARRAY_TASK_ID": "1", "SLURM_ARRAY_TASK_MAX": "2"}
 LAST = CHAIN | {"SLURM_ARRAY_TASK_ID": "2", "SLURM_JOB_ID": "2"}
 
