@@ -159,7 +159,7 @@ add_mount() {
         path=${BASH_REMATCH[1]} mode=${BASH_REMATCH[2]}
     fi
     [[ $path != *:* ]] || fail "--mount $1: the path must not contain a colon, and the mode must be ro or rw"
-    path=$(realpath -e -- "$path" 2>/dev/null) || fail "--mount $1: no such file or folder"
+    path=$(realpath -e -s -- "$path" 2>/dev/null) || fail "--mount $1: no such file or folder"
     mounts+=("$path:$path:$mode")
 }
 

@@ -55,7 +55,7 @@ while (($#)) && [[ $1 != -- ]]; do
                 --run-dir) run_dir=$2 ;;
                 --nodes) if [[ $2 == *:* ]]; then elastic=$2; else sbatch+=("--nodes=$2"); fi ;;
                 --chain) chain=$2 ;;
-                --mount) script_options+=("$1" "$(realpath -m -- "${2%:r[ow]}")$(grep -oE ':r[ow]$' <<<"$2" || true)") ;;
+                --mount) script_options+=("$1" "$(realpath -m -s -- "${2%:r[ow]}")$(grep -oE ':r[ow]$' <<<"$2" || true)") ;;
                 *) script_options+=("$1" "$2") ;;
             esac
             shift

@@ -75,8 +75,9 @@ def test_command_line():
 
 
 def test_mounts(tmp_path):
+    (tmp_path / "disk").mkdir()
     data = tmp_path / "data"
-    data.mkdir()
+    data.symlink_to("disk")  # a link is mounted at its own path, too
     words = dry_run(
         "--engine", "docker", "--run-dir", tmp_path / "new", "--mount", data, "--mount", f"{tmp_path}:rw", "true"
     )

@@ -47,7 +47,8 @@ def test_run_folder_is_named_after_the_model():
 
 
 def test_paths_are_relative_to_the_current_folder(tmp_path):
-    """The job runs in the folder of the caller, and so do the flags of the run."""
+    """The job runs in the folder of the caller, and so do the flags of the run. A link is mounted at its own path."""
+    (tmp_path / "data").symlink_to("disk")
     mounts = ("--mount", "data", "--mount", "scratch:rw")
     sbatch, script, _ = words(*mounts, "--run-dir", "run", "--", LAPTOP, "--data-path", "data/x", folder=tmp_path)
     assert f"--chdir={tmp_path}" in sbatch
