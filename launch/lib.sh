@@ -8,6 +8,7 @@ MAXIMUM_PYTHON=3.13
 MINIMUM_TORCH=2.11
 EXTRAS=(data dev eval gpu hf muon tune)
 SYSTEM_BIN_DIRS=(/usr/bin /usr/local/bin)
+NO_ANSWER="it has not answered for 30 s"
 
 # Messages go to standard error: standard output belongs to the command that is started after the set-up.
 say() {
@@ -41,7 +42,7 @@ candidate_pythons() {
 probe_python() {
     local verdict path version torch
     verdict=$(timeout 30 "$1" -I "$root/launch/probe_python.py" "$MINIMUM_PYTHON" "$MAXIMUM_PYTHON" "$MINIMUM_TORCH" \
-        2>/dev/null </dev/null) || true
+        2>/dev/null </dev/null) || [[ $? != 124 ]] || verdict=$'no\t'$NO_ANSWER
     case $verdict in
         ok$'\t'*)
             IFS=$'\t' read -r _ path version torch <<<"$verdict"
@@ -150,6 +151,9 @@ venv_is_sound() {
     elif [[ -n $(stamp_value root) && $(stamp_value root) != "$root" ]]; then
         rebuild_reason="it was made in $(stamp_value root)"
     elif ! probe_python "$venv/bin/python"; then
+        # A file system that stalls is no reason to delete an environment that others use.
+        [[ $python_reason != "$NO_ANSWER" ]] ||
+            fail 1 "$venv/bin/python: $NO_ANSWER; .venv is unchanged: try again, or delete .venv to make it anew"
         rebuild_reason="its Python is broken or missing"
     elif [[ ! -d $venv/lib/python$(minor_version "$python_version")/site-packages/pip ]]; then
         rebuild_reason="it has no pip for Python $python_version"

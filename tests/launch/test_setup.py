@@ -358,6 +358,14 @@ def test_reasons_to_rebuild_an_environment(project):
     assert rebuild_reason().startswith("it has no pip for Python ")
     renamed.rename(library)
 
+    # `timeout` ends so if the Python has not answered.
+    write_script(project.root / "stalled" / "timeout", "#!/bin/sh\nexit 124\n")
+    stalled = f"{project.root}/stalled:{os.environ['PATH']}"
+    assert rebuild_reason("(venv_is_sound) 2>&1 || true", PATH=stalled) == (
+        f"setup: error: {project.venv}/bin/python: it has not answered for 30 s; .venv is unchanged: try again, or "
+        "delete .venv to make it anew"
+    )
+
     old_root = project.root
     project.root = old_root.rename(old_root.with_name("moved"))
     assert rebuild_reason() == f"it was made in {old_root}"
