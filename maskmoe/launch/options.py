@@ -139,6 +139,10 @@ def parse_options(program: str, arguments: Sequence[str], environment: Mapping[s
     if options.check_only:  # the check meets no other node
         return options
     nodes = options.nodes.most
+    # A run on one node needs no rendezvous, and may inherit these variables from another run.
+    if nodes > 1 and options.rendezvous is None and (host := environment.get("MASTER_ADDR")):
+        endpoint = f"{host}:{environment.get('MASTER_PORT') or DEFAULT_PORT}"
+        return parse_options(program, arguments, {**environment, "RDZV_ENDPOINT": endpoint})
     if nodes > 1 and options.rendezvous is None:
         raise UserError(f"{nodes} nodes need a rendezvous: pass --rendezvous HOST:PORT or set MASTER_ADDR")
     if nodes > 1 and options.node_rank is None:
@@ -161,10 +165,6 @@ def _parser(program: str, environment: Mapping[str, str]) -> Parser:
         "and nothing was done; 75, a signal stopped the run, start it again; 76, the run hung, after all restarts.",
     )
 
-    if (host := environment.get("MASTER_ADDR")) and not environment.get("RDZV_ENDPOINT"):
-        endpoint = f"{host}:{environment.get('MASTER_PORT') or DEFAULT_PORT}"
-        environment = {**environment, "RDZV_ENDPOINT": endpoint}
-
     def add(
         flag: str, metavar: str, type: Callable[[str], object], variable: str, help: str, default: object = None
     ) -> None:
@@ -173,12 +173,14 @@ def _parser(program: str, environment: Mapping[str, str]) -> Parser:
         parser.add_argument(flag, metavar=metavar, type=type, default=value, help=f"{text} [{variable}]")
 
     ranks = "number of ranks on each node (default: one per GPU; one on a machine without GPUs)"
-    address = f"an address of node 0 and a free port (default: MASTER_ADDR:MASTER_PORT, with port {DEFAULT_PORT})"
+    address = "an address of node 0 and a free port; default with several nodes: MASTER_ADDR:MASTER_PORT"
     nodes = "number of nodes; MIN:MAX lets nodes come and go during the run, which needs a shared run folder"
     add("--nodes", "N", _node_range, "NNODES", nodes, "1")
     add("--node-rank", "R", ranges.NODE_RANK, "NODE_RANK", "number of this node, from 0")
     add("--gpus-per-node", "G", ranges.RANKS_OF_NODE, "NPROC_PER_NODE", ranks)
-    add("--rendezvous", "HOST:PORT", _address, "RDZV_ENDPOINT", f"where the nodes meet: {address}")
+    add(
+        "--rendezvous", "HOST:PORT", _address, "RDZV_ENDPOINT", f"where the nodes meet: {address} (port {DEFAULT_PORT})"
+    )
     own = "address of this node for the other nodes, with --nodes MIN:MAX (default: the host name)"
     add("--address", "HOST", _host, "NODE_ADDRESS", own)
     silence = "how long a node may be silent, with --nodes MIN:MAX, until the others train without it"

@@ -37,11 +37,14 @@ def build_command(arguments: str, environment: dict[str, str] | None = None, rou
     return torchrun_command(options, options.meeting, run_flags(options, {}, split_flags(options.flags)), 8, route, {})
 
 
-def test_one_node_needs_no_rendezvous():
-    line = str(build_command("--run-dir /run model.yaml"))
+@pytest.mark.parametrize("inherited", [{}, {"MASTER_ADDR": "head", "MASTER_PORT": "0"}])
+def test_one_node_needs_no_rendezvous(inherited):
+    line = str(build_command("--run-dir /run model.yaml", inherited))
     assert "--nnodes 1 --nproc-per-node 8 --standalone --local-addr 127.0.0.1 --max-restarts 3" in line
     assert line.startswith("CUDA_DEVICE_MAX_CONNECTIONS=1 PYTHONSAFEPATH=1 OMP_NUM_THREADS=1 PYTHONUNBUFFERED=1 ")
     assert "SOCKET_IFNAME" not in line
+    given = [("--rendezvous head:1 m.yaml", inherited), ("m.yaml", inherited | {"RDZV_ENDPOINT": "head:1"})]
+    assert [parse(*each).rendezvous for each in given] == [("head", 1)] * 2
 
 
 def test_flags_and_environment_give_the_same_command_for_many_nodes():
