@@ -104,7 +104,7 @@ class Variant(_Section):
         flags: Flags of training, without the seed.
         layouts: Further flags by number of ranks, see `ModelFile`.
         program: Python file that trains and evaluates instead of MaskMoE's entry points, see `ModelFile.read`; the path
-            is relative to the folder of the suite.
+            is relative to the folder of the suite file that has the variants.
         seeds: Seeds of the variant's runs; by default those of the suite.
         setting: The values of `vary` that the variant has, such as `lr-2e-2`; empty without `vary`. A file cannot set
             this attribute.
@@ -127,7 +127,7 @@ class Variant(_Section):
 
 
 class DataSection(_Section):
-    """The text of all runs. Paths of files are relative to the folder of the suite.
+    """The text of all runs. Paths of files are relative to the folder of the suite file that has the section.
 
     Attributes:
         vocab_size: Number of ids of the tokenizer.
@@ -156,7 +156,7 @@ class Suite(_Section):
     Attributes:
         title: Title of the report.
         data: The text.
-        model: Model file of all variants; the path is relative to the folder of the suite.
+        model: Model file of all variants; the path is relative to the folder of the suite file that has the key.
         layers: Layers of all variants, each of attention and a feed-forward layer; 0 to leave the layers to the flags.
             The result is the flag `hybrid-layer-pattern`: `*E` for each layer with experts, `*-` without.
         flags: Flags of all variants.
@@ -195,8 +195,9 @@ class Suite(_Section):
             UserError: The file cannot be read or does not describe a suite.
         """
         try:
-            suite = cls.model_validate(_read_with_base(path), context=variables)
-            return suite._complete(path, variables)
+            content, folders = _read_with_base(path)
+            suite = cls.model_validate(content, context=variables)
+            return suite._complete(path, folders, variables)
         except ValueError as error:
             problem = first_problem(error) if isinstance(error, ValidationError) else error
             raise UserError(f"suite {path}: {problem}") from error
@@ -206,22 +207,28 @@ class Suite(_Section):
         """Tokens in a sample."""
         return int(next(iter(self.variants.values())).flags["seq-length"][0])
 
-    def _complete(self, path: Path, variables: Mapping[str, str]) -> "Suite":
-        """Return the suite with complete variants. Raises ValueError if something does not fit together."""
+    def _complete(self, path: Path, folders: Mapping[str, Path], variables: Mapping[str, str]) -> "Suite":
+        """Return the suite with complete variants. Raises ValueError if something does not fit together.
+
+        Args:
+            path: The file of the suite.
+            folders: For each key, the folder of the file that has the key: its relative paths start there.
+            variables: Values for `${NAME}`.
+        """
         variants = {}
         for name, section in self.variants.items():
-            model = section.model or self.model
-            model_file = ModelFile.read(path.parent / model, variables) if model else ModelFile(path, {}, {})
+            model, key = (section.model, "variants") if section.model else (self.model, "model")
+            model_file = ModelFile.read(folders[key] / model, variables) if model else ModelFile(path, {}, {})
             # Every combination of the values of `vary`.
             for values in itertools.product(*self.vary.values()):
                 setting = dict(zip(self.vary, values, strict=True))
-                variant = self._complete_variant(name, section, model_file, path.parent, setting)
+                variant = self._complete_variant(name, section, model_file, folders["variants"], setting)
                 variants[f"{name}.{variant.setting}" if setting else name] = variant
         if unknown := [name for name in self.baselines if name not in self.variants]:
             raise ValueError(f"baselines: {', '.join(unknown)} is not a variant of the suite")
         data = self.data.model_dump()
         for key in PATHS:
-            data[key] = absolute(data[key], path.parent.resolve())
+            data[key] = absolute(data[key], folders.get("data", path.parent).resolve())
         update = {"title": self.title or path.stem, "variants": variants, "data": DataSection.model_construct(**data)}
         return self.model_copy(update=update)
 
@@ -297,22 +304,25 @@ def absolute(paths: object, folder: Path) -> object:
     return str((folder / str(paths)).absolute()) if paths and paths != REQUIRED else paths
 
 
-def _read_with_base(path: Path) -> object:
+def _read_with_base(path: Path) -> tuple[object, dict[str, Path]]:
     """Read a suite file. The suite that its key `extends` names provides the keys that the file lacks.
 
-    Flags of both are merged.
+    Flags of both are merged. The second result is, for each key, the folder of the file that has it.
 
     Raises:
         UserError: A file cannot be read, or the other suite extends a further one.
     """
     content = read_words(path, "suite")
-    if not isinstance(content, dict) or "extends" not in content:
-        return content
-    name = str(content.pop("extends"))
-    base = read_words(path.parent / name, "suite")
+    if not isinstance(content, dict):
+        return content, {}
+    folders = dict.fromkeys(content, path.parent)
+    if "extends" not in content:
+        return content, folders
+    base_path = path.parent / str(content.pop("extends"))
+    base = read_words(base_path, "suite")
     if not isinstance(base, dict) or "extends" in base:
         raise UserError(f"suite {path}: `extends` must name a suite that extends no other")
     for key in _MERGED_KEYS & base.keys() & content.keys():
         if isinstance(content[key], dict) and isinstance(base[key], dict):
             content[key] = {**base[key], **content[key]}
-    return {**base, **content}
+    return {**base, **content}, {**dict.fromkeys(base, base_path.parent), **folders}

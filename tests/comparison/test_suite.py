@@ -1,5 +1,7 @@
 """Suite files: the variants that a file describes, the files that are refused, and the suites in launch/suites/."""
 
+from pathlib import Path
+
 import pytest
 from support.paths import ROOT
 
@@ -65,6 +67,27 @@ def test_a_suite_extends_another_one(suite_file, tmp_path):
     path.with_name("third.yaml").write_text("extends: more.yaml\n")
     with pytest.raises(UserError, match="a suite that extends no other"):
         Suite.read(path.with_name("third.yaml"), {})
+
+
+def test_paths_of_an_extended_suite_are_relative_to_its_own_folder(suite_file, tmp_path):
+    data = "data: {vocab-size: 300, input: a.txt, held-out: {b: b.txt}}"
+    program = "maskmoe: {program: own.py, model: model.yaml, mask"
+    suite_file(replace={"data: {vocab-size: 300}": f"model: model.yaml\n{data}", "maskmoe: {mask": program})
+    (tmp_path / "model.yaml").write_text("clip-grad: 1\n")
+    (tmp_path / "further").mkdir()
+    path = tmp_path / "further" / "more.yaml"
+    path.write_text("extends: ../small.yaml\nflags: {train-iters: 7}\n")
+    suite = Suite.read(path, {})
+    assert {variant.model for variant in suite.variants.values()} == {str(tmp_path / "model.yaml")}
+    assert Path(suite.variants["maskmoe"].program).resolve() == tmp_path / "own.py"
+    assert (suite.data.input, suite.data.held_out) == ((f"{tmp_path}/a.txt",), {"b": f"{tmp_path}/b.txt"})
+    # Its own paths start at its own folder.
+    (path.parent / "other.yaml").write_text("clip-grad: 2\n")
+    path.write_text("extends: ../small.yaml\nmodel: other.yaml\ndata: {vocab-size: 300, input: c.txt}\n")
+    suite = Suite.read(path, {})
+    clips = {name: variant.flags["clip-grad"] for name, variant in suite.variants.items()}
+    assert clips == dict.fromkeys(suite.variants, ("2",)) | {"maskmoe": ("1",)}
+    assert suite.data.input == (str(path.parent / "c.txt"),)
 
 
 def test_a_suite_on_top_of_a_model_file_keeps_its_layouts(suite_file, tmp_path):
