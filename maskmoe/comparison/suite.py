@@ -222,8 +222,11 @@ class Suite(_Section):
             # Every combination of the values of `vary`.
             for values in itertools.product(*self.vary.values()):
                 setting = dict(zip(self.vary, values, strict=True))
-                variant = self._complete_variant(name, section, model_file, folders["variants"], setting)
-                variants[f"{name}.{variant.setting}" if setting else name] = variant
+                own = parse_flags(setting, f"suite {path}: vary", variables)
+                label = ".".join(f"{flag.removeprefix(_MASK_PREFIX)}-{value}" for flag, value in setting.items())
+                varied = section.model_copy(update={"setting": label})
+                variant = self._complete_variant(name, varied, model_file, folders["variants"], own)
+                variants[f"{name}.{label}" if setting else name] = variant
         if unknown := [name for name in self.baselines if name not in self.variants]:
             raise ValueError(f"baselines: {', '.join(unknown)} is not a variant of the suite")
         data = self.data.model_dump()
@@ -233,14 +236,14 @@ class Suite(_Section):
         return self.model_copy(update=update)
 
     def _complete_variant(
-        self, name: str, section: Variant, model_file: ModelFile, folder: Path, setting: Mapping[str, str]
+        self, name: str, section: Variant, model_file: ModelFile, folder: Path, of_setting: Flags
     ) -> Variant:
         """Merge the flags of the model file, the suite, the variant and the setting; later flags replace earlier ones.
 
         All but those of the model file also replace its layouts, as flags on a command line do.
         A setting changes flags of experts and masks only of variants that have them.
         """
-        own = {flag: () if value == "true" else (value,) for flag, value in setting.items()}
+        own = dict(of_setting)
         of_mask = {flag.removeprefix(_MASK_PREFIX): own.pop(flag) for flag in [*own] if flag.startswith(_MASK_PREFIX)}
         if not section.has_experts:
             own = {flag: words for flag, words in own.items() if flag not in self.expert_flags}
@@ -287,7 +290,6 @@ class Suite(_Section):
             "layouts": {**layouts, **section.layouts},
             "program": str((folder / section.program).absolute()) if section.program else "",
             "seeds": section.seeds or self.seeds,
-            "setting": ".".join(f"{flag.removeprefix(_MASK_PREFIX)}-{value}" for flag, value in setting.items()),
         }
         return section.model_copy(update=update)
 

@@ -56,6 +56,17 @@ def test_vary_makes_a_variant_of_each_combination(suite_file):
     assert "num-experts" not in suite.variants["dense.lr-1e-2.frequent-mass-0.2.num-experts-8.swiglu-true"].flags
 
 
+@pytest.mark.parametrize(
+    ("value", "flags"), [("null", {}), ("", {}), ("~", {}), ("true", {"lr": ()}), ("${RATE}", {"lr": ("0.5",)})]
+)
+def test_values_of_vary_are_those_of_flags(suite_file, value, flags):
+    vary = f"vary: {{lr: ['{value}'], mask.frequent-mass: '{value}'}}\ndata:"
+    suite = Suite.read(suite_file(replace={"data:": vary}), {"RATE": "0.5"})
+    variant = suite.variants[f"maskmoe.lr-{value}.frequent-mass-{value}"]
+    assert {flag: words for flag, words in variant.flags.items() if flag == "lr"} == flags
+    assert variant.mask.get("frequent-mass") == flags.get("lr")
+
+
 def test_a_suite_extends_another_one(suite_file, tmp_path):
     base = Suite.read(suite_file(), {})
     path = tmp_path / "more.yaml"
@@ -154,6 +165,7 @@ def test_paths_are_relative_to_the_suite(suite_file, tmp_path):
         ("train-iters: 40, ", "train-iters: true, ", "variant .*: train-iters must be a whole number"),
         ("train-iters: 40, ", f"train-iters: '{'4' * 5000}', ", "variant .*: train-iters must be a whole number"),
         ("seeds: [1, 2]", "vary: {lr: []}", "vary.lr: "),
+        ("seeds: [1, 2]", "vary: {lr: '${RATE}'}", "vary: lr needs the environment variable RATE"),
         ("layers: 2", "layers: 0", "variant dense has no layers: write `layers: 2`, or hybrid-layer-pattern"),
         ("lr: 1e-2", "seed: 3", "seed is decided by the comparison"),
         ("dense: {title", "../dense: {title", "names a folder"),
