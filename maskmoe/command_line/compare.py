@@ -6,6 +6,7 @@ has a line there is not trained again. Tables of other machines can be merged.
 
 import argparse
 import os
+import shlex
 import sys
 import time
 from collections.abc import Sequence
@@ -182,7 +183,7 @@ def _finish(
         return options.dry_run
     command = submission(comparison, waiting, _job_arguments(options, comparison), slurm_words, options.jobs)
     if options.dry_run:
-        print(" ".join(command))
+        print(shlex.join(command))
         return True
     comparison.check(waiting, line)
     for run in waiting:
