@@ -5,6 +5,7 @@ import shlex
 import shutil
 import subprocess
 from collections.abc import Sequence
+from hashlib import sha256
 from itertools import count
 from pathlib import Path
 
@@ -38,7 +39,7 @@ def submission(
     folders = {comparison.data.folder, *(path.parent for path in files)}
     evaluation = shlex.join(["launch/compare.sh", *arguments, "--run"])
     return (
-        *(str(SUBMIT_SCRIPT), f"--job-name={comparison.name}", f"--array=1-{len(runs)}{throttle}", *options),
+        *(str(SUBMIT_SCRIPT), f"--job-name={_job_name(comparison)}", f"--array=1-{len(runs)}{throttle}", *options),
         *(word for folder in sorted(folders) for word in ("--mount", str(folder))),
         *("--mount", f"{comparison.folder}:rw", "--then", f"{evaluation} {shlex.quote(str(links))}/%a"),
         *("--run-dir", f"{links}/%a", "--", f"{links}/%a/run.yaml"),
@@ -56,13 +57,19 @@ def submit(comparison: Comparison, runs: Sequence[Run], command: Sequence[str]) 
     """
     if shutil.which("sbatch") is None:
         raise UserError("--slurm: sbatch is missing: start the command on a node of a Slurm cluster")
-    if _output("squeue", "--noheader", f"--name={comparison.name}", f"--user={os.getuid()}").strip():
-        raise UserError(f"jobs of this comparison are in Slurm's queue; to end them: scancel --name={comparison.name}")
+    name = _job_name(comparison)
+    if _output("squeue", "--noheader", f"--name={name}", f"--user={os.getuid()}").strip():
+        raise UserError(f"jobs of this comparison are in Slurm's queue; to end them: scancel --name={name}")
     links = _links_folder(comparison)
     links.mkdir(parents=True)
     for element, run in enumerate(runs, 1):
         (links / str(element)).symlink_to(os.path.relpath(run.folder, links))
     return _output(*command)
+
+
+def _job_name(comparison: Comparison) -> str:
+    """Return the name of the jobs. Comparisons of one suite in several folders have different names."""
+    return f"{comparison.name}-{sha256(str(comparison.folder.resolve()).encode()).hexdigest()[:8]}"
 
 
 def _links_folder(comparison: Comparison) -> Path:

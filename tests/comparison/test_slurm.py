@@ -1,5 +1,6 @@
 """The job array of a comparison, with stand-ins for Slurm's commands; tests/slurm has a real cluster."""
 
+import re
 import shlex
 from dataclasses import replace
 from pathlib import Path
@@ -36,13 +37,19 @@ def slurm(tmp_path, monkeypatch):
     return tmp_path
 
 
+def job_name(command):
+    """Return the name of the jobs that a command submits."""
+    (name,) = [word.removeprefix("--job-name=") for word in command if word.startswith("--job-name=")]
+    return name
+
+
 def test_each_run_is_an_element_of_one_array(comparison, slurm):
     runs = comparison.selected(["smoe", "hash"], [])
     command = submission(comparison, runs, ["suite.yaml", "--jobs", "2"], ["--nodes=2", "--time=1:00"], 2)
     (slurm / "sbatch.out").write_text("Submitted batch job 7\n")
     assert submit(comparison, runs, command) == "Submitted batch job 7\n"
     given = (slurm / "sbatch.in").read_text().splitlines()
-    assert {"--array=1-4%2", "--job-name=small", "--nodes=2", "--time=1:00"} <= set(given)
+    assert {"--array=1-4%2", "--nodes=2", "--time=1:00"} <= set(given)
     links = comparison.folder / "slurm" / "1"
     assert given[given.index("--run-dir") + 1] == f"{links}/%a"
     assert given[-1] == f"{links}/%a/run.yaml"
@@ -73,8 +80,9 @@ def test_jobs_get_absolute_paths(suite_file, texts, tmp_path, monkeypatch):
     outcome = run_command("compare", *words, "--only", "maskmoe", "--seeds", "1", "--slurm", "--dry-run")
     own = f"{tmp_path}/small.yaml --run-dir {tmp_path}/runs/suites/small"
     data = f"--vocab-size 400 --input {texts[0]} --held-out a={texts[1]}"
-    assert f"launch/compare.sh {own} {data} --run " in outcome.output
-    assert "--array=1-1 " in outcome.output
+    printed = shlex.split(outcome.output)
+    assert printed[printed.index("--then") + 1].startswith(f"launch/compare.sh {own} {data} --run ")
+    assert "--array=1-1" in printed
     assert not (tmp_path / "runs").exists()
 
 
@@ -92,10 +100,16 @@ def test_an_installed_package_cannot_submit(suite_file, monkeypatch, tmp_path):
 
 
 def test_a_second_array_is_refused_while_the_first_is_queued(comparison, slurm):
-    (slurm / "squeue.out").write_text("7_[1-4] small\n")
-    with pytest.raises(UserError, match="to end them: scancel --name=small"):
+    """A comparison of the same suite in another folder is none of its business."""
+    other = replace(comparison, folder=comparison.folder.with_name("other"))
+    first, second = (job_name(submission(each, each.runs, [], [], None)) for each in (comparison, other))
+    assert re.fullmatch("small-[0-9a-f]{8}", first)
+    assert first != second
+    write_script(slurm / "bin" / "squeue", f'#!/bin/sh\n[ "$2" != --name={first} ] || echo "7_[1-4] {first}"\n')
+    with pytest.raises(UserError, match=f"to end them: scancel --name={first}$"):
         submit(comparison, comparison.runs, ["sbatch"])
     assert not Path(comparison.folder / "slurm").exists()
+    submit(other, other.runs, ["sbatch"])
 
 
 def test_without_slurm_the_error_says_so(comparison, monkeypatch):
