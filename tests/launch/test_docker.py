@@ -230,6 +230,21 @@ def test_missing_engine(without_engine, options, error):
 # ---- The image -------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.parametrize("file", ["Dockerfile", "Dockerfile.cpu"])
+def test_files_of_a_private_clone_are_readable_in_the_image(tmp_path, file):
+    """The step after the copy runs in a clone that was made with umask 077."""
+    write_script(tmp_path / ".venv/bin/python", "#!/bin/sh\n")
+    write_script(tmp_path / "launch/pretrain.sh", "#!/bin/sh\n").chmod(0o700)
+    (tmp_path / "LICENSE").touch(0o600)
+    (tmp_path / ".venv/bin/private").touch(0o600)  # a copy of the environment would double the image
+    (tmp_path / "launch").chmod(0o700)
+    _, _, after_copy = (ROOT / "docker" / file).read_text().partition("COPY . .\n")
+    step = next(line.removeprefix("RUN ") for line in after_copy.splitlines() if line.startswith("RUN "))
+    subprocess.run(["bash", "-euo", "pipefail", "-c", step], cwd=tmp_path, check=True)
+    paths = ("launch", "launch/pretrain.sh", "LICENSE", ".venv/bin/private")
+    assert [oct((tmp_path / path).stat().st_mode & 0o777) for path in paths] == ["0o755", "0o755", "0o644", "0o600"]
+
+
 class Podman:
     """Runs podman with its own images and settings in `build/containers`, which keeps layers for the next tests.
 
