@@ -1,12 +1,9 @@
-"""Layouts and settings that can be combined with a routing mask: the rows of `support.composition.TABLE`."""
+"""Layouts and settings that can be combined with a routing mask."""
 
 import re
 import shlex
-from itertools import chain
 
 import pytest
-from support.composition import TABLE
-from support.paths import TESTS
 from support.training import SETTINGS, Run
 from support.training_runs import COMPARED, RUNS
 
@@ -123,26 +120,6 @@ def test_packed_documents_equal_reset_masks(runs):
     assert packed.iterations == masks.iterations
     assert packed.difference(masks) < FP32_ORDER_OF_SUMS
     assert whole.difference(masks, ["lm loss"]) > 1e2 * FP32_ORDER_OF_SUMS
-
-
-@pytest.mark.parametrize("name", TABLE)
-def test_row_is_shown_by_compared_runs_that_have_its_flags_or_by_tests(name):
-    row = TABLE[name]
-    assert row.flags or row.varied_flag or row.tests, "the row shows nothing"
-    compared = (RUNS[run] for run in chain.from_iterable(COMPARED.values()))
-    shown = [run for run in compared if all(has_flag(run, flag) for flag in row.flags)]
-    assert shown
-    if row.varied_flag is not None:
-        assert {has_flag(run, row.varied_flag) for run in shown} == {False, True}
-
-
-@pytest.mark.parametrize("test", sorted({test for row in TABLE.values() for test in row.tests}))
-def test_row_names_tests_that_pytest_collects_and_does_not_skip(test, request):
-    file, function = test.split("::")
-    module = pytest.Module.from_parent(request.session, path=TESTS / file)
-    collected = [item for item in module.collect() if getattr(item, "originalname", item.name) == function]
-    assert collected
-    assert not any(item.get_closest_marker(mark) for item in collected for mark in ("skip", "skipif", "xfail"))
 
 
 def test_compared_runs_are_of_one_model():
