@@ -1,4 +1,4 @@
-"""Write docs/megatron-internals.md: every place where MaskMoE relies on the internals of Megatron-Core.
+"""Write docs/megatron-internals.md: the places where MaskMoE relies on the internals of Megatron-Core.
 
 python docs/generators/internals.py [--check]
 
