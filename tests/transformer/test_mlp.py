@@ -1,4 +1,4 @@
-"""SwiGLU that keeps only its input, and the MLPs that use it, against Megatron-Core's, bit for bit."""
+"""The MLPs whose SwiGLU keeps only its input, against Megatron-Core's, bit for bit."""
 
 from collections.abc import Callable
 from typing import Any
@@ -12,47 +12,9 @@ from support.saved_tensors import saved_tensors
 from support.small_moe import DEVICE, draw_parameters, make_config, make_mask, make_visible_experts, process_groups
 from support.small_moe import random_visible_sets as visible_sets
 from torch import Tensor
-from torch.nn.functional import silu
 
 from maskmoe.transformer.layer_specs import get_maskmoe_decoder_block_spec
-from maskmoe.transformer.torch_modules.mlp import TorchMLP, TorchSharedExpertMLP, swiglu
-
-DTYPES = [torch.float32, torch.bfloat16]
-
-
-def unfused(projected: Tensor, weights: Tensor | None) -> Tensor:
-    gate, value = projected.chunk(2, dim=-1)
-    activated = silu(gate) * value
-    return activated if weights is None else (activated * weights).to(activated.dtype)
-
-
-def results(function: Callable, projected: Tensor, weights: Tensor | None) -> list[Tensor]:
-    """Return the result and the gradients."""
-    inputs = [tensor for tensor in (projected, weights) if tensor is not None]
-    output = function(projected, weights)
-    torch.manual_seed(1)
-    return [output, *torch.autograd.grad(output, inputs, torch.randn_like(output))]
-
-
-def draw(dtype: torch.dtype, weights_dtype: torch.dtype | None) -> tuple[Tensor, Tensor | None]:
-    torch.manual_seed(0)
-    projected = torch.randn(7, 20).to(DEVICE, dtype).requires_grad_()
-    return projected, weights_dtype and torch.rand(7, 1).to(DEVICE, weights_dtype).requires_grad_()
-
-
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("weights_dtype", [None, *DTYPES], ids=str)
-def test_swiglu_equals_the_unfused_operations(dtype, weights_dtype) -> None:
-    inputs = draw(dtype, weights_dtype)
-    for found, expected in zip(results(swiglu, *inputs), results(unfused, *inputs), strict=True):
-        assert found.dtype == expected.dtype
-        assert torch.equal(found, expected)
-
-
-def test_swiglu_keeps_its_input_only() -> None:
-    projected, weights = draw(torch.float32, torch.float32)
-    kept = saved_tensors(lambda: swiglu(projected, weights))
-    assert {tensor.data_ptr() for tensor in kept} == {projected.data_ptr(), weights.data_ptr()}
+from maskmoe.transformer.torch_modules.mlp import TorchMLP, TorchSharedExpertMLP
 
 
 def mlp_of(spec_of: Callable, is_dense: bool, **settings: Any) -> MLP:

@@ -71,27 +71,6 @@ def test_permutation_is_recognized(is_permutation: bool) -> None:
     assert copies_of(copied).is_permutation is is_permutation
 
 
-@settings(max_examples=40)
-@given(to_ranks=maps())
-def test_exchange_with_this_rank_alone(to_ranks: Tensor) -> None:
-    """Dispatch copies rows, combine adds the copies, and each is the gradient of the other."""
-    exchange = exchange_alone(copies_of(to_ranks))
-    rows = to_ranks.t().nonzero()[:, 1]
-
-    values = whole_numbers(len(to_ranks), FEATURES).requires_grad_()
-    received = dispatch(exchange, values)
-    assert torch.equal(received, values[rows])
-    outputs = whole_numbers(*received.shape).requires_grad_()
-    received.backward(outputs.detach())
-    sums = torch.zeros_like(values).index_add(0, rows, outputs.detach())
-    assert torch.equal(values.grad, sums)
-
-    combined = exchange.combine(outputs)
-    assert torch.equal(combined, sums)
-    combined.backward(values.detach())
-    assert torch.equal(outputs.grad, values.detach()[rows])
-
-
 def exchange_alone(copies: RowCopies) -> RowExchange:
     """Return an exchange of this rank with itself."""
     num_rows = (len(copies.rows),)

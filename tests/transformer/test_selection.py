@@ -1,13 +1,10 @@
 """The selection of experts against the definition of the method, token by token."""
 
-from itertools import combinations
-
 import numpy as np
 import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from support.router_cases import possible_groups
 from support.small_moe import DEVICE
 from torch import Tensor
 
@@ -59,32 +56,6 @@ def test_selects_the_best_visible_experts(seed, num_experts, num_distinct, invis
         best = sorted(scores[token, visible[token]].tolist(), reverse=True)[:topk]
         # Any of several tied experts may be selected, so compare scores.
         assert sorted(scores[token, experts].tolist(), reverse=True) == best
-
-
-@given(seed=st.integers(0, 2**32 - 1), num_experts=st.integers(2, 12), data=st.data())
-def test_groups_limit_the_selection(seed: int, num_experts: int, data: st.DataObject) -> None:
-    """The chosen groups have the largest sum of their `k / group_topk` best experts, and hold all selected experts.
-
-    The token's smallest visible score takes the places that a group cannot fill. Only groups with a visible expert
-    count. Scores of several combinations of groups may be equal, and any such combination may be chosen.
-    """
-    topk = data.draw(st.integers(1, num_experts))
-    num_groups, group_topk = data.draw(st.sampled_from(possible_groups(num_experts, topk)))
-    scores, visible = draw_tokens(seed, num_experts)
-    found = selected_visible(scores, visible, topk, num_groups=num_groups, group_topk=group_topk)
-    group_size = num_experts // num_groups
-    for token, experts in enumerate(found):
-        seen = {expert: scores[token, expert].item() for expert in visible[token].nonzero().flatten().tolist()}
-        group_scores = {}
-        for group in {expert // group_size for expert in seen}:
-            own = sorted((score for expert, score in seen.items() if expert // group_size == group), reverse=True)
-            places = topk // group_topk
-            group_scores[group] = sum((own + places * [min(seen.values())])[:places])
-        choices = list(combinations(group_scores, min(group_topk, len(group_scores))))
-        largest = max(sum(group_scores[group] for group in choice) for choice in choices)
-        best_choices = [choice for choice in choices if sum(group_scores[group] for group in choice) == largest]
-        allowed = [[expert for expert in seen if expert // group_size in choice] for choice in best_choices]
-        assert experts in [sorted(sorted(each, key=seen.get)[-topk:]) for each in allowed]
 
 
 @pytest.mark.parametrize("groups", [{}, {"num_groups": 5, "group_topk": 2}], ids=["", "groups"])
