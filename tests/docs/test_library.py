@@ -30,11 +30,6 @@ def train(command: str, folder: Path, loss: str) -> list[float]:
     return [float(value) for value in re.findall(loss, result.stdout)]
 
 
-@pytest.mark.parametrize("script", SCRIPTS, ids=NAMES)
-def test_examples_are_short(script: str) -> None:
-    assert len([line for line in script.splitlines() if line]) <= 40
-
-
 @pytest.mark.slow
 def test_pretrain_of_megatron_runs_as_printed(folder: Path) -> None:
     losses = train(PRETRAIN, folder, r"lm loss: (\S+)")
@@ -66,24 +61,6 @@ def test_loop_needs_the_cpu_adapter_only(folder: Path) -> None:
     (folder / NAMES[1]).write_text(alone, encoding="utf-8")
     losses = train(LOOP.replace("4", "1"), folder, r"'loss': tensor\(([\d.]+)\)")
     assert losses[-1] < losses[0] - 0.5
-
-
-@pytest.mark.slow
-def test_loop_starts_each_step_without_gradients(folder: Path) -> None:
-    """Without learning and dropout, the same micro-batches give the same gradient norm in each step."""
-    script = re.sub("_model_parallel_size=2", "_model_parallel_size=1", SCRIPTS[1])
-    for old, new in (
-        ("lr=3e-3", "lr=0.0"),
-        ("% 510", "* 0"),
-        ("range(20)", "range(2)"),
-        ("add_bias_linear=False)", "add_bias_linear=False, hidden_dropout=0.0, attention_dropout=0.0)"),
-        ("optimizer.step()", "print('norm', optimizer.step()[1])"),
-    ):
-        assert script.count(old) == 1
-        script = script.replace(old, new)
-    (folder / NAMES[1]).write_text(script, encoding="utf-8")
-    first, second = train(LOOP.replace("4", "1"), folder, r"norm ([\d.]+)")
-    assert first == pytest.approx(second, rel=1e-6)
 
 
 def test_table_lists_all_patches_of_a_process() -> None:
