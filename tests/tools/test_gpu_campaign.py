@@ -7,31 +7,25 @@ import subprocess
 import sys
 import time
 from pathlib import Path
-from types import SimpleNamespace
 
 import psutil
 import pytest
 import torch
 from device_meter import DeviceCost, cost_in_trace
-from gpu_campaign import benchmarks, runner
+from gpu_campaign import runner
 from gpu_campaign.__main__ import main
-from gpu_campaign.probe import datasheet_teraflops
 from gpu_campaign.production import overlap_commands, read_overlap, read_speed
 from gpu_campaign.results import Campaign, Findings, Plot, Status, Table
 from gpu_campaign.runner import run_campaign
 from gpu_campaign.step import Command, Context, Step
 from gpu_campaign.steps import GPU_TESTS, STEPS
 from gpu_campaign.training import ITERATIONS, TOLERANCE, read_training, training_commands
-from megatron.core.transformer.moe import moe_utils
 from ranks import compare
-from routed_tokens import as_stock, fused_settings
 from support.paths import ROOT
 from support.runs import write_scalars
 
 from maskmoe.errors import RunFailure
 from maskmoe.launch.machine import Devices
-from maskmoe.megatron_compat import cpu
-from maskmoe.megatron_compat.gpu import GpuPackages
 from maskmoe.routing_mask.dispatch_kind import DispatchKind
 
 SCRIPT = ROOT / "tools" / "gpu_campaign.sh"
@@ -215,13 +209,6 @@ def test_all_tests_of_gpus_run() -> None:
     }
 
 
-def test_operations_of_known_gpus() -> None:
-    assert datasheet_teraflops("NVIDIA H100 80GB HBM3") == datasheet_teraflops("NVIDIA H200") == 989
-    assert datasheet_teraflops("NVIDIA A100-SXM4-80GB") == 312
-    assert datasheet_teraflops("NVIDIA GB200") == 2500
-    assert datasheet_teraflops("NVIDIA GeForce RTX 3060") is None
-
-
 def trace_event(category: str, name: str, start: float, duration: float = 1.0) -> dict:
     return {"ph": "X", "cat": category, "name": name, "ts": start, "dur": duration}
 
@@ -367,37 +354,6 @@ def test_a_comparison_of_equal_operations_fails() -> None:
 
     with pytest.raises(RunFailure, match="ours does the operations of stock"):
         compare("case", plan_and_double, "stock", double)
-
-
-def test_stock_fuses_everything_that_the_machine_can(monkeypatch) -> None:
-    monkeypatch.setattr(cpu, "is_installed", lambda: False)
-    monkeypatch.setattr(GpuPackages, "installed", GpuPackages)
-    monkeypatch.setattr(moe_utils, "fused_topk_with_score_function", print)
-    settings = fused_settings(transformer_engine=True)
-    fused = {name for name, value in settings.items() if "fusion" in name and value is True}
-    names = ("gradient_accumulation", "moe_permute", "bias_activation", "bias_dropout", "apply_rope")
-    assert fused == {f"{name}_fusion" for name in names}
-    assert settings["moe_grouped_gemm"]
-    ours = SimpleNamespace(moe_router_fusion=False, **settings)
-    assert (as_stock(ours).moe_router_fusion, ours.moe_router_fusion) == (True, False)
-
-
-@pytest.mark.parametrize(("capability", "are_measured"), [((9, 0), True), ((8, 6), False)])
-def test_experts_are_measured_where_they_are_grouped(
-    capability: tuple[int, int], are_measured: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """Elsewhere, ours are Megatron-Core's experts, so the comparison would fail."""
-    measured = []
-    monkeypatch.setattr(cpu, "is_installed", lambda: False)
-    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device=None: capability)
-    monkeypatch.setattr(torch.distributed, "destroy_process_group", lambda: None)
-    monkeypatch.setattr(benchmarks, "join_ranks", lambda: None)
-    monkeypatch.setattr(benchmarks, "measure", lambda cases, options: measured.append(Path(options.json).stem))
-    monkeypatch.setattr(sys, "argv", ["benchmarks", str(tmp_path), "local", "Transformer-Engine"])
-    benchmarks.main()
-    assert "local-router" in measured
-    assert ("local-experts" in measured) is are_measured
-    assert "Transformer-Engine-experts" not in measured
 
 
 def test_runs_on_the_cpu_see_no_gpus(tmp_path: Path) -> None:
