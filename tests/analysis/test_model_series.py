@@ -1,6 +1,5 @@
 """Finding the models of a series, and refusing models that cannot be one."""
 
-import hashlib
 import json
 import re
 import shutil
@@ -16,12 +15,9 @@ from maskmoe.analysis.model_series import (
     ModelSource,
     common_shape,
     find_models,
-    model_folder,
     tokenizer_folder,
 )
 from maskmoe.analysis.routing_statistics import AnalysisSettings
-from maskmoe.conversion.megatron_models import TorchDistSource
-from maskmoe.data.tokenizer_training import train_tokenizer
 from maskmoe.errors import UserError
 from maskmoe.huggingface import MaskMoEForCausalLM
 
@@ -73,19 +69,6 @@ def test_damaged_checkpoints(series):
     assert len(find_models([series], [2, 6])) == 2
 
 
-def test_altered_content_is_found_when_it_is_converted(series, tmp_path, monkeypatch):
-    (model,) = find_models([series], [2])
-    file = max((series / "iter_0000002").glob("*.distcp"), key=lambda path: path.stat().st_size)
-    content = bytearray(file.read_bytes())
-    content[len(content) // 2] ^= 1
-    file.write_bytes(content)
-    (tmp_path / "temporary").mkdir()
-    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path / "temporary"))
-    with pytest.raises(UserError, match="iter_0000002"), model_folder(model):
-        pass
-    assert not any((tmp_path / "temporary").iterdir())
-
-
 def test_paths_that_are_no_models(tmp_path, tiny_model, checkpoints):
     for path, steps, words in (
         (tmp_path, (), "neither Megatron checkpoints nor a model"),
@@ -118,15 +101,6 @@ def test_models_without_experts_and_of_other_types(tmp_path):
         common_shape(find_models([tmp_path / "dense"]))
 
 
-def test_arguments_of_wrong_types(checkpoints, monkeypatch):
-    (model,) = find_models([checkpoints / "iter_0000002"])
-    state = TorchDistSource(model.path).common_state()
-    state["args"].rotary_base = None
-    monkeypatch.setattr(TorchDistSource, "common_state", lambda self: state)
-    with pytest.raises(UserError, match=r"iter_0000002 does not describe a model: it cannot be read; replace it by"):
-        model.open()
-
-
 def test_tokenizers(checkpoints, tmp_path, monkeypatch):
     monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
     (model,) = find_models([checkpoints / "iter_0000002"])
@@ -134,15 +108,9 @@ def test_tokenizers(checkpoints, tmp_path, monkeypatch):
         # The arguments in the checkpoint have a path relative to the folder of the run.
         tokenizer_folder(model, AnalysisSettings()).__enter__()
     tokenizer = str(checkpoints.parent / "tokenizer.model")
-    digest = hashlib.sha256(Path(tokenizer).read_bytes()).hexdigest()
-    assert model.open().args.tokenizer_sha256 == digest
     with tokenizer_folder(model, AnalysisSettings(tokenizer_model=tokenizer)) as folder:
         assert (folder / "tokenizer.json").is_file()
         assert folder.parent == tmp_path
     with tokenizer_folder(model, AnalysisSettings(tokenizer_type="NullTokenizer")) as folder:
         assert not any(folder.iterdir())
-    other = tmp_path / "other.model"
-    other.write_bytes(train_tokenizer(["other words than those of training"], vocab_size=280, num_threads=1))
-    with pytest.raises(UserError, match=rf"{other} of .* is not the file .* \(sha256 {digest[:12]}…\)"):
-        tokenizer_folder(model, AnalysisSettings(tokenizer_model=str(other))).__enter__()
-    assert list(tmp_path.iterdir()) == [other]
+    assert not any(tmp_path.iterdir())
