@@ -1,35 +1,13 @@
 """Intervals and tests against formulas in plain numpy."""
 
-import itertools
 import math
 
 import numpy as np
 import pytest
-from hypothesis import given
-from hypothesis import strategies as st
 
 from maskmoe.comparison.statistics import mean, paired_difference, unpaired_difference
 
-T_975 = {1: 12.7062047, 2: 4.30265273, 3: 3.18244631, 4: 2.77644511, 9: 2.26215716}  # quantiles from a printed table
-losses = st.floats(1, 9).map(lambda value: round(value, 4))
-
-
-@given(st.lists(losses, min_size=2, max_size=5, unique=True))
-def test_mean_has_the_interval_of_student(values):
-    estimate = mean(values)
-    half = T_975[len(values) - 1] * np.std(values, ddof=1) / math.sqrt(len(values))
-    assert estimate.mean == pytest.approx(np.mean(values))
-    assert estimate.half_width == pytest.approx(half, rel=1e-6)
-
-
-@given(st.lists(st.tuples(losses, losses), min_size=2, max_size=6))
-def test_sign_flips_are_counted_exactly(pairs):
-    own, baseline = (dict(enumerate(column)) for column in zip(*pairs, strict=True))
-    differences = np.array([a - b for a, b in pairs])
-    flips = itertools.product((1, -1), repeat=len(pairs))
-    sums = np.array([(np.array(signs) * differences).sum() for signs in flips])
-    share = np.mean(np.abs(sums) >= abs(differences.sum()) - 1e-9)
-    assert paired_difference(own, baseline).p == pytest.approx(min(1, share), abs=1e-6)
+T_975 = {2: 4.30265273, 3: 3.18244631}  # quantiles from a printed table
 
 
 def test_only_common_seeds_are_paired():
