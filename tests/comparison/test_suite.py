@@ -5,7 +5,6 @@ from pathlib import Path
 import pytest
 from support.paths import ROOT
 
-from maskmoe.comparison.data import Dataset
 from maskmoe.comparison.suite import Suite
 from maskmoe.errors import UserError
 from maskmoe.files.flags import flags_to_yaml
@@ -214,6 +213,7 @@ def test_shipped_routed_and_shared_experts_are_as_wide_as_the_dense_layer(shippe
 @pytest.mark.parametrize("name", ["small", "large"])
 def test_shipped_rates_are_chosen_from_several_seeds_of_their_own(name):
     suite, rates = (Suite.read(ROOT / "launch" / "suites" / f"{file}.yaml", {}) for file in (name, f"{name}-rates"))
+    assert suite.data.input == ("required",)
     used = {seed for variant in suite.variants.values() for seed in variant.seeds}
     for variant in rates.variants.values():
         assert len(variant.seeds) > 1
@@ -224,13 +224,3 @@ def test_shipped_fixed_routing_has_nothing_to_balance():
     for name in ("12l-768d-hash.yaml", "24l-1024d-hash.yaml"):
         model = ModelFile.read(ROOT / "launch" / "models" / name, {})
         assert model.flags["moe-router-load-balancing-type"] == ("none",)
-
-
-@pytest.mark.parametrize("name", ["small", "large", "per-layer"])
-def test_suites_for_gpus_want_text(name, tmp_path):
-    suite = Suite.read(ROOT / "launch" / "suites" / f"{name}.yaml", {})
-    with pytest.raises(UserError, match="the suite brings no text"):
-        Dataset.of(suite.data, tmp_path, suite.seq_length).check()
-    given = {"data_path": ("0.5", "/data"), "split": "99,1,0", "tokenizer_model": "/model"}
-    data = Dataset.of(suite.data.model_copy(update=given), tmp_path, suite.seq_length)
-    assert data.flags["data-path"] == ("0.5", "/data")
