@@ -49,7 +49,7 @@ def parse_arguments() -> argparse.Namespace:
     series = "the models of the series, in order: Megatron checkpoints, models in transformers' format, or folders of "
     series += "Megatron checkpoints, which stand for all their checkpoints"
     add_option(models, "--load PATH", series, Path, nargs="+", required=True)
-    add_option(models, "--ckpt-step I", "use only these iterations of a folder", ranges.ITERATION, nargs="+")
+    add_option(models, "--ckpt-step I", "use only these iterations of a folder", ranges.NUMBER, nargs="+")
     add_option(models, "--tokenizer-type T", "type of the tokenizer (default: the checkpoint's; NullTokenizer: none)")
     add_option(models, "--tokenizer-model F", "file of the tokenizer (default: the checkpoint's)")
 
@@ -61,18 +61,18 @@ def parse_arguments() -> argparse.Namespace:
     add_option(probe, "--eval-split", "the part of --split to use", choices=SPLITS, default="valid")
     add_option(probe, "--json-keys K", "key of the text in JSON lines", default="text")
     tokens = "number of tokens, from all over --data-path or from the beginning of --input"
-    add_option(probe, "--tokens T", tokens, ranges.TOKENS, default=AnalysisSettings.tokens)
+    add_option(probe, "--tokens T", tokens, ranges.COUNT, default=AnalysisSettings.tokens)
     window = "tokens in a window (default: the model's, at most an eighth of --tokens)"
-    add_option(probe, "--seq-length S", window, ranges.SEQ_LENGTH)
-    add_option(probe, "--batch-size B", "windows in a batch", ranges.BATCH_SIZE, default=AnalysisSettings.batch_size)
+    add_option(probe, "--seq-length S", window, ranges.COUNT)
+    add_option(probe, "--batch-size B", "windows in a batch", ranges.COUNT, default=AnalysisSettings.batch_size)
 
     measures = parser.add_argument_group("statistics")
     counts = "token counts for the frequency bands, made by maskmoe count (default: the probe's)"
     add_option(measures, "--token-frequency F", counts, Path)
     least, most = AnalysisSettings.min_occurrences, AnalysisSettings.top_ids
     occurrences = "occurrences in the probe from which an id counts in ids.csv"
-    add_option(measures, "--min-occurrences O", occurrences, ranges.OCCURRENCES, default=least)
-    add_option(measures, "--top-ids R", "ids to list for each expert", ranges.LISTED_IDS, default=most)
+    add_option(measures, "--min-occurrences O", occurrences, ranges.COUNT, default=least)
+    add_option(measures, "--top-ids R", "ids to list for each expert", ranges.COUNT, default=most)
 
     add_option(parser, "--output-dir DIR", "folder for the results", Path, required=True)
     traces = "also write the routing of every token, trace_1.safetensors, …"

@@ -80,7 +80,7 @@ def parse_arguments(words: Sequence[str] | None = None) -> argparse.Namespace:
         "--frequent-visible-experts experts)",
     )
     first = "the first L transformer layers are hash layers: every id sees equally many experts there, and the other "
-    add_option(method, "--hash-layers L", f"{first}flags apply to the other layers only; 0: none", ranges.HASH_LAYERS)
+    add_option(method, "--hash-layers L", f"{first}flags apply to the other layers only; 0: none", ranges.NUMBER)
     number = "experts that every id sees in a hash layer; with k of them, the table picks the k experts and the router "
     add_option(method, "--hash-visible-experts V", f"{number}only weights them (default: 1)", ranges.EXPERTS)
     chosen = "how the experts of hash layers are chosen (default: rank-local with --assignment rank-local, else "

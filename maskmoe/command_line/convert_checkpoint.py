@@ -41,7 +41,7 @@ def _add_arguments(parser: argparse.ArgumentParser, name: str) -> None:
     parser.set_defaults(ckpt_step=None, hybrid_layer_pattern=None)
     if name in ("megatron-to-hf", "upcycle"):
         step = "iteration to convert of a run's checkpoints, as Megatron's flag (default: the newest, if undamaged)"
-        add_option(parser, "--ckpt-step I", step, ranges.ITERATION)
+        add_option(parser, "--ckpt-step I", step, ranges.NUMBER)
     if name in ("hf-to-megatron", "upcycle"):
         pattern = (
             "write a checkpoint of a HybridModel with this pattern, in which | may divide pipeline stages; "
@@ -85,7 +85,7 @@ def add_upcycle_arguments(parser: argparse.ArgumentParser) -> None:
     add_option(group, "--moe-layer-freq FREQ", f"{layers} (default: all layers)")
     add_option(group, "--topk K", "experts of a token", ranges.EXPERTS, default=UpcycleSettings.topk)
     parts = "make experts of 1/G of the MLP's size; N and K must be multiples of G; 1: whole copies"
-    add_option(group, "--granularity G", parts, ranges.GRANULARITY, default=UpcycleSettings.granularity)
+    add_option(group, "--granularity G", parts, ranges.COUNT, default=UpcycleSettings.granularity)
     add_option(group, "--seed S", "seed of the routers", ranges.SEED, default=UpcycleSettings.seed)
 
 

@@ -42,18 +42,18 @@ def parse_arguments() -> argparse.Namespace:
     file += "`.jsonl`. The output is JSON lines with the key `text`"
     add_option(source, "--prompts-file FILE", file, Path)
     batch = "continue this many texts of --prompts-file at a time"
-    add_option(parser, "--batch-size N", batch, ranges.BATCH_SIZE, default=8)
+    add_option(parser, "--batch-size N", batch, ranges.COUNT, default=8)
     length = "stop after this many new tokens, or at the end of the text"
-    add_option(parser, "--max-new-tokens N", length, ranges.NEW_TOKENS, default=64)
+    add_option(parser, "--max-new-tokens N", length, ranges.COUNT, default=64)
     divisor = "divide logits by this before a token is drawn; 0 takes the most probable token"
     add_option(parser, "--temperature T", divisor, ranges.TEMPERATURE, default=0.8)
-    add_option(parser, "--top-k K", "draw among the K most probable tokens; 0: all", ranges.TOP_K, default=50)
+    add_option(parser, "--top-k K", "draw among the K most probable tokens; 0: all", ranges.NUMBER, default=50)
     add_seed_argument(parser, "the drawing", default=1234)
     add_option(parser, "--output FILE", "also write the text to this file", Path)
     add_force_argument(parser)
     group = parser.add_argument_group("checkpoints of Megatron")
     step = "iteration of a run's checkpoints to read, as Megatron's flag (default: the newest, if undamaged)"
-    add_option(group, "--ckpt-step I", step, ranges.ITERATION)
+    add_option(group, "--ckpt-step I", step, ranges.NUMBER)
     kind = "type of the tokenizer (default: the checkpoint's); NullTokenizer: prompts are token ids"
     add_option(group, "--tokenizer-type T", kind)
     add_option(group, "--tokenizer-model F", "file of the tokenizer of training (default: the checkpoint's)")

@@ -26,7 +26,7 @@ def main() -> None:
     parser = command_parser(__doc__)
     add_option(parser, "--output FILE.jsonl", "file to write", Path, required=True)
     limit = "largest size of the text in bytes; the standard library comes first (default: %(default)s, 32 MiB)"
-    parser.add_argument("--max-bytes", type=ranges.BYTES, default=32 << 20, metavar="N", help=limit)
+    parser.add_argument("--max-bytes", type=ranges.COUNT, default=32 << 20, metavar="N", help=limit)
     add_seed_argument(parser, "the order of the documents")
     add_force_argument(parser)
     arguments = parser.parse_args()

@@ -28,9 +28,9 @@ def main() -> None:
     parser = command_parser(__doc__)
     add_option(parser, "--load DIR", "folder of Megatron checkpoints", Path, required=True)
     keep = "number of checkpoints to keep"
-    add_option(parser, "--keep-last-checkpoints K", keep, ranges.CHECKPOINTS, default=1)
+    add_option(parser, "--keep-last-checkpoints K", keep, ranges.COUNT, default=1)
     retain = "also keep the checkpoints at multiples of this iteration (default: none)"
-    add_option(parser, "--save-retain-interval N", retain, ranges.ITERATIONS)
+    add_option(parser, "--save-retain-interval N", retain, ranges.COUNT)
     dry_run = "only print which checkpoints would be removed"
     parser.add_argument("--dry-run", action="store_true", help=dry_run)
     arguments = parser.parse_args()

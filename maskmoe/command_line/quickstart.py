@@ -67,9 +67,9 @@ def parse_settings(arguments: Sequence[str] | None = None) -> Settings:
     )
 
     training = parser.add_argument_group("training")
-    add(training, "--seq-length", ranges.WholeNumber(32, ranges.SEQ_LENGTH.most), "number of tokens in a sample")
-    add(training, "--global-batch-size", ranges.BATCH_SIZE, "number of samples in an iteration")
-    add(training, "--train-iters", ranges.ITERATIONS, "number of iterations")
+    add(training, "--seq-length", ranges.WholeNumber(32, ranges.COUNT.most), "number of tokens in a sample")
+    add(training, "--global-batch-size", ranges.COUNT, "number of samples in an iteration")
+    add(training, "--train-iters", ranges.COUNT, "number of iterations")
     add(training, "--lr", ranges.LEARNING_RATE, "largest learning rate", "X")
     add(training, "--seed", ranges.RUN_SEED, "seed of the initial weights and of the order of the data")
     training.add_argument("--prompt", metavar="TEXT", help="start of the sample (default: the start of the text)")

@@ -83,25 +83,12 @@ VOCAB_SIZE = WholeNumber(1, 1 << 24)
 TOKENIZER_SIZE = WholeNumber(260, 1 << 24)  # 3 special ids, 256 ids of bytes, and one token
 EXPERTS = WholeNumber(1, 1 << 16)
 LAYERS = WholeNumber(1, 10_000)
-LAYER = LAYERS
-HASH_LAYERS = WholeNumber(0, 10_000)
 HIDDEN_SIZE = WholeNumber(1, 1 << 20)
-SEQ_LENGTH = WholeNumber(1, 1 << 24)
 ELEMENT_BYTES = WholeNumber(1, 64)
-GRANULARITY = WholeNumber(1, 1 << 12)
 
-# Amounts of data and work.
-BYTES = WholeNumber(1, _MANY)
-LINES = WholeNumber(1, 1 << 31)
-TOKENS = WholeNumber(1, _MANY)
-BATCH_SIZE = WholeNumber(1, 1 << 24)
-ITERATION = WholeNumber(0, _MANY)
-ITERATIONS = WholeNumber(1, _MANY)
-CHECKPOINTS = WholeNumber(1, 1 << 20)
-OCCURRENCES = WholeNumber(1, _MANY)
-LISTED_IDS = WholeNumber(1, 1 << 24)
-NEW_TOKENS = WholeNumber(1, 1 << 24)
-TOP_K = WholeNumber(0, 1 << 24)
+# Amounts of data and work, and numbers that count from 0.
+COUNT = WholeNumber(1, _MANY)
+NUMBER = WholeNumber(0, _MANY)
 
 # Processes and machines.
 PROCESSES = WholeNumber(1, 1 << 12)
@@ -109,9 +96,7 @@ THREADS = WholeNumber(1, 1024)  # SentencePiece allows no more
 RANKS = WholeNumber(1, 1 << 24)
 RANKS_OF_NODE = WholeNumber(1, 1 << 12)
 NODES = WholeNumber(1, 1 << 20)
-NODE_RANK = WholeNumber(0, 1 << 20)
 PORT = WholeNumber(1, (1 << 16) - 1)
-RESTARTS = WholeNumber(0, 1 << 20)
 TIMEOUT = Number(0, 1e9, is_above=True)
 SECONDS = WholeNumber(1, 1 << 31)
 NODE_TIMEOUT = WholeNumber(10, 1 << 20)  # five signs of life

@@ -49,9 +49,9 @@ def parse_arguments() -> argparse.Namespace:
     source = parser.add_argument_group("tokens and mask")
     add_option(source, "--data-path P", "prefix of a dataset (P.bin and P.idx exist)", required=True)
     add_option(source, "--routing-mask F", "routing mask of the dataset's tokenizer", Path, required=True)
-    add_option(source, "--layer L", "layer of the mask, counted from 1 (default: the last layer)", ranges.LAYER)
+    add_option(source, "--layer L", "layer of the mask, counted from 1 (default: the last layer)", ranges.LAYERS)
     tokens = "consecutive tokens of the dataset in the micro-batch of a rank"
-    add_option(source, "--tokens-per-rank T", tokens, ranges.TOKENS, default=4096)
+    add_option(source, "--tokens-per-rank T", tokens, ranges.COUNT, default=4096)
     add_seed_argument(source, "the random choice of experts")
 
     model = parser.add_argument_group("model")

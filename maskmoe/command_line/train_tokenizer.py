@@ -44,7 +44,7 @@ def main() -> None:
     covered += "other characters are encoded as bytes"
     add_option(parser, "--character-coverage SHARE", covered, ranges.CHARACTER_COVERAGE, default=0.9995)
     lines = "train on at most N lines, drawn at random; limits the memory"
-    add_option(parser, "--max-lines N", lines, ranges.LINES, default=10_000_000)
+    add_option(parser, "--max-lines N", lines, ranges.COUNT, default=10_000_000)
     workers = "threads that train; another number gives slightly different tokens"
     add_option(parser, "--workers W", workers, ranges.THREADS, default=16, dest="num_threads")
     add_seed_argument(parser, "the drawn lines")

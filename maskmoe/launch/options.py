@@ -176,7 +176,7 @@ def _parser(program: str, environment: Mapping[str, str]) -> Parser:
     address = "an address of node 0 and a free port; default with several nodes: MASTER_ADDR:MASTER_PORT"
     nodes = "number of nodes; MIN:MAX lets nodes come and go during the run, which needs a shared run folder"
     add("--nodes", "N", _node_range, "NNODES", nodes, "1")
-    add("--node-rank", "R", ranges.NODE_RANK, "NODE_RANK", "number of this node, from 0")
+    add("--node-rank", "R", ranges.NUMBER, "NODE_RANK", "number of this node, from 0")
     add("--gpus-per-node", "G", ranges.RANKS_OF_NODE, "NPROC_PER_NODE", ranks)
     add(
         "--rendezvous", "HOST:PORT", _address, "RDZV_ENDPOINT", f"where the nodes meet: {address} (port {DEFAULT_PORT})"
@@ -189,7 +189,7 @@ def _parser(program: str, environment: Mapping[str, str]) -> Parser:
     add(
         "--rendezvous-timeout", "SECONDS", ranges.SECONDS, "RDZV_TIMEOUT", "how long the nodes wait for each other", 600
     )
-    add("--max-restarts", "M", ranges.RESTARTS, "MAX_RESTARTS", "how often failed ranks are restarted", 3)
+    add("--max-restarts", "M", ranges.NUMBER, "MAX_RESTARTS", "how often failed ranks are restarted", 3)
     saving = "how long ranks may take for a last checkpoint"
     add("--shutdown-timeout", "SECONDS", ranges.SECONDS, "SHUTDOWN_TIMEOUT", saving, SHUTDOWN_TIMEOUT)
     add(

@@ -136,7 +136,7 @@ def add_pretraining_arguments(parser: ArgumentParser) -> ArgumentParser:
         "--keep-last-checkpoints N",
         "keep the newest N checkpoints in --save and the multiples of --save-retain-interval, and remove all others; "
         "by default all checkpoints are kept",
-        ranges.CHECKPOINTS,
+        ranges.COUNT,
     )
     add_option(
         group,
