@@ -2,6 +2,7 @@
 
 import io
 import json
+import os
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -94,6 +95,7 @@ DAMAGES: dict[str, Damage] = {
     "mask that is a text": set_values(CONFIG, routing_mask="mask"),
     "unknown activation": set_values(CONFIG, hidden_act="unheard_of"),
     "type of the weights unknown": set_values(CONFIG, dtype="float12"),
+    "pipe among the files": lambda folder: os.mkfifo(folder / "added_tokens.json"),
     "missing tokenizer": remove(TOKENIZER),
     "tokenizer that is a list": write(TOKENIZER, "[]"),
     "tokenizer with more ids than the model": set_values(

@@ -3,22 +3,18 @@
 import errno
 import json
 import os
-import shutil
 import signal
 
 import pytest
 import torch
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
-from support.tiny_maskmoe import VARIANTS, make_model, random_mask
-from tokenizers import Tokenizer, models
-from transformers import PreTrainedTokenizerFast
+from support.tiny_maskmoe import VARIANTS, make_model
 
 from maskmoe.conversion.model_files import (
     UNFINISHED,
     SafetensorsSource,
     load_exported_model,
-    load_exported_tokenizer,
     output_folder,
     write_safetensors,
 )
@@ -141,21 +137,6 @@ def test_unknown_type(tmp_path):
         SafetensorsSource(tmp_path)
 
 
-@pytest.fixture(scope="module")
-def exported(tmp_path_factory):
-    """A model in several files with a tokenizer."""
-    folder = tmp_path_factory.mktemp("exported")
-    mask = random_mask()
-    make_model(mask).save_pretrained(folder, max_shard_size="20KB")
-    words = Tokenizer(models.WordLevel({"a": 0, "b": 1}, unk_token="a"))
-    PreTrainedTokenizerFast(tokenizer_object=words).save_pretrained(folder)
-    return folder
-
-
-def load(folder):
-    return load_exported_model(folder, load_exported_tokenizer(folder))
-
-
 def test_expert_bias_that_is_infinite(tmp_path):
     """The bias is no parameter, since no gradient trains it."""
     model = make_model(**VARIANTS["sigmoid"])
@@ -163,15 +144,6 @@ def test_expert_bias_that_is_infinite(tmp_path):
     model.save_pretrained(tmp_path)
     with pytest.raises(UserError, match=r"NaN or infinite: model\.layers\.0\.mlp\.gate\.e_score_correction_bias$"):
         load_exported_model(tmp_path, None)
-
-
-@pytest.mark.parametrize("name", ["tokenizer.json", "generation_config.json", "added_tokens.json"])
-def test_pipe_among_the_files(exported, tmp_path, name):
-    folder = shutil.copytree(exported, tmp_path / "model")
-    (folder / name).unlink(missing_ok=True)
-    os.mkfifo(folder / name)
-    with pytest.raises(UserError, match=f"{name} is not a regular file"):
-        load(folder)
 
 
 @pytest.mark.parametrize("is_there", [False, True])
