@@ -12,7 +12,7 @@ from support.datasets import covering_ids
 
 from maskmoe.errors import UserError
 from maskmoe.routing_mask.assignment import MaskRecipe, Vocabulary, assign_table, build_routing_mask, uniform_subsets
-from maskmoe.routing_mask.mask import HashLayers, MaskProvenance, RoutingMask
+from maskmoe.routing_mask.mask import HashLayers, RoutingMask
 
 
 def visible_sets(recipe: MaskRecipe, occurrences: np.ndarray, table: int = 0) -> np.ndarray:
@@ -253,18 +253,6 @@ def test_building_does_not_depend_on_the_number_of_workers(mask, zipf_frequency)
     assert build_routing_mask(recipe, frequency=zipf_frequency(200, 5000), workers=2).digest == mask.digest
     other_seed = build_routing_mask(replace(recipe, seed=8), frequency=zipf_frequency(200, 5000), workers=1)
     assert other_seed.digest != mask.digest
-
-
-def test_provenance_has_the_settings_and_the_data(mask, zipf_frequency):
-    frequency = zipf_frequency(200, 5000)
-    assert mask.provenance == MaskProvenance(
-        assignment="balanced",
-        frequent_mass=0.5,
-        frequent_visible_experts=3,
-        seed=7,
-        counts_digest=frequency.digest,
-        datasets=frequency.datasets,
-    )
 
 
 def test_baselines_that_ignore_counts_need_only_the_vocabulary_size():
