@@ -62,9 +62,14 @@ CONTRADICTIONS = [
     ("analyze", "split", "abc", "--split"),
     ("quickstart", "hidden_size", "33", "--hidden-size"),
     ("quickstart", "seed", "0", "--seed"),
+    ("quickstart", "prompt", "", "--prompt is empty"),
     ("mask", "frequent_visible_experts", "5", "2 to 4 of 4 experts, not 5"),
     ("mask widen", "frequent_visible_experts", "5", "2 to 4 of 4 experts, not 5"),
     ("simulate", "expert_model_parallel_size", "1", "at least 2 ranks"),
+    ("simulate", "num_gpus", "12", "12 GPUs"),
+    ("simulate", "topk", "33", "top-k must be 1 to 4"),
+    ("simulate", "layer", "3", "--layer is 3"),
+    ("simulate", "tokens_per_rank", "100000", "tokens, fewer than the 100,000 of one rank"),
     ("tokenizer", "vocab_size", "300", "--vocab-size"),
     ("tokenizer", "vocab_size", "16000000", "--vocab-size"),
     ("count", "vocab_size", "5", "data"),
@@ -191,6 +196,7 @@ def test_missing_folder_is_found_before_packages_are_loaded(workshop):
         assert outcome.errors == outcome.messages()
 
 
+MASKED_MODEL = "--num-experts 4 --num-layers 2"
 # Mistakes in words, with words of the error.
 MISTAKES = [
     ("tokenizer --vocab-siz 5", "unknown flag --vocab-siz (nearest: --vocab-size)"),
@@ -199,6 +205,24 @@ MISTAKES = [
     ("mask --token-frequency a --vocab-size 5", "--vocab-size: not allowed with argument --token-frequency"),
     ("count --data-path a --output b --vocab-size 5 stray --x=1", "unknown flag --x"),
     ("count --merge a --output b --merge=c", "--merge is given 2 times: write all its values after one --merge"),
+    ("count --output OUT --data-path data", "give --data-path and --vocab-size, or --merge"),
+    ("count --output OUT --merge a --data-path a", "do not apply to --merge"),
+    ("preprocess --input a --output-prefix OUT", "required: --tokenizer-type"),
+    ("preprocess --merge a --output-prefix OUT --append-eod", "--append-eod is for --input"),
+    ("preprocess --merge a --output-prefix OUT --shard 0/2", "--shard is for --input"),
+    ("preprocess --merge a --output-prefix OUT --shuffle-seed -1", "--shuffle-seed must be at least 0, not -1"),
+    (f"preprocess {COMMANDS['preprocess']} --json-keys text text", "names 'text' twice"),
+    (f"preprocess {COMMANDS['preprocess']} --json-keys ../../x", "must not contain '/'"),
+    (f"preprocess {COMMANDS['preprocess']} --json-keys text a/b", "must not contain '/'"),
+    ("mask --routing-mask mask.safetensors --num-layers 4 --seed 1 --output OUT", "leave --num-layers out"),
+    ("mask --routing-mask mask.safetensors --hash-layers 0 --output OUT", "leave --hash-layers out"),
+    ("mask --expert-table t.npy --shared-table --output OUT", "--num-experts, --num-layers missing"),
+    (f"mask --expert-table t.npy --shared-table {MASKED_MODEL} --output OUT", "leave --shared-table out"),
+    (f"mask --expert-table t.npy --frequent-mass 0 {MASKED_MODEL} --output OUT", "leave --frequent-mass out"),
+    (
+        f"mask {MASKED_MODEL} --output OUT",
+        "give --token-frequency, --vocab-size, --expert-table or --routing-mask",
+    ),
     ("generate --load model --prompt a stray", "unrecognized arguments: stray"),
     ("generate --load model", "one of the arguments --prompt --prompts-file is required"),
     ("convert", "the following arguments are required: command"),
@@ -206,6 +230,10 @@ MISTAKES = [
     ("analyze --load model --output-dir OUT", "--data-path --input is required"),
     ("analyze --load model --output-dir OUT --input text.txt --split 1,1,1", "--split is for --data-path"),
     ("compare suite.yaml --list --report", "not allowed with argument"),
+    ("compare suite.yaml --held-out dataset=F", "--held-out must be NAME=FILE: the name dataset is taken"),
+    ("compare suite.yaml --held-out ../data=F", "--held-out must be NAME=FILE: a name consists of letters"),
+    ("compare suite.yaml --held-out a=F a=G", "--held-out has two texts of one name"),
+    (f"compare {COMMANDS['compare']} --list --merge slip", "--merge slip does not exist"),
     ("quickstart --input text.txt text.txt --run-dir text.txt", "File exists; choose another --run-dir"),
     (
         "compare suite.yaml --held-out a=text.txt --run-dir text.txt --input text.txt text.txt",

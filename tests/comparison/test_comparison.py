@@ -15,7 +15,7 @@ from support.real_suite import SUITE
 from support.results import result
 from support.waiting import wait_until
 
-from maskmoe.command_line.compare import main, open_comparison, parse_arguments
+from maskmoe.command_line.compare import open_comparison, parse_arguments
 from maskmoe.comparison.comparison import Comparison
 from maskmoe.comparison.data import Dataset
 from maskmoe.comparison.run import Run
@@ -146,19 +146,6 @@ def test_relative_paths_of_the_command_line_are_those_of_its_folder(suite_file, 
     assert data.held_out == {"a": tmp_path / "a.txt"}
 
 
-@pytest.mark.parametrize(
-    ("words", "message"),
-    [
-        (["dataset=F"], "--held-out must be NAME=FILE: the name dataset is taken"),
-        (["../data=F"], "--held-out must be NAME=FILE: a name consists of letters"),
-        (["a=F", "a=G"], "--held-out has two texts of one name"),
-    ],
-)
-def test_names_of_held_out_texts_are_checked(suite_file, words, message):
-    with pytest.raises(UserError, match=message):
-        open_comparison(parse_arguments([str(suite_file()), "--held-out", *words]))
-
-
 def test_local_training_after_a_job_of_slurm_resumes(comparison, monkeypatch):
     """The file with which a job of earlier settings said that its training is complete does not count any more."""
     run = comparison.runs[0]
@@ -190,12 +177,6 @@ def test_training_that_a_job_of_slurm_has_completed_runs_again_only_without_its_
     if has_checkpoint:
         run.last_checkpoint.mkdir(parents=True)
     assert [*comparison.finish(run)] == [f"dense.seed-1: {name}" for name in trained]
-
-
-def test_a_table_to_merge_must_exist(arguments, tmp_path, monkeypatch):
-    monkeypatch.setattr(sys, "argv", ["compare", *map(str, arguments), "--list", "--merge", str(tmp_path / "slip")])
-    with pytest.raises(UserError, match=f"^--merge {tmp_path}/slip does not exist$"):
-        main()
 
 
 def test_the_run_folder_of_a_suite_is_not_that_of_a_model_file(tmp_path, texts, monkeypatch):
@@ -255,17 +236,6 @@ def test_a_killed_suite_continues_to_the_page(arguments, tmp_path):
     output, _ = compare(*again).communicate(timeout=400)
     (repeated,) = read_table(tmp_path / "again" / "results.jsonl")
     assert repeated.losses == results["dense"].losses, output
-
-
-@pytest.mark.slow
-def test_unequal_variants_are_refused_before_training(arguments, tmp_path):
-    suite = tmp_path / "suite.yaml"
-    suite.write_text(SUITE.replace("dense: {mask: none}", "dense: {mask: none, flags: {ffn-hidden-size: 128}}"))
-    process = compare(*arguments)
-    output, _ = process.communicate(timeout=240)
-    assert process.returncode == 2
-    assert "dense has" in output.splitlines()[-1]
-    assert not [*tmp_path.glob("run/runs/*/checkpoints")]
 
 
 def test_settings_that_training_refuses_are_named_before_training(arguments, tmp_path):

@@ -22,7 +22,6 @@ from maskmoe.command_line.quickstart import parse_settings
 from maskmoe.comparison.quickstart import Quickstart, quickstart_suite, write_report
 from maskmoe.comparison.run import OWN_TEXT
 from maskmoe.comparison.stage import Stage
-from maskmoe.errors import UserError
 from maskmoe.launch.machine import Devices
 from maskmoe.launch.model_file import ModelFile
 
@@ -109,11 +108,6 @@ def test_stages_go_from_text_to_a_sample(plan, tmp_path):
 def run_quickstart(*arguments, **options):
     command = [sys.executable, "-P", "-m", "maskmoe", "quickstart", *map(str, arguments)]
     return subprocess.run(command, capture_output=True, text=True, **options)
-
-
-def test_an_empty_prompt_is_refused_before_the_training(plan):
-    with pytest.raises(UserError, match="--prompt is empty"):
-        plan("--prompt", "")
 
 
 def test_two_ways_to_a_text_are_one_path(plan, tmp_path):

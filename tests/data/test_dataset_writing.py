@@ -15,7 +15,6 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from support.datasets import write_documents
 
-from maskmoe.command_line import count_token_frequency as count_command
 from maskmoe.command_line import preprocess_data
 from maskmoe.data import dataset_writing
 from maskmoe.data.dataset_writing import IndexedDatasetWriter, copy_shuffled, merge_datasets
@@ -267,21 +266,6 @@ def test_missing_and_unusable_datasets(shards: Path, tmp_path: Path) -> None:
         assert list(tmp_path.glob("*merged*")) == []
 
 
-@pytest.mark.parametrize(
-    ("flags", "message"),
-    [
-        (["--input", "a", "--output-prefix", "b"], "required: --tokenizer-type"),
-        (["--merge", "a", "--output-prefix", "b", "--append-eod"], "--append-eod is for --input"),
-        (["--merge", "a", "--output-prefix", "b", "--shard", "0/2"], "--shard is for --input"),
-        (["--merge", "a", "--output-prefix", "b", "--shuffle-seed", "-1"], "--shuffle-seed must be at least 0, not -1"),
-    ],
-)
-def test_flags_that_do_not_fit(flags: list[str], message: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(sys, "argv", ["x", *flags])
-    with pytest.raises(UserError, match=rf"{message}.* \(see x --help\)$"):
-        preprocess_data.main()
-
-
 def test_shards_are_shuffled_by_merging(jsonl: Callable, sentencepiece_model: Path, tmp_path: Path) -> None:
     with pytest.raises(UserError, match="give it to --merge instead"):
         preprocess(
@@ -331,16 +315,3 @@ def test_counts_that_cannot_be_added_up(counts: list[str], shards: Path, tmp_pat
     ):
         with pytest.raises(UserError, match=message):
             merge_token_frequencies(names)
-
-
-@pytest.mark.parametrize(
-    ("flags", "message"),
-    [
-        (["--data-path", "a"], "give --data-path and --vocab-size, or --merge"),
-        (["--merge", "a", "--data-path", "a"], "do not apply to --merge"),
-    ],
-)
-def test_flags_of_counting_that_do_not_fit(flags: list[str], message: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(sys, "argv", ["x", *flags, "--output", "c"])
-    with pytest.raises(UserError, match=rf"{message}.* \(see x --help\)$"):
-        count_command.main()

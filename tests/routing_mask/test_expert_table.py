@@ -170,21 +170,6 @@ def test_commands_write_and_read_a_table(tmp_path):
     assert (tmp_path / "copy").read_bytes() == (tmp_path / "tid2eid").read_bytes()
 
 
-@pytest.mark.parametrize(
-    ("flags", "words"),
-    [
-        (["--routing-mask", "mask", "--num-layers", 4, "--seed", 1], "leave --num-layers out"),
-        (["--expert-table", "t.npy", "--shared-table"], "--num-experts, --num-layers missing"),
-        (["--expert-table", "t.npy", "--shared-table", *MODEL], "leave --shared-table out"),
-        (["--expert-table", "t.npy", "--frequent-mass", 0, *MODEL], "leave --frequent-mass out"),
-        (["--routing-mask", "mask", "--hash-layers", 0], "leave --hash-layers out"),
-        (MODEL, "give --token-frequency, --vocab-size, --expert-table or --routing-mask"),
-    ],
-)
-def test_flags_that_contradict_each_other(flags, words, tmp_path):
-    run_command("mask", *flags, "--output", "out", folder=tmp_path).assert_refused(words)
-
-
 def test_one_table_serves_all_layers(tmp_path):
     table = random_table(0)
     np.save(tmp_path / "t.npy", table.astype(np.int16))
