@@ -154,12 +154,14 @@ set_options() {
 
 # add_mount PATH[:MODE]
 add_mount() {
-    local path=$1 mode=ro
+    local path=$1 mode=ro links=--no-symlinks
     if [[ $path =~ ^(.+):(ro|rw)$ ]]; then
         path=${BASH_REMATCH[1]} mode=${BASH_REMATCH[2]}
     fi
     [[ $path != *:* ]] || fail "--mount $1: the path must not contain a colon, and the mode must be ro or rw"
-    path=$(realpath -e -s -- "$path" 2>/dev/null) || fail "--mount $1: no such file or folder"
+    # In a path, `..` after a link leads to the folder of the link's target.
+    [[ /$path/ != */../* ]] || links=--physical
+    path=$(realpath -e "$links" -- "$path" 2>/dev/null) || fail "--mount $1: no such file or folder"
     mounts+=("$path:$path:$mode")
 }
 

@@ -55,7 +55,13 @@ while (($#)) && [[ $1 != -- ]]; do
                 --run-dir) run_dir=$2 ;;
                 --nodes) if [[ $2 == *:* ]]; then elastic=$2; else sbatch+=("--nodes=$2"); fi ;;
                 --chain) chain=$2 ;;
-                --mount) script_options+=("$1" "$(realpath -m -s -- "${2%:r[ow]}")$(grep -oE ':r[ow]$' <<<"$2" || true)") ;;
+                --mount)
+                    # In a path, `..` after a link leads to the folder of the link's target.
+                    links=--no-symlinks
+                    [[ /$2/ != */../* ]] || links=--physical
+                    path=$(realpath -m "$links" -- "${2%:r[ow]}")
+                    script_options+=("$1" "$path$(grep -oE ':r[ow]$' <<<"$2" || true)")
+                    ;;
                 *) script_options+=("$1" "$2") ;;
             esac
             shift

@@ -200,7 +200,7 @@ def _job_arguments(options: argparse.Namespace, comparison: Comparison) -> list[
 
     All paths are absolute, because the job may run in another folder.
     """
-    # Links to folders are folders in a container, where `..` in the suite leads from a linked folder elsewhere.
+    # Resolve linked folders: a container has a folder in the place of a link, so `..` would lead elsewhere.
     suite = options.suite.parent.resolve() / options.suite.name
     words = [str(suite), "--run-dir", str(comparison.folder)]
     for key, value in _given_data(options).items():

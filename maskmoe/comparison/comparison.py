@@ -138,8 +138,11 @@ class Comparison:
         run.prepare()
         folder, training = StageFolder(run.folder), run.training_stage()
         # A job of Slurm may have completed the training. Its checkpoint may have been removed since.
-        is_finished = run.last_checkpoint.exists() and any((run.folder / "slurm").glob("*.finished"))
-        if is_finished and folder.has_begun(training):
+        finished = [*(run.folder / "slurm").glob("*.finished")]
+        if not run.last_checkpoint.exists():
+            for path in finished:
+                path.unlink()
+        elif finished and folder.has_begun(training):
             folder.end(training, training_seconds(run.tensorboard))
         for state in folder.finish(run.stages()):
             yield f"{run.title}: {state}"

@@ -127,7 +127,7 @@ class Stage:
         return {"command": list(self.command), "inputs": {str(path): _version(path) for path in self.inputs}}
 
     def has_settings(self, settings: Mapping[str, Any]) -> bool:
-        """Return whether recorded settings are those of the stage now, except for the path of the program, a Python."""
+        """Return whether recorded settings equal the stage's settings. The path of the program, Python, may differ."""
         # The login node begins a stage that a job of Slurm continues in a container, whose Python has another path.
         now = self.settings
         return settings["command"][1:] == now["command"][1:] and settings["inputs"] == now["inputs"]

@@ -247,13 +247,11 @@ class Suite(_Section):
         of_mask = {flag.removeprefix(_MASK_PREFIX): own.pop(flag) for flag in [*own] if flag.startswith(_MASK_PREFIX)}
         if not section.has_experts:
             own = {flag: words for flag, words in own.items() if flag not in self.expert_flags}
-        flags = dict(model_file.flags)
         pattern = FeedForwardLayers((section.has_experts,) * self.layers).pattern("*")
         of_layers = {"hybrid-layer-pattern": (pattern,)} if self.layers else {}
-        given = set[str]()
-        for further in (of_layers, self.flags, self.expert_flags if section.has_experts else {}, section.flags, own):
-            flags = dict(override(flags, further))
-            given |= further.keys()
+        of_experts = self.expert_flags if section.has_experts else {}
+        given = {**of_layers, **self.flags, **of_experts, **section.flags, **own}
+        flags = dict(override(model_file.flags, given))
         needed = (*_NEEDED_FLAGS, "num-experts") if section.has_experts else _NEEDED_FLAGS
         if missing := [flag for flag in needed if flag not in flags]:
             raise ValueError(f"variant {name} has no {missing[0]} among its flags")
@@ -270,8 +268,7 @@ class Suite(_Section):
                 f"variant {name}: write `program` as a key of the variant, not among flags or in a model file"
             )
         if self.min_lr_ratio and flags.get("lr"):
-            given.add("min-lr")
-            flags["min-lr"] = (f"{float(self.min_lr_ratio) * float(flags['lr'][0]):.6g}",)
+            given["min-lr"] = flags["min-lr"] = (f"{float(self.min_lr_ratio) * float(flags['lr'][0]):.6g}",)
         layouts = {
             ranks: {flag: words for flag, words in layout.items() if flag not in given}
             for ranks, layout in model_file.layouts.items()
@@ -309,7 +306,10 @@ def absolute(paths: object, folder: Path) -> object:
 def _read_with_base(path: Path) -> tuple[object, dict[str, Path]]:
     """Read a suite file. The suite that its key `extends` names provides the keys that the file lacks.
 
-    Flags of both are merged. The second result is, for each key, the folder of the file that has it.
+    Flags of both are merged.
+
+    Returns:
+        The content, and for each key the folder of the file that has the key.
 
     Raises:
         UserError: A file cannot be read, or the other suite extends a further one.

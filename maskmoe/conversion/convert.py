@@ -6,7 +6,7 @@ import sys
 import tempfile
 from argparse import Namespace
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -162,7 +162,7 @@ def _output(settings: Settings, source: Path) -> Iterator[Path]:
 
 def _save_huggingface(model: OpenedModel, settings: Settings, folder: Path) -> list[str]:
     """Write a model in transformers' format; return no flags."""
-    tokenizer = choose_tokenizer(model.args, settings)
+    tokenizer = choose_tokenizer(model.args, settings, model.config["vocab_size"])
     write_huggingface(_cast_and_check(model, settings), folder, settings.max_shard_size, *tokenizer)
     return []
 
@@ -172,7 +172,9 @@ def _save_megatron(model: OpenedModel, settings: Settings, folder: Path) -> list
     # Complete Megatron's arguments. A checkpoint gets its own copy of a tokenizer that lies beside the model.
     with reading(f"{settings.load} does not describe a model: it"):
         args = _megatron_args(model, settings.hybrid_layer_pattern)
-    args.tokenizer_type, args.tokenizer_model = choose_tokenizer(model.args, settings, model.config["vocab_size"])
+    args.tokenizer_type, args.tokenizer_model = choose_tokenizer(
+        model.args, settings, model.config["vocab_size"], may_replace=True
+    )
     args.tokenizer_sha256 = tokenizer_sha256(args.tokenizer_type, args.tokenizer_model)
     if args.tokenizer_model == str(settings.load):
         (folder / "tokenizer").mkdir()
@@ -209,6 +211,11 @@ def _megatron_args(model: OpenedModel, pattern: str | None) -> Namespace:
         UserError: The model cannot be expressed in Megatron, or the pattern does not fit it.
     """
     if model.args is None:
-        return with_pattern(args_from_config(model.config), model.config, pattern or DERIVED_PATTERN)
+        pattern = DERIVED_PATTERN if pattern is None else pattern
+        return with_pattern(args_from_config(model.config), model.config, pattern)
     args = Namespace(**vars(updated_args(model.args, model.config)))
-    return with_pattern(args, model.config, pattern or getattr(model.args, "hybrid_layer_pattern", None))
+    if pattern is None and is_hybrid(model.args):
+        with suppress(UserError):  # the configuration may have other layers now
+            return with_pattern(args, model.config, model.args.hybrid_layer_pattern)
+        pattern = DERIVED_PATTERN
+    return with_pattern(args, model.config, pattern)

@@ -40,7 +40,7 @@ _PROBES = (
 
 
 def choose_tokenizer(
-    args: Namespace | None, settings: Settings, vocab_size: int | None = None
+    args: Namespace | None, settings: Settings, vocab_size: int | None = None, may_replace: bool = False
 ) -> tuple[str, str | None]:
     """Return type and path of the tokenizer: the user's, else Megatron's, else the tokenizer beside the model.
 
@@ -49,8 +49,9 @@ def choose_tokenizer(
     Args:
         args: Megatron's arguments that the model was trained with; None if they are unknown.
         settings: The settings of the conversion.
-        vocab_size: The number of ids of a model that may get another tokenizer than the tokenizer of training: the
-            user's, or the tokenizer beside the model if it has more ids. None for a model that may not.
+        vocab_size: The number of ids of the model, which may have been resized for a tokenizer with further ids, which
+            then lies beside the model; None for a model that was not.
+        may_replace: Whether the user's tokenizer may be another one than the tokenizer of training.
 
     Raises:
         UserError: The tokenizer is not on this machine, its type is unknown, or the model was trained with another one.
@@ -62,22 +63,23 @@ def choose_tokenizer(
     if kind == WITHOUT_TEXT:
         return kind, None
     own = HuggingFaceTokenizer.__name__, str(settings.load)
-    has_own = (settings.load / TOKENIZER_FILES[0]).is_file() and settings.tokenizer_model is None
+    may_take_own = settings.tokenizer_model is None and settings.tokenizer_type in (None, own[0])
+    has_own = may_take_own and (settings.load / TOKENIZER_FILES[0]).is_file()
     problem = "does not exist"
     if kind is not None and path is not None and Path(path).exists():
-        is_replaced = vocab_size is not None and settings.tokenizer_model is not None
+        is_replaced = may_replace and settings.tokenizer_model is not None
         trained_with = None if is_replaced else getattr(args, "tokenizer_sha256", None)
         sha256 = tokenizer_sha256(kind, path)
         if sha256 is None or trained_with is None or sha256 == trained_with:
-            # A dense model may have got further ids since training.
             if has_own and sha256 and vocab_size is not None:
-                trained_ids, own_ids = load_tokenizer(kind, path).vocab_size, load_tokenizer(*own).vocab_size
-                return own if trained_ids < own_ids <= vocab_size else (kind, path)
+                trained_ids = load_tokenizer(kind, path).vocab_size
+                if trained_ids < vocab_size and trained_ids < load_tokenizer(*own).vocab_size <= vocab_size:
+                    return own
             return kind, path
         problem = (
             f"(sha256 {sha256[:12]}…) is not the file that the model was trained with (sha256 {trained_with[:12]}…)"
         )
-    if has_own and settings.tokenizer_type in (None, own[0]):
+    if has_own:
         return own
     if kind is None:
         return WITHOUT_TEXT, None

@@ -197,9 +197,9 @@ class MaskMoEConfig(PreTrainedConfig):
         return True
 
     @property
-    def qk_head_dim(self) -> int:
-        """Number of features of a query and key head in latent attention; older transformers read this attribute."""
-        return (self.qk_nope_head_dim or 0) + (self.qk_rope_head_dim or 0)
+    def qk_head_dim(self) -> int | None:
+        """Number of features of a query and key head in latent attention, else None; transformers reads it."""
+        return (self.qk_nope_head_dim or 0) + (self.qk_rope_head_dim or 0) if self.has_latent_attention else None
 
     @property
     def num_mtp_modules(self) -> int:

@@ -541,6 +541,10 @@ class MaskMoEForCausalLM(MaskMoEPreTrainedModel, GenerationMixin):
         self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
         self.post_init()
 
+    def _get_name(self) -> str:
+        """Return the name of the class without the prefix of FSDP2: Trainer knows causal language models by name."""
+        return MaskMoEForCausalLM.__name__
+
     @can_return_tuple
     def forward(
         self,
@@ -643,7 +647,7 @@ def keep_positions(hidden_states: Tensor, kept: int | Tensor) -> Tensor:
     """
     if isinstance(kept, int):
         return hidden_states[:, -kept:]
-    if kept.dim() == 1:
+    if kept.dim() != 2:
         return hidden_states[:, kept]
     return hidden_states[kept] if kept.dtype == torch.bool else hidden_states.take_along_dim(kept.unsqueeze(-1), dim=1)
 

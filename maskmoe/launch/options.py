@@ -139,7 +139,7 @@ def parse_options(program: str, arguments: Sequence[str], environment: Mapping[s
     if options.check_only:  # the check meets no other node
         return options
     nodes = options.nodes.most
-    # A run on one node needs no rendezvous, and may inherit these variables from another run.
+    # Read MASTER_ADDR for several nodes only: a run on one node may inherit the variable from another run.
     if nodes > 1 and options.rendezvous is None and (host := environment.get("MASTER_ADDR")):
         endpoint = f"{host}:{environment.get('MASTER_PORT') or DEFAULT_PORT}"
         return parse_options(program, arguments, {**environment, "RDZV_ENDPOINT": endpoint})
@@ -173,14 +173,15 @@ def _parser(program: str, environment: Mapping[str, str]) -> Parser:
         parser.add_argument(flag, metavar=metavar, type=type, default=value, help=f"{text} [{variable}]")
 
     ranks = "number of ranks on each node (default: one per GPU; one on a machine without GPUs)"
-    address = "an address of node 0 and a free port; default with several nodes: MASTER_ADDR:MASTER_PORT"
+    address = (
+        "an address of node 0 and a free port (default with several nodes: MASTER_ADDR:MASTER_PORT, with port "
+        f"{DEFAULT_PORT} if MASTER_PORT is not set)"
+    )
     nodes = "number of nodes; MIN:MAX lets nodes come and go during the run, which needs a shared run folder"
     add("--nodes", "N", _node_range, "NNODES", nodes, "1")
     add("--node-rank", "R", ranges.NUMBER, "NODE_RANK", "number of this node, from 0")
     add("--gpus-per-node", "G", ranges.RANKS_OF_NODE, "NPROC_PER_NODE", ranks)
-    add(
-        "--rendezvous", "HOST:PORT", _address, "RDZV_ENDPOINT", f"where the nodes meet: {address} (port {DEFAULT_PORT})"
-    )
+    add("--rendezvous", "HOST:PORT", _address, "RDZV_ENDPOINT", f"where the nodes meet: {address}")
     own = "address of this node for the other nodes, with --nodes MIN:MAX (default: the host name)"
     add("--address", "HOST", _host, "NODE_ADDRESS", own)
     silence = "how long a node may be silent, with --nodes MIN:MAX, until the others train without it"

@@ -177,6 +177,7 @@ def test_training_that_a_job_of_slurm_has_completed_runs_again_only_without_its_
     if has_checkpoint:
         run.last_checkpoint.mkdir(parents=True)
     assert [*comparison.finish(run)] == [f"dense.seed-1: {name}" for name in trained]
+    assert (run.folder / "slurm" / "1.finished").exists() is has_checkpoint  # says nothing about the new training
 
 
 def test_the_run_folder_of_a_suite_is_not_that_of_a_model_file(tmp_path, texts, monkeypatch):

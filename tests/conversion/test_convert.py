@@ -9,6 +9,7 @@ import sys
 from argparse import Namespace
 from contextlib import suppress
 
+import numpy as np
 import pytest
 import torch
 from megatron.core.dist_checkpointing import load_common_state_dict
@@ -16,6 +17,7 @@ from safetensors.torch import load_file, save_file
 from support.checkpoint_tensors import assert_same_tensors, tensors_of
 from support.foreign_models import add_multi_token_prediction, save_model
 from support.paths import ROOT
+from support.small_moe import make_mask
 from support.tiny_maskmoe import NUM_EXPERTS, NUM_LAYERS, VOCAB_SIZE, make_config, make_model, random_mask
 from support.tools import run_tool
 from transformers import AutoModelForCausalLM, AutoTokenizer
@@ -268,6 +270,13 @@ def test_a_dense_model_with_further_ids_returns_to_megatron(dense, tmp_path):
     megatron_to_huggingface(Settings(load=tmp_path / "back", save=tmp_path / "again"))
     assert_same_tensors(*(load_file(tmp_path / name / "model.safetensors") for name in ("tuned", "again")))
     assert len(AutoTokenizer.from_pretrained(tmp_path / "again")) == PADDED_ROWS + 1
+    # The same ids in transformers' format. A type that the user chose stays.
+    mask = make_mask(np.ones((NUM_LAYERS, PADDED_ROWS + 1, 2), bool))
+    settings = Settings(load=tmp_path / "tuned", save=tmp_path / "experts")
+    upcycle_model(settings, UpcycleSettings(num_experts=2), mask, to_megatron=False)
+    assert len(AutoTokenizer.from_pretrained(tmp_path / "experts")) == PADDED_ROWS + 1
+    huggingface_to_megatron(Settings(load=tmp_path / "tuned", save=tmp_path / "typed", tokenizer_type=SENTENCEPIECE))
+    assert load_common_state_dict(tmp_path / "typed/release")["args"].tokenizer_type == SENTENCEPIECE
     # A tokenizer with more ids than the model has rows does not replace the tokenizer of training.
     tokens.add_tokens("<one more>")
     tokens.save_pretrained(tmp_path / "tuned")

@@ -11,6 +11,7 @@ from torch import nn
 from torch.distributed.fsdp import FSDPModule
 from transformers import AutoModelForCausalLM
 from transformers.distributed import DistributedConfig
+from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 from transformers.models.glm4_moe.modeling_glm4_moe import Glm4MoeRMSNorm
 
 import maskmoe.huggingface  # noqa: F401  registers the model
@@ -90,6 +91,9 @@ def save_under_fsdp(folder: Path) -> None:
     distributed = DistributedConfig(fsdp_size=torch.distributed.get_world_size())
     model = AutoModelForCausalLM.from_pretrained(folder / "model", distributed_config=distributed)
     assert isinstance(model, FSDPModule)
+    assert (
+        model._get_name() in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.values()
+    )  # else Trainer does not shift smoothed labels
     model.save_pretrained(folder / "saved")
     assert type(model).__name__ == "FSDPMaskMoEForCausalLM"
 

@@ -368,8 +368,12 @@ def test_bad_configurations_are_refused(settings, message) -> None:
         make_config(**settings)
 
 
-def test_what_only_older_transformers_read() -> None:
-    """Up to 5.19, Trainer passes the cache to `compute_metrics` by default, and latent attention reads this size."""
+def test_attributes_that_some_versions_of_transformers_read() -> None:
+    """Up to 5.19, Trainer passes the cache to `compute_metrics` by default, and latent attention reads the size.
+
+    5.24 takes a model with such a size for one with latent attention.
+    """
+    assert make_config().qk_head_dim is None
     assert {"cache", "past_key_values"} <= {*MaskMoEConfig.keys_to_ignore_at_inference}
     model = make_model(**VARIANTS["latent_attention"])
     assert model.config.qk_head_dim == model.model.layers[0].self_attn.qk_head_dim

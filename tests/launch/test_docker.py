@@ -75,15 +75,15 @@ def test_command_line():
 
 
 def test_mounts(tmp_path):
-    (tmp_path / "disk").mkdir()
+    (tmp_path / "disk" / "text").mkdir(parents=True)
     data = tmp_path / "data"
-    data.symlink_to("disk")  # a link is mounted at its own path, too
-    words = dry_run(
-        "--engine", "docker", "--run-dir", tmp_path / "new", "--mount", data, "--mount", f"{tmp_path}:rw", "true"
-    )
+    data.symlink_to("disk/text")  # a link is mounted at its own path, and `..` leads to the folder of the target
+    mounts = ("--mount", data, "--mount", f"{tmp_path}:rw", "--mount", f"{data}/../text")
+    words = dry_run("--engine", "docker", "--run-dir", tmp_path / "new", *mounts, "true")
     volumes = [word.removeprefix("--volume=") for word in words if word.startswith("--volume=")]
     code = [f"{ROOT}/{folder}:{HOME}/{folder}:ro" for folder in ("launch", "maskmoe", "tests", "tools")]
-    assert volumes == [f"{tmp_path}/new:{HOME}/runs", *code, f"{data}:{data}:ro", f"{tmp_path}:{tmp_path}:rw"]
+    mounted = [f"{data}:{data}:ro", f"{tmp_path}:{tmp_path}:rw", f"{tmp_path}/disk/text:{tmp_path}/disk/text:ro"]
+    assert volumes == [f"{tmp_path}/new:{HOME}/runs", *code, *mounted]
     assert not (tmp_path / "new").exists()  # a dry run creates nothing
 
 

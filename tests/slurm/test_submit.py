@@ -48,15 +48,15 @@ def test_run_folder_is_named_after_the_model():
 
 def test_paths_are_relative_to_the_current_folder(tmp_path):
     """The job runs in the folder of the caller, and so do the flags of the run. A link is mounted at its own path."""
-    (tmp_path / "data").symlink_to("disk")
-    mounts = ("--mount", "data", "--mount", "scratch:rw")
+    (tmp_path / "data").symlink_to("disk/text")
+    mounts = ("--mount", "data", "--mount", "data/../scratch:rw")
     sbatch, script, _ = words(*mounts, "--run-dir", "run", "--", LAPTOP, "--data-path", "data/x", folder=tmp_path)
     assert f"--chdir={tmp_path}" in sbatch
     assert script[2:] == [
         "--mount",
         f"{tmp_path}/data",
         "--mount",
-        f"{tmp_path}/scratch:rw",
+        f"{tmp_path}/disk/scratch:rw",
         "--run-dir",
         f"{tmp_path}/run",
     ]
