@@ -11,7 +11,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from maskmoe.analysis.model_series import ModelSource, common_shape, model_folder, tokenizer_folder
-from maskmoe.analysis.probe_text import Probe, ProbeText, read_pieces
+from maskmoe.analysis.probe_text import DatasetText, Probe, ProbeText, read_pieces
 from maskmoe.analysis.routing_statistics import (
     NO_EXPERT,
     AnalysisSettings,
@@ -76,8 +76,9 @@ def analyze(
     shape, max_seq_length = common_shape(models)
     if frequency is not None and frequency.vocab_size != shape.vocab_size:
         raise UserError(f"--token-frequency counts {frequency.vocab_size:,} ids, the model has {shape.vocab_size:,}")
-    # By default at least eight windows: a single long window would show only one place of the text.
-    seq_length = settings.seq_length or min(max_seq_length, max(1, settings.tokens // 8))
+    # A dataset is read in at least eight windows: a single long window would show only one place of the text.
+    longest = max(1, settings.tokens // 8) if isinstance(text, DatasetText) else max_seq_length
+    seq_length = settings.seq_length or min(max_seq_length, longest)
     if seq_length > max_seq_length:
         raise UserError(f"--seq-length is {seq_length}, but the model takes at most {max_seq_length} tokens")
 

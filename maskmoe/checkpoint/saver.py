@@ -146,9 +146,9 @@ class CheckpointSaver:
         if blocking and self._unfinished:
             self._before_wait()
         with _marking_failures():
-            # Megatron ends the writer after the last step, but may save once more, with a new writer that lacks the
-            # protection of `start_writers`. So the writer stays, and ends with the rank.
-            self._finalize(blocking=blocking, terminate=False)
+            # Megatron ends the writer after the last step, but may save once more, with a new writer without the
+            # protection of `start_writers`. So the writer of `start_writers` stays, and ends with the rank.
+            self._finalize(blocking=blocking, terminate=terminate and self._settings.async_strategy != "mcore")
         finished: list[_Save] = []
         if is_empty_async_queue():  # Megatron does not say which of several saves it has finalised
             finished, self._unfinished = self._unfinished, []

@@ -62,7 +62,7 @@ def parse_arguments() -> argparse.Namespace:
     add_option(probe, "--json-keys K", "key of the text in JSON lines", default="text")
     tokens = "number of tokens, from all over --data-path or from the beginning of --input"
     add_option(probe, "--tokens T", tokens, ranges.COUNT, default=AnalysisSettings.tokens)
-    window = "tokens in a window (default: the model's, at most an eighth of --tokens)"
+    window = "tokens in a window (default: the model's; with --data-path at most an eighth of --tokens)"
     add_option(probe, "--seq-length S", window, ranges.COUNT)
     add_option(probe, "--batch-size B", "windows in a batch", ranges.COUNT, default=AnalysisSettings.batch_size)
 

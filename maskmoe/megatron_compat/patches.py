@@ -234,8 +234,8 @@ def keep_one_loss_scale() -> None:
     Replaces: `prepare_grads` of `megatron.core.optimizer.optimizer.ChainedOptimizer`.
     Why: The optimizer of the experts and the optimizer of all other parameters adapt a loss scale each. An overflow in
         the gradients of one of them halves its own scale only. But the loss is multiplied by the scale of the first
-        optimizer, so the gradients of the other are wrong by a power of two from then on. Now an overflow anywhere
-        counts for all, and a checkpoint with different scales is resumed with the first.
+        optimizer, so the gradients of the other are wrong by a power of two from then on. Now an overflow in any
+        optimizer counts for all optimizers. If a checkpoint holds different scales, all resume with the first.
     Can go: When `ChainedOptimizer` updates the loss scales of its optimizers together.
     """
     from megatron.core.optimizer.optimizer import ChainedOptimizer

@@ -119,7 +119,7 @@ def positions_of_layers(pattern: str | None, num_layers: int) -> Sequence[int | 
 
 
 def is_layer_frequency(value: object, has_experts: bool = True) -> bool:
-    """Return whether Megatron's `--moe-layer-freq` can have a value; with experts, at least one layer has them."""
+    """Return whether a value is a valid `--moe-layer-freq`. With experts, a list must give them to a layer."""
     if isinstance(value, list):
         return all(layer in (0, 1) for layer in value) and (1 in value or not has_experts)
     return isinstance(value, int) and value >= 1

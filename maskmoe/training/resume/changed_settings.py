@@ -234,11 +234,11 @@ class _Resumption:
             return
         # A complete run evaluates if it is loaded.
         evaluates = self._loads and args.eval_iters > 0 and not args.full_validation
-        for part, name, is_read in (
-            ("train", "micro_batch_size", not self.is_complete),
-            ("valid", "eval_micro_batch_size", evaluates),
+        for part, consumed, name, is_read in (
+            ("training", "consumed_train_samples", "micro_batch_size", not self.is_complete),
+            ("validation", "consumed_valid_samples", "eval_micro_batch_size", evaluates),
         ):
-            samples, size = getattr(self.saved, f"consumed_{part}_samples", 0), getattr(args, name)
+            samples, size = getattr(self.saved, consumed, 0), getattr(args, name)
             step, flag = size * args.data_parallel_size, flag_of(name)
             if is_read and samples % step:
                 yield (

@@ -167,6 +167,7 @@ def _check_same_arguments(args: Namespace, saved: Namespace, checkpoint: Path) -
         # The values of these arguments are arbitrary otherwise.
         and (name != "num_query_groups" or args.group_query_attention)
         and (name != "max_position_embeddings" or args.position_embedding_type == "learned_absolute")
+        and (name != "mtp_use_repeated_layer" or (args.mtp_num_layers or 0) > 1)
     ]
     if differences:
         raise UserError(f"checkpoint {checkpoint} holds another model: {'; '.join(differences)}")

@@ -278,9 +278,10 @@ def _errors_of_parts(args: Namespace, of_rank: slice) -> Iterator[str]:
 
 
 def _errors_of_full_validation(args: Namespace) -> Iterator[str]:
-    """Yield an error for each reason why Megatron would fail with the sets of `--full-validation`, most of them late.
+    """Yield an error for each setting with which `--full-validation` would fail, mostly after hours of training.
 
-    Megatron takes the data of the test for a list of sets.
+    Megatron treats the test data as a list of validation sets, so a test always fails. It refuses weights for data that
+    are read once.
     """
     if not args.full_validation:
         return
@@ -289,7 +290,7 @@ def _errors_of_full_validation(args: Namespace) -> Iterator[str]:
     shared = None, blend, dataset_config.convert_split_vector_to_split_matrix(shares)[2]
     _, validation, test = blend_per_split or shared
     if test is not None:
-        yield "--full-validation cannot be followed by a test: give the test data a share of 0 in --split, and no path"
+        yield "--full-validation fails with test data: give them a share of 0 in --split, and no path of their own"
     if validation is not None and validation[1] is not None:
         yield "--full-validation reads every sample once: leave the weights of the datasets out"
     names, num_sets = args.validation_set_names, len(validation[0]) if blend_per_split and validation else 1

@@ -185,10 +185,10 @@ def test_samples_that_cyclic_data_cannot_resume_from_are_refused(changed):
     """Megatron's sampler fails without a message."""
     flags = f"--dataloader-type cyclic --global-batch-size 16 {OVERRIDE} --micro-batch-size"
     (error,) = changed(f"{flags} 8 --eval-micro-batch-size 4", ranks=2).errors
-    assert "has read 56 samples of the train data, but --dataloader-type cyclic can resume only after a mul" in error
+    assert "has read 56 samples of the training data, but --dataloader-type cyclic can resume only after a mul" in error
     assert "multiple of --micro-batch-size 8 × data parallel size 2 = 16: pass a smaller --micro-batch-size" in error
     (error,) = changed(f"{flags} 4 --eval-micro-batch-size 8", ranks=2).errors
-    assert "has read 8 samples of the valid data, but" in error
+    assert "has read 8 samples of the validation data, but" in error
     assert "multiple of --eval-micro-batch-size 8 × data parallel size 2 = 16: pass a smaller --eval-micro-b" in error
     assert changed(f"{flags} 4 --eval-micro-batch-size 8 --eval-iters 0", ranks=2).errors == ()
     for allowed in (f"{flags} 4", f"{flags} 8 --dataloader-type single", f"{flags} 8 --override-ckpt-iteration 4"):

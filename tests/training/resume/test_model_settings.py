@@ -69,12 +69,15 @@ def save(monkeypatch) -> Callable[..., None]:
             ["--moe-ffn-hidden-size 32", "--num-attention-heads 2"],
         ),
         ({"moe_router_enable_expert_bias": True}, ["--moe-router-enable-expert-bias"]),
-        ({"mtp_use_repeated_layer": True}, ["--mtp-use-repeated-layer False in the checkpoint, True in this run"]),
+        (
+            {"mtp_num_layers": 2, "mtp_use_repeated_layer": True},
+            ["--mtp-use-repeated-layer False in the checkpoint, True in this run"],
+        ),
     ],
 )
 def test_checkpoint_of_another_model_is_refused(args, save, fields, parts):
     save(args)
-    check_same_model(args, CHECKPOINT)
+    check_same_model(replace_fields(args, mtp_use_repeated_layer=True), CHECKPOINT)  # without a meaning in this model
     with pytest.raises(UserError) as refusal:
         check_same_model(replace_fields(args, **fields), CHECKPOINT)
     for part in (str(CHECKPOINT), *parts):

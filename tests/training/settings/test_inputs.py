@@ -222,7 +222,7 @@ def test_datasets_without_weights_have_a_sample_in_each_part(args):
     [
         ("./0 ./1", "", "a b", []),
         ("./0", "", "", []),
-        ("./0 ./1 ./2", "./3", "", ["cannot be followed by a test"]),
+        ("./0 ./1 ./2", "./3", "", ["fails with test data"]),
         ("1 ./0 2 ./1", "", "a b", ["leave the weights of the datasets out"]),
         ("./0 ./1 ./2", "", "a b", ["2 names for 3 validation sets"]),
     ],
