@@ -67,7 +67,7 @@ class Kind(StrEnum):
     Attributes:
         LAUNCHED: The launcher of the first node runs torchrun, whose ranks may fail before they train. Facts: `ranks`,
             `nodes`.
-        STARTED: The ranks begin to train. Facts: `ranks`, `nodes`, and the parallel sizes.
+        STARTED: The ranks begin to train.
         ENDED: The ranks have ended. Facts: `exit_code`.
         SAVED: A checkpoint was saved. Facts: `seconds` for which training stood still, `is_local`, `is_asynchronous`.
         WARNED: Something deserves a look, such as a spike of the loss.

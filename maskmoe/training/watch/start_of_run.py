@@ -179,18 +179,10 @@ def _write_files(args: Namespace, folder: Path) -> None:
         write_text(folder / ARGUMENTS, arguments_text(complete, sys.argv[1:], folder))
     except (OSError, UserError) as error:
         console.say(f"note: {ARGUMENTS} is not written: {error}")
-    layout = Layout.from_args(args)
     Journal(folder).write(
         Kind.STARTED,
-        f"{describe_layout(layout)}; {describe_start(args)}",
+        f"{describe_layout(Layout.from_args(args))}; {describe_start(args)}",
         args.ckpt_step if checkpoint_to_load(args) else 0,
-        ranks=layout.ranks,
-        tensor=layout.tensor,
-        pipeline=layout.pipeline,
-        context=layout.context,
-        expert=layout.expert,
-        expert_tensor=layout.expert_tensor,
-        attempt=int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0)),
     )
 
 
