@@ -168,13 +168,6 @@ class _Resumption:
                 f"checkpoint {self.checkpoint} was saved with --no-save-optim and holds no state of the optimizer: "
                 f"pass {anew}"
             )
-        saved_ranks = getattr(self.saved, "data_parallel_size", args.data_parallel_size)
-        if args.data_parallel_random_init and not args.no_load_rng and args.data_parallel_size > saved_ranks:
-            yield (
-                f"checkpoint {self.checkpoint} holds the random states of {saved_ranks} data-parallel ranks, but the "
-                f"run has {args.data_parallel_size} and --data-parallel-random-init: leave the flag out, or pass "
-                "--no-load-rng"
-            )
         if args.no_load_optim or self.state is None:
             return
         # Only a run with --change-routing-mask can continue a checkpoint without a routing mask.

@@ -649,6 +649,7 @@ NOT_BUILT = (
             "--inprocess-restart": "MaskMoE ends the processes of a run that hangs. Use --max-restarts of torchrun.",
             "--ckpt-convert-format": "The result would replace the checkpoint in --save, to which alone MaskMoE saves. "
             "Use maskmoe convert.",
+            "--data-parallel-random-init": "A checkpoint would hold random states for one number of ranks only.",
             "--yaml-cfg": "Megatron-Core replaces all arguments by the file. Use launch/pretrain.sh MODEL.yaml.",
             "--perform-rl-step --logits-save-dir --logits-load-dir --freeze-all-layers": "MaskMoE pretrains language "
             "models, without a reward, a teacher or frozen layers.",

@@ -171,16 +171,6 @@ def test_changed_length_in_samples(changed, flags, errors, notes, is_complete):
 
 
 @pytest.mark.runs("fp32")
-def test_more_ranks_than_random_states_are_refused(changed):
-    """Megatron fails on the ranks whose state is missing."""
-    flags = "--data-parallel-random-init --global-batch-size 8"
-    (error,) = changed(flags, ranks=2).errors
-    assert "holds the random states of 1 data-parallel ranks, but the run has 2 and --data-par" in error
-    for allowed, ranks in ((flags, 1), (f"{flags} --no-load-rng", 2), ("--global-batch-size 8", 2)):
-        assert changed(allowed, ranks=ranks).errors == ()
-
-
-@pytest.mark.runs("fp32")
 def test_samples_that_cyclic_data_cannot_resume_from_are_refused(changed):
     """Megatron's sampler fails without a message."""
     flags = f"--dataloader-type cyclic --global-batch-size 16 {OVERRIDE} --micro-batch-size"
