@@ -48,7 +48,7 @@ class MaskMoERouter(TopKRouter):
     (softmax scores) and sends no gradient to the router's weight.
 
     Load-balancing losses count the tokens `aux_loss_tokens`: `all`, or only `routable` ones (V ≥ 2). `statistics` holds
-    sums over the tokens that were routed in training.
+    sums over the tokens that were routed in training, and in evaluation as well if `counts_in_evaluation` is set.
     """
 
     def __init__(
@@ -64,6 +64,7 @@ class MaskMoERouter(TopKRouter):
         self.aux_loss_tokens: AuxLossTokens = aux_loss_tokens
         assert self.num_experts is not None
         self.statistics = RoutingStatistics(self.num_experts)
+        self.counts_in_evaluation = False
         # In a tuple, the module is not a submodule, whose buffers the checkpoint would hold once more.
         self._mask = (visible_experts,)
 
@@ -129,6 +130,7 @@ class MaskMoERouter(TopKRouter):
     ) -> tuple[Tensor, Tensor]:
         """Choose among the visible experts by logits [sequence, batch, experts]; see `forward`."""
         losses = self._loss_rule() if attaches_losses else None
+        is_counted = self.is_recording or self.counts_in_evaluation
         counts_load = self.enable_expert_bias and torch.is_grad_enabled()
         replay, selected = self.router_replay, None
         if replay is not None and replay.router_replay_action in REPLAYS:
@@ -142,7 +144,7 @@ class MaskMoERouter(TopKRouter):
             self._mask_table,
             rule,
             losses,
-            has_statistics=self.is_recording or counts_load,
+            has_statistics=is_counted or counts_load,
             expert_bias=self.expert_bias,
             selected=selected,
         )
@@ -153,7 +155,7 @@ class MaskMoERouter(TopKRouter):
             if counts_load:
                 assert self.local_tokens_per_expert is not None
                 self.local_tokens_per_expert += RoutingSums.unpack(routed.statistics).tokens_per_expert
-            if self.is_recording:
+            if is_counted:
                 self.statistics.add_tokens(routed.statistics)
         probs = routed.probs
         if routed.loss_sums is not None:

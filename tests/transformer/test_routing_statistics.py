@@ -107,6 +107,10 @@ def test_only_training_counts() -> None:
     router(hidden, TokenIds(random_ids(0)))
     assert take(router).num_tokens == 0
     assert not take_metrics()
+    router.counts_in_evaluation = True
+    router(hidden, TokenIds(random_ids(0)))
+    assert take(router).num_tokens == SEQUENCE * BATCH
+    assert not take_metrics()
     router.train()
     router(hidden, TokenIds(random_ids(0)))
     assert take(router).num_tokens == SEQUENCE * BATCH

@@ -15,13 +15,11 @@ import torch
 from megatron.core.datasets.utils import Split
 from megatron.training import print_rank_0
 from pydantic_core import to_jsonable_python
-from torch import Tensor
 
 from maskmoe.data.indexed_dataset import files_of_data_path
 from maskmoe.errors import UserError
 from maskmoe.files.outputs import check_outputs, write_text
 from maskmoe.megatron_compat.globals import get_tokenizer
-from maskmoe.routing_mask.feed_forward_layers import FeedForwardLayers
 from maskmoe.routing_mask.frequency import FrequencyBands, TokenFrequency, count_token_frequency
 from maskmoe.training.inference.flags import add_evaluation_arguments
 from maskmoe.training.inference.loading import load_model
@@ -30,8 +28,8 @@ from maskmoe.training.loop.rank_store import sharing_failures
 from maskmoe.training.settings.checks import parse_and_check_args
 from maskmoe.training.settings.run_settings import leaving_process_groups
 from maskmoe.training.watch.console import console
+from maskmoe.training.watch.routing_log import RoutingRecord, take_record
 from maskmoe.transformer.router import MaskMoERouter
-from maskmoe.transformer.token_ids import TokenIds
 
 
 @dataclass(frozen=True)
@@ -84,33 +82,6 @@ class Evaluation:
         return "\n".join(rows)
 
 
-def count_tokens_of_experts(model: torch.nn.Module, num_layers: int, num_experts: int) -> Tensor:
-    """Return counts [layers, experts] to which routers add the tokens that they send to each expert, without padding.
-
-    Each rank counts the tokens that it routes.
-
-    Args:
-        model: This rank's part of the model, whose routers get a forward hook.
-        num_layers: Number of feed-forward layers of the whole model, multi-token prediction included.
-        num_experts: Number of experts of a layer; 0 for a model without experts.
-    """
-    counts = torch.zeros(num_layers, num_experts, dtype=torch.long, device=torch.cuda.current_device())
-
-    def count(router: MaskMoERouter, inputs: tuple[Tensor, TokenIds], outputs: tuple[Tensor, Tensor]) -> None:
-        is_padding = inputs[1].is_padding  # [sequence, batch]
-        probs, routing_map = outputs  # [tokens, experts] each
-        if router.config.moe_pad_expert_input_to_capacity:
-            routing_map = routing_map & (probs > 0)  # without the tokens that only fill up an expert
-        if is_padding is not None:
-            routing_map = routing_map & ~is_padding.reshape(-1, 1)
-        counts[router.number_in_model - 1] += routing_map.sum(dim=0)
-
-    for module in model.modules():
-        if isinstance(module, MaskMoERouter):
-            module.register_forward_hook(count)
-    return counts
-
-
 def read_frequency_bands(args: argparse.Namespace, vocab_size: int) -> FrequencyBands:
     """Return the frequency bands of the token counts in `--token-frequency` or, without the flag, of the data.
 
@@ -160,9 +131,10 @@ def evaluate(args: argparse.Namespace, model: torch.nn.Module) -> Evaluation:
         num_samples = [limit]
     console.end_of_loading()
 
-    # Add up the losses and the tokens of each band.
-    num_layers = len(FeedForwardLayers.of_args(args).has_experts)
-    counts = count_tokens_of_experts(model, num_layers, args.num_experts or 0)
+    # Add up the losses and the tokens of each band, and the tokens of each expert.
+    for module in model.modules():
+        if isinstance(module, MaskMoERouter):
+            module.counts_in_evaluation = True
     sums = torch.zeros(len(bands.names), 2, dtype=torch.float64, device=torch.cuda.current_device())
     sample = None if dataset is None else dataset.__getitem__
     start = time.perf_counter()
@@ -183,11 +155,14 @@ def evaluate(args: argparse.Namespace, model: torch.nn.Module) -> Evaluation:
     # Without sequence parallelism, the ranks of a tensor-parallel group route the same tokens. With planned dispatch, a
     # rank routes the tokens of its experts only. So add up all ranks, and divide by the ranks with the same tokens.
     num_copies = 1 if args.sequence_parallel else args.tensor_model_parallel_size
-    loads = sum_over_ranks(counts, by_tensor_rank=True) // num_copies
+    record = take_record([model]) if args.num_experts else RoutingRecord({}, {})
     expert_load = [
-        ExpertLoad(layer, float(load.max() / load.double().mean()), load.tolist())
-        for layer, load in enumerate(loads.cpu(), start=1)
-        if load.any()
+        ExpertLoad(
+            layer + 1,
+            record.by_layer["expert_load_max_over_mean"][layer],
+            [round(tokens / num_copies) for tokens in load],
+        )
+        for layer, load in record.tokens_per_expert.items()
     ]
     of_all = (overall.loss, overall.perplexity, overall.tokens)
     return Evaluation(*of_all, band_results, expert_load, seconds, tokens_per_second=overall.tokens / seconds)

@@ -120,15 +120,13 @@ def losses_of_all(
         )
 
 
-def sum_over_ranks(values: Tensor, *, by_tensor_rank: bool = False) -> Tensor:
+def sum_over_ranks(values: Tensor) -> Tensor:
     """Add up, in place, the values of each rank; a collective call of all ranks.
 
-    Args:
-        values: Zeros on ranks that have nothing to add, such as ranks that are not on the last pipeline stage.
-        by_tensor_rank: Whether the values of all ranks of a tensor-parallel group count. By default they are equal, and
-            the values of the first rank count.
+    The ranks of a tensor-parallel group have equal values, so the values of the first rank count. Ranks that have
+    nothing to add, such as ranks that are not on the last pipeline stage, pass zeros.
     """
-    if mpu.get_tensor_model_parallel_rank() != 0 and not by_tensor_rank:
+    if mpu.get_tensor_model_parallel_rank() != 0:
         values.zero_()
     torch.distributed.all_reduce(values)
     return values

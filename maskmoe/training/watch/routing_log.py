@@ -94,7 +94,7 @@ def _write(record: RoutingRecord, iteration: int) -> None:
     log_scalars(overall | of_layers, iteration)
 
 
-def take_record(model: Sequence[DistributedDataParallel]) -> RoutingRecord:
+def take_record(model: Sequence[torch.nn.Module]) -> RoutingRecord:
     """Return what all ranks have counted since the last call; a collective call for which the host waits."""
     # Collect the sums and the maximum of this rank's layers; layers of other pipeline stages stay 0.
     config = get_model_config(model[0])

@@ -7,16 +7,12 @@ import shlex
 
 import numpy as np
 import pytest
-import torch
 from support.datasets import count_ids, predictable_ids, write_documents
 from support.launchers import Outcome
-from support.small_moe import DEVICE, make_config, make_mask, make_router
 from support.training import VOCAB_SIZE
 
 from maskmoe.data.indexed_dataset import open_tokens, read_index
 from maskmoe.routing_mask.mask import RoutingMask
-from maskmoe.training.inference.evaluation import count_tokens_of_experts
-from maskmoe.transformer.token_ids import TokenIds
 
 DATA = "--data-path data --split 60,40,0"
 MODEL = "--use-checkpoint-args --tokenizer-type NullTokenizer --vocab-size 510"
@@ -151,17 +147,6 @@ def test_expert_load_is_what_the_mask_allows(results, workplace):
         assert (counts >= visible[visible.sum(axis=1) == 1].sum(axis=0) - left_out).all()
         assert (counts <= visible.sum(axis=0)).all()
         assert math.isclose(load["max_over_mean"], counts.max() / counts.mean())
-
-
-def test_tokens_that_fill_up_an_expert_are_not_its_load(one_rank):
-    """The id sees two of four experts, and all experts are filled up to the four tokens of the micro-batch."""
-    config = make_config(4, 2, moe_expert_capacity_factor=2.0, moe_pad_expert_input_to_capacity=True)
-    router = make_router(config, make_mask(np.array([[[True, False, True, False]]])))
-    counts = count_tokens_of_experts(router, num_layers=1, num_experts=4)
-    ids = torch.zeros(4, 1, dtype=torch.long, device=DEVICE)
-    _, routing_map = router(torch.randn(4, 1, config.hidden_size, device=DEVICE), TokenIds(ids))
-    assert routing_map.all()
-    assert counts.tolist() == [[4, 0, 4, 0]]
 
 
 @pytest.mark.runs("rich")
