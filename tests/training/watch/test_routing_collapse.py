@@ -1,21 +1,19 @@
 """Collapsed routing is reported once with layer and expert or rank, and so is its end."""
 
 import re
+from argparse import Namespace
 
 import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from support.paths import TESTS
-from support.training import Run, TrainingOutcome
-from support.training_runs import EXPERT_2
 
-from maskmoe.files.run_folder import Kind, read_journal
+from maskmoe.files.run_folder import Journal, Kind, read_journal
 from maskmoe.routing_mask.feed_forward_layers import FeedForwardLayers
 from maskmoe.routing_mask.mask import RoutingMask
+from maskmoe.training.watch import routing_log
 from maskmoe.training.watch.routing_collapse import RoutingCollapse, reachable_experts
-
-COLLAPSE = (str(TESTS / "training" / "pretrain_with_collapse.py"),)
+from maskmoe.training.watch.routing_log import RoutingLog, RoutingRecord
 
 
 def take_all(collapse: RoutingCollapse, *intervals: tuple[list[int], float | None]) -> list[list[str]]:
@@ -115,47 +113,31 @@ def test_reachable_experts_are_those_of_the_visible_sets(workplace, name):
     assert (name == "starving") == (not all(map(all, reachable.values())))
 
 
-def warnings_of(outcome: TrainingOutcome) -> list[str]:
-    return re.findall(r"^warning: (MoE layer .*)$", outcome.output, re.MULTILINE)
-
-
-@pytest.fixture
-def run_collapsing(workplace, tmp_path):
-    """Run with a collapse of the third layer in the iterations 4 to 9, and report after 3 iterations."""
-
-    def run_collapsing(kind: str, flags: str = "", ranks: int = 1) -> TrainingOutcome:
-        environment = {"COLLAPSE": kind, "COLLAPSE_LAYER": "2", "COLLAPSE_FROM": "4", "COLLAPSE_UNTIL": "10"}
-        # All ids see all experts of the third layer, and two experts of the first and second layer.
-        flags = f"--exit-interval 12 --collapse-intervals 3 --save {tmp_path}/save --save-interval 100 {flags}"
-        run = Run(flags, ranks=ranks, program=COLLAPSE, mask="hash_layers.safetensors", logs_scalars=False)
-        with workplace.start(run, tmp_path / kind, environment=environment) as processes:
-            return processes.wait(all_end=True)
-
-    return run_collapsing
-
-
-@pytest.mark.parametrize(
-    ("kind", "flags", "ranks", "begins", "ends"),
-    [
-        ("entropy", "", 1, "the routing entropy has been 0 for", "the routing entropy is above 0 again"),
-        pytest.param(
-            *("rank", EXPERT_2, 2, "expert-parallel rank 0 got no token for"),
-            "expert-parallel rank 0 gets tokens again",
-            marks=pytest.mark.slow,
-        ),
-    ],
-)
-def test_collapse_in_training(run_collapsing, tmp_path, kind, flags, ranks, begins, ends):
-    outcome = run_collapsing(kind, flags, ranks)
-    assert outcome.exit_codes == (0,) * ranks, outcome.report()
-    lines = [f"MoE layer 2: {begins} 3 log intervals", f"MoE layer 2: {ends}"]
-    assert warnings_of(outcome) == lines
-    entries = [entry for entry in read_journal(tmp_path / "save") if entry.kind == Kind.WARNED]
-    assert [(entry.text, entry.iteration) for entry in entries] == list(zip(lines, (6, 10), strict=True))
+def test_collapse_is_reported_and_so_is_its_end(workplace, tmp_path, monkeypatch, capsys):
+    mask = RoutingMask.load(workplace.folder / "mask.safetensors")
+    args = Namespace(
+        **{"log_interval": 2, "collapse_intervals": 2, "expert_model_parallel_size": 2},
+        **{"num_layers": 4, "moe_layer_freq": 1, "num_experts": 8, "mtp_num_layers": None},
+    )
+    log = RoutingLog(args, mask, Journal(tmp_path))
+    monkeypatch.setattr(routing_log, "is_last_rank", lambda: True)
+    for iteration, tokens in ((2, [0] * 4), (4, [0] * 4), (6, [5] * 4)):
+        record = RoutingRecord({"routing_entropy": {2: 0.5}}, {2: [*tokens, 5, 5, 5, 5]})
+        monkeypatch.setattr(routing_log, "take_record", lambda chunks, record=record: record)
+        args.curr_iteration = iteration - 1
+        log.after_gradients([])
+    lines = [
+        ("MoE layer 2: expert-parallel rank 0 got no token for 2 log intervals", 4),
+        ("MoE layer 2: expert-parallel rank 0 gets tokens again", 6),
+    ]
+    assert [(entry.kind, entry.text, entry.iteration) for entry in read_journal(tmp_path)] == [
+        (Kind.WARNED, *line) for line in lines
+    ]
+    assert [line for line in capsys.readouterr().err.splitlines() if line] == [f"warning: {text}" for text, _ in lines]
 
 
 @pytest.mark.runs("second rank without tokens")
 def test_sound_routing_is_not_reported(runs):
     """Every id sees one of the first four experts: four experts get nothing, and there is no entropy."""
     (run,) = runs
-    assert warnings_of(run) == []
+    assert "warning: MoE layer" not in run.output
