@@ -97,7 +97,7 @@ def refuse(run_folder, workplace, monkeypatch, files_and_times) -> Refuse:
 REFUSED = {
     "--lr 1e-3 --wandb-project p": "--lr 0.002 in the checkpoint, 0.001 in this run",
     f"--data-path {UNUSABLE_IDS}": "token id 599 at position 57",
-    "--num-attention-heads 3": "invalid settings",
+    "--num-attention-heads 3": "num_attention_heads",  # Megatron refuses the setting without a word
     "--use-checkpoint-args --add-qkv-bias": "--add-qkv-bias False in the checkpoint, True in this run",
     "": "not started as a rank",  # all checks have passed
 }

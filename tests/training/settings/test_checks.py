@@ -20,13 +20,9 @@ MASK = "mask.safetensors"
 
 # Flags, routing mask and parts of the error line of each case, by its name. `bad_files` makes the files in `bad/`.
 CASES = {
-    "id beyond the vocabulary": ("--data-path bad/large_ids", MASK, ["bad/large_ids", "id 599 at position 57", "510"]),
     "altered mask": ("", "bad/altered.safetensors", ["bad/altered.safetensors"]),
-    "setting that Megatron refuses without a word": ("--num-attention-heads 3", MASK, ["num_attention_heads"]),
     "setting with which Megatron exits": ("--checkpoint-activations", MASK, ["Use --recompute-activations"]),
-    "missing dataset": ("--data-path nowhere", MASK, ["nowhere", "does not exist"]),
     "no mask": ("", None, ["no routing mask: pass --routing-mask"]),
-    "mask for another vocabulary": ("--vocab-size 500", MASK, ["vocabulary", "510", "500"]),
     "dataset of another tokenizer": (
         f"{SENTENCE_PIECE} bad/ours.model --data-path bad/theirs",
         "bad/without_counts.safetensors",
@@ -42,17 +38,6 @@ CASES = {
         ["counts", "theirs.model", "bad/ours.model"],
     ),
     "missing tokenizer model": (f"{SENTENCE_PIECE} nowhere.model", MASK, ["nowhere.model"]),
-    "ranks that the layout does not divide": (
-        "--pipeline-model-parallel-size 2",
-        MASK,
-        ["1 ranks cannot be divided over TP 1 × PP 2 × CP 1", "; 2 ranks would fit"],
-    ),
-    "lost checkpoint": ("--load bad/checkpoint", MASK, ["bad/checkpoint/iter_0000007"]),
-    "save into a file": (
-        "--save bad/ours.model/save",
-        MASK,
-        ["--save bad/ours.model/save: cannot write in", "Not a directory"],
-    ),
     "cache that is a device": ("--data-cache-path /dev/full", MASK, ["--data-cache-path /dev/full: cannot write in"]),
 }
 
@@ -62,13 +47,9 @@ def bad_files(workplace) -> Path:
     """Make the damaged and unfitting files of the cases."""
     folder = workplace.folder / "bad"
     folder.mkdir()
-    ids = np.full(120, 3)
-    write_documents(folder / "large_ids", [np.where(np.arange(120) == 57, 599, ids)] * 10, np.int32)
-    write_documents(folder / "one_document", [ids], np.int32)
+    write_documents(folder / "one_document", [np.full(120, 3)], np.int32)
     write_altered_mask(workplace.folder, folder)
     write_tokenizers(folder)
-    (folder / "checkpoint").mkdir()
-    (folder / "checkpoint" / "latest_checkpointed_iteration.txt").write_text("7")
     return folder
 
 
@@ -111,7 +92,7 @@ def error_of(parse) -> Callable[..., str]:
 @pytest.mark.parametrize("case", CASES)
 def test_bad_input_is_found_by_the_checks(case, bad_files, error_of):
     flags, mask, parts = CASES[case]
-    message = error_of(flags, mask=mask, saves="--save" not in flags)
+    message = error_of(flags, mask=mask, saves=True)
     for part in parts:
         assert part in message
 
