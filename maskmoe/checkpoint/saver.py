@@ -15,7 +15,6 @@ import torch
 from megatron.core.dist_checkpointing.strategies import filesystem_async
 from megatron.core.dist_checkpointing.strategies.async_utils import AsyncRequest
 from megatron.core.dist_checkpointing.strategies.torch import TorchDistSaveShardedStrategy
-from megatron.core.rerun_state_machine import RerunState, get_rerun_state_machine
 from megatron.training import print_rank_0, training
 from megatron.training.async_utils import is_empty_async_queue
 from megatron.training.checkpointing import get_loaded_iteration
@@ -23,15 +22,7 @@ from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.utils import _DistWrapper
 
 from maskmoe.checkpoint.integrity import record_rank, write_manifest
-from maskmoe.checkpoint.series import (
-    NEXT,
-    checkpoint_path,
-    make_room,
-    non_persistent_folder,
-    remove_next_versions,
-    remove_old_checkpoints,
-    replace_by_next_version,
-)
+from maskmoe.checkpoint.series import checkpoint_path, make_room, non_persistent_folder, remove_old_checkpoints
 from maskmoe.files.run_folder import Journal, Kind
 
 
@@ -41,13 +32,11 @@ class _Save:
 
     Attributes:
         is_local: Whether the checkpoint is a non-persistent one.
-        is_repeated: Whether the iteration has a checkpoint already, which stays until its next version is complete.
         seconds: The time for which training has stood still because of this save.
     """
 
     iteration: int
     is_local: bool
-    is_repeated: bool = False
     seconds: float = 0.0
 
 
@@ -91,7 +80,11 @@ class CheckpointSaver:
         self._last_saved: int | None = None  # the iteration of the last persistent checkpoint
 
     def save(self, iteration: int, *args: Any, non_persistent_ckpt: bool = False, **kwargs: Any) -> None:
-        """Save a checkpoint unless it exists already; raise `SaveError` if a rank failed to save."""
+        """Save a checkpoint unless it exists already; raise `SaveError` if a rank failed to save.
+
+        Megatron saves after the last iteration, before the batch size changes, and after a step that gave NaN, even if
+        the iteration is saved already. Saving it again could lose a sound checkpoint.
+        """
         settings = self._settings
         if not settings.save:  # Megatron saves after a step that gave NaN again, whether or not there is a folder
             return
@@ -99,39 +92,24 @@ class CheckpointSaver:
         # which fails if the tracker file names no iteration, as in the folder of an imported model.
         if settings.save_retain_interval is not None:
             self._retain_interval, settings.save_retain_interval = settings.save_retain_interval, None
-        has_loaded = self._has_loaded(iteration)
-        is_unchanged = has_loaded and settings.override_ckpt_iteration is None  # else the run has come back to it
-        if not non_persistent_ckpt and (self._has_saved(iteration) or is_unchanged):
+        if not non_persistent_ckpt and (iteration == self._last_saved or self._has_loaded(iteration)):
             print_rank_0(f"the checkpoint of iteration {iteration} is in {settings.save} already")
             return
-        if non_persistent_ckpt or not (iteration == self._last_saved or has_loaded):
-            self._begin(_Save(iteration, non_persistent_ckpt), *args, **kwargs)
-            return
-        # Save the iteration again, beside its checkpoint. Wait first, because an asynchronous save may still write it.
-        self.finalize(blocking=True)
-        checkpoint = checkpoint_path(settings.save, iteration)
-        self._begin(_Save(iteration, is_local=False, is_repeated=True), *args, **kwargs)
-        self.finalize(blocking=True)
-        if torch.distributed.get_rank() == 0:
-            replace_by_next_version(checkpoint)
-
-    def _begin(self, save: _Save, *args: Any, **kwargs: Any) -> None:
-        """Call Megatron's function for a save; `finalize` completes and records an asynchronous save."""
-        settings, is_first, start = self._settings, torch.distributed.get_rank() == 0, time.perf_counter()
+        save, is_first = _Save(iteration, non_persistent_ckpt), torch.distributed.get_rank() == 0
+        start = time.perf_counter()
         with _marking_failures(), self._while_saving():
             if is_first:
                 self._clear_folder(save)
             torch.distributed.barrier()
             # For Megatron, every checkpoint is persistent: it would remove old non-persistent checkpoints from all
             # subfolders, and keep the newest one even if it is damaged.
-            folder = self._folder(save)
-            settings.save = str(folder / NEXT if save.is_repeated else folder)
+            settings.save = str(self._folder(save))
             try:
-                self._save_checkpoint(save.iteration, *args, **kwargs)
+                self._save_checkpoint(iteration, *args, **kwargs)
             finally:
                 settings.save = self._save_folder
             if not save.is_local:
-                self._last_saved = save.iteration
+                self._last_saved = iteration
             if is_first and not settings.async_save:
                 self._remove_outdated(save)
         save.seconds += time.perf_counter() - start
@@ -159,18 +137,8 @@ class CheckpointSaver:
             save.seconds += (time.perf_counter() - start) / len(finished)
             self._record(save, is_asynchronous=True)
 
-    def _has_saved(self, iteration: int) -> bool:
-        """Return whether the run has saved an iteration and need not save the iteration again.
-
-        Megatron saves after the last iteration, and before the batch size changes, even if the iteration is saved
-        already. Megatron also saves an iteration again if a gradient is NaN in the next step. This second checkpoint
-        holds the state of Megatron's search for the cause, so do not leave it out.
-        """
-        is_searching = get_rerun_state_machine().state is not RerunState.NOT_RUNNING_YET
-        return iteration == self._last_saved and not is_searching
-
     def _has_loaded(self, iteration: int) -> bool:
-        """Return whether the iteration was loaded from `--save`: saving it again could lose a sound checkpoint."""
+        """Return whether the iteration was loaded from `--save`."""
         settings = self._settings
         is_same_folder = settings.load is not None and Path(settings.load).resolve() == Path(settings.save).resolve()
         is_of_series = is_same_folder and not settings.finetune and not settings.loads_non_persistent
@@ -192,9 +160,7 @@ class CheckpointSaver:
             make_room(folder, save.iteration, loaded)
             self._has_saved_non_persistent = True
         else:
-            remove_next_versions(folder)
-            if not save.is_repeated:
-                shutil.rmtree(checkpoint_path(folder, save.iteration), ignore_errors=True)
+            shutil.rmtree(checkpoint_path(folder, save.iteration), ignore_errors=True)
             self._remove_outdated(save)
 
     def _remove_outdated(self, save: _Save) -> None:

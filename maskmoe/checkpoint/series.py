@@ -23,10 +23,6 @@ from maskmoe.files.untrusted import UnusableFile, read_bounded
 
 TRACKER = "latest_checkpointed_iteration.txt"
 _MAX_TRACKER_BYTES = 100
-NEXT = "next"
-"""The subfolder into which an iteration is saved again while its checkpoint stays."""
-
-_REPLACED = "replaced_"
 RELEASE = "release"
 """Megatron's name of a checkpoint that no training run saved, such as a converted checkpoint."""
 
@@ -122,8 +118,7 @@ def choose_checkpoint(
 
     The search starts with the checkpoint that the tracker file names, or without a usable tracker file with the newest
     one, and continues with older checkpoints. A folder in which only the first save was interrupted counts as empty. Of
-    two checkpoints of one iteration, the persistent one is chosen. The search first completes a replacement of a
-    checkpoint that a kill has interrupted.
+    two checkpoints of one iteration, the persistent one is chosen.
 
     Args:
         folder: The folder in Megatron's `--load`.
@@ -134,7 +129,6 @@ def choose_checkpoint(
     Raises:
         UserError: The folder has checkpoints, or a record of one, but none is sound.
     """
-    finish_replacements(folder)
     rejected: list[Damage] = []
     candidates = [checkpoint_path(folder, step)] if step is not None else _candidates(folder)
     if non_persistent is not None:
@@ -209,32 +203,8 @@ def newest_sound(folder: str | Path) -> int | None:
     return None
 
 
-def replace_by_next_version(checkpoint: Path) -> None:
-    """Replace a checkpoint by its complete next version in two renames; `finish_replacements` repairs interruptions."""
-    checkpoint.rename(checkpoint.with_name(f"{_REPLACED}{checkpoint.name}"))
-    remove_next_versions(checkpoint.parent)
-
-
-def finish_replacements(folder: str | Path) -> None:
-    """Complete replacements whose first rename is done; several processes may do this at the same time."""
-    for replaced in Path(folder).glob(f"{_REPLACED}iter_*"):
-        checkpoint = replaced.with_name(replaced.name.removeprefix(_REPLACED))
-        version = Path(folder) / NEXT / checkpoint.name
-        if not checkpoint.exists():
-            with suppress(OSError):
-                (version if version.exists() else replaced).rename(checkpoint)
-
-
-def remove_next_versions(folder: str | Path) -> None:
-    """Remove the next versions that interrupted saves have left, and the checkpoints that next versions replaced."""
-    finish_replacements(folder)
-    for left in (Path(folder) / NEXT, *Path(folder).glob(f"{_REPLACED}iter_*")):
-        shutil.rmtree(left, ignore_errors=True)
-
-
 def remove_unfinished_checkpoints(folder: str | Path) -> None:
     """Remove what failed saves left: unfinished checkpoints that are newer than the tracker file says."""
-    remove_next_versions(folder)
     newest = read_tracker(folder)
     for iteration in saved_iterations(folder):
         checkpoint = checkpoint_path(folder, iteration)

@@ -20,7 +20,6 @@ from maskmoe.checkpoint.series import (
     RELEASE,
     checkpoint_path,
     choose_checkpoint,
-    finish_replacements,
     has_checkpoint,
     saved_iterations,
 )
@@ -89,8 +88,6 @@ def find_checkpoints(run: Path, save: Path | None) -> Path | None:
 def read_checkpoints(folder: Path | None, frequent: Path | None, verify: bool) -> Checkpoints:
     """Return the checkpoints in a folder. Checkpoints that are removed meanwhile are left out.
 
-    A replacement of a checkpoint that a kill has interrupted is completed first, as by a restart.
-
     Args:
         folder: The folder of the checkpoints; None if the run has none.
         frequent: The folder of the non-persistent checkpoints; None if the run saves none.
@@ -98,7 +95,6 @@ def read_checkpoints(folder: Path | None, frequent: Path | None, verify: bool) -
     """
     if folder is None:
         return Checkpoints()
-    finish_replacements(folder)
     paths = [checkpoint_path(place, step) for place in (folder, frequent) if place for step in saved_iterations(place)]
     paths += [folder / RELEASE] if (folder / RELEASE).is_dir() else []
     shown = tqdm(paths, "verifying", disable=not verify, leave=False)

@@ -16,16 +16,12 @@ from support.run_folders import write_checkpoint
 from maskmoe.checkpoint import series
 from maskmoe.checkpoint.integrity import Damage, Unfinished, iteration_of
 from maskmoe.checkpoint.series import (
-    NEXT,
     TRACKER,
     checkpoint_path,
     choose_checkpoint,
-    finish_replacements,
     locate_checkpoint,
     read_tracker,
-    remove_next_versions,
     remove_old_checkpoints,
-    replace_by_next_version,
     saved_iterations,
 )
 from maskmoe.command_line import prune_checkpoints
@@ -121,31 +117,6 @@ def test_a_released_checkpoint_is_older_than_non_persistent_ones(root):
     assert of_run.choose() == of_run.path(LOCAL, 1)
     del of_run.states[LOCAL, 1]
     assert of_run.choose() == root / PERSISTENT / "release"
-
-
-@pytest.mark.parametrize("renames", [0, 1, 2])
-def test_interrupted_replacement_of_a_checkpoint_is_finished(tmp_path, monkeypatch, renames):
-    checkpoint = checkpoint_path(tmp_path, 4)
-    for folder, content in ((checkpoint, "old"), (tmp_path / NEXT / checkpoint.name, "new")):
-        folder.mkdir(parents=True)
-        (folder / "file").write_text(content)
-    actions = iter([Path.rename] * renames)
-
-    def interrupted(*args, **_options):
-        """Do the given number of renames, then stop."""
-        for action in actions:
-            return action(*args)
-        raise KeyboardInterrupt
-
-    with monkeypatch.context() as patched:
-        patched.setattr(Path, "rename", interrupted)
-        patched.setattr(shutil, "rmtree", interrupted)
-        with pytest.raises(KeyboardInterrupt):
-            replace_by_next_version(checkpoint)
-    finish_replacements(tmp_path)
-    assert (checkpoint / "file").read_text() == ("new" if renames else "old")
-    remove_next_versions(tmp_path)
-    assert [path.name for path in tmp_path.iterdir()] == [checkpoint.name]
 
 
 def test_pruning_reports_a_checkpoint_that_cannot_be_removed(tmp_path, monkeypatch, capsys):

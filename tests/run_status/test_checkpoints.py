@@ -66,14 +66,6 @@ def test_non_persistent_checkpoint_may_be_the_next_start(folder):
     assert read(folder, frequent.parent).next_start == folder / "iter_0000020"
 
 
-def test_an_interrupted_replacement_of_a_checkpoint_is_completed(folder):
-    (folder / "iter_0000020").rename(folder / "replaced_iter_0000020")
-    write_checkpoint(folder / "next", 20)
-    checkpoints = read(folder)
-    assert checkpoints.next_start == folder / "iter_0000020"
-    assert states(checkpoints)[20] == ("complete", "")
-
-
 def test_checkpoints_may_vanish_while_they_are_read(folder, monkeypatch):
     """A checkpoint is removed right after it was found."""
 

@@ -91,8 +91,6 @@ def find_changed_settings(args: Namespace, checkpoint: Path | None) -> ChangedSe
         return ChangedSettings(notes=tuple(_notes_of_function(args, saved)))
     if args.finetune:
         return ChangedSettings()
-    if args.override_ckpt_iteration is not None:
-        iteration = args.override_ckpt_iteration
     resumption = _Resumption(args, checkpoint, saved, state.get("opt_param_scheduler"), schedule, iteration)
     return ChangedSettings(tuple(resumption.errors()), tuple(resumption.notes()), resumption.is_complete)
 
@@ -155,12 +153,6 @@ class _Resumption:
     def errors(self) -> Iterator[str]:
         """Yield an error for each change with which the run would fail, or that the run would ignore."""
         args, anew = self.args, f"--no-load-optim to begin with a new optimizer and a new schedule ({_PAGE})"
-        went_back_to = getattr(self.saved, "override_ckpt_iteration", None)
-        if went_back_to is not None and went_back_to == args.override_ckpt_iteration:
-            yield (
-                f"checkpoint {self.checkpoint} is of a run that has gone back to --override-ckpt-iteration "
-                f"{went_back_to} already, and the run would go back at every start: leave the flag out"
-            )
         yield from self._errors_of_length()
         yield from self._errors_of_cyclic_data()
         if getattr(self.saved, "no_save_optim", False) and not args.no_load_optim and self._loads:
@@ -209,7 +201,7 @@ class _Resumption:
     def _errors_of_length(self) -> Iterator[str]:
         """Yield an error if Megatron would compute a wrong last iteration from `--train-samples` and the batch size."""
         args, samples = self.args, getattr(self.saved, "consumed_train_samples", None)
-        if args.train_samples is None or samples is None or args.override_ckpt_iteration is not None:
+        if args.train_samples is None or samples is None:
             return
         iterations = BatchSizes.from_args(args).iterations(samples)
         if iterations != self.iteration and not args.decrease_batch_size_if_needed:
@@ -223,7 +215,7 @@ class _Resumption:
     def _errors_of_cyclic_data(self) -> Iterator[str]:
         """Yield an error if Megatron's sampler of cyclic data would fail: it cannot resume within a micro-batch."""
         args = self.args
-        if args.dataloader_type != "cyclic" or args.override_ckpt_iteration is not None:
+        if args.dataloader_type != "cyclic":
             return
         # A complete run evaluates if it is loaded.
         evaluates = self._loads and args.eval_iters > 0 and not args.full_validation

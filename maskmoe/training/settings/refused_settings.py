@@ -309,7 +309,7 @@ def _ignores_reset_masks(args: Namespace) -> bool:
 def _miscounts_batch_schedule(args: Namespace) -> bool:
     """Return whether Megatron-Core would count the samples of a schedule as if all batches had one size."""
     counts_iterations = args.train_samples is None and not args.skip_train
-    others = ("override_ckpt_iteration", "phase_transition_iterations", "decrease_batch_size_if_needed")
+    others = ("phase_transition_iterations", "decrease_batch_size_if_needed")
     counts_wrongly = counts_iterations or _given(*others)(args) or _captures_graphs(args)
     return args.step_batch_size_schedule is not None and counts_wrongly
 
@@ -527,8 +527,8 @@ BROKEN_IN_MEGATRON = (
         ),
     ),
     Check(
-        "--step-batch-size-schedule without --train-samples, or with --override-ckpt-iteration, "
-        "--phase-transition-iterations, --decrease-batch-size-if-needed or CUDA graphs",
+        "--step-batch-size-schedule without --train-samples, or with --phase-transition-iterations, "
+        "--decrease-batch-size-if-needed or CUDA graphs",
         "Megatron-Core counts as if all batches had one size.",
         _miscounts_batch_schedule,
     ),
@@ -619,6 +619,11 @@ NOT_BUILT = (
         "--non-persistent-save-interval or --non-persistent-global-ckpt-dir, without --non-persistent-ckpt-type global",
         "Megatron-Core ignores the folder or ends at the first save; loading the type local may run code.",
         _leaves_non_persistent_checkpoints_out,
+    ),
+    Check(
+        "--override-ckpt-iteration",
+        "Every start would go back to the iteration. Use --ckpt-step, which also takes the weights of the iteration.",
+        lambda args: args.override_ckpt_iteration is not None,
     ),
     Check(
         "--moe-dispatch-fwd-dtype or --moe-combine-bwd-dtype",

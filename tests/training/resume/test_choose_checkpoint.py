@@ -6,12 +6,11 @@ import traceback
 from argparse import Namespace
 from contextlib import nullcontext
 from pathlib import Path
+from unittest.mock import Mock
 
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from megatron.core.dist_checkpointing import load_common_state_dict
-from megatron.core.rerun_state_machine import RerunState
 from megatron.training import checkpointing, training
 from support.command_lines import run_command
 from support.training import Run
@@ -237,67 +236,41 @@ def test_the_last_iteration_is_saved_once(workplace, tmp_path, passed, saved):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("flags", ["--async-save", ""])
-def test_checkpoint_is_saved_again_with_the_search_for_a_fault(workplace, tmp_path, flags):
+def test_checkpoint_stays_if_the_next_step_gives_nan(workplace, tmp_path):
     """The gradient of the iteration after the save is NaN, also when Megatron repeats the step."""
-    flags = f"{flags} --save-interval 4 --keep-last-checkpoints 1 --eval-iters 0"
     fault = {"FAULT": "nan-always", "FAULT_RANK": "0", "FAULT_ITERATION": "5", "FAULT_FOLDER": str(tmp_path)}
-    run = Run(flags, saves=True, program=(str(Path(__file__).parents[1] / "pretrain_with_fault.py"),))
+    program = (str(Path(__file__).parents[1] / "pretrain_with_fault.py"),)
+    run = Run("--async-save --save-interval 4 --eval-iters 0", saves=True, program=program)
     with workplace.start(run, tmp_path / "run", environment=fault) as processes:
         outcome = processes.wait()
     assert outcome.exit_codes == (16,), outcome.report()
     assert outcome.errors[0].rstrip().endswith("The newest checkpoint is of iteration 4")
     entries = [entry for entry in read_journal(outcome.checkpoints) if entry.kind is Kind.SAVED]
-    assert [entry.iteration for entry in entries] == [4, 4]
-    assert [path.name for path in outcome.checkpoints.glob("*iter_*")] == ["iter_0000004"]
-    checkpoint = checkpoint_path(outcome.checkpoints, 4)
-    check_all(checkpoint)
-    assert load_common_state_dict(checkpoint)["rerun_state_machine"]["state"] == RerunState.WILL_RERUN_FROM_CHECKPOINT
+    assert [entry.iteration for entry in entries] == [4]
+    check_all(checkpoint_path(outcome.checkpoints, 4))
 
 
-def test_checkpoint_stays_until_it_is_saved_again(tmp_path, monkeypatch):
+def test_an_iteration_is_saved_once(tmp_path, monkeypatch):
     settings = Namespace(save=str(tmp_path), load=None, async_save=False, keep_last_checkpoints=1)
-    settings.save_retain_interval, machine = None, Namespace(state=RerunState.NOT_RUNNING_YET)
-    monkeypatch.setattr(saver, "get_rerun_state_machine", lambda: machine)
+    settings.save_retain_interval, save_checkpoint = None, Mock()
     monkeypatch.setattr("torch.distributed.get_rank", lambda: 0)
     monkeypatch.setattr("torch.distributed.barrier", lambda: None)
-    content = iter(("first", "not saved", "second", OSError("the disk is full"), "third", "fourth"))
-
-    def save_checkpoint(iteration: int, **_: object) -> None:
-        """Write as Megatron's function does, but fail after the file is written if the content is an error."""
-        folder = Path(checkpointing.get_checkpoint_name(settings.save, iteration, return_base_dir=True))
-        folder.mkdir(parents=True)
-        (folder / "content").write_text(str(item := next(content)))
-        if isinstance(item, OSError):
-            raise item
-
     monkeypatch.setattr(training, "save_checkpoint", save_checkpoint)
-    monkeypatch.setattr(training, "maybe_finalize_async_save", lambda **_: None)
-    own = saver.CheckpointSaver(settings, nullcontext, lambda: None, Journal(None))
-    saved = checkpoint_path(tmp_path, 4) / "content"
-    own.save(4)
-    own.save(4)
-    assert saved.read_text() == "first"
-    next(content)
-    machine.state = RerunState.WILL_RERUN_FROM_CHECKPOINT
-    own.save(4)
-    assert saved.read_text() == "second"
-    with pytest.raises(saver.SaveError, match="the disk is full"):
+
+    def saves(**changes: object) -> int:
+        """Return how often another run saves iteration 4, of which it is asked for two times."""
+        vars(settings).update(changes)
+        save_checkpoint.reset_mock()
+        own = saver.CheckpointSaver(settings, nullcontext, lambda: None, Journal(None))
         own.save(4)
-    assert saved.read_text() == "second"
-    own.save(4)
-    assert saved.read_text() == "third"
-    # Another run loads this checkpoint and continues at an earlier iteration.
-    vars(settings).update(load=str(tmp_path), finetune=False, loads_non_persistent=False, override_ckpt_iteration=None)
-    machine.state = RerunState.NOT_RUNNING_YET
+        own.save(4)
+        return save_checkpoint.call_count
+
+    assert saves() == 1
     monkeypatch.setattr(saver, "get_loaded_iteration", lambda: 4)
-    own = saver.CheckpointSaver(settings, nullcontext, lambda: None, Journal(None))
-    own.save(4)
-    assert saved.read_text() == "third"
-    settings.override_ckpt_iteration = 2
-    own.save(4)
-    assert saved.read_text() == "fourth"
-    assert list(tmp_path.iterdir()) == [saved.parent]
+    assert saves(load=str(tmp_path), finetune=False, loads_non_persistent=False) == 0
+    assert saves(loads_non_persistent=True) == 1
+    assert saves(loads_non_persistent=False, load=str(tmp_path / "elsewhere")) == 1
 
 
 @pytest.mark.slow

@@ -83,7 +83,6 @@ REFUSED = {
     "--dataloader-defer-npy-index-mmap": "--dataloader-fast-cache-load or",
     "--dataloader-fast-cache-load --data-cache-path c --data-path a": "--dataloader-fast-cache-load or",
     SCHEDULE: "--step-batch-size-schedule",
-    f"{SCHEDULE} --train-samples 8 --override-ckpt-iteration 3": "--step-batch-size-schedule",
     f"{SCHEDULE} --train-samples 8 {GRAPHS} --cuda-graph-modules attn": "--step-batch-size-schedule",
     "--full-validation": "--full-validation",
     "--full-validation --multiple-validation-sets --pipeline-model-parallel-size 2 --micro-batch-size 2": (
@@ -140,6 +139,7 @@ REFUSED = {
     "--ckpt-format torch": "--ckpt-format",
     "--non-persistent-save-interval 5": "--non-persistent-save-interval",
     "--non-persistent-ckpt-type local": "--non-persistent-save-interval",
+    "--override-ckpt-iteration 0": "--override-ckpt-iteration",
     "--yaml-cfg F": "--yaml-cfg",
     "--tensor-parallel-num-weight-shards 2": "--tensor-parallel-num-weight-shards",
     "--expert-tensor-parallel-num-weight-shards 2": "--tensor-parallel-num-weight-shards",
