@@ -127,7 +127,17 @@ class VisibleExperts(MegatronModule):
         self.register_buffer("bit_values", torch.from_numpy(1 << np.arange(8, dtype=np.uint8)), persistent=False)
 
     def table_of_layer(self, number: int) -> int:
-        """Return the table of a MoE layer by its number among the feed-forward layers, counting from 1."""
+        """Return the table of a MoE layer by its number among the feed-forward layers, counting from 1.
+
+        Raises:
+            ValueError: No MoE layer of the model has this number.
+        """
+        moe_layers = [index for index, has_experts in enumerate(self.layers.has_experts, start=1) if has_experts]
+        if number not in moe_layers:
+            raise ValueError(
+                f"no MoE layer of the model has the number {number}, only {', '.join(map(str, moe_layers))}: call "
+                "set_layer_number(…) with the layer's number among the feed-forward layers, counting from 1"
+            )
         return self.layers.table(number, num_tables=len(self.row_of_id))
 
     def mask_table(self, number: int) -> MaskTable:

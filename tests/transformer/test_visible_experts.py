@@ -77,6 +77,15 @@ def test_mask_that_does_not_fit_is_refused(settings: dict, pattern: str | None, 
         VisibleExperts(config, mask, process_groups(), hybrid_layer_pattern=pattern)
 
 
+@pytest.mark.parametrize("number", [-1, 0, 1, 4, 6])
+def test_number_of_no_moe_layer_is_refused(number: int, mask) -> None:
+    config = make_config(10, num_layers=4, moe_layer_freq=[0, 1, 1, 0])
+    module = make_visible_experts(config, mask)
+    assert [module.table_of_layer(layer) for layer in (2, 3)] == [0, 1]
+    with pytest.raises(ValueError, match=f"has the number {number}, only 2, 3: .* counting from 1"):
+        module.table_of_layer(number)
+
+
 def test_half_precision_leaves_the_mask_alone(mask) -> None:
     config = make_config(10, num_layers=2, bf16=True, params_dtype=torch.bfloat16)
     module = make_visible_experts(config, mask)
