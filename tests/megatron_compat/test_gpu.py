@@ -5,13 +5,14 @@ from dataclasses import fields
 
 import pytest
 from megatron.core.transformer.moe import moe_utils
+from megatron.training.argument_utils import gpt_config_from_args
 from megatron.training.arguments import parse_args, validate_args
 
 from maskmoe.megatron_compat import cpu
 from maskmoe.megatron_compat.gpu import GpuPackages
+from maskmoe.training.loop.model_builder import MaskMoEModelConfig
 from maskmoe.training.settings.flags import add_maskmoe_arguments
 from maskmoe.training.settings.refused_settings import missing_transformer_engine
-from maskmoe.training.settings.run_settings import model_config_from_args
 
 # Megatron's defaults that fail without Transformer Engine, and the values that work.
 WITHOUT_PACKAGES = {
@@ -97,7 +98,7 @@ def test_only_activations_that_megatron_fuses_right_are_fused(on_a_gpu, parse, p
     args = validate_args(parse(*f"--routing-mask mask.safetensors {sizes} {flags}".split()))
     assert args.bias_gelu_fusion
     assert args.bias_swiglu_fusion
-    assert model_config_from_args(args).transformer.bias_activation_fusion is fuses
+    assert MaskMoEModelConfig(megatron=gpt_config_from_args(args)).transformer.bias_activation_fusion is fuses
 
 
 def test_gradients_are_added_by_fused_kernels_with_and_without_apex(on_a_gpu, parse) -> None:

@@ -14,6 +14,7 @@ from megatron.training.models.dist_utils import unimodal_build_distributed_model
 from megatron.training.models.gpt import GPTModelConfig
 from megatron.training.models.hybrid import HybridModelConfig
 from megatron.training.vocab_utils import calculate_padded_vocab_size
+from torch.nn.functional import gelu, silu
 
 from maskmoe.checkpoint.routing_mask import mask_in_checkpoint, read_routing_mask
 from maskmoe.transformer.layer_specs import (
@@ -56,6 +57,17 @@ class MaskMoEModelConfig:
 
     pre_wrap_hooks: list[Callable[[list[Any]], list[Any]]] = field(default_factory=list)
     """Functions of the model chunks of a rank, which return the chunks, before they are wrapped."""
+
+    def __post_init__(self) -> None:
+        """Switch off the fused activations of Megatron-Core that compute something else, or fail.
+
+        The fused SwiGLU ignores the clamp. The fused GELU cannot weigh the rows of an expert, and the fused quick GELU
+        must weigh them, so it fails in dense MLPs and in shared experts.
+        """
+        config = self.transformer
+        is_swiglu = config.activation_func is silu and config.activation_func_clamp_value is None
+        if not is_swiglu and (config.num_moe_experts or config.activation_func is not gelu):
+            config.bias_activation_fusion = False
 
     @property
     def transformer(self) -> TransformerConfig:

@@ -12,7 +12,6 @@ from typing import cast
 import torch
 from megatron.core.transformer.multi_token_prediction import get_mtp_ranks
 from megatron.training.argument_utils import gpt_config_from_args, hybrid_config_from_args
-from torch.nn.functional import gelu, silu
 
 from maskmoe.errors import UserError, reason_of
 from maskmoe.files.run_folder import run_folder
@@ -81,12 +80,6 @@ def model_config_from_args(args: Namespace) -> MaskMoEModelConfig:
             rope_scaling=args.use_rope_scaling,
             rope_scaling_factor=args.rope_scaling_factor,
         )
-    # Megatron-Core's fused SwiGLU ignores the clamp. Its fused GELU cannot weigh the rows of an expert, and its fused
-    # quick GELU must weigh them, so it fails in dense MLPs and in shared experts.
-    transformer = config.transformer
-    is_swiglu = transformer.activation_func is silu and transformer.activation_func_clamp_value is None
-    if not is_swiglu and (args.num_experts or transformer.activation_func is not gelu):
-        transformer.bias_activation_fusion = False
     if args.num_experts:
         # `find_routing_mask` refuses a run without a mask.
         checkpoint = checkpoint_to_load(args)
