@@ -138,8 +138,13 @@ def with_maskmoe_modules(
             return replace(node, router=router)
         if isinstance(node, SelfAttentionSubmodules) and qk_layernorm_all_heads:
             assert query_groups is not None  # `TransformerConfig` sets the default.
-            k_layernorm = partial(AllHeadsRMSNorm, num_heads=query_groups)
-            return replace(node, q_layernorm=partial(AllHeadsRMSNorm, num_heads=heads), k_layernorm=k_layernorm)
+            tp_group = visible_experts.pg_collection.tp if visible_experts else None
+            norm = partial(AllHeadsRMSNorm, tp_group=tp_group)
+            return replace(
+                node,
+                q_layernorm=partial(norm, num_heads=heads),
+                k_layernorm=partial(norm, num_heads=query_groups),
+            )
         if isinstance(node, MLASelfAttentionSubmodules) and is_local:
             return replace(node, linear_q_down_proj=ReplicatedLinear, linear_kv_down_proj=ReplicatedLinear)
         if node is MLASelfAttention and is_local:

@@ -4,13 +4,14 @@ import pytest
 import torch
 from megatron.core.transformer.attention import SelfAttention
 from support.saved_tensors import saved_tensors
-from support.small_moe import DEVICE, make_config, make_mask, make_visible_experts, process_groups, random_visible_sets
+from support.small_moe import DEVICE, make_config, make_mask, process_groups, random_visible_sets
 from torch import Tensor
 from transformers.models.olmoe.modeling_olmoe import OlmoeRMSNorm
 
 from maskmoe.megatron_compat import cpu
 from maskmoe.transformer.layer_specs import get_maskmoe_decoder_block_spec
 from maskmoe.transformer.torch_modules.norms import AllHeadsRMSNorm, TorchNorm
+from maskmoe.transformer.visible_experts import VisibleExperts
 
 NORMS = [torch.nn.LayerNorm, torch.nn.RMSNorm]
 # Sums over features and tokens are added in another order.
@@ -213,11 +214,14 @@ def test_computes_in_fp32(one_rank) -> None:
 
 def test_attention_normalizes_queries_and_keys_over_all_their_heads(one_rank) -> None:
     config = make_config(num_layers=1, num_query_groups=1, qk_layernorm=True)
-    visible_experts = make_visible_experts(config, make_mask(random_visible_sets(0, 1, 9, 4)))
+    groups = process_groups()
+    groups.tp = torch.distributed.group.WORLD  # another object than the group of `parallel_state`
+    visible_experts = VisibleExperts(config, make_mask(random_visible_sets(0, 1, 9, 4)), groups)
     block = get_maskmoe_decoder_block_spec(config, visible_experts, qk_layernorm_all_heads=True)
     spec = block.layer_specs[0].submodules.self_attention
-    attention = SelfAttention(config, spec.submodules, layer_number=1, pg_collection=process_groups())
+    attention = SelfAttention(config, spec.submodules, layer_number=1, pg_collection=groups)
     assert [norm.num_features for norm in (attention.q_layernorm, attention.k_layernorm)] == [8, 4]
+    assert {norm.tp_group for norm in (attention.q_layernorm, attention.k_layernorm)} == {groups.tp}
     query, key, _ = attention.get_query_key_value_tensors(1e3 * torch.randn(3, 2, 8))
     for heads in (query, key):
         torch.testing.assert_close(heads.square().mean(dim=(2, 3)), torch.ones(3, 2), atol=1e-3, rtol=0)
