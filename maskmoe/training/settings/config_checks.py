@@ -6,7 +6,7 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 from megatron.training.arguments import add_megatron_arguments
 
 from maskmoe.errors import UserError
-from maskmoe.routing_mask.feed_forward_layers import FeedForwardLayers
+from maskmoe.routing_mask.feed_forward_layers import LAYER_FREQUENCY_ERROR, FeedForwardLayers, is_layer_frequency
 from maskmoe.routing_mask.mask import RoutingMask
 from maskmoe.training.settings.flags import add_maskmoe_arguments
 from maskmoe.training.settings.refused_settings import refused_settings
@@ -39,7 +39,9 @@ def check_settings(config: TransformerConfig, mask: RoutingMask, hybrid_layer_pa
     args = Namespace(**vars(ours) | settings)
 
     errors = list(refused_settings(args))
-    if args.num_experts:
+    if hybrid_layer_pattern is None and not is_layer_frequency(args.moe_layer_freq, bool(args.num_experts)):
+        errors.append(f"{LAYER_FREQUENCY_ERROR}.")
+    elif args.num_experts:
         try:
             mask.check_fits(
                 vocab_size=mask.vocab_size,

@@ -56,6 +56,8 @@ def test_one_error_names_everything_that_is_refused():
     ("settings", "pattern", "named"),
     [
         ({"num_experts": None}, None, "--routing-mask without --num-experts"),
+        ({"moe_layer_freq": 0}, None, "--moe-layer-freq must be"),
+        ({"moe_layer_freq": [0] * 4}, None, "--moe-layer-freq must be"),
         ({}, "*-*-", "--hybrid-layer-pattern with E without"),
         ({"num_layers": 8}, "*E*E*E*E/*E", "or --mtp-num-layers"),
         ({"num_layers": 8, "mtp_num_layers": 2}, "*E*E*E*E/*E", "or --mtp-num-layers"),
@@ -65,7 +67,7 @@ def test_one_error_names_everything_that_is_refused():
             "--pipeline-model-parallel-layout with m",
         ),
     ],
-    ids=["no experts", "no E", "no prediction", "another prediction", "layout"],
+    ids=["no experts", "frequency 0", "no layer with experts", "no E", "no prediction", "another prediction", "layout"],
 )
 def test_settings_that_arguments_have_in_another_form_are_refused(settings, pattern, named):
     with pytest.raises(UserError, match=named):
