@@ -80,6 +80,8 @@ def parse_settings(arguments: Sequence[str] | None = None) -> Settings:
 def main() -> None:
     """Run the command."""
     settings = parse_settings()
+    import transformers  # noqa: F401 (the export needs the package: without it, fail before the training)
+
     quickstart = Quickstart(settings, find_devices())
     quickstart.data.check()  # before anything is written
     line = StatusLine(sys.stdout)

@@ -95,10 +95,10 @@ def _allow_open_files() -> None:
 
 @contextmanager
 def _describing_refusals() -> Iterator[None]:
-    """Turn what the operating system refuses into an error of one line.
+    """Turn what the operating system refuses, and a lack of transformers, into an error of one line.
 
     Raises:
-        UserError: A path of the command line cannot be used.
+        UserError: A path of the command line cannot be used, or transformers is not installed.
         RunFailure: A disk is full, too many files are open, or there is not enough memory.
     """
     try:
@@ -112,6 +112,8 @@ def _describing_refusals() -> Iterator[None]:
     except (UserError, RunFailure, BrokenPipeError):
         raise
     except Exception as error:
+        if isinstance(error, ModuleNotFoundError) and error.name == "transformers":
+            raise UserError("transformers is not installed: run pip install '.[hf]' in the repository") from error
         number, filename = _refusal_of_system(error)
         if number in _NO_SPACE:
             place = f" for {os.fsdecode(filename)}" if isinstance(filename, str | bytes) else ""

@@ -9,6 +9,7 @@ import time
 import pytest
 from support.paths import ROOT
 
+from maskmoe.command_line import main as maskmoe_program
 from maskmoe.command_line.parser import Parser
 from maskmoe.command_line.run_tool import run_tool
 from maskmoe.errors import RunFailure, UserError, one_line
@@ -48,6 +49,18 @@ def test_error_about_a_path_of_the_command_line(monkeypatch, capsys, number, wor
     error = OSError(number, os.strerror(number), "data/run/config.json")
     assert run_failing(error, monkeypatch, word) == 2
     assert capsys.readouterr().err == f"error: cannot use data/run/config.json: {os.strerror(number)}\n"
+
+
+def test_lack_of_transformers_is_reported_before_the_quickstart_trains(monkeypatch, capsys, tmp_path):
+    monkeypatch.setattr(sys, "argv", ["maskmoe", "quickstart", "--run-dir", str(tmp_path / "run")])
+    monkeypatch.setitem(sys.modules, "transformers", None)  # an import fails
+    with pytest.raises(SystemExit) as end:
+        maskmoe_program.main()
+    assert end.value.code == 2
+    assert (
+        capsys.readouterr().err == "error: transformers is not installed: run pip install '.[hf]' in the repository\n"
+    )
+    assert not (tmp_path / "run").exists()
 
 
 @pytest.mark.parametrize(
