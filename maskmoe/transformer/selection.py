@@ -149,16 +149,18 @@ def select_experts(
         as visible.
     """
     candidates = scores.masked_fill(~visible, float("-inf"))
+    # Megatron-Core sorts in training, and with groups always. The order decides how weights are summed, so it must be
+    # the same here.
+    is_sorted = torch.is_grad_enabled()
     if group_topk:
         assert num_groups is not None
+        is_sorted = True
         outside = _outside_chosen_groups(candidates, topk, num_groups, group_topk)
         # Experts that fill up to k must be invisible, because callers recognize them by that. The chosen groups hold at
         # least k experts, so invisible experts of the chosen groups rank above all experts of other groups.
         candidates = candidates.masked_fill(~visible, torch.finfo(scores.dtype).min)
         candidates = candidates.masked_fill(outside, float("-inf"))
-    # Megatron-Core sorts in training, and with groups always. The order decides how weights are summed, so it must be
-    # the same here.
-    return candidates.topk(topk, dim=1, sorted=bool(group_topk) or torch.is_grad_enabled()).indices
+    return candidates.topk(topk, dim=1, sorted=is_sorted).indices
 
 
 def routing_map_of(selected: Tensor, visible: Tensor) -> Tensor:
