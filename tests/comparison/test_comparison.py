@@ -200,7 +200,12 @@ def test_a_killed_suite_continues_to_the_page(arguments, tmp_path):
     folder = tmp_path / "run"
     first = compare(*arguments, "--jobs", 2)
     evaluation = folder / "runs" / "dense.seed-1" / "evaluation-held-out.json"
-    wait_until(evaluation.exists, "the first evaluation", timeout=240, has_ended=lambda: first.poll() is not None)
+    stage = evaluation.with_name("stages") / "evaluate-held-out.json"
+
+    def has_evaluated() -> bool:
+        return stage.exists() and json.loads(stage.read_text())["seconds"] is not None
+
+    wait_until(has_evaluated, "the first evaluation", timeout=240, has_ended=lambda: first.poll() is not None)
     children = psutil.Process(first.pid).children(recursive=True)
     first.send_signal(signal.SIGKILL)
     first.communicate(timeout=60)
