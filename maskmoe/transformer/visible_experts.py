@@ -132,11 +132,12 @@ class VisibleExperts(MegatronModule):
         Raises:
             ValueError: No MoE layer of the model has this number.
         """
-        moe_layers = [index for index, has_experts in enumerate(self.layers.has_experts, start=1) if has_experts]
-        if number not in moe_layers:
+        has_experts = self.layers.has_experts
+        if not (1 <= number <= len(has_experts) and has_experts[number - 1]):
+            numbers = ", ".join(str(index) for index, is_moe in enumerate(has_experts, start=1) if is_moe)
             raise ValueError(
-                f"no MoE layer of the model has the number {number}, only {', '.join(map(str, moe_layers))}: call "
-                "set_layer_number(…) with the layer's number among the feed-forward layers, counting from 1"
+                f"no MoE layer of the model has the number {number}, only {numbers}: call set_layer_number(…) with the "
+                "layer's number among the feed-forward layers, counting from 1"
             )
         return self.layers.table(number, num_tables=len(self.row_of_id))
 
