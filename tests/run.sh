@@ -7,8 +7,8 @@ usage() {
 usage: tests/run.sh [--all | --slurm | --docker | --te | --serving | --tracking | --megatron VERSION|PATH]
                     [pytest arguments]
 
-Sets up .venv and runs the checks (ruff, pyrefly, shellcheck and hadolint), then the tests. Tests that need a GPU run only
-on a machine with a GPU.
+Sets up .venv and runs the checks (ruff, pyrefly, import-linter, shellcheck and hadolint), then the tests. Tests that
+need a GPU run only on a machine with a GPU.
 
   --all             also run the slow tests
   --slurm           run only the tests that need a Slurm cluster of two nodes, or two hosts. The tests set up both on
@@ -114,6 +114,8 @@ if $checks && (($# == 0)); then
     .venv/bin/ruff format --check
     echo "tests: pyrefly"
     .venv/bin/pyrefly check
+    echo "tests: import-linter"
+    .venv/bin/lint-imports --no-logo
     echo "tests: shellcheck"
     find . \( -name .venv -o -name .git -o -name runs -o -name build \) -prune -o \
         -type f \( -name '*.sh' -o -name '*.sbatch' -o -path ./.ci/run \) -print0 |

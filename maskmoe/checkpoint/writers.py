@@ -11,9 +11,8 @@ from multiprocessing.process import BaseProcess
 
 from megatron.training.async_utils import init_persistent_async_worker
 
-from maskmoe.megatron_compat import RANK_PROCESS
 from maskmoe.processes.interruption import SIGNALS_THAT_SAVE
-from maskmoe.processes.lifetimes import end_with_parent
+from maskmoe.processes.lifetimes import RANK_PROCESS, end_with_parent
 
 rank_is_ending = threading.Event()
 """Is set when this rank ends, and ends its writer."""

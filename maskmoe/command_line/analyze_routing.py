@@ -28,9 +28,9 @@ from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 
 from maskmoe.analysis.routing_statistics import SPLITS, AnalysisSettings
-from maskmoe.command_line import ranges
-from maskmoe.command_line.parser import add_force_argument, add_option, command_parser, say_loading
-from maskmoe.command_line.ranges import split
+from maskmoe.arguments import ranges
+from maskmoe.arguments.parser import add_force_argument, add_option, command_parser, say_loading
+from maskmoe.arguments.ranges import split
 from maskmoe.data.indexed_dataset import dataset_files
 from maskmoe.errors import UserError, refused_by_system
 from maskmoe.files.outputs import atomic_output, check_outputs, lies_inside, unwinding_on_signals

@@ -18,8 +18,8 @@ from typing import Any
 
 import numpy as np
 
-from maskmoe.command_line import ranges
-from maskmoe.command_line.parser import add_force_argument, add_option, add_seed_argument, command_parser
+from maskmoe.arguments import ranges
+from maskmoe.arguments.parser import add_force_argument, add_option, add_seed_argument, command_parser
 from maskmoe.errors import UserError, counted
 from maskmoe.files.outputs import atomic_output, check_outputs
 from maskmoe.routing_mask.assignment import ASSIGNMENTS, PRESETS, MaskRecipe, build_routing_mask

@@ -15,9 +15,10 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from maskmoe.command_line import build_routing_mask, ranges
-from maskmoe.command_line.parser import Parser, add_option
-from maskmoe.command_line.ranges import split
+from maskmoe.arguments import ranges
+from maskmoe.arguments.parser import Parser, add_option
+from maskmoe.arguments.ranges import split
+from maskmoe.command_line import build_routing_mask
 from maskmoe.comparison.comparison import Comparison
 from maskmoe.comparison.data import Dataset
 from maskmoe.comparison.run import Run

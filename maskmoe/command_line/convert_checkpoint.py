@@ -7,8 +7,8 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
-from maskmoe.command_line import ranges
-from maskmoe.command_line.parser import Parser, add_option, say_loading
+from maskmoe.arguments import ranges
+from maskmoe.arguments.parser import Parser, add_option, say_loading
 from maskmoe.conversion.settings import (
     DERIVED_PATTERN,
     DTYPE_NAMES,

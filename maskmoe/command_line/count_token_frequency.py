@@ -11,8 +11,8 @@ Example:
 
 from pathlib import Path
 
-from maskmoe.command_line import ranges
-from maskmoe.command_line.parser import add_force_argument, add_option, add_workers_argument, command_parser
+from maskmoe.arguments import ranges
+from maskmoe.arguments.parser import add_force_argument, add_option, add_workers_argument, command_parser
 from maskmoe.data.indexed_dataset import files_of_data_path
 from maskmoe.files.outputs import atomic_output, check_outputs
 from maskmoe.routing_mask.frequency import (

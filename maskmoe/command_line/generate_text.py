@@ -19,8 +19,8 @@ from typing import Any
 
 from tqdm import tqdm
 
-from maskmoe.command_line import ranges
-from maskmoe.command_line.parser import add_force_argument, add_option, add_seed_argument, command_parser, say_loading
+from maskmoe.arguments import ranges
+from maskmoe.arguments.parser import add_force_argument, add_option, add_seed_argument, command_parser, say_loading
 from maskmoe.conversion.settings import CONFIG_FILE
 from maskmoe.data.prompts import KEY, read_prompts
 from maskmoe.errors import UserError

@@ -6,8 +6,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from maskmoe import __version__
-from maskmoe.command_line.run_tool import run_tool
 from maskmoe.errors import UserError
+from maskmoe.processes.run_tool import run_tool
 
 _ENTRY_POINTS = "training."
 

@@ -14,8 +14,8 @@ import json
 import random
 from pathlib import Path
 
-from maskmoe.command_line import ranges
-from maskmoe.command_line.parser import add_force_argument, add_option, add_seed_argument, command_parser
+from maskmoe.arguments import ranges
+from maskmoe.arguments.parser import add_force_argument, add_option, add_seed_argument, command_parser
 from maskmoe.data.default_corpus import default_corpus
 from maskmoe.errors import UserError
 from maskmoe.files.outputs import atomic_output, check_outputs

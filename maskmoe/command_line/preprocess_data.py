@@ -26,8 +26,8 @@ import time
 from collections.abc import Sequence
 from typing import Any
 
-from maskmoe.command_line import ranges
-from maskmoe.command_line.parser import add_force_argument, add_workers_argument, command_parser
+from maskmoe.arguments import ranges
+from maskmoe.arguments.parser import add_force_argument, add_workers_argument, command_parser
 from maskmoe.data.dataset_writing import IndexedDatasetWriter, merge_datasets
 from maskmoe.data.inputs import FORMATS, Shard, unescape
 from maskmoe.data.preprocess import preprocess

@@ -13,8 +13,8 @@ Examples:
 
 from pathlib import Path
 
-from maskmoe.command_line import ranges
-from maskmoe.command_line.parser import add_option, command_parser
+from maskmoe.arguments import ranges
+from maskmoe.arguments.parser import add_option, command_parser
 from maskmoe.errors import UserError
 
 

@@ -12,8 +12,8 @@ from collections.abc import Callable, Sequence
 from dataclasses import fields
 from pathlib import Path
 
-from maskmoe.command_line import ranges
-from maskmoe.command_line.parser import Parser, add_option
+from maskmoe.arguments import ranges
+from maskmoe.arguments.parser import Parser, add_option
 from maskmoe.comparison.quickstart import Quickstart, Settings, quickstart_suite, write_report
 from maskmoe.comparison.stage import StageFolder, StatusLine, stopping_in_order
 from maskmoe.files.paths import RUNS

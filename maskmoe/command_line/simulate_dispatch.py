@@ -34,8 +34,8 @@ from pathlib import Path
 from maskmoe.analysis.dispatch_report import draw_plot, terminal_table, write_costs
 from maskmoe.analysis.dispatch_simulation import Simulation
 from maskmoe.analysis.dispatch_traffic import Cluster, Link, Workload
-from maskmoe.command_line import ranges
-from maskmoe.command_line.parser import add_force_argument, add_option, add_seed_argument, command_parser
+from maskmoe.arguments import ranges
+from maskmoe.arguments.parser import add_force_argument, add_option, add_seed_argument, command_parser
 from maskmoe.data.indexed_dataset import dataset_files, open_tokens
 from maskmoe.errors import UserError
 from maskmoe.files.outputs import atomic_output, check_outputs

@@ -12,7 +12,7 @@ import json
 from collections.abc import Iterable
 from pathlib import Path
 
-from maskmoe.command_line.parser import add_force_argument, command_parser
+from maskmoe.arguments.parser import add_force_argument, command_parser
 from maskmoe.errors import UserError
 from maskmoe.files.outputs import check_outputs, lies_inside, write_text
 from maskmoe.files.paths import check_folder

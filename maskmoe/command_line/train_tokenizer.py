@@ -12,8 +12,8 @@ Example:
 
 from collections.abc import Iterator, Sequence
 
-from maskmoe.command_line import ranges
-from maskmoe.command_line.parser import add_force_argument, add_option, add_seed_argument, command_parser
+from maskmoe.arguments import ranges
+from maskmoe.arguments.parser import add_force_argument, add_option, add_seed_argument, command_parser
 from maskmoe.command_line.preprocess_data import add_text_arguments
 from maskmoe.data.documents import progress_bar, read_blocks
 from maskmoe.data.inputs import Input, find_inputs

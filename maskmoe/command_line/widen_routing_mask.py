@@ -14,9 +14,9 @@ from pathlib import Path
 
 import numpy as np
 
-from maskmoe.command_line import ranges
+from maskmoe.arguments import ranges
+from maskmoe.arguments.parser import add_force_argument, add_option, add_seed_argument, command_parser
 from maskmoe.command_line.build_routing_mask import describe_imbalance, read_mask, warn_of_overload
-from maskmoe.command_line.parser import add_force_argument, add_option, add_seed_argument, command_parser
 from maskmoe.files.outputs import atomic_output, check_outputs
 from maskmoe.routing_mask.frequency import TokenFrequency, expected_expert_load
 from maskmoe.routing_mask.mask import MaskChange, RoutingMask

@@ -9,6 +9,7 @@ from pathlib import Path
 import numpy as np
 from tqdm import tqdm
 
+from maskmoe.arguments.flags import flag_words, override
 from maskmoe.comparison.data import Dataset
 from maskmoe.comparison.report import markdown_table, new_figure, tidy
 from maskmoe.comparison.run import OWN_TEXT, Run
@@ -17,7 +18,6 @@ from maskmoe.comparison.suite import Suite, Variant
 from maskmoe.comparison.table import scalars, training_seconds
 from maskmoe.data.documents import read_documents
 from maskmoe.errors import UserError
-from maskmoe.files.flags import flag_words, override
 from maskmoe.files.json_files import read_json
 from maskmoe.files.outputs import atomic_output, render_template, write_text
 from maskmoe.launch.command import entry_point, standalone_command

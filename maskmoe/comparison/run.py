@@ -4,11 +4,11 @@ import math
 from dataclasses import dataclass
 from pathlib import Path
 
+from maskmoe.arguments.flags import flag_words, flags_to_yaml
 from maskmoe.comparison.data import Dataset
 from maskmoe.comparison.stage import Stage, maskmoe_command
 from maskmoe.comparison.suite import Suite, Variant
 from maskmoe.errors import UserError
-from maskmoe.files.flags import flag_words, flags_to_yaml
 from maskmoe.files.outputs import write_text
 from maskmoe.files.run_folder import CHECKPOINTS, TENSORBOARD
 from maskmoe.launch.command import entry_point, standalone_command

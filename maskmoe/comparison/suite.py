@@ -24,8 +24,8 @@ from pydantic import (
     ValidationInfo,
 )
 
+from maskmoe.arguments.flags import override
 from maskmoe.errors import UserError
-from maskmoe.files.flags import override
 from maskmoe.files.json_files import first_problem
 from maskmoe.files.untrusted import read_words
 from maskmoe.launch.model_file import Flags, ModelFile, parse_flags, parse_layouts

@@ -5,8 +5,8 @@ import sys
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 
+from maskmoe.arguments.flags import flag_words, override
 from maskmoe.errors import UserError
-from maskmoe.files.flags import flag_words, override
 from maskmoe.files.run_folder import CHECKPOINTS, RUN_FOLDER_VARIABLE, TENSORBOARD
 from maskmoe.launch.machine import GPU_ENVIRONMENT, Route
 from maskmoe.launch.model_file import Flags

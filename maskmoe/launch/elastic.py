@@ -17,9 +17,8 @@ from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
 
-from maskmoe.command_line.run_tool import EXIT_BAD_INPUT
+from maskmoe.arguments.flags import override, split_flags
 from maskmoe.errors import UserError, counted, refused_by_system
-from maskmoe.files.flags import override, split_flags
 from maskmoe.files.run_folder import Journal, Kind
 from maskmoe.launch.command import run_flags
 from maskmoe.launch.elastic_files import Generation, Generations, Member, Membership, leading_member
@@ -30,6 +29,7 @@ from maskmoe.launch.options import Options
 from maskmoe.processes.folder_lock import check_unlocked
 from maskmoe.processes.interruption import EXIT_REQUEUE, LEAVE_FILE
 from maskmoe.processes.network import connection_error
+from maskmoe.processes.run_tool import EXIT_BAD_INPUT
 
 FOLDER = "elastic"
 """Name of the folder in a run folder in which launchers meet."""

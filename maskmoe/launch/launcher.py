@@ -6,9 +6,9 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import NoReturn
 
-from maskmoe.command_line import ranges
-from maskmoe.command_line.parser import OneLineParser
-from maskmoe.files.flags import split_flags
+from maskmoe.arguments import ranges
+from maskmoe.arguments.flags import split_flags
+from maskmoe.arguments.parser import OneLineParser
 from maskmoe.launch.command import ENTRY_POINT_ENVIRONMENT, Command, run_flags, standalone_command, unset_variables
 from maskmoe.launch.machine import find_devices, wait_for
 from maskmoe.launch.model_file import ModelFile

@@ -5,8 +5,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
+from maskmoe.arguments.flags import LAYOUTS, OMITTED_VALUES, Flags, override
 from maskmoe.errors import UserError
-from maskmoe.files.flags import LAYOUTS, OMITTED_VALUES, Flags, override
 from maskmoe.files.untrusted import read_words
 
 

@@ -15,9 +15,8 @@ from typing import TextIO
 
 import psutil
 
-from maskmoe.command_line.run_tool import EXIT_BAD_INPUT
+from maskmoe.arguments.flags import flag_words
 from maskmoe.errors import counted, refused_by_system
-from maskmoe.files.flags import flag_words
 from maskmoe.files.run_folder import Journal, Kind
 from maskmoe.launch.command import (
     RUN_ENVIRONMENT,
@@ -38,6 +37,7 @@ from maskmoe.processes.interruption import (
     read_exit_code,
 )
 from maskmoe.processes.lifetimes import adopt_orphans, end_with_parent, is_alive, send_signal
+from maskmoe.processes.run_tool import EXIT_BAD_INPUT
 
 _POLL_INTERVAL = 0.2  # seconds
 _INSPECTION_INTERVAL = 5.0  # seconds between inspections of torchrun's children

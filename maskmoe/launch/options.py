@@ -7,8 +7,8 @@ from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
-from maskmoe.command_line import ranges
-from maskmoe.command_line.parser import Parser
+from maskmoe.arguments import ranges
+from maskmoe.arguments.parser import Parser
 from maskmoe.errors import UserError
 from maskmoe.files.paths import RUNS, shipped_file
 from maskmoe.processes.interruption import SHUTDOWN_TIMEOUT

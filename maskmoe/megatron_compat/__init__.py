@@ -12,10 +12,7 @@ from contextlib import contextmanager
 import torch
 
 from maskmoe.errors import UserError
-from maskmoe.processes.lifetimes import end_with_parent
-
-RANK_PROCESS = "MASKMOE_RANK_PROCESS"
-"""The environment variable of a process that writes checkpoints, with the id of the rank that has started it."""
+from maskmoe.processes.lifetimes import RANK_PROCESS, end_with_parent
 
 
 @functools.cache

@@ -1,1 +1,1 @@
-"""Processes of a run: their locks, their signals, and the lives of child processes."""
+"""Processes: their locks, their signals, the lives of child processes, and how a command ends."""

@@ -18,6 +18,9 @@ import psutil
 _PR_SET_PDEATHSIG = 1
 _PR_SET_CHILD_SUBREAPER = 36
 
+RANK_PROCESS = "MASKMOE_RANK_PROCESS"
+"""The environment variable of a process that writes checkpoints, with the id of the rank that has started it."""
+
 
 def end_with_parent(parent: int, by: signal.Signals = signal.SIGKILL) -> None:
     """Let the kernel signal this process when its parent, which may be gone already, exits; only on Linux."""

@@ -5,9 +5,9 @@ from pathlib import Path
 import pytest
 from support.paths import ROOT
 
+from maskmoe.arguments.flags import flags_to_yaml
 from maskmoe.comparison.suite import Suite
 from maskmoe.errors import UserError
-from maskmoe.files.flags import flags_to_yaml
 from maskmoe.launch.model_file import ModelFile
 
 SHIPPED = sorted(path for path in (ROOT / "launch" / "suites").glob("*.yaml") if not path.stem.endswith("-text"))

@@ -9,12 +9,12 @@ import socket
 import sys
 from pathlib import Path
 
-from maskmoe.command_line import ranges
-from maskmoe.command_line.run_tool import run_tool
+from maskmoe.arguments import ranges
 from maskmoe.launch import elastic, elastic_files, launcher, node_run
 from maskmoe.launch.command import Command
 from maskmoe.launch.machine import Devices
 from maskmoe.processes.interruption import EXIT_REQUEUE
+from maskmoe.processes.run_tool import run_tool
 
 RANKS = """
 import os, pathlib, signal, sys, time

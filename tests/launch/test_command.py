@@ -10,8 +10,8 @@ import pytest
 from megatron.training.arguments import add_megatron_arguments
 from support.paths import ROOT
 
+from maskmoe.arguments.flags import split_flags
 from maskmoe.errors import UserError
-from maskmoe.files.flags import split_flags
 from maskmoe.launch.command import (
     RUN_ENVIRONMENT,
     Command,

@@ -19,9 +19,9 @@ from hypothesis import strategies as st
 from support.launchers import run_as_ranks
 from support.paths import ROOT
 
+from maskmoe.arguments.flags import flag_words, override, split_flags
 from maskmoe.command_line.build_routing_mask import parse_arguments
 from maskmoe.errors import UserError
-from maskmoe.files.flags import flag_words, override, split_flags
 from maskmoe.launch import launcher
 from maskmoe.launch.model_file import ModelFile
 from maskmoe.routing_mask.assignment import MaskRecipe, build_routing_mask

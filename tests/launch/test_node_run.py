@@ -13,7 +13,7 @@ from maskmoe.processes.interruption import EXIT_HANG, EXIT_REQUEUE
 
 SUPERVISE = """
 import sys
-from maskmoe.command_line.run_tool import run_tool
+from maskmoe.processes.run_tool import run_tool
 from maskmoe.launch import node_run
 from maskmoe.launch.command import Command
 program, shutdown_timeout, node_run._HANG_TIMEOUT = sys.argv[1], float(sys.argv[2]), float(sys.argv[3])

@@ -56,7 +56,7 @@ def test_gpus_that_torch_cannot_use_are_refused() -> None:
     result = run_python(
         "import torch\n"
         "torch.cuda.is_available, torch.cuda.device_count = lambda: False, lambda: 4\n"
-        "from maskmoe.command_line.run_tool import run_tool\n"
+        "from maskmoe.processes.run_tool import run_tool\n"
         "from maskmoe.megatron_compat import prepare_process\n"
         "run_tool(prepare_process)"
     )

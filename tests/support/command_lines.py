@@ -14,7 +14,7 @@ import pytest
 
 from maskmoe.command_line.main import dispatch
 from maskmoe.command_line.pretrain import has_flags_only
-from maskmoe.command_line.run_tool import run_tool
+from maskmoe.processes.run_tool import run_tool
 
 TRAINING = {"pretrain": "maskmoe.training.pretrain", "evaluate": "maskmoe.training.evaluate"}
 TRAINING |= {"check": "maskmoe.training.check"}
@@ -92,7 +92,7 @@ def run_command(*words: object, folder: Path | str = ".") -> Outcome:
 
 def parse_training(parser: argparse.ArgumentParser, words: Sequence[str]) -> argparse.Namespace:
     """Parse a command line of training and check its numbers, as a run and `--check` do first. Raises UserError."""
-    from maskmoe.command_line.parser import refuse_unknown_flags
+    from maskmoe.arguments.parser import refuse_unknown_flags
     from maskmoe.errors import UserError
     from maskmoe.training.settings.refused_settings import value_errors
 

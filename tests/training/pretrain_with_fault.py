@@ -21,7 +21,7 @@ import torch
 from megatron.core.dist_checkpointing.strategies import filesystem_async
 from megatron.training import get_args
 
-from maskmoe.command_line.run_tool import run_tool
+from maskmoe.processes.run_tool import run_tool
 from maskmoe.training import trainer
 from maskmoe.training.trainer import Trainer
 

@@ -6,7 +6,7 @@ from pathlib import Path
 from maskmoe.megatron_compat import prepare_process
 
 prepare_process()
-from maskmoe.command_line.run_tool import run_tool
+from maskmoe.processes.run_tool import run_tool
 from maskmoe.training.trainer import main
 
 sys.path.append(str(Path(__file__).parents[1]))

@@ -15,7 +15,7 @@ from megatron.core.transformer.moe.moe_layer import MoELayer, MoESubmodules
 from megatron.core.transformer.moe.router import TopKRouter
 from megatron.training import get_args
 
-from maskmoe.command_line.run_tool import run_tool
+from maskmoe.processes.run_tool import run_tool
 from maskmoe.training.loop import model_builder
 from maskmoe.training.trainer import main
 from maskmoe.transformer.layer_specs import map_spec

@@ -10,7 +10,7 @@ prepare_process()
 import torch
 from megatron.training import training
 
-from maskmoe.command_line.run_tool import run_tool
+from maskmoe.processes.run_tool import run_tool
 from maskmoe.routing_mask.mask import RoutingMask
 from maskmoe.training.trainer import main
 from maskmoe.transformer.visible_experts import VisibleExperts

@@ -12,7 +12,7 @@ prepare_process()
 from megatron.core.optimizer import ChainedOptimizer
 from megatron.training import get_args
 
-from maskmoe.command_line.run_tool import run_tool
+from maskmoe.processes.run_tool import run_tool
 from maskmoe.training import trainer
 from maskmoe.training.trainer import Trainer
 

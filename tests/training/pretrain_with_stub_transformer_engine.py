@@ -14,7 +14,7 @@ from maskmoe.megatron_compat import prepare_process
 prepare_process()
 import torch
 
-from maskmoe.command_line.run_tool import run_tool
+from maskmoe.processes.run_tool import run_tool
 from maskmoe.training.trainer import main
 
 if __name__ == "__main__":

@@ -9,7 +9,7 @@ import pytest
 from megatron.training.arguments import add_megatron_arguments
 from support.launchers import start_ranks
 
-from maskmoe.command_line.parser import refuse_unknown_flags
+from maskmoe.arguments.parser import refuse_unknown_flags
 from maskmoe.errors import UserError
 from maskmoe.training.help_page import help_page
 from maskmoe.training.settings.flags import _escape_percent_signs_in_help, add_maskmoe_arguments

@@ -25,9 +25,9 @@ import numpy as np
 import yaml
 from zipf import zipf_mask, zipf_probabilities
 
-from maskmoe.command_line.run_tool import run_tool
 from maskmoe.data.dataset_writing import IndexedDatasetWriter
 from maskmoe.errors import UserError
+from maskmoe.processes.run_tool import run_tool
 from maskmoe.routing_mask.assignment import MaskRecipe
 
 ROOT = Path(__file__).parents[2]

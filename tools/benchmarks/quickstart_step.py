@@ -22,14 +22,14 @@ import harness
 import torch
 from laptop_step import LOSS, TIME, write_inputs
 
+from maskmoe.arguments.flags import flag_words, override
 from maskmoe.command_line.quickstart import parse_settings
-from maskmoe.command_line.run_tool import run_tool
 from maskmoe.comparison.stage import maskmoe_command
 from maskmoe.data.indexed_dataset import open_tokens
-from maskmoe.files.flags import flag_words, override
 from maskmoe.huggingface import MaskMoEForCausalLM
 from maskmoe.launch.command import entry_point, standalone_command
 from maskmoe.launch.machine import Devices
+from maskmoe.processes.run_tool import run_tool
 
 DEVICES = Devices(num_gpus=0, num_cores=2)
 INTERVAL = 4  # iterations

@@ -21,9 +21,9 @@ import harness
 import yaml
 from laptop_step import ROOT, TIME, run_training, write_inputs
 
-from maskmoe.command_line.run_tool import run_tool
 from maskmoe.errors import UserError
 from maskmoe.files.run_folder import Kind, read_journal
+from maskmoe.processes.run_tool import run_tool
 
 MODEL = ROOT / "launch" / "models" / "laptop.yaml"
 STEPS = 100

@@ -12,8 +12,8 @@ from pathlib import Path
 
 import psutil
 
-from maskmoe.command_line.run_tool import run_tool
 from maskmoe.errors import RunFailure, UserError
+from maskmoe.processes.run_tool import run_tool
 
 # After its limit, the last step reports, and its findings are read and drawn.
 _SECONDS_TO_FINISH = 30

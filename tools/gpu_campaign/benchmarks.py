@@ -18,8 +18,8 @@ import torch
 import train_step
 from ranks import join_ranks, measure
 
-from maskmoe.command_line.run_tool import run_tool
 from maskmoe.errors import RunFailure
+from maskmoe.processes.run_tool import run_tool
 from maskmoe.transformer.experts import GROUPED_CAPABILITIES
 
 _TOKENS = ("--tokens", "4096", "--hidden-size", "2048", "--experts", "2/16", "8/64")

@@ -14,9 +14,9 @@ from typing import Any
 import torch
 from device_meter import device_cost_of
 
-from maskmoe.command_line.run_tool import run_tool
 from maskmoe.errors import RunFailure
 from maskmoe.megatron_compat import cpu, prepare_process
+from maskmoe.processes.run_tool import run_tool
 
 _TERAFLOPS = {"A100": 312.0, "H100": 989.0, "H200": 989.0, "GB200": 2500.0, "B200": 2250.0}
 """Dense bf16 operations per second of GPUs on NVLink by their names, in units of 1e12; torch's table is private."""

@@ -31,13 +31,13 @@ from typing import Annotated, Literal
 from pydantic import BaseModel, BeforeValidator, ValidationError
 from tqdm import tqdm
 
-from maskmoe.command_line.parser import OneLineParser, add_force_argument
-from maskmoe.command_line.run_tool import run_tool
+from maskmoe.arguments.parser import OneLineParser, add_force_argument
 from maskmoe.data.default_corpus import MAX_FILE_BYTES, MIN_FILE_BYTES, is_written_by_people
 from maskmoe.errors import UserError
 from maskmoe.files.json_files import first_problem
 from maskmoe.files.outputs import atomic_output, check_outputs
 from maskmoe.files.untrusted import read_bounded, read_words
+from maskmoe.processes.run_tool import run_tool
 
 _MAX_WHEEL_BYTES = 256 << 20
 _HASH_KEY = bytes(8)

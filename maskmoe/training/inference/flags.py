@@ -2,7 +2,7 @@
 
 from argparse import ArgumentParser
 
-from maskmoe.command_line.parser import add_force_argument, add_option
+from maskmoe.arguments.parser import add_force_argument, add_option
 from maskmoe.training.settings.flags import replace_help
 
 SPLITS = ("train", "valid", "test")

@@ -6,8 +6,8 @@ import os
 import sys
 from collections.abc import Callable
 
-from maskmoe.command_line.run_tool import run_tool
 from maskmoe.errors import RunFailure, UserError
+from maskmoe.processes.run_tool import run_tool
 from maskmoe.training.watch.console import console
 
 _HELP_FLAGS = {"-h", "--help"}

@@ -18,13 +18,13 @@ from megatron.training.argument_utils import pretrain_cfg_container_from_args
 from megatron.training.arguments import validate_args
 from megatron.training.global_vars import rebuild_tokenizer
 
+from maskmoe.arguments.parser import OneLineParser
 from maskmoe.checkpoint.series import choose_checkpoint, non_persistent_folder
-from maskmoe.command_line.parser import OneLineParser
-from maskmoe.command_line.run_tool import EXIT_BAD_INPUT
 from maskmoe.errors import UserError
 from maskmoe.files.outputs import write_text
 from maskmoe.megatron_compat import cpu
 from maskmoe.megatron_compat.gpu import GpuPackages
+from maskmoe.processes.run_tool import EXIT_BAD_INPUT
 from maskmoe.training.loop.model_builder import MaskMoEModelConfig
 from maskmoe.training.preflight.memory import compute_memory
 from maskmoe.training.preflight.parameters import count_parameters

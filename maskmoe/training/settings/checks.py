@@ -8,9 +8,9 @@ from pathlib import Path
 
 from megatron.training.arguments import parse_args, validate_args
 
+from maskmoe.arguments.parser import refuse_unknown_flags
 from maskmoe.checkpoint.integrity import iteration_of
 from maskmoe.checkpoint.series import describe_missing, non_persistent_folder
-from maskmoe.command_line.parser import refuse_unknown_flags
 from maskmoe.errors import UserError
 from maskmoe.megatron_compat import cpu
 from maskmoe.megatron_compat.globals import get_tokenizer, set_globals_without_writers

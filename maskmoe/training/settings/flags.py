@@ -11,9 +11,9 @@ from pathlib import Path
 from types import MethodType
 from typing import Any
 
-from maskmoe.command_line import ranges
-from maskmoe.command_line.parser import OneLineParser, add_option
-from maskmoe.command_line.ranges import Number, WholeNumber
+from maskmoe.arguments import ranges
+from maskmoe.arguments.parser import OneLineParser, add_option
+from maskmoe.arguments.ranges import Number, WholeNumber
 
 _LONGEST_WORD, _LONGEST_PATTERN = 100_000, 1 << 17
 _FACTOR = re.compile(r"(?<=\*)\s*\d+|\d+\s*(?=\*)")

@@ -14,7 +14,7 @@ from megatron.core.transformer.enums import LayerType
 from megatron.core.transformer.pipeline_parallel_layer_layout import PipelineParallelLayerLayout
 from megatron.core.transformer.transformer_layer import TransformerLayer
 
-from maskmoe.command_line.ranges import split
+from maskmoe.arguments.ranges import split
 from maskmoe.megatron_compat.gpu import GpuPackages
 from maskmoe.routing_mask.feed_forward_layers import LAYER_FREQUENCY_ERROR, is_layer_frequency
 from maskmoe.transformer.dispatch.flex import missing_library

@@ -11,10 +11,10 @@ from pathlib import Path
 from typing import Any
 
 from maskmoe.checkpoint.series import newest_saved, read_tracker
-from maskmoe.command_line.run_tool import EXIT_RUN_FAILURE
 from maskmoe.errors import UserError, one_line
 from maskmoe.files.run_folder import REPORT, Journal, Kind
 from maskmoe.processes.interruption import EXIT_REQUEUE
+from maskmoe.processes.run_tool import EXIT_RUN_FAILURE
 from maskmoe.training.loop.rank_store import RankStore
 from maskmoe.training.watch.callback import Callback
 from maskmoe.training.watch.console import console

@@ -10,8 +10,8 @@ import torch
 from megatron.core import mpu
 from megatron.core.transformer.module import MegatronModule
 
+from maskmoe.arguments.flags import flags_to_yaml, split_flags
 from maskmoe.errors import UserError, counted, listed
-from maskmoe.files.flags import flags_to_yaml, split_flags
 from maskmoe.files.outputs import write_text
 from maskmoe.files.run_folder import ARGUMENTS, Journal, Kind
 from maskmoe.routing_mask.feed_forward_layers import FeedForwardLayers

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 from megatron.training.arguments import parse_args, validate_args
 
-from maskmoe.files.flags import flag_words, split_flags
+from maskmoe.arguments.flags import flag_words, split_flags
 from maskmoe.launch.model_file import ModelFile
 from maskmoe.training.settings.flags import add_maskmoe_arguments, add_pretraining_arguments
 from maskmoe.training.watch.start_of_run import arguments_text, describe_run

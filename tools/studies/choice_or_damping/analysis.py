@@ -13,11 +13,11 @@ from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
 
-from maskmoe.command_line.run_tool import run_tool
 from maskmoe.comparison.statistics import Estimate, mean, paired_difference
 from maskmoe.comparison.suite import Suite, Variant
 from maskmoe.comparison.table import ALL_TOKENS, HeldOutLoss, RunResult, read_table
 from maskmoe.errors import UserError
+from maskmoe.processes.run_tool import run_tool
 
 TEXTS = ("prose", "code")
 

@@ -17,13 +17,13 @@ from pydantic import BaseModel
 from safetensors.numpy import load_file
 
 from maskmoe.command_line.compare import open_comparison, parse_arguments
-from maskmoe.command_line.run_tool import run_tool
 from maskmoe.comparison.run import Run
 from maskmoe.comparison.stage import Stage, StageFolder, StatusLine, maskmoe_command
 from maskmoe.comparison.table import ALL_TOKENS, HeldOutLoss
 from maskmoe.errors import UserError
 from maskmoe.files.json_files import read_json
 from maskmoe.files.outputs import write_text
+from maskmoe.processes.run_tool import run_tool
 from maskmoe.routing_mask.frequency import FrequencyBands, TokenFrequency
 
 _FREQUENT = 0  # the band of the ids that see several experts in MaskMoE

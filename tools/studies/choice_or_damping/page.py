@@ -19,11 +19,11 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from measures import Measures, read_measures
 
-from maskmoe.command_line.run_tool import run_tool
 from maskmoe.comparison.report import markdown_table, new_figure, tidy
 from maskmoe.comparison.statistics import Estimate, mean, paired_difference
 from maskmoe.comparison.table import ALL_TOKENS, RunResult
 from maskmoe.files.outputs import atomic_output, write_text
+from maskmoe.processes.run_tool import run_tool
 from maskmoe.routing_mask.frequency import FrequencyBands
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[3] / "docs" / "generators"))

@@ -9,10 +9,10 @@ import time
 import pytest
 from support.paths import ROOT
 
+from maskmoe.arguments.parser import Parser
 from maskmoe.command_line import main as maskmoe_program
-from maskmoe.command_line.parser import Parser
-from maskmoe.command_line.run_tool import run_tool
 from maskmoe.errors import RunFailure, UserError, one_line
+from maskmoe.processes.run_tool import run_tool
 
 
 def run_failing(error: BaseException, monkeypatch: pytest.MonkeyPatch, *words: str) -> object:
@@ -96,7 +96,7 @@ def test_working_folder_that_was_removed(monkeypatch, capsys, tmp_path):
 
 
 def test_a_command_may_open_as_many_files_as_the_system_permits():
-    program = "from resource import *; from maskmoe.command_line.run_tool import run_tool\n"
+    program = "from resource import *; from maskmoe.processes.run_tool import run_tool\n"
     program += "limit = lambda: getrlimit(RLIMIT_NOFILE); setrlimit(RLIMIT_NOFILE, (50, 100))\n"
     program += "run_tool(lambda: print(*limit()))"
     output = subprocess.run([sys.executable, "-c", program], check=True, capture_output=True, text=True, cwd=ROOT)
@@ -134,7 +134,7 @@ def test_error_is_one_short_line(monkeypatch, capsys, kind):
 
 
 def test_nothing_follows_the_error():
-    program = "from maskmoe.command_line.run_tool import run_tool; from maskmoe.errors import UserError\n"
+    program = "from maskmoe.processes.run_tool import run_tool; from maskmoe.errors import UserError\n"
     program += "class File:\n def __del__(self): raise ValueError('flush of closed file')\n"
     program += "def main(file=File()): raise UserError('bad')\n"
     program += "run_tool(main)"
@@ -152,7 +152,7 @@ def test_one_line_keeps_an_ordinary_message():
     [("| true", 141, ""), ("> /dev/full", 1, "error: no space is left on the disk\n"), ("| cat > /dev/null", 0, "")],
 )
 def test_output_that_nobody_reads(redirection, code, errors):
-    program = "from maskmoe.command_line.run_tool import run_tool\n"
+    program = "from maskmoe.processes.run_tool import run_tool\n"
     program += "run_tool(lambda: [print('line' * 100) for _ in range(10**5)])"
     command = f'"$0" -c "$1" {redirection}; exit ${{PIPESTATUS[0]}}'
     words = ["bash", "-c", command, sys.executable, program]

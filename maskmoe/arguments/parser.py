@@ -6,7 +6,7 @@ import sys
 from collections.abc import Callable, Sequence
 from typing import Any, NoReturn
 
-from maskmoe.command_line import ranges
+from maskmoe.arguments import ranges
 from maskmoe.errors import UserError
 
 

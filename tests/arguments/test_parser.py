@@ -8,9 +8,9 @@ from unittest import mock
 
 import pytest
 
+from maskmoe.arguments.parser import OneLineParser
+from maskmoe.arguments.ranges import Number, WholeNumber, split
 from maskmoe.command_line.main import SUBCOMMANDS, Subcommand
-from maskmoe.command_line.parser import OneLineParser
-from maskmoe.command_line.ranges import Number, WholeNumber, split
 
 TRAINING = ("pretrain", "evaluate")
 
