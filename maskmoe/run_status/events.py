@@ -46,9 +46,18 @@ def event_files(folder: Path) -> list[Path]:
 
 
 def find_event_folder(run: Path, tensorboard_dir: Path | None) -> Path | None:
-    """Return the folder of a run's event files: in the run folder, or the run's `--tensorboard-dir`; None if none."""
-    folders = (run / TENSORBOARD, run, tensorboard_dir)
-    return next((folder for folder in folders if folder is not None and event_files(folder)), None)
+    """Return the folder of a run's event files: in the run folder, or the run's `--tensorboard-dir`; None if none.
+
+    If both have event files, the folder with the newest file is that of the newest start.
+    """
+    places = (run / TENSORBOARD, run, tensorboard_dir)
+    folders = [folder for folder in places if folder is not None and event_files(folder)]
+    if not folders:
+        return None
+    newest = max(folders, key=lambda folder: event_files(folder)[-1].name)
+    # The arguments of a copied run name the folder of the original, which has the copy's files and maybe newer ones.
+    is_original = (newest / event_files(folders[0])[-1].name).exists()
+    return folders[0] if is_original else newest
 
 
 def read_events(folder: Path | None, most_values: int = 0) -> Logged:

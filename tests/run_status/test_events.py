@@ -1,5 +1,7 @@
 """The scalars of a run are those of TensorBoard, and what a resumed run repeats replaces the earlier values."""
 
+import shutil
+
 import pytest
 from support.run_folders import write_events
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
@@ -71,3 +73,16 @@ def test_folder_of_the_event_files(tmp_path):
     for folder in (elsewhere, tmp_path / "tensorboard"):
         write_events(folder, last=1)
         assert find_event_folder(tmp_path, elsewhere) == folder
+
+
+@pytest.mark.parametrize("is_copy", [False, True])
+def test_folder_of_the_newest_start(tmp_path, is_copy):
+    """A run begins without `--tensorboard-dir` and resumes with it, or a run is copied and the original resumes."""
+    own, elsewhere = tmp_path / "tensorboard", tmp_path / "elsewhere"
+    write_events(own, start=1000)
+    if is_copy:
+        shutil.copytree(own, elsewhere)
+    write_events(elsewhere, first=21, last=22, start=2000)
+    assert find_event_folder(tmp_path, elsewhere) == (own if is_copy else elsewhere)
+    write_events(own, first=21, last=22, start=3000)
+    assert find_event_folder(tmp_path, elsewhere) == own
