@@ -160,9 +160,9 @@ def _recent_losses(logged: Logged) -> Sequence["ScalarEvent"]:
 State = Literal["running", "finished", "ended", "lost", "unknown"]
 """The state of a run.
 
-The processes of a running run work. A finished run has done all iterations. An ended run can be started again. A lost
-run was killed, or its host failed: it left its lock behind, or its journal has no end. The state is unknown if nothing
-says whether the run works.
+The processes of a running run work. A finished run has done all iterations and did not fail after them. An ended run
+can be started again. A lost run was killed, or its host failed: it left its lock behind, or its journal has no end. The
+state is unknown if nothing says whether the run works.
 """
 
 
@@ -202,7 +202,12 @@ def read_liveness(
     is_open = newest is not None and newest.kind not in (Kind.ENDED, Kind.NODES)
     if lock is None and is_open and is_fresh:
         return found("running", "its journal has no end, and it wrote something a short time ago")
-    if progress.is_complete:
+    # The last iteration is logged before its checkpoint is saved, which may fail.
+    if newest is not None and newest.kind is Kind.ENDED:
+        has_succeeded = newest.facts.get("exit_code") == 0
+    else:
+        has_succeeded = lock is None and not is_open
+    if progress.is_complete and has_succeeded:
         return found("finished", "all iterations are done")
     # After a change of the nodes, the launchers of the remaining nodes start the ranks again.
     if newest is not None and newest.kind is Kind.NODES and time.time() - newest.time < _MEETING_SECONDS:

@@ -266,6 +266,27 @@ def test_running_killed_and_ended_runs(tmp_path):
     assert read_liveness(tmp_path, [], time.time(), COMPLETE).state == "finished"
 
 
+# What a start left behind after its last iteration: an end and its exit code, or a lock.
+LAST_ITERATION_LOGGED = [
+    (Kind.ENDED, 0, False, "finished"),
+    (Kind.ENDED, 0, True, "finished"),  # a conversion was killed later
+    (Kind.ENDED, 1, False, "ended"),
+    (Kind.ENDED, 1, True, "ended"),
+    (Kind.STARTED, None, True, "lost"),
+    (Kind.STARTED, None, False, "lost"),
+    (Kind.NODES, None, False, "finished"),
+]
+
+
+@pytest.mark.parametrize(("kind", "exit_code", "is_locked", "state"), LAST_ITERATION_LOGGED)
+def test_run_may_fail_in_the_save_of_its_last_iteration(tmp_path, kind, exit_code, is_locked, state):
+    newest = Entry(kind, "an entry", time.time() - 5000, "host", facts={"exit_code": exit_code})
+    if is_locked:
+        with held_lock(tmp_path):
+            pass
+    assert read_liveness(tmp_path, [newest], time.time() - 5000, COMPLETE).state == state
+
+
 def test_lock_of_another_host_needs_a_fresh_touch(tmp_path):
     lock = tmp_path / ".run.lock"
     lock.write_text(json.dumps({"host": "elsewhere", "pid": 1, "started": 0.0}))
