@@ -2,7 +2,7 @@
 
 The status has progress and ETA, losses and tokens per second, the starts and how they ended, warnings, changes of the
 nodes, and the checkpoints: whether they are sound, and which one a restart would load. The run is not disturbed: this
-command only reads, but completes a replacement of a checkpoint that a kill has interrupted.
+command only reads.
 
 Example:
   %(prog)s runs/laptop --html laptop.html

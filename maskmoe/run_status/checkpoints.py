@@ -64,14 +64,16 @@ class Checkpoints:
     Attributes:
         folder: The folder of the checkpoints; None if the run has none.
         saved: The checkpoints, the newest first.
-        next_start: The checkpoint that a restart would load; None without a sound checkpoint.
+        next_start: The checkpoint that a restart would load; None without a sound checkpoint, or with `load`.
         problem: Why a restart would be refused; empty if it would not.
+        load: The run's `--load` if it is another folder than `--save`: every start loads from there; else empty.
     """
 
     folder: Path | None = None
     saved: tuple[SavedCheckpoint, ...] = ()
     next_start: Path | None = None
     problem: str = ""
+    load: str = ""
 
 
 def find_checkpoints(run: Path, save: Path | None) -> Path | None:
@@ -85,13 +87,14 @@ def find_checkpoints(run: Path, save: Path | None) -> Path | None:
     return next((place for place in places if has_checkpoint(place) or (place / LOCK_NAME).exists()), None)
 
 
-def read_checkpoints(folder: Path | None, frequent: Path | None, verify: bool) -> Checkpoints:
+def read_checkpoints(folder: Path | None, frequent: Path | None, verify: bool, load: str = "") -> Checkpoints:
     """Return the checkpoints in a folder. Checkpoints that are removed meanwhile are left out.
 
     Args:
         folder: The folder of the checkpoints; None if the run has none.
         frequent: The folder of the non-persistent checkpoints; None if the run saves none.
         verify: Whether to compare all files with their digests, which reads all of their bytes.
+        load: See `Checkpoints`.
     """
     if folder is None:
         return Checkpoints()
@@ -112,6 +115,8 @@ def read_checkpoints(folder: Path | None, frequent: Path | None, verify: bool) -
             raise damage
 
     newest_first = sorted(saved.values(), key=lambda each: -1 if each.iteration is None else each.iteration)[::-1]
+    if load:
+        return Checkpoints(folder, tuple(newest_first), load=load)
     try:
         next_start = choose_checkpoint(folder, None, check, frequent).checkpoint
         return Checkpoints(folder, tuple(newest_first), next_start)

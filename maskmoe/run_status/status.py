@@ -293,6 +293,9 @@ def read_status(run: Path, verify: bool = False) -> Status:
         non_persistent_global_ckpt_dir=elsewhere and arguments.folder / elsewhere,
     )
     frequent = non_persistent_folder(settings, folder)
+    names = filter(arguments.get, ("load", "save"))
+    places = [os.path.realpath(arguments.folder / arguments.texts[name]) for name in names]
+    load = one_line(places[0]) if len(set(places)) > 1 else ""
     return Status(
         name=one_line(run.resolve().name),
         read=time.time(),
@@ -300,7 +303,7 @@ def read_status(run: Path, verify: bool = False) -> Status:
         progress=progress,
         history=history,
         warnings=tuple(entry for entry in entries if entry.kind is Kind.WARNED),
-        checkpoints=read_checkpoints(folder, frequent, verify),
+        checkpoints=read_checkpoints(folder, frequent, verify, load),
         logged=logged,
         arguments=arguments,
     )

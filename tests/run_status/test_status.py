@@ -50,6 +50,15 @@ def test_relative_folder_of_non_persistent_checkpoints_is_that_of_the_start(run,
     assert read_status(run).checkpoints.next_start == frequent
 
 
+@pytest.mark.parametrize("load", ["other", "link"])
+def test_restart_loads_from_load(run, tmp_path, load):
+    """Every start loads from `--load` if it is another folder than `--save`; a link to `--save` is no other folder."""
+    (tmp_path / "link").symlink_to(run / "checkpoints")
+    write_arguments(run, f"# Relative paths are relative to {tmp_path}", load=load, save=run / "checkpoints")
+    expected = "iter_0000020" if load == "link" else f"from {tmp_path / load}"
+    assert f"a restart loads {expected}\n" in render_text(read_status(run))
+
+
 def test_arguments_with_thousands_of_datasets_are_read(tmp_path):
     write_arguments(tmp_path, data_path=[f"/data/{'x' * 100}{number}_text_document" for number in range(20_000)])
     assert RunArguments.read(tmp_path).number("train_iters") == 40
