@@ -181,10 +181,16 @@ class _Resumption:
         ):
             if changed := _changes(args, self.saved, names):
                 yield f"checkpoint {self.checkpoint} {problem}: {changed}; pass the checkpoint's setting, or {anew}"
+        lengths, differences = (*_LENGTHS, *_SCHEDULE_ARGUMENTS), ""
         try:
             copy(self.schedule).load_state_dict(self.state)
+            # The scheduler counts samples, so it accepts fewer iterations with a larger batch.
+            is_asked_for = args.override_opt_param_scheduler or args.use_checkpoint_opt_param_scheduler
+            if not (args.train_samples or is_asked_for) and _changes(args, self.saved, ("global_batch_size",)):
+                differences = _changes(args, self.saved, lengths)
         except AssertionError as refusal:
-            differences = _changes(args, self.saved, (*_LENGTHS, *_SCHEDULE_ARGUMENTS)) or reason_of(refusal)
+            differences = _changes(args, self.saved, lengths) or reason_of(refusal)
+        if differences:
             yield (
                 f"checkpoint {self.checkpoint} was saved with another schedule of learning rate and weight decay "
                 f"({differences}): pass --override-opt-param-scheduler to continue by this run's schedule, "

@@ -38,6 +38,7 @@ ERRORS = {
     "--weight-decay 0.5": ["--weight-decay 0.01 in the checkpoint, 0.5 in this run"],
     "--start-weight-decay 0.01 --end-weight-decay 0.1 --weight-decay-incr-style linear": ["--end-weight-decay"],
     "--global-batch-size 16": ["--global-batch-size 8 in the checkpoint, 16 in this run"],
+    "--global-batch-size 12 --train-iters 14 --lr-warmup-iters 2": ["8 in the checkpoint, 12 in this run", OVERRIDE],
     "--optimizer sgd": ["--optimizer adam in the checkpoint, sgd in this run", "--no-load-optim"],
     "--use-distributed-optimizer": ["--use-distributed-optimizer False in the checkpoint, True", "--no-load-optim"],
     "--decoupled-lr 1e-4": ["another optimizer: --decoupled-lr None in the checkpoint, 0.0001 in this run"],
