@@ -165,7 +165,7 @@ def check_save_folder_is_own(args: Namespace, checkpoint: Path | None) -> None:
         if folder is None or (is_same_folder and not starts_anew):
             continue
         saved = [step for step in saved_iterations(folder) if is_finished(checkpoint_path(folder, step))]
-        is_own = not saved and (is_same_folder or not (folder / TRACKER).is_file())
+        is_own = not saved and (checkpoint is None if is_same_folder else not (folder / TRACKER).is_file())
         if not starts_anew:
             is_own = is_own or folder != Path(args.save) or _names_same_load(folder, args.load)
         if not is_own:

@@ -398,6 +398,17 @@ def test_checkpoints_that_a_run_does_not_continue_stay(runs, tmp_path, parse):
     parse(f"--load {save} --save {save}/../save")
 
 
+@pytest.mark.runs(SAVED)
+def test_converted_model_is_not_finetuned_in_its_own_folder(runs, tmp_path, parse):
+    """The run could not start again: with --finetune, it would write over its own checkpoints."""
+    shutil.copytree(checkpoint_path(runs[0].checkpoints, 21), tmp_path / RELEASE)
+    write_tracker(tmp_path, RELEASE)
+    same = f"--load {tmp_path} --save {tmp_path}"
+    with pytest.raises(UserError, match=f"^{tmp_path} holds a checkpoint already, and this run would start at iter"):
+        parse(f"--finetune {same}")
+    parse(same)
+
+
 def test_run_that_loads_from_elsewhere_may_start_again(tmp_path, monkeypatch):
     load, save = tmp_path / "load", tmp_path / "save"
     checkpoint_path(save, 8).mkdir(parents=True)
