@@ -1,7 +1,7 @@
 """Records the files of a `torch_dist` checkpoint with sizes and digests, and checks that a checkpoint is complete.
 
 A checkpoint may come from a stranger, so its layout is unpickled without running code from it. Only functions that read
-the layout import torch.
+the layout or the arguments import torch.
 """
 
 import contextlib
@@ -11,6 +11,7 @@ import hashlib
 import json
 import os
 import pickle
+import warnings
 from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -256,6 +257,19 @@ def read_checkpoint_layout(checkpoint: Path) -> "Metadata":
     # An unpickler raises exceptions of any class on damaged bytes.
     except Exception as error:
         raise Damage(checkpoint, f"{LAYOUT_FILE} is damaged") from error
+
+
+def read_common_state(checkpoint: Path) -> dict[str, Any]:
+    """Read the state that all ranks share, such as Megatron's arguments; raise `Damage` if it is missing or damaged."""
+    from megatron.core.dist_checkpointing import load_common_state_dict
+    from torch.distributed.checkpoint.api import CheckpointException
+
+    try:
+        with warnings.catch_warnings(action="ignore"):  # torch would warn that this is a single process
+            return load_common_state_dict(checkpoint)
+    # An unpickler raises exceptions of any class on damaged bytes.
+    except (Exception, CheckpointException) as error:
+        raise Damage(checkpoint, "holds no arguments of the run, or they are damaged or not just data") from error
 
 
 def _size(checkpoint: Path, name: str) -> int:

@@ -2,7 +2,6 @@
 
 import json
 import re
-import warnings
 from argparse import Namespace
 from collections.abc import Mapping
 from dataclasses import replace
@@ -11,7 +10,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from megatron.core.dist_checkpointing import load_common_state_dict
 from torch import Tensor
 from torch.distributed.checkpoint import DefaultLoadPlanner, DefaultSavePlanner, FileSystemReader, FileSystemWriter
 from torch.distributed.checkpoint.metadata import (
@@ -25,7 +23,13 @@ from torch.distributed.checkpoint.metadata import (
 from torch.distributed.checkpoint.planner import LoadPlan, SavePlan, TensorWriteData, WriteItem, WriteItemType
 from torch.distributed.checkpoint.planner_helpers import create_read_items_for_chunk_list
 
-from maskmoe.checkpoint.integrity import COMPLETION_FILE, LAYOUT_FILE, Manifest, read_checkpoint_layout
+from maskmoe.checkpoint.integrity import (
+    COMPLETION_FILE,
+    LAYOUT_FILE,
+    Manifest,
+    read_checkpoint_layout,
+    read_common_state,
+)
 from maskmoe.checkpoint.routing_mask import CHECKPOINT_PREFIX
 from maskmoe.checkpoint.saved_names import saved_pattern
 from maskmoe.checkpoint.series import RELEASE, write_tracker
@@ -122,18 +126,8 @@ class TorchDistSource:
         return planner.target
 
     def common_state(self) -> dict[str, Any]:
-        """Read the state that all ranks share, such as Megatron's arguments and the iteration.
-
-        Raises:
-            UserError: The checkpoint has no such state, or the state is damaged or holds more than data.
-        """
-        try:
-            with warnings.catch_warnings(action="ignore"):  # torch would warn that this is a single process
-                return load_common_state_dict(self.checkpoint)
-        except BaseException as error:  # an unpickler can raise any exception on a damaged file
-            if not isinstance(error, Exception) and not hasattr(error, "failures"):
-                raise
-            raise UserError(f"{self.checkpoint}: {COMMON_STATE} is missing, damaged or not just data") from error
+        """Read the state that all ranks share; see `read_common_state`."""
+        return read_common_state(self.checkpoint)
 
 
 class _BlockLoader(DefaultLoadPlanner):

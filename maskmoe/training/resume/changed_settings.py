@@ -13,11 +13,10 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
-from megatron.core.dist_checkpointing import load_common_state_dict
 from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
 from megatron.training import training
 
-from maskmoe.checkpoint.integrity import iteration_of
+from maskmoe.checkpoint.integrity import iteration_of, read_common_state
 from maskmoe.checkpoint.routing_mask import mask_in_checkpoint
 from maskmoe.errors import UserError, reason_of
 from maskmoe.megatron_compat.globals import global_args
@@ -83,7 +82,7 @@ def find_changed_settings(args: Namespace, checkpoint: Path | None) -> ChangedSe
     iteration = None if checkpoint is None else iteration_of(checkpoint)
     if checkpoint is None or iteration is None:  # a converted checkpoint has weights only
         return ChangedSettings()
-    state = load_common_state_dict(checkpoint)
+    state = read_common_state(checkpoint)
     saved = state.get("args")
     if saved is None:
         return ChangedSettings()
@@ -117,7 +116,7 @@ def take_schedule_of_checkpoint(args: Namespace, checkpoint: Path) -> None:
     """
     if not args.use_checkpoint_opt_param_scheduler or args.finetune or args.no_load_optim:
         return
-    saved = load_common_state_dict(checkpoint).get("args", Namespace())
+    saved = read_common_state(checkpoint).get("args", Namespace())
     for name in _SCHEDULE_ARGUMENTS:
         if hasattr(saved, name):
             setattr(args, name, getattr(saved, name))

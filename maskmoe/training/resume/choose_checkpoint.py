@@ -7,9 +7,7 @@ from argparse import Namespace
 from itertools import count
 from pathlib import Path
 
-from megatron.core.dist_checkpointing import load_common_state_dict
-
-from maskmoe.checkpoint.integrity import Damage, check_content, check_structure
+from maskmoe.checkpoint.integrity import Damage, check_content, check_structure, read_common_state
 from maskmoe.checkpoint.series import (
     RELEASE,
     TRACKER,
@@ -179,9 +177,16 @@ def check_save_folder_is_own(args: Namespace, checkpoint: Path | None) -> None:
 
 
 def _names_same_load(folder: Path, load: str) -> bool:
-    """Return whether the newest sound checkpoint in a folder is of a run with this `--load`; True without any."""
+    """Return whether the newest sound checkpoint in a folder is of a run with this `--load`; True without any.
+
+    Raises:
+        UserError: The checkpoint's files have the right sizes, but its arguments are damaged.
+    """
     newest = newest_sound(folder)
     if newest is None:
         return True
-    saved = load_common_state_dict(checkpoint_path(folder, newest)).get("args")
+    try:
+        saved = read_common_state(checkpoint_path(folder, newest)).get("args")
+    except Damage as damage:
+        raise UserError(f"{damage}: save to another folder") from damage
     return Path(getattr(saved, "load", None) or os.devnull).resolve() == Path(load).resolve()

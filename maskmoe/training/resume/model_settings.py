@@ -5,10 +5,10 @@ from collections.abc import Collection
 from pathlib import Path
 from typing import Any
 
-from megatron.core.dist_checkpointing import load_common_state_dict
 from megatron.core.models.hybrid.hybrid_layer_allocation import Symbols, get_hybrid_total_pipeline_segment_count
 from megatron.training.checkpointing import load_args_from_checkpoint
 
+from maskmoe.checkpoint.integrity import read_common_state
 from maskmoe.checkpoint.saved_names import saved_pattern, without_new_layers
 from maskmoe.checkpoint.series import showing_only
 from maskmoe.errors import UserError
@@ -81,7 +81,7 @@ def further_checkpoint_args(args: Namespace, checkpoint: Path) -> dict[str, Any]
     Megatron takes the pattern of a hybrid model as it is, with the bounds of the pipeline stages of the run that saved
     the checkpoint. They are left out if they do not fit the layout of this run.
     """
-    saved = load_common_state_dict(checkpoint).get("args", Namespace())
+    saved = read_common_state(checkpoint).get("args", Namespace())
     names = (*_MODEL_ARGUMENTS, *ADJUSTABLE_ARGUMENTS, *gated_delta_net.SIZES, *_YARN_WITHOUT_FLAGS)
     chosen = {name: getattr(saved, name) for name in names if hasattr(saved, name)}
     pattern = saved_pattern(saved)
@@ -99,7 +99,7 @@ def take_padding_of_checkpoint(args: Namespace, checkpoint: Path, vocab_size: in
     Megatron pads the vocabulary to a multiple of the tensor parallel size, and loads zeros into rows that a checkpoint
     lacks. The softmax is over all rows, so other padding changes the loss.
     """
-    size = getattr(load_common_state_dict(checkpoint).get("args"), "padded_vocab_size", None) or 0
+    size = getattr(read_common_state(checkpoint).get("args"), "padded_vocab_size", None) or 0
     if size >= vocab_size and size % args.tensor_model_parallel_size == 0:
         args.padded_vocab_size = size
 
@@ -110,7 +110,7 @@ def check_same_model(args: Namespace, checkpoint: Path) -> None:
     A checkpoint of local modules also loads into Transformer Engine's modules, and the other way round, unless the
     format of the optimizer's state depends on the implementation.
     """
-    state = load_common_state_dict(checkpoint)
+    state = read_common_state(checkpoint)
     saved = state.get("args")
     if saved is None:
         return

@@ -191,7 +191,7 @@ def test_checkpoint_without_an_optimizer_is_refused(changed, runs, monkeypatch):
     """Megatron fails for lack of the state."""
     saved = load_common_state_dict(checkpoint_path(runs[0].checkpoints, 7))["args"]
     state = {"args": Namespace(**vars(saved) | {"no_save_optim": True})}
-    monkeypatch.setattr(changed_settings, "load_common_state_dict", lambda checkpoint: state)
+    monkeypatch.setattr(changed_settings, "read_common_state", lambda checkpoint: state)
     (error,) = changed("").errors
     assert "iter_0000007 was saved with --no-save-optim and holds no state of the optimizer: pass --no-load" in error
     for flags in ("--no-load-optim", "--finetune", "--skip-train", "--train-iters 7"):
@@ -205,7 +205,7 @@ def test_checkpoint_without_the_state_of_a_dynamic_loss_scale_is_refused(changed
     """Megatron fails without the state."""
     state = load_common_state_dict(checkpoint_path(runs[0].checkpoints, 7))
     vars(state["args"]).update(fp16=True, loss_scale=512.0)
-    monkeypatch.setattr(changed_settings, "load_common_state_dict", lambda checkpoint: state)
+    monkeypatch.setattr(changed_settings, "read_common_state", lambda checkpoint: state)
     (error,) = changed("--fp16").errors
     assert "--loss-scale 512 and" in error
     for cure in ("--loss-scale 64", "--no-load-optim"):
@@ -219,7 +219,7 @@ def test_changed_settings_of_muon_and_lion_are_refused(changed, runs, monkeypatc
     assert changed(flags).errors == ()
     state = load_common_state_dict(checkpoint_path(runs[0].checkpoints, 7))
     vars(state["args"]).update(optimizer="muon", use_layer_wise_distributed_optimizer=True)
-    monkeypatch.setattr(changed_settings, "load_common_state_dict", lambda checkpoint: state)
+    monkeypatch.setattr(changed_settings, "read_common_state", lambda checkpoint: state)
     group, values = changed(f"--optimizer muon {flags}").errors
     assert "another optimizer: --use-distributed-optimizer True in the checkpoint, False in this run" in group
     assert "--muon-scalar-optimizer adam in the checkpoint, lion in this run" in group

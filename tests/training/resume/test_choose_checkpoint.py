@@ -18,7 +18,7 @@ from torch.distributed import HashStore
 from torch.distributed.checkpoint.api import CheckpointException
 
 from maskmoe.checkpoint import saver
-from maskmoe.checkpoint.integrity import Damage, Manifest, check_content, check_structure
+from maskmoe.checkpoint.integrity import Damage, Manifest, check_content, check_structure, read_checkpoint_layout
 from maskmoe.checkpoint.series import (
     RELEASE,
     TRACKER,
@@ -409,12 +409,28 @@ def test_converted_model_is_not_finetuned_in_its_own_folder(runs, tmp_path, pars
     parse(same)
 
 
+@pytest.mark.runs(SAVED)
+def test_damaged_arguments_are_an_error_of_one_line(runs, copy, parse):
+    """The sizes of the files are right, and only the checkpoint that a run loads is verified."""
+    checkpoint = checkpoint_path(copy, 21)
+    places = read_checkpoint_layout(checkpoint).storage_data
+    (place,) = (place for index, place in places.items() if index.fqn.startswith("common_state/"))
+    with open(checkpoint / place.relative_path, "r+b") as stream:
+        stream.seek(place.offset)
+        stream.write(bytes(place.length))
+    damage = f"^{checkpoint} holds no arguments of the run, or they are damaged"
+    with pytest.raises(UserError, match=f"{damage} or not just data: save to another folder$"):
+        parse(f"--load {runs[0].checkpoints} --save {copy}")
+    with pytest.raises(UserError, match=damage):
+        parse(f"--load {copy} --no-verify-checkpoint")
+
+
 def test_run_that_loads_from_elsewhere_may_start_again(tmp_path, monkeypatch):
     load, save = tmp_path / "load", tmp_path / "save"
     checkpoint_path(save, 8).mkdir(parents=True)
     (checkpoint_path(save, 8) / "metadata.json").touch()
     monkeypatch.setattr(resume, "newest_sound", lambda _: 8)
-    monkeypatch.setattr(resume, "load_common_state_dict", lambda _: {"args": Namespace(load=f"{load}/")})
+    monkeypatch.setattr(resume, "read_common_state", lambda _: {"args": Namespace(load=f"{load}/")})
     args = Namespace(load=str(load), save=str(save), finetune=False, non_persistent_ckpt_type=None)
     resume.check_save_folder_is_own(args, checkpoint_path(load, 4))
     args.load = str(tmp_path)

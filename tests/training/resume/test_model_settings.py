@@ -55,7 +55,7 @@ def save(monkeypatch) -> Callable[..., None]:
 
     def save(saved: Namespace, **state: object) -> None:
         for module in (model_settings, changed_settings):
-            monkeypatch.setattr(module, "load_common_state_dict", lambda checkpoint: {"args": saved} | state)
+            monkeypatch.setattr(module, "read_common_state", lambda checkpoint: {"args": saved} | state)
 
     return save
 
