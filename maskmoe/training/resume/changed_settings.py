@@ -151,7 +151,11 @@ class _Resumption:
 
     def errors(self) -> Iterator[str]:
         """Yield an error for each change with which the run would fail, or that the run would ignore."""
-        args, anew = self.args, f"--no-load-optim to begin with a new optimizer and a new schedule ({_PAGE})"
+        args = self.args
+        anew = (
+            "--no-load-optim to begin with a new optimizer and a new schedule, and remove --no-load-optim after the "
+            f"first checkpoint ({_PAGE})"
+        )
         yield from self._errors_of_length()
         yield from self._errors_of_cyclic_data()
         if getattr(self.saved, "no_save_optim", False) and not args.no_load_optim and self._loads:
@@ -250,7 +254,7 @@ class _Resumption:
         if args.no_load_optim:
             yield (
                 f"--no-load-optim: a new optimizer continues at iteration {self.iteration}, and the schedule of the "
-                "learning rate begins anew"
+                "learning rate begins anew, at every start: remove the flag after the first checkpoint"
             )
         yield from self._notes_of_data()
         yield from _notes_of_function(args, self.saved)

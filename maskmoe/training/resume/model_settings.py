@@ -182,7 +182,9 @@ def _check_same_arguments(args: Namespace, saved: Namespace, checkpoint: Path) -
 def _check_same_order_of_parameters(args: Namespace, saved: Namespace, checkpoint: Path) -> None:
     """Check that this run can load an optimizer state without names, in the order of parameters. Raises UserError."""
     implementation = getattr(saved, "transformer_impl", args.transformer_impl)
-    cure = "save a checkpoint with --dist-ckpt-optim-fully-reshardable, or pass --no-load-optim"
+    cure = (
+        "save a checkpoint with --dist-ckpt-optim-fully-reshardable, or pass --no-load-optim until the first checkpoint"
+    )
     if args.hybrid_layer_pattern is not None and saved_pattern(saved) is None:
         raise UserError(
             f"checkpoint {checkpoint} holds a GPT model, and its optimizer state is in the order of its parameters, "

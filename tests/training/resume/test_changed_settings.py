@@ -39,7 +39,11 @@ ERRORS = {
     "--start-weight-decay 0.01 --end-weight-decay 0.1 --weight-decay-incr-style linear": ["--end-weight-decay"],
     "--global-batch-size 16": ["--global-batch-size 8 in the checkpoint, 16 in this run"],
     "--global-batch-size 12 --train-iters 14 --lr-warmup-iters 2": ["8 in the checkpoint, 12 in this run", OVERRIDE],
-    "--optimizer sgd": ["--optimizer adam in the checkpoint, sgd in this run", "--no-load-optim"],
+    "--optimizer sgd": [
+        "--optimizer adam in the checkpoint, sgd in this run",
+        "pass the checkpoint's setting, or --no-load-optim to begin",
+        "and remove --no-load-optim after the first checkpoint",
+    ],
     "--use-distributed-optimizer": ["--use-distributed-optimizer False in the checkpoint, True", "--no-load-optim"],
     "--decoupled-lr 1e-4": ["another optimizer: --decoupled-lr None in the checkpoint, 0.0001 in this run"],
     "--optimizer lion --use-distributed-optimizer": ["another optimizer: --optimizer adam in the checkpoint, lion in"],
@@ -58,7 +62,7 @@ REFUSED_SCHEDULES = {
 }
 # Changes that take effect although nobody asked for them, and parts of the notes.
 NOTES = {
-    "--no-load-optim --lr 1e-3": ["a new optimizer continues at iteration 7", "begins anew"],
+    "--no-load-optim --lr 1e-3": ["a new optimizer continues at iteration 7", "at every start: remove the flag"],
     "--seed 7": ["another order (--seed 1234 in the checkpoint, 7 in this run)", "at sample 56 of the new order"],
     "--dataloader-type cyclic --micro-batch-size 4": ["--dataloader-type single", "--micro-batch-size 2 in the"],
     "--data-path ended": ["another order (--data-path data in the checkpoint, ended in this run)"],
