@@ -22,7 +22,7 @@ from maskmoe.command_line import build_routing_mask
 from maskmoe.comparison.comparison import Comparison
 from maskmoe.comparison.data import Dataset
 from maskmoe.comparison.run import Run
-from maskmoe.comparison.slurm import submission, submit
+from maskmoe.comparison.slurm import check_queue, submission, submit
 from maskmoe.comparison.stage import POLL_SECONDS, StageFolder, StatusLine, stopping_in_order
 from maskmoe.comparison.suite import PATHS, DataSection, Suite, absolute, check_text_name
 from maskmoe.comparison.table import read_table
@@ -172,6 +172,8 @@ def _finish(
 ) -> bool:
     """Finish the unfinished runs, here or in Slurm; return whether Slurm's jobs are still to finish them."""
     if not options.dry_run:
+        if options.slurm:
+            check_queue(comparison)
         comparison.make_data(line)
     waiting = comparison.unfinished(runs)
     if not options.slurm:

@@ -46,6 +46,19 @@ def submission(
     )
 
 
+def check_queue(comparison: Comparison) -> None:
+    """Check that an array may be submitted; call this function before anything is written.
+
+    Raises:
+        UserError: There is no Slurm, or an array of this comparison is in the queue, whose jobs use the runs' files.
+    """
+    if shutil.which("sbatch") is None:
+        raise UserError("--slurm: sbatch is missing: start the command on a node of a Slurm cluster")
+    name = _job_name(comparison)
+    if _output("squeue", "--noheader", f"--name={name}", f"--user={os.getuid()}").strip():
+        raise UserError(f"jobs of this comparison are in Slurm's queue; to end them: scancel --name={name}")
+
+
 def submit(comparison: Comparison, runs: Sequence[Run], command: Sequence[str]) -> str:
     """Submit the job array and return what sbatch prints.
 
@@ -53,13 +66,8 @@ def submit(comparison: Comparison, runs: Sequence[Run], command: Sequence[str]) 
     links that bear the numbers of the elements.
 
     Raises:
-        UserError: An array of this comparison is in the queue, or Slurm refuses the array.
+        UserError: Slurm refuses the array.
     """
-    if shutil.which("sbatch") is None:
-        raise UserError("--slurm: sbatch is missing: start the command on a node of a Slurm cluster")
-    name = _job_name(comparison)
-    if _output("squeue", "--noheader", f"--name={name}", f"--user={os.getuid()}").strip():
-        raise UserError(f"jobs of this comparison are in Slurm's queue; to end them: scancel --name={name}")
     links = _links_folder(comparison)
     links.mkdir(parents=True)
     for element, run in enumerate(runs, 1):

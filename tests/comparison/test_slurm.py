@@ -3,15 +3,15 @@
 import re
 import shlex
 from dataclasses import replace
-from pathlib import Path
 
 import pytest
-from support.command_lines import run_command
+from support.command_lines import run_command, writing_nothing
+from support.real_suite import SUITE as REAL_SUITE
 from support.scripts import write_script
 
 from maskmoe.comparison.comparison import Comparison
 from maskmoe.comparison.data import Dataset
-from maskmoe.comparison.slurm import submission, submit
+from maskmoe.comparison.slurm import check_queue, submission, submit
 from maskmoe.comparison.suite import Suite
 from maskmoe.errors import UserError
 from maskmoe.launch.machine import Devices
@@ -107,15 +107,28 @@ def test_a_second_array_is_refused_while_the_first_is_queued(comparison, slurm):
     assert first != second
     write_script(slurm / "bin" / "squeue", f'#!/bin/sh\n[ "$2" != --name={first} ] || echo "7_[1-4] {first}"\n')
     with pytest.raises(UserError, match=f"to end them: scancel --name={first}$"):
-        submit(comparison, comparison.runs, ["sbatch"])
-    assert not Path(comparison.folder / "slurm").exists()
-    submit(other, other.runs, ["sbatch"])
+        check_queue(comparison)
+    check_queue(other)
+
+
+def test_files_of_a_queued_array_stay_as_they_are(slurm, texts, tmp_path):
+    """The settings have changed since the job began, so that another submission would set its checkpoints aside."""
+    (tmp_path / "suite.yaml").write_text(REAL_SUITE)
+    run = tmp_path / "run" / "runs" / "dense.seed-1"
+    for path in (run / "run.yaml", run / "checkpoints" / "latest_checkpointed_iteration.txt"):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text("of the job")
+    words = ("suite.yaml", "--input", texts[0], "--run-dir", "run", "--only", "dense", "--slurm")
+    (slurm / "squeue.out").write_text("7_[1-4]\n")
+    with writing_nothing(tmp_path / "run" / "runs"):
+        run_command("compare", *words, folder=tmp_path).assert_refused("to end them: scancel --name=suite-")
+    assert not (tmp_path / "run" / "data").exists()
 
 
 def test_without_slurm_the_error_says_so(comparison, monkeypatch):
     monkeypatch.setenv("PATH", "/nowhere")
     with pytest.raises(UserError, match="sbatch is missing"):
-        submit(comparison, comparison.runs, ["sbatch"])
+        check_queue(comparison)
 
 
 def test_a_refusal_of_slurm_is_one_line(comparison, slurm):
