@@ -26,8 +26,8 @@ _MAX_PARAMETER_SHARE = 0.02  # largest relative difference between the active pa
 class Comparison:
     """A suite whose runs are trained in a folder.
 
-    A run is finished if the table has its result: a line with the settings that the suite has now, of the text of this
-    machine. The folder of a finished run is not needed any more.
+    A run is finished if the table has its result: a line with the settings and the program that the suite has now, of
+    the text of this machine. The folder of a finished run is not needed any more.
 
     Attributes:
         suite: The suite.
@@ -83,7 +83,9 @@ class Comparison:
         found = {}
         for run in self.runs:
             equal = known[run.seed, frozenset(run.settings.items())]
-            results = [each for each in equal if (each.text.keys() == names if text is None else each.text == text)]
+            of_text = [each for each in equal if (each.text.keys() == names if text is None else each.text == text)]
+            results = [each for each in of_text if each.program_sha256 == run.variant.program_sha256]
+            results = results or [each for each in of_text if not each.program_sha256]  # lines of earlier versions
             if len(results) > 1:
                 raise UserError(
                     f"{self.table} has results of {run.title} on several texts, and {self.data.folder} has no dataset "

@@ -9,6 +9,7 @@ import re
 from collections.abc import Callable, Mapping
 from contextlib import suppress
 from functools import partial
+from hashlib import sha256
 from pathlib import Path
 from typing import Annotated, Literal
 
@@ -105,6 +106,7 @@ class Variant(_Section):
         layouts: Further flags by number of ranks, see `ModelFile`.
         program: Python file that trains and evaluates instead of MaskMoE's entry points, see `ModelFile.read`; the path
             is relative to the folder of the suite file that has the variants.
+        program_sha256: SHA-256 of the program's file; empty without `program`. A file cannot set this attribute.
         seeds: Seeds of the variant's runs; by default those of the suite.
         setting: The values of `vary` that the variant has, such as `lr-2e-2`; empty without `vary`. A file cannot set
             this attribute.
@@ -117,6 +119,7 @@ class Variant(_Section):
     flags: FlagSection = {}
     layouts: LayoutSection = {}
     program: str = ""
+    program_sha256: Annotated[str, Field(init=False)] = ""
     seeds: Seeds = ()
     setting: Annotated[str, Field(init=False)] = ""
 
@@ -229,6 +232,11 @@ class Suite(_Section):
                 variants[f"{name}.{label}" if setting else name] = variant
         if unknown := [name for name in self.baselines if name not in self.variants]:
             raise ValueError(f"baselines: {', '.join(unknown)} is not a variant of the suite")
+        # Settings have only the name of a program's file, so that tables do not depend on folders.
+        programs: dict[str, str] = {}
+        for program in (variant.program for variant in variants.values()):
+            if (other := programs.setdefault(Path(program).name, program)) != program:
+                raise ValueError(f"the programs {other} and {program} have one file name: rename one of the files")
         data = self.data.model_dump()
         for key in PATHS:
             data[key] = absolute(data[key], folders.get("data", path.parent).resolve())
@@ -273,6 +281,9 @@ class Suite(_Section):
             ranks: {flag: words for flag, words in layout.items() if flag not in given}
             for ranks, layout in model_file.layouts.items()
         }
+        program = folder.absolute() / section.program if section.program else None
+        if program and not program.is_file():
+            raise ValueError(f"variant {name}: the program {program} is not a file")
         mask = section.mask
         if mask != "none":
             is_preset = "preset" in override({}, mask)
@@ -285,7 +296,8 @@ class Suite(_Section):
             "flags": flags,
             "model": str(model_file.path.resolve()) if section.model or self.model else "",
             "layouts": {**layouts, **section.layouts},
-            "program": str((folder / section.program).absolute()) if section.program else "",
+            "program": str(program or ""),
+            "program_sha256": sha256(program.read_bytes()).hexdigest() if program else "",
             "seeds": section.seeds or self.seeds,
         }
         return section.model_copy(update=update)

@@ -65,6 +65,7 @@ class RunResult(BaseModel, frozen=True):
         load: For each layer with experts, the number of held-out tokens that each expert got.
         seconds: Duration of the training without interruptions.
         origin: Commit of the code (`+` marks changes), versions of packages, processor, numbers of cores and GPUs.
+        program_sha256: SHA-256 of the file of `program`; empty without a program, and on lines of earlier versions.
     """
 
     suite: str
@@ -79,11 +80,12 @@ class RunResult(BaseModel, frozen=True):
     load: list[list[int]]
     seconds: float
     origin: dict[str, str]
+    program_sha256: str = ""
 
     @property
     def identity(self) -> str:
-        """The settings, the seed and the text, which are the same for equal runs of several suites."""
-        return json.dumps([self.settings, self.seed, self.text], sort_keys=True)
+        """The settings, the seed, the text and the program, which are the same for equal runs of several suites."""
+        return json.dumps([self.settings, self.seed, self.text, self.program_sha256], sort_keys=True)
 
     def loss(self, text: str, band: str = ALL_TOKENS) -> float:
         """Return the loss on a text and a band; NaN if the run was not evaluated on them."""
@@ -112,6 +114,7 @@ class RunResult(BaseModel, frozen=True):
             load=[layer["tokens_per_expert"] for layer in evaluations[OWN_TEXT]["expert_load"]],
             seconds=round(training_seconds(run.tensorboard), 1),
             origin=_origin(run),
+            program_sha256=run.variant.program_sha256,
         )
 
 
@@ -162,8 +165,8 @@ def merge(results: Iterable[RunResult]) -> list[RunResult]:
 
 
 def write_table(path: Path, results: Iterable[RunResult]) -> None:
-    """Replace the file of a table."""
-    write_text(path, "".join(f"{result.model_dump_json()}\n" for result in results))
+    """Replace the file of a table. Lines without a program stay as earlier versions wrote them."""
+    write_text(path, "".join(f"{result.model_dump_json(exclude_defaults=True)}\n" for result in results))
 
 
 def _origin(run: Run) -> dict[str, str]:

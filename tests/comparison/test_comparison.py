@@ -70,6 +70,23 @@ def test_an_equal_run_of_another_suite_counts(comparison):
     assert comparison.results()["smoe.seed-1"].variant == "smoe"
 
 
+def test_a_result_counts_for_the_file_of_its_program_only(comparison, suite_file, tmp_path):
+    (tmp_path / "own.py").write_text("1")
+    path = suite_file(replace={"smoe: {mask": "smoe: {program: own.py, mask"})
+    before, title = replace(comparison, suite=Suite.read(path, {})), "smoe.seed-1"
+    of_program = finished(before, title, 3.0)
+    digest = before.suite.variants["smoe"].program_sha256
+    before.add([of_program.model_copy(update={"program_sha256": digest})])
+    assert before.results()[title].losses == of_program.losses
+    (tmp_path / "own.py").write_text("2")
+    after = replace(comparison, suite=Suite.read(path, {}))
+    assert title in {run.title for run in after.unfinished(after.runs)}
+    # Earlier versions recorded no program. Such a line counts if there is no other.
+    after.add([finished(after, title, 4.0)])
+    assert [each.results()[title].losses[0].loss for each in (before, after)] == [3.0, 4.0]
+    assert "program_sha256" not in after.table.read_text().splitlines()[1]
+
+
 def test_equal_runs_are_trained_once(comparison, suite_file):
     """A dense variant has no experts whose number could vary."""
     vary = "vary: {num-experts: [4, 8]}\ndata:"

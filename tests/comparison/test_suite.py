@@ -84,6 +84,7 @@ def test_paths_of_an_extended_suite_are_relative_to_its_own_folder(suite_file, t
     program = "maskmoe: {program: own.py, model: model.yaml, mask"
     suite_file(replace={"data: {vocab-size: 300}": f"model: model.yaml\n{data}", "maskmoe: {mask": program})
     (tmp_path / "model.yaml").write_text("clip-grad: 1\n")
+    (tmp_path / "own.py").touch()
     (tmp_path / "further").mkdir()
     path = tmp_path / "further" / "more.yaml"
     path.write_text("extends: ../small.yaml\nflags: {train-iters: 7}\n")
@@ -141,6 +142,7 @@ def test_value_that_removes_a_flag_of_an_earlier_section(suite_file, tmp_path, v
 def test_paths_are_relative_to_the_suite(suite_file, tmp_path):
     data = "data: {vocab-size: 300, input: [a.txt], held-out: {b: b.txt}, data-path: [0.5, c], tokenizer-model: d}"
     program = {"maskmoe: {mask: {}}": "maskmoe: {mask: {}, program: e.py}"}
+    (tmp_path / "e.py").touch()
     suite = Suite.read(suite_file(replace={"data: {vocab-size: 300}": data, **program}), {})
     assert suite.data.input == (str(tmp_path / "a.txt"),)
     assert suite.data.held_out == {"b": str(tmp_path / "b.txt")}
@@ -170,6 +172,7 @@ def test_paths_are_relative_to_the_suite(suite_file, tmp_path):
         ("dense: {title", "../dense: {title", "names a folder"),
         ("smoe: {mask", "dense: {mask", "the key dense is repeated"),
         ("smoe: {mask: {preset: smoe}}", "smoe: {mask: {preset: smoe}, model: nowhere.yaml}", "nowhere.yaml"),
+        ("smoe: {mask", "smoe: {program: nowhere.py, mask", "variant smoe: the program .*nowhere.py is not a file"),
         ("smoe: {mask", "smoe: {layouts: {eight: {}}, mask", "variants.smoe.layouts: .* maps numbers of ranks"),
     ],
 )
@@ -177,6 +180,16 @@ def test_bad_suite_is_refused(suite_file, old, new, message):
     with pytest.raises(UserError, match=message) as error:
         Suite.read(suite_file(replace={old: new}), {})
     assert "\n" not in str(error.value)
+
+
+def test_two_programs_of_one_file_name_are_refused(suite_file, tmp_path):
+    """Only the name is among the settings of a run."""
+    for folder in ("a", "b"):
+        (tmp_path / folder).mkdir()
+        (tmp_path / folder / "own.py").touch()
+    programs = {" smoe: {": " smoe: {program: a/own.py, ", " maskmoe: {": " maskmoe: {program: b/own.py, "}
+    with pytest.raises(UserError, match=r"programs .*a/own\.py and .*b/own\.py have one file name: rename one"):
+        Suite.read(suite_file(replace=programs), {})
 
 
 def test_rate_without_a_value_is_left_to_the_check_of_the_settings(suite_file):
