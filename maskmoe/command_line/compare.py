@@ -16,17 +16,19 @@ from pathlib import Path
 from typing import Any
 
 from maskmoe.arguments import ranges
-from maskmoe.arguments.parser import Parser, add_option
+from maskmoe.arguments.parser import Parser, add_force_argument, add_option
 from maskmoe.arguments.ranges import split
 from maskmoe.command_line import build_routing_mask
 from maskmoe.comparison.comparison import Comparison
 from maskmoe.comparison.data import Dataset
+from maskmoe.comparison.report import REPORT_FILES
 from maskmoe.comparison.run import Run
 from maskmoe.comparison.slurm import check_queue, submission, submit
 from maskmoe.comparison.stage import POLL_SECONDS, StageFolder, StatusLine, stopping_in_order
 from maskmoe.comparison.suite import PATHS, DataSection, Suite, absolute, check_text_name
 from maskmoe.comparison.table import read_table
-from maskmoe.errors import UserError
+from maskmoe.errors import UserError, refused_by_system
+from maskmoe.files.outputs import check_outputs
 from maskmoe.files.paths import RUNS, SUBMIT_SCRIPT, shipped_file, short_path
 from maskmoe.launch.machine import find_devices
 from maskmoe.processes.folder_lock import locked_folder
@@ -68,7 +70,9 @@ def parse_arguments(arguments: Sequence[str]) -> argparse.Namespace:
     jobs_help = "train and evaluate in one Slurm job array, which gets the options after `--` (--nodes=2 …)"
     action.add_argument("--slurm", action="store_true", help=jobs_help)
     parser.add_argument("--dry-run", action="store_true", help="only print the command that --slurm would run")
-    add_option(parser, "--output DIR", "folder of the report (default: report in the run folder)", Path)
+    report = "folder of the report (default: report in the run folder, whose files are replaced)"
+    add_option(parser, "--output-dir DIR", report, Path)
+    add_force_argument(parser)
     return parser.parse_args(arguments)
 
 
@@ -137,6 +141,11 @@ def main() -> None:
     if options.slurm and not SUBMIT_SCRIPT.exists():
         raise UserError("--slurm needs a checkout of the repository: start launch/compare.sh there")
     comparison, line = open_comparison(options), StatusLine(sys.stdout)
+    if options.output_dir:
+        with refused_by_system(f"cannot write to --output-dir {options.output_dir}"):
+            options.output_dir.mkdir(parents=True, exist_ok=True)
+        report = [options.output_dir / name for name in REPORT_FILES]
+        check_outputs(report, [options.suite, comparison.table], options.force)
     runs = comparison.selected(options.only or (), options.seeds or ())
     if options.merge:
         # An absent table would count as an empty one.
@@ -160,7 +169,7 @@ def main() -> None:
                 unfinished = _finish(comparison, runs, options, slurm_words, line)
             if unfinished:
                 return
-        line.print(f"report: {short_path(comparison.report(options.output))}")
+        line.print(f"report: {short_path(comparison.report(options.output_dir))}")
 
 
 def _finish(

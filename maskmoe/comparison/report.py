@@ -17,6 +17,9 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
+REPORT_FILES = ("README.md", "losses.png")
+"""Names of the files of a report."""
+
 
 def write_report(suite: Suite, name: str, results: Sequence[RunResult], folder: Path) -> Path:
     """Write README.md and losses.png of the finished runs of a suite; return the path of README.md.
@@ -28,10 +31,11 @@ def write_report(suite: Suite, name: str, results: Sequence[RunResult], folder: 
         folder: Folder of the files, which is made.
     """
     folder.mkdir(parents=True, exist_ok=True)
-    with atomic_output(folder / "losses.png") as path:
+    page, picture = (folder / file for file in REPORT_FILES)
+    with atomic_output(picture) as path:
         _draw(suite, results).savefig(path, format="png")
-    write_text(folder / "README.md", "\n\n".join(_page(suite, name, results)) + "\n")
-    return folder / "README.md"
+    write_text(page, "\n\n".join(_page(suite, name, results)) + "\n")
+    return page
 
 
 def _page(suite: Suite, name: str, results: Sequence[RunResult]) -> Iterator[str]:

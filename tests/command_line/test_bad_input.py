@@ -125,7 +125,7 @@ PATHS = {
     "prune": {"load": FOLDER},
     "status": {"html": OUTPUT, "json": OUTPUT},
     "quickstart": {"input": FILE, "run_dir": OUTPUT_FOLDER},
-    "compare": {"input": FILE},
+    "compare": {"input": FILE, "output_dir": OUTPUT_FOLDER},
     "evaluate": {"load": FOLDER, "data_path": FILE, "token_frequency": FILE, "routing_mask": FILE},
     "pretrain": {"data_path": FILE, "routing_mask": FILE, "tokenizer_model": FILE, "save": OUTPUT_FOLDER}
     | {"tensorboard_dir": OUTPUT_FOLDER},

@@ -112,6 +112,7 @@ WRITERS = {
     "mask widen --routing-mask mask --token-frequency counts --frequent-mass 0.7 --frequent-visible-experts 4 "
     "--output OUT": "OUT",
     f"{SIMULATE} --output OUT": "OUT",
+    "compare laptop.yaml --input text.txt --report --output-dir .": "README.md",
 }
 
 
