@@ -11,6 +11,7 @@ import sys
 import time
 from collections.abc import Sequence
 from contextlib import nullcontext
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -18,7 +19,7 @@ from typing import Any
 from maskmoe.arguments import ranges
 from maskmoe.arguments.parser import Parser, add_force_argument, add_option
 from maskmoe.arguments.ranges import split
-from maskmoe.command_line import build_routing_mask
+from maskmoe.command_line import build_routing_mask, widen_routing_mask
 from maskmoe.comparison.comparison import Comparison
 from maskmoe.comparison.data import Dataset
 from maskmoe.comparison.report import REPORT_FILES
@@ -120,12 +121,17 @@ def open_comparison(options: argparse.Namespace) -> Comparison:
 
 
 def _check_mask(run: Run) -> None:
-    """Refuse flags of a mask before anything is made. Raises a UserError that names the variant."""
+    """Refuse flags of a mask and its widening before anything is made. Raises a UserError that names the variant."""
     words = run.mask_stage(run.routing_mask).command
     try:
         arguments = build_routing_mask.parse_arguments(words[words.index("mask") + 1 :])
-        if not arguments.expert_table:
-            build_routing_mask.recipe_from(arguments)
+        recipe = None if arguments.expert_table else build_routing_mask.recipe_from(arguments)
+        if run.variant.widen:
+            words = run.widening_stage(run.routing_mask).command
+            wider = widen_routing_mask.parse_arguments(words[words.index("widen") + 1 :])
+            given = {name: getattr(wider, name) for name in ("frequent_mass", "frequent_visible_experts")}
+            if recipe:  # a new recipe checks its numbers
+                replace(recipe, **{name: value for name, value in given.items() if value is not None})
     except UserError as error:
         raise UserError(f"the mask of the variant {run.name}: {error}") from error
 

@@ -10,6 +10,7 @@ Example:
 """
 
 import argparse
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
@@ -23,8 +24,8 @@ from maskmoe.routing_mask.mask import MaskChange, RoutingMask
 from maskmoe.routing_mask.widening import widen_routing_mask
 
 
-def parse_arguments() -> argparse.Namespace:
-    """Parse the command line."""
+def parse_arguments(words: Sequence[str] | None = None) -> argparse.Namespace:
+    """Parse a command line, by default that of the process."""
     parser = command_parser(__doc__)
     mask = "routing mask to widen: a file, a checkpoint, or the folder of a run's checkpoints"
     add_option(parser, "--routing-mask F", mask, Path, required=True)
@@ -38,7 +39,7 @@ def parse_arguments() -> argparse.Namespace:
     add_seed_argument(parser, "the random choices")
     add_option(parser, "--output F", "file to write, .safetensors", Path, required=True)
     add_force_argument(parser)
-    return parser.parse_args()
+    return parser.parse_args(words)
 
 
 def print_summary(old: RoutingMask, new: RoutingMask, frequency: TokenFrequency | None) -> None:

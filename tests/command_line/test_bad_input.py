@@ -86,18 +86,25 @@ def test_value_that_contradicts_another(workshop):
 
 
 @pytest.mark.parametrize(
-    ("flags", "words"),
+    ("variant", "words"),
     [
-        ("", "--frequent-mass, --frequent-visible-experts, --assignment missing"),
-        ("frequent-mass: 0.4, frequent-visible-experts: 99, assignment: balanced", "2 to 8 of 8 experts, not 99"),
-        ("preset: hashed", "--preset: invalid choice"),
+        ("mask: {}", "--frequent-mass, --frequent-visible-experts, --assignment missing"),
+        (
+            "mask: {frequent-mass: 0.4, frequent-visible-experts: 99, assignment: balanced}",
+            "2 to 8 of 8 experts, not 99",
+        ),
+        ("mask: {preset: hashed}", "--preset: invalid choice"),
+        ("mask: {preset: hash}, widen: {frequent-visible-expert: 2}", "unknown flag --frequent-visible-expert "),
+        ("mask: {preset: hash}, widen: {frequent-mass: 0.4}", "number of visible experts of frequent ids is missing"),
+        (
+            "mask: {preset: hash}, widen: {frequent-mass: 0.4, frequent-visible-experts: 9}",
+            "2 to 8 of 8 experts, not 9",
+        ),
     ],
 )
-def test_mask_of_a_suite_that_cannot_be_built(workshop, tmp_path, flags, words):
+def test_mask_of_a_suite_that_cannot_be_built(workshop, tmp_path, variant, words):
     suite = tmp_path / "suite.yaml"
-    suite.write_text(
-        f"data: {{vocab-size: 400}}\nmodel: {workshop}/laptop.yaml\nvariants: {{one: {{mask: {{{flags}}}}}}}\n"
-    )
+    suite.write_text(f"data: {{vocab-size: 400}}\nmodel: {workshop}/laptop.yaml\nvariants: {{one: {{{variant}}}}}\n")
     refuse_all(workshop, [(["compare", str(suite), "--list"], ["the mask of the variant one: ", words])])
 
 
