@@ -110,16 +110,17 @@ class Comparison:
         StageFolder(self.data.folder).run(tuple(self.data.stages()), line)
 
     def check(self, runs: Sequence[Run], line: StatusLine) -> None:
-        """Check the settings of each variant before any of them trains; the sizes are compared with finished runs, too.
+        """Check the settings of each variant of the runs' settings of `vary` before any of the runs trains.
+
+        One run of each variant is checked, also of variants without a run among `runs`: their runs may be finished, or
+        another machine may train them.
 
         Raises:
             UserError: Settings are refused, or variants have different numbers of active parameters.
         """
         active: dict[str, dict[str, int]] = {}
-        settings, finished = {run.variant.setting for run in runs}, self.results()
-        # Runs of other machines and deleted folders have no report.
-        of_settings = (run for run in self.runs if run.title in finished and run.variant.setting in settings)
-        compared = [run for run in of_settings if run.check_report.exists()]
+        settings = {run.variant.setting for run in runs}
+        compared = (run for run in self.runs if run.variant.setting in settings)
         for run in {run.name: run for run in (*compared, *runs)}.values():
             run.prepare()
             stage, folder = run.check_stage(), StageFolder(run.folder)
