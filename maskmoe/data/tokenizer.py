@@ -172,6 +172,8 @@ class HuggingFaceTokenizer(Tokenizer):
 
 
 TOKENIZER_TYPES = {cls.__name__: cls for cls in (SentencePieceTokenizer, HuggingFaceTokenizer)}
+# Megatron-Core builds its SentencePieceTokenizer for these types, too.
+TOKENIZER_TYPES |= dict.fromkeys(("GPTSentencePieceTokenizer", "Llama2Tokenizer"), SentencePieceTokenizer)
 
 
 def tokenizer_sha256(tokenizer_type: str, tokenizer_model: str | Path | None) -> str | None:

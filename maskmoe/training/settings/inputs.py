@@ -28,7 +28,7 @@ from maskmoe.transformer.visible_experts import check_same_mask
 _CHUNK_TOKENS = 1 << 20
 _MOST_CHUNKS_OF_COUNTED = 64  # of a dataset whose counts are known, but whose file may have changed since
 # Types whose model is a file or folder on this machine, or that need no model but must not be given a missing one.
-_LOCAL_TOKENIZERS = {"NullTokenizer", "TikTokenizer", "GPTSentencePieceTokenizer", "Llama2Tokenizer", *TOKENIZER_TYPES}
+_LOCAL_TOKENIZERS = {"NullTokenizer", "TikTokenizer", *TOKENIZER_TYPES}
 
 
 def check_tokenizer(args: Namespace, checkpoint: Path | None) -> str | None:

@@ -23,11 +23,14 @@ CASES = {
     "altered mask": ("", "bad/altered.safetensors", ["bad/altered.safetensors"]),
     "setting with which Megatron exits": ("--checkpoint-activations", MASK, ["Use --recompute-activations"]),
     "no mask": ("", None, ["no routing mask: pass --routing-mask"]),
-    "dataset of another tokenizer": (
-        f"{SENTENCE_PIECE} bad/ours.model --data-path bad/theirs",
-        "bad/without_counts.safetensors",
-        ["dataset bad/theirs", "theirs.model", "bad/ours.model"],
-    ),
+    **{
+        f"dataset of another {name}": (
+            f"--tokenizer-type {name} --tokenizer-model bad/ours.model --data-path bad/theirs",
+            "bad/without_counts.safetensors",
+            ["dataset bad/theirs", "theirs.model", "bad/ours.model"],
+        )
+        for name in ("SentencePieceTokenizer", "GPTSentencePieceTokenizer", "Llama2Tokenizer")
+    },
     "no dataset": ("--data-path", MASK, ["--data-path"]),
     "too few documents for the split": ("--data-path bad/one_document", MASK, ["one_document", "--split 90,10,0"]),
     "no training data": ("--split 0,100,0", MASK, ["no training data", "--split"]),
