@@ -55,11 +55,11 @@ class RankStore:
         rank, world_size = rank_of_process()
         if rank >= world_size:
             raise UserError(f"RANK={rank} is not one of the ranks 0 to {world_size - 1} of WORLD_SIZE={world_size}")
-        if world_size == 1:
-            return cls(HashStore(), 0, 1)
         interfaces = filter(None, os.environ.get("GLOO_SOCKET_IFNAME", "").split(","))
         if missing := sorted({*interfaces} - psutil.net_if_addrs().keys()):
             raise UserError(f"GLOO_SOCKET_IFNAME: this host has no network interface {missing[0]}")
+        if world_size == 1:
+            return cls(HashStore(), 0, 1)
         store = _open_store(rank)
         session = _meet(store, rank, world_size)
         return cls(PrefixStore(session, store), rank, world_size)

@@ -198,3 +198,13 @@ def test_variables_that_no_run_can_have(rank_1_of_3, monkeypatch, name, value, m
     monkeypatch.setenv(name, value)
     with pytest.raises(UserError, match=message):
         RankStore.from_environment()
+
+
+def test_missing_interface_of_the_only_rank(monkeypatch):
+    """Gloo would fail with a traceback, also without other ranks."""
+    monkeypatch.setattr(RankStore, "of_process", None)
+    monkeypatch.delenv("RANK", raising=False)
+    monkeypatch.delenv("WORLD_SIZE", raising=False)
+    monkeypatch.setenv("GLOO_SOCKET_IFNAME", "nope")
+    with pytest.raises(UserError, match="this host has no network interface nope"):
+        RankStore.from_environment()
