@@ -10,6 +10,7 @@ from pathlib import Path
 import numpy as np
 import psutil
 import pytest
+from support.command_lines import run_command
 from support.paths import EXPORTED_MODEL
 from support.waiting import wait_until
 
@@ -100,6 +101,18 @@ def test_a_status_is_not_written_over_the_files_of_a_run(
         run(monkeypatch, f"status run {flag} run/status.{flag.removeprefix('--')} --force")
     with pytest.raises(UserError, match="it exists"):
         run(monkeypatch, f"status run {flag} run/status.{flag.removeprefix('--')}")
+
+
+@pytest.mark.parametrize("name", ["mask", "data.bin", "data.idx", "tokenizer.model"])
+@pytest.mark.parametrize("joint", [" ", "="])
+def test_a_report_of_a_check_is_not_written_over_an_input(folder: Path, name: str, joint: str) -> None:
+    """Another file that exists needs `--force`."""
+    flags = f"--tokenizer-model{joint}tokenizer.model --routing-mask{joint}mask --data-path{joint}data"
+    check = ("pretrain", "--check", "1", *flags.split(), "--json")
+    before = contents(folder)
+    run_command(*check, name, "--force").assert_refused("it is an input of this command")
+    run_command(*check, "text.txt").assert_refused("it exists", "--force")
+    assert contents(folder) == before
 
 
 # Commands, and the first file that each writes.

@@ -35,8 +35,8 @@ def _speed_run(context: Context) -> Run:
 def speed_commands(context: Context) -> list[Command]:
     """Return the commands that predict the cost of a run and train it; Megatron's profiler keeps a trace."""
     run = _speed_run(context)
-    check = run.command(context, "--check")
-    return [Command((*check.words, "--json", str(context.folder("speed") / "check.json"))), run.command(context)]
+    check, report = run.command(context, "--check"), str(context.folder("speed") / "check.json")
+    return [Command((*check.words, "--json", report, "--force")), run.command(context)]
 
 
 def read_speed(context: Context) -> Findings:

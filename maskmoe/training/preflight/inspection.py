@@ -3,6 +3,7 @@
 import io
 import json
 import logging
+import os
 import sys
 import warnings
 from argparse import ArgumentParser, Namespace
@@ -21,7 +22,7 @@ from megatron.training.global_vars import rebuild_tokenizer
 from maskmoe.arguments.parser import OneLineParser
 from maskmoe.checkpoint.series import choose_checkpoint, non_persistent_folder
 from maskmoe.errors import UserError
-from maskmoe.files.outputs import write_text
+from maskmoe.files.outputs import check_outputs, write_text
 from maskmoe.megatron_compat import cpu
 from maskmoe.megatron_compat.gpu import GpuPackages
 from maskmoe.processes.run_tool import EXIT_BAD_INPUT
@@ -55,11 +56,16 @@ def main() -> None:
     `error: `.
 
     Raises:
-        UserError: The number of ranks is not a number of at least 1, or is missing.
+        UserError: The number of ranks is not a number of at least 1, or is missing. Or the file in `--json` exists and
+            `--force` is not given, or the command line names the file as an input, too.
     """
-    request, _ = add_check_arguments(OneLineParser(add_help=False)).parse_known_args()
+    request, run = add_check_arguments(OneLineParser(add_help=False)).parse_known_args()
     if request.check is None:
         raise UserError("pass --check with the number of ranks of the run")
+    if request.check_json is not None:
+        values = (word.partition("=")[2] if word.startswith("--") else word for word in run)
+        inputs = (f"{value}{suffix}" for value in values for suffix in ("", ".bin", ".idx"))  # files, or datasets
+        check_outputs([request.check_json], filter(os.path.isfile, inputs), request.force)
     report = inspect_run(request.check)
     if request.check_json is not None:
         write_text(request.check_json, json.dumps(report.to_json(), indent=2, ensure_ascii=False) + "\n")

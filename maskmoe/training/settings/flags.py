@@ -198,6 +198,8 @@ def add_check_arguments(parser: ArgumentParser) -> ArgumentParser:
     )
     keys = "also write the report of --check as JSON; maskmoe/training/preflight/report.py documents its keys"
     add_option(parser, "--json FILE", keys, dest="check_json")
+    force = "replace the file in --json if it exists; an input is never replaced"
+    parser.add_argument("--force", action="store_true", help=force)
     return parser
 
 
