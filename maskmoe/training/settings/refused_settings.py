@@ -306,6 +306,11 @@ def _ignores_reset_masks(args: Namespace) -> bool:
     return not args.create_attention_mask_in_dataloader or args.transformer_impl == "transformer_engine"
 
 
+def _ignores_communication_of_contexts(args: Namespace) -> bool:
+    is_gathered = args.transformer_impl == "local" and args.context_parallel_size > 1
+    return is_gathered and not {"p2p", "all_gather"}.issuperset(args.cp_comm_type)
+
+
 def _miscounts_batch_schedule(args: Namespace) -> bool:
     """Return whether Megatron-Core would count the samples of a schedule as if all batches had one size."""
     counts_iterations = args.train_samples is None and not args.skip_train
@@ -601,6 +606,11 @@ NOT_BUILT = (
         lambda args: args.mla_down_proj_fusion and not _is_gpt_of_transformer_engine(args),
     ),
     Check(
+        "--cp-comm-type other than p2p or all_gather with --transformer-impl local",
+        "torch's attention always gathers keys and values. Leave the flag out.",
+        _ignores_communication_of_contexts,
+    ),
+    Check(
         "--moe-pad-expert-input-to-capacity with --moe-token-dispatcher-type flex",
         "DeepEP and NCCL-EP send at most k rows of a token, so no padding. HybridEP has not been tried. Use alltoall.",
         lambda args: args.moe_pad_expert_input_to_capacity and _flex_backend(args) is not None,
@@ -617,7 +627,8 @@ NOT_BUILT = (
     ),
     Check(
         "--non-persistent-save-interval or --non-persistent-global-ckpt-dir, without --non-persistent-ckpt-type global",
-        "Megatron-Core ignores the folder or ends at the first save; loading the type local may run code.",
+        "Megatron-Core ignores the folder or ends at the first save. Loading the type local may run code, and a "
+        "damaged checkpoint is trusted, so that a run may restart for ever (Megatron's issue 5281).",
         _leaves_non_persistent_checkpoints_out,
     ),
     Check(

@@ -135,6 +135,7 @@ REFUSED = {
     f"{PACKED} {GRAPHS} --cuda-graph-modules attn": PACKED,
     f"{PACKED} --fim-data --tokenizer-type HuggingFaceTokenizer": PACKED,
     f"{PACKED} --micro-batch-size 2 --moe-router-load-balancing-type aux_loss seq_aux_loss": PACKED,
+    "--context-parallel-size 2 --cp-comm-type p2p a2a": "--cp-comm-type",
     "--hybrid-layer-pattern DE": "--hybrid-layer-pattern with D",
     "--ckpt-format torch": "--ckpt-format",
     "--non-persistent-save-interval 5": "--non-persistent-save-interval",
@@ -190,6 +191,8 @@ SUPPORTED = (
     "--transformer-impl transformer_engine --bf16 --qk-clip --log-max-attention-logit",
     "--transformer-impl transformer_engine --multi-latent-attention --mla-down-proj-fusion",
     f"{ENGINE} --fp4-format e2m1",
+    "--context-parallel-size 2 --cp-comm-type p2p all_gather",
+    "--transformer-impl transformer_engine --context-parallel-size 2 --cp-comm-type a2a",
     "--non-persistent-ckpt-type global --non-persistent-save-interval 5",
     "--qk-layernorm-all-heads --qk-layernorm --normalization RMSNorm",
     "--tensor-parallel-num-weight-shards 1 --expert-tensor-parallel-num-weight-shards 1",  # as after validation
