@@ -178,6 +178,11 @@ class RunChecks:
             self.notes.append(missing)
         if args.fp8 or args.fp4:
             self.notes.append("FP8 and FP4 have not run with MaskMoE on a GPU yet: compare the losses with bf16's")
+        if args.moe_token_dispatcher_type == "flex":
+            self.notes.append(
+                "DeepEP, HybridEP and NCCL-EP have not run with MaskMoE on a GPU yet: compare the losses with "
+                "--moe-token-dispatcher-type alltoall"
+            )
         yield from self.missing_libraries()
         yield from missing_flags(args, has_checkpoint=self.checkpoint is not None)
 

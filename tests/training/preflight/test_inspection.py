@@ -271,6 +271,7 @@ def test_missing_library_of_the_flex_dispatcher_is_a_note(reports):
     flex, expert_parallel = reports["flex dispatcher"], reports["expert parallel, bf16, distributed optimizer"]
     assert not flex["errors"]
     assert any("deepep needs DeepEP" in note for note in flex["notes"])
+    assert any(note.startswith("DeepEP, HybridEP and NCCL-EP have not run") for note in flex["notes"])
     assert flex["parameters"] == expert_parallel["parameters"]
 
 
