@@ -216,6 +216,8 @@ def test_nan_gradient_ends_the_run(start_faulty, tmp_path, kind, exit_code, verd
         ("--spike-action none", 8),
         ("--no-check-for-nan-in-loss-and-grad", 9),
         pytest.param("", 8, marks=pytest.mark.slow),
+        pytest.param("--spike-action skip", 8, marks=pytest.mark.slow),
+        pytest.param("--spike-action skip --no-check-for-nan-in-loss-and-grad", 9, marks=pytest.mark.slow),
     ],
 )
 def test_nan_in_a_step_that_megatron_does_not_repeat_is_not_saved(runs, start_faulty, tmp_path, flags, iteration):

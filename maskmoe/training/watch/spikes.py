@@ -128,12 +128,16 @@ class SpikeWatch(Callback):
         get_args().spike_history = shared[0]
 
     def allows_update(self, losses: list[dict[str, Tensor]], grad_norm: float) -> bool:
-        """Judge the step in progress, and return whether no value is too high; a collective call of all ranks."""
+        """Judge the step in progress, and return whether to update the weights; a collective call of all ranks.
+
+        A step with a value that is not finite is not skipped: `FiniteStepCheck` ends the run after the update, where
+        skipping would hide a fault that every later step may have, too.
+        """
         # All ranks judge the values of the last rank.
         values = torch.tensor([_mean_loss(losses), grad_norm], dtype=torch.float64, device=torch.cuda.current_device())
         torch.distributed.broadcast(values, torch.distributed.get_world_size() - 1)
         deviations = self._detector.judge(*values.tolist())
-        is_skipped = any(deviation.deviations > 0 for deviation in deviations)
+        is_skipped = 0 < max((deviation.deviations for deviation in deviations), default=0) < math.inf
         if is_last_rank():
             self._report(deviations, "; the update is skipped" if is_skipped else "")
         return not is_skipped
