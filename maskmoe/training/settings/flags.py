@@ -192,7 +192,7 @@ def add_check_arguments(parser: ArgumentParser) -> ArgumentParser:
         nargs="?",
         const=os.environ.get("WORLD_SIZE", "1"),
         help="do not train. Check the other arguments and all files for a run of RANKS processes, one for each GPU, by "
-        "default WORLD_SIZE or 1; print layout, parameters, memory and cost of the run, and every error. Needs no "
+        "default WORLD_SIZE or 1; print layout, parameters, memory and cost of the run, and its errors. Needs no "
         "GPU and no torchrun. On a machine without GPUs, the check assumes GPUs with Transformer Engine "
         "unless --distributed-backend gloo is given",
     )
