@@ -17,6 +17,7 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoTokenizer, logging
 
 import maskmoe.huggingface  # noqa: F401 (registers the model, else transformers warns of an unknown type)
+from maskmoe.conversion.settings import CONFIG_FILE, read_model_config
 from maskmoe.conversion.tensor_sources import Block, TensorSource, TensorSpec, integer_weights, list_names
 from maskmoe.errors import UserError, refused_by_system
 from maskmoe.files.json_files import read_record, write_record
@@ -156,9 +157,11 @@ def load_exported_tokenizer(folder: Path) -> Any:
     """Load the tokenizer of a folder, without running code of the folder; None if the folder has no tokenizer.
 
     Raises:
-        UserError: The tokenizer is missing or damaged, or a file of the folder is not a regular file.
+        UserError: The tokenizer is missing or damaged, `config.json` is refused, or a file of the folder is not a
+            regular file.
     """
     check_model_folder(folder)
+    read_model_config(folder / CONFIG_FILE)  # transformers builds the configuration to choose the tokenizer's class
     if not any(folder.glob("tokenizer*")):
         return None
     with reading(f"the tokenizer in {folder}", _ADVICE):
@@ -173,9 +176,11 @@ def load_exported_model(folder: Path, tokenizer: Any) -> Any:
         tokenizer: The tokenizer of the folder; None if it has none.
 
     Raises:
-        UserError: A file is missing or damaged, or lies outside the folder; weights are missing, superfluous, of
-            another shape or type, NaN or infinite; or the tokenizer has ids that the model lacks.
+        UserError: A file is missing or damaged, or lies outside the folder; `config.json` is refused; weights are
+            missing, superfluous, of another shape or type, NaN or infinite; or the tokenizer has ids that the model
+            lacks.
     """
+    read_model_config(folder / CONFIG_FILE)
     if names := integer_weights(SafetensorsSource(folder).tensors):
         raise UserError(f"the model in {folder} has weights that are no floating-point numbers: {list_names(names)}")
     logging.set_verbosity_error()  # it would warn of damaged weights, which are refused here

@@ -131,13 +131,23 @@ LARGEST = {
 
 
 def read_model_config(path: Path) -> dict[str, Any]:
-    """Read a `config.json` and check that its numbers are finite and its sizes are plausible.
+    """Read a `config.json`, check its numbers and sizes, and check that no other file replaces or adapts the weights.
 
     Raises:
-        UserError: The file cannot be read, is not a JSON object, or has an infinite number or a size beyond all models.
+        UserError: The file cannot be read, is not a JSON object, has an infinite number or a size beyond all models, or
+            names other files of weights; or its folder holds adapters.
     """
     config = read_json(path)
     check_finite(config, path)
+    if config.get("transformers_weights") is not None:  # may name an index, whose names transformers does not check
+        raise UserError(
+            f"{path} names its weights by transformers_weights: name them model.safetensors, and remove the key"
+        )
+    if path.with_name("adapter_config.json").exists():  # transformers applies adapters, if PEFT is installed
+        raise UserError(
+            f"{path.parent} holds adapters (adapter_config.json): merge them first with PEFT's merge_and_unload, or "
+            "move them to another folder to use the model without them"
+        )
     mask = config.get("routing_mask")
     for fields in (config, mask if isinstance(mask, Mapping) else {}):
         for name, largest in LARGEST.items():

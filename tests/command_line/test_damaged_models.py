@@ -78,6 +78,13 @@ def remove_weight(part: str) -> Damage:
     return change_weights(remove_all)
 
 
+def name_weights_elsewhere(folder: Path) -> None:
+    """Let the configuration name an index that names a file by its absolute path."""
+    index = {"metadata": {}, "weight_map": dict.fromkeys(load_file(folder / WEIGHTS), str(folder / WEIGHTS))}
+    (folder / "other.safetensors.index.json").write_text(json.dumps(index))
+    set_values(CONFIG, transformers_weights="other.safetensors.index.json")(folder)
+
+
 # One damage for each way in which a model or tokenizer fails: by a reader of files, by transformers, by a comparison.
 DAMAGES: dict[str, Damage] = {
     "weights cut": cut(WEIGHTS, 10_000),
@@ -90,6 +97,9 @@ DAMAGES: dict[str, Damage] = {
     "integer weights": change_weight("q_proj", lambda weight: torch.ones_like(weight, dtype=torch.int32)),
     "config cut": cut(CONFIG, 100),
     "width that is a text": set_values(CONFIG, hidden_size="wide"),
+    "vocabulary beyond all models": set_values(CONFIG, vocab_size=(1 << 24) + 1),
+    "weights named elsewhere": name_weights_elsewhere,
+    "adapters": write("adapter_config.json", "{}"),
     "heads of zero": set_values(CONFIG, num_attention_heads=0),
     "end of a text that is a text": write("generation_config.json", '{"eos_token_id": [1, "a"]}'),
     "mask that is a text": set_values(CONFIG, routing_mask="mask"),
@@ -105,6 +115,13 @@ DAMAGES: dict[str, Damage] = {
             | dict.fromkeys(("single_word", "lstrip", "rstrip", "normalized"), False)
         ],
     ),
+}
+# Words that the error holds besides the folder.
+WORDS = {
+    "router for more experts": "misshapen weights",
+    "vocabulary beyond all models": "vocab_size",
+    "weights named elsewhere": "transformers_weights",
+    "adapters": "merge_and_unload",
 }
 
 
@@ -129,7 +146,7 @@ def test_generation_with_a_damaged_model(damaged, workshop):
         [
             (
                 ["generate", "--load", str(model), "--prompt", "import", "--max-new-tokens", "3"],
-                [str(model), "misshapen weights"] if name == "router for more experts" else [str(model)],
+                [str(model), WORDS.get(name, "")],
             )
             for name, model in zip(DAMAGES, models, strict=True)
         ],
@@ -196,7 +213,7 @@ def test_code_of_a_models_folder_is_not_run(damaged, workshop, tmp_path, monkeyp
 # Damages that a reader of the routing or of Megatron's arguments finds.
 ROUTING_DAMAGES = {
     name: DAMAGES[name]
-    for name in ("weights cut", "missing router", "missing mask", "NaN in a router", "width that is a text")
+    for name in ("weights cut", "missing router", "missing mask", "NaN in a router", "width that is a text", "adapters")
 }
 
 

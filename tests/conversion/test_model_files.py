@@ -15,6 +15,7 @@ from maskmoe.conversion.model_files import (
     UNFINISHED,
     SafetensorsSource,
     load_exported_model,
+    load_exported_tokenizer,
     output_folder,
     write_safetensors,
 )
@@ -144,6 +145,13 @@ def test_expert_bias_that_is_infinite(tmp_path):
     model.save_pretrained(tmp_path)
     with pytest.raises(UserError, match=r"NaN or infinite: model\.layers\.0\.mlp\.gate\.e_score_correction_bias$"):
         load_exported_model(tmp_path, None)
+
+
+@pytest.mark.parametrize("load", [load_exported_tokenizer, lambda folder: load_exported_model(folder, None)])
+def test_sizes_are_checked_before_transformers_builds_the_configuration(tmp_path, load):
+    (tmp_path / "config.json").write_text('{"model_type": "maskmoe", "num_hidden_layers": 1000000000}')
+    with pytest.raises(UserError, match="num_hidden_layers is 1,000,000,000, more than"):
+        load(tmp_path)
 
 
 @pytest.mark.parametrize("is_there", [False, True])
