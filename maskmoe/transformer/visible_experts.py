@@ -190,13 +190,13 @@ class VisibleExperts(MegatronModule):
         """Compare the checkpoint's mask with this mask, or with the mask that this mask replaces.
 
         Raises:
-            UserError: The checkpoint was made with another routing mask.
+            UserError: The checkpoint was made with another routing mask, or holds only a part of a mask.
         """
         loaded = {name: state_dict[prefix + name] for name in BUFFERS if prefix + name in state_dict}
         if self._is_added and not loaded:
             self._is_added = False
             return
-        if len(loaded) == len(BUFFERS):
+        if loaded:  # A part of a mask has no digest to compare, and is refused as damaged.
             expected = self.digest if self._replaces is None else self._replaces.digest
             check_same_mask(expected, routing_mask_from_buffers(loaded).digest)
             if self._replaces is not None:

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from megatron.core.transformer.module import Float16Module
 from support.small_moe import DEVICE, make_config, make_mask, make_visible_experts, process_groups, random_visible_sets
 
-from maskmoe.checkpoint.routing_mask import routing_mask_from_buffers
+from maskmoe.checkpoint.routing_mask import BUFFERS, routing_mask_from_buffers
 from maskmoe.errors import UserError
 from maskmoe.transformer.visible_experts import VisibleExperts
 
@@ -161,6 +161,16 @@ def test_damaged_buffers_are_refused(name: str, module: VisibleExperts) -> None:
     state[name].flatten()[0] ^= 1
     with pytest.raises(UserError):
         module.load_state_dict(state)
+
+
+@pytest.mark.parametrize("num_present", [1, 2])
+@pytest.mark.parametrize("strict", [False, True])
+def test_part_of_a_mask_is_refused(num_present: int, strict: bool, mask, module: VisibleExperts) -> None:
+    other = make_visible_experts(make_config(10, num_layers=2), make_mask(random_visible_sets(1, 2, 30, 10)))
+    for names in combinations(BUFFERS, num_present):
+        with pytest.raises(UserError, match="the checkpoint's routing mask"):
+            module.load_state_dict({name: other.get_buffer(name) for name in names}, strict=strict)
+    assert routing_mask_from_buffers(module.state_dict()).digest == mask.digest
 
 
 @pytest.mark.parametrize(
