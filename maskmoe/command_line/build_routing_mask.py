@@ -269,10 +269,14 @@ def warn_of_overload(mask: RoutingMask, occurrences: np.ndarray) -> None:
         cure = f"use fewer than {num_ranks} expert-parallel ranks, or another assignment"
     elif hashed and num_visible == hashed.visible_experts:
         cure = f"use --hash-visible-experts of at least {needed}, or no hash layers"
+    elif num_visible == 1 and mask.provenance.frequent_mass == 0:
+        cure = f"let the id see at least {needed} experts (--frequent-mass and --frequent-visible-experts instead of a "
+        cure += "preset, or --hash-visible-experts if all layers are hash layers)"
     elif num_visible == 1:
         cure = f"make it frequent (a larger --frequent-mass) with --frequent-visible-experts of at least {needed}"
     else:
-        cure = f"give frequent ids at least {needed} experts (--frequent-visible-experts)"
+        cure = f"give frequent ids at least {needed} experts (--frequent-visible-experts, or --hash-visible-experts if "
+        cure += "all layers are hash layers)"
     print(
         f"WARNING: balance is impossible: id {worst} alone has {share:.2%} of all occurrences and sees {num_visible} "
         f"of {mask.num_experts} experts{others}; {cure}, or use fewer experts"

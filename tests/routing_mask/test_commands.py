@@ -160,6 +160,11 @@ def test_build_warns_of_an_id_that_makes_balance_impossible(folder):
     assert process.code == 0
     share = f"{occurrences[worst] / occurrences.sum():.2%}"
     assert f"WARNING: balance is impossible: id {worst} alone has {share} of all occurrences" in process.output
+    assert "(--frequent-mass and --frequent-visible-experts instead of a preset, or" in process.output
+    hashed = ["--hash-layers", 3, "--expert-model-parallel-size", 2, *METHOD, "--assignment"]
+    for assignment in ("balanced", "rank-local"):  # all layers are hash layers, so --frequent-mass has no effect
+        process = build(*COUNTS, *MODEL, *hashed, assignment, cwd=folder, output=f"{assignment}.safetensors")
+        assert "or --hash-visible-experts if all layers are hash layers)" in process.output
     fine = build(*COUNTS, *MODEL, *METHOD, "--assignment", "balanced", cwd=folder, output="fine.safetensors")
     assert fine.code == 0, fine.errors
     assert "WARNING" not in fine.output
