@@ -383,6 +383,8 @@ def test_bad_arguments_and_failed_steps_have_exit_codes(tmp_path: Path) -> None:
     completed = run_script("--output", tmp_path / "out", "--only", "cuda", "speed")
     assert (completed.returncode, completed.stderr.count("\n")) == (2, 1)
     assert "--only speed needs the step data" in completed.stderr
+    completed = run_script("--output", tmp_path / "out", "--only", "cudas")
+    assert (completed.returncode, completed.stderr.count("\n")) == (2, 1)
     completed = run_script("--output", tmp_path / "out", "--only", "cuda", "--minutes", "0")
     assert completed.returncode == 1
     assert "1 of 1 steps failed: cuda" in completed.stderr

@@ -30,6 +30,7 @@ from maskmoe.conversion.model_tensors import OpenedModel, tensor_shapes, with_ro
 from maskmoe.conversion.settings import Settings
 from maskmoe.conversion.tensor_sources import BLOCK_BYTES, Block, TensorSpec
 from maskmoe.conversion.tokenizer import WITHOUT_TEXT
+from maskmoe.processes.run_tool import run_tool
 
 CONVERSIONS = {"megatron-to-hf": megatron_to_huggingface, "hf-to-megatron": huggingface_to_megatron}
 LARGEST_TENSOR = 16 * 2 * 4096 * 2048 * 2  # bytes of the experts' gate and up projections of a layer
@@ -106,11 +107,10 @@ def copy(load: Path, save: Path) -> float:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__)
+    parser = harness.make_parser(__doc__, repeats=3)
     parser.add_argument("--gib", type=float, default=1.5, metavar="N", help="size of the model (default: %(default)s)")
     parser.add_argument("--folder", type=Path, metavar="DIR", help="folder for files of 2N GiB (default: a new one)")
     parser.add_argument("--measure", nargs=4, help=argparse.SUPPRESS)
-    harness.add_arguments(parser, repeats=3)
     arguments = parser.parse_args()
     if arguments.measure:
         measure(*arguments.measure)
@@ -134,12 +134,12 @@ def main() -> None:
             results.append(harness.Result(f"{conversion} with the source's digests", "GiB/s", ours[True], baseline))
             shutil.rmtree(load)
             save.rename(load)
-        harness.report(results, arguments.json)
     for conversion, peak in peaks.items():
         print(f"{conversion} peak memory {peak / 2**20:.0f} MiB (bound: {MEMORY_BOUND / 2**20:.0f} MiB)")
+    harness.report(results, arguments.json)
     if max(peaks.values()) > MEMORY_BOUND:
         sys.exit("the memory bound is broken")
 
 
 if __name__ == "__main__":
-    main()
+    run_tool(main)

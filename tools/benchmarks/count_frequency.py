@@ -3,7 +3,6 @@
 The ids are Zipf-distributed. The benchmark also prints the time to build a large routing mask.
 """
 
-import argparse
 import tempfile
 import time
 from pathlib import Path
@@ -13,6 +12,7 @@ import numpy as np
 
 from maskmoe.data.dataset_writing import IndexedDatasetWriter
 from maskmoe.data.indexed_dataset import open_tokens
+from maskmoe.processes.run_tool import run_tool
 from maskmoe.routing_mask.assignment import MaskRecipe, build_routing_mask
 from maskmoe.routing_mask.frequency import TokenFrequency, count_token_frequency
 
@@ -62,11 +62,10 @@ def print_mask_build_times() -> None:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__)
+    parser = harness.make_parser(__doc__)
     parser.add_argument(
         "--megabytes", type=int, default=256, metavar="M", help="size of each dataset in MB (default: %(default)s)"
     )
-    harness.add_arguments(parser)
     arguments = parser.parse_args()
     print_mask_build_times()
     with tempfile.TemporaryDirectory() as folder:
@@ -79,4 +78,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    run_tool(main)

@@ -107,9 +107,8 @@ def cases(arguments: argparse.Namespace, groups: ProcessGroupCollection) -> Iter
 
 def build_parser() -> argparse.ArgumentParser:
     """Return the parser of the command line."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = harness.make_parser(__doc__, repeats=15)
     routed_tokens.add_arguments(parser)
-    harness.add_arguments(parser, repeats=15)
     return parser
 
 

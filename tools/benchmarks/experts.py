@@ -85,10 +85,11 @@ def cases(arguments: argparse.Namespace, groups: ProcessGroupCollection) -> Iter
 
 def build_parser() -> argparse.ArgumentParser:
     """Return the parser of the command line."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = harness.make_parser(__doc__)
     parser.add_argument(
         "--sizes",
         nargs="+",
+        type=harness.sizes("RxHxF/N"),
         default=["4096x512x1024/8", "4096x512x1024/16", "4096x512x1024/64", "2048x256x512/16"],
         metavar="RxHxF/N",
         help="cases: R rows of H features, N gated experts of width F",
@@ -99,7 +100,6 @@ def build_parser() -> argparse.ArgumentParser:
         default="float32",
         help="dtype of weights and rows (default: %(default)s)",
     )
-    harness.add_arguments(parser)
     return parser
 
 

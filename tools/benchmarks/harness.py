@@ -5,6 +5,7 @@ A benchmark passes `Case`s to `run`, or measures by other means and builds `Resu
 
 import argparse
 import json
+import re
 import statistics
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -12,7 +13,9 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-from maskmoe.files.outputs import write_text
+from maskmoe.arguments import ranges
+from maskmoe.arguments.parser import OneLineParser
+from maskmoe.files.outputs import check_outputs, write_text
 
 
 @dataclass(frozen=True)
@@ -88,12 +91,31 @@ def run(cases: Iterable[Case], repeats: int) -> Iterator[Result]:
         yield Result(case.name, case.unit, ours, baseline, case.costs)
 
 
-def add_arguments(parser: argparse.ArgumentParser, repeats: int = 7) -> None:
-    """Add the options that all benchmarks share."""
+def make_parser(documentation: str | None, repeats: int = 7) -> OneLineParser:
+    """Return a parser with a benchmark's docstring as its help, and with the options that all benchmarks share."""
+    parser = OneLineParser(description=documentation, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument(
-        "--repeats", type=int, default=repeats, metavar="R", help="pairs to measure (default: %(default)s)"
+        "--repeats", type=ranges.COUNT, default=repeats, metavar="R", help="pairs to measure (default: %(default)s)"
     )
-    parser.add_argument("--json", type=Path, metavar="F", help="also write the results to this file")
+    parser.add_argument("--json", type=_writable, metavar="F", help="also write the results to this file")
+    return parser
+
+
+def _writable(text: str) -> Path:
+    """Return a path of the command line. Raises UserError, before anything is measured, if it cannot be written."""
+    check_outputs([text], force=True)
+    return Path(text)
+
+
+def sizes(form: str) -> Callable[[str], str]:
+    """Return the `type` of an argument of a form such as K/N, in which capital letters stand for whole numbers."""
+
+    def check(text: str) -> str:
+        if not re.fullmatch(re.sub("[A-Z]", "[1-9][0-9]*", form), text):
+            raise argparse.ArgumentTypeError(f"must be {form} with whole numbers, not {text!r}")
+        return text
+
+    return check
 
 
 def report(results: Iterable[Result], json_path: Path | None) -> None:

@@ -132,13 +132,12 @@ def measure_training(checkout: Path, flags: dict[str, Any], losses: list[str]) -
 
 def build_parser() -> argparse.ArgumentParser:
     """Return the parser of the command line."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = harness.make_parser(__doc__, repeats=3)
     parser.add_argument("--baseline", type=Path, required=True, metavar="PATH", help="the checkout to compare with")
     parser.add_argument("--micro-batch-size", type=int, help="sequences in a step (default: the suite's)")
     parser.add_argument("--vocab-size", type=int, default=1024, help="(default: %(default)s)")
     parser.add_argument("--iterations", type=int, default=200, help="iterations of a run (default: %(default)s)")
     parser.add_argument("--log-interval", type=int, default=10, help="iterations of an interval (default: %(default)s)")
-    harness.add_arguments(parser, repeats=3)
     return parser
 
 

@@ -31,6 +31,7 @@ from train_step import build_parser as build_train_step_parser
 from train_step import build_trainer, zipf_batches
 
 from maskmoe.megatron_compat import cpu
+from maskmoe.processes.run_tool import run_tool
 
 _LONG = {"hidden_size": 256, "num_attention_heads": 8, "num_experts": 8, "vocab_size": 4096, "batch_size": 1}
 CASES: dict[str, dict[str, Any]] = {
@@ -94,7 +95,7 @@ def compare_peaks(case: str, arguments: argparse.Namespace) -> harness.Result:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = harness.make_parser(__doc__, repeats=11)
     parser.add_argument("--cases", nargs="+", choices=CASES, default=list(CASES), help="(default: all)")
     parser.add_argument("--dtype", choices=["float32", "bfloat16"], default="float32", help="(default: %(default)s)")
     parser.add_argument(
@@ -104,7 +105,6 @@ def main() -> None:
         help="threads that compute (default: all cores, here %(default)s)",
     )
     parser.add_argument("--peak-of", choices=["ours", "stock"], help=argparse.SUPPRESS)
-    harness.add_arguments(parser, repeats=11)
     arguments = parser.parse_args()
     if arguments.peak_of:
         print(peak_mib(arguments.cases[0], arguments.peak_of, arguments.dtype))
@@ -125,4 +125,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    run_tool(main)

@@ -17,7 +17,9 @@ import matplotlib
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 
+from maskmoe.arguments.parser import OneLineParser
 from maskmoe.files.outputs import atomic_output
+from maskmoe.processes.run_tool import run_tool
 
 _TO_FLOOR = " to the floor"
 _COLORS = {"stock": "#b0b0b0", "ours": "#2f6fb0", "floor": "#e0a030"}
@@ -84,7 +86,7 @@ def draw(panels: Sequence[Sequence[Bars]], title: str, output: Path) -> None:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = OneLineParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("results", type=Path, nargs="+", metavar="F", help="results that a benchmark wrote with --json")
     parser.add_argument("--title", default="", help="title of the picture, for example the machine")
     parser.add_argument("--output", type=Path, required=True, metavar="F.png", help="write the picture to this file")
@@ -93,4 +95,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    run_tool(main)

@@ -4,7 +4,6 @@ Both use all cores. The text comes from the installed Python, as in tools/make_c
 a part of the text.
 """
 
-import argparse
 import json
 import os
 import subprocess
@@ -21,6 +20,7 @@ import tokenizers
 from maskmoe.data.default_corpus import default_corpus
 from maskmoe.data.parallel import available_cores
 from maskmoe.data.tokenizer_training import train_tokenizer
+from maskmoe.processes.run_tool import run_tool
 
 TOOL = Path(__file__).parents[1] / "preprocess_data.py"
 TRAINING_DOCUMENTS = 400
@@ -31,7 +31,7 @@ def write_corpus(path: Path, texts: list[str]) -> None:
     path.write_text("".join(json.dumps({"text": text}) + "\n" for text in texts), encoding="utf-8")
 
 
-def run_tool(corpus: Path, tokenizer_type: str, model: Path, *flags: str) -> Callable[[], None]:
+def preprocessing(corpus: Path, tokenizer_type: str, model: Path, *flags: str) -> Callable[[], None]:
     command = [
         *(sys.executable, TOOL, "--input", corpus, *flags),
         *("--tokenizer-type", tokenizer_type, "--tokenizer-model", model, "--output-prefix", corpus.parent / "out"),
@@ -55,7 +55,7 @@ def sentencepiece_cases(corpus: Path, texts: list[str], vocab_size: int) -> Iter
     plain.write_text(SEPARATOR.join(texts), encoding="utf-8")
     inputs = {"": (corpus,), ", Parquet": (parquet,), ", separator": (plain, "--document-separator", SEPARATOR)}
     for name, (path, *flags) in inputs.items():
-        ours = run_tool(path, "SentencePieceTokenizer", model, *flags)
+        ours = preprocessing(path, "SentencePieceTokenizer", model, *flags)
         yield harness.Case(
             f"preprocess SentencePiece{name}",
             "M tokens/s",
@@ -74,7 +74,7 @@ def huggingface_case(corpus: Path, texts: list[str], vocab_size: int) -> harness
         return tokenizer.encode_batch(texts)
 
     millions = sum(map(len, encode())) / 1e6
-    ours = run_tool(corpus, "HuggingFaceTokenizer", model)
+    ours = preprocessing(corpus, "HuggingFaceTokenizer", model)
     return harness.Case(
         "preprocess Hugging Face", "M tokens/s", harness.rate(ours, millions), harness.rate(encode, millions)
     )
@@ -85,13 +85,13 @@ def startup_case(folder: Path) -> harness.Case:
     corpus, model = folder / "short.jsonl", folder / "sentencepiece.model"
     write_corpus(corpus, ["hello"])
     command = [sys.executable, "-c", "import numpy, sentencepiece, tqdm"]
-    ours = run_tool(corpus, "SentencePieceTokenizer", model)
+    ours = preprocessing(corpus, "SentencePieceTokenizer", model)
     baseline = harness.seconds(lambda: subprocess.run(command, check=True))
     return harness.Case("preprocess start-up", "s", harness.seconds(ours), baseline)
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__)
+    parser = harness.make_parser(__doc__, repeats=5)
     parser.add_argument(
         "--megabytes", type=int, default=32, metavar="M", help="size of the text in MB (default: %(default)s)"
     )
@@ -102,7 +102,6 @@ def main() -> None:
         metavar="V",
         help="number of ids of the tokenizers (default: %(default)s)",
     )
-    harness.add_arguments(parser, repeats=5)
     arguments = parser.parse_args()
     os.environ["TOKENIZERS_PARALLELISM"] = "true"  # for the baseline; the tool sets the variable itself
     texts = [document.text for document in default_corpus(arguments.megabytes * 10**6)]
@@ -118,4 +117,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    run_tool(main)

@@ -96,9 +96,8 @@ def measure_loop(model_folder: Path, dataset: Path, iterations: int, batch: tupl
 
 def build_parser() -> argparse.ArgumentParser:
     """Return the parser of the command line."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = harness.make_parser(__doc__, repeats=3)
     parser.add_argument("--iterations", type=int, default=60, help="iterations of a run (default: %(default)s)")
-    harness.add_arguments(parser, repeats=3)
     return parser
 
 

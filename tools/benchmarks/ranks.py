@@ -3,6 +3,7 @@
 import argparse
 import logging
 import os
+import sys
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 
@@ -16,6 +17,7 @@ from meter import Cost, cost_of
 
 from maskmoe.errors import RunFailure
 from maskmoe.megatron_compat import cpu
+from maskmoe.processes.run_tool import run_tool
 
 
 @dataclass(frozen=True)
@@ -53,7 +55,7 @@ def join_ranks() -> ProcessGroupCollection:
 
 
 def compare(name: str, ours: Callable[[], object], against: str, baseline: Callable[[], object]) -> harness.Case:
-    """Build a case that measures the time until all ranks have finished; print the costs of rank 0.
+    """Build a case that measures the time until all ranks have finished; print the costs of rank 0 on stderr.
 
     Args:
         name: the name of the case.
@@ -71,7 +73,7 @@ def compare(name: str, ours: Callable[[], object], against: str, baseline: Calla
         raise RunFailure(f"{name}: ours does the operations of {against}, so the comparison would say nothing")
     if torch.distributed.get_rank() == 0:
         for side, cost in costs.items():
-            print(f"{name}: {side} {cost}", flush=True)
+            print(f"{name}: {side} {cost}", file=sys.stderr)
     return harness.Case(name, "s", _seconds_of_all(ours), _seconds_of_all(baseline), costs)
 
 
@@ -79,10 +81,14 @@ def run_and_report(
     cases: Callable[[argparse.Namespace, ProcessGroupCollection], Iterable[harness.Case]],
     parser: argparse.ArgumentParser,
 ) -> None:
-    """Join the ranks, measure the cases for the command line, report the results, and leave the process group."""
-    arguments = parser.parse_args()
-    measure(cases(arguments, join_ranks()), arguments)
-    torch.distributed.destroy_process_group()
+    """Run a benchmark as a tool: join the ranks, measure the cases, report the results, and leave the process group."""
+
+    def main() -> None:
+        arguments = parser.parse_args()
+        measure(cases(arguments, join_ranks()), arguments)
+        torch.distributed.destroy_process_group()
+
+    run_tool(main)
 
 
 def measure(cases: Iterable[harness.Case], arguments: argparse.Namespace) -> None:

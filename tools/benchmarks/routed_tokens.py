@@ -6,6 +6,7 @@ from copy import copy
 from dataclasses import dataclass
 from typing import Any
 
+import harness
 import numpy as np
 import torch
 from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig
@@ -65,6 +66,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--experts",
         nargs="+",
+        type=harness.sizes("K/N"),
         default=["1/16", "2/16", "8/64"],
         metavar="K/N",
         help="cases: top-K of N experts (default: %(default)s)",

@@ -86,10 +86,9 @@ def results_of(asynchronous: Sequence[Measurement], synchronous: Sequence[Measur
 
 def build_parser() -> argparse.ArgumentParser:
     """Return the parser of the command line."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = harness.make_parser(__doc__, repeats=5)
     parser.add_argument("--iterations", type=int, default=120, help="steps of a process (default: %(default)s)")
     parser.add_argument("--save-interval", type=int, default=20, help="steps between two saves (default: %(default)s)")
-    harness.add_arguments(parser, repeats=5)
     return parser
 
 

@@ -195,7 +195,7 @@ def cases(arguments: argparse.Namespace, groups: ProcessGroupCollection) -> Iter
 
 def build_parser() -> argparse.ArgumentParser:
     """Return the parser of the command line."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = harness.make_parser(__doc__, repeats=15)
     parser.add_argument("--num-layers", type=int, default=4, help="(default: %(default)s)")
     parser.add_argument("--hidden-size", type=int, default=256, help="(default: %(default)s)")
     parser.add_argument("--num-attention-heads", type=int, help="(default: one for 64 channels)")
@@ -228,7 +228,6 @@ def build_parser() -> argparse.ArgumentParser:
         help="dtype of weights, whose main copies are float32 (default: %(default)s)",
     )
     add_engine_argument(parser)
-    harness.add_arguments(parser, repeats=15)
     return parser
 
 

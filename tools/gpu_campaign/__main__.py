@@ -12,6 +12,7 @@ from pathlib import Path
 
 import psutil
 
+from maskmoe.arguments.parser import Parser
 from maskmoe.errors import RunFailure, UserError
 from maskmoe.processes.run_tool import run_tool
 
@@ -28,7 +29,7 @@ def main() -> None:
     from maskmoe.launch.machine import find_devices
 
     names = [step.name for step in STEPS]
-    parser = argparse.ArgumentParser(
+    parser = Parser(
         prog="tools/gpu_campaign.sh", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--output", type=Path, required=True, metavar="DIR", help="folder for the results")
