@@ -82,40 +82,38 @@ class Evaluation:
         return "\n".join(rows)
 
 
-def read_frequency_bands(args: argparse.Namespace, vocab_size: int) -> FrequencyBands:
-    """Return the frequency bands of the token counts in `--token-frequency` or, without the flag, of the data.
-
-    Args:
-        args: Megatron's arguments.
-        vocab_size: Number of ids of the tokenizer.
+def read_token_frequency(args: argparse.Namespace) -> TokenFrequency | None:
+    """Return the token counts of `--token-frequency`, or None if the flag is not given and the data must be counted.
 
     Raises:
-        UserError: The counts are for another vocabulary, or there are neither counts nor a data path to count.
+        UserError: The counts cannot be read or are for another vocabulary, or there are neither counts nor data.
     """
-    if args.token_frequency is not None:
-        frequency = TokenFrequency.load(args.token_frequency)
-    elif args.data_path is not None:
-        frequency = count_token_frequency(args.data_path, vocab_size, workers=1, progress=False)
-    else:
-        raise UserError("pass --token-frequency FILE, which defines the frequency bands")
+    if args.token_frequency is None:
+        if args.data_path is None:
+            raise UserError("pass --token-frequency FILE, which defines the frequency bands")
+        return None
+    frequency, vocab_size = TokenFrequency.load(args.token_frequency), get_tokenizer().vocab_size
     if frequency.vocab_size != vocab_size:
         raise UserError(
             f"--token-frequency {args.token_frequency} counts {frequency.vocab_size} ids, the model has {vocab_size}"
         )
-    return FrequencyBands(frequency.occurrences)
+    return frequency
 
 
-def evaluate(args: argparse.Namespace, model: torch.nn.Module) -> Evaluation:
+def evaluate(args: argparse.Namespace, model: torch.nn.Module, frequency: TokenFrequency | None) -> Evaluation:
     """Run the model over the split; a collective call, which returns equal results on all ranks.
 
     Args:
         args: Megatron's arguments; `eval_iters` is the number of global batches, 0 for the whole split.
         model: This rank's part of the model.
+        frequency: Token counts that define the frequency bands; without them, the data are counted.
 
     Raises:
-        UserError: The split is empty, or nothing defines the frequency bands.
+        UserError: The split is empty.
     """
-    bands = read_frequency_bands(args, get_tokenizer().vocab_size)
+    if frequency is None:
+        frequency = count_token_frequency(args.data_path, get_tokenizer().vocab_size, workers=1, progress=False)
+    bands = FrequencyBands(frequency.occurrences)
     band_of_id = torch.from_numpy(bands.band_of_id).cuda()
     dataset: Any = build_whole_split(Split[args.eval_split])
     num_samples = [len(dataset) if dataset is not None else 0]
@@ -185,9 +183,10 @@ def main() -> None:
     with sharing_failures():
         args = parse_and_check_args(add_evaluation_arguments).args
         check_output(args)
+        frequency = read_token_frequency(args)
     with leaving_process_groups():
         model = load_model(args)
-        results = evaluate(args, model)
+        results = evaluate(args, model, frequency)
         print_rank_0(results.table())
         content = json.dumps(to_jsonable_python(results, inf_nan_mode="null"), indent=2, allow_nan=False)
         if args.output is not None and torch.distributed.get_rank() == 0:
