@@ -21,7 +21,6 @@ from megatron.training.utils import get_blend_and_blend_per_split, is_rank0
 from torch import Tensor
 
 from maskmoe.errors import UserError, refused_by_system
-from maskmoe.files.json_files import read_json
 from maskmoe.megatron_compat.globals import get_args, get_tokenizer
 from maskmoe.training.settings.layout import samples_to_request
 from maskmoe.training.watch.console import console
@@ -166,9 +165,6 @@ def build_blend(
         "tokenizer": get_tokenizer(),
         "create_attention_mask": args.create_attention_mask_in_dataloader,
         "inter_document_masking": args.dataloader_inter_document_masking,
-        "fast_cache_load": args.dataloader_fast_cache_load,
-        "defer_npy_index_mmap": args.dataloader_defer_npy_index_mmap,
-        "sequences_per_dataset": args.per_dataset_sequences_path and read_json(Path(args.per_dataset_sequences_path)),
     }
     builder = BlendedMegatronDatasetBuilder(
         dataset,
@@ -194,8 +190,7 @@ class GPTDataset(gpt_dataset.GPTDataset):
     def _build_document_sample_shuffle_indices(self) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         """Return the documents in order, the bounds of samples, and the order of samples, from the cache or new."""
         indices = super()._build_document_sample_shuffle_indices()
-        is_trusted = self.config.fast_cache_load or self.config.defer_npy_index_mmap
-        if is_trusted or not is_rank0() or self._fits(*indices[:2]):
+        if not is_rank0() or self._fits(*indices[:2]):
             return indices
         folder = self.config.path_to_cache or f"{self.dataset.path_prefix}/cache/{type(self).__name__}_indices"
         what = f"cannot replace the samples of an earlier dataset {self.dataset_path} in {folder}"

@@ -17,7 +17,6 @@ from maskmoe.checkpoint.series import check_separate_folder
 from maskmoe.data.indexed_dataset import DatasetIndex, bin_path, read_index, read_tokenizer_record
 from maskmoe.data.tokenizer import TOKENIZER_TYPES, TokenizerRecord, tokenizer_sha256
 from maskmoe.errors import UserError, reason_of, refused_by_system
-from maskmoe.files.json_files import read_json
 from maskmoe.files.outputs import refuse_checkpoint
 from maskmoe.megatron_compat.globals import get_tokenizer
 from maskmoe.routing_mask.feed_forward_layers import FeedForwardLayers
@@ -174,10 +173,8 @@ def data_errors(
     """
     of_rank, of_node = _share("LOCAL_RANK", "LOCAL_WORLD_SIZE"), _share("GROUP_RANK", "GROUP_WORLD_SIZE")
     counted = [(dataset["bin_bytes"], dataset["idx_sha256"]) for dataset in (mask.provenance.datasets if mask else ())]
-    path = args.per_dataset_sequences_path
     try:
         prefixes = data_prefixes(args)
-        headers = None if path is None else read_json(Path(path))
     except UserError as error:
         yield str(error)
         return
@@ -189,8 +186,6 @@ def data_errors(
     for prefix in prefixes[of_rank]:
         try:
             index = read_index(prefix)
-            if headers is not None:
-                _check_header(index, headers.get(prefix), vocab_size)
             if (record := read_tokenizer_record(prefix)) is not None:
                 _check_same_tokenizer(args, record, f"dataset {prefix} was")
                 if vocab_size is not None:
@@ -332,28 +327,6 @@ def _check_end_of_documents(args: Namespace, made_with: TokenizerRecord, prefix:
             f"id {made_with.eod_id} ended texts when dataset {prefix} was made, but --tokenizer-model "
             f"{args.tokenizer_model} now names id {get_tokenizer().eod}, which --eod-mask-loss, --reset-attention-mask "
             "and --reset-position-ids would look for: name the former token as eos_token in tokenizer_config.json"
-        )
-
-
-def _check_header(index: DatasetIndex, described: object, vocab_size: int | None) -> None:
-    """Raise `UserError` if Megatron would misread a dataset with `--per-dataset-sequences-path`.
-
-    Megatron then does not read the header of the index: it takes the number of sequences and the number of documents
-    + 1 from the flag's file, and derives the dtype from the vocabulary.
-
-    Args:
-        index: The index of the dataset.
-        described: The two numbers in the file; None if the file lacks the dataset.
-        vocab_size: Number of ids of the tokenizer; None if it is unknown.
-    """
-    flag, numbers = "--per-dataset-sequences-path", [len(index.sequence_lengths), len(index.document_indices)]
-    if described != numbers:
-        raise UserError(f"{flag} has {described} for dataset {index.prefix}, not {numbers}: make the flag's file again")
-    dtype = index.dtype if vocab_size is None else np.dtype(np.uint16 if vocab_size <= 1 << 16 else np.int32)
-    if index.dtype != dtype:
-        raise UserError(
-            f"dataset {index.prefix} has {index.dtype} ids, which Megatron would read as {dtype} with {flag} and a "
-            f"vocabulary of {vocab_size} ids: leave the flag out"
         )
 
 

@@ -523,15 +523,6 @@ BROKEN_IN_MEGATRON = (
         lambda args: args.fim_data and args.tokenizer_type != "HuggingFaceTokenizer",
     ),
     Check(
-        "--dataloader-fast-cache-load or --dataloader-defer-npy-index-mmap without --data-cache-path, or "
-        "--dataloader-fast-cache-load with --data-path",
-        "Megatron-Core finds the caches by the paths of the datasets of each part: use --train-data-path and so on.",
-        lambda args: (
-            (args.dataloader_fast_cache_load and bool(args.data_path))
-            or ((args.dataloader_fast_cache_load or args.dataloader_defer_npy_index_mmap) and not args.data_cache_path)
-        ),
-    ),
-    Check(
         "--step-batch-size-schedule without --train-samples, or with --phase-transition-iterations, "
         "--decrease-batch-size-if-needed or CUDA graphs",
         "Megatron-Core counts as if all batches had one size.",
@@ -663,6 +654,8 @@ NOT_BUILT = (
             "--moe-single-grouped-bias": "MaskMoE's conversion and its transformers model read weights in the order of "
             "Megatron-Core's defaults.",
             "--inprocess-restart": "MaskMoE ends the processes of a run that hangs. Use --max-restarts of torchrun.",
+            "--dataloader-fast-cache-load --dataloader-defer-npy-index-mmap --per-dataset-sequences-path": "Runs "
+            "compare the datasets with their cached indices, which the flags leave unread.",
             "--ckpt-convert-format": "The result would replace the checkpoint in --save, to which alone MaskMoE saves. "
             "Use maskmoe convert.",
             "--data-parallel-random-init": "A checkpoint would hold random states for one number of ranks only.",

@@ -1,7 +1,6 @@
 """Samples of datasets: their cached indices, and documents that are rearranged to fill in the middle."""
 
 import argparse
-import json
 import math
 from pathlib import Path
 from typing import Any
@@ -24,7 +23,6 @@ from maskmoe.training.loop import batch
 from maskmoe.training.loop.batch import (
     FillInMiddleDataset,
     GPTDataset,
-    build_blend,
     check_fill_in_middle_tokens,
     fill_in_middle_tokens,
     loss_function,
@@ -172,29 +170,6 @@ def test_cache_is_shared_with_megatron(two_documents: Path, monkeypatch: pytest.
         build(GPTDataset, two_documents, rate=0, spm_rate=0)
     what = f"cannot replace the samples of an earlier dataset {two_documents}/data in {two_documents}/cache"
     assert str(refusal.value) == f"{what}: Permission denied; pass another --data-cache-path"
-
-
-def test_flags_for_a_fast_start_reach_the_dataset(two_documents: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    (two_documents / "sizes.json").write_text(json.dumps({str(two_documents / "data"): [2, 3]}))
-    fast = ["--dataloader-fast-cache-load", "--dataloader-defer-npy-index-mmap"]
-    fast += ["--per-dataset-sequences-path", str(two_documents / "sizes.json")]
-
-    def build_with(*flags: str) -> GPTDataset:
-        cache = str(two_documents / "cache")
-        args = arguments(two_documents, "--seq-length", str(SAMPLE), "--data-cache-path", cache, *flags)
-        tokenizer = build_tokenizer(args)
-        monkeypatch.setattr(batch, "get_args", lambda: args)
-        monkeypatch.setattr(batch, "get_tokenizer", lambda: tokenizer)
-        dataset, *_ = build_blend([3, None, None], None, [([str(two_documents / "data")], None), None, None])
-        return dataset
-
-    usual, lazy = build_with(), build_with(*fast)
-    assert usual.document_index is not None
-    assert lazy.document_index is None
-    assert len(lazy) == 3
-    assert [tokens_of(lazy, index) for index in range(3)] == [tokens_of(usual, index) for index in range(3)]
-    assert lazy.config.fast_cache_load
-    assert lazy.config.sequences_per_dataset is not None
 
 
 def test_datasets_without_weights_last(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

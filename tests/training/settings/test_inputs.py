@@ -1,12 +1,10 @@
 """Runs with `--change-routing-mask` continue with another routing mask; the datasets of a run are checked."""
 
 import json
-import re
 from argparse import Namespace
 from itertools import product
 from unittest.mock import Mock
 
-import numpy as np
 import pytest
 from megatron.core.transformer.transformer_config import TransformerConfig
 from support.datasets import write_documents
@@ -180,7 +178,7 @@ def args(tmp_path) -> Namespace:
     for number in range(40):
         write_documents(tmp_path / str(number), [range(3)] * 10)
     paths = dict.fromkeys(("train_data_path", "valid_data_path", "test_data_path"))
-    files = dict.fromkeys(("data_args_path", "per_split_data_args_path", "per_dataset_sequences_path"))
+    files = dict.fromkeys(("data_args_path", "per_split_data_args_path"))
     lengths = {"seq_length": 2, "full_validation": False, "validation_set_names": None, "eval_iters": 1}
     data_path = [str(tmp_path / str(number)) for number in range(40)]
     return Namespace(**paths, **files, **lengths, data_path=data_path, split="9,1,0", mock_data=False, skip_train=False)
@@ -248,27 +246,6 @@ def test_full_validation_of_a_share(args, split, num_errors):
     args.full_validation, args.validation_set_names, args.split = True, ["all"], split
     args.mock_data, args.data_path = (True, None) if split is None else (False, args.data_path[:1])
     assert len(list(data_errors(args, None, 10))) == num_errors
-
-
-def test_sizes_that_replace_the_header_of_an_index(tmp_path, args):
-    """Megatron would read int32 ids as twice as many uint16 ids, half of them 0."""
-    args.data_path = args.data_path[:1]
-    args.per_dataset_sequences_path = tmp_path / "sizes.json"
-    for content, vocab_size, message in (
-        ({args.data_path[0]: [10, 11]}, 1 << 16, None),
-        ({args.data_path[0]: [10, 11]}, (1 << 16) + 1, "has uint16 ids, which Megatron would read as int32"),
-        ({args.data_path[0]: [9, 10]}, 10, r"has \[9, 10\] for dataset .*, not \[10, 11\]"),
-        ({}, 10, "has None for dataset"),
-    ):
-        args.per_dataset_sequences_path.write_text(json.dumps(content))
-        errors = list(data_errors(args, None, vocab_size))
-        assert len(errors) == (message is not None)
-        assert message is None or re.search(message, errors[0])
-    write_documents(args.data_path[0], [range(3)] * 10, np.int32)
-    args.per_dataset_sequences_path.write_text(json.dumps({args.data_path[0]: [10, 11]}))
-    assert list(data_errors(args, None, None)) == []
-    (error,) = data_errors(args, None, 1 << 16)
-    assert "has int32 ids, which Megatron would read as uint16" in error
 
 
 def test_documents_end_with_the_id_that_flags_look_for(args, monkeypatch):
