@@ -1,12 +1,8 @@
 """Collapsed routing is reported once with layer and expert or rank, and so is its end."""
 
-import re
 from argparse import Namespace
 
-import numpy as np
 import pytest
-from hypothesis import given
-from hypothesis import strategies as st
 
 from maskmoe.files.run_folder import Journal, Kind, read_journal
 from maskmoe.routing_mask.feed_forward_layers import FeedForwardLayers
@@ -79,25 +75,6 @@ def test_many_experts_fit_on_a_line():
     assert (
         line == f"MoE layer 0: experts {', '.join(map(str, range(1, 17)))} and 239 more got no token for 1 log interval"
     )
-
-
-@given(st.lists(st.lists(st.booleans(), min_size=3, max_size=3), max_size=20), st.integers(1, 4))
-def test_events_agree_with_runs_of_idle_intervals(idle, least):
-    """Each run of at least `least` idle intervals of an expert gives one line, and one at its end if there is one."""
-    collapse = RoutingCollapse(least, {0: [True] * 3})
-    taken = [collapse.take({0: [0 if is_idle else 4 for is_idle in row]}, {}) for row in idle]
-    found = {"got no": 0, "again": 0}
-    for lines in taken:
-        for line in lines:
-            number = len(re.findall(r"\d+", line.split("expert")[1].split("got")[0].split("get")[0]))
-            found["again" if line.endswith("again") else "got no"] += number
-    expected = {"got no": 0, "again": 0}
-    for column in np.array(idle, dtype=bool).reshape(-1, 3).T:
-        runs = re.findall("1+0?", "".join("1" if is_idle else "0" for is_idle in column))
-        long = [run for run in runs if run.count("1") >= least]
-        expected["got no"] += len(long)
-        expected["again"] += sum(run.endswith("0") for run in long)
-    assert found == expected
 
 
 @pytest.mark.parametrize("name", ["mask", "starving", "hash_layers"])
