@@ -52,9 +52,9 @@ def copy(runs, tmp_path) -> Path:
     return shutil.copytree(runs[0].checkpoints, tmp_path / "copy")
 
 
-def flip(path: Path, position: float = 0.5) -> None:
+def flip(path: Path) -> None:
     content = bytearray(path.read_bytes())
-    content[int(position * len(content))] ^= 4
+    content[len(content) // 2] ^= 4
     path.write_bytes(content)
 
 
@@ -63,15 +63,11 @@ def truncate(path: Path) -> None:
 
 
 DAMAGES = {
-    "tensors flipped": (lambda folder: flip(folder / "__1_0.distcp"), r"__1_0\.distcp does not have the content"),
     "tensors truncated": (lambda folder: truncate(folder / "__1_0.distcp"), r"__1_0\.distcp has \d+ of \d+ bytes"),
     "tensors removed": (lambda folder: (folder / "__0_0.distcp").unlink(), r"__0_0\.distcp is missing"),
-    "layout flipped": (lambda folder: flip(folder / ".metadata"), r"\.metadata"),
     "layout truncated": (lambda folder: truncate(folder / ".metadata"), r"\.metadata has \d+ of \d+ bytes"),
     "layout removed": (lambda folder: (folder / ".metadata").unlink(), r"\.metadata is missing"),
     "manifest truncated": (lambda folder: truncate(folder / "integrity.json"), r"integrity\.json is damaged"),
-    "digest flipped": (lambda folder: flip(folder / "integrity.json", 0.2), r"."),
-    "settings flipped": (lambda folder: flip(folder / "metadata.json", 0.1), r"metadata\.json is damaged"),
     "settings removed": (lambda folder: (folder / "metadata.json").unlink(), "was not finished"),
     "all removed": (shutil.rmtree, "does not exist"),
 }
@@ -111,16 +107,6 @@ def test_any_flipped_bit_is_found(copy, data):
         assert manifest != Manifest(files={})
     finally:
         path.write_bytes(content)
-
-
-@pytest.mark.runs(SAVED)
-def test_no_sound_checkpoint(copy):
-    for iteration in saved_iterations(copy):
-        flip(checkpoint_path(copy, iteration) / "__0_0.distcp")
-    with pytest.raises(
-        UserError, match=r"no sound checkpoint: .*iter_0000021 __0_0.* content.*iter_0000014.*iter_0000007"
-    ):
-        choose_checkpoint(copy, check=check_all)
 
 
 def loaded_by_megatron(chosen: Path | None, folder: Path) -> int | None:
@@ -187,15 +173,6 @@ def test_imported_model_is_trained_with_a_retain_interval(copy, workplace, tmp_p
     assert outcome.iterations == [1, 2, 3, 4, 5, 6]
     assert saved_iterations(copy) == [6, 4]
     assert read_tracker(copy) == 6
-
-
-@pytest.mark.runs(SAVED)
-def test_checkpoint_of_stock_megatron_has_no_manifest(copy):
-    """Without a manifest, only the sizes in the layout can be checked."""
-    (checkpoint_path(copy, 21) / "integrity.json").unlink()
-    assert choose_checkpoint(copy, check=check_all).iteration == 21
-    truncate(checkpoint_path(copy, 21) / "__0_0.distcp")
-    assert choose_checkpoint(copy, check=check_all).iteration == 14
 
 
 @pytest.mark.runs(SAVED)
