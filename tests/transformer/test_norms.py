@@ -58,8 +58,7 @@ def test_equals_the_norm_of_torch(norm_class: type, is_view: bool) -> None:
     ours, theirs = draw_pair(norm_class, torch.float32)
     hidden = 5 * torch.randn(7, 2, 192 if is_view else 64, device=DEVICE)
     hidden = hidden.unflatten(-1, (-1, 64)).transpose(1, 2)[..., 0, :].detach().requires_grad_()
-    for one, other in zip(results(ours, hidden), results(theirs, hidden), strict=True):
-        torch.testing.assert_close(one, other, **FP32_TOLERANCE)
+    torch.testing.assert_close(results(ours, hidden), results(theirs, hidden), **FP32_TOLERANCE)
 
 
 def test_rms_norm_of_bf16_is_computed_in_fp32() -> None:
@@ -69,9 +68,8 @@ def test_rms_norm_of_bf16_is_computed_in_fp32() -> None:
     exact.weight.data.copy_(ours.weight)
     hidden = torch.randn(7, 2, 64).to(DEVICE, torch.bfloat16).requires_grad_()
     found, expected = results(ours, hidden), results(exact, hidden.detach().float().requires_grad_())
-    for one, other in zip(found, expected, strict=True):
-        assert one.dtype == torch.bfloat16
-        torch.testing.assert_close(one.float(), other, rtol=2**-8, atol=1e-6)
+    assert {tensor.dtype for tensor in found} == {torch.bfloat16}
+    torch.testing.assert_close(found, expected, rtol=2**-8, atol=1e-6, check_dtype=False)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
@@ -100,8 +98,7 @@ def test_zero_centred_weights_are_added_to_one(norm_class: type, dtype: torch.dt
     # In bf16, normalized features are rounded before they are multiplied, and gradients add 14 rounded products. Each
     # error is at most 2**-9 of a product of up to about 4, so the sum of the errors is at most 0.11.
     tolerance = FP32_TOLERANCE if dtype == torch.float32 else {"rtol": 2**-6, "atol": 0.11}
-    for one, other in zip(found, expected, strict=True):
-        torch.testing.assert_close(one.float(), other, **tolerance)
+    torch.testing.assert_close(found, expected, check_dtype=False, **tolerance)
 
 
 @pytest.mark.parametrize("norm_class", NORMS)

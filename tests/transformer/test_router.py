@@ -63,14 +63,7 @@ def route(router: TopKRouter, hidden: Tensor, *per_token: TokenIds | Tensor) -> 
 
 
 def assert_bit_equal(ours: Routed, stock: Routed) -> None:
-    for name in ("probs", "routing_map", "input_grad", "weight_grad"):
-        assert torch.equal(getattr(ours, name), getattr(stock, name)), name
-        assert getattr(ours, name).dtype == getattr(stock, name).dtype, name
-    assert ours.losses.keys() == stock.losses.keys()
-    for name, values in stock.losses.items():
-        assert torch.equal(ours.losses[name], values), name
-    if stock.local_tokens_per_expert is not None:
-        assert torch.equal(ours.local_tokens_per_expert, stock.local_tokens_per_expert)
+    torch.testing.assert_close(vars(ours), vars(stock), rtol=0, atol=0)
 
 
 def all_visible_mask(kind: str, vocab_size: int, num_experts: int):
@@ -207,9 +200,7 @@ def test_all_visible_equals_stock_with_padding(mask_kind, per_token_loss) -> Non
         torch.testing.assert_close(ours_routed.input_grad, stock_routed.input_grad, **tolerance)
         torch.testing.assert_close(ours_routed.weight_grad, stock_routed.weight_grad, **tolerance)
         assert len(ours_routed.losses) == 4
-        assert ours_routed.losses.keys() == stock_routed.losses.keys()
-        for name, values in stock_routed.losses.items():
-            torch.testing.assert_close(ours_routed.losses[name], values, rtol=1e-6, atol=0, check_dtype=False)
+        torch.testing.assert_close(ours_routed.losses, stock_routed.losses, rtol=1e-6, atol=0, check_dtype=False)
         # The stock router divides the load of earlier micro-batches by the number of tokens in the newest one.
         ours.reset_global_aux_loss_tracker()
         stock.reset_global_aux_loss_tracker()
@@ -320,9 +311,7 @@ def test_follows_the_method(case: Case) -> None:
     assert torch.equal(routing_map, reference.routing_map)
     tolerance = {"rtol": 1e-5, "atol": 2e-6, "check_dtype": False}
     torch.testing.assert_close(probs, reference.probs, **tolerance)
-    assert losses.keys() == expected_losses.keys()
-    for name, expected in expected_losses.items():
-        torch.testing.assert_close(losses[name], expected, **tolerance)
+    torch.testing.assert_close(losses, expected_losses, **tolerance)
     torch.testing.assert_close(logits.grad, exact.grad, **tolerance)
     if router.enable_expert_bias:
         real = slice(None) if is_padding is None else ~is_padding
@@ -337,8 +326,7 @@ def test_a_constant_added_to_all_logits_changes_no_choice(case: Case, scores: st
     case = replace(case, scores=scores)
     router, logits = case.router(), (4 * case.logits(scale=2)).round() / 4
     results = [router.routing(shifted, case.token_ids) for shifted in (logits, logits + constant)]
-    for one, other in zip(*results, strict=True):
-        assert torch.equal(one, other)
+    torch.testing.assert_close(*results, rtol=0, atol=0)
 
 
 @settings(max_examples=250)
