@@ -36,38 +36,26 @@ def layers_of(routing: dict[str, dict[int, float]], name: str) -> list[int]:
 
 
 def test_values_follow_the_counts_of_the_routers(one_rank, monkeypatch) -> None:
-    """Two micro-batches, in which every token selects up to 3 of 8 experts; two ranks would have 4 experts each."""
+    """Only the second layer has got tokens, in two micro-batches; two ranks would have 4 experts each."""
     config, mask = make_config(8, 3, num_layers=2), make_mask(random_visible_sets(0, 2, 20, 8))
     chunk = torch.nn.ModuleList([make_router(config, mask, layer_number=layer) for layer in (1, 2)])
     chunk.config = replace(config, expert_model_parallel_size=2)
     args = Namespace(num_layers=2, moe_layer_freq=1, num_experts=8, mtp_num_layers=None)
     monkeypatch.setattr(routing_log, "get_args", lambda: args)
-    generator, expected = torch.Generator().manual_seed(0), {}
-    for layer, router in enumerate(chunk):
-        load, entropies, num_tokens, rows = torch.zeros(8), [], 0, []
-        for _ in range(2):
-            ids, logits = torch.randint(20, (6, 2), generator=generator), torch.randn(6, 2, 8, generator=generator)
-            _, selected = router.routing(logits, TokenIds(ids))
-            visible = torch.from_numpy(mask.visible_sets(layer)[ids.flatten()])
-            masked = logits.flatten(0, 1).double().masked_fill(~visible, -torch.inf)
-            assert torch.equal(selected, visible & (masked >= masked.topk(3).values[:, -1:]))
-            load += selected.sum(dim=0)
-            rows.append(int(selected.sum()))
-            router.statistics.count_rows(rows[-1])
-            num_tokens += ids.numel()
-            for p in masked[visible.sum(dim=1) > 1].softmax(dim=1):
-                entropies.append(-(p[p > 0] * p[p > 0].log()).sum().item())
-        expected[layer] = {
-            "expert_load_max_over_mean": (load.max() / load.mean()).item(),
-            "routing_entropy": np.mean(entropies),
-            "single_expert_token_share": 1 - len(entropies) / num_tokens,
-            "rank_load_max_over_mean": (max(load[:4].sum(), load[4:].sum()) / (load.sum() / 2)).item(),
-            "rank_rows_max": max(rows),
-        }
-    values = routing_log.take_record([chunk]).by_layer
-    assert values.keys() == expected[0].keys()
-    for name in values:
-        assert values[name] == pytest.approx({layer: expected[layer][name] for layer in expected})
+    # Tokens, routable tokens, the sum of their entropies, and the tokens of each expert.
+    for rows, sums in ((12, [8, 4, 3.0, 5, 1, 0, 0, 4, 1, 1, 0]), (9, [8, 2, 1.5, 3, 1, 0, 0, 3, 1, 1, 0])):
+        chunk[1].statistics.count_rows(rows)
+        chunk[1].statistics.add_tokens(torch.tensor(sums, dtype=torch.float64))
+    record = routing_log.take_record([chunk])
+    expected = {
+        "expert_load_max_over_mean": 8 / (21 / 8),
+        "routing_entropy": 4.5 / 6,
+        "single_expert_token_share": 10 / 16,
+        "rank_load_max_over_mean": 11 / (21 / 2),
+        "rank_rows_max": 12,
+    }
+    assert record.by_layer == {name: {1: pytest.approx(value)} for name, value in expected.items()}
+    assert record.tokens_per_expert == {1: [8, 2, 0, 0, 7, 2, 2, 0]}
 
 
 @pytest.mark.parametrize(
