@@ -126,10 +126,6 @@ def remove_mask(tensors, common):
         del tensors[f"routing_mask.{name}"]
 
 
-def flip_mask(tensors, common):
-    tensors["routing_mask.row_of_id"][0, 0] ^= 1
-
-
 WRONG_CHECKPOINTS = {
     "missing": (lambda tensors, common: tensors.pop(ROUTER), rf"lacks {re.escape(ROUTER)}$"),
     "no embedding": (lambda tensors, common: tensors.pop("embedding.word_embeddings.weight"), r"lacks embedding"),
@@ -140,7 +136,7 @@ WRONG_CHECKPOINTS = {
     ),
     "nan": (set_nan, r"model\.layers\.0\.mlp\.gate\.weight holds NaN or infinite values; maskmoe convert --allow-nan"),
     "no mask": (remove_mask, "holds no routing mask; pass the one"),
-    "altered mask": (flip_mask, "routing mask"),
+    "altered mask": (lambda tensors, common: tensors["routing_mask.row_of_id"][0, 0].bitwise_xor_(1), "routing mask"),
     "no arguments": (lambda tensors, common: common.pop("args"), "holds no arguments of Megatron"),
     "setting": (
         lambda tensors, common: common.update(args=Namespace(**vars(common["args"]) | {"normalization": "LayerNorm"})),
