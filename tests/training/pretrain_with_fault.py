@@ -4,6 +4,7 @@ The environment variable FAULT is one of:
 - `hang`: the rank sleeps before the iteration.
 - `nan`: the rank's gradients become NaN in the iteration, once. The file `fault-happened` in FAULT_FOLDER records this.
 - `nan-always`: the rank's gradients become NaN in the iteration, also if Megatron repeats the step.
+- `nan-reduced`: as `nan-always`, but only in the reduced gradients, because Megatron's check before it sees nothing.
 - `slow-save`: the rank writes checkpoints slowly.
 - `slow-start`: the rank prints a line and then never begins to train.
 - `none`: nothing goes wrong.
@@ -19,6 +20,7 @@ from maskmoe.megatron_compat import prepare_process
 prepare_process()
 import torch
 from megatron.core.dist_checkpointing.strategies import filesystem_async
+from megatron.core.distributed.param_and_grad_buffer import _ParamAndGradBucketGroup
 from megatron.training import get_args
 
 from maskmoe.processes.run_tool import run_tool
@@ -42,7 +44,7 @@ def forward_step(self, data_iterator, model):
     if KIND == "hang" and is_due():
         time.sleep(1000)
     output, loss_function = stock_forward_step(self, data_iterator, model)
-    if is_due() and (KIND == "nan-always" or (KIND == "nan" and not DONE.exists())):
+    if is_due() and (KIND in ("nan-always", "nan-reduced") or (KIND == "nan" and not DONE.exists())):
         DONE.touch()
         output.register_hook(lambda gradient: gradient * torch.nan)
     return output, loss_function
@@ -73,6 +75,8 @@ build_datasets_forever.is_distributed = True
 
 if __name__ == "__main__":
     Trainer.forward_step = forward_step
+    if KIND == "nan-reduced":
+        _ParamAndGradBucketGroup.check_grads = lambda *_, **__: None
     if KIND == "slow-start":
         trainer.build_datasets = build_datasets_forever
     run_tool(trainer.main)

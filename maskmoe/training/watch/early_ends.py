@@ -87,22 +87,22 @@ class SaveOnSignals(Callback):
 
 
 class FiniteStepCheck(Callback):
-    """Checks the steps that Megatron does not check and repeat.
+    """Checks what Megatron does not check and repeat.
 
-    These are the first step of a process, and all steps with `--no-check-for-nan-in-loss-and-grad`. Megatron's check
-    lets the host wait for the device in each micro-batch, and twice for each bucket of gradients.
+    That is the norm of the reduced gradients, because Megatron checks gradients before ranks reduce them; and the loss
+    of the first step of a process, and of all steps with `--no-check-for-nan-in-loss-and-grad`. Megatron's check lets
+    the host wait for the device in each micro-batch, and twice for each bucket of gradients.
     """
 
     def __init__(self, args: Namespace) -> None:
         self._args = args
-        self._is_done = False
+        self._checks_loss = True
 
     def after_step(self, step: Step) -> None:
         """Raise `RunFailure` if the loss or gradient norm of any rank is NaN or infinite; a collective call."""
-        if self._is_done:
-            return
-        self._is_done = self._args.check_for_nan_in_loss_and_grad
-        values = [float(value) for value in (*step.losses.values(), step.grad_norm) if value is not None]
+        losses = step.losses.values() if self._checks_loss else ()
+        self._checks_loss = not self._args.check_for_nan_in_loss_and_grad
+        values = [float(value) for value in (*losses, step.grad_norm) if value is not None]
         is_bad = step.has_updated and not all(map(math.isfinite, values))
         # Only the last pipeline stage has the loss.
         is_bad_on_any = torch.tensor(int(is_bad), device=torch.cuda.current_device())

@@ -130,8 +130,8 @@ class SpikeWatch(Callback):
     def allows_update(self, losses: list[dict[str, Tensor]], grad_norm: float) -> bool:
         """Judge the step in progress, and return whether to update the weights; a collective call of all ranks.
 
-        A step with a value that is not finite is not skipped: `FiniteStepCheck` ends the run after the update, where
-        skipping would hide a fault that every later step may have, too.
+        A step with a value that is not finite is not skipped, because skipping would hide a fault that every later
+        step may have. `FiniteStepCheck` ends the run after the update.
         """
         # All ranks judge the values of the last rank.
         values = torch.tensor([_mean_loss(losses), grad_norm], dtype=torch.float64, device=torch.cuda.current_device())
