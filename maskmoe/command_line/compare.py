@@ -33,6 +33,7 @@ from maskmoe.files.outputs import check_outputs
 from maskmoe.files.paths import RUNS, SUBMIT_SCRIPT, shipped_file, short_path
 from maskmoe.launch.machine import find_devices
 from maskmoe.processes.folder_lock import locked_folder
+from maskmoe.routing_mask.widening import widened_numbers
 
 
 def parse_arguments(arguments: Sequence[str]) -> argparse.Namespace:
@@ -71,7 +72,7 @@ def parse_arguments(arguments: Sequence[str]) -> argparse.Namespace:
     jobs_help = "train and evaluate in one Slurm job array, which gets the options after `--` (--nodes=2 …)"
     action.add_argument("--slurm", action="store_true", help=jobs_help)
     parser.add_argument("--dry-run", action="store_true", help="only print the command that --slurm would run")
-    report = "folder of the report (default: report in the run folder, whose files are replaced)"
+    report = "folder of the report (default: report/ in the run folder, where --force is not needed)"
     add_option(parser, "--output-dir DIR", report, Path)
     add_force_argument(parser)
     return parser.parse_args(arguments)
@@ -129,9 +130,9 @@ def _check_mask(run: Run) -> None:
         if run.variant.widen:
             words = run.widening_stage(run.routing_mask).command
             wider = widen_routing_mask.parse_arguments(words[words.index("widen") + 1 :])
-            given = {name: getattr(wider, name) for name in ("frequent_mass", "frequent_visible_experts")}
             if recipe:  # a new recipe checks its numbers
-                replace(recipe, **{name: value for name, value in given.items() if value is not None})
+                mass, visible = widened_numbers(recipe, wider.frequent_mass, wider.frequent_visible_experts)
+                replace(recipe, frequent_mass=mass, frequent_visible_experts=visible)
     except UserError as error:
         raise UserError(f"the mask of the variant {run.name}: {error}") from error
 
@@ -147,11 +148,12 @@ def main() -> None:
     if options.slurm and not SUBMIT_SCRIPT.exists():
         raise UserError("--slurm needs a checkout of the repository: start launch/compare.sh there")
     comparison, line = open_comparison(options), StatusLine(sys.stdout)
-    if options.output_dir:
+    if options.output_dir and not (options.list or options.run or options.dry_run):
         with refused_by_system(f"cannot write to --output-dir {options.output_dir}"):
             options.output_dir.mkdir(parents=True, exist_ok=True)
         report = [options.output_dir / name for name in REPORT_FILES]
-        check_outputs(report, [options.suite, comparison.table], options.force)
+        texts = (*comparison.data.text, *comparison.data.held_out.values())
+        check_outputs(report, [options.suite, comparison.table, *texts], options.force)
     runs = comparison.selected(options.only or (), options.seeds or ())
     if options.merge:
         # An absent table would count as an empty one.

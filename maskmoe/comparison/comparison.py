@@ -97,12 +97,12 @@ class Comparison:
         return found
 
     def unfinished(self, runs: Iterable[Run]) -> list[Run]:
-        """Return the runs without a result, one for each settings and seed: equal runs share their result."""
+        """Return the runs without a result, one for each settings, program and seed: equal runs share their result."""
         finished = self.results()
         waiting: dict[tuple, Run] = {}
         for run in runs:
             if run.title not in finished:
-                waiting.setdefault((run.seed, *run.settings.items()), run)
+                waiting.setdefault((run.seed, run.variant.program_sha256, *run.settings.items()), run)
         return [*waiting.values()]
 
     def make_data(self, line: StatusLine) -> None:
@@ -110,10 +110,10 @@ class Comparison:
         StageFolder(self.data.folder).run(tuple(self.data.stages()), line)
 
     def check(self, runs: Sequence[Run], line: StatusLine) -> None:
-        """Check the settings of each variant of the runs' settings of `vary` before any of the runs trains.
+        """Check one run of each variant before any of `runs` trains.
 
-        One run of each variant is checked, also of variants without a run among `runs`: their runs may be finished, or
-        another machine may train them.
+        With `vary`, only values that `runs` have are checked. Variants without a run among `runs` are checked, too:
+        their runs may be finished, or another machine may train them.
 
         Raises:
             UserError: Settings are refused, or variants have different numbers of active parameters.

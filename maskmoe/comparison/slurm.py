@@ -31,11 +31,11 @@ def submission(
     """
     links = _links_folder(comparison)
     throttle = f"%{jobs}" if jobs else ""
-    # The job reads the suite with all model files.
-    models = (Path(run.variant.model) for run in comparison.runs if run.variant.model)
-    programs = (Path(run.variant.program) for run in runs if run.variant.program)
+    # The job reads the suite, which needs the model files and programs of all variants.
+    variants = comparison.suite.variants.values()
+    named_by_suite = (Path(path) for variant in variants for path in (variant.model, variant.program) if path)
     named = (path for path in map(Path, arguments) if path.is_absolute() and path.is_file())
-    files = (*comparison.data.files, *comparison.data.text, *models, *programs, *named)
+    files = (*comparison.data.files, *comparison.data.text, *named_by_suite, *named)
     folders = {comparison.data.folder, *(path.parent for path in files)}
     evaluation = shlex.join(["launch/compare.sh", *arguments, "--run"])
     return (

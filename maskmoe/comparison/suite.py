@@ -106,10 +106,11 @@ class Variant(_Section):
         layouts: Further flags by number of ranks, see `ModelFile`.
         program: Python file that trains and evaluates instead of MaskMoE's entry points, see `ModelFile.read`; the path
             is relative to the folder of the suite file that has the variants.
-        program_sha256: SHA-256 of the program's file; empty without `program`. A file cannot set this attribute.
+        program_sha256: SHA-256 of the program's file; empty without `program`. `Suite.read` sets it, and ignores a
+            value in the file.
         seeds: Seeds of the variant's runs; by default those of the suite.
-        setting: The values of `vary` that the variant has, such as `lr-2e-2`; empty without `vary`. A file cannot set
-            this attribute.
+        setting: The values of `vary` that the variant has, such as `lr-2e-2`; empty without `vary`. `Suite.read` sets
+            it, and ignores a value in the file.
     """
 
     title: str = ""
@@ -119,9 +120,9 @@ class Variant(_Section):
     flags: FlagSection = {}
     layouts: LayoutSection = {}
     program: str = ""
-    program_sha256: Annotated[str, Field(init=False)] = ""
+    program_sha256: str = ""
     seeds: Seeds = ()
-    setting: Annotated[str, Field(init=False)] = ""
+    setting: str = ""
 
     @property
     def has_experts(self) -> bool:
@@ -232,11 +233,6 @@ class Suite(_Section):
                 variants[f"{name}.{label}" if setting else name] = variant
         if unknown := [name for name in self.baselines if name not in self.variants]:
             raise ValueError(f"baselines: {', '.join(unknown)} is not a variant of the suite")
-        # Settings have only the name of a program's file, so that tables do not depend on folders.
-        programs: dict[str, str] = {}
-        for program in (variant.program for variant in variants.values()):
-            if (other := programs.setdefault(Path(program).name, program)) != program:
-                raise ValueError(f"the programs {other} and {program} have one file name: rename one of the files")
         data = self.data.model_dump()
         for key in PATHS:
             data[key] = absolute(data[key], folders.get("data", path.parent).resolve())

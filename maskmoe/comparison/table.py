@@ -165,7 +165,10 @@ def merge(results: Iterable[RunResult]) -> list[RunResult]:
 
 
 def write_table(path: Path, results: Iterable[RunResult]) -> None:
-    """Replace the file of a table. Lines without a program stay as earlier versions wrote them."""
+    """Replace the file of a table.
+
+    An empty `program_sha256` is left out, so that lines without a program equal those of earlier versions.
+    """
     write_text(path, "".join(f"{result.model_dump_json(exclude_defaults=True)}\n" for result in results))
 
 

@@ -125,10 +125,6 @@ class TorchDistSource:
             raise UserError(f"{self.checkpoint} is damaged where it should hold {block.tensor}") from error
         return planner.target
 
-    def common_state(self) -> dict[str, Any]:
-        """Read the state that all ranks share; see `read_common_state`."""
-        return read_common_state(self.checkpoint)
-
 
 class _BlockLoader(DefaultLoadPlanner):
     """Tells torch's reader to fill one tensor.
@@ -237,7 +233,7 @@ def open_megatron(
 def _open_checkpoint(checkpoint: Path, mask: RoutingMask | None, changed_args: Mapping[str, Any]) -> OpenedModel:
     """Open a checkpoint whose arguments have values that Megatron could have saved. See `open_megatron`."""
     stored = TorchDistSource(checkpoint)
-    common = stored.common_state()
+    common = read_common_state(checkpoint)
     args = common.get("args")
     if not isinstance(args, Namespace):
         raise UserError(f"{checkpoint} holds no arguments of Megatron, which say what its tensors are")

@@ -9,6 +9,7 @@ from typing import NoReturn
 from maskmoe.arguments import ranges
 from maskmoe.arguments.flags import split_flags
 from maskmoe.arguments.parser import OneLineParser
+from maskmoe.files.outputs import check_outputs
 from maskmoe.launch.command import ENTRY_POINT_ENVIRONMENT, Command, run_flags, standalone_command, unset_variables
 from maskmoe.launch.machine import find_devices, wait_for
 from maskmoe.launch.model_file import ModelFile
@@ -42,6 +43,7 @@ def launch(program: str, arguments: Sequence[str]) -> None:
         sys.exit(ElasticRun(options, model, processes).run())
     run = _fixed_run(options, model, processes)
     if options.check_only:
+        check_outputs(run.flags.get("json", ()), [options.model], force="force" in run.flags)
         sys.exit(check(run.flags, run.ranks))
     if options.dry_run:
         print(run.command)

@@ -11,7 +11,7 @@ from maskmoe.errors import UserError
 from maskmoe.routing_mask.assignment import FEW_ASSIGNMENTS, LOAD_JITTER, MaskRecipe, Vocabulary
 from maskmoe.routing_mask.expert_table import ASSIGNMENT as EXPERT_TABLE
 from maskmoe.routing_mask.frequency import TokenFrequency
-from maskmoe.routing_mask.mask import Ancestor, RoutingMask, stack_tables, table_of_sets, unpack_bits
+from maskmoe.routing_mask.mask import Ancestor, MaskProvenance, RoutingMask, stack_tables, table_of_sets, unpack_bits
 
 
 def widen_routing_mask(
@@ -81,15 +81,14 @@ def widen_routing_mask(
     return replace(mask, row_of_id=row_of_id, visible_bits=visible_bits, provenance=provenance)
 
 
-def _widened_recipe(
-    mask: RoutingMask,
-    frequency: TokenFrequency | None,
-    frequent_mass: float | None,
-    frequent_visible_experts: int | None,
-    seed: int,
-) -> MaskRecipe:
-    """Return the settings of the wider mask outside hash layers; see `widen_routing_mask` for arguments and errors."""
-    made_from = mask.provenance
+def widened_numbers(
+    made_from: MaskRecipe | MaskProvenance, frequent_mass: float | None, frequent_visible_experts: int | None
+) -> tuple[float, int | None]:
+    """Return the frequent mass and the visible experts of frequent ids of the wider mask; None keeps those of the mask.
+
+    Raises:
+        UserError: Both are None, or one would narrow the mask.
+    """
     if frequent_mass is None and frequent_visible_experts is None:
         raise UserError("give a larger --frequent-mass or larger --frequent-visible-experts than the mask has")
     mass = made_from.frequent_mass if frequent_mass is None else frequent_mass
@@ -99,6 +98,19 @@ def _widened_recipe(
             f"frequent mass {mass} and frequent visible experts {visible} would narrow the mask, which has "
             f"{made_from.frequent_mass} and {made_from.frequent_visible_experts}; a mask can only be widened"
         )
+    return mass, visible
+
+
+def _widened_recipe(
+    mask: RoutingMask,
+    frequency: TokenFrequency | None,
+    frequent_mass: float | None,
+    frequent_visible_experts: int | None,
+    seed: int,
+) -> MaskRecipe:
+    """Return the settings of the wider mask outside hash layers; see `widen_routing_mask` for arguments and errors."""
+    made_from = mask.provenance
+    mass, visible = widened_numbers(made_from, frequent_mass, frequent_visible_experts)
     assignment = made_from.assignment
     if assignment == EXPERT_TABLE:
         assignment = "uniform" if frequency is None else "balanced"

@@ -95,6 +95,11 @@ def test_value_that_contradicts_another(workshop):
         ),
         ("mask: {preset: hashed}", "--preset: invalid choice"),
         ("mask: {preset: hash}, widen: {frequent-visible-expert: 2}", "unknown flag --frequent-visible-expert "),
+        (
+            "mask: {preset: hash}, widen: {seed: 3}",
+            "give a larger --frequent-mass or larger --frequent-visible-experts",
+        ),
+        ("mask: {preset: smoe}, widen: {frequent-visible-experts: 2}", "would narrow the mask"),
         ("mask: {preset: hash}, widen: {frequent-mass: 0.4}", "number of visible experts of frequent ids is missing"),
         (
             "mask: {preset: hash}, widen: {frequent-mass: 0.4, frequent-visible-experts: 9}",

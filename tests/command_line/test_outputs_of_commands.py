@@ -60,6 +60,7 @@ OUTPUTS_THAT_ARE_INPUTS = {
     "text of preprocess": (f"preprocess --input a_text_document.bin {TOKENIZE} --output-prefix OUT", "a"),
     "model of preprocess": ("preprocess --input text.txt --tokenizer-type SentencePieceTokenizer "
                             "--tokenizer-model a_text_document.bin --output-prefix OUT", "a"),
+    "text of compare": ("compare laptop.yaml --input README.md --report --output-dir .", "README.md"),
     "text of tokenizer": ("tokenizer --input tokenizer.model --vocab-size 300 --output-prefix OUT", "tokenizer"),
 }  # fmt: skip
 CASES = [(command, name) for command, names in OUTPUTS_THAT_ARE_INPUTS.values() for name in names.split()]
@@ -70,6 +71,7 @@ def test_an_input_is_not_overwritten(folder: Path, monkeypatch: pytest.MonkeyPat
     """tests/files/test_outputs.py has other spellings and links of an input."""
     np.save(folder / "table.npy", np.zeros((400, 1), np.int64))
     (folder / "a_text_document.bin").write_text(TEXT)
+    (folder / "README.md").write_text(TEXT)
     before = contents(folder)
     with pytest.raises(UserError, match="it is an input of this command"):
         run(monkeypatch, command.replace("OUT", name) + " --force")
@@ -109,9 +111,13 @@ def test_a_report_of_a_check_is_not_written_over_an_input(folder: Path, name: st
     """Another file that exists needs `--force`."""
     flags = f"--tokenizer-model{joint}tokenizer.model --routing-mask{joint}mask --data-path{joint}data"
     check = ("pretrain", "--check", "1", *flags.split(), "--json")
+    (folder / "m.yaml").write_text("num-layers: 2\n")
     before = contents(folder)
     run_command(*check, name, "--force").assert_refused("it is an input of this command")
     run_command(*check, "text.txt").assert_refused("it exists", "--force")
+    run_command("pretrain", "--check", "m.yaml", "--json", "m.yaml", "--force").assert_refused(
+        "it is an input of this command"
+    )
     assert contents(folder) == before
 
 

@@ -60,15 +60,17 @@ def test_each_run_is_an_element_of_one_array(comparison, slurm):
     assert mounts == [str(comparison.data.folder), str(slurm / "text"), f"{comparison.folder}:rw"]
 
 
-def test_folders_of_programs_and_of_the_suite_are_mounted(comparison, suite_file):
-    (run, *_) = comparison.runs
-    own = replace(run, variant=run.variant.model_copy(update={"program": "/programs/own.py"}))
-    (suite_file().parent / "models").mkdir()
-    (suite_file().parent / "models" / "m.yaml").write_text("num-layers: 2\n")
-    text = {"data:": "model: models/m.yaml\ndata:"}
+def test_folders_of_programs_and_of_the_suite_are_mounted(comparison, suite_file, tmp_path_factory):
+    """Also those of variants whose runs are finished: every job reads the whole suite."""
+    programs, folder = tmp_path_factory.mktemp("programs"), suite_file().parent
+    (programs / "own.py").touch()
+    (folder / "models").mkdir()
+    (folder / "models" / "m.yaml").write_text("num-layers: 2\n")
+    text = {"data:": "model: models/m.yaml\ndata:", " smoe: {": f" smoe: {{program: {programs}/own.py, "}
     comparison = replace(comparison, suite=Suite.read(suite_file(replace=text), {}))
-    command = submission(comparison, [own], [str(suite_file())], [], None)
-    assert {"/programs", str(suite_file().parent), str(suite_file().parent / "models")} < set(command)
+    run = next(run for run in comparison.runs if run.name != "smoe")
+    command = submission(comparison, [run], [str(suite_file())], [], None)
+    assert {str(programs), str(folder), str(folder / "models")} < set(command)
     assert "--array=1-1" in command
 
 

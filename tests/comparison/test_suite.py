@@ -182,16 +182,6 @@ def test_bad_suite_is_refused(suite_file, old, new, message):
     assert "\n" not in str(error.value)
 
 
-def test_two_programs_of_one_file_name_are_refused(suite_file, tmp_path):
-    """Only the name is among the settings of a run."""
-    for folder in ("a", "b"):
-        (tmp_path / folder).mkdir()
-        (tmp_path / folder / "own.py").touch()
-    programs = {" smoe: {": " smoe: {program: a/own.py, ", " maskmoe: {": " maskmoe: {program: b/own.py, "}
-    with pytest.raises(UserError, match=r"programs .*a/own\.py and .*b/own\.py have one file name: rename one"):
-        Suite.read(suite_file(replace=programs), {})
-
-
 def test_rate_without_a_value_is_left_to_the_check_of_the_settings(suite_file):
     suite = Suite.read(suite_file(replace={"lr: 1e-2": "lr: true"}), {})
     assert "min-lr" not in suite.variants["dense"].flags

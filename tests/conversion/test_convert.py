@@ -22,12 +22,12 @@ from support.tiny_maskmoe import NUM_EXPERTS, NUM_LAYERS, VOCAB_SIZE, make_confi
 from support.tools import run_tool
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from maskmoe.checkpoint.integrity import check_content, check_structure
+from maskmoe.checkpoint.integrity import check_content, check_structure, read_common_state
 from maskmoe.checkpoint.routing_mask import read_routing_mask
 from maskmoe.checkpoint.saved_names import saved_pattern
 from maskmoe.checkpoint.series import checkpoint_path, write_tracker
 from maskmoe.conversion.convert import huggingface_to_megatron, megatron_to_huggingface, upcycle_model
-from maskmoe.conversion.megatron_models import COMMON_STATE, MARKER, TorchDistSource, write_torch_dist
+from maskmoe.conversion.megatron_models import COMMON_STATE, MARKER, write_torch_dist
 from maskmoe.conversion.settings import Settings, UpcycleSettings
 from maskmoe.conversion.tensor_sources import MemorySource
 from maskmoe.data.tokenizer_training import train_tokenizer
@@ -79,8 +79,8 @@ def test_converting_back_restores_the_checkpoint(checkpoints, exported, run, tmp
 @pytest.mark.slow
 def test_the_layout_of_ranks_does_not_matter(checkpoints, exported, tmp_path):
     """The same weights saved by four ranks (tensor, pipeline and expert parallel) and by one rank convert alike."""
-    four = TorchDistSource(checkpoint_path(checkpoints("ranks"), 2)).common_state()["args"]
-    one = TorchDistSource(checkpoint_path(checkpoints("one rank"), 2)).common_state()["args"]
+    four = read_common_state(checkpoint_path(checkpoints("ranks"), 2))["args"]
+    one = read_common_state(checkpoint_path(checkpoints("one rank"), 2))["args"]
     assert (four.world_size, four.tensor_model_parallel_size, four.expert_model_parallel_size) == (4, 2, 2)
     assert (one.world_size, one.tensor_model_parallel_size, one.expert_model_parallel_size) == (1, 1, 1)
     megatron_to_huggingface(Settings(load=checkpoints("one rank"), save=tmp_path / "one"))
@@ -106,8 +106,7 @@ def test_dtype(checkpoints, exported, tmp_path):
 
 def rewrite(checkpoint, folder, change):
     """Write a copy of a checkpoint with changed tensors or a changed common state; return the copy."""
-    source = TorchDistSource(checkpoint)
-    tensors, common = tensors_of(checkpoint), source.common_state()
+    tensors, common = tensors_of(checkpoint), read_common_state(checkpoint)
     change(tensors, common)
     write_torch_dist(MemorySource(tensors), {COMMON_STATE: [common]}, folder / "checkpoint", 10**9)
     (folder / "checkpoint" / "metadata.json").write_text(json.dumps(MARKER))

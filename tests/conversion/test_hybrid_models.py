@@ -15,9 +15,9 @@ from support.small_moe import make_mask, random_visible_sets
 from maskmoe.analysis.model_series import common_shape, find_models, model_folder
 from maskmoe.analysis.probe_text import Probe
 from maskmoe.analysis.routing_analysis import record_routing
+from maskmoe.checkpoint.integrity import read_common_state
 from maskmoe.conversion.config_mapping import gpt_args
 from maskmoe.conversion.convert import huggingface_to_megatron, megatron_to_huggingface, upcycle_model
-from maskmoe.conversion.megatron_models import TorchDistSource
 from maskmoe.conversion.model_files import load_exported_model
 from maskmoe.conversion.settings import Settings, UpcycleSettings
 from maskmoe.errors import UserError
@@ -42,7 +42,7 @@ def assert_same_checkpoints(first: Path, second: Path) -> None:
 
 
 def args_of(folder: Path) -> Namespace:
-    return TorchDistSource(folder / "release").common_state()["args"]
+    return read_common_state(folder / "release")["args"]
 
 
 @pytest.fixture(scope="module")

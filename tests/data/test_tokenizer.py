@@ -52,7 +52,7 @@ def test_agrees_with_megatron(tokenizer_model: tuple[str, Path], texts: list[str
 
 def test_record(tokenizer_model: tuple[str, Path]) -> None:
     record = load_tokenizer(*tokenizer_model).record()
-    assert record.type in ("SentencePieceTokenizer", "HuggingFaceTokenizer")
+    assert TOKENIZER_TYPES[record.type] is TOKENIZER_TYPES[tokenizer_model[0]]
     assert record.model in ("small.model", "tokenizer.json")
     assert len(record.sha256) == 64
 

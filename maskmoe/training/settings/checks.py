@@ -162,12 +162,15 @@ class RunChecks:
             found = "" if args.load is None else f"; --load {describe_missing(args.load)}"
             yield f"--use-checkpoint-args needs --load with the folder of the checkpoints{found}"
         elif args.use_checkpoint_args and checkpoint is not None:
-            # The command line overrides the settings of the checkpoint.
-            for name, value in model_settings.further_checkpoint_args(args, checkpoint).items():
-                if name not in self._given:
-                    setattr(args, name, value)
-            self.args = model_settings.take_settings_of_checkpoint(args, checkpoint, self._given)
+            yield from _error_of(lambda: self._take_settings(checkpoint))
             yield from value_errors(self.args)
+
+    def _take_settings(self, checkpoint: Path) -> None:
+        """Take the settings of a checkpoint that the command line does not give. Raises UserError."""
+        for name, value in model_settings.further_checkpoint_args(self.args, checkpoint).items():
+            if name not in self._given:
+                setattr(self.args, name, value)
+        self.args = model_settings.take_settings_of_checkpoint(self.args, checkpoint, self._given)
 
     def _settings(self) -> Iterator[str]:
         """Check the settings by MaskMoE's own rules."""
@@ -228,7 +231,7 @@ class RunChecks:
         args, checkpoint = self.args, self.checkpoint
         if checkpoint is not None:
             yield from _error_of(lambda: model_settings.check_same_model(args, checkpoint))
-            take_schedule_of_checkpoint(args, checkpoint)
+            yield from _error_of(lambda: take_schedule_of_checkpoint(args, checkpoint))
         yield from _error_of(self._check_pretrained_and_take_padding)
 
     def _check_pretrained_and_take_padding(self) -> None:
