@@ -55,8 +55,8 @@ def test_restart_loads_from_load(run, tmp_path, load):
     """Every start loads from `--load` if it is another folder than `--save`; a link to `--save` is no other folder."""
     (tmp_path / "link").symlink_to(run / "checkpoints")
     write_arguments(run, f"# Relative paths are relative to {tmp_path}", load=load, save=run / "checkpoints")
-    expected = "iter_0000020" if load == "link" else f"from {tmp_path / load}"
-    assert f"a restart loads {expected}\n" in render_text(read_status(run))
+    expected = "a restart loads iter_0000020" if load == "link" else f"every start loads from {tmp_path / load}"
+    assert f"{expected}\n" in render_text(read_status(run))
 
 
 def test_arguments_with_thousands_of_datasets_are_read(tmp_path):
