@@ -23,8 +23,9 @@ TEXTS = ("prose", "code")
 
 CONFIRMATION = "confirm"
 
+_ENDS = (("maskmoe", "smoe"), ("maskmoe", "hash"), ("smoe", "hash"))
 CONTRASTS = {
-    CONFIRMATION: (("maskmoe", "smoe"), ("maskmoe", "hash")),
+    CONFIRMATION: _ENDS,
     "mechanism": (
         ("gated-hash", "hash"),
         ("gated-hash", "maskmoe"),
@@ -34,8 +35,8 @@ CONTRASTS = {
         ("maskmoe-smeared", "hash-smeared"),
         ("hash-random", "hash"),
     ),
-    "long": (("maskmoe", "smoe"), ("maskmoe", "hash")),
-    "experts": (("maskmoe", "smoe"), ("maskmoe", "hash")),
+    "long": _ENDS,
+    "experts": _ENDS,
 }
 """Differences of each block by the name of its suite. Block C is compared with runs of block B."""
 

@@ -78,13 +78,15 @@ def label(suite: str, own: str, baseline: str) -> str:
 
 def differences_table(study: Study, suites: Iterable[str]) -> str:
     """Return the table of the differences of some blocks."""
-    rows = [["difference", "pairs", "both", "p", *TEXTS, *FrequencyBands.names]]
+    rows = [["difference", "pairs", "both", "p", "bits per byte", *TEXTS, *FrequencyBands.names]]
     for suite in suites:
         for own, baseline in CONTRASTS[suite]:
             difference = partial(study.difference, suite, own, baseline)
             both = difference()
             if both.n > 1:
-                parts = [difference(text) for text in zip(TEXTS)]
+                runs = (study.runs(suite, arm) for arm in (own, baseline))
+                bits = ({seed: bits_per_byte(run) for seed, run in each.items()} for each in runs)
+                parts = [paired_difference(*bits), *(difference(text) for text in zip(TEXTS))]
                 parts += [difference(band=band) for band in FrequencyBands.names]
                 cells = (f"{estimate:+.3f}" for estimate in parts)
                 p = "<0.001" if both.p < 0.001 else f"{both.p:.3f}"
@@ -176,46 +178,6 @@ def standing(difference: Estimate) -> str:
     return "MaskMoE is worse" if difference.low > 0 else "not resolved"
 
 
-def isolated(cause: str, to_hash: Estimate, to_maskmoe: Estimate) -> str:
-    """Return the sentence that says whether an arm of block C has MaskMoE's lead over Hash, too.
-
-    Args:
-        cause: The cause that the arm isolates.
-        to_hash: Difference of the arm to Hash.
-        to_maskmoe: Difference of the arm to MaskMoE.
-    """
-    if to_hash.high < 0:
-        return f"{cause} {'gives a smaller' if to_maskmoe.low > 0 else 'also gives a'} lead over Hash."
-    if to_maskmoe.low > 0:
-        return f"{cause} does not give the lead over Hash."
-    return f"{cause} may or may not give the lead over Hash: the runs do not resolve it."
-
-
-def with_smeared_keys(lead: Estimate, smeared: Estimate) -> str:
-    """Return the sentence that says whether MaskMoE's lead over Hash remains with smeared keys.
-
-    Args:
-        lead: Difference to Hash in block B.
-        smeared: Difference to Hash if both have smeared keys. The lead is gone if the interval reaches 0 and does not
-            reach the mean of block B.
-    """
-    condition = "if attention to the preceding token is built in"
-    if smeared.high < 0:
-        return f"The lead over Hash remains {condition}."
-    if smeared.low > lead.mean:
-        return f"The lead over Hash is gone {condition}."
-    return f"The lead over Hash may or may not remain {condition}: the runs do not resolve it."
-
-
-def within(estimate: Estimate, margin: float) -> str:
-    """Return how much of an estimate lies within ± margin, as a part of a sentence."""
-    if max(abs(estimate.low), abs(estimate.high)) <= margin:
-        return "the whole interval is within this range"
-    if abs(estimate.mean) <= margin:
-        return "the mean is within this range, the whole interval is not"
-    return "the mean is outside this range"
-
-
 def missing_runs(study: Study) -> list[str]:
     """Return how many runs are missing, block by block."""
     counts = {suite: study.missing(suite) for suite in ("rates", *CONTRASTS)}
@@ -237,9 +199,6 @@ def render(study: Study, measures: Sequence[Measures]) -> str:
         difference=study.difference,
         said=lambda estimate: f"{estimate:+.3f}",
         standing=standing,
-        isolated=isolated,
-        with_smeared_keys=with_smeared_keys,
-        within=within,
         missing=missing_runs(study),
         missing_mechanism=study.missing("mechanism")[0],
         rates=rates_table(study),
