@@ -51,13 +51,13 @@ def find_event_folder(run: Path, tensorboard_dir: Path | None) -> Path | None:
     If both have event files, the folder with the newest file is that of the newest start.
     """
     places = (run / TENSORBOARD, run, tensorboard_dir)
-    folders = [folder for folder in places if folder is not None and event_files(folder)]
-    if not folders:
+    newest_files = {place: files[-1].name for place in places if place is not None and (files := event_files(place))}
+    if not newest_files:
         return None
-    newest = max(folders, key=lambda folder: event_files(folder)[-1].name)
+    first, newest = next(iter(newest_files)), max(newest_files, key=newest_files.__getitem__)
     # The arguments of a copied run name the folder of the original, which has the copy's files and maybe newer ones.
-    is_original = (newest / event_files(folders[0])[-1].name).exists()
-    return folders[0] if is_original else newest
+    is_original = (newest / newest_files[first]).exists()
+    return first if is_original else newest
 
 
 def read_events(folder: Path | None, most_values: int = 0) -> Logged:

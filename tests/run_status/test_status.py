@@ -275,7 +275,8 @@ def test_running_killed_and_ended_runs(tmp_path):
     assert read_liveness(tmp_path, [], time.time(), COMPLETE).state == "finished"
 
 
-# What a start left behind after its last iteration: an end and its exit code, or a lock.
+# The newest entry of the journal, its exit code, whether a lock exists, and the state of a run whose last iteration is
+# logged.
 LAST_ITERATION_LOGGED = [
     (Kind.ENDED, 0, False, "finished"),
     (Kind.ENDED, 0, True, "finished"),  # a conversion was killed later

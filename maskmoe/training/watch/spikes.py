@@ -9,10 +9,10 @@ from statistics import median
 
 import torch
 from megatron.core import mpu
-from megatron.core.dist_checkpointing import load_common_state_dict
 from megatron.training import is_last_rank
 from torch import Tensor
 
+from maskmoe.checkpoint.integrity import read_common_state
 from maskmoe.files.run_folder import Journal
 from maskmoe.megatron_compat.globals import get_args
 from maskmoe.training.resume.choose_checkpoint import checkpoint_to_load
@@ -158,7 +158,7 @@ def _saved_history(args: Namespace) -> dict[str, list[float]] | None:
     checkpoint = checkpoint_to_load(args)
     if checkpoint is None or args.finetune:
         return None
-    return getattr(load_common_state_dict(checkpoint).get("args"), "spike_history", None)
+    return getattr(read_common_state(checkpoint).get("args"), "spike_history", None)
 
 
 def _mean_loss(losses: list[dict[str, Tensor]]) -> float:
