@@ -219,6 +219,7 @@ def remove_old_checkpoints(
     retain_interval: int | None = None,
     newest: int | None = None,
     is_dry_run: bool = False,
+    check: Callable[[Path], None] = check_structure,
 ) -> list[Path]:
     """Remove all checkpoints that are older than the newest `keep` sound checkpoints, and return their folders.
 
@@ -229,6 +230,7 @@ def remove_old_checkpoints(
         newest: The newest iteration of the run. Later checkpoints were rejected on loading, or the run has gone back
             beyond them, so they neither count nor are removed. None counts all checkpoints.
         is_dry_run: Whether to remove nothing.
+        check: Raises `Damage` if a checkpoint is not sound.
     """
     iterations = [saved for saved in saved_iterations(folder) if newest is None or saved <= newest]
     # The check of a checkpoint opens thousands of files, while all ranks wait.
@@ -239,7 +241,7 @@ def remove_old_checkpoints(
         checkpoint = checkpoint_path(folder, iteration)
         if len(kept) < keep:
             with suppress(Damage):
-                check_structure(checkpoint)
+                check(checkpoint)
                 kept.append(checkpoint)
         elif not (retain_interval and iteration % retain_interval == 0) and not checkpoint.is_symlink():
             old.append(checkpoint)

@@ -1,7 +1,8 @@
 """Remove all checkpoints of a finished run but the newest sound checkpoints.
 
 Checkpoints that are newer than the one from which the run would resume stay, too: they are damaged, or the run has gone
-back beyond them.
+back beyond them. A checkpoint counts as sound if its files have the content that was saved, so the command reads all
+bytes of the checkpoints that it counts.
 
 Use this command when the series of checkpoints is no longer needed. Training with --keep-last-checkpoints keeps fewer
 checkpoints from the start.
@@ -11,6 +12,7 @@ Examples:
   %(prog)s --load runs/a/checkpoints
 """
 
+from functools import cache
 from pathlib import Path
 
 from maskmoe.arguments import ranges
@@ -39,13 +41,25 @@ def main() -> None:
     from maskmoe.megatron_compat import prepare_process
 
     prepare_process()
+    from tqdm import tqdm
+
+    from maskmoe.checkpoint.integrity import check_content, check_structure
     from maskmoe.checkpoint.series import choose_checkpoint, remove_old_checkpoints
 
-    choice = choose_checkpoint(arguments.load)
-    if choice.checkpoint is None:
-        raise UserError(f"--load {arguments.load} holds no checkpoint")
     keep, retain_interval = arguments.keep_last_checkpoints, arguments.save_retain_interval
-    old = remove_old_checkpoints(arguments.load, keep, retain_interval, choice.iteration, arguments.dry_run)
+    with tqdm(unit="checkpoint", leave=False) as progress:
+
+        @cache  # the checkpoint that is chosen is also the first one that is kept
+        def check(checkpoint: Path) -> None:
+            progress.set_description(f"verifying {checkpoint.name}")
+            check_structure(checkpoint)
+            check_content(checkpoint)
+            progress.update()
+
+        choice = choose_checkpoint(arguments.load, check=check)
+        if choice.checkpoint is None:
+            raise UserError(f"--load {arguments.load} holds no checkpoint")
+        old = remove_old_checkpoints(arguments.load, keep, retain_interval, choice.iteration, arguments.dry_run, check)
     remaining = [] if arguments.dry_run else [checkpoint for checkpoint in old if checkpoint.exists()]
     for checkpoint in old:
         if checkpoint not in remaining:

@@ -13,8 +13,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from support.run_folders import write_checkpoint
 
-from maskmoe.checkpoint import series
-from maskmoe.checkpoint.integrity import Damage, Unfinished, iteration_of
+from maskmoe.checkpoint import integrity, series
+from maskmoe.checkpoint.integrity import Damage, Unfinished, check_content, iteration_of
 from maskmoe.checkpoint.series import (
     TRACKER,
     checkpoint_path,
@@ -142,12 +142,25 @@ def test_pruning_reports_a_checkpoint_that_cannot_be_removed(tmp_path, monkeypat
     assert saved_iterations(tmp_path) == [4]
 
 
-def test_no_checkpoint_is_checked_if_there_are_none_to_remove(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_pruning_counts_checkpoints_whose_content_is_sound(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The content of no more checkpoints than needed is read, and of each one only once."""
+    for iteration in (1, 2, 3, 4, 5):
+        write_checkpoint(tmp_path, iteration)
+    for iteration in (3, 5):
+        (checkpoint_path(tmp_path, iteration) / "__0_0.distcp").write_bytes(bytes(999) + b"\1")
+    check = Mock(wraps=check_content)
+    monkeypatch.setattr(integrity, "check_content", check)
+    monkeypatch.setattr(sys, "argv", ["maskmoe prune", "--load", str(tmp_path), "--keep-last-checkpoints", "2"])
+    prune_checkpoints.main()
+    assert saved_iterations(tmp_path) == [5, 4, 3, 2]
+    assert [iteration_of(call.args[0]) for call in check.mock_calls] == [5, 4, 3, 2]
+
+
+def test_no_checkpoint_is_checked_if_there_are_none_to_remove(tmp_path: Path) -> None:
     """All ranks wait meanwhile; checkpoints later than `newest` do not count."""
     for iteration in (1, 2, 3):
         write_checkpoint(tmp_path, iteration)
-    monkeypatch.setattr(series, "check_structure", Mock(side_effect=AssertionError))
-    assert remove_old_checkpoints(tmp_path, keep=2, newest=2) == []
+    assert remove_old_checkpoints(tmp_path, keep=2, newest=2, check=Mock(side_effect=AssertionError)) == []
 
 
 def test_kept_checkpoint_is_on_the_disk_before_old_ones_are_removed(
