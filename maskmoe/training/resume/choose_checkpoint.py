@@ -21,6 +21,7 @@ from maskmoe.checkpoint.series import (
     saved_iterations,
 )
 from maskmoe.errors import UserError
+from maskmoe.files.run_folder import Kind, read_journal, run_folder
 from maskmoe.training.loop.rank_store import RankStore
 from maskmoe.training.resume.model_settings import check_same_model
 
@@ -154,39 +155,53 @@ def check_save_folder_is_own(args: Namespace, checkpoint: Path | None) -> None:
 
     A run that loads from the folder to which it saves continues this folder's run, unless it starts at iteration 0. A
     run that loads from another folder may have been interrupted and started again: then the checkpoints in `--save`
-    name the same `--load`. The folder that an interrupted save leaves is no checkpoint.
+    name the same `--load`. The folder that an interrupted save leaves is no checkpoint. Another run may have written
+    the checkpoints in `--non-persistent-global-ckpt-dir`.
     """
     if args.save is None:
         return
     starts_anew, is_same_folder = checkpoint is None or args.finetune, loads_what_it_saves(args)
-    for folder in (Path(args.save), non_persistent_folder(args, args.save)):
-        if folder is None or (is_same_folder and not starts_anew):
+    local = non_persistent_folder(args, args.save)
+    for folder in filter(None, (Path(args.save), local)):
+        is_elsewhere = folder == local and args.non_persistent_global_ckpt_dir is not None
+        if is_same_folder and not starts_anew and not is_elsewhere:
             continue
         saved = [step for step in saved_iterations(folder) if is_finished(checkpoint_path(folder, step))]
         is_own = not saved and (checkpoint is None if is_same_folder else not (folder / TRACKER).is_file())
         if not starts_anew:
-            is_own = is_own or folder != Path(args.save) or _names_same_load(folder, args.load)
+            is_own = is_own or (folder == local and not is_elsewhere) or _is_of_run(folder, args)
         if not is_own:
             newest = max(saved, default=None)
             which = f"of iteration {newest} " if newest is not None else ""
             start = "start at iteration 0" if starts_anew else f"continue the run in --load {args.load}"
+            cure = (
+                f"save to another folder, or pass --load {args.save} without --finetune to continue the run in --save"
+            )
+            if is_elsewhere and not starts_anew:
+                cure = "pass another --non-persistent-global-ckpt-dir"
             raise UserError(
-                f"{folder} holds a checkpoint {which}already, and this run would {start} and write over it: save to "
-                f"another folder, or pass --load {args.save} without --finetune to continue the run in --save"
+                f"{folder} holds a checkpoint {which}already, and this run would {start} and write over it: {cure}"
             )
 
 
-def _names_same_load(folder: Path, load: str) -> bool:
-    """Return whether the newest sound checkpoint in a folder is of a run with this `--load`; True without any.
+def _is_of_run(folder: Path, args: Namespace) -> bool:
+    """Return whether the newest sound checkpoint in a folder is of this run; True without any.
+
+    The checkpoint is of a run with this `--load`, or is non-persistent and in the journal of the run: the first start
+    of a run may have had another `--load`, or none.
 
     Raises:
         UserError: The checkpoint's files have the right sizes, but its arguments are damaged.
     """
-    newest = newest_sound(folder)
+    newest, journal = newest_sound(folder), run_folder(args.save, args.tensorboard_dir)
     if newest is None:
         return True
+    if folder != Path(args.save) and journal is not None:
+        saves = (entry for entry in read_journal(journal) if entry.kind is Kind.SAVED and entry.facts.get("is_local"))
+        if any(entry.iteration == newest for entry in saves):
+            return True
     try:
         saved = read_common_state(checkpoint_path(folder, newest)).get("args")
     except Damage as damage:
         raise UserError(f"{damage}: save to another folder") from damage
-    return Path(getattr(saved, "load", None) or os.devnull).resolve() == Path(load).resolve()
+    return Path(getattr(saved, "load", None) or os.devnull).resolve() == Path(args.load).resolve()

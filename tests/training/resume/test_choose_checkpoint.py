@@ -408,11 +408,38 @@ def test_run_that_loads_from_elsewhere_may_start_again(tmp_path, monkeypatch):
     (checkpoint_path(save, 8) / "metadata.json").touch()
     monkeypatch.setattr(resume, "newest_sound", lambda _: 8)
     monkeypatch.setattr(resume, "read_common_state", lambda _: {"args": Namespace(load=f"{load}/")})
-    args = Namespace(load=str(load), save=str(save), finetune=False, non_persistent_ckpt_type=None)
+    args = Namespace(
+        load=str(load), save=str(save), finetune=False, non_persistent_ckpt_type=None, tensorboard_dir=None
+    )
     resume.check_save_folder_is_own(args, checkpoint_path(load, 4))
     args.load = str(tmp_path)
     with pytest.raises(UserError, match="and this run would continue the run in --load"):
         resume.check_save_folder_is_own(args, checkpoint_path(tmp_path, 4))
+
+
+@pytest.mark.parametrize("load", ["checkpoints", "elsewhere"], ids=["resumed", "from elsewhere"])
+def test_non_persistent_checkpoints_of_another_run_are_refused(tmp_path, monkeypatch, load):
+    """The newest one is of this run if it names the same `--load`, or if the run's journal names it."""
+    save, fast, load = tmp_path / "checkpoints", tmp_path / "fast", tmp_path / load
+    checkpoint_path(fast, 50).mkdir(parents=True)
+    (checkpoint_path(fast, 50) / "metadata.json").touch()
+    monkeypatch.setattr(resume, "newest_sound", lambda _: 50)
+    types = {"non_persistent_ckpt_type": "global", "non_persistent_global_ckpt_dir": str(fast)}
+    args = Namespace(load=str(load), save=str(save), finetune=False, tensorboard_dir=None, **types)
+    names_load = Mock(return_value={"args": args})
+    monkeypatch.setattr(resume, "read_common_state", names_load)
+    resume.check_save_folder_is_own(args, checkpoint_path(fast, 50))
+    journal = Journal(tmp_path)
+    for of_first_start in ("other", None):
+        names_load.return_value = {"args": Namespace(load=of_first_start)}
+        journal.write(Kind.SAVED, "", 50, is_local=False)
+        journal.write(Kind.SAVED, "", 49, is_local=True)
+        with pytest.raises(
+            UserError, match=f"^{fast} holds a checkpoint of iteration 50 .* pass another --non-persist"
+        ):
+            resume.check_save_folder_is_own(args, checkpoint_path(fast, 50))
+    journal.write(Kind.SAVED, "", 50, is_local=True)
+    resume.check_save_folder_is_own(args, checkpoint_path(fast, 50))
 
 
 @pytest.mark.parametrize("changes", [{}, {"load": None}, {"finetune": True}])
