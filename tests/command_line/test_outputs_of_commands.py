@@ -105,13 +105,14 @@ def test_a_status_is_not_written_over_the_files_of_a_run(
         run(monkeypatch, f"status run {flag} run/status.{flag.removeprefix('--')}")
 
 
-@pytest.mark.parametrize("name", ["mask", "data.bin", "data.idx", "tokenizer.model"])
+@pytest.mark.parametrize("name", ["mask", "data.bin", "data.idx", "data.tokenizer.json", "tokenizer.model"])
 @pytest.mark.parametrize("joint", [" ", "="])
 def test_a_report_of_a_check_is_not_written_over_an_input(folder: Path, name: str, joint: str) -> None:
     """Another file that exists needs `--force`."""
     flags = f"--tokenizer-model{joint}tokenizer.model --routing-mask{joint}mask --data-path{joint}data"
     check = ("pretrain", "--check", "1", *flags.split(), "--json")
     (folder / "m.yaml").write_text("num-layers: 2\n")
+    (folder / "data.tokenizer.json").touch()
     before = contents(folder)
     run_command(*check, name, "--force").assert_refused("it is an input of this command")
     run_command(*check, "text.txt").assert_refused("it exists", "--force")

@@ -8,7 +8,6 @@ import argparse
 import json
 import time
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -16,7 +15,7 @@ from megatron.core.datasets.utils import Split
 from megatron.training import print_rank_0
 from pydantic_core import to_jsonable_python
 
-from maskmoe.data.indexed_dataset import files_of_data_path
+from maskmoe.data.indexed_dataset import dataset_files
 from maskmoe.errors import UserError
 from maskmoe.files.outputs import check_outputs, write_text
 from maskmoe.megatron_compat.globals import get_tokenizer
@@ -26,6 +25,7 @@ from maskmoe.training.inference.loading import load_model
 from maskmoe.training.inference.token_losses import build_whole_split, losses_of_all, sum_over_ranks
 from maskmoe.training.loop.rank_store import sharing_failures
 from maskmoe.training.settings.checks import parse_and_check_args
+from maskmoe.training.settings.inputs import data_prefixes
 from maskmoe.training.settings.run_settings import leaving_process_groups
 from maskmoe.training.watch.console import console
 from maskmoe.training.watch.routing_log import RoutingRecord, take_record
@@ -174,8 +174,9 @@ def check_output(args: argparse.Namespace) -> None:
     """
     if args.output is not None:
         inputs = (args.load, args.routing_mask, args.tokenizer_model, args.token_frequency)
-        data = files_of_data_path(args.data_path) if args.data_path else []
-        check_outputs([args.output], [*(Path(path) for path in inputs if path), *data], args.force)
+        inputs += (args.data_args_path, args.per_split_data_args_path)
+        data = (path for prefix in data_prefixes(args) for path in dataset_files(prefix))
+        check_outputs([args.output], [*filter(None, inputs), *data], args.force)
 
 
 def main() -> None:

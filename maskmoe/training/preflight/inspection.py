@@ -21,6 +21,7 @@ from megatron.training.global_vars import rebuild_tokenizer
 
 from maskmoe.arguments.parser import OneLineParser
 from maskmoe.checkpoint.series import choose_checkpoint, non_persistent_folder
+from maskmoe.data.indexed_dataset import dataset_files
 from maskmoe.errors import UserError
 from maskmoe.files.outputs import check_outputs, write_text
 from maskmoe.megatron_compat import cpu
@@ -64,7 +65,7 @@ def main() -> None:
         raise UserError("pass --check with the number of ranks of the run")
     if request.check_json is not None:
         values = (word.partition("=")[2] if word.startswith("--") else word for word in run)
-        inputs = (f"{value}{suffix}" for value in values for suffix in ("", ".bin", ".idx"))  # files, or datasets
+        inputs = (path for value in values for path in (value, *dataset_files(value)))  # files, or datasets
         check_outputs([request.check_json], filter(os.path.isfile, inputs), request.force)
     report = inspect_run(request.check)
     if request.check_json is not None:

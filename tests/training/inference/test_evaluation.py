@@ -4,6 +4,8 @@ import json
 import math
 import re
 import shlex
+from argparse import Namespace
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -12,11 +14,15 @@ from support.launchers import Outcome
 from support.training import VOCAB_SIZE
 
 from maskmoe.data.indexed_dataset import open_tokens, read_index
+from maskmoe.errors import UserError
 from maskmoe.routing_mask.mask import RoutingMask
+from maskmoe.training.inference.evaluation import check_output
 
 DATA = "--data-path data --split 60,40,0"
 MODEL = "--use-checkpoint-args --tokenizer-type NullTokenizer --vocab-size 510"
 SETTINGS = f"{MODEL} --token-frequency counts.safetensors --output evaluation.json"
+PREFIX_FLAGS = ("data_path", "train_data_path", "valid_data_path", "test_data_path")
+FILE_FLAGS = ("data_args_path", "per_split_data_args_path")
 LAYOUTS = {
     "one rank": ("", 1),
     # Neither 3 samples (a batch) nor 6 samples (the batches of two ranks) divide the number of samples.
@@ -60,6 +66,23 @@ def evaluate(execute):
 @pytest.fixture(scope="module")
 def results(evaluate):
     return {name: evaluate(name, *layout) for name, layout in LAYOUTS.items()}
+
+
+@pytest.mark.parametrize("flag", [*PREFIX_FLAGS, *FILE_FLAGS])
+def test_results_are_not_written_over_the_data(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, flag: str) -> None:
+    """A dataset named in a file of arguments is an input, too."""
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "data_args_path").write_text("2 data")
+    (tmp_path / "per_split_data_args_path").write_text('{"train": null, "valid": "2 data", "test": null}')
+    others = ("load", "routing_mask", "tokenizer_model", "token_frequency")
+    args = Namespace(**dict.fromkeys((*PREFIX_FLAGS, *FILE_FLAGS, *others)), force=True)
+    setattr(args, flag, flag if flag in FILE_FLAGS else ["2", "data"])
+    for output in ("data.bin", "data.idx", "data.tokenizer.json", *{flag}.intersection(FILE_FLAGS)):
+        args.output = output
+        with pytest.raises(UserError, match="it is an input of this command"):
+            check_output(args)
+    args.output = "new"
+    check_output(args)
 
 
 def samples_of_validation_split(workplace) -> int:
