@@ -18,7 +18,7 @@ from pathlib import Path
 
 from maskmoe.errors import UserError
 from maskmoe.files.json_files import read_json
-from maskmoe.files.untrusted import check_name, reading
+from maskmoe.files.untrusted import reading, resolve_inside
 
 FORMATS = ("jsonl", "text", "parquet", "arrow")
 STANDARD_INPUT = "-"
@@ -159,12 +159,9 @@ def _find_saved_dataset(folder: Path) -> list[Input]:
             names = read_json(splits)["splits"]
             if len(names) > 1:
                 raise UserError(f"input {folder} has several splits ({', '.join(names)}): name the folder of one split")
-            check_name(folder, names[0])
-            state = folder / names[0] / "state.json"
-        files = [file["filename"] for file in read_json(state)["_data_files"]]
-        for file in files:
-            check_name(state.parent, file)
-        return [Input(str(path), "arrow", path.stat().st_size) for path in map(state.parent.joinpath, files)]
+            state = resolve_inside(folder, f"{names[0]}/state.json")
+        paths = [resolve_inside(state.parent, file["filename"]) for file in read_json(state)["_data_files"]]
+        return [Input(str(path), "arrow", path.stat().st_size) for path in paths]
 
 
 @dataclass(frozen=True)

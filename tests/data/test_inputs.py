@@ -233,17 +233,26 @@ def test_saved_datasets_are_read_as_by_datasets(saved: Path) -> None:
     [
         ("[", r"one/state\.json is damaged"),
         ("{}", "one cannot be read; save the dataset again: "),
-        ('{"_data_files": [{"filename": "lost.arrow"}]}', "one cannot be read; save the dataset again: "),
+        ('{"_data_files": [{"filename": "lost.arrow"}]}', r"one/lost\.arrow does not exist"),
         ('{"_data_files": [{"filename": "../other.arrow"}]}', "other.arrow"),
+        ('{"_data_files": [{"filename": "link.arrow"}]}', r"link\.arrow is a link to a file outside its folder"),
     ],
 )
 def test_damaged_saved_datasets(saved: Path, tmp_path: Path, content: str, problem: str) -> None:
     shutil.copytree(saved / "one", tmp_path / "one")
     (tmp_path / "other.arrow").touch()
+    (tmp_path / "one" / "link.arrow").symlink_to("../other.arrow")
     (tmp_path / "one" / "state.json").write_text(content)
     with pytest.raises(UserError, match=problem) as caught:
         documents(tmp_path / "one")
     assert "\n" not in str(caught.value)
+
+
+def test_split_of_a_saved_dataset_is_not_a_link_that_leads_outside(saved: Path, tmp_path: Path) -> None:
+    (tmp_path / "dataset_dict.json").write_text('{"splits": ["train"]}')
+    (tmp_path / "train").symlink_to(saved / "one")
+    with pytest.raises(UserError, match=r"train/state\.json is a link to a file outside its folder"):
+        documents(tmp_path)
 
 
 TEXT = st.text(st.characters(codec="utf-8"), max_size=8)
