@@ -1,10 +1,12 @@
 """Reads model files: YAML files whose keys are Megatron's flags, as in `launch/models/`."""
 
 import string
+from argparse import ArgumentTypeError
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
+from maskmoe.arguments import ranges
 from maskmoe.arguments.flags import LAYOUTS, OMITTED_VALUES, Flags, override
 from maskmoe.errors import UserError
 from maskmoe.files.untrusted import read_words
@@ -120,9 +122,11 @@ def parse_layouts(content: object, place: str, variables: Mapping[str, str]) -> 
         raise UserError(f"{place}: `{LAYOUTS}` must map numbers of ranks to flags")
     layouts: dict[int, Flags] = {}
     for ranks, flags in content.items():
-        if not ranks.isdecimal() or int(ranks) < 1:
+        try:
+            number = ranges.RANKS(ranks)
+        except ArgumentTypeError as error:
             raise UserError(
-                f"{place}: `{LAYOUTS}` maps numbers of ranks to flags, and {ranks!r} is not a number of ranks"
-            )
-        layouts[int(ranks)] = parse_flags(flags, f"{place}: a layout", variables)
+                f"{place}: `{LAYOUTS}` maps numbers of ranks to flags, and {ranks[:40]!r} is not a number of ranks"
+            ) from error
+        layouts[number] = parse_flags(flags, f"{place}: a layout", variables)
     return layouts
