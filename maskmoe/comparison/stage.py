@@ -1,6 +1,5 @@
 """Stages: commands that a user could type, each finished once however often the work is interrupted."""
 
-import json
 import os
 import re
 import shlex
@@ -16,12 +15,13 @@ from itertools import count, pairwise
 from pathlib import Path
 from shutil import get_terminal_size
 from types import FrameType
-from typing import Any, NoReturn, TextIO
+from typing import NoReturn, TextIO
 
 import psutil
 from tqdm import tqdm
 
 from maskmoe.errors import RunFailure, UserError, listed
+from maskmoe.files.json_files import read_record, write_record
 from maskmoe.files.outputs import write_text
 from maskmoe.files.paths import short_path
 from maskmoe.processes.interruption import SHUTDOWN_TIMEOUT, SIGNALS_THAT_END_TOOLS, deferring_signals, handling_signals
@@ -96,6 +96,22 @@ class StatusLine:
 
 
 @dataclass(frozen=True)
+class StageSettings:
+    """What a stage depends on: its command, and size and modification time of each input, None if missing."""
+
+    command: Sequence[str]
+    inputs: Mapping[str, Sequence[int] | None]
+
+
+@dataclass(frozen=True)
+class StageRecord:
+    """The settings with which a stage was started, and its duration in seconds once it is finished."""
+
+    settings: StageSettings
+    seconds: float | None
+
+
+@dataclass(frozen=True)
 class Stage:
     """One command with the files that it reads and writes.
 
@@ -122,15 +138,15 @@ class Stage:
         return shlex.join([*(f"{name}={value}" for name, value in self.environment.items()), *self.command])
 
     @property
-    def settings(self) -> dict[str, Any]:
-        """The command, and size and modification time of each input, null if missing."""
-        return {"command": list(self.command), "inputs": {str(path): _version(path) for path in self.inputs}}
+    def settings(self) -> StageSettings:
+        """The settings that the stage has now."""
+        return StageSettings(list(self.command), {str(path): _version(path) for path in self.inputs})
 
-    def has_settings(self, settings: Mapping[str, Any]) -> bool:
+    def has_settings(self, settings: StageSettings) -> bool:
         """Return whether recorded settings equal the stage's settings. The path of the program, Python, may differ."""
         # The login node begins a stage that a job of Slurm continues in a container, whose Python has another path.
         now = self.settings
-        return settings["command"][1:] == now["command"][1:] and settings["inputs"] == now["inputs"]
+        return settings.command[1:] == now.command[1:] and settings.inputs == now.inputs
 
 
 def _version(path: Path) -> list[int] | None:
@@ -157,7 +173,7 @@ class StageFolder:
     def seconds(self, stage: Stage) -> float | None:
         """Return the duration of a finished stage; None if it is unfinished, or if its settings or results changed."""
         record = self._read(stage)
-        return record["seconds"] if record and all(path.exists() for path in stage.results) else None
+        return record.seconds if record and all(path.exists() for path in stage.results) else None
 
     def finish(self, stages: Sequence[Stage]) -> Generator[str]:
         """Run the unfinished stages in order; yield the state of the running stage again and again.
@@ -238,12 +254,12 @@ class StageFolder:
         record = self._record(stage)
         if record is None:
             return "this run folder has no record of the stage"
-        earlier, inputs = record["settings"], stage.settings["inputs"]
+        earlier, inputs = record.settings, stage.settings.inputs
         if stage.has_settings(earlier):
             return "the stage was interrupted, or a result is missing"
-        options = {*pairwise(stage.command)} - {*pairwise(earlier["command"])}
+        options = {*pairwise(stage.command)} - {*pairwise(earlier.command)}
         changed = sorted(f"{flag} {value}" for flag, value in options if flag.startswith("--") and value[:2] != "--")
-        changed += [short_path(path) for path in inputs if inputs[path] != earlier["inputs"].get(path)]
+        changed += [short_path(path) for path in inputs if inputs[path] != earlier.inputs.get(path)]
         return f"{listed(changed, 3) or 'the command line'} changed"
 
     def _set_aside(self, paths: Sequence[Path]) -> Path | None:
@@ -260,21 +276,18 @@ class StageFolder:
     def _record_file(self, stage: Stage) -> Path:
         return self.path / "stages" / f"{stage.name}.json"
 
-    def _read(self, stage: Stage) -> dict | None:
+    def _read(self, stage: Stage) -> StageRecord | None:
         """Return the record of a stage; None if there is none, or if the settings of the stage have changed."""
         record = self._record(stage)
-        return record if record and stage.has_settings(record["settings"]) else None
+        return record if record and stage.has_settings(record.settings) else None
 
-    def _record(self, stage: Stage) -> dict | None:
-        path = self._record_file(stage)
-        try:
-            return json.loads(path.read_text(encoding="utf-8")) if path.exists() else None
-        except ValueError as error:
-            raise UserError(f"{path} is damaged: delete it to repeat the stage {stage.name}") from error
+    def _record(self, stage: Stage) -> StageRecord | None:
+        path, advice = self._record_file(stage), f"delete it to repeat the stage {stage.name}"
+        return read_record(StageRecord, path, advice) if path.exists() else None
 
     def _write(self, stage: Stage, seconds: float | None) -> None:
         self._record_file(stage).parent.mkdir(exist_ok=True)
-        write_text(self._record_file(stage), json.dumps({"settings": stage.settings, "seconds": seconds}, indent=1))
+        write_record(StageRecord(stage.settings, seconds), self._record_file(stage))
 
 
 def _start(stage: Stage, log: Path) -> psutil.Popen:

@@ -245,10 +245,13 @@ def test_only_the_newest_output_explains_a_failure(folder):
         run(folder, stage(folder, program="raise ValueError('later')"))
 
 
-def test_a_damaged_record_is_named(folder):
+@pytest.mark.parametrize(
+    "content", ["{", '{"a": 1}', "[1]", "7", '{"settings": {}, "seconds": 1}', "[" * 100_000], ids=lambda text: text[:9]
+)
+def test_a_damaged_record_is_named(folder, content):
     run(folder, stage(folder))
-    (folder.path / "stages" / "count.json").write_text("{")
-    with pytest.raises(UserError, match=r"count\.json is damaged: delete it"):
+    (folder.path / "stages" / "count.json").write_text(content)
+    with pytest.raises(UserError, match=r"count\.json is damaged \(.*\); delete it to repeat the stage count$"):
         folder.seconds(stage(folder))
 
 
