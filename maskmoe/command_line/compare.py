@@ -148,12 +148,17 @@ def main() -> None:
     if options.slurm and not SUBMIT_SCRIPT.exists():
         raise UserError("--slurm needs a checkout of the repository: start launch/compare.sh there")
     comparison, line = open_comparison(options), StatusLine(sys.stdout)
-    if options.output_dir and not (options.list or options.run or options.dry_run):
-        with refused_by_system(f"cannot write to --output-dir {options.output_dir}"):
-            options.output_dir.mkdir(parents=True, exist_ok=True)
-        report = [options.output_dir / name for name in REPORT_FILES]
-        texts = (*comparison.data.text, *comparison.data.held_out.values())
-        check_outputs(report, [options.suite, comparison.table, *texts], options.force)
+    if not (options.list or options.run or options.dry_run):
+        inputs = [options.suite, comparison.table, *comparison.data.text, *comparison.data.held_out.values()]
+        report = [(options.output_dir or comparison.report_folder) / name for name in REPORT_FILES]
+        if options.output_dir:
+            with refused_by_system(f"cannot write to --output-dir {options.output_dir}"):
+                options.output_dir.mkdir(parents=True, exist_ok=True)
+            check_outputs(report, inputs, options.force)
+            report = []
+        # --report may run without stages, but leaves both files.
+        is_own = bool(report) and all(path.exists() for path in report)
+        StageFolder(comparison.data.folder).check(report, inputs, is_own)
     runs = comparison.selected(options.only or (), options.seeds or ())
     if options.merge:
         # An absent table would count as an empty one.

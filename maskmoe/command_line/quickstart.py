@@ -83,10 +83,11 @@ def main() -> None:
     import transformers  # noqa: F401 (the export needs the package: without it, fail before the training)
 
     quickstart = Quickstart(settings, find_devices())
-    quickstart.data.check()  # before anything is written
-    line = StatusLine(sys.stdout)
+    folder, line = StageFolder(quickstart.run.folder), StatusLine(sys.stdout)
+    # Check before anything is written.
+    quickstart.data.check()
+    folder.check((quickstart.report, quickstart.loss_curve), settings.input)
     with locked_folder(quickstart.run.folder, "--run-dir"), stopping_in_order():
-        folder = StageFolder(quickstart.run.folder)
         data = tuple(quickstart.data.stages())
         folder.run(data, line)
         stages = (*data, *quickstart.model_stages())

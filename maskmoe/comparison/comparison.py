@@ -45,6 +45,11 @@ class Comparison:
     data: Dataset
     devices: Devices
 
+    @property
+    def report_folder(self) -> Path:
+        """The default folder of the report."""
+        return self.folder / "report"
+
     @cached_property
     def runs(self) -> tuple[Run, ...]:
         """All runs of the suite, in the order in which they are trained."""
@@ -203,5 +208,5 @@ class Comparison:
             raise RunFailure(f"{len(failed)} of {len(runs)} runs failed: {'; '.join(failed)}")
 
     def report(self, folder: Path | None = None) -> Path:
-        """Write the page of all finished runs, by default into the folder `report`; return its path."""
-        return write_report(self.suite, self.name, [*self.results().values()], folder or self.folder / "report")
+        """Write the page of all finished runs, by default into `report_folder`; return its path."""
+        return write_report(self.suite, self.name, [*self.results().values()], folder or self.report_folder)

@@ -130,6 +130,7 @@ class Quickstart:
         self.run = Run("maskmoe", settings.variant(devices), settings.seed, folder, self.data, devices)
         self.model = folder / "model"
         self.sample = folder / "sample.txt"
+        self.report, self.loss_curve = folder / "report.md", folder / "loss.png"
 
     def model_stages(self) -> tuple[Stage, ...]:
         """Return the stages after those of the data. The dataset must exist."""
@@ -191,7 +192,7 @@ def write_report(quickstart: Quickstart, seconds: Mapping[str, float]) -> str:
     settings, run, data = quickstart.settings, quickstart.run, quickstart.data
     # The loss of a model that knows nothing but the token frequencies is their entropy.
     unigram_loss = float(entropy(TokenFrequency.load(data.token_frequency).occurrences))
-    draw_loss_curve(run.tensorboard, unigram_loss, run.folder / "loss.png")
+    draw_loss_curve(run.tensorboard, unigram_loss, quickstart.loss_curve)
     sample = quickstart.sample.read_text(encoding="utf-8").rstrip("\n")
     fence = "```"
     while fence in sample:
@@ -214,7 +215,7 @@ def write_report(quickstart: Quickstart, seconds: Mapping[str, float]) -> str:
         "model": quickstart.model,
     }
     report = render_template("maskmoe.comparison", "quickstart.md.j2", values, {"table": markdown_table})
-    write_text(run.folder / "report.md", report)
+    write_text(quickstart.report, report)
     return report
 
 

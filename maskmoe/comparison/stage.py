@@ -7,7 +7,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Generator, Iterator, Mapping, Sequence
+from collections.abc import Generator, Iterable, Iterator, Mapping, Sequence
 from contextlib import closing, contextmanager, suppress
 from dataclasses import dataclass, field
 from functools import partial
@@ -22,7 +22,7 @@ from tqdm import tqdm
 
 from maskmoe.errors import RunFailure, UserError, listed
 from maskmoe.files.json_files import read_record, write_record
-from maskmoe.files.outputs import write_text
+from maskmoe.files.outputs import check_outputs, write_text
 from maskmoe.files.paths import short_path
 from maskmoe.processes.interruption import SHUTDOWN_TIMEOUT, SIGNALS_THAT_END_TOOLS, deferring_signals, handling_signals
 from maskmoe.processes.lifetimes import end_with_parent, send_signal
@@ -170,6 +170,19 @@ class StageFolder:
         """Return the file with the output of a stage."""
         return self.path / "logs" / f"{stage}.log"
 
+    def check(self, files: Iterable[Path], inputs: Iterable[Path], is_own: bool = False) -> None:
+        """Check `commands.sh` and further files that every start replaces; call this method before anything is written.
+
+        Raises:
+            UserError: A file is one of the inputs, or a file exists although the folder has no stages and `is_own` is
+                false: the file belongs to the user.
+        """
+        existing = [path for path in (self.path / "commands.sh", *files) if os.path.lexists(path)]
+        check_outputs(existing, inputs, force=True)
+        if existing and not (is_own or (self.path / "stages").exists()):
+            path = short_path(existing[0])
+            raise UserError(f"cannot write {path}: it exists, but no run has written it; choose another --run-dir")
+
     def seconds(self, stage: Stage) -> float | None:
         """Return the duration of a finished stage; None if it is unfinished, or if its settings or results changed."""
         record = self._read(stage)
@@ -201,7 +214,7 @@ class StageFolder:
             line.print(f"{stage.name} finished in {tqdm.format_interval(self.seconds(stage) or 0)}")
 
     def _write_commands(self, stages: Sequence[Stage]) -> None:
-        self.path.mkdir(parents=True, exist_ok=True)
+        (self.path / "stages").mkdir(parents=True, exist_ok=True)  # marks commands.sh as a file of the run, see `check`
         write_text(self.path / "commands.sh", "\n\n".join(["#!/bin/sh", *map(str, stages)]) + "\n")
 
     def begin(self, stage: Stage) -> None:

@@ -15,7 +15,7 @@ from support.paths import EXPORTED_MODEL
 from support.waiting import wait_until
 
 from maskmoe.command_line.main import SUBCOMMANDS
-from maskmoe.comparison.stage import maskmoe_command
+from maskmoe.comparison.stage import StageFolder, maskmoe_command
 from maskmoe.errors import UserError
 from maskmoe.processes.lifetimes import is_alive
 
@@ -103,6 +103,40 @@ def test_a_status_is_not_written_over_the_files_of_a_run(
         run(monkeypatch, f"status run {flag} run/status.{flag.removeprefix('--')} --force")
     with pytest.raises(UserError, match="it exists"):
         run(monkeypatch, f"status run {flag} run/status.{flag.removeprefix('--')}")
+
+
+QUICKSTART = "quickstart --run-dir . --input text.txt"
+COMPARE = "compare laptop.yaml --run-dir . --input text.txt"
+
+
+@pytest.mark.parametrize(
+    ("command", "name", "stages"),
+    [
+        *((QUICKSTART, name, "stages") for name in ("commands.sh", "report.md", "loss.png")),
+        *((COMPARE, name, "data/stages") for name in ("data/commands.sh", "report/README.md", "report/losses.png")),
+        (COMPARE.replace("--input", "--output-dir other --input"), "data/commands.sh", "data/stages"),
+    ],
+)
+def test_a_run_folder_replaces_no_file_of_the_user(
+    folder: Path, monkeypatch: pytest.MonkeyPatch, command: str, name: str, stages: str
+) -> None:
+    (folder / name).parent.mkdir(exist_ok=True)
+    (folder / name).write_text(TEXT)
+    monkeypatch.setattr(StageFolder, "run", lambda *_: pytest.fail("a stage ran"))
+    before = contents(folder)
+    with pytest.raises(UserError, match=f"cannot write .*{name}: it exists, but no run has written it"):
+        run(monkeypatch, f"{command} text.txt")
+    (folder / stages).mkdir(parents=True)  # of an earlier start
+    with pytest.raises(UserError, match=f"cannot write .*{name}: it is an input of this command"):
+        run(monkeypatch, f"{command} {name}")
+    assert (folder / name).read_text() == TEXT
+    assert contents(folder) == before
+
+
+def test_a_report_in_the_run_folder_is_replaced(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for _ in range(2):
+        run(monkeypatch, f"{COMPARE} --report")
+    assert {path.name for path in (folder / "report").iterdir()} == {"README.md", "losses.png"}
 
 
 @pytest.mark.parametrize("name", ["mask", "data.bin", "data.idx", "data.tokenizer.json", "tokenizer.model"])
