@@ -139,7 +139,9 @@ def parse_options(program: str, arguments: Sequence[str], environment: Mapping[s
     if options.check_only:  # the check meets no other node
         return options
     nodes = options.nodes.most
-    # Read MASTER_ADDR for several nodes only: a run on one node may inherit the variable from another run.
+    # Read NODE_RANK and MASTER_ADDR for several nodes only: a run on one node may inherit them from another run.
+    if nodes == 1 and environment.get("NODE_RANK"):
+        return parse_options(program, arguments, {**environment, "NODE_RANK": ""})
     if nodes > 1 and options.rendezvous is None and (host := environment.get("MASTER_ADDR")):
         endpoint = f"{host}:{environment.get('MASTER_PORT') or DEFAULT_PORT}"
         return parse_options(program, arguments, {**environment, "RDZV_ENDPOINT": endpoint})

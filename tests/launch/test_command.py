@@ -37,7 +37,7 @@ def build_command(arguments: str, environment: dict[str, str] | None = None, rou
     return torchrun_command(options, options.meeting, run_flags(options, {}, split_flags(options.flags)), 8, route, {})
 
 
-@pytest.mark.parametrize("inherited", [{}, {"MASTER_ADDR": "head", "MASTER_PORT": "0"}])
+@pytest.mark.parametrize("inherited", [{}, {"MASTER_ADDR": "head", "MASTER_PORT": "0", "NODE_RANK": "3"}])
 def test_one_node_needs_no_rendezvous(inherited):
     line = str(build_command("--run-dir /run model.yaml", inherited))
     assert "--nnodes 1 --nproc-per-node 8 --standalone --local-addr 127.0.0.1 --max-restarts 3" in line
