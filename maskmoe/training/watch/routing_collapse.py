@@ -42,6 +42,7 @@ class RoutingCollapse:
         self._reachable = reachable
         self._num_ranks = num_ranks
         self._counts: dict[Subject, int] = {}
+        self._reported: set[Subject] = set()
 
     def take(self, tokens_per_expert: Mapping[int, Sequence[float]], entropies: Mapping[int, float]) -> list[str]:
         """Take the routing of a log interval on all ranks, and return a line for each event.
@@ -52,29 +53,32 @@ class RoutingCollapse:
         """
         begun, ended = [], []
         for layer, tokens in tokens_per_expert.items():
-            collapsed = set(self._collapsed(layer, tokens, entropies.get(layer)))
-            for subject in collapsed:
+            collapsed = dict(self._collapsed(layer, tokens, entropies.get(layer)))
+            for subject, is_named in collapsed.items():
                 self._counts[subject] = self._counts.get(subject, 0) + 1
-                if self._counts[subject] == self._intervals:
+                if is_named and self._counts[subject] >= self._intervals and subject not in self._reported:
                     begun.append(subject)
             for subject in [known for known in self._counts if known.layer == layer and known not in collapsed]:
-                if self._counts.pop(subject) >= self._intervals:
+                del self._counts[subject]
+                if subject in self._reported:
                     ended.append(subject)
+        self._reported.update(begun)
+        self._reported.difference_update(ended)
         return [*self._describe(begun, has_ended=False), *self._describe(ended, has_ended=True)]
 
-    def _collapsed(self, layer: int, tokens: Sequence[float], entropy: float | None) -> Iterable[Subject]:
-        """Yield what has collapsed in an interval. An expert of a rank without any token is not named by itself."""
+    def _collapsed(self, layer: int, tokens: Sequence[float], entropy: float | None) -> Iterable[tuple[Subject, bool]]:
+        """Yield what has collapsed in an interval, and whether a line may name it: no expert of a collapsed rank."""
         if entropy is not None and entropy < _NO_ENTROPY:
-            yield Subject(layer, "routing entropy")
+            yield Subject(layer, "routing entropy"), True
         size = len(tokens) // self._num_ranks
         for rank in range(self._num_ranks):
             experts = range(rank * size, (rank + 1) * size)
             reachable = [expert for expert in experts if self._reachable[layer][expert]]
             idle = [expert for expert in reachable if not tokens[expert]]
-            if self._num_ranks > 1 and idle and len(idle) == len(reachable):
-                yield Subject(layer, "expert-parallel rank", rank)
-            else:
-                yield from (Subject(layer, "expert", expert) for expert in idle)
+            is_rank_idle = self._num_ranks > 1 and bool(idle) and len(idle) == len(reachable)
+            if is_rank_idle:
+                yield Subject(layer, "expert-parallel rank", rank), True
+            yield from ((Subject(layer, "expert", expert), not is_rank_idle) for expert in idle)
 
     def _describe(self, subjects: Iterable[Subject], has_ended: bool) -> Iterable[str]:
         """Yield a line for each layer and kind of subject."""

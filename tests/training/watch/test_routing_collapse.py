@@ -17,7 +17,7 @@ def take_all(collapse: RoutingCollapse, *intervals: tuple[list[int], float | Non
     return [collapse.take({3: tokens}, {} if entropy is None else {3: entropy}) for tokens, entropy in intervals]
 
 
-BUSY, IDLE_1, IDLE_23 = ([5, 5, 5, 5], 0.5), ([9, 0, 5, 5], 0.5), ([9, 9, 0, 0], 0.5)
+BUSY, IDLE_1, IDLE_3, IDLE_23 = ([5, 5, 5, 5], 0.5), ([9, 0, 5, 5], 0.5), ([9, 5, 5, 0], 0.5), ([9, 9, 0, 0], 0.5)
 
 
 @pytest.mark.parametrize(
@@ -42,6 +42,25 @@ BUSY, IDLE_1, IDLE_23 = ([5, 5, 5, 5], 0.5), ([9, 0, 5, 5], 0.5), ([9, 9, 0, 0],
             },
         ),
         (
+            2,
+            [IDLE_3, IDLE_3, IDLE_23, BUSY, IDLE_23, BUSY],
+            {
+                1: "MoE layer 3: expert 3 got no token for 2 log intervals",
+                3: "MoE layer 3: expert 3 gets tokens again",
+            },
+        ),
+        # An expert of a rank that recovers is reported if the expert does not recover.
+        (
+            2,
+            [IDLE_23, IDLE_23, IDLE_3, BUSY],
+            {
+                1: "MoE layer 3: expert-parallel rank 1 got no token for 2 log intervals",
+                2: "MoE layer 3: expert 3 got no token for 2 log intervals\n"
+                "MoE layer 3: expert-parallel rank 1 gets tokens again",
+                3: "MoE layer 3: expert 3 gets tokens again",
+            },
+        ),
+        (
             1,
             [([5] * 4, 0.0), ([5] * 4, 1e-6), ([5] * 4, 0.2)],
             {
@@ -55,7 +74,7 @@ BUSY, IDLE_1, IDLE_23 = ([5, 5, 5, 5], 0.5), ([9, 0, 5, 5], 0.5), ([9, 9, 0, 0],
 def test_events(num_ranks, intervals, lines):
     collapse = RoutingCollapse(2, {3: [True] * 4}, num_ranks)
     taken = take_all(collapse, *intervals)
-    assert {number: line for number, found in enumerate(taken) for line in found} == lines
+    assert {number: "\n".join(found) for number, found in enumerate(taken) if found} == lines
 
 
 @pytest.mark.parametrize("num_ranks", [1, 2])
