@@ -18,7 +18,7 @@ from dataclasses import replace
 from pathlib import Path
 
 from maskmoe.arguments.flags import override, split_flags
-from maskmoe.errors import UserError, counted, refused_by_system
+from maskmoe.errors import RunFailure, UserError, counted, refused_by_system
 from maskmoe.files.run_folder import Journal, Kind
 from maskmoe.launch.command import run_flags
 from maskmoe.launch.elastic_files import Generation, Generations, Member, Membership, leading_member
@@ -140,7 +140,7 @@ class ElasticRun:
 
         Raises:
             UserError: The run folder cannot be used, or no layout passes the check.
-            RunFailure: A file in which the launchers meet is damaged.
+            RunFailure: A file in which the launchers meet is damaged, or the file system fails during the run.
         """
         self._supervisor.listen()
         with refused_by_system(f"cannot use {self._options.run_dir}", "choose another --run-dir"), self._nodes:
@@ -160,7 +160,7 @@ class ElasticRun:
             The generation, or the exit code of this launcher if the run ends before.
 
         Raises:
-            OSError: The file system has failed for as long as a launcher may be silent.
+            RunFailure: The file system has failed for as long as a launcher may be silent.
         """
         arrived = begin = changed = worked = time.monotonic()
         known: list[Member] = []
@@ -189,9 +189,12 @@ class ElasticRun:
                 elif running is not None and leader in running.members:
                     begin = now  # a node may wait without limit while other nodes train
                 worked = now
-            except OSError:
+            except OSError as error:
                 if now - worked > self._options.node_timeout:
-                    raise
+                    raise RunFailure(
+                        f"cannot use {self._options.run_dir}: {error.strerror}; the same command resumes the run once "
+                        "its disk has space and works"
+                    ) from error
             time.sleep(_POLL_SECONDS)
         return EXIT_REQUEUE
 

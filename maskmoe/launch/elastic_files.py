@@ -22,6 +22,7 @@ from maskmoe.processes.lifetimes import Holder, beating
 from maskmoe.processes.network import connection_error
 
 _BEAT_SECONDS = 2.0
+_MOST_SECONDS = 8.0  # between two beats, of which one waits 5 s for a connection; a longer pause is the file system's
 _GENERATION_FILE = re.compile(r"generation-(?P<number>[0-9]+)\.json")
 
 
@@ -71,7 +72,7 @@ class _Sighting:
     Attributes:
         member: The other launcher.
         beat: Its newest beat.
-        since: When this launcher saw it first.
+        since: When this launcher saw it first, in seconds of `Membership`'s clock, like all times here.
         alive_at: When this launcher last saw a new beat.
         reached_at: When this launcher last saw a new beat which says that it reaches this launcher.
     """
@@ -88,6 +89,9 @@ class Membership:
 
     Every few seconds, a launcher writes a number that grows, its *beat*, to a file of its own, together with the id of
     the leader if its node reaches the leader's node by the network. The clocks of the hosts need not agree.
+
+    Silence is measured on a clock that stands still while this launcher itself cannot use the folder, because the
+    folder may be full, or its server may stall, for all launchers.
 
     Args:
         folder: The folder of the members' files; it is created if missing.
@@ -106,6 +110,8 @@ class Membership:
         self._leader: Member | None = None
         self._leads_since = 0.0
         self._beat = 0
+        self._clock = 0.0
+        self._began = time.monotonic()  # the newest attempt to beat
         self._sightings: dict[str, _Sighting] = {}
         self._lock = threading.Lock()
         self._until_exit = ExitStack()
@@ -124,7 +130,7 @@ class Membership:
     def follow(self, leader: Member) -> None:
         """Report from now on whether this node reaches the node of a leader, which may be this node."""
         if leader != self._leader and leader == self.me:
-            self._leads_since = time.monotonic()
+            self._leads_since = self._now()
         self._leader = leader
 
     def is_gone(self, member: Member) -> bool:
@@ -172,6 +178,7 @@ class Membership:
         Raises:
             OSError: The folder cannot be used. All launchers count as before.
         """
+        pause, self._began = self._since_beat(), time.monotonic()
         # Accept the connections of other launchers, which find out whether they reach this one.
         with suppress(BlockingIOError):
             while True:
@@ -183,6 +190,7 @@ class Membership:
         unfinished = self._path(self.me.id).with_suffix(".tmp")
         unfinished.write_bytes(type_adapter(_Sign).dump_json(sign))
         unfinished.replace(self._path(self.me.id))
+        self._clock += pause
         # `Path.glob` would return an empty list for a folder that cannot be read.
         listed = {Path(name).stem for name in os.listdir(self._folder) if name.endswith(".json")}
         for id in (listed | self._sightings.keys()) - {self.me.id}:
@@ -190,7 +198,7 @@ class Membership:
 
     def _look_at(self, id: str) -> None:
         """Read the file of another launcher. Opening the file asks the server; a listing may come from a cache."""
-        now = time.monotonic()
+        now = self._now()
         try:
             sign = type_adapter(_Sign).validate_json(self._path(id).read_bytes())
         except FileNotFoundError:
@@ -209,7 +217,14 @@ class Membership:
                     sighting.reached_at = now
 
     def _is_over(self, last: float) -> bool:
-        return time.monotonic() - last > self._timeout
+        return self._now() - last > self._timeout
+
+    def _now(self) -> float:
+        """Return the seconds for which this launcher has used the folder."""
+        return self._clock + self._since_beat()
+
+    def _since_beat(self) -> float:
+        return min(time.monotonic() - self._began, _MOST_SECONDS)
 
     def _path(self, id: str) -> Path:
         return self._folder / f"{id}.json"

@@ -1,5 +1,6 @@
 """How the launchers of an elastic run agree, with other programs than torchrun; and the parts of which they consist."""
 
+import errno
 import json
 import os
 import signal
@@ -221,8 +222,8 @@ def test_file_system_that_fails_for_a_while_or_for_good(new_run):
     other.kill()
     with failing(run.folder / "elastic"):
         run.say("go-back-1")
-        assert launcher.wait() == 2
-    assert f"error: cannot use {run.folder}: Not a directory; choose another --run-dir" in launcher.output
+        assert launcher.wait() == 1
+    assert f"error: cannot use {run.folder}: Not a directory; the same command resumes the run" in launcher.output
 
 
 def test_enough_nodes_start_at_the_latest_after_the_timeout(new_run):
@@ -266,6 +267,37 @@ def test_launcher_is_not_gone_while_the_folder_cannot_be_read(tmp_path, monkeypa
         other.__exit__()
         here.beat()
         assert here.is_gone(other.me)
+
+
+@pytest.mark.parametrize("stalls", [False, True], ids=["full", "stalled"])
+def test_launcher_is_not_gone_because_no_launcher_can_write(tmp_path, monkeypatch, stalls):
+    """A launcher that is silent while this one can write is gone after the timeout."""
+    monkeypatch.setattr(elastic_files, "_BEAT_SECONDS", 1e6)  # the test beats instead of the threads
+    clock = [0.0]
+    monkeypatch.setattr(elastic_files.time, "monotonic", lambda: clock[0])
+    monkeypatch.setattr(elastic_files, "connection_error", lambda *_: None)
+
+    def fail(*_: object) -> None:
+        clock[0] += 60 * stalls
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    with Membership(tmp_path, "localhost", 1, 30) as here, Membership(tmp_path, "localhost", 1, 30) as other:
+        here.beat()
+        here.follow(here.me)
+        with monkeypatch.context() as context:
+            context.setattr(Path, "write_bytes", fail)
+            for _ in range(60):
+                clock[0] += 2
+                with pytest.raises(OSError, match="No space"):
+                    here.beat()
+                assert not here.is_gone(other.me)
+                assert not here.is_cut_off(other.me)
+        silent = 0
+        while not here.is_gone(other.me):
+            clock[0] += 2
+            silent += 2
+            here.beat()
+        assert 24 <= silent <= 32
 
 
 def test_launcher_of_another_host_with_the_name_of_this_host_is_not_gone(tmp_path):
