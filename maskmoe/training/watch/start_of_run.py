@@ -21,7 +21,7 @@ from maskmoe.training.settings.inputs import data_prefixes
 from maskmoe.training.settings.layout import BatchSizes, Layout, trained_samples, training_iterations
 from maskmoe.training.watch.callback import Callback
 from maskmoe.training.watch.console import console
-from maskmoe.training.watch.writers import log_facts
+from maskmoe.training.watch.writers import log_facts, own_program
 
 _LABEL_WIDTH = 12
 _MOST_NAMED_DATASETS = 2
@@ -174,9 +174,12 @@ def _write_files(args: Namespace, folder: Path) -> None:
     """Write the arguments into the run folder, and the start of the ranks into the run's journal."""
     # Megatron computes the number of iterations from --train-samples later, so add the number here.
     complete = Namespace(**vars(args) | {"train_iters": training_iterations(args)})
+    words = sys.argv[1:]
+    if program := own_program():  # the launcher has taken `--program` out of the flags
+        words = ["--program", program, *words]
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        write_text(folder / ARGUMENTS, arguments_text(complete, sys.argv[1:], folder))
+        write_text(folder / ARGUMENTS, arguments_text(complete, words, folder))
     except (OSError, UserError) as error:
         console.say(f"note: {ARGUMENTS} is not written: {error}")
     Journal(folder).write(

@@ -8,6 +8,7 @@ from argparse import Namespace
 from collections.abc import Callable, Mapping
 from contextlib import suppress
 from importlib.metadata import version
+from pathlib import Path
 from typing import Any
 
 from megatron.training import get_tensorboard_writer, get_wandb_writer
@@ -16,6 +17,7 @@ import maskmoe
 from maskmoe.errors import UserError
 from maskmoe.files.outputs import write_text
 from maskmoe.files.run_folder import TENSORBOARD, TEXT_TAG, Fact, Journal, Kind, run_folder
+from maskmoe.training import pretrain
 from maskmoe.training.watch.callback import Callback
 from maskmoe.training.watch.console import console
 
@@ -37,6 +39,12 @@ def log_facts(facts: Mapping[str, str]) -> None:
             writer.add_text(TEXT_TAG + name, text)
 
 
+def own_program() -> str:
+    """Return the file of `--program`, which runs as this process instead of MaskMoE's entry point; empty without it."""
+    path = Path(sys.argv[0]).resolve()
+    return "" if path == Path(pretrain.__file__).resolve() else str(path)
+
+
 class EventFiles(Callback):
     """Logs the command of the run, lets errors of the disk not end the run, and writes the last values at its end."""
 
@@ -46,8 +54,10 @@ class EventFiles(Callback):
             tolerate_write_errors(writer)
         nodes, processes = (os.environ.get(name, "1") for name in ("GROUP_WORLD_SIZE", "LOCAL_WORLD_SIZE"))
         ranks = f"--nnodes {nodes} --nproc-per-node {processes}"
+        program = own_program()
+        entry = (program, "pretrain") if program else ("-m", "maskmoe.training.pretrain")
         packages = ", ".join(f"{name} {version(name)}" for name in ("megatron-core", "torch"))
-        command = f"torchrun {ranks} -m maskmoe.training.pretrain {shlex.join(sys.argv[1:])}"
+        command = f"torchrun {ranks} {shlex.join([*entry, *sys.argv[1:]])}"
         log_facts({"command": command, "versions": f"maskmoe {maskmoe.__version__}, {packages}"})
 
     def on_end(self, error: BaseException | None) -> None:

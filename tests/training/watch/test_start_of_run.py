@@ -9,8 +9,11 @@ import pytest
 from megatron.training.arguments import parse_args, validate_args
 
 from maskmoe.arguments.flags import flag_words, split_flags
+from maskmoe.launch.command import split_program
 from maskmoe.launch.model_file import ModelFile
+from maskmoe.training import pretrain
 from maskmoe.training.settings.flags import add_maskmoe_arguments, add_pretraining_arguments
+from maskmoe.training.watch import start_of_run
 from maskmoe.training.watch.start_of_run import arguments_text, describe_run
 
 MODEL = """
@@ -60,6 +63,19 @@ def test_saved_arguments_are_a_model_file(tmp_path):
     read = ModelFile.read(tmp_path / "args.yaml", {"RUN_DIR": "/other"}).flags_for(1)
     expected = {**split_flags(words), "save": ("/other/checkpoints",)}
     assert split_flags(flag_words(read)) == expected
+
+
+@pytest.mark.parametrize("name", ["own.py", pretrain.__file__])
+def test_saved_arguments_name_the_program_that_runs_instead_of_the_entry_point(tmp_path, monkeypatch, name):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "argv", [name, *shlex.split(MODEL), "--global-batch-size", "8", "--train-iters", "5"])
+    args = parse_args(lambda parser: add_pretraining_arguments(add_maskmoe_arguments(parser)))
+    args.rank, args.world_size = 0, 1
+    validate_args(args)
+    start_of_run._write_files(args, tmp_path / "run")
+    program, flags = split_program(ModelFile.read(tmp_path / "run" / "args.yaml", {}).flags)
+    assert program == (str(tmp_path / "own.py") if name == "own.py" else "")
+    assert flags["num-layers"] == ("2",)
 
 
 def test_saved_arguments_with_relative_paths_do_not_write_into_the_folder_of_the_first_run(tmp_path, monkeypatch):

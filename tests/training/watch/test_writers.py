@@ -12,7 +12,9 @@ import pytest
 from torch.utils.tensorboard import SummaryWriter
 
 from maskmoe.errors import UserError
+from maskmoe.launch.command import entry_point
 from maskmoe.run_status.events import read_events
+from maskmoe.training import pretrain
 from maskmoe.training.watch import writers
 from maskmoe.training.watch.writers import EventFiles, choose_event_folder
 
@@ -24,8 +26,12 @@ def writer(tmp_path, monkeypatch):
     return writer
 
 
-def test_values_and_the_command_are_written_at_the_end(writer, tmp_path, monkeypatch):
-    monkeypatch.setattr(sys, "argv", ["pretrain.py", "--data-path", "a b"])
+@pytest.mark.parametrize(
+    ("program", "entry"),
+    [(pretrain.__file__, entry_point("pretrain")), ("/own.py", entry_point("pretrain", "/own.py"))],
+)
+def test_values_and_the_command_are_written_at_the_end(writer, tmp_path, monkeypatch, program, entry):
+    monkeypatch.setattr(sys, "argv", [program, "--data-path", "a b"])
     monkeypatch.setenv("LOCAL_WORLD_SIZE", "4")
     monkeypatch.setenv("GROUP_WORLD_SIZE", "2")
     files = EventFiles()
@@ -34,7 +40,7 @@ def test_values_and_the_command_are_written_at_the_end(writer, tmp_path, monkeyp
     files.on_end(None)
     logged = read_events(tmp_path)
     assert [(value.step, value.value) for value in logged.scalars["lm loss"]] == [(3, 1.5)]
-    words = ["torchrun", "--nnodes", "2", "--nproc-per-node", "4", "-m", "maskmoe.training.pretrain"]
+    words = ["torchrun", "--nnodes", "2", "--nproc-per-node", "4", *entry]
     assert shlex.split(logged.texts["command"]) == [*words, "--data-path", "a b"]
     assert "torch " in logged.texts["versions"]
 
