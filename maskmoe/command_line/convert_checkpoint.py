@@ -65,7 +65,7 @@ def _add_conversion_arguments(parser: argparse.ArgumentParser) -> None:
     add_option(parser, "--load DIR", folder, Path, required=True)
     add_option(parser, "--save DIR", "new folder for the result", Path, required=True)
     add_option(parser, "--dtype", "type of the weights (default: as they are stored)", choices=DTYPE_NAMES)
-    size = "upper bound of the weights in a file, such as 5GB (default)"
+    size = "upper bound of the weights in a file, such as 1GB (default)"
     parser.set_defaults(max_shard_size=Settings.max_shard_size)
     add_option(parser, "--max-shard-size SIZE", size, parse_size)
     add_option(parser, "--tokenizer-type T", kind)

@@ -30,7 +30,8 @@ class Settings:
             which the newest is converted.
         save: The folder of the result.
         dtype: One of `DTYPE_NAMES`, for all floating point tensors; None keeps the stored types.
-        max_shard_size: Upper bound of a file's size in bytes, unless one tensor alone is larger.
+        max_shard_size: Upper bound of a file's size in bytes, unless one tensor alone is larger. The tensors of one
+            file are in memory at a time.
         allow_nan: Convert weights that are NaN or infinite, too.
         verify: Compare the input's files with the digests that were saved with them.
         tokenizer_type: Megatron's `--tokenizer-type`; None selects the tokenizer that the model was trained with.
@@ -44,7 +45,7 @@ class Settings:
     load: Path
     save: Path
     dtype: str | None = None
-    max_shard_size: int = 5 * 10**9
+    max_shard_size: int = 10**9
     allow_nan: bool = False
     verify: bool = True
     tokenizer_type: str | None = None

@@ -47,8 +47,6 @@ CONFIG = {
     "moe_intermediate_size": 4096,
     "tie_word_embeddings": False,
 }
-# The model is in several files, as large models are.
-SHARD_BYTES = 500 << 20
 BYTES_OF_LAYER = 792 << 20
 
 
@@ -75,7 +73,7 @@ def make_model(folder: Path, gib: float) -> None:
     source = RepeatedBlock({name: TensorSpec(shape, torch.bfloat16) for name, shape in shapes.items()})
     model = with_routing_mask(OpenedModel(source, config))
     with output_folder(folder) as unfinished:
-        write_huggingface(model, unfinished, SHARD_BYTES, WITHOUT_TEXT, None)
+        write_huggingface(model, unfinished, Settings.max_shard_size, WITHOUT_TEXT, None)
 
 
 def convert(conversion: str, load: Path, save: Path, verify: bool) -> tuple[float, int]:
@@ -89,7 +87,7 @@ def convert(conversion: str, load: Path, save: Path, verify: bool) -> tuple[floa
 
 def measure(conversion: str, load: str, save: str, verify: str) -> None:
     start = time.perf_counter()
-    CONVERSIONS[conversion](Settings(Path(load), Path(save), max_shard_size=SHARD_BYTES, verify=bool(verify)))
+    CONVERSIONS[conversion](Settings(Path(load), Path(save), verify=bool(verify)))
     seconds = time.perf_counter() - start
     # The kernel's `ru_maxrss` would include the memory of the process that started this one.
     peak = re.search(r"VmHWM:\s+(\d+) kB", Path("/proc/self/status").read_text())
