@@ -401,6 +401,7 @@ def _default_args() -> dict[str, Any]:
 
 # Pairs of attention, plain or multi-latent, and a feed-forward layer, an MLP or experts.
 _LAYERS_OF_GPT = re.compile(r"([*+][-E])+")
+_ONLY_HYBRID = {Symbols.GDN: "gated delta net", Symbols.MAMBA: "Mamba"}
 _FLAG = "--hybrid-layer-pattern"
 
 # Sizes of an interleaved pipeline, which the two classes of models describe in different ways.
@@ -424,10 +425,13 @@ def gpt_args(args: Namespace) -> Namespace:
     symbols = pattern.replace(Symbols.PIPE, "").rstrip(Symbols.MTP_SEPARATOR)
     decoder, *predictions = symbols.split(Symbols.MTP_SEPARATOR)
     if not _LAYERS_OF_GPT.fullmatch(decoder) or any(prediction != decoder[-2:] for prediction in predictions):
-        raise UserError(
-            f"a model with {_FLAG} '{pattern}' cannot be expressed in transformers' format: attention (* or +) and "
-            "feed-forward layers (- or E) must alternate, and multi-token prediction must repeat the last two"
+        reason = (
+            "attention (* or +) and feed-forward layers (- or E) must alternate, and multi-token prediction must "
+            "repeat the last two"
         )
+        if found := re.search("[GM]", symbols.replace(Symbols.MTP_SEPARATOR, "")):
+            reason = f"layer {found.start() + 1} is {found[0]} ({_ONLY_HYBRID[found[0]]})"
+        raise UserError(f"a model with {_FLAG} '{pattern}' cannot be expressed in transformers' format: {reason}")
     layers = FeedForwardLayers.of_pattern(pattern)
     return Namespace(
         **vars(args)

@@ -102,13 +102,20 @@ def test_import_refuses_patterns_of_other_models(pattern, moe_model, tmp_path):
 
 
 @pytest.mark.parametrize(
-    "pattern",
-    ["*EGE", "M*|E", "+E|D-", "**EE", "E*", "*E*-*", "*E--", "*-*E/*-", "*E*E/*E*E", "*E/*G/*G", "/*E"],
+    ("pattern", "reason"),
+    [
+        ("*EGE", "layer 3 is G (gated delta net)"),
+        ("*E|M*|GE", "layer 3 is M (Mamba)"),
+        ("*E/*G/*G", "layer 4 is G (gated delta net)"),
+        *((p, "attention") for p in ("+E|D-", "**EE", "E*", "*E*-*", "*E--", "*-*E/*-", "*E*E/*E*E", "/*E")),
+    ],
 )
-def test_layers_that_transformers_does_not_have(pattern):
+def test_layers_that_transformers_does_not_have(pattern, reason):
     with pytest.raises(UserError) as refusal:
         gpt_args(Namespace(hybrid_layer_pattern=pattern, num_experts=4))
-    assert f"--hybrid-layer-pattern '{pattern}' cannot be expressed in transformers' format: " in str(refusal.value)
+    assert f"--hybrid-layer-pattern '{pattern}' cannot be expressed in transformers' format: {reason}" in str(
+        refusal.value
+    )
 
 
 def test_upcycling_to_a_hybrid_model(tmp_path):
