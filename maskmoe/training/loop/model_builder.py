@@ -1,6 +1,7 @@
 """Builds the model from its configuration, with the interface of Megatron's configurations and builders."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
@@ -17,6 +18,7 @@ from megatron.training.vocab_utils import calculate_padded_vocab_size
 from torch.nn.functional import gelu, silu
 
 from maskmoe.checkpoint.routing_mask import mask_in_checkpoint, read_routing_mask
+from maskmoe.errors import UserError, reason_of
 from maskmoe.transformer.layer_specs import (
     get_maskmoe_decoder_block_spec,
     get_maskmoe_hybrid_stack_spec,
@@ -80,6 +82,15 @@ class MaskMoEModelConfig:
         return MaskMoEHybridModelBuilder if is_hybrid else MaskMoEGPTModelBuilder
 
 
+@contextmanager
+def refusing_settings() -> Iterator[None]:
+    """Turn what Megatron-Core's modules refuse into a `UserError` of one line; a failure of a GPU stays as it is."""
+    try:
+        yield
+    except (AssertionError, ValueError) as error:
+        raise UserError(f"the model cannot be made: {reason_of(error)}") from error
+
+
 class StageBuilder:
     """Base class of what builds the pipeline stages of a model with a routing mask, or of a model without experts."""
 
@@ -92,7 +103,11 @@ class StageBuilder:
         """Build and wrap the model chunks of this rank; arguments as for `unimodal_build_distributed_models`."""
         hooks = compose_hooks(self.config.pre_wrap_hooks)
         return unimodal_build_distributed_models(
-            self.build_model, self.config.transformer, pg_collection, pre_wrap_hook=hooks, **options
+            refusing_settings()(self.build_model),
+            self.config.transformer,
+            pg_collection,
+            pre_wrap_hook=hooks,
+            **options,
         )
 
     def build_model(
