@@ -23,13 +23,15 @@ from maskmoe.transformer.torch_modules.gated_delta_net import check_gated_delta_
 
 Predicate = Callable[[Namespace], bool]
 
-# Settings that must be above zero if they are given: divisors of other sizes, lengths and intervals.
+# Settings that must be above zero if they are given: divisors of other sizes, lengths and intervals, and a factor that
+# Megatron-Core ignores if it is 0. Dispatch marks experts that are not selected by a negative weight.
 _ABOVE_ZERO = (
     *("num_layers", "hidden_size", "num_attention_heads", "seq_length", "num_experts", "moe_router_topk"),
     *("tensor_model_parallel_size", "pipeline_model_parallel_size", "context_parallel_size"),
     *("expert_model_parallel_size", "expert_tensor_parallel_size", "num_distributed_optimizer_instances"),
     *("micro_batch_size", "global_batch_size", "eval_micro_batch_size", "eval_global_batch_size"),
     *("train_iters", "train_samples", "log_interval", "eval_interval", "save_interval", "save_retain_interval", "seed"),
+    "moe_router_topk_scaling_factor",
 )
 # Settings that must not be negative if they are given.
 _NOT_NEGATIVE = (
@@ -262,6 +264,12 @@ def _lacks_grouped_layers(args: Namespace) -> bool:
     is_grouped = args.moe_grouped_gemm or not args.num_experts
     is_asked_for = _given("fp8", "fp4", "te_precision_config_file", "save_tokens_per_expert_interval")(args)
     return is_asked_for and not (args.transformer_impl == "transformer_engine" and is_grouped)
+
+
+def _leaves_optimizer_unwrapped(args: Namespace) -> bool:
+    """Return whether Megatron-Core would lack the wrapper of an optimizer that is neither Adam nor SGD."""
+    is_divided = args.use_distributed_optimizer or args.optimizer == "dist_muon"
+    return args.optimizer not in ("adam", "sgd") and (args.fp16 or (is_divided and not args.bf16))
 
 
 def _keeps_no_largest_scores(args: Namespace) -> bool:
@@ -545,6 +553,12 @@ BROKEN_IN_MEGATRON = (
         "Megatron-Core cannot save the state of SOAP, and its class of adaptive Muon lacks an attribute. Use muon.",
         lambda args: args.optimizer in ("soap", "adaptive_muon"),
     ),
+    Check(
+        "--optimizer muon or lion with --fp16, or with --use-distributed-optimizer and without --bf16",
+        "Megatron-Core would fail before the first step ends: it divides these optimizers among ranks in bf16 only, "
+        "and has none of them for fp16.",
+        _leaves_optimizer_unwrapped,
+    ),
     *_flags(
         {
             "--use-megatron-fsdp --use-torch-fsdp2": "Megatron-FSDP divides the gradient of experts once too often, "
@@ -576,7 +590,8 @@ NOT_BUILT = (
         "--cuda-graph-impl, but for transformer_engine with --cuda-graph-modules attn or mlp and --transformer-impl "
         "transformer_engine",
         "A graph of an MoE layer needs fixed shapes, but the number of rows that a rank sends to experts varies. "
-        "Beside graphs, Megatron-Core can drop gradients of local experts.",
+        "Without --cuda-graph-modules, whole layers would be captured. Beside graphs, Megatron-Core can drop gradients "
+        "of local experts.",
         _captures_experts,
     ),
     Check(

@@ -97,7 +97,7 @@ LAYOUTS = {
     "gradients in bf16": f"{LLAMA} {BF16} --grad-reduce-in-bf16",
 }
 # Megatron divides the state of Lion and Muon, too, but sets another argument.
-LION = {"Lion": f"{LLAMA} --optimizer lion", "divided Lion": f"{LLAMA} --optimizer lion {DISTRIBUTED}"}
+LION = {"Lion": f"{LLAMA} {BF16} --optimizer lion", "divided Lion": f"{LLAMA} {BF16} --optimizer lion {DISTRIBUTED}"}
 # Settings under which the activations of a forward pass on one rank are compared.
 FORWARD = {
     "bf16": f"{LLAMA} {BF16}",
