@@ -1,4 +1,4 @@
-"""The layer against a plain loop over tokens, on one rank and on two ranks."""
+"""The layer against a plain loop over tokens, on one rank and on several ranks."""
 
 from types import SimpleNamespace
 from typing import Any
@@ -188,8 +188,14 @@ def test_refuses_what_it_cannot_route() -> None:
 
 @pytest.fixture(scope="module")
 def two_ranks(run_ranks: RunRanks, tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Tensor]]:
-    """Return the results of each of two ranks for all layouts and cases."""
+    """Return the results of each of two ranks for all layouts of two ranks, and their cases."""
     return run_ranks(results_of_rank, tmp_path_factory.mktemp("parallel_layer"))
+
+
+@pytest.fixture(scope="module")
+def four_ranks(run_ranks: RunRanks, tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Tensor]]:
+    """Return the results of each of four ranks."""
+    return run_ranks(results_of_rank, tmp_path_factory.mktemp("parallel_layer"), world_size=4)
 
 
 @pytest.mark.parametrize(
@@ -201,11 +207,12 @@ def two_ranks(run_ranks: RunRanks, tmp_path_factory: pytest.TempPathFactory) -> 
         if is_possible(layout, case) and not layout.endswith("_with_losses")
     ],
 )
-def test_two_ranks_equal_one(layout: str, case: str, two_ranks: list[dict[str, Tensor]]) -> None:
+def test_ranks_equal_one(layout: str, case: str, request: pytest.FixtureRequest) -> None:
+    of_ranks = request.getfixturevalue("four_ranks" if LAYOUTS[layout].num_ranks == 4 else "two_ranks")
     whole = {key: value.cpu() for key, value in run_case(layout, case).items()}
     prefix = f"{layout}/{case}/"
-    ranks = [{k.removeprefix(prefix): v for k, v in rank.items() if k.startswith(prefix)} for rank in two_ranks]
-    assert ranks[0].keys() | ranks[1].keys() == whole.keys()
+    ranks = [{k.removeprefix(prefix): v for k, v in rank.items() if k.startswith(prefix)} for rank in of_ranks]
+    assert set().union(*ranks) == whole.keys()
     for key, value in whole.items():
         parts = [rank[key] for rank in ranks if key in rank]
         if key in ("output", "input_grad"):

@@ -39,7 +39,7 @@ class Case:
         experts: the experts that ids can see.
         settings: settings of the configuration.
         scale: scale of the hidden states.
-        halves: odd ids see the second half of the experts, even ids see the first half.
+        parts: id i sees experts of part `i % parts`, if the experts are divided into more than one part.
         has_padding: some tokens are padding.
     """
 
@@ -47,23 +47,25 @@ class Case:
     experts: range = range(NUM_EXPERTS)
     settings: dict[str, Any] = field(default_factory=dict)
     scale: float = 1
-    halves: bool = False
+    parts: int = 1
+    num_experts: int = NUM_EXPERTS
     has_padding: bool = False
 
     @property
     def is_rank_local(self) -> bool:
         """Whether every id sees experts of only one of two ranks."""
-        return self.halves or self.experts.start // (NUM_EXPERTS // 2) == (self.experts.stop - 1) // (NUM_EXPERTS // 2)
+        return self.parts > 1 or self.experts.start // (NUM_EXPERTS // 2) == (self.experts.stop - 1) // (
+            NUM_EXPERTS // 2
+        )
 
     def visible_sets(self) -> np.ndarray:
         """Draw the visible sets, bool [1, vocab, N]."""
-        visible = np.zeros((1, VOCAB_SIZE, NUM_EXPERTS), bool)
-        num_seen = NUM_EXPERTS // 2 if self.halves else len(self.experts)
+        visible = np.zeros((1, VOCAB_SIZE, self.num_experts), bool)
+        num_seen = len(self.experts) // self.parts
         drawn = random_visible_sets(5, 1, VOCAB_SIZE, num_seen, self.sizes)
-        if self.halves:
-            visible[:, 0::2, :num_seen], visible[:, 1::2, num_seen:] = drawn[:, 0::2], drawn[:, 1::2]
-        else:
-            visible[..., list(self.experts)] = drawn
+        for part in range(self.parts):
+            experts = self.experts[part * num_seen : (part + 1) * num_seen]
+            visible[:, part :: self.parts, experts.start : experts.stop] = drawn[:, part :: self.parts]
         return visible
 
 
@@ -84,14 +86,15 @@ CASES = {
     ),
     # Every id sees k experts or more, but not within the groups that are chosen for its token.
     "groups": Case((2, 6), settings={"topk": 2, "moe_router_num_groups": 3, "moe_router_group_topk": 1}),
-    "rank_local": Case((1, 2, 3), settings={"topk": 2}, halves=True),
+    "rank_local": Case((1, 2, 3), settings={"topk": 2}, parts=2),
+    "local_to_four_ranks": Case((1, 2), range(8), parts=4, num_experts=8),
     "rank_local_recomputed": Case(
-        (1, 3), settings={"recompute_granularity": "selective", "recompute_modules": ["moe"]}, halves=True
+        (1, 3), settings={"recompute_granularity": "selective", "recompute_modules": ["moe"]}, parts=2
     ),
     "rank_local_padding": Case(
         (1, 2, 3),
         settings={"topk": 2, "moe_router_score_function": "sigmoid", "moe_router_enable_expert_bias": True},
-        halves=True,
+        parts=2,
         has_padding=True,
     ),
     "all_gather": Case((1, 2, 4), settings={"topk": 3, "moe_token_dispatcher_type": "allgather"}),
@@ -100,7 +103,7 @@ CASES = {
 
 @dataclass(frozen=True)
 class Layout:
-    """How two ranks divide the layer and its tokens.
+    """How ranks divide the layer and its tokens.
 
     Attributes:
         split_dimension: the dimension of the hidden states [sequence, batch, hidden] that is split.
@@ -109,6 +112,7 @@ class Layout:
         losses: settings of the router's losses. Losses cover the tokens of all tensor-parallel ranks, but only each
             expert-parallel rank's own tokens.
         plans: dispatch is planned from the ids.
+        num_ranks: number of ranks.
     """
 
     split_dimension: int
@@ -116,6 +120,7 @@ class Layout:
     aux_loss_tokens: str = "all"
     losses: dict[str, Any] = field(default_factory=dict)
     plans: bool = False
+    num_ranks: int = 2
 
 
 LOSSES = {
@@ -127,6 +132,7 @@ TENSOR_PARALLEL = {"tensor_model_parallel_size": 2, "expert_tensor_parallel_size
 LAYOUTS = {
     "expert": Layout(1, {"expert_model_parallel_size": 2}),
     "planned": Layout(1, {"expert_model_parallel_size": 2}, plans=True),
+    "planned_on_four_ranks": Layout(1, {"expert_model_parallel_size": 4}, plans=True, num_ranks=4),
     "expert_with_losses": Layout(1, {"expert_model_parallel_size": 2}, losses=LOSSES),
     "planned_with_losses": Layout(1, {"expert_model_parallel_size": 2}, losses=LOSSES, plans=True),
     "tensor": Layout(0, TENSOR_PARALLEL, losses=LOSSES),
@@ -142,6 +148,8 @@ LAYOUTS = {
 def is_possible(layout_name: str, case_name: str) -> bool:
     """Return whether a layout supports a case."""
     layout, case = LAYOUTS[layout_name], CASES[case_name]
+    if 4 in (layout.num_ranks, case.parts):
+        return layout.num_ranks == case.parts
     if layout.plans or layout_name == "expert_with_losses":
         return case.is_rank_local and "all_gather" not in case_name
     if case.has_padding:
@@ -155,7 +163,7 @@ def run_case(layout_name: str, case_name: str, rank: int = 0, num_ranks: int = 1
     layout, case = LAYOUTS[layout_name], CASES[case_name]
     parallel = layout.settings if num_ranks > 1 else {}
     config = make_config(
-        NUM_EXPERTS,
+        case.num_experts,
         **parallel,
         sequence_parallel="tensor_model_parallel_size" in parallel,
         **layout.losses,
@@ -214,10 +222,12 @@ def _part_of_weight(name: str, shape: torch.Size, rank: int, shards: int) -> Ten
 
 
 def results_of_rank() -> dict[str, Tensor]:
-    """Return the results of this rank for all layouts and cases."""
+    """Return the results of this rank for all layouts of this number of ranks, and their cases."""
     rank, num_ranks = torch.distributed.get_rank(), torch.distributed.get_world_size()
     results = {}
     for layout_name, layout in LAYOUTS.items():
+        if layout.num_ranks != num_ranks:
+            continue
         initialize_parallelism(**layout.settings)
         for case_name in CASES:
             if is_possible(layout_name, case_name):
