@@ -85,6 +85,9 @@ def analyze(
     # The probe: the same token ids for all models.
     with tokenizer_folder(models[0], settings) as folder:
         sha256 = getattr(models[0].open().args, "tokenizer_sha256", None)
+        counted_with = frequency.tokenizer if frequency is not None else None
+        if counted_with is not None and sha256 not in (None, counted_with.sha256):
+            raise UserError(f"--token-frequency was made with another tokenizer ({counted_with}) than the model's")
         token_ids = text.read(settings.tokens, seq_length, shape.vocab_size, folder, sha256)
         pieces = read_pieces(folder, token_ids)
     occurrences = np.bincount(token_ids, minlength=shape.vocab_size)

@@ -25,7 +25,12 @@ from maskmoe.files.outputs import atomic_output, check_outputs
 from maskmoe.routing_mask.assignment import ASSIGNMENTS, PRESETS, MaskRecipe, build_routing_mask
 from maskmoe.routing_mask.expert_table import TENSOR_NAMES, ExpertTable, split_location
 from maskmoe.routing_mask.feed_forward_layers import positions_of_layers
-from maskmoe.routing_mask.frequency import TokenFrequency, expected_expert_load, overloading_ids
+from maskmoe.routing_mask.frequency import (
+    TokenFrequency,
+    check_same_vocabulary,
+    expected_expert_load,
+    overloading_ids,
+)
 from maskmoe.routing_mask.mask import HashLayers, RoutingMask, describe_visible_experts
 
 _MODEL = ("num_experts", "num_layers")
@@ -291,8 +296,8 @@ def main() -> None:
     frequency = TokenFrequency.load(arguments.token_frequency) if arguments.token_frequency else None
     with atomic_output(arguments.output) as temporary:
         mask = _make_mask(arguments, frequency)
-        if frequency and frequency.vocab_size != mask.vocab_size:
-            raise UserError(f"--token-frequency counts {frequency.vocab_size:,} ids, the mask has {mask.vocab_size:,}")
+        if frequency:
+            check_same_vocabulary(frequency, mask)
         if num_ranks is not None and mask.num_experts % num_ranks:
             raise UserError(f"{mask.num_experts} experts cannot be divided over {num_ranks} expert-parallel ranks")
         if arguments.format == "mask":

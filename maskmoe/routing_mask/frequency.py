@@ -284,6 +284,16 @@ class FrequencyBands:
         self.band_of_id[ids] = np.searchsorted(ends, np.arange(len(ids)), side="right")
 
 
+def check_same_vocabulary(frequency: TokenFrequency, mask: RoutingMask) -> None:
+    """Raise `UserError` if counts have another number of ids than a mask, or were made with another tokenizer."""
+    if frequency.vocab_size != mask.vocab_size:
+        raise UserError(f"the counts are for {frequency.vocab_size} ids, the mask is for {mask.vocab_size}")
+    made_with = mask.provenance.tokenizer
+    tokenizers = {record.sha256 for record in (frequency.tokenizer, made_with) if record is not None}
+    if len(tokenizers) > 1:
+        raise UserError(f"the counts were made with {frequency.tokenizer}, the mask with {made_with}")
+
+
 def expected_expert_load(mask: RoutingMask, occurrences: np.ndarray, topk: int = 1) -> np.ndarray:
     """Return the expected load of each expert, float64 `[tables, N]`, if the router uses visible experts evenly.
 

@@ -10,7 +10,7 @@ from maskmoe.data.parallel import map_in_processes
 from maskmoe.errors import UserError
 from maskmoe.routing_mask.assignment import FEW_ASSIGNMENTS, LOAD_JITTER, MaskRecipe, Vocabulary
 from maskmoe.routing_mask.expert_table import ASSIGNMENT as EXPERT_TABLE
-from maskmoe.routing_mask.frequency import TokenFrequency
+from maskmoe.routing_mask.frequency import TokenFrequency, check_same_vocabulary
 from maskmoe.routing_mask.mask import Ancestor, MaskProvenance, RoutingMask, stack_tables, table_of_sets, unpack_bits
 
 
@@ -129,11 +129,7 @@ def _widened_recipe(
         if assignment != "uniform" or recipe.frequent_mass > made_from.frequent_mass:
             raise UserError("this depends on the frequency of each id; give --token-frequency")
         return recipe
-    if frequency.vocab_size != mask.vocab_size:
-        raise UserError(f"the counts are for {frequency.vocab_size} ids, the mask is for {mask.vocab_size}")
-    tokenizers = {record.sha256 for record in (frequency.tokenizer, made_from.tokenizer) if record is not None}
-    if len(tokenizers) > 1:
-        raise UserError(f"the counts were made with {frequency.tokenizer}, the mask with {made_from.tokenizer}")
+    check_same_vocabulary(frequency, mask)
     return recipe
 
 

@@ -15,6 +15,7 @@ from maskmoe.analysis.model_series import find_models
 from maskmoe.analysis.routing_report import PLOT_NAMES, TABLE_NAMES
 from maskmoe.analysis.routing_statistics import AnalysisSettings, RoutingTrace, measure
 from maskmoe.conversion.convert import Settings, megatron_to_huggingface
+from maskmoe.data.tokenizer import TokenizerRecord
 from maskmoe.routing_mask.frequency import FrequencyBands, TokenFrequency
 from maskmoe.routing_mask.mask import RoutingMask
 
@@ -171,9 +172,17 @@ def test_a_model_of_long_context_reads_several_windows(tmp_path):
     assert ids == [0, 8, 17, 25, 34, 42, 51, 59]
 
 
-def test_counts_of_another_vocabulary_are_refused(workplace, checkpoints):
-    frequency_of([600, *[0] * 59]).save(workplace / "few.safetensors")
+@pytest.mark.parametrize(
+    ("vocab_size", "error"),
+    [
+        (60, "--token-frequency counts 60 ids, the model has 500"),
+        (500, "--token-frequency was made with another tokenizer (SentencePieceTokenizer other.model (500 ids"),
+    ],
+)
+def test_counts_of_another_vocabulary_are_refused(workplace, checkpoints, vocab_size, error):
+    other = TokenizerRecord("SentencePieceTokenizer", "other.model", "b" * 64, vocab_size, eod_id=0)
+    frequency_of([600] * vocab_size, other).save(workplace / f"{vocab_size}.safetensors")
     with writing_nothing(workplace):
-        outcome = analyze(workplace, *SERIES, "--output-dir", "bad", "--token-frequency", "few.safetensors")
-    outcome.assert_refused("--token-frequency counts 60 ids, the model has 500")
+        outcome = analyze(workplace, *SERIES, "--output-dir", "bad", "--token-frequency", f"{vocab_size}.safetensors")
+    outcome.assert_refused(error)
     assert outcome.output == ""

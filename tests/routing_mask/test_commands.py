@@ -6,7 +6,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from support.command_lines import Outcome, run_command
-from support.datasets import write_documents
+from support.datasets import frequency_of, write_documents
 
 from maskmoe.command_line.build_routing_mask import parse_arguments, recipe_from
 from maskmoe.data.tokenizer import TokenizerRecord
@@ -111,6 +111,16 @@ def test_build_hash_layers(folder):
         assert f"visible experts  in {layers}, every id sees {experts}; after that, " in process.output
         # One id has 16 % of the occurrences, too many for the one expert that it sees in a hash layer.
         assert ("use --hash-visible-experts of at least 2" in process.output) == (assignment == "rank-local")
+
+
+def test_summary_needs_counts_of_the_masks_tokenizer(folder):
+    other = TokenizerRecord("HuggingFaceTokenizer", "other.json", "b" * 64, VOCAB_SIZE, eod_id=0)
+    frequency_of([1] * VOCAB_SIZE, other).save(folder / "other_counts")
+    process = build(*COUNTS, *MODEL, "--preset", "hash-balanced", cwd=folder, output="summarised")
+    assert process.code == 0, process.errors
+    process = build("--routing-mask", "summarised", "--token-frequency", "other_counts", cwd=folder, output="copy")
+    process.assert_refused("the counts were made with HuggingFaceTokenizer other.json")
+    assert not (folder / "copy").exists()
 
 
 def built_in_process(folder: Path, monkeypatch: pytest.MonkeyPatch, *flags: object) -> RoutingMask:

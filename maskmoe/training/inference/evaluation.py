@@ -25,7 +25,7 @@ from maskmoe.training.inference.loading import load_model
 from maskmoe.training.inference.token_losses import build_whole_split, losses_of_all, sum_over_ranks
 from maskmoe.training.loop.rank_store import sharing_failures
 from maskmoe.training.settings.checks import parse_and_check_args
-from maskmoe.training.settings.inputs import data_prefixes
+from maskmoe.training.settings.inputs import check_same_tokenizer, data_prefixes
 from maskmoe.training.settings.run_settings import leaving_process_groups
 from maskmoe.training.watch.console import console
 from maskmoe.training.watch.routing_log import RoutingRecord, take_record
@@ -86,7 +86,7 @@ def read_token_frequency(args: argparse.Namespace) -> TokenFrequency | None:
     """Return the token counts of `--token-frequency`, or None if the flag is not given and the data must be counted.
 
     Raises:
-        UserError: The counts cannot be read or are for another vocabulary, or there are neither counts nor data.
+        UserError: The counts cannot be read or are for another tokenizer, or there are neither counts nor data.
     """
     if args.token_frequency is None:
         if args.data_path is None:
@@ -97,6 +97,8 @@ def read_token_frequency(args: argparse.Namespace) -> TokenFrequency | None:
         raise UserError(
             f"--token-frequency {args.token_frequency} counts {frequency.vocab_size} ids, the model has {vocab_size}"
         )
+    if frequency.tokenizer is not None:
+        check_same_tokenizer(args, frequency.tokenizer, f"--token-frequency {args.token_frequency} was")
     return frequency
 
 

@@ -152,7 +152,7 @@ def check_mask(args: Namespace, mask: RoutingMask) -> None:
         expert_model_parallel_size=None if args.skip_train else args.expert_model_parallel_size,
     )
     if mask.provenance.tokenizer is not None:
-        _check_same_tokenizer(args, mask.provenance.tokenizer, "the routing mask's token counts were")
+        check_same_tokenizer(args, mask.provenance.tokenizer, "the routing mask's token counts were")
 
 
 # ---- Datasets --------------------------------------------------------------------------------------------------------
@@ -187,7 +187,7 @@ def data_errors(
         try:
             index = read_index(prefix)
             if (record := read_tokenizer_record(prefix)) is not None:
-                _check_same_tokenizer(args, record, f"dataset {prefix} was")
+                check_same_tokenizer(args, record, f"dataset {prefix} was")
                 if vocab_size is not None:
                     _check_end_of_documents(args, record, prefix)
             # The digest of an index takes long.
@@ -310,7 +310,7 @@ def _too_few_tokens(args: Namespace, prefix: str, part: str, num_tokens: int) ->
     )
 
 
-def _check_same_tokenizer(args: Namespace, made_with: TokenizerRecord, what: str) -> None:
+def check_same_tokenizer(args: Namespace, made_with: TokenizerRecord, what: str) -> None:
     """Raise `UserError`, beginning with `what`, if a file was made with another tokenizer than that of the run."""
     if args.tokenizer_sha256 not in (None, made_with.sha256):
         raise UserError(

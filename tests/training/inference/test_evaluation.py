@@ -9,14 +9,15 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from support.datasets import count_ids, predictable_ids, write_documents
+from support.datasets import count_ids, frequency_of, predictable_ids, write_documents
 from support.launchers import Outcome
 from support.training import VOCAB_SIZE
 
 from maskmoe.data.indexed_dataset import open_tokens, read_index
+from maskmoe.data.tokenizer import TokenizerRecord
 from maskmoe.errors import UserError
 from maskmoe.routing_mask.mask import RoutingMask
-from maskmoe.training.inference.evaluation import check_output
+from maskmoe.training.inference import evaluation
 
 DATA = "--data-path data --split 60,40,0"
 MODEL = "--use-checkpoint-args --tokenizer-type NullTokenizer --vocab-size 510"
@@ -80,9 +81,9 @@ def test_results_are_not_written_over_the_data(tmp_path: Path, monkeypatch: pyte
     for output in ("data.bin", "data.idx", "data.tokenizer.json", *{flag}.intersection(FILE_FLAGS)):
         args.output = output
         with pytest.raises(UserError, match="it is an input of this command"):
-            check_output(args)
+            evaluation.check_output(args)
     args.output = "new"
-    check_output(args)
+    evaluation.check_output(args)
 
 
 def samples_of_validation_split(workplace) -> int:
@@ -153,6 +154,17 @@ def test_band_without_tokens_has_no_loss(workplace, execute):
     assert evaluation["tokens"] == 2 * 3 * 32 < 32 * samples_of_validation_split(workplace)
     assert (second["loss"], second["perplexity"], second["tokens"]) == (None, None, 0)
     assert first["loss"] > 0 < last["loss"]
+
+
+def test_counts_of_another_tokenizer_are_refused(tmp_path, monkeypatch):
+    record = TokenizerRecord("SentencePieceTokenizer", "first.model", "a" * 64, 3, eod_id=0)
+    frequency_of([5, 4, 3], record).save(tmp_path / "counts")
+    args = Namespace(token_frequency=tmp_path / "counts", tokenizer_sha256="a" * 64, tokenizer_model="second.model")
+    monkeypatch.setattr(evaluation, "get_tokenizer", lambda: Namespace(vocab_size=3))
+    assert evaluation.read_token_frequency(args).tokenizer == record
+    args.tokenizer_sha256 = "b" * 64
+    with pytest.raises(UserError, match=r"counts was made with another tokenizer \(first.model.* second.model"):
+        evaluation.read_token_frequency(args)
 
 
 def test_expert_load_is_what_the_mask_allows(results, workplace):
