@@ -41,10 +41,12 @@ def write_report(suite: Suite, name: str, results: Sequence[RunResult], folder: 
 def _page(suite: Suite, name: str, results: Sequence[RunResult]) -> Iterator[str]:
     """Yield the paragraphs of the page."""
     planned = sum(len(variant.seeds) for variant in suite.variants.values())
-    commits = ", ".join(sorted({result.origin.get("commit", "")[:12] for result in results}))
+    # Runs of an installed package have no commit.
+    commits = ", ".join(sorted({commit[:12] for result in results if (commit := result.origin.get("commit"))}))
+    commits = f" (commits {commits})" if commits else ""
     yield f"# {suite.title}"
     yield (
-        f"{len(results)} of {planned} runs of the suite `{name}` are finished (commits {commits}). Losses are in nats "
+        f"{len(results)} of {planned} runs of the suite `{name}` are finished{commits}. Losses are in nats "
         "per token of held-out text. ± is half of the 95 % interval over seeds (Student's t; Welch's t for differences "
         "that are not paired). p belongs to a two-sided sign-flip test over pairs of equal seeds. No value is "
         "corrected for the number of comparisons."

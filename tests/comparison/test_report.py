@@ -41,11 +41,12 @@ def test_titles_cannot_break_a_table(suite_file, tmp_path):
     assert "| k \\| 1 |" in page
 
 
-@pytest.mark.parametrize("num_results", [0, 1])
-def test_unfinished_suites_have_a_page_too(suite, tmp_path, num_results):
-    results = [result("smoe", 1, 3.5)][:num_results]
+@pytest.mark.parametrize("commits", [(), ("",), ("", "0123456789abcdef")])
+def test_unfinished_suites_have_a_page_too(suite, tmp_path, commits):
+    results = [result("smoe", 1, 3.5).model_copy(update={"origin": {"commit": commit}}) for commit in commits]
     page = write_report(suite, "small", results, tmp_path).read_text()
-    assert f"{num_results} of 13 runs" in page
+    of_checkout = " (commits 0123456789ab)" if any(commits) else ""
+    assert f"{len(commits)} of 13 runs of the suite `small` are finished{of_checkout}. " in page
     with Image.open(tmp_path / "losses.png") as image:
         assert image.width >= 1000
 
