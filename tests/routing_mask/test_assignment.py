@@ -255,6 +255,14 @@ def test_building_does_not_depend_on_the_number_of_workers(mask, zipf_frequency)
     assert other_seed.digest != mask.digest
 
 
+@pytest.mark.parametrize(("assignment", "preset"), [("balanced", "hash-balanced"), ("uniform", "hash")])
+def test_a_mask_without_frequent_ids_is_that_of_hash(zipf_frequency, assignment, preset):
+    recipes = MaskRecipe(8, 3, assignment, 0.0, seed=4), MaskRecipe.from_preset(preset, 8, 3, seed=4)
+    maskmoe, hashed = (build_routing_mask(recipe, frequency=zipf_frequency(200, 5000)) for recipe in recipes)
+    assert np.array_equal(maskmoe.row_of_id, hashed.row_of_id)
+    assert np.array_equal(maskmoe.visible_bits, hashed.visible_bits)
+
+
 def test_baselines_that_ignore_counts_need_only_the_vocabulary_size():
     for assignment in ("uniform", "balanced"):
         recipe = MaskRecipe.from_preset("smoe", 9, 4, hash_layers=HashLayers(1, 2, assignment))
