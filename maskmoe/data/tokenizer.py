@@ -18,6 +18,7 @@ from maskmoe.files.json_files import read_json
 from maskmoe.files.untrusted import (
     UnusableFile,
     check_model_folder,
+    check_sentencepiece,
     check_tokenizer,
     printable_name,
     read_bounded,
@@ -96,6 +97,7 @@ class SentencePieceTokenizer(Tokenizer):
         super().__init__(model)
         self.processor = SentencePieceProcessor()
         with reading(f"{model} is not a SentencePiece model: it"):
+            check_sentencepiece(self.model_path, self._content)
             self.processor.LoadFromSerializedProto(self._content)
         self.vocab_size = self.processor.get_piece_size()
         eos_id = self.processor.eos_id()

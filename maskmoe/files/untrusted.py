@@ -1,10 +1,11 @@
 """Reads files that a stranger may have written: bounded in size and depth, and never from a device or a pipe."""
 
+import base64
 import os
 import re
 import stat
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from io import BufferedReader
 from pathlib import Path
 from typing import Any
@@ -23,6 +24,7 @@ MAX_YAML_BYTES = 256 << 10
 MAX_GROWTH = 128
 """Upper bound of the characters that a tokenizer makes of one character; tokenizers in use have up to about 10."""
 
+_GROWS = f"makes texts more than {MAX_GROWTH} times longer; use another tokenizer"
 _MAX_TOKENIZER_VALUES = 10_000  # of all parts of a tokenizer but its vocabulary
 _MAX_YAML_VALUES = 50_000  # with aliases counted as often as they occur
 _HUB_BLOBS, _HUB_SNAPSHOTS = "blobs", "snapshots"
@@ -132,6 +134,8 @@ def check_model_folder(folder: Path) -> None:
     for path in (*folder.iterdir(), *folder.glob("additional_chat_templates/*")):
         if not path.is_dir():
             check_regular(path)
+        if path.suffix == ".model":
+            check_sentencepiece(path, read_bounded(path, MAX_JSON_BYTES))
     if os.path.lexists(folder / "tokenizer.json"):
         check_tokenizer(folder / "tokenizer.json")
 
@@ -139,7 +143,8 @@ def check_model_folder(folder: Path) -> None:
 def check_tokenizer(path: Path) -> None:
     """Check that the tokenizer in a `tokenizer.json` makes texts at most `MAX_GROWTH` times longer.
 
-    Replacements multiply each other, and may insert text between all characters.
+    Replacements multiply each other, and may insert text between all characters. The template for pairs of texts is not
+    checked, because MaskMoE encodes single texts.
 
     Raises:
         UnusableFile: The file cannot be read, is not JSON, or its tokenizer may make texts longer.
@@ -151,20 +156,61 @@ def check_tokenizer(path: Path) -> None:
     names = ("normalizer", "pre_tokenizer", "post_processor", "decoder")
     if not isinstance(content, dict):
         raise UnusableFile(path, "is not a tokenizer.json")
-    parts = [content.get(name) for name in names]
-    growth, found = 1.0, 0
+    parts: list[Any] = [[content.get(name) for name in names]]
+    growth, found, pieces, ids = 1.0, 0, 0, 1
     while parts:
         part, found = parts.pop(), found + 1
         if isinstance(part, dict):
+            if isinstance(template := part.get("single"), list):
+                growth *= max(1, sum("Sequence" in piece for piece in template if isinstance(piece, dict)))
+                pieces += len(template)
+            if isinstance(of_special_token := part.get("ids"), list):
+                ids = max(ids, len(of_special_token))
+            if isinstance(charsmap := part.get("precompiled_charsmap"), str):
+                with suppress(ValueError):  # tokenizers refuses wrong Base64
+                    growth *= _longest_replacement(base64.b64decode(charsmap))
             pattern, text = part.get("pattern"), part.get("content") or part.get("prepend")
             replaced = pattern.get("String") if isinstance(pattern, dict) else None
             if isinstance(text, str):
                 growth *= max(1, len(text) / len(replaced) if isinstance(replaced, str) and replaced else len(text) + 1)
             parts.extend(part.values())
         elif isinstance(part, list):
+            if any(isinstance(inner, list) for inner in part):  # tokenizers takes a list for an object's values
+                raise UnusableFile(path, "has a list where an object belongs; save the tokenizer again")
             parts.extend(part)
-        if growth > MAX_GROWTH or found > _MAX_TOKENIZER_VALUES:
-            raise UnusableFile(path, f"makes texts more than {MAX_GROWTH} times longer; use another tokenizer")
+        if max(growth, pieces * ids) > MAX_GROWTH or found > _MAX_TOKENIZER_VALUES:
+            raise UnusableFile(path, _GROWS)
+
+
+def check_sentencepiece(path: Path, content: bytes) -> None:
+    """Check that a SentencePiece model makes texts at most `MAX_GROWTH` times longer. Raises UnusableFile.
+
+    Files of other kinds pass: tiktoken's may be named tokenizer.model, too.
+    """
+    from google.protobuf.message import DecodeError  # most commands read no tokenizer
+
+    with suppress(DecodeError):
+        charsmaps = [charsmap for normalizer in _fields(content, 3) for charsmap in _fields(normalizer, 2)]
+        if any(_longest_replacement(charsmap) > MAX_GROWTH for charsmap in charsmaps):
+            raise UnusableFile(path, _GROWS)
+
+
+def _fields(message: bytes, number: int) -> list[bytes]:
+    """Return the fields of a protobuf message that have a number and hold bytes or a message."""
+    from google.protobuf.empty_pb2 import Empty
+    from google.protobuf.unknown_fields import UnknownFieldSet
+
+    fields = UnknownFieldSet(Empty.FromString(message))
+    return [field.data for field in fields if field.field_number == number and isinstance(field.data, bytes)]
+
+
+def _longest_replacement(charsmap: bytes) -> int:
+    """Return the length of the longest text that SentencePiece's map of characters makes of one character.
+
+    The map is the size of a trie in 4 bytes, the trie, and the texts, each ended by a null character.
+    """
+    texts = charsmap[4 + int.from_bytes(charsmap[:4], "little") :]
+    return max((len(text[0].decode(errors="replace")) for text in re.finditer(rb"[^\0]+", texts)), default=1)
 
 
 def check_name(folder: Path, name: str) -> None:

@@ -1,8 +1,12 @@
 """Files of strangers are read with bounds, from regular files inside their folder; only `UserError` may come out."""
 
+import io
 import json
 import os
+import re
 import time
+import unicodedata
+from base64 import b64decode, b64encode
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -10,6 +14,8 @@ from typing import Any
 import pytest
 from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
+from sentencepiece import SentencePieceTrainer
+from sentencepiece.sentencepiece_model_pb2 import ModelProto
 
 from maskmoe.checkpoint.integrity import Manifest, check_content, check_structure
 from maskmoe.comparison.suite import Suite
@@ -186,6 +192,27 @@ def replacement(pattern: object, content: str) -> dict[str, object]:
     return {"type": "Replace", "pattern": pattern, "content": content}
 
 
+def charsmap(text: str) -> str:
+    """Return SentencePiece's map of characters with an empty trie and one text, in Base64."""
+    return b64encode(bytes(4) + text.encode() + b"\0").decode()
+
+
+def template(ids: list[int]) -> dict[str, object]:
+    pieces = [{"SpecialToken": {"id": "a"}}, {"Sequence": {"id": "A"}}, {"SpecialToken": {"id": "a"}}]
+    return {"type": "TemplateProcessing", "single": pieces, "special_tokens": {"a": {"id": "a", "ids": ids}}}
+
+
+# The longest text of SentencePiece's own maps is that of U+FDFA, with 18 characters.
+ALBERT = {
+    "type": "Sequence",
+    "normalizers": [
+        replacement({"String": "``"}, '"'),
+        {"type": "Precompiled", "precompiled_charsmap": charsmap(unicodedata.normalize("NFKC", "\ufdfa"))},
+        replacement({"Regex": " {2,}"}, " "),
+    ],
+}
+
+
 @pytest.mark.parametrize(
     ("parts", "is_refused"),
     [
@@ -195,12 +222,37 @@ def replacement(pattern: object, content: str) -> dict[str, object]:
         ({"normalizer": replacement({"Regex": "x*"}, "a" * 200)}, True),
         ({"decoder": {"type": "Sequence", "decoders": [replacement({"String": "a"}, "aa")] * 40}}, True),
         ({"normalizer": {"type": "Prepend", "prepend": "a" * 200}}, True),
+        ({"normalizer": [{"String": " "}, "a" * 200]}, True),
+        ({"normalizer": {"type": "Precompiled", "precompiled_charsmap": charsmap("a" * 200)}}, True),
         ({"post_processor": {"type": "TemplateProcessing", "single": [{"SpecialToken": {"id": "a"}}] * 10_000}}, True),
+        ({"post_processor": {"type": "TemplateProcessing", "single": [{"Sequence": {"id": "A"}}] * 200}}, True),
+        ({"post_processor": template([0] * 100)}, True),
+        ({"normalizer": ALBERT, "post_processor": template([0])}, False),
     ],
 )
 def test_tokenizer_that_makes_texts_longer(tmp_path: Path, parts: dict[str, Any], is_refused: bool) -> None:
     (tmp_path / "tokenizer.json").write_text(json.dumps({"model": {"vocab": {"a" * 1000: 0}}, **parts}))
-    assert ("times longer" in error_of(lambda: check_model_folder(tmp_path))) == is_refused
+    assert bool(re.search("times longer|has a list", error_of(lambda: check_model_folder(tmp_path)))) == is_refused
+
+
+@pytest.mark.parametrize("rule", ["identity", "nmt_nfkc", "nmt_nfkc_cf"])
+def test_sentencepiece_model_that_makes_texts_longer(tmp_path: Path, rule: str) -> None:
+    content = io.BytesIO()
+    options = {"vocab_size": 12, "normalization_rule_name": rule, "hard_vocab_limit": False, "minloglevel": 2}
+    SentencePieceTrainer.train(sentence_iterator=iter(["a b c"]), model_writer=content, **options)
+    (tmp_path / "tokenizer.model").write_bytes(content.getvalue())
+    check_model_folder(tmp_path)
+    model = ModelProto.FromString(content.getvalue())
+    model.normalizer_spec.precompiled_charsmap = b64decode(charsmap("a" * 200))
+    (tmp_path / "tokenizer.model").write_bytes(model.SerializeToString())
+    for read in (
+        check_model_folder,
+        lambda folder: load_tokenizer("SentencePieceTokenizer", folder / "tokenizer.model"),
+    ):
+        with pytest.raises(UserError, match="times longer"):
+            read(tmp_path)
+    (tmp_path / "tokenizer.model").write_text("IQ== 0\nIg== 1\n")  # of tiktoken
+    check_model_folder(tmp_path)
 
 
 def test_folder_of_a_model_has_regular_files(tmp_path: Path) -> None:
