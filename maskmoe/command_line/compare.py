@@ -117,11 +117,11 @@ def open_comparison(options: argparse.Namespace) -> Comparison:
     comparison = Comparison(suite, name, folder, table, data, find_devices())
     for run in comparison.runs:
         if run.variant.has_experts:
-            _check_mask(run)
+            check_mask(run)
     return comparison
 
 
-def _check_mask(run: Run) -> None:
+def check_mask(run: Run) -> None:
     """Refuse flags of a mask and its widening before anything is made. Raises a UserError that names the variant."""
     words = run.mask_stage(run.routing_mask).command
     try:

@@ -14,6 +14,7 @@ from pathlib import Path
 
 from maskmoe.arguments import ranges
 from maskmoe.arguments.parser import Parser, add_option
+from maskmoe.command_line.compare import check_mask
 from maskmoe.comparison.quickstart import Quickstart, Settings, quickstart_suite, write_report
 from maskmoe.comparison.stage import StageFolder, StatusLine, stopping_in_order
 from maskmoe.files.paths import RUNS
@@ -86,6 +87,7 @@ def main() -> None:
     folder, line = StageFolder(quickstart.run.folder), StatusLine(sys.stdout)
     # Check before anything is written.
     quickstart.data.check()
+    check_mask(quickstart.run)
     folder.check((quickstart.report, quickstart.loss_curve), settings.input)
     with locked_folder(quickstart.run.folder, "--run-dir"), stopping_in_order():
         data = tuple(quickstart.data.stages())

@@ -6,6 +6,7 @@ merges the flags of the sections, so that each variant has all its flags.
 
 import itertools
 import re
+from argparse import ArgumentTypeError
 from collections.abc import Callable, Mapping
 from contextlib import suppress
 from functools import partial
@@ -25,6 +26,7 @@ from pydantic import (
     ValidationInfo,
 )
 
+from maskmoe.arguments import ranges
 from maskmoe.arguments.flags import override
 from maskmoe.errors import UserError
 from maskmoe.files.json_files import first_problem
@@ -33,7 +35,6 @@ from maskmoe.launch.model_file import Flags, ModelFile, parse_flags, parse_layou
 from maskmoe.routing_mask.feed_forward_layers import FeedForwardLayers
 
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._+-]*")
-_WHOLE_NUMBER = re.compile(r"[0-9]{1,18}")
 _NEEDED_FLAGS = ("train-iters", "seq-length", "global-batch-size")
 _DECIDED_FLAGS = {"seed", "save", "load", "routing-mask", "data-path"}
 # A preset decides all other flags of the mask.
@@ -259,11 +260,22 @@ class Suite(_Section):
         needed = (*_NEEDED_FLAGS, "num-experts") if section.has_experts else _NEEDED_FLAGS
         if missing := [flag for flag in needed if flag not in flags]:
             raise ValueError(f"variant {name} has no {missing[0]} among its flags")
-        if wrong := [flag for flag in needed if not _WHOLE_NUMBER.fullmatch(" ".join(flags[flag]))]:
-            raise ValueError(f"variant {name}: {wrong[0]} must be a whole number")
+        for flag, kind in {**dict.fromkeys(needed, ranges.COUNT), "lr": ranges.LEARNING_RATE}.items():
+            try:
+                if flag in flags:
+                    kind(" ".join(flags[flag]))
+            except ArgumentTypeError as error:
+                raise ValueError(f"variant {name}: {flag} {error}") from error
         if not {"hybrid-layer-pattern", "num-layers"} & flags.keys():
             raise ValueError(
                 f"variant {name} has no layers: write `layers: 2`, or hybrid-layer-pattern among its flags"
+            )
+        pattern = " ".join(flags.get("hybrid-layer-pattern", ()))
+        has_experts = FeedForwardLayers.of_pattern(pattern).num_moe_layers > 0
+        if pattern and has_experts != section.has_experts and not section.program:
+            raise ValueError(
+                f"variant {name}: a mask needs an E in hybrid-layer-pattern, and `mask: none` a pattern without E, "
+                f"not {pattern}"
             )
         if decided := sorted(_DECIDED_FLAGS & flags.keys()):
             raise ValueError(f"variant {name}: {', '.join(decided)} is decided by the comparison; leave the flag out")

@@ -251,6 +251,10 @@ MISTAKES = [
         "compare suite.yaml --held-out a=text.txt --run-dir text.txt --input text.txt text.txt",
         "choose another --run-dir",
     ),
+    (
+        f"quickstart {COMMANDS['quickstart']} --assignment rank-local --frequent-visible-experts 8",
+        "the mask of the variant maskmoe: ",
+    ),
     ("pretrain --node 2 laptop.yaml", "--node"),
     ("pretrain laptop.yaml stray", "stray"),
     ("pretrain stray", "the model file stray does not exist"),

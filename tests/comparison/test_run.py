@@ -49,10 +49,15 @@ def test_the_seed_is_that_of_the_mask_too(runs):
 
 
 @pytest.mark.parametrize(
-    "layers", ["layers: 2\nflags: {", "flags: {num-layers: 2, ", 'flags: {hybrid-layer-pattern: "*-|*E", ']
+    ("old", "new"),
+    [
+        ("layers: 2", "layers: 2"),
+        ("layers: 2\nflags: {", "flags: {num-layers: 2, "),
+        ("{mask: {}}", '{mask: {}, flags: {hybrid-layer-pattern: "*-|*E"}}'),
+    ],
 )
-def test_the_mask_has_a_table_for_each_feed_forward_layer(runs, layers):
-    (stage,) = runs(replace={"layers: 2\nflags: {": layers})["maskmoe.seed-1"].stages_before_training()
+def test_the_mask_has_a_table_for_each_feed_forward_layer(runs, old, new):
+    (stage,) = runs(replace={old: new})["maskmoe.seed-1"].stages_before_training()
     assert stage.command[stage.command.index("--num-layers") + 1] == "2"
 
 

@@ -56,14 +56,15 @@ def test_vary_makes_a_variant_of_each_combination(suite_file):
 
 
 @pytest.mark.parametrize(
-    ("value", "flags"), [("null", {}), ("", {}), ("~", {}), ("true", {"lr": ()}), ("${RATE}", {"lr": ("0.5",)})]
+    ("value", "flags"),
+    [("null", {}), ("", {}), ("~", {}), ("true", {"weight-decay": ()}), ("${RATE}", {"weight-decay": ("0.5",)})],
 )
 def test_values_of_vary_are_those_of_flags(suite_file, value, flags):
-    vary = f"vary: {{lr: ['{value}'], mask.frequent-mass: '{value}'}}\ndata:"
+    vary = f"vary: {{weight-decay: ['{value}'], mask.frequent-mass: '{value}'}}\ndata:"
     suite = Suite.read(suite_file(replace={"data:": vary}), {"RATE": "0.5"})
-    variant = suite.variants[f"maskmoe.lr-{value}.frequent-mass-{value}"]
-    assert {flag: words for flag, words in variant.flags.items() if flag == "lr"} == flags
-    assert variant.mask.get("frequent-mass") == flags.get("lr")
+    variant = suite.variants[f"maskmoe.weight-decay-{value}.frequent-mass-{value}"]
+    assert {flag: words for flag, words in variant.flags.items() if flag == "weight-decay"} == flags
+    assert variant.mask.get("frequent-mass") == flags.get("weight-decay")
 
 
 def test_a_suite_extends_another_one(suite_file, tmp_path):
@@ -165,6 +166,12 @@ def test_paths_are_relative_to_the_suite(suite_file, tmp_path):
         ("train-iters: 40, ", "train-iters: ten, ", "variant .*: train-iters must be a whole number"),
         ("train-iters: 40, ", "train-iters: true, ", "variant .*: train-iters must be a whole number"),
         ("train-iters: 40, ", f"train-iters: '{'4' * 5000}', ", "variant .*: train-iters must be a whole number"),
+        ("train-iters: 40, ", "train-iters: 0, ", "variant .*: train-iters must be at least 1, not 0"),
+        ("lr: 1e-2", "lr: -1", "variant .*: lr must be above 0, not -1"),
+        ("lr: 1e-2", "lr: true", "variant .*: lr must be a finite number"),
+        ("seeds: [1, 2]", "vary: {lr: [1e-3, abc]}", "variant .*: lr must be a finite number, not 'abc'"),
+        ("title: Dense", "flags: {hybrid-layer-pattern: '*E*E'}", "variant dense: .* not .E.E"),
+        ("smoe: {mask", "smoe: {flags: {hybrid-layer-pattern: '*-*-'}, mask", "variant smoe: .* not .-.-"),
         ("seeds: [1, 2]", "vary: {lr: []}", "vary.lr: "),
         ("seeds: [1, 2]", "vary: {lr: '${RATE}'}", "vary: lr needs the environment variable RATE"),
         ("layers: 2", "layers: 0", "variant dense has no layers: write `layers: 2`, or hybrid-layer-pattern"),
@@ -180,11 +187,6 @@ def test_bad_suite_is_refused(suite_file, old, new, message):
     with pytest.raises(UserError, match=message) as error:
         Suite.read(suite_file(replace={old: new}), {})
     assert "\n" not in str(error.value)
-
-
-def test_rate_without_a_value_is_left_to_the_check_of_the_settings(suite_file):
-    suite = Suite.read(suite_file(replace={"lr: 1e-2": "lr: true"}), {})
-    assert "min-lr" not in suite.variants["dense"].flags
 
 
 @pytest.fixture(params=SHIPPED, ids=lambda path: path.stem)
