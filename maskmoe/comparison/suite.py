@@ -82,6 +82,15 @@ def _parse[T](parse: Callable[[object, str, Mapping[str, str]], T], content: obj
         raise ValueError(str(error)) from error
 
 
+def _parse_mask(content: object, info: ValidationInfo) -> Flags | Literal["none"]:
+    """Parse the mask of a variant, see `_parse`."""
+    if content == "none":
+        return "none"
+    if not isinstance(content, dict):
+        raise ValueError("must be flags of `maskmoe mask`, such as {preset: hash}, or none")
+    return _parse(parse_flags, content, info)
+
+
 type Words = Annotated[tuple[str, ...], BeforeValidator(_to_list)]
 Name = Annotated[str, AfterValidator(_check_name)]
 TextName = Annotated[str, AfterValidator(check_text_name)]
@@ -115,7 +124,7 @@ class Variant(_Section):
     """
 
     title: str = ""
-    mask: FlagSection | Literal["none"]
+    mask: Annotated[Flags | Literal["none"], PlainValidator(_parse_mask)]
     widen: FlagSection = {}
     model: str = ""
     flags: FlagSection = {}

@@ -157,6 +157,8 @@ def test_paths_are_relative_to_the_suite(suite_file, tmp_path):
     [
         ("variants:", "variant:", "variants: is missing"),
         ("maskmoe: {mask: {}}", "maskmoe: {title: MaskMoE}", "variants.maskmoe.mask: is missing"),
+        ("maskmoe: {mask: {}}", "maskmoe: {mask: hash}", r"variants.maskmoe.mask: must be flags of `maskmoe mask`"),
+        ("maskmoe: {mask: {}}", "maskmoe: {mask: {a: {}}}", "variants.maskmoe.mask: the section: a must have a value"),
         ("seeds: [1, 2]", "seeds: [1, 1]", "seeds must be different"),
         ("seeds: [1, 2]", "seeds: [-1]", "seeds.0: should be greater than 0"),
         ("{vocab-size: 300}", "{vocab-size: 300, held-out: {training: a.txt}}", "the name training is taken"),
