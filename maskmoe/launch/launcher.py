@@ -9,7 +9,7 @@ from typing import NoReturn
 from maskmoe.arguments import ranges
 from maskmoe.arguments.flags import split_flags
 from maskmoe.arguments.parser import OneLineParser
-from maskmoe.files.outputs import check_outputs
+from maskmoe.files.outputs import check_outputs, refuse_checkpoint
 from maskmoe.launch.command import ENTRY_POINT_ENVIRONMENT, Command, run_flags, standalone_command, unset_variables
 from maskmoe.launch.machine import find_devices, wait_for
 from maskmoe.launch.model_file import ModelFile
@@ -34,6 +34,7 @@ def launch(program: str, arguments: Sequence[str]) -> None:
     # Until the ranks run, there is nothing to save. The supervisor installs its own handlers later.
     handle_signals_that_end(lambda *_: sys.exit(EXIT_REQUEUE))
     options = parse_options(program, arguments, os.environ)
+    refuse_checkpoint(options.run_dir)
     model = ModelFile.read(options.model, {**os.environ, "RUN_DIR": str(options.run_dir)})
     processes = options.gpus_per_node or find_devices().num_gpus or 1
     if options.nodes.is_elastic and not options.check_only:

@@ -66,8 +66,10 @@ def check_save_folder(args: Namespace) -> None:
     folders = {"--save": args.save, "--tensorboard-dir": args.tensorboard_dir}
     if args.save is not None:
         folders["--non-persistent-global-ckpt-dir"] = args.non_persistent_global_ckpt_dir
-    if args.data_cache_path is not None and not Path(args.data_cache_path).is_dir():
-        folders["--data-cache-path"] = args.data_cache_path
+    if args.data_cache_path is not None:
+        refuse_checkpoint(Path(args.data_cache_path))
+        if not Path(args.data_cache_path).is_dir():
+            folders["--data-cache-path"] = args.data_cache_path
     for flag, name in folders.items():
         if name is None:
             continue

@@ -41,6 +41,7 @@ CASES = {
         ["counts", "theirs.model", "bad/ours.model"],
     ),
     "missing tokenizer model": (f"{SENTENCE_PIECE} nowhere.model", MASK, ["nowhere.model"]),
+    "cache in a checkpoint": ("--data-cache-path bad/iter_0000001", MASK, ["iter_0000001 is a checkpoint"]),
     "cache that is a device": ("--data-cache-path /dev/full", MASK, ["--data-cache-path /dev/full: cannot write in"]),
 }
 
@@ -49,7 +50,8 @@ CASES = {
 def bad_files(workplace) -> Path:
     """Make the damaged and unfitting files of the cases."""
     folder = workplace.folder / "bad"
-    folder.mkdir()
+    (folder / "iter_0000001").mkdir(parents=True)
+    (folder / "iter_0000001" / ".metadata").touch()
     write_documents(folder / "one_document", [np.full(120, 3)], np.int32)
     write_altered_mask(workplace.folder, folder)
     write_tokenizers(folder)
