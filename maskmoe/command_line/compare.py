@@ -44,7 +44,7 @@ def parse_arguments(arguments: Sequence[str]) -> argparse.Namespace:
         epilog="The run folder gets data/, runs/ with a folder for each run, results.jsonl with a line for each "
         "finished run, and report/ with README.md and losses.png.",
     )
-    suite_help = "a suite file, or the name of a shipped one: laptop.yaml, small.yaml, …; see launch/suites/"
+    suite_help = "a suite file, or the name of a shipped one: small.yaml, per-layer.yaml, …; see launch/suites/"
     parser.add_argument("suite", type=partial(shipped_file, folder="suites"), metavar="SUITE.yaml", help=suite_help)
     add_option(parser, "--run-dir DIR", "folder of all files (default: runs/suites/SUITE)", Path)
     add_option(parser, "--table FILE", "table of the results (default: results.jsonl in the run folder)", Path)
