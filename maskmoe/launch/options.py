@@ -124,7 +124,11 @@ def parse_options(program: str, arguments: Sequence[str], environment: Mapping[s
         UserError: A value is invalid, an option follows the model file, or several nodes lack a rendezvous or a node
             rank.
     """
-    options = _parser(program, environment).parse_args(arguments, namespace=Options())
+    options, unknown = _parser(program, environment).parse_known_args(arguments, Options())
+    if unknown:
+        raise UserError(
+            f"unknown option {unknown[0]} of {program}: write Megatron's flags after MODEL.yaml (see {program} --help)"
+        )
     if misplaced := launcher_options(options.flags):
         raise UserError(f"{misplaced[0]} is an option of {program}: write it before {options.model}")
     options.run_dir = (options.run_dir or RUNS / options.model.stem).absolute()
@@ -155,11 +159,18 @@ def parse_options(program: str, arguments: Sequence[str], environment: Mapping[s
 
 
 def _parser(program: str, environment: Mapping[str, str]) -> Parser:
+    is_check = program == "maskmoe check"
+    report = "after MODEL.yaml, --json FILE also writes the report as JSON, and --force replaces FILE"
+    purpose = (
+        f"Check the settings of a YAML file, whose keys are Megatron's flags, and show what the run needs; {report}."
+        if is_check
+        else "Pretrain the model of a YAML file, whose keys are Megatron's flags, on one node or many: start the "
+        "command on each node."
+    )
     parser = Parser(
         prog=program,
         usage=f"{program} [options] MODEL.yaml [Megatron's flags…]",
-        description="Pretrain the model of a YAML file, whose keys are Megatron's flags, on one node or many: start "
-        "the command on each node. Flags after the file override the file's flags, and `--flag false` removes a flag. "
+        description=f"{purpose} Flags after the file override the file's flags, and `--flag false` removes a flag. "
         "Each option can be given as the environment variable in brackets instead.",
         epilog="A signal (SIGTERM, SIGUSR1, Ctrl-C and others) makes the run save a checkpoint and stop. The same "
         "command resumes the run. Exit codes: 0, the training is complete, or stopped at --exit-interval or "
@@ -198,7 +209,7 @@ def _parser(program: str, environment: Mapping[str, str]) -> Parser:
     add(
         "--run-dir", "DIR", Path, "RUN_DIR", "folder for checkpoints, TensorBoard events and logs (default: runs/MODEL)"
     )
-    check_help = "only check the settings, and show what the run needs"
+    check_help = argparse.SUPPRESS if is_check else f"only check the settings, and show what the run needs; {report}"
     parser.add_argument("--check", dest="check_only", action="store_true", help=check_help)
     parser.add_argument("--dry-run", action="store_true", help="only print torchrun's command line")
     verbose_help = "print all arguments, the memory of the run, and everything else that is usually only in files"
