@@ -275,6 +275,20 @@ def test_hanging_rank_is_named(start_faulty, rank, stops, culprit):
 
 
 @pytest.mark.slow
+def test_data_file_that_becomes_shorter_is_named_by_the_next_start(workplace, start_faulty, tmp_path):
+    for suffix in ("bin", "idx"):
+        shutil.copy(workplace.folder / f"data.{suffix}", tmp_path)
+    flags = f"--data-path {tmp_path}/data --num-workers 2 --train-iters 1000 --save-interval 1000"
+    with start_faulty(flags=flags, ranks=1, torchrun=True, restarts=1) as processes:
+        processes.wait_for_iteration(3)
+        os.truncate(tmp_path / "data.bin", 0)
+        outcome = processes.wait()
+    assert outcome.exit_codes == (1,), outcome.report()
+    assert "insufficient shared memory (shm)" in outcome.errors[0]
+    assert f"{tmp_path}/data.bin has 0 bytes, but" in outcome.errors[0]
+
+
+@pytest.mark.slow
 @pytest.mark.parametrize("flags", ["", "--async-save"])
 def test_full_disk(workplace, tmp_path, flags):
     """One checkpoint fits on the run's file system, two do not."""
