@@ -197,8 +197,8 @@ def shipped(request):
 
 
 def test_shipped_variants_are_trained_alike(shipped):
-    """The variants of one setting differ only in the flags of their experts."""
-    own = {"ffn-hidden-size", "num-experts", "hybrid-layer-pattern"}
+    """The variants of one setting differ only in the flags of their experts and in their learning rates."""
+    own = {"ffn-hidden-size", "num-experts", "hybrid-layer-pattern", "lr", "min-lr"}
     for setting in {variant.setting for variant in shipped.variants.values()}:
         trained = [
             {name: words for name, words in variant.flags.items() if name not in own and not name.startswith("moe-")}
