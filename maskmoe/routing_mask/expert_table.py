@@ -177,7 +177,7 @@ class ExpertTable:
             The names of the tensors.
 
         Raises:
-            UserError: The file cannot be written.
+            UserError: The file cannot be written, or no layer with experts has a table.
         """
         experts = self.experts if len(self.experts) > 1 else [self.experts[0]] * len(positions)
         tensors = {
@@ -185,6 +185,11 @@ class ExpertTable:
             for layer, table in zip(positions, experts, strict=True)
             if layer is not None and table is not None
         }
+        if not tensors:
+            raise UserError(
+                "the hash layers of the mask have no experts in the model, so there is no table to write; check "
+                "--hybrid-layer-pattern"
+            )
         with atomic_output(path) as temporary:
             temporary.write_bytes(save(tensors, {"routing_mask": self.name}))
         return list(tensors)
@@ -256,6 +261,6 @@ def _read_tensor(file: Path, name: str) -> np.ndarray:
     """Return a tensor of a safetensors file, or the array of a .npy file."""
     with reading_tensors(file, "expert table"):
         if file.suffix == ".npy":
-            return np.load(file, mmap_mode="r", allow_pickle=False)
+            return np.lib.format.open_memmap(file, mode="r")
         with safe_open(file, framework="numpy") as tensors:
             return tensors.get_tensor(name)

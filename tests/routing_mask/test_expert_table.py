@@ -137,6 +137,14 @@ def test_refuses_masks_without_a_table(masses, words):
         ExpertTable.of_mask(mask)
 
 
+def test_refuses_to_write_no_table(tmp_path):
+    """The first layer is a hash layer, but the pattern gives experts to the other layers only."""
+    write = ["--vocab-size", VOCAB_SIZE, "--preset", "smoe", "--hash-layers", 1, "--hash-assignment", "uniform"]
+    write += ["--format", "tid2eid", "--hybrid-layer-pattern", "*-*E*E*E"]
+    build(*write, folder=tmp_path, output="t").assert_refused("have no experts in the model", "--hybrid-layer-pattern")
+    assert not (tmp_path / "t").exists()
+
+
 def test_commands_write_and_read_a_table(tmp_path):
     """Rows beyond the vocabulary of the tokenizer are padding."""
     frequency_of(np.arange(VOCAB_SIZE) + 1).save(tmp_path / "counts")
@@ -264,6 +272,7 @@ def test_provenance_has_a_digest_of_the_table(tmp_path):
         ("missing.npy", r"expert table .*missing.npy does not exist"),
         ("text.npy", r"text.npy is not a readable"),
         ("objects.npy", r"objects.npy is not a readable"),
+        ("archive.npy", r"archive.npy is not a readable"),
         ("text.safetensors", r"text.safetensors is not a readable"),
         ("floats.npy", r"floats.npy must be integers .*float64"),
         ("flat.npy", r"flat.npy must be .*\[50\]"),
@@ -291,6 +300,8 @@ def test_refuses_bad_input(location, words, tmp_path):
     tables = {"floats": fine * 1.0, "flat": fine[:, 0], "outside": outside, "negative": negative, "twice": twice}
     for name, table in {**tables, "objects": np.array([{}], dtype=object)}.items():
         np.save(tmp_path / f"{name}.npy", table)
+    with open(tmp_path / "archive.npy", "wb") as archive:
+        np.savez(archive, fine)
     for name in ("text.npy", "text.safetensors"):
         (tmp_path / name).write_text("text")
     save_file({"a": fine, "b": fine}, tmp_path / "two.safetensors")
