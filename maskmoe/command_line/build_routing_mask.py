@@ -207,11 +207,11 @@ def _make_mask(arguments: argparse.Namespace, frequency: TokenFrequency | None) 
         source = {"frequency": frequency, "vocab_size": arguments.vocab_size}
         return build_routing_mask(recipe_from(arguments), **source, progress=True)
     folder = Path(arguments.expert_table)
-    positions = positions_of_layers(arguments.hybrid_layer_pattern, arguments.num_layers)
     if folder.is_dir() and not any(folder.glob("*.safetensors")):
+        positions = positions_of_layers(arguments.hybrid_layer_pattern, arguments.num_layers)
         table = ExpertTable.of_tensors(folder.name, _checkpoint_reader().read_expert_tables(folder), positions)
     else:
-        table = ExpertTable.read(arguments.expert_table, positions)
+        table = ExpertTable.read(arguments.expert_table, arguments.num_layers, arguments.hybrid_layer_pattern)
     vocab_size = frequency.vocab_size if frequency else arguments.vocab_size
     return table.to_mask(arguments.num_experts, arguments.num_layers, vocab_size)
 
@@ -304,8 +304,9 @@ def main() -> None:
             tensors = []
             mask.save(temporary)
         else:
-            positions = positions_of_layers(arguments.hybrid_layer_pattern, mask.num_layers)
-            tensors = ExpertTable.of_mask(mask).save(temporary, TENSOR_NAMES[arguments.format], positions)
+            names = TENSOR_NAMES[arguments.format]
+            positions = positions_of_layers(arguments.hybrid_layer_pattern, mask.num_layers, [names])
+            tensors = ExpertTable.of_mask(mask).save(temporary, names, positions)
     print_summary(mask, frequency, num_ranks)
     if tensors:
         print(f"tensors          {counted(len(tensors), 'tensor')}, the first is {tensors[0]}")

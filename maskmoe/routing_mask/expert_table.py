@@ -14,6 +14,7 @@ from safetensors.numpy import save
 
 from maskmoe.errors import UserError, counted
 from maskmoe.files.outputs import atomic_output
+from maskmoe.routing_mask.feed_forward_layers import positions_of_layers
 from maskmoe.routing_mask.mask import MaskProvenance, RoutingMask, stack_tables, table_of_sets
 from maskmoe.routing_mask.sealed_tensors import reading_tensors
 
@@ -78,7 +79,7 @@ class ExpertTable:
         return [table for table in self.experts if table is not None]
 
     @classmethod
-    def read(cls, location: str, positions: Sequence[int | None]) -> Self:
+    def read(cls, location: str, num_layers: int, pattern: str | None = None) -> Self:
         """Read a table from a file.
 
         Args:
@@ -86,13 +87,15 @@ class ExpertTable:
                 the shape `[vocab, k]` or `[layers, vocab, k]`. If TENSOR contains `{layer}`, there is one tensor
                 `[vocab, k]` for each layer, and layers without a tensor have no table. Without TENSOR, the tables are
                 the tensors that `layer_of_tensor` knows, or the only tensor.
-            positions: The number of each layer in the names of tensors; None for a layer without experts.
+            num_layers: See `positions_of_layers`.
+            pattern: See `positions_of_layers`.
 
         Raises:
-            UserError: The file or the tensor is missing or damaged, or is not a table of experts.
+            UserError: The file or the tensor is missing or damaged, or is not a table of experts for these layers.
         """
         path, tensor = split_location(location)
         name, file_of = f"{path.name}:{tensor}" if tensor else path.name, _files_of_tensors(path)
+        positions = positions_of_layers(pattern, num_layers, [tensor] if tensor else file_of)
         if _LAYER in tensor:
             names = [None if layer is None else tensor.replace(_LAYER, str(layer)) for layer in positions]
             experts = [_read_tensor(file_of[each], each) if each in file_of else None for each in names]
@@ -108,8 +111,8 @@ class ExpertTable:
         tensor = tensor or next(iter(file_of))
         table = _read_tensor(file_of[tensor], tensor)
         # A tensor of three dimensions has a table for each layer.
-        if table.ndim == 3 and len(table) not in (1, len(positions)):
-            raise UserError(f"expert table {location} is for {len(table)} layers, but the model has {len(positions)}")
+        if table.ndim == 3 and len(table) not in (1, num_layers):
+            raise UserError(f"expert table {location} is for {len(table)} layers, but the model has {num_layers}")
         return cls(name, list(table) if table.ndim == 3 else [table])
 
     @classmethod
@@ -119,7 +122,7 @@ class ExpertTable:
         Args:
             name: Name of the file.
             tensors: The tables by the names of their tensors.
-            positions: See `read`.
+            positions: The number of each layer in the names of tensors; None for a layer without experts.
 
         Raises:
             UserError: A layer with experts lacks a table and a later layer has one, or see `ExpertTable`.
@@ -171,7 +174,7 @@ class ExpertTable:
         Args:
             path: The file to write.
             tensor: The names of the tensors, with `{layer}` for the number of a layer.
-            positions: See `read`.
+            positions: See `of_tensors`.
 
         Returns:
             The names of the tensors.

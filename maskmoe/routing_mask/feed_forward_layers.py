@@ -10,6 +10,7 @@ from maskmoe.errors import UserError, counted
 LAYER_FREQUENCY_ERROR = (
     "--moe-layer-freq must be 1 or more, or a list of 0 and 1 that gives experts to a layer, such as [0]+[1]*23"
 )
+_MEGATRONS_LAYERS = "decoder.layers."
 _MLP, _MOE, _STAGE, _PREDICTION = "-", "E", "|", "/"
 
 
@@ -86,16 +87,20 @@ class FeedForwardLayers:
         return number - 1 if num_tables == len(self.has_experts) else sum(self.has_experts[: number - 1])
 
 
-def positions_of_layers(pattern: str | None, num_layers: int) -> Sequence[int | None]:
+def positions_of_layers(
+    pattern: str | None, num_layers: int, names: Iterable[str] = (_MEGATRONS_LAYERS,)
+) -> Sequence[int | None]:
     """Return the number, from 0, that each layer of a mask has among the decoder layers of its model.
 
     Args:
         pattern: `--hybrid-layer-pattern` of a `HybridModel`; None for a `GPTModel`, whose layers have one number each.
         num_layers: Number of layers of the mask, which are the model's MoE layers or all its feed-forward layers,
             multi-token prediction included.
+        names: Names of tensors that contain the numbers. Megatron-Core's names count all layers of the pattern; all
+            other names count feed-forward layers, one for each transformer layer.
 
     Returns:
-        The numbers, which Megatron-Core's names of tensors contain; None for a layer that is no hash layer: a
+        The numbers, which the names contain; None for a layer that is no hash layer: a
         feed-forward layer without experts, or a layer of multi-token prediction.
 
     Raises:
@@ -105,6 +110,8 @@ def positions_of_layers(pattern: str | None, num_layers: int) -> Sequence[int | 
         return range(num_layers)
     decoder, _, predictions = pattern.replace(_STAGE, "").partition(_PREDICTION)
     of_predictions = [symbol for symbol in predictions if symbol in (_MLP, _MOE)]
+    if not any(_MEGATRONS_LAYERS in name for name in names):
+        decoder = "".join(symbol for symbol in decoder if symbol in (_MLP, _MOE))
     feed_forward = [(layer, symbol) for layer, symbol in enumerate(decoder) if symbol in (_MLP, _MOE)]
     feed_forward += [(None, symbol) for symbol in of_predictions]
     moe = [layer for layer, symbol in feed_forward if symbol == _MOE]

@@ -169,7 +169,7 @@ READERS_OF_ONE_FILE: dict[str, Callable[[Path], object]] = {
     "suite": lambda path: Suite.read(path, {}),
     "mask": RoutingMask.load,
     "token counts": TokenFrequency.load,
-    "expert table": lambda path: ExpertTable.read(str(path), range(2)),
+    "expert table": lambda path: ExpertTable.read(str(path), 2),
     "SentencePiece": lambda path: load_tokenizer("SentencePieceTokenizer", path),
     "tokenizer.json": lambda path: load_tokenizer("HuggingFaceTokenizer", path),
     "bytes": lambda path: read_bounded(path, 100),

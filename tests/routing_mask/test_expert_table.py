@@ -23,7 +23,6 @@ from maskmoe.routing_mask.feed_forward_layers import positions_of_layers
 from maskmoe.routing_mask.mask import RoutingMask, stack_tables
 
 VOCAB_SIZE, NUM_EXPERTS, NUM_LAYERS = 50, 12, 4
-LAYERS = range(NUM_LAYERS)
 TENSOR = "model.layers.{layer}.mlp.gate.tid2eid"
 
 
@@ -62,12 +61,17 @@ def test_shows_exactly_the_experts_of_the_table(tables):
     assert RoutingMask.from_tensors(*mask.to_tensors()).digest == mask.digest
 
 
-@given(tables=tables_of_layers(), name=st.sampled_from([*TENSOR_NAMES.values(), TENSOR]), stride=st.integers(1, 3))
-def test_a_mask_is_read_back_from_its_table(tables, name, stride, tmp_path_factory):
+@given(
+    tables=tables_of_layers(),
+    name=st.sampled_from([*TENSOR_NAMES.values(), TENSOR]),
+    parts=st.one_of(st.none(), st.lists(st.sampled_from(["*E", "ME", "E", "*-*E", "|M*E"]), min_size=4, max_size=4)),
+)
+def test_a_mask_is_read_back_from_its_table(tables, name, parts, tmp_path_factory):
     """The files hold other tensors, too, as checkpoints do, and the layers of hybrid models have numbers with gaps."""
     folder = tmp_path_factory.mktemp("round_trip")
     mask = ExpertTable("t", tables).to_mask(NUM_EXPERTS, len(tables))
-    positions = [stride * layer + 1 for layer in range(len(tables))]
+    pattern = parts and "".join(parts[: len(tables)])
+    positions = positions_of_layers(pattern, len(tables), [name])
     names = ExpertTable.of_mask(mask).save(folder / "t.safetensors", name, positions)
     written = load_file(folder / "t.safetensors")
     assert written.keys() == set(names)
@@ -78,7 +82,7 @@ def test_a_mask_is_read_back_from_its_table(tables, name, stride, tmp_path_facto
     }
     save_file(written | other, folder / "shard.safetensors")
     for file in ("t.safetensors", "shard.safetensors", f"shard.safetensors:{name}"):
-        again = ExpertTable.read(f"{folder}/{file}", positions).to_mask(NUM_EXPERTS, len(tables))
+        again = ExpertTable.read(f"{folder}/{file}", len(tables), pattern).to_mask(NUM_EXPERTS, len(tables))
         assert np.array_equal(again.row_of_id, mask.row_of_id)
         assert np.array_equal(again.visible_bits, mask.visible_bits)
 
@@ -86,35 +90,38 @@ def test_a_mask_is_read_back_from_its_table(tables, name, stride, tmp_path_facto
 def test_a_shared_table_is_written_for_each_layer_with_experts(tmp_path):
     recipe = MaskRecipe.from_preset("top-k-hash", NUM_EXPERTS, 2, assignment="uniform", frequent_visible_experts=3)
     mask = build_routing_mask(replace(recipe, shared_table=True), vocab_size=VOCAB_SIZE)
-    positions = positions_of_layers("*-*E", 2)
+    pattern = "*-*E"
+    positions = positions_of_layers(pattern, 2)
     (name,) = ExpertTable.of_mask(mask).save(tmp_path / "t", TENSOR_NAMES["tid2eid"], positions)
     assert name == "decoder.layers.3.mlp.router.tid2eid"
     assert_shows(mask, 0, load_file(tmp_path / "t")[name])
     for location in ("t", f"t:{TENSOR_NAMES['tid2eid']}"):
-        without, table = ExpertTable.read(f"{tmp_path}/{location}", positions).experts
+        without, table = ExpertTable.read(f"{tmp_path}/{location}", 2, pattern).experts
         assert without is None
         assert_shows(mask, 1, table)
 
 
 @pytest.mark.parametrize(
-    ("pattern", "num_layers", "positions"),
+    ("pattern", "num_layers", "positions", "of_deepseek"),
     [
-        ("*E*E", 2, [1, 3]),
-        ("*E|M*E", 2, [1, 4]),
-        ("*-*E", 2, [None, 3]),
-        ("*-*E", 1, [3]),
-        ("*E*E/*E", 3, [1, 3, None]),
-        ("*-*E/*E/*-", 2, [3, None]),
-        ("*-*E/*E/*-", 4, [None, 3, None, None]),
-        ("*E*E", 3, None),
+        ("*E*E", 2, [1, 3], [0, 1]),
+        ("*E|M*E", 2, [1, 4], [0, 1]),
+        ("*-*E", 2, [None, 3], [None, 1]),
+        ("*-*E", 1, [3], [1]),
+        ("*E*E/*E", 3, [1, 3, None], [0, 1, None]),
+        ("*-*E/*E/*-", 2, [3, None], [1, None]),
+        ("*-*E/*E/*-", 4, [None, 3, None, None], [None, 1, None, None]),
+        ("*E*E", 3, None, None),
     ],
 )
-def test_positions_of_layers(pattern, num_layers, positions):
+def test_positions_of_layers(pattern, num_layers, positions, of_deepseek):
     if positions is None:
         with pytest.raises(UserError, match="2 E and 0 -, but the mask is for 3 layers"):
             positions_of_layers(pattern, num_layers)
     else:
         assert positions_of_layers(pattern, num_layers) == positions
+        for format_, expected in (("tid2eid", positions), ("tid2eid-deepseek", of_deepseek)):
+            assert positions_of_layers(pattern, num_layers, [TENSOR_NAMES[format_]]) == expected
 
 
 @pytest.mark.parametrize(
@@ -154,7 +161,7 @@ def test_commands_write_and_read_a_table(tmp_path):
     for form, first in (
         ("tid2eid", "decoder.layers.1.mlp.router.tid2eid"),
         ("mask", ""),
-        ("tid2eid-deepseek", "layers.1."),
+        ("tid2eid-deepseek", "layers.0."),
     ):
         process = build(*write, "--format", form, folder=tmp_path, output=form)
         assert process.code == 0, process.errors
@@ -163,13 +170,21 @@ def test_commands_write_and_read_a_table(tmp_path):
     tables = load_file(tmp_path / "tid2eid")
     assert list(tables) == ["decoder.layers.1.mlp.router.tid2eid", "decoder.layers.3.mlp.router.tid2eid"]
     save_file({name: np.pad(table, ((0, 14), (0, 0))) for name, table in tables.items()}, tmp_path / "t.safetensors")
-    for size in (["--token-frequency", "counts"], ["--vocab-size", VOCAB_SIZE]):
-        process = build("--expert-table", "t.safetensors", *size, *pattern, "--force", folder=tmp_path, output="again")
+    of_deepseek = load_file(tmp_path / "tid2eid-deepseek")
+    assert list(of_deepseek) == ["layers.0.ffn.gate.tid2eid", "layers.1.ffn.gate.tid2eid"]
+    save_file(of_deepseek, tmp_path / "d.safetensors")
+    for file, size in (
+        ("t", ["--token-frequency", "counts"]),
+        ("t", ["--vocab-size", VOCAB_SIZE]),
+        ("d", ["--token-frequency", "counts"]),
+    ):
+        table = ["--expert-table", f"{file}.safetensors"]
+        process = build(*table, *size, *pattern, "--force", folder=tmp_path, output="again")
         assert process.code == 0, process.errors
         assert "in the first 2 layers, every id sees 3 of 12 experts; after that, every id sees all" in process.output
         assert ("expert load" in process.output) == (size[0] == "--token-frequency")
         again = RoutingMask.load(tmp_path / "again")
-        for layer in LAYERS:
+        for layer in range(NUM_LAYERS):
             assert np.array_equal(again.visible_sets(layer), mask.visible_sets(layer))
     too_many = build("--expert-table", "t.safetensors", "--vocab-size", 65, *pattern, folder=tmp_path, output="no")
     too_many.assert_refused("has 64 ids, but the tokenizer has 65")
@@ -193,11 +208,11 @@ def test_one_table_serves_all_layers(tmp_path):
 def test_a_table_for_each_layer(tmp_path):
     tables = np.stack([random_table(layer) for layer in range(NUM_LAYERS)])
     save_file({"other": np.zeros(3), "experts": tables.astype(np.int32)}, tmp_path / "t.safetensors")
-    mask = ExpertTable.read(f"{tmp_path}/t.safetensors:experts", LAYERS).to_mask(NUM_EXPERTS, NUM_LAYERS)
+    mask = ExpertTable.read(f"{tmp_path}/t.safetensors:experts", NUM_LAYERS).to_mask(NUM_EXPERTS, NUM_LAYERS)
     for layer in range(NUM_LAYERS):
         assert_shows(mask, layer, tables[layer])
     with pytest.raises(UserError, match="4 layers, but the model has 5"):
-        ExpertTable.read(f"{tmp_path}/t.safetensors:experts", range(NUM_LAYERS + 1))
+        ExpertTable.read(f"{tmp_path}/t.safetensors:experts", NUM_LAYERS + 1)
 
 
 def test_hash_layers_of_a_sharded_model(tmp_path):
@@ -251,12 +266,12 @@ def test_paths_and_tensors_may_have_colons(tmp_path):
     save_file({"a:0": table, "b": table[::-1].copy()}, tmp_path / "t:1.safetensors")
     for tensor, expected in (("a:0", table), ("b", table[::-1])):
         location = f"t:1.safetensors:{tensor}"
-        assert np.array_equal(ExpertTable.read(f"{tmp_path}/{location}", LAYERS).experts[0], expected)
+        assert np.array_equal(ExpertTable.read(f"{tmp_path}/{location}", NUM_LAYERS).experts[0], expected)
         process = build("--expert-table", location, "--force", folder=tmp_path)
         assert process.code == 0, process.errors
     (tmp_path / "t:1.safetensors").rename(tmp_path / "t:2.safetensors")
     save_file({"a": table}, tmp_path / "t:1.safetensors")
-    assert_shows(ExpertTable.read(f"{tmp_path}/t:1.safetensors", LAYERS).to_mask(NUM_EXPERTS, NUM_LAYERS), 0, table)
+    assert_shows(ExpertTable.read(f"{tmp_path}/t:1.safetensors", NUM_LAYERS).to_mask(NUM_EXPERTS, NUM_LAYERS), 0, table)
 
 
 def test_provenance_has_a_digest_of_the_table(tmp_path):
@@ -310,4 +325,4 @@ def test_refuses_bad_input(location, words, tmp_path):
     save_file({name.format(layer=0): fine for name in TENSOR_NAMES.values()}, tmp_path / "doubled.safetensors")
     save_file({"t0": fine, "t1": fine[1:]}, tmp_path / "different.safetensors")
     with pytest.raises(UserError, match=words):
-        ExpertTable.read(f"{tmp_path}/{location}", LAYERS).to_mask(NUM_EXPERTS, NUM_LAYERS)
+        ExpertTable.read(f"{tmp_path}/{location}", NUM_LAYERS).to_mask(NUM_EXPERTS, NUM_LAYERS)
