@@ -154,7 +154,7 @@ class MaskMoERouter(TopKRouter):
         if routed.statistics is not None:
             if counts_load:
                 assert self.local_tokens_per_expert is not None
-                self.local_tokens_per_expert += RoutingSums.unpack(routed.statistics).tokens_per_expert
+                self.local_tokens_per_expert.add_(RoutingSums.unpack(routed.statistics).tokens_per_expert)
             if is_counted:
                 self.statistics.add_tokens(routed.statistics)
         probs = routed.probs

@@ -6,7 +6,6 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 from megatron.core.process_groups_config import ProcessGroupCollection
-from megatron.core.transformer.module import MegatronModule
 from megatron.core.transformer.transformer_config import TransformerConfig
 from megatron.core.utils import get_pg_rank, get_pg_size, make_sharded_tensor_for_checkpoint
 from torch import Tensor
@@ -56,7 +55,7 @@ class MaskTable(NamedTuple):
         return VisibleSets(experts, routable=rows >= self.num_experts if self.has_single else None)
 
 
-class VisibleExperts(MegatronModule):
+class VisibleExperts(torch.nn.Module):
     """Looks up the visible set of every token, and carries the routing mask in the model's checkpoints.
 
     All routers of a model share one instance. Its buffers are integers, which `Float16Module` does not convert. A
@@ -98,7 +97,7 @@ class VisibleExperts(MegatronModule):
         hybrid_layer_pattern: str | None = None,
         is_added: bool = False,
     ) -> None:
-        super().__init__(config)
+        super().__init__()
         if hybrid_layer_pattern is not None:
             self.layers = FeedForwardLayers.of_pattern(hybrid_layer_pattern)
         else:

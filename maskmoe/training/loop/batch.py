@@ -227,8 +227,6 @@ class FillInMiddleDataset(GPTDataset, GPTFIMDataset):
     a resume or with another number of workers.
     """
 
-    np_rng: np.random.RandomState
-
     def _query_document_sample_shuffle_indices(self, idx: int) -> tuple[np.ndarray, np.ndarray, list]:
         """Return token ids, documents and lengths of a sample, drawn from a generator of its own."""
         self.np_rng = np.random.RandomState([self.config.random_seed, idx])

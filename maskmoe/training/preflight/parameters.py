@@ -169,11 +169,9 @@ def count_parameters(args: Namespace, config: MaskMoEModelConfig, mask: RoutingM
     )
 
 
-class _RepresentativeExpert(SequentialMLP):
-    """One expert in place of `num_local_experts` experts of the same shape, which would take as long to build."""
-
-    def __init__(self, num_local_experts: int, *args: Any, **kwargs: Any) -> None:
-        super().__init__(1, *args, **kwargs)
+def _one_expert(num_local_experts: int, *args: Any, **kwargs: Any) -> SequentialMLP:
+    """Build one expert in place of `num_local_experts` of the same shape, which would take as long to build."""
+    return SequentialMLP(1, *args, **kwargs)
 
 
 class _CoreAttention(torch.nn.Module):
@@ -200,7 +198,7 @@ class _Counting(StageBuilder):
 
     def layer_specs(self, visible_experts: VisibleExperts | None, vp_stage: int | None) -> dict[str, Any]:
         """Return the layer specifications of the run, with experts and core attention replaced."""
-        replacements = {GroupedMLP: _RepresentativeExpert, TorchDotProductAttention: _CoreAttention}
+        replacements = {GroupedMLP: _one_expert, TorchDotProductAttention: _CoreAttention}
 
         def substitute(node: Any) -> Any:
             return replacements.get(node, node) if isinstance(node, type) else node
