@@ -13,7 +13,7 @@ from unittest import mock
 
 import pages
 
-from maskmoe.command_line.main import SUBCOMMANDS, Subcommand
+from maskmoe.command_line.main import SUBCOMMANDS
 from maskmoe.megatron_compat import prepare_process
 
 Provider = Callable[[argparse.ArgumentParser], argparse.ArgumentParser]
@@ -37,15 +37,15 @@ def render() -> str:
     return pages.fill("flags.md.j2", sections="\n\n".join(map(section, SUBCOMMANDS)))
 
 
-def section(subcommand: Subcommand) -> str:
+def section(subcommand: str) -> str:
     """Return the section of one subcommand: its purpose and the tables of its flags."""
-    parts = [f"## {subcommand.name}", f"`maskmoe {subcommand.name}`: {subcommand.help}."]
-    providers = megatron_providers().get(subcommand.name)
+    parts = [f"## {subcommand}", f"`maskmoe {subcommand}`: {SUBCOMMANDS[subcommand][1]}."]
+    providers = megatron_providers().get(subcommand)
     if providers is not None:
         parser = argparse.ArgumentParser(add_help=False)
         for provider in providers:
             provider(parser)
-        if subcommand.name == "pretrain":
+        if subcommand == "pretrain":
             parts += ["With a model file:", flag_table(parser_of(subcommand)), "Flags of training:"]
         parts.append(flag_table(parser, first_rows=[PROCESSES]))
     else:
@@ -54,7 +54,7 @@ def section(subcommand: Subcommand) -> str:
         if not branches:
             parts.append(flag_table(parser))
         for name, branch in branches.items():
-            parts += [f"### {subcommand.name} {name}", flag_table(branch)]
+            parts += [f"### {subcommand} {name}", flag_table(branch)]
     return "\n\n".join(parts)
 
 
@@ -69,7 +69,7 @@ def megatron_providers() -> dict[str, tuple[Provider, ...]]:
     }
 
 
-def parser_of(subcommand: Subcommand) -> argparse.ArgumentParser:
+def parser_of(subcommand: str) -> argparse.ArgumentParser:
     """Return the parser that a subcommand's `main` builds.
 
     Raises:
@@ -79,17 +79,17 @@ def parser_of(subcommand: Subcommand) -> argparse.ArgumentParser:
     def stop(parser: argparse.ArgumentParser, *_: object, **__: object) -> None:
         raise ParserFound(parser)
 
-    module = importlib.import_module(f"maskmoe.{subcommand.module}")
+    module = importlib.import_module(f"maskmoe.{SUBCOMMANDS[subcommand][0]}")
     with (
         mock.patch.object(argparse.ArgumentParser, "parse_args", stop),
         mock.patch.object(argparse.ArgumentParser, "parse_known_args", stop),
-        mock.patch.object(sys, "argv", [f"maskmoe {subcommand.name}"]),
+        mock.patch.object(sys, "argv", [f"maskmoe {subcommand}"]),
     ):
         try:
             module.main()
         except ParserFound as found:
             return found.parser
-    raise LookupError(f"maskmoe {subcommand.name} parses no arguments")
+    raise LookupError(f"maskmoe {subcommand} parses no arguments")
 
 
 def subparsers(parser: argparse.ArgumentParser) -> dict[str, argparse.ArgumentParser]:

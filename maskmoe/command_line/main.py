@@ -3,51 +3,39 @@
 import importlib
 import sys
 from collections.abc import Sequence
-from dataclasses import dataclass
 
 from maskmoe import __version__
 from maskmoe.errors import UserError
 from maskmoe.processes.run_tool import run_tool
 
-_ENTRY_POINTS = "training."
+_ENTRY_POINTS = "maskmoe.training."
 
 
-@dataclass(frozen=True)
-class Subcommand:
-    """One subcommand of `maskmoe`.
+SUBCOMMANDS = {
+    "corpus": ("command_line.make_corpus", "collect the text of Python packages as a training corpus"),
+    "tokenizer": ("command_line.train_tokenizer", "train a SentencePiece tokenizer on raw text"),
+    "preprocess": ("command_line.preprocess_data", "tokenize raw text into a Megatron dataset"),
+    "count": ("command_line.count_token_frequency", "count how often each token id occurs in a dataset"),
+    "mask": ("command_line.build_routing_mask", "build the routing mask from token frequencies"),
+    "mask widen": ("command_line.widen_routing_mask", "let frequent ids of a routing mask see more experts"),
+    "pretrain": ("command_line.pretrain", "pretrain a model file, with restarts, or from Megatron's flags"),
+    "evaluate": ("training.evaluate", "compute a checkpoint's loss by token frequency"),
+    "generate": ("command_line.generate_text", "continue prompts with a checkpoint or an exported model"),
+    "check": ("command_line.check", "check a model file's settings and show what the run needs"),
+    "status": ("command_line.status", "show whether and how a run works, from its run folder"),
+    "convert": ("command_line.convert_checkpoint", "convert checkpoints to and from Hugging Face's format"),
+    "analyze": ("command_line.analyze_routing", "show how checkpoints route a text to experts"),
+    "simulate": ("command_line.simulate_dispatch", "predict the cost of dispatch on many GPUs"),
+    "prune": ("command_line.prune_checkpoints", "delete the old checkpoints of a finished run"),
+    "quickstart": ("command_line.quickstart", "go from raw text to an exported model on this machine"),
+    "compare": ("command_line.compare", "train and compare the variants of a suite"),
+}
+"""Module and help of each subcommand, in the order of `maskmoe --help`: a run's steps first, then analysis.
 
-    Attributes:
-        name: The word, or the two words, after `maskmoe` on the command line.
-        module: The module below `maskmoe` whose `main()` reads `sys.argv` and does the work, or the entry point that
-            every rank runs. Only the chosen module is imported, so that `maskmoe --help` does not wait for torch.
-        help: One line for `maskmoe --help`.
-    """
-
-    name: str
-    module: str
-    help: str
-
-
-SUBCOMMANDS = (
-    Subcommand("corpus", "command_line.make_corpus", "collect the text of Python packages as a training corpus"),
-    Subcommand("tokenizer", "command_line.train_tokenizer", "train a SentencePiece tokenizer on raw text"),
-    Subcommand("preprocess", "command_line.preprocess_data", "tokenize raw text into a Megatron dataset"),
-    Subcommand("count", "command_line.count_token_frequency", "count how often each token id occurs in a dataset"),
-    Subcommand("mask", "command_line.build_routing_mask", "build the routing mask from token frequencies"),
-    Subcommand("mask widen", "command_line.widen_routing_mask", "let frequent ids of a routing mask see more experts"),
-    Subcommand("pretrain", "command_line.pretrain", "pretrain a model file, with restarts, or from Megatron's flags"),
-    Subcommand("evaluate", "training.evaluate", "compute a checkpoint's loss by token frequency"),
-    Subcommand("generate", "command_line.generate_text", "continue prompts with a checkpoint or an exported model"),
-    Subcommand("check", "command_line.check", "check a model file's settings and show what the run needs"),
-    Subcommand("status", "command_line.status", "show whether and how a run works, from its run folder"),
-    Subcommand("convert", "command_line.convert_checkpoint", "convert checkpoints to and from Hugging Face's format"),
-    Subcommand("analyze", "command_line.analyze_routing", "show how checkpoints route a text to experts"),
-    Subcommand("simulate", "command_line.simulate_dispatch", "predict the cost of dispatch on many GPUs"),
-    Subcommand("prune", "command_line.prune_checkpoints", "delete the old checkpoints of a finished run"),
-    Subcommand("quickstart", "command_line.quickstart", "go from raw text to an exported model on this machine"),
-    Subcommand("compare", "command_line.compare", "train and compare the variants of a suite"),
-)
-"""All subcommands, in the order in which `maskmoe --help` lists them: a run's steps first, then analysis."""
+A name is the word, or the two words, after `maskmoe`. The `main()` of the module below `maskmoe` reads `sys.argv` and
+does the work, or the module is the entry point that every rank runs. Only the chosen module is imported, so that
+`maskmoe --help` does not wait for torch.
+"""
 
 
 def main() -> None:
@@ -66,19 +54,18 @@ def dispatch(words: Sequence[str]) -> None:
     """
     if not words:
         raise UserError("which subcommand? (maskmoe --help lists the subcommands)")
-    modules = {subcommand.name: subcommand.module for subcommand in SUBCOMMANDS}
     # A name of two words comes first: `mask widen` is another subcommand than `mask`.
-    num_words = 2 if " ".join(words[:2]) in modules else 1
+    num_words = 2 if " ".join(words[:2]) in SUBCOMMANDS else 1
     name, arguments = " ".join(words[:num_words]), words[num_words:]
     if name in ("-h", "--help"):
         print(help_text())
     elif name == "--version":
         print(f"maskmoe {__version__}")
-    elif name in modules:
+    elif name in SUBCOMMANDS:
         # The subcommand's parser takes its program name and its arguments from here.
         sys.argv = [f"maskmoe {name}", *arguments]
-        module = f"maskmoe.{modules[name]}"
-        if modules[name].startswith(_ENTRY_POINTS):
+        module = f"maskmoe.{SUBCOMMANDS[name][0]}"
+        if module.startswith(_ENTRY_POINTS):
             from maskmoe.launch.launcher import run_entry_point
 
             run_entry_point(("-m", module), saves_checkpoints=False)
@@ -89,8 +76,8 @@ def dispatch(words: Sequence[str]) -> None:
 
 def help_text() -> str:
     """Return the text of `maskmoe --help`: one line for each subcommand."""
-    width = max(len(subcommand.name) for subcommand in SUBCOMMANDS)
-    lines = [f"  {subcommand.name:{width}}  {subcommand.help}" for subcommand in SUBCOMMANDS]
+    width = max(map(len, SUBCOMMANDS))
+    lines = [f"  {name:{width}}  {help}" for name, (_, help) in SUBCOMMANDS.items()]
     paragraphs = (
         "usage: maskmoe SUBCOMMAND [arguments]",
         "Token-aware mixture-of-experts pretraining on Megatron-Core.",

@@ -37,6 +37,6 @@ def main() -> None:
     random.Random(arguments.seed).shuffle(documents)
     with atomic_output(arguments.output) as path, open(path, "w", encoding="utf-8") as stream:
         for document in documents:
-            stream.write(json.dumps({"text": document.text, "path": document.path}, ensure_ascii=False) + "\n")
-    size = sum(len(document.text.encode()) for document in documents)
+            stream.write(json.dumps(document, ensure_ascii=False) + "\n")
+    size = sum(len(document["text"].encode()) for document in documents)
     print(f"{arguments.output}: {len(documents)} documents, {size / 1e6:.1f} MB of text")

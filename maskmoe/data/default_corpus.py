@@ -5,7 +5,6 @@ import re
 import sysconfig
 from collections import Counter
 from collections.abc import Iterator
-from dataclasses import dataclass
 from pathlib import Path
 
 _SUFFIXES = {".py", ".pyi", ".md", ".rst", ".txt"}
@@ -21,17 +20,10 @@ _MAX_SAME_SHAPE_SHARE = 0.5
 _SAMPLED_LINES = 256
 
 
-@dataclass(frozen=True)
-class CorpusDocument:
-    """A text file: its path relative to the library folder that holds it, and its content."""
-
-    path: str
-    text: str
-
-
-def default_corpus(limit_bytes: int) -> Iterator[CorpusDocument]:
+def default_corpus(limit_bytes: int) -> Iterator[dict[str, str]]:
     """Yield text files of the standard library, then of the installed packages, in the order of their paths.
 
+    Each file is yielded as its content, `text`, and its `path` relative to the library folder that holds the file.
     Each content is yielded once. Skipped are files that are not UTF-8, smaller than 256 bytes, larger than 32 KiB, or
     not written by people (see `is_written_by_people`), and the finders of packages that are installed in editable form.
 
@@ -51,7 +43,7 @@ def default_corpus(limit_bytes: int) -> Iterator[CorpusDocument]:
             size += len(data)
             if size > limit_bytes:
                 return
-            yield CorpusDocument(path.relative_to(root).as_posix(), data.decode("utf-8"))
+            yield {"text": data.decode("utf-8"), "path": path.relative_to(root).as_posix()}
 
 
 def is_written_by_people(data: bytes) -> bool:

@@ -10,7 +10,7 @@ import pytest
 
 from maskmoe.arguments.parser import OneLineParser
 from maskmoe.arguments.ranges import Number, WholeNumber, split
-from maskmoe.command_line.main import SUBCOMMANDS, Subcommand
+from maskmoe.command_line.main import SUBCOMMANDS
 
 TRAINING = ("pretrain", "evaluate")
 
@@ -22,14 +22,14 @@ class ParserFound(BaseException):
         self.parser = parser
 
 
-def parser_of(subcommand: Subcommand) -> argparse.ArgumentParser:
+def parser_of(name: str) -> argparse.ArgumentParser:
     def stop(parser: argparse.ArgumentParser, *_: object, **__: object) -> None:
         raise ParserFound(parser)
 
-    module = importlib.import_module(f"maskmoe.{subcommand.module}")
+    module = importlib.import_module(f"maskmoe.{SUBCOMMANDS[name][0]}")
     with (
         mock.patch.object(argparse.ArgumentParser, "parse_args", stop),
-        mock.patch.object(sys, "argv", [f"maskmoe {subcommand.name}"]),
+        mock.patch.object(sys, "argv", [f"maskmoe {name}"]),
         mock.patch("signal.signal"),
         pytest.raises(ParserFound) as found,
     ):
@@ -44,13 +44,13 @@ def with_subparsers(parser: argparse.ArgumentParser) -> Iterator[argparse.Argume
             yield from action.choices.values()
 
 
-OWN = [subcommand for subcommand in SUBCOMMANDS if subcommand.name not in TRAINING]
+OWN = [name for name in SUBCOMMANDS if name not in TRAINING]
 
 
-@pytest.mark.parametrize("subcommand", OWN, ids=lambda subcommand: subcommand.name)
-def test_parser_reports_in_one_line_and_each_number_has_a_range(subcommand):
+@pytest.mark.parametrize("name", OWN)
+def test_parser_reports_in_one_line_and_each_number_has_a_range(name):
     numbers = 0
-    for parser in with_subparsers(parser_of(subcommand)):
+    for parser in with_subparsers(parser_of(name)):
         assert isinstance(parser, OneLineParser)
         assert not parser.allow_abbrev
         for action in parser._actions:
@@ -69,7 +69,7 @@ def test_parser_reports_in_one_line_and_each_number_has_a_range(subcommand):
         "convert",
         "status",
     )
-    assert numbers or subcommand.name in without_defaults
+    assert numbers or name in without_defaults
 
 
 @pytest.mark.parametrize(

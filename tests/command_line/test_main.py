@@ -10,7 +10,7 @@ from support.paths import ROOT
 
 import maskmoe
 from maskmoe.command_line import main as program
-from maskmoe.command_line.main import SUBCOMMANDS, Subcommand
+from maskmoe.command_line.main import SUBCOMMANDS
 
 
 def run(*words: str, cwd: Path = ROOT) -> subprocess.CompletedProcess[str]:
@@ -25,7 +25,7 @@ def test_help_names_each_subcommand_without_importing_torch(tmp_path):
     output = subprocess.check_output([sys.executable, "-P", "-c", check], cwd=tmp_path, text=True)
     assert output == run("--help", cwd=tmp_path).stdout
     listed = [line.strip().partition("  ")[0] for line in output.splitlines() if line.startswith("  ")]
-    assert listed == [subcommand.name for subcommand in SUBCOMMANDS]
+    assert listed == list(SUBCOMMANDS)
 
 
 HELP_WITHOUT_LIBRARIES = """
@@ -43,7 +43,7 @@ for name in sys.argv[1:]:
 def test_help_of_each_subcommand_needs_no_large_library():
     """tests/training/test_help.py tests the pages of the training commands."""
     training = ("pretrain", "evaluate")
-    names = [subcommand.name for subcommand in SUBCOMMANDS if subcommand.name not in training]
+    names = [name for name in SUBCOMMANDS if name not in training]
     command = [sys.executable, "-P", "-c", HELP_WITHOUT_LIBRARIES, *names]
     completed = subprocess.run(command, capture_output=True, text=True, timeout=120)
     assert completed.stdout.splitlines() == names, completed.stderr
@@ -72,10 +72,10 @@ def test_subcommand_gets_its_arguments(name, tmp_path, monkeypatch):
     for module in ("record", "record_again"):
         (tmp_path / f"{module}er.py").write_text(f"import sys\ndef main():\n    print({module!r}, sys.argv)\n")
     monkeypatch.setattr(maskmoe, "__path__", [*maskmoe.__path__, str(tmp_path)])
-    subcommands = (
-        Subcommand("record", "recorder", "print sys.argv"),
-        Subcommand("record again", "record_againer", "print sys.argv"),
-    )
+    subcommands = {
+        "record": ("recorder", "print sys.argv"),
+        "record again": ("record_againer", "print sys.argv"),
+    }
     monkeypatch.setattr(program, "SUBCOMMANDS", subcommands)
     monkeypatch.setattr(sys, "argv", ["maskmoe", *name.split(), "--a", "b"])
     printed = []
@@ -85,7 +85,7 @@ def test_subcommand_gets_its_arguments(name, tmp_path, monkeypatch):
 
 
 def test_each_tool_runs_a_subcommand():
-    modules = {subcommand.module for subcommand in SUBCOMMANDS}
+    modules = {module for module, _ in SUBCOMMANDS.values()}
     tools = sorted((ROOT / "tools").glob("*.py"))
     assert tools
     for tool in tools:

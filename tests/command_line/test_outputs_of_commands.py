@@ -19,7 +19,7 @@ from maskmoe.comparison.stage import StageFolder, maskmoe_command
 from maskmoe.errors import UserError
 from maskmoe.processes.lifetimes import is_alive
 
-MODULES = {subcommand.name: subcommand.module for subcommand in SUBCOMMANDS}
+MODULES = {name: module for name, (module, _) in SUBCOMMANDS.items()}
 TEXT = "The quick brown fox jumps over the lazy dog. " * 40
 
 

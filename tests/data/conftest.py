@@ -11,7 +11,7 @@ from maskmoe.data.tokenizer_training import train_tokenizer
 @pytest.fixture(scope="session")
 def texts() -> list[str]:
     """Real files, and texts with unusual characters and white space."""
-    documents = [document.text for document in default_corpus(400_000)]
+    documents = [document["text"] for document in default_corpus(400_000)]
     return [*documents, "", " ", "\n\n", "\ttabs\tand  spaces \r\n", "naïve 😀 中文 e\u0301", "</s><unk><0x0A>"]
 
 

@@ -16,10 +16,10 @@ from maskmoe.data.default_corpus import default_corpus, is_written_by_people
 def test_default_corpus() -> None:
     documents = list(default_corpus(6_000_000))
     assert documents == list(default_corpus(6_000_000))
-    assert 5_800_000 <= sum(len(document.text.encode()) for document in documents) <= 6_000_000
-    assert len({document.text for document in documents}) == len(documents)
-    assert all(len(line.encode()) <= 1000 for document in documents for line in document.text.split("\n"))
-    assert max(len(document.text.encode()) for document in documents) <= 1 << 15
+    assert 5_800_000 <= sum(len(document["text"].encode()) for document in documents) <= 6_000_000
+    assert len({document["text"] for document in documents}) == len(documents)
+    assert all(len(line.encode()) <= 1000 for document in documents for line in document["text"].split("\n"))
+    assert max(len(document["text"].encode()) for document in documents) <= 1 << 15
 
 
 def table_of_digits(num_lines: int) -> str:
@@ -68,8 +68,8 @@ def test_default_corpus_leaves_files_out(tmp_path: Path, monkeypatch: pytest.Mon
     (tmp_path / "__editable___package_1_0_finder.py").write_text(f"MAPPING = {{'package': '/checkout'}}\n{source}")
     (tmp_path / "binary.so").write_text(source + "1")
     (tmp_path / "package" / "__pycache__" / "c.py").write_text(source + "2")
-    assert [document.path for document in default_corpus(1 << 20)] == ["a.py", "package/b.md"]
-    assert [document.path for document in default_corpus(len(source.encode()))] == ["a.py"]
+    assert [document["path"] for document in default_corpus(1 << 20)] == ["a.py", "package/b.md"]
+    assert [document["path"] for document in default_corpus(len(source.encode()))] == ["a.py"]
 
 
 def test_make_corpus(tmp_path: Path) -> None:
@@ -80,5 +80,5 @@ def test_make_corpus(tmp_path: Path) -> None:
     first, second, other = (output.read_bytes() for output in outputs)
     assert first == second != other
     assert sorted(first.splitlines()) == sorted(other.splitlines())
-    expected = {document.path: document.text for document in default_corpus(300_000)}
+    expected = {document["path"]: document["text"] for document in default_corpus(300_000)}
     assert {values["path"]: values["text"] for values in map(json.loads, first.splitlines())} == expected

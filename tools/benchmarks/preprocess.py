@@ -104,7 +104,7 @@ def main() -> None:
     )
     arguments = parser.parse_args()
     os.environ["TOKENIZERS_PARALLELISM"] = "true"  # for the baseline; the tool sets the variable itself
-    texts = [document.text for document in default_corpus(arguments.megabytes * 10**6)]
+    texts = [document["text"] for document in default_corpus(arguments.megabytes * 10**6)]
     with tempfile.TemporaryDirectory() as folder:
         corpus = Path(folder) / "corpus.jsonl"
         write_corpus(corpus, texts)
