@@ -62,8 +62,7 @@ class MaskMoERouter(TopKRouter):
     ) -> None:
         super().__init__(config=config, pg_collection=pg_collection, is_mtp_layer=is_mtp_layer)
         self.aux_loss_tokens: AuxLossTokens = aux_loss_tokens
-        assert self.num_experts is not None
-        self.statistics = RoutingStatistics(self.num_experts)
+        self.statistics = RoutingStatistics()
         self.counts_in_evaluation = False
         # In a tuple, the module is not a submodule, whose buffers the checkpoint would hold once more.
         self._mask = (visible_experts,)

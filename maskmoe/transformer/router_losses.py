@@ -35,8 +35,7 @@ def attach_losses(router: TopKRouter, activation: Tensor, sums: LossSums) -> Ten
     `sums` are over this rank's tokens. The router holds the accumulated load of the global loss.
     """
     for name, balancing in sums.balancing.items():
-        attach = _attach_global_loss if name == "global_aux_loss" else _attach_local_loss
-        activation = attach(router, name, activation, balancing, sums.num_real)
+        activation = _attach_balancing_loss(router, name, activation, balancing, sums.num_real)
     coeff = router.config.moe_z_loss_coeff
     if coeff:
         z_loss = masked_z_loss(sums, coeff / router.tp_cp_group.size())
@@ -96,44 +95,31 @@ def masked_load_balancing_loss(scores: Tensor, load: ExpertLoad, topk: int, coef
     return torch.sum(scores * load.tokens_per_expert) * factor
 
 
-def _attach_local_loss(
+def _attach_balancing_loss(
     router: TopKRouter, name: str, activation: Tensor, sums: BalancingSums, num_real: int | Tensor
 ) -> Tensor:
-    """Attach the loss that balances each micro-batch (1 sequence), or each of its sequences."""
-    coeff = router.get_aux_loss_coeff(name)
-    load = measure_load(sums, router.topk, router.tp_cp_group)
+    """Attach the loss that balances each micro-batch (1 sequence), or each of its sequences; or the global loss.
+
+    The global loss balances all data-parallel ranks and the micro-batches of the step so far. It is multiplied by the
+    number of data-parallel ranks, because it is a sum over these ranks while gradients are averaged over them.
+    Megatron-Core 0.19.2 does not multiply, so its loss weighs less the more ranks there are (Megatron-LM issue 3672);
+    and it divides the load of earlier micro-batches by the number of tokens in the newest micro-batch (Megatron-LM
+    issue 7213).
+    """
+    is_global = name == "global_aux_loss"
+    group = router.tp_dp_cp_group if is_global else router.tp_cp_group
+    coeff, load = router.get_aux_loss_coeff(name), measure_load(sums, router.topk, group)
+    if is_global:
+        load = _accumulate_load(router, load)
     loss = masked_load_balancing_loss(sums.scores, load, router.topk, coeff)
-    num_sequences = len(sums.scores)
-    if num_sequences > 1:
-        loss = loss / num_sequences
+    if is_global:
+        dp_size = group.size() // router.tp_cp_group.size()
+        coeff, loss = coeff * dp_size, loss * dp_size
+    elif len(sums.scores) > 1:
+        loss = loss / len(sums.scores)
     logged_name = name.replace("aux_loss", "load_balancing_loss")
     return router.attach_and_log_load_balancing_loss(
-        activation, coeff, loss, logged_name, router.tp_cp_group, valid_token_count=num_real
-    )
-
-
-def _attach_global_loss(
-    router: TopKRouter, name: str, activation: Tensor, sums: BalancingSums, num_real: int | Tensor
-) -> Tensor:
-    """Attach the loss that balances all data-parallel ranks and the micro-batches of the step so far.
-
-    The loss is multiplied by the number of data-parallel ranks, because it is a sum over these ranks while gradients
-    are averaged over them. Megatron-Core 0.19.2 does not multiply, so its loss weighs less the more ranks there are
-    (Megatron-LM issue 3672); and it divides the load of earlier micro-batches by the number of tokens in the newest
-    micro-batch (Megatron-LM issue 7213).
-    """
-    coeff = router.get_aux_loss_coeff(name)
-    load = _accumulate_load(router, measure_load(sums, router.topk, router.tp_dp_cp_group))
-    loss = masked_load_balancing_loss(sums.scores, load, router.topk, coeff)
-    dp_size = router.tp_dp_cp_group.size() // router.tp_cp_group.size()
-    return router.attach_and_log_load_balancing_loss(
-        activation,
-        coeff * dp_size,
-        loss * dp_size,
-        "global_load_balancing_loss",
-        router.tp_dp_cp_group,
-        needs_dp_avg=False,
-        valid_token_count=num_real,
+        activation, coeff, loss, logged_name, group, needs_dp_avg=not is_global, valid_token_count=num_real
     )
 
 

@@ -25,7 +25,7 @@ class RoutingSums(NamedTuple):
 
     @classmethod
     def packed_size(cls, num_experts: int) -> int:
-        """Return the size of the tensor that `RoutingStatistics.take` returns."""
+        """Return the size of the tensor that `sum_tokens` returns."""
         return len(cls._fields) - 1 + num_experts
 
     @classmethod
@@ -55,8 +55,7 @@ class RoutingStatistics:
     convert them. Sums are float64, which counts exactly up to 2^53. Nothing waits for the device before `take`.
     """
 
-    def __init__(self, num_experts: int) -> None:
-        self._num_experts = num_experts
+    def __init__(self) -> None:
         self._clear()
 
     def add_tokens(self, sums: Tensor) -> None:
@@ -70,12 +69,12 @@ class RoutingStatistics:
         """
         self._largest_num_rows = max(self._largest_num_rows, num_rows)
 
-    def take(self) -> tuple[Tensor, int]:
-        """Return the sums since the last call, packed for `RoutingSums`, and the most rows of one micro-batch."""
-        device = torch.cuda.current_device()
-        packed = torch.zeros(RoutingSums.packed_size(self._num_experts), dtype=torch.float64, device=device)
-        packed += self._tokens
-        taken = packed, self._largest_num_rows
+    def take(self) -> tuple[int | Tensor, int]:
+        """Return the sums since the last call, packed for `RoutingSums`, and the most rows of one micro-batch.
+
+        Without tokens, the sums are the number 0.
+        """
+        taken = self._tokens, self._largest_num_rows
         self._clear()
         return taken
 

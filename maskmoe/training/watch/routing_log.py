@@ -57,8 +57,7 @@ class RoutingLog(Callback):
 
     def on_start(self) -> None:
         """Let Megatron log the mean of each router loss over the MoE layers of the model."""
-        tracker: Any = RouterLossTracker(self._args)
-        set_moe_metrics_tracker(tracker)
+        set_moe_metrics_tracker(RouterLossTracker(self._args))
 
     def after_gradients(self, chunks: Sequence[DistributedDataParallel]) -> None:
         """Log and judge the routing at the end of an interval; a collective call."""
@@ -139,7 +138,7 @@ def _max_over_mean(load: Tensor) -> Tensor:
     return load.amax(dim=1) / load.mean(dim=1)
 
 
-class RouterLossTracker:
+class RouterLossTracker(MoEMetricsTracker):
     """A `MoEMetricsTracker` that reports means over the MoE layers of the model, on every pipeline stage.
 
     Megatron-Core 0.19.2 reports other values in four cases. Later versions solve the first two (Megatron-LM pull
@@ -155,7 +154,7 @@ class RouterLossTracker:
     """
 
     def __init__(self, args: Namespace) -> None:
-        self._tracker = MoEMetricsTracker()
+        super().__init__()
         self._layers = FeedForwardLayers.of_args(args)
         # Megatron-Core counts the layers of the decoder by the symbols of a pattern.
         self._num_symbols = args.num_layers
@@ -166,14 +165,11 @@ class RouterLossTracker:
         has_other_loss = args.moe_router_load_balancing_type in ("seq_aux_loss", "global_aux_loss")
         self._absent = {"load_balancing_loss"} if has_other_loss else set()
 
-    def __getattr__(self, name: str) -> Any:
-        return getattr(self._tracker, name)
-
-    def record(self, name: str, value: Tensor, layer_number: int, num_layers: int, **groups: Any) -> None:
+    def record(self, name: str, value: Tensor, layer_number: int, num_layers: int, *args: Any, **groups: Any) -> None:
         """Add a value to the record of a MoE layer, see `MoEMetricsTracker.record`."""
         if layer_number > self._num_symbols:  # The router is a layer of multi-token prediction.
             layer_number += len(self._layers.decoder) - self._num_symbols
-        self._tracker.record(name, value, layer_number, len(self._layers.has_experts), **groups)
+        super().record(name, value, layer_number, len(self._layers.has_experts), *args, **groups)
 
     def report(self, *args: Any, track_names: list[str], **settings: Any) -> str:
         """Log the means over the MoE layers of the model, see `MoEMetricsTracker.report`."""
@@ -184,6 +180,6 @@ class RouterLossTracker:
         for name in track_names:
             is_global = name == "global_load_balancing_loss"
             group = groups.tp_dp_cp if is_global else groups.tp_cp
-            self._tracker.record(name, nothing, 1, num_layers, reduce_group=group, needs_dp_avg=not is_global)
+            super().record(name, nothing, 1, num_layers, reduce_group=group, needs_dp_avg=not is_global)
         layers: dict[str, Any] = {"num_layers": num_layers, "moe_layer_freq": self._counted, "mtp_num_layers": None}
-        return self._tracker.report(*args, track_names=track_names, **settings | layers)
+        return super().report(*args, track_names=track_names, **settings | layers)
