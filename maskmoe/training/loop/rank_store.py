@@ -118,13 +118,19 @@ class RankStore:
             raise UserError(text) if is_refusal else RunFailure(text)
 
     def _wait_until_failure_is_known(self) -> None:
-        """Wait for the other ranks, because the store may end with the first rank that ends; do not wait twice."""
-        ranks = [f"{_FAILURE} is known to {number}" for number in range(self.world_size)]
-        with suppress(DistError):  # the store has ended
+        self.wait_until_known(_FAILURE, _LATE_START if RankStore.of_process is None else _PATIENCE)
+
+    def wait_until_known(self, key: str, seconds: float) -> None:
+        """Wait at most some seconds until all ranks have called this for a message; a second call does not wait.
+
+        Call this before a rank ends: the end of a rank breaks the collectives of other ranks, and may end the store.
+        """
+        ranks = [f"{key} is known to {number}" for number in range(self.world_size)]
+        with suppress(RuntimeError):  # the store has ended
             if self.store.check([ranks[self.rank]]):
                 return
             self.store.set(ranks[self.rank], "")
-            deadline = time.monotonic() + (_LATE_START if RankStore.of_process is None else _PATIENCE)
+            deadline = time.monotonic() + seconds
             while not self.store.check(ranks) and time.monotonic() < deadline:
                 time.sleep(_poll_seconds(self.world_size))
 

@@ -1,7 +1,6 @@
 """How a run is divided: ranks, parallel sizes and pipeline stages, batches, iterations and samples."""
 
 import math
-import sys
 from argparse import Namespace
 from collections.abc import Iterator, Sequence
 from contextlib import suppress
@@ -189,30 +188,20 @@ class BatchSizes(NamedTuple):
 
     def iterations(self, samples: int) -> int:
         """Return the number of whole iterations, from the beginning of a run, for which these samples are enough."""
-        iterations = 0
-        for size, most in self._lengths():
-            of_phase = min(samples // size, most)
-            iterations, samples = iterations + of_phase, samples - of_phase * size
-            if of_phase < most:
-                break
-        return iterations
+        return [first + (samples - read) // size for first, read, size in self._begins() if read <= samples][-1]
 
     def samples(self, iterations: int) -> int:
         """Return the number of samples that this number of iterations reads, from the beginning of a run."""
-        samples = 0
-        for size, most in self._lengths():
-            of_phase = min(iterations, most)
-            iterations, samples = iterations - of_phase, samples + of_phase * size
-        return samples
+        return [read + (iterations - first) * size for first, read, size in self._begins() if first <= iterations][-1]
 
-    def _lengths(self) -> Iterator[tuple[int, int]]:
-        """Yield the batch size of each phase, and its number of iterations, which is unlimited for the last phase."""
-        samples = 0
+    def _begins(self) -> Iterator[tuple[int, int, int]]:
+        """Yield for each phase the iterations and the samples before the phase, and its batch size."""
+        first = read = 0
         for (_, size), (end, _) in pairwise(self.phases):
-            iterations = max(0, -(-(end - samples) // size))  # the iteration that reaches the end is whole
-            yield size, iterations
-            samples += iterations * size
-        yield self.phases[-1][1], sys.maxsize
+            yield first, read, size
+            iterations = max(0, -(-(end - read) // size))  # the iteration that reaches the end is whole
+            first, read = first + iterations, read + iterations * size
+        yield first, read, self.phases[-1][1]
 
 
 def training_iterations(args: Namespace) -> int:

@@ -25,7 +25,7 @@ from maskmoe.errors import UserError
 
 VERBOSE_FLAG = "--verbose"
 _PACKAGE = str(Path(__file__).parents[2]) + os.sep
-_MOST_PENDING_LINES = 20_000
+_MOST_HIDDEN_LINES = 20_000
 _LAST_LINES = 15
 _SECONDS_BETWEEN_LINES = 10.0  # of a progress bar without a terminal
 
@@ -72,7 +72,7 @@ class Console:
         self._stdout = self._progress = sys.stdout
         self._is_rank = self._is_routed = self._is_training = False
         self.log: TextIO | None = None
-        self._pending: deque[str] = deque(maxlen=_MOST_PENDING_LINES)
+        self._hidden: deque[str] = deque(maxlen=_MOST_HIDDEN_LINES)
         self._lock = threading.RLock()
         self._phase = ""
 
@@ -104,11 +104,10 @@ class Console:
         except OSError as error:
             self.say(f"note: cannot write {path}: {error.strerror}; the log of this rank is not kept")
             return
-        with self._lock:
+        header = f"==== started {time.strftime('%Y-%m-%d %H:%M:%S')} by process {os.getpid()} ====\n"
+        with self._lock, suppress(OSError):
             self.log = log
-            self._write_log([f"==== started {time.strftime('%Y-%m-%d %H:%M:%S')} by process {os.getpid()} ====\n"])
-            self._write_log(self._pending)
-            self._pending.clear()
+            log.writelines([header, *self._hidden])
 
     def say(self, line: str, rank: int = 0) -> None:
         """Print one or several lines of our own on one rank, the last one for -1."""
@@ -142,11 +141,8 @@ class Console:
         if self._is_training or not self._is_routed:
             return
         with self._lock:
-            if self.log is not None:
-                lines = Path(self.log.name).read_text(encoding="utf-8", errors="replace").splitlines(keepends=True)
-            else:
-                lines = list(self._pending)
-            self._show("".join(lines[-_LAST_LINES:]), sys.stderr)
+            lines = "".join(self._hidden).splitlines(keepends=True)
+        self._show("".join(lines[-_LAST_LINES:]), sys.stderr)
 
     def take_line(self, line: str) -> None:
         """Show or log one line that was printed to stdout, with its end."""
@@ -197,17 +193,11 @@ class Console:
                 pass
 
     def _keep(self, text: str) -> None:
-        with self._lock:
+        """Keep what the console does not show. A full disk must not end the run, so the log may lack lines."""
+        with self._lock, suppress(OSError):
+            self._hidden.append(text)
             if self.log is not None:
-                self._write_log([text])
-            else:
-                self._pending.append(text)
-
-    def _write_log(self, lines: Iterable[str]) -> None:
-        """Write lines to the log. A full disk must not end the run, so lines for which there is no space are lost."""
-        if self.log is not None:
-            with suppress(OSError):
-                self.log.writelines(lines)
+                self.log.write(text)
 
 
 class _LineRouter:

@@ -105,7 +105,7 @@ class Watchdog(Callback):
                 return
             if verdict is not None:
                 self._print(*json.loads(verdict))
-                self._wait_for_others()
+                self._ranks.wait_until_known("verdict", 2 * self._period)
                 _end()
             self._last_contact = time.monotonic()
 
@@ -153,15 +153,6 @@ class Watchdog(Callback):
                 stack = "".join(traceback.format_stack(sys._current_frames()[self._trainer]))
                 print(f"rank {self._ranks.rank} stands at\n{stack}", file=sys.stderr)
             sys.stderr.flush()
-
-    def _wait_for_others(self) -> None:
-        """Wait until all living ranks have read the verdict: the end of a rank breaks the collectives of the others."""
-        deadline = time.monotonic() + 2 * self._period
-        with suppress(RuntimeError):
-            self._ranks.store.set(f"heard/{self._ranks.rank}", "")
-            all_heard = [f"heard/{rank}" for rank in range(self._ranks.world_size)]
-            while time.monotonic() < deadline and not self._ranks.store.check(all_heard):
-                time.sleep(0.01)
 
 
 def _end() -> NoReturn:
