@@ -22,29 +22,15 @@ _TOKENIZER_FILE = "tokenizer.json"
 _DOCUMENTS_AT_A_TIME = 16
 
 
-@dataclass(frozen=True, eq=False)
-class Probe:
-    """The token ids of a probe text, and how they are cut into windows.
-
-    Attributes:
-        token_ids: int64 [tokens].
-        seq_length: Number of tokens in a window; the last window may have fewer.
-        batch_size: Number of windows in a batch.
-    """
-
-    token_ids: np.ndarray
-    seq_length: int
-    batch_size: int
-
-    def batches(self) -> Iterator[np.ndarray]:
-        """Yield the windows in order, int64 [batch, sequence]; a shorter last window is a batch of its own."""
-        num_whole = len(self.token_ids) // self.seq_length
-        whole, remaining = np.split(self.token_ids, [num_whole * self.seq_length])
-        windows = whole.reshape(num_whole, self.seq_length)
-        for start in range(0, num_whole, self.batch_size):
-            yield windows[start : start + self.batch_size]
-        if len(remaining):
-            yield remaining[None]
+def windows_of(token_ids: np.ndarray, seq_length: int, batch_size: int) -> Iterator[np.ndarray]:
+    """Yield the windows of a text in order, int64 [batch, sequence]; a shorter last window is a batch of its own."""
+    num_whole = len(token_ids) // seq_length
+    whole, remaining = np.split(token_ids, [num_whole * seq_length])
+    windows = whole.reshape(num_whole, seq_length)
+    for start in range(0, num_whole, batch_size):
+        yield windows[start : start + batch_size]
+    if len(remaining):
+        yield remaining[None]
 
 
 @dataclass(frozen=True)

@@ -11,7 +11,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from maskmoe.analysis.model_series import ModelSource, common_shape, model_folder, tokenizer_folder
-from maskmoe.analysis.probe_text import DatasetText, Probe, ProbeText, read_pieces
+from maskmoe.analysis.probe_text import DatasetText, ProbeText, read_pieces, windows_of
 from maskmoe.analysis.routing_statistics import (
     NO_EXPERT,
     AnalysisSettings,
@@ -56,7 +56,6 @@ def analyze(
     settings: AnalysisSettings,
     frequency: TokenFrequency | None = None,
     trace_files: Sequence[Path] = (),
-    progress: bool = False,
 ) -> RoutingAnalysis:
     """Run each model over a probe text and measure how the model routes the text.
 
@@ -66,7 +65,6 @@ def analyze(
         settings: The settings of the analysis.
         frequency: Token counts that define the frequency bands; None for the counts of the probe.
         trace_files: A file for the trace of each model; empty to write no traces.
-        progress: Whether to show a progress bar on stderr.
 
     Raises:
         UserError: A setting, the text or a model does not fit. The error is raised before the first model runs, unless
@@ -95,10 +93,10 @@ def analyze(
 
     # At most two traces are in memory at a time.
     statistics, before = [], None
-    for position, model in enumerate(tqdm(models, desc="routing the probe", unit="model", disable=not progress)):
+    for position, model in enumerate(tqdm(models, desc="routing the probe", unit="model")):
         with model_folder(model) as folder:
             decoder = load_exported_model(folder, tokenizer=None).model
-            trace = record_routing(decoder, Probe(token_ids, seq_length, settings.batch_size))
+            trace = record_routing(decoder, token_ids, seq_length, settings.batch_size)
         if trace_files:
             trace.save(trace_files[position], model.name, shape.layers)
         statistics.append(measure(trace, before, bands, settings))
@@ -108,12 +106,14 @@ def analyze(
 
 
 @torch.inference_mode()
-def record_routing(model: MaskMoEModel, probe: Probe) -> RoutingTrace:
+def record_routing(model: MaskMoEModel, token_ids: np.ndarray, seq_length: int, batch_size: int) -> RoutingTrace:
     """Record how a model routes all tokens of a probe.
 
     Args:
         model: The decoder of a model with experts.
-        probe: The probe text, which the model reads window by window.
+        token_ids: The probe text, int64 [tokens], which the model reads window by window.
+        seq_length: Number of tokens in a window; the last window may have fewer.
+        batch_size: Number of windows in a batch.
     """
     recorded = {module: [] for module in model.modules() if isinstance(module, MaskMoETopKRouter)}
 
@@ -134,14 +134,14 @@ def record_routing(model: MaskMoEModel, probe: Probe) -> RoutingTrace:
     with ExitStack() as hooks:
         for router in recorded:
             hooks.enter_context(router.register_forward_hook(record))
-        for batch in probe.batches():
+        for batch in windows_of(token_ids, seq_length, batch_size):
             model(input_ids=torch.from_numpy(batch).to(model.device), use_cache=False)
 
     arrays = {
         field: np.stack([np.concatenate([batch[field] for batch in batches]) for batches in recorded.values()])
         for field in ("experts", "weights", "entropy", "num_visible")
     }
-    return RoutingTrace(probe.token_ids, **arrays, num_experts=model.config.num_experts)
+    return RoutingTrace(token_ids, **arrays, num_experts=model.config.num_experts)
 
 
 def selected_experts(indices: Tensor) -> Tensor:

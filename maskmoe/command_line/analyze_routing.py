@@ -30,7 +30,6 @@ from pathlib import Path
 from maskmoe.analysis.routing_statistics import SPLITS, AnalysisSettings
 from maskmoe.arguments import ranges
 from maskmoe.arguments.parser import add_force_argument, add_option, command_parser, say_loading
-from maskmoe.arguments.ranges import split
 from maskmoe.data.indexed_dataset import dataset_files
 from maskmoe.errors import UserError, refused_by_system
 from maskmoe.files.outputs import atomic_output, check_outputs, lies_inside, unwinding_on_signals
@@ -57,7 +56,7 @@ def parse_arguments() -> argparse.Namespace:
     text = probe.add_mutually_exclusive_group(required=True)
     add_option(text, "--data-path P", "prefix of a dataset; P.bin and P.idx exist")
     add_option(text, "--input F", "text files (.jsonl, .txt, also .gz and .zst) to tokenize", Path, nargs="+")
-    add_option(probe, "--split A,B,C", "Megatron's --split of --data-path (default: the whole dataset)", split)
+    add_option(probe, "--split A,B,C", "Megatron's --split of --data-path (default: the whole dataset)", ranges.split)
     add_option(probe, "--eval-split", "the part of --split to use", choices=SPLITS, default="valid")
     add_option(probe, "--json-keys K", "key of the text in JSON lines", default="text")
     tokens = "number of tokens, from all over --data-path or from the beginning of --input"
@@ -153,6 +152,6 @@ def main() -> None:
         check_outputs([*results, *trace_files], _inputs(arguments), arguments.force)
         # Temporary files become the traces when the analysis has succeeded.
         temporary = [outputs.enter_context(atomic_output(path)) for path in trace_files]
-        analysis = analyze(models, text, settings, frequency, temporary, progress=True)
+        analysis = analyze(models, text, settings, frequency, temporary)
         written = [*write_tables(analysis, folder), *write_plots(analysis, folder), *trace_files]
     print(*terminal_table(analysis), "", *(f"written  {path}" for path in written), sep="\n")

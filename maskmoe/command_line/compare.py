@@ -18,7 +18,6 @@ from typing import Any
 
 from maskmoe.arguments import ranges
 from maskmoe.arguments.parser import Parser, add_force_argument, add_option
-from maskmoe.arguments.ranges import split
 from maskmoe.command_line import build_routing_mask, widen_routing_mask
 from maskmoe.comparison.comparison import Comparison
 from maskmoe.comparison.data import Dataset
@@ -61,7 +60,7 @@ def parse_arguments(arguments: Sequence[str]) -> argparse.Namespace:
         data, "--held-out NAME=FILE", "further text files to evaluate on, each with a name", _named_file, nargs="+"
     )
     add_option(data, "--data-path P", "an existing dataset, as Megatron's --data-path", nargs="+")
-    add_option(data, "--split A,B,C", "Megatron's --split of --data-path", split)
+    add_option(data, "--split A,B,C", "Megatron's --split of --data-path", ranges.split)
     add_option(data, "--tokenizer-type T", "tokenizer of --data-path (default: SentencePieceTokenizer)")
     add_option(data, "--tokenizer-model F", "tokenizer file of --data-path")
     add_option(data, "--vocab-size V", "number of ids of the tokenizer", ranges.VOCAB_SIZE)

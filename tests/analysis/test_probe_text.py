@@ -18,10 +18,10 @@ from support.small_series import VOCAB_SIZE
 from maskmoe.analysis.probe_text import (
     DatasetText,
     FileText,
-    Probe,
     read_pieces,
     split_sequences,
     spread_windows,
+    windows_of,
 )
 from maskmoe.analysis.routing_statistics import SPLITS
 from maskmoe.conversion.tokenizer import export_tokenizer
@@ -39,8 +39,7 @@ def model(workplace) -> Path:
 
 
 def test_batches_are_windows_in_order():
-    probe = Probe(np.arange(23), 5, 3)
-    batches = list(probe.batches())
+    batches = list(windows_of(np.arange(23), 5, 3))
     assert [batch.shape for batch in batches] == [(3, 5), (1, 5), (1, 3)]
     assert np.concatenate([batch.ravel() for batch in batches]).tolist() == list(range(23))
 

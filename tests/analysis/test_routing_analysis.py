@@ -9,13 +9,15 @@ from safetensors import safe_open
 from safetensors.numpy import load_file
 from support.tiny_maskmoe import NUM_EXPERTS, make_model, random_ids, random_mask
 
-from maskmoe.analysis.probe_text import Probe
+from maskmoe.analysis.probe_text import windows_of
 from maskmoe.analysis.routing_analysis import record_routing, selected_experts
 from maskmoe.analysis.routing_statistics import NO_EXPERT
 
+SEQ_LENGTH, BATCH_SIZE = 16, 3
 
-def make_probe(num_tokens: int, seq_length: int = 16, batch_size: int = 3) -> Probe:
-    return Probe(random_ids(num_tokens).numpy(), seq_length, batch_size)
+
+def make_probe(num_tokens: int) -> np.ndarray:
+    return random_ids(num_tokens).numpy()
 
 
 @pytest.mark.parametrize("topk", [1, 2, 4])
@@ -24,18 +26,18 @@ def test_equals_routing_by_hand(topk, settings):
     """The masks show one to all experts, so some tokens see fewer than k experts."""
     mask, probe = random_mask(), make_probe(100)
     model = make_model(mask, num_experts_per_tok=topk, **settings)
-    trace = record_routing(model.model, probe)
+    trace = record_routing(model.model, probe, SEQ_LENGTH, BATCH_SIZE)
 
     layers = [n for n in (1, 2, 3) if settings.get("mlp_layer_types", ["sparse"] * 3)[n - 1] == "sparse"]
     assert (trace.num_experts, len(trace.experts)) == (NUM_EXPERTS, len(layers))
     logits = [
         model(torch.from_numpy(window[None]), output_router_logits=True).router_logits
-        for batch in probe.batches()
+        for batch in windows_of(probe, SEQ_LENGTH, BATCH_SIZE)
         for window in batch
     ]
     for index, layer in enumerate(layers):
         z = torch.cat([of_window[index] for of_window in logits]).detach().double().numpy()
-        visible = mask.visible_sets(layer - 1)[probe.token_ids]
+        visible = mask.visible_sets(layer - 1)[probe]
         assert np.array_equal(np.isfinite(z), visible)
         for token in range(100):
             seen = np.flatnonzero(visible[token])
@@ -54,8 +56,8 @@ def test_equals_routing_by_hand(topk, settings):
 def test_entropy_of_other_scores(scoring_func):
     """The entropy is computed from the scores of the visible experts, divided by their sum."""
     model, probe = make_model(random_mask(), scoring_func=scoring_func), make_probe(16)
-    trace = record_routing(model.model, probe)
-    logits = model(torch.from_numpy(probe.token_ids[None]), output_router_logits=True).router_logits
+    trace = record_routing(model.model, probe, SEQ_LENGTH, BATCH_SIZE)
+    logits = model(torch.from_numpy(probe[None]), output_router_logits=True).router_logits
     for entropy, z in zip(trace.entropy, logits, strict=True):
         for token in range(16):
             seen = z[token][z[token].isfinite()].double()
@@ -71,14 +73,14 @@ def test_a_weight_of_zero_is_a_choice_and_a_repetition_is_none():
 
 def test_batches_do_not_matter():
     model, tokens = make_model().model, make_probe(100)
-    one_by_one = record_routing(model, Probe(tokens.token_ids, 16, 1))
-    together = record_routing(model, tokens)
+    one_by_one = record_routing(model, tokens, SEQ_LENGTH, batch_size=1)
+    together = record_routing(model, tokens, SEQ_LENGTH, BATCH_SIZE)
     assert np.array_equal(one_by_one.experts, together.experts)
     assert not any(layer.mlp.gate._forward_hooks for layer in model.layers)
 
 
 def test_saved(tmp_path):
-    trace = record_routing(make_model().model, make_probe(40))
+    trace = record_routing(make_model().model, make_probe(40), SEQ_LENGTH, BATCH_SIZE)
     trace.save(tmp_path / "trace.safetensors", "iteration 500", (1, 3))
     for name, saved in load_file(tmp_path / "trace.safetensors").items():
         assert saved.dtype == getattr(trace, name).dtype

@@ -13,7 +13,6 @@ from support.foreign_models import VOCAB_SIZE, random_ids, save_model
 from support.small_moe import make_mask, random_visible_sets
 
 from maskmoe.analysis.model_series import common_shape, find_models, model_folder
-from maskmoe.analysis.probe_text import Probe
 from maskmoe.analysis.routing_analysis import record_routing
 from maskmoe.checkpoint.integrity import read_common_state
 from maskmoe.conversion.config_mapping import gpt_args
@@ -167,12 +166,12 @@ def test_analysis_counts_feed_forward_layers(moe_model, tmp_path):
     (model,) = find_models([tmp_path / "hybrid"])
     shape, _ = common_shape([model])
     assert shape.layers == (1, 3)
-    probe = Probe(random_ids(64).flatten().numpy(), 16, 2)
+    probe = random_ids(64).flatten().numpy()
     with model_folder(model) as folder:
-        trace = record_routing(load_exported_model(folder, None).model, probe)
+        trace = record_routing(load_exported_model(folder, None).model, probe, seq_length=16, batch_size=2)
     assert not folder.exists()
     assert len(trace.experts) == 2
     for table in range(2):
-        visible = mask.visible_sets(table)[probe.token_ids]
+        visible = mask.visible_sets(table)[probe]
         assert np.array_equal(trace.num_visible[table], visible.sum(axis=1))
         assert np.take_along_axis(visible, trace.experts[table, :, :1].astype(int), axis=1).all()

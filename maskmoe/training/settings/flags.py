@@ -13,7 +13,6 @@ from typing import Any
 
 from maskmoe.arguments import ranges
 from maskmoe.arguments.parser import OneLineParser, add_option
-from maskmoe.arguments.ranges import Number, WholeNumber
 
 _LONGEST_WORD, _LONGEST_PATTERN = 100_000, 1 << 17
 _FACTOR = re.compile(r"(?<=\*)\s*\d+|\d+\s*(?=\*)")
@@ -170,9 +169,9 @@ def add_pretraining_arguments(parser: ArgumentParser) -> ArgumentParser:
         "report an expert or an expert-parallel rank that got no token in N log intervals in a row, and a MoE layer "
         "whose routing entropy was 0 in all of them; 0: never"
     )
-    add_option(group, "--spike-deviations D", deviations, Number(0, is_above=True), default=15.0)
-    add_option(group, "--spike-window STEPS", window, WholeNumber(2, 100_000), default=128)
-    add_option(group, "--collapse-intervals N", intervals, WholeNumber(0), default=10)
+    add_option(group, "--spike-deviations D", deviations, ranges.Number(0, is_above=True), default=15.0)
+    add_option(group, "--spike-window STEPS", window, ranges.WholeNumber(2, 100_000), default=128)
+    add_option(group, "--collapse-intervals N", intervals, ranges.WholeNumber(0), default=10)
     parser.set_defaults(
         exit_signal_handler=True,
         log_timers_to_tensorboard=True,  # the status shows the time of an iteration
