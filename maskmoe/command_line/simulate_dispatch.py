@@ -67,18 +67,14 @@ def parse_arguments() -> argparse.Namespace:
     add_option(cluster, "--gpus-per-node G", "GPUs of a node", ranges.RANKS_OF_NODE, default=8)
     ranks = "number of expert-parallel ranks, limited to the number of GPUs (default: all GPUs)"
     add_option(cluster, "--expert-model-parallel-size E", ranks, ranges.RANKS)
-    for usage, kind, default, meaning in (
-        (
-            "--intra-node-bandwidth GB/s",
-            ranges.BANDWIDTH,
-            450,
-            "bandwidth of a GPU to GPUs of its node, in each direction",
-        ),
-        ("--intra-node-latency µs", ranges.LATENCY, 1, "constant time of a message to GPUs of its node"),
-        ("--inter-node-bandwidth GB/s", ranges.BANDWIDTH, 50, "bandwidth of a GPU to other nodes, in each direction"),
-        ("--inter-node-latency µs", ranges.LATENCY, 2, "constant time of a message to other nodes"),
-    ):
-        add_option(cluster, usage, meaning, kind, default=default)
+    bandwidth = "bandwidth of a GPU to GPUs of its node, in each direction"
+    add_option(cluster, "--intra-node-bandwidth GB/s", bandwidth, ranges.BANDWIDTH, default=450)
+    latency = "constant time of a message to GPUs of its node"
+    add_option(cluster, "--intra-node-latency µs", latency, ranges.LATENCY, default=1)
+    bandwidth = "bandwidth of a GPU to other nodes, in each direction"
+    add_option(cluster, "--inter-node-bandwidth GB/s", bandwidth, ranges.BANDWIDTH, default=50)
+    latency = "constant time of a message to other nodes"
+    add_option(cluster, "--inter-node-latency µs", latency, ranges.LATENCY, default=2)
 
     add_option(parser, "--output F", "file for the results in bytes and seconds, .csv", Path)
     add_option(parser, "--plot F", "file for a plot of the results, .png", Path)

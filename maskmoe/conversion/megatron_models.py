@@ -46,7 +46,6 @@ from maskmoe.conversion.tensor_mapping import (
     EXPERT_NORMS,
     PADDING_PREFIX,
     MegatronLayout,
-    local_norm_name,
     map_tensors,
 )
 from maskmoe.conversion.tensor_sources import (
@@ -262,7 +261,8 @@ def _open_checkpoint(checkpoint: Path, mask: RoutingMask | None, changed_args: M
     try:
         mapping = map_tensors(config, _layout(source, config, is_hybrid(args)))
         # A checkpoint may hold a norm a second time, under the name that Transformer Engine's modules load.
-        aliases = {name for name in weights if local_norm_name(name) in mapping.megatron}
+        local, transformer_engine = EXPERT_NORMS
+        aliases = {name for name in weights if name.replace(transformer_engine, local) in mapping.megatron}
         check_tensors(weights, mapping.megatron, str(checkpoint), ignored=aliases)
         view: TensorSource = RearrangedSource(source, mapping.huggingface, mapping.copies)
     except CoverageError as error:

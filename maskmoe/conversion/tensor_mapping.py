@@ -127,12 +127,6 @@ class TensorMapping:
         check_cover(self.megatron, (copy.source for copy in self.copies))
 
 
-def local_norm_name(name: str) -> str:
-    """Return the name in local modules of a norm that a checkpoint holds for Transformer Engine's; else the name."""
-    local, transformer_engine = EXPERT_NORMS
-    return name.replace(transformer_engine, local)
-
-
 def map_tensors(config: Mapping[str, Any], layout: MegatronLayout) -> TensorMapping:
     """Return the mapping of a model's tensors.
 

@@ -266,8 +266,8 @@ class ElasticRun:
             nodes = self._options.nodes
             return f"waiting for {nodes.least} to {nodes.most} nodes, which need the run folder {self._options.run_dir}"
         if running is not None and leader in running.members:
-            return f"the run trains already; {leader.host} takes this node in at the next checkpoint"
-        return f"waiting for {leader.host}, which starts the run"
+            return f"the run trains already; {leader.process.host} takes this node in at the next checkpoint"
+        return f"waiting for {leader.process.host}, which starts the run"
 
     # ---- Training a generation ---------------------------------------------------------------------------------------
 
@@ -398,7 +398,7 @@ def _ranks_of(members: Iterable[Member]) -> list[int]:
 
 def _hosts_of(members: Iterable[Member]) -> str:
     """Return the names of the members' hosts."""
-    return ", ".join(member.host for member in members)
+    return ", ".join(member.process.host for member in members)
 
 
 def _free_port() -> int:

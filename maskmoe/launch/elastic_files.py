@@ -44,11 +44,6 @@ class Member:
     port: int
     ranks: int
 
-    @property
-    def host(self) -> str:
-        """The name of the host."""
-        return self.process.host
-
 
 @dataclass(frozen=True)
 class _Sign:

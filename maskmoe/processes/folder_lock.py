@@ -19,7 +19,7 @@ from pathlib import Path
 
 from pydantic import TypeAdapter, ValidationError
 
-from maskmoe.errors import UserError, refused_by_system
+from maskmoe.errors import UserError, one_line, refused_by_system
 from maskmoe.files.untrusted import UnusableFile, open_regular
 from maskmoe.processes.lifetimes import Holder, beating
 
@@ -190,9 +190,15 @@ def _read(lock: int) -> Holder | None:
         return None
 
 
+def describe_holder(holder: Holder | None) -> str:
+    """Return in words which process a lock file names; the file names none if the process has just started."""
+    if holder is None:
+        return "a process that has just started"
+    return f"process {holder.pid} on host {one_line(holder.host)}"
+
+
 def _refusal(folder: Path, holder: Holder | None) -> UserError:
-    who = "a process that has just started" if holder is None else f"process {holder.pid} on host {holder.host}"
     return UserError(
-        f"another run or conversion ({who}) is writing to {folder}; wait until it ends, stop it, or choose "
-        "another folder"
+        f"another run or conversion ({describe_holder(holder)}) is writing to {folder}; wait until it ends, stop it, "
+        "or choose another folder"
     )

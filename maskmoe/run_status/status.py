@@ -17,7 +17,7 @@ from maskmoe.checkpoint.series import non_persistent_folder
 from maskmoe.errors import UserError, one_line
 from maskmoe.files.run_folder import ARGUMENTS, Entry, Fact, Kind, read_journal
 from maskmoe.files.untrusted import UnusableFile, read_bounded
-from maskmoe.processes.folder_lock import LockState, look_at_lock
+from maskmoe.processes.folder_lock import describe_holder, look_at_lock
 from maskmoe.run_status.checkpoints import Checkpoints, find_checkpoints, read_checkpoints
 from maskmoe.run_status.events import Logged, find_event_folder, read_events
 
@@ -198,7 +198,7 @@ def read_liveness(
     is_fresh = last_sign is not None and time.time() - last_sign < patience
     found = partial(Liveness, last_sign=last_sign)
     if lock is not None and lock.is_alive:
-        return found("running", f"{_name(lock)} holds the lock")
+        return found("running", f"{describe_holder(lock.holder)} holds the lock")
     is_open = newest is not None and newest.kind not in (Kind.ENDED, Kind.NODES)
     if lock is None and is_open and is_fresh:
         return found("running", "its journal has no end, and it wrote something a short time ago")
@@ -215,18 +215,12 @@ def read_liveness(
     if newest is not None and newest.kind is Kind.ENDED:
         return found("ended", newest.text)
     if lock is not None:
-        return found("lost", f"{_name(lock)} has left its lock behind and is gone")
+        return found("lost", f"{describe_holder(lock.holder)} has left its lock behind and is gone")
     if is_open:
         return found("lost", "its journal has no end, but it has written nothing for a while")
     if lock_folder is not None:
         return found("ended", "no process holds the lock")
     return found("running", "it wrote something a short time ago") if is_fresh else found("unknown", "it has no lock")
-
-
-def _name(lock: LockState) -> str:
-    if lock.holder is None:
-        return "a process that has just started"
-    return f"process {lock.holder.pid} on host {one_line(lock.holder.host)}"
 
 
 @dataclass(frozen=True)

@@ -130,10 +130,7 @@ def missing_libraries(args: Namespace) -> Iterator[str]:
         yield "--wandb-project needs the Python package wandb: install it, or leave the flag out"
     lacks_pynvml = args.distributed_backend == "nccl" and find_spec("pynvml") is None
     if args.log_straggler and lacks_pynvml:
-        yield (
-            "--log-straggler needs the Python package nvidia-ml-py, which reads the temperature of a GPU: install the "
-            "package, or leave the flag out"
-        )
+        yield "--log-straggler needs the Python package nvidia-ml-py: install it, or leave the flag out"
     if args.log_device_memory_used and lacks_pynvml:
         yield "--log-device-memory-used needs the Python package nvidia-ml-py: install it, or leave the flag out"
     if _given("save_activations_interval", "save_dgrads_interval")(args) and find_spec("transformer_engine") is None:
