@@ -26,8 +26,6 @@ COMMANDS = {
     "status": "--html OUT checkpoints",
     "quickstart": "--input text.txt text.txt --run-dir OUT",
     "compare": "suite.yaml --input text.txt text.txt --run-dir OUT",
-    "pretrain of a file": "--run-dir OUT --gpus-per-node 1 --dry-run laptop.yaml",
-    "check": "--run-dir OUT --gpus-per-node 1 laptop.yaml",
     "evaluate": "--load checkpoints --use-checkpoint-args --data-path data --output OUT",
 }
 RUN = (
@@ -43,14 +41,13 @@ COMMANDS |= {"pretrain": RUN}
 def command_line(command: str, **replaced: str) -> list[str]:
     """Return a command line of `COMMANDS`, with other values of flags; flags are written without dashes in front."""
     words = COMMANDS[command].split()
-    positional = command in ("pretrain of a file", "check", "status")
     for name, value in replaced.items():
         flag = f"--{name.replace('_', '-')}"
         if flag in words:
             words[words.index(flag) + 1] = value
         else:
-            words = [f"{flag}={value}", *words] if positional else [*words, f"{flag}={value}"]
-    return [*command.removesuffix(" of a file").split(), *words]
+            words.append(f"{flag}={value}")
+    return [*command.split(), *words]
 
 
 # Values that are in the range of their flag, but contradict the model or another flag, and values that are no numbers,
@@ -76,8 +73,6 @@ CONTRADICTIONS = [
     ("analyze", "seq_length", "4096", "--seq-length is 4096, but the model takes at most"),
     ("convert upcycle", "num_experts", "8", "only a model without experts can be upcycled"),
     ("quickstart", "frequent_visible_experts", "9", "--num-experts 8"),
-    ("pretrain of a file", "nodes", "2", "--rendezvous"),
-    ("pretrain of a file", "node_rank", "1", "--node-rank 1"),
 ]
 
 
@@ -223,6 +218,8 @@ MISTAKES = [
     ("preprocess --merge a --output-prefix OUT --append-eod", "--append-eod is for --input"),
     ("preprocess --merge a --output-prefix OUT --shard 0/2", "--shard is for --input"),
     ("preprocess --merge a --output-prefix OUT --shuffle-seed -1", "--shuffle-seed must be at least 0, not -1"),
+    ("preprocess --merge data --json-keys text --output-prefix OUT", "--json-keys is for output prefixes"),
+    (f"preprocess {COMMANDS['preprocess']} --shard 0/2 --shuffle-seed 1", "give it to --merge instead"),
     (f"preprocess {COMMANDS['preprocess']} --json-keys text text", "names 'text' twice"),
     (f"preprocess {COMMANDS['preprocess']} --json-keys ../../x", "must not contain '/'"),
     (f"preprocess {COMMANDS['preprocess']} --json-keys text a/b", "must not contain '/'"),
@@ -257,9 +254,10 @@ MISTAKES = [
     ),
     ("pretrain --node 2 laptop.yaml", "unknown option --node of maskmoe pretrain: write Megatron's flags after MODEL"),
     ("pretrain --run-dir checkpoints/release --gpus-per-node 1 laptop.yaml", "release is a checkpoint, which stays"),
-    ("pretrain laptop.yaml stray", "stray"),
+    ("pretrain laptop.yaml stray", "only Megatron's flags may follow the model file, not 'stray'"),
     ("pretrain stray", "the model file stray does not exist"),
-    ("pretrain --num-layer 2", "unknown flag --num-layer (nearest: --num-layers)"),
+    ("pretrain --num-layer 2", "unknown flag --num-layer (nearest: --num-layers); --help-all lists all"),
+    ("pretrain --lr abc", "--lr: invalid float value: 'abc' (see maskmoe pretrain --help-all)"),
     ("pretrain --check x", "--check must be a whole number, not 'x'"),
     ("pretrain --check 1000000007", "--check must be at most"),
     ("pretrain --json F", "unknown flag --json"),

@@ -207,16 +207,6 @@ def test_a_refused_merging_keeps_the_records_of_earlier_datasets(tmp_path: Path,
     assert {path: path.read_bytes() for path in tmp_path.glob("merged*")} == before
 
 
-def test_keys_are_refused_with_prefixes_of_datasets(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    names = [str(write_documents(tmp_path / f"{name}_text_document", [[1]])) for name in "ab"]
-    for keys in ("nokey", "text"):
-        flags = ["--merge", *names, "--json-keys", keys, "--output-prefix", f"{tmp_path}/merged"]
-        monkeypatch.setattr(sys, "argv", ["x", *flags])
-        with pytest.raises(UserError, match=r"--json-keys is for output prefixes, but .*a_text_document is a d"):
-            preprocess_data.main()
-    assert not list(tmp_path.glob("merged*"))
-
-
 def test_an_input_of_merging_is_not_replaced(tmp_path: Path) -> None:
     names = [str(write_documents(tmp_path / name, [[1]])) for name in "ab"]
     with pytest.raises(UserError, match="is an input"):
@@ -264,18 +254,6 @@ def test_missing_and_unusable_datasets(shards: Path, tmp_path: Path) -> None:
         with pytest.raises(UserError, match=message):
             merge_datasets(names, f"{tmp_path}/merged")
         assert list(tmp_path.glob("*merged*")) == []
-
-
-def test_shards_are_shuffled_by_merging(jsonl: Callable, sentencepiece_model: Path, tmp_path: Path) -> None:
-    with pytest.raises(UserError, match="give it to --merge instead"):
-        preprocess(
-            [jsonl("a.jsonl", ["a"])],
-            "SentencePieceTokenizer",
-            sentencepiece_model,
-            tmp_path / "a",
-            shuffle_seed=1,
-            shard=Shard(0, 2),
-        )
 
 
 # ---- Counts ----------------------------------------------------------------------------------------------------------

@@ -165,11 +165,6 @@ def test_no_option_of_the_launcher_is_a_flag_of_training():
         parse(f"model.yaml {name}")
 
 
-def test_word_that_is_not_a_flag_is_refused():
-    with pytest.raises(UserError, match=r"only Megatron's flags may follow the model file, not 'more\.yaml'"):
-        split_flags(("more.yaml",))
-
-
 def test_program_without_a_name_is_refused():
     with pytest.raises(UserError, match="`program` must name one Python file, not none"):
         split_program({"program": ()})

@@ -6,13 +6,10 @@ import sys
 from pathlib import Path
 
 import pytest
-from megatron.training.arguments import add_megatron_arguments
 from support.launchers import start_ranks
 
-from maskmoe.arguments.parser import refuse_unknown_flags
-from maskmoe.errors import UserError
 from maskmoe.training.help_page import help_page
-from maskmoe.training.settings.flags import _escape_percent_signs_in_help, add_maskmoe_arguments
+from maskmoe.training.settings.flags import _escape_percent_signs_in_help
 
 ENTRY_POINTS = ("pretrain", "evaluate", "check")
 
@@ -41,16 +38,6 @@ def test_help_imports_neither_torch_nor_megatron(name: str, monkeypatch, capsys)
     assert printed.startswith("usage: maskmoe evaluate " if name == "evaluate" else "usage: maskmoe pretrain ")
     assert "\nMaskMoE:\n  --routing-mask FILE" in printed
     assert "--help-all shows" in printed
-
-
-def test_errors_name_the_full_help(monkeypatch) -> None:
-    """--help shows only MaskMoE's own arguments."""
-    monkeypatch.setattr(sys, "argv", ["maskmoe/training/pretrain.py"])
-    parser = add_maskmoe_arguments(add_megatron_arguments(argparse.ArgumentParser()))
-    with pytest.raises(UserError, match=r"^--lr: invalid float value: 'abc' \(see maskmoe pretrain --help-all\)$"):
-        parser.parse_args(["--lr", "abc"])
-    with pytest.raises(UserError, match=r"^unknown flag --trian-iters .*; --help-all lists all$"):
-        refuse_unknown_flags(parser, ["--trian-iters", "3"])
 
 
 def test_help_with_a_stray_percent_sign_is_printed_as_it_is() -> None:
