@@ -102,18 +102,15 @@ class Run:
 
 
 @pytest.fixture
-def new_run(tmp_path) -> Iterator[Callable[[str], Run]]:
+def new_run(request, tmp_path) -> Callable[[str], Run]:
     """Return a function that makes a run; its launchers are killed at the end of the test."""
-    runs: list[Run] = []
 
     def new_run(nodes: str) -> Run:
-        runs.append(Run(tmp_path, nodes))
-        return runs[-1]
+        run = Run(tmp_path, nodes)
+        request.addfinalizer(lambda: [launcher.kill() for launcher in run.launchers])
+        return run
 
-    yield new_run
-    for run in runs:
-        for launcher in run.launchers:
-            launcher.kill()
+    return new_run
 
 
 def test_lost_and_returned_node(new_run):

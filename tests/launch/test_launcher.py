@@ -2,7 +2,7 @@
 
 import signal
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 
 import pytest
 from support.launch import Launch
@@ -30,20 +30,18 @@ RUN = "from maskmoe.launch.launcher import run_entry_point; run_entry_point(('-m
 
 
 @pytest.fixture
-def run_stub(tmp_path) -> Iterator[Callable[..., Launch]]:
+def run_stub(request, tmp_path) -> Callable[..., Launch]:
     """Run the stub by `run_entry_point`."""
     (tmp_path / "stub.py").write_text(STUB)
-    started: list[Launch] = []
 
     def run_stub(*arguments: str, saves_checkpoints: bool = True, **environment: str) -> Launch:
         environment["PYTHONPATH"] = python_path(tmp_path)
         command = [sys.executable, "-c", RUN.format(saves_checkpoints=saves_checkpoints), *arguments]
-        started.append(Launch(command, tmp_path, tmp_path / "run", environment))
-        return started[-1]
+        launch = Launch(command, tmp_path, tmp_path / "run", environment)
+        request.addfinalizer(launch.kill)
+        return launch
 
-    yield run_stub
-    for launch in started:
-        launch.kill()
+    return run_stub
 
 
 def test_ranks_are_started_by_torchrun(run_stub):
@@ -67,6 +65,8 @@ def test_signal_stops_the_ranks(run_stub, saves_checkpoints, code):
     launch.wait_for_output("rank 0 of 1")
     launch.process.send_signal(signal.SIGTERM)
     assert launch.wait() == code, launch.output
+    assert ("stopped without saving a new checkpoint" in launch.output) == saves_checkpoints
+    assert ("checkpoint" in launch.output) == saves_checkpoints
 
 
 def test_rank_of_torchrun_runs_the_entry_point_itself(run_stub):

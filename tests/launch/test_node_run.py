@@ -3,7 +3,7 @@
 import signal
 import subprocess
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 
 import psutil
 import pytest
@@ -19,7 +19,7 @@ from maskmoe.launch.command import Command
 program, shutdown_timeout, node_run._HANG_TIMEOUT = sys.argv[1], float(sys.argv[2]), float(sys.argv[3])
 node_run._INSPECTION_INTERVAL = node_run._HANG_TIMEOUT / 4
 command = Command((sys.executable, "-c", program), {})
-supervisor = node_run.Supervisor(shutdown_timeout, saves_checkpoints=sys.argv[4] == "True")
+supervisor = node_run.Supervisor(shutdown_timeout, saves_checkpoints=True)
 run_tool(lambda: (node_run.say("starting"), sys.exit(supervisor.run(command))))
 """
 READY = "print('ready', flush=True)"
@@ -27,28 +27,16 @@ LEAVE_EXIT_CODE = "from maskmoe.processes.interruption import leave_exit_code; l
 
 
 @pytest.fixture
-def supervise(tmp_path) -> Iterator[Callable[..., Launch]]:
+def supervise(request, tmp_path) -> Callable[..., Launch]:
     """Start a supervisor that runs a Python program instead of torchrun."""
-    started: list[Launch] = []
 
-    def supervise(
-        program: str,
-        shutdown_timeout: float = 20,
-        hang_timeout: float = 60,
-        saves_checkpoints: bool = True,
-    ) -> Launch:
-        arguments = [program, str(shutdown_timeout), str(hang_timeout), str(saves_checkpoints)]
-        started.append(Launch([sys.executable, "-c", SUPERVISE, *arguments], tmp_path, tmp_path / "run", {}))
-        return started[-1]
+    def supervise(program: str, shutdown_timeout: float = 20, hang_timeout: float = 60) -> Launch:
+        arguments = [program, str(shutdown_timeout), str(hang_timeout)]
+        launch = Launch([sys.executable, "-c", SUPERVISE, *arguments], tmp_path, tmp_path / "run", {})
+        request.addfinalizer(launch.kill)
+        return launch
 
-    yield supervise
-    for launch in started:
-        launch.kill()
-
-
-@pytest.mark.parametrize("code", [0, 1, 3])
-def test_exit_code_of_the_command_is_returned(supervise, code):
-    assert supervise(f"import sys; sys.exit({code})").wait() == code
+    return supervise
 
 
 @pytest.mark.parametrize("code", [2, EXIT_REQUEUE, EXIT_HANG])
@@ -87,17 +75,6 @@ def test_hung_command_is_killed(supervise, has_signal):
     assert "torchrun does not notice that a rank has exited" in launch.output
 
 
-@pytest.mark.parametrize(("saves_checkpoints", "code"), [(True, EXIT_REQUEUE), (False, 128 + signal.SIGTERM)])
-def test_signalled_command_that_has_not_saved(supervise, saves_checkpoints, code):
-    """If the command saves checkpoints, the code requests a restart; otherwise the code is that of shells."""
-    launch = supervise(f"{READY}; import time; time.sleep(1000)", saves_checkpoints=saves_checkpoints)
-    launch.wait_for_output("ready")
-    launch.process.send_signal(signal.SIGTERM)
-    assert launch.wait() == code
-    assert ("stopped without saving a new checkpoint" in launch.output) == saves_checkpoints
-    assert ("checkpoint" in launch.output) == saves_checkpoints
-
-
 def test_stop_is_orderly_although_nothing_can_be_printed(monkeypatch):
     """The terminal may be gone, or the disk of a log file may be full."""
     monkeypatch.delenv("PYTHONUNBUFFERED", raising=False)  # which hides that Python writes again when it exits
@@ -107,7 +84,7 @@ def test_stop_is_orderly_although_nothing_can_be_printed(monkeypatch):
         "os.kill(os.getppid(), signal.SIGTERM); time.sleep(1000)"
     )
     with open("/dev/full", "w") as full:
-        words = [sys.executable, "-c", SUPERVISE, program, "20", "60", "True"]
+        words = [sys.executable, "-c", SUPERVISE, program, "20", "60"]
         assert subprocess.run(words, stdout=full, stderr=full, timeout=60).returncode == EXIT_REQUEUE
 
 
