@@ -188,7 +188,6 @@ RUNS = {
         mask="megatrons.safetensors",
         omits="--num-layers",
     ),
-    "wider mask, resumed": Run(f"{DROPOUT} {UNTIL_10} --ckpt-step 8", continues="wider mask", mask="wider.safetensors"),
     "planned dispatch, distributed optimizer": Run(
         f"{EXPERT_2} {DISTRIBUTED} {UNTIL_12}", ranks=2, saves=True, mask="rank_local.safetensors"
     ),

@@ -199,14 +199,6 @@ def test_tokens_of_multi_token_prediction_count_in_a_layer_of_their_own(runs, ev
 
 
 @pytest.mark.slow
-def test_each_rank_counts_its_part_of_the_sequence(evaluate, results):
-    """Under sequence parallelism, each tensor-parallel rank routes other tokens."""
-    evaluation, _ = evaluate("sequence parallel", "--tensor-model-parallel-size 2 --sequence-parallel", 2)
-    loads, expected = (of_run["expert_load"] for of_run in (evaluation, results["one rank"][0]))
-    assert [sum(load["tokens_per_expert"]) for load in loads] == [sum(load["tokens_per_expert"]) for load in expected]
-
-
-@pytest.mark.slow
 def test_planned_tokens_of_tensor_parallel_ranks_count_once(evaluate):
     """The mask allows plans. Both ranks hold all tokens, and each routes the tokens of its experts."""
     layout = "--tensor-model-parallel-size 2 --expert-tensor-parallel-size 1 --expert-model-parallel-size 2"

@@ -248,13 +248,6 @@ def test_model_chunks_of_a_hybrid_model(reports):
     assert report["layout"]["virtual_pipeline"] == 2
 
 
-def test_parameters_of_latent_experts(reports):
-    parts, without = (reports[name]["parameters"]["parts"] for name in ("latent experts", "untied embeddings, gate"))
-    projections = 4 * 2 * 64 * 16
-    assert parts["routed experts"] * 64 == without["routed experts"] * 16
-    assert parts["layers without routed experts"] == without["layers without routed experts"] + projections
-
-
 def test_ranks_divide_the_state_of_lion(reports):
     whole, divided = (reports[name]["memory"]["stages"][0]["optimizer"] for name in LION)
     assert divided * 2 == whole

@@ -21,12 +21,6 @@ def test_supported_settings_are_accepted_and_no_default_differs():
     assert check_settings(make(), MASK) == []
 
 
-def test_settings_of_validated_arguments_are_accepted():
-    """Megatron's validation sets both, as it does for the configuration of a script that calls `pretrain()`."""
-    config = make(tensor_parallel_num_weight_shards=1, expert_tensor_parallel_num_weight_shards=1)
-    assert check_settings(config, MASK) == []
-
-
 @pytest.mark.parametrize("pattern", ["*E*E*E*E", "*E*E*E/*E"])
 def test_hybrid_model_is_accepted(pattern):
     decoder, *predictions = pattern.split("/")

@@ -18,7 +18,6 @@ from maskmoe.data.indexed_dataset import DatasetIndex, read_index
 from maskmoe.data.tokenizer import TokenizerRecord
 from maskmoe.errors import UserError
 from maskmoe.routing_mask.mask import MaskChange, RoutingMask
-from maskmoe.routing_mask.widening import widen_routing_mask
 from maskmoe.training.settings import inputs
 from maskmoe.training.settings.inputs import data_errors, find_routing_mask
 
@@ -105,16 +104,7 @@ def test_later_checkpoints_hold_the_new_mask(runs, workplace):
         saved = read_routing_mask(checkpoint_path(run.checkpoints, iteration))
         assert saved.digest == mask.digest
         assert (saved.visible_bits == mask.visible_bits).all()
-
-
-@pytest.mark.runs("wider mask")
-def test_mask_of_a_checkpoint_can_be_widened_again(runs, workplace):
-    (changed,) = runs
-    (wider,) = masks_of(workplace, "wider")
-    mask = read_mask(changed.checkpoints)
-    assert mask.digest == wider.digest
-    again = widen_routing_mask(mask, frequent_visible_experts=7)
-    assert [ancestor["digest"] for ancestor in again.provenance.widened_from][-1] == wider.digest
+    assert read_mask(changed.checkpoints).digest == new.digest
 
 
 def arguments(mask: object, **further: object) -> Namespace:
@@ -149,14 +139,6 @@ def test_flag_changes_nothing_if_the_masks_are_equal(runs, workplace):
         find_routing_mask(args, checkpoint, reports.append)
         assert len(reports) == 1
         assert "--change-routing-mask changes nothing" in reports[0]
-
-
-@pytest.mark.slow
-@pytest.mark.runs("wider mask", "wider mask, resumed")
-def test_run_is_resumed_with_the_new_mask(runs):
-    changed, resumed = runs
-    assert resumed.iterations == [9, 10]
-    assert resumed.difference(changed) == 0
 
 
 @pytest.mark.slow

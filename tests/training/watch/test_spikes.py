@@ -85,17 +85,6 @@ def test_missing_gradient_norm_is_not_judged():
     assert detector.history["gradient norm"] == []
 
 
-def test_texts():
-    detector = SpikeDetector(4, 15)
-    for value in (2.0, 2.1, 2.2, 2.1):
-        detector.judge(value, value)
-    texts = [str(deviation) for deviation in (*detector.judge(9.25, 2.1), *detector.judge(2.1, 0.001))]
-    assert texts == [
-        "loss 9.25, 96.5 robust deviations above the median 2.1",
-        "gradient norm 0.001, 199.9 robust deviations below the median 2.1",
-    ]
-
-
 # In training
 
 SPIKE = (str(TESTS / "training" / "pretrain_with_spike.py"),)

@@ -33,31 +33,21 @@ def later(ranks: list[Sighting], but=()) -> list[Sighting]:
     return [seen if seen.rank in but else seen._replace(time=seen.time + 2) for seen in ranks]
 
 
-def test_silent_rank():
-    before = sightings()
-    culprits, reason = find_culprits(before, later(before, but=[1]))
-    assert culprits == [1]
-    assert "rank 1 (host a, process 1) shows no sign of life" in reason
-
-
-def test_rank_that_is_not_in_a_collective():
-    before = sightings(waits=False, at="loader.py:5 in read")
-    culprits, reason = find_culprits(before, later(before))
-    assert culprits == [1]
-    assert "stands still" in reason
-    assert "loader.py:5 in read" in reason
-
-
-def test_rank_that_is_behind():
-    before = sightings(steps=6)
-    assert find_culprits(before, later(before))[0] == [1]
-
-
-def test_nobody_can_be_blamed():
-    before = sightings()
-    culprits, reason = find_culprits(before, later(before))
-    assert culprits == []
-    assert "all 3 ranks wait for each other" in reason
+@pytest.mark.parametrize(
+    ("of_rank_1", "silent", "expected", "words"),
+    [
+        ({}, [1], [1], ["rank 1 (host a, process 1) shows no sign of life"]),
+        ({"waits": False, "at": "loader.py:5 in read"}, [], [1], ["stands still", "loader.py:5 in read"]),
+        ({"steps": 6}, [], [1], []),
+        ({}, [], [], ["all 3 ranks wait for each other"]),
+    ],
+    ids=["silent rank", "rank outside a collective", "rank that is behind", "nobody"],
+)
+def test_culprits(of_rank_1, silent, expected, words):
+    before = sightings(**of_rank_1)
+    culprits, reason = find_culprits(before, later(before, but=silent))
+    assert culprits == expected
+    assert all(word in reason for word in words)
 
 
 def test_many_culprits_are_not_all_named():
