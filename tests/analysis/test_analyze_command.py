@@ -71,11 +71,6 @@ def means_of_tables(folder: Path, iteration: int) -> list[str]:
     return means
 
 
-def test_files(analysed_series):
-    traces = {f"trace_{number}.safetensors" for number in (1, 2, 3)}
-    assert {path.name for path in analysed_series.iterdir()} == FILES | traces
-
-
 def test_tables_have_the_statistics_of_the_traces(analysed_series, workplace):
     """tests/analysis/test_routing_statistics.py proves the statistics; the tables have them in the right places."""
     mask = RoutingMask.load(workplace / "mask.safetensors")

@@ -5,15 +5,12 @@ import shutil
 from collections.abc import Iterator
 from pathlib import Path
 
-import numpy as np
 import pytest
 from support.command_lines import forget_megatrons_globals, run_command
-from support.datasets import build_mask, count_ids, write_documents
+from support.datasets import write_inputs
 from support.paths import EXPORTED_MODEL, ROOT
 
-from maskmoe.data.indexed_dataset import optimal_dtype
 from maskmoe.data.tokenizer import HuggingFaceTokenizer, SentencePieceTokenizer
-from maskmoe.data.tokenizer_training import train_tokenizer
 
 VOCAB_SIZE = 400
 
@@ -25,20 +22,12 @@ def original_workshop(tmp_path_factory: pytest.TempPathFactory) -> Path:
     from support.tiny_maskmoe import make_model
 
     folder = tmp_path_factory.mktemp("workshop")
-    text = "\n".join(path.read_text() for path in sorted((ROOT / "maskmoe/routing_mask").glob("*.py")))
-    (folder / "text.txt").write_text(text)
     (folder / "loop").symlink_to("loop")
-    (folder / "tokenizer.model").write_bytes(train_tokenizer([text], vocab_size=VOCAB_SIZE, num_threads=1))
     (folder / "huggingface").mkdir()
     for name in ("tokenizer.json", "tokenizer_config.json"):
         shutil.copy(EXPORTED_MODEL / name, folder / "huggingface")
     tokenizer = HuggingFaceTokenizer(folder / "huggingface")
-    documents = [np.append(ids, tokenizer.eod_id) for ids in tokenizer.encode_batch(text.split("\n\n"))]
-    write_documents(folder / "data", documents, optimal_dtype(VOCAB_SIZE), tokenizer.record())
-    frequency = count_ids(folder / "data", VOCAB_SIZE)
-    frequency.save(folder / "counts.safetensors")
-    mask = build_mask(frequency, 4, 2, "uniform", frequent_mass=0.6, frequent_visible_experts=3)
-    mask.save(folder / "mask.safetensors")
+    mask = write_inputs(folder, VOCAB_SIZE, 4, 2, tokenizer)
     make_model(mask, num_hidden_layers=2).save_pretrained(folder / "model")
     for path in (folder / "huggingface").iterdir():
         shutil.copy(path, folder / "model")

@@ -8,9 +8,12 @@ from pathlib import Path
 import numpy as np
 import tokenizers
 from numpy.typing import ArrayLike, DTypeLike
+from support.paths import ROOT
 
 from maskmoe.data.dataset_writing import IndexedDatasetWriter
-from maskmoe.data.tokenizer import TokenizerRecord
+from maskmoe.data.indexed_dataset import optimal_dtype
+from maskmoe.data.tokenizer import SentencePieceTokenizer, Tokenizer, TokenizerRecord
+from maskmoe.data.tokenizer_training import train_tokenizer
 from maskmoe.routing_mask.assignment import MaskRecipe, build_routing_mask
 from maskmoe.routing_mask.frequency import TokenFrequency, count_token_frequency
 from maskmoe.routing_mask.mask import RoutingMask
@@ -110,6 +113,31 @@ def build_mask(
         expert_model_parallel_size=expert_model_parallel_size,
     )
     return build_routing_mask(recipe, frequency=frequency, workers=1)
+
+
+def write_inputs(
+    folder: Path, vocab_size: int, num_experts: int, num_layers: int, tokenizer: Tokenizer | None = None
+) -> RoutingMask:
+    """Write a text, a SentencePiece tokenizer for it, a dataset, token counts and a routing mask, which is returned.
+
+    Args:
+        folder: Gets the files.
+        vocab_size: Number of ids.
+        num_experts: Number of experts of the mask.
+        num_layers: Number of layers of the mask.
+        tokenizer: Encodes the dataset instead of the SentencePiece tokenizer.
+    """
+    text = "\n".join(path.read_text() for path in sorted((ROOT / "maskmoe/routing_mask").glob("*.py")))
+    (folder / "text.txt").write_text(text)
+    (folder / "tokenizer.model").write_bytes(train_tokenizer([text], vocab_size=vocab_size, num_threads=1))
+    tokenizer = tokenizer or SentencePieceTokenizer(folder / "tokenizer.model")
+    documents = [np.append(ids, tokenizer.eod_id) for ids in tokenizer.encode_batch(text.split("\n\n"))]
+    write_documents(folder / "data", documents, optimal_dtype(vocab_size), tokenizer.record())
+    frequency = count_ids(folder / "data", vocab_size)
+    frequency.save(folder / "counts.safetensors")
+    mask = build_mask(frequency, num_experts, num_layers, "uniform", frequent_mass=0.6, frequent_visible_experts=3)
+    mask.save(folder / "mask.safetensors")
+    return mask
 
 
 def frequency_of(counts: ArrayLike, tokenizer: TokenizerRecord | None = None) -> TokenFrequency:
