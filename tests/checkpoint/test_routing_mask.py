@@ -21,23 +21,6 @@ from maskmoe.routing_mask.assignment import MaskRecipe, build_routing_mask
 from maskmoe.routing_mask.mask import MaskChange, RoutingMask
 
 
-def test_reads_a_mask_file(tmp_path: Path) -> None:
-    mask = build_routing_mask(MaskRecipe.from_preset("hash", 4, 2), vocab_size=50)
-    mask.save(tmp_path / "mask.safetensors")
-    assert read_routing_mask(tmp_path / "mask.safetensors").digest == mask.digest
-    assert read_routing_mask(str(tmp_path / "mask.safetensors")).digest == mask.digest
-
-
-def test_missing_file_is_reported(tmp_path: Path) -> None:
-    with pytest.raises(UserError, match="nowhere"):
-        read_routing_mask(tmp_path / "nowhere")
-
-
-def test_folder_without_a_checkpoint_is_reported(tmp_path: Path) -> None:
-    with pytest.raises(UserError, match="holds no checkpoint"):
-        read_routing_mask(tmp_path)
-
-
 @pytest.mark.parametrize("content", [b"", b"no pickle"], ids=["empty", "damaged"])
 def test_unreadable_checkpoint_is_reported(content: bytes, tmp_path: Path) -> None:
     (tmp_path / ".metadata").write_bytes(content)

@@ -81,7 +81,7 @@ def test_a_suite_extends_another_one(suite_file, tmp_path):
 
 
 def test_paths_of_an_extended_suite_are_relative_to_its_own_folder(suite_file, tmp_path):
-    data = "data: {vocab-size: 300, input: a.txt, held-out: {b: b.txt}}"
+    data = "data: {vocab-size: 300, input: a.txt, held-out: {b: b.txt}, data-path: [0.5, c], tokenizer-model: d}"
     program = "maskmoe: {program: own.py, model: model.yaml, mask"
     suite_file(replace={"data: {vocab-size: 300}": f"model: model.yaml\n{data}", "maskmoe: {mask": program})
     (tmp_path / "model.yaml").write_text("clip-grad: 1\n")
@@ -93,6 +93,8 @@ def test_paths_of_an_extended_suite_are_relative_to_its_own_folder(suite_file, t
     assert {variant.model for variant in suite.variants.values()} == {str(tmp_path / "model.yaml")}
     assert Path(suite.variants["maskmoe"].program).resolve() == tmp_path / "own.py"
     assert (suite.data.input, suite.data.held_out) == ((f"{tmp_path}/a.txt",), {"b": f"{tmp_path}/b.txt"})
+    assert suite.data.data_path == ("0.5", f"{tmp_path}/c")
+    assert suite.data.tokenizer_model == f"{tmp_path}/d"
     # Its own paths start at its own folder.
     (path.parent / "other.yaml").write_text("clip-grad: 2\n")
     path.write_text("extends: ../small.yaml\nmodel: other.yaml\ndata: {vocab-size: 300, input: c.txt}\n")
@@ -138,18 +140,6 @@ def test_value_that_removes_a_flag_of_an_earlier_section(suite_file, tmp_path, v
     assert variant.widen == {}
     (tmp_path / "run.yaml").write_text(flags_to_yaml({"bf16": ()}, variant.layouts))
     assert ModelFile.read(tmp_path / "run.yaml", {}).flags_for(8) == {}
-
-
-def test_paths_are_relative_to_the_suite(suite_file, tmp_path):
-    data = "data: {vocab-size: 300, input: [a.txt], held-out: {b: b.txt}, data-path: [0.5, c], tokenizer-model: d}"
-    program = {"maskmoe: {mask: {}}": "maskmoe: {mask: {}, program: e.py}"}
-    (tmp_path / "e.py").touch()
-    suite = Suite.read(suite_file(replace={"data: {vocab-size: 300}": data, **program}), {})
-    assert suite.data.input == (str(tmp_path / "a.txt"),)
-    assert suite.data.held_out == {"b": str(tmp_path / "b.txt")}
-    assert suite.data.data_path == ("0.5", str(tmp_path / "c"))
-    assert suite.data.tokenizer_model == str(tmp_path / "d")
-    assert suite.variants["maskmoe"].program == str(tmp_path / "e.py")
 
 
 @pytest.mark.parametrize(

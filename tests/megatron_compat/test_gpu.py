@@ -114,15 +114,3 @@ def test_flags_override_the_defaults(on_a_gpu, parse) -> None:
     )
     assert args.transformer_impl == "local"
     assert not any((args.moe_permute_fusion, args.moe_grouped_gemm, args.apply_rope_fusion))
-
-
-@pytest.mark.parametrize(
-    ("packages", "named"),
-    [
-        (NOTHING, "Transformer Engine is not installed, so the default is --transformer-impl local"),
-        (GpuPackages(), ""),
-    ],
-)
-def test_what_is_missing_is_described_in_one_line(packages, named):
-    assert (packages.describe_missing() or "").startswith(named)
-    assert "\n" not in (packages.describe_missing() or "")

@@ -248,13 +248,6 @@ def test_job_that_slurm_is_ending_is_left_to_slurm(train, options, variables):
     assert "submit the chain" not in output
 
 
-def test_complete_run(train, tmp_path):
-    code, output = train("0 0")
-    assert code == 0
-    assert "the training is complete" in output
-    assert (tmp_path / "run" / "slurm" / "1.finished").exists()
-
-
 @pytest.mark.parametrize("reason", [EXIT_HANG, EXIT_REQUEUE])
 def test_job_of_a_chain_leaves_the_run_to_the_next_job_if_there_is_one(train, reason):
     code, output = train(f"{reason} {reason}", options=("--chain",), **CHAIN)

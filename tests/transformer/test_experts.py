@@ -9,9 +9,6 @@ import pytest
 import torch
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
-from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig
-from megatron.core.distributed.param_and_grad_buffer import _ParamAndGradBucketGroup
-from megatron.core.optimizer import OptimizerConfig, get_megatron_optimizer
 from megatron.core.tensor_parallel.layers import ColumnParallelLinear, RowParallelLinear
 from megatron.core.transformer.mlp import MLPSubmodules
 from megatron.core.transformer.moe.experts import SequentialMLP
@@ -396,58 +393,3 @@ def test_changed_experts_keep_their_changes(change: Callable) -> None:
     changed = compute(ours, [2, 0, 3, 4])
     assert_same_tensors(changed, compute(theirs, [2, 0, 3, 4]))
     assert not torch.equal(changed["rows"], unchanged["rows"])
-
-
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-@pytest.mark.parametrize("overlaps", [False, True], ids=["", "overlapping"])
-def test_steps_under_data_parallelism(overlaps: bool, dtype: torch.dtype, monkeypatch) -> None:
-    """Accumulate gradients over micro-batches; with overlap, parameters are gathered during the forward pass."""
-    forbid(monkeypatch, "_compute_grouped")
-    turns = count_calls(monkeypatch, experts_module, "_compute_in_turns")
-    waits = count_calls(monkeypatch, _ParamAndGradBucketGroup, "finish_param_sync")
-
-    def train(experts: SequentialMLP) -> dict[str, Tensor]:
-        for parameter in experts.parameters():
-            parameter.allreduce = False
-        model = DistributedDataParallel(
-            experts.config,
-            DistributedDataParallelConfig(
-                grad_reduce_in_fp32=True,
-                use_distributed_optimizer=True,
-                overlap_grad_reduce=overlaps,
-                overlap_param_gather=overlaps,
-            ),
-            experts,
-        )
-        optimizer = get_megatron_optimizer(
-            OptimizerConfig(
-                optimizer="adam",
-                lr=0.1,
-                bf16=dtype == torch.bfloat16,
-                params_dtype=dtype,
-                use_distributed_optimizer=True,
-                overlap_param_gather=overlaps,
-            ),
-            [model],
-        )
-        seen = {}
-        for step in range(3):
-            model.zero_grad_buffer()
-            optimizer.zero_grad()
-            for micro_batch in range(2):
-                with model.no_sync() if micro_batch == 0 else torch.enable_grad():
-                    rows, probs, gradient = make_rows(experts, [4, 0, 3, 2], seed=10 * step + micro_batch)
-                    output, _ = model(rows, torch.tensor([4, 0, 3, 2]), probs)
-                    output.backward(gradient)
-                    seen[f"output {step} {micro_batch}"] = output.detach()
-            model.finish_grad_sync()
-            seen |= {f"{name} {step}": p.main_grad.clone() for name, p in experts.named_parameters()}
-            optimizer.step()
-        return seen
-
-    ours, theirs = make_pair(params_dtype=dtype, bf16=dtype == torch.bfloat16)
-    found = train(ours)
-    num_waits, num_forwards, num_weights = len(waits), 6, 8
-    assert_same_tensors(found, train(theirs))
-    assert len(turns) == num_forwards
-    assert num_waits == len(waits) - num_waits == (num_forwards * num_weights if overlaps else 0)
