@@ -47,7 +47,7 @@ def main() -> None:
     from maskmoe.checkpoint.series import choose_checkpoint, remove_old_checkpoints
 
     keep, retain_interval = arguments.keep_last_checkpoints, arguments.save_retain_interval
-    with tqdm(unit="checkpoint", leave=False) as progress:
+    with tqdm(unit="checkpoint", leave=False, delay=1) as progress:  # no bar if there is nothing to verify
 
         @cache  # the checkpoint that is chosen is also the first one that is kept
         def check(checkpoint: Path) -> None:
