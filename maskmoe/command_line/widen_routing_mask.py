@@ -82,6 +82,7 @@ def main() -> None:
             frequent_mass=arguments.frequent_mass,
             frequent_visible_experts=arguments.frequent_visible_experts,
             seed=arguments.seed,
+            progress=True,
         )
         wider.save(temporary)
     print_summary(mask, wider, frequency)

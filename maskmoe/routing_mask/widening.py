@@ -21,6 +21,7 @@ def widen_routing_mask(
     frequent_mass: float | None = None,
     frequent_visible_experts: int | None = None,
     seed: int = 0,
+    progress: bool = False,
 ) -> RoutingMask:
     """Return a mask in which frequent ids see more experts; every visible set contains the id's set in `mask`.
 
@@ -36,6 +37,7 @@ def widen_routing_mask(
         frequent_mass: P, at least that of `mask`, which is the default.
         frequent_visible_experts: V_f, at least that of `mask`, which is the default.
         seed: Seed of the random choices.
+        progress: Whether to show a progress bar on stderr if the work takes more than half a second.
 
     Returns:
         The wider mask, whose provenance records `mask`; `mask` itself if no visible set grows.
@@ -53,7 +55,7 @@ def widen_routing_mask(
     old_tables = [mask.table_of_layer(table) for table in range(num_tables)]
     widen_table = partial(_widen_table, recipe, vocabulary, len(made_from.widened_from))
     new_tables = map_in_processes(widen_table, list(enumerate(old_tables))[first:], workers)
-    bar = tqdm(new_tables, total=num_tables - first, unit="table", desc="widening", delay=0.5)
+    bar = tqdm(new_tables, total=num_tables - first, unit="table", desc="widening", delay=0.5, disable=not progress)
     tables = [*old_tables[:first], *(new or old for old, new in zip(old_tables[first:], bar, strict=True))]
     if all(new is old for old, new in zip(old_tables, tables, strict=True)):
         return mask

@@ -28,7 +28,7 @@ def parser_of(name: str) -> argparse.ArgumentParser:
 
     module = importlib.import_module(f"maskmoe.{SUBCOMMANDS[name][0]}")
     with (
-        mock.patch.object(argparse.ArgumentParser, "parse_args", stop),
+        mock.patch.object(argparse.ArgumentParser, "parse_known_args", stop),
         mock.patch.object(sys, "argv", [f"maskmoe {name}"]),
         mock.patch("signal.signal"),
         pytest.raises(ParserFound) as found,

@@ -310,7 +310,7 @@ def test_mamba_layers_need_transformer_engine(monkeypatch, implementation: str) 
 @pytest.mark.parametrize(
     ("flags", "error"),
     [
-        ("--log-straggler --distributed-backend nccl", "--log-straggler needs the Python package nvidia-ml-py,"),
+        ("--log-straggler --distributed-backend nccl", "--log-straggler needs the Python package nvidia-ml-py:"),
         ("--log-straggler --distributed-backend gloo", None),
         (
             "--log-device-memory-used --distributed-backend nccl",
