@@ -150,14 +150,15 @@ def main() -> None:
     if not (options.list or options.run or options.dry_run):
         inputs = [options.suite, comparison.table, *comparison.data.text, *comparison.data.held_out.values()]
         report = [(options.output_dir or comparison.report_folder) / name for name in REPORT_FILES]
+        folder = StageFolder(comparison.data.folder)
         if options.output_dir:
             with refused_by_system(f"cannot write to --output-dir {options.output_dir}"):
                 options.output_dir.mkdir(parents=True, exist_ok=True)
             check_outputs(report, inputs, options.force)
-            report = []
-        # --report may run without stages, but leaves both files.
-        is_own = bool(report) and all(path.exists() for path in report)
-        StageFolder(comparison.data.folder).check(report, inputs, is_own)
+            folder.check((), inputs)
+        else:
+            # --report may run without stages, but leaves both files.
+            folder.check(report, inputs, is_own=all(path.exists() for path in report))
     runs = comparison.selected(options.only or (), options.seeds or ())
     if options.merge:
         # An absent table would count as an empty one.

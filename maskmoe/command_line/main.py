@@ -10,7 +10,6 @@ from maskmoe.processes.run_tool import run_tool
 
 _ENTRY_POINTS = "maskmoe.training."
 
-
 SUBCOMMANDS = {
     "corpus": ("command_line.make_corpus", "collect the text of Python packages as a training corpus"),
     "tokenizer": ("command_line.train_tokenizer", "train a SentencePiece tokenizer on raw text"),

@@ -97,7 +97,7 @@ class StatusLine:
 
 @dataclass(frozen=True)
 class StageSettings:
-    """What a stage depends on: its command, and size and modification time of each input, None if missing."""
+    """The command of a stage, and the size and modification time of each of its inputs; None for a missing input."""
 
     command: Sequence[str]
     inputs: Mapping[str, Sequence[int] | None]

@@ -95,13 +95,18 @@ def read_json_bytes(path: str | os.PathLike[str]) -> bytes:
         UnusableFile: The file cannot be read, is not JSON, is nested too deeply, or holds a number of thousands of
             digits.
     """
-    path = Path(path)
     content = read_bounded(path, MAX_JSON_BYTES)
+    _parse_json(Path(path), content)
+    return content
+
+
+def _parse_json(path: Path, content: bytes) -> Any:
     try:
-        repr(from_json(content))  # reading limits the depth, printing the digits of a number
+        value = from_json(content)  # reading limits the depth, printing the digits of a number
+        repr(value)
     except ValueError as error:
         raise UnusableFile(path, f"is damaged (Invalid JSON: {' '.join(str(error).split())})") from error
-    return content
+    return value
 
 
 def resolve_inside(folder: Path, name: str) -> Path:
@@ -149,7 +154,7 @@ def check_tokenizer(path: Path) -> None:
     Raises:
         UnusableFile: The file cannot be read, is not JSON, or its tokenizer may make texts longer.
     """
-    content = from_json(read_json_bytes(path))
+    content = _parse_json(path, read_bounded(path, MAX_JSON_BYTES))
     names = ("normalizer", "pre_tokenizer", "post_processor", "decoder")
     if not isinstance(content, dict):
         raise UnusableFile(path, "is not a tokenizer.json")

@@ -100,8 +100,8 @@ def positions_of_layers(
             other names count feed-forward layers, one for each transformer layer.
 
     Returns:
-        The numbers, which the names contain; None for a layer that is no hash layer: a
-        feed-forward layer without experts, or a layer of multi-token prediction.
+        The numbers, which the names contain; None for a layer that is no hash layer: a feed-forward layer without
+        experts, or a layer of multi-token prediction.
 
     Raises:
         UserError: The pattern has another number of layers.

@@ -2,7 +2,7 @@
 
 import os
 from collections.abc import Callable, Sequence
-from functools import partial
+from functools import cached_property, partial
 from types import SimpleNamespace
 from typing import Any, cast
 
@@ -44,6 +44,10 @@ class GroupedMLP(SequentialMLP):
       there, because the outputs of the linear layers are views.
     """
 
+    @cached_property
+    def _can_group(self) -> bool:
+        return can_group(self.config, self.num_local_experts, self.tp_group.size())
+
     def forward(
         self, permuted_local_hidden_states: Tensor, tokens_per_expert: Tensor, permuted_probs: Tensor
     ) -> tuple[Tensor, Tensor | None]:
@@ -60,7 +64,7 @@ class GroupedMLP(SequentialMLP):
         rows, probs = permuted_local_hidden_states, permuted_probs
         experts = [cast(MLP, expert) for expert in self.local_experts]
         is_on_gpu = rows.is_cuda
-        is_grouped = can_group(self.config, len(experts), self.tp_group.size()) and all(map(_is_as_built, experts))
+        is_grouped = self._can_group and all(map(_is_as_built, experts))
         if is_on_gpu:
             is_grouped = is_grouped and _has_grouped_kernel(rows, experts)
         if not (is_grouped or _recomputes_activation(self.config) or self.config.add_bias_linear):

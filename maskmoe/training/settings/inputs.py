@@ -63,18 +63,17 @@ def check_save_folder(args: Namespace) -> None:
             checkpoints.
     """
     check_separate_folder(args)
-    folders = {"--save": args.save, "--tensorboard-dir": args.tensorboard_dir}
+    cache = "--data-cache-path"
+    folders = {"--save": args.save, "--tensorboard-dir": args.tensorboard_dir, cache: args.data_cache_path}
     if args.save is not None:
         folders["--non-persistent-global-ckpt-dir"] = args.non_persistent_global_ckpt_dir
-    if args.data_cache_path is not None:
-        refuse_checkpoint(Path(args.data_cache_path))
-        if not Path(args.data_cache_path).is_dir():
-            folders["--data-cache-path"] = args.data_cache_path
     for flag, name in folders.items():
         if name is None:
             continue
         folder = Path(name).absolute()
         refuse_checkpoint(folder)
+        if flag == cache and folder.is_dir():
+            continue
         existing = next(path for path in (folder, *folder.parents) if os.path.lexists(path))
         with refused_by_system(f"{flag} {name}: cannot write in {existing}"):
             tempfile.TemporaryFile(dir=existing).close()
