@@ -118,6 +118,7 @@ def recipe_from(arguments: argparse.Namespace) -> MaskRecipe:
     Raises:
         UserError: Flags are missing or contradict each other.
     """
+    _check_ranks(arguments.num_experts, arguments.expert_model_parallel_size)
     given = {name: value for name in _METHOD if (value := getattr(arguments, name)) is not None}
     common: dict[str, Any] = {"seed": arguments.seed, "shared_table": arguments.shared_table}
     if arguments.assignment == "rank-local":
@@ -134,6 +135,12 @@ def recipe_from(arguments: argparse.Namespace) -> MaskRecipe:
             raise UserError(f"{_flags(missing)} missing; give all of them, or a --preset")
         recipe = MaskRecipe(arguments.num_experts, arguments.num_layers, **given, **common)
     return _with_hash_layers(recipe, arguments)
+
+
+def _check_ranks(num_experts: int, num_ranks: int | None) -> None:
+    """Raise `UserError` if experts cannot be divided evenly over expert-parallel ranks."""
+    if num_ranks is not None and num_experts % num_ranks:
+        raise UserError(f"{num_experts} experts cannot be divided over {num_ranks} expert-parallel ranks")
 
 
 def _with_hash_layers(recipe: MaskRecipe, arguments: argparse.Namespace) -> MaskRecipe:
@@ -298,8 +305,7 @@ def main() -> None:
         mask = _make_mask(arguments, frequency)
         if frequency:
             check_same_vocabulary(frequency, mask)
-        if num_ranks is not None and mask.num_experts % num_ranks:
-            raise UserError(f"{mask.num_experts} experts cannot be divided over {num_ranks} expert-parallel ranks")
+        _check_ranks(mask.num_experts, num_ranks)
         if arguments.format == "mask":
             tensors = []
             mask.save(temporary)

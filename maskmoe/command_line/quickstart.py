@@ -88,7 +88,7 @@ def main() -> None:
     # Check before anything is written.
     quickstart.data.check()
     check_mask(quickstart.run)
-    folder.check((quickstart.report, quickstart.loss_curve), settings.input)
+    folder.check((quickstart.report, quickstart.loss_curve, quickstart.sample), settings.input)
     with locked_folder(quickstart.run.folder, "--run-dir"), stopping_in_order():
         data = tuple(quickstart.data.stages())
         folder.run(data, line)

@@ -39,7 +39,7 @@ from maskmoe.arguments.parser import add_force_argument, add_option, add_seed_ar
 from maskmoe.data.indexed_dataset import dataset_files, open_tokens
 from maskmoe.errors import UserError
 from maskmoe.files.outputs import atomic_output, check_outputs
-from maskmoe.routing_mask.frequency import TokenFrequency, count_token_frequency
+from maskmoe.routing_mask.frequency import TokenFrequency, check_same_vocabulary, count_token_frequency
 from maskmoe.routing_mask.mask import RoutingMask, describe_visible_experts
 
 
@@ -86,10 +86,12 @@ def count_frequency(data_path: str, mask: RoutingMask, mask_path: Path) -> Token
     """Count the ids of the dataset.
 
     Raises:
-        UserError: The dataset is damaged, or has ids that the mask does not have.
+        UserError: The dataset is damaged, has ids that the mask does not have, or was made with another tokenizer.
     """
     try:
-        return count_token_frequency([data_path], mask.vocab_size, progress=True)
+        frequency = count_token_frequency([data_path], mask.vocab_size, progress=True)
+        check_same_vocabulary(frequency, mask)
+        return frequency
     except UserError as error:
         raise UserError(
             f"routing mask {mask_path} with {mask.vocab_size:,} ids does not fit the dataset: {error}"

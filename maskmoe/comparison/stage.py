@@ -22,7 +22,7 @@ from tqdm import tqdm
 
 from maskmoe.errors import RunFailure, UserError, listed
 from maskmoe.files.json_files import read_record, write_record
-from maskmoe.files.outputs import check_outputs, write_text
+from maskmoe.files.outputs import check_outputs, refuse_checkpoint, write_text
 from maskmoe.files.paths import short_path
 from maskmoe.processes.interruption import SHUTDOWN_TIMEOUT, SIGNALS_THAT_END_TOOLS, deferring_signals, handling_signals
 from maskmoe.processes.lifetimes import end_with_parent, send_signal
@@ -174,9 +174,10 @@ class StageFolder:
         """Check `commands.sh` and further files that every start replaces; call this method before anything is written.
 
         Raises:
-            UserError: A file is one of the inputs, or a file exists although the folder has no stages and `is_own` is
-                false: the file belongs to the user.
+            UserError: The folder lies in a checkpoint. Or a file is one of the inputs, or exists although the folder
+                has no stages and `is_own` is false: the file belongs to the user.
         """
+        refuse_checkpoint(self.path)
         existing = [path for path in (self.path / "commands.sh", *files) if os.path.lexists(path)]
         check_outputs(existing, inputs, force=True)
         if existing and not (is_own or (self.path / "stages").exists()):

@@ -269,7 +269,8 @@ class Suite(_Section):
         needed = (*_NEEDED_FLAGS, "num-experts") if section.has_experts else _NEEDED_FLAGS
         if missing := [flag for flag in needed if flag not in flags]:
             raise ValueError(f"variant {name} has no {missing[0]} among its flags")
-        for flag, kind in {**dict.fromkeys(needed, ranges.COUNT), "lr": ranges.LEARNING_RATE}.items():
+        counts = dict.fromkeys((*needed, "micro-batch-size"), ranges.COUNT)
+        for flag, kind in {**counts, "lr": ranges.LEARNING_RATE}.items():
             try:
                 if flag in flags:
                     kind(" ".join(flags[flag]))
@@ -280,11 +281,11 @@ class Suite(_Section):
                 f"variant {name} has no layers: write `layers: 2`, or hybrid-layer-pattern among its flags"
             )
         pattern = " ".join(flags.get("hybrid-layer-pattern", ()))
-        has_experts = FeedForwardLayers.of_pattern(pattern).num_moe_layers > 0
-        if pattern and has_experts != section.has_experts and not section.program:
+        has_experts = FeedForwardLayers.of_pattern(pattern).num_moe_layers > 0 if pattern else "num-experts" in flags
+        if has_experts != section.has_experts and not section.program:
             raise ValueError(
                 f"variant {name}: a mask needs an E in hybrid-layer-pattern, and `mask: none` a pattern without E, "
-                f"not {pattern}"
+                f"not {pattern or 'num-experts'}"
             )
         if decided := sorted(_DECIDED_FLAGS & flags.keys()):
             raise ValueError(f"variant {name}: {', '.join(decided)} is decided by the comparison; leave the flag out")

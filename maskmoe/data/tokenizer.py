@@ -16,6 +16,7 @@ import numpy as np
 from maskmoe.errors import UserError
 from maskmoe.files.json_files import read_json
 from maskmoe.files.untrusted import (
+    MAX_JSON_BYTES,
     UnusableFile,
     check_model_folder,
     check_sentencepiece,
@@ -26,7 +27,6 @@ from maskmoe.files.untrusted import (
 )
 
 _TOKEN_LISTS = ("additional_special_tokens", "extra_special_tokens", "added_tokens_decoder")  # keys of settings
-_MAX_MODEL_BYTES = 256 << 20  # of a tokenizer's file; the largest known has 35 MB
 
 
 @dataclass(frozen=True)
@@ -73,7 +73,7 @@ class Tokenizer(ABC):
     def __init__(self, model: str | Path) -> None:
         self.model_path = Path(model)
         try:
-            self._content = read_bounded(model, _MAX_MODEL_BYTES)
+            self._content = read_bounded(model, MAX_JSON_BYTES)
         except UnusableFile as error:
             raise UserError(f"model {error} ({type(self).__name__})") from error
 

@@ -16,7 +16,7 @@ from pydantic_core import from_json
 from maskmoe.errors import UserError, reason_of
 
 MAX_JSON_BYTES = 64 << 20
-"""Upper bound of a JSON file. The largest known files, tokenizers and indices of weights, have 35 MB."""
+"""Upper bound of a JSON file and of a tokenizer. The largest known files, also indices of weights, have 35 MB."""
 
 MAX_YAML_BYTES = 256 << 10
 """Upper bound of a YAML file. Parsing takes about 10 s for each MiB."""
@@ -137,9 +137,10 @@ def check_model_folder(folder: Path) -> None:
         UnusableFile: A file is no regular file, or the tokenizer may make texts much longer.
     """
     for path in (*folder.iterdir(), *folder.glob("additional_chat_templates/*")):
-        if not path.is_dir():
-            check_regular(path)
-        if path.suffix == ".model":
+        if path.is_dir():
+            continue
+        check_regular(path)
+        if path.suffix in (".model", ".spm"):
             check_sentencepiece(path, read_bounded(path, MAX_JSON_BYTES))
     if os.path.lexists(folder / "tokenizer.json"):
         check_tokenizer(folder / "tokenizer.json")
@@ -171,10 +172,15 @@ def check_tokenizer(path: Path) -> None:
             if isinstance(charsmap := part.get("precompiled_charsmap"), str):
                 with suppress(ValueError):  # tokenizers refuses wrong Base64
                     growth *= _longest_replacement(base64.b64decode(charsmap))
-            pattern, text = part.get("pattern"), part.get("content") or part.get("prepend")
+            if part.get("type") in ("ByteLevel", "BertNormalizer", "BPEDecoder", "CTC"):
+                growth *= 2
+            pattern = part.get("pattern")
             replaced = pattern.get("String") if isinstance(pattern, dict) else None
-            if isinstance(text, str):
-                growth *= max(1, len(text) / len(replaced) if isinstance(replaced, str) and replaced else len(text) + 1)
+            for text in (part.get("content"), part.get("prepend")):
+                if isinstance(text, str):
+                    growth *= max(
+                        1, len(text) / len(replaced) if isinstance(replaced, str) and replaced else len(text) + 1
+                    )
             parts.extend(part.values())
         elif isinstance(part, list):
             if any(isinstance(inner, list) for inner in part):  # tokenizers takes a list for an object's values
@@ -192,7 +198,8 @@ def check_sentencepiece(path: Path, content: bytes) -> None:
     from google.protobuf.message import DecodeError  # most commands read no tokenizer
 
     with suppress(DecodeError):
-        charsmaps = [charsmap for normalizer in _fields(content, 3) for charsmap in _fields(normalizer, 2)]
+        normalizers = [*_fields(content, 3), *_fields(content, 5)]  # of encoding and of decoding
+        charsmaps = [charsmap for normalizer in normalizers for charsmap in _fields(normalizer, 2)]
         if any(_longest_replacement(charsmap) > MAX_GROWTH for charsmap in charsmaps):
             raise UnusableFile(path, _GROWS)
 

@@ -380,8 +380,10 @@ class ElasticRun:
             code: The exit code of the ranks, a failure.
         """
         say(f"the ranks ended with exit code {code}; looking whether a node is lost")
-        deadline = time.monotonic() + self._options.node_timeout + _BEATS_SECONDS
-        while time.monotonic() < deadline and not self._supervisor.is_stopped:
+        # A silent node counts as lost by the clock of the folder, which a slow file system delays.
+        known_at = self._nodes.now() + self._options.node_timeout + _BEATS_SECONDS
+        given_up_at = time.monotonic() + self._options.node_timeout + _BEATS_SECONDS + self._options.rendezvous_timeout
+        while self._nodes.now() < known_at and time.monotonic() < given_up_at and not self._supervisor.is_stopped:
             if self._must_end(generation) or any(map(self._nodes.is_gone, generation.members)):
                 return True
             with suppress(OSError):  # the file system may fail for a while

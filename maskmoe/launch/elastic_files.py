@@ -125,7 +125,7 @@ class Membership:
     def follow(self, leader: Member) -> None:
         """Report from now on whether this node reaches the node of a leader, which may be this node."""
         if leader != self._leader and leader == self.me:
-            self._leads_since = self._now()
+            self._leads_since = self.now()
         self._leader = leader
 
     def is_gone(self, member: Member) -> bool:
@@ -185,15 +185,15 @@ class Membership:
         unfinished = self._path(self.me.id).with_suffix(".tmp")
         unfinished.write_bytes(type_adapter(_Sign).dump_json(sign))
         unfinished.replace(self._path(self.me.id))
-        self._clock += pause
         # `Path.glob` would return an empty list for a folder that cannot be read.
         listed = {Path(name).stem for name in os.listdir(self._folder) if name.endswith(".json")}
+        self._clock += pause
         for id in (listed | self._sightings.keys()) - {self.me.id}:
             self._look_at(id)
 
     def _look_at(self, id: str) -> None:
         """Read the file of another launcher. Opening the file asks the server; a listing may come from a cache."""
-        now = self._now()
+        now = self.now()
         try:
             sign = type_adapter(_Sign).validate_json(self._path(id).read_bytes())
         except FileNotFoundError:
@@ -212,9 +212,9 @@ class Membership:
                     sighting.reached_at = now
 
     def _is_over(self, last: float) -> bool:
-        return self._now() - last > self._timeout
+        return self.now() - last > self._timeout
 
-    def _now(self) -> float:
+    def now(self) -> float:
         """Return the seconds for which this launcher has used the folder."""
         return self._clock + self._since_beat()
 

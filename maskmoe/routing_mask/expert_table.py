@@ -101,6 +101,14 @@ class ExpertTable:
             experts = [_read_tensor(file_of[each], each) if each in file_of else None for each in names]
             if not any(each is not None for each in experts):
                 raise UserError(f"expert table {path} has no tensor {tensor} of any layer with experts")
+            of_layers = re.compile(re.escape(tensor).replace(re.escape(_LAYER), r"\d+"))
+            others = [each for each in file_of if of_layers.fullmatch(each) and each not in names]
+            if pattern is not None and others:
+                raise UserError(
+                    f"expert table {path} has {others[0]}, but --hybrid-layer-pattern '{pattern}' has no such layer "
+                    "with experts: names with decoder.layers. count all its layers, other names its feed-forward "
+                    "layers; rename the tensors"
+                )
             return cls(name, experts)
         if not tensor and (known := [each for each in file_of if layer_of_tensor(each) is not None]):
             return cls.of_tensors(name, {each: _read_tensor(file_of[each], each) for each in known}, positions)

@@ -1,12 +1,16 @@
 """Runs `maskmoe simulate` as a user does."""
 
 import csv
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 from support.command_lines import Outcome, run_command, writing_nothing
 from support.datasets import write_documents
 from support.small_cases import VOCAB_SIZE, count, make_mask, write_data
+
+from maskmoe.data.tokenizer import TokenizerRecord
+from maskmoe.routing_mask.mask import RoutingMask
 
 
 @pytest.fixture(scope="module")
@@ -59,6 +63,15 @@ def test_plot_without_a_possible_variant(folder):
 def test_same_seed_same_results():
     first, second, other = (run("--seed", seed).output for seed in (3, 3, 4))
     assert first == second != other
+
+
+def test_dataset_of_another_tokenizer_with_as_many_ids(folder):
+    of_mask, of_dataset = (TokenizerRecord("HuggingFaceTokenizer", f"{x}.json", x * 64, VOCAB_SIZE, 0) for x in "ab")
+    write_documents(folder / "other", [range(VOCAB_SIZE)], tokenizer=of_dataset)
+    mask = RoutingMask.load(folder / "mask.safetensors")
+    replace(mask, provenance=replace(mask.provenance, tokenizer=of_mask)).save(folder / "of_a.safetensors")
+    outcome = run("--data-path", "other", "--routing-mask", "of_a.safetensors")
+    outcome.assert_refused("of_a.safetensors", "the counts were made with HuggingFaceTokenizer b.json")
 
 
 def test_id_that_is_not_in_the_mask(folder):

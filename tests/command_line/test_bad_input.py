@@ -88,6 +88,7 @@ def test_value_that_contradicts_another(workshop):
             "mask: {frequent-mass: 0.4, frequent-visible-experts: 99, assignment: balanced}",
             "2 to 8 of 8 experts, not 99",
         ),
+        ("mask: {preset: hash, expert-model-parallel-size: 3}", "8 experts cannot be divided over 3 expert-parallel"),
         ("mask: {preset: hashed}", "--preset: invalid choice"),
         ("mask: {preset: hash}, widen: {frequent-visible-expert: 2}", "unknown flag --frequent-visible-expert "),
         (

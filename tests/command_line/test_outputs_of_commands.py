@@ -112,7 +112,7 @@ COMPARE = "compare laptop.yaml --run-dir . --input text.txt"
 @pytest.mark.parametrize(
     ("command", "name", "stages"),
     [
-        *((QUICKSTART, name, "stages") for name in ("commands.sh", "report.md", "loss.png")),
+        *((QUICKSTART, name, "stages") for name in ("commands.sh", "report.md", "loss.png", "sample.txt")),
         *((COMPARE, name, "data/stages") for name in ("data/commands.sh", "report/README.md", "report/losses.png")),
         (COMPARE.replace("--input", "--output-dir other --input"), "data/commands.sh", "data/stages"),
     ],
@@ -131,6 +131,13 @@ def test_a_run_folder_replaces_no_file_of_the_user(
         run(monkeypatch, f"{command} {name}")
     assert (folder / name).read_text() == TEXT
     assert contents(folder) == before
+
+
+def test_a_report_elsewhere_checks_no_file_of_the_run_folder(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (folder / "data").mkdir()
+    (folder / "data" / "commands.sh").write_text(TEXT)
+    run(monkeypatch, f"{COMPARE} --report --output-dir other")
+    assert (folder / "data" / "commands.sh").read_text() == TEXT
 
 
 def test_a_report_in_the_run_folder_is_replaced(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:

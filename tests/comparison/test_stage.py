@@ -45,6 +45,12 @@ def run(folder, *stages):
     return [*folder.finish(stages)]
 
 
+def test_a_folder_in_a_checkpoint_is_refused(folder):
+    (folder.path.parent / ".metadata").touch()
+    with pytest.raises(UserError, match="is a checkpoint, which stays as it was saved"):
+        folder.check((), ())
+
+
 def test_a_finished_stage_does_not_run_again(folder, capsys):
     both = (stage(folder, "one"), stage(folder, "two", inputs=(folder.path / "one.out",)))
     assert folder.seconds(both[0]) is None

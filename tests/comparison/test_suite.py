@@ -162,6 +162,7 @@ def test_value_that_removes_a_flag_of_an_earlier_section(suite_file, tmp_path, v
         ("lr: 1e-2", "lr: -1", "variant .*: lr must be above 0, not -1"),
         ("lr: 1e-2", "lr: true", "variant .*: lr must be a finite number"),
         ("seeds: [1, 2]", "vary: {lr: [1e-3, abc]}", "variant .*: lr must be a finite number, not 'abc'"),
+        ("lr: 1e-2", "micro-batch-size: 0", "variant .*: micro-batch-size must be at least 1, not 0"),
         ("title: Dense", "flags: {hybrid-layer-pattern: '*E*E'}", "variant dense: .* not .E.E"),
         ("smoe: {mask", "smoe: {flags: {hybrid-layer-pattern: '*-*-'}, mask", "variant smoe: .* not .-.-"),
         ("seeds: [1, 2]", "vary: {lr: []}", "vary.lr: "),
@@ -179,6 +180,12 @@ def test_bad_suite_is_refused(suite_file, old, new, message):
     with pytest.raises(UserError, match=message) as error:
         Suite.read(suite_file(replace={old: new}), {})
     assert "\n" not in str(error.value)
+
+
+def test_a_model_without_a_pattern_has_experts_by_their_number(suite_file):
+    flags = "lr: 1e-2, num-layers: 2, num-experts: 4"
+    with pytest.raises(UserError, match=r"variant dense: .* not num-experts"):
+        Suite.read(suite_file(replace={"layers: 2": "", "lr: 1e-2": flags}), {})
 
 
 @pytest.fixture(params=SHIPPED, ids=lambda path: path.stem)

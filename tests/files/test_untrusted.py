@@ -222,6 +222,10 @@ ALBERT = {
         ({"normalizer": replacement({"Regex": "x*"}, "a" * 200)}, True),
         ({"decoder": {"type": "Sequence", "decoders": [replacement({"String": "a"}, "aa")] * 40}}, True),
         ({"normalizer": {"type": "Prepend", "prepend": "a" * 200}}, True),
+        ({"normalizer": {"type": "Prepend", "content": "a", "prepend": "a" * 200}}, True),
+        ({"normalizer": {"type": "Sequence", "normalizers": [{"type": "ByteLevel"}] * 16}}, True),
+        ({"decoder": {"type": "Sequence", "decoders": [{"type": "BPEDecoder", "suffix": ""}] * 12}}, True),
+        ({name: {"type": "ByteLevel"} for name in ("pre_tokenizer", "post_processor", "decoder")}, False),
         ({"normalizer": [{"String": " "}, "a" * 200]}, True),
         ({"normalizer": {"type": "Precompiled", "precompiled_charsmap": charsmap("a" * 200)}}, True),
         ({"post_processor": {"type": "TemplateProcessing", "single": [{"SpecialToken": {"id": "a"}}] * 10_000}}, True),
@@ -242,21 +246,23 @@ def test_sentencepiece_model_that_makes_texts_longer(tmp_path: Path, rule: str) 
     SentencePieceTrainer.train(sentence_iterator=iter(["a b c"]), model_writer=content, **options)
     (tmp_path / "tokenizer.model").write_bytes(content.getvalue())
     check_model_folder(tmp_path)
-    model = ModelProto.FromString(content.getvalue())
-    model.normalizer_spec.precompiled_charsmap = b64decode(charsmap("a" * 200))
-    (tmp_path / "tokenizer.model").write_bytes(model.SerializeToString())
-    for read in (
-        check_model_folder,
-        lambda folder: load_tokenizer("SentencePieceTokenizer", folder / "tokenizer.model"),
-    ):
-        with pytest.raises(UserError, match="times longer"):
-            read(tmp_path)
+    for part in ("normalizer_spec", "denormalizer_spec"):
+        model = ModelProto.FromString(content.getvalue())
+        getattr(model, part).precompiled_charsmap = b64decode(charsmap("a" * 200))
+        (tmp_path / "tokenizer.model").write_bytes(model.SerializeToString())
+        for read in (
+            check_model_folder,
+            lambda folder: load_tokenizer("SentencePieceTokenizer", folder / "tokenizer.model"),
+        ):
+            with pytest.raises(UserError, match="times longer"):
+                read(tmp_path)
     (tmp_path / "tokenizer.model").write_text("IQ== 0\nIg== 1\n")  # of tiktoken
     check_model_folder(tmp_path)
 
 
 def test_folder_of_a_model_has_regular_files(tmp_path: Path) -> None:
     (tmp_path / "additional_chat_templates").mkdir()
+    (tmp_path / "of_another.model").mkdir()
     check_model_folder(tmp_path)
     os.mkfifo(tmp_path / "additional_chat_templates" / "a.jinja")
     with pytest.raises(UnusableFile, match=r"a\.jinja is not a regular file"):

@@ -2,9 +2,10 @@
 
 Usage: elastic_node.py HOST arguments of launch/pretrain.sh. The program that stands for the ranks of the node obeys
 files in the run folder: `finish`, `fail-RANK_OF_NODE` and `go-back-GENERATION` end it, and `saved` stands for a
-checkpoint.
+checkpoint. The variable `MOST_SECONDS` makes the clock of the folder run slower, as a slow file system does.
 """
 
+import os
 import socket
 import sys
 from pathlib import Path
@@ -46,6 +47,7 @@ def main() -> None:
     host = sys.argv[1]
     socket.gethostname = lambda: host
     elastic_files._BEAT_SECONDS = 0.4
+    elastic_files._MOST_SECONDS = float(os.environ.get("MOST_SECONDS", elastic_files._MOST_SECONDS))
     ranges.NODE_TIMEOUT = ranges.SECONDS
     elastic._LOOK_SECONDS, elastic._POLL_SECONDS, elastic._BEATS_SECONDS = 0.1, 0.05, 0.5
     node_run.torchrun_command = fake_command

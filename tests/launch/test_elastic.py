@@ -202,6 +202,19 @@ def test_failure_of_the_ranks_ends_the_run_everywhere(new_run):
     run.finish(*again)
 
 
+def test_ranks_that_fail_with_a_lost_node_continue_on_a_slow_file_system(new_run, monkeypatch):
+    """The launcher learns late that the node is lost, after the ranks have failed."""
+    monkeypatch.setenv("MOST_SECONDS", "0.15")
+    run = new_run("1:2")
+    first, second = run.start_two()
+    second.kill()
+    run.say("fail-0")
+    first.wait_for_output("looking whether a node is lost")
+    (run.folder / "fail-0").unlink()
+    run.wait_for_nodes(2, 1)
+    run.finish(first)
+
+
 def test_too_few_nodes(new_run):
     launcher = new_run("2:3").start("a", "--rendezvous-timeout", "1")
     assert launcher.wait() == EXIT_REQUEUE

@@ -261,6 +261,14 @@ def test_routes_as_the_hash_router_of_deepseek():
     torch.testing.assert_close(dense, their_dense)
 
 
+def test_refuses_tensors_that_count_other_layers(tmp_path):
+    """The names count all layers of the pattern, as only Megatron-Core's do."""
+    name = TENSOR_NAMES["tid2eid-deepseek"]
+    save_file({name.format(layer=layer): random_table(layer) for layer in (1, 3, 5)}, tmp_path / "t.safetensors")
+    with pytest.raises(UserError, match=r"has layers\.3\.ffn.*'\*E\*E\*E' has no such layer with experts"):
+        ExpertTable.read(f"{tmp_path}/t.safetensors:{name}", 3, "*E*E*E")
+
+
 def test_paths_and_tensors_may_have_colons(tmp_path):
     table = random_table(0).astype(np.int32)
     save_file({"a:0": table, "b": table[::-1].copy()}, tmp_path / "t:1.safetensors")

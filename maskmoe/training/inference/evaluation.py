@@ -176,6 +176,7 @@ def check_output(args: argparse.Namespace) -> None:
     """
     if args.output is not None:
         inputs = (args.load, args.routing_mask, args.tokenizer_model, args.token_frequency)
+        inputs += (args.vocab_file, args.merge_file, args.metadata_path)
         inputs += (args.data_args_path, args.per_split_data_args_path)
         data = (path for prefix in data_prefixes(args) for path in dataset_files(prefix))
         check_outputs([args.output], [*filter(None, inputs), *data], args.force)

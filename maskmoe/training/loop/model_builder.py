@@ -5,8 +5,10 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
+from traceback import extract_tb
 from typing import Any
 
+import megatron.core
 from megatron.core.pipeline_parallel import utils as pipeline
 from megatron.core.process_groups_config import ProcessGroupCollection
 from megatron.core.transformer.transformer_config import TransformerConfig
@@ -27,6 +29,8 @@ from maskmoe.transformer.layer_specs import (
 from maskmoe.transformer.models import DenseGPTModel, DenseHybridModel, MaskMoEGPTModel, MaskMoEHybridModel
 from maskmoe.transformer.routing import AuxLossTokens
 from maskmoe.transformer.visible_experts import VisibleExperts
+
+_MEGATRON = str(Path(megatron.core.__file__).parent)
 
 
 @dataclass(kw_only=True)
@@ -84,10 +88,12 @@ class MaskMoEModelConfig:
 
 @contextmanager
 def refusing_settings() -> Iterator[None]:
-    """Turn what Megatron-Core's modules refuse into a `UserError` of one line; a failure of a GPU stays as it is."""
+    """Turn what Megatron-Core's modules refuse into a `UserError` of one line; other errors stay as they are."""
     try:
         yield
     except (AssertionError, ValueError) as error:
+        if not extract_tb(error.__traceback__)[-1].filename.startswith(_MEGATRON):
+            raise
         raise UserError(f"the model cannot be made: {reason_of(error)}") from error
 
 

@@ -187,8 +187,9 @@ def check_save_folder_is_own(args: Namespace, checkpoint: Path | None) -> None:
 def _is_of_run(folder: Path, args: Namespace) -> bool:
     """Return whether the newest sound checkpoint in a folder is of this run; True without any.
 
-    The checkpoint is of a run with this `--load`, or is non-persistent and in the journal of the run: the first start
-    of a run may have had another `--load`, or none.
+    A non-persistent checkpoint is in the journal of the run, which may have had another `--load` at its first start, or
+    none. Else the checkpoint is of a run with this `--load`. Several runs may load from one folder that is not theirs,
+    so this does not identify a run's non-persistent checkpoint.
 
     Raises:
         UserError: The checkpoint's files have the right sizes, but its arguments are damaged.
@@ -200,6 +201,8 @@ def _is_of_run(folder: Path, args: Namespace) -> bool:
         saves = (entry for entry in read_journal(journal) if entry.kind is Kind.SAVED and entry.facts.get("is_local"))
         if any(entry.iteration == newest for entry in saves):
             return True
+    if folder != Path(args.save) and not loads_what_it_saves(args):
+        return False
     try:
         saved = read_common_state(checkpoint_path(folder, newest)).get("args")
     except Damage as damage:

@@ -23,15 +23,13 @@ from maskmoe.transformer.torch_modules.gated_delta_net import check_gated_delta_
 
 Predicate = Callable[[Namespace], bool]
 
-# Settings that must be above zero if they are given: divisors of other sizes, lengths and intervals, and a factor that
-# Megatron-Core ignores if it is 0. Dispatch marks experts that are not selected by a negative weight.
+# Settings that must be above zero if they are given: divisors of other sizes, lengths and intervals.
 _ABOVE_ZERO = (
     *("num_layers", "hidden_size", "num_attention_heads", "seq_length", "num_experts", "moe_router_topk"),
     *("tensor_model_parallel_size", "pipeline_model_parallel_size", "context_parallel_size"),
     *("expert_model_parallel_size", "expert_tensor_parallel_size", "num_distributed_optimizer_instances"),
     *("micro_batch_size", "global_batch_size", "eval_micro_batch_size", "eval_global_batch_size"),
     *("train_iters", "train_samples", "log_interval", "eval_interval", "save_interval", "save_retain_interval", "seed"),
-    "moe_router_topk_scaling_factor",
 )
 # Settings that must not be negative if they are given.
 _NOT_NEGATIVE = (
@@ -129,6 +127,8 @@ def missing_libraries(args: Namespace) -> Iterator[str]:
     if args.wandb_project and find_spec("wandb") is None:
         yield "--wandb-project needs the Python package wandb: install it, or leave the flag out"
     lacks_pynvml = args.distributed_backend == "nccl" and find_spec("pynvml") is None
+    if args.optimizer not in ("adam", "sgd") and not args.skip_train and find_spec("emerging_optimizers") is None:
+        yield f"--optimizer {args.optimizer} needs the Python package emerging-optimizers: install it, or use adam"
     if args.log_straggler and lacks_pynvml:
         yield "--log-straggler needs the Python package nvidia-ml-py: install it, or leave the flag out"
     if args.log_device_memory_used and lacks_pynvml:
@@ -263,10 +263,12 @@ def _lacks_grouped_layers(args: Namespace) -> bool:
     return is_asked_for and not (args.transformer_impl == "transformer_engine" and is_grouped)
 
 
-def _leaves_optimizer_unwrapped(args: Namespace) -> bool:
+def _lacks_wrapper_of_optimizer(args: Namespace) -> bool:
     """Return whether Megatron-Core would lack the wrapper of an optimizer that is neither Adam nor SGD."""
     is_divided = args.use_distributed_optimizer or args.optimizer == "dist_muon"
-    return args.optimizer not in ("adam", "sgd") and (args.fp16 or (is_divided and not args.bf16))
+    changes_adam = args.use_precision_aware_optimizer or args.optimizer_cpu_offload
+    fails_if_divided = not args.bf16 or args.num_distributed_optimizer_instances > 1 or changes_adam
+    return args.optimizer not in ("adam", "sgd") and (args.fp16 or (is_divided and fails_if_divided))
 
 
 def _keeps_no_largest_scores(args: Namespace) -> bool:
@@ -402,6 +404,11 @@ BROKEN_IN_MEGATRON = (
         "--moe-router-group-topk with another --moe-router-topk than the chosen groups can serve",
         "Each chosen group gives at least one expert, and at most --num-experts / --moe-router-num-groups.",
         _groups_do_not_fit,
+    ),
+    Check(
+        "--moe-router-topk-scaling-factor of 0 or below",
+        "Megatron-Core ignores 0, and dispatch marks experts that are not selected by a negative weight.",
+        lambda args: args.moe_router_topk_scaling_factor is not None and args.moe_router_topk_scaling_factor <= 0,
     ),
     Check(
         "--mlp-chunks-for-training above 1",
@@ -551,10 +558,11 @@ BROKEN_IN_MEGATRON = (
         lambda args: args.optimizer in ("soap", "adaptive_muon"),
     ),
     Check(
-        "--optimizer muon or lion with --fp16, or with --use-distributed-optimizer and without --bf16",
-        "Megatron-Core would fail before the first step ends: it divides these optimizers among ranks in bf16 only, "
-        "and has none of them for fp16.",
-        _leaves_optimizer_unwrapped,
+        "--optimizer muon or lion with --fp16; or with --use-distributed-optimizer and without --bf16, or with "
+        "--num-distributed-optimizer-instances above 1, --use-precision-aware-optimizer or --optimizer-cpu-offload",
+        "Megatron-Core would fail before the first step ends: it divides these optimizers among ranks in bf16 and in "
+        "one way only, and has none of them for fp16.",
+        _lacks_wrapper_of_optimizer,
     ),
     *_flags(
         {

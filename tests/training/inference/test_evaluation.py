@@ -75,7 +75,7 @@ def test_results_are_not_written_over_the_data(tmp_path: Path, monkeypatch: pyte
     monkeypatch.chdir(tmp_path)
     (tmp_path / "data_args_path").write_text("2 data")
     (tmp_path / "per_split_data_args_path").write_text('{"train": null, "valid": "2 data", "test": null}')
-    others = ("load", "routing_mask", "tokenizer_model", "token_frequency")
+    others = ("load", "routing_mask", "tokenizer_model", "token_frequency", "vocab_file", "merge_file", "metadata_path")
     args = Namespace(**dict.fromkeys((*PREFIX_FLAGS, *FILE_FLAGS, *others)), force=True)
     setattr(args, flag, flag if flag in FILE_FLAGS else ["2", "data"])
     for output in ("data.bin", "data.idx", "data.tokenizer.json", *{flag}.intersection(FILE_FLAGS)):

@@ -7,7 +7,7 @@ from megatron.training.models.gpt import GPTModelConfig
 from support.small_moe import make_config, make_mask, process_groups, random_visible_sets
 
 from maskmoe.errors import UserError
-from maskmoe.training.loop.model_builder import MaskMoEGPTModelBuilder, MaskMoEModelConfig
+from maskmoe.training.loop.model_builder import MaskMoEGPTModelBuilder, MaskMoEModelConfig, refusing_settings
 
 EXPERTS, VOCAB_SIZE = 4, 9
 
@@ -19,3 +19,8 @@ def test_bare_assertion_of_megatron_is_one_line(one_rank: None, tmp_path: Path) 
     config = MaskMoEModelConfig(megatron=settings, routing_mask=tmp_path / "mask.safetensors")
     with pytest.raises(UserError, match=r"^the model cannot be made: bias is not supported in the shared experts"):
         MaskMoEGPTModelBuilder(config).build_distributed_models(process_groups(), wrap_with_ddp=False)
+
+
+def test_error_of_own_code_stays_as_it_is() -> None:
+    with pytest.raises(ValueError, match="not enough values"), refusing_settings():
+        _, _ = [0]

@@ -419,7 +419,7 @@ def test_run_that_loads_from_elsewhere_may_start_again(tmp_path, monkeypatch):
 
 @pytest.mark.parametrize("load", ["checkpoints", "elsewhere"], ids=["resumed", "from elsewhere"])
 def test_non_persistent_checkpoints_of_another_run_are_refused(tmp_path, monkeypatch, load):
-    """The newest one is of this run if it names the same `--load`, or if the run's journal names it."""
+    """The newest one is of this run if the journal names it, or if it names the folder that the run loads and saves."""
     save, fast, load = tmp_path / "checkpoints", tmp_path / "fast", tmp_path / load
     checkpoint_path(fast, 50).mkdir(parents=True)
     (checkpoint_path(fast, 50) / "metadata.json").touch()
@@ -428,9 +428,12 @@ def test_non_persistent_checkpoints_of_another_run_are_refused(tmp_path, monkeyp
     args = Namespace(load=str(load), save=str(save), finetune=False, tensorboard_dir=None, **types)
     names_load = Mock(return_value={"args": args})
     monkeypatch.setattr(resume, "read_common_state", names_load)
-    resume.check_save_folder_is_own(args, checkpoint_path(fast, 50))
-    journal = Journal(tmp_path)
-    for of_first_start in ("other", None):
+    journal, of_first_starts = Journal(tmp_path), ["other", None]
+    if load == save:
+        resume.check_save_folder_is_own(args, checkpoint_path(fast, 50))
+    else:
+        of_first_starts.append(str(load))
+    for of_first_start in of_first_starts:
         names_load.return_value = {"args": Namespace(load=of_first_start)}
         journal.write(Kind.SAVED, "", 50, is_local=False)
         journal.write(Kind.SAVED, "", 49, is_local=True)

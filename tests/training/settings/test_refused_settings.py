@@ -98,6 +98,11 @@ REFUSED = {
     "--optimizer lion --use-distributed-optimizer": "--optimizer muon",
     "--optimizer dist_muon": "--optimizer muon",
     "--optimizer lion --fp16": "--optimizer muon",
+    "--optimizer muon --bf16 --use-distributed-optimizer --num-distributed-optimizer-instances 2": "--optimizer muon",
+    "--optimizer muon --bf16 --use-distributed-optimizer --use-precision-aware-optimizer": "--optimizer muon",
+    "--optimizer dist_muon --bf16 --optimizer-cpu-offload": "--optimizer muon",
+    "--moe-router-topk-scaling-factor 0": "--moe-router-topk-scaling-factor",
+    "--moe-router-topk-scaling-factor -1": "--moe-router-topk-scaling-factor",
     "--exit-signal-handler-for-training": "--exit-signal-handler-for-training",
     "--ckpt-convert-format torch": "--ckpt-convert-format",
     "--hybrid-context-parallel": "--hybrid-context-parallel",
@@ -212,7 +217,6 @@ BAD_VALUES = {
     "--lr": "nan -1 1e400",
     "--lr-decay-style": "cosinus",
     "--moe-router-topk": "0",
-    "--moe-router-topk-scaling-factor": "-1 0",
     "--num-experts": "-1 1.5",
     "--moe-aux-loss-coeff": "-1 nan",
     "--moe-layer-freq": "abc 0.5 0 -1 [1]**9 [1]*99999999 [1 [2] [[1]] ([1],[0])",
@@ -318,6 +322,7 @@ def test_mamba_layers_need_transformer_engine(monkeypatch, implementation: str) 
         ),
         ("--save-dgrads-interval 5", "--save-activations-interval and --save-dgrads-interval need Transformer Engine,"),
         ("--wandb-project p", "--wandb-project needs the Python package wandb"),
+        ("--optimizer muon", "--optimizer muon needs the Python package emerging-optimizers"),
     ],
 )
 def test_flag_that_needs_a_library(monkeypatch, flags: str, error: str | None, is_installed: bool) -> None:

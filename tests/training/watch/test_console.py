@@ -52,6 +52,16 @@ def log_of(folder: Path) -> str:
     return (folder / "logs" / "rank0.log").read_text()
 
 
+def test_last_lines_are_those_of_this_process(console, emit, tmp_path, capsys):
+    (tmp_path / "logs").mkdir()
+    (tmp_path / "logs" / "rank0.log").write_text("of an earlier process\n")
+    emit("  num_layers ..... 4")
+    console.open_log(tmp_path)
+    emit("  hidden_size .... 8")
+    console.show_last_lines()
+    assert capsys.readouterr().err == "  num_layers ..... 4\n  hidden_size .... 8\n"
+
+
 def test_lines_before_training_are_logged(console, emit, stdout, tmp_path):
     emit("  num_layers ..... 4")
     console.open_log(tmp_path)

@@ -65,7 +65,7 @@ def test_saved_arguments_are_a_model_file(tmp_path):
     assert split_flags(flag_words(read)) == expected
 
 
-@pytest.mark.parametrize("name", ["own.py", pretrain.__file__])
+@pytest.mark.parametrize("name", ["own.py", "run/own.py", pretrain.__file__])
 def test_saved_arguments_name_the_program_that_runs_instead_of_the_entry_point(tmp_path, monkeypatch, name):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(sys, "argv", [name, *shlex.split(MODEL), "--global-batch-size", "8", "--train-iters", "5"])
@@ -74,7 +74,7 @@ def test_saved_arguments_name_the_program_that_runs_instead_of_the_entry_point(t
     validate_args(args)
     start_of_run._write_files(args, tmp_path / "run")
     program, flags = split_program(ModelFile.read(tmp_path / "run" / "args.yaml", {}).flags)
-    assert program == (str(tmp_path / "own.py") if name == "own.py" else "")
+    assert program == (str(tmp_path / name) if name.endswith("own.py") else "")
     assert flags["num-layers"] == ("2",)
 
 
