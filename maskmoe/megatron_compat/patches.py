@@ -8,7 +8,8 @@ import copy
 import importlib.util
 import sys
 from collections.abc import Callable, Mapping
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, ExitStack
+from itertools import accumulate
 from pathlib import Path
 from types import ModuleType, SimpleNamespace
 from typing import Any
@@ -102,6 +103,38 @@ def _count_steps_without_parameters(optimizer: torch.optim.Optimizer) -> None:
         stepped.state[key]["step"] += 1
 
     optimizer.register_step_post_hook(count_step)
+
+
+def save_states_of_padded_buckets() -> None:
+    """Save each parameter's own state of the distributed optimizer also if buckets of gradients are padded.
+
+    Replaces: `sharded_param_state_fully_reshardable` of
+        `megatron.core.optimizer.distrib_optimizer.DistributedOptimizer`, in megatron-core 0.19.
+    Why: The gathered state has no padding between buckets, but the method looks up parameters as if it had. So after
+        the first padded bucket each parameter would be saved with numbers of its neighbours. A bucket is padded if its
+        size is no multiple of the data-parallel size and of 128. The resumed run would train wrong fp32 weights.
+    Can go: With megatron-core after 0.19, which has the correction (Megatron's pull request 5077).
+    """
+    from megatron.core import package_info
+    from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
+
+    if not package_info.__version__.startswith("0.19."):
+        return
+    stock = DistributedOptimizer.sharded_param_state_fully_reshardable
+
+    def sharded_state(self: Any, *args: Any, **kwargs: Any) -> Any:
+        with ExitStack() as stack:
+            for buffer in self.buffers:
+                paddings = (bucket.grad_data.numel() - bucket.numel_unpadded for bucket in buffer.buckets)
+                before = [*accumulate(paddings, initial=0)]  # [buckets + 1]
+                places = {
+                    parameter: (start - before[bucket], end - before[bucket], bucket)
+                    for parameter, (start, end, bucket) in buffer.param_index_map.items()
+                }
+                stack.enter_context(replacing(buffer, param_index_map=places))
+            return stock(self, *args, **kwargs)
+
+    replace(DistributedOptimizer, "sharded_param_state_fully_reshardable", sharded_state)
 
 
 def recompute_without_transformer_engine() -> None:
@@ -259,8 +292,9 @@ def keep_one_loss_scale() -> None:
 
 
 EVERY_PROCESS = (
-    *(use_compiled_helpers_of_wheel, make_optimizer_state_loadable, recompute_without_transformer_engine),
-    *(average_predictions_over_all_context_ranks, predict_tokens_without_transformer_engine, keep_one_loss_scale),
+    *(use_compiled_helpers_of_wheel, make_optimizer_state_loadable, save_states_of_padded_buckets),
+    *(recompute_without_transformer_engine, average_predictions_over_all_context_ranks),
+    *(predict_tokens_without_transformer_engine, keep_one_loss_scale),
 )
 """The patches that `prepare_process` applies once megatron is imported."""
 

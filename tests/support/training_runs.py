@@ -11,8 +11,10 @@ from support.paths import TESTS
 from support.training import Run
 
 DISTRIBUTED = "--use-distributed-optimizer"
-# Each parameter is a bucket of its own, so a module that reads it too early reads the weights of the step before.
-GATHERED = f"{DISTRIBUTED} --overlap-grad-reduce --overlap-param-gather --ddp-bucket-size 1"
+# Each parameter is a bucket of its own, and small buckets are padded.
+MANY_BUCKETS = f"{DISTRIBUTED} --overlap-grad-reduce --ddp-bucket-size 1"
+# A module that reads a parameter too early reads the weights of the step before.
+GATHERED = f"{MANY_BUCKETS} --overlap-param-gather"
 EXPERT_2 = "--expert-model-parallel-size 2"
 PIPELINE_2 = "--pipeline-model-parallel-size 2"
 # A run on one rank pads the vocabulary to 512 ids. These runs would pad it to 1,024 ids, but keep a checkpoint's 512.
@@ -93,9 +95,9 @@ RUNS = {
     "evaluated often, then seldom": Run(
         f"{BLEND_12} --ckpt-step 7 --eval-interval 4 --eval-iters 2", continues="evaluated often"
     ),
-    "bf16, distributed optimizer": Run(f"--bf16 {DISTRIBUTED} {UNTIL_12}", ranks=2, saves=True),
+    "bf16, distributed optimizer": Run(f"--bf16 {MANY_BUCKETS} {UNTIL_12}", ranks=2, saves=True),
     "bf16, distributed optimizer, resumed": Run(
-        f"--bf16 {DISTRIBUTED} {FROM_7}", ranks=2, continues="bf16, distributed optimizer"
+        f"--bf16 {MANY_BUCKETS} {FROM_7}", ranks=2, continues="bf16, distributed optimizer"
     ),
     "stage without experts, distributed optimizer": Run(
         f"{PIPELINE_2} --moe-layer-freq [0,0,1,1] {DISTRIBUTED} {UNTIL_12}", ranks=2, saves=True

@@ -5,7 +5,6 @@ import re
 import sys
 from argparse import Action, ArgumentParser, ArgumentTypeError, BooleanOptionalAction, Namespace
 from collections.abc import Callable, Mapping
-from importlib.util import find_spec
 from math import prod
 from pathlib import Path
 from types import MethodType
@@ -177,7 +176,7 @@ def add_pretraining_arguments(parser: ArgumentParser) -> ArgumentParser:
         log_timers_to_tensorboard=True,  # the status shows the time of an iteration
         # Megatron switches asynchronous saving off without this setting, with a warning that is easily overlooked.
         use_persistent_ckpt_worker=True,
-        async_strategy="nvrx" if find_spec("nvidia_resiliency_ext") else "mcore",
+        async_strategy="mcore",
     )
     return parser
 

@@ -246,9 +246,9 @@ def _pads_beyond_tokens(args: Namespace) -> bool:
     return (args.moe_expert_capacity_factor or 0) * args.moe_router_topk > args.num_experts
 
 
-def _divides_tokens_of_experts_wrongly(args: Namespace) -> bool:
+def _needs_sequence_parallelism(args: Namespace) -> bool:
     is_divided = args.tensor_model_parallel_size > 1 and not args.sequence_parallel
-    return bool(args.num_experts) and is_divided and not args.skip_train
+    return bool(args.num_experts or _pattern_has("G")(args)) and is_divided and not args.skip_train
 
 
 def _loses_gradients_of_experts(args: Namespace) -> bool:
@@ -266,15 +266,15 @@ def _lacks_grouped_layers(args: Namespace) -> bool:
 def _lacks_wrapper_of_optimizer(args: Namespace) -> bool:
     """Return whether Megatron-Core would lack the wrapper of an optimizer that is neither Adam nor SGD."""
     is_divided = args.use_distributed_optimizer or args.optimizer == "dist_muon"
-    changes_adam = args.use_precision_aware_optimizer or args.optimizer_cpu_offload
-    fails_if_divided = not args.bf16 or args.num_distributed_optimizer_instances > 1 or changes_adam
+    has_instances = args.num_distributed_optimizer_instances > 1
+    fails_if_divided = not args.bf16 or has_instances or args.use_precision_aware_optimizer
     return args.optimizer not in ("adam", "sgd") and (args.fp16 or (is_divided and fails_if_divided))
 
 
 def _keeps_no_largest_scores(args: Namespace) -> bool:
-    """Return whether flags are given for which Megatron-Core misses the largest attention score of a layer."""
+    """Return whether Megatron-Core would log the largest attention score of a layer that keeps none."""
     has_scores = args.transformer_impl == "transformer_engine" and not _pattern_has("M")(args)
-    return (args.qk_clip or args.log_max_attention_logit) and not (has_scores and (args.bf16 or args.fp16))
+    return args.log_max_attention_logit and not (has_scores and (args.bf16 or args.fp16))
 
 
 def _is_gpt_of_transformer_engine(args: Namespace) -> bool:
@@ -282,10 +282,19 @@ def _is_gpt_of_transformer_engine(args: Namespace) -> bool:
     return args.transformer_impl == "transformer_engine" and args.hybrid_layer_pattern is None
 
 
+def _has_latent_attention(args: Namespace) -> bool:
+    return args.multi_latent_attention or _pattern_has("+")(args)
+
+
+def _fuses_positions_of_latent_attention(args: Namespace) -> bool:
+    is_fused = args.apply_rope_fusion and args.transformer_impl == "transformer_engine"
+    return is_fused and _has_latent_attention(args)
+
+
 def _sets_yarn_in_vain(args: Namespace) -> bool:
     """Return whether flags of YaRN are given that latent attention ignores."""
     is_given = any(value is not None for name, value in vars(args).items() if name.startswith("yarn_"))
-    return is_given and (args.multi_latent_attention or _pattern_has("+")(args))
+    return is_given and _has_latent_attention(args)
 
 
 def _divides_weights_further(args: Namespace) -> bool:
@@ -341,7 +350,7 @@ def _leaves_non_persistent_checkpoints_out(args: Namespace) -> bool:
 
 def _skips_too_little(args: Namespace) -> bool:
     skips = getattr(args, "spike_action", None) == "skip"  # a flag of training only
-    return skips and (args.qk_clip or args.optimizer_cuda_graph)
+    return skips and args.optimizer_cuda_graph
 
 
 def _flags(reasons: Mapping[str, str]) -> Iterator[Check]:
@@ -440,8 +449,8 @@ BROKEN_IN_MEGATRON = (
     ),
     Check(
         "--tensor-model-parallel-size above 1 without --sequence-parallel",
-        "Megatron-Core trains experts with tensor parallelism only if sequences are divided, too.",
-        _divides_tokens_of_experts_wrongly,
+        "Megatron-Core trains experts, and the norms of G, with tensor parallelism only if sequences are divided, too.",
+        _needs_sequence_parallelism,
     ),
     Check(
         "--overlap-dispatch-backward-with-experts-wgrad with --overlap-grad-reduce or "
@@ -461,14 +470,20 @@ BROKEN_IN_MEGATRON = (
         lambda args: args.position_embedding_type in ("mrope", "relative"),
     ),
     Check(
+        "latent attention without --no-rope-fusion",
+        "Megatron-Core's fused kernels read queries that they have rotated already, and can rotate those of the next "
+        "token, too.",
+        _fuses_positions_of_latent_attention,
+    ),
+    Check(
         "--yarn-original-max-position-embeddings, --yarn-beta-fast, --yarn-beta-slow, "
         "--yarn-correction-range-round-to-int or --no-yarn-correction-range-round-to-int with latent attention",
         "Megatron-Core's latent attention reads these settings by other names, for which there are no flags.",
         _sets_yarn_in_vain,
     ),
     Check(
-        "--qk-clip or --log-max-attention-logit without --transformer-impl transformer_engine and --bf16 or --fp16, or "
-        "with M in --hybrid-layer-pattern",
+        "--log-max-attention-logit without --transformer-impl transformer_engine and --bf16 or --fp16, or with M in "
+        "--hybrid-layer-pattern",
         "Megatron-Core would fail after the first step, because only Transformer Engine's attention keeps its largest "
         "scores, and Megatron-Core looks for them in every layer of a model in half precision.",
         _keeps_no_largest_scores,
@@ -495,7 +510,7 @@ BROKEN_IN_MEGATRON = (
     ),
     Check(
         "--cpu-offloading-num-layers with --hybrid-layer-pattern",
-        "Megatron-Core's hybrid model ignores the flag. Use --fine-grained-activation-offloading.",
+        "Megatron-Core's hybrid model ignores the flag. Use recomputation.",
         lambda args: args.hybrid_layer_pattern is not None and args.cpu_offloading_num_layers > 0,
     ),
     Check(
@@ -559,7 +574,7 @@ BROKEN_IN_MEGATRON = (
     ),
     Check(
         "--optimizer muon or lion with --fp16; or with --use-distributed-optimizer and without --bf16, or with "
-        "--num-distributed-optimizer-instances above 1, --use-precision-aware-optimizer or --optimizer-cpu-offload",
+        "--num-distributed-optimizer-instances above 1 or --use-precision-aware-optimizer",
         "Megatron-Core would fail before the first step ends: it divides these optimizers among ranks in bf16 and in "
         "one way only, and has none of them for fp16.",
         _lacks_wrapper_of_optimizer,
@@ -568,6 +583,12 @@ BROKEN_IN_MEGATRON = (
         {
             "--use-megatron-fsdp --use-torch-fsdp2": "Megatron-FSDP divides the gradient of experts once too often, "
             "and saving hangs; FSDP2 excludes expert parallelism. Use --use-distributed-optimizer.",
+            "--optimizer-cpu-offload": "Checkpoints would hold classes of the optimizer, which are not read back, so "
+            "no run could resume. Use --use-distributed-optimizer with more ranks.",
+            "--fine-grained-activation-offloading": "The first step after every start reads activations that may not "
+            "have reached the host yet. Use recomputation.",
+            "--qk-clip": "The clip writes NaN into weights if a group's largest score is negative, and fails with the "
+            "distributed optimizer. Use --qk-layernorm.",
             "--rampup-batch-size": "Megatron-Core 0.19 ignores the flag. Use --step-batch-size-schedule.",
             "--apply-residual-connection-post-layernorm --openai-gelu --vocab-extra-ids --create-all-gather-group": (
                 "Megatron-Core 0.19 ignores the flags."
@@ -643,6 +664,11 @@ NOT_BUILT = (
         _leaves_non_persistent_checkpoints_out,
     ),
     Check(
+        "--async-strategy nvrx with --async-save",
+        "MaskMoE's digests need the list of files that Megatron-Core's own strategy, the default, writes.",
+        lambda args: args.async_save and args.async_strategy == "nvrx",
+    ),
+    Check(
         "--override-ckpt-iteration",
         "Every start would go back to the iteration. Use --ckpt-step, which also takes the weights of the iteration.",
         lambda args: args.override_ckpt_iteration is not None,
@@ -658,7 +684,7 @@ NOT_BUILT = (
         _divides_weights_further,
     ),
     Check(
-        "--spike-action skip with --qk-clip or --optimizer-cuda-graph",
+        "--spike-action skip with --optimizer-cuda-graph",
         "The weights would change although the update is skipped.",
         _skips_too_little,
     ),

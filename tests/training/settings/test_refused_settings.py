@@ -100,7 +100,11 @@ REFUSED = {
     "--optimizer lion --fp16": "--optimizer muon",
     "--optimizer muon --bf16 --use-distributed-optimizer --num-distributed-optimizer-instances 2": "--optimizer muon",
     "--optimizer muon --bf16 --use-distributed-optimizer --use-precision-aware-optimizer": "--optimizer muon",
-    "--optimizer dist_muon --bf16 --optimizer-cpu-offload": "--optimizer muon",
+    "--optimizer-cpu-offload": "--optimizer-cpu-offload",
+    "--fine-grained-activation-offloading": "--fine-grained-activation-offloading",
+    "--qk-clip": "--qk-clip",
+    "--async-save --async-strategy nvrx": "--async-strategy",
+    "~ --hybrid-layer-pattern G-*- --tensor-model-parallel-size 2": "--tensor-model-parallel-size",
     "--moe-router-topk-scaling-factor 0": "--moe-router-topk-scaling-factor",
     "--moe-router-topk-scaling-factor -1": "--moe-router-topk-scaling-factor",
     "--exit-signal-handler-for-training": "--exit-signal-handler-for-training",
@@ -122,9 +126,9 @@ REFUSED = {
     "--multi-latent-attention --yarn-beta-fast 16": "--yarn-original-max-position-embeddings",
     "--hybrid-layer-pattern +E+E --no-yarn-correction-range-round-to-int": "--yarn-original-max-position-embeddings",
     "--hybrid-layer-pattern *E*E --cpu-offloading-num-layers 1": "--cpu-offloading-num-layers",
-    "--qk-clip --bf16": "--qk-clip or",
-    "--transformer-impl transformer_engine --log-max-attention-logit": "--qk-clip or",
-    "--transformer-impl transformer_engine --bf16 --qk-clip --hybrid-layer-pattern ME": "--qk-clip or",
+    "--log-max-attention-logit --bf16": "--log-max",
+    "--transformer-impl transformer_engine --log-max-attention-logit": "--log-max",
+    "--transformer-impl transformer_engine --bf16 --log-max-attention-logit --hybrid-layer-pattern ME": "--log-max",
     "--dataloader-type external": "--dataloader-type external",
     "--defer-embedding-wgrad-compute": "--defer-embedding",
     f"{ENGINE} --defer-embedding-wgrad-compute --hybrid-layer-pattern *E": "--defer-embedding",
@@ -135,7 +139,9 @@ REFUSED = {
     "--full-validation --multiple-validation-sets --eval-micro-batch-size 1 --pipeline-model-parallel-size 2 "
     "--num-layers-per-virtual-pipeline-stage 1": "--full-validation",
     "--multi-latent-attention --mla-down-proj-fusion": "--mla-down-proj-fusion",
-    "--transformer-impl transformer_engine --mla-down-proj-fusion --hybrid-layer-pattern +E": "--mla-down-proj-fusion",
+    "--transformer-impl transformer_engine --mla-down-proj-fusion --hybrid-layer-pattern +E --no-rope-fusion": (
+        "--mla-down-proj-fusion"
+    ),
     "--moe-router-padding-for-quantization": "--moe-router-padding",
     f"{PACKED} --context-parallel-size 2": PACKED,
     f"{PACKED} {GRAPHS} --cuda-graph-modules attn": PACKED,
@@ -150,7 +156,7 @@ REFUSED = {
     "--yaml-cfg F": "--yaml-cfg",
     "--tensor-parallel-num-weight-shards 2": "--tensor-parallel-num-weight-shards",
     "--expert-tensor-parallel-num-weight-shards 2": "--tensor-parallel-num-weight-shards",
-    "--spike-action skip --qk-clip": "--spike-action",
+    "--spike-action skip --optimizer-cuda-graph": "--spike-action",
 }
 # Settings beside the refused ones.
 SUPPORTED = (
@@ -195,8 +201,10 @@ SUPPORTED = (
     "--optimizer lion",
     "--optimizer muon --bf16 --use-distributed-optimizer",
     "--optimizer sgd --use-distributed-optimizer",
-    "--transformer-impl transformer_engine --bf16 --qk-clip --log-max-attention-logit",
-    "--transformer-impl transformer_engine --multi-latent-attention --mla-down-proj-fusion",
+    "--transformer-impl transformer_engine --bf16 --log-max-attention-logit",
+    "--transformer-impl transformer_engine --multi-latent-attention --mla-down-proj-fusion --no-rope-fusion",
+    "~ --hybrid-layer-pattern *-*- --tensor-model-parallel-size 2",
+    "--async-save",
     f"{ENGINE} --fp4-format e2m1",
     "--context-parallel-size 2 --cp-comm-type p2p all_gather",
     "--transformer-impl transformer_engine --context-parallel-size 2 --cp-comm-type a2a",
@@ -257,6 +265,15 @@ def test_setting_is_refused(flags: str) -> None:
     assert " is not supported. " in error
 
 
+@pytest.mark.parametrize("latent", ["--multi-latent-attention", "--hybrid-layer-pattern +E"])
+@pytest.mark.parametrize("implementation", ["local", "transformer_engine"])
+def test_fused_rotary_embedding_of_latent_attention_is_refused(latent: str, implementation: str) -> None:
+    args = parse(f"{latent} --transformer-impl {implementation}")
+    assert not list(refused_settings(args))
+    args.apply_rope_fusion = True  # the default on GPUs
+    assert "--no-rope-fusion" in "".join(refused_settings(args)) or implementation == "local"
+
+
 @pytest.mark.parametrize("flags", SUPPORTED)
 def test_neighbouring_setting_is_not_refused(flags: str) -> None:
     assert not list(refused_settings(parse(flags)))
@@ -264,7 +281,8 @@ def test_neighbouring_setting_is_not_refused(flags: str) -> None:
 
 def test_every_check_has_a_case_or_refuses_its_flags_in_every_combination() -> None:
     alone = {check for check in REFUSED_SETTINGS if re.fullmatch(r"--[\w-]+((, --[\w-]+)* or --[\w-]+)?", check.name)}
-    assert all(any(check.name.startswith(begin) for begin in REFUSED.values()) for check in {*REFUSED_SETTINGS} - alone)
+    begins = (*REFUSED.values(), "latent attention")  # has a test of its own
+    assert all(check.name.startswith(begins) for check in {*REFUSED_SETTINGS} - alone)
 
 
 def test_named_flags_exist() -> None:
