@@ -5,7 +5,7 @@ from typing import Any
 import torch
 from megatron.core.process_groups_config import ProcessGroupCollection
 from megatron.core.transformer.moe.moe_logging import get_moe_metrics_tracker
-from megatron.core.transformer.moe.moe_utils import apply_biased_logits, apply_random_logits
+from megatron.core.transformer.moe.moe_utils import apply_biased_logits, apply_random_logits, router_gating_linear
 from megatron.core.transformer.moe.router import TopKRouter
 from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor
@@ -197,11 +197,12 @@ class MaskMoERouter(TopKRouter):
 
         The router's weight then gets a gradient of zeros, because data-parallel ranks wait for a gradient.
         """
-        if input.numel() > 0:
-            return super().gating(input)
         dtypes = {"fp32": torch.float32, "fp64": torch.float64}
         dtype = dtypes.get(self.config.moe_router_dtype or "", input.dtype)
+        # The stock method leaves the bias, which Transformer Engine's kernel reads in the dtype of the logits.
         bias = None if self.bias is None else self.bias.to(dtype)
+        if input.numel() > 0:
+            return router_gating_linear(input, self.weight, bias, dtype)
         return torch.nn.functional.linear(input.to(dtype), self.weight.to(dtype), bias)
 
     @property

@@ -9,6 +9,7 @@ import torch
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from megatron.core.distributed.finalize_model_grads import reset_model_temporary_tensors
+from megatron.core.transformer.moe import moe_utils
 from megatron.core.transformer.moe.moe_utils import MoEAuxLossAutoScaler
 from megatron.core.transformer.moe.router import TopKRouter
 from support.datasets import frequency_of
@@ -430,6 +431,24 @@ def test_half_precision_model_counts_tokens_exactly(is_planned: bool) -> None:
     assert router.global_tokens_per_expert.dtype == router.ga_steps.dtype == torch.float32
     assert router.global_tokens_per_expert.sum() == 3 * 753 * 2
     assert router.state_dict().keys() == {"weight", "expert_bias"}
+
+
+def test_kernel_of_transformer_engine_gets_the_bias_in_the_dtype_of_the_logits(monkeypatch) -> None:
+    """The kernel of cuBLAS would read pairs of bfloat16 numbers as float32 numbers."""
+    dtypes = []
+
+    def kernel(weight: Tensor, hidden: Tensor, dtype: torch.dtype, layout: str, bias: Tensor) -> tuple[Tensor]:
+        dtypes.append((dtype, bias.dtype))
+        return (torch.addmm(bias, hidden.to(dtype), weight.to(dtype).t()),)
+
+    config = make_config(add_bias_linear=True, params_dtype=torch.bfloat16)
+    router = make_router(config, all_visible_mask("smoe", 20, 4)).bfloat16()
+    torch.nn.init.normal_(router.bias)
+    hidden = torch.randn(3, 1, 8, device=DEVICE, dtype=torch.bfloat16)
+    expected = TopKRouter.gating(router, hidden)
+    monkeypatch.setattr(moe_utils, "te_general_gemm", kernel)
+    assert torch.equal(router.gating(hidden), expected)
+    assert dtypes == [(torch.float32, torch.float32)]
 
 
 def test_token_ids_beyond_the_vocabulary_are_refused() -> None:

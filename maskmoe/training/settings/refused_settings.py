@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from importlib.util import find_spec
 from math import isfinite
 
+from megatron.core.fusions.fused_bias_geglu import quick_gelu
 from megatron.core.transformer.enums import LayerType
 from megatron.core.transformer.pipeline_parallel_layer_layout import PipelineParallelLayerLayout
 from megatron.core.transformer.transformer_layer import TransformerLayer
@@ -282,13 +283,19 @@ def _is_gpt_of_transformer_engine(args: Namespace) -> bool:
     return args.transformer_impl == "transformer_engine" and args.hybrid_layer_pattern is None
 
 
+def _changes_activation_of_fused_experts(args: Namespace) -> bool:
+    # A configuration has the function in place of the flag.
+    is_quick = getattr(args, "quick_geglu", False) or getattr(args, "activation_func", None) is quick_gelu
+    is_changed = is_quick or args.activation_func_clamp_value is not None or args.glu_linear_offset != 0
+    return args.use_transformer_engine_op_fuser and is_changed
+
+
 def _has_latent_attention(args: Namespace) -> bool:
     return args.multi_latent_attention or _pattern_has("+")(args)
 
 
 def _fuses_positions_of_latent_attention(args: Namespace) -> bool:
-    is_fused = args.apply_rope_fusion and args.transformer_impl == "transformer_engine"
-    return is_fused and _has_latent_attention(args)
+    return args.apply_rope_fusion and _has_latent_attention(args)
 
 
 def _sets_yarn_in_vain(args: Namespace) -> bool:
@@ -441,6 +448,11 @@ BROKEN_IN_MEGATRON = (
             args.moe_shared_expert_overlap
             and (_given("activation_func_clamp_value", "moe_latent_size")(args) or args.glu_linear_offset != 0)
         ),
+    ),
+    Check(
+        "--use-transformer-engine-op-fuser with --activation-func-clamp-value, --glu-linear-offset or --quick-geglu",
+        "The fused experts ignore clamp and offset, or set them to 7 and 1. Leave the fuser out.",
+        _changes_activation_of_fused_experts,
     ),
     Check(
         "--moe-pad-expert-input-to-capacity with --moe-expert-capacity-factor above --num-experts / --moe-router-topk",

@@ -103,6 +103,9 @@ REFUSED = {
     "--optimizer-cpu-offload": "--optimizer-cpu-offload",
     "--fine-grained-activation-offloading": "--fine-grained-activation-offloading",
     "--qk-clip": "--qk-clip",
+    "--use-transformer-engine-op-fuser --quick-geglu": "--use-transformer-engine-op-fuser",
+    "--use-transformer-engine-op-fuser --swiglu --activation-func-clamp-value 7": "--use-transformer-engine-op-fuser",
+    "--use-transformer-engine-op-fuser --swiglu --glu-linear-offset 1": "--use-transformer-engine-op-fuser",
     "--async-save --async-strategy nvrx": "--async-strategy",
     "~ --hybrid-layer-pattern G-*- --tensor-model-parallel-size 2": "--tensor-model-parallel-size",
     "--moe-router-topk-scaling-factor 0": "--moe-router-topk-scaling-factor",
@@ -203,6 +206,7 @@ SUPPORTED = (
     "--optimizer sgd --use-distributed-optimizer",
     "--transformer-impl transformer_engine --bf16 --log-max-attention-logit",
     "--transformer-impl transformer_engine --multi-latent-attention --mla-down-proj-fusion --no-rope-fusion",
+    "--use-transformer-engine-op-fuser --swiglu",
     "~ --hybrid-layer-pattern *-*- --tensor-model-parallel-size 2",
     "--async-save",
     f"{ENGINE} --fp4-format e2m1",
@@ -270,8 +274,8 @@ def test_setting_is_refused(flags: str) -> None:
 def test_fused_rotary_embedding_of_latent_attention_is_refused(latent: str, implementation: str) -> None:
     args = parse(f"{latent} --transformer-impl {implementation}")
     assert not list(refused_settings(args))
-    args.apply_rope_fusion = True  # the default on GPUs
-    assert "--no-rope-fusion" in "".join(refused_settings(args)) or implementation == "local"
+    args.apply_rope_fusion = True  # the default on GPUs with Transformer Engine
+    assert "--no-rope-fusion" in "".join(refused_settings(args))
 
 
 @pytest.mark.parametrize("flags", SUPPORTED)
