@@ -242,9 +242,23 @@ class SealedSaveStrategy(TorchDistSaveShardedStrategy):
 
 
 def _copy_host_tensors(bucket: tuple) -> tuple:
-    """Return a `WriteBucket` of Megatron-Core in which tensors in host memory are replaced by copies."""
+    """Return a `WriteBucket` of Megatron-Core in which tensors in host memory are replaced by copies in shared memory.
+
+    A copy that failed later, in the thread that passes the bucket on, would leave training waiting for ever.
+
+    Raises:
+        OSError: There is too little shared memory.
+    """
     path, storage_key, (bytes_data, tensor_data) = bucket
-    copied = [(item, tensor.clone() if tensor.device.type == "cpu" else tensor) for item, tensor in tensor_data]
+    try:
+        copied = [
+            (item, tensor.clone().share_memory_() if tensor.device.type == "cpu" else tensor)
+            for item, tensor in tensor_data
+        ]
+    except RuntimeError as error:
+        raise OSError(
+            f"no shared memory for the copies of --async-save ({error}): enlarge /dev/shm, or save without --async-save"
+        ) from error
     return path, storage_key, (bytes_data, copied)
 
 

@@ -247,8 +247,8 @@ def remove_old_checkpoints(
             old.append(checkpoint)
     if old and not is_dry_run:
         # The writer has synchronized the tensors, but not the small files. A loss of power could otherwise leave them
-        # empty, and the old checkpoints removed.
-        small_files = (path for checkpoint in kept for path in checkpoint.glob("*.json"))
+        # empty, and the old checkpoints removed. Before 2.14, torch synchronized .metadata while it was empty.
+        small_files = [path for checkpoint in kept for path in (*checkpoint.glob("*.json"), checkpoint / ".metadata")]
         for path in (*small_files, *kept, Path(folder)):
             with suppress(OSError):  # some network file systems cannot synchronize folders
                 sync_to_disk(path)

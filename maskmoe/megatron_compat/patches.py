@@ -137,6 +137,44 @@ def save_states_of_padded_buckets() -> None:
     replace(DistributedOptimizer, "sharded_param_state_fully_reshardable", sharded_state)
 
 
+def share_steps_with_stages_without_experts() -> None:
+    """Save and load the number of steps of the experts' optimizer if the first pipeline stage has no experts.
+
+    Replaces: `_synchronize_steps` and `load_state_dict` of `megatron.core.optimizer.optimizer.ChainedOptimizer`.
+    Why: The first rank saves the numbers of steps. If its stage has no experts, its optimizer of experts has counted
+        none. A resumed run would then fail in its first step (torch's Adam without the distributed optimizer), or count
+        the experts' steps from 1 and fail at its next save (FusedAdam before Transformer Engine 2.19). All optimizers
+        of a run make the same steps, so take the number of another one, also for checkpoints that lack a number.
+    Can go: When Megatron-Core saves a number of steps for an optimizer without parameters.
+    """
+    from megatron.core.optimizer.optimizer import ChainedOptimizer
+
+    stock_synchronize_steps = ChainedOptimizer._synchronize_steps
+    stock_load_state_dict = ChainedOptimizer.load_state_dict
+
+    def synchronize_steps(self: Any) -> Any:
+        step = stock_synchronize_steps(self)
+        members = [chained.optimizer for chained in self.chained_optimizers]
+        counting = {type(member) for member in members if any("step" in group for group in member.param_groups)}
+        for group in (group for member in members if type(member) in counting for group in member.param_groups):
+            group["step"] = step
+        return step
+
+    def load_state_dict(self: Any, state_dict: dict[Any, Any]) -> None:
+        if len(self.chained_optimizers) > 1:
+            kinds = (type(chained.optimizer) for chained in self.chained_optimizers)
+            # Half-precision models have the state in a further dictionary, and the distributed optimizer has none here.
+            states = (state.get("optimizer", state).get("state", {}) for _, state in sorted(state_dict.items()))
+            members = [*zip(kinds, states, strict=False)]  # the stock method refuses other numbers of optimizers
+            steps = {kind: {"common_step": state["common_step"]} for kind, state in members if "common_step" in state}
+            for kind, state in members:
+                state.update(steps.get(kind, {}))
+        stock_load_state_dict(self, state_dict)
+
+    replace(ChainedOptimizer, "_synchronize_steps", synchronize_steps)
+    replace(ChainedOptimizer, "load_state_dict", load_state_dict)
+
+
 def recompute_without_transformer_engine() -> None:
     """Let Megatron recompute norms and activation functions without Transformer Engine.
 
@@ -293,7 +331,8 @@ def keep_one_loss_scale() -> None:
 
 EVERY_PROCESS = (
     *(use_compiled_helpers_of_wheel, make_optimizer_state_loadable, save_states_of_padded_buckets),
-    *(recompute_without_transformer_engine, average_predictions_over_all_context_ranks),
+    *(share_steps_with_stages_without_experts, recompute_without_transformer_engine),
+    average_predictions_over_all_context_ranks,
     *(predict_tokens_without_transformer_engine, keep_one_loss_scale),
 )
 """The patches that `prepare_process` applies once megatron is imported."""

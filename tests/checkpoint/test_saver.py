@@ -3,7 +3,9 @@
 import io
 from argparse import Namespace
 from contextlib import nullcontext
+from unittest.mock import Mock
 
+import pytest
 import torch
 
 from maskmoe.checkpoint.saver import CheckpointSaver, _copy_host_tensors
@@ -19,7 +21,13 @@ def test_copies_are_equal_and_share_no_memory_with_training():
         tensor.zero_()
     assert names == ["folder/file", "file"]
     assert [name for name, _ in objects] == ["object"]
-    assert all(torch.equal(copy, expected[number]) for number, copy in copies)
+    assert all(torch.equal(copy, expected[number]) and copy.is_shared() for number, copy in copies)
+
+
+def test_lack_of_shared_memory_is_found_before_the_copies_are_passed_on(monkeypatch):
+    monkeypatch.setattr(torch.Tensor, "share_memory_", Mock(side_effect=RuntimeError("No space left on device (28)")))
+    with pytest.raises(OSError, match=r"for the copies of --async-save .*No space left.*: enlarge /dev/shm"):
+        _copy_host_tensors(("file", "key", ([], [(0, torch.ones(2))])))
 
 
 def test_run_without_a_folder_saves_nothing():

@@ -3,6 +3,7 @@
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -38,6 +39,23 @@ def test_optimizer_without_parameters_counts_and_restores_its_steps() -> None:
     resumed.load_state_dict(trained.state_dict())
     resumed.step()
     assert steps(resumed) == [4.0]
+
+
+def test_groups_without_parameters_have_the_step_of_the_others() -> None:
+    """FusedAdam of Transformer Engine counts in groups, and leaves out groups without parameters."""
+
+    class FusedAdam(torch.optim.SGD):
+        pass
+
+    def chain(*kinds: type[torch.optim.Optimizer]) -> ChainedOptimizer:
+        members = [kind([{"params": [torch.nn.Parameter(torch.zeros(1))]}, {"params": []}]) for kind in kinds]
+        return ChainedOptimizer([SimpleNamespace(optimizer=member, config=None) for member in members])
+
+    chained = chain(FusedAdam, FusedAdam, torch.optim.SGD)
+    chained.chained_optimizers[0].optimizer.param_groups[0]["step"] = 7
+    assert chained._synchronize_steps() == 7
+    steps = [[group.get("step") for group in member.optimizer.param_groups] for member in chained.chained_optimizers]
+    assert steps == [[7, 7], [7, 7], [None, None]]
 
 
 @pytest.mark.usefixtures("one_rank")

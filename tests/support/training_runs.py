@@ -99,6 +99,10 @@ RUNS = {
     "bf16, distributed optimizer, resumed": Run(
         f"--bf16 {MANY_BUCKETS} {FROM_7}", ranks=2, continues="bf16, distributed optimizer"
     ),
+    "stage without experts": Run(f"{PIPELINE_2} --moe-layer-freq [0,0,1,1] {UNTIL_12}", ranks=2, saves=True),
+    "stage without experts, resumed on 1": Run(
+        f"--moe-layer-freq [0,0,1,1] {FROM_7}", continues="stage without experts"
+    ),
     "stage without experts, distributed optimizer": Run(
         f"{PIPELINE_2} --moe-layer-freq [0,0,1,1] {DISTRIBUTED} {UNTIL_12}", ranks=2, saves=True
     ),

@@ -111,6 +111,7 @@ def add_maskmoe_arguments(parser: ArgumentParser) -> ArgumentParser:
         moe_aux_loss_coeff=1e-2,
         eval_interval=1000,
         dist_ckpt_optim_fully_reshardable=True,
+        stream_ckpt_dequant=False,
         loads_non_persistent=False,  # has no flag: set when the checkpoint is chosen
         change_routing_mask=False,  # only training has the flag
     )

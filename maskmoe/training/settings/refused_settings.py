@@ -264,12 +264,25 @@ def _lacks_grouped_layers(args: Namespace) -> bool:
     return is_asked_for and not (args.transformer_impl == "transformer_engine" and is_grouped)
 
 
+def _is_divided_by_layers(args: Namespace) -> bool:
+    """Return whether ranks share an optimizer by whole parameters: neither Adam nor SGD, but Muon or Lion."""
+    is_divided = args.use_distributed_optimizer or args.optimizer == "dist_muon"
+    return args.optimizer not in ("adam", "sgd") and is_divided
+
+
 def _lacks_wrapper_of_optimizer(args: Namespace) -> bool:
     """Return whether Megatron-Core would lack the wrapper of an optimizer that is neither Adam nor SGD."""
-    is_divided = args.use_distributed_optimizer or args.optimizer == "dist_muon"
     has_instances = args.num_distributed_optimizer_instances > 1
     fails_if_divided = not args.bf16 or has_instances or args.use_precision_aware_optimizer
-    return args.optimizer not in ("adam", "sgd") and (args.fp16 or (is_divided and fails_if_divided))
+    return args.optimizer not in ("adam", "sgd") and (args.fp16 or (_is_divided_by_layers(args) and fails_if_divided))
+
+
+def _miscounts_gradients_of_experts(args: Namespace) -> bool:
+    """Return whether shares of an optimizer mistake the ranks that hold the same or other parts of the experts."""
+    tp = args.tensor_model_parallel_size
+    expert_tp = args.expert_tensor_parallel_size or tp
+    has_other_ranks = args.add_bias_linear or tp > expert_tp * args.expert_model_parallel_size
+    return _is_divided_by_layers(args) and bool(args.num_experts) and expert_tp != tp and has_other_ranks
 
 
 def _keeps_no_largest_scores(args: Namespace) -> bool:
@@ -590,6 +603,12 @@ BROKEN_IN_MEGATRON = (
         "Megatron-Core would fail before the first step ends: it divides these optimizers among ranks in bf16 and in "
         "one way only, and has none of them for fp16.",
         _lacks_wrapper_of_optimizer,
+    ),
+    Check(
+        "--optimizer muon or lion with --use-distributed-optimizer and another --expert-tensor-parallel-size than "
+        "--tensor-model-parallel-size, with biases or fewer ranks for all experts than --tensor-model-parallel-size",
+        "Megatron-Core would count gradients of experts several times, or some of them never, in the gradient norm.",
+        _miscounts_gradients_of_experts,
     ),
     *_flags(
         {

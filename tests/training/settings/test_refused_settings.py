@@ -27,6 +27,7 @@ from maskmoe.training.settings.refused_settings import (
 from maskmoe.transformer.token_ids import takes_token_ids
 
 MODEL = "--num-experts 8 --routing-mask mask.safetensors --disable-bias-linear --transformer-impl local"
+MUON = "--tensor-model-parallel-size 2 --sequence-parallel --optimizer muon --bf16 --use-distributed-optimizer"
 FLEX = "--moe-token-dispatcher-type flex"
 GRAPHS = "--transformer-impl transformer_engine --cuda-graph-impl transformer_engine"
 ENGINE = "--transformer-impl transformer_engine --moe-grouped-gemm"
@@ -100,6 +101,10 @@ REFUSED = {
     "--optimizer lion --fp16": "--optimizer muon",
     "--optimizer muon --bf16 --use-distributed-optimizer --num-distributed-optimizer-instances 2": "--optimizer muon",
     "--optimizer muon --bf16 --use-distributed-optimizer --use-precision-aware-optimizer": "--optimizer muon",
+    f"~ --num-experts 8 {MUON} --expert-tensor-parallel-size 1 --expert-model-parallel-size 2": (
+        "--optimizer muon or lion with --use-"
+    ),
+    f"{MUON} --expert-tensor-parallel-size 1": "--optimizer muon or lion with --use-",
     "--optimizer-cpu-offload": "--optimizer-cpu-offload",
     "--fine-grained-activation-offloading": "--fine-grained-activation-offloading",
     "--qk-clip": "--qk-clip",
@@ -204,6 +209,8 @@ SUPPORTED = (
     "--optimizer lion",
     "--optimizer muon --bf16 --use-distributed-optimizer",
     "--optimizer sgd --use-distributed-optimizer",
+    MUON,
+    f"{MUON} --expert-tensor-parallel-size 1 --expert-model-parallel-size 2",
     "--transformer-impl transformer_engine --bf16 --log-max-attention-logit",
     "--transformer-impl transformer_engine --multi-latent-attention --mla-down-proj-fusion --no-rope-fusion",
     "--use-transformer-engine-op-fuser --swiglu",
