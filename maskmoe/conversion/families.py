@@ -216,7 +216,9 @@ def _inexpressible(config: PreTrainedConfig) -> list[str]:
     """Return the settings that MaskMoE does not have, by their names in `config.json`."""
     settings = config.to_dict()
     window, length = settings.get("sliding_window"), config.max_position_embeddings
-    is_windowed = "sliding_attention" in (settings.get("layer_types") or ["sliding_attention"])
+    # Other families have the window in all layers, whatever `layer_types` says.
+    types = config.model_type in ("qwen2", "qwen2_moe", "qwen3") and settings.get("layer_types")
+    is_windowed = "sliding_attention" in (types or ["sliding_attention"])
     clip, quantization = settings.get("clip_qkv"), settings.get("quantization_config")
     rope_type, is_latent = config.rope_parameters["rope_type"], hasattr(config, "kv_lora_rank")
     rope_types = ("default", "yarn") if is_latent else ("default", "linear", "llama3")
@@ -229,6 +231,7 @@ def _inexpressible(config: PreTrainedConfig) -> list[str]:
         "attention_bias: it includes a bias of the output projection": settings.get("attention_bias"),
         "mlp_bias": settings.get("mlp_bias"),
         f"clip_qkv {clip}": clip is not None,
+        "is_causal false": settings.get("is_causal") is False,
         "quantization_config; convert the model before it was quantized": quantization is not None,
     }
     return [refusal for refusal, is_refused in refusals.items() if is_refused]

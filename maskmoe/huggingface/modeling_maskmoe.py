@@ -160,7 +160,8 @@ class MaskMoETopKRouter(nn.Module):
         self.scoring_func = config.scoring_func
         self.softmax_follows_selection = config.scoring_func == "softmax" and config.norm_topk_prob
         self.weight = nn.Parameter(torch.zeros(config.num_experts, config.hidden_size))
-        bias = torch.zeros(config.num_experts) if config.use_expert_bias else None
+        # In half precision, the constructor's default dtype would round the bias that is loaded into this tensor.
+        bias = torch.zeros(config.num_experts).float() if config.use_expert_bias else None
         self.register_buffer("e_score_correction_bias", bias)
 
     def forward(self, hidden_states: Tensor, visible: Tensor) -> tuple[Tensor, Tensor, Tensor]:

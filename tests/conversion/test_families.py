@@ -126,6 +126,8 @@ def test_refuses_a_mask_that_does_not_fit(tmp_path):
         ("mixtral", {"num_local_experts": ...}, ["lacks num_experts"]),
         ("llama", {"hidden_size": "32"}, ["not a configuration of llama", "hidden_size"]),
         ("mistral", {"sliding_window": 16}, ["sliding_window 16"]),
+        ("mixtral", {"sliding_window": 16, "layer_types": ["full_attention"] * 3}, ["sliding_window 16"]),
+        ("llama", {"is_causal": False}, ["is_causal false"]),
         (
             "qwen2",
             {"use_sliding_window": True, "layer_types": ..., "sliding_window": 16, "max_window_layers": 0},

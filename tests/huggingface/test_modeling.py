@@ -333,6 +333,14 @@ def test_vocabulary_cannot_change(arguments, settings, size) -> None:
     assert dense.resize_token_embeddings(*arguments, **settings).num_embeddings == size
 
 
+def test_expert_bias_of_a_new_model_is_not_in_half_precision() -> None:
+    """Some ways to load weights, such as DeepSpeed ZeRO-3, copy them into the tensors of the constructor."""
+    config = make_config(scoring_func="sigmoid", norm_topk_prob=True, use_expert_bias=True)
+    model = AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16)
+    biases = [buffer for name, buffer in model.named_buffers() if name.endswith("e_score_correction_bias")]
+    assert [bias.dtype for bias in biases] == [torch.float32] * NUM_LAYERS
+
+
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
