@@ -283,10 +283,8 @@ class Suite(_Section):
         pattern = " ".join(flags.get("hybrid-layer-pattern", ()))
         has_experts = FeedForwardLayers.of_pattern(pattern).num_moe_layers > 0 if pattern else "num-experts" in flags
         if has_experts != section.has_experts and not section.program:
-            raise ValueError(
-                f"variant {name}: a mask needs an E in hybrid-layer-pattern, and `mask: none` a pattern without E, "
-                f"not {pattern or 'num-experts'}"
-            )
+            needs = f"a pattern without E, not {pattern}" if pattern else "a model without num-experts"
+            raise ValueError(f"variant {name}: a mask needs an E in hybrid-layer-pattern, and `mask: none` {needs}")
         if decided := sorted(_DECIDED_FLAGS & flags.keys()):
             raise ValueError(f"variant {name}: {', '.join(decided)} is decided by the comparison; leave the flag out")
         if "program" in flags:

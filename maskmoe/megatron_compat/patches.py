@@ -109,18 +109,17 @@ def save_states_of_padded_buckets() -> None:
     """Save each parameter's own state of the distributed optimizer also if buckets of gradients are padded.
 
     Replaces: `sharded_param_state_fully_reshardable` of
-        `megatron.core.optimizer.distrib_optimizer.DistributedOptimizer`, in megatron-core 0.19.
+        `megatron.core.optimizer.distrib_optimizer.DistributedOptimizer`, unless Megatron-Core has the correction.
     Why: The gathered state has no padding between buckets, but the method looks up parameters as if it had. So after
         the first padded bucket each parameter would be saved with numbers of its neighbours. A bucket is padded if its
         size is no multiple of the data-parallel size and of 128. The resumed run would train wrong fp32 weights.
     Can go: With megatron-core after 0.19, which has the correction (Megatron's pull request 5077).
     """
-    from megatron.core import package_info
     from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
 
-    if not package_info.__version__.startswith("0.19."):
-        return
     stock = DistributedOptimizer.sharded_param_state_fully_reshardable
+    if "bucket_padding" in stock.__code__.co_varnames:  # the correction's variable
+        return
 
     def sharded_state(self: Any, *args: Any, **kwargs: Any) -> Any:
         with ExitStack() as stack:
@@ -137,41 +136,59 @@ def save_states_of_padded_buckets() -> None:
     replace(DistributedOptimizer, "sharded_param_state_fully_reshardable", sharded_state)
 
 
-def share_steps_with_stages_without_experts() -> None:
-    """Save and load the number of steps of the experts' optimizer if the first pipeline stage has no experts.
+def resume_stages_without_experts() -> None:
+    """Save and load the optimizer of the experts also if a pipeline stage has no experts.
 
-    Replaces: `_synchronize_steps` and `load_state_dict` of `megatron.core.optimizer.optimizer.ChainedOptimizer`.
-    Why: The first rank saves the numbers of steps. If its stage has no experts, its optimizer of experts has counted
-        none. A resumed run would then fail in its first step (torch's Adam without the distributed optimizer), or count
-        the experts' steps from 1 and fail at its next save (FusedAdam before Transformer Engine 2.19). All optimizers
-        of a run make the same steps, so take the number of another one, also for checkpoints that lack a number.
-    Can go: When Megatron-Core saves a number of steps for an optimizer without parameters.
+    Replaces: `_synchronize_steps`, `sharded_state_dict` and `load_state_dict` of
+        `megatron.core.optimizer.optimizer.ChainedOptimizer`.
+    Why: The first rank saves what is not divided among ranks, such as numbers of steps. If its stage has no experts, its
+        optimizer of experts has counted none. A resumed run would then fail in its first step (torch's Adam without the
+        distributed optimizer), or count the experts' steps from 1 and fail at its next save (FusedAdam before
+        Transformer Engine 2.19). All optimizers of a run make the same steps, so take the number of another one, also
+        for checkpoints that lack a number. In half precision without the distributed optimizer, lists of fp32 weights
+        of other lengths, or none, would meet in loading, so save dictionaries in place of the lists.
+    Can go: When Megatron-Core resumes such runs (tests/training/test_resume.py).
     """
+    from megatron.core.dist_checkpointing.mapping import LocalNonpersistentObject
     from megatron.core.optimizer.optimizer import ChainedOptimizer
 
     stock_synchronize_steps = ChainedOptimizer._synchronize_steps
+    stock_sharded_state_dict = ChainedOptimizer.sharded_state_dict
     stock_load_state_dict = ChainedOptimizer.load_state_dict
+    fp32_weights = "fp32_from_fp16_params"
 
     def synchronize_steps(self: Any) -> Any:
-        step = stock_synchronize_steps(self)
-        members = [chained.optimizer for chained in self.chained_optimizers]
-        counting = {type(member) for member in members if any("step" in group for group in member.param_groups)}
-        for group in (group for member in members if type(member) in counting for group in member.param_groups):
-            group["step"] = step
+        if (step := stock_synchronize_steps(self)) is not None:
+            members = [chained.optimizer for chained in self.chained_optimizers]
+            counting = {type(member) for member in members if any("step" in group for group in member.param_groups)}
+            for group in (group for member in members if type(member) in counting for group in member.param_groups):
+                group["step"] = step
         return step
 
-    def load_state_dict(self: Any, state_dict: dict[Any, Any]) -> None:
-        if len(self.chained_optimizers) > 1:
+    def sharded_state_dict(self: Any, *args: Any, **kwargs: Any) -> Any:
+        state_dict = stock_sharded_state_dict(self, *args, **kwargs)
+        for state in state_dict.values() if len(self.chained_optimizers) > 1 else ():
+            if isinstance(groups := state.get(fp32_weights), list):
+                state[fp32_weights] = {n: group or LocalNonpersistentObject(group) for n, group in enumerate(groups)}
+        return state_dict
+
+    def load_state_dict(self: Any, state_dict: Any) -> None:
+        states = [state for _, state in sorted(state_dict.items())] if isinstance(state_dict, dict) else state_dict
+        if 1 < len(self.chained_optimizers) == len(states):
             kinds = (type(chained.optimizer) for chained in self.chained_optimizers)
             # Half-precision models have the state in a further dictionary, and the distributed optimizer has none here.
-            states = (state.get("optimizer", state).get("state", {}) for _, state in sorted(state_dict.items()))
-            members = [*zip(kinds, states, strict=False)]  # the stock method refuses other numbers of optimizers
+            inner = (state.get("optimizer", state).get("state", {}) for state in states)
+            members = [*zip(kinds, inner, strict=True)]
             steps = {kind: {"common_step": state["common_step"]} for kind, state in members if "common_step" in state}
             for kind, state in members:
                 state.update(steps.get(kind, {}))
+            for state in states:
+                if isinstance(groups := state.get(fp32_weights), dict):
+                    state[fp32_weights] = [group for _, group in sorted(groups.items())]
         stock_load_state_dict(self, state_dict)
 
     replace(ChainedOptimizer, "_synchronize_steps", synchronize_steps)
+    replace(ChainedOptimizer, "sharded_state_dict", sharded_state_dict)
     replace(ChainedOptimizer, "load_state_dict", load_state_dict)
 
 
@@ -331,7 +348,7 @@ def keep_one_loss_scale() -> None:
 
 EVERY_PROCESS = (
     *(use_compiled_helpers_of_wheel, make_optimizer_state_loadable, save_states_of_padded_buckets),
-    *(share_steps_with_stages_without_experts, recompute_without_transformer_engine),
+    *(resume_stages_without_experts, recompute_without_transformer_engine),
     average_predictions_over_all_context_ranks,
     *(predict_tokens_without_transformer_engine, keep_one_loss_scale),
 )

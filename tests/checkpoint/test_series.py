@@ -173,7 +173,8 @@ def test_kept_checkpoint_is_on_the_disk_before_old_ones_are_removed(
     remove_old_checkpoints(tmp_path, keep=1)
     assert events.pop() == ("remove", old)
     assert set(events) == {
-        ("synchronize", path) for path in (kept / "integrity.json", kept / "metadata.json", kept, tmp_path)
+        ("synchronize", path)
+        for path in (kept / "integrity.json", kept / "metadata.json", kept / ".metadata", kept, tmp_path)
     }
 
 

@@ -256,6 +256,10 @@ def test_sentencepiece_model_that_makes_texts_longer(tmp_path: Path, rule: str) 
         ):
             with pytest.raises(UserError, match="times longer"):
                 read(tmp_path)
+        (tmp_path / "marian").mkdir(exist_ok=True)
+        (tmp_path / "tokenizer.model").rename(tmp_path / "marian" / "source.spm")
+        with pytest.raises(UserError, match="times longer"):
+            check_model_folder(tmp_path / "marian")
     (tmp_path / "tokenizer.model").write_text("IQ== 0\nIg== 1\n")  # of tiktoken
     check_model_folder(tmp_path)
 

@@ -56,6 +56,11 @@ def test_groups_without_parameters_have_the_step_of_the_others() -> None:
     assert chained._synchronize_steps() == 7
     steps = [[group.get("step") for group in member.optimizer.param_groups] for member in chained.chained_optimizers]
     assert steps == [[7, 7], [7, 7], [None, None]]
+    # Later versions count in groups without parameters, too, of which a rank may have no others.
+    group = {"params": [], "step": 5}
+    empty = SimpleNamespace(optimizer=SimpleNamespace(param_groups=[group]), config=None)
+    assert ChainedOptimizer([empty, *chain(torch.optim.SGD).chained_optimizers])._synchronize_steps() is None
+    assert group["step"] == 5
 
 
 @pytest.mark.usefixtures("one_rank")

@@ -103,6 +103,20 @@ RUNS = {
     "stage without experts, resumed on 1": Run(
         f"--moe-layer-freq [0,0,1,1] {FROM_7}", continues="stage without experts"
     ),
+    "stage without experts, bf16": Run(
+        f"--bf16 {PIPELINE_2} --moe-layer-freq [0,0,1,1] {UNTIL_12}", ranks=2, saves=True
+    ),
+    "stage without experts, bf16, resumed on 1": Run(
+        f"--bf16 --moe-layer-freq [0,0,1,1] {FROM_7}", continues="stage without experts, bf16"
+    ),
+    "last stage without experts, bf16": Run(
+        f"--bf16 {PIPELINE_2} --moe-layer-freq [1,1,0,0] {UNTIL_12}", ranks=2, saves=True
+    ),
+    "last stage without experts, bf16, resumed": Run(
+        f"--bf16 {PIPELINE_2} --moe-layer-freq [1,1,0,0] {FROM_7}",
+        ranks=2,
+        continues="last stage without experts, bf16",
+    ),
     "stage without experts, distributed optimizer": Run(
         f"{PIPELINE_2} --moe-layer-freq [0,0,1,1] {DISTRIBUTED} {UNTIL_12}", ranks=2, saves=True
     ),

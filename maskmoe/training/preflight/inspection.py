@@ -43,6 +43,7 @@ _ASSUMED_VOCAB_SIZE = 32_000
 # None of them changes the shape of a parameter.
 _WITHOUT_TRANSFORMER_ENGINE = {
     "moe_permute_fusion": False,
+    "apply_rope_fusion": False,
     "use_precision_aware_optimizer": False,
     **dict.fromkeys(("main_grads_dtype", "main_params_dtype", "exp_avg_dtype", "exp_avg_sq_dtype"), torch.float32),
     "fp8": None,
@@ -204,8 +205,6 @@ def _model_config(args: Namespace) -> MaskMoEModelConfig:
     buildable.spec = None  # `refused_settings` has reported it
     if not HAVE_TE:
         vars(buildable).update(_WITHOUT_TRANSFORMER_ENGINE)
-        # With multi-latent attention, Megatron judges the fusion without looking for Transformer Engine.
-        buildable.apply_rope_fusion = args.apply_rope_fusion and args.multi_latent_attention
     with megatrons_checks():
         config = model_config_from_args(buildable)
         pretrain_cfg_container_from_args(buildable, config)

@@ -24,6 +24,10 @@ MODEL = "--use-checkpoint-args --tokenizer-type NullTokenizer --vocab-size 510"
 SETTINGS = f"{MODEL} --token-frequency counts.safetensors --output evaluation.json"
 PREFIX_FLAGS = ("data_path", "train_data_path", "valid_data_path", "test_data_path")
 FILE_FLAGS = ("data_args_path", "per_split_data_args_path")
+OTHER_INPUTS = (
+    *("load", "routing_mask", "tokenizer_model", "token_frequency"),
+    *("vocab_file", "merge_file", "metadata_path"),
+)
 LAYOUTS = {
     "one rank": ("", 1),
     # Neither 3 samples (a batch) nor 6 samples (the batches of two ranks) divide the number of samples.
@@ -75,8 +79,7 @@ def test_results_are_not_written_over_the_data(tmp_path: Path, monkeypatch: pyte
     monkeypatch.chdir(tmp_path)
     (tmp_path / "data_args_path").write_text("2 data")
     (tmp_path / "per_split_data_args_path").write_text('{"train": null, "valid": "2 data", "test": null}')
-    others = ("load", "routing_mask", "tokenizer_model", "token_frequency", "vocab_file", "merge_file", "metadata_path")
-    args = Namespace(**dict.fromkeys((*PREFIX_FLAGS, *FILE_FLAGS, *others)), force=True)
+    args = Namespace(**dict.fromkeys((*PREFIX_FLAGS, *FILE_FLAGS, *OTHER_INPUTS)), force=True)
     setattr(args, flag, flag if flag in FILE_FLAGS else ["2", "data"])
     for output in ("data.bin", "data.idx", "data.tokenizer.json", *{flag}.intersection(FILE_FLAGS)):
         args.output = output
@@ -84,6 +87,14 @@ def test_results_are_not_written_over_the_data(tmp_path: Path, monkeypatch: pyte
             evaluation.check_output(args)
     args.output = "new"
     evaluation.check_output(args)
+
+
+@pytest.mark.parametrize("flag", OTHER_INPUTS)
+def test_results_are_not_written_over_other_inputs(flag: str) -> None:
+    args = Namespace(**dict.fromkeys((*PREFIX_FLAGS, *FILE_FLAGS, *OTHER_INPUTS)), force=True, output="input")
+    setattr(args, flag, "input")
+    with pytest.raises(UserError, match="it is an input of this command"):
+        evaluation.check_output(args)
 
 
 def samples_of_validation_split(workplace) -> int:

@@ -147,9 +147,7 @@ REFUSED = {
     "--full-validation --multiple-validation-sets --eval-micro-batch-size 1 --pipeline-model-parallel-size 2 "
     "--num-layers-per-virtual-pipeline-stage 1": "--full-validation",
     "--multi-latent-attention --mla-down-proj-fusion": "--mla-down-proj-fusion",
-    "--transformer-impl transformer_engine --mla-down-proj-fusion --hybrid-layer-pattern +E --no-rope-fusion": (
-        "--mla-down-proj-fusion"
-    ),
+    "--transformer-impl transformer_engine --mla-down-proj-fusion --hybrid-layer-pattern +E": "--mla-down-proj-fusion",
     "--moe-router-padding-for-quantization": "--moe-router-padding",
     f"{PACKED} --context-parallel-size 2": PACKED,
     f"{PACKED} {GRAPHS} --cuda-graph-modules attn": PACKED,
@@ -212,7 +210,7 @@ SUPPORTED = (
     MUON,
     f"{MUON} --expert-tensor-parallel-size 1 --expert-model-parallel-size 2",
     "--transformer-impl transformer_engine --bf16 --log-max-attention-logit",
-    "--transformer-impl transformer_engine --multi-latent-attention --mla-down-proj-fusion --no-rope-fusion",
+    "--transformer-impl transformer_engine --multi-latent-attention --mla-down-proj-fusion",
     "--use-transformer-engine-op-fuser --swiglu",
     "~ --hybrid-layer-pattern *-*- --tensor-model-parallel-size 2",
     "--async-save",
@@ -261,7 +259,7 @@ OF_OTHER_VERSIONS = {
 def parser() -> argparse.ArgumentParser:
     complete = add_maskmoe_arguments(add_megatron_arguments(argparse.ArgumentParser(allow_abbrev=False)))
     add_pretraining_arguments(complete)
-    complete.set_defaults(gradient_accumulation_fusion=True)  # as on a GPU
+    complete.set_defaults(gradient_accumulation_fusion=True, apply_rope_fusion=False)  # as on a GPU without the latter
     return complete
 
 
