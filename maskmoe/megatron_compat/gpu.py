@@ -11,10 +11,13 @@ class GpuPackages:
     Attributes:
         transformer_engine: Transformer Engine is installed.
         grouped_experts: Transformer Engine can compute the experts of a rank together, which needs Ampere or newer.
+        fused_permutation: Transformer Engine's fused permutation computes all gradients of the router. Before version
+            2.20.2, its kernel stores zeros and gradients without a barrier between them.
     """
 
     transformer_engine: bool = True
     grouped_experts: bool = True
+    fused_permutation: bool = True
 
     @classmethod
     def installed(cls) -> "GpuPackages":
@@ -22,10 +25,12 @@ class GpuPackages:
         # These modules import megatron, so they must come after `prepare_process`.
         import torch
         from megatron.core.transformer.moe import moe_utils
+        from megatron.core.utils import is_te_min_version
 
         return cls(
             transformer_engine=moe_utils.HAVE_TE,
             grouped_experts=moe_utils.HAVE_TE and torch.cuda.get_device_capability() >= (8, 0),
+            fused_permutation=moe_utils.HAVE_TE and is_te_min_version("2.20.2"),
         )
 
     def argument_defaults(self) -> dict[str, Any]:
@@ -34,7 +39,7 @@ class GpuPackages:
             "transformer_impl": "transformer_engine" if self.transformer_engine else "local",
             "apply_rope_fusion": self.transformer_engine,
             "no_persist_layer_norm": not self.transformer_engine,
-            "moe_permute_fusion": self.transformer_engine,
+            "moe_permute_fusion": self.fused_permutation,
             "moe_grouped_gemm": self.grouped_experts,
         }
 

@@ -141,7 +141,7 @@ def resume_stages_without_experts() -> None:
 
     Replaces: `_synchronize_steps`, `sharded_state_dict` and `load_state_dict` of
         `megatron.core.optimizer.optimizer.ChainedOptimizer`.
-    Why: The first rank saves what is not divided among ranks, such as numbers of steps. If its stage has no experts, its
+    Why: The first rank saves what ranks do not divide, such as numbers of steps. If its stage has no experts, its
         optimizer of experts has counted none. A resumed run would then fail in its first step (torch's Adam without the
         distributed optimizer), or count the experts' steps from 1 and fail at its next save (FusedAdam before
         Transformer Engine 2.19). All optimizers of a run make the same steps, so take the number of another one, also

@@ -44,6 +44,10 @@ class BaseModel(PackingModel, ChunkedCrossEntropyMixin):
             # On a later pipeline stage, Megatron-Core also allocates a weight in the output layer, which is never used
             # and makes saving a checkpoint fail. The model classes have no argument to prevent the allocation.
             self.output_layer.weight = None
+            # On a later stage, Megatron-Core would drop the gradient of the look-up of embeddings for the prediction,
+            # because the output layer adds its part to the same buffer itself.
+            shared: Any = self.shared_embedding_or_output_weight()
+            shared.zero_out_wgrad = True
 
 
 class RoutesByTokenId(torch.nn.Module):

@@ -44,6 +44,9 @@ class PackedDocuments(PackedSeqParams):
         on_host = (cu_seqlens + first_tokens).unique()
         bounds = on_host.to(device, non_blocking=True)
         used = on_host if reads_on_host else bounds
+        lengths = on_host.diff()
+        # Mamba layers start anew where the number of the document changes, int32 [1, batch * sequence].
+        seq_idx = torch.arange(len(lengths), dtype=torch.int32).repeat_interleave(lengths).unsqueeze(0)
         return cls(
             qkv_format="thd",
             cu_seqlens_q=used,
@@ -52,7 +55,8 @@ class PackedDocuments(PackedSeqParams):
             # for each value.
             max_seqlen_q=sample_length,
             max_seqlen_kv=sample_length,
-            lengths=on_host.diff().tolist(),
+            seq_idx=seq_idx.to(device, non_blocking=True),
+            lengths=lengths.tolist(),
             bounds=bounds,
         )
 

@@ -4,6 +4,7 @@ import sys
 from dataclasses import fields
 
 import pytest
+from megatron.core import utils
 from megatron.core.transformer.moe import moe_utils
 from megatron.training.argument_utils import gpt_config_from_args
 from megatron.training.arguments import parse_args, validate_args
@@ -36,6 +37,7 @@ def on_a_gpu(monkeypatch):
     def pretend(packages: GpuPackages) -> None:
         monkeypatch.setattr(cpu, "is_installed", lambda: False)
         monkeypatch.setattr(moe_utils, "HAVE_TE", packages.transformer_engine)
+        monkeypatch.setattr(utils, "is_te_min_version", lambda _: packages.fused_permutation)
         for name in PERMUTATION_KERNELS:
             monkeypatch.setattr(moe_utils, name, print if packages.transformer_engine else None)
 
@@ -61,6 +63,11 @@ def test_without_packages_the_defaults_need_none(on_a_gpu, parse) -> None:
     assert values(args) == WITHOUT_PACKAGES
     assert args.distributed_backend == "nccl"
     assert not list(missing_transformer_engine(args, GpuPackages.installed()))
+
+
+def test_older_kernels_do_not_permute(on_a_gpu, parse) -> None:
+    on_a_gpu(GpuPackages(fused_permutation=False))
+    assert not parse().moe_permute_fusion
 
 
 def test_with_all_packages_all_fusions_are_on(on_a_gpu, parse) -> None:

@@ -301,6 +301,8 @@ def test_documents_of_samples_are_joined(lengths: list[list[int]], samples_repea
     assert documents.bounds.dtype == torch.int32
     assert documents.cu_seqlens_q is documents.cu_seqlens_kv is documents.bounds
     assert documents.max_seqlen_q == documents.max_seqlen_kv == size
+    assert documents.seq_idx.dtype == torch.int32
+    assert documents.seq_idx.tolist() == [np.repeat(np.arange(len(documents.lengths)), documents.lengths).tolist()]
 
 
 HEADS, CHANNELS = 4, 12

@@ -65,15 +65,20 @@ class MaskMoEModelConfig:
     """Functions of the model chunks of a rank, which return the chunks, before they are wrapped."""
 
     def __post_init__(self) -> None:
-        """Switch off the fused activations of Megatron-Core that compute something else, or fail.
+        """Switch off what computes something else, or fails, in Megatron-Core.
 
         The fused SwiGLU ignores the clamp. The fused GELU cannot weigh the rows of an expert, and the fused quick GELU
         must weigh them, so it fails in dense MLPs and in shared experts.
+
+        With the cache of transposed weights, Transformer Engine overwrites gradients in the first use of a layer in a
+        step, so a layer of multi-token prediction that is used again would lose gradients.
         """
         config = self.transformer
         is_swiglu = config.activation_func is silu and config.activation_func_clamp_value is None
         if not is_swiglu and (config.num_moe_experts or config.activation_func is not gelu):
             config.bias_activation_fusion = False
+        if config.mtp_use_repeated_layer:
+            config.disable_parameter_transpose_cache = True
 
     @property
     def transformer(self) -> TransformerConfig:

@@ -13,7 +13,6 @@ from dataclasses import dataclass
 from itertools import batched
 from typing import NamedTuple
 
-import torch
 from megatron.core.models.hybrid.hybrid_layer_allocation import Symbols
 from megatron.core.transformer.transformer_config import MLATransformerConfig, TransformerConfig
 
@@ -135,9 +134,6 @@ def bytes_of_parameter(args: Namespace) -> tuple[int, int, int]:
     states = _STATES.get(args.optimizer, _STATES["adam"])
     if args.use_precision_aware_optimizer:
         main = args.main_params_dtype.itemsize
-        if args.bf16 and args.main_params_dtype == torch.float32:
-            # No flag turns `store_param_remainders` off: the main copy holds only the bits that bf16 lacks.
-            main -= weight
         moments = sum(getattr(args, name).itemsize for name in states)
     else:
         main = _FP32_BYTES if weight < _FP32_BYTES else 0

@@ -6,14 +6,18 @@ setting has no meaning with masked routing. What Megatron itself refuses is not 
 
 from argparse import ArgumentTypeError, Namespace
 from collections.abc import Callable, Iterator, Mapping
+from contextlib import suppress
 from dataclasses import dataclass
+from importlib.metadata import PackageNotFoundError, version
 from importlib.util import find_spec
 from math import isfinite
 
+import torch
 from megatron.core.fusions.fused_bias_geglu import quick_gelu
 from megatron.core.transformer.enums import LayerType
 from megatron.core.transformer.pipeline_parallel_layer_layout import PipelineParallelLayerLayout
 from megatron.core.transformer.transformer_layer import TransformerLayer
+from packaging.version import Version
 
 from maskmoe.arguments.ranges import split
 from maskmoe.megatron_compat.gpu import GpuPackages
@@ -124,7 +128,11 @@ def missing_transformer_engine(args: Namespace, packages: GpuPackages) -> Iterat
 
 
 def missing_libraries(args: Namespace) -> Iterator[str]:
-    """Yield an error if a layer, the flex dispatcher or a flag needs a library that this machine lacks."""
+    """Yield an error if a layer, the flex dispatcher or a flag needs a library or version that this machine lacks."""
+    for setting, package, least, applies in _LEAST_VERSIONS:
+        with suppress(PackageNotFoundError):
+            if applies(args) and Version(found := version(package)) < Version(least):
+                yield f"{setting} needs {package} {least} or newer, because {found} computes something else: install it"
     if args.wandb_project and find_spec("wandb") is None:
         yield "--wandb-project needs the Python package wandb: install it, or leave the flag out"
     lacks_pynvml = args.distributed_backend == "nccl" and find_spec("pynvml") is None
@@ -155,6 +163,7 @@ def missing_libraries(args: Namespace) -> Iterator[str]:
 # ---- Predicates ------------------------------------------------------------------------------------------------------
 
 
+_UNSCALED_DTYPES = ("fp32", "bf16", torch.float32, torch.bfloat16)  # of moments, before and after validation
 _WIRE_DTYPES = ("moe_dispatch_fwd_dtype", "moe_combine_bwd_dtype")  # of Megatron-Core after 0.19
 
 
@@ -172,6 +181,14 @@ def _balancing_types(args: Namespace) -> list[str]:
 def _pattern_has(symbol: str) -> Predicate:
     """Return a predicate: the pattern of a hybrid model has a symbol."""
     return lambda args: symbol in (args.hybrid_layer_pattern or "")
+
+
+_LEAST_VERSIONS: tuple[tuple[str, str, str, Predicate], ...] = (
+    ("--hybrid-layer-pattern with G", "flash-linear-attention", "0.5.2", _pattern_has("G")),
+    ("--softmax-type learnable", "transformer-engine", "2.14", lambda args: args.softmax_type == "learnable"),
+    ("--moe-permute-fusion", "transformer-engine", "2.20.2", lambda args: args.moe_permute_fusion),
+)
+"""Settings with which older versions of a package compute something wrong without a word."""
 
 
 def _pattern_contradicts_flags(args: Namespace) -> bool:
@@ -249,7 +266,8 @@ def _pads_beyond_tokens(args: Namespace) -> bool:
 
 def _needs_sequence_parallelism(args: Namespace) -> bool:
     is_divided = args.tensor_model_parallel_size > 1 and not args.sequence_parallel
-    return bool(args.num_experts or _pattern_has("G")(args)) and is_divided and not args.skip_train
+    is_concerned = bool(args.num_experts) or _pattern_has("G")(args) or _has_latent_attention(args)
+    return is_concerned and is_divided and not args.skip_train
 
 
 def _loses_gradients_of_experts(args: Namespace) -> bool:
@@ -277,6 +295,11 @@ def _lacks_wrapper_of_optimizer(args: Namespace) -> bool:
     return args.optimizer not in ("adam", "sgd") and (args.fp16 or (_is_divided_by_layers(args) and fails_if_divided))
 
 
+def _aligns_reductions_of_stages(args: Namespace) -> bool:
+    """Return whether all pipeline stages but the first reduce their gradients at the end of a step."""
+    return args.overlap_grad_reduce and args.align_grad_reduce and args.pipeline_model_parallel_size > 1
+
+
 def _miscounts_gradients_of_experts(args: Namespace) -> bool:
     """Return whether shares of an optimizer mistake the ranks that hold the same or other parts of the experts."""
     tp = args.tensor_model_parallel_size
@@ -299,8 +322,10 @@ def _is_gpt_of_transformer_engine(args: Namespace) -> bool:
 def _changes_activation_of_fused_experts(args: Namespace) -> bool:
     # A configuration has the function in place of the flag.
     is_quick = getattr(args, "quick_geglu", False) or getattr(args, "activation_func", None) is quick_gelu
-    is_changed = is_quick or args.activation_func_clamp_value is not None or args.glu_linear_offset != 0
-    return args.use_transformer_engine_op_fuser and is_changed
+    is_changed = args.activation_func_clamp_value is not None or args.glu_linear_offset != 0
+    return (args.use_transformer_engine_op_fuser and (is_changed or is_quick)) or (
+        args.use_te_activation_func and is_changed
+    )
 
 
 def _has_latent_attention(args: Namespace) -> bool:
@@ -366,11 +391,6 @@ def _fails_at_full_validation(args: Namespace) -> bool:
 def _leaves_non_persistent_checkpoints_out(args: Namespace) -> bool:
     is_asked_for = _given("non_persistent_save_interval", "non_persistent_global_ckpt_dir")(args)
     return args.non_persistent_ckpt_type == "local" or (args.non_persistent_ckpt_type is None and is_asked_for)
-
-
-def _skips_too_little(args: Namespace) -> bool:
-    skips = getattr(args, "spike_action", None) == "skip"  # a flag of training only
-    return skips and args.optimizer_cuda_graph
 
 
 def _flags(reasons: Mapping[str, str]) -> Iterator[Check]:
@@ -463,8 +483,9 @@ BROKEN_IN_MEGATRON = (
         ),
     ),
     Check(
-        "--use-transformer-engine-op-fuser with --activation-func-clamp-value, --glu-linear-offset or --quick-geglu",
-        "The fused experts ignore clamp and offset, or set them to 7 and 1. Leave the fuser out.",
+        "--use-transformer-engine-op-fuser or --use-te-activation-func with --activation-func-clamp-value or "
+        "--glu-linear-offset, and the former with --quick-geglu",
+        "Transformer Engine's functions ignore clamp and offset, or set them to 7 and 1. Leave the flags out.",
         _changes_activation_of_fused_experts,
     ),
     Check(
@@ -474,7 +495,7 @@ BROKEN_IN_MEGATRON = (
     ),
     Check(
         "--tensor-model-parallel-size above 1 without --sequence-parallel",
-        "Megatron-Core trains experts, and the norms of G, with tensor parallelism only if sequences are divided, too.",
+        "Megatron-Core trains experts, G and latent attention in parts only if sequences are divided, too.",
         _needs_sequence_parallelism,
     ),
     Check(
@@ -593,9 +614,37 @@ BROKEN_IN_MEGATRON = (
         lambda args: bool(args.iterations_to_skip or args.result_rejected_tracker_filename) and _is_interleaved(args),
     ),
     Check(
-        "--optimizer soap or adaptive_muon",
-        "Megatron-Core cannot save the state of SOAP, and its class of adaptive Muon lacks an attribute. Use muon.",
-        lambda args: args.optimizer in ("soap", "adaptive_muon"),
+        "--optimizer sgd, soap or adaptive_muon",
+        "Megatron-Core cannot load the state of SGD or save that of SOAP, and its adaptive Muon lacks an attribute. "
+        "Use adam or muon.",
+        lambda args: args.optimizer in ("sgd", "soap", "adaptive_muon"),
+    ),
+    Check(
+        "--num-distributed-optimizer-instances above 1 with --overlap-grad-reduce and pipeline parallelism, without "
+        "--no-align-grad-reduce",
+        "Megatron-Core would scale and reduce the gradients of all stages but the first twice.",
+        lambda args: args.num_distributed_optimizer_instances > 1 and _aligns_reductions_of_stages(args),
+    ),
+    Check(
+        "--save-wgrads-interval with --use-distributed-optimizer, --overlap-grad-reduce and pipeline parallelism",
+        "Megatron-Core would write gradients of which most are not reduced.",
+        lambda args: (
+            args.save_wgrads_interval is not None
+            and args.use_distributed_optimizer
+            and _aligns_reductions_of_stages(args)
+        ),
+    ),
+    Check(
+        "--exp-avg-dtype or --exp-avg-sq-dtype fp16 or fp8 with --fp8-format",
+        "Checkpoints would lack the scales of the moments. Use bf16.",
+        lambda args: bool(args.fp8) and not {args.exp_avg_dtype, args.exp_avg_sq_dtype} <= {*_UNSCALED_DTYPES},
+    ),
+    Check(
+        "--position-embedding-type yarn with --dataloader-inter-document-masking, without --no-rope-fusion",
+        "Megatron-Core's fused rotary embedding of packed documents leaves out the scale of YaRN.",
+        lambda args: (
+            args.position_embedding_type == "yarn" and args.dataloader_inter_document_masking and args.apply_rope_fusion
+        ),
     ),
     Check(
         "--optimizer muon or lion with --fp16; or with --use-distributed-optimizer and without --bf16, or with "
@@ -616,6 +665,7 @@ BROKEN_IN_MEGATRON = (
             "and saving hangs; FSDP2 excludes expert parallelism. Use --use-distributed-optimizer.",
             "--optimizer-cpu-offload": "Checkpoints would hold classes of the optimizer, which are not read back, so "
             "no run could resume. Use --use-distributed-optimizer with more ranks.",
+            "--optimizer-cuda-graph": "The first save would fail, because it compares numbers of steps by identity.",
             "--fine-grained-activation-offloading": "The first step after every start reads activations that may not "
             "have reached the host yet. Use recomputation.",
             "--qk-clip": "The clip writes NaN into weights if a group's largest score is negative, and fails with the "
@@ -713,11 +763,6 @@ NOT_BUILT = (
         "--tensor-parallel-num-weight-shards or --expert-tensor-parallel-num-weight-shards above the parallel size",
         "MaskMoE's conversion reads weights that are divided by tensor parallelism only.",
         _divides_weights_further,
-    ),
-    Check(
-        "--spike-action skip with --optimizer-cuda-graph",
-        "The weights would change although the update is skipped.",
-        _skips_too_little,
     ),
     *_flags(
         {

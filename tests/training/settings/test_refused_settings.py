@@ -28,6 +28,7 @@ from maskmoe.transformer.token_ids import takes_token_ids
 
 MODEL = "--num-experts 8 --routing-mask mask.safetensors --disable-bias-linear --transformer-impl local"
 MUON = "--tensor-model-parallel-size 2 --sequence-parallel --optimizer muon --bf16 --use-distributed-optimizer"
+INSTANCES = "--use-distributed-optimizer --overlap-grad-reduce --num-distributed-optimizer-instances 2"
 FLEX = "--moe-token-dispatcher-type flex"
 GRAPHS = "--transformer-impl transformer_engine --cuda-graph-impl transformer_engine"
 ENGINE = "--transformer-impl transformer_engine --moe-grouped-gemm"
@@ -94,7 +95,7 @@ REFUSED = {
     ),
     "--iterations-to-skip 3 --hybrid-layer-pattern *E|*E": "--iterations-to-skip",
     "--result-rejected-tracker-filename F --hybrid-layer-pattern *E|*E": "--iterations-to-skip",
-    "--optimizer soap": "--optimizer soap",
+    "--optimizer soap": "--optimizer sgd, soap",
     "--optimizer muon --use-distributed-optimizer": "--optimizer muon",
     "--optimizer lion --use-distributed-optimizer": "--optimizer muon",
     "--optimizer dist_muon": "--optimizer muon",
@@ -106,6 +107,14 @@ REFUSED = {
     ),
     f"{MUON} --expert-tensor-parallel-size 1": "--optimizer muon or lion with --use-",
     "--optimizer-cpu-offload": "--optimizer-cpu-offload",
+    "--optimizer sgd": "--optimizer sgd",
+    f"{INSTANCES} --pipeline-model-parallel-size 2": "--num-distributed-optimizer-instances",
+    "--use-distributed-optimizer --overlap-grad-reduce --pipeline-model-parallel-size 2 --save-wgrads-interval 5": (
+        "--save-wgrads-interval"
+    ),
+    f"{QUANTIZED} --use-precision-aware-optimizer --exp-avg-sq-dtype fp16": "--exp-avg-dtype",
+    "--use-te-activation-func --swiglu --activation-func-clamp-value 7": "--use-transformer-engine-op-fuser",
+    "~ --multi-latent-attention --tensor-model-parallel-size 2": "--tensor-model-parallel-size",
     "--fine-grained-activation-offloading": "--fine-grained-activation-offloading",
     "--qk-clip": "--qk-clip",
     "--use-transformer-engine-op-fuser --quick-geglu": "--use-transformer-engine-op-fuser",
@@ -162,7 +171,6 @@ REFUSED = {
     "--yaml-cfg F": "--yaml-cfg",
     "--tensor-parallel-num-weight-shards 2": "--tensor-parallel-num-weight-shards",
     "--expert-tensor-parallel-num-weight-shards 2": "--tensor-parallel-num-weight-shards",
-    "--spike-action skip --optimizer-cuda-graph": "--spike-action",
 }
 # Settings beside the refused ones.
 SUPPORTED = (
@@ -206,12 +214,16 @@ SUPPORTED = (
     "--phase-transition-iterations 5 --train-samples 80",
     "--optimizer lion",
     "--optimizer muon --bf16 --use-distributed-optimizer",
-    "--optimizer sgd --use-distributed-optimizer",
     MUON,
     f"{MUON} --expert-tensor-parallel-size 1 --expert-model-parallel-size 2",
     "--transformer-impl transformer_engine --bf16 --log-max-attention-logit",
     "--transformer-impl transformer_engine --multi-latent-attention --mla-down-proj-fusion",
     "--use-transformer-engine-op-fuser --swiglu",
+    "--use-te-activation-func --quick-geglu",
+    INSTANCES,
+    f"{INSTANCES} --pipeline-model-parallel-size 2 --no-align-grad-reduce",
+    f"{QUANTIZED} --use-precision-aware-optimizer --exp-avg-dtype bf16",
+    f"{PACKED} --position-embedding-type yarn",
     "~ --hybrid-layer-pattern *-*- --tensor-model-parallel-size 2",
     "--async-save",
     f"{ENGINE} --fp4-format e2m1",
@@ -283,6 +295,12 @@ def test_fused_rotary_embedding_of_latent_attention_is_refused(latent: str, impl
     assert "--no-rope-fusion" in "".join(refused_settings(args))
 
 
+def test_fused_rotary_embedding_of_packed_documents_with_yarn_is_refused() -> None:
+    args = parse(f"{PACKED} --position-embedding-type yarn")
+    args.apply_rope_fusion = True  # the default on GPUs with Transformer Engine
+    assert "the scale of YaRN" in "".join(refused_settings(args))
+
+
 @pytest.mark.parametrize("flags", SUPPORTED)
 def test_neighbouring_setting_is_not_refused(flags: str) -> None:
     assert not list(refused_settings(parse(flags)))
@@ -290,7 +308,7 @@ def test_neighbouring_setting_is_not_refused(flags: str) -> None:
 
 def test_every_check_has_a_case_or_refuses_its_flags_in_every_combination() -> None:
     alone = {check for check in REFUSED_SETTINGS if re.fullmatch(r"--[\w-]+((, --[\w-]+)* or --[\w-]+)?", check.name)}
-    begins = (*REFUSED.values(), "latent attention")  # has a test of its own
+    begins = (*REFUSED.values(), "latent attention", "--position-embedding-type yarn")  # have tests of their own
     assert all(check.name.startswith(begins) for check in {*REFUSED_SETTINGS} - alone)
 
 
@@ -357,6 +375,20 @@ def test_flag_that_needs_a_library(monkeypatch, flags: str, error: str | None, i
     errors = list(missing_libraries(parse(flags)))
     assert len(errors) == (error is not None and not is_installed)
     assert all(found.startswith(error) for found in errors)
+
+
+@pytest.mark.parametrize(
+    ("flags", "package", "least", "older"),
+    [
+        ("--hybrid-layer-pattern G-", "flash-linear-attention", "0.5.2", "0.5.1"),
+        ("--softmax-type learnable", "transformer-engine", "2.14", "2.13.0+abc"),
+        ("--moe-permute-fusion", "transformer-engine", "2.20.2", "2.20.0.dev0"),
+    ],
+)
+def test_version_that_computes_something_else(monkeypatch, flags: str, package: str, least: str, older: str) -> None:
+    for found, errors in ((older, 1), (least, 0)):
+        monkeypatch.setattr(module, "version", {package: found}.__getitem__)
+        assert len([error for error in missing_libraries(parse(flags)) if f"{package} {least}" in error]) == errors
 
 
 @pytest.mark.parametrize(

@@ -177,7 +177,6 @@ def test_fall_is_reported_only(run_spiky, action):
         (PIPELINE_2, 2),
         (f"{INTERLEAVED} {DISTRIBUTED}", 2),
         (TENSOR_2, 2),
-        ("--optimizer sgd", 1),
         ("--clip-grad 0", 1),
     ],
 )
