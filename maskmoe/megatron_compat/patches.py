@@ -16,7 +16,10 @@ from typing import Any
 
 import torch
 
+from maskmoe.errors import UserError
 from maskmoe.megatron_compat import replace, replacing
+
+_LARGEST_WEIGHT = 1000.0  # remainders are up to 32,768
 
 
 def use_compiled_helpers_of_wheel() -> None:
@@ -134,6 +137,52 @@ def save_states_of_padded_buckets() -> None:
             return stock(self, *args, **kwargs)
 
     replace(DistributedOptimizer, "sharded_param_state_fully_reshardable", sharded_state)
+
+
+def save_whole_weights_of_precision_aware_optimizers() -> None:
+    """Save fp32 weights of which the optimizer stores only the bits that bf16 weights lack.
+
+    Replaces: `_get_main_param_and_optimizer_states` and `_set_main_param_and_optimizer_states` of
+        `megatron.core.optimizer.distrib_optimizer.DistributedOptimizer`.
+    Why: Transformer Engine's FusedAdam stores these bits as int16, because Megatron-Core sets `store_param_remainders`,
+        for which there is no flag. The stock methods save the int16 numbers as fp32 weights. A resumed run fails, or
+        without `--use-precision-aware-optimizer` trains these numbers.
+    Can go: When a run with `--use-precision-aware-optimizer` and bf16 can resume (Megatron's pull request 4222).
+    """
+    from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
+
+    stock_get = DistributedOptimizer._get_main_param_and_optimizer_states
+    stock_set = DistributedOptimizer._set_main_param_and_optimizer_states
+
+    def own_weight(self: Any, model_param: torch.nn.Parameter) -> torch.Tensor:
+        group, order = self.model_param_group_index_map[model_param]
+        return self.optimizer.param_groups[group]["params"][order]
+
+    def get_states(self: Any, model_param: torch.nn.Parameter) -> dict[str, torch.Tensor]:
+        tensors = stock_get(self, model_param)
+        if tensors["param"].dtype == torch.int16:
+            upper = own_weight(self, model_param).detach().view(torch.int16).int() << 16
+            tensors["param"] = (upper + tensors["param"].int()).view(torch.float32)
+        return tensors
+
+    @torch.no_grad()
+    def set_states(self: Any, model_param: torch.nn.Parameter, tensors: Mapping[str, Any]) -> None:
+        weight, own = tensors["param"], own_weight(self, model_param)
+        has_remainders = getattr(self.optimizer, "store_param_remainders", False) and own.dtype == torch.bfloat16
+        if has_remainders and isinstance(weight, torch.Tensor) and weight.dtype == torch.float32:
+            if weight.numel() and weight.abs().max() > _LARGEST_WEIGHT:
+                raise UserError(
+                    "the checkpoint holds remainders in place of fp32 weights, as those of MaskMoE up to 0.2.1 do: "
+                    "pass --no-load-optim"
+                )
+            bits = weight.contiguous().view(torch.int32)
+            remainders = bits.to(torch.int16)
+            own.copy_(((bits - remainders.int()) >> 16).to(torch.int16).view(torch.bfloat16))
+            tensors = {**tensors, "param": remainders}
+        stock_set(self, model_param, tensors)
+
+    replace(DistributedOptimizer, "_get_main_param_and_optimizer_states", get_states)
+    replace(DistributedOptimizer, "_set_main_param_and_optimizer_states", set_states)
 
 
 def resume_stages_without_experts() -> None:
@@ -348,6 +397,7 @@ def keep_one_loss_scale() -> None:
 
 EVERY_PROCESS = (
     *(use_compiled_helpers_of_wheel, make_optimizer_state_loadable, save_states_of_padded_buckets),
+    save_whole_weights_of_precision_aware_optimizers,
     *(resume_stages_without_experts, recompute_without_transformer_engine),
     average_predictions_over_all_context_ranks,
     *(predict_tokens_without_transformer_engine, keep_one_loss_scale),

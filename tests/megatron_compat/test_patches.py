@@ -4,17 +4,20 @@ import subprocess
 import sys
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from megatron.core.datasets import helpers_cpp, utils
+from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
 from megatron.core.optimizer.grad_scaler import DynamicGradScaler
 from megatron.core.optimizer.optimizer import ChainedOptimizer
 from megatron.core.tensor_parallel import ColumnParallelLinear
 from megatron.core.transformer.transformer_config import TransformerConfig
 
+from maskmoe.errors import UserError
 from maskmoe.megatron_compat import patches, replace
 
 DEVICE = torch.device(torch.cuda.current_device())
@@ -61,6 +64,29 @@ def test_groups_without_parameters_have_the_step_of_the_others() -> None:
     empty = SimpleNamespace(optimizer=SimpleNamespace(param_groups=[group]), config=None)
     assert ChainedOptimizer([empty, *chain(torch.optim.SGD).chained_optimizers])._synchronize_steps() is None
     assert group["step"] == 5
+
+
+def test_whole_weights_of_precision_aware_optimizers_are_saved_and_loaded() -> None:
+    """A stand-in for FusedAdam stores what bf16 weights lack, as signed numbers of 16 bits."""
+    parameter = torch.nn.Parameter(torch.zeros(4096, dtype=torch.bfloat16))
+    remainders = torch.zeros(4096, dtype=torch.int16)
+    fused = SimpleNamespace(
+        store_param_remainders=True,
+        param_groups=[{"params": [parameter]}],
+        state={parameter: {"master_param": remainders}},
+        get_unscaled_state=lambda _, name: remainders,
+        set_scaled_state=lambda _, name, value: remainders.copy_(value),
+    )
+    config = SimpleNamespace(use_precision_aware_optimizer_no_fp8_or_ds_fp8=True)
+    optimizer: Any = SimpleNamespace(optimizer=fused, config=config, model_param_group_index_map={"weight": (0, 0)})
+    weights = torch.randn(4096)
+    DistributedOptimizer._set_main_param_and_optimizer_states(optimizer, "weight", {"param": weights.clone()})
+    assert remainders.dtype == torch.int16
+    assert (parameter - weights).abs().max() <= weights.abs().max() * 2**-8
+    saved = DistributedOptimizer._get_main_param_and_optimizer_states(optimizer, "weight")
+    assert torch.equal(saved["param"], weights)
+    with pytest.raises(UserError, match="pass --no-load-optim"):
+        DistributedOptimizer._set_main_param_and_optimizer_states(optimizer, "weight", {"param": remainders.float()})
 
 
 @pytest.mark.usefixtures("one_rank")

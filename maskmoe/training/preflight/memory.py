@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from itertools import batched
 from typing import NamedTuple
 
+import torch
 from megatron.core.models.hybrid.hybrid_layer_allocation import Symbols
 from megatron.core.transformer.transformer_config import MLATransformerConfig, TransformerConfig
 
@@ -36,7 +37,7 @@ ESTIMATED = {
 _FP32_BYTES = 4
 _ID_BYTES = 8
 # The moments that each optimizer keeps for a parameter. Other optimizers keep at most as much as Adam.
-_STATES = {"adam": ("exp_avg_dtype", "exp_avg_sq_dtype"), "sgd": ("exp_avg_dtype",), "lion": ("exp_avg_dtype",)}
+_STATES = {"adam": ("exp_avg_dtype", "exp_avg_sq_dtype"), "lion": ("exp_avg_dtype",)}
 
 
 @dataclass(frozen=True)
@@ -134,6 +135,9 @@ def bytes_of_parameter(args: Namespace) -> tuple[int, int, int]:
     states = _STATES.get(args.optimizer, _STATES["adam"])
     if args.use_precision_aware_optimizer:
         main = args.main_params_dtype.itemsize
+        if args.bf16 and args.main_params_dtype == torch.float32:
+            # No flag turns `store_param_remainders` off: the main copy holds only the bits that bf16 lacks.
+            main -= weight
         moments = sum(getattr(args, name).itemsize for name in states)
     else:
         main = _FP32_BYTES if weight < _FP32_BYTES else 0

@@ -43,7 +43,7 @@ _OPTIMIZER_ARGUMENTS = (
 _PRECISION_ARGUMENTS = ("bf16", "fp16")
 # Arguments whose values an optimizer loads with its state. Megatron ignores the values of the command line.
 _LOADED_WITH_OPTIMIZER = (
-    *("adam_beta1", "adam_beta2", "adam_eps", "sgd_momentum"),
+    *("adam_beta1", "adam_beta2", "adam_eps"),
     *("muon_momentum", "lion_beta1", "lion_beta2"),
 )
 # Arguments that decide the order of the training data.

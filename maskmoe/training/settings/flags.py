@@ -112,9 +112,6 @@ def add_maskmoe_arguments(parser: ArgumentParser) -> ArgumentParser:
         eval_interval=1000,
         dist_ckpt_optim_fully_reshardable=True,
         stream_ckpt_dequant=False,
-        # Has no flag. With the remainders, precision-aware optimizers would save the bits that bf16 weights lack, and
-        # fail to load them.
-        store_param_remainders=False,
         loads_non_persistent=False,  # has no flag: set when the checkpoint is chosen
         change_routing_mask=False,  # only training has the flag
     )

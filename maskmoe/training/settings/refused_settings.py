@@ -183,9 +183,13 @@ def _pattern_has(symbol: str) -> Predicate:
     return lambda args: symbol in (args.hybrid_layer_pattern or "")
 
 
+def _has_learnable_softmax(args: Namespace) -> bool:
+    return args.softmax_type == "learnable" and args.transformer_impl == "transformer_engine"
+
+
 _LEAST_VERSIONS: tuple[tuple[str, str, str, Predicate], ...] = (
     ("--hybrid-layer-pattern with G", "flash-linear-attention", "0.5.2", _pattern_has("G")),
-    ("--softmax-type learnable", "transformer-engine", "2.14", lambda args: args.softmax_type == "learnable"),
+    ("--softmax-type learnable", "transformer-engine", "2.14", _has_learnable_softmax),
     ("--moe-permute-fusion", "transformer-engine", "2.20.2", lambda args: args.moe_permute_fusion),
 )
 """Settings with which older versions of a package compute something wrong without a word."""
@@ -638,13 +642,6 @@ BROKEN_IN_MEGATRON = (
         "--exp-avg-dtype or --exp-avg-sq-dtype fp16 or fp8 with --fp8-format",
         "Checkpoints would lack the scales of the moments. Use bf16.",
         lambda args: bool(args.fp8) and not {args.exp_avg_dtype, args.exp_avg_sq_dtype} <= {*_UNSCALED_DTYPES},
-    ),
-    Check(
-        "--position-embedding-type yarn with --dataloader-inter-document-masking, without --no-rope-fusion",
-        "Megatron-Core's fused rotary embedding of packed documents leaves out the scale of YaRN.",
-        lambda args: (
-            args.position_embedding_type == "yarn" and args.dataloader_inter_document_masking and args.apply_rope_fusion
-        ),
     ),
     Check(
         "--optimizer muon or lion with --fp16; or with --use-distributed-optimizer and without --bf16, or with "

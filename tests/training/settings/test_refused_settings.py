@@ -295,12 +295,6 @@ def test_fused_rotary_embedding_of_latent_attention_is_refused(latent: str, impl
     assert "--no-rope-fusion" in "".join(refused_settings(args))
 
 
-def test_fused_rotary_embedding_of_packed_documents_with_yarn_is_refused() -> None:
-    args = parse(f"{PACKED} --position-embedding-type yarn")
-    args.apply_rope_fusion = True  # the default on GPUs with Transformer Engine
-    assert "the scale of YaRN" in "".join(refused_settings(args))
-
-
 @pytest.mark.parametrize("flags", SUPPORTED)
 def test_neighbouring_setting_is_not_refused(flags: str) -> None:
     assert not list(refused_settings(parse(flags)))
@@ -308,7 +302,7 @@ def test_neighbouring_setting_is_not_refused(flags: str) -> None:
 
 def test_every_check_has_a_case_or_refuses_its_flags_in_every_combination() -> None:
     alone = {check for check in REFUSED_SETTINGS if re.fullmatch(r"--[\w-]+((, --[\w-]+)* or --[\w-]+)?", check.name)}
-    begins = (*REFUSED.values(), "latent attention", "--position-embedding-type yarn")  # have tests of their own
+    begins = (*REFUSED.values(), "latent attention")  # has a test of its own
     assert all(check.name.startswith(begins) for check in {*REFUSED_SETTINGS} - alone)
 
 
@@ -381,7 +375,7 @@ def test_flag_that_needs_a_library(monkeypatch, flags: str, error: str | None, i
     ("flags", "package", "least", "older"),
     [
         ("--hybrid-layer-pattern G-", "flash-linear-attention", "0.5.2", "0.5.1"),
-        ("--softmax-type learnable", "transformer-engine", "2.14", "2.13.0+abc"),
+        ("--softmax-type learnable --transformer-impl transformer_engine", "transformer-engine", "2.14", "2.13.0+abc"),
         ("--moe-permute-fusion", "transformer-engine", "2.20.2", "2.20.0.dev0"),
     ],
 )
