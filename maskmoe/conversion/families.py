@@ -217,7 +217,7 @@ def _inexpressible(config: PreTrainedConfig) -> list[str]:
     settings = config.to_dict()
     window, length = settings.get("sliding_window"), config.max_position_embeddings
     # Other families have the window in all layers, whatever `layer_types` says.
-    types = config.model_type in ("qwen2", "qwen2_moe", "qwen3") and settings.get("layer_types")
+    types = settings.get("layer_types") if config.model_type in ("qwen2", "qwen2_moe", "qwen3") else None
     is_windowed = "sliding_attention" in (types or ["sliding_attention"])
     clip, quantization = settings.get("clip_qkv"), settings.get("quantization_config")
     rope_type, is_latent = config.rope_parameters["rope_type"], hasattr(config, "kv_lora_rank")

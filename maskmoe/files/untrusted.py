@@ -176,11 +176,10 @@ def check_tokenizer(path: Path) -> None:
                 growth *= 2
             pattern = part.get("pattern")
             replaced = pattern.get("String") if isinstance(pattern, dict) else None
+            length = len(replaced) if isinstance(replaced, str) else 0
             for text in (part.get("content"), part.get("prepend")):
                 if isinstance(text, str):
-                    growth *= max(
-                        1, len(text) / len(replaced) if isinstance(replaced, str) and replaced else len(text) + 1
-                    )
+                    growth *= max(1, len(text) / length if length else len(text) + 1)
             parts.extend(part.values())
         elif isinstance(part, list):
             if any(isinstance(inner, list) for inner in part):  # tokenizers takes a list for an object's values

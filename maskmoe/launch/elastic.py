@@ -381,8 +381,9 @@ class ElasticRun:
         """
         say(f"the ranks ended with exit code {code}; looking whether a node is lost")
         # A silent node counts as lost by the clock of the folder, which a slow file system delays.
-        known_at = self._nodes.now() + self._options.node_timeout + _BEATS_SECONDS
-        given_up_at = time.monotonic() + self._options.node_timeout + _BEATS_SECONDS + self._options.rendezvous_timeout
+        patience = self._options.node_timeout + _BEATS_SECONDS
+        known_at = self._nodes.now() + patience
+        given_up_at = time.monotonic() + patience + self._options.rendezvous_timeout
         while self._nodes.now() < known_at and time.monotonic() < given_up_at and not self._supervisor.is_stopped:
             if self._must_end(generation) or any(map(self._nodes.is_gone, generation.members)):
                 return True

@@ -3,6 +3,9 @@
 from dataclasses import dataclass
 from typing import Any
 
+LEAST_VERSION_OF_PERMUTATION = "2.20.2"
+"""Before this version of Transformer Engine, the kernel stores zeros and gradients without a barrier between them."""
+
 
 @dataclass(frozen=True)
 class GpuPackages:
@@ -11,8 +14,7 @@ class GpuPackages:
     Attributes:
         transformer_engine: Transformer Engine is installed.
         grouped_experts: Transformer Engine can compute the experts of a rank together, which needs Ampere or newer.
-        fused_permutation: Transformer Engine's fused permutation computes all gradients of the router. Before version
-            2.20.2, its kernel stores zeros and gradients without a barrier between them.
+        fused_permutation: Transformer Engine's fused permutation computes all gradients of the router.
     """
 
     transformer_engine: bool = True
@@ -30,7 +32,7 @@ class GpuPackages:
         return cls(
             transformer_engine=moe_utils.HAVE_TE,
             grouped_experts=moe_utils.HAVE_TE and torch.cuda.get_device_capability() >= (8, 0),
-            fused_permutation=moe_utils.HAVE_TE and is_te_min_version("2.20.2"),
+            fused_permutation=moe_utils.HAVE_TE and is_te_min_version(LEAST_VERSION_OF_PERMUTATION),
         )
 
     def argument_defaults(self) -> dict[str, Any]:

@@ -197,11 +197,12 @@ def _is_of_run(folder: Path, args: Namespace) -> bool:
     newest, journal = newest_sound(folder), run_folder(args.save, args.tensorboard_dir)
     if newest is None:
         return True
-    if folder != Path(args.save) and journal is not None:
+    is_local = folder != Path(args.save)
+    if is_local and journal is not None:
         saves = (entry for entry in read_journal(journal) if entry.kind is Kind.SAVED and entry.facts.get("is_local"))
         if any(entry.iteration == newest for entry in saves):
             return True
-    if folder != Path(args.save) and not loads_what_it_saves(args):
+    if is_local and not loads_what_it_saves(args):
         return False
     try:
         saved = read_common_state(checkpoint_path(folder, newest)).get("args")

@@ -20,7 +20,7 @@ from megatron.core.transformer.transformer_layer import TransformerLayer
 from packaging.version import Version
 
 from maskmoe.arguments.ranges import split
-from maskmoe.megatron_compat.gpu import GpuPackages
+from maskmoe.megatron_compat.gpu import LEAST_VERSION_OF_PERMUTATION, GpuPackages
 from maskmoe.routing_mask.feed_forward_layers import LAYER_FREQUENCY_ERROR, is_layer_frequency
 from maskmoe.transformer.dispatch.flex import missing_library
 from maskmoe.transformer.token_ids import takes_token_ids
@@ -136,7 +136,7 @@ def missing_libraries(args: Namespace) -> Iterator[str]:
     if args.wandb_project and find_spec("wandb") is None:
         yield "--wandb-project needs the Python package wandb: install it, or leave the flag out"
     lacks_pynvml = args.distributed_backend == "nccl" and find_spec("pynvml") is None
-    if args.optimizer not in ("adam", "sgd") and not args.skip_train and find_spec("emerging_optimizers") is None:
+    if _is_emerging(args) and not args.skip_train and find_spec("emerging_optimizers") is None:
         yield f"--optimizer {args.optimizer} needs the Python package emerging-optimizers: install it, or use adam"
     if args.log_straggler and lacks_pynvml:
         yield "--log-straggler needs the Python package nvidia-ml-py: install it, or leave the flag out"
@@ -190,7 +190,7 @@ def _has_learnable_softmax(args: Namespace) -> bool:
 _LEAST_VERSIONS: tuple[tuple[str, str, str, Predicate], ...] = (
     ("--hybrid-layer-pattern with G", "flash-linear-attention", "0.5.2", _pattern_has("G")),
     ("--softmax-type learnable", "transformer-engine", "2.14", _has_learnable_softmax),
-    ("--moe-permute-fusion", "transformer-engine", "2.20.2", lambda args: args.moe_permute_fusion),
+    ("--moe-permute-fusion", "transformer-engine", LEAST_VERSION_OF_PERMUTATION, lambda args: args.moe_permute_fusion),
 )
 """Settings with which older versions of a package compute something wrong without a word."""
 
@@ -286,17 +286,21 @@ def _lacks_grouped_layers(args: Namespace) -> bool:
     return is_asked_for and not (args.transformer_impl == "transformer_engine" and is_grouped)
 
 
+def _is_emerging(args: Namespace) -> bool:
+    """Return whether the optimizer is one of the package emerging-optimizers, such as Muon and Lion."""
+    return args.optimizer not in ("adam", "sgd")
+
+
 def _is_divided_by_layers(args: Namespace) -> bool:
-    """Return whether ranks share an optimizer by whole parameters: neither Adam nor SGD, but Muon or Lion."""
-    is_divided = args.use_distributed_optimizer or args.optimizer == "dist_muon"
-    return args.optimizer not in ("adam", "sgd") and is_divided
+    """Return whether ranks share an optimizer by whole parameters."""
+    return _is_emerging(args) and (args.use_distributed_optimizer or args.optimizer == "dist_muon")
 
 
 def _lacks_wrapper_of_optimizer(args: Namespace) -> bool:
-    """Return whether Megatron-Core would lack the wrapper of an optimizer that is neither Adam nor SGD."""
+    """Return whether Megatron-Core would lack the wrapper of an optimizer of emerging-optimizers."""
     has_instances = args.num_distributed_optimizer_instances > 1
     fails_if_divided = not args.bf16 or has_instances or args.use_precision_aware_optimizer
-    return args.optimizer not in ("adam", "sgd") and (args.fp16 or (_is_divided_by_layers(args) and fails_if_divided))
+    return _is_emerging(args) and (args.fp16 or (_is_divided_by_layers(args) and fails_if_divided))
 
 
 def _aligns_reductions_of_stages(args: Namespace) -> bool:
@@ -323,13 +327,15 @@ def _is_gpt_of_transformer_engine(args: Namespace) -> bool:
     return args.transformer_impl == "transformer_engine" and args.hybrid_layer_pattern is None
 
 
-def _changes_activation_of_fused_experts(args: Namespace) -> bool:
+def _has_clamp_or_offset(args: Namespace) -> bool:
+    return args.activation_func_clamp_value is not None or args.glu_linear_offset != 0
+
+
+def _changes_activation_of_transformer_engine(args: Namespace) -> bool:
     # A configuration has the function in place of the flag.
     is_quick = getattr(args, "quick_geglu", False) or getattr(args, "activation_func", None) is quick_gelu
-    is_changed = args.activation_func_clamp_value is not None or args.glu_linear_offset != 0
-    return (args.use_transformer_engine_op_fuser and (is_changed or is_quick)) or (
-        args.use_te_activation_func and is_changed
-    )
+    uses_functions = args.use_transformer_engine_op_fuser or args.use_te_activation_func
+    return (uses_functions and _has_clamp_or_offset(args)) or (args.use_transformer_engine_op_fuser and is_quick)
 
 
 def _has_latent_attention(args: Namespace) -> bool:
@@ -481,16 +487,13 @@ BROKEN_IN_MEGATRON = (
     Check(
         "--moe-shared-expert-overlap with --activation-func-clamp-value, --glu-linear-offset or --moe-latent-size",
         "Overlapped shared experts ignore clamp and offset, and fail beside latent experts. Leave the overlap out.",
-        lambda args: (
-            args.moe_shared_expert_overlap
-            and (_given("activation_func_clamp_value", "moe_latent_size")(args) or args.glu_linear_offset != 0)
-        ),
+        lambda args: args.moe_shared_expert_overlap and (_has_clamp_or_offset(args) or _given("moe_latent_size")(args)),
     ),
     Check(
         "--use-transformer-engine-op-fuser or --use-te-activation-func with --activation-func-clamp-value or "
         "--glu-linear-offset, and the former with --quick-geglu",
         "Transformer Engine's functions ignore clamp and offset, or set them to 7 and 1. Leave the flags out.",
-        _changes_activation_of_fused_experts,
+        _changes_activation_of_transformer_engine,
     ),
     Check(
         "--moe-pad-expert-input-to-capacity with --moe-expert-capacity-factor above --num-experts / --moe-router-topk",

@@ -4,7 +4,6 @@ import os
 import sys
 from argparse import Namespace
 from collections.abc import Mapping, Sequence
-from functools import partial
 from pathlib import Path
 
 import torch
@@ -198,12 +197,10 @@ def arguments_text(args: Namespace, words: Sequence[str], folder: Path) -> str:
     """
     flags = dict(split_flags(words))
     flags |= {name: tuple(os.path.abspath(value) for value in flags[name]) for name in _FOLDERS & flags.keys()}
+    flags = {name: tuple(map(_escape, values)) for name, values in flags.items()}
     # A program in the run folder is not copied, so another run uses the same file.
-    in_run_folder = partial(_in_run_folder, folder=folder)
-    flags = {
-        name: tuple((str if name == "program" else in_run_folder)(_escape(value)) for value in values)
-        for name, values in flags.items()
-    }
+    for name in flags.keys() - {"program"}:
+        flags[name] = tuple(_in_run_folder(value, folder) for value in flags[name])
     command = f"launch/pretrain.sh --run-dir DIR {ARGUMENTS}"
     values: Mapping[str, object] = vars(args)
     return "\n".join(
