@@ -7,12 +7,14 @@ from types import SimpleNamespace
 from typing import Any, cast
 
 import torch
+from megatron.core.process_groups_config import ProcessGroupCollection
 from megatron.core.tensor_parallel import CheckpointWithoutOutput
 from megatron.core.tensor_parallel.layers import ColumnParallelLinear, RowParallelLinear
-from megatron.core.transformer.mlp import MLP
+from megatron.core.transformer.mlp import MLP, MLPSubmodules
 from megatron.core.transformer.moe.experts import SequentialMLP, TEGroupedMLP
 from megatron.core.transformer.transformer_config import TransformerConfig
 from megatron.core.typed_torch import apply_module
+from megatron.core.utils import get_pg_rank, get_pg_size
 from torch import Tensor
 
 from maskmoe.errors import UserError
@@ -43,6 +45,23 @@ class GroupedMLP(SequentialMLP):
     - Experts may have biases without expert parallelism. `SequentialMLP` adds biases in place, which autograd forbids
       there, because the outputs of the linear layers are views.
     """
+
+    def __init__(
+        self,
+        num_local_experts: int,
+        config: TransformerConfig,
+        submodules: MLPSubmodules,
+        pg_collection: ProcessGroupCollection,
+        name: str | None = None,
+    ) -> None:
+        # On a CPU, all ranks draw the same random numbers. Every rank draws the weights of all experts and keeps its
+        # own, else the experts of different ranks would start with equal weights.
+        num_ranks = get_pg_size(pg_collection.ep) if config.use_cpu_initialization else 1
+        super().__init__(num_local_experts * num_ranks, config, submodules, pg_collection, name)
+        if num_ranks > 1:
+            first = num_local_experts * get_pg_rank(pg_collection.ep)
+            self.num_local_experts = num_local_experts
+            self.local_experts = self.local_experts[first : first + num_local_experts]
 
     @cached_property
     def _can_group(self) -> bool:

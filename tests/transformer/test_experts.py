@@ -3,6 +3,7 @@
 import copy
 import math
 from collections.abc import Callable
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -393,3 +394,25 @@ def test_changed_experts_keep_their_changes(change: Callable) -> None:
     changed = compute(ours, [2, 0, 3, 4])
     assert_same_tensors(changed, compute(theirs, [2, 0, 3, 4]))
     assert not torch.equal(changed["rows"], unchanged["rows"])
+
+
+def test_weights_do_not_depend_on_expert_parallelism() -> None:
+    """On a CPU all ranks draw the same random numbers, so drawing the local experts alone would repeat their weights."""
+    config = make_config(4, use_cpu_initialization=True)
+    whole, drawn_after = _experts_of_rank(config, rank=0, num_ranks=1)
+    shares = [_experts_of_rank(config, rank, num_ranks=2) for rank in range(2)]
+    assert [experts.num_local_experts for experts, _ in shares] == [2, 2]
+    experts = [expert for experts, _ in shares for expert in experts.local_experts]
+    for ours, theirs in zip(experts, whole.local_experts, strict=True):
+        assert_same_tensors(dict(ours.named_parameters()), dict(theirs.named_parameters()))
+    assert all(torch.equal(drawn, drawn_after) for _, drawn in shares)
+
+
+def _experts_of_rank(config: TransformerConfig, rank: int, num_ranks: int) -> tuple[GroupedMLP, Tensor]:
+    """Build the experts of an expert-parallel rank after the same seed; return what the rank draws next, too."""
+    torch.manual_seed(0)
+    groups = process_groups()
+    groups.ep = SimpleNamespace(rank=lambda: rank, size=lambda: num_ranks)
+    submodules = MLPSubmodules(linear_fc1=ColumnParallelLinear, linear_fc2=RowParallelLinear)
+    experts = GroupedMLP(config.num_moe_experts // num_ranks, config, submodules, groups)
+    return experts, torch.rand(1)
