@@ -23,6 +23,10 @@ NARROW_MASK = "narrow_mask.safetensors"
 """The mask from which a widened mask is made, in the folder of its run."""
 
 # These flags change the speed of a run or the files that it keeps, and none of its results.
+_FLAGS_OF_DOCUMENTS = (
+    *("dataloader-inter-document-masking", "reset-attention-mask", "reset-position-ids", "eod-mask-loss"),
+)
+"""Flags that change what a model sees of its text, which checkpoints do not restore."""
 _FLAGS_WITHOUT_EFFECT = {"num-workers", "keep-last-checkpoints", "save-interval", "log-interval"}
 
 
@@ -193,6 +197,7 @@ class Run:
             **(self.data.flags if text == OWN_TEXT else self.data.held_out_flags(text)),
             "data-cache-path": (str(self.folder / "dataset_cache"),),
             "micro-batch-size": self.variant.flags.get("micro-batch-size", ("1",)),
+            **{flag: self.variant.flags[flag] for flag in _FLAGS_OF_DOCUMENTS if flag in self.variant.flags},
             "token-frequency": (str(self.data.token_frequency),),
             "output": (str(self.evaluation(text)),),
         }

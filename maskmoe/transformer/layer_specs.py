@@ -1,6 +1,7 @@
 """Megatron-Core's layer specs with MaskMoE's modules substituted; no other file substitutes modules."""
 
 from collections.abc import Callable
+from contextlib import nullcontext
 from copy import copy
 from dataclasses import fields, is_dataclass, replace
 from functools import partial
@@ -16,6 +17,7 @@ from megatron.core.models.gpt.gpt_layer_specs import (
 from megatron.core.models.gpt.moe_module_specs import _build_shared_experts
 from megatron.core.models.hybrid.hybrid_block import HybridStack, HybridStackSubmodules
 from megatron.core.models.hybrid.hybrid_layer_specs import hybrid_stack_spec
+from megatron.core.tensor_parallel import get_cuda_rng_tracker
 from megatron.core.transformer.attention import SelfAttentionSubmodules
 from megatron.core.transformer.dot_product_attention import DotProductAttention
 from megatron.core.transformer.identity_op import IdentityOp
@@ -233,6 +235,9 @@ def _part(layer: ModuleSpec, names: tuple[str, ...]) -> ModuleSpec:
 class MaskMoEHybridStack(HybridStack):
     """`HybridStack` whose final norm comes from the spec; the stock class always uses Transformer Engine's norm.
 
+    With sequence parallelism, tensor-parallel ranks draw different random numbers, as in `TransformerBlock`: the stock
+    class would drop the same elements of the tokens of all ranks.
+
     Raises:
         ValueError: `submodules` has no spec for the symbol of a layer, which `HybridStack` would silently leave out.
     """
@@ -259,3 +264,9 @@ class MaskMoEHybridStack(HybridStack):
         if post_process and post_layer_norm:
             norm: Any = final_norm(config=config, hidden_size=config.hidden_size, eps=config.layernorm_epsilon)
             self.final_norm = norm
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        """Compute all layers; arguments as for `HybridStack.forward`."""
+        tracker: Any = get_cuda_rng_tracker()
+        with tracker.fork() if self.config.sequence_parallel else nullcontext():
+            return super().forward(*args, **kwargs)

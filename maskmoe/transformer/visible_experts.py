@@ -122,7 +122,6 @@ class VisibleExperts(torch.nn.Module):
             num_visible_of_row = mask.row_sizes.astype(np.int16)
             self.register_buffer("rank_of_row", torch.from_numpy(rank_of_row), persistent=False)
             self.register_buffer("num_visible_of_row", torch.from_numpy(num_visible_of_row), persistent=False)
-        # `from_numpy` also fills the buffer where `--init-model-with-meta-device` makes other new tensors empty.
         self.register_buffer("bit_values", torch.from_numpy(1 << np.arange(8, dtype=np.uint8)), persistent=False)
 
     def table_of_layer(self, number: int) -> int:

@@ -110,3 +110,12 @@ def test_evaluation_suits_the_devices(runs, num_gpus, processes, expert_parallel
     assert command[command.index("--nproc-per-node") + 1] == processes
     assert command[command.index("--expert-model-parallel-size") + 1] == expert_parallel
     assert ("--bf16" in command) == bool(num_gpus)
+
+
+def test_evaluation_cuts_documents_as_training_does(runs):
+    flags = {"--dataloader-inter-document-masking", "--eod-mask-loss"}
+    suite = {"flags: {hidden-size": "flags: {dataloader-inter-document-masking: true, eod-mask-loss: true, hidden-size"}
+    both = runs(replace=suite), runs()
+    with_flags, without = (each["smoe.seed-1"].evaluation_stage("other").command for each in both)
+    assert flags <= {*with_flags}
+    assert flags.isdisjoint(without)

@@ -33,7 +33,7 @@ UNTIL_10 = "--exit-interval 10"
 FROM_7 = f"{UNTIL_12} --ckpt-step 7"
 BLEND_12 = "--data-path 1 data --train-iters 12"
 IN_ITERATIONS = "--train-iters --lr-warmup-iters"
-SAMPLES = "--train-samples 80 --lr-warmup-samples 24 --eval-global-batch-size 8"
+SAMPLES = "--train-samples 80 --lr-warmup-samples 24"
 # The first 4 iterations have 4 samples, the remaining 8 iterations have 8 samples. Thresholds are in tokens.
 GROWING_BATCHES = f"{SAMPLES} --step-batch-size-schedule '0:4 512:8'"
 EIGHT_MICRO_BATCHES = "--micro-batch-size 1 --exit-interval 6"

@@ -1,8 +1,10 @@
 """Runs may have a length in samples, and batches that grow."""
 
 import pytest
+from megatron.core.dist_checkpointing import load_common_state_dict
 from support.runs import read_scalars
 
+from maskmoe.checkpoint.series import checkpoint_path
 from maskmoe.files.run_folder import Kind, read_journal
 from maskmoe.run_status.status import read_status
 
@@ -32,6 +34,7 @@ def test_growing_batches(runs):
     assert [event.value for event in read_scalars(growing.folder)["batch-size"]] == [4] * 4 + [8] * 8
     assert resumed.iterations == list(range(5, 13))
     assert resumed.difference(growing) == 0
+    assert load_common_state_dict(checkpoint_path(growing.checkpoints, 12))["args"].eval_global_batch_size == 8
     saved = [entry.iteration for entry in read_journal(growing.checkpoints) if entry.kind is Kind.SAVED]
     assert saved == [4, 8, 12]
     output = (growing.folder / "out0.log").read_text()

@@ -397,7 +397,7 @@ def test_changed_experts_keep_their_changes(change: Callable) -> None:
 
 
 def test_weights_do_not_depend_on_expert_parallelism() -> None:
-    """On a CPU all ranks draw the same random numbers, so drawing the local experts alone would repeat their weights."""
+    """On a CPU, all ranks draw the same random numbers, so ranks that drew their experts only would have equal ones."""
     config = make_config(4, use_cpu_initialization=True)
     whole, drawn_after = _experts_of_rank(config, rank=0, num_ranks=1)
     shares = [_experts_of_rank(config, rank, num_ranks=2) for rank in range(2)]

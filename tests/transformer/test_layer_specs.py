@@ -6,11 +6,14 @@ from functools import partial
 from typing import Any
 
 import pytest
+import torch
 from megatron.core.fusions.fused_layer_norm import FusedLayerNorm
 from megatron.core.models import backends
 from megatron.core.models.gpt import gpt_layer_specs
 from megatron.core.models.gpt.gpt_layer_specs import get_gpt_decoder_block_spec
 from megatron.core.models.gpt.moe_module_specs import _build_shared_experts
+from megatron.core.models.hybrid.hybrid_block import HybridStack
+from megatron.core.tensor_parallel import get_cuda_rng_tracker, model_parallel_cuda_manual_seed
 from megatron.core.transformer.dot_product_attention import DotProductAttention
 from megatron.core.transformer.mlp import MLP
 from megatron.core.transformer.moe.experts import SequentialMLP
@@ -23,7 +26,7 @@ from support.small_moe import make_config, make_mask, make_visible_experts, rand
 
 from maskmoe.transformer import layer_specs
 from maskmoe.transformer.experts import GroupedMLP
-from maskmoe.transformer.layer_specs import get_maskmoe_decoder_block_spec
+from maskmoe.transformer.layer_specs import MaskMoEHybridStack, get_maskmoe_decoder_block_spec
 from maskmoe.transformer.moe_layer import MaskMoELayer
 from maskmoe.transformer.router import MaskMoERouter
 from maskmoe.transformer.token_ids import takes_token_ids
@@ -133,3 +136,20 @@ def test_norms_of_apex_are_kept_where_they_fit(normalization, expected, monkeypa
     visible_experts = make_visible_experts(config, make_mask(random_visible_sets(0, 1, 9, 4)))
     spec = get_maskmoe_decoder_block_spec(config, visible_experts)
     assert spec.layer_norm is spec.layer_specs[0].submodules.pre_mlp_layernorm is expected
+
+
+@pytest.mark.parametrize("sequence_parallel", [False, True])
+def test_hybrid_stack_draws_from_the_generator_of_the_tensor_parallel_rank(sequence_parallel, monkeypatch) -> None:
+    """Ranks of sequence parallelism have different tokens, so their dropout must differ, as in `TransformerBlock`."""
+    stack = MaskMoEHybridStack.__new__(MaskMoEHybridStack)
+    torch.nn.Module.__init__(stack)
+    stack.config = make_config(sequence_parallel=sequence_parallel, tensor_model_parallel_size=2)
+    monkeypatch.setattr(HybridStack, "forward", lambda self: torch.rand(4))
+    model_parallel_cuda_manual_seed(1)
+    drawn = stack()
+    model_parallel_cuda_manual_seed(1)
+    of_all_ranks = torch.rand(4)
+    with get_cuda_rng_tracker().fork():
+        of_this_rank = torch.rand(4)
+    assert not torch.equal(of_all_ranks, of_this_rank)
+    assert torch.equal(drawn, of_this_rank if sequence_parallel else of_all_ranks)

@@ -52,16 +52,6 @@ def module(mask) -> VisibleExperts:
     return make_visible_experts(make_config(10, num_layers=2), mask)
 
 
-def test_buffers_are_filled_on_the_meta_device(mask) -> None:
-    """`--init-model-with-meta-device` builds the model so, and materializes only tensors on the meta device."""
-    with torch.device("meta"):
-        module = VisibleExperts(make_config(mask.num_experts, num_layers=mask.num_layers), mask, process_groups())
-    expected = make_visible_experts(make_config(mask.num_experts, num_layers=mask.num_layers), mask)
-    assert dict(module.named_buffers()).keys() == dict(expected.named_buffers()).keys()
-    for name, buffer in expected.named_buffers():
-        assert torch.equal(module.get_buffer(name), buffer.cpu()), name
-
-
 @pytest.mark.parametrize(
     ("settings", "pattern", "problem"),
     [

@@ -112,10 +112,10 @@ def token_losses(model: torch.nn.Module, batch: Batch, padding_mask: Tensor | No
     )
 
 
-def build_datasets(num_samples: list[int] | list[None]) -> list[gpt_dataset.GPTDataset | None]:
+def build_datasets(num_samples: list[int]) -> list[gpt_dataset.GPTDataset | None]:
     """Build the train, validation and test datasets on the first tensor-parallel rank of every pipeline stage.
 
-    A number of samples of None stands for one epoch. A dataset is None without a share, and on ranks that read no data.
+    A dataset is None without a share, and on ranks that read no data.
 
     Raises:
         UserError: Datasets without weights, which are read only once, have too few samples for the run.
@@ -129,7 +129,7 @@ def build_datasets(num_samples: list[int] | list[None]) -> list[gpt_dataset.GPTD
     return datasets
 
 
-def _check_last_to_the_end(datasets: Sequence[Any], requested: Sequence[int | None]) -> None:
+def _check_last_to_the_end(datasets: Sequence[Any], requested: Sequence[int]) -> None:
     """Raise `UserError` if a part of the data has fewer samples than requested.
 
     Megatron repeats one dataset, or datasets with weights, as often as needed, but reads several datasets without
@@ -137,7 +137,7 @@ def _check_last_to_the_end(datasets: Sequence[Any], requested: Sequence[int | No
     """
     names = {"training": "--train-iters or --train-samples", "validation": "--eval-iters", "test": "--eval-iters"}
     for (name, flag), dataset, number in zip(names.items(), datasets, requested, strict=True):
-        if isinstance(dataset, BlendedDataset) and number is not None and len(dataset) < number:
+        if isinstance(dataset, BlendedDataset) and len(dataset) < number:
             raise UserError(
                 f"the run reads {number:,} {name} samples, but the datasets have {len(dataset):,}, and datasets "
                 "without weights are read once: give each dataset a weight, such as its number of tokens, or lower "
@@ -148,7 +148,10 @@ def _check_last_to_the_end(datasets: Sequence[Any], requested: Sequence[int | No
 def build_blend(
     num_samples: Sequence[int | None], blend: Blend | None, blend_per_split: list[Blend | None] | None
 ) -> list[gpt_dataset.GPTDataset | None]:
-    """Build the datasets of all splits, see `build_datasets`, of one blend or of a blend for each split."""
+    """Build the datasets of all splits, see `build_datasets`, of one blend or of a blend for each split.
+
+    A number of samples of None stands for one epoch.
+    """
     args = get_args()
     dataset, config = MockGPTDataset if args.mock_data else GPTDataset, GPTDatasetConfig
     if args.fim_data:
@@ -186,6 +189,14 @@ class GPTDataset(gpt_dataset.GPTDataset):
     """the `IndexedDataset`"""
     config: Any
     """the `GPTDatasetConfig`"""
+
+    def __getitem__(self, idx: int | None) -> dict[str, Tensor]:
+        """Return a sample, see `gpt_dataset.GPTDataset.__getitem__`."""
+        sample = super().__getitem__(idx)
+        if self.masks_and_position_ids_are_cached:
+            # Megatron caches the loss mask of the first sample, in which padding of the data has no loss.
+            self.cached_loss_mask = torch.ones_like(sample["loss_mask"])
+        return sample
 
     def _build_document_sample_shuffle_indices(self) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         """Return the documents in order, the bounds of samples, and the order of samples, from the cache or new."""
@@ -239,11 +250,14 @@ def fill_in_middle_tokens(args: Namespace) -> dict[str, Any]:
 
 
 def check_fill_in_middle_tokens(args: Namespace) -> None:
-    """Raise `UserError` if the HuggingFaceTokenizer lacks a token that `GPTFIMDataset` inserts.
+    """Raise `UserError` if `GPTFIMDataset` cannot divide and join documents with the HuggingFaceTokenizer.
 
-    Megatron would insert the id of an unknown token, or fail while training.
+    For a token that the tokenizer lacks, Megatron would insert the id of an unknown token, or fail while training. With
+    another end of documents, Megatron would join documents. It would insert the tokens that begin or end a text between
+    the parts of a document.
     """
-    vocabulary = get_tokenizer()._tokenizer.tokenizer.get_vocab()
+    tokenizer = get_tokenizer()
+    vocabulary = tokenizer._tokenizer.tokenizer.get_vocab()
     for name in _FILL_IN_MIDDLE_TOKENS:
         token = getattr(args, f"fim_{name}_token")
         if token not in vocabulary:
@@ -251,6 +265,17 @@ def check_fill_in_middle_tokens(args: Namespace) -> None:
                 f"--tokenizer-model {args.tokenizer_model} has no token {token}, which --fim-data needs: add the token "
                 f"before the tokenizer is used, or name another one by --fim-{name}-token"
             )
+    if vocabulary[args.fim_eod_token] != tokenizer.eod:
+        (end,) = tokenizer._tokenizer.ids_to_tokens([tokenizer.eod])
+        raise UserError(
+            f"--fim-data would join documents, because they end with {end} and not with {args.fim_eod_token}: pass "
+            f"--fim-eod-token '{end}'"
+        )
+    if tokenizer._tokenizer.text_to_ids(""):
+        raise UserError(
+            f"--fim-data would insert the tokens that --tokenizer-model {args.tokenizer_model} adds to each text into "
+            "documents: pass --tokenizer-hf-no-include-special-tokens"
+        )
 
 
 def loss_function(loss_mask: Tensor, output_tensor: Tensor) -> tuple[Tensor, Tensor, dict[str, Tensor]]:

@@ -213,7 +213,7 @@ class _Resumption:
         if args.train_samples is None or samples is None:
             return
         iterations = BatchSizes.from_args(args).iterations(samples)
-        if iterations != self.iteration and not args.decrease_batch_size_if_needed:
+        if iterations != self.iteration:
             yield (
                 f"checkpoint {self.checkpoint} has read {samples:,} samples in {self.iteration} iterations, which are "
                 f"{iterations} iterations with this run's batch sizes, so training would not end at --train-samples "
@@ -227,7 +227,7 @@ class _Resumption:
         if args.dataloader_type != "cyclic":
             return
         # A complete run evaluates if it is loaded.
-        evaluates = self._loads and args.eval_iters > 0 and not args.full_validation
+        evaluates = self._loads and args.eval_iters > 0
         for part, consumed, name, is_read in (
             ("training", "consumed_train_samples", "micro_batch_size", not self.is_complete),
             ("validation", "consumed_valid_samples", "eval_micro_batch_size", evaluates),

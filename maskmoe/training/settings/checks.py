@@ -23,7 +23,7 @@ from maskmoe.training.resume import model_settings
 from maskmoe.training.resume.changed_settings import find_changed_settings, take_schedule_of_checkpoint
 from maskmoe.training.settings import inputs
 from maskmoe.training.settings.flags import add_maskmoe_arguments
-from maskmoe.training.settings.layout import layout_errors
+from maskmoe.training.settings.layout import BatchSizes, layout_errors
 from maskmoe.training.settings.refused_settings import (
     missing_flags,
     missing_libraries,
@@ -195,6 +195,9 @@ class RunChecks:
         yield from errors
         if errors:
             return
+        if self.args.step_batch_size_schedule is not None and self.args.eval_global_batch_size is None:
+            # Megatron would evaluate on one micro-batch of each data-parallel rank.
+            self.args.eval_global_batch_size = BatchSizes.from_args(self.args).sizes[-1]
         try:
             vars(self.args).update(wandb_defaults(self.args))
             self.args = self.validate()

@@ -182,7 +182,6 @@ def data_errors(
     if not (prefixes or args.mock_data):
         yield "no dataset: pass --data-path with a dataset that maskmoe preprocess makes, or --mock-data"
         return
-    yield from _errors_of_full_validation(args)
     are_usable = True
     for prefix in prefixes[of_rank]:
         try:
@@ -244,7 +243,7 @@ def _errors_of_parts(args: Namespace, of_rank: slice) -> Iterator[str]:
     if parts is None:
         return
     names = ("training", "validation", "test")
-    needed = (True, args.full_validation or args.eval_iters > 0, False)
+    needed = (True, args.eval_iters > 0, False)
     for name, part, is_needed in zip(names, parts, needed, strict=True):
         if part is None and is_needed:
             hint = " or pass --eval-iters 0" if name == "validation" else ""
@@ -271,27 +270,6 @@ def _errors_of_parts(args: Namespace, of_rank: slice) -> Iterator[str]:
                     f"assigns whole documents and the dataset has {len(lengths)}; give the part a share of 0, or a "
                     "larger share"
                 )
-
-
-def _errors_of_full_validation(args: Namespace) -> Iterator[str]:
-    """Yield an error for each setting with which `--full-validation` would fail, mostly after hours of training.
-
-    Megatron treats the test data as a list of validation sets, so a test always fails. It refuses weights for data that
-    are read once.
-    """
-    if not args.full_validation:
-        return
-    blend, blend_per_split = get_blend_and_blend_per_split(args)
-    shares = dataset_config.parse_and_normalize_split(args.split or "1,1,1")  # Megatron's shares of mock data
-    shared = None, blend, dataset_config.convert_split_vector_to_split_matrix(shares)[2]
-    _, validation, test = blend_per_split or shared
-    if test is not None:
-        yield "--full-validation fails with test data: give them a share of 0 in --split, and no path of their own"
-    if validation is not None and validation[1] is not None:
-        yield "--full-validation reads every sample once: leave the weights of the datasets out"
-    names, num_sets = args.validation_set_names, len(validation[0]) if blend_per_split and validation else 1
-    if names and len(names) != num_sets:
-        yield f"--validation-set-names has {len(names)} names for {num_sets} validation sets: name each set once"
 
 
 def _least_tokens(args: Namespace, blend: Any) -> int:
@@ -322,12 +300,13 @@ def check_same_tokenizer(args: Namespace, made_with: TokenizerRecord, what: str)
 
 def _check_end_of_documents(args: Namespace, made_with: TokenizerRecord, prefix: str) -> None:
     """Raise `UserError` if flags look for documents that end with another id than those of a dataset."""
-    looks_for_end = args.eod_mask_loss or args.reset_attention_mask or args.reset_position_ids
+    looks_for_end = args.eod_mask_loss or args.reset_attention_mask or args.reset_position_ids or args.fim_data
     if looks_for_end and made_with.eod_id not in (None, get_tokenizer().eod):
         raise UserError(
             f"id {made_with.eod_id} ended texts when dataset {prefix} was made, but --tokenizer-model "
-            f"{args.tokenizer_model} now names id {get_tokenizer().eod}, which --eod-mask-loss, --reset-attention-mask "
-            "and --reset-position-ids would look for: name the former token as eos_token in tokenizer_config.json"
+            f"{args.tokenizer_model} now names id {get_tokenizer().eod}, which --eod-mask-loss, --reset-attention-mask"
+            ", --reset-position-ids and --fim-data would look for: name the former token as eos_token in "
+            "tokenizer_config.json"
         )
 
 

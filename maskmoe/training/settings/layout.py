@@ -129,7 +129,7 @@ def layout_errors(args: Namespace, iteration: int = 0) -> Iterator[str]:
             return
     sizes, step = batches.sizes_from(iteration), layout.micro_batch * layout.data
     for size in sorted(set(sizes)):
-        if size % step and not args.decrease_batch_size_if_needed:
+        if size % step:
             yield (
                 f"{flag} {size} is not divisible by --micro-batch-size {layout.micro_batch} × data parallel size "
                 f"{layout.data} = {step}; {_nearest(size, step)} would fit"
@@ -225,22 +225,22 @@ def requested_training_samples(args: Namespace, iteration: int = 0, consumed: in
     return args.train_samples or max(iterations * batch, consumed + (iterations - iteration) * batch)
 
 
-def samples_to_request(args: Namespace, num_samples: Sequence[int | None]) -> list[int | None]:
+def samples_to_request(args: Namespace, num_samples: Sequence[int]) -> list[int]:
     """Return the numbers of samples of each dataset that last to the end of a run, at least the given numbers.
 
     Megatron asks for the samples that the run would need if the run had had its settings from the beginning. A run that
     resumes with a smaller batch or with fewer evaluations would then run out of samples. Without such a change, the
-    numbers, and so the order of the samples, do not change. None stands for one epoch.
+    numbers, and so the order of the samples, do not change.
     """
     training, validation, test = num_samples
     # Megatron also sets `train_iters` of a run with `--train-samples`. With `--phase-transition-iterations`, Megatron
     # asks for the samples of one phase only.
-    if training is not None and not (args.train_samples or args.phase_transition_iterations):
+    if not (args.train_samples or args.phase_transition_iterations):
         training = max(training, requested_training_samples(args, args.iteration, args.consumed_train_samples))
-    if training is not None and not (args.skip_train or args.phase_transition_iterations):
+    if not (args.skip_train or args.phase_transition_iterations):
         # Megatron refuses data of which all samples are consumed, also to save a complete run into another folder.
         training = max(training, args.consumed_train_samples + 1)
-    if validation is not None and not args.skip_train:
+    if not args.skip_train:
         before_first = (max(1, args.start_eval_at_iter or 0) - 1) // args.eval_interval
         per_evaluation = args.eval_iters * args.eval_global_batch_size
         # Megatron leaves out the evaluation in the iteration `start_eval_at_iter` itself.
@@ -251,4 +251,4 @@ def samples_to_request(args: Namespace, num_samples: Sequence[int | None]) -> li
             # Megatron refuses data of which all samples are consumed, even with `--eval-iters 0`.
             validation = max(validation + surplus, args.consumed_valid_samples + 1)
     # Without evaluations, too, Megatron refuses data without samples.
-    return [training, *(None if number is None else max(1, number) for number in (validation, test))]
+    return [training, max(1, validation), max(1, test)]

@@ -226,6 +226,21 @@ def _captures_experts(args: Namespace) -> bool:
     return _captures_graphs(args) and (takes_token_ids(TransformerLayer) or not is_supported)
 
 
+def _redraws_in_recomputation(args: Namespace) -> bool:
+    """Return whether recomputation would not rewind random numbers that a layer draws.
+
+    Generators of CUDA graphs have states that are handles, so a recomputed part continues where the forward pass ended.
+    """
+    if not args.te_rng_tracker and not _captures_graphs(args):
+        return False
+    jitter, dropout = args.moe_input_jitter_eps, args.attention_dropout
+    if args.recompute_granularity == "full":
+        return bool(args.hidden_dropout or dropout or jitter)
+    modules = args.recompute_modules or ("core_attn",)
+    draws = ("core_attn" in modules and dropout) or ("moe" in modules and jitter)
+    return bool(draws) and (args.recompute_activations or args.recompute_granularity == "selective")
+
+
 def _chunks_of_layout(args: Namespace) -> list[list[LayerType]]:
     """Return the layers of each model chunk in `--pipeline-model-parallel-layout`; nothing without the flag."""
     layout = args.pipeline_model_parallel_layout or ""
@@ -316,6 +331,12 @@ def _miscounts_gradients_of_experts(args: Namespace) -> bool:
     return _is_divided_by_layers(args) and bool(args.num_experts) and expert_tp != tp and has_other_ranks
 
 
+def _joins_queries_and_keys(args: Namespace) -> bool:
+    """Return whether a rank has a part of a query group, which Muon does not split into queries, keys and values."""
+    has_parts = args.group_query_attention and args.num_query_groups < args.tensor_model_parallel_size
+    return args.optimizer in ("muon", "dist_muon") and args.muon_split_qkv and has_parts
+
+
 def _keeps_no_largest_scores(args: Namespace) -> bool:
     """Return whether Megatron-Core would log the largest attention score of a layer that keeps none."""
     has_scores = args.transformer_impl == "transformer_engine" and not _pattern_has("M")(args)
@@ -385,17 +406,8 @@ def _ignores_communication_of_contexts(args: Namespace) -> bool:
 def _miscounts_batch_schedule(args: Namespace) -> bool:
     """Return whether Megatron-Core would count the samples of a schedule as if all batches had one size."""
     counts_iterations = args.train_samples is None and not args.skip_train
-    others = ("phase_transition_iterations", "decrease_batch_size_if_needed")
-    counts_wrongly = counts_iterations or _given(*others)(args) or _captures_graphs(args)
+    counts_wrongly = counts_iterations or args.phase_transition_iterations is not None or _captures_graphs(args)
     return args.step_batch_size_schedule is not None and counts_wrongly
-
-
-def _fails_at_full_validation(args: Namespace) -> bool:
-    if not args.full_validation:
-        return bool(args.multiple_validation_sets or args.validation_set_names)
-    is_divided = max(args.tensor_model_parallel_size, args.pipeline_model_parallel_size) > 1
-    samples = args.eval_micro_batch_size or args.micro_batch_size
-    return not args.multiple_validation_sets or (is_divided and samples != 1) or _is_interleaved(args)
 
 
 def _leaves_non_persistent_checkpoints_out(args: Namespace) -> bool:
@@ -603,17 +615,9 @@ BROKEN_IN_MEGATRON = (
         lambda args: args.fim_data and args.tokenizer_type != "HuggingFaceTokenizer",
     ),
     Check(
-        "--step-batch-size-schedule without --train-samples, or with --phase-transition-iterations, "
-        "--decrease-batch-size-if-needed or CUDA graphs",
+        "--step-batch-size-schedule without --train-samples, or with --phase-transition-iterations or CUDA graphs",
         "Megatron-Core counts as if all batches had one size.",
         _miscounts_batch_schedule,
-    ),
-    Check(
-        "--full-validation without --multiple-validation-sets, or with an interleaved pipeline; or with tensor or "
-        "pipeline parallelism and without --eval-micro-batch-size 1; or --multiple-validation-sets or "
-        "--validation-set-names without --full-validation",
-        "Megatron-Core fails at a validation, or mixes the sets.",
-        _fails_at_full_validation,
     ),
     Check(
         "--iterations-to-skip or --result-rejected-tracker-filename with an interleaved pipeline",
@@ -625,6 +629,11 @@ BROKEN_IN_MEGATRON = (
         "Megatron-Core cannot load the state of SGD or save that of SOAP, and its adaptive Muon lacks an attribute. "
         "Use adam or muon.",
         lambda args: args.optimizer in ("sgd", "soap", "adaptive_muon"),
+    ),
+    Check(
+        "--te-rng-tracker or CUDA graphs, with dropout or --moe-input-jitter-eps in parts that are recomputed",
+        "The backward pass would draw other random numbers than the forward pass.",
+        _redraws_in_recomputation,
     ),
     Check(
         "--num-distributed-optimizer-instances above 1 with --overlap-grad-reduce and pipeline parallelism, without "
@@ -654,6 +663,18 @@ BROKEN_IN_MEGATRON = (
         _lacks_wrapper_of_optimizer,
     ),
     Check(
+        "--optimizer muon with --num-query-groups below --tensor-model-parallel-size, without --muon-no-split-qkv",
+        "Megatron-Core would orthogonalize queries, keys and values of a rank together, without a word.",
+        _joins_queries_and_keys,
+    ),
+    Check(
+        "--optimizer lion with another --adam-beta1 or --adam-beta2 than --lion-beta1 and --lion-beta2",
+        "Megatron-Core's Lion reads Adam's flags instead of its own. Give both the same values.",
+        lambda args: (
+            args.optimizer == "lion" and (args.adam_beta1, args.adam_beta2) != (args.lion_beta1, args.lion_beta2)
+        ),
+    ),
+    Check(
         "--optimizer muon or lion with --use-distributed-optimizer and another --expert-tensor-parallel-size than "
         "--tensor-model-parallel-size, with biases or fewer ranks for all experts than --tensor-model-parallel-size",
         "Megatron-Core would count gradients of experts several times, or some of them never, in the gradient norm.",
@@ -670,6 +691,12 @@ BROKEN_IN_MEGATRON = (
             "have reached the host yet. Use recomputation.",
             "--qk-clip": "The clip writes NaN into weights if a group's largest score is negative, and fails with the "
             "distributed optimizer. Use --qk-layernorm.",
+            "--full-validation --multiple-validation-sets --validation-set-names": "Megatron-Core reads samples "
+            "several times, weighs them unequally, and fails at the test. Use maskmoe evaluate.",
+            "--init-model-with-meta-device": "Weights would start as whatever the memory holds, because only "
+            "Megatron-FSDP initialises such a model.",
+            "--decrease-batch-size-if-needed": "The run would end before --train-samples and before the end of its "
+            "schedule. Choose batches that the ranks can share.",
             "--rampup-batch-size": "Megatron-Core 0.19 ignores the flag. Use --step-batch-size-schedule.",
             "--apply-residual-connection-post-layernorm --openai-gelu --vocab-extra-ids --create-all-gather-group": (
                 "Megatron-Core 0.19 ignores the flags."

@@ -2,12 +2,14 @@
 
 import argparse
 import math
+import shutil
 from pathlib import Path
 from typing import Any
 from unittest.mock import MagicMock, Mock
 
 import numpy as np
 import pytest
+import tokenizers
 import torch
 from megatron.core import rerun_state_machine
 from megatron.core.datasets import gpt_dataset
@@ -16,7 +18,7 @@ from megatron.core.datasets.utils import Split
 from megatron.core.tokenizers.utils.build_tokenizer import build_tokenizer
 from megatron.training.arguments import add_megatron_arguments
 from megatron.training.datasets.fim_dataset import GPTFIMDataset, GPTFIMDatasetConfig
-from support.datasets import predictable_ids, write_character_tokenizer, write_documents
+from support.datasets import FILL_IN_MIDDLE_TOKENS, predictable_ids, write_character_tokenizer, write_documents
 
 from maskmoe.errors import UserError
 from maskmoe.training.loop import batch
@@ -148,6 +150,19 @@ def test_indices_of_an_earlier_dataset_are_replaced(
     assert len(written) == 4
 
 
+def test_padding_of_a_sample_leaves_other_samples_their_loss(folder: Path, tmp_path: Path) -> None:
+    """The first document has padding, and is read first."""
+    shutil.copytree(folder / "tokenizer", tmp_path / "tokenizer")
+    write_documents(tmp_path / "data", [np.where(np.arange(SAMPLE) < 9, 1, PAD), *[np.full(SAMPLE, 1)] * 3])
+    dataset = build(GPTDataset, tmp_path, rate=0, spm_rate=0)
+    dataset._pad_token_id = PAD
+    has_padding = [PAD in dataset._query_document_sample_shuffle_indices(index)[0] for index in range(len(dataset))]
+    order = sorted(range(len(dataset)), key=lambda index: not has_padding[index])
+    weights = [dataset[index]["loss_mask"].sum().item() for index in order]
+    assert weights[0] < SAMPLE
+    assert weights[1:] == [SAMPLE] * (len(dataset) - 1)
+
+
 def test_few_lengths_are_looked_up_in_random_order(folder: Path) -> None:
     """A run of thousands of datasets has billions of documents, and the other ranks wait for the first one."""
     dataset = build(GPTDataset, folder, rate=0, spm_rate=0)
@@ -190,8 +205,6 @@ def test_datasets_without_weights_last(folder: Path, tmp_path: Path, monkeypatch
     assert len(epoch) == 10
     for flags in ("--dataloader-type cyclic", "--skip-train"):
         build_with(10_000, one, other, flags=f"{flags} --split 8,2,0 --data-path")
-    parts = f"--multiple-validation-sets --train-data-path {one} --valid-data-path"
-    assert all(len(each) >= 9 for each in build_with(10, one, other, flags=parts)[1])
     with pytest.raises(UserError, match=r"reads 10,000 training samples, but the datasets have \d\d,.*--train-iters"):
         build_with(10_000, one, other)
     for data in ([one], ["1", one, "1", other]):
@@ -201,12 +214,26 @@ def test_datasets_without_weights_last(folder: Path, tmp_path: Path, monkeypatch
         assert test is None
 
 
-def test_token_that_the_tokenizer_lacks_is_named(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize(
+    ("flags", "begin", "problem"),
+    [
+        ("--fim-suffix-token <SUF>", None, "has no token <SUF>, which --fim-data needs.*--fim-suffix-token"),
+        (f"--fim-eod-token {FILL_IN_MIDDLE_TOKENS[0]}", None, "they end with <.*: pass --fim-eod-token '<"),
+        ("", FILL_IN_MIDDLE_TOKENS[0], "adds to each text.*: pass --tokenizer-hf-no-include-special-tokens"),
+    ],
+    ids=["missing token", "other end", "begin of texts"],
+)
+def test_tokenizer_that_cannot_fill_in_the_middle_is_refused(
+    folder: Path, monkeypatch: pytest.MonkeyPatch, flags: str, begin: str | None, problem: str
+) -> None:
     built = build_tokenizer(arguments(folder))
     monkeypatch.setattr(batch, "get_tokenizer", lambda: built)
     check_fill_in_middle_tokens(arguments(folder))
-    with pytest.raises(UserError, match=r"has no token <SUF>, which --fim-data needs.*--fim-suffix-token"):
-        check_fill_in_middle_tokens(arguments(folder, "--fim-suffix-token", "<SUF>"))
+    if begin is not None:
+        template = tokenizers.processors.TemplateProcessing(f"{begin} $A", special_tokens=[(begin, PREFIX)])
+        built._tokenizer.tokenizer.backend_tokenizer.post_processor = template
+    with pytest.raises(UserError, match=problem):
+        check_fill_in_middle_tokens(arguments(folder, *flags.split()))
 
 
 @pytest.mark.parametrize(

@@ -1,6 +1,5 @@
 """Runs with `--change-routing-mask` continue with another routing mask; the datasets of a run are checked."""
 
-import json
 from argparse import Namespace
 from itertools import product
 from unittest.mock import Mock
@@ -161,7 +160,7 @@ def args(tmp_path) -> Namespace:
         write_documents(tmp_path / str(number), [range(3)] * 10)
     paths = dict.fromkeys(("train_data_path", "valid_data_path", "test_data_path"))
     files = dict.fromkeys(("data_args_path", "per_split_data_args_path"))
-    lengths = {"seq_length": 2, "full_validation": False, "validation_set_names": None, "eval_iters": 1}
+    lengths = {"seq_length": 2, "eval_iters": 1}
     data_path = [str(tmp_path / str(number)) for number in range(40)]
     return Namespace(**paths, **files, **lengths, data_path=data_path, split="9,1,0", mock_data=False, skip_train=False)
 
@@ -196,47 +195,13 @@ def test_datasets_without_weights_have_a_sample_in_each_part(args):
     ]
 
 
-@pytest.mark.parametrize("from_file", [False, True])
-@pytest.mark.parametrize(
-    ("validation", "test", "names", "errors"),
-    [
-        ("./0 ./1", "", "a b", []),
-        ("./0", "", "", []),
-        ("./0 ./1 ./2", "./3", "", ["fails with test data"]),
-        ("1 ./0 2 ./1", "", "a b", ["leave the weights of the datasets out"]),
-        ("./0 ./1 ./2", "", "a b", ["2 names for 3 validation sets"]),
-    ],
-)
-def test_full_validation_of_sets(args, tmp_path, monkeypatch, from_file, validation, test, names, errors):
-    """Megatron itself fails at the first validation, or at the test after training."""
-    monkeypatch.chdir(tmp_path)
-    parts = {"train": ["./4"], "valid": validation.split() or None, "test": test.split() or None}
-    args.data_path, args.split = None, None
-    args.full_validation, args.validation_set_names = True, names.split() or None
-    if from_file:
-        args.per_split_data_args_path = tmp_path / "parts.json"
-        args.per_split_data_args_path.write_text(json.dumps(parts))
-    else:
-        args.train_data_path, args.valid_data_path, args.test_data_path = parts.values()
-    found = list(data_errors(args, None, 10))
-    assert len(found) == len(errors)
-    assert all(part in error for part, error in zip(errors, found, strict=True))
-
-
-@pytest.mark.parametrize(("split", "num_errors"), [("9,1,0", 0), ("8,1,1", 1), (None, 1)])
-def test_full_validation_of_a_share(args, split, num_errors):
-    args.full_validation, args.validation_set_names, args.split = True, ["all"], split
-    args.mock_data, args.data_path = (True, None) if split is None else (False, args.data_path[:1])
-    assert len(list(data_errors(args, None, 10))) == num_errors
-
-
 def test_documents_end_with_the_id_that_flags_look_for(args, monkeypatch):
     """Two settings beside one `tokenizer.json`, of a base model and of a chat model, can name different ids."""
     made_with = TokenizerRecord("HuggingFaceTokenizer", "tokenizer.json", "0" * 64, 10, 3)
     args.data_path = args.data_path[:1]
     write_documents(args.data_path[0], [range(4)] * 10, tokenizer=made_with)
     args.tokenizer_sha256, args.tokenizer_model = made_with.sha256, "chat"
-    flags = dict.fromkeys(("eod_mask_loss", "reset_attention_mask", "reset_position_ids"), False)
+    flags = dict.fromkeys(("eod_mask_loss", "reset_attention_mask", "reset_position_ids", "fim_data"), False)
     for flag, eod_id in product((None, *flags), (3, 4, None)):
         monkeypatch.setattr(inputs, "get_tokenizer", lambda: Namespace(eod=eod_id))  # noqa: B023 - called in this turn
         vars(args).update(flags | ({} if flag is None else {flag: True}))

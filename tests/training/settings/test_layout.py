@@ -90,7 +90,6 @@ def test_schedule_that_cannot_be_read(schedule):
         ({"consumed_train_samples": 168}, 168 + 14 * 8, 40),
         ({"iteration": 21, "consumed_train_samples": 168, "consumed_valid_samples": 32}, 169, 40),
         ({"skip_train": True, "consumed_valid_samples": 100}, 168, 8),
-        ({"full_validation": True}, 168, None),
     ],
 )
 def test_requested_samples_last_to_the_end(monkeypatch, changes, training, validation):
@@ -118,7 +117,6 @@ SCHEDULE = "--step-batch-size-schedule"
             "--global-batch-size 8",
             ["--global-batch-size 8 is not divisible by --micro-batch-size 2 × data parallel"],
         ),
-        (3, "--global-batch-size 8 --decrease-batch-size-if-needed", []),
         (3, "--pipeline-model-parallel-size 2", ["3 ranks cannot be divided over TP 1 × PP 2 × CP 1 for dense parts"]),
         (
             1,

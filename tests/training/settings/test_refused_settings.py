@@ -35,6 +35,7 @@ ENGINE = "--transformer-impl transformer_engine --moe-grouped-gemm"
 QUANTIZED = f"{ENGINE} --fp8-format hybrid --fp8-recipe tensorwise"
 PACKED = "--dataloader-inter-document-masking"
 PADDED = "--moe-pad-expert-input-to-capacity --moe-expert-capacity-factor"
+TE_STATES = "--transformer-impl transformer_engine --te-rng-tracker"
 SCHEDULE = "--step-batch-size-schedule 0:4"
 # Command lines that are refused, and the beginning of the check's name; `~` leaves the flags of `MODEL` out. Checks of
 # flags that are refused in every combination have one case, since all of them have one predicate.
@@ -84,9 +85,6 @@ REFUSED = {
     SCHEDULE: "--step-batch-size-schedule",
     f"{SCHEDULE} --train-samples 8 {GRAPHS} --cuda-graph-modules attn": "--step-batch-size-schedule",
     "--full-validation": "--full-validation",
-    "--full-validation --multiple-validation-sets --pipeline-model-parallel-size 2 --micro-batch-size 2": (
-        "--full-validation"
-    ),
     "--iterations-to-skip 3 --pipeline-model-parallel-size 2 --num-layers-per-virtual-pipeline-stage 1": (
         "--iterations-to-skip"
     ),
@@ -95,10 +93,17 @@ REFUSED = {
     ),
     "--iterations-to-skip 3 --hybrid-layer-pattern *E|*E": "--iterations-to-skip",
     "--result-rejected-tracker-filename F --hybrid-layer-pattern *E|*E": "--iterations-to-skip",
+    f"{TE_STATES} --recompute-granularity full --recompute-method uniform --recompute-num-layers 1 "
+    "--attention-dropout 0": "--te-rng-tracker",
+    f"{TE_STATES} --recompute-activations --hidden-dropout 0": "--te-rng-tracker",
+    f"{GRAPHS} --cuda-graph-modules attn --recompute-granularity selective --recompute-modules moe "
+    "--moe-input-jitter-eps 0.01": "--te-rng-tracker",
     "--optimizer soap": "--optimizer sgd, soap",
     "--optimizer muon --use-distributed-optimizer": "--optimizer muon",
     "--optimizer lion --use-distributed-optimizer": "--optimizer muon",
     "--optimizer dist_muon": "--optimizer muon",
+    "--optimizer lion": "--optimizer lion with another",
+    f"{MUON} --group-query-attention --num-query-groups 1": "--optimizer muon with --num-query-groups",
     "--optimizer lion --fp16": "--optimizer muon",
     "--optimizer muon --bf16 --use-distributed-optimizer --num-distributed-optimizer-instances 2": "--optimizer muon",
     "--optimizer muon --bf16 --use-distributed-optimizer --use-precision-aware-optimizer": "--optimizer muon",
@@ -151,10 +156,6 @@ REFUSED = {
     f"{ENGINE} --defer-embedding-wgrad-compute --hybrid-layer-pattern *E": "--defer-embedding",
     "--phase-transition-iterations 5": "--phase-transition-iterations",
     "--rerun-mode report_stats": "--rerun-mode report_stats",
-    "--multiple-validation-sets": "--full-validation",
-    "--validation-set-names a": "--full-validation",
-    "--full-validation --multiple-validation-sets --eval-micro-batch-size 1 --pipeline-model-parallel-size 2 "
-    "--num-layers-per-virtual-pipeline-stage 1": "--full-validation",
     "--multi-latent-attention --mla-down-proj-fusion": "--mla-down-proj-fusion",
     "--transformer-impl transformer_engine --mla-down-proj-fusion --hybrid-layer-pattern +E": "--mla-down-proj-fusion",
     "--moe-router-padding-for-quantization": "--moe-router-padding",
@@ -198,10 +199,10 @@ SUPPORTED = (
     f"{PACKED} --reset-attention-mask --no-create-attention-mask-in-dataloader",
     "--fim-data --tokenizer-type HuggingFaceTokenizer",
     f"{SCHEDULE} --train-samples 8",
+    f"{TE_STATES} --recompute-granularity selective --recompute-modules moe",
+    "--recompute-activations",
     "--iterations-to-skip 3 --pipeline-model-parallel-size 2 --hybrid-layer-pattern *E|*E",
     "--num-layers-per-virtual-pipeline-stage 1",
-    "--full-validation --multiple-validation-sets",
-    "--full-validation --multiple-validation-sets --pipeline-model-parallel-size 2 --eval-micro-batch-size 1",
     *(() if takes_token_ids(TransformerLayer) else (f"{GRAPHS} --cuda-graph-modules attn mlp",)),
     QUANTIZED,
     "~ --transformer-impl transformer_engine --fp8-format e4m3 --fp8-recipe mxfp8",
@@ -212,7 +213,9 @@ SUPPORTED = (
     "--cpu-offloading-num-layers 1",
     f"{ENGINE} --defer-embedding-wgrad-compute",
     "--phase-transition-iterations 5 --train-samples 80",
-    "--optimizer lion",
+    "--optimizer lion --adam-beta1 0.95 --adam-beta2 0.98",
+    f"{MUON} --group-query-attention --num-query-groups 2",
+    f"{MUON} --group-query-attention --num-query-groups 1 --muon-no-split-qkv",
     "--optimizer muon --bf16 --use-distributed-optimizer",
     MUON,
     f"{MUON} --expert-tensor-parallel-size 1 --expert-model-parallel-size 2",
