@@ -22,11 +22,11 @@ OWN_TEXT = "held-out"
 NARROW_MASK = "narrow_mask.safetensors"
 """The mask from which a widened mask is made, in the folder of its run."""
 
-# These flags change the speed of a run or the files that it keeps, and none of its results.
+# These flags change what a model sees of its text. Checkpoints do not restore them.
 _FLAGS_OF_DOCUMENTS = (
     *("dataloader-inter-document-masking", "reset-attention-mask", "reset-position-ids", "eod-mask-loss"),
 )
-"""Flags that change what a model sees of its text, which checkpoints do not restore."""
+# These flags change the speed of a run or the files that it keeps, and none of its results.
 _FLAGS_WITHOUT_EFFECT = {"num-workers", "keep-last-checkpoints", "save-interval", "log-interval"}
 
 

@@ -37,6 +37,8 @@ _FIXED_ARGS: dict[str, Any] = {
     "moe_apply_probs_on_input": False,
     "moe_latent_size": None,
     "moe_mlp_glu_interleave_size": None,
+    "moe_router_force_biased": None,
+    "moe_router_force_load_balancing": False,
     "moe_shared_expert_glu_interleave_size": None,
     "no_rope_freq": None,
     "normalization": "RMSNorm",
@@ -303,7 +305,7 @@ def _yarn_args(rope: Mapping[str, Any]) -> dict[str, Any]:
     """
     factor, mscale_all_dim = rope["factor"], rope.get("mscale_all_dim") or 0.0
     # Without `attention_factor`, transformers uses `mscale` only along with `mscale_all_dim`.
-    mscale = (rope.get("mscale") or 1.0) if mscale_all_dim or "attention_factor" in rope else 1.0
+    mscale = (rope.get("mscale") or 1.0) if mscale_all_dim or rope.get("attention_factor") else 1.0
     attention_factor = _yarn_attention_factor(factor, mscale, mscale_all_dim)
     expected = rope.get("attention_factor")
     if expected is None:

@@ -243,6 +243,7 @@ def plain_args(**changes):
         ),
         ({"moe_mlp_glu_interleave_size": 32}, "moe_mlp_glu_interleave_size 32"),  # gate and up projections alternate
         ({"moe_shared_expert_glu_interleave_size": 32}, "moe_shared_expert_glu_interleave_size 32"),
+        ({"moe_router_force_load_balancing": True}, "moe_router_force_load_balancing True"),
         ({"moe_router_load_balancing_type": "sinkhorn"}, "--moe-router-load-balancing-type sinkhorn"),
         ({"moe_router_load_balancing_type": ["quantile_balancing"]}, "-balancing-type quantile_balancing"),
     ],
@@ -250,6 +251,11 @@ def plain_args(**changes):
 def test_settings_that_transformers_cannot_express(changes, named):
     with pytest.raises(UserError, match=named):
         config_from_args(plain_args(**changes), 100)
+
+
+def test_yarn_without_a_factor_of_attention_ignores_mscale_as_transformers_does():
+    fields = latent_fields(rope_type="yarn", mscale=0.7, attention_factor=None)
+    assert args_from_config(MaskMoEConfig(num_hidden_layers=2, **fields).to_dict()).mscale == 1.0
 
 
 def latent_fields(**rope):

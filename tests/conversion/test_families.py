@@ -63,6 +63,16 @@ def test_logits_equal_the_originals(name, layout, tmp_path):
     assert (model.config.bos_token_id, model.config.eos_token_id, model.config.pad_token_id) == (1, 2, 0)
 
 
+def test_ends_of_texts_come_from_the_generation_settings(tmp_path):
+    save_model("qwen2", tmp_path)
+    path = tmp_path / "generation_config.json"
+    path.write_text('{"eos_token_id": [2, 5]}')
+    assert open_huggingface(tmp_path).config["eos_token_id"] == [2, 5]
+    path.write_text('{"eos_token_id": "</s>"}')
+    with pytest.raises(UserError, match=r"generation_config\.json: eos_token_id is '</s>'"):
+        open_huggingface(tmp_path)
+
+
 def test_older_configuration_without_what_transformers_adds(tmp_path):
     """As models were published in 2023."""
     original = save_model("llama, linear", tmp_path)

@@ -777,6 +777,11 @@ NOT_BUILT = (
         lambda args: args.async_save and args.async_strategy == "nvrx",
     ),
     Check(
+        "--tokenizer-special-tokens",
+        "Exported models and MaskMoE's tools read the tokenizer's file only: add the tokens to the file.",
+        lambda args: bool(args.special_tokens),
+    ),
+    Check(
         "--override-ckpt-iteration",
         "Every start would go back to the iteration. Use --ckpt-step, which also takes the weights of the iteration.",
         lambda args: args.override_ckpt_iteration is not None,

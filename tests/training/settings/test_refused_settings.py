@@ -131,6 +131,7 @@ REFUSED = {
     "--moe-router-topk-scaling-factor -1": "--moe-router-topk-scaling-factor",
     "--exit-signal-handler-for-training": "--exit-signal-handler-for-training",
     "--ckpt-convert-format torch": "--ckpt-convert-format",
+    "--tokenizer-special-tokens <a>": "--tokenizer-special-tokens",
     "--hybrid-context-parallel": "--hybrid-context-parallel",
     "--qk-layernorm-all-heads --qk-layernorm": "--qk-layernorm-all-heads without",
     "--cuda-graph-impl local": "--cuda-graph-impl",
