@@ -54,6 +54,7 @@ class GroupedMLP(SequentialMLP):
         pg_collection: ProcessGroupCollection,
         name: str | None = None,
     ) -> None:
+        """Build the experts; on a CPU, with weights that do not depend on expert parallelism."""
         # On a CPU, all ranks draw the same random numbers. Every rank draws the weights of all experts and keeps its
         # own, else the experts of different ranks would start with equal weights.
         num_ranks = get_pg_size(pg_collection.ep) if config.use_cpu_initialization else 1

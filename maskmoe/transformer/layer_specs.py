@@ -266,7 +266,7 @@ class MaskMoEHybridStack(HybridStack):
             self.final_norm = norm
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
-        """Compute all layers; arguments as for `HybridStack.forward`."""
+        """Compute all layers, with random numbers of this rank under sequence parallelism."""
         tracker: Any = get_cuda_rng_tracker()
         with tracker.fork() if self.config.sequence_parallel else nullcontext():
             return super().forward(*args, **kwargs)

@@ -191,10 +191,10 @@ class GPTDataset(gpt_dataset.GPTDataset):
     """the `GPTDatasetConfig`"""
 
     def __getitem__(self, idx: int | None) -> dict[str, Tensor]:
-        """Return a sample, see `gpt_dataset.GPTDataset.__getitem__`."""
+        """Return a sample. Padding in the first sample takes no loss off the same places of other samples."""
         sample = super().__getitem__(idx)
         if self.masks_and_position_ids_are_cached:
-            # Megatron caches the loss mask of the first sample, in which padding of the data has no loss.
+            # Megatron caches the loss mask of the first sample.
             self.cached_loss_mask = torch.ones_like(sample["loss_mask"])
         return sample
 
