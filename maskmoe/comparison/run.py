@@ -22,9 +22,10 @@ OWN_TEXT = "held-out"
 NARROW_MASK = "narrow_mask.safetensors"
 """The mask from which a widened mask is made, in the folder of its run."""
 
-# These flags change what a model sees of its text. Checkpoints do not restore them.
-_FLAGS_OF_DOCUMENTS = (
+# These flags change what a model sees of its text. Checkpoints restore neither them nor the implementation.
+_FLAGS_OF_EVALUATION = (
     *("dataloader-inter-document-masking", "reset-attention-mask", "reset-position-ids", "eod-mask-loss"),
+    "transformer-impl",  # that of Transformer Engine has no masks of documents
 )
 # These flags change the speed of a run or the files that it keeps, and none of its results.
 _FLAGS_WITHOUT_EFFECT = {"num-workers", "keep-last-checkpoints", "save-interval", "log-interval"}
@@ -197,7 +198,7 @@ class Run:
             **(self.data.flags if text == OWN_TEXT else self.data.held_out_flags(text)),
             "data-cache-path": (str(self.folder / "dataset_cache"),),
             "micro-batch-size": self.variant.flags.get("micro-batch-size", ("1",)),
-            **{flag: self.variant.flags[flag] for flag in _FLAGS_OF_DOCUMENTS if flag in self.variant.flags},
+            **{flag: self.variant.flags[flag] for flag in _FLAGS_OF_EVALUATION if flag in self.variant.flags},
             "token-frequency": (str(self.data.token_frequency),),
             "output": (str(self.evaluation(text)),),
         }

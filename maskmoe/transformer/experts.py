@@ -57,7 +57,8 @@ class GroupedMLP(SequentialMLP):
         """Build the experts; on a CPU, with weights that do not depend on expert parallelism."""
         # On a CPU, all ranks draw the same random numbers. Every rank draws the weights of all experts and keeps its
         # own, else the experts of different ranks would start with equal weights.
-        num_ranks = get_pg_size(pg_collection.ep) if config.use_cpu_initialization else 1
+        draws_on_cpu = config.use_cpu_initialization and config.perform_initialization
+        num_ranks = get_pg_size(pg_collection.ep) if draws_on_cpu else 1
         super().__init__(num_local_experts * num_ranks, config, submodules, pg_collection, name)
         if num_ranks > 1:
             first = num_local_experts * get_pg_rank(pg_collection.ep)

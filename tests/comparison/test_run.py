@@ -113,8 +113,8 @@ def test_evaluation_suits_the_devices(runs, num_gpus, processes, expert_parallel
 
 
 def test_evaluation_cuts_documents_as_training_does(runs):
-    flags = {"--dataloader-inter-document-masking", "--eod-mask-loss"}
-    suite = {"flags: {hidden-size": "flags: {dataloader-inter-document-masking: true, eod-mask-loss: true, hidden-size"}
+    flags = {"--reset-attention-mask", "--eod-mask-loss", "--transformer-impl"}
+    suite = {"flags: {": "flags: {reset-attention-mask: true, eod-mask-loss: true, transformer-impl: local, "}
     both = runs(replace=suite), runs()
     with_flags, without = (each["smoe.seed-1"].evaluation_stage("other").command for each in both)
     assert flags <= {*with_flags}

@@ -48,7 +48,7 @@ def test_loop_runs_as_printed(folder: Path) -> None:
 def test_layer_runs_as_printed(folder: Path) -> None:
     result = run_script(LAYER, folder, timeout=300)
     assert result.returncode == 0, result.stdout[-2000:] + result.stderr[-4000:]
-    assert result.stdout.count("output 32 4 64 gradient True") == 2
+    assert result.stdout.count("output (32, 4, 64), gradient True") == 2
 
 
 def test_loop_needs_the_cpu_adapter_only(folder: Path) -> None:

@@ -118,10 +118,13 @@ def build_datasets(num_samples: list[int]) -> list[gpt_dataset.GPTDataset | None
     A dataset is None without a share, and on ranks that read no data.
 
     Raises:
-        UserError: Datasets without weights, which are read only once, have too few samples for the run.
+        UserError: Datasets without weights, which are read only once, have too few samples for the run. Or Megatron
+            asks for whole datasets, because of `--full-validation`.
     """
     console.load("building the datasets")
     args = get_args()
+    if None in num_samples:
+        raise UserError("--full-validation is not supported. Use maskmoe evaluate.")
     requested = samples_to_request(args, num_samples)
     datasets = build_blend(requested, *get_blend_and_blend_per_split(args))
     if args.dataloader_type == "single" and not args.skip_train:  # else no training sample is read
@@ -265,7 +268,7 @@ def check_fill_in_middle_tokens(args: Namespace) -> None:
                 f"--tokenizer-model {args.tokenizer_model} has no token {token}, which --fim-data needs: add the token "
                 f"before the tokenizer is used, or name another one by --fim-{name}-token"
             )
-    if vocabulary[args.fim_eod_token] != tokenizer.eod:
+    if tokenizer.eod not in (None, vocabulary[args.fim_eod_token]):
         (end,) = tokenizer._tokenizer.ids_to_tokens([tokenizer.eod])
         raise UserError(
             f"--fim-data would join documents, because they end with {end} and not with {args.fim_eod_token}: pass "

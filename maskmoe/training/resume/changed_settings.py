@@ -57,6 +57,7 @@ _CYCLIC_ARGUMENTS = ("data_sharding", "micro_batch_size", "data_parallel_size")
 _FUNCTION_ARGUMENTS = (
     *("moe_router_topk", "moe_router_score_function", "moe_router_pre_softmax", "moe_router_topk_scaling_factor"),
     *("rotary_base", "rotary_percent", "padded_vocab_size"),
+    *("moe_router_force_load_balancing", "moe_router_force_biased"),
     *ADJUSTABLE_ARGUMENTS,
 )
 
@@ -311,8 +312,11 @@ def _is_derived_or_unused(args: Namespace, saved: Namespace, name: str) -> bool:
         return any(getattr(each, "step_batch_size_schedule", None) is not None for each in (args, saved))
     if name.endswith("distributed_optimizer"):  # both from one flag and the optimizer
         return args.optimizer != getattr(saved, "optimizer", args.optimizer)
-    if name.startswith(("muon_", "lion_")):
-        return {args.optimizer, getattr(saved, "optimizer", args.optimizer)} <= {"adam", "sgd"}
+    optimizers = {args.optimizer, getattr(saved, "optimizer", args.optimizer)}
+    if name.startswith("muon_"):
+        return optimizers <= {"adam", "sgd"}
+    if name.startswith("lion_"):
+        return optimizers <= {"adam", "sgd", "lion"}  # Lion reads Adam's flags
     return False
 
 

@@ -36,9 +36,8 @@ _MODEL_ARGUMENTS = (
 )
 # Arguments that change what a model computes, and that a run may change on purpose, for example for longer sequences.
 ADJUSTABLE_ARGUMENTS = (
-    *("moe_router_num_groups", "moe_router_group_topk", "fp32_residual_connection"),
+    *("moe_router_num_groups", "moe_router_group_topk"),
     *("moe_expert_capacity_factor", "moe_token_drop_policy", "moe_pad_expert_input_to_capacity"),
-    *("moe_router_force_load_balancing", "moe_router_force_biased"),
     *("window_size", "window_attn_skip_freq", "no_rope_freq"),
     *("use_rope_scaling", "rope_scaling_factor", "rotary_seq_len_interpolation_factor"),
     *("rope_type", "rotary_scaling_factor", "mscale", "mscale_all_dim"),

@@ -693,8 +693,8 @@ BROKEN_IN_MEGATRON = (
             "distributed optimizer. Use --qk-layernorm.",
             "--full-validation --multiple-validation-sets --validation-set-names": "Megatron-Core reads samples "
             "several times, weighs them unequally, and fails at the test. Use maskmoe evaluate.",
-            "--init-model-with-meta-device": "Weights would start as whatever the memory holds, because only "
-            "Megatron-FSDP initialises such a model.",
+            "--init-model-with-meta-device": "A run from random weights would start with whatever the "
+            "memory holds, and experts lose the mark of their gradients. Leave the flag out.",
             "--decrease-batch-size-if-needed": "The run would end before --train-samples and before the end of its "
             "schedule. Choose batches that the ranks can share.",
             "--rampup-batch-size": "Megatron-Core 0.19 ignores the flag. Use --step-batch-size-schedule.",
@@ -777,9 +777,9 @@ NOT_BUILT = (
         lambda args: args.async_save and args.async_strategy == "nvrx",
     ),
     Check(
-        "--tokenizer-special-tokens",
-        "Exported models and MaskMoE's tools read the tokenizer's file only: add the tokens to the file.",
-        lambda args: bool(args.special_tokens),
+        "--tokenizer-special-tokens without --tokenizer-type TikTokenizer",
+        "Exported models and MaskMoE's tools read the tokenizer's file only: add the tokens to the file first.",
+        lambda args: bool(args.special_tokens) and args.tokenizer_type != "TikTokenizer",
     ),
     Check(
         "--override-ckpt-iteration",

@@ -25,10 +25,11 @@ CHECKPOINT = Path("checkpoints/iter_0000007")
 FUNCTION = {
     *("window_attn_skip_freq", "rope_scaling_factor", "rotary_scaling_factor", "yarn_beta_fast"),
     *("mup_width_mult", "mup_base_hidden_size", "mup_embedding_mult", "mup_output_mult", "mup_base_head_dim"),
-    *("mup_attn_scale_power", "moe_expert_capacity_factor", "fp32_residual_connection", *_FIXED_ARGS),
+    *("mup_attn_scale_power", "moe_expert_capacity_factor", *_FIXED_ARGS),
 } - {
     *("hybrid_layer_pattern", "experimental_attention_variant", "linear_attention_freq"),
     *("heterogeneous_layers_config_path", "apply_residual_connection_post_layernorm"),
+    *("moe_router_force_load_balancing", "moe_router_force_biased"),
 }
 
 
