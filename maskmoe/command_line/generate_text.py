@@ -21,7 +21,7 @@ from tqdm import tqdm
 
 from maskmoe.arguments import ranges
 from maskmoe.arguments.parser import add_force_argument, add_option, add_seed_argument, command_parser, say_loading
-from maskmoe.conversion.settings import CONFIG_FILE
+from maskmoe.conversion.settings import CONFIG_FILE, GENERATION_FILE, end_ids
 from maskmoe.data.prompts import KEY, read_prompts
 from maskmoe.errors import UserError
 from maskmoe.files.outputs import check_outputs, write_text
@@ -176,10 +176,7 @@ class Continuation:
         from transformers import GenerationConfig
 
         self._tokenizer, self._model = tokenizer, model
-        end = model.generation_config.eos_token_id
-        ends = end if isinstance(end, list) else [] if end is None else [end]
-        if not all(type(token) is int for token in ends):
-            raise UserError(f"generation_config.json in {arguments.load}: eos_token_id is {end!r}, not token ids")
+        ends = end_ids(model.generation_config.eos_token_id, Path(arguments.load, GENERATION_FILE))
         self._ends = {*ends}
         # Other settings of the folder do not fit the arguments, or not even transformers.
         model.generation_config = GenerationConfig(eos_token_id=ends or None)

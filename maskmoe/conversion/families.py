@@ -24,7 +24,7 @@ from maskmoe.conversion.model_tensors import (
     tensor_shapes,
     with_routing_mask,
 )
-from maskmoe.conversion.settings import CONFIG_FILE, LARGEST, read_model_config
+from maskmoe.conversion.settings import CONFIG_FILE, GENERATION_FILE, LARGEST, end_ids, read_model_config
 from maskmoe.conversion.tensor_sources import Block, Copy, RearrangedSource, TensorSource
 from maskmoe.errors import UserError
 from maskmoe.files.json_files import read_json
@@ -157,11 +157,10 @@ def open_huggingface(folder: Path, mask: RoutingMask | None = None) -> OpenedMod
     # Files that transformers has saved lack the layers of multi-token prediction that the configuration mentions.
     if any(name.startswith(f"model.layers.{config.num_hidden_layers}.") for name in files.tensors):
         fields["num_nextn_predict_layers"] = getattr(config, "num_nextn_predict_layers", 0)
-    generation = folder / "generation_config.json"
-    # Models for conversations often name further ends of a text here only.
-    if generation.exists() and (ends := read_json(generation).get("eos_token_id")) is not None:
-        if not all(isinstance(end, int) for end in (ends if isinstance(ends, list) else [ends])):
-            raise UserError(f"{generation}: eos_token_id is {ends!r}, not token ids")
+    # Models for conversations often name further ends of a text in this file only.
+    generation = folder / GENERATION_FILE
+    ends = read_json(generation).get("eos_token_id") if generation.exists() else None
+    if end_ids(ends, generation):
         fields["eos_token_id"] = ends
     source = rename_tensors(files, fields, FAMILIES[config.model_type].namings, folder)
     if "sparse" not in fields["mlp_layer_types"]:

@@ -15,7 +15,7 @@ from maskmoe.files.json_files import check_finite, read_json
 from maskmoe.routing_mask.feed_forward_layers import LAYER_FREQUENCY_ERROR, expand_layer_frequency, is_layer_frequency
 
 DTYPE_NAMES = ("bf16", "fp16", "fp32")
-CONFIG_FILE = "config.json"
+CONFIG_FILE, GENERATION_FILE = "config.json", "generation_config.json"
 
 DERIVED_PATTERN, NO_PATTERN = "auto", "none"
 """Values of `--hybrid-layer-pattern`: the pattern that follows from the model's layers, and none for a GPT model."""
@@ -156,3 +156,15 @@ def read_model_config(path: Path) -> dict[str, Any]:
             if isinstance(value, int | float) and not value <= largest:  # refuses NaN, too
                 raise UserError(f"{path}: {name} is {value:,}, more than the {largest:,} that MaskMoE accepts")
     return config
+
+
+def end_ids(value: object, path: Path) -> list[int]:
+    """Return the ids that end a text: `eos_token_id` of the `generation_config.json` in `path`, or none if it is None.
+
+    Raises:
+        UserError: The value is neither a token id nor a list of token ids.
+    """
+    ends = value if isinstance(value, list) else [] if value is None else [value]
+    if not all(type(end) is int for end in ends):
+        raise UserError(f"{path}: eos_token_id is {value!r}, not token ids")
+    return ends

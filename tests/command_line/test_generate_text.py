@@ -29,7 +29,7 @@ def continuation(ends: object = None, temperature: float = 0) -> generate_text.C
         for parameter in model.parameters():
             parameter.add_(torch.randn_like(parameter) * 0.1)  # so that texts differ
     model.generation_config.eos_token_id = ends
-    arguments = Namespace(max_new_tokens=8, temperature=temperature, top_k=50)
+    arguments = Namespace(load="model", max_new_tokens=8, temperature=temperature, top_k=50)
     return generate_text.Continuation(arguments, generate_text.TokenIds(VOCAB_SIZE), model)
 
 

@@ -39,14 +39,13 @@ OTHER_ACTIVATIONS = {
 """Each setting differs from SwiGLU in one respect."""
 
 
+# Of the local spec.
+SUBMODULES = MLPSubmodules(linear_fc1=ColumnParallelLinear, linear_fc2=RowParallelLinear)
+
+
 def make_experts[Experts: SequentialMLP](kind: type[Experts], config: TransformerConfig) -> Experts:
     """Build experts of the local spec, with weights that depend on the configuration only."""
-    experts = kind(
-        config.num_moe_experts,
-        config,
-        MLPSubmodules(linear_fc1=ColumnParallelLinear, linear_fc2=RowParallelLinear),
-        process_groups(),
-    ).to(DEVICE)
+    experts = kind(config.num_moe_experts, config, SUBMODULES, process_groups()).to(DEVICE)
     generator = torch.Generator().manual_seed(1)
     with torch.no_grad():
         for parameter in experts.parameters():
@@ -413,6 +412,5 @@ def _experts_of_rank(config: TransformerConfig, rank: int, num_ranks: int) -> tu
     torch.manual_seed(0)
     groups = process_groups()
     groups.ep = SimpleNamespace(rank=lambda: rank, size=lambda: num_ranks)
-    submodules = MLPSubmodules(linear_fc1=ColumnParallelLinear, linear_fc2=RowParallelLinear)
-    experts = GroupedMLP(config.num_moe_experts // num_ranks, config, submodules, groups)
+    experts = GroupedMLP(config.num_moe_experts // num_ranks, config, SUBMODULES, groups)
     return experts, torch.rand(1)

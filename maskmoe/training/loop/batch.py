@@ -195,9 +195,10 @@ class GPTDataset(gpt_dataset.GPTDataset):
 
     def __getitem__(self, idx: int | None) -> dict[str, Tensor]:
         """Return a sample. Padding in the first sample takes no loss off the same places of other samples."""
+        is_first = not self.masks_and_position_ids_are_cached
         sample = super().__getitem__(idx)
-        if self.masks_and_position_ids_are_cached:
-            # Megatron caches the loss mask of the first sample.
+        if is_first and self.masks_and_position_ids_are_cached:
+            # Megatron has cached the loss mask of this sample.
             self.cached_loss_mask = torch.ones_like(sample["loss_mask"])
         return sample
 
