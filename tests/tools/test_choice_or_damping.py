@@ -220,7 +220,6 @@ def test_independent_script_finds_the_numbers_of_the_page(write, results, tmp_pa
     assert run_script("page.py", table).stdout.strip() == ""
     assert page.with_suffix(".png").read_bytes().startswith(b"\x89PNG")
     text = page.read_text()
-    assert "Not complete" not in text
     outcome = run_script("check_numbers.py", table, page)
     assert outcome.returncode == 0, outcome.stdout
     # Every number of a row is compared, in each kind of table, and numbers of the prose with the tables.
@@ -249,45 +248,41 @@ def test_pages_of_the_repository_have_the_numbers_of_its_tables():
     assert [number for number in numbers if number not in page] == []
 
 
-def test_page_of_a_part_of_the_runs_says_what_is_missing(write, results, tmp_path):
-    """Block B is not looked at before it is complete; other blocks are."""
+def test_a_part_of_the_runs_has_no_page_and_no_look_at_block_b(write, results, tmp_path):
     some = [each for each in results if each.suite != "experts" and (each.suite, each.seed) != ("confirm", 1024)]
-    printed = run_script("page.py", write(some)).stdout
-    assert "missing: 3 of 72 runs of confirm\n" in printed
-    assert "missing: 24 of 24 runs of experts\n" in printed
-    page = (tmp_path / "choice-or-damping.md").read_text()
-    assert "The question is open" in page
-    assert "MaskMoE − SMoE, 36 M tokens" in page
-    assert "Hash, smeared keys" in page
-    for of_block_b in ("MaskMoE − SMoE, 9 M tokens", "Gated Hash −", "Hash, 9 M tokens"):
-        assert of_block_b not in page
-    assert "maskmoe − smoe | 24" not in run_script("analysis.py", tmp_path / "results.jsonl").stdout
-    # Without any run, the page has no numbers.
-    run_script("page.py", write([]))
-    assert not re.search(r"\b\d\.\d{3}\b", (tmp_path / "choice-or-damping.md").read_text())
+    (write(some).with_name("measures.jsonl")).unlink()
+    outcome = run_script("page.py", tmp_path / "results.jsonl")
+    assert outcome.returncode == 2
+    missing = "3 of 72 runs of confirm; 24 of 24 runs of experts; the measures of smoe; the measures of maskmoe."
+    assert missing in outcome.stdout
+    assert not (tmp_path / "choice-or-damping.md").exists()
+    printed = run_script("analysis.py", tmp_path / "results.jsonl").stdout
+    assert "| maskmoe − smoe | 8 |" in printed
+    assert "| maskmoe-smeared − hash-smeared | 12 |" in printed
+    assert "| maskmoe − smoe | 2" not in printed
+    assert "gated-hash −" not in printed
 
 
 @pytest.mark.parametrize(
     ("changes", "answers"),
     [
-        ({}, ["is not shown to beat both", "Hash's (not resolved)", "show no lead over Hash"]),
-        ({"maskmoe": 0.1}, ["is not shown to beat both", "Hash's (MaskMoE is worse)", "show no lead over Hash"]),
+        ({}, ["is not shown to beat both", "Hash's (not resolved)", "No lead over Hash is shown"]),
+        ({"maskmoe": 0.1}, ["is not shown to beat both", "Hash's (MaskMoE is worse)", "No lead over Hash is shown"]),
         ({"maskmoe": -0.1, "smoe": -0.1}, ["is not shown to beat both", "Hash's (MaskMoE is better)"]),
         ({"maskmoe": -0.1}, ["beats both", "SMoE's (MaskMoE is better)"]),
     ],
 )
-def test_first_paragraph_answers_the_question(results, changes, answers, tmp_path):
-    table = tmp_path / "results.jsonl"
+def test_page_answers_the_question(write, results, changes, answers):
     shifted = []
     for each in results:
         change = changes.get(each.variant, 0) if each.suite == "confirm" else 0
         losses = [loss.model_copy(update={"loss": loss.loss + change}) for loss in each.losses]
         shifted.append(each.model_copy(update={"losses": losses}))
-    write_table(table, shifted)
-    page = study_page.render(analysis.Study.read(table), [])
-    text = " ".join(page.partition("```")[0].split())
+    table = write(shifted)
+    page = study_page.render(analysis.Study.read(table), measures.read_measures(table.with_name("measures.jsonl")))
+    text = " ".join(page.split())
     assert [each for each in answers if each not in text] == []
-    assert ("show no lead" in text) == any("no lead" in each for each in answers)
+    assert ("No lead over" in text) == any("No lead" in each for each in answers)
     tables = check_numbers.Tables(table)
     assert [*check_numbers.differing(page, tables)] == []
     for one, other in (("beats both", "is not shown to beat both"), ("(MaskMoE is better)", "(not resolved)")):
@@ -295,11 +290,10 @@ def test_first_paragraph_answers_the_question(results, changes, answers, tmp_pat
             assert [*check_numbers.differing(page.replace(right, wrong), tables)] or right not in page
     # Each sentence has the numbers of its own rows.
     for length in ("9 million", "36 million", "32 experts"):
-        start = text.index(length)
-        first, second = re.findall(r"[+−]\d\.\d{3} ± \d\.\d{3}", text[start:])[:2]
-        swapped = text[:start] + text[start:].replace(first, "?", 1).replace(second, first, 1).replace("?", second, 1)
-        damaged = swapped + page.removeprefix(page.partition("```")[0])
-        assert any("does not say" in each for each in check_numbers.differing(damaged, tables))
+        before, paragraph, after = page.partition(re.search(rf"{length}.*?\n\n", page, re.DOTALL)[0])
+        first, second = re.findall(r"[+−]\d\.\d{3}\s±\s\d\.\d{3}", paragraph)[:2]
+        swapped = paragraph.replace(first, "?", 1).replace(second, first, 1).replace("?", second, 1)
+        assert any("does not say" in each for each in check_numbers.differing(before + swapped + after, tables))
 
 
 def test_runs_without_hashs_experts_are_noticed(write, results):

@@ -1,8 +1,8 @@
 """Writes the page of the study from the tables of results and measures, in seconds.
 
 `python tools/studies/choice_or_damping/page.py docs/study/results.jsonl` writes `choice-or-damping.md` and
-`choice-or-damping.png` beside the table, and prints how many runs are missing. The measures are those of
-`measures.jsonl` beside the table. The prose is in `page.md.j2`; `check_numbers.py` checks the page.
+`choice-or-damping.png` beside the table, if no run is missing. The measures are those of `measures.jsonl` beside the
+table. The prose is in `page.md.j2`; `check_numbers.py` checks the page.
 """
 
 import argparse
@@ -22,6 +22,7 @@ from measures import Measures, read_measures
 from maskmoe.comparison.report import markdown_table, new_figure, tidy
 from maskmoe.comparison.statistics import Estimate, mean, paired_difference
 from maskmoe.comparison.table import ALL_TOKENS, RunResult
+from maskmoe.errors import UserError
 from maskmoe.files.outputs import atomic_output, write_text
 from maskmoe.processes.run_tool import run_tool
 from maskmoe.routing_mask.frequency import FrequencyBands
@@ -52,8 +53,8 @@ def title(suite: str, arm: str) -> str:
 
 
 def table(rows: Sequence[Sequence[object]]) -> str:
-    """Return a Markdown table of a header and rows; without rows, a remark."""
-    return markdown_table("\n".join(" | ".join(map(str, row)) for row in rows)) if len(rows) > 1 else "*No runs yet.*"
+    """Return a Markdown table of a header and rows."""
+    return markdown_table("\n".join(" | ".join(map(str, row)) for row in rows))
 
 
 def losses_table(study: Study) -> str:
@@ -62,11 +63,10 @@ def losses_table(study: Study) -> str:
     for suite, length in BLOCKS.items():
         for arm in ARMS:
             runs = study.runs(suite, arm)
-            if runs:
-                texts = [mean([*study.outcomes(suite, arm, each).values()]) for each in (*zip(TEXTS), TEXTS)]
-                bits = mean([bits_per_byte(run) for run in runs.values()])
-                cells = (f"{estimate:.3f}" for estimate in (*texts, bits))
-                rows.append([f"{title(suite, arm)}, {length}", str(len(runs)), *cells])
+            texts = [mean([*study.outcomes(suite, arm, each).values()]) for each in (*zip(TEXTS), TEXTS)]
+            bits = mean([bits_per_byte(run) for run in runs.values()])
+            cells = (f"{estimate:.3f}" for estimate in (*texts, bits))
+            rows.append([f"{title(suite, arm)}, {length}", str(len(runs)), *cells])
     return table(rows)
 
 
@@ -83,14 +83,13 @@ def differences_table(study: Study, suites: Iterable[str]) -> str:
         for own, baseline in CONTRASTS[suite]:
             difference = partial(study.difference, suite, own, baseline)
             both = difference()
-            if both.n > 1:
-                runs = (study.runs(suite, arm) for arm in (own, baseline))
-                bits = ({seed: bits_per_byte(run) for seed, run in each.items()} for each in runs)
-                parts = [paired_difference(*bits), *(difference(text) for text in zip(TEXTS))]
-                parts += [difference(band=band) for band in FrequencyBands.names]
-                cells = (f"{estimate:+.3f}" for estimate in parts)
-                p = "<0.001" if both.p < 0.001 else f"{both.p:.3f}"
-                rows.append([label(suite, own, baseline), both.n, f"{both:+.3f}", p, *cells])
+            runs = (study.runs(suite, arm) for arm in (own, baseline))
+            bits = ({seed: bits_per_byte(run) for seed, run in each.items()} for each in runs)
+            parts = [paired_difference(*bits), *(difference(text) for text in zip(TEXTS))]
+            parts += [difference(band=band) for band in FrequencyBands.names]
+            cells = (f"{estimate:+.3f}" for estimate in parts)
+            p = "<0.001" if both.p < 0.001 else f"{both.p:.3f}"
+            rows.append([label(suite, own, baseline), both.n, f"{both:+.3f}", p, *cells])
     return table(rows)
 
 
@@ -114,10 +113,9 @@ def second_choices_table(study: Study, measures: Sequence[Measures]) -> str:
     rows = [["without each token's best expert", "runs", "both", "loss added"]]
     for arm in ARMS_WITH_CHOICE:
         with_best = study.outcomes(CONFIRMATION, arm)
-        without = {each.seed: outcome(each.losses) for each in of_arm(measures, arm) if each.seed in with_best}
-        if without:
-            added = paired_difference(without, with_best)
-            rows.append([title(CONFIRMATION, arm), len(without), f"{mean([*without.values()]):.3f}", f"{added:+.3f}"])
+        without = {each.seed: outcome(each.losses) for each in of_arm(measures, arm)}
+        added = paired_difference(without, with_best)
+        rows.append([title(CONFIRMATION, arm), len(without), f"{mean([*without.values()]):.3f}", f"{added:+.3f}"])
     return table(rows)
 
 
@@ -126,12 +124,11 @@ def changing_table(measures: Sequence[Measures]) -> str:
     times = (f"after {100 * share:.0f} %" for share in SHARES_OF_TRAINING)
     rows = [["tokens that change their expert later", "runs", *times]]
     for arm in ARMS_WITH_CHOICE:
-        series = [each.changing for each in of_arm(measures, arm) if each.changing]
+        series = [each.changing for each in of_arm(measures, arm)]
         for column, tokens in ((1, "all"), (2, "frequent ids")):
-            if series:
-                after = [[changing_after(each, share)[column] for share in SHARES_OF_TRAINING] for each in series]
-                cells = (f"{100 * share:.1f} %" for share in np.mean(after, axis=0))
-                rows.append([f"{title(CONFIRMATION, arm)}, {tokens}", len(series), *cells])
+            after = [[changing_after(each, share)[column] for share in SHARES_OF_TRAINING] for each in series]
+            cells = (f"{100 * share:.1f} %" for share in np.mean(after, axis=0))
+            rows.append([f"{title(CONFIRMATION, arm)}, {tokens}", len(series), *cells])
     return table(rows)
 
 
@@ -178,10 +175,13 @@ def standing(difference: Estimate) -> str:
     return "MaskMoE is worse" if difference.low > 0 else "not resolved"
 
 
-def missing_runs(study: Study) -> list[str]:
-    """Return how many runs are missing, block by block."""
-    counts = {suite: study.missing(suite) for suite in ("rates", *CONTRASTS)}
-    return [f"{missing} of {planned} runs of {suite}" for suite, (missing, planned) in counts.items() if missing]
+def missing_runs(study: Study, measures: Sequence[Measures]) -> Iterator[str]:
+    """Yield what the page needs and the tables lack, block by block."""
+    for suite in ("rates", *CONTRASTS):
+        missing, planned = study.missing(suite)
+        if missing:
+            yield f"{missing} of {planned} runs of {suite}"
+    yield from (f"the measures of {arm}" for arm in ARMS_WITH_CHOICE if not any(of_arm(measures, arm)))
 
 
 def render(study: Study, measures: Sequence[Measures]) -> str:
@@ -199,8 +199,6 @@ def render(study: Study, measures: Sequence[Measures]) -> str:
         difference=study.difference,
         said=lambda estimate: f"{estimate:+.3f}",
         standing=standing,
-        missing=missing_runs(study),
-        missing_mechanism=study.missing("mechanism")[0],
         rates=rates_table(study),
         losses=losses_table(study),
         differences=differences_table(study, BLOCKS),
@@ -221,11 +219,13 @@ def main() -> None:
     arguments = parser.parse_args()
     path, folder = arguments.table, arguments.output or arguments.table.parent
     study, measures = Study.read(path), read_measures(path.with_name("measures.jsonl"))
+    missing = "; ".join(missing_runs(study, measures))
+    if missing:
+        raise UserError(f"{path}: the page needs all runs. Missing: {missing}. For a part of the runs, use analysis.py")
     folder.mkdir(parents=True, exist_ok=True)
     with atomic_output(folder / f"{NAME}.png") as temporary:
         draw(study).savefig(temporary, format="png")
     write_text(folder / f"{NAME}.md", render(study, measures))
-    print(*(f"missing: {each}" for each in missing_runs(study)), sep="\n")
 
 
 if __name__ == "__main__":
