@@ -147,6 +147,10 @@ def args_from_config(config: Mapping[str, Any]) -> Namespace:
         UserError: The model has a setting, or a combination of scores and normalisation, that Megatron-Core does not
             have; names the setting.
     """
+    if config["hidden_act"] not in ("silu", "swish"):
+        raise UserError(f"hidden_act is {config['hidden_act']!r}, but only models with 'silu' can be converted")
+    if config.get("is_causal") is False:
+        raise UserError("is_causal is false, but only causal models can be converted")
     is_sparse = [kind == "sparse" for kind in config["mlp_layer_types"]]
     args = _FIXED_ARGS | {name: config[field] for field, name in _FIELDS.items()}
     args |= _latent_attention_args(config) if config["kv_lora_rank"] is not None else _attention_args(config)

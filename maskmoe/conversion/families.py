@@ -6,7 +6,7 @@ Tensors that the settings do not account for, and settings that MaskMoE cannot e
 
 import re
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
 
@@ -198,34 +198,49 @@ def translate_config(config: PreTrainedConfig, path: Path) -> dict[str, Any]:
     Raises:
         UserError: MaskMoE cannot express some settings; names the settings.
     """
-    if refusals := _inexpressible(config):
+    # transformers takes over a maximum length outside of the rotary parameters when it makes the model.
+    config.standardize_rope_params()
+    read = _read_settings(config)
+    if refusals := _inexpressible(config, read):
         raise UserError(f"{path}: MaskMoE cannot express {', '.join(refusals)}")
     # Fields of the same name mean the same in all families.
-    names = MaskMoEConfig.__annotations__
-    fields = {"num_experts": 0} | {name: value for name in names if (value := getattr(config, name, None)) is not None}
+    own = {"num_experts": 0, "num_nextn_predict_layers": 0}
+    own |= {name: read[name] for name in MaskMoEConfig.__annotations__ if read.get(name) is not None}
     # The rotary embeddings of these families turn all features, whatever the factor.
     unread = ("type", "partial_rotary_factor")
-    fields["rope_parameters"] = {name: value for name, value in config.rope_parameters.items() if name not in unread}
-    fields |= {"num_nextn_predict_layers": 0} | FAMILIES[config.model_type].special_fields(config)
-    step, dense = getattr(config, "decoder_sparse_step", 1), getattr(config, "mlp_only_layers", None) or ()
-    first_sparse = getattr(config, "first_k_dense_replace", 0)
-    fields["mlp_layer_types"] = [
+    own["rope_parameters"] = {name: value for name, value in config.rope_parameters.items() if name not in unread}
+    own |= FAMILIES[config.model_type].special_fields(config)
+    step, dense = read.get("decoder_sparse_step", 1), read.get("mlp_only_layers") or ()
+    first_sparse = read.get("first_k_dense_replace", 0)
+    own["mlp_layer_types"] = [
         "sparse"
-        if fields["num_experts"] and (layer + 1) % step == 0 and layer >= first_sparse and layer not in dense
+        if own["num_experts"] and (layer + 1) % step == 0 and layer >= first_sparse and layer not in dense
         else "dense"
         for layer in range(config.num_hidden_layers)
     ]
-    return make_config(MaskMoEConfig, fields, path).to_dict() | {"routing_mask": None, "output_router_logits": False}
+    return make_config(MaskMoEConfig, own, path).to_dict() | {"routing_mask": None, "output_router_logits": False}
 
 
-def _inexpressible(config: PreTrainedConfig) -> list[str]:
-    """Return the settings that MaskMoE does not have, by their names in `config.json`."""
+def _read_settings(config: PreTrainedConfig) -> dict[str, Any]:
+    """Return the settings that a model of the family reads; a configuration keeps settings of other families, too."""
+    # The modules of some families read a `head_dim` that their configuration does not declare.
+    names = {field.name for field in fields(config)} | config.attribute_map.keys() | {"head_dim"}
+    return {name: getattr(config, name) for name in names if hasattr(config, name)}
+
+
+def _inexpressible(config: PreTrainedConfig, read: Mapping[str, Any]) -> list[str]:
+    """Return the settings that MaskMoE does not have, by their names in `config.json`.
+
+    Args:
+        config: The configuration of the model.
+        read: See `_read_settings`.
+    """
     settings = config.to_dict()
     window, length = settings.get("sliding_window"), config.max_position_embeddings
     # Other families have the window in all layers, whatever `layer_types` says.
     types = settings.get("layer_types") if config.model_type in ("qwen2", "qwen2_moe", "qwen3") else None
     is_windowed = "sliding_attention" in (types or ["sliding_attention"])
-    clip, quantization = settings.get("clip_qkv"), settings.get("quantization_config")
+    clip, quantization = read.get("clip_qkv"), settings.get("quantization_config")
     rope_type, is_latent = config.rope_parameters["rope_type"], hasattr(config, "kv_lora_rank")
     rope_types = ("default", "yarn") if is_latent else ("default", "linear", "llama3")
     refusals = FAMILIES[config.model_type].refusals(config) | {
@@ -234,8 +249,8 @@ def _inexpressible(config: PreTrainedConfig) -> list[str]:
         ),
         f"hidden_act {config.hidden_act!r}, only 'silu'": config.hidden_act != "silu",
         f"rope_type {rope_type!r}, only {', '.join(rope_types)}": rope_type not in rope_types,
-        "attention_bias: it includes a bias of the output projection": settings.get("attention_bias"),
-        "mlp_bias": settings.get("mlp_bias"),
+        "attention_bias: it includes a bias of the output projection": read.get("attention_bias"),
+        "mlp_bias": read.get("mlp_bias"),
         f"clip_qkv {clip}": clip is not None,
         "is_causal false": settings.get("is_causal") is False,
         "quantization_config; convert the model before it was quantized": quantization is not None,

@@ -268,6 +268,8 @@ def latent_fields(**rope):
 @pytest.mark.parametrize(
     ("changes", "named"),
     [
+        ({"hidden_act": "gelu"}, "hidden_act is 'gelu'"),
+        ({"is_causal": False}, "is_causal is false"),
         ({"norm_topk_prob": True, "num_experts_per_tok": 1}, "norm_topk_prob with num_experts_per_tok 1"),
         ({"scoring_func": "sigmoid", "norm_topk_prob": False, "num_experts_per_tok": 2}, "only with norm_topk_prob"),
         ({"rope_parameters": {"rope_type": "yarn", "rope_theta": 1e4, "factor": 2.0}}, "rope_parameters are .*yarn"),

@@ -93,6 +93,41 @@ def test_partial_rotary_embedding_is_ignored_as_in_transformers(tmp_path):
     torch.testing.assert_close(logits_of(model, ids), logits_of(original, ids), atol=ROUNDING, rtol=0)
 
 
+@pytest.mark.parametrize(
+    ("name", "values"),
+    [
+        ("llama", {"mlp_only_layers": [1], "num_experts": 6, "qk_norm": "head", "clip_qkv": 1.0}),
+        ("mistral", {"attention_bias": True, "mlp_bias": True, "kv_lora_rank": 8}),
+        ("mixtral", {"routed_scaling_factor": 2.5, "decoder_sparse_step": 2, "norm_topk_prob": False}),
+        ("mixtral", {"scoring_func": "sigmoid", "n_group": 3, "topk_group": 1, "use_expert_bias": True}),
+        ("qwen2_moe", {"routed_scaling_factor": 2.0, "attention_bias": True, "first_k_dense_replace": 2}),
+        ("qwen3_moe", {"scoring_func": "sigmoid", "shared_expert_intermediate_size": 8}),
+        ("olmoe", {"routed_scaling_factor": 2.0, "scoring_func": "sigmoid", "mlp_only_layers": [0]}),
+        ("deepseek_v3", {"decoder_sparse_step": 2, "mlp_layer_types": ["dense"] * 3, "qk_norm": "head"}),
+    ],
+)
+def test_settings_of_other_families_are_ignored_as_in_transformers(tmp_path, name, values):
+    save_model(name, tmp_path)
+    edit_config(tmp_path, **values)
+    original, ids = AutoModelForCausalLM.from_pretrained(tmp_path), random_ids()
+    model = in_transformers(open_huggingface(tmp_path))
+    torch.testing.assert_close(logits_of(model, ids), logits_of(original, ids), atol=ROUNDING, rtol=0)
+
+
+@pytest.mark.parametrize("inside", [True, False])
+def test_original_length_outside_of_the_rotary_parameters(tmp_path, inside):
+    """The library prefers this length to the one of the rotary parameters."""
+    save_model("deepseek_v3, yarn", tmp_path)
+    rotary = json.loads((tmp_path / "config.json").read_text())["rope_parameters"]
+    length = rotary.pop("original_max_position_embeddings")
+    rotary |= {"original_max_position_embeddings": length // 2} if inside else {}
+    edit_config(tmp_path, rope_parameters=rotary, original_max_position_embeddings=length)
+    original, ids = AutoModelForCausalLM.from_pretrained(tmp_path), random_ids()
+    opened = open_huggingface(tmp_path)
+    assert opened.config["rope_parameters"]["original_max_position_embeddings"] == length
+    torch.testing.assert_close(logits_of(in_transformers(opened), ids), logits_of(original, ids), atol=ROUNDING, rtol=0)
+
+
 def test_computed_and_tied_tensors_are_ignored(tmp_path):
     save_model("llama, tied", tmp_path)
 
