@@ -204,7 +204,7 @@ def translate_config(config: PreTrainedConfig, path: Path) -> dict[str, Any]:
     if refusals := _inexpressible(config, read):
         raise UserError(f"{path}: MaskMoE cannot express {', '.join(refusals)}")
     # Fields of the same name mean the same in all families.
-    own = {"num_experts": 0, "num_nextn_predict_layers": 0}
+    own: dict[str, Any] = {"num_experts": 0, "num_nextn_predict_layers": 0}
     own |= {name: read[name] for name in MaskMoEConfig.__annotations__ if read.get(name) is not None}
     # The rotary embeddings of these families turn all features, whatever the factor.
     unread = ("type", "partial_rotary_factor")

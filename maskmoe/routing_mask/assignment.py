@@ -23,9 +23,11 @@ PRESETS: dict[str, dict[str, Any]] = {
 }
 
 # Randomness of the least-loaded choice, see `_spread`. Measured on Zipf counts: with 0, ids that share an expert in one
-# table share an expert in the next table in 30 to 100 % of the cases. With 0.25 this happens about as rarely as by
-# chance. With 0.5 and more, an expert can stay overloaded.
-LOAD_JITTER = 0.25
+# table share an expert in the next table in 30 to 100 % of the cases. With 0.5 this happens about as rarely as by
+# chance. From 1 on, the items that follow may be too few to level the loads.
+LOAD_JITTER = 0.5
+# Items with at least this share of the mean load of a bin are placed one by one, the many smaller ones by a heap.
+LARGE_SHARE = 1 / 256
 
 # Fewer assignments than this take less time than starting worker processes.
 FEW_ASSIGNMENTS = 1 << 20
@@ -326,8 +328,8 @@ def _spread(
 
     Exact least-loaded placement is random only in its ties. It would give every table nearly the same partition of the
     ids with the experts renamed, so ids that collide in one layer would collide in all layers. Therefore each bin's
-    priority is its load plus a random part, at most `LOAD_JITTER`, of the share that the bin received last. The chosen
-    bin exceeds the least load by no more than this part, and the many small items that follow level the difference.
+    priority is its load plus a random part, at most `LOAD_JITTER`, of the item's share and of the load that all later
+    items will add to a bin on average. So later items can level what the random part unbalances.
 
     Items that never occur weigh nothing and are dealt out evenly in a random order.
 
@@ -346,27 +348,32 @@ def _spread(
     num_seen_sets = min(num_sets, num_seen)
     smallest = occurrences[num_seen - 1] if num_seen else 0.0
     loads = np.zeros(num_bins)
-    priorities = smallest * rng.random(num_bins)
+    later = np.append(np.cumsum(occurrences[:0:-1])[::-1], 0.0) / num_bins  # the mean load that later items add
+
+    def choose(item: int, share: float, size: int) -> np.ndarray:
+        """Add the share to `size` bins and return the bins."""
+        priorities = loads + LOAD_JITTER * (share + later[item]) * rng.random(num_bins)
+        # Not argpartition, whose order of ties depends on the processor.
+        bins = np.argsort(priorities, kind="stable")[:size]
+        loads[bins] += share
+        return bins
 
     # Items of several bins: each bin gets an equal share of the item.
     sets = np.zeros((num_sets, num_bins), dtype=bool)
-    shares = occurrences[:num_seen_sets] / max(set_size, 1)
-    for item, share in enumerate(shares):
-        # Not argpartition, whose order depends on the processor: the random parts below would go to other bins.
-        bins = np.sort(np.argsort(priorities, kind="stable")[:set_size])
-        sets[item, bins] = True
-        loads[bins] = new_loads = loads[bins] + share
-        # Each bin has a random part of its own: bins with a common one would stay together in all later sets.
-        priorities[bins] = new_loads + LOAD_JITTER * share * rng.random(set_size)
+    for item, occurrence in enumerate(occurrences[:num_seen_sets]):
+        sets[item, choose(item, occurrence / set_size, set_size)] = True
     sets[num_seen_sets:] = uniform_subsets(rng, num_sets - num_seen_sets, set_size, num_bins)
 
-    # Items of one bin: a heap gives the bin of the lowest priority.
-    singles = occurrences[num_sets:num_seen]
-    heap = list(zip(priorities.tolist(), loads.tolist(), range(num_bins), strict=True))
+    # Large items of one bin.
+    num_large = np.count_nonzero(occurrences >= LARGE_SHARE * (occurrences[:1] / num_bins + later[:1]))
+    large, small = np.split(occurrences[num_sets:num_seen], [max(num_large - num_sets, 0)])
+    bin_of_single = [choose(num_sets + item, share, 1)[0] for item, share in enumerate(large)]
+
+    # Small items of one bin: a heap gives the bin of the lowest priority.
+    heap = list(zip((loads + smallest * rng.random(num_bins)).tolist(), loads.tolist(), range(num_bins), strict=True))
     heapq.heapify(heap)
-    jitters = LOAD_JITTER * singles * rng.random(len(singles))
-    bin_of_single = []
-    for share, jitter in zip(singles.tolist(), jitters.tolist(), strict=True):
+    jitters = LOAD_JITTER * small * rng.random(len(small))
+    for share, jitter in zip(small.tolist(), jitters.tolist(), strict=True):
         _, load, least_loaded = heap[0]
         bin_of_single.append(least_loaded)
         heapq.heapreplace(heap, (load + share + jitter, load + share, least_loaded))

@@ -174,11 +174,15 @@ def _widen_table(
     share_of_row = np.bincount(row_of_id, weights=shares, minlength=len(sets))
     loads = np.bincount(experts, weights=share_of_row[rows], minlength=recipe.num_experts)
     experts_per_rank = recipe.num_experts // recipe.num_ranks
-    for token_id in vocabulary.ids[grows[vocabulary.ids]]:
+    growing = vocabulary.ids[grows[vocabulary.ids]]
+    # The mean load that the later ids add, see `assignment._spread`.
+    added_loads = shares[growing] * (target - sizes[growing])
+    later = np.append(np.cumsum(added_loads[:0:-1])[::-1], 0.0) / recipe.num_experts
+    for token_id, of_later in zip(growing, later, strict=True):
         seen, share, noise = visible[token_id], shares[token_id], rng.random(recipe.num_experts)
         # The id may get further experts of the ranks on which it sees experts.
         available = np.repeat(seen.reshape(recipe.num_ranks, -1).any(axis=1), experts_per_rank) & ~seen
-        priorities = np.where(available, loads + LOAD_JITTER * share * noise if share else noise, np.inf)
+        priorities = np.where(available, loads + LOAD_JITTER * (share + of_later) * noise if share else noise, np.inf)
         # Not argpartition, whose order of ties depends on the processor.
         added = np.argsort(priorities, kind="stable")[: target - sizes[token_id]]
         visible[token_id, added] = True
