@@ -36,6 +36,8 @@ BLOCK_BYTES = 1 << 18
 MAX_BLOCK_BYTES = 1 << 30
 """Upper bound of the size in bytes of a document, which is in memory as a whole."""
 _CHUNK_BYTES = 1 << 16
+_PIECE_BYTES = 1 << 10
+"""Compressed bytes that are decompressed at once; in zstd's format, 1 KiB can hold 32 MiB."""
 _BYTE_ORDER_MARK = b"\xef\xbb\xbf"
 _ZSTD_WINDOW_BYTES = 1 << 31  # the largest window, of `zstd --long=31`
 # Both libraries' objects have `decompress`, `eof` and `unused_data`.
@@ -183,7 +185,8 @@ def _read_chunks(stream: BufferedReader, advance: Callable[[int], object]) -> It
 def _decompress(chunks: Iterable[bytes], new_decompressor: Callable[[], Any]) -> Iterator[bytes]:
     """Decompress gzip members or zstd frames that follow each other; raise EOFError if the last one is truncated."""
     decompressor = None
-    for chunk in chunks:
+    pieces = (chunk[start : start + _PIECE_BYTES] for chunk in chunks for start in range(0, len(chunk), _PIECE_BYTES))
+    for chunk in pieces:
         # Zeros may follow the end of a member.
         while chunk := chunk if decompressor else chunk.lstrip(b"\0"):
             decompressor = decompressor or new_decompressor()

@@ -117,7 +117,8 @@ class MaskMoERoutingMask(nn.Module):
         """
         if self.must_be_loaded and not self.metadata.is_meta:
             self._check_loaded()
-        rows = self.row_of_id[:, token_ids].long()  # [tables, tokens]
+        # Unlike indexing, `index_select` refuses negative ids, such as placeholders of inputs without text.
+        rows = self.row_of_id.index_select(1, token_ids).long()  # [tables, tokens]
         tables = torch.arange(len(rows), device=rows.device).unsqueeze(-1)
         return self.visible_bits[tables, rows]
 

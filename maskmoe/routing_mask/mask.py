@@ -14,6 +14,7 @@ from maskmoe.errors import UserError, counted
 from maskmoe.routing_mask.feed_forward_layers import FeedForwardLayers
 from maskmoe.routing_mask.sealed_tensors import SealedTensors
 
+_MOST_LAYERS = 10_000
 # A record lacks these fields of the provenance if they have no value, as in the files of older versions.
 _OPTIONAL_FIELDS = ("expert_table", "hash_layers", "widened_from")
 
@@ -122,7 +123,7 @@ class RoutingMask(SealedTensors):
     def _find_problem(self) -> str | None:
         """Return a description of the first inconsistency, or None if the mask is valid."""
         rows, bits, num_experts = self.row_of_id, self.visible_bits, self.num_experts
-        if num_experts < 2 or self.vocab_size < 1 or self.num_layers < 1:
+        if num_experts < 2 or self.vocab_size < 1 or not 1 <= self.num_layers <= _MOST_LAYERS:
             return f"{num_experts} experts, {self.vocab_size} ids, {self.num_layers} layers"
         if rows.dtype not in (np.int16, np.int32) or bits.dtype != np.uint8:
             return f"tables have the types {rows.dtype} and {bits.dtype}"
@@ -407,12 +408,14 @@ class MaskChange:
         if differences:
             raise UserError(f"a routing mask can only be replaced by one of equal sizes: {'; '.join(differences)}")
         num_changed = num_grown = 0
-        for layer in range(old.num_layers):
-            table = 0 if old.is_shared else layer
+        layers_of_table = old.num_layers // len(old.row_of_id)
+        for table in range(len(old.row_of_id)):
             sets, new_sets = (mask.visible_bits[table, mask.row_of_id[table]] for mask in (old, new))  # [vocab, bytes]
             is_changed = (sets != new_sets).any(axis=1)
-            num_changed += int(np.count_nonzero(is_changed))
-            num_grown += int(np.count_nonzero(is_changed & ((sets | new_sets) == new_sets).all(axis=1)))
+            num_changed += layers_of_table * int(np.count_nonzero(is_changed))
+            num_grown += layers_of_table * int(
+                np.count_nonzero(is_changed & ((sets | new_sets) == new_sets).all(axis=1))
+            )
         return cls(old.vocab_size * old.num_layers, num_changed, num_grown)
 
     def __str__(self) -> str:

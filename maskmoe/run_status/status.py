@@ -15,7 +15,7 @@ from pydantic_core import to_jsonable_python
 
 from maskmoe.checkpoint.series import non_persistent_folder
 from maskmoe.errors import UserError, one_line
-from maskmoe.files.run_folder import ARGUMENTS, Entry, Fact, Kind, read_journal
+from maskmoe.files.run_folder import ARGUMENTS, Entry, Kind, read_journal
 from maskmoe.files.untrusted import UnusableFile, read_bounded
 from maskmoe.processes.folder_lock import describe_holder, look_at_lock
 from maskmoe.run_status.checkpoints import Checkpoints, find_checkpoints, read_checkpoints
@@ -109,16 +109,20 @@ class Progress:
     seconds_per_iteration: float | None = None
 
     @classmethod
-    def of(cls, logged: Logged, printed_loss: Fact | None, arguments: RunArguments) -> Self:
+    def of(cls, logged: Logged, newest: Entry | None, arguments: RunArguments) -> Self:
         """Measure a run.
 
         Args:
             logged: The scalars of the run.
-            printed_loss: The last loss that the run has printed before its end; None if the run has no end. With a
-                `--log-interval` above 1, it is the mean over the interval, which TensorBoard does not have.
+            newest: The newest entry of the journal's history. An end has the last loss that the run has printed: with
+                a `--log-interval` above 1, the mean over the interval, which TensorBoard does not have.
             arguments: The arguments of the run.
         """
         loss, held_out = logged.last(_LOSS), logged.last(_HELD_OUT_LOSS)
+        printed_loss = newest.facts.get("loss") if newest else None
+        # The training loss is logged only every `--tensorboard-log-interval` iterations.
+        steps = [value.step for value in (loss, held_out) if value is not None]
+        steps += [newest.iteration] if newest and newest.iteration is not None else []
         recent, seq_length = _recent_losses(logged), arguments.number("seq_length")
         seconds = speed = None
         if len(recent) > 1 and recent[-1].wall_time > recent[0].wall_time:  # unless the clock was set back
@@ -127,8 +131,7 @@ class Progress:
             speed = fmean(sizes) * seq_length / seconds if sizes and seq_length is not None else None
         logged_loss = None if loss is None else loss.value
         return cls(
-            # The training loss is logged only every `--tensorboard-log-interval` iterations.
-            iteration=max((newest.step for newest in (loss, held_out) if newest is not None), default=None),
+            iteration=max(steps, default=None),
             total=arguments.number("train_iters"),
             loss=printed_loss if isinstance(printed_loss, float) else logged_loss,
             held_out_iteration=None if held_out is None else held_out.step,
@@ -276,7 +279,7 @@ def read_status(run: Path, verify: bool = False) -> Status:
     entries = [_printable(entry) for entry in read_journal(run) if 0 <= entry.time < _MOST_SECONDS]
     folder = find_checkpoints(run, arguments.path("save"))
     history = _history(entries)
-    progress = Progress.of(logged, history[-1].facts.get("loss") if history else None, arguments)
+    progress = Progress.of(logged, history[-1] if history else None, arguments)
     if progress.iteration is None and not entries and folder is None and not (run / ARGUMENTS).is_file():
         raise UserError(f"{run} is not the folder of a run: it has no event files, journal or checkpoints")
     signs = (logged.newest, entries[-1].time if entries else None)

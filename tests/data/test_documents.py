@@ -60,6 +60,16 @@ def test_blocks_know_their_first_lines(tmp_path: Path, monkeypatch: pytest.Monke
     assert b"".join(block.data for block in blocks) == path.read_bytes()
 
 
+def test_highly_compressed_data_is_read_in_small_pieces() -> None:
+    compressed = zstandard.compress(bytes(1 << 27))
+    assert len(compressed) < 1 << 15
+    pieces = [
+        len(piece) for piece in documents_module._decompress([compressed], documents_module._DECOMPRESSORS["zstd"])
+    ]
+    assert sum(pieces) == 1 << 27
+    assert max(pieces) <= 1 << 25
+
+
 def test_zstd_with_the_largest_window(tmp_path: Path) -> None:
     text = b"one\ntwo\n"
     # The frame has a window of 2 GiB, as by `zstd --long=31`, and a single block that is not compressed.

@@ -112,6 +112,7 @@ def test_a_mask_cannot_be_changed(mask):
         ({"row_of_id": np.zeros(4, dtype=np.int16)}, "rows of ids"),
         ({"num_layers": 3}, "rows of ids"),
         ({"num_experts": 0}, "0 experts"),
+        ({"num_layers": 1 << 40}, "1099511627776 layers"),
     ],
 )
 def test_parts_that_do_not_fit_together_are_refused(changes, message):

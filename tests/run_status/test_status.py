@@ -183,7 +183,7 @@ def measure(tmp_path):
     """Return the progress of a run that has logged 20 iterations of 0.25 s."""
     write_events(tmp_path / "tensorboard")
     write_arguments(tmp_path)
-    return lambda loss=None: Progress.of(read_events(tmp_path / "tensorboard"), loss, RunArguments.read(tmp_path))
+    return lambda end=None: Progress.of(read_events(tmp_path / "tensorboard"), end, RunArguments.read(tmp_path))
 
 
 def test_progress_of_event_files(measure):
@@ -223,8 +223,13 @@ def test_iteration_is_that_of_the_newest_loss_of_any_text(tmp_path):
 
 def test_last_loss_is_that_of_the_console(measure):
     """With a log interval above 1, Megatron prints a mean."""
-    assert measure(loss=0.5).loss == 0.5
-    assert measure(loss="damaged").loss == 0.25
+    for loss, expected in ((0.5, 0.5), ("damaged", 0.25)):
+        assert measure(Entry(Kind.ENDED, "", 1.0, "h", facts={"loss": loss})).loss == expected
+
+
+def test_last_iteration_is_that_of_the_end(measure):
+    """With a --tensorboard-log-interval above 1, the last iterations may not be in the event files."""
+    assert measure(Entry(Kind.ENDED, "", 1.0, "h", iteration=25)).iteration == 25
 
 
 def test_time_between_two_starts_is_not_counted(tmp_path):

@@ -42,7 +42,8 @@ class EndOfRun(Callback):
         if self._ranks.rank == self._ranks.world_size - 1 or (self._ranks.rank == 0 and not is_orderly):
             loss = console.losses.get("loss", math.nan)
             facts: dict[str, Any] = {"loss": loss} if math.isfinite(loss) else {}
-            Journal(self._folder).write(Kind.ENDED, text, exit_code=code, **facts)
+            iteration = self._args.train_iters if error is None and not self._args.skip_train else None
+            Journal(self._folder).write(Kind.ENDED, text, iteration, exit_code=code, **facts)
         if is_orderly:
             time.sleep(_TORCHRUN_DELAY)
             console.say(_describe_completion(self._args) if error is None else _describe_stop(self._args), rank=-1)

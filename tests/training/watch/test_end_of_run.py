@@ -41,6 +41,7 @@ def test_end_is_in_the_journal(tmp_path, monkeypatch, end, writers, code, text):
         EndOfRun(ARGS, tmp_path / str(rank), rank_of(rank)).on_end(end)
         expected = [(Kind.ENDED, text, code)] if rank in writers else []
         entries = read_journal(tmp_path / str(rank))
+        assert all(entry.iteration == (None if end else 9) for entry in entries)
         assert [(entry.kind, entry.text, entry.facts["exit_code"]) for entry in entries] == expected
 
 
