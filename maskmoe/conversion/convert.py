@@ -20,7 +20,14 @@ from maskmoe.conversion.huggingface_models import check_files, open_model, write
 from maskmoe.conversion.megatron_models import open_megatron, write_megatron
 from maskmoe.conversion.model_files import check_output_folder, output_folder
 from maskmoe.conversion.model_tensors import OpenedModel
-from maskmoe.conversion.settings import CONFIG_FILE, DERIVED_PATTERN, DTYPE_NAMES, Settings, UpcycleSettings
+from maskmoe.conversion.settings import (
+    CONFIG_FILE,
+    DERIVED_PATTERN,
+    DTYPE_NAMES,
+    GENERATION_FILE,
+    Settings,
+    UpcycleSettings,
+)
 from maskmoe.conversion.tensor_sources import CastSource, FiniteSource, JoinedSource, TensorSource
 from maskmoe.conversion.tokenizer import TOKENIZER_FILES, WITHOUT_TEXT, choose_tokenizer
 from maskmoe.conversion.upcycle import upcycle
@@ -178,7 +185,7 @@ def _save_megatron(model: OpenedModel, settings: Settings, folder: Path) -> list
     args.tokenizer_sha256 = tokenizer_sha256(args.tokenizer_type, args.tokenizer_model)
     if args.tokenizer_model == str(settings.load):
         (folder / "tokenizer").mkdir()
-        for name in TOKENIZER_FILES:
+        for name in (*TOKENIZER_FILES, GENERATION_FILE):
             if os.path.lexists(settings.load / name):
                 shutil.copy(resolve_inside(settings.load, name), folder / "tokenizer")
         args.tokenizer_model = str(settings.save.resolve() / "tokenizer")

@@ -24,10 +24,9 @@ from maskmoe.conversion.model_tensors import (
     tensor_shapes,
     with_routing_mask,
 )
-from maskmoe.conversion.settings import CONFIG_FILE, GENERATION_FILE, LARGEST, end_ids, read_model_config
+from maskmoe.conversion.settings import CONFIG_FILE, LARGEST, ends_of_texts, read_model_config
 from maskmoe.conversion.tensor_sources import Block, Copy, RearrangedSource, TensorSource
 from maskmoe.errors import UserError
-from maskmoe.files.json_files import read_json
 from maskmoe.huggingface import MaskMoEConfig
 from maskmoe.routing_mask.mask import RoutingMask
 
@@ -157,11 +156,7 @@ def open_huggingface(folder: Path, mask: RoutingMask | None = None) -> OpenedMod
     # Files that transformers has saved lack the layers of multi-token prediction that the configuration mentions.
     if any(name.startswith(f"model.layers.{config.num_hidden_layers}.") for name in files.tensors):
         fields["num_nextn_predict_layers"] = getattr(config, "num_nextn_predict_layers", 0)
-    # Models for conversations often name further ends of a text in this file only.
-    generation = folder / GENERATION_FILE
-    ends = read_json(generation).get("eos_token_id") if generation.exists() else None
-    if end_ids(ends, generation):
-        fields["eos_token_id"] = ends
+    fields["eos_token_id"] = ends_of_texts(folder) or fields["eos_token_id"]
     source = rename_tensors(files, fields, FAMILIES[config.model_type].namings, folder)
     if "sparse" not in fields["mlp_layer_types"]:
         if mask is not None:

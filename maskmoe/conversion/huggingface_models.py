@@ -24,7 +24,7 @@ from maskmoe.conversion.model_tensors import (
     tensor_shapes,
     with_routing_mask,
 )
-from maskmoe.conversion.settings import CONFIG_FILE, read_model_config
+from maskmoe.conversion.settings import CONFIG_FILE, ends_of_texts, read_model_config
 from maskmoe.conversion.tensor_mapping import PADDING_PREFIX
 from maskmoe.conversion.tensor_sources import Block, JoinedSource, ProgressSource, TensorSource
 from maskmoe.conversion.tokenizer import export_tokenizer
@@ -69,6 +69,7 @@ def open_model(folder: Path, mask: RoutingMask | None = None) -> OpenedModel:
     with reading(f"{folder / CONFIG_FILE} does not describe a model: it", "export the model again"):
         config = make_config(MaskMoEConfig, config, folder / CONFIG_FILE).to_dict()
         shapes = tensor_shapes(config)
+    config["eos_token_id"] = ends_of_texts(folder) or config["eos_token_id"]
     # A MaskMoE model that was made without a mask has one without metadata, in which every id sees all experts.
     lacks_mask = shapes.get(f"{ROUTING_MASK_PREFIX}metadata") == (0,)
     if mask is not None and not lacks_mask:
@@ -137,7 +138,13 @@ def write_huggingface(
     Raises:
         UserError: The tokenizer cannot be read or has no equal in transformers.
     """
-    special_ids = _special_ids(model.config, export_tokenizer(tokenizer_type, tokenizer_model, folder))
+    fields = model.config
+    if tokenizer_model is not None:
+        # Checkpoints of training lack the ends of texts of the model that they began with. Its tokenizer has them.
+        path = Path(tokenizer_model)
+        ends = ends_of_texts(path if path.is_dir() else path.parent)
+        fields = fields | ({"eos_token_id": ends} if ends else {})
+    special_ids = _special_ids(fields, export_tokenizer(tokenizer_type, tokenizer_model, folder))
     # Write the tensors.
     tensors = model.source.tensors
     weights = tensor_shapes(model.config)
@@ -155,7 +162,7 @@ def write_huggingface(
     # Write all other files.
     dtype = str(tensors[next(iter(weights))].dtype).removeprefix("torch.")
     names = {"architectures": [MaskMoEForCausalLM.__name__], "auto_map": AUTO_MAP, "dtype": dtype}
-    config = make_config(MaskMoEConfig, model.config | special_ids | names)
+    config = make_config(MaskMoEConfig, fields | special_ids | names)
     (folder / CONFIG_FILE).write_text(config.to_json_string())
     GenerationConfig(bos_token_id=config.bos_token_id, eos_token_id=config.eos_token_id).save_pretrained(folder)
     export_code(folder)

@@ -158,6 +158,19 @@ def read_model_config(path: Path) -> dict[str, Any]:
     return config
 
 
+def ends_of_texts(folder: Path) -> int | list[int] | None:
+    """Return the ids that end a text by the `generation_config.json` of a model, or None.
+
+    Models for conversations often name further ends of a text in this file only.
+
+    Raises:
+        UserError: The file is damaged.
+    """
+    path = folder / GENERATION_FILE
+    ends = read_json(path).get("eos_token_id") if path.exists() else None
+    return ends if end_ids(ends, path) else None
+
+
 def end_ids(value: object, path: Path) -> list[int]:
     """Return the ids that end a text: `eos_token_id` of the `generation_config.json` in `path`, or none if it is None.
 

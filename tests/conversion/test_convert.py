@@ -30,6 +30,7 @@ from maskmoe.conversion.convert import huggingface_to_megatron, megatron_to_hugg
 from maskmoe.conversion.megatron_models import COMMON_STATE, MARKER, write_torch_dist
 from maskmoe.conversion.settings import Settings, UpcycleSettings
 from maskmoe.conversion.tensor_sources import MemorySource
+from maskmoe.conversion.tokenizer import export_tokenizer
 from maskmoe.data.tokenizer_training import train_tokenizer
 from maskmoe.errors import UserError
 from maskmoe.huggingface import MaskMoEForCausalLM
@@ -237,7 +238,9 @@ def test_a_dense_model_keeps_its_rows_and_the_ids_that_begin_and_end_texts(
     dense, tmp_path, tokenizer_type, ends, expected
 ):
     """The model keeps rows without ids, as Qwen has them. Ids of the tokenizer replace those of the model."""
-    (dense / "config.json").write_text(json.dumps(config_of(dense) | {"eos_token_id": ends}))
+    for name in ("config.json", "generation_config.json"):
+        settings = json.loads((dense / name).read_text())
+        (dense / name).write_text(json.dumps(settings | {"eos_token_id": ends}))
     model = str(dense / "tokenizer.model") if tokenizer_type == SENTENCEPIECE else None
     settings = Settings(load=dense, save=tmp_path / "run", tokenizer_type=tokenizer_type, tokenizer_model=model)
     huggingface_to_megatron(settings)
@@ -246,6 +249,20 @@ def test_a_dense_model_keeps_its_rows_and_the_ids_that_begin_and_end_texts(
     generation = json.loads((tmp_path / "back/generation_config.json").read_text())
     for settings in (config_of(tmp_path / "back"), generation):
         assert (settings["bos_token_id"], settings["eos_token_id"]) == expected
+
+
+@pytest.mark.parametrize(("ends", "expected"), [([2, 5], [2, 5]), ([5, 7], 2)])
+def test_ends_of_texts_survive_training(dense, tmp_path, ends, expected):
+    """They are in the folder of the tokenizer, because a checkpoint of training has the arguments only."""
+    export_tokenizer(SENTENCEPIECE, dense / "tokenizer.model", dense)
+    (dense / "generation_config.json").write_text(json.dumps({"eos_token_id": ends}))
+    huggingface_to_megatron(Settings(load=dense, save=tmp_path / "again"))
+    shutil.rmtree(dense)
+    checkpoint = rewrite(
+        tmp_path / "again/release", tmp_path / "trained", lambda _, common: common.pop("huggingface_config")
+    )
+    megatron_to_huggingface(Settings(load=checkpoint, save=tmp_path / "out"))
+    assert config_of(tmp_path / "out")["eos_token_id"] == expected
 
 
 def test_a_dense_model_with_further_ids_returns_to_megatron(dense, tmp_path):
