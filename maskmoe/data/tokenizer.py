@@ -137,24 +137,28 @@ class HuggingFaceTokenizer(Tokenizer):
         config, special_map = (read_json(path) if os.path.isfile(path) else {} for path in files)
         settings = config if "added_tokens_decoder" in config else {**config, **special_map}
         self.eod_id = self._find_eod_id(settings)
-        self._check_special_tokens(settings)
+        if config.get("split_special_tokens"):
+            raise UserError(f"{files[0]} sets split_special_tokens, which is not supported: remove it")
+        self._add_special_tokens(settings)
         # transformers adds the lists of both files.
-        self._check_special_tokens({role: config[role] for role in _TOKEN_LISTS if role in config})
+        self._add_special_tokens({role: config[role] for role in _TOKEN_LISTS if role in config})
 
     def _find_eod_id(self, settings: Mapping[str, Any]) -> int | None:
         """Return the id of the end-of-sequence token that the settings name, or None."""
         ends = ((settings[role], role) for role in ("eos_token", "sep_token") if settings.get(role))
         return next((self._id_of(token, role) for token, role in ends), None)
 
-    def _check_special_tokens(self, settings: Mapping[str, Any]) -> None:
-        """Check that the tokenizer has the tokens that transformers takes from the settings."""
+    def _add_special_tokens(self, settings: Mapping[str, Any]) -> None:
+        """Find the special tokens of the settings in texts, as transformers does; the tokenizer must know their ids."""
+        known = self._tokenizer.get_added_tokens_decoder()
         for role, value in settings.items():
             if role in _TOKEN_LISTS:
                 tokens = value.values() if isinstance(value, dict) else value if isinstance(value, list) else [value]
             else:
                 tokens = [value] if role.endswith("_token") and isinstance(value, str | dict) else []
             for token in filter(None, tokens):
-                self._id_of(token, role)
+                if self._id_of(token, role) not in known:
+                    self._tokenizer.add_special_tokens([token["content"] if isinstance(token, dict) else token])
 
     def _id_of(self, token: Any, role: str) -> int:
         """Return the id of a special token of the settings; raise `UserError` if the tokenizer lacks the token."""

@@ -9,6 +9,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 from megatron.core.tokenizers.utils.build_tokenizer import build_tokenizer
+from tokenizers import ByteLevelBPETokenizer
 from transformers import AutoTokenizer
 
 from maskmoe.data.tokenizer import TOKENIZER_TYPES, load_tokenizer
@@ -48,6 +49,34 @@ def test_agrees_with_megatron(tokenizer_model: tuple[str, Path], texts: list[str
     for text, ids in zip(texts, ours.encode_batch(texts), strict=True):
         assert ids.dtype == np.int32
         assert ids.tolist() == theirs.tokenize(text)
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"eos_token": "<end>", "additional_special_tokens": ["<turn>"]},
+        {
+            "eos_token": {"__type": "AddedToken", "content": "<end>"},
+            "extra_special_tokens": {"turn": "<turn>"},
+        },
+        {"added_tokens_decoder": {"1": {"content": "<turn>", "special": False}, "0": {"content": "<end>"}}},
+    ],
+)
+def test_special_tokens_that_only_the_settings_name(tmp_path: Path, settings: dict) -> None:
+    """As in a tokenizer.json that was made from the files `vocab.json` and `merges.txt` of GPT-2."""
+    special = ["<end>", "<turn>"]
+    trained = ByteLevelBPETokenizer()
+    trained.train_from_iterator(["the end of the beginning. "] * 50, vocab_size=300, special_tokens=special)
+    trained.save_model(str(tmp_path))
+    ByteLevelBPETokenizer(str(tmp_path / "vocab.json"), str(tmp_path / "merges.txt")).save(
+        str(tmp_path / "tokenizer.json")
+    )
+    settings = settings | {"tokenizer_class": "PreTrainedTokenizerFast"}
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps(settings))
+    text = "<turn> the end <end> of the <turn>beginning"
+    ids = load_tokenizer("HuggingFaceTokenizer", tmp_path).encode_batch([text])[0].tolist()
+    assert ids == megatron_tokenizer("HuggingFaceTokenizer", tmp_path).tokenize(text)
+    assert (ids.count(0), ids.count(1)) == (1, 2)
 
 
 def test_huggingface_folder_or_file(huggingface_folder: Path) -> None:
@@ -130,6 +159,7 @@ def test_unknown_type(tmp_path: Path) -> None:
         ('{"added_tokens_decoder": {"500": {"content": "<x>"}}}', "names '<x>' as added_tokens_decoder"),
         ('{"added_tokens_decoder": 5}', "names 5 as added_tokens_decoder"),
         ('{"eos_token": 5}', "names 5 as eos_token"),
+        ('{"split_special_tokens": true}', "sets split_special_tokens, which is not supported"),
         ('{"eos_token": ["<x>"]}', r"names \['<x>'\] as eos_token"),
         ('{"eos_token": {"id": 2}}', "names None as eos_token"),
         ("{", "is damaged .Invalid JSON"),
