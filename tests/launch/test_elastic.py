@@ -211,7 +211,8 @@ def test_ranks_that_fail_with_a_lost_node_continue_on_a_slow_file_system(new_run
     run.say("fail-0")
     first.wait_for_output("looking whether a node is lost")
     (run.folder / "fail-0").unlink()
-    run.wait_for_nodes(2, 1)
+    # If this machine is slow, too, the lost node still seems alive in the next generation.
+    first.wait_for_output("training on 1 node (a), 1 rank")
     run.finish(first)
 
 
