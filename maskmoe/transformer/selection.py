@@ -107,14 +107,21 @@ def choose_experts(
     # If k > V, invisible experts with weight 0 fill up to k. Remove them from the map.
     routing_map = routing_map & visible
     if rule.capacity_factor is not None:
-        probs, routing_map = apply_router_token_dropping(
-            probs,
+        priorities = probs
+        if rule.drop_policy == "position":
+            # Keep the first tokens. Megatron-Core 0.19.2 leaves the choice to the order of ties in `topk`, and on a CPU
+            # keeps the last ones.
+            places = torch.arange(len(probs), 0, -1, device=probs.device, dtype=torch.float32)
+            priorities = routing_map * places.unsqueeze(-1)
+        _, routing_map = apply_router_token_dropping(
+            priorities,
             routing_map,
             router_topk=rule.topk,
             capacity_factor=rule.capacity_factor,
-            drop_policy=rule.drop_policy,
+            drop_policy="probs",
             pad_to_capacity=rule.pads_to_capacity,
         )
+        probs = probs * routing_map
     return probs, routing_map, selected
 
 

@@ -147,6 +147,8 @@ def test_tokens_beyond_the_capacity_are_dropped(drop_policy: str) -> None:
         for expert in dropped.any(dim=0).nonzero().flatten():
             least_kept = all_probs[kept[:, expert], expert].min()
             assert least_kept >= all_probs[dropped[:, expert], expert].max()
+    else:
+        assert torch.equal(kept, everything & (everything.cumsum(dim=0) <= CAPACITY))
 
 
 @pytest.mark.parametrize("drop_policy", ["probs", "position"])

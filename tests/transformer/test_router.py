@@ -145,13 +145,7 @@ SETTINGS = [
     GROUPS | {"moe_router_group_topk": 3, "topk": 3},
     GROUPS | {"moe_router_group_topk": 1, "topk": 4},
     {"moe_expert_capacity_factor": 1.0},
-    {"moe_expert_capacity_factor": 0.5, "moe_token_drop_policy": "position"},
     {"moe_expert_capacity_factor": 1.0, "moe_pad_expert_input_to_capacity": True},
-    {
-        "moe_expert_capacity_factor": 1.0,
-        "moe_pad_expert_input_to_capacity": True,
-        "moe_token_drop_policy": "position",
-    },
     {
         "moe_expert_capacity_factor": 1.0,
         "moe_router_score_function": "sigmoid",

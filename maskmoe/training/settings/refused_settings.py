@@ -497,6 +497,11 @@ BROKEN_IN_MEGATRON = (
         lambda args: bool(args.num_experts) and args.moe_apply_probs_on_input and args.moe_router_topk > 1,
     ),
     Check(
+        "--moe-apply-probs-on-input with --moe-pad-expert-input-to-capacity, without --disable-bias-linear",
+        "Rows of padding would add the biases of experts that a token has not chosen.",
+        lambda args: args.moe_apply_probs_on_input and args.moe_pad_expert_input_to_capacity and args.add_bias_linear,
+    ),
+    Check(
         "--moe-shared-expert-overlap with --activation-func-clamp-value, --glu-linear-offset or --moe-latent-size",
         "Overlapped shared experts ignore clamp and offset, and fail beside latent experts. Leave the overlap out.",
         lambda args: args.moe_shared_expert_overlap and (_has_clamp_or_offset(args) or _given("moe_latent_size")(args)),

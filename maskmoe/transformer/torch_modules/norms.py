@@ -48,6 +48,20 @@ class _RMSNorm(torch.autograd.Function):
         return grad_input.to(x.dtype), grad_weight.to(weight.dtype), None
 
 
+class TorchLayerNorm(torch.nn.LayerNorm):
+    """`torch.nn.LayerNorm` that adds up the gradients of its parameters in fp32, also on a CPU.
+
+    On a CPU, torch adds them up in the dtype of the input: in bf16, small parts of a large sum are lost.
+    """
+
+    def forward(self, input: Tensor) -> Tensor:
+        """Normalize the last dimension of `input`; computed in fp32."""
+        if not input.is_cpu or input.dtype == torch.float32:
+            return super().forward(input)
+        parameters = self.weight.float(), self.bias.float()
+        return layer_norm(input.float(), self.normalized_shape, *parameters, self.eps).to(input.dtype)
+
+
 class ZeroCentredRMSNorm(torch.nn.RMSNorm):
     """`torch.nn.RMSNorm` with the weight minus one as its parameter, as `layernorm_zero_centered_gamma` asks."""
 
@@ -77,7 +91,7 @@ class ZeroCentredLayerNorm(torch.nn.LayerNorm):
 
 _NORMS = {
     # By `layernorm_zero_centered_gamma` and `normalization`.
-    (False, "LayerNorm"): torch.nn.LayerNorm,
+    (False, "LayerNorm"): TorchLayerNorm,
     (False, "RMSNorm"): TorchRMSNorm,
     (True, "LayerNorm"): ZeroCentredLayerNorm,
     (True, "RMSNorm"): ZeroCentredRMSNorm,

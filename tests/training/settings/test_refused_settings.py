@@ -54,6 +54,9 @@ REFUSED = {
     "--mlp-chunks-for-training 2": "--mlp-chunks",
     FLEX: f"{FLEX} without --bf16",
     "--moe-apply-probs-on-input --moe-router-topk 2": "--moe-apply-probs-on-input with",
+    f"~--num-experts 8 --moe-router-topk 1 --moe-apply-probs-on-input {PADDED} 4": (
+        "--moe-apply-probs-on-input with --moe-pad"
+    ),
     **{
         f"--moe-shared-expert-overlap {flags}": "--moe-shared-expert-overlap with"
         for flags in ("--activation-func-clamp-value 7", "--glu-linear-offset -1", "--moe-latent-size 16")
@@ -181,6 +184,7 @@ SUPPORTED = (
     "--moe-router-group-topk 2 --moe-router-num-groups 4 --moe-router-topk 2",
     f"{FLEX} --bf16 --expert-model-parallel-size 2",
     "--moe-apply-probs-on-input --moe-router-topk 1",
+    f"--moe-apply-probs-on-input --moe-router-topk 1 {PADDED} 4",
     "--moe-shared-expert-overlap --moe-shared-expert-intermediate-size 8",
     "--activation-func-clamp-value 7 --glu-linear-offset 1 --moe-latent-size 16",
     f"{PADDED} 4 --moe-router-topk 2",
