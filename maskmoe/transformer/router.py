@@ -44,8 +44,9 @@ class MaskMoERouter(TopKRouter):
     On a CPU, if every expert is visible, outputs, losses and gradients are bit-equal to `TopKRouter`'s. The
     exceptions are the global load-balancing loss, see `router_losses`; the z-loss of a layer of multi-token prediction
     that is repeated, which is divided by the repetitions as the balancing losses are; the expert bias with padding to
-    capacity, which `TopKRouter` updates from the padded load; and dropping by position, see `choose_experts`. A token with one visible expert has weight exactly 1
-    (softmax scores) and sends no gradient to the router's weight.
+    capacity, which `TopKRouter` updates from the padded load; and dropping by position, see `choose_experts`.
+
+    A token with one visible expert has weight exactly 1 (softmax scores) and sends no gradient to the router's weight.
 
     Load-balancing losses count the tokens `aux_loss_tokens`: `all`, or only `routable` ones (V ≥ 2). `statistics` holds
     sums over the tokens that were routed in training, and in evaluation as well if `counts_in_evaluation` is set.
