@@ -100,9 +100,9 @@ def main() -> None:
         results = (record | {"text": text} for record, text in zip(records, texts, strict=True))
         texts = [json.dumps(result, ensure_ascii=False) for result in results]
     output = "\n".join(texts)
-    print(output)
     if arguments.output is not None:
         write_text(arguments.output, output + "\n")
+    print(output)  # last, since nobody may read it: `| head`
 
 
 @contextmanager

@@ -47,11 +47,11 @@ def main() -> None:
     folders = (of_run.path("save"), of_run.path("tensorboard_dir"))
     _check_is_no_file_of_run(outputs, arguments.run, [folder for folder in folders if folder is not None])
     status = read_status(arguments.run, arguments.verify)
-    print(render_text(status), end="")
     if arguments.html is not None:
         write_page(status, arguments.html)
     if arguments.json is not None:
         write_text(arguments.json, f"{json.dumps(status.to_json())}\n")
+    print(render_text(status), end="")  # last, since nobody may read it: `| head`
 
 
 def _check_is_no_file_of_run(outputs: Iterable[Path], run: Path, folders: Iterable[Path]) -> None:

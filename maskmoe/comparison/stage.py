@@ -24,6 +24,7 @@ from maskmoe.errors import RunFailure, UserError, listed
 from maskmoe.files.json_files import read_record, write_record
 from maskmoe.files.outputs import check_outputs, refuse_checkpoint, write_text
 from maskmoe.files.paths import short_path
+from maskmoe.files.run_folder import ARGUMENTS, JOURNAL
 from maskmoe.processes.interruption import SHUTDOWN_TIMEOUT, SIGNALS_THAT_END_TOOLS, deferring_signals, handling_signals
 from maskmoe.processes.lifetimes import end_with_parent, send_signal
 
@@ -175,14 +176,18 @@ class StageFolder:
 
         Raises:
             UserError: The folder lies in a checkpoint. Or a file is one of the inputs, or exists although the folder
-                has no stages and `is_own` is false: the file belongs to the user.
+                has no stages and `is_own` is false: the file belongs to the user, or the folder to another run.
         """
         refuse_checkpoint(self.path)
         existing = [path for path in (self.path / "commands.sh", *files) if os.path.lexists(path)]
         check_outputs(existing, inputs, force=True)
-        if existing and not (is_own or (self.path / "stages").exists()):
+        if is_own or (self.path / "stages").exists():
+            return
+        if existing:
             path = short_path(existing[0])
             raise UserError(f"cannot write {path}: it exists, but no run has written it; choose another --run-dir")
+        if of_run := [name for name in (ARGUMENTS, JOURNAL, "checkpoints") if os.path.lexists(self.path / name)]:
+            raise UserError(f"{short_path(self.path)} has the {of_run[0]} of another run; choose another --run-dir")
 
     def seconds(self, stage: Stage) -> float | None:
         """Return the duration of a finished stage; None if it is unfinished, or if its settings or results changed."""

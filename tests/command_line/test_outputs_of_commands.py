@@ -133,6 +133,17 @@ def test_a_run_folder_replaces_no_file_of_the_user(
     assert contents(folder) == before
 
 
+@pytest.mark.parametrize("name", ["args.yaml", "journal", "checkpoints"])
+def test_quickstart_leaves_the_folder_of_another_run_alone(
+    folder: Path, monkeypatch: pytest.MonkeyPatch, name: str
+) -> None:
+    """The run may be training: its checkpoints would be moved away from under it."""
+    (folder / name).mkdir()
+    monkeypatch.setattr(StageFolder, "run", lambda *_: pytest.fail("a stage ran"))
+    with pytest.raises(UserError, match=rf"has the {name} of another run; choose another --run-dir"):
+        run(monkeypatch, f"{QUICKSTART} text.txt")
+
+
 def test_a_report_elsewhere_checks_no_file_of_the_run_folder(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (folder / "data").mkdir()
     (folder / "data" / "commands.sh").write_text(TEXT)

@@ -191,7 +191,7 @@ def main() -> None:
     with leaving_process_groups():
         model = load_model(args)
         results = evaluate(args, model, frequency)
-        print_rank_0(results.table())
         content = json.dumps(to_jsonable_python(results, inf_nan_mode="null"), indent=2, allow_nan=False)
         if args.output is not None and torch.distributed.get_rank() == 0:
             write_text(args.output, content + "\n")
+        print_rank_0(results.table())  # last, since nobody may read it: `| head`

@@ -35,12 +35,16 @@ _ABOVE_ZERO = (
     *("expert_model_parallel_size", "expert_tensor_parallel_size", "num_distributed_optimizer_instances"),
     *("micro_batch_size", "global_batch_size", "eval_micro_batch_size", "eval_global_batch_size"),
     *("train_iters", "train_samples", "log_interval", "eval_interval", "save_interval", "save_retain_interval", "seed"),
+    *("kv_channels", "ffn_hidden_size", "moe_ffn_hidden_size", "distributed_timeout_minutes"),
 )
+# Settings that must be from 0 to 1 if they are given.
+_AT_MOST_ONE = ("hidden_dropout", "attention_dropout", "moe_input_jitter_eps", "adam_beta1", "adam_beta2")
 # Settings that must not be negative if they are given.
 _NOT_NEGATIVE = (
     *("lr", "min_lr", "lr_warmup_init", "lr_warmup_iters", "lr_warmup_samples", "lr_warmup_fraction", "decoupled_lr"),
     *("weight_decay", "start_weight_decay", "clip_grad", "moe_aux_loss_coeff", "moe_z_loss_coeff"),
-    *("moe_router_bias_update_rate", "eval_iters", "num_workers"),
+    *("moe_router_bias_update_rate", "eval_iters", "num_workers", "adam_eps", "init_method_std", "mtp_num_layers"),
+    *_AT_MOST_ONE,
 )
 
 
@@ -80,6 +84,8 @@ def value_errors(args: Namespace) -> Iterator[str]:
                 yield f"{flag} must be above 0, not {value:g}"
             elif name in _NOT_NEGATIVE and value < 0:
                 yield f"{flag} must not be negative, but is {value:g}"
+            elif name in _AT_MOST_ONE and value > 1:
+                yield f"{flag} must be at most 1, not {value:g}"
     if not is_layer_frequency(args.moe_layer_freq, has_experts=bool(args.num_experts)):
         yield LAYER_FREQUENCY_ERROR
     if args.split is not None:

@@ -263,6 +263,12 @@ BAD_VALUES = {
     "--split": "abc -1,2,3 0,0,0 1,2,3,4 nan,1,1",
     "--window-size": "a,b",
     "--num-layer": "2",
+    "--adam-beta2": "95 -1",
+    "--adam-eps": "-1",
+    "--hidden-dropout": "10 -0.1",
+    "--kv-channels": "0",
+    "--moe-ffn-hidden-size": "0 -1",
+    "--mtp-num-layers": "-1",
 }
 
 
