@@ -63,7 +63,18 @@ class RoutesByTokenId(torch.nn.Module):
     mtp_process: bool
 
     def set_routing_mask(self, visible_experts: VisibleExperts) -> None:
-        """Register the model's routing mask, and prepare to plan dispatch if mask and settings allow plans."""
+        """Register the model's routing mask, and prepare to plan dispatch if mask and settings allow plans.
+
+        Raises:
+            ValueError: A MoE layer does not route by this mask.
+        """
+        for name, layer in self.named_modules():
+            router = getattr(layer, "router", None)
+            if isinstance(layer, MoELayer) and getattr(router, "visible_experts", None) is not visible_experts:
+                raise ValueError(
+                    f"{name} does not route by the mask of the model: pass all layer specs through "
+                    "with_maskmoe_modules(spec, config, visible_experts)"
+                )
         self.routing_mask = visible_experts
         self._dispatch_planner: DispatchPlanner | None = None
         kind = choose_dispatch(self.config, self.pg_collection, visible_experts.is_rank_local)

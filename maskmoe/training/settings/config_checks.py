@@ -35,6 +35,8 @@ def check_settings(config: TransformerConfig, mask: RoutingMask, hybrid_layer_pa
     # A configuration has most settings of the arguments, by the same names.
     settings = vars(config) | {"num_experts": config.num_moe_experts, "routing_mask": mask}
     settings |= {"hybrid_layer_pattern": hybrid_layer_pattern, "is_hybrid_model": False}  # the old flag is refused
+    kind = config.cp_comm_type or "p2p"
+    settings["cp_comm_type"] = [kind] if isinstance(kind, str) else kind
     settings["te_rng_tracker"] = config.use_te_rng_tracker
     settings["mtp_num_layers"] = config.mtp_num_layers or 0  # a pattern alone builds no multi-token prediction
     args = Namespace(**vars(ours) | settings)

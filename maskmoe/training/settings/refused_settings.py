@@ -100,6 +100,8 @@ def missing_flags(args: Namespace, has_checkpoint: bool) -> Iterator[str]:
 
     If the run loads a checkpoint, the settings of the checkpoint can replace the arguments'.
     """
+    if not (args.perform_initialization or has_checkpoint or args.pretrained_checkpoint):
+        yield "no initial weights: leave --no-initialization out, because no checkpoint is loaded"
     if args.seq_length is None and args.encoder_seq_length is None:
         settings = ", or --use-checkpoint-args for the settings of the checkpoint" if has_checkpoint else ""
         yield f"no sequence length: pass --seq-length{settings}"

@@ -58,8 +58,24 @@ class TorchLayerNorm(torch.nn.LayerNorm):
         """Normalize the last dimension of `input`; computed in fp32."""
         if not input.is_cpu or input.dtype == torch.float32:
             return super().forward(input)
-        parameters = self.weight.float(), self.bias.float()
-        return layer_norm(input.float(), self.normalized_shape, *parameters, self.eps).to(input.dtype)
+        return _LayerNorm.apply(input, self.weight, self.bias, self.eps)
+
+
+class _LayerNorm(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor, eps: float) -> Tensor:
+        features = x.shape[-1:]
+        output, mean, inverse = torch.native_layer_norm(x.float(), features, weight.float(), bias.float(), eps)
+        ctx.save_for_backward(x, weight, bias, mean, inverse)
+        return output.to(x.dtype)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, Tensor, Tensor, None]:  # pyrefly: ignore[bad-override]
+        x, weight, bias, *moments = ctx.saved_tensors
+        inputs = (gradients[0].float(), x.float(), x.shape[-1:], *moments, weight.float(), bias.float())
+        of_input, of_weight, of_bias = torch.ops.aten.native_layer_norm_backward(*inputs, [True] * 3)
+        return of_input.to(x.dtype), of_weight.to(weight.dtype), of_bias.to(bias.dtype), None
 
 
 class ZeroCentredRMSNorm(torch.nn.RMSNorm):

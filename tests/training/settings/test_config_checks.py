@@ -21,6 +21,15 @@ def test_supported_settings_are_accepted_and_no_default_differs():
     assert check_settings(make(), MASK) == []
 
 
+@pytest.mark.parametrize("kind", [None, "p2p", "all_gather"])
+def test_context_parallelism_without_transformer_engine_is_accepted(kind):
+    config = make(context_parallel_size=2, transformer_impl="local", cp_comm_type=kind)
+    assert check_settings(config, MASK) == []
+    config.cp_comm_type = "a2a"
+    with pytest.raises(UserError, match="--cp-comm-type"):
+        check_settings(config, MASK)
+
+
 @pytest.mark.parametrize("pattern", ["*E*E*E*E", "*E*E*E/*E"])
 def test_hybrid_model_is_accepted(pattern):
     decoder, *predictions = pattern.split("/")

@@ -445,6 +445,8 @@ def test_flags_that_megatron_misses_late() -> None:
     assert list(missing_flags(parse("--load F"), has_checkpoint=False)) == errors
     errors[0] += ", or --use-checkpoint-args for the settings of the checkpoint"
     assert list(missing_flags(parse("--load F"), has_checkpoint=True)) == errors
+    assert list(missing_flags(parse("--no-initialization"), has_checkpoint=True)) == errors
+    assert "--no-initialization" in next(missing_flags(parse("--no-initialization"), has_checkpoint=False))
     assert list(missing_flags(parse("--use-checkpoint-opt-param-scheduler"), has_checkpoint=True)) == errors[:2]
     evaluation = parse("--skip-train --seq-length 8")
     assert list(missing_flags(evaluation, has_checkpoint=False)) == errors[1:2]  # Megatron multiplies by the length
