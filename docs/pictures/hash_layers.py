@@ -39,7 +39,7 @@ def draw(frequency: TokenFrequency) -> Figure:
     figure = Figure((10, 4), dpi=130, layout="constrained")
     of_experts, of_ranks = figure.subplots(1, 2, width_ratios=(3, 2), sharey=True)
     for name, mask in masks(frequency).items():
-        (load,) = expected_expert_load(mask, frequency.occurrences)
+        (load,) = expected_expert_load(mask, frequency.occurrences, topk=TOPK)
         for axes, loads in ((of_experts, load), (of_ranks, load.reshape(NUM_RANKS, -1).sum(axis=1))):
             over_mean = np.sort(loads)[::-1] / loads.mean()
             axes.plot(np.arange(1, len(loads) + 1), over_mean, ".-", label=f"{name}: {over_mean[0]:.2f}")

@@ -58,7 +58,7 @@ def why_impossible(routing: Routing, mask: RoutingMask, layer: int, cluster: Clu
 
 @cache
 def mask_of_layer(
-    routing: Routing, mask: RoutingMask, layer: int, frequency: TokenFrequency, num_places: int
+    routing: Routing, mask: RoutingMask, layer: int, frequency: TokenFrequency, num_places: int, topk: int
 ) -> RoutingMask:
     """Return the mask of one layer for a kind of routing.
 
@@ -72,6 +72,7 @@ def mask_of_layer(
         layer: The layer of the given mask, from 0.
         frequency: Counts of the ids.
         num_places: See `Routing.num_places`.
+        topk: K, the largest number of experts of a token.
     """
     if routing is Routing.MASK:
         row_of_id, visible_bits = mask.table_of_layer(layer)
@@ -90,6 +91,7 @@ def mask_of_layer(
         frequent_visible_experts=visible if visible > 1 else None,
         seed=layer,
         expert_model_parallel_size=num_places,
+        topk=topk,
     )
     return build_routing_mask(recipe, frequency=frequency, workers=1)
 
@@ -194,7 +196,7 @@ class Simulation:
         if reason := why_impossible(routing, self.mask, self.layer, cluster, topk):
             return [case(_name(routing, dispatch), impossible=reason) for dispatch in dispatches]
         # Dispatch is planned only if the destination of every token is known in every layer.
-        mask = mask_of_layer(routing, self.mask, self.layer, self.frequency, routing.num_places(cluster))
+        mask = mask_of_layer(routing, self.mask, self.layer, self.frequency, routing.num_places(cluster), topk)
         if (self.mask if routing is Routing.MASK else mask).rank_of_rows(cluster.ep_size) is not None:
             dispatches = [DispatchKind.PLANNED if way is DispatchKind.ONE_COPY else way for way in dispatches]
         # Route the tokens once. The random stream depends on the case, not on what else is simulated.

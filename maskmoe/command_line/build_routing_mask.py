@@ -29,6 +29,7 @@ from maskmoe.routing_mask.frequency import (
     TokenFrequency,
     check_same_vocabulary,
     expected_expert_load,
+    load_of_ids,
     overloading_ids,
 )
 from maskmoe.routing_mask.mask import HashLayers, RoutingMask, describe_visible_experts
@@ -63,6 +64,8 @@ def parse_arguments(words: Sequence[str] | None = None) -> argparse.Namespace:
     add_option(model, "--num-experts N", "experts in each MoE layer", ranges.EXPERTS)
     add_option(model, "--num-layers L", "transformer layers, with and without experts", ranges.LAYERS)
     size = "number of expert-parallel ranks; required for rank-local assignment, otherwise it only adds the load of "
+    topk = "experts that a token uses in training if it sees so many, which balanced and rank-local assignment level "
+    add_option(model, "--moe-router-topk K", f"{topk}(default: 1)", ranges.EXPERTS)
     add_option(model, "--expert-model-parallel-size E", f"{size}the ranks to the summary", ranges.RANKS)
     pattern = "layers of a HybridModel, for the numbers of layers in the tensors' names of tid2eid tables"
     add_option(model, "--hybrid-layer-pattern P", pattern)
@@ -99,7 +102,7 @@ def parse_arguments(words: Sequence[str] | None = None) -> argparse.Namespace:
     add_force_argument(parser)
     arguments = parser.parse_args(words)
     if arguments.routing_mask:
-        decided = (*_MODEL, "vocab_size", "shared_table", *_METHOD, "preset", *_HASH_LAYERS)
+        decided = (*_MODEL, "vocab_size", "shared_table", *_METHOD, "preset", *_HASH_LAYERS, "moe_router_topk")
         _refuse(arguments, decided, "--routing-mask already decides the model and the experts of each id")
         return arguments
     if missing := [name for name in _MODEL if getattr(arguments, name) is None]:
@@ -107,7 +110,7 @@ def parse_arguments(words: Sequence[str] | None = None) -> argparse.Namespace:
     if not (arguments.token_frequency or arguments.vocab_size or arguments.expert_table):
         raise UserError("give --token-frequency, --vocab-size, --expert-table or --routing-mask")
     if arguments.expert_table:
-        decided = (*_METHOD, "preset", *_HASH_LAYERS, "shared_table")
+        decided = (*_METHOD, "preset", *_HASH_LAYERS, "shared_table", "moe_router_topk")
         _refuse(arguments, decided, "--expert-table already decides the experts of each id")
     return arguments
 
@@ -121,6 +124,7 @@ def recipe_from(arguments: argparse.Namespace) -> MaskRecipe:
     _check_ranks(arguments.num_experts, arguments.expert_model_parallel_size)
     given = {name: value for name in _METHOD if (value := getattr(arguments, name)) is not None}
     common: dict[str, Any] = {"seed": arguments.seed, "shared_table": arguments.shared_table}
+    common["topk"] = arguments.moe_router_topk or 1
     if arguments.assignment == "rank-local":
         if arguments.expert_model_parallel_size is None:
             raise UserError("--assignment rank-local needs --expert-model-parallel-size")
@@ -166,7 +170,7 @@ def _with_hash_layers(recipe: MaskRecipe, arguments: argparse.Namespace) -> Mask
     if arguments.hash_layers > recipe.num_layers:
         raise UserError(f"--hash-layers {arguments.hash_layers}: the model has {recipe.num_layers} layers")
     sizes: dict[str, Any] = {"num_experts": recipe.num_experts, "num_layers": recipe.num_layers, "seed": recipe.seed}
-    sizes["shared_table"] = recipe.shared_table
+    sizes |= {"shared_table": recipe.shared_table, "topk": recipe.topk}
     if assignment == "rank-local":
         sizes["expert_model_parallel_size"] = arguments.expert_model_parallel_size
     if visible > 1:
@@ -242,10 +246,10 @@ def print_summary(mask: RoutingMask, frequency: TokenFrequency | None, num_ranks
     print(f"visible experts  {describe_visible_experts(mask)}")
     if frequency is not None:
         occurrences = frequency.occurrences
-        load = expected_expert_load(mask, occurrences)
+        load = expected_expert_load(mask, occurrences, mask.provenance.topk)
         if is_frequent.any() and not is_frequent.all():
             print(f"frequent share   {occurrences[is_frequent].sum() / occurrences.sum():.2%} of all occurrences")
-        print(f"expert load      {describe_imbalance(load)}")
+        print(f"expert load      {describe_imbalance(load)} at top-{mask.provenance.topk}")
         if num_ranks:
             print(f"rank load        {describe_imbalance(load, num_ranks)}")
         warn_of_overload(mask, occurrences)
@@ -274,7 +278,8 @@ def warn_of_overload(mask: RoutingMask, occurrences: np.ndarray) -> None:
         return
     worst = ids[0]
     others = f" ({len(ids) - 1:,} more ids are too frequent as well)" if len(ids) > 1 else ""
-    share, num_visible = occurrences[worst] / occurrences.sum(), mask.fewest_visible_of_id[worst]
+    load, num_visible = load_of_ids(mask, occurrences), mask.fewest_visible_of_id[worst]
+    share = load[worst] / load.sum()
     needed = max(2, math.ceil(share * mask.num_experts))
     num_ranks, hashed = mask.provenance.expert_model_parallel_size, mask.provenance.hash_layers
     if num_ranks and share > 1 / num_ranks:
@@ -290,7 +295,7 @@ def warn_of_overload(mask: RoutingMask, occurrences: np.ndarray) -> None:
         cure = f"give frequent ids at least {needed} experts (--frequent-visible-experts, or --hash-visible-experts if "
         cure += "all layers are hash layers)"
     print(
-        f"WARNING: balance is impossible: id {worst} alone has {share:.2%} of all occurrences and sees {num_visible} "
+        f"WARNING: balance is impossible: id {worst} alone has {share:.2%} of the load and sees {num_visible} "
         f"of {mask.num_experts} experts{others}; {cure}, or use fewer experts"
     )
 

@@ -51,7 +51,7 @@ def print_summary(old: RoutingMask, new: RoutingMask, frequency: TokenFrequency 
     print(f"{old.max_visible} → {new.max_visible} (largest)")
     if frequency is not None:
         for name, mask in (("before", old), ("after", new)):
-            load = expected_expert_load(mask, frequency.occurrences)
+            load = expected_expert_load(mask, frequency.occurrences, mask.provenance.topk)
             print(f"{'load ' + name:16} {describe_imbalance(load)}")
             if num_ranks := mask.provenance.expert_model_parallel_size:
                 print(f"{'  of ranks':16} {describe_imbalance(load, num_ranks)}")

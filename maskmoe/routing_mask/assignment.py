@@ -43,7 +43,7 @@ class MaskRecipe:
         assignment: How visible experts are chosen.
             `uniform`: Every id draws its experts uniformly without replacement.
             `balanced`: Ids are placed by descending count. An id with V = 1 goes to the least-loaded expert. An id with
-            V > 1 goes to the V least-loaded experts, and its occurrences are spread evenly over them.
+            V > 1 goes to the V least-loaded experts, and adds a load of min(k, V) / V of its occurrences to each.
             `rank-local`: An id goes to the least-loaded expert-parallel rank, and there to the least-loaded experts.
             All its visible experts are on one rank.
         frequent_mass: P, the share of all occurrences that the frequent ids cover, in [0, 1].
@@ -55,6 +55,7 @@ class MaskRecipe:
         preset: Name of the baseline that this recipe describes, or None; see `from_preset`.
         hash_layers: The first layers, to which `assignment`, `frequent_mass`, `frequent_visible_experts` and `preset`
             do not apply; None if they apply to all layers.
+        topk: k, the number of experts that a token uses if it sees so many.
 
     Raises:
         UserError: The settings contradict each other.
@@ -70,6 +71,7 @@ class MaskRecipe:
     shared_table: bool = False
     preset: str | None = None
     hash_layers: HashLayers | None = None
+    topk: int = 1
 
     def __post_init__(self) -> None:
         if problem := self._find_problem() or self._find_problem_of_hash_layers():
@@ -154,6 +156,11 @@ class MaskRecipe:
     def frequent_see_all(self) -> bool:
         """Whether frequent ids see every expert (V_f = N), so that they all have the same visible set."""
         return self.frequent_visible_experts == self.num_experts
+
+    @property
+    def experts_of_frequent(self) -> int:
+        """Number of experts that a token with a frequent id uses, min(k, V_f); 1 if no id is frequent."""
+        return min(self.topk, self.frequent_visible_experts or 1)
 
     @property
     def needs_counts(self) -> bool:
@@ -273,7 +280,9 @@ def assign_table(recipe: MaskRecipe, occurrences: np.ndarray, table: int) -> tup
         sets = uniform_subsets(rng, num_sets, recipe.frequent_visible_experts or 0, num_experts)
         single_expert = rng.integers(num_experts, size=len(vocabulary.ids) - num_frequent)
     else:
-        sets, single_expert = _assign_by_load(rng, vocabulary.occurrences[skipped:], num_sets, recipe)
+        weights = vocabulary.occurrences[skipped:].copy()
+        weights[:num_sets] *= recipe.experts_of_frequent
+        sets, single_expert = _assign_by_load(rng, weights, num_sets, recipe)
     if skipped:
         sets = np.ones((1, num_experts), dtype=bool)
 
@@ -300,29 +309,29 @@ def uniform_subsets(rng: np.random.Generator, count: int, size: int, num_experts
 
 
 def _assign_by_load(
-    rng: np.random.Generator, occurrences: np.ndarray, num_sets: int, recipe: MaskRecipe
+    rng: np.random.Generator, weights: np.ndarray, num_sets: int, recipe: MaskRecipe
 ) -> tuple[np.ndarray, np.ndarray]:
     """Assign ids by load: to the ranks first if there are several, then to the experts.
 
     See `_spread` for the arguments and results.
     """
     num_ranks, set_size = recipe.num_ranks, recipe.frequent_visible_experts or 0
-    rank_of_id = np.zeros(len(occurrences)) if num_ranks == 1 else _spread(rng, occurrences, 0, 0, num_ranks)[1]
+    rank_of_id = np.zeros(len(weights)) if num_ranks == 1 else _spread(rng, weights, 0, 0, num_ranks)[1]
     # On each rank, choose among the rank's experts for the ids that were placed there.
     experts_per_rank = recipe.num_experts // num_ranks
     sets = np.zeros((num_sets, num_ranks, experts_per_rank), dtype=bool)
-    single_expert = np.empty(len(occurrences), dtype=np.int64)
+    single_expert = np.empty(len(weights), dtype=np.int64)
     for rank in range(num_ranks):
         members = np.flatnonzero(rank_of_id == rank)
         with_set, with_single = members[members < num_sets], members[members >= num_sets]
-        spread = _spread(rng, occurrences[members], len(with_set), set_size, experts_per_rank)
+        spread = _spread(rng, weights[members], len(with_set), set_size, experts_per_rank)
         sets[with_set, rank] = spread[0]
         single_expert[with_single] = rank * experts_per_rank + spread[1]
     return sets.reshape(num_sets, recipe.num_experts), single_expert[num_sets:]
 
 
 def _spread(
-    rng: np.random.Generator, occurrences: np.ndarray, num_sets: int, set_size: int, num_bins: int
+    rng: np.random.Generator, weights: np.ndarray, num_sets: int, set_size: int, num_bins: int
 ) -> tuple[np.ndarray, np.ndarray]:
     """Put each item on the least-loaded of `num_bins` bins; the first `num_sets` on the `set_size` least-loaded ones.
 
@@ -335,7 +344,7 @@ def _spread(
 
     Args:
         rng: Source of randomness.
-        occurrences: Weights of the items, descending, float64 `[items]`.
+        weights: Loads that the items add to all their bins together, descending, float64 `[items]`.
         num_sets: Number of items, from the first, that go to several bins.
         set_size: Number of bins for each of these items.
         num_bins: Number of bins.
@@ -344,11 +353,11 @@ def _spread(
         sets: Bins of the first `num_sets` items, bool `[num_sets, num_bins]`.
         bin_of_item: Bin of each item after the first `num_sets`, int64 `[items - num_sets]`.
     """
-    num_seen = int(np.count_nonzero(occurrences))
+    num_seen = int(np.count_nonzero(weights))
     num_seen_sets = min(num_sets, num_seen)
-    smallest = occurrences[num_seen - 1] if num_seen else 0.0
+    smallest = weights[num_seen - 1] if num_seen else 0.0
     loads = np.zeros(num_bins)
-    later = np.append(np.cumsum(occurrences[:0:-1])[::-1], 0.0) / num_bins  # the mean load that later items add
+    later = np.append(np.cumsum(weights[:0:-1])[::-1], 0.0) / num_bins  # the mean load that later items add
 
     def choose(item: int, share: float, size: int) -> np.ndarray:
         """Add the share to `size` bins and return the bins."""
@@ -360,13 +369,13 @@ def _spread(
 
     # Items of several bins: each bin gets an equal share of the item.
     sets = np.zeros((num_sets, num_bins), dtype=bool)
-    for item, occurrence in enumerate(occurrences[:num_seen_sets]):
-        sets[item, choose(item, occurrence / set_size, set_size)] = True
+    for item, weight in enumerate(weights[:num_seen_sets]):
+        sets[item, choose(item, weight / set_size, set_size)] = True
     sets[num_seen_sets:] = uniform_subsets(rng, num_sets - num_seen_sets, set_size, num_bins)
 
     # Large items of one bin.
-    num_large = np.count_nonzero(occurrences >= LARGE_SHARE * (occurrences[:1] / num_bins + later[:1]))
-    large, small = np.split(occurrences[num_sets:num_seen], [max(num_large - num_sets, 0)])
+    num_large = np.count_nonzero(weights >= LARGE_SHARE * (weights[:1] / num_bins + later[:1]))
+    large, small = np.split(weights[num_sets:num_seen], [max(num_large - num_sets, 0)])
     bin_of_single = [choose(num_sets + item, share, 1)[0] for item, share in enumerate(large)]
 
     # Small items of one bin: a heap gives the bin of the lowest priority.
@@ -379,6 +388,6 @@ def _spread(
         heapq.heapreplace(heap, (load + share + jitter, load + share, least_loaded))
 
     # Items that never occur: all bins in turn, in a random order.
-    num_unseen = len(occurrences) - max(num_sets, num_seen)
+    num_unseen = len(weights) - max(num_sets, num_seen)
     dealt = rng.permutation(num_bins)[rng.permutation(num_unseen) % num_bins]
     return sets, np.concatenate([np.array(bin_of_single, dtype=np.int64), dealt])

@@ -294,7 +294,7 @@ def check_same_vocabulary(frequency: TokenFrequency, mask: RoutingMask) -> None:
         raise UserError(f"the counts were made with {frequency.tokenizer}, the mask with {made_with}")
 
 
-def expected_expert_load(mask: RoutingMask, occurrences: np.ndarray, topk: int = 1) -> np.ndarray:
+def expected_expert_load(mask: RoutingMask, occurrences: np.ndarray, topk: int) -> np.ndarray:
     """Return the expected load of each expert, float64 `[tables, N]`, if the router uses visible experts evenly.
 
     Args:
@@ -310,11 +310,16 @@ def expected_expert_load(mask: RoutingMask, occurrences: np.ndarray, topk: int =
     return np.stack(loads)
 
 
+def load_of_ids(mask: RoutingMask, occurrences: np.ndarray) -> np.ndarray:
+    """Return the load that each id adds to the experts of the layer in which it sees fewest, float64 `[vocab]`."""
+    return occurrences * np.minimum(mask.fewest_visible_of_id, mask.provenance.topk)
+
+
 def overloading_ids(mask: RoutingMask, occurrences: np.ndarray) -> np.ndarray:
     """Return the ids that alone overload an expert or rank, so that no mask with these set sizes is balanced.
 
-    Such an id gives each of its visible experts in a layer more than 1/N of all occurrences. In a rank-local mask, an
-    id with more occurrences than one rank's share also counts.
+    Such an id gives each of its visible experts in a layer more than 1/N of the load of all ids, each of which adds
+    min(k, V) times its occurrences. In a rank-local mask, an id with more load than one rank's share also counts.
 
     Args:
         mask: The routing mask.
@@ -324,7 +329,7 @@ def overloading_ids(mask: RoutingMask, occurrences: np.ndarray) -> np.ndarray:
         The ids, int64 `[ids]`, the id with the largest load of an expert first.
     """
     num_ranks = mask.provenance.expert_model_parallel_size or 1
-    total = occurrences.sum()
-    per_expert = occurrences / mask.fewest_visible_of_id
-    ids = np.flatnonzero((per_expert > total / mask.num_experts) | (occurrences > total / num_ranks))
+    load = load_of_ids(mask, occurrences)
+    total, per_expert = load.sum(), load / mask.fewest_visible_of_id
+    ids = np.flatnonzero((per_expert > total / mask.num_experts) | (load > total / num_ranks))
     return ids[np.argsort(-per_expert[ids], kind="stable")]

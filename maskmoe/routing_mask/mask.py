@@ -15,8 +15,8 @@ from maskmoe.routing_mask.feed_forward_layers import FeedForwardLayers
 from maskmoe.routing_mask.sealed_tensors import SealedTensors
 
 _MOST_LAYERS = 10_000
-# A record lacks these fields of the provenance if they have no value, as in the files of older versions.
-_OPTIONAL_FIELDS = ("expert_table", "hash_layers", "widened_from")
+# A record lacks these fields of the provenance if they have their defaults, as in the files of older versions.
+_OPTIONAL_FIELDS = ("expert_table", "hash_layers", "widened_from", "topk")
 
 
 class CountedDataset(TypedDict):
@@ -66,6 +66,7 @@ class MaskProvenance:
         expert_table: `name` and `sha256` of the `ExpertTable` that the visible sets were copied from, or None.
         hash_layers: The first layers, to which P, V_f and the assignment do not apply; None if they apply to all.
         widened_from: The masks that were widened to this mask, the first mask first.
+        topk: k of the router for which the loads of the experts were balanced.
     """
 
     assignment: str
@@ -81,6 +82,7 @@ class MaskProvenance:
     expert_table: dict[str, str] | None = None
     hash_layers: HashLayers | None = None
     widened_from: tuple[Ancestor, ...] = ()
+    topk: Annotated[int, Field(ge=1)] = 1
 
 
 @dataclass(frozen=True, eq=False)
@@ -273,10 +275,10 @@ class RoutingMask(SealedTensors):
         return replace(self, row_of_id=row_of_id, vocab_size=vocab_size)
 
     def parts(self) -> tuple[dict[str, np.ndarray], dict[str, Any]]:
-        """Return the tables and the record, without the optional fields of the provenance that have no value."""
+        """Return the tables and the record, without the optional fields of the provenance that have their defaults."""
         tables, record = super().parts()
         for name in _OPTIONAL_FIELDS:
-            if not record["provenance"][name]:
+            if getattr(self.provenance, name) == getattr(MaskProvenance, name):
                 del record["provenance"][name]
         return tables, record
 

@@ -124,6 +124,7 @@ def _widened_recipe(
         made_from.expert_model_parallel_size,
         # The presets without frequent ids describe the mask no longer.
         preset=made_from.preset if made_from.frequent_mass > 0 else None,
+        topk=made_from.topk,
     )
     if frequency is None:
         if assignment != "uniform" or recipe.frequent_mass > made_from.frequent_mass:
@@ -168,7 +169,9 @@ def _widen_table(
     shares = np.zeros(len(sizes))
     if recipe.assignment != "uniform":
         shares[vocabulary.ids] = vocabulary.occurrences
-        shares /= np.where(grows, target, sizes)
+        num_visible = np.where(grows, target, sizes)
+        shares *= np.minimum(num_visible, recipe.topk)
+        shares /= num_visible
     # Not a matrix product, whose rounding depends on the processor.
     rows, experts = np.nonzero(sets)
     share_of_row = np.bincount(row_of_id, weights=shares, minlength=len(sets))

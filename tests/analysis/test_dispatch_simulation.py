@@ -64,7 +64,7 @@ def test_local_masks_copy_the_properties_of_each_layer(frequency):
     recipe = MaskRecipe(32, 3, "balanced", 0.4, 8, hash_layers=HashLayers(1, 2, "balanced"))
     mask = build_routing_mask(recipe, frequency=frequency)
     for routing, num_places, visible in ((Routing.RANK_LOCAL, 16, (2, 2, 2)), (Routing.NODE_LOCAL, 4, (2, 8, 8))):
-        local = [mask_of_layer(routing, mask, layer, frequency, num_places) for layer in range(3)]
+        local = [mask_of_layer(routing, mask, layer, frequency, num_places, topk=2) for layer in range(3)]
         assert [layer.max_visible for layer in local] == list(visible)
         assert all(layer.rank_of_rows(num_places) is not None for layer in local)
         assert not np.array_equal(local[1].visible_sets(0), local[2].visible_sets(0))
@@ -79,7 +79,7 @@ def test_tokens_of_a_node_local_mask_go_to_one_node(frequency, tokens):
     """A token crosses nodes at most once for each rank of a node, and about half of the tokens stay on their node."""
     mask = make_mask(frequency, num_experts=16, frequent_visible=8)
     costs = by_name(run(frequency, tokens, mask, [make_cluster(8, 8, 4)], topks=(8,), hidden_size=1 << 20))
-    local = mask_of_layer(Routing.NODE_LOCAL, mask, 0, frequency, 2)
+    local = mask_of_layer(Routing.NODE_LOCAL, mask, 0, frequency, 2, topk=8)
     node_of_id = local.rank_of_rows(2)[0][local.row_of_id[0]]
     visible = local.visible_sets(0).reshape(VOCAB_SIZE, 8, 2).any(axis=2)  # [vocab, ranks]
     across = sum(
@@ -96,7 +96,7 @@ def test_a_layer_is_simulated(frequency, tokens):
     mask = make_mask(frequency, num_experts=16, frequent_visible=3, num_layers=2)
     clusters = [make_cluster(8, 8, 4)]
     first, second = (run(frequency, tokens, mask, clusters, topks=(3,), layer=layer) for layer in range(2))
-    alone = run(frequency, tokens, mask_of_layer(Routing.MASK, mask, 1, frequency, 1), clusters, topks=(3,))
+    alone = run(frequency, tokens, mask_of_layer(Routing.MASK, mask, 1, frequency, 1, topk=3), clusters, topks=(3,))
     # All visible experts are selected, so the random stream decides nothing.
     assert by_name(second)["mask, one copy"] == by_name(alone)["mask, one copy"]
     assert by_name(second)["mask, one copy"] != by_name(first)["mask, one copy"]

@@ -97,7 +97,7 @@ def test_bytes_are_those_of_real_ranks(run_ranks, tmp_path, num_ranks):
     np.save(tmp_path / "ids.npy", token_ids)
     rng, rows = np.random.default_rng(0), {}
     for routing in (Routing.MASK, Routing.RANK_LOCAL):
-        layer_mask = mask_of_layer(routing, mask, 0, frequency, num_ranks)
+        layer_mask = mask_of_layer(routing, mask, 0, frequency, num_ranks, TOPK)
         layer_mask.save(tmp_path / f"{routing.value}.safetensors")
         experts = [VisibleLists(layer_mask).draw(ids, TOPK, rng) for ids in token_ids]  # for each rank [k, tokens]
         of_ranks = [rows_to_ranks(of_rank, num_ranks, num_experts // num_ranks) for of_rank in experts]

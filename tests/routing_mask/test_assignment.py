@@ -55,6 +55,7 @@ def recipes_and_counts(draw):
         frequent_visible_experts=draw(st.integers(2, most_visible)),
         seed=draw(st.integers(0, 2**64)),
         expert_model_parallel_size=num_ranks if assignment == "rank-local" else None,
+        topk=draw(st.integers(1, 4)),
     )
     counts = draw(st.lists(st.integers(0, 1000), min_size=1, max_size=60).filter(any))
     return recipe, np.array(counts, dtype=np.float64)
@@ -84,14 +85,15 @@ def test_balanced_load_exceeds_the_mean_by_little_more_than_one_id(counts, num_e
     assert load.max() <= load.mean() + 1.5 * counts.max()
 
 
-@pytest.mark.parametrize("num_ranks", [None, 4])
-def test_balanced_and_rank_local_level_a_zipf_vocabulary(zipf_frequency, num_ranks):
+@pytest.mark.parametrize(("num_ranks", "topk"), [(None, 1), (4, 1), (None, 3), (4, 8)])
+def test_balanced_and_rank_local_level_a_zipf_vocabulary(zipf_frequency, num_ranks, topk):
     occurrences = zipf_frequency(4000, 10**6).occurrences
     assignment = "rank-local" if num_ranks else "balanced"
-    recipe = MaskRecipe(16, 4, assignment, 0.4, 4, expert_model_parallel_size=num_ranks)
+    recipe = MaskRecipe(16, 4, assignment, 0.4, 4, expert_model_parallel_size=num_ranks, topk=topk)
     for table in range(4):
         visible = visible_sets(recipe, occurrences, table)
-        load = (occurrences / visible.sum(axis=1)) @ visible
+        sizes = visible.sum(axis=1)
+        load = (occurrences * np.minimum(sizes, topk) / sizes) @ visible
         assert load.max() < 1.001 * load.mean()
         rank_load = load.reshape(num_ranks or 1, -1).sum(axis=1)
         assert rank_load.max() < 1.001 * rank_load.mean()

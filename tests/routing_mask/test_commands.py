@@ -65,7 +65,7 @@ HASHED_ON_RANKS = ["--preset", "smoe", "--hash-assignment", "rank-local"]
 
 
 def test_build(folder):
-    rank_local = ["--assignment", "rank-local", "--expert-model-parallel-size", 2]
+    rank_local = ["--assignment", "rank-local", "--expert-model-parallel-size", 2, "--moe-router-topk", 3]
     process = build(*COUNTS, *MODEL, *METHOD, *rank_local, cwd=folder)
     assert process.code == 0, process.errors
     mask = RoutingMask.load(folder / "mask.safetensors")
@@ -73,13 +73,14 @@ def test_build(folder):
         vocab_size=VOCAB_SIZE, num_experts=8, layers=FeedForwardLayers((True,) * 3), expert_model_parallel_size=2
     )
     provenance = mask.provenance
-    assert (provenance.assignment, provenance.frequent_mass, provenance.seed) == ("rank-local", 0.5, 3)
+    settings = (provenance.assignment, provenance.frequent_mass, provenance.seed, provenance.topk)
+    assert settings == ("rank-local", 0.5, 3, 3)
     assert provenance.counts_digest == TokenFrequency.load(folder / "counts.safetensors").digest
     assert provenance.tokenizer.model == "text.json"
     for line in (
         "frequent share   5",
         "ids see 2 of 8 experts; every other id sees 1 expert",
-        "expert load      expected max/mean",
+        "over tables) at top-3\n",
         "rank load ",
         mask.digest,
     ):
@@ -169,7 +170,7 @@ def test_build_warns_of_an_id_that_makes_balance_impossible(folder):
     process = build(*COUNTS, *MODEL, "--preset", "hash-balanced", cwd=folder, output="hash.safetensors")
     assert process.code == 0
     share = f"{occurrences[worst] / occurrences.sum():.2%}"
-    assert f"WARNING: balance is impossible: id {worst} alone has {share} of all occurrences" in process.output
+    assert f"WARNING: balance is impossible: id {worst} alone has {share} of the load and sees 1 of 8" in process.output
     assert "(--frequent-mass and --frequent-visible-experts instead of a preset, or" in process.output
     hashed = ["--hash-layers", 3, "--expert-model-parallel-size", 2, *METHOD, "--assignment"]
     for assignment in ("balanced", "rank-local"):  # all layers are hash layers, so --frequent-mass has no effect

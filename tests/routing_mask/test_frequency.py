@@ -19,6 +19,7 @@ from maskmoe.routing_mask.frequency import (
     TokenFrequency,
     count_token_frequency,
     expected_expert_load,
+    load_of_ids,
     overloading_ids,
 )
 from maskmoe.routing_mask.sealed_tensors import seal
@@ -185,3 +186,7 @@ def test_ids_that_make_balance_impossible():
     local = MaskRecipe(8, 1, "rank-local", 0.5, 2, expert_model_parallel_size=4)
     local_mask = build_routing_mask(local, frequency=frequency)
     assert overloading_ids(local_mask, frequency.occurrences).tolist() == [0, 2]
+    # Ids 0 and 2 use both their experts: of a load of 156, id 0 adds 30 to each, and 39 is a quarter.
+    both = build_routing_mask(MaskRecipe(8, 1, "balanced", 0.5, 2, topk=2), frequency=frequency)
+    assert overloading_ids(both, frequency.occurrences).tolist() == [0, 2]
+    assert load_of_ids(both, frequency.occurrences).tolist() == [60, 5, 52, 5, 5, 5, 5, 5, 5, 9]

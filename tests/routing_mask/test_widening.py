@@ -105,33 +105,35 @@ def test_every_widening_is_recorded(zipf_frequency):
     assert third.provenance.frequent_visible_experts == 3
 
 
-@pytest.mark.parametrize("num_ranks", [None, 2])
-def test_balanced_widening_puts_experts_where_the_load_is_least(zipf_frequency, num_ranks):
+@pytest.mark.parametrize(("num_ranks", "topk"), [(None, 1), (2, 1), (None, 3)])
+def test_balanced_widening_puts_experts_where_the_load_is_least(zipf_frequency, num_ranks, topk):
     frequency = zipf_frequency(4000, 10**6)
     assignment = "rank-local" if num_ranks else "balanced"
-    recipe = MaskRecipe(16, 3, assignment, 0.3, 2, expert_model_parallel_size=num_ranks)
+    recipe = MaskRecipe(16, 3, assignment, 0.3, 2, expert_model_parallel_size=num_ranks, topk=topk)
     mask = build_routing_mask(recipe, frequency=frequency)
     wider = widen_routing_mask(mask, frequency=frequency, frequent_mass=0.5, frequent_visible_experts=4)
-    loads = expected_expert_load(wider, frequency.occurrences)
+    loads = expected_expert_load(wider, frequency.occurrences, topk)
     for layer in range(3):
-        follow_choices(mask.visible_sets(layer), wider.visible_sets(layer), frequency.occurrences, num_ranks or 1)
+        follow_choices(mask.visible_sets(layer), wider.visible_sets(layer), frequency.occurrences, topk, num_ranks or 1)
     # The same sizes by uniform draws, as a mask of the assignment `uniform` is widened.
     provenance = replace(mask.provenance, assignment="uniform", expert_model_parallel_size=None)
     uniform = replace(mask, provenance=provenance)
     drawn = widen_routing_mask(uniform, frequency=frequency, frequent_mass=0.5, frequent_visible_experts=4)
-    assert (loads.std(axis=1) < 0.5 * expected_expert_load(drawn, frequency.occurrences).std(axis=1)).all()
+    assert (loads.std(axis=1) < 0.5 * expected_expert_load(drawn, frequency.occurrences, topk).std(axis=1)).all()
 
 
-def follow_choices(old: np.ndarray, new: np.ndarray, occurrences: np.ndarray, num_ranks: int) -> None:
+def follow_choices(old: np.ndarray, new: np.ndarray, occurrences: np.ndarray, topk: int, num_ranks: int) -> None:
     """Check for one id after the other that its further experts had the least load but for the jitter.
 
     Args:
         old: the visible sets before, bool [vocab, N].
         new: the visible sets after.
         occurrences: occurrences of each id, [vocab].
+        topk: number of experts that an id uses if it sees so many.
         num_ranks: number of ranks; the further experts of an id are on the rank of its experts.
     """
-    shares = occurrences / new.sum(axis=1)
+    sizes = new.sum(axis=1)
+    shares = occurrences * np.minimum(sizes, topk) / sizes
     loads = shares @ old
     later = shares @ (new & ~old).sum(axis=1) / len(loads)
     for token_id in np.argsort(-occurrences, kind="stable"):

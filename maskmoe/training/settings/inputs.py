@@ -20,7 +20,7 @@ from maskmoe.errors import UserError, reason_of, refused_by_system
 from maskmoe.files.outputs import refuse_checkpoint
 from maskmoe.megatron_compat.globals import get_tokenizer
 from maskmoe.routing_mask.feed_forward_layers import FeedForwardLayers
-from maskmoe.routing_mask.mask import MaskChange, RoutingMask
+from maskmoe.routing_mask.mask import MaskChange, MaskProvenance, RoutingMask
 from maskmoe.training.watch.console import progress_bar
 from maskmoe.transformer.visible_experts import check_same_mask
 
@@ -74,9 +74,14 @@ def check_save_folder(args: Namespace) -> None:
         refuse_checkpoint(folder)
         if flag == cache and folder.is_dir():
             continue
-        existing = next(path for path in (folder, *folder.parents) if os.path.lexists(path))
-        with refused_by_system(f"{flag} {name}: cannot write in {existing}"):
-            tempfile.TemporaryFile(dir=existing).close()
+        _check_writable(folder, f"{flag} {name}")
+
+
+def _check_writable(folder: Path, what: str, cure: str = "") -> None:
+    """Raise `UserError`, which begins with `what`, if a folder cannot be made or written."""
+    existing = next(path for path in (folder, *folder.parents) if os.path.lexists(path))
+    with refused_by_system(f"{what}: cannot write in {existing}", cure):
+        tempfile.TemporaryFile(dir=existing).close()
 
 
 # ---- The routing mask ------------------------------------------------------------------------------------------------
@@ -85,7 +90,7 @@ def check_save_folder(args: Namespace) -> None:
 def find_routing_mask(args: Namespace, checkpoint: Path | None, report: Callable[[str], None]) -> RoutingMask | None:
     """Return the routing mask in `--routing-mask` or, without the flag, of the checkpoint; None without experts.
 
-    With `--change-routing-mask`, `report` takes one line about the change of masks.
+    `report` takes a line about the change of masks with `--change-routing-mask`, and about a mask for another top-k.
 
     Raises:
         UserError: There is no mask. Or the masks of the flag and of the checkpoint differ although the arguments lack
@@ -110,7 +115,20 @@ def find_routing_mask(args: Namespace, checkpoint: Path | None, report: Callable
     else:
         digests = f"{of_checkpoint.digest[:16]}… of the checkpoint → {own.digest[:16]}…"
         report(f"routing mask: {digests}: {MaskChange.between(of_checkpoint, own)}")
+    if not args.skip_train and is_balanced_for_other_topk(own.provenance, args.moe_router_topk):
+        report(
+            f"routing mask: it balances the load of the experts at top-{own.provenance.topk}; for --moe-router-topk "
+            f"{args.moe_router_topk}, make it by maskmoe mask --moe-router-topk {args.moe_router_topk}"
+        )
     return own
+
+
+def is_balanced_for_other_topk(made_from: MaskProvenance, topk: int) -> bool:
+    """Return whether a mask balances the load of the experts for another k, with which frequent ids weigh otherwise."""
+    visible = made_from.frequent_visible_experts or 1
+    has_both_kinds = 0 < made_from.frequent_mass < 1
+    is_balanced = has_both_kinds and made_from.assignment in ("balanced", "rank-local")
+    return is_balanced and min(visible, made_from.topk) != min(visible, topk)
 
 
 def _mask_of_checkpoint(args: Namespace, checkpoint: Path, own: RoutingMask) -> RoutingMask:
@@ -173,6 +191,7 @@ def data_errors(
     files of their own, share the token ids of each dataset.
     """
     of_rank, of_node = _share("LOCAL_RANK", "LOCAL_WORLD_SIZE"), _share("GROUP_RANK", "GROUP_WORLD_SIZE")
+    is_first_node = of_node.start == 0
     counted = [(dataset["bin_bytes"], dataset["idx_sha256"]) for dataset in (mask.provenance.datasets if mask else ())]
     try:
         prefixes = data_prefixes(args)
@@ -190,6 +209,10 @@ def data_errors(
                 check_same_tokenizer(args, record, f"dataset {prefix} was")
                 if vocab_size is not None:
                     _check_end_of_documents(args, record, prefix)
+            # Rank 0 writes Megatron's index of the samples beside the dataset. An existing index may be complete.
+            indices = Path(prefix).absolute() / "cache" / "GPTDataset_indices"
+            if is_first_node and args.data_cache_path is None and not os.path.exists(indices):
+                _check_writable(indices, f"dataset {prefix}", "pass --data-cache-path")
             # The digest of an index takes long.
             is_counted = any(size == index.bin_bytes and sha256 == index.idx_sha256 for size, sha256 in counted)
             if vocab_size is not None and (is_counted or index.bin_bytes <= most_bytes_read):

@@ -6,7 +6,7 @@ from unittest.mock import Mock
 
 import pytest
 from megatron.core.transformer.transformer_config import TransformerConfig
-from support.datasets import write_documents
+from support.datasets import frequency_of, write_documents
 from support.open_files import few_open_files
 from support.training import TrainingOutcome
 
@@ -16,6 +16,7 @@ from maskmoe.command_line.build_routing_mask import read_mask
 from maskmoe.data.indexed_dataset import DatasetIndex, read_index
 from maskmoe.data.tokenizer import TokenizerRecord
 from maskmoe.errors import UserError
+from maskmoe.routing_mask.assignment import MaskRecipe, build_routing_mask
 from maskmoe.routing_mask.mask import MaskChange, RoutingMask
 from maskmoe.training.settings import inputs
 from maskmoe.training.settings.inputs import data_errors, find_routing_mask
@@ -71,6 +72,7 @@ def test_megatrons_own_model_continues_only_on_purpose(runs, workplace):
         routing_mask=workplace.folder / "hash_layers.safetensors",
         hybrid_layer_pattern="*E*E*E*E",
         moe_router_score_function="softmax",
+        moe_router_topk=1,
     )
     checkpoint = checkpoint_path(megatrons.checkpoints, 7)
     with pytest.raises(UserError, match=r"holds no routing mask.*pass --change-routing-mask"):
@@ -107,7 +109,7 @@ def test_later_checkpoints_hold_the_new_mask(runs, workplace):
 
 
 def arguments(mask: object, **further: object) -> Namespace:
-    settings = {"change_routing_mask": False, "skip_train": False} | further
+    settings = {"change_routing_mask": False, "skip_train": False, "moe_router_topk": 1} | further
     return Namespace(routing_mask=mask, num_experts=8, expert_model_parallel_size=2, **settings)
 
 
@@ -127,6 +129,26 @@ def test_other_mask_is_refused_unless_the_flag_is_given(runs, workplace):
         args.change_routing_mask, args.skip_train = False, True
         with pytest.raises(UserError, match=r"to use it$"):
             find_routing_mask(args, run.checkpoints, pytest.fail)
+
+
+@pytest.mark.parametrize(
+    ("settings", "is_reported"),
+    [
+        ({"topk": 1}, True),
+        ({"topk": 2}, False),
+        ({"topk": 3}, False),  # frequent ids see 2 experts
+        ({"frequent_mass": 1.0}, False),
+        ({"assignment": "uniform"}, False),
+    ],
+)
+def test_mask_for_another_topk_is_reported(tmp_path, settings, is_reported):
+    defaults = {"assignment": "balanced", "frequent_mass": 0.4, "frequent_visible_experts": 2}
+    recipe = MaskRecipe(8, 1, **defaults | settings)
+    build_routing_mask(recipe, frequency=frequency_of([9, 5, 3, 1, 1])).save(tmp_path / "mask")
+    reports = []
+    find_routing_mask(arguments(tmp_path / "mask", moe_router_topk=2), None, reports.append)
+    assert [line for line in reports if "balances the load of the experts at top-1" in line] == reports
+    assert bool(reports) == is_reported
 
 
 @pytest.mark.runs("wider mask")
@@ -159,7 +181,7 @@ def args(tmp_path) -> Namespace:
     for number in range(40):
         write_documents(tmp_path / str(number), [range(3)] * 10)
     paths = dict.fromkeys(("train_data_path", "valid_data_path", "test_data_path"))
-    files = dict.fromkeys(("data_args_path", "per_split_data_args_path"))
+    files = dict.fromkeys(("data_args_path", "per_split_data_args_path", "data_cache_path"))
     lengths = {"seq_length": 2, "eval_iters": 1}
     data_path = [str(tmp_path / str(number)) for number in range(40)]
     return Namespace(**paths, **files, **lengths, data_path=data_path, split="9,1,0", mock_data=False, skip_train=False)
@@ -168,6 +190,16 @@ def args(tmp_path) -> Namespace:
 def test_few_files_are_open_at_a_time(args):
     with few_open_files():
         assert list(data_errors(args, None, 10)) == []
+
+
+def test_folder_of_a_dataset_that_cannot_hold_megatrons_cache(tmp_path, args):
+    """A file stands for a folder that this user may not write."""
+    (tmp_path / "0").write_text("")
+    (error,) = data_errors(args, None, 10)
+    assert error.startswith(f"dataset {args.data_path[0]}: cannot write in")
+    assert error.endswith("pass --data-cache-path")
+    args.data_cache_path = str(tmp_path / "cache")
+    assert list(data_errors(args, None, 10)) == []
 
 
 def test_every_dataset_has_all_parts(args):
