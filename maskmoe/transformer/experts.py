@@ -34,7 +34,8 @@ class GroupedMLP(SequentialMLP):
     - On a GPU of compute capability 9 or 10: torch's `grouped_mm` computes each linear layer, and one activation all
       rows. The host does not wait for the device. Needs bf16 and sizes that are multiples of 8.
     - On a CPU: the experts take turns in each linear layer, and one activation computes all rows. The result is
-      bit-equal to `SequentialMLP`.
+      bit-equal to `SequentialMLP` with SwiGLU. With other activations, torch computes the last elements of a tensor,
+      which fill no vector, by other instructions, and the rows of one expert end with other elements than all rows.
 
     `SequentialMLP` computes the experts where neither applies, if `can_group` returns False, or if experts were changed
     after they were built, for example by adapters or hooks.
