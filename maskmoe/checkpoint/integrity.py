@@ -150,11 +150,19 @@ def check_structure(checkpoint: Path) -> None:
 
     If the manifest has the sizes of all files in the folder, the digest of the layout replaces reading the layout,
     which needs torch. A file that neither the manifest nor the folder has is missed only when it is loaded.
+
+    Raises `UserError` if this user may not read the checkpoint, which may be sound.
     """
     # Check the file that marks the checkpoint as complete.
-    if not checkpoint.is_dir():
-        raise Damage(checkpoint, "does not exist")
-    if not os.path.lexists(checkpoint / COMPLETION_FILE):
+    try:
+        present = set(os.listdir(checkpoint))
+    except (FileNotFoundError, NotADirectoryError) as error:
+        raise Damage(checkpoint, "does not exist") from error
+    except PermissionError as error:
+        raise UserError(f"{checkpoint} cannot be listed: {error.strerror}; let this user read it") from error
+    except OSError as error:
+        raise Damage(checkpoint, f"cannot be listed: {error.strerror}") from error
+    if COMPLETION_FILE not in present:
         raise Unfinished(checkpoint, f"was not finished: it has no {COMPLETION_FILE}")
     try:
         found = json.loads(read_json_bytes(checkpoint / COMPLETION_FILE))["sharded_backend"]
@@ -173,10 +181,7 @@ def check_structure(checkpoint: Path) -> None:
         raise Damage(checkpoint, f"holds {_LEGACY_FILE}, which was not saved with it")
     if manifest.iteration not in (None, iteration_of(checkpoint)) and iteration_of(checkpoint) is not None:
         raise Damage(checkpoint, f"was saved as the checkpoint of iteration {manifest.iteration}")
-    try:
-        is_whole = set(os.listdir(checkpoint)) <= manifest.sizes.keys() | {COMPLETION_FILE, MANIFEST_FILE}
-    except OSError as error:
-        raise Damage(checkpoint, f"cannot be listed: {error.strerror}") from error
+    is_whole = present <= manifest.sizes.keys() | {COMPLETION_FILE, MANIFEST_FILE}
     if is_whole and LAYOUT_FILE in manifest.files and manifest.files.keys() == manifest.sizes.keys():
         _check_digest(checkpoint, LAYOUT_FILE, manifest.files[LAYOUT_FILE])
         return

@@ -513,13 +513,15 @@ class MaskMoEModel(MaskMoEPreTrainedModel, glm4_moe.Glm4MoeModel):
             kwargs: arguments of every decoder of transformers, such as `cache`, `use_cache`, `output_hidden_states`.
 
         Raises:
-            ValueError: `input_ids` is not given, and the model has experts.
+            ValueError: the model has experts, and `input_ids` is not given or does not name each of `inputs_embeds`.
         """
         visible_bits = None
         if self.routing_mask is not None:
             ids = input_ids if routing_ids is None else routing_ids
             if ids is None:
                 raise ValueError("MaskMoE needs input_ids, also with inputs_embeds: experts are chosen by a token's id")
+            if inputs_embeds is not None and inputs_embeds.shape[:-1] != ids.shape:
+                raise ValueError(f"{list(ids.shape)} token ids do not fit {list(inputs_embeds.shape[:-1])} embeddings")
             visible_bits = self.routing_mask(ids.flatten())
         return super().forward(
             input_ids=input_ids if inputs_embeds is None else None,

@@ -1,5 +1,6 @@
 """Reading a checkpoint of a stranger returns data and runs no code; a damaged layout is named."""
 
+import errno
 import io
 import json
 import os
@@ -8,6 +9,7 @@ import sys
 from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
+from unittest.mock import Mock
 
 import pytest
 import torch
@@ -36,6 +38,7 @@ from maskmoe.checkpoint.integrity import (
     write_manifest,
 )
 from maskmoe.conversion.megatron_models import MARKER
+from maskmoe.errors import UserError
 
 
 class Command:
@@ -67,6 +70,19 @@ def test_sound_checkpoint_is_read(checkpoint: Path) -> None:
     assert state["weight"].tolist() == list(range(6))
     assert state["settings"] == {"lr": 1e-3}
     check_structure(checkpoint)
+
+
+@pytest.mark.parametrize(
+    ("number", "refused"), [(errno.EACCES, UserError), (errno.EIO, Damage), (errno.ENOENT, Damage)]
+)
+def test_checkpoint_that_this_user_may_not_read_is_not_taken_for_a_damaged_one(
+    checkpoint, monkeypatch, number, refused
+):
+    """Otherwise a run would resume from an older checkpoint."""
+    monkeypatch.setattr(os, "listdir", Mock(side_effect=OSError(number, os.strerror(number))))
+    with pytest.raises(UserError) as error:
+        check_structure(checkpoint)
+    assert type(error.value) is refused
 
 
 def test_path_that_python_3_13_has_pickled(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -198,6 +198,8 @@ def test_inputs_embeds_need_ids() -> None:
     with pytest.raises(ValueError, match="needs input_ids"):
         model(inputs_embeds=embeddings)
     assert torch.equal(model(token_ids, inputs_embeds=embeddings).logits, model(token_ids).logits)
+    with pytest.raises(ValueError, match="do not fit"):
+        model(token_ids[:, :1], inputs_embeds=embeddings)
     with pytest.raises(RuntimeError, match="out of DATA bounds, id=-1"):
         model(token_ids.index_fill(1, torch.tensor([3]), -1), inputs_embeds=embeddings)
 

@@ -42,6 +42,15 @@ def check_settings(config: TransformerConfig, mask: RoutingMask, hybrid_layer_pa
     args = Namespace(**vars(ours) | settings)
 
     errors = list(refused_settings(args))
+    if (
+        args.virtual_pipeline_model_parallel_size
+        and args.pipeline_model_parallel_size == 2
+        and not args.overlap_p2p_comm
+    ):
+        # Megatron's arguments refuse this, its configuration does not.
+        errors.append(
+            "An interleaved pipeline of 2 stages mixes up messages: set overlap_p2p_comm=True and batch_p2p_comm=False."
+        )
     if hybrid_layer_pattern is None and not is_layer_frequency(args.moe_layer_freq, bool(args.num_experts)):
         errors.append(f"{LAYER_FREQUENCY_ERROR}.")
     elif args.num_experts:

@@ -80,6 +80,8 @@ def model_config_from_args(args: Namespace) -> MaskMoEModelConfig:
             rope_scaling=args.use_rope_scaling,
             rope_scaling_factor=args.rope_scaling_factor,
         )
+        # Megatron has no such setting for the arguments, and its GPT model refuses CUDA graphs without it.
+        config.transformer.use_te_rng_tracker = args.te_rng_tracker
     if args.num_experts:
         # `find_routing_mask` refuses a run without a mask.
         checkpoint = checkpoint_to_load(args)

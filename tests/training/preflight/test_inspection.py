@@ -33,6 +33,7 @@ LLAMA = "--swiglu --normalization RMSNorm --disable-bias-linear --untie-embeddin
 MTP = "--mtp-num-layers 1"
 BF16 = "--bf16"
 DISTRIBUTED = "--use-distributed-optimizer"
+GRAPHS = "--transformer-impl transformer_engine --cuda-graph-impl transformer_engine --cuda-graph-modules attn"
 FP8 = "--transformer-impl transformer_engine --moe-grouped-gemm --fp8-format hybrid --fp8-recipe blockwise"
 
 ARCHITECTURES = {
@@ -189,6 +190,7 @@ def reports(answer) -> dict[str, Any]:
     ranks |= dict.fromkeys(LION, 2)
     libraries = LION | {"flex dispatcher": FLEX, "Mamba": hybrid("*-ME")}
     libraries["FP8"] = f"{LLAMA} {BF16} {FP8} --distributed-backend nccl"
+    libraries["CUDA graphs"] = f"{LLAMA} {BF16} {GRAPHS} --distributed-backend nccl"
     libraries["frequent ids with more experts"] = f"{LLAMA} --routing-mask mask.safetensors"
     cases = ARCHITECTURES | hybrids() | FORWARD | LAYOUTS | errors | libraries | {MANY_RANKS: ""}
     return answer("report", cases, ranks=ranks)[0]
@@ -258,6 +260,10 @@ def test_fp8_is_a_note(reports):
     assert note.startswith("FP8 and FP4 have not run")
     assert not reports["FP8"]["errors"]
     assert reports["FP8"]["parameters"] == reports["untied embeddings, gate"]["parameters"]
+
+
+def test_cuda_graphs_of_a_gpt_model_are_accepted(reports):
+    assert not reports["CUDA graphs"]["errors"]
 
 
 def test_missing_library_of_the_flex_dispatcher_is_a_note(reports):

@@ -30,6 +30,13 @@ def test_context_parallelism_without_transformer_engine_is_accepted(kind):
         check_settings(config, MASK)
 
 
+def test_interleaved_pipeline_of_two_stages_needs_overlap():
+    pipeline = {"pipeline_model_parallel_size": 2, "virtual_pipeline_model_parallel_size": 2}
+    with pytest.raises(UserError, match="overlap_p2p_comm=True"):
+        check_settings(make(**pipeline), MASK)
+    assert check_settings(make(**pipeline, overlap_p2p_comm=True, batch_p2p_comm=False), MASK) == []
+
+
 @pytest.mark.parametrize("pattern", ["*E*E*E*E", "*E*E*E/*E"])
 def test_hybrid_model_is_accepted(pattern):
     decoder, *predictions = pattern.split("/")
