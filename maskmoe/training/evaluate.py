@@ -1,14 +1,17 @@
 """Entry point: `torchrun … -m maskmoe.training.evaluate`, see `maskmoe.training.inference.evaluation`."""
 
+from collections.abc import Callable
+from typing import Any
+
 from maskmoe.training.loop.rank_process import prepare_rank, run_rank
 
 
-def main() -> None:
-    """Prepare the process, then evaluate."""
+def main(builder: Callable[[], Any] | None = None) -> None:
+    """Prepare the process, then evaluate; `builder` is that of `maskmoe.training.program.run_program`."""
     prepare_rank()
     from maskmoe.training.inference import evaluation
 
-    evaluation.main()
+    evaluation.main(builder() if builder else None)
 
 
 if __name__ == "__main__":

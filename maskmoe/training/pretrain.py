@@ -1,15 +1,18 @@
 """Entry point: `torchrun … -m maskmoe.training.pretrain <Megatron flags> --routing-mask FILE`, see `Trainer`."""
 
+from collections.abc import Callable
+from typing import Any
+
 from maskmoe.training.loop.rank_process import prepare_rank, run_rank
 from maskmoe.training.watch.console import hide_foreign_warnings
 
 
-def main() -> None:
-    """Prepare the process, then train."""
+def main(builder: Callable[[], Any] | None = None) -> None:
+    """Prepare the process, then train; `builder` is that of `maskmoe.training.program.run_program`."""
     prepare_rank()
     from maskmoe.training import trainer
 
-    trainer.main()
+    trainer.main(builder() if builder else None)
 
 
 if __name__ == "__mp_main__":  # a process that Megatron spawned, such as the writer of checkpoints

@@ -31,6 +31,7 @@ from maskmoe.routing_mask.feed_forward_layers import FeedForwardLayers
 from maskmoe.routing_mask.mask import mean_experts_per_token
 from maskmoe.training.loop.batch import build_datasets, get_batch, loss_function, token_losses
 from maskmoe.training.loop.megatron_patches import count_operations_by_mask, watch_steps
+from maskmoe.training.loop.model_builder import StageBuilder
 from maskmoe.training.loop.rank_store import RankStore, check_launched, sharing_failures
 from maskmoe.training.resume.changed_settings import has_one_learning_rate
 from maskmoe.training.resume.choose_checkpoint import checkpoint_to_load
@@ -56,8 +57,8 @@ straggler_detector = StragglerDetector()
 """Times micro-batches if Megatron has switched it on for `--log-straggler`; there is one in a process."""
 
 
-def main() -> None:
-    """Pretrain as the command line says."""
+def main(builder: type[StageBuilder] | None = None) -> None:
+    """Pretrain as the command line says, with another builder of models if one is given."""
     with ExitStack() as until_end:
         with sharing_failures():
             # Check everything before any process group exists.
@@ -66,7 +67,7 @@ def main() -> None:
                 return
             check_launched()
             ranks = RankStore.from_environment()
-            trainer = Trainer(run, ranks)
+            trainer = Trainer(run, ranks, builder)
             # A refused run leaves no files, so wait until no rank can refuse the run any more.
             ranks.wait_for_all("checks")
             # The page says how the run ended, so it is written after the locks are free.
@@ -82,9 +83,9 @@ def main() -> None:
 class Trainer:
     """One training run on this rank; `callbacks` has everything that accompanies the run, in the order of the calls."""
 
-    def __init__(self, run: RunSettings, ranks: RankStore) -> None:
+    def __init__(self, run: RunSettings, ranks: RankStore, builder: type[StageBuilder] | None = None) -> None:
         self.args = run.args
-        self.model_config = model_config_from_args(run.args)
+        self.model_config = model_config_from_args(run.args, builder)
         self.callbacks: list[Callback] = []
         self._mask = run.mask
         self._ranks = ranks

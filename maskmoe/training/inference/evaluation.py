@@ -23,6 +23,7 @@ from maskmoe.routing_mask.frequency import FrequencyBands, TokenFrequency, count
 from maskmoe.training.inference.flags import add_evaluation_arguments
 from maskmoe.training.inference.loading import load_model
 from maskmoe.training.inference.token_losses import build_whole_split, losses_of_all, sum_over_ranks
+from maskmoe.training.loop.model_builder import StageBuilder
 from maskmoe.training.loop.rank_store import sharing_failures
 from maskmoe.training.settings.checks import parse_and_check_args
 from maskmoe.training.settings.inputs import check_same_tokenizer, data_prefixes
@@ -182,14 +183,14 @@ def check_output(args: argparse.Namespace) -> None:
         check_outputs([args.output], [*filter(None, inputs), *data], args.force)
 
 
-def main() -> None:
-    """Evaluate as the command line says."""
+def main(builder: type[StageBuilder] | None = None) -> None:
+    """Evaluate as the command line says, with another builder of models if one is given."""
     with sharing_failures():
         args = parse_and_check_args(add_evaluation_arguments).args
         check_output(args)
         frequency = read_token_frequency(args)
     with leaving_process_groups():
-        model = load_model(args)
+        model = load_model(args, builder)
         results = evaluate(args, model, frequency)
         content = json.dumps(to_jsonable_python(results, inf_nan_mode="null"), indent=2, allow_nan=False)
         if args.output is not None and torch.distributed.get_rank() == 0:

@@ -11,16 +11,17 @@ from megatron.training.training import setup_model_and_optimizer
 
 from maskmoe.checkpoint.series import describe_missing, showing_only
 from maskmoe.errors import UserError
+from maskmoe.training.loop.model_builder import StageBuilder
 from maskmoe.training.loop.rank_store import RankStore, check_launched
 from maskmoe.training.resume.choose_checkpoint import checkpoint_to_load
 from maskmoe.training.settings.run_settings import embedding_ranks_of, model_config_from_args
 from maskmoe.training.watch.console import console
 
 
-def load_model(args: Namespace) -> torch.nn.Module:
+def load_model(args: Namespace, builder: type[StageBuilder] | None = None) -> torch.nn.Module:
     """Initialise Megatron and return this rank's part of the model, with the weights of the checkpoint in `--load`.
 
-    Megatron's writers stay closed, since only training logs to them.
+    Megatron's writers stay closed, since only training logs to them. `builder` replaces the builder of the model.
 
     Raises:
         UserError: `--load` holds no checkpoint, the pipeline is interleaved, which is for training only, or no launcher
@@ -39,7 +40,7 @@ def load_model(args: Namespace) -> torch.nn.Module:
     console.load(f"building the model and reading {checkpoint}")
     ranks = RankStore.from_environment()
     ranks.wait_for_all("checks")
-    config = model_config_from_args(args)
+    config = model_config_from_args(args, builder)
     initialize_megatron(get_embedding_ranks=embedding_ranks_of(config), store=ranks.for_process_groups)
     with showing_only(checkpoint, args):
         model, _, _ = setup_model_and_optimizer(

@@ -61,6 +61,9 @@ class MaskMoEModelConfig:
     rope_scaling_factor: float = 8.0
     """Divides low frequencies of rotary embeddings, as in Llama 3."""
 
+    builder: type["StageBuilder"] | None = None
+    """The class that builds the model; None: `MaskMoEGPTModelBuilder` or `MaskMoEHybridModelBuilder`."""
+
     pre_wrap_hooks: list[Callable[[list[Any]], list[Any]]] = field(default_factory=list)
     """Functions of the model chunks of a rank, which return the chunks, before they are wrapped."""
 
@@ -88,7 +91,7 @@ class MaskMoEModelConfig:
     def get_builder_cls(self) -> type["StageBuilder"]:
         """Return the class that builds the model."""
         is_hybrid = isinstance(self.megatron, HybridModelConfig)
-        return MaskMoEHybridModelBuilder if is_hybrid else MaskMoEGPTModelBuilder
+        return self.builder or (MaskMoEHybridModelBuilder if is_hybrid else MaskMoEGPTModelBuilder)
 
 
 @contextmanager

@@ -4,6 +4,7 @@
 Megatron refuses late, ignores, or changes as a side effect: schedules, optimizer, order of the data, and routing.
 """
 
+import re
 from argparse import Namespace
 from collections.abc import Iterator
 from contextlib import redirect_stdout
@@ -32,6 +33,17 @@ _SCHEDULE_ARGUMENTS = (
     *("lr_wsd_decay_iters", "lr_wsd_decay_samples", "lr_wsd_decay_style"),
     *("weight_decay", "start_weight_decay", "end_weight_decay", "weight_decay_incr_style"),
 )
+# The flags behind the values that Megatron's scheduler compares.
+_FLAGS_OF_SCHEDULE = {
+    "lr_warmup_steps": "the warm-up (--lr-warmup-iters, -samples or -fraction)",
+    "lr_decay_steps": "the decay (--lr-decay-iters or -samples, by default the whole training)",
+    "wsd_decay_steps": "--lr-wsd-decay-iters",
+    "init_lr": "--lr-warmup-init",
+    "min_lr": "--min-lr",
+    "max_lr": "--lr",
+    "start_wd": "--start-weight-decay",
+    "end_wd": "--end-weight-decay",
+}
 # Arguments from which Megatron computes the lengths of the schedules.
 _LENGTHS = ("train_iters", "train_samples", "global_batch_size")
 # Arguments that decide which state an optimizer has. With another value, Megatron fails on every rank.
@@ -104,9 +116,11 @@ def schedule_of(args: Namespace) -> OptimizerParamScheduler:
         with global_args(completed), redirect_stdout(None):
             return training.get_optimizer_param_scheduler(optimizer)
     except AssertionError as error:
-        raise UserError(
-            f"Megatron refuses the schedule of the learning rate or the weight decay: {reason_of(error)}"
-        ) from error
+        # Most of Megatron's assertions have no message, so the reason is their source line.
+        reason = re.sub(
+            r"(?:self\.)?\b(\w+)", lambda name: _FLAGS_OF_SCHEDULE.get(name[1], name[1]), reason_of(error)
+        ).replace("assert ", "it needs ")
+        raise UserError(f"Megatron refuses the schedule of the learning rate or the weight decay: {reason}") from error
 
 
 def take_schedule_of_checkpoint(args: Namespace, checkpoint: Path) -> None:

@@ -10,7 +10,7 @@ from contextlib import suppress
 from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, version
 from importlib.util import find_spec
-from math import isfinite
+from math import inf, isfinite
 
 import torch
 from megatron.core.fusions.fused_bias_geglu import quick_gelu
@@ -38,13 +38,15 @@ _ABOVE_ZERO = (
     *("kv_channels", "ffn_hidden_size", "moe_ffn_hidden_size", "distributed_timeout_minutes"),
 )
 # Settings that must be from 0 to 1 if they are given.
-_AT_MOST_ONE = ("hidden_dropout", "attention_dropout", "moe_input_jitter_eps", "adam_beta1", "adam_beta2")
+_SHARES = ("hidden_dropout", "attention_dropout", "moe_input_jitter_eps", "adam_beta1", "adam_beta2")
+# Megatron adds to the seed on some ranks, and NumPy takes seeds below 2**32.
+_LARGEST = dict.fromkeys(_SHARES, 1) | {"seed": 2**31}
 # Settings that must not be negative if they are given.
 _NOT_NEGATIVE = (
     *("lr", "min_lr", "lr_warmup_init", "lr_warmup_iters", "lr_warmup_samples", "lr_warmup_fraction", "decoupled_lr"),
     *("weight_decay", "start_weight_decay", "clip_grad", "moe_aux_loss_coeff", "moe_z_loss_coeff"),
     *("moe_router_bias_update_rate", "eval_iters", "num_workers", "adam_eps", "init_method_std", "mtp_num_layers"),
-    *_AT_MOST_ONE,
+    *_SHARES,
 )
 
 
@@ -84,8 +86,8 @@ def value_errors(args: Namespace) -> Iterator[str]:
                 yield f"{flag} must be above 0, not {value:g}"
             elif name in _NOT_NEGATIVE and value < 0:
                 yield f"{flag} must not be negative, but is {value:g}"
-            elif name in _AT_MOST_ONE and value > 1:
-                yield f"{flag} must be at most 1, not {value:g}"
+            elif value > _LARGEST.get(name, inf):
+                yield f"{flag} must be at most {_LARGEST[name]}, not {value:g}"
     if not is_layer_frequency(args.moe_layer_freq, has_experts=bool(args.num_experts)):
         yield LAYER_FREQUENCY_ERROR
     if args.split is not None:

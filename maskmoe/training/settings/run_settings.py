@@ -16,7 +16,7 @@ from megatron.training.argument_utils import gpt_config_from_args, hybrid_config
 from maskmoe.errors import UserError, reason_of
 from maskmoe.files.run_folder import run_folder
 from maskmoe.routing_mask.mask import RoutingMask
-from maskmoe.training.loop.model_builder import MaskMoEModelConfig
+from maskmoe.training.loop.model_builder import MaskMoEModelConfig, StageBuilder
 from maskmoe.training.resume.choose_checkpoint import checkpoint_to_load, lacks_what_it_loads
 
 
@@ -69,12 +69,13 @@ def megatrons_checks(what: str = "invalid settings") -> Iterator[None]:
         raise UserError(f"{what}: {reason}") from error
 
 
-def model_config_from_args(args: Namespace) -> MaskMoEModelConfig:
+def model_config_from_args(args: Namespace, builder: type[StageBuilder] | None = None) -> MaskMoEModelConfig:
     """Return the configuration of the command line's model; raise `UserError` if settings cannot work together."""
     with megatrons_checks():
         from_args = gpt_config_from_args if args.hybrid_layer_pattern is None else hybrid_config_from_args
         config = MaskMoEModelConfig(
             megatron=from_args(args),
+            builder=builder,
             aux_loss_tokens=args.moe_aux_loss_tokens,
             qk_layernorm_all_heads=args.qk_layernorm_all_heads,
             rope_scaling=args.use_rope_scaling,

@@ -56,9 +56,10 @@ ERRORS = {
 }
 # Schedules that no run can have, by Megatron's own assertions.
 REFUSED_SCHEDULES = {
-    "--lr-warmup-iters 30": "assert self.lr_warmup_steps < self.lr_decay_steps",
+    "--lr-warmup-iters 30": "it needs the warm-up (--lr-warmup-iters, -samples or -fraction) < the decay (--lr-decay-",
+    "--lr 1e-3 --min-lr 2e-3": "it needs --lr >= --min-lr",
     f"{OVERRIDE} {KEEP}": "both override and use-checkpoint are set",
-    "--lr-decay-style WSD": "assert self.wsd_decay_steps is not None",
+    "--lr-decay-style WSD": "it needs --lr-wsd-decay-iters is not None",
 }
 # Changes that take effect although nobody asked for them, and parts of the notes.
 NOTES = {

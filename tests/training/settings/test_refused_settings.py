@@ -259,7 +259,7 @@ BAD_VALUES = {
     "--moe-layer-freq": "abc 0.5 0 -1 [1]**9 [1]*99999999 [1 [2] [[1]] ([1],[0])",
     "--moe-router-load-balancing-type": "none_such",
     "--tensor-model-parallel-size": "0 x",
-    "--seed": "0 -1",
+    "--seed": "0 -1 5000000000",
     "--split": "abc -1,2,3 0,0,0 1,2,3,4 nan,1,1",
     "--window-size": "a,b",
     "--num-layer": "2",

@@ -142,25 +142,16 @@ class Tables:
             rows = [each[np.abs(each[:, 0] - share * each[-1, 0]).argmin()] for each in series]
             yield (100 * float(np.mean(rows, axis=0)[1 if tokens == "all" else 2]), math.nan)
 
-    def rate(self, label: str, rate: str) -> Iterator[Cell]:
-        """Yield the cells of an arm and a rate of block A."""
-        arm = ARMS[label.removesuffix(" (chosen)")][1]
-        means = {
-            name: estimate([weighted(run, *COLUMNS["both"])[0] for run in runs.values()])
-            for (suite, name), runs in self.runs.items()
-            if suite == "rates" and name.startswith(f"{arm}.")
-        }
-        own = f"{arm}.lr-{rate}"
-        is_best = own == min(means, key=lambda name: means[name][0])
-        yield (float(rate) if is_best == label.endswith(" (chosen)") else math.nan, math.nan)
-        yield (len(self.runs["rates", own]), math.nan)
-        yield means[own]
-
 
 def numbers(cell: str) -> list[float]:
     """Return the numbers of a cell: a value, and after `±` half of its interval."""
     parts = cell.replace("−", "-").removeprefix("<").removesuffix("%").split(" ± ")
     return [float(part) for part in parts]
+
+
+def standing(low: float, high: float) -> str:
+    """Return what the interval of a difference shows."""
+    return "better" if high < 0 else "worse" if low > 0 else "not resolved"
 
 
 def answers(tables: Tables) -> Iterator[str]:
@@ -177,16 +168,30 @@ def answers(tables: Tables) -> Iterator[str]:
     to_smoe, to_hash = (interval(f"MaskMoE − {baseline}, 9 M tokens") for baseline in ("SMoE", "Hash"))
     yield f"MaskMoE model {'beats' if max(to_smoe[1], to_hash[1]) < 0 else 'is not shown to beat'} both SMoE and Hash"
     for arm, (low, high) in (("SMoE", to_smoe), ("Hash", to_hash)):
-        standing = "MaskMoE is better" if high < 0 else "MaskMoE is worse" if low > 0 else "not resolved"
-        yield f"{said(f'MaskMoE − {arm}, 9 M tokens')}{' nats' if arm == 'SMoE' else ''} from {arm}'s ({standing})"
+        difference = f"{said(f'MaskMoE − {arm}, 9 M tokens')}{' nats' if arm == 'SMoE' else ''}"
+        yield f"{difference} from {arm}'s ({standing(low, high)})"
     if to_hash[1] >= 0:
-        yield "No lead over Hash is shown that choice or damping could explain"
+        yield "no lead of MaskMoE over Hash is shown that choice or damping could explain"
     for length in ("36 M tokens", "9 M tokens, N = 32"):
         to_smoe, to_hash = (said(f"MaskMoE − {baseline}, {length}") for baseline in ("SMoE", "Hash"))
         yield f"differs by {to_smoe} from SMoE's and by {to_hash} from Hash's."
-    for arm in ("Gated Hash", "MaskMoE with weight 1"):
-        to_hash, to_maskmoe = (said(f"{arm} − {baseline}") for baseline in ("Hash", "MaskMoE"))
-        yield f"Its loss differs by {to_hash} from Hash's and by {to_maskmoe} from MaskMoE's."
+    for labels, wording in (
+        (("MaskMoE − SMoE, 36 M tokens", "MaskMoE − Hash, 36 M tokens"), "(against SMoE: {}; against Hash: {}), and"),
+        (("Gated Hash − Hash", "Gated Hash − MaskMoE"), "frequent ids. Against Hash: {}; against MaskMoE: {}. - "),
+        (
+            ("MaskMoE with weight 1 − Hash", "MaskMoE with weight 1 − MaskMoE"),
+            "the weight 1. Against Hash: {}; against MaskMoE: {}. - ",
+        ),
+        (
+            ("MaskMoE, smeared keys − SMoE, smeared keys", "MaskMoE, smeared keys − Hash, smeared keys"),
+            "MaskMoE against SMoE: {}; against Hash: {}. Luck",
+        ),
+        (("Hash, random − Hash",), "Against balanced Hash: {}. "),
+    ):
+        yield wording.format(*(standing(*interval(label)) for label in labels))
+    runs = tables.runs[ARMS["SMoE, smeared keys"]].values()
+    lucky = sorted(weighted(run, *COLUMNS["both"])[0] for run in runs)
+    yield "end at {:.2f} to {:.2f}, the others at {:.2f} to {:.2f}.".format(*lucky[:1], *lucky[2:4], *lucky[-1:])
 
 
 def other_experts(tables: Tables) -> Iterator[str]:
@@ -203,7 +208,6 @@ def differing(page: str, tables: Tables) -> Iterator[str]:
     kinds: dict[str, Callable[..., Iterator[Cell]]] = {
         "losses": tables.losses,
         "difference": tables.difference,
-        "rates": tables.rate,
         "without each token's best expert": tables.second_choice,
         "tokens that change their expert later": tables.changing,
     }
@@ -215,8 +219,7 @@ def differing(page: str, tables: Tables) -> Iterator[str]:
             head = label
             continue
         known |= set(re.findall(r"[+−]?\d+\.\d{3}", line))
-        expected = [*kinds[head](label, *cells[:1])] if head == "rates" else [*kinds[head](label)]
-        for number, (cell, (value, half)) in enumerate(zip(cells, expected, strict=True)):
+        for number, (cell, (value, half)) in enumerate(zip(cells, kinds[head](label), strict=True)):
             found = numbers(cell)
             tolerance = 0.051 if cell.endswith("%") else 0.00051
             if head == "difference" and number == 2:

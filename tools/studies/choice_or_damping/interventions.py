@@ -1,6 +1,6 @@
 """The interventions of the study "choice or damping": routers and attention that replace those of a model.
 
-Each builder is named by a program of this folder, see `study_program`.
+Each builder is named by a program of this folder.
 """
 
 import os

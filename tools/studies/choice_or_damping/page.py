@@ -14,7 +14,7 @@ from pathlib import Path
 
 import jinja2
 import numpy as np
-from analysis import CONFIRMATION, CONTRASTS, TEXTS, Study, best_rate, outcome, variants_of
+from analysis import CONFIRMATION, CONTRASTS, TEXTS, Study, outcome, variants_of
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from measures import Measures, read_measures
@@ -93,16 +93,6 @@ def differences_table(study: Study, suites: Iterable[str]) -> str:
     return table(rows)
 
 
-def rates_table(study: Study) -> str:
-    """Return the table of block A: the mean outcome of each arm and rate."""
-    rows = [["rates", "rate", "runs", "both"]]
-    for arm, means in study.rates().items():
-        for rate, estimate in means.items():
-            chosen = " (chosen)" if rate == best_rate(means) else ""
-            rows.append([title(CONFIRMATION, arm) + chosen, rate, estimate.n, f"{estimate:.3f}"])
-    return table(rows)
-
-
 def of_arm(measures: Sequence[Measures], arm: str) -> Iterator[Measures]:
     """Yield the measures of an arm of block B."""
     return (each for each in measures if (each.suite, each.variant) == (CONFIRMATION, arm))
@@ -138,21 +128,25 @@ def changing_after(changing: Sequence[tuple[int, float, float]], share: float) -
 
 
 def draw(study: Study) -> Figure:
-    """Return a figure of the losses of the blocks B and D, and of all differences below them."""
+    """Return a figure of the losses of the blocks B and D, and below them the differences of each table."""
     losses = {
         f"{title(suite, arm)}, {BLOCKS[suite]}": [*study.outcomes(suite, arm).values()]
         for suite in (CONFIRMATION, "long")
         for arm in ARMS
     }
-    names = [(suite, *arms) for suite, contrasts in CONTRASTS.items() for arms in contrasts]
-    differences = {label(*each): study.difference(*each).pairs for each in names}
-    figure = new_figure(8, 1.4 + 0.34 * (len(losses) + len(differences)))
-    upper, lower = figure.subplots(2, height_ratios=(len(losses), len(differences)))
-    draw_rows(upper, losses)
-    upper.set_xlabel("loss (nats per token)")
-    draw_rows(lower, differences)
-    lower.axvline(0, color="#444444", linewidth=1)
-    lower.set_xlabel("difference in loss (nats per token)")
+    differences = [
+        {label(suite, *arms): study.difference(suite, *arms).pairs for suite in suites for arms in CONTRASTS[suite]}
+        for suites in (BLOCKS, ["mechanism"])
+    ]
+    parts = [losses, *differences]
+    figure = new_figure(8, 2 + 0.34 * sum(map(len, parts)))
+    first, *others = figure.subplots(len(parts), height_ratios=[*map(len, parts)])
+    draw_rows(first, losses)
+    first.set_xlabel("loss (nats per token)")
+    for axes, rows in zip(others, differences, strict=True):
+        draw_rows(axes, rows)
+        axes.axvline(0, color="#444444", linewidth=1)
+        axes.set_xlabel("difference in loss (nats per token)")
     return figure
 
 
@@ -169,10 +163,10 @@ def draw_rows(axes: Axes, rows: Mapping[str, Sequence[float]]) -> None:
 
 
 def standing(difference: Estimate) -> str:
-    """Return what a difference of MaskMoE shows at the 5 % level."""
+    """Return what a difference shows at the 5 % level."""
     if difference.high < 0:
-        return "MaskMoE is better"
-    return "MaskMoE is worse" if difference.low > 0 else "not resolved"
+        return "better"
+    return "worse" if difference.low > 0 else "not resolved"
 
 
 def missing_runs(study: Study, measures: Sequence[Measures]) -> Iterator[str]:
@@ -199,7 +193,7 @@ def render(study: Study, measures: Sequence[Measures]) -> str:
         difference=study.difference,
         said=lambda estimate: f"{estimate:+.3f}",
         standing=standing,
-        rates=rates_table(study),
+        lucky=[f"{loss:.2f}" for loss in sorted(study.outcomes("mechanism", "smoe-smeared").values())],
         losses=losses_table(study),
         differences=differences_table(study, BLOCKS),
         interventions=differences_table(study, ["mechanism"]),

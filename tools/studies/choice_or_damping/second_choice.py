@@ -1,9 +1,10 @@
 """Evaluates with `SecondChoiceBuilder`: `python second_choice.py evaluate FLAGS…`."""
 
 import sys
+from importlib import import_module
 from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).parent))  # ranks run with PYTHONSAFEPATH
-from study_program import run
+from maskmoe.training.program import run_program
 
-run("SecondChoiceBuilder", __name__)
+sys.path.insert(0, str(Path(__file__).parent))  # ranks run with PYTHONSAFEPATH
+run_program(__name__, lambda: import_module("interventions").SecondChoiceBuilder)

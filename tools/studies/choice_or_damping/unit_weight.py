@@ -1,9 +1,10 @@
 """Trains or evaluates with `UnitWeightBuilder`: `python unit_weight.py pretrain|evaluate FLAGS…`."""
 
 import sys
+from importlib import import_module
 from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).parent))  # ranks run with PYTHONSAFEPATH
-from study_program import run
+from maskmoe.training.program import run_program
 
-run("UnitWeightBuilder", __name__)
+sys.path.insert(0, str(Path(__file__).parent))  # ranks run with PYTHONSAFEPATH
+run_program(__name__, lambda: import_module("interventions").UnitWeightBuilder)
