@@ -39,7 +39,6 @@ _FLAGS_OF_SCHEDULE = {
     "lr_decay_steps": "the decay (--lr-decay-iters or -samples, by default the whole training)",
     "wsd_decay_steps": "--lr-wsd-decay-iters",
     "init_lr": "--lr-warmup-init",
-    "min_lr": "--min-lr",
     "max_lr": "--lr",
     "start_wd": "--start-weight-decay",
     "end_wd": "--end-weight-decay",
