@@ -59,6 +59,10 @@ class Unfinished(Damage):
     """The fault of a checkpoint whose saving was interrupted."""
 
 
+class Unreadable(Damage):
+    """The fault of a checkpoint that this user may not read; the checkpoint may be sound."""
+
+
 def digest_and_size(path: Path) -> tuple[str, int]:
     """Return the SHA-256 digest, hexadecimal, and the size in bytes of a regular file; raise `UnusableFile` if none."""
     with open_regular(path) as stream:
@@ -150,8 +154,6 @@ def check_structure(checkpoint: Path) -> None:
 
     If the manifest has the sizes of all files in the folder, the digest of the layout replaces reading the layout,
     which needs torch. A file that neither the manifest nor the folder has is missed only when it is loaded.
-
-    Raises `UserError` if this user may not read the checkpoint, which may be sound.
     """
     # Check the file that marks the checkpoint as complete.
     try:
@@ -159,7 +161,7 @@ def check_structure(checkpoint: Path) -> None:
     except (FileNotFoundError, NotADirectoryError) as error:
         raise Damage(checkpoint, "does not exist") from error
     except PermissionError as error:
-        raise UserError(f"{checkpoint} cannot be listed: {error.strerror}; let this user read it") from error
+        raise Unreadable(checkpoint, f"cannot be listed: {error.strerror}; let this user read it") from error
     except OSError as error:
         raise Damage(checkpoint, f"cannot be listed: {error.strerror}") from error
     if COMPLETION_FILE not in present:

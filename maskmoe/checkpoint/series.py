@@ -13,6 +13,7 @@ from maskmoe.checkpoint.integrity import (
     LAYOUT_FILE,
     Damage,
     Unfinished,
+    Unreadable,
     check_structure,
     iteration_of,
 )
@@ -127,7 +128,8 @@ def choose_checkpoint(
         non_persistent: The folder of the non-persistent checkpoints, which need no tracker file; None without them.
 
     Raises:
-        UserError: The folder has checkpoints, or a record of one, but none is sound.
+        UserError: The folder has checkpoints, or a record of one, but none is sound. Or this user may not read one that
+            is newer than all sound ones.
     """
     rejected: list[Damage] = []
     candidates = [checkpoint_path(folder, step)] if step is not None else _candidates(folder)
@@ -140,6 +142,8 @@ def choose_checkpoint(
         try:
             check(candidate)
             return Choice(candidate, tuple(rejected))
+        except Unreadable:
+            raise
         except Damage as damage:
             rejected.append(damage)
     # Without a tracker file, no save was finished.

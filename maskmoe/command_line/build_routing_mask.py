@@ -9,7 +9,6 @@ Example:
 """
 
 import argparse
-import math
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -29,7 +28,7 @@ from maskmoe.routing_mask.frequency import (
     TokenFrequency,
     check_same_vocabulary,
     expected_expert_load,
-    load_of_ids,
+    heaviest_shares,
     overloading_ids,
 )
 from maskmoe.routing_mask.mask import HashLayers, RoutingMask, describe_visible_experts
@@ -64,8 +63,8 @@ def parse_arguments(words: Sequence[str] | None = None) -> argparse.Namespace:
     add_option(model, "--num-experts N", "experts in each MoE layer", ranges.EXPERTS)
     add_option(model, "--num-layers L", "transformer layers, with and without experts", ranges.LAYERS)
     size = "number of expert-parallel ranks; required for rank-local assignment, otherwise it only adds the load of "
-    topk = "experts that a token uses in training if it sees so many, which balanced and rank-local assignment level "
-    add_option(model, "--moe-router-topk K", f"{topk}(default: 1)", ranges.EXPERTS)
+    topk = "experts that a token uses in training if it sees so many, for which balanced and rank-local assignment and "
+    add_option(model, "--moe-router-topk K", f"{topk}the printed load are (default: 1)", ranges.EXPERTS)
     add_option(model, "--expert-model-parallel-size E", f"{size}the ranks to the summary", ranges.RANKS)
     pattern = "layers of a HybridModel, for the numbers of layers in the tensors' names of tid2eid tables"
     add_option(model, "--hybrid-layer-pattern P", pattern)
@@ -102,7 +101,7 @@ def parse_arguments(words: Sequence[str] | None = None) -> argparse.Namespace:
     add_force_argument(parser)
     arguments = parser.parse_args(words)
     if arguments.routing_mask:
-        decided = (*_MODEL, "vocab_size", "shared_table", *_METHOD, "preset", *_HASH_LAYERS, "moe_router_topk")
+        decided = (*_MODEL, "vocab_size", "shared_table", *_METHOD, "preset", *_HASH_LAYERS)
         _refuse(arguments, decided, "--routing-mask already decides the model and the experts of each id")
         return arguments
     if missing := [name for name in _MODEL if getattr(arguments, name) is None]:
@@ -110,7 +109,7 @@ def parse_arguments(words: Sequence[str] | None = None) -> argparse.Namespace:
     if not (arguments.token_frequency or arguments.vocab_size or arguments.expert_table):
         raise UserError("give --token-frequency, --vocab-size, --expert-table or --routing-mask")
     if arguments.expert_table:
-        decided = (*_METHOD, "preset", *_HASH_LAYERS, "shared_table", "moe_router_topk")
+        decided = (*_METHOD, "preset", *_HASH_LAYERS, "shared_table")
         _refuse(arguments, decided, "--expert-table already decides the experts of each id")
     return arguments
 
@@ -237,7 +236,7 @@ def _flags(names: list[str]) -> str:
     return ", ".join(f"--{name.replace('_', '-')}" for name in names)
 
 
-def print_summary(mask: RoutingMask, frequency: TokenFrequency | None, num_ranks: int | None) -> None:
+def print_summary(mask: RoutingMask, frequency: TokenFrequency | None, num_ranks: int | None, topk: int) -> None:
     """Print size, visible experts, expected load and digest of the mask, and a warning if it cannot be balanced."""
     is_frequent = mask.num_visible_beyond_hash_layers > 1
     tables = "one table for all layers" if mask.is_shared else f"{mask.num_layers} tables"
@@ -246,13 +245,13 @@ def print_summary(mask: RoutingMask, frequency: TokenFrequency | None, num_ranks
     print(f"visible experts  {describe_visible_experts(mask)}")
     if frequency is not None:
         occurrences = frequency.occurrences
-        load = expected_expert_load(mask, occurrences, mask.provenance.topk)
+        load = expected_expert_load(mask, occurrences, topk)
         if is_frequent.any() and not is_frequent.all():
             print(f"frequent share   {occurrences[is_frequent].sum() / occurrences.sum():.2%} of all occurrences")
-        print(f"expert load      {describe_imbalance(load)} at top-{mask.provenance.topk}")
+        print(f"expert load      {describe_imbalance(load)} at top-{topk}")
         if num_ranks:
             print(f"rank load        {describe_imbalance(load, num_ranks)}")
-        warn_of_overload(mask, occurrences)
+        warn_of_overload(mask, occurrences, topk)
     print(f"digest           {mask.digest}")
 
 
@@ -271,16 +270,21 @@ def describe_imbalance(load: np.ndarray, num_ranks: int | None = None) -> str:
     return f"expected max/mean {spread} (min / median / max over tables)"
 
 
-def warn_of_overload(mask: RoutingMask, occurrences: np.ndarray) -> None:
+def warn_of_overload(mask: RoutingMask, occurrences: np.ndarray, topk: int) -> None:
     """Print a warning with a cure if single ids are too frequent for a balanced load."""
-    ids = overloading_ids(mask, occurrences)
+    ids = overloading_ids(mask, occurrences, topk)
     if not len(ids):
         return
     worst = ids[0]
     others = f" ({len(ids) - 1:,} more ids are too frequent as well)" if len(ids) > 1 else ""
-    load, num_visible = load_of_ids(mask, occurrences), mask.fewest_visible_of_id[worst]
-    share = load[worst] / load.sum()
-    needed = max(2, math.ceil(share * mask.num_experts))
+    share, num_visible = (values[worst] for values in heaviest_shares(mask, occurrences, topk))
+    # The load of the id grows with the experts that it sees, up to k.
+    share_of_use = share / min(num_visible, topk)
+    needed = next(
+        number
+        for number in range(2, mask.num_experts + 1)
+        if (own := share_of_use * min(number, topk)) / number <= (1 - share + own) / mask.num_experts
+    )
     num_ranks, hashed = mask.provenance.expert_model_parallel_size, mask.provenance.hash_layers
     if num_ranks and share > 1 / num_ranks:
         cure = f"use fewer than {num_ranks} expert-parallel ranks, or another assignment"
@@ -318,7 +322,7 @@ def main() -> None:
             names = TENSOR_NAMES[arguments.format]
             positions = positions_of_layers(arguments.hybrid_layer_pattern, mask.num_layers, [names])
             tensors = ExpertTable.of_mask(mask).save(temporary, names, positions)
-    print_summary(mask, frequency, num_ranks)
+    print_summary(mask, frequency, num_ranks, arguments.moe_router_topk or mask.provenance.topk)
     if tensors:
         print(f"tensors          {counted(len(tensors), 'tensor')}, the first is {tensors[0]}")
     print(f"written          {arguments.output}")

@@ -50,12 +50,13 @@ def print_summary(old: RoutingMask, new: RoutingMask, frequency: TokenFrequency 
     print(f"visible experts  {_mean_visible(old):.3f} → {_mean_visible(new):.3f} (mean over ids and layers), ", end="")
     print(f"{old.max_visible} → {new.max_visible} (largest)")
     if frequency is not None:
+        topk = old.provenance.topk
         for name, mask in (("before", old), ("after", new)):
-            load = expected_expert_load(mask, frequency.occurrences, mask.provenance.topk)
-            print(f"{'load ' + name:16} {describe_imbalance(load)}")
+            load = expected_expert_load(mask, frequency.occurrences, topk)
+            print(f"{'load ' + name:16} {describe_imbalance(load)} at top-{topk}")
             if num_ranks := mask.provenance.expert_model_parallel_size:
                 print(f"{'  of ranks':16} {describe_imbalance(load, num_ranks)}")
-        warn_of_overload(new, frequency.occurrences)
+        warn_of_overload(new, frequency.occurrences, topk)
     print(f"digest before    {old.digest}")
     print(f"digest           {new.digest}")
 

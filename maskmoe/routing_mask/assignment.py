@@ -85,6 +85,8 @@ class MaskRecipe:
             return f"need at least 2 experts, not {num_experts}"
         if self.assignment not in ASSIGNMENTS:
             return f"unknown assignment {self.assignment!r}; choose one of {', '.join(ASSIGNMENTS)}"
+        if not 1 <= self.topk <= num_experts:
+            return f"a token uses 1 to {num_experts} of {num_experts} experts, not {self.topk}"
         if not 0 <= self.frequent_mass <= 1:
             return f"frequent mass is a share of occurrences between 0 and 1, not {self.frequent_mass}"
         if (self.assignment == "rank-local") != (num_ranks is not None):
@@ -158,9 +160,10 @@ class MaskRecipe:
         return self.frequent_visible_experts == self.num_experts
 
     @property
-    def experts_of_frequent(self) -> int:
-        """Number of experts that a token with a frequent id uses, min(k, V_f); 1 if no id is frequent."""
-        return min(self.topk, self.frequent_visible_experts or 1)
+    def load_of_frequent(self) -> int:
+        """Load of one occurrence of a frequent id, min(k, V_f), if the mask depends on it; else 1, as of other ids."""
+        is_weighed = self.assignment != "uniform" and 0 < self.frequent_mass < 1 and not self.frequent_see_all
+        return min(self.topk, self.frequent_visible_experts or 1) if is_weighed else 1
 
     @property
     def needs_counts(self) -> bool:
@@ -246,6 +249,7 @@ def build_routing_mask(
     row_of_id, visible_bits = stack_tables(list(bar), recipe.num_experts)
     settings: dict[str, Any] = {field.name: getattr(recipe, field.name) for field in fields(recipe)}
     sizes = {"vocab_size": len(occurrences)} | {name: settings.pop(name) for name in ("num_experts", "num_layers")}
+    settings["topk"] = recipe.topk if recipe.load_of_frequent > 1 else 1
     if frequency is not None:
         settings["counts_digest"] = frequency.digest
         settings |= {"datasets": frequency.datasets, "tokenizer": frequency.tokenizer}
@@ -281,7 +285,7 @@ def assign_table(recipe: MaskRecipe, occurrences: np.ndarray, table: int) -> tup
         single_expert = rng.integers(num_experts, size=len(vocabulary.ids) - num_frequent)
     else:
         weights = vocabulary.occurrences[skipped:].copy()
-        weights[:num_sets] *= recipe.experts_of_frequent
+        weights[:num_sets] *= recipe.load_of_frequent
         sets, single_expert = _assign_by_load(rng, weights, num_sets, recipe)
     if skipped:
         sets = np.ones((1, num_experts), dtype=bool)

@@ -310,26 +310,34 @@ def expected_expert_load(mask: RoutingMask, occurrences: np.ndarray, topk: int) 
     return np.stack(loads)
 
 
-def load_of_ids(mask: RoutingMask, occurrences: np.ndarray) -> np.ndarray:
-    """Return the load that each id adds to the experts of the layer in which it sees fewest, float64 `[vocab]`."""
-    return occurrences * np.minimum(mask.fewest_visible_of_id, mask.provenance.topk)
+def heaviest_shares(mask: RoutingMask, occurrences: np.ndarray, topk: int) -> tuple[np.ndarray, np.ndarray]:
+    """Return each id's share of all load, and its visible experts, in the layer in which it loads each of them most.
+
+    Arguments are those of `expected_expert_load`. Both results are `[vocab]`.
+    """
+    shares, visible = np.zeros(mask.vocab_size), np.ones(mask.vocab_size, np.int64)
+    for table in range(len(mask.row_of_id)):
+        num_visible = mask.num_visible_of_layer(table)
+        load = occurrences * np.minimum(num_visible, topk)
+        is_heavier = load / load.sum() / num_visible > shares / visible
+        shares = np.where(is_heavier, load / load.sum(), shares)
+        visible = np.where(is_heavier, num_visible, visible)
+    return shares, visible
 
 
-def overloading_ids(mask: RoutingMask, occurrences: np.ndarray) -> np.ndarray:
+def overloading_ids(mask: RoutingMask, occurrences: np.ndarray, topk: int) -> np.ndarray:
     """Return the ids that alone overload an expert or rank, so that no mask with these set sizes is balanced.
 
     Such an id gives each of its visible experts in a layer more than 1/N of the load of all ids, each of which adds
     min(k, V) times its occurrences. In a rank-local mask, an id with more load than one rank's share also counts.
 
-    Args:
-        mask: The routing mask.
-        occurrences: Occurrences of each id, `[vocab]`.
+    Arguments are those of `expected_expert_load`.
 
     Returns:
         The ids, int64 `[ids]`, the id with the largest load of an expert first.
     """
     num_ranks = mask.provenance.expert_model_parallel_size or 1
-    load = load_of_ids(mask, occurrences)
-    total, per_expert = load.sum(), load / mask.fewest_visible_of_id
-    ids = np.flatnonzero((per_expert > total / mask.num_experts) | (load > total / num_ranks))
+    shares, visible = heaviest_shares(mask, occurrences, topk)
+    per_expert = shares / visible
+    ids = np.flatnonzero((per_expert > 1 / mask.num_experts) | (shares > 1 / num_ranks))
     return ids[np.argsort(-per_expert[ids], kind="stable")]

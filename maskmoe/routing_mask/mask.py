@@ -66,7 +66,7 @@ class MaskProvenance:
         expert_table: `name` and `sha256` of the `ExpertTable` that the visible sets were copied from, or None.
         hash_layers: The first layers, to which P, V_f and the assignment do not apply; None if they apply to all.
         widened_from: The masks that were widened to this mask, the first mask first.
-        topk: k of the router for which the loads of the experts were balanced.
+        topk: k of the router for which the loads of the experts were balanced; 1 if the mask does not depend on it.
     """
 
     assignment: str

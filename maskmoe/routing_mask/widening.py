@@ -170,7 +170,7 @@ def _widen_table(
     if recipe.assignment != "uniform":
         shares[vocabulary.ids] = vocabulary.occurrences
         num_visible = np.where(grows, target, sizes)
-        shares *= np.minimum(num_visible, recipe.topk)
+        shares *= np.minimum(num_visible, recipe.topk)  # as `expected_expert_load`
         shares /= num_visible
     # Not a matrix product, whose rounding depends on the processor.
     rows, experts = np.nonzero(sets)

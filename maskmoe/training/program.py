@@ -7,6 +7,7 @@ from importlib import import_module
 from typing import TYPE_CHECKING
 
 from maskmoe.training.loop.rank_process import run_rank
+from maskmoe.training.watch.console import hide_foreign_warnings
 
 if TYPE_CHECKING:
     from maskmoe.training.loop.model_builder import StageBuilder
@@ -19,13 +20,18 @@ def run_program(module_name: str, builder: Callable[[], type["StageBuilder"]]) -
 
     Args:
         module_name: `__name__` of the file. Megatron's helper processes import the file by another name.
-        builder: Returns the class of the builder, a subclass of `MaskMoEGPTModelBuilder` or
-            `MaskMoEHybridModelBuilder`. Megatron can be imported when this function is called, and not before.
+        builder: Returns the class of the builder, a subclass of `MaskMoEHybridModelBuilder` or, for models without
+            `--hybrid-layer-pattern`, of `MaskMoEGPTModelBuilder`. Megatron can be imported when this function is
+            called, and not before.
     """
     if module_name == "__mp_main__":
         from maskmoe.megatron_compat import prepare_process
 
+        hide_foreign_warnings()
         prepare_process()
-    if module_name == "__main__":
-        task = sys.argv.pop(1)
-        run_rank(partial(import_module(f"maskmoe.training.{task}").main, builder), task)
+    if module_name != "__main__":
+        return
+    if sys.argv[1:2] not in (["pretrain"], ["evaluate"]):
+        sys.exit(f"usage: {sys.argv[0]} pretrain|evaluate FLAGS…")
+    task = sys.argv.pop(1)
+    run_rank(partial(import_module(f"maskmoe.training.{task}").main, builder), task)

@@ -31,6 +31,7 @@ from maskmoe.checkpoint.integrity import (
     LAYOUT_FILE,
     Damage,
     Manifest,
+    Unreadable,
     check_structure,
     read_checkpoint_layout,
     read_layout,
@@ -38,7 +39,6 @@ from maskmoe.checkpoint.integrity import (
     write_manifest,
 )
 from maskmoe.conversion.megatron_models import MARKER
-from maskmoe.errors import UserError
 
 
 class Command:
@@ -73,14 +73,14 @@ def test_sound_checkpoint_is_read(checkpoint: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("number", "refused"), [(errno.EACCES, UserError), (errno.EIO, Damage), (errno.ENOENT, Damage)]
+    ("number", "refused"), [(errno.EACCES, Unreadable), (errno.EIO, Damage), (errno.ENOENT, Damage)]
 )
 def test_checkpoint_that_this_user_may_not_read_is_not_taken_for_a_damaged_one(
     checkpoint, monkeypatch, number, refused
 ):
     """Otherwise a run would resume from an older checkpoint."""
     monkeypatch.setattr(os, "listdir", Mock(side_effect=OSError(number, os.strerror(number))))
-    with pytest.raises(UserError) as error:
+    with pytest.raises(Damage) as error:
         check_structure(checkpoint)
     assert type(error.value) is refused
 

@@ -55,7 +55,7 @@ def recipes_and_counts(draw):
         frequent_visible_experts=draw(st.integers(2, most_visible)),
         seed=draw(st.integers(0, 2**64)),
         expert_model_parallel_size=num_ranks if assignment == "rank-local" else None,
-        topk=draw(st.integers(1, 4)),
+        topk=draw(st.integers(1, min(4, num_experts))),
     )
     counts = draw(st.lists(st.integers(0, 1000), min_size=1, max_size=60).filter(any))
     return recipe, np.array(counts, dtype=np.float64)

@@ -1,5 +1,6 @@
 """The commands that count ids and build masks, as a user runs them."""
 
+import re
 import sys
 from pathlib import Path
 
@@ -8,10 +9,10 @@ import pytest
 from support.command_lines import Outcome, run_command
 from support.datasets import frequency_of, write_documents
 
-from maskmoe.command_line.build_routing_mask import parse_arguments, recipe_from
+from maskmoe.command_line.build_routing_mask import parse_arguments, recipe_from, warn_of_overload
 from maskmoe.data.tokenizer import TokenizerRecord
 from maskmoe.errors import UserError
-from maskmoe.routing_mask.assignment import build_routing_mask
+from maskmoe.routing_mask.assignment import MaskRecipe, build_routing_mask
 from maskmoe.routing_mask.feed_forward_layers import FeedForwardLayers
 from maskmoe.routing_mask.frequency import TokenFrequency
 from maskmoe.routing_mask.mask import RoutingMask
@@ -162,6 +163,21 @@ def test_build_all_hash_layers_on_single_ranks(folder, monkeypatch, recipe):
 def test_refuse_some_rank_local_layers(folder, monkeypatch, flags):
     with pytest.raises(UserError, match="--hash-assignment and --assignment must both be rank-local"):
         built_in_process(folder, monkeypatch, *flags, "--expert-model-parallel-size", 2, "--hash-layers", 1)
+
+
+@pytest.mark.parametrize("topk", [1, 2, 8])
+def test_fewest_experts_that_an_overload_needs(capsys, topk):
+    """The warning names them at once, although the load of the id grows with its experts."""
+    frequency = frequency_of([200, *[1] * 800])
+
+    def warning(frequent_visible: int) -> str:
+        recipe = MaskRecipe(64, 1, "balanced", 0.2, frequent_visible, topk=topk)
+        warn_of_overload(build_routing_mask(recipe, frequency=frequency), frequency.occurrences, topk)
+        return capsys.readouterr().out
+
+    needed = int(re.search(r"at least (\d+) experts", warning(2))[1])
+    assert "at least" in warning(needed - 1)
+    assert warning(needed) == ""
 
 
 def test_build_warns_of_an_id_that_makes_balance_impossible(folder):

@@ -19,9 +19,10 @@ from maskmoe.routing_mask.frequency import (
     TokenFrequency,
     count_token_frequency,
     expected_expert_load,
-    load_of_ids,
+    heaviest_shares,
     overloading_ids,
 )
+from maskmoe.routing_mask.mask import HashLayers
 from maskmoe.routing_mask.sealed_tensors import seal
 
 TOKENIZER = TokenizerRecord("SentencePieceTokenizer", "text.model", sha256="a" * 64, vocab_size=100, eod_id=0)
@@ -180,13 +181,24 @@ def test_expected_load_against_a_loop(mask, zipf_frequency, topk):
 def test_ids_that_make_balance_impossible():
     frequency = frequency_of([30, 5, 26, 5, 5, 5, 5, 5, 5, 9])
     hashed = build_routing_mask(MaskRecipe.from_preset("hash", 4, 1), frequency=frequency)
-    assert overloading_ids(hashed, frequency.occurrences).tolist() == [0, 2]
+    assert overloading_ids(hashed, frequency.occurrences, topk=1).tolist() == [0, 2]
     balanced = build_routing_mask(MaskRecipe(4, 1, "balanced", 0.5, 2), frequency=frequency)
-    assert overloading_ids(balanced, frequency.occurrences).tolist() == []
+    assert overloading_ids(balanced, frequency.occurrences, topk=1).tolist() == []
     local = MaskRecipe(8, 1, "rank-local", 0.5, 2, expert_model_parallel_size=4)
     local_mask = build_routing_mask(local, frequency=frequency)
-    assert overloading_ids(local_mask, frequency.occurrences).tolist() == [0, 2]
-    # Ids 0 and 2 use both their experts: of a load of 156, id 0 adds 30 to each, and 39 is a quarter.
-    both = build_routing_mask(MaskRecipe(8, 1, "balanced", 0.5, 2, topk=2), frequency=frequency)
-    assert overloading_ids(both, frequency.occurrences).tolist() == [0, 2]
-    assert load_of_ids(both, frequency.occurrences).tolist() == [60, 5, 52, 5, 5, 5, 5, 5, 5, 9]
+    assert overloading_ids(local_mask, frequency.occurrences, topk=1).tolist() == [0, 2]
+    # With k = 1, id 0 adds 11 of a load of 100 to both its experts. With k = 2, it adds 22 of 122.
+    frequency = frequency_of([22, *[1] * 78])
+    mask = build_routing_mask(MaskRecipe(8, 1, "balanced", 0.2, 2), frequency=frequency)
+    assert overloading_ids(mask, frequency.occurrences, topk=1).tolist() == []
+    assert overloading_ids(mask, frequency.occurrences, topk=2).tolist() == [0]
+
+
+def test_ids_overload_experts_by_their_share_of_the_load_in_one_layer():
+    """Id 0 has 12 of 100 occurrences, sees 2 of 16 experts in the hash layer and 8 in the other; all ids use both."""
+    frequency = frequency_of([12, *[1] * 88])
+    hashed = HashLayers(1, 2, "balanced")
+    mask = build_routing_mask(MaskRecipe(16, 2, "balanced", 0.12, 8, hash_layers=hashed, topk=2), frequency=frequency)
+    shares, visible = heaviest_shares(mask, frequency.occurrences, topk=2)
+    assert (shares[0], visible[0]) == (pytest.approx(0.12), 2)
+    assert overloading_ids(mask, frequency.occurrences, topk=2).tolist() == []

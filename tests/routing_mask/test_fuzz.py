@@ -133,7 +133,7 @@ def use(value: Any) -> None:
         assert value.visible_sets(value.num_layers - 1).any(axis=1).all()
         load = expected_expert_load(value, occurrences, topk=1)
         assert load.sum() == pytest.approx(occurrences.sum() * len(value.row_of_id))
-        overloading_ids(value, occurrences)
+        overloading_ids(value, occurrences, topk=1)
         for dataset in value.provenance.datasets:
             assert isinstance(dataset["idx_sha256"], str)
             assert dataset["bin_bytes"] >= 0

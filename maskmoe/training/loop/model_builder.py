@@ -89,9 +89,15 @@ class MaskMoEModelConfig:
         return self.megatron.transformer
 
     def get_builder_cls(self) -> type["StageBuilder"]:
-        """Return the class that builds the model."""
+        """Return the class that builds the model; raise `UserError` if `builder` is for another kind of model."""
         is_hybrid = isinstance(self.megatron, HybridModelConfig)
-        return self.builder or (MaskMoEHybridModelBuilder if is_hybrid else MaskMoEGPTModelBuilder)
+        base = MaskMoEHybridModelBuilder if is_hybrid else MaskMoEGPTModelBuilder
+        if self.builder is not None and not issubclass(self.builder, base):
+            raise UserError(
+                f"{self.builder.__name__} must be a {base.__name__}, because the model has "
+                f"{'a' if is_hybrid else 'no'} --hybrid-layer-pattern"
+            )
+        return self.builder or base
 
 
 @contextmanager

@@ -37,8 +37,9 @@ _SCHEDULE_ARGUMENTS = (
 _FLAGS_OF_SCHEDULE = {
     "lr_warmup_steps": "the warm-up (--lr-warmup-iters, -samples or -fraction)",
     "lr_decay_steps": "the decay (--lr-decay-iters or -samples, by default the whole training)",
-    "wsd_decay_steps": "--lr-wsd-decay-iters",
+    "wsd_decay_steps": "--lr-wsd-decay-iters or -samples",
     "init_lr": "--lr-warmup-init",
+    "min_lr": "--min-lr",
     "max_lr": "--lr",
     "start_wd": "--start-weight-decay",
     "end_wd": "--end-weight-decay",
@@ -116,9 +117,11 @@ def schedule_of(args: Namespace) -> OptimizerParamScheduler:
             return training.get_optimizer_param_scheduler(optimizer)
     except AssertionError as error:
         # Most of Megatron's assertions have no message, so the reason is their source line.
-        reason = re.sub(
-            r"(?:self\.)?\b(\w+)", lambda name: _FLAGS_OF_SCHEDULE.get(name[1], name[1]), reason_of(error)
-        ).replace("assert ", "it needs ")
+        reason = (
+            re.sub(r"(?:self\.)?\b(\w+)", lambda name: _FLAGS_OF_SCHEDULE.get(name[1], name[1]), reason_of(error))
+            .replace("assert ", "it needs ")
+            .removesuffix(" is not None")
+        )
         raise UserError(f"Megatron refuses the schedule of the learning rate or the weight decay: {reason}") from error
 
 

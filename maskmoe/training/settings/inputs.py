@@ -20,7 +20,7 @@ from maskmoe.errors import UserError, reason_of, refused_by_system
 from maskmoe.files.outputs import refuse_checkpoint
 from maskmoe.megatron_compat.globals import get_tokenizer
 from maskmoe.routing_mask.feed_forward_layers import FeedForwardLayers
-from maskmoe.routing_mask.mask import MaskChange, MaskProvenance, RoutingMask
+from maskmoe.routing_mask.mask import MaskChange, RoutingMask
 from maskmoe.training.watch.console import progress_bar
 from maskmoe.transformer.visible_experts import check_same_mask
 
@@ -115,7 +115,8 @@ def find_routing_mask(args: Namespace, checkpoint: Path | None, report: Callable
     else:
         digests = f"{of_checkpoint.digest[:16]}… of the checkpoint → {own.digest[:16]}…"
         report(f"routing mask: {digests}: {MaskChange.between(of_checkpoint, own)}")
-    if not args.skip_train and is_balanced_for_other_topk(own.provenance, args.moe_router_topk):
+    is_new = checkpoint is None or own.digest != of_checkpoint.digest
+    if is_new and not args.skip_train and is_balanced_for_other_topk(own, args.moe_router_topk):
         report(
             f"routing mask: it balances the load of the experts at top-{own.provenance.topk}; for --moe-router-topk "
             f"{args.moe_router_topk}, make it by maskmoe mask --moe-router-topk {args.moe_router_topk}"
@@ -123,11 +124,12 @@ def find_routing_mask(args: Namespace, checkpoint: Path | None, report: Callable
     return own
 
 
-def is_balanced_for_other_topk(made_from: MaskProvenance, topk: int) -> bool:
+def is_balanced_for_other_topk(mask: RoutingMask, topk: int) -> bool:
     """Return whether a mask balances the load of the experts for another k, with which frequent ids weigh otherwise."""
+    made_from = mask.provenance
     visible = made_from.frequent_visible_experts or 1
-    has_both_kinds = 0 < made_from.frequent_mass < 1
-    is_balanced = has_both_kinds and made_from.assignment in ("balanced", "rank-local")
+    is_weighed = 0 < made_from.frequent_mass < 1 and visible < mask.num_experts
+    is_balanced = is_weighed and made_from.assignment in ("balanced", "rank-local")
     return is_balanced and min(visible, made_from.topk) != min(visible, topk)
 
 
@@ -210,7 +212,8 @@ def data_errors(
                 if vocab_size is not None:
                     _check_end_of_documents(args, record, prefix)
             # Rank 0 writes Megatron's index of the samples beside the dataset. An existing index may be complete.
-            indices = Path(prefix).absolute() / "cache" / "GPTDataset_indices"
+            kind = "FillInMiddleDataset" if args.fim_data else "GPTDataset"
+            indices = Path(prefix).absolute() / "cache" / f"{kind}_indices"
             if is_first_node and args.data_cache_path is None and not os.path.exists(indices):
                 _check_writable(indices, f"dataset {prefix}", "pass --data-cache-path")
             # The digest of an index takes long.

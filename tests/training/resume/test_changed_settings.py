@@ -59,7 +59,7 @@ REFUSED_SCHEDULES = {
     "--lr-warmup-iters 30": "it needs the warm-up (--lr-warmup-iters, -samples or -fraction) < the decay (--lr-decay-",
     "--lr-warmup-init 1": "it needs --lr-warmup-init <= --lr",
     f"{OVERRIDE} {KEEP}": "both override and use-checkpoint are set",
-    "--lr-decay-style WSD": "it needs --lr-wsd-decay-iters is not None",
+    "--lr-decay-style WSD": "it needs --lr-wsd-decay-iters or -samples",
 }
 # Changes that take effect although nobody asked for them, and parts of the notes.
 NOTES = {

@@ -182,7 +182,7 @@ def args(tmp_path) -> Namespace:
         write_documents(tmp_path / str(number), [range(3)] * 10)
     paths = dict.fromkeys(("train_data_path", "valid_data_path", "test_data_path"))
     files = dict.fromkeys(("data_args_path", "per_split_data_args_path", "data_cache_path"))
-    lengths = {"seq_length": 2, "eval_iters": 1}
+    lengths = {"seq_length": 2, "eval_iters": 1, "fim_data": False}
     data_path = [str(tmp_path / str(number)) for number in range(40)]
     return Namespace(**paths, **files, **lengths, data_path=data_path, split="9,1,0", mock_data=False, skip_train=False)
 
@@ -192,12 +192,17 @@ def test_few_files_are_open_at_a_time(args):
         assert list(data_errors(args, None, 10)) == []
 
 
-def test_folder_of_a_dataset_that_cannot_hold_megatrons_cache(tmp_path, args):
+def test_folder_of_a_dataset_that_cannot_hold_megatrons_cache(tmp_path, args, monkeypatch):
     """A file stands for a folder that this user may not write."""
     (tmp_path / "0").write_text("")
     (error,) = data_errors(args, None, 10)
     assert error.startswith(f"dataset {args.data_path[0]}: cannot write in")
     assert error.endswith("pass --data-cache-path")
+    # An index that exists may be complete.
+    (tmp_path / "0").unlink()
+    (tmp_path / "0" / "cache" / "GPTDataset_indices").mkdir(parents=True)
+    monkeypatch.setattr(inputs, "_check_writable", Mock(side_effect=UserError("checked")))
+    assert len(list(data_errors(args, None, 10))) == 39
     args.data_cache_path = str(tmp_path / "cache")
     assert list(data_errors(args, None, 10)) == []
 
