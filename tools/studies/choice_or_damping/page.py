@@ -162,6 +162,11 @@ def draw_rows(axes: Axes, rows: Mapping[str, Sequence[float]]) -> None:
     tidy(axes)
 
 
+def side(difference: Estimate) -> str:
+    """Return how far a loss is above or below another one."""
+    return f"{abs(difference.mean):.3f} ± {difference.half_width:.3f} {'below' if difference.mean < 0 else 'above'}"
+
+
 def standing(difference: Estimate) -> str:
     """Return what a difference shows at the 5 % level."""
     if difference.high < 0:
@@ -192,6 +197,7 @@ def render(study: Study, measures: Sequence[Measures]) -> str:
         name=NAME,
         difference=study.difference,
         said=lambda estimate: f"{estimate:+.3f}",
+        side=side,
         standing=standing,
         lucky=[f"{loss:.2f}" for loss in sorted(study.outcomes("mechanism", "smoe-smeared").values())],
         losses=losses_table(study),
