@@ -11,7 +11,15 @@ from tqdm import tqdm
 from maskmoe.data.parallel import map_in_processes
 from maskmoe.errors import UserError
 from maskmoe.routing_mask.frequency import TokenFrequency, count_frequent, ids_by_frequency
-from maskmoe.routing_mask.mask import HashLayers, MaskProvenance, RoutingMask, pack_sets, row_dtype, stack_tables
+from maskmoe.routing_mask.mask import (
+    HashLayers,
+    MaskProvenance,
+    RoutingMask,
+    load_of_frequent,
+    pack_sets,
+    row_dtype,
+    stack_tables,
+)
 
 ASSIGNMENTS = ("uniform", "balanced", "rank-local")
 # Each baseline fixes these settings of a recipe. `smoe` also fixes V_f = N.
@@ -160,12 +168,6 @@ class MaskRecipe:
         return self.frequent_visible_experts == self.num_experts
 
     @property
-    def load_of_frequent(self) -> int:
-        """Load of one occurrence of a frequent id, min(k, V_f), if the mask depends on it; else 1, as of other ids."""
-        is_weighed = self.assignment != "uniform" and 0 < self.frequent_mass < 1 and not self.frequent_see_all
-        return min(self.topk, self.frequent_visible_experts or 1) if is_weighed else 1
-
-    @property
     def needs_counts(self) -> bool:
         """Whether the mask depends on token counts."""
         hashed_by_load = self.hash_layers is not None and self.hash_layers.assignment != "uniform"
@@ -249,7 +251,7 @@ def build_routing_mask(
     row_of_id, visible_bits = stack_tables(list(bar), recipe.num_experts)
     settings: dict[str, Any] = {field.name: getattr(recipe, field.name) for field in fields(recipe)}
     sizes = {"vocab_size": len(occurrences)} | {name: settings.pop(name) for name in ("num_experts", "num_layers")}
-    settings["topk"] = recipe.topk if recipe.load_of_frequent > 1 else 1
+    settings["topk"] = recipe.topk if load_of_frequent(recipe, recipe.num_experts, recipe.topk) > 1 else 1
     if frequency is not None:
         settings["counts_digest"] = frequency.digest
         settings |= {"datasets": frequency.datasets, "tokenizer": frequency.tokenizer}
@@ -285,7 +287,7 @@ def assign_table(recipe: MaskRecipe, occurrences: np.ndarray, table: int) -> tup
         single_expert = rng.integers(num_experts, size=len(vocabulary.ids) - num_frequent)
     else:
         weights = vocabulary.occurrences[skipped:].copy()
-        weights[:num_sets] *= recipe.load_of_frequent
+        weights[:num_sets] *= load_of_frequent(recipe, num_experts, recipe.topk)
         sets, single_expert = _assign_by_load(rng, weights, num_sets, recipe)
     if skipped:
         sets = np.ones((1, num_experts), dtype=bool)

@@ -85,6 +85,16 @@ class MaskProvenance:
     topk: Annotated[int, Field(ge=1)] = 1
 
 
+def load_of_frequent(made_from: Any, num_experts: int, topk: int) -> int:
+    """Return the load of one occurrence of a frequent id by which a `MaskRecipe` or a `MaskProvenance` places the ids.
+
+    This is min(k, V_f). It is 1, as for other ids, if the mask does not depend on it.
+    """
+    visible = made_from.frequent_visible_experts or 1
+    is_weighed = 0 < made_from.frequent_mass < 1 and visible < num_experts
+    return min(topk, visible) if is_weighed and made_from.assignment in ("balanced", "rank-local") else 1
+
+
 @dataclass(frozen=True, eq=False)
 class RoutingMask(SealedTensors):
     """The visible experts of every token id in every layer.

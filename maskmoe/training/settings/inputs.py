@@ -20,7 +20,7 @@ from maskmoe.errors import UserError, reason_of, refused_by_system
 from maskmoe.files.outputs import refuse_checkpoint
 from maskmoe.megatron_compat.globals import get_tokenizer
 from maskmoe.routing_mask.feed_forward_layers import FeedForwardLayers
-from maskmoe.routing_mask.mask import MaskChange, RoutingMask
+from maskmoe.routing_mask.mask import MaskChange, RoutingMask, load_of_frequent
 from maskmoe.training.watch.console import progress_bar
 from maskmoe.transformer.visible_experts import check_same_mask
 
@@ -116,21 +116,15 @@ def find_routing_mask(args: Namespace, checkpoint: Path | None, report: Callable
         digests = f"{of_checkpoint.digest[:16]}… of the checkpoint → {own.digest[:16]}…"
         report(f"routing mask: {digests}: {MaskChange.between(of_checkpoint, own)}")
     is_new = checkpoint is None or own.digest != of_checkpoint.digest
-    if is_new and not args.skip_train and is_balanced_for_other_topk(own, args.moe_router_topk):
+    made_for, needed = (
+        load_of_frequent(own.provenance, own.num_experts, topk) for topk in (own.provenance.topk, args.moe_router_topk)
+    )
+    if is_new and not args.skip_train and made_for != needed:
         report(
             f"routing mask: it balances the load of the experts at top-{own.provenance.topk}; for --moe-router-topk "
             f"{args.moe_router_topk}, make it by maskmoe mask --moe-router-topk {args.moe_router_topk}"
         )
     return own
-
-
-def is_balanced_for_other_topk(mask: RoutingMask, topk: int) -> bool:
-    """Return whether a mask balances the load of the experts for another k, with which frequent ids weigh otherwise."""
-    made_from = mask.provenance
-    visible = made_from.frequent_visible_experts or 1
-    is_weighed = 0 < made_from.frequent_mass < 1 and visible < mask.num_experts
-    is_balanced = is_weighed and made_from.assignment in ("balanced", "rank-local")
-    return is_balanced and min(visible, made_from.topk) != min(visible, topk)
 
 
 def _mask_of_checkpoint(args: Namespace, checkpoint: Path, own: RoutingMask) -> RoutingMask:
