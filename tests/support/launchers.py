@@ -21,7 +21,7 @@ import psutil
 import pytest
 import torch
 from support.paths import BENCHMARKS, TESTS, python_path
-from support.preloaded import ForkedProcess, PreloadedPython
+from support.preloaded import SIGNAL_OF_STACKS, ForkedProcess, PreloadedPython
 from support.waiting import wait_until
 from torch.distributed import TCPStore
 
@@ -246,6 +246,12 @@ class RankProcesses(Processes):
             if None not in codes or (any(codes) and not all_end):
                 break
             time.sleep(0.05)
+        else:
+            # The report of the failing test shows where the processes hang.
+            for process in self._processes:
+                if isinstance(process, ForkedProcess) and process.poll() is None:
+                    os.kill(process.pid, SIGNAL_OF_STACKS)
+            time.sleep(1)
         self.kill()
         return self.outcome()
 

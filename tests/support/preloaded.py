@@ -11,6 +11,7 @@ descriptors of a socket for the answer, of standard output and of standard error
 id, and the exit code.
 """
 
+import faulthandler
 import json
 import os
 import runpy
@@ -26,6 +27,7 @@ from typing import IO, NamedTuple
 
 import psutil
 
+SIGNAL_OF_STACKS = signal.SIGPROF
 MAX_BYTES = 2**17
 """The largest size of a request."""
 
@@ -174,7 +176,8 @@ def become(request: Request, out: int, err: int) -> None:
 
 
 def run(program: list[str]) -> None:
-    """Run a program as Python does with these arguments."""
+    """Run a program as Python does with these arguments; `SIGNAL_OF_STACKS` writes the stacks of all threads."""
+    faulthandler.register(SIGNAL_OF_STACKS)
     folders = os.environ.get("PYTHONPATH", "").split(os.pathsep)
     sys.path[1:1] = [folder for folder in folders if folder and folder not in sys.path]
     if program[0] == "-m":
