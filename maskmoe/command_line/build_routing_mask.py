@@ -62,9 +62,9 @@ def parse_arguments(words: Sequence[str] | None = None) -> argparse.Namespace:
     model = parser.add_argument_group("model (needed without --routing-mask)")
     add_option(model, "--num-experts N", "experts in each MoE layer", ranges.EXPERTS)
     add_option(model, "--num-layers L", "transformer layers, with and without experts", ranges.LAYERS)
+    topk = "k of the router, for which the load is balanced and printed (default: 1)"
+    add_option(model, "--moe-router-topk K", topk, ranges.EXPERTS)
     size = "number of expert-parallel ranks; required for rank-local assignment, otherwise it only adds the load of "
-    topk = "experts that a token uses in training if it sees so many, for which balanced and rank-local assignment and "
-    add_option(model, "--moe-router-topk K", f"{topk}the printed load are (default: 1)", ranges.EXPERTS)
     add_option(model, "--expert-model-parallel-size E", f"{size}the ranks to the summary", ranges.RANKS)
     pattern = "layers of a HybridModel, for the numbers of layers in the tensors' names of tid2eid tables"
     add_option(model, "--hybrid-layer-pattern P", pattern)
@@ -272,12 +272,13 @@ def describe_imbalance(load: np.ndarray, num_ranks: int | None = None) -> str:
 
 def warn_of_overload(mask: RoutingMask, occurrences: np.ndarray, topk: int) -> None:
     """Print a warning with a cure if single ids are too frequent for a balanced load."""
-    ids = overloading_ids(mask, occurrences, topk)
+    shares, visible = heaviest_shares(mask, occurrences, topk)
+    ids = overloading_ids(mask, shares, visible)
     if not len(ids):
         return
     worst = ids[0]
     others = f" ({len(ids) - 1:,} more ids are too frequent as well)" if len(ids) > 1 else ""
-    share, num_visible = (values[worst] for values in heaviest_shares(mask, occurrences, topk))
+    share, num_visible = shares[worst], visible[worst]
     # The load of the id grows with the experts that it sees, up to k.
     share_of_use = share / min(num_visible, topk)
     needed = next(

@@ -11,15 +11,7 @@ from tqdm import tqdm
 from maskmoe.data.parallel import map_in_processes
 from maskmoe.errors import UserError
 from maskmoe.routing_mask.frequency import TokenFrequency, count_frequent, ids_by_frequency
-from maskmoe.routing_mask.mask import (
-    HashLayers,
-    MaskProvenance,
-    RoutingMask,
-    load_of_frequent,
-    pack_sets,
-    row_dtype,
-    stack_tables,
-)
+from maskmoe.routing_mask.mask import HashLayers, MaskProvenance, RoutingMask, pack_sets, row_dtype, stack_tables
 
 ASSIGNMENTS = ("uniform", "balanced", "rank-local")
 # Each baseline fixes these settings of a recipe. `smoe` also fixes V_f = N.
@@ -193,6 +185,16 @@ class MaskRecipe:
             preset="top-k-hash" if several else None,
             hash_layers=None,
         )
+
+
+def load_of_frequent(made_from: MaskRecipe | MaskProvenance, num_experts: int, topk: int) -> int:
+    """Return the load that each occurrence of a frequent id counts when ids are placed by load.
+
+    The load is min(k, V_f). It is 1, as for other ids, if the placement does not depend on k.
+    """
+    visible = made_from.frequent_visible_experts or 1
+    is_weighed = 0 < made_from.frequent_mass < 1 and visible < num_experts
+    return min(topk, visible) if is_weighed and made_from.assignment in ("balanced", "rank-local") else 1
 
 
 class Vocabulary:

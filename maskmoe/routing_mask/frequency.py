@@ -319,25 +319,28 @@ def heaviest_shares(mask: RoutingMask, occurrences: np.ndarray, topk: int) -> tu
     for table in range(len(mask.row_of_id)):
         num_visible = mask.num_visible_of_layer(table)
         load = occurrences * np.minimum(num_visible, topk)
-        is_heavier = load / load.sum() / num_visible > shares / visible
-        shares = np.where(is_heavier, load / load.sum(), shares)
+        own_shares = load / load.sum()
+        is_heavier = own_shares / num_visible > shares / visible
+        shares = np.where(is_heavier, own_shares, shares)
         visible = np.where(is_heavier, num_visible, visible)
     return shares, visible
 
 
-def overloading_ids(mask: RoutingMask, occurrences: np.ndarray, topk: int) -> np.ndarray:
+def overloading_ids(mask: RoutingMask, shares: np.ndarray, visible: np.ndarray) -> np.ndarray:
     """Return the ids that alone overload an expert or rank, so that no mask with these set sizes is balanced.
 
     Such an id gives each of its visible experts in a layer more than 1/N of the load of all ids, each of which adds
     min(k, V) times its occurrences. In a rank-local mask, an id with more load than one rank's share also counts.
 
-    Arguments are those of `expected_expert_load`.
+    Args:
+        mask: The routing mask.
+        shares: See `heaviest_shares`.
+        visible: See `heaviest_shares`.
 
     Returns:
         The ids, int64 `[ids]`, the id with the largest load of an expert first.
     """
     num_ranks = mask.provenance.expert_model_parallel_size or 1
-    shares, visible = heaviest_shares(mask, occurrences, topk)
     per_expert = shares / visible
     ids = np.flatnonzero((per_expert > 1 / mask.num_experts) | (shares > 1 / num_ranks))
     return ids[np.argsort(-per_expert[ids], kind="stable")]

@@ -85,16 +85,6 @@ class MaskProvenance:
     topk: Annotated[int, Field(ge=1)] = 1
 
 
-def load_of_frequent(made_from: Any, num_experts: int, topk: int) -> int:
-    """Return the load of one occurrence of a frequent id by which a `MaskRecipe` or a `MaskProvenance` places the ids.
-
-    This is min(k, V_f). It is 1, as for other ids, if the mask does not depend on it.
-    """
-    visible = made_from.frequent_visible_experts or 1
-    is_weighed = 0 < made_from.frequent_mass < 1 and visible < num_experts
-    return min(topk, visible) if is_weighed and made_from.assignment in ("balanced", "rank-local") else 1
-
-
 @dataclass(frozen=True, eq=False)
 class RoutingMask(SealedTensors):
     """The visible experts of every token id in every layer.
@@ -424,11 +414,9 @@ class MaskChange:
         for table in range(len(old.row_of_id)):
             sets, new_sets = (mask.visible_bits[table, mask.row_of_id[table]] for mask in (old, new))  # [vocab, bytes]
             is_changed = (sets != new_sets).any(axis=1)
-            num_changed += layers_of_table * int(np.count_nonzero(is_changed))
-            num_grown += layers_of_table * int(
-                np.count_nonzero(is_changed & ((sets | new_sets) == new_sets).all(axis=1))
-            )
-        return cls(old.vocab_size * old.num_layers, num_changed, num_grown)
+            num_changed += int(np.count_nonzero(is_changed))
+            num_grown += int(np.count_nonzero(is_changed & ((sets | new_sets) == new_sets).all(axis=1)))
+        return cls(old.vocab_size * old.num_layers, num_changed * layers_of_table, num_grown * layers_of_table)
 
     def __str__(self) -> str:
         """Describe the change in one line."""

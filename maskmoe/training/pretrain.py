@@ -3,8 +3,7 @@
 from collections.abc import Callable
 from typing import Any
 
-from maskmoe.training.loop.rank_process import prepare_rank, run_rank
-from maskmoe.training.watch.console import hide_foreign_warnings
+from maskmoe.training.loop.rank_process import prepare_helper, prepare_rank, run_rank
 
 
 def main(builder: Callable[[], Any] | None = None) -> None:
@@ -15,10 +14,7 @@ def main(builder: Callable[[], Any] | None = None) -> None:
     trainer.main(builder() if builder else None)
 
 
-if __name__ == "__mp_main__":  # a process that Megatron spawned, such as the writer of checkpoints
-    from maskmoe.megatron_compat import prepare_process
-
-    hide_foreign_warnings()
-    prepare_process()
+if __name__ == "__mp_main__":
+    prepare_helper()
 if __name__ == "__main__":
     run_rank(main, "pretrain")

@@ -6,8 +6,7 @@ from functools import partial
 from importlib import import_module
 from typing import TYPE_CHECKING
 
-from maskmoe.training.loop.rank_process import run_rank
-from maskmoe.training.watch.console import hide_foreign_warnings
+from maskmoe.training.loop.rank_process import prepare_helper, run_rank
 
 if TYPE_CHECKING:
     from maskmoe.training.loop.model_builder import StageBuilder
@@ -25,10 +24,7 @@ def run_program(module_name: str, builder: Callable[[], type["StageBuilder"]]) -
             called, and not before.
     """
     if module_name == "__mp_main__":
-        from maskmoe.megatron_compat import prepare_process
-
-        hide_foreign_warnings()
-        prepare_process()
+        prepare_helper()
     if module_name != "__main__":
         return
     if sys.argv[1:2] not in (["pretrain"], ["evaluate"]):

@@ -24,7 +24,7 @@ from maskmoe.checkpoint.routing_mask import BUFFERS, buffers_of_routing_mask, ro
 from maskmoe.data.tokenizer import TokenizerRecord
 from maskmoe.errors import UserError
 from maskmoe.routing_mask.assignment import MaskRecipe, build_routing_mask
-from maskmoe.routing_mask.frequency import TokenFrequency, expected_expert_load, overloading_ids
+from maskmoe.routing_mask.frequency import TokenFrequency, expected_expert_load, heaviest_shares, overloading_ids
 from maskmoe.routing_mask.mask import RoutingMask
 from maskmoe.routing_mask.sealed_tensors import seal
 
@@ -133,7 +133,7 @@ def use(value: Any) -> None:
         assert value.visible_sets(value.num_layers - 1).any(axis=1).all()
         load = expected_expert_load(value, occurrences, topk=1)
         assert load.sum() == pytest.approx(occurrences.sum() * len(value.row_of_id))
-        overloading_ids(value, occurrences, topk=1)
+        overloading_ids(value, *heaviest_shares(value, occurrences, topk=1))
         for dataset in value.provenance.datasets:
             assert isinstance(dataset["idx_sha256"], str)
             assert dataset["bin_bytes"] >= 0

@@ -8,7 +8,7 @@ from collections.abc import Callable
 
 from maskmoe.errors import RunFailure, UserError
 from maskmoe.processes.run_tool import run_tool
-from maskmoe.training.watch.console import console
+from maskmoe.training.watch.console import console, hide_foreign_warnings
 
 _HELP_FLAGS = {"-h", "--help"}
 _FULL_HELP_FLAG = "--help-all"
@@ -62,6 +62,14 @@ def prepare_rank() -> None:
 
     prepare_process()
     console.route_logging()
+
+
+def prepare_helper() -> None:
+    """Prepare a process that Megatron has spawned from a rank, such as the writer of checkpoints."""
+    hide_foreign_warnings()
+    from maskmoe.megatron_compat import prepare_process
+
+    prepare_process()
 
 
 def _run_with_last_lines(main: Callable[[], None]) -> None:

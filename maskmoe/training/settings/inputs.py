@@ -19,8 +19,9 @@ from maskmoe.data.tokenizer import TOKENIZER_TYPES, TokenizerRecord, tokenizer_s
 from maskmoe.errors import UserError, reason_of, refused_by_system
 from maskmoe.files.outputs import refuse_checkpoint
 from maskmoe.megatron_compat.globals import get_tokenizer
+from maskmoe.routing_mask.assignment import load_of_frequent
 from maskmoe.routing_mask.feed_forward_layers import FeedForwardLayers
-from maskmoe.routing_mask.mask import MaskChange, RoutingMask, load_of_frequent
+from maskmoe.routing_mask.mask import MaskChange, RoutingMask
 from maskmoe.training.watch.console import progress_bar
 from maskmoe.transformer.visible_experts import check_same_mask
 
@@ -187,7 +188,6 @@ def data_errors(
     files of their own, share the token ids of each dataset.
     """
     of_rank, of_node = _share("LOCAL_RANK", "LOCAL_WORLD_SIZE"), _share("GROUP_RANK", "GROUP_WORLD_SIZE")
-    is_first_node = of_node.start == 0
     counted = [(dataset["bin_bytes"], dataset["idx_sha256"]) for dataset in (mask.provenance.datasets if mask else ())]
     try:
         prefixes = data_prefixes(args)
@@ -205,11 +205,8 @@ def data_errors(
                 check_same_tokenizer(args, record, f"dataset {prefix} was")
                 if vocab_size is not None:
                     _check_end_of_documents(args, record, prefix)
-            # Rank 0 writes Megatron's index of the samples beside the dataset. An existing index may be complete.
-            kind = "FillInMiddleDataset" if args.fim_data else "GPTDataset"
-            indices = Path(prefix).absolute() / "cache" / f"{kind}_indices"
-            if is_first_node and args.data_cache_path is None and not os.path.exists(indices):
-                _check_writable(indices, f"dataset {prefix}", "pass --data-cache-path")
+            if of_node.start == 0:  # rank 0 writes the index
+                _check_folder_of_samples(args, prefix)
             # The digest of an index takes long.
             is_counted = any(size == index.bin_bytes and sha256 == index.idx_sha256 for size, sha256 in counted)
             if vocab_size is not None and (is_counted or index.bin_bytes <= most_bytes_read):
@@ -316,6 +313,14 @@ def check_same_tokenizer(args: Namespace, made_with: TokenizerRecord, what: str)
             f"{what} made with another tokenizer ({made_with.model}, {made_with.vocab_size} ids, "
             f"sha256 {made_with.sha256[:12]}…) than --tokenizer-model {args.tokenizer_model}"
         )
+
+
+def _check_folder_of_samples(args: Namespace, prefix: str) -> None:
+    """Raise `UserError` if Megatron cannot write its index of a dataset's samples; an existing one may be complete."""
+    kind = "FillInMiddleDataset" if args.fim_data else "GPTDataset"
+    folder = Path(prefix).absolute() / "cache" / f"{kind}_indices"
+    if args.data_cache_path is None and not os.path.exists(folder):
+        _check_writable(folder, f"dataset {prefix}", "pass --data-cache-path")
 
 
 def _check_end_of_documents(args: Namespace, made_with: TokenizerRecord, prefix: str) -> None:
