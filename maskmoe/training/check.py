@@ -4,7 +4,7 @@ The check works out on one machine what the run would be, what it would need, an
 neither a process group nor a GPU.
 """
 
-from maskmoe.training.loop.rank_process import prepare_rank, run_rank
+from maskmoe.training.rank_process import prepare_rank, run_rank
 
 
 def main() -> None:

@@ -3,7 +3,7 @@
 from collections.abc import Callable
 from typing import Any
 
-from maskmoe.training.loop.rank_process import prepare_rank, run_rank
+from maskmoe.training.rank_process import prepare_rank, run_rank
 
 
 def main(builder: Callable[[], Any] | None = None) -> None:

@@ -6,10 +6,10 @@ from functools import partial
 from importlib import import_module
 from typing import TYPE_CHECKING
 
-from maskmoe.training.loop.rank_process import prepare_helper, run_rank
+from maskmoe.training.rank_process import prepare_helper, run_rank
 
 if TYPE_CHECKING:
-    from maskmoe.training.loop.model_builder import StageBuilder
+    from maskmoe.training.model.model_builder import StageBuilder
 
 
 def run_program(module_name: str, builder: Callable[[], type["StageBuilder"]]) -> None:

@@ -29,10 +29,10 @@ from maskmoe.processes.folder_lock import locked_folder
 from maskmoe.processes.interruption import leave_exit_code
 from maskmoe.routing_mask.feed_forward_layers import FeedForwardLayers
 from maskmoe.routing_mask.mask import mean_experts_per_token
-from maskmoe.training.loop.batch import build_datasets, get_batch, loss_function, token_losses
-from maskmoe.training.loop.megatron_patches import count_operations_by_mask, watch_steps
-from maskmoe.training.loop.model_builder import StageBuilder
-from maskmoe.training.loop.rank_store import RankStore, check_launched, sharing_failures
+from maskmoe.training.megatron_patches import count_operations_by_mask, watch_steps
+from maskmoe.training.model.batch import build_datasets, get_batch, loss_function, token_losses
+from maskmoe.training.model.model_builder import StageBuilder
+from maskmoe.training.rank_store import RankStore, check_launched, sharing_failures
 from maskmoe.training.resume.changed_settings import has_one_learning_rate
 from maskmoe.training.resume.choose_checkpoint import checkpoint_to_load
 from maskmoe.training.settings.checks import parse_and_check_args

@@ -11,7 +11,7 @@ from megatron.training.arguments import parse_args, validate_args
 
 from maskmoe.megatron_compat import cpu
 from maskmoe.megatron_compat.gpu import GpuPackages
-from maskmoe.training.loop.model_builder import MaskMoEModelConfig
+from maskmoe.training.model.model_builder import MaskMoEModelConfig
 from maskmoe.training.settings.flags import add_maskmoe_arguments
 from maskmoe.training.settings.refused_settings import missing_transformer_engine
 

@@ -20,7 +20,7 @@ from support.small_moe import make_config, make_mask, make_visible_experts, proc
 from maskmoe.command_line.compare import open_comparison, parse_arguments
 from maskmoe.comparison.table import HeldOutLoss, RunResult, read_table, write_table
 from maskmoe.errors import UserError
-from maskmoe.training.loop.model_builder import MaskMoEGPTModelBuilder
+from maskmoe.training.model.model_builder import MaskMoEGPTModelBuilder
 from maskmoe.transformer.models import MaskMoEGPTModel
 from maskmoe.transformer.router import MaskMoERouter
 from maskmoe.transformer.token_ids import TokenIds

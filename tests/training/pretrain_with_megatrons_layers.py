@@ -16,7 +16,7 @@ from megatron.core.transformer.moe.router import TopKRouter
 from megatron.training import get_args
 
 from maskmoe.processes.run_tool import run_tool
-from maskmoe.training.loop import model_builder
+from maskmoe.training.model import model_builder
 from maskmoe.training.trainer import main
 from maskmoe.transformer.layer_specs import map_spec
 from maskmoe.transformer.models import DenseHybridModel

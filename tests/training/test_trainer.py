@@ -10,8 +10,8 @@ from torch.distributed import HashStore
 
 from maskmoe.processes.interruption import EXIT_CODE_FILE, read_exit_code
 from maskmoe.training import trainer
-from maskmoe.training.loop.megatron_patches import watch_steps
-from maskmoe.training.loop.rank_store import RankStore
+from maskmoe.training.megatron_patches import watch_steps
+from maskmoe.training.rank_store import RankStore
 from maskmoe.training.trainer import Trainer
 from maskmoe.training.watch.callback import Callback, Step
 

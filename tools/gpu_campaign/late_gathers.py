@@ -10,7 +10,7 @@ import sys
 from dataclasses import dataclass
 from typing import Any
 
-from maskmoe.training.loop.rank_process import prepare_rank, run_rank
+from maskmoe.training.rank_process import prepare_rank, run_rank
 
 
 def main() -> None:

@@ -23,8 +23,8 @@ from maskmoe.routing_mask.frequency import FrequencyBands, TokenFrequency, count
 from maskmoe.training.inference.flags import add_evaluation_arguments
 from maskmoe.training.inference.loading import load_model
 from maskmoe.training.inference.token_losses import build_whole_split, losses_of_all, sum_over_ranks
-from maskmoe.training.loop.model_builder import StageBuilder
-from maskmoe.training.loop.rank_store import sharing_failures
+from maskmoe.training.model.model_builder import StageBuilder
+from maskmoe.training.rank_store import sharing_failures
 from maskmoe.training.settings.checks import parse_and_check_args
 from maskmoe.training.settings.inputs import check_same_tokenizer, data_prefixes
 from maskmoe.training.settings.run_settings import leaving_process_groups

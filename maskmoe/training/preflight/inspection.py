@@ -27,7 +27,7 @@ from maskmoe.files.outputs import check_outputs, write_text
 from maskmoe.megatron_compat import cpu
 from maskmoe.megatron_compat.gpu import GpuPackages
 from maskmoe.processes.run_tool import EXIT_BAD_INPUT
-from maskmoe.training.loop.model_builder import MaskMoEModelConfig
+from maskmoe.training.model.model_builder import MaskMoEModelConfig
 from maskmoe.training.preflight.memory import compute_memory
 from maskmoe.training.preflight.parameters import count_parameters
 from maskmoe.training.preflight.report import Report, compute_cost

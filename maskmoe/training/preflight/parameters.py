@@ -30,7 +30,7 @@ from maskmoe.errors import UserError
 from maskmoe.routing_mask.assignment import MaskRecipe, build_routing_mask
 from maskmoe.routing_mask.feed_forward_layers import FeedForwardLayers
 from maskmoe.routing_mask.mask import RoutingMask, mean_experts_per_token
-from maskmoe.training.loop.model_builder import MaskMoEModelConfig, StageBuilder
+from maskmoe.training.model.model_builder import MaskMoEModelConfig, StageBuilder
 from maskmoe.training.settings.layout import Layout
 from maskmoe.transformer.experts import GroupedMLP
 from maskmoe.transformer.layer_specs import map_spec

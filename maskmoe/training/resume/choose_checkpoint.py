@@ -22,7 +22,7 @@ from maskmoe.checkpoint.series import (
 )
 from maskmoe.errors import UserError
 from maskmoe.files.run_folder import Kind, read_journal, run_folder
-from maskmoe.training.loop.rank_store import RankStore
+from maskmoe.training.rank_store import RankStore
 from maskmoe.training.resume.model_settings import check_same_model
 
 

@@ -16,8 +16,8 @@ from maskmoe.megatron_compat import cpu
 from maskmoe.megatron_compat.globals import get_tokenizer, set_globals_without_writers
 from maskmoe.megatron_compat.gpu import GpuPackages
 from maskmoe.routing_mask.mask import RoutingMask
-from maskmoe.training.loop.batch import check_fill_in_middle_tokens
-from maskmoe.training.loop.rank_store import RankStore
+from maskmoe.training.model.batch import check_fill_in_middle_tokens
+from maskmoe.training.rank_store import RankStore
 from maskmoe.training.resume import choose_checkpoint as resume
 from maskmoe.training.resume import model_settings
 from maskmoe.training.resume.changed_settings import find_changed_settings, take_schedule_of_checkpoint

@@ -16,7 +16,7 @@ from megatron.training.argument_utils import gpt_config_from_args, hybrid_config
 from maskmoe.errors import UserError, reason_of
 from maskmoe.files.run_folder import run_folder
 from maskmoe.routing_mask.mask import RoutingMask
-from maskmoe.training.loop.model_builder import MaskMoEModelConfig, StageBuilder
+from maskmoe.training.model.model_builder import MaskMoEModelConfig, StageBuilder
 from maskmoe.training.resume.choose_checkpoint import checkpoint_to_load, lacks_what_it_loads
 
 

@@ -23,7 +23,7 @@ from maskmoe.checkpoint.writers import rank_is_ending
 from maskmoe.errors import RunFailure
 from maskmoe.megatron_compat.globals import get_args, get_signal_handler
 from maskmoe.processes.interruption import EXIT_REQUEUE, LEAVE_FILE, SIGNALS_THAT_SAVE
-from maskmoe.training.loop.rank_store import RankStore
+from maskmoe.training.rank_store import RankStore
 from maskmoe.training.resume.choose_checkpoint import checkpoint_to_load, pretrained_to_load
 from maskmoe.training.watch.callback import Callback, Step
 

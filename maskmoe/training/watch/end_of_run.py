@@ -15,7 +15,7 @@ from maskmoe.errors import UserError, one_line
 from maskmoe.files.run_folder import REPORT, Journal, Kind
 from maskmoe.processes.interruption import EXIT_REQUEUE
 from maskmoe.processes.run_tool import EXIT_RUN_FAILURE
-from maskmoe.training.loop.rank_store import RankStore
+from maskmoe.training.rank_store import RankStore
 from maskmoe.training.watch.callback import Callback
 from maskmoe.training.watch.console import console
 

@@ -18,7 +18,7 @@ from typing import NamedTuple, NoReturn
 import torch
 
 from maskmoe.processes.interruption import EXIT_HANG, is_last_attempt, leave_exit_code
-from maskmoe.training.loop.rank_store import RankStore
+from maskmoe.training.rank_store import RankStore
 from maskmoe.training.watch.callback import Callback
 
 _WAITING_PACKAGES = tuple(f"{os.path.dirname(torch.__file__)}/{package}/" for package in ("distributed", "autograd"))

@@ -12,7 +12,7 @@ from support.small_moe import make_config
 from torch import Tensor
 from torch.distributed import ProcessGroup
 
-from maskmoe.training.loop.batch import weight_of_rank
+from maskmoe.training.model.batch import weight_of_rank
 from maskmoe.transformer.torch_modules import attention as attention_module
 from maskmoe.transformer.torch_modules.attention import TorchDotProductAttention
 

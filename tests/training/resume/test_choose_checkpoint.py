@@ -32,7 +32,7 @@ from maskmoe.checkpoint.series import (
 )
 from maskmoe.errors import RunFailure, UserError
 from maskmoe.files.run_folder import Journal, Kind, read_journal
-from maskmoe.training.loop.rank_store import RankStore
+from maskmoe.training.rank_store import RankStore
 from maskmoe.training.resume import choose_checkpoint as resume
 from maskmoe.training.resume.choose_checkpoint import find_checkpoint
 from maskmoe.training.watch.early_ends import LeaveAfterSave, explaining_early_ends

@@ -13,7 +13,7 @@ from torch.distributed import HashStore
 from maskmoe.checkpoint.saver import SaveError
 from maskmoe.errors import RunFailure
 from maskmoe.processes.interruption import EXIT_REQUEUE
-from maskmoe.training.loop.rank_store import RankStore
+from maskmoe.training.rank_store import RankStore
 from maskmoe.training.watch import early_ends
 from maskmoe.training.watch.early_ends import LeaveAfterSave, explaining_early_ends
 

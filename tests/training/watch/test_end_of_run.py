@@ -12,7 +12,7 @@ from maskmoe.errors import RunFailure, UserError
 from maskmoe.files.run_folder import Kind, read_journal
 from maskmoe.processes.interruption import EXIT_REQUEUE
 from maskmoe.run_status.status import read_status
-from maskmoe.training.loop.rank_store import RankStore
+from maskmoe.training.rank_store import RankStore
 from maskmoe.training.watch import end_of_run
 from maskmoe.training.watch.end_of_run import EndOfRun, writing_page
 

@@ -15,7 +15,7 @@ from torch import Tensor
 from maskmoe.comparison.run import NARROW_MASK
 from maskmoe.files.run_folder import RUN_FOLDER_VARIABLE
 from maskmoe.routing_mask.mask import RoutingMask
-from maskmoe.training.loop.model_builder import MaskMoEGPTModelBuilder
+from maskmoe.training.model.model_builder import MaskMoEGPTModelBuilder
 from maskmoe.transformer.layer_specs import map_spec
 from maskmoe.transformer.router import MaskMoERouter
 from maskmoe.transformer.routing_statistics import sum_tokens

@@ -7,7 +7,7 @@ from megatron.training.models.gpt import GPTModelConfig
 from support.small_moe import make_config, make_mask, process_groups, random_visible_sets
 
 from maskmoe.errors import UserError
-from maskmoe.training.loop.model_builder import MaskMoEGPTModelBuilder, MaskMoEModelConfig, refusing_settings
+from maskmoe.training.model.model_builder import MaskMoEGPTModelBuilder, MaskMoEModelConfig, refusing_settings
 
 EXPERTS, VOCAB_SIZE = 4, 9
 

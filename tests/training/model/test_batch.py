@@ -21,8 +21,8 @@ from megatron.training.datasets.fim_dataset import GPTFIMDataset, GPTFIMDatasetC
 from support.datasets import FILL_IN_MIDDLE_TOKENS, predictable_ids, write_character_tokenizer, write_documents
 
 from maskmoe.errors import UserError
-from maskmoe.training.loop import batch
-from maskmoe.training.loop.batch import (
+from maskmoe.training.model import batch
+from maskmoe.training.model.batch import (
     FillInMiddleDataset,
     GPTDataset,
     check_fill_in_middle_tokens,

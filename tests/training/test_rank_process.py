@@ -9,7 +9,7 @@ import pytest
 PROGRAM = """
 import sys
 from maskmoe.training.watch.console import console
-from maskmoe.training.loop.rank_process import run_rank
+from maskmoe.training.rank_process import run_rank
 def main():
     print("Megatron says why")
     {end}

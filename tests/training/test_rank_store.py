@@ -9,8 +9,8 @@ import pytest
 from torch.distributed import HashStore, PrefixStore, TCPStore
 
 from maskmoe.errors import RunFailure, UserError
-from maskmoe.training.loop import rank_store
-from maskmoe.training.loop.rank_store import RankStore, _meet, sharing_failures
+from maskmoe.training import rank_store
+from maskmoe.training.rank_store import RankStore, _meet, sharing_failures
 
 WORLD_SIZE = 3
 

@@ -1,0 +1,1 @@
+"""The batch and the model of every step of training and evaluation."""
