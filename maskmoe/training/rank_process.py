@@ -7,8 +7,8 @@ import sys
 from collections.abc import Callable
 
 from maskmoe.errors import RunFailure, UserError
+from maskmoe.processes.console import console, hide_foreign_warnings
 from maskmoe.processes.run_tool import run_tool
-from maskmoe.training.watch.console import console, hide_foreign_warnings
 
 _HELP_FLAGS = {"-h", "--help"}
 _FULL_HELP_FLAG = "--help-all"

@@ -16,8 +16,8 @@ import psutil
 from torch.distributed import DistError, HashStore, PrefixStore, Store, TCPStore
 
 from maskmoe.errors import RunFailure, UserError, listed
+from maskmoe.processes.console import console, rank_of_process
 from maskmoe.processes.network import connection_error
-from maskmoe.training.watch.console import console, rank_of_process
 
 _TIMEOUT = timedelta(hours=1)
 _PATIENCE = 5.0  # seconds before a waiting rank says for whom it waits

@@ -25,6 +25,7 @@ from maskmoe.checkpoint.writers import start_writers
 from maskmoe.files.run_folder import Journal
 from maskmoe.megatron_compat.checkpoint_patches import keep_checkpoints_whole, override_learning_rates
 from maskmoe.megatron_compat.globals import get_timers, open_writers
+from maskmoe.processes.console import console
 from maskmoe.processes.folder_lock import locked_folder
 from maskmoe.processes.interruption import leave_exit_code
 from maskmoe.routing_mask.feed_forward_layers import FeedForwardLayers
@@ -44,7 +45,6 @@ from maskmoe.training.settings.run_settings import (
     model_config_from_args,
 )
 from maskmoe.training.watch.callback import Callback, Step
-from maskmoe.training.watch.console import console
 from maskmoe.training.watch.early_ends import FiniteStepCheck, LeaveAfterSave, SaveOnSignals, explaining_early_ends
 from maskmoe.training.watch.end_of_run import EndOfRun, writing_page
 from maskmoe.training.watch.routing_log import RoutingLog

@@ -8,7 +8,7 @@ import pytest
 
 PROGRAM = """
 import sys
-from maskmoe.training.watch.console import console
+from maskmoe.processes.console import console
 from maskmoe.training.rank_process import run_rank
 def main():
     print("Megatron says why")

@@ -19,6 +19,7 @@ from maskmoe.data.indexed_dataset import dataset_files
 from maskmoe.errors import UserError
 from maskmoe.files.outputs import check_outputs, write_text
 from maskmoe.megatron_compat.globals import get_tokenizer
+from maskmoe.processes.console import console
 from maskmoe.routing_mask.frequency import FrequencyBands, TokenFrequency, count_token_frequency
 from maskmoe.training.inference.flags import add_evaluation_arguments
 from maskmoe.training.inference.loading import load_model
@@ -28,7 +29,6 @@ from maskmoe.training.rank_store import sharing_failures
 from maskmoe.training.settings.checks import parse_and_check_args
 from maskmoe.training.settings.inputs import check_same_tokenizer, data_prefixes
 from maskmoe.training.settings.run_settings import leaving_process_groups
-from maskmoe.training.watch.console import console
 from maskmoe.training.watch.routing_log import RoutingRecord, take_record
 from maskmoe.transformer.router import MaskMoERouter
 

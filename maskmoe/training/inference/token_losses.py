@@ -15,8 +15,8 @@ from torch import Tensor
 from torch.utils.data import ConcatDataset, Dataset, Subset, default_collate
 
 from maskmoe.megatron_compat.globals import get_args
+from maskmoe.processes.console import console, progress_bar
 from maskmoe.training.model.batch import Batch, Blend, build_blend, get_batch, token_losses
-from maskmoe.training.watch.console import console, progress_bar
 
 
 def build_whole_split(split: Split) -> Dataset | None:

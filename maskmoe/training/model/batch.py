@@ -22,8 +22,8 @@ from torch import Tensor
 
 from maskmoe.errors import UserError, refused_by_system
 from maskmoe.megatron_compat.globals import get_args, get_tokenizer
+from maskmoe.processes.console import console
 from maskmoe.training.settings.layout import samples_to_request
-from maskmoe.training.watch.console import console
 from maskmoe.transformer.packed_documents import PackedDocuments
 
 

@@ -15,6 +15,7 @@ from maskmoe.errors import UserError
 from maskmoe.megatron_compat import cpu
 from maskmoe.megatron_compat.globals import get_tokenizer, set_globals_without_writers
 from maskmoe.megatron_compat.gpu import GpuPackages
+from maskmoe.processes.console import console
 from maskmoe.routing_mask.mask import RoutingMask
 from maskmoe.training.model.batch import check_fill_in_middle_tokens
 from maskmoe.training.rank_store import RankStore
@@ -23,6 +24,7 @@ from maskmoe.training.resume import model_settings
 from maskmoe.training.resume.changed_settings import find_changed_settings, take_schedule_of_checkpoint
 from maskmoe.training.settings import inputs
 from maskmoe.training.settings.flags import add_maskmoe_arguments
+from maskmoe.training.settings.folders import wandb_defaults
 from maskmoe.training.settings.layout import BatchSizes, layout_errors
 from maskmoe.training.settings.refused_settings import (
     missing_flags,
@@ -32,8 +34,6 @@ from maskmoe.training.settings.refused_settings import (
     value_errors,
 )
 from maskmoe.training.settings.run_settings import RunSettings, megatrons_checks
-from maskmoe.training.watch.console import console
-from maskmoe.training.watch.writers import wandb_defaults
 
 ArgumentsProvider = Callable[[ArgumentParser], ArgumentParser]
 

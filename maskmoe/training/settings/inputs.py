@@ -19,10 +19,10 @@ from maskmoe.data.tokenizer import TOKENIZER_TYPES, TokenizerRecord, tokenizer_s
 from maskmoe.errors import UserError, reason_of, refused_by_system
 from maskmoe.files.outputs import refuse_checkpoint
 from maskmoe.megatron_compat.globals import get_tokenizer
+from maskmoe.processes.console import progress_bar
 from maskmoe.routing_mask.assignment import load_of_frequent
 from maskmoe.routing_mask.feed_forward_layers import FeedForwardLayers
 from maskmoe.routing_mask.mask import MaskChange, RoutingMask
-from maskmoe.training.watch.console import progress_bar
 from maskmoe.transformer.visible_experts import check_same_mask
 
 _CHUNK_TOKENS = 1 << 20

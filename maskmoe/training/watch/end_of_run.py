@@ -13,11 +13,11 @@ from typing import Any
 from maskmoe.checkpoint.series import newest_saved, read_tracker
 from maskmoe.errors import UserError, one_line
 from maskmoe.files.run_folder import REPORT, Journal, Kind
+from maskmoe.processes.console import console
 from maskmoe.processes.interruption import EXIT_REQUEUE
 from maskmoe.processes.run_tool import EXIT_RUN_FAILURE
 from maskmoe.training.rank_store import RankStore
 from maskmoe.training.watch.callback import Callback
-from maskmoe.training.watch.console import console
 
 _MOST_SECONDS_FOR_PAGE = 30.0
 _TORCHRUN_DELAY = 0.3  # seconds; torchrun looks every 0.1 s for new lines of each rank

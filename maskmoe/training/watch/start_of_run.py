@@ -14,13 +14,13 @@ from maskmoe.arguments.flags import flags_to_yaml, split_flags
 from maskmoe.errors import UserError, counted, listed
 from maskmoe.files.outputs import write_text
 from maskmoe.files.run_folder import ARGUMENTS, Journal, Kind
+from maskmoe.processes.console import console
 from maskmoe.routing_mask.feed_forward_layers import FeedForwardLayers
 from maskmoe.routing_mask.mask import RoutingMask, describe_visible_experts
 from maskmoe.training.resume.choose_checkpoint import checkpoint_to_load, pretrained_to_load
 from maskmoe.training.settings.inputs import data_prefixes
 from maskmoe.training.settings.layout import BatchSizes, Layout, trained_samples, training_iterations
 from maskmoe.training.watch.callback import Callback
-from maskmoe.training.watch.console import console
 from maskmoe.training.watch.writers import log_facts, own_program
 
 _LABEL_WIDTH = 12

@@ -14,12 +14,12 @@ from typing import Any
 from megatron.training import get_tensorboard_writer, get_wandb_writer
 
 import maskmoe
-from maskmoe.errors import UserError
 from maskmoe.files.outputs import write_text
 from maskmoe.files.run_folder import TENSORBOARD, TEXT_TAG, Fact, Journal, Kind, run_folder
-from maskmoe.training import pretrain
+from maskmoe.processes.console import console
 from maskmoe.training.watch.callback import Callback
-from maskmoe.training.watch.console import console
+
+_ENTRY_POINT = "maskmoe.training.pretrain"
 
 
 def choose_event_folder(args: Namespace) -> None:
@@ -41,8 +41,8 @@ def log_facts(facts: Mapping[str, str]) -> None:
 
 def own_program() -> str:
     """Return the file of `--program`, which runs as this process instead of MaskMoE's entry point; empty without it."""
-    path = Path(sys.argv[0]).resolve()
-    return "" if path == Path(pretrain.__file__).resolve() else str(path)
+    spec = sys.modules["__main__"].__spec__
+    return "" if spec is not None and spec.name == _ENTRY_POINT else str(Path(sys.argv[0]).resolve())
 
 
 class EventFiles(Callback):
@@ -55,7 +55,7 @@ class EventFiles(Callback):
         nodes, processes = (os.environ.get(name, "1") for name in ("GROUP_WORLD_SIZE", "LOCAL_WORLD_SIZE"))
         ranks = f"--nnodes {nodes} --nproc-per-node {processes}"
         program = own_program()
-        entry = (program, "pretrain") if program else ("-m", "maskmoe.training.pretrain")
+        entry = (program, "pretrain") if program else ("-m", _ENTRY_POINT)
         packages = ", ".join(f"{name} {version(name)}" for name in ("megatron-core", "torch"))
         command = f"torchrun {ranks} {shlex.join([*entry, *sys.argv[1:]])}"
         log_facts({"command": command, "versions": f"maskmoe {maskmoe.__version__}, {packages}"})
@@ -95,22 +95,6 @@ def log_scalars(scalars: Mapping[str, float], iteration: int) -> None:
 
 RUN_ID = "wandb_run_id"
 """The file of the run folder with the id of the run at Weights & Biases."""
-
-
-def wandb_defaults(args: Namespace) -> dict[str, Any]:
-    """Return the values of Megatron's flags that `--wandb-project` sets by default; empty without the flag.
-
-    By default, the run has the name of the run folder, and its files are in `wandb` there. Raises `UserError` if the
-    run has no folder.
-    """
-    if not getattr(args, "wandb_project", None):
-        return {}
-    folder = run_folder(args.save, args.tensorboard_dir)
-    if folder is None:
-        raise UserError("--wandb-project needs a run folder: pass --save or --tensorboard-dir")
-    # Megatron would use the folder of the checkpoints, in which only checkpoints belong.
-    defaults = {"wandb_exp_name": folder.name, "wandb_save_dir": str(folder)}
-    return {name: value for name, value in defaults.items() if getattr(args, name) is None}
 
 
 def take_run_id(args: Namespace) -> None:

@@ -14,7 +14,7 @@ from torch.utils.tensorboard import SummaryWriter
 from maskmoe.errors import UserError
 from maskmoe.launch.command import entry_point
 from maskmoe.run_status.events import read_events
-from maskmoe.training import pretrain
+from maskmoe.training.settings.folders import wandb_defaults
 from maskmoe.training.watch import writers
 from maskmoe.training.watch.writers import EventFiles, choose_event_folder
 
@@ -27,11 +27,13 @@ def writer(tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize(
-    ("program", "entry"),
-    [(pretrain.__file__, entry_point("pretrain")), ("/own.py", entry_point("pretrain", "/own.py"))],
+    ("module", "entry"),
+    [("maskmoe.training.pretrain", entry_point("pretrain")), (None, entry_point("pretrain", "/own.py"))],
 )
-def test_values_and_the_command_are_written_at_the_end(writer, tmp_path, monkeypatch, program, entry):
-    monkeypatch.setattr(sys, "argv", [program, "--data-path", "a b"])
+def test_values_and_the_command_are_written_at_the_end(writer, tmp_path, monkeypatch, module, entry):
+    main = types.SimpleNamespace(__spec__=module and types.SimpleNamespace(name=module))
+    monkeypatch.setitem(sys.modules, "__main__", main)
+    monkeypatch.setattr(sys, "argv", ["/own.py", "--data-path", "a b"])
     monkeypatch.setenv("LOCAL_WORLD_SIZE", "4")
     monkeypatch.setenv("GROUP_WORLD_SIZE", "2")
     files = EventFiles()
@@ -93,7 +95,7 @@ def test_resumed_run_has_the_id_of_its_folder(make_args, tmp_path, monkeypatch):
     ids = []
     for _ in range(2):
         monkeypatch.setenv("WANDB_RUN_ID", "")
-        defaults = writers.wandb_defaults(make_args())
+        defaults = wandb_defaults(make_args())
         assert defaults == {"wandb_exp_name": "run", "wandb_save_dir": str(tmp_path / "run")}
         assert os.environ["WANDB_RUN_ID"] == ""  # the run may still be refused
         writers.take_run_id(make_args())
@@ -105,7 +107,7 @@ def test_resumed_run_has_the_id_of_its_folder(make_args, tmp_path, monkeypatch):
 def test_flags_and_variables_of_the_user_stay(make_args, tmp_path, monkeypatch):
     monkeypatch.setenv("WANDB_RUN_ID", "mine")
     args = make_args(wandb_exp_name="name", wandb_save_dir="folder")
-    defaults = writers.wandb_defaults(args)
+    defaults = wandb_defaults(args)
     writers.take_run_id(args)
     assert defaults == {}
     assert os.environ["WANDB_RUN_ID"] == "mine"
@@ -118,6 +120,6 @@ def test_ranks_that_do_not_log_leave_no_file(make_args, tmp_path):
 
 
 def test_run_without_a_folder_is_refused(make_args):
-    assert writers.wandb_defaults(make_args(wandb_project=None, save=None)) == {}
+    assert wandb_defaults(make_args(wandb_project=None, save=None)) == {}
     with pytest.raises(UserError, match="--wandb-project needs a run folder"):
-        writers.wandb_defaults(make_args(save=None))
+        wandb_defaults(make_args(save=None))

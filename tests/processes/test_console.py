@@ -12,7 +12,7 @@ from unittest.mock import Mock
 
 import pytest
 
-from maskmoe.training.watch.console import Console
+from maskmoe.processes.console import Console
 
 ITERATION = (
     " [2026-01-01 00:00:00] iteration        5/      20 | consumed samples:           40 | elapsed time per iteration "

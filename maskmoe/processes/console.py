@@ -24,7 +24,7 @@ from typing import Any, TextIO
 from maskmoe.errors import UserError
 
 VERBOSE_FLAG = "--verbose"
-_PACKAGE = str(Path(__file__).parents[2]) + os.sep
+_PACKAGE = str(Path(__file__).parents[1]) + os.sep
 _MOST_HIDDEN_LINES = 20_000
 _LAST_LINES = 15
 _SECONDS_BETWEEN_LINES = 10.0  # of a progress bar without a terminal
