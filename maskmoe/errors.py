@@ -26,6 +26,26 @@ def reason_of(error: BaseException) -> str:
 
 
 @contextmanager
+def megatrons_checks(what: str = "invalid settings") -> Iterator[None]:
+    """Turn any error or exit of Megatron's code into a `UserError`, one line that begins with `what`.
+
+    Assertions without a message, and exceptions that are no checks, are quoted with their source line.
+    """
+    try:
+        yield
+    except UserError:
+        raise
+    except SystemExit as end:
+        raise UserError(f"{what}: Megatron ends without an error") from end
+    except Exception as error:
+        reason = reason_of(error)
+        if isinstance(error, ArithmeticError | LookupError | TypeError | AttributeError):
+            line = traceback.extract_tb(error.__traceback__)[-1].line
+            reason = f"{type(error).__name__} {reason} in Megatron's line {line!r}"
+        raise UserError(f"{what}: {reason}") from error
+
+
+@contextmanager
 def refused_by_system(what: str, cure: str = "") -> Iterator[None]:
     """Turn an `OSError` of the block into a `UserError`: what failed, the system's reason, and a cure."""
     try:

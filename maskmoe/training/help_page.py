@@ -4,7 +4,7 @@ import argparse
 from functools import partial
 
 from maskmoe.training.inference.flags import add_evaluation_arguments
-from maskmoe.training.settings.flags import add_check_arguments, add_maskmoe_flags, add_pretraining_arguments
+from maskmoe.training.settings.arguments import add_check_arguments, add_maskmoe_flags, add_pretraining_arguments
 
 _PROGRAMS = {
     "pretrain": (

@@ -32,18 +32,14 @@ from maskmoe.routing_mask.feed_forward_layers import FeedForwardLayers
 from maskmoe.routing_mask.mask import mean_experts_per_token
 from maskmoe.training.megatron_patches import count_operations_by_mask, watch_steps
 from maskmoe.training.model.batch import build_datasets, get_batch, loss_function, token_losses
-from maskmoe.training.model.model_builder import StageBuilder
+from maskmoe.training.model.model_builder import StageBuilder, embedding_ranks_of, model_config_from_args
+from maskmoe.training.process_groups import temporary_process_groups
 from maskmoe.training.rank_store import RankStore, check_launched, sharing_failures
 from maskmoe.training.resume.changed_settings import has_one_learning_rate
 from maskmoe.training.resume.choose_checkpoint import checkpoint_to_load
-from maskmoe.training.settings.checks import parse_and_check_args
-from maskmoe.training.settings.flags import add_pretraining_arguments, hang_timeout
-from maskmoe.training.settings.run_settings import (
-    RunSettings,
-    embedding_ranks_of,
-    leaving_process_groups,
-    model_config_from_args,
-)
+from maskmoe.training.run_checks import parse_and_check_args
+from maskmoe.training.run_settings import RunSettings
+from maskmoe.training.settings.arguments import add_pretraining_arguments, hang_timeout
 from maskmoe.training.watch.callback import Callback, Step
 from maskmoe.training.watch.early_ends import FiniteStepCheck, LeaveAfterSave, SaveOnSignals, explaining_early_ends
 from maskmoe.training.watch.end_of_run import EndOfRun, writing_page
@@ -128,7 +124,7 @@ class Trainer:
         # exists.
         config.checkpoint.save_interval = sys.maxsize
         early_ends = explaining_early_ends(args, leave_after_save)
-        with self._accompanied(), leaving_process_groups(), early_ends, self._until_loaded:
+        with self._accompanied(), temporary_process_groups(), early_ends, self._until_loaded:
             if args.async_save and args.async_strategy == "mcore":
                 start_writers(args.rank)
             console.load("building the model")

@@ -55,7 +55,7 @@ def training_parser() -> argparse.ArgumentParser:
     """The parser of `maskmoe pretrain`, which takes a while to make."""
     from megatron.training.arguments import add_megatron_arguments
 
-    from maskmoe.training.settings.flags import add_maskmoe_arguments, add_pretraining_arguments
+    from maskmoe.training.settings.arguments import add_maskmoe_arguments, add_pretraining_arguments
 
     parser = add_megatron_arguments(argparse.ArgumentParser(allow_abbrev=False))
     return add_pretraining_arguments(add_maskmoe_arguments(parser))

@@ -21,7 +21,7 @@ from transformers import AutoModelForCausalLM
 from maskmoe.conversion.convert import huggingface_to_megatron, megatron_to_huggingface
 from maskmoe.conversion.settings import Settings
 from maskmoe.routing_mask.feed_forward_layers import FeedForwardLayers
-from maskmoe.training.settings.flags import add_maskmoe_arguments
+from maskmoe.training.settings.arguments import add_maskmoe_arguments
 
 pytestmark = pytest.mark.usefixtures("one_rank")
 

@@ -12,7 +12,7 @@ from megatron.training.arguments import parse_args, validate_args
 from maskmoe.megatron_compat import cpu
 from maskmoe.megatron_compat.gpu import GpuPackages
 from maskmoe.training.model.model_builder import MaskMoEModelConfig
-from maskmoe.training.settings.flags import add_maskmoe_arguments
+from maskmoe.training.settings.arguments import add_maskmoe_arguments
 from maskmoe.training.settings.refused_settings import missing_transformer_engine
 
 # Megatron's defaults that fail without Transformer Engine, and the values that work.

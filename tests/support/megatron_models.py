@@ -12,9 +12,9 @@ from megatron.training import checkpointing
 from megatron.training.arguments import parse_args, validate_args
 
 from maskmoe.checkpoint.series import RELEASE, write_tracker
+from maskmoe.training.model.model_builder import model_config_from_args
 from maskmoe.training.resume.model_settings import further_checkpoint_args
-from maskmoe.training.settings.flags import add_maskmoe_arguments
-from maskmoe.training.settings.run_settings import model_config_from_args
+from maskmoe.training.settings.arguments import add_maskmoe_arguments
 
 TRAINING = "--micro-batch-size 2 --global-batch-size 4 --train-iters 2 --lr 1e-3"
 """Flags without which Megatron accepts no others."""

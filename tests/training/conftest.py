@@ -73,8 +73,8 @@ def start_by_name(
 @pytest.fixture(scope="session")
 def parse(workplace: Workplace, tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Namespace]:
     """Run the checks of a run's command line in this process, and return its arguments."""
-    from maskmoe.training.settings.checks import parse_and_check_args
-    from maskmoe.training.settings.flags import add_pretraining_arguments
+    from maskmoe.training.run_checks import parse_and_check_args
+    from maskmoe.training.settings.arguments import add_pretraining_arguments
 
     folder = tmp_path_factory.mktemp("parsed")
 

@@ -9,7 +9,7 @@ import pytest
 from support.launchers import start_ranks
 
 from maskmoe.training.help_page import help_page
-from maskmoe.training.settings.flags import _escape_percent_signs_in_help
+from maskmoe.training.settings.arguments import _escape_percent_signs_in_help
 
 ENTRY_POINTS = ("pretrain", "evaluate", "check")
 

@@ -25,10 +25,10 @@ from maskmoe.training.inference.flags import add_evaluation_arguments
 from maskmoe.training.inference.loading import load_model
 from maskmoe.training.inference.token_losses import build_whole_split, losses_of_all, sum_over_ranks
 from maskmoe.training.model.model_builder import StageBuilder
+from maskmoe.training.process_groups import temporary_process_groups
 from maskmoe.training.rank_store import sharing_failures
-from maskmoe.training.settings.checks import parse_and_check_args
+from maskmoe.training.run_checks import parse_and_check_args
 from maskmoe.training.settings.inputs import check_same_tokenizer, data_prefixes
-from maskmoe.training.settings.run_settings import leaving_process_groups
 from maskmoe.training.watch.routing_log import RoutingRecord, take_record
 from maskmoe.transformer.router import MaskMoERouter
 
@@ -189,7 +189,7 @@ def main(builder: type[StageBuilder] | None = None) -> None:
         args = parse_and_check_args(add_evaluation_arguments).args
         check_output(args)
         frequency = read_token_frequency(args)
-    with leaving_process_groups():
+    with temporary_process_groups():
         model = load_model(args, builder)
         results = evaluate(args, model, frequency)
         content = json.dumps(to_jsonable_python(results, inf_nan_mode="null"), indent=2, allow_nan=False)

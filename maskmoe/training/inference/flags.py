@@ -3,7 +3,7 @@
 from argparse import ArgumentParser
 
 from maskmoe.arguments.parser import add_force_argument, add_option
-from maskmoe.training.settings.flags import replace_help
+from maskmoe.training.settings.arguments import replace_help
 
 SPLITS = ("train", "valid", "test")
 

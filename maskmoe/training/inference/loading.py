@@ -12,10 +12,9 @@ from megatron.training.training import setup_model_and_optimizer
 from maskmoe.checkpoint.series import describe_missing, showing_only
 from maskmoe.errors import UserError
 from maskmoe.processes.console import console
-from maskmoe.training.model.model_builder import StageBuilder
+from maskmoe.training.model.model_builder import StageBuilder, embedding_ranks_of, model_config_from_args
 from maskmoe.training.rank_store import RankStore, check_launched
 from maskmoe.training.resume.choose_checkpoint import checkpoint_to_load
-from maskmoe.training.settings.run_settings import embedding_ranks_of, model_config_from_args
 
 
 def load_model(args: Namespace, builder: type[StageBuilder] | None = None) -> torch.nn.Module:

@@ -1,17 +1,20 @@
 """Builds the model from its configuration, with the interface of Megatron's configurations and builders."""
 
+from argparse import Namespace
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 from traceback import extract_tb
-from typing import Any
+from typing import Any, cast
 
 import megatron.core
 from megatron.core.pipeline_parallel import utils as pipeline
 from megatron.core.process_groups_config import ProcessGroupCollection
+from megatron.core.transformer.multi_token_prediction import get_mtp_ranks
 from megatron.core.transformer.transformer_config import TransformerConfig
+from megatron.training.argument_utils import gpt_config_from_args, hybrid_config_from_args
 from megatron.training.models.base import compose_hooks
 from megatron.training.models.dist_utils import unimodal_build_distributed_models
 from megatron.training.models.gpt import GPTModelConfig
@@ -20,7 +23,8 @@ from megatron.training.vocab_utils import calculate_padded_vocab_size
 from torch.nn.functional import gelu, silu
 
 from maskmoe.checkpoint.routing_mask import mask_in_checkpoint, read_routing_mask
-from maskmoe.errors import UserError, reason_of
+from maskmoe.errors import UserError, megatrons_checks, reason_of
+from maskmoe.training.resume.choose_checkpoint import checkpoint_to_load
 from maskmoe.transformer.layer_specs import (
     get_maskmoe_decoder_block_spec,
     get_maskmoe_hybrid_stack_spec,
@@ -224,3 +228,44 @@ class MaskMoEHybridModelBuilder(StageBuilder):
             "hybrid_stack_spec": get_maskmoe_hybrid_stack_spec(settings.transformer, *described),
             "hybrid_layer_pattern": settings.megatron.hybrid_layer_pattern,
         }
+
+
+def model_config_from_args(args: Namespace, builder: type[StageBuilder] | None = None) -> MaskMoEModelConfig:
+    """Return the configuration of the command line's model; raise `UserError` if settings cannot work together."""
+    with megatrons_checks():
+        from_args = gpt_config_from_args if args.hybrid_layer_pattern is None else hybrid_config_from_args
+        config = MaskMoEModelConfig(
+            megatron=from_args(args),
+            builder=builder,
+            aux_loss_tokens=args.moe_aux_loss_tokens,
+            qk_layernorm_all_heads=args.qk_layernorm_all_heads,
+            rope_scaling=args.use_rope_scaling,
+            rope_scaling_factor=args.rope_scaling_factor,
+        )
+        # Megatron has no such setting for the arguments, and its GPT model refuses CUDA graphs without it.
+        config.transformer.use_te_rng_tracker = args.te_rng_tracker
+    if args.num_experts:
+        # `find_routing_mask` refuses a run without a mask.
+        checkpoint = checkpoint_to_load(args)
+        config.routing_mask = Path(cast(Path, args.routing_mask or checkpoint))
+        config.replaced_routing_mask = checkpoint if args.change_routing_mask else None
+    return config
+
+
+def embedding_ranks_of(config: MaskMoEModelConfig) -> Callable[[list[int]], list[int]]:
+    """Return a function from the ranks of a pipeline to those ranks that have a copy of the embedding.
+
+    These ranks are the first, the last if embedding and output layer share their weights, and all ranks with layers of
+    multi-token prediction. The function is that of `pretrain_gpt.py` of Megatron-LM; by default, Megatron-Core takes
+    the first and the last rank.
+    """
+
+    def embedding_ranks(ranks: list[int]) -> list[int]:
+        found = {ranks[0]}
+        if config.megatron.share_embeddings_and_output_weights:
+            found.add(ranks[-1])
+        if config.transformer.mtp_num_layers:
+            found.update(get_mtp_ranks(ranks, config.transformer))
+        return sorted(found)
+
+    return embedding_ranks

@@ -22,20 +22,19 @@ from megatron.training.global_vars import rebuild_tokenizer
 from maskmoe.arguments.parser import OneLineParser
 from maskmoe.checkpoint.series import choose_checkpoint, non_persistent_folder
 from maskmoe.data.indexed_dataset import dataset_files
-from maskmoe.errors import UserError
+from maskmoe.errors import UserError, megatrons_checks
 from maskmoe.files.outputs import check_outputs, write_text
 from maskmoe.megatron_compat import cpu
 from maskmoe.megatron_compat.gpu import GpuPackages
 from maskmoe.processes.run_tool import EXIT_BAD_INPUT
-from maskmoe.training.model.model_builder import MaskMoEModelConfig
+from maskmoe.training.model.model_builder import MaskMoEModelConfig, model_config_from_args
 from maskmoe.training.preflight.memory import compute_memory
 from maskmoe.training.preflight.parameters import count_parameters
 from maskmoe.training.preflight.report import Report, compute_cost
 from maskmoe.training.resume.choose_checkpoint import check_pretrained_model, loads_what_it_saves
-from maskmoe.training.settings.checks import RunChecks
-from maskmoe.training.settings.flags import add_check_arguments, add_pretraining_arguments
+from maskmoe.training.run_checks import RunChecks
+from maskmoe.training.settings.arguments import add_check_arguments, add_pretraining_arguments
 from maskmoe.training.settings.layout import Layout
-from maskmoe.training.settings.run_settings import megatrons_checks, model_config_from_args
 
 # The number of ids that the report assumes if neither a tokenizer nor a flag nor a mask says it.
 _ASSUMED_VOCAB_SIZE = 32_000

@@ -8,7 +8,7 @@ from megatron.training.arguments import add_megatron_arguments
 from maskmoe.errors import UserError
 from maskmoe.routing_mask.feed_forward_layers import LAYER_FREQUENCY_ERROR, FeedForwardLayers, is_layer_frequency
 from maskmoe.routing_mask.mask import RoutingMask
-from maskmoe.training.settings.flags import add_maskmoe_arguments
+from maskmoe.training.settings.arguments import add_maskmoe_arguments
 from maskmoe.training.settings.refused_settings import refused_settings
 
 

@@ -28,10 +28,11 @@ from megatron.training.training import setup_model_and_optimizer
 from support.saved_tensors import KeptBytes
 
 from maskmoe.megatron_compat import cpu
+from maskmoe.training.model.model_builder import model_config_from_args
 from maskmoe.training.preflight.inspection import inspect_run
-from maskmoe.training.settings.checks import parse_and_check_args
-from maskmoe.training.settings.flags import add_maskmoe_arguments, add_pretraining_arguments
-from maskmoe.training.settings.run_settings import leaving_process_groups, model_config_from_args
+from maskmoe.training.process_groups import temporary_process_groups
+from maskmoe.training.run_checks import parse_and_check_args
+from maskmoe.training.settings.arguments import add_maskmoe_arguments, add_pretraining_arguments
 
 
 def report(ranks: int) -> dict[str, Any]:
@@ -166,7 +167,7 @@ def answer_cases(command: str, cases: dict[str, dict[str, Any]], working_folder:
         torch.distributed.init_process_group(store=torch.distributed.HashStore(), rank=0, world_size=1)
         parallel_state.initialize_model_parallel()
     answers = {}
-    with leaving_process_groups():
+    with temporary_process_groups():
         for name, case in cases.items():
             sys.argv = [sys.argv[0], *case["flags"]]
             answers[name] = answers_of[command](case["ranks"])

@@ -27,7 +27,7 @@ from maskmoe.training.resume.changed_settings import (
     find_changed_settings,
     take_schedule_of_checkpoint,
 )
-from maskmoe.training.settings.flags import add_maskmoe_arguments, add_pretraining_arguments
+from maskmoe.training.settings.arguments import add_maskmoe_arguments, add_pretraining_arguments
 
 OVERRIDE, KEEP = "--override-opt-param-scheduler", "--use-checkpoint-opt-param-scheduler"
 # Changes that Megatron refuses on every rank, or would ignore, and parts of the one line that a run ends with.

@@ -10,9 +10,8 @@ from support.datasets import build_mask, count_ids, write_documents
 
 from maskmoe.data.tokenizer import SentencePieceTokenizer
 from maskmoe.data.tokenizer_training import train_tokenizer
-from maskmoe.errors import UserError
+from maskmoe.errors import UserError, megatrons_checks
 from maskmoe.routing_mask.assignment import MaskRecipe, build_routing_mask
-from maskmoe.training.settings.run_settings import megatrons_checks
 
 SENTENCE_PIECE = "--tokenizer-type SentencePieceTokenizer --tokenizer-model"
 

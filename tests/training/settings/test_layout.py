@@ -13,7 +13,7 @@ from megatron.training import training as megatron_training
 from megatron.training.arguments import parse_args
 
 from maskmoe.errors import UserError
-from maskmoe.training.settings.flags import add_maskmoe_arguments
+from maskmoe.training.settings.arguments import add_maskmoe_arguments
 from maskmoe.training.settings.layout import (
     BatchSizes,
     Layout,

@@ -15,7 +15,7 @@ from support.flex_libraries import te_ep
 from maskmoe.errors import UserError
 from maskmoe.megatron_compat.gpu import GpuPackages
 from maskmoe.training.settings import refused_settings as module
-from maskmoe.training.settings.flags import add_maskmoe_arguments, add_pretraining_arguments
+from maskmoe.training.settings.arguments import add_maskmoe_arguments, add_pretraining_arguments
 from maskmoe.training.settings.refused_settings import (
     REFUSED_SETTINGS,
     missing_flags,

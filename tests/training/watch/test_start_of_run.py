@@ -12,7 +12,7 @@ from maskmoe.arguments.flags import flag_words, split_flags
 from maskmoe.launch.command import split_program
 from maskmoe.launch.model_file import ModelFile
 from maskmoe.training import pretrain
-from maskmoe.training.settings.flags import add_maskmoe_arguments, add_pretraining_arguments
+from maskmoe.training.settings.arguments import add_maskmoe_arguments, add_pretraining_arguments
 from maskmoe.training.watch import start_of_run
 from maskmoe.training.watch.start_of_run import arguments_text, describe_run
 

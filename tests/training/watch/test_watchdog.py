@@ -12,7 +12,7 @@ from torch.distributed import HashStore
 
 from maskmoe.processes.interruption import is_last_attempt
 from maskmoe.training.rank_store import RankStore
-from maskmoe.training.settings.flags import add_pretraining_arguments, hang_timeout
+from maskmoe.training.settings.arguments import add_pretraining_arguments, hang_timeout
 from maskmoe.training.watch import watchdog
 from maskmoe.training.watch.watchdog import Sighting, Watchdog, find_culprits, waits_for_others
 

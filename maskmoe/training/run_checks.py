@@ -11,7 +11,7 @@ from megatron.training.arguments import parse_args, validate_args
 from maskmoe.arguments.parser import refuse_unknown_flags
 from maskmoe.checkpoint.integrity import iteration_of
 from maskmoe.checkpoint.series import describe_missing, non_persistent_folder
-from maskmoe.errors import UserError
+from maskmoe.errors import UserError, megatrons_checks
 from maskmoe.megatron_compat import cpu
 from maskmoe.megatron_compat.globals import get_tokenizer, set_globals_without_writers
 from maskmoe.megatron_compat.gpu import GpuPackages
@@ -22,8 +22,9 @@ from maskmoe.training.rank_store import RankStore
 from maskmoe.training.resume import choose_checkpoint as resume
 from maskmoe.training.resume import model_settings
 from maskmoe.training.resume.changed_settings import find_changed_settings, take_schedule_of_checkpoint
+from maskmoe.training.run_settings import RunSettings
 from maskmoe.training.settings import inputs
-from maskmoe.training.settings.flags import add_maskmoe_arguments
+from maskmoe.training.settings.arguments import add_maskmoe_arguments
 from maskmoe.training.settings.folders import wandb_defaults
 from maskmoe.training.settings.layout import BatchSizes, layout_errors
 from maskmoe.training.settings.refused_settings import (
@@ -33,7 +34,6 @@ from maskmoe.training.settings.refused_settings import (
     refused_settings,
     value_errors,
 )
-from maskmoe.training.settings.run_settings import RunSettings, megatrons_checks
 
 ArgumentsProvider = Callable[[ArgumentParser], ArgumentParser]
 
