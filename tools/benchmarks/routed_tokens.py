@@ -99,9 +99,8 @@ def fused_settings(transformer_engine: bool) -> dict[str, Any]:
     """
     on_gpu = not cpu.is_installed()
     is_fused = on_gpu and transformer_engine
-    settings = (
-        GpuPackages.installed() if is_fused else GpuPackages(transformer_engine=False, grouped_experts=False)
-    ).argument_defaults()
+    packages = GpuPackages.installed() if is_fused else GpuPackages(False, False, False)
+    settings = packages.argument_defaults()
     return settings | {
         "persist_layer_norm": not settings.pop("no_persist_layer_norm"),
         "gradient_accumulation_fusion": is_fused,
