@@ -8,7 +8,7 @@ import torch
 from hypothesis import settings
 from support.launchers import RunRanks, run_as_ranks
 from support.places import num_gpus
-from support.signal_handlers import install_handlers
+from support.system import install_handlers
 
 from maskmoe.megatron_compat import prepare_process
 

@@ -12,7 +12,7 @@ import psutil
 import pytest
 from support.command_lines import run_command
 from support.paths import EXPORTED_MODEL
-from support.waiting import wait_until
+from support.system import wait_until
 
 from maskmoe.command_line.main import SUBCOMMANDS
 from maskmoe.comparison.stage import StageFolder, maskmoe_command

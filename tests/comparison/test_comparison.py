@@ -13,7 +13,7 @@ from support.command_lines import run_command
 from support.paths import ROOT
 from support.real_suite import SUITE
 from support.results import result
-from support.waiting import wait_until
+from support.system import wait_until
 
 from maskmoe.command_line.compare import open_comparison, parse_arguments
 from maskmoe.comparison.comparison import Comparison

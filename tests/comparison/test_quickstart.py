@@ -15,8 +15,7 @@ from PIL import Image
 from support.datasets import frequency_of, write_documents
 from support.paths import ROOT
 from support.runs import write_scalars
-from support.scripts import write_script
-from support.waiting import wait_until
+from support.system import wait_until, write_script
 
 from maskmoe.command_line.quickstart import parse_settings
 from maskmoe.comparison.quickstart import Quickstart, quickstart_suite, write_report

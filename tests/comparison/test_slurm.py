@@ -7,7 +7,7 @@ from dataclasses import replace
 import pytest
 from support.command_lines import run_command, writing_nothing
 from support.real_suite import SUITE as REAL_SUITE
-from support.scripts import write_script
+from support.system import write_script
 
 from maskmoe.comparison.comparison import Comparison
 from maskmoe.comparison.data import Dataset

@@ -10,7 +10,7 @@ from dataclasses import replace
 
 import psutil
 import pytest
-from support.waiting import wait_until
+from support.system import wait_until
 
 from maskmoe.comparison import stage as stages
 from maskmoe.comparison.stage import Stage, StageFolder, StatusLine, stopping_in_order

@@ -14,12 +14,12 @@ import pytest
 import torch
 from megatron.core.dist_checkpointing import load_common_state_dict
 from safetensors.torch import load_file, save_file
-from support.checkpoint_tensors import assert_same_tensors, tensors_of
 from support.foreign_models import add_multi_token_prediction, save_model
 from support.paths import ROOT
 from support.small_moe import make_mask
+from support.system import run_tool
+from support.tensors import assert_same_tensors, tensors_of
 from support.tiny_maskmoe import NUM_EXPERTS, NUM_LAYERS, VOCAB_SIZE, make_config, make_model, random_mask
-from support.tools import run_tool
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from maskmoe.checkpoint.integrity import check_content, check_structure, read_common_state

@@ -7,7 +7,7 @@ import torch
 from support.foreign_models import CONFIGS, VOCAB_SIZE, add_multi_token_prediction, logits_of, random_ids, save_model
 from support.launchers import run_program
 from support.megatron_models import TRAINING, load_converted_model, logits_of_megatron
-from support.tools import run_tool
+from support.system import run_tool
 from transformers import AutoModelForCausalLM
 
 from maskmoe.checkpoint.integrity import read_checkpoint_layout

@@ -8,9 +8,9 @@ import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from support.checkpoint_tensors import assert_same_tensors, tensors_of
 from support.foreign_models import VOCAB_SIZE, random_ids, save_model
 from support.small_moe import make_mask, random_visible_sets
+from support.tensors import assert_same_tensors, tensors_of
 
 from maskmoe.analysis.model_series import common_shape, find_models, model_folder
 from maskmoe.analysis.routing_analysis import record_routing

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 from megatron.core.datasets.indexed_dataset import DType, IndexedDatasetBuilder
 from sentencepiece import SentencePieceProcessor
-from support.tools import run_tool
+from support.system import run_tool
 from tokenizers import Tokenizer
 
 from maskmoe.data.indexed_dataset import open_tokens, read_tokenizer_record

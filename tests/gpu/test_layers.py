@@ -22,9 +22,8 @@ from megatron.core.transformer.moe.moe_utils import MoEAuxLossAutoScaler
 from megatron.core.transformer.transformer_config import TransformerConfig
 from meter import Operations, cost_of
 from routed_tokens import let_one_rank_plan
-from support.gpu_branches import take_gpu_branches
 from support.launchers import RunRanks
-from support.places import PLACES, Place
+from support.places import PLACES, Place, take_gpu_branches
 from support.small_moe import DEVICE, draw_parameters, initialize_parallelism, make_config, make_layer, make_mask
 from torch import Tensor
 from torch.nn.functional import linear, silu

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 from support.paths import ROOT, python_path
-from support.scripts import write_script
+from support.system import write_script
 
 
 def run_version(script: Path, path: Path) -> subprocess.CompletedProcess[str]:

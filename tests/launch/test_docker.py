@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 from support.paths import ROOT
 from support.runs import make_laptop_data, read_losses
-from support.scripts import write_script
+from support.system import write_script
 
 import maskmoe
 

@@ -15,7 +15,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 from support.launch import Launch
-from support.waiting import wait_until
+from support.system import wait_until
 
 from maskmoe.errors import RunFailure, UserError
 from maskmoe.files.run_folder import Kind, read_journal

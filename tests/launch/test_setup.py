@@ -15,8 +15,7 @@ import pytest
 from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
 from support.paths import ROOT
-from support.scripts import write_script
-from support.waiting import wait_until
+from support.system import wait_until, write_script
 from support.wheels import make_wheel
 
 BASE_PYTHON = sys._base_executable

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import psutil
 import pytest
-from support.held_locks import HOLD, held_lock
+from support.system import HOLD, held_lock
 
 from maskmoe.errors import UserError
 from maskmoe.processes import folder_lock, lifetimes

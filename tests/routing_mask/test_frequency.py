@@ -8,7 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from safetensors.numpy import save_file
 from support.datasets import covering_ids, frequency_of, write_documents
-from support.open_files import few_open_files
+from support.system import few_open_files
 
 from maskmoe.data.tokenizer import TokenizerRecord
 from maskmoe.errors import UserError

@@ -9,9 +9,9 @@ import time
 
 import numpy as np
 import pytest
-from support.held_locks import held_lock
 from support.paths import ROOT
 from support.run_folders import write_arguments, write_checkpoint, write_events, write_journal
+from support.system import held_lock
 from torch.utils.tensorboard import SummaryWriter
 
 from maskmoe.errors import UserError

@@ -13,7 +13,7 @@ import pytest
 from support.launchers import kill_with_children
 from support.paths import SERVING_BIN, SERVING_SCRIPTS
 from support.runs import free_port
-from support.waiting import wait_until
+from support.system import wait_until
 
 from maskmoe.huggingface import export_code
 

@@ -14,7 +14,7 @@ import pytest
 from support.network import Host, Network, running_network
 from support.paths import ROOT
 from support.runs import make_laptop_data, read_losses
-from support.waiting import wait_until
+from support.system import wait_until
 
 LAPTOP = ROOT / "launch" / "models" / "laptop.yaml"
 NODES = ("n1", "n2")

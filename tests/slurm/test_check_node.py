@@ -7,7 +7,7 @@ import time
 
 import pytest
 from support.paths import ROOT
-from support.scripts import write_script
+from support.system import write_script
 
 SCRIPT = ROOT / "launch" / "check_node.sh"
 

@@ -6,7 +6,7 @@ from dataclasses import replace
 
 import pytest
 from support.paths import ROOT
-from support.waiting import wait_until
+from support.system import wait_until
 
 from maskmoe.files.run_folder import Kind, read_journal
 

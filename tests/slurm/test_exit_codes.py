@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 from support.paths import ROOT
-from support.scripts import write_script
+from support.system import write_script
 
 from maskmoe.processes.interruption import EXIT_HANG, EXIT_REQUEUE
 

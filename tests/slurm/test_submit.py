@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 from support.paths import ROOT
-from support.scripts import write_script
+from support.system import write_script
 
 LAPTOP = ROOT / "launch" / "models" / "laptop.yaml"
 

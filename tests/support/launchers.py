@@ -22,7 +22,7 @@ import pytest
 import torch
 from support.paths import BENCHMARKS, TESTS, python_path
 from support.preloaded import SIGNAL_OF_STACKS, ForkedProcess, PreloadedPython
-from support.waiting import wait_until
+from support.system import wait_until
 from torch.distributed import TCPStore
 
 from maskmoe.launch import machine

@@ -11,8 +11,7 @@ from typing import Any
 
 import psutil
 from support.paths import ROOT
-from support.signal_handlers import HANDLERS, install_handlers
-from support.waiting import wait_until
+from support.system import HANDLERS, install_handlers, wait_until
 
 
 class Host:

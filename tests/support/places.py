@@ -3,10 +3,14 @@
 A test with `@pytest.mark.parametrize("place", PLACES)` runs the same body everywhere, so that only the device differs.
 """
 
+from collections.abc import Callable
 from enum import Enum
 from functools import cache
+from typing import Any
 
 import pytest
+import torch
+from torch import Tensor
 
 from maskmoe.launch.machine import find_devices
 
@@ -39,3 +43,10 @@ class Place(Enum):
 
 PLACES = [pytest.param(place, id=place.value, marks=[pytest.mark.gpu] * place.is_gpu) for place in Place]
 """All places with their marks."""
+
+
+def take_gpu_branches(replace: Callable[[Any, str, Any], None] = setattr) -> None:
+    """Let models take the branches of GPUs while their tensors are on the CPU; `replace` sets an attribute."""
+    replace(Tensor, "is_cuda", True)
+    # The capability of Hopper, for which torch has a kernel of `grouped_mm`.
+    replace(torch.cuda, "get_device_capability", lambda device=None: (9, 0))

@@ -8,7 +8,7 @@ import harness
 import pytest
 import ranks
 import routed_tokens
-from support.tools import run_tool
+from support.system import run_tool
 
 from maskmoe.errors import UserError
 

@@ -10,7 +10,7 @@ from maskmoe.processes.run_tool import run_tool
 from maskmoe.training.trainer import main
 
 sys.path.append(str(Path(__file__).parents[1]))
-from support.gpu_branches import take_gpu_branches
+from support.places import take_gpu_branches
 
 if __name__ == "__main__":
     take_gpu_branches()

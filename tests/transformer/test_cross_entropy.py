@@ -5,8 +5,8 @@ from collections.abc import Callable
 import pytest
 import torch
 from megatron.core.tensor_parallel import vocab_parallel_cross_entropy as stock_cross_entropy
-from support.saved_tensors import saved_tensors
 from support.small_moe import DEVICE, make_config, make_mask, make_model, process_groups, random_visible_sets
+from support.tensors import saved_tensors
 from torch import Tensor
 from torch.distributed import ProcessGroup
 

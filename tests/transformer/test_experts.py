@@ -14,14 +14,13 @@ from megatron.core.tensor_parallel.layers import ColumnParallelLinear, RowParall
 from megatron.core.transformer.mlp import MLPSubmodules
 from megatron.core.transformer.moe.experts import SequentialMLP
 from megatron.core.transformer.transformer_config import TransformerConfig
-from support.checkpoint_tensors import assert_same_tensors
-from support.gpu_branches import take_gpu_branches
-from support.saved_tensors import KeptBytes
+from support.places import take_gpu_branches
 from support.small_moe import (
     DEVICE,
     make_config,
     process_groups,
 )
+from support.tensors import KeptBytes, assert_same_tensors
 from torch import Tensor
 from torch.nn.functional import gelu, grouped_mm
 

@@ -9,11 +9,10 @@ import torch
 from megatron.core import dist_checkpointing
 from megatron.core.models.hybrid.hybrid_layer_specs import hybrid_stack_spec
 from megatron.core.transformer.transformer_layer import TransformerLayer
-from support.checkpoint_tensors import assert_same_tensors
 from support.gated_delta_net import HIDDEN, RECOMPUTE, SIZES, LayerOfTransformers, make_gated_delta_net, run_layer
 from support.launchers import RunRanks
-from support.saved_tensors import KeptBytes
 from support.small_moe import DEVICE, initialize_parallelism, make_config
+from support.tensors import KeptBytes, assert_same_tensors
 from torch import Tensor
 
 from maskmoe.megatron_compat import cpu

@@ -7,10 +7,9 @@ import pytest
 import torch
 from megatron.core.models.gpt.gpt_layer_specs import get_gpt_decoder_block_spec
 from megatron.core.transformer.mlp import MLP
-from support.checkpoint_tensors import assert_same_tensors
-from support.saved_tensors import saved_tensors
 from support.small_moe import DEVICE, draw_parameters, make_config, make_mask, make_visible_experts, process_groups
 from support.small_moe import random_visible_sets as visible_sets
+from support.tensors import assert_same_tensors, saved_tensors
 from torch import Tensor
 
 from maskmoe.transformer.layer_specs import get_maskmoe_decoder_block_spec

@@ -3,8 +3,8 @@
 import pytest
 import torch
 from megatron.core.transformer.attention import SelfAttention
-from support.saved_tensors import saved_tensors
 from support.small_moe import DEVICE, make_config, make_mask, process_groups, random_visible_sets
+from support.tensors import saved_tensors
 from torch import Tensor
 from transformers.models.olmoe.modeling_olmoe import OlmoeRMSNorm
 

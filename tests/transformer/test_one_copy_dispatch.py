@@ -4,7 +4,6 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from support.checkpoint_tensors import assert_same_tensors
 from support.small_moe import (
     DEVICE,
     draw_parameters,
@@ -14,6 +13,7 @@ from support.small_moe import (
     process_groups,
     random_visible_sets,
 )
+from support.tensors import assert_same_tensors
 from torch import Tensor
 
 from maskmoe.megatron_compat import cpu

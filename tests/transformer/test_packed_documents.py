@@ -15,8 +15,7 @@ from megatron.core.packed_seq_params import PackedSeqParams
 from megatron.core.transformer.enums import AttnMaskType
 from megatron.core.transformer.multi_token_prediction import MTPLossLoggingHelper
 from megatron.core.transformer.transformer_config import MLATransformerConfig
-from support.gpu_branches import take_gpu_branches
-from support.places import PLACES, Place
+from support.places import PLACES, Place, take_gpu_branches
 from support.small_moe import (
     DEVICE,
     LATENT_SIZES,

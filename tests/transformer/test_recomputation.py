@@ -3,8 +3,6 @@
 import pytest
 import torch
 from megatron.core.transformer.transformer_config import MLATransformerConfig
-from support.checkpoint_tensors import assert_same_tensors
-from support.saved_tensors import KeptBytes
 from support.small_moe import (
     DEVICE,
     LATENT_SIZES,
@@ -15,6 +13,7 @@ from support.small_moe import (
     make_model,
     random_visible_sets,
 )
+from support.tensors import KeptBytes, assert_same_tensors
 from torch import Tensor
 
 LENGTH, BATCH, VOCAB_SIZE = 12, 2, 9

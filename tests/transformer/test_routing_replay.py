@@ -9,9 +9,9 @@ import torch
 from hypothesis import given, settings
 from megatron.core.transformer.moe.router import TopKRouter
 from megatron.core.transformer.moe.router_replay import RouterReplay, RouterReplayAction
-from support.checkpoint_tensors import assert_same_tensors
 from support.router_cases import Case, cases
 from support.small_moe import DEVICE, make_config, make_mask, make_model, make_router, process_groups, take_metrics
+from support.tensors import assert_same_tensors
 from torch import Tensor
 
 from maskmoe.transformer.token_ids import TokenIds

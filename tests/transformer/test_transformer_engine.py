@@ -14,7 +14,6 @@ from megatron.core.dist_checkpointing.dict_utils import nested_values
 from megatron.core.dist_checkpointing.mapping import ShardedObject, apply_factories
 from megatron.core.models.gpt import GPTModel
 from megatron.core.transformer.transformer_config import MLATransformerConfig, TransformerConfig
-from support.checkpoint_tensors import assert_same_tensors
 from support.foreign_models import random_ids, save_model
 from support.launchers import RunRanks
 from support.megatron_models import load_converted_model, logits_of_megatron, save_as_release
@@ -26,6 +25,7 @@ from support.small_moe import (
     make_visible_experts,
     random_visible_sets,
 )
+from support.tensors import assert_same_tensors
 
 from maskmoe.conversion.convert import huggingface_to_megatron
 from maskmoe.conversion.megatron_models import open_megatron

@@ -25,7 +25,7 @@ from megatron.training.arguments import parse_args, validate_args
 from megatron.training.global_vars import rebuild_tokenizer
 from megatron.training.initialize import initialize_megatron
 from megatron.training.training import setup_model_and_optimizer
-from support.saved_tensors import KeptBytes
+from support.tensors import KeptBytes
 
 from maskmoe.megatron_compat import cpu
 from maskmoe.training.model.model_builder import model_config_from_args

@@ -7,7 +7,7 @@ from unittest.mock import Mock
 import pytest
 from megatron.core.transformer.transformer_config import TransformerConfig
 from support.datasets import frequency_of, write_documents
-from support.open_files import few_open_files
+from support.system import few_open_files
 from support.training import TrainingOutcome
 
 from maskmoe.checkpoint.routing_mask import read_routing_mask

@@ -1,9 +1,29 @@
-"""Tensors that autograd keeps for the backward pass, and their bytes."""
+"""Tensors of checkpoints, and tensors that autograd keeps for the backward pass, with their bytes."""
 
 from collections.abc import Callable, Iterable
+from pathlib import Path
 
+import torch
 from torch import Tensor, UntypedStorage
 from torch.autograd.graph import saved_tensors_hooks
+
+from maskmoe.conversion.megatron_models import TorchDistSource
+from maskmoe.conversion.tensor_sources import Block
+
+
+def tensors_of(checkpoint: Path) -> dict[str, Tensor]:
+    """Read all tensors of a checkpoint, except the optimizer's."""
+    source = TorchDistSource(checkpoint)
+    return {
+        name: source.read(Block.whole(name, spec.shape))
+        for name, spec in source.tensors.items()
+        if not name.startswith("optimizer.")
+    }
+
+
+def assert_same_tensors(first: dict[str, Tensor], second: dict[str, Tensor]) -> None:
+    """Check that tensors have equal names, types and values."""
+    torch.testing.assert_close(first, second, rtol=0, atol=0)
 
 
 class KeptBytes(saved_tensors_hooks):

@@ -1,0 +1,104 @@
+"""What a test needs from the system: waiting, limits on open files, held locks, handlers of signals, scripts."""
+
+import os
+import resource
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from itertools import count, islice
+from pathlib import Path
+
+import pytest
+from support.paths import ROOT
+
+from maskmoe.processes.interruption import SIGNALS_THAT_END, Handler
+
+
+def wait_until(
+    condition: Callable[[], object],
+    what: str = "the condition",
+    *,
+    timeout: float = 120,
+    period: float = 0.05,
+    has_ended: Callable[[], bool] = lambda: False,
+    report: Callable[[], str] = lambda: "",
+) -> None:
+    """Return as soon as `condition()` is true; fail the test if that takes too long.
+
+    Args:
+        condition: Called every `period` seconds.
+        what: Names the condition in the failure's message.
+        timeout: Seconds after which the test fails.
+        period: Seconds between two calls of `condition`.
+        has_ended: Whether the condition can no longer become true, for example because the process under test ended.
+        report: Returns the text that the failure's message ends with.
+    """
+    deadline = time.monotonic() + timeout
+    while not condition():
+        # The order matters: the condition may have become true just before the end.
+        if has_ended() and not condition():
+            pytest.fail(f"the process ended before {what}\n{report()}")
+        if time.monotonic() > deadline:
+            pytest.fail(f"waited {timeout:g} s in vain for {what}\n{report()}")
+        time.sleep(period)
+
+
+@contextmanager
+def few_open_files(further: int = 12) -> Iterator[None]:
+    """Allow this process, during the block, only `further` open files in addition to the open ones."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    used = set(map(int, os.listdir("/proc/self/fd")))
+    free = (number for number in count() if number not in used)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (next(islice(free, further, None)), hard))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
+
+
+HOLD = """
+import sys
+from pathlib import Path
+from maskmoe.processes.folder_lock import locked_folder
+with locked_folder(Path(sys.argv[1])):
+    print("locked", flush=True)
+    sys.stdin.read()
+"""
+
+
+@contextmanager
+def held_lock(folder: Path) -> Iterator[subprocess.Popen[str]]:
+    """Yield a process that holds the lock of a folder until its standard input is closed."""
+    program = [sys.executable, "-c", HOLD, folder]
+    with subprocess.Popen(program, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as process:
+        assert process.stdout is not None
+        assert process.stdout.readline() == "locked\n"
+        yield process
+        process.kill()
+
+
+HANDLERS: dict[signal.Signals, Handler] = dict.fromkeys(SIGNALS_THAT_END, signal.SIG_DFL)
+HANDLERS[signal.SIGINT] = signal.default_int_handler
+
+
+def install_handlers() -> None:
+    """Install the handlers of `HANDLERS`."""
+    for number, handler in HANDLERS.items():
+        signal.signal(number, handler)
+
+
+def write_script(path: Path, text: str) -> Path:
+    """Write an executable file and the folder that holds it; return its path."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(text)
+    path.chmod(0o755)
+    return path
+
+
+def run_tool(name: str, *arguments: object, cwd: Path | None = None) -> subprocess.CompletedProcess:
+    """Run `python tools/NAME.py ARGUMENTS…` in the folder `cwd` and return its exit code and output."""
+    command = [sys.executable, ROOT / "tools" / f"{name}.py", *map(str, arguments)]
+    return subprocess.run(command, cwd=cwd, capture_output=True, text=True, timeout=120, check=False)
