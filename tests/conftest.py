@@ -5,16 +5,20 @@ from typing import Any
 
 import pytest
 import torch
-from hypothesis import settings
+from hypothesis import HealthCheck, settings
 from support.launchers import RunRanks, run_as_ranks
 from support.places import num_gpus
 from support.system import install_handlers
 
 from maskmoe.megatron_compat import prepare_process
 
-# Tests must not fail because a busy machine is slow.
-settings.register_profile("untimed", deadline=None)
-settings.load_profile("untimed")
+# Tests must not fail because a busy machine is slow. Fixtures that examples share hold files that no example changes.
+LENIENT = settings(
+    deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow], max_examples=25
+)
+settings.register_profile("quick", LENIENT)
+settings.register_profile("thorough", LENIENT, max_examples=100)  # for `tests/run.sh --all`
+settings.load_profile("quick")
 
 install_handlers()
 

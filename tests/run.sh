@@ -45,11 +45,11 @@ cd -- "$(dirname -- "${BASH_SOURCE[0]}")/.."
 not_elsewhere="not slurm and not docker and not te and not serving and not tracking"
 selected="not slow and $not_elsewhere" checks=true
 packages=() python=.venv/bin/python megatron=
-two_workers=(--numprocesses 2 --no-loadscope-reorder --durations=25 --durations-min=4) workers=()
+two_workers=(--numprocesses 2 --no-loadscope-reorder --durations=25 --durations-min=4) workers=() examples=()
 (($#)) || workers=("${two_workers[@]}")
 case ${1:-} in
     --all)
-        selected=$not_elsewhere
+        selected=$not_elsewhere examples=(--hypothesis-profile=thorough)
         shift
         ;;
     --slurm)
@@ -126,7 +126,7 @@ fi
 
 # Many tests start several processes, so each process computes with one thread.
 export OMP_NUM_THREADS=1
-tests=("$python" -m pytest -m "$selected" "${workers[@]}" "$@")
+tests=("$python" -m pytest -m "$selected" "${workers[@]}" "${examples[@]}" "$@")
 [[ -n $megatron ]] || exec "${tests[@]}"
 
 # Every Python that a test starts finds this megatron-core before the one of .venv, also the Pythons of launch/*.sh.

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from hypothesis import HealthCheck, given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from megatron.core.datasets.blended_megatron_dataset_builder import BlendedMegatronDatasetBuilder
 from megatron.core.datasets.gpt_dataset import GPTDataset, GPTDatasetConfig
@@ -62,7 +62,6 @@ def megatron_splits(folder: Path, prefix: Path, split: str) -> list[np.ndarray |
     return [dataset and dataset.indices for dataset in builder.build()]
 
 
-@settings(max_examples=15, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(
     st.lists(st.integers(1, 97), min_size=1, max_size=3).map(lambda shares: ",".join(map(str, shares))),
     st.sampled_from([7, 41, 150]),

@@ -5,7 +5,7 @@ from collections import Counter
 
 import numpy as np
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from scipy.stats import entropy as scipy_entropy
 
@@ -37,7 +37,6 @@ def make_trace(
     return RoutingTrace(token_ids, experts, weights, entropy, num_visible, num_experts)
 
 
-examples = settings(max_examples=50)
 traces = st.builds(
     make_trace,
     seed=st.integers(0, 1000),
@@ -60,7 +59,6 @@ def num_layers(trace: RoutingTrace) -> int:
     return len(trace.experts)
 
 
-@examples
 @given(traces)
 def test_load(trace):
     load = measure(trace).load
@@ -162,7 +160,6 @@ def test_explained_by_id_of_layers_and_tokens():
     assert np.isnan(without_choice).all()
 
 
-@examples
 @given(traces, st.integers(1, 5))
 def test_top_ids(trace, num_top):
     found = measure(trace, top_ids=num_top)
@@ -175,7 +172,6 @@ def test_top_ids(trace, num_top):
         assert [pair for pair in pairs if pair[1]] == expected
 
 
-@examples
 @given(st.integers(0, 100), st.integers(0, 100), st.integers(1, 3))
 def test_fluctuation(seed, other_seed, topk):
     before, after = make_trace(seed, topk=topk, tokens=40), make_trace(other_seed, topk=topk, tokens=40)
@@ -196,7 +192,6 @@ def test_fluctuation(seed, other_seed, topk):
         np.testing.assert_allclose(found.changed[:, layer], expected, atol=1e-6)
 
 
-@examples
 @given(traces, st.integers(1, 6))
 def test_distinct_experts(trace, min_occurrences):
     occurrences = Counter(trace.token_ids.tolist())

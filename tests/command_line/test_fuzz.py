@@ -3,7 +3,7 @@
 import argparse
 import contextlib
 
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from support.command_lines import parse_training
 
@@ -18,7 +18,6 @@ WORDS = st.one_of(
 )
 
 
-@settings(max_examples=200)
 @given(data=st.data())
 def test_random_flags_of_megatron(training_parser: argparse.ArgumentParser, data: st.DataObject) -> None:
     flags = training_parser._option_string_actions.keys() - {"-h", "--help", "--help-all"}

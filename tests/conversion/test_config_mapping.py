@@ -4,7 +4,7 @@ import math
 from argparse import Namespace
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from maskmoe.conversion.config_mapping import (
@@ -131,7 +131,6 @@ def configs(draw):
 MASK = {"num_tables": 1, "num_rows": 9, "row_dtype": "int16", "metadata_bytes": 7}
 
 
-@settings(max_examples=300)
 @given(configs())
 def test_arguments_and_configuration_describe_the_same_model(fields):
     MaskMoEConfig(**fields)  # raises if the drawn fields are invalid
@@ -153,7 +152,6 @@ def test_arguments_and_configuration_describe_the_same_model(fields):
     assert vars(gpt_args(hybrid)) == vars(twin)
 
 
-@settings(max_examples=200)
 @given(configs(), configs(), st.sampled_from([None, DERIVED_PATTERN]))
 def test_updated_arguments_describe_the_new_configuration(trained, fields, pattern):
     """The configuration may even be that of another model. Arguments that no configuration describes stay."""
@@ -190,7 +188,6 @@ def test_a_changed_field_updates_only_its_arguments(change, updated):
     assert vars(updated_args(args, config)) == vars(args) | updated
 
 
-@settings(max_examples=100)
 @given(
     configs(),
     st.sampled_from(["GPT", "stacked", "hybrid"]),

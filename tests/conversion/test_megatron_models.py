@@ -7,7 +7,7 @@ import shutil
 
 import pytest
 import torch
-from hypothesis import HealthCheck, given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from torch.distributed import checkpoint as torch_checkpoint
 
@@ -92,7 +92,6 @@ def test_written_tensors_are_read_by_torch(tmp_path, max_file_bytes, monkeypatch
     assert len(sizes) == 2 if max_file_bytes == 10**9 else max(sizes) <= max(1, max_file_bytes // 5000) * 7000
 
 
-@settings(max_examples=80, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(data=st.data())
 def test_damage_is_reported_or_harmless(data, checkpoints, tmp_path):
     """A flipped bit in the layout or in an archive raises a UserError of one line, or nothing."""

@@ -5,7 +5,7 @@ from math import prod
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from maskmoe.conversion.tensor_sources import (
@@ -72,7 +72,6 @@ def rearrange_by_indexing(source, shapes, copies):
     return results
 
 
-@settings(max_examples=200)
 @given(rearrangements(), st.data())
 def test_any_block_of_a_rearranged_tensor(rearrangement, data):
     source, shapes, copies = rearrangement
@@ -96,7 +95,6 @@ class CountingSource(MemorySource):
         return super().read(block)
 
 
-@settings(max_examples=100)
 @given(st.data())
 def test_no_more_is_read_than_asked_for(data):
     """A block of one layer's tensor is read from the stacked tensor of all layers as one block of the same size."""
@@ -111,7 +109,6 @@ def test_no_more_is_read_than_asked_for(data):
     assert stacked.elements_read == block.num_elements
 
 
-@settings(max_examples=200)
 @given(SHAPES.flatmap(lambda shape: st.tuples(st.just(shape), st.lists(blocks_of("t", shape), max_size=5))))
 def test_a_cover_is_exact_or_refused(case):
     shape, blocks = case
@@ -154,7 +151,6 @@ def test_scalars_and_empty_tensors():
     assert list(row_major_blocks("empty", source.tensors["empty"], 1)) == []
 
 
-@settings(max_examples=200)
 @given(SHAPES, st.integers(1, 200))
 def test_row_major_blocks_are_the_memory_in_order(shape, max_bytes):
     tensor = torch.arange(prod(shape), dtype=torch.int16).view(shape)

@@ -11,7 +11,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-from hypothesis import HealthCheck, given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from support.datasets import write_documents
 
@@ -44,7 +44,6 @@ def shuffle(source: Path, target: Path, seed: int) -> list[list[int]]:
     return documents_of(target)
 
 
-@settings(max_examples=50, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(
     documents=st.lists(st.lists(st.integers(0, 9), max_size=6), min_size=1, max_size=30).filter(any),
     batch_tokens=st.integers(1, 20),

@@ -12,7 +12,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import zstandard
-from hypothesis import HealthCheck, given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from tqdm import tqdm
 
@@ -26,7 +26,6 @@ COMPRESS |= {".GZ": gzip.compress, ".gzip": gzip.compress, ".Zst": zstandard.com
 TEXT = st.text(st.characters(codec="utf-8"))
 
 
-@settings(max_examples=50, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(documents=st.lists(TEXT, max_size=8), ascii_only=st.booleans(), suffix=st.sampled_from([*COMPRESS]))
 def test_json_lines(tmp_path: Path, documents: list[str], ascii_only: bool, suffix: str) -> None:
     lines = (json.dumps({"text": text, "other": 1}, ensure_ascii=ascii_only) for text in documents)
@@ -143,7 +142,6 @@ def separated(path: Path, separator: str) -> list[str]:
 
 
 @pytest.mark.parametrize("separator", ["\n\n", "<|endoftext|>", "aa", "é", "\0", "abab"])
-@settings(max_examples=40, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(data=st.data(), block_bytes=st.integers(1, 40), chunk_bytes=st.integers(1, 9))
 def test_separators(tmp_path: Path, separator: str, data: st.DataObject, block_bytes: int, chunk_bytes: int) -> None:
     parts = st.one_of(st.just(separator), st.sampled_from([*separator, "\n", " ", "x", "日"]), st.text(max_size=3))
@@ -202,7 +200,6 @@ WRITERS: dict[str, Callable[[pa.Table, Path], None]] = {
 
 
 @pytest.mark.parametrize("name", WRITERS)
-@settings(max_examples=15, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(documents=st.lists(TEXT, max_size=20), kind=st.sampled_from([*TYPES]), block_bytes=st.integers(1, 50))
 def test_documents(name: str, tmp_path: Path, documents: list[str], kind: str, block_bytes: int) -> None:
     column = pa.array(documents, TYPES[kind])

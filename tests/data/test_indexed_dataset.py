@@ -6,7 +6,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from hypothesis import HealthCheck, given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from megatron.core.datasets.indexed_dataset import DType, IndexedDatasetBuilder
 
@@ -45,7 +45,6 @@ def content(prefix: Path) -> tuple[bytes, bytes]:
     return Path(f"{prefix}.bin").read_bytes(), Path(f"{prefix}.idx").read_bytes()
 
 
-@settings(max_examples=40, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(documents=DOCUMENTS, dtype=DTYPES)
 def test_same_bytes_as_megatron(tmp_path: Path, documents: list[list[list[int]]], dtype: type) -> None:
     write(tmp_path / "ours", documents, dtype)
@@ -61,7 +60,6 @@ def test_same_bytes_as_megatron(tmp_path: Path, documents: list[list[list[int]]]
         assert open_tokens(tmp_path / "theirs").tolist() == flatten(sequences)
 
 
-@settings(max_examples=40, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(documents=st.lists(st.lists(st.integers(0, 60000), max_size=5), max_size=20), batch=st.integers(1, 7))
 def test_documents_in_batches(tmp_path: Path, documents: list[list[int]], batch: int) -> None:
     with IndexedDatasetWriter(tmp_path / "batches", np.uint16) as writer:

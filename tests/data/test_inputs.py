@@ -13,7 +13,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import zstandard
-from hypothesis import HealthCheck, given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from sentencepiece import SentencePieceProcessor
 
@@ -280,7 +280,6 @@ def write(path: Path, texts: Sequence[str]) -> Path:
 NAMES = ("a.jsonl", "a.parquet", "a.arrow", "a.ipc", "a.txt", "a.jsonl.gz", "hidden-gzip.jsonl")
 
 
-@settings(max_examples=60, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(
     files=st.lists(st.tuples(st.sampled_from(NAMES), st.lists(TEXT, max_size=12)), min_size=1, max_size=4),
     count=st.integers(1, 9),

@@ -5,7 +5,7 @@ import os
 from pathlib import Path
 
 import pytest
-from hypothesis import HealthCheck, example, given, settings
+from hypothesis import example, given
 from hypothesis import strategies as st
 
 from maskmoe.data import prompts
@@ -25,7 +25,6 @@ def test_json_lines_keep_their_keys(tmp_path):
     assert read_prompts(path) == [{"prompt": "a\nb", "id": 7}, {"prompt": "ü"}]
 
 
-@settings(suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(
     texts=st.lists(st.text(min_size=1).filter(str.strip), min_size=1),
     line_end=st.sampled_from(["\n", "\r\n"]),

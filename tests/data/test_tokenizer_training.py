@@ -3,7 +3,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from hypothesis import example, given, settings
+from hypothesis import example, given
 from hypothesis import strategies as st
 from sentencepiece import SentencePieceProcessor
 from support.command_lines import run_command
@@ -23,7 +23,6 @@ def processor(request: pytest.FixtureRequest, texts: list[str]) -> SentencePiece
     return SentencePieceProcessor(model_proto=model)
 
 
-@settings(max_examples=300)
 @given(text=TEXT)
 @example(text="def f(x):\n\treturn  x  # 1234\n\n\n")
 @example(text="  a  b  \r\n <0x0A></s><unk>\0\ufeff")

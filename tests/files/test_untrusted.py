@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from hypothesis import HealthCheck, example, given, settings
+from hypothesis import example, given
 from hypothesis import strategies as st
 from sentencepiece import SentencePieceTrainer
 from sentencepiece.sentencepiece_model_pb2 import ModelProto
@@ -102,9 +102,6 @@ def documents(draw: st.DrawFn, valid: Any) -> bytes:
 
 
 @pytest.mark.parametrize("name", READERS)
-@settings(
-    max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow]
-)
 @given(data=st.data())
 def test_damaged_json_is_one_line_of_error(tmp_path: Path, name: str, data: st.DataObject) -> None:
     valid, read = READERS[name]
@@ -122,7 +119,6 @@ YAML_PIECES = st.sampled_from(
 )
 
 
-@settings(max_examples=300, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(pieces=st.lists(YAML_PIECES, max_size=12), base=st.sampled_from(["", MODEL]))
 @example(pieces=["? [a, b]\n: c\n"], base="")
 @example(pieces=["? {a: b}\n: c\n"], base=MODEL)

@@ -69,7 +69,7 @@ def draw_hidden(case: Case) -> Tensor:
 @example(Case(1, 6, 6, (20, 2), "sigmoid_with_bias", "all"), 1.0, 1.0)
 @example(Case(2, 6, 4, (20, 2), "sqrtsoftplus_with_bias", "all", groups=(3, 2)), 1.0, 1.0)
 @example(Case(2, 6, 4, (20, 2), "softmax_after", "all", groups=(3, 2)), 1.0, 1.0)
-@settings(max_examples=60, derandomize=True)
+@settings(derandomize=True)
 def test_routes_as_the_megatron_router(case: Case, scaling_factor: float, scale: float) -> None:
     router, theirs = make_routers(case, scaling_factor)
     hidden = scale * draw_hidden(case)
@@ -87,7 +87,7 @@ def test_routes_as_the_megatron_router(case: Case, scaling_factor: float, scale:
 @given(CASES)
 @example(Case(3, 6, 2, (20, 2), "softmax_after", "all", has_padding=True))
 @example(Case(3, 6, 2, (20, 2), "softmax_after", "routable", has_padding=True))
-@settings(max_examples=60, derandomize=True)
+@settings(derandomize=True)
 def test_load_balancing_loss_equals_the_reference(case: Case) -> None:
     router, _ = make_routers(case)
     logits, _, _ = router(draw_hidden(case).flatten(0, 1), case.visible)

@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from hypothesis import HealthCheck, given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as npst
 from safetensors.numpy import save_file
@@ -37,7 +37,6 @@ MOST_BYTES = 16 << 20
 READERS: dict[str, Callable[[Path], Any]] = {MASK: RoutingMask.load, COUNTS: TokenFrequency.load}
 
 # The fixtures do not depend on the example, so hypothesis may reuse them.
-fuzz = settings(suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow], max_examples=100)
 
 
 @pytest.fixture
@@ -87,7 +86,6 @@ def mutations(content: bytes) -> st.SearchStrategy[bytes]:
     return replaced | relabelled | doubled
 
 
-@fuzz
 @given(data=st.data(), kind=st.sampled_from(list(READERS)))
 def test_damaged_files(data, kind, originals, contents, tmp_path):
     path = tmp_path / "damaged.safetensors"
@@ -147,7 +145,6 @@ def use(value: Any) -> None:
         assert all(isinstance(text, str) for text in (tokenizer.type, tokenizer.model, tokenizer.sha256))
 
 
-@fuzz
 @given(data=st.data(), kind=st.sampled_from(list(READERS)))
 def test_forged_files(data, kind, originals, tmp_path):
     """The digest of these files is correct."""

@@ -4,7 +4,7 @@ from dataclasses import replace
 
 import numpy as np
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from support.command_lines import run_command
 from support.datasets import covering_ids, frequency_of
@@ -56,7 +56,6 @@ def widenings(draw) -> tuple[RoutingMask, RoutingMask, TokenFrequency, dict]:
     return mask, widen_routing_mask(mask, frequency=counts, **chosen), counts, chosen
 
 
-@settings(max_examples=40)
 @given(widenings())
 def test_sets_only_grow_to_the_number_of_a_frequent_id(widening):
     mask, wider, frequency, chosen = widening
@@ -70,7 +69,6 @@ def test_sets_only_grow_to_the_number_of_a_frequent_id(widening):
             assert after == (chosen["frequent_visible_experts"] if is_frequent else before)
 
 
-@settings(max_examples=40)
 @given(widenings())
 def test_provenance_and_change(widening):
     """The wider mask records the mask before and stays rank-local, and its change counts the sets that differ."""

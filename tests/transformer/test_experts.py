@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 import torch
-from hypothesis import example, given, settings
+from hypothesis import example, given
 from hypothesis import strategies as st
 from megatron.core.tensor_parallel.layers import ColumnParallelLinear, RowParallelLinear
 from megatron.core.transformer.mlp import MLPSubmodules
@@ -112,7 +112,6 @@ def count_calls(monkeypatch: pytest.MonkeyPatch, owner: Any, name: str) -> list[
 @example([0, 0, 0], torch.float32, torch.float32, False)
 @example([0, 37, 0, 0], torch.bfloat16, torch.float32, False)
 @example([3, 0, 5], torch.float32, torch.bfloat16, True)
-@settings(max_examples=60)
 def test_is_bit_equal(tokens_per_expert, dtype, probs_dtype, on_input) -> None:
     ours, theirs = make_pair(
         num_experts=len(tokens_per_expert),
@@ -267,7 +266,6 @@ def test_grouped_products_equal_sequential_experts(
     tokens_per_expert=st.lists(st.integers(0, 9) | st.just(0), min_size=4, max_size=4),
     garbage=st.sampled_from([1.0, math.inf, math.nan]),
 )
-@settings(max_examples=20)
 @example(tokens_per_expert=[0, 0, 0, 0], garbage=math.nan)
 def test_blackwell_computes_gradients_of_experts_without_rows(tokens_per_expert: list[int], garbage: float) -> None:
     """There, torch leaves garbage in place of the gradients of weights without rows."""

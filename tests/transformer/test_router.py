@@ -6,7 +6,7 @@ from dataclasses import dataclass, replace
 import numpy as np
 import pytest
 import torch
-from hypothesis import example, given, settings
+from hypothesis import example, given
 from hypothesis import strategies as st
 from megatron.core.distributed.finalize_model_grads import reset_model_temporary_tensors
 from megatron.core.transformer.moe import moe_utils
@@ -100,7 +100,6 @@ def check_equals_stock(config, mask_kind: str, shape=(5, 3), dtype=torch.float32
         assert_bit_equal(route(ours, hidden, TokenIds(token_ids)), route(stock, hidden))
 
 
-@settings(max_examples=60)
 @given(
     selection=st.sampled_from([(1, True), (2, True), (2, False), (8, True), (8, False)]),
     shape=st.sampled_from([(1, 1), (5, 3), (16, 2)]),
@@ -260,7 +259,6 @@ def test_one_visible_expert_is_a_table_lookup(scale, topk, pre_softmax, aux_loss
         assert torch.equal(routed.input_grad, torch.zeros_like(routed.input_grad))
 
 
-@settings(max_examples=250)
 @given(case=cases())
 def test_follows_the_method(case: Case) -> None:
     """Compare weights, map, losses and gradients with the reference; float32 against float64."""
@@ -313,7 +311,6 @@ def test_follows_the_method(case: Case) -> None:
         assert torch.equal(router.local_tokens_per_expert.long(), routing_map[real].sum(dim=0))
 
 
-@settings(max_examples=100)
 @given(case=cases(), scores=st.sampled_from(["softmax_before", "softmax_after"]), constant=st.integers(-100, 100))
 @example(case=Case(0, 12, 4, (20, 3), "softmax_after", "all", groups=(3, 2)), scores="softmax_after", constant=-9)
 def test_a_constant_added_to_all_logits_changes_no_choice(case: Case, scores: str, constant: int) -> None:
@@ -324,7 +321,6 @@ def test_a_constant_added_to_all_logits_changes_no_choice(case: Case, scores: st
     torch.testing.assert_close(*results, rtol=0, atol=0)
 
 
-@settings(max_examples=250)
 @given(case=cases(dtypes=(torch.float32, torch.bfloat16)), scale=st.sampled_from([1, 30, 500]))
 # In these examples, scores of visible experts round to 0, which is the score of invisible experts.
 @example(case=Case(0, 20, 4, (5, 3), "softmax_before", "all"), scale=500)

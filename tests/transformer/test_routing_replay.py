@@ -6,7 +6,7 @@ from collections.abc import Iterator
 import numpy as np
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import given
 from megatron.core.transformer.moe.router import TopKRouter
 from megatron.core.transformer.moe.router_replay import RouterReplay, RouterReplayAction
 from support.router_cases import Case, cases
@@ -96,7 +96,6 @@ def test_all_visible_equals_stock(selection: str) -> None:
 
 
 @given(case=cases())
-@settings(max_examples=60, deadline=None)
 def test_replay_of_a_record_changes_nothing(case: Case) -> None:
     no_losses = {"moe_router_load_balancing_type": "none", "moe_aux_loss_coeff": 0.0}
     router = case.router(moe_enable_routing_replay=True, **no_losses)

@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from hypothesis import HealthCheck, given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from megatron.core.transformer.moe import moe_utils
 from support.small_moe import DEVICE, process_groups
@@ -32,7 +32,6 @@ def whole_numbers(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
     return torch.randint(-8, 8, shape, device=DEVICE).to(dtype)
 
 
-@settings(max_examples=40)
 @given(chosen=maps(), dtype=st.sampled_from([torch.float32, torch.bfloat16, torch.float64]), data=st.data())
 def test_copy_and_sum(chosen: Tensor, dtype: torch.dtype, data: st.DataObject) -> None:
     first = data.draw(st.integers(0, chosen.shape[1] - 1))
@@ -131,7 +130,6 @@ def choices(draw: st.DrawFn) -> tuple[Tensor, slice]:
     return chosen, local
 
 
-@settings(max_examples=40, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(choice=choices())
 def test_rows_of_experts(uses_transformer_engine: bool, choice: tuple[Tensor, slice]) -> None:
     """Whole numbers have exact sums, so any order of additions gives the same bits."""

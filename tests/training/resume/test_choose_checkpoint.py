@@ -9,7 +9,7 @@ from pathlib import Path
 from unittest.mock import Mock
 
 import pytest
-from hypothesis import HealthCheck, given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from megatron.training import checkpointing, training
 from support.command_lines import run_command
@@ -86,7 +86,6 @@ def test_damaged_checkpoint_is_passed_over(copy, damage):
 
 
 @pytest.mark.runs(SAVED)
-@settings(max_examples=60, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(data=st.data())
 def test_any_flipped_bit_is_found(copy, data):
     checkpoint = checkpoint_path(copy, 14)
