@@ -18,7 +18,7 @@ from maskmoe.megatron_compat.gpu import GpuPackages
 from maskmoe.processes.console import console
 from maskmoe.routing_mask.mask import RoutingMask
 from maskmoe.training.model.batch import check_fill_in_middle_tokens
-from maskmoe.training.rank_store import RankStore
+from maskmoe.training.ranks import meet_ranks
 from maskmoe.training.resume import choose_checkpoint as resume
 from maskmoe.training.resume import model_settings
 from maskmoe.training.resume.changed_settings import find_changed_settings, take_schedule_of_checkpoint
@@ -97,11 +97,11 @@ class RunChecks:
 
     def find_checkpoint(self) -> Path | None:
         """Return the newest checkpoint that all ranks find sound. Raises UserError."""
-        return resume.find_checkpoint(self.args, RankStore.from_environment())
+        return resume.find_checkpoint(self.args, meet_ranks(self.args))
 
     def check_pretrained_model(self) -> None:
         """Check the checkpoint in `--pretrained-checkpoint`, together with all other ranks. Raises UserError."""
-        resume.check_pretrained_model(self.args, self.checkpoint, RankStore.from_environment())
+        resume.check_pretrained_model(self.args, self.checkpoint, meet_ranks(self.args))
 
     def missing_libraries(self) -> Iterator[str]:
         """Yield an error for each library that the run needs and that is missing."""

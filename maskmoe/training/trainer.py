@@ -1,7 +1,7 @@
 """Pretrains a MaskMoE language model: from the command line to Megatron's training loop.
 
 On SIGTERM or SIGUSR1 the run saves a checkpoint and exits with code 75; started again, it resumes. The other exit codes
-are 1 if the run failed, 2 for bad input, before anything was done, and 76 if a rank hung.
+are 1 if the run failed, and 2 for bad input, before anything was done.
 """
 
 import sys
@@ -27,26 +27,24 @@ from maskmoe.megatron_compat.checkpoint_patches import keep_checkpoints_whole, o
 from maskmoe.megatron_compat.globals import get_timers, open_writers
 from maskmoe.processes.console import console
 from maskmoe.processes.folder_lock import locked_folder
-from maskmoe.processes.interruption import leave_exit_code
 from maskmoe.routing_mask.feed_forward_layers import FeedForwardLayers
 from maskmoe.routing_mask.mask import mean_experts_per_token
 from maskmoe.training.megatron_patches import count_operations_by_mask, watch_steps
 from maskmoe.training.model.batch import build_datasets, get_batch, loss_function, token_losses
 from maskmoe.training.model.model_builder import StageBuilder, embedding_ranks_of, model_config_from_args
 from maskmoe.training.process_groups import temporary_process_groups
-from maskmoe.training.rank_store import RankStore, check_launched, sharing_failures
+from maskmoe.training.ranks import Ranks, meet_ranks
 from maskmoe.training.resume.changed_settings import has_one_learning_rate
 from maskmoe.training.resume.choose_checkpoint import checkpoint_to_load
 from maskmoe.training.run_checks import parse_and_check_args
 from maskmoe.training.run_settings import RunSettings
-from maskmoe.training.settings.arguments import add_pretraining_arguments, hang_timeout
+from maskmoe.training.settings.arguments import add_pretraining_arguments
 from maskmoe.training.watch.callback import Callback, Step
-from maskmoe.training.watch.early_ends import FiniteStepCheck, LeaveAfterSave, SaveOnSignals, explaining_early_ends
+from maskmoe.training.watch.early_ends import FiniteStepCheck, SaveOnSignals, explaining_early_ends
 from maskmoe.training.watch.end_of_run import EndOfRun, writing_page
 from maskmoe.training.watch.routing_log import RoutingLog
 from maskmoe.training.watch.spikes import SpikeWatch
 from maskmoe.training.watch.start_of_run import StartOfRun
-from maskmoe.training.watch.watchdog import Watchdog
 from maskmoe.training.watch.writers import EventFiles, choose_event_folder, take_run_id
 
 straggler_detector = StragglerDetector()
@@ -56,30 +54,26 @@ straggler_detector = StragglerDetector()
 def main(builder: type[StageBuilder] | None = None) -> None:
     """Pretrain as the command line says, with another builder of models if one is given."""
     with ExitStack() as until_end:
-        with sharing_failures():
-            # Check everything before any process group exists.
-            run = parse_and_check_args(add_pretraining_arguments)
-            if not run.has_work:
-                return
-            check_launched()
-            ranks = RankStore.from_environment()
-            trainer = Trainer(run, ranks, builder)
-            # A refused run leaves no files, so wait until no rank can refuse the run any more.
-            ranks.wait_for_all("checks")
-            # The page says how the run ended, so it is written after the locks are free.
-            until_end.enter_context(writing_page(run.run_folder if run.args.report else None, ranks))
-            for folder in run.checkpoint_folders if ranks.rank == 0 else ():
-                until_end.enter_context(locked_folder(folder))
-            ranks.wait_for_all("locks of the folders")
+        # Check everything before any process group exists.
+        run = parse_and_check_args(add_pretraining_arguments)
+        if not run.has_work:
+            return
+        ranks = meet_ranks(run.args)
+        trainer = Trainer(run, ranks, builder)
+        # A refused run leaves no files, so wait until no rank can refuse the run any more.
+        ranks.gather("checks", "passed")
+        # The page says how the run ended, so it is written after the locks are free.
+        until_end.enter_context(writing_page(run.run_folder if run.args.report else None, ranks))
+        for folder in run.checkpoint_folders if ranks.rank == 0 else ():
+            until_end.enter_context(locked_folder(folder))
+        ranks.broadcast("locks of the folders")
         trainer.train()
-        # If a signal comes from now on, the launcher must not take the run for one that was stopped.
-        leave_exit_code(0)
 
 
 class Trainer:
     """One training run on this rank; `callbacks` has everything that accompanies the run, in the order of the calls."""
 
-    def __init__(self, run: RunSettings, ranks: RankStore, builder: type[StageBuilder] | None = None) -> None:
+    def __init__(self, run: RunSettings, ranks: Ranks, builder: type[StageBuilder] | None = None) -> None:
         self.args = run.args
         self.model_config = model_config_from_args(run.args, builder)
         self.callbacks: list[Callback] = []
@@ -97,16 +91,13 @@ class Trainer:
         take_run_id(args)
         open_writers(args)
         # What accompanies the run. At its end, the callbacks are called in the reverse order.
-        leave_after_save = LeaveAfterSave(self._ranks)
         journal = Journal(self._run_folder)
         self.callbacks += [
             EndOfRun(args, self._run_folder, self._ranks),
             EventFiles(),
-            Watchdog(self._ranks, hang_timeout(args)),
             StartOfRun(args, self._mask, self._run_folder),
             self._save_on_signals,
             FiniteStepCheck(args),
-            leave_after_save,
         ]
         if self._mask is not None:
             self.callbacks.append(RoutingLog(args, self._mask, journal))
@@ -123,8 +114,7 @@ class Trainer:
         # is passed over is not saved, multiple or not. So always save: `CheckpointSaver` leaves out a checkpoint that
         # exists.
         config.checkpoint.save_interval = sys.maxsize
-        early_ends = explaining_early_ends(args, leave_after_save)
-        with self._accompanied(), temporary_process_groups(), early_ends, self._until_loaded:
+        with self._accompanied(), temporary_process_groups(), explaining_early_ends(args), self._until_loaded:
             if args.async_save and args.async_strategy == "mcore":
                 start_writers(args.rank)
             console.load("building the model")

@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 from support.datasets import build_mask, count_ids, predictable_ids, write_character_tokenizer, write_documents
 from support.launchers import TIMEOUT, Outcome, RankProcesses, Rendezvous, rank_environments, start_ranks
-from support.runs import free_port, read_scalars
+from support.runs import read_scalars
 
 from maskmoe.data.indexed_dataset import optimal_dtype
 from maskmoe.routing_mask.assignment import MaskRecipe, build_routing_mask
@@ -59,7 +59,6 @@ class Run:
         program: Python's arguments before the flags.
         torchrun: Start the ranks by torchrun, as users do. Starting them directly is faster by seconds.
         restarts: How often torchrun may restart the ranks.
-        rank_0_hosts_store: The store of the ranks is in rank 0, as without torchrun.
         logs_scalars: Whether the run writes TensorBoard events.
         omits: Flags of `SETTINGS` that are left out, with their values.
         sees_gpus: Whether the processes see the GPUs of this machine.
@@ -75,7 +74,6 @@ class Run:
     program: Sequence[str] = PRETRAIN
     torchrun: bool = False
     restarts: int = 0
-    rank_0_hosts_store: bool = False
     logs_scalars: bool = True
     omits: str | None = None
     sees_gpus: bool = False
@@ -205,13 +203,8 @@ class Workplace:
             launcher += ["--monitor-interval", "0.1", "--max-restarts", str(run.restarts)]
             environments, program = [{}], [*launcher, *program]
             return TrainingProcesses(program, environments, folder, self.folder, environment, sees_gpus=run.sees_gpus)
-        rendezvous, meeting = None, None
-        if run.rank_0_hosts_store:
-            meeting = {"MASTER_ADDR": "localhost", "MASTER_PORT": str(free_port())}
-        elif run.ranks > 1:
-            rendezvous = Rendezvous()
-            meeting = rendezvous.environment
-        environments = rank_environments(run.ranks, meeting)
+        rendezvous = Rendezvous() if run.ranks > 1 else None
+        environments = rank_environments(run.ranks, rendezvous and rendezvous.environment)
         return TrainingProcesses(
             program, environments, folder, self.folder, environment, rendezvous, run.sees_gpus, are_preloaded
         )

@@ -6,12 +6,9 @@ from types import SimpleNamespace
 import pytest
 import torch
 from megatron.training import training
-from torch.distributed import HashStore
 
-from maskmoe.processes.interruption import EXIT_CODE_FILE, read_exit_code
 from maskmoe.training import trainer
 from maskmoe.training.megatron_patches import watch_steps
-from maskmoe.training.rank_store import RankStore
 from maskmoe.training.trainer import Trainer
 from maskmoe.training.watch.callback import Callback, Step
 
@@ -43,23 +40,6 @@ def test_callbacks_end_in_the_reverse_order_however_the_run_ends(error):
         if error is not None:
             raise error
     assert calls == [("a", "start"), ("b", "start"), ("b", error), ("a", error)]
-
-
-@pytest.mark.parametrize(("error", "code"), [(None, 0), (SystemExit(0), None)])
-def test_only_a_complete_run_tells_the_launcher_so(tmp_path, monkeypatch, error, code):
-    def train():
-        if error is not None:
-            raise error
-
-    run = SimpleNamespace(has_work=True, run_folder=None, checkpoint_folders=(), args=SimpleNamespace(report=False))
-    monkeypatch.setattr(trainer, "parse_and_check_args", lambda _: run)
-    monkeypatch.setattr(trainer, "check_launched", lambda: None)
-    monkeypatch.setattr(trainer, "Trainer", lambda *_: SimpleNamespace(train=train))
-    monkeypatch.setattr(RankStore, "of_process", RankStore(HashStore(), 0, 1))
-    monkeypatch.setenv(EXIT_CODE_FILE, str(tmp_path / "code"))
-    with nullcontext() if error is None else pytest.raises(SystemExit):
-        trainer.main()
-    assert read_exit_code(tmp_path / "code") == code
 
 
 def test_updates_are_asked_for_and_steps_are_reported(monkeypatch):

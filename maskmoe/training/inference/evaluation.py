@@ -26,7 +26,6 @@ from maskmoe.training.inference.loading import load_model
 from maskmoe.training.inference.token_losses import build_whole_split, losses_of_all, sum_over_ranks
 from maskmoe.training.model.model_builder import StageBuilder
 from maskmoe.training.process_groups import temporary_process_groups
-from maskmoe.training.rank_store import sharing_failures
 from maskmoe.training.run_checks import parse_and_check_args
 from maskmoe.training.settings.inputs import check_same_tokenizer, data_prefixes
 from maskmoe.training.watch.routing_log import RoutingRecord, take_record
@@ -185,10 +184,9 @@ def check_output(args: argparse.Namespace) -> None:
 
 def main(builder: type[StageBuilder] | None = None) -> None:
     """Evaluate as the command line says, with another builder of models if one is given."""
-    with sharing_failures():
-        args = parse_and_check_args(add_evaluation_arguments).args
-        check_output(args)
-        frequency = read_token_frequency(args)
+    args = parse_and_check_args(add_evaluation_arguments).args
+    check_output(args)
+    frequency = read_token_frequency(args)
     with temporary_process_groups():
         model = load_model(args, builder)
         results = evaluate(args, model, frequency)

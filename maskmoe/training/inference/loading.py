@@ -13,7 +13,7 @@ from maskmoe.checkpoint.series import describe_missing, showing_only
 from maskmoe.errors import UserError
 from maskmoe.processes.console import console
 from maskmoe.training.model.model_builder import StageBuilder, embedding_ranks_of, model_config_from_args
-from maskmoe.training.rank_store import RankStore, check_launched
+from maskmoe.training.ranks import meet_ranks
 from maskmoe.training.resume.choose_checkpoint import checkpoint_to_load
 
 
@@ -35,10 +35,9 @@ def load_model(args: Namespace, builder: type[StageBuilder] | None = None) -> to
             "interleaved pipelines are for training only; leave --num-layers-per-virtual-pipeline-stage out, or give "
             "--hybrid-layer-pattern as many stages as --pipeline-model-parallel-size"
         )
-    check_launched()
     console.load(f"building the model and reading {checkpoint}")
-    ranks = RankStore.from_environment()
-    ranks.wait_for_all("checks")
+    ranks = meet_ranks(args)
+    ranks.gather("checks", "passed")
     config = model_config_from_args(args, builder)
     initialize_megatron(get_embedding_ranks=embedding_ranks_of(config), store=ranks.for_process_groups)
     with showing_only(checkpoint, args):

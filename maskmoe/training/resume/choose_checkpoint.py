@@ -22,11 +22,11 @@ from maskmoe.checkpoint.series import (
 )
 from maskmoe.errors import UserError
 from maskmoe.files.run_folder import Kind, read_journal, run_folder
-from maskmoe.training.rank_store import RankStore
+from maskmoe.training.ranks import Ranks
 from maskmoe.training.resume.model_settings import check_same_model
 
 
-def find_checkpoint(args: Namespace, ranks: RankStore) -> Path | None:
+def find_checkpoint(args: Namespace, ranks: Ranks) -> Path | None:
     """Return the checkpoint to load, whose content all ranks verify together; None to start from the beginning.
 
     The first rank chooses, because the file system may not show all ranks the same files at the same time. Damaged
@@ -65,7 +65,7 @@ def find_checkpoint(args: Namespace, ranks: RankStore) -> Path | None:
     return chosen
 
 
-def _find_damages(checkpoint: Path, ranks: RankStore, key: str) -> list[str]:
+def _find_damages(checkpoint: Path, ranks: Ranks, key: str) -> list[str]:
     """Let each rank verify a share of a checkpoint's files, and return the damages that the ranks find."""
     damage = ""
     try:
@@ -116,7 +116,7 @@ def pretrained_to_load(args: Namespace) -> Path | None:
     return checkpoint_path(folder, int(args.ckpt_step or tracked))
 
 
-def check_pretrained_model(args: Namespace, checkpoint: Path | None, ranks: RankStore | None = None) -> None:
+def check_pretrained_model(args: Namespace, checkpoint: Path | None, ranks: Ranks | None = None) -> None:
     """Check the checkpoint in `--pretrained-checkpoint` if the run begins with its weights and not with `checkpoint`.
 
     All `ranks` must call this function and verify the content of the files together; None compares only the sizes.

@@ -3,7 +3,7 @@
 import os
 import re
 import sys
-from argparse import Action, ArgumentParser, ArgumentTypeError, BooleanOptionalAction, Namespace
+from argparse import Action, ArgumentParser, ArgumentTypeError, BooleanOptionalAction
 from collections.abc import Callable, Mapping
 from math import prod
 from pathlib import Path
@@ -137,13 +137,6 @@ def add_pretraining_arguments(parser: ArgumentParser) -> ArgumentParser:
         "by default all checkpoints are kept",
         ranges.COUNT,
     )
-    add_option(
-        group,
-        "--hang-timeout SECONDS",
-        "end the run, and name the rank that hangs, if no rank begins a micro-batch for this long; default: half of "
-        "the shorter of --distributed-timeout-minutes and --distributed-timeout-seconds-after-init",
-        ranges.TIMEOUT,
-    )
     group.add_argument(
         "--report",
         action=BooleanOptionalAction,
@@ -207,12 +200,6 @@ def replace_help(parser: ArgumentParser, texts: Mapping[str, str]) -> None:
     for action in parser._actions:
         for flag in texts.keys() & set(action.option_strings):
             action.help = texts[flag]
-
-
-def hang_timeout(args: Namespace) -> float:
-    """Return the seconds without a micro-batch after which a rank counts as hanging, by default before NCCL aborts."""
-    timeouts = (60 * args.distributed_timeout_minutes, args.distributed_timeout_seconds_after_init)
-    return args.hang_timeout or 0.5 * min(filter(None, timeouts))
 
 
 def _report_errors_in_one_line(parser: ArgumentParser) -> None:

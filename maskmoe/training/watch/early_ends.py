@@ -1,8 +1,7 @@
-"""Early ends of a training run: by a signal, by the launcher, and by a failure, which one line explains."""
+"""Early ends of a training run: by a signal, and by a failure, which one line explains."""
 
 import math
 import multiprocessing
-import os
 import shutil
 import signal
 import sys
@@ -21,9 +20,8 @@ from maskmoe.checkpoint.saver import SaveError, describe_failures
 from maskmoe.checkpoint.series import newest_saved, non_persistent_folder, remove_unfinished_checkpoints
 from maskmoe.checkpoint.writers import rank_is_ending
 from maskmoe.errors import RunFailure
-from maskmoe.megatron_compat.globals import get_args, get_signal_handler
-from maskmoe.processes.interruption import EXIT_REQUEUE, LEAVE_FILE, SIGNALS_THAT_SAVE
-from maskmoe.training.rank_store import RankStore
+from maskmoe.megatron_compat.globals import get_signal_handler
+from maskmoe.processes.interruption import EXIT_REQUEUE, SIGNALS_THAT_SAVE
 from maskmoe.training.resume.choose_checkpoint import checkpoint_to_load, pretrained_to_load
 from maskmoe.training.watch.callback import Callback, Step
 
@@ -41,26 +39,6 @@ _SECOND_RERUN_VERDICT = (
     "rerun` says whether the first device or the model is at fault"
 )
 _NO_SPACE = 1 << 20  # bytes
-
-
-class LeaveAfterSave(Callback):
-    """Makes Megatron end its training loop after a checkpoint of all ranks if the launcher's file asks for it."""
-
-    def __init__(self, ranks: RankStore) -> None:
-        self.is_leaving = False
-        self._ranks = ranks
-        self._file = Path(path) if (path := os.environ.get(LEAVE_FILE)) else None
-        self._num_saves = 0
-
-    def after_save(self) -> None:
-        """Decide together with all ranks whether the run ends."""
-        if self._file is None:
-            return
-        self._num_saves += 1
-        if self._ranks.broadcast(f"leave/{self._num_saves}", str(self._file.exists())) == "True":
-            self.is_leaving = True
-            # Megatron leaves its loop after an iteration that is a multiple of this number.
-            get_args().exit_interval = 1
 
 
 class SaveOnSignals(Callback):
@@ -117,11 +95,11 @@ class FiniteStepCheck(Callback):
 
 
 @contextmanager
-def explaining_early_ends(args: Namespace, leaving: LeaveAfterSave) -> Iterator[None]:
+def explaining_early_ends(args: Namespace) -> Iterator[None]:
     """Explain why the block ends early, exit with the right code, and end the workers of the data loaders.
 
     A failed save or load raises a one-line `RunFailure`. If the block ends because of a signal or of
-    `--exit-duration-in-mins`, or because the launcher asks for it, Megatron's exit code 0 becomes `EXIT_REQUEUE`.
+    `--exit-duration-in-mins`, Megatron's exit code 0 becomes `EXIT_REQUEUE`.
     """
     try:
         yield
@@ -139,7 +117,7 @@ def explaining_early_ends(args: Namespace, leaving: LeaveAfterSave) -> Iterator[
             verdict = _SECOND_RERUN_VERDICT if is_second else _RERUN_VERDICTS[end.code]
             print(f"error: {verdict}. {describe_newest_checkpoint(args)}", file=sys.stderr)
         has_signal = args.exit_signal_handler and any(get_signal_handler().signals_received())
-        if not end.code and (has_signal or _is_out_of_time(args) or leaving.is_leaving):
+        if not end.code and (has_signal or _is_out_of_time(args)):
             sys.exit(EXIT_REQUEUE)
         raise
     finally:

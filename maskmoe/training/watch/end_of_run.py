@@ -16,7 +16,7 @@ from maskmoe.files.run_folder import REPORT, Journal, Kind
 from maskmoe.processes.console import console
 from maskmoe.processes.interruption import EXIT_REQUEUE
 from maskmoe.processes.run_tool import EXIT_RUN_FAILURE
-from maskmoe.training.rank_store import RankStore
+from maskmoe.training.ranks import Ranks
 from maskmoe.training.watch.callback import Callback
 
 _MOST_SECONDS_FOR_PAGE = 30.0
@@ -30,7 +30,7 @@ class EndOfRun(Callback):
     rank may be killed before it can write.
     """
 
-    def __init__(self, args: Namespace, folder: Path | None, ranks: RankStore) -> None:
+    def __init__(self, args: Namespace, folder: Path | None, ranks: Ranks) -> None:
         self._args = args
         self._folder = folder
         self._ranks = ranks
@@ -81,7 +81,7 @@ def _describe_completion(args: Namespace) -> str:
 
 
 @contextmanager
-def writing_page(folder: Path | None, ranks: RankStore) -> Iterator[None]:
+def writing_page(folder: Path | None, ranks: Ranks) -> Iterator[None]:
     """Let the first rank write the page of the run after the block, unless the block refuses the run."""
     try:
         yield

@@ -287,7 +287,7 @@ def pretrain(runs, workplace, tmp_path, monkeypatch):
     def pretrain(flags: str) -> None:
         run = Run(f"{flags} --load {runs[0].checkpoints} --ckpt-step 7", logs_scalars=False)
         monkeypatch.setattr(sys, "argv", ["pretrain", *workplace.flags(run, tmp_path)])
-        monkeypatch.setattr(trainer, "check_launched", fail)
+        monkeypatch.setattr(trainer, "meet_ranks", fail)
         monkeypatch.chdir(workplace.folder)
         try:
             trainer.main()

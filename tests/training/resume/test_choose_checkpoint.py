@@ -32,10 +32,10 @@ from maskmoe.checkpoint.series import (
 )
 from maskmoe.errors import RunFailure, UserError
 from maskmoe.files.run_folder import Journal, Kind, read_journal
-from maskmoe.training.rank_store import RankStore
+from maskmoe.training.ranks import Ranks
 from maskmoe.training.resume import choose_checkpoint as resume
 from maskmoe.training.resume.choose_checkpoint import find_checkpoint
-from maskmoe.training.watch.early_ends import LeaveAfterSave, explaining_early_ends
+from maskmoe.training.watch.early_ends import explaining_early_ends
 
 SAVED = "expert parallel 2, undisturbed"  # at 7, 14 and 21
 EXPERT_2 = "--expert-model-parallel-size 2"
@@ -128,7 +128,7 @@ def test_unusable_tracker(copy, content, files_and_times):
     else:
         (copy / TRACKER).write_text(content)
     before = files_and_times(copy)
-    args, ranks = Namespace(load=str(copy), ckpt_step=None, verify_checkpoint=True), RankStore(HashStore(), 0, 1)
+    args, ranks = Namespace(load=str(copy), ckpt_step=None, verify_checkpoint=True), Ranks(HashStore(), 0, 1)
     args.non_persistent_ckpt_type, args.loads_non_persistent = None, False
     assert find_checkpoint(args, ranks) == checkpoint_path(copy, 21)
     assert loaded_by_megatron(checkpoint_path(copy, 21), copy) == 21
@@ -140,7 +140,7 @@ def test_iteration_beside_an_imported_model_is_loaded(copy):
     """Megatron loads the imported model, whatever --ckpt-step says, if the tracker names it."""
     checkpoint_path(copy, 14).rename(copy / RELEASE)
     write_tracker(copy, RELEASE)
-    args, ranks = Namespace(load=str(copy), ckpt_step=7, verify_checkpoint=True), RankStore(HashStore(), 0, 1)
+    args, ranks = Namespace(load=str(copy), ckpt_step=7, verify_checkpoint=True), Ranks(HashStore(), 0, 1)
     args.non_persistent_ckpt_type, args.loads_non_persistent = None, False
     assert find_checkpoint(args, ranks) == checkpoint_path(copy, 7)
     assert loaded_by_megatron(checkpoint_path(copy, 7), copy) == 7
@@ -348,7 +348,7 @@ def test_failed_load_is_not_a_failed_save(copy, monkeypatch):
     args = Namespace(load=str(copy), ckpt_step=21, loads_non_persistent=False, pretrained_checkpoint=None)
     with (
         pytest.raises(RunFailure, match=rf"^cannot load {copy}/iter_0000021: Input/output error; remove the cause"),
-        explaining_early_ends(args, LeaveAfterSave(RankStore(HashStore(), 0, 1))),
+        explaining_early_ends(args),
     ):
         raise error
 
@@ -452,7 +452,7 @@ def test_run_that_was_killed_in_its_first_save_may_start_again(tmp_path, changes
     same = {"save": str(tmp_path), "load": str(tmp_path), "finetune": False, "ckpt_step": None}
     types = {"non_persistent_ckpt_type": "global", "non_persistent_global_ckpt_dir": None}
     args = Namespace(**same | types | changes)
-    assert find_checkpoint(args, RankStore(HashStore(), 0, 1)) is None
+    assert find_checkpoint(args, Ranks(HashStore(), 0, 1)) is None
     resume.check_save_folder_is_own(args, None)
     for folder in (local, saved):
         (folder / "metadata.json").touch()

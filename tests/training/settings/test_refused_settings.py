@@ -246,7 +246,6 @@ BAD_VALUES = {
     "--train-iters": "0 -1 abc",
     "--hidden-size": "0 -32 1e3",
     "--eval-iters": "-1 x",
-    "--hang-timeout": "-5 0 inf",
     "--keep-last-checkpoints": "0 1.5",
     "--spike-window": "1",
     "--spike-deviations": "0 nan",

@@ -8,21 +8,19 @@ import pytest
 import torch
 from megatron.core import rerun_state_machine
 from megatron.training import training
-from torch.distributed import HashStore
 
 from maskmoe.checkpoint.saver import SaveError
 from maskmoe.errors import RunFailure
 from maskmoe.processes.interruption import EXIT_REQUEUE
-from maskmoe.training.rank_store import RankStore
 from maskmoe.training.watch import early_ends
-from maskmoe.training.watch.early_ends import LeaveAfterSave, explaining_early_ends
+from maskmoe.training.watch.early_ends import explaining_early_ends
 
 
 @pytest.fixture
 def explaining(monkeypatch):
     """Return the context manager for some arguments of a run; it ends no process of the test."""
     monkeypatch.setattr("multiprocessing.active_children", list)
-    return lambda **args: explaining_early_ends(Namespace(**args), LeaveAfterSave(RankStore(HashStore(), 0, 1)))
+    return lambda **args: explaining_early_ends(Namespace(**args))
 
 
 @pytest.mark.parametrize(

@@ -12,7 +12,7 @@ from maskmoe.errors import RunFailure, UserError
 from maskmoe.files.run_folder import Kind, read_journal
 from maskmoe.processes.interruption import EXIT_REQUEUE
 from maskmoe.run_status.status import read_status
-from maskmoe.training.rank_store import RankStore
+from maskmoe.training.ranks import Ranks
 from maskmoe.training.watch import end_of_run
 from maskmoe.training.watch.end_of_run import EndOfRun, writing_page
 
@@ -20,7 +20,7 @@ ARGS = Namespace(save=None, train_iters=9, skip_train=False)
 
 
 def rank_of(rank, world_size=3):
-    return RankStore(HashStore(), rank, world_size)
+    return Ranks(HashStore(), rank, world_size)
 
 
 # How a run ends, the ranks that record the end, and what they write.

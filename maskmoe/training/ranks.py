@@ -1,0 +1,59 @@
+"""The ranks of a run, which exchange messages before Megatron makes process groups."""
+
+import os
+from argparse import Namespace
+from dataclasses import dataclass
+from datetime import timedelta
+from functools import cache
+
+from torch.distributed import HashStore, PrefixStore, Store
+from torch.distributed.rendezvous import rendezvous
+
+
+@dataclass(frozen=True)
+class Ranks:
+    """The ranks of a run, and the store at which torch lets them meet. Megatron's process groups use the same store.
+
+    A rank that refuses the run exits with an error of its own, and torchrun then ends the ranks that wait for it. After
+    the process groups are made, use their collectives instead.
+    """
+
+    store: Store
+    rank: int
+    world_size: int
+
+    def gather(self, key: str, message: str) -> list[str]:
+        """Return the messages of all ranks, ordered by rank; all ranks must call this once for each key."""
+        self.store.set(f"{key}/{self.rank}", message)
+        # One request for all messages: thousands of ranks ask the same store. The store waits for missing messages.
+        return [message.decode() for message in self.store.multi_get([f"{key}/{n}" for n in range(self.world_size)])]
+
+    def broadcast(self, key: str, message: str = "") -> str:
+        """Return the message of the first rank; all ranks must call this once for each key."""
+        if self.rank == 0:
+            self.store.set(key, message)
+        return self.store.get(key).decode()
+
+    @property
+    def for_process_groups(self) -> Store:
+        """The part of the store for `torch.distributed.init_process_group`."""
+        return PrefixStore("process groups", self.store)
+
+
+def meet_ranks(args: Namespace) -> Ranks:
+    """Wait for all ranks, as torchrun's variables describe them, and return them; the same object at each call.
+
+    Without these variables, this process is the only rank.
+    """
+    return _meet(timedelta(minutes=args.distributed_timeout_minutes))
+
+
+@cache
+def _meet(timeout: timedelta) -> Ranks:
+    if int(os.environ.get("WORLD_SIZE", "1")) == 1:
+        return Ranks(HashStore(), 0, 1)
+    store, rank, world_size = next(rendezvous("env://", timeout=timeout))
+    # A store of torchrun outlives the ranks that torchrun restarts, with their messages.
+    if os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True":
+        store = PrefixStore(f"attempt {os.environ['TORCHELASTIC_RESTART_COUNT']}", store)
+    return Ranks(store, rank, world_size)
