@@ -17,7 +17,7 @@ PACKAGE = Path(__file__).resolve().parents[2] / "maskmoe"
 MODULES = (
     PACKAGE / "megatron_compat" / "patches.py",
     PACKAGE / "megatron_compat" / "checkpoint_patches.py",
-    PACKAGE / "training" / "loop" / "megatron_patches.py",
+    PACKAGE / "megatron_compat" / "training_patches.py",
 )
 SECTIONS = ("Replaces", "Why", "Can go")
 

@@ -23,7 +23,6 @@ from torch.distributed.checkpoint.utils import _DistWrapper
 
 from maskmoe.checkpoint.integrity import record_rank, write_manifest
 from maskmoe.checkpoint.series import checkpoint_path, make_room, non_persistent_folder, remove_old_checkpoints
-from maskmoe.files.run_folder import Journal, Kind
 
 
 @dataclass
@@ -51,16 +50,15 @@ def describe_failures(error: CheckpointException) -> str:
 
 
 class CheckpointSaver:
-    """Saves checkpoints by Megatron's functions, never into a used folder, and records how long training stood still.
+    """Saves checkpoints by Megatron's functions, never into a used folder, and logs how long training stood still.
 
-    An asynchronous save becomes a checkpoint when Megatron finalises it. So the save is recorded then, with the time
-    that both parts took: the call that starts the save, and the call that finalises it.
+    An asynchronous save becomes a checkpoint when Megatron finalises it. So the save is logged then, with the time that
+    both parts took: the call that starts the save, and the call that finalises it.
 
     Args:
         settings: Megatron's arguments.
         while_saving: Makes a context manager that is entered around each save.
         before_wait: Is called before training waits for asynchronous saves.
-        journal: Gets an entry for each checkpoint on the first rank.
     """
 
     def __init__(
@@ -68,12 +66,11 @@ class CheckpointSaver:
         settings: Namespace,
         while_saving: Callable[[], AbstractContextManager],
         before_wait: Callable[[], None],
-        journal: Journal,
     ) -> None:
         self._settings, self._save_folder = settings, settings.save
         # Megatron's own functions: this object's methods replace their names.
         self._save_checkpoint, self._finalize = training.save_checkpoint, training.maybe_finalize_async_save
-        self._while_saving, self._before_wait, self._journal = while_saving, before_wait, journal
+        self._while_saving, self._before_wait = while_saving, before_wait
         self._unfinished: list[_Save] = []
         self._has_saved_non_persistent = False
         self._retain_interval: int | None = None
@@ -116,7 +113,7 @@ class CheckpointSaver:
         if settings.async_save:
             self._unfinished.append(save)
         else:
-            self._record(save, is_asynchronous=False)
+            self._log(save)
 
     def finalize(self, blocking: bool = False, terminate: bool = False) -> None:
         """Finalise asynchronous saves whose files are written; raise `SaveError` if a rank failed to save."""
@@ -135,7 +132,7 @@ class CheckpointSaver:
                 self._remove_outdated(save)
         for save in finished:
             save.seconds += (time.perf_counter() - start) / len(finished)
-            self._record(save, is_asynchronous=True)
+            self._log(save)
 
     def _has_loaded(self, iteration: int) -> bool:
         """Return whether the iteration was loaded from `--save`."""
@@ -175,12 +172,10 @@ class CheckpointSaver:
                 keep = 1  # Megatron's flag keeps the newest checkpoint and the multiples of the interval
             remove_old_checkpoints(folder, keep, self._retain_interval, newest)
 
-    def _record(self, save: _Save, is_asynchronous: bool) -> None:
-        """Write an entry about a checkpoint to the journal."""
+    def _log(self, save: _Save) -> None:
+        """Log a checkpoint on the first rank."""
         kind = "non-persistent checkpoint" if save.is_local else "checkpoint"
-        text = f"{kind} of iteration {save.iteration} saved; training stood still for {save.seconds:.3g} s"
-        facts = {"seconds": save.seconds, "is_local": save.is_local, "is_asynchronous": is_asynchronous}
-        self._journal.write(Kind.SAVED, text, save.iteration, **facts)
+        print_rank_0(f"{kind} of iteration {save.iteration} saved; training stood still for {save.seconds:.3g} s")
 
 
 @contextmanager

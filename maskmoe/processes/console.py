@@ -1,14 +1,13 @@
-"""Decides which lines of a rank reach the console, and writes all other lines to the rank's log file.
+"""The console of a rank: it shows our own lines, and writes what Megatron prints to the rank's log file.
 
-Megatron prints about a thousand lines before the first iteration, which are not about the run. They go to
-`logs/rankN.log` in the run folder. The lines of iterations, errors, tracebacks, and everything that is written to
-stderr or by libraries in C++ reach the console unchanged.
+Megatron prints about a thousand lines before the first iteration, and one of 300 characters for each iteration. They go
+to `logs/rankN.log` in the run folder. Errors, tracebacks, and everything that is written to stderr or by libraries in
+C++ reach the console unchanged.
 
 This module imports nothing that takes long, because it prints the first line of a run.
 """
 
 import logging
-import math
 import os
 import re
 import sys
@@ -29,49 +28,27 @@ _MOST_HIDDEN_LINES = 20_000
 _LAST_LINES = 15
 _SECONDS_BETWEEN_LINES = 10.0  # of a progress bar without a terminal
 
-# The line that says what a run starts from, which Megatron prints before the first iteration.
-_SHOWN_WHILE_LOADING = re.compile(r"\s*(\[[^]]*\] )?successfully loaded checkpoint|error\b", re.IGNORECASE)
-# Lines that Megatron prints during training and that repeat, or say nothing about the run.
-_HIDDEN_WHILE_TRAINING = re.compile(
-    r"""\s*$ | -+$
-    | (Number\ of|Total\ number\ of)\ .*parameters\b.*\ in\ billions | Number\ of\ parameters\ in\ most\ loaded\ shard
-    | compute_activation_memory | Activation\ memory\ footprint | Theoretical\ memory\ footprints
-    | \[Rank\ \d+\]\ \((before|after)\ save_checkpoint | \[[^]]*\]\ datetime: | Evaluating\ (on|iter)\b
-    | Overwriting\ rerun_state_machine | done\ with\ setup | training\ \.\.\.$ | (saving|saved)\ .*tokens_per_expert
-    """,
-    re.VERBOSE,
+# The lines of Megatron that the console shows.
+_SHOWN = re.compile(
+    r"\s*(\[[^]]*\] )?(successfully (loaded|saved) checkpoint|validation loss at|error\b)", re.IGNORECASE
 )
-_HIDDEN_WARNINGS_WHILE_TRAINING = re.compile(
-    r"Result validation enabled|(Setting )?RerunStateMachine (mode|initialized)|MCore's async save is deprecated"
-)
-_TIMERS = "megatron.core.timers"
-# The lines with losses, by the names of the losses.
-_LOSSES = {
-    "loss": re.compile(r" \[[^]]+\] iteration +\d+/ *\d+ \|(?:.* lm loss: (?P<loss>\S+) \|)?"),
-    "validation loss": re.compile(
-        r" *validation loss at iteration \d+ (?:on validation set )?\| lm loss value: (?P<loss>\S+) \|"
-    ),
-}
 
 
 class Console:
     """The console of one rank, and the log file that takes what the console does not show.
 
-    Until `route` is called, everything reaches the console.
+    Until `route` is called, and with `--verbose`, everything reaches the console.
 
     Attributes:
         log: The log file; None if there is none.
-        shows_timers: Whether the table of Megatron's timers reaches the console.
-        losses: The newest `loss` of an iteration and the newest `validation loss` that Megatron has printed on this
-            rank, in nats per token; NaN if the line has no loss.
     """
 
     def __init__(self) -> None:
-        self.shows_timers = False
-        self.losses: dict[str, float] = {}
-        self._stdout = self._progress = sys.stdout
-        self._is_rank = self._is_routed = self._is_training = False
         self.log: TextIO | None = None
+        self._stdout: TextIO | None = None
+        self._progress: TextIO | None = None
+        self._is_rank = self._is_routed = False
+        self._is_loading = True
         self._hidden: deque[str] = deque(maxlen=_MOST_HIDDEN_LINES)
         self._lock = threading.RLock()
         self._phase = ""
@@ -80,8 +57,6 @@ class Console:
         """Route what this process prints, logs and warns of; `progress`, stdout or stderr, takes the progress lines."""
         self._stdout, self._progress, self._is_rank = sys.stdout, progress, True
         if VERBOSE_FLAG in sys.argv[1:]:
-            if progress is sys.stdout:  # to know the losses
-                sys.stdout = _LineRouter(self, sys.stdout)
             return
         self._is_routed = True
         sys.stdout = _LineRouter(self, sys.stdout)
@@ -113,7 +88,7 @@ class Console:
         """Print one or several lines of our own on one rank, the last one for -1."""
         own_rank, ranks = rank_of_process()
         if own_rank == rank % ranks:
-            self._show(line + "\n", self._progress)
+            self._show(line + "\n")
 
     def load(self, phase: str) -> None:
         """Say what the run does before its first iteration; only in the first rank, once for each phase."""
@@ -123,12 +98,9 @@ class Console:
         self.say(f"loading: {phase}")
 
     def end_of_loading(self) -> None:
-        """Note that the first iteration, or the work on a result, begins; further calls change nothing.
-
-        If progress goes to stderr, then stdout is for the result and gets what is printed unchanged.
-        """
-        self._is_training = True
-        if self._is_routed and self._progress is not self._stdout:
+        """Note that the first iteration begins. If progress goes to stderr, leave stdout to the result from now on."""
+        self._is_loading = False
+        if self._stdout is not None and self._progress is not self._stdout:
             sys.stdout = self._stdout
 
     def finish(self) -> None:
@@ -138,37 +110,23 @@ class Console:
 
     def show_last_lines(self) -> None:
         """Print the newest lines that were not shown to stderr: they may say why the process ends while it loads."""
-        if self._is_training or not self._is_routed:
-            return
-        with self._lock:
-            lines = "".join(self._hidden).splitlines(keepends=True)
-        self._show("".join(lines[-_LAST_LINES:]), sys.stderr)
+        if self._is_loading:
+            with self._lock:
+                lines = "".join(self._hidden).splitlines(keepends=True)
+            self._show("".join(lines[-_LAST_LINES:]), sys.stderr)
 
     def take_line(self, line: str) -> None:
         """Show or log one line that was printed to stdout, with its end."""
-        if not self._is_routed:
-            is_shown = True
-        elif self._is_training:
-            is_shown = not _HIDDEN_WHILE_TRAINING.match(line)
+        if _SHOWN.match(line):
+            self._show(line)
         else:
-            is_shown = _SHOWN_WHILE_LOADING.match(line) is not None
-        if not is_shown:
             self._keep(line)
-            return
-        for name, pattern in _LOSSES.items():
-            if match := pattern.match(line):
-                # Megatron prints the loss 0 if no step of the interval has updated the weights.
-                self.losses[name] = float(match["loss"] or 0) or math.nan
-        self._show(line, self._progress)
 
     def take_log(self, record: logging.LogRecord, text: str) -> None:
-        """Show or log the text of a record of Python's logging; errors, and our own warnings, are always shown."""
+        """Show or log the text of a record of Python's logging; errors, and our own warnings, are shown."""
         is_ours = record.name.partition(".")[0] == "maskmoe"
-        least = logging.WARNING if is_ours or self._is_training else logging.ERROR
-        is_hidden = self._is_training and _HIDDEN_WARNINGS_WHILE_TRAINING.search(text)
-        is_timer = record.name == _TIMERS and self.shows_timers
-        if is_timer or (record.levelno >= least and not is_hidden):
-            self._show(text + "\n", self._progress)
+        if record.levelno >= (logging.WARNING if is_ours else logging.ERROR):
+            self._show(text + "\n")
         else:
             self._keep(text + "\n")
 
@@ -181,8 +139,12 @@ class Console:
         else:
             self._keep(text)
 
-    def _show(self, text: str, stream: TextIO) -> None:
-        """Write text at once. A full disk must not end the run, so text for which there is no space is lost."""
+    def _show(self, text: str, stream: TextIO | None = None) -> None:
+        """Write text at once, by default among the progress lines.
+
+        A full disk must not end the run, so text for which there is no space is lost.
+        """
+        stream = stream or self._progress or sys.stdout
         with self._lock:
             try:
                 stream.write(text)

@@ -25,7 +25,7 @@ from maskmoe.training.resume.changed_settings import find_changed_settings, take
 from maskmoe.training.run_settings import RunSettings
 from maskmoe.training.settings import inputs
 from maskmoe.training.settings.arguments import add_maskmoe_arguments
-from maskmoe.training.settings.folders import wandb_defaults
+from maskmoe.training.settings.folders import run_folder_defaults
 from maskmoe.training.settings.layout import BatchSizes, layout_errors
 from maskmoe.training.settings.refused_settings import (
     missing_flags,
@@ -199,7 +199,7 @@ class RunChecks:
             # Megatron would evaluate on one micro-batch of each data-parallel rank.
             self.args.eval_global_batch_size = BatchSizes.from_args(self.args).sizes[-1]
         try:
-            vars(self.args).update(wandb_defaults(self.args))
+            vars(self.args).update(run_folder_defaults(self.args))
             self.args = self.validate()
             self.is_validated = True
         except UserError as error:

@@ -14,22 +14,28 @@ import torch
 from megatron.core.datasets.gpt_dataset import GPTDataset
 from megatron.core.distributed import finalize_model_grads
 from megatron.core.enums import ModelType
+from megatron.core.num_microbatches_calculator import get_current_global_batch_size
 from megatron.core.utils import StragglerDetector, get_attr_wrapped_model
 from megatron.training import pretrain
 from megatron.training.argument_utils import pretrain_cfg_container_from_args
 from megatron.training.training import update_seqlen_stats_from_cu_seqlens
 
+from maskmoe.checkpoint.integrity import read_common_state
 from maskmoe.checkpoint.saver import CheckpointSaver
 from maskmoe.checkpoint.series import showing_only
 from maskmoe.checkpoint.writers import start_writers
-from maskmoe.files.run_folder import Journal
-from maskmoe.megatron_compat.checkpoint_patches import keep_checkpoints_whole, override_learning_rates
+from maskmoe.megatron_compat.checkpoint_patches import (
+    STATES_OF_CALLBACKS,
+    keep_checkpoints_whole,
+    override_learning_rates,
+    save_states_of_callbacks,
+)
 from maskmoe.megatron_compat.globals import get_timers, open_writers
+from maskmoe.megatron_compat.training_patches import call_after_steps, count_operations_by_mask
 from maskmoe.processes.console import console
 from maskmoe.processes.folder_lock import locked_folder
 from maskmoe.routing_mask.feed_forward_layers import FeedForwardLayers
 from maskmoe.routing_mask.mask import mean_experts_per_token
-from maskmoe.training.megatron_patches import count_operations_by_mask, watch_steps
 from maskmoe.training.model.batch import build_datasets, get_batch, loss_function, token_losses
 from maskmoe.training.model.model_builder import StageBuilder, embedding_ranks_of, model_config_from_args
 from maskmoe.training.process_groups import temporary_process_groups
@@ -41,11 +47,11 @@ from maskmoe.training.run_settings import RunSettings
 from maskmoe.training.settings.arguments import add_pretraining_arguments
 from maskmoe.training.watch.callback import Callback, Step
 from maskmoe.training.watch.early_ends import FiniteStepCheck, SaveOnSignals, explaining_early_ends
-from maskmoe.training.watch.end_of_run import EndOfRun, writing_page
+from maskmoe.training.watch.progress import Progress
 from maskmoe.training.watch.routing_log import RoutingLog
 from maskmoe.training.watch.spikes import SpikeWatch
 from maskmoe.training.watch.start_of_run import StartOfRun
-from maskmoe.training.watch.writers import EventFiles, choose_event_folder, take_run_id
+from maskmoe.training.watch.writers import EventFiles, take_run_id
 
 straggler_detector = StragglerDetector()
 """Times micro-batches if Megatron has switched it on for `--log-straggler`; there is one in a process."""
@@ -62,8 +68,6 @@ def main(builder: type[StageBuilder] | None = None) -> None:
         trainer = Trainer(run, ranks, builder)
         # A refused run leaves no files, so wait until no rank can refuse the run any more.
         ranks.gather("checks", "passed")
-        # The page says how the run ended, so it is written after the locks are free.
-        until_end.enter_context(writing_page(run.run_folder if run.args.report else None, ranks))
         for folder in run.checkpoint_folders if ranks.rank == 0 else ():
             until_end.enter_context(locked_folder(folder))
         ranks.broadcast("locks of the folders")
@@ -87,22 +91,21 @@ class Trainer:
         """Train to the end, or until a signal, a failure or a limit of the command line ends the run early."""
         args = self.args
         # Open the writers of scalars, which make files.
-        choose_event_folder(args)
         take_run_id(args)
         open_writers(args)
         # What accompanies the run. At its end, the callbacks are called in the reverse order.
-        journal = Journal(self._run_folder)
         self.callbacks += [
-            EndOfRun(args, self._run_folder, self._ranks),
+            Progress(args),
             EventFiles(),
             StartOfRun(args, self._mask, self._run_folder),
             self._save_on_signals,
             FiniteStepCheck(args),
         ]
         if self._mask is not None:
-            self.callbacks.append(RoutingLog(args, self._mask, journal))
+            self.callbacks.append(RoutingLog(args, self._mask))
         if args.spike_action != "none":
-            self.callbacks.append(SpikeWatch(args, journal))
+            self.callbacks.append(SpikeWatch(args))
+        self._load_states()
         self._connect_hooks()
         # Megatron's settings.
         layers = FeedForwardLayers.of_args(args)
@@ -110,9 +113,8 @@ class Trainer:
         if args.override_opt_param_scheduler and has_one_learning_rate(args):
             override_learning_rates()
         config = pretrain_cfg_container_from_args(args, self.model_config)
-        # After training, Megatron saves unless the last iteration is a multiple of this interval. But an iteration that
-        # is passed over is not saved, multiple or not. So always save: `CheckpointSaver` leaves out a checkpoint that
-        # exists.
+        # Megatron skips its last save if the last iteration is a multiple of this interval. Make it always save:
+        # `CheckpointSaver` drops duplicates.
         config.checkpoint.save_interval = sys.maxsize
         with self._accompanied(), temporary_process_groups(), explaining_early_ends(args), self._until_loaded:
             if args.async_save and args.async_strategy == "mcore":
@@ -152,6 +154,15 @@ class Trainer:
             losses = token_losses(model, batch)
         return losses, partial(loss_function, batch.loss_mask)
 
+    def _load_states(self) -> None:
+        """Give the callbacks the states that the checkpoint to resume from holds."""
+        checkpoint = checkpoint_to_load(self.args)
+        if checkpoint is not None and not self.args.finetune:
+            states = read_common_state(checkpoint).get(STATES_OF_CALLBACKS, {})
+            for callback in self.callbacks:
+                if state := states.get(type(callback).__name__):
+                    callback.load_state_dict(state)
+
     def _connect_hooks(self) -> None:
         """Let Megatron call the callbacks; `forward_step` and `_accompanied` call the remaining methods."""
         callbacks = self.callbacks
@@ -168,9 +179,21 @@ class Trainer:
             for callback in callbacks:
                 callback.after_gradients(chunks)
 
-        def after_step(step: Step) -> None:
+        def after_step(results: tuple) -> None:
+            losses, is_skipped, _, should_exit, _, grad_norm, *_ = results
+            step = Step(
+                self.args.curr_iteration + 1,
+                get_current_global_batch_size(),
+                losses,
+                None if grad_norm is None else float(grad_norm),
+                has_updated=not (is_skipped or should_exit),
+            )
             for callback in callbacks:
                 callback.after_step(step)
+
+        def states() -> dict[str, dict[str, Any]]:
+            found = {type(callback).__name__: callback.state_dict() for callback in callbacks}
+            return {name: state for name, state in found.items() if state}
 
         @contextmanager
         def saving() -> Iterator[None]:
@@ -187,11 +210,10 @@ class Trainer:
         # In the order in which a run calls them.
         self.model_config.pre_wrap_hooks.append(on_model_built)
         self.model_config.transformer.finalize_model_grads_func = finalize_gradients
-        skipping = (callback for callback in callbacks if isinstance(callback, SpikeWatch) and callback.skips)
-        watch_steps(after_step, next((callback.allows_update for callback in skipping), None))
-        journal = Journal(self._run_folder if self._ranks.rank == 0 else None)
-        saver = CheckpointSaver(self.args, saving, before_wait, journal)
+        call_after_steps(after_step)
+        saver = CheckpointSaver(self.args, saving, before_wait)
         keep_checkpoints_whole(saver.save, saver.finalize)
+        save_states_of_callbacks(states)
 
     @contextmanager
     def _accompanied(self) -> Iterator[None]:

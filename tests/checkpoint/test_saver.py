@@ -9,7 +9,6 @@ import pytest
 import torch
 
 from maskmoe.checkpoint.saver import CheckpointSaver, _copy_host_tensors
-from maskmoe.files.run_folder import Journal
 
 
 def test_copies_are_equal_and_share_no_memory_with_training():
@@ -32,5 +31,5 @@ def test_lack_of_shared_memory_is_found_before_the_copies_are_passed_on(monkeypa
 
 def test_run_without_a_folder_saves_nothing():
     """Megatron asks for a checkpoint before it repeats a step that gave NaN, and then ends with its own code."""
-    saver = CheckpointSaver(Namespace(save=None, async_save=False), nullcontext, lambda: None, Journal(None))
+    saver = CheckpointSaver(Namespace(save=None, async_save=False), nullcontext, lambda: None)
     saver.save(5)

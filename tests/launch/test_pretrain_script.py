@@ -161,7 +161,7 @@ def test_same_command_resumes_a_stopped_run(stopped, start, undisturbed):
 def test_second_run_in_a_folder_is_refused(start):
     """The launcher of the second run refuses, and leaves the folder as it is."""
     # The first run makes no files while the second run is refused.
-    without_files = "--train-iters 100000 --save-interval 100000 --no-report"
+    without_files = "--train-iters 100000 --save-interval 100000"
     with start("locked", flags=without_files) as launch:
         launch.wait_for_iteration(1)
         before = sorted(launch.run_dir.rglob("*"))

@@ -201,7 +201,7 @@ class LaptopRun:
 
     def wait_for_iteration(self, iteration: int, timeout: float = 180) -> None:
         """Wait until a rank logs an iteration."""
-        line = re.compile(rf" iteration +{iteration}/")
+        line = re.compile(rf"iteration +{iteration}/")
         logs = "logs/node*/*/attempt_*/*/stdout.log"
         wait_until(
             lambda: any(line.search(log.read_text()) for log in self.folder.glob(logs)),

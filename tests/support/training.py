@@ -1,5 +1,6 @@
 """Training runs of a tiny model: their description, their folder, and what they leave."""
 
+import re
 import shlex
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -26,7 +27,6 @@ SETTINGS = f"""
     --lr 2e-3 --min-lr 2e-4 --lr-decay-style cosine --lr-warmup-iters 3
     --data-path data --split 90,10,0 --tokenizer-type NullTokenizer --vocab-size {VOCAB_SIZE} --num-workers 0
     --eval-iters 1 --eval-interval 5 --save-interval 7 --log-interval 1 --tensorboard-log-interval 1
-    --no-report
 """
 """Flags of every run, which the flags of a single run override."""
 
@@ -90,6 +90,12 @@ class TrainingOutcome(Outcome):
     @property
     def checkpoints(self) -> Path:
         return self.folder / "save"
+
+    @property
+    def saved(self) -> list[int]:
+        """The iterations of the persistent checkpoints that all starts of the run have saved, as the log says."""
+        log = (self.checkpoints / "logs" / "rank0.log").read_text()
+        return [int(iteration) for iteration in re.findall(r"^checkpoint of iteration (\d+) saved", log, re.MULTILINE)]
 
     @cached_property
     def curves(self) -> dict[str, dict[int, float]]:

@@ -59,7 +59,7 @@ RUNS = {
     ),
     # Layouts.
     "expert parallel 2": Run(EXPERT_2, ranks=2, continues="start", torchrun=True),
-    "expert parallel 2, undisturbed": Run(f"{EXPERT_2} --report", ranks=2, saves=True),
+    "expert parallel 2, undisturbed": Run(EXPERT_2, ranks=2, saves=True),
     "expert parallel 4": Run("--expert-model-parallel-size 4", ranks=4, continues="start"),
     "pipeline 2": Run(f"{PIPELINE_2} --save-interval 21", ranks=2, continues="start", saves=True),
     "interleaved pipeline": Run(INTERLEAVED, ranks=2, continues="start"),

@@ -1,7 +1,6 @@
-"""Pretraining in which the batches of some iterations have a loss that is far too high, or far too low.
+"""Pretraining in which the batches of some iterations have a loss that is far too high.
 
-The environment variable SPIKES holds the iterations, counted from 1 and separated by commas. SPIKE_FACTOR is the factor
-of their losses, and so of their gradients. In the iteration WITHOUT_UPDATE, the optimizer does nothing.
+The environment variable SPIKES holds the iterations, counted from 1 and separated by commas.
 """
 
 import os
@@ -9,7 +8,6 @@ import os
 from maskmoe.megatron_compat import prepare_process
 
 prepare_process()
-from megatron.core.optimizer import ChainedOptimizer
 from megatron.training import get_args
 
 from maskmoe.processes.run_tool import run_tool
@@ -17,10 +15,9 @@ from maskmoe.training import trainer
 from maskmoe.training.trainer import Trainer
 
 SPIKES = {int(iteration) for iteration in os.environ["SPIKES"].split(",") if iteration}
-FACTOR = float(os.environ["SPIKE_FACTOR"])
-WITHOUT_UPDATE = int(os.environ["WITHOUT_UPDATE"])
+FACTOR = 50
 
-stock_forward_step, stock_step = Trainer.forward_step, ChainedOptimizer.step
+stock_forward_step = Trainer.forward_step
 
 
 def forward_step(self, data_iterator, model):
@@ -31,11 +28,6 @@ def forward_step(self, data_iterator, model):
     return output, loss_function
 
 
-def step(optimizer):
-    return (False, 1.0, None) if get_args().curr_iteration + 1 == WITHOUT_UPDATE else stock_step(optimizer)
-
-
 if __name__ == "__main__":
     Trainer.forward_step = forward_step
-    ChainedOptimizer.step = step
     run_tool(trainer.main)

@@ -199,10 +199,9 @@ def test_nan_gradient_ends_the_run(start_faulty, tmp_path, kind, exit_code, verd
     ("kind", "flags", "iteration"),
     [
         ("nan-always", "--spike-action none", 8),
-        ("nan-reduced", "--spike-action skip", 9),
+        ("nan-reduced", "", 9),
         pytest.param("nan-always", "--no-check-for-nan-in-loss-and-grad", 9, marks=pytest.mark.slow),
         pytest.param("nan-always", "", 8, marks=pytest.mark.slow),
-        pytest.param("nan-always", "--spike-action skip", 8, marks=pytest.mark.slow),
     ],
 )
 def test_nan_in_a_step_that_megatron_does_not_repeat_is_not_saved(runs, start_faulty, tmp_path, kind, flags, iteration):

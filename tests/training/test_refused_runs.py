@@ -80,7 +80,7 @@ def refuse(run_folder, workplace, monkeypatch, files_and_times) -> Refuse:
 
     def refuse(flags: str, main: Callable[[], None] = trainer.main) -> str:
         if main is trainer.main:
-            run = Run(f"{flags_of(run_folder)} --report {flags}", logs_scalars=False)
+            run = Run(f"{flags_of(run_folder)} {flags}", logs_scalars=False)
             words = workplace.flags(run, run_folder)
         else:
             words = shlex.split(

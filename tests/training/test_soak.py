@@ -31,8 +31,8 @@ def kill_at_random(processes: TrainingProcesses, choice: random.Random) -> None:
     """Kill a rank, both ranks or the launcher with its ranks, after a random time."""
     seconds = 8  # in which the processes start
     if choice.random() < 0.5:
-        steps = processes.output.count("elapsed time per iteration")
-        processes.wait_until(lambda: processes.output.count("elapsed time per iteration") > steps, "a step")
+        steps = processes.output.count("tokens/s")
+        processes.wait_until(lambda: processes.output.count("tokens/s") > steps, "a step")
         seconds = 1  # in which the processes train, and save every fourth step
     time.sleep(choice.uniform(0, seconds))
     assert processes.is_running, processes.report()

@@ -8,9 +8,8 @@ import torch
 from megatron.training import training
 
 from maskmoe.training import trainer
-from maskmoe.training.megatron_patches import watch_steps
 from maskmoe.training.trainer import Trainer
-from maskmoe.training.watch.callback import Callback, Step
+from maskmoe.training.watch.callback import Callback
 
 
 class Recorder(Callback):
@@ -40,29 +39,6 @@ def test_callbacks_end_in_the_reverse_order_however_the_run_ends(error):
         if error is not None:
             raise error
     assert calls == [("a", "start"), ("b", "start"), ("b", error), ("a", error)]
-
-
-def test_updates_are_asked_for_and_steps_are_reported(monkeypatch):
-    """Stands in for Megatron's step and its optimizer."""
-    updates: list[float] = []
-
-    def train_step(forward_step, data_iterator, model, optimizer, scheduler, config, forward_backward, iteration):
-        forward_backward(iteration)
-        norm = optimizer.get_grad_norm()
-        is_updated = optimizer.step_with_ready_grads()
-        return {"lm loss": 3.0}, int(not is_updated), False, False, 0, norm, None, 0
-
-    monkeypatch.setattr(training, "train_step", train_step)
-    optimizer = SimpleNamespace(get_grad_norm=lambda: 0.5, step_with_ready_grads=lambda: not updates.append(0.5))
-    asked, steps = [], []
-    watch_steps(steps.append, lambda losses, norm: asked.append((list(losses), norm)) or losses != [{"lm loss": 2}])
-    for iteration in range(1, 4):
-        arguments = (None, None, None, optimizer, None, None, lambda number: [{"lm loss": number}])
-        results = training.train_step(*arguments, iteration=iteration)
-        assert results[:2] == ({"lm loss": 3.0}, int(iteration == 2))
-    assert asked == [([{"lm loss": iteration}], 0.5) for iteration in (1, 2, 3)]
-    assert len(updates) == 2
-    assert steps == [Step({"lm loss": 3.0}, 0.5, has_updated=iteration != 2) for iteration in (1, 2, 3)]
 
 
 @pytest.mark.parametrize("packed", [False, True])

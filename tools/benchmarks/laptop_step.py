@@ -94,7 +94,7 @@ def run_training(checkout: Path, flags: dict[str, Any]) -> str:
     with socket.create_server(("127.0.0.1", 0)) as server:
         address = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(server.getsockname()[1])}
     run = subprocess.run(
-        [sys.executable, "-m", "maskmoe.training.pretrain", *words_of(flags)],
+        [sys.executable, "-m", "maskmoe.training.pretrain", "--verbose", *words_of(flags)],
         env=os.environ | variables | address | {"PYTHONPATH": str(checkout), "CUDA_VISIBLE_DEVICES": ""},
         cwd=checkout,
         capture_output=True,

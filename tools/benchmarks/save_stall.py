@@ -1,15 +1,16 @@
 """Measure how long training stands still for a save, as a share of the time of 100 steps of the laptop model.
 
 Each process trains `launch/models/laptop.yaml` with one thread on Zipf-distributed ids and saves a checkpoint every few
-steps, asynchronously or synchronously; both kinds of processes alternate. The time of a save comes from the journal of
-the run, and the time of a step from the same process: the median of its logged intervals, which leave out the time in
-which training stands still for a save. The first asynchronous save of a process has a case of its own. The last one is
-left out: a run that ends waits for its files.
+steps, asynchronously or synchronously; both kinds of processes alternate. The time of a save comes from the log of the
+run, and the time of a step from the same process: the median of its logged intervals, which leave out the time in which
+training stands still for a save. The first asynchronous save of a process has a case of its own. The last one is left
+out: a run that ends waits for its files.
 
     python tools/benchmarks/save_stall.py
 """
 
 import argparse
+import re
 import statistics
 import tempfile
 from collections.abc import Sequence
@@ -22,12 +23,12 @@ import yaml
 from laptop_step import ROOT, TIME, run_training, write_inputs
 
 from maskmoe.errors import UserError
-from maskmoe.files.run_folder import Kind, read_journal
 from maskmoe.processes.run_tool import run_tool
 
 MODEL = ROOT / "launch" / "models" / "laptop.yaml"
 STEPS = 100
 VOCAB_SIZE = 4096
+STALL = re.compile(r"saved; training stood still for (\S+) s")
 
 
 @dataclass(frozen=True)
@@ -44,7 +45,7 @@ class Measurement:
 
 
 def measure(folder: Path, flags: dict[str, Any]) -> Measurement:
-    """Train in a new process, and return the times in the journal and in the log.
+    """Train in a new process, and return the times in the log.
 
     Args:
         folder: gets the files of the run.
@@ -55,8 +56,7 @@ def measure(folder: Path, flags: dict[str, Any]) -> Measurement:
     """
     output = run_training(ROOT, flags | {"save": folder / "checkpoints"})
     milliseconds = [float(value) for value in TIME.findall(output)]
-    saves = [entry for entry in read_journal(folder) if entry.kind is Kind.SAVED]
-    stalls = [float(entry.facts["seconds"]) for entry in saves]
+    stalls = [float(value) for value in STALL.findall(output)]
     return Measurement(stalls, STEPS * statistics.median(milliseconds) / 1000)
 
 
@@ -103,7 +103,6 @@ def main() -> None:
         "save-interval": arguments.save_interval,
         "log-interval": 5,
         "eval-iters": 0,
-        "no-report": True,
     }
     measurements: dict[bool, list[Measurement]] = {True: [], False: []}
     with tempfile.TemporaryDirectory() as folder:

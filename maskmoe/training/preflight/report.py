@@ -9,7 +9,7 @@ from typing import Any
 from megatron.core.models.hybrid.hybrid_layer_allocation import Symbols
 
 from maskmoe.files.outputs import render_template
-from maskmoe.training.megatron_patches import count_operations
+from maskmoe.megatron_compat.training_patches import count_operations
 from maskmoe.training.preflight.memory import ESTIMATED, EXACT, MemoryReport
 from maskmoe.training.preflight.parameters import Chunk, ModelParameters
 from maskmoe.training.settings.layout import Layout, trained_samples

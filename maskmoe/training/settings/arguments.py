@@ -3,7 +3,7 @@
 import os
 import re
 import sys
-from argparse import Action, ArgumentParser, ArgumentTypeError, BooleanOptionalAction
+from argparse import Action, ArgumentParser, ArgumentTypeError
 from collections.abc import Callable, Mapping
 from math import prod
 from pathlib import Path
@@ -137,21 +137,13 @@ def add_pretraining_arguments(parser: ArgumentParser) -> ArgumentParser:
         "by default all checkpoints are kept",
         ranges.COUNT,
     )
-    group.add_argument(
-        "--report",
-        action=BooleanOptionalAction,
-        default=True,
-        help="write event files of TensorBoard and, at the end of the run, the page report.html into the run folder "
-        "(default: on)",
-    )
-    group = parser.add_argument_group(title="spikes and silent faults")
+    group = parser.add_argument_group(title="spikes and collapsed routing")
     group.add_argument(
         "--spike-action",
-        choices=["report", "skip", "none"],
+        choices=["report", "none"],
         default="report",
         help="report: report each step whose loss or gradient norm is off, which means far from the values of the "
-        "steps before. skip: if a value is too high, also do not apply the step's update. none: do not judge steps "
-        "(default: report)",
+        "steps before. none: do not judge steps (default: report)",
     )
     deviations = (
         "a value is off if it is more than D robust deviations above or below the median of the steps before. A robust "

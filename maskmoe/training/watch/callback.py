@@ -12,12 +12,16 @@ class Step:
     """The results of one training step on this rank.
 
     Attributes:
+        iteration: The number of the step, from 1.
+        samples: The samples of the global batch.
         losses: The mean losses of the batch by name, on the last pipeline stage; empty on other stages.
         grad_norm: The norm of the gradient before clipping; None if it was not computed.
-        has_updated: Whether the weights were updated. They are not if the gradient is not finite in fp16, if an update
-            is refused, or if Megatron ends the run after this step.
+        has_updated: Whether the weights were updated. They are not if the gradient is not finite in fp16, or if
+            Megatron ends the run after this step.
     """
 
+    iteration: int
+    samples: int
     losses: Mapping[str, Tensor]
     grad_norm: float | None
     has_updated: bool
@@ -29,6 +33,9 @@ class Callback:
     A method may be a collective call. The methods are in the order in which a run calls them; see `Trainer` for the
     hooks of Megatron that call them.
     """
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """The run resumes from a checkpoint with this state of the callback."""
 
     def on_start(self) -> None:
         """Megatron starts to set up the run; there are no process groups yet."""
@@ -47,6 +54,10 @@ class Callback:
 
     def before_save(self) -> None:
         """A checkpoint will be saved."""
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return what the checkpoint must hold to resume the callback, equal on all ranks: plain values."""
+        return {}
 
     def after_save(self) -> None:
         """A checkpoint was saved or, with `--async-save`, its files are being written."""

@@ -1,4 +1,4 @@
-"""Logs how tokens are routed, layer by layer, to the training log, TensorBoard and W&B."""
+"""Logs how tokens are routed, layer by layer, to TensorBoard and W&B."""
 
 from argparse import Namespace
 from collections.abc import Mapping, Sequence
@@ -12,13 +12,13 @@ from megatron.core.utils import get_model_config
 from megatron.training import is_last_rank
 from torch import Tensor
 
-from maskmoe.files.run_folder import Journal
 from maskmoe.megatron_compat.globals import get_args
+from maskmoe.processes.console import console
 from maskmoe.routing_mask.feed_forward_layers import FeedForwardLayers
 from maskmoe.routing_mask.mask import RoutingMask
 from maskmoe.training.watch.callback import Callback
 from maskmoe.training.watch.routing_collapse import RoutingCollapse, reachable_experts
-from maskmoe.training.watch.writers import log_scalars, warn
+from maskmoe.training.watch.writers import log_scalars
 from maskmoe.transformer.router import MaskMoERouter
 from maskmoe.transformer.routing_statistics import RoutingSums
 
@@ -47,9 +47,8 @@ class RoutingRecord(NamedTuple):
 class RoutingLog(Callback):
     """Logs the routing of the last `--log-interval` iterations, and warns of collapse; a restart resets the counts."""
 
-    def __init__(self, args: Namespace, mask: RoutingMask, journal: Journal) -> None:
+    def __init__(self, args: Namespace, mask: RoutingMask) -> None:
         self._args = args
-        self._journal = journal
         self._collapse: RoutingCollapse | None = None
         if args.collapse_intervals:
             reachable = reachable_experts(mask, FeedForwardLayers.of_args(args))
@@ -66,17 +65,17 @@ class RoutingLog(Callback):
             record = take_record(chunks)
             if is_last_rank():
                 _write(record, iteration)
-                self._report_collapse(record, iteration)
+                self._report_collapse(record)
 
-    def _report_collapse(self, record: RoutingRecord, iteration: int) -> None:
+    def _report_collapse(self, record: RoutingRecord) -> None:
         """Warn of what has collapsed for `--collapse-intervals`, and of what has recovered."""
         if self._collapse is not None:
             for line in self._collapse.take(record.tokens_per_expert, record.by_layer["routing_entropy"]):
-                warn(self._journal, line, iteration)
+                console.say(f"warning: {line}", rank=-1)
 
 
 def _write(record: RoutingRecord, iteration: int) -> None:
-    """Write the record of an interval that ends with an iteration to the log, and to TensorBoard and W&B."""
+    """Write the record of an interval that ends with an iteration to TensorBoard and W&B."""
     # The mean over the layers, as Megatron logs it, or the maximum.
     overall = {
         name: max(values.values()) if name == _MOST_ROWS else sum(values.values()) / len(values)
@@ -88,8 +87,6 @@ def _write(record: RoutingRecord, iteration: int) -> None:
         for name, values in record.by_layer.items()
         for layer, value in values.items()
     }
-    texts = (f"{name.replace('_', ' ')}: {value:.4g} |" for name, value in overall.items())
-    print(" routing |", *texts, flush=True)
     log_scalars(overall | of_layers, iteration)
 
 

@@ -1,4 +1,4 @@
-"""Writes the start of a run: the header, its arguments, and its entry in the journal."""
+"""Writes the start of a run: its header, and its arguments."""
 
 import os
 import sys
@@ -13,7 +13,7 @@ from megatron.core.transformer.module import MegatronModule
 from maskmoe.arguments.flags import flags_to_yaml, split_flags
 from maskmoe.errors import UserError, counted, listed
 from maskmoe.files.outputs import write_text
-from maskmoe.files.run_folder import ARGUMENTS, Journal, Kind
+from maskmoe.files.run_folder import ARGUMENTS
 from maskmoe.processes.console import console
 from maskmoe.routing_mask.feed_forward_layers import FeedForwardLayers
 from maskmoe.routing_mask.mask import RoutingMask, describe_visible_experts
@@ -56,7 +56,7 @@ def count_parameters(chunks: Sequence[MegatronModule]) -> int:
 
 
 class StartOfRun(Callback):
-    """Opens logs, writes arguments and a journal entry, and prints the header on the first rank.
+    """Opens logs, and writes arguments and prints the header on the first rank.
 
     All this is done once the model is built, because a refused run leaves no files.
     """
@@ -69,9 +69,8 @@ class StartOfRun(Callback):
     def on_model_built(self, chunks: Sequence[MegatronModule]) -> None:
         """Write the files, and print the header; a collective call."""
         console.open_log(self._folder)
-        console.shows_timers = self._args.timing_log_level > 0
         if self._folder is not None and self._args.rank == 0:
-            _write_files(self._args, self._folder)
+            _write_arguments(self._args, self._folder)
         dispatch = getattr(chunks[0], "dispatch_kind", None)
         fields = describe_run(
             self._args, self._mask, self._folder, count_parameters(chunks), dispatch and dispatch.value
@@ -170,8 +169,8 @@ def _short(number: int) -> str:
     return f"{number / 1e3:.3g} k"
 
 
-def _write_files(args: Namespace, folder: Path) -> None:
-    """Write the arguments into the run folder, and the start of the ranks into the run's journal."""
+def _write_arguments(args: Namespace, folder: Path) -> None:
+    """Write the arguments into the run folder."""
     # Megatron computes the number of iterations from --train-samples later, so add the number here.
     complete = Namespace(**vars(args) | {"train_iters": training_iterations(args)})
     words = sys.argv[1:]
@@ -182,11 +181,6 @@ def _write_files(args: Namespace, folder: Path) -> None:
         write_text(folder / ARGUMENTS, arguments_text(complete, words, folder))
     except (OSError, UserError) as error:
         console.say(f"note: {ARGUMENTS} is not written: {error}")
-    Journal(folder).write(
-        Kind.STARTED,
-        f"{describe_layout(Layout.from_args(args))}; {describe_start(args)}",
-        args.ckpt_step if checkpoint_to_load(args) else 0,
-    )
 
 
 def arguments_text(args: Namespace, words: Sequence[str], folder: Path) -> str:

@@ -1,39 +1,27 @@
-"""Writes the values and warnings of a run to TensorBoard, Weights & Biases and the journal."""
+"""Writes the values of a run to TensorBoard and Weights & Biases."""
 
 import os
 import shlex
 import sys
 import uuid
 from argparse import Namespace
-from collections.abc import Callable, Mapping
-from contextlib import suppress
+from collections.abc import Mapping
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any
 
 from megatron.training import get_tensorboard_writer, get_wandb_writer
 
 import maskmoe
 from maskmoe.files.outputs import write_text
-from maskmoe.files.run_folder import TENSORBOARD, TEXT_TAG, Fact, Journal, Kind, run_folder
-from maskmoe.processes.console import console
+from maskmoe.files.run_folder import TEXT_TAG, run_folder
+from maskmoe.megatron_compat.training_patches import tolerate_write_errors
 from maskmoe.training.watch.callback import Callback
 
 _ENTRY_POINT = "maskmoe.training.pretrain"
 
 
-def choose_event_folder(args: Namespace) -> None:
-    """Choose the folder `tensorboard` of the run folder for event files if the run needs them and has no other folder.
-
-    The page is made from the event files, and Megatron logs losses to Weights & Biases only beside event files.
-    """
-    folder = run_folder(args.save, args.tensorboard_dir)
-    if folder is not None and (args.report or args.wandb_project) and args.tensorboard_dir is None:
-        args.tensorboard_dir = str(folder / TENSORBOARD)
-
-
 def log_facts(facts: Mapping[str, str]) -> None:
-    """Write settings of the run to TensorBoard, from where they get into the page; on the last rank only."""
+    """Write settings of the run to TensorBoard, as texts; on the last rank only."""
     if writer := get_tensorboard_writer():
         for name, text in facts.items():
             writer.add_text(TEXT_TAG + name, text)
@@ -66,24 +54,6 @@ class EventFiles(Callback):
             writer.flush()
 
 
-def tolerate_write_errors(writer: Any) -> None:
-    """Let torch's `SummaryWriter` warn when a disk is full, and drop the values: training continues without them."""
-    events = writer._get_file_writer().event_writer
-
-    def tolerating(call: Callable[..., None]) -> Callable[..., None]:
-        def tolerant(*arguments: object) -> None:
-            try:
-                call(*arguments)
-            except OSError as error:
-                events.add_event = events.flush = lambda *_: None
-                with suppress(OSError):  # stderr may be a file on the same disk
-                    print(f"warning: TensorBoard's events end here: {error}", file=sys.stderr, flush=True)
-
-        return tolerant
-
-    events.add_event, events.flush = tolerating(events.add_event), tolerating(events.flush)
-
-
 def log_scalars(scalars: Mapping[str, float], iteration: int) -> None:
     """Write scalars by tag to the writers that Megatron has opened, which are on the last rank."""
     if writer := get_tensorboard_writer():
@@ -111,9 +81,3 @@ def take_run_id(args: Namespace) -> None:
             write_text(path, uuid.uuid4().hex[:12] + "\n")
         os.environ["WANDB_RUN_ID"] = path.read_text().strip()
         os.environ.setdefault("WANDB_RESUME", "allow")
-
-
-def warn(journal: Journal, text: str, iteration: int, **facts: Fact) -> None:
-    """Print a warning on one line and write it to the journal; to be called on the last rank only, which logs."""
-    console.say(f"warning: {text}", rank=-1)
-    journal.write(Kind.WARNED, text, iteration, **facts)

@@ -121,8 +121,6 @@ def test_losses_of_layers_are_megatrons(runs):
         assert len(set(map(tuple, of_layers))) == 4
     loads = read_routing(run.folder)["expert_load_max_over_mean"]
     assert list(loads) == [2, 4]
-    lines = re.findall(r"^ routing \| expert load max over mean: (\S+) \|", (run.folder / "out1.log").read_text(), re.M)
-    assert [float(value) for value in lines] == pytest.approx(list(loads.values()), rel=1e-3)
 
 
 @pytest.mark.parametrize(

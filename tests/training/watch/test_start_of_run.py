@@ -4,6 +4,7 @@ import shlex
 import sys
 from argparse import Namespace
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 from megatron.training.arguments import parse_args, validate_args
@@ -11,7 +12,6 @@ from megatron.training.arguments import parse_args, validate_args
 from maskmoe.arguments.flags import flag_words, split_flags
 from maskmoe.launch.command import split_program
 from maskmoe.launch.model_file import ModelFile
-from maskmoe.training import pretrain
 from maskmoe.training.settings.arguments import add_maskmoe_arguments, add_pretraining_arguments
 from maskmoe.training.watch import start_of_run
 from maskmoe.training.watch.start_of_run import arguments_text, describe_run
@@ -65,14 +65,16 @@ def test_saved_arguments_are_a_model_file(tmp_path):
     assert split_flags(flag_words(read)) == expected
 
 
-@pytest.mark.parametrize("name", ["own.py", "run/own.py", pretrain.__file__])
+@pytest.mark.parametrize("name", ["own.py", "run/own.py", "maskmoe.training.pretrain"])
 def test_saved_arguments_name_the_program_that_runs_instead_of_the_entry_point(tmp_path, monkeypatch, name):
     monkeypatch.chdir(tmp_path)
+    spec = None if name.endswith("own.py") else SimpleNamespace(name=name)
+    monkeypatch.setitem(sys.modules, "__main__", SimpleNamespace(__spec__=spec))
     monkeypatch.setattr(sys, "argv", [name, *shlex.split(MODEL), "--global-batch-size", "8", "--train-iters", "5"])
     args = parse_args(lambda parser: add_pretraining_arguments(add_maskmoe_arguments(parser)))
     args.rank, args.world_size = 0, 1
     validate_args(args)
-    start_of_run._write_files(args, tmp_path / "run")
+    start_of_run._write_arguments(args, tmp_path / "run")
     program, flags = split_program(ModelFile.read(tmp_path / "run" / "args.yaml", {}).flags)
     assert program == (str(tmp_path / name) if name.endswith("own.py") else "")
     assert flags["num-layers"] == ("2",)

@@ -14,9 +14,9 @@ from torch.utils.tensorboard import SummaryWriter
 from maskmoe.errors import UserError
 from maskmoe.launch.command import entry_point
 from maskmoe.run_status.events import read_events
-from maskmoe.training.settings.folders import wandb_defaults
+from maskmoe.training.settings.folders import run_folder_defaults
 from maskmoe.training.watch import writers
-from maskmoe.training.watch.writers import EventFiles, choose_event_folder
+from maskmoe.training.watch.writers import EventFiles
 
 
 @pytest.fixture
@@ -64,23 +64,6 @@ def test_full_disk_ends_the_events_and_not_the_training(writer, capsys, monkeypa
     assert capsys.readouterr().err == line * has_stderr
 
 
-@pytest.mark.parametrize(
-    ("report", "wandb_project", "tensorboard_dir", "expected"),
-    [
-        (True, "", None, "/run/tensorboard"),
-        (False, "", None, None),
-        (False, "p", None, "/run/tensorboard"),
-        (True, "", "/tb", "/tb"),
-        (False, "", "/tb", "/tb"),
-    ],
-)
-def test_folder_of_the_event_files(report, wandb_project, tensorboard_dir, expected):
-    args = Namespace(save="/run/checkpoints", tensorboard_dir=tensorboard_dir, report=report)
-    args.wandb_project = wandb_project
-    choose_event_folder(args)
-    assert args.tensorboard_dir == expected
-
-
 @pytest.fixture
 def make_args(tmp_path, monkeypatch):
     for name in ("WANDB_RUN_ID", "WANDB_RESUME"):
@@ -95,8 +78,13 @@ def test_resumed_run_has_the_id_of_its_folder(make_args, tmp_path, monkeypatch):
     ids = []
     for _ in range(2):
         monkeypatch.setenv("WANDB_RUN_ID", "")
-        defaults = wandb_defaults(make_args())
-        assert defaults == {"wandb_exp_name": "run", "wandb_save_dir": str(tmp_path / "run")}
+        defaults = run_folder_defaults(make_args())
+        folder = str(tmp_path / "run")
+        assert defaults == {
+            "tensorboard_dir": f"{folder}/tensorboard",
+            "wandb_exp_name": "run",
+            "wandb_save_dir": folder,
+        }
         assert os.environ["WANDB_RUN_ID"] == ""  # the run may still be refused
         writers.take_run_id(make_args())
         ids.append(os.environ["WANDB_RUN_ID"])
@@ -106,8 +94,8 @@ def test_resumed_run_has_the_id_of_its_folder(make_args, tmp_path, monkeypatch):
 
 def test_flags_and_variables_of_the_user_stay(make_args, tmp_path, monkeypatch):
     monkeypatch.setenv("WANDB_RUN_ID", "mine")
-    args = make_args(wandb_exp_name="name", wandb_save_dir="folder")
-    defaults = wandb_defaults(args)
+    args = make_args(wandb_exp_name="name", wandb_save_dir="folder", tensorboard_dir="/tb")
+    defaults = run_folder_defaults(args)
     writers.take_run_id(args)
     assert defaults == {}
     assert os.environ["WANDB_RUN_ID"] == "mine"
@@ -120,6 +108,6 @@ def test_ranks_that_do_not_log_leave_no_file(make_args, tmp_path):
 
 
 def test_run_without_a_folder_is_refused(make_args):
-    assert wandb_defaults(make_args(wandb_project=None, save=None)) == {}
+    assert run_folder_defaults(make_args(wandb_project=None, save=None)) == {}
     with pytest.raises(UserError, match="--wandb-project needs a run folder"):
-        wandb_defaults(make_args(save=None))
+        run_folder_defaults(make_args(save=None))

@@ -1,0 +1,100 @@
+"""Prints how far a training run is, and how it ends."""
+
+import time
+from argparse import Namespace
+
+import torch
+from megatron.training import is_last_rank
+from torch import Tensor
+
+from maskmoe.checkpoint.series import newest_saved, read_tracker
+from maskmoe.processes.console import console
+from maskmoe.processes.interruption import EXIT_REQUEUE
+from maskmoe.training.watch.callback import Callback, Step
+
+LOSS = "lm loss"
+_TORCHRUN_DELAY = 0.3  # seconds; torchrun looks every 0.1 s for new lines of each rank
+
+
+class Progress(Callback):
+    """Prints a line for each `--log-interval`, and one line at an orderly end, on the last rank, which has the loss.
+
+    The loss is the mean over the steps since the line before that have updated the weights. The first step has a line
+    of its own, without a speed: it compiles kernels and fills caches.
+    """
+
+    def __init__(self, args: Namespace) -> None:
+        self._args = args
+        self._losses: list[Tensor] = []
+        self._tokens = self._skipped = 0
+        self._loss: float | None = None  # of the newest line
+        self._first = self._newest = (0, 0.0)  # iteration and time of the first and of the newest line
+
+    def after_step(self, step: Step) -> None:
+        """Take a step, and print a line if one is due."""
+        if not is_last_rank():
+            return
+        self._tokens += step.samples * self._args.seq_length
+        if step.has_updated:
+            self._losses.append(step.losses[LOSS].detach())
+        else:
+            self._skipped += 1
+        is_first = not self._first[0]
+        if not is_first and step.iteration % self._args.log_interval:
+            return
+        self._loss = float(torch.stack(self._losses).mean()) if self._losses else None
+        now = step.iteration, time.monotonic()
+        if is_first:
+            self._first = self._newest = now
+        self._print(*now)
+        self._newest = now
+        self._losses, self._tokens, self._skipped = [], 0, 0
+
+    def _print(self, iteration: int, now: float) -> None:
+        """Print the line of an iteration."""
+        total = self._args.train_iters
+        parts = [f"iteration {iteration}/{total} ({iteration / total:.0%})"]
+        if self._loss is not None:
+            parts.append(f"loss {self._loss:.4f}")
+        first, start = self._first
+        if iteration > first:
+            seconds_left = (now - start) / (iteration - first) * (total - iteration)
+            parts.append(f"{self._tokens / (now - self._newest[1]):,.0f} tokens/s")
+            parts.append(f"{_duration(seconds_left)} left")
+        if self._skipped:
+            parts.append(f"{self._skipped} steps without an update")
+        console.say("  ".join(parts), rank=-1)
+
+    def on_end(self, error: BaseException | None) -> None:
+        """Print the last line, after the lines that the other ranks have printed; a failure explains itself."""
+        is_stopped = isinstance(error, SystemExit) and error.code in (None, 0, EXIT_REQUEUE)
+        if error is None or is_stopped:
+            time.sleep(_TORCHRUN_DELAY)
+            console.say(self._describe_stop() if is_stopped else self._describe_completion(), rank=-1)
+
+    def _describe_stop(self) -> str:
+        args, found = self._args, newest_saved(self._args)
+        if found is None:
+            return "stopped: nothing was saved" + ("" if args.save else ", because --save is not given")
+        folder, newest = found
+        resumption = "the same command resumes"
+        if args.no_save_optim and not args.no_load_optim:
+            resumption = "without the optimizer (--no-save-optim), so --no-load-optim is needed to resume"
+        return f"stopped: saved iteration {newest} in {folder}; {resumption}"
+
+    def _describe_completion(self) -> str:
+        args = self._args
+        parts = ["complete: evaluated only" if args.skip_train else f"complete: {args.train_iters} iterations"]
+        if self._loss is not None:
+            parts.append(f"loss {self._loss:.4f}")
+        elif not self._first[0] and not args.skip_train:
+            parts.append("no iteration was left to train")
+        newest = read_tracker(args.save) if args.save else None
+        saved = f"checkpoint {newest} is in {args.save}" if newest is not None else "no checkpoint was saved"
+        return f"{', '.join(parts)}; {saved}"
+
+
+def _duration(seconds: float) -> str:
+    """Return hours, minutes and seconds: 1:02:03."""
+    minutes, seconds = divmod(round(seconds), 60)
+    return f"{minutes // 60}:{minutes % 60:02}:{seconds:02}"
