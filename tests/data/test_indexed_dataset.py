@@ -1,6 +1,5 @@
 """Compares the dataset format with Megatron-Core's own reader and writer."""
 
-import struct
 from itertools import chain
 from pathlib import Path
 
@@ -70,13 +69,6 @@ def test_documents_in_batches(tmp_path: Path, documents: list[list[int]], batch:
     assert content(tmp_path / "batches") == content(tmp_path / "single")
 
 
-def test_reads_multimodal_index(tmp_path: Path) -> None:
-    builder = IndexedDatasetBuilder(f"{tmp_path}/modes.bin", np.int32, multimodal=True)
-    builder.add_document([5, 6, 7], [1, 2], [0, 1])
-    builder.finalize(f"{tmp_path}/modes.idx")
-    assert open_tokens(tmp_path / "modes").tolist() == [5, 6, 7]
-
-
 @pytest.mark.parametrize("vocab_size", [1, 65499, 65500, 65536, 200_000])
 def test_optimal_dtype(vocab_size: int) -> None:
     assert optimal_dtype(vocab_size) == DType.optimal_dtype(vocab_size)
@@ -103,66 +95,6 @@ def test_failed_writing_keeps_the_earlier_dataset(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=r"3\.\.70000 do not fit uint16"):
         write_an_id_that_does_not_fit()
     assert {path.name: path.read_bytes() for path in tmp_path.iterdir()} == before
-
-
-@pytest.mark.parametrize("lengths", [[1, 1], [4]])
-def test_lengths_must_match_tokens(tmp_path: Path, lengths: list[int]) -> None:
-    with IndexedDatasetWriter(tmp_path / "a", np.uint16) as writer:
-        with pytest.raises(ValueError, match="there are 3 tokens"):
-            writer.add_sequences(np.arange(3), np.array(lengths), np.array([len(lengths)]))
-        with pytest.raises(ValueError, match="there are 3 tokens"):
-            writer.add_documents(np.arange(3), np.array(lengths))
-
-
-def test_missing_folder(tmp_path: Path) -> None:
-    with pytest.raises(UserError, match="choose an existing"), IndexedDatasetWriter(tmp_path / "no" / "a", np.uint16):
-        pass
-
-
-def cut(path: Path, size: int) -> None:
-    path.write_bytes(path.read_bytes()[:size])
-
-
-def overwrite(path: Path, offset: int, data: bytes) -> None:
-    old = path.read_bytes()
-    path.write_bytes(old[:offset] + data + old[offset + len(data) :])
-
-
-# The index below: header 34 bytes, lengths at 34 (2 x int32), offsets at 42 (2 x int64), documents at 58 (3 x int64).
-DAMAGES = {
-    r"a\.bin does not exist$": lambda folder: (folder / "a.bin").unlink(),
-    r"a\.idx does not exist$": lambda folder: (folder / "a.idx").unlink(),
-    r"a\.bin has 9 bytes, but .*a\.idx describes 10": lambda folder: cut(folder / "a.bin", 9),
-    r"a\.bin has 0 bytes, but .*a\.idx describes 10": lambda folder: cut(folder / "a.bin", 0),
-    r"a\.idx has 20 bytes, fewer than the 34": lambda folder: cut(folder / "a.idx", 20),
-    r"a\.idx has 80 bytes, but its header describes 82": lambda folder: cut(folder / "a.idx", 80),
-    r"a\.idx is not an index": lambda folder: overwrite(folder / "a.idx", 0, b"X"),
-    r"a\.idx has format version 2": lambda folder: overwrite(folder / "a.idx", 9, b"\x02"),
-    r"a\.idx has dtype code 6": lambda folder: overwrite(folder / "a.idx", 17, b"\x06"),
-    r"a\.idx contradicts itself": lambda folder: overwrite(folder / "a.idx", 34, struct.pack("<i", 4)),
-    r"a\.idx contradicts itself \(": lambda folder: overwrite(folder / "a.idx", 66, struct.pack("<q", 3)),
-}
-
-
-@pytest.mark.parametrize("message", DAMAGES)
-def test_damaged_datasets(tmp_path: Path, message: str) -> None:
-    write(tmp_path / "a", [[[1, 2, 3]], [[4, 5]]], np.uint16)
-    DAMAGES[message](tmp_path)
-    for read in (read_index, open_tokens):
-        with pytest.raises(UserError, match=message):
-            read(tmp_path / "a")
-
-
-def test_suffix_given_as_prefix(tmp_path: Path) -> None:
-    write(tmp_path / "a", [[[1]]], np.uint16)
-    with pytest.raises(UserError, match=r"give the prefix, without \.bin or \.idx"):
-        read_index(tmp_path / "a.bin")
-
-
-def test_no_tokens(tmp_path: Path) -> None:
-    write(tmp_path / "a", [[]], np.uint16)
-    with pytest.raises(UserError, match="holds no tokens"):
-        open_tokens(tmp_path / "a")
 
 
 PREFIXES = ["data", "books ", " web"]

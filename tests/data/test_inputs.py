@@ -3,7 +3,6 @@
 import gzip
 import json
 import os
-import shutil
 import sys
 import threading
 from collections.abc import Callable, Iterator, Sequence
@@ -70,25 +69,6 @@ def test_standard_input(standard_input: Callable, name: str, compress: Callable[
     assert documents(name) == DOCUMENTS
 
 
-def test_format_of_standard_input(standard_input: Callable) -> None:
-    standard_input(b"plain text\n")
-    with pytest.raises(UserError, match=r"^standard input: line 1: invalid JSON .*; --input-format text reads"):
-        documents("-")
-    standard_input(b"plain text\n")
-    assert documents("-", "text") == ["plain text\n"]
-    standard_input(b"a<end>b")
-    assert documents("-", "text", "<end>") == ["a", "b"]
-    for kind in ("parquet", "arrow"):
-        with pytest.raises(UserError, match="Parquet and Arrow files cannot be read from a pipe"):
-            documents("-", kind)
-
-
-def test_closed_standard_input(standard_input: Callable) -> None:
-    standard_input(None)
-    with pytest.raises(UserError, match="standard input cannot be read: Bad file descriptor"):
-        documents("-")
-
-
 @pytest.mark.parametrize(
     ("name", "content", "expected"),
     [
@@ -111,12 +91,6 @@ def test_a_pipe_is_read_once(tmp_path: Path) -> None:
     for names in (["-", "/dev/stdin"], [tmp_path / "pipe"] * 2):
         with pytest.raises(UserError, match="named twice"):
             find_inputs(names)
-
-
-@pytest.mark.parametrize("name", ["/dev/zero", "/dev/full", "/dev/null"])
-def test_devices_are_refused(name: str) -> None:
-    with pytest.raises(UserError, match=f"input {name} is a device"):
-        find_inputs([name])
 
 
 def test_commands_read_standard_input(
@@ -156,27 +130,6 @@ def test_format_is_given_or_told_by_the_suffix(tmp_path: Path) -> None:
         assert documents(tmp_path / "a") == [text]
 
 
-@pytest.mark.parametrize(
-    ("name", "options", "message"),
-    [
-        ("missing.jsonl", (), r"missing\.jsonl does not exist"),
-        ("x" * 5000, (), "cannot be read: File name too long"),
-        ("a\0b", (), "cannot be read: .*embedded null"),
-        ("folder", (), r"folder is a folder without a saved dataset; name its files, .*folder/\*.jsonl"),
-        ("folder", ("text",), r"folder is a folder, but --input-format text is for files"),
-        ("a.jsonl", (None, "x"), "--document-separator divides plain text, but no input is plain text"),
-        ("a.jsonl", ("parquet",), "is damaged or truncated, or no parquet file"),
-    ],
-)
-def test_unusable_inputs(tmp_path: Path, name: str, options: tuple, message: str) -> None:
-    (tmp_path / "a.jsonl").write_bytes(LINES)
-    (tmp_path / "folder").mkdir()
-    (tmp_path / "folder" / "a.jsonl").write_bytes(LINES)
-    with pytest.raises(UserError, match=message) as caught:
-        documents(f"{tmp_path}/{name}", *options)
-    assert "\n" not in str(caught.value)
-
-
 # ---- Escapes of the separator ----------------------------------------------------------------------------------------
 
 
@@ -192,12 +145,6 @@ def test_unusable_inputs(tmp_path: Path, name: str, options: tuple, message: str
 )
 def test_escapes(text: str, separator: str) -> None:
     assert unescape(text) == separator
-
-
-@pytest.mark.parametrize("text", ["", "a\\", r"\x1", r"\ud800", r"\N{DASH}", "\udcff"])
-def test_bad_escapes(text: str) -> None:
-    with pytest.raises(UserError, match="--document-separator"):
-        unescape(text)
 
 
 # ---- Saved datasets of Hugging Face ----------------------------------------------------------------------------------
@@ -226,33 +173,6 @@ def test_saved_datasets_are_read_as_by_datasets(saved: Path) -> None:
     assert documents(saved / "dict" / "train") == DOCUMENTS[:40]
     with pytest.raises(UserError, match=r"has several splits \(train, test\): name the folder of one split$"):
         documents(saved / "dict")
-
-
-@pytest.mark.parametrize(
-    ("content", "problem"),
-    [
-        ("[", r"one/state\.json is damaged"),
-        ("{}", "one cannot be read; save the dataset again: "),
-        ('{"_data_files": [{"filename": "lost.arrow"}]}', r"one/lost\.arrow does not exist"),
-        ('{"_data_files": [{"filename": "../other.arrow"}]}', "other.arrow"),
-        ('{"_data_files": [{"filename": "link.arrow"}]}', r"link\.arrow is a link to a file outside its folder"),
-    ],
-)
-def test_damaged_saved_datasets(saved: Path, tmp_path: Path, content: str, problem: str) -> None:
-    shutil.copytree(saved / "one", tmp_path / "one")
-    (tmp_path / "other.arrow").touch()
-    (tmp_path / "one" / "link.arrow").symlink_to("../other.arrow")
-    (tmp_path / "one" / "state.json").write_text(content)
-    with pytest.raises(UserError, match=problem) as caught:
-        documents(tmp_path / "one")
-    assert "\n" not in str(caught.value)
-
-
-def test_split_of_a_saved_dataset_is_not_a_link_that_leads_outside(saved: Path, tmp_path: Path) -> None:
-    (tmp_path / "dataset_dict.json").write_text('{"splits": ["train"]}')
-    (tmp_path / "train").symlink_to(saved / "one")
-    with pytest.raises(UserError, match=r"train/state\.json is a link to a file outside its folder"):
-        documents(tmp_path)
 
 
 TEXT = st.text(st.characters(codec="utf-8"), max_size=8)
@@ -293,31 +213,3 @@ def test_shards_hold_all_documents_in_order(tmp_path: Path, files: list[tuple[st
     inputs = find_inputs(paths, separator=separator)
     parts = [take_shard(inputs, Shard(index, count)) for index in range(count)]
     assert [text for part in parts for text in texts_of(part)] == texts_of(inputs)
-
-
-@pytest.mark.parametrize("name", ["a.jsonl.gz", "a.parquet"])
-def test_files_are_distributed_evenly(tmp_path: Path, name: str) -> None:
-    inputs = find_inputs([write(tmp_path / f"{number}-{name}", [f"{number}"] * 20) for number in range(12)])
-    for count in (3, 4, 24):
-        sizes = [len(texts_of(take_shard(inputs, Shard(index, count)))) for index in range(count)]
-        assert sum(sizes) == 240
-        assert max(sizes) <= max(20, 240 // count)
-
-
-@given(sizes=st.lists(st.integers(0, 5), max_size=6), count=st.integers(1, 4))
-def test_every_file_belongs_to_one_shard(sizes: list[int], count: int) -> None:
-    """Also empty files, whose middle may be where all bytes end."""
-    inputs = [Input(str(number), "jsonl", size) for number, size in enumerate(sizes)]
-    assert [source for index in range(count) for source in take_shard(inputs, Shard(index, count))] == inputs
-
-
-def test_pipes_and_standard_input_cannot_be_divided() -> None:
-    for source in (Input("pipe", "jsonl", None), Input("-", "jsonl", 100)):
-        with pytest.raises(UserError, match=f"--shard needs files, but input {source.name} is a pipe or standard"):
-            take_shard([source], Shard(0, 2))
-
-
-@pytest.mark.parametrize("text", ["2/2", "-1/2", "1", "a/b", "0/0", "1/2/3", " 0/2", "٠/٢"])
-def test_bad_shards(text: str) -> None:
-    with pytest.raises(UserError, match="must be I/N with I from 0 to N - 1"):
-        Shard.parse(text)

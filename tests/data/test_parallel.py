@@ -1,13 +1,7 @@
-import os
-
 import pytest
 
 from maskmoe.data.parallel import map_in_processes
 from maskmoe.errors import UserError
-
-
-def process_id(_: int) -> int:
-    return os.getpid()
 
 
 def fail_at_three(number: int) -> int:
@@ -20,12 +14,6 @@ def fail_at_three(number: int) -> int:
 def test_results_keep_the_order_of_the_tasks(workers: int) -> None:
     assert list(map_in_processes(abs, range(-50, 0), workers)) == list(range(50, 0, -1))
     assert list(map_in_processes(abs, [], workers)) == []
-
-
-def test_only_several_tasks_start_processes() -> None:
-    assert list(map_in_processes(process_id, [0], 2)) == [os.getpid()]
-    assert list(map_in_processes(process_id, [0, 1], 1)) == [os.getpid()] * 2
-    assert os.getpid() not in map_in_processes(process_id, [0, 1], 2)
 
 
 def test_reading_stays_a_few_tasks_ahead_of_the_results() -> None:
@@ -43,8 +31,3 @@ def test_an_exception_of_a_task_is_raised_in_its_place(workers: int) -> None:
     assert [next(results) for _ in range(3)] == [0, 1, 2]
     with pytest.raises(UserError, match="task 3 failed"):
         next(results)
-
-
-def test_there_must_be_a_worker() -> None:
-    with pytest.raises(UserError, match="at least 1 worker process, not 0"):
-        next(map_in_processes(abs, [1, 2], 0))

@@ -1,9 +1,7 @@
 """Makes datasets from text files as a user does."""
 
 import json
-import os
 from collections.abc import Callable
-from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -69,20 +67,6 @@ def test_huggingface(jsonl: Callable, texts: list[str], huggingface_folder: Path
     assert content(tmp_path / "ours") == content(tmp_path / "megatron")
 
 
-def test_names_that_are_not_utf8(jsonl: Callable, texts: list[str], sentencepiece_model: Path, tmp_path: Path) -> None:
-    model = tmp_path / os.fsdecode(b"n\xff.model")
-    model.write_bytes(sentencepiece_model.read_bytes())
-    prefix = tmp_path / os.fsdecode(b"out\xff")
-    path = jsonl(os.fsdecode(b"a\xff.jsonl"), texts)
-    result = run_tool("preprocess_data", *sentencepiece_arguments(model, prefix, path), "--workers", 2)
-    assert result.returncode == 0, result.stderr
-    assert content(prefix)[0]
-    record = read_tokenizer_record(f"{prefix}_text_document")
-    assert record == replace(
-        load_tokenizer("SentencePieceTokenizer", sentencepiece_model).record(), model=r"n\xff.model"
-    )
-
-
 def test_several_keys_and_no_eod(sentencepiece_model: Path, tmp_path: Path) -> None:
     path = tmp_path / "a.jsonl"
     path.write_text("".join(json.dumps({"q": f"question {i}", "a": f"answer {i}"}) + "\n" for i in range(10)))
@@ -116,29 +100,3 @@ def test_bad_input_keeps_the_earlier_dataset(
         with pytest.raises(UserError, match=message):
             preprocess([path], "SentencePieceTokenizer", sentencepiece_model, prefix, force=True, **settings)
         assert {path.name: path.read_bytes() for path in tmp_path.iterdir()} == before
-
-
-@pytest.mark.parametrize("eod_id", [500, 1000, 70_000])
-def test_eod_beyond_the_vocabulary_is_refused(
-    jsonl: Callable, huggingface_folder: Path, tmp_path: Path, eod_id: int
-) -> None:
-    """The `tokenizer.json` has 500 ids, whose numbers leave gaps."""
-    settings = json.loads((huggingface_folder / "tokenizer.json").read_text(encoding="utf-8"))
-    (end,) = (token for token in settings["added_tokens"] if token["content"] == "<end>")
-    end["id"] = settings["model"]["vocab"]["<end>"] = eod_id
-    (tmp_path / "tokenizer.json").write_text(json.dumps(settings), encoding="utf-8")
-    (tmp_path / "tokenizer_config.json").write_text('{"eos_token": "<end>"}')
-    path = jsonl("a.jsonl", ["a"])
-    before = sorted(tmp_path.iterdir())
-    with pytest.raises(UserError, match=f"has the end-of-text id {eod_id}, but only 500 ids"):
-        preprocess([path], "HuggingFaceTokenizer", tmp_path, tmp_path / "out", append_eod=True)
-    assert sorted(tmp_path.iterdir()) == before
-
-
-def test_eod_needs_a_tokenizer_that_has_one(jsonl: Callable, huggingface_folder: Path, tmp_path: Path) -> None:
-    (tmp_path / "tokenizer.json").write_bytes((huggingface_folder / "tokenizer.json").read_bytes())
-    path = jsonl("a.jsonl", ["a"])
-    with pytest.raises(UserError, match="no end-of-text token"):
-        preprocess([path], "HuggingFaceTokenizer", tmp_path, tmp_path / "out", append_eod=True)
-    preprocess([path], "HuggingFaceTokenizer", tmp_path, tmp_path / "out")
-    assert open_tokens(tmp_path / "out_text_document").size

@@ -1,4 +1,4 @@
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -10,7 +10,6 @@ from support.command_lines import run_command
 
 from maskmoe.data import tokenizer_training
 from maskmoe.data.tokenizer_training import draw_lines, train_tokenizer
-from maskmoe.errors import UserError
 
 # SentencePiece writes a space as "▁", so this character is not kept.
 CHARACTERS = st.characters(codec="utf-8", exclude_characters="▁")
@@ -39,26 +38,11 @@ def test_layout_of_the_vocabulary(processor: SentencePieceProcessor) -> None:
     assert len(processor.encode("        x")) < 5
 
 
-@pytest.mark.parametrize("max_lines", [500, 10_000_000])
-def test_deterministic(texts: list[str], max_lines: int) -> None:
-    first, second = (train_tokenizer(texts, 400, max_lines=max_lines, num_threads=2) for _ in range(2))
-    assert first == second
-
-
 @pytest.mark.parametrize("model_type", ["bpe", "unigram"])
 def test_seed_decides_which_lines_are_drawn(texts: list[str], model_type: str) -> None:
     settings = {"model_type": model_type, "max_lines": 300, "num_threads": 1}
     models = [train_tokenizer(texts, 400, **settings, seed=seed) for seed in (0, 0, 1)]
     assert models[0] == models[1] != models[2]
-
-
-@pytest.mark.parametrize(
-    ("text", "vocab_size", "max_lines"),
-    [*(("▅\nabcabc abc\n", 265, number) for number in (1, 100, 101)), ("\tabcabc\tabc\n", 264, 10**7)],
-)
-def test_few_lines_and_lines_with_tabs(text: str, vocab_size: int, max_lines: int) -> None:
-    model = train_tokenizer([text * 200], vocab_size, max_lines=max_lines, num_threads=1)
-    assert "abc" in SentencePieceProcessor(model_proto=model).encode("abc", out_type=str)
 
 
 @given(num_lines=st.integers(0, 40), max_lines=st.integers(1, 30), seed=st.integers(0, 9), batch=st.integers(1, 9))
@@ -79,32 +63,6 @@ def test_lines_are_drawn_with_equal_probability(monkeypatch: pytest.MonkeyPatch)
     drawn = [int(line) for seed in range(4000) for line in draw_lines(iter(lines), 5, seed)]
     # A line is drawn in 1000 of 4000 samples, with a standard deviation of 27.
     assert abs(np.bincount(drawn, minlength=20) - 1000).max() < 5 * 27
-
-
-@pytest.mark.parametrize(
-    ("documents", "vocab_size", "message"),
-    [
-        ([], 500, "no text"),
-        (["", "\n\n", "\r\n\r\n", "▅▅\n▅", "\0\0\n\0"], 500, "no text"),
-        (["hello"], 500, r"too small for a vocabulary of 500: choose --vocab-size \d+ or less"),
-        (["hello"], 100, r"a vocabulary of 100 cannot hold .*: choose --vocab-size 263 or more"),
-    ],
-)
-@pytest.mark.parametrize("model_type", ["bpe", "unigram"])
-def test_text_that_does_not_suit_the_size(
-    documents: Sequence[str], vocab_size: int, message: str, model_type: str
-) -> None:
-    with pytest.raises(UserError, match=message):
-        train_tokenizer(documents, vocab_size=vocab_size, model_type=model_type, num_threads=1)
-
-
-def test_errors_of_the_documents_come_through() -> None:
-    def documents():
-        yield "hello"
-        raise UserError("broken input")
-
-    with pytest.raises(UserError, match="broken input"):
-        train_tokenizer(documents(), vocab_size=300)
 
 
 def test_tool(jsonl: Callable, texts: list[str], tmp_path: Path) -> None:
