@@ -35,7 +35,6 @@ FOLDER = "elastic"
 """Name of the folder in a run folder in which launchers meet."""
 
 _LAST_CALL_SECONDS = 30.0  # for which nothing may change before a run starts on fewer than all nodes
-_UNLOCK_SECONDS = 120.0  # for which a file system may keep the lock of a lost node
 _LOOK_SECONDS = 1.0
 _POLL_SECONDS = 0.5
 _BEATS_SECONDS = 6.0  # after a timeout, until all launchers have written and read
@@ -282,7 +281,7 @@ class ElasticRun:
         node_rank = generation.members.index(self._nodes.me)
         # The other nodes see the new generation and kill their former ranks, one of which may hold the lock.
         if node_rank == 0 and (save := generation.flags.get("save")):
-            check_unlocked(Path(save[0]), patience=_UNLOCK_SECONDS)
+            check_unlocked(Path(save[0]))
         if node_rank and not self._reach_first_node(generation):
             return None
         meeting = replace(

@@ -17,7 +17,7 @@ from maskmoe.checkpoint.series import non_persistent_folder
 from maskmoe.errors import UserError, one_line
 from maskmoe.files.run_folder import ARGUMENTS, Entry, Kind, read_journal
 from maskmoe.files.untrusted import UnusableFile, read_bounded
-from maskmoe.processes.folder_lock import describe_holder, look_at_lock
+from maskmoe.processes.folder_lock import LOCK_NAME, check_unlocked
 from maskmoe.run_status.checkpoints import Checkpoints, find_checkpoints, read_checkpoints
 from maskmoe.run_status.events import Logged, find_event_folder, read_events
 
@@ -195,13 +195,16 @@ def read_liveness(
         last_sign: When the run last wrote something, in seconds since 1970; None if it has written nothing.
         progress: How far the run is.
     """
-    lock = None if lock_folder is None else look_at_lock(lock_folder)
+    lock = None if lock_folder is None or not (lock_folder / LOCK_NAME).exists() else lock_folder
     newest = history[-1] if history else None
     patience = max(_SILENT_SECONDS, _SILENT_ITERATIONS * (progress.seconds_per_iteration or 0))
     is_fresh = last_sign is not None and time.time() - last_sign < patience
     found = partial(Liveness, last_sign=last_sign)
-    if lock is not None and lock.is_alive:
-        return found("running", f"{describe_holder(lock.holder)} holds the lock")
+    if lock is not None:
+        try:
+            check_unlocked(lock)
+        except UserError as holder:
+            return found("running", str(holder))
     is_open = newest is not None and newest.kind not in (Kind.ENDED, Kind.NODES)
     if lock is None and is_open and is_fresh:
         return found("running", "its journal has no end, and it wrote something a short time ago")
@@ -218,7 +221,7 @@ def read_liveness(
     if newest is not None and newest.kind is Kind.ENDED:
         return found("ended", newest.text)
     if lock is not None:
-        return found("lost", f"{describe_holder(lock.holder)} has left its lock behind and is gone")
+        return found("lost", "its process has left its lock behind and is gone")
     if is_open:
         return found("lost", "its journal has no end, but it has written nothing for a while")
     if lock_folder is not None:

@@ -24,6 +24,7 @@ from maskmoe.training.resume import model_settings
 from maskmoe.training.resume.changed_settings import find_changed_settings, take_schedule_of_checkpoint
 from maskmoe.training.run_settings import RunSettings
 from maskmoe.training.settings import inputs
+from maskmoe.training.settings.agreement import check_agreement
 from maskmoe.training.settings.arguments import add_maskmoe_arguments
 from maskmoe.training.settings.folders import run_folder_defaults
 from maskmoe.training.settings.layout import BatchSizes, layout_errors
@@ -38,17 +39,21 @@ from maskmoe.training.settings.refused_settings import (
 ArgumentsProvider = Callable[[ArgumentParser], ArgumentParser]
 
 
-def parse_and_check_args(own_arguments: ArgumentsProvider) -> RunSettings:
+def parse_and_check_args(
+    own_arguments: ArgumentsProvider, before_reading: Callable[[Namespace], object] = lambda _: None
+) -> RunSettings:
     """Parse the command line, check all settings and files in it, and set Megatron's global variables.
 
-    The function changes no file and makes none, and does not open Megatron's writers. See `RunChecks` for the
-    arguments.
+    The function changes no file and makes none, and does not open Megatron's writers. See `RunChecks` for the first
+    argument. `before_reading` gets the parsed arguments before any file of the run is read, to lock its folder.
 
     Raises:
-        UserError: The first error of the run.
+        UserError: The first error of the run, or the ranks were started with different settings or files.
     """
     console.load("checking settings and files")
     checks = RunChecks(own_arguments)
+    check_agreement(checks.args, meet_ranks(checks.args).gather)
+    before_reading(checks.args)
     for error in checks.errors():
         raise UserError(error)
     for note in checks.notes:

@@ -17,23 +17,19 @@ class RunSettings:
         args: Megatron's validated arguments, which Megatron's own code reads and completes.
         has_work: Whether to train, or to save the checkpoint of a complete run into `--save`, which lacks it.
         run_folder: The folder of logs, arguments and pages; None if the run writes none.
-        checkpoint_folders: The folders that the run saves checkpoints to, and no other run may.
     """
 
     args: Namespace
     mask: RoutingMask | None
     has_work: bool
     run_folder: Path | None
-    checkpoint_folders: tuple[Path, ...]
 
     @classmethod
     def from_args(cls, args: Namespace, mask: RoutingMask | None, is_complete: bool) -> "RunSettings":
         """Return the settings of a run; it is complete if its checkpoint has reached the last iteration."""
-        folders = () if args.save is None else (args.save, args.non_persistent_global_ckpt_dir)
         return cls(
             args,
             mask,
             has_work=not is_complete or lacks_what_it_loads(args),
             run_folder=run_folder(args.save, args.tensorboard_dir),
-            checkpoint_folders=tuple(Path(folder) for folder in folders if folder is not None),
         )

@@ -5,9 +5,11 @@ are 1 if the run failed, and 2 for bad input, before anything was done.
 """
 
 import sys
+from argparse import Namespace
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -60,18 +62,28 @@ straggler_detector = StragglerDetector()
 def main(builder: type[StageBuilder] | None = None) -> None:
     """Pretrain as the command line says, with another builder of models if one is given."""
     with ExitStack() as until_end:
-        # Check everything before any process group exists.
-        run = parse_and_check_args(add_pretraining_arguments)
+        # Check everything before any process group exists. A run that looked at a folder before it locks the folder could
+        # miss the checkpoints of another run.
+        run = parse_and_check_args(
+            add_pretraining_arguments, lambda args: until_end.enter_context(locked_by_first_rank(args))
+        )
         if not run.has_work:
             return
         ranks = meet_ranks(run.args)
         trainer = Trainer(run, ranks, builder)
         # A refused run leaves no files, so wait until no rank can refuse the run any more.
         ranks.gather("checks", "passed")
-        for folder in run.checkpoint_folders if ranks.rank == 0 else ():
-            until_end.enter_context(locked_folder(folder))
-        ranks.broadcast("locks of the folders")
         trainer.train()
+
+
+@contextmanager
+def locked_by_first_rank(args: Namespace) -> Iterator[None]:
+    """Let the first rank hold the locks of the folders that a run saves to. Raises UserError if another run does."""
+    folders = (args.save, args.non_persistent_global_ckpt_dir) if args.rank == 0 and args.save is not None else ()
+    with ExitStack() as locks:
+        for folder in filter(None, folders):
+            locks.enter_context(locked_folder(Path(folder)))
+        yield
 
 
 class Trainer:

@@ -265,11 +265,10 @@ def test_running_killed_and_ended_runs(tmp_path):
     started = [entry(Kind.STARTED, 5000)]
     with held_lock(tmp_path) as process:
         liveness = read_liveness(tmp_path, started, time.time(), UNDER_WAY)
-        held = f"process {process.pid} on host {os.uname().nodename} holds the lock"
-        assert (liveness.state, liveness.reason) == ("running", held)
+        assert liveness.state == "running"
+        assert f"process {process.pid} on host {os.uname().nodename}" in liveness.reason
     liveness = read_liveness(tmp_path, started, time.time(), UNDER_WAY)
     assert liveness.state == "lost"
-    assert f"process {process.pid} on host" in liveness.reason
     ended = [*started, entry(Kind.ENDED, 1, "rank 1 was ended by signal 9")]
     assert read_liveness(tmp_path, ended, time.time(), UNDER_WAY).reason == "rank 1 was ended by signal 9"
     with locked_folder(tmp_path):
@@ -302,15 +301,6 @@ def test_run_may_fail_in_the_save_of_its_last_iteration(tmp_path, kind, exit_cod
     assert read_liveness(tmp_path, [newest], time.time() - 5000, COMPLETE).state == state
 
 
-def test_lock_of_another_host_needs_a_fresh_touch(tmp_path):
-    lock = tmp_path / ".run.lock"
-    lock.write_text(json.dumps({"host": "elsewhere", "pid": 1, "started": 0.0}))
-    assert read_liveness(tmp_path, [], None, UNDER_WAY).state == "running"
-    old = time.time() - 60
-    os.utime(lock, (old, old))
-    assert read_liveness(tmp_path, [], None, UNDER_WAY).state == "lost"
-
-
 # A run without checkpoints, and so without a lock: its history, the age of what it wrote, and its state.
 WITHOUT_LOCK = [
     ([], 10, "running", "it wrote something a short time ago"),
@@ -334,20 +324,3 @@ def test_run_without_a_lock(kinds, age, state, reason):
 def test_slow_run_may_be_silent_for_longer():
     slow = Progress(iteration=20, total=40, seconds_per_iteration=600.0)
     assert read_liveness(None, [entry(Kind.STARTED, 9000)], time.time() - 5000, slow).state == "running"
-
-
-def test_start_succeeds_while_the_lock_is_read(tmp_path):
-    """Another process reads the lock all the time while runs start; none is refused or delayed."""
-    program = "import sys; from pathlib import Path; from maskmoe.processes.folder_lock import look_at_lock\n"
-    program += "print(1, flush=True)\nwhile True: look_at_lock(Path(sys.argv[1]))"
-    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
-    reader = subprocess.Popen([sys.executable, "-c", program, tmp_path], stdout=subprocess.PIPE, env=environment)
-    reader.stdout.readline()
-    try:
-        for _ in range(200):
-            with locked_folder(tmp_path):
-                pass
-        assert reader.poll() is None
-    finally:
-        reader.kill()
-        reader.communicate()
