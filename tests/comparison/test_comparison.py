@@ -213,7 +213,7 @@ def test_a_folder_in_which_another_command_works_is_refused(arguments, tmp_path)
         process = compare(*arguments)
         output, _ = process.communicate(timeout=60)
     assert process.returncode == 2
-    assert "another run or conversion" in output
+    assert "another process" in output
     assert not (tmp_path / "run" / "data").exists()
 
 

@@ -86,13 +86,12 @@ def test_impossible_times_of_events_are_not_shown(tmp_path, wall_time):
 
 
 def test_json_has_all_parts(run):
-    (run / "checkpoints" / ".run.lock").write_text(json.dumps({"host": "elsewhere", "pid": 1, "started": 0.0}))
     content = json.loads(json.dumps(read_status(run).to_json(), allow_nan=False))
     assert content.keys() == {
         *("name", "read", "liveness", "progress", "history", "warnings", "checkpoints"),
     }
     assert (content["progress"]["iteration"], content["progress"]["seconds_left"]) == (20, pytest.approx(5))
-    assert content["liveness"]["state"] == "running"
+    assert content["liveness"]["state"] == "ended"
     assert content["checkpoints"]["next_start"] == str(run / "checkpoints" / "iter_0000020")
     assert content["history"][0]["facts"] == {"ranks": 2}
 

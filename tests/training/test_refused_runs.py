@@ -65,12 +65,12 @@ PASSED = "all checks have passed"
 
 @pytest.fixture
 def read_traces(files_and_times) -> Callable[[Path], dict[str, object]]:
-    """Read what a refused run could leave; only the time of the folder that the run locks for a moment may change."""
+    """Read what a refused run could leave; the times of folders in which it makes a lock for a moment may change."""
 
     def read_traces(run_folder: Path) -> dict[str, object]:
         files = dict(files_and_times(run_folder))
-        size, _ = files[str(run_folder / "checkpoints")]
-        return files | {str(run_folder / "checkpoints"): size}
+        locked = [str(run_folder), str(run_folder / "checkpoints")]
+        return files | {name: files[name][0] for name in locked}
 
     return read_traces
 
@@ -201,3 +201,41 @@ def test_dataset_that_the_second_rank_alone_lacks(refuse_ranks, tmp_path):
 def test_folder_of_a_run_that_trains(refuse_ranks, run_folder):
     with locked_folder(run_folder / "checkpoints"):
         assert "another process" in refuse_ranks("")
+
+
+LOCKS_LATE = """
+import pathlib, sys, time
+from maskmoe.megatron_compat import prepare_process
+prepare_process()
+from maskmoe.processes import folder_lock
+from maskmoe.processes.run_tool import run_tool
+from maskmoe.training import trainer
+
+folder = pathlib.Path(sys.argv.pop())
+
+def acquire_late(*arguments, acquire=folder_lock._acquire):
+    (folder / "about to lock").touch()
+    while not (folder / "first has ended").exists():
+        time.sleep(0.05)
+    return acquire(*arguments)
+
+folder_lock._acquire = acquire_late
+if __name__ == "__main__":
+    run_tool(trainer.main)
+"""
+
+
+def test_second_of_two_equal_commands_sees_what_the_first_has_saved(workplace, tmp_path):
+    """The second starts before the first has saved, and locks the folder after the first has ended."""
+    (tmp_path / "late.py").write_text(LOCKS_LATE)
+    flags = f"--save {tmp_path}/save --load {tmp_path}/save --train-iters 2 --eval-iters 0 --lr-warmup-iters 1"
+    late = Run(f"{flags} {tmp_path}", program=(str(tmp_path / "late.py"),), logs_scalars=False)
+    with workplace.start(late, tmp_path / "second") as second:
+        second.wait_until((tmp_path / "about to lock").exists)
+        first = workplace.run(Run(flags), tmp_path / "first")
+        assert (first.exit_codes, first.iterations) == ((0,), [1, 2])
+        (tmp_path / "first has ended").touch()
+        outcome = second.wait()
+    assert outcome.exit_codes == (0,), outcome.report()
+    assert "nothing is left to train" in outcome.output
+    assert "iteration        1/" not in outcome.output
