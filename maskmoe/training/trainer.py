@@ -62,8 +62,8 @@ straggler_detector = StragglerDetector()
 def main(builder: type[StageBuilder] | None = None) -> None:
     """Pretrain as the command line says, with another builder of models if one is given."""
     with ExitStack() as until_end:
-        # Check everything before any process group exists. A run that looked at a folder before it locks the folder could
-        # miss the checkpoints of another run.
+        # Check everything before any process group exists. Lock the folder before looking at it, to miss no checkpoint
+        # of a run that just ends.
         run = parse_and_check_args(
             add_pretraining_arguments, lambda args: until_end.enter_context(locked_by_first_rank(args))
         )
