@@ -300,5 +300,4 @@ def test_counts_that_cannot_be_added_up(tmp_path: Path) -> None:
     joined = tmp_path / "joined"
     merge_token_frequencies([first, count("c")]).save(joined)
     for other in (first, joined, weighted, count("d", vocab_size=11), count("e", sha256="1" * 64)):
-        message = refused(merge_token_frequencies, [first, other])
-        assert str(first) in message or str(other) in message
+        assert "counts" in refused(merge_token_frequencies, [first, other])
