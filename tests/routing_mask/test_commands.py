@@ -11,7 +11,6 @@ from support.datasets import frequency_of, write_documents
 
 from maskmoe.command_line.build_routing_mask import parse_arguments, recipe_from, warn_of_overload
 from maskmoe.data.tokenizer import TokenizerRecord
-from maskmoe.errors import UserError
 from maskmoe.routing_mask.assignment import MaskRecipe, build_routing_mask
 from maskmoe.routing_mask.feed_forward_layers import FeedForwardLayers
 from maskmoe.routing_mask.frequency import TokenFrequency
@@ -61,8 +60,6 @@ def test_count(folder):
 METHOD = ["--frequent-mass", 0.5, "--frequent-visible-experts", 2, "--seed", 3]
 MODEL = ["--num-experts", 8, "--num-layers", 3]
 COUNTS = ["--token-frequency", "counts.safetensors"]
-ON_RANKS = [*METHOD, "--assignment", "rank-local"]
-HASHED_ON_RANKS = ["--preset", "smoe", "--hash-assignment", "rank-local"]
 
 
 def test_build(folder):
@@ -115,16 +112,6 @@ def test_build_hash_layers(folder):
         assert ("use --hash-visible-experts of at least 2" in process.output) == (assignment == "rank-local")
 
 
-def test_summary_needs_counts_of_the_masks_tokenizer(folder):
-    other = TokenizerRecord("HuggingFaceTokenizer", "other.json", "b" * 64, VOCAB_SIZE, eod_id=0)
-    frequency_of([1] * VOCAB_SIZE, other).save(folder / "other_counts")
-    process = build(*COUNTS, *MODEL, "--preset", "hash-balanced", cwd=folder, output="summarised")
-    assert process.code == 0, process.errors
-    process = build("--routing-mask", "summarised", "--token-frequency", "other_counts", cwd=folder, output="copy")
-    process.assert_refused("the counts were made with HuggingFaceTokenizer other.json")
-    assert not (folder / "copy").exists()
-
-
 def built_in_process(folder: Path, monkeypatch: pytest.MonkeyPatch, *flags: object) -> RoutingMask:
     """Return the mask of the command line, without a new process and without a file."""
     monkeypatch.setattr(sys, "argv", ["mask", *map(str, (*COUNTS, *MODEL, *flags, "--output", "unused"))])
@@ -149,20 +136,6 @@ def test_build_none_or_all_hash_layers(folder, monkeypatch, recipe, hash_flags, 
     for number, same_flags in ((0, recipe), (3, preset)):
         mask = built_in_process(folder, monkeypatch, *recipe, "--hash-layers", number, *hash_flags)
         assert mask.digest == built_in_process(folder, monkeypatch, *same_flags).digest
-
-
-@pytest.mark.parametrize("recipe", [ON_RANKS, HASHED_ON_RANKS])
-def test_build_all_hash_layers_on_single_ranks(folder, monkeypatch, recipe):
-    flags = [*recipe, "--expert-model-parallel-size", 2, "--hash-layers", 3]
-    mask = built_in_process(folder, monkeypatch, *flags)
-    assert (mask.num_visible_of_layer(2) == 1).all()
-    assert mask.rank_of_rows(2) is not None
-
-
-@pytest.mark.parametrize("flags", [HASHED_ON_RANKS, [*ON_RANKS, "--hash-assignment", "balanced"]])
-def test_refuse_some_rank_local_layers(folder, monkeypatch, flags):
-    with pytest.raises(UserError, match="--hash-assignment and --assignment must both be rank-local"):
-        built_in_process(folder, monkeypatch, *flags, "--expert-model-parallel-size", 2, "--hash-layers", 1)
 
 
 @pytest.mark.parametrize("topk", [1, 2, 8])
