@@ -34,25 +34,42 @@ def attach_losses(router: TopKRouter, activation: Tensor, sums: LossSums) -> Ten
     Gradients of the losses flow when the gradient of the result flows. The losses are logged under Megatron's names.
     `sums` are over this rank's tokens. The router holds the accumulated load of the global loss.
     """
+    num_real = mean_over_ranks(sums.num_real, router.tp_cp_group)
     for name, balancing in sums.balancing.items():
-        activation = _attach_balancing_loss(router, name, activation, balancing, sums.num_real)
+        activation = _attach_balancing_loss(router, name, activation, balancing, num_real)
     coeff = router.config.moe_z_loss_coeff
     if coeff:
-        z_loss = masked_z_loss(sums, coeff / router.tp_cp_group.size())
+        assert sums.squared_logsumexp is not None
+        z_loss = masked_z_loss(sums.squared_logsumexp, num_real, coeff / router.tp_cp_group.size())
         activation = router.attach_and_log_load_balancing_loss(
-            activation, coeff, z_loss, "z_loss", router.tp_cp_group, valid_token_count=sums.num_real
+            activation, coeff, z_loss, "z_loss", router.tp_cp_group, valid_token_count=num_real
         )
     return activation
 
 
-def masked_z_loss(sums: LossSums, coeff: float) -> Tensor:
-    """Return the z-loss of ST-MoE (arXiv 2202.08906, eq. 5) over the visible logits, a mean over all real tokens.
+def mean_over_ranks(num_real: int | Tensor, group: ProcessGroup) -> int | Tensor:
+    """Return the mean number of real tokens of the ranks; an integer is the same on all ranks.
+
+    Padding gives the ranks of a sequence unequal numbers of real tokens. Losses that divide by the number of each rank
+    would weigh the tokens of a rank with more padding more, as the z-loss of Megatron-Core 0.19.2 does.
+    """
+    if isinstance(num_real, int) or group.size() == 1:
+        return num_real
+    return reduce_from_tensor_model_parallel_region(num_real.float(), group) / group.size()
+
+
+def masked_z_loss(squared_logsumexp: Tensor, num_real: int | Tensor, coeff: float) -> Tensor:
+    """Return the z-loss of ST-MoE (arXiv 2202.08906, eq. 5) over the visible logits of this rank's tokens.
 
     A token with one visible expert contributes 0: its weight is 1 whatever its logit is, so the logit needs no control.
+
+    Args:
+        squared_logsumexp: Scalar, the sum over this rank's real tokens.
+        num_real: The mean number of real tokens of the ranks that share the micro-batch, so that the losses of the
+            ranks add up to a mean over the real tokens of all of them.
+        coeff: The coefficient, divided by the number of these ranks.
     """
-    num_real = sums.num_real
-    assert sums.squared_logsumexp is not None
-    return sums.squared_logsumexp / (num_real if isinstance(num_real, int) else num_real.clamp(min=1.0)) * coeff
+    return squared_logsumexp / (num_real if isinstance(num_real, int) else num_real.clamp(min=1.0)) * coeff
 
 
 def measure_load(sums: BalancingSums, topk: int, group: ProcessGroup) -> ExpertLoad:

@@ -230,6 +230,14 @@ def test_ranks_equal_one(layout: str, case: str, request: pytest.FixtureRequest)
         torch.testing.assert_close(found, value, rtol=1e-4, atol=1e-5, msg=lambda text, key=key: f"{key}: {text}")
 
 
+@pytest.mark.parametrize("case", [case for case in CASES if is_possible("expert_with_losses", case)])
+def test_global_loss_covers_data_parallel_ranks(case: str, two_ranks: list[dict[str, Tensor]]) -> None:
+    """The shares of the ranks add up to the loss of one rank that has the whole batch."""
+    layout, loss = "expert_with_losses", "global_load_balancing_loss"
+    shares = [rank[f"{layout}/{case}/{loss}"] for rank in two_ranks]
+    torch.testing.assert_close(sum(shares), run_case(layout, case)[loss].cpu())
+
+
 @pytest.mark.parametrize("case", [case for case in CASES if is_possible("planned", case)])
 def test_plan_changes_no_bit(case: str, two_ranks: list[dict[str, Tensor]]) -> None:
     """Compare with one-copy dispatch. Router gradients are skipped: ranks route other tokens with a plan."""

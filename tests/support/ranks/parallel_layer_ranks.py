@@ -28,6 +28,8 @@ from maskmoe.transformer.dispatch.planned import PlannedDispatcher
 from maskmoe.transformer.token_ids import TokenIds, pack_token_ids
 
 NUM_EXPERTS, VOCAB_SIZE, SEQUENCE, BATCH, HIDDEN = 6, 9, 6, 4, 8
+LENGTHS = np.array([6, 4, 2, 5])
+"""The real tokens of each sequence with padding, so that halves of sequences and of batches have unequal numbers."""
 
 
 @dataclass(frozen=True)
@@ -40,7 +42,7 @@ class Case:
         settings: settings of the configuration.
         scale: scale of the hidden states.
         parts: id i sees experts of part `i % parts`, if the experts are divided into more than one part.
-        has_padding: some tokens are padding.
+        has_padding: sequences have `LENGTHS` real tokens.
     """
 
     sizes: tuple[int, ...]
@@ -97,6 +99,7 @@ CASES = {
         parts=2,
         has_padding=True,
     ),
+    "padding": Case((1, 2, 4), settings={"topk": 3}, has_padding=True),
     "all_gather": Case((1, 2, 4), settings={"topk": 3, "moe_token_dispatcher_type": "allgather"}),
 }
 
@@ -153,8 +156,8 @@ def is_possible(layout_name: str, case_name: str) -> bool:
     if layout.plans or layout_name == "expert_with_losses":
         return case.is_rank_local and "all_gather" not in case_name
     if case.has_padding:
-        # Losses are means over each rank's real tokens, whose numbers differ between the ranks.
-        return not layout.losses
+        # Losses cover the tokens of tensor-parallel ranks together, but of each expert-parallel rank alone.
+        return layout.split_dimension == 0 or not layout.losses
     return layout_name == "expert" or "shared" not in case_name
 
 
@@ -193,7 +196,8 @@ def run_case(layout_name: str, case_name: str, rank: int = 0, num_ranks: int = 1
     output_grad = part_of(rng.normal(size=shape)).float()
     token_ids = TokenIds(part_of(rng.integers(0, VOCAB_SIZE, shape[:2])).T.contiguous())
     if case.has_padding:
-        token_ids = replace(token_ids, is_padding=part_of(rng.random(shape[:2]) < 0.4).T.contiguous())
+        is_padding = np.arange(SEQUENCE)[:, None] >= LENGTHS  # [sequence, batch]
+        token_ids = replace(token_ids, is_padding=part_of(is_padding).T.contiguous())
     if layout.plans and num_ranks > 1:
         assert isinstance(layer.dispatcher, PlannedDispatcher)
         token_ids = plan_ids(layer, token_ids)
