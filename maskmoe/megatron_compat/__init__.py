@@ -25,12 +25,11 @@ def prepare_process() -> None:
         UserError: There are GPUs that torch cannot use, so training on them would become training on the CPU.
         RuntimeError: There is no GPU, and megatron was imported before.
     """
-    from maskmoe.megatron_compat import cpu, patches
+    from maskmoe.megatron_compat import cpu
 
     has_own_log = logging.root.hasHandlers()
     if RANK_PROCESS in os.environ:
         end_with_parent(int(os.environ[RANK_PROCESS]))
-    patches.accumulate_gradients_without_apex()
     if not torch.cuda.is_available():
         # The driver's library counts GPUs even if the driver is too old for CUDA.
         if num_unusable := torch.cuda.device_count():
@@ -44,7 +43,7 @@ def prepare_process() -> None:
     # These modules import megatron, so they must come after the CPU adapter.
     from megatron.training import training
 
-    from maskmoe.megatron_compat import checkpoint_patches
+    from maskmoe.megatron_compat import checkpoint_patches, patches
 
     # emerging-optimizers logs by absl while Megatron imports it, and absl then gives the root logger a handler, beside
     # which `megatron.training` installs none, so that its lines of level INFO would vanish. The handlers of a script

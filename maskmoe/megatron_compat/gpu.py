@@ -9,23 +9,26 @@ LEAST_VERSION_OF_PERMUTATION = "2.20.2"
 
 @dataclass(frozen=True)
 class GpuPackages:
-    """The parts of Transformer Engine that a machine can use.
+    """The parts of Transformer Engine and Apex that a machine can use.
 
     Attributes:
         transformer_engine: Transformer Engine is installed.
         grouped_experts: Transformer Engine can compute the experts of a rank together, which needs Ampere or newer.
         fused_permutation: Transformer Engine's fused permutation computes all gradients of the router.
+        fused_accumulation: Apex is installed, whose kernels Megatron's output layer takes to add gradients of weights.
     """
 
     transformer_engine: bool = True
     grouped_experts: bool = True
     fused_permutation: bool = True
+    fused_accumulation: bool = True
 
     @classmethod
     def installed(cls) -> "GpuPackages":
         """Return what Megatron finds on this machine."""
         # These modules import megatron, so they must come after `prepare_process`.
         import torch
+        from megatron.core.tensor_parallel import layers
         from megatron.core.transformer.moe import moe_utils
         from megatron.core.utils import is_te_min_version
 
@@ -33,6 +36,7 @@ class GpuPackages:
             transformer_engine=moe_utils.HAVE_TE,
             grouped_experts=moe_utils.HAVE_TE and torch.cuda.get_device_capability() >= (8, 0),
             fused_permutation=moe_utils.HAVE_TE and is_te_min_version(LEAST_VERSION_OF_PERMUTATION),
+            fused_accumulation=layers._grad_accum_fusion_available,
         )
 
     def argument_defaults(self) -> dict[str, Any]:
@@ -43,6 +47,7 @@ class GpuPackages:
             "no_persist_layer_norm": not self.transformer_engine,
             "moe_permute_fusion": self.fused_permutation,
             "moe_grouped_gemm": self.grouped_experts,
+            "gradient_accumulation_fusion": self.fused_accumulation,
         }
 
     def describe_missing(self) -> str | None:

@@ -4,14 +4,12 @@ Each function replaces something of megatron-core 0.19.2 or torch 2.15 and says 
 The patches that concern checkpoints are in `checkpoint_patches`.
 """
 
-import copy
 import importlib.util
-import sys
 from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager, ExitStack
 from itertools import accumulate
 from pathlib import Path
-from types import ModuleType, SimpleNamespace
+from types import ModuleType
 from typing import Any
 
 import torch
@@ -185,28 +183,24 @@ def save_whole_weights_of_precision_aware_optimizers() -> None:
     replace(DistributedOptimizer, "_set_main_param_and_optimizer_states", set_states)
 
 
-def resume_stages_without_experts() -> None:
-    """Save and load the optimizer of the experts also if a pipeline stage has no experts.
+def resume_steps_of_stages_without_experts() -> None:
+    """Resume with the number of steps of all optimizers also if a pipeline stage has no experts.
 
-    Replaces: `_synchronize_steps`, `sharded_state_dict` and `load_state_dict` of
-        `megatron.core.optimizer.optimizer.ChainedOptimizer`.
+    Replaces: `_synchronize_steps` and `load_state_dict` of `megatron.core.optimizer.optimizer.ChainedOptimizer`.
     Why: The first rank saves what ranks do not divide, such as numbers of steps. If its stage has no experts, its
         optimizer of experts has counted none. A resumed run would then fail in its first step (torch's Adam without the
         distributed optimizer), or count the experts' steps from 1 and fail at its next save (FusedAdam before
         Transformer Engine 2.19). All optimizers of a run make the same steps, so take the number of another one, also
-        for checkpoints that lack a number. In half precision without the distributed optimizer, lists of fp32 weights
-        of other lengths, or none, would meet in loading, so save dictionaries in place of the lists.
+        for checkpoints that lack a number.
     Can go: When Megatron-Core resumes such runs (tests/training/test_resume.py).
     """
-    from megatron.core.dist_checkpointing.mapping import LocalNonpersistentObject
     from megatron.core.optimizer.optimizer import ChainedOptimizer
 
     stock_synchronize_steps = ChainedOptimizer._synchronize_steps
-    stock_sharded_state_dict = ChainedOptimizer.sharded_state_dict
     stock_load_state_dict = ChainedOptimizer.load_state_dict
-    fp32_weights = "fp32_from_fp16_params"
 
     def synchronize_steps(self: Any) -> Any:
+        """Give groups without parameters the step of the others; FusedAdam counts in groups."""
         if (step := stock_synchronize_steps(self)) is not None:
             members = [chained.optimizer for chained in self.chained_optimizers]
             counting = {type(member) for member in members if any("step" in group for group in member.param_groups)}
@@ -214,30 +208,21 @@ def resume_stages_without_experts() -> None:
                 group["step"] = step
         return step
 
-    def sharded_state_dict(self: Any, *args: Any, **kwargs: Any) -> Any:
-        state_dict = stock_sharded_state_dict(self, *args, **kwargs)
-        for state in state_dict.values() if len(self.chained_optimizers) > 1 else ():
-            if isinstance(groups := state.get(fp32_weights), list):
-                state[fp32_weights] = {n: group or LocalNonpersistentObject(group) for n, group in enumerate(groups)}
-        return state_dict
-
     def load_state_dict(self: Any, state_dict: Any) -> None:
+        """Give states without a step the step of another optimizer of their kind; torch's Adam counts in the state."""
         states = [state for _, state in sorted(state_dict.items())] if isinstance(state_dict, dict) else state_dict
         if 1 < len(self.chained_optimizers) == len(states):
-            kinds = (type(chained.optimizer) for chained in self.chained_optimizers)
             # Half-precision models have the state in a further dictionary, and the distributed optimizer has none here.
-            inner = (state.get("optimizer", state).get("state", {}) for state in states)
+            inner = [state.get("optimizer", state).get("state", {}) for state in states]
+            kinds = (type(chained.optimizer) for chained in self.chained_optimizers)
             members = [*zip(kinds, inner, strict=True)]
-            steps = {kind: {"common_step": state["common_step"]} for kind, state in members if "common_step" in state}
+            steps = {kind: state["common_step"] for kind, state in members if "common_step" in state}
             for kind, state in members:
-                state.update(steps.get(kind, {}))
-            for state in states:
-                if isinstance(groups := state.get(fp32_weights), dict):
-                    state[fp32_weights] = [group for _, group in sorted(groups.items())]
+                if kind in steps:
+                    state["common_step"] = steps[kind]
         stock_load_state_dict(self, state_dict)
 
     replace(ChainedOptimizer, "_synchronize_steps", synchronize_steps)
-    replace(ChainedOptimizer, "sharded_state_dict", sharded_state_dict)
     replace(ChainedOptimizer, "load_state_dict", load_state_dict)
 
 
@@ -270,137 +255,10 @@ def recompute_without_transformer_engine() -> None:
     replace(random, "_get_share_storage", lambda: copy_storage)
 
 
-def accumulate_gradients_without_apex() -> None:
-    """Let Megatron's linear layers add the gradient of a weight to `main_grad` without Apex.
-
-    Call this before megatron is imported, which looks for the module only once.
-
-    Replaces: The module `fused_weight_gradient_mlp_cuda`, unless Apex is installed.
-    Why: Megatron's output layer takes Apex's kernels, also beside layers of Transformer Engine. Without Apex, fusion
-        would be off in the whole model, and each gradient would be added in a separate step.
-    Can go: When `ColumnParallelLinear` takes `gradient_accumulation_fusion` without Apex.
-    """
-    name = "fused_weight_gradient_mlp_cuda"
-    if name not in sys.modules and importlib.util.find_spec(name) is None:
-        add: Any = _add_weight_gradient
-        kernels: Any = SimpleNamespace(wgrad_gemm_accum_fp32=add, wgrad_gemm_accum_fp16=add)
-        sys.modules[name] = kernels
-
-
-def _add_weight_gradient(inputs: torch.Tensor, gradients: torch.Tensor, main_grad: torch.Tensor) -> None:
-    """Add the gradient of a weight to `main_grad` [out, in]; arguments are [rows, in] and [rows, out]."""
-    if main_grad.is_cpu:  # torch has no product of another dtype on CPUs
-        main_grad.addmm_(gradients.t().to(main_grad.dtype), inputs.to(main_grad.dtype))
-    else:
-        torch.addmm(main_grad, gradients.t(), inputs, out_dtype=main_grad.dtype, out=main_grad)
-
-
-def average_predictions_over_all_context_ranks() -> None:
-    """Give all tokens of multi-token prediction one weight under context parallelism.
-
-    Replaces: `roll_tensor` in `megatron.core.transformer.multi_token_prediction`, whose second result is the number of
-        tokens that the loss divides by, and `process_mtp_loss` in `megatron.core.models.gpt.gpt_model` and in
-        `megatron.core.models.hybrid.hybrid_model`.
-    Why: The stock functions count the tokens of one context-parallel rank. The last token of a sequence has no label,
-        so ranks have different numbers, and the mean of their means is not the mean over all tokens. `roll_tensor`
-        now returns the mean number of the ranks. With `--calculate-per-token-loss`, Megatron also multiplies the loss
-        by the rank's number of tokens, which differs if there is a loss mask. `process_mtp_loss` now multiplies the
-        coefficient of the loss by the mean number of the ranks instead.
-    Can go: When losses and gradients of multi-token prediction are the same for every context-parallel size.
-    """
-    from megatron.core.models.gpt import gpt_model
-    from megatron.core.models.hybrid import hybrid_model
-    from megatron.core.transformer import multi_token_prediction
-
-    stock_roll: Any = multi_token_prediction.roll_tensor
-    stock_process: Any = gpt_model.process_mtp_loss
-
-    def roll(
-        tensor: torch.Tensor, *args: Any, cp_group: torch.distributed.ProcessGroup | None = None, **kwargs: Any
-    ) -> tuple[torch.Tensor, torch.Tensor]:
-        rolled, total = stock_roll(tensor, *args, cp_group=cp_group, **kwargs)
-        # Sums of token ids and positions, which are integers, are not used.
-        if cp_group is not None and cp_group.size() > 1 and tensor.is_floating_point():
-            torch.distributed.all_reduce(total, group=cp_group)
-            total = total / cp_group.size()
-        return rolled, total
-
-    def process(
-        *,
-        labels: torch.Tensor | None,
-        loss_mask: torch.Tensor | None,
-        config: Any,
-        cp_group: torch.distributed.ProcessGroup,
-        **arguments: Any,
-    ) -> torch.Tensor:
-        # The stock function makes a mask of integers, whose sums `roll` takes for sums of token ids.
-        if loss_mask is None and labels is not None:
-            loss_mask = torch.ones_like(labels, dtype=torch.float32)
-        if config.calculate_per_token_loss and loss_mask is not None and cp_group.size() > 1:
-            num_tokens = loss_mask.sum()
-            torch.distributed.all_reduce(num_tokens, group=cp_group)
-            config = copy.copy(config)
-            config.calculate_per_token_loss = False
-            config.mtp_loss_scaling_factor *= num_tokens / cp_group.size()
-        return stock_process(labels=labels, loss_mask=loss_mask, config=config, cp_group=cp_group, **arguments)
-
-    replace(multi_token_prediction, "roll_tensor", roll)
-    replace(gpt_model, "process_mtp_loss", process)
-    replace(hybrid_model, "process_mtp_loss", process)
-
-
-def predict_tokens_without_transformer_engine() -> None:
-    """Let multi-token prediction be built without Transformer Engine.
-
-    Replaces: `is_inference_column_parallel_linear` in `megatron.core.transformer.multi_token_prediction`, unless
-        Transformer Engine is installed; for versions after 0.19, which have the function.
-    Why: The function asks whether a module is an instance of a class that derives from a class of Transformer Engine.
-        Without Transformer Engine, that is no class, and `isinstance` raises a TypeError.
-    Can go: When `is_inference_column_parallel_linear` works without Transformer Engine.
-    """
-    from megatron.core.extensions.transformer_engine import HAVE_TE
-    from megatron.core.transformer import multi_token_prediction
-
-    if not HAVE_TE and hasattr(multi_token_prediction, "is_inference_column_parallel_linear"):
-        replace(multi_token_prediction, "is_inference_column_parallel_linear", lambda module: False)
-
-
-def keep_one_loss_scale() -> None:
-    """Let all optimizers of an fp16 model have the loss scale that the loss was multiplied by.
-
-    Replaces: `prepare_grads` of `megatron.core.optimizer.optimizer.ChainedOptimizer`.
-    Why: The optimizer of the experts and the optimizer of all other parameters adapt a loss scale each. An overflow in
-        the gradients of one of them halves its own scale only. But the loss is multiplied by the scale of the first
-        optimizer, so the gradients of the other are wrong by a power of two from then on. Now an overflow in any
-        optimizer counts for all optimizers. If a checkpoint holds different scales, all resume with the first.
-    Can go: When `ChainedOptimizer` updates the loss scales of its optimizers together.
-    """
-    from megatron.core.optimizer.optimizer import ChainedOptimizer
-
-    stock = ChainedOptimizer.prepare_grads
-
-    def prepare_grads(self: Any) -> bool:
-        # Optimizers of fp32 models have no attribute `grad_scaler`, those of bf16 models have None.
-        scalers = [*filter(None, (getattr(optimizer, "grad_scaler", None) for optimizer in self.chained_optimizers))]
-        before = scalers[0].state_dict() if scalers else {}
-        for scaler in scalers:
-            scaler.load_state_dict(before)
-        has_overflow = stock(self)
-        # Some optimizers may have counted the step as sound. Let all count it as an overflow.
-        for scaler in scalers if has_overflow else ():
-            scaler.load_state_dict(before)
-            scaler.update(has_overflow)
-        return has_overflow
-
-    replace(ChainedOptimizer, "prepare_grads", prepare_grads)
-
-
 EVERY_PROCESS = (
     *(use_compiled_helpers_of_wheel, make_optimizer_state_loadable, save_states_of_padded_buckets),
     save_whole_weights_of_precision_aware_optimizers,
-    *(resume_stages_without_experts, recompute_without_transformer_engine),
-    average_predictions_over_all_context_ranks,
-    *(predict_tokens_without_transformer_engine, keep_one_loss_scale),
+    *(resume_steps_of_stages_without_experts, recompute_without_transformer_engine),
 )
 """The patches that `prepare_process` applies once megatron is imported."""
 

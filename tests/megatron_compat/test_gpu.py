@@ -5,6 +5,7 @@ from dataclasses import fields
 
 import pytest
 from megatron.core import utils
+from megatron.core.tensor_parallel import layers
 from megatron.core.transformer.moe import moe_utils
 from megatron.training.argument_utils import gpt_config_from_args
 from megatron.training.arguments import parse_args, validate_args
@@ -22,6 +23,7 @@ WITHOUT_PACKAGES = {
     "no_persist_layer_norm": True,
     "moe_permute_fusion": False,
     "moe_grouped_gemm": False,
+    "gradient_accumulation_fusion": False,
 }
 PERMUTATION_KERNELS = (
     *("fused_permute", "fused_permute_with_probs", "fused_unpermute"),
@@ -37,6 +39,7 @@ def on_a_gpu(monkeypatch):
     def pretend(packages: GpuPackages) -> None:
         monkeypatch.setattr(cpu, "is_installed", lambda: False)
         monkeypatch.setattr(moe_utils, "HAVE_TE", packages.transformer_engine)
+        monkeypatch.setattr(layers, "_grad_accum_fusion_available", packages.fused_accumulation)
         monkeypatch.setattr(utils, "is_te_min_version", lambda _: packages.fused_permutation)
         for name in PERMUTATION_KERNELS:
             monkeypatch.setattr(moe_utils, name, print if packages.transformer_engine else None)
@@ -79,6 +82,7 @@ def test_with_all_packages_all_fusions_are_on(on_a_gpu, parse) -> None:
         "no_persist_layer_norm": False,
         "moe_permute_fusion": True,
         "moe_grouped_gemm": True,
+        "gradient_accumulation_fusion": True,
     }
     assert not list(missing_transformer_engine(args, GpuPackages.installed()))
 
@@ -106,12 +110,6 @@ def test_only_activations_that_megatron_fuses_right_are_fused(on_a_gpu, parse, p
     assert args.bias_gelu_fusion
     assert args.bias_swiglu_fusion
     assert MaskMoEModelConfig(megatron=gpt_config_from_args(args)).transformer.bias_activation_fusion is fuses
-
-
-def test_gradients_are_added_by_fused_kernels_with_and_without_apex(on_a_gpu, parse) -> None:
-    for packages in (NOTHING, GpuPackages()):
-        on_a_gpu(packages)
-        assert parse().gradient_accumulation_fusion
 
 
 def test_flags_override_the_defaults(on_a_gpu, parse) -> None:

@@ -1,4 +1,4 @@
-"""Patches: an optimizer without parameters, one loss scale, gradients without Apex, helpers, and outdated patches."""
+"""Patches: an optimizer without parameters, whole weights, helpers, and outdated patches."""
 
 import subprocess
 import sys
@@ -8,19 +8,12 @@ from typing import Any
 
 import pytest
 import torch
-from hypothesis import given
-from hypothesis import strategies as st
 from megatron.core.datasets import helpers_cpp, utils
 from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
-from megatron.core.optimizer.grad_scaler import DynamicGradScaler
 from megatron.core.optimizer.optimizer import ChainedOptimizer
-from megatron.core.tensor_parallel import ColumnParallelLinear
-from megatron.core.transformer.transformer_config import TransformerConfig
 
 from maskmoe.errors import UserError
 from maskmoe.megatron_compat import patches, replace
-
-DEVICE = torch.device(torch.cuda.current_device())
 
 
 def test_optimizer_without_parameters_counts_and_restores_its_steps() -> None:
@@ -87,65 +80,6 @@ def test_whole_weights_of_precision_aware_optimizers_are_saved_and_loaded() -> N
     assert torch.equal(saved["param"], weights)
     with pytest.raises(UserError, match="pass --no-load-optim"):
         DistributedOptimizer._set_main_param_and_optimizer_states(optimizer, "weight", {"param": remainders.float()})
-
-
-@pytest.mark.usefixtures("one_rank")
-@pytest.mark.parametrize(
-    ("dtype", "main_dtype"),
-    [(torch.float32, torch.float32), (torch.bfloat16, torch.float32), (torch.bfloat16, torch.bfloat16)],
-)
-def test_gradients_are_accumulated_with_and_without_apex(dtype: torch.dtype, main_dtype: torch.dtype) -> None:
-    config = TransformerConfig(
-        num_layers=1,
-        hidden_size=4,
-        num_attention_heads=1,
-        params_dtype=dtype,
-        gradient_accumulation_fusion=True,
-        use_cpu_initialization=True,
-    )
-    layer = ColumnParallelLinear(4, 6, config=config, init_method=torch.nn.init.normal_, bias=False).to(DEVICE)
-    layer.weight.main_grad = torch.ones_like(layer.weight, dtype=main_dtype)
-    expected = torch.ones_like(layer.weight, dtype=torch.float64)
-    for seed in range(2):
-        inputs, gradients = (
-            torch.randn(3, 2, size, generator=torch.Generator().manual_seed(seed)).to(DEVICE, dtype) for size in (4, 6)
-        )
-        layer(inputs)[0].backward(gradients)
-        expected += gradients.flatten(0, 1).double().t() @ inputs.flatten(0, 1).double()
-    tolerance = 1e-5 if main_dtype == torch.float32 else 5e-2
-    torch.testing.assert_close(layer.weight.main_grad.double(), expected, rtol=tolerance, atol=tolerance)
-    assert layer.weight.grad is None
-
-
-@pytest.mark.parametrize("main_dtype", [torch.float32, torch.bfloat16])
-def test_product_on_gpus_takes_the_dtypes(main_dtype: torch.dtype) -> None:
-    """A meta tensor takes the way of a GPU and computes nothing."""
-    inputs, gradients = (torch.empty(3, size, device="meta", dtype=torch.bfloat16) for size in (4, 6))
-    patches._add_weight_gradient(inputs, gradients, torch.empty(6, 4, device="meta", dtype=main_dtype))
-
-
-@given(st.lists(st.tuples(st.booleans(), st.booleans()), max_size=12))
-def test_an_overflow_of_one_optimizer_counts_for_all(overflows: list[tuple[bool, bool]]) -> None:
-    """The second optimizer begins with another scale, as after a resume of an older checkpoint."""
-
-    class Optimizer:
-        def __init__(self, initial_scale: float) -> None:
-            self.grad_scaler = DynamicGradScaler(initial_scale, 1, 2, 0.5, growth_interval=2, hysteresis=2)
-            self.overflows, self.scales_of_gradients = [False], list[float]()
-
-        def prepare_grads(self) -> bool:
-            self.scales_of_gradients.append(self.grad_scaler.scale.item())
-            self.grad_scaler.update(self.overflows[-1])
-            return self.overflows[-1]
-
-    chained = ChainedOptimizer.__new__(ChainedOptimizer)
-    chained.chained_optimizers = [dense, experts] = [Optimizer(1024), Optimizer(64)]
-    alone = Optimizer(1024)
-    for dense.overflows[-1], experts.overflows[-1] in overflows:
-        alone.overflows[-1] = dense.overflows[-1] or experts.overflows[-1]
-        assert chained.prepare_grads() == alone.prepare_grads()
-        assert dense.grad_scaler.state_dict() == experts.grad_scaler.state_dict() == alone.grad_scaler.state_dict()
-    assert dense.scales_of_gradients == experts.scales_of_gradients == alone.scales_of_gradients
 
 
 def test_patch_of_a_missing_attribute_fails() -> None:

@@ -103,20 +103,6 @@ RUNS = {
     "stage without experts, resumed on 1": Run(
         f"--moe-layer-freq [0,0,1,1] {FROM_7}", continues="stage without experts"
     ),
-    "stage without experts, bf16": Run(
-        f"--bf16 {PIPELINE_2} --moe-layer-freq [0,0,1,1] {UNTIL_12}", ranks=2, saves=True
-    ),
-    "stage without experts, bf16, resumed on 1": Run(
-        f"--bf16 --moe-layer-freq [0,0,1,1] {FROM_7}", continues="stage without experts, bf16"
-    ),
-    "last stage without experts, bf16": Run(
-        f"--bf16 {PIPELINE_2} --moe-layer-freq [1,1,0,0] {UNTIL_12}", ranks=2, saves=True
-    ),
-    "last stage without experts, bf16, resumed": Run(
-        f"--bf16 {PIPELINE_2} --moe-layer-freq [1,1,0,0] {FROM_7}",
-        ranks=2,
-        continues="last stage without experts, bf16",
-    ),
     "stage without experts, distributed optimizer": Run(
         f"{PIPELINE_2} --moe-layer-freq [0,0,1,1] {DISTRIBUTED} {UNTIL_12}", ranks=2, saves=True
     ),
@@ -322,7 +308,6 @@ add_model(
             3,
             "--pipeline-model-parallel-size 3 --pipeline-model-parallel-layout Et*3|tm|L",
         ),
-        "rich, context parallel 2, expert parallel 2": (2, f"{CONTEXT_2} {EXPERT_2}"),
         "rich, overlapped shared experts": (2, f"{TENSOR_EXPERT_2} --moe-shared-expert-overlap"),
         "rich, tensor 2, expert parallel 2, pipeline 2": (4, f"{TENSOR_EXPERT_2} {PIPELINE_2}"),
         "rich, full recompute, tensor 2, pipeline 2": (4, f"{TENSOR_2} {PIPELINE_2} {FULL_RECOMPUTE}"),
@@ -377,12 +362,18 @@ add_model(
             4,
             f"{TENSOR_2} --expert-tensor-parallel-size 2 {PIPELINE_2} {RECOMPUTED_PARTS}",
         ),
-        "latent, context parallel 2, tensor 2, expert parallel 2, pipeline 2": (
+    },
+    mask="five_layers.safetensors",
+)
+add_model(
+    "latent without prediction",
+    LATENT.replace("--mtp-num-layers 1", ""),
+    {
+        "latent without prediction, context parallel 2, tensor 2, expert parallel 2, pipeline 2": (
             8,
             f"{CONTEXT_2} {TENSOR_EXPERT_2} {PIPELINE_2} {RECOMPUTED_PARTS}",
         ),
     },
-    mask="five_layers.safetensors",
 )
 # Experts drop the tokens with the lowest weights beyond their capacity.
 add_model("capacity", CAPACITY, {"capacity, expert parallel 2": (2, EXPERT_2), "capacity, pipeline 2": (2, PIPELINE_2)})
@@ -500,7 +491,6 @@ add_hybrid_twins(
     {
         "rich hybrid": (1, ""),
         "rich hybrid, tensor 2, expert parallel 2": (2, TENSOR_EXPERT_2),
-        "rich hybrid, context parallel 2, expert parallel 2": (2, f"{CONTEXT_2} {EXPERT_2}"),
         "rich hybrid, interleaved pipeline": (2, f"{PIPELINE_2} --hybrid-layer-pattern *E|*-*|E|*E/*E"),
     },
     pattern="*E*-*E*E/*E",

@@ -20,8 +20,8 @@ FAST = {
     "data parallel 2, distributed optimizer",
     "rich, tensor 2, expert parallel 2",
     "rich, pipeline 2",
-    "rich, context parallel 2, expert parallel 2",
     "groups, tensor 2, expert parallel 2",
+    "experts of one rank, context parallel 2, expert parallel 2",
     "experts of one rank, selective recompute",
     "rich hybrid, tensor 2, expert parallel 2",
 }

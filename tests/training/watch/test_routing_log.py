@@ -131,7 +131,7 @@ def test_losses_of_layers_are_megatrons(runs):
         ("reference", "data parallel 2, distributed optimizer"),
         ("rich", "rich, tensor 2, expert parallel 2"),
         ("rich", "rich, pipeline 2"),
-        ("rich", "rich, context parallel 2, expert parallel 2"),
+        ("experts of one rank", "experts of one rank, context parallel 2, expert parallel 2"),
         ("experts of one rank", "experts of one rank, selective recompute"),
     ),
 )
