@@ -69,7 +69,7 @@ QUICK = {
     "method.md": "digest           aeff2031e4989abe",
     "check.md": "no errors found",
     "launching.md": "-m maskmoe.training.pretrain",
-    "spikes.md": "--spike-action skip",
+    "spikes.md": "--spike-deviations 20",
     "hybrid.md": "complete: 20 iterations, loss ",
     "slurm.md": "sbatch --output=",
     "containers.md": "podman run --rm",
