@@ -1,69 +1,74 @@
-"""Core attention by torch's fused kernels against Megatron-Core's `DotProductAttention`, and against plain torch."""
+"""Core attention by torch's fused kernels against attention in plain torch, and over context-parallel ranks."""
 
-from collections.abc import Callable
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
+from megatron.core.models.gpt import gpt_model
 from megatron.core.tensor_parallel import get_cuda_rng_tracker
 from megatron.core.transformer.dot_product_attention import DotProductAttention
 from megatron.core.transformer.enums import AttnMaskType
-from support.ranks.context_parallel_ranks import deviations_of_rank
-from support.small_moe import DEVICE, make_config, process_groups
+from megatron.core.transformer.multi_token_prediction import roll_tensor
+from megatron.core.utils import get_batch_on_this_cp_rank
+from support import small_moe as moe
+from support.small_moe import DEVICE
 from torch import Tensor
+from torch.distributed import ProcessGroup
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from maskmoe.training.model.batch import weight_of_rank
 from maskmoe.transformer.torch_modules import attention as attention_module
 from maskmoe.transformer.torch_modules.attention import TorchDotProductAttention
 
 SEQUENCE, BATCH, HEADS, CHANNELS = 24, 2, 4, 8
-# The modules add in another order. In bf16, the stock module also rounds the scores and the probabilities.
-TOLERANCE = {torch.float32: 2e-6, torch.bfloat16: 2e-2}
+CAUSAL, NO_MASK, PADDING, ARBITRARY = (
+    AttnMaskType.causal,
+    AttnMaskType.no_mask,
+    AttnMaskType.padding,
+    AttnMaskType.arbitrary,
+)
+OFFSET = [-1.0, 0.0, 1.0, 3.0]
 
 
 def build(
-    attention: type[DotProductAttention],
-    mask_type: AttnMaskType = AttnMaskType.causal,
-    layer_number: int = 1,
-    softmax_scale: float | None = None,
+    attention: type[DotProductAttention] = TorchDotProductAttention,
+    mask_type: AttnMaskType = CAUSAL,
     offset: list[float] | None = None,
+    layer_number: int = 1,
     **settings: Any,
 ) -> DotProductAttention:
-    """Build a module of core attention; `offset` is the softmax offset of each head."""
+    """Build a module of core attention; `offset` is the learned softmax offset of each head."""
     sizes = {"num_attention_heads": HEADS, "hidden_size": HEADS * CHANNELS, "num_layers": 4}
-    config = make_config(**(sizes | settings))
-    module = attention(
-        config, layer_number, mask_type, "self", softmax_scale=softmax_scale, pg_collection=process_groups()
-    )
-    if offset is not None:
+    own = {name: settings.pop(name) for name in ("softmax_scale",) if name in settings}
+    config = moe.make_config(**(sizes | settings | ({"softmax_type": "learnable"} if offset else {})))
+    groups = moe.process_groups()
+    module = attention(config, layer_number, mask_type, "self", pg_collection=groups, **own)
+    if offset:
         module.softmax_offset.data.copy_(torch.tensor(offset))
     return module
 
 
 def draw_inputs(
-    groups: int = HEADS, dtype: torch.dtype = torch.float32, value_channels: int = CHANNELS, queries: int = SEQUENCE
+    groups: int = HEADS, dtype: torch.dtype = torch.float32, value_channels: int = CHANNELS, sequence: int = SEQUENCE
 ) -> list[Tensor]:
-    """Draw queries, keys and values."""
+    """Draw queries, keys and values [sequence, batch, heads, channels]."""
     torch.manual_seed(0)
-    shapes = [
-        (queries, BATCH, HEADS, CHANNELS),
-        (SEQUENCE, BATCH, groups, CHANNELS),
-        (SEQUENCE, BATCH, groups, value_channels),
-    ]
-    return [torch.randn(shape, device=DEVICE, dtype=dtype, requires_grad=True) for shape in shapes]
+    shapes = ((HEADS, CHANNELS), (groups, CHANNELS), (groups, value_channels))
+    return [torch.randn(sequence, BATCH, *shape, device=DEVICE, dtype=dtype, requires_grad=True) for shape in shapes]
 
 
-def results(attention: Callable[..., Tensor], mask: Tensor | None, inputs: list[Tensor]) -> list[Tensor]:
-    """Return the output and the gradients of queries, keys, values and parameters."""
-    output = attention(*inputs, mask)
-    torch.manual_seed(1)
-    parameters = list(attention.parameters()) if isinstance(attention, torch.nn.Module) else []
-    return [output, *torch.autograd.grad(output, [*inputs, *parameters], torch.randn_like(output))]
-
-
-def assert_close(ours: list[Tensor], theirs: list[Tensor], dtype: torch.dtype = torch.float32) -> None:
-    for one, other in zip(ours, theirs, strict=True):
-        torch.testing.assert_close(one, other, rtol=TOLERANCE[dtype], atol=TOLERANCE[dtype])
+def plain_attention(
+    query: Tensor, key: Tensor, value: Tensor, hidden: Tensor, scale: float, offset: Tensor | None
+) -> Tensor:
+    """Compute attention with all scores, in fp32; an offset is the score of one more key, whose value is zero."""
+    query, key, value = (tensor.float() for tensor in (query, key, value))
+    key, value = (tensor.repeat_interleave(HEADS // tensor.shape[2], dim=2) for tensor in (key, value))
+    scores = (torch.einsum("qbhc,kbhc->bhqk", query, key) * scale).masked_fill(hidden, float("-inf"))
+    if offset is not None:
+        scores = torch.cat([scores, offset.float().view(1, HEADS, 1, 1).expand(*scores.shape[:3], 1)], dim=-1)
+    probs = scores.softmax(dim=-1).nan_to_num()[..., : len(key)]  # a query that sees no key has output zero
+    return torch.einsum("bhqk,kbhc->qbhc", probs, value).flatten(2)
 
 
 def later_keys(queries: int = SEQUENCE, keys: int = SEQUENCE) -> Tensor:
@@ -72,7 +77,7 @@ def later_keys(queries: int = SEQUENCE, keys: int = SEQUENCE) -> Tensor:
 
 
 def random_mask() -> Tensor:
-    """Return a causal mask with further pairs that must not see each other, bool [batch, 1, queries, keys]."""
+    """Return pairs that must not see each other, bool [batch, 1, queries, keys]."""
     torch.manual_seed(2)
     hidden = torch.rand(BATCH, 1, SEQUENCE, SEQUENCE, device=DEVICE) < 0.3
     return (hidden | later_keys()) & ~torch.eye(SEQUENCE, dtype=torch.bool, device=DEVICE)
@@ -84,148 +89,80 @@ def padding_mask() -> Tensor:
     return (torch.arange(SEQUENCE, device=DEVICE) >= lengths[:, None]).view(BATCH, 1, 1, SEQUENCE)
 
 
-def plain_attention(hidden: Tensor | None) -> Callable[..., Tensor]:
-    """Return attention in plain torch, with repeated keys and values and all scores, for a mask that broadcasts."""
-
-    def attend(query: Tensor, key: Tensor, value: Tensor, _: Any) -> Tensor:
-        key, value = (tensor.repeat_interleave(HEADS // tensor.shape[2], dim=2) for tensor in (key, value))
-        scores = torch.einsum("qbhc,kbhc->bhqk", query, key) / CHANNELS**0.5
-        if hidden is not None:
-            scores = scores.masked_fill(hidden, float("-inf"))
-        return torch.einsum("bhqk,kbhc->qbhc", scores.softmax(dim=-1), value).flatten(2)
-
-    return attend
-
-
-@pytest.mark.parametrize(
-    "settings",
-    [
-        {},
-        {"num_query_groups": 2},
-        {"softmax_scale": 0.7},
-        {"apply_query_key_layer_scaling": True, "attention_softmax_in_fp32": True, "layer_number": 3},
-        {"softmax_type": "off-by-one"},
-        {"softmax_type": "learnable", "offset": [-1.0, 0.0, 1.0, 3.0], "num_query_groups": 2, "softmax_scale": 0.7},
-        {"bf16": True, "params_dtype": torch.bfloat16, "num_query_groups": 2},
-        {"bf16": True, "params_dtype": torch.bfloat16, "softmax_type": "learnable", "offset": [-1.0, 0.0, 1.0, 3.0]},
-    ],
-    ids=str,
-)
-@pytest.mark.parametrize("mask", [None, random_mask()], ids=["causal", "given mask"])
-def test_equals_the_stock_module(settings, mask) -> None:
-    dtype = settings.get("params_dtype", torch.float32)
-    inputs = draw_inputs(settings.get("num_query_groups", HEADS), dtype)
-    ours, theirs = (
-        results(build(kind, **settings), mask, inputs) for kind in (TorchDotProductAttention, DotProductAttention)
-    )
-    assert_close(ours, theirs, dtype)
-
-
-@pytest.mark.parametrize("mask_type", [AttnMaskType.padding, AttnMaskType.no_mask, AttnMaskType.arbitrary])
-@pytest.mark.parametrize("mask", [None, padding_mask(), random_mask()], ids=["none", "padding", "arbitrary"])
-def test_other_mask_types_equal_the_stock_module(mask_type, mask) -> None:
-    ours, theirs = (
-        results(build(kind, mask_type), mask, draw_inputs()) for kind in (TorchDotProductAttention, DotProductAttention)
-    )
-    assert_close(ours, theirs)
-
-
-@pytest.mark.parametrize("block", [1, 256])
-@pytest.mark.parametrize("softmax_type", ["vanilla", "off-by-one"])
-@pytest.mark.parametrize("window", [(0, 0), (4, 0), (9, 0), (SEQUENCE, 0)], ids=str)
-def test_windows_equal_the_stock_module(window, softmax_type, block, monkeypatch) -> None:
-    """Also if the queries are more than one block."""
-    monkeypatch.setattr(attention_module, "SHORTEST_BLOCK", block)
-    settings = {"window_size": window, "softmax_type": softmax_type}
-    ours, theirs = (
-        results(build(kind, **settings), None, draw_inputs())
-        for kind in (TorchDotProductAttention, DotProductAttention)
-    )
-    assert_close(ours, theirs)
-
-
-def window(left: int, right: int) -> Tensor:
+def outside(left: int, right: int) -> Tensor:
     """Return bool [queries, keys], True for keys outside a window around the query."""
     distance = torch.arange(SEQUENCE, device=DEVICE) - torch.arange(SEQUENCE, device=DEVICE)[:, None]
     return (distance < -left) | (distance > right)
 
 
-@pytest.mark.parametrize(
-    ("mask_type", "size", "mask", "hidden"),
-    [
-        (AttnMaskType.padding_causal, None, padding_mask(), padding_mask() | later_keys()),
-        (AttnMaskType.causal_bottom_right, None, None, later_keys()),
-        (AttnMaskType.causal, (4, 0), random_mask(), random_mask() | window(4, 0)),
-        (AttnMaskType.causal, (4, 3), None, window(4, 0)),
-        (AttnMaskType.causal, (-1, 0), None, later_keys()),
-        (AttnMaskType.no_mask, (4, 3), None, window(4, 3)),
-        (AttnMaskType.no_mask, (-1, 3), None, window(SEQUENCE, 3)),
-        (AttnMaskType.no_mask, (4, -1), None, window(4, SEQUENCE)),
-        (AttnMaskType.padding, (4, 3), padding_mask(), padding_mask() | window(4, 3)),
-    ],
-    ids=lambda value: "mask" if isinstance(value, Tensor) else str(value),
-)
-def test_masks_that_the_stock_module_lacks_equal_plain_torch(mask_type, size, mask, hidden, monkeypatch) -> None:
-    monkeypatch.setattr(attention_module, "SHORTEST_BLOCK", 1)
-    # Queries at padding that see no key are left out: plain torch has no number for them.
-    sees_a_key = ~hidden.expand(BATCH, 1, SEQUENCE, SEQUENCE).all(dim=-1).squeeze(1).t()  # [queries, batch]
-    ours, theirs = (
-        results(lambda *inputs, attend=attend: attend(*inputs)[sees_a_key], mask, draw_inputs(groups=2))
-        for attend in (
-            build(TorchDotProductAttention, mask_type, window_size=size, num_query_groups=2),
-            plain_attention(hidden & ~hidden.all(dim=-1, keepdim=True)),
-        )
-    )
-    assert_close(ours, theirs)
+EVERYTHING = torch.zeros(SEQUENCE, SEQUENCE, dtype=torch.bool, device=DEVICE)
+FIRST_QUERY_SEES_NOTHING = later_keys()[None, None].index_fill(2, torch.tensor([0], device=DEVICE), True)
+# The type of mask, the window, the mask that is given, and the pairs that must not see each other.
+MASKS = {
+    "causal": (CAUSAL, None, None, later_keys()),
+    "given mask": (CAUSAL, None, random_mask(), random_mask()),
+    "a query that sees no key": (CAUSAL, None, FIRST_QUERY_SEES_NOTHING, FIRST_QUERY_SEES_NOTHING),
+    "no mask": (NO_MASK, None, None, EVERYTHING),
+    "padding": (PADDING, None, padding_mask(), padding_mask()),
+    "arbitrary": (ARBITRARY, None, random_mask(), random_mask()),
+    "padding, causal": (AttnMaskType.padding_causal, None, padding_mask(), padding_mask() | later_keys()),
+    "bottom right": (AttnMaskType.causal_bottom_right, None, None, later_keys()),
+    "own token": (CAUSAL, (0, 0), None, outside(0, 0)),
+    "window": (CAUSAL, (9, 0), None, outside(9, 0)),
+    "window of all": (CAUSAL, (SEQUENCE, 0), None, later_keys()),
+    "window, given mask": (CAUSAL, (4, 0), random_mask(), random_mask() | outside(4, 0)),
+    "causal window with a right side": (CAUSAL, (4, 3), None, outside(4, 0)),
+    "open window": (CAUSAL, (-1, 0), None, later_keys()),
+    "both sides": (NO_MASK, (4, 3), None, outside(4, 3)),
+    "right side": (NO_MASK, (-1, 3), None, outside(SEQUENCE, 3)),
+    "left side": (NO_MASK, (4, -1), None, outside(4, SEQUENCE)),
+    "padding, both sides": (PADDING, (4, 3), padding_mask(), padding_mask() | outside(4, 3)),
+}
+BF16 = {"bf16": True, "params_dtype": torch.bfloat16}
+SETTINGS: dict[str, dict[str, Any]] = {
+    "plain": {},
+    "grouped queries, scale": {"num_query_groups": 2, "softmax_scale": 0.7},
+    "layer scaling": {"apply_query_key_layer_scaling": True, "attention_softmax_in_fp32": True, "layer_number": 3},
+    "offset of zero, wide values": {"softmax_type": "off-by-one", "value_channels": 12},
+    "offset": {"offset": OFFSET, "num_query_groups": 2, "value_channels": 4},
+    "bf16, offset": {"offset": OFFSET, "num_query_groups": 2, **BF16},
+}
 
 
-def test_a_query_that_sees_no_key_has_output_zero() -> None:
-    mask = later_keys()[None, None].clone()
-    mask[..., 3, :] = True
-    output, *gradients = results(build(TorchDotProductAttention), mask, draw_inputs())
-    assert not output[3].any()
-    assert all(tensor.isfinite().all() for tensor in (output, *gradients))
+@pytest.mark.parametrize("block", [1, 256])
+@pytest.mark.parametrize("mask", MASKS)
+@pytest.mark.parametrize("settings", SETTINGS)
+def test_equals_plain_torch(settings: str, mask: str, block: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Output and gradients; a block is the least number of queries that a window computes together."""
+    monkeypatch.setattr(attention_module, "SHORTEST_BLOCK", block)
+    mask_type, window, given, hidden = MASKS[mask]
+    case = dict(SETTINGS[settings])
+    dtype, value_channels = case.get("params_dtype", torch.float32), case.pop("value_channels", CHANNELS)
+    attention = build(mask_type=mask_type, window_size=window, **case)
+    inputs = draw_inputs(case.get("num_query_groups", HEADS), dtype, value_channels)
+    offset = getattr(attention, "softmax_offset", None)
+    output = attention(*inputs, given)
+    gradient = torch.randn_like(output)
+    expected = plain_attention(*inputs, hidden, case.get("softmax_scale", CHANNELS**-0.5), offset)
+    leaves = [*inputs, *attention.parameters()]
+    # Sums are added in another order. In bf16, probabilities are rounded, too.
+    tolerance = 2e-2 if dtype == torch.bfloat16 else 3e-6
+    for one, other in zip(
+        [output, *torch.autograd.grad(output, leaves, gradient)],
+        [expected, *torch.autograd.grad(expected, leaves, gradient.float())],
+        strict=True,
+    ):
+        torch.testing.assert_close(one, other, rtol=tolerance, atol=tolerance, check_dtype=False)
 
 
 @pytest.mark.parametrize("queries", [1, 5])
 @pytest.mark.parametrize("softmax_type", ["vanilla", "off-by-one"])
-def test_fewer_queries_than_keys_are_the_last_ones(queries, softmax_type) -> None:
+def test_fewer_queries_than_keys_are_the_last_ones(queries: int, softmax_type: str) -> None:
     """Queries that are generated after cached keys see these keys, and each other up to their own position."""
     query, key, value = draw_inputs()
-    attention = build(TorchDotProductAttention, softmax_type=softmax_type)
+    attention = build(softmax_type=softmax_type)
     last = attention(query[-queries:], key, value, None)
     torch.testing.assert_close(last, attention(query, key, value, None)[-queries:], rtol=2e-6, atol=2e-6)
-
-
-@pytest.mark.parametrize("value_channels", [4, 12])
-@pytest.mark.parametrize("mask", [None, random_mask()], ids=["causal", "given mask"])
-def test_values_have_a_width_of_their_own(value_channels, mask) -> None:
-    inputs = draw_inputs(value_channels=value_channels)
-    ours = results(build(TorchDotProductAttention), mask, inputs)
-    theirs = results(plain_attention(later_keys() if mask is None else mask), mask, inputs)
-    assert ours[0].shape == (SEQUENCE, BATCH, HEADS * value_channels)
-    assert_close(ours, theirs)
-
-
-def test_values_of_another_width_with_an_offset() -> None:
-    """An offset of zero is one more key with score zero and value zero."""
-    query, key, value = inputs = draw_inputs(value_channels=12)
-    ours = results(build(TorchDotProductAttention, softmax_type="off-by-one"), None, inputs)
-
-    def with_zero_key(query: Tensor, key: Tensor, value: Tensor, _: Any) -> Tensor:
-        key, value = (torch.cat([torch.zeros_like(tensor[:1]), tensor]) for tensor in (key, value))
-        return plain_attention(later_keys(SEQUENCE, SEQUENCE + 1))(query, key, value, None)
-
-    assert_close(ours, results(with_zero_key, None, [query, key, value]))
-
-
-def test_the_scale_follows_the_channels_of_the_keys() -> None:
-    settings: dict[str, Any] = {"attn_mask_type": AttnMaskType.causal, "attention_type": "self"}
-    config = make_config(num_attention_heads=HEADS, hidden_size=HEADS * CHANNELS)
-    attention = TorchDotProductAttention(config, 1, k_channels=2 * CHANNELS, v_channels=CHANNELS, **settings)
-    inputs = [tensor.repeat(1, 1, 1, 2) for tensor in draw_inputs()]
-    equal = build(TorchDotProductAttention, softmax_scale=(2 * CHANNELS) ** -0.5)
-    assert torch.equal(attention(*inputs, None), equal(*inputs, None))
 
 
 class LargestTensor(TorchDispatchMode):
@@ -247,7 +184,7 @@ def largest_tensor(kind: type[DotProductAttention], mask: Tensor | None, inputs:
     """Return the number of elements of the largest tensor of a forward and backward pass."""
     attention = build(kind, **settings)
     with LargestTensor() as largest:
-        results(attention, mask, inputs)
+        attention(*inputs, mask).sum().backward()
     return largest.elements
 
 
@@ -286,17 +223,6 @@ def test_no_tensor_is_as_large_as_the_scores(settings, bound, dtype) -> None:
         assert largest_tensor(DotProductAttention, mask, inputs, **settings) >= HEADS * LONG * LONG
 
 
-def test_dropout_is_drawn_in_training_only() -> None:
-    attention = build(TorchDotProductAttention, attention_dropout=0.5)
-    inputs = draw_inputs()
-    with torch.no_grad():
-        first, second = (attention(*inputs, None) for _ in range(2))
-        attention.eval()
-        kept = attention(*inputs, None)
-    assert not torch.equal(first, second)
-    torch.testing.assert_close(kept, build(DotProductAttention)(*inputs, None), rtol=2e-6, atol=2e-6)
-
-
 @pytest.mark.parametrize("sequence_parallel", [False, True])
 def test_dropout_draws_from_the_generator_of_the_stock_module(sequence_parallel) -> None:
     """Without sequence parallelism, each tensor-parallel rank has a generator of its own."""
@@ -312,14 +238,139 @@ def test_dropout_draws_from_the_generator_of_the_stock_module(sequence_parallel)
     assert moves_generator_of_rank(TorchDotProductAttention) == (not sequence_parallel)
 
 
-def test_refuses_a_bias() -> None:
-    attention, inputs = build(TorchDotProductAttention), draw_inputs()
-    with pytest.raises(NotImplementedError, match="no bias"):
-        attention(*inputs, None, attention_bias=torch.zeros(1))
+LENGTH = 48
+PARALLEL_CASES: dict[str, dict[str, Any]] = {
+    "causal": {},
+    "grouped queries": {"num_query_groups": 2},
+    "wide values": {"value_channels": 12},
+    "offset": {"softmax_type": "learnable", "value_channels": 4},
+    "window": {"window_size": (7, 0), "num_query_groups": 2},
+    "window with offset": {"window_size": (20, 0), "softmax_type": "learnable"},
+    "given mask": {"mask": True},
+    "given mask with window": {"mask": True, "window_size": (7, 0)},
+    "all keys": {"mask_type": AttnMaskType.no_mask},
+    "window on both sides": {"mask_type": AttnMaskType.no_mask, "window_size": (7, 9)},
+}
+
+
+def build_parallel(settings: dict[str, Any], mask_type: AttnMaskType, cp_group: ProcessGroup, alone: ProcessGroup):
+    """Build attention with offsets that differ between heads."""
+    sizes = {"num_attention_heads": HEADS, "hidden_size": HEADS * CHANNELS}
+    config = moe.make_config(**sizes, **settings)
+    config.context_parallel_size = cp_group.size()
+    groups: Any = SimpleNamespace(tp=alone, cp=cp_group)
+    attention = TorchDotProductAttention(config, 1, mask_type, "self", pg_collection=groups)
+    for offset in attention.parameters():
+        offset.data.copy_(torch.arange(HEADS) - 1.0)
+    return attention
+
+
+def part_of_rank(tensor: Tensor, group: ProcessGroup) -> Tensor:
+    """Return the tokens [tokens, ...] of a sequence [sequence, ...] that Megatron gives to this rank."""
+    batch = {"tokens": tensor.transpose(0, 1), "cu_seqlens": None}
+    return get_batch_on_this_cp_rank(batch, is_hybrid_cp=False, cp_group=group)["tokens"].transpose(0, 1)
+
+
+def deviation(
+    world: ProcessGroup,
+    alone: ProcessGroup,
+    mask_type: AttnMaskType = AttnMaskType.causal,
+    mask: bool = False,
+    value_channels: int = CHANNELS,
+    **settings: Any,
+) -> float:
+    """Return the largest difference of outputs and gradients from attention over the whole sequence."""
+    torch.manual_seed(0)
+    groups = settings.get("num_query_groups", HEADS)
+    shapes = [(HEADS, CHANNELS), (groups, CHANNELS), (groups, value_channels)]
+    whole = [torch.randn(LENGTH, BATCH, *shape, requires_grad=True) for shape in shapes]
+    parts = [part_of_rank(tensor.detach(), world).clone().requires_grad_() for tensor in whole]
+    hidden = hidden_part = None
+    if mask:
+        hidden = (torch.rand(BATCH, 1, LENGTH, LENGTH) < 0.3) & ~torch.eye(LENGTH, dtype=torch.bool)
+        batch = {"attention_mask": hidden, "cu_seqlens": None}
+        hidden_part = get_batch_on_this_cp_rank(batch, is_hybrid_cp=False, cp_group=world)["attention_mask"]
+    gradient = torch.randn(LENGTH, BATCH, HEADS * value_channels)
+    whole_attention, attention = (build_parallel(settings, mask_type, group, alone) for group in (alone, world))
+    expected = whole_attention(*whole, hidden)
+    expected.backward(gradient)
+    output = attention(*parts, hidden_part)
+    output.backward(part_of_rank(gradient, world))
+    pairs = [(output, part_of_rank(expected, world))]
+    pairs += [(part.grad, part_of_rank(tensor.grad, world)) for part, tensor in zip(parts, whole, strict=True)]
+    for offset, expected_offset in zip(attention.parameters(), whole_attention.parameters(), strict=True):
+        torch.distributed.all_reduce(offset.grad)
+        pairs.append((offset.grad, expected_offset.grad))
+    return max((one - other).abs().max().item() for one, other in pairs)
+
+
+def normalization_deviations(world: ProcessGroup) -> tuple[float, float]:
+    """Return differences from one rank: of the tokens that multi-token prediction counts, and of the mean loss."""
+    torch.manual_seed(0)
+    mask, losses = (torch.rand(LENGTH, BATCH) < 0.5).float(), torch.rand(LENGTH, BATCH)
+    mask_part, losses_part = part_of_rank(mask, world), part_of_rank(losses, world)
+    _, expected = roll_tensor(mask.t().contiguous())
+    _, mean_of_ranks = roll_tensor(mask_part.t().contiguous(), cp_group=world)
+    num_tokens = mask_part.sum().int()
+    # As Megatron does, divide by the rank's tokens and average over the ranks.
+    loss = (losses_part * mask_part).sum() * weight_of_rank(num_tokens, world) / num_tokens / world.size()
+    torch.distributed.all_reduce(loss)
+    return (
+        abs(mean_of_ranks * world.size() - expected).item(),
+        abs(loss - (losses * mask).sum() / mask.sum()).item(),
+    )
+
+
+def weights_of_prediction(mask: Tensor, cp_group: ProcessGroup, has_mask: bool) -> Tensor:
+    """Return the weights [sequence, batch] that a loss per token of multi-token prediction gives to a rank's tokens."""
+    losses = torch.zeros(*mask.shape, 1, requires_grad=True)
+    settings: Any = SimpleNamespace(
+        mtp_num_layers=1, mtp_detach_heads=False, mtp_loss_scaling_factor=0.3, calculate_per_token_loss=True
+    )
+    arguments: dict[str, Any] = {
+        "hidden_states": torch.cat([torch.zeros_like(losses), losses]),
+        "labels": torch.zeros(mask.t().shape, dtype=torch.long),
+        "loss_mask": mask.t().contiguous() if has_mask else None,
+        "output_layer": lambda hidden, **_: (hidden, None),
+        "output_weight": None,
+        "runtime_gather_output": None,
+        "is_training": False,
+        "compute_language_model_loss": lambda labels, logits: logits.squeeze(-1).t(),
+        "config": settings,
+        "cp_group": cp_group,
+    }
+    gpt_model.process_mtp_loss(**arguments).sum().backward()
+    assert losses.grad is not None
+    return losses.grad.squeeze(-1)
+
+
+def weights_deviation(world: ProcessGroup, alone: ProcessGroup, has_mask: bool) -> float:
+    """Return the largest difference of the weights from one rank's; one rank counts no token of the main loss."""
+    torch.manual_seed(0)
+    mask = (torch.rand(LENGTH, BATCH) < 0.5).float()
+    chunk = LENGTH // world.size() // 2
+    mask[:chunk] = mask[-chunk:] = 0
+    mask[chunk] = 1
+    expected = weights_of_prediction(mask, alone, has_mask)
+    found = weights_of_prediction(part_of_rank(mask, world), world, has_mask)
+    return (found - part_of_rank(expected, world)).abs().max().item()
+
+
+def deviations_of_rank() -> dict[str, float]:
+    """Return the deviations of attention, and of multi-token prediction's weights, by case."""
+    rank, num_ranks = torch.distributed.get_rank(), torch.distributed.get_world_size()
+    alone = [torch.distributed.new_group([other]) for other in range(num_ranks)][rank]
+    attention_module.SHORTEST_BLOCK = 1
+    world: Any = torch.distributed.group.WORLD
+    deviations = {name: deviation(world, alone, **case) for name, case in PARALLEL_CASES.items()}
+    deviations["tokens of multi-token prediction"], deviations["loss"] = normalization_deviations(world)
+    for has_mask in (True, False):
+        deviations[f"weights of multi-token prediction, {has_mask}"] = weights_deviation(world, alone, has_mask)
+    return deviations
 
 
 @pytest.mark.parametrize("num_ranks", [2, pytest.param(3, marks=pytest.mark.slow)])
-def test_context_parallel_ranks_equal_one_rank(num_ranks, run_ranks, tmp_path) -> None:
+def test_context_parallel_ranks_equal_one_rank(num_ranks: int, run_ranks: Any, tmp_path: Any) -> None:
     """Outputs and gradients of ranks that hold chunks in Megatron's zigzag order; the sums add up in another order."""
     for deviations in run_ranks(deviations_of_rank, tmp_path, world_size=num_ranks):
         assert max(deviations.values()) < 5e-6, deviations

@@ -115,17 +115,6 @@ def test_keeps_the_logits_once_in_their_dtype(dtype) -> None:
     assert kept(stock_cross_entropy) == {(dtype == torch.float32, size * 4 // dtype.itemsize)}
 
 
-def test_gradient_is_written_over_the_logits() -> None:
-    logits, target, weights = values_of(torch.float32, DEVICE)
-    product = logits.requires_grad_() * 1
-    losses = vocab_parallel_cross_entropy(product, target, process_groups().tp)
-    assert torch.equal(product, logits)
-    (gradient,) = torch.autograd.grad((losses * weights).sum(), product, retain_graph=True)
-    assert gradient.data_ptr() == product.data_ptr()
-    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
-        losses.sum().backward()
-
-
 @pytest.mark.parametrize("fusion", [False, True], ids=["default", "--cross-entropy-loss-fusion"])
 def test_model_computes_this_loss(fusion, monkeypatch) -> None:
     config = make_config(cross_entropy_loss_fusion=fusion)

@@ -8,18 +8,9 @@ from typing import Any
 import pytest
 import torch
 from megatron.core.transformer.moe.moe_utils import MoEAuxLossAutoScaler
+from support import small_moe as moe
 from support.launchers import RunRanks
-from support.small_moe import (
-    DEVICE,
-    draw_parameters,
-    initialize_parallelism,
-    make_config,
-    make_layer,
-    make_mask,
-    plan_ids,
-    process_groups,
-    visible_halves,
-)
+from support.small_moe import DEVICE
 from torch import Tensor
 
 from maskmoe.routing_mask.dispatch_kind import DispatchKind
@@ -62,7 +53,7 @@ ALL_TO_ALL = torch.distributed.all_to_all_single
 
 
 def build_layer(kind: DispatchKind) -> MaskMoELayer:
-    config = make_config(
+    config = moe.make_config(
         NUM_EXPERTS,
         2,
         expert_model_parallel_size=2,
@@ -70,9 +61,9 @@ def build_layer(kind: DispatchKind) -> MaskMoELayer:
         moe_aux_loss_coeff=1e-2,
         moe_z_loss_coeff=1e-3,
     )
-    layer = make_layer(config, make_mask(visible_halves(VOCAB_SIZE, NUM_EXPERTS)))
-    draw_parameters(layer)
-    layer.dispatcher = build_dispatcher(kind, layer, process_groups())
+    layer = moe.make_layer(config, moe.make_mask(moe.visible_halves(VOCAB_SIZE, NUM_EXPERTS)))
+    moe.draw_parameters(layer)
+    layer.dispatcher = build_dispatcher(kind, layer, moe.process_groups())
     return layer
 
 
@@ -83,7 +74,7 @@ def run_layer(layer: MaskMoELayer) -> dict[str, Tensor]:
     hidden.requires_grad_()
     token_ids = TokenIds(torch.randint(0, VOCAB_SIZE, (2, 7), generator=draws).to(DEVICE))
     layer.zero_grad()
-    output, _ = layer(hidden, padding_mask=pack_token_ids(plan_ids(layer, token_ids)))
+    output, _ = layer(hidden, padding_mask=pack_token_ids(moe.plan_ids(layer, token_ids)))
     output.backward(gradient)
     gradients = {name: parameter.grad.clone() for name, parameter in layer.named_parameters()}
     return {"output": output.detach(), "hidden": hidden.grad, **gradients}
@@ -91,7 +82,7 @@ def run_layer(layer: MaskMoELayer) -> dict[str, Tensor]:
 
 def results_of_rank() -> dict[str, tuple[list[str], list[str]]]:
     """Return, for each kind of dispatch, the trace, and what differs if the rows arrive as late as possible."""
-    initialize_parallelism(expert_model_parallel_size=2)
+    moe.initialize_parallelism(expert_model_parallel_size=2)
     MoEAuxLossAutoScaler.set_loss_scale(torch.tensor(1.0, device=DEVICE))
     results = {}
     for kind in (DispatchKind.PLANNED, DispatchKind.ONE_COPY):

@@ -1,6 +1,5 @@
 """Experts that are computed together against Megatron-Core's `SequentialMLP`, bit for bit on the CPU."""
 
-import copy
 import math
 from collections.abc import Callable
 from types import SimpleNamespace
@@ -14,18 +13,15 @@ from megatron.core.tensor_parallel.layers import ColumnParallelLinear, RowParall
 from megatron.core.transformer.mlp import MLPSubmodules
 from megatron.core.transformer.moe.experts import SequentialMLP
 from megatron.core.transformer.transformer_config import TransformerConfig
+from support import small_moe as moe
 from support.places import take_gpu_branches
-from support.small_moe import (
-    DEVICE,
-    make_config,
-    process_groups,
-)
+from support.small_moe import DEVICE
 from support.tensors import KeptBytes, assert_same_tensors
 from torch import Tensor
 from torch.nn.functional import gelu, grouped_mm
 
 from maskmoe.transformer import experts as experts_module
-from maskmoe.transformer.experts import GroupedMLP, can_group
+from maskmoe.transformer.experts import GroupedMLP
 from maskmoe.transformer.torch_modules import linear as linear_module
 
 OTHER_ACTIVATIONS = {
@@ -44,7 +40,7 @@ SUBMODULES = MLPSubmodules(linear_fc1=ColumnParallelLinear, linear_fc2=RowParall
 
 def make_experts[Experts: SequentialMLP](kind: type[Experts], config: TransformerConfig) -> Experts:
     """Build experts of the local spec, with weights that depend on the configuration only."""
-    experts = kind(config.num_moe_experts, config, SUBMODULES, process_groups()).to(DEVICE)
+    experts = kind(config.num_moe_experts, config, SUBMODULES, moe.process_groups()).to(DEVICE)
     generator = torch.Generator().manual_seed(1)
     with torch.no_grad():
         for parameter in experts.parameters():
@@ -65,7 +61,7 @@ def make_rows(
 
 
 def make_pair(**overrides: Any) -> tuple[GroupedMLP, SequentialMLP]:
-    config = make_config(overrides.pop("num_experts", 4), **overrides)
+    config = moe.make_config(overrides.pop("num_experts", 4), **overrides)
     return make_experts(GroupedMLP, config), make_experts(SequentialMLP, config)
 
 
@@ -130,19 +126,6 @@ def test_is_bit_equal_for_other_activations(activation: dict) -> None:
     assert_same_tensors(compute(ours, [8, 0, 16, 8]), compute(theirs, [8, 0, 16, 8]))
 
 
-def test_is_bit_equal_for_rows_and_gradients_with_strides() -> None:
-    def compute_strided(experts: SequentialMLP) -> dict[str, Tensor]:
-        torch.manual_seed(0)
-        rows = torch.randn(8, 9, device=DEVICE).t().requires_grad_()
-        probs = torch.rand(9, device=DEVICE, requires_grad=True)
-        output, _ = experts(rows, torch.tensor([2, 0, 3, 4]), probs)
-        output.sum().backward()
-        return {"output": output.detach(), "rows": rows.grad, "probs": probs.grad}
-
-    ours, theirs = make_pair()
-    assert_same_tensors(compute_strided(ours), compute_strided(theirs))
-
-
 @pytest.mark.parametrize("frozen", ["linear_fc1", "linear_fc2", "local_experts", "local_experts.0", "inputs"])
 def test_frozen_parameters_get_no_gradient(frozen: str) -> None:
     pair = make_pair()
@@ -194,44 +177,11 @@ def test_recomputed_activations_are_bit_equal_and_need_less_memory(dtype, num_ex
     assert kept < without
 
 
-def test_gradients_of_an_expert_are_accumulated_before_the_next_are_made() -> None:
-    experts = make_experts(GroupedMLP, make_config())
-    alive = []
-
-    def free(parameter: torch.nn.Parameter) -> None:
-        alive.append(sum(p.grad is not None for p in experts.parameters()))
-        parameter.grad = None
-
-    for parameter in experts.parameters():
-        parameter.register_post_accumulate_grad_hook(free)
-    rows, probs, gradient = make_rows(experts, [2, 0, 3, 4])
-    experts(rows, torch.tensor([2, 0, 3, 4]), probs)[0].backward(gradient)
-    assert len(alive) == 8
-    assert max(alive) <= 2
-
-
-def test_backward_can_be_repeated() -> None:
-    experts = make_experts(GroupedMLP, make_config())
-    rows, probs, gradient = make_rows(experts, [2, 0, 3, 4])
-    output, _ = experts(rows, torch.tensor([2, 0, 3, 4]), probs)
-    first = torch.autograd.grad(output, [rows, probs, *experts.parameters()], gradient, retain_graph=True)
-    torch.autograd.grad(output, [experts.local_experts[2].linear_fc1.weight], gradient, retain_graph=True)
-    second = torch.autograd.grad(output, [rows, probs, *experts.parameters()], gradient)
-    assert all(map(torch.equal, first, second))
-
-
 @pytest.fixture
 def branches_of_gpus(monkeypatch: pytest.MonkeyPatch) -> None:
     """Let `GroupedMLP` compute as on GPUs, which `grouped_mm` also supports on a CPU."""
     take_gpu_branches(monkeypatch.setattr)
     forbid(monkeypatch, "_compute_in_turns")
-
-
-def test_grouped_products_keep_no_copies_of_weights(branches_of_gpus: None) -> None:
-    ours, _ = make_pair(params_dtype=torch.bfloat16, ffn_hidden_size=16)
-    hidden, ffn, num_rows = 8, 16, 80
-    in_bf16, in_fp32, ends = num_rows * (hidden + 3 * ffn), num_rows, 4
-    assert kept_bytes(ours, [20] * 4) == 2 * in_bf16 + 4 * (in_fp32 + ends)
 
 
 def test_grouped_products_of_frozen_experts_compute_no_gradients_of_weights(
@@ -342,46 +292,14 @@ def test_experts_with_biases_are_bit_equal_where_sequential_experts_train(activa
     assert_same_tensors(compute(ours, [2, 0, 3, 4]), compute(theirs, [2, 0, 3, 4]))
 
 
-def test_fused_swiglu_takes_biases() -> None:
-    fused, unfused = (make_pair(add_bias_linear=True, bias_activation_fusion=fuses)[0] for fuses in (True, False))
-    torch.testing.assert_close(compute(fused, [2, 0, 3, 4]), compute(unfused, [2, 0, 3, 4]))
-
-
-@pytest.mark.parametrize(
-    ("name", "value"),
-    [
-        ("add_bias_linear", True),
-        ("expert_gtp_weight_remat_size", 2),
-        ("cpu_offloading", True),
-    ],
-)
-def test_settings_that_are_not_grouped(name: str, value: Any) -> None:
-    config = make_config()
-    assert can_group(config, 4, expert_tensor_size=1)
-    assert not can_group(config, 4, expert_tensor_size=2)
-    changed = copy.copy(config)
-    assert hasattr(changed, name)
-    setattr(changed, name, value)
-    assert not can_group(changed, 4, expert_tensor_size=1)
-
-
-class _Adapted(ColumnParallelLinear):
-    """A linear layer that doubles the output, as a stand-in for an adapter."""
-
-    def forward(self, *args, **kwargs):
-        output, bias = super().forward(*args, **kwargs)
-        return output * 2, bias
-
-
 @pytest.mark.parametrize(
     "change",
     [
-        lambda expert: expert.linear_fc1.__setattr__("__class__", _Adapted),
         lambda expert: expert.linear_fc1.register_forward_hook(lambda module, args, output: (output[0] * 2, None)),
         lambda expert: expert.linear_fc2.register_forward_pre_hook(lambda module, args: (args[0] * 2,)),
         lambda expert: expert.register_full_backward_hook(lambda module, grads, _: (grads[0] * 2, *grads[1:])),
     ],
-    ids=["adapter", "forward hook", "forward pre-hook", "backward hook"],
+    ids=["forward hook", "forward pre-hook", "backward hook"],
 )
 def test_changed_experts_keep_their_changes(change: Callable) -> None:
     ours, theirs = make_pair()
@@ -395,7 +313,7 @@ def test_changed_experts_keep_their_changes(change: Callable) -> None:
 
 def test_weights_do_not_depend_on_expert_parallelism() -> None:
     """On a CPU, all ranks draw the same random numbers, so ranks that drew their experts only would have equal ones."""
-    config = make_config(4, use_cpu_initialization=True)
+    config = moe.make_config(4, use_cpu_initialization=True)
     whole, drawn_after = _experts_of_rank(config, rank=0, num_ranks=1)
     shares = [_experts_of_rank(config, rank, num_ranks=2) for rank in range(2)]
     assert [experts.num_local_experts for experts, _ in shares] == [2, 2]
@@ -408,7 +326,7 @@ def test_weights_do_not_depend_on_expert_parallelism() -> None:
 def _experts_of_rank(config: TransformerConfig, rank: int, num_ranks: int) -> tuple[GroupedMLP, Tensor]:
     """Build the experts of an expert-parallel rank after the same seed; return what the rank draws next, too."""
     torch.manual_seed(0)
-    groups = process_groups()
+    groups = moe.process_groups()
     groups.ep = SimpleNamespace(rank=lambda: rank, size=lambda: num_ranks)
     experts = GroupedMLP(config.num_moe_experts // num_ranks, config, SUBMODULES, groups)
     return experts, torch.rand(1)

@@ -10,7 +10,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from megatron.core.transformer.moe import fused_a2a, token_dispatcher
-from support import small_moe
+from support import small_moe as moe
 from support.launchers import RunRanks
 from torch import Tensor
 from torch.distributed.nn.functional import all_gather, all_reduce
@@ -68,17 +68,17 @@ def run(case: str, flex: bool) -> tuple[list[Tensor], Tensor, Tensor]:
     if flex:
         settings = settings | {"moe_token_dispatcher_type": "flex", "moe_flex_dispatcher_backend": "deepep"}
     visible = np.zeros((1, VOCAB_SIZE, NUM_EXPERTS), bool)
-    visible[..., :num_visible] = small_moe.random_visible_sets(5, 1, VOCAB_SIZE, num_visible, (1, 2, 3))
-    config = small_moe.make_config(NUM_EXPERTS, TOPK, hidden_size=HIDDEN, expert_model_parallel_size=2, **settings)
-    layer: MaskMoELayer = small_moe.make_layer(config, small_moe.make_mask(visible))
+    visible[..., :num_visible] = moe.random_visible_sets(5, 1, VOCAB_SIZE, num_visible, (1, 2, 3))
+    config = moe.make_config(NUM_EXPERTS, TOPK, hidden_size=HIDDEN, expert_model_parallel_size=2, **settings)
+    layer: MaskMoELayer = moe.make_layer(config, moe.make_mask(visible))
     rank = torch.distributed.get_rank()
-    small_moe.draw_parameters(layer)
+    moe.draw_parameters(layer)
     with torch.no_grad():
         layer.router.weight.mul_(scale)
         for parameter in layer.experts.parameters():
             parameter.mul_(1 + rank / 8)
     if not flex:
-        layer.dispatcher = build_dispatcher(DispatchKind.ONE_COPY, layer, small_moe.process_groups())
+        layer.dispatcher = build_dispatcher(DispatchKind.ONE_COPY, layer, moe.process_groups())
     routed, rows = [], []
     layer.router.register_forward_hook(lambda module, inputs, output: routed.append(output[1]))
     layer.experts.register_forward_pre_hook(lambda module, inputs: rows.append(inputs[1]))
@@ -94,7 +94,7 @@ def compare_on_rank() -> None:
     fused_a2a.HAVE_DEEP_EP = True
     token_dispatcher.fused_dispatch, token_dispatcher.fused_combine = deepep_dispatch, deepep_combine
     token_dispatcher.set_deepep_num_sms = lambda num_sms: None
-    small_moe.initialize_parallelism(expert_model_parallel_size=2)
+    moe.initialize_parallelism(expert_model_parallel_size=2)
     for case in CASES:
         expected, _, _ = run(case, flex=False)
         found, routing_map, rows = run(case, flex=True)

@@ -171,25 +171,6 @@ def test_sequence_parallel_ranks_take_their_part_of_the_ids() -> None:
 
 
 @every_model
-def test_refuses_missing_ids(kind: str) -> None:
-    with pytest.raises(ValueError, match="needs input_ids on every pipeline stage"):
-        build_model(kind)(None, None, None)
-
-
-@every_model
-def test_padding_may_be_integers(kind: str) -> None:
-    (token_ids,) = micro_batches(1)
-    assert not build_model(kind).ids_of_layers(token_ids, torch.ones_like(token_ids)).is_real.any()
-
-
-@every_model
-def test_refuses_padding_of_another_shape(kind: str) -> None:
-    (token_ids,) = micro_batches(1)
-    with pytest.raises(ValueError, match=r"padding mask has shape \[2, 2\], the token ids have \[2, "):
-        forward(build_model(kind), token_ids, padding_mask=token_ids[:, :2] > 5)
-
-
-@every_model
 @pytest.mark.parametrize("recompute", RECOMPUTE)
 def test_padding_reaches_every_router(recompute: str, kind: str, router_calls: list[RouterCall]) -> None:
     """Padding changes the losses of the routers, but not the routing."""
@@ -207,9 +188,3 @@ def test_padding_reaches_every_router(recompute: str, kind: str, router_calls: l
         assert torch.equal(call.routing_map, plain.routing_map)
     for name in ("load_balancing_loss", "z_loss"):
         assert (losses[name][:NUM_LAYERS] != plain_losses[name][:NUM_LAYERS]).all()
-
-
-@every_model
-def test_checkpoint_holds_the_mask_once(kind: str) -> None:
-    names = [name for name in build_model(kind).state_dict() if "row_of_id" in name or "visible_bits" in name]
-    assert names == ["routing_mask.row_of_id", "routing_mask.visible_bits"]

@@ -7,9 +7,6 @@ from typing import Any
 
 import pytest
 import torch
-from megatron.core.fusions.fused_layer_norm import FusedLayerNorm
-from megatron.core.models import backends
-from megatron.core.models.gpt import gpt_layer_specs
 from megatron.core.models.gpt.gpt_layer_specs import get_gpt_decoder_block_spec
 from megatron.core.models.gpt.moe_module_specs import _build_shared_experts
 from megatron.core.models.hybrid.hybrid_block import HybridStack
@@ -24,7 +21,6 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 from megatron.core.transformer.transformer_layer import TransformerLayer
 from support.small_moe import make_config, make_mask, make_visible_experts, random_visible_sets
 
-from maskmoe.transformer import layer_specs
 from maskmoe.transformer.experts import GroupedMLP
 from maskmoe.transformer.layer_specs import MaskMoEHybridStack, get_maskmoe_decoder_block_spec
 from maskmoe.transformer.moe_layer import MaskMoELayer
@@ -100,42 +96,6 @@ def test_replaces_exactly_the_moe_layers_their_routers_mlps_norms_and_attention(
     assert list(ours.values()).count(MaskMoERouter) == sum(moe_layers)
     routers = [value for path, value in ours.items() if path.endswith("router.aux_loss_tokens")]
     assert routers == ["routable"] * sum(moe_layers)
-
-
-def test_stock_specs_stay_as_they_are() -> None:
-    config = make_config(num_layers=4)
-    stock = stock_block(config)
-    before = list(leaves(stock))
-    visible_experts = make_visible_experts(config, make_mask(random_visible_sets(0, 4, 9, 4)))
-    layer_specs.with_maskmoe_modules(stock, config, visible_experts)
-    get_maskmoe_decoder_block_spec(config, visible_experts)
-    after, fresh = list(leaves(stock)), list(leaves(stock_block(config)))
-    assert len(before) == len(after) == len(fresh)
-    assert all(x[0] == y[0] and x[1] is y[1] for x, y in zip(before, after, strict=True))
-    assert all(x[0] == y[0] and x[1] is y[1] for x, y in zip(before, fresh, strict=True))
-
-
-def test_specs_of_other_functions_take_part() -> None:
-    """A spec that the user has asked Megatron-Core for, here with a pipeline rank and of one layer."""
-    config = make_config(num_layers=4)
-    visible_experts = make_visible_experts(config, make_mask(random_visible_sets(0, 4, 9, 4)))
-    block = gpt_layer_specs.get_gpt_decoder_block_spec(config, use_transformer_engine=False, pp_rank=0)
-    one_layer = gpt_layer_specs.get_gpt_layer_local_spec(num_experts=4, moe_grouped_gemm=False)
-    for spec, count in ((block, 4), (one_layer, 1)):
-        modules = [leaf for _, leaf in leaves(layer_specs.with_maskmoe_modules(spec, config, visible_experts))]
-        assert modules.count(MaskMoELayer) == modules.count(MaskMoERouter) == count
-        assert TopKRouter not in modules
-
-
-@pytest.mark.parametrize(("normalization", "expected"), [("RMSNorm", TorchNorm), ("LayerNorm", FusedLayerNorm)])
-def test_norms_of_apex_are_kept_where_they_fit(normalization, expected, monkeypatch) -> None:
-    """With Apex installed, Megatron takes Apex's LayerNorm after the last layer, also if the model has RMSNorms."""
-    monkeypatch.setattr(gpt_layer_specs, "LNImpl", FusedLayerNorm)
-    monkeypatch.setattr(backends, "LNImpl", FusedLayerNorm)
-    config = make_config(normalization=normalization)
-    visible_experts = make_visible_experts(config, make_mask(random_visible_sets(0, 1, 9, 4)))
-    spec = get_maskmoe_decoder_block_spec(config, visible_experts)
-    assert spec.layer_norm is spec.layer_specs[0].submodules.pre_mlp_layernorm is expected
 
 
 @pytest.mark.parametrize("sequence_parallel", [False, True])

@@ -76,12 +76,6 @@ def test_mlp_equals_the_stock_module(is_dense, settings) -> None:
     assert_same_tensors(outputs(ours, hidden), outputs(stock, hidden))
 
 
-def test_dense_mlp_with_biases_equals_the_stock_module() -> None:
-    ours, stock = (mlp_of(spec_of, is_dense=True, add_bias_linear=True) for spec_of in (our_spec, stock_spec))
-    hidden = torch.randn(5, 2, 8, device=DEVICE)
-    torch.testing.assert_close(ours(hidden), stock(hidden), rtol=0, atol=0)
-
-
 @pytest.mark.parametrize("is_dense", [True, False], ids=["dense", "shared expert"])
 def test_mlp_keeps_three_tensors_for_each_channel(is_dense) -> None:
     """The backward pass needs gate and value, and the input of the second linear layer."""

@@ -6,18 +6,10 @@ from typing import Any
 import pytest
 import torch
 from megatron.core.transformer.moe.moe_utils import MoEAuxLossAutoScaler
+from support import small_moe as moe
 from support.launchers import RunRanks
 from support.ranks.parallel_layer_ranks import CASES, LAYOUTS, is_possible, results_of_rank, run_case
-from support.small_moe import (
-    DEVICE,
-    draw_parameters,
-    make_config,
-    make_layer,
-    make_mask,
-    process_groups,
-    random_visible_sets,
-    reference_routing,
-)
+from support.small_moe import DEVICE
 from torch import Tensor
 from torch.nn.functional import linear, silu
 
@@ -40,7 +32,7 @@ def gated_mlp(hidden: Tensor, fc1: Tensor, fc2: Tensor) -> Tensor:
 
 def reference_layer(config, weights: dict[str, Tensor], hidden: Tensor, visible: Tensor) -> tuple[Tensor, Tensor]:
     """Compute the output for hidden states [tokens, hidden], and the sum of the weighted router losses."""
-    routing = reference_routing(
+    routing = moe.reference_routing(
         linear(hidden, weights["router.weight"]),
         visible,
         config.moe_router_topk,
@@ -80,13 +72,13 @@ def reference_layer(config, weights: dict[str, Tensor], hidden: Tensor, visible:
 @pytest.mark.parametrize("sizes", [None, (1,), (2, 3), (6,)], ids=str)
 def test_equals_dense_reference(sizes, topk, overrides) -> None:
     """Cover k > V, V >= k everywhere, and experts without tokens; float32 against float64."""
-    config = make_config(6, topk, **LOSSES, **overrides)
-    visible_sets = random_visible_sets(2, 1, 9, 6, sizes)
+    config = moe.make_config(6, topk, **LOSSES, **overrides)
+    visible_sets = moe.random_visible_sets(2, 1, 9, 6, sizes)
     if sizes != (6,):
         visible_sets[..., 3] = False
         visible_sets[~visible_sets.any(axis=-1), 5] = True
-    layer = make_layer(config, make_mask(visible_sets))
-    draw_parameters(layer)
+    layer = moe.make_layer(config, moe.make_mask(visible_sets))
+    moe.draw_parameters(layer)
     hidden = torch.randn(7, 2, 8, device=DEVICE, requires_grad=True)
     token_ids = torch.randint(0, 9, (2, 7), device=DEVICE)
     output, bias = layer(hidden, padding_mask=token_ids)
@@ -122,8 +114,8 @@ def run_with_capacity(**settings: Any) -> SimpleNamespace:
         `results`, the output and all gradients by name; the router's weights `probs`, [tokens, experts];
         `routing_map`, bool [tokens, experts].
     """
-    layer = make_layer(make_config(6, 2, **settings), make_mask(random_visible_sets(2, 1, 9, 6)))
-    draw_parameters(layer)
+    layer = moe.make_layer(moe.make_config(6, 2, **settings), moe.make_mask(moe.random_visible_sets(2, 1, 9, 6)))
+    moe.draw_parameters(layer)
     hidden = torch.randn(12, 2, 8, device=DEVICE, requires_grad=True)
     token_ids = torch.randint(0, 9, (2, 12), device=DEVICE)
     probs, routing_map = layer.router(hidden, TokenIds(token_ids.T))
@@ -162,14 +154,8 @@ def test_padding_to_capacity_changes_nothing_but_the_rows(drop_policy: str) -> N
     torch.testing.assert_close(padded.results, run.results, rtol=1e-5, atol=1e-5)
 
 
-def test_experts_have_an_optimizer_of_their_own() -> None:
-    layer = make_layer(make_config(), make_mask(random_visible_sets(0, 1, 9, 4)))
-    assert all(parameter.allreduce is False for parameter in layer.experts.parameters())
-    assert getattr(layer.router.weight, "allreduce", True)
-
-
 def test_refuses_what_it_cannot_route() -> None:
-    layer = make_layer(make_config(), make_mask(random_visible_sets(0, 1, 9, 4)))
+    layer = moe.make_layer(moe.make_config(), moe.make_mask(moe.random_visible_sets(0, 1, 9, 4)))
     hidden, token_ids = torch.randn(3, 1, 8, device=DEVICE), torch.zeros(1, 3, dtype=torch.int64, device=DEVICE)
     for no_ids in (None, torch.zeros(1, 3, dtype=torch.bool, device=DEVICE)):
         with pytest.raises(ValueError, match="got no token ids"):
@@ -183,7 +169,7 @@ def test_refuses_what_it_cannot_route() -> None:
         layer(hidden, input_ids=token_ids)
     with pytest.raises(ValueError, match="CUDA graphs"):
         layer(hidden, intermediate_tensors=(hidden,), padding_mask=token_ids)
-    layer.dispatcher = build_dispatcher(DispatchKind.PLANNED, layer, process_groups())
+    layer.dispatcher = build_dispatcher(DispatchKind.PLANNED, layer, moe.process_groups())
     with pytest.raises(RuntimeError, match="planned dispatch got token ids without a plan"):
         layer(hidden, padding_mask=token_ids)
 

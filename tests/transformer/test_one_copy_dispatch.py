@@ -4,15 +4,8 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from support.small_moe import (
-    DEVICE,
-    draw_parameters,
-    make_config,
-    make_layer,
-    make_mask,
-    process_groups,
-    random_visible_sets,
-)
+from support import small_moe as moe
+from support.small_moe import DEVICE
 from support.tensors import assert_same_tensors
 from torch import Tensor
 
@@ -60,7 +53,7 @@ STOCK, ONE_COPY, PLANNED = DispatchKind.STOCK, DispatchKind.ONE_COPY, DispatchKi
     ids=str,
 )
 def test_kind_of_dispatch(settings, ranks, kind_without_plan, kind) -> None:
-    config, pg_collection = make_config(4, **settings), groups(**ranks)
+    config, pg_collection = moe.make_config(4, **settings), groups(**ranks)
     assert choose_dispatch(config, pg_collection, is_rank_local=False) is kind_without_plan
     assert choose_dispatch(config, pg_collection, is_rank_local=True) is kind
     # The ids of multi-token prediction have no plan.
@@ -83,22 +76,22 @@ def compute(layer: MaskMoELayer, hidden: Tensor, token_ids: Tensor, gradient: Te
 @pytest.mark.parametrize("settings", [{}, {"moe_latent_size": 6}, {"params_dtype": torch.bfloat16}], ids=str)
 @pytest.mark.parametrize(("topk", "sizes"), [(1, (1, 4)), (1, (4,)), (2, (1, 4)), (2, (2, 6)), (4, (1, 3, 6))])
 def test_layer_is_bit_equal_to_one_with_megatrons_dispatcher(topk: int, sizes: tuple[int, ...], settings: dict) -> None:
-    config = make_config(6, topk, **settings)
-    layer = make_layer(config, make_mask(random_visible_sets(2, 1, 30, 6, sizes)))
-    draw_parameters(layer)
+    config = moe.make_config(6, topk, **settings)
+    layer = moe.make_layer(config, moe.make_mask(moe.random_visible_sets(2, 1, 30, 6, sizes)))
+    moe.draw_parameters(layer)
     assert type(layer.dispatcher) is OneRankDispatcher
     hidden, gradient = torch.randn(2, 11, 3, 8, device=DEVICE).to(config.params_dtype)
     token_ids = torch.randint(0, 30, (3, 11), device=DEVICE)
     found = compute(layer, hidden, token_ids, gradient)
-    layer.dispatcher = StockDispatcher(layer, process_groups())
+    layer.dispatcher = StockDispatcher(layer, moe.process_groups())
     expected = compute(layer, hidden, token_ids, gradient)
     assert_same_tensors(found, expected)
     assert expected["hidden"].any()
 
 
 def test_micro_batches_in_flight_do_not_share_memory() -> None:
-    layer = make_layer(make_config(4, 1), make_mask(random_visible_sets(0, 1, 30, 4)))
-    draw_parameters(layer)
+    layer = moe.make_layer(moe.make_config(4, 1), moe.make_mask(moe.random_visible_sets(0, 1, 30, 4)))
+    moe.draw_parameters(layer)
     inputs = torch.randn(2, 5, 2, 8, device=DEVICE)
     token_ids = torch.randint(0, 30, (2, 5), device=DEVICE)
     alone = [layer(hidden, padding_mask=token_ids)[0].clone() for hidden in inputs]

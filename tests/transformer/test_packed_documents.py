@@ -15,17 +15,9 @@ from megatron.core.packed_seq_params import PackedSeqParams
 from megatron.core.transformer.enums import AttnMaskType
 from megatron.core.transformer.multi_token_prediction import MTPLossLoggingHelper
 from megatron.core.transformer.transformer_config import MLATransformerConfig
+from support import small_moe as moe
 from support.places import PLACES, Place, take_gpu_branches
-from support.small_moe import (
-    DEVICE,
-    LATENT_SIZES,
-    YARN,
-    make_config,
-    make_mask,
-    make_visible_experts,
-    process_groups,
-    random_visible_sets,
-)
+from support.small_moe import DEVICE, YARN
 from torch import Tensor
 from torch.nn.attention.varlen import varlen_attn
 from torch.nn.functional import scaled_dot_product_attention
@@ -37,7 +29,7 @@ from maskmoe.transformer.torch_modules import attention as attention_module
 from maskmoe.transformer.torch_modules.attention import TorchDotProductAttention
 
 NUM_LAYERS, VOCAB_SIZE, SEQUENCE = 2, 40, 16
-VISIBLE = random_visible_sets(6, NUM_LAYERS + 2, VOCAB_SIZE, 4)
+VISIBLE = moe.random_visible_sets(6, NUM_LAYERS + 2, VOCAB_SIZE, 4)
 # The bounds of the documents of two samples; the second sample is one document.
 BOUNDS = [[0, 1, 6, 13, 16], [0, 16]]
 FP32_ORDER_OF_SUMS = 2e-5
@@ -63,11 +55,11 @@ MODELS: dict[str, dict[str, Any]] = {
     },
     "selective recompute": {"recompute_granularity": "selective", "recompute_modules": ["core_attn", "moe"]},
     "multi-token prediction": {"mtp_num_layers": 2},
-    "multi-latent attention": {"config_class": MLATransformerConfig, "rope_type": "rope", **LATENT_SIZES},
+    "multi-latent attention": {"config_class": MLATransformerConfig, "rope_type": "rope", **moe.LATENT_SIZES},
     "multi-latent attention with YaRN": {
         "config_class": MLATransformerConfig,
         "rope_type": "yarn",
-        **LATENT_SIZES,
+        **moe.LATENT_SIZES,
         **YARN,
     },
 }
@@ -82,10 +74,10 @@ def build_model(
 ) -> GPTModel:
     torch.manual_seed(0)
     yarn = {name: settings.pop(name) for name in [*settings] if name.startswith("yarn_")}
-    config = make_config(num_experts, num_layers=NUM_LAYERS, hidden_size=16, **settings)
+    config = moe.make_config(num_experts, num_layers=NUM_LAYERS, hidden_size=16, **settings)
     vars(config).update(yarn)  # these settings are not fields of the configuration's class
-    mask = make_mask(VISIBLE[: NUM_LAYERS + (config.mtp_num_layers or 0)])
-    visible_experts = None if num_experts is None else make_visible_experts(config, mask)
+    mask = moe.make_mask(VISIBLE[: NUM_LAYERS + (config.mtp_num_layers or 0)])
+    visible_experts = None if num_experts is None else moe.make_visible_experts(config, mask)
     own = {} if visible_experts is None else {"visible_experts": visible_experts}
     return (MaskMoEGPTModel if own else DenseGPTModel)(
         config,
@@ -96,7 +88,7 @@ def build_model(
         position_embedding_type=position_embedding_type,
         pre_process=pre_process,
         post_process=post_process,
-        pg_collection=process_groups(),
+        pg_collection=moe.process_groups(),
         **own,
     ).to(DEVICE)
 
@@ -158,11 +150,6 @@ def test_equals_documents_one_by_one(name: str) -> None:
     assert_close(ours, theirs, FP32_ORDER_OF_SUMS)
 
 
-def test_equals_documents_one_by_one_in_bf16() -> None:
-    model = build_model(bf16=True, params_dtype=torch.bfloat16).bfloat16()
-    torch.testing.assert_close(packed_losses(model), losses_one_by_one(model), rtol=0, atol=2e-2)
-
-
 def test_samples_of_one_document_equal_samples_that_are_not_packed() -> None:
     model, whole = build_model(), [[0, SEQUENCE]] * 2
     ids, labels = token_ids()
@@ -194,15 +181,6 @@ class TwoStages(torch.nn.Module):
         assert hidden._base is None  # The schedules free the memory of a sent tensor.
         self.second.set_input_tensor(hidden)
         return self.second(*args, **kwargs)
-
-
-@pytest.mark.parametrize("samples", [None, BOUNDS], ids=["samples", "packed samples"])
-def test_labels_by_position_are_labels(samples: list[list[int]] | None) -> None:
-    model, (ids, labels) = build_model(), token_ids()
-    positions = torch.arange(SEQUENCE, device=DEVICE).expand(2, -1)
-    packed = samples and PackedDocuments.of_samples(padded_bounds(samples), DEVICE, reads_on_host=True)
-    by_position = model(ids, positions, None, None, labels, packed_seq_params=packed)
-    assert torch.equal(by_position, model(ids, positions, None, labels=labels, packed_seq_params=packed))
 
 
 def test_stages_exchange_hidden_states_of_samples() -> None:
@@ -253,12 +231,6 @@ def test_joined_samples_cannot_be_balanced_one_by_one(balancing: str | list[str]
     packed_losses(build_model(moe_router_load_balancing_type="seq_aux_loss", moe_aux_loss_coeff=0.0))
     ids, positions = token_ids()[0][:1], torch.arange(SEQUENCE, device=DEVICE).unsqueeze(0)
     model.train()(ids, positions, None, packed_seq_params=documents_of([SEQUENCE]))
-
-
-def test_attention_names_the_packed_sequences_that_it_takes() -> None:
-    attention = build_model().decoder.layers[0].self_attention.core_attention
-    with pytest.raises(NotImplementedError, match=r"takes packed sequences as .*PackedDocuments only"):
-        attention(*torch.zeros(3, 16, 2, 4, device=DEVICE), None, packed_seq_params=PackedSeqParams(qkv_format="thd"))
 
 
 def test_multi_token_prediction_keeps_to_documents() -> None:
@@ -324,8 +296,8 @@ def documents_of(lengths: list[int]) -> PackedDocuments:
 
 def build_attention(dtype: torch.dtype = torch.float32, **settings: Any) -> TorchDotProductAttention:
     settings = {"bf16": dtype == torch.bfloat16, "params_dtype": dtype} | settings
-    config = make_config(num_attention_heads=HEADS, hidden_size=HEADS * CHANNELS, **settings)
-    return TorchDotProductAttention(config, 1, AttnMaskType.causal, "self", pg_collection=process_groups())
+    config = moe.make_config(num_attention_heads=HEADS, hidden_size=HEADS * CHANNELS, **settings)
+    return TorchDotProductAttention(config, 1, AttnMaskType.causal, "self", pg_collection=moe.process_groups())
 
 
 def attention_results(attention: TorchDotProductAttention, inputs: list[Tensor], *, by_mask: bool) -> list[Tensor]:

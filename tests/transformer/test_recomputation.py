@@ -3,16 +3,8 @@
 import pytest
 import torch
 from megatron.core.transformer.transformer_config import MLATransformerConfig
-from support.small_moe import (
-    DEVICE,
-    LATENT_SIZES,
-    YARN,
-    draw_parameters,
-    make_config,
-    make_mask,
-    make_model,
-    random_visible_sets,
-)
+from support import small_moe as moe
+from support.small_moe import DEVICE, YARN
 from support.tensors import KeptBytes, assert_same_tensors
 from torch import Tensor
 
@@ -29,7 +21,7 @@ def train(modules: tuple[str, ...], normalization: str) -> tuple[dict[str, Tenso
     Returns:
         the loss and the gradients, and the kept bytes.
     """
-    config = make_config(
+    config = moe.make_config(
         config_class=MLATransformerConfig,
         num_layers=2,
         hidden_size=16,
@@ -41,11 +33,11 @@ def train(modules: tuple[str, ...], normalization: str) -> tuple[dict[str, Tenso
         normalization=normalization,
         recompute_granularity="selective" if modules else None,
         recompute_modules=list(modules) or None,
-        **LATENT_SIZES,
+        **moe.LATENT_SIZES,
         **YARN,
     )
-    model = make_model(config, make_mask(random_visible_sets(1, 2, VOCAB_SIZE, 4)))
-    draw_parameters(model)
+    model = moe.make_model(config, moe.make_mask(moe.random_visible_sets(1, 2, VOCAB_SIZE, 4)))
+    moe.draw_parameters(model)
     tokens = torch.randint(VOCAB_SIZE, (BATCH, LENGTH), device=DEVICE)
     positions = torch.arange(LENGTH, device=DEVICE).expand_as(tokens)
     with KeptBytes([*model.parameters(), *model.buffers()]) as kept:

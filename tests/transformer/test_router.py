@@ -12,18 +12,10 @@ from megatron.core.distributed.finalize_model_grads import reset_model_temporary
 from megatron.core.transformer.moe import moe_utils
 from megatron.core.transformer.moe.moe_utils import MoEAuxLossAutoScaler
 from megatron.core.transformer.moe.router import TopKRouter
+from support import small_moe as moe
 from support.datasets import frequency_of
 from support.router_cases import ALL_BALANCING_LOSSES, LOSSES, Case, cases
-from support.small_moe import (
-    DEVICE,
-    make_config,
-    make_mask,
-    make_router,
-    process_groups,
-    random_visible_sets,
-    reference_routing,
-    take_metrics,
-)
+from support.small_moe import DEVICE
 from torch import Tensor
 
 from maskmoe.routing_mask.assignment import MaskRecipe, build_routing_mask
@@ -54,12 +46,17 @@ class Routed:
 
 def route(router: TopKRouter, hidden: Tensor, *per_token: TokenIds | Tensor) -> Routed:
     hidden = hidden.clone().requires_grad_()
-    take_metrics()
+    moe.take_metrics()
     probs, routing_map = router(hidden, *per_token)
     generator = torch.Generator().manual_seed(3)
     probs.backward(torch.randn(probs.shape, generator=generator).to(probs))
     return Routed(
-        probs.detach(), routing_map, hidden.grad, router.weight.grad, take_metrics(), router.local_tokens_per_expert
+        probs.detach(),
+        routing_map,
+        hidden.grad,
+        router.weight.grad,
+        moe.take_metrics(),
+        router.local_tokens_per_expert,
     )
 
 
@@ -80,8 +77,8 @@ def all_visible_mask(kind: str, vocab_size: int, num_experts: int):
 def make_stock_pair(config, mask_kind: str, aux_loss_tokens="all") -> tuple[MaskMoERouter, TopKRouter]:
     """Build our router, with a mask that hides nothing, and the stock router, with the same random weights."""
     mask = all_visible_mask(mask_kind, vocab_size=20, num_experts=config.num_moe_experts)
-    ours = make_router(config, mask, aux_loss_tokens=aux_loss_tokens)
-    stock = TopKRouter(config, process_groups()).to(DEVICE)
+    ours = moe.make_router(config, mask, aux_loss_tokens=aux_loss_tokens)
+    stock = TopKRouter(config, moe.process_groups()).to(DEVICE)
     stock.set_layer_number(1)
     torch.manual_seed(1)
     with torch.no_grad():
@@ -98,25 +95,14 @@ def check_equals_stock(config, mask_kind: str, shape=(5, 3), dtype=torch.float32
         hidden = torch.randn(*shape, config.hidden_size, device=DEVICE, dtype=dtype)
         token_ids = torch.randint(0, 10, shape, device=DEVICE)
         assert_bit_equal(route(ours, hidden, TokenIds(token_ids)), route(stock, hidden))
-
-
-@given(
-    selection=st.sampled_from([(1, True), (2, True), (2, False), (8, True), (8, False)]),
-    shape=st.sampled_from([(1, 1), (5, 3), (16, 2)]),
-    losses=st.sampled_from([{}, LOSSES]),
-    dtype=st.sampled_from([torch.float32, torch.bfloat16]),
-    mask_kind=st.sampled_from(["smoe", "frequent"]),
-)
-def test_all_visible_equals_stock(selection, shape, losses, dtype, mask_kind) -> None:
-    """A selection is k, and whether softmax comes first."""
-    topk, pre_softmax = selection
-    config = make_config(
-        12, topk, moe_router_pre_softmax=pre_softmax, params_dtype=dtype, bf16=dtype == torch.bfloat16, **losses
-    )
-    check_equals_stock(config, mask_kind, shape, dtype)
+    with torch.no_grad():
+        assert all(map(torch.equal, ours.eval()(hidden, TokenIds(token_ids)), stock.eval()(hidden)))
 
 
 SETTINGS = [
+    {"topk": 1, "moe_router_pre_softmax": True},
+    {"topk": 2, "params_dtype": torch.bfloat16, "bf16": True},
+    {"moe_aux_loss_coeff": 0.0, "moe_z_loss_coeff": None},
     {"moe_router_score_function": "sigmoid"},
     {"moe_router_score_function": "sigmoid", "moe_router_enable_expert_bias": True},
     {"moe_router_score_function": "sigmoid", "moe_router_enable_expert_bias": True, "topk": 1},
@@ -158,22 +144,13 @@ SETTINGS = [
     ("overrides", "mask_kind"), list(zip(SETTINGS, itertools.cycle(["smoe", "frequent"]), strict=False)), ids=str
 )
 def test_all_visible_equals_stock_in_every_setting(overrides: dict, mask_kind: str) -> None:
-    config = make_config(**({"num_experts": 12, "topk": 4} | LOSSES | overrides))
-    check_equals_stock(config, mask_kind, steps=3)
-
-
-@pytest.mark.parametrize("overrides", SETTINGS, ids=str)
-@torch.no_grad()
-def test_all_visible_equals_stock_in_evaluation(overrides: dict) -> None:
-    ours, stock = make_stock_pair(make_config(**({"num_experts": 12, "topk": 4} | overrides)), "smoe")
-    hidden = torch.randn(256, 3, 8, device=DEVICE)
-    found = ours.eval()(hidden, TokenIds(torch.zeros(256, 3, dtype=torch.int64, device=DEVICE)))
-    assert all(map(torch.equal, found, stock.eval()(hidden)))
+    config = moe.make_config(**({"num_experts": 12, "topk": 4} | LOSSES | overrides))
+    check_equals_stock(config, mask_kind, dtype=overrides.get("params_dtype", torch.float32), steps=3)
 
 
 @pytest.mark.parametrize("losses", [{}, ALL_BALANCING_LOSSES], ids=["aux_loss", "all"])
 def test_all_visible_equals_stock_when_only_routable_tokens_count(losses) -> None:
-    check_equals_stock(make_config(12, 4, **(LOSSES | losses)), "frequent", aux_loss_tokens="routable", steps=2)
+    check_equals_stock(moe.make_config(12, 4, **(LOSSES | losses)), "frequent", aux_loss_tokens="routable", steps=2)
 
 
 @pytest.mark.parametrize("per_token_loss", [False, True])
@@ -181,7 +158,7 @@ def test_all_visible_equals_stock_when_only_routable_tokens_count(losses) -> Non
 def test_all_visible_equals_stock_with_padding(mask_kind, per_token_loss) -> None:
     """Compare weights and map bit for bit, losses approximately: the stock router squares token numbers in float32."""
     settings = LOSSES | ALL_BALANCING_LOSSES | {"calculate_per_token_loss": per_token_loss}
-    ours, stock = make_stock_pair(make_config(12, 4, **settings), mask_kind)
+    ours, stock = make_stock_pair(moe.make_config(12, 4, **settings), mask_kind)
     for _ in range(2):
         hidden = torch.randn(7, 3, 8, device=DEVICE)
         token_ids = torch.randint(0, 10, (7, 3), device=DEVICE)
@@ -202,12 +179,12 @@ def test_all_visible_equals_stock_with_padding(mask_kind, per_token_loss) -> Non
 
 def test_all_visible_equals_stock_on_many_tokens() -> None:
     """The squared number of tokens has more digits than float32."""
-    check_equals_stock(make_config(12, 4, **LOSSES), "frequent", shape=(4097, 3))
+    check_equals_stock(moe.make_config(12, 4, **LOSSES), "frequent", shape=(4097, 3))
 
 
 def test_z_loss_of_an_fp16_router_is_finite() -> None:
     """The sum over all tokens is above the largest number of fp16. The tolerance is two roundings to fp16."""
-    config = make_config(12, 1, moe_z_loss_coeff=1e-3, moe_router_dtype=None, params_dtype=torch.float16)
+    config = moe.make_config(12, 1, moe_z_loss_coeff=1e-3, moe_router_dtype=None, params_dtype=torch.float16)
     ours, stock = make_stock_pair(config, "smoe")
     hidden = torch.randn(2048, 2, config.hidden_size, device=DEVICE, dtype=torch.float16)
     token_ids = TokenIds(torch.zeros(2048, 2, dtype=torch.long, device=DEVICE))
@@ -218,7 +195,7 @@ def test_z_loss_of_an_fp16_router_is_finite() -> None:
 def test_expert_bias_follows_the_choices_of_tokens_and_not_the_padding_of_experts() -> None:
     settings = {"moe_router_score_function": "sigmoid", "moe_router_enable_expert_bias": True}
     padding = {"moe_expert_capacity_factor": 1.5, "moe_pad_expert_input_to_capacity": True}
-    router = make_router(make_config(4, 2, **settings, **padding), all_visible_mask("smoe", 20, 4))
+    router = moe.make_router(moe.make_config(4, 2, **settings, **padding), all_visible_mask("smoe", 20, 4))
     with torch.no_grad():
         router.weight.copy_(torch.tensor([[2.0], [1.0], [-1.0], [-2.0]]).expand_as(router.weight))
     hidden, ids = torch.ones(5, 3, router.weight.shape[1], device=DEVICE), torch.zeros(5, 3, dtype=torch.long)
@@ -227,29 +204,18 @@ def test_expert_bias_follows_the_choices_of_tokens_and_not_the_padding_of_expert
     assert router.local_tokens_per_expert.tolist() == [capacity, capacity, 0, 0]
 
 
-@pytest.mark.parametrize("setting", ["moe_z_loss_coeff", "moe_input_jitter_eps"])
-def test_zero_is_like_none(setting) -> None:
-    mask = make_mask(random_visible_sets(0, 1, 20, 6))
-    hidden, ids = torch.randn(10, 2, 8, device=DEVICE), torch.arange(20, device=DEVICE).view(10, 2)
-    zero, none = (
-        make_router(make_config(6, 2, moe_aux_loss_coeff=1e-2, **{setting: value}), mask) for value in (0.0, None)
-    )
-    none.load_state_dict(zero.state_dict())
-    assert_bit_equal(route(zero, hidden, TokenIds(ids)), route(none, hidden, TokenIds(ids)))
-
-
 @pytest.mark.parametrize("losses", [{}, LOSSES], ids=["no_losses", "losses"])
 @pytest.mark.parametrize("aux_loss_tokens", ["all", "routable"])
 @pytest.mark.parametrize("pre_softmax", [True, False])
 @pytest.mark.parametrize("topk", [1, 2])
 @pytest.mark.parametrize("scale", [1, 1000])
 def test_one_visible_expert_is_a_table_lookup(scale, topk, pre_softmax, aux_loss_tokens, losses) -> None:
-    config = make_config(5, topk, num_layers=3, **losses)
+    config = moe.make_config(5, topk, num_layers=3, **losses)
     # The configuration refuses k = 1 with softmax after top-k, because the weight is constant. Set it afterwards.
     config.moe_router_pre_softmax = pre_softmax
     mask = build_routing_mask(MaskRecipe.from_preset("hash", 5, 3, seed=4), vocab_size=30)
     for layer in range(3):
-        router = make_router(config, mask, layer_number=layer + 1, aux_loss_tokens=aux_loss_tokens)
+        router = moe.make_router(config, mask, layer_number=layer + 1, aux_loss_tokens=aux_loss_tokens)
         token_ids = torch.arange(30, device=DEVICE).view(15, 2)
         routed = route(router, scale * torch.randn(15, 2, 8, device=DEVICE), TokenIds(token_ids))
         table = torch.from_numpy(mask.row_of_id[layer].astype(np.int64)).to(DEVICE)
@@ -263,16 +229,16 @@ def test_one_visible_expert_is_a_table_lookup(scale, topk, pre_softmax, aux_loss
 def test_follows_the_method(case: Case) -> None:
     """Compare weights, map, losses and gradients with the reference; float32 against float64."""
     router, logits = case.router(), case.logits(scale=2)
-    take_metrics()
+    moe.take_metrics()
     probs, routing_map = router.routing(logits, case.token_ids)
-    losses = {name: values[1] for name, values in take_metrics().items()}
+    losses = {name: values[1] for name, values in moe.take_metrics().items()}
     output_grad = torch.from_numpy(np.random.default_rng(case.seed + 3).normal(size=probs.shape)).to(probs)
     probs.backward(output_grad)
 
     exact = logits.detach().double().requires_grad_()
     num_groups, group_topk = case.groups or (1, 1)
     is_padding = None if case.is_padding is None else case.is_padding.flatten()
-    reference = reference_routing(
+    reference = moe.reference_routing(
         exact.flatten(0, 1),
         case.visible,
         case.topk,
@@ -334,9 +300,9 @@ def test_nothing_invisible_is_ever_used(case: Case, scale: float) -> None:
     router = case.router()
     if router.enable_expert_bias:
         router.expert_bias *= scale
-    take_metrics()
+    moe.take_metrics()
     probs, routing_map = router.routing(logits, case.token_ids)
-    losses = take_metrics()
+    losses = moe.take_metrics()
     probs.sum().backward()
     assert not (routing_map & ~visible).any()
     assert not probs[~routing_map].any()
@@ -361,8 +327,9 @@ def test_balancing_losses_count_visible_experts_only() -> None:
     """The scores of visible experts round to 0 here, which is the score of invisible experts."""
     visible = np.eye(6, dtype=bool)[None, 1:]  # id i sees expert 0 and expert i + 1
     visible[..., 0] = True
-    router = make_router(
-        make_config(6, 2, moe_router_load_balancing_type="global_aux_loss", moe_aux_loss_coeff=1.0), make_mask(visible)
+    router = moe.make_router(
+        moe.make_config(6, 2, moe_router_load_balancing_type="global_aux_loss", moe_aux_loss_coeff=1.0),
+        moe.make_mask(visible),
     )
     logits = torch.full((5, 1, 6), -500.0, device=DEVICE)
     logits[..., 0] = 0  # All other scores round to 0.
@@ -372,12 +339,12 @@ def test_balancing_losses_count_visible_experts_only() -> None:
 
 @pytest.mark.parametrize("has_padding", [False, True])
 def test_global_loss_takes_the_load_of_all_micro_batches_of_a_step(has_padding) -> None:
-    mask = make_mask(random_visible_sets(3, 1, 20, 5))
-    config = make_config(5, 2, moe_router_load_balancing_type="global_aux_loss", moe_aux_loss_coeff=1.0)
-    router = make_router(config, mask)
+    mask = moe.make_mask(moe.random_visible_sets(3, 1, 20, 5))
+    config = moe.make_config(5, 2, moe_router_load_balancing_type="global_aux_loss", moe_aux_loss_coeff=1.0)
+    router = moe.make_router(config, mask)
     for _ in range(2):
         shares, num_tokens, expected = [], [], []
-        take_metrics()
+        moe.take_metrics()
         for _ in range(3):
             logits = torch.randn(8, 2, 5, device=DEVICE)
             token_ids = torch.randint(0, 20, (8, 2), device=DEVICE)
@@ -391,7 +358,7 @@ def test_global_loss_takes_the_load_of_all_micro_batches_of_a_step(has_padding) 
             num_tokens.append(len(scores))
             share = sum(share * number for share, number in zip(shares, num_tokens, strict=True)) / sum(num_tokens)
             expected.append(5 * (share * scores.mean(dim=0)).sum())
-        recorded = take_metrics()["global_load_balancing_loss"]
+        recorded = moe.take_metrics()["global_load_balancing_loss"]
         torch.testing.assert_close(recorded, sum(expected).view(1), rtol=1e-5, atol=0, check_dtype=False)
         reset_model_temporary_tensors(config, [torch.nn.ModuleList([router])])
         assert not router.ga_steps
@@ -401,14 +368,14 @@ def test_global_loss_takes_the_load_of_all_micro_batches_of_a_step(has_padding) 
 @pytest.mark.parametrize("is_planned", [False, True])
 def test_half_precision_model_counts_tokens_exactly(is_planned: bool) -> None:
     """The router counts more tokens than bfloat16 can represent. Checkpoints hold no counts of a step."""
-    config = make_config(
+    config = moe.make_config(
         moe_router_load_balancing_type="global_aux_loss",
         moe_aux_loss_coeff=1e-2,
         moe_router_score_function="sigmoid",
         moe_router_enable_expert_bias=True,
         params_dtype=torch.bfloat16,
     )
-    router = make_router(config, all_visible_mask("smoe", 20, 4)).bfloat16()
+    router = moe.make_router(config, all_visible_mask("smoe", 20, 4)).bfloat16()
     counts = torch.zeros(4, device=DEVICE, dtype=torch.int64)
     for _ in range(3):
         hidden = torch.randn(251, 3, 8, device=DEVICE, dtype=torch.bfloat16)
@@ -431,8 +398,8 @@ def test_kernel_of_transformer_engine_gets_the_bias_in_the_dtype_of_the_logits(m
         dtypes.append((dtype, bias.dtype))
         return (torch.addmm(bias, hidden.to(dtype), weight.to(dtype).t()),)
 
-    config = make_config(add_bias_linear=True, params_dtype=torch.bfloat16)
-    router = make_router(config, all_visible_mask("smoe", 20, 4)).bfloat16()
+    config = moe.make_config(add_bias_linear=True, params_dtype=torch.bfloat16)
+    router = moe.make_router(config, all_visible_mask("smoe", 20, 4)).bfloat16()
     torch.nn.init.normal_(router.bias)
     hidden = torch.randn(3, 1, 8, device=DEVICE, dtype=torch.bfloat16)
     expected = TopKRouter.gating(router, hidden)
@@ -444,7 +411,7 @@ def test_kernel_of_transformer_engine_gets_the_bias_in_the_dtype_of_the_logits(m
 def test_token_ids_beyond_the_vocabulary_are_refused() -> None:
     if DEVICE.type == "cuda":
         pytest.skip("an index error leaves the CUDA context unusable")
-    router = make_router(make_config(), all_visible_mask("smoe", 20, 4))
+    router = moe.make_router(moe.make_config(), all_visible_mask("smoe", 20, 4))
     for token_id in (20, -1):
         with pytest.raises(IndexError):
             router(torch.randn(1, 1, 8), TokenIds(torch.tensor([[token_id]])))

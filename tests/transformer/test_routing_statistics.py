@@ -5,16 +5,8 @@ import pytest
 import torch
 from megatron.core.tensor_parallel import model_parallel_cuda_manual_seed
 from megatron.core.transformer.module import Float16Module
-from support.small_moe import (
-    DEVICE,
-    make_config,
-    make_mask,
-    make_model,
-    make_router,
-    random_visible_sets,
-    reference_routing,
-    take_metrics,
-)
+from support import small_moe as moe
+from support.small_moe import DEVICE
 from torch import Tensor
 
 from maskmoe.transformer.router import MaskMoERouter
@@ -45,9 +37,9 @@ def random_ids(seed: int) -> Tensor:
 @pytest.mark.parametrize("pads", [False, True])
 @pytest.mark.parametrize("sizes", [None, (2, 3), (1,)], ids=["mixed", "all routable", "none routable"])
 def test_sums_over_micro_batches(score_function: str, pads: bool, sizes: tuple[int, ...] | None) -> None:
-    visible = random_visible_sets(3, 1, VOCAB_SIZE, NUM_EXPERTS, sizes)
-    config = make_config(NUM_EXPERTS, topk=2, moe_router_score_function=score_function)
-    router = make_router(config, make_mask(visible))
+    visible = moe.random_visible_sets(3, 1, VOCAB_SIZE, NUM_EXPERTS, sizes)
+    config = moe.make_config(NUM_EXPERTS, topk=2, moe_router_score_function=score_function)
+    router = moe.make_router(config, moe.make_mask(visible))
     load = torch.zeros(NUM_EXPERTS, device=DEVICE)
     entropy, num_tokens, num_routable = 0.0, 0, 0
     for micro_batch in range(3):
@@ -58,7 +50,7 @@ def test_sums_over_micro_batches(score_function: str, pads: bool, sizes: tuple[i
 
         seen = torch.from_numpy(visible[0]).to(DEVICE)[ids.flatten()]
         logits = logits.flatten(0, 1)
-        routing_map = reference_routing(logits, seen, 2, score_function=score_function).routing_map
+        routing_map = moe.reference_routing(logits, seen, 2, score_function=score_function).routing_map
         for token in range(len(logits)):
             if pads and is_padding.flatten()[token]:
                 continue
@@ -82,47 +74,47 @@ def test_sums_over_micro_batches(score_function: str, pads: bool, sizes: tuple[i
 @pytest.mark.parametrize("policy", ["probs", "position"])
 def test_tokens_that_fill_up_an_expert_are_not_its_load(policy: str) -> None:
     """All experts get 13 of the 32 tokens; expert 4 is chosen by none."""
-    visible = random_visible_sets(3, 1, VOCAB_SIZE, NUM_EXPERTS)
+    visible = moe.random_visible_sets(3, 1, VOCAB_SIZE, NUM_EXPERTS)
     visible[..., 4] = False
     visible[..., 0] |= ~visible.any(axis=-1)
     padding = {"moe_pad_expert_input_to_capacity": True, "moe_token_drop_policy": policy}
-    config = make_config(NUM_EXPERTS, topk=2, moe_expert_capacity_factor=1.0, **padding)
-    router, ids = make_router(config, make_mask(visible)), random_ids(0)
+    config = moe.make_config(NUM_EXPERTS, topk=2, moe_expert_capacity_factor=1.0, **padding)
+    router, ids = moe.make_router(config, moe.make_mask(visible)), random_ids(0)
     logits = torch.randn(SEQUENCE, BATCH, NUM_EXPERTS, device=DEVICE)
     _, routing_map = router.routing(logits, TokenIds(ids))
     assert routing_map.sum(dim=0).tolist() == [13] * NUM_EXPERTS
     seen = torch.from_numpy(visible[0]).to(DEVICE)[ids.flatten()]
-    chosen = reference_routing(logits.flatten(0, 1), seen, 2).routing_map
+    chosen = moe.reference_routing(logits.flatten(0, 1), seen, 2).routing_map
     assert take(router).tokens_per_expert.tolist() == chosen.sum(dim=0).clamp(max=13).tolist()
 
 
 def test_only_training_counts() -> None:
     """Statistics and losses."""
-    config = make_config(NUM_EXPERTS, moe_aux_loss_coeff=1e-2, moe_z_loss_coeff=1e-3)
-    router = make_router(config, make_mask(random_visible_sets(3, 1, VOCAB_SIZE, NUM_EXPERTS)))
+    config = moe.make_config(NUM_EXPERTS, moe_aux_loss_coeff=1e-2, moe_z_loss_coeff=1e-3)
+    router = moe.make_router(config, moe.make_mask(moe.random_visible_sets(3, 1, VOCAB_SIZE, NUM_EXPERTS)))
     hidden = torch.randn(SEQUENCE, BATCH, 8, device=DEVICE)
     with torch.no_grad():
         router(hidden, TokenIds(random_ids(0)))
     router.eval()
     router(hidden, TokenIds(random_ids(0)))
     assert router.statistics.take() == (0, 0)
-    assert not take_metrics()
+    assert not moe.take_metrics()
     router.counts_in_evaluation = True
     router(hidden, TokenIds(random_ids(0)))
     assert take(router).num_tokens == SEQUENCE * BATCH
-    assert not take_metrics()
+    assert not moe.take_metrics()
     router.train()
     router(hidden, TokenIds(random_ids(0)))
     assert take(router).num_tokens == SEQUENCE * BATCH
-    assert take_metrics().keys() == {"load_balancing_loss", "z_loss"}
+    assert moe.take_metrics().keys() == {"load_balancing_loss", "z_loss"}
 
 
 def train(**settings) -> list[tuple[list[float], int]]:
     """Return the statistics of each layer of a model after two micro-batches, forward and backward."""
     model_parallel_cuda_manual_seed(1)
     torch.manual_seed(1)
-    config = make_config(NUM_EXPERTS, num_layers=2, **settings)
-    model = make_model(config, make_mask(random_visible_sets(3, 2, VOCAB_SIZE, NUM_EXPERTS)), SEQUENCE)
+    config = moe.make_config(NUM_EXPERTS, num_layers=2, **settings)
+    model = moe.make_model(config, moe.make_mask(moe.random_visible_sets(3, 2, VOCAB_SIZE, NUM_EXPERTS)), SEQUENCE)
     position_ids = torch.arange(SEQUENCE, device=DEVICE).expand(BATCH, SEQUENCE)
     for seed in range(2):
         model(random_ids(seed).T, position_ids, None).mean().backward()
@@ -142,8 +134,8 @@ def test_recomputation_counts_once(settings: dict) -> None:
 
 
 def test_not_in_checkpoints_and_exact_in_bf16() -> None:
-    config = make_config(NUM_EXPERTS, bf16=True)
-    router = make_router(config, make_mask(np.ones((1, VOCAB_SIZE, NUM_EXPERTS), bool)))
+    config = moe.make_config(NUM_EXPERTS, bf16=True)
+    router = moe.make_router(config, moe.make_mask(np.ones((1, VOCAB_SIZE, NUM_EXPERTS), bool)))
     names = set(router.state_dict())
     router = Float16Module(config, router).module
     hidden = torch.zeros(SEQUENCE, BATCH, 8, device=DEVICE, dtype=torch.bfloat16)

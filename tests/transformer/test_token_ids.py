@@ -61,19 +61,10 @@ def test_round_trip(block: type[torch.nn.Module], is_padding: Tensor | None, pla
     assert in_layer.plan is plan
 
 
-def test_plain_ids_travel_without_a_copy() -> None:
-    assert to_arguments(TokenIds(IDS), WithoutIds) == {"padding_mask": IDS}
-    assert to_arguments(TokenIds(IDS), WithIds) == {"input_ids": IDS, "padding_mask": None}
-
-
 def test_padding_of_a_layer_may_be_integers() -> None:
     found = from_arguments(IS_PADDING.int(), IDS)
     assert found is not None
     assert torch.equal(found.is_real, ~IS_PADDING.flatten())
-
-
-def test_a_layer_without_arguments_has_no_ids() -> None:
-    assert from_arguments(None, None) is None
 
 
 @every_block

@@ -14,17 +14,10 @@ from megatron.core.dist_checkpointing.dict_utils import nested_values
 from megatron.core.dist_checkpointing.mapping import ShardedObject, apply_factories
 from megatron.core.models.gpt import GPTModel
 from megatron.core.transformer.transformer_config import MLATransformerConfig, TransformerConfig
+from support import small_moe as moe
 from support.foreign_models import random_ids, save_model
 from support.launchers import RunRanks
 from support.megatron_models import load_converted_model, logits_of_megatron, save_as_release
-from support.small_moe import (
-    draw_parameters,
-    initialize_parallelism,
-    make_config,
-    make_mask,
-    make_visible_experts,
-    random_visible_sets,
-)
 from support.tensors import assert_same_tensors
 
 from maskmoe.conversion.convert import huggingface_to_megatron
@@ -95,12 +88,12 @@ def build_model(layout: str, implementation: str) -> GPTModel:
     settings = {"num_layers": NUM_LAYERS, "hidden_size": 16, "num_query_groups": 1, **LAYOUTS[layout]}
     all_heads = settings.pop("all_heads", False)
     config_class = MLATransformerConfig if "multi_latent_attention" in settings else TransformerConfig
-    config = make_config(config_class=config_class, transformer_impl=implementation, **settings)
+    config = moe.make_config(config_class=config_class, transformer_impl=implementation, **settings)
     model, visible_experts = GPTModel, None
     if config.num_moe_experts:
         num_tables = NUM_LAYERS + (config.mtp_num_layers or 0)
-        mask = make_mask(random_visible_sets(0, num_tables, VOCAB_SIZE, config.num_moe_experts))
-        visible_experts = make_visible_experts(config, mask)
+        mask = moe.make_mask(moe.random_visible_sets(0, num_tables, VOCAB_SIZE, config.num_moe_experts))
+        visible_experts = moe.make_visible_experts(config, mask)
         model = partial(MaskMoEGPTModel, visible_experts=visible_experts)
     described = (config, visible_experts, "all", None, all_heads)
     return model(
@@ -128,7 +121,7 @@ def describe(model: GPTModel) -> Described:
 
 def save(model: GPTModel, folder: Path, computes: bool) -> None:
     """Save a model with random parameters and, if it computes here, its logits."""
-    draw_parameters(model)
+    moe.draw_parameters(model)
     if computes:
         torch.save(logits_of_megatron(model.eval(), IDS), folder / "logits.pt")
     (folder / "saved").mkdir()
@@ -154,7 +147,7 @@ def work_on_transformer_engine(folder: Path, computes: bool) -> dict[str, dict[s
     FOLDER/LAYOUT/saved. If the modules compute here, write the logits of the ids in FOLDER/ids.pt to
     FOLDER/NAME/logits.pt, and the logits of `IDS` to FOLDER/LAYOUT/logits.pt.
     """
-    initialize_parallelism()
+    moe.initialize_parallelism()
     described = {layout: asdict(describe(build_model(layout, "transformer_engine"))) for layout in LAYOUTS}
     for layout in SAVED:
         (folder / layout).mkdir()

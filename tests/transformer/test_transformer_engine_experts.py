@@ -12,7 +12,7 @@ import pytest
 import torch
 from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig
 from megatron.core.transformer.moe.experts import TEGroupedMLP
-from support import small_moe
+from support import small_moe as moe
 from support.launchers import RunRanks
 from torch import Tensor
 
@@ -40,14 +40,14 @@ DISPATCHERS = {"all_ranks": "OneCopyDispatcher", "rank_local": "PlannedDispatche
 
 def build_layer(mask: str, case: str, **settings: Any) -> MaskMoELayer:
     """Build a layer whose ids see experts of all ranks or, `rank_local`, of one rank."""
-    visible = small_moe.visible_halves(VOCAB_SIZE, NUM_EXPERTS) | (mask == "all_ranks")
+    visible = moe.visible_halves(VOCAB_SIZE, NUM_EXPERTS) | (mask == "all_ranks")
     engine = {"transformer_impl": "transformer_engine", "moe_grouped_gemm": True, "expert_model_parallel_size": 2}
-    config = small_moe.make_config(NUM_EXPERTS, TOPK, **engine, **CASES[case][0], **settings)
+    config = moe.make_config(NUM_EXPERTS, TOPK, **engine, **CASES[case][0], **settings)
     if "on device" in case:
         config.gradient_accumulation_fusion = True  # for the layer's choice alone
     with patch.dict(os.environ, {ON_DEVICE: str(int("on device" in case))}):
-        layer = small_moe.make_layer(config, small_moe.make_mask(visible))
-    small_moe.draw_parameters(layer)
+        layer = moe.make_layer(config, moe.make_mask(visible))
+    moe.draw_parameters(layer)
     return layer
 
 
@@ -58,7 +58,7 @@ def run(layer: MaskMoELayer, call: torch.nn.Module, seed: int = 0) -> tuple[dict
     generator = torch.Generator().manual_seed(10 * seed + torch.distributed.get_rank())
     ids = TokenIds(torch.randint(0, VOCAB_SIZE, (BATCH, SEQUENCE), generator=generator))
     if layer.router.visible_experts.is_rank_local:
-        ids = small_moe.plan_ids(layer, ids)
+        ids = moe.plan_ids(layer, ids)
     hidden, gradient = torch.randn(2, SEQUENCE, BATCH, HIDDEN, generator=generator)
     stub_transformer_engine.CALLS.clear()
     output = call(hidden.requires_grad_(), padding_mask=pack_token_ids(ids))[0]
@@ -81,7 +81,7 @@ def gradients_of_data_parallelism(case: str) -> dict[str, Tensor]:
 
 
 def compare_on_rank() -> None:
-    small_moe.initialize_parallelism(expert_model_parallel_size=2)
+    moe.initialize_parallelism(expert_model_parallel_size=2)
     for mask, dispatcher in DISPATCHERS.items():
         plain = build_layer(mask, "bf16")
         expected, _ = run(plain, plain)
@@ -112,7 +112,7 @@ def test_layers_that_cannot_ignore_the_variable(
     def build(experts: TEGroupedMLP) -> None:
         torch.nn.Module.__init__(experts)
         experts.linear_fc1, experts.linear_fc2 = torch.nn.Identity(), torch.nn.Identity()
-        experts.config = small_moe.make_config(NUM_EXPERTS)
+        experts.config = moe.make_config(NUM_EXPERTS)
         experts.config.gradient_accumulation_fusion = fuses
         for layer in () if is_old else (experts.linear_fc1, experts.linear_fc2):
             layer.use_grouped_tensor = is_set
