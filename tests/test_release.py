@@ -78,3 +78,9 @@ def test_all_files_name_one_version_and_date() -> None:
     assert heading is not None
     assert heading.groups() == (maskmoe.__version__, str(citation["date-released"]))
     assert citation["version"] == maskmoe.__version__
+
+
+def test_public_names_are_found() -> None:
+    assert len({getattr(maskmoe, name) for name in maskmoe.__all__}) == len(maskmoe.__all__)
+    with pytest.raises(AttributeError, match="no attribute 'nothing'"):
+        _ = maskmoe.nothing

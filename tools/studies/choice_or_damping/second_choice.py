@@ -4,7 +4,7 @@ import sys
 from importlib import import_module
 from pathlib import Path
 
-from maskmoe.training.program import run_program
+from maskmoe import run_program
 
 sys.path.insert(0, str(Path(__file__).parent))  # ranks run with PYTHONSAFEPATH
 run_program(__name__, lambda: import_module("interventions").SecondChoiceBuilder)
