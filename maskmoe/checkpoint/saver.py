@@ -5,7 +5,7 @@ import shutil
 import time
 from argparse import Namespace
 from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -57,20 +57,12 @@ class CheckpointSaver:
 
     Args:
         settings: Megatron's arguments.
-        while_saving: Makes a context manager that is entered around each save.
-        before_wait: Is called before training waits for asynchronous saves.
     """
 
-    def __init__(
-        self,
-        settings: Namespace,
-        while_saving: Callable[[], AbstractContextManager],
-        before_wait: Callable[[], None],
-    ) -> None:
+    def __init__(self, settings: Namespace) -> None:
         self._settings, self._save_folder = settings, settings.save
         # Megatron's own functions: this object's methods replace their names.
         self._save_checkpoint, self._finalize = training.save_checkpoint, training.maybe_finalize_async_save
-        self._while_saving, self._before_wait = while_saving, before_wait
         self._unfinished: list[_Save] = []
         self._has_saved_non_persistent = False
         self._retain_interval: int | None = None
@@ -94,7 +86,7 @@ class CheckpointSaver:
             return
         save, is_first = _Save(iteration, non_persistent_ckpt), torch.distributed.get_rank() == 0
         start = time.perf_counter()
-        with _marking_failures(), self._while_saving():
+        with _marking_failures():
             if is_first:
                 self._clear_folder(save)
             torch.distributed.barrier()
@@ -118,8 +110,6 @@ class CheckpointSaver:
     def finalize(self, blocking: bool = False, terminate: bool = False) -> None:
         """Finalise asynchronous saves whose files are written; raise `SaveError` if a rank failed to save."""
         start = time.perf_counter()
-        if blocking and self._unfinished:
-            self._before_wait()
         with _marking_failures():
             # Megatron ends the writer after the last step, but may save once more, with a new writer without the
             # protection of `start_writers`. So the writer of `start_writers` stays, and ends with the rank.

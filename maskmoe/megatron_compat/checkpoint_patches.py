@@ -19,6 +19,7 @@ from torch.distributed.checkpoint import default_planner, filesystem
 from maskmoe.checkpoint.integrity import read_checkpoint_layout, read_layout
 from maskmoe.checkpoint.saved_names import find_equivalent_gpt, request_names_of_gpt_model, request_saved_names
 from maskmoe.checkpoint.saver import SealedSaveStrategy
+from maskmoe.checkpoint.series import showing_only
 from maskmoe.megatron_compat import replace
 
 
@@ -88,6 +89,23 @@ def load_gpt_checkpoints_into_hybrid_models() -> None:
 
 EVERY_PROCESS = (unpickle_data_only, load_either_implementation, load_gpt_checkpoints_into_hybrid_models)
 """The patches that `prepare_process` applies."""
+
+
+def load_only(checkpoint: Path | None, args: Namespace) -> None:
+    """Let Megatron load the checkpoint that was chosen, or none; for processes that build a model.
+
+    Replaces: `load_checkpoint` in `megatron.training.training`.
+    Why: Megatron chooses the checkpoint itself, sound or not, see `showing_only`.
+    Can go: When Megatron takes the folder of a checkpoint.
+    """
+    stock = training.load_checkpoint
+
+    @wraps(stock)
+    def load(*arguments: Any, **options: Any) -> tuple:
+        with showing_only(checkpoint, args):
+            return stock(*arguments, **options)
+
+    replace(training, "load_checkpoint", load)
 
 
 def keep_checkpoints_whole(save: Callable[..., None], finalize: Callable[..., None]) -> None:

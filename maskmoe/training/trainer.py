@@ -24,11 +24,11 @@ from megatron.training.training import update_seqlen_stats_from_cu_seqlens
 
 from maskmoe.checkpoint.integrity import read_common_state
 from maskmoe.checkpoint.saver import CheckpointSaver
-from maskmoe.checkpoint.series import showing_only
 from maskmoe.checkpoint.writers import start_writers
 from maskmoe.megatron_compat.checkpoint_patches import (
     STATES_OF_CALLBACKS,
     keep_checkpoints_whole,
+    load_only,
     override_learning_rates,
     save_states_of_callbacks,
 )
@@ -97,7 +97,6 @@ class Trainer:
         self._ranks = ranks
         self._run_folder = run.run_folder
         self._save_on_signals = SaveOnSignals(run.args)
-        self._until_loaded = ExitStack()
 
     def train(self) -> None:
         """Train to the end, or until a signal, a failure or a limit of the command line ends the run early."""
@@ -128,7 +127,7 @@ class Trainer:
         # Megatron skips its last save if the last iteration is a multiple of this interval. Make it always save:
         # `CheckpointSaver` drops duplicates.
         config.checkpoint.save_interval = sys.maxsize
-        with self._accompanied(), temporary_process_groups(), explaining_early_ends(args), self._until_loaded:
+        with self._accompanied(), temporary_process_groups(), explaining_early_ends(args):
             if args.async_save and args.async_strategy == "mcore":
                 start_writers(args.rank)
             console.load("building the model")
@@ -142,8 +141,7 @@ class Trainer:
             )
 
     def build_datasets(self, num_samples: list[int], vp_stage: int | None = None) -> list[GPTDataset | None]:
-        """Build the datasets, for which Megatron asks once the checkpoint is loaded; see `batch.build_datasets`."""
-        self._until_loaded.close()
+        """Build the datasets, see `batch.build_datasets`."""
         return build_datasets(num_samples)
 
     # Megatron asks all ranks, not only those of the first stage, if the attribute is set.
@@ -176,14 +174,8 @@ class Trainer:
                     callback.load_state_dict(state)
 
     def _connect_hooks(self) -> None:
-        """Let Megatron call the callbacks; `forward_step` and `_accompanied` call the remaining methods."""
+        """Let Megatron call the callbacks, in this order; `forward_step` and `_accompanied` call the other methods."""
         callbacks = self.callbacks
-
-        def on_model_built(chunks: Any) -> Any:
-            for callback in callbacks:
-                callback.on_model_built(chunks)
-            self._until_loaded.enter_context(showing_only(checkpoint_to_load(self.args), self.args))
-            return chunks
 
         # Megatron copies the configuration that holds this function, so it must not be a method.
         def finalize_gradients(chunks: Any, *arguments: Any, **options: Any) -> None:
@@ -191,41 +183,27 @@ class Trainer:
             for callback in callbacks:
                 callback.after_gradients(chunks)
 
-        def after_step(results: tuple) -> None:
-            losses, is_skipped, _, should_exit, _, grad_norm, *_ = results
-            step = Step(
-                self.args.curr_iteration + 1,
-                get_current_global_batch_size(),
-                losses,
-                None if grad_norm is None else float(grad_norm),
-                has_updated=not (is_skipped or should_exit),
-            )
-            for callback in callbacks:
-                callback.after_step(step)
-
-        def states() -> dict[str, dict[str, Any]]:
-            found = {type(callback).__name__: callback.state_dict() for callback in callbacks}
-            return {name: state for name, state in found.items() if state}
-
-        @contextmanager
-        def saving() -> Iterator[None]:
-            for callback in callbacks:
-                callback.before_save()
-            yield
-            for callback in callbacks:
-                callback.after_save()
-
-        def before_wait() -> None:
-            for callback in callbacks:
-                callback.before_wait()
-
-        # In the order in which a run calls them.
-        self.model_config.pre_wrap_hooks.append(on_model_built)
+        self.model_config.pre_wrap_hooks.append(self._on_model_built)
+        load_only(checkpoint_to_load(self.args), self.args)
         self.model_config.transformer.finalize_model_grads_func = finalize_gradients
-        call_after_steps(after_step)
-        saver = CheckpointSaver(self.args, saving, before_wait)
+        call_after_steps(self._after_step)
+        saver = CheckpointSaver(self.args)
         keep_checkpoints_whole(saver.save, saver.finalize)
-        save_states_of_callbacks(states)
+        save_states_of_callbacks(self._states)
+
+    def _on_model_built(self, chunks: Any) -> Any:
+        for callback in self.callbacks:
+            callback.on_model_built(chunks)
+        return chunks
+
+    def _after_step(self, results: tuple) -> None:
+        step = Step.from_results(results, self.args.curr_iteration + 1, get_current_global_batch_size())
+        for callback in self.callbacks:
+            callback.after_step(step)
+
+    def _states(self) -> dict[str, dict[str, Any]]:
+        states = {type(callback).__name__: callback.state_dict() for callback in self.callbacks}
+        return {name: state for name, state in states.items() if state}
 
     @contextmanager
     def _accompanied(self) -> Iterator[None]:

@@ -9,8 +9,9 @@ from megatron.training.argument_utils import pretrain_cfg_container_from_args
 from megatron.training.initialize import initialize_megatron
 from megatron.training.training import setup_model_and_optimizer
 
-from maskmoe.checkpoint.series import describe_missing, showing_only
+from maskmoe.checkpoint.series import describe_missing
 from maskmoe.errors import UserError
+from maskmoe.megatron_compat.checkpoint_patches import load_only
 from maskmoe.processes.console import console
 from maskmoe.training.model.model_builder import StageBuilder, embedding_ranks_of, model_config_from_args
 from maskmoe.training.ranks import meet_ranks
@@ -40,10 +41,10 @@ def load_model(args: Namespace, builder: type[StageBuilder] | None = None) -> to
     ranks.gather("checks", "passed")
     config = model_config_from_args(args, builder)
     initialize_megatron(get_embedding_ranks=embedding_ranks_of(config), store=ranks.for_process_groups)
-    with showing_only(checkpoint, args):
-        model, _, _ = setup_model_and_optimizer(
-            ModelType.encoder_or_decoder,
-            cfg_container=pretrain_cfg_container_from_args(args, config),
-            pg_collection=ProcessGroupCollection.use_mpu_process_groups(),
-        )
+    load_only(checkpoint, args)
+    model, _, _ = setup_model_and_optimizer(
+        ModelType.encoder_or_decoder,
+        cfg_container=pretrain_cfg_container_from_args(args, config),
+        pg_collection=ProcessGroupCollection.use_mpu_process_groups(),
+    )
     return model[0]

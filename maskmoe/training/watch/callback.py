@@ -26,6 +26,13 @@ class Step:
     grad_norm: float | None
     has_updated: bool
 
+    @classmethod
+    def from_results(cls, results: tuple, iteration: int, samples: int) -> "Step":
+        """Return the step with the results of Megatron's `train_step`."""
+        losses, is_skipped, _, should_exit, _, grad_norm, *_ = results
+        norm = None if grad_norm is None else float(grad_norm)
+        return cls(iteration, samples, losses, norm, has_updated=not (is_skipped or should_exit))
+
 
 class Callback:
     """Accompanies a training run. Each method is called on all ranks, and does nothing by default.
@@ -52,18 +59,9 @@ class Callback:
     def after_step(self, step: Step) -> None:
         """A training step is done; no checkpoint holds its update yet."""
 
-    def before_save(self) -> None:
-        """A checkpoint will be saved."""
-
     def state_dict(self) -> dict[str, Any]:
         """Return what the checkpoint must hold to resume the callback, equal on all ranks: plain values."""
         return {}
-
-    def after_save(self) -> None:
-        """A checkpoint was saved or, with `--async-save`, its files are being written."""
-
-    def before_wait(self) -> None:
-        """Training waits until the files of an asynchronous save are written."""
 
     def on_end(self, error: BaseException | None) -> None:
         """The run ends; `error` is a `SystemExit` if the run stops early, and None if training is complete."""

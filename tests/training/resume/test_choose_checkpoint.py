@@ -4,7 +4,6 @@ import re
 import shutil
 import traceback
 from argparse import Namespace
-from contextlib import nullcontext
 from pathlib import Path
 from unittest.mock import Mock
 
@@ -235,7 +234,7 @@ def test_an_iteration_is_saved_once(tmp_path, monkeypatch):
         """Return how often another run saves iteration 4, of which it is asked for two times."""
         vars(settings).update(changes)
         save_checkpoint.reset_mock()
-        own = saver.CheckpointSaver(settings, nullcontext, lambda: None)
+        own = saver.CheckpointSaver(settings)
         own.save(4)
         own.save(4)
         return save_checkpoint.call_count
