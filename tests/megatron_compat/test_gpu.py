@@ -14,17 +14,7 @@ from maskmoe.megatron_compat import cpu
 from maskmoe.megatron_compat.gpu import GpuPackages
 from maskmoe.training.model.model_builder import MaskMoEModelConfig
 from maskmoe.training.settings.arguments import add_maskmoe_arguments
-from maskmoe.training.settings.refused_settings import missing_transformer_engine
 
-# Megatron's defaults that fail without Transformer Engine, and the values that work.
-WITHOUT_PACKAGES = {
-    "transformer_impl": "local",
-    "apply_rope_fusion": False,
-    "no_persist_layer_norm": True,
-    "moe_permute_fusion": False,
-    "moe_grouped_gemm": False,
-    "gradient_accumulation_fusion": False,
-}
 PERMUTATION_KERNELS = (
     *("fused_permute", "fused_permute_with_probs", "fused_unpermute"),
     *("fused_sort_chunks_by_index", "fused_sort_chunks_by_index_with_probs"),
@@ -54,37 +44,6 @@ def parse(monkeypatch):
         return parse_args(add_maskmoe_arguments)
 
     return parse
-
-
-def values(args) -> dict[str, object]:
-    return {name: getattr(args, name) for name in WITHOUT_PACKAGES}
-
-
-def test_without_packages_the_defaults_need_none(on_a_gpu, parse) -> None:
-    on_a_gpu(NOTHING)
-    args = parse()
-    assert values(args) == WITHOUT_PACKAGES
-    assert args.distributed_backend == "nccl"
-    assert not list(missing_transformer_engine(args, GpuPackages.installed()))
-
-
-def test_older_kernels_do_not_permute(on_a_gpu, parse) -> None:
-    on_a_gpu(GpuPackages(fused_permutation=False))
-    assert not parse().moe_permute_fusion
-
-
-def test_with_all_packages_all_fusions_are_on(on_a_gpu, parse) -> None:
-    on_a_gpu(GpuPackages())
-    args = parse()
-    assert values(args) == {
-        "transformer_impl": "transformer_engine",
-        "apply_rope_fusion": True,
-        "no_persist_layer_norm": False,
-        "moe_permute_fusion": True,
-        "moe_grouped_gemm": True,
-        "gradient_accumulation_fusion": True,
-    }
-    assert not list(missing_transformer_engine(args, GpuPackages.installed()))
 
 
 @pytest.mark.parametrize("packages", [NOTHING, GpuPackages()], ids=["without packages", "with all packages"])
