@@ -32,22 +32,10 @@ def put_into(copy: Path, fault: dict[str, str]) -> bool:
 
 def notice(copy: Path, fault: dict[str, str]) -> str:
     """Run the tests of a fault in a copy; return the first failing test, or an empty string."""
-    command = [
-        sys.executable,
-        "-m",
-        "pytest",
-        "-q",
-        "-x",
-        "-p",
-        "no:cacheprovider",
-        "-m",
-        DEFAULT,
-        *fault["tests"].split(),
-    ]
+    command = [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", "-m", DEFAULT]
+    command += fault["tests"].split()
     environment = os.environ | {"PYTHONPATH": str(copy), "OMP_NUM_THREADS": "1"}
-    result = subprocess.run(
-        [*command, *fault["tests"].split()], cwd=copy, env=environment, capture_output=True, text=True
-    )
+    result = subprocess.run(command, cwd=copy, env=environment, capture_output=True, text=True)
     if result.returncode not in (0, 1):
         return f"? pytest ended with code {result.returncode}: {result.stdout[-500:]}"
     return next((line for line in result.stdout.splitlines() if line.startswith(("FAILED", "ERROR"))), "")
