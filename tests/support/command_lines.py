@@ -5,6 +5,7 @@ import contextlib
 import importlib
 import io
 import os
+import stat
 import sys
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
@@ -128,6 +129,7 @@ def refuse_all(
             files = now
         if problem:
             failed.append(f"{str(command)[:300]}\n      {problem}")
+    assert number, "there is no case"
     assert not failed, f"{len(failed)} of {number} cases failed:\n" + "\n".join(failed)
 
 
@@ -148,7 +150,13 @@ def writing_nothing(folder: Path) -> Iterator[None]:
     assert _files(folder) == before
 
 
-def _files(folder: Path) -> dict[str, tuple[int, int]]:
-    paths = (Path(parent, name) for parent, folders, files in os.walk(folder) for name in (*folders, *files))
-    stats = ((path, path.lstat()) for path in paths)
-    return {str(path): (stat.st_size if path.is_file() else 0, stat.st_mode) for path, stat in stats}
+def _files(folder: Path) -> dict[str, tuple[int, bytes | str]]:
+    """Return the mode, and the content or the target of a link, of everything below an existing folder, by path."""
+    assert folder.is_dir()
+    found: dict[str, tuple[int, bytes | str]] = {}
+    for parent, folders, files in os.walk(folder):
+        for path in (Path(parent, name) for name in (*folders, *files)):
+            mode = path.lstat().st_mode
+            content = str(path.readlink()) if path.is_symlink() else path.read_bytes() if stat.S_ISREG(mode) else b""
+            found[str(path)] = (mode, content)
+    return found
