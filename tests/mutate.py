@@ -38,7 +38,7 @@ def notice(copy: Path, fault: dict[str, str]) -> str:
     result = subprocess.run(command, cwd=copy, env=environment, capture_output=True, text=True)
     if result.returncode not in (0, 1):
         return f"? pytest ended with code {result.returncode}: {result.stdout[-500:]}"
-    return next((line for line in result.stdout.splitlines() if line.startswith(("FAILED", "ERROR"))), "")
+    return next((line for line in result.stdout.splitlines() if line.startswith(("FAILED tests", "ERROR tests"))), "")
 
 
 def main() -> int:
