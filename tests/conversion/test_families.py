@@ -85,14 +85,6 @@ def test_older_configuration_without_what_transformers_adds(tmp_path):
     torch.testing.assert_close(logits_of(in_transformers(opened), ids), logits_of(original, ids), atol=ROUNDING, rtol=0)
 
 
-def test_partial_rotary_embedding_is_ignored_as_in_transformers(tmp_path):
-    save_model("mistral", tmp_path)
-    edit_config(tmp_path, rope_parameters={"rope_type": "default", "rope_theta": 1e4, "partial_rotary_factor": 0.5})
-    original, ids = AutoModelForCausalLM.from_pretrained(tmp_path), random_ids()
-    model = in_transformers(open_huggingface(tmp_path))
-    torch.testing.assert_close(logits_of(model, ids), logits_of(original, ids), atol=ROUNDING, rtol=0)
-
-
 @pytest.mark.parametrize(
     ("name", "values"),
     [
@@ -112,20 +104,6 @@ def test_settings_of_other_families_are_ignored_as_in_transformers(tmp_path, nam
     original, ids = AutoModelForCausalLM.from_pretrained(tmp_path), random_ids()
     model = in_transformers(open_huggingface(tmp_path))
     torch.testing.assert_close(logits_of(model, ids), logits_of(original, ids), atol=ROUNDING, rtol=0)
-
-
-@pytest.mark.parametrize("inside", [True, False])
-def test_original_length_outside_of_the_rotary_parameters(tmp_path, inside):
-    """The library prefers this length to the one of the rotary parameters."""
-    save_model("deepseek_v3, yarn", tmp_path)
-    rotary = json.loads((tmp_path / "config.json").read_text())["rope_parameters"]
-    length = rotary.pop("original_max_position_embeddings")
-    rotary |= {"original_max_position_embeddings": length // 2} if inside else {}
-    edit_config(tmp_path, rope_parameters=rotary, original_max_position_embeddings=length)
-    original, ids = AutoModelForCausalLM.from_pretrained(tmp_path), random_ids()
-    opened = open_huggingface(tmp_path)
-    assert opened.config["rope_parameters"]["original_max_position_embeddings"] == length
-    torch.testing.assert_close(logits_of(in_transformers(opened), ids), logits_of(original, ids), atol=ROUNDING, rtol=0)
 
 
 def test_computed_and_tied_tensors_are_ignored(tmp_path):
@@ -162,49 +140,42 @@ def test_refuses_a_mask_that_does_not_fit(tmp_path):
         open_huggingface(tmp_path / "llama", mask)
 
 
-@pytest.mark.parametrize(
-    ("name", "values", "words"),
-    [
-        ("llama", {"model_type": "gpt2"}, ["'gpt2' is not known", "mixtral"]),
-        ("llama", {"model_type": ...}, ["config.json", "model_type"]),
-        ("llama", {"hidden_size": ...}, ["config.json lacks hidden_size"]),
-        ("mixtral", {"num_local_experts": ...}, ["lacks num_experts"]),
-        ("llama", {"hidden_size": "32"}, ["not a configuration of llama", "hidden_size"]),
-        ("mistral", {"sliding_window": 16}, ["sliding_window 16"]),
-        ("mixtral", {"sliding_window": 16, "layer_types": ["full_attention"] * 3}, ["sliding_window 16"]),
-        ("llama", {"is_causal": False}, ["is_causal false"]),
-        (
-            "qwen2",
-            {"use_sliding_window": True, "layer_types": ..., "sliding_window": 16, "max_window_layers": 0},
-            ["sli"],
+LINEAR = {"rope_type": "linear", "rope_theta": 1e4, "factor": 2.0}
+REFUSED = {
+    "llama": [
+        *(
+            {"model_type": "gpt2"},
+            {"model_type": ...},
+            {"hidden_size": ...},
+            {"hidden_size": "32"},
+            {"is_causal": False},
         ),
-        ("llama", {"rope_parameters": {"rope_type": "dynamic", "rope_theta": 1e4, "factor": 2.0}}, ["'dynamic'"]),
-        ("llama", {"attention_bias": True}, ["attention_bias"]),
-        ("llama", {"mlp_bias": True}, ["mlp_bias"]),
-        ("olmoe", {"clip_qkv": 8.0}, ["clip_qkv 8.0"]),
-        ("mixtral", {"hidden_act": "gelu"}, ["'gelu'"]),
-        ("llama", {"quantization_config": {"quant_method": "gptq", "bits": 4}}, ["quantization_config"]),
-        ("llama", {"num_hidden_layers": 2}, ["model.layers.2.", "and 6 more"]),
-        ("deepseek_v3", {"q_lora_rank": None}, ["q_lora_rank null"]),
-        ("deepseek_v3", {"kv_lora_rank": ...}, ["config.json lacks kv_lora_rank"]),
-        ("deepseek_v3", {"rms_norm_eps": 1e-5}, ["rms_norm_eps 1e-05"]),
-        ("deepseek_v3", {"rope_interleave": False}, ["rope_interleave"]),
-        ("deepseek_v3", {"num_experts_per_tok": 2}, ["num_experts_per_tok 2 with topk_group 2"]),
-        ("deepseek_v3", {"num_experts_per_tok": 1, "n_group": 1, "topk_group": 1}, ["num_experts_per_tok 1", "2.5"]),
-        ("deepseek_v3", {"rope_parameters": {"rope_type": "linear", "rope_theta": 1e4, "factor": 2.0}}, ["'linear'"]),
-        ("mixtral", {"num_hidden_layers": 4}, ["lacks model.layers.3.", "more"]),
-        ("mixtral", {"num_local_experts": 8}, ["lacks", "experts.6.w1.weight"]),
-        ("mixtral", {"intermediate_size": 40}, ["[48, 32]", "[40, 32]", "experts.0.w1.weight"]),
+        *({"attention_bias": True}, {"mlp_bias": True}, {"num_hidden_layers": 2}),
+        {"rope_parameters": LINEAR | {"rope_type": "dynamic"}},
+        {"quantization_config": {"quant_method": "gptq", "bits": 4}},
     ],
-)
-def test_refuses_settings(name, values, words, tmp_path):
+    "mistral": [{"sliding_window": 16}],
+    "mixtral": [
+        *({"num_local_experts": ...}, {"num_local_experts": 8}, {"hidden_act": "gelu"}, {"num_hidden_layers": 4}),
+        *({"intermediate_size": 40}, {"sliding_window": 16, "layer_types": ["full_attention"] * 3}),
+    ],
+    "qwen2": [{"use_sliding_window": True, "layer_types": ..., "sliding_window": 16, "max_window_layers": 0}],
+    "olmoe": [{"clip_qkv": 8.0}],
+    "deepseek_v3": [
+        *({"q_lora_rank": None}, {"kv_lora_rank": ...}, {"rms_norm_eps": 1e-5}, {"rope_interleave": False}),
+        *({"num_experts_per_tok": 2}, {"num_experts_per_tok": 1, "n_group": 1, "topk_group": 1}),
+        {"rope_parameters": LINEAR},
+    ],
+}
+
+
+@pytest.mark.parametrize(("name", "values"), [(name, values) for name, each in REFUSED.items() for values in each])
+def test_refuses_settings(name, values, tmp_path):
     save_model(name, tmp_path)
     edit_config(tmp_path, **values)
     with pytest.raises(UserError) as error:
         open_huggingface(tmp_path)
     assert "\n" not in str(error.value)
-    for word in words:
-        assert word in str(error.value)
 
 
 WRONG = st.sampled_from([None, True, 0, -1, 1.5, "x", [], [1], {}])
@@ -228,37 +199,6 @@ def test_altered_settings_are_an_error_for_users(families, data):
     edit_config(folder, **config | {field: value})
     with suppress(UserError):
         open_model(folder)
-
-
-@pytest.mark.parametrize(
-    ("name", "values"),
-    [
-        ("llama", {"num_attention_heads": 0}),
-        ("llama", {"hidden_size": -32}),
-        ("llama", {"rope_parameters": {"rope_type": "default", "rope_theta": "x"}}),
-        ("qwen3_moe", {"decoder_sparse_step": 0}),
-        ("deepseek_v3", {"topk_group": None}),
-    ],
-)
-def test_refuses_settings_on_which_transformers_fails(families, name, values):
-    folder, config = families[name]
-    edit_config(folder, **config | values)
-    with pytest.raises(UserError, match=r"config\.json does not describe a model: it cannot be read; replace it by"):
-        open_model(folder)
-
-
-def test_window_as_long_as_the_sequence_changes_nothing(tmp_path):
-    original = save_model("mistral", tmp_path)
-    unlimited = open_huggingface(tmp_path)
-    edit_config(tmp_path, sliding_window=64)
-    opened = open_huggingface(tmp_path)
-    assert opened.config == unlimited.config
-    assert opened.config["max_position_embeddings"] == 64
-    ids = random_ids(64)
-    torch.testing.assert_close(logits_of(in_transformers(opened), ids), logits_of(original, ids), atol=ROUNDING, rtol=0)
-    edit_config(tmp_path, sliding_window=63)
-    with pytest.raises(UserError, match="sliding_window 63"):
-        open_huggingface(tmp_path)
 
 
 def test_reads_multi_token_prediction(tmp_path):

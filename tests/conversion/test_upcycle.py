@@ -1,7 +1,6 @@
 """Upcycled models compute what the dense model computes if they say so, and are the same in blocks of any size."""
 
 import argparse
-from dataclasses import replace
 from math import prod
 
 import pytest
@@ -21,7 +20,7 @@ from maskmoe.command_line.convert_checkpoint import add_upcycle_arguments, upcyc
 from maskmoe.conversion.families import open_huggingface
 from maskmoe.conversion.model_tensors import OpenedModel, tensor_shapes
 from maskmoe.conversion.settings import UpcycleSettings
-from maskmoe.conversion.tensor_sources import Block, CastSource, TensorSource, row_major_blocks
+from maskmoe.conversion.tensor_sources import Block, TensorSource, row_major_blocks
 from maskmoe.conversion.upcycle import changes_of_function, upcycle
 from maskmoe.errors import UserError
 from maskmoe.huggingface import MaskMoEConfig
@@ -129,26 +128,6 @@ def test_reads_the_same_in_any_blocks(dense, data, max_bytes):
     assert torch.equal(source.read(box), whole[box.slices])
 
 
-def test_seed_determines_the_weights(dense):
-    settings = UpcycleSettings(4, seed=1)
-    name = "model.layers.0.mlp.gate.weight"
-    one, same, other = (
-        read(upcycle(dense, settings, mask_of(4)).source, name)
-        for settings in (settings, settings, replace(settings, seed=2))
-    )
-    assert torch.equal(one, same)
-    assert not torch.equal(one, other)
-
-
-def test_keeps_the_type_of_the_weights(dense):
-    source = CastSource(dense.source, torch.bfloat16)
-    settings = UpcycleSettings(4, shared_expert=True)
-    upcycled = upcycle(OpenedModel(source, dense.config), settings, mask_of(4))
-    for name, spec in upcycled.source.tensors.items():
-        if "routing_mask" not in name:
-            assert spec.dtype == read(upcycled.source, name).dtype == torch.bfloat16
-
-
 def test_describes_the_model(dense):
     upcycled = upcycle(dense, UpcycleSettings(8, granularity=2, moe_layer_freq=2), mask_of(8))
     config = upcycled.config
@@ -179,14 +158,6 @@ def settings_from_flags(*flags: str) -> UpcycleSettings:
     parser = argparse.ArgumentParser()
     add_upcycle_arguments(parser)
     return upcycle_settings(parser.parse_args(["--routing-mask", "m", "--num-experts", "8", *flags]))
-
-
-def test_flags():
-    flags = "--topk 4 --granularity 2 --moe-layer-freq ([0]*1+[1]*2) --shared-expert"
-    settings = settings_from_flags(*flags.split(), "--seed", "3")
-    assert settings == UpcycleSettings(8, 4, 2, [0, 1, 1], True, 3)
-    assert settings_from_flags("--moe-layer-freq", "2").moe_layer_freq == 2
-    assert settings_from_flags() == UpcycleSettings(8)
 
 
 @pytest.mark.parametrize(
