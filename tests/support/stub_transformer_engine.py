@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 from torch.distributed import ProcessGroup
 from torch.nn import Parameter
-from torch.nn.functional import layer_norm, linear, pad, rms_norm, scaled_dot_product_attention
+from torch.nn.functional import linear, pad, rms_norm, scaled_dot_product_attention
 
 VERSION = "2.20.2"
 ALIGNMENT = 16
@@ -40,8 +40,8 @@ class Module(torch.nn.Module):
     def init_fp8_metadata(self, num_gemms: int = 1) -> None: ...
 
 
-class _Norm(Module):
-    """A norm over the last dimension, with the arguments of Transformer Engine's norms."""
+class RMSNorm(Module):
+    """A norm over the last dimension."""
 
     def __init__(
         self,
@@ -59,20 +59,8 @@ class _Norm(Module):
         self.weight = Parameter(torch.ones(normalized_shape, dtype=params_dtype, device=device))
         self.weight.sequence_parallel = sequence_parallel
 
-
-class RMSNorm(_Norm):
     def forward(self, x: Tensor) -> Tensor:
         return rms_norm(x, self.weight.shape, self.weight, self.eps)
-
-
-class LayerNorm(_Norm):
-    def __init__(self, *args: Any, **kwargs: Any) -> None:
-        super().__init__(*args, **kwargs)
-        self.bias = Parameter(torch.zeros_like(self.weight))
-        self.bias.sequence_parallel = self.weight.sequence_parallel
-
-    def forward(self, x: Tensor) -> Tensor:
-        return layer_norm(x, self.weight.shape, self.weight, self.bias, self.eps)
 
 
 class Linear(Module):
@@ -109,14 +97,12 @@ class LayerNormLinear(Linear):
 
     def __init__(self, in_features: int, *args: Any, eps: float, normalization: str, **kwargs: Any) -> None:
         super().__init__(in_features, *args, **kwargs)
+        assert normalization == "RMSNorm"
         self.eps = eps
         self.layer_norm_weight = Parameter(torch.ones_like(self.weight[0]))
-        self.layer_norm_bias = Parameter(torch.zeros_like(self.weight[0])) if normalization == "LayerNorm" else None
 
     def forward(self, x: Tensor, is_first_microbatch: bool | None = None) -> Any:
-        shape, weight, bias = self.layer_norm_weight.shape, self.layer_norm_weight, self.layer_norm_bias
-        normed = rms_norm(x, shape, weight, self.eps) if bias is None else layer_norm(x, shape, weight, bias, self.eps)
-        return super().forward(normed)
+        return super().forward(rms_norm(x, self.layer_norm_weight.shape, self.layer_norm_weight, self.eps))
 
 
 class GroupedLinear(Module):
@@ -254,21 +240,12 @@ class DotProductAttention(torch.nn.Module):
 
 def install() -> None:
     """Make the stub importable as `transformer_engine`."""
-    modules = (
-        RMSNorm,
-        LayerNorm,
-        Linear,
-        LayerNormLinear,
-        GroupedLinear,
-        DotProductAttention,
-        Fp8Padding,
-        Fp8Unpadding,
-    )
+    modules = (RMSNorm, Linear, LayerNormLinear, GroupedLinear, DotProductAttention, Fp8Padding, Fp8Unpadding)
     contents: dict[str, dict[str, Any]] = {
         "": {"__version__": VERSION},
         ".common": {},
         ".common.recipe": {"DelayedScaling": type("DelayedScaling", (), {})},
-        ".pytorch": {module.__name__: module for module in modules},
+        ".pytorch": {module.__name__: module for module in modules} | {"LayerNorm": None},
         ".pytorch.module": {"is_module_grouped_tensor_path_supported": lambda recipe, dtype: dtype != torch.float16},
         ".pytorch.ops": {},
         ".pytorch.distributed": {
