@@ -60,7 +60,6 @@ RUNS = {
     # Layouts.
     "expert parallel 2": Run(EXPERT_2, ranks=2, continues="start", torchrun=True),
     "expert parallel 2, undisturbed": Run(EXPERT_2, ranks=2, saves=True),
-    "expert parallel 4": Run("--expert-model-parallel-size 4", ranks=4, continues="start"),
     "pipeline 2": Run(f"{PIPELINE_2} --save-interval 21", ranks=2, continues="start", saves=True),
     "interleaved pipeline": Run(INTERLEAVED, ranks=2, continues="start"),
     "data parallel 2, distributed optimizer": Run(
@@ -72,7 +71,6 @@ RUNS = {
     "tensor 2, experts in 2 parts, data parallel 2": Run(
         f"{TENSOR_2} --expert-tensor-parallel-size 2 {EXPERT_2}", ranks=4, continues="start"
     ),
-    "all-gather, tensor 2, expert parallel 2": Run(f"{ALL_GATHER} {TENSOR_EXPERT_2}", ranks=2, continues="start"),
     # Recomputation.
     "full recompute": Run(FULL_RECOMPUTE),
     "selective recompute": Run("--recompute-granularity selective --recompute-modules moe"),
@@ -99,10 +97,6 @@ RUNS = {
     "bf16, distributed optimizer, resumed": Run(
         f"--bf16 {MANY_BUCKETS} {FROM_7}", ranks=2, continues="bf16, distributed optimizer"
     ),
-    "stage without experts": Run(f"{PIPELINE_2} --moe-layer-freq [0,0,1,1] {UNTIL_12}", ranks=2, saves=True),
-    "stage without experts, resumed on 1": Run(
-        f"--moe-layer-freq [0,0,1,1] {FROM_7}", continues="stage without experts"
-    ),
     "stage without experts, distributed optimizer": Run(
         f"{PIPELINE_2} --moe-layer-freq [0,0,1,1] {DISTRIBUTED} {UNTIL_12}", ranks=2, saves=True
     ),
@@ -122,8 +116,6 @@ RUNS = {
         mask=None,
     ),
     # Another layout after a stop.
-    "joint": Run(f"{TENSOR_EXPERT_2} {PIPELINE_2} {UNTIL_12}", ranks=4, saves=True),
-    "joint, resumed as pipeline 4": Run(f"--pipeline-model-parallel-size 4 {FROM_7}", ranks=4, continues="joint"),
     "joint, distributed optimizer": Run(
         f"{TENSOR_2} --expert-tensor-parallel-size 1 --expert-model-parallel-size 4 {DISTRIBUTED} {UNTIL_12}",
         ranks=4,
@@ -222,12 +214,10 @@ RUNS = {
 COMPARED = {
     "reference": [
         "expert parallel 2",
-        "expert parallel 4",
         "pipeline 2",
         "interleaved pipeline",
         "data parallel 2, distributed optimizer",
         "tensor 2, experts in 2 parts, data parallel 2",
-        "all-gather, tensor 2, expert parallel 2",
     ]
 }
 
@@ -303,13 +293,11 @@ add_model(
         "rich, resumed": (1, ""),
         "rich, tensor 2, expert parallel 2": (2, TENSOR_EXPERT_2),
         "rich, pipeline 2": (2, PIPELINE_2),
-        "rich, interleaved pipeline": (2, INTERLEAVED),
         "rich, prediction before the last rank": (
             3,
             "--pipeline-model-parallel-size 3 --pipeline-model-parallel-layout Et*3|tm|L",
         ),
         "rich, overlapped shared experts": (2, f"{TENSOR_EXPERT_2} --moe-shared-expert-overlap"),
-        "rich, tensor 2, expert parallel 2, pipeline 2": (4, f"{TENSOR_EXPERT_2} {PIPELINE_2}"),
         "rich, full recompute, tensor 2, pipeline 2": (4, f"{TENSOR_2} {PIPELINE_2} {FULL_RECOMPUTE}"),
     },
     mask="five_layers.safetensors",
@@ -376,12 +364,12 @@ add_model(
     },
 )
 # Experts drop the tokens with the lowest weights beyond their capacity.
-add_model("capacity", CAPACITY, {"capacity, expert parallel 2": (2, EXPERT_2), "capacity, pipeline 2": (2, PIPELINE_2)})
+add_model("capacity", CAPACITY, {"capacity, expert parallel 2": (2, EXPERT_2)})
 # Experts drop the last tokens beyond their capacity and pad to their capacity.
 add_model(
     "padded capacity",
     f"{CAPACITY} --moe-pad-expert-input-to-capacity --moe-token-drop-policy position",
-    {"padded capacity, expert parallel 2": (2, EXPERT_2), "padded capacity, pipeline 2": (2, PIPELINE_2)},
+    {"padded capacity, expert parallel 2": (2, EXPERT_2)},
 )
 # The load-balancing loss of the whole batch, with one micro-batch a step.
 add_model(
@@ -426,11 +414,6 @@ add_model(
             2,
             f"{EXPERT_2} --recompute-granularity selective --recompute-modules moe",
         ),
-        "experts of one rank, full recompute, expert parallel 2, pipeline 2": (
-            4,
-            f"{EXPERT_2} {PIPELINE_2} {FULL_RECOMPUTE}",
-        ),
-        "experts of one rank, expert parallel 2, interleaved pipeline": (4, f"{EXPERT_2} {INTERLEAVED}"),
     },
     mask="rank_local.safetensors",
 )
@@ -448,7 +431,6 @@ add_model(
     f"--mtp-num-layers 2 {PACKED}",
     {
         "packed documents, pipeline 2": (2, PIPELINE_2),
-        "packed documents, tensor 2, expert parallel 2": (2, TENSOR_EXPERT_2),
         "packed documents, selective recompute": (2, f"{TENSOR_EXPERT_2} {MORE_RECOMPUTE}"),
     },
     mask="six_layers.safetensors",
@@ -523,7 +505,6 @@ add_model(
         "gated delta net, resumed": (1, ""),
         "gated delta net, pipeline 2": (2, f"{PIPELINE_2} --hybrid-layer-pattern GEGE|GE*E"),
         "gated delta net, gathered parameters": (2, f"{EXPERT_2} {GATHERED}"),
-        "gated delta net, tensor 2, expert parallel 2": (2, TENSOR_EXPERT_2),
         "gated delta net, tensor 2, context parallel 2": (4, f"{TENSOR_2} {CONTEXT_2}"),
     },
 )

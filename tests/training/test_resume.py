@@ -52,12 +52,10 @@ def test_resume_with_fewer_evaluations(runs):
     run_pairs(
         ("experts on 2, distributed optimizer", "experts on 2, distributed optimizer, resumed on 1"),
         slow=(
-            ("stage without experts", "stage without experts, resumed on 1"),
             (
                 "stage without experts, distributed optimizer",
                 "stage without experts, distributed optimizer, resumed on 1",
             ),
-            ("joint", "joint, resumed as pipeline 4"),
             ("joint, distributed optimizer", "joint, distributed optimizer, resumed on 1"),
             (
                 "joint, distributed optimizer",
