@@ -4,6 +4,7 @@ import inspect
 from collections.abc import Callable, Sequence
 from itertools import chain, pairwise
 from typing import Any
+from unittest.mock import Mock
 
 import numpy as np
 import pytest
@@ -342,48 +343,23 @@ def test_attention_equals_a_mask_of_all_pairs(name: str, dtype: torch.dtype) -> 
     assert_close(ours, theirs, 5e-6 if dtype == torch.float32 else 2e-2)
 
 
-def by_documents_in_plain_torch(
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    cu_seq_q: Tensor,
-    cu_seq_k: Tensor,
-    max_q: int,
-    max_k: int,
-    *,
-    scale: float,
-    window_size: tuple[int, int],
-    enable_gqa: bool,
-) -> Tensor:
+def kernel_in_plain_torch(query: Tensor, key: Tensor, value: Tensor, *bounds: Any, **settings: Any) -> Tensor:
     """Compute `varlen_attn` as its documentation says."""
-    assert cu_seq_q is cu_seq_k  # cuDNN wants it.
-    assert cu_seq_q.dtype == torch.int32
+    called = inspect.signature(varlen_attn).bind(query, key, value, *bounds, **settings).arguments
+    assert called["cu_seq_q"] is called["cu_seq_k"]  # cuDNN wants it.
+    assert called["cu_seq_q"].dtype == torch.int32
     assert query.shape[-1] == key.shape[-1] == value.shape[-1]
     assert query.shape[-1] % 8 == 0
-    left, right = window_size
+    left, right = called["window_size"]
     contexts = []
-    for start, end in pairwise(cu_seq_q.tolist()):
-        assert end - start <= max_q == max_k
+    for start, end in pairwise(called["cu_seq_q"].tolist()):
+        assert end - start <= called["max_q"] == called["max_k"]
         inputs = (tensor[start:end].transpose(0, 1) for tensor in (query, key, value))
         distance = torch.arange(end - start) - torch.arange(end - start)[:, None]
-        hidden = ((distance < -left) & (left >= 0)) | ((distance > right) & (right >= 0))
-        mask = ~hidden.to(DEVICE)
-        context = scaled_dot_product_attention(*inputs, attn_mask=mask, scale=scale, enable_gqa=enable_gqa)
-        contexts.append(context.transpose(0, 1))
+        mask = ~(((distance < -left) & (left >= 0)) | ((distance > right) & (right >= 0))).to(DEVICE)
+        same = {name: called[name] for name in ("scale", "enable_gqa")}
+        contexts.append(scaled_dot_product_attention(*inputs, attn_mask=mask, **same).transpose(0, 1))
     return torch.cat(contexts)
-
-
-def record_calls(monkeypatch: pytest.MonkeyPatch, kernel: Callable[..., Tensor]) -> list[tuple]:
-    """Let a function compute what `varlen_attn` computes; return the list of its calls."""
-    calls = []
-
-    def record(*args: Any, **kwargs: Any) -> Tensor:
-        inspect.signature(varlen_attn).bind(*args, **kwargs)
-        calls.append(args)
-        return kernel(*args, **kwargs)
-
-    monkeypatch.setattr(attention_module, "varlen_attn", record)
-    return calls
 
 
 @pytest.mark.skipif(
@@ -394,7 +370,8 @@ def record_calls(monkeypatch: pytest.MonkeyPatch, kernel: Callable[..., Tensor])
 def test_kernel_equals_one_document_after_the_other(name: str, place: Place, monkeypatch: pytest.MonkeyPatch) -> None:
     """On a core, plain torch stands in for the kernel."""
     attention, inputs = build_attention(torch.bfloat16, **ATTENTIONS[name]), inputs_of(name, dtype=torch.bfloat16)
-    calls = record_calls(monkeypatch, varlen_attn if place.is_gpu else by_documents_in_plain_torch)
+    kernel = Mock(wraps=varlen_attn if place.is_gpu else kernel_in_plain_torch)
+    monkeypatch.setattr(attention_module, "varlen_attn", kernel)
     with monkeypatch.context() as branches:
         if not place.is_gpu:
             take_gpu_branches(branches.setattr)
@@ -404,20 +381,5 @@ def test_kernel_equals_one_document_after_the_other(name: str, place: Place, mon
         attention.attention_dropout.p = 0.0
         branches.setattr(TorchDotProductAttention, "_fits_packed_kernel", lambda *_: False)
         one_by_one = attention_results(attention, inputs, by_mask=False)
-    assert len(calls) == 1
+    assert kernel.call_count == 1
     assert_close(by_kernel, one_by_one, 2e-2)
-
-
-@pytest.mark.parametrize("is_deterministic", [False, True])
-def test_deterministic_mode_excludes_cudnn(is_deterministic: bool, monkeypatch: pytest.MonkeyPatch) -> None:
-    def compute(query: Tensor, key: Tensor, value: Tensor, *_: Any, **__: Any) -> Tensor:
-        found.append(torch.backends.cuda.cudnn_sdp_enabled())
-        return query + key + value
-
-    found = []
-    monkeypatch.setattr(torch, "are_deterministic_algorithms_enabled", lambda: is_deterministic)
-    monkeypatch.setattr(attention_module, "varlen_attn", compute)
-    monkeypatch.setattr(attention_module, "_HAS_PACKED_KERNEL", True)
-    take_gpu_branches(monkeypatch.setattr)
-    attention_results(build_attention(torch.bfloat16), inputs_of("plain", dtype=torch.bfloat16), by_mask=False)
-    assert found == [not is_deterministic]
