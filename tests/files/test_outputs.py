@@ -68,11 +68,6 @@ def test_umask_decides_who_may_read_an_output(tmp_path: Path, umask: int):
     assert (tmp_path / "output").stat().st_mode & 0o777 == 0o666 & ~umask
 
 
-def test_two_outputs_need_two_names(tmp_path: Path):
-    with pytest.raises(UserError, match="two outputs"):
-        check_outputs([tmp_path / "a", tmp_path / "x" / ".." / "a"])
-
-
 def test_an_existing_output_is_replaced_only_by_force(source: Path):
     with pytest.raises(UserError, match=r"it exists; .*--force"):
         check_outputs([source])
@@ -107,13 +102,6 @@ def test_places_that_cannot_be_written(source: Path, name: str, problem: str, fo
             check_outputs([path], force=force)
 
 
-def test_a_name_as_long_as_the_file_system_allows(tmp_path: Path):
-    path = tmp_path / ("é" * 127)
-    with atomic_output(path) as temporary:
-        temporary.write_text("new")
-    assert path.read_text() == "new"
-
-
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGHUP])
 def test_signals_remove_temporary_files(source: Path, number: signal.Signals):
     def write() -> None:
@@ -146,16 +134,3 @@ def test_a_second_signal_does_not_interrupt_the_cleaning_up():
     with pytest.raises(SystemExit):
         work()
     assert cleaned
-
-
-def test_other_handlers_keep_their_signals(tmp_path: Path):
-    received = []
-    before = signal.signal(signal.SIGTERM, lambda number, _: received.append(number))
-    try:
-        with atomic_output(tmp_path / "file") as temporary:
-            os.kill(os.getpid(), signal.SIGTERM)
-            temporary.write_text("complete")
-    finally:
-        signal.signal(signal.SIGTERM, before)
-    assert received == [signal.SIGTERM]
-    assert (tmp_path / "file").read_text() == "complete"

@@ -9,9 +9,8 @@ import time
 import pytest
 from support.paths import ROOT
 
-from maskmoe.arguments.parser import Parser
 from maskmoe.command_line import main as maskmoe_program
-from maskmoe.errors import RunFailure, UserError, one_line
+from maskmoe.errors import RunFailure, UserError
 from maskmoe.processes.run_tool import run_tool
 
 
@@ -87,22 +86,6 @@ def test_limit_of_the_system_is_a_failure_of_the_run(monkeypatch, capsys, error,
     assert capsys.readouterr().err == f"error: {message}\n"
 
 
-def test_working_folder_that_was_removed(monkeypatch, capsys, tmp_path):
-    (tmp_path / "gone").mkdir()
-    monkeypatch.chdir(tmp_path / "gone")
-    (tmp_path / "gone").rmdir()
-    assert run_failing(ValueError("not reached"), monkeypatch) == 2
-    assert capsys.readouterr().err == "error: the working folder was removed: change into a folder that exists\n"
-
-
-def test_a_command_may_open_as_many_files_as_the_system_permits():
-    program = "from resource import *; from maskmoe.processes.run_tool import run_tool\n"
-    program += "limit = lambda: getrlimit(RLIMIT_NOFILE); setrlimit(RLIMIT_NOFILE, (50, 100))\n"
-    program += "run_tool(lambda: print(*limit()))"
-    output = subprocess.run([sys.executable, "-c", program], check=True, capture_output=True, text=True, cwd=ROOT)
-    assert output.stdout == "100 100\n"
-
-
 @pytest.mark.parametrize(
     "error",
     [
@@ -116,12 +99,6 @@ def test_a_command_may_open_as_many_files_as_the_system_permits():
 def test_error_of_the_program_keeps_its_traceback(monkeypatch, error):
     with pytest.raises(type(error)):
         run_failing(error, monkeypatch, "data")
-
-
-def test_rank_keeps_the_traceback_of_a_path(monkeypatch):
-    monkeypatch.setenv("LOCAL_RANK", "0")
-    with pytest.raises(FileNotFoundError):
-        run_failing(FileNotFoundError(errno.ENOENT, "No such file", "data"), monkeypatch, "data")
 
 
 @pytest.mark.parametrize("kind", [UserError, RunFailure])
@@ -142,11 +119,6 @@ def test_nothing_follows_the_error():
     assert (ended.returncode, ended.stderr) == (2, "error: bad\n")
 
 
-def test_one_line_keeps_an_ordinary_message():
-    message = "--vocab-size must be at most 5, not 6 (naïve ▁ 中文)"
-    assert one_line(message) == message
-
-
 @pytest.mark.parametrize(
     ("redirection", "code", "errors"),
     [("| true", 141, ""), ("> /dev/full", 1, "error: no space is left on the disk\n"), ("| cat > /dev/null", 0, "")],
@@ -158,14 +130,6 @@ def test_output_that_nobody_reads(redirection, code, errors):
     words = ["bash", "-c", command, sys.executable, program]
     result = subprocess.run(words, cwd=ROOT, capture_output=True, text=True, timeout=60)
     assert (result.returncode, result.stderr) == (code, errors)
-
-
-def test_value_with_dashes_and_a_space_is_no_flag():
-    parser = Parser()
-    parser.add_argument("--prompt")
-    assert parser.parse_args(["--prompt", "-- import x"]).prompt == "-- import x"
-    with pytest.raises(UserError, match=r"^unknown flag --prompts \(nearest: --prompt\)"):
-        parser.parse_args(["--prompts", "a b"])
 
 
 def test_rank_that_alone_finds_bad_input_reports_it(monkeypatch, capsys):
