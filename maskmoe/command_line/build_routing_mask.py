@@ -114,6 +114,13 @@ def parse_arguments(words: Sequence[str] | None = None) -> argparse.Namespace:
     return arguments
 
 
+def check_flags(flags: Sequence[str]) -> None:
+    """Check the flags of a mask before anything is made; raises UserError. The output is not needed."""
+    arguments = parse_arguments([*flags, "--output", "mask"])
+    if not (arguments.expert_table or arguments.routing_mask):
+        recipe_from(arguments)
+
+
 def recipe_from(arguments: argparse.Namespace) -> MaskRecipe:
     """Return the recipe that the flags describe.
 

@@ -11,6 +11,7 @@ Examples:
 
 import argparse
 import json
+import math
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from itertools import batched
@@ -29,6 +30,7 @@ from maskmoe.files.paths import check_folder
 from maskmoe.files.untrusted import refuse_surrogates
 
 _MIN_TEMPERATURE = 1e-6
+_NEW_TOKENS = 64
 
 
 def parse_arguments() -> argparse.Namespace:
@@ -43,8 +45,10 @@ def parse_arguments() -> argparse.Namespace:
     add_option(source, "--prompts-file FILE", file, Path)
     batch = "continue this many texts of --prompts-file at a time"
     add_option(parser, "--batch-size N", batch, ranges.COUNT, default=8)
-    length = "stop after this many new tokens, or at the end of the text"
-    add_option(parser, "--max-new-tokens N", length, ranges.COUNT, default=64)
+    length = (
+        "stop after this many new tokens, or at the end of the text (default: 64, or as many as the model can take)"
+    )
+    add_option(parser, "--max-new-tokens N", length, ranges.COUNT)
     divisor = "divide logits by this before a token is drawn; 0 takes the most probable token"
     add_option(parser, "--temperature T", divisor, ranges.TEMPERATURE, default=0.8)
     add_option(parser, "--top-k K", "draw among the K most probable tokens; 0: all", ranges.NUMBER, default=50)
@@ -180,7 +184,8 @@ class Continuation:
         self._ends = {*ends}
         # Other settings of the folder do not fit the arguments, or not even transformers.
         model.generation_config = GenerationConfig(eos_token_id=ends or None)
-        self._options: dict[str, Any] = {"max_new_tokens": arguments.max_new_tokens, "do_sample": False}
+        self._max_new_tokens: int | None = arguments.max_new_tokens
+        self._options: dict[str, Any] = {"do_sample": False}
         if arguments.temperature > 0:
             # Logits that are divided by the smallest temperatures become infinite.
             temperature = max(arguments.temperature, _MIN_TEMPERATURE)
@@ -195,14 +200,19 @@ class Continuation:
         ids: list[int] = self._tokenizer(prompt)["input_ids"]
         if not ids:
             raise UserError("the prompt is empty")
-        num_new = self._options["max_new_tokens"]
-        positions = getattr(self._model.config, "max_position_embeddings", None)  # not every model has a limit
-        if positions is not None and len(ids) + num_new > positions:
+        num_new = self._max_new_tokens or 1
+        if len(ids) + num_new > self._positions:
             raise UserError(
-                f"{len(ids)} prompt tokens and {num_new} new ones exceed the model's {positions} positions; shorten "
-                "the prompt or lower --max-new-tokens"
+                f"{len(ids)} prompt tokens and {num_new} new ones exceed the model's {self._positions} positions; "
+                "shorten the prompt or lower --max-new-tokens"
             )
         return ids
+
+    @property
+    def _positions(self) -> float:
+        """The largest number of tokens of a text; not every model has a limit."""
+        positions = getattr(self._model.config, "max_position_embeddings", None)
+        return math.inf if positions is None else positions
 
     def of(self, prompts: Sequence[list[int]]) -> list[str]:
         """Return each prompt with its continuation.
@@ -218,7 +228,9 @@ class Continuation:
         device = self._model.device
         tokens = torch.tensor([[0] * width + ids for width, ids in zip(paddings, prompts, strict=True)], device=device)
         is_real = torch.arange(longest, device=device) >= torch.tensor(paddings, device=device).unsqueeze(1)
-        rows = self._model.generate(tokens, attention_mask=is_real.long(), pad_token_id=0, **self._options).tolist()
+        num_new = self._max_new_tokens or int(min(_NEW_TOKENS, self._positions - longest))
+        options = {"attention_mask": is_real.long(), "pad_token_id": 0, "max_new_tokens": num_new, **self._options}
+        rows = self._model.generate(tokens, **options).tolist()
         return [self._decode(row[width:], longest - width) for row, width in zip(rows, paddings, strict=True)]
 
     def _decode(self, tokens: list[int], num_prompt_tokens: int) -> str:

@@ -16,22 +16,19 @@ SUBCOMMANDS = {
     "preprocess": ("command_line.preprocess_data", "tokenize raw text into a Megatron dataset"),
     "count": ("command_line.count_token_frequency", "count how often each token id occurs in a dataset"),
     "mask": ("command_line.build_routing_mask", "build the routing mask from token frequencies"),
-    "mask widen": ("command_line.widen_routing_mask", "let frequent ids of a routing mask see more experts"),
     "pretrain": ("command_line.pretrain", "pretrain a model file, with restarts, or from Megatron's flags"),
     "evaluate": ("training.evaluate", "compute a checkpoint's loss by token frequency"),
     "generate": ("command_line.generate_text", "continue prompts with a checkpoint or an exported model"),
     "check": ("command_line.check", "check a model file's settings and show what the run needs"),
-    "status": ("command_line.status", "show whether and how a run works, from its run folder"),
+    "status": ("command_line.status", "show a run's progress and its checkpoints, from its run folder"),
     "convert": ("command_line.convert_checkpoint", "convert checkpoints to and from Hugging Face's format"),
     "analyze": ("command_line.analyze_routing", "show how checkpoints route a text to experts"),
-    "simulate": ("command_line.simulate_dispatch", "predict the cost of dispatch on many GPUs"),
     "prune": ("command_line.prune_checkpoints", "delete the old checkpoints of a finished run"),
-    "quickstart": ("command_line.quickstart", "go from raw text to an exported model on this machine"),
     "compare": ("command_line.compare", "train and compare the variants of a suite"),
 }
 """Module and help of each subcommand, in the order of `maskmoe --help`: a run's steps first, then analysis.
 
-A name is the word, or the two words, after `maskmoe`. The `main()` of the module below `maskmoe` reads `sys.argv` and
+A name is the word after `maskmoe`. The `main()` of the module below `maskmoe` reads `sys.argv` and
 does the work, or the module is the entry point that every rank runs. Only the chosen module is imported, so that
 `maskmoe --help` does not wait for torch.
 """
@@ -53,7 +50,6 @@ def dispatch(words: Sequence[str]) -> None:
     """
     if not words:
         raise UserError("which subcommand? (maskmoe --help lists the subcommands)")
-    # A name of two words comes first: `mask widen` is another subcommand than `mask`.
     num_words = 2 if " ".join(words[:2]) in SUBCOMMANDS else 1
     name, arguments = " ".join(words[:num_words]), words[num_words:]
     if name in ("-h", "--help"):

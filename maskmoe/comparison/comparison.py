@@ -1,21 +1,21 @@
 """Runs a comparison: makes the data, finishes the runs side by side, and keeps the table of their results."""
 
-import json
+import asyncio
 import time
 from collections import defaultdict
-from collections.abc import Generator, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from functools import cached_property
 from pathlib import Path
 
 from maskmoe.comparison.data import Dataset
-from maskmoe.comparison.report import write_report
 from maskmoe.comparison.run import Run, runs_of
-from maskmoe.comparison.stage import POLL_SECONDS, StageFolder, StatusLine
+from maskmoe.comparison.steps import run_steps
 from maskmoe.comparison.suite import Suite
-from maskmoe.comparison.table import RunResult, merge, read_table, training_seconds, write_table
+from maskmoe.comparison.table import RunResult, merge, read_table, write_table
 from maskmoe.errors import RunFailure, UserError
+from maskmoe.files.json_files import read_json
 from maskmoe.launch.machine import Devices
 
 _RESULT = "result.jsonl"
@@ -26,7 +26,7 @@ _MAX_PARAMETER_SHARE = 0.02  # largest relative difference between the active pa
 class Comparison:
     """A suite whose runs are trained in a folder.
 
-    A run is finished if the table has its result: a line with the settings and the program that the suite has now, of
+    A run is finished if the table has its result: a line with the settings and the programs that the suite has now, of
     the text of this machine. The folder of a finished run is not needed any more.
 
     Attributes:
@@ -45,11 +45,6 @@ class Comparison:
     data: Dataset
     devices: Devices
 
-    @property
-    def report_folder(self) -> Path:
-        """The default folder of the report."""
-        return self.folder / "report"
-
     @cached_property
     def runs(self) -> tuple[Run, ...]:
         """All runs of the suite, in the order in which they are trained."""
@@ -63,14 +58,13 @@ class Comparison:
             seeds: Seeds; none selects all.
 
         Raises:
-            UserError: No run is selected.
+            UserError: The suite lacks a seed, or no run matches.
         """
-        found = [
-            run
-            for run in self.runs
-            if (not seeds or run.seed in seeds)
-            and (not patterns or any(fnmatchcase(name, each) for each in patterns for name in (run.name, run.title)))
-        ]
+        if missing := sorted({*seeds} - {run.seed for run in self.runs}):
+            raise UserError(f"the suite has no seed {missing[0]}; add it to `seeds` in the suite file")
+        found = [run for run in self.runs if not seeds or run.seed in seeds]
+        if patterns:
+            found = [run for run in found if any(fnmatchcase(n, p) for p in patterns for n in (run.name, run.title))]
         if not found:
             raise UserError("no run of the suite has such a name and seed; --list shows all runs")
         return tuple(found)
@@ -110,56 +104,6 @@ class Comparison:
                 waiting.setdefault((run.seed, run.variant.program_sha256, *run.settings.items()), run)
         return [*waiting.values()]
 
-    def make_data(self, line: StatusLine) -> None:
-        """Make the dataset and its token counts, unless they exist."""
-        StageFolder(self.data.folder).run(tuple(self.data.stages()), line)
-
-    def check(self, runs: Sequence[Run], line: StatusLine) -> None:
-        """Check one run of each variant before any of `runs` trains.
-
-        With `vary`, only values that `runs` have are checked. Variants without a run among `runs` are checked, too:
-        their runs may be finished, or another machine may train them.
-
-        Raises:
-            UserError: Settings are refused, or variants have different numbers of active parameters.
-        """
-        active: dict[str, dict[str, int]] = {}
-        settings = {run.variant.setting for run in runs}
-        compared = (run for run in self.runs if run.variant.setting in settings)
-        for run in {run.name: run for run in (*compared, *runs)}.values():
-            run.prepare()
-            stage, folder = run.check_stage(), StageFolder(run.folder)
-            folder.run((*run.stages_before_training(), stage), line)
-            parameters = json.loads(run.check_report.read_text(encoding="utf-8"))["parameters"]
-            active.setdefault(run.variant.setting, {})[run.name] = parameters["active"]
-            line.print(f"{run.name}: {parameters['active']:,} active parameters of {parameters['total']:,}")
-        for of_setting in active.values():
-            least, most = min(of_setting, key=of_setting.__getitem__), max(of_setting, key=of_setting.__getitem__)
-            if of_setting[most] > of_setting[least] * (1 + _MAX_PARAMETER_SHARE):
-                raise UserError(
-                    f"{least} has {of_setting[least]:,} active parameters and {most} has {of_setting[most]:,}: give "
-                    "all variants of a suite about equal sizes"
-                )
-
-    def finish(self, run: Run) -> Generator[str]:
-        """Train and evaluate a run, and write its result into its folder; yield the state again and again."""
-        run.prepare()
-        folder, training = StageFolder(run.folder), run.training_stage()
-        # A job of Slurm may have completed the training. Its checkpoint may have been removed since.
-        finished = [*(run.folder / "slurm").glob("*.finished")]
-        if not run.last_checkpoint.exists():
-            for path in finished:
-                path.unlink()
-        elif finished and folder.has_begun(training):
-            folder.end(training, training_seconds(run.tensorboard))
-        for state in folder.finish(run.stages()):
-            yield f"{run.title}: {state}"
-        write_table(run.folder / _RESULT, [RunResult.of(self.name, run)])
-
-    def _finish_and_add(self, run: Run) -> Generator[str]:
-        yield from self.finish(run)
-        self.add(read_table(run.folder / _RESULT))
-
     def collect(self) -> None:
         """Add the results in the folders of runs to the table."""
         self.add(result for run in self.runs for result in read_table(run.folder / _RESULT))
@@ -172,41 +116,63 @@ class Comparison:
             self.table.parent.mkdir(parents=True, exist_ok=True)
             write_table(self.table, merged)
 
-    def finish_all(self, runs: Sequence[Run], jobs: int, line: StatusLine) -> None:
-        """Finish runs, at most `jobs` at a time. A failed run does not stop the others.
+    async def finish(self, runs: Sequence[Run], jobs: int, only_prepare: bool = False) -> None:
+        """Make the data, check the variants, and finish the runs.
+
+        Args:
+            runs: The runs.
+            jobs: Number of runs that work at a time.
+            only_prepare: Whether to stop before the training, with the masks of all runs made.
 
         Raises:
-            RunFailure: A run failed; the message names all of them.
+            UserError: The data or the settings are refused. RunFailure: A run failed; all others are finished.
         """
-        waiting, active, failed, start = list(runs), dict[str, Generator[str]](), [], time.monotonic()
-        states: dict[str, str] = {}
-        try:
-            while waiting or active:
-                while waiting and len(active) < jobs:
-                    run = waiting.pop(0)
-                    active[run.title] = self._finish_and_add(run)
-                for title, work in [*active.items()]:
-                    try:
-                        states[title] = next(work)
-                        continue
-                    except StopIteration:
-                        verdict = "done"
-                    except (UserError, RunFailure) as error:
-                        verdict = "FAILED"
-                        failed.append(f"{title}: {error}")
-                    del active[title], states[title]
-                    ended = len(runs) - len(waiting) - len(active)
-                    hours = (time.monotonic() - start) / 3600
-                    rest = hours / ended * (len(runs) - ended)
-                    line.print(f"[{ended}/{len(runs)}] {title} {verdict} after {hours:.2f} h; {rest:.1f} h remain")
-                line.update(" · ".join(states.values()))
-                time.sleep(POLL_SECONDS)
-        finally:
-            for work in active.values():
-                work.close()
+        await run_steps(self.data.folder, self.data.settings, self.data.steps())
+        runs = self.unfinished(runs)
+        await self._check_variants(runs)
+        slots, start, failed, ended = asyncio.Semaphore(jobs), time.monotonic(), [], 0
+
+        async def finish(run: Run) -> None:
+            nonlocal ended
+            async with slots:
+                try:
+                    await run_steps(
+                        run.folder, run.identity, run.mask_steps() if only_prepare else run.steps(), run.files()
+                    )
+                    if not only_prepare:
+                        write_table(run.folder / _RESULT, [RunResult.of(self.name, run)])
+                        self.add(read_table(run.folder / _RESULT))
+                    verdict = "is prepared" if only_prepare else "is finished"
+                except (UserError, RunFailure) as error:
+                    failed.append(f"{run.title}: {error}")
+                    verdict = "FAILED"
+            ended += 1
+            print(f"[{ended}/{len(runs)}] {run.title} {verdict}, {(time.monotonic() - start) / 60:.1f} min", flush=True)
+
+        await asyncio.gather(*map(finish, runs))
         if failed:
             raise RunFailure(f"{len(failed)} of {len(runs)} runs failed: {'; '.join(failed)}")
 
-    def report(self, folder: Path | None = None) -> Path:
-        """Write the page of all finished runs, by default into `report_folder`; return its path."""
-        return write_report(self.suite, self.name, [*self.results().values()], folder or self.report_folder)
+    async def _check_variants(self, runs: Sequence[Run]) -> None:
+        """Check one run of each variant before any of `runs` trains.
+
+        With `vary`, only values that `runs` have are checked. Variants without a run among `runs` are checked as well:
+        their runs may be finished, or another machine may train them.
+
+        Raises:
+            UserError: Settings are refused, or variants have different numbers of active parameters.
+        """
+        settings = {run.variant.setting for run in runs}
+        compared = (run for run in self.runs if run.variant.setting in settings)
+        active: dict[str, dict[str, int]] = defaultdict(dict)
+        for run in {run.name: run for run in (*compared, *runs)}.values():
+            await run_steps(run.folder, run.identity, (*run.mask_steps(), run.check_step()), run.files())
+            size = active[run.variant.setting][run.name] = read_json(run.check_report)["parameters"]["active"]
+            print(f"{run.name}: {size:,} active parameters", flush=True)
+        for sizes in active.values():
+            least, most = min(sizes, key=sizes.__getitem__), max(sizes, key=sizes.__getitem__)
+            if sizes[most] > sizes[least] * (1 + _MAX_PARAMETER_SHARE):
+                raise UserError(
+                    f"{least} has {sizes[least]:,} active parameters and {most} has {sizes[most]:,}: give all variants "
+                    "of a suite about equal sizes"
+                )

@@ -1,14 +1,14 @@
-"""The dataset that all runs of a suite train on, and the stages that make it from text."""
+"""The dataset that all runs of a suite train on, and the steps that make it from text."""
 
 import hashlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from itertools import islice
 from pathlib import Path
 
 import numpy as np
 
-from maskmoe.comparison.stage import Stage, maskmoe_command
+from maskmoe.comparison.steps import Step, maskmoe_command
 from maskmoe.comparison.suite import REQUIRED, DataSection
 from maskmoe.data.documents import read_documents
 from maskmoe.data.indexed_dataset import dataset_files, parse_data_path, read_index
@@ -32,7 +32,6 @@ class Dataset:
         vocab_size: Number of ids of the tokenizer.
         seq_length: Tokens in a sample.
         text: Text files; if empty, `maskmoe corpus` collects the text of the installed Python.
-        json_key: Key of the text in JSON lines.
         held_out: Further text files to evaluate on, by name.
         existing: Flags that name a dataset that exists already; empty if it is made from text with its tokenizer.
     """
@@ -41,7 +40,6 @@ class Dataset:
     vocab_size: str
     seq_length: int
     text: tuple[Path, ...] = ()
-    json_key: str = "text"
     held_out: dict[str, Path] = field(default_factory=dict)
     existing: Flags = field(default_factory=dict)
 
@@ -61,7 +59,7 @@ class Dataset:
         existing = {flag: value if isinstance(value, tuple) else (value,) for flag, value in values.items()}
         text = () if existing else tuple(map(Path, section.input))
         held_out = {name: Path(path) for name, path in section.held_out.items()}
-        return cls(folder, section.vocab_size, seq_length, text, "text", held_out, existing)
+        return cls(folder, section.vocab_size, seq_length, text, held_out, existing)
 
     def check(self) -> None:
         """Check the text files, which only training needs.
@@ -82,7 +80,7 @@ class Dataset:
                 raise UserError(f"the text file {path} is a folder: name its files")
             if not path.is_file():
                 raise UserError(f"the text file {path} is a pipe or a device, but is read several times: name a file")
-        if self.text and len([*islice(read_documents(self.text, self.json_key), 2)]) < 2:
+        if self.text and len([*islice(read_documents(self.text), 2)]) < 2:
             raise UserError(
                 "the input is a single document, but training and evaluation need one document each: give several "
                 "files, JSON lines with one document each, or a text file above 1 MB"
@@ -106,18 +104,12 @@ class Dataset:
     @property
     def prefix(self) -> Path:
         """Value of Megatron's `--data-path` for the dataset that is made from text."""
-        return self.folder / f"dataset_{self.json_key}_document"
+        return self.folder / "dataset_text_document"
 
     @property
     def token_frequency(self) -> Path:
         """Token counts of the dataset."""
         return self.folder / "token_frequency.safetensors"
-
-    @property
-    def files(self) -> tuple[Path, ...]:
-        """Files of the dataset and its tokenizer."""
-        prefixes = parse_data_path(self.existing["data-path"])[0] if self.existing else [self.prefix]
-        return (*(path for prefix in prefixes for path in dataset_files(Path(prefix))), self.tokenizer_model)
 
     @property
     def flags(self) -> Flags:
@@ -135,40 +127,45 @@ class Dataset:
 
     def held_out_flags(self, name: str) -> Flags:
         """Return the flags of an evaluation on all documents of a further held-out text."""
-        prefix = f"{self.folder / name}_{self.json_key}_document"
+        prefix = f"{self.folder / name}_text_document"
         return {"data-path": (prefix,), "split": (_ALL_VALIDATION,), **self._tokenizer_flags}
 
-    def stages(self) -> Iterator[Stage]:
-        """Yield the stages from text to token counts, or only the one that counts the tokens of an existing dataset."""
+    @property
+    def settings(self) -> dict[str, object]:
+        """What the files of the folder depend on; an input counts as changed with its size or modification time."""
+        prefixes = parse_data_path(self.existing["data-path"])[0] if self.existing else ()
+        files = [*self.text, *self.held_out.values(), *(file for each in prefixes for file in dataset_files(each))]
+        existing = {flag: [*words] for flag, words in self.existing.items()}
+        return {
+            "vocab-size": self.vocab_size,
+            "existing": existing,
+            "files": {str(each): _version(each) for each in files},
+        }
+
+    def steps(self) -> tuple[Step, ...]:
+        """Return the steps from text to token counts, or only the one that counts the tokens of an existing dataset."""
         text = self.text or (self.corpus,)
+        steps = []
         if not self.existing:
             if not self.text:
-                yield Stage("corpus", maskmoe_command("corpus", "--output", self.corpus), (self.corpus,))
-            yield self._tokenizer_stage(text)
+                steps.append(_step("corpus", self.corpus, "--output", self.corpus))
+            options = ("--vocab-size", self.vocab_size, "--max-lines", _MAX_TOKENIZER_LINES)
+            output = ("--output-prefix", self.tokenizer_prefix)
+            steps.append(_step("tokenizer", self.tokenizer_model, "--input", *text, *options, *output))
             # The last documents are held out. Shuffled documents make the held-out text resemble the training text.
-            yield self._preprocess("dataset", text, ("--shuffle-seed", _SHUFFLE_SEED))
-        for name, path in self.held_out.items():
-            yield self._preprocess(name, (path,))
+            steps.append(self._preprocess("dataset", text, "--shuffle-seed", _SHUFFLE_SEED))
+        steps += (self._preprocess(name, (path,)) for name, path in self.held_out.items())
         data_path = self.existing["data-path"] if self.existing else (self.prefix,)
         flags = ("--data-path", *data_path, "--vocab-size", self.vocab_size, "--output", self.token_frequency)
-        yield Stage("frequency", maskmoe_command("count", *flags), (self.token_frequency,), self.files)
+        return (*steps, _step("count", self.token_frequency, *flags))
 
-    def _tokenizer_stage(self, text: Sequence[Path]) -> Stage:
-        command = maskmoe_command(
-            *("tokenizer", "--input", *text, "--json-keys", self.json_key, "--vocab-size", self.vocab_size),
-            *("--max-lines", _MAX_TOKENIZER_LINES, "--output-prefix", self.tokenizer_prefix),
-        )
-        return Stage("tokenizer", command, (self.tokenizer_model, Path(f"{self.tokenizer_prefix}.vocab")), tuple(text))
-
-    def _preprocess(self, name: str, text: Sequence[Path], options: Sequence[object] = ()) -> Stage:
-        """Return the stage that encodes text into the dataset `name`."""
-        command = maskmoe_command(
-            *("preprocess", "--input", *text, "--json-keys", self.json_key),
-            *("--tokenizer-type", *self._tokenizer_flags["tokenizer-type"], "--tokenizer-model", self.tokenizer_model),
-            *("--output-prefix", self.folder / name, "--append-eod", *options),
-        )
-        results = tuple(dataset_files(self.folder / f"{name}_{self.json_key}_document"))
-        return Stage(name, command, results, (*text, self.tokenizer_model))
+    def _preprocess(self, name: str, text: Sequence[Path], *options: object) -> Step:
+        """Return the step that encodes text into the dataset `name`."""
+        tokenizer = ("--tokenizer-type", *self._tokenizer_flags["tokenizer-type"])
+        tokenizer += ("--tokenizer-model", str(self.tokenizer_model))
+        words = ("--input", *text, *tokenizer, "--output-prefix", self.folder / name, "--append-eod", *options)
+        command = maskmoe_command("preprocess", *words, "--force")
+        return Step(name, command, Path(f"{self.folder / name}_text_document.idx"))
 
     @property
     def names_of_digests(self) -> set[str]:
@@ -208,3 +205,11 @@ def choose_split(dataset_prefix: Path, seq_length: int) -> str:
         f"the input's {num_tokens} tokens in {num_documents} documents are too few to train and to evaluate on "
         f"samples of --seq-length {seq_length}: give more or smaller documents, or a smaller --seq-length"
     )
+
+
+def _step(subcommand: str, result: Path, *words: object) -> Step:
+    return Step(subcommand, maskmoe_command(subcommand, *words, "--force"), result)
+
+
+def _version(path: Path) -> list[int] | None:
+    return [path.stat().st_size, path.stat().st_mtime_ns] if path.exists() else None

@@ -1,7 +1,10 @@
 """The page of a comparison, made from the table of results alone: tables, and a dot for each run."""
 
+import html
+import itertools
+import math
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -11,6 +14,7 @@ from maskmoe.comparison.run import OWN_TEXT
 from maskmoe.comparison.statistics import mean, paired_difference, unpaired_difference
 from maskmoe.comparison.suite import Suite
 from maskmoe.comparison.table import ALL_TOKENS, RunResult
+from maskmoe.errors import UserError
 from maskmoe.files.outputs import atomic_output, write_text
 
 if TYPE_CHECKING:
@@ -19,6 +23,17 @@ if TYPE_CHECKING:
 
 REPORT_FILES = ("README.md", "losses.png")
 """Names of the files of a report."""
+
+_MARK = "<!-- written by maskmoe compare -->"
+
+Losses = Mapping[str, Mapping[str, Mapping[int, float]]]
+"""The losses on one text, by variant, band and seed."""
+
+
+def is_report(folder: Path) -> bool:
+    """Return whether the page in a folder was written by `write_report`, so that it may be replaced."""
+    page = folder / REPORT_FILES[0]
+    return page.is_file() and page.read_bytes().rstrip().endswith(_MARK.encode())
 
 
 def write_report(suite: Suite, name: str, results: Sequence[RunResult], folder: Path) -> Path:
@@ -29,12 +44,17 @@ def write_report(suite: Suite, name: str, results: Sequence[RunResult], folder: 
         name: Name of the suite.
         results: Results of the suite's runs.
         folder: Folder of the files, which is made.
+
+    Raises:
+        UserError: No run is finished.
     """
+    if not results:
+        raise UserError(f"no run of the suite {name} is finished, so there is nothing to report")
     folder.mkdir(parents=True, exist_ok=True)
     page, picture = (folder / file for file in REPORT_FILES)
     with atomic_output(picture) as path:
         _draw(suite, results).savefig(path, format="png")
-    write_text(page, "\n\n".join(_page(suite, name, results)) + "\n")
+    write_text(page, "\n\n".join([*_page(suite, name, results), _MARK]) + "\n")
     return page
 
 
@@ -44,7 +64,7 @@ def _page(suite: Suite, name: str, results: Sequence[RunResult]) -> Iterator[str
     # Runs of an installed package have no commit.
     commits = ", ".join(sorted({commit[:12] for result in results if (commit := result.origin.get("commit"))}))
     commits = f" (commits {commits})" if commits else ""
-    yield f"# {suite.title}"
+    yield f"# {_escape(suite.title)}"
     yield (
         f"{len(results)} of {planned} runs of the suite `{name}` are finished{commits}. Losses are in nats "
         "per token of held-out text. ± is half of the 95 % interval over seeds (Student's t; Welch's t for differences "
@@ -53,57 +73,65 @@ def _page(suite: Suite, name: str, results: Sequence[RunResult]) -> Iterator[str
     )
     yield "![The loss of each run](losses.png)"
     for setting in dict.fromkeys(variant.setting for variant in suite.variants.values()):
-        names = [name for name, variant in suite.variants.items() if variant.setting == setting]
-        found = {name: [result for result in results if result.variant == name] for name in names}
-        found = {name: of for name, of in found.items() if of}
-        if setting and found:
+        of_setting = [result for result in results if suite.variants[result.variant].setting == setting]
+        if setting and of_setting:
             yield f"## {setting}"
-        baselines = [name for name in found if name.removesuffix(f".{setting}") in suite.baselines]
-        for text in dict.fromkeys(each.text for of in found.values() for result in of for each in result.losses):
-            yield from _tables(suite, text, found, baselines)
+        for text in dict.fromkeys(each.text for result in of_setting for each in result.losses):
+            yield from _tables(suite, text, of_setting)
 
 
-def _tables(
-    suite: Suite, text: str, found: Mapping[str, Sequence[RunResult]], baselines: Sequence[str]
-) -> Iterator[str]:
+def _tables(suite: Suite, text: str, results: Sequence[RunResult]) -> Iterator[str]:
     """Yield a table of losses, a table of differences, and a table of the loss of every seed, for one text."""
-    first = next(iter(found.values()))[0]
-    bands = [each.band for each in first.losses if each.text == text]
-    shares = {each.band: each.tokens for each in first.losses if each.text == text}
-    yield f"### Text: {text}, {shares.get(ALL_TOKENS, 0):,} tokens"
-    titles = {name: suite.variants[name].title for name in found}
-
-    rows = [["variant", "runs", *bands]]
-    for name, results in found.items():
-        estimates = [mean([result.loss(text, band) for result in results]) for band in bands]
-        rows.append([titles[name], str(len(results)), *(f"{estimate:.4f}" for estimate in estimates)])
-    yield _table(rows)
-
-    losses = {name: {band: _by_seed(of, text, band) for band in bands} for name, of in found.items()}
-    rows = [["difference", "pairs", *bands, "not paired", "p"]]
-    for name in found:
-        for baseline in (each for each in baselines if each != name):
-            estimates = [paired_difference(losses[name][band], losses[baseline][band]) for band in bands]
-            own, theirs = (list(losses[each][ALL_TOKENS].values()) for each in (name, baseline))
-            title = f"{titles[name]} − {titles[baseline]}"
-            unpaired = f"{unpaired_difference(own, theirs):+.4f}"
-            values = [f"{estimate:+.4f}" for estimate in estimates]
-            rows.append([title, str(estimates[0].n), *values, unpaired, f"{estimates[0].p:.3f}"])
-    if len(rows) > 1:
-        yield _table(rows)
-
+    tokens = {each.band: each.tokens for each in results[0].losses if each.text == text}
+    yield f"### Text: {text}, {tokens.get(ALL_TOKENS, 0):,} tokens"
+    names = [name for name in suite.variants if any(result.variant == name for result in results)]
+    losses = {
+        name: {band: _by_seed([each for each in results if each.variant == name], text, band) for band in tokens}
+        for name in names
+    }
+    titles = {name: suite.variants[name].title for name in names}
+    yield _table(["variant", "runs", *tokens], _mean_rows(losses, titles))
+    baselines = [name for name in names if name.removesuffix(f".{suite.variants[name].setting}") in suite.baselines]
+    if rows := [*_difference_rows(losses, titles, baselines)]:
+        yield _table(["difference", "pairs", *tokens, "not paired", "p"], rows)
     seeds = sorted({seed for of in losses.values() for seed in of[ALL_TOKENS]})
-    rows = [["seed", *titles.values()]]
-    for seed in seeds:
-        of_seed = [losses[name][ALL_TOKENS].get(seed) for name in found]
-        rows.append([str(seed), *("–" if loss is None else f"{loss:.4f}" for loss in of_seed)])
-    yield _table(rows)
+    rows = [[str(seed), *(_loss(losses[name][ALL_TOKENS].get(seed)) for name in names)] for seed in seeds]
+    yield _table(["seed", *titles.values()], rows)
 
 
-def _table(rows: Sequence[Sequence[str]]) -> str:
-    # Titles of a suite may have bars and line ends.
-    escaped = ([" ".join(cell.split()).replace("|", r"\|") for cell in row] for row in rows)
+def _mean_rows(losses: Losses, titles: Mapping[str, str]) -> Iterator[list[str]]:
+    """Yield the mean losses of each variant."""
+    for name, bands in losses.items():
+        means = [f"{mean([*of_band.values()]):.4f}" for of_band in bands.values()]
+        yield [titles[name], str(len(bands[ALL_TOKENS])), *means]
+
+
+def _difference_rows(losses: Losses, titles: Mapping[str, str], baselines: Sequence[str]) -> Iterator[list[str]]:
+    """Yield the differences of each variant to each baseline."""
+    for name, baseline in itertools.product(losses, baselines):
+        if name == baseline:
+            continue
+        own, theirs = losses[name], losses[baseline]
+        paired = {band: paired_difference(own[band], theirs[band]) for band in own}
+        unpaired = unpaired_difference([*own[ALL_TOKENS].values()], [*theirs[ALL_TOKENS].values()])
+        p = paired[ALL_TOKENS].p
+        cells = [*(f"{estimate:+.4f}" for estimate in paired.values()), f"{unpaired:+.4f}"]
+        title = f"{titles[name]} − {titles[baseline]}"
+        yield [title, str(paired[ALL_TOKENS].n), *cells, "–" if math.isnan(p) else f"{p:.3f}"]
+
+
+def _loss(value: float | None) -> str:
+    return "–" if value is None else f"{value:.4f}"
+
+
+def _table(header: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
+    """Return a Markdown table; titles of a suite may have bars, line ends and HTML."""
+    escaped = ([_escape(cell).replace("|", r"\|") for cell in row] for row in (header, *rows))
     return markdown_table("\n".join(" | ".join(row) for row in escaped))
+
+
+def _escape(text: str) -> str:
+    return html.escape(" ".join(text.split()), quote=False)
 
 
 def _by_seed(results: Sequence[RunResult], text: str, band: str) -> dict[int, float]:

@@ -12,7 +12,7 @@ from contextlib import suppress
 from functools import partial
 from hashlib import sha256
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 from pydantic import (
     AfterValidator,
@@ -42,7 +42,12 @@ _FLAGS_BESIDE_PRESET = {"seed", "shared-table", "expert-model-parallel-size"}
 _MERGED_KEYS = {"flags", "expert-flags", "mask"}
 _MASK_PREFIX = "mask."
 
-_TAKEN_NAMES = {"corpus", "dataset", "frequency", "held-out", "tokenizer", "training"}
+# Names of the steps that make the data, and of texts.
+_TAKEN_NAMES = {"corpus", "count", "dataset", "held-out", "tokenizer", "training"}
+_COUNTS = ("train-iters", "seq-length", "global-batch-size", "micro-batch-size", "num-experts")
+
+PROGRAM = "program"
+"""The key of a variant, and of its mask, that names a Python file."""
 
 PATHS = ("input", "data_path", "tokenizer_model", "held_out")
 """The keys of the section `data` that hold paths."""
@@ -108,16 +113,16 @@ class Variant(_Section):
 
     Attributes:
         title: Name in the report.
-        mask: Flags of `maskmoe mask`; `none` for a model without experts.
-        widen: Flags of `maskmoe mask widen`, which lets frequent ids of that mask see more experts; all other ids keep
-            their expert, so that the variant shares the table of a variant with the same `mask`.
+        mask: Flags of `maskmoe mask`; `none` for a model without experts. The key `program` names a Python file that
+            makes the mask instead of `maskmoe mask`, from the same flags and its own; its path is relative to the
+            folder of the suite file that has the variants.
         model: Model file with the first flags and the layouts, instead of the suite's model file.
         flags: Flags of training, without the seed.
         layouts: Further flags by number of ranks, see `ModelFile`.
         program: Python file that trains and evaluates instead of MaskMoE's entry points, see `ModelFile.read`; the path
             is relative to the folder of the suite file that has the variants.
-        program_sha256: SHA-256 of the program's file; empty without `program`. `Suite.read` sets it, and ignores a
-            value in the file.
+        program_sha256: SHA-256 of the files of both programs; empty without programs. `Suite.read` sets it, and ignores
+            a value in the file.
         seeds: Seeds of the variant's runs; by default those of the suite.
         setting: The values of `vary` that the variant has, such as `lr-2e-2`; empty without `vary`. `Suite.read` sets
             it, and ignores a value in the file.
@@ -125,7 +130,6 @@ class Variant(_Section):
 
     title: str = ""
     mask: Annotated[Flags | Literal["none"], PlainValidator(_parse_mask)]
-    widen: FlagSection = {}
     model: str = ""
     flags: FlagSection = {}
     layouts: LayoutSection = {}
@@ -138,6 +142,16 @@ class Variant(_Section):
     def has_experts(self) -> bool:
         """Whether the model has experts."""
         return self.mask != "none"
+
+    @property
+    def mask_flags(self) -> Flags:
+        """The flags of the mask; empty for a model without experts."""
+        return {} if self.mask == "none" else {flag: words for flag, words in self.mask.items() if flag != PROGRAM}
+
+    @property
+    def mask_program(self) -> str:
+        """The Python file that makes the mask; empty for `maskmoe mask`."""
+        return "" if self.mask == "none" else " ".join(self.mask.get(PROGRAM, ()))
 
 
 class DataSection(_Section):
@@ -229,6 +243,8 @@ class Suite(_Section):
             folders: For each key, the folder of the file that has the key: its relative paths start there.
             variables: Values for `${NAME}`.
         """
+        if unknown := [name for name in self.baselines if name not in self.variants]:
+            raise ValueError(f"baselines: {', '.join(unknown)} is not a variant of the suite")
         variants = {}
         for name, section in self.variants.items():
             model, key = (section.model, "variants") if section.model else (self.model, "model")
@@ -236,87 +252,107 @@ class Suite(_Section):
             # Every combination of the values of `vary`.
             for values in itertools.product(*self.vary.values()):
                 setting = dict(zip(self.vary, values, strict=True))
-                own = parse_flags(setting, f"suite {path}: vary", variables)
                 label = ".".join(f"{flag.removeprefix(_MASK_PREFIX)}-{value}" for flag, value in setting.items())
-                varied = section.model_copy(update={"setting": label})
-                variant = self._complete_variant(name, varied, model_file, folders["variants"], own)
-                variants[f"{name}.{label}" if setting else name] = variant
-        if unknown := [name for name in self.baselines if name not in self.variants]:
-            raise ValueError(f"baselines: {', '.join(unknown)} is not a variant of the suite")
+                varied = parse_flags(setting, f"suite {path}: vary", variables)
+                variant = section.model_copy(
+                    update={
+                        "title": section.title or name,
+                        "seeds": section.seeds or self.seeds,
+                        "setting": label,
+                        "model": str(model_file.path.resolve()) if model else "",
+                        "mask": self._mask_of(section, varied, folders["variants"]),
+                        "program": _program(section.program, folders["variants"]),
+                        **self._flags_of(name, section, varied, model_file),
+                    }
+                )
+                _check_flags(name, variant)
+                files = [Path(each) for each in (variant.program, variant.mask_program) if each]
+                digest = sha256(b"".join(each.read_bytes() for each in files)).hexdigest() if files else ""
+                variants[f"{name}.{label}" if setting else name] = variant.model_copy(update={"program_sha256": digest})
         data = self.data.model_dump()
         for key in PATHS:
             data[key] = absolute(data[key], folders.get("data", path.parent).resolve())
         update = {"title": self.title or path.stem, "variants": variants, "data": DataSection.model_construct(**data)}
         return self.model_copy(update=update)
 
-    def _complete_variant(
-        self, name: str, section: Variant, model_file: ModelFile, folder: Path, of_setting: Flags
-    ) -> Variant:
-        """Merge the flags of the model file, the suite, the variant and the setting; later flags replace earlier ones.
+    def _flags_of(self, name: str, section: Variant, varied: Flags, model_file: ModelFile) -> dict[str, Any]:
+        """Merge the flags of the model file, the suite, the variant and `vary`; later flags replace earlier ones.
 
-        All but those of the model file also replace its layouts, as flags on a command line do.
-        A setting changes flags of experts and masks only of variants that have them.
+        All but those of the model file also replace its layouts, as flags on a command line do. Flags of experts are
+        only for variants that have experts.
+
+        Returns:
+            The values of `flags` and `layouts`.
         """
-        own = dict(of_setting)
-        of_mask = {flag.removeprefix(_MASK_PREFIX): own.pop(flag) for flag in [*own] if flag.startswith(_MASK_PREFIX)}
+        varied = {flag: words for flag, words in varied.items() if not flag.startswith(_MASK_PREFIX)}
+        of_experts = self.expert_flags
         if not section.has_experts:
-            own = {flag: words for flag, words in own.items() if flag not in self.expert_flags}
+            varied = {flag: words for flag, words in varied.items() if flag not in of_experts}
+            of_experts = {}
         pattern = FeedForwardLayers((section.has_experts,) * self.layers).pattern("*")
         of_layers = {"hybrid-layer-pattern": (pattern,)} if self.layers else {}
-        of_experts = self.expert_flags if section.has_experts else {}
-        given = {**of_layers, **self.flags, **of_experts, **section.flags, **own}
-        flags = dict(override(model_file.flags, given))
-        needed = (*_NEEDED_FLAGS, "num-experts") if section.has_experts else _NEEDED_FLAGS
-        if missing := [flag for flag in needed if flag not in flags]:
-            raise ValueError(f"variant {name} has no {missing[0]} among its flags")
-        counts = dict.fromkeys((*needed, "micro-batch-size"), ranges.COUNT)
-        for flag, kind in {**counts, "lr": ranges.LEARNING_RATE}.items():
-            try:
-                if flag in flags:
-                    kind(" ".join(flags[flag]))
-            except ArgumentTypeError as error:
-                raise ValueError(f"variant {name}: {flag} {error}") from error
-        if not {"hybrid-layer-pattern", "num-layers"} & flags.keys():
-            raise ValueError(
-                f"variant {name} has no layers: write `layers: 2`, or hybrid-layer-pattern among its flags"
-            )
-        pattern = " ".join(flags.get("hybrid-layer-pattern", ()))
-        has_experts = FeedForwardLayers.of_pattern(pattern).num_moe_layers > 0 if pattern else "num-experts" in flags
-        if has_experts != section.has_experts and not section.program:
-            needs = f"a pattern without E, not {pattern}" if pattern else "a model without num-experts"
-            raise ValueError(f"variant {name}: a mask needs an E in hybrid-layer-pattern, and `mask: none` {needs}")
-        if decided := sorted(_DECIDED_FLAGS & flags.keys()):
-            raise ValueError(f"variant {name}: {', '.join(decided)} is decided by the comparison; leave the flag out")
-        if "program" in flags:
-            raise ValueError(
-                f"variant {name}: write `program` as a key of the variant, not among flags or in a model file"
-            )
-        if self.min_lr_ratio and flags.get("lr"):
-            given["min-lr"] = flags["min-lr"] = (f"{float(self.min_lr_ratio) * float(flags['lr'][0]):.6g}",)
+        given = {**of_layers, **self.flags, **of_experts, **section.flags, **varied}
+        flags = override(model_file.flags, given)
+        if self.min_lr_ratio and "lr" in flags:
+            rate = _number(name, "lr", flags, ranges.LEARNING_RATE)
+            given["min-lr"] = (f"{float(self.min_lr_ratio) * rate:.6g}",)
+            flags = override(flags, {"min-lr": given["min-lr"]})
         layouts = {
             ranks: {flag: words for flag, words in layout.items() if flag not in given}
             for ranks, layout in model_file.layouts.items()
         }
-        program = folder.absolute() / section.program if section.program else None
-        if program and not program.is_file():
-            raise ValueError(f"variant {name}: the program {program} is not a file")
-        mask = section.mask
-        if mask != "none":
-            is_preset = "preset" in override({}, mask)
-            common = {flag: words for flag, words in self.mask.items() if not is_preset or flag in _FLAGS_BESIDE_PRESET}
-            mask = override(override(common, mask), {} if is_preset else of_mask)
-        update = {
-            "title": section.title or name,
-            "mask": mask,
-            "widen": override({}, section.widen),
-            "flags": flags,
-            "model": str(model_file.path.resolve()) if section.model or self.model else "",
-            "layouts": {**layouts, **section.layouts},
-            "program": str(program or ""),
-            "program_sha256": sha256(program.read_bytes()).hexdigest() if program else "",
-            "seeds": section.seeds or self.seeds,
-        }
-        return section.model_copy(update=update)
+        return {"flags": flags, "layouts": {**layouts, **section.layouts}}
+
+    def _mask_of(self, section: Variant, varied: Flags, folder: Path) -> Flags | Literal["none"]:
+        """Merge the flags of the mask of the suite, the variant and `vary`; a preset decides most of them itself."""
+        if section.mask == "none":
+            return "none"
+        varied = {flag.removeprefix(_MASK_PREFIX): varied[flag] for flag in varied if flag.startswith(_MASK_PREFIX)}
+        own, common = override({}, section.mask), self.mask
+        if "preset" in own:
+            varied, common = {}, {flag: words for flag, words in common.items() if flag in _FLAGS_BESIDE_PRESET}
+        mask = override(common, {**section.mask, **varied})
+        program = _program(" ".join(own.get(PROGRAM, ())), folder)
+        return {**mask, PROGRAM: (program,)} if program else mask
+
+
+def _program(path: str, folder: Path) -> str:
+    """Return the absolute path of a program, empty for none. Raises ValueError if it is no file."""
+    program = folder.absolute() / path
+    if path and not program.is_file():
+        raise ValueError(f"the program {program} is not a file")
+    return str(program) if path else ""
+
+
+def _number(name: str, flag: str, flags: Flags, kind: Callable[[str], float]) -> float:
+    """Return the number of a flag. Raises ValueError, naming the variant, if it has none or is out of range."""
+    try:
+        return kind(" ".join(flags[flag]))
+    except ArgumentTypeError as error:
+        raise ValueError(f"variant {name}: {flag} {error}") from error
+
+
+def _check_flags(name: str, variant: Variant) -> None:
+    """Raise ValueError if a variant lacks flags that the comparison reads, or has flags that it decides."""
+    flags = variant.flags
+    needed = (*_NEEDED_FLAGS, "num-experts") if variant.has_experts else _NEEDED_FLAGS
+    if missing := [flag for flag in needed if flag not in flags]:
+        raise ValueError(f"variant {name} has no {missing[0]} among its flags")
+    for flag in flags.keys() & {*_COUNTS}:
+        _number(name, flag, flags, ranges.COUNT)
+    if "lr" in flags:
+        _number(name, "lr", flags, ranges.LEARNING_RATE)
+    if decided := sorted(_DECIDED_FLAGS & flags.keys()):
+        raise ValueError(f"variant {name}: {', '.join(decided)} is decided by the comparison; leave the flag out")
+    if PROGRAM in flags:
+        raise ValueError(f"variant {name}: write `program` as a key of the variant, not among flags or in a model file")
+    pattern = " ".join(flags.get("hybrid-layer-pattern", ()))
+    if not pattern and "num-layers" not in flags:
+        raise ValueError(f"variant {name} has no layers: write `layers: 2`, or hybrid-layer-pattern among its flags")
+    has_experts = FeedForwardLayers.of_pattern(pattern).num_moe_layers > 0 if pattern else "num-experts" in flags
+    if has_experts != variant.has_experts and not variant.program:
+        needs = f"a pattern without E, not {pattern}" if pattern else "a model without num-experts"
+        raise ValueError(f"variant {name}: a mask needs an E in hybrid-layer-pattern, and `mask: none` {needs}")
 
 
 def absolute(paths: object, folder: Path) -> object:

@@ -22,7 +22,7 @@ from maskmoe.files.json_files import first_problem, read_json
 from maskmoe.files.outputs import write_text
 from maskmoe.files.paths import SUBMIT_SCRIPT
 from maskmoe.routing_mask.mask import RoutingMask
-from maskmoe.run_status.events import read_events
+from maskmoe.run_status.events import read_scalars
 
 ALL_TOKENS = "all"
 """Name of the band that contains all tokens."""
@@ -93,7 +93,7 @@ class RunResult(BaseModel, frozen=True):
 
     @classmethod
     def of(cls, suite: str, run: Run) -> Self:
-        """Read the result of a run whose stages are all finished."""
+        """Read the result of a run whose steps are all done."""
         evaluations = {text: read_json(run.evaluation(text)) for text in (OWN_TEXT, *run.data.held_out)}
         digests = run.data.digests()
         assert digests is not None  # the data were made before the run
@@ -120,12 +120,12 @@ class RunResult(BaseModel, frozen=True):
 
 def scalars(tensorboard: Path, tag: str) -> list[tuple[int, float]]:
     """Return steps and values of a scalar in TensorBoard's event files; of a repeated step, that of the last start."""
-    return [(event.step, event.value) for event in read_events(tensorboard).scalars.get(tag, ())]
+    return [(event.step, event.value) for event in read_scalars(tensorboard).get(tag, ())]
 
 
 def training_seconds(tensorboard: Path) -> float:
     """Return the duration of a training without interruptions: the number of steps times the median step."""
-    events = read_events(tensorboard).scalars.get("lm loss", ())
+    events = read_scalars(tensorboard).get("lm loss", ())
     steps = [(b.wall_time - a.wall_time) / (b.step - a.step) for a, b in pairwise(events)]
     return median(steps) * events[-1].step if steps else 0.0
 

@@ -1,6 +1,5 @@
-"""The status of a run, running or ended, from what its run folder holds.
+"""What a run folder says about its run: how far the run is, and which of its checkpoints are intact.
 
-`events` and `checkpoints` read one part each, `status` combines everything, and `report` shows the result. Everything
-is only read, so the training never notices it. Nothing here imports torch, unless a checkpoint without digests must be
-checked.
+Everything is only read, so that the training never notices. Nothing here imports torch, unless a checkpoint without
+digests must be checked.
 """

@@ -62,7 +62,6 @@ def test_parser_reports_in_one_line_and_each_number_has_a_range(name):
                     action.type(str(default))  # the default is in the range
     without_defaults = (
         "compare",
-        "mask widen",
         "check",
         "preprocess",
         "count",

@@ -1,11 +1,13 @@
 """`maskmoe compare` as a real process: a small suite from text to page, killed on the way, and merged tables."""
 
+import asyncio
 import json
 import re
 import signal
 import subprocess
 import sys
 from dataclasses import replace
+from pathlib import Path
 
 import psutil
 import pytest
@@ -19,10 +21,9 @@ from maskmoe.command_line.compare import open_comparison, parse_arguments
 from maskmoe.comparison.comparison import Comparison
 from maskmoe.comparison.data import Dataset
 from maskmoe.comparison.run import Run
-from maskmoe.comparison.stage import StageFolder, StatusLine
 from maskmoe.comparison.suite import Suite
 from maskmoe.comparison.table import read_table
-from maskmoe.errors import UserError
+from maskmoe.errors import RunFailure, UserError
 from maskmoe.files.outputs import write_text
 from maskmoe.launch.machine import Devices
 from maskmoe.processes.folder_lock import locked_folder
@@ -105,30 +106,60 @@ def test_sizes_of_all_variants_are_compared(comparison, monkeypatch):
 
     It does not matter which variants are finished, here or elsewhere, or are left out.
     """
+    large, trained = "", []
 
-    def report(folder, stages, line):
-        (run,) = [run for run in comparison.runs if run.folder == folder.path]
-        active = 200 if run.name == large else 100
-        write_text(run.check_report, json.dumps({"parameters": {"active": active, "total": 1000}}))
+    async def run_steps(folder, settings, steps, files=None):
+        run = next((run for run in comparison.runs if run.folder == folder), None)
+        if run and steps:
+            folder.mkdir(parents=True, exist_ok=True)
+            active = 200 if run.name == large else 100
+            write_text(run.check_report, json.dumps({"parameters": {"active": active}}))
+        elif run:
+            trained.append(run.title)
 
-    monkeypatch.setattr(StageFolder, "run", report)
-    monkeypatch.setattr(Run, "prepare", lambda run: run.folder.mkdir(parents=True, exist_ok=True))
+    monkeypatch.setattr("maskmoe.comparison.comparison.run_steps", run_steps)
+    monkeypatch.setattr(Run, "files", lambda run: {})
+    monkeypatch.setattr(Run, "mask_steps", lambda run: ())
     comparison.add([finished(comparison, "hash.seed-1", 3.0), finished(comparison, "hash.seed-2", 3.0)])
     waiting = comparison.selected(["dense"], [])
-    large = ""
-    comparison.check(waiting, StatusLine(sys.stdout))
     for large in ("dense", "hash", "maskmoe"):
         with pytest.raises(UserError, match=f"has 100 active parameters and {large} has 200"):
-            comparison.check(waiting, StatusLine(sys.stdout))
-    large = "dense"
-    comparison.check([], StatusLine(sys.stdout))
+            asyncio.run(comparison.finish(waiting, 1, only_prepare=True))
+    assert not trained
+    large = ""
+    asyncio.run(comparison.finish(waiting, 1, only_prepare=True))
+    assert trained == ["dense.seed-1", "dense.seed-2"]
+    assert read_table(waiting[0].folder / "result.jsonl") == []
+
+
+def test_a_failed_run_does_not_stop_the_others(comparison, monkeypatch, capsys):
+    async def run_steps(folder, settings, steps, files=None):
+        if folder.name == "smoe.seed-1":
+            raise RunFailure("train: no memory")
+
+    monkeypatch.setattr("maskmoe.comparison.comparison.run_steps", run_steps)
+    monkeypatch.setattr(Run, "files", lambda run: {})
+    monkeypatch.setattr(Run, "steps", lambda run: ())
+    monkeypatch.setattr(Comparison, "_check_variants", lambda *_: run_steps(Path(), {}, ()))
+    monkeypatch.setattr(
+        "maskmoe.comparison.comparison.RunResult.of", lambda _, run: finished(comparison, run.title, 3.0)
+    )
+    for run in comparison.runs:
+        run.folder.mkdir(parents=True)
+    with pytest.raises(RunFailure, match=r"1 of 2 runs failed: smoe\.seed-1: train: no memory"):
+        asyncio.run(comparison.finish(comparison.selected(["smoe", "hash"], [1]), 2))
+    assert list(comparison.results()) == ["hash.seed-1"]
+    assert "smoe.seed-1 FAILED" in capsys.readouterr().out
 
 
 def test_runs_are_selected_by_patterns_and_seeds(comparison):
     titles = [run.title for run in comparison.selected(["maskmoe*"], [2])]
     assert titles == ["maskmoe-uniform.seed-2", "maskmoe.seed-2"]
+    assert [run.title for run in comparison.selected(["smoe.seed-2"], [])] == ["smoe.seed-2"]
     with pytest.raises(UserError, match="no run of the suite has such a name"):
-        comparison.selected(["maskmoe"], [3])
+        comparison.selected(["maskmoe-uniform"], [1])
+    with pytest.raises(UserError, match="the suite has no seed 3"):
+        comparison.selected([], [1, 3])
 
 
 def compare(*arguments):
@@ -168,40 +199,6 @@ def test_relative_paths_of_the_command_line_are_those_of_its_folder(suite_file, 
     assert data.held_out == {"a": tmp_path / "a.txt"}
 
 
-def test_local_training_after_a_job_of_slurm_resumes(comparison, monkeypatch):
-    """The file with which a job of earlier settings said that its training is complete does not count any more."""
-    run = comparison.runs[0]
-    monkeypatch.setattr(Run, "_inputs", ())
-    finished = run.folder / "slurm" / "1.finished"
-    finished.parent.mkdir(parents=True)
-    finished.touch()
-    StageFolder(run.folder).begin(run.training_stage())
-    assert not finished.exists()
-
-
-@pytest.mark.parametrize(("has_checkpoint", "trained"), [(True, []), (False, ["train"])])
-def test_training_that_a_job_of_slurm_has_completed_runs_again_only_without_its_checkpoint(
-    comparison, monkeypatch, has_checkpoint, trained
-):
-    """The job continues in a container what the login node has begun with another Python."""
-    run = comparison.runs[0]
-    monkeypatch.setattr(Run, "prepare", lambda run: run.folder.mkdir(parents=True, exist_ok=True))
-    monkeypatch.setattr(Run, "stages", lambda run: (run.training_stage(),))
-    monkeypatch.setattr(Run, "_inputs", ())
-    monkeypatch.setattr(StageFolder, "_run", lambda folder, stage: iter([stage.name]))
-    monkeypatch.setattr("maskmoe.comparison.comparison.RunResult.of", lambda suite, run: result("dense", 1, 3.0))
-    with monkeypatch.context() as login_node:
-        login_node.setattr(sys, "executable", "/login/bin/python")
-        run.prepare()
-        StageFolder(run.folder).begin(run.training_stage())
-    (run.folder / "slurm").mkdir()
-    (run.folder / "slurm" / "1.finished").touch()
-    if has_checkpoint:
-        run.last_checkpoint.mkdir(parents=True)
-    assert [*comparison.finish(run)] == [f"dense.seed-1: {name}" for name in trained]
-    assert (run.folder / "slurm" / "1.finished").exists() is has_checkpoint  # says nothing about the new training
-
-
 def test_the_run_folder_of_a_suite_is_not_that_of_a_model_file(tmp_path, texts, monkeypatch):
     monkeypatch.chdir(tmp_path)
     options = parse_arguments(["laptop.yaml", "--input", str(texts[0]), "--held-out", f"other={texts[0]}"])
@@ -209,12 +206,12 @@ def test_the_run_folder_of_a_suite_is_not_that_of_a_model_file(tmp_path, texts, 
 
 
 def test_a_folder_in_which_another_command_works_is_refused(arguments, tmp_path):
-    with locked_folder(tmp_path / "run"):
+    with locked_folder(tmp_path / "run" / "data"):
         process = compare(*arguments)
         output, _ = process.communicate(timeout=60)
     assert process.returncode == 2
     assert "another process" in output
-    assert not (tmp_path / "run" / "data").exists()
+    assert not (tmp_path / "run" / "data" / "logs").exists()
 
 
 @pytest.mark.slow
@@ -222,10 +219,10 @@ def test_a_killed_suite_continues_to_the_page(arguments, tmp_path):
     folder = tmp_path / "run"
     first = compare(*arguments, "--jobs", 2)
     evaluation = folder / "runs" / "dense.seed-1" / "evaluation-held-out.json"
-    stage = evaluation.with_name("stages") / "evaluate-held-out.json"
 
     def has_evaluated() -> bool:
-        return stage.exists() and json.loads(stage.read_text())["seconds"] is not None
+        done = evaluation.with_name("done.json")
+        return done.exists() and "evaluate-held-out" in json.loads(done.read_text())["done"]
 
     wait_until(has_evaluated, "the first evaluation", timeout=240, has_ended=lambda: first.poll() is not None)
     children = psutil.Process(first.pid).children(recursive=True)
@@ -271,4 +268,4 @@ def test_settings_that_training_refuses_are_named_before_training(arguments, tmp
     suite.write_text(SUITE.replace("num-attention-heads: 2", "num-attention-heads: 3"))
     outcome = run_command("compare", *arguments, "--only", "dense")
     outcome.assert_refused("error: check: ")
-    assert json.loads((tmp_path / "run" / "data" / "stages" / "frequency.json").read_text())["seconds"] > 0
+    assert "count" in json.loads((tmp_path / "run" / "data" / "done.json").read_text())["done"]

@@ -19,29 +19,30 @@ def section(**values):
 def test_text_becomes_a_dataset_with_its_tokenizer_and_counts(tmp_path, texts):
     text, _ = texts
     data = Dataset.of(section(input=(str(text),), held_out={"other": str(text)}), tmp_path / "data", 16)
-    stages = {stage.name: stage for stage in data.stages()}
-    assert list(stages) == ["tokenizer", "dataset", "other", "frequency"]
-    assert stages["tokenizer"].inputs == (text,)
-    assert stages["other"].inputs == (text, data.tokenizer_model)
-    assert "--shuffle-seed" in stages["dataset"].command
-    assert "--shuffle-seed" not in stages["other"].command
+    steps = {step.name: step for step in data.steps()}
+    assert list(steps) == ["tokenizer", "dataset", "other", "count"]
+    assert "--shuffle-seed" in steps["dataset"].command
+    assert "--shuffle-seed" not in steps["other"].command
     assert data.held_out_flags("other")["split"] == ("0,1,0",)
+    before = data.settings
+    text.write_text("another text")
+    assert data.settings != before
 
 
 def test_without_text_the_installed_python_is_the_text(tmp_path):
-    first = next(Dataset.of(section(), tmp_path, 16).stages())
-    assert first.name == "corpus"
-    assert first.command[-3:] == ("corpus", "--output", str(tmp_path / "corpus.jsonl"))
+    first = Dataset.of(section(), tmp_path, 16).steps()[0]
+    assert first.command[-4:-1] == ("corpus", "--output", str(tmp_path / "corpus.jsonl"))
 
 
 def test_an_existing_dataset_is_only_counted(tmp_path):
-    paths = {"data_path": ("0.3", "/a", "0.7", "/b"), "split": "9,1,0", "tokenizer_model": "/model"}
+    prefix = str(write_documents(tmp_path / "a", [[0] * 9]))
+    paths = {"data_path": ("0.3", prefix, "0.7", "/b"), "split": "9,1,0", "tokenizer_model": "/model"}
     data = Dataset.of(section(**paths, tokenizer_type="HuggingFaceTokenizer"), tmp_path, 16)
-    (stage,) = data.stages()
-    assert stage.name == "frequency"
-    assert {"/a.idx", "/a.bin", "/b.idx", "/b.bin", "/model"} <= {*map(str, data.files)}
+    assert [step.name for step in data.steps()] == ["count"]
+    assert data.settings["files"]["/b.idx"] is None
+    assert data.settings["files"][f"{prefix}.bin"]
     assert data.flags == {
-        "data-path": ("0.3", "/a", "0.7", "/b"),
+        "data-path": ("0.3", prefix, "0.7", "/b"),
         "split": ("9,1,0",),
         "tokenizer-type": ("HuggingFaceTokenizer",),
         "tokenizer-model": ("/model",),

@@ -4,8 +4,9 @@ import pytest
 from PIL import Image
 from support.results import result
 
-from maskmoe.comparison.report import write_report
+from maskmoe.comparison.report import is_report, write_report
 from maskmoe.comparison.suite import Suite
+from maskmoe.errors import UserError
 
 
 @pytest.fixture
@@ -35,13 +36,24 @@ def test_page_has_the_tables(suite, tmp_path):
     assert difference.endswith("| 0.250 |")  # 2 of 8 sign flips
 
 
-def test_titles_cannot_break_a_table(suite_file, tmp_path):
-    suite = Suite.read(suite_file(replace={"{mask: {preset: smoe}}": '{title: "k | 1\\n", mask: {preset: smoe}}'}), {})
-    page = write_report(suite, "small", [result("smoe", 1, 3.5)], tmp_path).read_text()
-    assert "| k \\| 1 |" in page
+def test_titles_cannot_break_a_page(suite_file, tmp_path):
+    title = {"{mask: {preset: smoe}}": '{title: "k | <b>\\n", mask: {preset: smoe}}', "A small suite": "<script>"}
+    page = write_report(
+        Suite.read(suite_file(replace=title), {}), "small", [result("smoe", 1, 3.5)], tmp_path
+    ).read_text()
+    assert "| k \\| &lt;b&gt; |" in page
+    assert page.startswith("# &lt;script&gt;\n")
+    assert is_report(tmp_path)
 
 
-@pytest.mark.parametrize("commits", [(), ("",), ("", "0123456789abcdef")])
+def test_nothing_is_reported_of_no_runs(suite, tmp_path):
+    with pytest.raises(UserError, match="no run of the suite small is finished"):
+        write_report(suite, "small", [], tmp_path / "report")
+    assert not (tmp_path / "report").exists()
+    assert not is_report(tmp_path)
+
+
+@pytest.mark.parametrize("commits", [("",), ("", "0123456789abcdef")])
 def test_unfinished_suites_have_a_page_too(suite, tmp_path, commits):
     results = [result("smoe", 1, 3.5).model_copy(update={"origin": {"commit": commit}}) for commit in commits]
     page = write_report(suite, "small", results, tmp_path).read_text()

@@ -1,4 +1,4 @@
-"""The stages of a run, its model file, and the settings that decide its result."""
+"""The steps of a run, its model file, and the settings that decide its result."""
 
 from dataclasses import replace
 
@@ -34,16 +34,16 @@ def test_runs_go_seed_by_seed(runs):
     ]
 
 
-def test_stages_go_from_the_mask_to_the_evaluations(runs):
+def test_steps_go_from_the_mask_to_the_evaluations(runs):
     made = runs()
     names = ["mask", "train", "evaluate-held-out", "evaluate-other"]
-    assert [stage.name for stage in made["smoe.seed-1"].stages()] == names
-    assert [stage.name for stage in made["dense.seed-1"].stages()] == names[1:]
+    assert [step.name for step in made["smoe.seed-1"].steps()] == names
+    assert [step.name for step in made["dense.seed-1"].steps()] == names[1:]
 
 
 def test_the_seed_is_that_of_the_mask_too(runs):
-    (stage,) = runs()["maskmoe.seed-2"].stages_before_training()
-    command = stage.command
+    (step,) = runs()["maskmoe.seed-2"].mask_steps()
+    command = step.command
     assert command[command.index("--seed") + 1] == "2"
     assert command[command.index("--frequent-visible-experts") + 1] == "2"
 
@@ -57,30 +57,29 @@ def test_the_seed_is_that_of_the_mask_too(runs):
     ],
 )
 def test_the_mask_has_a_table_for_each_feed_forward_layer(runs, old, new):
-    (stage,) = runs(replace={old: new})["maskmoe.seed-1"].stages_before_training()
-    assert stage.command[stage.command.index("--num-layers") + 1] == "2"
+    flags = runs(replace={old: new})["maskmoe.seed-1"].mask_flags
+    assert flags["num-layers"] == ("2",)
 
 
-def test_a_widened_mask_shares_the_table_of_the_narrow_one(runs):
-    widened = "maskmoe: {mask: {preset: hash-balanced}, widen: {frequent-mass: 0.4, frequent-visible-experts: 2}}"
-    run = runs(replace={"maskmoe: {mask: {}}": widened})["maskmoe.seed-2"]
-    narrow, wide = run.stages_before_training()
-    assert narrow.results == wide.inputs[:1]
-    assert wide.results == (run.routing_mask,)
-    assert wide.command[wide.command.index("--seed") + 1] == "2"
-    assert run.settings["widen.frequent-mass"] == "0.4"
+def test_a_program_makes_the_mask(runs, tmp_path):
+    (tmp_path / "own.py").write_text("1")
+    mask = "maskmoe: {mask: {program: own.py, preset: hash, width: 2}, program: own.py}"
+    run = runs(replace={"maskmoe: {mask: {}}": mask})["maskmoe.seed-2"]
+    (step,) = run.mask_steps()
+    assert step.command[1:3] == ("-P", str(tmp_path / "own.py"))
+    assert {"--width", "--preset", "--token-frequency", "--output"} <= {*step.command}
+    assert "--program" not in step.command
+    assert (run.settings["mask.program"], run.settings["mask.width"]) == ("own.py", "2")
+    before, _ = run.variant.program_sha256, (tmp_path / "own.py").write_text("2")
+    assert runs(replace={"maskmoe: {mask: {}}": mask})["maskmoe.seed-2"].variant.program_sha256 != before
 
 
-def test_the_model_file_starts_the_run_and_is_rewritten_only_if_it_changes(runs):
+def test_the_model_file_starts_the_run(runs):
     run = runs()["maskmoe.seed-2"]
-    run.prepare()
-    content = yaml.load(run.model_file.read_text(), yaml.BaseLoader)
+    content = yaml.load(run.files()[run.model_file], yaml.BaseLoader)
     assert (content["seed"], content["lr"], content["min-lr"]) == ("2", "1e-2", "0.001")
     assert (content["save-interval"], content["keep-last-checkpoints"]) == ("40", "1")
     assert content["routing-mask"] == str(run.routing_mask)
-    before = run.model_file.stat().st_mtime_ns
-    run.prepare()
-    assert run.model_file.stat().st_mtime_ns == before
 
 
 def test_settings_are_what_decides_the_result(runs):
@@ -96,17 +95,16 @@ def test_settings_are_what_decides_the_result(runs):
 def test_a_program_trains_and_evaluates(runs, tmp_path):
     (tmp_path / "own.py").touch()
     run = runs(replace={"maskmoe: {mask: {}}": "maskmoe: {mask: {}, program: own.py}"})["maskmoe.seed-1"]
-    run.prepare()
-    assert yaml.safe_load(run.model_file.read_text())["program"] == str(tmp_path / "own.py")
-    command = run.evaluation_stage(OWN_TEXT).command
+    assert yaml.safe_load(run.files()[run.model_file])["program"] == str(tmp_path / "own.py")
+    command = run.evaluation_step(OWN_TEXT).command
     assert command[command.index(str(tmp_path / "own.py")) + 1] == "evaluate"
     assert run.settings["program"] == "own.py"
-    assert tmp_path / "own.py" in run.training_stage().inputs
+    assert len(run.identity["program"]) == 64
 
 
 @pytest.mark.parametrize(("num_gpus", "processes", "expert_parallel"), [(0, "1", "1"), (6, "6", "2")])
 def test_evaluation_suits_the_devices(runs, num_gpus, processes, expert_parallel):
-    command = runs(num_gpus)["smoe.seed-1"].evaluation_stage("other").command
+    command = runs(num_gpus)["smoe.seed-1"].evaluation_step("other").command
     assert command[command.index("--nproc-per-node") + 1] == processes
     assert command[command.index("--expert-model-parallel-size") + 1] == expert_parallel
     assert ("--bf16" in command) == bool(num_gpus)
@@ -116,6 +114,6 @@ def test_evaluation_cuts_documents_as_training_does(runs):
     flags = {"--reset-attention-mask", "--eod-mask-loss", "--transformer-impl"}
     suite = {"flags: {": "flags: {reset-attention-mask: true, eod-mask-loss: true, transformer-impl: local, "}
     both = runs(replace=suite), runs()
-    with_flags, without = (each["smoe.seed-1"].evaluation_stage("other").command for each in both)
+    with_flags, without = (each["smoe.seed-1"].evaluation_step("other").command for each in both)
     assert flags <= {*with_flags}
     assert flags.isdisjoint(without)

@@ -1,33 +1,81 @@
-"""Intervals and tests against formulas in plain numpy."""
+"""Intervals and tests against formulas by hand, tables of Student's t, and known distributions."""
 
+import itertools
 import math
 
 import numpy as np
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
 from maskmoe.comparison.statistics import mean, paired_difference, unpaired_difference
 
-T_975 = {2: 4.30265273, 3: 3.18244631}  # quantiles from a printed table
+# Quantiles of Student's t for 0.975, by degrees of freedom, as printed in tables.
+QUANTILES = {1: 12.706, 2: 4.303, 4: 2.776, 9: 2.262, 23: 2.069}
+SAMPLES = st.lists(st.floats(-5, 5), min_size=2, max_size=12)
 
 
-def test_only_common_seeds_are_paired():
-    estimate = paired_difference({1: 3.0, 2: 3.5, 3: 9.0}, {1: 3.1, 2: 3.4, 4: 0.0})
-    assert (estimate.n, estimate.mean) == (2, pytest.approx(0.0))
+@pytest.mark.parametrize("freedom", QUANTILES)
+def test_mean_has_students_interval(freedom):
+    values = np.random.default_rng(freedom).normal(3, 0.2, freedom + 1)
+    estimate = mean(values.tolist())
+    assert (estimate.n, estimate.mean) == (freedom + 1, pytest.approx(values.mean()))
+    half = QUANTILES[freedom] * values.std(ddof=1) / math.sqrt(freedom + 1)
+    assert estimate.half_width == pytest.approx(half, rel=1e-3)
+    assert (estimate.low, estimate.high) == pytest.approx((values.mean() - half, values.mean() + half), rel=1e-3)
 
 
-def test_unpaired_difference_is_that_of_welch():
-    own, baseline = [3.1, 3.2, 3.6], [3.0, 3.05, 3.1, 2.9]
-    variances = [np.var(of, ddof=1) / len(of) for of in (own, baseline)]
-    freedom = sum(variances) ** 2 / sum(v**2 / (len(of) - 1) for v, of in zip(variances, (own, baseline), strict=True))
-    assert 2 < freedom < 3
+def test_interval_holds_the_truth_in_95_of_100_cases():
+    draws = np.random.default_rng(0).normal(1.0, 0.3, (2000, 5))
+    covered = [estimate.low <= 1.0 <= estimate.high for estimate in map(mean, draws.tolist())]
+    assert 0.93 < np.mean(covered) < 0.97
+
+
+def test_pairs_are_those_of_common_seeds_and_the_sign_is_own_minus_baseline():
+    difference = paired_difference({3: 1.0, 1: 3.0, 2: 3.5, 9: 100.0}, {1: 2.0, 2: 2.6, 7: -100.0, 3: 1.1})
+    assert difference.pairs == pytest.approx((1.0, 0.9, -0.1))
+    assert (difference.n, difference.mean) == (3, pytest.approx(0.6))
+    # The seeds' own spread cancels out.
+    seeds = {seed: float(seed) for seed in range(6)}
+    equal = paired_difference({seed: value + 0.01 for seed, value in seeds.items()}, seeds)
+    assert (equal.mean, equal.half_width) == (pytest.approx(0.01), pytest.approx(0, abs=1e-12))
+
+
+@given(st.lists(st.integers(-50, 50), min_size=2, max_size=9))
+def test_p_is_the_share_of_sign_flips_at_least_as_far_from_zero(pairs):
+    difference = paired_difference(dict(enumerate(map(float, pairs))), dict.fromkeys(range(len(pairs)), 0.0))
+    flips = [abs(np.dot(signs, pairs)) for signs in itertools.product((-1, 1), repeat=len(pairs))]
+    assert difference.p == pytest.approx(np.mean([each >= abs(sum(pairs)) for each in flips]))
+
+
+def test_p_of_more_pairs_is_a_sample_with_a_fixed_seed():
+    own = dict(enumerate(np.random.default_rng(1).normal(0.02, 0.03, 24).tolist()))
+    first, second = (paired_difference(own, dict.fromkeys(own, 0.0)).p for _ in range(2))
+    assert first == second
+    # Compare with a sample of our own.
+    signs = np.random.default_rng(2).choice([-1, 1], (100_000, 24))
+    expected = np.mean(np.abs(signs @ [*own.values()]) >= abs(sum(own.values())))
+    assert first == pytest.approx(expected, abs=0.01)
+
+
+@given(SAMPLES, SAMPLES)
+def test_unpaired_difference_has_welchs_interval(own, baseline):
+    variances = [np.var(values, ddof=1) / len(values) for values in (own, baseline)]
     estimate = unpaired_difference(own, baseline)
-    assert estimate.mean == pytest.approx(np.mean(own) - np.mean(baseline))
-    error = math.sqrt(sum(variances))
-    assert T_975[3] * error < estimate.half_width < T_975[2] * error
+    assert estimate.mean == pytest.approx(np.mean(own) - np.mean(baseline), abs=1e-12)
+    if sum(variances) < 1e-12:
+        return
+    from scipy.special import stdtrit
+
+    sizes = [len(values) - 1 for values in (own, baseline)]
+    freedom = sum(variances) ** 2 / sum(of**2 / size for of, size in zip(variances, sizes, strict=True))
+    assert estimate.half_width == pytest.approx(stdtrit(freedom, 0.975) * math.sqrt(sum(variances)), rel=1e-6)
 
 
-def test_few_values_have_no_interval():
-    assert f"{mean([3.0]):.2f}" == "3.00"
-    assert f"{mean([]):.2f}" == "–"
-    assert f"{paired_difference({1: 3.0}, {1: 3.5}):+.2f}" == "−0.50"
-    assert math.isnan(paired_difference({1: 3.0}, {1: 3.5}).p)
+def test_few_values_have_no_interval_and_no_p():
+    assert math.isnan(mean([1.0]).half_width)
+    assert math.isnan(unpaired_difference([1.0], [2.0, 3.0]).half_width)
+    assert math.isnan(paired_difference({1: 1.0}, {1: 2.0}).p)
+    empty = paired_difference({1: 1.0}, {2: 2.0})
+    assert (empty.n, f"{empty:+.2f}", f"{mean([]):.2f}") == (0, "–", "–")
+    assert (f"{mean([-1.0]):.2f}", f"{mean([1.0, 1.2]):.2f}") == ("−1.00", "1.10 ± 1.27")

@@ -1,5 +1,6 @@
 """Suite files: the variants that a file describes, the files that are refused, and the suites in launch/suites/."""
 
+import re
 from pathlib import Path
 
 import pytest
@@ -130,101 +131,72 @@ def test_flags_of_a_suite_replace_those_in_the_layouts_of_a_model_file(suite_fil
 
 @pytest.mark.parametrize("value", ["false", "null"])
 def test_value_that_removes_a_flag_of_an_earlier_section(suite_file, tmp_path, value):
-    removing = f"maskmoe: {{flags: {{lr: {value}}}, widen: {{seed: {value}}}, layouts: {{8: {{bf16: {value}}}}}, mask"
+    removing = f"maskmoe: {{flags: {{lr: {value}}}, layouts: {{8: {{bf16: {value}}}}}, mask"
     preset = {"maskmoe-uniform: {mask: {": f"maskmoe-uniform: {{mask: {{preset: {value}, "}
     suite = Suite.read(suite_file(replace={"maskmoe: {mask": removing, **preset}), {})
     assert suite.variants["maskmoe-uniform"].mask["frequent-mass"] == ("0.4",)
     assert "lr" in suite.variants["dense"].flags
     variant = suite.variants["maskmoe"]
     assert "lr" not in variant.flags
-    assert variant.widen == {}
     (tmp_path / "run.yaml").write_text(flags_to_yaml({"bf16": ()}, variant.layouts))
     assert ModelFile.read(tmp_path / "run.yaml", {}).flags_for(8) == {}
 
 
 @pytest.mark.parametrize(
-    ("old", "new", "message"),
+    ("old", "new", "names"),
     [
         ("variants:", "variant:", "variants: is missing"),
-        ("maskmoe: {mask: {}}", "maskmoe: {title: MaskMoE}", "variants.maskmoe.mask: is missing"),
-        ("maskmoe: {mask: {}}", "maskmoe: {mask: hash}", r"variants.maskmoe.mask: must be flags of `maskmoe mask`"),
-        ("maskmoe: {mask: {}}", "maskmoe: {mask: {a: {}}}", "variants.maskmoe.mask: the section: a must have a value"),
-        ("seeds: [1, 2]", "seeds: [1, 1]", "seeds must be different"),
-        ("seeds: [1, 2]", "seeds: [-1]", "seeds.0: should be greater than 0"),
+        ("maskmoe: {mask: {}}", "maskmoe: {title: MaskMoE}", "variants.maskmoe.mask"),
+        ("maskmoe: {mask: {}}", "maskmoe: {mask: hash}", "variants.maskmoe.mask"),
+        ("maskmoe: {mask: {}}", "maskmoe: {mask: {}, wide: {}}", "variants.maskmoe.wide"),
+        ("seeds: [1, 2]", "seeds: [1, 1]", "seeds"),
+        ("seeds: [1, 2]", "vary: {lr: [1e-3, abc]}", "lr must be a finite number, not 'abc'"),
+        ("seeds: [1, 2]", "vary: {lr: '${RATE}'}", "RATE"),
         ("{vocab-size: 300}", "{vocab-size: 300, held-out: {training: a.txt}}", "the name training is taken"),
-        ("lr: 1e-2", "program: own.py", "variant dense: write `program` as a key of the variant"),
-        ("baselines: [smoe, hash]", "baselines: [moe]", "moe is not a variant of the suite"),
-        ("train-iters: 40, ", "", "has no train-iters"),
-        ("train-iters: 40, ", "train-iters: ten, ", "variant .*: train-iters must be a whole number"),
-        ("train-iters: 40, ", "train-iters: true, ", "variant .*: train-iters must be a whole number"),
-        ("train-iters: 40, ", f"train-iters: '{'4' * 5000}', ", "variant .*: train-iters must be a whole number"),
-        ("train-iters: 40, ", "train-iters: 0, ", "variant .*: train-iters must be at least 1, not 0"),
-        ("lr: 1e-2", "lr: -1", "variant .*: lr must be above 0, not -1"),
-        ("lr: 1e-2", "lr: true", "variant .*: lr must be a finite number"),
-        ("seeds: [1, 2]", "vary: {lr: [1e-3, abc]}", "variant .*: lr must be a finite number, not 'abc'"),
-        ("lr: 1e-2", "micro-batch-size: 0", "variant .*: micro-batch-size must be at least 1, not 0"),
-        ("title: Dense", "flags: {hybrid-layer-pattern: '*E*E'}", "variant dense: .* not .E.E"),
-        ("smoe: {mask", "smoe: {flags: {hybrid-layer-pattern: '*-*-'}, mask", "variant smoe: .* not .-.-"),
-        ("seeds: [1, 2]", "vary: {lr: []}", "vary.lr: "),
-        ("seeds: [1, 2]", "vary: {lr: '${RATE}'}", "vary: lr needs the environment variable RATE"),
-        ("layers: 2", "layers: 0", "variant dense has no layers: write `layers: 2`, or hybrid-layer-pattern"),
-        ("lr: 1e-2", "seed: 3", "seed is decided by the comparison"),
+        ("baselines: [smoe, hash]", "baselines: [moe]", "moe"),
+        ("train-iters: 40, ", "", "train-iters"),
+        ("train-iters: 40, ", "train-iters: 0, ", "train-iters"),
+        ("lr: 1e-2", "micro-batch-size: 0", "micro-batch-size"),
+        ("lr: 1e-2", "seed: 3", "seed"),
+        ("lr: 1e-2", "program: own.py", "`program` as a key of the variant"),
+        ("title: Dense", "flags: {hybrid-layer-pattern: '*E*E'}", "variant dense"),
+        ("smoe: {mask", "smoe: {flags: {hybrid-layer-pattern: '*-*-'}, mask", "variant smoe"),
+        ("lr: 1e-2}", "lr: 1e-2, num-layers: 2, num-experts: 4, hybrid-layer-pattern: false}", "variant dense"),
+        ("layers: 2", "layers: 0", "variant dense has no layers"),
         ("dense: {title", "../dense: {title", "names a folder"),
         ("smoe: {mask", "dense: {mask", "the key dense is repeated"),
-        ("smoe: {mask: {preset: smoe}}", "smoe: {mask: {preset: smoe}, model: nowhere.yaml}", "nowhere.yaml"),
-        ("smoe: {mask", "smoe: {program: nowhere.py, mask", "variant smoe: the program .*nowhere.py is not a file"),
-        ("smoe: {mask", "smoe: {layouts: {eight: {}}, mask", "variants.smoe.layouts: .* maps numbers of ranks"),
+        ("smoe: {mask", "smoe: {model: nowhere.yaml, mask", "nowhere.yaml"),
+        ("smoe: {mask", "smoe: {program: nowhere.py, mask", "nowhere.py is not a file"),
+        ("smoe: {mask: {", "smoe: {mask: {program: nowhere.py, ", "nowhere.py is not a file"),
+        ("smoe: {mask", "smoe: {layouts: {eight: {}}, mask", "variants.smoe.layouts"),
     ],
 )
-def test_bad_suite_is_refused(suite_file, old, new, message):
-    with pytest.raises(UserError, match=message) as error:
+def test_bad_suite_is_refused(suite_file, old, new, names):
+    with pytest.raises(UserError, match=re.escape(names)) as error:
         Suite.read(suite_file(replace={old: new}), {})
     assert "\n" not in str(error.value)
 
 
-def test_a_model_without_a_pattern_has_experts_by_their_number(suite_file):
-    flags = "lr: 1e-2, num-layers: 2, num-experts: 4"
-    with pytest.raises(UserError, match=r"variant dense: .*a model without num-experts"):
-        Suite.read(suite_file(replace={"layers: 2": "", "lr: 1e-2": flags}), {})
-
-
-@pytest.fixture(params=SHIPPED, ids=lambda path: path.stem)
-def shipped(request):
-    return Suite.read(request.param, {})
-
-
-def test_shipped_variants_are_trained_alike(shipped):
+@pytest.mark.parametrize("path", SHIPPED, ids=lambda path: path.stem)
+def test_shipped_variants_are_trained_alike(path):
     """The variants of one setting differ only in the flags of their experts and in their learning rates."""
     own = {"ffn-hidden-size", "num-experts", "hybrid-layer-pattern", "lr", "min-lr"}
-    for setting in {variant.setting for variant in shipped.variants.values()}:
-        trained = [
-            {name: words for name, words in variant.flags.items() if name not in own and not name.startswith("moe-")}
-            for variant in shipped.variants.values()
-            if variant.setting == setting
-        ]
-        assert all(flags == trained[0] for flags in trained)
-
-
-def test_shipped_routed_and_shared_experts_are_as_wide_as_the_dense_layer(shipped):
-    flags = ("moe-ffn-hidden-size", "moe-shared-expert-intermediate-size")
-    (dense,) = next(iter(shipped.variants.values())).flags["ffn-hidden-size"]
-    for name, variant in shipped.variants.items():
+    widths = ("moe-ffn-hidden-size", "moe-shared-expert-intermediate-size")
+    trained: dict[str, dict] = {}
+    suite = Suite.read(path, {})
+    (dense,) = next(iter(suite.variants.values())).flags["ffn-hidden-size"]
+    for name, variant in suite.variants.items():
+        flags = {flag: of for flag, of in variant.flags.items() if flag not in own and not flag.startswith("moe-")}
+        assert flags == trained.setdefault(variant.setting, flags), name
+        # Routed and shared experts of a token are as wide as the dense layer.
         if variant.has_experts:
-            widths = [int(width) for flag in flags for width in variant.flags.get(flag, ())]
-            assert sum(widths) == int(dense), name
+            assert sum(int(width) for flag in widths for width in variant.flags.get(flag, ())) == int(dense), name
 
 
 @pytest.mark.parametrize("name", ["small", "large"])
 def test_shipped_rates_are_chosen_from_several_seeds_of_their_own(name):
     suite, rates = (Suite.read(ROOT / "launch" / "suites" / f"{file}.yaml", {}) for file in (name, f"{name}-rates"))
-    assert suite.data.input == ("required",)
     used = {seed for variant in suite.variants.values() for seed in variant.seeds}
     for variant in rates.variants.values():
         assert len(variant.seeds) > 1
         assert used.isdisjoint(variant.seeds)
-
-
-def test_shipped_fixed_routing_has_nothing_to_balance():
-    for name in ("12l-768d-hash.yaml", "24l-1024d-hash.yaml"):
-        model = ModelFile.read(ROOT / "launch" / "models" / name, {})
-        assert model.flags["moe-router-load-balancing-type"] == ("none",)

@@ -12,7 +12,7 @@ HEAVY = ("torch", "megatron", "transformers", "matplotlib", "scipy")
 # The tools that docs/index.md names, and the packages that its short installation leaves out.
 TOOLS = (
     *("make_corpus", "train_tokenizer", "preprocess_data", "count_token_frequency"),
-    *("build_routing_mask", "widen_routing_mask", "simulate_dispatch"),
+    "build_routing_mask",
 )
 NOT_INSTALLED = ("torch", "megatron", "transformers", "matplotlib", "psutil", "jinja2", "tensorboard", "pyarrow")
 

@@ -34,7 +34,6 @@ TAKE_MEGATRON_FLAGS = ("pretrain", "evaluate", "check")
 SCRIPTS_OF_SUBCOMMANDS = {
     "launch/pretrain.sh": "pretrain",
     "launch/compare.sh": "compare",
-    "launch/quickstart.sh": "quickstart",
 }
 # Flags of programs from elsewhere that the pages name.
 FOREIGN_FLAGS = {

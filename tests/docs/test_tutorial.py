@@ -5,6 +5,7 @@ from pathlib import Path
 
 import pytest
 from support.documentation import DOCS, bash_blocks, run_script
+from support.paths import ROOT
 
 # Numbers on the page, and smaller numbers that show that the commands work.
 SMALLER = {
@@ -25,8 +26,10 @@ def script() -> str:
     assert set_up.text == "bash launch/setup.sh --extras hf\nsource .venv/bin/activate\n"
     # Other pages continue with the tutorial's files.
     converting, *_ = bash_blocks(DOCS / "converting.md")
-    (widening,) = (block for block in bash_blocks(DOCS / "method.md") if "mask widen" in block.text)
-    text = "".join(step.text for step in (*steps, converting, widening))
+    programs = (block for page in ("method.md", "dispatch.md") for block in bash_blocks(DOCS / page))
+    programs = [block for block in programs if "tools/studies/" in block.text]
+    text = "".join(step.text for step in (*steps, converting, *programs))
+    text = text.replace(".venv/bin/python tools/", f"python {ROOT}/tools/")
     for number, smaller in SMALLER.items():
         assert number in text
         text = text.replace(number, smaller)

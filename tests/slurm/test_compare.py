@@ -1,4 +1,4 @@
-"""launch/compare.sh --slurm on a real cluster of two nodes."""
+"""The runs of a comparison as the elements of a job array, on a real cluster of two nodes."""
 
 import json
 
@@ -14,8 +14,7 @@ def compare(cluster, tmp_path):
     """Run launch/compare.sh on the controller, and return its output."""
     text, _ = write_texts(tmp_path)
     suite = SUITE.replace("train-iters: 40", "train-iters: 6").replace("eval-interval: 10", "eval-interval: 2")
-    # Both nodes have a micro-batch in each step.
-    (tmp_path / "suite.yaml").write_text(suite.replace("global-batch-size: 2", "global-batch-size: 4"))
+    (tmp_path / "suite.yaml").write_text(suite)
     command = (ROOT / "launch" / "compare.sh", tmp_path / "suite.yaml", "--run-dir", tmp_path / "run")
 
     def compare(*arguments: str, expect: int = 0) -> str:
@@ -26,13 +25,16 @@ def compare(cluster, tmp_path):
     cluster.run("scancel", "--user=root", expect=None)
 
 
-def test_one_array_trains_and_evaluates_all_runs(cluster, compare, tmp_path):
-    """Both nodes train each run, the first node evaluates it, and a last command writes the page."""
-    run = tmp_path / "run"
+def test_an_array_trains_and_evaluates_all_runs(cluster, compare, tmp_path):
+    """As docs/comparing.md says: data first, then an element for each run, then the page."""
+    run, titles = tmp_path / "run", tmp_path / "runs.txt"
     cluster.wait_for_nodes()
-    said = compare("--slurm", "--", "--nodes=2", "--exclusive")
-    assert "Submitted batch job" in said
-    assert "to end them: scancel" in compare("--slurm", "--", "--nodes=2", expect=2)
+    compare("--prepare")
+    listed = [line for line in compare("--list").splitlines() if line.startswith("to do")]
+    titles.write_text("".join(f"{line.split()[-1]}\n" for line in listed))
+    line = f"{ROOT}/launch/compare.sh {tmp_path}/suite.yaml --run-dir {run} --input {tmp_path}/text.jsonl --only"
+    element = f'{line} "$(sed -n ${{SLURM_ARRAY_TASK_ID}}p {titles})"'
+    cluster.run("sbatch", "--array=1-3", "--exclusive", f"--output={run}/%a.log", f"--wrap={element}")
     cluster.wait_for_queue(1500)
     logs = {log.relative_to(run): log.read_text() for log in run.glob("**/*.log")}
     assert "report:" in compare("--report"), logs

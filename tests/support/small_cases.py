@@ -3,9 +3,9 @@
 from pathlib import Path
 
 import numpy as np
+from dispatch_traffic import Cluster, Link
 from support.datasets import build_mask, count_ids, write_documents
 
-from maskmoe.analysis.dispatch_traffic import Cluster, Link
 from maskmoe.routing_mask.frequency import TokenFrequency
 from maskmoe.routing_mask.mask import RoutingMask
 

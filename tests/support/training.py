@@ -15,7 +15,6 @@ from support.runs import read_scalars
 from maskmoe.data.indexed_dataset import optimal_dtype
 from maskmoe.routing_mask.assignment import MaskRecipe, build_routing_mask
 from maskmoe.routing_mask.mask import HashLayers, RoutingMask
-from maskmoe.routing_mask.widening import widen_routing_mask
 
 VOCAB_SIZE = 510
 SETTINGS = f"""
@@ -166,6 +165,9 @@ class Workplace:
         starving = replace(mask, row_of_id=mask.row_of_id % 4)
         starving.save(folder / "starving.safetensors")
         rank_local = build_mask(frequency, 8, 4, "rank-local", expert_model_parallel_size=2)
+        # Ranks, which also import this module, do not find the programs in tools/studies.
+        from widen_routing_mask import widen_routing_mask
+
         wider = widen_routing_mask(mask, frequency=frequency, frequent_mass=0.6, frequent_visible_experts=6)
         wider.save(folder / "wider.safetensors")
         hash_layers = MaskRecipe.from_preset("smoe", 8, 4, hash_layers=HashLayers(2, 2, "balanced"))

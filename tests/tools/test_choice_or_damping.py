@@ -363,6 +363,7 @@ def test_trained_runs_are_measured(tmp_path):
     arms["flags"] |= {"keep-last-checkpoints": 4, "global-batch-size": 2, "log-interval": 2}
     arms["data"] = {"vocab-size": 280, "input": "text.jsonl", "held-out": {"prose": "text.jsonl"}}
     arms["baselines"], _ = [], arms["variants"].pop("smoe")
+    arms["variants"]["maskmoe"]["mask"]["program"] = str(STUDY / "widened_mask.py")
     (tmp_path / "confirm.yaml").write_text(yaml.safe_dump(arms))
     options = (tmp_path / "confirm.yaml", "--run-dir", tmp_path / "run")
     outcome = run_command("compare", *options)

@@ -1,6 +1,6 @@
 """Compare the tokens/s of the quickstart's training with a plain training loop of transformers, on two CPU cores.
 
-Our side is the training command of `maskmoe quickstart`, with its ranks, flags and environment. The baseline trains our
+Our side is the training of launch/quickstart.sh, with its ranks, flags and environment. The baseline trains our
 exported model in one process with two threads, by fused AdamW and without clipping gradients as the quickstart does.
 Both sides train on Zipf-distributed ids. Their tokens/s come from the fastest interval, because other work on the
 machine only slows an interval down. Sides alternate. The benchmark also prints our last loss: an equal loss says that a
@@ -23,16 +23,19 @@ import torch
 from laptop_step import LOSS, TIME, write_inputs
 
 from maskmoe.arguments.flags import flag_words, override
-from maskmoe.command_line.quickstart import parse_settings
-from maskmoe.comparison.stage import maskmoe_command
+from maskmoe.comparison.steps import maskmoe_command
 from maskmoe.data.indexed_dataset import open_tokens
 from maskmoe.huggingface import MaskMoEForCausalLM
 from maskmoe.launch.command import entry_point, standalone_command
 from maskmoe.launch.machine import Devices
+from maskmoe.launch.model_file import ModelFile
 from maskmoe.processes.run_tool import run_tool
 
 DEVICES = Devices(num_gpus=0, num_cores=2)
 INTERVAL = 4  # iterations
+MODEL = Path(__file__).parents[2] / "launch" / "models" / "laptop.yaml"
+# As in launch/quickstart.sh.
+PROCESSES, NUM_EXPERTS, VOCAB_SIZE, FREQUENT_MASS, SEED = 2, 8, 4096, 0.4, 1234
 
 
 def run_command(words: tuple[str, ...]) -> str:
@@ -106,19 +109,19 @@ def main() -> None:
     arguments = build_parser().parse_args()
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
-        settings = parse_settings(["--run-dir", name, "--train-iters", str(arguments.iterations)])
-        flags = settings.variant(DEVICES).flags
-        sizes = {"num-experts": settings.num_experts, "hybrid-layer-pattern": flags["hybrid-layer-pattern"][0]}
-        batch = (settings.global_batch_size, settings.seq_length)
+        flags = ModelFile.read(MODEL, {}).flags
+        sizes = {"num-experts": NUM_EXPERTS, "hybrid-layer-pattern": flags["hybrid-layer-pattern"][0]}
+        batch = (int(flags["global-batch-size"][0]), int(flags["seq-length"][0]))
         num_tokens = 2 * arguments.iterations * batch[0] * batch[1]
-        inputs = write_inputs(folder, sizes, settings.vocab_size, num_tokens, settings.frequent_mass)
-        own = {**inputs, "log-interval": INTERVAL, "eval-iters": 0, "seed": settings.seed}
-        flags = override(flags, {flag: (str(value),) for flag, value in own.items()})
+        inputs = write_inputs(folder, sizes, VOCAB_SIZE, num_tokens, FREQUENT_MASS)
+        parallel = {"micro-batch-size": batch[0] // PROCESSES, "expert-model-parallel-size": PROCESSES}
+        own = {**inputs, **parallel, "train-iters": arguments.iterations, "log-interval": INTERVAL, "eval-iters": 0}
+        flags = override(flags, {flag: (str(value),) for flag, value in {**own, "seed": SEED}.items()})
 
         def command(**further: object) -> tuple[str, ...]:
             words = {flag.replace("_", "-"): (str(value),) for flag, value in further.items()}
             words = flag_words(override(flags, words))
-            return standalone_command(DEVICES.num_processes, entry_point("pretrain"), (*words, *DEVICES.megatron_flags))
+            return standalone_command(PROCESSES, entry_point("pretrain"), (*words, *DEVICES.megatron_flags))
 
         # Export a model for the baseline.
         checkpoints, model = folder / "checkpoints", folder / "model"

@@ -8,8 +8,9 @@ from pathlib import Path
 from gpu_campaign.results import Findings
 from gpu_campaign.step import Command, Context
 from maskmoe.comparison.data import Dataset
-from maskmoe.comparison.stage import maskmoe_command
+from maskmoe.comparison.steps import maskmoe_command
 from maskmoe.comparison.table import scalars
+from maskmoe.data.indexed_dataset import dataset_files
 
 NUM_EXPERTS = 8
 _CORPUS_BYTES, _VOCAB_SIZE, _SEQ_LENGTH = 3_000_000, 4096, 256
@@ -96,7 +97,8 @@ def data_commands(context: Context) -> list[Command]:
 
 def read_data(context: Context) -> Findings:
     """Return the sizes of dataset and masks."""
-    files = (*_data(context).files, *(_mask(context, name) for name in _masks(context)))
+    data, masks = _data(context), (_mask(context, name) for name in _masks(context))
+    files = (*dataset_files(data.prefix), data.tokenizer_model, *masks)
     return Findings(facts={path.name: f"{path.stat().st_size:,} bytes" for path in files})
 
 

@@ -9,11 +9,11 @@ from argparse import Namespace
 from unittest.mock import Mock
 
 import pytest
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from torch.utils.tensorboard import SummaryWriter
 
 from maskmoe.errors import UserError
 from maskmoe.launch.command import entry_point
-from maskmoe.run_status.events import read_events
 from maskmoe.training.settings.folders import run_folder_defaults
 from maskmoe.training.watch import writers
 from maskmoe.training.watch.writers import EventFiles
@@ -40,11 +40,15 @@ def test_values_and_the_command_are_written_at_the_end(writer, tmp_path, monkeyp
     files.on_start()
     writer.add_scalar("lm loss", 1.5, 3)
     files.on_end(None)
-    logged = read_events(tmp_path)
-    assert [(value.step, value.value) for value in logged.scalars["lm loss"]] == [(3, 1.5)]
+    logged = EventAccumulator(str(tmp_path)).Reload()
+    assert [(value.step, value.value) for value in logged.Scalars("lm loss")] == [(3, 1.5)]
+
+    def text(name):
+        return logged.Tensors(f"maskmoe/{name}/text_summary")[-1].tensor_proto.string_val[0].decode()
+
     words = ["torchrun", "--nnodes", "2", "--nproc-per-node", "4", *entry]
-    assert shlex.split(logged.texts["command"]) == [*words, "--data-path", "a b"]
-    assert "torch " in logged.texts["versions"]
+    assert shlex.split(text("command")) == [*words, "--data-path", "a b"]
+    assert "torch " in text("versions")
 
 
 @pytest.mark.parametrize("has_stderr", [True, False])

@@ -11,8 +11,8 @@ from typing import Any
 import torch
 from megatron.core.transformer.attention import SelfAttention
 from torch import Tensor
+from widened_mask import NARROW_MASK
 
-from maskmoe.comparison.run import NARROW_MASK
 from maskmoe.files.run_folder import RUN_FOLDER_VARIABLE
 from maskmoe.routing_mask.mask import RoutingMask
 from maskmoe.training.model.model_builder import MaskMoEGPTModelBuilder

@@ -6,6 +6,7 @@ takes the options of `maskmoe compare`. Each finished run of the suite whose che
 `measures.jsonl` beside the table, unless the line is there already.
 """
 
+import asyncio
 import shutil
 import sys
 from collections.abc import Iterable, Iterator, Sequence
@@ -18,7 +19,7 @@ from safetensors.numpy import load_file
 
 from maskmoe.command_line.compare import open_comparison, parse_arguments
 from maskmoe.comparison.run import Run
-from maskmoe.comparison.stage import Stage, StageFolder, StatusLine, maskmoe_command
+from maskmoe.comparison.steps import Step, maskmoe_command, run_steps
 from maskmoe.comparison.table import ALL_TOKENS, HeldOutLoss
 from maskmoe.errors import UserError
 from maskmoe.files.json_files import read_json
@@ -91,14 +92,14 @@ def work_folder(run: Run) -> Path:
     return run.folder / "measures"
 
 
-def routing_stage(run: Run) -> Stage:
+def routing_step(run: Run) -> Step:
     """Record which experts 16,384 held-out tokens choose at each checkpoint of a run."""
     output = work_folder(run) / "routing"
     command = maskmoe_command(
         *("analyze", "--load", run.checkpoints, "--data-path", run.data.prefix, "--split", *run.data.flags["split"]),
         *("--output-dir", output, "--save-traces", "--force"),
     )
-    return Stage("routing", command, (output / "trace_1.safetensors",))
+    return Step("routing", command, output / "trace_1.safetensors")
 
 
 def shares_changing(experts: np.ndarray) -> np.ndarray:
@@ -130,20 +131,20 @@ def changing(run: Run, iterations: Sequence[int]) -> list[tuple[int, float, floa
     return [(iteration, float(a), float(b)) for iteration, (a, b) in zip(iterations, shares, strict=True)]
 
 
-def measure(suite: str, run: Run, line: StatusLine) -> Measures:
+def measure(suite: str, run: Run) -> Measures:
     """Measure one run; its files are removed afterwards.
 
     Raises:
         UserError: A command refused its input. RunFailure: a command failed.
     """
-    second_choice, folder = SecondChoiceRun.of(run), StageFolder(work_folder(run))
-    stages = [second_choice.evaluation_stage(text) for text in run.data.held_out]
+    second_choice, folder = SecondChoiceRun.of(run), work_folder(run)
+    steps = [second_choice.evaluation_step(text) for text in run.data.held_out]
     iterations = sorted(int(path.name.removeprefix("iter_")) for path in run.checkpoints.glob("iter_*"))
     has_series = len(iterations) > 1
-    folder.run((*stages, routing_stage(run)) if has_series else stages, line)
+    asyncio.run(run_steps(folder, run.identity, (*steps, routing_step(run)) if has_series else steps))
     shares = changing(run, iterations) if has_series else []
     found = Measures(suite=suite, variant=run.name, seed=run.seed, losses=list(second_choice.losses()), changing=shares)
-    shutil.rmtree(folder.path)
+    shutil.rmtree(folder)
     return found
 
 
@@ -155,20 +156,20 @@ def write_measures(path: Path, measures: Iterable[Measures]) -> None:
 def main() -> None:
     """Measure the runs that the command line selects."""
     options = parse_arguments(sys.argv[1:])
-    comparison, line = open_comparison(options), StatusLine(sys.stdout)
+    comparison = open_comparison(options)
     table = comparison.table.with_name("measures.jsonl")
     measured = read_measures(table)
     known = {(each.suite, each.variant, each.seed) for each in measured}
     finished = comparison.results()
-    for run in comparison.selected(options.only or (), options.seeds or ()):
+    for run in comparison.selected(options.only, options.seeds):
         if (comparison.name, run.name, run.seed) in known or run.title not in finished:
             continue
         if not run.last_checkpoint.exists():
-            line.print(f"{run.title} has no checkpoint any more")
+            print(f"{run.title} has no checkpoint any more", flush=True)
             continue
-        measured.append(measure(comparison.name, run, line))
+        measured.append(measure(comparison.name, run))
         write_measures(table, measured)
-        line.print(f"{run.title} measured")
+        print(f"{run.title} measured", flush=True)
 
 
 if __name__ == "__main__":

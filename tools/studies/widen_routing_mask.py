@@ -1,17 +1,40 @@
-"""Widens a routing mask: some ids see more experts than before, and every id keeps the experts that it sees."""
+r"""Widen a routing mask: let frequent ids see more experts, and keep every expert that an id sees.
 
+Give a larger share P of frequent ids, a larger number V_f of experts that a frequent id sees, or both. The further
+experts are chosen as the mask's were. A run that is under way continues with the wider mask if it is given
+--change-routing-mask.
+
+Example:
+  %(prog)s --routing-mask mask.safetensors --token-frequency counts.safetensors \
+    --frequent-visible-experts 16 --output wider.safetensors
+"""
+
+import argparse
+from collections.abc import Sequence
 from dataclasses import replace
 from functools import partial
+from pathlib import Path
 
 import numpy as np
 from tqdm import tqdm
 
-from maskmoe.data.parallel import map_in_processes
+from maskmoe.arguments import ranges
+from maskmoe.arguments.parser import add_force_argument, add_option, add_seed_argument, command_parser
+from maskmoe.command_line.build_routing_mask import describe_imbalance, read_mask, warn_of_overload
 from maskmoe.errors import UserError
-from maskmoe.routing_mask.assignment import FEW_ASSIGNMENTS, LOAD_JITTER, MaskRecipe, Vocabulary
+from maskmoe.files.outputs import atomic_output, check_outputs
+from maskmoe.processes.run_tool import run_tool
+from maskmoe.routing_mask.assignment import LOAD_JITTER, MaskRecipe, Vocabulary
 from maskmoe.routing_mask.expert_table import ASSIGNMENT as EXPERT_TABLE
-from maskmoe.routing_mask.frequency import TokenFrequency, check_same_vocabulary
-from maskmoe.routing_mask.mask import Ancestor, MaskProvenance, RoutingMask, stack_tables, table_of_sets, unpack_bits
+from maskmoe.routing_mask.frequency import TokenFrequency, check_same_vocabulary, expected_expert_load
+from maskmoe.routing_mask.mask import (
+    Ancestor,
+    MaskChange,
+    RoutingMask,
+    stack_tables,
+    table_of_sets,
+    unpack_bits,
+)
 
 
 def widen_routing_mask(
@@ -48,15 +71,12 @@ def widen_routing_mask(
     recipe = _widened_recipe(mask, frequency, frequent_mass, frequent_visible_experts, seed)
     made_from = mask.provenance
     vocabulary = Vocabulary(np.zeros(mask.vocab_size) if frequency is None else frequency.occurrences, recipe)
-    num_tables = len(mask.row_of_id)
-    workers = 1 if num_tables * mask.vocab_size < FEW_ASSIGNMENTS else None
     # Hash layers keep their tables.
     first = made_from.hash_layers.num_layers if made_from.hash_layers else 0
-    old_tables = [mask.table_of_layer(table) for table in range(num_tables)]
+    old_tables = [mask.table_of_layer(table) for table in range(len(mask.row_of_id))]
+    bar = tqdm(old_tables[first:], unit="table", desc="widening", delay=0.5, disable=not progress)
     widen_table = partial(_widen_table, recipe, vocabulary, len(made_from.widened_from))
-    new_tables = map_in_processes(widen_table, list(enumerate(old_tables))[first:], workers)
-    bar = tqdm(new_tables, total=num_tables - first, unit="table", desc="widening", delay=0.5, disable=not progress)
-    tables = [*old_tables[:first], *(new or old for old, new in zip(old_tables[first:], bar, strict=True))]
+    tables = [*old_tables[:first], *(widen_table((first + number, old)) or old for number, old in enumerate(bar))]
     if all(new is old for old, new in zip(old_tables, tables, strict=True)):
         return mask
     row_of_id, visible_bits = stack_tables(tables, mask.num_experts)
@@ -81,26 +101,6 @@ def widen_routing_mask(
     return replace(mask, row_of_id=row_of_id, visible_bits=visible_bits, provenance=provenance)
 
 
-def widened_numbers(
-    made_from: MaskRecipe | MaskProvenance, frequent_mass: float | None, frequent_visible_experts: int | None
-) -> tuple[float, int | None]:
-    """Return the frequent mass and the visible experts of frequent ids of the wider mask; None keeps those of the mask.
-
-    Raises:
-        UserError: Both are None, or one would narrow the mask.
-    """
-    if frequent_mass is None and frequent_visible_experts is None:
-        raise UserError("give a larger --frequent-mass or larger --frequent-visible-experts than the mask has")
-    mass = made_from.frequent_mass if frequent_mass is None else frequent_mass
-    visible = frequent_visible_experts or made_from.frequent_visible_experts
-    if mass < made_from.frequent_mass or (visible or 0) < (made_from.frequent_visible_experts or 0):
-        raise UserError(
-            f"frequent mass {mass} and frequent visible experts {visible} would narrow the mask, which has "
-            f"{made_from.frequent_mass} and {made_from.frequent_visible_experts}; a mask can only be widened"
-        )
-    return mass, visible
-
-
 def _widened_recipe(
     mask: RoutingMask,
     frequency: TokenFrequency | None,
@@ -110,7 +110,15 @@ def _widened_recipe(
 ) -> MaskRecipe:
     """Return the settings of the wider mask outside hash layers; see `widen_routing_mask` for arguments and errors."""
     made_from = mask.provenance
-    mass, visible = widened_numbers(made_from, frequent_mass, frequent_visible_experts)
+    if frequent_mass is None and frequent_visible_experts is None:
+        raise UserError("give a larger --frequent-mass or larger --frequent-visible-experts than the mask has")
+    mass = made_from.frequent_mass if frequent_mass is None else frequent_mass
+    visible = frequent_visible_experts or made_from.frequent_visible_experts
+    if mass < made_from.frequent_mass or (visible or 0) < (made_from.frequent_visible_experts or 0):
+        raise UserError(
+            f"frequent mass {mass} and frequent visible experts {visible} would narrow the mask, which has "
+            f"{made_from.frequent_mass} and {made_from.frequent_visible_experts}; a mask can only be widened"
+        )
     assignment = made_from.assignment
     if assignment == EXPERT_TABLE:
         assignment = "uniform" if frequency is None else "balanced"
@@ -191,3 +199,73 @@ def _widen_table(
         visible[token_id, added] = True
         loads[added] += share
     return table_of_sets(visible)
+
+
+def parse_arguments(words: Sequence[str] | None = None) -> argparse.Namespace:
+    """Parse a command line, by default that of the process."""
+    parser = command_parser(__doc__)
+    mask = "routing mask to widen: a file, a checkpoint, or the folder of a run's checkpoints"
+    add_option(parser, "--routing-mask F", mask, Path, required=True)
+    counts = "file of token counts; needed unless the mask is uniform and P does not grow"
+    add_option(parser, "--token-frequency F", counts, Path)
+    mass = "the most frequent ids that together make up this share (0 to 1) of all occurrences become frequent ids, in "
+    mass += "addition to those that see several experts already (default: the mask's P)"
+    add_option(parser, "--frequent-mass P", mass, ranges.SHARE)
+    visible = "experts that each frequent id sees (default: the mask's V_f)"
+    add_option(parser, "--frequent-visible-experts V_f", visible, ranges.EXPERTS)
+    add_seed_argument(parser, "the random choices")
+    add_option(parser, "--output F", "file to write, .safetensors", Path, required=True)
+    add_force_argument(parser)
+    return parser.parse_args(words)
+
+
+def print_summary(old: RoutingMask, new: RoutingMask, frequency: TokenFrequency | None) -> None:
+    """Print what changes from one mask to the other: sets, sizes of sets, and expected load."""
+    change = MaskChange.between(old, new)
+    print(f"changed sets     {change.num_changed:,} of {change.num_pairs:,} (id, layer) pairs")
+    print(f"frequent ids     {_count_frequent(old):,} → {_count_frequent(new):,} of {new.vocab_size:,}")
+    print(f"visible experts  {_mean_visible(old):.3f} → {_mean_visible(new):.3f} (mean over ids and layers), ", end="")
+    print(f"{old.max_visible} → {new.max_visible} (largest)")
+    if frequency is not None:
+        topk = old.provenance.topk
+        for name, mask in (("before", old), ("after", new)):
+            load = expected_expert_load(mask, frequency.occurrences, topk)
+            print(f"{'load ' + name:16} {describe_imbalance(load)} at top-{topk}")
+            if num_ranks := mask.provenance.expert_model_parallel_size:
+                print(f"{'  of ranks':16} {describe_imbalance(load, num_ranks)}")
+        warn_of_overload(new, frequency.occurrences, topk)
+    print(f"digest before    {old.digest}")
+    print(f"digest           {new.digest}")
+
+
+def _count_frequent(mask: RoutingMask) -> int:
+    return int(np.count_nonzero(mask.num_visible_beyond_hash_layers > 1))
+
+
+def _mean_visible(mask: RoutingMask) -> float:
+    return float(np.mean([mask.num_visible_of_layer(table).mean() for table in range(len(mask.row_of_id))]))
+
+
+def main() -> None:
+    """Widen the mask, write the wider mask and print what changed."""
+    arguments = parse_arguments()
+    inputs = [path for path in (arguments.routing_mask, arguments.token_frequency) if path]
+    check_outputs([arguments.output], inputs, arguments.force)
+    mask = read_mask(arguments.routing_mask)
+    frequency = TokenFrequency.load(arguments.token_frequency) if arguments.token_frequency else None
+    with atomic_output(arguments.output) as temporary:
+        wider = widen_routing_mask(
+            mask,
+            frequency=frequency,
+            frequent_mass=arguments.frequent_mass,
+            frequent_visible_experts=arguments.frequent_visible_experts,
+            seed=arguments.seed,
+            progress=True,
+        )
+        wider.save(temporary)
+    print_summary(mask, wider, frequency)
+    print(f"written          {arguments.output}")
+
+
+if __name__ == "__main__":
+    run_tool(main)

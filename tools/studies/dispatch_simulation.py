@@ -7,9 +7,9 @@ from functools import cache, partial
 from itertools import product
 
 import numpy as np
+from dispatch_traffic import Cluster, Exchange, VisibleLists, Workload, exchanges, rows_to_ranks
 from tqdm import tqdm
 
-from maskmoe.analysis.dispatch_traffic import Cluster, Exchange, VisibleLists, Workload, exchanges, rows_to_ranks
 from maskmoe.errors import UserError
 from maskmoe.routing_mask.assignment import MaskRecipe, build_routing_mask
 from maskmoe.routing_mask.dispatch_kind import DispatchKind

@@ -1,17 +1,20 @@
 """Compares whole simulations with results that are computed by hand or by loops."""
 
+import csv
+import subprocess
+import sys
 from dataclasses import replace
+from functools import partial
 
 import numpy as np
 import pytest
+from dispatch_simulation import DispatchCost, Routing, Simulation, mask_of_layer
+from dispatch_traffic import Workload
+from support.paths import ROOT
 from support.small_cases import VOCAB_SIZE, count, make_cluster, make_mask, write_data
 
-from maskmoe.analysis.dispatch_simulation import DispatchCost, Routing, Simulation, mask_of_layer
-from maskmoe.analysis.dispatch_traffic import Workload
 from maskmoe.data.indexed_dataset import open_tokens
 from maskmoe.errors import UserError
-from maskmoe.routing_mask.assignment import MaskRecipe, build_routing_mask
-from maskmoe.routing_mask.mask import HashLayers
 
 HIDDEN, TOKENS = 64, 50
 NAMES = [
@@ -60,21 +63,6 @@ def test_a_given_mask_of_single_experts_is_planned(frequency, tokens):
     assert not any(cost.impossible for cost in costs)
 
 
-def test_local_masks_copy_the_properties_of_each_layer(frequency):
-    recipe = MaskRecipe(32, 3, "balanced", 0.4, 8, hash_layers=HashLayers(1, 2, "balanced"))
-    mask = build_routing_mask(recipe, frequency=frequency)
-    for routing, num_places, visible in ((Routing.RANK_LOCAL, 16, (2, 2, 2)), (Routing.NODE_LOCAL, 4, (2, 8, 8))):
-        local = [mask_of_layer(routing, mask, layer, frequency, num_places, topk=2) for layer in range(3)]
-        assert [layer.max_visible for layer in local] == list(visible)
-        assert all(layer.rank_of_rows(num_places) is not None for layer in local)
-        assert not np.array_equal(local[1].visible_sets(0), local[2].visible_sets(0))
-        # The same ids see several experts; ids that never occur are frequent only in a mask with an own set for each.
-        seen = frequency.occurrences > 0
-        for layer in range(3):
-            several = [each.num_visible_of_layer(number) > 1 for each, number in ((mask, layer), (local[layer], 0))]
-            assert np.array_equal(several[0][seen], several[1][seen])
-
-
 def test_tokens_of_a_node_local_mask_go_to_one_node(frequency, tokens):
     """A token crosses nodes at most once for each rank of a node, and about half of the tokens stay on their node."""
     mask = make_mask(frequency, num_experts=16, frequent_visible=8)
@@ -90,22 +78,6 @@ def test_tokens_of_a_node_local_mask_go_to_one_node(frequency, tokens):
     )
     cost = costs["node-local mask, one copy"]
     assert cost.bytes_across == pytest.approx(across / 8 * 4 * (1 << 20) * 2, rel=1e-3)
-
-
-def test_a_layer_is_simulated(frequency, tokens):
-    mask = make_mask(frequency, num_experts=16, frequent_visible=3, num_layers=2)
-    clusters = [make_cluster(8, 8, 4)]
-    first, second = (run(frequency, tokens, mask, clusters, topks=(3,), layer=layer) for layer in range(2))
-    alone = run(frequency, tokens, mask_of_layer(Routing.MASK, mask, 1, frequency, 1, topk=3), clusters, topks=(3,))
-    # All visible experts are selected, so the random stream decides nothing.
-    assert by_name(second)["mask, one copy"] == by_name(alone)["mask, one copy"]
-    assert by_name(second)["mask, one copy"] != by_name(first)["mask, one copy"]
-
-
-def test_a_mask_is_planned_only_if_all_layers_allow_it(frequency, tokens):
-    recipe = MaskRecipe(16, 2, "balanced", 0.4, 4, hash_layers=HashLayers(1, 1, "balanced"))
-    mask = build_routing_mask(recipe, frequency=frequency)
-    assert "mask, one copy" in by_name(run(frequency, tokens, mask, [make_cluster(8, 8, 4)]))
 
 
 def test_results_do_not_depend_on_what_else_is_simulated(frequency, tokens):
@@ -147,3 +119,23 @@ def test_tokens_of_ranks():
     assert simulation.tokens_of_rank(3, 4).tolist() == [*range(75, 100), *range(5)]
     with pytest.raises(UserError, match="100 tokens, fewer than the 101"):
         replace(simulation, workload=Workload(101, 1, 1, 4, 1))
+
+
+def test_command_line(tmp_path):
+    mask = make_mask(count(write_data(tmp_path)), num_experts=32, frequent_visible=4, num_layers=2)
+    mask.save(tmp_path / "mask.safetensors")
+    flags = "--data-path text --routing-mask mask.safetensors --hidden-size 64 --tokens-per-rank 50 --gpus-per-node 4"
+    words = (sys.executable, ROOT / "tools" / "studies" / "simulate_dispatch.py", *flags.split())
+    run = partial(subprocess.run, cwd=tmp_path, capture_output=True, text=True, check=False)
+    outputs = ("--output", "costs.csv", "--plot", "plot.png")
+    done = run([*words, "--topk", "2", "4", "--num-gpus", "64", "8", *outputs])
+    assert done.returncode == 0, done.stderr
+    assert "impossible: 32 experts cannot be divided evenly over 64 expert-parallel ranks" in done.stdout
+    assert (tmp_path / "plot.png").read_bytes().startswith(b"\x89PNG")
+    with open(tmp_path / "costs.csv", newline="", encoding="utf-8") as stream:
+        rows = [*csv.DictReader(stream)]
+    assert [(row["topk"], row["num_gpus"]) for row in rows] == [
+        (k, n) for k in "24" for n in ("8", "64") for _ in NAMES
+    ]
+    assert all((row["impossible"] == "") != (row["seconds"] == "") for row in rows)
+    assert run([*words, "--topk", "33"]).returncode == 2

@@ -1,16 +1,13 @@
 """Reports the costs of dispatch: a table for the terminal, a CSV file, and a plot."""
 
-import csv
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import astuple, fields
 from itertools import groupby
 from pathlib import Path
-from typing import Any
 
-import numpy as np
+from dispatch_simulation import DispatchCost
 
-from maskmoe.analysis.dispatch_simulation import DispatchCost
-from maskmoe.files.outputs import atomic_output
+from maskmoe.analysis.routing_report import write_csv
 
 _HEADER = (
     "    GPUs     EP  variant                         own      node    across      rows  load max/mean    all-to-all"
@@ -86,27 +83,3 @@ def draw_plot(costs: Sequence[DispatchCost], path: Path) -> None:
             axes.grid(alpha=0.4)
         part.legend(*axes.get_legend_handles_labels(), loc="outside lower center", ncols=3, frameon=False)
     figure.savefig(path, format="png")
-
-
-def write_csv(path: Path, columns: Sequence[str], rows: Iterable[Sequence[Any]]) -> None:
-    """Write a table, atomically. A number has six significant digits, and a cell without a value is empty.
-
-    Args:
-        path: The file to write.
-        columns: The names of the columns.
-        rows: The cells of each row, in the order of the columns; None and NaN stand for no value.
-
-    Raises:
-        UserError: The file cannot be written.
-    """
-    with atomic_output(path) as temporary, open(temporary, "w", newline="", encoding="utf-8") as stream:
-        # Lines end with "\r\n": Python before 3.12.3 does not quote a "\r" in a cell if lines end with "\n".
-        writer = csv.writer(stream)
-        writer.writerow(columns)
-        writer.writerows(map(_cell, row) for row in rows)
-
-
-def _cell(value: Any) -> Any:
-    if isinstance(value, float):
-        return "" if np.isnan(value) else f"{value:.6g}"
-    return value

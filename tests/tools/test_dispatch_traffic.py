@@ -7,12 +7,12 @@ from itertools import combinations
 import numpy as np
 import pytest
 import torch
+from dispatch_traffic import NO_EXPERT, Reach, VisibleLists, rows_to_ranks
 from hypothesis import given
 from hypothesis import strategies as st
 from support.small_cases import make_cluster
 from support.small_moe import make_mask
 
-from maskmoe.analysis.dispatch_traffic import NO_EXPERT, Reach, VisibleLists, rows_to_ranks
 from maskmoe.transformer.selection import routing_map_of, select_experts
 
 

@@ -31,14 +31,16 @@ Example:
 import argparse
 from pathlib import Path
 
-from maskmoe.analysis.dispatch_report import draw_plot, terminal_table, write_costs
-from maskmoe.analysis.dispatch_simulation import Simulation
-from maskmoe.analysis.dispatch_traffic import Cluster, Link, Workload
+from dispatch_report import draw_plot, terminal_table, write_costs
+from dispatch_simulation import Simulation
+from dispatch_traffic import Cluster, Link, Workload
+
 from maskmoe.arguments import ranges
 from maskmoe.arguments.parser import add_force_argument, add_option, add_seed_argument, command_parser
 from maskmoe.data.indexed_dataset import dataset_files, open_tokens
 from maskmoe.errors import UserError
 from maskmoe.files.outputs import atomic_output, check_outputs
+from maskmoe.processes.run_tool import run_tool
 from maskmoe.routing_mask.frequency import TokenFrequency, check_same_vocabulary, count_token_frequency
 from maskmoe.routing_mask.mask import RoutingMask, describe_visible_experts
 
@@ -159,3 +161,7 @@ def main() -> None:
     print(*terminal_table(costs), sep="\n")
     for path in outputs:
         print(f"written          {path}")
+
+
+if __name__ == "__main__":
+    run_tool(main)

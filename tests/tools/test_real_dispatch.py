@@ -1,22 +1,26 @@
 """Compares simulated bytes with the bytes that real ranks put into their collectives, for each pair of ranks."""
 
+import sys
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 from megatron.core.tensor_parallel import mappings
-from support.small_cases import count, make_cluster, make_mask, write_data
+from support.paths import ROOT
 from support.small_moe import initialize_parallelism, make_config, make_layer, plan_ids
 from torch import Tensor
 
-from maskmoe.analysis.dispatch_simulation import Routing, Simulation, mask_of_layer
-from maskmoe.analysis.dispatch_traffic import VisibleLists, Workload, exchanges, rows_to_ranks
 from maskmoe.data.indexed_dataset import open_tokens
 from maskmoe.routing_mask.dispatch_kind import DispatchKind
 from maskmoe.routing_mask.mask import RoutingMask
 from maskmoe.transformer.dispatch.choose import build_dispatcher
 from maskmoe.transformer.token_ids import TokenIds, pack_token_ids
+
+sys.path.append(str(ROOT / "tools" / "studies"))  # also for ranks
+from dispatch_simulation import Routing, Simulation, mask_of_layer
+from dispatch_traffic import VisibleLists, Workload, exchanges, rows_to_ranks
+from support.small_cases import count, make_cluster, make_mask, write_data
 
 TOPK, HIDDEN, TOKENS = 3, 24, 200
 DISPATCH = {
@@ -26,43 +30,25 @@ DISPATCH = {
 }
 
 
-class Record:
-    """Replaces torch's collectives by functions that also record the bytes sent to each rank."""
+def record_collectives(num_ranks: int) -> list[tuple[str, list[int]]]:
+    """Let torch's collectives record what they carry and the bytes sent to each rank; return the growing list."""
+    calls: list[tuple[str, list[int]]] = []
+    all_to_all, all_gather = torch.distributed.all_to_all_single, torch.distributed.all_gather_into_tensor
 
-    def __init__(self, num_ranks: int):
-        self._num_ranks = num_ranks
-        self._all_to_all = torch.distributed.all_to_all_single
-        self._all_gather = torch.distributed.all_gather_into_tensor
-        torch.distributed.all_to_all_single = self.all_to_all
-        torch.distributed.all_gather_into_tensor = mappings.dist_all_gather_func = self.all_gather
-        self.calls: list[tuple[str, list[int]]] = []
+    def recorded_all_to_all(output: Tensor, input: Tensor, output_split_sizes=None, input_split_sizes=None, **kwargs):
+        splits = input_split_sizes if input_split_sizes is not None else [len(input) // num_ranks] * num_ranks
+        size = input.element_size() * input[:1].numel() if len(input) else 0
+        what = "hidden states" if input.shape[1:] == (HIDDEN,) else "weights"
+        calls.append((what if input.is_floating_point() else "counts", [int(rows) * size for rows in splits]))
+        return all_to_all(output, input, output_split_sizes, input_split_sizes, **kwargs)
 
-    def all_to_all(
-        self,
-        output: Tensor,
-        input: Tensor,
-        output_split_sizes: list[int] | None = None,
-        input_split_sizes: list[int] | None = None,
-        **kwargs,
-    ):
-        if input_split_sizes is None:
-            input_split_sizes = [len(input) // self._num_ranks] * self._num_ranks
-        bytes_per_row = input.element_size() * input[:1].numel() if len(input) else 0
-        what = "counts"
-        if input.is_floating_point():
-            what = "hidden states" if input.shape[1:] == (HIDDEN,) else "weights"
-        self.calls.append((what, [int(rows) * bytes_per_row for rows in input_split_sizes]))
-        return self._all_to_all(output, input, output_split_sizes, input_split_sizes, **kwargs)
+    def recorded_all_gather(output: Tensor, input: Tensor, **kwargs):
+        calls.append(("token ids" if input.dtype is torch.int32 else "counts", [input.nbytes] * num_ranks))
+        return all_gather(output, input, **kwargs)
 
-    def all_gather(self, output: Tensor, input: Tensor, **kwargs):
-        what = "token ids" if input.dtype is torch.int32 else "counts"
-        self.calls.append((what, [input.nbytes] * self._num_ranks))
-        return self._all_gather(output, input, **kwargs)
-
-    def take(self) -> list[tuple[str, list[int]]]:
-        """Return the calls since the last call of this method."""
-        calls, self.calls = self.calls, []
-        return calls
+    torch.distributed.all_to_all_single = recorded_all_to_all
+    torch.distributed.all_gather_into_tensor = mappings.dist_all_gather_func = recorded_all_gather
+    return calls
 
 
 def calls_of_rank(folder: Path) -> dict[str, list[tuple[str, list[int]]]]:
@@ -71,16 +57,16 @@ def calls_of_rank(folder: Path) -> dict[str, list[tuple[str, list[int]]]]:
     groups = initialize_parallelism(expert_model_parallel_size=num_ranks)
     config = make_config(4 * num_ranks, TOPK, hidden_size=HIDDEN, expert_model_parallel_size=num_ranks)
     token_ids = TokenIds(torch.from_numpy(np.load(folder / "ids.npy")[rank]).unsqueeze(0))
-    record, calls = Record(num_ranks), {}
+    recorded, calls = record_collectives(num_ranks), {}
     for name, kind in DISPATCH.items():
         layer = make_layer(config, RoutingMask.load(folder / f"{name.partition(', ')[0]}.safetensors"))
         layer.dispatcher = build_dispatcher(kind, layer, groups)
         hidden = torch.ones(token_ids.ids.shape[1], 1, HIDDEN, requires_grad=True)
-        record.take()
+        recorded.clear()
         ids = plan_ids(layer, token_ids) if kind is DispatchKind.PLANNED else token_ids
         output, _ = layer(hidden, padding_mask=pack_token_ids(ids))
         output.sum().backward()
-        calls[name] = record.take()
+        calls[name] = [*recorded]
     return calls
 
 
