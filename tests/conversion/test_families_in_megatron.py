@@ -106,6 +106,6 @@ def test_training_starts_from_them(name, command, ranks, mask, tmp_path):
     program = f"-m maskmoe.training.pretrain {flags} --tokenizer-type NullTokenizer {TRAINING} {data}"
     log = run_program(program, tmp_path, ranks)
     assert "successfully loaded checkpoint" in log
-    assert log.count("lm loss:") == 2
+    assert "complete: 2 iterations" in log
     saved = read_checkpoint_layout(tmp_path / "run" / "iter_0000002").state_dict_metadata
     assert ("decoder.final_norm.weight" in saved) == ("none" not in command)
