@@ -10,7 +10,7 @@ import psutil
 import pytest
 from support.command_lines import run_command
 from support.paths import EXPORTED_MODEL
-from support.results import result
+from support.suites import result
 from support.system import wait_until
 
 from maskmoe.comparison.steps import maskmoe_command

@@ -1,7 +1,7 @@
 """Suites small enough to read."""
 
 import pytest
-from support.real_suite import write_texts
+from support.suites import write_texts
 
 SUITE = """
 title: A small suite
@@ -40,5 +40,5 @@ def suite_file(tmp_path):
 
 @pytest.fixture
 def texts(tmp_path):
-    """Return the two text files of `support.real_suite`."""
+    """Return the two text files of `support.suites`."""
     return write_texts(tmp_path)

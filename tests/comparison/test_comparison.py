@@ -13,8 +13,7 @@ import psutil
 import pytest
 from support.command_lines import run_command
 from support.paths import ROOT
-from support.real_suite import SUITE
-from support.results import result
+from support.suites import SUITE, result
 from support.system import wait_until
 
 from maskmoe.command_line.compare import open_comparison, parse_arguments

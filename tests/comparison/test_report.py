@@ -2,7 +2,7 @@
 
 import pytest
 from PIL import Image
-from support.results import result
+from support.suites import result
 
 from maskmoe.comparison.report import is_report, write_report
 from maskmoe.comparison.suite import Suite

@@ -8,8 +8,8 @@ import subprocess
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from support.results import result
 from support.runs import write_scalars
+from support.suites import result
 
 from maskmoe.comparison import table
 from maskmoe.comparison.table import merge, read_table, scalars, training_seconds, write_table

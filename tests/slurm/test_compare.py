@@ -4,7 +4,7 @@ import json
 
 import pytest
 from support.paths import ROOT
-from support.real_suite import SUITE, write_texts
+from support.suites import SUITE, write_texts
 
 pytestmark = pytest.mark.slurm
 

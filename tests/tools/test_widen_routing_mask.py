@@ -15,7 +15,6 @@ from widen_routing_mask import widen_routing_mask
 
 from maskmoe.errors import UserError
 from maskmoe.routing_mask.assignment import LOAD_JITTER, MaskRecipe, build_routing_mask
-from maskmoe.routing_mask.expert_table import ExpertTable
 from maskmoe.routing_mask.frequency import TokenFrequency, expected_expert_load
 from maskmoe.routing_mask.mask import HashLayers, MaskChange, RoutingMask
 
@@ -158,28 +157,6 @@ def test_uniform_widening_adds_every_expert_equally_often():
     added = (wider.visible_sets(0) & ~mask.visible_sets(0)).sum(axis=0)
     expected = 2 * 20000 / 6
     assert ((added - expected) ** 2 / expected).sum() < 20.5  # chi-square with 5 degrees of freedom: p = 0.001
-
-
-def test_second_widening_with_the_same_seed_draws_other_experts():
-    frequency = frequency_of([1] * 400)
-    mask = build_routing_mask(MaskRecipe.from_preset("hash", 32, 2), frequency=frequency)
-    first = widen_routing_mask(mask, frequency=frequency, frequent_mass=0.3, frequent_visible_experts=8)
-    second = widen_routing_mask(first, frequency=frequency, frequent_mass=0.6)
-    for layer in range(2):
-        sets = second.visible_sets(layer)
-        shared = (sets[:120] & sets[120:240]).sum(axis=1)  # the ids of the first widening, and those of the second
-        assert shared.mean() < 2.5  # by chance 8 x 8 / 32
-
-
-def test_table_of_experts_is_widened_by_load_or_by_draws():
-    table = np.random.default_rng(0).random((50, 8)).argsort(axis=1)[:, :2]
-    mask = ExpertTable("t", [table, None]).to_mask(8, 2)
-    for frequency in (None, frequency_of([*range(50)])):
-        wider = widen_routing_mask(mask, frequency=frequency, frequent_visible_experts=3)
-        assert (wider.num_visible_of_layer(0) == 3).all()
-        assert (wider.num_visible_of_layer(1) == 8).all()
-        assert wider.provenance.expert_table == mask.provenance.expert_table
-        assert not (mask.visible_sets(0) & ~wider.visible_sets(0)).any()
 
 
 @pytest.mark.parametrize(

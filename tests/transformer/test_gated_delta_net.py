@@ -8,7 +8,7 @@ import pytest
 import torch
 from megatron.core import dist_checkpointing
 from megatron.core.transformer.transformer_layer import TransformerLayer
-from support.gated_delta_net import HIDDEN, RECOMPUTE, SIZES, LayerOfTransformers, make_gated_delta_net, run_layer
+from support.hybrid_models import HIDDEN, RECOMPUTE, SIZES, LayerOfTransformers, make_gated_delta_net, run_layer
 from support.launchers import RunRanks
 from support.small_moe import DEVICE, initialize_parallelism
 from support.tensors import KeptBytes, assert_same_tensors

@@ -5,7 +5,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from support.hybrid_twins import SEQUENCE, VOCAB_SIZE, Twins
+from support.hybrid_models import SEQUENCE, VOCAB_SIZE, Twins
 from support.small_moe import DEVICE, make_mask, random_visible_sets, take_metrics
 from torch import Tensor
 

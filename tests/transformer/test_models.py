@@ -4,7 +4,7 @@ from collections.abc import Callable
 
 import pytest
 import torch
-from support.hybrid_twins import NUM_EXPERTS, SEQUENCE, VOCAB_SIZE, Twins, copy_parameters
+from support.hybrid_models import NUM_EXPERTS, SEQUENCE, VOCAB_SIZE, Twins, copy_parameters
 from support.small_moe import DEVICE, draw_parameters, make_mask, random_visible_sets, take_metrics
 from torch import Tensor
 

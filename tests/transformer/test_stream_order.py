@@ -19,7 +19,7 @@ from megatron.core.distributed.param_and_grad_buffer import _ParamAndGradBucketG
 from megatron.core.transformer.moe.shared_experts import SharedExpertMLP
 from megatron.core.transformer.moe.token_dispatcher import MoEAlltoAllTokenDispatcher
 from routed_tokens import let_one_rank_plan
-from support.gated_delta_net import make_gated_delta_net
+from support.hybrid_models import make_gated_delta_net
 from support.places import take_gpu_branches
 from support.small_moe import DEVICE, make_config, make_layer, make_mask, plan_ids, process_groups, random_visible_sets
 from torch import Tensor

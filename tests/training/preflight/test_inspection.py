@@ -15,7 +15,7 @@ import pytest
 from megatron.core.transformer.moe.moe_layer import HAVE_TE
 from support.datasets import write_documents
 from support.launchers import run_as_ranks
-from support.ranks.run_check_ranks import answer_cases
+from support.run_check_ranks import answer_cases
 
 from maskmoe.routing_mask.assignment import MaskRecipe, build_routing_mask
 from maskmoe.routing_mask.frequency import count_token_frequency
