@@ -8,24 +8,16 @@ import subprocess
 import sys
 import tomllib
 import zipfile
-from collections.abc import Mapping
 from pathlib import Path
 
 import pytest
 from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
 from support.paths import ROOT
-from support.system import wait_until, write_script
+from support.system import wait_until
 from support.wheels import make_wheel
 
 BASE_PYTHON = sys._base_executable
-SHELL_TOOLS = ("bash", "cut", "dirname", "env", "grep", "paste", "sed", "sort", "timeout", "tr")
-
-
-def run_bash(program: str, script: Path, environment: Mapping[str, str]) -> subprocess.CompletedProcess[str]:
-    """Run a shell program after the functions of a script."""
-    program = f'set -euo pipefail; source "{script}"; {program}'
-    return subprocess.run(["bash", "-c", program], env=environment, capture_output=True, text=True)
 
 
 def make_package(folder: Path, name: str, version: str, metadata: str = "") -> Path:
@@ -44,106 +36,6 @@ def make_package(folder: Path, name: str, version: str, metadata: str = "") -> P
 
 
 # ---- Which Python ----------------------------------------------------------------------------------------------------
-
-
-def pretend_python(path: Path, version: tuple[int, int, int]) -> None:
-    """Write a working Python that takes itself for another version."""
-    program = (
-        f"import runpy, sys; sys.version_info = {version!r}; sys.executable = sys._base_executable = {str(path)!r}; "
-        "del sys.argv[0]; runpy.run_path(sys.argv[0])"
-    )
-    write_script(path, f'#!/bin/sh\nshift\nexec {BASE_PYTHON} -I -c "{program}" "$@"\n')
-
-
-def broken_shim(path: Path) -> None:
-    """Write the program that pyenv puts on PATH for a version that is not activated."""
-    write_script(path, f"#!/bin/sh\necho 'pyenv: {path.name}: command not found' >&2\nexit 127\n")
-
-
-def pyenv(version: str) -> str:
-    """Return the path of pyenv's Python on a machine."""
-    return f"pyenv/versions/{version}/bin/python3"
-
-
-@pytest.fixture
-def machine(tmp_path) -> Path:
-    """Return a folder with shell tools, for a machine without a Python."""
-    (tmp_path / "tools").mkdir()
-    for tool in SHELL_TOOLS:
-        (tmp_path / "tools" / tool).symlink_to(shutil.which(tool))
-    return tmp_path
-
-
-def choose_python(machine: Path, **environment: str) -> tuple[int, str, str]:
-    """Choose a Python on a machine: return the exit code, the path relative to the machine, and the errors."""
-    variables = {"PATH": f"{machine}/first:{machine}/second:{machine}/tools", "PYENV_ROOT": f"{machine}/pyenv"}
-    program = f'SYSTEM_BIN_DIRS=("{machine}/system"); choose_python; echo "$python_path"'
-    completed = run_bash(program, ROOT / "launch" / "lib.sh", {**variables, **environment})
-    return completed.returncode, completed.stdout.strip().removeprefix(f"{machine}/"), completed.stderr
-
-
-@pytest.mark.parametrize(
-    ("pythons", "chosen"),
-    [
-        ({"first/python3": (3, 12, 4), "first/python3.13": (3, 13, 0)}, "first/python3"),
-        ({"first/python3": (3, 11, 7), "first/python3.13": None, "second/python3.12": (3, 12, 4)}, "second/python3.12"),
-        ({"first/python3.12": (3, 12, 4), "second/python3.13": (3, 13, 0)}, "second/python3.13"),
-        ({"first/python3": (3, 14, 0), "second/python3.12": (3, 12, 4)}, "second/python3.12"),
-        (
-            {"system/python3": (3, 11, 2), "system/python3.12": (3, 12, 1), pyenv("3.12.9"): (3, 12, 9)},
-            "system/python3.12",
-        ),
-        ({pyenv("3.9.18"): (3, 9, 18), pyenv("3.12.9"): (3, 12, 9), pyenv("3.12.10"): (3, 12, 10)}, pyenv("3.12.10")),
-    ],
-)
-def test_best_python_is_chosen(machine, pythons, chosen):
-    """A name proves nothing: only a Python that runs, in a supported version, counts. None stands for a broken shim."""
-    for path, version in pythons.items():
-        if version is None:
-            broken_shim(machine / path)
-        else:
-            pretend_python(machine / path, version)
-    assert choose_python(machine) == (0, chosen, "")
-
-
-def test_error_without_a_suitable_python(machine):
-    pretend_python(machine / "first/python3", (3, 11, 7))
-    pretend_python(machine / "first/python3.14", (3, 14, 0))  # with which Megatron-Core 0.19 fails
-    broken_shim(machine / "first/python3.12")
-    code, path, errors = choose_python(machine)
-    assert (code, path) == (2, "")
-    assert re.fullmatch(r"setup: error: no working Python 3\.12 to 3\.13 .*PYTHON=.*\n", errors)
-
-
-def test_python_variable_decides(machine):
-    pretend_python(machine / "first/python3", (3, 13, 0))
-    pretend_python(machine / "other/python", (3, 12, 0))
-    assert choose_python(machine, PYTHON=f"{machine}/other/python") == (0, "other/python", "")
-    pretend_python(machine / "other/python", (3, 11, 7))
-    code, _, errors = choose_python(machine, PYTHON=f"{machine}/other/python")
-    assert (code, errors) == (2, f"setup: error: PYTHON={machine}/other/python cannot be used: it is Python 3.11\n")
-
-
-def test_error_without_a_pip(tmp_path):
-    """Debian's Python without python3-venv, on a machine that reaches no index."""
-    write_script(
-        tmp_path / "python",
-        f"""#!/bin/sh
-        case "$*" in
-            *ensurepip*) exit 1 ;;
-            *"-m pip"*) echo "ERROR: No matching distribution, PIP_USER=$PIP_USER"; exit 1 ;;
-            *) exec {BASE_PYTHON} "$@" ;;
-        esac
-        """,
-    )
-    chosen = f"python_path={tmp_path}/python python_version=3.13.0 python_torch=none"
-    program = f"set -euo pipefail; root={tmp_path}; choose_python() {{ {chosen}; }}; make_venv"
-    completed = run_bash(program, ROOT / "launch" / "lib.sh", {"PATH": os.environ["PATH"], "PIP_USER": "1"})
-    assert completed.returncode == 1
-    assert completed.stderr.splitlines()[-2:] == [
-        "ERROR: No matching distribution, PIP_USER=0",
-        f"setup: error: pip could not be installed: {tmp_path}/.venv/maskmoe-setup.log has its output",
-    ]
 
 
 # ---- The environment -------------------------------------------------------------------------------------------------
@@ -260,27 +152,6 @@ def test_environment_is_made_extended_updated_and_kept(project):
         assert project.run(*arguments) == "setup: .venv is up to date\n"
 
 
-def test_output_has_one_line_per_package_and_the_log_has_all(project):
-    """All lines are on standard error: a command that sets up first prints its own output alone on standard output."""
-    output, errors = project.start("--extras", "dev", stderr=subprocess.PIPE).communicate()
-    assert output == ""
-    lines = errors.splitlines()
-    assert [line for line in lines if line.startswith("setup:   ")] == ["setup:   torch 2.15.0", "setup:   tool 1.0"]
-    assert len(lines) == 6
-    assert all(line.startswith("setup: ") for line in lines)
-    log = (project.venv / "maskmoe-setup.log").read_text()
-    assert "Successfully installed maskmoe-0.1.0 tool-1.0 torch-2.15.0" in log
-
-
-def test_transformer_engine_is_not_built_for_a_torch_without_cuda(project):
-    """The environment stays usable, and the next set-up tries again."""
-    project.run()
-    for _ in range(2):
-        *_, reason, _ = project.run("--extras", "gpu", expect=1).splitlines()
-        assert reason.startswith("setup: error: torch does not come with the packages of CUDA 13: ")
-    assert project.run() == "setup: .venv is up to date\n"
-
-
 def test_interrupted_set_up_is_repeated_and_only_one_runs_at_a_time(project):
     (project.root / "hold").touch()
     process = project.start()
@@ -299,79 +170,6 @@ def test_interrupted_set_up_is_repeated_and_only_one_runs_at_a_time(project):
     assert "setup: making .venv: an earlier set-up was interrupted\n" in output
     assert second.communicate()[0] == "setup: .venv is up to date\n"
     assert second.returncode == 0
-
-
-def test_set_up_that_is_interrupted_while_it_empties_the_environment_is_repeated(project, tmp_path):
-    project.venv.mkdir()
-    for name in ("pyvenv.cfg", "more"):
-        (project.venv / name).touch()
-    find = write_script(tmp_path / "bin" / "find", '#!/bin/sh\nrm -f "$1/pyvenv.cfg"\nkill -KILL $PPID\n')
-    project.run(expect=-signal.SIGKILL, PATH=f"{find.parent}:{os.environ['PATH']}")
-    assert "making .venv: " in project.run()
-    assert not (project.venv / "more").exists()
-
-
-def test_folder_that_is_not_an_environment_is_kept(project):
-    project.venv.mkdir()
-    (project.venv / "notes.txt").write_text("mine")
-    output = project.run(expect=2)
-    assert output.endswith(".venv exists and is not a virtual environment: move it elsewhere\n")
-    assert (project.venv / "notes.txt").read_text() == "mine"
-
-
-def test_file_system_without_locks_is_no_reason_to_wait(project, tmp_path):
-    project.venv.mkdir()
-    (project.venv / "notes.txt").touch()  # which ends the set-up early
-    write_script(tmp_path / "flock", "#!/bin/sh\nexit 65\n")
-    first, *_ = project.run(expect=2, PATH=f"{tmp_path}:{os.environ['PATH']}").splitlines()
-    assert first == "setup: the file system has no locks: start only one set-up of this folder at a time"
-
-
-@pytest.mark.parametrize("arguments", [["--extras"], ["--extras", "nonsense"], ["--nonsense"]])
-def test_wrong_arguments_are_refused_in_one_line(project, arguments):
-    output = project.run(*arguments, expect=2)
-    assert re.fullmatch("setup: error: .*\n", output)
-    assert not project.venv.exists()
-
-
-def test_reasons_to_rebuild_an_environment(project):
-    """One environment is damaged in several ways. The environment has no packages, to save time."""
-
-    def rebuild_reason(command: str = "venv_is_sound || true", **environment: str) -> str:
-        program = f'{command}; echo "${{rebuild_reason:-}}"'
-        script = project.root / "launch" / "lib.sh"
-        return run_bash(program, script, {"PATH": os.environ["PATH"], **environment}).stdout.strip()
-
-    subprocess.run([BASE_PYTHON, "-m", "venv", "--without-pip", project.venv], check=True)
-    (library,) = (project.venv / "lib").iterdir()
-    (library / "site-packages" / "pip").mkdir()
-    rebuild_reason("probe_python $root/.venv/bin/python; write_stamp dev")
-    assert rebuild_reason() == ""
-    assert rebuild_reason(PYTHON=BASE_PYTHON) == ""
-
-    pretend_python(project.root / "other" / "python3", (3, 12, 0))
-    other_python = f"{project.root}/other/python3"
-    assert rebuild_reason(PYTHON=other_python).endswith(f"and PYTHON names {other_python}")
-
-    renamed = library.rename(library.with_name("python3.5"))
-    assert rebuild_reason().startswith("it has no pip for Python ")
-    renamed.rename(library)
-
-    # `timeout` ends so if the Python has not answered.
-    write_script(project.root / "stalled" / "timeout", "#!/bin/sh\nexit 124\n")
-    stalled = f"{project.root}/stalled:{os.environ['PATH']}"
-    assert rebuild_reason("(venv_is_sound) 2>&1 || true", PATH=stalled) == (
-        f"setup: error: {project.venv}/bin/python: it has not answered for 30 s; .venv is unchanged: try again, or "
-        "delete .venv to make it anew"
-    )
-
-    old_root = project.root
-    project.root = old_root.rename(old_root.with_name("moved"))
-    assert rebuild_reason() == f"it was made in {old_root}"
-    project.root = project.root.rename(old_root)
-
-    (project.venv / "bin" / "python").unlink()
-    assert rebuild_reason() == "its Python is broken or missing"
 
 
 # ---- On top of a torch that an image has -----------------------------------------------------------------------------
@@ -405,12 +203,6 @@ def install_into_image(packages: Path, name: str, version: str) -> None:
         shutil.rmtree(old)
     with zipfile.ZipFile(make_package(packages.parent, name, version)) as wheel:
         wheel.extractall(packages)
-
-
-def test_python_that_has_torch_is_preferred(machine, image):
-    pretend_python(machine / "first/python3", (3, 13, 0))
-    write_script(machine / "system/python3", f'#!/bin/sh\nexec {image[0]} "$@"\n')
-    assert choose_python(machine)[:2] == (0, "image/bin/python3")
 
 
 @pytest.mark.slow
