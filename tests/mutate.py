@@ -59,7 +59,7 @@ def main() -> int:
                 result = notice(copy, fault) or "MISSED"
         missed += result.startswith(("STALE", "MISSED", "?"))
         print(f"{fault['name']} ({time.monotonic() - start:.0f} s): {result}", flush=True)
-    print(f"{len(chosen) - missed} of {len(chosen)} faults noticed")
+    print(f"{len(chosen) - missed} of {len(chosen)} faults {'have their line' if '--list' in sys.argv else 'noticed'}")
     return missed
 
 
