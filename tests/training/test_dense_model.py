@@ -49,29 +49,6 @@ def test_model_without_experts_is_megatrons(one_rank):
     torch.testing.assert_close(*losses, rtol=2e-6, atol=0)
 
 
-def test_settings_of_megatrons_configuration_are_honoured(one_rank):
-    """A script of one's own may set them there only."""
-    further = {"position_embedding_type": "rope", "rope_scaling": True, "rope_scaling_factor": 4.0}
-    padding = {"should_pad_vocab": True, "make_vocab_size_divisible_by": 64}
-    ours, theirs = (
-        build(builder, **further, **padding)
-        for builder in (
-            lambda settings: MaskMoEGPTModelBuilder(MaskMoEModelConfig(megatron=settings)),
-            GPTModelBuilder,
-        )
-    )
-    assert torch.equal(ours.rotary_pos_emb.inv_freq, theirs.rotary_pos_emb.inv_freq)
-    # MaskMoE's settings come first: `gpt_config_from_args` leaves out the factor of the command line.
-    own = {"rope_scaling": True, "rope_scaling_factor": 4.0}
-    of_command_line = build(
-        lambda settings: MaskMoEGPTModelBuilder(MaskMoEModelConfig(megatron=settings, **own)),
-        **further | {"rope_scaling_factor": 8.0},
-    )
-    assert torch.equal(of_command_line.rotary_pos_emb.inv_freq, theirs.rotary_pos_emb.inv_freq)
-    assert ours.embedding.word_embeddings.weight.shape == theirs.embedding.word_embeddings.weight.shape
-    assert len(ours.embedding.word_embeddings.weight) % 64 == 0
-
-
 def test_factor_of_rope_scaling_is_that_of_the_command_line(monkeypatch):
     flags = """--num-layers 1 --hidden-size 32 --num-attention-heads 4 --seq-length 8 --max-position-embeddings 8
         --micro-batch-size 1 --vocab-size 100 --position-embedding-type rope

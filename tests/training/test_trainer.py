@@ -42,7 +42,7 @@ def test_callbacks_end_in_the_reverse_order_however_the_run_ends(error):
 
 
 @pytest.mark.parametrize("packed", [False, True])
-def test_micro_batches_reach_megatrons_statistics(monkeypatch, packed):
+def test_micro_batches_have_their_sizes_and_reach_megatrons_statistics(monkeypatch, packed):
     """The stragglers' timer sees batch and model; documents are counted once, in the first chunk, and in training."""
     detector, timed = trainer.straggler_detector, []
 
@@ -53,7 +53,8 @@ def test_micro_batches_reach_megatrons_statistics(monkeypatch, packed):
     monkeypatch.setattr(detector, "start", start)
     documents = SimpleNamespace(bounds=torch.tensor([0, 3, 8], dtype=torch.int32)) if packed else None
     batch = SimpleNamespace(documents=documents, loss_mask=None)
-    monkeypatch.setattr(trainer, "get_batch", lambda iterator, samples: batch)
+    sizes = []
+    monkeypatch.setattr(trainer, "get_batch", lambda iterator, samples: sizes.append(samples) or batch)
     monkeypatch.setattr(trainer, "token_losses", lambda model, batch: None)
     timer = SimpleNamespace(start=lambda: None, stop=lambda: None)
     monkeypatch.setattr(trainer, "get_timers", lambda: lambda name, log_level=0: timer)
@@ -61,6 +62,7 @@ def test_micro_batches_reach_megatrons_statistics(monkeypatch, packed):
     run.callbacks, run.args = [], SimpleNamespace(micro_batch_size=1, eval_micro_batch_size=2)
     for is_training, chunk in ((True, None), (True, 0), (True, 1), (False, None)):
         run.forward_step(iter(()), SimpleNamespace(training=is_training, vp_stage=chunk))
+    assert sizes == [1, 1, 1, 2]
     assert timed == [True, False] * 4
     expected = (2 * 8.0, 2 * (3.0**2 + 5.0**2)) if packed else (None, None)
     assert training.consume_seqlen_stats_in_iteration() == expected

@@ -1,7 +1,6 @@
 """Samples of datasets: their cached indices, and documents that are rearranged to fill in the middle."""
 
 import argparse
-import math
 import shutil
 from pathlib import Path
 from typing import Any
@@ -11,7 +10,6 @@ import numpy as np
 import pytest
 import tokenizers
 import torch
-from megatron.core import rerun_state_machine
 from megatron.core.datasets import gpt_dataset
 from megatron.core.datasets.indexed_dataset import IndexedDataset
 from megatron.core.datasets.utils import Split
@@ -27,7 +25,6 @@ from maskmoe.training.model.batch import (
     GPTDataset,
     check_fill_in_middle_tokens,
     fill_in_middle_tokens,
-    loss_function,
 )
 
 VOCAB_SIZE, SAMPLE = 300, 400
@@ -112,9 +109,15 @@ def test_samples_depend_on_their_index_only(folder: Path) -> None:
 
     assert differing(FillInMiddleDataset) == 0
     assert differing(GPTFIMDataset) > 3
-    dataset = build(FillInMiddleDataset, folder, 1, 0)
-    starts = {tuple(tokens_of(dataset, index)[:9]) for index in range(len(dataset))}
-    assert len(starts) == len(dataset)
+
+
+def test_samples_of_equal_text_are_cut_in_different_places(folder: Path, tmp_path: Path) -> None:
+    shutil.copytree(folder / "tokenizer", tmp_path / "tokenizer")
+    document = np.append(np.arange(SAMPLE - 1) % PREFIX, END)
+    write_documents(tmp_path / "data", [document] * 12)
+    dataset = build(FillInMiddleDataset, tmp_path, 1, 0)
+    assert len(dataset) >= 10
+    assert len({tokens_of(dataset, index).index(SUFFIX) for index in range(len(dataset))}) > 5
 
 
 def cached_files(folder: Path) -> dict[str, int]:
@@ -161,17 +164,6 @@ def test_padding_of_a_sample_leaves_other_samples_their_loss(folder: Path, tmp_p
     weights = [dataset[index]["loss_mask"].sum().item() for index in order]
     assert weights[0] < SAMPLE
     assert weights[1:] == [SAMPLE] * (len(dataset) - 1)
-
-
-def test_few_lengths_are_looked_up_in_random_order(folder: Path) -> None:
-    """A run of thousands of datasets has billions of documents, and the other ranks wait for the first one."""
-    dataset = build(GPTDataset, folder, rate=0, spm_rate=0)
-    stored, lengths = dataset.dataset, MagicMock()
-    lengths.__getitem__.side_effect = stored.sequence_lengths.__getitem__
-    dataset.dataset = Mock(sequence_lengths=lengths)
-    assert dataset._fits(dataset.document_index, dataset.sample_index)
-    asked_for = [call.args[0] for call in lengths.__getitem__.call_args_list if call.args[0] is not dataset.indices]
-    assert sum(map(len, asked_for)) < 0.2 * len(dataset.indices)
 
 
 def test_cache_is_shared_with_megatron(two_documents: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -263,27 +255,3 @@ def test_bounds_of_documents_are_where_the_layers_read_them(
     assert documents is not None
     assert documents.lengths == [3, 1]
     assert (documents.cu_seqlens_q is documents.bounds) is not is_on_host
-
-
-def test_losses_are_checked_as_the_flags_say(monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:
-    monkeypatch.setattr(rerun_state_machine, "_GLOBAL_RERUN_STATE_MACHINE", None)
-    rerun_state_machine.initialize_rerun_state_machine(mode=rerun_state_machine.RerunMode.DISABLED)
-
-    def compute(loss: float, *, finite: bool = False, spiky: bool = False) -> None:
-        args = argparse.Namespace(
-            check_for_nan_in_loss_and_grad=finite, check_for_spiky_loss=spiky, context_parallel_size=1
-        )
-        monkeypatch.setattr(batch, "get_args", lambda: args)
-        loss_function(torch.ones(1, 1), torch.tensor([[loss]]))
-
-    for _ in range(200):  # from which Megatron learns what is usual
-        compute(5.0, spiky=True)
-    compute(49.0, spiky=True)
-    compute(math.inf, spiky=True)
-    compute(5000.0)
-    assert "Spiky loss" not in caplog.text
-    compute(5000.0, spiky=True)
-    assert "Spiky loss" in caplog.text
-    for loss in (math.inf, math.nan):
-        with pytest.raises(RuntimeError, match="NaN or Inf"):
-            compute(loss, finite=True)
