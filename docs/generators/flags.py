@@ -18,7 +18,7 @@ from maskmoe.megatron_compat import prepare_process
 
 Provider = Callable[[argparse.ArgumentParser], argparse.ArgumentParser]
 
-# `maskmoe pretrain` and `evaluate` read this flag before Megatron's parser reads the others.
+# `maskmoe evaluate` reads this flag before Megatron's parser reads the others.
 PROCESSES = (
     "`--nproc-per-node N`",
     "start N ranks on this machine. Default: one rank for each GPU, or one without GPUs",
@@ -46,8 +46,8 @@ def section(subcommand: str) -> str:
         for provider in providers:
             provider(parser)
         if subcommand == "pretrain":
-            parts += ["With a model file:", flag_table(parser_of(subcommand)), "Flags of training:"]
-        parts.append(flag_table(parser, first_rows=[PROCESSES]))
+            parts += ["Options before the model file:", flag_table(parser_of(subcommand)), "Flags after it:"]
+        parts.append(flag_table(parser, first_rows=[PROCESSES] if subcommand == "evaluate" else []))
     else:
         parser = parser_of(subcommand)
         branches = subparsers(parser)

@@ -9,9 +9,6 @@ usage: launch/slurm/submit.sh [options] [sbatch's options] -- MODEL.yaml [flags�
 Submits launch/slurm/pretrain.sbatch, which trains MODEL.yaml on the nodes of a Slurm job and requeues itself.
 
   --run-dir DIR  folder for checkpoints, TensorBoard events and logs, shared by all nodes (default: runs/MODEL)
-  --nodes=MIN:MAX
-                 train on up to MAX nodes, and continue while at least MIN of them are there. Each node is a job of its
-                 own in a job array, so Slurm requeues a lost node alone, and the run takes the node in when it returns.
   --chain N      submit N jobs that continue one run one after the other, for clusters that do not requeue jobs
   --dry-run      only print sbatch's command line
   --train-nodes, --no-node-check, --max-requeues, --container, --image, --mount, --port, --address, --then
@@ -19,7 +16,7 @@ Submits launch/slurm/pretrain.sbatch, which trains MODEL.yaml on the nodes of a 
 
 These options are written as --option value or --option=value. All other options are passed to sbatch; write them as
 --option=value. For example:
-  launch/slurm/submit.sh --nodes=4 --exclusive --gpus-per-node=8 --time=24:00:00 -- launch/models/mixtral-8x7b.yaml …
+  launch/slurm/submit.sh --nodes=2-4 --exclusive --gpus-per-node=8 --time=24:00:00 -- launch/models/mixtral-8x7b.yaml …
   launch/slurm/submit.sh --array=1-3 --run-dir runs/seed-%a -- launch/models/laptop.yaml --seed %a
   launch/slurm/submit.sh --dependency=afterok:1234 … (waits for job 1234)
 END
@@ -32,11 +29,11 @@ fail() {
     exit 2
 }
 
-run_dir='' chain='' elastic='' dry_run=false script_options=(--root "$root") sbatch=()
+run_dir='' chain='' dry_run=false script_options=(--root "$root") sbatch=()
 while (($#)) && [[ $1 != -- ]]; do
     # The script's own options take --option=value and --option value.
     case $1 in
-        --run-dir=* | --nodes=* | --chain=* | --train-nodes=* | --max-requeues=* | --container=* | --image=* | --mount=* | \
+        --run-dir=* | --chain=* | --train-nodes=* | --max-requeues=* | --container=* | --image=* | --mount=* | \
             --port=* | --address=* | --then=*)
             set -- "${1%%=*}" "${1#*=}" "${@:2}"
             ;;
@@ -48,12 +45,11 @@ while (($#)) && [[ $1 != -- ]]; do
             usage
             exit
             ;;
-        --run-dir | --nodes | --chain | --train-nodes | --max-requeues | --container | --image | --mount | --port | \
+        --run-dir | --chain | --train-nodes | --max-requeues | --container | --image | --mount | --port | \
             --address | --then)
             (($# > 1)) || fail "$1 needs a value (see launch/slurm/submit.sh --help)"
             case $1 in
                 --run-dir) run_dir=$2 ;;
-                --nodes) if [[ $2 == *:* ]]; then elastic=$2; else sbatch+=("--nodes=$2"); fi ;;
                 --chain) chain=$2 ;;
                 --mount)
                     # In a path, `..` after a link leads to the folder of the link's target.
@@ -81,25 +77,12 @@ if [[ -n $chain ]]; then
     sbatch+=("--array=1-$chain%1")
     script_options+=(--chain)
 fi
-if [[ -n $elastic ]]; then
-    least=${elastic%%:*} most=${elastic#*:}
-    if [[ ! $elastic =~ ^[1-9][0-9]*:[1-9][0-9]*$ ]] || ((least > most)); then
-        fail "--nodes must be N, MIN-MAX as sbatch takes it, or MIN:MAX with MIN up to MAX, not $elastic"
-    fi
-    for option in "${sbatch[@]}"; do
-        [[ $option != --array* && $option != -a* ]] || fail "$option: the nodes of --nodes=$elastic are a job array already"
-    done
-    [[ " ${script_options[*]} " != *" --then "* ]] || fail "each node of --nodes=$elastic would run the command of --then"
-    sbatch+=("--nodes=1" "--array=1-$most")
-    script_options+=(--elastic "$elastic")
-fi
-
 # Jobs that run at the same time need folders of their own.
 for option in "${sbatch[@]}"; do
     case $option in
         --array=*[-,]*%1 | -a*[-,]*%1) ;;
         --array=*[-,]* | -a*[-,]*)
-            [[ -n $chain || -n $elastic || $run_dir == *%a* ]] ||
+            [[ -n $chain || $run_dir == *%a* ]] ||
                 fail "the jobs of ${option} would share the run folder $run_dir: write %a in --run-dir, or use --chain N"
             ;;
     esac

@@ -97,9 +97,7 @@ RANKS = WholeNumber(1, 1 << 24)
 RANKS_OF_NODE = WholeNumber(1, 1 << 12)
 NODES = WholeNumber(1, 1 << 20)
 PORT = WholeNumber(1, (1 << 16) - 1)
-TIMEOUT = Number(0, 1e9, is_above=True)
 SECONDS = WholeNumber(1, 1 << 31)
-NODE_TIMEOUT = WholeNumber(10, 1 << 20)  # five signs of life
 
 # Other numbers.
 SEED = WholeNumber(0, (1 << 32) - 1)  # the seeds of NumPy

@@ -16,7 +16,7 @@ SUBCOMMANDS = {
     "preprocess": ("command_line.preprocess_data", "tokenize raw text into a Megatron dataset"),
     "count": ("command_line.count_token_frequency", "count how often each token id occurs in a dataset"),
     "mask": ("command_line.build_routing_mask", "build the routing mask from token frequencies"),
-    "pretrain": ("command_line.pretrain", "pretrain a model file, with restarts, or from Megatron's flags"),
+    "pretrain": ("command_line.pretrain", "pretrain a model file on one node or many, with restarts"),
     "evaluate": ("training.evaluate", "compute a checkpoint's loss by token frequency"),
     "generate": ("command_line.generate_text", "continue prompts with a checkpoint or an exported model"),
     "check": ("command_line.check", "check a model file's settings and show what the run needs"),
@@ -63,7 +63,7 @@ def dispatch(words: Sequence[str]) -> None:
         if module.startswith(_ENTRY_POINTS):
             from maskmoe.launch.launcher import run_entry_point
 
-            run_entry_point(("-m", module), saves_checkpoints=False)
+            run_entry_point(("-m", module), arguments)
         importlib.import_module(module).main()
     else:
         raise UserError(f"unknown subcommand {name}; maskmoe --help lists the subcommands")

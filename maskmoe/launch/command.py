@@ -1,20 +1,30 @@
 """Builds the command lines of a run, and of any entry point, with their environment variables."""
 
 import shlex
+import signal
 import sys
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
+from pathlib import Path
 
-from maskmoe.arguments.flags import flag_words, override
+from maskmoe.arguments.flags import override
 from maskmoe.errors import UserError
 from maskmoe.files.run_folder import CHECKPOINTS, RUN_FOLDER_VARIABLE, TENSORBOARD
 from maskmoe.launch.machine import GPU_ENVIRONMENT, Route
 from maskmoe.launch.model_file import Flags
-from maskmoe.launch.options import Meeting, Options
-from maskmoe.processes.interruption import SIGNALS_THAT_END
+from maskmoe.launch.options import Options
+from maskmoe.processes.interruption import SHUTDOWN_VARIABLE, SIGNALS_THAT_END
 
-# `python -m` would import files of the current folder instead of the packages with the same names.
-ENTRY_POINT_ENVIRONMENT = {**GPU_ENVIRONMENT, "PYTHONSAFEPATH": "1"}
+ENTRY_POINT_ENVIRONMENT = {
+    **GPU_ENVIRONMENT,
+    # `python -m` would import files of the current folder instead of the packages with the same names.
+    "PYTHONSAFEPATH": "1",
+    # torchrun's store outlives the ranks that torchrun restarts, with their messages. So let the first rank host one.
+    "TORCH_DISABLE_SHARE_RDZV_TCP_STORE": "1",
+    # The flight recorder: when a collective of NCCL times out, each rank writes its last collectives to a file.
+    "TORCH_FR_BUFFER_SIZE": "2000",
+    "TORCH_NCCL_DUMP_ON_TIMEOUT": "1",
+}
 """The environment variables of all processes of an entry point."""
 
 # A node runs many processes, so each process computes with one thread. Unbuffered output appears at once, also in log
@@ -41,51 +51,43 @@ class Command:
         return " ".join([*variables, shlex.join(self.words)])
 
 
-def run_flags(options: Options, model_flags: Flags, user_flags: Flags) -> Flags:
+def run_flags(run_dir: Path, model_flags: Flags, user_flags: Flags) -> Flags:
     """Combine the flags of the model file and of the user, and add the run's folders.
 
     The user's flags override the model file's flags. By default, a run loads from the folder to which it saves, so that
     it resumes when it is started again. With `--save false`, a run has nothing to resume from, so it loads nothing.
     """
-    save = {**model_flags, **user_flags}.get("save", (str(options.run_dir / CHECKPOINTS),))
-    folders = {"save": save, "load": save, "tensorboard-dir": (str(options.run_dir / TENSORBOARD),)}
-    verbose = {"verbose": ()} if options.verbose else {}
-    return override({**folders, **model_flags, **verbose}, user_flags)
+    save = {**model_flags, **user_flags}.get("save", (str(run_dir / CHECKPOINTS),))
+    folders = {"save": save, "load": save, "tensorboard-dir": (str(run_dir / TENSORBOARD),)}
+    return override({**folders, **model_flags}, user_flags)
 
 
-def torchrun_command(
-    options: Options,
-    meeting: Meeting,
-    flags: Flags,
-    processes: int,
-    route: Route | None,
-    environment: Mapping[str, str],
-) -> Command:
+def torchrun_command(options: Options, processes: int, route: Route | None, environment: Mapping[str, str]) -> Command:
     """Return the command that runs one node's ranks.
 
     Args:
         options: The launcher's options.
-        meeting: How this node meets the other nodes.
-        flags: The flags of the run.
         processes: The number of ranks on this node.
         route: The network route to the rendezvous; None if the route is unknown.
         environment: The variables of this process, which are not changed.
     """
-    launcher_words = (
-        *("--nnodes", str(meeting.nodes), "--nproc-per-node", str(processes)),
-        *_rendezvous_words(meeting, route),
+    # Under nohup, a run survives SIGHUP.
+    signals = [number.name for number in SIGNALS_THAT_END if signal.getsignal(number) is not signal.SIG_IGN]
+    torchrun = (
+        *("--nnodes", str(options.nodes), "--nproc-per-node", str(processes)),
+        *_rendezvous_words(options, route),
         *("--max-restarts", str(options.max_restarts), "--monitor-interval", "0.5"),
-        *("--log-dir", str(options.log_folder(meeting.node_rank)), "--redirects", "3", "--tee", "3"),
-        *("--signals-to-handle", ",".join(number.name for number in SIGNALS_THAT_END)),
-        *("--shutdown-timeout", str(options.shutdown_timeout)),
+        *("--log-dir", str(options.log_folder), "--redirects", "3", "--tee", "3"),
+        *("--signals-to-handle", ",".join(signals)),
     )
     variables = dict(RUN_ENVIRONMENT)
-    if meeting.nodes > 1 and route and route.interface:
+    if options.rendezvous and route and route.interface:
         # NCCL takes every interface whose name begins with the value, unless the value begins with `=`.
         variables |= {"GLOO_SOCKET_IFNAME": route.interface, "NCCL_SOCKET_IFNAME": f"={route.interface}"}
-    program, flags = split_program(flags)
-    words = _torchrun_words(launcher_words, entry_point("pretrain", program), flag_words(flags))
-    return Command(words, {**unset_variables(variables, environment), RUN_FOLDER_VARIABLE: str(options.run_dir)})
+    own = {SHUTDOWN_VARIABLE: str(options.shutdown_timeout), RUN_FOLDER_VARIABLE: str(options.run_dir)}
+    verbose = ("--verbose",) if options.verbose else ()
+    words = _torchrun_words(torchrun, ("-m", "maskmoe.launch.rank"), (str(options.model), *options.flags, *verbose))
+    return Command(words, {**unset_variables(variables, environment), **own})
 
 
 def standalone_command(
@@ -131,17 +133,17 @@ def unset_variables(defaults: Mapping[str, str], environment: Mapping[str, str])
 
 
 def _torchrun_words(options: Iterable[str], entry: Iterable[str], arguments: Iterable[str]) -> tuple[str, ...]:
-    return (sys.executable, "-m", "maskmoe.launch.ranks", *options, *entry, *arguments)
+    return (sys.executable, "-m", "maskmoe.launch.torchrun", *options, *entry, *arguments)
 
 
-def _rendezvous_words(meeting: Meeting, route: Route | None) -> tuple[str, ...]:
-    if meeting.endpoint is None:
+def _rendezvous_words(options: Options, route: Route | None) -> tuple[str, ...]:
+    if options.rendezvous is None:
         return ("--standalone", "--local-addr", "127.0.0.1")
-    host, port = meeting.endpoint
+    host, port = options.rendezvous
     # Without `is_host`, torchrun guesses from host names which node is node 0.
-    is_host = str(not meeting.node_rank).lower()
+    is_host = str(options.node_rank == 0).lower()
     return (
-        *("--rdzv-backend", "c10d", "--rdzv-endpoint", f"{host}:{port}", "--rdzv-id", meeting.name),
-        *("--rdzv-conf", f"is_host={is_host},join_timeout={meeting.timeout}"),
+        *("--rdzv-backend", "c10d", "--rdzv-endpoint", f"{host}:{port}", "--rdzv-id", options.rendezvous_id),
+        *("--rdzv-conf", f"is_host={is_host},join_timeout={options.rendezvous_timeout}"),
         *(("--local-addr", route.address) if route else ()),
     )

@@ -1,4 +1,4 @@
-"""Launches a training run of a model file on this node, or an entry point on this machine."""
+"""Launches a training run of a model file on this node, or an entry point on this machine, by becoming torchrun."""
 
 import os
 import sys
@@ -7,22 +7,30 @@ from pathlib import Path
 from typing import NoReturn
 
 from maskmoe.arguments import ranges
-from maskmoe.arguments.flags import split_flags
+from maskmoe.arguments.flags import flag_words, split_flags
 from maskmoe.arguments.parser import OneLineParser
+from maskmoe.errors import counted, refused_by_system
 from maskmoe.files.outputs import check_outputs, refuse_checkpoint
-from maskmoe.launch.command import ENTRY_POINT_ENVIRONMENT, Command, run_flags, standalone_command, unset_variables
-from maskmoe.launch.machine import find_devices, wait_for
+from maskmoe.launch.command import (
+    ENTRY_POINT_ENVIRONMENT,
+    RUN_ENVIRONMENT,
+    Command,
+    entry_point,
+    run_flags,
+    split_program,
+    standalone_command,
+    torchrun_command,
+    unset_variables,
+)
+from maskmoe.launch.machine import find_devices, route_to, wait_for
 from maskmoe.launch.model_file import ModelFile
-from maskmoe.launch.node_run import NodeRun, Supervisor, check
 from maskmoe.launch.options import Options, parse_options
-from maskmoe.processes.folder_lock import check_unlocked
-from maskmoe.processes.interruption import EXIT_REQUEUE, SHUTDOWN_TIMEOUT, handle_signals_that_end
 
-_SINGLE_PROCESS_FLAGS = ("-h", "--help", "--help-all", "--check")
+_HELP_FLAGS = {"-h", "--help", "--help-all"}
 
 
 def launch(program: str, arguments: Sequence[str]) -> None:
-    """Launch one node's part of a run, and exit with the run's exit code.
+    """Launch one node's part of a run: this process becomes torchrun, whose exit code is that of the run.
 
     Args:
         program: The name of the command for its help and its errors, such as `maskmoe pretrain`.
@@ -31,93 +39,74 @@ def launch(program: str, arguments: Sequence[str]) -> None:
     Raises:
         UserError: An option, the model file or the run folder cannot be used, or node 0 cannot be reached.
     """
-    # Until the ranks run, there is nothing to save. The supervisor installs its own handlers later.
-    handle_signals_that_end(lambda *_: sys.exit(EXIT_REQUEUE))
     options = parse_options(program, arguments, os.environ)
     refuse_checkpoint(options.run_dir)
     model = ModelFile.read(options.model, {**os.environ, "RUN_DIR": str(options.run_dir)})
-    processes = options.gpus_per_node or find_devices().num_gpus or 1
-    if options.nodes.is_elastic and not options.check_only:
-        # A run whose nodes stay the same reads none of this code.
-        from maskmoe.launch.elastic import ElasticRun
-
-        sys.exit(ElasticRun(options, model, processes).run())
-    run = _fixed_run(options, model, processes)
+    processes = options.nproc_per_node or find_devices().num_gpus or 1
     if options.check_only:
-        check_outputs(run.flags.get("json", ()), [options.model], force="force" in run.flags)
-        sys.exit(check(run.flags, run.ranks))
+        _check(options, model, processes)
+    for nodes in range(options.nodes.least, options.nodes.most + 1):
+        split_program(model.flags_for(nodes * processes))
+    route = route_to(*options.rendezvous) if options.rendezvous else None
+    command = torchrun_command(options, processes, route, os.environ)
     if options.dry_run:
-        print(run.command)
+        print(command)
         return
-    sys.exit(_train(run))
+    if options.rendezvous and options.node_rank:
+        wait_for(*options.rendezvous, options.rendezvous_timeout)
+    with refused_by_system(f"cannot make {options.log_folder}", "choose another --run-dir"):
+        options.log_folder.mkdir(parents=True, exist_ok=True)
+        (options.log_folder / "command.txt").write_text(f"{command}\n", encoding="utf-8")
+    if options.verbose:
+        print(f"launch: {command}")
+    waiting = f" when {options.nodes} nodes are there" if options.rendezvous else ""
+    print(f"launch: starting {counted(processes, 'rank')}{waiting}; everything is in {options.run_dir}")
+    _become(command)
 
 
-def _fixed_run(options: Options, model: ModelFile, processes: int) -> NodeRun:
-    """Return this node's part of a run whose nodes stay the same.
-
-    Raises:
-        UserError: The model file has no layout for the number of ranks.
-    """
-    ranks = processes * options.nodes.most
-    if options.check_only and options.gpus_per_node is None and options.nodes.most == 1 and not model.fits(ranks):
-        ranks = min(model.layouts)
-        print(
-            f"note: the report is for {ranks} ranks, the smallest layout of {model.path}; pass --nodes and "
-            "--gpus-per-node for another",
-            file=sys.stderr,
-        )
-    flags = run_flags(options, model.flags_for(ranks), split_flags(options.flags))
-    return NodeRun(options, options.meeting, flags, processes, ranks)
-
-
-def _train(run: NodeRun) -> int:
-    """Run the ranks of this node as soon as node 0 can be reached, and return the run's exit code.
-
-    Raises:
-        UserError: The run folder cannot be used, or node 0 cannot be reached.
-    """
-    if run.meeting.endpoint and run.meeting.node_rank:
-        wait_for(*run.meeting.endpoint, run.meeting.timeout)
-    elif save := run.flags.get("save"):
-        # A folder in which another run trains is refused before the first file of this run is written.
-        check_unlocked(Path(save[0]))
-    code = run.train(Supervisor(run.options.shutdown_timeout))
-    run.record_end(code)
-    return code
-
-
-def run_entry_point(entry: Sequence[str], saves_checkpoints: bool) -> NoReturn:
-    """Run an entry point with the arguments of `sys.argv`, and exit with its exit code.
-
-    If torchrun started this process, the process becomes the rank. Otherwise torchrun is started with one rank for each
-    GPU, or one rank without GPUs; `--nproc-per-node N` sets another number. `--help` and `--check` need no ranks, so
-    torchrun is not started for them.
+def run_entry_point(entry: Sequence[str], arguments: Sequence[str]) -> NoReturn:
+    """Run an entry point as ranks on this machine: this process becomes torchrun, or the entry point for its help.
 
     Args:
         entry: What every rank runs, see `maskmoe.launch.command.entry_point`.
-        saves_checkpoints: Whether the entry point saves a checkpoint when a signal stops it.
+        arguments: The entry point's arguments. `--nproc-per-node N` sets the number of ranks, by default one for each
+            GPU, or one without GPUs.
 
     Raises:
         UserError: `--nproc-per-node` has no valid value.
     """
-    processes, arguments = split_processes(sys.argv[1:])
-    # Schedulers may set RANK to the number of the node. Only torchrun also sets LOCAL_RANK.
-    if "LOCAL_RANK" in os.environ or any(word.partition("=")[0] in _SINGLE_PROCESS_FLAGS for word in arguments):
-        # Replace this program: Megatron's helper processes import the main module, which must be the entry point.
-        os.execv(sys.executable, [sys.executable, "-P", "-u", *entry, *arguments])
-    options = ("--local-addr", "127.0.0.1", "--shutdown-timeout", str(SHUTDOWN_TIMEOUT))
-    words = standalone_command(processes or find_devices().num_gpus or 1, entry, arguments, options)
-    supervisor = Supervisor(SHUTDOWN_TIMEOUT, saves_checkpoints)
-    sys.exit(supervisor.run(Command(words, unset_variables(ENTRY_POINT_ENVIRONMENT, os.environ))))
-
-
-def split_processes(words: Sequence[str]) -> tuple[int | None, list[str]]:
-    """Return the value of `--nproc-per-node`, None if it is not given, and the remaining words of a command line.
-
-    Raises:
-        UserError: The value is missing or is not a positive whole number.
-    """
     parser = OneLineParser(add_help=False)
     parser.add_argument("--nproc-per-node", type=ranges.RANKS_OF_NODE)
-    own, remaining = parser.parse_known_args(words)
-    return own.nproc_per_node, remaining
+    own, remaining = parser.parse_known_args(arguments)
+    words = (sys.executable, *entry, *remaining)
+    if not _HELP_FLAGS.intersection(remaining):
+        processes = own.nproc_per_node or find_devices().num_gpus or 1
+        words = standalone_command(processes, entry, remaining, ("--local-addr", "127.0.0.1"))
+    _become(Command(words, unset_variables(ENTRY_POINT_ENVIRONMENT, os.environ)))
+
+
+def _become(command: Command) -> NoReturn:
+    """Replace this program by a command."""
+    sys.stdout.flush()
+    os.execve(command.words[0], command.words, {**os.environ, **command.environment})
+
+
+def _check(options: Options, model: ModelFile, processes: int) -> NoReturn:
+    """Check the run, which prints errors to stderr and a report to stdout: this process becomes the check.
+
+    Raises:
+        UserError: The model file has no layout for the number of ranks, or a file of the report cannot be written.
+    """
+    ranks = processes * options.nodes.most
+    if options.nproc_per_node is None and options.nodes.most == 1 and not model.fits(ranks):
+        ranks = min(model.layouts)
+        print(
+            f"note: the report is for {ranks} ranks, the smallest layout of {model.path}; pass --nodes and "
+            "--nproc-per-node for another",
+            file=sys.stderr,
+        )
+    flags = run_flags(options.run_dir, model.flags_for(ranks), split_flags(options.flags))
+    check_outputs([Path(path) for path in flags.get("json", ())], [options.model], force="force" in flags)
+    program, flags = split_program(flags)
+    words = (sys.executable, *entry_point("check", program), "--check", str(ranks), *flag_words(flags))
+    _become(Command(words, unset_variables(RUN_ENVIRONMENT, os.environ)))

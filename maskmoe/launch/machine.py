@@ -14,7 +14,6 @@ import psutil
 
 from maskmoe.data.parallel import available_cores
 from maskmoe.errors import UserError
-from maskmoe.processes.network import connection_error
 
 _COUNT_GPUS = "import torch; print(torch.cuda.device_count())"
 _CPU_PROCESSES = 2
@@ -22,6 +21,7 @@ _CPU_PROCESSES = 2
 _GPU_DEVICE_FILES = ("nvidia*", "nvhost-gpu", "nvgpu", "kfd", "dxg")
 
 _PAUSE = 1.0  # seconds between attempts to connect
+_CONNECT_TIMEOUT = 5.0  # seconds for one attempt
 _ELSEWHERE = "192.0.2.1"  # an address of documentation (RFC 5737), which is no host
 
 # Let glibc take huge pages for tensors. Fewer misses of the address cache save 5 to 10 % of a small model's processor
@@ -133,13 +133,6 @@ def _is_loopback(host: str | None) -> bool:
     return host == "localhost"
 
 
-def listen(backlog: int | None = None) -> socket.socket:
-    """Return a socket that listens at a free port, of IPv4 and of IPv6 where the system has both."""
-    dual = socket.has_dualstack_ipv6()
-    family = socket.AF_INET6 if dual else socket.AF_INET
-    return socket.create_server(("", 0), family=family, backlog=backlog, dualstack_ipv6=dual)
-
-
 def wait_for(host: str, port: int, timeout: float) -> None:
     """Wait until node 0 listens at an address, and print that this node waits.
 
@@ -152,7 +145,7 @@ def wait_for(host: str, port: int, timeout: float) -> None:
         UserError: Node 0 does not listen at the address within the timeout.
     """
     deadline, has_said = time.monotonic() + timeout, False
-    while error := connection_error(host, port):
+    while error := _connection_error(host, port):
         if time.monotonic() > deadline:
             raise UserError(
                 f"node 0 cannot be reached at {host}:{port} after {timeout:g} s ({error.strerror or error}): check "
@@ -162,3 +155,12 @@ def wait_for(host: str, port: int, timeout: float) -> None:
             print(f"launch: waiting for node 0 at {host}:{port}, at most {timeout:g} s", flush=True)
             has_said = True
         time.sleep(_PAUSE)
+
+
+def _connection_error(host: str, port: int) -> OSError | None:
+    """Try to connect to an address; return the error, or None if a process listens there."""
+    try:
+        socket.create_connection((host.strip("[]"), port), timeout=_CONNECT_TIMEOUT).close()
+    except OSError as error:
+        return error
+    return None

@@ -1,8 +1,7 @@
 """The launcher's own options: flags in front of the model file, or environment variables."""
 
 import argparse
-import socket
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -18,39 +17,13 @@ DEFAULT_PORT = 29400
 
 @dataclass(frozen=True)
 class NodeRange:
-    """On how many nodes a run may train.
-
-    Attributes:
-        least: The smallest number of nodes.
-        most: The largest number of nodes.
-        is_elastic: Whether the nodes may come and go during the run.
-    """
+    """The smallest and the largest number of nodes of a run; if they differ, nodes may come and go during the run."""
 
     least: int
     most: int
-    is_elastic: bool = False
 
     def __str__(self) -> str:
-        return f"{self.least}:{self.most}" if self.is_elastic else str(self.most)
-
-
-@dataclass(frozen=True)
-class Meeting:
-    """How this node's torchrun meets the torchruns of the other nodes.
-
-    Attributes:
-        nodes: The number of nodes.
-        node_rank: The number of this node, from 0; None if the run has one node and no number was given.
-        endpoint: Host and port at which the nodes meet; None for a single node without an endpoint.
-        name: The name of the meeting, equal on all nodes.
-        timeout: How long the nodes wait for each other, in seconds.
-    """
-
-    nodes: int
-    node_rank: int | None
-    endpoint: tuple[str, int] | None
-    name: str
-    timeout: int
+        return str(self.most) if self.least == self.most else f"{self.least}:{self.most}"
 
 
 class Options(argparse.Namespace):
@@ -61,10 +34,8 @@ class Options(argparse.Namespace):
         flags: The words after the model file.
         nodes: The numbers of nodes on which the run may train.
         node_rank: The number of this node, from 0; None if not given.
-        address: The address of this node for the other nodes of an elastic run.
-        node_timeout: How long a node of an elastic run may be silent, in seconds.
-        gpus_per_node: The number of ranks on each node; None for one per GPU, or one on a machine without GPUs.
-        rendezvous: Host and port at which the nodes meet; None if not given.
+        nproc_per_node: The number of ranks on each node; None for one per GPU, or one on a machine without GPUs.
+        rendezvous: Host and port at which the nodes meet; None for a single node.
         rendezvous_id: The name of the job, equal on all nodes.
         rendezvous_timeout: How long the nodes wait for each other, in seconds.
         max_restarts: How often torchrun restarts failed ranks.
@@ -79,9 +50,7 @@ class Options(argparse.Namespace):
     flags: list[str]
     nodes: NodeRange
     node_rank: int | None
-    address: str
-    node_timeout: int
-    gpus_per_node: int | None
+    nproc_per_node: int | None
     rendezvous: tuple[str, int] | None
     rendezvous_id: str
     rendezvous_timeout: int
@@ -93,23 +62,9 @@ class Options(argparse.Namespace):
     verbose: bool
 
     @property
-    def meeting(self) -> Meeting:
-        """How this node meets the other nodes, if the nodes stay the same."""
-        return Meeting(self.nodes.most, self.node_rank, self.rendezvous, self.rendezvous_id, self.rendezvous_timeout)
-
-    def log_folder(self, node_rank: int | None) -> Path:
-        """Return the folder of the logs of the node with a number."""
-        return self.run_dir / "logs" / f"node{node_rank or 0}"
-
-
-_OPTIONS_OF_TRAINING = frozenset(("--verbose", "--help", "-h"))
-"""Options of the launcher that training has, too, so that they may follow the model file."""
-
-
-def launcher_options(words: Iterable[str]) -> list[str]:
-    """Return the words of a command line that name options of the launcher alone, without their values."""
-    own = _parser("", {}).option_names() - _OPTIONS_OF_TRAINING
-    return [name for word in words if (name := word.partition("=")[0]) in own]
+    def log_folder(self) -> Path:
+        """The folder of this node's logs."""
+        return self.run_dir / "logs" / f"node{self.node_rank}"
 
 
 def parse_options(program: str, arguments: Sequence[str], environment: Mapping[str, str]) -> Options:
@@ -124,41 +79,38 @@ def parse_options(program: str, arguments: Sequence[str], environment: Mapping[s
         UserError: A value is invalid, an option follows the model file, or several nodes lack a rendezvous or a node
             rank.
     """
-    options, unknown = _parser(program, environment).parse_known_args(arguments, Options())
+    parser = options_parser(program, environment)
+    options, unknown = parser.parse_known_args(arguments, Options())
     if unknown:
         raise UserError(
             f"unknown option {unknown[0]} of {program}: write Megatron's flags after MODEL.yaml (see {program} --help)"
         )
-    if misplaced := launcher_options(options.flags):
+    # Training has the flag --verbose, too.
+    own = parser.option_names() - {"--verbose", "--help", "-h"}
+    if misplaced := [word for word in options.flags if word.partition("=")[0] in own]:
         raise UserError(f"{misplaced[0]} is an option of {program}: write it before {options.model}")
     options.run_dir = (options.run_dir or RUNS / options.model.stem).absolute()
-    options.address = options.address or socket.gethostname()
     options.rendezvous_id = options.rendezvous_id or options.run_dir.name
-    if options.nodes.is_elastic:
-        if options.dry_run:
-            raise UserError("--dry-run prints one command line, but --nodes MIN:MAX has one for each set of nodes")
-        # The nodes agree on a rendezvous and on their ranks by files of the run folder.
-        options.rendezvous, options.node_rank = None, None
+    if options.nodes.most == 1 or options.check_only:
+        # One node may inherit the variables of a run on many nodes, and a check meets no other node.
+        options.node_rank, options.rendezvous = 0, None
         return options
-    if options.check_only:  # the check meets no other node
-        return options
-    nodes = options.nodes.most
-    # Read NODE_RANK and MASTER_ADDR for several nodes only: a run on one node may inherit them from another run.
-    if nodes == 1 and environment.get("NODE_RANK"):
-        return parse_options(program, arguments, {**environment, "NODE_RANK": ""})
-    if nodes > 1 and options.rendezvous is None and (host := environment.get("MASTER_ADDR")):
-        endpoint = f"{host}:{environment.get('MASTER_PORT') or DEFAULT_PORT}"
-        return parse_options(program, arguments, {**environment, "RDZV_ENDPOINT": endpoint})
-    if nodes > 1 and options.rendezvous is None:
-        raise UserError(f"{nodes} nodes need a rendezvous: pass --rendezvous HOST:PORT or set MASTER_ADDR")
-    if nodes > 1 and options.node_rank is None:
-        raise UserError(f"each of {nodes} nodes needs a rank: pass --node-rank R, from 0, or set NODE_RANK")
-    if (options.node_rank or 0) >= nodes:
-        raise UserError(f"--node-rank {options.node_rank}: the last of {nodes} nodes has rank {nodes - 1}")
+    if options.rendezvous is None and (host := environment.get("MASTER_ADDR")):
+        try:
+            options.rendezvous = _address(f"{host}:{environment.get('MASTER_PORT') or DEFAULT_PORT}")
+        except argparse.ArgumentTypeError as error:
+            raise UserError(f"MASTER_ADDR and MASTER_PORT: {error}") from error
+    if options.rendezvous is None:
+        raise UserError(f"--nodes {options.nodes} needs a rendezvous: pass --rendezvous HOST:PORT or set MASTER_ADDR")
+    if options.node_rank is None or options.node_rank >= options.nodes.most:
+        raise UserError(
+            f"--nodes {options.nodes}: pass --node-rank 0 to {options.nodes.most - 1} on the nodes, or set NODE_RANK"
+        )
     return options
 
 
-def _parser(program: str, environment: Mapping[str, str]) -> Parser:
+def options_parser(program: str, environment: Mapping[str, str]) -> Parser:
+    """Return the parser of the launcher's options; the arguments are those of `parse_options`."""
     is_check = program == "maskmoe check"
     report = "after MODEL.yaml, --json FILE also writes the report as JSON, and --force replaces FILE"
     purpose = (
@@ -175,7 +127,7 @@ def _parser(program: str, environment: Mapping[str, str]) -> Parser:
         epilog="A signal (SIGTERM, SIGUSR1, Ctrl-C and others) makes the run save a checkpoint and stop. The same "
         "command resumes the run. Exit codes: 0, the training is complete, or stopped at --exit-interval or "
         "--phase-transition-iterations; 1, the run failed, after all restarts; 2, the input is bad "
-        "and nothing was done; 75, a signal stopped the run, start it again; 76, the run hung, after all restarts.",
+        "and nothing was done; 75, a signal stopped the run, start it again.",
     )
 
     def add(
@@ -190,15 +142,11 @@ def _parser(program: str, environment: Mapping[str, str]) -> Parser:
         "an address of node 0 and a free port (default with several nodes: MASTER_ADDR:MASTER_PORT, with port "
         f"{DEFAULT_PORT} if MASTER_PORT is not set)"
     )
-    nodes = "number of nodes; MIN:MAX lets nodes come and go during the run, which needs a shared run folder"
+    nodes = "number of nodes; with MIN:MAX, torchrun restarts all ranks when a node is lost, returns or joins"
     add("--nodes", "N", _node_range, "NNODES", nodes, "1")
     add("--node-rank", "R", ranges.NUMBER, "NODE_RANK", "number of this node, from 0")
-    add("--gpus-per-node", "G", ranges.RANKS_OF_NODE, "NPROC_PER_NODE", ranks)
+    add("--nproc-per-node", "N", ranges.RANKS_OF_NODE, "NPROC_PER_NODE", ranks)
     add("--rendezvous", "HOST:PORT", _address, "RDZV_ENDPOINT", f"where the nodes meet: {address}")
-    own = "address of this node for the other nodes, with --nodes MIN:MAX (default: the host name)"
-    add("--address", "HOST", _host, "NODE_ADDRESS", own)
-    silence = "how long a node may be silent, with --nodes MIN:MAX, until the others train without it"
-    add("--node-timeout", "SECONDS", ranges.NODE_TIMEOUT, "NODE_TIMEOUT", silence, 30)
     add("--rendezvous-id", "ID", str, "RDZV_ID", "name of the job, equal on all nodes (default: the run folder)")
     add(
         "--rendezvous-timeout", "SECONDS", ranges.SECONDS, "RDZV_TIMEOUT", "how long the nodes wait for each other", 600
@@ -221,31 +169,19 @@ def _parser(program: str, environment: Mapping[str, str]) -> Parser:
 
 
 def _node_range(text: str) -> NodeRange:
-    least, colon, most = text.partition(":")
-    if not colon:
-        return NodeRange(ranges.NODES(text), ranges.NODES(text))
-    nodes = NodeRange(ranges.NODES(least), ranges.NODES(most), is_elastic=True)
-    if nodes.least > nodes.most:
+    least, _, most = text.partition(":")
+    nodes = NodeRange(ranges.NODES(least), ranges.NODES(most or least))
+    if nodes.least > nodes.most or text.endswith(":"):
         raise argparse.ArgumentTypeError(f"must be N, or MIN:MAX with MIN up to MAX, not {text!r}")
     return nodes
-
-
-def _host(text: str) -> str:
-    try:
-        text.encode("idna")  # as the system's functions for addresses do
-    except UnicodeError as error:
-        raise argparse.ArgumentTypeError(f"{text!r} is not the name of a host") from error
-    return text
 
 
 def _address(text: str) -> tuple[str, int]:
     host, colon, port = text.rpartition(":")
     if text.endswith("]") or not colon:
         host, port = text, str(DEFAULT_PORT)
-    if not host:
-        raise argparse.ArgumentTypeError(f"{text!r} is not HOST:PORT")
-    host = _host(host)
     try:
+        host.encode("idna")  # as the system's functions for addresses do
         return host, ranges.PORT(port)
-    except argparse.ArgumentTypeError as error:
-        raise argparse.ArgumentTypeError(f"{text!r} is not HOST:PORT: the port {error}") from error
+    except (UnicodeError, argparse.ArgumentTypeError) as error:
+        raise argparse.ArgumentTypeError(f"{text!r} is not HOST:PORT ({error})") from error

@@ -1,11 +1,9 @@
 """The signals that stop a run, the exit codes of a stopped run, and steps that must not be interrupted."""
 
-import os
 import signal
 import threading
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager, suppress
-from pathlib import Path
+from contextlib import contextmanager
 from types import FrameType
 
 SIGNALS_THAT_SAVE = (signal.SIGTERM, signal.SIGUSR1)
@@ -22,54 +20,11 @@ Handler = Callable[[int, FrameType | None], object] | signal.Handlers
 SHUTDOWN_TIMEOUT = 600
 """The seconds for which a launcher waits, by default, for a last checkpoint after a signal."""
 
+SHUTDOWN_VARIABLE = "TORCH_ELASTIC_SHUTDOWN_TIMEOUT"
+"""torch's environment variable for these seconds."""
+
 EXIT_REQUEUE = 75
 """A signal stopped the run, which saved a checkpoint and can resume. The code is `EX_TEMPFAIL` of sysexits.h."""
-
-EXIT_HANG = 76
-"""The run hung for longer than its limit, and stopped itself. It can resume, if possible on other nodes."""
-
-EXIT_CODE_FILE = "MASKMOE_EXIT_CODE_FILE"
-"""The environment variable with which a launcher names the file for `leave_exit_code`."""
-
-LEAVE_FILE = "MASKMOE_LEAVE_FILE"
-"""The environment variable with which a launcher names the file that asks the ranks to end after their next checkpoint.
-
-The launcher makes the file when it wants to start the ranks again on more nodes."""
-
-
-def handle_signals_that_end(handler: Callable[[int, FrameType | None], object]) -> None:
-    """Call a handler for each of `SIGNALS_THAT_END` from now on; SIGHUP stays ignored under `nohup`."""
-    for number in SIGNALS_THAT_END:
-        if number is not signal.SIGHUP or signal.getsignal(number) is not signal.SIG_IGN:
-            signal.signal(number, handler)
-
-
-def leave_exit_code(code: int) -> None:
-    """Write the exit code of a rank that must not be restarted to the launcher's file, if a launcher asks for it.
-
-    The code 0 says that the training is complete on all ranks.
-
-    Torchrun treats every exit code but 0 as a failure, restarts the ranks, and itself exits with 1. A code that cannot
-    be written is lost without an error, because this process is about to end.
-    """
-    if path := os.environ.get(EXIT_CODE_FILE):
-        unfinished = Path(f"{path}.{os.getpid()}")
-        with suppress(OSError):
-            unfinished.parent.mkdir(exist_ok=True)  # systems remove folders of /tmp that are some days old
-            unfinished.write_text(str(code))
-            unfinished.replace(path)
-
-
-def is_last_attempt() -> bool:
-    """Return whether torchrun will not restart this rank if it fails. True without torchrun."""
-    restarts = int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0))
-    max_restarts = int(os.environ.get("TORCHELASTIC_MAX_RESTARTS", 0))
-    return restarts >= max_restarts
-
-
-def read_exit_code(path: Path) -> int | None:
-    """Read the exit code that a rank wrote by `leave_exit_code`. Return None if no rank wrote any."""
-    return int(path.read_text()) if path.exists() else None
 
 
 @contextmanager

@@ -14,9 +14,8 @@ from typing import Self
 
 import psutil
 
-# Constants of <sys/prctl.h>.
+# A constant of <sys/prctl.h>.
 _PR_SET_PDEATHSIG = 1
-_PR_SET_CHILD_SUBREAPER = 36
 
 RANK_PROCESS = "MASKMOE_RANK_PROCESS"
 """The environment variable of a process that writes checkpoints, with the id of the rank that has started it."""
@@ -29,12 +28,6 @@ def end_with_parent(parent: int, by: signal.Signals = signal.SIGKILL) -> None:
         # The kernel does not report a parent that exited before the call.
         if os.getppid() != parent:
             os.kill(os.getpid(), by)
-
-
-def adopt_orphans() -> None:
-    """Make this process the new parent of descendants whose parent exits; does nothing outside Linux."""
-    if sys.platform == "linux":
-        ctypes.CDLL(None).prctl(_PR_SET_CHILD_SUBREAPER, 1)
 
 
 def is_alive(process: int) -> bool:

@@ -13,7 +13,6 @@ from contextlib import contextmanager, suppress
 
 from maskmoe.errors import RunFailure, UserError, one_line
 from maskmoe.files.untrusted import has_surrogates
-from maskmoe.processes.interruption import EXIT_REQUEUE, leave_exit_code
 
 EXIT_RUN_FAILURE = 1
 EXIT_BAD_INPUT = 2
@@ -73,8 +72,6 @@ def run_tool(main: Callable[[], None]) -> None:
         except OSError:
             # The interpreter would try again when it exits, and replace the exit code.
             os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
-    if code in (EXIT_BAD_INPUT, EXIT_REQUEUE):
-        leave_exit_code(code)
     sys.exit(code)
 
 

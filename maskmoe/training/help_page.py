@@ -25,8 +25,7 @@ def help_page(name: str) -> str:
     name = "pretrain" if name == "check" else name
     description, *providers = _PROGRAMS[name]
     parser = argparse.ArgumentParser(
-        usage=f"maskmoe {name} [--nproc-per-node N] [flags]\n"
-        f"       torchrun --nproc-per-node N -m maskmoe.training.{name} [flags]",
+        usage=f"torchrun --nproc-per-node N -m maskmoe.training.{name} [flags]",
         description=description,
         epilog="The most used flags of Megatron are in the model files launch/models/*.yaml. --help-all shows all "
         "flags, hundreds of them, and takes some seconds.",

@@ -75,7 +75,7 @@ MISTAKES = [
     ("compare suite.yaml --list --report", "--report"),
     ("compare suite.yaml --report --run-dir OUT", "no run of the suite suite is finished"),
     ("pretrain laptop.yaml stray", "stray"),
-    ("pretrain --run-dir checkpoints/release --gpus-per-node 1 laptop.yaml", "release"),
+    ("pretrain --run-dir checkpoints/release --nproc-per-node 1 laptop.yaml", "release"),
     ("evaluate --load nowhere --use-checkpoint-args", "nowhere"),
 ]
 

@@ -67,7 +67,7 @@ SHELL_COMMANDS = {"cp", "export", "mkdir", "source", "split"}
 QUICK = {
     "method.md": "digest           aeff2031e4989abe",
     "check.md": "no errors found",
-    "launching.md": "-m maskmoe.training.pretrain",
+    "launching.md": "-m maskmoe.launch.rank",
     "spikes.md": "--spike-deviations 20",
     "hybrid.md": "complete: 20 iterations, loss ",
     "slurm.md": "sbatch --output=",

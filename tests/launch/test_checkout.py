@@ -40,7 +40,7 @@ def test_an_installed_package_belongs_to_no_checkout(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     "command",
     [
-        "launch/pretrain.sh --dry-run --gpus-per-node 2 launch/models/laptop.yaml",
+        "launch/pretrain.sh --dry-run --nproc-per-node 2 launch/models/laptop.yaml",
         "launch/slurm/submit.sh --dry-run -- launch/models/laptop.yaml",
         "launch/docker.sh --dry-run --cpu --engine docker launch/quickstart.sh",
     ],

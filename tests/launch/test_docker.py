@@ -332,7 +332,7 @@ def laptop_arguments(folder: Path, run_dir: str) -> list[str]:
     """Write random data to `folder`, and return the arguments of `launch/pretrain.sh` for a short laptop run."""
     short = "--train-iters 10 --seq-length 64 --log-interval 1 --tensorboard-log-interval 1 --eval-iters 1"
     flags = f"{make_laptop_data(folder, num_documents=100)} {short} --expert-model-parallel-size 2"
-    return f"--gpus-per-node 2 --run-dir {run_dir} launch/models/laptop.yaml {flags}".split()
+    return f"--nproc-per-node 2 --run-dir {run_dir} launch/models/laptop.yaml {flags}".split()
 
 
 @pytest.mark.docker

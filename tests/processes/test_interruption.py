@@ -4,7 +4,7 @@ from types import FrameType
 
 import pytest
 
-from maskmoe.processes.interruption import EXIT_CODE_FILE, EXIT_HANG, deferring_signals, leave_exit_code, read_exit_code
+from maskmoe.processes.interruption import deferring_signals
 
 
 def interrupt_and(finish: Callable[[], None]) -> None:
@@ -50,11 +50,3 @@ def test_handlers_and_ignored_signals_stay() -> None:
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)
-
-
-@pytest.mark.parametrize(("folder", "code"), [("removed", EXIT_HANG), ("/dev/full", None)])
-def test_exit_code_is_written_to_a_folder_that_was_removed_or_lost(tmp_path, monkeypatch, folder, code) -> None:
-    path = tmp_path / folder / "exit-code"
-    monkeypatch.setenv(EXIT_CODE_FILE, str(path))
-    leave_exit_code(EXIT_HANG)
-    assert read_exit_code(path) == code

@@ -232,7 +232,7 @@ def new_laptop_run(tmp_path_factory) -> Callable[..., LaptopRun]:
 def undisturbed(new_laptop_run) -> LaptopRun:
     """Return a finished run whose ranks both ran on this machine, started by hand."""
     run = new_laptop_run()
-    command = [ROOT / "launch" / "pretrain.sh", "--gpus-per-node", "2", "--run-dir", run.folder, *run.arguments]
+    command = [ROOT / "launch" / "pretrain.sh", "--nproc-per-node", "2", "--run-dir", run.folder, *run.arguments]
     subprocess.run(command, check=True, stdin=subprocess.DEVNULL, capture_output=True, timeout=300)
     assert len(run.losses) == ITERATIONS
     return run

@@ -9,7 +9,7 @@ import pytest
 from support.paths import ROOT
 from support.system import write_script
 
-from maskmoe.processes.interruption import EXIT_HANG, EXIT_REQUEUE
+from maskmoe.processes.interruption import EXIT_REQUEUE
 
 SCRIPT = ROOT / "launch" / "slurm" / "pretrain.sbatch"
 BAD_INPUT = 2
@@ -90,7 +90,6 @@ def train(tmp_path: Path):
 
 
 WORDS = {
-    EXIT_HANG: ("the run hung; the job is requeued", f"error: code {EXIT_HANG} on node"),
     1: ("the run failed with exit code 1", "error: code 1 on node"),
     BAD_INPUT: ("the run failed with exit code 2", "error: code 2 on node"),
     EXIT_REQUEUE: ("a signal stopped the run; the job is requeued", "requeue 1"),
@@ -101,15 +100,12 @@ WORDS = {
 @pytest.mark.parametrize(
     ("expected", "codes"),
     [
-        (EXIT_HANG, f"{EXIT_HANG} {EXIT_REQUEUE}"),
-        (EXIT_HANG, f"{EXIT_REQUEUE} {EXIT_HANG}"),
-        (EXIT_HANG, f"{EXIT_HANG} none"),
         (1, f"1 {EXIT_REQUEUE}"),
         (1, f"{EXIT_REQUEUE} 1"),
         (1, "1 none"),
         (1, "0 1"),
         (BAD_INPUT, f"{BAD_INPUT} {EXIT_REQUEUE}"),
-        (BAD_INPUT, f"{EXIT_HANG} {BAD_INPUT}"),
+        (BAD_INPUT, f"1 {BAD_INPUT}"),
         (EXIT_REQUEUE, f"{EXIT_REQUEUE} {EXIT_REQUEUE}"),
         (EXIT_REQUEUE, f"0 {EXIT_REQUEUE}"),
         (EXIT_REQUEUE, f"stop 1 {EXIT_REQUEUE}"),
@@ -118,7 +114,7 @@ WORDS = {
     ],
 )
 def test_exit_code(train, expected, codes):
-    """After a hang, a failure or bad input on one node, Slurm stops the other node; `stop` is a signal to the job."""
+    """After a failure or bad input on one node, Slurm stops the other node; `stop` is a signal to the job."""
     code, output = train(codes.removeprefix("stop "), stops=codes.startswith("stop"))
     assert code == expected
     assert all(words in output for words in WORDS[expected])
@@ -126,24 +122,8 @@ def test_exit_code(train, expected, codes):
 
 def test_job_of_an_array_is_requeued_alone(train):
     """The id of an array's last job is the id of the array, too."""
-    _, output = train(f"{EXIT_HANG} 0", SLURM_ARRAY_JOB_ID="1", SLURM_ARRAY_TASK_ID="3")
+    _, output = train(f"{EXIT_REQUEUE} 0", SLURM_ARRAY_JOB_ID="1", SLURM_ARRAY_TASK_ID="3")
     assert "requeue 1_3\n" in output
-
-
-def test_many_different_errors(train, tmp_path):
-    """Each of thousands of ranks reports the hang in words of its own."""
-    program = f"for i in {{1..3000}}; do echo error: rank $i is silent; done; exit {EXIT_HANG}"
-    (tmp_path / "launch" / "pretrain.sh").write_text(f"#!/usr/bin/env bash\n{program}\n")
-    code, output = train(f"{EXIT_HANG} {EXIT_HANG}")
-    assert code == EXIT_HANG
-    assert "requeue 1" in output
-    assert output.count("is silent") == 20
-
-
-def test_slurm_that_refuses_to_requeue(train):
-    code, output = train(f"{EXIT_HANG} 0", REFUSES="yes")
-    assert code == EXIT_HANG
-    assert "the job is not requeued, because Slurm refuses" in output
 
 
 def test_time_limit_that_leaves_no_time_for_training(train):
@@ -156,26 +136,6 @@ def test_time_limit_that_leaves_no_time_for_training(train):
     code, output = train(f"{EXIT_REQUEUE} {EXIT_REQUEUE}", stops=True, expect_stderr=error, **limit)
     assert code == BAD_INPUT
     assert "requeue 1" not in output
-
-
-def test_variables_reach_the_nodes_of_a_job_that_exports_none(train, tmp_path):
-    program = tmp_path / "launch" / "pretrain.sh"
-    program.write_text('#!/usr/bin/env bash\necho "error: SLURM_EXPORT_ENV=$SLURM_EXPORT_ENV"; exit 1\n')
-    assert "error: SLURM_EXPORT_ENV=ALL" in train("1 1", SLURM_EXPORT_ENV="NONE")[1]
-
-
-def test_tasks_have_all_gpus_and_cores_of_their_nodes(train, tmp_path):
-    """Whatever tasks and GPUs sbatch was asked for, a node has one task; so has the probe of a lost node."""
-    stub, srun = tmp_path / "stub", tmp_path / "srun"
-    stub.write_bytes(srun.read_bytes())
-    srun.write_text(f'#!/usr/bin/env bash\n{{ echo "$@"; env; }} >>{tmp_path}/given\nsource {stub}\n')
-    asked = {"CPUS_PER_TASK": "8", "TRES_PER_TASK": "cpu=8,gres/gpu=1", "GPUS_PER_TASK": "1", "GPUS": "16"}
-    train("1 1", SLURM_GPUS_ON_NODE="8", **{f"SLURM_{name}": value for name, value in asked.items()})
-    given = (tmp_path / "given").read_text().splitlines()
-    steps = [line for line in given if line.startswith("--nodelist")]
-    assert len(steps) == 2
-    assert all(" --ntasks-per-node=1 --cpu-bind=none --gpu-bind=none --gpus-per-node=8 " in step for step in steps)
-    assert not [line for line in given if re.match("SLURM_(CPUS_PER_TASK|TRES_PER_TASK|GPUS_PER_TASK|GPUS)=", line)]
 
 
 def test_apptainer(train, tmp_path):
@@ -216,25 +176,6 @@ def test_signal_to_the_script_of_a_node_reaches_the_launcher(train, tmp_path):
     assert "a signal stopped the run; the job is requeued" in output
 
 
-@pytest.mark.parametrize(("expected", "codes"), [(0, "0 0"), (1, "0 none")])
-def test_run_that_has_recovered_from_a_lack_of_memory_is_complete(train, expected, codes):
-    """Slurm's step fails, although the ranks were started again and both nodes ended well."""
-    code, output = train(codes, SRUN_CODE="1")
-    assert code == expected
-    assert ("the training is complete" in output) == (expected == 0)
-
-
-@pytest.mark.parametrize("code", [0, 1, EXIT_REQUEUE])
-def test_exit_codes_that_a_full_disk_cannot_hold(train, tmp_path, code):
-    """The files of the codes are there, but empty. Then the exit code of Slurm's step decides."""
-    stub = tmp_path / "srun"
-    text = stub.read_text().replace("CODE=$code", 'ln -s /dev/full "$4/$node"; CODE=$code')
-    stub.write_text(text.replace("|| result=$?", '2>/dev/null || result=$?; rm "$4/$node"; touch "$4/$node"'))
-    found, output = train(f"{code} {code}")
-    assert found == code
-    assert ("the training is complete" in output) == (code == 0)
-
-
 CHAIN = {"SLURM_ARRAY_JOB_ID": "1", "SLURM_ARRAY_TASK_ID": "1", "SLURM_ARRAY_TASK_MAX": "2"}
 LAST = CHAIN | {"SLURM_ARRAY_TASK_ID": "2", "SLURM_JOB_ID": "2"}
 
@@ -248,32 +189,13 @@ def test_job_that_slurm_is_ending_is_left_to_slurm(train, options, variables):
     assert "submit the chain" not in output
 
 
-@pytest.mark.parametrize("reason", [EXIT_HANG, EXIT_REQUEUE])
-def test_job_of_a_chain_leaves_the_run_to_the_next_job_if_there_is_one(train, reason):
-    code, output = train(f"{reason} {reason}", options=("--chain",), **CHAIN)
+def test_job_of_a_chain_leaves_the_run_to_the_next_job_if_there_is_one(train):
+    code, output = train(f"{EXIT_REQUEUE} {EXIT_REQUEUE}", options=("--chain",), **CHAIN)
     assert code == 0
     assert "; the next job of the chain resumes the run\n" in output
-    code, output = train(f"{reason} {reason}", options=("--chain",), **LAST)
-    assert code == reason
-    assert "; this was the last job of the chain: submit the chain again to resume the run\n" in output
-
-
-@pytest.mark.parametrize(("answers", "words"), [(True, "requeue 1\n"), (False, "because its state is unknown\n")])
-def test_controller_that_does_not_answer_at_once(train, tmp_path, answers, words):
-    stub = tmp_path / "scontrol"
-    silence = f"[[ $* != *'show job'* || -e {tmp_path}/answers ]] || exit 1\n"
-    stub.write_text(stub.read_text().replace("\n", f"\n{silence}", 1))
-    write_script(tmp_path / "sleep", f"#!/bin/sh\n{f'touch {tmp_path}/answers' if answers else ''}\n")
-    code, output = train(f"{EXIT_REQUEUE} {EXIT_REQUEUE}")
+    code, output = train(f"{EXIT_REQUEUE} {EXIT_REQUEUE}", options=("--chain",), **LAST)
     assert code == EXIT_REQUEUE
-    assert output.endswith(words)
-
-
-def test_step_that_fails_before_the_script_waits_for_it(train, tmp_path):
-    (tmp_path / "srun").write_text("#!/usr/bin/env bash\n[[ ${*: -1} == true ]] || exit 5\n")
-    code, output = train("", **{"BASH_FUNC_kill%%": '() { sleep 0.5; builtin kill "$@"; }'})
-    assert code == 5
-    assert "the training is complete" not in output
+    assert "; this was the last job of the chain: submit the chain again to resume the run\n" in output
 
 
 @pytest.mark.parametrize("fails_first", [False, True])
@@ -287,13 +209,6 @@ def test_command_after_a_chain_runs_until_it_succeeds(train, tmp_path, fails_fir
         assert train("0", options=options, NODES="n0", SLURM_JOB_NUM_NODES="1", **job)[0] == expected
     assert len(runs.read_text().splitlines()) == 1 + fails_first
     assert [path.name for path in (tmp_path / "run" / "slurm").glob("*.finished")] == ["1.finished"]
-
-
-def test_signal_interrupts_neither_the_training_nor_the_command_after_it(train, tmp_path):
-    write_script(tmp_path / "launch/report.sh", "#!/usr/bin/env bash\nsleep 0.5\n")
-    code, _ = train("0 0", options=("--then", "launch/report.sh"), stops=True)
-    assert code == 0
-    assert (tmp_path / "run" / "slurm" / "1.finished.then").exists()
 
 
 def test_command_after_a_complete_run(train, tmp_path):

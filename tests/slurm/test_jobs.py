@@ -8,6 +8,8 @@ from support.paths import ROOT
 
 pytestmark = pytest.mark.slurm
 
+LAPTOP = ROOT / "launch" / "models" / "laptop.yaml"
+
 
 @pytest.fixture
 def submit(cluster):
@@ -94,6 +96,28 @@ def test_dead_node(cluster, submit, new_laptop_run, undisturbed, node):
     losses = run.losses
     assert set(losses) >= set(range(21, 101))
     assert losses == {iteration: undisturbed.losses[iteration] for iteration in losses}
+
+
+def test_job_goes_on_with_the_nodes_that_it_gets(cluster, new_laptop_run, tmp_path):
+    """The first node, with the rendezvous and the job's script, is lost for good."""
+    run = new_laptop_run()
+    at = run.arguments.index("--expert-model-parallel-size")
+    flags = (*run.arguments[1:at], *run.arguments[at + 2 :])
+    model = tmp_path / "laptop.yaml"
+    model.write_text(f"{LAPTOP.read_text()}layouts:\n  1: {{}}\n  2: {{expert-model-parallel-size: 2}}\n")
+    cluster.wait_for_nodes()
+    job = cluster.submit("--nodes=1-2", "--exclusive", "--run-dir", run.folder, "--", model, *flags)
+    run.wait_for_iteration(32)
+    saved = run.saved
+    cluster.fail_node("n1")
+    try:
+        assert_completed(job, run)
+    finally:
+        cluster.mend_node("n1")
+    log = (run.folder / "slurm" / job.number / "attempt1.n2.log").read_text()
+    assert "layout      1 rank" in log
+    assert f"iter_{saved:07d}" in log
+    assert list(run.losses)[-1] == 100
 
 
 def test_cancelled_job_stays_cancelled(cluster, submit, new_laptop_run):

@@ -97,7 +97,6 @@ def test_jobs_one_after_the_other_may_share_a_folder(tmp_path, array):
         (("--", "nowhere.yaml"), "model file nowhere.yaml does not exist"),
         (("--chain", "many", "--", LAPTOP), "--chain needs a number of jobs, not many"),
         (("--image",), "--image needs a value"),
-        (("--then", "x", "--nodes=1:2", "--", LAPTOP), "each node of --nodes=1:2 would run the command of --then"),
     ],
 )
 def test_bad_options(arguments, error):
@@ -117,7 +116,6 @@ def test_bad_options(arguments, error):
         (("--container", "pyxis", "x.yaml"), "--container pyxis needs an --image"),
         (("--train-nodes", "3", "x.yaml"), "--train-nodes 3: the job has 2 nodes"),
         (("--chain", "x.yaml"), "--chain needs a job array"),
-        (("--elastic", "1:2", "--then", "x", "x.yaml"), "--then excludes --elastic"),
         (("x.yaml",), "model file x.yaml does not exist"),
     ],
 )

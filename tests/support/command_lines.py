@@ -14,7 +14,6 @@ from pathlib import Path
 import pytest
 
 from maskmoe.command_line.main import dispatch
-from maskmoe.command_line.pretrain import has_flags_only
 from maskmoe.processes.run_tool import run_tool
 
 TRAINING = {"pretrain": "maskmoe.training.pretrain", "evaluate": "maskmoe.training.evaluate"}
@@ -73,7 +72,8 @@ def run_command(*words: object, folder: Path | str = ".") -> Outcome:
         contextlib.redirect_stdout(output),
         contextlib.redirect_stderr(errors),
     ):
-        launches = command[0] == "pretrain" and not has_flags_only(command[1:])
+        has_model_file = any(word.endswith(".yaml") for word in command)
+        launches = command[0] == "pretrain" and (has_model_file or not command[1:2] or not command[1].startswith("--"))
         is_check = command[0] == "pretrain" and any(word.partition("=")[0] == "--check" for word in command)
         module = None if launches else TRAINING.get("check" if is_check else command[0])
         patch.setattr(sys, "argv", ["maskmoe", *command] if module is None else [f"{command[0]}.py", *command[1:]])

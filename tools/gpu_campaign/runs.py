@@ -55,7 +55,7 @@ class Run:
         data, uses_engine = _data(context), self.has_engine and context.has_transformer_engine
         packages = () if uses_engine or context.is_dry_run else _WITHOUT_PACKAGES
         words = (
-            *(str(context.root / "launch" / "pretrain.sh"), "--gpus-per-node", str(self.ranks), "--max-restarts", "0"),
+            *(str(context.root / "launch" / "pretrain.sh"), "--nproc-per-node", str(self.ranks), "--max-restarts", "0"),
             *("--run-dir", str(self.folder(context)), *options),
             *(str(context.root / "launch" / "models" / f"{self.model}.yaml"), "--data-path", str(data.prefix)),
             *("--split", "90,10,0", "--data-cache-path", str(context.folder("data") / "cache")),

@@ -136,7 +136,9 @@ def test_nodes_that_were_started_differently_end_with_one_line(workplace, tmp_pa
     with ExitStack() as launches:
         nodes = []
         for node in (0, 1):
-            options = f"--nodes 2 --node-rank {node} --gpus-per-node 1 --rendezvous {endpoint} --run-dir {tmp_path}/run"
+            options = (
+                f"--nodes 2 --node-rank {node} --nproc-per-node 1 --rendezvous {endpoint} --run-dir {tmp_path}/run"
+            )
             model_flags = workplace.flags(Run(flags if node else ""), tmp_path)
             command = [sys.executable, "-m", "maskmoe", "pretrain", *options.split(), tmp_path / "model.yaml"]
             (tmp_path / str(node)).mkdir()
