@@ -100,7 +100,7 @@ def test_a_comparison_replaces_its_own_report_only(folder: Path) -> None:
 
 def test_a_report_of_a_check_is_not_written_over_its_model_file(folder: Path) -> None:
     (folder / "m.yaml").write_text("num-layers: 2\n")
-    check = ("pretrain", "--check", "--gpus-per-node", "1", "m.yaml", "--json")
+    check = ("pretrain", "--check", "--nproc-per-node", "1", "m.yaml", "--json")
     before = contents(folder)
     run_command(*check, "m.yaml", "--force").assert_refused("it is an input of this command")
     assert contents(folder) == before
