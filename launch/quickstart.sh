@@ -136,7 +136,7 @@ step "$run/routing_mask.safetensors" mask --token-frequency "$run/token_frequenc
 # 6. Train the model, or resume its training.
 tenth=$((train_iters < 10 ? 1 : train_iters / 10))
 printf -v last '%s/checkpoints/iter_%07d' "$run" "$train_iters"
-step "$last/integrity.json" pretrain --gpus-per-node "$processes" --run-dir "$run" "$root/launch/models/laptop.yaml" \
+step "$last/integrity.json" pretrain --nproc-per-node "$processes" --run-dir "$run" "$root/launch/models/laptop.yaml" \
     "${data[@]}" "${tokenizer[@]}" --routing-mask "$run/routing_mask.safetensors" --seed "$seed" \
     --train-iters "$train_iters" --eval-interval "$tenth" --save-interval "$tenth" --keep-last-checkpoints 1 \
     --micro-batch-size $((8 / processes)) --expert-model-parallel-size "$processes" "${device[@]}"

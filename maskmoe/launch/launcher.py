@@ -1,6 +1,7 @@
 """Launches a training run of a model file on this node, or an entry point on this machine, by becoming torchrun."""
 
 import os
+import subprocess
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -44,9 +45,9 @@ def launch(program: str, arguments: Sequence[str]) -> None:
     model = ModelFile.read(options.model, {**os.environ, "RUN_DIR": str(options.run_dir)})
     processes = options.nproc_per_node or find_devices().num_gpus or 1
     if options.check_only:
-        _check(options, model, processes)
+        sys.exit(_check(options, model, processes))
     for nodes in range(options.nodes.least, options.nodes.most + 1):
-        split_program(model.flags_for(nodes * processes))
+        split_program(run_flags(options.run_dir, model.flags_for(nodes * processes), split_flags(options.flags)))
     route = route_to(*options.rendezvous) if options.rendezvous else None
     command = torchrun_command(options, processes, route, os.environ)
     if options.dry_run:
@@ -91,8 +92,8 @@ def _become(command: Command) -> NoReturn:
     os.execve(command.words[0], command.words, {**os.environ, **command.environment})
 
 
-def _check(options: Options, model: ModelFile, processes: int) -> NoReturn:
-    """Check the run, which prints errors to stderr and a report to stdout: this process becomes the check.
+def _check(options: Options, model: ModelFile, processes: int) -> int:
+    """Check the run, which prints errors to stderr and a report to stdout; return the exit code.
 
     Raises:
         UserError: The model file has no layout for the number of ranks, or a file of the report cannot be written.
@@ -109,4 +110,5 @@ def _check(options: Options, model: ModelFile, processes: int) -> NoReturn:
     check_outputs([Path(path) for path in flags.get("json", ())], [options.model], force="force" in flags)
     program, flags = split_program(flags)
     words = (sys.executable, *entry_point("check", program), "--check", str(ranks), *flag_words(flags))
-    _become(Command(words, unset_variables(RUN_ENVIRONMENT, os.environ)))
+    environment = {**os.environ, **unset_variables(RUN_ENVIRONMENT, os.environ)}
+    return subprocess.run(words, env=environment, check=False).returncode

@@ -42,7 +42,7 @@ FOREIGN_FLAGS = {
     "mkdocs": {"--strict"},
     "zstd": {"--long"},
     "sbatch": {"--array", "--clusters", "--dependency", "--exclusive", "--gpus-per-node", "--nodes", "--time"},
-    "torchrun": {"--max-restarts", "--nproc-per-node", "--shutdown-timeout", "--standalone"},
+    "torchrun": {"--max-restarts", "--nnodes", "--nproc-per-node", "--shutdown-timeout", "--standalone"},
     "pip": {"--no-deps", "--require-hashes"},
     "curl": {"--data", "--header", "--silent"},
     "vllm": {
@@ -118,6 +118,10 @@ def unknown_flags(words: list[str]) -> set[str]:
         name = next((name for name in names if name in documented_flags()), "--help")
         assert name in names, arguments[0]
         return flags_of(arguments) - (known_flags(name) if name != "--help" else {"--help"})
+    modules = [word for word in arguments if word.startswith("maskmoe.training.")]
+    if program in ("torchrun", "python") and modules:
+        assert (ROOT / f"{modules[0].replace('.', '/')}.py").is_file()
+        return flags_of(arguments) - FOREIGN_FLAGS["torchrun"] - known_flags("pretrain")
     if program in FOREIGN_FLAGS:
         scripts = [word for word in arguments if word.endswith(".py")]
         if PRINTED_SCRIPTS.issuperset(scripts):

@@ -5,12 +5,14 @@ import io
 import logging
 import re
 import shlex
+import subprocess
 import sys
 import tempfile
 import warnings
 from functools import cache
 from pathlib import Path
 from typing import Any
+from unittest.mock import Mock
 
 import pytest
 import yaml
@@ -306,13 +308,13 @@ def test_check_of_a_file_whose_layouts_do_not_fit_reports_the_smallest(tmp_path,
     checked = []
     (tmp_path / "model.yaml").write_text("a: 1\nlayouts:\n  16: {}\n  32: {}")
 
-    def check(flags, ranks):
-        checked.append(ranks)
-        return 2
+    def check(words, **_):
+        checked.append(words[words.index("--check") + 1])
+        return Mock(returncode=2)
 
-    monkeypatch.setattr(launcher, "check", check)
+    monkeypatch.setattr(subprocess, "run", check)
     for options, error in (((), SystemExit), (("--nproc-per-node", "2"), UserError)):
         with pytest.raises(error):
             launcher.launch("maskmoe pretrain", ["--check", *options, str(tmp_path / "model.yaml")])
-    assert checked == [16]
+    assert checked == ["16"]
     assert capsys.readouterr().err.startswith("note: the report is for 16 ranks, the smallest layout of ")
