@@ -12,4 +12,4 @@ if [[ ! -e $root/.venv/maskmoe-setup ]] && python3 -P -c 'import maskmoe, transf
 else
     "$root/launch/setup.sh" --extras hf
 fi
-exec "$python" -P "$root/launch/run_checkout.py" compare "$@"
+exec "$python" -P -m maskmoe compare "$@"

@@ -14,6 +14,6 @@ fail() {
 [[ ! -L $python || -e $python ]] || fail "$(uname -n) has no $(readlink -m "$python"), with which .venv was made: run \
 PYTHON=/path/to/python3 launch/setup.sh with a Python that all nodes have"
 # A Python older than 3.11 lacks the option -P.
-[[ -x $python ]] || { python=$(type -P python3) && "$python" -P -c '' 2>/dev/null; } ||
+[[ -x $python ]] || { python=$(type -P python3) && "$python" -P -c 'import maskmoe' 2>/dev/null; } ||
     fail "MaskMoE is not installed: run launch/setup.sh first"
-exec "$python" -P "$root/launch/run_checkout.py" pretrain "$@"
+exec "$python" -P -m maskmoe pretrain "$@"

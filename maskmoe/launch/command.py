@@ -144,7 +144,6 @@ def _rendezvous_words(options: Options, route: Route | None) -> tuple[str, ...]:
     is_host = str(options.node_rank == 0).lower()
     return (
         *("--rdzv-backend", "c10d", "--rdzv-endpoint", f"{host}:{port}", "--rdzv-id", options.rendezvous_id),
-        # A node that node 0 does not answer gives up after `read_timeout` seconds.
-        *("--rdzv-conf", f"is_host={is_host},join_timeout={options.rendezvous_timeout},read_timeout=20"),
+        *("--rdzv-conf", f"is_host={is_host},join_timeout={options.rendezvous_timeout}"),
         *(("--local-addr", route.address) if route else ()),
     )

@@ -11,7 +11,9 @@ import logging
 import os
 import signal
 import sys
-from collections.abc import Mapping
+import threading
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from torch.distributed import run
@@ -26,6 +28,7 @@ from maskmoe.processes.interruption import EXIT_REQUEUE, SIGNALS_THAT_END
 from maskmoe.processes.run_tool import EXIT_BAD_INPUT, EXIT_RUN_FAILURE
 
 _FAILED_RANKS_TIMEOUT = 30  # seconds until ranks that outlive a failed rank are killed
+_ANSWER_TIMEOUT = 60.0  # seconds for an answer of node 0
 _OTHER_NODE_TIMEOUT = 10.0  # seconds for which ranks may end by themselves when another node has ended the run
 
 
@@ -53,16 +56,34 @@ class Agent(LocalElasticAgent):
 
     def _has_ended_elsewhere(self) -> bool:
         try:
-            return self._worker_group.spec.rdzv_handler.is_closed()
-        except RendezvousError:  # node 0 does not answer
+            with self._limited_time():
+                return self._worker_group.spec.rdzv_handler.is_closed()
+        except RendezvousError:  # node 0 has ended
             return True
 
     def _is_node_waiting(self) -> bool:
         """Return whether a node waits to be taken in. Then all ranks save and stop, and torchrun starts them again."""
         try:
-            return self._worker_group.spec.rdzv_handler.num_nodes_waiting() > 0
+            with self._limited_time():
+                return self._worker_group.spec.rdzv_handler.num_nodes_waiting() > 0
         except RendezvousError:
             return False
+
+    @contextmanager
+    def _limited_time(self) -> Iterator[None]:
+        """End the ranks and this process if node 0 does not answer, for which torchrun itself waits without limit."""
+        timer = threading.Timer(_ANSWER_TIMEOUT, self._give_up)
+        timer.daemon = True
+        timer.start()
+        try:
+            yield
+        finally:
+            timer.cancel()
+
+    def _give_up(self) -> None:
+        _say("error: node 0 does not answer: its host or the network is down")
+        self._kill_ranks()
+        os._exit(EXIT_RUN_FAILURE)
 
     def _shutdown(self, death_sig: signal.Signals = signal.SIGTERM, timeout: int = 0) -> None:
         """End the ranks by SIGTERM, and kill those that are left after a time; the arguments are ignored.
@@ -75,13 +96,12 @@ class Agent(LocalElasticAgent):
             _say(f"{signal.Signals(end.sigval).name}: the run saves a checkpoint and stops")
             for number in SIGNALS_THAT_END:
                 signal.signal(number, signal.SIG_IGN)
-            signal.signal(signal.SIGINT, lambda *_: self._kill())
+            signal.signal(signal.SIGINT, lambda *_: self._kill_ranks())
         super()._shutdown(signal.SIGTERM, timeout)
 
-    def _kill(self) -> None:
-        _say("second Ctrl-C: the run is killed")
-        if self._pcontext is not None:
-            for process in self._pcontext.pids().values():
+    def _kill_ranks(self) -> None:
+        for process in self._pcontext.pids().values() if self._pcontext else ():
+            with suppress(ProcessLookupError):
                 os.kill(process, signal.SIGKILL)
 
 

@@ -61,7 +61,7 @@ def test_flags_and_environment_give_the_same_command_for_many_nodes():
     assert "GLOO_SOCKET_IFNAME=eth1 NCCL_SOCKET_IFNAME==eth1 " in line
     assert (
         "--nnodes 2:4 --nproc-per-node 8 --rdzv-backend c10d --rdzv-endpoint head:1234 --rdzv-id job "
-        "--rdzv-conf is_host=false,join_timeout=600,read_timeout=20 --local-addr 10.0.0.3 --max-restarts 1 "
+        "--rdzv-conf is_host=false,join_timeout=600 --local-addr 10.0.0.3 --max-restarts 1 "
     ) in line
     assert "--log-dir /run/logs/node2 " in line
     assert "is_host=true" in str(build_command(by_flags.replace("--node-rank 2", "--node-rank 0")))

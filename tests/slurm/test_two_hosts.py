@@ -14,8 +14,8 @@ from maskmoe.processes.interruption import EXIT_REQUEUE
 pytestmark = pytest.mark.slurm
 
 TIMEOUT = 15  # seconds until a collective that lacks a rank fails
-# Seconds until both launchers have exited: a launcher asks the lost node several times, for 20 s each.
-EXIT_TIMEOUT = TIMEOUT + 150
+# Seconds until both launchers have exited: a launcher waits a minute for the answer of a lost node.
+EXIT_TIMEOUT = TIMEOUT + 90
 LAPTOP = ROOT / "launch" / "models" / "laptop.yaml"
 LAYOUTS = """
 layouts:

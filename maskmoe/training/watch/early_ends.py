@@ -112,23 +112,35 @@ def explaining_early_ends(args: Namespace) -> Iterator[None]:
         ) from error
     except SystemExit as end:
         if end.code in _RERUN_VERDICTS and torch.distributed.get_rank() == 0:
-            state = rerun_state_machine.get_rerun_state_machine().state
-            is_second = state == rerun_state_machine.RerunState.RERUNNING_FROM_CHECKPOINT
-            verdict = _SECOND_RERUN_VERDICT if is_second else _RERUN_VERDICTS[end.code]
-            print(f"error: {verdict}. {describe_newest_checkpoint(args)}", file=sys.stderr)
+            print(f"error: {_rerun_verdict(end.code)}. {describe_newest_checkpoint(args)}", file=sys.stderr)
         has_signal = args.exit_signal_handler and any(get_signal_handler().signals_received())
         if not end.code and (has_signal or _is_out_of_time(args)):
             sys.exit(EXIT_REQUEUE)
         raise
     finally:
-        # When the process exits, Python sends SIGTERM to the workers and waits for their end. But Megatron makes
-        # workers ignore SIGTERM, so that a signal to the process group does not end them before the last save. The
-        # process would never end.
-        signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # torch's handler would report a failed worker
-        rank_is_ending.set()
-        for child in multiprocessing.active_children():
-            if child.daemon:
-                child.kill()
+        _kill_workers()
+
+
+def _rerun_verdict(code: int) -> str:
+    """Return what Megatron's repetition of a step has shown if Megatron ends the run with this exit code."""
+    state = rerun_state_machine.get_rerun_state_machine().state
+    if state == rerun_state_machine.RerunState.RERUNNING_FROM_CHECKPOINT:
+        return _SECOND_RERUN_VERDICT
+    return _RERUN_VERDICTS[code]
+
+
+def _kill_workers() -> None:
+    """Kill the workers of the data loaders.
+
+    When the process exits, Python sends SIGTERM to the workers and waits for their end. But Megatron makes workers
+    ignore SIGTERM, so that a signal to the process group does not end them before the last save. The process would
+    never end.
+    """
+    signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # torch's handler would report a failed worker
+    rank_is_ending.set()
+    for child in multiprocessing.active_children():
+        if child.daemon:
+            child.kill()
 
 
 def _is_out_of_time(args: Namespace) -> bool:
