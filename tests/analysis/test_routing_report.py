@@ -7,9 +7,8 @@ import numpy as np
 import pytest
 from matplotlib.figure import Figure
 
-from maskmoe.analysis.dispatch_report import write_csv
 from maskmoe.analysis.routing_analysis import RoutingAnalysis
-from maskmoe.analysis.routing_report import PLOT_NAMES, write_plots
+from maskmoe.analysis.routing_report import PLOT_NAMES, write_csv, write_plots
 from maskmoe.routing_mask.frequency import FrequencyBands
 
 

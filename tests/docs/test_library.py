@@ -53,9 +53,9 @@ def test_layer_runs_as_printed(folder: Path) -> None:
 
 def test_loop_needs_the_cpu_adapter_only(folder: Path) -> None:
     """One process, without the patches: a process on a GPU with Transformer Engine makes no call at all."""
-    adapter_only = (
-        SCRIPTS[1].replace("import prepare_process", "import cpu").replace("prepare_process()", "cpu.install()")
-    )
+    adapter = "from maskmoe.megatron_compat import cpu"
+    adapter_only = SCRIPTS[1].replace("from maskmoe import prepare_process", adapter)
+    adapter_only = adapter_only.replace("prepare_process()", "cpu.install()")
     alone, replaced = re.subn("_model_parallel_size=2", "_model_parallel_size=1", adapter_only)
     assert replaced == 3
     (folder / NAMES[1]).write_text(alone, encoding="utf-8")

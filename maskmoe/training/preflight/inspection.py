@@ -41,6 +41,7 @@ _ASSUMED_VOCAB_SIZE = 32_000
 # The machine of the check may lack Transformer Engine, and Megatron then refuses the settings that are replaced here.
 # None of them changes the shape of a parameter.
 _WITHOUT_TRANSFORMER_ENGINE = {
+    "gradient_accumulation_fusion": False,  # kernels of Apex, which this machine lacks, too
     "moe_permute_fusion": False,
     "apply_rope_fusion": False,
     "use_precision_aware_optimizer": False,
