@@ -333,7 +333,7 @@ FAULTS = (
 def test_all_errors_at_once(working_folder, tmp_path, files_and_times):
     """A user starts the check of the run, which changes no file."""
     before = files_and_times(working_folder)
-    command = [sys.executable, "-m", "maskmoe", "pretrain", "--check", "24", *shlex.split(FAULTY)]
+    command = [sys.executable, "-m", "maskmoe.training.check", "--check", "24", *shlex.split(FAULTY)]
     process = subprocess.run(
         [*command, "--json", str(tmp_path / "report.json")],
         cwd=working_folder,
