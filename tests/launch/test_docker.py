@@ -87,39 +87,6 @@ def test_mounts(tmp_path):
     assert not (tmp_path / "new").exists()  # a dry run creates nothing
 
 
-def test_caller_needs_no_name(tmp_path):
-    # For a user without a name, id prints the number and fails.
-    script = "echo 4321; [[ $1 != -un ]] || { echo 'id: cannot find name for user ID 4321' >&2; exit 1; }"
-    words = dry_run("--engine", "docker", "true", **replace_program(tmp_path, "id", script))
-    assert {"--user=4321:4321", "--env=USER=4321"} <= set(words)
-
-
-def test_caller_keeps_its_groups(tmp_path):
-    words = dry_run("--engine", "docker", "true", **replace_program(tmp_path, "id", "echo 4321 5678"))
-    assert {"--group-add=4321", "--group-add=5678"} <= set(words)
-
-
-def test_rootless_docker_runs_root_as_the_caller(tmp_path):
-    program = replace_program(tmp_path, "docker", "[[ $1 != info ]] || echo '[name=seccomp name=rootless]'")
-    line = f"ulimit -l 64; {ROOT}/launch/docker.sh --dry-run --cpu true"
-    words = subprocess.check_output(["bash", "-c", line], env=os.environ | program, text=True).split()
-    assert words[0] == "docker"
-    assert {"--user=0:0", "--ulimit=memlock=65536:65536"} <= set(words)
-
-
-def test_podman_that_is_installed_as_docker(tmp_path):
-    program = replace_program(tmp_path, "docker", "[[ $1 != --version ]] || echo podman version 5.4.2")
-    words = dry_run("--gpus", "all", "true", **program)
-    assert words[0] == "podman"
-    assert "--device=nvidia.com/gpu=all" in words
-
-
-def test_podmans_limits_do_not_exceed_the_users_limits():
-    command = f"ulimit -l 64 -s 8192; {ROOT}/launch/docker.sh --dry-run --engine podman true"
-    output = subprocess.check_output(["bash", "-c", command], text=True)
-    assert "--ulimit=memlock=65536:65536 --ulimit=stack=8388608:8388608" in output
-
-
 def test_gpus_are_used_if_there_are_any(with_gpus):
     words = dry_run("--engine", "docker", "true", **with_gpus)
     assert "--gpus=all" in words
@@ -136,12 +103,6 @@ def test_variables_of_the_launchers_are_passed():
     words = dry_run("--engine", "docker", "--env", "A=b c", "true", NNODES="2", NCCL_DEBUG="INFO", RUN_DIR="/x", B="1")
     assert {"--env=NNODES", "--env=NCCL_DEBUG", "--env=A=b c"} <= set(words)
     assert not {"--env=RUN_DIR", "--env=B"} & set(words)
-
-
-@pytest.mark.parametrize(("gpus", "is_passed"), [("2,3", False), ("all", True)])
-def test_visible_gpus_are_not_passed_to_a_container_that_renumbers_its_gpus(gpus, is_passed):
-    words = dry_run("--engine", "docker", "--gpus", gpus, "true", CUDA_VISIBLE_DEVICES="2,3")
-    assert ("--env=CUDA_VISIBLE_DEVICES" in words) == is_passed
 
 
 def test_build():
@@ -167,28 +128,6 @@ def test_signals_reach_the_engine(tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("redirections", "options"),
-    [
-        ("", {"--interactive", "--tty"}),
-        ("| cat", set()),
-        ("</dev/null", set()),
-        ("<&-", set()),
-        ("<<<text", {"--interactive"}),
-        ("<<<text | cat", {"--interactive"}),
-    ],
-)
-def test_options_for_standard_input(redirections, options):
-    """Run in a terminal, except for the redirections."""
-    line = f"{ROOT}/launch/docker.sh --dry-run --engine docker --cpu true {redirections}"
-    terminal, own_end = os.openpty()
-    with os.fdopen(terminal, "rb", buffering=0) as reader:
-        subprocess.run(["bash", "-c", line], stdin=own_end, stdout=own_end, check=True)
-        os.close(own_end)
-        words = shlex.split(reader.read(65536).decode())
-    assert {"--interactive", "--tty"} & set(words) == options
-
-
-@pytest.mark.parametrize(
     ("arguments", "error"),
     [
         ((), "COMMAND is missing"),
@@ -202,29 +141,6 @@ def test_options_for_standard_input(redirections, options):
 )
 def test_bad_options(arguments, error):
     assert_refused(error, "--engine", "docker", *arguments)
-
-
-@pytest.fixture
-def without_engine(tmp_path) -> dict[str, str]:
-    """Return environment variables with which neither docker nor podman is installed."""
-    for name in ("bash", "cat", "dirname", "env", "git", "grep", "id", "realpath", "sed", "tty"):
-        if path := shutil.which(name):
-            (tmp_path / name).symlink_to(path)
-    return {"PATH": str(tmp_path)}
-
-
-def test_dry_run_needs_no_engine(without_engine):
-    words = dry_run("--cpu", "true", **without_engine)
-    assert words[:3] == ["docker", "run", "--rm"]
-    assert dry_run("--cpu", "--engine", "podman", "true", **without_engine)[0] == "podman"
-
-
-@pytest.mark.parametrize(
-    ("options", "error"),
-    [((), "neither docker nor podman is installed"), (("--engine", "podman"), "podman is not installed")],
-)
-def test_missing_engine(without_engine, options, error):
-    assert_refused(error, "--cpu", *options, "true", **without_engine)
 
 
 # ---- The image -------------------------------------------------------------------------------------------------------
