@@ -35,7 +35,8 @@ def test_help_imports_neither_torch_nor_megatron(name: str, monkeypatch, capsys)
     runpy.run_module(f"maskmoe.training.{name}", run_name="__main__")
     printed = capsys.readouterr().out
     assert printed == help_page(name)
-    assert printed.startswith("usage: maskmoe evaluate " if name == "evaluate" else "usage: maskmoe pretrain ")
+    program = "evaluate" if name == "evaluate" else "pretrain"
+    assert printed.startswith(f"usage: torchrun --nproc-per-node N -m maskmoe.training.{program} ")
     assert "\nMaskMoE:\n  --routing-mask FILE" in printed
     assert "--help-all shows" in printed
 
