@@ -9,6 +9,8 @@ from megatron.core.timers import Timers
 from megatron.training import global_vars
 from megatron.training.dist_signal_handler import DistributedSignalHandler
 
+from maskmoe.megatron_compat import replacing
+
 get_args = cast(Callable[[], Namespace], global_vars.get_args)
 """Returns the command line arguments."""
 
@@ -35,22 +37,14 @@ def global_args(args: Namespace) -> Iterator[None]:
         global_vars.set_args(before)
 
 
-# The arguments for which `set_global_variables` opens a writer on the last rank, and their values without a writer.
-_NO_WRITERS = {"tensorboard_dir": None, "wandb_project": ""}
-
-
 def set_globals_without_writers(args: Namespace) -> None:
     """Set all global variables but the writers, which would write files before all settings are checked.
 
     One-logger, which only NVIDIA has, stays off.
     """
-    args.enable_one_logger = False
-    held_back = {name: getattr(args, name) for name in _NO_WRITERS}
-    vars(args).update(_NO_WRITERS)
-    try:
+    writers = ("_set_tensorboard_writer", "_set_wandb_writer", "_set_one_logger")
+    with replacing(global_vars, **dict.fromkeys(writers, lambda args: None)):
         global_vars.set_global_variables(args)
-    finally:
-        vars(args).update(held_back)
 
 
 def open_writers(args: Namespace) -> None:

@@ -3,10 +3,8 @@
 Each function replaces something of megatron-core 0.19.2 and says what, why, and when the patch can go.
 """
 
-import sys
 from argparse import Namespace
 from collections.abc import Callable
-from contextlib import suppress
 from functools import partial, wraps
 from typing import Any
 
@@ -34,31 +32,6 @@ def call_after_steps(after_step: Callable[[tuple], object]) -> None:
         return results
 
     replace(training, "train_step", train_step)
-
-
-def tolerate_write_errors(writer: Any) -> None:
-    """Let torch's `SummaryWriter` warn when a disk is full, and drop the values: training continues without them.
-
-    Replaces: `add_event` and `flush` of the object that writes the events of one `SummaryWriter`.
-    Why: The thread that writes the events keeps the error, and the next value that Megatron logs raises it, which would
-        end the run.
-    Can go: When a full disk does not fail `SummaryWriter.add_scalar`.
-    """
-    events = writer._get_file_writer().event_writer
-
-    def tolerant(call: Callable[..., None]) -> Callable[..., None]:
-        def call_or_stop(*arguments: object) -> None:
-            try:
-                call(*arguments)
-            except OSError as error:
-                events.add_event = events.flush = lambda *_: None
-                with suppress(OSError):  # stderr may be a file on the same disk
-                    print(f"warning: TensorBoard's events end here: {error}", file=sys.stderr, flush=True)
-
-        return call_or_stop
-
-    replace(events, "add_event", tolerant(events.add_event))
-    replace(events, "flush", tolerant(events.flush))
 
 
 def count_operations(mean_experts: float, args: Namespace, *sizes: Any, **named_sizes: Any) -> float:

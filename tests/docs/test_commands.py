@@ -24,7 +24,7 @@ from support.documentation import (
 )
 from support.paths import ROOT
 
-from maskmoe.training.inference.flags import add_evaluation_arguments
+from maskmoe.training.inference.arguments import add_evaluation_arguments
 from maskmoe.training.settings.arguments import add_maskmoe_arguments, add_pretraining_arguments
 
 BLOCKS = [block for page in pages() for block in bash_blocks(page)]

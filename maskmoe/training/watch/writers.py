@@ -14,7 +14,6 @@ from megatron.training import get_tensorboard_writer, get_wandb_writer
 import maskmoe
 from maskmoe.files.outputs import write_text
 from maskmoe.files.run_folder import TEXT_TAG, run_folder
-from maskmoe.megatron_compat.training_patches import tolerate_write_errors
 from maskmoe.training.watch.callback import Callback
 
 _ENTRY_POINT = "maskmoe.training.pretrain"
@@ -34,12 +33,10 @@ def own_program() -> str:
 
 
 class EventFiles(Callback):
-    """Logs the command of the run, lets errors of the disk not end the run, and writes the last values at its end."""
+    """Logs the command of the run, and writes the last values at its end."""
 
     def on_start(self) -> None:
         """Log the command; Megatron has opened the writer, on the last rank only."""
-        if writer := get_tensorboard_writer():
-            tolerate_write_errors(writer)
         nodes, processes = (os.environ.get(name, "1") for name in ("GROUP_WORLD_SIZE", "LOCAL_WORLD_SIZE"))
         ranks = f"--nnodes {nodes} --nproc-per-node {processes}"
         program = own_program()
