@@ -615,6 +615,21 @@ BROKEN_IN_MEGATRON = (
         ),
     ),
     Check(
+        "--context-parallel-size above 1 with multi-token prediction",
+        "Each rank averages the loss of predicted tokens over its own tokens, and ranks have different numbers.",
+        lambda args: (
+            args.context_parallel_size > 1
+            and not args.skip_train
+            and bool(args.mtp_num_layers or _pattern_has("/")(args))
+        ),
+    ),
+    Check(
+        "--fp16 with --num-experts and without --loss-scale",
+        "The optimizers of the experts and of the other parameters adapt a loss scale each, but the loss has one. So "
+        "after an overflow, gradients are wrong by a power of two. Use --bf16.",
+        lambda args: args.fp16 and bool(args.num_experts) and args.loss_scale is None and not args.skip_train,
+    ),
+    Check(
         "--pipeline-model-parallel-layout with m in a chunk that is neither the first nor a rank's last chunk",
         "Megatron-Core would not find the copy of the embedding there, which multi-token prediction needs.",
         _hides_prediction,

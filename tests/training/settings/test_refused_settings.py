@@ -108,6 +108,8 @@ REFUSED = {
     "--optimizer lion": "--optimizer lion with another",
     f"{MUON} --group-query-attention --num-query-groups 1": "--optimizer muon with --num-query-groups",
     "--optimizer lion --fp16": "--optimizer muon",
+    "--fp16": "--fp16",
+    "--context-parallel-size 2 --mtp-num-layers 1": "--context-parallel-size",
     "--optimizer muon --bf16 --use-distributed-optimizer --num-distributed-optimizer-instances 2": "--optimizer muon",
     "--optimizer muon --bf16 --use-distributed-optimizer --use-precision-aware-optimizer": "--optimizer muon",
     f"~ --num-experts 8 {MUON} --expert-tensor-parallel-size 1 --expert-model-parallel-size 2": (
