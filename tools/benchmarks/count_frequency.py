@@ -9,17 +9,13 @@ from pathlib import Path
 
 import harness
 import numpy as np
+from zipf import zipf_probabilities
 
 from maskmoe.data.dataset_writing import IndexedDatasetWriter
 from maskmoe.data.indexed_dataset import open_tokens
 from maskmoe.processes.run_tool import run_tool
 from maskmoe.routing_mask.assignment import MaskRecipe, build_routing_mask
 from maskmoe.routing_mask.frequency import TokenFrequency, count_token_frequency
-
-
-def zipf_probabilities(vocab_size: int) -> np.ndarray:
-    weights = 1 / np.arange(1, vocab_size + 1)
-    return weights / weights.sum()
 
 
 def write_dataset(prefix: Path, vocab_size: int, dtype: type, num_bytes: int) -> None:
@@ -47,8 +43,8 @@ def counting_case(folder: Path, vocab_size: int, dtype: type, num_bytes: int) ->
     return harness.Case(name, "GB/s", harness.rate(ours, gigabytes), harness.rate(baseline, gigabytes))
 
 
-def print_mask_build_times() -> None:
-    vocab_size, num_experts, num_layers = 131072, 256, 64
+def print_mask_build_times(num_layers: int) -> None:
+    vocab_size, num_experts = 131072, 256
     counts = np.random.default_rng(0).multinomial(2 * 10**9, zipf_probabilities(vocab_size))[None]
     dataset = {"name": "zipf", "num_tokens": int(counts.sum()), "idx_sha256": "", "bin_bytes": 0}
     frequency = TokenFrequency(counts, (None,), (dataset,), None)
@@ -66,8 +62,9 @@ def main() -> None:
     parser.add_argument(
         "--megabytes", type=int, default=256, metavar="M", help="size of each dataset in MB (default: %(default)s)"
     )
+    parser.add_argument("--mask-layers", type=int, default=64, help="layers of the masks (default: %(default)s)")
     arguments = parser.parse_args()
-    print_mask_build_times()
+    print_mask_build_times(arguments.mask_layers)
     with tempfile.TemporaryDirectory() as folder:
         num_bytes = arguments.megabytes * 10**6
         cases = [

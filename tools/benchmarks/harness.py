@@ -5,6 +5,8 @@ A benchmark passes `Case`s to `run`, or measures by other means and builds `Resu
 
 import argparse
 import json
+import os
+import platform
 import re
 import statistics
 import time
@@ -74,14 +76,20 @@ def rate(work: Callable[[], object], amount: float) -> Callable[[], float]:
     return lambda: amount / measure_seconds()
 
 
-def run(cases: Iterable[Case], repeats: int) -> Iterator[Result]:
-    """Measure a case `repeats` times after one uncounted round, and yield the result; then build the next case.
+def run(cases: Iterable[Case], repeats: int, warms_up: bool = True) -> Iterator[Result]:
+    """Measure a case `repeats` times and yield the result; then build the next case.
 
     The order within a pair alternates, so that neither side always runs with the caches and clocks that the other side
     leaves behind.
+
+    Args:
+        cases: the cases.
+        repeats: the number of pairs.
+        warms_up: begin with a round that does not count. A side that starts a process each time needs none.
     """
     for case in cases:
-        case.ours(), case.baseline()
+        if warms_up:
+            case.ours(), case.baseline()
         ours, baseline = [], []
         sides = [(case.ours, ours), (case.baseline, baseline)]
         for _ in range(repeats):
@@ -118,14 +126,24 @@ def sizes(form: str) -> Callable[[str], str]:
     return check
 
 
+def processor() -> str:
+    """Return the model of this machine's processor, whether it has AVX-512, and the cores that this process may use."""
+    path = Path("/proc/cpuinfo")
+    text = path.read_text(encoding="utf-8") if path.exists() else ""
+    model = re.search(r"^model name\s*: (.+)$", text, re.MULTILINE)
+    wide = " with AVX-512" if re.search(r"^flags.*\bavx512f\b", text, re.MULTILINE) else ""
+    return f"{model[1] if model else platform.machine()}{wide}, {len(os.sched_getaffinity(0))} cores"
+
+
 def report(results: Iterable[Result], json_path: Path | None) -> None:
-    """Print one line for each case as soon as it is measured; if a path is given, also write all results as JSON.
+    """Print the processor, and one line for each case as soon as it is measured; write the same to the path, if any.
 
     The file is complete after each case, so a benchmark that is killed leaves the cases that it has measured.
     """
+    print(f"processor: {processor()}", flush=True)
     written = []
     for result in results:
         print(result, flush=True)
         written.append(asdict(result) | {"ratio": result.ratio})
         if json_path:
-            write_text(json_path, json.dumps(written, indent=2) + "\n")
+            write_text(json_path, json.dumps({"processor": processor(), "results": written}, indent=2) + "\n")

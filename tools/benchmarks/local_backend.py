@@ -47,15 +47,15 @@ _COMMON = {"num_layers": 4, "batch_size": 4, "frequent_visible_experts": 4, "ass
 _MIB = 2**20
 
 
-def sizes_of(case: str, dtype: str) -> argparse.Namespace:
+def sizes_of(case: str, arguments: argparse.Namespace) -> argparse.Namespace:
     """Return the arguments of `train_step.py` for a case."""
     defaults = vars(build_train_step_parser().parse_args([]))
-    return argparse.Namespace(**(defaults | _COMMON | CASES[case] | {"dtype": dtype}))
+    sizes = defaults | _COMMON | CASES[case] | {"dtype": arguments.dtype}
+    return argparse.Namespace(**sizes | {"seq_length": arguments.seq_length or sizes["seq_length"]})
 
 
-def peak_mib(case: str, side: Any, dtype: str) -> float:
+def peak_mib(side: Any, sizes: argparse.Namespace) -> float:
     """Return the growth of memory during a training step of one side, in MiB; needs a fresh process."""
-    sizes = sizes_of(case, dtype)
     trainer = build_trainer(side, sizes, 1, join_ranks())
     full, trainer.batches = trainer.batches, zipf_batches(sizes.vocab_size, 1, 64, seed=0)
     trainer.step()
@@ -89,6 +89,7 @@ def compare_peaks(case: str, arguments: argparse.Namespace) -> harness.Result:
 
     def measure(side: str) -> float:
         command = [sys.executable, __file__, "--cases", case, "--peak-of", side, "--dtype", arguments.dtype]
+        command += ["--seq-length", str(sizes_of(case, arguments).seq_length)]
         return float(subprocess.run(command, check=True, capture_output=True, text=True).stdout.split()[-1])
 
     return harness.Result(f"peak {case} {arguments.dtype}", "MiB", [measure("ours")], [measure("stock")])
@@ -104,20 +105,18 @@ def main() -> None:
         default=os.cpu_count(),
         help="threads that compute (default: all cores, here %(default)s)",
     )
+    parser.add_argument("--seq-length", type=int, help="tokens in a sequence (default: those of the case)")
     parser.add_argument("--peak-of", choices=["ours", "stock"], help=argparse.SUPPRESS)
     arguments = parser.parse_args()
     if arguments.peak_of:
-        print(peak_mib(arguments.cases[0], arguments.peak_of, arguments.dtype))
+        print(peak_mib(arguments.peak_of, sizes_of(arguments.cases[0], arguments)))
         return
-    results = []
-    for case in arguments.cases:
-        if case.startswith("memory"):
-            results.append(compare_peaks(case, arguments))
+    results = [compare_peaks(case, arguments) for case in arguments.cases if case.startswith("memory")]
     timed = [case for case in arguments.cases if not case.startswith("memory")]
     groups = join_ranks()
     torch.set_num_threads(arguments.threads)
     for case in timed:
-        ours, stock = (build_trainer(side, sizes_of(case, arguments.dtype), 1, groups) for side in ("ours", "stock"))
+        ours, stock = (build_trainer(side, sizes_of(case, arguments), 1, groups) for side in ("ours", "stock"))
         timing = compare(f"training step {case} {arguments.dtype}", ours.step, "stock", stock.step)
         results += harness.run([timing], arguments.repeats)
     harness.report(results, arguments.json)

@@ -1,6 +1,6 @@
-"""Measure tools/preprocess_data.py, from start to end, against the tokenizer library's own batch encoding in memory.
+"""Measure `maskmoe preprocess`, from start to end, against the tokenizer library's own batch encoding in memory.
 
-Both use all cores. The text comes from the installed Python, as in tools/make_corpus.py. The tokenizers are trained on
+Both use all cores. The text comes from the installed Python, as in `maskmoe corpus`. The tokenizers are trained on
 a part of the text.
 """
 
@@ -22,7 +22,6 @@ from maskmoe.data.parallel import available_cores
 from maskmoe.data.tokenizer_training import train_tokenizer
 from maskmoe.processes.run_tool import run_tool
 
-TOOL = Path(__file__).parents[1] / "preprocess_data.py"
 TRAINING_DOCUMENTS = 400
 SEPARATOR = "<|endoftext|>"
 
@@ -33,7 +32,7 @@ def write_corpus(path: Path, texts: list[str]) -> None:
 
 def preprocessing(corpus: Path, tokenizer_type: str, model: Path, *flags: str) -> Callable[[], None]:
     command = [
-        *(sys.executable, TOOL, "--input", corpus, *flags),
+        *(sys.executable, "-m", "maskmoe", "preprocess", "--input", corpus, *flags),
         *("--tokenizer-type", tokenizer_type, "--tokenizer-model", model, "--output-prefix", corpus.parent / "out"),
         *("--workers", str(available_cores()), "--force"),
     ]

@@ -7,7 +7,7 @@ The benchmark runs as one process, or with expert parallelism under torchrun. Un
 floor: the floor of `dispatcher.py`, once for each layer.
 
     python tools/benchmarks/train_step.py
-    torchrun --standalone --nproc-per-node 2 tools/benchmarks/train_step.py
+    torchrun --standalone --nproc-per-node 2 tools/benchmarks/train_step.py --assignment rank-local uniform
 """
 
 from maskmoe.megatron_compat import prepare_process
@@ -15,6 +15,7 @@ from maskmoe.megatron_compat import prepare_process
 prepare_process()
 import argparse
 from collections.abc import Iterator
+from itertools import product
 from typing import Any, Literal
 
 import harness
@@ -175,7 +176,7 @@ def build_trainer(
 
 
 def cases(arguments: argparse.Namespace, groups: ProcessGroupCollection) -> Iterator[harness.Case]:
-    """Yield the cases for every k."""
+    """Yield the cases for every assignment and k."""
     num_tokens = arguments.batch_size * arguments.seq_length
     hidden, gradient = torch.randn(2, num_tokens, arguments.hidden_size).cuda().to(getattr(torch, arguments.dtype))
     floor_of_layer = exchange_floor(hidden, gradient, groups.ep)
@@ -184,9 +185,10 @@ def cases(arguments: argparse.Namespace, groups: ProcessGroupCollection) -> Iter
         for _ in range(arguments.num_layers):
             floor_of_layer()
 
-    for topk in arguments.topk:
-        ours, stock = (build_trainer(side, arguments, topk, groups) for side in ("ours", "stock"))
-        name = f"train step {arguments.assignment} top-{topk} of {arguments.num_experts} ranks {groups.ep.size()}"
+    for assignment, topk in product(arguments.assignment, arguments.topk):
+        sizes = argparse.Namespace(**vars(arguments) | {"assignment": assignment})
+        ours, stock = (build_trainer(side, sizes, topk, groups) for side in ("ours", "stock"))
+        name = f"train step {assignment} top-{topk} of {arguments.num_experts} ranks {groups.ep.size()}"
         name += " with Transformer Engine" if arguments.transformer_engine else ""
         yield compare(name, ours.step, "stock", stock.step)
         if groups.ep.size() > 1:
@@ -217,9 +219,10 @@ def build_parser() -> argparse.ArgumentParser:
     )
     parser.add_argument(
         "--assignment",
+        nargs="+",
         choices=("uniform", "balanced", "rank-local"),
-        default="uniform",
-        help="assignment of visible experts (default: %(default)s)",
+        default=["uniform"],
+        help="one case for each assignment of visible experts (default: uniform)",
     )
     parser.add_argument(
         "--dtype",

@@ -5,9 +5,7 @@ import math
 import statistics
 from typing import Any
 
-from plot import draw, read_bars
-
-from gpu_campaign.results import Cell, Findings, Plot, Table
+from gpu_campaign.results import Cell, Findings, Table
 from gpu_campaign.runs import NUM_EXPERTS
 from gpu_campaign.step import Command, Context
 from maskmoe.launch.command import standalone_command
@@ -35,16 +33,14 @@ def measuring_command(context: Context) -> list[Command]:
 
 
 def read_measurements(context: Context) -> Findings:
-    """Return a table and a plot of each benchmark that has measured a case."""
-    tables, plots = list[Table](), list[Plot]()
+    """Return a table of each benchmark that has measured a case."""
+    tables = []
     for path in sorted(context.folder("benchmarks").glob("*.json"), key=lambda path: path.stat().st_mtime):
-        rows = tuple(_row(result) for result in json.loads(path.read_text()) if "stock" in result["costs"])
-        picture = path.with_suffix(".png")
-        draw([read_bars(path)], f"{path.stem}: times against stock Megatron-Core", picture)
+        results = json.loads(path.read_text())["results"]
+        rows = tuple(_row(result) for result in results if "stock" in result["costs"])
         tables.append(Table(title=path.stem, columns=_COLUMNS, rows=rows))
-        plots.append(Plot(file=str(picture.relative_to(context.output)), caption=f"{path.stem}: times against stock"))
     problems = () if tables else ("nothing was measured",)
-    return Findings(notes=(_NOTE,), tables=tuple(tables), plots=tuple(plots), problems=problems)
+    return Findings(notes=(_NOTE,), tables=tuple(tables), problems=problems)
 
 
 def _row(result: dict[str, Any]) -> tuple[Cell, ...]:
