@@ -14,13 +14,15 @@ PAGES = [README, *(DOCS / name for name in ("measurements.md", "gpus.md", "dispa
 PROGRAMS = ("bash ", "python ", "torchrun ", "pytest ")
 STEP = "--num-layers 1 --hidden-size 64 --num-experts 4 --vocab-size 128 --seq-length 32 --batch-size 2 --topk 2"
 LAYER = "--tokens 64 --hidden-size 64 --experts 2/4"
+ZIPF = "--data-path {tmp}/zipf --routing-mask {tmp}/mask.safetensors"
+TEXT = "README.md CHANGELOG.md docs/data.md docs/check.md"
 # The flags that give a program its smallest size; a later flag overrides an earlier one.
 SMALL = {
-    "launch/quickstart.sh": "--input README.md --run-dir {tmp}/run --train-iters 4 --vocab-size 512",
+    "launch/quickstart.sh": f"--input {TEXT} --run-dir {{tmp}}/run --train-iters 4 --vocab-size 512",
     "tests/run.sh": "tests/test_release.py -k version",
     "tools/gpu_campaign.sh": "--output {tmp}/campaign --only cuda",
-    "pretrain": "",
-    "simulate": "--data-path {tmp}/zipf --routing-mask {tmp}/mask.safetensors --output {tmp}/dispatch.csv",
+    "pretrain": f"{ZIPF} --tokenizer-type NullTokenizer --tokenizer-model {{tmp}}/mask.safetensors --vocab-size 4096",
+    "simulate": f"{ZIPF} --output {{tmp}}/dispatch.csv",
     "tools/benchmarks/pages.py": "--check",
     "tools/benchmarks/train_step.py": f"--repeats 1 --frequent-visible-experts 2 {STEP}",
     "tools/benchmarks/experts.py": "--repeats 1 --sizes 64x16x32/4",
@@ -49,7 +51,7 @@ def test_command_runs_in_its_smallest_size(command: str, tmp_path: Path) -> None
     words = command.replace(" --measure", "").replace("runs/measurements", str(tmp_path))
     small = SMALL[programs[0]].format(tmp=tmp_path)
     if "/zipf" in small:
-        write_inputs(tmp_path, laptop_flags(), 4096, 4096)
+        write_inputs(tmp_path, laptop_flags(), 4096, 20 * 512)
     result = run_script(f"{words} {small}", ROOT, timeout=200)
     assert result.returncode == 0, result.stdout[-2000:] + result.stderr[-4000:]
     for path in re.findall(r"--json (\S+)", words):
