@@ -1,6 +1,6 @@
 """Prints what the plan of the study "choice or damping" asks for, from the table of results alone.
 
-`python tools/studies/choice_or_damping/analysis.py docs/study/results.jsonl` prints block A's mean outcomes and rates,
+`python tools/studies/choice_or_damping/analysis.py runs/study/results.jsonl` prints block A's mean outcomes and rates,
 the suites that have other rates, and the differences of the other blocks, as Markdown. Block B is read only when all of
 its runs are in the table: the plan allows one look.
 """
@@ -184,7 +184,7 @@ def print_differences(study: Study, suite: str) -> Iterator[str]:
 def main() -> None:
     """Print the blocks that have runs in the table."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("table", type=Path, help="table of results, such as docs/study/results.jsonl")
+    parser.add_argument("table", type=Path, help="table of results, such as runs/study/results.jsonl")
     study = Study.read(parser.parse_args().table)
     if "rates" in study.results:
         print("## rates", "", *print_rates(study), "", sep="\n")

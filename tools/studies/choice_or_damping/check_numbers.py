@@ -1,6 +1,6 @@
 """Checks the numbers of the study's page against the tables, with numpy and without the package.
 
-`python check_numbers.py ../../../docs/study/results.jsonl ../../../docs/study/choice-or-damping.md` computes every
+`python check_numbers.py runs/study/results.jsonl docs/study/choice-or-damping.md` computes every
 number in the page's tables from the table of results and from `measures.jsonl` beside it, and compares them. A number
 of the prose with three decimals must stand in a table, too, and the page must give the answers that follow from the
 intervals. Exit code 1 names what differs.

@@ -1,6 +1,6 @@
 """Measures trained runs of a block: their loss without each token's best expert, and when tokens keep their expert.
 
-    python tools/studies/choice_or_damping/measures.py SUITE.yaml --run-dir DIR --table docs/study/results.jsonl
+    python tools/studies/choice_or_damping/measures.py SUITE.yaml --run-dir DIR --table runs/study/results.jsonl
 
 takes the options of `maskmoe compare`. Each finished run of the suite whose checkpoints exist gets a line in
 `measures.jsonl` beside the table, unless the line is there already.

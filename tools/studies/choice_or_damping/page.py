@@ -1,6 +1,6 @@
 """Writes the page of the study from the tables of results and measures, in seconds.
 
-`python tools/studies/choice_or_damping/page.py docs/study/results.jsonl` writes `choice-or-damping.md` and
+`python tools/studies/choice_or_damping/page.py runs/study/results.jsonl` writes `choice-or-damping.md` and
 `choice-or-damping.png` beside the table, if no run is missing. The measures are those of `measures.jsonl` beside the
 table. The prose is in `page.md.j2`; `check_numbers.py` checks the page.
 """
@@ -212,7 +212,7 @@ def render(study: Study, measures: Sequence[Measures]) -> str:
 def main() -> None:
     """Write the page and its picture."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("table", type=Path, help="table of results, such as docs/study/results.jsonl")
+    parser.add_argument("table", type=Path, help="table of results, such as runs/study/results.jsonl")
     parser.add_argument(
         "--output", type=Path, metavar="DIR", help="folder of the page (default: the folder of the table)"
     )
