@@ -22,7 +22,7 @@ SMALL = {
     "tests/run.sh": "tests/test_release.py -k version",
     "tools/gpu_campaign.sh": "--output {tmp}/campaign --only cuda",
     "pretrain": f"{ZIPF} --tokenizer-type NullTokenizer --tokenizer-model {{tmp}}/mask.safetensors --vocab-size 4096",
-    "simulate": f"{ZIPF} --output {{tmp}}/dispatch.csv",
+    "tools/studies/simulate_dispatch.py": f"{ZIPF} --output {{tmp}}/dispatch.csv",
     "tools/benchmarks/pages.py": "--check",
     "tools/benchmarks/train_step.py": f"--repeats 1 --frequent-visible-experts 2 {STEP}",
     "tools/benchmarks/experts.py": "--repeats 1 --sizes 64x16x32/4",

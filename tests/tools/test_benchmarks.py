@@ -25,11 +25,13 @@ def test_results_are_the_last_lines_and_pairs_alternate(tmp_path: Path, capsys: 
 
     cases = (make_case(*sizes) for sizes in (("a", 1.0, 2.0), ("b", 3.0, 2.0)))
     harness.report(harness.run(cases, repeats=2), tmp_path / "results.json")
-    assert capsys.readouterr().out.splitlines() == [
+    processor, *lines = capsys.readouterr().out.splitlines()
+    assert processor == f"processor: {harness.processor()}"
+    assert lines == [
         "a ratio=0.500 (ours 1 s baseline 2 s)",
         "b ratio=1.500 (ours 3 s baseline 2 s)",
     ]
-    results = json.loads((tmp_path / "results.json").read_text())
+    results = json.loads((tmp_path / "results.json").read_text())["results"]
     assert [(result["case"], result["ratio"], result["ours"]) for result in results] == [
         ("a", 0.5, [1.0, 1.0]),
         ("b", 1.5, [3.0, 3.0]),
