@@ -12,7 +12,6 @@ import sys
 from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
-from typing import Any
 
 from maskmoe.arguments import ranges
 from maskmoe.arguments.flags import flag_words
@@ -22,7 +21,7 @@ from maskmoe.comparison.comparison import Comparison
 from maskmoe.comparison.data import Dataset
 from maskmoe.comparison.report import REPORT_FILES, is_report, write_report
 from maskmoe.comparison.run import Run
-from maskmoe.comparison.suite import PATHS, DataSection, Suite, absolute, check_text_name
+from maskmoe.comparison.suite import Suite
 from maskmoe.comparison.table import read_table
 from maskmoe.errors import UserError, refused_by_system
 from maskmoe.files.outputs import check_outputs
@@ -50,16 +49,8 @@ def parse_arguments(arguments: Sequence[str]) -> argparse.Namespace:
     only = "finish only runs whose variant or name, such as maskmoe.seed-1, matches a shell pattern"
     add_option(pieces, "--only PATTERN", only, nargs="+", default=())
     add_option(pieces, "--seeds N", "finish only these seeds", ranges.RUN_SEED, nargs="+", default=())
-    data = parser.add_argument_group("data, which replace the suite's data")
-    add_option(data, "--input FILE", "text files: JSON lines or plain text", nargs="+")
-    add_option(
-        data, "--held-out NAME=FILE", "further text files to evaluate on, each with a name", _named_file, nargs="+"
-    )
-    add_option(data, "--data-path P", "an existing dataset, as Megatron's --data-path", nargs="+")
-    add_option(data, "--split A,B,C", "Megatron's --split of --data-path", ranges.split)
-    add_option(data, "--tokenizer-type T", "tokenizer of --data-path (default: SentencePieceTokenizer)")
-    add_option(data, "--tokenizer-model F", "tokenizer file of --data-path")
-    add_option(data, "--vocab-size V", "number of ids of the tokenizer", ranges.VOCAB_SIZE)
+    text = "text files instead of the suite's data: JSON lines or plain text"
+    add_option(parser, "--input FILE", text, Path, nargs="+", default=())
     action = parser.add_mutually_exclusive_group()
     action.add_argument("--list", action="store_true", help="only list the runs, and which are finished")
     prepare = "only make the data, the masks and the model files of the runs, and check all variants"
@@ -71,35 +62,6 @@ def parse_arguments(arguments: Sequence[str]) -> argparse.Namespace:
     return parser.parse_args(arguments)
 
 
-def _named_file(word: str) -> tuple[str, str]:
-    name, equals, path = word.partition("=")
-    if not (name and equals and path):
-        raise argparse.ArgumentTypeError(f"must be NAME=FILE, not {word!r}")
-    try:
-        return check_text_name(name), path
-    except ValueError as error:
-        raise argparse.ArgumentTypeError(f"must be NAME=FILE: {error}") from error
-
-
-def _given_data(options: argparse.Namespace) -> dict[str, Any]:
-    """Return the keys of the suite's section `data` that the command line replaces, with absolute paths.
-
-    Raises:
-        UserError: Two options contradict each other.
-    """
-    given = {key: value for key in DataSection.model_fields if (value := getattr(options, key, None))}
-    for key, kind in {"input": tuple, "data_path": tuple, "held_out": dict, "vocab_size": str}.items():
-        if key in given:
-            given[key] = kind(given[key])
-    if len(given.get("held_out", ())) < len(options.held_out or ()):
-        raise UserError("--held-out has two texts of one name")
-    if "input" in given:
-        if "data_path" in given:
-            raise UserError("--input and --data-path exclude each other: the dataset exists, or is made from text")
-        given["data_path"] = ()  # of the suite
-    return given | {key: absolute(given[key], Path.cwd()) for key in PATHS if key in given}
-
-
 def open_comparison(options: argparse.Namespace) -> Comparison:
     """Return the comparison that the command line names.
 
@@ -108,7 +70,10 @@ def open_comparison(options: argparse.Namespace) -> Comparison:
     """
     suite, name = Suite.read(options.suite, os.environ), options.suite.stem
     folder = (options.run_dir or RUNS / "suites" / name).absolute()
-    section = suite.data.model_copy(update=_given_data(options))
+    section = suite.data
+    if options.input:
+        text = tuple(str(path.absolute()) for path in options.input)
+        section = section.model_copy(update={"input": text, "data_path": ()})
     data = Dataset.of(section, folder / "data", suite.seq_length)
     table = (options.table or folder / "results.jsonl").absolute()
     comparison = Comparison(suite, name, folder, table, data, find_devices())

@@ -70,16 +70,12 @@ class Dataset:
         """
         if self.text == (Path(REQUIRED),):
             raise UserError(
-                "the suite brings no text: name text files by --input FILE…, or a dataset by --data-path PREFIX "
-                "--split A,B,C --tokenizer-model FILE"
+                "the suite brings no text: name text files by --input FILE…, or write a suite that `extends` this one "
+                "with its own `data`"
             )
         for path in (*self.text, *self.held_out.values()):
-            if not path.exists():
-                raise UserError(f"the text file {path} does not exist")
-            if path.is_dir():
-                raise UserError(f"the text file {path} is a folder: name its files")
             if not path.is_file():
-                raise UserError(f"the text file {path} is a pipe or a device, but is read several times: name a file")
+                raise UserError(f"the text file {path} does not exist, or is not a file that can be read several times")
         if self.text and len([*islice(read_documents(self.text), 2)]) < 2:
             raise UserError(
                 "the input is a single document, but training and evaluation need one document each: give several "
@@ -92,14 +88,9 @@ class Dataset:
         return self.folder / "corpus.jsonl"
 
     @property
-    def tokenizer_prefix(self) -> Path:
-        """Common start of the names of the files of the tokenizer that is trained on the text."""
-        return self.folder / "tokenizer"
-
-    @property
     def tokenizer_model(self) -> Path:
         """The SentencePiece model that is trained on the text, or the existing dataset's tokenizer."""
-        return Path(self.existing["tokenizer-model"][0] if self.existing else f"{self.tokenizer_prefix}.model")
+        return Path(self.existing["tokenizer-model"][0] if self.existing else self.folder / "tokenizer.model")
 
     @property
     def prefix(self) -> Path:
@@ -150,7 +141,7 @@ class Dataset:
             if not self.text:
                 steps.append(_step("corpus", self.corpus, "--output", self.corpus))
             options = ("--vocab-size", self.vocab_size, "--max-lines", _MAX_TOKENIZER_LINES)
-            output = ("--output-prefix", self.tokenizer_prefix)
+            output = ("--output-prefix", self.folder / "tokenizer")
             steps.append(_step("tokenizer", self.tokenizer_model, "--input", *text, *options, *output))
             # The last documents are held out. Shuffled documents make the held-out text resemble the training text.
             steps.append(self._preprocess("dataset", text, "--shuffle-seed", _SHUFFLE_SEED))

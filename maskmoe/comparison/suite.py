@@ -49,8 +49,8 @@ _COUNTS = ("train-iters", "seq-length", "global-batch-size", "micro-batch-size",
 PROGRAM = "program"
 """The key of a variant, and of its mask, that names a Python file."""
 
-PATHS = ("input", "data_path", "tokenizer_model", "held_out")
-"""The keys of the section `data` that hold paths."""
+# The keys of the section `data` that hold paths.
+_PATHS = ("input", "data_path", "tokenizer_model", "held_out")
 
 REQUIRED = "required"
 """The value of `input` in a suite that leaves the text to the command line."""
@@ -66,7 +66,7 @@ def _check_name(name: str) -> str:
     return name
 
 
-def check_text_name(name: str) -> str:
+def _check_text_name(name: str) -> str:
     """Return the name of a held-out text. Raises ValueError if it cannot name a folder, or another text has it."""
     if name in _TAKEN_NAMES:
         raise ValueError(f"the name {name} is taken: give the held-out text another name")
@@ -98,7 +98,7 @@ def _parse_mask(content: object, info: ValidationInfo) -> Flags | Literal["none"
 
 type Words = Annotated[tuple[str, ...], BeforeValidator(_to_list)]
 Name = Annotated[str, AfterValidator(_check_name)]
-TextName = Annotated[str, AfterValidator(check_text_name)]
+TextName = Annotated[str, AfterValidator(_check_text_name)]
 Seeds = Annotated[tuple[PositiveInt, ...], BeforeValidator(_to_list), AfterValidator(_check_seeds)]
 FlagSection = Annotated[Flags, PlainValidator(partial(_parse, parse_flags))]
 LayoutSection = Annotated[Mapping[int, Flags], PlainValidator(partial(_parse, parse_layouts))]
@@ -270,8 +270,8 @@ class Suite(_Section):
                 digest = sha256(b"".join(each.read_bytes() for each in files)).hexdigest() if files else ""
                 variants[f"{name}.{label}" if setting else name] = variant.model_copy(update={"program_sha256": digest})
         data = self.data.model_dump()
-        for key in PATHS:
-            data[key] = absolute(data[key], folders.get("data", path.parent).resolve())
+        for key in _PATHS:
+            data[key] = _absolute(data[key], folders.get("data", path.parent).resolve())
         update = {"title": self.title or path.stem, "variants": variants, "data": DataSection.model_construct(**data)}
         return self.model_copy(update=update)
 
@@ -355,12 +355,12 @@ def _check_flags(name: str, variant: Variant) -> None:
         raise ValueError(f"variant {name}: a mask needs an E in hybrid-layer-pattern, and `mask: none` {needs}")
 
 
-def absolute(paths: object, folder: Path) -> object:
+def _absolute(paths: object, folder: Path) -> object:
     """Return the paths of a key of `PATHS` as absolute paths. Words that are no paths, such as weights, are kept."""
     if isinstance(paths, dict):
-        return {name: absolute(path, folder) for name, path in paths.items()}
+        return {name: _absolute(path, folder) for name, path in paths.items()}
     if isinstance(paths, tuple):
-        return tuple(absolute(path, folder) for path in paths)
+        return tuple(_absolute(path, folder) for path in paths)
     with suppress(ValueError):
         float(str(paths))
         return paths  # a weight

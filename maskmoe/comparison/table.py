@@ -20,14 +20,13 @@ from maskmoe.comparison.run import OWN_TEXT, Run
 from maskmoe.errors import UserError
 from maskmoe.files.json_files import first_problem, read_json
 from maskmoe.files.outputs import write_text
-from maskmoe.files.paths import SUBMIT_SCRIPT
 from maskmoe.routing_mask.mask import RoutingMask
 from maskmoe.run_status.events import read_scalars
 
 ALL_TOKENS = "all"
 """Name of the band that contains all tokens."""
 
-_CHECKOUT = SUBMIT_SCRIPT.parents[2]
+_CHECKOUT = Path(__file__).resolve().parents[2]
 _PACKAGES = ("torch", "megatron-core", "numpy")
 
 Loss = Annotated[float, BeforeValidator(lambda loss: math.nan if loss is None else loss)]

@@ -185,22 +185,11 @@ def test_text_files_replace_the_dataset_of_a_suite(suite_file, texts):
     words = [str(suite), "--input", str(texts[0])]
     data = open_comparison(parse_arguments(words)).data
     assert (data.text, data.existing) == ((texts[0],), {})
-    with pytest.raises(UserError, match="--input and --data-path exclude each other"):
-        open_comparison(parse_arguments([*words, "--data-path", "mine"]))
-
-
-def test_relative_paths_of_the_command_line_are_those_of_its_folder(suite_file, tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
-    words = [str(suite_file()), "--data-path", "5e-1", "mine", "--split", "9,1,0", "--tokenizer-model", "t.model"]
-    data = open_comparison(parse_arguments([*words, "--held-out", "a=a.txt"])).data
-    assert data.existing["data-path"] == ("5e-1", str(tmp_path / "mine"))
-    assert data.existing["tokenizer-model"] == (str(tmp_path / "t.model"),)
-    assert data.held_out == {"a": tmp_path / "a.txt"}
 
 
 def test_the_run_folder_of_a_suite_is_not_that_of_a_model_file(tmp_path, texts, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    options = parse_arguments(["laptop.yaml", "--input", str(texts[0]), "--held-out", f"other={texts[0]}"])
+    options = parse_arguments(["laptop.yaml", "--input", str(texts[0])])
     assert open_comparison(options).folder == tmp_path / "runs" / "suites" / "laptop"
 
 

@@ -64,8 +64,8 @@ def test_incomplete_data_are_refused(tmp_path, values, message):
         ({"input": ("required",)}, "name text files by --input"),
         ({"input": ("/nowhere",)}, "the text file /nowhere does not exist"),
         ({"held_out": {"other": "/nowhere"}}, "the text file /nowhere does not exist"),
-        ({"input": ("/",)}, "the text file / is a folder: name its files"),
-        ({"input": ("/dev/null",)}, "/dev/null is a pipe or a device, but is read several times: name a file"),
+        ({"input": ("/",)}, "the text file / does not exist, or is not a file"),
+        ({"input": ("/dev/null",)}, "the text file /dev/null does not exist, or is not a file"),
         ({"input": (__file__,)}, "the input is a single document"),
     ],
 )
