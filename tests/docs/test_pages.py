@@ -64,6 +64,5 @@ def test_site_has_all_pages_and_pictures(site: Path) -> None:
 
 def test_site_has_no_data_files_and_searches_offline(site: Path) -> None:
     assert [path.name for path in site.rglob("*.json*")] == ["search_index.json"]
-    assert not list(site.rglob("*.zst"))
     assert (site / "search" / "search_index.js").exists()
     assert 'src="javascripts/iframe-worker.js"' in (site / "index.html").read_text(encoding="utf-8")
