@@ -9,7 +9,9 @@ from typing import Any
 
 from maskmoe.analysis.routing_statistics import AnalysisSettings
 from maskmoe.checkpoint import series
-from maskmoe.checkpoint.integrity import LAYOUT_FILE, Damage, check_structure, iteration_of
+from maskmoe.checkpoint.errors import CheckpointError
+from maskmoe.checkpoint.integrity import check_structure, iteration_of
+from maskmoe.checkpoint.reading import LAYOUT_FILE
 from maskmoe.conversion.convert import temporary_export
 from maskmoe.conversion.huggingface_models import open_model
 from maskmoe.conversion.megatron_models import open_megatron
@@ -122,7 +124,7 @@ def _megatron_model(checkpoint: Path, with_folder: bool) -> ModelSource:
     """
     try:
         check_structure(checkpoint)
-    except Damage as damage:
+    except CheckpointError as damage:
         raise UserError(f"{damage}; choose sound checkpoints with --ckpt-step") from damage
     iteration = iteration_of(checkpoint)
     name = checkpoint.name if iteration is None else f"iteration {iteration}"

@@ -1,21 +1,17 @@
 """The routing mask as tensors of a checkpoint, and the mask of a run, read from a mask file or a checkpoint."""
 
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
-from torch.distributed import checkpoint as torch_checkpoint
-from torch.distributed.checkpoint.api import CheckpointException
-from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 
-from maskmoe.checkpoint.integrity import read_checkpoint_layout
+from maskmoe.checkpoint.reading import read_tensors
 from maskmoe.checkpoint.series import locate_checkpoint
 from maskmoe.errors import UserError
-from maskmoe.files.untrusted import resolve_inside
 from maskmoe.routing_mask.expert_table import TENSOR_NAMES, ExpertTable, layer_of_tensor
 from maskmoe.routing_mask.feed_forward_layers import positions_of_layers
 from maskmoe.routing_mask.mask import RoutingMask, row_dtype
@@ -55,23 +51,26 @@ def routing_mask_from_buffers(buffers: dict[str, Tensor]) -> RoutingMask:
 
 
 def read_routing_mask(source: str | Path) -> RoutingMask:
-    """Read a routing mask from a mask file, a checkpoint, or the newest sound checkpoint in the folder of a run.
+    """Read a routing mask from a mask file, a checkpoint, or the newest intact checkpoint in the folder of a run.
 
     Raises:
         UserError: The source is missing or damaged, or a checkpoint holds no routing mask.
     """
-    mask = RoutingMask.load(source) if not Path(source).is_dir() else mask_in_checkpoint(Path(source))
+    if not Path(source).is_dir():
+        return RoutingMask.load(source)
+    checkpoint = locate_checkpoint(Path(source))
+    mask = mask_in_checkpoint(checkpoint)
     if mask is None:
         raise UserError(
-            f"{locate_checkpoint(Path(source))} holds no routing mask: it is not a checkpoint of MaskMoE; training can "
-            "continue it with --routing-mask and --change-routing-mask"
+            f"{checkpoint} holds no routing mask: it is not a checkpoint of MaskMoE; training can continue it with "
+            "--routing-mask and --change-routing-mask"
         )
     return mask
 
 
-def mask_in_checkpoint(folder: Path) -> RoutingMask | None:
-    """Read the mask of a checkpoint, or of the newest sound checkpoint of a run; None if it holds none, see above."""
-    buffers = _read_tensors(locate_checkpoint(folder), lambda name: name.startswith(CHECKPOINT_PREFIX))
+def mask_in_checkpoint(checkpoint: Path) -> RoutingMask | None:
+    """Read the mask of a checkpoint; None if the checkpoint holds none. Raises UserError if it is damaged."""
+    buffers = read_tensors(checkpoint, lambda name: name.startswith(CHECKPOINT_PREFIX))
     if not buffers:
         return None
     return routing_mask_from_buffers({name.removeprefix(CHECKPOINT_PREFIX): buffer for name, buffer in buffers.items()})
@@ -102,7 +101,7 @@ def mask_of_megatron(checkpoint: Path, like: RoutingMask, pattern: str | None, n
 
 
 def read_expert_tables(source: Path) -> dict[str, np.ndarray]:
-    """Read the tables of Megatron-Core's hash layers from a checkpoint, or the newest sound one in the folder of a run.
+    """Read the tables of Megatron-Core's hash layers from a checkpoint, or from the newest intact one of a run.
 
     Returns:
         The tables, int32 [vocab, k], by the names of their tensors.
@@ -119,26 +118,5 @@ def read_expert_tables(source: Path) -> dict[str, np.ndarray]:
 
 def _read_tables(checkpoint: Path) -> dict[str, np.ndarray]:
     """Return the tables of hash layers in a checkpoint, see `read_expert_tables`; empty if there are none."""
-    tables = _read_tensors(checkpoint, lambda name: layer_of_tensor(name) is not None)
+    tables = read_tensors(checkpoint, lambda name: layer_of_tensor(name) is not None)
     return {name: table.numpy() for name, table in tables.items()}
-
-
-def _read_tensors(checkpoint: Path, is_wanted: Callable[[str], bool]) -> dict[str, Tensor]:
-    """Read the tensors of a checkpoint whose names are wanted; raise `UserError` if the checkpoint is damaged."""
-    layout = read_checkpoint_layout(checkpoint)
-    try:
-        for name in {place.relative_path for key, place in layout.storage_data.items() if is_wanted(key.fqn)}:
-            resolve_inside(checkpoint, name)
-        tensors = {
-            name: torch.empty(entry.size, dtype=entry.properties.dtype)
-            for name, entry in layout.state_dict_metadata.items()
-            if is_wanted(name) and isinstance(entry, TensorStorageMetadata)
-        }
-        if tensors:
-            torch_checkpoint.load(tensors, storage_reader=torch_checkpoint.FileSystemReader(checkpoint), no_dist=True)
-    except UserError:
-        raise
-    # Torch's unpickler and zip reader raise exceptions of any class on damaged files.
-    except (Exception, CheckpointException) as error:
-        raise UserError(f"{checkpoint} is not a readable torch_dist checkpoint: its files are damaged") from error
-    return tensors

@@ -22,20 +22,14 @@ from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.utils import _DistWrapper
 
 from maskmoe.checkpoint.integrity import record_rank, write_manifest
-from maskmoe.checkpoint.series import checkpoint_path, make_room, non_persistent_folder, remove_old_checkpoints
+from maskmoe.checkpoint.series import checkpoint_path, remove_old_checkpoints
 
 
 @dataclass
 class _Save:
-    """A save that has begun.
-
-    Attributes:
-        is_local: Whether the checkpoint is a non-persistent one.
-        seconds: The time for which training has stood still because of this save.
-    """
+    """A save that has begun, and the seconds for which training has stood still because of it."""
 
     iteration: int
-    is_local: bool
     seconds: float = 0.0
 
 
@@ -60,116 +54,82 @@ class CheckpointSaver:
     """
 
     def __init__(self, settings: Namespace) -> None:
-        self._settings, self._save_folder = settings, settings.save
+        self._settings = settings
         # Megatron's own functions: this object's methods replace their names.
         self._save_checkpoint, self._finalize = training.save_checkpoint, training.maybe_finalize_async_save
         self._unfinished: list[_Save] = []
-        self._has_saved_non_persistent = False
+        self._last_saved: int | None = None
         self._retain_interval: int | None = None
-        self._last_saved: int | None = None  # the iteration of the last persistent checkpoint
 
-    def save(self, iteration: int, *args: Any, non_persistent_ckpt: bool = False, **kwargs: Any) -> None:
+    def save(self, iteration: int, *args: Any, **kwargs: Any) -> None:
         """Save a checkpoint unless it exists already; raise `SaveError` if a rank failed to save.
 
         Megatron saves after the last iteration, before the batch size changes, and after a step that gave NaN, even if
-        the iteration is saved already. Saving it again could lose a sound checkpoint.
+        the iteration is saved already. Saving it again could lose an intact checkpoint.
         """
         settings = self._settings
         if not settings.save:  # Megatron saves after a step that gave NaN again, whether or not there is a folder
             return
-        # Hide the interval from Megatron, which may remove the last sound checkpoint if the newest one is damaged, and
+        # Hide the interval from Megatron, which may remove the last intact checkpoint if the newest one is damaged, and
         # which fails if the tracker file names no iteration, as in the folder of an imported model.
         if settings.save_retain_interval is not None:
             self._retain_interval, settings.save_retain_interval = settings.save_retain_interval, None
-        if not non_persistent_ckpt and (iteration == self._last_saved or self._has_loaded(iteration)):
+        if iteration == self._last_saved or self._has_loaded(iteration):
             print_rank_0(f"the checkpoint of iteration {iteration} is in {settings.save} already")
             return
-        save, is_first = _Save(iteration, non_persistent_ckpt), torch.distributed.get_rank() == 0
         start = time.perf_counter()
-        with _marking_failures():
-            if is_first:
-                self._clear_folder(save)
+        with _failures_as_save_errors():
+            if torch.distributed.get_rank() == 0:
+                shutil.rmtree(checkpoint_path(settings.save, iteration), ignore_errors=True)
+                self._remove_old()
             torch.distributed.barrier()
-            # For Megatron, every checkpoint is persistent: it would remove old non-persistent checkpoints from all
-            # subfolders, and keep the newest one even if it is damaged.
-            settings.save = str(self._folder(save))
-            try:
-                self._save_checkpoint(iteration, *args, **kwargs)
-            finally:
-                settings.save = self._save_folder
-            if not save.is_local:
-                self._last_saved = iteration
-            if is_first and not settings.async_save:
-                self._remove_outdated(save)
-        save.seconds += time.perf_counter() - start
+            self._save_checkpoint(iteration, *args, **kwargs)
+            self._last_saved = iteration
+        save = _Save(iteration, time.perf_counter() - start)
         if settings.async_save:
             self._unfinished.append(save)
         else:
-            self._log(save)
+            self._complete([save])
 
     def finalize(self, blocking: bool = False, terminate: bool = False) -> None:
         """Finalise asynchronous saves whose files are written; raise `SaveError` if a rank failed to save."""
         start = time.perf_counter()
-        with _marking_failures():
+        with _failures_as_save_errors():
             # Megatron ends the writer after the last step, but may save once more, with a new writer without the
             # protection of `start_writers`. So the writer of `start_writers` stays, and ends with the rank.
             self._finalize(blocking=blocking, terminate=terminate and self._settings.async_strategy != "mcore")
         finished: list[_Save] = []
         if is_empty_async_queue():  # Megatron does not say which of several saves it has finalised
             finished, self._unfinished = self._unfinished, []
-        if torch.distributed.get_rank() == 0:
-            for save in finished:
-                self._remove_outdated(save)
         for save in finished:
             save.seconds += (time.perf_counter() - start) / len(finished)
-            self._log(save)
+        self._complete(finished)
 
     def _has_loaded(self, iteration: int) -> bool:
         """Return whether the iteration was loaded from `--save`."""
         settings = self._settings
         is_same_folder = settings.load is not None and Path(settings.load).resolve() == Path(settings.save).resolve()
-        is_of_series = is_same_folder and not settings.finetune and not settings.loads_non_persistent
-        return is_of_series and get_loaded_iteration() == iteration
+        return is_same_folder and not settings.finetune and get_loaded_iteration() == iteration
 
-    def _folder(self, save: _Save) -> Path:
-        """Return the folder in which a save makes the folder of the checkpoint."""
-        if not save.is_local:
-            return Path(self._save_folder)
-        folder = non_persistent_folder(self._settings, self._save_folder)
-        assert folder is not None
-        return folder
+    def _complete(self, saves: list[_Save]) -> None:
+        """Remove old checkpoints beside complete ones, and log the complete ones on the first rank."""
+        if saves and torch.distributed.get_rank() == 0:
+            self._remove_old()
+        for save in saves:
+            text = f"checkpoint of iteration {save.iteration} saved; training stood still for {save.seconds:.3g} s"
+            print_rank_0(text)
 
-    def _clear_folder(self, save: _Save) -> None:
-        """Remove what a save would write over, and checkpoints that are no longer wanted."""
-        folder = self._folder(save)
-        if save.is_local:
-            loaded = None if self._has_saved_non_persistent else get_loaded_iteration() or 0
-            make_room(folder, save.iteration, loaded)
-            self._has_saved_non_persistent = True
-        else:
-            shutil.rmtree(checkpoint_path(folder, save.iteration), ignore_errors=True)
-            self._remove_outdated(save)
-
-    def _remove_outdated(self, save: _Save) -> None:
+    def _remove_old(self) -> None:
         """Remove the checkpoints that a run does not keep beside its newest one."""
-        folder = self._folder(save)
-        if save.is_local:
-            remove_old_checkpoints(folder, keep=1)
-        else:
-            newest = get_loaded_iteration() or 0 if self._last_saved is None else self._last_saved
-            keep = self._settings.keep_last_checkpoints
-            if keep is None and self._retain_interval is not None:
-                keep = 1  # Megatron's flag keeps the newest checkpoint and the multiples of the interval
-            remove_old_checkpoints(folder, keep, self._retain_interval, newest)
-
-    def _log(self, save: _Save) -> None:
-        """Log a checkpoint on the first rank."""
-        kind = "non-persistent checkpoint" if save.is_local else "checkpoint"
-        print_rank_0(f"{kind} of iteration {save.iteration} saved; training stood still for {save.seconds:.3g} s")
+        newest = get_loaded_iteration() or 0 if self._last_saved is None else self._last_saved
+        keep = self._settings.keep_last_checkpoints
+        if keep is None and self._retain_interval is not None:
+            keep = 1  # Megatron's flag keeps the newest checkpoint and the multiples of the interval
+        remove_old_checkpoints(self._settings.save, keep, self._retain_interval, newest)
 
 
 @contextmanager
-def _marking_failures() -> Iterator[None]:
+def _failures_as_save_errors() -> Iterator[None]:
     """Raise `SaveError` instead of `CheckpointException` and `OSError`, which Megatron also raises without a save."""
     try:
         yield

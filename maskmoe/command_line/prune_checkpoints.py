@@ -1,8 +1,8 @@
-"""Remove all checkpoints of a finished run but the newest sound checkpoints.
+"""Remove all checkpoints of a finished run but the newest intact checkpoints.
 
 Checkpoints that are newer than the one from which the run would resume stay, too: they are damaged, or the run has gone
-back beyond them. A checkpoint counts as sound if its files have the content that was saved, so the command reads all
-bytes of the checkpoints that it counts.
+back beyond them. A checkpoint counts as intact if its files have the content that was saved, so the command reads all
+bytes of the checkpoints that it counts. Checkpoints without digests (integrity.json) count only if none has digests.
 
 Use this command when the series of checkpoints is no longer needed. Training with --keep-last-checkpoints keeps fewer
 checkpoints from the start.
@@ -12,6 +12,7 @@ Examples:
   %(prog)s --load runs/a/checkpoints
 """
 
+import sys
 from functools import cache
 from pathlib import Path
 
@@ -24,7 +25,7 @@ def main() -> None:
     """Remove the old checkpoints of the run that the command line names.
 
     Raises:
-        UserError: The folder holds no sound checkpoint, or some old checkpoint cannot be removed. All other old
+        UserError: The folder holds no intact checkpoint, or some old checkpoint cannot be removed. All other old
             checkpoints are removed nevertheless.
     """
     parser = command_parser(__doc__)
@@ -60,6 +61,8 @@ def main() -> None:
         if choice.checkpoint is None:
             raise UserError(f"--load {arguments.load} holds no checkpoint")
         old = remove_old_checkpoints(arguments.load, keep, retain_interval, choice.iteration, arguments.dry_run, check)
+    for fault in choice.rejected:
+        print(f"warning: {fault}; it stays", file=sys.stderr)
     remaining = [] if arguments.dry_run else [checkpoint for checkpoint in old if checkpoint.exists()]
     for checkpoint in old:
         if checkpoint not in remaining:

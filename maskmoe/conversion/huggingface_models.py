@@ -11,7 +11,8 @@ from typing import Any
 from pydantic import BaseModel
 from transformers import GenerationConfig
 
-from maskmoe.checkpoint.integrity import Damage, Manifest, check_content
+from maskmoe.checkpoint.errors import CheckpointError
+from maskmoe.checkpoint.integrity import Manifest, check_content
 from maskmoe.conversion.families import copies_of_shared_tensors, open_huggingface
 from maskmoe.conversion.model_files import INDEX_SUFFIX, SINGLE_FILE, SafetensorsSource, write_safetensors
 from maskmoe.conversion.model_tensors import (
@@ -99,15 +100,15 @@ def check_files(folder: Path) -> None:
     For a model, the error names `--no-verify-checkpoint`, because transformers may have saved the model again.
 
     Raises:
-        Damage: A file is missing or differs from its digest.
+        CheckpointError: A file is missing or differs from its digest.
     """
     try:
         check_content(folder)
-    except Damage as damage:
+    except CheckpointError as damage:
         if not (folder / CONFIG_FILE).exists():
             raise
         hint = "if the model was saved again after its export, pass --no-verify-checkpoint"
-        raise Damage(damage.checkpoint, f"{damage.fault}; {hint}") from damage
+        raise CheckpointError(damage.checkpoint, f"{damage.fault}; {hint}") from damage
 
 
 def _read_args(path: Path) -> Namespace | None:

@@ -23,13 +23,8 @@ from torch.distributed.checkpoint.metadata import (
 from torch.distributed.checkpoint.planner import LoadPlan, SavePlan, TensorWriteData, WriteItem, WriteItemType
 from torch.distributed.checkpoint.planner_helpers import create_read_items_for_chunk_list
 
-from maskmoe.checkpoint.integrity import (
-    COMPLETION_FILE,
-    LAYOUT_FILE,
-    Manifest,
-    read_checkpoint_layout,
-    read_common_state,
-)
+from maskmoe.checkpoint.integrity import COMPLETION_FILE, Manifest
+from maskmoe.checkpoint.reading import LAYOUT_FILE, read_checkpoint_layout, read_common_state
 from maskmoe.checkpoint.routing_mask import CHECKPOINT_PREFIX
 from maskmoe.checkpoint.saved_names import saved_pattern
 from maskmoe.checkpoint.series import RELEASE, write_tracker

@@ -16,10 +16,10 @@ from megatron.core.dist_checkpointing import gpt_checkpoint_interop
 from megatron.training import checkpointing, training
 from torch.distributed.checkpoint import default_planner, filesystem
 
-from maskmoe.checkpoint.integrity import read_checkpoint_layout, read_layout
+from maskmoe.checkpoint.reading import read_checkpoint_layout, read_layout
 from maskmoe.checkpoint.saved_names import find_equivalent_gpt, request_names_of_gpt_model, request_saved_names
 from maskmoe.checkpoint.saver import SealedSaveStrategy
-from maskmoe.checkpoint.series import showing_only
+from maskmoe.checkpoint.series import temporary_load_folder
 from maskmoe.megatron_compat import replace
 
 
@@ -95,14 +95,14 @@ def load_only(checkpoint: Path | None, args: Namespace) -> None:
     """Let Megatron load the checkpoint that was chosen, or none; for processes that build a model.
 
     Replaces: `load_checkpoint` in `megatron.training.training`.
-    Why: Megatron chooses the checkpoint itself, sound or not, see `showing_only`.
+    Why: Megatron chooses the checkpoint itself, intact or not, see `temporary_load_folder`.
     Can go: When Megatron takes the folder of a checkpoint.
     """
     stock = training.load_checkpoint
 
     @wraps(stock)
     def load(*arguments: Any, **options: Any) -> tuple:
-        with showing_only(checkpoint, args):
+        with temporary_load_folder(checkpoint, args):
             return stock(*arguments, **options)
 
     replace(training, "load_checkpoint", load)

@@ -7,7 +7,8 @@ from pathlib import Path
 
 from tqdm import tqdm
 
-from maskmoe.checkpoint.integrity import COMPLETION_FILE, MANIFEST_FILE, Damage, check_content, check_structure
+from maskmoe.checkpoint.errors import CheckpointError
+from maskmoe.checkpoint.integrity import COMPLETION_FILE, check_content, check_structure, has_digests
 from maskmoe.checkpoint.series import checkpoint_path, saved_iterations
 from maskmoe.errors import one_line
 
@@ -53,8 +54,8 @@ def _state(path: Path, verify: bool) -> str:
         check_structure(path)
         if verify:
             check_content(path)
-    except Damage as damage:
-        return f"damaged: {one_line(damage.fault)}"
-    if not (path / MANIFEST_FILE).exists():
+    except CheckpointError as error:
+        return f"damaged: {one_line(error.fault)}"
+    if not has_digests(path):
         return "complete, without digests"
     return "verified" if verify else "complete"

@@ -10,7 +10,7 @@ from megatron.training.arguments import parse_args, validate_args
 
 from maskmoe.arguments.parser import refuse_unknown_flags
 from maskmoe.checkpoint.integrity import iteration_of
-from maskmoe.checkpoint.series import describe_missing, non_persistent_folder
+from maskmoe.checkpoint.series import describe_missing
 from maskmoe.errors import UserError, megatrons_checks
 from maskmoe.megatron_compat import cpu
 from maskmoe.megatron_compat.globals import get_tokenizer, set_globals_without_writers
@@ -162,7 +162,6 @@ class RunChecks:
         if checkpoint is not None and (iteration := iteration_of(checkpoint)) is not None:
             # Pass the choice to Megatron by `--ckpt-step`, as a user would.
             args.ckpt_step = iteration
-            args.loads_non_persistent = checkpoint.parent == non_persistent_folder(args, args.load)
         if args.use_checkpoint_args and checkpoint is None:
             found = "" if args.load is None else f"; --load {describe_missing(args.load)}"
             yield f"--use-checkpoint-args needs --load with the folder of the checkpoints{found}"

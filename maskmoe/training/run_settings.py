@@ -6,7 +6,7 @@ from pathlib import Path
 
 from maskmoe.files.run_folder import run_folder
 from maskmoe.routing_mask.mask import RoutingMask
-from maskmoe.training.resume.choose_checkpoint import lacks_what_it_loads
+from maskmoe.training.resume.choose_checkpoint import must_save_a_complete_run
 
 
 @dataclass(frozen=True)
@@ -30,6 +30,6 @@ class RunSettings:
         return cls(
             args,
             mask,
-            has_work=not is_complete or lacks_what_it_loads(args),
+            has_work=not is_complete or must_save_a_complete_run(args),
             run_folder=run_folder(args.save, args.tensorboard_dir),
         )

@@ -7,7 +7,7 @@ are 1 if the run failed, and 2 for bad input, before anything was done.
 import sys
 from argparse import Namespace
 from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, nullcontext
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -22,7 +22,7 @@ from megatron.training import pretrain
 from megatron.training.argument_utils import pretrain_cfg_container_from_args
 from megatron.training.training import update_seqlen_stats_from_cu_seqlens
 
-from maskmoe.checkpoint.integrity import read_common_state
+from maskmoe.checkpoint.reading import read_common_state
 from maskmoe.checkpoint.saver import CheckpointSaver
 from maskmoe.checkpoint.writers import start_writers
 from maskmoe.megatron_compat.checkpoint_patches import (
@@ -78,11 +78,8 @@ def main(builder: type[StageBuilder] | None = None) -> None:
 
 @contextmanager
 def locked_by_first_rank(args: Namespace) -> Iterator[None]:
-    """Let the first rank hold the locks of the folders that a run saves to. Raises UserError if another run does."""
-    folders = (args.save, args.non_persistent_global_ckpt_dir) if args.rank == 0 and args.save is not None else ()
-    with ExitStack() as locks:
-        for folder in filter(None, folders):
-            locks.enter_context(locked_folder(Path(folder)))
+    """Let the first rank hold the lock of the folder that a run saves to. Raises UserError if another run holds it."""
+    with locked_folder(Path(args.save)) if args.rank == 0 and args.save is not None else nullcontext():
         yield
 
 

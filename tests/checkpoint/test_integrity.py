@@ -27,17 +27,9 @@ from torch.distributed.checkpoint.metadata import (
 from torch.distributed.checkpoint.state_dict_loader import load
 from torch.distributed.checkpoint.state_dict_saver import save
 
-from maskmoe.checkpoint.integrity import (
-    LAYOUT_FILE,
-    Damage,
-    Manifest,
-    Unreadable,
-    check_structure,
-    read_checkpoint_layout,
-    read_layout,
-    record_rank,
-    write_manifest,
-)
+from maskmoe.checkpoint.errors import CheckpointError, UnreadableCheckpointError
+from maskmoe.checkpoint.integrity import Manifest, check_structure, record_rank, write_manifest
+from maskmoe.checkpoint.reading import LAYOUT_FILE, read_checkpoint_layout, read_layout
 from maskmoe.conversion.megatron_models import MARKER
 
 
@@ -73,14 +65,15 @@ def test_sound_checkpoint_is_read(checkpoint: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("number", "refused"), [(errno.EACCES, Unreadable), (errno.EIO, Damage), (errno.ENOENT, Damage)]
+    ("number", "refused"),
+    [(errno.EACCES, UnreadableCheckpointError), (errno.EIO, CheckpointError), (errno.ENOENT, CheckpointError)],
 )
 def test_checkpoint_that_this_user_may_not_read_is_not_taken_for_a_damaged_one(
     checkpoint, monkeypatch, number, refused
 ):
     """Otherwise a run would resume from an older checkpoint."""
     monkeypatch.setattr(os, "listdir", Mock(side_effect=OSError(number, os.strerror(number))))
-    with pytest.raises(Damage) as error:
+    with pytest.raises(CheckpointError) as error:
         check_structure(checkpoint)
     assert type(error.value) is refused
 
@@ -99,10 +92,10 @@ def test_only_what_was_saved_is_read(checkpoint: Path) -> None:
     write_manifest(saved)
     check_structure(saved)
     (saved / "common.pt").touch()
-    with pytest.raises(Damage, match=r"iter_0000008 holds common\.pt, which was not saved with it"):
+    with pytest.raises(CheckpointError, match=r"iter_0000008 holds common\.pt, which was not saved with it"):
         check_structure(saved)
     (saved / "common.pt").unlink()
-    with pytest.raises(Damage, match="iter_0000004 was saved as the checkpoint of iteration 8"):
+    with pytest.raises(CheckpointError, match="iter_0000004 was saved as the checkpoint of iteration 8"):
         check_structure(saved.rename(checkpoint.with_name("iter_0000004")))
     check_structure(checkpoint.with_name("iter_0000004").rename(checkpoint.with_name("best")))
 
@@ -111,7 +104,7 @@ def test_layout_that_runs_a_command_is_refused(checkpoint: Path, tmp_path: Path)
     layout = pickle.loads((checkpoint / ".metadata").read_bytes())
     layout.planner_data = Command(tmp_path / "ran")
     (checkpoint / ".metadata").write_bytes(pickle.dumps(layout))
-    with pytest.raises(Damage, match=r"refusing posix\.system"):
+    with pytest.raises(CheckpointError, match=r"refusing posix\.system"):
         check_structure(checkpoint)
     with pytest.raises(pickle.UnpicklingError, match=r"refusing posix\.system"):
         FileSystemReader(checkpoint).read_metadata()
@@ -155,7 +148,7 @@ def test_object_in_a_file(tmp_path):
     write_checkpoint(tmp_path, "__0_0.distcp", 2, 8)
     check_structure(tmp_path)
     write_checkpoint(tmp_path, "__0_0.distcp", 3, 8)
-    with pytest.raises(Damage, match=r"__0_0\.distcp has 10 of at least 11 bytes"):
+    with pytest.raises(CheckpointError, match=r"__0_0\.distcp has 10 of at least 11 bytes"):
         check_structure(tmp_path)
 
 
@@ -167,14 +160,14 @@ def test_a_manifest_without_all_sizes_leaves_them_to_the_layout(tmp_path, is_meg
         Manifest(files=Manifest.of_files(tmp_path, [LAYOUT_FILE, "__0_0.distcp"]).files).save(tmp_path)
     else:
         Manifest.of_files(tmp_path, [LAYOUT_FILE]).save(tmp_path)
-    with pytest.raises(Damage, match=r"__0_0\.distcp has 10 of at least 11 bytes"):
+    with pytest.raises(CheckpointError, match=r"__0_0\.distcp has 10 of at least 11 bytes"):
         check_structure(tmp_path)
 
 
 @pytest.mark.parametrize("place", [(7, 0, 8), (None, 0, 8), (b"__0_0.distcp", 0, 8), ("__0_0.distcp", "2", "8")])
 def test_place_of_wrong_types(tmp_path, place):
     write_checkpoint(tmp_path, *place)
-    with pytest.raises(Damage, match=r"\.metadata is damaged"):
+    with pytest.raises(CheckpointError, match=r"\.metadata is damaged"):
         check_structure(tmp_path)
 
 
@@ -182,5 +175,5 @@ def test_place_of_wrong_types(tmp_path, place):
 def test_dtype_of_a_tensor(tmp_path, dtype):
     tensor = TensorStorageMetadata(TensorProperties(dtype), torch.Size([2]), [])
     (tmp_path / LAYOUT_FILE).write_bytes(pickle.dumps(Metadata({"tensor": tensor}, storage_data={})))
-    with nullcontext() if dtype is torch.float32 else pytest.raises(Damage, match=r"\.metadata is damaged"):
+    with nullcontext() if dtype is torch.float32 else pytest.raises(CheckpointError, match=r"\.metadata is damaged"):
         read_checkpoint_layout(tmp_path)

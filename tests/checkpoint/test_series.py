@@ -1,4 +1,4 @@
-"""The choice among checkpoints of both kinds, compared with a choice by definition, and the removal of checkpoints."""
+"""The choice among the checkpoints of a run, compared with a choice by definition, and their removal."""
 
 import errno
 import os
@@ -14,7 +14,8 @@ from hypothesis import strategies as st
 from support.run_folders import write_checkpoint
 
 from maskmoe.checkpoint import integrity, series
-from maskmoe.checkpoint.integrity import Damage, Unfinished, check_content, iteration_of
+from maskmoe.checkpoint.errors import CheckpointError, UnfinishedCheckpointError
+from maskmoe.checkpoint.integrity import MANIFEST_FILE, Manifest, check_content, iteration_of
 from maskmoe.checkpoint.series import (
     TRACKER,
     checkpoint_path,
@@ -27,96 +28,97 @@ from maskmoe.checkpoint.series import (
 from maskmoe.command_line import prune_checkpoints
 from maskmoe.errors import UserError
 
-STATES = ("sound", "damaged", "unfinished", "missing")
-PERSISTENT, LOCAL = "checkpoints", "local"
+STATES = ("intact", "damaged", "unfinished", "missing", "unverified")
 
 
 @dataclass(frozen=True)
-class Folders:
-    """Checkpoints of both kinds: the state of each by its kind and iteration, and the persistent tracker file."""
+class Series:
+    """Checkpoints of a run: the state of each by its iteration, and the content of the tracker file."""
 
-    states: dict[tuple[str, int], str]
+    states: dict[int, str]
     tracked: int | str | None
-    root: Path
-
-    def path(self, kind: str, iteration: int) -> Path:
-        return checkpoint_path(self.root / kind, iteration)
+    folder: Path
 
     def check(self, checkpoint: Path) -> None:
-        state = self.states.get((checkpoint.parent.name, iteration_of(checkpoint) or 0), "missing")
+        state = self.states.get(iteration_of(checkpoint) or 0, "missing")
         if state == "unfinished":
-            raise Unfinished(checkpoint, state)
-        if state != "sound":
-            raise Damage(checkpoint, state)
+            raise UnfinishedCheckpointError(checkpoint, state)
+        if state in ("damaged", "missing"):
+            raise CheckpointError(checkpoint, state)
 
     def choose(self, step: int | None = None) -> Path | None:
-        return choose_checkpoint(self.root / PERSISTENT, step, self.check, self.root / LOCAL).checkpoint
+        return choose_checkpoint(self.folder, step, self.check).checkpoint
 
     def expected(self, step: int | None = None) -> Path | None:
-        """Return the newest sound checkpoint that the tracker file does not rule out."""
-        sound = [
-            (iteration, kind == PERSISTENT)
-            for (kind, iteration), state in self.states.items()
-            if state == "sound" and step in (None, iteration)
-            if kind == LOCAL or step is not None or not isinstance(self.tracked, int) or iteration <= self.tracked
+        """Return the newest intact checkpoint that the tracker file does not rule out, if possible one with digests."""
+        choices = [
+            (state == "intact", iteration)
+            for iteration, state in self.states.items()
+            if state in ("intact", "unverified") and step in (None, iteration)
+            if step is not None or not isinstance(self.tracked, int) or iteration <= self.tracked
         ]
-        if not sound:
-            return None
-        iteration, is_persistent = max(sound)
-        return self.path(PERSISTENT if is_persistent else LOCAL, iteration)
+        return checkpoint_path(self.folder, max(choices)[1]) if choices else None
+
+    def write(self) -> None:
+        shutil.rmtree(self.folder, ignore_errors=True)
+        for iteration, state in self.states.items():
+            if state != "missing":
+                checkpoint_path(self.folder, iteration).mkdir(parents=True)
+                if state in ("intact", "damaged"):
+                    Manifest(files={"file": "digest"}).save(checkpoint_path(self.folder, iteration))
+        self.folder.mkdir(exist_ok=True)
+        if self.tracked is not None:
+            (self.folder / TRACKER).write_text(str(self.tracked))
 
 
-@st.composite
-def folders(draw, root):
-    states = draw(
-        st.dictionaries(st.tuples(st.sampled_from([PERSISTENT, LOCAL]), st.integers(1, 5)), st.sampled_from(STATES))
-    )
-    tracked = draw(st.sampled_from([None, "unusable", 1, 2, 3, 4, 5]))
-    return Folders(states, tracked, root)
-
-
-@pytest.fixture(scope="module")
-def root(tmp_path_factory):
-    return tmp_path_factory.mktemp("series")
-
-
-def write(folders: Folders) -> None:
-    for kind in (PERSISTENT, LOCAL):
-        folder = folders.root / kind
-        if folder.exists():
-            for path in folder.iterdir():
-                path.rmdir() if path.is_dir() else path.unlink()
-        folder.mkdir(exist_ok=True)
-    for (kind, iteration), state in folders.states.items():
-        if state != "missing":
-            folders.path(kind, iteration).mkdir()
-    if folders.tracked is not None:
-        (folders.root / PERSISTENT / TRACKER).write_text(str(folders.tracked))
-
-
-@given(data=st.data(), step=st.sampled_from([None, 1, 3, 5]))
-def test_the_newest_sound_checkpoint_of_both_kinds_is_chosen(root, data, step):
-    of_run = data.draw(folders(root))
-    write(of_run)
-    expected = of_run.expected(step)
+@given(
+    states=st.dictionaries(st.integers(1, 5), st.sampled_from(STATES)),
+    tracked=st.sampled_from([None, "unusable", 1, 2, 3, 4, 5]),
+    step=st.sampled_from([None, 1, 3, 5]),
+)
+def test_the_newest_intact_checkpoint_is_chosen_and_one_with_digests_before_all_without(
+    tmp_path_factory, states, tracked, step
+):
+    series = Series(states, tracked, tmp_path_factory.getbasetemp() / "series")
+    series.write()
+    expected = series.expected(step)
     if expected is not None:
-        assert of_run.choose(step) == expected
-        return
-    # Nothing is sound: the run starts from the beginning only if no save was ever finished.
-    was_saved = of_run.tracked is not None or step is not None or "damaged" in of_run.states.values()
-    if was_saved:
-        with pytest.raises(UserError, match="holds no sound checkpoint"):
-            of_run.choose(step)
+        assert series.choose(step) == expected
+    # Nothing is intact: the run starts from the beginning only if no save was ever finished.
+    elif tracked is not None or step is not None or "damaged" in states.values():
+        with pytest.raises(UserError, match="holds no intact checkpoint"):
+            series.choose(step)
     else:
-        assert of_run.choose(step) is None
+        assert series.choose(step) is None
 
 
-def test_a_released_checkpoint_is_older_than_non_persistent_ones(root):
-    of_run = Folders({(LOCAL, 1): "sound", (PERSISTENT, 0): "sound"}, "release", root)
-    write(of_run)
-    assert of_run.choose() == of_run.path(LOCAL, 1)
-    del of_run.states[LOCAL, 1]
-    assert of_run.choose() == root / PERSISTENT / "release"
+def test_unverified_checkpoint_does_not_outrank_a_verified_one(tmp_path, monkeypatch, capsys):
+    """A flipped byte of the newest could not be noticed."""
+    for iteration in (1, 2, 3):
+        write_checkpoint(tmp_path, iteration)
+    newest = checkpoint_path(tmp_path, 3)
+    for manifest in (None, Manifest(files={})):
+        (newest / MANIFEST_FILE).unlink()
+        if manifest is not None:
+            manifest.save(newest)
+        choice = choose_checkpoint(tmp_path)
+        assert choice.iteration == 2
+        assert [(fault.checkpoint, fault.fault[:14]) for fault in choice.rejected] == [(newest, "has no digests")]
+        with pytest.raises(UserError, match=f"{newest} has no digests.*name its folder: .*iter_0000002"):
+            locate_checkpoint(tmp_path)
+        assert remove_old_checkpoints(tmp_path, keep=2) == []
+        manifest or (newest / MANIFEST_FILE).touch()
+    monkeypatch.setattr(sys, "argv", ["maskmoe prune", "--load", str(tmp_path)])
+    prune_checkpoints.main()
+    assert saved_iterations(tmp_path) == [3, 2]
+    assert f"warning: {newest} has no digests" in capsys.readouterr().err
+
+
+def test_checkpoints_of_megatron_without_digests_are_chosen_and_removed(tmp_path):
+    for iteration in (1, 2, 3):
+        write_checkpoint(tmp_path, iteration, with_manifest=False)
+    assert choose_checkpoint(tmp_path).iteration == 3
+    assert remove_old_checkpoints(tmp_path, keep=1) == [checkpoint_path(tmp_path, step) for step in (2, 1)]
 
 
 def test_pruning_reports_a_checkpoint_that_cannot_be_removed(tmp_path, monkeypatch, capsys):
@@ -142,7 +144,7 @@ def test_pruning_reports_a_checkpoint_that_cannot_be_removed(tmp_path, monkeypat
     assert saved_iterations(tmp_path) == [4]
 
 
-def test_pruning_counts_checkpoints_whose_content_is_sound(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_pruning_counts_checkpoints_whose_content_is_intact(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The content of no more checkpoints than needed is read, and of each one only once."""
     for iteration in (1, 2, 3, 4, 5):
         write_checkpoint(tmp_path, iteration)

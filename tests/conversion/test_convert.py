@@ -22,7 +22,8 @@ from support.tensors import assert_same_tensors, tensors_of
 from support.tiny_maskmoe import NUM_EXPERTS, NUM_LAYERS, VOCAB_SIZE, make_config, make_model, random_mask
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from maskmoe.checkpoint.integrity import check_content, check_structure, read_common_state
+from maskmoe.checkpoint.integrity import check_content, check_structure
+from maskmoe.checkpoint.reading import read_common_state
 from maskmoe.checkpoint.routing_mask import read_routing_mask
 from maskmoe.checkpoint.saved_names import saved_pattern
 from maskmoe.checkpoint.series import checkpoint_path, write_tracker

@@ -10,7 +10,7 @@ from support.megatron_models import TRAINING, load_converted_model, logits_of_me
 from support.system import run_tool
 from transformers import AutoModelForCausalLM
 
-from maskmoe.checkpoint.integrity import read_checkpoint_layout
+from maskmoe.checkpoint.reading import read_checkpoint_layout
 from maskmoe.conversion.convert import huggingface_to_megatron, upcycle_model
 from maskmoe.conversion.settings import Settings, UpcycleSettings
 from maskmoe.routing_mask.assignment import MaskRecipe, build_routing_mask

@@ -14,7 +14,7 @@ from support.tensors import assert_same_tensors, tensors_of
 
 from maskmoe.analysis.model_series import common_shape, find_models, model_folder
 from maskmoe.analysis.routing_analysis import record_routing
-from maskmoe.checkpoint.integrity import read_common_state
+from maskmoe.checkpoint.reading import read_common_state
 from maskmoe.conversion.config_mapping import gpt_args
 from maskmoe.conversion.convert import huggingface_to_megatron, megatron_to_huggingface, upcycle_model
 from maskmoe.conversion.model_files import load_exported_model

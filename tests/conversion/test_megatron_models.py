@@ -10,7 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch.distributed import checkpoint as torch_checkpoint
 
-from maskmoe.checkpoint.integrity import read_common_state
+from maskmoe.checkpoint.reading import read_common_state
 from maskmoe.checkpoint.series import checkpoint_path
 from maskmoe.conversion.megatron_models import COMMON_STATE, MARKER, TorchDistSource, write_torch_dist
 from maskmoe.conversion.tensor_sources import Block, MemorySource, row_major_blocks

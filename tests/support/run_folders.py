@@ -8,7 +8,8 @@ from torch.distributed.checkpoint.filesystem import _StorageInfo
 from torch.distributed.checkpoint.metadata import Metadata, MetadataIndex
 from torch.utils.tensorboard import SummaryWriter
 
-from maskmoe.checkpoint.integrity import LAYOUT_FILE, Manifest, digest_and_size
+from maskmoe.checkpoint.integrity import Manifest, digest_and_size
+from maskmoe.checkpoint.reading import LAYOUT_FILE
 from maskmoe.files.run_folder import JOURNAL
 
 NUM_LAYERS = 3

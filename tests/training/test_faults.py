@@ -15,7 +15,8 @@ import pytest
 from support.launchers import CPU_ENVIRONMENT
 from support.training import Run, TrainingProcesses
 
-from maskmoe.checkpoint.integrity import Damage, check_content, check_structure
+from maskmoe.checkpoint.errors import CheckpointError
+from maskmoe.checkpoint.integrity import check_content, check_structure
 from maskmoe.checkpoint.series import checkpoint_path, read_tracker, saved_iterations, write_tracker
 from maskmoe.processes.interruption import EXIT_REQUEUE
 
@@ -67,7 +68,7 @@ def damage_of(checkpoint: Path) -> str | None:
     try:
         check_structure(checkpoint)
         check_content(checkpoint)
-    except Damage as damage:
+    except CheckpointError as damage:
         return str(damage)
     return None
 

@@ -20,7 +20,7 @@ from megatron.training.arguments import validate_args
 from megatron.training.global_vars import rebuild_tokenizer
 
 from maskmoe.arguments.parser import OneLineParser
-from maskmoe.checkpoint.series import choose_checkpoint, non_persistent_folder
+from maskmoe.checkpoint.series import choose_checkpoint
 from maskmoe.data.indexed_dataset import dataset_files
 from maskmoe.errors import UserError, megatrons_checks
 from maskmoe.files.outputs import check_outputs, write_text
@@ -153,7 +153,7 @@ class Inspection(RunChecks):
         args = self.args
         if args.load is None:
             return None
-        choice = choose_checkpoint(args.load, args.ckpt_step, non_persistent=non_persistent_folder(args, args.load))
+        choice = choose_checkpoint(args.load, args.ckpt_step)
         self.notes += [f"checkpoint {damage}" for damage in choice.rejected]
         if choice.checkpoint is None and loads_what_it_saves(args):
             self.notes.append(f"--load {args.load} holds no checkpoint: training starts from the beginning")

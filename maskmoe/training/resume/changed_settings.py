@@ -17,11 +17,12 @@ from typing import Any
 from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
 from megatron.training import training
 
-from maskmoe.checkpoint.integrity import iteration_of, read_common_state
+from maskmoe.checkpoint.integrity import iteration_of
+from maskmoe.checkpoint.reading import read_common_state
 from maskmoe.checkpoint.routing_mask import mask_in_checkpoint
 from maskmoe.errors import UserError, reason_of
 from maskmoe.megatron_compat.globals import global_args
-from maskmoe.training.resume.choose_checkpoint import lacks_what_it_loads
+from maskmoe.training.resume.choose_checkpoint import must_save_a_complete_run
 from maskmoe.training.resume.model_settings import ADJUSTABLE_ARGUMENTS, flag_of
 from maskmoe.training.settings.layout import BatchSizes, requested_training_samples, training_iterations
 
@@ -164,7 +165,7 @@ class _Resumption:
     @property
     def _loads(self) -> bool:
         """Whether the run loads the checkpoint; a complete run does so only to save it into a folder that lacks it."""
-        return not self.is_complete or lacks_what_it_loads(self.args)
+        return not self.is_complete or must_save_a_complete_run(self.args)
 
     def errors(self) -> Iterator[str]:
         """Yield an error for each change with which the run would fail, or that the run would ignore."""

@@ -1,4 +1,4 @@
-"""Finds the newest sound checkpoint to resume from, which all ranks verify together, and checks `--save`."""
+"""Finds the newest intact checkpoint to resume from, which all ranks verify together, and checks `--save`."""
 
 import json
 import os
@@ -7,7 +7,9 @@ from argparse import Namespace
 from itertools import count
 from pathlib import Path
 
-from maskmoe.checkpoint.integrity import Damage, check_content, check_structure, read_common_state
+from maskmoe.checkpoint.errors import CheckpointError
+from maskmoe.checkpoint.integrity import check_content, check_structure, has_digests
+from maskmoe.checkpoint.reading import read_common_state
 from maskmoe.checkpoint.series import (
     RELEASE,
     TRACKER,
@@ -15,13 +17,11 @@ from maskmoe.checkpoint.series import (
     choose_checkpoint,
     describe_missing,
     is_finished,
-    newest_sound,
-    non_persistent_folder,
+    newest_intact,
     read_tracker,
     saved_iterations,
 )
 from maskmoe.errors import UserError
-from maskmoe.files.run_folder import Kind, read_journal, run_folder
 from maskmoe.training.ranks import Ranks
 from maskmoe.training.resume.model_settings import check_same_model
 
@@ -33,7 +33,7 @@ def find_checkpoint(args: Namespace, ranks: Ranks) -> Path | None:
     checkpoints are skipped with a warning. All ranks must call this function.
 
     Raises:
-        UserError: There are checkpoints, but none is sound.
+        UserError: There are checkpoints, but none is intact.
     """
     if args.load is None:
         return None
@@ -52,12 +52,15 @@ def find_checkpoint(args: Namespace, ranks: Ranks) -> Path | None:
             key = next(candidates)
             ranks.broadcast(key, json.dumps([False, str(checkpoint)]))
             for damage in _find_damages(checkpoint, ranks, key):
-                raise Damage(checkpoint, damage)
+                raise CheckpointError(checkpoint, damage)
 
-    choice = choose_checkpoint(args.load, args.ckpt_step, check, non_persistent_folder(args, args.load))
+    choice = choose_checkpoint(args.load, args.ckpt_step, check)
     chosen = choice.checkpoint
-    for damage in choice.rejected:
-        print(f"warning: checkpoint {damage}", file=sys.stderr, flush=True)
+    for fault in choice.rejected:
+        print(f"warning: checkpoint {fault}", file=sys.stderr, flush=True)
+    if chosen is not None and args.verify_checkpoint and not has_digests(chosen):
+        warning = f"warning: checkpoint {chosen} has no digests of its files, so its content is not verified"
+        print(warning, file=sys.stderr, flush=True)
     if choice.rejected:
         start = f"resuming from {chosen}" if chosen else "starting from the beginning"
         print(f"warning: {start}", file=sys.stderr, flush=True)
@@ -70,7 +73,7 @@ def _find_damages(checkpoint: Path, ranks: Ranks, key: str) -> list[str]:
     damage = ""
     try:
         check_content(checkpoint, slice(ranks.rank, None, ranks.world_size))
-    except Damage as found:
+    except CheckpointError as found:
         damage = found.fault
     return list(filter(None, ranks.gather(f"{key}/damage", damage)))
 
@@ -96,8 +99,7 @@ def checkpoint_to_load(args: Namespace) -> Path | None:
     if args.load is None:
         return None
     iteration = args.ckpt_step
-    folder = (non_persistent_folder(args, args.load) if args.loads_non_persistent else None) or Path(args.load)
-    checkpoint = folder / RELEASE if iteration is None else checkpoint_path(folder, iteration)
+    checkpoint = Path(args.load) / RELEASE if iteration is None else checkpoint_path(args.load, iteration)
     return checkpoint if checkpoint.exists() else None
 
 
@@ -132,7 +134,7 @@ def check_pretrained_model(args: Namespace, checkpoint: Path | None, ranks: Rank
     cure = f"Write the iteration of another checkpoint, if there is one, into {TRACKER}"
     try:
         check_structure(pretrained)
-    except Damage as damage:
+    except CheckpointError as damage:
         raise UserError(f"--pretrained-checkpoint {folder}: {damage}. {cure}") from damage
     if ranks is not None and args.verify_checkpoint:
         for damage in _find_damages(pretrained, ranks, "pretrained checkpoint"):
@@ -145,67 +147,47 @@ def loads_what_it_saves(args: Namespace) -> bool:
     return bool(args.save and args.load) and Path(args.save).resolve() == Path(args.load).resolve()
 
 
-def lacks_what_it_loads(args: Namespace) -> bool:
+def must_save_a_complete_run(args: Namespace) -> bool:
     """Return whether `--save` lacks the checkpoint that a run loads, so that even a complete run has to save it."""
-    return args.save is not None and (args.loads_non_persistent or not loads_what_it_saves(args))
+    return args.save is not None and not loads_what_it_saves(args)
 
 
 def check_save_folder_is_own(args: Namespace, checkpoint: Path | None) -> None:
     """Raise `UserError` if a run would write over, or remove, checkpoints that it does not continue.
 
-    A run that loads from the folder to which it saves continues this folder's run, unless it starts at iteration 0. A
-    run that loads from another folder may have been interrupted and started again: then the checkpoints in `--save`
-    name the same `--load`. The folder that an interrupted save leaves is no checkpoint. Another run may have written
-    the checkpoints in `--non-persistent-global-ckpt-dir`.
+    The checkpoints in `--save` are the run's own in two cases: the run resumes from the same folder; or it loads from
+    another folder, and the newest checkpoint in `--save` has loaded from there, too, because the run was started again.
+    The folder that an interrupted save leaves is no checkpoint.
     """
     if args.save is None:
         return
-    starts_anew, is_same_folder = checkpoint is None or args.finetune, loads_what_it_saves(args)
-    local = non_persistent_folder(args, args.save)
-    for folder in filter(None, (Path(args.save), local)):
-        is_elsewhere = folder == local and args.non_persistent_global_ckpt_dir is not None
-        if is_same_folder and not starts_anew and not is_elsewhere:
-            continue
-        saved = [step for step in saved_iterations(folder) if is_finished(checkpoint_path(folder, step))]
-        is_own = not saved and (checkpoint is None if is_same_folder else not (folder / TRACKER).is_file())
-        if not starts_anew:
-            is_own = is_own or (folder == local and not is_elsewhere) or _is_of_run(folder, args)
-        if not is_own:
-            newest = max(saved, default=None)
-            which = f"of iteration {newest} " if newest is not None else ""
-            start = "start at iteration 0" if starts_anew else f"continue the run in --load {args.load}"
-            cure = (
-                f"save to another folder, or pass --load {args.save} without --finetune to continue the run in --save"
-            )
-            if is_elsewhere and not starts_anew:
-                cure = "pass another --non-persistent-global-ckpt-dir"
-            raise UserError(
-                f"{folder} holds a checkpoint {which}already, and this run would {start} and write over it: {cure}"
-            )
+    folder, is_same_folder = Path(args.save), loads_what_it_saves(args)
+    starts_anew = checkpoint is None or args.finetune
+    if is_same_folder and not starts_anew:
+        return
+    saved = [step for step in saved_iterations(folder) if is_finished(checkpoint_path(folder, step))]
+    is_empty = not saved and (checkpoint is None if is_same_folder else not (folder / TRACKER).is_file())
+    if is_empty or (not starts_anew and _has_loaded_from(args.load, folder)):
+        return
+    which = f"of iteration {saved[0]} " if saved else ""
+    start = "start at iteration 0" if starts_anew else f"continue the run in --load {args.load}"
+    raise UserError(
+        f"{folder} holds a checkpoint {which}already, and this run would {start} and write over it: save to another "
+        f"folder, or pass --load {args.save} without --finetune to continue the run in --save"
+    )
 
 
-def _is_of_run(folder: Path, args: Namespace) -> bool:
-    """Return whether the newest sound checkpoint in a folder is of this run; True without any.
-
-    A non-persistent checkpoint is in the journal of the run, which may have had another `--load` at its first start, or
-    none. Else the checkpoint is of a run with this `--load`. Several runs may load from one folder that is not theirs,
-    so this does not identify a run's non-persistent checkpoint.
+def _has_loaded_from(load: str, folder: Path) -> bool:
+    """Return whether the run of the newest intact checkpoint in a folder had this `--load`; True without any.
 
     Raises:
         UserError: The checkpoint's files have the right sizes, but its arguments are damaged.
     """
-    newest, journal = newest_sound(folder), run_folder(args.save, args.tensorboard_dir)
+    newest = newest_intact(folder)
     if newest is None:
         return True
-    is_local = folder != Path(args.save)
-    if is_local and journal is not None:
-        saves = (entry for entry in read_journal(journal) if entry.kind is Kind.SAVED and entry.facts.get("is_local"))
-        if any(entry.iteration == newest for entry in saves):
-            return True
-    if is_local and not loads_what_it_saves(args):
-        return False
     try:
         saved = read_common_state(checkpoint_path(folder, newest)).get("args")
-    except Damage as damage:
-        raise UserError(f"{damage}: save to another folder") from damage
-    return Path(getattr(saved, "load", None) or os.devnull).resolve() == Path(args.load).resolve()
+    except CheckpointError as error:
+        raise UserError(f"{error}: save to another folder") from error
+    return Path(getattr(saved, "load", None) or os.devnull).resolve() == Path(load).resolve()

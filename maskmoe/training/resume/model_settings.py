@@ -8,9 +8,9 @@ from typing import Any
 from megatron.core.models.hybrid.hybrid_layer_allocation import Symbols, get_hybrid_total_pipeline_segment_count
 from megatron.training.checkpointing import load_args_from_checkpoint
 
-from maskmoe.checkpoint.integrity import read_common_state
+from maskmoe.checkpoint.reading import read_common_state
 from maskmoe.checkpoint.saved_names import saved_pattern, without_new_layers
-from maskmoe.checkpoint.series import showing_only
+from maskmoe.checkpoint.series import temporary_load_folder
 from maskmoe.errors import UserError
 from maskmoe.routing_mask.feed_forward_layers import FeedForwardLayers
 from maskmoe.transformer.torch_modules import gated_delta_net
@@ -65,7 +65,7 @@ def take_settings_of_checkpoint(args: Namespace, checkpoint: Path, given: Collec
     are reset, because the pattern decides them.
     """
     given_values = {name: value for name, value in vars(args).items() if name in given}
-    with showing_only(checkpoint, args):
+    with temporary_load_folder(checkpoint, args):
         args, _ = load_args_from_checkpoint(args)
     tokenizer_type = given_values.get("tokenizer_type", args.tokenizer_type)
     if tokenizer_type != args.tokenizer_type or tokenizer_type == "NullTokenizer":  # which needs no model

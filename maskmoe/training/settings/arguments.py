@@ -112,7 +112,6 @@ def add_maskmoe_arguments(parser: ArgumentParser) -> ArgumentParser:
         eval_interval=1000,
         dist_ckpt_optim_fully_reshardable=True,
         stream_ckpt_dequant=False,
-        loads_non_persistent=False,  # has no flag: set when the checkpoint is chosen
         change_routing_mask=False,  # only training has the flag
     )
     defaults = cpu.argument_defaults() if cpu.is_installed() else GpuPackages.installed().argument_defaults()

@@ -13,7 +13,6 @@ from megatron.core.datasets import blended_megatron_dataset_config as dataset_co
 from megatron.training.utils import get_blend_and_blend_per_split
 
 from maskmoe.checkpoint.routing_mask import mask_in_checkpoint, mask_of_megatron, read_routing_mask
-from maskmoe.checkpoint.series import check_separate_folder
 from maskmoe.data.indexed_dataset import DatasetIndex, bin_path, read_index, read_tokenizer_record
 from maskmoe.data.tokenizer import TOKENIZER_TYPES, TokenizerRecord, tokenizer_sha256
 from maskmoe.errors import UserError, reason_of, refused_by_system
@@ -55,19 +54,12 @@ def check_tokenizer(args: Namespace, checkpoint: Path | None) -> str | None:
 
 
 def check_save_folder(args: Namespace) -> None:
-    """Check that files can be written to `--save`, `--tensorboard-dir` and `--non-persistent-global-ckpt-dir`.
+    """Raise `UserError` if files cannot be written to `--save`, `--tensorboard-dir` or `--data-cache-path`.
 
     An existing `--data-cache-path` may be complete, so it need not be writable.
-
-    Raises:
-        UserError: A folder cannot be made or written; or the folder of non-persistent checkpoints holds other
-            checkpoints.
     """
-    check_separate_folder(args)
     cache = "--data-cache-path"
     folders = {"--save": args.save, "--tensorboard-dir": args.tensorboard_dir, cache: args.data_cache_path}
-    if args.save is not None:
-        folders["--non-persistent-global-ckpt-dir"] = args.non_persistent_global_ckpt_dir
     for flag, name in folders.items():
         if name is None:
             continue

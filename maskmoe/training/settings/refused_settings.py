@@ -420,11 +420,6 @@ def _miscounts_batch_schedule(args: Namespace) -> bool:
     return args.step_batch_size_schedule is not None and counts_wrongly
 
 
-def _leaves_non_persistent_checkpoints_out(args: Namespace) -> bool:
-    is_asked_for = _given("non_persistent_save_interval", "non_persistent_global_ckpt_dir")(args)
-    return args.non_persistent_ckpt_type == "local" or (args.non_persistent_ckpt_type is None and is_asked_for)
-
-
 def _flags(reasons: Mapping[str, str]) -> Iterator[Check]:
     """Yield a check for each group of flags, separated by spaces, that is refused in every combination."""
     for flags, reason in reasons.items():
@@ -796,10 +791,10 @@ NOT_BUILT = (
         lambda args: args.ckpt_format != "torch_dist",
     ),
     Check(
-        "--non-persistent-save-interval or --non-persistent-global-ckpt-dir, without --non-persistent-ckpt-type global",
-        "Megatron-Core ignores the folder or ends at the first save. Loading the type local may run code, and a "
-        "damaged checkpoint is trusted, so that a run may restart for ever (Megatron's issue 5281).",
-        _leaves_non_persistent_checkpoints_out,
+        "--non-persistent-save-interval, --non-persistent-ckpt-type or --non-persistent-global-ckpt-dir",
+        "Megatron-Core trusts a damaged non-persistent checkpoint, so a run may restart for ever (issue 5281): pass a "
+        "smaller --save-interval and --keep-last-checkpoints.",
+        _given("non_persistent_save_interval", "non_persistent_ckpt_type", "non_persistent_global_ckpt_dir"),
     ),
     Check(
         "--async-strategy nvrx with --async-save",

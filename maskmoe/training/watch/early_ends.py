@@ -2,6 +2,7 @@
 
 import math
 import multiprocessing
+import os
 import shutil
 import signal
 import sys
@@ -9,7 +10,6 @@ import time
 from argparse import Namespace
 from collections.abc import Iterator
 from contextlib import contextmanager
-from pathlib import Path
 
 import torch
 from megatron.core import rerun_state_machine
@@ -17,7 +17,7 @@ from megatron.training import training
 from torch.distributed.checkpoint.api import CheckpointException
 
 from maskmoe.checkpoint.saver import SaveError, describe_failures
-from maskmoe.checkpoint.series import newest_saved, non_persistent_folder, remove_unfinished_checkpoints
+from maskmoe.checkpoint.series import read_tracker, remove_unfinished_checkpoints
 from maskmoe.checkpoint.writers import rank_is_ending
 from maskmoe.errors import RunFailure
 from maskmoe.megatron_compat.globals import get_signal_handler
@@ -155,22 +155,15 @@ def _is_out_of_time(args: Namespace) -> bool:
 
 def _save_failure(args: Namespace, cause: str) -> RunFailure:
     """Return the failure of a save. Megatron's writer may hide the system's error, so report a full disk instead."""
-    places = (Path(args.save), non_persistent_folder(args, args.save))
-    folders = [folder for folder in places if folder is not None and folder.exists()]
-    full = [folder for folder in folders if shutil.disk_usage(folder).free < _NO_SPACE]
-    if full:  # before unfinished checkpoints are removed
-        cause = f"no space is left in {full[0]}: make space, and start the run again"
+    # Measure the space before unfinished checkpoints are removed.
+    if os.path.exists(args.save) and shutil.disk_usage(args.save).free < _NO_SPACE:
+        cause = f"no space is left in {args.save}: make space, and start the run again"
     if torch.distributed.get_rank() == 0:
-        for folder in folders:
-            remove_unfinished_checkpoints(folder)
+        remove_unfinished_checkpoints(args.save)
     return RunFailure(f"cannot save a checkpoint to {args.save}: {cause}. {describe_newest_checkpoint(args)}")
 
 
 def describe_newest_checkpoint(args: Namespace) -> str:
     """Return a sentence about the newest checkpoint of the run."""
-    found = newest_saved(args)
-    if found is None:
-        return "There is no checkpoint yet"
-    folder, iteration = found
-    kind = "of" if folder == Path(args.save) else "the non-persistent one of"
-    return f"The newest checkpoint is {kind} iteration {iteration}"
+    newest = read_tracker(args.save) if args.save else None
+    return "There is no checkpoint yet" if newest is None else f"The newest checkpoint is of iteration {newest}"

@@ -7,7 +7,7 @@ import torch
 from megatron.training import is_last_rank
 from torch import Tensor
 
-from maskmoe.checkpoint.series import newest_saved, read_tracker
+from maskmoe.checkpoint.series import read_tracker
 from maskmoe.processes.console import console
 from maskmoe.processes.interruption import EXIT_REQUEUE
 from maskmoe.training.watch.callback import Callback, Step
@@ -73,14 +73,14 @@ class Progress(Callback):
             console.say(self._describe_stop() if is_stopped else self._describe_completion(), rank=-1)
 
     def _describe_stop(self) -> str:
-        args, found = self._args, newest_saved(self._args)
-        if found is None:
+        args = self._args
+        newest = read_tracker(args.save) if args.save else None
+        if newest is None:
             return "stopped: nothing was saved" + ("" if args.save else ", because --save is not given")
-        folder, newest = found
         resumption = "the same command resumes"
         if args.no_save_optim and not args.no_load_optim:
             resumption = "without the optimizer (--no-save-optim), so --no-load-optim is needed to resume"
-        return f"stopped: saved iteration {newest} in {folder}; {resumption}"
+        return f"stopped: saved iteration {newest} in {args.save}; {resumption}"
 
     def _describe_completion(self) -> str:
         args = self._args

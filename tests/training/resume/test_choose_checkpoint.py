@@ -17,7 +17,9 @@ from torch.distributed import HashStore
 from torch.distributed.checkpoint.api import CheckpointException
 
 from maskmoe.checkpoint import saver
-from maskmoe.checkpoint.integrity import Damage, Manifest, check_content, check_structure, read_checkpoint_layout
+from maskmoe.checkpoint.errors import CheckpointError
+from maskmoe.checkpoint.integrity import Manifest, check_content, check_structure
+from maskmoe.checkpoint.reading import read_checkpoint_layout
 from maskmoe.checkpoint.series import (
     RELEASE,
     TRACKER,
@@ -26,11 +28,10 @@ from maskmoe.checkpoint.series import (
     iteration_of,
     read_tracker,
     saved_iterations,
-    showing_only,
+    temporary_load_folder,
     write_tracker,
 )
 from maskmoe.errors import RunFailure, UserError
-from maskmoe.files.run_folder import Journal, Kind
 from maskmoe.training.ranks import Ranks
 from maskmoe.training.resume import choose_checkpoint as resume
 from maskmoe.training.resume.choose_checkpoint import find_checkpoint
@@ -97,7 +98,7 @@ def test_any_flipped_bit_is_found(copy, data):
     try:
         check_all(checkpoint)
         manifest = Manifest.load(checkpoint)
-    except Damage:
+    except CheckpointError:
         pass
     else:
         # Both files have parts that no check reads, such as names and formats.
@@ -109,11 +110,11 @@ def test_any_flipped_bit_is_found(copy, data):
 
 def loaded_by_megatron(chosen: Path | None, folder: Path) -> int | None:
     """Return the iteration of the checkpoint that Megatron loads from a folder; None if it loads none."""
-    args = Namespace(load=str(folder), non_persistent_ckpt_type="global", non_persistent_global_ckpt_dir=None)
+    args = Namespace(load=str(folder))
     args.ckpt_step = None if chosen is None else iteration_of(chosen)
     args.exit_on_missing_checkpoint = args.no_save_optim = args.no_save_rng = False
     before = Namespace(**vars(args))
-    with showing_only(chosen, args):
+    with temporary_load_folder(chosen, args):
         state, *_ = checkpointing._load_base_checkpoint(args.load, args, rank0=True)
     assert args == before
     return state and state["iteration"]
@@ -128,7 +129,6 @@ def test_unusable_tracker(copy, content, files_and_times):
         (copy / TRACKER).write_text(content)
     before = files_and_times(copy)
     args, ranks = Namespace(load=str(copy), ckpt_step=None, verify_checkpoint=True), Ranks(HashStore(), 0, 1)
-    args.non_persistent_ckpt_type, args.loads_non_persistent = None, False
     assert find_checkpoint(args, ranks) == checkpoint_path(copy, 21)
     assert loaded_by_megatron(checkpoint_path(copy, 21), copy) == 21
     assert files_and_times(copy) == before
@@ -140,7 +140,6 @@ def test_iteration_beside_an_imported_model_is_loaded(copy):
     checkpoint_path(copy, 14).rename(copy / RELEASE)
     write_tracker(copy, RELEASE)
     args, ranks = Namespace(load=str(copy), ckpt_step=7, verify_checkpoint=True), Ranks(HashStore(), 0, 1)
-    args.non_persistent_ckpt_type, args.loads_non_persistent = None, False
     assert find_checkpoint(args, ranks) == checkpoint_path(copy, 7)
     assert loaded_by_megatron(checkpoint_path(copy, 7), copy) == 7
     assert loaded_by_megatron(copy / RELEASE, copy) == 14
@@ -148,13 +147,8 @@ def test_iteration_beside_an_imported_model_is_loaded(copy):
 
 @pytest.mark.runs(SAVED)
 def test_megatron_loads_the_chosen_checkpoint_only(copy):
-    """Megatron prefers a newer non-persistent checkpoint, and a pretrained one if there is no other."""
-    folder = copy / "non_persistent"
-    for iteration in (7, 14, 21):
-        shutil.copytree(checkpoint_path(copy, iteration), checkpoint_path(folder, iteration))
-    write_tracker(folder, 21)
+    """Megatron takes a pretrained checkpoint if there is no other."""
     assert loaded_by_megatron(checkpoint_path(copy, 14), copy) == 14
-    assert loaded_by_megatron(checkpoint_path(folder, 7), copy) == 7
     assert loaded_by_megatron(None, copy) is None
 
 
@@ -174,7 +168,7 @@ def test_imported_model_is_trained_with_a_retain_interval(copy, workplace, tmp_p
 
 
 @pytest.mark.runs(SAVED)
-def test_run_resumes_from_the_newest_sound_checkpoint(runs, copy, workplace, tmp_path):
+def test_run_resumes_from_the_newest_intact_checkpoint(runs, copy, workplace, tmp_path):
     """All ranks share the work of verifying, and agree on the checkpoint."""
     (undisturbed,) = runs
     flip(checkpoint_path(copy, 21) / "__0_0.distcp")
@@ -241,9 +235,8 @@ def test_an_iteration_is_saved_once(tmp_path, monkeypatch):
 
     assert saves() == 1
     monkeypatch.setattr(saver, "get_loaded_iteration", lambda: 4)
-    assert saves(load=str(tmp_path), finetune=False, loads_non_persistent=False) == 0
-    assert saves(loads_non_persistent=True) == 1
-    assert saves(loads_non_persistent=False, load=str(tmp_path / "elsewhere")) == 1
+    assert saves(load=str(tmp_path), finetune=False) == 0
+    assert saves(load=str(tmp_path / "elsewhere")) == 1
 
 
 @pytest.mark.slow
@@ -340,7 +333,7 @@ def test_failed_load_is_not_a_failed_save(copy, monkeypatch):
     """Megatron raises the same exception for both."""
     monkeypatch.setattr("multiprocessing.active_children", list)  # which would be ended
     error = CheckpointException("failed", {0: (OSError("Input/output error"), traceback.extract_stack())})
-    args = Namespace(load=str(copy), ckpt_step=21, loads_non_persistent=False, pretrained_checkpoint=None)
+    args = Namespace(load=str(copy), ckpt_step=21, pretrained_checkpoint=None)
     with (
         pytest.raises(RunFailure, match=rf"^cannot load {copy}/iter_0000021: Input/output error; remove the cause"),
         explaining_early_ends(args),
@@ -351,16 +344,13 @@ def test_failed_load_is_not_a_failed_save(copy, monkeypatch):
 @pytest.mark.runs(SAVED)
 def test_checkpoints_that_a_run_does_not_continue_stay(runs, tmp_path, parse):
     """The checkpoints of the folder may be of another run, with other settings."""
-    save, other, local = runs[0].checkpoints, tmp_path / "other", tmp_path / "local"
+    save, other = runs[0].checkpoints, tmp_path / "other"
     shutil.copytree(save, other)
-    shutil.copytree(checkpoint_path(save, 21), checkpoint_path(local, 21))
-    non_persistent = f"--non-persistent-ckpt-type global --non-persistent-save-interval 2 --save {tmp_path / 'new'}"
     for flags, folder in (
         (f"--seed 77 --save {save}", save),
         (f"--pretrained-checkpoint {save} --save {save}", save),
         (f"--finetune --load {save} --save {save}", save),
         (f"--load {save} --save {other}", other),
-        (f"{non_persistent} --non-persistent-global-ckpt-dir {local}", local),
     ):
         with pytest.raises(UserError, match=f"^{folder} holds a checkpoint of iteration 21 already, and this run"):
             parse(flags)
@@ -400,56 +390,23 @@ def test_run_that_loads_from_elsewhere_may_start_again(tmp_path, monkeypatch):
     load, save = tmp_path / "load", tmp_path / "save"
     checkpoint_path(save, 8).mkdir(parents=True)
     (checkpoint_path(save, 8) / "metadata.json").touch()
-    monkeypatch.setattr(resume, "newest_sound", lambda _: 8)
+    monkeypatch.setattr(resume, "newest_intact", lambda _: 8)
     monkeypatch.setattr(resume, "read_common_state", lambda _: {"args": Namespace(load=f"{load}/")})
-    args = Namespace(
-        load=str(load), save=str(save), finetune=False, non_persistent_ckpt_type=None, tensorboard_dir=None
-    )
+    args = Namespace(load=str(load), save=str(save), finetune=False)
     resume.check_save_folder_is_own(args, checkpoint_path(load, 4))
     args.load = str(tmp_path)
     with pytest.raises(UserError, match="and this run would continue the run in --load"):
         resume.check_save_folder_is_own(args, checkpoint_path(tmp_path, 4))
 
 
-@pytest.mark.parametrize("load", ["checkpoints", "elsewhere"], ids=["resumed", "from elsewhere"])
-def test_non_persistent_checkpoints_of_another_run_are_refused(tmp_path, monkeypatch, load):
-    """The newest one is of this run if the journal names it, or if it names the folder that the run loads and saves."""
-    save, fast, load = tmp_path / "checkpoints", tmp_path / "fast", tmp_path / load
-    checkpoint_path(fast, 50).mkdir(parents=True)
-    (checkpoint_path(fast, 50) / "metadata.json").touch()
-    monkeypatch.setattr(resume, "newest_sound", lambda _: 50)
-    types = {"non_persistent_ckpt_type": "global", "non_persistent_global_ckpt_dir": str(fast)}
-    args = Namespace(load=str(load), save=str(save), finetune=False, tensorboard_dir=None, **types)
-    names_load = Mock(return_value={"args": args})
-    monkeypatch.setattr(resume, "read_common_state", names_load)
-    journal, of_first_starts = Journal(tmp_path), ["other", None]
-    if load == save:
-        resume.check_save_folder_is_own(args, checkpoint_path(fast, 50))
-    else:
-        of_first_starts.append(str(load))
-    for of_first_start in of_first_starts:
-        names_load.return_value = {"args": Namespace(load=of_first_start)}
-        journal.write(Kind.SAVED, "", 50, is_local=False)
-        journal.write(Kind.SAVED, "", 49, is_local=True)
-        with pytest.raises(
-            UserError, match=f"^{fast} holds a checkpoint of iteration 50 .* pass another --non-persist"
-        ):
-            resume.check_save_folder_is_own(args, checkpoint_path(fast, 50))
-    journal.write(Kind.SAVED, "", 50, is_local=True)
-    resume.check_save_folder_is_own(args, checkpoint_path(fast, 50))
-
-
 @pytest.mark.parametrize("changes", [{}, {"load": None}, {"finetune": True}])
 def test_run_that_was_killed_in_its_first_save_may_start_again(tmp_path, changes):
-    saved, local = checkpoint_path(tmp_path, 8), checkpoint_path(tmp_path / "non_persistent", 8)
-    for folder in (saved, local):
-        folder.mkdir(parents=True)
+    saved = checkpoint_path(tmp_path, 8)
+    saved.mkdir()
     same = {"save": str(tmp_path), "load": str(tmp_path), "finetune": False, "ckpt_step": None}
-    types = {"non_persistent_ckpt_type": "global", "non_persistent_global_ckpt_dir": None}
-    args = Namespace(**same | types | changes)
+    args = Namespace(**same | {"verify_checkpoint": True} | changes)
     assert find_checkpoint(args, Ranks(HashStore(), 0, 1)) is None
     resume.check_save_folder_is_own(args, None)
-    for folder in (local, saved):
-        (folder / "metadata.json").touch()
-        with pytest.raises(UserError, match=f"^{folder.parent} holds a checkpoint of iteration 8 already"):
-            resume.check_save_folder_is_own(args, None)
+    (saved / "metadata.json").touch()
+    with pytest.raises(UserError, match=f"^{tmp_path} holds a checkpoint of iteration 8 already"):
+        resume.check_save_folder_is_own(args, None)

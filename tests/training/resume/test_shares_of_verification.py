@@ -18,7 +18,7 @@ from maskmoe.training.resume.choose_checkpoint import find_checkpoint
 def test_a_flipped_byte_of_any_file_is_found_by_some_rank(runs, tmp_path: Path, num_ranks: int) -> None:
     """The ranks are threads, which meet at one store."""
     folder = shutil.copytree(runs[0].checkpoints, tmp_path / "copy")
-    args = Namespace(load=str(folder), ckpt_step=None, verify_checkpoint=True, non_persistent_ckpt_type=None)
+    args = Namespace(load=str(folder), ckpt_step=None, verify_checkpoint=True)
 
     def chosen() -> set[Path | None]:
         store = HashStore()

@@ -12,7 +12,6 @@ from megatron.training import training
 from maskmoe.checkpoint.saver import SaveError
 from maskmoe.errors import RunFailure
 from maskmoe.processes.interruption import EXIT_REQUEUE
-from maskmoe.training.watch import early_ends
 from maskmoe.training.watch.early_ends import explaining_early_ends
 
 
@@ -48,7 +47,6 @@ def test_run_that_is_out_of_time_asks_for_a_new_start(explaining, monkeypatch, e
 )
 def test_verdict_about_a_repeated_step(explaining, monkeypatch, capsys, state, code, verdict):
     monkeypatch.setattr(torch.distributed, "get_rank", lambda: 0)
-    monkeypatch.setattr(early_ends, "newest_saved", lambda args: None)
     machine = rerun_state_machine.RerunStateMachine(mode=rerun_state_machine.RerunMode.VALIDATE_RESULTS)
     machine.state = rerun_state_machine.RerunState[state]
     monkeypatch.setattr(rerun_state_machine, "_GLOBAL_RERUN_STATE_MACHINE", machine)
@@ -61,7 +59,7 @@ def test_verdict_about_a_repeated_step(explaining, monkeypatch, capsys, state, c
 
 def test_save_to_a_folder_that_has_vanished_fails_in_one_line(explaining, tmp_path, monkeypatch):
     monkeypatch.setattr(torch.distributed, "get_rank", lambda: 0)
-    args = {"save": str(tmp_path / "gone"), "non_persistent_ckpt_type": None, "non_persistent_save_interval": None}
+    args = {"save": str(tmp_path / "gone")}
     message = r"^cannot save a checkpoint to .*/gone: no such folder\. There is no checkpoint yet$"
     with pytest.raises(RunFailure, match=message), explaining(**args):
         raise SaveError("no such folder")

@@ -13,7 +13,7 @@ from maskmoe.training.watch import progress
 from maskmoe.training.watch.callback import Step
 from maskmoe.training.watch.progress import Progress
 
-SAVES = {"non_persistent_ckpt_type": None, "non_persistent_global_ckpt_dir": None, "no_save_optim": False}
+SAVES = {"no_save_optim": False}
 ARGS = Namespace(save=None, train_iters=9, skip_train=False, log_interval=4, seq_length=32, **SAVES)
 
 

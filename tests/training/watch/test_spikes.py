@@ -13,7 +13,7 @@ from support.runs import read_scalars
 from support.training import Run, TrainingOutcome
 from support.training_runs import DISTRIBUTED, EXPERT_2, PIPELINE_2
 
-from maskmoe.checkpoint.integrity import read_common_state
+from maskmoe.checkpoint.reading import read_common_state
 from maskmoe.checkpoint.series import checkpoint_path
 from maskmoe.training.watch.spikes import SpikeDetector
 
