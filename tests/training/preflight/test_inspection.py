@@ -133,7 +133,7 @@ ERRORS = {
     "--hybrid-layer-pattern /*E": ["invalid settings: ZeroDivisionError"],
     "--hybrid-layer-pattern *E*E --pipeline-model-parallel-size 8": ["the model cannot be made: "],
     "--wandb-project p --save=": ["--wandb-project needs a run folder: pass --save or --tensorboard-dir"],
-    "--load save/nowhere --ckpt-step 3": ["holds no sound checkpoint: save/nowhere/iter_0000003 does not exist"],
+    "--load save/nowhere --ckpt-step 3": ["holds no intact checkpoint: save/nowhere/iter_0000003 does not exist"],
 }
 MANY_RANKS = "more ranks than there are GPUs"
 

@@ -110,7 +110,7 @@ def test_any_flipped_bit_is_found(copy, data):
 
 def loaded_by_megatron(chosen: Path | None, folder: Path) -> int | None:
     """Return the iteration of the checkpoint that Megatron loads from a folder; None if it loads none."""
-    args = Namespace(load=str(folder))
+    args = Namespace(load=str(folder), non_persistent_ckpt_type=None, non_persistent_global_ckpt_dir=None)
     args.ckpt_step = None if chosen is None else iteration_of(chosen)
     args.exit_on_missing_checkpoint = args.no_save_optim = args.no_save_rng = False
     before = Namespace(**vars(args))

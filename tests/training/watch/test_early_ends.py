@@ -19,7 +19,7 @@ from maskmoe.training.watch.early_ends import explaining_early_ends
 def explaining(monkeypatch):
     """Return the context manager for some arguments of a run; it ends no process of the test."""
     monkeypatch.setattr("multiprocessing.active_children", list)
-    return lambda **args: explaining_early_ends(Namespace(**args))
+    return lambda **args: explaining_early_ends(Namespace(**{"save": None} | args))
 
 
 @pytest.mark.parametrize(
