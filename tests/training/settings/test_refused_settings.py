@@ -239,7 +239,6 @@ SUPPORTED = (
     f"{ENGINE} --fp4-format e2m1",
     "--context-parallel-size 2 --cp-comm-type p2p all_gather",
     "--transformer-impl transformer_engine --context-parallel-size 2 --cp-comm-type a2a",
-    "--non-persistent-ckpt-type global --non-persistent-save-interval 5",
     "--qk-layernorm-all-heads --qk-layernorm --normalization RMSNorm",
     "--tensor-parallel-num-weight-shards 1 --expert-tensor-parallel-num-weight-shards 1",  # as after validation
 )
