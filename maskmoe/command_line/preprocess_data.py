@@ -24,6 +24,7 @@ Example:
 import argparse
 import time
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 from maskmoe.arguments import ranges
@@ -32,6 +33,7 @@ from maskmoe.data.dataset_writing import IndexedDatasetWriter, merge_datasets
 from maskmoe.data.inputs import FORMATS, Shard, unescape
 from maskmoe.data.preprocess import preprocess
 from maskmoe.data.tokenizer import TOKENIZER_TYPES
+from maskmoe.processes.folder_lock import locked
 
 # Flags that say how text is encoded, with their values if they are not given: --merge, which encodes nothing, refuses
 # them.
@@ -51,7 +53,11 @@ def main() -> None:
     parser = _parser()
     settings = vars(parser.parse_args())
     started = time.perf_counter()
-    datasets = _encode(parser, settings) if settings["merge"] is None else _merge(parser, settings)
+    shard, prefix = settings["shard"], Path(settings["output_prefix"])
+    prefix = Path(shard.prefix(prefix)) if shard is not None else prefix
+    # Lock the prefix before looking whether its datasets exist.
+    with locked(prefix.with_name(f".{prefix.name}.lock"), prefix, "--output-prefix"):
+        datasets = _encode(parser, settings) if settings["merge"] is None else _merge(parser, settings)
     seconds = time.perf_counter() - started
     for data in datasets:
         rate = data.num_tokens / seconds

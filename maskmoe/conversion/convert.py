@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 
-from maskmoe.checkpoint.integrity import check_structure, iteration_of
+from maskmoe.checkpoint.integrity import check_structure, has_digests, iteration_of
 from maskmoe.checkpoint.series import locate_checkpoint
 from maskmoe.conversion.config_mapping import args_from_config, further_flags, is_hybrid, updated_args, with_pattern
 from maskmoe.conversion.huggingface_models import check_files, open_model, write_huggingface
@@ -141,6 +141,8 @@ def _open_checkpoint(settings: Settings, mask: RoutingMask | None = None) -> tup
     name = checkpoint.name if iteration is None else f"iteration {iteration}"
     print(f"loading: {name} in {checkpoint.parent}", file=sys.stderr)
     check_structure(checkpoint)
+    if not has_digests(checkpoint):
+        print(f"warning: {checkpoint} has no digests of its files, so its content is not verified", file=sys.stderr)
     tokenizer = {"tokenizer_type": settings.tokenizer_type, "tokenizer_model": settings.tokenizer_model}
     passed = {name: value for name, value in tokenizer.items() if value is not None}
     return checkpoint, open_megatron(checkpoint, mask, passed)

@@ -33,7 +33,7 @@ def locked_folder(folder: Path, flag: str = "--save") -> Iterator[None]:
     with refused_by_system(f"cannot lock {folder}", f"choose another {flag}"):
         folder.mkdir(parents=True, exist_ok=True)
     try:
-        with locked(folder / LOCK_NAME, f"writing to {folder}; wait until it ends, stop it, or choose another {flag}"):
+        with locked(folder / LOCK_NAME, folder, flag):
             yield
     finally:
         for path in made:
@@ -42,14 +42,14 @@ def locked_folder(folder: Path, flag: str = "--save") -> Iterator[None]:
 
 
 @contextmanager
-def locked(path: Path, what: str) -> Iterator[None]:
-    """Hold the lock of the file `path`, which exists as long as it is locked; `what` says what a holder is doing.
+def locked(path: Path, target: Path, flag: str) -> Iterator[None]:
+    """Hold the lock of `target`, which the flag names: of the file `path`, which exists as long as it is locked.
 
     Raises:
         UserError: Another process holds the lock, or the file cannot be made or locked.
     """
-    with refused_by_system(f"cannot lock {path.parent}"):
-        lock = _acquire(path, what)
+    with refused_by_system(f"cannot lock {target}", f"choose another {flag}"):
+        lock = _acquire(path, f"writing to {target}; wait until it ends, stop it, or choose another {flag}")
     try:
         yield
     finally:

@@ -1,6 +1,9 @@
 """Makes datasets from text files as a user does."""
 
 import json
+import os
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 
@@ -100,3 +103,22 @@ def test_bad_input_keeps_the_earlier_dataset(
         with pytest.raises(UserError, match=message):
             preprocess([path], "SentencePieceTokenizer", sentencepiece_model, prefix, force=True, **settings)
         assert {path.name: path.read_bytes() for path in tmp_path.iterdir()} == before
+
+
+def test_only_one_command_at_a_time_writes_to_a_prefix(
+    jsonl: Callable, sentencepiece_model: Path, tmp_path: Path
+) -> None:
+    """The first one reads a pipe until the test closes it; both would succeed, and the second replace the first's."""
+    os.mkfifo(tmp_path / "pipe")
+    corpus = jsonl("corpus.jsonl", ["one", "two"])
+    program = [sys.executable, "-m", "maskmoe", "preprocess", "--workers", "1", "--input-format", "jsonl"]
+    words = [str(word) for word in sentencepiece_arguments(sentencepiece_model, tmp_path / "o", tmp_path / "pipe")]
+    with subprocess.Popen([*program, *words], cwd=tmp_path) as first, open(tmp_path / "pipe", "wb") as pipe:
+        second = run_tool("preprocess_data", *sentencepiece_arguments(sentencepiece_model, tmp_path / "o", corpus))
+        assert second.returncode == 2
+        assert f"process {first.pid} on host" in second.stderr
+        assert len(second.stderr.splitlines()) == 1
+        pipe.write(corpus.read_bytes())
+        pipe.close()
+        assert first.wait(60) == 0
+    assert sorted(path.name for path in tmp_path.glob("*o*lock")) == []

@@ -23,14 +23,10 @@ from maskmoe.training.settings.layout import BatchSizes, Layout, trained_samples
 from maskmoe.training.watch.callback import Callback
 from maskmoe.training.watch.writers import log_facts, own_program
 
+_FIRST_WORDS = "# The flags of a run, as a model file"  # of each args.yaml that a run has written
 _LABEL_WIDTH = 12
 _MOST_NAMED_DATASETS = 2
-_FOLDERS = frozenset(
-    (
-        *("save", "load", "tensorboard-dir", "wandb-save-dir", "data-cache-path"),
-        *("non-persistent-global-ckpt-dir", "non-persistent-local-ckpt-dir"),
-    )
-)
+_FOLDERS = frozenset(("save", "load", "tensorboard-dir", "wandb-save-dir", "data-cache-path"))
 """The flags of the folders that a run writes; `--load` is usually the folder of `--save`."""
 
 
@@ -176,9 +172,12 @@ def _write_arguments(args: Namespace, folder: Path) -> None:
     words = sys.argv[1:]
     if program := own_program():  # the launcher has taken `--program` out of the flags
         words = ["--program", program, *words]
+    path = folder / ARGUMENTS
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        write_text(folder / ARGUMENTS, arguments_text(complete, words, folder))
+        if path.exists() and not path.read_bytes().startswith(_FIRST_WORDS.encode()):
+            raise UserError(f"no run has written the file that exists in {folder}")
+        write_text(path, arguments_text(complete, words, folder))
     except (OSError, UserError) as error:
         console.say(f"note: {ARGUMENTS} is not written: {error}")
 
@@ -199,7 +198,7 @@ def arguments_text(args: Namespace, words: Sequence[str], folder: Path) -> str:
     values: Mapping[str, object] = vars(args)
     return "\n".join(
         (
-            f"# The flags of a run, as a model file: `{command}` starts another run with the same flags.",
+            f"{_FIRST_WORDS}: `{command}` starts another run with the same flags.",
             f"# Relative paths are relative to {os.getcwd()}",
             flags_to_yaml(flags).rstrip("\n"),
             "",

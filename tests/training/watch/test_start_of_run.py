@@ -75,9 +75,19 @@ def test_saved_arguments_name_the_program_that_runs_instead_of_the_entry_point(t
     args.rank, args.world_size = 0, 1
     validate_args(args)
     start_of_run._write_arguments(args, tmp_path / "run")
+    if name == "run/own.py":  # a second start writes the file again
+        start_of_run._write_arguments(args, tmp_path / "run")
     program, flags = split_program(ModelFile.read(tmp_path / "run" / "args.yaml", {}).flags)
     assert program == (str(tmp_path / name) if name.endswith("own.py") else "")
     assert flags["num-layers"] == ("2",)
+
+
+def test_file_that_no_run_has_written_is_not_replaced(tmp_path, monkeypatch, capsys):
+    (tmp_path / "args.yaml").write_text("# my model\nnum-layers: 2\n")
+    monkeypatch.setattr(start_of_run, "training_iterations", lambda _: 5)
+    start_of_run._write_arguments(Namespace(), tmp_path)
+    assert (tmp_path / "args.yaml").read_text() == "# my model\nnum-layers: 2\n"
+    assert "args.yaml is not written: no run has written" in capsys.readouterr().out
 
 
 def test_saved_arguments_with_relative_paths_do_not_write_into_the_folder_of_the_first_run(tmp_path, monkeypatch):
