@@ -114,10 +114,8 @@ def _parse_layer_frequency(text: str) -> int | list[int]:
     """
     from megatron.training.arguments import moe_freq_type
 
-    from maskmoe.training.settings.arguments import check_pattern
-
     with suppress(argparse.ArgumentTypeError, SyntaxError, TypeError, ValueError, MemoryError):
-        return moe_freq_type(check_pattern(text))
+        return moe_freq_type(text)
     raise UserError(LAYER_FREQUENCY_ERROR)
 
 

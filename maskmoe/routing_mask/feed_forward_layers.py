@@ -34,7 +34,12 @@ class FeedForwardLayers:
         """Return the layers of a `GPTModel` with Megatron's `--moe-layer-freq`, see `expand_layer_frequency`.
 
         The `num_predictions` layers of multi-token prediction repeat the decoder's last layer.
+
+        Raises:
+            UserError: The frequency is no pattern, or gives no layer experts.
         """
+        if not is_layer_frequency(frequency):
+            raise UserError(LAYER_FREQUENCY_ERROR)
         decoder = tuple(expand_layer_frequency(frequency, num_layers))
         return cls(decoder, decoder[-1:] * num_predictions)
 
@@ -125,10 +130,10 @@ def positions_of_layers(
     )
 
 
-def is_layer_frequency(value: object, has_experts: bool = True) -> bool:
-    """Return whether a value is a valid `--moe-layer-freq`. With experts, a list must give them to a layer."""
+def is_layer_frequency(value: object) -> bool:
+    """Return whether a value is a valid `--moe-layer-freq`, which gives experts to a layer."""
     if isinstance(value, list):
-        return all(layer in (0, 1) for layer in value) and (1 in value or not has_experts)
+        return all(layer in (0, 1) for layer in value) and 1 in value
     return isinstance(value, int) and value >= 1
 
 

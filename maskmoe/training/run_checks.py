@@ -27,14 +27,10 @@ from maskmoe.training.settings import inputs
 from maskmoe.training.settings.agreement import check_agreement
 from maskmoe.training.settings.arguments import add_maskmoe_arguments
 from maskmoe.training.settings.folders import run_folder_defaults
-from maskmoe.training.settings.layout import BatchSizes, layout_errors
-from maskmoe.training.settings.refused_settings import (
-    missing_flags,
-    missing_libraries,
-    missing_transformer_engine,
-    refused_settings,
-    value_errors,
-)
+from maskmoe.training.settings.layout import BatchSizes
+from maskmoe.training.settings.requirements import missing_flags, missing_transformer_engine, outdated_packages
+from maskmoe.training.settings.support import flags_of, note_on_unproven, refusals
+from maskmoe.transformer.torch_modules.gated_delta_net import check_gated_delta_net, uses_fla
 
 ArgumentsProvider = Callable[[ArgumentParser], ArgumentParser]
 
@@ -91,8 +87,12 @@ class RunChecks:
         self.notes: list[str] = []
         self._own_arguments = own_arguments
         self._vocab_size: int | None = None
-        self._given: set[str] = set()
-        self.args = parse_args(self._add_arguments)
+        self._given: set[str] = set()  # arguments
+        self._megatrons_flags: list[str] = []  # of the command line
+        try:
+            self.args = parse_args(self._add_arguments)
+        except KeyError as error:  # of a flag whose values are the names of an enumeration
+            raise UserError(f"a flag has no value {error}") from error
 
     # ---- What a check beforehand does otherwise ----------------------------------------------------------------------
 
@@ -107,10 +107,6 @@ class RunChecks:
     def check_pretrained_model(self) -> None:
         """Check the checkpoint in `--pretrained-checkpoint`, together with all other ranks. Raises UserError."""
         resume.check_pretrained_model(self.args, self.checkpoint, meet_ranks(self.args))
-
-    def missing_libraries(self) -> Iterator[str]:
-        """Yield an error for each library that the run needs and that is missing."""
-        yield from missing_libraries(self.args)
 
     def validate(self) -> Namespace:
         """Return the arguments that Megatron has validated, and set its global variables. Raises UserError."""
@@ -127,11 +123,6 @@ class RunChecks:
 
     def errors(self) -> Iterator[str]:
         """Yield every error that the run would end with, in order; leave out checks whose preconditions are not met."""
-        # Numbers with which the other checks compute.
-        bad_values = list(value_errors(self.args))
-        yield from bad_values
-        if bad_values:
-            return
         # Settings.
         yield from self._choose_checkpoint()
         yield from self._settings()
@@ -167,7 +158,6 @@ class RunChecks:
             yield f"--use-checkpoint-args needs --load with the folder of the checkpoints{found}"
         elif args.use_checkpoint_args and checkpoint is not None:
             yield from _error_of(lambda: self._take_settings(checkpoint))
-            yield from value_errors(self.args)
 
     def _take_settings(self, checkpoint: Path) -> None:
         """Take the settings of a checkpoint that the command line does not give. Raises UserError."""
@@ -179,31 +169,26 @@ class RunChecks:
     def _settings(self) -> Iterator[str]:
         """Check the settings by MaskMoE's own rules."""
         args = self.args
-        yield from refused_settings(args)
+        yield from refusals(args)
+        if error := check_gated_delta_net(args, uses_fla()):
+            yield error
         yield from missing_transformer_engine(args, self.packages)
+        yield from outdated_packages(args)
         if not cpu.is_installed() and (missing := self.packages.describe_missing()):
             self.notes.append(missing)
-        if args.fp8 or args.fp4:
-            self.notes.append("FP8 and FP4 have not run with MaskMoE on a GPU yet: compare the losses with bf16's")
-        if args.moe_token_dispatcher_type == "flex":
-            self.notes.append(
-                "DeepEP, HybridEP and NCCL-EP have not run with MaskMoE on a GPU yet: compare the losses with "
-                "--moe-token-dispatcher-type alltoall"
-            )
-        yield from self.missing_libraries()
+        if args.num_experts and not args.skip_train:
+            column = "cpu" if args.distributed_backend == "gloo" else "gpu"
+            self.notes += filter(None, [note_on_unproven(self._megatrons_flags, column)])
         yield from missing_flags(args, has_checkpoint=self.checkpoint is not None)
 
     def _validate(self) -> Iterator[str]:
         """Check the settings by Megatron's rules."""
-        errors = list(layout_errors(self.args, 0 if self.checkpoint is None else iteration_of(self.checkpoint) or 0))
-        yield from errors
-        if errors:
-            return
-        if self.args.step_batch_size_schedule is not None and self.args.eval_global_batch_size is None:
-            # Megatron would evaluate on one micro-batch of each data-parallel rank.
-            self.args.eval_global_batch_size = BatchSizes.from_args(self.args).sizes[-1]
+        args = self.args
         try:
-            vars(self.args).update(run_folder_defaults(self.args))
+            if args.step_batch_size_schedule is not None and args.eval_global_batch_size is None:
+                # Megatron would evaluate on one micro-batch of each data-parallel rank.
+                args.eval_global_batch_size = BatchSizes.from_args(args).sizes[-1]
+            vars(args).update(run_folder_defaults(args))
             self.args = self.validate()
             self.is_validated = True
         except UserError as error:
@@ -263,10 +248,12 @@ class RunChecks:
 
     def _add_arguments(self, parser: ArgumentParser) -> ArgumentParser:
         """Add all arguments to Megatron's parser, and note which of them the command line gives."""
+        megatrons = set(parser._option_string_actions)
         parser = self.add_arguments(parser)
         refuse_unknown_flags(parser, sys.argv[1:])
         actions = (parser._option_string_actions.get(word.partition("=")[0]) for word in sys.argv[1:])
         self._given = {action.dest for action in actions if action is not None}
+        self._megatrons_flags = [flag for flag in flags_of(parser, sys.argv[1:]) if flag.split()[0] in megatrons]
         return parser
 
 

@@ -10,6 +10,7 @@ from megatron.core.transformer.moe.router import TopKRouter
 from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor
 
+from maskmoe.errors import UserError
 from maskmoe.transformer.gathered_parameters import wait_for_parameters
 from maskmoe.transformer.router_losses import attach_losses
 from maskmoe.transformer.routing import AuxLossTokens, LossRule, route_tokens, sum_for_losses
@@ -25,6 +26,39 @@ BALANCING_LOSSES = ("aux_loss", "seq_aux_loss", "global_aux_loss")
 # The CPU adapter replaces `torch.compile`, so the functions run as they are on a CPU.
 _route_tokens = torch.compile(route_tokens, dynamic=True)
 _sum_for_losses = torch.compile(sum_for_losses, dynamic=True)
+
+
+def check_router_settings(config: TransformerConfig) -> None:
+    """Raise `UserError` if a setting of a model with experts contradicts a routing mask."""
+    balancing = config.moe_router_load_balancing_type
+    balancing = {balancing} if isinstance(balancing, str) else {*balancing}
+    topk, num_experts = config.moe_router_topk, config.num_moe_experts or 0
+    groups, chosen = config.moe_router_num_groups or 0, config.moe_router_group_topk or 0
+    contradictions = {
+        "--moe-router-topk must be at most --num-experts": topk > num_experts,
+        "--moe-router-group-topk must be at most --moe-router-topk, and the chosen groups need as many experts": (
+            groups * chosen > 0 and not chosen <= topk <= chosen * (num_experts // groups)
+        ),
+        "--moe-router-topk-scaling-factor must be above 0: a negative weight marks experts that are not selected": (
+            config.moe_router_topk_scaling_factor is not None and config.moe_router_topk_scaling_factor <= 0
+        ),
+        "--moe-apply-probs-on-input needs --moe-router-topk 1, and --disable-bias-linear beside padding to capacity": (
+            config.moe_apply_probs_on_input
+            and (topk > 1 or (config.moe_pad_expert_input_to_capacity and config.add_bias_linear))
+        ),
+        "--moe-router-load-balancing-type sinkhorn and quantile_balancing balance over invisible experts as well": (
+            not {"sinkhorn", "quantile_balancing"}.isdisjoint(balancing)
+        ),
+        "--moe-router-fusion and --transformer-impl inference_optimized bring routers that ignore the routing mask": (
+            config.moe_router_fusion or config.transformer_impl == "inference_optimized"
+        ),
+        "--moe-router-padding-for-quantization would send tokens to invisible experts": (
+            config.moe_router_padding_for_quantization
+        ),
+    }
+    for error, is_contradiction in contradictions.items():
+        if is_contradiction:
+            raise UserError(error)
 
 
 class MaskMoERouter(TopKRouter):
@@ -61,6 +95,7 @@ class MaskMoERouter(TopKRouter):
         visible_experts: VisibleExperts,
         aux_loss_tokens: AuxLossTokens = "all",
     ) -> None:
+        check_router_settings(config)
         super().__init__(config=config, pg_collection=pg_collection, is_mtp_layer=is_mtp_layer)
         self.aux_loss_tokens: AuxLossTokens = aux_loss_tokens
         self.statistics = RoutingStatistics()

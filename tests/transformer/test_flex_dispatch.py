@@ -1,11 +1,9 @@
 """The flex dispatcher with a stand-in for DeepEP; the real library needs GPUs."""
 
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
-import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
@@ -17,7 +15,7 @@ from torch.distributed.nn.functional import all_gather, all_reduce
 
 from maskmoe.routing_mask.dispatch_kind import DispatchKind
 from maskmoe.transformer.dispatch.choose import build_dispatcher
-from maskmoe.transformer.dispatch.flex import missing_library, select_slots
+from maskmoe.transformer.dispatch.flex import select_slots
 from maskmoe.transformer.moe_layer import MaskMoELayer
 from maskmoe.transformer.token_ids import TokenIds, pack_token_ids
 
@@ -128,19 +126,3 @@ def test_slots_hold_the_selected_experts(num_selected: list[int], seed: int, dty
     assert torch.equal(multihot(experts, 6, weights), probs)
     weights.sum().backward()
     assert torch.equal(probs.grad, routing_map.to(dtype))
-
-
-def test_transformer_engine_must_fit_megatron(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Version 2.17 lacks an argument of `ep_dispatch`; later versions than 2.18 require another of `ep_bootstrap`."""
-    fits = {
-        "tex": SimpleNamespace(ep_initialize=None),
-        "ep_bootstrap": lambda ep_group: None,
-        "ep_dispatch": lambda buffer, recv_tokens: None,
-    }
-    monkeypatch.setattr(fused_a2a, "HAVE_TE_EP", True)
-    monkeypatch.setattr(fused_a2a, "te_ep", SimpleNamespace(**fits), raising=False)
-    assert missing_library("ncclep") is None
-    changes = {"tex": None, "ep_bootstrap": lambda num_topk: None, "ep_dispatch": lambda buffer: None}
-    for name, value in changes.items():
-        monkeypatch.setattr(fused_a2a, "te_ep", SimpleNamespace(**fits | {name: value}))
-        assert missing_library("ncclep") is not None

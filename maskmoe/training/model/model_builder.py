@@ -10,6 +10,7 @@ from traceback import extract_tb
 from typing import Any, cast
 
 import megatron.core
+import torch
 from megatron.core.pipeline_parallel import utils as pipeline
 from megatron.core.process_groups_config import ProcessGroupCollection
 from megatron.core.transformer.multi_token_prediction import get_mtp_ranks
@@ -31,6 +32,7 @@ from maskmoe.transformer.layer_specs import (
     get_maskmoe_mtp_block_spec,
 )
 from maskmoe.transformer.models import DenseGPTModel, DenseHybridModel, MaskMoEGPTModel, MaskMoEHybridModel
+from maskmoe.transformer.router import check_router_settings
 from maskmoe.transformer.routing import AuxLossTokens
 from maskmoe.transformer.visible_experts import VisibleExperts
 
@@ -72,7 +74,7 @@ class MaskMoEModelConfig:
     """Functions of the model chunks of a rank, which return the chunks, before they are wrapped."""
 
     def __post_init__(self) -> None:
-        """Switch off what computes something else, or fails, in Megatron-Core.
+        """Refuse what contradicts a mask; switch off what computes something else, or fails, in Megatron-Core.
 
         The fused SwiGLU ignores the clamp. The fused GELU cannot weigh the rows of an expert, and the fused quick GELU
         must weigh them, so it fails in dense MLPs and in shared experts.
@@ -81,6 +83,12 @@ class MaskMoEModelConfig:
         step, so a layer of multi-token prediction that is used again would lose gradients.
         """
         config = self.transformer
+        if config.num_moe_experts:
+            check_router_settings(config)
+        if config.moe_token_dispatcher_type == "flex" and config.params_dtype is not torch.bfloat16:
+            raise UserError("--moe-token-dispatcher-type flex needs --bf16: its libraries send bf16 only")
+        if self.qk_layernorm_all_heads and not (config.qk_layernorm and config.normalization == "RMSNorm"):
+            raise UserError("--qk-layernorm-all-heads needs --qk-layernorm and --normalization RMSNorm")
         is_swiglu = config.activation_func is silu and config.activation_func_clamp_value is None
         if not is_swiglu and (config.num_moe_experts or config.activation_func is not gelu):
             config.bias_activation_fusion = False
@@ -109,7 +117,7 @@ def refusing_settings() -> Iterator[None]:
     """Turn what Megatron-Core's modules refuse into a `UserError` of one line; other errors stay as they are."""
     try:
         yield
-    except (AssertionError, ValueError) as error:
+    except (AssertionError, ImportError, ValueError) as error:
         if not extract_tb(error.__traceback__)[-1].filename.startswith(_MEGATRON):
             raise
         raise UserError(f"the model cannot be made: {reason_of(error)}") from error

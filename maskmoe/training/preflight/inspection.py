@@ -7,12 +7,15 @@ import os
 import sys
 import warnings
 from argparse import ArgumentParser, Namespace
-from collections.abc import Iterator
 from contextlib import redirect_stdout
 from copy import deepcopy
 from pathlib import Path
 
 import torch
+from megatron.core.num_microbatches_calculator import (
+    init_num_microbatches_calculator,
+    unset_num_microbatches_calculator,
+)
 from megatron.core.tokenizers.utils.build_tokenizer import vocab_size_with_padding
 from megatron.core.transformer.moe.moe_layer import HAVE_TE
 from megatron.training.argument_utils import pretrain_cfg_container_from_args
@@ -109,7 +112,6 @@ class Inspection(RunChecks):
         super().__init__(lambda parser: add_check_arguments(add_pretraining_arguments(parser)))
         if cpu.is_installed() and self.args.distributed_backend != "gloo":
             self.packages = GpuPackages()  # without GPUs here, the run is on other machines
-        self._lacks_libraries = False
         self.args.world_size, self.args.rank = num_ranks, 0
 
     def report(self) -> Report:
@@ -126,8 +128,8 @@ class Inspection(RunChecks):
                     model = count_parameters(args, config, self.mask)
                 memory, cost = compute_memory(args, config.transformer, model), compute_cost(args, model.mean_experts)
             except UserError as error:
-                # Libraries that only this machine lacks are no error of the run.
-                (self.notes if self._lacks_libraries else errors).append(str(error))
+                # The machine of the run may have a package that this machine lacks.
+                (self.notes if isinstance(error.__cause__, ImportError) else errors).append(str(error))
         if self.mask is None and args.num_experts and model is not None:
             self.notes.append(
                 f"without a routing mask, the report assumes that each token uses {args.moe_router_topk} experts "
@@ -163,18 +165,23 @@ class Inspection(RunChecks):
         """Check the checkpoint in `--pretrained-checkpoint`, but not its content."""
         check_pretrained_model(self.args, self.checkpoint)
 
-    def missing_libraries(self) -> Iterator[str]:
-        """Note the missing libraries: the machine of the run may have what the machine of the check lacks."""
-        missing = list(super().missing_libraries())
-        self._lacks_libraries = bool(missing)
-        self.notes += missing
-        yield from ()
-
     def validate(self) -> Namespace:
         """Let Megatron validate a copy of the arguments."""
         args = deepcopy(self.args)
         with megatrons_checks():
             validate_args(args)
+            try:
+                init_num_microbatches_calculator(
+                    rank=0,
+                    global_batch_size=args.global_batch_size,
+                    micro_batch_size=args.micro_batch_size,
+                    data_parallel_size=args.data_parallel_size,
+                    decrease_batch_size_if_needed=args.decrease_batch_size_if_needed,
+                    step_batch_size_schedule=args.step_batch_size_schedule,
+                    seq_length=args.seq_length,
+                )
+            finally:
+                unset_num_microbatches_calculator()
         return args
 
     def make_tokenizer(self) -> None:
@@ -202,7 +209,7 @@ def _model_config(args: Namespace) -> MaskMoEModelConfig:
     """Return the configuration of the model. Raises UserError if Megatron refuses it."""
     buildable = Namespace(**vars(args))
     buildable.routing_mask = args.routing_mask or args.load or "missing"
-    buildable.spec = None  # `refused_settings` has reported it
+    buildable.spec = None  # `refusals` has reported it
     if not HAVE_TE:
         vars(buildable).update(_WITHOUT_TRANSFORMER_ENGINE)
     with megatrons_checks():

@@ -3,18 +3,13 @@
 import os
 import re
 import sys
-from argparse import Action, ArgumentParser, ArgumentTypeError
-from collections.abc import Callable, Mapping
-from math import prod
+from argparse import ArgumentParser
+from collections.abc import Mapping
 from pathlib import Path
 from types import MethodType
-from typing import Any
 
 from maskmoe.arguments import ranges
 from maskmoe.arguments.parser import OneLineParser, add_option
-
-_LONGEST_WORD, _LONGEST_PATTERN = 100_000, 1 << 17
-_FACTOR = re.compile(r"(?<=\*)\s*\d+|\d+\s*(?=\*)")
 
 
 def add_maskmoe_flags(parser: ArgumentParser) -> ArgumentParser:
@@ -93,7 +88,8 @@ def add_maskmoe_arguments(parser: ArgumentParser) -> ArgumentParser:
     parser.prog = f"maskmoe {Path(sys.argv[0]).stem}"
     parser.add_argument("--help-all", action="help", help="show all flags and exit")
     _escape_percent_signs_in_help(parser)
-    _report_errors_in_one_line(parser)
+    # A wrong value is reported in one line, where argparse would print a usage of 700 lines first.
+    vars(parser)["error"] = MethodType(OneLineParser.error, parser)
     add_maskmoe_flags(parser)
     replace_help(
         parser,
@@ -191,35 +187,3 @@ def replace_help(parser: ArgumentParser, texts: Mapping[str, str]) -> None:
     for action in parser._actions:
         for flag in texts.keys() & set(action.option_strings):
             action.help = texts[flag]
-
-
-def _report_errors_in_one_line(parser: ArgumentParser) -> None:
-    """Let Megatron's parser report a wrong value in one line, where argparse would print a usage of 700 lines first."""
-    vars(parser)["error"] = MethodType(OneLineParser.error, parser)
-    for action in parser._actions:
-        if callable(action.type) and not isinstance(action.type, type):
-            action.type = _refusing(action, action.type)
-
-
-def _refusing(action: Action, convert: Callable[[str], Any]) -> Callable[[str], Any]:
-    """Return Megatron's converter of a flag's words, whose failures, of any type, become errors of argparse."""
-    choices = [getattr(choice, "name", str(choice)) for choice in action.choices or ()]
-    expected = f"must be one of {', '.join(choices)}" if choices else "has a value that Megatron cannot read"
-
-    def convert_or_refuse(word: str) -> Any:
-        try:
-            return convert(check_pattern(word))
-        except ArgumentTypeError:
-            raise
-        except Exception as error:
-            raise ArgumentTypeError(f"{expected}, not {word!r}") from error
-
-    return convert_or_refuse
-
-
-def check_pattern(word: str) -> str:
-    """Return a word that Megatron may evaluate, such as `[0]+[1]*23`; refuse one that takes too much memory or time."""
-    factors = map(int, _FACTOR.findall(word)) if len(word) <= _LONGEST_WORD else ()
-    if len(word) > _LONGEST_WORD or "**" in word or prod(factors) > _LONGEST_PATTERN:
-        raise ArgumentTypeError(f"is a pattern for too many layers: {word!r}")
-    return word

@@ -101,58 +101,6 @@ class Layout:
         return min(self.micro_batches * chunks, warm_up) / chunks
 
 
-def layout_errors(args: Namespace, iteration: int = 0) -> Iterator[str]:
-    """Yield an error for each size of ranks, batches or samples that Megatron would refuse late, with what would fit.
-
-    Batch sizes before `iteration`, from which the run resumes, may be any.
-    """
-    layout = Layout.from_args(args)
-    if layout.ranks % layout.ranks_step:
-        yield (
-            f"{layout.ranks} ranks cannot be divided over TP {layout.tensor} × PP {layout.pipeline} × CP "
-            f"{layout.context} for dense parts and ETP {layout.expert_tensor} × EP {layout.expert} × PP "
-            f"{layout.pipeline} for experts; {_nearest(layout.ranks, layout.ranks_step)} ranks would fit"
-        )
-        return
-    instances, shared_by = args.num_distributed_optimizer_instances, (layout.data * layout.context, layout.expert_data)
-    if math.gcd(*shared_by) % instances:
-        yield (
-            f"--num-distributed-optimizer-instances {instances} must divide the {shared_by[0]} data-parallel ranks of "
-            f"dense parts and the {shared_by[1]} of experts: pass a divisor of {math.gcd(*shared_by)}"
-        )
-    flag, batches = "--global-batch-size", BatchSizes(((0, layout.global_batch),))
-    if args.step_batch_size_schedule is not None:
-        try:
-            flag, batches = "--step-batch-size-schedule", BatchSizes.from_args(args)
-        except UserError as error:
-            yield str(error)
-            return
-    sizes, step = batches.sizes_from(iteration), layout.micro_batch * layout.data
-    for size in sorted(set(sizes)):
-        if size % step:
-            yield (
-                f"{flag} {size} is not divisible by --micro-batch-size {layout.micro_batch} × data parallel size "
-                f"{layout.data} = {step}; {_nearest(size, step)} would fit"
-            )
-    if args.skip_train or args.train_samples is None:
-        return
-    for size, next_size in pairwise(sizes):
-        if next_size < size:
-            yield f"{flag} lowers the batch size from {size} to {next_size}, which Megatron refuses: let sizes grow"
-    iterations = batches.iterations(args.train_samples)
-    below, above = batches.samples(iterations), batches.samples(iterations + 1)
-    # Without a schedule, Megatron leaves an incomplete last batch out.
-    if below == 0 or (below < args.train_samples and args.step_batch_size_schedule is not None):
-        fitting = f"{below} or {above}" if below else above
-        yield f"--train-samples {args.train_samples} ends within a step of {flag}; {fitting} would fit"
-
-
-def _nearest(value: int, step: int) -> str:
-    """Name the multiples of `step` next to `value`, such as `16 or 24`."""
-    below = value // step * step
-    return f"{below} or {below + step}" if below else str(step)
-
-
 class BatchSizes(NamedTuple):
     """The numbers of samples in the iterations of a run.
 

@@ -6,13 +6,10 @@ each token, and skip an index of -1. Megatron's managers for DeepEP and NCCL-EP 
 fills the slots is replaced.
 """
 
-from inspect import signature
 from typing import Any
 
 import torch
-from megatron.core.transformer.moe import fused_a2a
 from megatron.core.transformer.moe.token_dispatcher import MoEFlexTokenDispatcher
-from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor
 
 
@@ -49,28 +46,3 @@ def build_flex_dispatcher(*args: Any) -> MoEFlexTokenDispatcher:
         # Megatron hard-codes the classes of the managers, so replace the method of the instance.
         manager.setup_metadata = setup_metadata
     return dispatcher
-
-
-def missing_library(backend: str) -> str | None:
-    """Return the library that a backend (deepep, hybridep, ncclep) lacks on this machine; None if it lacks nothing."""
-    if backend == "deepep":
-        return None if fused_a2a.HAVE_DEEP_EP else "DeepEP 1 (the Python package deep_ep)"
-    if backend == "hybridep":
-        return None if fused_a2a.HAVE_HYBRIDEP else "HybridEP (the Python package deep_ep of DeepEP's branch hybrid-ep)"
-    if fused_a2a.HAVE_TE_EP and _fits_megatron(fused_a2a.te_ep):
-        return None
-    return "NCCL-EP (the Python package transformer-engine 2.18, built with NVTE_BUILD_WITH_NCCL_EP=1)"
-
-
-def _fits_megatron(te_ep: Any) -> bool:
-    """Report whether Transformer Engine has NCCL-EP with the interface that Megatron-Core 0.19.2 calls.
-
-    Version 2.17 lacks arguments that Megatron passes. Since version 2.19, one argument is required that Megatron leaves
-    out. Later versions of Megatron-Core call another interface, which has not been tried.
-    """
-    return (
-        hasattr(TransformerConfig, "moe_ncclep_static_shape")
-        and hasattr(te_ep.tex, "ep_initialize")
-        and "recv_tokens" in signature(te_ep.ep_dispatch).parameters
-        and "num_topk" not in signature(te_ep.ep_bootstrap).parameters
-    )

@@ -1,6 +1,5 @@
 """How a run is divided into ranks, batches and samples, against Megatron's own counts."""
 
-import sys
 from argparse import Namespace
 from types import SimpleNamespace
 
@@ -10,14 +9,11 @@ from hypothesis import strategies as st
 from megatron.core.num_microbatches_calculator import StepBatchsizeNumMicroBatchesCalculator
 from megatron.core.pipeline_parallel.schedules import get_pp_rank_microbatches
 from megatron.training import training as megatron_training
-from megatron.training.arguments import parse_args
 
 from maskmoe.errors import UserError
-from maskmoe.training.settings.arguments import add_maskmoe_arguments
 from maskmoe.training.settings.layout import (
     BatchSizes,
     Layout,
-    layout_errors,
     samples_to_request,
     trained_samples,
     training_iterations,
@@ -101,77 +97,6 @@ def test_requested_samples_last_to_the_end(monkeypatch, changes, training, valid
     monkeypatch.setattr(megatron_training, "get_args", lambda: args)
     requested = megatron_training.get_train_valid_test_num_samples()
     assert samples_to_request(args, requested) == [training, validation, max(1, requested[2])]
-
-
-SCHEDULE = "--step-batch-size-schedule"
-
-
-@pytest.mark.parametrize(
-    ("ranks", "flags", "errors"),
-    [
-        (1, f"{SCHEDULE} 0:2,256:4,512:8 --train-samples 24", []),
-        (2, f"{SCHEDULE} 0:4,256:6 --train-samples 10", [f"{SCHEDULE} 6 is not divisible by --micro-batch-size 2 ×"]),
-        (1, f"{SCHEDULE} 4 --train-samples 4", [f"{SCHEDULE} '4' cannot be read: "]),
-        (
-            3,
-            "--global-batch-size 8",
-            ["--global-batch-size 8 is not divisible by --micro-batch-size 2 × data parallel"],
-        ),
-        (3, "--pipeline-model-parallel-size 2", ["3 ranks cannot be divided over TP 1 × PP 2 × CP 1 for dense parts"]),
-        (
-            1,
-            f"{SCHEDULE} 0:4,256:2,512:6 --train-samples 14",
-            [f"{SCHEDULE} lowers the batch size from 4 to 2, which"],
-        ),
-        (
-            1,
-            f"{SCHEDULE} 0:4,256:6 --train-samples 12",
-            [f"--train-samples 12 ends within a step of {SCHEDULE}; 10 or 16"],
-        ),
-        (1, f"{SCHEDULE} 0:4 --train-samples 3", [f"--train-samples 3 ends within a step of {SCHEDULE}; 4 would fit"]),
-        (1, f"{SCHEDULE} 0:4,256:2 --train-samples 3 --skip-train", []),
-        (
-            1,
-            "--global-batch-size 8 --train-samples 7",
-            ["--train-samples 7 ends within a step of --global-batch-size; 8"],
-        ),
-        (1, "--global-batch-size 8 --train-samples 9", []),
-        (4, "--context-parallel-size 2 --num-distributed-optimizer-instances 4", []),
-        (
-            4,
-            "--expert-model-parallel-size 2 --num-distributed-optimizer-instances 4",
-            [
-                "--num-distributed-optimizer-instances 4 must divide the 4 data-parallel ranks of dense parts and the "
-                "2 of experts: pass a divisor of 2"
-            ],
-        ),
-    ],
-)
-def test_ranks_and_batches_that_do_not_divide(ranks, flags, errors, monkeypatch):
-    found = list(layout_errors(parse(ranks, flags, monkeypatch)))
-    assert len(found) == len(errors)
-    for error, expected in zip(found, errors, strict=True):
-        assert error.startswith(expected)
-
-
-def test_batch_sizes_before_a_checkpoint_may_be_any(monkeypatch):
-    args = parse(2, f"{SCHEDULE} 0:2,256:4,512:8 --train-samples 24", monkeypatch)
-    assert [error.partition(" is ")[0] for error in layout_errors(args)] == [f"{SCHEDULE} 2"]
-    assert list(layout_errors(args, iteration=2)) == []
-    args = parse(2, f"{SCHEDULE} 0:6,256:4,640:8 --train-samples 18", monkeypatch)
-    assert [error.partition(":")[0] for error in layout_errors(args)] == [
-        f"{SCHEDULE} 6 is not divisible by --micro-batch-size 2 × data parallel size 2 = 4; 4 or 8 would fit",
-        f"{SCHEDULE} lowers the batch size from 6 to 4, which Megatron refuses",
-    ]
-    assert list(layout_errors(args, iteration=1)) == []
-
-
-def parse(ranks: int, flags: str, monkeypatch) -> Namespace:
-    words = f"--micro-batch-size 2 --seq-length 64 {flags}".split()
-    monkeypatch.setattr(sys, "argv", ["pretrain", *(word.replace(",", " ") for word in words)])
-    args = parse_args(add_maskmoe_arguments)
-    args.world_size = ranks
-    return args
 
 
 @pytest.mark.parametrize("chunks", [1, 2, 3])

@@ -1,0 +1,67 @@
+"""What a run needs: flags that Megatron asks for late, and packages."""
+
+from argparse import Namespace
+from collections.abc import Callable, Iterator
+from contextlib import suppress
+from importlib.metadata import PackageNotFoundError, version
+
+from packaging.version import Version
+
+from maskmoe.megatron_compat.gpu import LEAST_VERSION_OF_PERMUTATION, GpuPackages
+
+
+def missing_flags(args: Namespace, has_checkpoint: bool) -> Iterator[str]:
+    """Yield an error for each missing flag that Megatron reports late, or by another name.
+
+    If the run loads a checkpoint, the settings of the checkpoint can replace the arguments'.
+    """
+    if not (args.perform_initialization or has_checkpoint or args.pretrained_checkpoint):
+        yield "no initial weights: leave --no-initialization out, because no checkpoint is loaded"
+    if args.seq_length is None and args.encoder_seq_length is None:
+        settings = ", or --use-checkpoint-args for the settings of the checkpoint" if has_checkpoint else ""
+        yield f"no sequence length: pass --seq-length{settings}"
+    is_evaluation = hasattr(args, "eval_split")
+    if not is_evaluation and args.train_iters is None and args.train_samples is None:
+        yield "no length of training: pass --train-iters or --train-samples"
+    if args.skip_train:
+        return
+    takes_schedule = has_checkpoint and args.use_checkpoint_opt_param_scheduler
+    if args.lr is None and (not takes_schedule or args.finetune or args.no_load_optim):
+        yield "no learning rate: pass --lr"
+
+
+def missing_transformer_engine(args: Namespace, packages: GpuPackages) -> Iterator[str]:
+    """Yield an error if the layers or the optimizer need Transformer Engine, but the machines that train lack it."""
+    if packages.transformer_engine:
+        return
+    problem = "needs Transformer Engine, which is not installed: install it, or leave the flag out"
+    if args.transformer_impl == "transformer_engine":
+        yield f"--transformer-impl transformer_engine {problem}"
+    if args.moe_permute_fusion:
+        yield f"--moe-permute-fusion {problem}"
+    if args.use_precision_aware_optimizer and not args.skip_train:
+        yield f"--use-precision-aware-optimizer {problem}"
+
+
+def outdated_packages(args: Namespace) -> Iterator[str]:
+    """Yield an error for each package whose version on this machine silently computes something else."""
+    for flags, package, least, applies in _LEAST_VERSIONS:
+        with suppress(PackageNotFoundError):
+            if applies(args) and Version(found := version(package)) < Version(least):
+                yield f"{flags} needs {package} {least} or newer, because {found} computes something else: install it"
+
+
+def _has_learnable_softmax(args: Namespace) -> bool:
+    return args.softmax_type == "learnable" and args.transformer_impl == "transformer_engine"
+
+
+_LEAST_VERSIONS: tuple[tuple[str, str, str, Callable[[Namespace], bool]], ...] = (
+    (
+        "--hybrid-layer-pattern with G",
+        "flash-linear-attention",
+        "0.5.2",
+        lambda args: "G" in (args.hybrid_layer_pattern or ""),
+    ),
+    ("--softmax-type learnable", "transformer-engine", "2.14", _has_learnable_softmax),
+    ("--moe-permute-fusion", "transformer-engine", LEAST_VERSION_OF_PERMUTATION, lambda args: args.moe_permute_fusion),
+)

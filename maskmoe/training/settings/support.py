@@ -1,0 +1,412 @@
+"""Which settings of Megatron work beside a routing mask: never, not yet, and proven by a test.
+
+A run is refused only where it would be silently wrong, hang, or lose work. What Megatron-Core and MaskMoE's own classes
+refuse themselves is not here. A run reports the flags that nobody has tried, see `note_on_unproven`.
+"""
+
+from argparse import ArgumentParser, Namespace
+from collections.abc import Callable, Collection, Iterator, Sequence
+from dataclasses import dataclass
+from functools import cache
+from importlib.resources import files
+
+import megatron.core
+import torch
+from megatron.core.transformer.enums import LayerType
+from megatron.core.transformer.pipeline_parallel_layer_layout import PipelineParallelLayerLayout
+from packaging.version import Version
+
+Predicate = Callable[[Namespace], bool]
+
+COLUMNS = ("cpu", "gpu")
+"""The columns of `PROVEN`: where a run has trained with a flag."""
+
+
+@dataclass(frozen=True)
+class Refusal:
+    """A setting with which no run starts.
+
+    Attributes:
+        flags: The flags, as a user writes them.
+        reason: A sentence that says why, and what to use instead.
+        applies: Returns whether parsed arguments have the setting; Megatron need not have validated them.
+        issue: The report to Megatron-Core: an address, or a file of `docs/upstream`.
+        fixed_in: The first version of Megatron-Core with which the setting is allowed.
+    """
+
+    flags: str
+    reason: str
+    applies: Predicate
+    issue: str = ""
+    fixed_in: str = ""
+
+    @property
+    def is_active(self) -> bool:
+        """Whether the installed Megatron-Core has the defect."""
+        return not self.fixed_in or Version(megatron.core.__version__) < Version(self.fixed_in)
+
+    @property
+    def message(self) -> str:
+        """The error of a run with the setting."""
+        return f"{self.flags} is not supported. {self.reason}"
+
+
+def refusals(args: Namespace) -> Iterator[str]:
+    """Yield an error for every setting of parsed arguments that is refused."""
+    yield from (row.message for row in (*NEVER, *KNOWN_BUGS) if row.is_active and row.applies(args))
+
+
+# ---- Predicates ------------------------------------------------------------------------------------------------------
+
+
+def _given(*names: str) -> Predicate:
+    """Return a predicate: one of the arguments is set."""
+    return lambda args: any(getattr(args, name) not in (None, False) for name in names)
+
+
+def _has_layer(args: Namespace, symbol: str) -> bool:
+    """Return whether the pattern of a hybrid model has a symbol."""
+    return symbol in (args.hybrid_layer_pattern or "")
+
+
+def _has_latent_attention(args: Namespace) -> bool:
+    return args.multi_latent_attention or _has_layer(args, "+")
+
+
+def _captures_graphs(args: Namespace) -> bool:
+    return args.cuda_graph_impl != "none"
+
+
+def _captures_experts(args: Namespace) -> bool:
+    """Return whether CUDA graphs would capture more than attention and dense MLPs of Transformer Engine."""
+    modules = {getattr(module, "name", module) for module in args.cuda_graph_modules or ["full"]}
+    is_supported = args.cuda_graph_impl == args.transformer_impl == "transformer_engine" and modules <= {"attn", "mlp"}
+    return _captures_graphs(args) and not is_supported
+
+
+def _cuts_documents(args: Namespace) -> bool:
+    """Return whether packed documents would be cut, or their bounds forgotten."""
+    balances_samples = "seq_aux_loss" in args.moe_router_load_balancing_type and (args.micro_batch_size or 1) > 1
+    changes_lengths = args.context_parallel_size > 1 or _captures_graphs(args) or args.fim_data
+    return args.dataloader_inter_document_masking and (changes_lengths or balances_samples)
+
+
+def _pickles_scales(args: Namespace) -> bool:
+    return bool(args.fp8 and args.fp8_recipe in ("delayed", "custom")) or bool(args.fp4 and args.fp4_recipe == "custom")
+
+
+def _leaves_gradients_of_tensor_parallel_ranks(args: Namespace) -> bool:
+    is_concerned = _has_latent_attention(args) or _has_layer(args, "G")
+    return is_concerned and args.tensor_model_parallel_size > 1 and not (args.sequence_parallel or args.skip_train)
+
+
+def _changes_activation(args: Namespace) -> bool:
+    """Return whether a function that ignores a clamp or an offset would compute an activation that has one."""
+    has_either = args.activation_func_clamp_value is not None or args.glu_linear_offset != 0
+    fuses = args.use_transformer_engine_op_fuser
+    uses_function = fuses or args.use_te_activation_func or args.moe_shared_expert_overlap
+    return (uses_function and has_either) or (fuses and args.quick_geglu)
+
+
+def _hides_prediction(args: Namespace) -> bool:
+    """Return whether a layout puts multi-token prediction where Megatron-Core misses its copy of the embedding.
+
+    Megatron-Core looks in the first chunk of the first pipeline rank, and in the last chunk of each other rank.
+    """
+    try:
+        chunks = PipelineParallelLayerLayout.parse_str_to_list(args.pipeline_model_parallel_layout or "")
+    except AssertionError:
+        return False  # Megatron reports a layout that it cannot parse.
+    searched = {0, *range(len(chunks) - args.pipeline_model_parallel_size + 1, len(chunks))}
+    return any(LayerType.mtp in chunk and number not in searched for number, chunk in enumerate(chunks))
+
+
+def _averages_predictions_by_rank(args: Namespace) -> bool:
+    predicts = bool(args.mtp_num_layers) or _has_layer(args, "/")
+    return predicts and args.context_parallel_size > 1 and not args.skip_train
+
+
+def _loses_gradients_of_experts(args: Namespace) -> bool:
+    overlaps = args.overlap_dispatch_backward_with_experts_wgrad
+    return overlaps and (args.overlap_grad_reduce or not args.gradient_accumulation_fusion)
+
+
+def _ignores_reset_masks(args: Namespace) -> bool:
+    if not args.reset_attention_mask or args.dataloader_inter_document_masking:
+        return False
+    return not args.create_attention_mask_in_dataloader or args.transformer_impl == "transformer_engine"
+
+
+def _miscounts_growing_batches(args: Namespace) -> bool:
+    counts_iterations = args.train_samples is None and not args.skip_train
+    counts_wrongly = counts_iterations or args.phase_transition_iterations is not None or _captures_graphs(args)
+    return args.step_batch_size_schedule is not None and counts_wrongly
+
+
+def _redraws_in_recomputation(args: Namespace) -> bool:
+    """Return whether recomputation would not rewind random numbers that a layer draws.
+
+    Generators of CUDA graphs have states that are handles, so a recomputed part continues where the forward pass ended.
+    """
+    if not args.te_rng_tracker and not _captures_graphs(args):
+        return False
+    jitter, dropout = args.moe_input_jitter_eps, args.attention_dropout
+    if args.recompute_granularity == "full":
+        return bool(args.hidden_dropout or dropout or jitter)
+    modules = args.recompute_modules or ("core_attn",)
+    draws = ("core_attn" in modules and dropout) or ("moe" in modules and jitter)
+    return bool(draws) and (args.recompute_activations or args.recompute_granularity == "selective")
+
+
+def _reduces_gradients_twice(args: Namespace) -> bool:
+    is_aligned = args.overlap_grad_reduce and args.align_grad_reduce and args.pipeline_model_parallel_size > 1
+    return args.num_distributed_optimizer_instances > 1 and is_aligned
+
+
+def _loses_state_of_optimizer(args: Namespace) -> bool:
+    unscaled = {"fp32", "bf16", torch.float32, torch.bfloat16}  # before and after validation
+    lacks_scales = bool(args.fp8) and not {args.exp_avg_dtype, args.exp_avg_sq_dtype} <= unscaled
+    has_other_state = args.optimizer in ("sgd", "soap")
+    return has_other_state or lacks_scales or args.optimizer_cpu_offload or args.optimizer_cuda_graph
+
+
+def _joins_queries_and_keys(args: Namespace) -> bool:
+    """Return whether a rank has a part of a query group, which Muon does not split into queries, keys and values."""
+    has_parts = args.group_query_attention and args.num_query_groups < args.tensor_model_parallel_size
+    return args.optimizer in ("muon", "dist_muon") and args.muon_split_qkv and has_parts
+
+
+def _miscounts_gradients_of_experts(args: Namespace) -> bool:
+    """Return whether shares of an optimizer mistake the ranks that hold the same or other parts of the experts."""
+    shares_parameters = args.optimizer not in ("adam", "sgd") and (
+        args.use_distributed_optimizer or args.optimizer == "dist_muon"
+    )
+    tp = args.tensor_model_parallel_size
+    expert_tp = args.expert_tensor_parallel_size or tp
+    has_other_ranks = args.add_bias_linear or tp > expert_tp * args.expert_model_parallel_size
+    return shares_parameters and bool(args.num_experts) and expert_tp != tp and has_other_ranks
+
+
+# ---- The rows --------------------------------------------------------------------------------------------------------
+
+NEVER = (
+    Refusal(
+        "--routing-mask without --num-experts",
+        "A model without experts has nothing to route.",
+        lambda args: args.routing_mask is not None and not args.num_experts,
+    ),
+    Refusal(
+        "--hybrid-layer-pattern with E without --num-experts, or without E with --num-experts",
+        "The symbol E is for an MoE layer, and experts are in MoE layers only.",
+        lambda args: args.hybrid_layer_pattern is not None and _has_layer(args, "E") != bool(args.num_experts),
+    ),
+    Refusal(
+        "--spec, --experimental-attention-variant, --linear-attention-freq, --heterogeneous-layers-config-path or "
+        "--heterogeneous-layers-config-encoded-json",
+        "MaskMoE builds the layer specification itself, because Megatron-Core's MoE layers ignore the mask.",
+        _given(
+            *("spec", "experimental_attention_variant", "linear_attention_freq"),
+            *("heterogeneous_layers_config_path", "heterogeneous_layers_config_encoded_json"),
+        ),
+    ),
+    Refusal(
+        "--moe-use-upcycling",
+        "A dense checkpoint holds no routing mask. Use maskmoe convert upcycle.",
+        _given("moe_use_upcycling"),
+    ),
+    Refusal(
+        "--cuda-graph-impl, but for transformer_engine with --cuda-graph-modules attn or mlp and --transformer-impl "
+        "transformer_engine",
+        "A graph of an MoE layer needs fixed shapes, but the number of rows that a rank sends to experts varies. "
+        "Beside graphs, Megatron-Core can drop gradients of local experts.",
+        _captures_experts,
+    ),
+    Refusal(
+        "--fp8-recipe delayed, the default, or custom; or --fp4-recipe custom",
+        "A checkpoint would hold the scales as a pickle with code, which MaskMoE does not read. Use tensorwise, "
+        "blockwise or mxfp8.",
+        _pickles_scales,
+    ),
+    Refusal(
+        "--dataloader-inter-document-masking with --context-parallel-size above 1, CUDA graphs, --fim-data, or "
+        "--moe-router-load-balancing-type seq_aux_loss and --micro-batch-size above 1",
+        "These settings are for samples of one length, but documents have any length.",
+        _cuts_documents,
+    ),
+    Refusal(
+        "--ckpt-format other than torch_dist",
+        "MaskMoE verifies the files of torch_dist checkpoints only, and reads the routing mask of a run from them.",
+        lambda args: args.ckpt_format != "torch_dist",
+    ),
+    Refusal(
+        "--async-strategy nvrx with --async-save",
+        "MaskMoE's digests need the list of files that Megatron-Core's own strategy, the default, writes.",
+        lambda args: args.async_save and args.async_strategy == "nvrx",
+    ),
+    Refusal(
+        "--ckpt-convert-format",
+        "The result would replace the checkpoint in --save, to which alone MaskMoE saves. Use maskmoe convert.",
+        _given("ckpt_convert_format"),
+    ),
+)
+"""The settings that silently contradict a routing mask or MaskMoE's checkpoints."""
+
+KNOWN_BUGS = (
+    Refusal(
+        "--moe-shared-expert-overlap, --use-transformer-engine-op-fuser or --use-te-activation-func with "
+        "--activation-func-clamp-value or --glu-linear-offset; or the second with --quick-geglu",
+        "Overlapped shared experts and Transformer Engine's functions ignore clamp and offset, or set them to 7 and 1.",
+        _changes_activation,
+        issue="https://github.com/NVIDIA/Megatron-LM/pull/5940",
+    ),
+    Refusal(
+        "--tensor-model-parallel-size above 1 without --sequence-parallel, with latent attention or G in "
+        "--hybrid-layer-pattern",
+        "The weights that all ranks hold would get the gradients of one rank's heads only, and drift apart.",
+        _leaves_gradients_of_tensor_parallel_ranks,
+        issue="https://github.com/NVIDIA/Megatron-LM/pull/6839",
+    ),
+    Refusal(
+        "--overlap-dispatch-backward-with-experts-wgrad with --overlap-grad-reduce or "
+        "--no-gradient-accumulation-fusion",
+        "The experts' gradients would be reduced before they are computed, or never read.",
+        _loses_gradients_of_experts,
+        issue="docs/upstream/delayed-expert-gradients.md",
+    ),
+    Refusal(
+        "latent attention without --no-rope-fusion",
+        "Fused kernels read queries that they have rotated already, and can rotate those of the next token as well.",
+        lambda args: args.apply_rope_fusion and _has_latent_attention(args),
+        issue="https://github.com/NVIDIA/Megatron-LM/pull/5412",
+    ),
+    Refusal(
+        "--pipeline-model-parallel-layout with m in a chunk that is neither the first nor a rank's last chunk",
+        "The copy of the embedding for multi-token prediction would train apart from the embedding.",
+        _hides_prediction,
+        issue="docs/upstream/embedding-of-prediction.md",
+    ),
+    Refusal(
+        "--context-parallel-size above 1 with multi-token prediction",
+        "Each rank averages the loss of predicted tokens over its own tokens, and ranks have different numbers.",
+        _averages_predictions_by_rank,
+        issue="https://github.com/NVIDIA/Megatron-LM/pull/7498",
+    ),
+    Refusal(
+        "--fp16 with --num-experts and without --loss-scale",
+        "The optimizers of the experts and of the other parameters adapt a loss scale each, but the loss has one. So "
+        "after an overflow, gradients are wrong by a power of two. Use --bf16.",
+        lambda args: args.fp16 and bool(args.num_experts) and args.loss_scale is None and not args.skip_train,
+        issue="docs/upstream/loss-scale-of-experts.md",
+    ),
+    Refusal(
+        "--reset-attention-mask with --no-create-attention-mask-in-dataloader or --transformer-impl transformer_engine",
+        "Tokens would attend to other documents. Use --dataloader-inter-document-masking, which needs no mask.",
+        _ignores_reset_masks,
+        issue="https://github.com/NVIDIA/Megatron-LM/issues/2357",
+    ),
+    Refusal(
+        "--step-batch-size-schedule without --train-samples, or with --phase-transition-iterations or CUDA graphs",
+        "Megatron-Core counts as if all batches had one size.",
+        _miscounts_growing_batches,
+        issue="docs/upstream/step-batch-size-schedule.md",
+    ),
+    Refusal(
+        "--optimizer sgd or soap, --optimizer-cpu-offload, --optimizer-cuda-graph, or --fp8-format with "
+        "--exp-avg-dtype or --exp-avg-sq-dtype fp16 or fp8",
+        "Checkpoints would lack a part of the optimizer's state, or could not be saved or loaded. Use adam or muon.",
+        _loses_state_of_optimizer,
+        issue="docs/upstream/optimizers-that-do-not-resume.md",
+    ),
+    Refusal(
+        "--te-rng-tracker or CUDA graphs, with dropout or --moe-input-jitter-eps in parts that are recomputed",
+        "The backward pass would draw other random numbers than the forward pass.",
+        _redraws_in_recomputation,
+        issue="https://github.com/NVIDIA/Megatron-LM/pull/5841",
+    ),
+    Refusal(
+        "--num-distributed-optimizer-instances above 1 with --overlap-grad-reduce and pipeline parallelism, without "
+        "--no-align-grad-reduce",
+        "The gradients of all stages but the first would be scaled and reduced twice.",
+        _reduces_gradients_twice,
+        issue="docs/upstream/aligned-grad-reduce.md",
+    ),
+    Refusal(
+        "--optimizer muon with --num-query-groups below --tensor-model-parallel-size, without --muon-no-split-qkv",
+        "Queries, keys and values of a rank would be orthogonalized together.",
+        _joins_queries_and_keys,
+        issue="https://github.com/NVIDIA/Megatron-LM/pull/6326",
+    ),
+    Refusal(
+        "--optimizer muon or lion with --use-distributed-optimizer and another --expert-tensor-parallel-size than "
+        "--tensor-model-parallel-size, with biases or fewer ranks for all experts than --tensor-model-parallel-size",
+        "The gradient norm would count gradients of experts several times, or some of them never.",
+        _miscounts_gradients_of_experts,
+        issue="https://github.com/NVIDIA/Megatron-LM/pull/5916",
+    ),
+    Refusal(
+        "--use-megatron-fsdp or --use-torch-fsdp2",
+        "Megatron-FSDP scales gradients of experts wrongly, and FSDP2 excludes expert parallelism. Use "
+        "--use-distributed-optimizer.",
+        _given("use_megatron_fsdp", "use_torch_fsdp2"),
+        issue="https://github.com/NVIDIA/Megatron-LM/issues/6660",
+    ),
+    Refusal(
+        "--fine-grained-activation-offloading",
+        "The first step after every start reads activations that may not have reached the host yet. Use recomputation.",
+        _given("fine_grained_activation_offloading"),
+        issue="https://github.com/NVIDIA/Megatron-LM/issues/7398",
+    ),
+    Refusal(
+        "--qk-clip",
+        "The clip writes NaN into weights if a group's largest score is negative. Use --qk-layernorm.",
+        _given("qk_clip"),
+        issue="https://github.com/NVIDIA/Megatron-LM/pull/7517",
+    ),
+    Refusal(
+        "--init-model-with-meta-device",
+        "A run from random weights would start with whatever the memory holds. Leave the flag out.",
+        _given("init_model_with_meta_device"),
+        issue="docs/upstream/meta-device.md",
+    ),
+)
+"""The settings with which Megatron-Core is silently wrong, hangs or loses work."""
+
+
+# ---- What a test has trained with ------------------------------------------------------------------------------------
+
+
+@cache
+def proven() -> dict[str, frozenset[str]]:
+    """Return the flags that a run has trained with beside a routing mask, by column.
+
+    `tools/prove.py` writes the file from the runs of the tests and of the campaign on GPUs.
+    """
+    lines = files("maskmoe.training.settings").joinpath("proven.txt").read_text(encoding="utf-8").splitlines()
+    rows = [line.partition("\t")[::2] for line in lines]
+    return {column: frozenset(flag for flag, where in rows if column in where.split()) for column in COLUMNS}
+
+
+def flags_of(parser: ArgumentParser, words: Sequence[str]) -> list[str]:
+    """Return the parser's flags in a command line as `proven` has them: with the value if a flag has few values."""
+    flags, action = [], None
+    for word in words:
+        flag, _, value = word.partition("=")
+        is_flag = flag.startswith("--")
+        action = parser._option_string_actions.get(flag) if is_flag else action
+        if action is None:
+            continue
+        if not action.choices:
+            flags += [flag] if is_flag else []
+        elif value or not is_flag:
+            flags.append(f"{action.option_strings[0]} {value or word}")
+    return list(dict.fromkeys(flags))
+
+
+def note_on_unproven(flags: Collection[str], column: str) -> str | None:
+    """Return the note of a run whose flags nobody has tried with a routing mask where the run is; None if all are."""
+    unproven = [flag for flag in flags if flag not in proven()[column]]
+    if not unproven:
+        return None
+    where = {"cpu": "", "gpu": " on GPUs"}[column]
+    which = ", ".join(unproven) if proven()[column] else "all flags"
+    return f"not tried with a routing mask{where}: {which}"
