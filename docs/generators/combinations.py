@@ -2,49 +2,40 @@
 
 python docs/generators/combinations.py OUTPUT
 
-The refused settings come from `maskmoe.training.settings.refused_settings`. All other text is in combinations.md.j2.
+Refused settings and proven flags come from `maskmoe.training.settings.support`, all other text from the template.
 """
-
-from collections.abc import Iterable, Mapping
-from typing import Protocol
 
 import pages
 
 from maskmoe.megatron_compat import prepare_process
 
 
-class Check(Protocol):
-    """A refused setting, as `maskmoe.training.settings.refused_settings` defines it."""
+def render() -> str:
+    """Return the page, made from the refused settings and the proven flags."""
+    import megatron.core
 
-    name: str
-    reason: str
+    from maskmoe.training.settings.support import KNOWN_BUGS, NEVER, proven
+
+    never = [(pages.cell(row.flags), pages.cell(row.reason)) for row in NEVER]
+    bugs = [(pages.cell(row.flags), pages.cell(row.reason), link(row.issue)) for row in KNOWN_BUGS if row.is_active]
+    return pages.fill(
+        "combinations.md.j2",
+        version=megatron.core.__version__.partition("+")[0],
+        never=pages.table(("setting", "reason"), never),
+        known_bugs=pages.table(("setting", "reason", "report"), bugs),
+        **{
+            f"proven_{column}": ", ".join(f"`{flag}`" for flag in sorted(flags)) or "none yet"
+            for column, flags in proven().items()
+        },
+    )
 
 
-def render(refused: Mapping[str, Iterable[Check]]) -> str:
-    """Return the page.
-
-    Args:
-        refused: the refused settings of each group, by the name of the group in the template.
-    """
-    tables = {
-        group: pages.table(("setting", "reason"), [(pages.cell(c.name), pages.cell(c.reason)) for c in checks])
-        for group, checks in refused.items()
-    }
-    return pages.fill("combinations.md.j2", **tables)
-
-
-def render_from_code() -> str:
-    """Return the page, made from the refused settings."""
-    from maskmoe.training.settings import refused_settings as settings
-
-    groups = {
-        "meaningless": settings.MEANINGLESS_WITH_A_MASK,
-        "broken": settings.BROKEN_IN_MEGATRON,
-        "not_built": settings.NOT_BUILT,
-    }
-    return render(groups)
+def link(issue: str) -> str:
+    """Return a link to an issue or pull request of Megatron-Core, or to a report of `docs/upstream`."""
+    name = issue.rpartition("/")[2].removesuffix(".md")
+    return f"[{name}]({issue.removeprefix('docs/')})"
 
 
 if __name__ == "__main__":
     prepare_process()
-    pages.write(render_from_code)
+    pages.write(render)
