@@ -30,7 +30,7 @@ for step in range(3):
     model.zero_grad_buffer()
     with model.no_sync():  # as on a stage after the first: the schedule calls `grad_sync_func` after its micro-batches
         model(torch.ones(1, 4)).sum().backward()
-    model.start_grad_sync()  # `--align-grad-reduce`, the default
+    model.start_grad_sync()  # unless `--no-align-grad-reduce` is given
     model.finish_grad_sync()
     print(f"step {step + 1}: gradient {weight.main_grad.max():.4f}, expected 0.5000")
 sys.exit(0 if weight.main_grad.max() < 0.5 else 1)

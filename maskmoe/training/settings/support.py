@@ -379,7 +379,7 @@ KNOWN_BUGS = (
 def proven() -> dict[str, frozenset[str]]:
     """Return the flags that a run has trained with beside a routing mask, by column.
 
-    `tools/prove.py` writes the file from the runs of the tests and of the campaign on GPUs.
+    `docs/generators/proven.py` writes the file from the runs of the tests and of the campaign on GPUs.
     """
     lines = files("maskmoe.training.settings").joinpath("proven.txt").read_text(encoding="utf-8").splitlines()
     rows = [line.partition("\t")[::2] for line in lines]

@@ -159,10 +159,10 @@ def test_row_is_inactive_from_the_version_on_that_is_mended(monkeypatch: pytest.
 
 
 def test_proven_flags_are_those_of_the_declared_runs(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.syspath_prepend(ROOT / "tools")
-    import prove
+    monkeypatch.syspath_prepend(ROOT / "docs" / "generators")
+    import proven as generator
 
-    assert prove.PROVEN.read_text() == prove.table([]), "stale: run tools/prove.py"
+    assert generator.PROVEN.read_text() == generator.table([]), "stale: run docs/generators/proven.py"
 
 
 def test_flags_of_a_command_line() -> None:
