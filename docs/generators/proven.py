@@ -1,7 +1,7 @@
 """Writes maskmoe/training/settings/proven.txt: the flags of Megatron that a run has trained with beside a routing mask.
 
 python docs/generators/proven.py                       the column cpu, from the training runs that the tests declare
-python docs/generators/proven.py --gpu RUN_FOLDER...   adds runs that have trained to their end on GPUs to the column gpu
+python docs/generators/proven.py --gpu RUN_FOLDER...   adds finished runs on GPUs to the column gpu
 
 A run starts with a note about all given flags that its column lacks.
 """
