@@ -344,6 +344,13 @@ KNOWN_BUGS = (
         issue="https://github.com/NVIDIA/Megatron-LM/pull/5916",
     ),
     Refusal(
+        "--non-persistent-save-interval, --non-persistent-ckpt-type or --non-persistent-global-ckpt-dir",
+        "A damaged non-persistent checkpoint is trusted, so that a run may restart for ever. Use a smaller "
+        "--save-interval and --keep-last-checkpoints.",
+        _given("non_persistent_save_interval", "non_persistent_ckpt_type", "non_persistent_global_ckpt_dir"),
+        issue="https://github.com/NVIDIA/Megatron-LM/issues/5281",
+    ),
+    Refusal(
         "--use-megatron-fsdp or --use-torch-fsdp2",
         "Megatron-FSDP scales gradients of experts wrongly, and FSDP2 excludes expert parallelism. Use "
         "--use-distributed-optimizer.",

@@ -74,6 +74,7 @@ REFUSED = (
     f"| {MUON} --group-query-attention --num-query-groups 1 --muon-no-split-qkv",
     f"--optimizer muon {MUON} --expert-tensor-parallel-size 1"
     f"| {MUON} --expert-tensor-parallel-size 1 --expert-model-parallel-size 2",
+    "--non-persistent-save-interval 5",
     "--use-megatron-fsdp",
     "--fine-grained-activation-offloading",
     "--qk-clip",
