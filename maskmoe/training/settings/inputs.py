@@ -4,18 +4,17 @@ import math
 import os
 import tempfile
 from argparse import Namespace
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 from megatron.core.datasets import blended_megatron_dataset_config as dataset_config
 from megatron.training.utils import get_blend_and_blend_per_split
 
 from maskmoe.checkpoint.routing_mask import mask_in_checkpoint, mask_of_megatron, read_routing_mask
 from maskmoe.data.indexed_dataset import DatasetIndex, bin_path, read_index, read_tokenizer_record
 from maskmoe.data.tokenizer import TOKENIZER_TYPES, TokenizerRecord, tokenizer_sha256
-from maskmoe.errors import UserError, reason_of, refused_by_system
+from maskmoe.errors import UserError, megatrons_checks, refused_by_system
 from maskmoe.files.outputs import refuse_checkpoint
 from maskmoe.megatron_compat.globals import get_tokenizer
 from maskmoe.processes.console import progress_bar
@@ -70,10 +69,10 @@ def check_save_folder(args: Namespace) -> None:
         _check_writable(folder, f"{flag} {name}")
 
 
-def _check_writable(folder: Path, what: str, cure: str = "") -> None:
+def _check_writable(folder: Path, what: str) -> None:
     """Raise `UserError`, which begins with `what`, if a folder cannot be made or written."""
     existing = next(path for path in (folder, *folder.parents) if os.path.lexists(path))
-    with refused_by_system(f"{what}: cannot write in {existing}", cure):
+    with refused_by_system(f"{what}: cannot write in {existing}"):
         tempfile.TemporaryFile(dir=existing).close()
 
 
@@ -197,8 +196,6 @@ def data_errors(
                 check_same_tokenizer(args, record, f"dataset {prefix} was")
                 if vocab_size is not None:
                     _check_end_of_documents(args, record, prefix)
-            if of_node.start == 0:  # rank 0 writes the index
-                _check_folder_of_samples(args, prefix)
             # The digest of an index takes long.
             is_counted = any(size == index.bin_bytes and sha256 == index.idx_sha256 for size, sha256 in counted)
             if vocab_size is not None and (is_counted or index.bin_bytes <= most_bytes_read):
@@ -217,17 +214,8 @@ def _share(number: str, count: str) -> slice:
 
 def data_prefixes(args: Namespace) -> list[str]:
     """Return the prefixes of all datasets, each once; raise `UserError` if flags or their files name no datasets."""
-    try:
+    with megatrons_checks("--data-path, or the file of the paths, has no PREFIX… or WEIGHT PREFIX …"):
         blend, blend_per_split = get_blend_and_blend_per_split(args)
-    except (AssertionError, AttributeError, KeyError, OSError, TypeError, ValueError) as error:
-        flag, path = next(
-            (f"--{name.replace('_', '-')}", value)
-            for name in ("data_args_path", "per_split_data_args_path", "data_path", "train_data_path")
-            if (value := getattr(args, name)) is not None
-        )
-        raise UserError(
-            f"{flag} {path} does not name datasets as PREFIX… or WEIGHT PREFIX …: {reason_of(error)}"
-        ) from error
     blends = [part for part in (blend, *(blend_per_split or [])) if part is not None]
     for prefixes, weights in blends:
         for prefix, weight in zip(prefixes, weights or (), strict=False):
@@ -239,63 +227,36 @@ def data_prefixes(args: Namespace) -> list[str]:
 def _errors_of_parts(args: Namespace, of_rank: slice) -> Iterator[str]:
     """Yield an error for each part that training asks for and that the datasets, or those of a rank, lack.
 
-    Megatron would end at once, as if training were complete, without training data. It would fail at the first
-    evaluation without validation data. It would draw samples for ever from a part that has a share but no tokens.
-    It would fail with datasets without weights of which one has no whole sample in a part.
+    Without training data, Megatron would end at once, as if training were complete; without validation data, it would
+    fail at the first evaluation. It would draw samples for ever from a part that has a share but no tokens.
     """
     blend, blend_per_split = get_blend_and_blend_per_split(args)
-    # A part is a blend of its own, or begins and ends at these shares of each dataset. None is a part without a share.
-    parts: Any = blend_per_split
     if blend is not None:
-        split = dataset_config.parse_and_normalize_split(args.split)
-        parts = dataset_config.convert_split_vector_to_split_matrix(split)
-    if parts is None:
-        return
-    names = ("training", "validation", "test")
-    needed = (True, args.eval_iters > 0, False)
-    for name, part, is_needed in zip(names, parts, needed, strict=True):
-        if part is None and is_needed:
-            hint = " or pass --eval-iters 0" if name == "validation" else ""
-            yield f"there are no {name} data; give them a share in --split or a path of their own{hint}"
-    least_tokens = _least_tokens(args, blend)
-    for name, of_part in zip(names, blend_per_split or (), strict=False):
-        least_of_part = _least_tokens(args, of_part)
-        for prefix in of_part[0][of_rank] if of_part and least_of_part > 1 else ():
-            num_tokens = int(read_index(prefix).sequence_lengths.sum(dtype=np.int64))
-            if num_tokens < least_of_part:
-                yield _too_few_tokens(args, prefix, name, num_tokens)
-    for prefix in blend[0][of_rank] if blend else ():
-        lengths = read_index(prefix).sequence_lengths  # keeps a file open, so go through the datasets only once
-        for name, part in zip(names, parts, strict=True):
-            if part is None:
-                continue
-            first, last = (round(bound * len(lengths)) for bound in part)
-            num_tokens = int(lengths[first:last].sum(dtype=np.int64))
-            if 0 < num_tokens < least_tokens:
-                yield _too_few_tokens(args, prefix, name, num_tokens)
-            elif not num_tokens:
-                yield (
-                    f"dataset {prefix}: --split {args.split} leaves the {name} part no tokens, because the split "
-                    f"assigns whole documents and the dataset has {len(lengths)}; give the part a share of 0, or a "
-                    "larger share"
-                )
+        # A part begins and ends at these shares of each dataset. None is a part without a share.
+        parts = dataset_config.convert_split_vector_to_split_matrix(
+            dataset_config.parse_and_normalize_split(args.split)
+        )
+    else:
+        parts = blend_per_split or [True, True, True]  # mock data
+    training, validation, _ = parts
+    if training is None:
+        yield "there are no training data; give them a share in --split or their own path"
+    if validation is None and args.eval_iters > 0:
+        yield "there are no validation data; give them a share in --split or their own path, or pass --eval-iters 0"
+    for prefix in blend[0][of_rank] if blend is not None else ():
+        yield from _empty_parts(args.split, parts, prefix)
 
 
-def _least_tokens(args: Namespace, blend: Any) -> int:
-    """Return how many tokens each dataset of a blend needs.
-
-    Megatron repeats a dataset as often as needed, but reads several datasets without weights once.
-    """
-    return (args.seq_length or 0) + 1 if blend is not None and len(blend[0]) > 1 and blend[1] is None else 1
-
-
-def _too_few_tokens(args: Namespace, prefix: str, part: str, num_tokens: int) -> str:
-    """Return the error of a dataset without a weight that has no whole sample in a part."""
-    return (
-        f"dataset {prefix}: its {part} part has {num_tokens} tokens, too few for a sample of {args.seq_length + 1}, "
-        "and datasets without weights are read once: give each dataset a weight, such as its number of tokens, or join "
-        "the datasets by maskmoe preprocess --merge"
-    )
+def _empty_parts(split: str, parts: Sequence[Any], prefix: str) -> Iterator[str]:
+    """Yield an error for each part in which a dataset has a share, the begin and end of a part, but no tokens."""
+    lengths = read_index(prefix).sequence_lengths
+    for name, part in zip(("training", "validation", "test"), parts, strict=True):
+        first, last = (round(bound * len(lengths)) for bound in part or (0, 1))
+        if part is not None and not lengths[first:last].any():
+            yield (
+                f"dataset {prefix}: --split {split} leaves the {name} part no tokens, because the split assigns whole "
+                f"documents and the dataset has {len(lengths)}; give the part a share of 0, or a larger share"
+            )
 
 
 def check_same_tokenizer(args: Namespace, made_with: TokenizerRecord, what: str) -> None:
@@ -305,14 +266,6 @@ def check_same_tokenizer(args: Namespace, made_with: TokenizerRecord, what: str)
             f"{what} made with another tokenizer ({made_with.model}, {made_with.vocab_size} ids, "
             f"sha256 {made_with.sha256[:12]}…) than --tokenizer-model {args.tokenizer_model}"
         )
-
-
-def _check_folder_of_samples(args: Namespace, prefix: str) -> None:
-    """Raise `UserError` if Megatron cannot write its index of a dataset's samples; an existing one may be complete."""
-    kind = "FillInMiddleDataset" if args.fim_data else "GPTDataset"
-    folder = Path(prefix).absolute() / "cache" / f"{kind}_indices"
-    if args.data_cache_path is None and not os.path.exists(folder):
-        _check_writable(folder, f"dataset {prefix}", "pass --data-cache-path")
 
 
 def _check_end_of_documents(args: Namespace, made_with: TokenizerRecord, prefix: str) -> None:

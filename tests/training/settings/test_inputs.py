@@ -11,7 +11,7 @@ from support.system import few_open_files
 from support.training import TrainingOutcome
 
 from maskmoe.checkpoint.routing_mask import read_routing_mask
-from maskmoe.checkpoint.series import checkpoint_path
+from maskmoe.checkpoint.series import checkpoint_path, locate_checkpoint
 from maskmoe.command_line.build_routing_mask import read_mask
 from maskmoe.data.indexed_dataset import DatasetIndex, read_index
 from maskmoe.data.tokenizer import TokenizerRecord
@@ -120,15 +120,15 @@ def test_other_mask_is_refused_unless_the_flag_is_given(runs, workplace):
     for run, given, own in ((changed, old, "mask"), (unchanged, new, "wider")):
         args = arguments(workplace.folder / f"{own}.safetensors")
         with pytest.raises(UserError, match=r"or leave --routing-mask out .*; pass --change-routing-mask to change"):
-            find_routing_mask(args, run.checkpoints, pytest.fail)
+            find_routing_mask(args, locate_checkpoint(run.checkpoints), pytest.fail)
         args.change_routing_mask = True
         reports = []
-        assert find_routing_mask(args, run.checkpoints, reports.append).digest == given.digest
+        assert find_routing_mask(args, locate_checkpoint(run.checkpoints), reports.append).digest == given.digest
         assert "(id, layer) pairs change" in reports[0]
         # Evaluation and generation have no such flag, so their error does not name the flag.
         args.change_routing_mask, args.skip_train = False, True
         with pytest.raises(UserError, match=r"to use it$"):
-            find_routing_mask(args, run.checkpoints, pytest.fail)
+            find_routing_mask(args, locate_checkpoint(run.checkpoints), pytest.fail)
 
 
 @pytest.mark.parametrize(
@@ -154,7 +154,7 @@ def test_mask_for_another_topk_is_reported(tmp_path, settings, is_reported):
 @pytest.mark.runs("wider mask")
 def test_flag_changes_nothing_if_the_masks_are_equal(runs, workplace):
     (changed,) = runs
-    for checkpoint in (changed.checkpoints, None):
+    for checkpoint in (locate_checkpoint(changed.checkpoints), None):
         reports = []
         args = arguments(workplace.folder / "wider.safetensors", change_routing_mask=True)
         find_routing_mask(args, checkpoint, reports.append)
@@ -192,44 +192,11 @@ def test_few_files_are_open_at_a_time(args):
         assert list(data_errors(args, None, 10)) == []
 
 
-def test_folder_of_a_dataset_that_cannot_hold_megatrons_cache(tmp_path, args, monkeypatch):
-    """A file stands for a folder that this user may not write."""
-    (tmp_path / "0").write_text("")
-    (error,) = data_errors(args, None, 10)
-    assert error.startswith(f"dataset {args.data_path[0]}: cannot write in")
-    assert error.endswith("pass --data-cache-path")
-    # An index that exists may be complete.
-    (tmp_path / "0").unlink()
-    (tmp_path / "0" / "cache" / "GPTDataset_indices").mkdir(parents=True)
-    monkeypatch.setattr(inputs, "_check_writable", Mock(side_effect=UserError("checked")))
-    assert len(list(data_errors(args, None, 10))) == 39
-    args.data_cache_path = str(tmp_path / "cache")
-    assert list(data_errors(args, None, 10)) == []
-
-
 def test_every_dataset_has_all_parts(args):
     args.split = "8,1,1"
     write_documents(args.data_path[-1], [range(3)])
     error, _ = data_errors(args, None, 10)
     assert error.startswith(f"dataset {args.data_path[-1]}: --split 8,1,1 leaves the validation part no tokens")
-
-
-def test_datasets_without_weights_have_a_sample_in_each_part(args):
-    """Megatron reads them once, and repeats all other datasets."""
-    args.seq_length = 3
-    error, *others = data_errors(args, None, 10)
-    assert len(others) == 39
-    assert error.startswith(f"dataset {args.data_path[0]}: its validation part has 3 tokens, too few for a sample of 4")
-    prefixes = args.data_path
-    args.data_path = [word for prefix in prefixes for word in ("1", prefix)]
-    assert list(data_errors(args, None, 10)) == []
-    # The parts have datasets of their own.
-    args.data_path, args.split, args.seq_length = None, None, 30
-    args.train_data_path, args.valid_data_path, args.test_data_path = prefixes[:1], prefixes[:2], None
-    errors = list(data_errors(args, None, 10))
-    assert [error.partition(", too")[0] for error in errors] == [
-        f"dataset {prefix}: its validation part has 30 tokens" for prefix in prefixes[:2]
-    ]
 
 
 def test_documents_end_with_the_id_that_flags_look_for(args, monkeypatch):
