@@ -1,6 +1,5 @@
 """Makes run folders as the status reads them, without a training."""
 
-import json
 import pickle
 import time
 
@@ -10,7 +9,6 @@ from torch.utils.tensorboard import SummaryWriter
 
 from maskmoe.checkpoint.integrity import Manifest, digest_and_size
 from maskmoe.checkpoint.reading import LAYOUT_FILE
-from maskmoe.files.run_folder import JOURNAL
 
 NUM_LAYERS = 3
 
@@ -67,13 +65,3 @@ def write_checkpoint(folder, iteration, with_manifest=True):
     (checkpoint / "metadata.json").write_text('{"sharded_backend": "torch_dist"}')
     (folder / "latest_checkpointed_iteration.txt").write_text(str(iteration))
     return checkpoint
-
-
-def write_journal(folder, *entries, name="a-1"):
-    """Write entries of one process: kind, time, text, iteration and facts."""
-    (folder / JOURNAL).mkdir(exist_ok=True)
-    lines = [
-        json.dumps({"kind": kind, "time": when, "text": text, "host": name[0], "iteration": iteration, "facts": facts})
-        for kind, when, text, iteration, facts in entries
-    ]
-    (folder / JOURNAL / f"{name}.jsonl").write_text("\n".join(lines) + "\n")
