@@ -16,6 +16,7 @@ from maskmoe.conversion.convert import temporary_export
 from maskmoe.conversion.huggingface_models import open_model
 from maskmoe.conversion.megatron_models import open_megatron
 from maskmoe.conversion.model_tensors import OpenedModel
+from maskmoe.conversion.seal import check_seal
 from maskmoe.conversion.settings import CONFIG_FILE, Settings, read_model_config
 from maskmoe.conversion.tokenizer import WITHOUT_TEXT, choose_tokenizer, export_tokenizer
 from maskmoe.errors import UserError
@@ -84,6 +85,7 @@ def find_models(paths: Sequence[Path], steps: Sequence[int] = ()) -> tuple[Model
                     f"{path} is a model of type {model_type!r}, not {MaskMoEConfig.model_type!r}; convert it with "
                     "maskmoe convert hf-to-megatron"
                 )
+            check_seal(path)
             models.append(ModelSource(path, str(path)))
         elif checkpoints := [path] if (path / LAYOUT_FILE).is_file() else _checkpoints_of_run(path, steps):
             models += [_megatron_model(checkpoint, with_folder=len(paths) > 1) for checkpoint in checkpoints]

@@ -22,6 +22,7 @@ from tqdm import tqdm
 
 from maskmoe.arguments import ranges
 from maskmoe.arguments.parser import add_force_argument, add_option, add_seed_argument, command_parser, say_loading
+from maskmoe.conversion.seal import check_seal
 from maskmoe.conversion.settings import CONFIG_FILE, GENERATION_FILE, end_ids
 from maskmoe.data.prompts import KEY, read_prompts
 from maskmoe.errors import UserError
@@ -123,6 +124,8 @@ def exported_folder(arguments: argparse.Namespace) -> Iterator[Path]:
         if given:
             flag = f"--{next(iter(given)).replace('_', '-')}"
             raise UserError(f"{flag} is for checkpoints of Megatron, but --load {arguments.load} is an exported model")
+        say_loading("checking the files of the model")
+        check_seal(arguments.load)
         say_loading("importing PyTorch and transformers")
         yield arguments.load
         return

@@ -13,13 +13,14 @@ from typing import Any
 
 import torch
 
-from maskmoe.checkpoint.integrity import check_structure, has_digests, iteration_of
+from maskmoe.checkpoint.integrity import check_content, check_structure, has_digests, iteration_of
 from maskmoe.checkpoint.series import locate_checkpoint
 from maskmoe.conversion.config_mapping import args_from_config, further_flags, is_hybrid, updated_args, with_pattern
-from maskmoe.conversion.huggingface_models import check_files, open_model, write_huggingface
+from maskmoe.conversion.huggingface_models import open_model, write_huggingface
 from maskmoe.conversion.megatron_models import open_megatron, write_megatron
 from maskmoe.conversion.model_files import check_output_folder, output_folder
 from maskmoe.conversion.model_tensors import OpenedModel
+from maskmoe.conversion.seal import check_seal
 from maskmoe.conversion.settings import (
     CONFIG_FILE,
     DERIVED_PATTERN,
@@ -164,7 +165,7 @@ def _output(settings: Settings, source: Path) -> Iterator[Path]:
         raise UserError(f"{settings.save} lies inside the folder that is converted; name a folder elsewhere")
     check_output_folder(settings.save)
     if settings.verify:
-        check_files(source)
+        (check_seal if (source / CONFIG_FILE).exists() else check_content)(source)
     with output_folder(settings.save) as folder:
         yield folder
 

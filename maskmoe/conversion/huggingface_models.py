@@ -11,8 +11,6 @@ from typing import Any
 from pydantic import BaseModel
 from transformers import GenerationConfig
 
-from maskmoe.checkpoint.errors import CheckpointError
-from maskmoe.checkpoint.integrity import Manifest, check_content
 from maskmoe.conversion.families import copies_of_shared_tensors, open_huggingface
 from maskmoe.conversion.model_files import INDEX_SUFFIX, SINGLE_FILE, SafetensorsSource, write_safetensors
 from maskmoe.conversion.model_tensors import (
@@ -25,6 +23,7 @@ from maskmoe.conversion.model_tensors import (
     tensor_shapes,
     with_routing_mask,
 )
+from maskmoe.conversion.seal import seal_model
 from maskmoe.conversion.settings import CONFIG_FILE, ends_of_texts, read_model_config
 from maskmoe.conversion.tensor_mapping import PADDING_PREFIX
 from maskmoe.conversion.tensor_sources import Block, JoinedSource, ProgressSource, TensorSource
@@ -94,23 +93,6 @@ def open_model(folder: Path, mask: RoutingMask | None = None) -> OpenedModel:
     return with_routing_mask(model, mask) if lacks_mask else model
 
 
-def check_files(folder: Path) -> None:
-    """Compare the files of a model or of a checkpoint with the digests that were saved with them.
-
-    For a model, the error names `--no-verify-checkpoint`, because transformers may have saved the model again.
-
-    Raises:
-        CheckpointError: A file is missing or differs from its digest.
-    """
-    try:
-        check_content(folder)
-    except CheckpointError as damage:
-        if not (folder / CONFIG_FILE).exists():
-            raise
-        hint = "if the model was saved again after its export, pass --no-verify-checkpoint"
-        raise CheckpointError(damage.checkpoint, f"{damage.fault}; {hint}") from damage
-
-
 def _read_args(path: Path) -> Namespace | None:
     """Return Megatron's arguments of an exported model; None for a model that was never Megatron's.
 
@@ -154,12 +136,10 @@ def write_huggingface(
         MTP_FILE: mtp_tensor_shapes(model.config),
         _PADDING_FILE: [name for name in tensors if name.startswith(PADDING_PREFIX)],
     }
-    files: list[str] = []
     with ProgressSource(model.source, chain.from_iterable(contents.values())) as source:
         for single_file, names in contents.items():
             if names:
-                files += write_safetensors(source, names, folder, max_file_bytes, single_file)
-    Manifest.of_files(folder, files).save(folder)
+                write_safetensors(source, names, folder, max_file_bytes, single_file)
     # Write all other files.
     dtype = str(tensors[next(iter(weights))].dtype).removeprefix("torch.")
     names = {"architectures": [MaskMoEForCausalLM.__name__], "auto_map": AUTO_MAP, "dtype": dtype}
@@ -170,6 +150,7 @@ def write_huggingface(
     if model.args is not None:
         (folder / _ARGS_FILE).parent.mkdir(exist_ok=True)
         write_record(_json_values(model.args), folder / _ARGS_FILE)
+    seal_model(folder)
 
 
 def _special_ids(config: Mapping[str, Any], of_tokenizer: Mapping[str, int | None]) -> dict[str, Any]:

@@ -119,7 +119,7 @@ def _read_specs(path: Path) -> dict[str, TensorSpec]:
 
 def write_safetensors(
     source: TensorSource, names: Collection[str], folder: Path, max_file_bytes: int, single_file: str = SINGLE_FILE
-) -> list[str]:
+) -> None:
     """Write tensors to one file, or to several files and an index, as transformers does.
 
     The tensors of one file are in memory at a time.
@@ -130,9 +130,6 @@ def write_safetensors(
         folder: The folder for the files.
         max_file_bytes: Upper bound of the bytes of tensors in a file, unless one tensor alone is larger.
         single_file: See `SafetensorsSource`.
-
-    Returns:
-        The names of the files, without the index.
     """
     specs = {name: source.tensors[name] for name in names}
     split = split_torch_state_dict_into_shards(
@@ -150,7 +147,6 @@ def write_safetensors(
         file_of = {name: Path(file).name for name, file in split.tensor_to_filename.items()}
         index: dict[str, Any] = {"metadata": split.metadata, "weight_map": file_of}
         write_record(index, folder / f"{single_file}{INDEX_SUFFIX}")
-    return list(split.filename_to_tensors)
 
 
 def load_exported_tokenizer(folder: Path) -> Any:

@@ -8,8 +8,9 @@ Change both places together; tests/huggingface/test_routing.py compares them.
 
 import hashlib
 import json
+import os
 from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from typing import Any
 
 import numpy as np
@@ -31,6 +32,7 @@ from transformers.utils.output_capturing import OutputRecorder
 
 from .configuration_maskmoe import AUTO_MAP, MaskMoEConfig
 
+_SEAL = "integrity.json"  # of `maskmoe.conversion.seal`
 _INVISIBLE = float("-inf")
 _ALL_EXPERTS = 0xFF
 _WITHOUT_LOSS = -100  # the label of tokens without loss, in transformers' loss, too
@@ -67,6 +69,7 @@ class MaskMoERoutingMask(nn.Module):
         self._was_loaded = False
         self._sha256 = sizes.get("sha256")
         self._names_of_loaded: set[str] = set()
+        self.register_load_state_dict_post_hook(_check_loaded_mask)
         self.reset()
 
     def reset(self) -> None:
@@ -122,13 +125,16 @@ class MaskMoERoutingMask(nn.Module):
         tables = torch.arange(len(rows), device=rows.device).unsqueeze(-1)
         return self.visible_bits[tables, rows]
 
-    def _check_loaded(self) -> None:
+    def is_loaded(self) -> Tensor:
+        """Return whether all buffers were loaded, a bool on the device."""
         # The first elements suffice. A JSON text has no byte 0, and every visible set of a mask has an expert.
-        is_loaded = (self.metadata[0] != 0) & (self.row_of_id[0, 0] >= 0) & (self.visible_bits[0, 0] != 0).any()
+        return (self.metadata[0] != 0) & (self.row_of_id[0, 0] >= 0) & (self.visible_bits[0, 0] != 0).any()
+
+    def _check_loaded(self) -> None:
         if torch.compiler.is_compiling():
-            torch._assert_async(is_loaded, _NOT_LOADED)  # becomes a part of the compiled graph
+            torch._assert_async(self.is_loaded(), _NOT_LOADED)  # becomes a part of the compiled graph
         elif not self._was_loaded:  # read the buffers once, since reading waits for the device
-            if not is_loaded:
+            if not self.is_loaded():
                 raise ValueError(_NOT_LOADED)
             self._was_loaded = True
 
@@ -402,8 +408,11 @@ class MaskMoEPreTrainedModel(glm4_moe.Glm4MoePreTrainedModel):
         transformers only warns of missing weights, and a model would compute something else without its mask.
 
         Raises:
-            ValueError: the checkpoint has no routing mask, or its mask was altered.
+            ValueError: the checkpoint has no routing mask, its mask was altered, or a small file of a local folder was
+                changed after the export.
         """
+        if args and os.path.isdir(args[0]):
+            check_seal(args[0])
         loaded: Any = super().from_pretrained(*args, output_loading_info=True, **kwargs)
         model, info = loaded
         if missing := sorted(name for name in info["missing_keys"] if "routing_mask." in name):
@@ -415,11 +424,16 @@ class MaskMoEPreTrainedModel(glm4_moe.Glm4MoePreTrainedModel):
                 check_digest(module, (model.config.routing_mask or {}).get("sha256"))
         return (model, info) if output_loading_info else model
 
-    def save_pretrained(self, *args: Any, **kwargs: Any) -> None:
-        """Save the model as transformers does, for all Auto classes; servers load the class of `AutoModel`."""
+    def save_pretrained(self, save_directory: Any, *args: Any, **kwargs: Any) -> None:
+        """Save the model as transformers does, for all Auto classes; servers load the class of `AutoModel`.
+
+        The seal of a model that is replaced is removed: it does not fit the new files.
+        """
         self.config.auto_map = dict(AUTO_MAP)
+        with suppress(FileNotFoundError):
+            os.remove(os.path.join(save_directory, _SEAL))
         with _original_name(type(self)):
-            super().save_pretrained(*args, **kwargs)
+            super().save_pretrained(save_directory, *args, **kwargs)
 
     def get_correct_experts_implementation(self, requested_experts: str | None) -> str:
         """Choose how experts are computed; by default a quantized model computes them one after another.
@@ -705,6 +719,41 @@ def load_balancing_loss(router_logits: tuple[Tensor, ...], real: Tensor | None, 
         mean_scores = (scores * counted.unsqueeze(-1)).sum(dim=0) / counted.sum().clamp(min=1)
         losses.append(config.num_experts * (shares * mean_scores).sum())
     return torch.stack([loss.to(losses[0].device) for loss in losses]).sum()
+
+
+def check_seal(folder: str) -> None:
+    """Compare the small files of an exported model with the digests of the export; a model without them passes.
+
+    Files of weights are only compared by size: `maskmoe` reads them whole, and the mask has a digest of its own.
+
+    Raises:
+        ValueError: a file is missing or was changed.
+    """
+    path = os.path.join(folder, _SEAL)
+    if not os.path.isfile(path):
+        return
+    with open(path, encoding="utf-8") as file:
+        seal = json.load(file)
+    for name, expected in seal["files"].items():
+        try:
+            if name.endswith(".safetensors"):
+                is_intact = os.path.getsize(os.path.join(folder, name)) == seal.get("sizes", {}).get(name)
+            else:
+                with open(os.path.join(folder, name), "rb") as content:
+                    is_intact = hashlib.file_digest(content, "sha256").hexdigest() == expected
+        except OSError:
+            is_intact = False
+        if not is_intact:
+            raise ValueError(
+                f"{name} in {folder} is not the file that was exported; export the model again, or remove {_SEAL} if "
+                "the change is intended"
+            )
+
+
+def _check_loaded_mask(mask: MaskMoERoutingMask, incompatible_keys: object) -> None:
+    """Refuse another model's mask, which would silently change what the model computes; a hook of `load_state_dict`."""
+    if mask.must_be_loaded and not mask.metadata.is_meta and mask.is_loaded():
+        check_digest(mask, mask._sha256)
 
 
 def check_digest(mask: MaskMoERoutingMask, expected: str | None = None) -> None:

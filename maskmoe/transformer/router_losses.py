@@ -34,7 +34,7 @@ def attach_losses(router: TopKRouter, activation: Tensor, sums: LossSums) -> Ten
     Gradients of the losses flow when the gradient of the result flows. The losses are logged under Megatron's names.
     `sums` are over this rank's tokens. The router holds the accumulated load of the global loss.
     """
-    num_real = mean_over_ranks(sums.num_real, router.tp_cp_group)
+    num_real = clamped_mean_over_ranks(sums.num_real, router.tp_cp_group)
     for name, balancing in sums.balancing.items():
         activation = _attach_balancing_loss(router, name, activation, balancing, num_real)
     coeff = router.config.moe_z_loss_coeff
@@ -47,15 +47,17 @@ def attach_losses(router: TopKRouter, activation: Tensor, sums: LossSums) -> Ten
     return activation
 
 
-def mean_over_ranks(num_real: int | Tensor, group: ProcessGroup) -> int | Tensor:
-    """Return the mean number of real tokens of the ranks; an integer is the same on all ranks.
+def clamped_mean_over_ranks(num_real: int | Tensor, group: ProcessGroup) -> int | Tensor:
+    """Return the mean number of real tokens of the ranks, of at least one token in all.
+
+    An integer is the same on all ranks.
 
     Padding gives the ranks of a sequence unequal numbers of real tokens. Losses that divide by the number of each rank
     would weigh the tokens of a rank with more padding more, as the z-loss of Megatron-Core 0.19.2 does.
     """
-    if isinstance(num_real, int) or group.size() == 1:
+    if isinstance(num_real, int):
         return num_real
-    return reduce_from_tensor_model_parallel_region(num_real.float(), group) / group.size()
+    return reduce_from_tensor_model_parallel_region(num_real.float(), group).clamp(min=1) / group.size()
 
 
 def masked_z_loss(squared_logsumexp: Tensor, num_real: int | Tensor, coeff: float) -> Tensor:
@@ -65,11 +67,11 @@ def masked_z_loss(squared_logsumexp: Tensor, num_real: int | Tensor, coeff: floa
 
     Args:
         squared_logsumexp: Scalar, the sum over this rank's real tokens.
-        num_real: The mean number of real tokens of the ranks that share the micro-batch, so that the losses of the
-            ranks add up to a mean over the real tokens of all of them.
+        num_real: The positive mean number of real tokens of the ranks that share the micro-batch, so that the losses of
+            the ranks add up to a mean over the real tokens of all of them.
         coeff: The coefficient, divided by the number of these ranks.
     """
-    return squared_logsumexp / (num_real if isinstance(num_real, int) else num_real.clamp(min=1.0)) * coeff
+    return squared_logsumexp / num_real * coeff
 
 
 def measure_load(sums: BalancingSums, topk: int, group: ProcessGroup) -> ExpertLoad:

@@ -414,18 +414,6 @@ def test_the_flags_that_load_the_result_can_be_pasted(dense, tmp_path):
     assert flags[:3] == ["--load", str(tmp_path / "my run"), "--use-checkpoint-args"]
 
 
-def test_model_that_transformers_saves_into_the_exported_folder(exported, tmp_path):
-    shutil.copytree(exported("rich"), tmp_path / "model")
-    model = AutoModelForCausalLM.from_pretrained(tmp_path / "model")
-    with torch.no_grad():
-        model.model.norm.weight.fill_(7.0)
-    model.save_pretrained(tmp_path / "model")
-    with pytest.raises(UserError, match=r"was saved; if the model was saved again .* pass --no-verify-checkpoint$"):
-        huggingface_to_megatron(Settings(load=tmp_path / "model", save=tmp_path / "refused"))
-    huggingface_to_megatron(Settings(load=tmp_path / "model", save=tmp_path / "back", verify=False))
-    assert (tensors_of(tmp_path / "back/release")["decoder.final_layernorm.weight"] == 7.0).all()
-
-
 def test_result_inside_the_source(exported):
     with pytest.raises(UserError, match="lies inside the folder that is converted"):
         huggingface_to_megatron(Settings(load=exported("ranks"), save=exported("ranks") / "megatron"))

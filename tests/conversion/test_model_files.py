@@ -34,8 +34,8 @@ TENSORS = {
 
 @pytest.mark.parametrize(("max_file_bytes", "num_files"), [(10**9, 1), (1300, 3), (1, 6)])
 def test_written_files_are_read_by_the_library(tmp_path, max_file_bytes, num_files):
-    files = write_safetensors(MemorySource(TENSORS), TENSORS, tmp_path, max_file_bytes)
-    assert files == sorted(path.name for path in tmp_path.glob("*.safetensors"))
+    write_safetensors(MemorySource(TENSORS), TENSORS, tmp_path, max_file_bytes)
+    files = sorted(path.name for path in tmp_path.glob("*.safetensors"))
     assert len(files) == num_files
     index = tmp_path / "model.safetensors.index.json"
     assert index.exists() == (num_files > 1)

@@ -235,7 +235,8 @@ def test_import_names_the_tokenizer_of_training_or_copies_its_export(right, chec
     huggingface_to_megatron(Settings(tmp_path / "exported", tmp_path / "chosen", tokenizer_model=other))
     assert args_of(tmp_path / "chosen").tokenizer_sha256 == sha256(Path(other)) != sha256(right)
 
-    (tmp_path / "exported/tokenizer.json").unlink()
+    for name in ("tokenizer.json", "integrity.json"):
+        (tmp_path / "exported" / name).unlink()
     with pytest.raises(UserError, match=f"{other} of .* is not the file that the model was trained with"):
         huggingface_to_megatron(Settings(tmp_path / "exported", tmp_path / "out"))
 

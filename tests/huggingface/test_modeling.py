@@ -393,7 +393,8 @@ def test_shared_table_and_wide_rows() -> None:
     mask = make_mask(random_mask().visible_sets(0)[None], NUM_LAYERS)
     model = make_model(mask)
     wide = MaskMoEForCausalLM(make_config(mask, routing_mask=model.config.routing_mask | {"row_dtype": "int32"})).eval()
-    wide.load_state_dict(model.state_dict())
+    for value, copied in zip(wide.state_dict().values(), model.state_dict().values(), strict=True):
+        value.copy_(copied)  # `load_state_dict` would compare the digest, which depends on the type of the rows
     assert wide.model.routing_mask.stored_dtype == torch.int32
     token_ids = random_ids(2, 10)
     assert torch.equal(wide(token_ids).logits, model(token_ids).logits)
