@@ -152,7 +152,8 @@ def layouts_to_check(path: Path) -> list[int]:
 @pytest.mark.parametrize("path", MODEL_CASES)
 def test_model_loads_without_a_warning_and_matches_its_header(path, answers):
     answer = answers(path.stem)
-    assert (answer["errors"], answer["notes"], answer["warnings"]) == ((), (), [])
+    notes = [note for note in answer["notes"] if not note.startswith("not tried with a routing mask on GPUs")]
+    assert (answer["errors"], notes, answer["warnings"]) == ((), [], [])
     assert (answer["parameters"], round(answer["active"])) == header(path)[:2]
 
 
