@@ -161,9 +161,6 @@ class RunChecks:
 
     def _take_settings(self, checkpoint: Path) -> None:
         """Take the settings of a checkpoint that the command line does not give. Raises UserError."""
-        for name, value in model_settings.further_checkpoint_args(self.args, checkpoint).items():
-            if name not in self._given:
-                setattr(self.args, name, value)
         self.args = model_settings.take_settings_of_checkpoint(self.args, checkpoint, self._given)
 
     def _settings(self) -> Iterator[str]:

@@ -13,7 +13,7 @@ from megatron.training.arguments import parse_args, validate_args
 
 from maskmoe.checkpoint.series import RELEASE, write_tracker
 from maskmoe.training.model.model_builder import model_config_from_args
-from maskmoe.training.resume.model_settings import further_checkpoint_args
+from maskmoe.training.resume.model_settings import settings_of_checkpoint
 from maskmoe.training.settings.arguments import add_maskmoe_arguments
 
 TRAINING = "--micro-batch-size 2 --global-batch-size 4 --train-iters 2 --lr 1e-3"
@@ -34,7 +34,7 @@ def load_converted_model(load: Path, flags: list[str]) -> tuple[torch.nn.Module,
 
     def add_arguments(parser: ArgumentParser) -> ArgumentParser:
         parser = add_maskmoe_arguments(parser)
-        parser.set_defaults(**further_checkpoint_args(ON_ONE_RANK, load / "release"))
+        parser.set_defaults(**settings_of_checkpoint(ON_ONE_RANK, load / "release"))
         return parser
 
     with mock.patch.object(sys, "argv", words):

@@ -49,17 +49,9 @@ ERRORS = {
     "--optimizer lion --use-distributed-optimizer": ["another optimizer: --optimizer adam in the checkpoint, lion in"],
     "--bf16": ["--bf16 False in the checkpoint, True in this run", "--no-load-optim"],
     "--adam-beta2 0.95": [
-        "load without a word: --adam-beta2 0.999 in the checkpoint, 0.95 in this run",
+        "silently load: --adam-beta2 0.999 in the checkpoint, 0.95 in this run",
         "--no-load-optim",
     ],
-    f"{OVERRIDE} --lr 1e-3 --use-mup": ["cannot change --lr or --min-lr of a run with --decoupled-lr"],
-}
-# Schedules that no run can have, by Megatron's own assertions.
-REFUSED_SCHEDULES = {
-    "--lr-warmup-iters 30": "it needs the warm-up (--lr-warmup-iters, -samples or -fraction) < the decay (--lr-decay-",
-    "--lr-warmup-init 1": "it needs --lr-warmup-init <= --lr",
-    f"{OVERRIDE} {KEEP}": "both override and use-checkpoint are set",
-    "--lr-decay-style WSD": "it needs --lr-wsd-decay-iters or -samples",
 }
 # Changes that take effect although nobody asked for them, and parts of the notes.
 NOTES = {
@@ -113,16 +105,15 @@ def changed(runs, workplace, monkeypatch):
 @pytest.mark.parametrize("flags", ERRORS)
 def test_change_that_would_fail_or_be_ignored_is_an_error(changed, flags):
     (error,) = changed(flags).errors
-    for part in (*ERRORS[flags], "docs/extending.md" if "mup" not in flags else ""):
+    for part in (*ERRORS[flags], "docs/extending.md"):
         assert part in error
     assert "\n" not in error
 
 
 @pytest.mark.runs("fp32")
-@pytest.mark.parametrize("flags", REFUSED_SCHEDULES)
-def test_schedule_that_no_run_can_have_is_refused(changed, flags):
-    with pytest.raises(UserError, match=re.escape(REFUSED_SCHEDULES[flags])):
-        changed(flags)
+def test_schedule_that_no_run_can_have_is_refused(changed):
+    with pytest.raises(UserError, match="Megatron refuses the schedule"):
+        changed("--lr-warmup-iters 30")
 
 
 @pytest.mark.runs("fp32")
@@ -177,21 +168,6 @@ def test_changed_length_in_samples(changed, flags, errors, notes, is_complete):
 
 
 @pytest.mark.runs("fp32")
-def test_samples_that_cyclic_data_cannot_resume_from_are_refused(changed):
-    """Megatron's sampler fails without a message."""
-    flags = f"--dataloader-type cyclic --global-batch-size 16 {OVERRIDE} --micro-batch-size"
-    (error,) = changed(f"{flags} 8 --eval-micro-batch-size 4", ranks=2).errors
-    assert "has read 56 samples of the training data, but --dataloader-type cyclic can resume only after a mul" in error
-    assert "multiple of --micro-batch-size 8 × data parallel size 2 = 16: pass a smaller --micro-batch-size" in error
-    (error,) = changed(f"{flags} 4 --eval-micro-batch-size 8", ranks=2).errors
-    assert "has read 8 samples of the validation data, but" in error
-    assert "multiple of --eval-micro-batch-size 8 × data parallel size 2 = 16: pass a smaller --eval-micro-b" in error
-    assert changed(f"{flags} 4 --eval-micro-batch-size 8 --eval-iters 0", ranks=2).errors == ()
-    for allowed in (f"{flags} 4", f"{flags} 8 --dataloader-type single"):
-        assert changed(allowed, ranks=2).errors == ()
-
-
-@pytest.mark.runs("fp32")
 def test_checkpoint_without_an_optimizer_is_refused(changed, runs, monkeypatch):
     """Megatron fails for lack of the state."""
     saved = load_common_state_dict(checkpoint_path(runs[0].checkpoints, 7))["args"]
@@ -205,19 +181,6 @@ def test_checkpoint_without_an_optimizer_is_refused(changed, runs, monkeypatch):
 
 
 @pytest.mark.runs("fp32")
-@pytest.mark.filterwarnings("ignore:Setting args.check_for_nan_in_loss_and_grad")
-def test_checkpoint_without_the_state_of_a_dynamic_loss_scale_is_refused(changed, runs, monkeypatch):
-    """Megatron fails without the state."""
-    state = load_common_state_dict(checkpoint_path(runs[0].checkpoints, 7))
-    vars(state["args"]).update(fp16=True, loss_scale=512.0)
-    monkeypatch.setattr(changed_settings, "read_common_state", lambda checkpoint: state)
-    (error,) = changed("--fp16").errors
-    assert "--loss-scale 512 and" in error
-    for cure in ("--loss-scale 64", "--no-load-optim"):
-        assert changed(f"--fp16 {cure}").errors == ()
-
-
-@pytest.mark.runs("fp32")
 def test_changed_settings_of_muon_and_lion_are_refused(changed, runs, monkeypatch):
     """Other optimizers do not use these settings."""
     flags = "--muon-scalar-optimizer lion --muon-momentum 0.8 --lion-beta1 0.9 --lion-beta2 0.9"
@@ -228,7 +191,7 @@ def test_changed_settings_of_muon_and_lion_are_refused(changed, runs, monkeypatc
     group, values = changed(f"--optimizer muon {flags}").errors
     assert "another optimizer: --use-distributed-optimizer True in the checkpoint, False in this run" in group
     assert "--muon-scalar-optimizer adam in the checkpoint, lion in this run" in group
-    assert "without a word: --muon-momentum 0.9 in the checkpoint, 0.8 in this run; --lion-beta1 0.95 in" in values
+    assert "silently load: --muon-momentum 0.9 in the checkpoint, 0.8 in this run; --lion-beta1 0.95 in" in values
     assert "--lion-beta2 0.98" in values
 
 
