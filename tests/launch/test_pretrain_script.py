@@ -79,8 +79,9 @@ def assert_quiet(launch: Launch, last: str) -> None:
     assert lines[-1].partition("]: ")[2].startswith(last)
     first = next(number for number, line in enumerate(lines) if " iteration  " in line)
     assert first < 25
-    header = [line for line in lines[:first] if line.startswith("[rank0]: ") and "loading: " not in line]
-    assert [line.split()[1] for line in header[:9]] == HEADER
+    from_rank = [line.removeprefix("[rank0]: ") for line in lines[:first] if line.startswith("[rank0]: ")]
+    header = [line for line in from_rank if not line.startswith(("loading: ", "note: "))]
+    assert [line.split()[0] for line in header[:9]] == HEADER
     assert len(header) <= 15
     for noise in ("end of arguments", "DEPRECATED", "Warning", "Traceback", "torch/distributed"):
         assert noise not in launch.output

@@ -17,9 +17,10 @@ from maskmoe.transformer.torch_modules.mlp import TorchMLP, TorchSharedExpertMLP
 
 
 def mlp_of(spec_of: Callable, is_dense: bool, **settings: Any) -> MLP:
-    """Build the dense MLP, or the shared expert, of the first layer of a block."""
+    """Build the dense MLP, or the shared expert, of the first of two layers of a block."""
     config = make_config(
-        moe_layer_freq=[int(not is_dense)],
+        num_layers=2,
+        moe_layer_freq=[int(not is_dense), 1],
         moe_shared_expert_intermediate_size=None if is_dense else 12,
         moe_shared_expert_gate=not is_dense,
         **settings,
@@ -35,7 +36,7 @@ def mlp_of(spec_of: Callable, is_dense: bool, **settings: Any) -> MLP:
 
 
 def our_spec(config: Any) -> Any:
-    mask = make_mask(visible_sets(0, 1, 9, 4))
+    mask = make_mask(visible_sets(0, 1, 9, 4), num_layers=sum(config.moe_layer_freq))
     return get_maskmoe_decoder_block_spec(
         config, make_visible_experts(config, mask) if config.num_moe_experts else None
     )
