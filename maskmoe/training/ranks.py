@@ -23,10 +23,18 @@ class Ranks:
     world_size: int
 
     def gather(self, key: str, message: str) -> list[str]:
-        """Return the messages of all ranks, ordered by rank; all ranks must call this once for each key."""
+        """Return the messages of all ranks, ordered by rank; all ranks must call this once for each key.
+
+        The first rank returns last: its process may hold the store, which ends with it if the messages refuse the run.
+        """
         self.store.set(f"{key}/{self.rank}", message)
         # One request for all messages: thousands of ranks ask the same store. The store waits for missing messages.
-        return [message.decode() for message in self.store.multi_get([f"{key}/{n}" for n in range(self.world_size)])]
+        messages = self.store.multi_get([f"{key}/{number}" for number in range(self.world_size)])
+        if self.store.add(f"{key}/readers", 1) == self.world_size:
+            self.store.set(f"{key}/all have read", "")
+        if self.rank == 0:
+            self.store.wait([f"{key}/all have read"])
+        return [message.decode() for message in messages]
 
     def broadcast(self, key: str, message: str = "") -> str:
         """Return the message of the first rank; all ranks must call this once for each key."""
