@@ -97,31 +97,11 @@ class ExpertTable:
         name, file_of = f"{path.name}:{tensor}" if tensor else path.name, _files_of_tensors(path)
         positions = positions_of_layers(pattern, num_layers, [tensor] if tensor else file_of)
         if _LAYER in tensor:
-            names = [None if layer is None else tensor.replace(_LAYER, str(layer)) for layer in positions]
-            experts = [_read_tensor(file_of[each], each) if each in file_of else None for each in names]
-            if not any(each is not None for each in experts):
-                raise UserError(f"expert table {path} has no tensor {tensor} of any layer with experts")
-            of_layers = re.compile(re.escape(tensor).replace(re.escape(_LAYER), r"\d+"))
-            others = [each for each in file_of if of_layers.fullmatch(each) and each not in names]
-            if pattern is not None and others:
-                raise UserError(
-                    f"expert table {path} has {others[0]}, but --hybrid-layer-pattern '{pattern}' has no such layer "
-                    "with experts: names with decoder.layers. count all its layers, other names its feed-forward "
-                    "layers; rename the tensors"
-                )
-            return cls(name, experts)
-        if not tensor and (known := [each for each in file_of if layer_of_tensor(each) is not None]):
+            return cls(name, _read_tensor_of_each_layer(path, file_of, tensor, positions, pattern))
+        known = [] if tensor else [each for each in file_of if layer_of_tensor(each) is not None]
+        if known:
             return cls.of_tensors(name, {each: _read_tensor(file_of[each], each) for each in known}, positions)
-        if tensor and tensor not in file_of:
-            raise UserError(f"expert table {path} has no tensor {tensor}")
-        if not tensor and len(file_of) != 1:
-            raise UserError(f"expert table {path} has {len(file_of)} tensors; name one after a colon")
-        tensor = tensor or next(iter(file_of))
-        table = _read_tensor(file_of[tensor], tensor)
-        # A tensor of three dimensions has a table for each layer.
-        if table.ndim == 3 and len(table) not in (1, num_layers):
-            raise UserError(f"expert table {location} is for {len(table)} layers, but the model has {num_layers}")
-        return cls(name, list(table) if table.ndim == 3 else [table])
+        return cls(name, _read_single_tensor(path, file_of, tensor, num_layers))
 
     @classmethod
     def of_tensors(cls, name: str, tensors: Mapping[str, np.ndarray], positions: Sequence[int | None]) -> Self:
@@ -266,6 +246,46 @@ def _files_of_tensors(path: Path) -> dict[str, Path]:
             with safe_open(file, framework="numpy") as tensors:
                 file_of |= dict.fromkeys(tensors.keys(), file)
     return file_of
+
+
+def _read_tensor_of_each_layer(
+    path: Path, file_of: Mapping[str, Path], tensor: str, positions: Sequence[int | None], pattern: str | None
+) -> list[np.ndarray | None]:
+    """Read one tensor for each layer, whose names have the layer's number in place of `{layer}`.
+
+    Raises:
+        UserError: No layer has a tensor, or a tensor belongs to a layer that the pattern does not give experts.
+    """
+    names = [None if layer is None else tensor.replace(_LAYER, str(layer)) for layer in positions]
+    experts = [_read_tensor(file_of[name], name) if name in file_of else None for name in names]
+    if not any(each is not None for each in experts):
+        raise UserError(f"expert table {path} has no tensor {tensor} of any layer with experts")
+    of_layers = re.compile(re.escape(tensor).replace(re.escape(_LAYER), r"\d+"))
+    others = [name for name in file_of if of_layers.fullmatch(name) and name not in names]
+    if pattern is not None and others:
+        raise UserError(
+            f"expert table {path} has {others[0]}, but --hybrid-layer-pattern '{pattern}' has no such layer with "
+            "experts: names with decoder.layers. count all its layers, other names its feed-forward layers; rename the "
+            "tensors"
+        )
+    return experts
+
+
+def _read_single_tensor(path: Path, file_of: Mapping[str, Path], tensor: str, num_layers: int) -> list[np.ndarray]:
+    """Read one tensor, the only one if `tensor` is empty; with three dimensions, it has a table for each layer.
+
+    Raises:
+        UserError: There is no such tensor, or it is for another number of layers.
+    """
+    if tensor and tensor not in file_of:
+        raise UserError(f"expert table {path} has no tensor {tensor}")
+    if not tensor and len(file_of) != 1:
+        raise UserError(f"expert table {path} has {len(file_of)} tensors; name one after a colon")
+    tensor = tensor or next(iter(file_of))
+    table = _read_tensor(file_of[tensor], tensor)
+    if table.ndim == 3 and len(table) not in (1, num_layers):
+        raise UserError(f"expert table {path} is for {len(table)} layers, but the model has {num_layers}")
+    return list(table) if table.ndim == 3 else [table]
 
 
 def _read_tensor(file: Path, name: str) -> np.ndarray:

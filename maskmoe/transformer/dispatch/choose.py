@@ -22,37 +22,48 @@ def choose_dispatch(
 
     The mask is rank-local if all visible experts of every id are on one expert-parallel rank.
     """
-    if (
+    num_ranks = get_pg_size(pg_collection.ep)
+    if get_pg_size(pg_collection.expt_tp) > 1 or _needs_stock_dispatch(config):
+        return DispatchKind.STOCK
+    if num_ranks == 1:
+        # Dropped tokens have no expert.
+        return DispatchKind.ONE_RANK if config.moe_expert_capacity_factor is None else DispatchKind.STOCK
+    # Multi-token prediction routes by shifted ids, which the plan of a micro-batch does not cover.
+    if is_rank_local and not is_mtp_layer and _can_be_planned(config):
+        return DispatchKind.PLANNED
+    # With one expert for each token, or on each rank, Megatron's all-to-all also sends one copy.
+    if config.moe_router_topk == 1 or config.num_moe_experts == num_ranks:
+        return DispatchKind.STOCK
+    return DispatchKind.ONE_COPY
+
+
+def _needs_stock_dispatch(config: TransformerConfig) -> bool:
+    """Return whether a setting needs Megatron's own dispatcher."""
+    return bool(
         config.moe_token_dispatcher_type != "alltoall"
-        or get_pg_size(pg_collection.expt_tp) > 1
         or config.moe_pad_expert_input_to_capacity
         or config.moe_shared_expert_overlap
         # `MoELayer` computes the deferred gradients of the experts' weights in its own dispatch.
         or config.overlap_dispatch_backward_with_experts_wgrad
-    ):
-        return DispatchKind.STOCK
-    if get_pg_size(pg_collection.ep) == 1:
-        # Dropped tokens have no expert.
-        return DispatchKind.ONE_RANK if config.moe_expert_capacity_factor is None else DispatchKind.STOCK
-    # A plan lets the receiving rank choose experts. Random logits, dropped tokens and recorded choices depend on the
-    # rank that chooses. A plan also states the number of selected experts, which depends on the chosen groups in
-    # group-limited routing, and gathers as many ids from each rank.
-    can_plan = (
-        config.moe_expert_capacity_factor is None
-        and not config.variable_seq_lengths
-        and not config.moe_input_jitter_eps
-        and not config.moe_router_force_load_balancing
-        and config.moe_router_force_biased is None
-        and not config.moe_enable_routing_replay
-        and not config.moe_router_group_topk
     )
-    # Multi-token prediction routes by shifted ids, which the plan of a micro-batch does not cover. The rows of latent
-    # experts are narrower than the hidden states that a router needs.
-    if is_rank_local and can_plan and not is_mtp_layer and not config.moe_latent_size:
-        return DispatchKind.PLANNED
-    # With one expert for each token, or on each rank, Megatron's all-to-all also sends one copy.
-    one_expert_per_rank = config.num_moe_experts == get_pg_size(pg_collection.ep)
-    return DispatchKind.STOCK if config.moe_router_topk == 1 or one_expert_per_rank else DispatchKind.ONE_COPY
+
+
+def _can_be_planned(config: TransformerConfig) -> bool:
+    """Return whether the receiving rank can choose the experts, from ids that are known before the layer runs."""
+    return not (
+        # Random logits, dropped tokens and recorded choices depend on the rank that chooses.
+        config.moe_input_jitter_eps
+        or config.moe_router_force_load_balancing
+        or config.moe_router_force_biased is not None
+        or config.moe_expert_capacity_factor is not None
+        or config.moe_enable_routing_replay
+        # A plan states the number of selected experts, which depends on the chosen groups.
+        or config.moe_router_group_topk
+        # A plan gathers as many ids from each rank.
+        or config.variable_seq_lengths
+        # The rows of latent experts are narrower than the hidden states that a router needs.
+        or config.moe_latent_size
+    )
 
 
 def build_dispatcher(kind: DispatchKind, layer: MoELayer, pg_collection: ProcessGroupCollection) -> Dispatcher:
