@@ -123,7 +123,7 @@ class Dataset:
 
     @property
     def settings(self) -> dict[str, object]:
-        """What the files of the folder depend on; an input counts as changed with its size or modification time."""
+        """Settings of the folder's files; an input counts as changed with its size or modification time."""
         prefixes = parse_data_path(self.existing["data-path"])[0] if self.existing else ()
         files = [*self.text, *self.held_out.values(), *(file for each in prefixes for file in dataset_files(each))]
         existing = {flag: [*words] for flag, words in self.existing.items()}

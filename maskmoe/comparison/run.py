@@ -65,7 +65,7 @@ class Run:
 
     @property
     def identity(self) -> dict[str, Any]:
-        """What all files of the run's folder depend on. The dataset must exist."""
+        """Settings that all files of the run's folder depend on. The dataset must exist."""
         digests = {"text": self.data.digests(), "program": self.variant.program_sha256}
         return {"settings": self.settings, "seed": self.seed, **digests}
 

@@ -40,7 +40,7 @@ class Step:
 
 @dataclass(frozen=True)
 class _Record:
-    """What a folder was made for, and the command line of each step that is done."""
+    """The settings that a folder was made for, and the command line of each step that is done."""
 
     settings: Any
     done: dict[str, list[str]]

@@ -1,16 +1,11 @@
-"""The folders and scripts that MaskMoE uses by default, and short names for paths."""
+"""The folders that MaskMoE uses by default, and short names for paths."""
 
 from pathlib import Path
 
 from maskmoe.errors import UserError
 
-_CHECKOUT = Path(__file__).resolve().parents[2]
-
 RUNS = Path("runs")
 """The folder, in the current folder, in which runs are kept by default."""
-
-SUBMIT_SCRIPT = _CHECKOUT / "launch" / "slurm" / "submit.sh"
-"""The script that submits training to Slurm. The script exists only in a checkout of the repository."""
 
 _SHIPPED = Path(__file__).resolve().parents[1] / "launch"  # with links to launch/models and launch/suites
 

@@ -1,4 +1,4 @@
-"""What each rank of a model file runs: `python -m maskmoe.launch.rank MODEL.yaml FLAGS…`, started by torchrun.
+"""The program of each rank of a model file: `python -m maskmoe.launch.rank MODEL.yaml FLAGS…`, started by torchrun.
 
 torchrun may start the ranks again on fewer or more nodes, so only a rank knows for how many ranks the layout is.
 """

@@ -34,10 +34,11 @@ def attach_losses(router: TopKRouter, activation: Tensor, sums: LossSums) -> Ten
     Gradients of the losses flow when the gradient of the result flows. The losses are logged under Megatron's names.
     `sums` are over this rank's tokens. The router holds the accumulated load of the global loss.
     """
-    num_real = clamped_mean_over_ranks(sums.num_real, router.tp_cp_group)
+    coeff, num_real = router.config.moe_z_loss_coeff, sums.num_real
+    if coeff or router.calculate_per_token_loss:  # the balancing losses alone do not read the number
+        num_real = clamped_mean_over_ranks(num_real, router.tp_cp_group)
     for name, balancing in sums.balancing.items():
         activation = _attach_balancing_loss(router, name, activation, balancing, num_real)
-    coeff = router.config.moe_z_loss_coeff
     if coeff:
         assert sums.squared_logsumexp is not None
         z_loss = masked_z_loss(sums.squared_logsumexp, num_real, coeff / router.tp_cp_group.size())

@@ -1,4 +1,4 @@
-"""What a test needs from the system: waiting, limits on open files, held locks, handlers of signals, scripts."""
+"""Helpers around the system: waiting, lives of processes, limits on open files, locks, signals, scripts."""
 
 import os
 import resource
@@ -11,6 +11,7 @@ from contextlib import contextmanager
 from itertools import count, islice
 from pathlib import Path
 
+import psutil
 import pytest
 from support.paths import ROOT
 
@@ -102,3 +103,11 @@ def run_tool(name: str, *arguments: object, cwd: Path | None = None) -> subproce
     """Run `python tools/NAME.py ARGUMENTS…` in the folder `cwd` and return its exit code and output."""
     command = [sys.executable, ROOT / "tools" / f"{name}.py", *map(str, arguments)]
     return subprocess.run(command, cwd=cwd, capture_output=True, text=True, timeout=120, check=False)
+
+
+def is_alive(process: int) -> bool:
+    """Return whether the process with this id exists and has not exited. A zombie has exited."""
+    try:
+        return psutil.Process(process).status() != psutil.STATUS_ZOMBIE
+    except psutil.NoSuchProcess:
+        return False

@@ -10,7 +10,7 @@ from maskmoe.transformer.torch_modules import gated_delta_net
 
 
 class Rule(Enum):
-    """What happens if an argument differs from the checkpoint's. `--use-checkpoint-args` takes the first two kinds.
+    """The rule for an argument that differs from the checkpoint's; `--use-checkpoint-args` takes the first two kinds.
 
     Attributes:
         MODEL: The run is refused: the checkpoint holds another model.
@@ -45,7 +45,7 @@ _TABLE = {
         qk_head_dim qk_pos_emb_head_dim v_head_dim original_max_position_embeddings beta_fast beta_slow
         tokenizer_sha256
     """,
-    # What a run may change on purpose, for example for longer sequences.
+    # Arguments that a run may change on purpose, for example for longer sequences.
     Rule.FUNCTION: """
         moe_router_num_groups moe_router_group_topk moe_expert_capacity_factor moe_token_drop_policy
         moe_pad_expert_input_to_capacity window_size window_attn_skip_freq no_rope_freq use_rope_scaling

@@ -128,12 +128,6 @@ class BatchSizes(NamedTuple):
         """The number of samples in an iteration of each phase."""
         return tuple(size for _, size in self.phases)
 
-    def sizes_from(self, iteration: int) -> tuple[int, ...]:
-        """Return the number of samples in an iteration of each phase that is not over after some iterations."""
-        begin = self.samples(iteration)
-        ends = [*(begin_of_next for begin_of_next, _ in self.phases[1:]), math.inf]
-        return tuple(size for size, end in zip(self.sizes, ends, strict=True) if end > begin)
-
     def iterations(self, samples: int) -> int:
         """Return the number of whole iterations, from the beginning of a run, for which these samples are enough."""
         return [first + (samples - read) // size for first, read, size in self._begins() if read <= samples][-1]

@@ -1,4 +1,4 @@
-"""What a run needs: flags that Megatron asks for late, and packages."""
+"""Requirements of a run: flags that Megatron asks for late, and packages."""
 
 from argparse import Namespace
 from collections.abc import Callable, Iterator
