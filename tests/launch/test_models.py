@@ -144,6 +144,12 @@ def answers_for_layouts(check):
     return check(cases)
 
 
+def problems(answer: dict) -> list[str]:
+    """Return the errors, notes and warnings about a model, except that nobody has tried its flags on GPUs."""
+    notes = [note for note in answer["notes"] if not note.startswith("not tried with a routing mask on GPUs: ")]
+    return [*answer["errors"], *notes, *answer["warnings"]]
+
+
 def layouts_to_check(path: Path) -> list[int]:
     smallest = min(read(path).layouts, default=1)
     return [ranks for ranks in RANKS if ranks >= smallest] if smallest >= 8 else []
@@ -152,8 +158,7 @@ def layouts_to_check(path: Path) -> list[int]:
 @pytest.mark.parametrize("path", MODEL_CASES)
 def test_model_loads_without_a_warning_and_matches_its_header(path, answers):
     answer = answers(path.stem)
-    notes = [note for note in answer["notes"] if not note.startswith("not tried with a routing mask on GPUs")]
-    assert (answer["errors"], notes, answer["warnings"]) == ((), [], [])
+    assert not problems(answer)
     assert (answer["parameters"], round(answer["active"])) == header(path)[:2]
 
 
@@ -214,7 +219,7 @@ def test_comparison_set_differs_only_where_it_should(size):
 @pytest.mark.parametrize("case", [f"{path.stem} on {ranks}" for path in MODELS for ranks in layouts_to_check(path)])
 def test_layout_divides_and_fits_into_memory(case, answers_for_layouts):
     answer = answers_for_layouts[case]
-    assert (answer["errors"], answer["notes"], answer["warnings"]) == ((), (), [])
+    assert not problems(answer)
     assert max(answer["memory"]) + SPARE_BYTES <= GPU_BYTES
 
 
