@@ -10,7 +10,7 @@ from unittest.mock import Mock
 import pytest
 import torch
 from support.launchers import run_as_ranks
-from support.run_folders import write_checkpoint
+from support.runs import write_checkpoint
 
 from maskmoe.checkpoint.saver import CheckpointSaver, _copy_host_tensors
 from maskmoe.checkpoint.series import saved_iterations

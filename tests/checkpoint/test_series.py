@@ -11,7 +11,7 @@ from unittest.mock import Mock
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from support.run_folders import write_checkpoint
+from support.runs import write_checkpoint
 
 from maskmoe.checkpoint import integrity, series
 from maskmoe.checkpoint.errors import CheckpointError, UnfinishedCheckpointError

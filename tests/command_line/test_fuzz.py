@@ -2,12 +2,23 @@
 
 import argparse
 import contextlib
+from collections.abc import Sequence
 
 from hypothesis import given
 from hypothesis import strategies as st
-from support.command_lines import parse_training
 
 from maskmoe.errors import UserError
+
+
+def parse_training(parser: argparse.ArgumentParser, words: Sequence[str]) -> argparse.Namespace:
+    """Parse a command line of training as a run and `--check` do first. Raises UserError."""
+    from maskmoe.arguments.parser import refuse_unknown_flags
+    from maskmoe.errors import megatrons_checks
+
+    refuse_unknown_flags(parser, words)
+    with megatrons_checks():
+        return parser.parse_args(words)
+
 
 WORDS = st.one_of(
     st.sampled_from(["", "-", "--", "-1", "0", "1", "nan", "inf", "1e400", "²", "٣", ".", "..", "/", "nowhere/x", "~"]),

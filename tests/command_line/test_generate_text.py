@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from support.megatron_models import load_converted_model, logits_of_megatron
+from support.converted_models import load_converted_model, logits_of_megatron
 from support.paths import EXPORTED_MODEL as MODEL
 from support.tiny_maskmoe import VOCAB_SIZE, make_model
 from transformers import AutoTokenizer

@@ -11,11 +11,20 @@ import pytest
 from support.command_lines import run_command
 from support.paths import EXPORTED_MODEL
 from support.suites import result
-from support.system import is_alive, wait_until
+from support.system import wait_until
 
 from maskmoe.comparison.steps import maskmoe_command
 from maskmoe.comparison.suite import Suite
 from maskmoe.comparison.table import write_table
+
+
+def is_alive(process: int) -> bool:
+    """Return whether the process with this id exists and has not exited. A zombie has exited."""
+    try:
+        return psutil.Process(process).status() != psutil.STATUS_ZOMBIE
+    except psutil.NoSuchProcess:
+        return False
+
 
 TEXT = "The quick brown fox jumps over the lazy dog. " * 40
 TOKENIZE = "--tokenizer-type SentencePieceTokenizer --tokenizer-model tokenizer.model"

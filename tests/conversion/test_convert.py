@@ -14,7 +14,7 @@ import pytest
 import torch
 from megatron.core.dist_checkpointing import load_common_state_dict
 from safetensors.torch import load_file, save_file
-from support.foreign_models import add_multi_token_prediction, save_model
+from support.converted_models import add_multi_token_prediction, save_model
 from support.paths import ROOT
 from support.small_moe import make_mask
 from support.system import run_tool

@@ -11,7 +11,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
-from support.foreign_models import (
+from support.converted_models import (
     CONFIGS,
     VOCAB_SIZE,
     add_multi_token_prediction,

@@ -4,9 +4,18 @@ from pathlib import Path
 
 import pytest
 import torch
-from support.foreign_models import CONFIGS, VOCAB_SIZE, add_multi_token_prediction, logits_of, random_ids, save_model
+from support.converted_models import (
+    CONFIGS,
+    TRAINING,
+    VOCAB_SIZE,
+    add_multi_token_prediction,
+    load_converted_model,
+    logits_of,
+    logits_of_megatron,
+    random_ids,
+    save_model,
+)
 from support.launchers import run_program
-from support.megatron_models import TRAINING, load_converted_model, logits_of_megatron
 from support.system import run_tool
 from transformers import AutoModelForCausalLM
 

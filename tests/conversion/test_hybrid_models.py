@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from support.foreign_models import VOCAB_SIZE, random_ids, save_model
+from support.converted_models import VOCAB_SIZE, random_ids, save_model
 from support.small_moe import make_mask, random_visible_sets
 from support.tensors import assert_same_tensors, tensors_of
 

@@ -7,7 +7,7 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from support.foreign_models import (
+from support.converted_models import (
     VOCAB_SIZE,
     add_multi_token_prediction,
     in_transformers,

@@ -3,27 +3,42 @@
 import argparse
 import re
 import subprocess
+import sys
+import tempfile
 from functools import cache
 from itertools import pairwise
 from pathlib import Path
 
 import pytest
 from megatron.training.arguments import add_megatron_arguments
-from support.documentation import (
-    DOCS,
-    FLAG,
-    Block,
-    bash_blocks,
-    commands,
-    documented_flags,
-    flags_of,
-    pages,
-    run_script,
-)
+from support.documentation import DOCS, Block, bash_blocks, commands, pages, run_script
 from support.paths import ROOT
 
 from maskmoe.training.inference.arguments import add_evaluation_arguments
 from maskmoe.training.settings.arguments import add_maskmoe_arguments, add_pretraining_arguments
+
+FLAG = re.compile(r"(?<![\w-])--[a-z0-9][a-z0-9_-]*")
+
+
+def flags_of(words: list[str]) -> set[str]:
+    """Return the flags among the words of a command, without their values."""
+    return {word.partition("=")[0] for word in words if FLAG.match(word)}
+
+
+@cache
+def documented_flags() -> dict[str, set[str]]:
+    """Return the flags of each subcommand, as the page of flags lists them, which the build of the site makes."""
+    flags: dict[str, set[str]] = {}
+    with tempfile.NamedTemporaryFile(suffix=".md") as page:
+        subprocess.run([sys.executable, str(DOCS / "generators" / "flags.py"), page.name], check=True)
+        text = Path(page.name).read_text(encoding="utf-8")
+    for line in text.splitlines():
+        if line.startswith("## "):
+            section = flags.setdefault(line.removeprefix("## "), {"--help"})
+        elif line.startswith("| `--"):
+            section |= set(FLAG.findall(line.split("|")[1]))
+    return flags
+
 
 BLOCKS = [block for page in pages() for block in bash_blocks(page)]
 # Subcommands that take Megatron's flags, too.

@@ -1,14 +1,30 @@
 """The README is short, links lead somewhere, the generated pages are up to date, and the site builds offline."""
 
+import re
 import subprocess
 import sys
+from collections.abc import Iterator
 from importlib.metadata import version
 from pathlib import Path
 
 import pytest
-from support.documentation import DOCS, anchors, links, pages
+from support.documentation import DOCS, pages, prose
 from support.launchers import start_ranks
 from support.paths import ROOT
+
+
+def links(page: Path) -> Iterator[str]:
+    """Yield the targets of a page's links and pictures that lie in the repository."""
+    for target in re.findall(r"\]\(([^)\s]+)\)", prose(page)):
+        if not re.match(r"[a-z]+:", target):
+            yield target
+
+
+def anchors(page: Path) -> set[str]:
+    """Return the anchors of a page's headings, as GitHub and the site make them."""
+    headings = re.findall(r"^#+ (.+)$", prose(page), re.MULTILINE)
+    return {re.sub(r"[\s-]+", "-", re.sub(r"[^\w\s-]", "", heading).strip().lower()) for heading in headings}
+
 
 GENERATED = ("patches.py", "internals.py")
 MADE_BY_THE_BUILD = {DOCS / "flags.md", DOCS / "combinations.md"}

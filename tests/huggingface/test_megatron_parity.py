@@ -12,7 +12,7 @@ from megatron.core import dist_checkpointing
 from megatron.core.transformer.moe.moe_utils import MoEAuxLossAutoScaler
 from megatron.core.transformer.multi_token_prediction import MTPLossLoggingHelper
 from megatron.training.arguments import parse_args, validate_args
-from support.megatron_models import build_model
+from support.converted_models import build_model
 from support.small_moe import DEVICE, make_mask, random_visible_sets, take_metrics
 from support.tensors import assert_same_tensors, tensors_of
 from torch import Tensor

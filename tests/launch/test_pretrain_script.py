@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 import pytest
-from support.launch import Launch
+from support.launchers import Launch
 from support.paths import ROOT
 from support.runs import free_port, make_laptop_data, read_losses
 

@@ -14,8 +14,8 @@ import pytest
 from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
 from support.paths import ROOT
+from support.suites import make_wheel
 from support.system import wait_until
-from support.wheels import make_wheel
 
 BASE_PYTHON = sys._base_executable
 

@@ -8,7 +8,7 @@ from collections.abc import Callable
 
 import psutil
 import pytest
-from support.launch import Launch
+from support.launchers import Launch
 from support.paths import python_path
 from support.runs import free_port
 from torch.distributed.elastic.multiprocessing.errors import ProcessFailure

@@ -7,13 +7,33 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
-from support.system import HOLD, held_lock
 
 from maskmoe.errors import UserError
 from maskmoe.processes.folder_lock import LOCK_NAME, locked_folder
+
+HOLD = """
+import sys
+from pathlib import Path
+from maskmoe.processes.folder_lock import locked_folder
+with locked_folder(Path(sys.argv[1])):
+    print("locked", flush=True)
+    sys.stdin.read()
+"""
+
+
+@contextmanager
+def held_lock(folder: Path) -> Iterator[subprocess.Popen[str]]:
+    """Yield a process that holds the lock of a folder until its standard input is closed."""
+    program = [sys.executable, "-c", HOLD, folder]
+    with subprocess.Popen(program, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as process:
+        assert process.stdout is not None
+        assert process.stdout.readline() == "locked\n"
+        yield process
+        process.kill()
 
 
 @pytest.fixture

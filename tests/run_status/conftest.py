@@ -1,7 +1,7 @@
 """A run folder with everything that the status shows."""
 
 import pytest
-from support.run_folders import write_arguments, write_checkpoint, write_events
+from support.runs import write_arguments, write_checkpoint, write_events
 
 
 @pytest.fixture

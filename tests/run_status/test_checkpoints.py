@@ -3,7 +3,7 @@
 import shutil
 
 import pytest
-from support.run_folders import write_checkpoint
+from support.runs import write_checkpoint
 
 from maskmoe.run_status import checkpoints as module
 from maskmoe.run_status.checkpoints import read_checkpoints

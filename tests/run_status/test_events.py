@@ -1,7 +1,7 @@
 """The scalars of a run are those of TensorBoard, and what a resumed run repeats replaces the earlier values."""
 
 import pytest
-from support.run_folders import write_events
+from support.runs import write_events
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from torch.utils.tensorboard import SummaryWriter
 

@@ -7,7 +7,7 @@ from unittest.mock import ANY
 
 import pytest
 from support.command_lines import run_command, writing_nothing
-from support.run_folders import write_arguments, write_checkpoint, write_events
+from support.runs import write_arguments, write_checkpoint, write_events
 
 from maskmoe.run_status.status import status_lines
 

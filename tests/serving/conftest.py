@@ -11,11 +11,16 @@ from typing import Any
 
 import pytest
 from support.launchers import kill_with_children
-from support.paths import SERVING_BIN, SERVING_SCRIPTS
+from support.paths import ROOT
 from support.runs import free_port
 from support.system import wait_until
 
 from maskmoe.huggingface import export_code
+
+SERVING_SCRIPTS = Path(__file__).parent
+
+
+SERVING_BIN = ROOT / "build" / "serving" / "bin"
 
 
 @pytest.fixture(scope="session")

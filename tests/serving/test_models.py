@@ -7,7 +7,14 @@ from typing import Any
 
 import pytest
 from safetensors.torch import load_file, save_file
-from support.served_models import SETTINGS, Answer, make_served_model, random_prompts, save_model, transformers_answer
+from support.tiny_maskmoe import (
+    SERVED_SETTINGS,
+    ServedAnswer,
+    make_served_model,
+    random_prompts,
+    save_model,
+    transformers_answer,
+)
 
 pytestmark = [pytest.mark.serving, pytest.mark.timeout(3000)]
 
@@ -21,14 +28,14 @@ WITHOUT_TENSOR_PARALLEL = {"all_heads_norm", "latent_attention", "latent_keys_an
 def models(tmp_path_factory) -> dict[str, Path]:
     """Folders of models by setting."""
     root = tmp_path_factory.mktemp("models")
-    return {setting: save_model(make_served_model(setting), root / setting) for setting in SETTINGS}
+    return {setting: save_model(make_served_model(setting), root / setting) for setting in SERVED_SETTINGS}
 
 
 @pytest.fixture(scope="session")
-def expected() -> Callable[[str], list[Answer]]:
+def expected() -> Callable[[str], list[ServedAnswer]]:
     """Return a function from a setting to transformers' answers to `PROMPTS`."""
 
-    def answers(setting: str) -> list[Answer]:
+    def answers(setting: str) -> list[ServedAnswer]:
         model = make_served_model(setting)
         return [transformers_answer(model, prompt, MAX_TOKENS) for prompt in PROMPTS]
 
@@ -48,7 +55,7 @@ def answers(answer_with_vllm, models) -> Callable[..., dict[str, Any]]:
     return answer
 
 
-def difference(actual: list[dict], expected: list[Answer]) -> float:
+def difference(actual: list[dict], expected: list[ServedAnswer]) -> float:
     """The largest difference of log-probabilities; infinite if a continuation differs."""
     largest = 0.0
     for one, other in zip(actual, expected, strict=True):
@@ -59,14 +66,14 @@ def difference(actual: list[dict], expected: list[Answer]) -> float:
     return largest
 
 
-@pytest.mark.parametrize("setting", SETTINGS)
+@pytest.mark.parametrize("setting", SERVED_SETTINGS)
 def test_vllm_answers_as_transformers(setting, answers, expected) -> None:
     found = answers()[setting]
     assert not isinstance(found, str), found
     assert difference(found, expected(setting)) < 1e-4
 
 
-@pytest.mark.parametrize("setting", SETTINGS)
+@pytest.mark.parametrize("setting", SERVED_SETTINGS)
 def test_tensor_parallel_vllm_answers_as_transformers(setting, answers, expected) -> None:
     found = answers(tensor_parallel_size=2)[setting]
     if setting in WITHOUT_TENSOR_PARALLEL:

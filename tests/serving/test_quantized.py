@@ -11,8 +11,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from support.documentation import DOCS, blocks
 from support.paths import ROOT, python_path
-from support.served_models import make_served_model, random_prompts, save_model
-from support.tiny_maskmoe import random_ids
+from support.tiny_maskmoe import make_served_model, random_ids, random_prompts, save_model
 from transformers import AutoModelForCausalLM
 
 pytestmark = [pytest.mark.serving, pytest.mark.timeout(1800)]

@@ -12,8 +12,7 @@ from typing import Any
 import numpy as np
 import pytest
 from support.datasets import write_character_tokenizer
-from support.served_models import make_served_model, random_prompts, save_model, transformers_answer
-from support.tiny_maskmoe import VOCAB_SIZE
+from support.tiny_maskmoe import VOCAB_SIZE, make_served_model, random_prompts, save_model, transformers_answer
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 pytestmark = [pytest.mark.serving, pytest.mark.timeout(3000)]

@@ -1,6 +1,5 @@
 """Runs commands in this process as a user runs them, and looks at what they print and write."""
 
-import argparse
 import contextlib
 import importlib
 import io
@@ -89,16 +88,6 @@ def run_command(*words: object, folder: Path | str = ".") -> Outcome:
         except SystemExit as end:
             return Outcome(end.code, output.getvalue(), errors.getvalue())
     return Outcome(0, output.getvalue(), errors.getvalue())
-
-
-def parse_training(parser: argparse.ArgumentParser, words: Sequence[str]) -> argparse.Namespace:
-    """Parse a command line of training as a run and `--check` do first. Raises UserError."""
-    from maskmoe.arguments.parser import refuse_unknown_flags
-    from maskmoe.errors import megatrons_checks
-
-    refuse_unknown_flags(parser, words)
-    with megatrons_checks():
-        return parser.parse_args(words)
 
 
 def refuse_all(

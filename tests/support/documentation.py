@@ -5,18 +5,14 @@ import re
 import shlex
 import subprocess
 import sys
-import tempfile
 from collections.abc import Iterator
 from dataclasses import dataclass
-from functools import cache
 from pathlib import Path
 
 from support.paths import ROOT, python_path
 
 DOCS = ROOT / "docs"
 README = ROOT / "README.md"
-
-FLAG = re.compile(r"(?<![\w-])--[a-z0-9][a-z0-9_-]*")
 
 
 @dataclass(frozen=True)
@@ -82,36 +78,3 @@ def commands(block: Block) -> Iterator[list[str]]:
 def prose(page: Path) -> str:
     """Return the text of a page without its code blocks."""
     return re.sub(r"^( *)```.*?^\1```$", "", page.read_text(encoding="utf-8"), flags=re.DOTALL | re.MULTILINE)
-
-
-def flags_of(words: list[str]) -> set[str]:
-    """Return the flags among the words of a command, without their values."""
-    return {word.partition("=")[0] for word in words if FLAG.match(word)}
-
-
-@cache
-def documented_flags() -> dict[str, set[str]]:
-    """Return the flags of each subcommand, as the page of flags lists them, which the build of the site makes."""
-    flags: dict[str, set[str]] = {}
-    with tempfile.NamedTemporaryFile(suffix=".md") as page:
-        subprocess.run([sys.executable, str(DOCS / "generators" / "flags.py"), page.name], check=True)
-        text = Path(page.name).read_text(encoding="utf-8")
-    for line in text.splitlines():
-        if line.startswith("## "):
-            section = flags.setdefault(line.removeprefix("## "), {"--help"})
-        elif line.startswith("| `--"):
-            section |= set(FLAG.findall(line.split("|")[1]))
-    return flags
-
-
-def links(page: Path) -> Iterator[str]:
-    """Yield the targets of a page's links and pictures that lie in the repository."""
-    for target in re.findall(r"\]\(([^)\s]+)\)", prose(page)):
-        if not re.match(r"[a-z]+:", target):
-            yield target
-
-
-def anchors(page: Path) -> set[str]:
-    """Return the anchors of a page's headings, as GitHub and the site make them."""
-    headings = re.findall(r"^#+ (.+)$", prose(page), re.MULTILINE)
-    return {re.sub(r"[\s-]+", "-", re.sub(r"[^\w\s-]", "", heading).strip().lower()) for heading in headings}

@@ -7,8 +7,6 @@ ROOT = Path(__file__).resolve().parents[2]
 TESTS = ROOT / "tests"
 EXPORTED_MODEL = TESTS / "compatibility" / "artefacts" / "model"
 BENCHMARKS = ROOT / "tools" / "benchmarks"
-SERVING_SCRIPTS = TESTS / "serving"
-SERVING_BIN = ROOT / "build" / "serving" / "bin"
 
 
 def python_path(*folders: Path) -> str:

@@ -11,7 +11,6 @@ from contextlib import contextmanager
 from itertools import count, islice
 from pathlib import Path
 
-import psutil
 import pytest
 from support.paths import ROOT
 
@@ -60,27 +59,6 @@ def few_open_files(further: int = 12) -> Iterator[None]:
         resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
 
 
-HOLD = """
-import sys
-from pathlib import Path
-from maskmoe.processes.folder_lock import locked_folder
-with locked_folder(Path(sys.argv[1])):
-    print("locked", flush=True)
-    sys.stdin.read()
-"""
-
-
-@contextmanager
-def held_lock(folder: Path) -> Iterator[subprocess.Popen[str]]:
-    """Yield a process that holds the lock of a folder until its standard input is closed."""
-    program = [sys.executable, "-c", HOLD, folder]
-    with subprocess.Popen(program, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as process:
-        assert process.stdout is not None
-        assert process.stdout.readline() == "locked\n"
-        yield process
-        process.kill()
-
-
 HANDLERS: dict[signal.Signals, Handler] = dict.fromkeys(SIGNALS_THAT_END, signal.SIG_DFL)
 HANDLERS[signal.SIGINT] = signal.default_int_handler
 
@@ -103,11 +81,3 @@ def run_tool(name: str, *arguments: object, cwd: Path | None = None) -> subproce
     """Run `python tools/NAME.py ARGUMENTS…` in the folder `cwd` and return its exit code and output."""
     command = [sys.executable, ROOT / "tools" / f"{name}.py", *map(str, arguments)]
     return subprocess.run(command, cwd=cwd, capture_output=True, text=True, timeout=120, check=False)
-
-
-def is_alive(process: int) -> bool:
-    """Return whether the process with this id exists and has not exited. A zombie has exited."""
-    try:
-        return psutil.Process(process).status() != psutil.STATUS_ZOMBIE
-    except psutil.NoSuchProcess:
-        return False

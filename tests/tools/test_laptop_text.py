@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 from studies import laptop_text
 from support.paths import ROOT
-from support.wheels import make_wheel, source, write_description
+from support.suites import make_wheel, source, write_description
 
 SUITES = ROOT / "launch" / "suites"
 

@@ -15,9 +15,8 @@ from megatron.core.dist_checkpointing.mapping import ShardedObject, apply_factor
 from megatron.core.models.gpt import GPTModel
 from megatron.core.transformer.transformer_config import MLATransformerConfig, TransformerConfig
 from support import small_moe as moe
-from support.foreign_models import save_model
+from support.converted_models import load_converted_model, save_as_release, save_model
 from support.launchers import RunRanks
-from support.megatron_models import load_converted_model, save_as_release
 from support.tensors import assert_same_tensors
 
 from maskmoe.conversion.convert import huggingface_to_megatron

@@ -10,7 +10,7 @@ from contextlib import ExitStack
 import numpy as np
 import pytest
 from support.datasets import write_documents
-from support.launch import Launch
+from support.launchers import Launch
 from support.runs import free_port
 from support.training import Run
 

@@ -5,7 +5,7 @@ from argparse import Namespace
 
 import pytest
 import torch
-from support.run_folders import write_checkpoint
+from support.runs import write_checkpoint
 
 from maskmoe.errors import RunFailure
 from maskmoe.processes.interruption import EXIT_REQUEUE
