@@ -38,8 +38,8 @@ _HASH_LAYERS = ("hash_layers", "hash_visible_experts", "hash_assignment")
 _METHOD = ("frequent_mass", "frequent_visible_experts", "assignment")
 
 
-def parse_arguments(words: Sequence[str] | None = None) -> argparse.Namespace:
-    """Parse the words of a command line, by default this process's."""
+def parse_arguments() -> argparse.Namespace:
+    """Parse the command line."""
     parser = command_parser(__doc__)
     source = parser.add_argument_group("vocabulary and experts (give one or more)")
     vocabulary = source.add_mutually_exclusive_group()
@@ -99,7 +99,7 @@ def parse_arguments(words: Sequence[str] | None = None) -> argparse.Namespace:
     kind += "experts, with the names of Megatron-Core or of DeepSeek-V4"
     add_option(parser, "--format", kind, choices=("mask", *TENSOR_NAMES), default="mask")
     add_force_argument(parser)
-    arguments = parser.parse_args(words)
+    arguments = parser.parse_args()
     if arguments.routing_mask:
         decided = (*_MODEL, "vocab_size", "shared_table", *_METHOD, "preset", *_HASH_LAYERS)
         _refuse(arguments, decided, "--routing-mask already decides the model and the experts of each id")
@@ -112,13 +112,6 @@ def parse_arguments(words: Sequence[str] | None = None) -> argparse.Namespace:
         decided = (*_METHOD, "preset", *_HASH_LAYERS, "shared_table")
         _refuse(arguments, decided, "--expert-table already decides the experts of each id")
     return arguments
-
-
-def check_flags(flags: Sequence[str]) -> None:
-    """Check the flags of a mask before anything is made; raises UserError. The output is not needed."""
-    arguments = parse_arguments([*flags, "--output", "mask"])
-    if not (arguments.expert_table or arguments.routing_mask):
-        recipe_from(arguments)
 
 
 def recipe_from(arguments: argparse.Namespace) -> MaskRecipe:

@@ -14,17 +14,13 @@ from functools import partial
 from pathlib import Path
 
 from maskmoe.arguments import ranges
-from maskmoe.arguments.flags import flag_words
-from maskmoe.arguments.parser import Parser, add_force_argument, add_option
-from maskmoe.command_line.build_routing_mask import check_flags
+from maskmoe.arguments.parser import Parser, add_option
 from maskmoe.comparison.comparison import Comparison
 from maskmoe.comparison.data import Dataset
-from maskmoe.comparison.report import REPORT_FILES, is_report, write_report
+from maskmoe.comparison.report import write_report
 from maskmoe.comparison.run import Run
 from maskmoe.comparison.suite import Suite
-from maskmoe.comparison.table import read_table
-from maskmoe.errors import UserError, refused_by_system
-from maskmoe.files.outputs import check_outputs
+from maskmoe.errors import UserError
 from maskmoe.files.paths import RUNS, shipped_file, short_path
 from maskmoe.launch.machine import find_devices
 
@@ -56,9 +52,6 @@ def parse_arguments(arguments: Sequence[str]) -> argparse.Namespace:
     prepare = "only make the data, the masks and the model files of the runs, and check all variants"
     action.add_argument("--prepare", action="store_true", help=prepare)
     action.add_argument("--report", action="store_true", help="only write the report of the finished runs")
-    report = "folder of the report (default: report/ in the run folder, where --force is not needed)"
-    add_option(parser, "--output-dir DIR", report, Path)
-    add_force_argument(parser)
     return parser.parse_args(arguments)
 
 
@@ -76,19 +69,7 @@ def open_comparison(options: argparse.Namespace) -> Comparison:
         section = section.model_copy(update={"input": text, "data_path": ()})
     data = Dataset.of(section, folder / "data", suite.seq_length)
     table = (options.table or folder / "results.jsonl").absolute()
-    comparison = Comparison(suite, name, folder, table, data, find_devices())
-    for run in comparison.runs:
-        _check_mask(run)
-    return comparison
-
-
-def _check_mask(run: Run) -> None:
-    """Raise UserError, naming the variant, if a mask cannot be built; a program checks its own flags."""
-    if run.variant.has_experts and not run.variant.mask_program:
-        try:
-            check_flags(flag_words(run.mask_flags))
-        except UserError as error:
-            raise UserError(f"the mask of the variant {run.name}: {error}") from error
+    return Comparison(suite, name, folder, table, data, find_devices())
 
 
 def main() -> None:
@@ -96,11 +77,9 @@ def main() -> None:
     options = parse_arguments(sys.argv[1:])
     comparison = open_comparison(options)
     runs = comparison.selected(options.only, options.seeds)
-    report = _report_folder(options, comparison)
     if missing := [table for table in options.merge if not table.exists()]:  # would count as an empty table
         raise UserError(f"--merge {missing[0]} does not exist")
-    comparison.add(result for table in options.merge for result in read_table(table))
-    comparison.collect()
+    comparison.collect(*options.merge)
     if options.list:
         finished = comparison.results()
         for run in runs:
@@ -110,44 +89,30 @@ def main() -> None:
         comparison.data.check()
         jobs = options.jobs or (1 if comparison.devices.num_gpus else comparison.devices.num_cores)
         _finish(comparison, runs, jobs, options.prepare)
+        comparison.collect()
     if not options.prepare:
-        page = write_report(comparison.suite, comparison.name, [*comparison.results().values()], report)
+        results = [*comparison.results().values()]
+        page = write_report(comparison.suite, comparison.name, results, comparison.folder / "report")
         print(f"report: {short_path(page)}")
 
 
-def _report_folder(options: argparse.Namespace, comparison: Comparison) -> Path:
-    """Return the folder of the report. Raises UserError if the report would replace an input, or a file of the user."""
-    folder = options.output_dir or comparison.folder / "report"
-    if options.output_dir:
-        with refused_by_system(f"cannot write to --output-dir {folder}"):
-            folder.mkdir(parents=True, exist_ok=True)
-    if folder.is_dir():
-        inputs = [options.suite, comparison.table, *comparison.data.text, *comparison.data.held_out.values()]
-        is_own = options.output_dir is None and is_report(folder)
-        check_outputs([folder / name for name in REPORT_FILES], inputs, options.force or is_own)
-    return folder
-
-
 def _finish(comparison: Comparison, runs: Sequence[Run], jobs: int, only_prepare: bool) -> None:
-    """Finish the runs. A signal ends the steps in progress first: training saves a checkpoint."""
+    """Finish the runs. The first signal ends the steps in progress in good order: training saves a checkpoint."""
+    stopped_by: list[int] = []
 
     async def finish() -> None:
         task = asyncio.ensure_future(comparison.finish(runs, jobs, only_prepare))
-        loop = asyncio.get_running_loop()
         for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
-            loop.add_signal_handler(number, stop, task, number)
+            asyncio.get_running_loop().add_signal_handler(number, stop, task, number)
         await task
 
     def stop(task: asyncio.Task, number: int) -> None:
-        if not task.cancelling():
-            print(
-                "\nstopping: the steps in progress end first; the same command continues", file=sys.stderr, flush=True
-            )
+        if not stopped_by:
+            stopped_by.append(number)
             task.cancel()
-            stopped.append(128 + number)
 
-    stopped: list[int] = []
     try:
         asyncio.run(finish())
     except asyncio.CancelledError:
-        raise SystemExit(stopped[0]) from None
+        print("stopped; the same command continues", file=sys.stderr)
+        raise SystemExit(128 + stopped_by[0]) from None

@@ -73,22 +73,19 @@ class Comparison:
         """Return the results of the suite's runs by the titles of the runs.
 
         Raises:
-            UserError: The table is damaged, or has results on several texts while there is no dataset that tells which.
+            UserError: The table is damaged, or has results on several texts and there is no dataset to choose by.
         """
         known = defaultdict(list)
         for result in read_table(self.table):
-            known[result.seed, frozenset(result.settings.items())].append(result)
-        text, names = self.data.digests(), self.data.names_of_digests
+            known[result.seed, result.program_sha256, *result.settings.items()].append(result)
+        text = self.data.digests()
         found = {}
         for run in self.runs:
-            equal = known[run.seed, frozenset(run.settings.items())]
-            of_text = [each for each in equal if (each.text.keys() == names if text is None else each.text == text)]
-            results = [each for each in of_text if each.program_sha256 == run.variant.program_sha256]
-            results = results or [each for each in of_text if not each.program_sha256]  # lines of earlier versions
+            results = [each for each in known[run.equality_key] if text is None or each.text == text]
             if len(results) > 1:
                 raise UserError(
                     f"{self.table} has results of {run.title} on several texts, and {self.data.folder} has no dataset "
-                    "that tells which to take: pass another --table, or let the command make the dataset"
+                    "to choose by: pass another --table, or let the command make the dataset"
                 )
             if results:
                 # An equal run of another suite may have another name.
@@ -101,17 +98,17 @@ class Comparison:
         waiting: dict[tuple, Run] = {}
         for run in runs:
             if run.title not in finished:
-                waiting.setdefault((run.seed, run.variant.program_sha256, *run.settings.items()), run)
+                waiting.setdefault(run.equality_key, run)
         return [*waiting.values()]
 
-    def collect(self) -> None:
-        """Add the results in the folders of runs to the table."""
-        self.add(result for run in self.runs for result in read_table(run.folder / _RESULT))
+    def collect(self, *tables: Path) -> None:
+        """Add the results in the folders of runs, and in other tables, to the table, each once.
 
-    def add(self, results: Iterable[RunResult]) -> None:
-        """Add results to the table. A result that the table has already is not added again."""
+        A run writes only the file in its own folder, so that no process loses a line of another process.
+        """
         known = read_table(self.table)
-        merged = merge([*known, *results])
+        files = (*tables, *(run.folder / _RESULT for run in self.runs))
+        merged = merge([*known, *(result for file in files for result in read_table(file))])
         if len(merged) > len(known):
             self.table.parent.mkdir(parents=True, exist_ok=True)
             write_table(self.table, merged)
@@ -141,7 +138,6 @@ class Comparison:
                     )
                     if not only_prepare:
                         write_table(run.folder / _RESULT, [RunResult.of(self.name, run)])
-                        self.add(read_table(run.folder / _RESULT))
                     verdict = "is prepared" if only_prepare else "is finished"
                 except (UserError, RunFailure) as error:
                     failed.append(f"{run.title}: {error}")

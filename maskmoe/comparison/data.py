@@ -3,14 +3,12 @@
 import hashlib
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from itertools import islice
 from pathlib import Path
 
 import numpy as np
 
 from maskmoe.comparison.steps import Step, maskmoe_command
 from maskmoe.comparison.suite import REQUIRED, DataSection
-from maskmoe.data.documents import read_documents
 from maskmoe.data.indexed_dataset import dataset_files, parse_data_path, read_index
 from maskmoe.errors import UserError
 from maskmoe.launch.model_file import Flags
@@ -62,24 +60,11 @@ class Dataset:
         return cls(folder, section.vocab_size, seq_length, text, held_out, existing)
 
     def check(self) -> None:
-        """Check the text files, which only training needs.
-
-        Raises:
-            UserError: A path is no file, the text is a single document, or the suite leaves the text to the command
-                line, which names none.
-        """
+        """Raise UserError if the suite leaves the text to the command line, which names none."""
         if self.text == (Path(REQUIRED),):
             raise UserError(
                 "the suite brings no text: name text files by --input FILE…, or write a suite that `extends` this one "
                 "with its own `data`"
-            )
-        for path in (*self.text, *self.held_out.values()):
-            if not path.is_file():
-                raise UserError(f"the text file {path} does not exist, or is not a file that can be read several times")
-        if self.text and len([*islice(read_documents(self.text), 2)]) < 2:
-            raise UserError(
-                "the input is a single document, but training and evaluation need one document each: give several "
-                "files, JSON lines with one document each, or a text file above 1 MB"
             )
 
     @property
@@ -157,11 +142,6 @@ class Dataset:
         words = ("--input", *text, *tokenizer, "--output-prefix", self.folder / name, "--append-eod", *options)
         command = maskmoe_command("preprocess", *words, "--force")
         return Step(name, command, Path(f"{self.folder / name}_text_document.idx"))
-
-    @property
-    def names_of_digests(self) -> set[str]:
-        """The names of what identifies the text, see `digests`."""
-        return {"training", *(("training split",) if self.existing else ()), *self.held_out}
 
     def digests(self) -> dict[str, str] | None:
         """Return what identifies the text; None until the dataset and all further texts are made.

@@ -1,6 +1,5 @@
 """The page of a comparison, made from the table of results alone: tables, and a dot for each run."""
 
-import html
 import itertools
 import math
 import re
@@ -21,19 +20,10 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
-REPORT_FILES = ("README.md", "losses.png")
-"""Names of the files of a report."""
-
 _MARK = "<!-- written by maskmoe compare -->"
 
 Losses = Mapping[str, Mapping[str, Mapping[int, float]]]
 """The losses on one text, by variant, band and seed."""
-
-
-def is_report(folder: Path) -> bool:
-    """Return whether the page in a folder was written by `write_report`, so that it may be replaced."""
-    page = folder / REPORT_FILES[0]
-    return page.is_file() and page.read_bytes().rstrip().endswith(_MARK.encode())
 
 
 def write_report(suite: Suite, name: str, results: Sequence[RunResult], folder: Path) -> Path:
@@ -46,12 +36,14 @@ def write_report(suite: Suite, name: str, results: Sequence[RunResult], folder: 
         folder: Folder of the files, which is made.
 
     Raises:
-        UserError: No run is finished.
+        UserError: No run is finished, or the folder has a page that this function did not write.
     """
     if not results:
         raise UserError(f"no run of the suite {name} is finished, so there is nothing to report")
     folder.mkdir(parents=True, exist_ok=True)
-    page, picture = (folder / file for file in REPORT_FILES)
+    page, picture = folder / "README.md", folder / "losses.png"
+    if page.exists() and not page.read_bytes().rstrip().endswith(_MARK.encode()):
+        raise UserError(f"{page} was not written by maskmoe compare: move it away")
     with atomic_output(picture) as path:
         _draw(suite, results).savefig(path, format="png")
     write_text(page, "\n\n".join([*_page(suite, name, results), _MARK]) + "\n")
@@ -64,7 +56,7 @@ def _page(suite: Suite, name: str, results: Sequence[RunResult]) -> Iterator[str
     # Runs of an installed package have no commit.
     commits = ", ".join(sorted({commit[:12] for result in results if (commit := result.origin.get("commit"))}))
     commits = f" (commits {commits})" if commits else ""
-    yield f"# {_escape(suite.title)}"
+    yield f"# {suite.title}"
     yield (
         f"{len(results)} of {planned} runs of the suite `{name}` are finished{commits}. Losses are in nats "
         "per token of held-out text. ± is half of the 95 % interval over seeds (Student's t; Welch's t for differences "
@@ -125,13 +117,7 @@ def _loss(value: float | None) -> str:
 
 
 def _table(header: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
-    """Return a Markdown table; titles of a suite may have bars, line ends and HTML."""
-    escaped = ([_escape(cell).replace("|", r"\|") for cell in row] for row in (header, *rows))
-    return markdown_table("\n".join(" | ".join(row) for row in escaped))
-
-
-def _escape(text: str) -> str:
-    return html.escape(" ".join(text.split()), quote=False)
+    return markdown_table("\n".join(" | ".join(row) for row in (header, *rows)))
 
 
 def _by_seed(results: Sequence[RunResult], text: str, band: str) -> dict[int, float]:

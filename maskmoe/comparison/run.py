@@ -64,6 +64,11 @@ class Run:
         return {flag: " ".join(words) or "true" for flag, words in sorted(flags.items())}
 
     @property
+    def equality_key(self) -> tuple[object, ...]:
+        """What is the same for two runs that have the same result on the same text."""
+        return (self.seed, self.variant.program_sha256, *self.settings.items())
+
+    @property
     def identity(self) -> dict[str, Any]:
         """Settings that all files of the run's folder depend on. The dataset must exist."""
         digests = {"text": self.data.digests(), "program": self.variant.program_sha256}

@@ -8,7 +8,6 @@ import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
-from itertools import count
 from pathlib import Path
 from typing import Any
 
@@ -55,8 +54,7 @@ async def run_steps(
 ) -> None:
     """Run the steps that are not done in a folder, in order, and record them in `done.json`.
 
-    A step is done if its command line was run for the same settings and its result exists. What the folder holds for
-    other settings is moved into `previous/` first, so that nothing is mixed and nothing is lost.
+    A step is done if its command line was run for the same settings and its result exists.
 
     Args:
         folder: The folder.
@@ -65,7 +63,8 @@ async def run_steps(
         files: Texts of files that the steps read.
 
     Raises:
-        UserError: The folder has files of something else or another process works there, or a step refused its input.
+        UserError: The folder has files of something else or of other settings, another process works there, or a step
+            refused its input.
         RunFailure: A step failed.
     """
     path = folder / _RECORD
@@ -74,14 +73,10 @@ async def run_steps(
         raise UserError(
             f"{short_path(folder)} holds {found[-1].name}, which no comparison wrote; choose another --run-dir"
         )
-    record = _read(path, settings)
-    if record.settings == settings and all(map(record.has_done, steps)):
+    if all(map(_read(path, settings).has_done, steps)):
         return
     with locked_folder(folder, "--run-dir"):
         record = _read(path, settings)
-        if record.settings != settings:
-            _set_aside(folder)
-            record = _Record(settings, {})
         write_record(record, path)
         for file, text in (files or {}).items():
             write_text(file, text)
@@ -96,16 +91,11 @@ async def run_steps(
 def _read(path: Path, settings: Any) -> _Record:
     if not path.exists():
         return _Record(settings, {})
-    return read_record(_Record, path, f"remove {path.parent} to begin again")
-
-
-def _set_aside(folder: Path) -> None:
-    previous = next(path for number in count(1) if not (path := folder / "previous" / str(number)).exists())
-    previous.mkdir(parents=True)
-    for path in folder.iterdir():
-        if path.name not in ("previous", ".run.lock"):
-            path.rename(previous / path.name)
-    print(f"{folder.name}: the settings changed; earlier files are now in {short_path(previous)}", flush=True)
+    remedy = f"remove {short_path(path.parent)} to begin again, or choose another --run-dir"
+    record = read_record(_Record, path, remedy)
+    if record.settings != settings:
+        raise UserError(f"{short_path(path.parent)} was made with other settings or another text: {remedy}")
+    return record
 
 
 async def _run(step: Step, log: Path) -> None:

@@ -19,7 +19,6 @@ from pydantic import (
     BaseModel,
     BeforeValidator,
     Field,
-    NonNegativeInt,
     PlainValidator,
     PositiveInt,
     ValidationError,
@@ -36,7 +35,6 @@ from maskmoe.routing_mask.feed_forward_layers import FeedForwardLayers
 
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._+-]*")
 _NEEDED_FLAGS = ("train-iters", "seq-length", "global-batch-size")
-_DECIDED_FLAGS = {"seed", "save", "load", "routing-mask", "data-path"}
 # A preset decides all other flags of the mask.
 _FLAGS_BESIDE_PRESET = {"seed", "shared-table", "expert-model-parallel-size"}
 _MERGED_KEYS = {"flags", "expert-flags", "mask"}
@@ -48,6 +46,8 @@ _COUNTS = ("train-iters", "seq-length", "global-batch-size", "micro-batch-size",
 
 PROGRAM = "program"
 """The key of a variant, and of its mask, that names a Python file."""
+
+_DECIDED_FLAGS = {"seed", "save", "load", "routing-mask", "data-path", PROGRAM}
 
 # The keys of the section `data` that hold paths.
 _PATHS = ("input", "data_path", "tokenizer_model", "held_out")
@@ -185,8 +185,6 @@ class Suite(_Section):
         title: Title of the report.
         data: The text.
         model: Model file of all variants; the path is relative to the folder of the suite file that has the key.
-        layers: Layers of all variants, each of attention and a feed-forward layer; 0 to leave the layers to the flags.
-            The result is the flag `hybrid-layer-pattern`: `*E` for each layer with experts, `*-` without.
         flags: Flags of all variants.
         expert_flags: Flags of all variants with experts.
         mask: Flags of all masks that no preset makes.
@@ -201,7 +199,6 @@ class Suite(_Section):
     title: str = ""
     data: DataSection = DataSection()
     model: str = ""
-    layers: NonNegativeInt = 0
     flags: FlagSection = {}
     expert_flags: FlagSection = {}
     mask: FlagSection = {}
@@ -289,9 +286,7 @@ class Suite(_Section):
         if not section.has_experts:
             varied = {flag: words for flag, words in varied.items() if flag not in of_experts}
             of_experts = {}
-        pattern = FeedForwardLayers((section.has_experts,) * self.layers).pattern("*")
-        of_layers = {"hybrid-layer-pattern": (pattern,)} if self.layers else {}
-        given = {**of_layers, **self.flags, **of_experts, **section.flags, **varied}
+        given = {**self.flags, **of_experts, **section.flags, **varied}
         flags = override(model_file.flags, given)
         if self.min_lr_ratio and "lr" in flags:
             rate = _number(name, "lr", flags, ranges.LEARNING_RATE)
@@ -340,19 +335,14 @@ def _check_flags(name: str, variant: Variant) -> None:
         raise ValueError(f"variant {name} has no {missing[0]} among its flags")
     for flag in flags.keys() & {*_COUNTS}:
         _number(name, flag, flags, ranges.COUNT)
-    if "lr" in flags:
-        _number(name, "lr", flags, ranges.LEARNING_RATE)
     if decided := sorted(_DECIDED_FLAGS & flags.keys()):
         raise ValueError(f"variant {name}: {', '.join(decided)} is decided by the comparison; leave the flag out")
-    if PROGRAM in flags:
-        raise ValueError(f"variant {name}: write `program` as a key of the variant, not among flags or in a model file")
     pattern = " ".join(flags.get("hybrid-layer-pattern", ()))
     if not pattern and "num-layers" not in flags:
-        raise ValueError(f"variant {name} has no layers: write `layers: 2`, or hybrid-layer-pattern among its flags")
+        raise ValueError(f"variant {name} has no layers: write num-layers or hybrid-layer-pattern among its flags")
     has_experts = FeedForwardLayers.of_pattern(pattern).num_moe_layers > 0 if pattern else "num-experts" in flags
     if has_experts != variant.has_experts and not variant.program:
-        needs = f"a pattern without E, not {pattern}" if pattern else "a model without num-experts"
-        raise ValueError(f"variant {name}: a mask needs an E in hybrid-layer-pattern, and `mask: none` {needs}")
+        raise ValueError(f"variant {name}: a model has a mask if it has experts, and `mask: none` if it has none")
 
 
 def _absolute(paths: object, folder: Path) -> object:

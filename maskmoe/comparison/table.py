@@ -2,7 +2,6 @@
 
 import json
 import math
-import os
 import platform
 import subprocess
 from collections.abc import Iterable
@@ -64,7 +63,7 @@ class RunResult(BaseModel, frozen=True):
         load: For each layer with experts, the number of held-out tokens that each expert got.
         seconds: Duration of the training without interruptions.
         origin: Commit of the code (`+` marks changes), versions of packages, processor, numbers of cores and GPUs.
-        program_sha256: SHA-256 of the file of `program`; empty without a program, and on lines of earlier versions.
+        program_sha256: See `Variant.program_sha256`.
     """
 
     suite: str
@@ -164,10 +163,7 @@ def merge(results: Iterable[RunResult]) -> list[RunResult]:
 
 
 def write_table(path: Path, results: Iterable[RunResult]) -> None:
-    """Replace the file of a table.
-
-    An empty `program_sha256` is left out, so that lines without a program equal those of earlier versions.
-    """
+    """Replace the file of a table."""
     write_text(path, "".join(f"{result.model_dump_json(exclude_defaults=True)}\n" for result in results))
 
 
@@ -179,18 +175,14 @@ def _origin(run: Run) -> dict[str, str]:
 
 @cache
 def _commit() -> str:
-    """Return the commit of the checkout, with `+` if the package differs from it; empty without a checkout."""
-    git = ("git", "-C", str(_CHECKOUT))
-    # An installed package may lie in an environment inside somebody else's repository.
-    environment = {**os.environ, "GIT_OPTIONAL_LOCKS": "0", "GIT_CEILING_DIRECTORIES": str(_CHECKOUT.parent)}
+    """Return the commit of the checkout, with `+` if its files differ from the commit; empty without a checkout."""
+    if not (_CHECKOUT / ".git").exists():
+        return ""  # an installed package may lie in an environment inside somebody else's repository
+    git = ("git", "-C", str(_CHECKOUT), "describe", "--always", "--abbrev=40", "--exclude=*", "--dirty=+")
     try:
-        commit, changes = (
-            subprocess.run((*git, *words), env=environment, capture_output=True, text=True, check=True).stdout.strip()
-            for words in (("rev-parse", "HEAD"), ("status", "--porcelain", "--", "maskmoe"))
-        )
+        return subprocess.run(git, capture_output=True, text=True, check=True).stdout.strip()
     except (OSError, subprocess.CalledProcessError):
         return ""
-    return f"{commit}{'+' if changes else ''}"
 
 
 def _processor() -> str:

@@ -58,20 +58,9 @@ def test_incomplete_data_are_refused(tmp_path, values, message):
         Dataset.of(section(**values), tmp_path, 16)
 
 
-@pytest.mark.parametrize(
-    ("values", "message"),
-    [
-        ({"input": ("required",)}, "name text files by --input"),
-        ({"input": ("/nowhere",)}, "the text file /nowhere does not exist"),
-        ({"held_out": {"other": "/nowhere"}}, "the text file /nowhere does not exist"),
-        ({"input": ("/",)}, "the text file / does not exist, or is not a file"),
-        ({"input": ("/dev/null",)}, "the text file /dev/null does not exist, or is not a file"),
-        ({"input": (__file__,)}, "the input is a single document"),
-    ],
-)
-def test_only_training_needs_the_text(tmp_path, values, message):
-    data = Dataset.of(section(**values), tmp_path, 16)
-    with pytest.raises(UserError, match=message):
+def test_only_training_needs_the_text(tmp_path):
+    data = Dataset.of(section(input=("required",)), tmp_path, 16)
+    with pytest.raises(UserError, match="--input"):
         data.check()
 
 
@@ -85,10 +74,8 @@ def test_digests_tell_texts_apart(tmp_path, monkeypatch):
     assert data.digests() is None  # the counts are not made yet
     data.token_frequency.touch()
     assert data.digests() == {"training": "counts", "other": hashlib.sha256(b"index").hexdigest()}
-    assert data.names_of_digests == data.digests().keys()
     existing = Dataset(tmp_path, "300", 16, existing={"split": ("99,1,0",), "data-path": ("p",)})
     assert existing.digests() == {"training": "counts", "training split": "99,1,0"}
-    assert existing.names_of_digests == existing.digests().keys()
 
 
 @given(st.lists(st.integers(1, 400), min_size=1, max_size=40), st.integers(16, 64))

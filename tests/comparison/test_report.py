@@ -4,7 +4,7 @@ import pytest
 from PIL import Image
 from support.suites import result
 
-from maskmoe.comparison.report import is_report, write_report
+from maskmoe.comparison.report import write_report
 from maskmoe.comparison.suite import Suite
 from maskmoe.errors import UserError
 
@@ -34,33 +34,22 @@ def test_page_has_the_tables(suite, tmp_path):
     (difference,) = [line for line in page.splitlines() if line.startswith("| maskmoe − smoe")]
     assert "| −0.1000 ± 0.0000 |" in difference
     assert difference.endswith("| 0.250 |")  # 2 of 8 sign flips
-
-
-def test_titles_cannot_break_a_page(suite_file, tmp_path):
-    title = {"{mask: {preset: smoe}}": '{title: "k | <b>\\n", mask: {preset: smoe}}', "A small suite": "<script>"}
-    page = write_report(
-        Suite.read(suite_file(replace=title), {}), "small", [result("smoe", 1, 3.5)], tmp_path
-    ).read_text()
-    assert "| k \\| &lt;b&gt; |" in page
-    assert page.startswith("# &lt;script&gt;\n")
-    assert is_report(tmp_path)
-
-
-def test_nothing_is_reported_of_no_runs(suite, tmp_path):
-    with pytest.raises(UserError, match="no run of the suite small is finished"):
-        write_report(suite, "small", [], tmp_path / "report")
-    assert not (tmp_path / "report").exists()
-    assert not is_report(tmp_path)
-
-
-@pytest.mark.parametrize("commits", [("",), ("", "0123456789abcdef")])
-def test_unfinished_suites_have_a_page_too(suite, tmp_path, commits):
-    results = [result("smoe", 1, 3.5).model_copy(update={"origin": {"commit": commit}}) for commit in commits]
-    page = write_report(suite, "small", results, tmp_path).read_text()
-    of_checkout = " (commits 0123456789ab)" if any(commits) else ""
-    assert f"{len(commits)} of 13 runs of the suite `small` are finished{of_checkout}. " in page
-    with Image.open(tmp_path / "losses.png") as image:
+    with Image.open(tmp_path / "report" / "losses.png") as image:
         assert image.width >= 1000
+
+
+def test_a_page_of_the_user_stays(suite, tmp_path):
+    page = tmp_path / "README.md"
+    page.write_text("precious")
+    with pytest.raises(UserError, match=r"README\.md was not written by maskmoe compare"):
+        write_report(suite, "small", [result("smoe", 1, 3.5)], tmp_path)
+    assert page.read_text() == "precious"
+    page.unlink()
+    for loss in (3.5, 3.6):
+        write_report(suite, "small", [result("smoe", 1, loss)], tmp_path)
+    assert "3.6000" in page.read_text()
+    with pytest.raises(UserError, match="no run of the suite small is finished"):
+        write_report(suite, "small", [], tmp_path)
 
 
 def test_settings_of_vary_are_compared_apart(suite_file, tmp_path):

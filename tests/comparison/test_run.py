@@ -51,8 +51,8 @@ def test_the_seed_is_that_of_the_mask_too(runs):
 @pytest.mark.parametrize(
     ("old", "new"),
     [
-        ("layers: 2", "layers: 2"),
-        ("layers: 2\nflags: {", "flags: {num-layers: 2, "),
+        ("lr: 1e-2", "lr: 1e-2"),
+        ("{mask: {}}", "{mask: {}, flags: {hybrid-layer-pattern: false, num-layers: 2}}"),
         ("{mask: {}}", '{mask: {}, flags: {hybrid-layer-pattern: "*-|*E"}}'),
     ],
 )

@@ -1,7 +1,6 @@
 """Steps run once, are repeated with what they wrote before kept, and their processes end with them."""
 
 import asyncio
-import json
 import os
 import re
 import signal
@@ -56,13 +55,11 @@ def test_a_changed_command_line_repeats_its_step(folder, capsys):
     assert capsys.readouterr().out == "run: two\n"
 
 
-def test_other_settings_set_the_earlier_files_aside(folder, capsys):
-    for settings, number in (SETTINGS, 0), ({"lr": "2e-2"}, 1), (SETTINGS, 2):
-        run(folder, step(folder), settings=settings)
-        assert (folder / "append.out").read_text() == "x"
-        assert len([*folder.glob("previous/*/append.out")]) == number
-        assert json.loads((folder / "done.json").read_text())["settings"] == settings
-    assert "the settings changed; earlier files are now in" in capsys.readouterr().out
+def test_a_folder_of_other_settings_is_refused(folder):
+    run(folder, step(folder))
+    with pytest.raises(UserError, match="made with other settings"):
+        run(folder, step(folder), settings={"lr": "2e-2"})
+    assert (folder / "append.out").read_text() == "x"
 
 
 def test_a_folder_of_something_else_is_refused(folder):

@@ -12,8 +12,8 @@ from maskmoe.comparison.table import HeldOutLoss, RunResult
 
 SUITE = """
 data: {vocab-size: 300, held-out: {other: other.jsonl}}
-layers: 2
 flags:
+  hybrid-layer-pattern: '*-*-'
   hidden-size: 32
   ffn-hidden-size: 64
   num-attention-heads: 2
@@ -31,7 +31,7 @@ flags:
   eval-iters: 2
   log-interval: 5
   num-workers: 0
-expert-flags: {num-experts: 4, moe-ffn-hidden-size: 64, moe-router-topk: 1, moe-router-pre-softmax: true}
+expert-flags: {hybrid-layer-pattern: '*E*E', num-experts: 4, moe-ffn-hidden-size: 64, moe-router-topk: 1, moe-router-pre-softmax: true}
 baselines: [smoe]
 variants:
   dense: {mask: none}

@@ -1,141 +1,85 @@
-"""Compares whole simulations with results that are computed by hand or by loops."""
-
-import csv
-import subprocess
-import sys
-from dataclasses import replace
-from functools import partial
+"""Compares simulated dispatch with sums by hand, and drawn experts with the model's routing rule."""
 
 import numpy as np
 import pytest
-from dispatch_simulation import DispatchCost, Routing, Simulation, mask_of_layer
-from dispatch_traffic import Workload
-from support.paths import ROOT
-from support.small_cases import VOCAB_SIZE, count, make_cluster, make_mask, write_data
+import torch
+from dispatch_simulation import Simulation
+from dispatch_traffic import NO_EXPERT, VisibleLists, Workload
+from hypothesis import given
+from hypothesis import strategies as st
+from support import small_moe
+from support.small_cases import count, make_cluster, make_mask, write_data
 
 from maskmoe.data.indexed_dataset import open_tokens
-from maskmoe.errors import UserError
+from maskmoe.transformer.selection import routing_map_of, select_experts
 
 HIDDEN, TOKENS = 64, 50
-NAMES = [
-    *("top-k, row per expert", "top-k, one copy", "mask, row per expert", "mask, one copy"),
-    *("rank-local mask, planned", "node-local mask, one copy"),
-]
 
 
-@pytest.fixture(scope="module")
-def frequency(tmp_path_factory):
-    return count(write_data(tmp_path_factory.mktemp("data")))
+@pytest.fixture
+def run(tmp_path):
+    """Return a function that simulates a cluster; the costs are given by the name of the variant."""
+    prefix = write_data(tmp_path)
+    mask = make_mask(count(prefix), num_experts=32, frequent_visible=6, num_layers=2)
+    workload = Workload(TOKENS, HIDDEN, 2, mask.num_experts, mask.num_layers)
+    simulation = Simulation(mask, 0, count(prefix), open_tokens(prefix), workload)
+
+    def run(*sizes):
+        return {cost.variant: cost for cost in simulation.run([make_cluster(*sizes)], [4])}
+
+    return run
 
 
-@pytest.fixture(scope="module")
-def tokens(tmp_path_factory):
-    return open_tokens(write_data(tmp_path_factory.mktemp("data")))
-
-
-def run(frequency, tokens, mask, clusters, topks=(2,), seed=0, hidden_size=HIDDEN, layer=0):
-    workload = Workload(TOKENS, hidden_size, 2, mask.num_experts, mask.num_layers)
-    return Simulation(mask, layer, frequency, tokens, workload, seed).run(clusters, topks)
-
-
-def by_name(costs) -> dict[str, DispatchCost]:
-    return {cost.variant: cost for cost in costs}
-
-
-def test_rank_local_masks_are_planned(frequency, tokens):
-    mask = make_mask(frequency, num_experts=32, frequent_visible=4, num_layers=2)
-    costs = run(frequency, tokens, mask, [make_cluster(8, 8, 4)])
-    assert [cost.variant for cost in costs] == NAMES
-    cost = by_name(costs)["rank-local mask, planned"]
+def test_rank_local_masks_are_planned(run):
+    cost = run(8, 4, 4)["rank-local mask, planned"]
     assert cost.rows == TOKENS
-    # Four all-to-alls of all tokens, and the token ids to seven other ranks, once for both layers.
-    assert cost.bytes_own + cost.bytes_node + cost.bytes_across == pytest.approx(
-        4 * TOKENS * HIDDEN * 2 + 7 * TOKENS * 4 / 2
-    )
-    assert cost.all_to_all_seconds < cost.seconds / 4
-
-
-def test_a_given_mask_of_single_experts_is_planned(frequency, tokens):
-    mask = make_mask(frequency, num_experts=8, frequent_visible=2)
-    single = replace(mask, row_of_id=np.minimum(mask.row_of_id, mask.num_experts - 1))
-    costs = run(frequency, tokens, single, [make_cluster(8, 8, 8)])
-    assert "mask, planned" in by_name(costs)
-    assert not any(cost.impossible for cost in costs)
-
-
-def test_tokens_of_a_node_local_mask_go_to_one_node(frequency, tokens):
-    """A token crosses nodes at most once for each rank of a node, and about half of the tokens stay on their node."""
-    mask = make_mask(frequency, num_experts=16, frequent_visible=8)
-    costs = by_name(run(frequency, tokens, mask, [make_cluster(8, 8, 4)], topks=(8,), hidden_size=1 << 20))
-    local = mask_of_layer(Routing.NODE_LOCAL, mask, 0, frequency, 2, topk=8)
-    node_of_id = local.rank_of_rows(2)[0][local.row_of_id[0]]
-    visible = local.visible_sets(0).reshape(VOCAB_SIZE, 8, 2).any(axis=2)  # [vocab, ranks]
-    across = sum(
-        visible[token].sum()
-        for source in range(8)
-        for token in tokens[source * 375 : source * 375 + TOKENS]
-        if node_of_id[token] != source // 4
-    )
-    cost = costs["node-local mask, one copy"]
-    assert cost.bytes_across == pytest.approx(across / 8 * 4 * (1 << 20) * 2, rel=1e-3)
-
-
-def test_results_do_not_depend_on_what_else_is_simulated(frequency, tokens):
-    mask = make_mask(frequency, num_experts=32, frequent_visible=8)
-    clusters = [make_cluster(8, 8, 4), make_cluster(16, 8, 4)]
-    together = run(frequency, tokens, mask, clusters, topks=(2, 4))
-    apart = [cost for topk in (2, 4) for each in clusters for cost in run(frequency, tokens, mask, [each], (topk,))]
-    assert together == apart
-    assert together != run(frequency, tokens, mask, clusters, topks=(2, 4), seed=1)
+    # Four all-to-alls of all tokens, and the token ids to three other ranks, once for both layers.
+    sent = cost.bytes_own + cost.bytes_node + cost.bytes_across
+    assert sent == pytest.approx(4 * TOKENS * HIDDEN * 2 + 3 * TOKENS * 4 / 2)
 
 
 @pytest.mark.parametrize(
     ("sizes", "impossible"),
     [
-        ((64, 64, 8), dict.fromkeys(NAMES, "32 experts cannot be divided evenly over 64 expert-parallel ranks")),
-        ((48, 12, 8), dict.fromkeys(NAMES, "32 experts cannot be divided evenly over 12 expert-parallel ranks")),
-        ((24, 16, 8), dict.fromkeys(NAMES, "24 GPUs cannot be divided into groups of 16 expert-parallel ranks")),
-        ((16, 16, 8), {NAMES[4]: "a rank has 2 of the experts, fewer than the 4 that a frequent id needs"}),
-        ((32, 32, 2), {NAMES[4]: "a rank has 1 of", NAMES[5]: "a node has 2 of the experts, fewer than the 4"}),
-        ((24, 4, 3), {NAMES[5]: "4 expert-parallel ranks do not fill whole nodes of 3"}),
+        ((64, 64, 8), 6),  # 32 experts cannot be divided over 64 ranks
+        ((24, 16, 8), 6),  # nor 24 GPUs into groups of 16
+        ((16, 16, 8), 1),  # a rank has too few experts for a frequent id
+        ((32, 32, 2), 2),  # and so has a node
     ],
 )
-def test_impossible_variants_say_why(frequency, tokens, sizes, impossible):
-    mask = make_mask(frequency, num_experts=32, frequent_visible=6)
-    costs = run(frequency, tokens, mask, [make_cluster(*sizes)], topks=(4,))
-    assert [cost.variant for cost in costs] == NAMES
-    for cost in costs:
-        if cost.variant in impossible:
-            assert impossible[cost.variant] in cost.impossible
-        else:
-            assert cost.impossible == ""
-            assert cost.seconds > 0
+def test_impossible_variants_say_why(run, sizes, impossible):
+    costs = run(*sizes).values()
+    assert sum(bool(cost.impossible) for cost in costs) == impossible
+    assert all(cost.impossible or cost.seconds > 0 for cost in costs)
 
 
-def test_tokens_of_ranks():
-    simulation = Simulation(None, 0, None, np.arange(100), Workload(30, 1, 1, 4, 1))
-    assert simulation.tokens_of_rank(0, 2).tolist() == list(range(30))
-    assert simulation.tokens_of_rank(1, 2).tolist() == list(range(50, 80))
-    assert simulation.tokens_of_rank(3, 4).tolist() == [*range(75, 100), *range(5)]
-    with pytest.raises(UserError, match="100 tokens, fewer than the 101"):
-        replace(simulation, workload=Workload(101, 1, 1, 4, 1))
+@given(st.data(), st.integers(0, 2**32))
+def test_a_router_with_the_right_scores_selects_what_is_drawn(data, seed):
+    """The drawn experts get higher scores than all others; then the rule of the model must select exactly these."""
+    num_experts, vocab_size = data.draw(st.integers(2, 16)), data.draw(st.integers(1, 6))
+    topk = data.draw(st.integers(1, num_experts))
+    rng = np.random.default_rng(seed)
+    sets = rng.random((vocab_size, num_experts)) < rng.random((vocab_size, 1))
+    sets[np.arange(vocab_size), rng.integers(num_experts, size=vocab_size)] = True
+    token_ids = rng.integers(vocab_size, size=12)
+    experts = VisibleLists(small_moe.make_mask(sets[None])).draw(token_ids, topk, rng)  # [k, tokens]
+    drawn = np.zeros((len(token_ids), num_experts + 1))
+    drawn[np.arange(len(token_ids)), experts] = 1  # `NO_EXPERT` falls into the last column
+    scores = torch.from_numpy(drawn[:, :-1] + rng.random((len(token_ids), num_experts)))
+    seen = torch.from_numpy(sets[token_ids])
+    selected = routing_map_of(select_experts(scores, seen, topk), seen)
+    assert np.array_equal(selected.numpy(), drawn[:, :-1].astype(bool))
+    assert ((experts == NO_EXPERT).sum(axis=0) == np.maximum(topk - sets[token_ids].sum(axis=1), 0)).all()
 
 
-def test_command_line(tmp_path):
-    mask = make_mask(count(write_data(tmp_path)), num_experts=32, frequent_visible=4, num_layers=2)
-    mask.save(tmp_path / "mask.safetensors")
-    flags = "--data-path text --routing-mask mask.safetensors --hidden-size 64 --tokens-per-rank 50 --gpus-per-node 4"
-    words = (sys.executable, ROOT / "tools" / "studies" / "simulate_dispatch.py", *flags.split())
-    run = partial(subprocess.run, cwd=tmp_path, capture_output=True, text=True, check=False)
-    outputs = ("--output", "costs.csv", "--plot", "plot.png")
-    done = run([*words, "--topk", "2", "4", "--num-gpus", "64", "8", *outputs])
-    assert done.returncode == 0, done.stderr
-    assert "impossible: 32 experts cannot be divided evenly over 64 expert-parallel ranks" in done.stdout
-    assert (tmp_path / "plot.png").read_bytes().startswith(b"\x89PNG")
-    with open(tmp_path / "costs.csv", newline="", encoding="utf-8") as stream:
-        rows = [*csv.DictReader(stream)]
-    assert [(row["topk"], row["num_gpus"]) for row in rows] == [
-        (k, n) for k in "24" for n in ("8", "64") for _ in NAMES
-    ]
-    assert all((row["impossible"] == "") != (row["seconds"] == "") for row in rows)
-    assert run([*words, "--topk", "33"]).returncode == 2
+@given(st.integers(0, 2**32))
+def test_the_busiest_direction_of_the_busiest_rank_decides(seed):
+    rows, slowest = np.random.default_rng(seed).integers(0, 100, size=(8, 4)), 0.0
+    for matrix in (rows[:4], rows[4:]):
+        for rank in range(4):
+            neighbour = rank ^ 1
+            others = [other for other in range(4) if other // 2 != rank // 2]
+            rows_within = max(matrix[rank, neighbour], matrix[neighbour, rank])
+            rows_across = max(matrix[rank, others].sum(), matrix[others, rank].sum())
+            slowest = max(slowest, 1e-6 + rows_within * 4096 / 400e9, 2 * 3e-6 + rows_across * 4096 / 50e9)
+    assert make_cluster(8, 4, 2).seconds(rows, 4096) == pytest.approx(slowest)

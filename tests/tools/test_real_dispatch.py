@@ -36,10 +36,10 @@ def record_collectives(num_ranks: int) -> list[tuple[str, list[int]]]:
     all_to_all, all_gather = torch.distributed.all_to_all_single, torch.distributed.all_gather_into_tensor
 
     def recorded_all_to_all(output: Tensor, input: Tensor, output_split_sizes=None, input_split_sizes=None, **kwargs):
-        splits = input_split_sizes if input_split_sizes is not None else [len(input) // num_ranks] * num_ranks
-        size = input.element_size() * input[:1].numel() if len(input) else 0
+        splits = [len(input) // num_ranks] * num_ranks if input_split_sizes is None else input_split_sizes
+        bytes_per_row = input.element_size() * input.shape[1:].numel()
         what = "hidden states" if input.shape[1:] == (HIDDEN,) else "weights"
-        calls.append((what if input.is_floating_point() else "counts", [int(rows) * size for rows in splits]))
+        calls.append((what if input.is_floating_point() else "counts", [int(rows) * bytes_per_row for rows in splits]))
         return all_to_all(output, input, output_split_sizes, input_split_sizes, **kwargs)
 
     def recorded_all_gather(output: Tensor, input: Tensor, **kwargs):
