@@ -22,9 +22,8 @@ files in --output-dir; each table has the columns checkpoint, iteration and laye
 """
 
 import argparse
-import tempfile
 from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager, suppress
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
 from maskmoe.analysis.routing_statistics import SPLITS, AnalysisSettings
@@ -32,7 +31,7 @@ from maskmoe.arguments import ranges
 from maskmoe.arguments.parser import add_force_argument, add_option, command_parser, say_loading
 from maskmoe.data.indexed_dataset import dataset_files
 from maskmoe.errors import UserError, refused_by_system
-from maskmoe.files.outputs import atomic_output, check_outputs, lies_inside, unwinding_on_signals
+from maskmoe.files.outputs import atomic_output, check_outputs
 from maskmoe.files.paths import check_folder
 from maskmoe.routing_mask.frequency import TokenFrequency
 
@@ -84,33 +83,15 @@ def parse_arguments() -> argparse.Namespace:
 
 
 @contextmanager
-def output_folder(path: Path) -> Iterator[Path]:
-    """Make a folder for the results, unless it exists; remove a new folder if it is empty at the end.
-
-    Raises:
-        UserError: The folder cannot be made, or is not writable.
-    """
-    is_new = not path.exists()
+def output_folder(path: Path) -> Iterator[None]:
+    """Make a folder unless it exists, and remove it at the end if it is empty. Raises UserError if it cannot be made."""
     with refused_by_system(f"cannot write to --output-dir {path}"):
         path.mkdir(exist_ok=True)
-        tempfile.TemporaryFile(dir=path).close()
     try:
-        yield path
+        yield
     finally:
-        if is_new:
-            with suppress(OSError):
-                path.rmdir()
-
-
-def check_output_folder(arguments: argparse.Namespace) -> None:
-    """Check that the results do not go into a folder that is analysed.
-
-    Raises:
-        UserError: `--output-dir` is a folder of `--load`, or lies inside.
-    """
-    for source in arguments.load:
-        if lies_inside(arguments.output_dir, source):
-            raise UserError(f"--output-dir {arguments.output_dir} lies inside --load {source}; name a folder elsewhere")
+        if not any(path.iterdir()):
+            path.rmdir()
 
 
 def _inputs(arguments: argparse.Namespace) -> list[Path]:
@@ -123,7 +104,6 @@ def _inputs(arguments: argparse.Namespace) -> list[Path]:
 def main() -> None:
     """Run the analysis that the command line describes, write its files and print its table."""
     arguments = parse_arguments()
-    check_output_folder(arguments)
     for path in arguments.load:
         check_folder(path, "--load")
     frequency = TokenFrequency.load(arguments.token_frequency) if arguments.token_frequency else None
@@ -145,10 +125,11 @@ def main() -> None:
         text = FileText(tuple(arguments.input), arguments.json_keys)
     say_loading("finding the models and the text")
     models = find_models(arguments.load, arguments.ckpt_step or ())
-    with unwinding_on_signals(), output_folder(arguments.output_dir) as folder, ExitStack() as outputs:
-        numbers = range(1, len(models) + 1) if arguments.save_traces else ()
-        trace_files = [folder / f"trace_{number}.safetensors" for number in numbers]
-        results = [folder / name for name in (*TABLE_NAMES, *PLOT_NAMES)]
+    folder: Path = arguments.output_dir
+    numbers = range(1, len(models) + 1) if arguments.save_traces else ()
+    trace_files = [folder / f"trace_{number}.safetensors" for number in numbers]
+    results = [folder / name for name in (*TABLE_NAMES, *PLOT_NAMES)]
+    with output_folder(folder), ExitStack() as outputs:
         check_outputs([*results, *trace_files], _inputs(arguments), arguments.force)
         # Temporary files become the traces when the analysis has succeeded.
         temporary = [outputs.enter_context(atomic_output(path)) for path in trace_files]

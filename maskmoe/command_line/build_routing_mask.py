@@ -149,8 +149,6 @@ def _check_ranks(num_experts: int, num_ranks: int | None) -> None:
 def _with_hash_layers(recipe: MaskRecipe, arguments: argparse.Namespace) -> MaskRecipe:
     """Return the recipe with the hash layers that the flags describe.
 
-    Without hash layers this is `recipe` itself. If all layers are hash layers, it is the recipe of a baseline.
-
     Raises:
         UserError: Flags contradict each other.
     """
@@ -158,25 +156,18 @@ def _with_hash_layers(recipe: MaskRecipe, arguments: argparse.Namespace) -> Mask
         if hashed := [name for name in _HASH_LAYERS if getattr(arguments, name) is not None]:
             raise UserError(f"{_flags(hashed)} without --hash-layers")
         return recipe
-    visible = 1 if arguments.hash_visible_experts is None else arguments.hash_visible_experts
-    assignment = arguments.hash_assignment or ("rank-local" if recipe.assignment == "rank-local" else "balanced")
     if arguments.hash_layers == 0:
         return recipe
-    if arguments.hash_layers < recipe.num_layers:
-        if (assignment == "rank-local") != (recipe.assignment == "rank-local"):
-            raise UserError("--hash-assignment and --assignment must both be rank-local, or neither of them")
-        return replace(recipe, hash_layers=HashLayers(arguments.hash_layers, visible, assignment))
-    if arguments.hash_layers > recipe.num_layers:
-        raise UserError(f"--hash-layers {arguments.hash_layers}: the model has {recipe.num_layers} layers")
-    sizes: dict[str, Any] = {"num_experts": recipe.num_experts, "num_layers": recipe.num_layers, "seed": recipe.seed}
-    sizes |= {"shared_table": recipe.shared_table, "topk": recipe.topk}
-    if assignment == "rank-local":
-        sizes["expert_model_parallel_size"] = arguments.expert_model_parallel_size
-    if visible > 1:
-        return MaskRecipe.from_preset("top-k-hash", assignment=assignment, frequent_visible_experts=visible, **sizes)
-    if assignment == "rank-local":
-        return MaskRecipe(assignment=assignment, frequent_mass=0.0, **sizes)
-    return MaskRecipe.from_preset("hash" if assignment == "uniform" else "hash-balanced", **sizes)
+    if arguments.hash_layers >= recipe.num_layers:
+        raise UserError(
+            f"--hash-layers {arguments.hash_layers}: the model has {recipe.num_layers} layers; if all layers are hash "
+            "layers, give --preset hash, hash-balanced or top-k-hash instead"
+        )
+    visible = 1 if arguments.hash_visible_experts is None else arguments.hash_visible_experts
+    assignment = arguments.hash_assignment or ("rank-local" if recipe.assignment == "rank-local" else "balanced")
+    if (assignment == "rank-local") != (recipe.assignment == "rank-local"):
+        raise UserError("--hash-assignment and --assignment must both be rank-local, or neither of them")
+    return replace(recipe, hash_layers=HashLayers(arguments.hash_layers, visible, assignment))
 
 
 def _refuse(arguments: argparse.Namespace, names: Sequence[str], reason: str) -> None:
@@ -286,19 +277,11 @@ def warn_of_overload(mask: RoutingMask, occurrences: np.ndarray, topk: int) -> N
         for number in range(2, mask.num_experts + 1)
         if (own := share_of_use * min(number, topk)) / number <= (1 - share + own) / mask.num_experts
     )
-    num_ranks, hashed = mask.provenance.expert_model_parallel_size, mask.provenance.hash_layers
+    num_ranks = mask.provenance.expert_model_parallel_size
+    cure = f"let the id see at least {needed} experts (--frequent-mass, --frequent-visible-experts; in hash layers "
+    cure += "--hash-visible-experts)"
     if num_ranks and share > 1 / num_ranks:
         cure = f"use fewer than {num_ranks} expert-parallel ranks, or another assignment"
-    elif hashed and num_visible == hashed.visible_experts:
-        cure = f"use --hash-visible-experts of at least {needed}, or no hash layers"
-    elif num_visible == 1 and mask.provenance.frequent_mass == 0:
-        cure = f"let the id see at least {needed} experts (--frequent-mass and --frequent-visible-experts instead of a "
-        cure += "preset, or --hash-visible-experts if all layers are hash layers)"
-    elif num_visible == 1:
-        cure = f"make it frequent (a larger --frequent-mass) with --frequent-visible-experts of at least {needed}"
-    else:
-        cure = f"give frequent ids at least {needed} experts (--frequent-visible-experts, or --hash-visible-experts if "
-        cure += "all layers are hash layers)"
     print(
         f"WARNING: balance is impossible: id {worst} alone has {share:.2%} of the load and sees {num_visible} "
         f"of {mask.num_experts} experts{others}; {cure}, or use fewer experts"

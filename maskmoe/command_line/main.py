@@ -49,9 +49,8 @@ def dispatch(words: Sequence[str]) -> None:
         UserError: No subcommand is given, or the given one does not exist.
     """
     if not words:
-        raise UserError("which subcommand? (maskmoe --help lists the subcommands)")
-    num_words = 2 if " ".join(words[:2]) in SUBCOMMANDS else 1
-    name, arguments = " ".join(words[:num_words]), words[num_words:]
+        raise UserError("missing subcommand: see maskmoe --help")
+    name, *arguments = words
     if name in ("-h", "--help"):
         print(help_text())
     elif name == "--version":

@@ -21,11 +21,8 @@ if TYPE_CHECKING:
     from tensorboard.backend.event_processing.event_accumulator import ScalarEvent
 
 _MOST_BYTES = 1 << 24  # of the file of arguments: a blend of thousands of datasets takes more than 1 MiB
-_ARGUMENT = re.compile(r"# (\w+): ([^\0]*)")
-_FOLDER = re.compile(r"# Relative paths are relative to ([^\0]+)")
-_PATHS = ("load", "save", "tensorboard_dir")
+_TRAIN_ITERS = re.compile(rb"^# train_iters: (\d{1,15})$", re.MULTILINE)
 _RECENT = 100  # values from which the speed is measured
-_MOST_DIGITS = 15
 
 
 def status_lines(run: Path, verify: bool = False) -> Iterator[str]:
@@ -38,47 +35,32 @@ def status_lines(run: Path, verify: bool = False) -> Iterator[str]:
     Raises:
         UserError: The folder is not the folder of a run.
     """
-    arguments = read_arguments(run)
-    places = {
-        name: Path(arguments["folder"], path) for name, path in arguments.items() if name in _PATHS and path != "None"
-    }
-    own = {"save": run / CHECKPOINTS, "tensorboard_dir": run / TENSORBOARD}
-    # A folder in the run folder goes before the one that the arguments name: a copied run names the original's.
-    save, events = (path if path.exists() else places.get(name, path) for name, path in own.items())
-    scalars = read_scalars(events)
-    if not (arguments["folder"] or scalars or has_checkpoint(save)):
-        raise UserError(f"{run} is not the folder of a run: it has no {ARGUMENTS}, event files or checkpoints")
-    yield f"{one_line(run.resolve().name)}: {_progress(scalars, arguments)}"
+    save, scalars = run / CHECKPOINTS, read_scalars(run / TENSORBOARD)
+    if not ((run / ARGUMENTS).exists() or scalars or has_checkpoint(save)):
+        raise UserError(f"{run} is not the folder of a run: it has no {ARGUMENTS}, {TENSORBOARD} or {CHECKPOINTS}")
+    yield f"{one_line(run.resolve().name)}: {_progress(scalars, read_train_iters(run))}"
     try:
         check_unlocked(save)
         yield "no process works in the folder"
     except UserError as error:
         yield one_line(error).partition(";")[0]
-    yield _next_start(save, places)
+    yield _next_start(save)
     for each in read_checkpoints(save, verify):
         saved = time.strftime("%Y-%m-%d %H:%M:%S", time.localtime(each.saved))
         yield f"  {each.path.name}  {each.size / 2**20:>10,.1f} MiB  {saved}  {each.state}"
 
 
-def read_arguments(run: Path) -> dict[str, str]:
-    """Return all arguments of the newest start of a run by name, as text.
-
-    The argument `folder` is the folder to which paths are relative; empty if the run has written no arguments.
-    """
+def read_train_iters(run: Path) -> int:
+    """Return the number of iterations among the arguments of the newest start of a run; 0 if it is unknown."""
     try:
-        lines = read_bounded(run / ARGUMENTS, _MOST_BYTES).decode(errors="replace").splitlines()
+        match = _TRAIN_ITERS.search(read_bounded(run / ARGUMENTS, _MOST_BYTES))
     except UnusableFile:
-        lines = []
-    arguments = {match[1]: match[2] for line in lines if (match := _ARGUMENT.fullmatch(line))}
-    folder = next((match[1] for line in lines if (match := _FOLDER.fullmatch(line))), "." if arguments else "")
-    return {**arguments, "folder": folder}
+        return 0
+    return int(match[1]) if match else 0
 
 
-def _next_start(save: Path, places: Mapping[str, Path]) -> str:
-    """Return what a restart would load, with the folder of the checkpoints and the paths among the arguments."""
-    load, saved = places.get("load"), places.get("save")
-    if load and saved and load.resolve() != saved.resolve():
-        return f"every start loads from {one_line(load)}"
+def _next_start(save: Path) -> str:
+    """Return what a restart would load from the folder of the checkpoints."""
     try:
         chosen = choose_checkpoint(save).checkpoint
     except UserError as error:
@@ -86,13 +68,12 @@ def _next_start(save: Path, places: Mapping[str, Path]) -> str:
     return f"a restart loads {chosen.name}" if chosen else "a restart begins at the first iteration"
 
 
-def _progress(scalars: Mapping[str, Sequence["ScalarEvent"]], arguments: Mapping[str, str]) -> str:
-    """Return iteration, losses, speed and remaining time."""
+def _progress(scalars: Mapping[str, Sequence["ScalarEvent"]], total: int) -> str:
+    """Return iteration, losses, speed and remaining time of a run of `total` iterations; 0 if unknown."""
     losses, held_out = scalars.get("lm loss", ()), scalars.get("lm loss validation", ())
     if not losses:
         return "nothing has been logged yet"
-    last, recent, text = losses[-1], losses[-_RECENT:], arguments.get("train_iters", "")
-    total = int(text) if text.isdecimal() and len(text) <= _MOST_DIGITS else 0
+    last, recent = losses[-1], losses[-_RECENT:]
     parts = [f"iteration {last.step:,}" + (f" of {total:,}" if total else ""), f"loss {last.value:.4f}"]
     if held_out:
         parts.append(f"held-out {held_out[-1].value:.4f} at iteration {held_out[-1].step:,}")

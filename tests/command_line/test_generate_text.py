@@ -55,15 +55,6 @@ def test_texts_of_a_batch_end_on_their_own():
     assert len(texts[0].split()) <= len(PROMPTS[0]) + 2
 
 
-def test_default_length_is_what_the_model_can_take(monkeypatch, capsys):
-    """The model has 64 positions."""
-    generate(monkeypatch, f"--load {MODEL} --prompt import --temperature 0")
-    ids = AutoTokenizer.from_pretrained(MODEL)(capsys.readouterr().out)["input_ids"]
-    assert 32 < len(ids) <= 65
-    with pytest.raises(UserError, match="and 64 new ones exceed the model's 64 positions"):
-        generate(monkeypatch, f"--load {MODEL} --prompt import --max-new-tokens 64")
-
-
 def test_smallest_temperature_takes_the_most_probable():
     assert continuation(temperature=1e-42).of(PROMPTS) == continuation().of(PROMPTS)
 

@@ -1,6 +1,5 @@
-"""The program `maskmoe`: its help, its errors, and the subcommand that it runs."""
+"""The program `maskmoe`: its help and its errors."""
 
-import re
 import subprocess
 import sys
 from pathlib import Path
@@ -8,9 +7,8 @@ from pathlib import Path
 import pytest
 from support.paths import ROOT
 
-import maskmoe
-from maskmoe.command_line import main as program
-from maskmoe.command_line.main import SUBCOMMANDS
+from maskmoe.command_line.main import SUBCOMMANDS, dispatch
+from maskmoe.errors import UserError
 
 
 def run(*words: str, cwd: Path = ROOT) -> subprocess.CompletedProcess[str]:
@@ -49,36 +47,7 @@ def test_help_of_each_subcommand_needs_no_large_library():
     assert completed.stdout.splitlines() == names, completed.stderr
 
 
-def test_version():
-    assert run("--version").stdout == f"maskmoe {maskmoe.__version__}\n"
-
-
-@pytest.mark.parametrize(
-    ("words", "error"),
-    [
-        (("pretain",), "unknown subcommand pretain; maskmoe --help lists the subcommands"),
-        ((), r"which subcommand\? \(maskmoe --help lists the subcommands\)"),
-    ],
-)
-def test_bad_command_line_is_refused_in_one_line(words, error):
-    completed = run(*words)
-    assert completed.returncode == 2
-    assert re.fullmatch(f"error: {error}\n", completed.stderr)
-
-
-def test_subcommand_gets_its_arguments(tmp_path, monkeypatch, capsys):
-    """The module of a subcommand runs with the subcommand's name as the program's name."""
-    (tmp_path / "recorder.py").write_text("import sys\ndef main():\n    print(sys.argv)\n")
-    monkeypatch.setattr(maskmoe, "__path__", [*maskmoe.__path__, str(tmp_path)])
-    monkeypatch.setattr(program, "SUBCOMMANDS", {"record": ("recorder", "print sys.argv")})
-    program.dispatch(["record", "--a", "b"])
-    assert capsys.readouterr().out == "['maskmoe record', '--a', 'b']\n"
-
-
-def test_each_tool_runs_a_subcommand():
-    modules = {module for module, _ in SUBCOMMANDS.values()}
-    tools = sorted((ROOT / "tools").glob("*.py"))
-    assert tools
-    for tool in tools:
-        assert f"command_line.{tool.stem}" in modules
-        assert f"from maskmoe.command_line.{tool.stem} import main" in tool.read_text()
+@pytest.mark.parametrize(("words", "error"), [(["pretain"], "unknown subcommand pretain"), ([], "missing subcommand")])
+def test_bad_command_line_is_refused(words, error):
+    with pytest.raises(UserError, match=error):
+        dispatch(words)

@@ -6,7 +6,8 @@ from support.suites import write_texts
 SUITE = """
 title: A small suite
 data: {vocab-size: 300}
-flags: {hybrid-layer-pattern: '*-*-', hidden-size: 32, seq-length: 16, train-iters: 40, global-batch-size: 2, ffn-hidden-size: 64, lr: 1e-2}
+flags: {hybrid-layer-pattern: '*-*-', hidden-size: 32, ffn-hidden-size: 64, seq-length: 16,
+  train-iters: 40, global-batch-size: 2, lr: 1e-2}
 expert-flags: {hybrid-layer-pattern: '*E*E', num-experts: 4, moe-ffn-hidden-size: 64}
 mask: {frequent-mass: 0.4, frequent-visible-experts: 2, assignment: balanced}
 min-lr-ratio: 0.1

@@ -17,7 +17,7 @@ from safetensors.torch import load_file, save_file
 from support.converted_models import add_multi_token_prediction, save_model
 from support.paths import ROOT
 from support.small_moe import make_mask
-from support.system import run_tool
+from support.system import run_maskmoe
 from support.tensors import assert_same_tensors, tensors_of
 from support.tiny_maskmoe import NUM_EXPERTS, NUM_LAYERS, VOCAB_SIZE, make_config, make_model, random_mask
 from transformers import AutoModelForCausalLM, AutoTokenizer
@@ -408,7 +408,7 @@ def test_flags_that_a_transformers_model_does_not_take(dense, tmp_path):
 
 
 def test_the_flags_that_load_the_result_can_be_pasted(dense, tmp_path):
-    result = run_tool("convert_checkpoint", "hf-to-megatron", "--load", dense, "--save", tmp_path / "my run")
+    result = run_maskmoe("convert", "hf-to-megatron", "--load", dense, "--save", tmp_path / "my run")
     assert result.returncode == 0, result.stderr
     flags = shlex.split(result.stdout.splitlines()[-1])
     assert flags[:3] == ["--load", str(tmp_path / "my run"), "--use-checkpoint-args"]

@@ -16,7 +16,7 @@ from support.converted_models import (
     save_model,
 )
 from support.launchers import run_program
-from support.system import run_tool
+from support.system import run_maskmoe
 from transformers import AutoModelForCausalLM
 
 from maskmoe.checkpoint.reading import read_checkpoint_layout
@@ -107,7 +107,7 @@ def test_training_starts_from_them(name, command, ranks, mask, tmp_path):
     mask.save(tmp_path / "mask.safetensors")
     options = f"--routing-mask mask.safetensors --num-experts {NUM_EXPERTS}" if command == "upcycle" else ""
     words = f"{command} --load original --save imported {options}".split()
-    printed = run_tool("convert_checkpoint", *words, cwd=tmp_path).stdout
+    printed = run_maskmoe("convert", *words, cwd=tmp_path).stdout
     assert ("the model computes what the dense model computes" in printed) == (command == "upcycle")
     flags = printed.partition("load it with")[2]
     layout = "--tensor-model-parallel-size 2 --sequence-parallel" if ranks == 2 else ""

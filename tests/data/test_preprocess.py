@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 from megatron.core.datasets.indexed_dataset import DType, IndexedDatasetBuilder
 from sentencepiece import SentencePieceProcessor
-from support.system import run_tool
+from support.system import run_maskmoe
 from tokenizers import Tokenizer
 
 from maskmoe.data.indexed_dataset import open_tokens, read_tokenizer_record
@@ -50,8 +50,8 @@ def test_tool_gives_megatrons_bytes_for_any_number_of_workers(
     write_as_megatron(tmp_path / "megatron", [[*i, 2] if i else [] for i in ids], vocab_size=600)
     for workers in (1, 3):
         prefix = tmp_path / f"w{workers}"
-        result = run_tool(
-            "preprocess_data", *sentencepiece_arguments(sentencepiece_model, prefix, path), "--workers", workers
+        result = run_maskmoe(
+            "preprocess", *sentencepiece_arguments(sentencepiece_model, prefix, path), "--workers", workers
         )
         assert result.returncode == 0, result.stderr
         assert result.stdout.startswith(f"{prefix}_text_document: {len(documents)} documents, ")
@@ -114,7 +114,7 @@ def test_only_one_command_at_a_time_writes_to_a_prefix(
     program = [sys.executable, "-m", "maskmoe", "preprocess", "--workers", "1", "--input-format", "jsonl"]
     words = [str(word) for word in sentencepiece_arguments(sentencepiece_model, tmp_path / "o", tmp_path / "pipe")]
     with subprocess.Popen([*program, *words], cwd=tmp_path) as first, open(tmp_path / "pipe", "wb") as pipe:
-        second = run_tool("preprocess_data", *sentencepiece_arguments(sentencepiece_model, tmp_path / "o", corpus))
+        second = run_maskmoe("preprocess", *sentencepiece_arguments(sentencepiece_model, tmp_path / "o", corpus))
         assert second.returncode == 2
         assert f"process {first.pid} on host" in second.stderr
         assert len(second.stderr.splitlines()) == 1

@@ -1,11 +1,8 @@
 """The faults of checkpoints are named."""
 
-import shutil
-
 import pytest
 from support.runs import write_checkpoint
 
-from maskmoe.run_status import checkpoints as module
 from maskmoe.run_status.checkpoints import read_checkpoints
 
 
@@ -41,14 +38,3 @@ def test_a_flipped_byte_is_found_by_verification(folder):
     assert states(folder)["iter_0000020"] == "complete"
     fault = "damaged: __0_0.distcp does not have the content that was saved"
     assert states(folder, verify=True) == {"iter_0000020": fault, "iter_0000010": "verified"}
-
-
-def test_checkpoints_may_vanish_while_they_are_read(folder, monkeypatch):
-    """A checkpoint is removed right after it was found."""
-
-    def find(_):
-        shutil.rmtree(folder / "iter_0000020", ignore_errors=True)
-        return [20, 10]
-
-    monkeypatch.setattr(module, "saved_iterations", find)
-    assert [*states(folder)] == ["iter_0000010"]

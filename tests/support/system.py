@@ -12,7 +12,6 @@ from itertools import count, islice
 from pathlib import Path
 
 import pytest
-from support.paths import ROOT
 
 from maskmoe.processes.interruption import SIGNALS_THAT_END, Handler
 
@@ -77,7 +76,7 @@ def write_script(path: Path, text: str) -> Path:
     return path
 
 
-def run_tool(name: str, *arguments: object, cwd: Path | None = None) -> subprocess.CompletedProcess:
-    """Run `python tools/NAME.py ARGUMENTS…` in the folder `cwd` and return its exit code and output."""
-    command = [sys.executable, ROOT / "tools" / f"{name}.py", *map(str, arguments)]
+def run_maskmoe(*words: object, cwd: Path | None = None) -> subprocess.CompletedProcess:
+    """Run `maskmoe WORDS…` as a process in the folder `cwd` and return its exit code and output."""
+    command = [sys.executable, "-P", "-m", "maskmoe", *map(str, words)]
     return subprocess.run(command, cwd=cwd, capture_output=True, text=True, timeout=120, check=False)

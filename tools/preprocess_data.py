@@ -1,7 +1,0 @@
-"""Runs `maskmoe preprocess` from a checkout; `--help` shows the arguments."""
-
-from maskmoe.command_line.preprocess_data import main
-from maskmoe.processes.run_tool import run_tool
-
-if __name__ == "__main__":
-    run_tool(main)
