@@ -9,7 +9,7 @@ usage() {
 usage: launch/quickstart.sh [--input FILE…] [--run-dir DIR] [options]
 
 Sets up .venv, then goes from raw text to a trained, evaluated and exported model with a sample of its text. The model
-is launch/models/laptop.yaml. With the defaults, this takes four to ten minutes on two CPU cores.
+is launch/models/laptop.yaml. docs/measurements.md says how many minutes this takes with the defaults.
 
   --input FILE…    text to train on: JSON lines with the key `text`, or plain text, also .gz and .zst
                    (default: sources and documentation of the installed Python and its packages)

@@ -1,8 +1,7 @@
 """Reads the probe text, which all models of a series route."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from dataclasses import dataclass
-from itertools import batched, chain, islice
 from pathlib import Path
 
 import numpy as np
@@ -13,13 +12,10 @@ from megatron.core.datasets.blended_megatron_dataset_config import (
 )
 
 from maskmoe.analysis.routing_statistics import SPLITS
-from maskmoe.data.documents import read_documents
 from maskmoe.data.indexed_dataset import open_tokens, read_index, read_tokenizer_record
-from maskmoe.data.tokenizer import HuggingFaceTokenizer
 from maskmoe.errors import UserError
 
 _TOKENIZER_FILE = "tokenizer.json"
-_DOCUMENTS_AT_A_TIME = 16
 
 
 def windows_of(token_ids: np.ndarray, seq_length: int, batch_size: int) -> Iterator[np.ndarray]:
@@ -48,7 +44,7 @@ class DatasetText:
     eval_split: str = "valid"
 
     def read(
-        self, num_tokens: int, seq_length: int, vocab_size: int, model: Path, tokenizer_sha256: str | None = None
+        self, num_tokens: int, seq_length: int, vocab_size: int, tokenizer_sha256: str | None = None
     ) -> np.ndarray:
         """Return tokens from all over the dataset, int64 [at most num_tokens].
 
@@ -56,7 +52,6 @@ class DatasetText:
             num_tokens: Number of tokens to read.
             seq_length: Number of tokens in a window.
             vocab_size: Number of token ids of the model.
-            model: The folder with the tokenizer of the model.
             tokenizer_sha256: Digest of the tokenizer file of the model; None if it is unknown.
 
         Raises:
@@ -126,45 +121,6 @@ def split_sequences(split: str, eval_split: str, num_sequences: int) -> range:
         raise UserError(f"--split {split} leaves nothing for --eval-split {eval_split}")
     # Round like `BlendedMegatronDatasetBuilder`.
     return range(*(round(bound * float(num_sequences)) for bound in bounds))
-
-
-@dataclass(frozen=True)
-class FileText:
-    """The first tokens of text files, by the tokenizer of the model; an end-of-document id follows each document.
-
-    Attributes:
-        paths: Files with JSON lines or plain text.
-        json_key: The key of the text in JSON lines.
-    """
-
-    paths: Sequence[Path]
-    json_key: str = "text"
-
-    def read(
-        self, num_tokens: int, seq_length: int, vocab_size: int, model: Path, tokenizer_sha256: str | None = None
-    ) -> np.ndarray:
-        """Return the first tokens of the files, see `DatasetText.read`.
-
-        The digest is not compared: the folder holds the model's own tokenizer, often converted from another format.
-        """
-        if not (model / _TOKENIZER_FILE).is_file():
-            raise UserError("--input needs a tokenizer, but the model has none; pass token ids with --data-path")
-        tokenizer = HuggingFaceTokenizer(model)
-        if tokenizer.vocab_size > vocab_size:
-            raise UserError(
-                f"the tokenizer of {model} has {tokenizer.vocab_size:,} ids, but the model only {vocab_size:,}"
-            )
-        # Encode small batches of documents until there are enough tokens.
-        end = [] if tokenizer.eod_id is None else [tokenizer.eod_id]
-        documents = batched(read_documents(self.paths, self.json_key), _DOCUMENTS_AT_A_TIME)
-        encoded = (ids.tolist() + end for batch in documents for ids in tokenizer.encode_batch(list(batch)))
-        token_ids = np.fromiter(islice(chain.from_iterable(encoded), num_tokens), np.int64)
-        if not len(token_ids):
-            raise UserError(f"{', '.join(map(str, self.paths))} has no text")
-        return token_ids
-
-
-ProbeText = DatasetText | FileText
 
 
 def read_pieces(model: Path, token_ids: np.ndarray) -> dict[int, str]:

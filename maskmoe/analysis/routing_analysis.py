@@ -11,7 +11,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from maskmoe.analysis.model_series import ModelSource, common_shape, model_folder, tokenizer_folder
-from maskmoe.analysis.probe_text import DatasetText, ProbeText, read_pieces, windows_of
+from maskmoe.analysis.probe_text import DatasetText, read_pieces, windows_of
 from maskmoe.analysis.routing_statistics import (
     NO_EXPERT,
     AnalysisSettings,
@@ -52,7 +52,7 @@ class RoutingAnalysis:
 
 def analyze(
     models: Sequence[ModelSource],
-    text: ProbeText,
+    text: DatasetText,
     settings: AnalysisSettings,
     frequency: TokenFrequency | None = None,
     trace_files: Sequence[Path] = (),
@@ -61,7 +61,7 @@ def analyze(
 
     Args:
         models: Models that differ only in their weights, in the order of the series.
-        text: The source of the probe text.
+        text: The dataset with the probe text.
         settings: The settings of the analysis.
         frequency: Token counts that define the frequency bands; None for the counts of the probe.
         trace_files: A file for the trace of each model; empty to write no traces.
@@ -74,9 +74,8 @@ def analyze(
     shape, max_seq_length = common_shape(models)
     if frequency is not None and frequency.vocab_size != shape.vocab_size:
         raise UserError(f"--token-frequency counts {frequency.vocab_size:,} ids, the model has {shape.vocab_size:,}")
-    # A dataset is read in at least eight windows: a single long window would show only one place of the text.
-    longest = max(1, settings.tokens // 8) if isinstance(text, DatasetText) else max_seq_length
-    seq_length = settings.seq_length or min(max_seq_length, longest)
+    # The text is read in at least eight windows: a single long window would show only one place of the text.
+    seq_length = settings.seq_length or min(max_seq_length, max(1, settings.tokens // 8))
     if seq_length > max_seq_length:
         raise UserError(f"--seq-length is {seq_length}, but the model takes at most {max_seq_length} tokens")
 
@@ -86,7 +85,7 @@ def analyze(
         counted_with = frequency.tokenizer if frequency is not None else None
         if counted_with is not None and sha256 not in (None, counted_with.sha256):
             raise UserError(f"--token-frequency was made with another tokenizer ({counted_with}) than the model's")
-        token_ids = text.read(settings.tokens, seq_length, shape.vocab_size, folder, sha256)
+        token_ids = text.read(settings.tokens, seq_length, shape.vocab_size, sha256)
         pieces = read_pieces(folder, token_ids)
     occurrences = np.bincount(token_ids, minlength=shape.vocab_size)
     bands = FrequencyBands(occurrences.astype(np.float64) if frequency is None else frequency.occurrences)

@@ -28,8 +28,8 @@ class AnalysisSettings:
 
     Attributes:
         tokens: Number of tokens of the probe text.
-        seq_length: Number of tokens in a window; None for the sequence length of the model, in a dataset at most
-            an eighth of `tokens`.
+        seq_length: Number of tokens in a window; None for the sequence length of the model, at most an eighth of
+            `tokens`.
         batch_size: Number of windows in a batch.
         min_occurrences: Number of occurrences in the probe from which an id counts in the statistics of distinct
             experts.

@@ -6,7 +6,7 @@ ids of each expert, the number of experts of each id, and the changes from each 
 Examples:
   %(prog)s --load runs/a/checkpoints --data-path data/web_text_document --split 95,5,0 \
     --token-frequency counts.safetensors --output-dir runs/a/routing
-  %(prog)s --load runs/a/model --input README.md --output-dir routing
+  %(prog)s --load runs/a/model --data-path data/books_text_document --output-dir routing
 
 files in --output-dir; each table has the columns checkpoint, iteration and layer, and:
   layers.csv       load (maximum over mean), entropy and its bound, weight of the best expert, share of tokens that see
@@ -30,18 +30,14 @@ from maskmoe.analysis.routing_statistics import SPLITS, AnalysisSettings
 from maskmoe.arguments import ranges
 from maskmoe.arguments.parser import add_force_argument, add_option, command_parser, say_loading
 from maskmoe.data.indexed_dataset import dataset_files
-from maskmoe.errors import UserError, refused_by_system
+from maskmoe.errors import refused_by_system
 from maskmoe.files.outputs import atomic_output, check_outputs
 from maskmoe.files.paths import check_folder
 from maskmoe.routing_mask.frequency import TokenFrequency
 
 
 def parse_arguments() -> argparse.Namespace:
-    """Parse the command line of this process.
-
-    Raises:
-        UserError: Two flags contradict each other.
-    """
+    """Parse the command line of this process."""
     parser = command_parser(__doc__)
     models = parser.add_argument_group("models")
     series = "the models of the series, in order: Megatron checkpoints, models in transformers' format, or folders of "
@@ -52,15 +48,12 @@ def parse_arguments() -> argparse.Namespace:
     add_option(models, "--tokenizer-model F", "file of the tokenizer (default: the checkpoint's)")
 
     probe = parser.add_argument_group("probe text")
-    text = probe.add_mutually_exclusive_group(required=True)
-    add_option(text, "--data-path P", "prefix of a dataset; P.bin and P.idx exist")
-    add_option(text, "--input F", "text files (.jsonl, .txt, also .gz and .zst) to tokenize", Path, nargs="+")
+    add_option(probe, "--data-path P", "prefix of a dataset; P.bin and P.idx exist", required=True)
     add_option(probe, "--split A,B,C", "Megatron's --split of --data-path (default: the whole dataset)", ranges.split)
     add_option(probe, "--eval-split", "the part of --split to use", choices=SPLITS, default="valid")
-    add_option(probe, "--json-keys K", "key of the text in JSON lines", default="text")
-    tokens = "number of tokens, from all over --data-path or from the beginning of --input"
+    tokens = "number of tokens, from all over the dataset"
     add_option(probe, "--tokens T", tokens, ranges.COUNT, default=AnalysisSettings.tokens)
-    window = "tokens in a window (default: the model's; with --data-path at most an eighth of --tokens)"
+    window = "tokens in a window (default: the model's, at most an eighth of --tokens)"
     add_option(probe, "--seq-length S", window, ranges.COUNT)
     add_option(probe, "--batch-size B", "windows in a batch", ranges.COUNT, default=AnalysisSettings.batch_size)
 
@@ -76,15 +69,12 @@ def parse_arguments() -> argparse.Namespace:
     traces = "also write the routing of every token, trace_1.safetensors, …"
     parser.add_argument("--save-traces", action="store_true", help=traces)
     add_force_argument(parser)
-    arguments = parser.parse_args()
-    if arguments.input is not None and arguments.split is not None:
-        raise UserError("--split is for --data-path; --input is used from its beginning")
-    return arguments
+    return parser.parse_args()
 
 
 @contextmanager
 def output_folder(path: Path) -> Iterator[None]:
-    """Make a folder unless it exists, and remove it at the end if it is empty. Raises UserError if it cannot be made."""
+    """Make a folder unless it exists; remove it at the end if it is empty. Raises UserError if it cannot be made."""
     with refused_by_system(f"cannot write to --output-dir {path}"):
         path.mkdir(exist_ok=True)
     try:
@@ -96,9 +86,8 @@ def output_folder(path: Path) -> Iterator[None]:
 
 def _inputs(arguments: argparse.Namespace) -> list[Path]:
     """Return the files and folders that the command reads."""
-    dataset = dataset_files(arguments.data_path) if arguments.data_path else ()
     files = [path for path in (arguments.token_frequency, arguments.tokenizer_model) if path]
-    return [*arguments.load, *(arguments.input or ()), *dataset, *map(Path, files)]
+    return [*arguments.load, *dataset_files(arguments.data_path), *map(Path, files)]
 
 
 def main() -> None:
@@ -115,14 +104,11 @@ def main() -> None:
 
     prepare_process()
     from maskmoe.analysis.model_series import find_models
-    from maskmoe.analysis.probe_text import DatasetText, FileText
+    from maskmoe.analysis.probe_text import DatasetText
     from maskmoe.analysis.routing_analysis import analyze
     from maskmoe.analysis.routing_report import PLOT_NAMES, TABLE_NAMES, terminal_table, write_plots, write_tables
 
-    if arguments.input is None:
-        text = DatasetText(arguments.data_path, arguments.split, arguments.eval_split)
-    else:
-        text = FileText(tuple(arguments.input), arguments.json_keys)
+    text = DatasetText(arguments.data_path, arguments.split, arguments.eval_split)
     say_loading("finding the models and the text")
     models = find_models(arguments.load, arguments.ckpt_step or ())
     folder: Path = arguments.output_dir

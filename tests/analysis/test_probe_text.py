@@ -1,7 +1,5 @@
 """The token ids of probe texts."""
 
-import gzip
-import json
 import shutil
 from pathlib import Path
 
@@ -17,7 +15,6 @@ from support.small_series import VOCAB_SIZE
 
 from maskmoe.analysis.probe_text import (
     DatasetText,
-    FileText,
     read_pieces,
     split_sequences,
     spread_windows,
@@ -76,7 +73,7 @@ def test_splits_are_megatrons(tmp_path, split, num_documents):
             with pytest.raises(UserError, match="leaves nothing"):
                 split_sequences(split, name, num_documents)
         elif len(sequences):
-            tokens = text.read(10**6, 8, VOCAB_SIZE, tmp_path)
+            tokens = text.read(10**6, 8, VOCAB_SIZE)
             assert np.array_equal(tokens, np.repeat(sequences, 30))
 
 
@@ -96,18 +93,6 @@ def test_windows_are_whole_ordered_disjoint_and_reach_the_end(num_all, num_token
         assert tokens.tolist() == list(range(num_all))
 
 
-def test_files(workplace, model, tmp_path):
-    """Documents from JSON lines, plain text and compressed text; the end-of-document id follows each document."""
-    documents = ["def one():", "  return 'naïve'\n", "", "two\n"]
-    (tmp_path / "a.jsonl").write_text("".join(json.dumps({"body": text}) + "\n" for text in documents[:3]))
-    (tmp_path / "b.txt.gz").write_bytes(gzip.compress(documents[3].encode()))
-    text = FileText([tmp_path / "a.jsonl", tmp_path / "b.txt.gz"], "body")
-    tokenizer = SentencePieceTokenizer(workplace / "tokenizer.model")
-    expected = [number for ids in tokenizer.encode_batch(documents) for number in (*ids.tolist(), tokenizer.eod_id)]
-    assert text.read(10**6, 8, VOCAB_SIZE, model).tolist() == expected
-    assert text.read(7, 8, VOCAB_SIZE, model).tolist() == expected[:7]
-
-
 def test_pieces(workplace, model, tmp_path):
     tokenizer = SentencePieceTokenizer(workplace / "tokenizer.model")
     ids = np.array([400, 3, 400, 299])
@@ -115,27 +100,12 @@ def test_pieces(workplace, model, tmp_path):
     assert read_pieces(tmp_path, ids) == {}
 
 
-def test_what_does_not_fit(workplace, model, tmp_path):
+def test_what_does_not_fit(workplace, tmp_path):
     prefix = str(workplace / "data")
-    for text, words in (
-        (DatasetText("nowhere"), "nowhere.idx does not exist"),
-        (FileText([tmp_path / "nowhere.txt"]), "nowhere.txt does not exist"),
-        (DatasetText(prefix, "100,0,0"), "leaves nothing for --eval-split valid"),
-    ):
-        with pytest.raises(UserError, match=words):
-            text.read(10, 8, VOCAB_SIZE, model)
     for vocab_size, digest in ((60, None), (VOCAB_SIZE, "0" * 64)):
-        with pytest.raises(UserError, match=rf"another tokenizer \(tokenizer.model, {VOCAB_SIZE} ids\) than"):
-            DatasetText(prefix).read(10, 8, vocab_size, model, digest)
+        with pytest.raises(UserError, match="another tokenizer"):
+            DatasetText(prefix).read(10, 8, vocab_size, digest)
     for suffix in ("bin", "idx"):
         shutil.copy(f"{prefix}.{suffix}", tmp_path / f"unrecorded.{suffix}")
-    unrecorded = DatasetText(str(tmp_path / "unrecorded"))
     with pytest.raises(UserError, match=r"holds token id .* made with another tokenizer"):
-        unrecorded.read(1000, 8, 60, tmp_path)
-    (tmp_path / "empty.txt").write_text("")
-    with pytest.raises(UserError, match="has no text"):
-        FileText([tmp_path / "empty.txt"]).read(10, 8, VOCAB_SIZE, model)
-    with pytest.raises(UserError, match="needs a tokenizer"):
-        FileText([workplace / "text.txt"]).read(10, 8, VOCAB_SIZE, tmp_path)
-    with pytest.raises(UserError, match=f"has {VOCAB_SIZE} ids, but the model only 60"):
-        FileText([workplace / "text.txt"]).read(10, 8, 60, model)
+        DatasetText(str(tmp_path / "unrecorded")).read(1000, 8, 60)

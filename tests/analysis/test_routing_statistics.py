@@ -85,12 +85,6 @@ def test_entropy():
         assert found.first_weight[layer] == pytest.approx(weight)
 
 
-def test_entropy_without_choice():
-    found = measure(make_trace(vocab_size=1))
-    assert np.isnan([found.entropy, found.entropy_bound, found.first_weight]).all()
-    assert (found.single_expert_share == 1).all()
-
-
 def draw_experts(
     num_ids: int, occurrences: int, num_experts: int, topk: int, decided: float, seed: int = 0
 ) -> tuple[np.ndarray, np.ndarray]:

@@ -61,7 +61,7 @@ def test_a_flipped_bit_in_any_file_is_found(model: Path) -> None:
 def test_all_readers_refuse_an_edited_configuration(model: Path, tmp_path: Path, name: str) -> None:
     edit(model / "config.json", **{name: EDITS[name]})
     run_command("generate", "--load", model, "--prompt", "import").assert_refused("config.json")
-    analyze = ("analyze", "--load", model, "--input", __file__, "--output-dir", tmp_path / "out")
+    analyze = ("analyze", "--load", model, "--data-path", "data", "--output-dir", tmp_path / "out")
     run_command(*analyze).assert_refused("config.json")
     with pytest.raises(CheckpointError, match=r"config\.json"):
         huggingface_to_megatron(Settings(load=model, save=tmp_path / "back"))

@@ -51,18 +51,6 @@ def test_layer_runs_as_printed(folder: Path) -> None:
     assert result.stdout.count("output (32, 4, 64), gradient True") == 2
 
 
-def test_loop_needs_the_cpu_adapter_only(folder: Path) -> None:
-    """One process, without the patches: a process on a GPU with Transformer Engine makes no call at all."""
-    adapter = "from maskmoe.megatron_compat import cpu"
-    adapter_only = SCRIPTS[1].replace("from maskmoe import prepare_process", adapter)
-    adapter_only = adapter_only.replace("prepare_process()", "cpu.install()")
-    alone, replaced = re.subn("_model_parallel_size=2", "_model_parallel_size=1", adapter_only)
-    assert replaced == 3
-    (folder / NAMES[1]).write_text(alone, encoding="utf-8")
-    losses = train(LOOP.replace("4", "1"), folder, r"'loss': tensor\(([\d.]+)\)")
-    assert losses[-1] < losses[0] - 0.5
-
-
 def test_table_lists_all_patches_of_a_process() -> None:
     all_patches = (*patches.EVERY_PROCESS, *checkpoint_patches.EVERY_PROCESS)
     listed = re.findall(r"^\| `(\w+)` \|", PAGE.read_text(encoding="utf-8"), re.MULTILINE)

@@ -1,10 +1,12 @@
 """Measure the counting of token ids on one core against numpy.bincount of the whole file, with data in the page cache.
 
-The ids are Zipf-distributed. The benchmark also prints the time to build a large routing mask.
+The ids are Zipf-distributed. The benchmark also measures the time to build masks of 131,072 ids and 256 experts.
 """
 
 import tempfile
-import time
+from collections.abc import Iterator
+from functools import partial
+from itertools import chain
 from pathlib import Path
 
 import harness
@@ -43,18 +45,16 @@ def counting_case(folder: Path, vocab_size: int, dtype: type, num_bytes: int) ->
     return harness.Case(name, "GB/s", harness.rate(ours, gigabytes), harness.rate(baseline, gigabytes))
 
 
-def print_mask_build_times(num_layers: int) -> None:
+def mask_builds(num_layers: int) -> Iterator[harness.Result]:
+    """Yield the time to build a large mask of each assignment, once and without a baseline."""
     vocab_size, num_experts = 131072, 256
     counts = np.random.default_rng(0).multinomial(2 * 10**9, zipf_probabilities(vocab_size))[None]
     dataset = {"name": "zipf", "num_tokens": int(counts.sum()), "idx_sha256": "", "bin_bytes": 0}
     frequency = TokenFrequency(counts, (None,), (dataset,), None)
     for assignment, ranks in (("uniform", None), ("balanced", None), ("rank-local", 8)):
         recipe = MaskRecipe(num_experts, num_layers, assignment, 0.4, 8, expert_model_parallel_size=ranks)
-        start = time.perf_counter()
-        mask = build_routing_mask(recipe, frequency=frequency)
-        elapsed = time.perf_counter() - start
-        size = f"{vocab_size} ids, {num_experts} experts, {num_layers} layers"
-        print(f"mask build, {assignment}, {size}: {elapsed:.1f} s, {mask.nbytes / 2**20:.2f} MiB")
+        measure = harness.seconds(partial(build_routing_mask, recipe, frequency=frequency))
+        yield harness.Result(f"mask build, {assignment}", "s", [measure()], [])
 
 
 def main() -> None:
@@ -64,14 +64,14 @@ def main() -> None:
     )
     parser.add_argument("--mask-layers", type=int, default=64, help="layers of the masks (default: %(default)s)")
     arguments = parser.parse_args()
-    print_mask_build_times(arguments.mask_layers)
     with tempfile.TemporaryDirectory() as folder:
         num_bytes = arguments.megabytes * 10**6
         cases = [
             counting_case(Path(folder), 32000, np.uint16, num_bytes),
             counting_case(Path(folder), 131072, np.int32, num_bytes),
         ]
-        harness.report(harness.run(cases, arguments.repeats), arguments.json)
+        results = chain(mask_builds(arguments.mask_layers), harness.run(cases, arguments.repeats))
+        harness.report(results, arguments.json)
 
 
 if __name__ == "__main__":

@@ -41,7 +41,10 @@ class Case:
 
 @dataclass(frozen=True)
 class Result:
-    """Paired measurements of a case in the order in which they were taken, and its costs; fields as in `Case`."""
+    """Measurements of a case in the order in which they were taken, in pairs if there is a baseline, and its costs.
+
+    The fields are those of `Case`. A case without a baseline has an empty `baseline`.
+    """
 
     case: str
     unit: str
@@ -50,12 +53,17 @@ class Result:
     costs: Mapping[str, Any] = field(default_factory=dict)
 
     @property
-    def ratio(self) -> float:
-        """Return the median of ours / baseline over the pairs."""
+    def ratio(self) -> float | None:
+        """Return the median of ours / baseline over the pairs; None without a baseline."""
+        if not self.baseline:
+            return None
         return statistics.median(ours / baseline for ours, baseline in zip(self.ours, self.baseline, strict=True))
 
     def __str__(self) -> str:
-        ours, baseline = statistics.median(self.ours), statistics.median(self.baseline)
+        ours = statistics.median(self.ours)
+        if not self.baseline:
+            return f"{self.case} {ours:.4g} {self.unit}"
+        baseline = statistics.median(self.baseline)
         return f"{self.case} ratio={self.ratio:.3f} (ours {ours:.4g} {self.unit} baseline {baseline:.4g} {self.unit})"
 
 

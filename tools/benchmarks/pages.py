@@ -1,10 +1,10 @@
 """Measure what docs/measurements.md and docs/dispatch.md show, and write the tables and the plot from the results.
 
-Each command of these pages that writes `--json runs/measurements/NAME.json` is run as printed. Its medians go to
-docs/measurements.json, from which this program writes the tables, the plot of dispatch and a range in README.md, so
-table and plot always show the same run. Measure on an idle machine.
+Each command of these pages that writes `--json runs/measurements/NAME.json` is run as printed, and the quickstart with
+its defaults. The medians go to docs/measurements.json, from which this program writes the tables, the plot of dispatch
+and figures in README.md, so all of them show the same run. Measure on an idle machine.
 
-    python tools/benchmarks/pages.py --measure               all measurements, one after the other
+    python tools/benchmarks/pages.py --measure               all measurements, in about half an hour on two cores
     python tools/benchmarks/pages.py --measure dispatcher    this measurement only
     python tools/benchmarks/pages.py                         write tables and plot again
     python tools/benchmarks/pages.py --check                 exit with code 1 if a table or the plot is stale
@@ -14,10 +14,13 @@ import argparse
 import hashlib
 import io
 import json
+import math
 import re
 import statistics
 import subprocess
 import sys
+import tempfile
+import time
 from pathlib import Path
 from typing import Any
 
@@ -25,13 +28,16 @@ import matplotlib
 
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
+from harness import processor
 from PIL import Image
 from PIL.PngImagePlugin import PngInfo
+from scipy.stats import entropy
 
 from maskmoe.arguments.parser import OneLineParser
 from maskmoe.errors import RunFailure
 from maskmoe.files.outputs import write_text
 from maskmoe.processes.run_tool import run_tool
+from maskmoe.routing_mask.frequency import TokenFrequency
 
 ROOT = Path(__file__).parents[2]
 RESULTS = ROOT / "docs" / "measurements.json"
@@ -42,6 +48,8 @@ TO_FLOOR = " to the floor"
 # A region of a page: names of measurements, and the table of their results.
 REGION = re.compile(r"(<!-- results of ([\w, ]+) -->\n).*?(<!-- end of results -->)", re.DOTALL)
 RANGE = re.compile(r"(?<=take )[\d.]+ to [\d.]+(?= of Megatron-Core's time)")
+MINUTES = re.compile(r"(?<=the quickstart takes )\d+(?= minutes)")
+QUICKSTART = "quickstart"
 COLORS = {"Megatron-Core": "#b0b0b0", "MaskMoE": "#2f6fb0", "floor": "#e0a030"}
 
 Results = dict[str, dict[str, Any]]
@@ -72,10 +80,38 @@ def measure(name: str, command: str) -> dict[str, Any]:
     return {"processor": written["processor"], "results": [medians(result) for result in written["results"]]}
 
 
+def measure_quickstart() -> dict[str, Any]:
+    """Run the quickstart with its defaults in a new folder; return its time, and its perplexity beside the unigrams'.
+
+    Raises:
+        RunFailure: the quickstart failed.
+    """
+    with tempfile.TemporaryDirectory() as folder:
+        command = [ROOT / "launch" / "quickstart.sh", "--run-dir", folder]
+        start = time.perf_counter()
+        if code := subprocess.run(command, check=False).returncode:
+            raise RunFailure(f"exit code {code} of launch/quickstart.sh")
+        minutes = (time.perf_counter() - start) / 60
+        perplexity = json.loads(Path(folder, "evaluation-held-out.json").read_text())["perplexity"]
+        occurrences = TokenFrequency.load(Path(folder, "token_frequency.safetensors")).occurrences
+    unigrams = math.exp(entropy(occurrences))
+    results = [
+        {"case": "quickstart, as a whole", "unit": "min", "ratio": None, "ours": minutes, "baseline": None},
+        {
+            "case": "quickstart, perplexity; baseline: token frequencies",
+            "unit": "",
+            "ratio": perplexity / unigrams,
+            "ours": perplexity,
+            "baseline": unigrams,
+        },
+    ]
+    return {"processor": processor(), "results": results}
+
+
 def medians(result: dict[str, Any]) -> dict[str, Any]:
     """Return what the pages show of a result."""
     kept: dict[str, Any] = {key: result[key] for key in ("case", "unit", "ratio")}
-    kept |= {side: statistics.median(result[side]) for side in ("ours", "baseline")}
+    kept |= {side: statistics.median(result[side]) if result[side] else None for side in ("ours", "baseline")}
     for side in ("ours", "stock"):
         if cost := result["costs"].get(side):
             cost, mebibytes = cost["cost"], cost["cost"]["all_to_all_bytes"] / 2**20
@@ -93,7 +129,8 @@ def table(measurements: list[dict[str, Any]]) -> str:
     for result in (result for measurement in measurements for result in measurement["results"]):
         if result["case"].endswith(TO_FLOOR):
             continue
-        cells = [result["case"], f"{result['ratio']:.2f}", *(quantity(result, side) for side in ("ours", "baseline"))]
+        ratio = "–" if result["ratio"] is None else f"{result['ratio']:.2f}"
+        cells = [result["case"], ratio, *(quantity(result, side) for side in ("ours", "baseline"))]
         if floors:
             cells += [f"{floors[result['case']]:.2f}", *(result[f"counts of {side}"] for side in ("ours", "stock"))]
         rows.append(cells)
@@ -115,7 +152,7 @@ def quantity(result: dict[str, Any], side: str) -> str:
         return "–"
     if unit == "s":
         value, unit = 1000 * value, "ms"
-    return f"{value:,.0f} {unit}" if value >= 100 else f"{value:.3g} {unit}"
+    return f"{value:,.0f} {unit}".rstrip() if value >= 100 else f"{value:.3g} {unit}".rstrip()
 
 
 def fill(page: str, results: Results) -> str:
@@ -127,6 +164,7 @@ def fill(page: str, results: Results) -> str:
 
     ratios = [result["ratio"] for result in results["train_step_ranks"]["results"] if TO_FLOOR not in result["case"]]
     page = RANGE.sub(f"{min(ratios):.2f} to {max(ratios):.2f}", page)
+    page = MINUTES.sub(f"{results[QUICKSTART]['results'][0]['ours']:.0f}", page)
     return REGION.sub(region, page)
 
 
@@ -176,14 +214,14 @@ def draw(results: Results) -> bytes:
 def main() -> None:
     """Measure if asked to, and write or check tables and plot."""
     parser = OneLineParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    names = list(commands())
+    names = [QUICKSTART, *commands()]
     parser.add_argument("--measure", nargs="*", choices=names, metavar="NAME", help=f"any of {', '.join(names)}")
     parser.add_argument("--check", action="store_true", help="write nothing")
     arguments = parser.parse_args()
     results: Results = json.loads(RESULTS.read_text())
     if arguments.measure is not None:
         for name in arguments.measure or names:
-            results[name] = measure(name, commands()[name])
+            results[name] = measure_quickstart() if name == QUICKSTART else measure(name, commands()[name])
             write_text(RESULTS, json.dumps(results, indent=1, ensure_ascii=False) + "\n")
     stale = [page for page in (*PAGES, README) if (text := page.read_text()) != fill(text, results)]
     if digest(results).encode() not in PLOT.read_bytes():
