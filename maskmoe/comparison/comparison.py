@@ -75,9 +75,9 @@ class Comparison:
         Raises:
             UserError: The table is damaged, or has results on several texts and there is no dataset to choose by.
         """
-        known = defaultdict(list)
+        known: dict[tuple[object, ...], list[RunResult]] = defaultdict(list)
         for result in read_table(self.table):
-            known[result.seed, result.program_sha256, *result.settings.items()].append(result)
+            known[result.seed, result.program_sha256, *sorted(result.settings.items())].append(result)
         text = self.data.digests()
         found = {}
         for run in self.runs:

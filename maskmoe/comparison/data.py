@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 
 from maskmoe.comparison.steps import Step, maskmoe_command
-from maskmoe.comparison.suite import REQUIRED, DataSection
+from maskmoe.comparison.suite import DataSection
 from maskmoe.data.indexed_dataset import dataset_files, parse_data_path, read_index
 from maskmoe.errors import UserError
 from maskmoe.launch.model_file import Flags
@@ -29,7 +29,7 @@ class Dataset:
         folder: Folder of the files that are made.
         vocab_size: Number of ids of the tokenizer.
         seq_length: Tokens in a sample.
-        text: Text files; if empty, `maskmoe corpus` collects the text of the installed Python.
+        text: Text files.
         held_out: Further text files to evaluate on, by name.
         existing: Flags that name a dataset that exists already; empty if it is made from text with its tokenizer.
     """
@@ -60,17 +60,12 @@ class Dataset:
         return cls(folder, section.vocab_size, seq_length, text, held_out, existing)
 
     def check(self) -> None:
-        """Raise UserError if the suite leaves the text to the command line, which names none."""
-        if self.text == (Path(REQUIRED),):
+        """Raise UserError if neither the suite nor the command line names a text."""
+        if not (self.text or self.existing):
             raise UserError(
-                "the suite brings no text: name text files by --input FILE…, or write a suite that `extends` this one "
+                "the suite names no text: name text files by --input FILE…, or write a suite that `extends` this one "
                 "with its own `data`"
             )
-
-    @property
-    def corpus(self) -> Path:
-        """Text of the installed Python, as JSON lines."""
-        return self.folder / "corpus.jsonl"
 
     @property
     def tokenizer_model(self) -> Path:
@@ -120,16 +115,13 @@ class Dataset:
 
     def steps(self) -> tuple[Step, ...]:
         """Return the steps from text to token counts, or only the one that counts the tokens of an existing dataset."""
-        text = self.text or (self.corpus,)
         steps = []
         if not self.existing:
-            if not self.text:
-                steps.append(_step("corpus", self.corpus, "--output", self.corpus))
             options = ("--vocab-size", self.vocab_size, "--max-lines", _MAX_TOKENIZER_LINES)
             output = ("--output-prefix", self.folder / "tokenizer")
-            steps.append(_step("tokenizer", self.tokenizer_model, "--input", *text, *options, *output))
+            steps.append(_step("tokenizer", self.tokenizer_model, "--input", *self.text, *options, *output))
             # The last documents are held out. Shuffled documents make the held-out text resemble the training text.
-            steps.append(self._preprocess("dataset", text, "--shuffle-seed", _SHUFFLE_SEED))
+            steps.append(self._preprocess("dataset", self.text, "--shuffle-seed", _SHUFFLE_SEED))
         steps += (self._preprocess(name, (path,)) for name, path in self.held_out.items())
         data_path = self.existing["data-path"] if self.existing else (self.prefix,)
         flags = ("--data-path", *data_path, "--vocab-size", self.vocab_size, "--output", self.token_frequency)

@@ -41,7 +41,7 @@ _MERGED_KEYS = {"flags", "expert-flags", "mask"}
 _MASK_PREFIX = "mask."
 
 # Names of the steps that make the data, and of texts.
-_TAKEN_NAMES = {"corpus", "count", "dataset", "held-out", "tokenizer", "training"}
+_TAKEN_NAMES = {"count", "dataset", "held-out", "tokenizer", "training"}
 _COUNTS = ("train-iters", "seq-length", "global-batch-size", "micro-batch-size", "num-experts")
 
 PROGRAM = "program"
@@ -51,9 +51,6 @@ _DECIDED_FLAGS = {"seed", "save", "load", "routing-mask", "data-path", PROGRAM}
 
 # The keys of the section `data` that hold paths.
 _PATHS = ("input", "data_path", "tokenizer_model", "held_out")
-
-REQUIRED = "required"
-"""The value of `input` in a suite that leaves the text to the command line."""
 
 
 def _to_list(value: object) -> object:
@@ -159,8 +156,7 @@ class DataSection(_Section):
 
     Attributes:
         vocab_size: Number of ids of the tokenizer.
-        input: Text files; `required` if the command line must name them. Without files and without `data_path`, the
-            text is that of the installed Python.
+        input: Text files. Without files and without `data_path`, the command line must name text files.
         held_out: Further text files that models are evaluated on, by name.
         data_path: An existing dataset instead of text, as Megatron's `--data-path`; needs `split` and
             `tokenizer_model`.
@@ -354,7 +350,7 @@ def _absolute(paths: object, folder: Path) -> object:
     with suppress(ValueError):
         float(str(paths))
         return paths  # a weight
-    return str((folder / str(paths)).absolute()) if paths and paths != REQUIRED else paths
+    return str((folder / str(paths)).absolute()) if paths else paths
 
 
 def _read_with_base(path: Path) -> tuple[object, dict[str, Path]]:

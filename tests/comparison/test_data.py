@@ -29,11 +29,6 @@ def test_text_becomes_a_dataset_with_its_tokenizer_and_counts(tmp_path, texts):
     assert data.settings != before
 
 
-def test_without_text_the_installed_python_is_the_text(tmp_path):
-    first = Dataset.of(section(), tmp_path, 16).steps()[0]
-    assert first.command[-4:-1] == ("corpus", "--output", str(tmp_path / "corpus.jsonl"))
-
-
 def test_an_existing_dataset_is_only_counted(tmp_path):
     prefix = str(write_documents(tmp_path / "a", [[0] * 9]))
     paths = {"data_path": ("0.3", prefix, "0.7", "/b"), "split": "9,1,0", "tokenizer_model": "/model"}
@@ -59,7 +54,7 @@ def test_incomplete_data_are_refused(tmp_path, values, message):
 
 
 def test_only_training_needs_the_text(tmp_path):
-    data = Dataset.of(section(input=("required",)), tmp_path, 16)
+    data = Dataset.of(section(), tmp_path, 16)
     with pytest.raises(UserError, match="--input"):
         data.check()
 

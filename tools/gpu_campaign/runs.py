@@ -82,10 +82,11 @@ def data_commands(context: Context) -> list[Command]:
     data = _data(context)
     tokenizer = ("--tokenizer-type", "SentencePieceTokenizer", "--tokenizer-model", data.tokenizer_model)
     size = ("--vocab-size", _VOCAB_SIZE)
+    corpus = data.folder / "corpus.jsonl"
     lines = (
-        ("corpus", "--output", data.corpus, "--max-bytes", _CORPUS_BYTES),
-        ("tokenizer", "--input", data.corpus, *size, "--output-prefix", data.folder / "tokenizer"),
-        ("preprocess", "--input", data.corpus, "--append-eod", *tokenizer, "--output-prefix", data.folder / "dataset"),
+        ("corpus", "--output", corpus, "--max-bytes", _CORPUS_BYTES),
+        ("tokenizer", "--input", corpus, *size, "--output-prefix", data.folder / "tokenizer"),
+        ("preprocess", "--input", corpus, "--append-eod", *tokenizer, "--output-prefix", data.folder / "dataset"),
         ("count", "--data-path", data.prefix, *size, "--output", data.token_frequency),
         *(
             ("mask", "--token-frequency", data.token_frequency, *_MASKING, *flags, "--output", _mask(context, name))
