@@ -1,12 +1,8 @@
 """The recorded routing equals the routing of the model, computed by hand."""
 
-import json
-
 import numpy as np
 import pytest
 import torch
-from safetensors import safe_open
-from safetensors.numpy import load_file
 from support.tiny_maskmoe import NUM_EXPERTS, make_model, random_ids, random_mask
 
 from maskmoe.analysis.probe_text import windows_of
@@ -77,14 +73,3 @@ def test_batches_do_not_matter():
     together = record_routing(model, tokens, SEQ_LENGTH, BATCH_SIZE)
     assert np.array_equal(one_by_one.experts, together.experts)
     assert not any(layer.mlp.gate._forward_hooks for layer in model.layers)
-
-
-def test_saved(tmp_path):
-    trace = record_routing(make_model().model, make_probe(40), SEQ_LENGTH, BATCH_SIZE)
-    trace.save(tmp_path / "trace.safetensors", "iteration 500", (1, 3))
-    for name, saved in load_file(tmp_path / "trace.safetensors").items():
-        assert saved.dtype == getattr(trace, name).dtype
-        assert np.array_equal(saved, getattr(trace, name))
-    with safe_open(tmp_path / "trace.safetensors", framework="numpy") as file:
-        record = {name: json.loads(value) for name, value in file.metadata().items()}
-    assert record == {"checkpoint": "iteration 500", "layers": [1, 3], "num_experts": NUM_EXPERTS}

@@ -68,10 +68,6 @@ def test_load(trace):
     assert np.array_equal(load, expected)
 
 
-def test_unevenness_of_load():
-    np.testing.assert_allclose(statistics.max_over_mean(np.array([[2, 2, 2], [6, 0, 0], [0, 0, 0]])), [1, 3, np.nan])
-
-
 def test_entropy():
     trace = make_trace()
     found = measure(trace)
@@ -127,18 +123,6 @@ def test_explained_by_id_in_between(topk, decided):
     for num_ids, occurrences, accuracy in ((2000, 2, 0.1), (300, 40, 0.1), (200, 1000, 0.01)):
         ids, experts = draw_experts(num_ids, occurrences, 16, topk, decided)
         assert statistics.explained_by_id(ids, experts, 16) == pytest.approx(expected, abs=accuracy)
-
-
-@pytest.mark.parametrize(("num_experts", "largest"), [(16, (0.32, 0.08, 0.03)), (64, (0.43, 0.2, 0.1))])
-@pytest.mark.parametrize("num_visible", [2, 4, 8])
-def test_explained_by_id_of_ids_with_a_few_experts_of_their_own(num_experts, largest, num_visible):
-    expected, rng = 1 - math.log(num_visible) / math.log(num_experts), np.random.default_rng(0)
-    for occurrences, too_small in zip((2, 16, 40), largest, strict=True):
-        ids = np.repeat(np.arange(8000 // occurrences), occurrences)
-        own = rng.random((ids[-1] + 1, num_experts)).argsort(axis=1)
-        experts = own[ids, rng.integers(num_visible, size=len(ids))][:, None].astype(np.int16)
-        error = statistics.explained_by_id(ids, experts, num_experts) - expected
-        assert -too_small - 0.02 < error < 0.02
 
 
 def test_explained_by_id_of_layers_and_tokens():

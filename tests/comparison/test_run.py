@@ -34,13 +34,6 @@ def test_runs_go_seed_by_seed(runs):
     ]
 
 
-def test_steps_go_from_the_mask_to_the_evaluations(runs):
-    made = runs()
-    names = ["mask", "train", "evaluate-held-out", "evaluate-other"]
-    assert [step.name for step in made["smoe.seed-1"].steps()] == names
-    assert [step.name for step in made["dense.seed-1"].steps()] == names[1:]
-
-
 def test_the_seed_is_that_of_the_mask_too(runs):
     (step,) = runs()["maskmoe.seed-2"].mask_steps()
     command = step.command

@@ -38,21 +38,6 @@ def test_rank_local_masks_are_planned(run):
     assert sent == pytest.approx(4 * TOKENS * HIDDEN * 2 + 3 * TOKENS * 4 / 2)
 
 
-@pytest.mark.parametrize(
-    ("sizes", "impossible"),
-    [
-        ((64, 64, 8), 6),  # 32 experts cannot be divided over 64 ranks
-        ((24, 16, 8), 6),  # nor 24 GPUs into groups of 16
-        ((16, 16, 8), 1),  # a rank has too few experts for a frequent id
-        ((32, 32, 2), 2),  # and so has a node
-    ],
-)
-def test_impossible_variants_say_why(run, sizes, impossible):
-    costs = run(*sizes).values()
-    assert sum(bool(cost.impossible) for cost in costs) == impossible
-    assert all(cost.impossible or cost.seconds > 0 for cost in costs)
-
-
 @given(st.data(), st.integers(0, 2**32))
 def test_a_router_with_the_right_scores_selects_what_is_drawn(data, seed):
     """The drawn experts get higher scores than all others; then the rule of the model must select exactly these."""

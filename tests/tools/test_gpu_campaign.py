@@ -65,14 +65,6 @@ def test_all_tests_of_gpus_run() -> None:
     }
 
 
-def test_skipped_tests_show_nothing(tmp_path: Path) -> None:
-    context = make_context(tmp_path, num_gpus=1)
-    (read,) = (step.read for step in STEPS if step.name == "tests")
-    report = '<testsuite><testcase classname="c" name="b"><skipped message="one GPU"/></testcase></testsuite>'
-    (context.folder("tests") / "junit.xml").write_text(report)
-    assert read(context).problems == ("no test passed",)
-
-
 def test_kernels_and_waits_of_a_trace() -> None:
     """Waits before and after the work do not count, but kernels do that run after the work was submitted."""
     events = [
