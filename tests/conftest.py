@@ -1,12 +1,15 @@
 """Prepares the process for Megatron before any test module imports it, and starts gloo ranks."""
 
+import re
 from collections.abc import Iterator
+from functools import cache
 from typing import Any
 
 import pytest
 import torch
 from hypothesis import HealthCheck, settings
 from support.launchers import RunRanks, run_as_ranks
+from support.paths import ROOT
 from support.places import num_gpus
 from support.system import install_handlers
 
@@ -29,10 +32,28 @@ def pytest_configure(config: pytest.Config) -> None:
     prepare_process()
 
 
+SHARING_FOLDERS = ("conversion", "analysis", "data")
+"""Folders whose tests share session fixtures that take long."""
+
+
+@cache
+def looks_at_runs(file: str) -> bool:
+    """Return whether a file has tests of the shared training runs, which `training/conftest.py` starts."""
+    return re.search(r"mark\.runs\(|run_pairs\(|start_by_name", (ROOT / file).read_text()) is not None
+
+
 @pytest.hookimpl(optionalhook=True, tryfirst=True)  # pytest-xdist defines the hook and calls the first that answers
 def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
-    """Divide the tests among several processes by the fixtures that the tests share."""
-    from support.scheduling import FixtureScheduling
+    """Give tests that share fixtures to one process: the tests of a file, of a folder, or of the training runs."""
+    from xdist.scheduler import LoadScopeScheduling
+
+    class FixtureScheduling(LoadScopeScheduling):
+        def _split_scope(self, nodeid: str) -> str:
+            file = nodeid.partition("::")[0]
+            folder = re.match(rf"tests/({'|'.join(SHARING_FOLDERS)})/", file)
+            if folder:
+                return folder.group()
+            return "the training runs" if looks_at_runs(file) else file
 
     return FixtureScheduling(config, log)
 

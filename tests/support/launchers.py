@@ -312,7 +312,7 @@ def run_as_ranks(
     world_size: int = 2,
     timeout: float = TIMEOUT,
     sees_gpus: bool = False,
-    transformer_engine: str | None = None,
+    uses_transformer_engine: bool = False,
     joins: bool = True,
 ) -> list[Any]:
     """Run a function of a module as the ranks of one group, and return the result of each rank.
@@ -326,11 +326,11 @@ def run_as_ranks(
         world_size: Number of ranks.
         timeout: Seconds after which the ranks are taken to hang.
         sees_gpus: Whether the ranks see the GPUs of this machine.
-        transformer_engine: Transformer Engine that Megatron imports on the CPU, `stub` or `installed`; None: none.
+        uses_transformer_engine: Whether Megatron imports the installed Transformer Engine, on the CPU.
         joins: Whether the ranks join a process group before they call the function.
     """
     code = function.__code__
-    work = (code.co_filename, code.co_name, arguments, transformer_engine, joins)
+    work = (code.co_filename, code.co_name, arguments, uses_transformer_engine, joins)
     (folder / "work.pickle").write_bytes(pickle.dumps(work))
     with start_ranks(
         ["-m", "support.rank_program", str(folder)],
@@ -338,7 +338,7 @@ def run_as_ranks(
         ranks=world_size,
         environment={"PYTHONPATH": python_path(TESTS, BENCHMARKS)},
         sees_gpus=sees_gpus,
-        are_preloaded=transformer_engine is None,
+        are_preloaded=not uses_transformer_engine,
     ) as processes:
         outcome = processes.wait(timeout=timeout)
     if any(outcome.exit_codes):

@@ -17,13 +17,9 @@ import torch
 from maskmoe.megatron_compat import cpu, prepare_process
 
 
-def prepare_rank(transformer_engine: str | None, joins: bool) -> None:
+def prepare_rank(uses_transformer_engine: bool, joins: bool) -> None:
     """Prepare this process for Megatron, and join the other ranks; arguments as of `run_as_ranks`."""
-    if transformer_engine == "stub":
-        from support import stub_transformer_engine
-
-        stub_transformer_engine.install()
-    if transformer_engine is not None:
+    if uses_transformer_engine:
         cpu.install(hidden=())
     prepare_process()
     torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
@@ -62,8 +58,8 @@ def run_as_rank(main: Callable[[], None]) -> NoReturn:
 
 def main() -> None:
     folder = Path(sys.argv[1])
-    file, name, arguments, transformer_engine, joins = pickle.loads((folder / "work.pickle").read_bytes())
-    prepare_rank(transformer_engine, joins)
+    file, name, arguments, uses_transformer_engine, joins = pickle.loads((folder / "work.pickle").read_bytes())
+    prepare_rank(uses_transformer_engine, joins)
     result = load_function(file, name)(*arguments)
     torch.save(result, folder / f"rank{os.environ['RANK']}.pt")
     if torch.distributed.is_initialized():

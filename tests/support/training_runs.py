@@ -136,16 +136,6 @@ RUNS = {
         saves=True,
     ),
     "on Transformer Engine, then local": Run(f"{DISTRIBUTED} {UNTIL_8}", continues="on Transformer Engine"),
-    "on Transformer Engine, experts one by one": Run(
-        f"{TRANSFORMER_ENGINE} {UNTIL_8}",
-        continues="start",
-        program=STUB_TRANSFORMER_ENGINE,
-        imports_first=False,
-        saves=True,
-    ),
-    "on Transformer Engine, experts one by one, then local": Run(
-        UNTIL_12, continues="on Transformer Engine, experts one by one"
-    ),
     # Other masks.
     "second rank without tokens, on 1": Run(UNTIL_12, mask="starving.safetensors", saves=True),
     "second rank without tokens": Run(

@@ -61,7 +61,6 @@ def test_new_layers_of_a_hybrid_model_start_beside_the_layers_of_a_gpt_model(run
     assert 1e-4 < run.difference(reference, ["lm loss"]) < 1e-2
 
 
-@pytest.mark.slow
 @pytest.mark.runs("planned dispatch, distributed optimizer", "planned dispatch, gathered parameters")
 def test_every_module_waits_for_its_gathered_parameters(runs):
     reference, run = runs

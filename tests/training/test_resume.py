@@ -73,20 +73,15 @@ def test_resume_in_another_layout(runs, pair):
 @pytest.mark.parametrize(
     ("names", "first", "last"),
     [
-        pytest.param(names, first, last, marks=[pytest.mark.runs(*names), *marks], id=names[-1])
-        for names, first, last, marks in (
-            (("data parallel 2, distributed optimizer", "on Transformer Engine"), 2, 4, ()),
-            (("data parallel 2, distributed optimizer", "on Transformer Engine, then local"), 5, 8, ()),
-            (("reference", "on Transformer Engine, experts one by one"), 2, 8, [pytest.mark.slow]),
-            (("reference", "on Transformer Engine, experts one by one, then local"), 9, 12, [pytest.mark.slow]),
+        pytest.param(names, first, last, marks=pytest.mark.runs(*names), id=names[-1])
+        for names, first, last in (
+            (("data parallel 2, distributed optimizer", "on Transformer Engine"), 2, 4),
+            (("data parallel 2, distributed optimizer", "on Transformer Engine, then local"), 5, 8),
         )
     ],
 )
 def test_resume_on_the_other_implementation(runs, names, first, last):
-    """The checkpoint of local modules is loaded into Transformer Engine's, whose checkpoint is loaded into local ones.
-
-    The slow runs save the state of Megatron's plain optimizer.
-    """
+    """Checkpoints of local modules are loaded into modules of Transformer Engine, and the other way round."""
     reference, resumed = runs
     assert resumed.iterations == list(range(first, last + 1))
     assert resumed.difference(reference) < FP32_ORDER_OF_SUMS

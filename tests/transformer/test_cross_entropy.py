@@ -1,10 +1,9 @@
-"""Cross-entropy that keeps the logits once, against Megatron-Core's, also over two tensor-parallel ranks."""
+"""Cross-entropy that keeps the logits once, against plain torch, also over two tensor-parallel ranks."""
 
 from collections.abc import Callable
 
 import pytest
 import torch
-from megatron.core.tensor_parallel import vocab_parallel_cross_entropy as stock_cross_entropy
 from support.small_moe import DEVICE, make_config, make_mask, make_model, process_groups, random_visible_sets
 from support.tensors import saved_tensors
 from torch import Tensor
@@ -66,24 +65,17 @@ def assert_close(found: dict[str, Tensor], expected: dict[str, Tensor]) -> None:
     torch.testing.assert_close(found["gradient"], expected["gradient"], **tolerance)
 
 
+def plain(logits: Tensor, target: Tensor, tp_group: object) -> Tensor:
+    """Compute cross-entropy in fp32."""
+    losses = torch.nn.functional.cross_entropy(logits.flatten(0, 1).float(), target.flatten(), reduction="none")
+    return losses.view(target.shape)
+
+
+@pytest.mark.parametrize("factor", [1, 100], ids=["", "large logits do not overflow"])
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-def test_equals_the_stock_function(dtype, chunk) -> None:
-    group, values = process_groups().tp, values_of(dtype, DEVICE)
-    assert_close(results(vocab_parallel_cross_entropy, *values, group), results(stock_cross_entropy, *values, group))
-
-
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
-def test_equals_plain_torch(dtype) -> None:
-    """Chunks of the usual size; large logits do not overflow."""
-
-    def plain(logits: Tensor, target: Tensor, tp_group: object) -> Tensor:
-        return torch.nn.functional.cross_entropy(logits.flatten(0, 1).float(), target.flatten(), reduction="none").view(
-            target.shape
-        )
-
+def test_equals_plain_torch(dtype, factor, chunk) -> None:
     logits, *rest = values_of(dtype, DEVICE)
-    values = (100 * logits, *rest)
-    group = process_groups().tp
+    values, group = (factor * logits, *rest), process_groups().tp
     assert_close(results(vocab_parallel_cross_entropy, *values, group), results(plain, *values, group))
 
 
@@ -95,7 +87,7 @@ def ranks(run_ranks, tmp_path_factory) -> list[dict[str, dict[str, Tensor]]]:
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_divided_vocabulary(dtype, ranks) -> None:
     """Two ranks with half of the vocabulary each compute what one rank with all of it computes."""
-    expected = results(stock_cross_entropy, *values_of(dtype, torch.device("cpu")), process_groups().tp)
+    expected = results(plain, *values_of(dtype, torch.device("cpu")), process_groups().tp)
     gradient = torch.cat([result[str(dtype)]["gradient"] for result in ranks], dim=-1)
     for result in ranks:
         assert_close({"losses": result[str(dtype)]["losses"], "gradient": gradient}, expected)
@@ -103,16 +95,10 @@ def test_divided_vocabulary(dtype, ranks) -> None:
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_keeps_the_logits_once_in_their_dtype(dtype) -> None:
-    def kept(function: Callable) -> set[tuple[int, int]]:
-        logits, target, _ = values_of(dtype, DEVICE)
-        product = logits.requires_grad_() * 1
-        saved = saved_tensors(lambda: function(product, target, tp_group=process_groups().tp))
-        return {(tensor.data_ptr() == product.data_ptr(), tensor.nbytes) for tensor in saved if tensor.dim() == 3}
-
-    size = values_of(dtype, DEVICE)[0].nbytes
-    assert kept(vocab_parallel_cross_entropy) == {(True, size)}
-    # The stock function overwrites fp32 logits in the forward pass, and copies others.
-    assert kept(stock_cross_entropy) == {(dtype == torch.float32, size * 4 // dtype.itemsize)}
+    logits, target, _ = values_of(dtype, DEVICE)
+    product = logits.requires_grad_() * 1
+    saved = saved_tensors(lambda: vocab_parallel_cross_entropy(product, target, tp_group=process_groups().tp))
+    assert {tensor.data_ptr() for tensor in saved if tensor.dim() == 3} == {product.data_ptr()}
 
 
 @pytest.mark.parametrize("fusion", [False, True], ids=["default", "--cross-entropy-loss-fusion"])
@@ -129,7 +115,6 @@ def test_model_computes_this_loss(fusion, monkeypatch) -> None:
     positions = torch.arange(16, device=DEVICE).expand_as(ids)
     losses = model(ids, positions, None, labels=ids)
     assert len(calls) == (not fusion)
-    logits = model(ids, positions, None)
-    expected = torch.nn.functional.cross_entropy(logits.flatten(0, 1), ids.flatten(), reduction="none").view_as(ids)
+    expected = plain(model(ids, positions, None), ids, None)
     torch.testing.assert_close(losses, expected, **LOSS_TOLERANCE)
     assert losses.is_contiguous()

@@ -5,8 +5,6 @@ from typing import Any
 
 import numpy as np
 import torch
-from hypothesis import given
-from hypothesis import strategies as st
 from megatron.core.transformer.moe import fused_a2a, token_dispatcher
 from support import small_moe as moe
 from support.launchers import RunRanks
@@ -15,7 +13,6 @@ from torch.distributed.nn.functional import all_gather, all_reduce
 
 from maskmoe.routing_mask.dispatch_kind import DispatchKind
 from maskmoe.transformer.dispatch.choose import build_dispatcher
-from maskmoe.transformer.dispatch.flex import select_slots
 from maskmoe.transformer.moe_layer import MaskMoELayer
 from maskmoe.transformer.token_ids import TokenIds, pack_token_ids
 
@@ -105,24 +102,3 @@ def compare_on_rank() -> None:
 
 def test_flex_dispatch_equals_one_copy_dispatch(tmp_path: Path, run_ranks: RunRanks) -> None:
     run_ranks(compare_on_rank, tmp_path)
-
-
-@given(
-    num_selected=st.lists(st.integers(0, 4), max_size=6),
-    seed=st.integers(0, 99),
-    dtype=st.sampled_from([torch.float32, torch.bfloat16]),
-)
-def test_slots_hold_the_selected_experts(num_selected: list[int], seed: int, dtype: torch.dtype) -> None:
-    generator = torch.Generator().manual_seed(seed)
-    rank_of_expert = torch.rand(len(num_selected), 6, generator=generator).argsort(dim=1)
-    routing_map = rank_of_expert < torch.tensor(num_selected, dtype=torch.int64).unsqueeze(1)
-    # Half of the weights are 0, those of selected experts, too.
-    probs = (torch.rand(routing_map.shape, generator=generator) - 0.5).relu().to(dtype) * routing_map
-    probs.requires_grad_()
-    weights, experts = select_slots(routing_map, probs, 4)
-    assert (weights.dtype, experts.dtype) == (dtype, torch.int64)
-    assert weights.shape == experts.shape == (len(num_selected), 4)
-    assert torch.equal(multihot(experts, 6), routing_map)
-    assert torch.equal(multihot(experts, 6, weights), probs)
-    weights.sum().backward()
-    assert torch.equal(probs.grad, routing_map.to(dtype))

@@ -31,7 +31,6 @@ def run(model: torch.nn.Module) -> Tensor:
     return torch.stack(losses).detach()
 
 
-FULL = {"recompute_granularity": "full", "recompute_method": "uniform", "recompute_num_layers": 1}
 TWINS = {
     "plain": Twins("*E*E"),
     "tied": Twins("*E*E", arguments={"share_embeddings_and_output_weights": True}),
@@ -52,10 +51,6 @@ TWINS = {
     ),
     "prediction": Twins("*E*E/*E"),
     "prediction in two depths, tied": Twins("*-*E/*E/*E", arguments={"share_embeddings_and_output_weights": True}),
-    "full recompute": Twins("*E*E/*E", FULL),
-    "recompute in blocks": Twins("*E*E", FULL | {"recompute_method": "block"}),
-    "recompute of moe": Twins("*E*E", {"recompute_granularity": "selective", "recompute_modules": ["moe"]}),
-    "recompute of attention": Twins("*E*E", {"recompute_granularity": "selective", "recompute_modules": ["core_attn"]}),
     "interleaved rope": Twins("*E*E", {"rotary_interleaved": True}),
     "scaled rope": Twins("*E*E", arguments={"rope_scaling": True, "rope_scaling_factor": 4.0}),
 }

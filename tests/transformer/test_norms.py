@@ -8,14 +8,11 @@ from support.tensors import saved_tensors
 from torch import Tensor
 from transformers.models.olmoe.modeling_olmoe import OlmoeRMSNorm
 
-from maskmoe.megatron_compat import cpu
 from maskmoe.transformer.layer_specs import get_maskmoe_decoder_block_spec
 from maskmoe.transformer.torch_modules.norms import AllHeadsRMSNorm, TorchNorm
 from maskmoe.transformer.visible_experts import VisibleExperts
 
 NORMS = [torch.nn.LayerNorm, torch.nn.RMSNorm]
-# Sums over features and tokens are added in another order.
-FP32_TOLERANCE = {"rtol": 3e-6, "atol": 3e-6}
 NUM_RANKS = 2
 
 
@@ -42,74 +39,46 @@ def results(norm: torch.nn.Module, hidden: Tensor) -> list[Tensor]:
     return [output, *torch.autograd.grad(output, [hidden, *norm.parameters()], gradient)]
 
 
-def draw_pair(norm_class: type, dtype: torch.dtype) -> tuple[torch.nn.Module, torch.nn.Module]:
-    """Return our norm and torch's norm with the same weights."""
-    ours = TorchNorm(make_config(normalization=norm_class.__name__), 64, eps=1e-3).to(DEVICE, dtype)
-    theirs = norm_class(64, eps=1e-3).to(DEVICE, dtype)
-    for one, other in zip(ours.parameters(), theirs.parameters(), strict=True):
-        one.data.copy_(torch.randn(64))
-        other.data.copy_(one)
-    return ours, theirs
-
-
 @pytest.mark.parametrize("norm_class", NORMS)
-def test_norm_of_bf16_is_computed_in_fp32(norm_class: type) -> None:
-    """Output and gradients are those of fp32, rounded once; the gradients of parameters are sums over many rows."""
-    ours, _ = draw_pair(norm_class, torch.bfloat16)
-    _, exact = draw_pair(norm_class, torch.float32)
-    for one, other in zip(ours.parameters(), exact.parameters(), strict=True):
-        other.data.copy_(one)
-    hidden = torch.randn(4096, 2, 64).to(DEVICE, torch.bfloat16).requires_grad_()
-    found, expected = results(ours, hidden), results(exact, hidden.detach().float().requires_grad_())
-    assert {tensor.dtype for tensor in found} == {torch.bfloat16}
-    # Sums of 8,192 fp32 numbers that cancel are added in another order.
-    torch.testing.assert_close(found, expected, rtol=2**-8, atol=1e-3, check_dtype=False)
+@pytest.mark.parametrize("is_zero_centred", [False, True], ids=["", "zero-centred"])
+@pytest.mark.parametrize(
+    ("dtype", "has_fp32_residual"),
+    [(torch.float32, False), (torch.bfloat16, False), (torch.bfloat16, True)],
+    ids=["fp32", "bf16", "bf16, fp32 residual"],
+)
+def test_equals_the_norm_of_torch_in_fp32(
+    norm_class: type, is_zero_centred: bool, dtype: torch.dtype, has_fp32_residual: bool
+) -> None:
+    """The output has the dtype of the parameters, which the next linear layer takes."""
+    settings = {"layernorm_zero_centered_gamma": is_zero_centred, "fp32_residual_connection": has_fp32_residual}
+    config = make_config(normalization=norm_class.__name__, **settings)
+    ours, exact = TorchNorm(config, 64, eps=1e-3).to(DEVICE, dtype), norm_class(64, eps=1e-3).to(DEVICE)
+    for name, parameter in ours.named_parameters():
+        assert parameter.eq(0 if is_zero_centred or name == "bias" else 1).all()
+        parameter.data.normal_(std=0.1 if is_zero_centred else 1)
+        exact.get_parameter(name).data.copy_(parameter + (is_zero_centred and name == "weight"))
+    rows = 7 if is_zero_centred or dtype == torch.float32 else 4096
+    hidden = (5 * torch.randn(rows, 2, 64)).bfloat16().to(DEVICE, torch.float32 if has_fp32_residual else dtype)
+    found = results(ours, hidden.requires_grad_())
+    expected = results(exact, hidden.detach().float().requires_grad_())
+    assert [tensor.dtype for tensor in found[:2]] == [dtype, hidden.dtype]
+    # In bf16, results are rounded once. Sums of 8,192 fp32 numbers that cancel are added in another order.
+    tolerance = {"rtol": 2**-8, "atol": 1e-3}
+    if dtype == torch.float32:
+        tolerance = {"rtol": 3e-6, "atol": 3e-6}
+    elif is_zero_centred:
+        # Normalized features are rounded before they are multiplied, and gradients add 14 rounded products. Each error
+        # is at most 2**-9 of a product of up to about 4, so the sum of the errors is at most 0.11.
+        tolerance = {"rtol": 2**-6, "atol": 0.11}
+    torch.testing.assert_close(found, expected, check_dtype=False, **tolerance)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 def test_rms_norm_keeps_its_input_only(dtype: torch.dtype) -> None:
-    def kept(norm: torch.nn.Module) -> set[int]:
-        saved = saved_tensors(lambda: norm(hidden))
-        return {tensor.data_ptr() for tensor in saved if tensor.numel() == hidden.numel()}
-
-    ours, theirs = draw_pair(torch.nn.RMSNorm, dtype)
     hidden = torch.randn(7, 2, 64).to(DEVICE, dtype).requires_grad_()
-    assert kept(ours) == {hidden.data_ptr()}
-    if cpu.is_installed():
-        assert len(kept(theirs)) == 2
-
-
-@pytest.mark.parametrize("norm_class", NORMS)
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-def test_zero_centred_weights_are_added_to_one(norm_class: type, dtype: torch.dtype) -> None:
-    config = make_config(normalization=norm_class.__name__, layernorm_zero_centered_gamma=True)
-    ours, theirs = TorchNorm(config, 64, eps=1e-3).to(DEVICE, dtype), norm_class(64, eps=1e-3).to(DEVICE)
-    assert not any(parameter.any() for parameter in ours.parameters())
-    ours.weight.data.normal_(std=0.1)
-    theirs.weight.data.copy_(1 + ours.weight.float())
-    hidden = (5 * torch.randn(7, 2, 64, device=DEVICE)).to(dtype).requires_grad_()
-    found, expected = results(ours, hidden), results(theirs, hidden.detach().float().requires_grad_())
-    # In bf16, normalized features are rounded before they are multiplied, and gradients add 14 rounded products. Each
-    # error is at most 2**-9 of a product of up to about 4, so the sum of the errors is at most 0.11.
-    tolerance = FP32_TOLERANCE if dtype == torch.float32 else {"rtol": 2**-6, "atol": 0.11}
-    torch.testing.assert_close(found, expected, check_dtype=False, **tolerance)
-
-
-@pytest.mark.parametrize("norm_class", NORMS)
-@pytest.mark.parametrize("is_zero_centred", [False, True], ids=["", "zero-centred"])
-def test_residuals_in_fp32_are_cast_to_the_parameters(norm_class: type, is_zero_centred: bool) -> None:
-    """The next linear layer takes bf16, and the gradient of the residual stays in fp32."""
-    settings = {"normalization": norm_class.__name__, "layernorm_zero_centered_gamma": is_zero_centred}
-    norm, plain = (
-        TorchNorm(make_config(**settings, fp32_residual_connection=is_fp32), 64).to(DEVICE, torch.bfloat16)
-        for is_fp32 in (True, False)
-    )
-    hidden = (5 * torch.randn(7, 2, 64, device=DEVICE)).requires_grad_()
-    found, expected = results(norm, hidden), results(plain, hidden.detach().bfloat16().requires_grad_())
-    assert found[0].dtype == torch.bfloat16
-    assert found[1].dtype == torch.float32
-    for one, other in zip(found, expected, strict=True):
-        assert torch.equal(one, other.to(one.dtype))
+    norm = TorchNorm(make_config(normalization="RMSNorm"), 64).to(DEVICE, dtype)
+    saved = saved_tensors(lambda: norm(hidden))
+    assert {tensor.data_ptr() for tensor in saved if tensor.numel() == hidden.numel()} == {hidden.data_ptr()}
 
 
 SEQUENCE, BATCH, HEAD_DIM = 5, 2, 8

@@ -54,9 +54,7 @@ MODELS: dict[str, dict[str, Any]] = {
         "recompute_method": "uniform",
         "recompute_num_layers": 1,
     },
-    "selective recompute": {"recompute_granularity": "selective", "recompute_modules": ["core_attn", "moe"]},
     "multi-token prediction": {"mtp_num_layers": 2},
-    "multi-latent attention": {"config_class": MLATransformerConfig, "rope_type": "rope", **moe.LATENT_SIZES},
     "multi-latent attention with YaRN": {
         "config_class": MLATransformerConfig,
         "rope_type": "yarn",
@@ -281,66 +279,17 @@ HEADS, CHANNELS = 4, 12
 LENGTHS = [5, 1, 11, 23]
 
 
-def draw_packed(
-    groups: int = HEADS, value_channels: int = CHANNELS, lengths: list[int] = LENGTHS, **kwargs: Any
-) -> list[Tensor]:
-    """Draw queries, keys and values [tokens, heads, channels] of packed documents."""
-    torch.manual_seed(0)
-    shapes = ((HEADS, CHANNELS), (groups, CHANNELS), (groups, value_channels))
-    return [torch.randn(sum(lengths), *shape, device=DEVICE, requires_grad=True, **kwargs) for shape in shapes]
-
-
 def documents_of(lengths: list[int]) -> PackedDocuments:
     bounds = torch.tensor([[0, *np.cumsum(lengths)]], dtype=torch.int32)
     return PackedDocuments.of_samples(bounds, DEVICE, reads_on_host=True)
-
-
-def build_attention(dtype: torch.dtype = torch.float32, **settings: Any) -> TorchDotProductAttention:
-    settings = {"bf16": dtype == torch.bfloat16, "params_dtype": dtype} | settings
-    config = moe.make_config(num_attention_heads=HEADS, hidden_size=HEADS * CHANNELS, **settings)
-    return TorchDotProductAttention(config, 1, AttnMaskType.causal, "self", pg_collection=moe.process_groups())
-
-
-def attention_results(attention: TorchDotProductAttention, inputs: list[Tensor], *, by_mask: bool) -> list[Tensor]:
-    """Return the output [tokens, heads * channels] and the gradients of queries, keys and values.
-
-    Args:
-        attention: the module.
-        inputs: queries, keys and values of packed documents.
-        by_mask: keep attention to documents by a mask of all pairs instead of their bounds.
-    """
-    if by_mask:
-        document = torch.arange(len(LENGTHS), device=DEVICE).repeat_interleave(torch.tensor(LENGTHS, device=DEVICE))
-        hidden = (document[:, None] != document) | torch.ones(len(document), len(document), device=DEVICE).triu(
-            1
-        ).bool()
-        output = attention(*(tensor.unsqueeze(1) for tensor in inputs), hidden[None, None]).squeeze(1)
-    else:
-        output = attention(*inputs, None, packed_seq_params=documents_of(LENGTHS))
-    torch.manual_seed(1)
-    return [output, *torch.autograd.grad(output, inputs, torch.randn_like(output))]
 
 
 ATTENTIONS: dict[str, dict[str, Any]] = {
     "plain": {},
     "grouped queries": {"num_query_groups": 2},
     "window": {"window_size": (3, 0)},
-    "scale": {"softmax_scale": 0.7},
-    "values of another width": {},
+    "values of another width": {"value_channels": 20},
 }
-
-
-def inputs_of(name: str, **kwargs: Any) -> list[Tensor]:
-    value_channels = 20 if name == "values of another width" else CHANNELS
-    return draw_packed(ATTENTIONS[name].get("num_query_groups", HEADS), value_channels, **kwargs)
-
-
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-@pytest.mark.parametrize("name", ATTENTIONS)
-def test_attention_equals_a_mask_of_all_pairs(name: str, dtype: torch.dtype) -> None:
-    attention, inputs = build_attention(dtype, **ATTENTIONS[name]), inputs_of(name, dtype=dtype)
-    ours, theirs = (attention_results(attention, inputs, by_mask=by_mask) for by_mask in (False, True))
-    assert_close(ours, theirs, 5e-6 if dtype == torch.float32 else 2e-2)
 
 
 def kernel_in_plain_torch(query: Tensor, key: Tensor, value: Tensor, *bounds: Any, **settings: Any) -> Tensor:
@@ -366,20 +315,41 @@ def kernel_in_plain_torch(query: Tensor, key: Tensor, value: Tensor, *bounds: An
     not attention_module._HAS_PACKED_KERNEL, reason="this version of torch lacks arguments of the kernel"
 )
 @pytest.mark.parametrize("place", PLACES[::2])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("name", ATTENTIONS)
-def test_kernel_equals_one_document_after_the_other(name: str, place: Place, monkeypatch: pytest.MonkeyPatch) -> None:
-    """On a core, plain torch stands in for the kernel."""
-    attention, inputs = build_attention(torch.bfloat16, **ATTENTIONS[name]), inputs_of(name, dtype=torch.bfloat16)
+def test_attention_equals_a_mask_of_all_pairs(
+    name: str, dtype: torch.dtype, place: Place, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The kernel computes half precision without dropout; on a core, plain torch stands in for the kernel."""
     kernel = Mock(wraps=varlen_attn if place.is_gpu else kernel_in_plain_torch)
     monkeypatch.setattr(attention_module, "varlen_attn", kernel)
+    settings = {"bf16": dtype == torch.bfloat16, "params_dtype": dtype} | ATTENTIONS[name]
+    widths = (CHANNELS, CHANNELS, settings.pop("value_channels", CHANNELS))
+    groups = settings.get("num_query_groups", HEADS)
+    config = moe.make_config(num_attention_heads=HEADS, hidden_size=HEADS * CHANNELS, **settings)
+    attention = TorchDotProductAttention(
+        config, 1, AttnMaskType.causal, "self", pg_collection=moe.process_groups(), softmax_scale=0.35
+    )
+    # Queries, keys and values [tokens, heads, channels].
+    torch.manual_seed(0)
+    shapes = zip((HEADS, groups, groups), widths, strict=True)
+    inputs = [torch.randn(sum(LENGTHS), *shape, device=DEVICE, dtype=dtype, requires_grad=True) for shape in shapes]
+    document = torch.arange(len(LENGTHS), device=DEVICE).repeat_interleave(torch.tensor(LENGTHS, device=DEVICE))
+    later = torch.ones(len(document), len(document), dtype=torch.bool, device=DEVICE).triu(1)
+    expected = attention(
+        *(tensor.unsqueeze(1) for tensor in inputs), ((document[:, None] != document) | later)[None, None]
+    )
+    by_documents = attention(*inputs, None, packed_seq_params=documents_of(LENGTHS))
     with monkeypatch.context() as branches:
         if not place.is_gpu:
             take_gpu_branches(branches.setattr)
-        by_kernel = attention_results(attention, inputs, by_mask=False)
+        by_kernel = attention(*inputs, None, packed_seq_params=documents_of(LENGTHS))
+        assert kernel.call_count == (0 if dtype == torch.float32 else 1 + place.is_gpu)
         attention.attention_dropout.p = 0.5  # The kernel has no dropout.
-        attention_results(attention, inputs, by_mask=False)
-        attention.attention_dropout.p = 0.0
-        branches.setattr(TorchDotProductAttention, "_fits_packed_kernel", lambda *_: False)
-        one_by_one = attention_results(attention, inputs, by_mask=False)
-    assert kernel.call_count == 1
-    assert_close(by_kernel, one_by_one, 2e-2)
+        attention(*inputs, None, packed_seq_params=documents_of(LENGTHS))
+        assert kernel.call_count == (0 if dtype == torch.float32 else 1 + place.is_gpu)
+    gradient = torch.randn_like(by_documents)
+    wanted = [expected.squeeze(1), *torch.autograd.grad(expected.squeeze(1), inputs, gradient)]
+    for output in (by_documents, by_kernel):
+        found = [output, *torch.autograd.grad(output, inputs, gradient)]
+        assert_close(found, wanted, 5e-6 if dtype == torch.float32 else 2e-2)

@@ -3,7 +3,6 @@
 import numpy as np
 import pytest
 import torch
-from megatron.core.tensor_parallel import model_parallel_cuda_manual_seed
 from megatron.core.transformer.module import Float16Module
 from support import small_moe as moe
 from support.small_moe import DEVICE
@@ -14,11 +13,6 @@ from maskmoe.transformer.routing_statistics import RoutingSums
 from maskmoe.transformer.token_ids import TokenIds
 
 NUM_EXPERTS, VOCAB_SIZE, SEQUENCE, BATCH = 5, 11, 16, 2
-RECOMPUTATION = {
-    "full": {"recompute_granularity": "full", "recompute_method": "uniform", "recompute_num_layers": 1},
-    "full, one layer": {"recompute_granularity": "full", "recompute_method": "block", "recompute_num_layers": 1},
-    "selective": {"recompute_granularity": "selective", "recompute_modules": ["moe"]},
-}
 
 pytestmark = pytest.mark.usefixtures("one_rank")
 
@@ -107,30 +101,6 @@ def test_only_training_counts() -> None:
     router(hidden, TokenIds(random_ids(0)))
     assert take(router).num_tokens == SEQUENCE * BATCH
     assert moe.take_metrics().keys() == {"load_balancing_loss", "z_loss"}
-
-
-def train(**settings) -> list[tuple[list[float], int]]:
-    """Return the statistics of each layer of a model after two micro-batches, forward and backward."""
-    model_parallel_cuda_manual_seed(1)
-    torch.manual_seed(1)
-    config = moe.make_config(NUM_EXPERTS, num_layers=2, **settings)
-    model = moe.make_model(config, moe.make_mask(moe.random_visible_sets(3, 2, VOCAB_SIZE, NUM_EXPERTS)), SEQUENCE)
-    position_ids = torch.arange(SEQUENCE, device=DEVICE).expand(BATCH, SEQUENCE)
-    for seed in range(2):
-        model(random_ids(seed).T, position_ids, None).mean().backward()
-    taken = [module.statistics.take() for module in model.modules() if isinstance(module, MaskMoERouter)]
-    return [(sums.tolist(), most_rows) for sums, most_rows in taken]
-
-
-@pytest.mark.parametrize("settings", RECOMPUTATION.values(), ids=RECOMPUTATION)
-def test_recomputation_counts_once(settings: dict) -> None:
-    plain = train()
-    assert train(**settings) == plain
-    for packed, most_rows in plain:
-        sums = RoutingSums.unpack(torch.tensor(packed))
-        assert sums.num_tokens == 2 * SEQUENCE * BATCH
-        num_rows = sums.tokens_per_expert.sum()  # of two micro-batches
-        assert num_rows / 2 <= most_rows < num_rows
 
 
 def test_not_in_checkpoints_and_exact_in_bf16() -> None:

@@ -9,7 +9,6 @@ from typing import Any
 
 import pytest
 import torch
-from megatron.core import dist_checkpointing
 from megatron.core.dist_checkpointing.dict_utils import nested_values
 from megatron.core.dist_checkpointing.mapping import ShardedObject, apply_factories
 from megatron.core.models.gpt import GPTModel
@@ -64,7 +63,6 @@ LAYOUTS: dict[str, dict[str, Any]] = {
     "latent_experts": {**GROUPED, **LATENT_ATTENTION, "moe_latent_size": 6, "moe_shared_expert_intermediate_size": 10},
 }
 """Settings of models by name."""
-SAVED = ("latent_attention", "latent_attention_of_whole_queries", "latent_experts")
 
 
 @dataclass
@@ -118,13 +116,6 @@ def describe(model: GPTModel) -> Described:
     return described
 
 
-def save(model: GPTModel, folder: Path) -> None:
-    """Save a model with random parameters."""
-    moe.draw_parameters(model)
-    (folder / "saved").mkdir()
-    dist_checkpointing.save(model.sharded_state_dict(), str(folder / "saved"))
-
-
 def load_and_save(folder: Path) -> None:
     """Load checkpoints of a model with the flags in `flags.json`, and save them again."""
     flags = json.loads((folder / "flags.json").read_text())
@@ -138,14 +129,10 @@ def work_on_transformer_engine(folder: Path) -> dict[str, dict[str, Any]]:
     """Describe a model of each layout, and exchange checkpoints with the local models.
 
     Load each checkpoint FOLDER/NAME/converted and FOLDER/NAME/local and save the model again, to
-    FOLDER/NAME/converted_again and FOLDER/NAME/local_again. Save the models of the layouts in `SAVED` to
-    FOLDER/LAYOUT/saved.
+    FOLDER/NAME/converted_again and FOLDER/NAME/local_again.
     """
     moe.initialize_parallelism()
     described = {layout: asdict(describe(build_model(layout, "transformer_engine"))) for layout in LAYOUTS}
-    for layout in SAVED:
-        (folder / layout).mkdir()
-        save(build_model(layout, "transformer_engine"), folder / layout)
     for flags in folder.glob("*/flags.json"):
         load_and_save(flags.parent)
     return described
@@ -172,7 +159,7 @@ def built(run_ranks: RunRanks, one_rank: None, tmp_path_factory: pytest.TempPath
         flags = huggingface_to_megatron(Settings(load=folder / name / "original", save=folder / name / "converted"))
         (folder / name / "flags.json").write_text(json.dumps(flags))
         save_as_release(*load_converted_model(folder / name / "converted", flags), folder / name / "local")
-    (layouts,) = run_ranks(work_on_transformer_engine, folder, folder, world_size=1, transformer_engine="installed")
+    (layouts,) = run_ranks(work_on_transformer_engine, folder, folder, world_size=1, uses_transformer_engine=True)
     return Built({name: Described(**values) for name, values in layouts.items()}, folder)
 
 
@@ -211,13 +198,6 @@ def test_names_and_shapes_equal_the_local_models(layout: str, built: Built, one_
     further = set(found.objects) - set(local.objects)
     assert set(local.objects) <= set(found.objects)
     assert all(re.search(r"(norm)\._extra_state/", name) for name in further), further
-
-
-@pytest.mark.parametrize("layout", SAVED)
-def test_local_models_load_checkpoints(layout: str, built: Built, one_rank: None) -> None:
-    local = build_model(layout, "local").eval()
-    # The state of FP8, which is empty, is in the local model's checkpoint, too, unless it belongs to a norm.
-    local.load_state_dict(dist_checkpointing.load(local.sharded_state_dict(), str(built.folder / layout / "saved")))
 
 
 def tensors_of(checkpoint: Path) -> dict[str, torch.Tensor]:

@@ -1,6 +1,7 @@
-"""Compiles the routing of tokens for a CPU, and compares it with the eager functions: `compile_routing.py CASE…`.
+"""Compiles the routing of tokens, and compares it with the eager functions: `compiled_routing.py BACKEND CASE…`.
 
-Prints one JSON object for each case. The process must not have the CPU adapter, which leaves compilation out.
+Prints one JSON object for each case; BACKEND is a backend of `torch.compile`. The process must not have the CPU
+adapter, which leaves compilation out.
 """
 
 import json
@@ -36,7 +37,6 @@ class Case:
         has_bias: Whether the router has an expert bias.
         has_padding: Whether some tokens are padding.
         shapes: [sequence, batch] of each batch.
-        backend: The backend of `torch.compile`.
         dtype: The dtype of the logits.
     """
 
@@ -45,7 +45,6 @@ class Case:
     has_bias: bool = False
     has_padding: bool = False
     shapes: tuple[tuple[int, int], ...] = ((7, 2), (9, 5))
-    backend: str = "inductor"
     dtype: torch.dtype = torch.float32
 
 
@@ -56,7 +55,7 @@ _ROWS = ((5, 1), (0, 1), (1, 1), (9, 1), (3, 1), (0, 1), (1, 1))
 
 CASES = {
     "usual": Case(RoutingRule(2), LossRule(("aux_loss",), "all", has_z_loss=True)),
-    "rows": Case(_FULLEST, has_bias=True, has_padding=True, shapes=_ROWS, backend="aot_eager"),
+    "rows": Case(_FULLEST, has_bias=True, has_padding=True, shapes=_ROWS),
     "everything": Case(_FULLEST, has_bias=True, has_padding=True),
     "evaluation": Case(RoutingRule(2), losses=None),
     "softmax before": Case(RoutingRule(1, pre_softmax=True)),
@@ -107,14 +106,14 @@ def record_kernels() -> list[int]:
     return counts
 
 
-def run(case: Case) -> dict[str, Any]:
-    """Route all batches of a case both ways; count the kernels of each graph: forward, backward."""
+def run(case: Case, backend: str) -> dict[str, Any]:
+    """Route all batches of a case both ways; count the kernels of each graph of inductor: forward, backward."""
     counters.clear()
     kernels = record_kernels()
     generator = torch.Generator().manual_seed(0)
     table = random_table(generator)
     expert_bias = torch.randn(NUM_EXPERTS, generator=generator) if case.has_bias else None
-    compiled = torch.compile(route_tokens, dynamic=True, fullgraph=True, backend=case.backend)
+    compiled = torch.compile(route_tokens, dynamic=True, fullgraph=True, backend=backend)
     largest = 0.0
     for sequence, batch in case.shapes:
         logits = torch.randn(sequence, batch, NUM_EXPERTS, generator=generator).to(case.dtype)
@@ -155,5 +154,6 @@ def run(case: Case) -> dict[str, Any]:
 if __name__ == "__main__":
     torch._inductor.config.fx_graph_cache = False  # A graph from the cache is not scheduled, so it has no count.
     torch._inductor.config.cpp.simdlen = 1  # Plain loops compile faster than vectorized ones.
-    for name in sys.argv[1:]:
-        print(json.dumps(run(CASES[name])), flush=True)
+    backend, *names = sys.argv[1:]
+    for name in names:
+        print(json.dumps(run(CASES[name], backend)), flush=True)
