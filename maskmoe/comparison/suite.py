@@ -29,7 +29,7 @@ from maskmoe.arguments import ranges
 from maskmoe.arguments.flags import override
 from maskmoe.errors import UserError
 from maskmoe.files.json_files import first_problem
-from maskmoe.files.untrusted import read_words
+from maskmoe.files.yaml_files import read_words
 from maskmoe.launch.model_file import Flags, ModelFile, parse_flags, parse_layouts
 from maskmoe.routing_mask.feed_forward_layers import FeedForwardLayers
 

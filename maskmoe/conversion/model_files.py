@@ -22,7 +22,7 @@ from maskmoe.conversion.tensor_sources import Block, TensorSource, TensorSpec, i
 from maskmoe.errors import UserError, refused_by_system
 from maskmoe.files.json_files import read_record, write_record
 from maskmoe.files.outputs import atomic_output, refuse_checkpoint, sync_to_disk, unwinding_on_signals
-from maskmoe.files.untrusted import check_model_folder, check_regular, reading, resolve_inside
+from maskmoe.files.untrusted import check_regular, reading, resolve_inside
 
 SINGLE_FILE = "model.safetensors"
 INDEX_SUFFIX = ".index.json"
@@ -153,10 +153,8 @@ def load_exported_tokenizer(folder: Path) -> Any:
     """Load the tokenizer of a folder, without running code of the folder; None if the folder has no tokenizer.
 
     Raises:
-        UserError: The tokenizer is missing or damaged, `config.json` is refused, or a file of the folder is not a
-            regular file.
+        UserError: The tokenizer is missing or damaged, or `config.json` is refused.
     """
-    check_model_folder(folder)
     read_model_config(folder / CONFIG_FILE)  # transformers builds the configuration to choose the tokenizer's class
     if not any(folder.glob("tokenizer*")):
         return None

@@ -4,14 +4,13 @@ import json
 from pathlib import Path
 from typing import Any
 
-from maskmoe.errors import UserError
-from maskmoe.files.untrusted import UnusableFile, read_bounded, refuse_surrogates
+from maskmoe.errors import UserError, refused_by_system
+from maskmoe.files.untrusted import refuse_surrogates
 
 KEY = "prompt"
 """The key of the text in a record."""
 _FLAG = "--prompts-file"
 _JSON_LINES = ".jsonl"
-_MAX_BYTES = 64 << 20
 
 
 def read_prompts(path: Path) -> list[dict[str, Any]]:
@@ -24,10 +23,10 @@ def read_prompts(path: Path) -> list[dict[str, Any]]:
         UserError: The file cannot be read, is not text in UTF-8, holds no prompt, or a line is not a record with a
             prompt.
     """
+    with refused_by_system(f"cannot read {_FLAG} {path}"):
+        content = path.read_bytes()  # the file may be a pipe
     try:
-        lines = read_bounded(path, _MAX_BYTES, takes_pipe=True).decode("utf-8-sig").split("\n")
-    except UnusableFile as error:
-        raise UserError(f"{_FLAG} {error}") from error
+        lines = content.decode("utf-8-sig").split("\n")
     except UnicodeDecodeError as error:
         raise UserError(f"{_FLAG} {path} is not text in UTF-8") from error
     texts = [(number, line.removesuffix("\r")) for number, line in enumerate(lines, start=1) if line.strip()]

@@ -9,7 +9,7 @@ from pathlib import Path
 from maskmoe.arguments import ranges
 from maskmoe.arguments.flags import LAYOUTS, OMITTED_VALUES, Flags, override
 from maskmoe.errors import UserError
-from maskmoe.files.untrusted import read_words
+from maskmoe.files.yaml_files import read_words
 
 
 @dataclass(frozen=True)

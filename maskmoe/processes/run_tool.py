@@ -1,32 +1,18 @@
 """Runs the main function of a command-line tool and reports its errors."""
 
-import errno
 import os
-import re
-import resource
 import select
 import signal
 import sys
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 
 from maskmoe.errors import RunFailure, UserError, one_line
-from maskmoe.files.untrusted import has_surrogates
 
 EXIT_RUN_FAILURE = 1
 EXIT_BAD_INPUT = 2
 _EXIT_BROKEN_PIPE = 128 + signal.SIGPIPE
-
-# Errors of writing that another disk or limit cures.
-_NO_SPACE = {
-    errno.ENOSPC: "no space is left on the disk",
-    errno.EDQUOT: "no space is left in the quota of the disk",
-    errno.EFBIG: "the limit of file sizes (ulimit -f) is reached",
-}
-_TOO_MANY_FILES = {errno.EMFILE, errno.ENFILE}
-_NUMBER_IN_TEXT = re.compile(r"\(os error (\d+)\)")
-_NO_MEMORY = re.compile("failed to map segment|can't start new thread|can't allocate memory|[Cc]annot allocate memory")
 
 # Seconds that all other ranks of a node wait before they report an error, so that only the first rank reports it.
 _REPORT_DELAY = 10
@@ -35,15 +21,12 @@ _REPORT_DELAY = 10
 def run_tool(main: Callable[[], None]) -> None:
     """Run `main`, and report its `UserError` or `RunFailure` in one line on stderr.
 
-    Refusals of the operating system are reported in one line, too, see `_describing_refusals`. All other exceptions are
-    errors of the program, and keep their traceback. The process exits with code 2 for bad input, as argparse does for
-    bad flags, with 1 for a failed run, with 130 after Ctrl-C, and silently with 141 if nobody reads its output.
+    An error of the operating system is reported in one line, too, except on a rank. All other exceptions are errors of
+    the program, and keep their traceback. The process exits with code 2 for bad input, as argparse does for bad flags,
+    with 1 for a failed run, with 130 after Ctrl-C, and silently with 141 if nobody reads its output.
     """
-    _print_every_character()
-    _allow_open_files()
     try:
         with _describing_refusals():
-            _check_working_folder()
             main()
             if sys.stdout is not None:  # it is None if the parent process has closed it
                 sys.stdout.flush()
@@ -75,87 +58,28 @@ def run_tool(main: Callable[[], None]) -> None:
     sys.exit(code)
 
 
-def _print_every_character() -> None:
-    """Let the output replace characters that it cannot encode, such as bytes of a file's name that are not UTF-8."""
-    for stream in (sys.stdout, sys.stderr):
-        # A closed stream is None. A rank's console replaces stdout by an object that has the stream's methods.
-        if reconfigure := getattr(stream, "reconfigure", None):
-            reconfigure(errors="backslashreplace")
-
-
-def _allow_open_files() -> None:
-    """Allow this process as many open files as the system permits: Megatron keeps files of every dataset open."""
-    _, most = resource.getrlimit(resource.RLIMIT_NOFILE)
-    with suppress(OSError, ValueError):
-        resource.setrlimit(resource.RLIMIT_NOFILE, (most, most))
-
-
 @contextmanager
 def _describing_refusals() -> Iterator[None]:
-    """Turn what the operating system refuses, and a lack of transformers, into an error of one line.
+    """Turn an error of the operating system, and a lack of transformers, into an error of one line.
 
     Raises:
-        UserError: A path of the command line cannot be used, or transformers is not installed.
-        RunFailure: A disk is full, too many files are open, or there is not enough memory.
+        UserError: transformers is not installed.
+        RunFailure: The operating system refuses something, such as a file, or space on a disk.
     """
     try:
         yield
-    except UnicodeEncodeError as error:
-        # Python writes a byte that is no UTF-8 as a surrogate; text files and JSON cannot hold it.
-        word = next(filter(has_surrogates, sys.argv[1:]), None)
-        if word is None:
+    except ModuleNotFoundError as error:
+        if error.name != "transformers":
             raise
-        raise UserError(f"{word!a} on the command line is not valid UTF-8: rename the file") from error
-    except (UserError, RunFailure, BrokenPipeError):
+        raise UserError("transformers is not installed: run pip install '.[hf]' in the repository") from error
+    except BrokenPipeError:
         raise
-    except Exception as error:
-        if isinstance(error, ModuleNotFoundError) and error.name == "transformers":
-            raise UserError("transformers is not installed: run pip install '.[hf]' in the repository") from error
-        number, filename = _refusal_of_system(error)
-        if number in _NO_SPACE:
-            place = f" for {os.fsdecode(filename)}" if isinstance(filename, str | bytes) else ""
-            raise RunFailure(f"{_NO_SPACE[number]}{place}") from error
-        if number in _TOO_MANY_FILES:
-            limit = "raise the limit (ulimit -Hn, or fs.file-max of the host)"
-            raise RunFailure(f"{os.strerror(number)}; {limit}") from error
-        if "LOCAL_RANK" in os.environ:
-            raise  # the run may have begun: the place of the error helps, and the rank is restarted
-        if isinstance(error, MemoryError) or number == errno.ENOMEM or _NO_MEMORY.search(str(error)):
-            raise RunFailure("there is not enough memory: raise the limit (ulimit -v), or use a larger host") from error
-        path = _path_of_command_line(error, sys.argv[1:]) if isinstance(error, OSError) else None
-        if path is None:
+    except OSError as error:
+        # A rank is restarted, and the place of the error helps.
+        if error.strerror is None or "LOCAL_RANK" in os.environ:
             raise
-        raise UserError(f"cannot use {path}: {os.strerror(number or 0)}") from error
-
-
-def _refusal_of_system(error: BaseException | None) -> tuple[int | None, object]:
-    """Return the number of the operating system's error behind an exception, and the file; None without any."""
-    while error is not None:
-        if isinstance(error, OSError) and error.errno is not None:
-            return error.errno, error.filename
-        # Libraries in Rust raise classes of their own.
-        if number := _NUMBER_IN_TEXT.search(str(error)):
-            return int(number[1]), None
-        error = error.__cause__ or error.__context__
-    return None, None
-
-
-def _check_working_folder() -> None:
-    try:
-        os.getcwd()
-    except FileNotFoundError as error:
-        raise UserError("the working folder was removed: change into a folder that exists") from error
-
-
-def _path_of_command_line(error: OSError, words: Sequence[str]) -> str | None:
-    """Return the path that an error is about; None unless a word of the command line is this path or its beginning."""
-    if not isinstance(error.filename, str | bytes):
-        return None
-    path = os.fsdecode(error.filename)
-    values = (word.partition("=")[2] if word.startswith("--") else word for word in words)
-    if any(os.path.abspath(path).startswith(os.path.abspath(value)) for value in values if value):
-        return path
-    return None
+        file = f"{os.fsdecode(error.filename)}: " if isinstance(error.filename, str | bytes) else ""
+        raise RunFailure(f"{file}{error.strerror}") from error
 
 
 def _is_output_closed() -> bool:

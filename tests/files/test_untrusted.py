@@ -1,12 +1,7 @@
 """Files of strangers are read with bounds, from regular files inside their folder; only `UserError` may come out."""
 
-import io
 import json
 import os
-import re
-import time
-import unicodedata
-from base64 import b64decode, b64encode
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -14,8 +9,6 @@ from typing import Any
 import pytest
 from hypothesis import example, given
 from hypothesis import strategies as st
-from sentencepiece import SentencePieceTrainer
-from sentencepiece.sentencepiece_model_pb2 import ModelProto
 
 from maskmoe.checkpoint.integrity import Manifest, check_content, check_structure
 from maskmoe.comparison.suite import Suite
@@ -26,12 +19,8 @@ from maskmoe.data.tokenizer import load_tokenizer
 from maskmoe.errors import UserError
 from maskmoe.files.json_files import read_json
 from maskmoe.files.untrusted import (
-    MAX_YAML_BYTES,
     UnusableFile,
-    check_model_folder,
-    check_tokenizer,
     read_bounded,
-    read_words,
     resolve_inside,
 )
 from maskmoe.launch.model_file import ModelFile
@@ -135,29 +124,6 @@ def test_damaged_yaml_is_one_line_of_error(tmp_path: Path, pieces: list[str], ba
         assert len(error_of(read).splitlines()) <= 1
 
 
-def test_aliases_that_multiply_are_refused(tmp_path: Path) -> None:
-    levels = [f"a{level}: &a{level} [{', '.join([f'*a{level - 1}'] * 9)}]" for level in range(1, 12)]
-    (tmp_path / "bomb.yaml").write_text("\n".join(["a0: &a0 [x, x]", *levels]))
-    start = time.monotonic()
-    with pytest.raises(UserError, match="values once its anchors"):
-        read_words(tmp_path / "bomb.yaml", "model file")
-    assert time.monotonic() - start < 5
-
-
-@pytest.mark.parametrize("text", ['num-layers: "a\\0b"\n', '"a\\0b": 1\n', 'num-layers: "a\\ud800"\n'])
-def test_yaml_with_a_null_character_or_half_of_a_pair_is_refused(tmp_path: Path, text: str) -> None:
-    """No word of a command line may have one."""
-    (tmp_path / "null.yaml").write_text(text)
-    with pytest.raises(UserError, match="has a null character"):
-        ModelFile.read(tmp_path / "null.yaml", {})
-
-
-def test_yaml_that_is_too_large_is_refused(tmp_path: Path) -> None:
-    (tmp_path / "large.yaml").write_bytes(b"#" * (MAX_YAML_BYTES + 1))
-    with pytest.raises(UserError, match="has more than the"):
-        ModelFile.read(tmp_path / "large.yaml", {})
-
-
 READERS_OF_ONE_FILE: dict[str, Callable[[Path], object]] = {
     "JSON": read_json,
     "model configuration": read_model_config,
@@ -169,7 +135,6 @@ READERS_OF_ONE_FILE: dict[str, Callable[[Path], object]] = {
     "SentencePiece": lambda path: load_tokenizer("SentencePieceTokenizer", path),
     "tokenizer.json": lambda path: load_tokenizer("HuggingFaceTokenizer", path),
     "bytes": lambda path: read_bounded(path, 100),
-    "checkpoint's tokenizer": check_tokenizer,
 }
 
 
@@ -182,91 +147,6 @@ def test_only_regular_files_are_read(tmp_path: Path, kind: str) -> None:
         with pytest.raises(UserError) as refusal:
             READERS_OF_ONE_FILE[kind](path)
         assert len(str(refusal.value).splitlines()) == 1
-
-
-def replacement(pattern: object, content: str) -> dict[str, object]:
-    return {"type": "Replace", "pattern": pattern, "content": content}
-
-
-def charsmap(text: str) -> str:
-    """Return SentencePiece's map of characters with an empty trie and one text, in Base64."""
-    return b64encode(bytes(4) + text.encode() + b"\0").decode()
-
-
-def template(ids: list[int]) -> dict[str, object]:
-    pieces = [{"SpecialToken": {"id": "a"}}, {"Sequence": {"id": "A"}}, {"SpecialToken": {"id": "a"}}]
-    return {"type": "TemplateProcessing", "single": pieces, "special_tokens": {"a": {"id": "a", "ids": ids}}}
-
-
-# The longest text of SentencePiece's own maps is that of U+FDFA, with 18 characters.
-ALBERT = {
-    "type": "Sequence",
-    "normalizers": [
-        replacement({"String": "``"}, '"'),
-        {"type": "Precompiled", "precompiled_charsmap": charsmap(unicodedata.normalize("NFKC", "\ufdfa"))},
-        replacement({"Regex": " {2,}"}, " "),
-    ],
-}
-
-
-@pytest.mark.parametrize(
-    ("parts", "is_refused"),
-    [
-        ({"normalizer": replacement({"String": " "}, "▁")}, False),
-        ({"normalizer": replacement({"Regex": " +"}, " "), "decoder": replacement({"String": "▁"}, " ")}, False),
-        ({"normalizer": replacement({"String": ""}, "a" * 200)}, True),
-        ({"normalizer": replacement({"Regex": "x*"}, "a" * 200)}, True),
-        ({"decoder": {"type": "Sequence", "decoders": [replacement({"String": "a"}, "aa")] * 40}}, True),
-        ({"normalizer": {"type": "Prepend", "prepend": "a" * 200}}, True),
-        ({"normalizer": {"type": "Prepend", "content": "a", "prepend": "a" * 200}}, True),
-        ({"normalizer": {"type": "Sequence", "normalizers": [{"type": "ByteLevel"}] * 16}}, True),
-        ({"decoder": {"type": "Sequence", "decoders": [{"type": "BPEDecoder", "suffix": ""}] * 12}}, True),
-        ({name: {"type": "ByteLevel"} for name in ("pre_tokenizer", "post_processor", "decoder")}, False),
-        ({"normalizer": [{"String": " "}, "a" * 200]}, True),
-        ({"normalizer": {"type": "Precompiled", "precompiled_charsmap": charsmap("a" * 200)}}, True),
-        ({"post_processor": {"type": "TemplateProcessing", "single": [{"SpecialToken": {"id": "a"}}] * 10_000}}, True),
-        ({"post_processor": {"type": "TemplateProcessing", "single": [{"Sequence": {"id": "A"}}] * 200}}, True),
-        ({"post_processor": template([0] * 100)}, True),
-        ({"normalizer": ALBERT, "post_processor": template([0])}, False),
-    ],
-)
-def test_tokenizer_that_makes_texts_longer(tmp_path: Path, parts: dict[str, Any], is_refused: bool) -> None:
-    (tmp_path / "tokenizer.json").write_text(json.dumps({"model": {"vocab": {"a" * 1000: 0}}, **parts}))
-    assert bool(re.search("times longer|has a list", error_of(lambda: check_model_folder(tmp_path)))) == is_refused
-
-
-@pytest.mark.parametrize("rule", ["identity", "nmt_nfkc", "nmt_nfkc_cf"])
-def test_sentencepiece_model_that_makes_texts_longer(tmp_path: Path, rule: str) -> None:
-    content = io.BytesIO()
-    options = {"vocab_size": 12, "normalization_rule_name": rule, "hard_vocab_limit": False, "minloglevel": 2}
-    SentencePieceTrainer.train(sentence_iterator=iter(["a b c"]), model_writer=content, **options)
-    (tmp_path / "tokenizer.model").write_bytes(content.getvalue())
-    check_model_folder(tmp_path)
-    for part in ("normalizer_spec", "denormalizer_spec"):
-        model = ModelProto.FromString(content.getvalue())
-        getattr(model, part).precompiled_charsmap = b64decode(charsmap("a" * 200))
-        (tmp_path / "tokenizer.model").write_bytes(model.SerializeToString())
-        for read in (
-            check_model_folder,
-            lambda folder: load_tokenizer("SentencePieceTokenizer", folder / "tokenizer.model"),
-        ):
-            with pytest.raises(UserError, match="times longer"):
-                read(tmp_path)
-        (tmp_path / "marian").mkdir(exist_ok=True)
-        (tmp_path / "tokenizer.model").rename(tmp_path / "marian" / "source.spm")
-        with pytest.raises(UserError, match="times longer"):
-            check_model_folder(tmp_path / "marian")
-    (tmp_path / "tokenizer.model").write_text("IQ== 0\nIg== 1\n")  # of tiktoken
-    check_model_folder(tmp_path)
-
-
-def test_folder_of_a_model_has_regular_files(tmp_path: Path) -> None:
-    (tmp_path / "additional_chat_templates").mkdir()
-    (tmp_path / "of_another.model").mkdir()
-    check_model_folder(tmp_path)
-    os.mkfifo(tmp_path / "additional_chat_templates" / "a.jinja")
-    with pytest.raises(UnusableFile, match=r"a\.jinja is not a regular file"):
-        check_model_folder(tmp_path)
 
 
 @pytest.mark.parametrize(

@@ -1,4 +1,4 @@
-"""How `run_tool` reports errors of the operating system, long and unprintable words, and a closed output."""
+"""How `run_tool` reports errors of the operating system, long errors, and a closed output."""
 
 import errno
 import os
@@ -14,26 +14,18 @@ from maskmoe.errors import RunFailure, UserError
 from maskmoe.processes.run_tool import run_tool
 
 
-def run_failing(error: BaseException, monkeypatch: pytest.MonkeyPatch, *words: str) -> object:
-    """Run a function that raises an exception by `run_tool`, for a command line; return the exit code."""
+def run_failing(error: BaseException, monkeypatch: pytest.MonkeyPatch) -> object:
+    """Run a function that raises an exception by `run_tool`; return the exit code."""
 
     def fail() -> None:
         raise error
 
-    monkeypatch.setattr(sys, "argv", ["maskmoe", *words])
+    monkeypatch.setattr(sys, "argv", ["maskmoe"])
     monkeypatch.setattr("signal.signal", lambda *_: None)
     monkeypatch.setattr(sys, "unraisablehook", sys.unraisablehook)
     with pytest.raises(SystemExit) as end:
         run_tool(fail)
     return end.value.code
-
-
-def chained(error: Exception, cause: Exception) -> Exception:
-    error.__context__ = cause
-    return error
-
-
-NO_MEMORY = "there is not enough memory: raise the limit (ulimit -v), or use a larger host"
 
 
 @pytest.fixture(autouse=True)
@@ -42,12 +34,10 @@ def no_rank(monkeypatch):
     monkeypatch.delenv("LOCAL_RANK", raising=False)
 
 
-@pytest.mark.parametrize("number", [errno.ENOENT, errno.EISDIR, errno.EIO])
-@pytest.mark.parametrize("word", ["data/run", "--load=data/run", "./data"])
-def test_error_about_a_path_of_the_command_line(monkeypatch, capsys, number, word):
-    error = OSError(number, os.strerror(number), "data/run/config.json")
-    assert run_failing(error, monkeypatch, word) == 2
-    assert capsys.readouterr().err == f"error: cannot use data/run/config.json: {os.strerror(number)}\n"
+@pytest.mark.parametrize("number", [errno.ENOENT, errno.EIO, errno.ENOSPC])
+def test_error_of_the_system_is_one_line(monkeypatch, capsys, number):
+    assert run_failing(OSError(number, os.strerror(number), "data/config.json"), monkeypatch) == 1
+    assert capsys.readouterr().err == f"error: data/config.json: {os.strerror(number)}\n"
 
 
 def test_lack_of_transformers_is_reported_in_one_line(monkeypatch, capsys):
@@ -61,42 +51,11 @@ def test_lack_of_transformers_is_reported_in_one_line(monkeypatch, capsys):
 
 
 @pytest.mark.parametrize(
-    ("error", "message"),
-    [
-        (OSError(errno.ENOSPC, "No space", "out"), "no space is left on the disk for out"),
-        (OSError(errno.EFBIG, "File too large"), "the limit of file sizes (ulimit -f) is reached"),
-        (
-            chained(ValueError("flush of closed file"), OSError(errno.EFBIG, "")),
-            "the limit of file sizes (ulimit -f) is reached",
-        ),
-        (ValueError("I/O error: No space left on device (os error 28)"), "no space is left on the disk"),
-        (MemoryError(), NO_MEMORY),
-        (OSError(errno.ENOMEM, "fork"), NO_MEMORY),
-        (ImportError("libtorch.so: failed to map segment from shared object"), NO_MEMORY),
-        (
-            OSError(errno.EMFILE, os.strerror(errno.EMFILE)),
-            "Too many open files; raise the limit (ulimit -Hn, or fs.file-max of the host)",
-        ),
-    ],
-)
-def test_limit_of_the_system_is_a_failure_of_the_run(monkeypatch, capsys, error, message):
-    assert run_failing(error, monkeypatch) == 1
-    assert capsys.readouterr().err == f"error: {message}\n"
-
-
-@pytest.mark.parametrize(
-    "error",
-    [
-        FileNotFoundError(errno.ENOENT, "No such file", "/usr/lib/of/ours"),
-        OSError("without a number"),
-        ValueError("ours"),
-        BrokenPipeError(errno.EPIPE, "of a child"),
-        UnicodeEncodeError("utf-8", "a", 0, 1, "ours"),
-    ],
+    "error", [OSError("without a number"), ValueError("ours"), BrokenPipeError(errno.EPIPE, "of a child")]
 )
 def test_error_of_the_program_keeps_its_traceback(monkeypatch, error):
     with pytest.raises(type(error)):
-        run_failing(error, monkeypatch, "data")
+        run_failing(error, monkeypatch)
 
 
 @pytest.mark.parametrize("kind", [UserError, RunFailure])
@@ -119,7 +78,7 @@ def test_nothing_follows_the_error():
 
 @pytest.mark.parametrize(
     ("redirection", "code", "errors"),
-    [("| true", 141, ""), ("> /dev/full", 1, "error: no space is left on the disk\n"), ("| cat > /dev/null", 0, "")],
+    [("| true", 141, ""), ("> /dev/full", 1, "error: No space left on device\n"), ("| cat > /dev/null", 0, "")],
 )
 def test_output_that_nobody_reads(redirection, code, errors):
     program = "from maskmoe.processes.run_tool import run_tool\n"

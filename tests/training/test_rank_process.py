@@ -43,12 +43,6 @@ def test_last_words_of_a_process_are_shown(end, code, last, is_explained):
     assert process.stdout == ""
 
 
-def test_output_may_lack_characters():
-    """The locale of a cluster may be ASCII or Latin-1."""
-    process = run("console.say('digest 12…')", PYTHONIOENCODING="ascii")
-    assert (process.returncode, process.stdout) == (0, "digest 12\\u2026\n"), process.stderr
-
-
 def test_process_ends_after_all_exit_handlers():
     """Threads that live on, and handlers that were registered during the run, end before the process does."""
     process = run(

@@ -36,7 +36,8 @@ from maskmoe.data.default_corpus import MAX_FILE_BYTES, MIN_FILE_BYTES, is_writt
 from maskmoe.errors import UserError
 from maskmoe.files.json_files import first_problem
 from maskmoe.files.outputs import atomic_output, check_outputs
-from maskmoe.files.untrusted import read_bounded, read_words
+from maskmoe.files.untrusted import read_bounded
+from maskmoe.files.yaml_files import read_words
 from maskmoe.processes.run_tool import run_tool
 
 _MAX_WHEEL_BYTES = 256 << 20
