@@ -11,13 +11,12 @@ Submits launch/slurm/pretrain.sbatch, which trains MODEL.yaml on the nodes of a 
   --run-dir DIR  folder for checkpoints, TensorBoard events and logs, shared by all nodes (default: runs/MODEL)
   --chain N      submit N jobs that continue one run one after the other, for clusters that do not requeue jobs
   --dry-run      only print sbatch's command line
-  --train-nodes, --no-node-check, --max-requeues, --container, --image, --mount, --port, --address, --then
+  --train-nodes, --no-node-check, --max-requeues, --container, --image, --mount, --port, --address
                  see launch/slurm/pretrain.sbatch --help
 
 These options are written as --option value or --option=value. All other options are passed to sbatch; write them as
 --option=value. For example:
   launch/slurm/submit.sh --nodes=2-4 --exclusive --gpus-per-node=8 --time=24:00:00 -- launch/models/mixtral-8x7b.yaml …
-  launch/slurm/submit.sh --array=1-3 --run-dir runs/seed-%a -- launch/models/laptop.yaml --seed %a
   launch/slurm/submit.sh --dependency=afterok:1234 … (waits for job 1234)
 END
 }
@@ -34,7 +33,7 @@ while (($#)) && [[ $1 != -- ]]; do
     # The script's own options take --option=value and --option value.
     case $1 in
         --run-dir=* | --chain=* | --train-nodes=* | --max-requeues=* | --container=* | --image=* | --mount=* | \
-            --port=* | --address=* | --then=*)
+            --port=* | --address=*)
             set -- "${1%%=*}" "${1#*=}" "${@:2}"
             ;;
     esac
@@ -46,7 +45,7 @@ while (($#)) && [[ $1 != -- ]]; do
             exit
             ;;
         --run-dir | --chain | --train-nodes | --max-requeues | --container | --image | --mount | --port | \
-            --address | --then)
+            --address)
             (($# > 1)) || fail "$1 needs a value (see launch/slurm/submit.sh --help)"
             case $1 in
                 --run-dir) run_dir=$2 ;;
@@ -70,27 +69,14 @@ done
 (($# > 1)) || fail "MODEL.yaml is missing: write it after -- (see launch/slurm/submit.sh --help)"
 shift
 model=$(realpath -m -- "$1")
-[[ $model == *%a* || -f $model ]] || fail "model file $1 does not exist"
+[[ -f $model ]] || fail "model file $1 does not exist"
 run_dir=$(realpath -m -- "${run_dir:-runs/$(basename -- "$1" .yaml)}")
 if [[ -n $chain ]]; then
     [[ $chain =~ ^[1-9][0-9]*$ ]] || fail "--chain needs a number of jobs, not $chain"
     sbatch+=("--array=1-$chain%1")
     script_options+=(--chain)
 fi
-# Jobs that run at the same time need folders of their own.
-for option in "${sbatch[@]}"; do
-    case $option in
-        --array=*[-,]*%1 | -a*[-,]*%1) ;;
-        --array=*[-,]* | -a*[-,]*)
-            [[ -n $chain || $run_dir == *%a* ]] ||
-                fail "the jobs of ${option} would share the run folder $run_dir: write %a in --run-dir, or use --chain N"
-            ;;
-    esac
-done
-
-# sbatch neither creates the log's folder nor replaces %a in it, so choose a folder without %a.
-logs=$run_dir/slurm
-[[ $run_dir != *%* ]] || logs=$(dirname -- "${run_dir%%\%*}x")/slurm
+logs=$run_dir/slurm # sbatch does not create the folder of its log
 command=(sbatch "--output=$logs/%j.log" "--chdir=$PWD" "${sbatch[@]}" "$root/launch/slurm/pretrain.sbatch"
     "${script_options[@]}" --run-dir "$run_dir" -- "$model" "${@:2}")
 if $dry_run; then

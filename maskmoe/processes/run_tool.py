@@ -1,5 +1,6 @@
 """Runs the main function of a command-line tool and reports its errors."""
 
+import errno
 import os
 import select
 import signal
@@ -13,6 +14,9 @@ from maskmoe.errors import RunFailure, UserError, one_line
 EXIT_RUN_FAILURE = 1
 EXIT_BAD_INPUT = 2
 _EXIT_BROKEN_PIPE = 128 + signal.SIGPIPE
+
+# Errors that other words on the command line do not cure.
+_FAILURES_OF_SYSTEM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO, errno.EMFILE, errno.ENFILE)
 
 # Seconds that all other ranks of a node wait before they report an error, so that only the first rank reports it.
 _REPORT_DELAY = 10
@@ -63,8 +67,8 @@ def _describing_refusals() -> Iterator[None]:
     """Turn an error of the operating system, and a lack of transformers, into an error of one line.
 
     Raises:
-        UserError: transformers is not installed.
-        RunFailure: The operating system refuses something, such as a file, or space on a disk.
+        UserError: A file cannot be used, or transformers is not installed.
+        RunFailure: The operating system has no space or files left, or a device fails.
     """
     try:
         yield
@@ -79,7 +83,8 @@ def _describing_refusals() -> Iterator[None]:
         if error.strerror is None or "LOCAL_RANK" in os.environ:
             raise
         file = f"{os.fsdecode(error.filename)}: " if isinstance(error.filename, str | bytes) else ""
-        raise RunFailure(f"{file}{error.strerror}") from error
+        kind = RunFailure if error.errno in _FAILURES_OF_SYSTEM or not file else UserError
+        raise kind(f"{file}{error.strerror}") from error
 
 
 def _is_output_closed() -> bool:

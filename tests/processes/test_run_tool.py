@@ -34,9 +34,9 @@ def no_rank(monkeypatch):
     monkeypatch.delenv("LOCAL_RANK", raising=False)
 
 
-@pytest.mark.parametrize("number", [errno.ENOENT, errno.EIO, errno.ENOSPC])
-def test_error_of_the_system_is_one_line(monkeypatch, capsys, number):
-    assert run_failing(OSError(number, os.strerror(number), "data/config.json"), monkeypatch) == 1
+@pytest.mark.parametrize(("number", "code"), [(errno.ENOENT, 2), (errno.ENAMETOOLONG, 2), (errno.ENOSPC, 1)])
+def test_error_of_the_system_is_one_line(monkeypatch, capsys, number, code):
+    assert run_failing(OSError(number, os.strerror(number), "data/config.json"), monkeypatch) == code
     assert capsys.readouterr().err == f"error: data/config.json: {os.strerror(number)}\n"
 
 

@@ -68,35 +68,12 @@ def test_chain_is_an_array_of_jobs_one_at_a_time():
     assert "--chain" in script
 
 
-def test_each_job_of_an_array_has_its_own_folder(tmp_path):
-    sbatch, script, run = words("--array=1-3", "--run-dir", tmp_path / "seed-%a", "--", LAPTOP, "--seed", "%a")
-    assert sbatch[0] == f"--output={tmp_path}/slurm/%j.log"
-    assert script[-1] == f"{tmp_path}/seed-%a"
-    assert run[-1] == "%a"
-
-
-@pytest.mark.parametrize("folder", ["run", "seed-%A", "seed-%4a"])
-@pytest.mark.parametrize("array", ["--array=1-3", "--array=0,2", "-a1-3"])
-def test_jobs_at_the_same_time_must_not_share_a_folder(tmp_path, folder, array):
-    error = submit(array, "--run-dir", tmp_path / folder, "--", LAPTOP, "--seed", "%a", expect=2)
-    assert f"the jobs of {array} would share the run folder" in error
-    assert len(error.splitlines()) == 1
-
-
-@pytest.mark.parametrize("array", ["--array=7", "--array=1-3%1"])
-def test_jobs_one_after_the_other_may_share_a_folder(tmp_path, array):
-    sbatch, _, _ = words(array, "--run-dir", tmp_path / "run", "--", LAPTOP)
-    assert array in sbatch
-
-
 @pytest.mark.parametrize(
     ("arguments", "error"),
     [
-        ((), "MODEL.yaml is missing"),
         (("launch/models/laptop.yaml",), "unexpected argument launch/models/laptop.yaml"),
         (("--", "nowhere.yaml"), "model file nowhere.yaml does not exist"),
         (("--chain", "many", "--", LAPTOP), "--chain needs a number of jobs, not many"),
-        (("--image",), "--image needs a value"),
     ],
 )
 def test_bad_options(arguments, error):
@@ -109,8 +86,6 @@ def test_bad_options(arguments, error):
 @pytest.mark.parametrize(
     ("arguments", "error"),
     [
-        ((), "MODEL.yaml is missing"),
-        (("--nonsense", "x.yaml"), "unknown option --nonsense"),
         (("--root", "/", "x.yaml"), "/ is not the repository"),
         (("--container", "lxc", "x.yaml"), "--container must be none, pyxis or apptainer, not lxc"),
         (("--container", "pyxis", "x.yaml"), "--container pyxis needs an --image"),
