@@ -12,7 +12,8 @@ from megatron.core.datasets.blended_megatron_dataset_config import (
 )
 
 from maskmoe.analysis.routing_statistics import SPLITS
-from maskmoe.data.indexed_dataset import open_tokens, read_index, read_tokenizer_record
+from maskmoe.data.indexed_dataset import open_tokens, read_index
+from maskmoe.data.tokenizer_record import read_tokenizer_record
 from maskmoe.errors import UserError
 
 _TOKENIZER_FILE = "tokenizer.json"

@@ -1,7 +1,6 @@
 """The routing mask as tensors of a checkpoint, and the mask of a run, read from a mask file or a checkpoint."""
 
 import json
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -9,11 +8,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from maskmoe.checkpoint.reading import read_tensors
+from maskmoe.checkpoint.reading import read_checkpoint_layout, read_tensors
 from maskmoe.checkpoint.series import locate_checkpoint
 from maskmoe.errors import UserError
-from maskmoe.routing_mask.expert_table import TENSOR_NAMES, ExpertTable, layer_of_tensor
-from maskmoe.routing_mask.feed_forward_layers import positions_of_layers
 from maskmoe.routing_mask.mask import RoutingMask, row_dtype
 
 CHECKPOINT_PREFIX = "routing_mask."
@@ -76,47 +73,6 @@ def mask_in_checkpoint(checkpoint: Path) -> RoutingMask | None:
     return routing_mask_from_buffers({name.removeprefix(CHECKPOINT_PREFIX): buffer for name, buffer in buffers.items()})
 
 
-def mask_of_megatron(checkpoint: Path, like: RoutingMask, pattern: str | None, num_predictions: int) -> RoutingMask:
-    """Return the mask that describes how Megatron-Core's own model in a checkpoint routes.
-
-    Ids see the k experts of a hash layer's table, and all experts in the other layers.
-
-    Args:
-        checkpoint: The folder of the checkpoint.
-        like: The mask for the same model whose sizes the result has.
-        pattern: `--hybrid-layer-pattern` of the model; None for a `GPTModel`.
-        num_predictions: Layers of multi-token prediction of a `GPTModel`, which are never hash layers.
-
-    Raises:
-        UserError: The checkpoint is damaged, or a table does not fit the model.
-    """
-    positions = positions_of_layers(pattern, like.num_layers)
-    if pattern is None:
-        positions = [*positions[: like.num_layers - num_predictions], *[None] * num_predictions]
-    all_experts = np.tile(np.arange(like.num_experts), (like.vocab_size, 1))
-    experts: Sequence[np.ndarray | None] = [all_experts] * len(like.row_of_id)
-    if tables := _read_tables(checkpoint):
-        experts = ExpertTable.of_tensors(checkpoint.name, tables, positions).experts
-    return ExpertTable(checkpoint.name, experts).to_mask(like.num_experts, like.num_layers, like.vocab_size)
-
-
-def read_expert_tables(source: Path) -> dict[str, np.ndarray]:
-    """Read the tables of Megatron-Core's hash layers from a checkpoint, or from the newest intact one of a run.
-
-    Returns:
-        The tables, int32 [vocab, k], by the names of their tensors.
-
-    Raises:
-        UserError: The source is missing or damaged, or holds no such table.
-    """
-    checkpoint = locate_checkpoint(source)
-    tables = _read_tables(checkpoint)
-    if not tables:
-        raise UserError(f"{checkpoint} holds no expert table: no tensor is named as {TENSOR_NAMES['tid2eid']}")
-    return tables
-
-
-def _read_tables(checkpoint: Path) -> dict[str, np.ndarray]:
-    """Return the tables of hash layers in a checkpoint, see `read_expert_tables`; empty if there are none."""
-    tables = read_tensors(checkpoint, lambda name: layer_of_tensor(name) is not None)
-    return {name: table.numpy() for name, table in tables.items()}
+def has_expert_tables(checkpoint: Path) -> bool:
+    """Return whether a checkpoint has a table of experts, as Megatron-Core's hash layers have. Raises UserError."""
+    return any(name.endswith(".tid2eid") for name in read_checkpoint_layout(checkpoint).state_dict_metadata)

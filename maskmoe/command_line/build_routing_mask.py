@@ -12,7 +12,6 @@ import argparse
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
-from types import ModuleType
 from typing import Any
 
 import numpy as np
@@ -22,8 +21,7 @@ from maskmoe.arguments.parser import add_force_argument, add_option, add_seed_ar
 from maskmoe.errors import UserError, counted
 from maskmoe.files.outputs import atomic_output, check_outputs
 from maskmoe.routing_mask.assignment import ASSIGNMENTS, PRESETS, MaskRecipe, build_routing_mask
-from maskmoe.routing_mask.expert_table import TENSOR_NAMES, ExpertTable, split_location
-from maskmoe.routing_mask.feed_forward_layers import positions_of_layers
+from maskmoe.routing_mask.expert_table import TENSOR_NAMES, ExpertTable, positions_of_layers, split_location
 from maskmoe.routing_mask.frequency import (
     TokenFrequency,
     check_same_vocabulary,
@@ -183,17 +181,25 @@ def read_mask(source: Path) -> RoutingMask:
     Raises:
         UserError: The source is missing or damaged, or holds no routing mask.
     """
-    return _checkpoint_reader().read_routing_mask(source) if source.is_dir() else RoutingMask.load(source)
-
-
-def _checkpoint_reader() -> ModuleType:
-    """Return the module that reads checkpoints, which imports torch and Megatron: that takes seconds."""
+    if not source.is_dir():
+        return RoutingMask.load(source)
+    # Only checkpoints need torch and Megatron, whose import takes seconds.
     from maskmoe.megatron_compat import prepare_process
 
     prepare_process()
-    from maskmoe.checkpoint import routing_mask
+    from maskmoe.checkpoint.routing_mask import read_routing_mask
 
-    return routing_mask
+    return read_routing_mask(source)
+
+
+def _read_table_of_checkpoint(folder: Path, num_layers: int, pattern: str | None) -> ExpertTable:
+    """Read the table of Megatron-Core's hash layers from a checkpoint. Raises UserError."""
+    from maskmoe.megatron_compat import prepare_process
+
+    prepare_process()
+    from maskmoe.checkpoint.expert_tables import read_expert_tables
+
+    return ExpertTable.of_tensors(folder.name, read_expert_tables(folder), positions_of_layers(pattern, num_layers))
 
 
 def _make_mask(arguments: argparse.Namespace, frequency: TokenFrequency | None) -> RoutingMask:
@@ -209,8 +215,7 @@ def _make_mask(arguments: argparse.Namespace, frequency: TokenFrequency | None) 
         return build_routing_mask(recipe_from(arguments), **source, progress=True)
     folder = Path(arguments.expert_table)
     if folder.is_dir() and not any(folder.glob("*.safetensors")):
-        positions = positions_of_layers(arguments.hybrid_layer_pattern, arguments.num_layers)
-        table = ExpertTable.of_tensors(folder.name, _checkpoint_reader().read_expert_tables(folder), positions)
+        table = _read_table_of_checkpoint(folder, arguments.num_layers, arguments.hybrid_layer_pattern)
     else:
         table = ExpertTable.read(arguments.expert_table, arguments.num_layers, arguments.hybrid_layer_pattern)
     vocab_size = frequency.vocab_size if frequency else arguments.vocab_size
@@ -229,7 +234,7 @@ def _flags(names: list[str]) -> str:
 
 def print_summary(mask: RoutingMask, frequency: TokenFrequency | None, num_ranks: int | None, topk: int) -> None:
     """Print size, visible experts, expected load and digest of the mask, and a warning if it cannot be balanced."""
-    is_frequent = mask.num_visible_beyond_hash_layers > 1
+    is_frequent = mask.num_visible_of_layer(mask.num_layers - 1) > 1  # beyond hash layers
     tables = "one table for all layers" if mask.is_shared else f"{mask.num_layers} tables"
     size = f"{mask.nbytes / 2**20:.2f} MiB"
     print(f"mask             {mask.vocab_size:,} ids · {mask.num_experts} experts · {tables} · {size}")

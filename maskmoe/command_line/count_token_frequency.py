@@ -13,7 +13,7 @@ from pathlib import Path
 
 from maskmoe.arguments import ranges
 from maskmoe.arguments.parser import add_force_argument, add_option, add_workers_argument, command_parser
-from maskmoe.data.indexed_dataset import files_of_data_path
+from maskmoe.data.data_path import files_of_data_path
 from maskmoe.files.outputs import atomic_output, check_outputs
 from maskmoe.routing_mask.frequency import (
     TokenFrequency,

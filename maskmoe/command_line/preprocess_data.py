@@ -32,7 +32,7 @@ from maskmoe.arguments.parser import add_force_argument, add_workers_argument, c
 from maskmoe.data.dataset_writing import IndexedDatasetWriter, merge_datasets
 from maskmoe.data.inputs import FORMATS, Shard, unescape
 from maskmoe.data.preprocess import preprocess
-from maskmoe.data.tokenizer import TOKENIZER_TYPES
+from maskmoe.data.tokenizer_record import TOKENIZER_TYPES
 from maskmoe.processes.folder_lock import locked
 
 # Flags that say how text is encoded, with their values if they are not given: --merge, which encodes nothing, refuses

@@ -9,7 +9,8 @@ import numpy as np
 
 from maskmoe.comparison.steps import Step, maskmoe_command
 from maskmoe.comparison.suite import DataSection
-from maskmoe.data.indexed_dataset import dataset_files, parse_data_path, read_index
+from maskmoe.data.data_path import parse_data_path
+from maskmoe.data.indexed_dataset import dataset_files, read_index
 from maskmoe.errors import UserError
 from maskmoe.launch.model_file import Flags
 from maskmoe.routing_mask.frequency import TokenFrequency

@@ -32,7 +32,7 @@ from maskmoe.conversion.settings import (
 from maskmoe.conversion.tensor_sources import CastSource, FiniteSource, JoinedSource, TensorSource
 from maskmoe.conversion.tokenizer import TOKENIZER_FILES, WITHOUT_TEXT, choose_tokenizer
 from maskmoe.conversion.upcycle import upcycle
-from maskmoe.data.tokenizer import tokenizer_sha256
+from maskmoe.data.tokenizer_record import tokenizer_sha256
 from maskmoe.errors import UserError
 from maskmoe.files.outputs import lies_inside, unwinding_on_signals
 from maskmoe.files.untrusted import reading, resolve_inside

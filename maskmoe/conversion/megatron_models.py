@@ -58,7 +58,8 @@ from maskmoe.conversion.tensor_sources import (
     row_major_blocks,
 )
 from maskmoe.conversion.tokenizer import WITHOUT_TEXT
-from maskmoe.data.tokenizer import TOKENIZER_TYPES, load_tokenizer
+from maskmoe.data.tokenizer import load_tokenizer
+from maskmoe.data.tokenizer_record import TOKENIZER_TYPES
 from maskmoe.errors import UserError
 from maskmoe.files.untrusted import reading
 from maskmoe.routing_mask.mask import RoutingMask

@@ -10,13 +10,8 @@ from transformers import PreTrainedTokenizerFast
 from transformers.convert_slow_tokenizer import SentencePieceExtractor, SpmConverter
 
 from maskmoe.conversion.settings import Settings
-from maskmoe.data.tokenizer import (
-    HuggingFaceTokenizer,
-    SentencePieceTokenizer,
-    Tokenizer,
-    load_tokenizer,
-    tokenizer_sha256,
-)
+from maskmoe.data.tokenizer import HuggingFaceTokenizer, SentencePieceTokenizer, Tokenizer, load_tokenizer
+from maskmoe.data.tokenizer_record import tokenizer_sha256
 from maskmoe.errors import UserError
 
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "chat_template.jinja")

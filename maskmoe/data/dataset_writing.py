@@ -15,21 +15,28 @@ import numpy as np
 from tqdm import tqdm
 
 from maskmoe.data.indexed_dataset import (
+    CODE_OF_DTYPE,
+    HEADER,
+    MAGIC,
+    VERSION,
+    DatasetIndex,
     bin_path,
     dataset_files,
     idx_path,
-    pack_header,
     read_index,
-    read_tokenizer_record,
     sequence_offsets,
-    tokenizer_record_path,
 )
-from maskmoe.data.tokenizer import TokenizerRecord
+from maskmoe.data.tokenizer_record import TokenizerRecord, read_tokenizer_record, tokenizer_record_path
 from maskmoe.errors import UserError
 from maskmoe.files.outputs import atomic_output, check_outputs
 
 _BATCH_TOKENS = 1 << 20  # copied at a time
 _SHARD = re.compile(r"(.*)-(\d{5,})-of-(\d{5,})(.*)", re.DOTALL)
+
+
+def optimal_dtype(vocab_size: int) -> np.dtype:
+    """Return the dtype that stores ids of a vocabulary, as Megatron-Core's `DType.optimal_dtype` does."""
+    return np.dtype(np.uint16 if vocab_size < 65500 else np.int32)
 
 
 class IndexedDatasetWriter:
@@ -88,7 +95,7 @@ class IndexedDatasetWriter:
                 yield stream
             lengths = np.frombuffer(self._sequence_lengths, np.int32)
             boundaries = np.frombuffer(self._document_indices, np.int64)
-            header = pack_header(self.dtype, len(lengths), len(boundaries))
+            header = HEADER.pack(MAGIC, VERSION, CODE_OF_DTYPE[self.dtype.name], len(lengths), len(boundaries))
             with open(new_idx, "wb") as stream:
                 for part in (header, lengths, sequence_offsets(lengths, self.dtype), boundaries):
                     stream.write(part)
@@ -296,7 +303,7 @@ def _check_datasets(prefixes: Sequence[str], shuffled: bool) -> tuple[np.dtype, 
         index, record = read_index(prefix), read_tokenizer_record(prefix)
         if paths[number] in paths[:number]:
             raise UserError(f"dataset {prefix} is given twice")
-        if index.has_modes:
+        if _has_modes(index):
             raise UserError(f"dataset {prefix} is multimodal, and cannot be joined")
         if shuffled and (np.diff(index.document_indices) > 1).any():
             raise UserError(f"dataset {prefix} has documents of several sequences, which cannot be shuffled")
@@ -308,3 +315,9 @@ def _check_datasets(prefixes: Sequence[str], shuffled: bool) -> tuple[np.dtype, 
                 f"{prefix} with {record or 'an unknown one'}"
             )
     return first.dtype, tokenizer
+
+
+def _has_modes(index: DatasetIndex) -> bool:
+    """Return whether the sequences of a dataset have modes, as in multimodal datasets."""
+    num_integers = 12 * len(index.sequence_lengths) + 8 * len(index.document_indices)
+    return idx_path(index.prefix).stat().st_size != HEADER.size + num_integers

@@ -13,69 +13,28 @@ A third file, `PREFIX.tokenizer.json`, records the tokenizer that made the ids. 
 """
 
 import hashlib
-import math
 import os
 import struct
-from collections.abc import Sequence
-from contextlib import suppress
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 
 import numpy as np
 
-from maskmoe.data.tokenizer import TokenizerRecord
+from maskmoe.data.tokenizer_record import tokenizer_record_path
 from maskmoe.errors import UserError
-from maskmoe.files.json_files import type_adapter
-from maskmoe.files.untrusted import check_regular, read_json_bytes
+from maskmoe.files.untrusted import check_regular
 
-_MAGIC = b"MMIDIDX\x00\x00"
-_VERSION = 1
-_HEADER = struct.Struct("<9sQBQQ")  # magic, version, dtype code, sequences, documents + 1
-_CODE_OF_DTYPE = {"uint8": 1, "int8": 2, "int16": 3, "int32": 4, "int64": 5, "uint16": 8}
-_DTYPE_OF_CODE = {code: np.dtype(name) for name, code in _CODE_OF_DTYPE.items()}
+MAGIC = b"MMIDIDX\x00\x00"
+VERSION = 1
+HEADER = struct.Struct("<9sQBQQ")  # magic, version, dtype code, sequences, documents + 1
+CODE_OF_DTYPE = {"uint8": 1, "int8": 2, "int16": 3, "int32": 4, "int64": 5, "uint16": 8}
+_DTYPE_OF_CODE = {code: np.dtype(name) for name, code in CODE_OF_DTYPE.items()}
 
 
 def dataset_files(prefix: str | Path) -> list[Path]:
     """Return the paths of all files of a dataset; the last one, the tokenizer's record, need not exist."""
     return [bin_path(prefix), idx_path(prefix), tokenizer_record_path(prefix)]
-
-
-def parse_data_path(data_path: Sequence[str]) -> tuple[list[str], list[float | None]]:
-    """Split Megatron's `--data-path` into dataset prefixes and blend weights; all weights are None if none is given.
-
-    The rules are those of `megatron.core.datasets.utils.get_blend_from_list`. All items are prefixes if their number is
-    odd or if no item at an even position is a number. Otherwise weights and prefixes alternate.
-
-    Raises:
-        UserError: `data_path` is empty, only some datasets have a weight, or a weight is not a positive number.
-    """
-    if not data_path:
-        raise UserError("--data-path is empty; give PREFIX… or WEIGHT PREFIX …")
-    items = [item.strip() for item in data_path]
-    weights: dict[int, float] = {}
-    for position, item in enumerate(items[::2]):
-        with suppress(ValueError):
-            weights[position] = float(item)
-    if len(items) % 2 or not weights:
-        return items, [None] * len(items)
-    for position, item in enumerate(items[::2]):
-        if position not in weights:
-            raise UserError(f"--data-path has weights for some datasets, but {item!r} stands where one is expected")
-        if not 0 < weights[position] < math.inf:
-            raise UserError(f"--data-path: blend weight {item} is not a positive number")
-    return items[1::2], list(weights.values())
-
-
-def files_of_data_path(data_path: Sequence[str]) -> list[Path]:
-    """Return the paths of all files of the datasets of `--data-path`. Raises UserError, see `parse_data_path`."""
-    prefixes = parse_data_path(data_path)[0]
-    return [path for prefix in prefixes for path in dataset_files(prefix)]
-
-
-def optimal_dtype(vocab_size: int) -> np.dtype:
-    """Return the dtype that stores ids of a vocabulary, as Megatron-Core's `DType.optimal_dtype` does."""
-    return np.dtype(np.uint16 if vocab_size < 65500 else np.int32)
 
 
 def bin_path(prefix: str | Path) -> Path:
@@ -86,11 +45,6 @@ def bin_path(prefix: str | Path) -> Path:
 def idx_path(prefix: str | Path) -> Path:
     """Return the path of the file that holds the index."""
     return Path(f"{prefix}.idx")
-
-
-def tokenizer_record_path(prefix: str | Path) -> Path:
-    """Return the path of the file that records the tokenizer."""
-    return Path(f"{prefix}.tokenizer.json")
 
 
 @dataclass(frozen=True)
@@ -123,12 +77,6 @@ class DatasetIndex:
     def bin_bytes(self) -> int:
         """Size of the `.bin` file in bytes."""
         return self.num_tokens * self.dtype.itemsize
-
-    @property
-    def has_modes(self) -> bool:
-        """Whether the sequences have modes, as in multimodal datasets."""
-        num_integers = 12 * len(self.sequence_lengths) + 8 * len(self.document_indices)
-        return idx_path(self.prefix).stat().st_size != _HEADER.size + num_integers
 
     @cached_property
     def idx_sha256(self) -> str:
@@ -170,20 +118,20 @@ def read_index(prefix: str | Path) -> DatasetIndex:
 def _parse_index(prefix: str, path: Path) -> DatasetIndex:
     """Return the content of an index. Raises ValueError if the index is damaged."""
     size = path.stat().st_size
-    if size < _HEADER.size:
-        raise ValueError(f"has {size} bytes, fewer than the {_HEADER.size} of an index header; it is truncated")
+    if size < HEADER.size:
+        raise ValueError(f"has {size} bytes, fewer than the {HEADER.size} of an index header; it is truncated")
     content = np.asarray(np.memmap(path, np.uint8, mode="r"))
-    magic, version, code, num_sequences, num_boundaries = _HEADER.unpack_from(content)
-    if magic != _MAGIC:
-        raise ValueError(f"is not an index of a Megatron dataset (it does not begin with {_MAGIC[:7].decode()})")
-    if version != _VERSION:
-        raise ValueError(f"has format version {version}; only version {_VERSION} is known")
+    magic, version, code, num_sequences, num_boundaries = HEADER.unpack_from(content)
+    if magic != MAGIC:
+        raise ValueError(f"is not an index of a Megatron dataset (it does not begin with {MAGIC[:7].decode()})")
+    if version != VERSION:
+        raise ValueError(f"has format version {version}; only version {VERSION} is known")
     if code not in _DTYPE_OF_CODE:
         raise ValueError(f"has dtype code {code}, which no integer token dtype has")
-    described = _HEADER.size + num_sequences * (4 + 8) + num_boundaries * 8
+    described = HEADER.size + num_sequences * (4 + 8) + num_boundaries * 8
     if size not in (described, described + num_sequences):
         raise ValueError(f"has {size} bytes, but its header describes {described}; it is truncated or damaged")
-    ends = np.cumsum([_HEADER.size, num_sequences * 4, num_sequences * 8, num_boundaries * 8])
+    ends = np.cumsum([HEADER.size, num_sequences * 4, num_sequences * 8, num_boundaries * 8])
     _, lengths, offsets, boundaries, _ = np.split(content, ends)
     lengths, offsets, boundaries = lengths.view("<i4"), offsets.view("<i8"), boundaries.view("<i8")
     dtype = _DTYPE_OF_CODE[code]
@@ -199,25 +147,9 @@ def sequence_offsets(sequence_lengths: np.ndarray, dtype: np.dtype) -> np.ndarra
     return (np.cumsum(sequence_lengths, dtype=np.int64) - sequence_lengths) * dtype.itemsize
 
 
-def pack_header(dtype: np.dtype, num_sequences: int, num_boundaries: int) -> bytes:
-    """Return the first bytes of an index, before the arrays; `num_boundaries` is the number of documents + 1."""
-    return _HEADER.pack(_MAGIC, _VERSION, _CODE_OF_DTYPE[dtype.name], num_sequences, num_boundaries)
-
-
 def open_tokens(prefix: str | Path) -> np.ndarray:
     """Map all token ids of a dataset into memory, read-only, [tokens]. Raises UserError if damaged or empty."""
     index = read_index(prefix)
     if index.num_tokens == 0:
         raise UserError(f"{bin_path(prefix)} holds no tokens")
     return index.map_tokens()
-
-
-def read_tokenizer_record(prefix: str | Path) -> TokenizerRecord | None:
-    """Return the record of the dataset's tokenizer, None if there is none; raise `UserError` if it is not valid."""
-    path = tokenizer_record_path(prefix)
-    if not os.path.lexists(path):
-        return None
-    try:
-        return type_adapter(TokenizerRecord).validate_json(read_json_bytes(path), strict=True)
-    except ValueError as error:
-        raise UserError(f"{path} is not a tokenizer record; delete it or make the dataset again") from error

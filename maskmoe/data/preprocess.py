@@ -14,17 +14,13 @@ from tempfile import TemporaryDirectory
 
 import numpy as np
 
-from maskmoe.data.dataset_writing import IndexedDatasetWriter, copy_shuffled
+from maskmoe.data.dataset_writing import IndexedDatasetWriter, copy_shuffled, optimal_dtype
 from maskmoe.data.documents import Block, progress_bar, read_blocks
-from maskmoe.data.indexed_dataset import dataset_files, optimal_dtype
-from maskmoe.data.inputs import (
-    Input,
-    Shard,
-    find_inputs,
-    take_shard,
-)
+from maskmoe.data.indexed_dataset import dataset_files
+from maskmoe.data.inputs import Input, Shard, find_inputs, take_shard
 from maskmoe.data.parallel import map_in_processes
-from maskmoe.data.tokenizer import Tokenizer, TokenizerRecord, load_tokenizer
+from maskmoe.data.tokenizer import Tokenizer, load_tokenizer
+from maskmoe.data.tokenizer_record import TokenizerRecord
 from maskmoe.errors import UserError
 from maskmoe.files.outputs import check_outputs
 

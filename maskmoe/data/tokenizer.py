@@ -7,43 +7,17 @@ import hashlib
 import os
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
+from maskmoe.data.tokenizer_record import TOKENIZER_TYPES, TokenizerRecord, model_file, read_model
 from maskmoe.errors import UserError
 from maskmoe.files.json_files import read_json
-from maskmoe.files.untrusted import MAX_JSON_BYTES, UnusableFile, printable_name, read_bounded, reading
+from maskmoe.files.untrusted import printable_name, reading
 
 _TOKEN_LISTS = ("additional_special_tokens", "extra_special_tokens", "added_tokens_decoder")  # keys of settings
-
-
-@dataclass(frozen=True)
-class TokenizerRecord:
-    """Identifies the tokenizer that made a dataset.
-
-    Attributes:
-        type: Value of Megatron's `--tokenizer-type`.
-        model: File name of the model, without folders, see `printable_name`.
-        eod_id: The id that ends a document, or None if the tokenizer has no such id.
-    """
-
-    __pydantic_config__ = {"extra": "forbid"}  # noqa: RUF012 - pydantic reads this attribute of the class
-
-    type: str
-    model: str
-    sha256: str
-    vocab_size: int
-    eod_id: int | None
-
-    def is_same_as(self, other: "TokenizerRecord | None") -> bool:
-        """Return whether two records differ in the name of the model's file at most."""
-        return other is not None and replace(self, model=other.model) == other
-
-    def __str__(self) -> str:
-        return f"{self.type} {self.model} ({self.vocab_size} ids, sha256 {self.sha256[:12]})"
 
 
 class Tokenizer(ABC):
@@ -62,11 +36,8 @@ class Tokenizer(ABC):
     eod_id: int | None
 
     def __init__(self, model: str | Path) -> None:
-        self.model_path = Path(model)
-        try:
-            self._content = read_bounded(model, MAX_JSON_BYTES)
-        except UnusableFile as error:
-            raise UserError(f"model {error} ({type(self).__name__})") from error
+        self.model_path = model_file(type(self).__name__, model)
+        self._content = read_model(type(self).__name__, model)
 
     @abstractmethod
     def encode_batch(self, texts: list[str]) -> list[np.ndarray]:
@@ -112,8 +83,6 @@ class HuggingFaceTokenizer(Tokenizer):
         os.environ["TOKENIZERS_PARALLELISM"] = "false"
         import tokenizers
 
-        if os.path.isdir(model):
-            model = Path(model) / "tokenizer.json"
         super().__init__(model)
         with reading(f"{self.model_path} is not a tokenizer.json: it"):
             self._tokenizer = tokenizers.Tokenizer.from_buffer(self._content)
@@ -165,24 +134,13 @@ class HuggingFaceTokenizer(Tokenizer):
         return [np.array(encoding.ids, np.int32) for encoding in self._tokenizer.encode_batch_fast(texts)]
 
 
-TOKENIZER_TYPES = {cls.__name__: cls for cls in (SentencePieceTokenizer, HuggingFaceTokenizer)}
-# Megatron-Core builds its SentencePieceTokenizer for these types, too.
-TOKENIZER_TYPES |= dict.fromkeys(("GPTSentencePieceTokenizer", "Llama2Tokenizer"), SentencePieceTokenizer)
-
-
-def tokenizer_sha256(tokenizer_type: str, tokenizer_model: str | Path | None) -> str | None:
-    """Return the digest of a tokenizer's file as training records it; None for types that have no record.
-
-    Raises:
-        UserError: The tokenizer cannot be read.
-    """
-    if tokenizer_type not in TOKENIZER_TYPES or tokenizer_model is None:
-        return None
-    return load_tokenizer(tokenizer_type, tokenizer_model).record().sha256
+_CLASSES = {cls.__name__: cls for cls in (SentencePieceTokenizer, HuggingFaceTokenizer)}
+# Megatron-Core builds its SentencePieceTokenizer for the other types also.
+_CLASSES |= {name: SentencePieceTokenizer for name in TOKENIZER_TYPES if name not in _CLASSES}
 
 
 def load_tokenizer(tokenizer_type: str, model: str | Path) -> Tokenizer:
     """Load the tokenizer that Megatron's `--tokenizer-type` and `--tokenizer-model` name. Raises UserError."""
     if tokenizer_type not in TOKENIZER_TYPES:
         raise UserError(f"unknown tokenizer type {tokenizer_type}; choose one of {', '.join(TOKENIZER_TYPES)}")
-    return TOKENIZER_TYPES[tokenizer_type](model)
+    return _CLASSES[tokenizer_type](model)

@@ -11,7 +11,15 @@ from tqdm import tqdm
 from maskmoe.data.parallel import map_in_processes
 from maskmoe.errors import UserError
 from maskmoe.routing_mask.frequency import TokenFrequency, count_frequent, ids_by_frequency
-from maskmoe.routing_mask.mask import HashLayers, MaskProvenance, RoutingMask, pack_sets, row_dtype, stack_tables
+from maskmoe.routing_mask.mask import (
+    HashLayers,
+    MaskProvenance,
+    RoutingMask,
+    load_of_frequent,
+    pack_sets,
+    row_dtype,
+)
+from maskmoe.routing_mask.tables import stack_tables
 
 ASSIGNMENTS = ("uniform", "balanced", "rank-local")
 # Each baseline fixes these settings of a recipe. `smoe` also fixes V_f = N.
@@ -150,6 +158,12 @@ class MaskRecipe:
         return self.preset in ("smoe", "top-k-hash")
 
     @property
+    def load_of_frequent(self) -> int:
+        """The load that each occurrence of a frequent id adds to its experts together."""
+        visible = self.frequent_visible_experts
+        return load_of_frequent(self.assignment, self.frequent_mass, visible, self.num_experts, self.topk)
+
+    @property
     def num_ranks(self) -> int:
         """Number of ranks that a visible set must not cross; 1 if visible sets may hold any experts."""
         return self.expert_model_parallel_size or 1
@@ -185,16 +199,6 @@ class MaskRecipe:
             preset="top-k-hash" if several else None,
             hash_layers=None,
         )
-
-
-def load_of_frequent(made_from: MaskRecipe | MaskProvenance, num_experts: int, topk: int) -> int:
-    """Return the load that each occurrence of a frequent id counts when ids are placed by load.
-
-    The load is min(k, V_f). It is 1, as for other ids, if the placement does not depend on k.
-    """
-    visible = made_from.frequent_visible_experts or 1
-    is_weighed = 0 < made_from.frequent_mass < 1 and visible < num_experts
-    return min(topk, visible) if is_weighed and made_from.assignment in ("balanced", "rank-local") else 1
 
 
 class Vocabulary:
@@ -253,7 +257,7 @@ def build_routing_mask(
     row_of_id, visible_bits = stack_tables(list(bar), recipe.num_experts)
     settings: dict[str, Any] = {field.name: getattr(recipe, field.name) for field in fields(recipe)}
     sizes = {"vocab_size": len(occurrences)} | {name: settings.pop(name) for name in ("num_experts", "num_layers")}
-    settings["topk"] = recipe.topk if load_of_frequent(recipe, recipe.num_experts, recipe.topk) > 1 else 1
+    settings["topk"] = recipe.topk if recipe.load_of_frequent > 1 else 1
     if frequency is not None:
         settings["counts_digest"] = frequency.digest
         settings |= {"datasets": frequency.datasets, "tokenizer": frequency.tokenizer}
@@ -289,7 +293,7 @@ def assign_table(recipe: MaskRecipe, occurrences: np.ndarray, table: int) -> tup
         single_expert = rng.integers(num_experts, size=len(vocabulary.ids) - num_frequent)
     else:
         weights = vocabulary.occurrences[skipped:].copy()
-        weights[:num_sets] *= load_of_frequent(recipe, num_experts, recipe.topk)
+        weights[:num_sets] *= recipe.load_of_frequent
         sets, single_expert = _assign_by_load(rng, weights, num_sets, recipe)
     if skipped:
         sets = np.ones((1, num_experts), dtype=bool)

@@ -3,7 +3,7 @@
 import hashlib
 import os
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Self
@@ -14,9 +14,9 @@ from safetensors.numpy import save
 
 from maskmoe.errors import UserError, counted
 from maskmoe.files.outputs import atomic_output
-from maskmoe.routing_mask.feed_forward_layers import positions_of_layers
-from maskmoe.routing_mask.mask import MaskProvenance, RoutingMask, stack_tables, table_of_sets
+from maskmoe.routing_mask.mask import MaskProvenance, RoutingMask
 from maskmoe.routing_mask.sealed_tensors import reading_tensors
+from maskmoe.routing_mask.tables import stack_tables, table_of_sets
 
 ASSIGNMENT = "expert-table"
 TENSOR_NAMES = {
@@ -25,6 +25,8 @@ TENSOR_NAMES = {
 }
 """The names of the layers' tables in Megatron-Core's models and in DeepSeek-V4's checkpoints, by format."""
 _LAYER = "{layer}"
+_MEGATRONS_LAYERS = "decoder.layers."
+_MLP, _MOE, _STAGE, _PREDICTION = "-", "E", "|", "/"  # in a pattern
 # transformers renames DeepSeek-V4's tensors to `model.layers.0.mlp.gate.tid2eid`.
 _KNOWN_NAME = re.compile(
     r"(?:decoder\.layers\.(\d+)\.mlp\.router|(?:model\.)?layers\.(\d+)\.(?:ffn|mlp)\.gate)\.tid2eid"
@@ -44,6 +46,44 @@ def split_location(location: str) -> tuple[Path, str]:
     ends = [*(match.start() for match in re.finditer(":", location)), len(location)]
     end = next((end for end in reversed(ends) if os.path.exists(location[:end])), ends[0])
     return Path(location[:end]), location[end + 1 :]
+
+
+def positions_of_layers(
+    pattern: str | None, num_layers: int, names: Iterable[str] = (_MEGATRONS_LAYERS,)
+) -> Sequence[int | None]:
+    """Return the number, from 0, that each layer of a mask has among the decoder layers of its model.
+
+    Args:
+        pattern: `--hybrid-layer-pattern` of a `HybridModel`; None for a `GPTModel`, whose layers have one number each.
+        num_layers: Number of layers of the mask, which are the model's MoE layers or all its feed-forward layers,
+            multi-token prediction included.
+        names: Names of tensors that contain the numbers. Megatron-Core's names count all layers of the pattern; all
+            other names count feed-forward layers, one for each transformer layer.
+
+    Returns:
+        The numbers, which the names contain; None for a layer that is no hash layer: a feed-forward layer without
+        experts, or a layer of multi-token prediction.
+
+    Raises:
+        UserError: The pattern has another number of layers.
+    """
+    if pattern is None:
+        return range(num_layers)
+    decoder, _, predictions = pattern.replace(_STAGE, "").partition(_PREDICTION)
+    of_predictions = [symbol for symbol in predictions if symbol in (_MLP, _MOE)]
+    if not any(_MEGATRONS_LAYERS in name for name in names):
+        decoder = "".join(symbol for symbol in decoder if symbol in (_MLP, _MOE))
+    feed_forward = [(layer, symbol) for layer, symbol in enumerate(decoder) if symbol in (_MLP, _MOE)]
+    feed_forward += [(None, symbol) for symbol in of_predictions]
+    moe = [layer for layer, symbol in feed_forward if symbol == _MOE]
+    if num_layers == len(moe):
+        return moe
+    if num_layers == len(feed_forward):
+        return [layer if symbol == _MOE else None for layer, symbol in feed_forward]
+    raise UserError(
+        f"--hybrid-layer-pattern '{pattern}' has {len(moe)} E and {len(feed_forward) - len(moe)} -, but the mask is "
+        f"for {counted(num_layers, 'layer')}"
+    )
 
 
 @dataclass(frozen=True)

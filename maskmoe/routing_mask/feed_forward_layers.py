@@ -1,17 +1,16 @@
 """The layers of a model that a routing mask has tables for."""
 
 from argparse import Namespace
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Self
 
-from maskmoe.errors import UserError, counted
+from maskmoe.errors import UserError
 
 LAYER_FREQUENCY_ERROR = (
     "--moe-layer-freq must be 1 or more, or a list of 0 and 1 that gives experts to a layer, such as [0]+[1]*23"
 )
-_MEGATRONS_LAYERS = "decoder.layers."
-_MLP, _MOE, _STAGE, _PREDICTION = "-", "E", "|", "/"
+_MLP, _MOE, _PREDICTION = "-", "E", "/"
 
 
 @dataclass(frozen=True)
@@ -90,44 +89,6 @@ class FeedForwardLayers:
         if num_tables == 1:
             return 0
         return number - 1 if num_tables == len(self.has_experts) else sum(self.has_experts[: number - 1])
-
-
-def positions_of_layers(
-    pattern: str | None, num_layers: int, names: Iterable[str] = (_MEGATRONS_LAYERS,)
-) -> Sequence[int | None]:
-    """Return the number, from 0, that each layer of a mask has among the decoder layers of its model.
-
-    Args:
-        pattern: `--hybrid-layer-pattern` of a `HybridModel`; None for a `GPTModel`, whose layers have one number each.
-        num_layers: Number of layers of the mask, which are the model's MoE layers or all its feed-forward layers,
-            multi-token prediction included.
-        names: Names of tensors that contain the numbers. Megatron-Core's names count all layers of the pattern; all
-            other names count feed-forward layers, one for each transformer layer.
-
-    Returns:
-        The numbers, which the names contain; None for a layer that is no hash layer: a feed-forward layer without
-        experts, or a layer of multi-token prediction.
-
-    Raises:
-        UserError: The pattern has another number of layers.
-    """
-    if pattern is None:
-        return range(num_layers)
-    decoder, _, predictions = pattern.replace(_STAGE, "").partition(_PREDICTION)
-    of_predictions = [symbol for symbol in predictions if symbol in (_MLP, _MOE)]
-    if not any(_MEGATRONS_LAYERS in name for name in names):
-        decoder = "".join(symbol for symbol in decoder if symbol in (_MLP, _MOE))
-    feed_forward = [(layer, symbol) for layer, symbol in enumerate(decoder) if symbol in (_MLP, _MOE)]
-    feed_forward += [(None, symbol) for symbol in of_predictions]
-    moe = [layer for layer, symbol in feed_forward if symbol == _MOE]
-    if num_layers == len(moe):
-        return moe
-    if num_layers == len(feed_forward):
-        return [layer if symbol == _MOE else None for layer, symbol in feed_forward]
-    raise UserError(
-        f"--hybrid-layer-pattern '{pattern}' has {len(moe)} E and {len(feed_forward) - len(moe)} -, but the mask is "
-        f"for {counted(num_layers, 'layer')}"
-    )
 
 
 def is_layer_frequency(value: object) -> bool:

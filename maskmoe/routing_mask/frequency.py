@@ -10,9 +10,10 @@ import numpy as np
 from pydantic import Field
 from tqdm import tqdm
 
-from maskmoe.data.indexed_dataset import bin_path, parse_data_path, read_index, read_tokenizer_record
+from maskmoe.data.data_path import parse_data_path
+from maskmoe.data.indexed_dataset import bin_path, read_index
 from maskmoe.data.parallel import map_in_processes
-from maskmoe.data.tokenizer import TokenizerRecord
+from maskmoe.data.tokenizer_record import TokenizerRecord, read_tokenizer_record
 from maskmoe.errors import UserError
 from maskmoe.files.untrusted import printable_name
 from maskmoe.routing_mask.mask import CountedDataset, RoutingMask, unpack_bits

@@ -1,15 +1,14 @@
 """The routing mask: the experts that each token id may use in each layer, fixed before training."""
 
-from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from itertools import groupby
-from typing import Annotated, Any, Self, TypedDict
+from typing import Annotated, Any, TypedDict
 
 import numpy as np
 from pydantic import Field
 
-from maskmoe.data.tokenizer import TokenizerRecord
+from maskmoe.data.tokenizer_record import TokenizerRecord
 from maskmoe.errors import UserError, counted
 from maskmoe.routing_mask.feed_forward_layers import FeedForwardLayers
 from maskmoe.routing_mask.sealed_tensors import SealedTensors
@@ -163,22 +162,12 @@ class RoutingMask(SealedTensors):
     @cached_property
     def min_visible(self) -> int:
         """The smallest number of experts that any id sees in any layer."""
-        return int(self.fewest_visible_of_id.min())
+        return min(int(self.num_visible_of_layer(table).min()) for table in range(len(self.row_of_id)))
 
     @cached_property
     def max_visible(self) -> int:
         """The largest number of experts that any id sees in any layer."""
         return max(int(self.num_visible_of_layer(table).max()) for table in range(len(self.row_of_id)))
-
-    @cached_property
-    def fewest_visible_of_id(self) -> np.ndarray:
-        """The smallest number of experts that each id sees in any layer, int64 `[vocab]`."""
-        return np.minimum.reduce([self.num_visible_of_layer(table) for table in range(len(self.row_of_id))])
-
-    @property
-    def num_visible_beyond_hash_layers(self) -> np.ndarray:
-        """Number of experts that each id sees in the last layer, as in all but the hash layers, int64 `[vocab]`."""
-        return self.num_visible_of_layer(self.num_layers - 1)
 
     def num_visible_of_layer(self, layer: int) -> np.ndarray:
         """Return the number of experts that each id sees in a layer, int64 `[vocab]`; layers count from 0."""
@@ -293,41 +282,18 @@ def unpack_bits(visible_bits: np.ndarray, num_experts: int) -> np.ndarray:
     return np.unpackbits(visible_bits, axis=-1, count=num_experts, bitorder="little").view(bool)
 
 
-def stack_tables(tables: Sequence[tuple[np.ndarray, np.ndarray]], num_experts: int) -> tuple[np.ndarray, np.ndarray]:
-    """Stack tables with different numbers of rows; tables with fewer rows get rows of all experts, which no id uses.
-
-    Args:
-        tables: Each table's `row_of_id`, integer `[vocab]`, and `visible_bits`, uint8 `[rows, bytes]`.
-        num_experts: N, the number of experts in a layer.
-
-    Returns:
-        `row_of_id` `[tables, vocab]` and `visible_bits` `[tables, rows, bytes]`, see `RoutingMask`.
-    """
-    num_rows = max(len(bits) for _, bits in tables)
-    row_of_id = np.stack([rows for rows, _ in tables]).astype(row_dtype(num_rows), copy=False)
-    visible_bits = np.tile(pack_sets(np.ones(num_experts, bool)), (len(tables), num_rows, 1))
-    for stacked, (_, bits) in zip(visible_bits, tables, strict=True):
-        stacked[: len(bits)] = bits
-    return row_of_id, visible_bits
-
-
-def table_of_sets(visible: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Return `row_of_id` `[vocab]` and `visible_bits` `[rows, bytes]` of visible sets, bool `[vocab, N]`.
-
-    Rows 0 to N - 1 are the single experts; each different set of several experts gets one row after them.
-    """
-    num_experts = visible.shape[1]
-    is_single = visible.sum(axis=1) == 1
-    sets, index = np.unique(pack_sets(visible[~is_single]), axis=0, return_inverse=True)
-    row_of_id = np.empty(len(visible), np.int64)
-    row_of_id[is_single] = visible[is_single].argmax(axis=1)
-    row_of_id[~is_single] = num_experts + index.ravel()
-    return row_of_id, np.concatenate([pack_sets(np.eye(num_experts, dtype=bool)), sets])
-
-
 def row_dtype(num_rows: int) -> type[np.int16] | type[np.int32]:
     """Return the smallest dtype of a routing mask that can hold row numbers from 0 to `num_rows - 1`."""
     return np.int16 if num_rows <= np.iinfo(np.int16).max + 1 else np.int32
+
+
+def load_of_frequent(assignment: str, frequent_mass: float, visible: int | None, num_experts: int, topk: int) -> int:
+    """Return the load that each occurrence of a frequent id, which sees `visible` experts, adds to its experts.
+
+    The load is min(k, V_f). It is 1, as for other ids, if the placement of the ids does not depend on k.
+    """
+    is_weighed = visible is not None and 0 < frequent_mass < 1 and visible < num_experts
+    return min(topk, visible) if is_weighed and assignment in ("balanced", "rank-local") else 1
 
 
 def mean_experts_per_token(mask: RoutingMask | None, topk: int, layers: FeedForwardLayers) -> float:
@@ -381,44 +347,3 @@ def _describe(num_visible: np.ndarray, num_experts: int) -> str:
         return f"every id sees {experts}"
     verb = "sees" if len(several) == 1 else "see"
     return f"{len(several):,} of {len(num_visible):,} ids {verb} {experts}; every other id sees 1 expert"
-
-
-@dataclass(frozen=True)
-class MaskChange:
-    """The number of visible sets, one for each pair of an id and a layer, that differ between two masks.
-
-    Attributes:
-        num_changed: Number of pairs whose visible sets differ.
-        num_grown: Number of pairs whose new set holds the old set and further experts.
-    """
-
-    num_pairs: int
-    num_changed: int
-    num_grown: int
-
-    @classmethod
-    def between(cls, old: RoutingMask, new: RoutingMask) -> Self:
-        """Compare two masks. Raises UserError if their sizes differ, so that one model cannot use both."""
-        sizes = {
-            "vocabulary size": (old.vocab_size, new.vocab_size),
-            "number of experts": (old.num_experts, new.num_experts),
-            "number of tables": (len(old.row_of_id), len(new.row_of_id)),
-        }
-        differences = [
-            f"its {name} is {after}, not {before}" for name, (before, after) in sizes.items() if after != before
-        ]
-        if differences:
-            raise UserError(f"a routing mask can only be replaced by one of equal sizes: {'; '.join(differences)}")
-        num_changed = num_grown = 0
-        layers_of_table = old.num_layers // len(old.row_of_id)
-        for table in range(len(old.row_of_id)):
-            sets, new_sets = (mask.visible_bits[table, mask.row_of_id[table]] for mask in (old, new))  # [vocab, bytes]
-            is_changed = (sets != new_sets).any(axis=1)
-            num_changed += int(np.count_nonzero(is_changed))
-            num_grown += int(np.count_nonzero(is_changed & ((sets | new_sets) == new_sets).all(axis=1)))
-        return cls(old.vocab_size * old.num_layers, num_changed * layers_of_table, num_grown * layers_of_table)
-
-    def __str__(self) -> str:
-        """Describe the change in one line."""
-        share = f"{self.num_changed:,} of {self.num_pairs:,} (id, layer) pairs change"
-        return f"{share}, {self.num_grown:,} of them only gain visible experts"

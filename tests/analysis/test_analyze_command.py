@@ -15,7 +15,7 @@ from maskmoe.analysis.model_series import find_models
 from maskmoe.analysis.routing_report import PLOT_NAMES, TABLE_NAMES
 from maskmoe.analysis.routing_statistics import AnalysisSettings, RoutingTrace, measure
 from maskmoe.conversion.convert import Settings, megatron_to_huggingface
-from maskmoe.data.tokenizer import TokenizerRecord
+from maskmoe.data.tokenizer_record import TokenizerRecord
 from maskmoe.routing_mask.frequency import FrequencyBands, TokenFrequency
 from maskmoe.routing_mask.mask import RoutingMask
 

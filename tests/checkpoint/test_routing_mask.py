@@ -9,16 +9,16 @@ import torch
 from support.command_lines import run_command
 from torch.distributed import checkpoint as torch_checkpoint
 
+from maskmoe.checkpoint.expert_tables import read_expert_tables
 from maskmoe.checkpoint.routing_mask import (
     CHECKPOINT_PREFIX,
     buffers_of_routing_mask,
-    mask_of_megatron,
-    read_expert_tables,
+    has_expert_tables,
     read_routing_mask,
 )
 from maskmoe.errors import UserError
 from maskmoe.routing_mask.assignment import MaskRecipe, build_routing_mask
-from maskmoe.routing_mask.mask import MaskChange, RoutingMask
+from maskmoe.routing_mask.mask import RoutingMask
 
 
 @pytest.mark.parametrize("content", [b"", b"no pickle"], ids=["empty", "damaged"])
@@ -61,7 +61,5 @@ def test_tables_of_a_checkpoint_of_megatron(tmp_path: Path) -> None:
     torch_checkpoint.save(other, checkpoint_id=tmp_path / "learned", no_dist=True)
     with pytest.raises(UserError, match="learned holds no expert table: no tensor is named as decoder"):
         read_expert_tables(tmp_path / "learned")
-    # The same masks are compared with the mask of a run that continues the checkpoint.
-    for checkpoint, num_changed in (("checkpoint", 0), ("learned", 2 * 45)):
-        found = mask_of_megatron(tmp_path / checkpoint, mask, "*E*E*E", num_predictions=0)
-        assert MaskChange.between(found, mask).num_changed == num_changed
+    assert has_expert_tables(tmp_path / "checkpoint")
+    assert not has_expert_tables(tmp_path / "learned")

@@ -9,9 +9,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 from megatron.core.datasets.indexed_dataset import DType, IndexedDatasetBuilder
 
-from maskmoe.data.dataset_writing import IndexedDatasetWriter
-from maskmoe.data.indexed_dataset import open_tokens, optimal_dtype, parse_data_path, read_index, read_tokenizer_record
-from maskmoe.data.tokenizer import TokenizerRecord
+from maskmoe.data.data_path import parse_data_path
+from maskmoe.data.dataset_writing import IndexedDatasetWriter, optimal_dtype
+from maskmoe.data.indexed_dataset import open_tokens, read_index
+from maskmoe.data.tokenizer_record import TokenizerRecord, read_tokenizer_record
 from maskmoe.errors import UserError
 
 # Lists of documents, which are lists of sequences, which are lists of token ids.

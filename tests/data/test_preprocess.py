@@ -13,9 +13,10 @@ from sentencepiece import SentencePieceProcessor
 from support.system import run_maskmoe
 from tokenizers import Tokenizer
 
-from maskmoe.data.indexed_dataset import open_tokens, read_tokenizer_record
+from maskmoe.data.indexed_dataset import open_tokens
 from maskmoe.data.preprocess import preprocess
 from maskmoe.data.tokenizer import load_tokenizer
+from maskmoe.data.tokenizer_record import read_tokenizer_record
 from maskmoe.errors import UserError
 
 

@@ -21,7 +21,8 @@ from maskmoe.data.indexed_dataset import open_tokens
 from maskmoe.data.inputs import Input, Shard, find_inputs, take_shard, unescape
 from maskmoe.data.preprocess import preprocess
 from maskmoe.data.prompts import read_prompts
-from maskmoe.data.tokenizer import TokenizerRecord, load_tokenizer
+from maskmoe.data.tokenizer import load_tokenizer
+from maskmoe.data.tokenizer_record import TokenizerRecord
 from maskmoe.data.tokenizer_training import train_tokenizer
 from maskmoe.errors import UserError
 from maskmoe.routing_mask.frequency import count_token_frequency, merge_token_frequencies

@@ -11,7 +11,8 @@ from hypothesis import strategies as st
 from megatron.core.tokenizers.utils.build_tokenizer import build_tokenizer
 from transformers import AutoTokenizer
 
-from maskmoe.data.tokenizer import TOKENIZER_TYPES, load_tokenizer
+from maskmoe.data.tokenizer import load_tokenizer
+from maskmoe.data.tokenizer_record import TOKENIZER_TYPES
 from maskmoe.errors import UserError
 
 TOKENS = st.sampled_from(["<begin>", "<end>", None])

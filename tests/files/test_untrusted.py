@@ -14,8 +14,8 @@ from maskmoe.checkpoint.integrity import Manifest, check_content, check_structur
 from maskmoe.comparison.suite import Suite
 from maskmoe.conversion.model_files import SafetensorsSource
 from maskmoe.conversion.settings import read_model_config
-from maskmoe.data.indexed_dataset import read_tokenizer_record
 from maskmoe.data.tokenizer import load_tokenizer
+from maskmoe.data.tokenizer_record import read_tokenizer_record
 from maskmoe.errors import UserError
 from maskmoe.files.json_files import read_json
 from maskmoe.files.untrusted import (

@@ -10,7 +10,7 @@ from support.command_lines import Outcome, run_command
 from support.datasets import frequency_of, write_documents
 
 from maskmoe.command_line.build_routing_mask import parse_arguments, recipe_from, warn_of_overload
-from maskmoe.data.tokenizer import TokenizerRecord
+from maskmoe.data.tokenizer_record import TokenizerRecord
 from maskmoe.errors import UserError
 from maskmoe.routing_mask.assignment import MaskRecipe, build_routing_mask
 from maskmoe.routing_mask.feed_forward_layers import FeedForwardLayers

@@ -18,9 +18,9 @@ from maskmoe.errors import UserError
 from maskmoe.huggingface import MaskMoEConfig
 from maskmoe.huggingface.modeling_maskmoe import MaskMoETopKRouter
 from maskmoe.routing_mask.assignment import MaskRecipe, build_routing_mask
-from maskmoe.routing_mask.expert_table import TENSOR_NAMES, ExpertTable
-from maskmoe.routing_mask.feed_forward_layers import positions_of_layers
-from maskmoe.routing_mask.mask import RoutingMask, stack_tables
+from maskmoe.routing_mask.expert_table import TENSOR_NAMES, ExpertTable, positions_of_layers
+from maskmoe.routing_mask.mask import RoutingMask
+from maskmoe.routing_mask.tables import stack_tables
 
 VOCAB_SIZE, NUM_EXPERTS, NUM_LAYERS = 50, 12, 4
 TENSOR = "model.layers.{layer}.mlp.gate.tid2eid"

@@ -10,7 +10,7 @@ from safetensors.numpy import save_file
 from support.datasets import covering_ids, frequency_of, write_documents
 from support.system import few_open_files
 
-from maskmoe.data.tokenizer import TokenizerRecord
+from maskmoe.data.tokenizer_record import TokenizerRecord
 from maskmoe.errors import UserError
 from maskmoe.routing_mask import frequency as frequency_module
 from maskmoe.routing_mask.assignment import MaskRecipe, build_routing_mask

@@ -9,7 +9,6 @@ from maskmoe.routing_mask.assignment import MaskRecipe, build_routing_mask
 from maskmoe.routing_mask.feed_forward_layers import FeedForwardLayers
 from maskmoe.routing_mask.mask import (
     HashLayers,
-    MaskChange,
     MaskProvenance,
     RoutingMask,
     mean_experts_per_token,
@@ -49,7 +48,6 @@ def test_look_up():
         assert row_of_id.shape == (4,)
         assert visible_bits.shape == (5, 1)
     assert (mask.min_visible, mask.max_visible) == (1, 3)
-    assert mask.fewest_visible_of_id.tolist() == [1, 2, 1, 1]
     assert not mask.is_shared
     for layer in (-1, 2):
         with pytest.raises(IndexError, match=f"layers 0 to 1, but no layer {layer}$"):
@@ -168,30 +166,6 @@ def test_files_of_other_kinds_are_refused(mask, zipf_frequency, tmp_path):
     save_file(mask.to_tensors()[0], tmp_path / "bare.safetensors")
     with pytest.raises(UserError, match="not a routing mask file"):
         RoutingMask.load(tmp_path / "bare.safetensors")
-
-
-@pytest.mark.parametrize(
-    ("change", "vocab_size", "message"),
-    [
-        ({}, 10, "vocabulary size is 10, not 9"),
-        ({"num_experts": 8}, 9, "number of experts is 8, not 4"),
-        ({"shared_table": True}, 9, "number of tables is 1, not 2"),
-    ],
-)
-def test_change_between_masks_of_other_sizes_is_refused(change, vocab_size, message):
-    recipe = MaskRecipe.from_preset("hash", 4, 2)
-    mask = build_routing_mask(recipe, vocab_size=9)
-    with pytest.raises(UserError, match=f"its {message}"):
-        MaskChange.between(mask, build_routing_mask(replace(recipe, **change), vocab_size=vocab_size))
-
-
-def test_change_of_a_shared_table_counts_for_each_layer():
-    first, second = (
-        build_routing_mask(MaskRecipe.from_preset("hash", 4, 3, shared_table=True, seed=seed), vocab_size=50)
-        for seed in (1, 2)
-    )
-    changed = (first.visible_sets(0) != second.visible_sets(0)).any(axis=1).sum()
-    assert MaskChange.between(first, second) == MaskChange(150, 3 * changed, 0)
 
 
 def test_mean_number_of_experts_is_that_of_the_layers_with_experts():

@@ -10,8 +10,7 @@ import tokenizers
 from numpy.typing import ArrayLike, DTypeLike
 from support.paths import ROOT
 
-from maskmoe.data.dataset_writing import IndexedDatasetWriter
-from maskmoe.data.indexed_dataset import optimal_dtype
+from maskmoe.data.dataset_writing import IndexedDatasetWriter, optimal_dtype
 from maskmoe.data.tokenizer import SentencePieceTokenizer, Tokenizer, TokenizerRecord
 from maskmoe.data.tokenizer_training import train_tokenizer
 from maskmoe.routing_mask.assignment import MaskRecipe, build_routing_mask

@@ -15,7 +15,7 @@ from torch.utils.tensorboard import SummaryWriter
 
 from maskmoe.checkpoint.integrity import Manifest, digest_and_size
 from maskmoe.checkpoint.reading import LAYOUT_FILE
-from maskmoe.data.indexed_dataset import optimal_dtype
+from maskmoe.data.dataset_writing import optimal_dtype
 
 LAPTOP_VOCAB_SIZE = 4095  # NullTokenizer adds one id.
 

@@ -12,7 +12,8 @@ from megatron.core.transformer.moe.moe_logging import get_moe_metrics_tracker
 from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor
 
-from maskmoe.routing_mask.mask import MaskProvenance, RoutingMask, stack_tables, table_of_sets
+from maskmoe.routing_mask.mask import MaskProvenance, RoutingMask
+from maskmoe.routing_mask.tables import stack_tables, table_of_sets
 from maskmoe.transformer.dispatch.planned import DispatchPlanner
 from maskmoe.transformer.layer_specs import get_maskmoe_decoder_block_spec
 from maskmoe.transformer.models import MaskMoEGPTModel

@@ -12,7 +12,7 @@ from support.datasets import build_mask, count_ids, predictable_ids, write_chara
 from support.launchers import TIMEOUT, Outcome, RankProcesses, Rendezvous, rank_environments, start_ranks
 from support.runs import read_scalars
 
-from maskmoe.data.indexed_dataset import optimal_dtype
+from maskmoe.data.dataset_writing import optimal_dtype
 from maskmoe.routing_mask.assignment import MaskRecipe, build_routing_mask
 from maskmoe.routing_mask.mask import HashLayers, RoutingMask
 

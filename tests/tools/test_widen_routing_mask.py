@@ -66,9 +66,7 @@ def test_provenance_and_change(widening):
     """The wider mask records the mask before and stays rank-local, and its change counts the sets that differ."""
     mask, wider, frequency, chosen = widening
     changed = sum((mask.visible_sets(n) != wider.visible_sets(n)).any(axis=1).sum() for n in range(mask.num_layers))
-    num_pairs = mask.vocab_size * mask.num_layers
-    assert MaskChange.between(mask, wider) == MaskChange(num_pairs, changed, changed)
-    assert MaskChange.between(wider, mask) == MaskChange(num_pairs, changed, 0)
+    assert count_changes(mask, wider) == changed
     assert (wider is mask) == (changed == 0)
     assert widen_routing_mask(wider, frequency=frequency, **chosen) is wider
     assert widen_routing_mask(mask, frequency=frequency, **chosen).digest == wider.digest

@@ -27,14 +27,8 @@ from maskmoe.processes.run_tool import run_tool
 from maskmoe.routing_mask.assignment import LOAD_JITTER, MaskRecipe, Vocabulary
 from maskmoe.routing_mask.expert_table import ASSIGNMENT as EXPERT_TABLE
 from maskmoe.routing_mask.frequency import TokenFrequency, check_same_vocabulary, expected_expert_load
-from maskmoe.routing_mask.mask import (
-    Ancestor,
-    MaskChange,
-    RoutingMask,
-    stack_tables,
-    table_of_sets,
-    unpack_bits,
-)
+from maskmoe.routing_mask.mask import Ancestor, RoutingMask, unpack_bits
+from maskmoe.routing_mask.tables import stack_tables, table_of_sets
 
 
 def widen_routing_mask(
@@ -221,8 +215,8 @@ def parse_arguments(words: Sequence[str] | None = None) -> argparse.Namespace:
 
 def print_summary(old: RoutingMask, new: RoutingMask, frequency: TokenFrequency | None) -> None:
     """Print what changes from one mask to the other: sets, sizes of sets, and expected load."""
-    change = MaskChange.between(old, new)
-    print(f"changed sets     {change.num_changed:,} of {change.num_pairs:,} (id, layer) pairs")
+    num_pairs = old.vocab_size * old.num_layers
+    print(f"changed sets     {count_changes(old, new):,} of {num_pairs:,} (id, layer) pairs")
     print(f"frequent ids     {_count_frequent(old):,} → {_count_frequent(new):,} of {new.vocab_size:,}")
     print(f"visible experts  {_mean_visible(old):.3f} → {_mean_visible(new):.3f} (mean over ids and layers), ", end="")
     print(f"{old.max_visible} → {new.max_visible} (largest)")
@@ -238,8 +232,17 @@ def print_summary(old: RoutingMask, new: RoutingMask, frequency: TokenFrequency 
     print(f"digest           {new.digest}")
 
 
+def count_changes(old: RoutingMask, new: RoutingMask) -> int:
+    """Return the number of pairs of an id and a layer whose visible sets differ between two masks of equal sizes."""
+    num_changed = sum(
+        int((old.visible_bits[table, rows] != new.visible_bits[table, new.row_of_id[table]]).any(axis=1).sum())
+        for table, rows in enumerate(old.row_of_id)
+    )
+    return num_changed * (old.num_layers // len(old.row_of_id))
+
+
 def _count_frequent(mask: RoutingMask) -> int:
-    return int(np.count_nonzero(mask.num_visible_beyond_hash_layers > 1))
+    return int(np.count_nonzero(mask.num_visible_of_layer(mask.num_layers - 1) > 1))
 
 
 def _mean_visible(mask: RoutingMask) -> float:

@@ -11,16 +11,15 @@ from typing import Any
 from megatron.core.datasets import blended_megatron_dataset_config as dataset_config
 from megatron.training.utils import get_blend_and_blend_per_split
 
-from maskmoe.checkpoint.routing_mask import mask_in_checkpoint, mask_of_megatron, read_routing_mask
-from maskmoe.data.indexed_dataset import DatasetIndex, bin_path, read_index, read_tokenizer_record
-from maskmoe.data.tokenizer import TOKENIZER_TYPES, TokenizerRecord, tokenizer_sha256
+from maskmoe.checkpoint.routing_mask import has_expert_tables, mask_in_checkpoint, read_routing_mask
+from maskmoe.data.indexed_dataset import DatasetIndex, bin_path, read_index
+from maskmoe.data.tokenizer_record import TOKENIZER_TYPES, TokenizerRecord, read_tokenizer_record, tokenizer_sha256
 from maskmoe.errors import UserError, megatrons_checks, refused_by_system
 from maskmoe.files.outputs import refuse_checkpoint
 from maskmoe.megatron_compat.globals import get_tokenizer
 from maskmoe.processes.console import progress_bar
-from maskmoe.routing_mask.assignment import load_of_frequent
 from maskmoe.routing_mask.feed_forward_layers import FeedForwardLayers
-from maskmoe.routing_mask.mask import MaskChange, RoutingMask
+from maskmoe.routing_mask.mask import RoutingMask, load_of_frequent
 from maskmoe.transformer.visible_experts import check_same_mask
 
 _CHUNK_TOKENS = 1 << 20
@@ -93,25 +92,31 @@ def find_routing_mask(args: Namespace, checkpoint: Path | None, report: Callable
     sources = [source for source in (args.routing_mask, checkpoint) if source is not None]
     if not sources:
         raise UserError("no routing mask: pass --routing-mask with a file that maskmoe mask makes")
-    own = of_checkpoint = read_routing_mask(sources[0])
-    if len(sources) > 1:
-        of_checkpoint = _mask_of_checkpoint(args, sources[1], own)
-    if not args.change_routing_mask:
+    own = read_routing_mask(sources[0])
+    of_checkpoint = own if len(sources) == 1 else _mask_of_checkpoint(args, sources[1])
+    is_same = of_checkpoint is not None and own.digest == of_checkpoint.digest
+    if not args.change_routing_mask and of_checkpoint is not None:
         cure = "; pass --change-routing-mask to change visible experts on purpose" if not args.skip_train else ""
         check_same_mask(own.digest, of_checkpoint.digest, cure)
-    elif own.digest == of_checkpoint.digest:
+    elif is_same:
         report(
             "routing mask: --change-routing-mask changes nothing, no checkpoint with another mask than "
             f"{own.digest[:16]}… is loaded"
         )
     else:
-        digests = f"{of_checkpoint.digest[:16]}… of the checkpoint → {own.digest[:16]}…"
-        report(f"routing mask: {digests}: {MaskChange.between(of_checkpoint, own)}")
-    is_new = checkpoint is None or own.digest != of_checkpoint.digest
+        replaced = f"{of_checkpoint.digest[:16]}… of the checkpoint" if of_checkpoint else "none in the checkpoint"
+        report(f"routing mask: {replaced} → {own.digest[:16]}…")
     made_for, needed = (
-        load_of_frequent(own.provenance, own.num_experts, topk) for topk in (own.provenance.topk, args.moe_router_topk)
+        load_of_frequent(
+            own.provenance.assignment,
+            own.provenance.frequent_mass,
+            own.provenance.frequent_visible_experts,
+            own.num_experts,
+            topk,
+        )
+        for topk in (own.provenance.topk, args.moe_router_topk)
     )
-    if is_new and not args.skip_train and made_for != needed:
+    if (checkpoint is None or not is_same) and not args.skip_train and made_for != needed:
         report(
             f"routing mask: it balances the load of the experts at top-{own.provenance.topk}; for --moe-router-topk "
             f"{args.moe_router_topk}, make it by maskmoe mask --moe-router-topk {args.moe_router_topk}"
@@ -119,8 +124,8 @@ def find_routing_mask(args: Namespace, checkpoint: Path | None, report: Callable
     return own
 
 
-def _mask_of_checkpoint(args: Namespace, checkpoint: Path, own: RoutingMask) -> RoutingMask:
-    """Return the mask of a checkpoint, or the mask that describes Megatron-Core's own model in the checkpoint.
+def _mask_of_checkpoint(args: Namespace, checkpoint: Path) -> RoutingMask | None:
+    """Return the mask of a checkpoint; None if the checkpoint holds Megatron-Core's own model.
 
     Raises:
         UserError: The checkpoint holds no routing mask, and the run may not add one or weighs experts differently.
@@ -133,14 +138,12 @@ def _mask_of_checkpoint(args: Namespace, checkpoint: Path, own: RoutingMask) -> 
             f"{checkpoint} holds no routing mask: it is not a checkpoint of MaskMoE; pass --change-routing-mask to "
             "continue it with the mask of --routing-mask"
         )
-    num_predictions = len(FeedForwardLayers.of_args(args).prediction)
-    mask = mask_of_megatron(checkpoint, own, args.hybrid_layer_pattern, num_predictions)
-    if mask.min_visible < mask.num_experts and args.moe_router_score_function == "softmax":
+    if has_expert_tables(checkpoint) and args.moe_router_score_function == "softmax":
         raise UserError(
             f"{checkpoint} has hash layers of Megatron-Core, whose softmax is over all experts, but a routing mask has "
             "it over visible experts; only --moe-router-score-function sigmoid and sqrtsoftplus give the same weights"
         )
-    return mask
+    return None
 
 
 def check_mask(args: Namespace, mask: RoutingMask) -> None:

@@ -14,7 +14,7 @@ from support.launchers import Outcome
 from support.training import VOCAB_SIZE
 
 from maskmoe.data.indexed_dataset import open_tokens, read_index
-from maskmoe.data.tokenizer import TokenizerRecord
+from maskmoe.data.tokenizer_record import TokenizerRecord
 from maskmoe.errors import UserError
 from maskmoe.routing_mask.mask import RoutingMask
 from maskmoe.training.inference import evaluation

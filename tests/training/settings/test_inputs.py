@@ -14,10 +14,10 @@ from maskmoe.checkpoint.routing_mask import read_routing_mask
 from maskmoe.checkpoint.series import checkpoint_path, locate_checkpoint
 from maskmoe.command_line.build_routing_mask import read_mask
 from maskmoe.data.indexed_dataset import DatasetIndex, read_index
-from maskmoe.data.tokenizer import TokenizerRecord
+from maskmoe.data.tokenizer_record import TokenizerRecord
 from maskmoe.errors import UserError
 from maskmoe.routing_mask.assignment import MaskRecipe, build_routing_mask
-from maskmoe.routing_mask.mask import MaskChange, RoutingMask
+from maskmoe.routing_mask.mask import RoutingMask
 from maskmoe.training.settings import inputs
 from maskmoe.training.settings.inputs import data_errors, find_routing_mask
 
@@ -56,7 +56,6 @@ def test_megatrons_own_model_continues_with_its_mask_and_back(runs, workplace):
     assert back.iterations == [11, 12]
     for run in (ours, back):
         assert run.difference(megatrons, ["lm loss", "grad-norm"]) < FP32_ORDER_OF_SUMS
-    assert "0 of " in output_of(ours)
     assert read_routing_mask(checkpoint_path(ours.checkpoints, 10)).digest == mask.digest
     with pytest.raises(UserError, match="holds no routing mask"):
         read_routing_mask(checkpoint_path(megatrons.checkpoints, 7))
@@ -84,7 +83,7 @@ def test_megatrons_own_model_continues_only_on_purpose(runs, workplace):
     else:
         lines = []
         find_routing_mask(args, checkpoint, lines.append)
-        assert "1,020 of 2,040" in lines[0]  # ids of two hash layers
+        assert "none in the checkpoint → " in lines[0]
 
 
 @pytest.mark.runs("wider mask")
@@ -92,9 +91,7 @@ def test_start_reports_the_change_once(runs, workplace):
     (changed,) = runs
     old, new = masks_of(workplace, "mask", "wider")
     (line,) = [line for line in output_of(changed).splitlines() if line.startswith("note: routing mask: ")]
-    assert line == (
-        f"note: routing mask: {old.digest[:16]}… of the checkpoint → {new.digest[:16]}…: {MaskChange.between(old, new)}"
-    )
+    assert line == f"note: routing mask: {old.digest[:16]}… of the checkpoint → {new.digest[:16]}…"
 
 
 @pytest.mark.runs("wider mask", "fp32")
@@ -124,7 +121,7 @@ def test_other_mask_is_refused_unless_the_flag_is_given(runs, workplace):
         args.change_routing_mask = True
         reports = []
         assert find_routing_mask(args, locate_checkpoint(run.checkpoints), reports.append).digest == given.digest
-        assert "(id, layer) pairs change" in reports[0]
+        assert " of the checkpoint → " in reports[0]
         # Evaluation and generation have no such flag, so their error does not name the flag.
         args.change_routing_mask, args.skip_train = False, True
         with pytest.raises(UserError, match=r"to use it$"):
