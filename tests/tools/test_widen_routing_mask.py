@@ -3,11 +3,11 @@
 from hypothesis import given
 from hypothesis import strategies as st
 from support.datasets import covering_ids, frequency_of
-from widen_routing_mask import widen_routing_mask
+from widen_routing_mask import count_changes, widen_routing_mask
 
 from maskmoe.routing_mask.assignment import MaskRecipe, build_routing_mask
 from maskmoe.routing_mask.frequency import TokenFrequency
-from maskmoe.routing_mask.mask import HashLayers, MaskChange, RoutingMask
+from maskmoe.routing_mask.mask import HashLayers, RoutingMask
 
 
 @st.composite

@@ -121,8 +121,8 @@ def add_pretraining_arguments(parser: ArgumentParser) -> ArgumentParser:
     group.add_argument(
         "--change-routing-mask",
         action="store_true",
-        help="let the mask in --routing-mask replace another mask of the checkpoint in --load. Later checkpoints hold the "
-        "new mask, so the flag then changes nothing",
+        help="let the mask in --routing-mask replace another mask of the checkpoint in --load. Later checkpoints hold "
+        "the new mask, so the flag then changes nothing",
     )
     add_option(
         group,
