@@ -1,26 +1,26 @@
 """Datasets, micro-batches with the token ids on every pipeline stage, and the loss of a micro-batch."""
 
+import hashlib
+import json
 from argparse import Namespace
 from collections.abc import Iterator, Sequence
 from dataclasses import fields
 from functools import partial
-from pathlib import Path
 from typing import Any, NamedTuple, cast
 
 import numpy as np
 import torch
 from megatron.core import mpu
 from megatron.core.datasets import gpt_dataset
-from megatron.core.datasets.blended_dataset import BlendedDataset
 from megatron.core.datasets.blended_megatron_dataset_builder import BlendedMegatronDatasetBuilder
 from megatron.core.datasets.gpt_dataset import GPTDatasetConfig, MockGPTDataset
 from megatron.core.rerun_state_machine import get_rerun_state_machine
 from megatron.core.utils import get_batch_on_this_cp_rank, get_batch_on_this_tp_rank
 from megatron.training.datasets.fim_dataset import GPTFIMDataset, GPTFIMDatasetConfig
-from megatron.training.utils import get_blend_and_blend_per_split, is_rank0
+from megatron.training.utils import get_blend_and_blend_per_split
 from torch import Tensor
 
-from maskmoe.errors import UserError, refused_by_system
+from maskmoe.errors import UserError
 from maskmoe.megatron_compat.globals import get_args, get_tokenizer
 from maskmoe.processes.console import console
 from maskmoe.training.settings.layout import samples_to_request
@@ -118,34 +118,13 @@ def build_datasets(num_samples: list[int]) -> list[gpt_dataset.GPTDataset | None
     A dataset is None without a share, and on ranks that read no data.
 
     Raises:
-        UserError: Datasets without weights, which are read only once, have too few samples for the run. Or Megatron
-            asks for whole datasets, because of `--full-validation`.
+        UserError: Megatron asks for whole datasets, because of `--full-validation`.
     """
     console.load("building the datasets")
     args = get_args()
     if None in num_samples:
         raise UserError("--full-validation is not supported. Use maskmoe evaluate.")
-    requested = samples_to_request(args, num_samples)
-    datasets = build_blend(requested, *get_blend_and_blend_per_split(args))
-    if args.dataloader_type == "single" and not args.skip_train:  # else no training sample is read
-        _check_last_to_the_end(datasets, requested)
-    return datasets
-
-
-def _check_last_to_the_end(datasets: Sequence[Any], requested: Sequence[int]) -> None:
-    """Raise `UserError` if a part of the data has fewer samples than requested.
-
-    Megatron repeats one dataset, or datasets with weights, as often as needed, but reads several datasets without
-    weights once. The run would fail after the last sample.
-    """
-    names = {"training": "--train-iters or --train-samples", "validation": "--eval-iters", "test": "--eval-iters"}
-    for (name, flag), dataset, number in zip(names.items(), datasets, requested, strict=True):
-        if isinstance(dataset, BlendedDataset) and len(dataset) < number:
-            raise UserError(
-                f"the run reads {number:,} {name} samples, but the datasets have {len(dataset):,}, and datasets "
-                "without weights are read once: give each dataset a weight, such as its number of tokens, or lower "
-                f"{flag}"
-            )
+    return build_blend(samples_to_request(args, num_samples), *get_blend_and_blend_per_split(args))
 
 
 def build_blend(
@@ -182,10 +161,10 @@ def build_blend(
 
 
 class GPTDataset(gpt_dataset.GPTDataset):
-    """Megatron's `GPTDataset`, which replaces the cached indices of an earlier dataset at the same path.
+    """Megatron's `GPTDataset`, which does not use the cached indices of an earlier dataset at the same path.
 
     Megatron's class would use them: samples would still begin and end where those of the earlier dataset did, and new
-    documents would be left out. The names of cached files contain the name of the class, so both classes share a cache.
+    documents would be left out.
     """
 
     dataset: Any
@@ -204,35 +183,13 @@ class GPTDataset(gpt_dataset.GPTDataset):
 
     def _build_document_sample_shuffle_indices(self) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         """Return the documents in order, the bounds of samples, and the order of samples, from the cache or new."""
-        indices = super()._build_document_sample_shuffle_indices()
-        if not is_rank0() or self._fits(*indices[:2]):
-            return indices
-        folder = self.config.path_to_cache or f"{self.dataset.path_prefix}/cache/{type(self).__name__}_indices"
-        what = f"cannot replace the samples of an earlier dataset {self.dataset_path} in {folder}"
-        with refused_by_system(what, "pass another --data-cache-path"):
-            for path in Path(folder).glob(f"{self.unique_description_hash}-*"):
-                path.unlink()
+        # The names of cached files are a hash of the identifiers, so other documents have other files.
+        lengths = np.ascontiguousarray(self.dataset.sequence_lengths)
+        self.unique_identifiers["document_lengths"] = hashlib.sha256(lengths).hexdigest()
+        description = json.dumps(self.unique_identifiers, indent=4, default=lambda part: part.unique_identifiers)
+        self.unique_description = description
+        self.unique_description_hash = hashlib.md5(description.encode(), usedforsecurity=False).hexdigest()
         return super()._build_document_sample_shuffle_indices()
-
-    def _fits(self, documents: np.ndarray, bounds: np.ndarray) -> bool:
-        """Return whether indices have the documents of this dataset, and samples of the right length.
-
-        Args:
-            documents: Documents in the order of reading, int32 [epochs * documents].
-            bounds: Where each sample begins and the last one ends, [samples + 1, 2]: place in `documents`, and token.
-        """
-        tokens_of_epoch = self._get_num_tokens_per_epoch()
-        epochs = self._get_num_epochs(tokens_of_epoch)
-        if len(documents) != epochs * len(self.indices) or documents.max(initial=0) != self.indices.max(initial=0):
-            return False
-        document, token = map(int, bounds[-1])
-        # The documents are those of all epochs, and few of them follow the last sample. To look up the lengths of all
-        # others in random order would take minutes for billions of documents, while the other ranks wait.
-        unread = self.dataset.sequence_lengths[documents[document:]].sum(dtype=np.int64)
-        end = epochs * tokens_of_epoch - unread + token
-        whole_samples = (len(bounds) - 1) * self.config.sequence_length
-        # The last sample of the validation split may be shorter.
-        return end == min(whole_samples, max(0, epochs * tokens_of_epoch - self.config.add_extra_token_to_sequence))
 
 
 class FillInMiddleDataset(GPTDataset, GPTFIMDataset):

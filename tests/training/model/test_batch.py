@@ -3,14 +3,12 @@
 import argparse
 import shutil
 from pathlib import Path
-from typing import Any
-from unittest.mock import MagicMock, Mock
+from unittest.mock import MagicMock
 
 import numpy as np
 import pytest
 import tokenizers
 import torch
-from megatron.core.datasets import gpt_dataset
 from megatron.core.datasets.indexed_dataset import IndexedDataset
 from megatron.core.datasets.utils import Split
 from megatron.core.tokenizers.utils.build_tokenizer import build_tokenizer
@@ -137,7 +135,7 @@ def two_documents(folder: Path, tmp_path: Path) -> Path:
 @pytest.mark.parametrize(
     "lengths", [(SAMPLE, SAMPLE, SAMPLE), (100, 100, 3 * SAMPLE), (2 * SAMPLE, 99), (2 * SAMPLE,), (1,)]
 )
-def test_indices_of_an_earlier_dataset_are_replaced(
+def test_indices_of_an_earlier_dataset_are_not_used(
     two_documents: Path, kind: type[GPTFIMDataset], lengths: tuple[int, ...]
 ) -> None:
     build(kind, two_documents, rate=0, spm_rate=0)
@@ -150,7 +148,7 @@ def test_indices_of_an_earlier_dataset_are_replaced(
     written = cached_files(two_documents)
     build(kind, two_documents, rate=0, spm_rate=0)
     assert cached_files(two_documents) == written
-    assert len(written) == 4
+    assert len(written) == 8
 
 
 def test_padding_of_a_sample_leaves_other_samples_their_loss(folder: Path, tmp_path: Path) -> None:
@@ -164,46 +162,6 @@ def test_padding_of_a_sample_leaves_other_samples_their_loss(folder: Path, tmp_p
     weights = [dataset[index]["loss_mask"].sum().item() for index in order]
     assert weights[0] < SAMPLE
     assert weights[1:] == [SAMPLE] * (len(dataset) - 1)
-
-
-def test_cache_is_shared_with_megatron(two_documents: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    build(gpt_dataset.GPTDataset, two_documents, rate=0, spm_rate=0)
-    written = cached_files(two_documents)
-    build(GPTDataset, two_documents, rate=0, spm_rate=0)
-    assert cached_files(two_documents) == written
-    write_documents(two_documents / "data", [np.full(3 * SAMPLE, 1)])
-    monkeypatch.setattr(Path, "unlink", Mock(side_effect=PermissionError(13, "Permission denied")))
-    with pytest.raises(UserError) as refusal:
-        build(GPTDataset, two_documents, rate=0, spm_rate=0)
-    what = f"cannot replace the samples of an earlier dataset {two_documents}/data in {two_documents}/cache"
-    assert str(refusal.value) == f"{what}: Permission denied; pass another --data-cache-path"
-
-
-def test_datasets_without_weights_last(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Megatron reads several datasets without weights once; the run would fail after the last sample."""
-    one, other = str(folder / "data"), str(write_documents(tmp_path / "other", [np.arange(PREFIX)] * 20))
-    monkeypatch.setattr(batch, "samples_to_request", lambda _, numbers: numbers)
-    monkeypatch.setattr(batch.console, "load", Mock())
-
-    def build_with(num_samples: int, *data: str, flags: str = "--split 8,2,0 --data-path") -> list[Any]:
-        settings = ["--seq-length", "100", "--data-cache-path", str(tmp_path), "--dataloader-type", "single"]
-        args = arguments(folder, *settings, *flags.split(), *data)
-        tokenizer = build_tokenizer(args)
-        monkeypatch.setattr(batch, "get_args", lambda: args)
-        monkeypatch.setattr(batch, "get_tokenizer", lambda: tokenizer)
-        return batch.build_datasets([num_samples, 9, 9])
-
-    epoch, *_ = build_with(10, one, other)
-    assert len(epoch) == 10
-    for flags in ("--dataloader-type cyclic", "--skip-train"):
-        build_with(10_000, one, other, flags=f"{flags} --split 8,2,0 --data-path")
-    with pytest.raises(UserError, match=r"reads 10,000 training samples, but the datasets have \d\d,.*--train-iters"):
-        build_with(10_000, one, other)
-    for data in ([one], ["1", one, "1", other]):
-        lasting, validation, test = build_with(10_000, *data)
-        assert len(lasting) >= 10_000
-        assert len(validation) >= 9
-        assert test is None
 
 
 @pytest.mark.parametrize(
