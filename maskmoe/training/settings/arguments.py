@@ -145,8 +145,8 @@ def add_pretraining_arguments(parser: ArgumentParser) -> ArgumentParser:
     )
     window = "the number of steps before that a step is compared with; with fewer than half of them, no step is judged"
     intervals = (
-        "report an expert or an expert-parallel rank that got no token in N log intervals in a row, and a MoE layer "
-        "whose routing entropy was 0 in all of them; 0: never"
+        "report an expert that got no token in N log intervals in a row, and a MoE layer whose routing entropy was 0 "
+        "in all of them; 0: never"
     )
     add_option(group, "--spike-deviations D", deviations, ranges.Number(0, is_above=True), default=15.0)
     add_option(group, "--spike-window STEPS", window, ranges.WholeNumber(2, 100_000), default=128)

@@ -1,7 +1,6 @@
-"""Finds experts and ranks that get no tokens any more, and layers whose routing has become rigid; needs no torch."""
+"""Finds experts that get no tokens any more, and layers whose routing has become rigid; needs no torch."""
 
 from collections.abc import Iterable, Mapping, Sequence
-from typing import NamedTuple
 
 from maskmoe.errors import counted, listed
 from maskmoe.routing_mask.feed_forward_layers import FeedForwardLayers
@@ -13,21 +12,8 @@ _NO_ENTROPY = 1e-4
 _MOST_NAMED = 16
 
 
-class Subject(NamedTuple):
-    """Something of a layer, numbered from 0 as in Megatron's tags, that can collapse.
-
-    Attributes:
-        kind: "expert", "expert-parallel rank" or "routing entropy".
-        number: Number of the expert or rank; 0 for an entropy.
-    """
-
-    layer: int
-    kind: str
-    number: int = 0
-
-
 class RoutingCollapse:
-    """Reports what has collapsed for several log intervals in a row, once for each event, and reports the recovery.
+    """Reports what has collapsed for several log intervals in a row, once until it recovers.
 
     Experts that no id of the mask sees are left out, because they never get tokens. Layers in which every token has one
     visible expert have no entropy.
@@ -37,64 +23,38 @@ class RoutingCollapse:
         reachable: For each MoE layer, by its index, whether each expert is visible to any id.
     """
 
-    def __init__(self, intervals: int, reachable: Mapping[int, Sequence[bool]], num_ranks: int = 1) -> None:
+    def __init__(self, intervals: int, reachable: Mapping[int, Sequence[bool]]) -> None:
         self._intervals = intervals
         self._reachable = reachable
-        self._num_ranks = num_ranks
-        self._counts: dict[Subject, int] = {}
-        self._reported: set[Subject] = set()
+        # The log intervals in a row of each collapsed expert, by layer and number, and of each rigid layer (None).
+        self._counts: dict[tuple[int, int | None], int] = {}
 
     def take(self, tokens_per_expert: Mapping[int, Sequence[float]], entropies: Mapping[int, float]) -> list[str]:
-        """Take the routing of a log interval on all ranks, and return a line for each event.
+        """Take the routing of a log interval on all ranks, and return a line for each new collapse of a layer.
 
         Args:
             tokens_per_expert: The tokens that each expert got, by the index of each layer that had tokens.
             entropies: The mean entropy of the masked probabilities, in nats, of layers in which a token had a choice.
         """
-        begun, ended = [], []
+        lines, span = [], counted(self._intervals, "log interval")
         for layer, tokens in tokens_per_expert.items():
-            collapsed = dict(self._collapsed(layer, tokens, entropies.get(layer)))
-            for subject, is_named in collapsed.items():
-                self._counts[subject] = self._counts.get(subject, 0) + 1
-                if is_named and self._counts[subject] >= self._intervals and subject not in self._reported:
-                    begun.append(subject)
-            for subject in [known for known in self._counts if known.layer == layer and known not in collapsed]:
-                del self._counts[subject]
-                if subject in self._reported:
-                    ended.append(subject)
-        self._reported.update(begun)
-        self._reported.difference_update(ended)
-        return [*self._describe(begun, has_ended=False), *self._describe(ended, has_ended=True)]
+            idle = [e for e, number in enumerate(tokens) if not number and self._reachable[layer][e]]
+            if experts := self._count(layer, range(len(tokens)), idle):
+                names = f"expert{'s' if len(experts) > 1 else ''} {listed([*map(str, experts)], _MOST_NAMED)}"
+                lines.append(f"MoE layer {layer}: {names} got no token for {span}")
+            if self._count(layer, (None,), [None] if entropies.get(layer, 1.0) < _NO_ENTROPY else []):
+                lines.append(f"MoE layer {layer}: the routing entropy has been 0 for {span}")
+        return lines
 
-    def _collapsed(self, layer: int, tokens: Sequence[float], entropy: float | None) -> Iterable[tuple[Subject, bool]]:
-        """Yield what has collapsed in an interval, and whether a line may name it: no expert of a collapsed rank."""
-        if entropy is not None and entropy < _NO_ENTROPY:
-            yield Subject(layer, "routing entropy"), True
-        size = len(tokens) // self._num_ranks
-        for rank in range(self._num_ranks):
-            experts = range(rank * size, (rank + 1) * size)
-            reachable = [expert for expert in experts if self._reachable[layer][expert]]
-            idle = [expert for expert in reachable if not tokens[expert]]
-            is_rank_idle = self._num_ranks > 1 and bool(idle) and len(idle) == len(reachable)
-            if is_rank_idle:
-                yield Subject(layer, "expert-parallel rank", rank), True
-            yield from ((Subject(layer, "expert", expert), not is_rank_idle) for expert in idle)
-
-    def _describe(self, subjects: Iterable[Subject], has_ended: bool) -> Iterable[str]:
-        """Yield a line for each layer and kind of subject."""
-        span, numbers = counted(self._intervals, "log interval"), dict[tuple[int, str], list[int]]()
-        for layer, kind, number in sorted(subjects):
-            numbers.setdefault((layer, kind), []).append(number)
-        for (layer, kind), found in numbers.items():
-            if kind == "routing entropy":
-                state = "is above 0 again" if has_ended else f"has been 0 for {span}"
-                yield f"MoE layer {layer}: the routing entropy {state}"
-                continue
-            names = f"{kind}{'s' if len(found) > 1 else ''} {listed([*map(str, found)], _MOST_NAMED)}"
-            if has_ended:
-                yield f"MoE layer {layer}: {names} {'get' if len(found) > 1 else 'gets'} tokens again"
-            else:
-                yield f"MoE layer {layer}: {names} got no token for {span}"
+    def _count[Number: int | None](
+        self, layer: int, numbers: Iterable[Number], collapsed: Sequence[Number]
+    ) -> list[Number]:
+        """Count an interval of the `numbers` that have collapsed; return the numbers that are to be reported."""
+        counts = {(layer, number): self._counts.get((layer, number), 0) + 1 for number in collapsed}
+        for number in numbers:
+            self._counts.pop((layer, number), None)
+        self._counts |= counts
+        return [number for number in collapsed if counts[layer, number] == self._intervals]
 
 
 def reachable_experts(mask: RoutingMask, layers: FeedForwardLayers) -> dict[int, list[bool]]:

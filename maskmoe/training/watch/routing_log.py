@@ -52,7 +52,7 @@ class RoutingLog(Callback):
         self._collapse: RoutingCollapse | None = None
         if args.collapse_intervals:
             reachable = reachable_experts(mask, FeedForwardLayers.of_args(args))
-            self._collapse = RoutingCollapse(args.collapse_intervals, reachable, args.expert_model_parallel_size)
+            self._collapse = RoutingCollapse(args.collapse_intervals, reachable)
 
     def on_start(self) -> None:
         """Let Megatron log the mean of each router loss over the MoE layers of the model."""
@@ -68,7 +68,7 @@ class RoutingLog(Callback):
                 self._report_collapse(record)
 
     def _report_collapse(self, record: RoutingRecord) -> None:
-        """Warn of what has collapsed for `--collapse-intervals`, and of what has recovered."""
+        """Warn of what has collapsed for `--collapse-intervals`."""
         if self._collapse is not None:
             for line in self._collapse.take(record.tokens_per_expert, record.by_layer["routing_entropy"]):
                 console.say(f"warning: {line}", rank=-1)

@@ -1,4 +1,4 @@
-"""Collapsed routing is reported once with layer and expert or rank, and so is its end."""
+"""Collapsed routing is reported once with layer and expert."""
 
 from argparse import Namespace
 
@@ -16,75 +16,30 @@ def take_all(collapse: RoutingCollapse, *intervals: tuple[list[int], float | Non
     return [collapse.take({3: tokens}, {} if entropy is None else {3: entropy}) for tokens, entropy in intervals]
 
 
-BUSY, IDLE_1, IDLE_3, IDLE_23 = ([5, 5, 5, 5], 0.5), ([9, 0, 5, 5], 0.5), ([9, 5, 5, 0], 0.5), ([9, 9, 0, 0], 0.5)
+BUSY, IDLE_1, IDLE_23 = ([5, 5, 5, 5], 0.5), ([9, 0, 5, 5], 0.5), ([9, 9, 0, 0], 0.5)
+IDLE_1_LINE = "MoE layer 3: expert 1 got no token for 2 log intervals"
 
 
 @pytest.mark.parametrize(
-    ("num_ranks", "intervals", "lines"),
+    ("intervals", "lines"),
     [
-        (1, [IDLE_1, BUSY, IDLE_1, BUSY], {}),
-        (1, [IDLE_1, IDLE_1], {1: "MoE layer 3: expert 1 got no token for 2 log intervals"}),
-        (
-            1,
-            [IDLE_23, IDLE_23, IDLE_23, BUSY, BUSY],
-            {
-                1: "MoE layer 3: experts 2, 3 got no token for 2 log intervals",
-                3: "MoE layer 3: experts 2, 3 get tokens again",
-            },
-        ),
-        (
-            2,
-            [IDLE_23, IDLE_23, IDLE_23, BUSY],
-            {
-                1: "MoE layer 3: expert-parallel rank 1 got no token for 2 log intervals",
-                3: "MoE layer 3: expert-parallel rank 1 gets tokens again",
-            },
-        ),
-        (
-            2,
-            [IDLE_3, IDLE_3, IDLE_23, BUSY, IDLE_23, BUSY],
-            {
-                1: "MoE layer 3: expert 3 got no token for 2 log intervals",
-                3: "MoE layer 3: expert 3 gets tokens again",
-            },
-        ),
-        # An expert of a rank that recovers is reported if the expert does not recover.
-        (
-            2,
-            [IDLE_23, IDLE_23, IDLE_3, BUSY],
-            {
-                1: "MoE layer 3: expert-parallel rank 1 got no token for 2 log intervals",
-                2: "MoE layer 3: expert 3 got no token for 2 log intervals\n"
-                "MoE layer 3: expert-parallel rank 1 gets tokens again",
-                3: "MoE layer 3: expert 3 gets tokens again",
-            },
-        ),
-        (
-            1,
-            [([5] * 4, 0.0), ([5] * 4, 1e-6), ([5] * 4, 0.2)],
-            {
-                1: "MoE layer 3: the routing entropy has been 0 for 2 log intervals",
-                2: "MoE layer 3: the routing entropy is above 0 again",
-            },
-        ),
-        (1, [([5] * 4, None)] * 5, {}),
+        ([IDLE_1, BUSY, IDLE_1, BUSY], {}),
+        ([IDLE_1, IDLE_1, IDLE_1], {1: IDLE_1_LINE}),
+        ([IDLE_1, IDLE_1, BUSY, IDLE_1, IDLE_1], {1: IDLE_1_LINE, 4: IDLE_1_LINE}),
+        ([IDLE_23, IDLE_23], {1: "MoE layer 3: experts 2, 3 got no token for 2 log intervals"}),
+        ([([5] * 4, 0.0), ([5] * 4, 1e-6)], {1: "MoE layer 3: the routing entropy has been 0 for 2 log intervals"}),
+        ([([5] * 4, None)] * 5, {}),
     ],
 )
-def test_events(num_ranks, intervals, lines):
-    collapse = RoutingCollapse(2, {3: [True] * 4}, num_ranks)
-    taken = take_all(collapse, *intervals)
+def test_events(intervals, lines):
+    taken = take_all(RoutingCollapse(2, {3: [True] * 4}), *intervals)
     assert {number: "\n".join(found) for number, found in enumerate(taken) if found} == lines
 
 
-@pytest.mark.parametrize("num_ranks", [1, 2])
-def test_experts_that_no_id_sees_are_left_out(num_ranks):
-    collapse = RoutingCollapse(1, {3: [True, False, False, False]}, num_ranks)
-    assert take_all(collapse, ([7, 0, 0, 0], None)) == [[]]
-    collapse = RoutingCollapse(1, {3: [True, True, False, True]}, num_ranks)
+def test_experts_that_no_id_sees_are_left_out():
+    collapse = RoutingCollapse(1, {3: [True, True, False, True]})
     (lines,) = take_all(collapse, ([7, 7, 0, 0], None))
-    assert lines == [
-        f"MoE layer 3: {'expert-parallel rank 1' if num_ranks == 2 else 'expert 3'} got no token for 1 log interval"
-    ]
+    assert lines == ["MoE layer 3: expert 3 got no token for 1 log interval"]
 
 
 @pytest.mark.parametrize("name", ["mask", "starving", "hash_layers"])
@@ -100,10 +55,10 @@ def test_reachable_experts_are_those_of_the_visible_sets(workplace, name):
     assert (name == "starving") == (not all(map(all, reachable.values())))
 
 
-def test_collapse_is_reported_and_so_is_its_end(workplace, capsys, monkeypatch):
+def test_collapse_is_reported(workplace, capsys, monkeypatch):
     mask = RoutingMask.load(workplace.folder / "mask.safetensors")
     args = Namespace(
-        **{"log_interval": 2, "collapse_intervals": 2, "expert_model_parallel_size": 2},
+        **{"log_interval": 2, "collapse_intervals": 2},
         **{"num_layers": 4, "moe_layer_freq": 1, "num_experts": 8, "mtp_num_layers": None},
     )
     log = RoutingLog(args, mask)
@@ -114,10 +69,7 @@ def test_collapse_is_reported_and_so_is_its_end(workplace, capsys, monkeypatch):
         args.curr_iteration = iteration - 1
         log.after_gradients([])
     lines = [line for line in capsys.readouterr().out.splitlines() if line.startswith("warning")]
-    assert lines == [
-        "warning: MoE layer 2: expert-parallel rank 0 got no token for 2 log intervals",
-        "warning: MoE layer 2: expert-parallel rank 0 gets tokens again",
-    ]
+    assert lines == ["warning: MoE layer 2: experts 0, 1, 2, 3 got no token for 2 log intervals"]
 
 
 @pytest.mark.runs("second rank without tokens")
