@@ -1,11 +1,15 @@
-"""The ranks of a run, which exchange messages before Megatron makes process groups."""
+"""The ranks of a run, which exchange messages before Megatron makes process groups, and the end of these groups."""
 
 import os
+import sys
 from argparse import Namespace
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
 from functools import cache
 
+import torch
 from torch.distributed import HashStore, PrefixStore, Store
 from torch.distributed.rendezvous import rendezvous
 
@@ -65,3 +69,17 @@ def _meet(timeout: timedelta) -> Ranks:
     if os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True":
         store = PrefixStore(f"attempt {os.environ['TORCHELASTIC_RESTART_COUNT']}", store)
     return Ranks(store, rank, world_size)
+
+
+@contextmanager
+def temporary_process_groups() -> Iterator[None]:
+    """Destroy the process groups when the block succeeds or ends by `sys.exit`, as Megatron's training loop may end.
+
+    At exit, gloo's threads could outlive the memory that they use and abort the process after all work is done.
+    """
+    try:
+        yield
+    finally:
+        if isinstance(sys.exception(), SystemExit | None) and torch.distributed.is_initialized():
+            torch.distributed.barrier()
+            torch.distributed.destroy_process_group()

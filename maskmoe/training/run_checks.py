@@ -3,6 +3,7 @@
 import sys
 from argparse import ArgumentParser, Namespace
 from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from math import inf
 from pathlib import Path
 
@@ -12,6 +13,7 @@ from maskmoe.arguments.parser import refuse_unknown_flags
 from maskmoe.checkpoint.integrity import iteration_of
 from maskmoe.checkpoint.series import describe_missing
 from maskmoe.errors import UserError, megatrons_checks
+from maskmoe.files.run_folder import run_folder
 from maskmoe.megatron_compat import cpu
 from maskmoe.megatron_compat.globals import get_tokenizer, set_globals_without_writers
 from maskmoe.megatron_compat.gpu import GpuPackages
@@ -22,7 +24,6 @@ from maskmoe.training.ranks import meet_ranks
 from maskmoe.training.resume import choose_checkpoint as resume
 from maskmoe.training.resume import model_settings
 from maskmoe.training.resume.changed_settings import find_changed_settings, take_schedule_of_checkpoint
-from maskmoe.training.run_settings import RunSettings
 from maskmoe.training.settings import inputs
 from maskmoe.training.settings.agreement import check_agreement
 from maskmoe.training.settings.arguments import add_maskmoe_arguments
@@ -33,6 +34,22 @@ from maskmoe.training.settings.support import flags_of, note_on_unproven, refusa
 from maskmoe.transformer.torch_modules.gated_delta_net import check_gated_delta_net, uses_fla
 
 ArgumentsProvider = Callable[[ArgumentParser], ArgumentParser]
+
+
+@dataclass(frozen=True)
+class RunSettings:
+    """The settings of a checked run, made once before any process group exists.
+
+    Attributes:
+        args: Megatron's validated arguments, which Megatron's own code reads and completes.
+        has_work: Whether to train, or to save the checkpoint of a complete run into `--save`, which lacks it.
+        run_folder: The folder of logs, arguments and pages; None if the run writes none.
+    """
+
+    args: Namespace
+    mask: RoutingMask | None
+    has_work: bool
+    run_folder: Path | None
 
 
 def parse_and_check_args(
@@ -54,7 +71,9 @@ def parse_and_check_args(
         raise UserError(error)
     for note in checks.notes:
         console.say(f"note: {note}")
-    return RunSettings.from_args(checks.args, checks.mask, checks.is_complete)
+    args = checks.args
+    has_work = not checks.is_complete or resume.must_save_a_complete_run(args)
+    return RunSettings(args, checks.mask, has_work, run_folder(args.save, args.tensorboard_dir))
 
 
 class RunChecks:

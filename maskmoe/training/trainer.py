@@ -40,12 +40,10 @@ from maskmoe.routing_mask.feed_forward_layers import FeedForwardLayers
 from maskmoe.routing_mask.mask import mean_experts_per_token
 from maskmoe.training.model.batch import build_datasets, get_batch, loss_function, token_losses
 from maskmoe.training.model.model_builder import StageBuilder, embedding_ranks_of, model_config_from_args
-from maskmoe.training.process_groups import temporary_process_groups
-from maskmoe.training.ranks import Ranks, meet_ranks
+from maskmoe.training.ranks import Ranks, meet_ranks, temporary_process_groups
 from maskmoe.training.resume.changed_settings import has_one_learning_rate
 from maskmoe.training.resume.choose_checkpoint import checkpoint_to_load
-from maskmoe.training.run_checks import parse_and_check_args
-from maskmoe.training.run_settings import RunSettings
+from maskmoe.training.run_checks import RunSettings, parse_and_check_args
 from maskmoe.training.settings.arguments import add_pretraining_arguments
 from maskmoe.training.watch.callback import Callback, Step
 from maskmoe.training.watch.early_ends import FiniteStepCheck, SaveOnSignals, explaining_early_ends

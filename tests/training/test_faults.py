@@ -176,20 +176,20 @@ def test_sigterm_while_starting_ends_the_run_at_once(start_faulty):
 
 
 @pytest.mark.parametrize(
-    ("kind", "exit_code", "verdict", "newest"),
+    ("kind", "exit_code", "newest"),
     [
-        ("nan", 17, "not so when the step was repeated", 7),
-        ("nan-always", 16, "so again when the step was repeated", 9),
+        ("nan", 17, 7),
+        ("nan-always", 16, 9),
     ],
 )
 @pytest.mark.slow
-def test_nan_gradient_ends_the_run(start_faulty, tmp_path, kind, exit_code, verdict, newest):
+def test_nan_gradient_ends_the_run(start_faulty, tmp_path, kind, exit_code, newest):
     """Megatron repeats the step. If the NaN comes again, the model may be at fault, so Megatron saves first."""
     with start_faulty(kind, iteration=10) as processes:
         outcome = processes.wait(all_end=True)
     assert outcome.exit_codes == (exit_code, exit_code), outcome.report()
     error = re.search(r"^error: (.*)$", outcome.errors[0], re.MULTILINE)[1]
-    assert verdict in error
+    assert error.startswith("a loss or gradient was NaN or infinite")
     assert error.endswith(f"The newest checkpoint is of iteration {newest}")
     assert outcome.iterations[-1] == 9
     assert read_tracker(tmp_path / "save") == newest

@@ -25,7 +25,7 @@ from maskmoe.training.inference.arguments import add_evaluation_arguments
 from maskmoe.training.inference.loading import load_model
 from maskmoe.training.inference.token_losses import build_whole_split, losses_of_all, sum_over_ranks
 from maskmoe.training.model.model_builder import StageBuilder
-from maskmoe.training.process_groups import temporary_process_groups
+from maskmoe.training.ranks import temporary_process_groups
 from maskmoe.training.run_checks import parse_and_check_args
 from maskmoe.training.settings.inputs import check_same_tokenizer, data_prefixes
 from maskmoe.training.watch.routing_log import RoutingRecord, take_record

@@ -25,18 +25,11 @@ from maskmoe.processes.interruption import EXIT_REQUEUE, SIGNALS_THAT_SAVE
 from maskmoe.training.resume.choose_checkpoint import checkpoint_to_load, pretrained_to_load
 from maskmoe.training.watch.callback import Callback, Step
 
-# If a loss or gradient is NaN or infinite, Megatron repeats the step, names the rank in the log and exits with these
-# codes. After a step that `--check-for-spiky-loss` repeats, Megatron continues.
-_RERUN_VERDICTS = {
-    rerun_state_machine.EXIT_CODE_FAILED_ON_RESULT_VALIDATION: "a loss or gradient was NaN or infinite, and not so "
-    "when the step was repeated: the device that the log names may be faulty",
-    rerun_state_machine.EXIT_CODE_RESUME_TO_DISAMBIGUATE: "a loss or gradient was NaN or infinite, and so again when "
-    "the step was repeated: start the run again, if possible on other devices, to find out whether the device or the "
-    "model is at fault",
-}
-_SECOND_RERUN_VERDICT = (
-    "a loss or gradient was NaN or infinite, and the step was repeated on another device: the log's line `Second "
-    "rerun` says whether the first device or the model is at fault"
+# If a loss or gradient is NaN or infinite, Megatron repeats the step, says in the log on which rank and whether the
+# values were the same again, and exits with one of these codes.
+_RERUN_CODES = (
+    rerun_state_machine.EXIT_CODE_FAILED_ON_RESULT_VALIDATION,
+    rerun_state_machine.EXIT_CODE_RESUME_TO_DISAMBIGUATE,
 )
 _NO_SPACE = 1 << 20  # bytes
 
@@ -111,22 +104,15 @@ def explaining_early_ends(args: Namespace) -> Iterator[None]:
             f"cannot load {checkpoint}: {describe_failures(error)}; remove the cause and start the run again"
         ) from error
     except SystemExit as end:
-        if end.code in _RERUN_VERDICTS and torch.distributed.get_rank() == 0:
-            print(f"error: {_rerun_verdict(end.code)}. {describe_newest_checkpoint(args)}", file=sys.stderr)
+        if end.code in _RERUN_CODES and torch.distributed.get_rank() == 0:
+            cause = "a loss or gradient was NaN or infinite, and the log says whether again when the step was repeated"
+            print(f"error: {cause}. {describe_newest_checkpoint(args)}", file=sys.stderr)
         has_signal = args.exit_signal_handler and any(get_signal_handler().signals_received())
         if not end.code and (has_signal or _is_out_of_time(args)):
             sys.exit(EXIT_REQUEUE)
         raise
     finally:
         _kill_workers()
-
-
-def _rerun_verdict(code: int) -> str:
-    """Return what Megatron's repetition of a step has shown if Megatron ends the run with this exit code."""
-    state = rerun_state_machine.get_rerun_state_machine().state
-    if state == rerun_state_machine.RerunState.RERUNNING_FROM_CHECKPOINT:
-        return _SECOND_RERUN_VERDICT
-    return _RERUN_VERDICTS[code]
 
 
 def _kill_workers() -> None:

@@ -38,7 +38,7 @@ from maskmoe.routing_mask.assignment import MaskRecipe, build_routing_mask
 from maskmoe.routing_mask.frequency import count_token_frequency
 from maskmoe.training.model.model_builder import model_config_from_args
 from maskmoe.training.preflight.inspection import inspect_run
-from maskmoe.training.process_groups import temporary_process_groups
+from maskmoe.training.ranks import temporary_process_groups
 from maskmoe.training.run_checks import parse_and_check_args
 from maskmoe.training.settings.arguments import add_maskmoe_arguments, add_pretraining_arguments
 

@@ -6,7 +6,6 @@ from argparse import Namespace
 
 import pytest
 import torch
-from megatron.core import rerun_state_machine
 from megatron.training import training
 
 from maskmoe.checkpoint.saver import SaveError
@@ -34,27 +33,6 @@ def test_run_that_is_out_of_time_asks_for_a_new_start(explaining, monkeypatch, e
     with pytest.raises(SystemExit) as end, explaining(**args, curr_iteration=last_step):
         raise SystemExit(0)
     assert end.value.code == code
-
-
-@pytest.mark.parametrize(
-    ("state", "code", "verdict"),
-    [
-        ("RERUNNING_IN_PLACE", 17, "the device that the log names may be faulty. There is no checkpoint yet"),
-        ("WILL_RERUN_FROM_CHECKPOINT", 16, "start the run again, if possible on other devices"),
-        ("RERUNNING_FROM_CHECKPOINT", 17, "was repeated on another device: the log's line `Second rerun` says whether"),
-        ("RERUNNING_AGAIN_FROM_CHECKPOINT", 16, "start the run again, if possible on other devices"),
-    ],
-)
-def test_verdict_about_a_repeated_step(explaining, monkeypatch, capsys, state, code, verdict):
-    monkeypatch.setattr(torch.distributed, "get_rank", lambda: 0)
-    machine = rerun_state_machine.RerunStateMachine(mode=rerun_state_machine.RerunMode.VALIDATE_RESULTS)
-    machine.state = rerun_state_machine.RerunState[state]
-    monkeypatch.setattr(rerun_state_machine, "_GLOBAL_RERUN_STATE_MACHINE", machine)
-    _, _, megatrons_code = machine.should_checkpoint_and_exit()
-    with pytest.raises(SystemExit), explaining(exit_signal_handler=False):
-        raise SystemExit(megatrons_code)
-    assert megatrons_code == code
-    assert verdict in capsys.readouterr().err
 
 
 def test_save_to_a_folder_that_has_vanished_fails_in_one_line(explaining, tmp_path, monkeypatch):
