@@ -1,15 +1,12 @@
 """Builds the model from its configuration, with the interface of Megatron's configurations and builders."""
 
 from argparse import Namespace
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
-from traceback import extract_tb
 from typing import Any, cast
 
-import megatron.core
 import torch
 from megatron.core.pipeline_parallel import utils as pipeline
 from megatron.core.process_groups_config import ProcessGroupCollection
@@ -24,7 +21,7 @@ from megatron.training.vocab_utils import calculate_padded_vocab_size
 from torch.nn.functional import gelu, silu
 
 from maskmoe.checkpoint.routing_mask import mask_in_checkpoint, read_routing_mask
-from maskmoe.errors import UserError, megatrons_checks, reason_of
+from maskmoe.errors import UserError, megatrons_checks
 from maskmoe.training.resume.choose_checkpoint import checkpoint_to_load
 from maskmoe.transformer.layer_specs import (
     get_maskmoe_decoder_block_spec,
@@ -35,8 +32,6 @@ from maskmoe.transformer.models import DenseGPTModel, DenseHybridModel, MaskMoEG
 from maskmoe.transformer.router import check_router_settings
 from maskmoe.transformer.routing import AuxLossTokens
 from maskmoe.transformer.visible_experts import VisibleExperts
-
-_MEGATRON = str(Path(megatron.core.__file__).parent)
 
 
 @dataclass(kw_only=True)
@@ -112,17 +107,6 @@ class MaskMoEModelConfig:
         return self.builder or base
 
 
-@contextmanager
-def refusing_settings() -> Iterator[None]:
-    """Turn what Megatron-Core's modules refuse into a `UserError` of one line; other errors stay as they are."""
-    try:
-        yield
-    except (AssertionError, ImportError, ValueError) as error:
-        if not extract_tb(error.__traceback__)[-1].filename.startswith(_MEGATRON):
-            raise
-        raise UserError(f"the model cannot be made: {reason_of(error)}") from error
-
-
 class StageBuilder:
     """Base class of what builds the pipeline stages of a model with a routing mask, or of a model without experts."""
 
@@ -135,7 +119,7 @@ class StageBuilder:
         """Build and wrap the model chunks of this rank; arguments as for `unimodal_build_distributed_models`."""
         hooks = compose_hooks(self.config.pre_wrap_hooks)
         return unimodal_build_distributed_models(
-            refusing_settings()(self.build_model),
+            self.build_model,
             self.config.transformer,
             pg_collection,
             pre_wrap_hook=hooks,
