@@ -291,7 +291,9 @@ ERRORS = {
     "--pipeline-model-parallel-size 8": ["invalid settings: Number of layers should be divisible"],
     "--global-batch-size 40": ["invalid settings: eval_global_batch_size (40) must be divisible by"],
     "--routing-mask for_2_ranks.safetensors --expert-model-parallel-size 4": ["rank-local", "size 2", "4"],
-    "--tokenizer-type SentencePieceTokenizer --tokenizer-model data.bin": ["the tokenizer (SentencePieceTokenizer data.bin) cannot be made"],
+    "--tokenizer-type SentencePieceTokenizer --tokenizer-model data.bin": [
+        "the tokenizer (SentencePieceTokenizer data.bin) cannot be made"
+    ],
     "--hybrid-layer-pattern /*E": ["invalid settings: ZeroDivisionError"],
     "--hybrid-layer-pattern *E*E --pipeline-model-parallel-size 8": ["the model cannot be made: "],
     "--wandb-project p --save=": ["--wandb-project needs a run folder: pass --save or --tensorboard-dir"],
