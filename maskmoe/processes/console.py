@@ -20,8 +20,6 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any, TextIO
 
-from maskmoe.errors import UserError
-
 VERBOSE_FLAG = "--verbose"
 _PACKAGE = str(Path(__file__).parents[1]) + os.sep
 _MOST_HIDDEN_LINES = 20_000
@@ -103,11 +101,6 @@ class Console:
         if self._stdout is not None and self._progress is not self._stdout:
             sys.stdout = self._stdout
 
-    def finish(self) -> None:
-        """Take the last line even if it has no end; the process is about to end."""
-        if isinstance(sys.stdout, _LineRouter):
-            sys.stdout.finish()
-
     def show_last_lines(self) -> None:
         """Print the newest lines that were not shown to stderr: they may say why the process ends while it loads."""
         if self._is_loading:
@@ -168,23 +161,17 @@ class _LineRouter:
     def __init__(self, console: Console, stream: TextIO) -> None:
         self._console = console
         self._stream = stream
-        self._unfinished = threading.local()
+        self._unfinished = ""
 
     def write(self, text: str) -> int:
-        """Take text; a line is handed on when it is complete. Lines of several threads are not mixed."""
-        *lines, rest = (getattr(self._unfinished, "text", "") + text).split("\n")
-        self._unfinished.text = rest
+        """Take text; a line is handed on when it is complete."""
+        *lines, self._unfinished = (self._unfinished + text).split("\n")
         for line in lines:
             self._console.take_line(line + "\n")
         return len(text)
 
     def flush(self) -> None:
         """Do nothing: complete lines are flushed at once, and the rest of a line cannot be judged yet."""
-
-    def finish(self) -> None:
-        """Hand on the line that this thread has begun."""
-        if getattr(self._unfinished, "text", ""):
-            self.write("\n")
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self._stream, name)
@@ -211,11 +198,8 @@ console = Console()
 
 
 def rank_of_process() -> tuple[int, int]:
-    """Return this process's rank and the number of ranks as torchrun's variables say; raise `UserError` if unusable."""
-    rank, ranks = os.environ.get("RANK", "0"), os.environ.get("WORLD_SIZE", "1")
-    if not all(word.isascii() and word.isdecimal() and len(word) < 10 for word in (rank, ranks)) or int(ranks) < 1:
-        raise UserError(f"RANK={rank} of WORLD_SIZE={ranks}: set a rank from 0, and the number of all ranks")
-    return int(rank), int(ranks)
+    """Return this process's rank and the number of ranks, as torchrun's variables say."""
+    return int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
 
 
 def progress_bar[Step](steps: Sequence[Step], description: str, unit: str) -> Iterable[Step]:

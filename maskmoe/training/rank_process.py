@@ -81,4 +81,3 @@ def _run_with_last_lines(main: Callable[[], None]) -> None:
         is_success = isinstance(error, SystemExit) and error.code in (None, 0)
         if not (is_success or isinstance(error, UserError | RunFailure | None)):
             console.show_last_lines()
-        console.finish()
