@@ -33,14 +33,6 @@ def docker(*arguments: object, expect: int = 0, timeout: float = 600, **environm
     return result.stdout if expect == 0 else result.stderr
 
 
-def assert_refused(error: str, *arguments: object, **environment: str) -> None:
-    """Check that `launch/docker.sh` refuses its arguments with one line of error that contains some words."""
-    message = docker(*arguments, expect=2, **environment)
-    assert message.startswith("docker: error: ")
-    assert error in message
-    assert message.count("\n") == 1
-
-
 def dry_run(*arguments: object, **environment: str) -> list[str]:
     """Return the words of the last command that `launch/docker.sh --dry-run` prints."""
     return shlex.split(docker("--dry-run", *arguments, **environment).splitlines()[-1])
@@ -50,13 +42,6 @@ def replace_program(folder: Path, name: str, script: str) -> dict[str, str]:
     """Write a shell script to a folder, and return environment variables with which it replaces a program."""
     program = write_script(folder / "bin" / name, f"#!/bin/bash\n{script}\n")
     return {"PATH": f"{program.parent}:{os.environ['PATH']}"}
-
-
-@pytest.fixture
-def with_gpus(tmp_path) -> dict[str, str]:
-    """Return environment variables with which nvidia-smi shows two GPUs."""
-    # The pause reveals a reader that closes the pipe after the first line.
-    return replace_program(tmp_path, "nvidia-smi", "echo 'GPU 0: NVIDIA H100'; sleep 0.1; echo 'GPU 1: NVIDIA H100'")
 
 
 # ---- The command -----------------------------------------------------------------------------------------------------
@@ -87,32 +72,6 @@ def test_mounts(tmp_path):
     assert not (tmp_path / "new").exists()  # a dry run creates nothing
 
 
-def test_gpus_are_used_if_there_are_any(with_gpus):
-    words = dry_run("--engine", "docker", "true", **with_gpus)
-    assert "--gpus=all" in words
-    assert words[-2] == IMAGE.replace("-cpu", "")
-    assert '--gpus="device=0,1"' in dry_run("--engine", "docker", "--gpus", "0,1", "true", **with_gpus)
-    words = dry_run("--engine", "podman", "--gpus", "0,1", "true", **with_gpus)
-    assert {"--device=nvidia.com/gpu=0", "--device=nvidia.com/gpu=1"} <= set(words)
-    words = dry_run("--engine", "docker", "--cpu", "true", **with_gpus)
-    assert "--gpus=all" not in words
-    assert words[-2] == IMAGE
-
-
-def test_variables_of_the_launchers_are_passed():
-    words = dry_run("--engine", "docker", "--env", "A=b c", "true", NNODES="2", NCCL_DEBUG="INFO", RUN_DIR="/x", B="1")
-    assert {"--env=NNODES", "--env=NCCL_DEBUG", "--env=A=b c"} <= set(words)
-    assert not {"--env=RUN_DIR", "--env=B"} & set(words)
-
-
-def test_build():
-    command = docker("--dry-run", "--engine", "docker", "--cpu", "--build", "--base-image", "some:base").splitlines()
-    assert len(command) == 1
-    assert f"--file {ROOT}/docker/Dockerfile.cpu --tag {IMAGE} " in command[0]
-    assert f"--build-arg VERSION={maskmoe.__version__} --build-arg EXTRAS=hf " in command[0]
-    assert "BASE_IMAGE=some:base" in command[0]
-
-
 def test_signals_reach_the_engine(tmp_path):
     engine = replace_program(
         tmp_path, "podman", "trap 'echo stopped; exit 75' TERM; echo ready; for _ in {1..100}; do sleep 0.1; done"
@@ -125,22 +84,6 @@ def test_signals_reach_the_engine(tmp_path):
         process.terminate()
         assert process.stdout.readline() == "stopped\n"
     assert process.returncode == 75
-
-
-@pytest.mark.parametrize(
-    ("arguments", "error"),
-    [
-        ((), "COMMAND is missing"),
-        (("--nonsense", "true"), "unknown option --nonsense"),
-        (("--run-dir",), "--run-dir needs a value"),
-        (("--mount", "/nowhere", "true"), "--mount /nowhere: no such file or folder"),
-        (("--engine", "lxc", "true"), "--engine must be docker or podman, not lxc"),
-        (("--code", "theirs", "true"), "--code must be checkout or image, not theirs"),
-        (("--dry-run", "--engine", "docker", "--gpus", "all", "--build"), "pass --base-image"),
-    ],
-)
-def test_bad_options(arguments, error):
-    assert_refused(error, "--engine", "docker", *arguments)
 
 
 # ---- The image -------------------------------------------------------------------------------------------------------

@@ -57,7 +57,7 @@ def num_starts(folder, rank: int) -> int:
     [
         ("pass", 0, 1),
         ("sys.exit(2) if rank else time.sleep(1000)", 2, 1),
-        ("sys.exit(75)", EXIT_REQUEUE, 1),
+        ("sys.exit(75) if rank else time.sleep(1000)", EXIT_REQUEUE, 1),
         ("sys.exit(3) if rank else time.sleep(1000)", 1, 2),
     ],
     ids=["complete", "bad input", "stopped", "failure"],

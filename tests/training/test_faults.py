@@ -197,23 +197,25 @@ def test_nan_gradient_ends_the_run(start_faulty, tmp_path, kind, exit_code, newe
 
 @UNDISTURBED
 @pytest.mark.parametrize(
-    ("kind", "flags", "iteration"),
+    ("kind", "flags", "iteration", "ranks"),
     [
-        ("nan-always", "--spike-action none", 8),
-        ("nan-reduced", "", 9),
-        pytest.param("nan-always", "--no-check-for-nan-in-loss-and-grad", 9, marks=pytest.mark.slow),
-        pytest.param("nan-always", "", 8, marks=pytest.mark.slow),
+        ("nan-always", "--spike-action none", 8, 1),
+        ("nan-reduced", "", 9, 2),
+        pytest.param("nan-always", "--no-check-for-nan-in-loss-and-grad", 9, 2, marks=pytest.mark.slow),
+        pytest.param("nan-always", "", 8, 2, marks=pytest.mark.slow),
     ],
 )
-def test_nan_in_a_step_that_megatron_does_not_repeat_is_not_saved(runs, start_faulty, tmp_path, kind, flags, iteration):
+def test_nan_in_a_step_that_megatron_does_not_repeat_is_not_saved(
+    runs, start_faulty, tmp_path, kind, flags, iteration, ranks
+):
     """Megatron applies the update of the first step of a process, and of each step whose NaN its check does not see."""
     save = tmp_path / "save"
     shutil.copytree(checkpoint_path(runs[0].checkpoints, 7), checkpoint_path(save, 7))
     write_tracker(save, 7)
     flags = f"{flags} --save-interval 1 --keep-last-checkpoints 1"
-    with start_faulty(kind, flags, iteration=iteration) as processes:
+    with start_faulty(kind, flags, rank=ranks - 1, iteration=iteration, ranks=ranks) as processes:
         outcome = processes.wait(all_end=True)
-    assert outcome.exit_codes == (1, 1), outcome.report()
+    assert outcome.exit_codes == (1,) * ranks, outcome.report()
     error = re.search(r"^error: (.*)$", outcome.errors[0], re.MULTILINE)[1]
     assert error.startswith(f"the loss or gradient of iteration {iteration} was NaN or infinite, and Megatron did not")
     assert error.endswith(f"The newest checkpoint is of iteration {iteration - 1}")
