@@ -21,7 +21,7 @@ from torch.distributed.elastic.agent.server.api import RunResult, WorkerGroup, W
 from torch.distributed.elastic.agent.server.local_elastic_agent import LocalElasticAgent
 from torch.distributed.elastic.multiprocessing.api import SignalException
 from torch.distributed.elastic.multiprocessing.errors import ChildFailedError, ProcessFailure
-from torch.distributed.elastic.rendezvous import RendezvousClosedError, RendezvousError
+from torch.distributed.elastic.rendezvous import RendezvousClosedError, RendezvousError, RendezvousTimeoutError
 from torch.distributed.launcher import api
 
 from maskmoe.processes.interruption import EXIT_REQUEUE, SIGNALS_THAT_END
@@ -33,7 +33,13 @@ _OTHER_NODE_TIMEOUT = 10.0  # seconds for which ranks may end by themselves when
 
 
 class Agent(LocalElasticAgent):
-    """The agent of one node, which starts the node's ranks, watches them and ends them."""
+    """The agent of one node, which starts the node's ranks, watches them and ends them.
+
+    Attributes:
+        has_met: Whether the nodes of the run have met.
+    """
+
+    has_met = False
 
     def _monitor_workers(self, worker_group: WorkerGroup) -> RunResult:
         """Return the state of the ranks; allow no restart if a restart cannot help.
@@ -41,6 +47,7 @@ class Agent(LocalElasticAgent):
         Raises:
             RendezvousClosedError: Another node has ended the run, or node 0 is lost.
         """
+        Agent.has_met = True
         result = super()._monitor_workers(worker_group)
         if self._pcontext and result.state is WorkerState.HEALTHY and self._has_ended_elsewhere():
             self._pcontext.wait(_OTHER_NODE_TIMEOUT)  # the ranks of this node may be about to end, too
@@ -113,12 +120,13 @@ def main() -> None:
     vars(api)["LocalElasticAgent"] = Agent
     try:
         run.run(arguments)
-    except RendezvousClosedError:
-        _say("another node has ended the run, and says why in its output; or node 0 is lost")
-        sys.exit(EXIT_RUN_FAILURE)
     except RendezvousError as error:
-        where = f"{arguments.rdzv_endpoint}, --rendezvous-id {arguments.rdzv_id}"
-        _say(f"error: the {arguments.nnodes} nodes did not meet at {where}: {error}")
+        is_over = Agent.has_met and not isinstance(error, RendezvousTimeoutError)
+        if is_over or isinstance(error, RendezvousClosedError):
+            _say("another node has ended the run, and says why in its output; or node 0 is lost")
+        else:
+            where = f"{arguments.rdzv_endpoint}, --rendezvous-id {arguments.rdzv_id}"
+            _say(f"error: the {arguments.nnodes} nodes did not meet at {where}: {error}")
         sys.exit(EXIT_RUN_FAILURE)
     except ChildFailedError as error:
         codes = {failure.exitcode for failure in error.failures.values()}

@@ -19,7 +19,7 @@ _EXIT_BROKEN_PIPE = 128 + signal.SIGPIPE
 _FAILURES_OF_SYSTEM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO, errno.EMFILE, errno.ENFILE)
 
 # Seconds that all other ranks of a node wait before they report an error, so that only the first rank reports it.
-_REPORT_DELAY = 10
+_REPORT_DELAY = 3
 
 
 def run_tool(main: Callable[[], None]) -> None:
