@@ -201,23 +201,29 @@ def resume_steps_of_stages_without_experts() -> None:
 
     def synchronize_steps(self: Any) -> Any:
         """Give groups without parameters the step of the others; FusedAdam counts in groups."""
-        if (step := stock_synchronize_steps(self)) is not None:
-            members = [chained.optimizer for chained in self.chained_optimizers]
-            counting = {type(member) for member in members if any("step" in group for group in member.param_groups)}
-            for group in (group for member in members if type(member) in counting for group in member.param_groups):
-                group["step"] = step
+        step = stock_synchronize_steps(self)
+        if step is None:
+            return None
+        members = [chained.optimizer for chained in self.chained_optimizers]
+        counting = {type(member) for member in members if any("step" in group for group in member.param_groups)}
+        for member in members:
+            if type(member) in counting:
+                for group in member.param_groups:
+                    group["step"] = step
         return step
 
     def load_state_dict(self: Any, state_dict: Any) -> None:
         """Give states without a step the step of another optimizer of their kind; torch's Adam counts in the state."""
         states = [state for _, state in sorted(state_dict.items())] if isinstance(state_dict, dict) else state_dict
         if 1 < len(self.chained_optimizers) == len(states):
+            kinds = [type(chained.optimizer) for chained in self.chained_optimizers]
             # Half-precision models have the state in a further dictionary, and the distributed optimizer has none here.
             inner = [state.get("optimizer", state).get("state", {}) for state in states]
-            kinds = (type(chained.optimizer) for chained in self.chained_optimizers)
-            members = [*zip(kinds, inner, strict=True)]
-            steps = {kind: state["common_step"] for kind, state in members if "common_step" in state}
-            for kind, state in members:
+            # Find the step of each kind of optimizer, then give it to the states of the same kind.
+            steps = {
+                kind: state["common_step"] for kind, state in zip(kinds, inner, strict=True) if "common_step" in state
+            }
+            for kind, state in zip(kinds, inner, strict=True):
                 if kind in steps:
                     state["common_step"] = steps[kind]
         stock_load_state_dict(self, state_dict)
