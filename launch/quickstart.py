@@ -69,7 +69,7 @@ def sections(run: Path, processes: int, vocab_size: int, unigram_loss: float) ->
         f"{model['num_hidden_layers']} layers, width {model['hidden_size']}, {model['num_experts']} experts in each, "
         f"{vocab_size:,} token ids; the ids that make up {mask.frequent_mass:.0%} of the text see "
         f"{mask.frequent_visible_experts} experts, all other ids see one ({mask.assignment}); trained by "
-        f"{processes} processes.",
+        f"{processes} {'process' if processes == 1 else 'processes'}.",
         "## Perplexity on held-out text, by frequency of the input token",
         markdown_table("\n".join(["input tokens | share | tokens | loss | perplexity", *losses])),
         f"Perplexity of knowing token frequencies only: {math.exp(unigram_loss):,.1f}. After so few tokens a model "

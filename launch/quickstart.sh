@@ -97,14 +97,15 @@ stop() {
 }
 trap stop INT TERM HUP
 
-# Layout of the training: the number of processes, among which the experts are divided, and the threads of each.
+# Layout of the training: the number of processes, among which the experts are divided, and the threads of each. On CPUs,
+# one process is faster than two (docs/measurements.md).
 count='from maskmoe.launch.machine import find_devices as find; print(find().num_gpus, find().num_cores)'
 read -r gpus cores < <("$python" -P -c "$count")
 if ((gpus)); then
     processes=$((gpus < 2 ? 1 : gpus < 4 ? 2 : gpus < 8 ? 4 : 8)) device=(--bf16)
 else
-    processes=2 device=()
-    export OMP_NUM_THREADS=$((cores < 2 ? 1 : cores / processes)) GLIBC_TUNABLES=glibc.malloc.hugetlb=1
+    processes=1 device=()
+    export OMP_NUM_THREADS=$((cores < 8 ? cores : 8)) GLIBC_TUNABLES=glibc.malloc.hugetlb=1
 fi
 
 # 1. Collect a text, if none was given: the sources and the documentation of the installed Python.
