@@ -25,7 +25,7 @@ from maskmoe.training.resume import choose_checkpoint as resume
 from maskmoe.training.resume import model_settings
 from maskmoe.training.resume.changed_settings import find_changed_settings, take_schedule_of_checkpoint
 from maskmoe.training.settings import inputs
-from maskmoe.training.settings.agreement import check_agreement
+from maskmoe.training.settings.agreement import check_agreement, digest_of_datasets
 from maskmoe.training.settings.arguments import add_maskmoe_arguments
 from maskmoe.training.settings.folders import run_folder_defaults
 from maskmoe.training.settings.layout import BatchSizes
@@ -232,7 +232,10 @@ class RunChecks:
             yield from _error_of(lambda: inputs.check_mask(args, mask))
         if self._vocab_size is not None and args.fim_data:
             yield from _error_of(lambda: check_fill_in_middle_tokens(args))
-        yield from inputs.data_errors(args, mask, self._vocab_size, self.most_bytes_read)
+        args.datasets_digest = None  # saved with the other arguments, for the runs that resume
+        if not (errors := [*inputs.data_errors(args, mask, self._vocab_size, self.most_bytes_read)]):
+            args.datasets_digest = digest_of_datasets(args)
+        yield from errors
 
     def _compare_models(self) -> Iterator[str]:
         """Check that the checkpoint holds the model of the run."""

@@ -70,7 +70,7 @@ _TABLE = {
     """,
     Rule.DATA: """
         data_path train_data_path data_args_path per_split_data_args_path mock_data split seq_length seed
-        dataloader_type fim_data
+        dataloader_type fim_data datasets_digest
     """,
 }
 # How the user knows arguments that do not have the names of their flags. Megatron has no flags for three settings of
@@ -80,6 +80,7 @@ _FLAGS = {
     "beta_fast": "beta_fast (pass --use-checkpoint-args)",
     "beta_slow": "beta_slow (pass --use-checkpoint-args)",
     "tokenizer_sha256": "the digest of --tokenizer-model",
+    "datasets_digest": "the digest of the datasets' sizes and beginnings",
     "layernorm_zero_centered_gamma": "--apply-layernorm-1p",
     "use_layer_wise_distributed_optimizer": "--use-distributed-optimizer",  # with Muon and Lion
 }
@@ -133,8 +134,8 @@ class Changes:
                 return args.position_embedding_type != "learned_absolute"
             case "mtp_use_repeated_layer":
                 return (args.mtp_num_layers or 0) <= 1
-            case "tokenizer_sha256":  # unknown for some tokenizers
-                return None in (args.tokenizer_sha256, saved.tokenizer_sha256)
+            case "tokenizer_sha256" | "datasets_digest":  # unknown for some tokenizers, or for missing datasets
+                return None in (getattr(args, name, None), getattr(saved, name))
             case "lr_decay_iters" | "lr_decay_samples":  # from --train-iters or --train-samples
                 return getattr(args, name) is None
             case "train_iters":

@@ -52,6 +52,11 @@ def check_agreement(args: Namespace, gather: Callable[[str, str], list[str]]) ->
     raise UserError(f"the ranks were not started alike: {listed([*_differences(facts, hosts)], _MOST_NAMED)}")
 
 
+def digest_of_datasets(args: Namespace) -> str:
+    """Return a digest of the sizes and the beginnings of all datasets. Raises UserError if the flags name none."""
+    return _digest(" ".join(map(_describe_word, data_prefixes(args))))
+
+
 def _settings(args: Namespace) -> Facts:
     """Return the arguments and the versions that must be equal on all ranks."""
     names = sorted(vars(args).keys() - _OF_ONE_NODE - {*_FILES, *_DATASETS})

@@ -6,8 +6,10 @@ The checkpoint is from iteration 7 of a run of 21 iterations with 8 samples each
 
 import math
 import re
+import shutil
 import sys
 from argparse import Namespace
+from pathlib import Path
 
 import pytest
 from megatron.core.dist_checkpointing import load_common_state_dict
@@ -27,6 +29,7 @@ from maskmoe.training.resume.changed_settings import (
     find_changed_settings,
     take_schedule_of_checkpoint,
 )
+from maskmoe.training.settings.agreement import digest_of_datasets
 from maskmoe.training.settings.arguments import add_maskmoe_arguments, add_pretraining_arguments
 
 OVERRIDE, KEEP = "--override-opt-param-scheduler", "--use-checkpoint-opt-param-scheduler"
@@ -58,7 +61,7 @@ NOTES = {
     "--no-load-optim --lr 1e-3": ["a new optimizer continues at iteration 7", "at every start: remove the flag"],
     "--seed 7": ["another order (--seed 1234 in the checkpoint, 7 in this run)", "at sample 56 of the new order"],
     "--dataloader-type cyclic --micro-batch-size 4": ["--dataloader-type single", "--micro-batch-size 2 in the"],
-    "--data-path ended": ["another order (--data-path data in the checkpoint, ended in this run)"],
+    "--data-path ended": ["another order (--data-path data in the checkpoint, ended in this run; the digest"],
     f"--train-iters 99 {OVERRIDE}": ["reads 792 samples, not 168", "another order", "at sample 56 of the new order"],
     f"--train-iters 22 {KEEP}": ["reads 176 samples, not 168"],
     f"--global-batch-size 16 --train-iters 10 {OVERRIDE}": ["reads 160 samples, not 168"],
@@ -86,13 +89,16 @@ def changed(runs, workplace, monkeypatch):
     """Find the changes of a run with further flags; the first run of the test saved the checkpoint."""
     checkpoint = checkpoint_path(runs[0].checkpoints, 7)
 
-    def changed(flags: str, omits: str | None = None, ranks: int = 1) -> ChangedSettings:
+    def changed(
+        flags: str, omits: str | None = None, ranks: int = 1, folder: Path = workplace.folder
+    ) -> ChangedSettings:
         run = Run(f"--hidden-dropout 0.1 --attention-dropout 0.1 --distributed-backend gloo {flags}", omits=omits)
         words = workplace.flags(run, workplace.folder / "unused", runs[0].checkpoints)
         monkeypatch.setattr(sys, "argv", ["pretrain", *words])
-        monkeypatch.chdir(workplace.folder)
+        monkeypatch.chdir(folder)
         args = parse_args(lambda parser: add_pretraining_arguments(add_maskmoe_arguments(parser)))
         args.rank, args.world_size, args.padded_vocab_size = 0, ranks, 512  # as with a tokenizer
+        args.datasets_digest = digest_of_datasets(args)
         validate_args(args)
         take_schedule_of_checkpoint(args, checkpoint)
         return find_changed_settings(args, checkpoint)
@@ -130,6 +136,19 @@ def test_change_that_takes_effect_is_noted(changed, flags):
 @pytest.mark.parametrize("flags", QUIET)
 def test_other_changes_need_no_word(changed, flags):
     assert changed(flags) == ChangedSettings()
+
+
+@pytest.mark.runs("fp32")
+def test_dataset_that_was_exchanged_at_its_path_is_noted(changed, workplace, tmp_path):
+    for suffix in (".idx", ".bin"):
+        shutil.copy(workplace.folder / f"data{suffix}", tmp_path)
+    assert changed("", folder=tmp_path) == ChangedSettings()
+    with open(tmp_path / "data.bin", "r+b") as stream:
+        first = stream.read(1)
+        stream.seek(0)
+        stream.write(bytes([first[0] ^ 1]))
+    (note,) = changed("", folder=tmp_path).notes
+    assert "in another order (the digest of the datasets" in note
 
 
 SAMPLES = "--lr-warmup-samples 24 --train-samples"
