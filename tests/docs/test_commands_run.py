@@ -18,7 +18,7 @@ ZIPF = "--data-path {tmp}/zipf --routing-mask {tmp}/mask.safetensors"
 TEXT = "README.md CHANGELOG.md docs/data.md docs/check.md"
 # The flags that give a program its smallest size; a later flag overrides an earlier one.
 SMALL = {
-    "launch/quickstart.sh": f"--input {TEXT} --run-dir {{tmp}}/run --train-iters 4 --vocab-size 512",
+    "launch/quickstart.sh": f"--input {TEXT} --run-dir {{tmp}}/run --train-iters 1 --vocab-size 512",
     "tests/run.sh": "tests/test_release.py -k version",
     "tools/gpu_campaign.sh": "--output {tmp}/campaign --only cuda",
     "pretrain": f"{ZIPF} --tokenizer-type NullTokenizer --tokenizer-model {{tmp}}/mask.safetensors --vocab-size 4096",

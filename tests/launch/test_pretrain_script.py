@@ -131,6 +131,7 @@ def test_same_command_resumes_a_stopped_run(stopped, start, undisturbed):
     assert all(log.stat().st_size for log in logs)
 
 
+@pytest.mark.slow
 def test_second_run_in_a_folder_is_refused(start):
     endless = "--train-iters 100000 --save-interval 100000"
     with start("locked", flags=endless) as launch:
