@@ -11,7 +11,7 @@ from transformers.convert_slow_tokenizer import SentencePieceExtractor, SpmConve
 
 from maskmoe.conversion.settings import Settings
 from maskmoe.data.tokenizer import HuggingFaceTokenizer, SentencePieceTokenizer, Tokenizer, load_tokenizer
-from maskmoe.data.tokenizer_record import tokenizer_sha256
+from maskmoe.data.tokenizer_record import TOKENIZER_TYPES, tokenizer_sha256
 from maskmoe.errors import UserError
 
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "chat_template.jinja")
@@ -57,33 +57,48 @@ def choose_tokenizer(
         raise UserError(f"--tokenizer-model {path} needs --tokenizer-type")
     if kind == WITHOUT_TEXT:
         return kind, None
-    own = HuggingFaceTokenizer.__name__, str(settings.load)
-    may_take_own = settings.tokenizer_model is None and settings.tokenizer_type in (None, own[0])
-    has_own = may_take_own and (settings.load / TOKENIZER_FILES[0]).is_file()
-    problem = "does not exist"
-    if kind is not None and path is not None and Path(path).exists():
-        is_replaced = may_replace and settings.tokenizer_model is not None
-        trained_with = None if is_replaced else getattr(args, "tokenizer_sha256", None)
-        sha256 = tokenizer_sha256(kind, path)
-        if sha256 is None or trained_with is None or sha256 == trained_with:
-            if has_own and sha256 and vocab_size is not None:
-                trained_ids = load_tokenizer(kind, path).vocab_size
-                if trained_ids < vocab_size and trained_ids < load_tokenizer(*own).vocab_size <= vocab_size:
-                    return own
-            return kind, path
-        problem = (
-            f"(sha256 {sha256[:12]}…) is not the file that the model was trained with (sha256 {trained_with[:12]}…)"
-        )
-    if has_own:
-        return own
+    beside = _tokenizer_beside(settings)
     if kind is None:
-        return WITHOUT_TEXT, None
+        return beside or (WITHOUT_TEXT, None)
     if path is None:
-        raise UserError(f"--tokenizer-type {kind} needs --tokenizer-model")
-    raise UserError(
-        f"the tokenizer {path} of {settings.load} {problem}; pass --tokenizer-model with the right file, or "
-        f"--tokenizer-type {WITHOUT_TEXT} to go without"
-    )
+        if beside is None:
+            raise UserError(f"--tokenizer-type {kind} needs --tokenizer-model")
+        return beside
+    is_replaced = may_replace and settings.tokenizer_model is not None
+    fault = _fault_of(kind, path, None if is_replaced else getattr(args, "tokenizer_sha256", None))
+    if not fault:
+        return beside if beside and _was_extended((kind, path), beside, vocab_size) else (kind, path)
+    if beside is None:
+        raise UserError(
+            f"the tokenizer {path} of {settings.load} {fault}; pass --tokenizer-model with the right file, or "
+            f"--tokenizer-type {WITHOUT_TEXT} to go without"
+        )
+    return beside
+
+
+def _tokenizer_beside(settings: Settings) -> tuple[str, str] | None:
+    """Return type and path of the tokenizer in the folder of the model, unless the user names another one."""
+    kind = HuggingFaceTokenizer.__name__
+    may_take = settings.tokenizer_model is None and settings.tokenizer_type in (None, kind)
+    return (kind, str(settings.load)) if may_take and (settings.load / TOKENIZER_FILES[0]).is_file() else None
+
+
+def _fault_of(kind: str, path: str, trained_with: str | None) -> str:
+    """Return what is wrong with a tokenizer if the model was trained with one of another digest, which may be None."""
+    if not Path(path).exists():
+        return "does not exist"
+    sha256 = tokenizer_sha256(kind, path)
+    if sha256 is None or trained_with is None or sha256 == trained_with:
+        return ""
+    return f"(sha256 {sha256[:12]}…) is not the file that the model was trained with (sha256 {trained_with[:12]}…)"
+
+
+def _was_extended(trained_with: tuple[str, str], beside: tuple[str, str], vocab_size: int | None) -> bool:
+    """Return whether a model was resized for the further ids of the tokenizer beside it, after its training."""
+    if vocab_size is None or trained_with[0] not in TOKENIZER_TYPES:
+        return False
+    num_trained = load_tokenizer(*trained_with).vocab_size
+    return num_trained < vocab_size and num_trained < load_tokenizer(*beside).vocab_size <= vocab_size
 
 
 def export_tokenizer(tokenizer_type: str, tokenizer_model: str | Path | None, folder: Path) -> dict[str, int | None]:
