@@ -4,7 +4,7 @@ Each command of these pages that writes `--json runs/measurements/NAME.json` is 
 its defaults. The medians go to docs/measurements.json, from which this program writes the tables, the plot of dispatch
 and figures in README.md, so all of them show the same run. Measure on an idle machine.
 
-    python tools/benchmarks/pages.py --measure               all measurements, in about half an hour on two cores
+    python tools/benchmarks/pages.py --measure               all measurements, in a quarter of an hour on two cores
     python tools/benchmarks/pages.py --measure dispatcher    this measurement only
     python tools/benchmarks/pages.py                         write tables and plot again
     python tools/benchmarks/pages.py --check                 exit with code 1 if a table or the plot is stale
