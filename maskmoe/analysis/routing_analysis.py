@@ -94,7 +94,7 @@ def analyze(
     statistics, before = [], None
     for position, model in enumerate(tqdm(models, desc="routing the probe", unit="model")):
         with model_folder(model) as folder:
-            decoder = load_exported_model(folder, tokenizer=None).model
+            decoder = load_exported_model(folder).model
             trace = record_routing(decoder, token_ids, seq_length, settings.batch_size)
         if trace_files:
             trace.save(trace_files[position], model.name, shape.layers)

@@ -10,9 +10,7 @@ from typing import Any
 from maskmoe.arguments import ranges
 from maskmoe.arguments.parser import Parser, add_option, say_loading
 from maskmoe.conversion.settings import (
-    DERIVED_PATTERN,
     DTYPE_NAMES,
-    NO_PATTERN,
     Settings,
     UpcycleSettings,
     parse_size,
@@ -38,17 +36,10 @@ def parse_arguments() -> argparse.Namespace:
 def _add_arguments(parser: argparse.ArgumentParser, name: str) -> None:
     """Add the arguments of the subcommand `name`."""
     _add_conversion_arguments(parser)
-    parser.set_defaults(ckpt_step=None, hybrid_layer_pattern=None)
+    parser.set_defaults(ckpt_step=None)
     if name in ("megatron-to-hf", "upcycle"):
         step = "iteration to convert of a run's checkpoints, as Megatron's flag (default: the newest, if undamaged)"
         add_option(parser, "--ckpt-step I", step, ranges.NUMBER)
-    if name in ("hf-to-megatron", "upcycle"):
-        pattern = (
-            "write a checkpoint of a HybridModel with this pattern, in which | may divide pipeline stages; "
-            f"{DERIVED_PATTERN}: with the pattern of the model's layers; {NO_PATTERN}: of a GPTModel (default: of the "
-            f"class that the model was exported from, else {DERIVED_PATTERN})"
-        )
-        add_option(parser, "--hybrid-layer-pattern P", pattern)
     if name == "upcycle":
         add_option(parser, "--save-format", "format of the result", choices=("megatron", "hf"), default="megatron")
         add_upcycle_arguments(parser)
@@ -59,8 +50,8 @@ def _add_arguments(parser: argparse.ArgumentParser, name: str) -> None:
 
 
 def _add_conversion_arguments(parser: argparse.ArgumentParser) -> None:
-    kind = "type of the tokenizer (default: the checkpoint's), as Megatron's flag; NullTokenizer for none"
-    file = "file of the tokenizer (default: the checkpoint's); export refuses another file than the training's"
+    kind = "type of the tokenizer (default: the training's), as Megatron's flag; NullTokenizer for none"
+    file = "file of the tokenizer, if the training's is not found; export refuses another one than the training's"
     folder = "folder to convert: a model, a checkpoint, or a run's checkpoints"
     add_option(parser, "--load DIR", folder, Path, required=True)
     add_option(parser, "--save DIR", "new folder for the result", Path, required=True)
@@ -70,7 +61,6 @@ def _add_conversion_arguments(parser: argparse.ArgumentParser) -> None:
     add_option(parser, "--max-shard-size SIZE", size, parse_size)
     add_option(parser, "--tokenizer-type T", kind)
     add_option(parser, "--tokenizer-model F", file)
-    parser.add_argument("--allow-nan", action="store_true", help="convert weights that are NaN or infinite, too")
 
 
 def add_upcycle_arguments(parser: argparse.ArgumentParser) -> None:
@@ -79,13 +69,10 @@ def add_upcycle_arguments(parser: argparse.ArgumentParser) -> None:
     mask = "routing mask made by maskmoe mask for the model's vocabulary (vocab_size in config.json)"
     add_option(group, "--routing-mask F", mask, Path, required=True)
     add_option(group, "--num-experts N", "experts in each MoE layer", ranges.EXPERTS, required=True)
-    group.add_argument("--shared-expert", action="store_true", help="give each MoE layer a shared expert, too")
     layers = "which layers get experts, as Megatron's flag: one in FREQ layers, or a list such as [0]+[1]*23"
     parser.set_defaults(moe_layer_freq=UpcycleSettings.moe_layer_freq)
     add_option(group, "--moe-layer-freq FREQ", f"{layers} (default: all layers)")
     add_option(group, "--topk K", "experts of a token", ranges.EXPERTS, default=UpcycleSettings.topk)
-    parts = "make experts of 1/G of the MLP's size; N and K must be multiples of G; 1: whole copies"
-    add_option(group, "--granularity G", parts, ranges.COUNT, default=UpcycleSettings.granularity)
     add_option(group, "--seed S", "seed of the routers", ranges.SEED, default=UpcycleSettings.seed)
 
 
@@ -123,7 +110,7 @@ def _convert(arguments: argparse.Namespace) -> None:
     """Run a conversion, and print where the result is and how training loads it."""
     from maskmoe.checkpoint.routing_mask import read_routing_mask
     from maskmoe.conversion.convert import huggingface_to_megatron, megatron_to_huggingface, upcycle_model
-    from maskmoe.conversion.upcycle import changes_of_function
+    from maskmoe.conversion.upcycle import changes_function
 
     settings, flags = Settings(**_field_values(Settings, arguments)), None
     mask = read_routing_mask(arguments.routing_mask) if arguments.routing_mask else None
@@ -136,8 +123,8 @@ def _convert(arguments: argparse.Namespace) -> None:
         recipe, to_megatron = upcycle_settings(arguments), arguments.save_format == "megatron"
         load_flags = upcycle_model(settings, recipe, mask, to_megatron)
         flags = load_flags if to_megatron else None
-        if changes := changes_of_function(recipe, mask):
-            print(f"the model does not compute what the dense model computes: {'; '.join(changes)}")
+        if changes_function(recipe, mask):
+            print("the model does not compute what the dense model computes: with K = 1, probabilities scale outputs")
         else:
             print("the model computes what the dense model computes")
     if flags is None:

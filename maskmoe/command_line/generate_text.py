@@ -23,7 +23,7 @@ from tqdm import tqdm
 from maskmoe.arguments import ranges
 from maskmoe.arguments.parser import add_force_argument, add_option, add_seed_argument, command_parser, say_loading
 from maskmoe.conversion.seal import check_seal
-from maskmoe.conversion.settings import CONFIG_FILE, GENERATION_FILE, end_ids
+from maskmoe.conversion.settings import CONFIG_FILE
 from maskmoe.data.prompts import KEY, read_prompts
 from maskmoe.errors import UserError
 from maskmoe.files.outputs import check_outputs, write_text
@@ -94,7 +94,7 @@ def main() -> None:
 
         say_loading("reading the model")
         tokenizer = load_exported_tokenizer(folder)
-        model = load_exported_model(folder, tokenizer)
+        model = load_exported_model(folder)
     continuation = Continuation(arguments, TokenIds(model.config.vocab_size) if tokenizer is None else tokenizer, model)
     prompts = [continuation.token_ids(record[KEY]) for record in records]
     set_seed(arguments.seed)
@@ -174,16 +174,14 @@ class Continuation:
         arguments: The arguments of the command line.
         tokenizer: The model's tokenizer.
         model: The model.
-
-    Raises:
-        UserError: The model does not end texts by token ids.
     """
 
     def __init__(self, arguments: argparse.Namespace, tokenizer: Any, model: Any) -> None:
         from transformers import GenerationConfig
 
         self._tokenizer, self._model = tokenizer, model
-        ends = end_ids(model.generation_config.eos_token_id, Path(arguments.load, GENERATION_FILE))
+        ends = model.generation_config.eos_token_id
+        ends = ends if isinstance(ends, list) else [] if ends is None else [ends]
         self._ends = {*ends}
         # Other settings of the folder do not fit the arguments, or not even transformers.
         model.generation_config = GenerationConfig(eos_token_id=ends or None)

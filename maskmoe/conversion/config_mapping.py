@@ -17,7 +17,6 @@ from megatron.training.arguments import add_megatron_arguments
 
 from maskmoe.checkpoint.saved_names import has_alike_layers
 from maskmoe.conversion.model_tensors import feed_forward_layers
-from maskmoe.conversion.settings import DERIVED_PATTERN, NO_PATTERN
 from maskmoe.conversion.tokenizer import WITHOUT_TEXT
 from maskmoe.errors import UserError
 from maskmoe.routing_mask.feed_forward_layers import FeedForwardLayers
@@ -208,9 +207,7 @@ def updated_args(args: Namespace, config: Mapping[str, Any]) -> Namespace:
     own, made = vars(gpt_args(args)), vars(args_from_config(config))
     kept = [name for name, field in _FREE_ARGS.items() if trained.get(field) == config.get(field)]
     kept += ["hidden_dropout", *(_VOCABULARY_ARGS if has_rows else ())]
-    # `made` lacks the arguments without flags if they have Megatron's values.
-    others = {name: value for name, value in own.items() if name not in _YARN_WITHOUT_FLAGS}
-    return Namespace(**others | made | {name: own[name] for name in kept if name in own})
+    return Namespace(**own | made | {name: own[name] for name in kept if name in own})
 
 
 def is_stacked(args: Namespace) -> bool:
@@ -276,7 +273,7 @@ def _latent_attention_args(config: Mapping[str, Any]) -> dict[str, Any]:
         "group_query_attention": False,
         "kv_channels": config["qk_nope_head_dim"] + config["qk_rope_head_dim"],
         "add_qkv_bias": False,
-        "rotary_base": _whole_if_possible(rope["rope_theta"]),
+        "rotary_base": rope["rope_theta"],
         "rotary_percent": 1.0,
     }
     if rope["rope_type"] not in ("default", "yarn"):
@@ -324,7 +321,7 @@ def _yarn_args(rope: Mapping[str, Any]) -> dict[str, Any]:
         "rotary_scaling_factor": factor,
         "mscale": mscale,
         "mscale_all_dim": mscale_all_dim,
-        **{name: rope[name] for name, value in _YARN_WITHOUT_FLAGS.items() if (rope.get(name) or value) != value},
+        **{name: rope.get(name) or value for name, value in _YARN_WITHOUT_FLAGS.items()},
     }
 
 
@@ -335,11 +332,6 @@ def _yarn_attention_factor(factor: float, mscale: float, mscale_all_dim: float) 
 
 def _yarn_mscale(factor: float, mscale: float) -> float:
     return 0.1 * mscale * log(factor) + 1.0 if factor > 1 else 1.0
-
-
-def _whole_if_possible(base: float) -> float:
-    """Return a rotary base as an integer if it is one, since Megatron's flag takes integers."""
-    return int(base) if float(base).is_integer() else base
 
 
 def _rope_parameters(args: Namespace) -> dict[str, Any]:
@@ -361,10 +353,10 @@ def _rotary_args(rope: Mapping[str, Any]) -> dict[str, Any]:
     Raises:
         UserError: Megatron-Core does not have the model's rotary embedding.
     """
-    base, factor = rope["rope_theta"], rope.get("factor", 1.0)
+    factor = rope.get("factor", 1.0)
     is_llama3, is_linear = rope["rope_type"] == "llama3", rope["rope_type"] == "linear"
     args = {
-        "rotary_base": _whole_if_possible(base),
+        "rotary_base": rope["rope_theta"],
         "rotary_percent": rope.get("partial_rotary_factor", 1.0),
         "rotary_seq_len_interpolation_factor": int(factor) if is_linear else None,
         "use_rope_scaling": is_llama3,
@@ -407,9 +399,6 @@ def _default_args() -> dict[str, Any]:
 
 # Pairs of attention, plain or multi-latent, and a feed-forward layer, an MLP or experts.
 _LAYERS_OF_GPT = re.compile(r"([*+][-E])+")
-_ONLY_HYBRID = {Symbols.GDN: "gated delta net", Symbols.MAMBA: "Mamba"}
-_FLAG = "--hybrid-layer-pattern"
-
 # Sizes of an interleaved pipeline, which the two classes of models describe in different ways.
 _PIPELINE_ARGS = ("num_layers_per_virtual_pipeline_stage", "virtual_pipeline_model_parallel_size")
 
@@ -431,13 +420,11 @@ def gpt_args(args: Namespace) -> Namespace:
     symbols = pattern.replace(Symbols.PIPE, "").rstrip(Symbols.MTP_SEPARATOR)
     decoder, *predictions = symbols.split(Symbols.MTP_SEPARATOR)
     if not _LAYERS_OF_GPT.fullmatch(decoder) or any(prediction != decoder[-2:] for prediction in predictions):
-        reason = (
-            "attention (* or +) and feed-forward layers (- or E) must alternate, and multi-token prediction must "
-            "repeat the last two"
+        raise UserError(
+            f"a model with --hybrid-layer-pattern '{pattern}' cannot be expressed in transformers' format: attention "
+            "(* or +) and feed-forward layers (- or E) must alternate, and multi-token prediction must repeat the last "
+            "two"
         )
-        if found := re.search("[GM]", symbols.replace(Symbols.MTP_SEPARATOR, "")):
-            reason = f"layer {found.start() + 1} is {found[0]} ({_ONLY_HYBRID[found[0]]})"
-        raise UserError(f"a model with {_FLAG} '{pattern}' cannot be expressed in transformers' format: {reason}")
     layers = FeedForwardLayers.of_pattern(pattern)
     return Namespace(
         **vars(args)
@@ -452,29 +439,14 @@ def gpt_args(args: Namespace) -> Namespace:
     )
 
 
-def with_pattern(args: Namespace, config: Mapping[str, Any], pattern: str | None) -> Namespace:
-    """Return Megatron's arguments of the model of the chosen class that computes the same.
+def hybrid_args(args: Namespace, config: Mapping[str, Any]) -> Namespace:
+    """Return Megatron's arguments of the hybrid model that computes the same as a GPT model.
 
     Args:
-        args: Megatron's arguments of a GPT model or of a hybrid model.
+        args: Megatron's arguments of the GPT model.
         config: The fields of the `MaskMoEConfig` of the same model.
-        pattern: The pattern of a hybrid model, `DERIVED_PATTERN`, or `NO_PATTERN` for a GPT model; None keeps `args`.
-
-    Raises:
-        UserError: The pattern is one of another model.
     """
-    if pattern is None or pattern == getattr(args, "hybrid_layer_pattern", None):
-        return args
-    args = gpt_args(args)
-    if pattern == NO_PATTERN:
-        return args
     layers = feed_forward_layers(config)
-    derived = layers.pattern(Symbols.ATTENTION if config["kv_lora_rank"] is None else Symbols.MLA)
-    decoder, slash, prediction = (derived if pattern == DERIVED_PATTERN else pattern).partition(Symbols.MTP_SEPARATOR)
-    if decoder.replace(Symbols.PIPE, "") + slash + prediction != derived:
-        raise UserError(
-            f"{_FLAG} '{pattern}' does not fit the model, whose pattern is '{derived}'; only | may be added to it, "
-            "between layers of the decoder"
-        )
-    hybrid = {"hybrid_layer_pattern": decoder + slash + prediction, "num_layers": 2 * len(layers.decoder)}
-    return Namespace(**vars(args) | dict.fromkeys(_PIPELINE_ARGS) | hybrid | {"moe_layer_freq": 1})
+    pattern = layers.pattern(Symbols.ATTENTION if config["kv_lora_rank"] is None else Symbols.MLA)
+    hybrid = {"hybrid_layer_pattern": pattern, "num_layers": 2 * len(layers.decoder), "moe_layer_freq": 1}
+    return Namespace(**vars(args) | dict.fromkeys(_PIPELINE_ARGS) | hybrid)

@@ -6,7 +6,7 @@ import sys
 import tempfile
 from argparse import Namespace
 from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -15,38 +15,28 @@ import torch
 
 from maskmoe.checkpoint.integrity import check_content, check_structure, has_digests, iteration_of
 from maskmoe.checkpoint.series import locate_checkpoint
-from maskmoe.conversion.config_mapping import args_from_config, further_flags, is_hybrid, updated_args, with_pattern
+from maskmoe.conversion.config_mapping import args_from_config, further_flags, hybrid_args, is_hybrid, updated_args
 from maskmoe.conversion.huggingface_models import open_model, write_huggingface
 from maskmoe.conversion.megatron_models import open_megatron, write_megatron
-from maskmoe.conversion.model_files import check_output_folder, output_folder
+from maskmoe.conversion.model_files import output_folder
 from maskmoe.conversion.model_tensors import OpenedModel
 from maskmoe.conversion.seal import check_seal
 from maskmoe.conversion.settings import (
     CONFIG_FILE,
-    DERIVED_PATTERN,
     DTYPE_NAMES,
-    GENERATION_FILE,
     Settings,
     UpcycleSettings,
 )
-from maskmoe.conversion.tensor_sources import CastSource, FiniteSource, JoinedSource, TensorSource
+from maskmoe.conversion.tensor_sources import CastSource, JoinedSource
 from maskmoe.conversion.tokenizer import TOKENIZER_FILES, WITHOUT_TEXT, choose_tokenizer
 from maskmoe.conversion.upcycle import upcycle
 from maskmoe.data.tokenizer_record import tokenizer_sha256
 from maskmoe.errors import UserError
 from maskmoe.files.outputs import lies_inside, unwinding_on_signals
-from maskmoe.files.untrusted import reading, resolve_inside
+from maskmoe.files.untrusted import resolve_inside
 from maskmoe.routing_mask.mask import RoutingMask
 
 _DTYPES = dict(zip(DTYPE_NAMES, (torch.bfloat16, torch.float16, torch.float32), strict=True))
-_VOCABULARY_ARGS = (
-    "tokenizer_type",
-    "tokenizer_model",
-    "tokenizer_sha256",
-    "vocab_size",
-    "padded_vocab_size",
-    "make_vocab_size_divisible_by",
-)
 # Expert biases stay in fp32 whatever the model's dtype: they are added to scores that may be close to each other.
 _EXPERT_BIAS = "e_score_correction_bias"
 
@@ -118,19 +108,12 @@ def upcycle_model(settings: Settings, recipe: UpcycleSettings, mask: RoutingMask
         UserError: The input is bad, or the disk is full.
     """
     if (settings.load / CONFIG_FILE).exists():
-        if settings.ckpt_step is not None:
-            raise UserError(f"--ckpt-step {settings.ckpt_step} chooses a checkpoint, but {settings.load} is a model")
         source, dense = settings.load, open_model(settings.load)
     else:
         source, dense = _open_checkpoint(settings)
     sparse = upcycle(dense, recipe, mask)
-    args, dense_args = args_from_config(sparse.config), dense.args or Namespace()
-    args.__dict__ |= {name: value for name, value in vars(dense_args).items() if name in _VOCABULARY_ARGS}
-    keeps_gpt = dense.args is not None and not is_hybrid(dense_args)
-    pattern = settings.hybrid_layer_pattern or (None if keeps_gpt else DERIVED_PATTERN)
-    args = with_pattern(args, sparse.config, pattern)
     # The dense model's source provides the padding of the vocabulary.
-    sparse = replace(sparse, source=JoinedSource(sparse.source, dense.source), args=args)
+    sparse = replace(sparse, source=JoinedSource(sparse.source, dense.source))
     with _output(settings, source) as folder:
         return (_save_megatron if to_megatron else _save_huggingface)(sparse, settings, folder)
 
@@ -163,69 +146,62 @@ def _output(settings: Settings, source: Path) -> Iterator[Path]:
     """
     if lies_inside(settings.save, settings.load) or lies_inside(settings.save, source):
         raise UserError(f"{settings.save} lies inside the folder that is converted; name a folder elsewhere")
-    check_output_folder(settings.save)
-    if settings.verify:
-        (check_seal if (source / CONFIG_FILE).exists() else check_content)(source)
     with output_folder(settings.save) as folder:
+        if settings.verify:
+            (check_seal if (source / CONFIG_FILE).exists() else check_content)(source)
         yield folder
 
 
 def _save_huggingface(model: OpenedModel, settings: Settings, folder: Path) -> list[str]:
     """Write a model in transformers' format; return no flags."""
-    tokenizer = choose_tokenizer(model.args, settings, model.config["vocab_size"])
-    write_huggingface(_cast_and_check(model, settings), folder, settings.max_shard_size, *tokenizer)
+    tokenizer = _tokenizer_of(model, settings)
+    write_huggingface(_cast(model, settings), folder, settings.max_shard_size, *tokenizer)
     return []
 
 
 def _save_megatron(model: OpenedModel, settings: Settings, folder: Path) -> list[str]:
     """Write a model as a checkpoint; return the flags that loading needs."""
     # Complete Megatron's arguments. A checkpoint gets its own copy of a tokenizer that lies beside the model.
-    with reading(f"{settings.load} does not describe a model: it"):
-        args = _megatron_args(model, settings.hybrid_layer_pattern)
-    args.tokenizer_type, args.tokenizer_model = choose_tokenizer(
-        model.args, settings, model.config["vocab_size"], may_replace=True
-    )
+    args = Namespace(**vars(_megatron_args(model)))
+    args.tokenizer_type, args.tokenizer_model = _tokenizer_of(model, settings, may_replace=True)
     args.tokenizer_sha256 = tokenizer_sha256(args.tokenizer_type, args.tokenizer_model)
     if args.tokenizer_model == str(settings.load):
         (folder / "tokenizer").mkdir()
-        for name in (*TOKENIZER_FILES, GENERATION_FILE):
+        for name in TOKENIZER_FILES:
             if os.path.lexists(settings.load / name):
                 shutil.copy(resolve_inside(settings.load, name), folder / "tokenizer")
         args.tokenizer_model = str(settings.save.resolve() / "tokenizer")
     if args.tokenizer_type == WITHOUT_TEXT:
         args.vocab_size = model.config["vocab_size"]
-    model = _cast_and_check(model, settings)
+    model = _cast(model, settings)
     dtype = model.source.tensors["model.embed_tokens.weight"].dtype
     args.bf16, args.fp16 = dtype == torch.bfloat16, dtype == torch.float16
     write_megatron(model, args, folder, settings.max_shard_size)
     return further_flags(args)
 
 
-def _cast_and_check(model: OpenedModel, settings: Settings) -> OpenedModel:
-    """Return a model whose weights are cast to `settings.dtype` and refused if they are not finite."""
-    source: TensorSource = model.source
-    if settings.dtype is not None:
-        kept = frozenset(name for name in source.tensors if name.endswith(_EXPERT_BIAS))
-        source = CastSource(source, _DTYPES[settings.dtype], kept)
-    return replace(model, source=source if settings.allow_nan else FiniteSource(source))
+def _tokenizer_of(model: OpenedModel, settings: Settings, may_replace: bool = False) -> tuple[str, str | None]:
+    """Choose the tokenizer of a model and report it, see `choose_tokenizer`."""
+    kind, path = choose_tokenizer(model.args, settings, may_replace)
+    print(f"loading: tokenizer {kind} {path or ''}".rstrip(), file=sys.stderr)
+    return kind, path
 
 
-def _megatron_args(model: OpenedModel, pattern: str | None) -> Namespace:
+def _cast(model: OpenedModel, settings: Settings) -> OpenedModel:
+    """Return a model whose weights are cast to `settings.dtype`, and refused if they are not finite."""
+    dtype = None if settings.dtype is None else _DTYPES[settings.dtype]
+    kept = frozenset(name for name in model.source.tensors if name.endswith(_EXPERT_BIAS))
+    return replace(model, source=CastSource(model.source, dtype, kept))
+
+
+def _megatron_args(model: OpenedModel) -> Namespace:
     """Return the arguments that a model came with, updated by its configuration, or made from its configuration.
 
-    Args:
-        model: The model.
-        pattern: See `Settings.hybrid_layer_pattern`.
+    A model that did not come from Megatron becomes a hybrid model; other models keep their class.
 
     Raises:
-        UserError: The model cannot be expressed in Megatron, or the pattern does not fit it.
+        UserError: The model cannot be expressed in Megatron.
     """
-    if model.args is None:
-        pattern = DERIVED_PATTERN if pattern is None else pattern
-        return with_pattern(args_from_config(model.config), model.config, pattern)
-    args = Namespace(**vars(updated_args(model.args, model.config)))
-    if pattern is None and is_hybrid(model.args):
-        with suppress(UserError):  # the configuration may have other layers now
-            return with_pattern(args, model.config, model.args.hybrid_layer_pattern)
-        pattern = DERIVED_PATTERN
-    return with_pattern(args, model.config, pattern)
+    args = args_from_config(model.config) if model.args is None else updated_args(model.args, model.config)
+    becomes_hybrid = (model.args is None or is_hybrid(model.args)) and not is_hybrid(args)
+    return hybrid_args(args, model.config) if becomes_hybrid else args

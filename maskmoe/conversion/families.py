@@ -24,7 +24,7 @@ from maskmoe.conversion.model_tensors import (
     tensor_shapes,
     with_routing_mask,
 )
-from maskmoe.conversion.settings import CONFIG_FILE, LARGEST, ends_of_texts, read_model_config
+from maskmoe.conversion.settings import CONFIG_FILE, read_model_config
 from maskmoe.conversion.tensor_sources import Block, Copy, RearrangedSource, TensorSource
 from maskmoe.errors import UserError
 from maskmoe.huggingface import MaskMoEConfig
@@ -42,11 +42,13 @@ class Naming:
     Attributes:
         projections: Names of the gate, up and down projections of one expert; None if the files stack all experts of a
             layer in one tensor, as MaskMoE does.
+        experts: The part of a name between the layer's MLP and a projection of one expert.
         renamed: A part of MaskMoE's names, and the part of the file's names that replaces it.
     """
 
     projections: tuple[str, str, str] | None = None
     renamed: tuple[str, str] = (".mlp.", ".mlp.")
+    experts: str = ".experts.{expert}."
 
     def copies(self, shapes: Shapes) -> Iterator[Copy]:
         """Yield the copies from the files' tensors that fill MaskMoE's tensors of these shapes."""
@@ -55,7 +57,8 @@ class Naming:
             if self.projections and (match := _EXPERT_TENSOR.search(file_name)):
                 names = dict(zip(("gate", "up", "down"), self.projections, strict=True))
                 for expert, projection, target in expert_projections(name, shape):
-                    source_name = f"{file_name[: match.start()]}.experts.{expert}.{names[projection]}.weight"
+                    of_expert = self.experts.format(expert=expert)
+                    source_name = f"{file_name[: match.start()]}{of_expert}{names[projection]}.weight"
                     yield Copy(Block.whole(source_name, target.sizes[1:]), target)
             else:
                 yield Copy(Block.whole(file_name, shape), Block.whole(name, shape))
@@ -111,11 +114,10 @@ def _deepseek_v3_refusals(config: PreTrainedConfig) -> dict[str, bool]:
     }
 
 
-# transformers fills in missing sizes with those of some published model, so configurations must have all but these.
-_OPTIONAL_SIZES = ("num_key_value_heads", "head_dim", "num_nextn_predict_layers", "num_local_experts")
 # transformers adds this to the mean square in the norms of latent vectors whatever is configured.
 _LATENT_NORM_EPS = 1e-6
-_PROJECTIONS = ("gate_proj", "up_proj", "down_proj")
+PROJECTIONS = ("gate_proj", "up_proj", "down_proj")
+"""The usual names of the projections of an MLP or of one expert."""
 
 FAMILIES = {
     "llama": Family(),
@@ -127,15 +129,15 @@ FAMILIES = {
         special_fields=lambda config: {"norm_topk_prob": True, "moe_intermediate_size": config.intermediate_size},
     ),
     "qwen2_moe": Family(
-        namings=tuple(Naming(names, (".shared_experts.", ".shared_expert.")) for names in (_PROJECTIONS, None)),
+        namings=tuple(Naming(names, (".shared_experts.", ".shared_expert.")) for names in (PROJECTIONS, None)),
         special_fields=lambda config: {"attention_bias": config.qkv_bias, "shared_expert_gate": True},
     ),
-    "qwen3_moe": Family((Naming(_PROJECTIONS), Naming()), lambda config: {"qk_norm": "head"}),
+    "qwen3_moe": Family((Naming(PROJECTIONS), Naming()), lambda config: {"qk_norm": "head"}),
     "olmoe": Family(
-        namings=(Naming(_PROJECTIONS), Naming()),
+        namings=(Naming(PROJECTIONS), Naming()),
         special_fields=lambda config: {"qk_norm": "all_heads", "moe_intermediate_size": config.intermediate_size},
     ),
-    "deepseek_v3": Family((Naming(_PROJECTIONS), Naming()), _deepseek_v3_fields, _deepseek_v3_refusals),
+    "deepseek_v3": Family((Naming(PROJECTIONS), Naming()), _deepseek_v3_fields, _deepseek_v3_refusals),
 }
 
 
@@ -156,7 +158,6 @@ def open_huggingface(folder: Path, mask: RoutingMask | None = None) -> OpenedMod
     # Files that transformers has saved lack the layers of multi-token prediction that the configuration mentions.
     if any(name.startswith(f"model.layers.{config.num_hidden_layers}.") for name in files.tensors):
         fields["num_nextn_predict_layers"] = getattr(config, "num_nextn_predict_layers", 0)
-    fields["eos_token_id"] = ends_of_texts(folder) or fields["eos_token_id"]
     source = rename_tensors(files, fields, FAMILIES[config.model_type].namings, folder)
     if "sparse" not in fields["mlp_layer_types"]:
         if mask is not None:
@@ -169,18 +170,13 @@ def read_config(path: Path) -> PreTrainedConfig:
     """Read the file with the configuration of a model of a known family.
 
     Raises:
-        UserError: The configuration is missing, damaged or incomplete, or the family is unknown.
+        UserError: The configuration is missing or damaged, or the family is unknown.
     """
     values = read_model_config(path)
     model_type = str(values.get("model_type"))
     if model_type not in FAMILIES:
         raise UserError(f"{path}: model_type {model_type!r} is not known; known are {', '.join(FAMILIES)}")
-    config = make_config(CONFIG_MAPPING[model_type], values, path)
-    synonyms = config.attribute_map | {new: old for old, new in config.attribute_map.items()}
-    for name in (name for name in LARGEST if name not in _OPTIONAL_SIZES):
-        if hasattr(config, name) and name not in values and synonyms.get(name) not in values:
-            raise UserError(f"{path} lacks {name}")
-    return config
+    return make_config(CONFIG_MAPPING[model_type], values, path)
 
 
 def translate_config(config: PreTrainedConfig, path: Path) -> dict[str, Any]:

@@ -4,11 +4,9 @@ import json
 from argparse import Namespace
 from collections.abc import Mapping
 from contextlib import suppress
-from itertools import chain
 from pathlib import Path
 from typing import Any
 
-from pydantic import BaseModel
 from transformers import GenerationConfig
 
 from maskmoe.conversion.families import copies_of_shared_tensors, open_huggingface
@@ -16,20 +14,20 @@ from maskmoe.conversion.model_files import INDEX_SUFFIX, SINGLE_FILE, Safetensor
 from maskmoe.conversion.model_tensors import (
     ROUTING_MASK_PREFIX,
     OpenedModel,
-    check_mask,
     check_tensors,
     make_config,
     mtp_tensor_shapes,
+    read_mask,
     tensor_shapes,
     with_routing_mask,
 )
 from maskmoe.conversion.seal import seal_model
-from maskmoe.conversion.settings import CONFIG_FILE, ends_of_texts, read_model_config
+from maskmoe.conversion.settings import CONFIG_FILE, read_model_config
 from maskmoe.conversion.tensor_mapping import PADDING_PREFIX
-from maskmoe.conversion.tensor_sources import Block, JoinedSource, ProgressSource, TensorSource
+from maskmoe.conversion.tensor_sources import JoinedSource, TensorSource
 from maskmoe.conversion.tokenizer import export_tokenizer
 from maskmoe.errors import UserError
-from maskmoe.files.json_files import check_finite, read_record, write_record
+from maskmoe.files.json_files import read_json, write_record
 from maskmoe.files.untrusted import reading
 from maskmoe.huggingface import AUTO_MAP, MaskMoEConfig, MaskMoEForCausalLM, export_code
 from maskmoe.routing_mask.mask import RoutingMask
@@ -39,17 +37,6 @@ _ARGS_FILE, _PADDING_FILE = "megatron/args.json", "megatron/padding.safetensors"
 MTP_FILE = "megatron/mtp.safetensors"
 """Name of the file with the weights of multi-token prediction beside an exported model."""
 _PROGRESS = ("iteration", "curr_iteration", "consumed_train_samples", "consumed_valid_samples", "skipped_train_samples")
-
-
-class _MegatronArgs(BaseModel, extra="allow"):
-    """The arguments of Megatron beside a model: those that describe every model, and further ones."""
-
-    num_layers: int
-    hidden_size: int
-    padded_vocab_size: int
-    tokenizer_type: str | None = None
-    tokenizer_model: str | None = None
-    tokenizer_sha256: str | None = None
 
 
 def open_model(folder: Path, mask: RoutingMask | None = None) -> OpenedModel:
@@ -63,13 +50,11 @@ def open_model(folder: Path, mask: RoutingMask | None = None) -> OpenedModel:
         UserError: The model cannot be read, its family is unknown, or its tensors do not match its configuration.
     """
     config = read_model_config(folder / CONFIG_FILE)
-    if config.get("model_type") != MaskMoEConfig.model_type:
-        with reading(f"{folder / CONFIG_FILE} does not describe a model: it"):  # transformers fails on some sizes
+    with reading(f"{folder / CONFIG_FILE} does not describe a model: it"):  # transformers fails on some sizes
+        if config.get("model_type") != MaskMoEConfig.model_type:
             return open_huggingface(folder, mask)
-    with reading(f"{folder / CONFIG_FILE} does not describe a model: it", "export the model again"):
         config = make_config(MaskMoEConfig, config, folder / CONFIG_FILE).to_dict()
         shapes = tensor_shapes(config)
-    config["eos_token_id"] = ends_of_texts(folder) or config["eos_token_id"]
     # A MaskMoE model that was made without a mask has one without metadata, in which every id sees all experts.
     lacks_mask = shapes.get(f"{ROUTING_MASK_PREFIX}metadata") == (0,)
     if mask is not None and not lacks_mask:
@@ -78,32 +63,19 @@ def open_model(folder: Path, mask: RoutingMask | None = None) -> OpenedModel:
     # Under FSDP, transformers saves an output layer that is tied to the embedding a second time.
     copies = copies_of_shared_tensors(source, config, folder)
     check_tensors(source.tensors, shapes, str(folder), ignored=copies)
-    bits = f"{ROUTING_MASK_PREFIX}visible_bits"
-    if not lacks_mask:
-        check_mask(source, config, folder)
-    elif config["routing_mask"].get("sha256") or (source.read(Block.whole(bits, shapes[bits])) != 0xFF).any():
-        raise UserError(f"{folder}: the routing mask was altered or damaged; export the model again")
+    stored = None if lacks_mask else read_mask(source, ROUTING_MASK_PREFIX)
+    if stored is not None and config["routing_mask"].get("sha256") not in (None, stored.digest):
+        raise UserError(f"{folder} holds another routing mask than it was exported with; export the model again")
     if mtp_shapes := mtp_tensor_shapes(config):
         mtp = SafetensorsSource(folder, MTP_FILE)
         check_tensors(mtp.tensors, mtp_shapes, str(folder / MTP_FILE))
         source = JoinedSource(source, mtp)
     if any((folder / name).exists() for name in (_PADDING_FILE, f"{_PADDING_FILE}{INDEX_SUFFIX}")):
         source = JoinedSource(source, SafetensorsSource(folder, _PADDING_FILE))
-    model = OpenedModel(source, config, _read_args(folder / _ARGS_FILE))
+    # A model that was never Megatron's has no arguments.
+    args = Namespace(**read_json(folder / _ARGS_FILE)) if (folder / _ARGS_FILE).exists() else None
+    model = OpenedModel(source, config, args)
     return with_routing_mask(model, mask) if lacks_mask else model
-
-
-def _read_args(path: Path) -> Namespace | None:
-    """Return Megatron's arguments of an exported model; None for a model that was never Megatron's.
-
-    Raises:
-        UserError: The file is damaged, or lacks an argument that describes a model.
-    """
-    if not path.exists():
-        return None
-    args = read_record(_MegatronArgs, path, "export it again").model_dump(exclude_unset=True)
-    check_finite(args, path)
-    return Namespace(**args)
 
 
 def write_huggingface(
@@ -121,13 +93,7 @@ def write_huggingface(
     Raises:
         UserError: The tokenizer cannot be read or has no equal in transformers.
     """
-    fields = model.config
-    if tokenizer_model is not None:
-        # Checkpoints of training lack the ends of texts of the model that they began with. Its tokenizer has them.
-        path = Path(tokenizer_model)
-        ends = ends_of_texts(path if path.is_dir() else path.parent)
-        fields = fields | ({"eos_token_id": ends} if ends else {})
-    special_ids = _special_ids(fields, export_tokenizer(tokenizer_type, tokenizer_model, folder))
+    special_ids = _special_ids(model.config, export_tokenizer(tokenizer_type, tokenizer_model, folder))
     # Write the tensors.
     tensors = model.source.tensors
     weights = tensor_shapes(model.config)
@@ -136,14 +102,13 @@ def write_huggingface(
         MTP_FILE: mtp_tensor_shapes(model.config),
         _PADDING_FILE: [name for name in tensors if name.startswith(PADDING_PREFIX)],
     }
-    with ProgressSource(model.source, chain.from_iterable(contents.values())) as source:
-        for single_file, names in contents.items():
-            if names:
-                write_safetensors(source, names, folder, max_file_bytes, single_file)
+    for single_file, names in contents.items():
+        if names:
+            write_safetensors(model.source, names, folder, max_file_bytes, single_file)
     # Write all other files.
     dtype = str(tensors[next(iter(weights))].dtype).removeprefix("torch.")
     names = {"architectures": [MaskMoEForCausalLM.__name__], "auto_map": AUTO_MAP, "dtype": dtype}
-    config = make_config(MaskMoEConfig, fields | special_ids | names)
+    config = make_config(MaskMoEConfig, model.config | special_ids | names)
     (folder / CONFIG_FILE).write_text(config.to_json_string())
     GenerationConfig(bos_token_id=config.bos_token_id, eos_token_id=config.eos_token_id).save_pretrained(folder)
     export_code(folder)

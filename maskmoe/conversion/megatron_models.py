@@ -4,7 +4,6 @@ import json
 import re
 from argparse import Namespace
 from collections.abc import Mapping
-from dataclasses import replace
 from itertools import batched
 from pathlib import Path
 from typing import Any
@@ -22,6 +21,7 @@ from torch.distributed.checkpoint.metadata import (
 )
 from torch.distributed.checkpoint.planner import LoadPlan, SavePlan, TensorWriteData, WriteItem, WriteItemType
 from torch.distributed.checkpoint.planner_helpers import create_read_items_for_chunk_list
+from tqdm import tqdm
 
 from maskmoe.checkpoint.integrity import COMPLETION_FILE, Manifest
 from maskmoe.checkpoint.reading import LAYOUT_FILE, read_checkpoint_layout, read_common_state
@@ -37,7 +37,6 @@ from maskmoe.conversion.model_tensors import (
     routing_mask_tensors,
 )
 from maskmoe.conversion.tensor_mapping import (
-    EMBEDDING,
     EXPERT_NORMS,
     PADDING_PREFIX,
     MegatronLayout,
@@ -47,10 +46,8 @@ from maskmoe.conversion.tensor_sources import (
     BLOCK_BYTES,
     Block,
     Copy,
-    CoverageError,
     JoinedSource,
     MemorySource,
-    ProgressSource,
     RearrangedSource,
     TensorSource,
     TensorSpec,
@@ -88,7 +85,7 @@ class TorchDistSource:
     def __init__(self, checkpoint: Path) -> None:
         self.checkpoint = checkpoint
         layout = read_checkpoint_layout(checkpoint)
-        try:
+        with reading(f"{checkpoint}/{LAYOUT_FILE}"):  # a damaged layout can have attributes of any type
             entries = layout.state_dict_metadata.items()
             self._entries = {name: entry for name, entry in entries if isinstance(entry, TensorStorageMetadata)}
             self.tensors = {
@@ -100,10 +97,6 @@ class TorchDistSource:
                 for chunk in entry.chunks
             ]
             check_cover({name: spec.shape for name, spec in self.tensors.items()}, chunks)
-        except CoverageError as error:
-            raise UserError(f"{checkpoint} lacks a part of a tensor: {error}") from error
-        except Exception as error:  # a damaged layout can have attributes of any type
-            raise UserError(f"{checkpoint}/{LAYOUT_FILE} is damaged") from error
         self._reader = FileSystemReader(checkpoint)
         self._reader.set_up_storage_reader(layout, is_coordinator=False)
 
@@ -111,13 +104,9 @@ class TorchDistSource:
         """See `TensorSource.read`. The chunks that hold the block, each of which one rank has saved, are read whole."""
         planner = _BlockLoader(torch.empty(block.sizes, dtype=self.tensors[block.tensor].dtype))
         target = ChunkStorageMetadata(torch.Size(block.offsets), torch.Size(block.sizes))
-        try:
+        with reading(f"{block.tensor} in {self.checkpoint}"):  # torch raises any exception on damaged files
             items = create_read_items_for_chunk_list(block.tensor, self._entries[block.tensor], [target])
             self._reader.read_data(LoadPlan(items), planner).wait()
-        except OSError as error:
-            raise UserError(f"{error.filename or self.checkpoint} cannot be read: {error.strerror}") from error
-        except Exception as error:  # torch's unpickler and zip reader can raise any exception on damaged files
-            raise UserError(f"{self.checkpoint} is damaged where it should hold {block.tensor}") from error
         return planner.target
 
 
@@ -195,15 +184,14 @@ def write_torch_dist(
     writer.set_up_storage_writer(is_coordinator=True)
     plans = [SavePlan(list(plan)) for plan in (of_objects, *of_tensors) if plan]
     checkpoint.mkdir(parents=True, exist_ok=True)
-    results = [writer.write_data(plan, planner).wait() for plan in writer.prepare_global_plan(plans)]
+    progress = tqdm(writer.prepare_global_plan(plans), "writing", unit="file")
+    results = [writer.write_data(plan, planner).wait() for plan in progress]
     writer.finish(Metadata(entries), results)
     return sorted({write.storage_data.relative_path for writes in results for write in writes} | {LAYOUT_FILE})
 
 
 # Entry of a converted checkpoint's common state: the configuration of the transformers model.
 _CONFIG = "huggingface_config"
-# Types of tokenizers that have as many ids as Megatron's `--vocab-size` says.
-_SIZED_TOKENIZERS = (WITHOUT_TEXT, "TikTokenizer")
 _OPTIMIZER = re.compile(r"(chained_\d+\.)?optimizer\.")
 
 
@@ -221,22 +209,15 @@ def open_megatron(
         UserError: The checkpoint is damaged, transformers cannot express the model, or the checkpoint's tensors do not
             match its arguments.
     """
-    with reading(f"{checkpoint} does not describe a model: it"):  # its arguments may have values of any type
-        return _open_checkpoint(checkpoint, mask, changed_args or {})
-
-
-def _open_checkpoint(checkpoint: Path, mask: RoutingMask | None, changed_args: Mapping[str, Any]) -> OpenedModel:
-    """Open a checkpoint whose arguments have values that Megatron could have saved. See `open_megatron`."""
-    stored = TorchDistSource(checkpoint)
+    source: TensorSource = TorchDistSource(checkpoint)
     common = read_common_state(checkpoint)
-    args = common.get("args")
-    if not isinstance(args, Namespace):
+    original_args = common.get("args")
+    if not isinstance(original_args, Namespace):
         raise UserError(f"{checkpoint} holds no arguments of Megatron, which say what its tensors are")
-    original_args, args = args, Namespace(**vars(args) | dict(changed_args))
+    args = Namespace(**vars(original_args) | dict(changed_args or {}))
     args.hybrid_layer_pattern = saved_pattern(args)
     vars(args).pop("hybrid_override_pattern", None)  # else a GPT checkpoint made from the model would seem hybrid
     # Add the routing mask to a checkpoint that has none.
-    source: TensorSource = stored
     has_mask = f"{CHECKPOINT_PREFIX}row_of_id" in source.tensors
     if mask is not None:
         if has_mask or not args.num_experts:
@@ -254,15 +235,14 @@ def _open_checkpoint(checkpoint: Path, mask: RoutingMask | None, changed_args: M
     config |= config_from_args(args, vocab_size)
     config["routing_mask"] = routing_mask_tensors(mask)[1] if mask else None
     weights = {name: spec for name, spec in source.tensors.items() if not _OPTIMIZER.match(name)}
-    try:
-        mapping = map_tensors(config, _layout(source, config, is_hybrid(args)))
-        # A checkpoint may hold a norm a second time, under the name that Transformer Engine's modules load.
-        local, transformer_engine = EXPERT_NORMS
-        aliases = {name for name in weights if name.replace(transformer_engine, local) in mapping.megatron}
-        check_tensors(weights, mapping.megatron, str(checkpoint), ignored=aliases)
-        view: TensorSource = RearrangedSource(source, mapping.huggingface, mapping.copies)
-    except CoverageError as error:
-        raise UserError(f"the tensors of {checkpoint} do not fit its arguments: {error}") from error
+    local, transformer_engine = EXPERT_NORMS
+    norm = transformer_engine if any(name.endswith(transformer_engine) for name in weights) else local
+    stacked = not any(name.startswith("decoder.layers.0.") for name in weights)
+    mapping = map_tensors(config, MegatronLayout(stacked, args.padded_vocab_size, norm, is_hybrid(args)))
+    # Checkpoints that version 0.2.1 or older converted hold the norm before experts under both of its names.
+    aliases = {name for name in weights if name.replace(local, transformer_engine) in mapping.megatron}
+    check_tensors(weights, mapping.megatron, str(checkpoint), ignored=aliases)
+    view: TensorSource = RearrangedSource(source, mapping.huggingface, mapping.copies)
     if mask is not None:
         view = JoinedSource(routing_mask_tensors(mask)[0], view)
     return OpenedModel(view, config, args)
@@ -281,24 +261,21 @@ def write_megatron(model: OpenedModel, args: Namespace, folder: Path, max_file_b
         UserError: The model's tensors do not fit into Megatron's.
     """
     # Map the tensors. The padding of the vocabulary is the model's own if it fits, else zeros.
-    layout = MegatronLayout(is_stacked(args), args.padded_vocab_size, EXPERT_NORMS, is_hybrid(args))
+    layout = MegatronLayout(is_stacked(args), args.padded_vocab_size, is_hybrid=is_hybrid(args))
     tensors = model.source.tensors
     dtype = tensors["model.embed_tokens.weight"].dtype
-    try:
-        mapping = map_tensors(model.config, layout)
-        zero = torch.zeros((), dtype=dtype)
-        zeros = {
-            name: zero.expand(shape)
-            for name, shape in mapping.huggingface.items()
-            if name.startswith(PADDING_PREFIX) and tensors.get(name) != TensorSpec(shape, dtype)
-        }
-        source = JoinedSource(MemorySource(zeros), model.source)
-        if mask := read_mask(model.source, ROUTING_MASK_PREFIX):
-            source = JoinedSource(routing_mask_tensors(mask, for_megatron=True)[0], source)
-        copies = (Copy(copy.target, copy.source) for copy in mapping.copies)
-        view = RearrangedSource(source, mapping.megatron, copies)
-    except CoverageError as error:
-        raise UserError(f"the model's tensors do not fit into Megatron's: {error}") from error
+    mapping = map_tensors(model.config, layout)
+    zero = torch.zeros((), dtype=dtype)
+    zeros = {
+        name: zero.expand(shape)
+        for name, shape in mapping.huggingface.items()
+        if name.startswith(PADDING_PREFIX) and tensors.get(name) != TensorSpec(shape, dtype)
+    }
+    source = JoinedSource(MemorySource(zeros), model.source)
+    if mask := read_mask(model.source, ROUTING_MASK_PREFIX):
+        source = JoinedSource(routing_mask_tensors(mask, for_megatron=True)[0], source)
+    copies = (Copy(copy.target, copy.source) for copy in mapping.copies)
+    view = RearrangedSource(source, mapping.megatron, copies)
     # Write them with the state that Megatron's loader requires. A module whose `_extra_state` is missing keeps its own.
     common = {
         "args": args,
@@ -309,8 +286,7 @@ def write_megatron(model: OpenedModel, args: Namespace, folder: Path, max_file_b
         _CONFIG: model.config,
     }
     checkpoint = folder / RELEASE
-    with ProgressSource(view, view.tensors) as progress:
-        files = write_torch_dist(progress, {COMMON_STATE: [common]}, checkpoint, max_file_bytes)
+    files = write_torch_dist(view, {COMMON_STATE: [common]}, checkpoint, max_file_bytes)
     Manifest.of_files(checkpoint, files).save(checkpoint)
     (checkpoint / COMPLETION_FILE).write_text(json.dumps(MARKER))
     write_tracker(folder, RELEASE)
@@ -330,28 +306,8 @@ def _vocab_size(original_args: Namespace, args: Namespace) -> int:
         UserError: The file of the tokenizer is missing or damaged.
     """
     # All other types of tokenizers ignore `--vocab-size`.
-    if original_args.tokenizer_type in _SIZED_TOKENIZERS and original_args.vocab_size:
+    if original_args.tokenizer_type == WITHOUT_TEXT and original_args.vocab_size:
         return original_args.vocab_size
     if args.tokenizer_type in TOKENIZER_TYPES:
         return load_tokenizer(args.tokenizer_type, args.tokenizer_model).vocab_size
     return args.padded_vocab_size
-
-
-def _layout(source: TensorSource, config: Mapping[str, Any], is_hybrid: bool) -> MegatronLayout:
-    """Find out how a checkpoint names and shapes its tensors.
-
-    Args:
-        source: The tensors of the checkpoint.
-        config: The fields of `MaskMoEConfig`.
-        is_hybrid: Whether the checkpoint is a hybrid model's.
-    """
-    embedding = source.tensors.get(EMBEDDING)
-    if embedding is None:
-        raise UserError(f"the checkpoint lacks {EMBEDDING}")
-    stacked = not any(name.startswith("decoder.layers.0.") for name in source.tensors)
-    layout = MegatronLayout(stacked, embedding.shape[0], EXPERT_NORMS[:1], is_hybrid)
-    kinds = config["mlp_layer_types"]
-    layer = kinds.index("sparse") if "sparse" in kinds else 0
-    prefix = "decoder.layers." if stacked else f"decoder.layers.{layer}."
-    norms = tuple(name for name in EXPERT_NORMS if layout.name(prefix + name) in source.tensors)
-    return replace(layout, expert_norms=norms[:1] or layout.expert_norms)

@@ -4,25 +4,25 @@ import contextlib
 import os
 import shutil
 from collections.abc import Collection, Iterator
-from itertools import chain
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Any
 
 import torch
 from huggingface_hub import split_torch_state_dict_into_shards
-from pydantic import BaseModel, Field
+from pydantic import BaseModel
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
+from tqdm import tqdm
 from transformers import AutoModelForCausalLM, AutoTokenizer, logging
 
 import maskmoe.huggingface  # noqa: F401 (registers the model, else transformers warns of an unknown type)
 from maskmoe.conversion.settings import CONFIG_FILE, read_model_config
-from maskmoe.conversion.tensor_sources import Block, TensorSource, TensorSpec, integer_weights, list_names
-from maskmoe.errors import UserError, refused_by_system
+from maskmoe.conversion.tensor_sources import Block, TensorSource, TensorSpec
+from maskmoe.errors import UserError, listed, refused_by_system
 from maskmoe.files.json_files import read_record, write_record
 from maskmoe.files.outputs import atomic_output, refuse_checkpoint, sync_to_disk, unwinding_on_signals
-from maskmoe.files.untrusted import check_regular, reading, resolve_inside
+from maskmoe.files.untrusted import reading, resolve_inside
 
 SINGLE_FILE = "model.safetensors"
 INDEX_SUFFIX = ".index.json"
@@ -36,15 +36,14 @@ _OPTIONS: dict[str, Any] = {"local_files_only": True, "trust_remote_code": False
 # A tensor of an 8-bit float type means nothing without its scales, which every format stores in another way.
 _DTYPES = {
     **{"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16},
-    **{"I64": torch.int64, "I32": torch.int32, "I16": torch.int16, "I8": torch.int8},
-    **{"U64": torch.uint64, "U32": torch.uint32, "U16": torch.uint16, "U8": torch.uint8, "BOOL": torch.bool},
+    **{"I64": torch.int64, "I32": torch.int32, "I16": torch.int16, "U8": torch.uint8},
 }
 
 
 class _Index(BaseModel):
     """The index of a model in several files: for each tensor, the name of the file that holds the tensor."""
 
-    weight_map: dict[str, Annotated[str, Field(pattern=r"^[^/]+$", max_length=255)]]
+    weight_map: dict[str, str]
 
 
 class SafetensorsSource:
@@ -62,30 +61,21 @@ class SafetensorsSource:
         files: The files that hold the tensors, all of them regular files inside the folder.
 
     Raises:
-        UserError: A file is missing or damaged, lies outside the folder, or holds other tensors than the index says.
+        UserError: A file is missing or damaged, or lies outside the folder.
     """
 
     def __init__(self, folder: Path, single_file: str = SINGLE_FILE) -> None:
         path, index_file = folder / single_file, folder / f"{single_file}{INDEX_SUFFIX}"
-        index: dict[str, str] | None = None
-        if path.exists() or not os.path.lexists(index_file):
-            check_regular(path)
-            self.files = [path]
-        else:
-            index = read_record(_Index, index_file, "replace the file by an intact copy").weight_map
-            names = sorted(set(index.values()))
-            for name in names:
-                resolve_inside(path.parent, name)
-            self.files = [path.parent / name for name in names]
+        names = {path.name}
+        if not path.exists() and index_file.exists():
+            names = set(read_record(_Index, index_file, "replace the file by an intact copy").weight_map.values())
+        self.files = [resolve_inside(path.parent, name) for name in sorted(names)]
         self.tensors: dict[str, TensorSpec] = {}
         self._file_of: dict[str, Path] = {}
-        for path in self.files:
-            specs = _read_specs(path)
-            expected = specs.keys() if index is None else {name for name, file in index.items() if file == path.name}
-            if differing := sorted(specs.keys() ^ expected):
-                raise UserError(f"{path} and {single_file}{INDEX_SUFFIX} disagree on where {differing[0]} is")
+        for file in self.files:
+            specs = _read_specs(file)
             self.tensors |= specs
-            self._file_of |= dict.fromkeys(specs, path)
+            self._file_of |= dict.fromkeys(specs, file)
 
     def read(self, block: Block) -> Tensor:
         """See `TensorSource.read`."""
@@ -138,7 +128,7 @@ def write_safetensors(
         max_shard_size=max_file_bytes,
     )
     (folder / single_file).parent.mkdir(exist_ok=True)
-    for file, names_in_file in split.filename_to_tensors.items():
+    for file, names_in_file in tqdm(split.filename_to_tensors.items(), "writing", unit="file"):
         tensors = {name: source.read(Block.whole(name, specs[name].shape)).contiguous() for name in names_in_file}
         with atomic_output(folder / file) as path:
             save_file(tensors, path, metadata={"format": "pt"})
@@ -162,61 +152,25 @@ def load_exported_tokenizer(folder: Path) -> Any:
         return AutoTokenizer.from_pretrained(folder, **_OPTIONS)
 
 
-def load_exported_model(folder: Path, tokenizer: Any) -> Any:
+def load_exported_model(folder: Path) -> Any:
     """Load the model of a folder, in evaluation mode and on a GPU if there is one, without running code of the folder.
 
-    Args:
-        folder: The folder.
-        tokenizer: The tokenizer of the folder; None if it has none.
-
     Raises:
-        UserError: A file is missing or damaged, or lies outside the folder; `config.json` is refused; weights are
-            missing, superfluous, of another shape or type, NaN or infinite; or the tokenizer has ids that the model
-            lacks.
+        UserError: A file is missing or damaged; `config.json` is refused; or weights are missing or superfluous, of
+            which transformers only warns.
     """
     read_model_config(folder / CONFIG_FILE)
-    if names := integer_weights(SafetensorsSource(folder).tensors):
-        raise UserError(f"the model in {folder} has weights that are no floating-point numbers: {list_names(names)}")
-    logging.set_verbosity_error()  # it would warn of damaged weights, which are refused here
+    logging.set_verbosity_error()
     logging.disable_progress_bar()
     with reading(f"the model in {folder}", _ADVICE):
         model, loading = AutoModelForCausalLM.from_pretrained(
-            folder, dtype="auto", output_loading_info=True, ignore_mismatched_sizes=True, **_OPTIONS
+            folder, dtype="auto", output_loading_info=True, **_OPTIONS
         )
-        num_ids = 0 if tokenizer is None else len(tokenizer)
-    for problem, meaning in (("missing", "lacks"), ("unexpected", "has unknown"), ("mismatched", "has misshapen")):
-        # Transformers names a mismatched weight along with its shapes.
-        found = loading.get(f"{problem}_keys") or ()
-        if names := [name if isinstance(name, str) else name[0] for name in found]:
-            raise UserError(f"the model in {folder} {meaning} weights: {list_names(names)}; {_ADVICE}")
-    tensors = chain(model.named_parameters(), model.named_buffers())
-    if names := [name for name, tensor in tensors if not torch.isfinite(tensor).all()]:
-        raise UserError(f"the model in {folder} has weights that are NaN or infinite: {list_names(names)}")
-    if num_ids > model.config.vocab_size:
-        raise UserError(
-            f"the tokenizer in {folder} has {num_ids} ids, but the model has only {model.config.vocab_size}: they do "
-            "not belong together"
-        )
+    for problem, meaning in (("missing_keys", "lacks"), ("unexpected_keys", "has unknown")):
+        if names := loading[problem]:
+            raise UserError(f"the model in {folder} {meaning} weights: {listed(sorted(names), most=3)}; {_ADVICE}")
     # Under the CPU adapter, the current device is the CPU.
     return model.to(torch.cuda.current_device() if torch.cuda.is_available() else "cpu").eval()
-
-
-def check_output_folder(folder: Path) -> None:
-    """Check that a conversion can write a folder.
-
-    Raises:
-        UserError: The folder has content or is a mount point, or another conversion is writing it.
-    """
-    refuse_checkpoint(folder)
-    if os.path.ismount(os.path.realpath(folder)):  # nothing can be renamed to it
-        raise UserError(f"{folder} is a mount point; name a new folder inside it")
-    if os.path.lexists(folder) and not (folder.is_dir() and not any(folder.iterdir())):
-        raise UserError(f"{folder} is not empty; name a new folder")
-    unfinished = _unfinished(folder)
-    if os.path.lexists(unfinished):
-        raise UserError(
-            f"{unfinished} exists: a conversion is writing it, or was killed; remove it if no conversion is running"
-        )
 
 
 @contextlib.contextmanager
@@ -226,22 +180,21 @@ def output_folder(folder: Path) -> Iterator[Path]:
     All files are on the disk before the folder gets its name. SIGTERM and SIGHUP count as failures.
 
     Raises:
-        UserError: See `check_output_folder`; or the disk is full, or a file cannot be written.
+        UserError: The folder has content, another conversion is writing it, the disk is full, or a file cannot be
+            written.
     """
-    check_output_folder(folder)
-    unfinished = _unfinished(folder)
-    with refused_by_system(f"cannot write {folder}"), unwinding_on_signals():
+    refuse_checkpoint(folder)
+    if os.path.lexists(folder) and not (folder.is_dir() and not any(folder.iterdir())):
+        raise UserError(f"{folder} is not empty; name a new folder")
+    folder = Path(os.path.realpath(folder))
+    unfinished = folder.with_name(folder.name + UNFINISHED)
+    with refused_by_system(f"cannot write {unfinished}", "remove this folder if no conversion is running"):
         unfinished.mkdir(parents=True)
+    with refused_by_system(f"cannot write {folder}"), unwinding_on_signals():
         try:
             yield unfinished
             for path in (unfinished, *unfinished.rglob("*")):
                 sync_to_disk(path)
-            unfinished.rename(os.path.realpath(folder))
+            unfinished.rename(folder)
         finally:
             shutil.rmtree(unfinished, ignore_errors=True)
-
-
-def _unfinished(folder: Path) -> Path:
-    """Return the temporary folder that becomes `folder`, or the folder that the link `folder` names."""
-    folder = Path(os.path.realpath(folder))
-    return folder.with_name(folder.name + UNFINISHED)

@@ -4,11 +4,9 @@ from argparse import Namespace
 from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass
 from itertools import product
-from pathlib import Path
 from typing import Any
 
 import torch
-from huggingface_hub.errors import StrictDataclassError
 from transformers import PreTrainedConfig
 
 from maskmoe.checkpoint.routing_mask import buffers_of_routing_mask, routing_mask_from_buffers
@@ -18,10 +16,9 @@ from maskmoe.conversion.tensor_sources import (
     MemorySource,
     TensorSource,
     TensorSpec,
-    integer_weights,
-    list_names,
 )
-from maskmoe.errors import UserError
+from maskmoe.errors import UserError, listed
+from maskmoe.files.untrusted import reading
 from maskmoe.huggingface import MaskMoEConfig, MaskMoEForCausalLM
 from maskmoe.routing_mask.assignment import MaskRecipe, build_routing_mask
 from maskmoe.routing_mask.feed_forward_layers import FeedForwardLayers
@@ -30,6 +27,7 @@ from maskmoe.routing_mask.mask import RoutingMask
 Shapes = dict[str, tuple[int, ...]]
 
 ROUTING_MASK_PREFIX = "model.routing_mask."
+_MAX_NAMES = 3  # of tensors in an error
 
 
 def make_config[C: PreTrainedConfig](
@@ -45,12 +43,8 @@ def make_config[C: PreTrainedConfig](
     Raises:
         UserError: The fields do not form a valid configuration.
     """
-    try:
+    with reading(f"{where}, as a configuration of {config_class.model_type},"):
         return config_class.from_dict(dict(fields))
-    # The configuration classes of transformers raise any of these on values of wrong types.
-    except (StrictDataclassError, AttributeError, KeyError, TypeError, ValueError) as error:
-        problem = " ".join(str(error).split())
-        raise UserError(f"{where}: not a configuration of {config_class.model_type}: {problem}") from error
 
 
 def tensor_shapes(config: Mapping[str, Any]) -> Shapes:
@@ -151,33 +145,10 @@ def read_mask(source: TensorSource, prefix: str) -> RoutingMask | None:
     return routing_mask_from_buffers({name.removeprefix(prefix): buffers[name] for name in names}) if names else None
 
 
-def check_mask(source: TensorSource, config: Mapping[str, Any], folder: Path) -> None:
-    """Verify the routing mask of a model in transformers' format.
-
-    Args:
-        source: The tensors of the model.
-        config: The fields of `MaskMoEConfig`.
-        folder: The folder of the model, for error messages.
-
-    Raises:
-        UserError: The mask is damaged or altered, or is another mask than the one that the model was exported with.
-    """
-    try:
-        mask = read_mask(source, ROUTING_MASK_PREFIX)
-    except UserError as error:
-        raise UserError(f"{folder}: {error}") from error
-    expected = (config["routing_mask"] or {}).get("sha256")
-    if mask is not None and expected not in (None, mask.digest):
-        raise UserError(
-            f"{folder} was exported with routing mask {str(expected)[:16]}…, but holds {mask.digest[:16]}…; export the "
-            "model again"
-        )
-
-
 def check_tensors(
     found: Mapping[str, TensorSpec], expected: Shapes, where: str, ignored: Collection[str] = frozenset()
 ) -> None:
-    """Check that a folder holds all tensors of a model, with the right shapes and types, and no further tensors.
+    """Check that a folder holds all tensors of a model, with the right shapes, and no further tensors.
 
     Args:
         found: The folder's tensors by name.
@@ -186,18 +157,15 @@ def check_tensors(
         ignored: Names of further tensors that the folder may hold.
 
     Raises:
-        UserError: A tensor is missing, unexpected or of another shape, or a weight is not floating-point; names
-            up to three such tensors.
+        UserError: A tensor is missing, unexpected or of another shape; names up to three such tensors.
     """
     if missing := expected.keys() - found.keys():
-        raise UserError(f"{where} lacks {list_names(missing)}")
+        raise UserError(f"{where} lacks {listed(sorted(missing), _MAX_NAMES)}")
     if surplus := found.keys() - expected.keys() - set(ignored):
-        raise UserError(f"{where} holds tensors that its settings do not account for: {list_names(surplus)}")
+        raise UserError(f"{where} holds tensors that its settings do not account for: {listed(sorted(surplus), _MAX_NAMES)}")
     for name, shape in expected.items():
         if found[name].shape != shape:
             raise UserError(f"{where}: {name} has the shape {list(found[name].shape)}, it should have {list(shape)}")
-    if integers := integer_weights({name: found[name] for name in expected}):
-        raise UserError(f"{where} has weights that are not floating-point numbers: {list_names(integers)}")
 
 
 @dataclass(frozen=True)
@@ -237,4 +205,5 @@ def with_routing_mask(model: OpenedModel, mask: RoutingMask | None = None) -> Op
         mask = mask.with_vocab_size(config["vocab_size"])
     mask.check_fits(vocab_size=config["vocab_size"], num_experts=config["num_experts"], layers=layers)
     mask_source, mask_field = routing_mask_tensors(mask)
-    return OpenedModel(JoinedSource(mask_source, model.source), config | {"routing_mask": mask_field})
+    source = JoinedSource(mask_source, model.source)
+    return OpenedModel(source, config | {"routing_mask": mask_field}, model.args)

@@ -3,7 +3,6 @@
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
-from itertools import product
 from typing import Any
 
 from maskmoe.conversion.model_tensors import Shapes, mtp_tensor_shapes, tensor_shapes
@@ -63,12 +62,12 @@ _MTP_TENSORS = {
 # Megatron keeps the query, key and value projections in one tensor, and the gate and up projections in another. These
 # tables hold the tensor's name and which of its parts the projection is.
 _QKV = {
-    f"self_attn.{part}_proj.{kind}": ((f"self_attention.linear_qkv.{kind}",), index)
+    f"self_attn.{part}_proj.{kind}": (f"self_attention.linear_qkv.{kind}", index)
     for index, part in enumerate("qkv")
     for kind in ("weight", "bias")
 }
 _GATED = {
-    f"{mlp}.{part}_proj.weight": ((f"{mlp}.linear_fc1.weight",), index)
+    f"{mlp}.{part}_proj.weight": (f"{mlp}.linear_fc1.weight", index)
     for mlp in ("mlp", "mlp.shared_experts")
     for index, part in enumerate(("gate", "up"))
 }
@@ -88,14 +87,14 @@ class MegatronLayout:
         is_stacked: One tensor holds a parameter of all layers, as Megatron saves it if all layers are alike; otherwise
             each layer has its own tensor.
         padded_vocab_size: Number of rows of the embedding and of the output layer.
-        expert_norms: The names, out of `EXPERT_NORMS`, under which the checkpoint holds the norm before experts in
-            layers with grouped-query attention.
+        expert_norm: The name, out of `EXPERT_NORMS`, under which the checkpoint holds the norm before experts in layers
+            with grouped-query attention. Training loads either.
         is_hybrid: The names are a hybrid model's; such a checkpoint is never stacked.
     """
 
     is_stacked: bool
     padded_vocab_size: int
-    expert_norms: tuple[str, ...]
+    expert_norm: str = EXPERT_NORMS[0]
     is_hybrid: bool = False
 
     def name(self, name_in_gpt_model: str) -> str:
@@ -122,8 +121,7 @@ class TensorMapping:
     copies: tuple[Copy, ...]
 
     def __post_init__(self) -> None:
-        # A set, since a norm that Megatron holds under two names is copied to one tensor twice.
-        check_cover(self.huggingface, {copy.target for copy in self.copies})
+        check_cover(self.huggingface, (copy.target for copy in self.copies))
         check_cover(self.megatron, (copy.source for copy in self.copies))
 
 
@@ -161,7 +159,7 @@ def _map_tensor(
         return
     number, _, name_in_layer = name.removeprefix(_HUGGINGFACE_LAYERS).partition(".")
     layer, num_layers = int(number), config["num_hidden_layers"]
-    names, rows = _names_and_rows(name_in_layer, shape, layer, config, layout.expert_norms)
+    checkpoint_name, rows = _name_and_rows(name_in_layer, shape, layer, config, layout.expert_norm)
     is_stacked, prefix = layout.is_stacked and layer < num_layers, f"{_MEGATRON_LAYERS}{layer}."
     if is_stacked:
         prefix = _MEGATRON_LAYERS
@@ -169,14 +167,13 @@ def _map_tensor(
         # The decoder layer of multi-token prediction is a module inside the layer.
         prefix = f"{_MTP_LAYERS}{layer - num_layers}."
         prefix += "" if name_in_layer in _MTP_TENSORS else "transformer_layer."
-    checkpoint_names = [prefix + checkpoint_name for checkpoint_name in names]
     checkpoint_shape = (rows.num_groups * rows.in_group, *shape[1:])
-    for checkpoint_name, group in product(checkpoint_names, range(rows.num_groups)):
+    for group in range(rows.num_groups):
         start = group * rows.in_group + rows.first
-        source = Block.rows(checkpoint_name, checkpoint_shape, start, start + rows.count)
+        source = Block.rows(prefix + checkpoint_name, checkpoint_shape, start, start + rows.count)
         target = Block.rows(name, shape, group * rows.count, (group + 1) * rows.count)
         if is_stacked:
-            stacked = Block(checkpoint_name, (layer, *source.offsets), (1, *source.sizes))
+            stacked = Block(source.tensor, (layer, *source.offsets), (1, *source.sizes))
             yield (num_layers, *checkpoint_shape), Copy(stacked, target)
         else:
             yield checkpoint_shape, Copy(source, target)
@@ -204,36 +201,36 @@ class _Rows:
         return cls(num_groups, sum(sizes), sum(sizes[:index]), sizes[index])
 
 
-def _names_and_rows(
-    name: str, shape: tuple[int, ...], layer: int, config: Mapping[str, Any], expert_norms: tuple[str, ...]
-) -> tuple[tuple[str, ...], _Rows]:
-    """Return the names under which a checkpoint holds a layer's tensor, and the tensor's rows under each name.
+def _name_and_rows(
+    name: str, shape: tuple[int, ...], layer: int, config: Mapping[str, Any], expert_norm: str
+) -> tuple[str, _Rows]:
+    """Return the name under which a checkpoint holds a layer's tensor, and the tensor's rows under this name.
 
     Args:
         name: Name of the tensor inside the layer, in transformers' format.
         shape: Shape of the tensor.
         layer: Number of the layer; layers of multi-token prediction follow the decoder's.
         config: The fields of `MaskMoEConfig`.
-        expert_norms: See `MegatronLayout`.
+        expert_norm: See `MegatronLayout`.
     """
     is_latent, whole = config["kv_lora_rank"] is not None, _Rows.of_part([shape[0]], 0)
     if name == _MLP_NORM:
         layer_types = config["mlp_layer_types"]
         if layer_types[min(layer, len(layer_types) - 1)] == "dense":
-            return EXPERT_NORMS[:1], whole
-        return EXPERT_NORMS[1:] if is_latent else expert_norms, whole
+            return EXPERT_NORMS[0], whole
+        return EXPERT_NORMS[1] if is_latent else expert_norm, whole
     if is_latent and name in _LATENT_ATTENTION_TENSORS:
-        return (_LATENT_ATTENTION_TENSORS[name],), whole
+        return _LATENT_ATTENTION_TENSORS[name], whole
     if name in _QKV:
         # A group has some query heads, then their key head, then their value head.
-        names, index = _QKV[name]
+        fused, index = _QKV[name]
         num_groups, head_dim = config["num_key_value_heads"], config["head_dim"]
         query_rows = config["num_attention_heads"] // num_groups * head_dim
-        return names, _Rows.of_part([query_rows, head_dim, head_dim], index, num_groups)
+        return fused, _Rows.of_part([query_rows, head_dim, head_dim], index, num_groups)
     if name in _GATED:
-        names, index = _GATED[name]
-        return names, _Rows.of_part([shape[0], shape[0]], index)
-    return (_LAYER_TENSORS.get(name) or _MTP_TENSORS[name],), whole
+        fused, index = _GATED[name]
+        return fused, _Rows.of_part([shape[0], shape[0]], index)
+    return _LAYER_TENSORS.get(name) or _MTP_TENSORS[name], whole
 
 
 def _map_model_tensor(

@@ -5,21 +5,19 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from math import prod
 from operator import add, sub
-from typing import Protocol, Self
+from typing import Protocol
 
 import numpy as np
 import torch
 from torch import Tensor
-from tqdm import tqdm
 
-from maskmoe.errors import UserError, listed
+from maskmoe.errors import UserError
 
 BLOCK_BYTES = 16 << 20
 """Upper bound of a block's size when a tensor is read or written block by block."""
-_MAX_NAMES = 3  # of tensors in an error
 
 
-class CoverageError(ValueError):
+class CoverageError(UserError):
     """Reports that blocks leave out a part of a tensor, or cover a part twice."""
 
 
@@ -269,36 +267,22 @@ class JoinedSource:
 
 
 class CastSource:
-    """Casts the floating point tensors of another source.
+    """Casts the floating point tensors of another source, and refuses values that are NaN or infinite.
+
+    A value may become infinite by the cast.
 
     Args:
         source: Provides the elements.
-        dtype: The dtype of all floating point tensors except `kept`.
+        dtype: The dtype of all floating point tensors except `kept`; None keeps all dtypes.
         kept: Names of tensors that keep their dtype.
     """
 
-    def __init__(self, source: TensorSource, dtype: torch.dtype, kept: frozenset[str] = frozenset()) -> None:
+    def __init__(self, source: TensorSource, dtype: torch.dtype | None, kept: frozenset[str] = frozenset()) -> None:
         self._source = source
         self.tensors = {
-            name: TensorSpec(spec.shape, dtype) if spec.dtype.is_floating_point and name not in kept else spec
+            name: TensorSpec(spec.shape, dtype) if dtype and spec.dtype.is_floating_point and name not in kept else spec
             for name, spec in source.tensors.items()
         }
-
-    def read(self, block: Block) -> Tensor:
-        """See `TensorSource.read`."""
-        return self._source.read(block).to(self.tensors[block.tensor].dtype)
-
-
-class FiniteSource:
-    """Refuses to read NaN and infinite values from another source.
-
-    Args:
-        source: Provides the elements.
-    """
-
-    def __init__(self, source: TensorSource) -> None:
-        self._source = source
-        self.tensors = source.tensors
 
     def read(self, block: Block) -> Tensor:
         """See `TensorSource.read`.
@@ -306,44 +290,7 @@ class FiniteSource:
         Raises:
             UserError: An element of the block is NaN or infinite.
         """
-        elements = self._source.read(block)
+        elements = self._source.read(block).to(self.tensors[block.tensor].dtype)
         if elements.is_floating_point() and elements.numel() and not all(map(torch.isfinite, elements.aminmax())):
-            raise UserError(f"{block.tensor} holds NaN or infinite values; maskmoe convert --allow-nan converts it")
+            raise UserError(f"{block.tensor} holds NaN or infinite values")
         return elements
-
-
-class ProgressSource:
-    """Shows on a progress bar how many bytes of another source have been read, until its context is left.
-
-    Args:
-        source: Provides the elements.
-        names: The names of the tensors that will be read, each once.
-    """
-
-    def __init__(self, source: TensorSource, names: Iterable[str]) -> None:
-        self._source = source
-        self.tensors = {name: source.tensors[name] for name in names}
-        total = sum(spec.num_bytes for spec in self.tensors.values())
-        self._bar = tqdm(total=total, desc="converting", unit="B", unit_scale=True, unit_divisor=1024)
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(self, *exception: object) -> None:
-        self._bar.close()
-
-    def read(self, block: Block) -> Tensor:
-        """See `TensorSource.read`."""
-        elements = self._source.read(block)
-        self._bar.update(elements.nbytes)
-        return elements
-
-
-def integer_weights(tensors: Mapping[str, TensorSpec]) -> list[str]:
-    """Return the names of all weights that are not floating-point numbers; a routing mask consists of integers."""
-    return [name for name, spec in tensors.items() if not spec.dtype.is_floating_point and "routing_mask." not in name]
-
-
-def list_names(names: Iterable[str]) -> str:
-    """Join names of tensors for an error message; only the first `_MAX_NAMES` are named, the others counted."""
-    return listed(sorted(names), _MAX_NAMES)

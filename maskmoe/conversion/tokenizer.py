@@ -1,7 +1,7 @@
 """Finds the tokenizer that a model was trained with, and exports it in transformers' format."""
 
 from argparse import Namespace
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -11,14 +11,17 @@ from transformers.convert_slow_tokenizer import SentencePieceExtractor, SpmConve
 
 from maskmoe.conversion.settings import Settings
 from maskmoe.data.tokenizer import HuggingFaceTokenizer, SentencePieceTokenizer, Tokenizer, load_tokenizer
-from maskmoe.data.tokenizer_record import TOKENIZER_TYPES, tokenizer_sha256
+from maskmoe.data.tokenizer_record import model_file, tokenizer_sha256
 from maskmoe.errors import UserError
+from maskmoe.files.json_files import read_json
 
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "chat_template.jinja")
 """Names of the files of a tokenizer in transformers' format; only the first file is always there."""
 WITHOUT_TEXT = "NullTokenizer"
 """Megatron's `--tokenizer-type` for data that consist of token ids; such data have no tokenizer to export."""
 
+_ORIGIN = "made_from_sha256"
+"""Key of an exported `tokenizer_config.json`: the digest of the file that the tokenizer was made from."""
 _PIECES_PER_PROBE = 64
 # Text that tokenizers treat differently: spaces, lines, other scripts, combined and unassigned characters, control
 # pieces.
@@ -35,74 +38,70 @@ _PROBES = (
 
 
 def choose_tokenizer(
-    args: Namespace | None, settings: Settings, vocab_size: int | None = None, may_replace: bool = False
+    args: Namespace | None, settings: Settings, may_replace: bool = False
 ) -> tuple[str, str | None]:
-    """Return type and path of the tokenizer: the user's, else Megatron's, else the tokenizer beside the model.
-
-    Megatron's arguments name the path of a file, which may have been replaced since, and hold the file's digest.
+    """Return type and path of a model's tokenizer: the user's, or the tokenizer of training, or its export.
 
     Args:
         args: Megatron's arguments that the model was trained with; None if they are unknown.
         settings: The settings of the conversion.
-        vocab_size: The number of ids of the model, which may have been resized for a tokenizer with further ids, which
-            then lies beside the model; None for a model that was not.
         may_replace: Whether the user's tokenizer may be another one than the tokenizer of training.
 
     Raises:
-        UserError: The tokenizer is not on this machine, its type is unknown, or the model was trained with another one.
+        UserError: The tokenizer of training is not on this machine, or the user's tokenizer is another one.
     """
-    kind = settings.tokenizer_type or getattr(args, "tokenizer_type", None)
-    path = settings.tokenizer_model or getattr(args, "tokenizer_model", None)
-    if kind is None and settings.tokenizer_model is not None:
-        raise UserError(f"--tokenizer-model {path} needs --tokenizer-type")
+    trained = vars(args or Namespace())
+    kind, path = settings.tokenizer_type or trained.get("tokenizer_type"), settings.tokenizer_model
+    if settings.tokenizer_type is None and path is None:
+        return _find_tokenizer(trained, settings.load)
+    if settings.tokenizer_type == WITHOUT_TEXT:
+        return WITHOUT_TEXT, None
+    if path is None or kind is None or kind == WITHOUT_TEXT:
+        raise UserError("name the tokenizer by both flags, --tokenizer-type and --tokenizer-model")
+    if not may_replace and not _has_digest(kind, path, trained.get("tokenizer_sha256")):
+        raise UserError(f"--tokenizer-model {path} is not the tokenizer that {settings.load} was trained with")
+    return kind, path
+
+
+def _find_tokenizer(trained: Mapping[str, Any], folder: Path) -> tuple[str, str | None]:
+    """Return type and path of the tokenizer of training or, if that is not at its path, of its export beside a model.
+
+    If nothing is known of the training, a tokenizer beside the model is the model's.
+
+    Args:
+        trained: Megatron's arguments that the model was trained with; empty if they are unknown.
+        folder: The folder of the model or checkpoint.
+
+    Raises:
+        UserError: There is no such tokenizer.
+    """
+    kind, path, sha256 = (trained.get(f"tokenizer_{name}") for name in ("type", "model", "sha256"))
     if kind == WITHOUT_TEXT:
-        return kind, None
-    beside = _tokenizer_beside(settings)
-    if kind is None:
-        return beside or (WITHOUT_TEXT, None)
-    if path is None:
-        if beside is None:
-            raise UserError(f"--tokenizer-type {kind} needs --tokenizer-model")
-        return beside
-    is_replaced = may_replace and settings.tokenizer_model is not None
-    fault = _fault_of(kind, path, None if is_replaced else getattr(args, "tokenizer_sha256", None))
-    if not fault:
-        return beside if beside and _was_extended((kind, path), beside, vocab_size) else (kind, path)
-    if beside is None:
-        raise UserError(
-            f"the tokenizer {path} of {settings.load} {fault}; pass --tokenizer-model with the right file, or "
-            f"--tokenizer-type {WITHOUT_TEXT} to go without"
-        )
-    return beside
+        return WITHOUT_TEXT, None
+    if path is not None and Path(path).exists() and _has_digest(kind, path, sha256):
+        return kind, path
+    exported = (HuggingFaceTokenizer.__name__, str(folder))
+    if (folder / TOKENIZER_FILES[0]).is_file() and (kind is None or sha256 and _has_digest(*exported, sha256)):
+        return exported
+    raise UserError(
+        f"the tokenizer that {folder} was trained with is not at its path {path}; name it by --tokenizer-type and "
+        f"--tokenizer-model, or pass --tokenizer-type {WITHOUT_TEXT} to go without"
+    )
 
 
-def _tokenizer_beside(settings: Settings) -> tuple[str, str] | None:
-    """Return type and path of the tokenizer in the folder of the model, unless the user names another one."""
-    kind = HuggingFaceTokenizer.__name__
-    may_take = settings.tokenizer_model is None and settings.tokenizer_type in (None, kind)
-    return (kind, str(settings.load)) if may_take and (settings.load / TOKENIZER_FILES[0]).is_file() else None
-
-
-def _fault_of(kind: str, path: str, trained_with: str | None) -> str:
-    """Return what is wrong with a tokenizer if the model was trained with one of another digest, which may be None."""
-    if not Path(path).exists():
-        return "does not exist"
-    sha256 = tokenizer_sha256(kind, path)
-    if sha256 is None or trained_with is None or sha256 == trained_with:
-        return ""
-    return f"(sha256 {sha256[:12]}…) is not the file that the model was trained with (sha256 {trained_with[:12]}…)"
-
-
-def _was_extended(trained_with: tuple[str, str], beside: tuple[str, str], vocab_size: int | None) -> bool:
-    """Return whether a model was resized for the further ids of the tokenizer beside it, after its training."""
-    if vocab_size is None or trained_with[0] not in TOKENIZER_TYPES:
-        return False
-    num_trained = load_tokenizer(*trained_with).vocab_size
-    return num_trained < vocab_size and num_trained < load_tokenizer(*beside).vocab_size <= vocab_size
+def _has_digest(kind: str, path: str, sha256: str | None) -> bool:
+    """Return whether a tokenizer has a digest, or was exported from the tokenizer with it; an unknown digest fits."""
+    own = tokenizer_sha256(kind, path)
+    if own is None or sha256 in (None, own):
+        return True
+    settings = model_file(kind, path).with_name(TOKENIZER_FILES[1])
+    return settings.is_file() and read_json(settings).get(_ORIGIN) == sha256
 
 
 def export_tokenizer(tokenizer_type: str, tokenizer_model: str | Path | None, folder: Path) -> dict[str, int | None]:
     """Write a tokenizer so that `AutoTokenizer.from_pretrained(folder)` reads it.
+
+    The exported tokenizer records the digest of its original, see `choose_tokenizer`.
 
     The exported tokenizer gives the ids that the training data have: it puts no id before a text. In training data, a
     text begins where the previous text has ended, so the id that ends a document also marks the beginning of a text.
@@ -136,6 +135,7 @@ def export_tokenizer(tokenizer_type: str, tokenizer_model: str | Path | None, fo
             # Training falls back to `sep_token`, and reads `special_tokens_map.json` without `tokenizer_config.json`.
             exported.eos_token = exported.convert_ids_to_tokens(tokenizer.eod_id)
     _check_same_ids(tokenizer, exported, probes)
+    exported.init_kwargs[_ORIGIN] = tokenizer.record().sha256
     exported.save_pretrained(folder)
     return {"bos_token_id": exported.bos_token_id, "eos_token_id": exported.eos_token_id}
 

@@ -1,7 +1,6 @@
 """Reads JSON files, which pydantic validates, and writes them."""
 
 import json
-import math
 import os
 from functools import cache
 from pathlib import Path
@@ -17,19 +16,6 @@ from maskmoe.files.untrusted import UnusableFile, read_json_bytes
 def read_json(path: Path) -> dict[str, Any]:
     """Read a JSON object of any content; raise `UserError` if the file cannot be read or holds anything else."""
     return read_record(dict[str, Any], path, "replace the file by an intact copy")
-
-
-def check_finite(content: object, path: Path) -> None:
-    """Refuse NaN and infinity anywhere in the content of the JSON file `path`; Python reads and writes both."""
-    places: list[tuple[str, object]] = [("", content)]
-    while places:
-        place, value = places.pop()
-        if isinstance(value, float) and not math.isfinite(value):
-            raise UserError(f"{path}: {place} must be a finite number, not {value}")
-        if isinstance(value, dict):
-            places += [(f"{place}.{key}" if place else str(key), part) for key, part in value.items()]
-        elif isinstance(value, list):
-            places += [(f"{place}.{index}", part) for index, part in enumerate(value)]
 
 
 @cache

@@ -5,12 +5,9 @@ from typing import Any, ClassVar
 from transformers import PreTrainedConfig
 
 _CHOICES = {
-    "qk_norm": (None, "head", "all_heads", "latent"),
     "scoring_func": ("softmax", "sigmoid", "sqrtsoftplus"),
     "aux_loss_tokens": ("all", "routable"),
 }
-_ROW_DTYPES = ("int16", "int32")
-_LATENT_SIZES = ("qk_nope_head_dim", "qk_rope_head_dim", "v_head_dim")
 
 # How tensor parallelism divides the layers; names as in transformers.
 _COLUMNS_OF_ATTENTION = ("q_proj", "k_proj", "v_proj")
@@ -229,63 +226,22 @@ class MaskMoEConfig(PreTrainedConfig):
         return self.qk_norm is not None
 
     def _check(self) -> None:
-        assert self.mlp_layer_types is not None  # set by __post_init__, like num_key_value_heads
-        assert self.num_key_value_heads is not None
-        for name, choices in _CHOICES.items():
-            if getattr(self, name) not in choices:
-                raise ValueError(f"{name} is {getattr(self, name)!r}; it must be one of {choices}")
-        unknown = set(self.mlp_layer_types) - {"sparse", "dense"}
-        if unknown or len(self.mlp_layer_types) != self.num_hidden_layers:
+        """Refuse what no module would notice."""
+        choices = _CHOICES | {"qk_norm": (None, "latent") if self.has_latent_attention else (None, "head", "all_heads")}
+        for name, values in choices.items():
+            if getattr(self, name) not in values:
+                raise ValueError(f"{name} is {getattr(self, name)!r}; it must be one of {values}")
+        kinds = self.mlp_layer_types or []
+        if {*kinds} - {"sparse", "dense"} or len(kinds) != self.num_hidden_layers:
             raise ValueError(f"mlp_layer_types must name {self.num_hidden_layers} layers, each 'sparse' or 'dense'")
-        heads, key_value_heads = self.num_attention_heads, self.num_key_value_heads
-        if heads % key_value_heads:
-            raise ValueError(f"num_attention_heads {heads} is not a multiple of num_key_value_heads {key_value_heads}")
-        self._check_latent_attention()
-        if self.has_experts:
-            self._check_experts(self.num_experts_per_tok, self.num_experts)
-
-    def _check_latent_attention(self) -> None:
-        if not self.has_latent_attention:
-            if self.qk_norm == "latent":
-                raise ValueError("qk_norm 'latent' needs kv_lora_rank")
+        if not self.has_experts:
             return
-        if missing := [name for name in _LATENT_SIZES if getattr(self, name) is None]:
-            raise ValueError(f"kv_lora_rank needs {', '.join(missing)}")
-        expected = {"num_key_value_heads": self.num_attention_heads, "head_dim": self.qk_rope_head_dim}
-        for name, value in (expected | {"attention_bias": False}).items():
-            if getattr(self, name) != value:
-                raise ValueError(f"{name} is {getattr(self, name)}; with kv_lora_rank it must be {value}")
-        if self.qk_norm not in (None, "latent"):
-            raise ValueError(f"qk_norm is {self.qk_norm!r}; with kv_lora_rank it must be None or 'latent'")
-        assert self.rope_parameters is not None  # set by transformers
-        if self.rope_parameters.get("partial_rotary_factor", 1.0) != 1.0:
-            raise ValueError("kv_lora_rank allows no partial_rotary_factor; qk_rope_head_dim says what is turned")
-
-    def _check_experts(self, topk: int, num_experts: int) -> None:
-        if not 1 <= topk <= num_experts:
-            raise ValueError(f"num_experts_per_tok is {topk} of {num_experts} experts")
-        if self.use_expert_bias and self.scoring_func == "softmax":
-            raise ValueError("use_expert_bias needs scoring_func 'sigmoid' or 'sqrtsoftplus'")
+        if not 1 <= self.num_experts_per_tok <= self.num_experts:
+            raise ValueError(f"num_experts_per_tok is {self.num_experts_per_tok} of {self.num_experts} experts")
         if (self.n_group is None) != (self.topk_group is None):
             raise ValueError("n_group and topk_group must both be given, or neither")
-        if self.n_group is not None and self.topk_group is not None:
-            self._check_groups(topk, num_experts, self.n_group, self.topk_group)
-        if self.shared_expert_gate and not self.shared_expert_intermediate_size:
-            raise ValueError("shared_expert_gate needs a shared_expert_intermediate_size")
-        mask, num_tables = self.routing_mask or {}, sorted({1, sum(self.is_sparse), len(self.is_sparse)})
-        if mask.get("num_tables") not in num_tables or mask.get("row_dtype") not in _ROW_DTYPES:
-            raise ValueError(
-                f"routing_mask must have {' or '.join(map(str, num_tables))} num_tables and a row_dtype of "
-                f"{_ROW_DTYPES}; it is {mask}"
-            )
-
-    def _check_groups(self, topk: int, num_experts: int, num_groups: int, topk_group: int) -> None:
-        if num_experts % num_groups or not 1 <= topk_group <= num_groups:
-            raise ValueError(
-                f"topk_group {topk_group} of n_group {num_groups} for {num_experts} experts: n_group must divide the "
-                "number of experts, and topk_group must be 1 to n_group"
-            )
-        if topk % topk_group:
-            raise ValueError(f"num_experts_per_tok {topk} is not a multiple of topk_group {topk_group}")
-        if num_experts // num_groups * topk_group < topk:
-            raise ValueError(f"{topk_group} of {num_groups} groups hold fewer experts than num_experts_per_tok {topk}")
+        if self.topk_group is not None and self.num_experts_per_tok % self.topk_group:
+            raise ValueError(f"num_experts_per_tok is not a multiple of topk_group {self.topk_group}")
+        num_tables = (self.routing_mask or {}).get("num_tables")
+        if num_tables not in (expected := {1, sum(self.is_sparse), len(self.is_sparse)}):
+            raise ValueError(f"routing_mask has {num_tables} num_tables; it must be one of {sorted(expected)}")

@@ -254,8 +254,8 @@ class MaskMoESparseMoeBlock(nn.Module):
         self.shared_experts = self.shared_expert_gate = None
         if config.shared_expert_intermediate_size:
             self.shared_experts = glm4_moe.Glm4MoeMLP(config, config.shared_expert_intermediate_size)
-        if config.shared_expert_gate:
-            self.shared_expert_gate = nn.Linear(config.hidden_size, 1, bias=False)
+            if config.shared_expert_gate:
+                self.shared_expert_gate = nn.Linear(config.hidden_size, 1, bias=False)
 
     def forward(self, hidden_states: Tensor, visible_bits: Tensor) -> Tensor:
         """Process tokens.
@@ -295,19 +295,9 @@ class MaskMoEAllHeadsRMSNorm(nn.Module):
         self.variance_epsilon = eps
 
     def forward(self, hidden_states: Tensor) -> Tensor:
-        """Normalise queries or keys [..., heads, head_dim].
-
-        Raises:
-            ValueError: some heads are missing.
-        """
-        features = hidden_states.flatten(-2)
-        if features.shape[-1] != self.weight.shape[-1]:
-            raise ValueError(
-                f"qk_norm 'all_heads' needs all {self.weight.shape[-1]} features of the heads, not "
-                f"{features.shape[-1]}: serve the model without tensor parallelism"
-            )
+        """Normalise queries or keys [..., heads, head_dim]; some of the heads alone do not fit the weight."""
         norm: Any = glm4_moe.Glm4MoeRMSNorm.forward
-        return norm(self, features).view_as(hidden_states)
+        return norm(self, hidden_states.flatten(-2)).view_as(hidden_states)
 
 
 class MaskMoEAttention(glm4_moe.Glm4MoeAttention):
@@ -458,28 +448,20 @@ class MaskMoEPreTrainedModel(glm4_moe.Glm4MoePreTrainedModel):
             )
         return super().supports_pp_plan
 
-    def resize_token_embeddings(
-        self,
-        new_num_tokens: int | None = None,
-        pad_to_multiple_of: int | None = None,
-        *args: Any,
-        **kwargs: Any,
-    ) -> nn.Embedding:
-        """Resize the embedding as transformers does, but refuse to change the vocabulary of a model with experts.
+    def resize_token_embeddings(self, *args: Any, **kwargs: Any) -> nn.Embedding:
+        """Resize the embedding as transformers does; a model with experts is useless with another number of ids.
 
         Raises:
             ValueError: the model has experts, and its routing mask is for another number of ids.
         """
         vocab_size = self.config.vocab_size
-        new_size = vocab_size if new_num_tokens is None else new_num_tokens
-        if pad_to_multiple_of is not None:
-            new_size = -(-new_size // pad_to_multiple_of) * pad_to_multiple_of
-        if self.config.has_experts and new_size != vocab_size:
+        embedding = super().resize_token_embeddings(*args, **kwargs)
+        if self.config.has_experts and self.config.vocab_size != vocab_size:
             raise ValueError(
-                f"the routing mask is for {vocab_size} token ids, not {new_size}: it says which experts an id sees, so "
-                "ids cannot be added or removed without making another one"
+                f"the routing mask is for {vocab_size} token ids, not {self.config.vocab_size}: it says which experts "
+                "an id sees, so ids cannot be added or removed without making another one; load the model again"
             )
-        return super().resize_token_embeddings(new_num_tokens, pad_to_multiple_of, *args, **kwargs)
+        return embedding
 
     def _init_weights(self, module: nn.Module) -> None:
         super()._init_weights(module)
@@ -586,7 +568,7 @@ class MaskMoEForCausalLM(MaskMoEPreTrainedModel, GenerationMixin):
             output_router_logits: return `router_logits` and `aux_loss`, and add `aux_loss` times
                 `config.router_aux_loss_coef` to `loss`. None selects `config.output_router_logits`.
             logits_to_keep: number of last positions to compute logits for; 0 for all positions. Or positions, int64
-                [positions] or [batch, positions], or bool [batch, sequence], which makes `logits` [kept, vocab].
+                [positions].
             kwargs: see `MaskMoEModel.forward`; and `num_items_in_batch`, the number of labels in all micro-batches of
                 an optimizer step, which transformers' Trainer passes. The micro-batches' losses then add up to the
                 step's loss.
@@ -604,7 +586,8 @@ class MaskMoEForCausalLM(MaskMoEPreTrainedModel, GenerationMixin):
         outputs = self.model(
             input_ids, attention_mask, position_ids, inputs_embeds, output_router_logits=output_router_logits, **kwargs
         )
-        logits = self.lm_head(keep_positions(outputs.last_hidden_state, logits_to_keep))
+        kept = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
+        logits = self.lm_head(outputs.last_hidden_state[:, kept])
         loss = aux_loss = None
         if labels is not None:
             loss = self.loss_function(logits=logits, labels=labels, vocab_size=self.config.vocab_size, **kwargs)
@@ -654,20 +637,6 @@ def _original_name(model_class: type) -> Iterator[None]:
         yield
     finally:
         model_class.__name__, model_class.__module__ = name, module
-
-
-def keep_positions(hidden_states: Tensor, kept: int | Tensor) -> Tensor:
-    """Select positions of hidden states [batch, sequence, hidden], as transformers does since version 5.24.
-
-    Args:
-        hidden_states: [batch, sequence, hidden].
-        kept: `logits_to_keep` of `MaskMoEForCausalLM.forward`.
-    """
-    if isinstance(kept, int):
-        return hidden_states[:, -kept:]
-    if kept.dim() != 2:
-        return hidden_states[:, kept]
-    return hidden_states[kept] if kept.dtype == torch.bool else hidden_states.take_along_dim(kept.unsqueeze(-1), dim=1)
 
 
 def share_of_step(

@@ -89,7 +89,8 @@ def test_prompts_of_a_file(tmp_path, monkeypatch, capsys):
 def checkpoints(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder with a trained model as the checkpoint `release`."""
     folder = tmp_path_factory.mktemp("generation") / "checkpoints"
-    assert huggingface_to_megatron(Settings(load=MODEL, save=folder)) == []
+    tokenizer = {"tokenizer_type": "HuggingFaceTokenizer", "tokenizer_model": str(MODEL)}
+    assert huggingface_to_megatron(Settings(load=MODEL, save=folder, **tokenizer)) == []
     return folder
 
 

@@ -12,12 +12,11 @@ from maskmoe.conversion.config_mapping import (
     config_from_args,
     further_flags,
     gpt_args,
+    hybrid_args,
     is_stacked,
     updated_args,
-    with_pattern,
 )
 from maskmoe.conversion.model_tensors import mtp_tensor_shapes, tensor_shapes
-from maskmoe.conversion.settings import DERIVED_PATTERN, NO_PATTERN
 from maskmoe.conversion.tensor_mapping import EXPERT_NORMS, MegatronLayout, map_tensors
 from maskmoe.errors import UserError
 from maskmoe.huggingface import MaskMoEConfig
@@ -138,7 +137,7 @@ def test_arguments_and_configuration_describe_the_same_model(fields):
     assert config_from_args(args, fields["vocab_size"]) == fields
     assert is_stacked(args) == (len(set(fields["mlp_layer_types"])) == 1)
     # The hybrid model of the same layers.
-    hybrid = with_pattern(args, fields, DERIVED_PATTERN)
+    hybrid = hybrid_args(args, fields)
     assert config_from_args(hybrid, fields["vocab_size"]) == fields
     assert not is_stacked(hybrid)
     attention = "*" if fields["kv_lora_rank"] is None else "+"
@@ -147,16 +146,15 @@ def test_arguments_and_configuration_describe_the_same_model(fields):
     assert (hybrid.hybrid_layer_pattern, hybrid.moe_layer_freq) == ("".join(symbols) + prediction, 1)
     assert hybrid.num_layers == 2 * fields["num_hidden_layers"]
     assert hybrid.mtp_num_layers == args.mtp_num_layers
-    twin = with_pattern(hybrid, fields, NO_PATTERN)
-    assert vars(twin).items() >= vars(args).items()
-    assert vars(gpt_args(hybrid)) == vars(twin)
+    assert vars(gpt_args(hybrid)).items() >= vars(args).items()
 
 
-@given(configs(), configs(), st.sampled_from([None, DERIVED_PATTERN]))
-def test_updated_arguments_describe_the_new_configuration(trained, fields, pattern):
+@given(configs(), configs(), st.booleans())
+def test_updated_arguments_describe_the_new_configuration(trained, fields, was_hybrid):
     """The configuration may even be that of another model. Arguments that no configuration describes stay."""
     record = {"hidden_dropout": 0.1, "seed": 7, "padded_vocab_size": 150, "make_vocab_size_divisible_by": 50}
-    args = with_pattern(Namespace(**vars(args_from_config(trained)) | record), trained, pattern)
+    args = Namespace(**vars(args_from_config(trained)) | record)
+    args = hybrid_args(args, trained) if was_hybrid else args
     updated = updated_args(args, fields)
     assert config_from_args(updated, fields["vocab_size"]) == fields
     if fields["vocab_size"] > 150:
@@ -169,13 +167,13 @@ def test_updated_arguments_describe_the_new_configuration(trained, fields, patte
     configs(),
     st.sampled_from(["GPT", "stacked", "hybrid"]),
     st.integers(0, 20),
-    st.sampled_from([EXPERT_NORMS, EXPERT_NORMS[:1], EXPERT_NORMS[1:]]),
+    st.sampled_from(EXPERT_NORMS),
 )
-def test_every_element_has_one_place(fields, kind, padding, norms):
+def test_every_element_has_one_place(fields, kind, padding, norm):
     """Creating a mapping checks that it uses every element once; this test creates mappings of all kinds of models."""
     is_stacked = kind == "stacked" and len(set(fields["mlp_layer_types"])) == 1
     config = fields | {"routing_mask": MASK if fields["num_experts"] else None}
-    mapping = map_tensors(config, MegatronLayout(is_stacked, fields["vocab_size"] + padding, norms, kind == "hybrid"))
+    mapping = map_tensors(config, MegatronLayout(is_stacked, fields["vocab_size"] + padding, norm, kind == "hybrid"))
     shapes = tensor_shapes(config)
     mtp_shapes = mtp_tensor_shapes(config)
     num_mtp_layers = len({name.split(".")[2] for name in mtp_shapes})
@@ -203,11 +201,8 @@ LATENT = {"multi_latent_attention": True}
 REFUSED = [
     LATENT | {"rotary_percent": 0.5},
     LATENT | {"rope_type": "rope", "rotary_scaling_factor": 2.0, "mscale_all_dim": 1.0},
-    *({"normalization": "LayerNorm"}, {"add_bias_linear": True}, {"swiglu": False}, {"moe_latent_size": 4}),
-    *({"position_embedding_type": "learned_absolute"}, {"rotary_interleaved": True}, {"window_size": (3, 3)}),
-    *({"moe_mlp_glu_interleave_size": 32}, {"moe_shared_expert_glu_interleave_size": 32}),
+    *({"normalization": "LayerNorm"}, {"add_bias_linear": True}, {"swiglu": False}, {"window_size": (3, 3)}),
     *({"moe_router_load_balancing_type": kind} for kind in ("sinkhorn", ["quantile_balancing"])),
-    {"moe_router_force_load_balancing": True},
 ]
 
 
@@ -224,24 +219,21 @@ def latent_fields(**rope):
     return sizes | {"rope_parameters": rope}
 
 
-@pytest.mark.parametrize(
-    ("changes", "named"),
-    [
-        ({"hidden_act": "gelu"}, "hidden_act is 'gelu'"),
-        ({"is_causal": False}, "is_causal is false"),
-        ({"norm_topk_prob": True, "num_experts_per_tok": 1}, "norm_topk_prob with num_experts_per_tok 1"),
-        ({"scoring_func": "sigmoid", "norm_topk_prob": False, "num_experts_per_tok": 2}, "only with norm_topk_prob"),
-        ({"rope_parameters": {"rope_type": "yarn", "rope_theta": 1e4, "factor": 2.0}}, "rope_parameters are .*yarn"),
-        ({"rope_parameters": {"rope_type": "linear", "rope_theta": 1e4, "factor": 2.5}}, "whole factor"),
-        (latent_fields(rope_type="linear"), "rope_type linear"),
-        (latent_fields(rope_type="yarn", attention_factor=1.5), "attention_factor"),
-        # Transformers' default for `mscale` is none.
-        (latent_fields(rope_type="yarn", mscale_all_dim=1.0), "attention_factor"),
-        (latent_fields(rope_type="yarn", truncate=False), "truncate"),
-    ],
-)
-def test_settings_that_megatron_cannot_express(changes, named):
-    with pytest.raises(UserError, match=named):
+INEXPRESSIBLE = [
+    *({"hidden_act": "gelu"}, {"is_causal": False}, {"norm_topk_prob": True, "num_experts_per_tok": 1}),
+    {"scoring_func": "sigmoid", "norm_topk_prob": False, "num_experts_per_tok": 2},
+    {"rope_parameters": {"rope_type": "yarn", "rope_theta": 1e4, "factor": 2.0}},
+    {"rope_parameters": {"rope_type": "linear", "rope_theta": 1e4, "factor": 2.5}},
+    latent_fields(rope_type="linear"),
+    latent_fields(rope_type="yarn", attention_factor=1.5),
+    latent_fields(rope_type="yarn", mscale_all_dim=1.0),  # transformers' default for `mscale` is none
+    latent_fields(rope_type="yarn", truncate=False),
+]
+
+
+@pytest.mark.parametrize("changes", INEXPRESSIBLE, ids=str)
+def test_settings_that_megatron_cannot_express(changes):
+    with pytest.raises(UserError, match="rope" if "rope_parameters" in changes else [*changes][0]):
         args_from_config(MaskMoEConfig(num_hidden_layers=2, **changes).to_dict())
 
 

@@ -63,16 +63,6 @@ def test_logits_equal_the_originals(name, layout, tmp_path):
     assert (model.config.bos_token_id, model.config.eos_token_id, model.config.pad_token_id) == (1, 2, 0)
 
 
-def test_ends_of_texts_come_from_the_generation_settings(tmp_path):
-    save_model("qwen2", tmp_path)
-    path = tmp_path / "generation_config.json"
-    path.write_text('{"eos_token_id": [2, 5]}')
-    assert open_huggingface(tmp_path).config["eos_token_id"] == [2, 5]
-    path.write_text('{"eos_token_id": "</s>"}')
-    with pytest.raises(UserError, match=r"generation_config\.json: eos_token_id is '</s>'"):
-        open_huggingface(tmp_path)
-
-
 def test_older_configuration_without_what_transformers_adds(tmp_path):
     """As models were published in 2023."""
     original = save_model("llama, linear", tmp_path)
@@ -91,10 +81,8 @@ def test_older_configuration_without_what_transformers_adds(tmp_path):
         ("llama", {"mlp_only_layers": [1], "num_experts": 6, "qk_norm": "head", "clip_qkv": 1.0}),
         ("mistral", {"attention_bias": True, "mlp_bias": True, "kv_lora_rank": 8}),
         ("mixtral", {"routed_scaling_factor": 2.5, "decoder_sparse_step": 2, "norm_topk_prob": False}),
-        ("mixtral", {"scoring_func": "sigmoid", "n_group": 3, "topk_group": 1, "use_expert_bias": True}),
         ("qwen2_moe", {"routed_scaling_factor": 2.0, "attention_bias": True, "first_k_dense_replace": 2}),
         ("qwen3_moe", {"scoring_func": "sigmoid", "shared_expert_intermediate_size": 8}),
-        ("olmoe", {"routed_scaling_factor": 2.0, "scoring_func": "sigmoid", "mlp_only_layers": [0]}),
         ("deepseek_v3", {"decoder_sparse_step": 2, "mlp_layer_types": ["dense"] * 3, "qk_norm": "head"}),
     ],
 )
@@ -130,39 +118,30 @@ def test_mask_for_a_tokenizer_with_fewer_ids_than_rows(tmp_path):
     assert torch.equal(row_of_id[:, :-7], torch.from_numpy(mask.row_of_id.copy()))
 
 
-def test_refuses_a_mask_that_does_not_fit(tmp_path):
-    save_model("mixtral", tmp_path / "mixtral")
-    save_model("llama", tmp_path / "llama")
-    mask = build_routing_mask(MaskRecipe.from_preset("hash", 6, 3), vocab_size=VOCAB_SIZE + 1)
-    with pytest.raises(UserError, match="vocabulary size is 68, the model's is 67"):
-        open_huggingface(tmp_path / "mixtral", mask)
-    with pytest.raises(UserError, match="no experts to route to"):
-        open_huggingface(tmp_path / "llama", mask)
+@pytest.mark.parametrize("name", ["mixtral", "llama"])
+def test_refuses_a_mask_that_does_not_fit(name, tmp_path):
+    save_model(name, tmp_path)
+    with pytest.raises(UserError, match="vocabulary size is 68" if name == "mixtral" else "no experts to route to"):
+        open_huggingface(tmp_path, build_routing_mask(MaskRecipe.from_preset("hash", 6, 3), vocab_size=VOCAB_SIZE + 1))
 
 
 LINEAR = {"rope_type": "linear", "rope_theta": 1e4, "factor": 2.0}
 REFUSED = {
     "llama": [
-        *(
-            {"model_type": "gpt2"},
-            {"model_type": ...},
-            {"hidden_size": ...},
-            {"hidden_size": "32"},
-            {"is_causal": False},
-        ),
+        *({"model_type": "gpt2"}, {"model_type": ...}, {"hidden_size": "32"}, {"is_causal": False}),
         *({"attention_bias": True}, {"mlp_bias": True}, {"num_hidden_layers": 2}),
         {"rope_parameters": LINEAR | {"rope_type": "dynamic"}},
         {"quantization_config": {"quant_method": "gptq", "bits": 4}},
     ],
     "mistral": [{"sliding_window": 16}],
     "mixtral": [
-        *({"num_local_experts": ...}, {"num_local_experts": 8}, {"hidden_act": "gelu"}, {"num_hidden_layers": 4}),
-        *({"intermediate_size": 40}, {"sliding_window": 16, "layer_types": ["full_attention"] * 3}),
+        *({"num_local_experts": 8}, {"hidden_act": "gelu"}),
+        {"sliding_window": 16, "layer_types": ["full_attention"] * 3},
     ],
     "qwen2": [{"use_sliding_window": True, "layer_types": ..., "sliding_window": 16, "max_window_layers": 0}],
     "olmoe": [{"clip_qkv": 8.0}],
     "deepseek_v3": [
-        *({"q_lora_rank": None}, {"kv_lora_rank": ...}, {"rms_norm_eps": 1e-5}, {"rope_interleave": False}),
+        *({"q_lora_rank": None}, {"rms_norm_eps": 1e-5}, {"rope_interleave": False}),
         *({"num_experts_per_tok": 2}, {"num_experts_per_tok": 1, "n_group": 1, "topk_group": 1}),
         {"rope_parameters": LINEAR},
     ],
@@ -228,12 +207,3 @@ def test_reads_multi_token_prediction(tmp_path):
     edit_tensors(tmp_path, lambda tensors: tensors.pop(f"{prefix}enorm.weight"))
     with pytest.raises(UserError, match=r"lacks model\.layers\.3\.enorm\.weight$"):
         open_huggingface(tmp_path)
-
-
-def test_refuses_folders_without_a_model(tmp_path):
-    with pytest.raises(UserError, match=r"config\.json does not exist"):
-        open_huggingface(tmp_path)
-    for text, problem in (("[1]", "should be an object"), ("{", "Invalid JSON"), ('"llama"', "should be an object")):
-        (tmp_path / "config.json").write_text(text)
-        with pytest.raises(UserError, match=rf"config\.json is damaged \({problem}"):
-            open_huggingface(tmp_path)

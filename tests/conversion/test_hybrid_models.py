@@ -1,5 +1,6 @@
 """Checkpoints of hybrid models convert like those of their GPT twins, in both directions."""
 
+import json
 from argparse import Namespace
 from dataclasses import replace
 from pathlib import Path
@@ -8,7 +9,8 @@ import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from support.converted_models import VOCAB_SIZE, random_ids, save_model
+from safetensors.torch import load_file
+from support.converted_models import VOCAB_SIZE, random_ids, save_model, to_megatron
 from support.small_moe import make_mask, random_visible_sets
 from support.tensors import assert_same_tensors, tensors_of
 
@@ -52,92 +54,54 @@ def moe_model(tmp_path_factory) -> Path:
     return folder
 
 
-@pytest.fixture(scope="module")
-def hybrid(moe_model) -> Path:
-    """A checkpoint of the hybrid model, for two pipeline stages."""
-    folder = moe_model.with_name("hybrid")
-    huggingface_to_megatron(Settings(load=moe_model, save=folder, hybrid_layer_pattern="*E*|-*E"))
-    return folder
-
-
-def test_the_class_of_the_model_is_kept(hybrid, moe_model, tmp_path):
-    assert args_of(hybrid).hybrid_layer_pattern == "*E*|-*E"
-    assert args_of(hybrid).moe_layer_freq == 1
-    megatron_to_huggingface(Settings(load=hybrid, save=tmp_path / "hf"))
+def test_the_class_of_the_model_is_kept(moe_model, tmp_path):
+    to_megatron(moe_model, tmp_path / "hybrid")
+    assert (args_of(tmp_path / "hybrid").hybrid_layer_pattern, args_of(tmp_path / "hybrid").moe_layer_freq) == (
+        "*E*-*E",
+        1,
+    )
+    megatron_to_huggingface(Settings(load=tmp_path / "hybrid", save=tmp_path / "hf"))
     huggingface_to_megatron(Settings(load=tmp_path / "hf", save=tmp_path / "same"))
-    assert vars(args_of(tmp_path / "same")) == vars(args_of(hybrid))
-    assert_same_checkpoints(tmp_path / "same", hybrid)
-    # A GPT model on request, whose checkpoint is that of an import as a GPT model, and stays one.
-    huggingface_to_megatron(Settings(load=tmp_path / "hf", save=tmp_path / "gpt", hybrid_layer_pattern="none"))
-    huggingface_to_megatron(Settings(load=moe_model, save=tmp_path / "direct", hybrid_layer_pattern="none"))
-    assert_same_checkpoints(tmp_path / "gpt", tmp_path / "direct")
-    assert vars(args_of(tmp_path / "gpt")).items() >= vars(args_of(tmp_path / "direct")).items()
-    megatron_to_huggingface(Settings(load=tmp_path / "gpt", save=tmp_path / "hf_of_gpt"))
-    huggingface_to_megatron(Settings(load=tmp_path / "hf_of_gpt", save=tmp_path / "gpt_again"))
-    assert_same_checkpoints(tmp_path / "gpt_again", tmp_path / "gpt")
+    assert vars(args_of(tmp_path / "same")) == vars(args_of(tmp_path / "hybrid"))
+    assert_same_checkpoints(tmp_path / "same", tmp_path / "hybrid")
     # A hybrid model also if the configuration has changed since.
     (tmp_path / "hf/integrity.json").unlink()
     config = tmp_path / "hf/config.json"
-    config.write_text(config.read_text().replace('"num_experts_per_tok": 2', '"num_experts_per_tok": 1'))
+    original = config.read_text()
+    config.write_text(original.replace('"num_experts_per_tok": 2', '"num_experts_per_tok": 1'))
     huggingface_to_megatron(Settings(load=tmp_path / "hf", save=tmp_path / "changed"))
     changed = args_of(tmp_path / "changed")
-    assert (changed.hybrid_layer_pattern, changed.moe_router_topk) == ("*E*|-*E", 1)
-    # The trained pattern may not fit any more, or have boundaries without meaning for the import.
+    assert (changed.hybrid_layer_pattern, changed.moe_router_topk) == ("*E*-*E", 1)
+    # A GPT model, whose export is the same.
+    config.write_text(original)
     args = tmp_path / "hf/megatron/args.json"
-    args.write_text(args.read_text().replace('"*E*|-*E"', '"*E*|-*E/"'))
-    huggingface_to_megatron(Settings(load=tmp_path / "hf", save=tmp_path / "derived"))
-    assert args_of(tmp_path / "derived").hybrid_layer_pattern == "*E*-*E"
+    gpt = {"hybrid_layer_pattern": None, "num_layers": 3, "moe_layer_freq": [1, 0, 1]}
+    args.write_text(json.dumps(json.loads(args.read_text()) | gpt))
+    huggingface_to_megatron(Settings(load=tmp_path / "hf", save=tmp_path / "gpt"))
+    assert vars(args_of(tmp_path / "gpt")).items() >= gpt.items()
+    megatron_to_huggingface(Settings(load=tmp_path / "gpt", save=tmp_path / "hf_of_gpt"))
+    files = (load_file(tmp_path / name / "model.safetensors") for name in ("hf", "hf_of_gpt"))
+    assert_same_tensors(*files)
 
 
-@pytest.mark.parametrize(
-    "pattern", ["*E*E*E", "*E*-", "*E*-*E/*E", "+E+-+E", "*E-**E", "M*E*-*E", "*E*-*E/", "*E*-*E/*|E", "x", ""]
-)
-def test_import_refuses_patterns_of_other_models(pattern, moe_model, tmp_path):
-    settings = Settings(load=moe_model, save=tmp_path / "out", hybrid_layer_pattern=pattern)
-    with pytest.raises(UserError) as refusal:
-        huggingface_to_megatron(settings)
-    assert f"'{pattern}' does not fit the model, whose pattern is '*E*-*E'" in str(refusal.value)
-    assert "\n" not in str(refusal.value)
-    assert not (tmp_path / "out").exists()
-
-
-@pytest.mark.parametrize(
-    ("pattern", "reason"),
-    [
-        ("*EGE", "layer 3 is G (gated delta net)"),
-        ("*E|M*|GE", "layer 3 is M (Mamba)"),
-        ("*E/*G/*G", "layer 4 is G (gated delta net)"),
-        *((p, "attention") for p in ("+E|D-", "**EE", "E*", "*E*-*", "*E--", "*-*E/*-", "*E*E/*E*E", "/*E")),
-    ],
-)
-def test_layers_that_transformers_does_not_have(pattern, reason):
-    with pytest.raises(UserError) as refusal:
+@pytest.mark.parametrize("pattern", ["*EGE", "*E|M*|GE", "+E|D-", "**EE", "*E--", "*-*E/*-", "*E*E/*E*E", "/*E"])
+def test_layers_that_transformers_does_not_have(pattern):
+    with pytest.raises(UserError, match="--hybrid-layer-pattern"):
         gpt_args(Namespace(hybrid_layer_pattern=pattern, num_experts=4))
-    assert f"--hybrid-layer-pattern '{pattern}' cannot be expressed in transformers' format: {reason}" in str(
-        refusal.value
-    )
 
 
 def test_upcycling_to_a_hybrid_model(tmp_path):
-    """A hybrid model becomes a hybrid model with experts, without a flag; a pattern may divide it into stages."""
+    """A hybrid model becomes a hybrid model with experts, also on the way through transformers' format."""
     save_model("llama", tmp_path / "dense")
-    dense = Settings(load=tmp_path / "dense", save=tmp_path / "hybrid", hybrid_layer_pattern="*-*-|*-")
-    huggingface_to_megatron(dense)
+    to_megatron(tmp_path / "dense", tmp_path / "hybrid")
     mask = make_mask(random_visible_sets(0, 2, VOCAB_SIZE, 4))
     recipe = UpcycleSettings(4, topk=3, moe_layer_freq=[0, 1, 1])
     settings = Settings(load=tmp_path / "hybrid", save=tmp_path / "out")
-    divided = replace(settings, save=tmp_path / "divided", hybrid_layer_pattern="*-|*E*E")
-    for each, pattern in ((settings, "*-*E*E"), (divided, "*-|*E*E")):
-        upcycle_model(each, recipe, mask, to_megatron=True)
-        assert args_of(each.save).hybrid_layer_pattern == pattern
-    # The class is kept on the way through transformers' format, too.
+    upcycle_model(settings, recipe, mask, to_megatron=True)
+    assert args_of(settings.save).hybrid_layer_pattern == "*-*E*E"
     upcycle_model(replace(settings, save=tmp_path / "hf"), recipe, mask, to_megatron=False)
     huggingface_to_megatron(Settings(load=tmp_path / "hf", save=tmp_path / "again"))
     assert_same_checkpoints(settings.save, tmp_path / "again")
-    wrong = replace(settings, save=tmp_path / "wrong", hybrid_layer_pattern="*E*E*E")
-    with pytest.raises(UserError, match=r"does not fit the model, whose pattern is '\*-\*E\*E'"):
-        upcycle_model(wrong, recipe, mask, to_megatron=True)
-    assert not (tmp_path / "wrong").exists()
 
 
 @given(layers=st.lists(st.booleans(), min_size=1, max_size=6), depth=st.integers(0, 3))
@@ -162,14 +126,13 @@ def test_transformers_reads_the_table_that_training_reads(layers, depth):
 def test_analysis_counts_feed_forward_layers(moe_model, tmp_path):
     """Layers have the numbers of the GPT twin, and each reads its own table of a mask for layers with experts only."""
     mask = make_mask(random_visible_sets(0, 2, VOCAB_SIZE, 6))
-    settings = Settings(load=moe_model, save=tmp_path / "hybrid", hybrid_layer_pattern="auto")
-    huggingface_to_megatron(settings, mask)
+    to_megatron(moe_model, tmp_path / "hybrid", mask)
     (model,) = find_models([tmp_path / "hybrid"])
     shape, _ = common_shape([model])
     assert shape.layers == (1, 3)
     probe = random_ids(64).flatten().numpy()
     with model_folder(model) as folder:
-        trace = record_routing(load_exported_model(folder, None).model, probe, seq_length=16, batch_size=2)
+        trace = record_routing(load_exported_model(folder).model, probe, seq_length=16, batch_size=2)
     assert not folder.exists()
     assert len(trace.experts) == 2
     for table in range(2):

@@ -18,9 +18,6 @@ from maskmoe.conversion.seal import check_seal
 from maskmoe.conversion.settings import Settings
 from maskmoe.huggingface import MaskMoEForCausalLM
 
-# Settings that change what the model computes and that fit its weights.
-EDITS = {"num_experts_per_tok": 3, "rope_parameters": {"rope_theta": 7.0}, "scoring_func": "sigmoid"}
-
 
 @pytest.fixture(scope="module")
 def exported(tmp_path_factory: pytest.TempPathFactory) -> Path:
@@ -38,11 +35,6 @@ def model(exported: Path, tmp_path: Path) -> Path:
     return Path(shutil.copytree(exported, tmp_path / "model"))
 
 
-def edit(path: Path, **values: object) -> None:
-    """Change values of a JSON file."""
-    path.write_text(json.dumps(json.loads(path.read_text()) | values))
-
-
 def test_a_flipped_bit_in_any_file_is_found(model: Path) -> None:
     paths = [path for path in model.rglob("*") if path.is_file() and path.name != MANIFEST_FILE]
     assert {"config.json", "model.safetensors", "tokenizer.json", "args.json"} <= {path.name for path in paths}
@@ -57,9 +49,9 @@ def test_a_flipped_bit_in_any_file_is_found(model: Path) -> None:
     check_seal(model)
 
 
-@pytest.mark.parametrize("name", EDITS)
-def test_all_readers_refuse_an_edited_configuration(model: Path, tmp_path: Path, name: str) -> None:
-    edit(model / "config.json", **{name: EDITS[name]})
+def test_all_readers_refuse_an_edited_configuration(model: Path, tmp_path: Path) -> None:
+    path = model / "config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"num_experts_per_tok": 3}))  # which fits the weights
     run_command("generate", "--load", model, "--prompt", "import").assert_refused("config.json")
     analyze = ("analyze", "--load", model, "--data-path", "data", "--output-dir", tmp_path / "out")
     run_command(*analyze).assert_refused("config.json")

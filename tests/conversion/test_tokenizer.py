@@ -3,28 +3,25 @@
 import hashlib
 import io
 import json
+from argparse import Namespace
 from pathlib import Path
 
-import numpy as np
 import pytest
 import sentencepiece
 from hypothesis import assume, given
 from hypothesis import strategies as st
-from sentencepiece import SentencePieceProcessor
 from support.small_moe import make_mask, random_visible_sets
-from support.tiny_maskmoe import NUM_EXPERTS, NUM_LAYERS, make_config, make_model
+from support.tiny_maskmoe import NUM_EXPERTS, NUM_LAYERS, make_model
 from tokenizers import Tokenizer, models, pre_tokenizers, trainers
 from transformers import AutoTokenizer
 
-from maskmoe.conversion.convert import huggingface_to_megatron, megatron_to_huggingface, upcycle_model
+from maskmoe.conversion.convert import huggingface_to_megatron, megatron_to_huggingface
 from maskmoe.conversion.megatron_models import open_megatron
-from maskmoe.conversion.settings import Settings, UpcycleSettings
-from maskmoe.conversion.tokenizer import export_tokenizer
+from maskmoe.conversion.settings import Settings
+from maskmoe.conversion.tokenizer import choose_tokenizer, export_tokenizer
 from maskmoe.data.tokenizer import load_tokenizer
 from maskmoe.data.tokenizer_training import train_tokenizer
 from maskmoe.errors import UserError
-from maskmoe.huggingface import MaskMoEForCausalLM
-from maskmoe.routing_mask.assignment import MaskRecipe, build_routing_mask
 
 WORDS = "the quick brown fox jumps over a lazy dog , and 12 cafés déjà vu ; x = f ( y ) \n    return naïve 日本"
 TEXTS = [" ".join(WORDS.split(" ")[start::step]) for start in range(12) for step in range(1, 9)]
@@ -77,14 +74,6 @@ def test_special_ids(tokenizers):
     assert exported.eos_token_id == exported.bos_token_id == original.eod_id == 2
     assert exported.unk_token_id == 0
     assert len(exported) == original.vocab_size
-
-
-def test_decodes_what_it_encoded(tmp_path):
-    (tmp_path / "tokenizer.model").write_bytes(MODELS["ours, bpe"]())
-    export_tokenizer("SentencePieceTokenizer", tmp_path / "tokenizer.model", tmp_path)
-    exported = AutoTokenizer.from_pretrained(tmp_path)
-    for text in (*TEXTS, "  two\n\n\tlines \x07 👩‍👩‍👧"):
-        assert exported.decode(exported(text)["input_ids"]) == text
 
 
 def test_hugging_face_tokenizer_is_copied(tmp_path):
@@ -145,113 +134,93 @@ def test_ids_without_a_tokenizer(tmp_path):
     assert not list(tmp_path.iterdir())
 
 
-def test_unknown_type_is_named(tmp_path):
-    with pytest.raises(UserError, match="TikTokenizer"):
-        export_tokenizer("TikTokenizer", "x", tmp_path)
+ORIGINAL, OTHER = b"the tokenizer of training", b"another tokenizer"
 
 
-VOCAB_SIZE = 300
-WORD_LISTS = ("apple banana cherry delta echo fig", "xylophone quartz jigsaw knight waltz vortex")
-TEXT = "banana apple knight"
-
-
-def write_sentencepiece(path: Path, words: str) -> None:
-    drawn = np.random.default_rng(0).choice(words.split(), (200, 8))
-    path.write_bytes(train_tokenizer(map(" ".join, drawn), VOCAB_SIZE, num_threads=1))
-
-
-def sha256(path: Path) -> str:
-    return hashlib.sha256(path.read_bytes()).hexdigest()
-
-
-def encode(model: Path) -> list[int]:
-    return SentencePieceProcessor(model_file=str(model)).encode(TEXT)
+def sha256(content: bytes) -> str:
+    return hashlib.sha256(content).hexdigest()
 
 
 @pytest.fixture
-def right(tmp_path) -> Path:
-    """The tokenizer that the model was trained with, which has moved."""
-    write_sentencepiece(tmp_path / "right", WORD_LISTS[0])
-    return tmp_path / "right"
+def trained(tmp_path) -> Namespace:
+    """The arguments of a run with the tokenizer ORIGINAL, which is at its path."""
+    path = tmp_path / "tokenizer.model"
+    path.write_bytes(ORIGINAL)
+    return Namespace(
+        tokenizer_type="SentencePieceTokenizer", tokenizer_model=str(path), tokenizer_sha256=sha256(ORIGINAL)
+    )
 
 
-@pytest.fixture
-def checkpoint(right, tmp_path) -> Path:
-    """A checkpoint that was trained with the tokenizer `right` when it was at the path `tokenizer`."""
-    mask = make_mask(random_visible_sets(0, NUM_LAYERS, VOCAB_SIZE, NUM_EXPERTS, None), NUM_LAYERS)
-    make_model(mask).save_pretrained(tmp_path / "model")
-    return trained(tmp_path / "model", tmp_path / "run")
+def model_folder(folder: Path, origin: bytes | None = None) -> Path:
+    """Return the folder of a model with a tokenizer that records from what it was exported, or has no record."""
+    folder.mkdir()
+    (folder / "tokenizer.json").write_text("{}")
+    record = {} if origin is None else {"made_from_sha256": sha256(origin)}
+    (folder / "tokenizer_config.json").write_text(json.dumps(record))
+    return folder
 
 
-def trained(model: Path, save: Path) -> Path:
-    """Write a checkpoint of a model in transformers' format, with the digest of the tokenizer; return the folder."""
-    path = save.parent / "tokenizer"
-    write_sentencepiece(path, WORD_LISTS[0])
-    huggingface_to_megatron(Settings(model, save, tokenizer_type="SentencePieceTokenizer", tokenizer_model=str(path)))
-    assert args_of(save).tokenizer_sha256 == sha256(path) == sha256(save.parent / "right")
-    return save
+def test_the_tokenizer_of_training_or_its_export_is_found(trained, tmp_path):
+    exported = model_folder(tmp_path / "exported", ORIGINAL)
+    at_its_path = ("SentencePieceTokenizer", trained.tokenizer_model)
+    assert choose_tokenizer(trained, Settings(exported, tmp_path)) == at_its_path
+    for change in (lambda path: path.write_bytes(OTHER), Path.unlink):
+        change(Path(trained.tokenizer_model))
+        assert choose_tokenizer(trained, Settings(exported, tmp_path)) == ("HuggingFaceTokenizer", str(exported))
+        for number, origin in enumerate((OTHER, None)):
+            folder = model_folder(tmp_path / f"{change.__name__} {number}", origin)
+            with pytest.raises(UserError, match="--tokenizer-model"):
+                choose_tokenizer(trained, Settings(folder, tmp_path))
 
 
-def replace_tokenizer(checkpoint: Path) -> str:
-    """Write another tokenizer to the path that the checkpoint names; return the path."""
-    write_sentencepiece(checkpoint.parent / "tokenizer", WORD_LISTS[1])
-    return str(checkpoint.parent / "tokenizer")
+def test_a_model_of_unknown_training_has_the_tokenizer_in_its_folder_or_needs_a_flag(tmp_path):
+    folder = model_folder(tmp_path / "model")
+    assert choose_tokenizer(None, Settings(folder, tmp_path)) == ("HuggingFaceTokenizer", str(folder))
+    with pytest.raises(UserError, match="--tokenizer-type NullTokenizer"):
+        choose_tokenizer(None, Settings(tmp_path, tmp_path))
+    settings = Settings(tmp_path, tmp_path, tokenizer_type="NullTokenizer")
+    assert choose_tokenizer(None, settings) == ("NullTokenizer", None)
+    assert choose_tokenizer(Namespace(tokenizer_type="NullTokenizer"), Settings(folder, tmp_path))[1] is None
 
 
-def args_of(folder: Path):
+@pytest.mark.parametrize("flags", [{"tokenizer_model": "file"}, {"tokenizer_type": "SentencePieceTokenizer"}], ids=str)
+def test_both_flags_name_a_tokenizer(tmp_path, flags):
+    with pytest.raises(UserError, match="both flags, --tokenizer-type and --tokenizer-model"):
+        choose_tokenizer(None, Settings(tmp_path, tmp_path, **flags))
+
+
+def test_an_export_refuses_another_tokenizer_than_that_of_training(trained, tmp_path):
+    (tmp_path / "moved").write_bytes(ORIGINAL)
+    (tmp_path / "other").write_bytes(OTHER)
+    moved, other = (Settings(tmp_path, tmp_path, tokenizer_model=str(tmp_path / name)) for name in ("moved", "other"))
+    assert choose_tokenizer(trained, moved) == ("SentencePieceTokenizer", str(tmp_path / "moved"))
+    with pytest.raises(UserError, match="is not the tokenizer that"):
+        choose_tokenizer(trained, other)
+    assert choose_tokenizer(trained, other, may_replace=True) == ("SentencePieceTokenizer", str(tmp_path / "other"))
+
+
+def args_of(folder: Path) -> Namespace:
     return open_megatron(folder / "release").args
 
 
-def test_export_refuses_another_tokenizer(right, checkpoint, tmp_path):
-    other = replace_tokenizer(checkpoint)
-    digests = rf"\(sha256 {sha256(Path(other))[:12]}…\).*\(sha256 {sha256(right)[:12]}…\)"
-    for flags in ({}, {"tokenizer_model": other}):
-        with pytest.raises(UserError, match=f"{other} of {checkpoint} {digests}; pass --tokenizer-model"):
-            megatron_to_huggingface(Settings(checkpoint, tmp_path / "out", **flags))
-        assert not (tmp_path / "out").exists()
-
-
-def test_export_takes_the_file_that_has_moved(right, checkpoint, tmp_path):
-    replace_tokenizer(checkpoint)
-    megatron_to_huggingface(Settings(checkpoint, tmp_path / "out", tokenizer_model=str(right)))
-    assert AutoTokenizer.from_pretrained(tmp_path / "out")(TEXT)["input_ids"] == encode(right)
-    megatron_to_huggingface(Settings(checkpoint, tmp_path / "without", tokenizer_type="NullTokenizer"))
-    assert not (tmp_path / "without/tokenizer.json").exists()
-
-
-def test_import_names_the_tokenizer_of_training_or_copies_its_export(right, checkpoint, tmp_path):
-    megatron_to_huggingface(Settings(checkpoint, tmp_path / "exported"))
+def test_a_model_carries_its_tokenizer_to_transformers_and_back(tmp_path):
+    """Without the original, the checkpoint gets a copy of the export, which gives the same ids."""
+    original = tmp_path / "tokenizer.model"
+    original.write_bytes(train_tokenizer(TEXTS, 300))
+    mask = make_mask(random_visible_sets(0, NUM_LAYERS, 300, NUM_EXPERTS, None), NUM_LAYERS)
+    make_model(mask).save_pretrained(tmp_path / "made")
+    tokenizer = {"tokenizer_type": "SentencePieceTokenizer", "tokenizer_model": str(original)}
+    huggingface_to_megatron(Settings(tmp_path / "made", tmp_path / "run", **tokenizer))
+    megatron_to_huggingface(Settings(tmp_path / "run", tmp_path / "exported"))
     huggingface_to_megatron(Settings(tmp_path / "exported", tmp_path / "same"))
     same = args_of(tmp_path / "same")
-    assert (same.tokenizer_model, same.tokenizer_sha256) == (str(tmp_path / "tokenizer"), sha256(right))
-
-    other = replace_tokenizer(checkpoint)
+    assert (same.tokenizer_model, same.tokenizer_sha256) == (str(original), sha256(original.read_bytes()))
+    ids = load_tokenizer("SentencePieceTokenizer", original).encode_batch(TEXTS)
+    original.unlink()
     huggingface_to_megatron(Settings(tmp_path / "exported", tmp_path / "copied"))
     copied = args_of(tmp_path / "copied")
-    assert (copied.tokenizer_type, Path(copied.tokenizer_model).parent) == ("HuggingFaceTokenizer", tmp_path / "copied")
-    assert copied.tokenizer_sha256 == sha256(tmp_path / "exported/tokenizer.json")
-    assert AutoTokenizer.from_pretrained(copied.tokenizer_model)(TEXT)["input_ids"] == encode(right)
-
-    huggingface_to_megatron(Settings(tmp_path / "exported", tmp_path / "chosen", tokenizer_model=other))
-    assert args_of(tmp_path / "chosen").tokenizer_sha256 == sha256(Path(other)) != sha256(right)
-
-    for name in ("tokenizer.json", "integrity.json"):
-        (tmp_path / "exported" / name).unlink()
-    with pytest.raises(UserError, match=f"{other} of .* is not the file that the model was trained with"):
-        huggingface_to_megatron(Settings(tmp_path / "exported", tmp_path / "out"))
-
-
-def test_upcycling_keeps_the_tokenizer_of_the_dense_model(right, tmp_path):
-    dense = MaskMoEForCausalLM(make_config(vocab_size=VOCAB_SIZE, mlp_layer_types=["dense"] * NUM_LAYERS))
-    dense.save_pretrained(tmp_path / "dense")
-    checkpoint = trained(tmp_path / "dense", tmp_path / "run")
-    mask = build_routing_mask(MaskRecipe.from_preset("smoe", 4, NUM_LAYERS), vocab_size=VOCAB_SIZE)
-    other = replace_tokenizer(checkpoint)
-    with pytest.raises(UserError, match=f"{other} of {checkpoint} .* is not the file"):
-        upcycle_model(Settings(checkpoint, tmp_path / "out"), UpcycleSettings(4), mask, to_megatron=False)
-    settings = Settings(checkpoint, tmp_path / "sparse", tokenizer_model=str(right))
-    upcycle_model(settings, UpcycleSettings(4), mask, to_megatron=False)
-    # The digest came along: without the right file, the next conversion copies the tokenizer beside the model.
-    write_sentencepiece(right, WORD_LISTS[1])
-    huggingface_to_megatron(Settings(tmp_path / "sparse", tmp_path / "again"))
-    assert args_of(tmp_path / "again").tokenizer_sha256 == sha256(tmp_path / "sparse/tokenizer.json")
+    assert copied.tokenizer_sha256 == sha256((tmp_path / "copied/tokenizer/tokenizer.json").read_bytes())
+    copy = load_tokenizer(copied.tokenizer_type, copied.tokenizer_model)
+    assert [each.tolist() for each in copy.encode_batch(TEXTS)] == [each.tolist() for each in ids]
+    megatron_to_huggingface(Settings(tmp_path / "copied", tmp_path / "again"))
+    assert AutoTokenizer.from_pretrained(tmp_path / "again")(TEXTS[5])["input_ids"] == ids[5].tolist()

@@ -111,7 +111,7 @@ def test_a_model_that_is_saved_under_fsdp_carries_its_code(run_ranks, tmp_path: 
 
 def test_a_norm_over_all_heads_refuses_some_heads() -> None:
     norm = make_model(**VARIANTS["all_heads_norm"]).model.layers[0].self_attn.q_norm
-    with pytest.raises(ValueError, match="without tensor parallelism"):
+    with pytest.raises(RuntimeError, match="size of tensor"):
         norm(torch.zeros(1, 2, 2, 8))
     assert not isinstance(norm, Glm4MoeRMSNorm)  # kernels would replace its `forward`, and normalise each head alone
 

@@ -9,11 +9,9 @@ from unittest import mock
 import pytest
 import torch
 from megatron.core import dist_checkpointing
-from megatron.core.transformer.moe.moe_utils import MoEAuxLossAutoScaler
-from megatron.core.transformer.multi_token_prediction import MTPLossLoggingHelper
 from megatron.training.arguments import parse_args, validate_args
 from support.converted_models import build_model
-from support.small_moe import DEVICE, make_mask, random_visible_sets, take_metrics
+from support.small_moe import DEVICE, make_mask, random_visible_sets
 from support.tensors import assert_same_tensors, tensors_of
 from torch import Tensor
 from transformers import AutoModelForCausalLM
@@ -53,41 +51,34 @@ class Case:
         num_visible: the numbers of experts that ids see.
         topk: k.
         flags: further flags of Megatron.
-        trained: train the model for some steps before the comparison.
         masks_moe_layers: the routing mask has a table for each MoE layer only.
     """
 
     num_visible: tuple[int, ...]
     topk: int
     flags: str = ""
-    trained: bool = False
     masks_moe_layers: bool = False
 
 
 CASES = [
     *(
-        Case((num_visible,), topk, f"{flags}{' --moe-router-pre-softmax' if topk == 1 else ''}", trained)
+        Case((num_visible,), topk, f"{flags}{' --moe-router-pre-softmax' if topk == 1 else ''}")
         for num_visible in (1, 4, NUM_EXPERTS)
         for topk in (1, 2)
         for flags in ("", f"{UNTIED} {GQA} {SHARED}")
-        for trained in (False, True)
     ),
     Case((1, 4), 2, f"{SHARED} --moe-shared-expert-gate --moe-router-pre-softmax"),
     Case((1, 4), 2, f"{GQA} --moe-layer-freq [0,1,1] --ffn-hidden-size 40"),
     Case((1, 2, 5), 4, f"{SIGMOID} --moe-router-num-groups 4 --moe-router-group-topk 2"),
-    Case((1, 4), 2, f"{UNTIED} --qk-layernorm --add-qkv-bias --rotary-percent 0.5 --rotary-base 500", trained=True),
+    Case((1, 4), 2, f"{UNTIED} --qk-layernorm --add-qkv-bias --rotary-percent 0.5 --rotary-base 500"),
     Case((1, 4), 2, f"{GQA} --qk-layernorm --qk-layernorm-all-heads --kv-channels 12"),
-]
-# Models with multi-latent attention or multi-token prediction.
-FURTHER_CASES = [
-    Case((1, 4), 2, f"{LATENT} {YARN} --q-lora-rank 16 --qk-layernorm {SHARED} {DENSE_FIRST} {SIGMOID}", trained=True),
+    # Models with multi-latent attention or multi-token prediction.
+    Case((1, 4), 2, f"{LATENT} {YARN} --q-lora-rank 16 --qk-layernorm {SHARED} {DENSE_FIRST} {SIGMOID}"),
     Case((1, 4), 2, f"{LATENT} --rope-type rope --qk-layernorm {UNTIED} {SHARED} --mtp-num-layers 1"),
     Case((1, 4), 2, f"{LATENT} --q-lora-rank 16 {DENSE_FIRST} --mtp-num-layers 2 --mtp-use-repeated-layer"),
     Case((1, 4), 2, f"{GQA} {UNTIED} {DENSE_FIRST} --mtp-num-layers 2 --moe-router-pre-softmax"),
     Case((1, 4), 2, f"{GQA} {DENSE_FIRST}", masks_moe_layers=True),
-]
-# Hybrid models.
-HYBRID_CASES = [
+    # Hybrid models.
     Case(
         (1, 4),
         2,
@@ -97,7 +88,6 @@ HYBRID_CASES = [
         (1, 4),
         2,
         f"--num-layers 4 --hybrid-layer-pattern *-*E/*E --ffn-hidden-size 40 {SIGMOID} --qk-layernorm --add-qkv-bias",
-        trained=True,
         masks_moe_layers=True,
     ),
     Case((1, 4), 2, "--num-layers 6 --hybrid-layer-pattern *E*-*E/*E/*E --ffn-hidden-size 40 --mtp-use-repeated-layer"),
@@ -145,28 +135,9 @@ def position_ids(tokens: Tensor) -> Tensor:
     return torch.arange(tokens.shape[1], device=tokens.device).expand_as(tokens)
 
 
-def train(model: torch.nn.Module) -> None:
-    """Train a model for 20 steps on two batches, so that it begins to remember them."""
-    take_metrics()  # Megatron-Core sizes its records of router losses by the first model of a process.
-    MTPLossLoggingHelper.tracker.clear()
-    MoEAuxLossAutoScaler.set_loss_scale(torch.ones((), device=DEVICE))
-    optimizer = torch.optim.Adam(model.parameters(), lr=1e-2)
-    losses = []
-    for step in range(20):
-        tokens = random_tokens(seed=step % 2)
-        loss = model(tokens, position_ids(tokens), None, labels=tokens.roll(-1, dims=1)).mean()
-        optimizer.zero_grad()
-        loss.backward()
-        optimizer.step()
-        losses.append(loss.item())
-    assert losses[-1] < 0.7 * losses[0]
-
-
 def export(case: Case, folder: Path) -> tuple[torch.nn.Module, Path, Path]:
     """Save Megatron's model of a case and export it; return the model, its checkpoint and the transformers model."""
     args, megatron = build(case, folder)
-    if case.trained:
-        train(megatron)
     checkpoint = folder / "checkpoint"
     checkpoint.mkdir()
     dist_checkpointing.save(megatron.sharded_state_dict() | {"args": args, "iteration": 1}, str(checkpoint))
@@ -188,12 +159,6 @@ def check_logits(megatron: torch.nn.Module, exported: Path) -> None:
 
 
 @pytest.mark.parametrize("case", CASES, ids=str)
-def test_same_logits(case: Case, tmp_path) -> None:
-    megatron, _, exported = export(case, tmp_path)
-    check_logits(megatron, exported)
-
-
-@pytest.mark.parametrize("case", [*FURTHER_CASES, *HYBRID_CASES], ids=str)
 def test_same_logits_and_the_same_checkpoint_again(case: Case, tmp_path) -> None:
     """Converting back restores all tensors bit for bit, including multi-token prediction, which is kept beside."""
     megatron, checkpoint, exported = export(case, tmp_path)
@@ -202,12 +167,4 @@ def test_same_logits_and_the_same_checkpoint_again(case: Case, tmp_path) -> None
     original, back = tensors_of(checkpoint), tensors_of(tmp_path / "back" / "release")
     has_prediction = "--mtp-num-layers" in case.flags or "/" in case.flags
     assert any(name.startswith("mtp.layers.0.") for name in original) == has_prediction
-    # Converted checkpoints hold a norm a second time, for Transformer Engine.
-    second_norms = back.keys() - original.keys()
-    assert all(name.endswith("pre_mlp_layernorm.weight") for name in second_norms)
-    assert_same_tensors(original, {name: tensor for name, tensor in back.items() if name not in second_norms})
-    # The repeated export has the same content if it is divided among several files.
-    megatron_to_huggingface(Settings(load=tmp_path / "back", save=tmp_path / "again", max_shard_size=5_000))
-    assert (tmp_path / "again/megatron/mtp.safetensors.index.json").exists() == has_prediction
-    huggingface_to_megatron(Settings(load=tmp_path / "again", save=tmp_path / "back_again"))
-    assert_same_tensors(tensors_of(tmp_path / "back_again" / "release"), back)
+    assert_same_tensors(original, back)

@@ -51,10 +51,8 @@ def generate(model: MaskMoEForCausalLM, token_ids: Tensor, **settings) -> Tensor
 
 
 @pytest.mark.parametrize("use_cache", [True, False])
-@pytest.mark.parametrize("attention", ["sdpa", "eager"])
-def test_padded_prompts_continue_like_unpadded_prompts(attention, use_cache) -> None:
+def test_padded_prompts_continue_like_unpadded_prompts(use_cache) -> None:
     model = make_model()
-    model.set_attn_implementation(attention)
     prompts = [random_ids(1, length, seed=length) for length in (3, 9, 6)]
     longest = max(prompt.shape[1] for prompt in prompts)
     padded = torch.cat([torch.nn.functional.pad(p, (longest - p.shape[1], 0), value=PADDING_ID) for p in prompts])
@@ -122,9 +120,6 @@ def test_auxiliary_loss_is_part_of_the_loss() -> None:
     assert_alike(outputs.loss, plain.loss + 0.5 * outputs.aux_loss)
     model.config.output_router_logits = True
     assert torch.equal(model(token_ids, labels=token_ids).loss, outputs.loss)
-    as_tuple = model(token_ids, return_dict=False)
-    assert torch.equal(as_tuple[0], outputs.aux_loss)
-    assert torch.equal(as_tuple[1], outputs.logits)
 
 
 def test_auxiliary_losses_of_micro_batches_add_up() -> None:
@@ -157,28 +152,21 @@ def test_auxiliary_losses_of_micro_batches_add_up() -> None:
 
 
 def test_reentrant_checkpointing_is_refused_where_the_auxiliary_loss_has_no_gradient() -> None:
-    model = make_model(output_router_logits=True)
+    model = make_model(output_router_logits=True).train()
     model.gradient_checkpointing_enable({"use_reentrant": True})
     model.enable_input_require_grads()
     token_ids = random_ids(2, 10)
-
-    def loss_and_auxiliary_loss() -> tuple[Tensor, Tensor]:
-        outputs = model(token_ids, labels=token_ids, use_cache=False)
-        return outputs.loss, outputs.aux_loss
-
-    loss, aux_loss = loss_and_auxiliary_loss()
-    model.train()
-    with pytest.raises(ValueError, match=r"no gradient under reentrant gradient checkpointing: .* use_reentrant=False"):
-        loss_and_auxiliary_loss()
+    with pytest.raises(ValueError, match="use_reentrant=False"):
+        model(token_ids, labels=token_ids, use_cache=False)
     # Nothing is lost without gradients, without the coefficient, or if routers are not trained.
     with torch.no_grad():
-        assert torch.equal(loss_and_auxiliary_loss()[0], loss)
+        assert model(token_ids, labels=token_ids, use_cache=False).aux_loss > 0
     for layer in model.model.layers:
         layer.mlp.gate.weight.requires_grad_(False)
-    assert torch.equal(loss_and_auxiliary_loss()[1], aux_loss)
+    assert model(token_ids, labels=token_ids, use_cache=False).aux_loss > 0
     model.requires_grad_(True)
     model.config.router_aux_loss_coef = 0.0
-    loss_and_auxiliary_loss()[0].backward()
+    model(token_ids, labels=token_ids, use_cache=False).loss.backward()
     assert model.model.layers[0].mlp.gate.weight.grad.abs().sum() > 0
 
 
@@ -210,18 +198,6 @@ def test_logits_to_keep() -> None:
     logits = model(token_ids).logits
     assert_alike(model(token_ids, logits_to_keep=2).logits, logits[:, -2:])
     assert_alike(model(token_ids, logits_to_keep=torch.tensor([0, 3])).logits, logits[:, [0, 3]])
-    of_samples = torch.tensor([[0, 3], [4, 1]])
-    assert_alike(model(token_ids, logits_to_keep=of_samples).logits, logits[torch.arange(2)[:, None], of_samples])
-    marked = torch.tensor([[True, False, False, True, False], [False, False, False, False, True]])
-    assert_alike(model(token_ids, logits_to_keep=marked).logits, logits[marked])
-
-
-def test_base_model_and_hidden_states() -> None:
-    model = make_model()
-    token_ids = random_ids(2, 5)
-    outputs = model.model(token_ids, output_hidden_states=True)
-    assert len(outputs.hidden_states) == NUM_LAYERS + 1
-    assert torch.equal(model.lm_head(outputs.last_hidden_state), model(token_ids).logits)
 
 
 @pytest.mark.parametrize("variant", VARIANTS)
@@ -264,14 +240,13 @@ def test_bfloat16_leaves_the_mask_alone(variant, tmp_path) -> None:
     assert generate(loaded, prompt, attention_mask=torch.ones_like(prompt)).shape == (2, 12)
 
 
-@pytest.mark.parametrize("device_map", ["cpu", "auto", "split"])
-def test_device_maps(device_map, tmp_path) -> None:
+def test_device_map(tmp_path) -> None:
+    """As with several devices, each part has hooks. The weights of one part stay on disk."""
     model = make_model()
     model.save_pretrained(tmp_path / "model")
-    if device_map == "split":  # like several devices: each part has hooks, and the weights of one part stay on disk
-        device_map = {"model.embed_tokens": "cpu", "model.norm": "cpu", "model.rotary_emb": "cpu", "lm_head": "cpu"}
-        device_map |= {"model.routing_mask": "cpu", "model.layers.0": "cpu", "model.layers.1": "disk"}
-        device_map |= {"model.layers.2": "cpu"}
+    device_map = {"model.embed_tokens": "cpu", "model.norm": "cpu", "model.rotary_emb": "cpu", "lm_head": "cpu"}
+    device_map |= {"model.routing_mask": "cpu", "model.layers.0": "cpu", "model.layers.1": "disk"}
+    device_map |= {"model.layers.2": "cpu"}
     loaded = AutoModelForCausalLM.from_pretrained(
         tmp_path / "model", device_map=device_map, offload_folder=tmp_path / "offload"
     )
@@ -309,32 +284,18 @@ def test_model_without_experts() -> None:
     assert torch.equal(model(inputs_embeds=embeddings).logits, outputs.logits)
 
 
-@pytest.mark.parametrize("arguments", [(), (VOCAB_SIZE,), (None, VOCAB_SIZE // 2), (VOCAB_SIZE - 1, VOCAB_SIZE)])
+@pytest.mark.parametrize("arguments", [(VOCAB_SIZE,), (VOCAB_SIZE - 1, VOCAB_SIZE)])
 def test_vocabulary_may_keep_its_size(arguments) -> None:
     model = make_model()
     assert model.resize_token_embeddings(*arguments).num_embeddings == VOCAB_SIZE
-    assert model(random_ids(1, 4)).logits.shape[-1] == VOCAB_SIZE
 
 
-@pytest.mark.parametrize(
-    ("arguments", "settings", "size"),
-    [
-        ((VOCAB_SIZE + 2,), {}, 62),
-        ((), {"pad_to_multiple_of": 64}, 64),
-        ((None, 64), {}, 64),
-        ((VOCAB_SIZE, 8), {}, 64),
-        ((VOCAB_SIZE + 5,), {"pad_to_multiple_of": 64, "mean_resizing": False}, 128),
-        ((VOCAB_SIZE - 20, 8, False), {}, 40),
-    ],
-)
-def test_vocabulary_cannot_change(arguments, settings, size) -> None:
-    model = make_model()
-    with pytest.raises(ValueError, match=f"is for {VOCAB_SIZE} token ids, not {size}:"):
-        model.resize_token_embeddings(*arguments, **settings)
-    assert model.config.vocab_size == model.get_input_embeddings().num_embeddings == VOCAB_SIZE
-    # The sizes are transformers' own, which a model without experts gets.
+@pytest.mark.parametrize("arguments", [(VOCAB_SIZE + 2,), (VOCAB_SIZE - 20,), (None, 64)])
+def test_vocabulary_cannot_change(arguments) -> None:
+    with pytest.raises(ValueError, match=f"the routing mask is for {VOCAB_SIZE} token ids"):
+        make_model().resize_token_embeddings(*arguments)
     dense = MaskMoEForCausalLM(make_config(mlp_layer_types=["dense"] * NUM_LAYERS))
-    assert dense.resize_token_embeddings(*arguments, **settings).num_embeddings == size
+    dense.resize_token_embeddings(*arguments)
 
 
 def test_expert_bias_of_a_new_model_is_not_in_half_precision() -> None:
@@ -345,34 +306,18 @@ def test_expert_bias_of_a_new_model_is_not_in_half_precision() -> None:
     assert [bias.dtype for bias in biases] == [torch.float32] * NUM_LAYERS
 
 
-@pytest.mark.parametrize(
-    ("settings", "message"),
-    [
-        ({"qk_norm": "heads"}, "qk_norm is 'heads'"),
-        ({"scoring_func": "tanh"}, "scoring_func is 'tanh'"),
-        ({"aux_loss_tokens": "some"}, "aux_loss_tokens is 'some'"),
-        ({"mlp_layer_types": ["sparse"]}, "mlp_layer_types must name 3 layers"),
-        ({"num_key_value_heads": 3}, "num_attention_heads 4 is not a multiple"),
-        ({"num_experts_per_tok": 7}, "num_experts_per_tok is 7 of 6"),
-        ({"use_expert_bias": True}, "use_expert_bias needs"),
-        ({"n_group": 3}, "both be given"),
-        ({"n_group": 4, "topk_group": 2}, "n_group 4 for 6 experts"),
-        ({"n_group": 6, "topk_group": 1}, "hold fewer experts"),
-        ({"n_group": 3, "topk_group": 2, "num_experts_per_tok": 3}, "not a multiple of topk_group"),
-        ({"shared_expert_gate": True}, "shared_expert_gate needs"),
-        ({"routing_mask": {"num_tables": 2, "row_dtype": "int16"}}, "must have 1 or 3 num_tables"),
-        ({"qk_norm": "latent"}, "qk_norm 'latent' needs kv_lora_rank"),
-        ({"kv_lora_rank": 4, "qk_rope_head_dim": 4}, "kv_lora_rank needs qk_nope_head_dim, v_head_dim"),
-        (VARIANTS["latent_attention"] | {"num_key_value_heads": 2}, "num_key_value_heads is 2; .* must be 4"),
-        (VARIANTS["latent_attention"] | {"head_dim": 8}, "head_dim is 8; .* must be 4"),
-        (VARIANTS["latent_attention"] | {"attention_bias": True}, "attention_bias is True"),
-        (VARIANTS["latent_attention"] | {"qk_norm": "head"}, "qk_norm is 'head'"),
-        (VARIANTS["latent_attention"] | VARIANTS["partial_rotary"], "no partial_rotary_factor"),
-    ],
-    ids=str,
-)
-def test_bad_configurations_are_refused(settings, message) -> None:
-    with pytest.raises(ValueError, match=message):
+BAD = [
+    *({"qk_norm": "heads"}, {"qk_norm": "latent"}, {"scoring_func": "tanh"}, {"aux_loss_tokens": "some"}),
+    *({"mlp_layer_types": ["sparse"]}, {"mlp_layer_types": ["moe"] * NUM_LAYERS}, {"num_experts_per_tok": 7}),
+    *({"n_group": 3}, {"num_experts_per_tok": 3, "n_group": 3, "topk_group": 2}),
+    {"routing_mask": {"num_tables": 2, "row_dtype": "int16"}},
+    VARIANTS["latent_attention"] | {"qk_norm": "head"},
+]
+
+
+@pytest.mark.parametrize("settings", BAD, ids=str)
+def test_bad_configurations_are_refused(settings) -> None:
+    with pytest.raises(ValueError, match="num_tables" if "routing_mask" in settings else [*settings][-1]):
         make_config(**settings)
 
 

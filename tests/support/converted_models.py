@@ -27,9 +27,12 @@ from transformers import (
 from transformers.models.auto import AutoModelForCausalLM
 
 from maskmoe.checkpoint.series import RELEASE, write_tracker
+from maskmoe.conversion.convert import huggingface_to_megatron
 from maskmoe.conversion.model_tensors import OpenedModel, mtp_tensor_shapes
+from maskmoe.conversion.settings import Settings
 from maskmoe.conversion.tensor_sources import Block
 from maskmoe.huggingface import MaskMoEConfig, MaskMoEForCausalLM
+from maskmoe.routing_mask.mask import RoutingMask
 from maskmoe.training.model.model_builder import model_config_from_args
 from maskmoe.training.resume.model_settings import settings_of_checkpoint
 from maskmoe.training.settings.arguments import add_maskmoe_arguments
@@ -126,6 +129,11 @@ def save_model(name: str, folder: Path, **settings: Any) -> PreTrainedModel:
     model = make_model(name)
     model.save_pretrained(folder, **settings)
     return model
+
+
+def to_megatron(load: Path, save: Path, mask: RoutingMask | None = None, **settings: Any) -> list[str]:
+    """Convert a model without a tokenizer into a checkpoint; return the flags that load the checkpoint."""
+    return huggingface_to_megatron(Settings(load, save, tokenizer_type="NullTokenizer", **settings), mask)
 
 
 def add_multi_token_prediction(folder: Path) -> dict[str, torch.Tensor]:

@@ -14,13 +14,11 @@ from megatron.core.dist_checkpointing.mapping import ShardedObject, apply_factor
 from megatron.core.models.gpt import GPTModel
 from megatron.core.transformer.transformer_config import MLATransformerConfig, TransformerConfig
 from support import small_moe as moe
-from support.converted_models import load_converted_model, save_as_release, save_model
+from support.converted_models import load_converted_model, save_as_release, save_model, to_megatron
 from support.launchers import RunRanks
 from support.tensors import assert_same_tensors
 
-from maskmoe.conversion.convert import huggingface_to_megatron
 from maskmoe.conversion.megatron_models import open_megatron
-from maskmoe.conversion.settings import Settings
 from maskmoe.conversion.tensor_sources import Block
 from maskmoe.transformer.layer_specs import get_maskmoe_decoder_block_spec, get_maskmoe_mtp_block_spec
 from maskmoe.transformer.models import MaskMoEGPTModel
@@ -156,7 +154,7 @@ def built(run_ranks: RunRanks, one_rank: None, tmp_path_factory: pytest.TempPath
     folder = tmp_path_factory.mktemp("transformer_engine")
     for name in MODELS:
         save_model(name, folder / name / "original")
-        flags = huggingface_to_megatron(Settings(load=folder / name / "original", save=folder / name / "converted"))
+        flags = to_megatron(folder / name / "original", folder / name / "converted")
         (folder / name / "flags.json").write_text(json.dumps(flags))
         save_as_release(*load_converted_model(folder / name / "converted", flags), folder / name / "local")
     (layouts,) = run_ranks(work_on_transformer_engine, folder, folder, world_size=1, uses_transformer_engine=True)

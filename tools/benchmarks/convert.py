@@ -87,7 +87,7 @@ def convert(conversion: str, load: Path, save: Path, verify: bool) -> tuple[floa
 
 def measure(conversion: str, load: str, save: str, verify: str) -> None:
     start = time.perf_counter()
-    CONVERSIONS[conversion](Settings(Path(load), Path(save), verify=bool(verify)))
+    CONVERSIONS[conversion](Settings(Path(load), Path(save), verify=bool(verify), tokenizer_type=WITHOUT_TEXT))
     seconds = time.perf_counter() - start
     # The kernel's `ru_maxrss` would include the memory of the process that started this one.
     peak = re.search(r"VmHWM:\s+(\d+) kB", Path("/proc/self/status").read_text())
