@@ -41,18 +41,14 @@ def checkpoints(workplace: Path) -> Callable[[str], Path]:
     """Return a function from the name of a run to the folder of the run's checkpoints.
 
     - "ranks": saved by 4 ranks with tensor, pipeline and expert parallelism; all layers are alike.
-    - "one rank": the weights of "ranks", loaded and saved by one rank.
     - "rich": saved by one rank; one layer is dense, and the model has most settings that can be converted.
     """
 
     @cache
     def make(name: str) -> Path:
-        save = workplace / name.replace(" ", "_")
+        save = workplace / name
         if name == "ranks":
             run_program(f"{PRETRAIN} {UNIFORM} {TRAINING} {TP2_PP2_EP2} --save {save}", workplace, ranks=4)
-        elif name == "one rank":
-            flags = f"{UNIFORM} {TRAINING} --load {make('ranks')} --save {save} --no-load-optim --no-load-rng"
-            run_program(f"{PRETRAIN} {flags} --make-vocab-size-divisible-by 256", workplace)
         else:
             run_program(f"{PRETRAIN} {RICH} {TRAINING} --save {save}", workplace)
         return save

@@ -13,7 +13,7 @@ import torch
 from megatron.core.dist_checkpointing import load_common_state_dict
 from safetensors.torch import load_file, save_file
 from support.command_lines import run_command
-from support.converted_models import add_multi_token_prediction, save_model, to_megatron
+from support.converted_models import to_megatron
 from support.paths import ROOT
 from support.tensors import assert_same_tensors, tensors_of
 from support.tiny_maskmoe import NUM_EXPERTS, NUM_LAYERS, VOCAB_SIZE, make_config, make_model, random_mask
@@ -64,20 +64,6 @@ def test_converting_back_restores_the_checkpoint(checkpoints, exported, run, tmp
     assert read_routing_mask(release).digest == read_routing_mask(original).digest
     megatron_to_huggingface(Settings(load=tmp_path / "back", save=tmp_path / "again"))
     assert contents_of(tmp_path / "again") == contents_of(exported(run))
-
-
-@pytest.mark.slow
-def test_the_layout_of_ranks_does_not_matter(checkpoints, exported, tmp_path):
-    """The same weights saved by four ranks (tensor, pipeline and expert parallel) and by one rank convert alike."""
-    four = read_common_state(checkpoint_path(checkpoints("ranks"), 2))["args"]
-    one = read_common_state(checkpoint_path(checkpoints("one rank"), 2))["args"]
-    assert (four.world_size, four.tensor_model_parallel_size, four.expert_model_parallel_size) == (4, 2, 2)
-    assert (one.world_size, one.tensor_model_parallel_size, one.expert_model_parallel_size) == (1, 1, 1)
-    megatron_to_huggingface(Settings(load=checkpoints("one rank"), save=tmp_path / "one"))
-    of_one, of_four = contents_of(tmp_path / "one"), contents_of(exported("ranks"))
-    differing = {name for name in of_one | of_four if of_one.get(name) != of_four.get(name)}
-    assert differing <= {"megatron/args.json", "megatron/padding.safetensors", "integrity.json"}
-    assert of_one["model.safetensors"] == of_four["model.safetensors"]
 
 
 def test_dtype(checkpoints, exported, tmp_path):
@@ -263,17 +249,6 @@ def test_a_dense_model_with_further_ids_returns_to_megatron(dense, tmp_path):
     megatron_to_huggingface(Settings(load=tmp_path / "back", save=tmp_path / "again"))
     assert_same_tensors(*(load_file(tmp_path / name / "model.safetensors") for name in ("tuned", "again")))
     assert len(AutoTokenizer.from_pretrained(tmp_path / "again")) == PADDED_ROWS + 1
-
-
-def test_multi_token_prediction_that_transformers_did_not_save_again(tmp_path):
-    save_model("deepseek_v3", tmp_path / "original")
-    add_multi_token_prediction(tmp_path / "original")
-    to_megatron(tmp_path / "original", tmp_path / "megatron")
-    megatron_to_huggingface(Settings(load=tmp_path / "megatron", save=tmp_path / "model", max_shard_size=20_000))
-    assert any((tmp_path / "model" / "megatron").glob("mtp-00001-of-*.safetensors"))
-    shutil.rmtree(tmp_path / "model" / "megatron")
-    with pytest.raises(UserError, match=r"megatron/mtp\.safetensors does not exist$"):
-        huggingface_to_megatron(Settings(load=tmp_path / "model", save=tmp_path / "back"))
 
 
 def test_damaged_checkpoint(converted, tmp_path):

@@ -5,21 +5,17 @@ from argparse import Namespace
 from dataclasses import replace
 from pathlib import Path
 
-import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 from safetensors.torch import load_file
-from support.converted_models import VOCAB_SIZE, random_ids, save_model, to_megatron
+from support.converted_models import VOCAB_SIZE, save_model, to_megatron
 from support.small_moe import make_mask, random_visible_sets
 from support.tensors import assert_same_tensors, tensors_of
 
-from maskmoe.analysis.model_series import common_shape, find_models, model_folder
-from maskmoe.analysis.routing_analysis import record_routing
 from maskmoe.checkpoint.reading import read_common_state
 from maskmoe.conversion.config_mapping import gpt_args
 from maskmoe.conversion.convert import huggingface_to_megatron, megatron_to_huggingface, upcycle_model
-from maskmoe.conversion.model_files import load_exported_model
 from maskmoe.conversion.settings import Settings, UpcycleSettings
 from maskmoe.errors import UserError
 from maskmoe.huggingface import MaskMoEConfig
@@ -121,21 +117,3 @@ def test_transformers_reads_the_table_that_training_reads(layers, depth):
         )
         for layer in (layer for layer, experts in enumerate(of_training.has_experts) if experts):
             assert config.routing_table(layer) == of_training.table(layer + 1, num_tables)
-
-
-def test_analysis_counts_feed_forward_layers(moe_model, tmp_path):
-    """Layers have the numbers of the GPT twin, and each reads its own table of a mask for layers with experts only."""
-    mask = make_mask(random_visible_sets(0, 2, VOCAB_SIZE, 6))
-    to_megatron(moe_model, tmp_path / "hybrid", mask)
-    (model,) = find_models([tmp_path / "hybrid"])
-    shape, _ = common_shape([model])
-    assert shape.layers == (1, 3)
-    probe = random_ids(64).flatten().numpy()
-    with model_folder(model) as folder:
-        trace = record_routing(load_exported_model(folder).model, probe, seq_length=16, batch_size=2)
-    assert not folder.exists()
-    assert len(trace.experts) == 2
-    for table in range(2):
-        visible = mask.visible_sets(table)[probe]
-        assert np.array_equal(trace.num_visible[table], visible.sum(axis=1))
-        assert np.take_along_axis(visible, trace.experts[table, :, :1].astype(int), axis=1).all()

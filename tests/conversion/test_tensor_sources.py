@@ -81,32 +81,6 @@ def test_any_block_of_a_rearranged_tensor(rearrangement, data):
             assert torch.equal(view.read(block), expected[name][block.slices])
 
 
-class CountingSource(MemorySource):
-    """Counts the elements that are read."""
-
-    def __init__(self, tensors):
-        super().__init__(tensors)
-        self.elements_read = 0
-
-    def read(self, block):
-        self.elements_read += block.num_elements
-        return super().read(block)
-
-
-@given(st.data())
-def test_no_more_is_read_than_asked_for(data):
-    """A block of one layer's tensor is read from the stacked tensor of all layers as one block of the same size."""
-    shape = data.draw(SHAPES)
-    stacked = CountingSource({"stacked": torch.arange(3 * prod(shape)).view(3, *shape)})
-    copies = [
-        Copy(Block("stacked", (i, *(0 for _ in shape)), (1, *shape)), Block.whole(str(i), shape)) for i in range(3)
-    ]
-    view = RearrangedSource(stacked, {str(i): shape for i in range(3)}, copies)
-    block = data.draw(blocks_of("1", shape))
-    assert torch.equal(view.read(block), stacked._values["stacked"][1][block.slices])
-    assert stacked.elements_read == block.num_elements
-
-
 @given(SHAPES.flatmap(lambda shape: st.tuples(st.just(shape), st.lists(blocks_of("t", shape), max_size=5))))
 def test_a_cover_is_exact_or_refused(case):
     shape, blocks = case

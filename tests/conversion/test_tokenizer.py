@@ -56,6 +56,7 @@ def tokenizers(request, tmp_path_factory):
     folder = tmp_path_factory.mktemp("tokenizer")
     model = folder / "tokenizer.model"
     model.write_bytes(MODELS[request.param]())
+    # The id that ends a document also serves as the id that begins a text.
     special = export_tokenizer("SentencePieceTokenizer", model, folder)
     assert special == {"bos_token_id": 2, "eos_token_id": 2}
     return load_tokenizer("SentencePieceTokenizer", model), AutoTokenizer.from_pretrained(folder)
@@ -66,14 +67,6 @@ def test_same_ids(tokenizers, text):
     original, exported = tokenizers
     assume(not ("<" in text and ">" in text))  # may spell a special piece, which transformers treats as that piece
     assert exported(text)["input_ids"] == original.encode_batch([text])[0].tolist()
-
-
-def test_special_ids(tokenizers):
-    """The id that ends a document also serves as the id that begins a text."""
-    original, exported = tokenizers
-    assert exported.eos_token_id == exported.bos_token_id == original.eod_id == 2
-    assert exported.unk_token_id == 0
-    assert len(exported) == original.vocab_size
 
 
 def test_hugging_face_tokenizer_is_copied(tmp_path):
@@ -127,11 +120,6 @@ def test_model_that_cannot_be_expressed_is_refused(tmp_path):
     with pytest.raises(UserError, match="cannot be expressed in transformers"):
         export_tokenizer("SentencePieceTokenizer", tmp_path / "tokenizer.model", tmp_path / "out")
     assert not (tmp_path / "out").exists()
-
-
-def test_ids_without_a_tokenizer(tmp_path):
-    assert export_tokenizer("NullTokenizer", "", tmp_path) == {"bos_token_id": None, "eos_token_id": None}
-    assert not list(tmp_path.iterdir())
 
 
 ORIGINAL, OTHER = b"the tokenizer of training", b"another tokenizer"

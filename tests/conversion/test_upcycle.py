@@ -1,6 +1,5 @@
 """Upcycled models compute what the dense model computes if they say so, and are the same in blocks of any size."""
 
-import argparse
 
 import pytest
 import torch
@@ -13,7 +12,6 @@ from support.converted_models import (
     save_model,
 )
 
-from maskmoe.command_line.convert_checkpoint import add_upcycle_arguments, upcycle_settings
 from maskmoe.conversion.families import open_huggingface
 from maskmoe.conversion.model_tensors import OpenedModel, tensor_shapes
 from maskmoe.conversion.settings import UpcycleSettings
@@ -119,15 +117,3 @@ def test_describes_the_model(dense):
 def test_refuses_settings(settings, words, dense):
     with pytest.raises(UserError, match=words):
         upcycle(dense, UpcycleSettings(**settings), mask_of(4))
-
-
-def settings_from_flags(*flags: str) -> UpcycleSettings:
-    parser = argparse.ArgumentParser()
-    add_upcycle_arguments(parser)
-    return upcycle_settings(parser.parse_args(["--routing-mask", "m", "--num-experts", "8", *flags]))
-
-
-@pytest.mark.parametrize("pattern", ["x", "[1,", "[1]**9", "[" * 3000], ids=lambda pattern: pattern[:20])
-def test_refuses_layer_patterns(pattern):
-    with pytest.raises(UserError, match="--moe-layer-freq"):
-        settings_from_flags("--moe-layer-freq", pattern)
