@@ -207,7 +207,9 @@ def updated_args(args: Namespace, config: Mapping[str, Any]) -> Namespace:
     own, made = vars(gpt_args(args)), vars(args_from_config(config))
     kept = [name for name, field in _FREE_ARGS.items() if trained.get(field) == config.get(field)]
     kept += ["hidden_dropout", *(_VOCABULARY_ARGS if has_rows else ())]
-    return Namespace(**own | made | {name: own[name] for name in kept if name in own})
+    # `made` lacks the arguments without flags if they have Megatron's values.
+    others = {name: value for name, value in own.items() if name not in _YARN_WITHOUT_FLAGS}
+    return Namespace(**others | made | {name: own[name] for name in kept if name in own})
 
 
 def is_stacked(args: Namespace) -> bool:
@@ -321,7 +323,7 @@ def _yarn_args(rope: Mapping[str, Any]) -> dict[str, Any]:
         "rotary_scaling_factor": factor,
         "mscale": mscale,
         "mscale_all_dim": mscale_all_dim,
-        **{name: rope.get(name) or value for name, value in _YARN_WITHOUT_FLAGS.items()},
+        **{name: rope[name] for name, value in _YARN_WITHOUT_FLAGS.items() if (rope.get(name) or value) != value},
     }
 
 

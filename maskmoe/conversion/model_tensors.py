@@ -162,7 +162,9 @@ def check_tensors(
     if missing := expected.keys() - found.keys():
         raise UserError(f"{where} lacks {listed(sorted(missing), _MAX_NAMES)}")
     if surplus := found.keys() - expected.keys() - set(ignored):
-        raise UserError(f"{where} holds tensors that its settings do not account for: {listed(sorted(surplus), _MAX_NAMES)}")
+        raise UserError(
+            f"{where} holds tensors that its settings do not account for: {listed(sorted(surplus), _MAX_NAMES)}"
+        )
     for name, shape in expected.items():
         if found[name].shape != shape:
             raise UserError(f"{where}: {name} has the shape {list(found[name].shape)}, it should have {list(shape)}")

@@ -37,9 +37,7 @@ _PROBES = (
 )
 
 
-def choose_tokenizer(
-    args: Namespace | None, settings: Settings, may_replace: bool = False
-) -> tuple[str, str | None]:
+def choose_tokenizer(args: Namespace | None, settings: Settings, may_replace: bool = False) -> tuple[str, str | None]:
     """Return type and path of a model's tokenizer: the user's, or the tokenizer of training, or its export.
 
     Args:
@@ -78,14 +76,15 @@ def _find_tokenizer(trained: Mapping[str, Any], folder: Path) -> tuple[str, str 
     kind, path, sha256 = (trained.get(f"tokenizer_{name}") for name in ("type", "model", "sha256"))
     if kind == WITHOUT_TEXT:
         return WITHOUT_TEXT, None
-    if path is not None and Path(path).exists() and _has_digest(kind, path, sha256):
+    if kind is not None and path is not None and Path(path).exists() and _has_digest(kind, path, sha256):
         return kind, path
     exported = (HuggingFaceTokenizer.__name__, str(folder))
-    if (folder / TOKENIZER_FILES[0]).is_file() and (kind is None or sha256 and _has_digest(*exported, sha256)):
+    if (folder / TOKENIZER_FILES[0]).is_file() and (kind is None or (sha256 and _has_digest(*exported, sha256))):
         return exported
+    place = "is unknown" if path is None else f"is not at its path {path}"
     raise UserError(
-        f"the tokenizer that {folder} was trained with is not at its path {path}; name it by --tokenizer-type and "
-        f"--tokenizer-model, or pass --tokenizer-type {WITHOUT_TEXT} to go without"
+        f"the tokenizer that {folder} was trained with {place}; name it by --tokenizer-type and --tokenizer-model, or "
+        f"pass --tokenizer-type {WITHOUT_TEXT} to go without"
     )
 
 

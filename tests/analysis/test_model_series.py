@@ -94,7 +94,7 @@ def test_models_that_are_no_series(checkpoints, tiny_model, tmp_path):
 def test_tokenizers(checkpoints, tmp_path, monkeypatch):
     monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
     (model,) = find_models([checkpoints / "iter_0000002"])
-    with pytest.raises(UserError, match=r"tokenizer.model of .* does not exist; pass --tokenizer-model"):
+    with pytest.raises(UserError, match=r"tokenizer\.model; name it by --tokenizer-type"):
         # The arguments in the checkpoint have a path relative to the folder of the run.
         tokenizer_folder(model, AnalysisSettings()).__enter__()
     tokenizer = str(checkpoints.parent / "tokenizer.model")

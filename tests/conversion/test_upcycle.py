@@ -1,6 +1,5 @@
 """Upcycled models compute what the dense model computes if they say so, and are the same in blocks of any size."""
 
-
 import pytest
 import torch
 from support.converted_models import (
