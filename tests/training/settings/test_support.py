@@ -21,7 +21,6 @@ from maskmoe.transformer.router import check_router_settings
 
 MODEL = "--num-experts 8 --routing-mask mask.safetensors --disable-bias-linear --transformer-impl local"
 ENGINE = "--transformer-impl transformer_engine"
-GRAPHS = f"{ENGINE} --cuda-graph-impl transformer_engine"
 PACKED = "--dataloader-inter-document-masking"
 PADDED = "--moe-pad-expert-input-to-capacity --moe-expert-capacity-factor"
 MUON = "--tensor-model-parallel-size 2 --sequence-parallel --optimizer muon --use-distributed-optimizer"
@@ -52,9 +51,7 @@ REFUSED = (
     "~--tensor-model-parallel-size 2 --multi-latent-attention | ~--tensor-model-parallel-size 2",
     "~--tensor-model-parallel-size 2 --hybrid-layer-pattern G-*- | ~--tensor-model-parallel-size 2 "
     "--sequence-parallel --hybrid-layer-pattern G-*-",
-    "--overlap-dispatch-backward-with-experts-wgrad --overlap-grad-reduce"
-    "| --overlap-dispatch-backward-with-experts-wgrad",
-    "--overlap-dispatch-backward-with-experts-wgrad --no-gradient-accumulation-fusion",
+    "--overlap-dispatch-backward-with-experts-wgrad",
     f"--pipeline-model-parallel-layout Et|tt|tm|L {PIPELINE} | --pipeline-model-parallel-layout Et|t|tt|mL {PIPELINE}",
     "--context-parallel-size 2 --mtp-num-layers 1 | --context-parallel-size 2",
     "--fp16 | --fp16 --loss-scale 1024",
@@ -91,9 +88,7 @@ REFUSED = (
     "--moe-router-fusion",
     "--transformer-impl inference_optimized",
     "--moe-router-padding-for-quantization",
-    f"--cuda-graph-impl local | {GRAPHS} --cuda-graph-modules attn mlp",
-    f"--cuda-graph-impl transformer_engine {ENGINE} --cuda-graph-modules attn moe_router",
-    "--cuda-graph-impl transformer_engine --cuda-graph-modules attn",
+    f"--cuda-graph-impl transformer_engine {ENGINE} --cuda-graph-modules attn",
 )
 
 
