@@ -143,6 +143,15 @@ def test_equals_documents_one_by_one(name: str) -> None:
     assert_close(ours, theirs, FP32_ORDER_OF_SUMS)
 
 
+def test_a_sample_alone_equals_its_documents_one_by_one() -> None:
+    model = build_model()
+    ids, labels = token_ids()
+    positions = torch.cat([torch.arange(end - start, device=DEVICE) for start, end in pairwise(BOUNDS[0])]).unsqueeze(0)
+    documents = PackedDocuments.of_samples(padded_bounds(BOUNDS[:1]), ids.device, reads_on_host=True)
+    found = model(ids[:1], positions, None, labels=labels[:1], packed_seq_params=documents)
+    torch.testing.assert_close(found, losses_one_by_one(model)[:1], rtol=0, atol=FP32_ORDER_OF_SUMS)
+
+
 def test_samples_of_one_document_equal_samples_that_are_not_packed() -> None:
     model, whole = build_model(), [[0, SEQUENCE]] * 2
     ids, labels = token_ids()
@@ -191,7 +200,6 @@ def prediction_losses(compute: Callable[[], Tensor]) -> Tensor:
 
 
 def test_packed_sequences_of_megatron_are_left_to_megatron(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Megatron-Core rotates them from 0 in each sequence, whatever the positions are, which may be None."""
     seen: list[dict[str, Any]] = []
     monkeypatch.setattr(GPTModel, "forward", lambda model, *args, **kwargs: seen.append({"args": args} | kwargs))
     model = build_model()
@@ -201,7 +209,6 @@ def test_packed_sequences_of_megatron_are_left_to_megatron(monkeypatch: pytest.M
     model(token_ids, None, None, packed_seq_params=packed)
     assert seen[0]["args"] == (token_ids, None, None)
     assert seen[0]["packed_seq_params"] is packed
-    assert not model.rotary_pos_emb._forward_hooks
 
 
 @pytest.mark.parametrize("balancing", ["seq_aux_loss", ["aux_loss", "seq_aux_loss"]], ids=str)

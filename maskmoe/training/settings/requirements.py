@@ -41,6 +41,9 @@ def missing_transformer_engine(args: Namespace, packages: GpuPackages) -> Iterat
         yield f"--moe-permute-fusion {problem}"
     if args.use_precision_aware_optimizer and not args.skip_train:
         yield f"--use-precision-aware-optimizer {problem}"
+    recomputed = {"layernorm", "moe_act", "mla_up_proj"}.intersection(args.recompute_modules or ())
+    if recomputed and args.recompute_granularity == "selective":
+        yield f"--recompute-modules {' '.join(sorted(recomputed))} {problem}"
 
 
 def outdated_packages(args: Namespace) -> Iterator[str]:

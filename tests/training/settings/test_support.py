@@ -200,6 +200,7 @@ def test_version_that_computes_something_else(monkeypatch, flags: str, package: 
         (ENGINE, GpuPackages(), 0),
         ("--moe-permute-fusion", GpuPackages(transformer_engine=False), 1),
         ("--use-precision-aware-optimizer", GpuPackages(transformer_engine=False), 1),
+        ("--recompute-granularity selective --recompute-modules moe_act", GpuPackages(transformer_engine=False), 1),
         ("", GpuPackages(transformer_engine=False), 0),
     ],
 )
