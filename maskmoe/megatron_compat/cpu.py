@@ -329,7 +329,6 @@ _REPLACEMENTS: dict[Any, dict[str, Any]] = {
     },
     torch.nn.Module: {
         "to": _with_cpu_device(torch.nn.Module.to, position=1),
-        "to_empty": _with_cpu_device(torch.nn.Module.to_empty, position=1),
         "cuda": lambda self, device=None: self,
     },
     torch.cuda: {

@@ -152,8 +152,7 @@ class MaskMoERouter(TopKRouter):
             ValueError: Ids or padding have another shape than the hidden states, or the layer has no number.
         """
         self._maintain_float32_expert_bias()
-        # Megatron-Core fails with a jitter of 0.
-        logits = self.gating(self.apply_input_jitter(input) if self.config.moe_input_jitter_eps else input)
+        logits = self.gating(self.apply_input_jitter(input))
         if self.config.moe_router_force_load_balancing:
             logits = apply_random_logits(logits)
         if self.config.moe_router_force_biased is not None:

@@ -56,7 +56,6 @@ STOCK, ONE_COPY, PLANNED = DispatchKind.STOCK, DispatchKind.ONE_COPY, DispatchKi
     ("settings", "ranks", "kind_without_plan", "kind"),
     [
         ({}, {}, ONE_COPY, PLANNED),
-        ({"moe_input_jitter_eps": 0.0}, {}, ONE_COPY, PLANNED),
         ({"moe_expert_capacity_factor": 1.0}, {}, ONE_COPY, ONE_COPY),
         ({"moe_input_jitter_eps": 0.1}, {}, ONE_COPY, ONE_COPY),
         ({"variable_seq_lengths": True}, {}, ONE_COPY, ONE_COPY),
