@@ -23,11 +23,11 @@ _CAUSAL = (AttnMaskType.causal, AttnMaskType.padding_causal, AttnMaskType.causal
 class TorchDotProductAttention(DotProductAttention):
     """`DotProductAttention` by `scaled_dot_product_attention`, whose fused kernels keep no scores.
 
-    The stock module keeps `heads * queries * keys` scores for each sample. A given mask, a window, and chunks of
-    context-parallel ranks need a bool for each pair of a query and a key, once for all heads. Torch's CPU kernel has no
-    dropout, so attention dropout on a CPU computes all scores.
+    The stock module keeps `heads * queries * keys` scores for each sample. A given mask, a window, and context
+    parallelism need one bool for each pair of a query and a key. Torch's CPU kernel has no dropout, so attention dropout
+    on a CPU computes all scores.
 
-    The mask type, the mask and the window say which keys a query sees:
+    The mask type, the mask and the window say which keys a query sees; the output of a query that sees none is zero:
 
     - A causal layer without a given mask sees the keys up to the query. The last query sees the last key, also if
       there are fewer queries than keys, as behind a cache.
@@ -35,16 +35,10 @@ class TorchDotProductAttention(DotProductAttention):
     - A window `(left, right)` hides all but `left` keys before the query and `right` keys after the query; -1 hides
       none. In a causal layer, `right` is 0. A mask can hide further keys.
 
-    The output is zero for a query that sees no key.
+    Packed documents are one sequence without a batch dimension, and are computed one after the other. Under context
+    parallelism, each rank gathers the keys and values of the whole sequence.
 
-    Packed documents are one sequence without a batch dimension, in which a query sees keys of its own document only.
-    One document is computed after the other.
-
-    Under context parallelism, each rank gathers the keys and values of the whole sequence. Megatron cuts the sequence
-    into twice as many chunks as ranks, and gives rank r the chunks r and 2 * ranks - 1 - r.
-
-    The scores are multiplied by `softmax_scale`, or divided by the square root of `k_channels`. `v_channels` is unused,
-    because the values have their own width.
+    The scores are multiplied by `softmax_scale`, or divided by the square root of `k_channels`. `v_channels` is unused.
 
     Raises:
         NotImplementedError: The softmax has an offset.
