@@ -92,7 +92,7 @@ def add_engine_argument(parser: argparse.ArgumentParser) -> None:
 
 
 def fused_settings(transformer_engine: bool) -> dict[str, Any]:
-    """Return the settings of the fastest modules that Megatron-Core has on this machine; a CPU fuses nothing.
+    """Return the settings of the fastest modules that Megatron-Core has on this machine; a CPU fuses activation functions only.
 
     Args:
         transformer_engine: use Transformer Engine.
@@ -104,7 +104,7 @@ def fused_settings(transformer_engine: bool) -> dict[str, Any]:
     return settings | {
         "persist_layer_norm": not settings.pop("no_persist_layer_norm"),
         "gradient_accumulation_fusion": is_fused,
-        "bias_activation_fusion": on_gpu,
+        "bias_activation_fusion": True,
         "bias_dropout_fusion": on_gpu,
         "use_cpu_initialization": not on_gpu,
     }
