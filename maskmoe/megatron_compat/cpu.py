@@ -178,9 +178,7 @@ class _Event(torch.cpu.Event):
 _ONLY_STREAM = _Stream()
 
 # Functions of `torch.cuda` that have nothing to do on the CPU, where everything happens in program order.
-_NO_OPERATION = (
-    *("set_device", "set_stream", "synchronize", "_lazy_init", "empty_cache", "reset_peak_memory_stats"),
-)
+_NO_OPERATION = (*("set_device", "set_stream", "synchronize", "_lazy_init", "empty_cache", "reset_peak_memory_stats"),)
 
 
 # Random generators

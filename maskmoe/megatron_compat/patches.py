@@ -250,9 +250,7 @@ def leave_slots_of_flex_dispatcher_empty() -> None:
     replace(token_dispatcher._NCCLEPManager, "setup_metadata", setup_metadata)
 
 
-def select_slots(
-    routing_map: torch.Tensor, probs: torch.Tensor, num_slots: int
-) -> tuple[torch.Tensor, torch.Tensor]:
+def select_slots(routing_map: torch.Tensor, probs: torch.Tensor, num_slots: int) -> tuple[torch.Tensor, torch.Tensor]:
     """Turn a routing map into the form of DeepEP and NCCL-EP: slots for the selected experts of each token.
 
     Args:

@@ -26,6 +26,8 @@ SIZES = {
     "linear_value_head_dim": 10,
     "linear_conv_kernel_dim": 3,
 }
+
+
 def make_gated_delta_net(**settings: Any) -> TransformerLayer:
     """Build a layer with random parameters; `settings` override the configuration.
 

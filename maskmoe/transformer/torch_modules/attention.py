@@ -55,7 +55,9 @@ class TorchDotProductAttention(DotProductAttention):
         **kwargs: Any,
     ) -> None:
         if config.softmax_type != "vanilla":
-            raise NotImplementedError(f"--softmax-type {config.softmax_type} needs --transformer-impl transformer_engine")
+            raise NotImplementedError(
+                f"--softmax-type {config.softmax_type} needs --transformer-impl transformer_engine"
+            )
         if pg_collection is None:
             pg_collection = ProcessGroupCollection.use_mpu_process_groups(required_pgs=["tp", "cp"])
         if softmax_scale is None and k_channels is not None:
