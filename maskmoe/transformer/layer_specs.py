@@ -133,8 +133,11 @@ def with_maskmoe_modules(
         modules[MLASelfAttention] = LocalMLASelfAttention
     # Norms of queries and keys over all heads, by the names of their fields.
     tp_group = visible_experts.pg_collection.tp if visible_experts else None
-    num_heads = {"q_layernorm": config.num_attention_heads, "k_layernorm": config.num_query_groups}
-    norms = {name: partial(AllHeadsRMSNorm, num_heads=heads, tp_group=tp_group) for name, heads in num_heads.items()}
+    norm: Any = partial(AllHeadsRMSNorm, tp_group=tp_group)
+    norms: dict[str, Any] = {
+        "q_layernorm": partial(norm, num_heads=config.num_attention_heads),
+        "k_layernorm": partial(norm, num_heads=config.num_query_groups),
+    }
 
     def substitute(node: Any) -> Any:
         if isinstance(node, SelfAttentionSubmodules) and qk_layernorm_all_heads:

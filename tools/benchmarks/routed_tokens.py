@@ -92,7 +92,7 @@ def add_engine_argument(parser: argparse.ArgumentParser) -> None:
 
 
 def fused_settings(transformer_engine: bool) -> dict[str, Any]:
-    """Return the settings of the fastest modules that Megatron-Core has on this machine; a CPU fuses activation functions only.
+    """Return the settings of the fastest modules that Megatron-Core has on this machine; a CPU fuses only activations.
 
     Args:
         transformer_engine: use Transformer Engine.

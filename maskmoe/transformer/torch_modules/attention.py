@@ -24,8 +24,8 @@ class TorchDotProductAttention(DotProductAttention):
     """`DotProductAttention` by `scaled_dot_product_attention`, whose fused kernels keep no scores.
 
     The stock module keeps `heads * queries * keys` scores for each sample. A given mask, a window, and context
-    parallelism need one bool for each pair of a query and a key. Torch's CPU kernel has no dropout, so attention dropout
-    on a CPU computes all scores.
+    parallelism need one bool for each pair of a query and a key. Torch's CPU kernel has no dropout, so attention
+    dropout on a CPU computes all scores.
 
     The mask type, the mask and the window say which keys a query sees; the output of a query that sees none is zero:
 
@@ -114,11 +114,9 @@ class TorchDotProductAttention(DotProductAttention):
                     "attention of --transformer-impl local takes packed sequences as "
                     "maskmoe.transformer.packed_documents.PackedDocuments only"
                 )
-            documents = zip(*(each.split(packed_seq_params.lengths) for each in (query, key, value)), strict=True)
-            contexts = [
-                self._attend_within_sequence(*(each.unsqueeze(1) for each in document), None) for document in documents
-            ]
-            return torch.cat(contexts).squeeze(1)
+            queries, keys, values = (each.unsqueeze(1).split(packed_seq_params.lengths) for each in (query, key, value))
+            documents = zip(queries, keys, values, strict=True)
+            return torch.cat([self._attend_within_sequence(*document, mask=None) for document in documents]).squeeze(1)
 
     def _attend_within_sequence(self, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None) -> Tensor:
         """Attend within the sequences of a batch, of which a context-parallel rank holds the queries of two chunks.

@@ -10,7 +10,42 @@ from megatron.core.tensor_parallel import (
 )
 from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 from torch.nn.functional import rms_norm
+
+
+class TorchRMSNorm(torch.nn.RMSNorm):
+    """`torch.nn.RMSNorm` that keeps only its input for the backward pass, also on a CPU.
+
+    Torch has a fused kernel for GPUs. On a CPU, torch computes the norm by a sequence of operations, which keep the
+    normalized input, too, and both in fp32.
+    """
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Normalize the last dimension of `x`; computed in fp32."""
+        return _RMSNorm.apply(x, self.weight, self.eps) if x.is_cpu else super().forward(x)
+
+
+class _RMSNorm(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Tensor, eps: float) -> Tensor:
+        norm = torch.linalg.vector_norm(x, dim=-1, keepdim=True, dtype=torch.float32)
+        inverse = norm.square_().div_(x.shape[-1]).add_(eps).rsqrt_()  # 1 / root mean square
+        ctx.save_for_backward(x, weight, inverse)
+        return (x * inverse).mul_(weight).to(x.dtype)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, Tensor, None]:  # pyrefly: ignore[bad-override]
+        x, weight, inverse = ctx.saved_tensors
+        features, fp32_weight = x.shape[-1], weight.float()
+        fp32_input, gradient = x.float(), gradients[0].float()
+        products = (gradient * fp32_input).reshape(-1, features)
+        grad_weight = inverse.flatten() @ products
+        # The part that comes from the root mean square is in proportion to the input.
+        along_input = (products @ fp32_weight).view_as(inverse).mul_(inverse.pow(3)).div_(-features)
+        grad_input = (gradient * fp32_weight).mul_(inverse).addcmul_(fp32_input, along_input)
+        return grad_input.to(x.dtype), grad_weight.to(weight.dtype), None
 
 
 class ZeroCentredRMSNorm(torch.nn.RMSNorm):
@@ -29,7 +64,7 @@ class ZeroCentredRMSNorm(torch.nn.RMSNorm):
 _NORMS = {
     # By `layernorm_zero_centered_gamma` and `normalization`.
     (False, "LayerNorm"): torch.nn.LayerNorm,
-    (False, "RMSNorm"): torch.nn.RMSNorm,
+    (False, "RMSNorm"): TorchRMSNorm,
     (True, "RMSNorm"): ZeroCentredRMSNorm,
 }
 
