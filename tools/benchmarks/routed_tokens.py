@@ -127,6 +127,8 @@ def with_main_grads(module: MegatronModule) -> DistributedDataParallel:
 
 def configs(arguments: argparse.Namespace, num_ranks: int, **settings: Any) -> Iterator[TransformerConfig]:
     """Yield a configuration of one layer for each choice of K and N."""
+    fused = fused_settings(arguments.transformer_engine)
+    fused["bias_activation_fusion"] = settings.get("gated_linear_unit", False)  # Megatron fuses no GELU without bias
     for pair in arguments.experts:
         topk, num_experts = map(int, pair.split("/"))
         yield TransformerConfig(
@@ -140,7 +142,7 @@ def configs(arguments: argparse.Namespace, num_ranks: int, **settings: Any) -> I
             expert_model_parallel_size=num_ranks,
             add_bias_linear=False,
             params_dtype=getattr(torch, arguments.dtype),
-            **settings | fused_settings(arguments.transformer_engine),
+            **settings | fused,
         )
 
 
