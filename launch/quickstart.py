@@ -47,18 +47,21 @@ def sections(run: Path, processes: int, vocab_size: int, unigram_loss: float) ->
     mask = RoutingMask.load(run / "routing_mask.safetensors").provenance
     bands = [*evaluation["bands"], {**evaluation, "name": "all", "share": 1.0}]
     losses = [
-        f"{band['name']} | {band['share']:.1%} | {band['tokens']:,} | {_number(band['loss'], '.3f')} | "
-        f"{_number(band['perplexity'], ',.1f')}"
+        (band["name"], f"{band['share']:.1%}", f"{band['tokens']:,}")
+        + (_number(band["loss"], ".3f"), _number(band["perplexity"], ",.1f"))
         for band in bands
     ]
     loads = []
     for load in evaluation["expert_load"]:
         counts = np.array(load["tokens_per_expert"])
         shares = " ".join(f"{share:.0f}" for share in 100 * counts / max(1, counts.sum()))
-        loads.append(f"{load['layer']} | {load['max_over_mean']:.2f} | {shares}")
+        loads.append((str(load["layer"]), f"{load['max_over_mean']:.2f}", shares))
     iterations, seconds = scalars(run / "tensorboard", "lm loss")[-1][0], training_seconds(run / "tensorboard")
     tokens = iterations * BATCH * SEQ_LENGTH
-    speed = _number(tokens / seconds if seconds else None, ",.0f")
+    speeds = [
+        ("training", f"{tokens:,}", _number(tokens / seconds if seconds else None, ",.0f")),
+        ("evaluation", f"{evaluation['tokens']:,}", f"{evaluation['tokens_per_second']:,.0f}"),
+    ]
     times = [line.split() for line in (run / "seconds.txt").read_text(encoding="utf-8").splitlines()]
     sample = (run / "sample.txt").read_text(encoding="utf-8").rstrip("\n")
     fence = "```"
@@ -71,16 +74,13 @@ def sections(run: Path, processes: int, vocab_size: int, unigram_loss: float) ->
         f"{mask.frequent_visible_experts} experts, all other ids see one ({mask.assignment}); trained by "
         f"{processes} {'process' if processes == 1 else 'processes'}.",
         "## Perplexity on held-out text, by frequency of the input token",
-        markdown_table("\n".join(["input tokens | share | tokens | loss | perplexity", *losses])),
+        markdown_table(("input tokens", "share", "tokens", "loss", "perplexity"), losses),
         f"Perplexity of knowing token frequencies only: {math.exp(unigram_loss):,.1f}. After so few tokens a model "
         "knows frequencies and common neighbours of words; nonsense in the sample is to be expected.",
         "## Load of the experts on held-out text",
-        markdown_table("\n".join(["layer | max/mean | % of the tokens, by expert", *loads])),
+        markdown_table(("layer", "max/mean", "% of the tokens, by expert"), loads),
         "## Speed",
-        markdown_table(
-            f" | tokens | tokens/s\ntraining | {tokens:,} | {speed}\n"
-            f"evaluation | {evaluation['tokens']:,} | {evaluation['tokens_per_second']:,.0f}"
-        ),
+        markdown_table(("", "tokens", "tokens/s"), speeds),
         f"Seconds: {', '.join(f'{name} {seconds}' for name, seconds in times)}.",
         "## Sample",
         f"{fence}text\n{sample}\n{fence}",

@@ -52,7 +52,7 @@ done
 for file in "${input[@]}"; do
     [[ -f $file && -r $file ]] || fail "--input $file is not a file that can be read"
     [[ -s $file ]] || fail "--input $file is empty"
-    case $file in *.gz | *.bz2 | *.xz | *.zst | *.parquet | *.arrow) continue ;; esac
+    case $file in *.gz | *.bz2 | *.xz | *.zst | *.parquet) continue ;; esac
     iconv -f utf-8 -t utf-8 <"$file" >/dev/null 2>&1 ||
         fail "--input $file is not text in UTF-8: convert it, for instance by iconv -f latin1 -t utf-8 OLD >NEW"
 done

@@ -12,7 +12,7 @@ need a GPU run only on a machine with a GPU.
 
   --all             also run the slow tests
   --slurm           run only the tests that need a Slurm cluster of two nodes, or two hosts. The tests set up both on
-                    this machine and remove them. Needs root; installs the Debian packages slurm-wlm, munge and iproute2.
+                    this machine and remove them. Needs root; installs the Debian packages slurm-wlm and iproute2.
   --docker          run only the tests that build and use the image for CPUs. Needs root; installs the Debian packages
                     podman, buildah, runc and mmdebstrap. Images are kept in build/containers.
                     BASE_IMAGE=NAME (environment): build on this image (default: a small Debian, made from packages)
@@ -54,7 +54,7 @@ case ${1:-} in
         ;;
     --slurm)
         selected=slurm checks=false
-        packages=(slurmctld=slurm-wlm munged=munge ip=iproute2)
+        packages=(slurmctld=slurm-wlm ip=iproute2)
         shift
         ;;
     --docker)

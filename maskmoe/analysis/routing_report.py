@@ -18,7 +18,7 @@ from maskmoe.analysis.routing_analysis import RoutingAnalysis
 from maskmoe.analysis.routing_statistics import RoutingStatistics, max_over_mean, mean_where
 from maskmoe.files.outputs import atomic_output
 
-PLOT_NAMES = ("load.png", "bands.png", "explained.png", "fluctuation.png")
+PLOT_NAMES = ("load.png", "bands.png", "fluctuation.png")
 _EXPERTS, _TOKENS = ("first", "all"), ("all", "routable")  # the axes of `RoutingStatistics.explained`
 _BY_LAYER = ("entropy", "entropy_bound", "first_weight", "single_expert_share")
 
@@ -143,7 +143,6 @@ def write_plots(analysis: RoutingAnalysis, folder: Path) -> list[Path]:
         "load.png": _heat_maps(analysis, titles[0], {"": over_mean}, "RdBu_r", 2),
         "bands.png": _heat_maps(analysis, titles[1], dict(zip(analysis.bands.names, shares, strict=True)), "Blues", 1),
     }
-    figures["explained.png"] = _explained(analysis)
     if len(analysis.models) > 1:
         figures["fluctuation.png"] = _fluctuation(analysis)
     for stale in set(PLOT_NAMES) - figures.keys():
@@ -175,27 +174,6 @@ def _heat_maps(
         axes.set_yticks(range(num_layers), [str(layer) for layer in analysis.layers], fontsize="x-small")
         axes.xaxis.set_major_locator(MaxNLocator(nbins=8, integer=True))
     figure.colorbar(image, ax=figure.axes)
-    return figure
-
-
-def _explained(analysis: RoutingAnalysis) -> Figure:
-    """Draw the share of the routing that the id explains over the layers of the last model, for experts and tokens."""
-    explained = analysis.statistics[-1].explained
-    figure = Figure(dpi=130, layout="constrained")
-    axes = figure.subplots()
-    drawn: list[np.ndarray] = []
-    for (experts, tokens), style in np.ndenumerate([["C0o-", "C0s--"], ["C1o-", "C1s--"]]):
-        line = explained[experts, tokens]
-        # Lines coincide in models with k = 1, and in models in which every token has a choice.
-        if not any(np.array_equal(line, other) for other in drawn) and not np.isnan(line).all():
-            label = f"{('best expert', 'all k experts')[experts]}, {('all tokens', 'tokens with V > 1')[tokens]}"
-            axes.plot(analysis.layers, line, style, markersize=4, label=label)
-            drawn.append(line)
-    axes.set_title(f"Routing that the id alone explains, {analysis.models[-1].name}", fontsize="medium")
-    axes.set(xlabel="layer", ylabel="share of the uncertainty", ylim=(0, 1.02))
-    axes.xaxis.set_major_locator(MaxNLocator(integer=True))
-    axes.grid(alpha=0.4)
-    axes.legend(fontsize="small")
     return figure
 
 

@@ -24,7 +24,7 @@ _SHUFFLES = 4
 class AnalysisSettings:
     """The sizes of the probe, the parameters of the statistics, and the tokenizer.
 
-    Each attribute has the name of its flag.
+    An attribute that the command has a flag for has the name of the flag.
 
     Attributes:
         tokens: Number of tokens of the probe text.

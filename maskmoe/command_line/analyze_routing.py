@@ -16,9 +16,8 @@ files in --output-dir; each table has the columns checkpoint, iteration and laye
   fluctuation.csv  share of the experts that changed since the previous checkpoint, by group of tokens
   ids.csv          number of experts of each id that occurs often enough
   top_ids.csv      the most frequent ids of each expert
-  load.png, bands.png, explained.png, fluctuation.png
-                   load of the experts, their tokens by frequency band, routing that the id explains by layer, and
-                   changes (needs two checkpoints)
+  load.png, bands.png, fluctuation.png
+                   load of the experts, their tokens by frequency band, and changes (needs two checkpoints)
 """
 
 import argparse
@@ -57,14 +56,8 @@ def parse_arguments() -> argparse.Namespace:
     add_option(probe, "--seq-length S", window, ranges.COUNT)
     add_option(probe, "--batch-size B", "windows in a batch", ranges.COUNT, default=AnalysisSettings.batch_size)
 
-    measures = parser.add_argument_group("statistics")
     counts = "token counts for the frequency bands, made by maskmoe count (default: the probe's)"
-    add_option(measures, "--token-frequency F", counts, Path)
-    least, most = AnalysisSettings.min_occurrences, AnalysisSettings.top_ids
-    occurrences = "occurrences in the probe from which an id counts in ids.csv"
-    add_option(measures, "--min-occurrences O", occurrences, ranges.COUNT, default=least)
-    add_option(measures, "--top-ids R", "ids to list for each expert", ranges.COUNT, default=most)
-
+    add_option(parser, "--token-frequency F", counts, Path)
     add_option(parser, "--output-dir DIR", "folder for the results", Path, required=True)
     traces = "also write the routing of every token, trace_1.safetensors, …"
     parser.add_argument("--save-traces", action="store_true", help=traces)
@@ -96,7 +89,8 @@ def main() -> None:
     for path in arguments.load:
         check_folder(path, "--load")
     frequency = TokenFrequency.load(arguments.token_frequency) if arguments.token_frequency else None
-    settings = AnalysisSettings(**{name: getattr(arguments, name) for name in AnalysisSettings.__dataclass_fields__})
+    given = vars(arguments)
+    settings = AnalysisSettings(**{name: given[name] for name in AnalysisSettings.__dataclass_fields__ if name in given})
 
     say_loading("importing PyTorch and Megatron-Core")
     # The analysis needs torch and Megatron, `--help` does not.

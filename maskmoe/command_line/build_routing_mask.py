@@ -10,7 +10,6 @@ Example:
 
 import argparse
 from collections.abc import Sequence
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -50,9 +49,9 @@ def parse_arguments() -> argparse.Namespace:
         metavar="F[:TENSOR]",
         help="a table that already names the experts of every id: a .npy file or a tensor of a safetensors file, of "
         "shape [vocab, k] for all layers or [layers, vocab, k]; or a safetensors file or a folder of such files with a "
-        "tensor [vocab, k] for each hash layer, named as in Megatron-Core, DeepSeek-V4 or transformers, or by TENSOR "
-        "with {layer} for the number of the layer; or a checkpoint of Megatron-LM with hash layers. In layers without "
-        "a tensor every id sees all experts. Rows beyond the vocabulary are padding",
+        "tensor [vocab, k] for each hash layer, named as in Megatron-Core, DeepSeek-V4 or transformers; or a checkpoint "
+        "of Megatron-LM with hash layers. In layers without a tensor every id sees all experts. Rows beyond the "
+        "vocabulary are padding",
     )
     mask = "write this mask: a file, a checkpoint, or the folder of a run's checkpoints"
     add_option(experts, "--routing-mask F", mask, Path)
@@ -118,54 +117,25 @@ def recipe_from(arguments: argparse.Namespace) -> MaskRecipe:
     Raises:
         UserError: Flags are missing or contradict each other.
     """
-    _check_ranks(arguments.num_experts, arguments.expert_model_parallel_size)
-    given = {name: value for name in _METHOD if (value := getattr(arguments, name)) is not None}
-    common: dict[str, Any] = {"seed": arguments.seed, "shared_table": arguments.shared_table}
-    common["topk"] = arguments.moe_router_topk or 1
-    if arguments.assignment == "rank-local":
-        if arguments.expert_model_parallel_size is None:
-            raise UserError("--assignment rank-local needs --expert-model-parallel-size")
-        common["expert_model_parallel_size"] = arguments.expert_model_parallel_size
+    is_rank_local = arguments.assignment == "rank-local"
+    settings: dict[str, Any] = {
+        "seed": arguments.seed,
+        "shared_table": arguments.shared_table,
+        "topk": arguments.moe_router_topk or 1,
+        "expert_model_parallel_size": arguments.expert_model_parallel_size if is_rank_local else None,
+    }
+    settings |= {name: value for name in _METHOD if (value := getattr(arguments, name)) is not None}
+    if arguments.hash_layers:
+        assignment = arguments.hash_assignment or ("rank-local" if is_rank_local else "balanced")
+        visible = 1 if arguments.hash_visible_experts is None else arguments.hash_visible_experts
+        settings["hash_layers"] = HashLayers(arguments.hash_layers, visible, assignment)
+    elif arguments.hash_layers is None and (hashed := [name for name in _HASH_LAYERS if getattr(arguments, name)]):
+        raise UserError(f"{_flags(hashed)} without --hash-layers")
     if arguments.preset:
-        recipe = MaskRecipe.from_preset(
-            arguments.preset, arguments.num_experts, arguments.num_layers, **given, **common
-        )
-    else:
-        optional = {"frequent_visible_experts"} if arguments.frequent_mass == 0 else set()
-        if missing := [name for name in _METHOD if name not in given.keys() | optional]:
-            raise UserError(f"{_flags(missing)} missing; give all of them, or a --preset")
-        recipe = MaskRecipe(arguments.num_experts, arguments.num_layers, **given, **common)
-    return _with_hash_layers(recipe, arguments)
-
-
-def _check_ranks(num_experts: int, num_ranks: int | None) -> None:
-    """Raise `UserError` if experts cannot be divided evenly over expert-parallel ranks."""
-    if num_ranks is not None and num_experts % num_ranks:
-        raise UserError(f"{num_experts} experts cannot be divided over {num_ranks} expert-parallel ranks")
-
-
-def _with_hash_layers(recipe: MaskRecipe, arguments: argparse.Namespace) -> MaskRecipe:
-    """Return the recipe with the hash layers that the flags describe.
-
-    Raises:
-        UserError: Flags contradict each other.
-    """
-    if arguments.hash_layers is None:
-        if hashed := [name for name in _HASH_LAYERS if getattr(arguments, name) is not None]:
-            raise UserError(f"{_flags(hashed)} without --hash-layers")
-        return recipe
-    if arguments.hash_layers == 0:
-        return recipe
-    if arguments.hash_layers >= recipe.num_layers:
-        raise UserError(
-            f"--hash-layers {arguments.hash_layers}: the model has {recipe.num_layers} layers; if all layers are hash "
-            "layers, give --preset hash, hash-balanced or top-k-hash instead"
-        )
-    visible = 1 if arguments.hash_visible_experts is None else arguments.hash_visible_experts
-    assignment = arguments.hash_assignment or ("rank-local" if recipe.assignment == "rank-local" else "balanced")
-    if (assignment == "rank-local") != (recipe.assignment == "rank-local"):
-        raise UserError("--hash-assignment and --assignment must both be rank-local, or neither of them")
-    return replace(recipe, hash_layers=HashLayers(arguments.hash_layers, visible, assignment))
+        return MaskRecipe.from_preset(arguments.preset, arguments.num_experts, arguments.num_layers, **settings)
+    if missing := [name for name in ("frequent_mass", "assignment") if name not in settings]:
+        raise UserError(f"{_flags(missing)} missing; give a --preset, or --frequent-mass and --assignment")
+    return MaskRecipe(arguments.num_experts, arguments.num_layers, **settings)
 
 
 def _refuse(arguments: argparse.Namespace, names: Sequence[str], reason: str) -> None:
@@ -267,29 +237,17 @@ def describe_imbalance(load: np.ndarray, num_ranks: int | None = None) -> str:
 
 
 def warn_of_overload(mask: RoutingMask, occurrences: np.ndarray, topk: int) -> None:
-    """Print a warning with a cure if single ids are too frequent for a balanced load."""
+    """Print a warning if single ids are too frequent for a balanced load."""
     shares, visible = heaviest_shares(mask, occurrences, topk)
     ids = overloading_ids(mask, shares, visible)
     if not len(ids):
         return
     worst = ids[0]
     others = f" ({len(ids) - 1:,} more ids are too frequent as well)" if len(ids) > 1 else ""
-    share, num_visible = shares[worst], visible[worst]
-    # The load of the id grows with the experts that it sees, up to k.
-    share_of_use = share / min(num_visible, topk)
-    needed = next(
-        number
-        for number in range(2, mask.num_experts + 1)
-        if (own := share_of_use * min(number, topk)) / number <= (1 - share + own) / mask.num_experts
-    )
-    num_ranks = mask.provenance.expert_model_parallel_size
-    cure = f"let the id see at least {needed} experts (--frequent-mass, --frequent-visible-experts; in hash layers "
-    cure += "--hash-visible-experts)"
-    if num_ranks and share > 1 / num_ranks:
-        cure = f"use fewer than {num_ranks} expert-parallel ranks, or another assignment"
     print(
-        f"WARNING: balance is impossible: id {worst} alone has {share:.2%} of the load and sees {num_visible} "
-        f"of {mask.num_experts} experts{others}; {cure}, or use fewer experts"
+        f"WARNING: balance is impossible: id {worst} alone has {shares[worst]:.2%} of the load and sees {visible[worst]} "
+        f"of {mask.num_experts} experts{others}; let it see more experts (--frequent-mass, --frequent-visible-experts, "
+        "--hash-visible-experts), or use fewer experts, or fewer ranks for a rank-local mask"
     )
 
 
@@ -303,7 +261,8 @@ def main() -> None:
         mask = _make_mask(arguments, frequency)
         if frequency:
             check_same_vocabulary(frequency, mask)
-        _check_ranks(mask.num_experts, num_ranks)
+        if num_ranks is not None and mask.num_experts % num_ranks:
+            raise UserError(f"{mask.num_experts} experts cannot be divided over {num_ranks} expert-parallel ranks")
         if arguments.format == "mask":
             tensors = []
             mask.save(temporary)

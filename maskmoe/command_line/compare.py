@@ -1,7 +1,7 @@
 """Train all variants of a suite alike, with several seeds, and report how the variants differ.
 
 If the command is interrupted, start the same command again to resume. The results are lines of one table; a run that
-has a line there is not trained again. Tables of other machines can be merged.
+has a line there is not trained again. Tables of several machines can be joined to one file.
 """
 
 import argparse
@@ -20,7 +20,6 @@ from maskmoe.comparison.data import Dataset
 from maskmoe.comparison.report import write_report
 from maskmoe.comparison.run import Run
 from maskmoe.comparison.suite import Suite
-from maskmoe.errors import UserError
 from maskmoe.files.paths import RUNS, shipped_file, short_path
 from maskmoe.launch.machine import find_devices
 
@@ -39,12 +38,8 @@ def parse_arguments(arguments: Sequence[str]) -> argparse.Namespace:
     add_option(parser, "--table FILE", "table of the results (default: results.jsonl in the run folder)", Path)
     jobs = "runs at a time (default: one for each core; with GPUs, one)"
     add_option(parser, "--jobs J", jobs, ranges.PROCESSES)
-    pieces = parser.add_argument_group("pieces of a suite")
-    merged = "tables of other machines, whose results are added to the table first"
-    add_option(pieces, "--merge FILE", merged, Path, nargs="+", default=())
     only = "finish only runs whose variant or name, such as maskmoe.seed-1, matches a shell pattern"
-    add_option(pieces, "--only PATTERN", only, nargs="+", default=())
-    add_option(pieces, "--seeds N", "finish only these seeds", ranges.RUN_SEED, nargs="+", default=())
+    add_option(parser, "--only PATTERN", only, nargs="+", default=())
     text = "text files instead of the suite's data: JSON lines or plain text"
     add_option(parser, "--input FILE", text, Path, nargs="+", default=())
     action = parser.add_mutually_exclusive_group()
@@ -66,7 +61,7 @@ def open_comparison(options: argparse.Namespace) -> Comparison:
     section = suite.data
     if options.input:
         text = tuple(str(path.absolute()) for path in options.input)
-        section = section.model_copy(update={"input": text, "data_path": ()})
+        section = section.model_copy(update={"input": text, "flags": {}})
     data = Dataset.of(section, folder / "data", suite.seq_length)
     table = (options.table or folder / "results.jsonl").absolute()
     return Comparison(suite, name, folder, table, data, find_devices())
@@ -76,10 +71,8 @@ def main() -> None:
     """Run the command."""
     options = parse_arguments(sys.argv[1:])
     comparison = open_comparison(options)
-    runs = comparison.selected(options.only, options.seeds)
-    if missing := [table for table in options.merge if not table.exists()]:  # would count as an empty table
-        raise UserError(f"--merge {missing[0]} does not exist")
-    comparison.collect(*options.merge)
+    runs = comparison.selected(options.only)
+    comparison.collect()
     if options.list:
         finished = comparison.results()
         for run in runs:

@@ -11,7 +11,6 @@ Examples:
 
 import argparse
 import json
-import math
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from itertools import batched
@@ -24,14 +23,15 @@ from maskmoe.arguments import ranges
 from maskmoe.arguments.parser import add_force_argument, add_option, add_seed_argument, command_parser, say_loading
 from maskmoe.conversion.seal import check_seal
 from maskmoe.conversion.settings import CONFIG_FILE
-from maskmoe.data.prompts import KEY, read_prompts
+from maskmoe.data.documents import read_blocks
+from maskmoe.data.inputs import find_inputs
 from maskmoe.errors import UserError
 from maskmoe.files.outputs import check_outputs, write_text
 from maskmoe.files.paths import check_folder
 from maskmoe.files.untrusted import refuse_surrogates
 
-_MIN_TEMPERATURE = 1e-6
-_NEW_TOKENS = 64
+_KEY = "prompt"
+_MIN_TEMPERATURE = 1e-6  # logits that are divided by less become infinite
 
 
 def parse_arguments() -> argparse.Namespace:
@@ -41,15 +41,13 @@ def parse_arguments() -> argparse.Namespace:
     add_option(parser, "--load DIR", folder, Path, required=True)
     source = parser.add_mutually_exclusive_group(required=True)
     add_option(source, "--prompt TEXT", "the text to continue")
-    file = "file of texts to continue: one text a line, or JSON lines with the key `prompt` if the name ends in "
-    file += "`.jsonl`. The output is JSON lines with the key `text`"
+    file = "JSON lines with texts to continue in the key `prompt`; the output is JSON lines with the keys `prompt` and "
+    file += "`text`"
     add_option(source, "--prompts-file FILE", file, Path)
     batch = "continue this many texts of --prompts-file at a time"
     add_option(parser, "--batch-size N", batch, ranges.COUNT, default=8)
-    length = (
-        "stop after this many new tokens, or at the end of the text (default: 64, or as many as the model can take)"
-    )
-    add_option(parser, "--max-new-tokens N", length, ranges.COUNT)
+    length = "stop after this many new tokens, or at the end of the text"
+    add_option(parser, "--max-new-tokens N", length, ranges.COUNT, default=64)
     divisor = "divide logits by this before a token is drawn; 0 takes the most probable token"
     add_option(parser, "--temperature T", divisor, ranges.TEMPERATURE, default=0.8)
     add_option(parser, "--top-k K", "draw among the K most probable tokens; 0: all", ranges.NUMBER, default=50)
@@ -59,8 +57,7 @@ def parse_arguments() -> argparse.Namespace:
     group = parser.add_argument_group("checkpoints of Megatron")
     step = "iteration of a run's checkpoints to read, as Megatron's flag (default: the newest, if undamaged)"
     add_option(group, "--ckpt-step I", step, ranges.NUMBER)
-    kind = "type of the tokenizer (default: the checkpoint's); NullTokenizer: prompts are token ids"
-    add_option(group, "--tokenizer-type T", kind)
+    add_option(group, "--tokenizer-type T", "type of the tokenizer (default: the checkpoint's)")
     add_option(group, "--tokenizer-model F", "file of the tokenizer of training (default: the checkpoint's)")
     add_option(group, "--routing-mask F", "routing mask for a checkpoint that holds none", Path)
     return parser.parse_args()
@@ -70,8 +67,8 @@ def main() -> None:
     """Print each prompt with its continuation, which is computed on a GPU if there is one.
 
     Raises:
-        UserError: The model or the file of prompts is missing or damaged, a prompt is empty or too long for the model,
-            or a number is out of range.
+        UserError: The model, its tokenizer or the file of prompts is missing or damaged, a prompt is empty or too long
+            for the model, or a number is out of range.
     """
     arguments = parse_arguments()
     check_folder(arguments.load, "--load")
@@ -79,12 +76,10 @@ def main() -> None:
         paths = (arguments.load, arguments.prompts_file, arguments.tokenizer_model, arguments.routing_mask)
         check_outputs([arguments.output], [Path(path) for path in paths if path is not None], arguments.force)
     if arguments.prompts_file is not None:
-        records = read_prompts(arguments.prompts_file)
-    elif arguments.prompt.strip():
-        refuse_surrogates(arguments.prompt, "--prompt")
-        records = [{KEY: arguments.prompt}]
+        prompts = read_prompts(arguments.prompts_file)
     else:
-        raise UserError("--prompt is empty")
+        refuse_surrogates(arguments.prompt, "--prompt")
+        prompts = [arguments.prompt]
 
     with exported_folder(arguments) as folder:
         # Only now, since these imports take seconds and `--help` does not need them.
@@ -94,20 +89,27 @@ def main() -> None:
 
         say_loading("reading the model")
         tokenizer = load_exported_tokenizer(folder)
+        if tokenizer is None:
+            raise UserError(f"--load {arguments.load} has no tokenizer: give the tokenizer of training")
         model = load_exported_model(folder)
-    continuation = Continuation(arguments, TokenIds(model.config.vocab_size) if tokenizer is None else tokenizer, model)
-    prompts = [continuation.token_ids(record[KEY]) for record in records]
+    continuation = Continuation(arguments, tokenizer, model)
     set_seed(arguments.seed)
-    batches = [*batched(prompts, arguments.batch_size)]
+    batches = [*batched(map(continuation.token_ids, prompts), arguments.batch_size)]
     progress = tqdm(batches, desc="generating", unit="batch", disable=len(batches) == 1)
     texts = [text for batch in progress for text in continuation.of(batch)]
     if arguments.prompts_file is not None:
-        results = (record | {"text": text} for record, text in zip(records, texts, strict=True))
+        results = ({_KEY: prompt, "text": text} for prompt, text in zip(prompts, texts, strict=True))
         texts = [json.dumps(result, ensure_ascii=False) for result in results]
     output = "\n".join(texts)
     if arguments.output is not None:
         write_text(arguments.output, output + "\n")
     print(output)  # last, since nobody may read it: `| head`
+
+
+def read_prompts(path: Path) -> list[str]:
+    """Return the texts in the key `prompt` of a file of JSON lines. Raises UserError."""
+    blocks = read_blocks(find_inputs([path], "jsonl"), [_KEY])
+    return [prompt for block in blocks for prompt in block.documents([_KEY])[0]]
 
 
 @contextmanager
@@ -141,32 +143,6 @@ def exported_folder(arguments: argparse.Namespace) -> Iterator[Path]:
         yield folder
 
 
-class TokenIds:
-    """Replaces the tokenizer of a model that has none: a text consists of token ids, separated by spaces.
-
-    Args:
-        vocab_size: Number of the model's token ids.
-    """
-
-    def __init__(self, vocab_size: int) -> None:
-        self._to_id = ranges.WholeNumber(0, vocab_size - 1)
-
-    def __call__(self, text: str) -> dict[str, list[int]]:
-        """Return the ids of a text under the key `input_ids`, as tokenizers of transformers do.
-
-        Raises:
-            UserError: A word is no id of the model.
-        """
-        try:
-            return {"input_ids": [self._to_id(word) for word in text.split()]}
-        except argparse.ArgumentTypeError as error:
-            raise UserError(f"the model has no tokenizer, so a word of a prompt is a token id: it {error}") from error
-
-    def decode(self, token_ids: list[int], skip_special_tokens: bool) -> str:
-        """Return the text of token ids, none of which is special."""
-        return " ".join(map(str, token_ids))
-
-
 class Continuation:
     """Continues texts with a model of transformers.
 
@@ -185,12 +161,9 @@ class Continuation:
         self._ends = {*ends}
         # Other settings of the folder do not fit the arguments, or not even transformers.
         model.generation_config = GenerationConfig(eos_token_id=ends or None)
-        self._max_new_tokens: int | None = arguments.max_new_tokens
-        self._options: dict[str, Any] = {"do_sample": False}
-        if arguments.temperature > 0:
-            # Logits that are divided by the smallest temperatures become infinite.
-            temperature = max(arguments.temperature, _MIN_TEMPERATURE)
-            self._options |= {"do_sample": True, "temperature": temperature, "top_k": arguments.top_k}
+        self._options: dict[str, Any] = {"max_new_tokens": arguments.max_new_tokens, "do_sample": False}
+        if arguments.temperature >= _MIN_TEMPERATURE:
+            self._options |= {"do_sample": True, "temperature": arguments.temperature, "top_k": arguments.top_k}
 
     def token_ids(self, prompt: str) -> list[int]:
         """Return the token ids of a prompt, at least one.
@@ -201,19 +174,14 @@ class Continuation:
         ids: list[int] = self._tokenizer(prompt)["input_ids"]
         if not ids:
             raise UserError("the prompt is empty")
-        num_new = self._max_new_tokens or 1
-        if len(ids) + num_new > self._positions:
+        num_new = self._options["max_new_tokens"]
+        positions = getattr(self._model.config, "max_position_embeddings", None)  # not every model has a limit
+        if positions is not None and len(ids) + num_new > positions:
             raise UserError(
-                f"{len(ids)} prompt tokens and {num_new} new ones exceed the model's {self._positions} positions; "
+                f"{len(ids)} prompt tokens and {num_new} new ones exceed the model's {positions} positions; "
                 "shorten the prompt or lower --max-new-tokens"
             )
         return ids
-
-    @property
-    def _positions(self) -> float:
-        """The largest number of tokens of a text; not every model has a limit."""
-        positions = getattr(self._model.config, "max_position_embeddings", None)
-        return math.inf if positions is None else positions
 
     def of(self, prompts: Sequence[list[int]]) -> list[str]:
         """Return each prompt with its continuation.
@@ -229,9 +197,9 @@ class Continuation:
         device = self._model.device
         tokens = torch.tensor([[0] * width + ids for width, ids in zip(paddings, prompts, strict=True)], device=device)
         is_real = torch.arange(longest, device=device) >= torch.tensor(paddings, device=device).unsqueeze(1)
-        num_new = self._max_new_tokens or int(min(_NEW_TOKENS, self._positions - longest))
-        options = {"attention_mask": is_real.long(), "pad_token_id": 0, "max_new_tokens": num_new, **self._options}
-        rows = self._model.generate(tokens, **options).tolist()
+        rows = self._model.generate(
+            tokens, attention_mask=is_real.long(), pad_token_id=0, **self._options
+        ).tolist()
         return [self._decode(row[width:], longest - width) for row, width in zip(rows, paddings, strict=True)]
 
     def _decode(self, tokens: list[int], num_prompt_tokens: int) -> str:

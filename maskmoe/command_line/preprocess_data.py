@@ -4,10 +4,9 @@ The output is PREFIX_text_document.bin with the token ids, PREFIX_text_document.
 PREFIX_text_document.tokenizer.json with the identity of the tokenizer.
 
 A file that ends in .jsonl, .json or .ndjson holds one JSON object on each line, and each line is a document. A row of a
-Parquet file (.parquet), of an Arrow file (.arrow, .feather) or of a dataset saved by Hugging Face's datasets is a
-document, too. All other files are plain text: divided at --document-separator if it is given, else one document each,
-or several of about 1 MiB if the file is larger. JSON lines and plain text may be compressed with gzip or zstd. The
-flags have the names of Megatron-LM's.
+Parquet file (.parquet) is also a document. All other files are plain text: divided at --document-separator if it is
+given, else one document each, or several of about 1 MiB if the file is larger. JSON lines and plain text may be
+compressed with gzip or zstd. The flags have the names of Megatron-LM's.
 
 Example:
   %(prog)s --input corpus.jsonl --tokenizer-type SentencePieceTokenizer \
@@ -18,7 +17,7 @@ Example:
     --tokenizer-model tokenizer.json --output-prefix data/corpus --append-eod
   %(prog)s --shard 1/2 --input *.parquet --tokenizer-type HuggingFaceTokenizer \
     --tokenizer-model tokenizer.json --output-prefix data/corpus --append-eod
-  %(prog)s --merge data/corpus --output-prefix data/corpus --shuffle-seed 1
+  %(prog)s --merge data/corpus-*.idx --output-prefix data/corpus_text_document --shuffle-seed 1
 """
 
 import argparse
@@ -35,17 +34,11 @@ from maskmoe.data.preprocess import preprocess
 from maskmoe.data.tokenizer_record import TOKENIZER_TYPES
 from maskmoe.processes.folder_lock import locked
 
-# Flags that say how text is encoded, with their values if they are not given: --merge, which encodes nothing, refuses
-# them.
-_FLAGS_OF_ENCODING = {
-    "input_format": None,
-    "document_separator": None,
-    "tokenizer_type": None,
-    "tokenizer_model": None,
-    "append_eod": False,
-    "shard": None,
-    "workers": None,
-}
+# Flags that say how text is encoded: --merge, which encodes nothing, refuses them.
+_FLAGS_OF_ENCODING = (
+    *("input_format", "json_keys", "document_separator"),
+    *("tokenizer_type", "tokenizer_model", "append_eod", "shard", "workers"),
+)
 
 
 def main() -> None:
@@ -68,13 +61,11 @@ def _parser() -> argparse.ArgumentParser:
     parser = command_parser(__doc__)
     sources = parser.add_mutually_exclusive_group(required=True)
     add_text_arguments(parser, ", encoded in the given order", "text; each key gets a dataset of its own", sources)
-    parser.set_defaults(json_keys=None)  # distinguishes keys that the user gives, which --merge of datasets refuses
     sources.add_argument(
         "--merge",
         nargs="+",
         metavar="PREFIX",
-        help="join datasets in the given order instead of encoding text: prefixes of datasets (without .bin and .idx), "
-        "or the --output-prefix of shards, which stands for all of them in order",
+        help="join datasets in the given order instead of encoding text: their prefixes, or their .idx files",
     )
     kind = "type of the tokenizer, as in training"
     parser.add_argument("--tokenizer-type", choices=TOKENIZER_TYPES, help=kind)
@@ -85,8 +76,8 @@ def _parser() -> argparse.ArgumentParser:
         "it",
     )
     outputs = (
-        "start of the output paths PREFIX_KEY_document.{bin,idx,tokenizer.json}; --merge of prefixes of datasets "
-        "writes PREFIX.{bin,idx,tokenizer.json}"
+        "start of the output paths PREFIX_KEY_document.{bin,idx,tokenizer.json}; --merge writes "
+        "PREFIX.{bin,idx,tokenizer.json}"
     )
     parser.add_argument("--output-prefix", required=True, metavar="PREFIX", help=outputs)
     parser.add_argument("--append-eod", action="store_true", help="end each document with the end-of-text id")
@@ -115,22 +106,15 @@ def _encode(parser: argparse.ArgumentParser, settings: dict[str, Any]) -> Sequen
         if settings[name] is None:
             parser.error(f"the following arguments are required: --{name.replace('_', '-')}")
     del settings["merge"]
-    if settings["json_keys"] is None:
-        del settings["json_keys"]
     return preprocess(settings.pop("input"), **settings)
 
 
 def _merge(parser: argparse.ArgumentParser, settings: dict[str, Any]) -> Sequence[IndexedDatasetWriter]:
-    for name, absent in _FLAGS_OF_ENCODING.items():
-        if settings[name] != absent:
+    for name in _FLAGS_OF_ENCODING:
+        if settings[name] != parser.get_default(name):
             parser.error(f"--{name.replace('_', '-')} is for --input, and does not apply to --merge")
-    return merge_datasets(
-        settings["merge"],
-        settings["output_prefix"],
-        settings["json_keys"],
-        settings["shuffle_seed"],
-        settings["force"],
-    )
+    names = ("merge", "output_prefix", "shuffle_seed", "force")
+    return [merge_datasets(*(settings[name] for name in names))]
 
 
 def add_text_arguments(
@@ -152,8 +136,7 @@ def add_text_arguments(
         nargs="+",
         required=sources is None,
         metavar="FILE",
-        help=f"texts{purpose}: files; folders that `save_to_disk` of Hugging Face's datasets has written; or - for "
-        "standard input",
+        help=f"texts{purpose}: files, or - for standard input",
     )
     parser.add_argument(
         "--input-format",

@@ -3,8 +3,8 @@
 The output is PREFIX.model, the tokenizer, and PREFIX.vocab, a readable list of its tokens. The tokenizer keeps every
 character and all white space. Characters that are too rare for a token of their own are encoded as bytes.
 
-The command reads what `maskmoe preprocess` reads: JSON lines (.jsonl, .json, .ndjson), Parquet (.parquet), Arrow
-(.arrow, .feather) and plain text, saved datasets of Hugging Face, pipes and standard input.
+The command reads what `maskmoe preprocess` reads: JSON lines (.jsonl, .json, .ndjson), Parquet (.parquet) and plain
+text, pipes and standard input.
 
 Example:
   %(prog)s --input corpus.jsonl --vocab-size 32000 --output-prefix tokenizer

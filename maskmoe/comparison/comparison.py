@@ -13,7 +13,7 @@ from maskmoe.comparison.data import Dataset
 from maskmoe.comparison.run import Run, runs_of
 from maskmoe.comparison.steps import run_steps
 from maskmoe.comparison.suite import Suite
-from maskmoe.comparison.table import RunResult, merge, read_table, write_table
+from maskmoe.comparison.table import RunResult, read_table, write_table
 from maskmoe.errors import RunFailure, UserError
 from maskmoe.files.json_files import read_json
 from maskmoe.launch.machine import Devices
@@ -50,23 +50,16 @@ class Comparison:
         """All runs of the suite, in the order in which they are trained."""
         return runs_of(self.suite, self.folder, self.data, self.devices)
 
-    def selected(self, patterns: Sequence[str], seeds: Sequence[int]) -> tuple[Run, ...]:
-        """Return the runs whose variant or name matches one of the shell patterns, with one of the seeds.
-
-        Args:
-            patterns: Shell patterns; none selects all.
-            seeds: Seeds; none selects all.
+    def selected(self, patterns: Sequence[str]) -> tuple[Run, ...]:
+        """Return the runs whose variant or name matches one of the shell patterns; without patterns, all runs.
 
         Raises:
-            UserError: The suite lacks a seed, or no run matches.
+            UserError: No run matches.
         """
-        if missing := sorted({*seeds} - {run.seed for run in self.runs}):
-            raise UserError(f"the suite has no seed {missing[0]}; add it to `seeds` in the suite file")
-        found = [run for run in self.runs if not seeds or run.seed in seeds]
-        if patterns:
-            found = [run for run in found if any(fnmatchcase(n, p) for p in patterns for n in (run.name, run.title))]
+        patterns = patterns or ("*",)
+        found = [run for run in self.runs if any(fnmatchcase(n, p) for p in patterns for n in (run.name, run.title))]
         if not found:
-            raise UserError("no run of the suite has such a name and seed; --list shows all runs")
+            raise UserError("no run of the suite has such a name; --list shows all runs")
         return tuple(found)
 
     def results(self) -> dict[str, RunResult]:
@@ -77,7 +70,7 @@ class Comparison:
         """
         known: dict[tuple[object, ...], list[RunResult]] = defaultdict(list)
         for result in read_table(self.table):
-            known[result.seed, result.program_sha256, *sorted(result.settings.items())].append(result)
+            known[result.equality_key].append(result)
         text = self.data.digests()
         found = {}
         for run in self.runs:
@@ -101,17 +94,15 @@ class Comparison:
                 waiting.setdefault(run.equality_key, run)
         return [*waiting.values()]
 
-    def collect(self, *tables: Path) -> None:
-        """Add the results in the folders of runs, and in other tables, to the table, each once.
+    def collect(self) -> None:
+        """Add the results in the folders of runs to the table, each once.
 
         A run writes only the file in its own folder, so that no process loses a line of another process.
         """
-        known = read_table(self.table)
-        files = (*tables, *(run.folder / _RESULT for run in self.runs))
-        merged = merge([*known, *(result for file in files for result in read_table(file))])
-        if len(merged) > len(known):
+        results = read_table(self.table, *(run.folder / _RESULT for run in self.runs))
+        if len(results) > len(read_table(self.table)):
             self.table.parent.mkdir(parents=True, exist_ok=True)
-            write_table(self.table, merged)
+            write_table(self.table, results)
 
     async def finish(self, runs: Sequence[Run], jobs: int, only_prepare: bool = False) -> None:
         """Make the data, check the variants, and finish the runs.

@@ -18,6 +18,7 @@ from maskmoe.routing_mask.frequency import TokenFrequency
 _MAX_TOKENIZER_LINES = 1_000_000
 _SHUFFLE_SEED = 0  # belongs to the text: all runs, whatever their seeds, hold out the same documents
 _ALL_VALIDATION = "0,1,0"
+_FLAGS_OF_DATASET = {"data-path", "split", "tokenizer-type", "tokenizer-model"}
 _HELD_OUT_SHARE = 0.02
 _MAX_HELD_OUT_TOKENS = 200_000
 
@@ -47,18 +48,13 @@ class Dataset:
         """Return the dataset that the section `data` of a suite describes.
 
         Raises:
-            UserError: A value is missing.
+            UserError: A flag of an existing dataset is missing.
         """
-        if not section.vocab_size.isdecimal():
-            raise UserError("the suite's section `data` needs vocab-size, the number of ids of the tokenizer")
-        if section.data_path and not (section.split and section.tokenizer_model):
-            raise UserError("a dataset given by data-path also needs split and tokenizer-model")
-        names = ("data_path", "split", "tokenizer_type", "tokenizer_model") if section.data_path else ()
-        values = {name.replace("_", "-"): getattr(section, name) for name in names}
-        existing = {flag: value if isinstance(value, tuple) else (value,) for flag, value in values.items()}
-        text = () if existing else tuple(map(Path, section.input))
+        if section.flags and (missing := _FLAGS_OF_DATASET - section.flags.keys()):
+            raise UserError(f"the flags of the suite's dataset lack {', '.join(sorted(missing))}")
         held_out = {name: Path(path) for name, path in section.held_out.items()}
-        return cls(folder, section.vocab_size, seq_length, text, held_out, existing)
+        text = tuple(map(Path, section.input))
+        return cls(folder, section.vocab_size, seq_length, text, held_out, section.flags)
 
     def check(self) -> None:
         """Raise UserError if neither the suite nor the command line names a text."""

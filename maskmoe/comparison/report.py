@@ -2,7 +2,6 @@
 
 import itertools
 import math
-import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -10,7 +9,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from maskmoe.comparison.run import OWN_TEXT
-from maskmoe.comparison.statistics import mean, paired_difference, unpaired_difference
+from maskmoe.comparison.statistics import mean, paired_difference
 from maskmoe.comparison.suite import Suite
 from maskmoe.comparison.table import ALL_TOKENS, RunResult
 from maskmoe.errors import UserError
@@ -59,9 +58,9 @@ def _page(suite: Suite, name: str, results: Sequence[RunResult]) -> Iterator[str
     yield f"# {suite.title}"
     yield (
         f"{len(results)} of {planned} runs of the suite `{name}` are finished{commits}. Losses are in nats "
-        "per token of held-out text. ± is half of the 95 % interval over seeds (Student's t; Welch's t for differences "
-        "that are not paired). p belongs to a two-sided sign-flip test over pairs of equal seeds. No value is "
-        "corrected for the number of comparisons."
+        "per token of held-out text. ± is half of the 95 % interval over seeds (Student's t); differences are over pairs "
+        "of equal seeds. p belongs to a two-sided sign-flip test over the pairs. No value is corrected for the number "
+        "of comparisons."
     )
     yield "![The loss of each run](losses.png)"
     for setting in dict.fromkeys(variant.setting for variant in suite.variants.values()):
@@ -82,13 +81,13 @@ def _tables(suite: Suite, text: str, results: Sequence[RunResult]) -> Iterator[s
         for name in names
     }
     titles = {name: suite.variants[name].title for name in names}
-    yield _table(["variant", "runs", *tokens], _mean_rows(losses, titles))
+    yield markdown_table(["variant", "runs", *tokens], _mean_rows(losses, titles))
     baselines = [name for name in names if name.removesuffix(f".{suite.variants[name].setting}") in suite.baselines]
     if rows := [*_difference_rows(losses, titles, baselines)]:
-        yield _table(["difference", "pairs", *tokens, "not paired", "p"], rows)
+        yield markdown_table(["difference", "pairs", *tokens, "p"], rows)
     seeds = sorted({seed for of in losses.values() for seed in of[ALL_TOKENS]})
     rows = [[str(seed), *(_loss(losses[name][ALL_TOKENS].get(seed)) for name in names)] for seed in seeds]
-    yield _table(["seed", *titles.values()], rows)
+    yield markdown_table(["seed", *titles.values()], rows)
 
 
 def _mean_rows(losses: Losses, titles: Mapping[str, str]) -> Iterator[list[str]]:
@@ -105,19 +104,14 @@ def _difference_rows(losses: Losses, titles: Mapping[str, str], baselines: Seque
             continue
         own, theirs = losses[name], losses[baseline]
         paired = {band: paired_difference(own[band], theirs[band]) for band in own}
-        unpaired = unpaired_difference([*own[ALL_TOKENS].values()], [*theirs[ALL_TOKENS].values()])
         p = paired[ALL_TOKENS].p
-        cells = [*(f"{estimate:+.4f}" for estimate in paired.values()), f"{unpaired:+.4f}"]
+        cells = (f"{estimate:+.4f}" for estimate in paired.values())
         title = f"{titles[name]} − {titles[baseline]}"
         yield [title, str(paired[ALL_TOKENS].n), *cells, "–" if math.isnan(p) else f"{p:.3f}"]
 
 
 def _loss(value: float | None) -> str:
     return "–" if value is None else f"{value:.4f}"
-
-
-def _table(header: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
-    return markdown_table("\n".join(" | ".join(row) for row in (header, *rows)))
 
 
 def _by_seed(results: Sequence[RunResult], text: str, band: str) -> dict[int, float]:
@@ -156,14 +150,9 @@ def tidy(axes: "Axes") -> None:
     axes.spines[["top", "right"]].set_visible(False)
 
 
-def markdown_table(text: str) -> str:
-    """Return a Markdown table whose first column is aligned left and whose other columns are aligned right.
-
-    Args:
-        text: The header and the rows on one line each, with cells that are separated by `|`.
-    """
-    lines = [re.split(r"(?<!\\)\|", line) for line in text.splitlines() if line.strip()]
-    header, *rows = [[cell.strip() for cell in line] for line in lines]
+def markdown_table(header: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
+    """Return a Markdown table whose first column is aligned left and whose other columns are aligned right."""
+    rows = [*rows]
     widths = [max(3, *map(len, column)) for column in zip(header, *rows, strict=True)]
 
     def line(cells: Sequence[str]) -> str:

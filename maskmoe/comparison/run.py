@@ -10,7 +10,7 @@ from maskmoe.arguments.flags import flag_words, flags_to_yaml
 from maskmoe.comparison.data import Dataset
 from maskmoe.comparison.steps import Step, maskmoe_command
 from maskmoe.comparison.suite import PROGRAM, Suite, Variant
-from maskmoe.files.run_folder import CHECKPOINTS, TENSORBOARD
+from maskmoe.files.run_folder import CHECKPOINTS
 from maskmoe.launch.command import entry_point, standalone_command
 from maskmoe.launch.machine import Devices
 from maskmoe.launch.model_file import Flags
@@ -75,12 +75,6 @@ class Run:
         return {"settings": self.settings, "seed": self.seed, **digests}
 
     @property
-    def tokens(self) -> int:
-        """Number of tokens that the run trains on."""
-        sizes = ("train-iters", "global-batch-size", "seq-length")
-        return math.prod(int(self.variant.flags[flag][0]) for flag in sizes)
-
-    @property
     def model_file(self) -> Path:
         """Model file of the run, which launch/pretrain.sh takes."""
         return self.folder / "run.yaml"
@@ -104,11 +98,6 @@ class Run:
     def last_checkpoint(self) -> Path:
         """Folder of the checkpoint that completes the training, as Megatron names it."""
         return self.checkpoints / f"iter_{int(self.variant.flags['train-iters'][0]):07d}"
-
-    @property
-    def tensorboard(self) -> Path:
-        """Folder of TensorBoard's event files."""
-        return self.folder / TENSORBOARD
 
     def evaluation(self, text: str) -> Path:
         """Return the result of the evaluation on a held-out text."""

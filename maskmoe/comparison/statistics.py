@@ -80,14 +80,3 @@ def paired_difference(own: Mapping[int, float], baseline: Mapping[int, float]) -
     """
     pairs = tuple(own[seed] - baseline[seed] for seed in sorted(own.keys() & baseline.keys()))
     return replace(mean(pairs), pairs=pairs)
-
-
-def unpaired_difference(own: Sequence[float], baseline: Sequence[float]) -> Estimate:
-    """Estimate own − baseline from independent values, with the interval of Welch's t."""
-    from scipy import stats
-
-    n = min(len(own), len(baseline))
-    if n < 2:
-        return Estimate(n, float(np.mean(own) - np.mean(baseline)) if n else math.nan, math.nan, math.nan)
-    interval = stats.ttest_ind(own, baseline, equal_var=False).confidence_interval(CONFIDENCE)
-    return Estimate(n, float(np.mean(own) - np.mean(baseline)), float(interval.low), float(interval.high))

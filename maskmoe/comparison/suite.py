@@ -5,10 +5,8 @@ merges the flags of the sections, so that each variant has all its flags.
 """
 
 import itertools
-import re
 from argparse import ArgumentTypeError
 from collections.abc import Callable, Mapping
-from contextlib import suppress
 from functools import partial
 from hashlib import sha256
 from pathlib import Path
@@ -33,8 +31,6 @@ from maskmoe.files.yaml_files import read_words
 from maskmoe.launch.model_file import Flags, ModelFile, parse_flags, parse_layouts
 from maskmoe.routing_mask.feed_forward_layers import FeedForwardLayers
 
-_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._+-]*")
-_NEEDED_FLAGS = ("train-iters", "seq-length", "global-batch-size")
 # A preset decides all other flags of the mask.
 _FLAGS_BESIDE_PRESET = {"seed", "shared-table", "expert-model-parallel-size"}
 _MERGED_KEYS = {"flags", "expert-flags", "mask"}
@@ -42,61 +38,38 @@ _MASK_PREFIX = "mask."
 
 # Names of the steps that make the data, and of texts.
 _TAKEN_NAMES = {"count", "dataset", "held-out", "tokenizer", "training"}
-_COUNTS = ("train-iters", "seq-length", "global-batch-size", "micro-batch-size", "num-experts")
 
 PROGRAM = "program"
 """The key of a variant, and of its mask, that names a Python file."""
 
 _DECIDED_FLAGS = {"seed", "save", "load", "routing-mask", "data-path", PROGRAM}
 
-# The keys of the section `data` that hold paths.
-_PATHS = ("input", "data_path", "tokenizer_model", "held_out")
-
-
 def _to_list(value: object) -> object:
     return [value] if isinstance(value, str) else value
 
 
-def _check_name(name: str) -> str:
-    if not _NAME.fullmatch(name):
-        raise ValueError("a name consists of letters, digits and . _ + -, because it names a folder")
+def _check_text_name(name: str) -> str:
+    """Return the name of a held-out text. Raises ValueError if another text or a step has the name."""
+    if name in _TAKEN_NAMES:
+        raise ValueError(f"the name {name} is taken: give the held-out text another name")
     return name
 
 
-def _check_text_name(name: str) -> str:
-    """Return the name of a held-out text. Raises ValueError if it cannot name a folder, or another text has it."""
-    if name in _TAKEN_NAMES:
-        raise ValueError(f"the name {name} is taken: give the held-out text another name")
-    return _check_name(name)
-
-
-def _check_seeds(seeds: tuple[int, ...]) -> tuple[int, ...]:
-    if len(set(seeds)) < len(seeds):
-        raise ValueError(f"seeds must be different whole numbers, not {', '.join(map(str, seeds))}")
-    return seeds
-
-
 def _parse[T](parse: Callable[[object, str, Mapping[str, str]], T], content: object, info: ValidationInfo) -> T:
-    """Parse a section of flags or layouts. The context of the validation holds the variables for `${NAME}`."""
-    try:
-        return parse(content, "the section", info.context or {})
-    except UserError as error:
-        raise ValueError(str(error)) from error
+    """Parse a section of flags or layouts. The context of the validation is the suite and the variables for `${NAME}`."""
+    suite, variables = info.context
+    return parse(content, suite, variables)
 
 
 def _parse_mask(content: object, info: ValidationInfo) -> Flags | Literal["none"]:
     """Parse the mask of a variant, see `_parse`."""
-    if content == "none":
-        return "none"
-    if not isinstance(content, dict):
-        raise ValueError("must be flags of `maskmoe mask`, such as {preset: hash}, or none")
-    return _parse(parse_flags, content, info)
+    return "none" if content == "none" else _parse(parse_flags, content, info)
 
 
 type Words = Annotated[tuple[str, ...], BeforeValidator(_to_list)]
-Name = Annotated[str, AfterValidator(_check_name)]
-TextName = Annotated[str, AfterValidator(_check_text_name)]
-Seeds = Annotated[tuple[PositiveInt, ...], BeforeValidator(_to_list), AfterValidator(_check_seeds)]
+Name = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._+-]*$")]  # names a folder
+TextName = Annotated[Name, AfterValidator(_check_text_name)]
+Seeds = Annotated[tuple[PositiveInt, ...], BeforeValidator(_to_list)]
 FlagSection = Annotated[Flags, PlainValidator(partial(_parse, parse_flags))]
 LayoutSection = Annotated[Mapping[int, Flags], PlainValidator(partial(_parse, parse_layouts))]
 
@@ -152,26 +125,20 @@ class Variant(_Section):
 
 
 class DataSection(_Section):
-    """The text of all runs. Paths of files are relative to the folder of the suite file that has the section.
+    """The text of all runs. Paths of texts are relative to the folder of the suite file that has the section.
 
     Attributes:
         vocab_size: Number of ids of the tokenizer.
-        input: Text files. Without files and without `data_path`, the command line must name text files.
+        input: Text files. Without files and without `flags`, the command line must name text files.
         held_out: Further text files that models are evaluated on, by name.
-        data_path: An existing dataset instead of text, as Megatron's `--data-path`; needs `split` and
-            `tokenizer_model`.
-        split: Megatron's `--split` of that dataset.
-        tokenizer_type: Megatron's `--tokenizer-type` of that dataset.
-        tokenizer_model: Megatron's `--tokenizer-model` of that dataset.
+        flags: An existing dataset instead of text: Megatron's `data-path`, `split`, `tokenizer-type` and
+            `tokenizer-model`.
     """
 
-    vocab_size: str = ""
+    vocab_size: Annotated[str, Field(pattern=r"^[1-9]\d*$")]
     input: Words = ()
     held_out: dict[TextName, str] = {}
-    data_path: Words = ()
-    split: str = ""
-    tokenizer_type: str = "SentencePieceTokenizer"
-    tokenizer_model: str = ""
+    flags: FlagSection = {}
 
 
 class Suite(_Section):
@@ -193,7 +160,7 @@ class Suite(_Section):
     """
 
     title: str = ""
-    data: DataSection = DataSection()
+    data: DataSection
     model: str = ""
     flags: FlagSection = {}
     expert_flags: FlagSection = {}
@@ -217,7 +184,7 @@ class Suite(_Section):
         """
         try:
             content, folders = _read_with_base(path)
-            suite = cls.model_validate(content, context=variables)
+            suite = cls.model_validate(content, context=(f"suite {path}", variables))
             return suite._complete(path, folders, variables)
         except ValueError as error:
             problem = first_problem(error) if isinstance(error, ValidationError) else error
@@ -262,10 +229,10 @@ class Suite(_Section):
                 files = [Path(each) for each in (variant.program, variant.mask_program) if each]
                 digest = sha256(b"".join(each.read_bytes() for each in files)).hexdigest() if files else ""
                 variants[f"{name}.{label}" if setting else name] = variant.model_copy(update={"program_sha256": digest})
-        data = self.data.model_dump()
-        for key in _PATHS:
-            data[key] = _absolute(data[key], folders.get("data", path.parent).resolve())
-        update = {"title": self.title or path.stem, "variants": variants, "data": DataSection.model_construct(**data)}
+        folder = folders["data"].resolve()
+        texts = {"input": tuple(str(folder / text) for text in self.data.input)}
+        texts |= {"held_out": {name: str(folder / text) for name, text in self.data.held_out.items()}}
+        update = {"title": self.title or path.stem, "variants": variants, "data": self.data.model_copy(update=texts)}
         return self.model_copy(update=update)
 
     def _flags_of(self, name: str, section: Variant, varied: Flags, model_file: ModelFile) -> dict[str, Any]:
@@ -326,31 +293,18 @@ def _number(name: str, flag: str, flags: Flags, kind: Callable[[str], float]) ->
 def _check_flags(name: str, variant: Variant) -> None:
     """Raise ValueError if a variant lacks flags that the comparison reads, or has flags that it decides."""
     flags = variant.flags
-    needed = (*_NEEDED_FLAGS, "num-experts") if variant.has_experts else _NEEDED_FLAGS
-    if missing := [flag for flag in needed if flag not in flags]:
-        raise ValueError(f"variant {name} has no {missing[0]} among its flags")
-    for flag in flags.keys() & {*_COUNTS}:
+    pattern = " ".join(flags.get("hybrid-layer-pattern", ()))
+    needed = ["train-iters", "seq-length", "global-batch-size"]
+    needed += (["num-experts"] if variant.has_experts else []) + ([] if pattern else ["num-layers"])
+    for flag in needed:
+        if flag not in flags:
+            raise ValueError(f"variant {name} has no {flag} among its flags")
         _number(name, flag, flags, ranges.COUNT)
     if decided := sorted(_DECIDED_FLAGS & flags.keys()):
         raise ValueError(f"variant {name}: {', '.join(decided)} is decided by the comparison; leave the flag out")
-    pattern = " ".join(flags.get("hybrid-layer-pattern", ()))
-    if not pattern and "num-layers" not in flags:
-        raise ValueError(f"variant {name} has no layers: write num-layers or hybrid-layer-pattern among its flags")
     has_experts = FeedForwardLayers.of_pattern(pattern).num_moe_layers > 0 if pattern else "num-experts" in flags
     if has_experts != variant.has_experts and not variant.program:
         raise ValueError(f"variant {name}: a model has a mask if it has experts, and `mask: none` if it has none")
-
-
-def _absolute(paths: object, folder: Path) -> object:
-    """Return the paths of a key of `PATHS` as absolute paths. Words that are no paths, such as weights, are kept."""
-    if isinstance(paths, dict):
-        return {name: _absolute(path, folder) for name, path in paths.items()}
-    if isinstance(paths, tuple):
-        return tuple(_absolute(path, folder) for path in paths)
-    with suppress(ValueError):
-        float(str(paths))
-        return paths  # a weight
-    return str((folder / str(paths)).absolute()) if paths else paths
 
 
 def _read_with_base(path: Path) -> tuple[object, dict[str, Path]]:

@@ -1,6 +1,5 @@
 """The table of results: JSON lines, one line for each finished run, which many machines append to and merge."""
 
-import json
 import math
 import platform
 import subprocess
@@ -19,6 +18,7 @@ from maskmoe.comparison.run import OWN_TEXT, Run
 from maskmoe.errors import UserError
 from maskmoe.files.json_files import first_problem, read_json
 from maskmoe.files.outputs import write_text
+from maskmoe.files.run_folder import TENSORBOARD
 from maskmoe.routing_mask.mask import RoutingMask
 from maskmoe.run_status.events import read_scalars
 
@@ -47,8 +47,8 @@ class HeldOutLoss(BaseModel, frozen=True, extra="forbid"):
     loss: Loss
 
 
-class RunResult(BaseModel, frozen=True):
-    """A finished run: one line of the table. Further keys of a line are ignored.
+class RunResult(BaseModel, frozen=True, extra="allow"):
+    """A finished run: one line of the table. Further keys of a line, as of older versions, are kept.
 
     Attributes:
         suite: Name of the suite.
@@ -57,12 +57,9 @@ class RunResult(BaseModel, frozen=True):
         settings: See `Run.settings`.
         text: Digests of the text, see `Dataset.digests`.
         mask: Digest of the routing mask; None for a model without experts.
-        tokens: Number of tokens that the run was trained on.
         losses: Losses after training.
-        validation: Iteration and loss of a part of the held-out text during training.
-        load: For each layer with experts, the number of held-out tokens that each expert got.
         seconds: Duration of the training without interruptions.
-        origin: Commit of the code (`+` marks changes), versions of packages, processor, numbers of cores and GPUs.
+        origin: Commit of the code (`+` marks changes), versions of packages, numbers of cores and GPUs.
         program_sha256: See `Variant.program_sha256`.
     """
 
@@ -72,18 +69,15 @@ class RunResult(BaseModel, frozen=True):
     settings: dict[str, str]
     text: dict[str, str]
     mask: str | None
-    tokens: int
     losses: list[HeldOutLoss]
-    validation: list[tuple[int, Loss]]
-    load: list[list[int]]
     seconds: float
     origin: dict[str, str]
     program_sha256: str = ""
 
     @property
-    def identity(self) -> str:
-        """The settings, the seed, the text and the program, which are the same for equal runs of several suites."""
-        return json.dumps([self.settings, self.seed, self.text, self.program_sha256], sort_keys=True)
+    def equality_key(self) -> tuple[object, ...]:
+        """What is the same for equal runs, see `Run.equality_key`."""
+        return (self.seed, self.program_sha256, *sorted(self.settings.items()))
 
     def loss(self, text: str, band: str = ALL_TOKENS) -> float:
         """Return the loss on a text and a band; NaN if the run was not evaluated on them."""
@@ -106,11 +100,8 @@ class RunResult(BaseModel, frozen=True):
             settings=run.settings,
             text=digests,
             mask=RoutingMask.load(run.routing_mask).digest if run.variant.has_experts else None,
-            tokens=run.tokens,
             losses=losses,
-            validation=scalars(run.tensorboard, "lm loss validation"),
-            load=[layer["tokens_per_expert"] for layer in evaluations[OWN_TEXT]["expert_load"]],
-            seconds=round(training_seconds(run.tensorboard), 1),
+            seconds=round(training_seconds(run.folder / TENSORBOARD), 1),
             origin=_origin(run),
             program_sha256=run.variant.program_sha256,
         )
@@ -128,38 +119,26 @@ def training_seconds(tensorboard: Path) -> float:
     return median(steps) * events[-1].step if steps else 0.0
 
 
-def read_table(path: Path) -> list[RunResult]:
-    """Read a table; an absent file is an empty table.
+def read_table(*paths: Path) -> list[RunResult]:
+    """Read tables; equal runs are returned once, and an absent file is an empty table.
 
     Raises:
-        UserError: The file cannot be read, or a line is damaged.
+        UserError: A file cannot be read, a line is damaged, or a run has two results with different losses.
     """
-    if not path.exists():
-        return []
-    results = []
-    for number, line in enumerate(path.read_bytes().splitlines(), 1):
-        try:
-            results.append(RunResult.model_validate_json(line))
-        except ValidationError as error:
-            raise UserError(f"{path}, line {number} is damaged: {first_problem(error)}") from error
-    return results
-
-
-def merge(results: Iterable[RunResult]) -> list[RunResult]:
-    """Return results in which equal runs stand once.
-
-    Raises:
-        UserError: A run has two results with different losses.
-    """
-    merged: dict[str, RunResult] = {}
-    for result in results:
-        known = merged.setdefault(result.identity, result)
-        if str(known.losses) != str(result.losses):  # NaN equals NaN as text
-            raise UserError(
-                f"two results of {result.variant} with seed {result.seed} differ ({known.losses[0].loss} and "
-                f"{result.losses[0].loss}): remove one of the lines"
-            )
-    return list(merged.values())
+    results: dict[tuple[object, ...], RunResult] = {}
+    for path in filter(Path.exists, paths):
+        for number, line in enumerate(path.read_bytes().splitlines(), 1):
+            try:
+                result = RunResult.model_validate_json(line)
+            except ValidationError as error:
+                raise UserError(f"{path}, line {number} is damaged: {first_problem(error)}") from error
+            known = results.setdefault((*result.equality_key, *sorted(result.text.items())), result)
+            if str(known.losses) != str(result.losses):  # NaN equals NaN as text
+                raise UserError(
+                    f"two results of {result.variant} with seed {result.seed} differ ({known.losses[0].loss} and "
+                    f"{result.losses[0].loss}): remove one of the lines"
+                )
+    return list(results.values())
 
 
 def write_table(path: Path, results: Iterable[RunResult]) -> None:
@@ -169,7 +148,7 @@ def write_table(path: Path, results: Iterable[RunResult]) -> None:
 
 def _origin(run: Run) -> dict[str, str]:
     packages = {"python": platform.python_version()} | {name: version(name) for name in _PACKAGES}
-    machine = {"cores": str(run.devices.num_cores), "gpus": str(run.devices.num_gpus), "processor": _processor()}
+    machine = {"cores": str(run.devices.num_cores), "gpus": str(run.devices.num_gpus)}
     return {"commit": _commit(), "maskmoe": __version__, **packages, **machine}
 
 
@@ -183,10 +162,3 @@ def _commit() -> str:
         return subprocess.run(git, capture_output=True, text=True, check=True).stdout.strip()
     except (OSError, subprocess.CalledProcessError):
         return ""
-
-
-def _processor() -> str:
-    path = Path("/proc/cpuinfo")
-    lines = path.read_text(encoding="utf-8").splitlines() if path.exists() else []
-    names = (line.partition(":")[2].strip() for line in lines if line.startswith("model name"))
-    return next(names, platform.machine())

@@ -1,9 +1,9 @@
 """Write datasets in Megatron-Core's indexed dataset format: from token ids, or joined from other datasets."""
 
-import glob
 import json
 import re
 from array import array
+from collections import defaultdict
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import asdict
@@ -209,90 +209,52 @@ def _batches(lengths: np.ndarray) -> Iterator[range]:
 
 
 def merge_datasets(
-    names: Sequence[str],
-    output_prefix: str,
-    json_keys: Sequence[str] | None = None,
-    shuffle_seed: int | None = None,
-    force: bool = False,
-) -> list[IndexedDatasetWriter]:
+    names: Sequence[str], output_prefix: str, shuffle_seed: int | None = None, force: bool = False
+) -> IndexedDatasetWriter:
     """Join datasets in the given order.
 
     The result has the bytes of the dataset that `preprocess` makes of the whole text, if the datasets are its shards in
     order. A progress bar is shown if stderr is a terminal.
 
     Args:
-        names: Either prefixes of datasets, or output prefixes of shards. An output prefix stands for all shards
-            `PREFIX-I-of-N_KEY_document` of each key in order.
-        output_prefix: Prefix of the joined dataset; or its start, to which `_KEY_document` is added, if `names` are
-            output prefixes, too.
-        json_keys: Keys of the datasets, if `names` are output prefixes; None for `text`.
-        shuffle_seed: Seed of a random order of all documents, the same for all keys. None keeps the order.
-        force: Whether to replace earlier datasets of these names.
+        names: Prefixes of the datasets, with or without `.idx`.
+        output_prefix: Prefix of the joined dataset.
+        shuffle_seed: Seed of a random order of all documents. None keeps the order.
+        force: Whether to replace an earlier dataset of this name.
 
     Returns:
-        The writers, which tell the prefixes and the sizes of the joined datasets.
+        The writer, which tells the size of the joined dataset.
 
     Raises:
-        UserError: A dataset is missing, damaged, or given twice; the datasets differ in tokenizer or dtype; shards are
-            missing; `names` are prefixes of datasets, and keys are given; or an output is an input, or exists and
-            `force` is false. Then nothing is written.
+        UserError: A dataset is missing, damaged, or given twice; the datasets differ in tokenizer or dtype; other
+            shards of a text are missing; or an output is an input, or exists and `force` is false. Then nothing is
+            written.
     """
-    merges = _find_datasets(names, output_prefix, json_keys)
-    outputs = [path for output in merges for path in dataset_files(output)]
-    inputs = [path for prefixes in merges.values() for prefix in prefixes for path in dataset_files(prefix)]
-    check_outputs(outputs, inputs, force)
-    checked = {output: _check_datasets(prefixes, shuffle_seed is not None) for output, prefixes in merges.items()}
-    writers = []
-    with ExitStack() as stack:
-        for output, prefixes in merges.items():
-            writer = stack.enter_context(IndexedDatasetWriter(output, *checked[output]))
-            if shuffle_seed is None:
-                copy_in_order(prefixes, writer)
-            else:
-                copy_shuffled(prefixes, writer, shuffle_seed)
-            if writer.num_tokens == 0:
-                raise UserError(f"the {len(prefixes)} datasets hold no tokens: there is nothing to train on")
-            writers.append(writer)
-    return writers
+    prefixes = [name.removesuffix(".idx") for name in names]
+    check_outputs(dataset_files(output_prefix), [path for prefix in prefixes for path in dataset_files(prefix)], force)
+    _check_shards(prefixes)
+    dtype, tokenizer = _check_datasets(prefixes, shuffle_seed is not None)
+    with IndexedDatasetWriter(output_prefix, dtype, tokenizer) as writer:
+        if shuffle_seed is None:
+            copy_in_order(prefixes, writer)
+        else:
+            copy_shuffled(prefixes, writer, shuffle_seed)
+        if writer.num_tokens == 0:
+            raise UserError(f"the {len(prefixes)} datasets hold no tokens: there is nothing to train on")
+    return writer
 
 
-def _find_datasets(names: Sequence[str], output_prefix: str, json_keys: Sequence[str] | None) -> dict[str, list[str]]:
-    """Return the prefixes of the datasets to join, for the prefix of each joined dataset."""
-    dataset = next((name for name in names if idx_path(name).is_file()), None)
-    if dataset is None:
-        return {
-            f"{output_prefix}_{key}_document": [shard for name in names for shard in _find_shards(name, key)]
-            for key in json_keys or ("text",)
-        }
-    if json_keys is not None:
-        raise UserError(f"--json-keys is for output prefixes, but {dataset} is a dataset: leave --json-keys out")
-    return {output_prefix: list(names)}
-
-
-def _find_shards(name: str, key: str) -> list[str]:
-    """Return the prefixes of all shards that `preprocess` has made for an output prefix and a key, in order."""
-    pattern = f"{glob.escape(name)}-*-of-*{glob.escape(f'_{key}_document.idx')}"
-    matches = [match for path in glob.glob(pattern) if (match := _SHARD.fullmatch(path.removesuffix(".idx")))]
-    shards = {
-        (int(match[3]), int(match[2])): match[0]
-        for match in matches
-        if Path(match[1]) == Path(name) and match[4] == f"_{key}_document"
-    }
-    counts = sorted({count for count, _ in shards})
-    if not counts:
-        raise UserError(
-            f"there is no dataset {name}, and no shard {name}-00000-of-N_{key}_document; give prefixes without .idx"
-        )
-    if len(counts) > 1:
-        listed = " and ".join(map(str, counts))
-        raise UserError(f"{name} has shards of {listed}; name the shards, or delete the shards of an earlier run")
-    numbers = [(counts[0], index) for index in range(counts[0])]
-    missing = [f"{index}/{count}" for count, index in numbers if (count, index) not in shards]
-    if missing:
-        raise UserError(
-            f"{name} lacks {len(missing)} of {counts[0]} shards, the first is {missing[0]}: make it with --shard"
-        )
-    return [shards[number] for number in numbers]
+def _check_shards(prefixes: Sequence[str]) -> None:
+    """Check that the shards of a text, see `Shard.prefix`, are complete. Raises UserError."""
+    numbers_of_text: dict[tuple[str, ...], set[int]] = defaultdict(set)
+    for prefix in prefixes:
+        if match := _SHARD.fullmatch(prefix):
+            start, number, count, end = match.groups()
+            numbers_of_text[start, count, end].add(int(number))
+    for (start, count, end), numbers in numbers_of_text.items():
+        if missing := sorted({*range(int(count))} - numbers):
+            first = f"{start}-{missing[0]:05d}-of-{count}{end}"
+            raise UserError(f"{len(missing)} of {int(count)} shards are missing, the first is {first}")
 
 
 def _check_datasets(prefixes: Sequence[str], shuffled: bool) -> tuple[np.dtype, TokenizerRecord | None]:

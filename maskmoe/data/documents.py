@@ -5,12 +5,10 @@ A single process reads the blocks, and many processes can parse them into docume
 - A JSON line is one document of up to 1 GiB.
 - Plain text is divided at a separator if one is given. Otherwise a plain text file is one document if it has up to
   about 1 MiB (`DOCUMENT_BYTES`), and a larger file is divided at line ends into documents of about 1 MiB.
-- A row of a Parquet file, or of an Arrow IPC file or stream, is one document. pyarrow, which is optional, reads these
-  a few rows at a time.
+- A row of a Parquet file is one document. pyarrow, which is optional, reads a few rows at a time.
 """
 
 import json
-import os
 import zlib
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -46,8 +44,6 @@ _DECOMPRESSORS: dict[str, Callable[[], Any]] = {
     "zstd": lambda: zstandard.ZstdDecompressor(max_window_size=_ZSTD_WINDOW_BYTES).decompressobj(),
 }
 _ROWS_READ_AT_ONCE = 512  # from a Parquet file
-_FILE_MAGIC = b"ARROW1"
-_END_OF_STREAM = b"\xff\xff\xff\xff\0\0\0\0"
 _MESSAGE_CHARACTERS = 200
 
 
@@ -94,7 +90,7 @@ class TextBlock:
         try:
             values = json.loads(line)
         except (ValueError, RecursionError) as error:
-            hint = "; --input-format text reads plain text" if number == 1 else ""
+            hint = "; --input-format text reads plain text" if self.source.is_stream else ""
             raise UserError(f"{self._place(number)}: invalid JSON ({error}){hint}") from error
         if not isinstance(values, dict):
             raise UserError(f'{self._place(number)}: expected a JSON object such as {{"{json_keys[0]}": "…"}}')
@@ -103,8 +99,8 @@ class TextBlock:
             if key not in values:
                 found = listed([repr(name) for name in values], most=20)
                 raise UserError(
-                    f"{self._place(number)}: no key {key!r}; its keys are {found}: choose those of the text with "
-                    "--json-keys"
+                    f"{self._place(number)}: no key {key!r}; its keys are {found} (maskmoe preprocess and tokenizer "
+                    "take --json-keys)"
                 )
             text = values[key]
             if not isinstance(text, str):
@@ -237,7 +233,7 @@ class TableBlock:
 
 
 def read_table(source: Input, keys: Sequence[str], advance: Callable[[int], object]) -> Iterator[TableBlock]:
-    """Yield the rows of a Parquet or Arrow file in blocks.
+    """Yield the rows of a Parquet file in blocks.
 
     Args:
         source: The file.
@@ -249,8 +245,7 @@ def read_table(source: Input, keys: Sequence[str], advance: Callable[[int], obje
     """
     first_row = 0
     with _reporting_damage(source):
-        read_batches = _read_parquet if source.format == "parquet" else _read_arrow
-        for batch in read_batches(source, keys, advance):
+        for batch in _read_batches(source, keys, advance):
             columns = {key: _text_column(source, key, batch.column(key), first_row) for key in keys}
             num_bytes = sum(column.nbytes for column in columns.values())
             rows = max(1, batch.num_rows * BLOCK_BYTES // max(1, num_bytes))
@@ -276,11 +271,11 @@ def _reporting_damage(source: Input) -> Iterator[None]:
             raise UserError(f"input {source.name} cannot be read: {error.strerror}") from error
         message = " ".join(str(error).split())[:_MESSAGE_CHARACTERS]
         raise UserError(
-            f"input {source.name} is damaged or truncated, or no {source.format} file: {message}"
+            f"input {source.name} is damaged or truncated, or no Parquet file: {message}"
         ) from error
 
 
-def _read_parquet(
+def _read_batches(
     source: Input, keys: Sequence[str], advance: Callable[[int], object]
 ) -> Iterator["pyarrow.RecordBatch"]:
     from pyarrow.parquet import ParquetFile
@@ -296,32 +291,6 @@ def _read_parquet(
             advance((source.num_bytes or 0) * batch.num_rows // max(1, num_rows))
         if rows_read != num_rows:
             raise EOFError(f"it has {rows_read} of {num_rows} rows")
-
-
-def _read_arrow(
-    source: Input, keys: Sequence[str], advance: Callable[[int], object]
-) -> Iterator["pyarrow.RecordBatch"]:
-    import pyarrow
-    import pyarrow.ipc
-
-    if source.num_bytes == 0:
-        raise EOFError("it is empty")
-    # pyarrow takes the bytes of any name, but only names in UTF-8 as text.
-    with pyarrow.memory_map(os.fsencode(source.path)) as file:
-        if file.read(len(_FILE_MAGIC)) == _FILE_MAGIC:
-            reader = pyarrow.ipc.open_file(file)
-            batches = map(reader.get_batch, range(reader.num_record_batches))
-        else:
-            # pyarrow does not notice that a stream ends between two record batches.
-            file.seek(max(0, file.size() - len(_END_OF_STREAM)))
-            if file.read() != _END_OF_STREAM:
-                raise EOFError("the stream has no end")
-            file.seek(0)
-            batches = reader = pyarrow.ipc.open_stream(file)
-        _check_columns(source, reader.schema, keys)
-        for batch in batches:
-            yield batch
-            advance(batch.get_total_buffer_size())
 
 
 def _check_columns(source: Input, schema: "pyarrow.Schema", keys: Sequence[str]) -> None:
@@ -362,7 +331,7 @@ def read_blocks(
 
     Args:
         inputs: The inputs, see `find_inputs`.
-        json_keys: Names of the columns to read from Parquet and Arrow files.
+        json_keys: Names of the columns to read from Parquet files.
         bar: A progress bar to advance, see `progress_bar`.
 
     Raises:
@@ -370,7 +339,7 @@ def read_blocks(
     """
     advance = (tqdm(disable=True) if bar is None else bar).update
     for source in inputs:
-        if source.format in ("parquet", "arrow"):
+        if source.format == "parquet":
             yield from read_table(source, json_keys, advance)
         else:
             yield from read_text(source, advance)

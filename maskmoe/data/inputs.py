@@ -1,4 +1,4 @@
-"""Find the texts that a user names: files, pipes, standard input, and datasets saved by Hugging Face's `datasets`.
+"""Find the texts that a user names: files, pipes and standard input.
 
 A `Shard` divides the inputs among many machines: each gets a range of consecutive files of about equal size.
 
@@ -9,24 +9,20 @@ blocks of whole documents, and each block is then parsed into documents, often b
 import os
 import re
 import stat
-from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 from io import BufferedReader
-from itertools import accumulate, islice
+from itertools import accumulate
 from pathlib import Path
 
 from maskmoe.errors import UserError
-from maskmoe.files.json_files import read_json
-from maskmoe.files.untrusted import reading, resolve_inside
 
-FORMATS = ("jsonl", "text", "parquet", "arrow")
+FORMATS = ("jsonl", "text", "parquet")
 STANDARD_INPUT = "-"
 _COMPRESSION_OF_SUFFIX = {".gz": "gzip", ".gzip": "gzip", ".zst": "zstd", ".zstd": "zstd"}
 _FORMAT_OF_SUFFIX = {
     **dict.fromkeys((".jsonl", ".json", ".ndjson"), "jsonl"),
     **dict.fromkeys((".parquet", ".pq"), "parquet"),
-    **dict.fromkeys((".arrow", ".feather", ".ipc"), "arrow"),
 }
 
 
@@ -73,14 +69,14 @@ def find_inputs(names: Sequence[str | Path], format: str | None = None, separato
     """Return the inputs that the names stand for, in order.
 
     Args:
-        names: Names of files, pipes and saved datasets, or `-` for standard input.
+        names: Names of files and pipes, or `-` for standard input.
         format: One of `FORMATS` for all inputs. None derives the format of each input from the name's suffix.
         separator: Text that ends a document of plain text. None divides long files into several documents.
 
     Raises:
         UserError: A name stands for nothing that can be read, a pipe is named twice, or an option fits no input.
     """
-    inputs = [source for name in names for source in _find(str(name), format, separator)]
+    inputs = [_find(str(name), format, separator) for name in names]
     streams = [source.path for source in inputs if source.is_stream]
     if len(set(streams)) < len(streams):
         raise UserError("a pipe or standard input is named twice as input, but it can be read only once")
@@ -110,8 +106,8 @@ def compression_of_name(name: str) -> str | None:
     return _COMPRESSION_OF_SUFFIX.get(Path(name).suffix.lower())
 
 
-def _find(name: str, format: str | None, separator: str | None) -> list[Input]:
-    """Return the inputs that a name stands for: several for a saved dataset, else one."""
+def _find(name: str, format: str | None, separator: str | None) -> Input:
+    """Return the input that a name stands for."""
     name = STANDARD_INPUT if name == "/dev/stdin" else name
     try:
         status = os.fstat(0) if name == STANDARD_INPUT else os.stat(name)
@@ -121,19 +117,17 @@ def _find(name: str, format: str | None, separator: str | None) -> list[Input]:
         place = "standard input" if name == STANDARD_INPUT else name
         raise UserError(f"input {place} cannot be read: {getattr(error, 'strerror', None) or error}") from error
     if stat.S_ISDIR(status.st_mode):
-        if format not in (None, "arrow"):
-            raise UserError(f"input {name} is a folder, but --input-format {format} is for files")
-        return _find_saved_dataset(Path(name))
+        raise UserError(f"input {name} is a folder; name its files, such as {Path(name) / '*.jsonl'}")
     if name != STANDARD_INPUT and (stat.S_ISCHR(status.st_mode) or stat.S_ISBLK(status.st_mode)):
         raise UserError(f"input {name} is a device, not a file or a pipe")
     size = status.st_size if stat.S_ISREG(status.st_mode) else None
     is_stream = size is None or name == STANDARD_INPUT or name.startswith("/dev/fd/")
     is_guess = format is None and separator is None
     format = format or _format_of(name) or ("jsonl" if is_stream else "text")
-    if format in ("parquet", "arrow") and is_stream:
-        raise UserError("Parquet and Arrow files cannot be read from a pipe or from standard input; name the file")
+    if format == "parquet" and is_stream:
+        raise UserError("a Parquet file cannot be read from a pipe or from standard input; name the file")
     end = separator.encode() if separator is not None and format == "text" else None
-    return [Input(name, format, size, end, is_guess and format == "text")]
+    return Input(name, format, size, end, is_guess and format == "text")
 
 
 def _format_of(name: str) -> str | None:
@@ -141,27 +135,6 @@ def _format_of(name: str) -> str | None:
     path = Path(name)
     suffix = Path(path.stem).suffix if compression_of_name(name) else path.suffix
     return _FORMAT_OF_SUFFIX.get(suffix.lower(), "text" if suffix else None)
-
-
-def _find_saved_dataset(folder: Path) -> list[Input]:
-    """Return the Arrow files of a dataset that `save_to_disk` has written.
-
-    Raises:
-        UserError: The folder is not a saved dataset, is damaged, or has several splits.
-    """
-    state, splits = folder / "state.json", folder / "dataset_dict.json"
-    if not (state.is_file() or splits.is_file()):
-        suffixes = Counter(path.suffix for path in islice(folder.iterdir(), 1000)).most_common(1)
-        files = folder / f"*{suffixes[0][0] if suffixes else ''}"
-        raise UserError(f"input {folder} is a folder without a saved dataset; name its files, for example {files}")
-    with reading(f"the saved dataset {folder}", "save the dataset again"):
-        if not state.is_file():
-            names = read_json(splits)["splits"]
-            if len(names) > 1:
-                raise UserError(f"input {folder} has several splits ({', '.join(names)}): name the folder of one split")
-            state = resolve_inside(folder, f"{names[0]}/state.json")
-        paths = [resolve_inside(state.parent, file["filename"]) for file in read_json(state)["_data_files"]]
-        return [Input(str(path), "arrow", path.stat().st_size) for path in paths]
 
 
 @dataclass(frozen=True)

@@ -17,18 +17,6 @@ _MAX_LINE_CHARACTERS = 1 << 12
 _RARE_CHARACTER = "▅"  # stands for rare characters in the trainer, which skips lines that hold it
 _LEAST_LIMIT = 101  # the smallest limit of lines that the trainer takes
 _LINES_OF_BATCH = 1 << 16
-_NO_TEXT = "the input holds no text to train a tokenizer on"
-# Errors of the trainer that the user can cure, with the message that says how.
-_CURABLE = {
-    r"\(all_chars_count\) > \(0\)": _NO_TEXT,  # there are only NULs
-    r"Vocabulary size too high \((\d+)\)\. Please set it to a value <= (\d+)": (
-        "the input is too small for a vocabulary of {}: choose --vocab-size {} or less, or give more text"
-    ),
-    r"Vocabulary size is smaller than required_chars\. (\d+) vs (\d+)": (
-        "a vocabulary of {} cannot hold the 259 special and byte ids and every frequent character: "
-        "choose --vocab-size {} or more, or a lower --character-coverage"
-    ),
-}
 
 
 def train_tokenizer(
@@ -67,7 +55,7 @@ def train_tokenizer(
     # The trainer's own sample does not depend on a seed, and differs between processes.
     lines = draw_lines((line for document in documents for line in _cut_into_lines(document)), max_lines, seed)
     if not lines:
-        raise UserError(_NO_TEXT)
+        raise UserError("the input holds no text to train a tokenizer on")
     lines.reverse()
     model = io.BytesIO()
     try:
@@ -96,7 +84,7 @@ def train_tokenizer(
                 minloglevel=2,
             )
     except RuntimeError as error:
-        raise _explain(error) from error
+        raise UserError(f"this text does not suit --vocab-size {vocab_size}: SentencePiece says: {error}") from error
     return model.getvalue()
 
 
@@ -124,14 +112,6 @@ def _cut_into_lines(document: str) -> Iterator[str]:
             piece = line[begin : begin + _MAX_LINE_CHARACTERS]
             if piece.rstrip("\r") and _RARE_CHARACTER not in piece:
                 yield piece
-
-
-def _explain(error: RuntimeError) -> Exception:
-    """Return a `UserError` for the trainer's errors that the user can cure, else the error itself."""
-    for pattern, message in _CURABLE.items():
-        if match := re.search(pattern, str(error)):
-            return UserError(message.format(*match.groups()))
-    return error
 
 
 def vocabulary_lines(model: bytes) -> Iterator[str]:

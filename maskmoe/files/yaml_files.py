@@ -1,5 +1,6 @@
 """Reads YAML files whose values are words of a command line: model files and suites."""
 
+from collections import Counter
 from pathlib import Path
 from typing import Any
 
@@ -15,14 +16,9 @@ class _WordLoader(yaml.BaseLoader):
     """Loads all scalars as text, without octal numbers or `on` that becomes true, and refuses repeated keys."""
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
-        keys: set[str] = set()
-        for key_node, _ in node.value:
-            if not isinstance(key_node, yaml.ScalarNode):
-                raise yaml.constructor.ConstructorError(None, None, "a key must be text", key_node.start_mark)
-            if key_node.value in keys:
-                problem = f"the key {key_node.value} is repeated"
-                raise yaml.constructor.ConstructorError(None, None, problem, node.start_mark)
-            keys.add(key_node.value)
+        names = Counter(key.value for key, _ in node.value if isinstance(key, yaml.ScalarNode))
+        if repeated := [name for name, count in names.items() if count > 1]:
+            raise yaml.constructor.ConstructorError(None, None, f"the key {repeated[0]} is repeated", node.start_mark)
         return super().construct_mapping(node, deep)
 
 

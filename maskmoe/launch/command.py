@@ -85,8 +85,7 @@ def torchrun_command(options: Options, processes: int, route: Route | None, envi
         # NCCL takes every interface whose name begins with the value, unless the value begins with `=`.
         variables |= {"GLOO_SOCKET_IFNAME": route.interface, "NCCL_SOCKET_IFNAME": f"={route.interface}"}
     own = {SHUTDOWN_VARIABLE: str(options.shutdown_timeout), RUN_FOLDER_VARIABLE: str(options.run_dir)}
-    verbose = ("--verbose",) if options.verbose else ()
-    words = _torchrun_words(torchrun, ("-m", "maskmoe.launch.rank"), (str(options.model), *options.flags, *verbose))
+    words = _torchrun_words(torchrun, ("-m", "maskmoe.launch.rank"), (str(options.model), *options.flags))
     return Command(words, {**unset_variables(variables, environment), **own})
 
 
@@ -142,8 +141,9 @@ def _rendezvous_words(options: Options, route: Route | None) -> tuple[str, ...]:
     host, port = options.rendezvous
     # Without `is_host`, torchrun guesses from host names which node is node 0.
     is_host = str(options.node_rank == 0).lower()
+    timeout = options.rendezvous_timeout  # also of the wait for node 0
     return (
         *("--rdzv-backend", "c10d", "--rdzv-endpoint", f"{host}:{port}", "--rdzv-id", options.rendezvous_id),
-        *("--rdzv-conf", f"is_host={is_host},join_timeout={options.rendezvous_timeout}"),
+        *("--rdzv-conf", f"is_host={is_host},join_timeout={timeout},read_timeout={timeout}"),
         *(("--local-addr", route.address) if route else ()),
     )

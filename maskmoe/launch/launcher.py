@@ -23,7 +23,7 @@ from maskmoe.launch.command import (
     torchrun_command,
     unset_variables,
 )
-from maskmoe.launch.machine import find_devices, route_to, wait_for
+from maskmoe.launch.machine import find_devices, route_to
 from maskmoe.launch.model_file import ModelFile
 from maskmoe.launch.options import Options, parse_options
 
@@ -38,7 +38,7 @@ def launch(program: str, arguments: Sequence[str]) -> None:
         arguments: The command line after the program's name.
 
     Raises:
-        UserError: An option, the model file or the run folder cannot be used, or node 0 cannot be reached.
+        UserError: An option, the model file or the run folder cannot be used.
     """
     options = parse_options(program, arguments, os.environ)
     refuse_checkpoint(options.run_dir)
@@ -53,13 +53,9 @@ def launch(program: str, arguments: Sequence[str]) -> None:
     if options.dry_run:
         print(command)
         return
-    if options.rendezvous and options.node_rank:
-        wait_for(*options.rendezvous, options.rendezvous_timeout)
     with refused_by_system(f"cannot make {options.log_folder}", "choose another --run-dir"):
         options.log_folder.mkdir(parents=True, exist_ok=True)
         (options.log_folder / "command.txt").write_text(f"{command}\n", encoding="utf-8")
-    if options.verbose:
-        print(f"launch: {command}")
     waiting = f" when {options.nodes} nodes are there" if options.rendezvous else ""
     print(f"launch: starting {counted(processes, 'rank')}{waiting}; everything is in {options.run_dir}")
     _become(command)

@@ -1,10 +1,9 @@
-"""Finds the GPUs, CPU cores and network addresses of this machine, and waits for node 0."""
+"""Finds the GPUs, CPU cores and network addresses of this machine."""
 
 import ipaddress
 import socket
 import subprocess
 import sys
-import time
 from collections.abc import Mapping
 from contextlib import suppress
 from dataclasses import dataclass
@@ -13,15 +12,12 @@ from pathlib import Path
 import psutil
 
 from maskmoe.data.parallel import available_cores
-from maskmoe.errors import UserError
 
 _COUNT_GPUS = "import torch; print(torch.cuda.device_count())"
 _CPU_PROCESSES = 2
 # Device files of the drivers of NVIDIA, of NVIDIA's Tegra, of AMD, and of Windows Subsystem for Linux.
 _GPU_DEVICE_FILES = ("nvidia*", "nvhost-gpu", "nvgpu", "kfd", "dxg")
 
-_PAUSE = 1.0  # seconds between attempts to connect
-_CONNECT_TIMEOUT = 5.0  # seconds for one attempt
 _ELSEWHERE = "192.0.2.1"  # an address of documentation (RFC 5737), which is no host
 
 # Let glibc take huge pages for tensors. Fewer misses of the address cache save 5 to 10 % of a small model's processor
@@ -46,16 +42,11 @@ class Devices:
     num_cores: int
 
     @property
-    def num_processes(self) -> int:
-        """The number of processes to train with: one for each GPU, or 2 on a machine without GPUs."""
-        return self.num_gpus or _CPU_PROCESSES
-
-    @property
     def environment(self) -> Mapping[str, str]:
         """The environment variables of a training process."""
         if self.num_gpus:
             return GPU_ENVIRONMENT
-        return {"OMP_NUM_THREADS": str(max(1, self.num_cores // self.num_processes)), **_CPU_ENVIRONMENT}
+        return {"OMP_NUM_THREADS": str(max(1, self.num_cores // _CPU_PROCESSES)), **_CPU_ENVIRONMENT}
 
     @property
     def megatron_flags(self) -> list[str]:
@@ -84,7 +75,7 @@ class Route:
 
     Attributes:
         address: This node's address on the route.
-        interface: The network interface with this address; None if not exactly one interface has the address.
+        interface: The network interface with this address; None if it is unknown.
     """
 
     address: str
@@ -106,12 +97,10 @@ def route_to(host: str, port: int) -> Route | None:
         own_address = _own_address(_ELSEWHERE, port)
     if own_address is None or _is_loopback(own_address):
         return None
-    interfaces = [
-        name
-        for name, addresses in psutil.net_if_addrs().items()
-        if any(address.address.partition("%")[0] == own_address for address in addresses)
-    ]
-    return Route(own_address, interfaces[0] if len(interfaces) == 1 else None)
+    for interface, addresses in psutil.net_if_addrs().items():
+        if any(address.address.partition("%")[0] == own_address for address in addresses):
+            return Route(own_address, interface)
+    return Route(own_address, None)
 
 
 def _own_address(host: str, port: int) -> str | None:
@@ -131,36 +120,3 @@ def _is_loopback(host: str | None) -> bool:
     with suppress(ValueError):
         return ipaddress.ip_address(host or "").is_loopback
     return host == "localhost"
-
-
-def wait_for(host: str, port: int, timeout: float) -> None:
-    """Wait until node 0 listens at an address, and print that this node waits.
-
-    Args:
-        host: The host name or address.
-        port: The port.
-        timeout: The longest wait, in seconds.
-
-    Raises:
-        UserError: Node 0 does not listen at the address within the timeout.
-    """
-    deadline, has_said = time.monotonic() + timeout, False
-    while error := _connection_error(host, port):
-        if time.monotonic() > deadline:
-            raise UserError(
-                f"node 0 cannot be reached at {host}:{port} after {timeout:g} s ({error.strerror or error}): check "
-                "that the run was started on node 0, and check --rendezvous"
-            )
-        if not has_said:
-            print(f"launch: waiting for node 0 at {host}:{port}, at most {timeout:g} s", flush=True)
-            has_said = True
-        time.sleep(_PAUSE)
-
-
-def _connection_error(host: str, port: int) -> OSError | None:
-    """Try to connect to an address; return the error, or None if a process listens there."""
-    try:
-        socket.create_connection((host.strip("[]"), port), timeout=_CONNECT_TIMEOUT).close()
-    except OSError as error:
-        return error
-    return None

@@ -43,7 +43,6 @@ class Options(argparse.Namespace):
         run_dir: The run folder, as an absolute path.
         check_only: Whether to check only, and start nothing.
         dry_run: Whether to print torchrun's command line only.
-        verbose: Whether everything that the ranks print goes to the console.
     """
 
     model: Path
@@ -59,7 +58,6 @@ class Options(argparse.Namespace):
     run_dir: Path
     check_only: bool
     dry_run: bool
-    verbose: bool
 
     @property
     def log_folder(self) -> Path:
@@ -80,13 +78,8 @@ def parse_options(program: str, arguments: Sequence[str], environment: Mapping[s
             rank.
     """
     parser = options_parser(program, environment)
-    options, unknown = parser.parse_known_args(arguments, Options())
-    if unknown:
-        raise UserError(
-            f"unknown option {unknown[0]} of {program}: write Megatron's flags after MODEL.yaml (see {program} --help)"
-        )
-    # Training has the flag --verbose, too.
-    own = parser.option_names() - {"--verbose", "--help", "-h"}
+    options = parser.parse_args(arguments, Options())
+    own = parser.option_names() - {"--help", "-h"}
     if misplaced := [word for word in options.flags if word.partition("=")[0] in own]:
         raise UserError(f"{misplaced[0]} is an option of {program}: write it before {options.model}")
     options.run_dir = (options.run_dir or RUNS / options.model.stem).absolute()
@@ -95,13 +88,8 @@ def parse_options(program: str, arguments: Sequence[str], environment: Mapping[s
         # One node may inherit the variables of a run on many nodes, and a check meets no other node.
         options.node_rank, options.rendezvous = 0, None
         return options
-    if options.rendezvous is None and (host := environment.get("MASTER_ADDR")):
-        try:
-            options.rendezvous = _address(f"{host}:{environment.get('MASTER_PORT') or DEFAULT_PORT}")
-        except argparse.ArgumentTypeError as error:
-            raise UserError(f"MASTER_ADDR and MASTER_PORT: {error}") from error
     if options.rendezvous is None:
-        raise UserError(f"--nodes {options.nodes} needs a rendezvous: pass --rendezvous HOST:PORT or set MASTER_ADDR")
+        raise UserError(f"--nodes {options.nodes} needs a rendezvous: pass --rendezvous HOST:PORT")
     if options.node_rank is None or options.node_rank >= options.nodes.most:
         raise UserError(
             f"--nodes {options.nodes}: pass --node-rank 0 to {options.nodes.most - 1} on the nodes, or set NODE_RANK"
@@ -138,15 +126,12 @@ def options_parser(program: str, environment: Mapping[str, str]) -> Parser:
         parser.add_argument(flag, metavar=metavar, type=type, default=value, help=f"{text} [{variable}]")
 
     ranks = "number of ranks on each node (default: one per GPU; one on a machine without GPUs)"
-    address = (
-        "an address of node 0 and a free port (default with several nodes: MASTER_ADDR:MASTER_PORT, with port "
-        f"{DEFAULT_PORT} if MASTER_PORT is not set)"
-    )
+    address = f"where the nodes meet: an address of node 0 and a free port (default port: {DEFAULT_PORT})"
     nodes = "number of nodes; with MIN:MAX, torchrun restarts all ranks when a node is lost, returns or joins"
     add("--nodes", "N", _node_range, "NNODES", nodes, "1")
     add("--node-rank", "R", ranges.NUMBER, "NODE_RANK", "number of this node, from 0")
     add("--nproc-per-node", "N", ranges.RANKS_OF_NODE, "NPROC_PER_NODE", ranks)
-    add("--rendezvous", "HOST:PORT", _address, "RDZV_ENDPOINT", f"where the nodes meet: {address}")
+    add("--rendezvous", "HOST:PORT", _address, "RDZV_ENDPOINT", address)
     add("--rendezvous-id", "ID", str, "RDZV_ID", "name of the job, equal on all nodes (default: the run folder)")
     add(
         "--rendezvous-timeout", "SECONDS", ranges.SECONDS, "RDZV_TIMEOUT", "how long the nodes wait for each other", 600
@@ -160,8 +145,6 @@ def options_parser(program: str, environment: Mapping[str, str]) -> Parser:
     check_help = argparse.SUPPRESS if is_check else f"only check the settings, and show what the run needs; {report}"
     parser.add_argument("--check", dest="check_only", action="store_true", help=check_help)
     parser.add_argument("--dry-run", action="store_true", help="only print torchrun's command line")
-    verbose_help = "print all arguments, the memory of the run, and everything else that is usually only in files"
-    parser.add_argument("--verbose", action="store_true", help=verbose_help)
     model_help = "the model file, or the name of a shipped one: laptop.yaml, mixtral-8x7b.yaml, …; see launch/models/"
     parser.add_argument("model", type=partial(shipped_file, folder="models"), metavar="MODEL.yaml", help=model_help)
     parser.add_argument("flags", nargs=argparse.REMAINDER, metavar="flags", help="flags of Megatron and MaskMoE")

@@ -12,8 +12,8 @@ import os
 import signal
 import sys
 import threading
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager, suppress
+from collections.abc import Mapping
+from contextlib import suppress
 from pathlib import Path
 
 from torch.distributed import run
@@ -62,28 +62,24 @@ class Agent(LocalElasticAgent):
         return result
 
     def _has_ended_elsewhere(self) -> bool:
-        try:
-            with self._limited_time():
-                return self._worker_group.spec.rdzv_handler.is_closed()
-        except RendezvousError:  # node 0 has ended
-            return True
+        return self._ask("is_closed", if_lost=True)
 
     def _is_node_waiting(self) -> bool:
         """Return whether a node waits to be taken in. Then all ranks save and stop, and torchrun starts them again."""
-        try:
-            with self._limited_time():
-                return self._worker_group.spec.rdzv_handler.num_nodes_waiting() > 0
-        except RendezvousError:
-            return False
+        return self._ask("num_nodes_waiting", if_lost=False)
 
-    @contextmanager
-    def _limited_time(self) -> Iterator[None]:
-        """End the ranks and this process if node 0 does not answer, for which torchrun itself waits without limit."""
+    def _ask(self, question: str, if_lost: bool) -> bool:
+        """Ask node 0's rendezvous; return `if_lost` if node 0 has ended.
+
+        If node 0 does not answer, for which torchrun itself waits without limit, end the ranks and this process.
+        """
         timer = threading.Timer(_ANSWER_TIMEOUT, self._give_up)
         timer.daemon = True
         timer.start()
         try:
-            yield
+            return bool(getattr(self._worker_group.spec.rdzv_handler, question)())
+        except RendezvousError:
+            return if_lost
         finally:
             timer.cancel()
 
@@ -126,7 +122,8 @@ def main() -> None:
             _say("another node has ended the run, and says why in its output; or node 0 is lost")
         else:
             where = f"{arguments.rdzv_endpoint}, --rendezvous-id {arguments.rdzv_id}"
-            _say(f"error: the {arguments.nnodes} nodes did not meet at {where}: {error}")
+            reason = str(error.__cause__ or error).partition("\n")[0]
+            _say(f"error: the {arguments.nnodes} nodes did not meet at {where}: {reason}")
         sys.exit(EXIT_RUN_FAILURE)
     except ChildFailedError as error:
         codes = {failure.exitcode for failure in error.failures.values()}

@@ -124,9 +124,8 @@ class ExpertTable:
 
         Args:
             location: `F.npy`, or `F.safetensors` or a folder of such files, with or without `:TENSOR`. The tensor has
-                the shape `[vocab, k]` or `[layers, vocab, k]`. If TENSOR contains `{layer}`, there is one tensor
-                `[vocab, k]` for each layer, and layers without a tensor have no table. Without TENSOR, the tables are
-                the tensors that `layer_of_tensor` knows, or the only tensor.
+                the shape `[vocab, k]` or `[layers, vocab, k]`. Without TENSOR, the tables are the tensors
+                `[vocab, k]` that `layer_of_tensor` knows, or the only tensor.
             num_layers: See `positions_of_layers`.
             pattern: See `positions_of_layers`.
 
@@ -135,12 +134,10 @@ class ExpertTable:
         """
         path, tensor = split_location(location)
         name, file_of = f"{path.name}:{tensor}" if tensor else path.name, _files_of_tensors(path)
-        positions = positions_of_layers(pattern, num_layers, [tensor] if tensor else file_of)
-        if _LAYER in tensor:
-            return cls(name, _read_tensor_of_each_layer(path, file_of, tensor, positions, pattern))
         known = [] if tensor else [each for each in file_of if layer_of_tensor(each) is not None]
         if known:
-            return cls.of_tensors(name, {each: _read_tensor(file_of[each], each) for each in known}, positions)
+            tensors = {each: _read_tensor(file_of[each], each) for each in known}
+            return cls.of_tensors(name, tensors, positions_of_layers(pattern, num_layers, known))
         return cls(name, _read_single_tensor(path, file_of, tensor, num_layers))
 
     @classmethod
@@ -161,8 +158,7 @@ class ExpertTable:
             raise UserError(
                 f"expert table {name} has tables of the layers {', '.join(map(str, sorted(table_of)))}, but the first "
                 f"{counted(len(tensors), 'layer')} with experts must have them: {', '.join(map(str, layers))}; add "
-                "missing files, give --hybrid-layer-pattern for a HybridModel, or name the tensors as in "
-                f"{name}:{TENSOR_NAMES['tid2eid']}"
+                "missing files, or give --hybrid-layer-pattern for a HybridModel"
             )
         return cls(name, [tensors[table_of[layer]] if layer in table_of else None for layer in positions])
 
@@ -286,29 +282,6 @@ def _files_of_tensors(path: Path) -> dict[str, Path]:
             with safe_open(file, framework="numpy") as tensors:
                 file_of |= dict.fromkeys(tensors.keys(), file)
     return file_of
-
-
-def _read_tensor_of_each_layer(
-    path: Path, file_of: Mapping[str, Path], tensor: str, positions: Sequence[int | None], pattern: str | None
-) -> list[np.ndarray | None]:
-    """Read one tensor for each layer, whose names have the layer's number in place of `{layer}`.
-
-    Raises:
-        UserError: No layer has a tensor, or a tensor belongs to a layer that the pattern does not give experts.
-    """
-    names = [None if layer is None else tensor.replace(_LAYER, str(layer)) for layer in positions]
-    experts = [_read_tensor(file_of[name], name) if name in file_of else None for name in names]
-    if not any(each is not None for each in experts):
-        raise UserError(f"expert table {path} has no tensor {tensor} of any layer with experts")
-    of_layers = re.compile(re.escape(tensor).replace(re.escape(_LAYER), r"\d+"))
-    others = [name for name in file_of if of_layers.fullmatch(name) and name not in names]
-    if pattern is not None and others:
-        raise UserError(
-            f"expert table {path} has {others[0]}, but --hybrid-layer-pattern '{pattern}' has no such layer with "
-            "experts: names with decoder.layers. count all its layers, other names its feed-forward layers; rename the "
-            "tensors"
-        )
-    return experts
 
 
 def _read_single_tensor(path: Path, file_of: Mapping[str, Path], tensor: str, num_layers: int) -> list[np.ndarray]:

@@ -226,10 +226,6 @@ class RoutingMask(SealedTensors):
             )
         if expert_model_parallel_size is None:
             return
-        if num_experts % expert_model_parallel_size:
-            raise UserError(
-                f"{num_experts} experts cannot be divided evenly over expert parallel size {expert_model_parallel_size}"
-            )
         built_for = self.provenance.expert_model_parallel_size
         # Fewer ranks hold whole groups of the original ranks' experts if their number divides the original number.
         if built_for is not None and built_for % expert_model_parallel_size:

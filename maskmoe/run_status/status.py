@@ -1,7 +1,6 @@
 """The status of a run as lines of text, from what its run folder holds."""
 
 import re
-import time
 from collections.abc import Iterator, Mapping, Sequence
 from datetime import timedelta
 from itertools import pairwise
@@ -9,12 +8,15 @@ from pathlib import Path
 from statistics import median
 from typing import TYPE_CHECKING
 
-from maskmoe.checkpoint.series import choose_checkpoint, has_checkpoint
+from tqdm import tqdm
+
+from maskmoe.checkpoint.errors import CheckpointError
+from maskmoe.checkpoint.integrity import check_content, check_structure, has_digests
+from maskmoe.checkpoint.series import checkpoint_path, choose_checkpoint, has_checkpoint, saved_iterations
 from maskmoe.errors import UserError, one_line
 from maskmoe.files.run_folder import ARGUMENTS, CHECKPOINTS, TENSORBOARD
 from maskmoe.files.untrusted import UnusableFile, read_bounded
 from maskmoe.processes.folder_lock import check_unlocked
-from maskmoe.run_status.checkpoints import read_checkpoints
 from maskmoe.run_status.events import read_scalars
 
 if TYPE_CHECKING:
@@ -45,9 +47,10 @@ def status_lines(run: Path, verify: bool = False) -> Iterator[str]:
     except UserError as error:
         yield one_line(error).partition(";")[0]
     yield _next_start(save)
-    for each in read_checkpoints(save, verify):
-        saved = time.strftime("%Y-%m-%d %H:%M:%S", time.localtime(each.saved))
-        yield f"  {each.path.name}  {each.size / 2**20:>10,.1f} MiB  {saved}  {each.state}"
+    iterations = sorted(saved_iterations(save), reverse=True)
+    for iteration in tqdm(iterations, "verifying", unit="checkpoint", disable=not verify, leave=False):
+        path = checkpoint_path(save, iteration)
+        yield f"  {path.name}  {checkpoint_state(path, verify)}"
 
 
 def read_train_iters(run: Path) -> int:
@@ -57,6 +60,23 @@ def read_train_iters(run: Path) -> int:
     except UnusableFile:
         return 0
     return int(match[1]) if match else 0
+
+
+def checkpoint_state(path: Path, verify: bool) -> str:
+    """Return the state of a checkpoint.
+
+    The state is `complete` if all files have their full size, `verified` if the files also have the content that was
+    saved, else what is wrong.
+    """
+    try:
+        check_structure(path)
+        if verify:
+            check_content(path)
+    except CheckpointError as error:
+        return f"damaged: {one_line(error.fault)}"
+    if not has_digests(path):
+        return "complete, without digests"
+    return "verified" if verify else "complete"
 
 
 def _next_start(save: Path) -> str:

@@ -35,6 +35,6 @@ def test_plots(tmp_path, num_models):
     analysis = RoutingAnalysis(models, statistics, tuple(range(30)), np.ones(9, int), bands, np.arange(9), {})
     (tmp_path / "fluctuation.png").write_text("of an earlier analysis")
     paths = write_plots(analysis, tmp_path)
-    assert [path.name for path in paths] == list(PLOT_NAMES[: 4 if num_models > 1 else 3])
+    assert [path.name for path in paths] == list(PLOT_NAMES[: 3 if num_models > 1 else 2])
     assert {*tmp_path.iterdir()} == {*paths}
     assert all(path.read_bytes().startswith(b"\x89PNG") for path in paths)

@@ -45,8 +45,7 @@ MISTAKES = [
     ("export --max-shard-size=1e400GB", "--max-shard-size"),
     ("upcycle --num-experts=8", "only a model without experts"),
     ("upcycle --moe-layer-freq=x", "--moe-layer-freq"),
-    ("compare --seeds=77", "no seed 77"),
-    ("compare --merge=slip", "--merge slip"),
+    ("compare --only=nothing", "no run of the suite"),
     ("compare --report", "no run of the suite suite is finished"),
     ("mask --frequent-visible-experts=5", "2 to 4 of 4 experts"),
     ("mask --routing-mask=mask.safetensors", "--num-experts"),
@@ -57,7 +56,6 @@ MISTAKES = [
     ("count --merge=a", "--merge"),
     ("preprocess --json-keys=../../x", "--json-keys"),
     ("analyze --seq-length=4096", "--seq-length"),
-    ("generate --prompt=\t", "--prompt"),
     ("generate --prompt=a\udcff", "--prompt"),
     ("generate --max-new-tokens=70", "64 positions"),
 ]

@@ -49,8 +49,8 @@ def folder(original_workshop: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPa
     """The current folder, with copies of the text, the tokenizer, the dataset and the counts."""
     for name in ("tokenizer.model", "data.bin", "data.idx", "counts.safetensors"):
         shutil.copy(original_workshop / name, tmp_path / name.removesuffix(".safetensors"))
-    for name in ("short", "a_text_document.bin"):
-        (tmp_path / name).write_text("The quick brown fox.\n" * 3)
+    (tmp_path / "short").write_text('{"prompt": "The quick"}\n')
+    (tmp_path / "a_text_document.bin").write_text("The quick brown fox.\n" * 3)
     shutil.copy(original_workshop / "text.txt", tmp_path)
     np.save(tmp_path / "table.npy", np.zeros((400, 1), np.int64))
     monkeypatch.chdir(tmp_path)

@@ -78,7 +78,6 @@ def test_the_model_file_starts_the_run(runs):
 def test_settings_are_what_decides_the_result(runs):
     run = runs()["maskmoe.seed-2"]
     assert run.settings["mask.frequent-mass"] == "0.4"
-    assert run.tokens == 40 * 2 * 16
     faster = {**run.variant.flags, "num-workers": ("4",), "save-interval": ("10",)}
     assert replace(run, variant=run.variant.model_copy(update={"flags": faster})).settings == run.settings
     other = replace(run, variant=run.variant.model_copy(update={"flags": {**run.variant.flags, "clip-grad": ("2",)}}))

@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 from support.runs import write_scalars
 from support.suites import result
 
-from maskmoe.comparison.table import merge, read_table, scalars, training_seconds, write_table
+from maskmoe.comparison.table import RunResult, read_table, scalars, training_seconds, write_table
 from maskmoe.errors import UserError
 
 
@@ -21,17 +21,20 @@ def test_a_table_is_read_as_it_was_written(tmp_path_factory, runs):
     assert path.read_text().count("\n") == len(results)
 
 
-def test_merging_keeps_equal_runs_once():
-    one, two = result("smoe", 1, 3.0), result("smoe", 2, 3.5)
+def test_equal_runs_of_several_tables_count_once(tmp_path):
+    one, two, without_tokens = result("smoe", 1, 3.0), result("smoe", 2, 3.5), result("smoe", 3, math.nan)
     same = one.model_copy(update={"suite": "another", "variant": "renamed", "seconds": 7.0})
-    assert merge([one, two, same, one]) == [one, two]
-    without_tokens = result("smoe", 3, math.nan)
-    assert merge([without_tokens, result("smoe", 3, math.nan)]) == [without_tokens]
-
-
-def test_two_results_of_one_run_are_refused():
+    tables = [tmp_path / "a", tmp_path / "b", tmp_path / "absent"]
+    write_table(tables[0], [one, two])
+    write_table(tables[1], [same, one, without_tokens, without_tokens])
+    assert str(read_table(*tables)) == str([one, two, without_tokens])
+    # Keys of other versions are kept.
+    tables[0].write_text(one.model_dump_json()[:-1] + ', "load": [[1, 2]]}')
+    write_table(tables[1], read_table(tables[0]))
+    assert read_table(tables[1]) == [RunResult(**one.model_dump(), load=[[1, 2]])]
+    write_table(tables[1], [result("smoe", 1, 3.1)])
     with pytest.raises(UserError, match=r"two results of smoe with seed 1 differ \(3\.0 and 3\.1\)"):
-        merge([result("smoe", 1, 3.0), result("smoe", 1, 3.1)])
+        read_table(*tables)
 
 
 @pytest.mark.parametrize(

@@ -115,39 +115,33 @@ def parts(folder: Path) -> list[str]:
 
 
 @pytest.mark.parametrize("seed", [None, 7])
-@pytest.mark.parametrize("named", ["shards", "output prefix"])
+@pytest.mark.parametrize("suffix", ["", ".idx"])
 def test_merging_gives_the_dataset_of_one_machine(
     shards: Path,
     tmp_path: Path,
     seed: int | None,
-    named: str,
+    suffix: str,
     monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture,
 ) -> None:
     monkeypatch.setattr(dataset_writing, "_BATCH_TOKENS", 5000)
-    names = parts(shards) if named == "shards" else [f"{shards}/part"]
+    names = [f"{part}{suffix}" for part in parts(shards)]
     shuffle = [] if seed is None else ["--shuffle-seed", str(seed)]
     monkeypatch.setattr(sys, "argv", ["x", "--merge", *names, "--output-prefix", f"{tmp_path}/merged", *shuffle])
     preprocess_data.main()
-    prefix = f"{tmp_path}/merged" + ("" if named == "shards" else "_text_document")
-    assert capsys.readouterr().out.startswith(f"{prefix}: ")
-    assert content(prefix) == content(shards / f"{'whole' if seed is None else 'shuffled'}_text_document")
-    assert sorted(path.name.removeprefix("merged") for path in tmp_path.iterdir()) == sorted(
-        f"{'' if named == 'shards' else '_text_document'}.{suffix}" for suffix in SUFFIXES
-    )
+    assert capsys.readouterr().out.startswith(f"{tmp_path}/merged: ")
+    assert content(tmp_path / "merged") == content(shards / f"{'whole' if seed is None else 'shuffled'}_text_document")
+    assert {path.name for path in tmp_path.iterdir()} == {f"merged.{suffix}" for suffix in SUFFIXES}
 
 
 @pytest.mark.parametrize("problem", ["differ", "hold no tokens"])
-def test_a_refused_merging_keeps_the_records_of_earlier_datasets(tmp_path: Path, problem: str) -> None:
-    for shard in ("a-00000-of-00002", "a-00001-of-00002"):
-        for key in ("x", "y"):
-            write_documents(tmp_path / f"{shard}_{key}_document", [[1]])
-    arguments = ([f"{tmp_path}/a"], f"{tmp_path}/merged", ["x", "y"])
+def test_a_refused_merging_keeps_an_earlier_dataset(tmp_path: Path, problem: str) -> None:
+    arguments = ([str(write_documents(tmp_path / name, [[1]])) for name in ("a", "b")], f"{tmp_path}/merged")
     merge_datasets(*arguments)
-    write_documents(tmp_path / "a-00000-of-00002_y_document", [])
-    write_documents(tmp_path / "a-00001-of-00002_y_document", [], dtype=np.int32 if problem == "differ" else np.uint16)
+    write_documents(tmp_path / "a", [])
+    write_documents(tmp_path / "b", [], dtype=np.int32 if problem == "differ" else np.uint16)
     before = {path: path.read_bytes() for path in tmp_path.glob("merged*")}
-    assert len(before) == 4
+    assert len(before) == 2
     with pytest.raises(UserError, match=problem):
         merge_datasets(*arguments, force=True)
     assert {path: path.read_bytes() for path in tmp_path.glob("merged*")} == before

@@ -105,25 +105,11 @@ TYPES = {
 }
 
 
-def write_stream(table: pa.Table, path: Path, **options: object) -> None:
-    with pa.ipc.new_stream(path, table.schema, options=pa.ipc.IpcWriteOptions(**options)) as writer:
-        writer.write_table(table, max_chunksize=7)
-
-
-def write_file(table: pa.Table, path: Path, **options: object) -> None:
-    with pa.ipc.new_file(path, table.schema, options=pa.ipc.IpcWriteOptions(**options)) as writer:
-        writer.write_table(table, max_chunksize=7)
-
-
 WRITERS: dict[str, Callable[[pa.Table, Path], None]] = {
     "a.parquet": lambda table, path: pq.write_table(table, path, row_group_size=5),
     "b.PARQUET": lambda table, path: pq.write_table(
         table, path, compression="zstd", data_page_version="2.0", write_page_checksum=True
     ),
-    "stream.arrow": write_stream,
-    "compressed-stream.arrow": lambda table, path: write_stream(table, path, compression="zstd"),
-    "file.arrow": write_file,
-    "compressed-file.ipc": lambda table, path: write_file(table, path, compression="lz4"),
 }
 
 

@@ -1,4 +1,4 @@
-"""Files, pipes, standard input and saved datasets are found and divided; other names are refused by one line."""
+"""Files, pipes and standard input are found and divided; other names are refused by one line."""
 
 import gzip
 import json
@@ -147,34 +147,6 @@ def test_escapes(text: str, separator: str) -> None:
     assert unescape(text) == separator
 
 
-# ---- Saved datasets of Hugging Face ----------------------------------------------------------------------------------
-
-
-@pytest.fixture(scope="module")
-def saved(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder with datasets that `datasets` has saved."""
-    import datasets
-
-    datasets.disable_progress_bars()
-    folder = tmp_path_factory.mktemp("saved")
-    whole = datasets.Dataset.from_dict({"text": DOCUMENTS, "id": range(50)})
-    whole.save_to_disk(folder / "one")
-    whole.shuffle(seed=0).save_to_disk(folder / "shuffled", num_shards=3)
-    datasets.DatasetDict(train=whole.select(range(40)), test=whole.select(range(40, 50))).save_to_disk(folder / "dict")
-    datasets.DatasetDict(train=whole).save_to_disk(folder / "single")
-    return folder
-
-
-def test_saved_datasets_are_read_as_by_datasets(saved: Path) -> None:
-    import datasets
-
-    assert documents(saved / "one") == documents(saved / "single") == DOCUMENTS
-    assert documents(saved / "shuffled") == datasets.load_from_disk(str(saved / "shuffled"))["text"][:] != DOCUMENTS
-    assert documents(saved / "dict" / "train") == DOCUMENTS[:40]
-    with pytest.raises(UserError, match=r"has several splits \(train, test\): name the folder of one split$"):
-        documents(saved / "dict")
-
-
 TEXT = st.text(st.characters(codec="utf-8"), max_size=8)
 
 
@@ -187,9 +159,6 @@ def write(path: Path, texts: Sequence[str]) -> Path:
     lines = "".join(json.dumps({"text": text}, ensure_ascii=False) + "\n" for text in texts).encode()
     if path.suffix == ".parquet":
         pq.write_table(table, path, row_group_size=3)
-    elif path.suffix in (".arrow", ".ipc"):
-        with (pa.ipc.new_file if path.suffix == ".ipc" else pa.ipc.new_stream)(path, table.schema) as writer:
-            writer.write_table(table, max_chunksize=3)
     elif path.suffix == ".txt":
         path.write_text("<sep>".join(texts), encoding="utf-8")
     else:
@@ -197,7 +166,7 @@ def write(path: Path, texts: Sequence[str]) -> Path:
     return path
 
 
-NAMES = ("a.jsonl", "a.parquet", "a.arrow", "a.ipc", "a.txt", "a.jsonl.gz", "hidden-gzip.jsonl")
+NAMES = ("a.jsonl", "a.parquet", "a.txt", "a.jsonl.gz", "hidden-gzip.jsonl")
 
 
 @given(

@@ -52,13 +52,6 @@ def test_generated_page_is_up_to_date(script: str, tmp_path: Path) -> None:
     assert outcome.exit_codes == (0,), outcome.report()
 
 
-def test_picture_is_drawn(tmp_path: Path) -> None:
-    picture = tmp_path / "routing.png"
-    command = [sys.executable, str(DOCS / "pictures" / "routing.py"), "--output", str(picture)]
-    subprocess.run(command, check=True, timeout=120)
-    assert picture.read_bytes().startswith(b"\x89PNG")
-
-
 @pytest.mark.slow
 def test_site_is_built(tmp_path: Path) -> None:
     """Every warning fails the build. The site has pages and pictures, and no data files or programs."""

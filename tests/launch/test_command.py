@@ -31,7 +31,7 @@ def build_command(arguments: str, environment: dict[str, str] | None = None, rou
 
 
 @pytest.mark.parametrize(
-    "inherited", [{}, {"MASTER_ADDR": "head", "MASTER_PORT": "0", "NODE_RANK": "3", "RDZV_ENDPOINT": "head:1"}]
+    "inherited", [{}, {"NODE_RANK": "3", "RDZV_ENDPOINT": "head:1"}]
 )
 def test_one_node_needs_no_rendezvous(inherited):
     line = str(build_command("--run-dir /run model.yaml", inherited))
@@ -48,8 +48,7 @@ def test_flags_and_environment_give_the_same_command_for_many_nodes():
     by_environment = {
         "NNODES": "2:4",
         "NODE_RANK": "2",
-        "MASTER_ADDR": "head",
-        "MASTER_PORT": "1234",
+        "RDZV_ENDPOINT": "head:1234",
         "RDZV_ID": "job",
         "MAX_RESTARTS": "1",
         "RUN_DIR": "/run",
@@ -61,7 +60,7 @@ def test_flags_and_environment_give_the_same_command_for_many_nodes():
     assert "GLOO_SOCKET_IFNAME=eth1 NCCL_SOCKET_IFNAME==eth1 " in line
     assert (
         "--nnodes 2:4 --nproc-per-node 8 --rdzv-backend c10d --rdzv-endpoint head:1234 --rdzv-id job "
-        "--rdzv-conf is_host=false,join_timeout=600 --local-addr 10.0.0.3 --max-restarts 1 "
+        "--rdzv-conf is_host=false,join_timeout=600,read_timeout=600 --local-addr 10.0.0.3 --max-restarts 1 "
     ) in line
     assert "--log-dir /run/logs/node2 " in line
     assert "is_host=true" in str(build_command(by_flags.replace("--node-rank 2", "--node-rank 0")))
@@ -148,7 +147,6 @@ def test_script_passes_its_words_on():
         ("--nodes 1:2 --rendezvous a --node-rank 2 m.yaml", {}, "--node-rank"),
         ("--rendezvous a:b m.yaml", {}, "--rendezvous"),
         ("--rendezvous a..b:1 m.yaml", {}, "--rendezvous"),
-        ("--nodes 2 --node-rank 0 m.yaml", {"MASTER_ADDR": "a", "MASTER_PORT": "x"}, "MASTER_PORT"),
         ("--nonsense m.yaml", {}, "--nonsense"),
         ("m.yaml --lr 1e-3 --nodes=2", {}, "--nodes"),
     ],
@@ -162,7 +160,7 @@ def test_no_option_of_the_launcher_is_a_flag_of_training():
     flags = set(re.findall(r"--[\w-]+", help_page("pretrain")))
     flags |= add_megatron_arguments(argparse.ArgumentParser())._option_string_actions.keys()
     shared = options_parser("maskmoe pretrain", {}).option_names() & flags
-    assert shared <= {"--check", "--nproc-per-node", "--verbose", "--help", "-h"}
+    assert shared <= {"--check", "--nproc-per-node", "--help", "-h"}
 
 
 def test_program_without_a_name_is_refused():

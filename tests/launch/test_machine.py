@@ -1,13 +1,11 @@
-"""The addresses of this machine, and the wait for node 0."""
+"""The addresses of this machine."""
 
 from unittest.mock import Mock
 
 import psutil
-import pytest
 
-from maskmoe.errors import UserError
 from maskmoe.launch import machine
-from maskmoe.launch.machine import Route, route_to, wait_for
+from maskmoe.launch.machine import Route, route_to
 
 
 def test_loopback_and_unknown_hosts_have_no_route():
@@ -22,8 +20,3 @@ def test_name_with_an_address_of_the_loopback_has_the_default_route(monkeypatch)
     monkeypatch.setattr(psutil, "net_if_addrs", lambda: {"eth0": [Mock(address="10.0.0.5")]})
     assert route_to("head", 1) == Route("10.0.0.5", "eth0")
     assert route_to("localhost", 1) is None
-
-
-def test_error_names_the_unreachable_rendezvous():
-    with pytest.raises(UserError, match=r"node 0 cannot be reached at 127\.0\.0\.1:1 after 0.1 s"):
-        wait_for("127.0.0.1", 1, 0.1)

@@ -27,7 +27,6 @@ from maskmoe.errors import UserError
 from maskmoe.launch import launcher
 from maskmoe.launch.model_file import ModelFile
 from maskmoe.routing_mask.assignment import MaskRecipe, build_routing_mask
-from maskmoe.routing_mask.feed_forward_layers import FeedForwardLayers
 from maskmoe.training.preflight.inspection import Inspection
 
 MODELS = sorted((ROOT / "launch" / "models").glob("*.yaml"))
@@ -79,13 +78,10 @@ def answer(ranks: int) -> dict[str, Any]:
     findings = {"errors": report.errors, "notes": report.notes, "warnings": messages}
     if report.layout is None or report.model is None or report.memory is None:
         return findings
-    layout = report.layout
     return findings | {
         "parameters": report.model.whole.num_parameters,
         "active": report.model.active(report.model.topk),
         "memory": [stage.total for stage in report.memory.stages],
-        "layout": [layout.tensor, layout.pipeline, layout.expert, layout.data],
-        "layers_of_mask": len(FeedForwardLayers.of_args(inspection.args).has_experts),
     }
 
 
@@ -103,10 +99,8 @@ def check(tmp_path_factory):
     """Check named cases in one process, each a file and a number of ranks, and return the answers."""
     folder = tmp_path_factory.mktemp("models")
 
-    def flags_of(path: Path, ranks: int, as_shipped: bool = False) -> list[str]:
+    def flags_of(path: Path, ranks: int) -> list[str]:
         flags, vocabulary = read(path).flags_for(ranks), header(path)[2]
-        if as_shipped:
-            return [*flag_words(flags), "--vocab-size", str(vocabulary)]
         words = ["--tokenizer-type", "NullTokenizer", "--vocab-size", str(vocabulary), "--mock-data"]
         if "num-experts" in flags:
             (num_experts,) = flags["num-experts"]
@@ -117,7 +111,7 @@ def check(tmp_path_factory):
             words += ["--routing-mask", str(mask)]
         return [*flag_words(flags), "--split", "99,1,0", *words]
 
-    def check(cases: dict[str, tuple]) -> dict:
+    def check(cases: dict[str, tuple[Path, int]]) -> dict:
         described = {name: {"ranks": case[1], "flags": flags_of(*case)} for name, case in cases.items()}
         (answers,) = run_as_ranks(answer_cases, folder, described, world_size=1, timeout=300, joins=False)
         return answers
@@ -132,10 +126,9 @@ def answers(check):
     @cache
     def check_models(are_quick: bool) -> dict:
         paths = [path for path in MODELS if (path.stem in QUICK) == are_quick]
-        cases = {path.stem: (path, min(read(path).layouts, default=1)) for path in paths}
-        return check(cases | {f"{name} as shipped": (*case, True) for name, case in cases.items()})
+        return check({path.stem: (path, min(read(path).layouts, default=1)) for path in paths})
 
-    return lambda name: check_models(name.partition(" ")[0] in QUICK)[name]
+    return lambda name: check_models(name in QUICK)[name]
 
 
 @pytest.fixture(scope="module")
@@ -162,21 +155,6 @@ def test_model_loads_without_a_warning_and_matches_its_header(path, answers):
     assert (answer["parameters"], round(answer["active"])) == header(path)[:2]
 
 
-@pytest.mark.parametrize("path", MODEL_CASES)
-def test_model_file_alone_is_measured_and_what_is_missing_is_named(path, answers):
-    """The file names neither a tokenizer nor a dataset nor a routing mask."""
-    alone, complete = answers(f"{path.stem} as shipped"), answers(path.stem)
-    for value in ("parameters", "active", "layout"):
-        assert alone[value] == complete[value]
-    has_experts = "num-experts" in read(path).flags
-    missing = ["tokenizer", *(["routing mask"] if has_experts else []), "dataset"]
-    assert [error.partition(":")[0] for error in alone["errors"]] == [f"no {name}" for name in missing]
-    assert any(f"assumes a vocabulary of {header(path)[2]:,} ids (--vocab-size)" in note for note in alone["notes"])
-    if has_experts:
-        (in_header,) = re.findall(r"--num-layers (\d+) ", path.read_text())
-        assert str(alone["layers_of_mask"]) == in_header
-
-
 @pytest.mark.parametrize(
     "path", [path for path in MODELS if "num-experts" in read(path).flags], ids=lambda path: path.stem
 )
@@ -197,22 +175,6 @@ def test_comparison_set_has_the_published_sizes(size):
     sizes = {"dense": [dense, dense], "smoe": sparse, "hash": sparse, "maskmoe": sparse}
     for kind, expected in sizes.items():
         assert header(ROOT / "launch" / "models" / f"{size}-{kind}.yaml")[:2] == pytest.approx(expected, rel=0.003)
-
-
-@pytest.mark.parametrize("size", SIZES)
-def test_comparison_set_differs_only_where_it_should(size):
-    models = {kind: read(ROOT / "launch" / "models" / f"{size}-{kind}.yaml") for kind in ("dense", "smoe", "hash")}
-    maskmoe = read(ROOT / "launch" / "models" / f"{size}-maskmoe.yaml")
-    assert maskmoe.flags == models["smoe"].flags
-    assert maskmoe.layouts == models["smoe"].layouts == models["hash"].layouts
-
-    def differing(one, other):
-        names = {*one.flags, *other.flags}
-        return {name for name in names if one.flags.get(name) != other.flags.get(name)}
-
-    assert differing(maskmoe, models["hash"]) == {"moe-router-load-balancing-type", "moe-aux-loss-coeff"}
-    experts_alone = {"num-experts", "hybrid-layer-pattern"}
-    assert all(name in experts_alone or name.startswith("moe-") for name in differing(maskmoe, models["dense"]))
 
 
 @pytest.mark.slow
@@ -286,19 +248,15 @@ def test_layout_acts_as_if_its_values_replaced_those_of_the_file(flags, layout):
 @pytest.mark.parametrize(
     ("text", "reason"),
     [
-        ("a: [1", "is not valid YAML"),
         ("a: *E*E", "write quotes around a value that begins with *"),
         ("- a\n- b", "must contain flags and their values"),
         ("", "must contain flags and their values"),
         ("a: 1\na: 2", "the key a is repeated"),
-        ("a: {b: 1}", "a must have a value or a list"),
         ("a: [[1]]", "a must have a value or a list"),
         ("a: ${NOWHERE}", "a needs the environment variable NOWHERE"),
-        ("a: $", "a: write "),
         ("layouts: 8", "`layouts` must map numbers of ranks to flags"),
-        ("layouts: {eight: {}}", "'eight' is not a number of ranks"),
         # YAML needs the question mark before a key of more than 1,024 characters.
-        *((f"layouts: {{? {ranks} : {{}}}}", "is not a number of ranks") for ranks in ("9" * 5000, "٣", "0", "1_0")),
+        *((f"layouts: {{? {ranks} : {{}}}}", "is not a number of ranks") for ranks in ("9" * 5000, "٣", "0")),
         ("layouts: {8: 1}", "a layout must contain flags"),
     ],
 )

@@ -126,6 +126,14 @@ def test_signal_to_one_node_stops_both_nodes(start):
     assert [launch.wait() for launch in launches] == [EXIT_REQUEUE] * 2, [launch.output for launch in launches]
 
 
+def test_node_that_does_not_find_node_0_says_where_it_looked(start):
+    endpoint = f"127.0.0.1:{free_port()}"
+    conf = ("--rdzv-backend", "c10d", "--rdzv-endpoint", endpoint, "--rdzv-conf", "is_host=false,read_timeout=2")
+    launch = start("pass", "--nnodes", "2", "--nproc-per-node", "1", "--rdzv-id", "job", *conf)
+    assert launch.wait() == 1
+    assert f"the 2 nodes did not meet at {endpoint}, --rendezvous-id job: " in launch.output
+
+
 def test_ranks_end_with_a_killed_launcher(start):
     statements = (
         "from maskmoe.processes.lifetimes import end_with_parent\nend_with_parent(os.getppid(), signal.SIGTERM)\n"

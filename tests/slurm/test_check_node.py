@@ -28,16 +28,11 @@ def check(tmp_path):
     return check
 
 
-def gpus(errors: str = "0", count: int = 2, instances: int = 0) -> str:
-    """Return a shell program like `nvidia-smi`, which shows `count` GPUs, the last one with `errors` memory errors.
-
-    MIG divides the last GPU into `instances`.
-    """
-    names = [f"GPU {gpu}: NVIDIA H100 (UUID: GPU-{gpu})" for gpu in range(count)]
-    names += [f"  MIG 1g.10gb     Device  {number}: (UUID: MIG-{number})" for number in range(instances)]
-    shown = "; ".join(f"echo '{name}'" for name in names)
+def gpus(errors: str = "0", count: int = 2) -> str:
+    """Return a shell program like `nvidia-smi`, which shows `count` GPUs, the last one with `errors` memory errors."""
+    shown = "; ".join(f"echo 'GPU {gpu}: NVIDIA H100'" for gpu in range(count))
     counts = "; ".join(f"echo '{gpu}, {errors if gpu == count - 1 else 0}'" for gpu in range(count))
-    return f"case $1 in --list-gpus) {shown or ':'} ;; *ecc*) {counts or ':'} ;; esac"
+    return f"case $1 in --list-gpus) {shown} ;; *ecc*) {counts} ;; esac"
 
 
 def test_sound_node(check, tmp_path):
@@ -68,9 +63,7 @@ XID = "echo '[1.2] NVRM: Xid (PCI:0000:3b:00): 79, pid=1, GPU has fallen off'"
         (("--run-dir", "/tmp", "--min-disk", 1 << 40), {}, "/tmp"),
         (("--time", 1_000_000_000), {}, "clock"),
         (("--rendezvous", "no-such-host.invalid:1"), {}, "no-such-host.invalid"),
-        (("--gpus=2",), {"nvidia_smi": "echo 'Failed to initialize NVML'; exit 9"}, "NVML"),
         (("--gpus=2",), {"nvidia_smi": gpus(count=1)}, "1 GPUs, expected 2"),
-        (("--gpus=2",), {"nvidia_smi": gpus(count=0)}, "0 GPUs, expected 2"),
         (("--gpus=2",), {"nvidia_smi": LOST}, "GPU is lost"),
         (("--gpus=2",), {"nvidia_smi": gpus("3")}, "GPU 1: 3"),
         (("--gpus=2",), {"nvidia_smi": gpus(), "dmesg": XID}, "Xid (PCI:0000:3b:00): 79"),
@@ -83,18 +76,7 @@ def test_unfit_node(check, arguments, machine, named):
     assert named in errors
 
 
-@pytest.mark.parametrize(
-    "machine",
-    [
-        # nvidia-smi does not know which GPUs Slurm gave to the job; Slurm counts instances of MIG as GPUs.
-        {"nvidia_smi": gpus(count=8)},
-        {"nvidia_smi": gpus(count=1, instances=2)},
-        # These GPUs have no error correction.
-        {"nvidia_smi": gpus("[N/A]")},
-        # Programs cause this Xid.
-        {"nvidia_smi": gpus(), "dmesg": "echo '[1.2] NVRM: Xid (PCI:0000:3b:00): 13, Graphics Exception'"},
-    ],
-)
-def test_fit_gpus(check, machine):
-    for option in ("--gpus", "--gpus=2"):
-        assert check(option, **machine) == (0, "")
+def test_errors_that_do_not_count(check):
+    """A GPU may have no error correction, and programs cause Xid 13."""
+    xid = "echo '[1.2] NVRM: Xid (PCI:0000:3b:00): 13, Graphics Exception'"
+    assert check("--gpus", nvidia_smi=gpus("[N/A]"), dmesg=xid) == (0, "")

@@ -1,7 +1,6 @@
 """The job script launch/slurm/pretrain.sbatch after the exit codes of the nodes, with stubs of Slurm's commands."""
 
 import os
-import re
 import subprocess
 from pathlib import Path
 
@@ -31,14 +30,14 @@ STUBS = {
             ((result <= worst)) || worst=$result
             ((node += 1))
         done
-        exit ${SRUN_CODE:-$worst}
+        exit $worst
     """,
     "scontrol": """
         case "$*" in
-            "show hostnames"*) printf '%s\\n' ${NODES:-n0 n1} ;;
+            "show hostnames"*) printf '%s\\n' n0 n1 ;;
             *"show node"*) echo "NodeName=n0 NodeAddr=10.0.0.1 x" ;;
             *"show job"*) echo "JobId=1 JobState=${STATE:-RUNNING} x" ;;
-            requeue*) echo "$*"; [[ -z ${REFUSES:-} ]] ;;
+            requeue*) echo "$*" ;;
         esac
     """,
     "launch/pretrain.sh": 'echo "error: code $CODE on node $NODE_RANK"; exit $CODE',
@@ -54,36 +53,15 @@ def train(tmp_path: Path):
         write_script(tmp_path / name, f"#!/usr/bin/env bash\n{program}\n")
 
     def train(
-        codes: str,
-        *flags: str,
-        options: tuple[object, ...] = (),
-        stops: bool = False,
-        expect_stderr: str = "",
-        **variables: str,
+        codes: str, *flags: str, options: tuple[object, ...] = (), stops: bool = False, **variables: str
     ) -> tuple[int, str]:
-        environment = {
-            **os.environ,
-            "PATH": f"{tmp_path}:{os.environ['PATH']}",
-            "CODES": codes,
-            "STOPS": "yes" if stops else "",
-            "SLURM_JOB_ID": "1",
-            "SLURM_JOB_NUM_NODES": "2",
-            "SLURM_JOB_NODELIST": "n[0-1]",
-            **variables,
-        }
-        command = [
-            SCRIPT,
-            "--root",
-            tmp_path,
-            "--run-dir",
-            tmp_path / "run",
-            "--no-node-check",
-            *options,
-            tmp_path / "model.yaml",
-            *flags,
-        ]
-        result = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=60, check=False)
-        assert re.sub(r"stopped \d+ s", "stopped 0 s", result.stderr) == expect_stderr  # a busy machine takes longer
+        stubs = {"PATH": f"{tmp_path}:{os.environ['PATH']}", "CODES": codes, "STOPS": "yes" if stops else ""}
+        job = {"SLURM_JOB_ID": "1", "SLURM_JOB_NUM_NODES": "2", "SLURM_JOB_NODELIST": "n[0-1]"}
+        environment = {**os.environ, **stubs, **job, **variables}
+        folders = ("--root", tmp_path, "--run-dir", tmp_path / "run")
+        command = [SCRIPT, *folders, "--no-node-check", *options, tmp_path / "model.yaml", *flags]
+        pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
+        result = subprocess.run(command, env=environment, **pipes, timeout=60, check=False)
         return result.returncode, result.stdout
 
     return train
@@ -129,24 +107,10 @@ def test_job_of_an_array_is_requeued_alone(train):
 def test_time_limit_that_leaves_no_time_for_training(train):
     """Slurm gives notice at once, so a requeued job would not train either."""
     limit = {"SLURM_JOB_START_TIME": "1000", "SLURM_JOB_END_TIME": "1240"}
-    error = (
-        "slurm: error: a signal stopped the run; the job is not requeued, because it was stopped 0 s after its start: "
-        "give a longer --time, or less notice before the time limit by --signal=B:USR1@SECONDS\n"
-    )
-    code, output = train(f"{EXIT_REQUEUE} {EXIT_REQUEUE}", stops=True, expect_stderr=error, **limit)
+    code, output = train(f"{EXIT_REQUEUE} {EXIT_REQUEUE}", stops=True, **limit)
     assert code == BAD_INPUT
+    assert "give a longer --time, or less notice" in output
     assert "requeue 1" not in output
-
-
-def test_apptainer(train, tmp_path):
-    """The image is read-only, and the caller's home is not mounted. Slurm may not know the GPUs of the nodes."""
-    write_script(tmp_path / "apptainer", f'#!/usr/bin/env bash\necho "$@" >{tmp_path}/given\n')
-    code, _ = train("0 0", options=("--container", "apptainer", "--image", "x.sif", "--mount", "/data"))
-    assert code == 0
-    run, model = f"{tmp_path}/run", f"{tmp_path}/model.yaml"
-    words = f"exec --nv --no-home --home /tmp --pwd /opt/maskmoe --bind={run}:{run}:rw --bind={model}:{model}:ro"
-    given = (tmp_path / "given").read_text()
-    assert given.startswith(f"{words} --bind=/data:/data:ro x.sif /opt/maskmoe/launch/pretrain.sh ")
 
 
 def test_flags_reach_the_nodes(train, tmp_path):
@@ -176,23 +140,16 @@ def test_signal_to_the_script_of_a_node_reaches_the_launcher(train, tmp_path):
     assert "a signal stopped the run; the job is requeued" in output
 
 
-CHAIN = {"SLURM_ARRAY_JOB_ID": "1", "SLURM_ARRAY_TASK_ID": "1", "SLURM_ARRAY_TASK_MAX": "2"}
-LAST = CHAIN | {"SLURM_ARRAY_TASK_ID": "2", "SLURM_JOB_ID": "2"}
-
-
-@pytest.mark.parametrize(("options", "variables"), [((), {}), (("--chain",), LAST)])
-def test_job_that_slurm_is_ending_is_left_to_slurm(train, options, variables):
-    code, output = train(f"{EXIT_REQUEUE} {EXIT_REQUEUE}", options=options, STATE="COMPLETING", **variables)
+def test_job_that_slurm_is_ending_is_left_to_slurm(train):
+    """scancel and preemption end the job; Slurm alone knows which of them."""
+    code, output = train(f"{EXIT_REQUEUE} {EXIT_REQUEUE}", STATE="COMPLETING")
     assert code == EXIT_REQUEUE
-    assert "after preemption Slurm requeues it" in output
-    assert "is not requeued" not in output
-    assert "submit the chain" not in output
+    assert "requeue 1" not in output
 
 
-def test_job_of_a_chain_leaves_the_run_to_the_next_job_if_there_is_one(train):
-    code, output = train(f"{EXIT_REQUEUE} {EXIT_REQUEUE}", options=("--chain",), **CHAIN)
-    assert code == 0
-    assert "; the next job of the chain resumes the run\n" in output
-    code, output = train(f"{EXIT_REQUEUE} {EXIT_REQUEUE}", options=("--chain",), **LAST)
-    assert code == EXIT_REQUEUE
-    assert "; this was the last job of the chain: submit the chain again to resume the run\n" in output
+@pytest.mark.parametrize(("task", "expected"), [("1", 0), ("2", EXIT_REQUEUE)])
+def test_last_job_of_a_chain_asks_for_another_start(train, task, expected):
+    array = {"SLURM_ARRAY_JOB_ID": "1", "SLURM_ARRAY_TASK_ID": task, "SLURM_ARRAY_TASK_MAX": "2"}
+    code, output = train(f"{EXIT_REQUEUE} {EXIT_REQUEUE}", options=("--chain",), **array)
+    assert code == expected
+    assert "requeue 1" not in output

@@ -1,8 +1,5 @@
 """launch/slurm/ on a real Slurm cluster of two nodes."""
 
-import re
-import shlex
-
 import pytest
 from support.paths import ROOT
 
@@ -37,31 +34,6 @@ def assert_completed(job, run):
 
 def log_of_second_attempt(run, job) -> str:
     return (run.folder / "slurm" / job.number / "attempt1.n1.log").read_text()
-
-
-def test_example_of_a_job(cluster, new_laptop_run, undisturbed, tmp_path):
-    """A copy of the example, with its marked lines changed, trains, requeues itself and resumes."""
-    run = new_laptop_run()
-    model, *flags = run.arguments
-    text = (ROOT / "launch" / "slurm" / "example.sbatch").read_text()
-    text = re.sub(r"^#SBATCH --(account|gpus-per-node|cpus-per-task|exclusive).*\n", "", text, flags=re.M)
-    text = re.sub(r"^flags=\(.*?^\)", f"flags=({shlex.join(flags)})", text, flags=re.M | re.S)
-    for name, value in {"#SBATCH --partition": "low", "#SBATCH --time": "30", "root": ROOT, "model": model}.items():
-        text = re.sub(rf"^{name}=\S+", f"{name}={value}", text, flags=re.M)
-    text = text.replace("slurm-%j.log", f"{tmp_path}/slurm-%j.log")
-    (tmp_path / "job.sbatch").write_text(re.sub(r"^run_dir=\S+", f"run_dir={run.folder}", text, flags=re.M))
-    cluster.wait_for_nodes()
-    job = cluster.submit(tmp_path / "job.sbatch", program="sbatch")
-    run.wait_for_iteration(12)
-    cluster.run("scancel", "--batch", "--signal=USR1", job.number)
-    job.wait_for("PENDING")
-    saved = run.saved
-    assert 12 <= saved < 100
-    ended = job.wait_for("COMPLETED", "FAILED", "CANCELLED")
-    assert ended == "COMPLETED", (tmp_path / f"slurm-{job.number}.log").read_text()
-    assert job.show("Restarts") == "1"
-    assert run.losses == undisturbed.losses
-    assert f"at iteration {saved}" in log_of_second_attempt(run, job)
 
 
 def test_preemption(cluster, submit, new_laptop_run, undisturbed):
@@ -120,16 +92,6 @@ def test_job_goes_on_with_the_nodes_that_it_gets(cluster, new_laptop_run, tmp_pa
     assert list(run.losses)[-1] == 100
 
 
-def test_cancelled_job_stays_cancelled(cluster, submit, new_laptop_run):
-    run = new_laptop_run()
-    job = submit(run)
-    run.wait_for_iteration(5)
-    cluster.run("scancel", job.number)
-    job.wait_for("CANCELLED")
-    cluster.wait_for_nodes()
-    assert job.state == "CANCELLED"
-
-
 def test_unfit_node_is_left_out(cluster, submit, new_laptop_run):
     """The node's /dev/shm is full. A job with a spare node trains without it; a job that needs both nodes fails."""
     cluster.nodes["n1"].run(["mount", "-t", "tmpfs", "-o", "size=1m", "tmpfs", "/dev/shm"])
@@ -145,19 +107,3 @@ def test_unfit_node_is_left_out(cluster, submit, new_laptop_run):
     assert "node n1: /dev/shm has" in log_of(run, job)
     assert [log.name for log in (run.folder / "slurm" / job.number).iterdir()] == ["attempt0.n2.log"]
     assert "1 nodes pass the check (see above), 2 are needed" in log_of(too_few, failing)
-
-
-def test_chain(cluster, submit, new_laptop_run, undisturbed):
-    """A signal stops the first job, the second job completes the run, and the third job has nothing to do."""
-    run = new_laptop_run()
-    job = submit(run, "--chain", "3")
-    run.wait_for_iteration(12)
-    # scancel's exit code is unreliable for the jobs of an array.
-    cluster.run("scancel", "--batch", "--signal=USR1", f"{job.number}_1", expect=None)
-    cluster.wait_for_queue()
-    assert run.losses == undisturbed.losses
-    ends = sorted(log.read_text().splitlines()[-1] for log in (run.folder / "slurm").glob("*.log"))
-    assert len(ends) == 3
-    assert ends[0] == "slurm: a signal stopped the run; the next job of the chain resumes the run"
-    assert ends[1] == "slurm: the training is complete"
-    assert re.fullmatch("slurm: the training is complete: .* exists", ends[2])

@@ -38,12 +38,9 @@ def test_options_are_sorted_into_those_of_sbatch_and_of_the_script(tmp_path):
     assert script == ["--root", str(ROOT), *options[3:7], "--run-dir", f"{tmp_path}/run"]
     assert run == [str(LAPTOP), *flags]
     assert not (tmp_path / "run").exists()
-
-
-def test_run_folder_is_named_after_the_model():
-    sbatch, script, _ = words("--", LAPTOP)
-    assert script[-2:] == ["--run-dir", f"{ROOT}/runs/laptop"]
-    assert sbatch[0] == f"--output={ROOT}/runs/laptop/slurm/%j.log"
+    sbatch, script, _ = words("--chain", "5", "--", LAPTOP)
+    assert "--array=1-5%1" in sbatch
+    assert script[2:] == ["--chain", "--run-dir", f"{ROOT}/runs/laptop"]
 
 
 def test_paths_are_relative_to_the_current_folder(tmp_path):
@@ -52,56 +49,23 @@ def test_paths_are_relative_to_the_current_folder(tmp_path):
     mounts = ("--mount", "data", "--mount", "data/../scratch:rw")
     sbatch, script, _ = words(*mounts, "--run-dir", "run", "--", LAPTOP, "--data-path", "data/x", folder=tmp_path)
     assert f"--chdir={tmp_path}" in sbatch
-    assert script[2:] == [
-        "--mount",
-        f"{tmp_path}/data",
-        "--mount",
-        f"{tmp_path}/disk/scratch:rw",
-        "--run-dir",
-        f"{tmp_path}/run",
-    ]
+    assert script[2:6] == ["--mount", f"{tmp_path}/data", "--mount", f"{tmp_path}/disk/scratch:rw"]
+    assert script[6:] == ["--run-dir", f"{tmp_path}/run"]
 
 
-def test_chain_is_an_array_of_jobs_one_at_a_time():
-    sbatch, script, _ = words("--chain", "5", "--", LAPTOP)
-    assert "--array=1-5%1" in sbatch
-    assert "--chain" in script
+@pytest.mark.parametrize("arguments", ["launch/models/laptop.yaml", "-- nowhere.yaml", f"--chain many -- {LAPTOP}"])
+def test_bad_options(arguments):
+    assert submit(*arguments.split(), expect=2).startswith("submit: error: ")
 
 
-@pytest.mark.parametrize(
-    ("arguments", "error"),
-    [
-        (("launch/models/laptop.yaml",), "unexpected argument launch/models/laptop.yaml"),
-        (("--", "nowhere.yaml"), "model file nowhere.yaml does not exist"),
-        (("--chain", "many", "--", LAPTOP), "--chain needs a number of jobs, not many"),
-    ],
-)
-def test_bad_options(arguments, error):
-    message = submit(*arguments, expect=2)
-    assert message.startswith("submit: error: ")
-    assert error in message
-    assert message.count("\n") == 1
-
-
-@pytest.mark.parametrize(
-    ("arguments", "error"),
-    [
-        (("--root", "/", "x.yaml"), "/ is not the repository"),
-        (("--container", "lxc", "x.yaml"), "--container must be none, pyxis or apptainer, not lxc"),
-        (("--container", "pyxis", "x.yaml"), "--container pyxis needs an --image"),
-        (("--train-nodes", "3", "x.yaml"), "--train-nodes 3: the job has 2 nodes"),
-        (("--chain", "x.yaml"), "--chain needs a job array"),
-        (("x.yaml",), "model file x.yaml does not exist"),
-    ],
-)
-def test_bad_options_of_the_job(tmp_path, arguments, error):
-    """The script finds the errors before it calls Slurm."""
+@pytest.mark.parametrize("options", ["--root /", "--container lxc", "--container pyxis", "--train-nodes 3", "--chain", ""])
+def test_bad_options_of_the_job(tmp_path, options):
+    """The script finds the errors before it calls Slurm; without options, the model file is missing."""
     job = {"SLURM_JOB_ID": "1", "SLURM_JOB_NUM_NODES": "2", "SLURM_SUBMIT_DIR": str(ROOT)}
-    command = [ROOT / "launch" / "slurm" / "pretrain.sbatch", *arguments]
+    command = [ROOT / "launch" / "slurm" / "pretrain.sbatch", *options.split(), "x.yaml"]
     result = subprocess.run(command, cwd=tmp_path, env=os.environ | job, capture_output=True, text=True)
     assert result.returncode == 2
-    assert result.stderr.startswith(f"slurm: error: {error}")
-    assert result.stderr.count("\n") == 1
+    assert result.stderr.startswith("slurm: error: ")
 
 
 def test_example_of_a_job_runs_the_script(tmp_path):

@@ -63,8 +63,8 @@ def start(network):
         node.process.wait()
 
 
-def test_cut_link(network, start, new_laptop_run, undisturbed):
-    """Both launchers report the failure and exit in time. The resumed run reaches the same losses."""
+def test_cut_link(network, start, new_laptop_run):
+    """Both launchers report the failure and exit in time."""
     run = new_laptop_run(f"--distributed-timeout-minutes 1 --distributed-timeout-seconds-after-init {TIMEOUT}")
     nodes = [start(run, number, "--nodes", 2, "--max-restarts", 0) for number in (0, 1)]
     run.wait_for_iteration(32)
@@ -77,12 +77,6 @@ def test_cut_link(network, start, new_laptop_run, undisturbed):
         network.mend("n2")
     assert all(code not in (0, 2, EXIT_REQUEUE) for code in codes), [node.output[-3000:] for node in nodes]
     assert run.saved == 20
-
-    again = [start(run, number, "--nodes", 2) for number in (0, 1)]
-    assert [node.wait() for node in again] == [0, 0], [node.output[-3000:] for node in again]
-    losses = run.losses
-    assert set(losses) >= set(range(21, 101))
-    assert losses == {iteration: undisturbed.losses[iteration] for iteration in losses}
 
 
 @pytest.fixture
@@ -142,7 +136,7 @@ def test_node_is_lost_and_returns(network, start, elastic_run):
 
 @pytest.mark.timeout(1200)
 def test_node_of_the_rendezvous_is_lost(network, start, elastic_run):
-    """The other node fails, and whoever starts the run again continues it."""
+    """The other node fails in time; Slurm starts such a run again, see test_jobs."""
     run, options = elastic_run, ("--nodes", "1:2")
     _, second = [start(run, number, *options) for number in (0, 1)]
     run.wait_for_iteration(45)
@@ -151,7 +145,3 @@ def test_node_of_the_rendezvous_is_lost(network, start, elastic_run):
         assert second.wait(180) == 1, second.output[-3000:]
     finally:
         network.hosts["n1"].start()
-    saved = run.saved
-    again = start(run, 0, *options, "--rendezvous-timeout", "60")
-    (*_, last) = wait_for_starts(1, again)
-    assert last == (1, saved)

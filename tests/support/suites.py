@@ -71,10 +71,7 @@ def result(variant: str, seed: int, loss: float, settings: dict[str, str] | None
         settings=settings or {"variant": variant},
         text={"training": "digest"},
         mask="mask",
-        tokens=1280,
         losses=[HeldOutLoss(text="held-out", band=band, tokens=tokens, loss=of) for band, tokens, of in losses],
-        validation=[(20, loss + 1), (40, loss)],
-        load=[[500, 500]],
         seconds=60.0,
         origin={"commit": "0123456789abcdef"},
     )

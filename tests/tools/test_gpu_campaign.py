@@ -118,7 +118,6 @@ CONTROL = f"{PLANNED}-small-buckets-late-gathers-no-waits"
     [
         (None, {}),
         (f"{PLANNED}-on", {"losses": [8.0, 7.0000005]}),
-        (f"{PLANNED}-on", {"losses": [8.0]}),
         ("balanced-on", {"overlap_param_gather": "False"}),
         ("balanced-off", {"dispatch": DispatchKind.PLANNED.value}),
         (CONTROL, {"losses": [8.0, 7.0]}),

@@ -33,7 +33,7 @@ class Context:
     @property
     def num_ranks(self) -> int:
         """The number of ranks of a step on all GPUs; two in a dry run."""
-        return self.devices.num_processes
+        return self.devices.num_gpus or 2
 
     @property
     def minutes(self) -> int:

@@ -161,7 +161,7 @@ def main() -> None:
     measured = read_measures(table)
     known = {(each.suite, each.variant, each.seed) for each in measured}
     finished = comparison.results()
-    for run in comparison.selected(options.only, options.seeds):
+    for run in comparison.selected(options.only):
         if (comparison.name, run.name, run.seed) in known or run.title not in finished:
             continue
         if not run.last_checkpoint.exists():

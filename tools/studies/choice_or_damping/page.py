@@ -54,7 +54,8 @@ def title(suite: str, arm: str) -> str:
 
 def table(rows: Sequence[Sequence[object]]) -> str:
     """Return a Markdown table of a header and rows."""
-    return markdown_table("\n".join(" | ".join(map(str, row)) for row in rows))
+    header, *others = [[*map(str, row)] for row in rows]
+    return markdown_table(header, others)
 
 
 def losses_table(study: Study) -> str:
