@@ -47,8 +47,10 @@ def sections(run: Path, processes: int, vocab_size: int, unigram_loss: float) ->
     mask = RoutingMask.load(run / "routing_mask.safetensors").provenance
     bands = [*evaluation["bands"], {**evaluation, "name": "all", "share": 1.0}]
     losses = [
-        (band["name"], f"{band['share']:.1%}", f"{band['tokens']:,}")
-        + (_number(band["loss"], ".3f"), _number(band["perplexity"], ",.1f"))
+        (
+            *(band["name"], f"{band['share']:.1%}", f"{band['tokens']:,}"),
+            *(_number(band["loss"], ".3f"), _number(band["perplexity"], ",.1f")),
+        )
         for band in bands
     ]
     loads = []

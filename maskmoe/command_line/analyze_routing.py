@@ -90,7 +90,9 @@ def main() -> None:
         check_folder(path, "--load")
     frequency = TokenFrequency.load(arguments.token_frequency) if arguments.token_frequency else None
     given = vars(arguments)
-    settings = AnalysisSettings(**{name: given[name] for name in AnalysisSettings.__dataclass_fields__ if name in given})
+    settings = AnalysisSettings(
+        **{name: given[name] for name in AnalysisSettings.__dataclass_fields__ if name in given}
+    )
 
     say_loading("importing PyTorch and Megatron-Core")
     # The analysis needs torch and Megatron, `--help` does not.

@@ -197,9 +197,7 @@ class Continuation:
         device = self._model.device
         tokens = torch.tensor([[0] * width + ids for width, ids in zip(paddings, prompts, strict=True)], device=device)
         is_real = torch.arange(longest, device=device) >= torch.tensor(paddings, device=device).unsqueeze(1)
-        rows = self._model.generate(
-            tokens, attention_mask=is_real.long(), pad_token_id=0, **self._options
-        ).tolist()
+        rows = self._model.generate(tokens, attention_mask=is_real.long(), pad_token_id=0, **self._options).tolist()
         return [self._decode(row[width:], longest - width) for row, width in zip(rows, paddings, strict=True)]
 
     def _decode(self, tokens: list[int], num_prompt_tokens: int) -> str:

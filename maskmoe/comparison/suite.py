@@ -44,6 +44,7 @@ PROGRAM = "program"
 
 _DECIDED_FLAGS = {"seed", "save", "load", "routing-mask", "data-path", PROGRAM}
 
+
 def _to_list(value: object) -> object:
     return [value] if isinstance(value, str) else value
 

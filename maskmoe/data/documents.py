@@ -270,9 +270,7 @@ def _reporting_damage(source: Input) -> Iterator[None]:
         if isinstance(error, OSError) and error.errno is not None:
             raise UserError(f"input {source.name} cannot be read: {error.strerror}") from error
         message = " ".join(str(error).split())[:_MESSAGE_CHARACTERS]
-        raise UserError(
-            f"input {source.name} is damaged or truncated, or no Parquet file: {message}"
-        ) from error
+        raise UserError(f"input {source.name} is damaged or truncated, or no Parquet file: {message}") from error
 
 
 def _read_batches(

@@ -30,9 +30,7 @@ def build_command(arguments: str, environment: dict[str, str] | None = None, rou
     return torchrun_command(parse(arguments, environment), 8, route, {})
 
 
-@pytest.mark.parametrize(
-    "inherited", [{}, {"NODE_RANK": "3", "RDZV_ENDPOINT": "head:1"}]
-)
+@pytest.mark.parametrize("inherited", [{}, {"NODE_RANK": "3", "RDZV_ENDPOINT": "head:1"}])
 def test_one_node_needs_no_rendezvous(inherited):
     line = str(build_command("--run-dir /run model.yaml", inherited))
     assert "--nnodes 1 --nproc-per-node 8 --standalone --local-addr 127.0.0.1 --max-restarts 3" in line

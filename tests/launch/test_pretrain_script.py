@@ -40,9 +40,7 @@ def start(folder) -> Callable[..., Launch]:
     """Start `launch/pretrain.sh` on the smaller laptop model; use the result as a context manager."""
     data = make_laptop_data(folder, num_documents=30)
 
-    def start(
-        name: str, options: str = "", flags: str = ""
-    ) -> Launch:
+    def start(name: str, options: str = "", flags: str = "") -> Launch:
         options = [*("--nproc-per-node", "2", "--run-dir", f"runs/{name}"), *shlex.split(options)]
         command = [str(SCRIPT), *options, str(LAPTOP), *shlex.split(f"{SMALLER} {data} {flags}")]
         return Launch(command, folder, folder / "runs" / name, {})

@@ -141,7 +141,7 @@ def test_signal_to_the_script_of_a_node_reaches_the_launcher(train, tmp_path):
 
 
 def test_job_that_slurm_is_ending_is_left_to_slurm(train):
-    """scancel and preemption end the job; Slurm alone knows which of them."""
+    """Scancel and preemption end the job; Slurm alone knows which of them."""
     code, output = train(f"{EXIT_REQUEUE} {EXIT_REQUEUE}", STATE="COMPLETING")
     assert code == EXIT_REQUEUE
     assert "requeue 1" not in output

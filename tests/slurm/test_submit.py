@@ -58,7 +58,9 @@ def test_bad_options(arguments):
     assert submit(*arguments.split(), expect=2).startswith("submit: error: ")
 
 
-@pytest.mark.parametrize("options", ["--root /", "--container lxc", "--container pyxis", "--train-nodes 3", "--chain", ""])
+@pytest.mark.parametrize(
+    "options", ["--root /", "--container lxc", "--container pyxis", "--train-nodes 3", "--chain", ""]
+)
 def test_bad_options_of_the_job(tmp_path, options):
     """The script finds the errors before it calls Slurm; without options, the model file is missing."""
     job = {"SLURM_JOB_ID": "1", "SLURM_JOB_NUM_NODES": "2", "SLURM_SUBMIT_DIR": str(ROOT)}
