@@ -49,9 +49,9 @@ def parse_arguments() -> argparse.Namespace:
         metavar="F[:TENSOR]",
         help="a table that already names the experts of every id: a .npy file or a tensor of a safetensors file, of "
         "shape [vocab, k] for all layers or [layers, vocab, k]; or a safetensors file or a folder of such files with a "
-        "tensor [vocab, k] for each hash layer, named as in Megatron-Core, DeepSeek-V4 or transformers; or a checkpoint "
-        "of Megatron-LM with hash layers. In layers without a tensor every id sees all experts. Rows beyond the "
-        "vocabulary are padding",
+        "tensor [vocab, k] for each hash layer, named as in Megatron-Core, DeepSeek-V4 or transformers; or a "
+        "checkpoint of Megatron-LM with hash layers. In layers without a tensor every id sees all experts. Rows beyond "
+        "the vocabulary are padding",
     )
     mask = "write this mask: a file, a checkpoint, or the folder of a run's checkpoints"
     add_option(experts, "--routing-mask F", mask, Path)
@@ -245,9 +245,9 @@ def warn_of_overload(mask: RoutingMask, occurrences: np.ndarray, topk: int) -> N
     worst = ids[0]
     others = f" ({len(ids) - 1:,} more ids are too frequent as well)" if len(ids) > 1 else ""
     print(
-        f"WARNING: balance is impossible: id {worst} alone has {shares[worst]:.2%} of the load and sees {visible[worst]} "
-        f"of {mask.num_experts} experts{others}; let it see more experts (--frequent-mass, --frequent-visible-experts, "
-        "--hash-visible-experts), or use fewer experts, or fewer ranks for a rank-local mask"
+        f"WARNING: balance is impossible: id {worst} alone has {shares[worst]:.2%} of the load and sees "
+        f"{visible[worst]} of {mask.num_experts} experts{others}; let it see more experts (--frequent-mass, "
+        "--frequent-visible-experts, --hash-visible-experts), or use fewer experts, or fewer ranks if rank-local"
     )
 
 

@@ -58,9 +58,9 @@ def _page(suite: Suite, name: str, results: Sequence[RunResult]) -> Iterator[str
     yield f"# {suite.title}"
     yield (
         f"{len(results)} of {planned} runs of the suite `{name}` are finished{commits}. Losses are in nats "
-        "per token of held-out text. ± is half of the 95 % interval over seeds (Student's t); differences are over pairs "
-        "of equal seeds. p belongs to a two-sided sign-flip test over the pairs. No value is corrected for the number "
-        "of comparisons."
+        "per token of held-out text. ± is half of the 95 % interval over seeds (Student's t); differences are over "
+        "pairs of equal seeds. p belongs to a two-sided sign-flip test over the pairs. No value is corrected for the "
+        "number of comparisons."
     )
     yield "![The loss of each run](losses.png)"
     for setting in dict.fromkeys(variant.setting for variant in suite.variants.values()):

@@ -12,7 +12,9 @@ from maskmoe.comparison.table import RunResult, read_table, scalars, training_se
 from maskmoe.errors import UserError
 
 
-@given(st.lists(st.tuples(st.integers(0, 9), st.floats(allow_infinity=False)), max_size=5))
+@given(
+    st.lists(st.tuples(st.integers(0, 9), st.floats(allow_infinity=False)), max_size=5, unique_by=lambda run: run[0])
+)
 def test_a_table_is_read_as_it_was_written(tmp_path_factory, runs):
     results = [result("sm\u2028oe", seed, loss) for seed, loss in runs]  # a line end for `str.splitlines`
     path = tmp_path_factory.mktemp("table") / "results.jsonl"
