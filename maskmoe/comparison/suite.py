@@ -58,7 +58,7 @@ def _check_text_name(name: str) -> str:
 
 def _parse[T](parse: Callable[[object, str, Mapping[str, str]], T], content: object, info: ValidationInfo) -> T:
     """Parse a section of flags or layouts. The context is the name of the suite and the variables for `${NAME}`."""
-    suite, variables = info.context
+    suite, variables = info.context or ("suite", {})
     return parse(content, suite, variables)
 
 
