@@ -19,7 +19,3 @@ class CheckpointError(UserError):
 
 class UnfinishedCheckpointError(CheckpointError):
     """The fault of a checkpoint whose saving was interrupted."""
-
-
-class UnreadableCheckpointError(CheckpointError):
-    """The fault of a checkpoint that this user may not read; the checkpoint may be intact."""

@@ -10,7 +10,7 @@ from pathlib import Path
 
 from pydantic import BaseModel
 
-from maskmoe.checkpoint.errors import CheckpointError, UnfinishedCheckpointError, UnreadableCheckpointError
+from maskmoe.checkpoint.errors import CheckpointError, UnfinishedCheckpointError
 from maskmoe.checkpoint.reading import LAYOUT_FILE, read_checkpoint_layout
 from maskmoe.errors import UserError
 from maskmoe.files.outputs import write_text
@@ -156,9 +156,6 @@ def _list_finished(checkpoint: Path) -> set[str]:
         present = set(os.listdir(checkpoint))
     except (FileNotFoundError, NotADirectoryError) as error:
         raise CheckpointError(checkpoint, "does not exist") from error
-    except PermissionError as error:
-        fault = f"cannot be listed: {error.strerror}; let this user read it"
-        raise UnreadableCheckpointError(checkpoint, fault) from error
     except OSError as error:
         raise CheckpointError(checkpoint, f"cannot be listed: {error.strerror}") from error
     if COMPLETION_FILE not in present:

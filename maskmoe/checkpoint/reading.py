@@ -62,15 +62,8 @@ def read_checkpoint_layout(checkpoint: Path) -> "Metadata":
     try:
         with open_regular(checkpoint / LAYOUT_FILE) as stream:
             layout = read_layout(stream)
-        for place in layout.storage_data.values():
-            if (type(place.relative_path), type(place.offset), type(place.length)) != (str, int, int):
-                raise pickle.UnpicklingError(f"{place} is not a place in a file")
         for name in {place.relative_path for place in layout.storage_data.values()}:
             check_name(checkpoint / LAYOUT_FILE, name)
-        for entry in layout.state_dict_metadata.values():
-            properties = getattr(entry, "properties", None)  # bytes have none
-            if properties is not None and type(properties.dtype).__name__ != "dtype":
-                raise pickle.UnpicklingError(f"{properties.dtype} is not a dtype")
         return layout
     except UnusableFile as error:
         missing = not os.path.lexists(checkpoint / LAYOUT_FILE)

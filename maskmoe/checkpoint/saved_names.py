@@ -3,8 +3,7 @@
 import re
 from argparse import Namespace
 from collections.abc import Collection
-from dataclasses import dataclass
-from typing import Any, Self
+from typing import Any, NamedTuple
 
 import torch
 from megatron.core.dist_checkpointing.dict_utils import dict_list_map_inplace
@@ -13,88 +12,55 @@ from megatron.core.dist_checkpointing.gpt_checkpoint_interop import (
     retarget_sharded_state_dict_to_gpt_checkpoint,
 )
 from megatron.core.dist_checkpointing.mapping import LocalNonpersistentObject, ShardedBase, ShardedObject, ShardedTensor
-from megatron.core.models.hybrid.hybrid_layer_allocation import Symbols, parse_hybrid_pattern
 
-# Layers that no GPT model has.
-_NEW_LAYERS = (Symbols.MAMBA, Symbols.GDN)
 _FINAL_NORM = ("decoder.final_norm.", "decoder.final_layernorm.")
 _LAYER = re.compile(r"decoder\.layers\.(\d+)\.")
 _LAYER_OF_PREDICTION = re.compile(r"\.mtp_model_layer\.layers\.\d+\.")
 
 
-@dataclass(frozen=True)
-class EquivalentGPT:
-    """The GPT model that has the attention, MLPs and MoE layers of a hybrid model.
-
-    A transformer layer of the GPT model is an attention symbol and the `-` or `E` after it. Mamba and GDN layers have
-    no counterpart.
+class GPTTwin(NamedTuple):
+    """The GPT model with the layers of a hybrid model: one layer for attention and the `-` or `E` after it.
 
     Attributes:
-        layer_of_symbol: The transformer layer, from 0, of each layer of the hybrid decoder; None without counterpart.
+        num_layers: The number of transformer layers.
         has_alike_layers: Whether checkpoints of the GPT model have one tensor for all layers, instead of one for each.
     """
 
-    layer_of_symbol: tuple[int | None, ...]
+    num_layers: int
     has_alike_layers: bool
 
-    @classmethod
-    def of_pattern(cls, pattern: str, has_alike_layers: bool) -> Self:
-        """Return the equivalent of a hybrid model; see `without_new_layers` for the patterns that have one."""
-        symbols = (parse_hybrid_pattern(pattern).main_pattern or "").replace(Symbols.PIPE, "")
-        layers, num_found = [], 0
-        for symbol in symbols:
-            layers.append(None if symbol in _NEW_LAYERS else num_found // 2)
-            num_found += symbol not in _NEW_LAYERS
-        return cls(tuple(layers), has_alike_layers)
 
-    def maps(self) -> GPTCompatLayerMaps:
-        """Return the layers in Megatron-Core's form."""
-        pairs = [(symbol, layer) for symbol, layer in enumerate(self.layer_of_symbol) if layer is not None]
-        new = frozenset(symbol for symbol, layer in enumerate(self.layer_of_symbol) if layer is None)
-        return GPTCompatLayerMaps(dict(pairs[::2]), dict(pairs[1::2]), new, num_gpt_layers=len(pairs) // 2)
-
-
-def request_names_of_gpt_model(state: dict[str, Any], gpt_model: EquivalentGPT) -> None:
-    """Change the request of a hybrid model or its optimizer, in place, to the names that a GPT model saves.
-
-    Layers without counterpart, and their optimizer states, keep their initial values.
-    """
-    if gpt_model.has_alike_layers:
-        retarget_sharded_state_dict_to_gpt_checkpoint(state, gpt_model.maps())
+def request_names_of_gpt_model(state: dict[str, Any], twin: GPTTwin) -> None:
+    """Change the request of a hybrid model or its optimizer, in place, to the names that its GPT twin saves."""
+    if twin.has_alike_layers:
+        layers = range(twin.num_layers)
+        attention, feed_forward = {2 * layer: layer for layer in layers}, {2 * layer + 1: layer for layer in layers}
+        maps = GPTCompatLayerMaps(attention, feed_forward, frozenset(), twin.num_layers)
+        retarget_sharded_state_dict_to_gpt_checkpoint(state, maps)
 
     def request(entry: Any) -> Any:
-        if not isinstance(entry, ShardedBase):
-            return entry
-        match = _LAYER.search(entry.key)
-        if match is not None:
-            layer = gpt_model.layer_of_symbol[int(match[1])]
-            if layer is None:
-                return LocalNonpersistentObject(entry.data)
-            entry.key = f"{entry.key[: match.start()]}decoder.layers.{layer}.{entry.key[match.end() :]}"
-        entry.key = _LAYER_OF_PREDICTION.sub(".transformer_layer.", entry.key.replace(*_FINAL_NORM))
+        if isinstance(entry, ShardedBase):
+            name = _LAYER.sub(lambda match: f"decoder.layers.{int(match[1]) // 2}.", entry.key)
+            entry.key = _LAYER_OF_PREDICTION.sub(".transformer_layer.", name.replace(*_FINAL_NORM))
         return entry
 
     dict_list_map_inplace(request, state)
 
 
-def find_equivalent_gpt(args: Namespace, saved_args: Namespace, model: object) -> tuple[EquivalentGPT | None, bool]:
-    """Do what Megatron's `_maybe_setup_gpt_to_hybrid_load` does, for every pattern that has an equivalent GPT model.
+def find_gpt_twin(args: Namespace, saved_args: Namespace, model: object) -> tuple[GPTTwin | None, bool]:
+    """Do what Megatron's `_maybe_setup_gpt_to_hybrid_load` does, for every pattern of a GPT model's layers.
+
+    `maskmoe.training.resume.model_settings` has refused checkpoints of other layers.
 
     Returns:
-        The equivalent GPT model, or None if no checkpoint of one is loaded into a hybrid model; and whether to load the
-        state of the optimizer, too.
-
-    Raises:
-        RuntimeError: The checkpoint of a hybrid model would be loaded into a GPT model.
+        The GPT twin of this run's hybrid model, or None if the checkpoint does not hold a GPT model for a hybrid one;
+        and whether to load the state of the optimizer, too.
     """
-    saved = saved_pattern(saved_args)
-    if saved and args.hybrid_layer_pattern is None:
-        raise RuntimeError(f"the checkpoint holds a hybrid model: pass --hybrid-layer-pattern '{saved}'")
-    if saved or args.hybrid_layer_pattern is None:
+    if saved_pattern(saved_args) or args.hybrid_layer_pattern is None:
         return None, False
-    gpt_model = EquivalentGPT.of_pattern(args.hybrid_layer_pattern, has_alike_layers(saved_args))
+    twin = GPTTwin(args.num_layers // 2, has_alike_layers(saved_args))
     has_optimizer = not getattr(saved_args, "no_save_optim", False)
-    return gpt_model, has_optimizer and not (args.no_load_optim or args.finetune)
+    return twin, has_optimizer and not (args.no_load_optim or args.finetune)
 
 
 def saved_pattern(args: Namespace) -> str | None:
@@ -106,12 +72,6 @@ def has_alike_layers(args: Namespace) -> bool:
     """Return whether Megatron saves one tensor for all layers of a GPT model, as opposed to one for each layer."""
     frequency = getattr(args, "moe_layer_freq", 1)
     return isinstance(frequency, int) and frequency <= 1
-
-
-def without_new_layers(pattern: str) -> str:
-    """Return a pattern without bounds of stages, and without the layers that no GPT model has."""
-    decoder, *predictions = pattern.replace(Symbols.PIPE, "").split(Symbols.MTP_SEPARATOR)
-    return Symbols.MTP_SEPARATOR.join(["".join(s for s in decoder if s not in _NEW_LAYERS), *predictions])
 
 
 NORM_BEFORE_EXPERTS = ("mlp.linear_fc1.layer_norm_", "pre_mlp_layernorm.")

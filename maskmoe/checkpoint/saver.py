@@ -6,7 +6,6 @@ import time
 from argparse import Namespace
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -25,14 +24,6 @@ from maskmoe.checkpoint.integrity import record_rank, write_manifest
 from maskmoe.checkpoint.series import checkpoint_path, remove_old_checkpoints
 
 
-@dataclass
-class _Save:
-    """A save that has begun, and the seconds for which training has stood still because of it."""
-
-    iteration: int
-    seconds: float = 0.0
-
-
 class SaveError(Exception):
     """A rank failed to save a checkpoint; the message is that of `describe_failures`, or of the system."""
 
@@ -47,7 +38,7 @@ class CheckpointSaver:
     """Saves checkpoints by Megatron's functions, never into a used folder, and logs how long training stood still.
 
     An asynchronous save becomes a checkpoint when Megatron finalises it. So the save is logged then, with the time that
-    both parts took: the call that starts the save, and the call that finalises it.
+    both parts took: the call that starts the save, and the calls until it is finalised.
 
     Args:
         settings: Megatron's arguments.
@@ -57,7 +48,8 @@ class CheckpointSaver:
         self._settings = settings
         # Megatron's own functions: this object's methods replace their names.
         self._save_checkpoint, self._finalize = training.save_checkpoint, training.maybe_finalize_async_save
-        self._unfinished: list[_Save] = []
+        self._unfinished: list[int] = []  # iterations
+        self._seconds = 0.0  # for which training has stood still because of the unfinished saves
         self._last_saved: int | None = None
         self._retain_interval: int | None = None
 
@@ -85,11 +77,10 @@ class CheckpointSaver:
             torch.distributed.barrier()
             self._save_checkpoint(iteration, *args, **kwargs)
             self._last_saved = iteration
-        save = _Save(iteration, time.perf_counter() - start)
-        if settings.async_save:
-            self._unfinished.append(save)
-        else:
-            self._complete([save])
+        self._unfinished.append(iteration)
+        self._seconds += time.perf_counter() - start
+        if not settings.async_save:
+            self._complete()
 
     def finalize(self, blocking: bool = False, terminate: bool = False) -> None:
         """Finalise asynchronous saves whose files are written; raise `SaveError` if a rank failed to save."""
@@ -98,12 +89,9 @@ class CheckpointSaver:
             # Megatron ends the writer after the last step, but may save once more, with a new writer without the
             # protection of `start_writers`. So the writer of `start_writers` stays, and ends with the rank.
             self._finalize(blocking=blocking, terminate=terminate and self._settings.async_strategy != "mcore")
-        finished: list[_Save] = []
+        self._seconds += time.perf_counter() - start
         if is_empty_async_queue():  # Megatron does not say which of several saves it has finalised
-            finished, self._unfinished = self._unfinished, []
-        for save in finished:
-            save.seconds += (time.perf_counter() - start) / len(finished)
-        self._complete(finished)
+            self._complete()
 
     def _has_loaded(self, iteration: int) -> bool:
         """Return whether the iteration was loaded from `--save`."""
@@ -111,13 +99,14 @@ class CheckpointSaver:
         is_same_folder = settings.load is not None and Path(settings.load).resolve() == Path(settings.save).resolve()
         return is_same_folder and not settings.finetune and get_loaded_iteration() == iteration
 
-    def _complete(self, saves: list[_Save]) -> None:
-        """Remove old checkpoints beside complete ones, and log the complete ones on the first rank."""
-        if saves and torch.distributed.get_rank() == 0:
+    def _complete(self) -> None:
+        """Remove old checkpoints, and log the saves, all of which are complete now."""
+        if self._unfinished and torch.distributed.get_rank() == 0:
             self._remove_old()
-        for save in saves:
-            text = f"checkpoint of iteration {save.iteration} saved; training stood still for {save.seconds:.3g} s"
-            print_rank_0(text)
+        for iteration in self._unfinished:
+            seconds = self._seconds / len(self._unfinished)
+            print_rank_0(f"checkpoint of iteration {iteration} saved; training stood still for {seconds:.3g} s")
+        self._unfinished, self._seconds = [], 0.0
 
     def _remove_old(self) -> None:
         """Remove the checkpoints that a run does not keep beside its newest one."""
@@ -150,15 +139,11 @@ class SealedSaveStrategy(TorchDistSaveShardedStrategy):
         """Save in this process, as the overridden method does, and write the manifest.
 
         Megatron-Core starts a process for a queue of results, which only asynchronous saving needs. The process takes
-        seconds to start, and a signal to the process group may end it. So the queue is one of this process here.
+        seconds to start, and a signal to the process group may end it. So give Megatron-Core a queue of this process.
         """
-        process_queue = filesystem_async._results_queue
         # The attribute is declared as None.
         filesystem_async._results_queue = queue.Queue()  # pyrefly: ignore[bad-assignment]
-        try:
-            self._request(sharded_state_dict, Path(checkpoint_dir), "mcore").execute_sync()
-        finally:
-            filesystem_async._results_queue = process_queue
+        self._request(sharded_state_dict, Path(checkpoint_dir), "mcore").execute_sync()
 
     def async_save(
         self, sharded_state_dict: dict, checkpoint_dir: str | Path, async_strategy: str = "nvrx"

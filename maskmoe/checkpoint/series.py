@@ -8,7 +8,7 @@ from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 
-from maskmoe.checkpoint.errors import CheckpointError, UnfinishedCheckpointError, UnreadableCheckpointError
+from maskmoe.checkpoint.errors import CheckpointError, UnfinishedCheckpointError
 from maskmoe.checkpoint.integrity import COMPLETION_FILE, check_structure, has_digests, iteration_of
 from maskmoe.checkpoint.reading import LAYOUT_FILE
 from maskmoe.errors import UserError
@@ -84,8 +84,6 @@ def describe_missing(folder: str | Path) -> str:
     """Return the error about a folder without checkpoints, and what the folder holds instead."""
     if has_checkpoint(Path(folder) / "checkpoints"):
         return f"{folder} holds no checkpoint, but {Path(folder) / 'checkpoints'} does"
-    if (Path(folder) / "config.json").is_file():
-        return f"{folder} holds an exported model, of which `maskmoe convert hf-to-megatron` makes a checkpoint"
     return f"{folder} holds no checkpoint"
 
 
@@ -119,21 +117,20 @@ def choose_checkpoint(
         check: Raises `CheckpointError` if a checkpoint is not intact.
 
     Raises:
-        UserError: The folder has checkpoints, or a record of one, but none is intact. Or this user may not read one
-            that would be preferred.
+        UserError: The folder has checkpoints, or a record of one, but none is intact.
     """
     candidates = [checkpoint_path(folder, step)] if step is not None else _candidates(folder)
-    faults: dict[Path, CheckpointError | None] = {}
-    for is_verifiable in (True, False):
-        for number, candidate in enumerate(candidates):
-            if has_digests(candidate) is not is_verifiable:
-                continue
-            faults[candidate] = _fault_of(candidate, check)
-            if faults[candidate] is None:
-                newer = [path for path in candidates[:number] if path not in faults]
-                faults |= {path: _fault_of(path, check) or CheckpointError(path, _UNVERIFIED) for path in newer}
-                return Choice(candidate, tuple(filter(None, map(faults.get, candidates[:number]))))
-    rejected = tuple(filter(None, map(faults.get, candidates)))
+    faults: dict[Path, CheckpointError] = {}
+    for candidate in sorted(candidates, key=has_digests, reverse=True):  # which keeps the order among equals
+        fault = _fault_of(candidate, check)
+        if fault is None:
+            newer = candidates[: candidates.index(candidate)]
+            for path in newer:
+                if path not in faults:
+                    faults[path] = _fault_of(path, check) or CheckpointError(path, _UNVERIFIED)
+            return Choice(candidate, tuple(faults[path] for path in newer))
+        faults[candidate] = fault
+    rejected = tuple(faults[candidate] for candidate in candidates)
     # Without a tracker file, no save was finished.
     is_without_saves = step is None and not (Path(folder) / TRACKER).exists()
     if is_without_saves and all(isinstance(fault, UnfinishedCheckpointError) for fault in rejected):
@@ -143,11 +140,9 @@ def choose_checkpoint(
 
 
 def _fault_of(checkpoint: Path, check: Callable[[Path], None]) -> CheckpointError | None:
-    """Return the fault that a check finds; raise it if this user may not read the checkpoint, which may be intact."""
+    """Return the fault that a check finds; None if there is none."""
     try:
         check(checkpoint)
-    except UnreadableCheckpointError:
-        raise
     except CheckpointError as fault:
         return fault
     return None
@@ -189,25 +184,6 @@ def _candidates(folder: str | Path) -> list[Path]:
     if isinstance(tracked, int) and tracked not in iterations:
         iterations.insert(0, tracked)
     return [checkpoint_path(folder, iteration) for iteration in iterations]
-
-
-def newest_intact(folder: str | Path) -> int | None:
-    """Return the newest iteration whose checkpoint passes `check_structure`; None if there is none."""
-    for iteration in saved_iterations(folder):
-        with suppress(CheckpointError):
-            check_structure(checkpoint_path(folder, iteration))
-            return iteration
-    return None
-
-
-def remove_unfinished_checkpoints(folder: str | Path) -> None:
-    """Remove what failed saves left: unfinished checkpoints that are newer than the tracker file says."""
-    newest = read_tracker(folder)
-    for iteration in saved_iterations(folder):
-        checkpoint = checkpoint_path(folder, iteration)
-        is_newer = not isinstance(newest, int) or iteration > newest
-        if is_newer and not is_finished(checkpoint):
-            shutil.rmtree(checkpoint, ignore_errors=True)
 
 
 def remove_old_checkpoints(

@@ -17,7 +17,7 @@ from megatron.training import checkpointing, training
 from torch.distributed.checkpoint import default_planner, filesystem
 
 from maskmoe.checkpoint.reading import read_checkpoint_layout, read_layout
-from maskmoe.checkpoint.saved_names import find_equivalent_gpt, request_names_of_gpt_model, request_saved_names
+from maskmoe.checkpoint.saved_names import find_gpt_twin, request_names_of_gpt_model, request_saved_names
 from maskmoe.checkpoint.saver import SealedSaveStrategy
 from maskmoe.checkpoint.series import temporary_load_folder
 from maskmoe.megatron_compat import replace
@@ -83,7 +83,7 @@ def load_gpt_checkpoints_into_hybrid_models() -> None:
         attention, without GDN and without multi-token prediction.
     Can go: When `gpt_compatible_layer_maps` accepts these patterns.
     """
-    replace(checkpointing, "_maybe_setup_gpt_to_hybrid_load", find_equivalent_gpt)
+    replace(checkpointing, "_maybe_setup_gpt_to_hybrid_load", find_gpt_twin)
     replace(gpt_checkpoint_interop, "retarget_sharded_state_dict_to_gpt_checkpoint", request_names_of_gpt_model)
 
 

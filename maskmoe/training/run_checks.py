@@ -23,13 +23,13 @@ from maskmoe.training.model.batch import check_fill_in_middle_tokens
 from maskmoe.training.ranks import meet_ranks
 from maskmoe.training.resume import choose_checkpoint as resume
 from maskmoe.training.resume import model_settings
-from maskmoe.training.resume.changed_settings import find_changed_settings, take_schedule_of_checkpoint
+from maskmoe.training.resume.changed_settings import find_changed_settings
 from maskmoe.training.settings import inputs
 from maskmoe.training.settings.agreement import check_agreement, digest_of_datasets
 from maskmoe.training.settings.arguments import add_maskmoe_arguments
 from maskmoe.training.settings.folders import run_folder_defaults
-from maskmoe.training.settings.layout import BatchSizes
-from maskmoe.training.settings.requirements import missing_flags, missing_transformer_engine, outdated_packages
+from maskmoe.training.settings.requirements import missing_flags, outdated_packages
+from maskmoe.training.settings.samples import BatchSizes
 from maskmoe.training.settings.support import flags_of, note_on_unproven, refusals
 from maskmoe.transformer.torch_modules.gated_delta_net import check_gated_delta_net, uses_fla
 
@@ -42,13 +42,13 @@ class RunSettings:
 
     Attributes:
         args: Megatron's validated arguments, which Megatron's own code reads and completes.
-        has_work: Whether to train, or to save the checkpoint of a complete run into `--save`, which lacks it.
+        is_complete: Whether the checkpoint has reached the last iteration, so that nothing is left to train.
         run_folder: The folder of logs, arguments and pages; None if the run writes none.
     """
 
     args: Namespace
     mask: RoutingMask | None
-    has_work: bool
+    is_complete: bool
     run_folder: Path | None
 
 
@@ -72,8 +72,7 @@ def parse_and_check_args(
     for note in checks.notes:
         console.say(f"note: {note}")
     args = checks.args
-    has_work = not checks.is_complete or resume.must_save_a_complete_run(args)
-    return RunSettings(args, checks.mask, has_work, run_folder(args.save, args.tensorboard_dir))
+    return RunSettings(args, checks.mask, checks.is_complete, run_folder(args.save, args.tensorboard_dir))
 
 
 class RunChecks:
@@ -119,13 +118,9 @@ class RunChecks:
         """Add all arguments of MaskMoE to Megatron's parser, which has its own; return the parser."""
         return self._own_arguments(add_maskmoe_arguments(parser))
 
-    def find_checkpoint(self) -> Path | None:
-        """Return the newest checkpoint that all ranks find sound. Raises UserError."""
-        return resume.find_checkpoint(self.args, meet_ranks(self.args))
-
-    def check_pretrained_model(self) -> None:
-        """Check the checkpoint in `--pretrained-checkpoint`, together with all other ranks. Raises UserError."""
-        resume.check_pretrained_model(self.args, self.checkpoint, meet_ranks(self.args))
+    def find_checkpoint(self, folder: str) -> Path | None:
+        """Return the newest checkpoint in a folder that all ranks find intact. Raises UserError."""
+        return resume.find_checkpoint(folder, self.args, meet_ranks(self.args))
 
     def validate(self) -> Namespace:
         """Return the arguments that Megatron has validated, and set its global variables. Raises UserError."""
@@ -164,8 +159,13 @@ class RunChecks:
         """Choose the checkpoint, whose settings may complete the command line."""
         args = self.args
         try:
-            checkpoint = self.checkpoint = self.find_checkpoint()
+            checkpoint = self.find_checkpoint(args.load) if args.load is not None else None
+            if checkpoint is None and args.pretrained_checkpoint is not None:
+                # Do what Megatron does later, but with an intact checkpoint.
+                args.load, args.finetune = args.pretrained_checkpoint, True
+                checkpoint = self.find_checkpoint(args.load)
             resume.check_not_missing(args, checkpoint)
+            self.checkpoint = checkpoint
         except UserError as error:
             yield str(error)
             return
@@ -188,7 +188,6 @@ class RunChecks:
         yield from refusals(args)
         if error := check_gated_delta_net(args, uses_fla()):
             yield error
-        yield from missing_transformer_engine(args, self.packages)
         yield from outdated_packages(args)
         if not cpu.is_installed() and (missing := self.packages.describe_missing()):
             self.notes.append(missing)
@@ -242,15 +241,8 @@ class RunChecks:
         args, checkpoint = self.args, self.checkpoint
         if checkpoint is not None:
             yield from _error_of(lambda: model_settings.check_same_model(args, checkpoint))
-            yield from _error_of(lambda: take_schedule_of_checkpoint(args, checkpoint))
-        yield from _error_of(self._check_pretrained_and_take_padding)
-
-    def _check_pretrained_and_take_padding(self) -> None:
-        """Check the pretrained checkpoint, and keep the padding of the weights that the run loads. Raises UserError."""
-        self.check_pretrained_model()
-        weights = self.checkpoint or resume.pretrained_to_load(self.args)
-        if weights is not None and self._vocab_size is not None and "padded_vocab_size" not in self._given:
-            model_settings.take_padding_of_checkpoint(self.args, weights, self._vocab_size)
+            if (size := self._vocab_size) is not None and "padded_vocab_size" not in self._given:
+                yield from _error_of(lambda: model_settings.take_padding_of_checkpoint(args, checkpoint, size))
 
     def _compare_settings(self) -> Iterator[str]:
         """Compare the remaining settings with those of the checkpoint."""

@@ -65,7 +65,7 @@ def main(builder: type[StageBuilder] | None = None) -> None:
         run = parse_and_check_args(
             add_pretraining_arguments, lambda args: until_end.enter_context(locked_by_first_rank(args))
         )
-        if not run.has_work:
+        if run.is_complete:
             return
         ranks = meet_ranks(run.args)
         trainer = Trainer(run, ranks, builder)

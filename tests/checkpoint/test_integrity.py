@@ -1,15 +1,12 @@
 """Reading a checkpoint of a stranger returns data and runs no code; a damaged layout is named."""
 
-import errno
 import io
 import json
 import os
 import pickle
 import sys
-from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
-from unittest.mock import Mock
 
 import pytest
 import torch
@@ -17,17 +14,11 @@ from torch.distributed.checkpoint import FileSystemReader, FileSystemWriter
 from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.default_planner import DefaultLoadPlanner
 from torch.distributed.checkpoint.filesystem import _StorageInfo
-from torch.distributed.checkpoint.metadata import (
-    Metadata,
-    MetadataIndex,
-    StorageMeta,
-    TensorProperties,
-    TensorStorageMetadata,
-)
+from torch.distributed.checkpoint.metadata import Metadata, MetadataIndex, StorageMeta
 from torch.distributed.checkpoint.state_dict_loader import load
 from torch.distributed.checkpoint.state_dict_saver import save
 
-from maskmoe.checkpoint.errors import CheckpointError, UnreadableCheckpointError
+from maskmoe.checkpoint.errors import CheckpointError
 from maskmoe.checkpoint.integrity import Manifest, check_structure, record_rank, write_manifest
 from maskmoe.checkpoint.reading import LAYOUT_FILE, read_checkpoint_layout, read_layout
 from maskmoe.conversion.megatron_models import MARKER
@@ -62,20 +53,6 @@ def test_sound_checkpoint_is_read(checkpoint: Path) -> None:
     assert state["weight"].tolist() == list(range(6))
     assert state["settings"] == {"lr": 1e-3}
     check_structure(checkpoint)
-
-
-@pytest.mark.parametrize(
-    ("number", "refused"),
-    [(errno.EACCES, UnreadableCheckpointError), (errno.EIO, CheckpointError), (errno.ENOENT, CheckpointError)],
-)
-def test_checkpoint_that_this_user_may_not_read_is_not_taken_for_a_damaged_one(
-    checkpoint, monkeypatch, number, refused
-):
-    """Otherwise a run would resume from an older checkpoint."""
-    monkeypatch.setattr(os, "listdir", Mock(side_effect=OSError(number, os.strerror(number))))
-    with pytest.raises(CheckpointError) as error:
-        check_structure(checkpoint)
-    assert type(error.value) is refused
 
 
 def test_path_that_python_3_13_has_pickled(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -162,18 +139,3 @@ def test_a_manifest_without_all_sizes_leaves_them_to_the_layout(tmp_path, is_meg
         Manifest.of_files(tmp_path, [LAYOUT_FILE]).save(tmp_path)
     with pytest.raises(CheckpointError, match=r"__0_0\.distcp has 10 of at least 11 bytes"):
         check_structure(tmp_path)
-
-
-@pytest.mark.parametrize("place", [(7, 0, 8), (None, 0, 8), (b"__0_0.distcp", 0, 8), ("__0_0.distcp", "2", "8")])
-def test_place_of_wrong_types(tmp_path, place):
-    write_checkpoint(tmp_path, *place)
-    with pytest.raises(CheckpointError, match=r"\.metadata is damaged"):
-        check_structure(tmp_path)
-
-
-@pytest.mark.parametrize("dtype", [torch.float32, "torch.serialization"], ids=str)
-def test_dtype_of_a_tensor(tmp_path, dtype):
-    tensor = TensorStorageMetadata(TensorProperties(dtype), torch.Size([2]), [])
-    (tmp_path / LAYOUT_FILE).write_bytes(pickle.dumps(Metadata({"tensor": tensor}, storage_data={})))
-    with nullcontext() if dtype is torch.float32 else pytest.raises(CheckpointError, match=r"\.metadata is damaged"):
-        read_checkpoint_layout(tmp_path)

@@ -182,7 +182,7 @@ def in_transformers(opened: OpenedModel) -> MaskMoEForCausalLM:
 TRAINING = "--micro-batch-size 2 --global-batch-size 4 --train-iters 2 --lr 1e-3"
 """Flags without which Megatron accepts no others."""
 
-ON_ONE_RANK = Namespace(pipeline_model_parallel_size=1, skip_train=False)
+ON_ONE_RANK = Namespace(pipeline_model_parallel_size=1)
 """Megatron's arguments that decide where a checkpoint's pattern is divided."""
 
 

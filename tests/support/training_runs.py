@@ -84,9 +84,6 @@ RUNS = {
     "another learning rate": Run(
         f"{DROPOUT} {FROM_7} --lr 1e-3 --min-lr 0 --override-opt-param-scheduler", continues="fp32"
     ),
-    "schedule of the checkpoint": Run(
-        f"{DROPOUT} {FROM_7} --lr 1e-3 --weight-decay 0.5 --use-checkpoint-opt-param-scheduler", continues="fp32"
-    ),
     "shortened": Run(f"{DROPOUT} {FROM_7} --train-iters 18 --override-opt-param-scheduler", continues="fp32"),
     # A blend, even of one dataset, has exactly the requested samples.
     "evaluated often": Run(f"{BLEND_12} --eval-interval 1", saves=True),
@@ -261,6 +258,7 @@ LATENT = f"""
     --moe-router-score-function sigmoid --moe-router-enable-expert-bias --moe-router-bias-update-rate 0.1
     --moe-router-load-balancing-type aux_loss seq_aux_loss --moe-aux-loss-coeff 1e-2 2e-2 --mtp-num-layers 1
 """
+RECOMPUTED_PARTS = "--recompute-granularity selective --recompute-modules layernorm moe_act mla_up_proj"
 CAPACITY = "--moe-router-topk 3 --moe-expert-capacity-factor 0.8"
 # Most samples of 64 tokens hold the end of a document and the beginning of the next one.
 DOCUMENTS = "--data-path ended --seq-length 64 --max-position-embeddings 64"
@@ -335,9 +333,9 @@ add_model(
     {
         "latent, resumed": (1, ""),
         "latent, all-gather, expert parallel 2": (2, f"{ALL_GATHER} {EXPERT_2}"),
-        "latent, tensor 2, experts in 2 parts, pipeline 2": (
+        "latent, recomputed parts, tensor 2, experts in 2 parts, pipeline 2": (
             4,
-            f"{TENSOR_2} --expert-tensor-parallel-size 2 {PIPELINE_2}",
+            f"{TENSOR_2} --expert-tensor-parallel-size 2 {PIPELINE_2} {RECOMPUTED_PARTS}",
         ),
     },
     mask="five_layers.safetensors",
@@ -348,7 +346,7 @@ add_model(
     {
         "latent without prediction, context parallel 2, tensor 2, expert parallel 2, pipeline 2": (
             8,
-            f"{CONTEXT_2} {TENSOR_EXPERT_2} {PIPELINE_2}",
+            f"{CONTEXT_2} {TENSOR_EXPERT_2} {PIPELINE_2} {RECOMPUTED_PARTS}",
         ),
     },
 )
@@ -497,11 +495,6 @@ add_model(
         "gated delta net, tensor 2, context parallel 2": (4, f"{TENSOR_2} {CONTEXT_2}"),
     },
 )
-RUNS |= {
-    "GPT, then with gated delta nets": Run(
-        f"{GATED_DELTA_NET} --num-layers 12 --hybrid-layer-pattern G*EG*EG*EG*E {UNTIL_8}", continues="start"
-    ),
-}
 # A hybrid model with a mask for its MoE layers only.
 add_model(
     "hybrid",

@@ -52,15 +52,6 @@ def test_layout_agrees_with_single_process(runs, name):
     assert run.difference(reference) < FP32_ORDER_OF_SUMS
 
 
-@pytest.mark.slow
-@pytest.mark.runs("reference", "GPT, then with gated delta nets")
-def test_new_layers_of_a_hybrid_model_start_beside_the_layers_of_a_gpt_model(runs):
-    """The new layers change the losses. The layers of the GPT model keep what they have learned."""
-    reference, run = runs
-    assert run.iterations == list(range(2, 9))
-    assert 1e-4 < run.difference(reference, ["lm loss"]) < 1e-2
-
-
 @pytest.mark.runs("planned dispatch, distributed optimizer", "planned dispatch, gathered parameters")
 def test_every_module_waits_for_its_gathered_parameters(runs):
     reference, run = runs

@@ -286,4 +286,4 @@ def test_full_disk(workplace, tmp_path, flags):
     assert error, outcome.stderr[-4000:]
     cause = f"no space is left in {save}: make space, and start the run again"
     assert error[1] == f"cannot save a checkpoint to {save}: {cause}. The newest checkpoint is of iteration 7"
-    assert damages_in(tmp_path / "left") == {7: None}
+    assert damages_in(tmp_path / "left")[7] is None

@@ -23,7 +23,7 @@ from torch import Tensor
 from maskmoe.errors import UserError
 from maskmoe.megatron_compat.globals import get_args, get_tokenizer
 from maskmoe.processes.console import console
-from maskmoe.training.settings.layout import samples_to_request
+from maskmoe.training.settings.samples import samples_to_request
 from maskmoe.transformer.packed_documents import PackedDocuments
 
 

@@ -31,13 +31,13 @@ from maskmoe.megatron_compat import cpu
 from maskmoe.megatron_compat.gpu import GpuPackages
 from maskmoe.processes.run_tool import EXIT_BAD_INPUT
 from maskmoe.training.model.model_builder import MaskMoEModelConfig, model_config_from_args
+from maskmoe.training.preflight.layout import Layout
 from maskmoe.training.preflight.memory import compute_memory
 from maskmoe.training.preflight.parameters import count_parameters
 from maskmoe.training.preflight.report import Report, compute_cost
-from maskmoe.training.resume.choose_checkpoint import check_pretrained_model, loads_what_it_saves
+from maskmoe.training.resume.choose_checkpoint import loads_what_it_saves
 from maskmoe.training.run_checks import RunChecks
 from maskmoe.training.settings.arguments import add_check_arguments, add_pretraining_arguments
-from maskmoe.training.settings.layout import Layout
 
 # The number of ids that the report assumes if neither a tokenizer nor a flag nor a mask says it.
 _ASSUMED_VOCAB_SIZE = 32_000
@@ -150,20 +150,13 @@ class Inspection(RunChecks):
             parser.set_defaults(**on_gpus | GpuPackages().argument_defaults())
         return parser
 
-    def find_checkpoint(self) -> Path | None:
-        """Return the newest checkpoint whose structure is sound; only a run reads the content."""
-        args = self.args
-        if args.load is None:
-            return None
-        choice = choose_checkpoint(args.load, args.ckpt_step)
+    def find_checkpoint(self, folder: str) -> Path | None:
+        """Return the newest checkpoint in a folder whose structure is intact; only a run reads the content."""
+        choice = choose_checkpoint(folder, self.args.ckpt_step)
         self.notes += [f"checkpoint {damage}" for damage in choice.rejected]
-        if choice.checkpoint is None and loads_what_it_saves(args):
-            self.notes.append(f"--load {args.load} holds no checkpoint: training starts from the beginning")
+        if choice.checkpoint is None and loads_what_it_saves(self.args):
+            self.notes.append(f"--load {folder} holds no checkpoint: training starts from the beginning")
         return choice.checkpoint
-
-    def check_pretrained_model(self) -> None:
-        """Check the checkpoint in `--pretrained-checkpoint`, but not its content."""
-        check_pretrained_model(self.args, self.checkpoint)
 
     def validate(self) -> Namespace:
         """Let Megatron validate a copy of the arguments."""

@@ -17,8 +17,9 @@ import torch
 from megatron.core.models.hybrid.hybrid_layer_allocation import Symbols
 from megatron.core.transformer.transformer_config import MLATransformerConfig, TransformerConfig
 
+from maskmoe.training.preflight.layout import Layout
 from maskmoe.training.preflight.parameters import Chunk, ModelParameters
-from maskmoe.training.settings.layout import Layout
+from maskmoe.transformer.torch_modules.mlp import is_plain_swiglu
 
 # The purposes of memory, with their names in the printed report. `_Activations` estimates the second group.
 EXACT = {
@@ -117,11 +118,24 @@ def compute_memory(args: Namespace, config: TransformerConfig, model: ModelParam
             gradients=(dense + experts) * gradient,
             optimizer=-(-dense * optimizer // share) - (-experts * optimizer // expert_share),
             routing_mask=model.mask_bytes * len(chunks),
-            micro_batches_in_flight=layout.micro_batches_in_flight(stage),
+            micro_batches_in_flight=micro_batches_in_flight(layout, stage),
             **activations.of_stage(stage, chunks),
         )
         stages.append(memory)
     return MemoryReport(tuple(stages), rows_per_token)
+
+
+def micro_batches_in_flight(layout: Layout, stage: int) -> float:
+    """Return the largest number of micro-batches whose backward pass a pipeline stage still has to compute.
+
+    The schedule is one-forward-one-backward (`megatron.core.pipeline_parallel.schedules`). In an interleaved pipeline
+    the result is the mean over the chunks of the stage.
+    """
+    stages_after, chunks = layout.pipeline - stage - 1, layout.virtual_pipeline
+    if chunks == 1:
+        return min(layout.micro_batches, stages_after + 1)
+    warm_up = 2 * stages_after + (chunks - 1) * layout.micro_batch_group + 1
+    return min(layout.micro_batches * chunks, warm_up) / chunks
 
 
 def bytes_of_parameter(args: Namespace) -> tuple[int, int, int]:
@@ -191,7 +205,7 @@ class _Activations:
         self._num_rows = self._shard * rows_per_token * layout.expert_tensor
         # An MLP keeps inputs and output of its activation function. Without fusion, the product of a gated MLP keeps
         # both halves once more: one activated, the other with an offset.
-        self._fuses_mlp = self._fused or config.bias_activation_fusion
+        self._fuses_mlp = self._fused or config.bias_activation_fusion or is_plain_swiglu(config)
         self._mlp_channel = (2 if not config.gated_linear_unit else 3 if self._fuses_mlp else 5) * self._element
         # The bytes of the layer of each symbol that are kept, and those that selective recomputation computes again.
         dropped = set(config.recompute_modules or ()) if config.recompute_granularity == "selective" else set()
@@ -202,7 +216,7 @@ class _Activations:
 
     def of_stage(self, stage: int, chunks: Sequence[Chunk]) -> dict[str, int]:
         """Return the estimated bytes of a rank of a pipeline stage, by the names of `StageMemory`."""
-        in_flight = self._layout.micro_batches_in_flight(stage)
+        in_flight = micro_batches_in_flight(self._layout, stage)
         # The rows before and after the two exchanges of a layer are freed afterwards. The backward pass needs as many
         # bytes as the forward pass.
         has_experts = any(chunk.num_moe_layers for chunk in chunks)

@@ -31,7 +31,7 @@ from maskmoe.routing_mask.assignment import MaskRecipe, build_routing_mask
 from maskmoe.routing_mask.feed_forward_layers import FeedForwardLayers
 from maskmoe.routing_mask.mask import RoutingMask, mean_experts_per_token
 from maskmoe.training.model.model_builder import MaskMoEModelConfig, StageBuilder
-from maskmoe.training.settings.layout import Layout
+from maskmoe.training.preflight.layout import Layout
 from maskmoe.transformer.experts import GroupedMLP
 from maskmoe.transformer.layer_specs import map_spec
 from maskmoe.transformer.torch_modules.attention import TorchDotProductAttention

@@ -10,9 +10,10 @@ from megatron.core.models.hybrid.hybrid_layer_allocation import Symbols
 
 from maskmoe.files.outputs import render_template
 from maskmoe.megatron_compat.training_patches import count_operations
+from maskmoe.training.preflight.layout import Layout
 from maskmoe.training.preflight.memory import ESTIMATED, EXACT, MemoryReport
 from maskmoe.training.preflight.parameters import Chunk, ModelParameters
-from maskmoe.training.settings.layout import Layout, trained_samples
+from maskmoe.training.settings.samples import requested_training_samples
 
 KINDS = {
     Symbols.ATTENTION: "attention",
@@ -33,7 +34,7 @@ def compute_cost(args: Namespace, mean_experts: float) -> dict[str, float]:
         mean_experts: The mean number of experts that tokens use.
     """
     flops_per_token = count_operations(mean_experts, args, batch_size=1) / args.seq_length
-    tokens = trained_samples(args) * args.seq_length
+    tokens = requested_training_samples(args) * args.seq_length
     return {"flops_per_token": flops_per_token, "tokens": tokens, "flops": flops_per_token * tokens}
 
 

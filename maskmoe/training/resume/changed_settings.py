@@ -19,15 +19,12 @@ from maskmoe.checkpoint.integrity import iteration_of
 from maskmoe.checkpoint.reading import read_common_state
 from maskmoe.errors import megatrons_checks, reason_of
 from maskmoe.megatron_compat.globals import global_args
-from maskmoe.training.resume.choose_checkpoint import must_save_a_complete_run
-from maskmoe.training.resume.settings_table import Changes, Rule, names_of
-from maskmoe.training.settings.layout import BatchSizes, requested_training_samples, training_iterations
+from maskmoe.training.resume.settings_table import Rule, differences, names_of
+from maskmoe.training.settings.samples import BatchSizes, requested_training_samples, training_iterations
 
 _PAGE = "docs/extending.md"
-_ANEW = (
-    "--no-load-optim to begin with a new optimizer and a new schedule, and remove --no-load-optim after the first "
-    f"checkpoint ({_PAGE})"
-)
+# Arguments on which the order of the data depends with `--dataloader-type cyclic`.
+_OF_CYCLIC_ORDER = ("data_sharding", "micro_batch_size", "data_parallel_size")
 
 
 @dataclass(frozen=True)
@@ -52,17 +49,16 @@ def find_changed_settings(args: Namespace, checkpoint: Path | None) -> ChangedSe
     if checkpoint is None or iteration is None:  # a converted checkpoint has weights only
         return ChangedSettings()
     state = read_common_state(checkpoint)
-    if "args" not in state or (schedule is not None and args.finetune):
+    saved = state.get("args")
+    if saved is None or (schedule is not None and args.finetune):
         return ChangedSettings()
-    changes = Changes(args, state["args"])
     if schedule is None:  # nothing is trained
-        return ChangedSettings(notes=tuple(_notes_of_function(changes)))
+        return ChangedSettings(notes=tuple(_notes_of_weights(args, saved)))
+    errors = [*_errors_of_length(args, saved, iteration)]
+    if not args.no_load_optim and "opt_param_scheduler" in state:
+        errors += _errors_of_optimizer(args, saved, schedule, state["opt_param_scheduler"])
     is_complete = iteration >= training_iterations(args)
-    errors = [*_errors_of_length(changes, iteration), *_errors_of_optimizer(changes, state, schedule)]
-    is_loaded = not is_complete or must_save_a_complete_run(args)
-    if getattr(changes.saved, "no_save_optim", False) and not args.no_load_optim and is_loaded:
-        errors.append(f"was saved with --no-save-optim and holds no state of the optimizer: pass {_ANEW}")
-    notes = _notes_of_end(args) if is_complete else _notes(changes, iteration)
+    notes = [_note_of_end(args)] if is_complete else _notes(args, saved, iteration)
     return ChangedSettings(tuple(f"checkpoint {checkpoint} {error}" for error in errors), tuple(notes), is_complete)
 
 
@@ -76,28 +72,14 @@ def schedule_of(args: Namespace) -> OptimizerParamScheduler:
         return training.get_optimizer_param_scheduler(optimizer)
 
 
-def take_schedule_of_checkpoint(args: Namespace, checkpoint: Path) -> None:
-    """With `--use-checkpoint-opt-param-scheduler`, set all arguments of the schedule to those of the checkpoint.
-
-    Megatron itself loads the schedule, but then fails if the learning rates of the command line differ, and applies the
-    weight decay of the command line in the first iteration.
-    """
-    if not args.use_checkpoint_opt_param_scheduler or args.finetune or args.no_load_optim:
-        return
-    saved = read_common_state(checkpoint).get("args", Namespace())
-    for name in names_of(Rule.SCHEDULE):
-        if hasattr(saved, name) and name not in ("train_iters", "train_samples", "global_batch_size"):
-            setattr(args, name, getattr(saved, name))
-
-
 def has_one_learning_rate(args: Namespace) -> bool:
     """Return whether all parameters have the learning rate in `--lr`."""
     return args.decoupled_lr is None and not args.use_mup
 
 
-def _errors_of_length(changes: Changes, iteration: int) -> Iterator[str]:
+def _errors_of_length(args: Namespace, saved: Namespace, iteration: int) -> Iterator[str]:
     """Yield an error if Megatron would compute a wrong last iteration from `--train-samples` and the batch size."""
-    args, samples = changes.args, getattr(changes.saved, "consumed_train_samples", None)
+    samples = getattr(saved, "consumed_train_samples", None)
     if args.train_samples is None or samples is None:
         return
     iterations = BatchSizes.from_args(args).iterations(samples)
@@ -109,74 +91,62 @@ def _errors_of_length(changes: Changes, iteration: int) -> Iterator[str]:
         )
 
 
-def _errors_of_optimizer(changes: Changes, state: dict[str, Any], schedule: OptimizerParamScheduler) -> Iterator[str]:
+def _errors_of_optimizer(
+    args: Namespace, saved: Namespace, schedule: OptimizerParamScheduler, saved_schedule: dict[str, Any]
+) -> Iterator[str]:
     """Yield an error for each change of the optimizer or the schedule with which the run cannot load their states."""
-    args = changes.args
-    if args.no_load_optim or "opt_param_scheduler" not in state:
-        return
-    for rule, problem in (
-        (Rule.OPTIMIZER, "holds the state of another optimizer"),
-        (Rule.IGNORED, "holds other settings of the optimizer, which Megatron would silently load"),
-    ):
-        if changed := changes.describe(names_of(rule)):
-            yield f"{problem}: {changed}; pass the checkpoint's setting, or {_ANEW}"
-    if changed := _changed_schedule(changes, state["opt_param_scheduler"], schedule):
+    if changed := differences(args, saved, names_of(Rule.OPTIMIZER)):
+        yield (
+            f"holds the state of another optimizer: {changed}; pass the checkpoint's settings, or --no-load-optim to "
+            "begin with a new optimizer and a new schedule, and remove --no-load-optim after the first checkpoint "
+            f"({_PAGE})"
+        )
+    changed = ""
+    try:
+        copy(schedule).load_state_dict(saved_schedule)
+        # The schedule counts samples, so Megatron accepts fewer iterations with a larger batch.
+        if not (args.train_samples or args.override_opt_param_scheduler or args.use_checkpoint_opt_param_scheduler):
+            changed = differences(args, saved, ["global_batch_size"])
+    except AssertionError as refusal:
+        changed = reason_of(refusal)
+    if changed:
         yield (
             f"was saved with another schedule of learning rate and weight decay ({changed}): pass "
-            "--override-opt-param-scheduler to continue by this run's schedule, --use-checkpoint-opt-param-scheduler "
-            f"to keep the checkpoint's, or --finetune with another --save to start anew from the weights ({_PAGE})"
+            "--override-opt-param-scheduler to continue by this run's schedule, the checkpoint's settings to keep its "
+            f"schedule, or --finetune with another --save to start anew from the weights ({_PAGE})"
         )
 
 
-def _changed_schedule(changes: Changes, saved: dict[str, Any], schedule: OptimizerParamScheduler) -> str:
-    """Describe how a schedule differs from the checkpoint's; empty if it is equal, or a flag says which one holds."""
-    args = changes.args
-    try:
-        copy(schedule).load_state_dict(saved)
-        # The scheduler counts samples, so it accepts fewer iterations with a larger batch.
-        is_asked_for = args.override_opt_param_scheduler or args.use_checkpoint_opt_param_scheduler
-        if args.train_samples or is_asked_for or not changes.describe(["global_batch_size"]):
-            return ""
-        return changes.describe(names_of(Rule.SCHEDULE))
-    except AssertionError as refusal:
-        return changes.describe(names_of(Rule.SCHEDULE)) or reason_of(refusal)
+def _note_of_end(args: Namespace) -> str:
+    """Return the note of a run whose checkpoint has reached the end of training."""
+    end = f"--train-samples {args.train_samples}" if args.train_samples else f"--train-iters {args.train_iters}"
+    return f"the checkpoint has reached {end}: nothing is left to train; to train on, pass a larger number ({_PAGE})"
 
 
-def _notes_of_end(args: Namespace) -> Iterator[str]:
-    """Yield the note of a run whose checkpoint has reached the end of training."""
-    flag = "--train-iters" if args.train_samples is None else "--train-samples"
-    yield (
-        f"the checkpoint has reached {flag} {args.train_samples or args.train_iters}: nothing is left to train; to "
-        f"train on, pass more {flag} ({_PAGE})"
-    )
-
-
-def _notes(changes: Changes, iteration: int) -> Iterator[str]:
+def _notes(args: Namespace, saved: Namespace, iteration: int) -> Iterator[str]:
     """Yield a note for each change that takes effect although nobody asked for it."""
-    args, saved = changes.args, changes.saved
     if args.no_load_optim:
         yield (
             f"--no-load-optim: a new optimizer continues at iteration {iteration}, and the schedule of the learning "
             "rate begins anew, at every start: remove the flag after the first checkpoint"
         )
     consumed = getattr(saved, "consumed_train_samples", 0)
-    consequence = (
-        f"the run continues at sample {consumed:,} of the new order, so it may repeat samples and leave samples out"
-    )
-    is_cyclic = args.dataloader_type == "cyclic"
-    of_cyclic = ("data_sharding", "micro_batch_size", "data_parallel_size") if is_cyclic else ()
     before, now = (requested_training_samples(each, iteration, consumed) for each in (saved, args))
-    if changed := changes.describe((*names_of(Rule.DATA), *of_cyclic)):
-        yield f"the training data are in another order ({changed}): {consequence}"
+    of_order = [*names_of(Rule.DATA), *(_OF_CYCLIC_ORDER if args.dataloader_type == "cyclic" else ())]
+    if changed := differences(args, saved, of_order):
+        yield (
+            f"the training data are in another order ({changed}): the run continues at sample {consumed:,} of the new "
+            "order, so it may repeat samples and leave samples out"
+        )
     elif before != now and not args.mock_data:
         yield (
             f"the run reads {now:,} samples, not {before:,}: if these are other epochs of a dataset, Megatron shuffles "
-            f"the data into another order ({_PAGE}); then {consequence}"
+            f"the data into another order ({_PAGE}), and the run may repeat samples and leave samples out"
         )
-    yield from _notes_of_function(changes)
+    yield from _notes_of_weights(args, saved)
 
 
-def _notes_of_function(changes: Changes) -> Iterator[str]:
+def _notes_of_weights(args: Namespace, saved: Namespace) -> Iterator[str]:
     """Yield a note if the checkpoint's weights compute something else than in the run that saved them."""
-    if changed := changes.describe(names_of(Rule.TRAINED_WITH, Rule.FUNCTION)):
+    if changed := differences(args, saved, names_of(Rule.TRAINED_WITH, Rule.FUNCTION)):
         yield f"the checkpoint's weights were trained with other settings: {changed}"

@@ -9,11 +9,11 @@ from megatron.core.models.hybrid.hybrid_layer_allocation import Symbols, get_hyb
 from megatron.training.checkpointing import load_args_from_checkpoint
 
 from maskmoe.checkpoint.reading import read_common_state
-from maskmoe.checkpoint.saved_names import saved_pattern, without_new_layers
+from maskmoe.checkpoint.saved_names import saved_pattern
 from maskmoe.checkpoint.series import temporary_load_folder
 from maskmoe.errors import UserError
 from maskmoe.routing_mask.feed_forward_layers import FeedForwardLayers
-from maskmoe.training.resume.settings_table import Changes, Rule, flag_of, names_of, taken_arguments
+from maskmoe.training.resume.settings_table import Rule, differences, flag_of, names_of
 
 # Arguments that decide the kinds and the number of layers, if there is no pattern.
 _LAYER_ARGUMENTS = ("num_layers", "mtp_num_layers", "moe_layer_freq")
@@ -47,16 +47,14 @@ def settings_of_checkpoint(args: Namespace, checkpoint: Path) -> dict[str, Any]:
     """Return the settings of a checkpoint's model that Megatron's `--use-checkpoint-args` leaves out or takes wrongly.
 
     Megatron takes the pattern of a hybrid model as it is, with the bounds of the pipeline stages of the run that saved
-    the checkpoint. They are left out if they do not fit the layout of this run.
+    the checkpoint. They are left out if this run has another number of stages.
     """
     saved = read_common_state(checkpoint).get("args", Namespace())
-    chosen = {name: getattr(saved, name) for name in taken_arguments() if hasattr(saved, name)}
-    pattern = saved_pattern(saved)
-    if pattern is not None:
-        stages, num_chunks = args.pipeline_model_parallel_size, get_hybrid_total_pipeline_segment_count(pattern)
-        # Interleaved pipelines are for training only.
-        fits = num_chunks == stages or (stages > 1 and num_chunks % stages == 0 and not args.skip_train)
-        chosen["hybrid_layer_pattern"] = pattern if fits else pattern.replace(Symbols.PIPE, "")
+    names = names_of(Rule.MODEL, Rule.FUNCTION)
+    chosen = {name: getattr(saved, name) for name in names if hasattr(saved, name)}
+    if pattern := saved_pattern(saved):
+        is_divided_alike = get_hybrid_total_pipeline_segment_count(pattern) == args.pipeline_model_parallel_size
+        chosen["hybrid_layer_pattern"] = pattern if is_divided_alike else pattern.replace(Symbols.PIPE, "")
     return chosen
 
 
@@ -81,12 +79,13 @@ def check_same_model(args: Namespace, checkpoint: Path) -> None:
     saved = state.get("args")
     if saved is None:
         return
-    layers = _LAYER_ARGUMENTS if args.hybrid_layer_pattern is None else ()
+    names = names_of(Rule.MODEL)
+    if args.hybrid_layer_pattern is None:
+        names += _LAYER_ARGUMENTS
     fault = _other_layers(args, saved)
-    if not fault and (changed := Changes(args, saved).describe((*layers, *names_of(Rule.MODEL)))):
-        fault = f"holds another model: {changed}"
-    fault = fault or _other_order_of_parameters(args, saved, state.get("content_metadata") or {})
-    if fault:
+    if not fault and (changed := differences(args, saved, names)):
+        fault = f"holds another model: {changed}; --use-checkpoint-args takes the checkpoint's settings"
+    if fault or (fault := _other_order_of_parameters(args, saved, state.get("content_metadata") or {})):
         raise UserError(f"checkpoint {checkpoint} {fault}")
 
 
@@ -96,33 +95,22 @@ def _other_layers(args: Namespace, saved: Namespace) -> str:
     if pattern is None:
         cannot = "holds a hybrid model, which cannot be loaded into a GPT model: pass --hybrid-layer-pattern"
         return f"{cannot} '{theirs}'" if theirs else ""
-    if theirs:
-        is_same = theirs.replace("|", "") == pattern.replace("|", "")
-        return "" if is_same else f"holds a hybrid model with --hybrid-layer-pattern '{theirs}', not with '{pattern}'"
-    # A hybrid model may continue the GPT model that has the same layers.
-    if counting := [flag_of(name) for name in _COUNTING_ARGUMENTS if getattr(saved, name, None) is not None]:
-        return (
-            f"holds a GPT model with {' and '.join(counting)}, which would select other layers in a pattern: continue "
-            "with --num-layers and without --hybrid-layer-pattern"
-        )
-    attention = "+" if getattr(saved, "multi_latent_attention", False) else "*"
-    of_gpt = FeedForwardLayers.of_args(saved).pattern(attention)
-    if of_gpt == without_new_layers(pattern):
-        return ""
-    return f"holds a GPT model, which continues with --hybrid-layer-pattern '{of_gpt}', not with '{pattern}'"
+    if theirs is None:  # a hybrid model may continue the GPT model that has the same layers
+        if counting := [flag_of(name) for name in _COUNTING_ARGUMENTS if getattr(saved, name, None) is not None]:
+            return f"has {counting[0]}, which would select other layers in a pattern: pass --num-layers instead"
+        attention = "+" if getattr(saved, "multi_latent_attention", False) else "*"
+        theirs = FeedForwardLayers.of_args(saved).pattern(attention)
+    is_same = theirs.replace(Symbols.PIPE, "") == pattern.replace(Symbols.PIPE, "")
+    return "" if is_same else f"continues with --hybrid-layer-pattern '{theirs}', not with '{pattern}'"
 
 
 def _other_order_of_parameters(args: Namespace, saved: Namespace, metadata: dict[str, Any]) -> str:
     """Return what is wrong if an optimizer state without names, in the order of parameters, is of another order."""
     is_nameless = metadata.get("distrib_optim_sharding_type") in _NAMELESS_OPTIMIZER_FORMATS
-    if not (is_nameless and args.use_distributed_optimizer) or args.finetune or args.no_load_optim:
+    changed = differences(args, saved, ["transformer_impl"])
+    if not (is_nameless and changed and args.use_distributed_optimizer) or args.finetune or args.no_load_optim:
         return ""
-    implementation = getattr(saved, "transformer_impl", args.transformer_impl)
-    becomes_hybrid = args.hybrid_layer_pattern is not None and saved_pattern(saved) is None
-    if implementation == args.transformer_impl and not becomes_hybrid:
-        return ""
-    holder = "of a GPT model" if becomes_hybrid else f"of --transformer-impl {implementation}"
     return (
-        f"holds an optimizer state {holder}, in the order of its parameters, which this run's model does not have: "
+        f"holds an optimizer state in the order of its parameters, which this run's model does not have ({changed}): "
         "save a checkpoint with --dist-ckpt-optim-fully-reshardable, or pass --no-load-optim until the first checkpoint"
     )

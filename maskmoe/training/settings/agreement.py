@@ -18,13 +18,17 @@ import torch
 import maskmoe
 from maskmoe.data.indexed_dataset import bin_path, idx_path
 from maskmoe.errors import UserError, listed
-from maskmoe.training.settings.inputs import data_prefixes
+from maskmoe.training.settings.inputs import blends_of
 
 # Arguments that number a rank, or name a folder that a node may have for itself.
 _OF_ONE_NODE = {"rank", "local_rank", "data_cache_path", "tensorboard_dir", "wandb_save_dir"}
 # Arguments that name files, whose contents are compared instead of their paths.
-_FILES = ("routing_mask", "tokenizer_model", "vocab_file", "merge_file", "data_args_path", "per_split_data_args_path")
-_DATASETS = ("data_path", "train_data_path", "valid_data_path", "test_data_path")
+_FILES = ("routing_mask", "tokenizer_model", "vocab_file", "merge_file")
+# Arguments that name datasets, whose contents are compared instead of their paths.
+_DATASETS = (
+    *("data_path", "train_data_path", "valid_data_path", "test_data_path"),
+    *("data_args_path", "per_split_data_args_path"),
+)
 _MOST_BYTES = 1 << 24  # of a file in a folder whose content is read
 _MOST_BYTES_OF_DATASET = 1 << 16  # at the beginning of each of its files: the lengths and ids of the first documents
 _MOST_NAMED = 8
@@ -53,8 +57,9 @@ def check_agreement(args: Namespace, gather: Callable[[str, str], list[str]]) ->
 
 
 def digest_of_datasets(args: Namespace) -> str:
-    """Return a digest of the sizes and the beginnings of all datasets. Raises UserError if the flags name none."""
-    return _digest(" ".join(map(_describe_word, data_prefixes(args))))
+    """Return a digest of the sizes, beginnings and weights of all datasets. Raises UserError if flags name none."""
+    blends = [([*map(_describe_dataset, prefixes)], weights) for prefixes, weights in blends_of(args)]
+    return _digest(json.dumps(blends))
 
 
 def _settings(args: Namespace) -> Facts:
@@ -71,28 +76,23 @@ def _files(args: Namespace) -> Facts:
     for name in _FILES:
         if (path := getattr(args, name, None)) is not None:
             facts[f"the content of --{name.replace('_', '-')}"] = _describe_file(Path(path))
-    for name in _DATASETS:
-        if (words := getattr(args, name, None)) is not None:
-            facts[f"--{name.replace('_', '-')}"] = " ".join(map(_describe_word, words))
-    if args.data_args_path is not None or args.per_split_data_args_path is not None:
-        try:
-            facts["the datasets"] = " ".join(map(_describe_word, data_prefixes(args)))
-        except UserError as error:  # which the checks of this rank will report
-            facts["the datasets"] = str(error)
+    try:
+        facts["the content of the datasets"] = digest_of_datasets(args)
+    except UserError as error:  # which the checks of this rank will report
+        facts["the content of the datasets"] = str(error)
     return facts
 
 
-def _describe_word(word: str) -> str:
-    """Describe a dataset by its sizes and the digest of its beginning; other words, such as weights, stay as given."""
-    paths = (Path(idx_path(word)), Path(bin_path(word)))
+def _describe_dataset(prefix: str) -> str:
+    """Describe a dataset by its sizes and the digest of its beginning, or by its prefix if a file is missing."""
+    paths = (Path(idx_path(prefix)), Path(bin_path(prefix)))
     if not all(path.is_file() for path in paths):
-        return word
+        return prefix
     beginnings = []
     for path in paths:
         with open(path, "rb") as stream:
             beginnings.append(stream.read(_MOST_BYTES_OF_DATASET))
-    sizes = " + ".join(f"{path.stat().st_size:,}" for path in paths)
-    return f"{sizes} bytes ({_digest(b''.join(beginnings))})"
+    return f"{[path.stat().st_size for path in paths]} {_digest(b''.join(beginnings))}"
 
 
 def _describe_file(path: Path) -> str:

@@ -19,7 +19,7 @@ from maskmoe.files.outputs import refuse_checkpoint
 from maskmoe.megatron_compat.globals import get_tokenizer
 from maskmoe.processes.console import progress_bar
 from maskmoe.routing_mask.feed_forward_layers import FeedForwardLayers
-from maskmoe.routing_mask.mask import RoutingMask, load_of_frequent
+from maskmoe.routing_mask.mask import RoutingMask
 from maskmoe.transformer.visible_experts import check_same_mask
 
 _CHUNK_TOKENS = 1 << 20
@@ -35,14 +35,11 @@ def check_tokenizer(args: Namespace, checkpoint: Path | None) -> str | None:
     not make.
 
     Raises:
-        UserError: No tokenizer is named, the vocabulary size that the type needs is missing, or the model does not
-            exist or is damaged.
+        UserError: No tokenizer is named, or the model does not exist or is damaged.
     """
     if args.tokenizer_type is None:
         cure = "--use-checkpoint-args takes the checkpoint's" if checkpoint else "maskmoe tokenizer makes one"
         raise UserError(f"no tokenizer: pass --tokenizer-type and --tokenizer-model; {cure}")
-    if args.tokenizer_type == "NullTokenizer" and args.vocab_size is None:
-        raise UserError("--tokenizer-type NullTokenizer needs --vocab-size")
     if args.tokenizer_type not in _LOCAL_TOKENIZERS or args.tokenizer_model is None:
         return None
     model = Path(args.tokenizer_model)
@@ -52,26 +49,13 @@ def check_tokenizer(args: Namespace, checkpoint: Path | None) -> str | None:
 
 
 def check_save_folder(args: Namespace) -> None:
-    """Raise `UserError` if files cannot be written to `--save`, `--tensorboard-dir` or `--data-cache-path`.
-
-    An existing `--data-cache-path` may be complete, so it need not be writable.
-    """
-    cache = "--data-cache-path"
-    folders = {"--save": args.save, "--tensorboard-dir": args.tensorboard_dir, cache: args.data_cache_path}
-    for flag, name in folders.items():
-        if name is None:
-            continue
-        folder = Path(name).absolute()
-        refuse_checkpoint(folder)
-        if flag == cache and folder.is_dir():
-            continue
-        _check_writable(folder, f"{flag} {name}")
-
-
-def _check_writable(folder: Path, what: str) -> None:
-    """Raise `UserError`, which begins with `what`, if a folder cannot be made or written."""
+    """Raise `UserError` if no checkpoints can be written to `--save`, which Megatron finds only when it saves."""
+    if args.save is None:
+        return
+    folder = Path(args.save).absolute()
+    refuse_checkpoint(folder)
     existing = next(path for path in (folder, *folder.parents) if os.path.lexists(path))
-    with refused_by_system(f"{what}: cannot write in {existing}"):
+    with refused_by_system(f"--save {args.save}: cannot write in {existing}"):
         tempfile.TemporaryFile(dir=existing).close()
 
 
@@ -106,20 +90,12 @@ def find_routing_mask(args: Namespace, checkpoint: Path | None, report: Callable
     else:
         replaced = f"{of_checkpoint.digest[:16]}… of the checkpoint" if of_checkpoint else "none in the checkpoint"
         report(f"routing mask: {replaced} → {own.digest[:16]}…")
-    made_for, needed = (
-        load_of_frequent(
-            own.provenance.assignment,
-            own.provenance.frequent_mass,
-            own.provenance.frequent_visible_experts,
-            own.num_experts,
-            topk,
-        )
-        for topk in (own.provenance.topk, args.moe_router_topk)
-    )
-    if (checkpoint is None or not is_same) and not args.skip_train and made_for != needed:
+    topk, made_for = args.moe_router_topk, own.provenance
+    is_new = checkpoint is None or not is_same
+    if is_new and not args.skip_train and made_for.assignment == "balanced" and made_for.topk != topk:
         report(
-            f"routing mask: it balances the load of the experts at top-{own.provenance.topk}; for --moe-router-topk "
-            f"{args.moe_router_topk}, make it by maskmoe mask --moe-router-topk {args.moe_router_topk}"
+            f"routing mask: it balances the load of the experts at top-{made_for.topk}; for --moe-router-topk {topk}, "
+            f"make it by maskmoe mask --moe-router-topk {topk}"
         )
     return own
 
@@ -215,16 +191,19 @@ def _share(number: str, count: str) -> slice:
     return slice(int(os.environ.get(number, "0")), None, int(os.environ.get(count, "1")))
 
 
-def data_prefixes(args: Namespace) -> list[str]:
-    """Return the prefixes of all datasets, each once; raise `UserError` if flags or their files name no datasets."""
+def blends_of(args: Namespace) -> list[tuple[list[str], list[float] | None]]:
+    """Return the prefixes and weights of all blends of datasets; raise `UserError` if flags or their files name none.
+
+    There is one blend, or one for each part of the data.
+    """
     with megatrons_checks("--data-path, or the file of the paths, has no PREFIX… or WEIGHT PREFIX …"):
         blend, blend_per_split = get_blend_and_blend_per_split(args)
-    blends = [part for part in (blend, *(blend_per_split or [])) if part is not None]
-    for prefixes, weights in blends:
-        for prefix, weight in zip(prefixes, weights or (), strict=False):
-            if not 0 < weight < math.inf:
-                raise UserError(f"--data-path {weight:g} {prefix}: the weight is not a positive number")
-    return list(dict.fromkeys(prefix for prefixes, _ in blends for prefix in prefixes))
+    return [part for part in (blend, *(blend_per_split or [])) if part is not None]
+
+
+def data_prefixes(args: Namespace) -> list[str]:
+    """Return the prefixes of all datasets, each once; raise `UserError` if flags or their files name no datasets."""
+    return list(dict.fromkeys(prefix for prefixes, _ in blends_of(args) for prefix in prefixes))
 
 
 def _errors_of_parts(args: Namespace, of_rank: slice) -> Iterator[str]:

@@ -7,7 +7,7 @@ from importlib.metadata import PackageNotFoundError, version
 
 from packaging.version import Version
 
-from maskmoe.megatron_compat.gpu import LEAST_VERSION_OF_PERMUTATION, GpuPackages
+from maskmoe.megatron_compat.gpu import LEAST_VERSION_OF_PERMUTATION
 
 
 def missing_flags(args: Namespace, has_checkpoint: bool) -> Iterator[str]:
@@ -15,7 +15,7 @@ def missing_flags(args: Namespace, has_checkpoint: bool) -> Iterator[str]:
 
     If the run loads a checkpoint, the settings of the checkpoint can replace the arguments'.
     """
-    if not (args.perform_initialization or has_checkpoint or args.pretrained_checkpoint):
+    if not (args.perform_initialization or has_checkpoint):
         yield "no initial weights: leave --no-initialization out, because no checkpoint is loaded"
     if args.seq_length is None and args.encoder_seq_length is None:
         settings = ", or --use-checkpoint-args for the settings of the checkpoint" if has_checkpoint else ""
@@ -23,27 +23,8 @@ def missing_flags(args: Namespace, has_checkpoint: bool) -> Iterator[str]:
     is_evaluation = hasattr(args, "eval_split")
     if not is_evaluation and args.train_iters is None and args.train_samples is None:
         yield "no length of training: pass --train-iters or --train-samples"
-    if args.skip_train:
-        return
-    takes_schedule = has_checkpoint and args.use_checkpoint_opt_param_scheduler
-    if args.lr is None and (not takes_schedule or args.finetune or args.no_load_optim):
+    if args.lr is None and not args.skip_train:
         yield "no learning rate: pass --lr"
-
-
-def missing_transformer_engine(args: Namespace, packages: GpuPackages) -> Iterator[str]:
-    """Yield an error if the layers or the optimizer need Transformer Engine, but the machines that train lack it."""
-    if packages.transformer_engine:
-        return
-    problem = "needs Transformer Engine, which is not installed: install it, or leave the flag out"
-    if args.transformer_impl == "transformer_engine":
-        yield f"--transformer-impl transformer_engine {problem}"
-    if args.moe_permute_fusion:
-        yield f"--moe-permute-fusion {problem}"
-    if args.use_precision_aware_optimizer and not args.skip_train:
-        yield f"--use-precision-aware-optimizer {problem}"
-    recomputed = {"layernorm", "moe_act", "mla_up_proj"}.intersection(args.recompute_modules or ())
-    if recomputed and args.recompute_granularity == "selective":
-        yield f"--recompute-modules {' '.join(sorted(recomputed))} {problem}"
 
 
 def outdated_packages(args: Namespace) -> Iterator[str]:

@@ -73,10 +73,21 @@ def _has_latent_attention(args: Namespace) -> bool:
     return args.multi_latent_attention or _has_layer(args, "+")
 
 
+def _captures_graphs(args: Namespace) -> bool:
+    return args.cuda_graph_impl != "none"
+
+
+def _captures_experts(args: Namespace) -> bool:
+    """Return whether CUDA graphs would capture more than attention and dense MLPs of Transformer Engine."""
+    modules = {getattr(module, "name", module) for module in args.cuda_graph_modules or ["full"]}
+    is_supported = args.cuda_graph_impl == args.transformer_impl == "transformer_engine" and modules <= {"attn", "mlp"}
+    return _captures_graphs(args) and not is_supported
+
+
 def _cuts_documents(args: Namespace) -> bool:
     """Return whether packed documents would be cut, or their bounds forgotten."""
     balances_samples = "seq_aux_loss" in args.moe_router_load_balancing_type and (args.micro_batch_size or 1) > 1
-    changes_lengths = args.context_parallel_size > 1 or args.fim_data
+    changes_lengths = args.context_parallel_size > 1 or _captures_graphs(args) or args.fim_data
     return args.dataloader_inter_document_masking and (changes_lengths or balances_samples)
 
 
@@ -115,6 +126,11 @@ def _averages_predictions_by_rank(args: Namespace) -> bool:
     return predicts and args.context_parallel_size > 1 and not args.skip_train
 
 
+def _loses_gradients_of_experts(args: Namespace) -> bool:
+    overlaps = args.overlap_dispatch_backward_with_experts_wgrad
+    return overlaps and (args.overlap_grad_reduce or not args.gradient_accumulation_fusion)
+
+
 def _ignores_reset_masks(args: Namespace) -> bool:
     if not args.reset_attention_mask or args.dataloader_inter_document_masking:
         return False
@@ -123,16 +139,16 @@ def _ignores_reset_masks(args: Namespace) -> bool:
 
 def _miscounts_growing_batches(args: Namespace) -> bool:
     counts_iterations = args.train_samples is None and not args.skip_train
-    counts_wrongly = counts_iterations or args.phase_transition_iterations is not None
+    counts_wrongly = counts_iterations or args.phase_transition_iterations is not None or _captures_graphs(args)
     return args.step_batch_size_schedule is not None and counts_wrongly
 
 
 def _redraws_in_recomputation(args: Namespace) -> bool:
     """Return whether recomputation would not rewind random numbers that a layer draws.
 
-    The states of the tracker's generators are handles, so a recomputed part continues where the forward pass ended.
+    Generators of CUDA graphs have states that are handles, so a recomputed part continues where the forward pass ended.
     """
-    if not args.te_rng_tracker:
+    if not args.te_rng_tracker and not _captures_graphs(args):
         return False
     jitter, dropout = args.moe_input_jitter_eps, args.attention_dropout
     if args.recompute_granularity == "full":
@@ -194,15 +210,11 @@ NEVER = (
         ),
     ),
     Refusal(
-        "--moe-use-upcycling",
-        "A dense checkpoint holds no routing mask. Use maskmoe convert upcycle.",
-        _given("moe_use_upcycling"),
-    ),
-    Refusal(
-        "--cuda-graph-impl",
-        "A graph of an MoE layer needs fixed shapes, but the number of rows that a rank sends to experts varies. A "
-        "layer with a graph of its attention drops the token ids.",
-        lambda args: args.cuda_graph_impl != "none",
+        "--cuda-graph-impl, but for transformer_engine with --cuda-graph-modules attn or mlp and --transformer-impl "
+        "transformer_engine",
+        "A graph of an MoE layer needs fixed shapes, but the number of rows that a rank sends to experts varies. "
+        "Beside graphs, Megatron-Core can drop gradients of local experts.",
+        _captures_experts,
     ),
     Refusal(
         "--fp8-recipe delayed, the default, or custom; or --fp4-recipe custom",
@@ -211,7 +223,7 @@ NEVER = (
         _pickles_scales,
     ),
     Refusal(
-        "--dataloader-inter-document-masking with --context-parallel-size above 1, --fim-data, or "
+        "--dataloader-inter-document-masking with --context-parallel-size above 1, CUDA graphs, --fim-data, or "
         "--moe-router-load-balancing-type seq_aux_loss and --micro-batch-size above 1",
         "These settings are for samples of one length, but documents have any length.",
         _cuts_documents,
@@ -225,11 +237,6 @@ NEVER = (
         "--async-strategy nvrx with --async-save",
         "MaskMoE's digests need the list of files that Megatron-Core's own strategy, the default, writes.",
         lambda args: args.async_save and args.async_strategy == "nvrx",
-    ),
-    Refusal(
-        "--ckpt-convert-format",
-        "The result would replace the checkpoint in --save, to which alone MaskMoE saves. Use maskmoe convert.",
-        _given("ckpt_convert_format"),
     ),
 )
 """The settings that silently contradict a routing mask or MaskMoE's checkpoints."""
@@ -250,9 +257,10 @@ KNOWN_BUGS = (
         issue="https://github.com/NVIDIA/Megatron-LM/pull/6839",
     ),
     Refusal(
-        "--overlap-dispatch-backward-with-experts-wgrad",
-        "The experts' gradients would be reduced before they are computed, or never be computed.",
-        _given("overlap_dispatch_backward_with_experts_wgrad"),
+        "--overlap-dispatch-backward-with-experts-wgrad with --overlap-grad-reduce or "
+        "--no-gradient-accumulation-fusion",
+        "The experts' gradients would be reduced before they are computed, or never read.",
+        _loses_gradients_of_experts,
         issue="docs/upstream/delayed-expert-gradients.md",
     ),
     Refusal(
@@ -287,7 +295,7 @@ KNOWN_BUGS = (
         issue="https://github.com/NVIDIA/Megatron-LM/issues/2357",
     ),
     Refusal(
-        "--step-batch-size-schedule without --train-samples, or with --phase-transition-iterations",
+        "--step-batch-size-schedule without --train-samples, or with --phase-transition-iterations or CUDA graphs",
         "Megatron-Core counts as if all batches had one size.",
         _miscounts_growing_batches,
         issue="docs/upstream/step-batch-size-schedule.md",
@@ -300,7 +308,7 @@ KNOWN_BUGS = (
         issue="docs/upstream/optimizers-that-do-not-resume.md",
     ),
     Refusal(
-        "--te-rng-tracker, with dropout or --moe-input-jitter-eps in parts that are recomputed",
+        "--te-rng-tracker or CUDA graphs, with dropout or --moe-input-jitter-eps in parts that are recomputed",
         "The backward pass would draw other random numbers than the forward pass.",
         _redraws_in_recomputation,
         issue="https://github.com/NVIDIA/Megatron-LM/pull/5841",

@@ -17,12 +17,12 @@ from megatron.training import training
 from torch.distributed.checkpoint.api import CheckpointException
 
 from maskmoe.checkpoint.saver import SaveError, describe_failures
-from maskmoe.checkpoint.series import read_tracker, remove_unfinished_checkpoints
+from maskmoe.checkpoint.series import read_tracker
 from maskmoe.checkpoint.writers import rank_is_ending
 from maskmoe.errors import RunFailure
 from maskmoe.megatron_compat.globals import get_signal_handler
 from maskmoe.processes.interruption import EXIT_REQUEUE, SIGNALS_THAT_SAVE
-from maskmoe.training.resume.choose_checkpoint import checkpoint_to_load, pretrained_to_load
+from maskmoe.training.resume.choose_checkpoint import checkpoint_to_load
 from maskmoe.training.watch.callback import Callback, Step
 
 # If a loss or gradient is NaN or infinite, Megatron repeats the step, says in the log on which rank and whether the
@@ -99,9 +99,9 @@ def explaining_early_ends(args: Namespace) -> Iterator[None]:
     except SaveError as error:
         raise _save_failure(args, str(error)) from error
     except CheckpointException as error:
-        checkpoint = checkpoint_to_load(args) or pretrained_to_load(args)
         raise RunFailure(
-            f"cannot load {checkpoint}: {describe_failures(error)}; remove the cause and start the run again"
+            f"cannot load {checkpoint_to_load(args)}: {describe_failures(error)}; remove the cause and start the run "
+            "again"
         ) from error
     except SystemExit as end:
         if end.code in _RERUN_CODES and torch.distributed.get_rank() == 0:
@@ -141,11 +141,8 @@ def _is_out_of_time(args: Namespace) -> bool:
 
 def _save_failure(args: Namespace, cause: str) -> RunFailure:
     """Return the failure of a save. Megatron's writer may hide the system's error, so report a full disk instead."""
-    # Measure the space before unfinished checkpoints are removed.
     if os.path.exists(args.save) and shutil.disk_usage(args.save).free < _NO_SPACE:
         cause = f"no space is left in {args.save}: make space, and start the run again"
-    if torch.distributed.get_rank() == 0:
-        remove_unfinished_checkpoints(args.save)
     return RunFailure(f"cannot save a checkpoint to {args.save}: {cause}. {describe_newest_checkpoint(args)}")
 
 

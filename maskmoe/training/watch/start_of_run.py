@@ -17,9 +17,9 @@ from maskmoe.files.run_folder import ARGUMENTS
 from maskmoe.processes.console import console
 from maskmoe.routing_mask.feed_forward_layers import FeedForwardLayers
 from maskmoe.routing_mask.mask import RoutingMask, describe_visible_experts
-from maskmoe.training.resume.choose_checkpoint import checkpoint_to_load, pretrained_to_load
+from maskmoe.training.resume.choose_checkpoint import checkpoint_to_load
 from maskmoe.training.settings.inputs import data_prefixes
-from maskmoe.training.settings.layout import BatchSizes, Layout, trained_samples, training_iterations
+from maskmoe.training.settings.samples import BatchSizes, requested_training_samples, training_iterations
 from maskmoe.training.watch.callback import Callback
 from maskmoe.training.watch.writers import log_facts, own_program
 
@@ -88,12 +88,11 @@ def describe_run(
 
     `parameters` counts the whole model; `dispatch` says in words how tokens reach their experts, None without experts.
     """
-    layout = Layout.from_args(args)
     fields = {
         "model": _describe_model(args),
         "parameters": f"{_short(parameters)} ({parameters:,})",
-        "layout": describe_layout(layout),
-        "step": _describe_step(args, layout),
+        "layout": _describe_layout(args),
+        "step": _describe_step(args),
         "dispatch": dispatch,
         "mask": f"{describe_visible_experts(mask)}; digest {mask.digest[:16]}…" if mask else None,
         "data": _describe_data(args),
@@ -103,30 +102,31 @@ def describe_run(
     return {label: text for label, text in fields.items() if text}
 
 
-def describe_layout(layout: Layout) -> str:
+def _describe_layout(args: Namespace) -> str:
     """Return the numbers of ranks of a run in words: `2 ranks: TP 1 · PP 1 · CP 1 · DP 2 · EP 2 · ETP 1`."""
     return (
-        f"{counted(layout.ranks, 'rank')}: TP {layout.tensor} · PP {layout.pipeline} · CP {layout.context} · "
-        f"DP {layout.data} · EP {layout.expert} · ETP {layout.expert_tensor}"
+        f"{counted(args.world_size, 'rank')}: TP {args.tensor_model_parallel_size} · "
+        f"PP {args.pipeline_model_parallel_size} · CP {args.context_parallel_size} · DP {args.data_parallel_size} · "
+        f"EP {args.expert_model_parallel_size} · ETP {args.expert_tensor_parallel_size}"
     )
 
 
 def describe_start(args: Namespace) -> str:
     """Return where the weights of a run come from, in words."""
-    if checkpoint := checkpoint_to_load(args):
-        return f"resumes from {checkpoint}"
-    pretrained = pretrained_to_load(args)
-    return f"from the weights of {pretrained}" if pretrained else "from random weights"
+    checkpoint = checkpoint_to_load(args)
+    if checkpoint is None:
+        return "from random weights"
+    return f"{'from the weights of' if args.finetune else 'resumes from'} {checkpoint}"
 
 
-def _describe_step(args: Namespace, layout: Layout) -> str:
+def _describe_step(args: Namespace) -> str:
     sizes = BatchSizes.from_args(args).sizes
     samples, tokens = (
         " to ".join(dict.fromkeys(f"{size * factor:,}" for size in (sizes[0], sizes[-1])))
-        for factor in (1, layout.seq_length)
+        for factor in (1, args.seq_length)
     )
     return (
-        f"{samples} samples × {layout.seq_length:,} = {tokens} tokens, in micro-batches of {layout.micro_batch}; "
+        f"{samples} samples × {args.seq_length:,} = {tokens} tokens, in micro-batches of {args.micro_batch_size}; "
         f"{training_iterations(args):,} iterations"
     )
 
@@ -142,7 +142,7 @@ def _describe_model(args: Namespace) -> str:
 
 
 def _describe_data(args: Namespace) -> str:
-    tokens = f"{trained_samples(args) * args.seq_length:,} tokens in all"
+    tokens = f"{requested_training_samples(args) * args.seq_length:,} tokens in all"
     if args.mock_data:
         return f"mock data; {tokens}"
     split = f", split {args.split}" if args.split else ""

@@ -1,9 +1,9 @@
 """The text of the report of `--check`."""
 
+from maskmoe.training.preflight.layout import Layout
 from maskmoe.training.preflight.memory import MemoryReport, StageMemory
 from maskmoe.training.preflight.parameters import PARTS, Chunk, ModelParameters
 from maskmoe.training.preflight.report import Report
-from maskmoe.training.settings.layout import Layout
 
 
 def model_of(layers: tuple[str, ...], predictions: tuple[str, ...], mean: float) -> ModelParameters:

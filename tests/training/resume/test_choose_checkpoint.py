@@ -23,6 +23,7 @@ from maskmoe.checkpoint.reading import read_checkpoint_layout
 from maskmoe.checkpoint.series import (
     RELEASE,
     TRACKER,
+    Choice,
     checkpoint_path,
     choose_checkpoint,
     iteration_of,
@@ -34,7 +35,7 @@ from maskmoe.checkpoint.series import (
 from maskmoe.errors import RunFailure, UserError
 from maskmoe.training.ranks import Ranks
 from maskmoe.training.resume import choose_checkpoint as resume
-from maskmoe.training.resume.choose_checkpoint import find_checkpoint
+from maskmoe.training.resume.choose_checkpoint import checkpoint_to_load, find_checkpoint
 from maskmoe.training.watch.early_ends import explaining_early_ends
 
 SAVED = "expert parallel 2, undisturbed"  # at 7, 14 and 21
@@ -129,7 +130,7 @@ def test_unusable_tracker(copy, content, files_and_times):
         (copy / TRACKER).write_text(content)
     before = files_and_times(copy)
     args, ranks = Namespace(load=str(copy), ckpt_step=None, verify_checkpoint=True), Ranks(HashStore(), 0, 1)
-    assert find_checkpoint(args, ranks) == checkpoint_path(copy, 21)
+    assert find_checkpoint(args.load, args, ranks) == checkpoint_path(copy, 21)
     assert loaded_by_megatron(checkpoint_path(copy, 21), copy) == 21
     assert files_and_times(copy) == before
 
@@ -140,7 +141,7 @@ def test_iteration_beside_an_imported_model_is_loaded(copy):
     checkpoint_path(copy, 14).rename(copy / RELEASE)
     write_tracker(copy, RELEASE)
     args, ranks = Namespace(load=str(copy), ckpt_step=7, verify_checkpoint=True), Ranks(HashStore(), 0, 1)
-    assert find_checkpoint(args, ranks) == checkpoint_path(copy, 7)
+    assert find_checkpoint(args.load, args, ranks) == checkpoint_path(copy, 7)
     assert loaded_by_megatron(checkpoint_path(copy, 7), copy) == 7
     assert loaded_by_megatron(copy / RELEASE, copy) == 14
 
@@ -299,33 +300,28 @@ def test_pruning_counts_from_the_checkpoint_that_would_be_loaded(copy):
 
 
 @pytest.mark.runs(SAVED)
-def test_damaged_pretrained_checkpoint_is_refused(copy, parse):
-    """Megatron loads the checkpoint that the tracker names, sound or not."""
-    flags = f"--pretrained-checkpoint {copy}"
-    parse(flags)
+def test_run_begins_with_the_newest_intact_pretrained_checkpoint(copy, parse, tmp_path, capsys):
+    flags = f"--pretrained-checkpoint {copy} --save {tmp_path}/save --load {tmp_path}/save"
     flip(checkpoint_path(copy, 21) / "__0_0.distcp")
-    advice = rf"Write the iteration of another checkpoint, if there is one, into {TRACKER}"
-    with pytest.raises(UserError, match=rf"{copy}/iter_0000021 __0_0\.distcp does not have the content.*{advice}"):
-        parse(flags)
-    parse(f"{flags} --no-verify-checkpoint")
-    truncate(checkpoint_path(copy, 21) / "__0_0.distcp")
-    with pytest.raises(UserError, match=rf"iter_0000021 __0_0\.distcp has \d+ of \d+ bytes\. {advice}"):
-        parse(f"{flags} --no-verify-checkpoint")
-    write_tracker(copy, 14)
-    parse(flags)
-    (copy / TRACKER).unlink()
-    with pytest.raises(UserError, match=rf"holds no checkpoint: there is no usable {TRACKER}"):
+    args = parse(flags)
+    assert checkpoint_to_load(args) == checkpoint_path(copy, 14)
+    assert args.finetune
+    assert "warning: checkpoint" in capsys.readouterr().err
+    shutil.rmtree(copy)
+    with pytest.raises(UserError, match=f"^--pretrained-checkpoint {copy} holds no checkpoint"):
         parse(flags)
 
 
 @pytest.mark.slow
 @pytest.mark.runs(SAVED)
-def test_pretrained_checkpoint_is_named(copy, workplace, tmp_path):
-    run = Run(f"{EXPERT_2} --pretrained-checkpoint {copy} --exit-interval 1 --eval-iters 0", ranks=2, saves=True)
-    outcome = workplace.run(run, tmp_path / "run")
-    assert outcome.exit_codes == (0, 0), outcome.report()
-    start = f"from the weights of {copy}/iter_0000021"
-    assert re.search(rf"^start +{start}$", (outcome.folder / "out0.log").read_text(), re.MULTILINE)
+def test_pretrained_checkpoint_is_named_and_only_read_at_the_first_start(copy, workplace, tmp_path):
+    flags = f"{EXPERT_2} --pretrained-checkpoint {copy} --save {tmp_path}/save --load {tmp_path}/save --eval-iters 0"
+    for iteration, start in ((1, f"from the weights of {copy}/iter_0000021"), (2, "resumes from .*/iter_0000001")):
+        run = Run(f"{flags} --exit-interval {iteration}", ranks=2, mask=None)
+        outcome = workplace.run(run, tmp_path / str(iteration))
+        assert outcome.exit_codes == (0, 0), outcome.report()
+        assert outcome.iterations == [iteration]
+        assert re.search(rf"^start +{start}$", (outcome.folder / "out0.log").read_text(), re.MULTILINE)
 
 
 @pytest.mark.runs(SAVED)
@@ -390,13 +386,15 @@ def test_run_that_loads_from_elsewhere_may_start_again(tmp_path, monkeypatch):
     load, save = tmp_path / "load", tmp_path / "save"
     checkpoint_path(save, 8).mkdir(parents=True)
     (checkpoint_path(save, 8) / "metadata.json").touch()
-    monkeypatch.setattr(resume, "newest_intact", lambda _: 8)
-    monkeypatch.setattr(resume, "read_common_state", lambda _: {"args": Namespace(load=f"{load}/")})
+    saved = Namespace(load=f"{load}/")
+    monkeypatch.setattr(resume, "choose_checkpoint", lambda _: Choice(checkpoint_path(save, 8)))
+    monkeypatch.setattr(resume, "read_common_state", lambda _: {"args": saved})
     args = Namespace(load=str(load), save=str(save), finetune=False)
     resume.check_save_folder_is_own(args, checkpoint_path(load, 4))
-    args.load = str(tmp_path)
-    with pytest.raises(UserError, match="and this run would continue the run in --load"):
-        resume.check_save_folder_is_own(args, checkpoint_path(tmp_path, 4))
+    for other in (Namespace(load=str(tmp_path)), Namespace(load=str(load), finetune=True)):
+        saved = other
+        with pytest.raises(UserError, match="and this run would continue the run in --load"):
+            resume.check_save_folder_is_own(args, checkpoint_path(load, 4))
 
 
 @pytest.mark.parametrize("changes", [{}, {"load": None}, {"finetune": True}])
@@ -405,7 +403,7 @@ def test_run_that_was_killed_in_its_first_save_may_start_again(tmp_path, changes
     saved.mkdir()
     same = {"save": str(tmp_path), "load": str(tmp_path), "finetune": False, "ckpt_step": None}
     args = Namespace(**same | {"verify_checkpoint": True} | changes)
-    assert find_checkpoint(args, Ranks(HashStore(), 0, 1)) is None
+    assert find_checkpoint(str(tmp_path), args, Ranks(HashStore(), 0, 1)) is None
     resume.check_save_folder_is_own(args, None)
     (saved / "metadata.json").touch()
     with pytest.raises(UserError, match=f"^{tmp_path} holds a checkpoint of iteration 8 already"):

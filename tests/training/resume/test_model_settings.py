@@ -2,7 +2,6 @@
 
 from argparse import Namespace
 from collections.abc import Callable
-from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -71,30 +70,23 @@ def save(monkeypatch) -> Callable[..., None]:
         ),
         ({"moe_router_enable_expert_bias": True}, ["--moe-router-enable-expert-bias"]),
         (
-            {"mtp_num_layers": 2, "mtp_use_repeated_layer": True},
-            ["--mtp-use-repeated-layer False in the checkpoint, True in this run"],
+            {"tokenizer_sha256": "b" * 64},
+            [f"the digest of --tokenizer-model {'a' * 64} in the checkpoint, {'b' * 64} in"],
         ),
     ],
 )
 def test_checkpoint_of_another_model_is_refused(args, save, fields, parts):
-    save(args)
-    check_same_model(replace_fields(args, mtp_use_repeated_layer=True), CHECKPOINT)  # without a meaning in this model
+    save(replace_fields(args, tokenizer_sha256="a" * 64))
+    check_same_model(replace_fields(args, tokenizer_sha256=None), CHECKPOINT)  # unknown
     with pytest.raises(UserError) as refusal:
         check_same_model(replace_fields(args, **fields), CHECKPOINT)
     for part in (str(CHECKPOINT), *parts):
         assert part in str(refusal.value)
 
 
-def test_checkpoint_of_another_tokenizer_is_refused(args, save):
-    save(replace_fields(args, tokenizer_sha256="a" * 64, tokenizer_model="theirs.model"))
-    args = replace_fields(args, tokenizer_sha256="b" * 64, tokenizer_model="ours.model")
-    with pytest.raises(UserError, match=r"the digest of --tokenizer-model a{64} in the checkpoint, b{64} in"):
-        check_same_model(args, CHECKPOINT)
-
-
 def test_settings_without_flags_are_taken_from_the_checkpoint(args, save):
     save(replace_fields(args, beta_fast=16))
-    with pytest.raises(UserError, match=r"beta_fast \(pass --use-checkpoint-args\) 16 in the checkpoint"):
+    with pytest.raises(UserError, match=r"--beta-fast 16 in the checkpoint.* --use-checkpoint-args takes"):
         check_same_model(args, CHECKPOINT)
     check_same_model(replace_fields(args, **settings_of_checkpoint(args, CHECKPOINT)), CHECKPOINT)
 
@@ -144,49 +136,31 @@ def test_model_that_computes_something_else_is_refused_or_noted(args, save):
         assert f" {before} in the checkpoint, {getattr(args, name)} in this run" in answer
 
 
-@pytest.mark.parametrize(
-    ("fields", "message"),
-    [
-        ({"transformer_impl": "transformer_engine"}, r"local, in the order of its parameters.* --no-load-optim"),
-        (
-            {"hybrid_layer_pattern": "*E*E*E*E", "num_layers": 8},
-            "state of a GPT model, in the order .* --dist-ckpt-optim-fully-reshardable",
-        ),
-    ],
-)
-def test_optimizer_state_of_another_implementation_needs_names(args, save, fields, message):
+def test_optimizer_state_of_another_implementation_needs_names(args, save):
     args = replace_fields(args, use_distributed_optimizer=True)
-    other = replace_fields(args, **fields)
+    other = replace_fields(args, transformer_impl="transformer_engine")
     save(args, content_metadata={"distrib_optim_sharding_type": "fully_reshardable"})
     check_same_model(other, CHECKPOINT)
     save(args, content_metadata={"distrib_optim_sharding_type": "dp_reshardable"})
     for accepted in (args, replace_fields(other, no_load_optim=True)):
         check_same_model(accepted, CHECKPOINT)
-    with pytest.raises(UserError, match=message):
+    with pytest.raises(UserError, match=r"in the order of its parameters.* --dist-ckpt-optim-fully-reshardable"):
         check_same_model(other, CHECKPOINT)
 
 
-@pytest.mark.parametrize(
-    ("pattern", "message"),
-    [
-        ("*E*E|*E*E", None),
-        ("G*EM*EG*E*E", None),  # layers that no GPT model has are new
-        ("*-*E*E*E", r"holds a GPT model, which continues with --hybrid-layer-pattern '\*E\*E\*E\*E', not with"),
-        ("*E*E*E*E/*E", "not with '\\*E\\*E\\*E\\*E/\\*E'"),
-        ("**EEEE**", "holds a GPT model"),
-    ],
-)
-def test_hybrid_run_continues_the_gpt_model_of_its_pattern(args, save, pattern, message):
+def test_hybrid_run_continues_the_gpt_model_of_its_pattern(args, save):
     save(args)
-    with pytest.raises(UserError, match=message) if message else nullcontext():
-        check_same_model(replace_fields(args, hybrid_layer_pattern=pattern, num_layers=8), CHECKPOINT)
+    check_same_model(replace_fields(args, hybrid_layer_pattern="*E*E|*E*E", num_layers=8), CHECKPOINT)
+    for pattern in ("*-*E*E*E", "*E*E*E*E/*E", "**EEEE**", "G*EM*EG*E*E"):
+        with pytest.raises(UserError, match=r"continues with --hybrid-layer-pattern '\*E\*E\*E\*E', not with"):
+            check_same_model(replace_fields(args, hybrid_layer_pattern=pattern, num_layers=8), CHECKPOINT)
 
 
 def test_layers_that_flags_choose_by_number_continue_in_a_gpt_model_only(args, save):
     saved = replace_fields(args, no_rope_freq=[0, 1, 0, 1])
     save(saved)
     check_same_model(saved, CHECKPOINT)
-    with pytest.raises(UserError, match=r"GPT model with --no-rope-freq, .* without --hybrid-layer-pattern"):
+    with pytest.raises(UserError, match=r"has --no-rope-freq, .* pass --num-layers"):
         check_same_model(replace_fields(saved, hybrid_layer_pattern="*E*E*E*E", num_layers=8), CHECKPOINT)
 
 
@@ -196,22 +170,13 @@ def test_checkpoint_of_a_hybrid_model_is_for_the_same_pattern(args, save):
     with pytest.raises(UserError, match=r"cannot be loaded into a GPT model: pass --hybrid-layer-pattern '\*E\*E\|"):
         check_same_model(args, CHECKPOINT)
     check_same_model(replace_fields(saved, hybrid_layer_pattern="*E|*E|*E|*E/*E"), CHECKPOINT)
-    with pytest.raises(UserError, match=r"hybrid model with .* not with '\*E\*E\*E\*-/\*E'"):
+    with pytest.raises(UserError, match=r"not with '\*E\*E\*E\*-/\*E'"):
         check_same_model(replace_fields(saved, hybrid_layer_pattern="*E*E*E*-/*E"), CHECKPOINT)
 
 
-@pytest.mark.parametrize(
-    ("stages", "evaluates", "expected"),
-    [
-        (1, False, "*E*E*E*E/*E"),
-        (2, False, "*E|*E|*E|*E/*E"),
-        (2, True, "*E*E*E*E/*E"),
-        (3, False, "*E*E*E*E/*E"),
-        (4, True, "*E|*E|*E|*E/*E"),
-    ],
-)
 @pytest.mark.parametrize("name", ["hybrid_layer_pattern", "hybrid_override_pattern"])
-def test_bounds_of_stages_are_taken_from_a_checkpoint_if_they_fit(stages, evaluates, expected, name, save):
+def test_bounds_of_stages_are_taken_from_a_checkpoint_if_their_number_is_equal(name, save):
     save(Namespace(**{name: "*E|*E|*E|*E/*E"}))
-    args = Namespace(pipeline_model_parallel_size=stages, skip_train=evaluates)
-    assert settings_of_checkpoint(args, CHECKPOINT) == {"hybrid_layer_pattern": expected}
+    for stages, expected in ((4, "*E|*E|*E|*E/*E"), (2, "*E*E*E*E/*E")):
+        args = Namespace(pipeline_model_parallel_size=stages)
+        assert settings_of_checkpoint(args, CHECKPOINT) == {"hybrid_layer_pattern": expected}

@@ -24,7 +24,7 @@ def test_a_flipped_byte_of_any_file_is_found_by_some_rank(runs, tmp_path: Path, 
         store = HashStore()
         ranks = [Ranks(store, rank, num_ranks) for rank in range(num_ranks)]
         with ThreadPoolExecutor(num_ranks) as threads:
-            return set(threads.map(lambda rank: find_checkpoint(args, rank), ranks))
+            return set(threads.map(lambda rank: find_checkpoint(args.load, args, rank), ranks))
 
     newest, older = checkpoint_path(folder, 21), checkpoint_path(folder, 14)
     assert chosen() == {newest}

@@ -68,7 +68,7 @@ def args(tmp_path) -> Namespace:
         routing_mask=f"{tmp_path}/mask",
         tokenizer_model=f"{tmp_path}/tokenizer.json",
         data_path=["0.5", f"{tmp_path}/data", "0.5", "missing"],
-        data_args_path=None,
+        **dict.fromkeys(("train_data_path", "valid_data_path", "test_data_path", "data_args_path")),
         per_split_data_args_path=None,
         data_cache_path="/tmp/a",
     )
@@ -97,8 +97,8 @@ def test_ranks_may_differ_in_their_numbers_and_their_places(args, tmp_path):
         ("routing_mask", "{path}/tokenizer.json", "the content of --routing-mask"),
         ("routing_mask", "{path}/missing", "but missing on rank 1"),
         ("tokenizer_model", "{path}/folder", "the content of --tokenizer-model"),
-        ("data_path", ["0.4", "{path}/data", "0.5", "missing"], "--data-path"),
-        ("data_path", ["0.5", "{path}/other", "0.5", "missing"], "--data-path"),
+        ("data_path", ["0.4", "{path}/data", "0.5", "missing"], "the content of the datasets"),
+        ("data_path", ["0.5", "{path}/other", "0.5", "missing"], "the content of the datasets"),
     ],
 )
 def test_difference_is_named_with_its_ranks(args, tmp_path, name, value, flag):
@@ -127,7 +127,7 @@ def test_all_differences_are_named(args):
         pytest.param("--global-batch-size 4", ("--global-batch-size is 8",), marks=pytest.mark.slow),
         pytest.param("--tensor-model-parallel-size 2", ("--tensor-model-parallel-size",), marks=pytest.mark.slow),
         pytest.param("--seed 7", ("--seed",), marks=pytest.mark.slow),
-        pytest.param("--data-path ended", ("--data-path",), marks=pytest.mark.slow),
+        pytest.param("--data-path ended", ("the content of the datasets",), marks=pytest.mark.slow),
     ],
 )
 def test_nodes_that_were_started_differently_end_with_one_line(workplace, tmp_path, flags, difference):

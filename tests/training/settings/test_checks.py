@@ -40,8 +40,6 @@ CASES = {
         ["counts", "theirs.model", "bad/ours.model"],
     ),
     "missing tokenizer model": (f"{SENTENCE_PIECE} nowhere.model", MASK, ["nowhere.model"]),
-    "cache in a checkpoint": ("--data-cache-path bad/iter_0000001", MASK, ["iter_0000001 is a checkpoint"]),
-    "cache that is a device": ("--data-cache-path /dev/full", MASK, ["--data-cache-path /dev/full: cannot write in"]),
 }
 
 
@@ -49,8 +47,7 @@ CASES = {
 def bad_files(workplace) -> Path:
     """Make the damaged and unfitting files of the cases."""
     folder = workplace.folder / "bad"
-    (folder / "iter_0000001").mkdir(parents=True)
-    (folder / "iter_0000001" / ".metadata").touch()
+    folder.mkdir()
     write_documents(folder / "one_document", [np.full(120, 3)], np.int32)
     write_altered_mask(workplace.folder, folder)
     write_tokenizers(folder)
@@ -111,7 +108,6 @@ def test_exit_of_megatron_is_an_error():
     [
         ("--data-args-path", None, "No such file"),
         ("--data-args-path", "1 data data ended", "dataset 1: 1.idx does not exist"),
-        ("--data-args-path", "-1 data", "--data-path -1 data: the weight is not a positive number"),
         ("--per-split-data-args-path", '{"train": ["data"], "valid": null}', "'test'"),
         (
             "--per-split-data-args-path",

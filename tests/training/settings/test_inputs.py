@@ -133,8 +133,6 @@ def test_other_mask_is_refused_unless_the_flag_is_given(runs, workplace):
     [
         ({"topk": 1}, True),
         ({"topk": 2}, False),
-        ({"topk": 3}, False),  # frequent ids see 2 experts
-        ({"frequent_mass": 1.0}, False),
         ({"assignment": "uniform"}, False),
     ],
 )

@@ -12,15 +12,15 @@ from packaging.version import Version
 from support.paths import ROOT
 
 from maskmoe.errors import UserError
-from maskmoe.megatron_compat.gpu import GpuPackages
 from maskmoe.training.settings import requirements, support
 from maskmoe.training.settings.arguments import add_maskmoe_arguments, add_pretraining_arguments
-from maskmoe.training.settings.requirements import missing_flags, missing_transformer_engine, outdated_packages
+from maskmoe.training.settings.requirements import missing_flags, outdated_packages
 from maskmoe.training.settings.support import KNOWN_BUGS, NEVER, flags_of, note_on_unproven, proven, refusals
 from maskmoe.transformer.router import check_router_settings
 
 MODEL = "--num-experts 8 --routing-mask mask.safetensors --disable-bias-linear --transformer-impl local"
 ENGINE = "--transformer-impl transformer_engine"
+GRAPHS = f"{ENGINE} --cuda-graph-impl transformer_engine"
 PACKED = "--dataloader-inter-document-masking"
 PADDED = "--moe-pad-expert-input-to-capacity --moe-expert-capacity-factor"
 MUON = "--tensor-model-parallel-size 2 --sequence-parallel --optimizer muon --use-distributed-optimizer"
@@ -35,7 +35,6 @@ REFUSED = (
     "~--hybrid-layer-pattern *E*E | ~--hybrid-layer-pattern *-*-",
     "--hybrid-layer-pattern *-*- | --hybrid-layer-pattern *E*E",
     "--spec a b",
-    "--moe-use-upcycling",
     f"--fp8-recipe delayed --fp8-format hybrid {ENGINE} | --fp8-recipe mxfp8 --fp8-format hybrid {ENGINE}",
     f"--fp4-recipe custom --fp4-format e2m1 {ENGINE} | --fp4-format e2m1 {ENGINE}",
     f"{PACKED} --context-parallel-size 2 | {PACKED} --micro-batch-size 2",
@@ -44,14 +43,15 @@ REFUSED = (
     f"| {PACKED} --micro-batch-size 1 --moe-router-load-balancing-type seq_aux_loss",
     "--ckpt-format torch",
     "--async-strategy nvrx --async-save | --async-save",
-    "--ckpt-convert-format torch",
     f"--moe-shared-expert-overlap {CLAMP} | {CLAMP} --glu-linear-offset 1",
     f"--use-te-activation-func --swiglu {CLAMP} | --use-te-activation-func --quick-geglu",
     "--use-transformer-engine-op-fuser --quick-geglu | --use-transformer-engine-op-fuser --swiglu",
     "~--tensor-model-parallel-size 2 --multi-latent-attention | ~--tensor-model-parallel-size 2",
     "~--tensor-model-parallel-size 2 --hybrid-layer-pattern G-*- | ~--tensor-model-parallel-size 2 "
     "--sequence-parallel --hybrid-layer-pattern G-*-",
-    "--overlap-dispatch-backward-with-experts-wgrad",
+    "--overlap-dispatch-backward-with-experts-wgrad --overlap-grad-reduce"
+    "| --overlap-dispatch-backward-with-experts-wgrad",
+    "--overlap-dispatch-backward-with-experts-wgrad --no-gradient-accumulation-fusion",
     f"--pipeline-model-parallel-layout Et|tt|tm|L {PIPELINE} | --pipeline-model-parallel-layout Et|t|tt|mL {PIPELINE}",
     "--context-parallel-size 2 --mtp-num-layers 1 | --context-parallel-size 2",
     "--fp16 | --fp16 --loss-scale 1024",
@@ -88,7 +88,9 @@ REFUSED = (
     "--moe-router-fusion",
     "--transformer-impl inference_optimized",
     "--moe-router-padding-for-quantization",
-    f"--cuda-graph-impl transformer_engine {ENGINE} --cuda-graph-modules attn",
+    f"--cuda-graph-impl local | {GRAPHS} --cuda-graph-modules attn mlp",
+    f"--cuda-graph-impl transformer_engine {ENGINE} --cuda-graph-modules attn moe_router",
+    "--cuda-graph-impl transformer_engine --cuda-graph-modules attn",
 )
 
 
@@ -194,25 +196,9 @@ def test_version_that_computes_something_else(monkeypatch, flags: str, package: 
 
 
 @pytest.mark.parametrize(
-    ("flags", "packages", "errors"),
-    [
-        (ENGINE, GpuPackages(transformer_engine=False), 1),
-        (ENGINE, GpuPackages(), 0),
-        ("--moe-permute-fusion", GpuPackages(transformer_engine=False), 1),
-        ("--use-precision-aware-optimizer", GpuPackages(transformer_engine=False), 1),
-        ("--recompute-granularity selective --recompute-modules moe_act", GpuPackages(transformer_engine=False), 1),
-        ("", GpuPackages(transformer_engine=False), 0),
-    ],
-)
-def test_missing_transformer_engine(flags: str, packages: GpuPackages, errors: int) -> None:
-    assert len(list(missing_transformer_engine(parse(flags), packages))) == errors
-
-
-@pytest.mark.parametrize(
     ("flags", "has_checkpoint", "missing"),
     [
         ("", False, ["--seq-length", "--train-iters", "--lr"]),
-        ("--use-checkpoint-opt-param-scheduler", True, ["--seq-length", "--train-iters"]),
         ("--no-initialization", True, ["--seq-length", "--train-iters", "--lr"]),
         ("--no-initialization --seq-length 8 --train-iters 1 --lr 1", False, ["--no-initialization"]),
         ("--skip-train --seq-length 8", False, ["--train-iters"]),  # Megatron multiplies by the length

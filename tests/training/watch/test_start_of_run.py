@@ -27,8 +27,6 @@ MODEL = """
     [
         ("--global-batch-size 8 --train-iters 5", "8 samples × 16 = 128 tokens", "640"),
         ("--global-batch-size 8 --train-samples 40", "8 samples × 16 = 128 tokens", "640"),
-        # An incomplete batch is left out.
-        ("--global-batch-size 8 --train-samples 47", "8 samples × 16 = 128 tokens", "640"),
         # Three iterations of 4 samples, and two of 1,000 samples.
         (
             "--step-batch-size-schedule '0:4 160:1000' --train-samples 2012",

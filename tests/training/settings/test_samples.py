@@ -11,13 +11,9 @@ from megatron.core.pipeline_parallel.schedules import get_pp_rank_microbatches
 from megatron.training import training as megatron_training
 
 from maskmoe.errors import UserError
-from maskmoe.training.settings.layout import (
-    BatchSizes,
-    Layout,
-    samples_to_request,
-    trained_samples,
-    training_iterations,
-)
+from maskmoe.training.preflight.layout import Layout
+from maskmoe.training.preflight.memory import micro_batches_in_flight
+from maskmoe.training.settings.samples import BatchSizes, samples_to_request, training_iterations
 
 SEQ_LENGTH = 16
 
@@ -40,24 +36,16 @@ def test_iterations_are_those_of_megatron(sizes, lengths, iterations):
     batches, samples = BatchSizes.from_args(arguments(schedule)), 0
     assert batches.sizes == tuple(sizes)
     for iteration in range(iterations):
-        assert batches.samples(iteration) == samples
         calculator.update(samples, consistency_check=False)
         samples += calculator.get_current_global_batch_size()
         assert batches.iterations(samples - 1) == iteration  # the last iteration is not whole
         assert batches.iterations(samples) == iteration + 1
-    args = arguments(schedule, train_samples=samples)
-    assert (training_iterations(args), trained_samples(args)) == (iterations, samples)
+    assert training_iterations(arguments(schedule, train_samples=samples)) == iterations
 
 
 def test_lengths_with_one_batch_size():
-    for length, iterations in (
-        ({"train_iters": 5}, 5),
-        ({"train_samples": 20}, 5),
-        ({"train_samples": 23}, 5),
-        ({}, 0),
-    ):
-        args = arguments(None, **length)
-        assert (training_iterations(args), trained_samples(args)) == (iterations, 4 * iterations)
+    for length, iterations in (({"train_iters": 5}, 5), ({"train_samples": 23}, 5), ({}, 0)):
+        assert training_iterations(arguments(None, **length)) == iterations
 
 
 @pytest.mark.parametrize("schedule", ["", "4", "0:x", "16:4", "0:4 0:8", "0:4 1:8", "0:0", "0:inf"])
@@ -79,9 +67,10 @@ def test_schedule_that_cannot_be_read(schedule):
         ({"eval_interval": 2, "start_eval_at_iter": 6}, 168, 72),
         ({"eval_interval": 2, "start_eval_at_iter": 7, "consumed_valid_samples": 16}, 168, 64 + 16),
         ({"train_samples": 170}, 170, 40),
-        ({"train_samples": 56}, 57, 40),
         ({"consumed_train_samples": 168}, 168 + 14 * 8, 40),
-        ({"iteration": 21, "consumed_train_samples": 168, "consumed_valid_samples": 32}, 169, 40),
+        ({"iteration": 0, "consumed_train_samples": 0, "consumed_valid_samples": 0}, 168, 40),
+        ({"iteration": 0, "consumed_valid_samples": 0, "eval_interval": 2, "start_eval_at_iter": 6}, 56 + 168, 72),
+        ({"iteration": 21, "consumed_train_samples": 168, "consumed_valid_samples": 32}, 168, 40),
         ({"skip_train": True, "consumed_valid_samples": 100}, 168, 8),
     ],
 )
@@ -108,4 +97,4 @@ def test_micro_batches_in_flight(chunks, group, micro_batches):
         )
         _, _, warm_up, remaining = get_pp_rank_microbatches(micro_batches, chunks, group, p2p_communicator=communicator)
         # After the warm-up, a backward pass follows every forward pass.
-        assert layout.micro_batches_in_flight(stage) * chunks == pytest.approx(warm_up + (remaining > 0))
+        assert micro_batches_in_flight(layout, stage) * chunks == pytest.approx(warm_up + (remaining > 0))
