@@ -64,9 +64,8 @@ def install(hidden: Iterable[str] = PACKAGES_FOR_GPUS) -> None:
 def argument_defaults() -> dict[str, Any]:
     """Return defaults for the arguments of Megatron whose own defaults need CUDA, in the form of `args_defaults`."""
     fusions = (
-        *("masked_softmax_fusion", "bias_gelu_fusion", "bias_swiglu_fusion", "bias_dropout_fusion"),
-        *("apply_rope_fusion", "gradient_accumulation_fusion", "cross_entropy_loss_fusion"),
-        "moe_permute_fusion",
+        *("masked_softmax_fusion", "bias_gelu_fusion", "bias_dropout_fusion", "apply_rope_fusion"),
+        *("gradient_accumulation_fusion", "cross_entropy_loss_fusion", "moe_permute_fusion"),
     )
     return {
         "distributed_backend": "gloo",
@@ -179,10 +178,7 @@ class _Event(torch.cpu.Event):
 _ONLY_STREAM = _Stream()
 
 # Functions of `torch.cuda` that have nothing to do on the CPU, where everything happens in program order.
-_NO_OPERATION = (
-    *("set_device", "set_stream", "synchronize", "init", "_lazy_init"),
-    *("empty_cache", "reset_peak_memory_stats", "reset_max_memory_allocated"),
-)
+_NO_OPERATION = (*("set_device", "set_stream", "synchronize", "_lazy_init", "empty_cache", "reset_peak_memory_stats"),)
 
 
 # Random generators
@@ -203,7 +199,6 @@ _GENERATOR_FUNCTIONS = {
     "set_rng_state": lambda new_state, device=None: torch.default_generator.set_state(new_state),
     "manual_seed": lambda seed: torch.default_generator.manual_seed(seed),
     "manual_seed_all": lambda seed: torch.default_generator.manual_seed(seed),
-    "initial_seed": lambda: torch.default_generator.initial_seed(),
 }
 
 _make_iterator = torch.utils.data.DataLoader.__iter__
@@ -223,8 +218,9 @@ def _make_iterator_without_a_draw(self: torch.utils.data.DataLoader) -> Any:
 # Properties of the device
 
 
-_TOTAL_MEMORY = psutil.virtual_memory().total
-_PROPERTIES = SimpleNamespace(name="CPU", major=0, minor=0, total_memory=_TOTAL_MEMORY, multi_processor_count=1)
+_PROPERTIES = SimpleNamespace(
+    name="CPU", major=0, minor=0, total_memory=psutil.virtual_memory().total, multi_processor_count=1
+)
 
 
 def _peak_resident_bytes(device: Any = None) -> int:
@@ -241,9 +237,7 @@ def _memory_stats(device: Any = None) -> dict[str, int]:
         "allocated_bytes.all.current": resident,
         "allocated_bytes.all.peak": peak,
         "reserved_bytes.all.current": resident,
-        "reserved_bytes.all.peak": peak,
         "allocation.all.current": 0,
-        "num_alloc_retries": 0,
     }
 
 
@@ -333,7 +327,6 @@ _REPLACEMENTS: dict[Any, dict[str, Any]] = {
     },
     torch.nn.Module: {
         "to": _with_cpu_device(torch.nn.Module.to, position=1),
-        "to_empty": _with_cpu_device(torch.nn.Module.to_empty, position=1),
         "cuda": lambda self, device=None: self,
     },
     torch.cuda: {
@@ -359,13 +352,11 @@ _REPLACEMENTS: dict[Any, dict[str, Any]] = {
         "device_count": lambda: int(os.environ.get("LOCAL_WORLD_SIZE", "1")),
         "current_device": _current_device,
         "get_device_properties": lambda device=None: _PROPERTIES,
-        "get_device_name": lambda device=None: _PROPERTIES.name,
         # Megatron takes grouped experts from this capability on. MaskMoE's experts are grouped on every device.
         "get_device_capability": lambda device=None: (8, 0),
         "memory_stats": _memory_stats,
         **dict.fromkeys(("memory_allocated", "memory_reserved"), _resident_bytes),
         **dict.fromkeys(("max_memory_allocated", "max_memory_reserved"), _peak_resident_bytes),
-        "mem_get_info": lambda device=None: (_TOTAL_MEMORY - _resident_bytes(), _TOTAL_MEMORY),
     },
     torch.cuda.random: _GENERATOR_FUNCTIONS,
     # torch itself asks `torch.accelerator`, and must learn that there is no accelerator.

@@ -110,7 +110,7 @@ def save_states_of_padded_buckets() -> None:
     """Save each parameter's own state of the distributed optimizer also if buckets of gradients are padded.
 
     Replaces: `sharded_param_state_fully_reshardable` of
-        `megatron.core.optimizer.distrib_optimizer.DistributedOptimizer`, unless Megatron-Core has the correction.
+        `megatron.core.optimizer.distrib_optimizer.DistributedOptimizer`.
     Why: The gathered state has no padding between buckets, but the method looks up parameters as if it had. So after
         the first padded bucket each parameter would be saved with numbers of its neighbours. A bucket is padded if its
         size is no multiple of the data-parallel size and of 128. The resumed run would train wrong fp32 weights.
@@ -119,8 +119,6 @@ def save_states_of_padded_buckets() -> None:
     from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
 
     stock = DistributedOptimizer.sharded_param_state_fully_reshardable
-    if "bucket_padding" in stock.__code__.co_varnames:  # the correction's variable
-        return
 
     def sharded_state(self: Any, *args: Any, **kwargs: Any) -> Any:
         with ExitStack() as stack:
@@ -232,39 +230,47 @@ def resume_steps_of_stages_without_experts() -> None:
     replace(ChainedOptimizer, "load_state_dict", load_state_dict)
 
 
-def recompute_without_transformer_engine() -> None:
-    """Let Megatron recompute norms and activation functions without Transformer Engine.
+def leave_slots_of_flex_dispatcher_empty() -> None:
+    """Let the flex dispatcher send a token to fewer than k experts.
 
-    Replaces: `CheckpointWithoutOutput.__init__` and `_get_share_storage` in `megatron.core.tensor_parallel.random`,
-        unless Transformer Engine is installed.
-    Why: The constructor takes its default, `fp8=False`, for a use of FP8, and then every forward pass calls Transformer
-        Engine. In the backward pass, `_get_share_storage` compiles an extension in C++, which needs a compiler and half
-        a minute on every machine. The replacement copies the recomputed bytes instead, which needs the memory of these
-        tensors of one layer twice.
-    Can go: When `CheckpointWithoutOutput()` works without Transformer Engine and without a compiler.
+    Replaces: `setup_metadata` of `_DeepepManager` and `_NCCLEPManager` in
+        `megatron.core.transformer.moe.token_dispatcher`. HybridEP reads the routing map.
+    Why: DeepEP and NCCL-EP take k expert indices for each token, and skip an index of -1. The stock methods fill all k
+        slots with the experts of the largest weights, so tokens would go to experts that they have not selected.
+    Can go: When these methods read the routing map.
     """
-    from megatron.core.tensor_parallel import random
+    from megatron.core.transformer.moe import token_dispatcher
 
-    if random.HAVE_TE:
-        return
-    stock_init = random.CheckpointWithoutOutput.__init__
+    def setup_metadata(self: Any, routing_map: torch.Tensor, probs: torch.Tensor) -> None:
+        """Store weights and indices of the selected experts; both arguments are [tokens, ranks, local experts]."""
+        self.token_probs, self.token_indices = select_slots(routing_map.flatten(1), probs.flatten(1), self.router_topk)
+        self.num_local_tokens = len(routing_map)
 
-    def init(self: Any, fp8: Any = None, **options: Any) -> None:
-        stock_init(self, fp8 or None, **options)
+    replace(token_dispatcher._DeepepManager, "setup_metadata", setup_metadata)
+    replace(token_dispatcher._NCCLEPManager, "setup_metadata", setup_metadata)
 
-    def copy_storage(target: torch.Tensor, source: torch.Tensor) -> None:
-        restored, recomputed = target.untyped_storage(), source.untyped_storage()
-        restored.resize_(recomputed.nbytes())
-        restored.copy_(recomputed)
 
-    replace(random.CheckpointWithoutOutput, "__init__", init)
-    replace(random, "_get_share_storage", lambda: copy_storage)
+def select_slots(routing_map: torch.Tensor, probs: torch.Tensor, num_slots: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """Turn a routing map into the form of DeepEP and NCCL-EP: slots for the selected experts of each token.
+
+    Args:
+        routing_map: Bool [tokens, experts], with at most `num_slots` experts per token.
+        probs: [tokens, experts], the weights.
+        num_slots: Slots of each token.
+
+    Returns:
+        [tokens, slots] each: weights, 0 in an unused slot; and expert indices (int64), -1 in an unused slot.
+    """
+    slot_probs, slot_experts = probs.masked_fill(~routing_map, -torch.inf).topk(num_slots, dim=-1)
+    # The weight of a selected expert can be 0, too, so the routing map decides which slots are unused.
+    unused = ~routing_map.gather(-1, slot_experts)
+    return slot_probs.masked_fill(unused, 0), slot_experts.masked_fill(unused, -1)
 
 
 EVERY_PROCESS = (
     *(use_compiled_helpers_of_wheel, make_optimizer_state_loadable, save_states_of_padded_buckets),
-    save_whole_weights_of_precision_aware_optimizers,
-    *(resume_steps_of_stages_without_experts, recompute_without_transformer_engine),
+    *(save_whole_weights_of_precision_aware_optimizers, resume_steps_of_stages_without_experts),
+    leave_slots_of_flex_dispatcher_empty,
 )
 """The patches that `prepare_process` applies once megatron is imported."""
 

@@ -28,7 +28,7 @@ from maskmoe.training.settings import inputs
 from maskmoe.training.settings.agreement import check_agreement, digest_of_datasets
 from maskmoe.training.settings.arguments import add_maskmoe_arguments
 from maskmoe.training.settings.folders import run_folder_defaults
-from maskmoe.training.settings.requirements import missing_flags, outdated_packages
+from maskmoe.training.settings.requirements import missing_flags, missing_transformer_engine, outdated_packages
 from maskmoe.training.settings.samples import BatchSizes
 from maskmoe.training.settings.support import flags_of, note_on_unproven, refusals
 from maskmoe.transformer.torch_modules.gated_delta_net import check_gated_delta_net, uses_fla
@@ -188,6 +188,7 @@ class RunChecks:
         yield from refusals(args)
         if error := check_gated_delta_net(args, uses_fla()):
             yield error
+        yield from missing_transformer_engine(args, self.packages)
         yield from outdated_packages(args)
         if not cpu.is_installed() and (missing := self.packages.describe_missing()):
             self.notes.append(missing)

@@ -1,14 +1,12 @@
 """Experts that are computed together: without Transformer Engine, and with it without a wait of the host."""
 
 import os
-from collections.abc import Callable, Sequence
-from functools import cached_property, partial
+from collections.abc import Sequence
 from types import SimpleNamespace
 from typing import Any, cast
 
 import torch
 from megatron.core.process_groups_config import ProcessGroupCollection
-from megatron.core.tensor_parallel import CheckpointWithoutOutput
 from megatron.core.tensor_parallel.layers import ColumnParallelLinear, RowParallelLinear
 from megatron.core.transformer.mlp import MLP, MLPSubmodules
 from megatron.core.transformer.moe.experts import SequentialMLP, TEGroupedMLP
@@ -20,7 +18,6 @@ from torch import Tensor
 from maskmoe.errors import UserError
 from maskmoe.transformer.gathered_parameters import wait_for_parameters, waits_for_parameters
 from maskmoe.transformer.torch_modules.linear import grouped_linear, linear_in_turns
-from maskmoe.transformer.torch_modules.mlp import is_plain_swiglu, swiglu
 
 GROUPED_CAPABILITIES = (9, 10)
 """Major compute capabilities of GPUs for which torch has a kernel of `grouped_mm`: Hopper, data-center Blackwell."""
@@ -37,14 +34,11 @@ class GroupedMLP(SequentialMLP):
       bit-equal to `SequentialMLP` with SwiGLU. With other activations, torch computes the last elements of a tensor,
       which fill no vector, by other instructions, and the rows of one expert end with other elements than all rows.
 
-    `SequentialMLP` computes the experts where neither applies, if `can_group` returns False, or if experts were changed
-    after they were built, for example by adapters or hooks.
+    `SequentialMLP` computes the experts where neither applies, if `_can_group` returns False, or if experts were
+    changed after they were built, for example by adapters or hooks.
 
-    This class calls the linear layers one by one for two settings that `SequentialMLP` lacks:
-
-    - With `--recompute-modules moe_act`, the backward pass computes the input of each second linear layer again.
-    - Experts may have biases without expert parallelism. `SequentialMLP` adds biases in place, which autograd forbids
-      there, because the outputs of the linear layers are views.
+    Experts with biases are computed one by one. `SequentialMLP` adds biases in place, which autograd forbids without
+    expert parallelism, because the outputs of the linear layers are views.
     """
 
     def __init__(
@@ -66,10 +60,6 @@ class GroupedMLP(SequentialMLP):
             self.num_local_experts = num_local_experts
             self.local_experts = self.local_experts[first : first + num_local_experts]
 
-    @cached_property
-    def _can_group(self) -> bool:
-        return can_group(self.config, self.num_local_experts, self.tp_group.size())
-
     def forward(
         self, permuted_local_hidden_states: Tensor, tokens_per_expert: Tensor, permuted_probs: Tensor
     ) -> tuple[Tensor, Tensor | None]:
@@ -85,21 +75,22 @@ class GroupedMLP(SequentialMLP):
         """
         rows, probs = permuted_local_hidden_states, permuted_probs
         experts = [cast(MLP, expert) for expert in self.local_experts]
-        is_on_gpu = rows.is_cuda
-        is_grouped = self._can_group and all(map(_is_as_built, experts))
-        if is_on_gpu:
-            is_grouped = is_grouped and _has_grouped_kernel(rows, experts)
-        if not (is_grouped or _recomputes_activation(self.config) or self.config.add_bias_linear):
+        is_grouped = (
+            _can_group(self.config, len(experts), self.tp_group.size())
+            and all(map(_is_as_built, experts))
+            and (not rows.is_cuda or _has_grouped_kernel(rows, experts))
+        )
+        if not is_grouped and not self.config.add_bias_linear:
             return super().forward(rows, tokens_per_expert, probs)
         if self.config.moe_apply_probs_on_input:
             rows, probs = (probs.unsqueeze(-1) * rows).to(rows.dtype), torch.ones_like(probs)
         if not is_grouped:
-            return _compute_by_modules(rows, tokens_per_expert, probs, experts), None
+            return _compute_one_by_one(rows, tokens_per_expert, probs, experts), None
         # Wait until data parallelism has gathered the weights, as a call of each linear layer would.
         for expert in experts:
             for layer in _linear_layers(expert):
                 wait_for_parameters(layer)
-        compute = _compute_grouped if is_on_gpu else _compute_in_turns
+        compute = _compute_grouped if rows.is_cuda else _compute_in_turns
         return compute(rows, tokens_per_expert, probs, experts), None
 
 
@@ -159,7 +150,7 @@ class _CountsOnDevice(Tensor):
         return self.as_subclass(Tensor)
 
 
-def can_group(config: TransformerConfig, num_local_experts: int, expert_tensor_size: int) -> bool:
+def _can_group(config: TransformerConfig, num_local_experts: int, expert_tensor_size: int) -> bool:
     """Return whether there are several local experts, and their linear layers only multiply by their weights."""
     return num_local_experts > 1 and not (
         expert_tensor_size > 1
@@ -204,38 +195,8 @@ def _has_hooks(module: torch.nn.Module) -> bool:
     )
 
 
-def _recomputes_activation(config: TransformerConfig) -> bool:
-    """Return whether the backward pass computes activation functions of experts again."""
-    return config.recompute_granularity == "selective" and "moe_act" in (config.recompute_modules or ())
-
-
-def _activate_and_project(
-    projected: Tensor,
-    probs: Tensor,
-    bias: Tensor | None,
-    config: TransformerConfig,
-    project: Callable[[Tensor], Tensor],
-) -> Tensor:
-    """Compute an expert from the output of its first linear layer; recompute the activation function if asked to.
-
-    `projected` is [rows, fc1 output], `probs` [rows], and the bias of the first linear layer [fc1 output]. `project` is
-    the second linear layer.
-    """
-    activate = partial(_activate, config=config)
-    if not _recomputes_activation(config) or not (projected.requires_grad or probs.requires_grad):
-        return project(activate(projected, probs, bias))
-    checkpoint = CheckpointWithoutOutput()
-    output = project(checkpoint.checkpoint(activate, projected, probs, bias))
-    checkpoint.discard_output_and_register_recompute(output)
-    return output
-
-
-def _activate(projected: Tensor, probs: Tensor, bias: Tensor | None, config: TransformerConfig) -> Tensor:
-    """Apply activation function and row weights as `MLP.forward` does; arguments as for `_activate_and_project`."""
-    # Megatron's fused SwiGLU with weights takes no bias.
-    projected = projected if bias is None else projected + bias
-    if is_plain_swiglu(config):
-        return swiglu(projected, probs.unsqueeze(-1))
+def _activate(projected: Tensor, probs: Tensor, config: TransformerConfig) -> Tensor:
+    """Apply activation function and row weights as `MLP.forward` does, to [rows, fc1 output] and [rows]."""
     without_layers: Any = SimpleNamespace(config=config, activation_func=config.activation_func)
     without_layers.linear_fc1 = without_layers.linear_fc2 = _PASS_ON
     return MLP.forward(without_layers, projected, probs)[0]
@@ -256,22 +217,20 @@ def _compute_in_turns(rows: Tensor, tokens_per_expert: Tensor, probs: Tensor, ex
     """Compute one expert after the other in each linear layer; arguments as for `GroupedMLP.forward`."""
     sizes: list[int] = tokens_per_expert.tolist()
     first, second = zip(*map(_weights, experts), strict=True)
-    project = partial(linear_in_turns, sizes=sizes, weights=second)
-    return _activate_and_project(linear_in_turns(rows, sizes, first), probs, None, experts[0].config, project)
+    activated = _activate(linear_in_turns(rows, sizes, first), probs, experts[0].config)
+    return linear_in_turns(activated, sizes, second)
 
 
-def _compute_by_modules(rows: Tensor, tokens_per_expert: Tensor, probs: Tensor, experts: Sequence[MLP]) -> Tensor:
-    """Compute one expert after the other by calling its linear layers; arguments as for `GroupedMLP.forward`."""
-    sizes = [len(rows)] if len(experts) == 1 else tokens_per_expert.tolist()
+def _compute_one_by_one(rows: Tensor, tokens_per_expert: Tensor, probs: Tensor, experts: Sequence[MLP]) -> Tensor:
+    """Compute one expert with biases after the other; arguments as for `GroupedMLP.forward`."""
+    sizes = tokens_per_expert.tolist()
     outputs = []
     for expert, own_rows, own_probs in zip(experts, rows.split(sizes), probs.split(sizes), strict=True):
         projected, bias = apply_module(expert.linear_fc1)(own_rows)
-
-        def project(activated: Tensor, expert: MLP = expert, own_probs: Tensor = own_probs) -> Tensor:
-            output, bias = apply_module(expert.linear_fc2)(activated)
-            return output if bias is None else (output + bias * own_probs.unsqueeze(-1)).to(output.dtype)
-
-        outputs.append(_activate_and_project(projected, own_probs, bias, expert.config, project))
+        # Megatron's fused SwiGLU with weights takes no bias.
+        activated = _activate(projected if bias is None else projected + bias, own_probs, expert.config)
+        output, bias = apply_module(expert.linear_fc2)(activated)
+        outputs.append(output if bias is None else (output + bias * own_probs.unsqueeze(-1)).to(output.dtype))
     return torch.cat(outputs)
 
 
@@ -291,5 +250,5 @@ def _compute_grouped(rows: Tensor, tokens_per_expert: Tensor, probs: Tensor, exp
     """Compute all experts in one product for each linear layer; arguments as for `GroupedMLP.forward`."""
     ends = tokens_per_expert.to(rows.device, non_blocking=True).cumsum(0, dtype=torch.int32)
     first, second = zip(*map(_weights, experts), strict=True)
-    project = partial(grouped_linear, ends=ends, weights=second)
-    return _activate_and_project(grouped_linear(rows, ends, first), probs, None, experts[0].config, project)
+    activated = _activate(grouped_linear(rows, ends, first), probs, experts[0].config)
+    return grouped_linear(activated, ends, second)

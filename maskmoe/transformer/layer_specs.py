@@ -5,7 +5,6 @@ from contextlib import nullcontext
 from copy import copy
 from dataclasses import fields, is_dataclass, replace
 from functools import partial
-from types import MethodType
 from typing import Any, cast
 
 from megatron.core.fusions.fused_layer_norm import FusedLayerNorm
@@ -14,17 +13,16 @@ from megatron.core.models.gpt.gpt_layer_specs import (
     get_gpt_decoder_layer_specs,
     get_gpt_mtp_block_spec,
 )
-from megatron.core.models.gpt.moe_module_specs import _build_shared_experts
 from megatron.core.models.hybrid.hybrid_block import HybridStack, HybridStackSubmodules
 from megatron.core.models.hybrid.hybrid_layer_specs import hybrid_stack_spec
 from megatron.core.tensor_parallel import get_cuda_rng_tracker
 from megatron.core.transformer.attention import SelfAttentionSubmodules
 from megatron.core.transformer.dot_product_attention import DotProductAttention
 from megatron.core.transformer.identity_op import IdentityOp
-from megatron.core.transformer.mlp import MLP
 from megatron.core.transformer.moe.experts import SequentialMLP, TEGroupedMLP
-from megatron.core.transformer.moe.moe_layer import MoELayer, MoESubmodules
-from megatron.core.transformer.multi_latent_attention import MLASelfAttention, MLASelfAttentionSubmodules
+from megatron.core.transformer.moe.moe_layer import MoELayer
+from megatron.core.transformer.moe.router import TopKRouter
+from megatron.core.transformer.multi_latent_attention import MLASelfAttention
 from megatron.core.transformer.multi_token_prediction import (
     MultiTokenPredictionBlockSubmodules,
     MultiTokenPredictionLayer,
@@ -33,33 +31,29 @@ from megatron.core.transformer.spec_utils import ModuleSpec
 from megatron.core.transformer.torch_norm import LayerNormBuilder, WrappedTorchNorm
 from megatron.core.transformer.transformer_block import TransformerBlockSubmodules
 from megatron.core.transformer.transformer_config import MLATransformerConfig, TransformerConfig
-from megatron.core.transformer.transformer_layer import TransformerLayer, TransformerLayerSubmodules
+from megatron.core.transformer.transformer_layer import TransformerLayerSubmodules
 
 from maskmoe.transformer.experts import CountsOnDeviceMLP, GroupedMLP
 from maskmoe.transformer.moe_layer import MaskMoELayer
+from maskmoe.transformer.prediction import MaskMoEMultiTokenPredictionLayer
 from maskmoe.transformer.router import MaskMoERouter
 from maskmoe.transformer.routing import AuxLossTokens
-from maskmoe.transformer.token_ids import takes_token_ids
 from maskmoe.transformer.torch_modules.attention import TorchDotProductAttention
 from maskmoe.transformer.torch_modules.gated_delta_net import get_gated_delta_net_layer_spec
 from maskmoe.transformer.torch_modules.latent_attention import LocalMLASelfAttention, keys_of_checkpoint
-from maskmoe.transformer.torch_modules.linear import ReplicatedLinear
-from maskmoe.transformer.torch_modules.mlp import TorchMLP, TorchSharedExpertMLP
 from maskmoe.transformer.torch_modules.norms import AllHeadsRMSNorm, TorchNorm
-from maskmoe.transformer.transformer_layer import MaskMoEMultiTokenPredictionLayer, MaskMoETransformerLayer
 from maskmoe.transformer.visible_experts import VisibleExperts
 
-_REPLACEMENTS: dict[Any, Any] = {
+_MODULES: dict[Any, Any] = {
+    FusedLayerNorm: TorchNorm,  # Megatron takes Apex's norm if Apex is installed, also for an RMSNorm
     WrappedTorchNorm: TorchNorm,
     DotProductAttention: TorchDotProductAttention,
-    MLP.as_mlp_submodule: TorchMLP.as_mlp_submodule,
     MoELayer: MaskMoELayer,
     SequentialMLP: GroupedMLP,
     TEGroupedMLP: CountsOnDeviceMLP,
-    **({} if takes_token_ids(TransformerLayer) else {TransformerLayer: MaskMoETransformerLayer}),
     MultiTokenPredictionLayer: MaskMoEMultiTokenPredictionLayer,
 }
-"""Modules of Megatron-Core and functions that build them, and their replacements."""
+"""Megatron-Core's modules in a spec, and the modules that replace them."""
 
 # The submodules of a transformer layer that are a layer of their own in a hybrid model.
 _ATTENTION = ("input_layernorm", "self_attention", "self_attn_bda")
@@ -130,37 +124,28 @@ def with_maskmoe_modules(
     modules are kept. `config.transformer_impl` must be that of the spec. The other arguments are those of
     `get_maskmoe_decoder_block_spec`.
     """
-    heads, query_groups = config.num_attention_heads, config.num_query_groups
     is_local = config.transformer_impl == "local"
+    modules = dict(_MODULES)
+    if visible_experts is not None:
+        router: Any = partial(MaskMoERouter, visible_experts=visible_experts, aux_loss_tokens=aux_loss_tokens)
+        modules[TopKRouter] = router
+    if is_local:
+        modules[MLASelfAttention] = LocalMLASelfAttention
+    # Norms of queries and keys over all heads, by the names of their fields.
+    tp_group = visible_experts.pg_collection.tp if visible_experts else None
+    norm: Any = partial(AllHeadsRMSNorm, tp_group=tp_group)
+    norms: dict[str, Any] = {
+        "q_layernorm": partial(norm, num_heads=config.num_attention_heads),
+        "k_layernorm": partial(norm, num_heads=config.num_query_groups),
+    }
 
     def substitute(node: Any) -> Any:
-        if isinstance(node, MoESubmodules):
-            assert visible_experts is not None
-            router: Any = partial(MaskMoERouter, visible_experts=visible_experts, aux_loss_tokens=aux_loss_tokens)
-            return replace(node, router=router)
         if isinstance(node, SelfAttentionSubmodules) and qk_layernorm_all_heads:
-            assert query_groups is not None  # `TransformerConfig` sets the default.
-            tp_group = visible_experts.pg_collection.tp if visible_experts else None
-            norm = partial(AllHeadsRMSNorm, tp_group=tp_group)
-            return replace(
-                node,
-                q_layernorm=partial(norm, num_heads=heads),
-                k_layernorm=partial(norm, num_heads=query_groups),
-            )
-        if isinstance(node, MLASelfAttentionSubmodules) and is_local:
-            return replace(node, linear_q_down_proj=ReplicatedLinear, linear_kv_down_proj=ReplicatedLinear)
-        if node is MLASelfAttention and is_local:
-            return LocalMLASelfAttention
+            return replace(node, **norms)
         if isinstance(node, TransformerLayerSubmodules) and is_local and isinstance(config, MLATransformerConfig):
-            keys = keys_of_checkpoint(config)
-            if not (isinstance(node.mlp, partial) and node.mlp.func is MaskMoELayer):
-                keys["pre_mlp_layernorm."] = "mlp.linear_fc1.layer_norm_"
-            return replace(node, sharded_state_dict_keys_map=keys)
-        if node is FusedLayerNorm and config.normalization != "LayerNorm":
-            return TorchNorm  # Megatron takes Apex's norm if Apex is installed, also for an RMSNorm.
-        if node is _build_shared_experts and not config.use_grouped_gemm_for_shared_expert:
-            return TorchSharedExpertMLP
-        return _REPLACEMENTS.get(node, node) if isinstance(node, type | MethodType) else node
+            has_experts = isinstance(node.mlp, partial) and node.mlp.func is MaskMoELayer
+            return replace(node, sharded_state_dict_keys_map=keys_of_checkpoint(config, has_experts))
+        return modules.get(node, node) if isinstance(node, type) else node
 
     return map_spec(spec, substitute)
 

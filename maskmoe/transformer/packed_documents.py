@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from contextlib import AbstractContextManager, nullcontext
-from copy import copy
 from dataclasses import dataclass
 from typing import Any
 
@@ -66,8 +64,9 @@ class PackingModel(torch.nn.Module):
 
     Megatron-Core computes packed documents as one sequence, [1, batch * sequence]. Its pipeline schedules still expect
     hidden states [sequence, batch, hidden] between stages, so this class changes the shape at both ends of a stage.
-    Megatron-Core's own `PackedSeqParams` is passed on, with all arguments in the shapes of Megatron-Core, but without
-    `tokens_per_sample`: its layers would divide hidden states into samples for the loss of each sequence, but not ids.
+    Rotary embeddings count from the beginning of each document, or of the only sample: attention within a document
+    depends on differences of positions only.
+    Megatron-Core's own `PackedSeqParams` is passed on, with all arguments in the shapes of Megatron-Core.
     """
 
     config: TransformerConfig
@@ -93,17 +92,10 @@ class PackingModel(torch.nn.Module):
         the last stage, else hidden states.
 
         Raises:
-            NotImplementedError: The load-balancing loss `seq_aux_loss` with `PackedSeqParams.tokens_per_sample`, or in
-                training with `PackedDocuments` of several samples.
+            NotImplementedError: The load-balancing loss `seq_aux_loss`, in training with `PackedDocuments` of several
+                samples.
         """
         kwargs |= {"decoder_input": decoder_input, "labels": labels, "inference_context": inference_context}
-        if packed_seq_params is not None and packed_seq_params.tokens_per_sample is not None:
-            if "seq_aux_loss" in self.config.moe_router_load_balancing_type:
-                raise NotImplementedError(
-                    "seq_aux_loss cannot balance the samples of PackedSeqParams.tokens_per_sample"
-                )
-            packed_seq_params = copy(packed_seq_params)
-            packed_seq_params.tokens_per_sample = None  # pyrefly: ignore[bad-assignment]  # Megatron's default
         if not isinstance(packed_seq_params, PackedDocuments):
             return super().forward(
                 input_ids, position_ids, attention_mask, packed_seq_params=packed_seq_params, **kwargs
@@ -123,28 +115,10 @@ class PackingModel(torch.nn.Module):
         received = self.decoder.input_tensor
         if received is not None:
             self.decoder.input_tensor = received.view(-1, 1, received.shape[-1])
-        with self._rotate_by_position(positions):
-            output = super().forward(ids, positions, attention_mask, packed_seq_params=packed_seq_params, **kwargs)
+        output = super().forward(ids, positions, attention_mask, packed_seq_params=packed_seq_params, **kwargs)
         # Separate the samples, or give the hidden states the shape in which the schedules send them.
         if self.post_process:
             return output.view(*input_ids.shape, *output.shape[2:])
         sent = output.view(-1, len(input_ids), output.shape[-1])
         # The schedules free the memory of a sent tensor, which must not be a view.
         return make_viewless_tensor(sent, requires_grad=True, keep_graph=True)
-
-    def _rotate_by_position(self, position_ids: Tensor) -> AbstractContextManager:
-        """Let the model compute the rotary embedding of each token by its position, inside a `with` block.
-
-        Megatron-Core would otherwise apply the rotary embedding to one document after the other, in every layer. Fused
-        rotary embeddings take the bounds of the documents instead, and latent attention has its own embedding.
-        """
-        embedding = getattr(self, "rotary_pos_emb", None)
-        if embedding is None or self.config.apply_rope_fusion:
-            return nullcontext()
-        positions = position_ids.flatten()
-
-        def select(module: torch.nn.Module, args: Any, rope: Tensor | tuple[Tensor, float]) -> Any:
-            # The rotary embedding is [positions, 1, 1, channels]. YaRN's embedding returns a scale, too.
-            return (rope[0][positions], *rope[1:]) if isinstance(rope, tuple) else rope[positions]
-
-        return embedding.register_forward_hook(select)

@@ -75,10 +75,8 @@ class MaskMoERouter(TopKRouter):
     `torch.compile` fuses its operations, unless a capacity factor is set: the capacity follows from the number of
     tokens, so it would be compiled for each number.
 
-    On a CPU, if every expert is visible, outputs, losses and gradients are bit-equal to `TopKRouter`'s. The
-    exceptions are the global load-balancing loss, see `router_losses`; the z-loss of a layer of multi-token prediction
-    that is repeated, which is divided by the repetitions as the balancing losses are; the expert bias with padding to
-    capacity, which `TopKRouter` updates from the padded load; and dropping by position, see `choose_experts`.
+    On a CPU, if every expert is visible, outputs, losses and gradients are bit-equal to `TopKRouter`'s, except in four
+    settings, which docs/megatron.md lists.
 
     A token with one visible expert has weight exactly 1 (softmax scores) and sends no gradient to the router's weight.
 
@@ -152,8 +150,7 @@ class MaskMoERouter(TopKRouter):
             ValueError: Ids or padding have another shape than the hidden states, or the layer has no number.
         """
         self._maintain_float32_expert_bias()
-        # Megatron-Core fails with a jitter of 0.
-        logits = self.gating(self.apply_input_jitter(input) if self.config.moe_input_jitter_eps else input)
+        logits = self.gating(self.apply_input_jitter(input))
         if self.config.moe_router_force_load_balancing:
             logits = apply_random_logits(logits)
         if self.config.moe_router_force_biased is not None:

@@ -81,7 +81,6 @@ def test_tensors_are_made_and_stay_on_the_cpu(device: object) -> None:
         assert tensor.to(device) is tensor
         assert tensor.to(device=device, dtype=torch.float64, non_blocking=True).dtype == torch.float64
         assert module.to(device) is module
-        assert module.to_empty(device=device).weight.device.type == "cpu"
     assert tensor.cuda(0, non_blocking=True) is tensor.cuda() is tensor.pin_memory() is tensor
     assert module.cuda() is module
 
@@ -125,7 +124,6 @@ def test_generators_are_that_of_the_cpu() -> None:
     first = torch.rand(3, device="cuda")
     torch.manual_seed(5)
     assert torch.equal(torch.rand(3), first)
-    assert torch.cuda.initial_seed() == 5
     assert torch.cuda.default_generators[torch.cuda.current_device()] is torch.default_generator
     assert len(torch.cuda.default_generators) == 1
 

@@ -258,7 +258,6 @@ LATENT = f"""
     --moe-router-score-function sigmoid --moe-router-enable-expert-bias --moe-router-bias-update-rate 0.1
     --moe-router-load-balancing-type aux_loss seq_aux_loss --moe-aux-loss-coeff 1e-2 2e-2 --mtp-num-layers 1
 """
-RECOMPUTED_PARTS = "--recompute-granularity selective --recompute-modules layernorm moe_act mla_up_proj"
 CAPACITY = "--moe-router-topk 3 --moe-expert-capacity-factor 0.8"
 # Most samples of 64 tokens hold the end of a document and the beginning of the next one.
 DOCUMENTS = "--data-path ended --seq-length 64 --max-position-embeddings 64"
@@ -333,9 +332,9 @@ add_model(
     {
         "latent, resumed": (1, ""),
         "latent, all-gather, expert parallel 2": (2, f"{ALL_GATHER} {EXPERT_2}"),
-        "latent, recomputed parts, tensor 2, experts in 2 parts, pipeline 2": (
+        "latent, tensor 2, experts in 2 parts, pipeline 2": (
             4,
-            f"{TENSOR_2} --expert-tensor-parallel-size 2 {PIPELINE_2} {RECOMPUTED_PARTS}",
+            f"{TENSOR_2} --expert-tensor-parallel-size 2 {PIPELINE_2}",
         ),
     },
     mask="five_layers.safetensors",
@@ -346,7 +345,7 @@ add_model(
     {
         "latent without prediction, context parallel 2, tensor 2, expert parallel 2, pipeline 2": (
             8,
-            f"{CONTEXT_2} {TENSOR_EXPERT_2} {PIPELINE_2} {RECOMPUTED_PARTS}",
+            f"{CONTEXT_2} {TENSOR_EXPERT_2} {PIPELINE_2}",
         ),
     },
 )

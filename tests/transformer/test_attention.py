@@ -15,31 +15,25 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from maskmoe.training.model.batch import weight_of_rank
-from maskmoe.transformer.torch_modules import attention as attention_module
 from maskmoe.transformer.torch_modules.attention import TorchDotProductAttention
 
 SEQUENCE, BATCH, HEADS, CHANNELS = 24, 2, 4, 8
 CAUSAL, NO_MASK, PADDING = AttnMaskType.causal, AttnMaskType.no_mask, AttnMaskType.padding
-OFFSET = [-1.0, 0.0, 1.0, 3.0]
 
 
 def build(
     kind: type[DotProductAttention] = TorchDotProductAttention,
     mask_type: AttnMaskType = CAUSAL,
-    offset: list[float] | None = None,
     layer_number: int = 1,
     softmax_scale: float | None = None,
     **settings: Any,
 ) -> DotProductAttention:
-    """Build a module of core attention; `offset` is the learned softmax offset of each head."""
+    """Build a module of core attention."""
     sizes = {"num_attention_heads": HEADS, "hidden_size": HEADS * CHANNELS, "num_layers": 4}
-    config = moe.make_config(**sizes | settings | ({"softmax_type": "learnable"} if offset else {}))
+    config = moe.make_config(**sizes | settings)
     groups = moe.process_groups()
     config.context_parallel_size = groups.cp.size()
-    module = kind(config, layer_number, mask_type, "self", pg_collection=groups, softmax_scale=softmax_scale)
-    if offset:
-        module.softmax_offset.data.copy_(torch.tensor(offset))
-    return module
+    return kind(config, layer_number, mask_type, "self", pg_collection=groups, softmax_scale=softmax_scale)
 
 
 def draw_inputs(
@@ -51,16 +45,12 @@ def draw_inputs(
     return [torch.randn(sequence, BATCH, *shape, device=DEVICE, dtype=dtype, requires_grad=True) for shape in shapes]
 
 
-def plain_attention(
-    query: Tensor, key: Tensor, value: Tensor, hidden: Tensor, scale: float, offset: Tensor | None
-) -> Tensor:
-    """Compute attention with all scores, in fp32; an offset is the score of one more key, whose value is zero."""
+def plain_attention(query: Tensor, key: Tensor, value: Tensor, hidden: Tensor, scale: float) -> Tensor:
+    """Compute attention with all scores, in fp32."""
     query, key, value = (tensor.float() for tensor in (query, key, value))
     key, value = (tensor.repeat_interleave(HEADS // tensor.shape[2], dim=2) for tensor in (key, value))
     scores = (torch.einsum("qbhc,kbhc->bhqk", query, key) * scale).masked_fill(hidden, float("-inf"))
-    if offset is not None:
-        scores = torch.cat([scores, offset.float().view(1, HEADS, 1, 1).expand(*scores.shape[:3], 1)], dim=-1)
-    probs = scores.softmax(dim=-1).nan_to_num()[..., : len(key)]  # a query that sees no key has output zero
+    probs = scores.softmax(dim=-1).nan_to_num()  # a query that sees no key has output zero
     return torch.einsum("bhqk,kbhc->qbhc", probs, value).flatten(2)
 
 
@@ -111,9 +101,9 @@ SETTINGS: dict[str, dict[str, Any]] = {
     "plain": {},
     "grouped queries, scale": {"num_query_groups": 2, "softmax_scale": 0.7},
     "layer scaling": {"apply_query_key_layer_scaling": True, "attention_softmax_in_fp32": True, "layer_number": 3},
-    "offset of zero, wide values": {"softmax_type": "off-by-one", "value_channels": 12},
-    "offset": {"offset": OFFSET, "num_query_groups": 2, "value_channels": 4},
-    "bf16, offset": {"offset": OFFSET, "num_query_groups": 2, "bf16": True, "params_dtype": torch.bfloat16},
+    "wide values": {"value_channels": 12},
+    "narrow values, grouped queries": {"num_query_groups": 2, "value_channels": 4},
+    "bf16": {"num_query_groups": 2, "bf16": True, "params_dtype": torch.bfloat16},
 }
 
 
@@ -134,21 +124,17 @@ def difference(settings_name: str, mask_name: str) -> float:
     dtype, value_channels = settings.get("params_dtype", torch.float32), settings.pop("value_channels", CHANNELS)
     attention = build(mask_type=mask_type, window_size=window, **settings)
     whole = draw_inputs(settings.get("num_query_groups", HEADS), dtype, value_channels)
-    offset = getattr(attention, "softmax_offset", None)
-    expected = plain_attention(*whole, hidden, settings.get("softmax_scale", CHANNELS**-0.5), offset)
+    expected = plain_attention(*whole, hidden, settings.get("softmax_scale", CHANNELS**-0.5))
     gradient = torch.randn_like(expected).to(dtype)
-    expected_grads = torch.autograd.grad(expected, [*whole, *attention.parameters()], gradient.float())
+    expected_grads = torch.autograd.grad(expected, whole, gradient.float())
 
     parts = [part_of_rank(tensor.detach()).clone().requires_grad_() for tensor in whole]
     if given is not None and attention.cp_group.size() > 1:
         given = part_of_rank(given.expand(-1, -1, SEQUENCE, -1), "attention_mask")
     output = attention(*parts, given)
-    grads = torch.autograd.grad(output, [*parts, *attention.parameters()], part_of_rank(gradient))
+    grads = torch.autograd.grad(output, parts, part_of_rank(gradient))
     pairs = [(output, part_of_rank(expected))]
-    pairs += [(grad, part_of_rank(whole_grad)) for grad, whole_grad in zip(grads[:3], expected_grads[:3], strict=True)]
-    for of_offset, expected_offset in zip(grads[3:], expected_grads[3:], strict=True):
-        torch.distributed.all_reduce(of_offset, group=attention.cp_group)
-        pairs.append((of_offset, expected_offset))
+    pairs += [(grad, part_of_rank(whole_grad)) for grad, whole_grad in zip(grads, expected_grads, strict=True)]
     return max(
         ((one.float() - other.float()).abs() / other.float().abs().clamp(min=1)).max().item() for one, other in pairs
     )
@@ -158,12 +144,10 @@ def difference(settings_name: str, mask_name: str) -> float:
 FP32_TOLERANCE, BF16_TOLERANCE = 5e-6, 4e-2
 
 
-@pytest.mark.parametrize("block", [1, 256])
 @pytest.mark.parametrize("mask", MASKS)
 @pytest.mark.parametrize("settings", SETTINGS)
-def test_equals_plain_torch(settings: str, mask: str, block: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Output and gradients; a block is the least number of queries that a window computes together."""
-    monkeypatch.setattr(attention_module, "SHORTEST_BLOCK", block)
+def test_equals_plain_torch(settings: str, mask: str) -> None:
+    """Output and gradients."""
     assert difference(settings, mask) < (BF16_TOLERANCE if "bf16" in settings else FP32_TOLERANCE)
 
 
@@ -183,7 +167,6 @@ def difference_of_loss() -> float:
 def differences_of_rank() -> dict[str, float]:
     """Return the differences of attention, and of the loss, by case."""
     moe.initialize_parallelism(context_parallel_size=torch.distributed.get_world_size())
-    attention_module.SHORTEST_BLOCK = 1
     settings = [name for name in SETTINGS if "bf16" not in name]
     found = {f"{name}, {mask}": difference(name, mask) for name in settings for mask in MASKS}
     return found | {"loss": difference_of_loss()}
@@ -197,11 +180,10 @@ def test_context_parallel_ranks_equal_plain_torch(num_ranks: int, run_ranks: Run
 
 
 @pytest.mark.parametrize("queries", [1, 5])
-@pytest.mark.parametrize("softmax_type", ["vanilla", "off-by-one"])
-def test_fewer_queries_than_keys_are_the_last_ones(queries: int, softmax_type: str) -> None:
+def test_fewer_queries_than_keys_are_the_last_ones(queries: int) -> None:
     """Queries that are generated after cached keys see these keys, and each other up to their own position."""
     query, key, value = draw_inputs()
-    attention = build(softmax_type=softmax_type)
+    attention = build()
     last = attention(query[-queries:], key, value, None)
     torch.testing.assert_close(last, attention(query, key, value, None)[-queries:], rtol=2e-6, atol=2e-6)
 
@@ -240,10 +222,7 @@ LONG = 512
         ({}, LONG * HEADS * CHANNELS),
         ({"num_query_groups": 2}, LONG * HEADS * CHANNELS),
         ({"value_channels": 4}, LONG * HEADS * CHANNELS),
-        ({"softmax_type": "off-by-one"}, (LONG + 1) * HEADS * 2 * CHANNELS),
-        # A block of 256 queries sees 31 keys more than its own.
-        ({"window_size": (31, 0)}, 256 * 287),
-        ({"window_size": (31, 0), "num_query_groups": 2, "softmax_type": "off-by-one"}, 256 * 288),
+        ({"window_size": (31, 0)}, LONG * LONG),
         ({"given mask": True}, LONG * LONG),
     ],
     ids=str,

@@ -32,9 +32,9 @@ from support.tensors import assert_same_tensors
 from torch import Tensor
 
 from maskmoe.megatron_compat import cpu
+from maskmoe.megatron_compat.patches import select_slots
 from maskmoe.routing_mask.dispatch_kind import DispatchKind
 from maskmoe.transformer.dispatch.choose import build_dispatcher, choose_dispatch
-from maskmoe.transformer.dispatch.flex import select_slots
 from maskmoe.transformer.dispatch.one_copy import OneRankDispatcher
 from maskmoe.transformer.dispatch.stock import MaskMoEAlltoAllTokenDispatcher, StockDispatcher
 from maskmoe.transformer.moe_layer import MaskMoELayer
@@ -49,11 +49,6 @@ def groups(expert_parallel: int = 2, expert_tensor_parallel: int = 1) -> SimpleN
     return SimpleNamespace(**{name: SimpleNamespace(size=lambda size=size: size) for name, size in sizes.items()})
 
 
-DEFERRED_GRADIENTS = {
-    "transformer_impl": "transformer_engine",
-    "moe_grouped_gemm": True,
-    "overlap_dispatch_backward_with_experts_wgrad": True,
-}
 STOCK, ONE_COPY, PLANNED = DispatchKind.STOCK, DispatchKind.ONE_COPY, DispatchKind.PLANNED
 
 
@@ -61,7 +56,6 @@ STOCK, ONE_COPY, PLANNED = DispatchKind.STOCK, DispatchKind.ONE_COPY, DispatchKi
     ("settings", "ranks", "kind_without_plan", "kind"),
     [
         ({}, {}, ONE_COPY, PLANNED),
-        ({"moe_input_jitter_eps": 0.0}, {}, ONE_COPY, PLANNED),
         ({"moe_expert_capacity_factor": 1.0}, {}, ONE_COPY, ONE_COPY),
         ({"moe_input_jitter_eps": 0.1}, {}, ONE_COPY, ONE_COPY),
         ({"variable_seq_lengths": True}, {}, ONE_COPY, ONE_COPY),
@@ -76,7 +70,6 @@ STOCK, ONE_COPY, PLANNED = DispatchKind.STOCK, DispatchKind.ONE_COPY, DispatchKi
         ({"moe_token_dispatcher_type": "flex"}, {}, STOCK, STOCK),
         ({"moe_expert_capacity_factor": 1.0, "moe_pad_expert_input_to_capacity": True}, {}, STOCK, STOCK),
         ({"moe_shared_expert_intermediate_size": 8, "moe_shared_expert_overlap": True}, {}, STOCK, STOCK),
-        (DEFERRED_GRADIENTS, {}, STOCK, STOCK),
         ({}, {"expert_parallel": 1}, DispatchKind.ONE_RANK, DispatchKind.ONE_RANK),
         ({"moe_expert_capacity_factor": 1.0}, {"expert_parallel": 1}, STOCK, STOCK),
     ],

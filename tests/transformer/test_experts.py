@@ -16,7 +16,7 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 from support import small_moe as moe
 from support.places import take_gpu_branches
 from support.small_moe import DEVICE
-from support.tensors import KeptBytes, assert_same_tensors
+from support.tensors import assert_same_tensors
 from torch import Tensor
 from torch.nn.functional import gelu, grouped_mm
 
@@ -137,46 +137,6 @@ def test_frozen_parameters_get_no_gradient(frozen: str) -> None:
     assert_same_tensors(found, expected)
 
 
-def kept_bytes(experts: SequentialMLP, tokens_per_expert: list[int]) -> int:
-    """Return the bytes that autograd keeps for the backward pass, besides the weights."""
-    rows, probs, _ = make_rows(experts, tokens_per_expert)
-    with KeptBytes(experts.parameters()) as kept:
-        experts(rows, torch.tensor(tokens_per_expert), probs)
-    return kept.total()
-
-
-def test_keeps_less_than_sequential_experts() -> None:
-    ours, theirs = make_pair()
-    hidden, ffn, num_rows = 8, 12, 80
-    inputs = hidden + 1  # features and the weight of a row
-    assert kept_bytes(ours, [20] * 4) == 4 * num_rows * (inputs + 3 * ffn)
-    assert kept_bytes(theirs, [20] * 4) == 4 * num_rows * (inputs + 6 * ffn)
-
-
-RECOMPUTATION = {"recompute_granularity": "selective", "recompute_modules": ["moe_act"], "moe_grouped_gemm": True}
-
-
-@pytest.mark.parametrize(
-    ("dtype", "num_experts", "activation"),
-    [
-        *((torch.float32, 4, activation) for activation in ({}, *OTHER_ACTIVATIONS.values())),
-        (torch.bfloat16, 4, {}),
-        (torch.bfloat16, 1, {"bias_activation_fusion": True}),
-        (torch.float32, 1, {}),
-    ],
-)
-def test_recomputed_activations_are_bit_equal_and_need_less_memory(dtype, num_experts, activation) -> None:
-    """Only the inputs of the linear layers and of the activation function are kept."""
-    settings = {"num_experts": num_experts, "topk": 1, "params_dtype": dtype, **activation}
-    recomputing, keeping = (make_pair(**settings, **more)[0] for more in (RECOMPUTATION, {}))
-    tokens_per_expert = [20, 0, 3, 4][:num_experts]
-    assert_same_tensors(compute(recomputing, tokens_per_expert), compute(keeping, tokens_per_expert))
-    kept, without = (kept_bytes(experts, tokens_per_expert) for experts in (recomputing, keeping))
-    hidden, fc1_output = 8, 12 * (1 + recomputing.config.gated_linear_unit)
-    assert kept == sum(tokens_per_expert) * (dtype.itemsize * (hidden + fc1_output) + 4)
-    assert kept < without
-
-
 @pytest.fixture
 def branches_of_gpus(monkeypatch: pytest.MonkeyPatch) -> None:
     """Let `GroupedMLP` compute as on GPUs, which `grouped_mm` also supports on a CPU."""
@@ -195,14 +155,12 @@ def test_grouped_products_of_frozen_experts_compute_no_gradients_of_weights(
     assert len(calls) == 4  # both layers, forward and backward
 
 
-@pytest.mark.parametrize("recomputation", [{}, RECOMPUTATION], ids=["kept", "recomputed"])
 @pytest.mark.parametrize("tokens_per_expert", [[5, 0, 11, 8], [0, 24, 0, 0], [0, 0, 0, 0]], ids=str)
 def test_grouped_products_equal_sequential_experts(
-    tokens_per_expert: list[int], recomputation: dict, branches_of_gpus: None, monkeypatch: pytest.MonkeyPatch
+    tokens_per_expert: list[int], branches_of_gpus: None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Tolerances relate to the largest value; bf16 is rounded between the linear layers, in another order of sums."""
-    settings = {"params_dtype": torch.bfloat16, "ffn_hidden_size": 16}
-    ours, theirs = (make_pair(**settings, **recomputation)[0], make_pair(**settings)[1])
+    ours, theirs = make_pair(params_dtype=torch.bfloat16, ffn_hidden_size=16)
     expected = compute(theirs, tokens_per_expert)
     monkeypatch.setattr(Tensor, "tolist", lambda tensor: pytest.fail("reading the numbers of rows waits for the GPU"))
     found = compute(ours, tokens_per_expert)
@@ -278,9 +236,8 @@ def test_unsupported_settings_use_sequential_experts(settings, monkeypatch) -> N
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-@pytest.mark.parametrize("recomputation", [{}, RECOMPUTATION], ids=["kept", "recomputed"])
 @pytest.mark.parametrize("activation", [{}, {"activation_func": gelu, "gated_linear_unit": False}], ids=["", "gelu"])
-def test_experts_with_biases_are_bit_equal_where_sequential_experts_train(activation, recomputation, dtype) -> None:
+def test_experts_with_biases_are_bit_equal_where_sequential_experts_train(activation, dtype) -> None:
     """Without expert parallelism, autograd refuses the biases that `SequentialMLP` adds in place to views."""
     settings = {"add_bias_linear": True, "params_dtype": dtype, **activation}
     theirs = make_pair(**settings)[1]
@@ -288,7 +245,7 @@ def test_experts_with_biases_are_bit_equal_where_sequential_experts_train(activa
         compute(theirs, [2, 0, 3, 4])
     for expert in theirs.local_experts:
         expert.linear_fc2.explicit_expert_comm = True  # as with expert parallelism
-    ours = make_pair(**settings, **recomputation)[0]
+    ours = make_pair(**settings)[0]
     assert_same_tensors(compute(ours, [2, 0, 3, 4]), compute(theirs, [2, 0, 3, 4]))
 
 

@@ -1,14 +1,10 @@
 """Every router gets the ids of exactly the tokens that it routes."""
 
 from dataclasses import dataclass
-from functools import partial
 from types import SimpleNamespace
-from typing import Any
 
 import pytest
 import torch
-from megatron.core.transformer.module import GraphableMegatronModule
-from megatron.core.transformer.transformer_layer import TransformerLayer
 from support.hybrid_models import SEQUENCE, VOCAB_SIZE, Twins
 from support.small_moe import DEVICE, make_mask, random_visible_sets, take_metrics
 from torch import Tensor
@@ -16,7 +12,7 @@ from torch import Tensor
 from maskmoe.transformer.models import RoutesByTokenId
 from maskmoe.transformer.router import MaskMoERouter
 from maskmoe.transformer.routing_statistics import RoutingSums
-from maskmoe.transformer.token_ids import TokenIds, split_sequence, takes_token_ids
+from maskmoe.transformer.token_ids import TokenIds, split_sequence
 
 NUM_LAYERS, BATCH = 3, 2
 VISIBLE = random_visible_sets(6, NUM_LAYERS + 1, VOCAB_SIZE, 4)
@@ -29,7 +25,6 @@ RECOMPUTE = {
     "full_in_blocks": {"recompute_granularity": "full", "recompute_method": "block", "recompute_num_layers": 2},
     "selective": {"recompute_granularity": "selective", "recompute_modules": ["moe"]},
 }
-GRAPHS = {"cuda_graph_impl": "transformer_engine", "cuda_graph_modules": ["attn"]}
 
 WRONG_IDS = "a router got the ids of another micro-batch"
 
@@ -64,14 +59,10 @@ def router_calls(monkeypatch: pytest.MonkeyPatch) -> list[RouterCall]:
     return calls
 
 
-def build_model(
-    kind: str, settings: str | dict[str, Any] = "none", predictions: str = "", **stage: bool
-) -> torch.nn.Module:
-    """Build a model of a kind with settings, or with the settings of a name in `RECOMPUTE`."""
+def build_model(kind: str, recompute: str = "none", predictions: str = "", **stage: bool) -> torch.nn.Module:
     torch.manual_seed(0)
     mask = MASK if predictions else make_mask(VISIBLE[:NUM_LAYERS])
-    settings = RECOMPUTE[settings] if isinstance(settings, str) else settings
-    return MODELS[kind](Twins(f"*E*E*E{predictions}", settings, mask=mask), **stage)
+    return MODELS[kind](Twins(f"*E*E*E{predictions}", RECOMPUTE[recompute], mask=mask), **stage)
 
 
 def micro_batches(number: int) -> list[Tensor]:
@@ -129,24 +120,6 @@ def check_equals_plain_model(model: torch.nn.Module, kind: str, calls: list[Rout
 @pytest.mark.parametrize("recompute", RECOMPUTE)
 def test_two_micro_batches_in_flight(recompute: str, kind: str, router_calls: list[RouterCall]) -> None:
     check_equals_plain_model(build_model(kind, recompute), kind, router_calls)
-
-
-@pytest.mark.skipif(takes_token_ids(TransformerLayer), reason="graphs are refused where layers take ids")
-def test_graphs_of_attention_never_see_the_ids(router_calls: list[RouterCall], monkeypatch: pytest.MonkeyPatch) -> None:
-    """An eager call stands in for each captured graph; Transformer Engine would only add an attention mask."""
-    arguments = GraphableMegatronModule._get_te_cuda_graph_replay_args
-    monkeypatch.setattr(TransformerLayer, "_get_te_cuda_graph_replay_args", arguments)
-    model, replays = build_model("GPT", GRAPHS), []
-
-    def replay(layer: Any, hidden_states: Tensor, *, is_first_microbatch: bool, **inputs: Any) -> tuple[Tensor, ...]:
-        assert "padding_mask" not in inputs
-        replays.append(layer)
-        return layer._te_cuda_graph_capture(hidden_states, **inputs)
-
-    for layer in model.decoder.layers:
-        layer.cuda_graphs = [partial(replay, layer)]
-    check_equals_plain_model(model, "GPT", router_calls)
-    assert len(replays) == 2 * NUM_LAYERS
 
 
 @every_model

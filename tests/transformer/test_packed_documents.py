@@ -1,10 +1,8 @@
 """Packed documents against the same documents one at a time."""
 
-import inspect
 from collections.abc import Callable, Sequence
 from itertools import chain, pairwise
 from typing import Any
-from unittest.mock import Mock
 
 import numpy as np
 import pytest
@@ -17,16 +15,12 @@ from megatron.core.transformer.enums import AttnMaskType
 from megatron.core.transformer.multi_token_prediction import MTPLossLoggingHelper
 from megatron.core.transformer.transformer_config import MLATransformerConfig
 from support import small_moe as moe
-from support.places import PLACES, Place, take_gpu_branches
 from support.small_moe import DEVICE, YARN
 from torch import Tensor
-from torch.nn.attention.varlen import varlen_attn
-from torch.nn.functional import scaled_dot_product_attention
 
 from maskmoe.transformer.layer_specs import get_maskmoe_decoder_block_spec, get_maskmoe_mtp_block_spec
 from maskmoe.transformer.models import DenseGPTModel, MaskMoEGPTModel
 from maskmoe.transformer.packed_documents import PackedDocuments
-from maskmoe.transformer.torch_modules import attention as attention_module
 from maskmoe.transformer.torch_modules.attention import TorchDotProductAttention
 
 NUM_LAYERS, VOCAB_SIZE, SEQUENCE = 2, 40, 16
@@ -48,7 +42,7 @@ MODELS: dict[str, dict[str, Any]] = {
         "yarn_correction_range_round_to_int": True,
     },
     "learned positions": {"position_embedding_type": "learned_absolute"},
-    "bias of attention": {"add_qkv_bias": True, "softmax_type": "learnable"},
+    "bias of attention": {"add_qkv_bias": True},
     "full recompute": {
         "recompute_granularity": "full",
         "recompute_method": "uniform",
@@ -149,6 +143,15 @@ def test_equals_documents_one_by_one(name: str) -> None:
     assert_close(ours, theirs, FP32_ORDER_OF_SUMS)
 
 
+def test_a_sample_alone_equals_its_documents_one_by_one() -> None:
+    model = build_model()
+    ids, labels = token_ids()
+    positions = torch.cat([torch.arange(end - start, device=DEVICE) for start, end in pairwise(BOUNDS[0])]).unsqueeze(0)
+    documents = PackedDocuments.of_samples(padded_bounds(BOUNDS[:1]), ids.device, reads_on_host=True)
+    found = model(ids[:1], positions, None, labels=labels[:1], packed_seq_params=documents)
+    torch.testing.assert_close(found, losses_one_by_one(model)[:1], rtol=0, atol=FP32_ORDER_OF_SUMS)
+
+
 def test_samples_of_one_document_equal_samples_that_are_not_packed() -> None:
     model, whole = build_model(), [[0, SEQUENCE]] * 2
     ids, labels = token_ids()
@@ -197,7 +200,6 @@ def prediction_losses(compute: Callable[[], Tensor]) -> Tensor:
 
 
 def test_packed_sequences_of_megatron_are_left_to_megatron(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Megatron-Core rotates them from 0 in each sequence, whatever the positions are, which may be None."""
     seen: list[dict[str, Any]] = []
     monkeypatch.setattr(GPTModel, "forward", lambda model, *args, **kwargs: seen.append({"args": args} | kwargs))
     model = build_model()
@@ -207,14 +209,6 @@ def test_packed_sequences_of_megatron_are_left_to_megatron(monkeypatch: pytest.M
     model(token_ids, None, None, packed_seq_params=packed)
     assert seen[0]["args"] == (token_ids, None, None)
     assert seen[0]["packed_seq_params"] is packed
-    assert not model.rotary_pos_emb._forward_hooks
-    # Layers would divide hidden states into samples, but not the token ids.
-    packed.tokens_per_sample = 8
-    model(token_ids, None, None, packed_seq_params=packed)
-    assert (seen[1]["packed_seq_params"].tokens_per_sample, packed.tokens_per_sample) == (None, 8)
-    model.config.moe_router_load_balancing_type = ["aux_loss", "seq_aux_loss"]
-    with pytest.raises(NotImplementedError, match="seq_aux_loss cannot balance the samples"):
-        model(token_ids, None, None, packed_seq_params=packed)
 
 
 @pytest.mark.parametrize("balancing", ["seq_aux_loss", ["aux_loss", "seq_aux_loss"]], ids=str)
@@ -292,37 +286,9 @@ ATTENTIONS: dict[str, dict[str, Any]] = {
 }
 
 
-def kernel_in_plain_torch(query: Tensor, key: Tensor, value: Tensor, *bounds: Any, **settings: Any) -> Tensor:
-    """Compute `varlen_attn` as its documentation says."""
-    called = inspect.signature(varlen_attn).bind(query, key, value, *bounds, **settings).arguments
-    assert called["cu_seq_q"] is called["cu_seq_k"]  # cuDNN wants it.
-    assert called["cu_seq_q"].dtype == torch.int32
-    assert query.shape[-1] == key.shape[-1] == value.shape[-1]
-    assert query.shape[-1] % 8 == 0
-    left, right = called["window_size"]
-    contexts = []
-    for start, end in pairwise(called["cu_seq_q"].tolist()):
-        assert end - start <= called["max_q"] == called["max_k"]
-        inputs = (tensor[start:end].transpose(0, 1) for tensor in (query, key, value))
-        distance = torch.arange(end - start) - torch.arange(end - start)[:, None]
-        mask = ~(((distance < -left) & (left >= 0)) | ((distance > right) & (right >= 0))).to(DEVICE)
-        same = {name: called[name] for name in ("scale", "enable_gqa")}
-        contexts.append(scaled_dot_product_attention(*inputs, attn_mask=mask, **same).transpose(0, 1))
-    return torch.cat(contexts)
-
-
-@pytest.mark.skipif(
-    not attention_module._HAS_PACKED_KERNEL, reason="this version of torch lacks arguments of the kernel"
-)
-@pytest.mark.parametrize("place", PLACES[::2])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("name", ATTENTIONS)
-def test_attention_equals_a_mask_of_all_pairs(
-    name: str, dtype: torch.dtype, place: Place, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """The kernel computes half precision without dropout; on a core, plain torch stands in for the kernel."""
-    kernel = Mock(wraps=varlen_attn if place.is_gpu else kernel_in_plain_torch)
-    monkeypatch.setattr(attention_module, "varlen_attn", kernel)
+def test_attention_equals_a_mask_of_all_pairs(name: str, dtype: torch.dtype) -> None:
     settings = {"bf16": dtype == torch.bfloat16, "params_dtype": dtype} | ATTENTIONS[name]
     widths = (CHANNELS, CHANNELS, settings.pop("value_channels", CHANNELS))
     groups = settings.get("num_query_groups", HEADS)
@@ -336,20 +302,12 @@ def test_attention_equals_a_mask_of_all_pairs(
     inputs = [torch.randn(sum(LENGTHS), *shape, device=DEVICE, dtype=dtype, requires_grad=True) for shape in shapes]
     document = torch.arange(len(LENGTHS), device=DEVICE).repeat_interleave(torch.tensor(LENGTHS, device=DEVICE))
     later = torch.ones(len(document), len(document), dtype=torch.bool, device=DEVICE).triu(1)
-    expected = attention(
-        *(tensor.unsqueeze(1) for tensor in inputs), ((document[:, None] != document) | later)[None, None]
+    mask = ((document[:, None] != document) | later)[None, None]
+    expected = attention(*(tensor.unsqueeze(1) for tensor in inputs), mask).squeeze(1)
+    found = attention(*inputs, None, packed_seq_params=documents_of(LENGTHS))
+    gradient = torch.randn_like(found)
+    assert_close(
+        [found, *torch.autograd.grad(found, inputs, gradient)],
+        [expected, *torch.autograd.grad(expected, inputs, gradient)],
+        5e-6 if dtype == torch.float32 else 2e-2,
     )
-    by_documents = attention(*inputs, None, packed_seq_params=documents_of(LENGTHS))
-    with monkeypatch.context() as branches:
-        if not place.is_gpu:
-            take_gpu_branches(branches.setattr)
-        by_kernel = attention(*inputs, None, packed_seq_params=documents_of(LENGTHS))
-        assert kernel.call_count == (0 if dtype == torch.float32 else 1 + place.is_gpu)
-        attention.attention_dropout.p = 0.5  # The kernel has no dropout.
-        attention(*inputs, None, packed_seq_params=documents_of(LENGTHS))
-        assert kernel.call_count == (0 if dtype == torch.float32 else 1 + place.is_gpu)
-    gradient = torch.randn_like(by_documents)
-    wanted = [expected.squeeze(1), *torch.autograd.grad(expected.squeeze(1), inputs, gradient)]
-    for output in (by_documents, by_kernel):
-        found = [output, *torch.autograd.grad(output, inputs, gradient)]
-        assert_close(found, wanted, 5e-6 if dtype == torch.float32 else 2e-2)

@@ -92,7 +92,7 @@ def add_engine_argument(parser: argparse.ArgumentParser) -> None:
 
 
 def fused_settings(transformer_engine: bool) -> dict[str, Any]:
-    """Return the settings of the fastest modules that Megatron-Core has on this machine; a CPU fuses nothing.
+    """Return the settings of the fastest modules that Megatron-Core has on this machine; a CPU fuses only activations.
 
     Args:
         transformer_engine: use Transformer Engine.
@@ -104,7 +104,7 @@ def fused_settings(transformer_engine: bool) -> dict[str, Any]:
     return settings | {
         "persist_layer_norm": not settings.pop("no_persist_layer_norm"),
         "gradient_accumulation_fusion": is_fused,
-        "bias_activation_fusion": on_gpu,
+        "bias_activation_fusion": True,
         "bias_dropout_fusion": on_gpu,
         "use_cpu_initialization": not on_gpu,
     }
@@ -127,6 +127,8 @@ def with_main_grads(module: MegatronModule) -> DistributedDataParallel:
 
 def configs(arguments: argparse.Namespace, num_ranks: int, **settings: Any) -> Iterator[TransformerConfig]:
     """Yield a configuration of one layer for each choice of K and N."""
+    fused = fused_settings(arguments.transformer_engine)
+    fused["bias_activation_fusion"] = settings.get("gated_linear_unit", False)  # Megatron fuses no GELU without bias
     for pair in arguments.experts:
         topk, num_experts = map(int, pair.split("/"))
         yield TransformerConfig(
@@ -140,7 +142,7 @@ def configs(arguments: argparse.Namespace, num_ranks: int, **settings: Any) -> I
             expert_model_parallel_size=num_ranks,
             add_bias_linear=False,
             params_dtype=getattr(torch, arguments.dtype),
-            **settings | fused_settings(arguments.transformer_engine),
+            **settings | fused,
         )
 
 

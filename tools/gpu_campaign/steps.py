@@ -13,8 +13,8 @@ from gpu_campaign.step import Command, Context, Step
 from gpu_campaign.training import read_training, training_commands
 
 # Importing all other tests would take long, and needs packages that no GPU needs.
-GPU_TESTS = ("tests/gpu", "tests/transformer/test_packed_documents.py")
-"""The folder and the files whose tests have the mark `gpu`."""
+GPU_TESTS = ("tests/gpu",)
+"""The folders and the files whose tests have the mark `gpu`."""
 
 
 def _probe(context: Context) -> list[Command]:

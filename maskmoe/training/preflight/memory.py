@@ -19,7 +19,6 @@ from megatron.core.transformer.transformer_config import MLATransformerConfig, T
 
 from maskmoe.training.preflight.layout import Layout
 from maskmoe.training.preflight.parameters import Chunk, ModelParameters
-from maskmoe.transformer.torch_modules.mlp import is_plain_swiglu
 
 # The purposes of memory, with their names in the printed report. `_Activations` estimates the second group.
 EXACT = {
@@ -205,7 +204,7 @@ class _Activations:
         self._num_rows = self._shard * rows_per_token * layout.expert_tensor
         # An MLP keeps inputs and output of its activation function. Without fusion, the product of a gated MLP keeps
         # both halves once more: one activated, the other with an offset.
-        self._fuses_mlp = self._fused or config.bias_activation_fusion or is_plain_swiglu(config)
+        self._fuses_mlp = self._fused or config.bias_activation_fusion
         self._mlp_channel = (2 if not config.gated_linear_unit else 3 if self._fuses_mlp else 5) * self._element
         # The bytes of the layer of each symbol that are kept, and those that selective recomputation computes again.
         dropped = set(config.recompute_modules or ()) if config.recompute_granularity == "selective" else set()

@@ -7,7 +7,7 @@ from importlib.metadata import PackageNotFoundError, version
 
 from packaging.version import Version
 
-from maskmoe.megatron_compat.gpu import LEAST_VERSION_OF_PERMUTATION
+from maskmoe.megatron_compat.gpu import LEAST_VERSION_OF_PERMUTATION, GpuPackages
 
 
 def missing_flags(args: Namespace, has_checkpoint: bool) -> Iterator[str]:
@@ -25,6 +25,13 @@ def missing_flags(args: Namespace, has_checkpoint: bool) -> Iterator[str]:
         yield "no length of training: pass --train-iters or --train-samples"
     if args.lr is None and not args.skip_train:
         yield "no learning rate: pass --lr"
+
+
+def missing_transformer_engine(args: Namespace, packages: GpuPackages) -> Iterator[str]:
+    """Yield an error if recomputation needs Transformer Engine, but the machines that train lack it."""
+    recomputed = {"layernorm", "moe_act", "mla_up_proj"}.intersection(args.recompute_modules or ())
+    if recomputed and args.recompute_granularity == "selective" and not packages.transformer_engine:
+        yield f"--recompute-modules {' '.join(sorted(recomputed))} needs Transformer Engine, which is not installed"
 
 
 def outdated_packages(args: Namespace) -> Iterator[str]:

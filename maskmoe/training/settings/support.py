@@ -73,21 +73,10 @@ def _has_latent_attention(args: Namespace) -> bool:
     return args.multi_latent_attention or _has_layer(args, "+")
 
 
-def _captures_graphs(args: Namespace) -> bool:
-    return args.cuda_graph_impl != "none"
-
-
-def _captures_experts(args: Namespace) -> bool:
-    """Return whether CUDA graphs would capture more than attention and dense MLPs of Transformer Engine."""
-    modules = {getattr(module, "name", module) for module in args.cuda_graph_modules or ["full"]}
-    is_supported = args.cuda_graph_impl == args.transformer_impl == "transformer_engine" and modules <= {"attn", "mlp"}
-    return _captures_graphs(args) and not is_supported
-
-
 def _cuts_documents(args: Namespace) -> bool:
     """Return whether packed documents would be cut, or their bounds forgotten."""
     balances_samples = "seq_aux_loss" in args.moe_router_load_balancing_type and (args.micro_batch_size or 1) > 1
-    changes_lengths = args.context_parallel_size > 1 or _captures_graphs(args) or args.fim_data
+    changes_lengths = args.context_parallel_size > 1 or args.fim_data
     return args.dataloader_inter_document_masking and (changes_lengths or balances_samples)
 
 
@@ -126,11 +115,6 @@ def _averages_predictions_by_rank(args: Namespace) -> bool:
     return predicts and args.context_parallel_size > 1 and not args.skip_train
 
 
-def _loses_gradients_of_experts(args: Namespace) -> bool:
-    overlaps = args.overlap_dispatch_backward_with_experts_wgrad
-    return overlaps and (args.overlap_grad_reduce or not args.gradient_accumulation_fusion)
-
-
 def _ignores_reset_masks(args: Namespace) -> bool:
     if not args.reset_attention_mask or args.dataloader_inter_document_masking:
         return False
@@ -139,16 +123,16 @@ def _ignores_reset_masks(args: Namespace) -> bool:
 
 def _miscounts_growing_batches(args: Namespace) -> bool:
     counts_iterations = args.train_samples is None and not args.skip_train
-    counts_wrongly = counts_iterations or args.phase_transition_iterations is not None or _captures_graphs(args)
+    counts_wrongly = counts_iterations or args.phase_transition_iterations is not None
     return args.step_batch_size_schedule is not None and counts_wrongly
 
 
 def _redraws_in_recomputation(args: Namespace) -> bool:
     """Return whether recomputation would not rewind random numbers that a layer draws.
 
-    Generators of CUDA graphs have states that are handles, so a recomputed part continues where the forward pass ended.
+    The states of the tracker's generators are handles, so a recomputed part continues where the forward pass ended.
     """
-    if not args.te_rng_tracker and not _captures_graphs(args):
+    if not args.te_rng_tracker:
         return False
     jitter, dropout = args.moe_input_jitter_eps, args.attention_dropout
     if args.recompute_granularity == "full":
@@ -210,11 +194,10 @@ NEVER = (
         ),
     ),
     Refusal(
-        "--cuda-graph-impl, but for transformer_engine with --cuda-graph-modules attn or mlp and --transformer-impl "
-        "transformer_engine",
-        "A graph of an MoE layer needs fixed shapes, but the number of rows that a rank sends to experts varies. "
-        "Beside graphs, Megatron-Core can drop gradients of local experts.",
-        _captures_experts,
+        "--cuda-graph-impl",
+        "A graph of an MoE layer needs fixed shapes, but the number of rows that a rank sends to experts varies. A "
+        "layer with a graph of its attention drops the token ids.",
+        lambda args: args.cuda_graph_impl != "none",
     ),
     Refusal(
         "--fp8-recipe delayed, the default, or custom; or --fp4-recipe custom",
@@ -223,7 +206,7 @@ NEVER = (
         _pickles_scales,
     ),
     Refusal(
-        "--dataloader-inter-document-masking with --context-parallel-size above 1, CUDA graphs, --fim-data, or "
+        "--dataloader-inter-document-masking with --context-parallel-size above 1, --fim-data, or "
         "--moe-router-load-balancing-type seq_aux_loss and --micro-batch-size above 1",
         "These settings are for samples of one length, but documents have any length.",
         _cuts_documents,
@@ -257,10 +240,9 @@ KNOWN_BUGS = (
         issue="https://github.com/NVIDIA/Megatron-LM/pull/6839",
     ),
     Refusal(
-        "--overlap-dispatch-backward-with-experts-wgrad with --overlap-grad-reduce or "
-        "--no-gradient-accumulation-fusion",
-        "The experts' gradients would be reduced before they are computed, or never read.",
-        _loses_gradients_of_experts,
+        "--overlap-dispatch-backward-with-experts-wgrad",
+        "The experts' gradients would be reduced before they are computed, or never be computed.",
+        _given("overlap_dispatch_backward_with_experts_wgrad"),
         issue="docs/upstream/delayed-expert-gradients.md",
     ),
     Refusal(
@@ -295,7 +277,7 @@ KNOWN_BUGS = (
         issue="https://github.com/NVIDIA/Megatron-LM/issues/2357",
     ),
     Refusal(
-        "--step-batch-size-schedule without --train-samples, or with --phase-transition-iterations or CUDA graphs",
+        "--step-batch-size-schedule without --train-samples, or with --phase-transition-iterations",
         "Megatron-Core counts as if all batches had one size.",
         _miscounts_growing_batches,
         issue="docs/upstream/step-batch-size-schedule.md",
@@ -308,7 +290,7 @@ KNOWN_BUGS = (
         issue="docs/upstream/optimizers-that-do-not-resume.md",
     ),
     Refusal(
-        "--te-rng-tracker or CUDA graphs, with dropout or --moe-input-jitter-eps in parts that are recomputed",
+        "--te-rng-tracker, with dropout or --moe-input-jitter-eps in parts that are recomputed",
         "The backward pass would draw other random numbers than the forward pass.",
         _redraws_in_recomputation,
         issue="https://github.com/NVIDIA/Megatron-LM/pull/5841",

@@ -43,8 +43,6 @@ def _needs_stock_dispatch(config: TransformerConfig) -> bool:
         config.moe_token_dispatcher_type != "alltoall"
         or config.moe_pad_expert_input_to_capacity
         or config.moe_shared_expert_overlap
-        # `MoELayer` computes the deferred gradients of the experts' weights in its own dispatch.
-        or config.overlap_dispatch_backward_with_experts_wgrad
     )
 
 

@@ -6,15 +6,15 @@ from functools import partial
 from typing import Any, cast
 
 from megatron.core.process_groups_config import ProcessGroupCollection
-from megatron.core.transformer.moe.moe_layer import MoELayer, _RecordExpertDgradCompletion
+from megatron.core.transformer.moe.moe_layer import MoELayer
 from megatron.core.transformer.moe.token_dispatcher import (
     MoEAllGatherTokenDispatcher,
     MoEAlltoAllTokenDispatcher,
+    MoEFlexTokenDispatcher,
     MoETokenDispatcher,
 )
 from torch import Tensor
 
-from maskmoe.transformer.dispatch.flex import build_flex_dispatcher
 from maskmoe.transformer.dispatch.protocol import Dispatched, Router
 from maskmoe.transformer.gathered_parameters import wait_for_parameters
 from maskmoe.transformer.router import MaskMoERouter
@@ -49,8 +49,6 @@ class StockDispatcher:
             wait_for_parameters(layer.shared_experts)
         rows, weights = layer.preprocess(hidden_states, probs, routing_map)  # pyrefly: ignore[not-iterable]
         rows, weights = layer.dispatch(rows, weights)
-        if layer.config.overlap_dispatch_backward_with_experts_wgrad:
-            rows = _RecordExpertDgradCompletion.apply(layer._delayed_wgrad_event, rows)
         postprocess: Callable[..., tuple[Tensor, Tensor, Tensor]] = self._megatron.dispatch_postprocess  # pyrefly: ignore[bad-assignment]
         return Dispatched(*postprocess(rows, weights), metadata=None)
 
@@ -68,7 +66,7 @@ def _build_token_dispatcher(layer: MoELayer, pg_collection: ProcessGroupCollecti
             min_visible = cast(MaskMoERouter, layer.router).visible_experts.min_visible
             return MaskMoEAlltoAllTokenDispatcher(*common, min_visible=min_visible)
         case "flex":
-            return build_flex_dispatcher(*common)
+            return MoEFlexTokenDispatcher(*common)
         case _:
             # The all-gather dispatcher reads only the routing map. Transformer Engine's permutation of all gathered
             # tokens fails if none of them uses an expert of this rank.

@@ -1,47 +1,33 @@
 """Core attention of models without Transformer Engine, by torch's `scaled_dot_product_attention`."""
 
 import copy
-from collections.abc import Iterator
 from contextlib import nullcontext
-from functools import lru_cache
-from inspect import signature
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from megatron.core.packed_seq_params import PackedSeqParams
 from megatron.core.process_groups_config import ProcessGroupCollection
 from megatron.core.tensor_parallel import gather_from_sequence_parallel_region, get_cuda_rng_tracker
-from megatron.core.tensor_parallel.layers import set_tensor_model_parallel_attributes
 from megatron.core.transformer.dot_product_attention import DotProductAttention
 from megatron.core.transformer.enums import AttnMaskType
 from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor
 from torch.distributed import ProcessGroup
-from torch.nn.attention import SDPBackend, sdpa_kernel
-from torch.nn.attention.bias import causal_lower_right
-from torch.nn.attention.varlen import varlen_attn
 from torch.nn.functional import pad, scaled_dot_product_attention
 
 from maskmoe.transformer.packed_documents import PackedDocuments
 
 _CAUSAL = (AttnMaskType.causal, AttnMaskType.padding_causal, AttnMaskType.causal_bottom_right)
-SHORTEST_BLOCK = 256
-"""The smallest number of queries in a block of a layer with a window."""
-
-# The widest heads of torch's kernel for packed documents, and whether this version of torch has what is needed of it.
-_WIDEST_PACKED_HEAD = 256
-_HAS_PACKED_KERNEL = {"scale", "window_size", "enable_gqa"} <= signature(varlen_attn).parameters.keys()
 
 
 class TorchDotProductAttention(DotProductAttention):
     """`DotProductAttention` by `scaled_dot_product_attention`, whose fused kernels keep no scores.
 
-    The stock module keeps `heads * queries * keys` scores for each sample. Parameters and checkpoints are those of the
-    stock module. Two cases need memory for each pair of a query and a key: a given mask is kept once for all heads, as
-    a bias of the queries' type; and torch's CPU kernel has no dropout, so attention dropout on a CPU computes all
-    scores.
+    The stock module keeps `heads * queries * keys` scores for each sample. A given mask, a window, and context
+    parallelism need one bool for each pair of a query and a key. Torch's CPU kernel has no dropout, so attention
+    dropout on a CPU computes all scores.
 
-    The mask type, the mask and the window say which keys a query sees:
+    The mask type, the mask and the window say which keys a query sees; the output of a query that sees none is zero:
 
     - A causal layer without a given mask sees the keys up to the query. The last query sees the last key, also if
       there are fewer queries than keys, as behind a cache.
@@ -49,17 +35,13 @@ class TorchDotProductAttention(DotProductAttention):
     - A window `(left, right)` hides all but `left` keys before the query and `right` keys after the query; -1 hides
       none. In a causal layer, `right` is 0. A mask can hide further keys.
 
-    The output is zero for a query that sees no key.
+    Packed documents are one sequence without a batch dimension, and are computed one after the other. Under context
+    parallelism, each rank gathers the keys and values of the whole sequence.
 
-    Packed documents are one sequence without a batch dimension, in which a query sees keys of its own document only.
-    `varlen_attn` computes them on GPUs, in half precision without dropout and without a softmax offset. In all other
-    cases, one document is computed after the other.
+    The scores are multiplied by `softmax_scale`, or divided by the square root of `k_channels`. `v_channels` is unused.
 
-    Under context parallelism, each rank gathers the keys and values of the whole sequence. Megatron cuts the sequence
-    into twice as many chunks as ranks, and gives rank r the chunks r and 2 * ranks - 1 - r.
-
-    The scores are multiplied by `softmax_scale`, or divided by the square root of `k_channels`. `v_channels` is unused,
-    because the values have their own width.
+    Raises:
+        NotImplementedError: The softmax has an offset.
     """
 
     def __init__(
@@ -72,6 +54,10 @@ class TorchDotProductAttention(DotProductAttention):
         pg_collection: ProcessGroupCollection | None = None,
         **kwargs: Any,
     ) -> None:
+        if config.softmax_type != "vanilla":
+            raise NotImplementedError(
+                f"--softmax-type {config.softmax_type} needs --transformer-impl transformer_engine"
+            )
         if pg_collection is None:
             pg_collection = ProcessGroupCollection.use_mpu_process_groups(required_pgs=["tp", "cp"])
         if softmax_scale is None and k_channels is not None:
@@ -85,9 +71,6 @@ class TorchDotProductAttention(DotProductAttention):
         # The stock softmax multiplies by the layer's number again if `softmax_scale` was divided by it.
         self._scale = self.softmax_scale * (self.scale_mask_softmax.scale or 1)
         self._window = self.scale_mask_softmax.window_size
-        if config.softmax_type == "learnable":
-            # Tensor-parallel ranks hold the offsets of different heads, so all ranks count in the gradient's norm.
-            set_tensor_model_parallel_attributes(self.softmax_offset, is_parallel=True, dim=0, stride=1)
 
     def forward(
         self,
@@ -120,132 +103,70 @@ class TorchDotProductAttention(DotProductAttention):
         """
         if attention_bias is not None:
             raise NotImplementedError("attention of --transformer-impl local takes no bias")
-        dropout = self.attention_dropout.p if self.training else 0.0
         # As in the stock method, tensor-parallel ranks hold different heads, so each rank draws its own dropout.
-        own_draws = dropout > 0 and not self.config.sequence_parallel
+        has_dropout = self.training and self.attention_dropout.p > 0
         tracker: Any = get_cuda_rng_tracker()
-        with tracker.fork() if own_draws else nullcontext():
-            if packed_seq_params is not None:
-                if not isinstance(packed_seq_params, PackedDocuments):
-                    raise NotImplementedError(
-                        "attention of --transformer-impl local takes packed sequences as "
-                        "maskmoe.transformer.packed_documents.PackedDocuments only"
-                    )
-                return self._attend_within_documents(query, key, value, packed_seq_params, dropout).flatten(1)
-            if self.cp_group.size() > 1:
-                key, value = (gather_zigzag(tensor, self.cp_group) for tensor in (key, value))
-            query, key, value = (tensor.permute(1, 2, 0, 3) for tensor in (query, key, value))
-            return self._attend_in_blocks(query, key, value, attention_mask, dropout).flatten(2)
+        with tracker.fork() if has_dropout and not self.config.sequence_parallel else nullcontext():
+            if packed_seq_params is None:
+                return self._attend_within_sequence(query, key, value, attention_mask)
+            if not isinstance(packed_seq_params, PackedDocuments):
+                raise NotImplementedError(
+                    "attention of --transformer-impl local takes packed sequences as "
+                    "maskmoe.transformer.packed_documents.PackedDocuments only"
+                )
+            queries, keys, values = (each.unsqueeze(1).split(packed_seq_params.lengths) for each in (query, key, value))
+            documents = zip(queries, keys, values, strict=True)
+            return torch.cat([self._attend_within_sequence(*document, mask=None) for document in documents]).squeeze(1)
 
-    def _attend_in_blocks(
-        self, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None, dropout: float
-    ) -> Tensor:
-        """Attend with each block of queries to the keys that the block can see.
+    def _attend_within_sequence(self, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None) -> Tensor:
+        """Attend within the sequences of a batch, of which a context-parallel rank holds the queries of two chunks.
 
-        Queries are [batch, heads, queries, channels], keys and values [batch, groups, keys, channels], the mask as in
-        `forward`, and the result [queries, batch, heads, value channels].
+        Arguments and result are those of `forward`.
         """
-        value_channels = value.shape[-1]
-        query, key, value = self._widen(query, key, value)
-        contexts = []
-        for queries, keys, band in self._blocks(query.shape[2], key.shape[2], has_mask=attention_mask is not None):
-            hidden = None
-            if attention_mask is not None:
-                hidden = attention_mask.expand(-1, -1, query.shape[2], -1)[:, :, queries, keys]
-            context = self._attend(query[:, :, queries], key[:, :, keys], value[:, :, keys], band, hidden, dropout)
-            contexts.append(context.permute(2, 0, 1, 3))
-        context = contexts[0] if len(contexts) == 1 else torch.cat(contexts)
-        return context[..., :value_channels]
-
-    def _attend_within_documents(
-        self, query: Tensor, key: Tensor, value: Tensor, documents: PackedDocuments, dropout: float
-    ) -> Tensor:
-        """Attend within each document.
-
-        Queries are [tokens, heads, channels], keys and values [tokens, groups, channels], and the result
-        [tokens, heads, value channels].
-        """
-        if dropout == 0 and self._fits_packed_kernel(query, value):
-            return self._run_packed_kernel(query, key, value, documents)
-        contexts = []
-        for document in zip(*(tensor.split(documents.lengths) for tensor in (query, key, value)), strict=True):
-            # [1, heads, tokens, channels]
-            query, key, value = (tensor.transpose(0, 1).unsqueeze(0) for tensor in document)
-            contexts.append(self._attend_in_blocks(query, key, value, None, dropout).squeeze(1))
-        return torch.cat(contexts)
-
-    def _fits_packed_kernel(self, query: Tensor, value: Tensor) -> bool:
-        """Return whether `varlen_attn` can compute attention without dropout to these queries and values."""
-        return (
-            _HAS_PACKED_KERNEL
-            and query.is_cuda
-            and query.dtype in (torch.bfloat16, torch.float16)
-            and max(query.shape[-1], value.shape[-1]) <= _WIDEST_PACKED_HEAD
-            and self.softmax_offset is None
-        )
-
-    def _run_packed_kernel(self, query: Tensor, key: Tensor, value: Tensor, documents: PackedDocuments) -> Tensor:
-        """Attend within each document by `varlen_attn`; see `_attend_within_documents`."""
-        # The kernel wants equal widths.
-        value_channels = value.shape[-1]
-        width = _round_up(max(query.shape[-1], value_channels))
-        query, key, value = (pad(tensor, (0, width - tensor.shape[-1])) for tensor in (query, key, value))
-        left, right = self._reach(has_mask=False)
-        # `varlen_attn` prefers cuDNN, whose gradients have no fixed order of additions in torch.
-        is_deterministic = torch.are_deterministic_algorithms_enabled()
-        with sdpa_kernel(SDPBackend.FLASH_ATTENTION) if is_deterministic else nullcontext():
-            context: Any = varlen_attn(
-                query,
-                key,
-                value,
-                documents.bounds,
-                documents.bounds,
-                documents.max_seqlen_q,
-                documents.max_seqlen_kv,
-                scale=self._scale,
-                window_size=(-1 if left is None else left, -1 if right is None else right),
-                enable_gqa=query.shape[1] != key.shape[1],
-            )
-        return context[..., :value_channels]
-
-    def _widen(self, query: Tensor, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Append channels of zeros until queries, keys and values have the same width, as fused kernels want.
-
-        With a softmax offset, the last channel of the queries is new and holds the offset of the head, see `_add_sink`.
-        """
-        width = max(query.shape[-1], value.shape[-1])
-        if self.softmax_offset is not None:
-            width = _round_up(max(query.shape[-1] + 1, value.shape[-1]))
-            offset = (self.softmax_offset.to(query) / self._scale).view(1, -1, 1, 1).expand(*query.shape[:3], 1)
-            query = torch.cat([pad(query, (0, width - 1 - query.shape[-1])), offset], dim=-1)
-        query, key, value = (
-            tensor if tensor.shape[-1] == width else pad(tensor, (0, width - tensor.shape[-1]))
-            for tensor in (query, key, value)
-        )
-        return query, key, value
-
-    def _blocks(self, num_queries: int, num_keys: int, has_mask: bool) -> Iterator[tuple[slice, slice, "_Band"]]:
-        """Yield blocks of consecutive queries, the keys that they see, and their band; the blocks are in order."""
-        left, right = self._reach(has_mask)
-        # Find this rank's consecutive queries: their first index, and their position in the sequence.
-        ranks = self.cp_group.size()
-        if ranks == 1:
-            chunks, length = [(0, num_keys - num_queries)], num_queries
+        if self.cp_group.size() > 1:
+            key, value = (gather_zigzag(each, self.cp_group) for each in (key, value))
+        query, key, value = (each.permute(1, 2, 0, 3) for each in (query, key, value))
+        if self.cp_group.size() == 1:
+            context = self._attend(query, key, value, key.shape[2] - query.shape[2], mask)
         else:
-            length, rank = num_queries // 2, self.cp_group.rank()
-            chunks = [(0, rank * length), (length, (2 * ranks - 1 - rank) * length)]
-        if left is None and right is None:
-            # All queries see the same keys.
-            chunks, length = [(0, 0)], num_queries
-        # In a window, short blocks compute few pairs that the window hides.
-        step = length if left is None else max(left, SHORTEST_BLOCK)
-        for first_query, position in chunks:
-            for start in range(0, length, step):
-                end = min(start + step, length)
-                first_key = 0 if left is None else max(0, position + start - left)
-                end_key = num_keys if right is None else min(num_keys, position + end + right)
-                band = _Band(end - start, end_key - first_key, position + start - first_key, left, right)
-                yield slice(first_query + start, first_query + end), slice(first_key, end_key), band
+            rank, length = self.cp_group.rank(), query.shape[2] // 2
+            positions = (rank * length, (2 * self.cp_group.size() - 1 - rank) * length)
+            masks = (None, None) if mask is None else mask.expand(-1, -1, 2 * length, -1).chunk(2, dim=2)
+            chunks = zip(query.chunk(2, dim=2), positions, masks, strict=True)
+            contexts = [self._attend(chunk, key, value, position, hidden) for chunk, position, hidden in chunks]
+            context = torch.cat(contexts, dim=2)
+        return context.permute(2, 0, 1, 3).flatten(2)
+
+    def _attend(self, query: Tensor, key: Tensor, value: Tensor, position: int, hidden: Tensor | None) -> Tensor:
+        """Attend with consecutive queries, of which the first is at a position among the keys.
+
+        Queries are [batch, heads, queries, channels], keys and values [batch, groups, keys, channels], and the result
+        [batch, heads, queries, value channels]. `hidden`, bool [batch or 1, 1, queries, keys], is True for keys that a
+        query must not see.
+        """
+        left, right = self._reach(has_mask=hidden is not None)
+        num_queries, num_keys, value_channels = query.shape[2], key.shape[2], value.shape[3]
+        # Fused kernels know the causal mask of as many queries as keys, and read other masks.
+        is_causal = hidden is None and left is None and right == 0 and num_queries == num_keys
+        visible = None if hidden is None else ~hidden
+        if not is_causal and (left, right) != (None, None):
+            within_reach = _pairs_within_reach(num_queries, num_keys, position, left, right, query.device)
+            visible = within_reach if visible is None else visible & within_reach
+        if query.shape[3] != value_channels:
+            # Fused kernels want queries, keys and values of the same width.
+            width = max(query.shape[3], value_channels)
+            query, key, value = (pad(each, (0, width - each.shape[3])) for each in (query, key, value))
+        context = scaled_dot_product_attention(
+            query,
+            key,
+            value,
+            attn_mask=visible,
+            dropout_p=self.attention_dropout.p if self.training else 0.0,
+            is_causal=is_causal,
+            scale=self._scale,
+            enable_gqa=query.shape[1] != key.shape[1],
+        )
+        return context[..., :value_channels]
 
     def _reach(self, has_mask: bool) -> tuple[int | None, int | None]:
         """Return how many keys before and after its own position a query sees, None for all; a mask can hide more."""
@@ -256,109 +177,18 @@ class TorchDotProductAttention(DotProductAttention):
         left, right = (None if size < 0 else size for size in self._window)
         return left, 0 if is_causal else right
 
-    def _attend(
-        self, query: Tensor, key: Tensor, value: Tensor, band: "_Band", hidden: Tensor | None, dropout: float
-    ) -> Tensor:
-        """Attend with one block of queries.
 
-        Queries are [batch, heads, queries, channels], keys and values [batch, groups, keys, channels], and the result
-        [batch, heads, queries, channels]. `hidden`, bool [batch or 1, 1, queries, keys], is True for keys that a query
-        must not see.
-        """
-        # Fused kernels compute a causal mask, and read other masks from a bias.
-        is_causal = hidden is None and band.is_causal and (band.queries == band.keys or query.is_cuda)
-        bias = None if is_causal or band.shows_all else _bias_of(band, query.dtype, query.device)
-        if hidden is not None:
-            bias = (query.new_zeros(()) if bias is None else bias).masked_fill(hidden, float("-inf"))
-        is_square = band.queries == band.keys
-        if self.softmax_offset is not None:
-            query, key, value, bias = _add_sink(query, key, value, bias, with_query=is_causal and is_square)
-        repeats = query.shape[1] // key.shape[1]
-        if repeats > 1 and query.is_cuda and (bias is not None or query.dtype == torch.float32):
-            # The kernel for GPUs that takes a bias, or fp32, wants as many heads of keys as of queries. `expand` has a
-            # deterministic gradient.
-            key, value = (t.unsqueeze(2).expand(-1, -1, repeats, -1, -1).flatten(1, 2) for t in (key, value))
-        lower_right: Any = causal_lower_right(query.shape[2], key.shape[2]) if is_causal and not is_square else None
-        context = scaled_dot_product_attention(
-            query,
-            key,
-            value,
-            attn_mask=bias if lower_right is None else lower_right,
-            dropout_p=dropout,
-            is_causal=is_causal and is_square,
-            scale=self._scale,
-            enable_gqa=query.shape[1] != key.shape[1],
-        )
-        return context[:, :, -band.queries :]
-
-
-def _round_up(width: int) -> int:
-    """Return the next multiple of 8 channels, which kernels for GPUs want."""
-    return -(-width // 8) * 8
-
-
-class _Band(NamedTuple):
-    """The keys that the queries of a block see: those from `left` before to `right` after the query's position.
-
-    Attributes:
-        queries: Number of queries.
-        keys: Number of keys.
-        position: Position of the first query among the keys.
-        left: Number of keys before a query that the query sees; None: all.
-        right: Number of keys after a query that the query sees; None: all.
-    """
-
-    queries: int
-    keys: int
-    position: int
-    left: int | None
-    right: int | None
-
-    @property
-    def hides_earlier(self) -> bool:
-        """Whether a query does not see the first key."""
-        return self.left is not None and self.left < self.position + self.queries - 1
-
-    @property
-    def shows_all(self) -> bool:
-        """Whether each query sees all keys."""
-        return not self.hides_earlier and (self.right is None or self.position + self.right >= self.keys - 1)
-
-    @property
-    def is_causal(self) -> bool:
-        """Whether each query sees all keys up to its own position, and the last query the last key."""
-        return not self.hides_earlier and self.right == 0
-
-
-@lru_cache(maxsize=16)
-@torch.inference_mode(False)
-def _bias_of(band: _Band, dtype: torch.dtype, device: torch.device) -> Tensor:
-    """Return the bias [queries, keys] of a band, -inf for hidden keys; layers share the tensor."""
-    query = torch.arange(band.queries, device=device).unsqueeze(1) + band.position
-    key = torch.arange(band.keys, device=device)
-    hidden = torch.zeros(band.queries, band.keys, dtype=torch.bool, device=device)
-    if band.left is not None:
-        hidden |= key < query - band.left
-    if band.right is not None:
-        hidden |= key > query + band.right
-    return torch.zeros_like(hidden, dtype=dtype).masked_fill_(hidden, float("-inf"))
-
-
-def _add_sink(
-    query: Tensor, key: Tensor, value: Tensor, bias: Tensor | None, with_query: bool
-) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
-    """Put a key that all queries see before the other keys; its score is the softmax offset, its value is zero.
-
-    The keys are zero in the last channel, in which the queries hold the offset. There the new key is one.
-    Shapes are those of `_attend`, and [..., queries, keys] of a bias. `with_query` also puts a query of zeros before
-    the other queries, so that a causal mask stays square.
-    """
-    sink = torch.zeros_like(key[:, :, :1])
-    sink[..., -1] = 1
-    key = torch.cat([sink, key], dim=2)
-    value = pad(value, (0, 0, 1, 0))
-    query = pad(query, (0, 0, 1, 0)) if with_query else query
-    return query, key, value, None if bias is None else pad(bias, (1, 0))
+def _pairs_within_reach(
+    queries: int, keys: int, position: int, left: int | None, right: int | None, device: torch.device
+) -> Tensor:
+    """Return bool [queries, keys], True for keys from `left` before to `right` after a query; None is any number."""
+    distance = torch.arange(keys, device=device) - torch.arange(position, position + queries, device=device)[:, None]
+    within_reach = torch.ones_like(distance, dtype=torch.bool)
+    if left is not None:
+        within_reach &= distance >= -left
+    if right is not None:
+        within_reach &= distance <= right
+    return within_reach
 
 
 def gather_zigzag(tensor: Tensor, cp_group: ProcessGroup) -> Tensor:

@@ -93,33 +93,16 @@ def get_gated_delta_net_layer_spec(config: TransformerConfig) -> ModuleSpec:
 
 
 def check_gated_delta_net(args: Namespace, has_fla: bool) -> str | None:
-    """Return why a pattern with a gated delta net cannot have the given settings; None if it can.
+    """Return why layers G would silently compute something else with the given settings; None if they would not.
 
     Megatron need not have validated the arguments. `has_fla`: the machines that train have GPUs and fla.
     """
     if Symbols.GDN not in (args.hybrid_layer_pattern or ""):
         return None
-    for name in SIZES:
-        if not getattr(args, name):
-            return f"--{name.replace('_', '-')} must be above 0 for layers G of --hybrid-layer-pattern"
-    key_heads, value_heads = args.linear_num_key_heads, args.linear_num_value_heads
-    if value_heads % key_heads:
-        return f"--linear-num-value-heads {value_heads} is not divisible by --linear-num-key-heads {key_heads}"
-    ranks = args.tensor_model_parallel_size * args.context_parallel_size
-    if key_heads % ranks:
-        return (
-            f"--linear-num-key-heads {key_heads} is not divisible by the {ranks} ranks of --tensor-model-parallel-size "
-            "and --context-parallel-size, which divide the heads of layers G"
-        )
     if not args.swiglu:
         return (
             "Layers G of --hybrid-layer-pattern need --swiglu. They apply the activation function of the MLPs to their "
             "convolution, and fla computes SiLU only."
-        )
-    if args.cuda_graph_impl != "none":
-        return (
-            "--cuda-graph-impl is not supported with layers G of --hybrid-layer-pattern. Graphs of attention would "
-            "capture these layers, too, whose delta rule in plain torch runs a loop that depends on the sequence."
         )
     if args.dataloader_inter_document_masking:
         if has_fla and args.transformer_impl == "transformer_engine" and not args.deterministic_mode:

@@ -1,5 +1,6 @@
 """Multi-latent attention for models without Transformer Engine."""
 
+from dataclasses import replace
 from typing import Any
 
 from megatron.core.transformer import multi_latent_attention
@@ -16,12 +17,14 @@ class LocalMLASelfAttention(MLASelfAttention):
     """`MLASelfAttention` of local modules that computes what Transformer Engine's modules compute.
 
     Transformer Engine normalizes inside the projections, and this class before them. `keys_of_checkpoint` maps the
-    norms' names, so that checkpoints can be exchanged. The spec's down projections must be `ReplicatedLinear`.
+    norms' names, so that checkpoints can be exchanged. Every tensor-parallel rank holds the down projections whole.
     """
 
     def __init__(
         self, config: MLATransformerConfig, submodules: MLASelfAttentionSubmodules, *args: Any, **kwargs: Any
     ) -> None:
+        down: Any = ReplicatedLinear
+        submodules = replace(submodules, linear_q_down_proj=down, linear_kv_down_proj=down)
         with building_replicated_linears_of(ReplicatedLinear, multi_latent_attention):
             super().__init__(config, submodules, *args, **kwargs)
         if config.q_lora_rank is None:
@@ -46,10 +49,12 @@ class LocalMLASelfAttention(MLASelfAttention):
         return q_compressed, kv_combined
 
 
-def keys_of_checkpoint(config: MLATransformerConfig) -> dict[str, str]:
+def keys_of_checkpoint(config: MLATransformerConfig, has_experts: bool) -> dict[str, str]:
     """Return a layer's `sharded_state_dict_keys_map`: the norms' names in a checkpoint of Transformer Engine."""
     query_projection = "linear_q_proj" if config.q_lora_rank is None else "linear_q_up_proj"
+    before_mlp = {} if has_experts else {"pre_mlp_layernorm.": "mlp.linear_fc1.layer_norm_"}
     return {
         "self_attention.q_layernorm.": f"self_attention.{query_projection}.layer_norm_",
         "self_attention.kv_layernorm.": "self_attention.linear_kv_up_proj.layer_norm_",
+        **before_mlp,
     }

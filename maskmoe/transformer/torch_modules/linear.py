@@ -64,9 +64,6 @@ class ReplicatedLinear(torch.nn.Linear):
     def set_extra_state(self, state: Any) -> None:
         """Ignore the state of fp8."""
 
-    def backward_dw(self) -> None:
-        """Do nothing: the gradient of the weight is never deferred."""
-
 
 def linear_in_turns(rows: Tensor, sizes: Sequence[int], weights: Sequence[Tensor]) -> Tensor:
     """Multiply the rows of each expert by the expert's weight, one expert after the other.

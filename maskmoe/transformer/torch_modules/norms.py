@@ -11,7 +11,7 @@ from megatron.core.tensor_parallel import (
 from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor
 from torch.autograd.function import once_differentiable
-from torch.nn.functional import layer_norm, rms_norm
+from torch.nn.functional import rms_norm
 
 
 class TorchRMSNorm(torch.nn.RMSNorm):
@@ -48,36 +48,6 @@ class _RMSNorm(torch.autograd.Function):
         return grad_input.to(x.dtype), grad_weight.to(weight.dtype), None
 
 
-class TorchLayerNorm(torch.nn.LayerNorm):
-    """`torch.nn.LayerNorm` that adds up the gradients of its parameters in fp32, also on a CPU.
-
-    On a CPU, torch adds them up in the dtype of the input: in bf16, small parts of a large sum are lost.
-    """
-
-    def forward(self, input: Tensor) -> Tensor:
-        """Normalize the last dimension of `input`; computed in fp32."""
-        if not input.is_cpu or input.dtype == torch.float32:
-            return super().forward(input)
-        return _LayerNorm.apply(input, self.weight, self.bias, self.eps)
-
-
-class _LayerNorm(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor, eps: float) -> Tensor:
-        features = x.shape[-1:]
-        output, mean, inverse = torch.native_layer_norm(x.float(), features, weight.float(), bias.float(), eps)
-        ctx.save_for_backward(x, weight, bias, mean, inverse)
-        return output.to(x.dtype)
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, Tensor, Tensor, None]:  # pyrefly: ignore[bad-override]
-        x, weight, bias, *moments = ctx.saved_tensors
-        inputs = (gradients[0].float(), x.float(), x.shape[-1:], *moments, weight.float(), bias.float())
-        of_input, of_weight, of_bias = torch.ops.aten.native_layer_norm_backward(*inputs, [True] * 3)
-        return of_input.to(x.dtype), of_weight.to(weight.dtype), of_bias.to(bias.dtype), None
-
-
 class ZeroCentredRMSNorm(torch.nn.RMSNorm):
     """`torch.nn.RMSNorm` with the weight minus one as its parameter, as `layernorm_zero_centered_gamma` asks."""
 
@@ -91,25 +61,10 @@ class ZeroCentredRMSNorm(torch.nn.RMSNorm):
         return torch.addcmul(normalized, normalized, self.weight)
 
 
-class ZeroCentredLayerNorm(torch.nn.LayerNorm):
-    """`torch.nn.LayerNorm` with the weight minus one as its parameter, as `layernorm_zero_centered_gamma` asks."""
-
-    def reset_parameters(self) -> None:
-        """Set the parameters to 0, which is a weight of 1."""
-        torch.nn.init.zeros_(self.weight)
-        torch.nn.init.zeros_(self.bias)
-
-    def forward(self, input: Tensor) -> Tensor:
-        """Normalize the last dimension of `input`."""
-        normalized = layer_norm(input, self.normalized_shape, eps=self.eps)
-        return torch.addcmul(normalized, normalized, self.weight) + self.bias
-
-
 _NORMS = {
     # By `layernorm_zero_centered_gamma` and `normalization`.
-    (False, "LayerNorm"): TorchLayerNorm,
+    (False, "LayerNorm"): torch.nn.LayerNorm,
     (False, "RMSNorm"): TorchRMSNorm,
-    (True, "LayerNorm"): ZeroCentredLayerNorm,
     (True, "RMSNorm"): ZeroCentredRMSNorm,
 }
 
@@ -120,13 +75,10 @@ class TorchNorm:
     Under sequence parallelism, the gradient of the norm's weight covers only this rank's part of the sequence. Marking
     the parameters `sequence_parallel` makes Megatron-Core's `finalize_model_grads` add the gradients of all ranks.
 
-    With `fp32_residual_connection`, the norm casts its input to the dtype of its parameters, which the next linear
-    layer needs. Transformer Engine's norm does the same.
-
     This is a class because Megatron-Core's `build_module` does not call functions.
 
     Raises:
-        ValueError: Torch has no such norm.
+        ValueError: There is no such norm.
     """
 
     def __new__(  # pyrefly: ignore[bad-return]
@@ -135,18 +87,12 @@ class TorchNorm:
         """Build a norm of torch."""
         norm_class = _NORMS.get((config.layernorm_zero_centered_gamma, config.normalization))
         if norm_class is None:
-            raise ValueError(f"torch has no normalization {config.normalization}; use LayerNorm or RMSNorm")
+            kind = "zero-centred " * config.layernorm_zero_centered_gamma + config.normalization
+            raise ValueError(f"--transformer-impl local has no {kind}; use RMSNorm")
         norm = norm_class(hidden_size, eps=eps)
         for parameter in norm.parameters():
             parameter.sequence_parallel = config.sequence_parallel  # pyrefly: ignore[missing-attribute]
-        if config.fp32_residual_connection:
-            norm.register_forward_pre_hook(_cast_to_parameters)
         return norm
-
-
-def _cast_to_parameters(norm: torch.nn.Module, args: tuple[Tensor]) -> Tensor:
-    """Cast the input of a norm to the dtype of its parameters; a forward pre-hook."""
-    return args[0].to(next(norm.parameters()).dtype)
 
 
 class AllHeadsRMSNorm(torch.nn.Module):

@@ -195,7 +195,6 @@ LLAMA = "--swiglu --normalization RMSNorm --disable-bias-linear --untie-embeddin
 MTP = "--mtp-num-layers 1"
 BF16 = "--bf16"
 DISTRIBUTED = "--use-distributed-optimizer"
-GRAPHS = "--transformer-impl transformer_engine --cuda-graph-impl transformer_engine --cuda-graph-modules attn"
 FP8 = "--transformer-impl transformer_engine --moe-grouped-gemm --fp8-format hybrid --fp8-recipe blockwise"
 
 ARCHITECTURES = {
@@ -275,10 +274,6 @@ FORWARD = {
     ),
     "latent experts": f"{LLAMA} {BF16} --moe-latent-size 16",
     "latent attention": f"{LLAMA} {BF16} {LATENT_ATTENTION}",
-    "recomputed norms, activations and up-projections": (
-        f"{LLAMA} {BF16} {LATENT_ATTENTION} --v-head-dim 24 --moe-grouped-gemm --recompute-granularity selective "
-        "--recompute-modules layernorm moe_act mla_up_proj"
-    ),
     "half recomputed": f"{LLAMA} {BF16} --recompute-granularity full --recompute-method block --recompute-num-layers 2",
 }
 # The largest allowed ratio between estimated and measured activations, in either direction. The estimate leaves out
@@ -354,7 +349,6 @@ def reports(answer) -> dict[str, Any]:
     ranks |= dict.fromkeys(LION, 2)
     libraries = LION | {"flex dispatcher": FLEX, "Mamba": hybrid("*-ME")}
     libraries["FP8"] = f"{LLAMA} {BF16} {FP8} --distributed-backend nccl"
-    libraries["CUDA graphs"] = f"{LLAMA} {BF16} {GRAPHS} --distributed-backend nccl"
     libraries["frequent ids with more experts"] = f"{LLAMA} --routing-mask mask.safetensors"
     cases = ARCHITECTURES | hybrids() | FORWARD | LAYOUTS | errors | libraries | {MANY_RANKS: ""}
     return answer("report", cases, ranks=ranks)[0]
@@ -424,10 +418,6 @@ def test_flags_that_nobody_has_tried_are_a_note(reports):
     assert note == "not tried with a routing mask on GPUs: all flags"
     assert not reports["FP8"]["errors"]
     assert reports["FP8"]["parameters"] == reports["untied embeddings, gate"]["parameters"]
-
-
-def test_cuda_graphs_of_a_gpt_model_are_accepted(reports):
-    assert not reports["CUDA graphs"]["errors"]
 
 
 def test_library_of_the_flex_dispatcher_may_be_missing(reports):

@@ -12,15 +12,15 @@ from packaging.version import Version
 from support.paths import ROOT
 
 from maskmoe.errors import UserError
+from maskmoe.megatron_compat.gpu import GpuPackages
 from maskmoe.training.settings import requirements, support
 from maskmoe.training.settings.arguments import add_maskmoe_arguments, add_pretraining_arguments
-from maskmoe.training.settings.requirements import missing_flags, outdated_packages
+from maskmoe.training.settings.requirements import missing_flags, missing_transformer_engine, outdated_packages
 from maskmoe.training.settings.support import KNOWN_BUGS, NEVER, flags_of, note_on_unproven, proven, refusals
 from maskmoe.transformer.router import check_router_settings
 
 MODEL = "--num-experts 8 --routing-mask mask.safetensors --disable-bias-linear --transformer-impl local"
 ENGINE = "--transformer-impl transformer_engine"
-GRAPHS = f"{ENGINE} --cuda-graph-impl transformer_engine"
 PACKED = "--dataloader-inter-document-masking"
 PADDED = "--moe-pad-expert-input-to-capacity --moe-expert-capacity-factor"
 MUON = "--tensor-model-parallel-size 2 --sequence-parallel --optimizer muon --use-distributed-optimizer"
@@ -49,9 +49,7 @@ REFUSED = (
     "~--tensor-model-parallel-size 2 --multi-latent-attention | ~--tensor-model-parallel-size 2",
     "~--tensor-model-parallel-size 2 --hybrid-layer-pattern G-*- | ~--tensor-model-parallel-size 2 "
     "--sequence-parallel --hybrid-layer-pattern G-*-",
-    "--overlap-dispatch-backward-with-experts-wgrad --overlap-grad-reduce"
-    "| --overlap-dispatch-backward-with-experts-wgrad",
-    "--overlap-dispatch-backward-with-experts-wgrad --no-gradient-accumulation-fusion",
+    "--overlap-dispatch-backward-with-experts-wgrad",
     f"--pipeline-model-parallel-layout Et|tt|tm|L {PIPELINE} | --pipeline-model-parallel-layout Et|t|tt|mL {PIPELINE}",
     "--context-parallel-size 2 --mtp-num-layers 1 | --context-parallel-size 2",
     "--fp16 | --fp16 --loss-scale 1024",
@@ -88,9 +86,7 @@ REFUSED = (
     "--moe-router-fusion",
     "--transformer-impl inference_optimized",
     "--moe-router-padding-for-quantization",
-    f"--cuda-graph-impl local | {GRAPHS} --cuda-graph-modules attn mlp",
-    f"--cuda-graph-impl transformer_engine {ENGINE} --cuda-graph-modules attn moe_router",
-    "--cuda-graph-impl transformer_engine --cuda-graph-modules attn",
+    f"--cuda-graph-impl transformer_engine {ENGINE} --cuda-graph-modules attn",
 )
 
 
@@ -193,6 +189,18 @@ def test_version_that_computes_something_else(monkeypatch, flags: str, package: 
     for found, errors in ((older, 1), (least, 0)):
         monkeypatch.setattr(requirements, "version", {package: found}.__getitem__)
         assert len(list(outdated_packages(parse(flags)))) == errors
+
+
+@pytest.mark.parametrize(
+    ("flags", "packages", "errors"),
+    [
+        ("--recompute-granularity selective --recompute-modules moe_act", GpuPackages(transformer_engine=False), 1),
+        ("--recompute-granularity selective --recompute-modules moe_act", GpuPackages(), 0),
+        (ENGINE, GpuPackages(transformer_engine=False), 0),
+    ],
+)
+def test_missing_transformer_engine(flags: str, packages: GpuPackages, errors: int) -> None:
+    assert len(list(missing_transformer_engine(parse(flags), packages))) == errors
 
 
 @pytest.mark.parametrize(
