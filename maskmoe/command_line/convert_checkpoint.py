@@ -9,12 +9,7 @@ from typing import Any
 
 from maskmoe.arguments import ranges
 from maskmoe.arguments.parser import Parser, add_option, say_loading
-from maskmoe.conversion.settings import (
-    DTYPE_NAMES,
-    Settings,
-    UpcycleSettings,
-    parse_size,
-)
+from maskmoe.conversion.settings import DTYPE_NAMES, Settings, UpcycleSettings, parse_size
 from maskmoe.errors import UserError
 from maskmoe.files.paths import check_folder
 from maskmoe.routing_mask.feed_forward_layers import LAYER_FREQUENCY_ERROR

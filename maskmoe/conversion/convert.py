@@ -21,12 +21,7 @@ from maskmoe.conversion.megatron_models import open_megatron, write_megatron
 from maskmoe.conversion.model_files import output_folder
 from maskmoe.conversion.model_tensors import OpenedModel
 from maskmoe.conversion.seal import check_seal
-from maskmoe.conversion.settings import (
-    CONFIG_FILE,
-    DTYPE_NAMES,
-    Settings,
-    UpcycleSettings,
-)
+from maskmoe.conversion.settings import CONFIG_FILE, DTYPE_NAMES, Settings, UpcycleSettings
 from maskmoe.conversion.tensor_sources import CastSource, JoinedSource
 from maskmoe.conversion.tokenizer import TOKENIZER_FILES, WITHOUT_TEXT, choose_tokenizer
 from maskmoe.conversion.upcycle import upcycle

@@ -23,15 +23,6 @@ from maskmoe.routing_mask.feed_forward_layers import FeedForwardLayers
 
 pytestmark = pytest.mark.usefixtures("one_rank")
 
-SIZES = {
-    "vocab_size": 100,
-    "hidden_size": 8,
-    "intermediate_size": 6,
-    "num_attention_heads": 2,
-    "num_experts": 4,
-    "moe_intermediate_size": 5,
-}
-
 
 def assert_same_checkpoints(first: Path, second: Path) -> None:
     """Check that the checkpoints `release` in two folders have the same tensors."""
@@ -52,10 +43,8 @@ def moe_model(tmp_path_factory) -> Path:
 
 def test_the_class_of_the_model_is_kept(moe_model, tmp_path):
     to_megatron(moe_model, tmp_path / "hybrid")
-    assert (args_of(tmp_path / "hybrid").hybrid_layer_pattern, args_of(tmp_path / "hybrid").moe_layer_freq) == (
-        "*E*-*E",
-        1,
-    )
+    args = args_of(tmp_path / "hybrid")
+    assert (args.hybrid_layer_pattern, args.moe_layer_freq) == ("*E*-*E", 1)
     megatron_to_huggingface(Settings(load=tmp_path / "hybrid", save=tmp_path / "hf"))
     huggingface_to_megatron(Settings(load=tmp_path / "hf", save=tmp_path / "same"))
     assert vars(args_of(tmp_path / "same")) == vars(args_of(tmp_path / "hybrid"))
@@ -70,9 +59,9 @@ def test_the_class_of_the_model_is_kept(moe_model, tmp_path):
     assert (changed.hybrid_layer_pattern, changed.moe_router_topk) == ("*E*-*E", 1)
     # A GPT model, whose export is the same.
     config.write_text(original)
-    args = tmp_path / "hf/megatron/args.json"
+    record = tmp_path / "hf/megatron/args.json"
     gpt = {"hybrid_layer_pattern": None, "num_layers": 3, "moe_layer_freq": [1, 0, 1]}
-    args.write_text(json.dumps(json.loads(args.read_text()) | gpt))
+    record.write_text(json.dumps(json.loads(record.read_text()) | gpt))
     huggingface_to_megatron(Settings(load=tmp_path / "hf", save=tmp_path / "gpt"))
     assert vars(args_of(tmp_path / "gpt")).items() >= gpt.items()
     megatron_to_huggingface(Settings(load=tmp_path / "gpt", save=tmp_path / "hf_of_gpt"))
@@ -109,7 +98,7 @@ def test_transformers_reads_the_table_that_training_reads(layers, depth):
     kinds = ["sparse" if experts else "dense" for experts in layers]
     for num_tables in (1, of_training.num_moe_layers, len(of_training.has_experts)):
         config = MaskMoEConfig(
-            **SIZES,
+            num_experts=4,
             num_hidden_layers=len(layers),
             mlp_layer_types=kinds,
             num_nextn_predict_layers=depth,

@@ -10,12 +10,7 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
-from maskmoe.conversion.model_files import (
-    UNFINISHED,
-    SafetensorsSource,
-    output_folder,
-    write_safetensors,
-)
+from maskmoe.conversion.model_files import UNFINISHED, SafetensorsSource, output_folder, write_safetensors
 from maskmoe.conversion.tensor_sources import Block, MemorySource
 from maskmoe.errors import UserError
 

@@ -69,15 +69,6 @@ def test_same_ids(tokenizers, text):
     assert exported(text)["input_ids"] == original.encode_batch([text])[0].tolist()
 
 
-def test_hugging_face_tokenizer_is_copied(tmp_path):
-    (tmp_path / "tokenizer.model").write_bytes(MODELS["like Llama's"]())
-    export_tokenizer("SentencePieceTokenizer", tmp_path / "tokenizer.model", tmp_path / "first")
-    special = export_tokenizer("HuggingFaceTokenizer", tmp_path / "first", tmp_path / "second")
-    assert special == {"bos_token_id": 2, "eos_token_id": 2}
-    first, second = (json.loads((tmp_path / name / "tokenizer.json").read_text()) for name in ("first", "second"))
-    assert first == second
-
-
 def test_class_that_takes_only_the_vocabulary_from_the_file(tmp_path):
     """The file merges whole sentences, which `GPT2Tokenizer` cuts into words."""
     original = Tokenizer(models.BPE())

@@ -12,7 +12,7 @@ from support.converted_models import (
 )
 
 from maskmoe.conversion.families import open_huggingface
-from maskmoe.conversion.model_tensors import OpenedModel, tensor_shapes
+from maskmoe.conversion.model_tensors import OpenedModel
 from maskmoe.conversion.settings import UpcycleSettings
 from maskmoe.conversion.tensor_sources import Block, TensorSource
 from maskmoe.conversion.upcycle import changes_function, upcycle
@@ -97,11 +97,8 @@ def test_routers_are_drawn_from_a_normal_distribution(dense):
 
 
 def test_describes_the_model(dense):
-    upcycled = upcycle(dense, UpcycleSettings(8, moe_layer_freq=2), mask_of(8))
-    config = upcycled.config
+    config = upcycle(dense, UpcycleSettings(8, moe_layer_freq=2), mask_of(8)).config
     assert config["mlp_layer_types"] == ["sparse", "dense", "sparse"]
-    assert (config["moe_intermediate_size"], config["routed_scaling_factor"]) == (48, 1.0)
-    assert {name: spec.shape for name, spec in upcycled.source.tensors.items()} == tensor_shapes(config)
 
 
 @pytest.mark.parametrize(
