@@ -259,11 +259,10 @@ def _type_of_cuda(self: torch.Tensor, dtype: Any = None, non_blocking: bool = Fa
     return _type(self, dtype, non_blocking, **kwargs)
 
 
-# Collectives: of tensors of different sizes, which NCCL has and gloo lacks, and with sizes in tensors on the CPU
+# Collectives: gathering tensors of different sizes, which NCCL has and gloo lacks, and sizes in tensors on the CPU
 
 
 _all_gather: Callable = torch.distributed.all_gather
-_reduce_scatter: Callable = torch.distributed.reduce_scatter
 _all_to_all_single: Callable = torch.distributed.all_to_all_single
 
 
@@ -276,22 +275,6 @@ def _all_gather_any(
     tensor_list[torch.distributed.get_rank(group)].copy_(tensor)
     for rank, output in enumerate(tensor_list):
         torch.distributed.broadcast(output, group=group, group_src=rank)
-    return None
-
-
-@functools.wraps(_reduce_scatter)
-def _reduce_scatter_any(
-    output: torch.Tensor,
-    input_list: list[torch.Tensor],
-    op: Any = torch.distributed.ReduceOp.SUM,
-    group: Any = None,
-    async_op: bool = False,
-) -> Any:
-    if len({part.shape for part in input_list}) == 1:
-        return _reduce_scatter(output, input_list, op, group, async_op)
-    total = torch.cat(input_list)
-    torch.distributed.all_reduce(total, op, group)
-    output.copy_(total.split([len(part) for part in input_list])[torch.distributed.get_rank(group)])
     return None
 
 
@@ -367,7 +350,6 @@ _REPLACEMENTS: dict[Any, dict[str, Any]] = {
     torch.utils.data.DataLoader: {"__iter__": _make_iterator_without_a_draw},
     torch.distributed: {
         "all_gather": _all_gather_any,
-        "reduce_scatter": _reduce_scatter_any,
         "all_to_all_single": _all_to_all_of_tensor_sizes,
     },
 }
