@@ -8,6 +8,7 @@ from functools import partial
 from typing import Any, cast
 
 from megatron.core.fusions.fused_layer_norm import FusedLayerNorm
+from megatron.core.models.backends import get_backend
 from megatron.core.models.gpt.gpt_layer_specs import (
     get_gpt_decoder_block_spec,
     get_gpt_decoder_layer_specs,
@@ -181,14 +182,9 @@ def get_maskmoe_hybrid_stack_spec(
     """
     # Get the specs of a dense and of a MoE layer from a GPT model of two layers.
     two_layers = copy(config)
-    two_layers.num_layers, two_layers.pipeline_model_parallel_size = 2, 1
-    two_layers.virtual_pipeline_model_parallel_size = None
-    two_layers.num_layers_in_first_pipeline_stage = two_layers.num_layers_in_last_pipeline_stage = None
-    two_layers.moe_layer_freq = [0, int(visible_experts is not None)]
-    backend = backend_arguments(config)
-    block = get_gpt_decoder_block_spec(two_layers, **backend, pp_rank=0)
-    assert block.layer_specs is not None
-    dense, last = block.layer_specs
+    two_layers.num_layers, two_layers.moe_layer_freq = 2, [0, int(visible_experts is not None)]
+    layers: Any = get_gpt_decoder_layer_specs(two_layers, **backend_arguments(config))  # Megatron annotates a block
+    dense, last = layers
     attention = _part(dense, _ATTENTION)
     submodules = HybridStackSubmodules(mlp_layer=_part(dense, _MLP))
     if config.multi_latent_attention:
@@ -200,9 +196,11 @@ def get_maskmoe_hybrid_stack_spec(
     # The layers of multi-token prediction are built from the pattern, but its norms and its projection from this spec.
     if config.mtp_num_layers:
         submodules.mtp_block_spec = cast(
-            Any, get_gpt_mtp_block_spec(config, last, backend["use_transformer_engine"], vp_stage=vp_stage)
+            Any,
+            get_gpt_mtp_block_spec(config, last, config.transformer_impl == "transformer_engine", vp_stage=vp_stage),
         )
-    stack = ModuleSpec(MaskMoEHybridStack, params={"final_norm": block.layer_norm}, submodules=submodules)
+    norm = get_backend(config.transformer_impl).layer_norm(rms_norm=config.normalization == "RMSNorm")
+    stack = ModuleSpec(MaskMoEHybridStack, params={"final_norm": norm}, submodules=submodules)
     stack = with_maskmoe_modules(stack, config, visible_experts, aux_loss_tokens, qk_layernorm_all_heads)
     # These layers have no counterpart in a GPT model.
     stack.submodules.gdn_layer = get_gated_delta_net_layer_spec(config)
