@@ -8,7 +8,6 @@ import importlib.util
 from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager, ExitStack
 from itertools import accumulate
-from pathlib import Path
 from types import ModuleType
 from typing import Any
 
@@ -23,16 +22,13 @@ _LARGEST_WEIGHT = 1000.0  # remainders are up to 32,768
 def use_compiled_helpers_of_wheel() -> None:
     """Do not compile Megatron's dataset helpers.
 
-    Replaces: `megatron.core.datasets.utils.compile_helpers`, which `initialize_megatron` calls, unless Megatron is a
-        checkout, which has the Makefile.
+    Replaces: `megatron.core.datasets.utils.compile_helpers`, which `initialize_megatron` calls.
     Why: The function runs `make` in the folder of the package. The wheel holds no Makefile, so every run would fail,
         but the wheel holds the compiled module.
     Can go: When `compile_helpers` does nothing if the module can be imported.
     """
     from megatron.core.datasets import utils
 
-    if Path(utils.__file__).with_name("Makefile").exists():
-        return
     importlib.import_module("megatron.core.datasets.helpers_cpp")  # fails here rather than in the first dataset
     replace(utils, "compile_helpers", lambda: None)
 

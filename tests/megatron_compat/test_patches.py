@@ -2,7 +2,6 @@
 
 import subprocess
 import sys
-from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
@@ -91,15 +90,6 @@ def test_patch_of_a_missing_attribute_fails() -> None:
 def test_helpers_of_the_wheel_are_used_as_they_are() -> None:
     assert utils.compile_helpers() is None
     assert callable(helpers_cpp.build_sample_idx_int32)
-
-
-def test_checkout_of_megatron_compiles_its_helpers(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    (tmp_path / "Makefile").touch()
-    monkeypatch.setattr(utils, "__file__", str(tmp_path / "utils.py"))
-    monkeypatch.setattr(utils, "compile_helpers", original := lambda: None)
-    monkeypatch.setitem(sys.modules, "megatron.core.datasets.helpers_cpp", None)  # is not compiled yet
-    patches.use_compiled_helpers_of_wheel()
-    assert utils.compile_helpers is original
 
 
 @pytest.mark.parametrize(
