@@ -235,21 +235,21 @@ class RoutingMask(SealedTensors):
                 "or build another mask"
             )
 
-    def rank_of_rows(self, num_ranks: int) -> np.ndarray | None:
-        """Return the rank of the visible experts of each row, int16 `[tables, rows]`; None if any id sees two ranks.
-
-        Each of the `num_ranks` ranks holds an equal, contiguous block of experts.
-        """
-        rank_of_row = np.empty(self.visible_bits.shape[:2], np.int16)
+    def is_rank_local(self, num_ranks: int) -> bool:
+        """Return whether each id sees experts of one rank only; each rank has an equal, contiguous block of experts."""
         # One table after the other, because the unpacked bits of all tables can take gigabytes.
-        for table, (row_of_id, visible_bits) in enumerate(zip(self.row_of_id, self.visible_bits, strict=True)):
+        for row_of_id, visible_bits in zip(self.row_of_id, self.visible_bits, strict=True):
             visible = unpack_bits(visible_bits, self.num_experts)  # [rows, experts]
-            sees_rank = visible.reshape(len(visible), num_ranks, -1).any(axis=-1)  # [rows, ranks]
+            num_ranks_of_row = visible.reshape(len(visible), num_ranks, -1).any(axis=-1).sum(axis=-1)
             # Check the rows through the ids, because some tables have rows that no id uses.
-            if (sees_rank.sum(axis=-1)[row_of_id] != 1).any():
-                return None
-            rank_of_row[table] = sees_rank.argmax(axis=-1)
-        return rank_of_row
+            if (num_ranks_of_row[row_of_id] != 1).any():
+                return False
+        return True
+
+    def first_visible(self) -> np.ndarray:
+        """Return the first visible expert of each row, int16 `[tables, rows]`."""
+        first = [unpack_bits(visible_bits, self.num_experts).argmax(axis=-1) for visible_bits in self.visible_bits]
+        return np.stack(first).astype(np.int16)
 
     def with_vocab_size(self, vocab_size: int) -> "RoutingMask":
         """Return the mask extended to `vocab_size` ids: padding ids see the same experts as the tokenizer's last id."""

@@ -20,7 +20,7 @@ from torch.utils.hooks import RemovableHandle
 from maskmoe.routing_mask.dispatch_kind import DispatchKind
 from maskmoe.routing_mask.feed_forward_layers import FeedForwardLayers
 from maskmoe.transformer.dispatch.choose import choose_dispatch
-from maskmoe.transformer.dispatch.planned import DispatchPlanner
+from maskmoe.transformer.dispatch.plan import DispatchPlanner
 from maskmoe.transformer.gathered_parameters import wait_for_convolutions
 from maskmoe.transformer.packed_documents import PackingModel
 from maskmoe.transformer.router import MaskMoERouter

@@ -11,9 +11,8 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor
 
 from maskmoe.errors import UserError
-from maskmoe.transformer.gathered_parameters import wait_for_parameters
 from maskmoe.transformer.router_losses import attach_losses
-from maskmoe.transformer.routing import AuxLossTokens, LossRule, route_tokens, sum_for_losses
+from maskmoe.transformer.routing import AuxLossTokens, LossRule, route_tokens
 from maskmoe.transformer.routing_replay import REPLAYS, next_choice, record_choice, select_replayed
 from maskmoe.transformer.routing_statistics import RoutingStatistics, RoutingSums
 from maskmoe.transformer.selection import RoutingRule
@@ -23,9 +22,8 @@ from maskmoe.transformer.visible_experts import MaskTable, VisibleExperts
 BALANCING_LOSSES = ("aux_loss", "seq_aux_loss", "global_aux_loss")
 """Megatron's names of the load-balancing losses, in the order in which the losses are attached."""
 
-# The CPU adapter replaces `torch.compile`, so the functions run as they are on a CPU.
+# The CPU adapter replaces `torch.compile`, so the function runs as it is on a CPU.
 _route_tokens = torch.compile(route_tokens, dynamic=True)
-_sum_for_losses = torch.compile(sum_for_losses, dynamic=True)
 
 
 def check_router_settings(config: TransformerConfig) -> None:
@@ -71,7 +69,7 @@ class MaskMoERouter(TopKRouter):
        choice, see `routing_replay`. Weigh the selected experts with the configured score function.
     5. [Optional] Drop the tokens that exceed the experts' capacity.
 
-    `route_tokens` does steps 2 to 5, except that it leaves the losses themselves to `attach_losses`. On GPUs,
+    `route_tokens` does steps 2 to 5; `attach_losses` computes the losses from its sums. On GPUs,
     `torch.compile` fuses its operations, unless a capacity factor is set: the capacity follows from the number of
     tokens, so it would be compiled for each number.
 
@@ -132,15 +130,29 @@ class MaskMoERouter(TopKRouter):
         """Whether this forward pass counts: not in evaluation, and with recomputation only the second pass."""
         return self.training and torch.is_grad_enabled()
 
+    @property
+    def fixed_weight(self) -> float | None:
+        """The weight of every token if each id sees one expert and nothing needs the logits; else None."""
+        has_losses = self._balancing_losses or self.config.moe_z_loss_coeff
+        is_needed = has_losses or self.router_replay is not None or self.score_function != "softmax"
+        if is_needed or self.visible_experts.max_visible[self.table] > 1:
+            return None
+        scaling_factor = self.config.moe_router_topk_scaling_factor
+        return 1.0 if scaling_factor is None else scaling_factor
+
+    def count(self, statistics: Tensor) -> None:
+        """Count tokens that are routed by their ids alone, if this forward pass counts; see `sum_tokens`."""
+        if self.is_recording or self.counts_in_evaluation:
+            self.statistics.add_tokens(statistics)
+
     def forward(  # pyrefly: ignore[bad-override]  # the stock method takes a padding mask instead of token ids
-        self, input: Tensor, token_ids: TokenIds, attaches_losses: bool = True
+        self, input: Tensor, token_ids: TokenIds
     ) -> tuple[Tensor, Tensor]:
         """Route tokens.
 
         Args:
             input: Hidden states [sequence, batch, hidden].
             token_ids: The ids [sequence, batch] of the same tokens.
-            attaches_losses: Attach the router's losses to the result; if False, the caller calls `attach_losses`.
 
         Returns:
             probs: [tokens, experts], the weights of the selected experts, 0 elsewhere.
@@ -155,13 +167,12 @@ class MaskMoERouter(TopKRouter):
             logits = apply_random_logits(logits)
         if self.config.moe_router_force_biased is not None:
             logits = apply_biased_logits(logits, self.config.moe_router_force_biased, self.layer_number)
-        return self.routing(logits, token_ids, attaches_losses)
+        return self.routing(logits, token_ids)
 
     def routing(  # pyrefly: ignore[bad-override]  # the stock method takes a padding mask instead of token ids
-        self, logits: Tensor, token_ids: TokenIds, attaches_losses: bool = True
+        self, logits: Tensor, token_ids: TokenIds
     ) -> tuple[Tensor, Tensor]:
         """Choose among the visible experts by logits [sequence, batch, experts]; see `forward`."""
-        losses = self._loss_rule() if attaches_losses else None
         is_counted = self.is_recording or self.counts_in_evaluation
         counts_load = self.enable_expert_bias and torch.is_grad_enabled()
         replay, selected = self.router_replay, None
@@ -175,7 +186,7 @@ class MaskMoERouter(TopKRouter):
             _ids_of(logits, token_ids),
             self._mask_table,
             rule,
-            losses,
+            self._loss_rule(),
             has_statistics=is_counted or counts_load,
             expert_bias=self.expert_bias,
             selected=selected,
@@ -194,21 +205,6 @@ class MaskMoERouter(TopKRouter):
             probs = attach_losses(self, probs, routed.loss_sums)
         return probs, routed.routing_map
 
-    def attach_losses(self, activation: Tensor, hidden_states: Tensor, token_ids: TokenIds) -> Tensor:
-        """Attach the router's losses over this rank's tokens to an activation; for tokens that other ranks route.
-
-        Hidden states are [sequence, batch, hidden]. The values of the activation are not read: the result is the
-        activation, from whose gradient the gradients of the losses flow.
-        """
-        self._maintain_float32_expert_bias()
-        losses = self._loss_rule()
-        if losses is None:
-            return activation
-        wait_for_parameters(self)
-        own_ids = _ids_of(hidden_states, token_ids)
-        sums = _sum_for_losses(self.gating(hidden_states), own_ids, self._mask_table, self._rule(), losses)
-        return attach_losses(self, activation, sums)
-
     def attach_and_log_load_balancing_loss(
         self, activation: Tensor, aux_loss_coeff: float, aux_loss: Tensor, aux_loss_name: str, *args: Any, **kwargs: Any
     ) -> Tensor:
@@ -226,17 +222,13 @@ class MaskMoERouter(TopKRouter):
         )
 
     def gating(self, input: Tensor) -> Tensor:
-        """Compute logits as `TopKRouter.gating` does, and also for no tokens: an expert-parallel rank may receive none.
+        """Compute logits as `TopKRouter.gating` does, with the bias in their dtype.
 
-        The router's weight then gets a gradient of zeros, because data-parallel ranks wait for a gradient.
+        The stock method leaves the bias, which Transformer Engine's kernel reads in the dtype of the logits.
         """
         dtypes = {"fp32": torch.float32, "fp64": torch.float64}
         dtype = dtypes.get(self.config.moe_router_dtype or "", input.dtype)
-        # The stock method leaves the bias, which Transformer Engine's kernel reads in the dtype of the logits.
-        bias = None if self.bias is None else self.bias.to(dtype)
-        if input.numel() > 0:
-            return router_gating_linear(input, self.weight, bias, dtype)
-        return torch.nn.functional.linear(input.to(dtype), self.weight.to(dtype), bias)
+        return router_gating_linear(input, self.weight, None if self.bias is None else self.bias.to(dtype), dtype)
 
     @property
     def _mask_table(self) -> MaskTable:
@@ -258,9 +250,14 @@ class MaskMoERouter(TopKRouter):
             pads_to_capacity=config.moe_pad_expert_input_to_capacity,
         )
 
+    @property
+    def _balancing_losses(self) -> tuple[str, ...]:
+        """The load-balancing losses that have a coefficient."""
+        return tuple(name for name in BALANCING_LOSSES if self.get_aux_loss_coeff(name) != 0)
+
     def _loss_rule(self) -> LossRule | None:
         """Return the losses of this forward pass; None if it computes no losses."""
-        balancing = tuple(name for name in BALANCING_LOSSES if self.get_aux_loss_coeff(name) != 0)
+        balancing = self._balancing_losses
         has_z_loss = bool(self.config.moe_z_loss_coeff)
         if not self.is_recording or not (balancing or has_z_loss):
             return None

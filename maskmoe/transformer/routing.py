@@ -103,14 +103,6 @@ def route_tokens(
     return Routed(probs, routing_map, selected, loss_sums, statistics)
 
 
-def sum_for_losses(
-    logits: Tensor, token_ids: TokenIds, table: MaskTable, rule: RoutingRule, losses: LossRule
-) -> LossSums:
-    """Return the sums of `route_tokens` for the losses alone; arguments as for `route_tokens`."""
-    masked = MaskedLogits.mask(logits, table.look_up(token_ids.ids.flatten()), token_ids, rule.score_function)
-    return _sum_masked(masked, rule.topk, losses)
-
-
 def _sum_masked(logits: MaskedLogits, topk: int, rule: LossRule) -> LossSums:
     """Sum over the tokens what the losses need.
 

@@ -75,6 +75,7 @@ class VisibleExperts(torch.nn.Module):
         layers: The feed-forward layers of the model.
         is_rank_local: Whether the visible experts of every id are on one expert-parallel rank.
         min_visible: The smallest number of visible experts of any id.
+        max_visible: The largest number of visible experts of any id, for each table.
 
     Raises:
         UserError: The mask does not fit the model's experts or layers.
@@ -84,7 +85,7 @@ class VisibleExperts(torch.nn.Module):
     visible_bits: Tensor
     metadata: Tensor
     bit_values: Tensor
-    rank_of_row: Tensor
+    first_expert_of_row: Tensor
     num_visible_of_row: Tensor
 
     def __init__(
@@ -110,18 +111,18 @@ class VisibleExperts(torch.nn.Module):
         self.num_experts = mask.num_experts
         self.vocab_size = mask.vocab_size
         self.min_visible = mask.min_visible
+        self.max_visible = [int(mask.num_visible_of_layer(table).max()) for table in range(len(mask.row_of_id))]
         self.digest = mask.digest
         self._replaces = replaces
         self._is_added = is_added
         for name, buffer in buffers_of_routing_mask(mask).items():
             self.register_buffer(name, buffer)
         ep_size = config.expert_model_parallel_size
-        rank_of_row = mask.rank_of_rows(ep_size) if ep_size > 1 else None
-        self.is_rank_local = rank_of_row is not None
-        if rank_of_row is not None:
-            num_visible_of_row = mask.row_sizes.astype(np.int16)
-            self.register_buffer("rank_of_row", torch.from_numpy(rank_of_row), persistent=False)
-            self.register_buffer("num_visible_of_row", torch.from_numpy(num_visible_of_row), persistent=False)
+        self.is_rank_local = ep_size > 1 and mask.is_rank_local(ep_size)
+        if self.is_rank_local:
+            self.register_buffer("first_expert_of_row", torch.from_numpy(mask.first_visible()), persistent=False)
+            num_visible = torch.from_numpy(mask.row_sizes.astype(np.int16))
+            self.register_buffer("num_visible_of_row", num_visible, persistent=False)
         self.register_buffer("bit_values", torch.from_numpy(1 << np.arange(8, dtype=np.uint8)), persistent=False)
 
     def table_of_layer(self, number: int) -> int:
@@ -149,14 +150,14 @@ class VisibleExperts(torch.nn.Module):
             has_single=self.min_visible == 1,
         )
 
-    def rank_and_size(self, token_ids: Tensor, tables: Tensor) -> tuple[Tensor, Tensor]:
-        """Return rank and number of the visible experts of each id; only for a rank-local mask.
+    def first_and_size(self, token_ids: Tensor, tables: Tensor) -> tuple[Tensor, Tensor]:
+        """Return first and number of the visible experts of each id; only for a rank-local mask.
 
-        Ids are int64 [ranks, tokens], tables int64 [tables], and both results int64 [tables, ranks, tokens].
+        Ids are int64 [tokens], tables int64 [tables], and both results int64 [tables, tokens].
         """
-        tables = tables.view(-1, 1, 1)
+        tables = tables.unsqueeze(1)
         rows = self.row_of_id[tables, token_ids].long()
-        return self.rank_of_row[tables, rows].long(), self.num_visible_of_row[tables, rows].long()
+        return self.first_expert_of_row[tables, rows].long(), self.num_visible_of_row[tables, rows].long()
 
     def sharded_state_dict(
         self, prefix: str = "", sharded_offsets: tuple = (), metadata: dict | None = None

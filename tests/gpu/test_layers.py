@@ -30,7 +30,7 @@ from torch.nn.functional import linear, silu
 from maskmoe.routing_mask.dispatch_kind import DispatchKind
 from maskmoe.routing_mask.mask import RoutingMask
 from maskmoe.transformer.dispatch.choose import build_dispatcher
-from maskmoe.transformer.dispatch.planned import DispatchPlanner
+from maskmoe.transformer.dispatch.plan import DispatchPlanner
 from maskmoe.transformer.experts import GROUPED_CAPABILITIES
 from maskmoe.transformer.moe_layer import MaskMoELayer
 from maskmoe.transformer.token_ids import TokenIds, pack_token_ids

@@ -207,7 +207,7 @@ def test_hash_layers_and_the_other_layers(zipf_frequency, assignment, visible_ex
             assert assignment == "uniform" or visible_experts == 1 or load.max() < 1.05 * load.mean()
         else:
             assert np.array_equal(sets, without.visible_sets(layer))
-    assert (mask.rank_of_rows(2) is not None) == (assignment == "rank-local")
+    assert mask.is_rank_local(2) == (assignment == "rank-local")
     assert mask.provenance.hash_layers == HashLayers(2, visible_experts, assignment)
     loaded = RoutingMask.from_tensors(*mask.to_tensors())
     assert (loaded.digest, loaded.provenance) == (mask.digest, mask.provenance)

@@ -145,7 +145,7 @@ def test_check_fits_of_shared_and_rank_local_masks(zipf_frequency):
     mask.check_fits(**model)
     for divisor in (1, 2, 4):
         mask.check_fits(**model, expert_model_parallel_size=divisor)
-        assert mask.rank_of_rows(divisor) is not None
+        assert mask.is_rank_local(divisor)
     with pytest.raises(UserError, match="expert parallel size 4, the run's is 8"):
         mask.check_fits(**model, expert_model_parallel_size=8)
     for recipe in (MaskRecipe.from_preset("smoe", 8, 1), MaskRecipe.from_preset("smoe", 8, 3)):

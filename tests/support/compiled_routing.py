@@ -50,12 +50,9 @@ class Case:
 
 _GROUPS = {"num_groups": 4, "group_topk": 2}
 _FULLEST = RoutingRule(4, "sigmoid", scaling_factor=2.5, **_GROUPS)
-_ROWS = ((5, 1), (0, 1), (1, 1), (9, 1), (3, 1), (0, 1), (1, 1))
-"""Numbers of rows that a rank receives under planned dispatch."""
 
 CASES = {
     "usual": Case(RoutingRule(2), LossRule(("aux_loss",), "all", has_z_loss=True)),
-    "rows": Case(_FULLEST, has_bias=True, has_padding=True, shapes=_ROWS),
     "everything": Case(_FULLEST, has_bias=True, has_padding=True),
     "evaluation": Case(RoutingRule(2), losses=None),
     "softmax before": Case(RoutingRule(1, pre_softmax=True)),

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from maskmoe.routing_mask.mask import MaskProvenance, RoutingMask
 from maskmoe.routing_mask.tables import stack_tables, table_of_sets
-from maskmoe.transformer.dispatch.planned import DispatchPlanner
+from maskmoe.transformer.dispatch.plan import DispatchPlanner
 from maskmoe.transformer.layer_specs import get_maskmoe_decoder_block_spec
 from maskmoe.transformer.models import MaskMoEGPTModel
 from maskmoe.transformer.moe_layer import MaskMoELayer

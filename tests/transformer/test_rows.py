@@ -8,7 +8,7 @@ from megatron.core.transformer.moe import moe_utils
 from support.small_moe import DEVICE
 from torch import Size, Tensor
 
-from maskmoe.transformer.dispatch.rows import CopyToExperts, RowCopies, RowExchange
+from maskmoe.transformer.dispatch.rows import CopyToExperts, RowCopies
 
 FEATURES = 3
 
@@ -21,10 +21,8 @@ def maps(draw: st.DrawFn) -> Tensor:
     return torch.tensor(elements, dtype=torch.bool, device=DEVICE).view(rows, targets)
 
 
-def copies_of(chosen: Tensor, columns: slice = slice(None)) -> RowCopies:
-    copied = chosen[:, columns]
-    has_every_row = bool(copied.any(dim=1).all())
-    return RowCopies.from_map(chosen, int(copied.sum()), columns, has_every_row)
+def copies_of(chosen: Tensor) -> RowCopies:
+    return RowCopies.from_map(chosen, int(chosen.sum()), has_every_row=bool(chosen.any(dim=1).all()))
 
 
 def whole_numbers(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
@@ -32,15 +30,11 @@ def whole_numbers(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
     return torch.randint(-8, 8, shape, device=DEVICE).to(dtype)
 
 
-@given(chosen=maps(), dtype=st.sampled_from([torch.float32, torch.bfloat16, torch.float64]), data=st.data())
-def test_copy_and_sum(chosen: Tensor, dtype: torch.dtype, data: st.DataObject) -> None:
-    first = data.draw(st.integers(0, chosen.shape[1] - 1))
-    columns = slice(first, data.draw(st.integers(first + 1, chosen.shape[1])))
-    expected = [
-        (row, target) for target in range(chosen.shape[1])[columns] for row in range(len(chosen)) if chosen[row, target]
-    ]
+@given(chosen=maps(), dtype=st.sampled_from([torch.float32, torch.bfloat16, torch.float64]))
+def test_copy_and_sum(chosen: Tensor, dtype: torch.dtype) -> None:
+    expected = [(row, target) for target in range(chosen.shape[1]) for row in range(len(chosen)) if chosen[row, target]]
     rows = torch.tensor([row for row, _ in expected], dtype=torch.int64, device=DEVICE)
-    copies = copies_of(chosen, columns)
+    copies = copies_of(chosen)
     assert copies.source.tolist() == [row * chosen.shape[1] + target for row, target in expected]
 
     values = whole_numbers(len(chosen), FEATURES, dtype=dtype).requires_grad_()
@@ -70,12 +64,6 @@ def test_permutation_is_recognized(is_permutation: bool) -> None:
     assert copies_of(copied).is_permutation is is_permutation
 
 
-def dispatch(exchange: RowExchange, values: Tensor) -> Tensor:
-    """Send rows and wait for them."""
-    sent = exchange.dispatch(values)
-    return sent.receive(sent.rows)
-
-
 def permute(rows: Tensor, weights: Tensor, chosen: Tensor, num_out_tokens: int) -> tuple[Tensor, Tensor, Tensor]:
     """Do in plain torch what Transformer Engine's `moe_permute_with_probs` does."""
     targets, sources = chosen.t().nonzero(as_tuple=True)
@@ -102,27 +90,22 @@ def uses_transformer_engine(request: pytest.FixtureRequest, monkeypatch: pytest.
 
 
 @st.composite
-def choices(draw: st.DrawFn) -> tuple[Tensor, slice]:
-    """Draw which experts are chosen for each row: bool [rows, experts], at least one of the local experts."""
+def choices(draw: st.DrawFn) -> Tensor:
+    """Draw which local experts are chosen for each row: bool [rows, experts], at least one in each row."""
     num_experts, num_rows = draw(st.integers(1, 6)), draw(st.integers(0, 6))
-    first = draw(st.integers(0, num_experts - 1))
-    local = slice(first, draw(st.integers(first + 1, num_experts)))
     chosen = torch.zeros(num_rows, num_experts, dtype=torch.bool, device=DEVICE)
     for row in range(num_rows):
-        experts = draw(st.sets(st.integers(local.start, local.stop - 1), min_size=1))
-        chosen[row, list(experts)] = True
-    return chosen, local
+        chosen[row, list(draw(st.sets(st.integers(0, num_experts - 1), min_size=1)))] = True
+    return chosen
 
 
-@given(choice=choices())
-def test_rows_of_experts(uses_transformer_engine: bool, choice: tuple[Tensor, slice]) -> None:
+@given(chosen=choices())
+def test_rows_of_experts(uses_transformer_engine: bool, chosen: Tensor) -> None:
     """Whole numbers have exact sums, so any order of additions gives the same bits."""
-    chosen, local = choice
     targets, sources = chosen.t().nonzero(as_tuple=True)
     rows = torch.randint(-8, 8, (len(chosen), FEATURES), device=DEVICE).float().requires_grad_()
     weights = torch.randint(1, 8, chosen.shape, device=DEVICE).float().requires_grad_()
-    copy_to_experts = CopyToExperts(local, uses_transformer_engine)
-    expert_rows = copy_to_experts(rows, weights, chosen, len(sources))
+    expert_rows = CopyToExperts(uses_transformer_engine)(rows, weights, chosen, len(sources))
     assert torch.equal(expert_rows.values, rows[sources])
     assert torch.equal(expert_rows.weights, weights[sources, targets])
 

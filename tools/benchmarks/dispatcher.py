@@ -25,7 +25,6 @@ from torch import Tensor
 
 from maskmoe.routing_mask.dispatch_kind import DispatchKind
 from maskmoe.transformer.dispatch.one_copy import OneCopyDispatcher
-from maskmoe.transformer.dispatch.planned import PlannedDispatcher
 
 
 def choose(tokens: RoutedTokens, ids: Tensor, topk: int) -> Tensor:
@@ -62,10 +61,8 @@ def dispatch_ours(
 ) -> Callable[[], None]:
     """Return work that dispatches in the way that a MaskMoE layer chooses for these tokens."""
     token_ids = tokens.plan_ids()
-    routed_ids = token_ids.plan[0].received_ids if token_ids.plan else token_ids.ids
-    routing_map = choose(tokens, routed_ids.flatten(), config.moe_router_topk)
-    build = PlannedDispatcher if tokens.kind is DispatchKind.PLANNED else OneCopyDispatcher
-    dispatcher = build(config, groups.ep)
+    routing_map = choose(tokens, token_ids.ids.flatten(), config.moe_router_topk)
+    dispatcher = OneCopyDispatcher(config, groups.ep, is_planned=tokens.kind is DispatchKind.PLANNED)
 
     def work() -> None:
         hidden, probs = _leaves(tokens.hidden, routing_map)

@@ -15,18 +15,17 @@ class FixedRouter:
         probs: [tokens, experts], the weights of the experts.
         routing_map: bool [tokens, experts], the selected experts.
         table: the table of the routing mask that plans are read for.
+        fixed_weight: the weight of every token, if each id of the table sees one expert; None: weights vary.
     """
 
     probs: Tensor
     routing_map: Tensor
     table: int = 0
+    fixed_weight: float | None = None
 
-    def __call__(
-        self, hidden_states: Tensor, token_ids: TokenIds, attaches_losses: bool = True
-    ) -> tuple[Tensor, Tensor]:
+    def __call__(self, hidden_states: Tensor, token_ids: TokenIds) -> tuple[Tensor, Tensor]:
         """Return weights and choices."""
         return self.probs, self.routing_map
 
-    def attach_losses(self, activation: Tensor, hidden_states: Tensor, token_ids: TokenIds) -> Tensor:
-        """Return the activation; there are no losses."""
-        return activation
+    def count(self, statistics: Tensor) -> None:
+        """Count nothing."""

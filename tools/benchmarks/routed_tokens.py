@@ -24,7 +24,7 @@ from maskmoe.routing_mask.assignment import MaskRecipe
 from maskmoe.routing_mask.dispatch_kind import DispatchKind
 from maskmoe.routing_mask.mask import RoutingMask
 from maskmoe.transformer.dispatch.choose import choose_dispatch
-from maskmoe.transformer.dispatch.planned import DispatchPlanner
+from maskmoe.transformer.dispatch.plan import DispatchPlanner
 from maskmoe.transformer.token_ids import TokenIds
 from maskmoe.transformer.visible_experts import VisibleExperts
 
@@ -148,10 +148,8 @@ def configs(arguments: argparse.Namespace, num_ranks: int, **settings: Any) -> I
 
 def let_one_rank_plan(visible_experts: VisibleExperts, mask: RoutingMask) -> None:
     """Add what `DispatchPlanner` reads, which `VisibleExperts` builds for several ranks only."""
-    rank_of_row = mask.rank_of_rows(1)
-    assert rank_of_row is not None
     device = visible_experts.bit_values.device
-    visible_experts.rank_of_row = torch.from_numpy(rank_of_row).to(device)
+    visible_experts.first_expert_of_row = torch.from_numpy(mask.first_visible()).to(device)
     visible_experts.num_visible_of_row = torch.from_numpy(mask.row_sizes.astype(np.int16)).to(device)
 
 

@@ -197,7 +197,7 @@ class Simulation:
             return [case(_name(routing, dispatch), impossible=reason) for dispatch in dispatches]
         # Dispatch is planned only if the destination of every token is known in every layer.
         mask = mask_of_layer(routing, self.mask, self.layer, self.frequency, routing.num_places(cluster), topk)
-        if (self.mask if routing is Routing.MASK else mask).rank_of_rows(cluster.ep_size) is not None:
+        if (self.mask if routing is Routing.MASK else mask).is_rank_local(cluster.ep_size):
             dispatches = [DispatchKind.PLANNED if way is DispatchKind.ONE_COPY else way for way in dispatches]
         # Route the tokens once. The random stream depends on the case, not on what else is simulated.
         key = (topk, cluster.num_gpus, cluster.ep_size, list(Routing).index(routing), self.layer)

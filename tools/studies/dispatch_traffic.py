@@ -14,7 +14,6 @@ from maskmoe.routing_mask.mask import RoutingMask, unpack_bits
 NO_EXPERT = -1
 _WEIGHT_BYTES = 4  # routers compute in fp32
 _COUNT_BYTES = 8
-_ID_BYTES = 4
 
 
 class Reach(IntEnum):
@@ -229,7 +228,7 @@ def exchanges(dispatch: DispatchKind, rows: np.ndarray, workload: Workload, clus
     - One-copy dispatch also sends, with each row, the weights of the receiving rank's experts, and their gradients
       back, which makes six all-to-alls. Before these, every rank reports to every other rank the number of rows that it
       sends and the experts that the rows are for.
-    - Planned dispatch gathers the token ids of all ranks, once for all layers.
+    - Planned dispatch is one-copy dispatch that exchanges these numbers once for all layers.
 
     Args:
         dispatch: The way to dispatch.
@@ -239,16 +238,14 @@ def exchanges(dispatch: DispatchKind, rows: np.ndarray, workload: Workload, clus
     """
     hidden = Exchange("hidden states", 4, rows, workload.hidden_size * workload.bytes_per_element)
     to_every_peer = (cluster.reach != Reach.OWN).astype(np.int64)
-    if dispatch is DispatchKind.PLANNED:
-        ids = workload.tokens_per_rank * _ID_BYTES
-        return hidden, Exchange("token ids", 1 / workload.num_layers, to_every_peer, ids)
     if dispatch is DispatchKind.STOCK:
         weights_per_row, counts = 1, workload.num_experts
     else:
         weights_per_row = workload.num_experts // cluster.ep_size
         counts = 1 + weights_per_row
+    layers_of_call = workload.num_layers if dispatch is DispatchKind.PLANNED else 1
     return (
         hidden,
         Exchange("weights", 2, rows, weights_per_row * _WEIGHT_BYTES),
-        Exchange("counts", 1, to_every_peer, counts * _COUNT_BYTES),
+        Exchange("counts", 1 / layers_of_call, to_every_peer, layers_of_call * counts * _COUNT_BYTES),
     )

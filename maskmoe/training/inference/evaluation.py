@@ -152,8 +152,7 @@ def evaluate(args: argparse.Namespace, model: torch.nn.Module, frequency: TokenF
     columns = (tokens / tokens[-1], mean_losses, mean_losses.exp(), tokens.long())
     rows = zip((*bands.names, "all"), *(column.tolist() for column in columns), strict=True)
     *band_results, overall = (BandResult(*row) for row in rows)
-    # Without sequence parallelism, the ranks of a tensor-parallel group route the same tokens. With planned dispatch, a
-    # rank routes the tokens of its experts only. So add up all ranks, and divide by the ranks with the same tokens.
+    # Without sequence parallelism, the ranks of a tensor-parallel group route the same tokens.
     num_copies = 1 if args.sequence_parallel else args.tensor_model_parallel_size
     record = take_record([model]) if args.num_experts else RoutingRecord({}, {})
     expert_load = [

@@ -10,7 +10,6 @@ from torch import Tensor
 
 from maskmoe.routing_mask.dispatch_kind import DispatchKind
 from maskmoe.transformer.dispatch.one_copy import OneCopyDispatcher, OneRankDispatcher, unchanged
-from maskmoe.transformer.dispatch.planned import PlannedDispatcher
 from maskmoe.transformer.dispatch.protocol import Dispatcher
 from maskmoe.transformer.dispatch.stock import StockDispatcher
 
@@ -47,33 +46,18 @@ def _needs_stock_dispatch(config: TransformerConfig) -> bool:
 
 
 def _can_be_planned(config: TransformerConfig) -> bool:
-    """Return whether the receiving rank can choose the experts, from ids that are known before the layer runs."""
-    return not (
-        # Random logits, dropped tokens and recorded choices depend on the rank that chooses.
-        config.moe_input_jitter_eps
-        or config.moe_router_force_load_balancing
-        or config.moe_router_force_biased is not None
-        or config.moe_expert_capacity_factor is not None
-        or config.moe_enable_routing_replay
-        # A plan states the number of selected experts, which depends on the chosen groups.
-        or config.moe_router_group_topk
-        # A plan gathers as many ids from each rank.
-        or config.variable_seq_lengths
-        # The rows of latent experts are narrower than the hidden states that a router needs.
-        or config.moe_latent_size
-    )
+    """Return whether ids tell the number of experts that are selected for a token."""
+    return config.moe_expert_capacity_factor is None and not config.moe_router_group_topk
 
 
 def build_dispatcher(kind: DispatchKind, layer: MoELayer, pg_collection: ProcessGroupCollection) -> Dispatcher:
     """Build the dispatcher of an MoE layer."""
     if kind is DispatchKind.STOCK:
         return StockDispatcher(layer, pg_collection)
-    if kind is DispatchKind.PLANNED:
-        return PlannedDispatcher(layer.config, layer.ep_group)
     compress, expand = _projections_of_latent_experts(layer) if layer.config.moe_latent_size else (unchanged, unchanged)
     if kind is DispatchKind.ONE_RANK:
         return OneRankDispatcher(layer.config, compress, expand)
-    return OneCopyDispatcher(layer.config, layer.ep_group, compress, expand)
+    return OneCopyDispatcher(layer.config, layer.ep_group, kind is DispatchKind.PLANNED, compress, expand)
 
 
 def _projections_of_latent_experts(layer: MoELayer) -> tuple[Callable[[Tensor], Tensor], Callable[[Tensor], Tensor]]:

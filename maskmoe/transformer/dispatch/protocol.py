@@ -38,14 +38,17 @@ class Router(Protocol):
         """The table of the routing mask that the router's layer uses."""
         ...
 
-    def __call__(
-        self, hidden_states: Tensor, token_ids: TokenIds, attaches_losses: bool = True, /
-    ) -> tuple[Tensor, Tensor]:
+    @property
+    def fixed_weight(self) -> float | None:
+        """The weight of every token if no choice of the router matters where each id sees one expert; else None."""
+        ...
+
+    def __call__(self, hidden_states: Tensor, token_ids: TokenIds, /) -> tuple[Tensor, Tensor]:
         """Route tokens [sequence, batch, hidden]; return weights and routing map, [tokens, experts] each."""
         ...
 
-    def attach_losses(self, activation: Tensor, hidden_states: Tensor, token_ids: TokenIds, /) -> Tensor:
-        """Attach the router's losses over the tokens [sequence, batch, hidden] to an activation, and return it."""
+    def count(self, statistics: Tensor, /) -> None:
+        """Count tokens that are sent to their experts without a call of the router; see `sum_tokens`."""
         ...
 
 

@@ -6,6 +6,7 @@ from functools import partial
 from typing import Any
 
 import torch
+from megatron.core.tensor_parallel.mappings import all_to_all
 from megatron.core.transformer.moe import moe_utils
 from torch import Size, Tensor
 from torch.distributed import ProcessGroup, Work
@@ -33,23 +34,19 @@ class RowCopies:
     is_permutation: bool
 
     @classmethod
-    def from_map(
-        cls, chosen: Tensor, num_copies: int, columns: slice = slice(None), has_every_row: bool = False
-    ) -> "RowCopies":
+    def from_map(cls, chosen: Tensor, num_copies: int, has_every_row: bool = False) -> "RowCopies":
         """Describe the copies that a map asks for. Nothing waits for the device.
 
         Args:
-            chosen: Bool [rows, columns].
+            chosen: Bool [rows, targets].
             num_copies: The number of True elements.
-            columns: The columns that are targets.
             has_every_row: Whether every row is known to have a copy.
         """
-        num_rows, row_size = chosen.shape
-        first, _, _ = columns.indices(row_size)
-        targets, rows = torch.nonzero_static(chosen[:, columns].t(), size=num_copies).unbind(1)
-        copies_of_row = chosen[:, columns].sum(dim=1)
+        num_rows, num_targets = chosen.shape
+        targets, rows = torch.nonzero_static(chosen.t(), size=num_copies).unbind(1)
+        copies_of_row = chosen.sum(dim=1)
         return cls(
-            source=rows * row_size + targets + first,
+            source=rows * num_targets + targets,
             rows=rows,
             order=rows.argsort(stable=True),
             offsets=copies_of_row.cumsum(0) - copies_of_row,
@@ -57,11 +54,11 @@ class RowCopies:
         )
 
     @classmethod
-    def permutations(cls, rows: Tensor) -> list["RowCopies"]:
-        """Describe reorderings of all rows; rows: int64 [reorderings, rows], the row at each position."""
-        numbers = torch.arange(rows.shape[1], device=rows.device)
-        orders = torch.empty_like(rows).scatter_(1, rows, numbers.expand_as(rows))
-        return [cls(each, each, order, numbers, is_permutation=True) for each, order in zip(rows, orders, strict=True)]
+    def permutation(cls, rows: Tensor, source: Tensor) -> "RowCopies":
+        """Describe one copy of each row; int64 [rows]: the row at each position, and its `source`."""
+        numbers = torch.arange(len(rows), device=rows.device)
+        order = torch.empty_like(rows).scatter_(0, rows, numbers)
+        return cls(source, rows, order, numbers, is_permutation=True)
 
     def copy_rows(self, values: Tensor) -> Tensor:
         """Copy rows [rows, features] to [copies, features], without a gradient."""
@@ -93,45 +90,67 @@ class RowCopies:
 
 @dataclass(frozen=True)
 class RowExchange:
-    """Sends rows to other ranks and back. Each direction is the gradient of the other.
+    """Sends rows, ordered by rank, to other ranks and back. Each direction is the gradient of the other.
 
     Attributes:
         group: The ranks.
-        to_ranks: Copies of this rank's rows, with ranks as targets.
         rows_to: The number of rows sent to each rank.
         rows_from: The number of rows received from each rank.
     """
 
     group: ProcessGroup
-    to_ranks: RowCopies
     rows_to: tuple[int, ...]
     rows_from: tuple[int, ...]
 
-    def dispatch(self, values: Tensor) -> "SentRows":
-        """Copy rows [rows, features] for each rank, and start their all-to-all."""
+    def send(self, rows: Tensor) -> "SentRows":
+        """Start the all-to-all of rows [rows, features]."""
         in_flight: list[_AllToAll] = []
-        rows = _Send.apply(values, self, in_flight)
-        return SentRows(rows, self, in_flight, has_gradient=values.requires_grad)
+        received = _Send.apply(rows, self, in_flight)
+        return SentRows(received, self, in_flight, has_gradient=rows.requires_grad)
 
-    def combine(self, values: Tensor) -> Tensor:
-        """All-to-all of [received rows, features] back, and add the copies of each row: [rows, features]."""
-        return _LinearMap.apply(
-            values,
-            lambda values: self.finish_combine(self.start_combine(values)),
-            lambda gradients: self.start_dispatch(gradients).wait(),
-        )
+    def send_back(self, rows: Tensor) -> Tensor:
+        """Send received rows back to where they came from."""
+        return all_to_all(self.group, rows, list(self.rows_to), list(self.rows_from))
 
-    def start_dispatch(self, values: Tensor) -> "_AllToAll":
-        """Copy rows for each rank and start their all-to-all, without a gradient."""
-        return _AllToAll(self.to_ranks.copy_rows(values), self.rows_from, self.rows_to, self.group)
+    def start(self, rows: Tensor) -> "_AllToAll":
+        """Start the all-to-all of rows, without a gradient."""
+        return _AllToAll(rows, self.rows_from, self.rows_to, self.group)
 
-    def start_combine(self, values: Tensor) -> "_AllToAll":
+    def start_back(self, rows: Tensor) -> "_AllToAll":
         """Start the all-to-all of received rows back, without a gradient."""
-        return _AllToAll(values, self.rows_to, self.rows_from, self.group)
+        return _AllToAll(rows, self.rows_to, self.rows_from, self.group)
 
-    def finish_combine(self, all_to_all: "_AllToAll") -> Tensor:
-        """Wait for an all-to-all that `start_combine` started, and add the copies of each row."""
-        return self.to_ranks.sum_copies(all_to_all.wait())
+
+@dataclass(frozen=True)
+class KnownExperts:
+    """What token ids tell about a layer in which every id sees one expert.
+
+    Attributes:
+        by_expert: Orders the received rows by local expert; None if there is one local expert.
+        statistics: Float64 [3 + experts] on the host, the result of `sum_tokens` for this rank's tokens.
+    """
+
+    by_expert: RowCopies | None
+    statistics: Tensor
+
+
+@dataclass(frozen=True)
+class LayerPlan:
+    """How the tokens of a micro-batch travel in a layer.
+
+    Attributes:
+        to_ranks: Copies of this rank's tokens, with expert-parallel ranks as targets.
+        exchange: Sends the copies.
+        num_selected: The number of experts that are selected for the received rows.
+        tokens_per_expert: Int64 [local experts] on the host; None if not known there.
+        experts: The experts of the tokens; None if a router chooses the experts.
+    """
+
+    to_ranks: RowCopies
+    exchange: RowExchange
+    num_selected: int
+    tokens_per_expert: Tensor | None
+    experts: KnownExperts | None = None
 
 
 class _AllToAll:
@@ -161,12 +180,12 @@ class _AllToAll:
 class SentRows:
     """Rows that travel to other ranks, while the caller computes something else.
 
-    In the backward pass, `receive` starts the all-to-all of the gradients, and `RowExchange.dispatch` waits for the
-    result. In between, autograd runs the backward pass of what was computed while the rows travelled, because
+    In the backward pass, `receive` starts the all-to-all of the gradients, and `RowExchange.send` waits for the result.
+    In between, autograd runs the backward pass of what was computed while the rows travelled, because
     autograd runs the operations of a backward pass in the reverse order of the forward pass.
 
     Attributes:
-        rows: [received rows, features]; the values must not be read before `receive`.
+        rows: [received rows, features]; `receive` returns the values.
         exchange: Sent the rows.
         in_flight: The all-to-all of the rows, or of their gradients, while it runs; else empty.
         has_gradient: Whether the sent rows need a gradient.
@@ -177,9 +196,9 @@ class SentRows:
     in_flight: list[_AllToAll]
     has_gradient: bool
 
-    def receive(self, rows: Tensor) -> Tensor:
-        """Wait for the rows; `rows` is `self.rows`, to which losses may be attached."""
-        return _Receive.apply(rows, self.exchange, self.in_flight, self.has_gradient)
+    def receive(self) -> Tensor:
+        """Wait for the rows."""
+        return _Receive.apply(self.rows, self.exchange, self.in_flight, self.has_gradient)
 
 
 @dataclass(frozen=True)
@@ -203,8 +222,7 @@ class CopyToExperts:
     Transformer Engine's fused permutation copies the rows if `--moe-permute-fusion` asks for it.
     """
 
-    def __init__(self, experts: slice, uses_transformer_engine: bool) -> None:
-        self._experts = experts
+    def __init__(self, uses_transformer_engine: bool) -> None:
         self._uses_transformer_engine = uses_transformer_engine
 
     def __call__(self, rows: Tensor, weights: Tensor, chosen: Tensor, num_copies: int) -> ExpertRows:
@@ -212,21 +230,21 @@ class CopyToExperts:
 
         Args:
             rows: [rows, features]. Every row has an expert on this rank.
-            weights: [rows, experts].
-            chosen: Bool [rows, experts].
-            num_copies: The number of chosen experts of this rank.
+            weights: [rows, local experts].
+            chosen: Bool [rows, local experts].
+            num_copies: The number of True elements of `chosen`.
         """
+        if chosen.shape[1] == 1:
+            return ExpertRows(rows, weights.squeeze(1), sum_outputs=lambda outputs: outputs)
         # Transformer Engine's kernels need at least one copy.
         if self._uses_transformer_engine and num_copies > 0:
             permute, unpermute = moe_utils.fused_permute_with_probs, moe_utils.fused_unpermute
             assert permute is not None
             assert unpermute is not None
-            values, weights_of_copies, row_id_map = permute(
-                rows, weights[:, self._experts], chosen[:, self._experts], num_out_tokens=num_copies
-            )
+            values, weights_of_copies, row_id_map = permute(rows, weights, chosen, num_out_tokens=num_copies)
             sum_outputs = partial(unpermute, row_id_map=row_id_map, restore_shape=rows.shape)
             return ExpertRows(values, weights_of_copies, sum_outputs)
-        copies = RowCopies.from_map(chosen, num_copies, self._experts, has_every_row=True)
+        copies = RowCopies.from_map(chosen, num_copies, has_every_row=True)
         return ExpertRows(
             values=copies.copy_rows_with_gradient(rows),
             weights=copies.pick(weights),
@@ -241,31 +259,33 @@ class DispatchRecord:
     Attributes:
         sum_outputs: See `ExpertRows`.
         shape: [sequence, batch, features].
-        exchange: Brought the tokens from other ranks; None if the tokens were here.
+        plan: Brought the tokens from other ranks; None if the tokens were here.
     """
 
     sum_outputs: RowMap
     shape: Size
-    exchange: RowExchange | None = None
+    plan: LayerPlan | None = None
 
     def combine(self, expert_output: Tensor) -> Tensor:
         """Add up the outputs [copies, features] of each token: [sequence, batch, features]."""
         rows = self.sum_outputs(expert_output)
-        return (rows if self.exchange is None else self.exchange.combine(rows)).view(self.shape)
+        if self.plan is not None:
+            rows = self.plan.to_ranks.sum_copies_with_gradient(self.plan.exchange.send_back(rows))
+        return rows.view(self.shape)
 
 
 class _Send(torch.autograd.Function):
     """Starts to send rows; waits for the gradients."""
 
     @staticmethod
-    def forward(ctx: Any, values: Tensor, exchange: RowExchange, in_flight: list[_AllToAll]) -> Tensor:
-        ctx.exchange, ctx.in_flight = exchange, in_flight
-        in_flight.append(exchange.start_dispatch(values.contiguous()))
+    def forward(ctx: Any, rows: Tensor, exchange: RowExchange, in_flight: list[_AllToAll]) -> Tensor:
+        ctx.in_flight = in_flight
+        in_flight.append(exchange.start(rows.contiguous()))
         return in_flight[-1].received
 
     @staticmethod
     def backward(ctx: Any, *_: Tensor) -> tuple[Tensor, None, None]:
-        return ctx.exchange.finish_combine(ctx.in_flight.pop()), None, None
+        return ctx.in_flight.pop().wait(), None, None
 
 
 class _Receive(torch.autograd.Function):
@@ -282,7 +302,7 @@ class _Receive(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None, None, None]:
         if ctx.has_gradient:
-            ctx.in_flight.append(ctx.exchange.start_combine(gradients[0].contiguous()))
+            ctx.in_flight.append(ctx.exchange.start_back(gradients[0].contiguous()))
         # `_Send` ignores the values of this gradient, which only leads autograd to it.
         return gradients[0], None, None, None
 
