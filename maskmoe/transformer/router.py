@@ -70,8 +70,8 @@ class MaskMoERouter(TopKRouter):
     5. [Optional] Drop the tokens that exceed the experts' capacity.
 
     `route_tokens` does steps 2 to 5; `attach_losses` computes the losses from its sums. On GPUs,
-    `torch.compile` fuses its operations, unless a capacity factor is set: the capacity follows from the number of
-    tokens, so it would be compiled for each number.
+    `torch.compile` fuses its operations, unless choices are recorded or repeated, or a capacity factor is set: the
+    capacity follows from the number of tokens, so it would be compiled for each number.
 
     On a CPU, if every expert is visible, outputs, losses and gradients are bit-equal to `TopKRouter`'s, except in four
     settings, which docs/megatron.md lists.
@@ -180,7 +180,8 @@ class MaskMoERouter(TopKRouter):
             selected = self._select_recorded(next_choice(replay), token_ids)
 
         rule = self._rule()
-        route = route_tokens if rule.capacity_factor is not None else _route_tokens
+        is_compiled = rule.capacity_factor is None and replay is None
+        route = _route_tokens if is_compiled else route_tokens
         routed = route(
             logits,
             _ids_of(logits, token_ids),
@@ -193,6 +194,7 @@ class MaskMoERouter(TopKRouter):
         )
 
         if replay is not None and selected is None:
+            assert routed.selected is not None
             record_choice(replay, routed.selected, self._mask_table.look_up(token_ids.ids.flatten()).experts)
         if routed.statistics is not None:
             if counts_load:

@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from maskmoe.transformer.selection import MaskedLogits
+from maskmoe.transformer.token_sums import Columns, sum_columns
 
 
 class RoutingSums(NamedTuple):
@@ -36,8 +37,8 @@ class RoutingSums(NamedTuple):
 
 
 @torch.no_grad()
-def sum_tokens(logits: MaskedLogits, routing_map: Tensor) -> Tensor:
-    """Return float64 [3 + experts], the fields of `RoutingSums`, over the tokens of a micro-batch."""
+def columns_of_statistics(logits: MaskedLogits, routing_map: Tensor) -> Columns:
+    """Return what is summed for the fields of `RoutingSums`: [tokens, 3 + experts]."""
     is_real, routable = logits.is_real, logits.visible.routable
     entropy = torch.special.entr(logits.normalized_scores).sum(dim=-1)  # [tokens]
     real = torch.ones_like(entropy) if is_real is None else is_real.to(entropy.dtype)
@@ -45,7 +46,13 @@ def sum_tokens(logits: MaskedLogits, routing_map: Tensor) -> Tensor:
     if is_real is not None:
         routing_map = routing_map & is_real.unsqueeze(-1)
     per_token = torch.stack([real, routable, entropy * routable], dim=1)
-    return torch.cat([per_token.sum(dim=0, dtype=torch.float64), routing_map.sum(dim=0)])
+    return Columns(torch.cat([per_token, routing_map.to(entropy.dtype)], dim=1), torch.float64)
+
+
+def sum_tokens(logits: MaskedLogits, routing_map: Tensor) -> Tensor:
+    """Return float64 [3 + experts], the fields of `RoutingSums`, over the tokens of a micro-batch."""
+    (sums,) = sum_columns([columns_of_statistics(logits, routing_map)])
+    return sums.squeeze(0)
 
 
 class RoutingStatistics:
@@ -59,8 +66,8 @@ class RoutingStatistics:
         self._clear()
 
     def add_tokens(self, sums: Tensor) -> None:
-        """Add the sums over the tokens of a micro-batch, as `sum_tokens` returns them."""
-        self._tokens += sums
+        """Add the sums over the tokens of a micro-batch: [3 + experts], as `sum_tokens` returns them."""
+        self._tokens = sums.double() if isinstance(self._tokens, int) else self._tokens + sums
 
     def count_rows(self, num_rows: int) -> None:
         """Count the rows that the experts of this rank receive in one micro-batch.

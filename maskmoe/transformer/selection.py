@@ -1,6 +1,10 @@
 """The routing rule: which visible experts a token is sent to, and with which weights.
 
-The router calls `choose_experts`; the load-balancing losses and the statistics reuse the functions of this module.
+`route_tokens` chooses with `choose_experts` and weighs with `weigh_experts`. Losses and statistics use
+functions of this module.
+
+Code that `torch.compile` generates takes other ways to the same choice and weights: passes over the experts instead of
+a sort, and comparisons instead of a scatter, so that all of it is one kernel.
 """
 
 from dataclasses import dataclass
@@ -13,6 +17,9 @@ from torch.nn.functional import softplus
 
 from maskmoe.transformer.token_ids import TokenIds
 from maskmoe.transformer.visible_experts import VisibleSets
+
+_MOST_PASSES = 8
+"""The largest k for which compiled code finds one expert in each pass over the experts."""
 
 
 @dataclass(frozen=True)
@@ -79,33 +86,58 @@ class MaskedLogits:
         return scores / (scores.sum(dim=-1, keepdim=True) + 1e-20)  # Megatron-Core adds the same 1e-20.
 
 
-def choose_experts(
-    logits: MaskedLogits, rule: RoutingRule, expert_bias: Tensor | None, selected: Tensor | None = None
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Select experts and compute their weights.
+@dataclass(frozen=True)
+class Choice:
+    """The experts that tokens choose.
 
-    The expert bias, float32 [experts], is added to sigmoid and sqrtsoftplus scores for the selection. `selected`, int64
-    [tokens, k], is a choice to repeat, in the form of `select_experts`.
+    Attributes:
+        routing_map: Bool [tokens, experts], the chosen experts, which are visible.
+        indices: Int64 [tokens, k], the experts as `select_experts` returns them; None if compiled code found the map.
+    """
+
+    routing_map: Tensor
+    indices: Tensor | None
+
+
+def choose_experts(
+    scores: Tensor, visible: Tensor, topk: int, num_groups: int | None = None, group_topk: int | None = None
+) -> Choice:
+    """Choose the top `min(k, V)` visible experts by score; arguments as for `select_experts`."""
+    if not torch.compiler.is_compiling() or topk > _MOST_PASSES:
+        indices = select_experts(scores, visible, topk, num_groups, group_topk)
+        return Choice(routing_map_of(indices, visible), indices)
+    candidates = _candidates(scores, visible, topk, num_groups, group_topk)
+    number = torch.arange(scores.shape[1], device=scores.device)
+    chosen = torch.zeros_like(visible)
+    for _ in range(topk):
+        is_best = number == candidates.argmax(dim=1, keepdim=True)
+        chosen = chosen | is_best
+        candidates = candidates.masked_fill(is_best, float("-inf"))
+    return Choice(chosen & visible, None)
+
+
+def weigh_experts(
+    logits: MaskedLogits, choice: Choice, rule: RoutingRule, expert_bias: Tensor | None
+) -> tuple[Tensor, Tensor]:
+    """Compute the weights of chosen experts.
 
     Returns:
-        [tokens, experts], the weights of the selected experts, 0 elsewhere; bool [tokens, experts], the experts that
-        each token is sent to; and int64 [tokens, k], the result of `select_experts`.
+        [tokens, experts], the weights of the selected experts, 0 elsewhere; and bool [tokens, experts], the experts
+        that each token is sent to.
     """
-    visible = logits.visible.experts
-    if selected is None:
-        scores = preference_scores(logits, rule.pre_softmax, expert_bias)
-        selected = select_experts(scores, visible, rule.topk, rule.num_groups, rule.group_topk)
-    probs, routing_map = topk_routing_with_score_function(
-        logits.values,
-        rule.topk,
-        use_pre_softmax=rule.pre_softmax,
-        scaling_factor=rule.scaling_factor,
-        score_function=rule.score_function,
-        expert_bias=expert_bias,
-        precomputed_indices=selected,
-    )
-    # If k > V, invisible experts with weight 0 fill up to k. Remove them from the map.
-    routing_map = routing_map & visible
+    routing_map = choice.routing_map
+    if choice.indices is None:
+        probs = _weigh_by_map(logits, routing_map, rule)
+    else:
+        probs, _ = topk_routing_with_score_function(
+            logits.values,
+            rule.topk,
+            use_pre_softmax=rule.pre_softmax,
+            scaling_factor=rule.scaling_factor,
+            score_function=rule.score_function,
+            expert_bias=expert_bias,
+            precomputed_indices=choice.indices,
+        )
     if rule.capacity_factor is not None:
         priorities = probs
         if rule.drop_policy == "position":
@@ -122,7 +154,21 @@ def choose_experts(
             pad_to_capacity=rule.pads_to_capacity,
         )
         probs = probs * routing_map
-    return probs, routing_map, selected
+    return probs, routing_map
+
+
+def _weigh_by_map(logits: MaskedLogits, routing_map: Tensor, rule: RoutingRule) -> Tensor:
+    """Compute the weights of `topk_routing_with_score_function` for the experts of a map, without indices."""
+    if rule.score_function != "softmax":
+        scores = _elementwise_scores(logits.values, rule.score_function).where(routing_map, 0.0)
+        probs = scores / (scores.sum(dim=1, keepdim=True) + 1e-20) if rule.topk > 1 else scores
+    elif rule.pre_softmax:
+        probs = logits.normalized_scores.where(routing_map, 0.0)
+    else:
+        probs = torch.softmax(logits.values.masked_fill(~routing_map, float("-inf")), dim=1, dtype=torch.float32)
+    if rule.scaling_factor:
+        probs = probs * rule.scaling_factor
+    return probs.type_as(logits.values)
 
 
 def preference_scores(logits: MaskedLogits, pre_softmax: bool, expert_bias: Tensor | None) -> Tensor:
@@ -155,19 +201,23 @@ def select_experts(
         Int64 [tokens, k], the indices of the experts. With groups, only the visible experts of the chosen groups count
         as visible.
     """
-    candidates = scores.masked_fill(~visible, float("-inf"))
     # Megatron-Core sorts in training, and with groups always. The order decides how weights are summed, so it must be
     # the same here.
-    is_sorted = torch.is_grad_enabled()
-    if group_topk:
-        assert num_groups is not None
-        is_sorted = True
-        outside = _outside_chosen_groups(candidates, topk, num_groups, group_topk)
-        # Experts that fill up to k must be invisible, because callers recognize them by that. The chosen groups hold at
-        # least k experts, so invisible experts of the chosen groups rank above all experts of other groups.
-        candidates = candidates.masked_fill(~visible, torch.finfo(scores.dtype).min)
-        candidates = candidates.masked_fill(outside, float("-inf"))
+    is_sorted = torch.is_grad_enabled() or bool(group_topk)
+    candidates = _candidates(scores, visible, topk, num_groups, group_topk)
     return candidates.topk(topk, dim=1, sorted=is_sorted).indices
+
+
+def _candidates(scores: Tensor, visible: Tensor, topk: int, num_groups: int | None, group_topk: int | None) -> Tensor:
+    """Return scores [tokens, experts] that rank invisible experts last; arguments as for `select_experts`."""
+    candidates = scores.masked_fill(~visible, float("-inf"))
+    if not group_topk:
+        return candidates
+    assert num_groups is not None
+    outside = _outside_chosen_groups(candidates, topk, num_groups, group_topk)
+    # Experts that fill up to k must be invisible, because callers recognize them by that. The chosen groups hold at
+    # least k experts, so invisible experts of the chosen groups rank above all experts of other groups.
+    return scores.masked_fill(~visible, torch.finfo(scores.dtype).min).masked_fill(outside, float("-inf"))
 
 
 def routing_map_of(selected: Tensor, visible: Tensor) -> Tensor:
