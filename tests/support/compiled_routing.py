@@ -1,7 +1,8 @@
-"""Compiles the routing of tokens, and compares it with the eager functions: `compiled_routing.py BACKEND CASE…`.
+"""Compiles the routing of tokens: `compiled_routing.py BACKEND CASE…`.
 
-Prints one JSON object for each case; BACKEND is a backend of `torch.compile`. The process must not have the CPU
-adapter, which leaves compilation out.
+Prints one JSON object for each case. BACKEND is a backend of `torch.compile`, whose results are compared with the eager
+function's; `cuda`, whose kernels are counted; or `ptxas`, which also assembles the kernels. The process must not have
+the CPU adapter, which leaves compilation out.
 """
 
 import json
@@ -13,8 +14,6 @@ import torch
 import torch._inductor.config
 from torch import Tensor
 from torch._dynamo.utils import counters
-from torch._inductor.ir import MultiOutput
-from torch._inductor.scheduler import BaseSchedulerNode, NopKernelSchedulerNode
 from torch.utils._pytree import tree_leaves
 
 from maskmoe.transformer.routing import LossRule, route_tokens
@@ -55,6 +54,7 @@ CASES = {
     "usual": Case(RoutingRule(2), LossRule(("aux_loss",), "all", has_z_loss=True)),
     "everything": Case(_FULLEST, has_bias=True, has_padding=True),
     "evaluation": Case(RoutingRule(2), losses=None),
+    "laptop": Case(RoutingRule(1, pre_softmax=True), LossRule(("aux_loss",), "all", has_z_loss=False)),
     "softmax before": Case(RoutingRule(1, pre_softmax=True)),
     "softmax after": Case(RoutingRule(4), has_padding=True),
     "softmax, groups": Case(RoutingRule(4, pre_softmax=True, **_GROUPS)),
@@ -89,24 +89,10 @@ def difference(ours: Any, expected: Any) -> float:
     return largest
 
 
-def record_kernels() -> list[int]:
-    """Return a list to which the compiler appends the number of kernels of each graph that it compiles from now on."""
-    torch.compiler.reset()
-    counts: list[int] = []
-
-    def count(nodes: list[BaseSchedulerNode]) -> list[BaseSchedulerNode]:
-        launched = [node for node in nodes if not isinstance(node, NopKernelSchedulerNode)]
-        counts.append(sum(not isinstance(node.node, MultiOutput) for node in launched))
-        return nodes
-
-    torch._inductor.config._post_fusion_custom_pass = count
-    return counts
-
-
 def run(case: Case, backend: str) -> dict[str, Any]:
-    """Route all batches of a case both ways; count the kernels of each graph of inductor: forward, backward."""
+    """Route all batches of a case both ways."""
     counters.clear()
-    kernels = record_kernels()
+    torch.compiler.reset()
     generator = torch.Generator().manual_seed(0)
     table = random_table(generator)
     expert_bias = torch.randn(NUM_EXPERTS, generator=generator) if case.has_bias else None
@@ -144,8 +130,29 @@ def run(case: Case, backend: str) -> dict[str, Any]:
         "difference": largest,
         "compilations": counters["stats"]["unique_graphs"],
         "graph_breaks": len(counters["graph_break"]),
-        "kernels": kernels,
     }
+
+
+def count_kernels(case: Case, assembles: bool) -> dict[str, Any]:
+    """Count the kernels of the forward and the backward pass on a GPU; assemble the kernels if asked to."""
+    from support.cuda_code import assemble, cuda_code
+
+    generator = torch.Generator().manual_seed(0)
+    sequence, batch, needs_gradient = 4091, 1, case.losses is not None
+    passes = cuda_code(
+        route_tokens,
+        torch.randn(sequence, batch, NUM_EXPERTS, dtype=case.dtype, requires_grad=needs_gradient),
+        TokenIds(torch.zeros(batch, sequence, dtype=torch.int64).t()),
+        random_table(generator),
+        case.rule,
+        case.losses,
+        has_statistics=True,
+        expert_bias=torch.zeros(NUM_EXPERTS) if case.has_bias else None,
+    )
+    if assembles:
+        for name, source in (kernel for code in passes for kernel in code.kernels()):
+            assemble(name, source)
+    return {"kernels": [code.num_kernels for code in passes]}
 
 
 if __name__ == "__main__":
@@ -153,4 +160,6 @@ if __name__ == "__main__":
     torch._inductor.config.cpp.simdlen = 1  # Plain loops compile faster than vectorized ones.
     backend, *names = sys.argv[1:]
     for name in names:
-        print(json.dumps(run(CASES[name], backend)), flush=True)
+        counts = backend in ("cuda", "ptxas")
+        found = count_kernels(CASES[name], backend == "ptxas") if counts else run(CASES[name], backend)
+        print(json.dumps(found), flush=True)

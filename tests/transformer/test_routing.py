@@ -42,6 +42,19 @@ def test_every_option_in_generated_code() -> None:
         assert case["difference"] <= (BF16_TOLERANCE if name == "bfloat16" else TOLERANCE), (name, case)
         assert case["graph_breaks"] == 0
         assert case["compilations"] == 1
-    forward, backward = found["usual"]["kernels"]
-    assert 0 < forward <= 16
-    assert 0 < backward <= 6
+
+
+@pytest.mark.parametrize(
+    "names", [("usual", "sigmoid"), pytest.param(("laptop", "evaluation"), marks=pytest.mark.slow)], ids=str
+)
+def test_kernels_on_a_gpu(names: tuple[str, ...]) -> None:
+    """Inductor's CUDA code: the look-up, the choice with the weights, and the sums over tokens."""
+    for name, found in run_without_adapter("cuda", *names).items():
+        forward, *backward = found["kernels"]
+        assert 0 < forward <= 6, name
+        assert backward == ([] if name == "evaluation" else [1]), name
+
+
+@pytest.mark.slow
+def test_kernels_can_be_assembled() -> None:
+    run_without_adapter("ptxas", *compiled_routing.CASES)
