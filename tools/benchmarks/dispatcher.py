@@ -1,7 +1,8 @@
 """Measure dispatch and combine, forward and backward, against Megatron-Core's all-to-all dispatcher and a floor.
 
 The floor is the cost of any exchange of one copy of each token: four all-to-alls, and a gather of rows with each.
-Under a `rank-local` mask, dispatch is planned; under an `any` mask, every id sees all experts. Experts do nothing.
+Under a `rank-local` mask, dispatch is planned. Under an `any` mask every id sees all experts, under a `hash` mask one.
+Experts do nothing.
 
     torchrun --standalone --nproc-per-node 2 tools/benchmarks/dispatcher.py
 """
@@ -63,10 +64,12 @@ def dispatch_ours(
     token_ids = tokens.plan_ids()
     routing_map = choose(tokens, token_ids.ids.flatten(), config.moe_router_topk)
     dispatcher = OneCopyDispatcher(config, groups.ep, is_planned=tokens.kind is DispatchKind.PLANNED)
+    fixed_weight = 1.0 if tokens.visible_experts.max_visible == [1] else None
 
     def work() -> None:
         hidden, probs = _leaves(tokens.hidden, routing_map)
-        dispatched = dispatcher.start_dispatch(hidden, token_ids.transpose(), FixedRouter(probs, routing_map))()
+        router = FixedRouter(probs, routing_map, fixed_weight=fixed_weight)
+        dispatched = dispatcher.start_dispatch(hidden, token_ids.transpose(), router)()
         output = dispatcher.combine(dispatched.expert_input, dispatched.metadata)
         _backward(output, dispatched.weights, tokens)
 
@@ -80,7 +83,8 @@ def _leaves(hidden: Tensor, routing_map: Tensor) -> tuple[Tensor, Tensor]:
 
 def _backward(output: Tensor, weights: Tensor, tokens: RoutedTokens) -> None:
     """Run the backward pass from the output [tokens, 1, hidden] and the weights."""
-    torch.autograd.backward([output, weights], [tokens.gradient, torch.ones_like(weights)])
+    gradients = {output: tokens.gradient} | ({weights: torch.ones_like(weights)} if weights.requires_grad else {})
+    torch.autograd.backward(list(gradients), list(gradients.values()))
 
 
 def cases(arguments: argparse.Namespace, groups: ProcessGroupCollection) -> Iterator[harness.Case]:
@@ -91,7 +95,7 @@ def cases(arguments: argparse.Namespace, groups: ProcessGroupCollection) -> Iter
     )
     floor = exchange_floor(hidden, gradient, groups.ep)
     for config in routed_tokens.configs(arguments, num_ranks):
-        for mask_name in routed_tokens.MASKS:
+        for mask_name in (*routed_tokens.MASKS, *(["hash"] if config.moe_router_topk == 1 else [])):
             tokens = draw_tokens(config, arguments.tokens, mask_name, groups, arguments.dispatches_alone)
             if tokens.kind is DispatchKind.STOCK:
                 continue  # Both sides would be Megatron-Core's dispatcher.

@@ -165,12 +165,14 @@ def draw_tokens(
     Args:
         config: the configuration of a layer.
         num_tokens: tokens of each rank.
-        mask_name: one of `MASKS`.
+        mask_name: one of `MASKS`, or `hash`: every id sees one expert.
         groups: the process groups.
         dispatches_alone: choose the way to dispatch for one rank as for several ranks.
     """
     num_experts, topk = config.num_moe_experts, config.moe_router_topk
-    if mask_name == "rank-local":
+    if mask_name == "hash":
+        recipe = MaskRecipe.from_preset("hash-balanced", num_experts, 1)
+    elif mask_name == "rank-local":
         recipe = MaskRecipe(
             num_experts=num_experts,
             num_layers=1,
@@ -188,9 +190,9 @@ def draw_tokens(
     hidden, gradient = torch.randn(2, num_tokens, 1, config.hidden_size, device=ids.device).to(config.params_dtype)
     kind = choose_dispatch(config, groups, visible_experts.is_rank_local)
     if dispatches_alone and groups.ep.size() == 1:
-        if mask_name == "rank-local":
+        if mask_name != "any":
             let_one_rank_plan(visible_experts, mask)
-        kind = DispatchKind.PLANNED if mask_name == "rank-local" else DispatchKind.ONE_COPY
+        kind = DispatchKind.ONE_COPY if mask_name == "any" else DispatchKind.PLANNED
     planner = DispatchPlanner(visible_experts, topk, [0], groups.ep) if kind is DispatchKind.PLANNED else None
     return RoutedTokens(hidden, gradient, ids, visible_experts, kind, planner)
 
