@@ -80,11 +80,3 @@ def test_split_leaves_a_sample_to_both_parts(tmp_path_factory, lengths, seq_leng
     assert len(held_out) == num_held_out
     assert min(sum(train), sum(held_out)) > seq_length
     assert sum(held_out[1:]) < max(seq_length + 1, 0.02 * sum(lengths))
-
-
-@pytest.mark.parametrize("lengths", [[5000], [20, 20]])
-def test_text_that_cannot_be_split_is_refused(tmp_path, lengths):
-    prefix = write_documents(tmp_path / "data", ([0] * length for length in lengths))
-    message = f"{sum(lengths)} tokens in {len(lengths)} documents are too few"
-    with pytest.raises(UserError, match=message):
-        choose_split(prefix, 32)

@@ -223,15 +223,6 @@ def test_flags_of_the_user_override_the_model_file(tmp_path):
     assert flag_words(flags) == ("--lr", "2", "--split", "90,10,0", "--recompute-modules", "moe")
 
 
-def test_layout_of_the_number_of_ranks(tmp_path):
-    model = read_text(tmp_path, "a: 1\nb: 1\nlayouts:\n  2: {a: 2}\n  8: {a: 8}")
-    assert model.flags_for(8) == {"a": ("8",), "b": ("1",)}
-    assert model.flags_for(24) == {"a": ("8",), "b": ("1",)}
-    assert model.flags_for(12) == {"a": ("2",), "b": ("1",)}
-    with pytest.raises(UserError, match="layouts for 2, 8 ranks and their multiples, not for 3"):
-        model.flags_for(3)
-
-
 written_flags = st.dictionaries(
     st.sampled_from("abc"), st.sampled_from(["true", "false", "null", "~", "", "1", ["2", "3"]]), min_size=1
 )
