@@ -82,6 +82,7 @@ def test_a_model_is_fine_tuned(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
     model = tmp_path / "runs" / "by-hand" / "model"
     shutil.copytree(EXPORTED_MODEL, model)
     export_code(model)
+    shutil.copy(EXPORTED_MODEL.parent / "tokenizer.model", tmp_path)  # the conversion needs the tokenizer of training
     (script,) = python_blocks("fine-tuning.md")
     script = with_smaller_numbers(script, {"max_steps=200": "max_steps=4", "logging_steps=50": "logging_steps=2"})
     (tmp_path / "fine_tune.py").write_text(script, encoding="utf-8")
