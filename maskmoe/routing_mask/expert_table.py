@@ -31,7 +31,6 @@ _MLP, _MOE, _STAGE, _PREDICTION = "-", "E", "|", "/"  # in a pattern
 _KNOWN_NAME = re.compile(
     r"(?:decoder\.layers\.(\d+)\.mlp\.router|(?:model\.)?layers\.(\d+)\.(?:ffn|mlp)\.gate)\.tid2eid"
 )
-_MAX_IDS = 3  # in an error
 _ADVICE = "make the mask with --preset top-k-hash or --hash-layers"
 
 
@@ -179,11 +178,10 @@ class ExpertTable:
             topk = topk or int(np.bincount(num_visible).argmax())
             others = np.flatnonzero(num_visible != topk)
             if len(others):
-                named = ", ".join(f"id {each} sees {num_visible[each]}" for each in others[:_MAX_IDS])
                 raise UserError(
                     f"a tid2eid table has equally many experts for every id, but in table {layer} of the mask "
-                    f"{len(others):,} of {mask.vocab_size:,} ids see another number than {topk}: {named}"
-                    f"{', …' if len(others) > _MAX_IDS else ''}; {_ADVICE}"
+                    f"{len(others):,} of {mask.vocab_size:,} ids see another number than {topk}, such as id {others[0]}; "
+                    f"{_ADVICE}"
                 )
             experts.append(np.nonzero(mask.visible_sets(layer))[1].reshape(-1, topk).astype(np.int32))
         if not topk:
