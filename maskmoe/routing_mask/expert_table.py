@@ -180,8 +180,8 @@ class ExpertTable:
             if len(others):
                 raise UserError(
                     f"a tid2eid table has equally many experts for every id, but in table {layer} of the mask "
-                    f"{len(others):,} of {mask.vocab_size:,} ids see another number than {topk}, such as id {others[0]}; "
-                    f"{_ADVICE}"
+                    f"{len(others):,} of {mask.vocab_size:,} ids see another number than {topk}, such as id "
+                    f"{others[0]}; {_ADVICE}"
                 )
             experts.append(np.nonzero(mask.visible_sets(layer))[1].reshape(-1, topk).astype(np.int32))
         if not topk:
