@@ -313,7 +313,7 @@ KNOWN_BUGS = (
         "--tensor-model-parallel-size, with biases or fewer ranks for all experts than --tensor-model-parallel-size",
         "The gradient norm would count gradients of experts several times, or some of them never.",
         _miscounts_gradients_of_experts,
-        issue="https://github.com/NVIDIA/Megatron-LM/pull/5916",
+        issue="https://github.com/NVIDIA/Megatron-LM/pull/6099",
     ),
     Refusal(
         "--non-persistent-save-interval, --non-persistent-ckpt-type or --non-persistent-global-ckpt-dir",
