@@ -27,7 +27,8 @@ from pathlib import Path
 
 from maskmoe.analysis.routing_statistics import SPLITS, AnalysisSettings
 from maskmoe.arguments import ranges
-from maskmoe.arguments.parser import add_force_argument, add_option, command_parser, say_loading
+from maskmoe.arguments.commands import add_force_argument, command_parser, say_loading
+from maskmoe.arguments.parser import add_option
 from maskmoe.data.indexed_dataset import dataset_files
 from maskmoe.errors import refused_by_system
 from maskmoe.files.outputs import atomic_output, check_outputs
@@ -48,7 +49,7 @@ def parse_arguments() -> argparse.Namespace:
 
     probe = parser.add_argument_group("probe text")
     add_option(probe, "--data-path P", "prefix of a dataset; P.bin and P.idx exist", required=True)
-    add_option(probe, "--split A,B,C", "Megatron's --split of --data-path (default: the whole dataset)", ranges.split)
+    add_option(probe, "--split A,B,C", "Megatron's --split of --data-path (default: the whole dataset)", str)
     add_option(probe, "--eval-split", "the part of --split to use", choices=SPLITS, default="valid")
     tokens = "number of tokens, from all over the dataset"
     add_option(probe, "--tokens T", tokens, ranges.COUNT, default=AnalysisSettings.tokens)

@@ -16,7 +16,8 @@ from typing import Any
 import numpy as np
 
 from maskmoe.arguments import ranges
-from maskmoe.arguments.parser import add_force_argument, add_option, add_seed_argument, command_parser
+from maskmoe.arguments.commands import add_force_argument, add_seed_argument, command_parser
+from maskmoe.arguments.parser import add_option
 from maskmoe.errors import UserError, counted
 from maskmoe.files.outputs import atomic_output, check_outputs
 from maskmoe.routing_mask.assignment import ASSIGNMENTS, PRESETS, MaskRecipe, build_routing_mask

@@ -14,7 +14,8 @@ from functools import partial
 from pathlib import Path
 
 from maskmoe.arguments import ranges
-from maskmoe.arguments.parser import Parser, add_option
+from maskmoe.arguments.commands import Parser
+from maskmoe.arguments.parser import add_option
 from maskmoe.comparison.comparison import Comparison
 from maskmoe.comparison.data import Dataset
 from maskmoe.comparison.report import write_report

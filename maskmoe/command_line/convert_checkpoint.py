@@ -8,7 +8,8 @@ from pathlib import Path
 from typing import Any
 
 from maskmoe.arguments import ranges
-from maskmoe.arguments.parser import Parser, add_option, say_loading
+from maskmoe.arguments.commands import Parser, say_loading
+from maskmoe.arguments.parser import add_option
 from maskmoe.conversion.settings import DTYPE_NAMES, Settings, UpcycleSettings, parse_size
 from maskmoe.errors import UserError
 from maskmoe.files.paths import check_folder

@@ -12,7 +12,8 @@ Example:
 from pathlib import Path
 
 from maskmoe.arguments import ranges
-from maskmoe.arguments.parser import add_force_argument, add_option, add_workers_argument, command_parser
+from maskmoe.arguments.commands import add_force_argument, add_workers_argument, command_parser
+from maskmoe.arguments.parser import add_option
 from maskmoe.data.data_path import files_of_data_path
 from maskmoe.files.outputs import atomic_output, check_outputs
 from maskmoe.routing_mask.frequency import (

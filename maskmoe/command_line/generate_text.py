@@ -20,7 +20,8 @@ from typing import Any
 from tqdm import tqdm
 
 from maskmoe.arguments import ranges
-from maskmoe.arguments.parser import add_force_argument, add_option, add_seed_argument, command_parser, say_loading
+from maskmoe.arguments.commands import add_force_argument, add_seed_argument, command_parser, say_loading
+from maskmoe.arguments.parser import add_option
 from maskmoe.conversion.seal import check_seal
 from maskmoe.conversion.settings import CONFIG_FILE
 from maskmoe.data.documents import read_blocks

@@ -61,7 +61,11 @@ def dispatch(words: Sequence[str]) -> None:
         module = f"maskmoe.{SUBCOMMANDS[name][0]}"
         if module.startswith(_ENTRY_POINTS):
             from maskmoe.launch.launcher import run_entry_point
+            from maskmoe.training.help_page import help_page
 
+            if {"-h", "--help"}.intersection(arguments):
+                print(help_page(name), end="")
+                return
             run_entry_point(("-m", module), arguments)
         importlib.import_module(module).main()
     else:

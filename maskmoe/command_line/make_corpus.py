@@ -15,7 +15,8 @@ import random
 from pathlib import Path
 
 from maskmoe.arguments import ranges
-from maskmoe.arguments.parser import add_force_argument, add_option, add_seed_argument, command_parser
+from maskmoe.arguments.commands import add_force_argument, add_seed_argument, command_parser
+from maskmoe.arguments.parser import add_option
 from maskmoe.data.default_corpus import default_corpus
 from maskmoe.errors import UserError
 from maskmoe.files.outputs import atomic_output, check_outputs

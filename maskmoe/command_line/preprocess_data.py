@@ -27,7 +27,7 @@ from pathlib import Path
 from typing import Any
 
 from maskmoe.arguments import ranges
-from maskmoe.arguments.parser import add_force_argument, add_workers_argument, command_parser
+from maskmoe.arguments.commands import add_force_argument, add_workers_argument, command_parser
 from maskmoe.data.dataset_writing import IndexedDatasetWriter, merge_datasets
 from maskmoe.data.inputs import FORMATS, Shard, unescape
 from maskmoe.data.preprocess import preprocess

@@ -17,7 +17,8 @@ from functools import cache
 from pathlib import Path
 
 from maskmoe.arguments import ranges
-from maskmoe.arguments.parser import add_option, command_parser
+from maskmoe.arguments.commands import command_parser
+from maskmoe.arguments.parser import add_option
 from maskmoe.errors import UserError
 
 

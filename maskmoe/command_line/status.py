@@ -8,7 +8,7 @@ Example:
 
 from pathlib import Path
 
-from maskmoe.arguments.parser import command_parser
+from maskmoe.arguments.commands import command_parser
 from maskmoe.files.paths import check_folder
 
 

@@ -13,7 +13,8 @@ Example:
 from collections.abc import Iterator, Sequence
 
 from maskmoe.arguments import ranges
-from maskmoe.arguments.parser import add_force_argument, add_option, add_seed_argument, command_parser
+from maskmoe.arguments.commands import add_force_argument, add_seed_argument, command_parser
+from maskmoe.arguments.parser import add_option
 from maskmoe.command_line.preprocess_data import add_text_arguments
 from maskmoe.data.documents import progress_bar, read_blocks
 from maskmoe.data.inputs import Input, find_inputs

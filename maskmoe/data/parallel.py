@@ -12,7 +12,7 @@ from functools import partial
 from itertools import chain, islice
 
 from maskmoe.errors import RunFailure, UserError
-from maskmoe.processes.interruption import SIGNALS_THAT_END_TOOLS, deferring_signals
+from maskmoe.processes.signals import SIGNALS_THAT_END_TOOLS, deferring_signals
 
 _TASKS_PER_WORKER = 16
 

@@ -9,7 +9,8 @@ from itertools import batched, islice
 import numpy as np
 
 from maskmoe.errors import UserError
-from maskmoe.processes.interruption import SIGNALS_THAT_END_TOOLS, handling_signals
+from maskmoe.processes.interruption import handling_signals
+from maskmoe.processes.signals import SIGNALS_THAT_END_TOOLS
 
 # The trainer takes lines and refuses lines with tabs, which it uses itself. "\n" and "\t" become byte tokens instead.
 _SEPARATORS = re.compile(r"[\n\t]")

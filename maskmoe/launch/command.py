@@ -13,7 +13,7 @@ from maskmoe.files.run_folder import CHECKPOINTS, RUN_FOLDER_VARIABLE, TENSORBOA
 from maskmoe.launch.machine import GPU_ENVIRONMENT, Route
 from maskmoe.launch.model_file import Flags
 from maskmoe.launch.options import Options
-from maskmoe.processes.interruption import SHUTDOWN_VARIABLE, SIGNALS_THAT_END
+from maskmoe.processes.signals import SHUTDOWN_VARIABLE, SIGNALS_THAT_END
 
 ENTRY_POINT_ENVIRONMENT = {
     **GPU_ENVIRONMENT,

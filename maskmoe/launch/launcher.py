@@ -27,8 +27,6 @@ from maskmoe.launch.machine import find_devices, route_to
 from maskmoe.launch.model_file import ModelFile
 from maskmoe.launch.options import Options, parse_options
 
-_HELP_FLAGS = {"-h", "--help", "--help-all"}
-
 
 def launch(program: str, arguments: Sequence[str]) -> None:
     """Launch one node's part of a run: this process becomes torchrun, whose exit code is that of the run.
@@ -62,7 +60,7 @@ def launch(program: str, arguments: Sequence[str]) -> None:
 
 
 def run_entry_point(entry: Sequence[str], arguments: Sequence[str]) -> NoReturn:
-    """Run an entry point as ranks on this machine: this process becomes torchrun, or the entry point for its help.
+    """Run an entry point as ranks on this machine: this process becomes torchrun, or the entry point for `--help-all`.
 
     Args:
         entry: What every rank runs, see `maskmoe.launch.command.entry_point`.
@@ -73,10 +71,10 @@ def run_entry_point(entry: Sequence[str], arguments: Sequence[str]) -> NoReturn:
         UserError: `--nproc-per-node` has no valid value.
     """
     parser = OneLineParser(add_help=False)
-    parser.add_argument("--nproc-per-node", type=ranges.RANKS_OF_NODE)
+    parser.add_argument("--nproc-per-node", type=ranges.PROCESSES)
     own, remaining = parser.parse_known_args(arguments)
     words = (sys.executable, *entry, *remaining)
-    if not _HELP_FLAGS.intersection(remaining):
+    if "--help-all" not in remaining:
         processes = own.nproc_per_node or find_devices().num_gpus or 1
         words = standalone_command(processes, entry, remaining, ("--local-addr", "127.0.0.1"))
     _become(Command(words, unset_variables(ENTRY_POINT_ENVIRONMENT, os.environ)))

@@ -7,10 +7,10 @@ from functools import partial
 from pathlib import Path
 
 from maskmoe.arguments import ranges
-from maskmoe.arguments.parser import Parser
+from maskmoe.arguments.commands import Parser
 from maskmoe.errors import UserError
 from maskmoe.files.paths import RUNS, shipped_file
-from maskmoe.processes.interruption import SHUTDOWN_TIMEOUT
+from maskmoe.processes.signals import SHUTDOWN_TIMEOUT
 
 DEFAULT_PORT = 29400
 
@@ -130,15 +130,13 @@ def options_parser(program: str, environment: Mapping[str, str]) -> Parser:
     nodes = "number of nodes; with MIN:MAX, torchrun restarts all ranks when a node is lost, returns or joins"
     add("--nodes", "N", _node_range, "NNODES", nodes, "1")
     add("--node-rank", "R", ranges.NUMBER, "NODE_RANK", "number of this node, from 0")
-    add("--nproc-per-node", "N", ranges.RANKS_OF_NODE, "NPROC_PER_NODE", ranks)
+    add("--nproc-per-node", "N", ranges.PROCESSES, "NPROC_PER_NODE", ranks)
     add("--rendezvous", "HOST:PORT", _address, "RDZV_ENDPOINT", address)
     add("--rendezvous-id", "ID", str, "RDZV_ID", "name of the job, equal on all nodes (default: the run folder)")
-    add(
-        "--rendezvous-timeout", "SECONDS", ranges.SECONDS, "RDZV_TIMEOUT", "how long the nodes wait for each other", 600
-    )
+    add("--rendezvous-timeout", "SECONDS", ranges.COUNT, "RDZV_TIMEOUT", "how long the nodes wait for each other", 600)
     add("--max-restarts", "M", ranges.NUMBER, "MAX_RESTARTS", "how often failed ranks are restarted", 3)
     saving = "how long ranks may take for a last checkpoint"
-    add("--shutdown-timeout", "SECONDS", ranges.SECONDS, "SHUTDOWN_TIMEOUT", saving, SHUTDOWN_TIMEOUT)
+    add("--shutdown-timeout", "SECONDS", ranges.COUNT, "SHUTDOWN_TIMEOUT", saving, SHUTDOWN_TIMEOUT)
     add(
         "--run-dir", "DIR", Path, "RUN_DIR", "folder for checkpoints, TensorBoard events and logs (default: runs/MODEL)"
     )
@@ -153,7 +151,7 @@ def options_parser(program: str, environment: Mapping[str, str]) -> Parser:
 
 def _node_range(text: str) -> NodeRange:
     least, _, most = text.partition(":")
-    nodes = NodeRange(ranges.NODES(least), ranges.NODES(most or least))
+    nodes = NodeRange(ranges.RANKS(least), ranges.RANKS(most or least))
     if nodes.least > nodes.most or text.endswith(":"):
         raise argparse.ArgumentTypeError(f"must be N, or MIN:MAX with MIN up to MAX, not {text!r}")
     return nodes

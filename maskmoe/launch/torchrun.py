@@ -24,8 +24,9 @@ from torch.distributed.elastic.multiprocessing.errors import ChildFailedError, P
 from torch.distributed.elastic.rendezvous import RendezvousClosedError, RendezvousError, RendezvousTimeoutError
 from torch.distributed.launcher import api
 
-from maskmoe.processes.interruption import EXIT_REQUEUE, SIGNALS_THAT_END
+from maskmoe.processes.interruption import EXIT_REQUEUE
 from maskmoe.processes.run_tool import EXIT_BAD_INPUT, EXIT_RUN_FAILURE
+from maskmoe.processes.signals import SIGNALS_THAT_END
 
 _FAILED_RANKS_TIMEOUT = 30  # seconds until ranks that outlive a failed rank are killed
 _ANSWER_TIMEOUT = 60.0  # seconds for an answer of node 0

@@ -38,13 +38,13 @@ def global_args(args: Namespace) -> Iterator[None]:
 
 
 def set_globals_without_writers(args: Namespace) -> None:
-    """Set all global variables but the writers, which would write files before all settings are checked.
+    """Set all global variables but the tokenizer, which exists, and the writers, which open when all is checked.
 
     One-logger, which only NVIDIA has, stays off.
     """
     writers = ("_set_tensorboard_writer", "_set_wandb_writer", "_set_one_logger")
     with replacing(global_vars, **dict.fromkeys(writers, lambda args: None)):
-        global_vars.set_global_variables(args)
+        global_vars.set_global_variables(args, build_tokenizer=False)
 
 
 def open_writers(args: Namespace) -> None:

@@ -1,4 +1,4 @@
-"""The signals that stop a run, the exit codes of a stopped run, and steps that must not be interrupted."""
+"""The signals that stop a run, and its exit code."""
 
 import signal
 import threading
@@ -9,22 +9,10 @@ from types import FrameType
 SIGNALS_THAT_SAVE = (signal.SIGTERM, signal.SIGUSR1)
 """The signals after which a rank saves a checkpoint: Slurm, Kubernetes and torchrun announce a stop by them."""
 
-SIGNALS_THAT_END = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGQUIT, signal.SIGUSR1)
-"""The signals after which a launcher stops the run. The launcher sends `SIGTERM` to the ranks for each of them."""
-
-SIGNALS_THAT_END_TOOLS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
-"""The signals that end a command that is no training."""
-
-Handler = Callable[[int, FrameType | None], object] | signal.Handlers
-
-SHUTDOWN_TIMEOUT = 600
-"""The seconds for which a launcher waits, by default, for a last checkpoint after a signal."""
-
-SHUTDOWN_VARIABLE = "TORCH_ELASTIC_SHUTDOWN_TIMEOUT"
-"""torch's environment variable for these seconds."""
-
 EXIT_REQUEUE = 75
 """A signal stopped the run, which saved a checkpoint and can resume. The code is `EX_TEMPFAIL` of sysexits.h."""
+
+Handler = Callable[[int, FrameType | None], object] | signal.Handlers
 
 
 @contextmanager
@@ -44,19 +32,3 @@ def handling_signals(numbers: Iterable[signal.Signals], handler: Handler) -> Ite
     finally:
         for number, earlier in before.items():
             signal.signal(number, earlier)
-
-
-@contextmanager
-def deferring_signals() -> Iterator[None]:
-    """Hold SIGINT, SIGTERM and SIGHUP back until the block ends; then handle them as before the block.
-
-    Use a short block: nothing reacts to Ctrl-C inside it. Do not block signals by the thread's mask: `multiprocessing`
-    unblocks SIGINT and SIGTERM when it starts its resource tracker. Outside the main thread nothing changes.
-    """
-    received: list[int] = []
-    try:
-        with handling_signals(SIGNALS_THAT_END_TOOLS, lambda number, _frame: received.append(number)):
-            yield
-    finally:
-        for number in received:
-            signal.raise_signal(number)

@@ -4,10 +4,6 @@ import ctypes
 import os
 import signal
 import sys
-from collections.abc import Iterable
-from contextlib import suppress
-
-import psutil
 
 # A constant of <sys/prctl.h>.
 _PR_SET_PDEATHSIG = 1
@@ -23,10 +19,3 @@ def end_with_parent(parent: int, by: signal.Signals = signal.SIGKILL) -> None:
         # The kernel does not report a parent that exited before the call.
         if os.getppid() != parent:
             os.kill(os.getpid(), by)
-
-
-def send_signal(processes: Iterable[psutil.Process], number: signal.Signals) -> None:
-    """Send a signal to those of the processes that still exist."""
-    for process in processes:
-        with suppress(psutil.NoSuchProcess):
-            process.send_signal(number)

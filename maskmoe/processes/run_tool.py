@@ -64,18 +64,14 @@ def run_tool(main: Callable[[], None]) -> None:
 
 @contextmanager
 def _describing_refusals() -> Iterator[None]:
-    """Turn an error of the operating system, and a lack of transformers, into an error of one line.
+    """Turn an error of the operating system into an error of one line.
 
     Raises:
-        UserError: A file cannot be used, or transformers is not installed.
+        UserError: A file cannot be used.
         RunFailure: The operating system has no space or files left, or a device fails.
     """
     try:
         yield
-    except ModuleNotFoundError as error:
-        if error.name != "transformers":
-            raise
-        raise UserError("transformers is not installed: run pip install '.[hf]' in the repository") from error
     except BrokenPipeError:
         raise
     except OSError as error:

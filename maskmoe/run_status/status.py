@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     from tensorboard.backend.event_processing.event_accumulator import ScalarEvent
 
 _MOST_BYTES = 1 << 24  # of the file of arguments: a blend of thousands of datasets takes more than 1 MiB
-_TRAIN_ITERS = re.compile(rb"^# train_iters: (\d{1,15})$", re.MULTILINE)
+_TRAIN_ITERS = re.compile(rb"^(?:# )?train_iters: (\d{1,15})$", re.MULTILINE)
 _RECENT = 100  # values from which the speed is measured
 
 

@@ -17,12 +17,11 @@ _PROGRAMS = {
 
 
 def help_page(name: str) -> str:
-    """Return what `--help` of an entry point prints.
+    """Return what `maskmoe pretrain --help` and `maskmoe evaluate --help` print about the flags of a run.
 
     Args:
-        name: Name of the entry point, such as `pretrain`. `check` is a flag of `pretrain` for users.
+        name: `pretrain` or `evaluate`.
     """
-    name = "pretrain" if name == "check" else name
     description, *providers = _PROGRAMS[name]
     parser = argparse.ArgumentParser(
         usage=f"torchrun --nproc-per-node N -m maskmoe.training.{name} [flags]",

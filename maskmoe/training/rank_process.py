@@ -1,31 +1,22 @@
-"""Runs an entry point as a rank: its console, its help, and its end."""
+"""Runs an entry point as a rank: its console, and its end."""
 
 import atexit
 import logging
 import os
 import sys
+import warnings
 from collections.abc import Callable
+from contextlib import suppress
 
 from maskmoe.errors import RunFailure, UserError
-from maskmoe.processes.console import console, hide_foreign_warnings
+from maskmoe.processes.console import console
 from maskmoe.processes.run_tool import run_tool
 
-_HELP_FLAGS = {"-h", "--help"}
-_FULL_HELP_FLAG = "--help-all"
+_HELP_FLAGS = {"-h", "--help", "--help-all"}
 
 
 def run_rank(main: Callable[[], None], name: str) -> None:
-    """Run the entry point `main` of this process, which is a rank, and exit with its exit code.
-
-    `--help` prints a page without importing PyTorch and Megatron-Core; `--help-all` prints all of Megatron's flags.
-    """
-    flags = {word.partition("=")[0] for word in sys.argv[1:]}
-    if _HELP_FLAGS & flags:
-        # Only now: other runs do not need the page.
-        from maskmoe.training.help_page import help_page
-
-        run_tool(lambda: print(help_page(name), end=""))
-        return
+    """Run the entry point `main` of this process, which is a rank, and exit with its exit code."""
     code: int | None = None  # until this function sees the end
 
     def leave() -> None:
@@ -35,14 +26,15 @@ def run_rank(main: Callable[[], None], name: str) -> None:
         """
         if code is not None:
             logging.shutdown()
-            for stream in (sys.stdout, sys.stderr):
-                stream.flush()
+            for stream in (console.result, sys.stderr):
+                with suppress(OSError):
+                    stream.flush()
             os._exit(code)
 
     # Exit handlers run in the reverse order of their registration: register first, to run last.
     atexit.register(leave)
     # The report of a check, and the help, are the output of the process.
-    if name != "check" and _FULL_HELP_FLAG not in flags:
+    if name != "check" and _HELP_FLAGS.isdisjoint(sys.argv[1:]):
         console.route(sys.stdout if name == "pretrain" else sys.stderr)
     try:
         run_tool(lambda: _run_with_last_lines(main))
@@ -66,7 +58,7 @@ def prepare_rank() -> None:
 
 def prepare_helper() -> None:
     """Prepare a process that Megatron has spawned from a rank, such as the writer of checkpoints."""
-    hide_foreign_warnings()
+    warnings.simplefilter("ignore")
     from maskmoe.megatron_compat import prepare_process
 
     prepare_process()
@@ -79,5 +71,5 @@ def _run_with_last_lines(main: Callable[[], None]) -> None:
     finally:
         error = sys.exception()
         is_success = isinstance(error, SystemExit) and error.code in (None, 0)
-        if not (is_success or isinstance(error, UserError | RunFailure | None)):
-            console.show_last_lines()
+        if console.log is not None and not (is_success or isinstance(error, UserError | RunFailure | None)):
+            sys.stderr.write(console.log.last_lines())

@@ -46,12 +46,12 @@ from maskmoe.training.resume.choose_checkpoint import checkpoint_to_load
 from maskmoe.training.run_checks import RunSettings, parse_and_check_args
 from maskmoe.training.settings.arguments import add_pretraining_arguments
 from maskmoe.training.watch.callback import Callback, Step
-from maskmoe.training.watch.early_ends import FiniteStepCheck, SaveOnSignals, explaining_early_ends
+from maskmoe.training.watch.early_ends import FiniteStepCheck, SaveOnSignals, report_early_end
 from maskmoe.training.watch.progress import Progress
 from maskmoe.training.watch.routing_log import RoutingLog
 from maskmoe.training.watch.spikes import SpikeWatch
 from maskmoe.training.watch.start_of_run import StartOfRun
-from maskmoe.training.watch.writers import EventFiles, take_run_id
+from maskmoe.training.watch.writers import flush_event_files, take_run_id
 
 straggler_detector = StragglerDetector()
 """Times micro-batches if Megatron has switched it on for `--log-straggler`; there is one in a process."""
@@ -102,15 +102,12 @@ class Trainer:
         # What accompanies the run. At its end, the callbacks are called in the reverse order.
         self.callbacks += [
             Progress(args),
-            EventFiles(),
             StartOfRun(args, self._mask, self._run_folder),
             self._save_on_signals,
             FiniteStepCheck(args),
+            *([RoutingLog(args, self._mask)] if self._mask is not None else []),
+            SpikeWatch(args),
         ]
-        if self._mask is not None:
-            self.callbacks.append(RoutingLog(args, self._mask))
-        if args.spike_action != "none":
-            self.callbacks.append(SpikeWatch(args))
         self._load_states()
         self._connect_hooks()
         # Megatron's settings.
@@ -122,7 +119,7 @@ class Trainer:
         # Megatron skips its last save if the last iteration is a multiple of this interval. Make it always save:
         # `CheckpointSaver` drops duplicates.
         config.checkpoint.save_interval = sys.maxsize
-        with self._accompanied(), temporary_process_groups(), explaining_early_ends(args):
+        with self._accompanied(), temporary_process_groups(), report_early_end(args):
             if args.async_save and args.async_strategy == "mcore":
                 start_writers(args.rank)
             console.load("building the model")
@@ -211,3 +208,4 @@ class Trainer:
             error = sys.exception()
             for callback in reversed(self.callbacks):
                 callback.on_end(error)
+            flush_event_files()

@@ -12,10 +12,8 @@ from maskmoe.errors import UserError
 
 def parse_training(parser: argparse.ArgumentParser, words: Sequence[str]) -> argparse.Namespace:
     """Parse a command line of training as a run and `--check` do first. Raises UserError."""
-    from maskmoe.arguments.parser import refuse_unknown_flags
     from maskmoe.errors import megatrons_checks
 
-    refuse_unknown_flags(parser, words)
     with megatrons_checks():
         return parser.parse_args(words)
 

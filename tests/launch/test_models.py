@@ -27,7 +27,7 @@ from maskmoe.errors import UserError
 from maskmoe.launch import launcher
 from maskmoe.launch.model_file import ModelFile
 from maskmoe.routing_mask.assignment import MaskRecipe, build_routing_mask
-from maskmoe.training.preflight.inspection import Inspection
+from maskmoe.training.preflight.inspection import check_run, report_on
 
 MODELS = sorted((ROOT / "launch" / "models").glob("*.yaml"))
 QUICK = ("laptop", "12l-768d-dense")
@@ -70,8 +70,9 @@ def answer(ranks: int) -> dict[str, Any]:
     with contextlib.redirect_stdout(io.StringIO()) as printed, warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
         warnings.simplefilter("ignore", DeprecationWarning)  # Megatron's code causes them for any settings
-        inspection = Inspection(ranks)
-        report = inspection.report()
+        errors = []
+        checks = check_run(ranks, errors)
+        report = report_on(checks, errors)
     logging.getLogger().removeHandler(collector)
     messages = [*collector.messages, *(str(warning.message) for warning in caught)]
     messages += [line for line in printed.getvalue().splitlines() if "warn" in line.lower()]

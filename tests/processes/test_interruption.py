@@ -4,7 +4,7 @@ from types import FrameType
 
 import pytest
 
-from maskmoe.processes.interruption import deferring_signals
+from maskmoe.processes.signals import deferring_signals
 
 
 def interrupt_and(finish: Callable[[], None]) -> None:

@@ -7,9 +7,8 @@ import sys
 import time
 
 import pytest
-from support.paths import EXPORTED_MODEL, ROOT
+from support.paths import ROOT
 
-from maskmoe.command_line import main as maskmoe_program
 from maskmoe.errors import RunFailure, UserError
 from maskmoe.processes.run_tool import run_tool
 
@@ -38,16 +37,6 @@ def no_rank(monkeypatch):
 def test_error_of_the_system_is_one_line(monkeypatch, capsys, number, code):
     assert run_failing(OSError(number, os.strerror(number), "data/config.json"), monkeypatch) == code
     assert capsys.readouterr().err == f"error: data/config.json: {os.strerror(number)}\n"
-
-
-def test_lack_of_transformers_is_reported_in_one_line(monkeypatch, capsys):
-    monkeypatch.setattr(sys, "argv", ["maskmoe", "generate", "--load", str(EXPORTED_MODEL), "--prompt", "a"])
-    monkeypatch.setitem(sys.modules, "transformers", None)  # an import fails
-    with pytest.raises(SystemExit) as end:
-        maskmoe_program.main()
-    assert end.value.code == 2
-    error = "error: transformers is not installed: run pip install '.[hf]' in the repository\n"
-    assert capsys.readouterr().err.endswith(error)
 
 
 @pytest.mark.parametrize(

@@ -13,7 +13,8 @@ from pathlib import Path
 
 import pytest
 
-from maskmoe.processes.interruption import SIGNALS_THAT_END, Handler
+from maskmoe.processes.interruption import Handler
+from maskmoe.processes.signals import SIGNALS_THAT_END
 
 
 def wait_until(

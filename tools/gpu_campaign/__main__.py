@@ -12,7 +12,7 @@ from pathlib import Path
 
 import psutil
 
-from maskmoe.arguments.parser import Parser
+from maskmoe.arguments.commands import Parser
 from maskmoe.errors import RunFailure, UserError
 from maskmoe.processes.run_tool import run_tool
 

@@ -18,7 +18,7 @@ from gpu_campaign.page import render_page
 from gpu_campaign.results import Campaign, Findings, Status, StepResult
 from gpu_campaign.step import Command, Context, Step
 from maskmoe.files.outputs import write_text
-from maskmoe.processes.lifetimes import end_with_parent, send_signal
+from maskmoe.processes.lifetimes import end_with_parent
 
 _LINES_OF_END, _CHARACTERS_OF_END = 60, 6000
 _SECONDS_TO_REPORT = 10
@@ -162,15 +162,22 @@ def _interrupt(process: subprocess.Popen) -> None:
     process.send_signal(signal.SIGINT)
     with suppress(subprocess.TimeoutExpired):
         process.wait(_SECONDS_TO_REPORT)
-    send_signal(children, signal.SIGKILL)
+    _kill_all(children)
 
 
 def _kill(process: subprocess.Popen) -> None:
     """Kill a process with all processes that it has started."""
     if process.poll() is None:
         family = psutil.Process(process.pid)
-        send_signal([family, *family.children(recursive=True)], signal.SIGKILL)
+        _kill_all([family, *family.children(recursive=True)])
         process.wait()
+
+
+def _kill_all(processes: Sequence[psutil.Process]) -> None:
+    """Kill those of the processes that still exist."""
+    for process in processes:
+        with suppress(psutil.NoSuchProcess):
+            process.kill()
 
 
 def _end_of(log: Path) -> str:

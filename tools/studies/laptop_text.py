@@ -31,7 +31,8 @@ from typing import Annotated, Literal
 from pydantic import BaseModel, BeforeValidator, ValidationError
 from tqdm import tqdm
 
-from maskmoe.arguments.parser import OneLineParser, add_force_argument
+from maskmoe.arguments.commands import add_force_argument
+from maskmoe.arguments.parser import OneLineParser
 from maskmoe.data.default_corpus import MAX_FILE_BYTES, MIN_FILE_BYTES, is_written_by_people
 from maskmoe.errors import UserError
 from maskmoe.files.json_files import first_problem

@@ -36,7 +36,8 @@ from dispatch_simulation import Simulation
 from dispatch_traffic import Cluster, Link, Workload
 
 from maskmoe.arguments import ranges
-from maskmoe.arguments.parser import add_force_argument, add_option, add_seed_argument, command_parser
+from maskmoe.arguments.commands import add_force_argument, add_seed_argument, command_parser
+from maskmoe.arguments.parser import add_option
 from maskmoe.data.indexed_dataset import dataset_files, open_tokens
 from maskmoe.errors import UserError
 from maskmoe.files.outputs import atomic_output, check_outputs
@@ -59,24 +60,24 @@ def parse_arguments() -> argparse.Namespace:
     model = parser.add_argument_group("model")
     topk = "experts of a token; give several to compare them"
     add_option(model, "--topk K", topk, ranges.EXPERTS, nargs="+", required=True)
-    add_option(model, "--hidden-size H", "elements of a hidden state", ranges.HIDDEN_SIZE, required=True)
+    add_option(model, "--hidden-size H", "elements of a hidden state", ranges.COUNT, required=True)
     size = "bytes of an element of a hidden state, 2 in bf16"
-    add_option(model, "--bytes-per-element B", size, ranges.ELEMENT_BYTES, default=2)
+    add_option(model, "--bytes-per-element B", size, ranges.COUNT, default=2)
 
     cluster = parser.add_argument_group("cluster")
     sizes, default = "numbers of GPUs to compare (default: 8, 16, … 4096)", tuple(8 << power for power in range(10))
     cluster.add_argument("--num-gpus", type=ranges.RANKS, nargs="+", default=default, metavar="G", help=sizes)
-    add_option(cluster, "--gpus-per-node G", "GPUs of a node", ranges.RANKS_OF_NODE, default=8)
+    add_option(cluster, "--gpus-per-node G", "GPUs of a node", ranges.PROCESSES, default=8)
     ranks = "number of expert-parallel ranks, limited to the number of GPUs (default: all GPUs)"
     add_option(cluster, "--expert-model-parallel-size E", ranks, ranges.RANKS)
     bandwidth = "bandwidth of a GPU to GPUs of its node, in each direction"
-    add_option(cluster, "--intra-node-bandwidth GB/s", bandwidth, ranges.BANDWIDTH, default=450)
+    add_option(cluster, "--intra-node-bandwidth GB/s", bandwidth, ranges.Number(1e-9, 1e9, float), default=450)
     latency = "constant time of a message to GPUs of its node"
-    add_option(cluster, "--intra-node-latency µs", latency, ranges.LATENCY, default=1)
+    add_option(cluster, "--intra-node-latency µs", latency, ranges.Number(0, 1e9, float), default=1)
     bandwidth = "bandwidth of a GPU to other nodes, in each direction"
-    add_option(cluster, "--inter-node-bandwidth GB/s", bandwidth, ranges.BANDWIDTH, default=50)
+    add_option(cluster, "--inter-node-bandwidth GB/s", bandwidth, ranges.Number(1e-9, 1e9, float), default=50)
     latency = "constant time of a message to other nodes"
-    add_option(cluster, "--inter-node-latency µs", latency, ranges.LATENCY, default=2)
+    add_option(cluster, "--inter-node-latency µs", latency, ranges.Number(0, 1e9, float), default=2)
 
     add_option(parser, "--output F", "file for the results in bytes and seconds, .csv", Path)
     add_option(parser, "--plot F", "file for a plot of the results, .png", Path)

@@ -19,7 +19,8 @@ import numpy as np
 from tqdm import tqdm
 
 from maskmoe.arguments import ranges
-from maskmoe.arguments.parser import add_force_argument, add_option, add_seed_argument, command_parser
+from maskmoe.arguments.commands import add_force_argument, add_seed_argument, command_parser
+from maskmoe.arguments.parser import add_option
 from maskmoe.command_line.build_routing_mask import describe_imbalance, read_mask, warn_of_overload
 from maskmoe.errors import UserError
 from maskmoe.files.outputs import atomic_output, check_outputs

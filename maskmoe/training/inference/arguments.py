@@ -2,7 +2,8 @@
 
 from argparse import ArgumentParser
 
-from maskmoe.arguments.parser import add_force_argument, add_option
+from maskmoe.arguments.commands import add_force_argument
+from maskmoe.arguments.parser import add_option
 from maskmoe.training.settings.arguments import replace_help
 
 SPLITS = ("train", "valid", "test")

@@ -12,7 +12,6 @@ from typing import Any
 
 import torch
 from megatron.core.datasets.utils import Split
-from megatron.training import print_rank_0
 from pydantic_core import to_jsonable_python
 
 from maskmoe.data.indexed_dataset import dataset_files
@@ -129,7 +128,6 @@ def evaluate(args: argparse.Namespace, model: torch.nn.Module, frequency: TokenF
     if 0 < limit < num_samples[0]:
         console.say(f"note: --eval-iters {args.eval_iters}: {limit:,} of {num_samples[0]:,} samples are evaluated")
         num_samples = [limit]
-    console.end_of_loading()
 
     # Add up the losses and the tokens of each band, and the tokens of each expert.
     for module in model.modules():
@@ -190,6 +188,8 @@ def main(builder: type[StageBuilder] | None = None) -> None:
         model = load_model(args, builder)
         results = evaluate(args, model, frequency)
         content = json.dumps(to_jsonable_python(results, inf_nan_mode="null"), indent=2, allow_nan=False)
-        if args.output is not None and torch.distributed.get_rank() == 0:
-            write_text(args.output, content + "\n")
-        print_rank_0(results.table())  # last, since nobody may read it: `| head`
+        if torch.distributed.get_rank() == 0:
+            if args.output is not None:
+                write_text(args.output, content + "\n")
+            # Last, since nobody may read it: `| head`.
+            print(results.table(), file=console.result, flush=True)

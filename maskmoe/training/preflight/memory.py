@@ -35,8 +35,8 @@ ESTIMATED = {
 }
 _FP32_BYTES = 4
 _ID_BYTES = 8
-# The moments that each optimizer keeps for a parameter. Other optimizers keep at most as much as Adam.
-_STATES = {"adam": ("exp_avg_dtype", "exp_avg_sq_dtype"), "lion": ("exp_avg_dtype",)}
+# The moments that Adam keeps for a parameter. Other optimizers keep at most as much.
+_MOMENTS = ("exp_avg_dtype", "exp_avg_sq_dtype")
 
 
 @dataclass(frozen=True)
@@ -144,16 +144,15 @@ def bytes_of_parameter(args: Namespace) -> tuple[int, int, int]:
     state consists of moments, and of a main copy unless the parameter is fp32.
     """
     weight = args.params_dtype.itemsize
-    states = _STATES.get(args.optimizer, _STATES["adam"])
     if args.use_precision_aware_optimizer:
         main = args.main_params_dtype.itemsize
         if args.bf16 and args.main_params_dtype == torch.float32:
             # No flag turns `store_param_remainders` off: the main copy holds only the bits that bf16 lacks.
             main -= weight
-        moments = sum(getattr(args, name).itemsize for name in states)
+        moments = sum(getattr(args, name).itemsize for name in _MOMENTS)
     else:
         main = _FP32_BYTES if weight < _FP32_BYTES else 0
-        moments = _FP32_BYTES * len(states)
+        moments = _FP32_BYTES * len(_MOMENTS)
     return weight, _FP32_BYTES if args.accumulate_allreduce_grads_in_fp32 else weight, main + moments
 
 

@@ -3,13 +3,16 @@
 import os
 import re
 import sys
-from argparse import ArgumentParser
+from argparse import ArgumentParser, ArgumentTypeError
 from collections.abc import Mapping
 from pathlib import Path
 from types import MethodType
+from typing import TYPE_CHECKING
 
-from maskmoe.arguments import ranges
 from maskmoe.arguments.parser import OneLineParser, add_option
+
+if TYPE_CHECKING:
+    from maskmoe.megatron_compat.gpu import GpuPackages
 
 
 def add_maskmoe_flags(parser: ArgumentParser) -> ArgumentParser:
@@ -72,13 +75,14 @@ def _escape_percent_signs_in_help(parser: ArgumentParser) -> None:
         action.help = action.help and re.sub(r"(?<!%)%(?![%(])", "%%", action.help)
 
 
-def add_maskmoe_arguments(parser: ArgumentParser) -> ArgumentParser:
+def add_maskmoe_arguments(parser: ArgumentParser, packages: "GpuPackages | None" = None) -> ArgumentParser:
     """Add the `MaskMoE` group to Megatron's parser and change some defaults; pass as `extra_args_provider`.
 
     The router computes in fp32, tokens reach experts by all-to-all, and the coefficient of the load-balancing loss is
     1e-2. `--eval-interval` gets a default, without which Megatron-Core 0.19 fails. Checkpoints of the distributed
     optimizer are saved in the form that loads into any layout. On a machine without CUDA, fusions and the NCCL backend
-    are off. On a GPU, the defaults are the fastest ones that work with the installed packages.
+    are off. On a GPU, the defaults are the fastest ones that work with the installed packages, or with other `packages`
+    of the machines that train.
     """
     # Only now: `--help` does not wait for PyTorch, which these modules import.
     from maskmoe.megatron_compat import cpu
@@ -110,8 +114,10 @@ def add_maskmoe_arguments(parser: ArgumentParser) -> ArgumentParser:
         stream_ckpt_dequant=False,
         change_routing_mask=False,  # only training has the flag
     )
-    defaults = cpu.argument_defaults() if cpu.is_installed() else GpuPackages.installed().argument_defaults()
-    parser.set_defaults(**defaults)
+    if packages is None and cpu.is_installed():
+        parser.set_defaults(**cpu.argument_defaults())
+    else:
+        parser.set_defaults(**(packages or GpuPackages.installed()).argument_defaults())
     return parser
 
 
@@ -129,28 +135,19 @@ def add_pretraining_arguments(parser: ArgumentParser) -> ArgumentParser:
         "--keep-last-checkpoints N",
         "keep the newest N checkpoints in --save and the multiples of --save-retain-interval, and remove all others; "
         "by default all checkpoints are kept",
-        ranges.COUNT,
+        _positive,
     )
-    group = parser.add_argument_group(title="spikes and collapsed routing")
-    group.add_argument(
-        "--spike-action",
-        choices=["report", "none"],
-        default="report",
-        help="report: report each step whose loss or gradient norm is off, which means far from the values of the "
-        "steps before. none: do not judge steps (default: report)",
-    )
+    group = parser.add_argument_group(title="spikes and idle experts")
     deviations = (
-        "a value is off if it is more than D robust deviations above or below the median of the steps before. A robust "
-        "deviation is 1.4826 times the median absolute deviation, and at least 0.5%% of the median"
+        "report a step whose loss or gradient norm is more than D robust deviations above or below the median of the "
+        "steps before. A robust deviation is 1.4826 times the median absolute deviation, and at least 0.5%% of the "
+        "median. inf: report no step"
     )
     window = "the number of steps before that a step is compared with; with fewer than half of them, no step is judged"
-    intervals = (
-        "report an expert that got no token in N log intervals in a row, and a MoE layer whose routing entropy was 0 "
-        "in all of them; 0: never"
-    )
-    add_option(group, "--spike-deviations D", deviations, ranges.Number(0, is_above=True), default=15.0)
-    add_option(group, "--spike-window STEPS", window, ranges.WholeNumber(2, 100_000), default=128)
-    add_option(group, "--collapse-intervals N", intervals, ranges.WholeNumber(0), default=10)
+    intervals = "report an expert that got no token in N log intervals in a row; 0: never"
+    add_option(group, "--spike-deviations D", deviations, float, default=15.0)
+    add_option(group, "--spike-window STEPS", window, _positive, default=128)
+    add_option(group, "--collapse-intervals N", intervals, int, default=10)
     parser.set_defaults(
         exit_signal_handler=True,
         log_timers_to_tensorboard=True,  # the status shows the time of an iteration
@@ -166,7 +163,7 @@ def add_check_arguments(parser: ArgumentParser) -> ArgumentParser:
     parser.add_argument(
         "--check",
         metavar="RANKS",
-        type=ranges.RANKS,
+        type=_positive,
         nargs="?",
         const=os.environ.get("WORLD_SIZE", "1"),
         help="do not train. Check the other arguments and all files for a run of RANKS processes, one for each GPU, by "
@@ -179,6 +176,13 @@ def add_check_arguments(parser: ArgumentParser) -> ArgumentParser:
     force = "replace the file in --json if it exists; an input is never replaced"
     parser.add_argument("--force", action="store_true", help=force)
     return parser
+
+
+def _positive(text: str) -> int:
+    """Convert the word of a command line to a whole number of at least 1. Raises ArgumentTypeError."""
+    if not text.isdecimal() or int(text) < 1:
+        raise ArgumentTypeError(f"must be a whole number of at least 1, not {text!r}")
+    return int(text)
 
 
 def replace_help(parser: ArgumentParser, texts: Mapping[str, str]) -> None:

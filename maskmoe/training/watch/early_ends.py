@@ -6,14 +6,12 @@ import os
 import shutil
 import signal
 import sys
-import time
 from argparse import Namespace
 from collections.abc import Iterator
 from contextlib import contextmanager
 
 import torch
 from megatron.core import rerun_state_machine
-from megatron.training import training
 from torch.distributed.checkpoint.api import CheckpointException
 
 from maskmoe.checkpoint.saver import SaveError, describe_failures
@@ -88,10 +86,10 @@ class FiniteStepCheck(Callback):
 
 
 @contextmanager
-def explaining_early_ends(args: Namespace) -> Iterator[None]:
+def report_early_end(args: Namespace) -> Iterator[None]:
     """Explain why the block ends early, exit with the right code, and end the workers of the data loaders.
 
-    A failed save or load raises a one-line `RunFailure`. If the block ends because of a signal or of
+    A failed save or load raises a one-line `RunFailure`. If the block ends because of a signal, or early in a run with
     `--exit-duration-in-mins`, Megatron's exit code 0 becomes `EXIT_REQUEUE`.
     """
     try:
@@ -108,7 +106,8 @@ def explaining_early_ends(args: Namespace) -> Iterator[None]:
             cause = "a loss or gradient was NaN or infinite, and the log says whether again when the step was repeated"
             print(f"error: {cause}. {describe_newest_checkpoint(args)}", file=sys.stderr)
         has_signal = args.exit_signal_handler and any(get_signal_handler().signals_received())
-        if not end.code and (has_signal or _is_out_of_time(args)):
+        is_out_of_time = args.exit_duration_in_mins and args.curr_iteration + 1 < args.train_iters
+        if not end.code and (has_signal or is_out_of_time):
             sys.exit(EXIT_REQUEUE)
         raise
     finally:
@@ -127,16 +126,6 @@ def _kill_workers() -> None:
     for child in multiprocessing.active_children():
         if child.daemon:
             child.kill()
-
-
-def _is_out_of_time(args: Namespace) -> bool:
-    """Return whether `--exit-duration-in-mins` has ended a run before its last iteration.
-
-    Megatron ends all ranks when the time is up on one, and ranks start within a minute.
-    """
-    if not args.exit_duration_in_mins or args.curr_iteration + 1 >= args.train_iters:
-        return False
-    return time.time() - training._TRAIN_START_TIME > 60 * (args.exit_duration_in_mins - 1)
 
 
 def _save_failure(args: Namespace, cause: str) -> RunFailure:

@@ -68,30 +68,19 @@ class Progress(Callback):
     def on_end(self, error: BaseException | None) -> None:
         """Print the last line, after the lines that the other ranks have printed; a failure explains itself."""
         is_stopped = isinstance(error, SystemExit) and error.code in (None, 0, EXIT_REQUEUE)
-        if error is None or is_stopped:
-            time.sleep(_TORCHRUN_DELAY)
-            console.say(self._describe_stop() if is_stopped else self._describe_completion(), rank=-1)
-
-    def _describe_stop(self) -> str:
+        if error is not None and not is_stopped:
+            return
+        time.sleep(_TORCHRUN_DELAY)
         args = self._args
         newest = read_tracker(args.save) if args.save else None
-        if newest is None:
-            return "stopped: nothing was saved" + ("" if args.save else ", because --save is not given")
-        resumption = "the same command resumes"
-        if args.no_save_optim and not args.no_load_optim:
-            resumption = "without the optimizer (--no-save-optim), so --no-load-optim is needed to resume"
-        return f"stopped: saved iteration {newest} in {args.save}; {resumption}"
-
-    def _describe_completion(self) -> str:
-        args = self._args
-        parts = ["complete: evaluated only" if args.skip_train else f"complete: {args.train_iters} iterations"]
-        if self._loss is not None:
-            parts.append(f"loss {self._loss:.4f}")
-        elif not self._first[0] and not args.skip_train:
-            parts.append("no iteration was left to train")
-        newest = read_tracker(args.save) if args.save else None
-        saved = f"checkpoint {newest} is in {args.save}" if newest is not None else "no checkpoint was saved"
-        return f"{', '.join(parts)}; {saved}"
+        if is_stopped:
+            saved = f"saved iteration {newest} in {args.save}; the same command resumes"
+            line = f"stopped: {'no checkpoint was saved' if newest is None else saved}"
+        else:
+            loss = "" if self._loss is None else f", loss {self._loss:.4f}"
+            saved = "no checkpoint was saved" if newest is None else f"checkpoint {newest} is in {args.save}"
+            line = f"complete: {args.train_iters} iterations{loss}; {saved}"
+        console.say(line, rank=-1)
 
 
 def _duration(seconds: float) -> str:

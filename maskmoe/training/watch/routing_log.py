@@ -11,18 +11,19 @@ from megatron.core.utils import get_model_config
 from megatron.training import is_last_rank
 from torch import Tensor
 
+from maskmoe.errors import counted, listed
 from maskmoe.megatron_compat.globals import get_args
 from maskmoe.megatron_compat.router_losses import RouterLossTracker
 from maskmoe.processes.console import console
 from maskmoe.routing_mask.feed_forward_layers import FeedForwardLayers
 from maskmoe.routing_mask.mask import RoutingMask
 from maskmoe.training.watch.callback import Callback
-from maskmoe.training.watch.routing_collapse import RoutingCollapse, reachable_experts
 from maskmoe.training.watch.writers import log_scalars
 from maskmoe.transformer.router import MaskMoERouter
 from maskmoe.transformer.routing_statistics import RoutingSums
 
 _MOST_ROWS = "rank_rows_max"
+_MOST_NAMED_EXPERTS = 16
 
 
 class RoutingRecord(NamedTuple):
@@ -44,15 +45,53 @@ class RoutingRecord(NamedTuple):
     tokens_per_expert: Mapping[int, Sequence[float]]
 
 
+class IdleExperts:
+    """Finds experts that get no token in several log intervals in a row, and reports each once until it gets tokens.
+
+    Experts that no id of the mask sees are left out, because they never get tokens.
+
+    Args:
+        intervals: The number of log intervals after which an expert is reported.
+        reachable: For each MoE layer, by its index, whether each expert is visible to any id.
+    """
+
+    def __init__(self, intervals: int, reachable: Mapping[int, Sequence[bool]]) -> None:
+        self._intervals = intervals
+        self._reachable = reachable
+        self._idle = {layer: [0] * len(experts) for layer, experts in reachable.items()}  # log intervals in a row
+
+    def take(self, tokens_per_expert: Mapping[int, Sequence[float]]) -> list[str]:
+        """Take the tokens that each expert got in a log interval; return a line for each layer with new idle experts.
+
+        `tokens_per_expert` has the index of each layer that had tokens.
+        """
+        lines = []
+        for layer, tokens in tokens_per_expert.items():
+            idle = [0 if number else before + 1 for number, before in zip(tokens, self._idle[layer], strict=True)]
+            self._idle[layer] = idle
+            new = [e for e, number in enumerate(idle) if number == self._intervals and self._reachable[layer][e]]
+            if new:
+                names = f"expert{'s' if len(new) > 1 else ''} {listed([*map(str, new)], _MOST_NAMED_EXPERTS)}"
+                lines.append(f"MoE layer {layer}: {names} got no token for {counted(self._intervals, 'log interval')}")
+        return lines
+
+
+def reachable_experts(mask: RoutingMask, layers: FeedForwardLayers) -> dict[int, list[bool]]:
+    """Return for each MoE layer of a model, by its index, whether each expert is visible to any id."""
+    return {
+        index: mask.visible_to_any_id(layers.table(index + 1, len(mask.row_of_id))).tolist()
+        for index, has_experts in enumerate(layers.has_experts)
+        if has_experts
+    }
+
+
 class RoutingLog(Callback):
-    """Logs the routing of the last `--log-interval` iterations, and warns of collapse; a restart resets the counts."""
+    """Logs the routing of the last `--log-interval` iterations, and warns of idle experts, counted since the start."""
 
     def __init__(self, args: Namespace, mask: RoutingMask) -> None:
         self._args = args
-        self._collapse: RoutingCollapse | None = None
-        if args.collapse_intervals:
-            reachable = reachable_experts(mask, FeedForwardLayers.of_args(args))
-            self._collapse = RoutingCollapse(args.collapse_intervals, reachable)
+        reachable = reachable_experts(mask, FeedForwardLayers.of_args(args))
+        self._idle = IdleExperts(args.collapse_intervals, reachable) if args.collapse_intervals else None
 
     def on_start(self) -> None:
         """Let Megatron log the mean of each router loss over the MoE layers of the model."""
@@ -65,13 +104,8 @@ class RoutingLog(Callback):
             record = take_record(chunks)
             if is_last_rank():
                 _write(record, iteration)
-                self._report_collapse(record)
-
-    def _report_collapse(self, record: RoutingRecord) -> None:
-        """Warn of what has collapsed for `--collapse-intervals`."""
-        if self._collapse is not None:
-            for line in self._collapse.take(record.tokens_per_expert, record.by_layer["routing_entropy"]):
-                console.say(f"warning: {line}", rank=-1)
+                for line in self._idle.take(record.tokens_per_expert) if self._idle else ():
+                    console.say(f"warning: {line}", rank=-1)
 
 
 def _write(record: RoutingRecord, iteration: int) -> None:

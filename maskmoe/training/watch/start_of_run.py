@@ -1,16 +1,18 @@
 """Writes the start of a run: its header, and its arguments."""
 
 import os
+import shlex
 import sys
 from argparse import Namespace
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
+from importlib.metadata import version
 from pathlib import Path
 
 import torch
 from megatron.core import mpu
 from megatron.core.transformer.module import MegatronModule
 
-from maskmoe.arguments.flags import flags_to_yaml, split_flags
+import maskmoe
 from maskmoe.errors import UserError, counted, listed
 from maskmoe.files.outputs import write_text
 from maskmoe.files.run_folder import ARGUMENTS
@@ -21,34 +23,28 @@ from maskmoe.training.resume.choose_checkpoint import checkpoint_to_load
 from maskmoe.training.settings.inputs import data_prefixes
 from maskmoe.training.settings.samples import BatchSizes, requested_training_samples, training_iterations
 from maskmoe.training.watch.callback import Callback
-from maskmoe.training.watch.writers import log_facts, own_program
 
-_FIRST_WORDS = "# The flags of a run, as a model file"  # of each args.yaml that a run has written
+_FIRST_WORDS = "# The flags of a run"  # of each args.yaml that a run has written
 _LABEL_WIDTH = 12
 _MOST_NAMED_DATASETS = 2
-_FOLDERS = frozenset(("save", "load", "tensorboard-dir", "wandb-save-dir", "data-cache-path"))
-"""The flags of the folders that a run writes; `--load` is usually the folder of `--save`."""
 
 
 def count_parameters(chunks: Sequence[MegatronModule]) -> int:
     """Count the parameters of the model that all ranks hold together; a collective call."""
-    data = mpu.get_data_parallel_world_size(with_context_parallel=True)
-    expert_data = torch.distributed.get_world_size(mpu.get_expert_data_parallel_group())
-    tensor = mpu.get_tensor_model_parallel_world_size()
-    expert_tensor = mpu.get_expert_tensor_parallel_world_size() or 1
-    # A rank counts its share of each parameter that several ranks hold, so that the shares add up to whole numbers.
-    total = torch.zeros((), dtype=torch.float64, device=torch.cuda.current_device())
+    ranks = mpu.get_data_parallel_rank(with_context_parallel=True), mpu.get_tensor_model_parallel_rank()
+    ranks_of_experts = mpu.get_expert_data_parallel_rank(), mpu.get_expert_tensor_parallel_rank() or 0
+    total = torch.zeros((), dtype=torch.int64, device=torch.cuda.current_device())
     for name, parameter in (item for chunk in chunks for item in chunk.named_parameters()):
-        if getattr(parameter, "shared", False):
-            continue  # a copy of the embedding on the last pipeline stage
+        is_divided = getattr(parameter, "tensor_model_parallel", False)
+        data_rank, tensor_rank = ranks
         if ".mlp.experts." in name:
             is_divided = parameter.dim() > 1 or "linear_fc1" in name
-            holders = expert_data * (1 if is_divided else expert_tensor)
-        else:
-            holders = data * (1 if getattr(parameter, "tensor_model_parallel", False) else tensor)
-        total += parameter.numel() / holders
+            data_rank, tensor_rank = ranks_of_experts
+        # The last pipeline stage may have a copy of the embedding.
+        is_copy = data_rank > 0 or (tensor_rank > 0 and not is_divided) or getattr(parameter, "shared", False)
+        total += 0 if is_copy else parameter.numel()
     torch.distributed.all_reduce(total)
-    return round(float(total))
+    return int(total)
 
 
 class StartOfRun(Callback):
@@ -72,13 +68,8 @@ class StartOfRun(Callback):
             self._args, self._mask, self._folder, count_parameters(chunks), dispatch and dispatch.value
         )
         console.say("\n".join(f"{label:<{_LABEL_WIDTH}}{text}" for label, text in fields.items()))
-        log_facts(fields)
         checkpoint = checkpoint_to_load(self._args)
         console.load(f"reading {checkpoint}" if checkpoint else "setting up the optimizer")
-
-    def before_micro_batch(self) -> None:
-        """Note that loading is over."""
-        console.end_of_loading()
 
 
 def describe_run(
@@ -90,7 +81,7 @@ def describe_run(
     """
     fields = {
         "model": _describe_model(args),
-        "parameters": f"{_short(parameters)} ({parameters:,})",
+        "parameters": f"{parameters:,}",
         "layout": _describe_layout(args),
         "step": _describe_step(args),
         "dispatch": dispatch,
@@ -152,71 +143,27 @@ def _describe_data(args: Namespace) -> str:
 def _describe_folder(args: Namespace, folder: Path | None) -> str:
     if folder is None:
         return "none: without --save, nothing is saved and arguments and logs are not written"
-    logs = f"{Path('logs')}{os.sep}rank*.log" if console.log else "no log files with --verbose"
+    logs = f", {Path('logs')}{os.sep}rank*.log" if console.log else ""
     checkpoints = f"checkpoints in {args.save}" if args.save else "no checkpoints without --save"
-    return f"{folder}: args.yaml, {logs}; {checkpoints}"
-
-
-def _short(number: int) -> str:
-    """Return a number with three digits and a unit: 2.17 M, 1.71 B."""
-    for unit, size in (("B", 1e9), ("M", 1e6)):
-        if number >= size:
-            return f"{number / size:.3g} {unit}"
-    return f"{number / 1e3:.3g} k"
+    return f"{folder}: {ARGUMENTS}{logs}; {checkpoints}"
 
 
 def _write_arguments(args: Namespace, folder: Path) -> None:
-    """Write the arguments into the run folder."""
+    """Write the command and all arguments into the run folder, but not over a file that no run has written."""
     # Megatron computes the number of iterations from --train-samples later, so add the number here.
-    complete = Namespace(**vars(args) | {"train_iters": training_iterations(args)})
-    words = sys.argv[1:]
-    if program := own_program():  # the launcher has taken `--program` out of the flags
-        words = ["--program", program, *words]
+    values = vars(args) | {"train_iters": training_iterations(args)}
+    packages = ", ".join(f"{name} {version(name)}" for name in ("megatron-core", "torch"))
+    lines = (
+        f"{_FIRST_WORDS}: {shlex.join(sys.argv)}",
+        f"# Started in {os.getcwd()} with maskmoe {maskmoe.__version__}, {packages}",
+        "# All arguments, with the values that Megatron derives:",
+        *(f"{name}: {' '.join(str(value).split())}" for name, value in sorted(values.items())),
+    )
     path = folder / ARGUMENTS
     try:
         folder.mkdir(parents=True, exist_ok=True)
         if path.exists() and not path.read_bytes().startswith(_FIRST_WORDS.encode()):
             raise UserError(f"no run has written the file that exists in {folder}")
-        write_text(path, arguments_text(complete, words, folder))
+        write_text(path, "\n".join(lines) + "\n")
     except (OSError, UserError) as error:
         console.say(f"note: {ARGUMENTS} is not written: {error}")
-
-
-def arguments_text(args: Namespace, words: Sequence[str], folder: Path) -> str:
-    """Return the text of `args.yaml`: the flags in the words of the command line, then all arguments as comments.
-
-    Paths in the run folder are written with `${RUN_DIR}`, so that another run with this file has its own folders.
-    Relative paths of folders that the run writes are made absolute first.
-    """
-    flags = dict(split_flags(words))
-    flags |= {name: tuple(os.path.abspath(value) for value in flags[name]) for name in _FOLDERS & flags.keys()}
-    flags = {name: tuple(map(_escape, values)) for name, values in flags.items()}
-    # A program in the run folder is not copied, so another run uses the same file.
-    for name in flags.keys() - {"program"}:
-        flags[name] = tuple(_in_run_folder(value, folder) for value in flags[name])
-    command = f"launch/pretrain.sh --run-dir DIR {ARGUMENTS}"
-    values: Mapping[str, object] = vars(args)
-    return "\n".join(
-        (
-            f"{_FIRST_WORDS}: `{command}` starts another run with the same flags.",
-            f"# Relative paths are relative to {os.getcwd()}",
-            flags_to_yaml(flags).rstrip("\n"),
-            "",
-            "# All arguments, with Megatron's defaults and the values that Megatron derives:",
-            *(f"# {name}: {' '.join(str(values[name]).split())}" for name in sorted(values)),
-            "",
-        )
-    )
-
-
-def _escape(value: str) -> str:
-    return value.replace("$", "$$")
-
-
-def _in_run_folder(value: str, folder: Path) -> str:
-    """Return a value in which the path of the run folder, if the value begins with it, is a variable."""
-    for path in (folder.absolute(), os.path.abspath(folder)):  # with and without `..`
-        start = _escape(str(path))
-        if value == start or value.startswith(start + os.sep):
-            return "${RUN_DIR}" + value.removeprefix(start)
-    return value

@@ -1,54 +1,17 @@
 """Writes the values of a run to TensorBoard and Weights & Biases."""
 
 import os
-import shlex
-import sys
 import uuid
 from argparse import Namespace
 from collections.abc import Mapping
-from importlib.metadata import version
-from pathlib import Path
 
 from megatron.training import get_tensorboard_writer, get_wandb_writer
 
-import maskmoe
 from maskmoe.files.outputs import write_text
-from maskmoe.files.run_folder import TEXT_TAG, run_folder
-from maskmoe.training.watch.callback import Callback
+from maskmoe.files.run_folder import run_folder
 
-_ENTRY_POINT = "maskmoe.training.pretrain"
-
-
-def log_facts(facts: Mapping[str, str]) -> None:
-    """Write settings of the run to TensorBoard, as texts; on the last rank only."""
-    if writer := get_tensorboard_writer():
-        for name, text in facts.items():
-            writer.add_text(TEXT_TAG + name, text)
-
-
-def own_program() -> str:
-    """Return the file of `--program`, which runs as this process instead of MaskMoE's entry point; empty without it."""
-    spec = sys.modules["__main__"].__spec__
-    return "" if spec is not None and spec.name == _ENTRY_POINT else str(Path(sys.argv[0]).resolve())
-
-
-class EventFiles(Callback):
-    """Logs the command of the run, and writes the last values at its end."""
-
-    def on_start(self) -> None:
-        """Log the command; Megatron has opened the writer, on the last rank only."""
-        nodes, processes = (os.environ.get(name, "1") for name in ("GROUP_WORLD_SIZE", "LOCAL_WORLD_SIZE"))
-        ranks = f"--nnodes {nodes} --nproc-per-node {processes}"
-        program = own_program()
-        entry = (program, "pretrain") if program else ("-m", _ENTRY_POINT)
-        packages = ", ".join(f"{name} {version(name)}" for name in ("megatron-core", "torch"))
-        command = f"torchrun {ranks} {shlex.join([*entry, *sys.argv[1:]])}"
-        log_facts({"command": command, "versions": f"maskmoe {maskmoe.__version__}, {packages}"})
-
-    def on_end(self, error: BaseException | None) -> None:
-        """Write the last values."""
-        if writer := get_tensorboard_writer():
-            writer.flush()
+RUN_ID = "wandb_run_id"
+"""The file of the run folder with the id of the run at Weights & Biases."""
 
 
 def log_scalars(scalars: Mapping[str, float], iteration: int) -> None:
@@ -60,8 +23,10 @@ def log_scalars(scalars: Mapping[str, float], iteration: int) -> None:
         wandb_writer.log(dict(scalars), iteration)
 
 
-RUN_ID = "wandb_run_id"
-"""The file of the run folder with the id of the run at Weights & Biases."""
+def flush_event_files() -> None:
+    """Write the last values to TensorBoard's event files, which a rank that exits early would lose."""
+    if writer := get_tensorboard_writer():
+        writer.flush()
 
 
 def take_run_id(args: Namespace) -> None:

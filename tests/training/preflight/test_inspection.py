@@ -258,8 +258,6 @@ LAYOUTS = {
     ),
     "gradients in bf16": f"{LLAMA} {BF16} --grad-reduce-in-bf16",
 }
-# Megatron divides the state of Lion and Muon, too, but sets another argument.
-LION = {"Lion": f"{LLAMA} {BF16} --optimizer lion", "divided Lion": f"{LLAMA} {BF16} --optimizer lion {DISTRIBUTED}"}
 # Settings under which the activations of a forward pass on one rank are compared.
 FORWARD = {
     "bf16": f"{LLAMA} {BF16}",
@@ -346,8 +344,7 @@ def reports(answer) -> dict[str, Any]:
     errors = {flags: f"--global-batch-size 16 {flags}" for flags in ERRORS}
     ranks = dict.fromkeys([*LAYOUTS, "flex dispatcher"], 2) | dict.fromkeys(errors, 8)
     ranks[MANY_RANKS] = 1_000_000_007
-    ranks |= dict.fromkeys(LION, 2)
-    libraries = LION | {"flex dispatcher": FLEX, "Mamba": hybrid("*-ME")}
+    libraries = {"flex dispatcher": FLEX, "Mamba": hybrid("*-ME")}
     libraries["FP8"] = f"{LLAMA} {BF16} {FP8} --distributed-backend nccl"
     libraries["frequent ids with more experts"] = f"{LLAMA} --routing-mask mask.safetensors"
     cases = ARCHITECTURES | hybrids() | FORWARD | LAYOUTS | errors | libraries | {MANY_RANKS: ""}
@@ -406,11 +403,6 @@ def test_model_chunks_of_a_hybrid_model(reports):
     report = reports["hybrid, interleaved pipeline, prediction"]
     assert report["layers"]["stages"] == [[2, 1], [2, 3]]
     assert report["layout"]["virtual_pipeline"] == 2
-
-
-def test_ranks_divide_the_state_of_lion(reports):
-    whole, divided = (reports[name]["memory"]["stages"][0]["optimizer"] for name in LION)
-    assert divided * 2 == whole
 
 
 def test_flags_that_nobody_has_tried_are_a_note(reports):

@@ -5,7 +5,6 @@ The checkpoint is from iteration 7 of a run of 21 iterations with 8 samples each
 """
 
 import math
-import re
 import shutil
 import sys
 from pathlib import Path
@@ -240,17 +239,3 @@ def test_complete_run_ends_before_training(pretrain):
     pretrain(COMPLETE)
     with pytest.raises(AssertionError, match="training begins"):
         pretrain(COMPLETE.replace("--train-iters 7", "--train-iters 8"))
-
-
-@pytest.mark.slow
-def test_run_without_saved_optimizer_says_how_to_resume(workplace, tmp_path):
-    flags = f"--no-save-optim --save {tmp_path}/save --load {tmp_path}/save --eval-iters 0"
-    stopped = workplace.run(Run(f"{flags} --exit-interval 2"), tmp_path / "stopped")
-    assert stopped.exit_codes == (0,), stopped.report()
-    expected = r"^stopped: saved iteration 2 in \S+; without the optimizer \(--no-save-optim\), so --no-load-optim is"
-    assert re.search(expected, (stopped.folder / "out0.log").read_text(), re.MULTILINE)
-    refused = workplace.run(Run(f"{flags} --exit-interval 4"), tmp_path / "refused")
-    assert refused.exit_codes == (1,), refused.report()
-    resumed = workplace.run(Run(f"{flags} --exit-interval 4 --no-load-optim"), tmp_path / "resumed")
-    assert resumed.iterations == [3, 4]
-    assert "saved iteration 4" in (resumed.folder / "out0.log").read_text()

@@ -36,7 +36,7 @@ from maskmoe.errors import RunFailure, UserError
 from maskmoe.training.ranks import Ranks
 from maskmoe.training.resume import choose_checkpoint as resume
 from maskmoe.training.resume.choose_checkpoint import checkpoint_to_load, find_checkpoint
-from maskmoe.training.watch.early_ends import explaining_early_ends
+from maskmoe.training.watch.early_ends import report_early_end
 
 SAVED = "expert parallel 2, undisturbed"  # at 7, 14 and 21
 EXPERT_2 = "--expert-model-parallel-size 2"
@@ -332,7 +332,7 @@ def test_failed_load_is_not_a_failed_save(copy, monkeypatch):
     args = Namespace(load=str(copy), ckpt_step=21, pretrained_checkpoint=None)
     with (
         pytest.raises(RunFailure, match=rf"^cannot load {copy}/iter_0000021: Input/output error; remove the cause"),
-        explaining_early_ends(args),
+        report_early_end(args),
     ):
         raise error
 

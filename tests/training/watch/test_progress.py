@@ -13,8 +13,7 @@ from maskmoe.training.watch import progress
 from maskmoe.training.watch.callback import Step
 from maskmoe.training.watch.progress import Progress
 
-SAVES = {"no_save_optim": False}
-ARGS = Namespace(save=None, train_iters=9, skip_train=False, log_interval=4, seq_length=32, **SAVES)
+ARGS = Namespace(save=None, train_iters=9, log_interval=4, seq_length=32)
 
 
 @pytest.fixture
@@ -45,7 +44,7 @@ def test_losses_are_means_since_the_line_before(clock, capsys):
 @pytest.mark.parametrize(
     ("error", "line"),
     [
-        (None, "complete: 9 iterations, no iteration was left to train; checkpoint 20 is in"),
+        (None, "complete: 9 iterations; checkpoint 20 is in"),
         (SystemExit(0), "stopped: saved iteration 20 in"),
         (SystemExit(EXIT_REQUEUE), "stopped: saved iteration 20 in"),
         (SystemExit(65), None),

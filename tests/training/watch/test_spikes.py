@@ -2,10 +2,12 @@
 
 import math
 import re
+from argparse import Namespace
 from collections.abc import Callable
 
 import numpy as np
 import pytest
+import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from support.paths import TESTS
@@ -15,76 +17,58 @@ from support.training_runs import DISTRIBUTED, EXPERT_2, PIPELINE_2
 
 from maskmoe.checkpoint.reading import read_common_state
 from maskmoe.checkpoint.series import checkpoint_path
-from maskmoe.training.watch.spikes import SpikeDetector
+from maskmoe.training.watch import spikes
+from maskmoe.training.watch.callback import Step
+from maskmoe.training.watch.spikes import SpikeWatch, robust_deviations
 
 VALUES = st.floats(-1e6, 1e6)
-POSITIVE = st.floats(1e-3, 1e3)
 
 
-def robust_deviations(before: list[float], value: float) -> float:
-    """Compute the distance of a value from earlier values as the help of --spike-deviations defines it."""
+@pytest.fixture
+def watch(monkeypatch, capsys):
+    """Return a function that judges steps, and returns the lines that it prints."""
+    monkeypatch.setattr(spikes, "is_last_rank", lambda: True)
+
+    def judge(callback: SpikeWatch, *steps: tuple[float, float | None]) -> list[str]:
+        for loss, norm in steps:
+            callback.after_step(Step(1, 8, {"lm loss": torch.tensor(loss, dtype=torch.float64)}, norm, True))
+        return capsys.readouterr().out.splitlines()
+
+    return judge
+
+
+def make_watch(window: int, limit: float) -> SpikeWatch:
+    return SpikeWatch(Namespace(spike_window=window, spike_deviations=limit))
+
+
+@given(st.lists(VALUES, min_size=1, max_size=60), VALUES)
+def test_deviations_agree_with_numpy(before, value):
     middle = np.median(before)
     spread = 1.4826 * np.median(np.abs(np.array(before) - middle))
-    return float((value - middle) / max(spread, 0.005 * abs(middle), 1e-6))
+    expected = (value - middle) / max(spread, 0.005 * abs(middle), 1e-6)
+    assert robust_deviations(value, before) == pytest.approx(expected, rel=1e-9, abs=1e-9)
 
 
-@given(st.lists(st.tuples(VALUES, POSITIVE), min_size=1, max_size=60), st.floats(1, 20), st.integers(2, 30))
-def test_detector_agrees_with_numpy(steps, limit, size):
-    detector, columns = SpikeDetector(size, limit), ([], [])
-    for step in steps:
-        found = {deviation.name: deviation.deviations for deviation in detector.judge(*step)}
-        for name, value, column in zip(SpikeDetector.NAMES, step, columns, strict=True):
-            before = column[-size:]
-            expected = robust_deviations(before, value) if len(before) >= max(2, size // 2) else 0.0
-            if abs(abs(expected) - limit) > 1e-9 * limit:
-                assert (name in found) == (abs(expected) > limit)
-            assert found.get(name, expected) == pytest.approx(expected, rel=1e-9, abs=1e-9)
-            column.append(value)
+def test_values_are_judged_from_half_a_window_on(watch):
+    callback = make_watch(window=8, limit=15)
+    assert not watch(callback, *[(2.0, 0.5)] * 3, (9.0, None), *[(2.0, 0.5)] * 4)
+    assert watch(callback, (9.0, 0.1), (2.0, 0.5)) == [
+        "warning: iteration 1 is off: loss 9, 700.0 robust deviations above the median 2; "
+        "gradient norm 0.1, 160.0 robust deviations below the median 0.5"
+    ]
 
 
-@given(st.floats(-1e3, 1e3), st.integers(2, 200))
-def test_flat_curve_is_not_off(level, size):
-    detector = SpikeDetector(size, 1.0)
-    assert not any(detector.judge(level, abs(level)) for _ in range(2 * size))
-    noise = 0.004 * abs(level)
-    assert not detector.judge(level + noise, abs(level) + noise)
+def test_lasting_change_of_the_level_is_normal_after_half_a_window(watch):
+    callback = make_watch(window=8, limit=15)
+    watch(callback, *[(2.0, 0.5)] * 8)
+    assert len(watch(callback, *[(9.0, 0.5)] * 8)) == 4
 
 
-def test_normal_noise_on_a_falling_curve_is_not_off():
+def test_normal_noise_on_a_falling_curve_is_not_off(watch):
     generator = np.random.default_rng(0)
-    detector = SpikeDetector(128, 15)
-    for step in range(5000):
-        loss = 2 + 9 * math.exp(-step / 300) + 0.03 * generator.standard_normal()
-        assert not detector.judge(loss, 0.3 * math.exp(0.2 * generator.standard_normal()))
-
-
-@pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])
-def test_value_that_is_not_finite_is_off_and_not_kept(value):
-    detector = SpikeDetector(4, 15)
-    (found,) = detector.judge(value, 1.0)
-    assert found.name == "loss"
-    assert found.deviations == math.inf
-    assert str(found) == f"loss {value}"
-    assert detector.history == {"loss": [], "gradient norm": [1.0]}
-
-
-@given(st.lists(st.tuples(POSITIVE, POSITIVE), max_size=40), st.integers(0, 40))
-def test_detector_continues_from_its_history(steps, cut):
-    uninterrupted = SpikeDetector(8, 3)
-    judged = [uninterrupted.judge(*step) for step in steps]
-    first = SpikeDetector(8, 3)
-    for step in steps[:cut]:
-        first.judge(*step)
-    second = SpikeDetector(8, 3)
-    second.load(first.history)
-    assert [second.judge(*step) for step in steps[cut:]] == judged[cut:]
-
-
-def test_missing_gradient_norm_is_not_judged():
-    detector = SpikeDetector(4, 15)
-    for _ in range(4):
-        assert not detector.judge(1, None)
-    assert detector.history["gradient norm"] == []
+    losses = (2 + 9 * math.exp(-step / 300) + 0.03 * generator.standard_normal() for step in range(2000))
+    norms = (0.3 * math.exp(0.2 * generator.standard_normal()) for _ in range(2000))
+    assert not watch(make_watch(128, 15), *zip(losses, norms, strict=True))
 
 
 # In training
@@ -133,7 +117,7 @@ def test_report(run_spiky, tmp_path):
 
 @pytest.mark.slow
 def test_watch_does_not_change_the_training(run_spiky, tmp_path):
-    unwatched = run_spiky(f"{EXPERT_2} --spike-action none --save-interval 99", "12")
+    unwatched = run_spiky(f"{EXPERT_2} --spike-deviations inf --save-interval 99", "12")
     assert warnings_of(unwatched) == []
     watched = run_spiky(
         f"{EXPERT_2} --save {tmp_path}/other --load {tmp_path}/other --save-interval 99", "12", "watched"

@@ -11,7 +11,7 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from widen_routing_mask import widen_routing_mask
 
-from maskmoe.arguments.parser import Parser
+from maskmoe.arguments.commands import Parser
 from maskmoe.processes.run_tool import run_tool
 from maskmoe.routing_mask.assignment import MaskRecipe, build_routing_mask
 from maskmoe.routing_mask.frequency import TokenFrequency

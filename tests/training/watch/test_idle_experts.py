@@ -1,4 +1,4 @@
-"""Collapsed routing is reported once with layer and expert."""
+"""Idle experts are reported once with their layer."""
 
 from argparse import Namespace
 
@@ -7,16 +7,9 @@ import pytest
 from maskmoe.routing_mask.feed_forward_layers import FeedForwardLayers
 from maskmoe.routing_mask.mask import RoutingMask
 from maskmoe.training.watch import routing_log
-from maskmoe.training.watch.routing_collapse import RoutingCollapse, reachable_experts
-from maskmoe.training.watch.routing_log import RoutingLog, RoutingRecord
+from maskmoe.training.watch.routing_log import IdleExperts, RoutingLog, RoutingRecord, reachable_experts
 
-
-def take_all(collapse: RoutingCollapse, *intervals: tuple[list[int], float | None]) -> list[list[str]]:
-    """Return the lines of each interval of layer 3: tokens of the experts, and the entropy."""
-    return [collapse.take({3: tokens}, {} if entropy is None else {3: entropy}) for tokens, entropy in intervals]
-
-
-BUSY, IDLE_1, IDLE_23 = ([5, 5, 5, 5], 0.5), ([9, 0, 5, 5], 0.5), ([9, 9, 0, 0], 0.5)
+BUSY, IDLE_1, IDLE_23 = [5, 5, 5, 5], [9, 0, 5, 5], [9, 9, 0, 0]
 IDLE_1_LINE = "MoE layer 3: expert 1 got no token for 2 log intervals"
 
 
@@ -27,19 +20,17 @@ IDLE_1_LINE = "MoE layer 3: expert 1 got no token for 2 log intervals"
         ([IDLE_1, IDLE_1, IDLE_1], {1: IDLE_1_LINE}),
         ([IDLE_1, IDLE_1, BUSY, IDLE_1, IDLE_1], {1: IDLE_1_LINE, 4: IDLE_1_LINE}),
         ([IDLE_23, IDLE_23], {1: "MoE layer 3: experts 2, 3 got no token for 2 log intervals"}),
-        ([([5] * 4, 0.0), ([5] * 4, 1e-6)], {1: "MoE layer 3: the routing entropy has been 0 for 2 log intervals"}),
-        ([([5] * 4, None)] * 5, {}),
     ],
 )
-def test_events(intervals, lines):
-    taken = take_all(RoutingCollapse(2, {3: [True] * 4}), *intervals)
+def test_reports(intervals, lines):
+    idle = IdleExperts(2, {3: [True] * 4})
+    taken = [idle.take({3: tokens}) for tokens in intervals]
     assert {number: "\n".join(found) for number, found in enumerate(taken) if found} == lines
 
 
 def test_experts_that_no_id_sees_are_left_out():
-    collapse = RoutingCollapse(1, {3: [True, True, False, True]})
-    (lines,) = take_all(collapse, ([7, 7, 0, 0], None))
-    assert lines == ["MoE layer 3: expert 3 got no token for 1 log interval"]
+    idle = IdleExperts(1, {3: [True, True, False, True]})
+    assert idle.take({3: [7, 7, 0, 0]}) == ["MoE layer 3: expert 3 got no token for 1 log interval"]
 
 
 @pytest.mark.parametrize("name", ["mask", "starving", "hash_layers"])
@@ -55,7 +46,7 @@ def test_reachable_experts_are_those_of_the_visible_sets(workplace, name):
     assert (name == "starving") == (not all(map(all, reachable.values())))
 
 
-def test_collapse_is_reported(workplace, capsys, monkeypatch):
+def test_idle_experts_are_reported(workplace, capsys, monkeypatch):
     mask = RoutingMask.load(workplace.folder / "mask.safetensors")
     args = Namespace(
         **{"log_interval": 2, "collapse_intervals": 2},
