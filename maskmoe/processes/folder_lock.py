@@ -24,15 +24,21 @@ _NO_LOCKS = (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP, errno.EINVAL)  # of a
 
 @contextmanager
 def locked_folder(folder: Path, flag: str = "--save") -> Iterator[None]:
-    """Hold the lock of a folder, which the flag names; a missing folder is made.
+    """Hold the lock of a folder, which the flag names; a missing folder is made, and removed if it stays empty.
 
     Raises:
         UserError: Another process holds the lock, or the folder cannot be locked.
     """
+    made = [path for path in (folder, *folder.parents) if not os.path.lexists(path)]
     with refused_by_system(f"cannot lock {folder}", f"choose another {flag}"):
         folder.mkdir(parents=True, exist_ok=True)
-    with locked(folder / LOCK_NAME, folder, flag):
-        yield
+    try:
+        with locked(folder / LOCK_NAME, folder, flag):
+            yield
+    finally:
+        for path in made:
+            with suppress(OSError):  # the folder is not empty
+                path.rmdir()
 
 
 @contextmanager

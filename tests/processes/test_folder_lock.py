@@ -68,6 +68,14 @@ def test_lock_is_free_after_its_holder_was_killed(holder: subprocess.Popen, tmp_
     lock(tmp_path)
 
 
+def test_folder_that_stays_empty_is_removed(tmp_path: Path) -> None:
+    lock(tmp_path / "new" / "checkpoints")
+    assert os.listdir(tmp_path) == []
+    with locked_folder(tmp_path / "new" / "checkpoints"):
+        (tmp_path / "new" / "checkpoints" / "file").touch()
+    assert (tmp_path / "new" / "checkpoints" / "file").exists()
+
+
 def test_file_system_without_locks_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys) -> None:
     def refuse(*_: int) -> None:
         raise OSError(errno.ENOLCK, "no locks")
