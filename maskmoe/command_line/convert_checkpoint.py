@@ -69,6 +69,9 @@ def add_upcycle_arguments(parser: argparse.ArgumentParser) -> None:
     parser.set_defaults(moe_layer_freq=UpcycleSettings.moe_layer_freq)
     add_option(group, "--moe-layer-freq FREQ", f"{layers} (default: all layers)")
     add_option(group, "--topk K", "experts of a token", ranges.EXPERTS, default=UpcycleSettings.topk)
+    parts = "make experts of 1/G of the MLP's size; N and K must be multiples of G; 1: whole copies"
+    add_option(group, "--granularity G", parts, ranges.COUNT, default=UpcycleSettings.granularity)
+    group.add_argument("--shared-expert", action="store_true", help="give each MoE layer a shared expert as well")
     add_option(group, "--seed S", "seed of the routers", ranges.SEED, default=UpcycleSettings.seed)
 
 
@@ -106,7 +109,7 @@ def _convert(arguments: argparse.Namespace) -> None:
     """Run a conversion, and print where the result is and how training loads it."""
     from maskmoe.checkpoint.routing_mask import read_routing_mask
     from maskmoe.conversion.convert import huggingface_to_megatron, megatron_to_huggingface, upcycle_model
-    from maskmoe.conversion.upcycle import changes_function
+    from maskmoe.conversion.upcycle import changes_of_function
 
     settings, flags = Settings(**_field_values(Settings, arguments)), None
     mask = read_routing_mask(arguments.routing_mask) if arguments.routing_mask else None
@@ -119,8 +122,8 @@ def _convert(arguments: argparse.Namespace) -> None:
         recipe, to_megatron = upcycle_settings(arguments), arguments.save_format == "megatron"
         load_flags = upcycle_model(settings, recipe, mask, to_megatron)
         flags = load_flags if to_megatron else None
-        if changes_function(recipe, mask):
-            print("the model does not compute what the dense model computes: with K = 1, probabilities scale outputs")
+        if changes := changes_of_function(recipe, mask):
+            print(f"the model does not compute what the dense model computes: {'; '.join(changes)}")
         else:
             print("the model computes what the dense model computes")
     if flags is None:

@@ -45,19 +45,34 @@ class Settings:
 
 @dataclass(frozen=True)
 class UpcycleSettings:
-    """The experts of an upcycled model, each of which starts as the dense MLP.
+    """How the experts of an upcycled model are made from a dense MLP.
 
     Attributes:
         num_experts: N, the number of experts in each MoE layer.
         topk: k, the number of experts of a token.
+        granularity: g, the number of experts that the MLP is divided into. Expert e starts as part `e % g` of the MLP.
+            N and k are multiples of g.
         moe_layer_freq: Megatron's `--moe-layer-freq`: every how many layers have experts, or a 0 or 1 for each layer.
+        shared_expert: Give each MoE layer a shared expert, which starts as a copy of the whole MLP.
         seed: Seed of the routers.
+
+    Raises:
+        UserError: N or k is no multiple of g.
     """
 
     num_experts: int
     topk: int = 2
+    granularity: int = 1
     moe_layer_freq: int | list[int] = 1
+    shared_expert: bool = False
     seed: int = 0
+
+    def __post_init__(self) -> None:
+        if self.num_experts % self.granularity or self.topk % self.granularity:
+            raise UserError(
+                f"--num-experts {self.num_experts} and --topk {self.topk} must be multiples of --granularity "
+                f"{self.granularity}: that many experts make up one copy of the MLP and are chosen together"
+            )
 
 
 def parse_size(text: str) -> int:

@@ -266,6 +266,24 @@ class JoinedSource:
         return self._source_of[block.tensor].read(block)
 
 
+class ScaledSource:
+    """Multiplies some tensors of another source by a factor.
+
+    Args:
+        source: Provides the elements.
+        factors: The factor of each tensor that is multiplied.
+    """
+
+    def __init__(self, source: TensorSource, factors: Mapping[str, float]) -> None:
+        self._source, self._factors = source, factors
+        self.tensors = source.tensors
+
+    def read(self, block: Block) -> Tensor:
+        """See `TensorSource.read`."""
+        elements, factor = self._source.read(block), self._factors.get(block.tensor)
+        return elements if factor is None else elements * factor
+
+
 class CastSource:
     """Casts the floating point tensors of another source, and refuses values that are NaN or infinite.
 

@@ -15,7 +15,7 @@ from maskmoe.conversion.families import open_huggingface
 from maskmoe.conversion.model_tensors import OpenedModel
 from maskmoe.conversion.settings import UpcycleSettings
 from maskmoe.conversion.tensor_sources import Block, TensorSource
-from maskmoe.conversion.upcycle import changes_function, upcycle
+from maskmoe.conversion.upcycle import changes_of_function, upcycle
 from maskmoe.errors import UserError
 from maskmoe.huggingface import MaskMoEConfig
 from maskmoe.routing_mask.assignment import MaskRecipe, build_routing_mask
@@ -53,21 +53,31 @@ PRESERVING = {
     "k = 3, some layers": (UpcycleSettings(8, topk=3, moe_layer_freq=[0, 1, 1]), mask_of(8)),
     "k = 1, V = 1": (UpcycleSettings(6, topk=1), mask_of(6, "hash")),
     "k = 3, V = 2": (UpcycleSettings(6, topk=3), mask_of(6, "top-k-hash", frequent_visible_experts=2)),
+    "shared expert": (UpcycleSettings(4, shared_expert=True), mask_of(4)),
+    "quarter experts, shared expert": (UpcycleSettings(16, 8, granularity=4, shared_expert=True), mask_of(16)),
 }
 
 
 @pytest.mark.parametrize("case", PRESERVING)
 def test_preserves_the_function(case, dense, dense_logits):
     settings, mask = PRESERVING[case]
-    assert not changes_function(settings, mask)
+    assert changes_of_function(settings, mask) == []
     model = in_transformers(upcycle(dense, settings, mask))
     torch.testing.assert_close(logits_of(model, random_ids()), dense_logits, atol=ROUNDING, rtol=0)
     assert model.config.router_aux_loss_coef == MaskMoEConfig.router_aux_loss_coef  # that of a dense model is 0
 
 
-def test_says_that_the_function_changes(dense, dense_logits):
-    settings, mask = UpcycleSettings(6, topk=1), mask_of(6)
-    assert changes_function(settings, mask)
+CHANGING = {
+    "K = 1": (UpcycleSettings(6, topk=1), mask_of(6)),
+    "a part of the 2 experts": (UpcycleSettings(6, granularity=2), mask_of(6, "hash")),
+}
+
+
+@pytest.mark.parametrize("words", CHANGING)
+def test_says_why_the_function_changes(words, dense, dense_logits):
+    settings, mask = CHANGING[words]
+    (reason,) = changes_of_function(settings, mask)
+    assert words in reason
     model = in_transformers(upcycle(dense, settings, mask))
     assert (logits_of(model, random_ids()) - dense_logits).abs().max() > 1e-2
 
@@ -97,8 +107,9 @@ def test_routers_are_drawn_from_a_normal_distribution(dense):
 
 
 def test_describes_the_model(dense):
-    config = upcycle(dense, UpcycleSettings(8, moe_layer_freq=2), mask_of(8)).config
+    config = upcycle(dense, UpcycleSettings(8, granularity=2, moe_layer_freq=2), mask_of(8)).config
     assert config["mlp_layer_types"] == ["sparse", "dense", "sparse"]
+    assert (config["moe_intermediate_size"], config["routed_scaling_factor"]) == (24, 2.0)
 
 
 @pytest.mark.parametrize(
@@ -108,6 +119,8 @@ def test_describes_the_model(dense):
         ({"num_experts": 4, "moe_layer_freq": [1, 0]}, "mlp_layer_types must name 3 layers"),
         ({"num_experts": 4, "moe_layer_freq": [0, 0, 0]}, "--moe-layer-freq"),
         ({"num_experts": 8}, "number of experts is 4"),
+        ({"num_experts": 6, "granularity": 4, "topk": 4}, "--granularity"),
+        ({"num_experts": 35, "topk": 35, "granularity": 5}, "intermediate_size 48"),
     ],
 )
 def test_refuses_settings(settings, words, dense):
