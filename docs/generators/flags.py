@@ -60,7 +60,7 @@ def section(subcommand: str) -> str:
 
 def megatron_providers() -> dict[str, tuple[Provider, ...]]:
     """Return the functions that add MaskMoE's flags to Megatron's parser, by subcommand."""
-    from maskmoe.training.inference.arguments import add_evaluation_arguments
+    from maskmoe.training.evaluation.arguments import add_evaluation_arguments
     from maskmoe.training.settings.arguments import (
         add_check_arguments,
         add_maskmoe_arguments,

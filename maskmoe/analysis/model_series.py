@@ -13,7 +13,7 @@ from maskmoe.checkpoint.errors import CheckpointError
 from maskmoe.checkpoint.integrity import check_structure, iteration_of
 from maskmoe.checkpoint.reading import LAYOUT_FILE
 from maskmoe.conversion.convert import temporary_export
-from maskmoe.conversion.huggingface_models import open_model
+from maskmoe.conversion.import_huggingface import open_model
 from maskmoe.conversion.megatron_models import open_megatron
 from maskmoe.conversion.model_tensors import OpenedModel
 from maskmoe.conversion.seal import check_seal

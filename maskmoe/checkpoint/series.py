@@ -1,40 +1,22 @@
-"""Finds, chooses and removes the checkpoints of one run."""
+"""Lists and removes the checkpoints of one run; `choose` chooses among them."""
 
 import shutil
 import tempfile
 from argparse import Namespace
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass
 from pathlib import Path
 
-from maskmoe.checkpoint.errors import CheckpointError, UnfinishedCheckpointError
+from maskmoe.checkpoint.errors import CheckpointError
 from maskmoe.checkpoint.integrity import COMPLETION_FILE, check_structure, has_digests, iteration_of
 from maskmoe.checkpoint.reading import LAYOUT_FILE
-from maskmoe.errors import UserError
 from maskmoe.files.outputs import sync_to_disk, write_text
-from maskmoe.files.paths import check_folder
 from maskmoe.files.untrusted import UnusableFile, read_bounded
 
 TRACKER = "latest_checkpointed_iteration.txt"
 _MAX_TRACKER_BYTES = 100
 RELEASE = "release"
 """Megatron's name of a checkpoint that no training run saved, such as a converted checkpoint."""
-
-_UNVERIFIED = "has no digests of its files (integrity.json), but an older checkpoint has"
-
-
-@dataclass(frozen=True)
-class Choice:
-    """The checkpoint to load, None if the folder has none, and the faults of newer, rejected checkpoints."""
-
-    checkpoint: Path | None
-    rejected: tuple[CheckpointError, ...] = ()
-
-    @property
-    def iteration(self) -> int | None:
-        """Return the iteration of the checkpoint; None for a `release` checkpoint, or without a checkpoint."""
-        return None if self.checkpoint is None else iteration_of(self.checkpoint)
 
 
 def checkpoint_path(folder: str | Path, iteration: int) -> Path:
@@ -103,87 +85,10 @@ def read_tracker(folder: str | Path) -> int | str | None:
     return int(text) if text.isascii() and text.isdecimal() else None
 
 
-def choose_checkpoint(
-    folder: str | Path, step: int | None = None, check: Callable[[Path], None] = check_structure
-) -> Choice:
-    """Choose the newest intact checkpoint in a folder; one without digests only if no intact one has digests.
-
-    The search starts with the checkpoint that the tracker file names, or without a usable tracker file with the newest
-    one, and continues with older checkpoints. A folder in which only the first save was interrupted counts as empty.
-
-    Args:
-        folder: The folder in Megatron's `--load`.
-        step: Megatron's `--ckpt-step`, the only iteration to choose; None to choose among all.
-        check: Raises `CheckpointError` if a checkpoint is not intact.
-
-    Raises:
-        UserError: The folder has checkpoints, or a record of one, but none is intact.
-    """
-    candidates = [checkpoint_path(folder, step)] if step is not None else _candidates(folder)
-    faults: dict[Path, CheckpointError] = {}
-    for candidate in sorted(candidates, key=has_digests, reverse=True):  # which keeps the order among equals
-        fault = _fault_of(candidate, check)
-        if fault is None:
-            newer = candidates[: candidates.index(candidate)]
-            for path in newer:
-                if path not in faults:
-                    faults[path] = _fault_of(path, check) or CheckpointError(path, _UNVERIFIED)
-            return Choice(candidate, tuple(faults[path] for path in newer))
-        faults[candidate] = fault
-    rejected = tuple(faults[candidate] for candidate in candidates)
-    # Without a tracker file, no save was finished.
-    is_without_saves = step is None and not (Path(folder) / TRACKER).exists()
-    if is_without_saves and all(isinstance(fault, UnfinishedCheckpointError) for fault in rejected):
-        return Choice(None, rejected)
-    reasons = "; ".join(map(str, rejected)) or f"{TRACKER} names none that exists"
-    raise UserError(f"{folder} holds no intact checkpoint: {reasons}")
-
-
-def _fault_of(checkpoint: Path, check: Callable[[Path], None]) -> CheckpointError | None:
-    """Return the fault that a check finds; None if there is none."""
-    try:
-        check(checkpoint)
-    except CheckpointError as fault:
-        return fault
-    return None
-
-
-def locate_checkpoint(path: Path, step: int | None = None) -> Path:
-    """Return the folder of a checkpoint: `path` itself, or in a run's folder that of iteration `step`, else the newest.
-
-    An older checkpoint never replaces a damaged one: the caller would not notice.
-
-    Raises:
-        UserError: The folder does not exist or holds no checkpoint, or the newest checkpoint is damaged.
-    """
-    check_folder(path)
-    if (path / LAYOUT_FILE).is_file():
-        if step not in (None, iteration_of(path)):
-            raise UserError(f"--ckpt-step {step} chooses among the checkpoints of a run, but {path} is a checkpoint")
-        return path
-    choice = choose_checkpoint(path, step)
-    if choice.checkpoint is None:
-        raise UserError(describe_missing(path))
-    if choice.rejected:
-        raise UserError(f"{choice.rejected[0]}; to use an older checkpoint, name its folder: {choice.checkpoint}")
-    return choice.checkpoint
-
-
 def finished_iterations(folder: str | Path) -> list[int]:
     """Return the checkpoints' iterations up to the one in the tracker file, or all without a usable one, descending."""
     tracked = read_tracker(folder)
     return [step for step in saved_iterations(folder) if not isinstance(tracked, int) or step <= tracked]
-
-
-def _candidates(folder: str | Path) -> list[Path]:
-    """Return the checkpoints that a run may load, newest first, and a missing one that the tracker file names."""
-    tracked = read_tracker(folder)
-    if tracked == RELEASE:
-        return [Path(folder) / RELEASE]
-    iterations = finished_iterations(folder)
-    if isinstance(tracked, int) and tracked not in iterations:
-        iterations.insert(0, tracked)
-    return [checkpoint_path(folder, iteration) for iteration in iterations]
 
 
 def remove_old_checkpoints(

@@ -3,9 +3,9 @@
 import os
 import sys
 
-from maskmoe.launch.command import entry_point
 from maskmoe.launch.launcher import launch, run_entry_point
 from maskmoe.launch.options import options_parser
+from maskmoe.launch.torchrun_command import entry_point
 
 
 def main() -> None:

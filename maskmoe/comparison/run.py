@@ -11,9 +11,9 @@ from maskmoe.comparison.data import Dataset
 from maskmoe.comparison.steps import Step, maskmoe_command
 from maskmoe.comparison.suite import PROGRAM, Suite, Variant
 from maskmoe.files.run_folder import CHECKPOINTS
-from maskmoe.launch.command import entry_point, standalone_command
 from maskmoe.launch.machine import Devices
 from maskmoe.launch.model_file import Flags
+from maskmoe.launch.torchrun_command import entry_point, standalone_command
 from maskmoe.routing_mask.feed_forward_layers import FeedForwardLayers
 
 OWN_TEXT = "held-out"

@@ -13,10 +13,11 @@ from typing import Any
 
 import torch
 
+from maskmoe.checkpoint.choose import locate_checkpoint
 from maskmoe.checkpoint.integrity import check_content, check_structure, has_digests, iteration_of
-from maskmoe.checkpoint.series import locate_checkpoint
 from maskmoe.conversion.config_mapping import args_from_config, further_flags, hybrid_args, is_hybrid, updated_args
-from maskmoe.conversion.huggingface_models import open_model, write_huggingface
+from maskmoe.conversion.export_huggingface import write_huggingface
+from maskmoe.conversion.import_huggingface import open_model
 from maskmoe.conversion.megatron_models import open_megatron, write_megatron
 from maskmoe.conversion.model_files import output_folder
 from maskmoe.conversion.model_tensors import OpenedModel

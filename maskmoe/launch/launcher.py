@@ -12,7 +12,10 @@ from maskmoe.arguments.flags import flag_words, split_flags
 from maskmoe.arguments.parser import OneLineParser
 from maskmoe.errors import counted, refused_by_system
 from maskmoe.files.outputs import check_outputs, refuse_checkpoint
-from maskmoe.launch.command import (
+from maskmoe.launch.machine import find_devices, route_to
+from maskmoe.launch.model_file import ModelFile
+from maskmoe.launch.options import Options, parse_options
+from maskmoe.launch.torchrun_command import (
     ENTRY_POINT_ENVIRONMENT,
     RUN_ENVIRONMENT,
     Command,
@@ -23,9 +26,6 @@ from maskmoe.launch.command import (
     torchrun_command,
     unset_variables,
 )
-from maskmoe.launch.machine import find_devices, route_to
-from maskmoe.launch.model_file import ModelFile
-from maskmoe.launch.options import Options, parse_options
 
 
 def launch(program: str, arguments: Sequence[str]) -> None:
@@ -63,7 +63,7 @@ def run_entry_point(entry: Sequence[str], arguments: Sequence[str]) -> NoReturn:
     """Run an entry point as ranks on this machine: this process becomes torchrun, or the entry point for `--help-all`.
 
     Args:
-        entry: What every rank runs, see `maskmoe.launch.command.entry_point`.
+        entry: What every rank runs, see `maskmoe.launch.torchrun_command.entry_point`.
         arguments: The entry point's arguments. `--nproc-per-node N` sets the number of ranks, by default one for each
             GPU, or one without GPUs.
 

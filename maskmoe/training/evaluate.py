@@ -1,4 +1,4 @@
-"""Entry point: `torchrun … -m maskmoe.training.evaluate`, see `maskmoe.training.inference.evaluation`."""
+"""Entry point: `torchrun … -m maskmoe.training.evaluate`, see `maskmoe.training.evaluation.evaluation`."""
 
 from collections.abc import Callable
 from typing import Any
@@ -9,7 +9,7 @@ from maskmoe.training.rank_process import prepare_rank, run_rank
 def main(builder: Callable[[], Any] | None = None) -> None:
     """Prepare the process, then evaluate; `builder` is that of `maskmoe.training.program.run_program`."""
     prepare_rank()
-    from maskmoe.training.inference import evaluation
+    from maskmoe.training.evaluation import evaluation
 
     evaluation.main(builder() if builder else None)
 

@@ -3,7 +3,7 @@
 import argparse
 from functools import partial
 
-from maskmoe.training.inference.arguments import add_evaluation_arguments
+from maskmoe.training.evaluation.arguments import add_evaluation_arguments
 from maskmoe.training.settings.arguments import add_check_arguments, add_maskmoe_flags, add_pretraining_arguments
 
 _PROGRAMS = {

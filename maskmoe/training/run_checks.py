@@ -28,7 +28,7 @@ from maskmoe.processes.console import console
 from maskmoe.routing_mask.mask import RoutingMask
 from maskmoe.training.model.batch import check_fill_in_middle_tokens
 from maskmoe.training.ranks import Ranks, meet_ranks
-from maskmoe.training.resume import choose_checkpoint as resume
+from maskmoe.training.resume import find_checkpoint as resume
 from maskmoe.training.resume import model_settings
 from maskmoe.training.resume.changed_settings import find_changed_settings
 from maskmoe.training.settings import inputs

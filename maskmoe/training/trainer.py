@@ -42,7 +42,7 @@ from maskmoe.training.model.batch import build_datasets, get_batch, loss_functio
 from maskmoe.training.model.model_builder import StageBuilder, embedding_ranks_of, model_config_from_args
 from maskmoe.training.ranks import Ranks, meet_ranks, temporary_process_groups
 from maskmoe.training.resume.changed_settings import has_one_learning_rate
-from maskmoe.training.resume.choose_checkpoint import checkpoint_to_load
+from maskmoe.training.resume.find_checkpoint import checkpoint_to_load
 from maskmoe.training.run_checks import RunSettings, parse_and_check_args
 from maskmoe.training.settings.arguments import add_pretraining_arguments
 from maskmoe.training.watch.callback import Callback, Step

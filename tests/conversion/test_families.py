@@ -23,7 +23,7 @@ from support.converted_models import (
 from transformers import AutoModelForCausalLM
 
 from maskmoe.conversion.families import open_huggingface
-from maskmoe.conversion.huggingface_models import open_model
+from maskmoe.conversion.import_huggingface import open_model
 from maskmoe.conversion.model_tensors import mtp_tensor_shapes
 from maskmoe.conversion.tensor_sources import Block
 from maskmoe.errors import UserError

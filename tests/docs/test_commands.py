@@ -13,7 +13,7 @@ from megatron.training.arguments import add_megatron_arguments
 from support.documentation import DOCS, Block, bash_blocks, commands, pages, run_script
 from support.paths import ROOT
 
-from maskmoe.training.inference.arguments import add_evaluation_arguments
+from maskmoe.training.evaluation.arguments import add_evaluation_arguments
 from maskmoe.training.settings.arguments import add_maskmoe_arguments, add_pretraining_arguments
 
 FLAG = re.compile(r"(?<![\w-])--[a-z0-9][a-z0-9_-]*")

@@ -176,7 +176,8 @@ def become(request: Request, out: int, err: int) -> None:
 
 
 def run(program: list[str]) -> None:
-    """Run a program as Python does with these arguments; `SIGNAL_OF_STACKS` writes the stacks of all threads."""
+    """Run a program as Python does with these arguments; a crash and `SIGNAL_OF_STACKS` write all threads' stacks."""
+    faulthandler.enable()
     faulthandler.register(SIGNAL_OF_STACKS)
     folders = os.environ.get("PYTHONPATH", "").split(os.pathsep)
     sys.path[1:1] = [folder for folder in folders if folder and folder not in sys.path]

@@ -13,7 +13,7 @@ from support.launchers import RunRanks
 from support.small_moe import make_config, make_mask, make_router, random_visible_sets
 
 from maskmoe.megatron_compat.globals import global_args
-from maskmoe.training.inference.token_losses import sum_over_ranks
+from maskmoe.training.evaluation.token_losses import sum_over_ranks
 from maskmoe.training.model.batch import loss_function
 from maskmoe.training.watch import routing_log
 

@@ -20,7 +20,7 @@ from support.training import PRETRAIN, VOCAB_SIZE, Run
 from maskmoe.errors import UserError
 from maskmoe.processes.folder_lock import locked_folder
 from maskmoe.training import trainer
-from maskmoe.training.inference import evaluation
+from maskmoe.training.evaluation import evaluation
 
 SECOND_RANK_LACKS_DATA = """
 import os, runpy, sys

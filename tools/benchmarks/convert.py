@@ -24,7 +24,7 @@ from maskmoe.megatron_compat import prepare_process
 prepare_process()
 
 from maskmoe.conversion.convert import huggingface_to_megatron, megatron_to_huggingface
-from maskmoe.conversion.huggingface_models import write_huggingface
+from maskmoe.conversion.export_huggingface import write_huggingface
 from maskmoe.conversion.model_files import output_folder
 from maskmoe.conversion.model_tensors import OpenedModel, tensor_shapes, with_routing_mask
 from maskmoe.conversion.settings import Settings

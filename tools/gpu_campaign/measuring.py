@@ -8,7 +8,7 @@ from typing import Any
 from gpu_campaign.results import Cell, Findings, Table
 from gpu_campaign.runs import NUM_EXPERTS
 from gpu_campaign.step import Command, Context
-from maskmoe.launch.command import standalone_command
+from maskmoe.launch.torchrun_command import standalone_command
 
 _NOTE = (
     "Stock Megatron-Core fuses whatever it can: with Transformer Engine router, permutation, activation functions, and "

@@ -22,7 +22,7 @@ from torch.nn.functional import gelu, silu
 
 from maskmoe.checkpoint.routing_mask import mask_in_checkpoint, read_routing_mask
 from maskmoe.errors import UserError, megatrons_checks
-from maskmoe.training.resume.choose_checkpoint import checkpoint_to_load
+from maskmoe.training.resume.find_checkpoint import checkpoint_to_load
 from maskmoe.transformer.layer_specs import (
     get_maskmoe_decoder_block_spec,
     get_maskmoe_hybrid_stack_spec,

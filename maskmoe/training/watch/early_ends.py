@@ -20,7 +20,7 @@ from maskmoe.checkpoint.writers import rank_is_ending
 from maskmoe.errors import RunFailure
 from maskmoe.megatron_compat.globals import get_signal_handler
 from maskmoe.processes.interruption import EXIT_REQUEUE, SIGNALS_THAT_SAVE
-from maskmoe.training.resume.choose_checkpoint import checkpoint_to_load
+from maskmoe.training.resume.find_checkpoint import checkpoint_to_load
 from maskmoe.training.watch.callback import Callback, Step
 
 # If a loss or gradient is NaN or infinite, Megatron repeats the step, says in the log on which rank and whether the

@@ -19,7 +19,7 @@ from maskmoe.files.run_folder import ARGUMENTS
 from maskmoe.processes.console import console
 from maskmoe.routing_mask.feed_forward_layers import FeedForwardLayers
 from maskmoe.routing_mask.mask import RoutingMask, describe_visible_experts
-from maskmoe.training.resume.choose_checkpoint import checkpoint_to_load
+from maskmoe.training.resume.find_checkpoint import checkpoint_to_load
 from maskmoe.training.settings.inputs import data_prefixes
 from maskmoe.training.settings.samples import BatchSizes, requested_training_samples, training_iterations
 from maskmoe.training.watch.callback import Callback

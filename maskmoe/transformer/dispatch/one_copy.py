@@ -11,6 +11,7 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Size, Tensor
 from torch.distributed import ProcessGroup
 
+from maskmoe.transformer.dispatch.all_to_all import RowExchange, SentRows
 from maskmoe.transformer.dispatch.protocol import Dispatched, Router
 from maskmoe.transformer.dispatch.rows import (
     CopyToExperts,
@@ -18,8 +19,6 @@ from maskmoe.transformer.dispatch.rows import (
     KnownExperts,
     LayerPlan,
     RowCopies,
-    RowExchange,
-    SentRows,
 )
 from maskmoe.transformer.token_ids import TokenIds
 

@@ -8,7 +8,8 @@ from megatron.core.utils import get_pg_size
 from torch import Tensor
 from torch.distributed import ProcessGroup
 
-from maskmoe.transformer.dispatch.rows import KnownExperts, LayerPlan, RowCopies, RowExchange
+from maskmoe.transformer.dispatch.all_to_all import RowExchange
+from maskmoe.transformer.dispatch.rows import KnownExperts, LayerPlan, RowCopies
 from maskmoe.transformer.token_ids import DispatchPlan, TokenIds
 from maskmoe.transformer.visible_experts import VisibleExperts
 

@@ -10,7 +10,7 @@ from torch.distributed import HashStore
 
 from maskmoe.checkpoint.series import checkpoint_path
 from maskmoe.training.ranks import Ranks
-from maskmoe.training.resume.choose_checkpoint import find_checkpoint
+from maskmoe.training.resume.find_checkpoint import find_checkpoint
 
 
 @pytest.mark.runs("expert parallel 2, undisturbed")

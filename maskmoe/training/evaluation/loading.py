@@ -15,7 +15,7 @@ from maskmoe.megatron_compat.checkpoint_patches import load_only
 from maskmoe.processes.console import console
 from maskmoe.training.model.model_builder import StageBuilder, embedding_ranks_of, model_config_from_args
 from maskmoe.training.ranks import meet_ranks
-from maskmoe.training.resume.choose_checkpoint import checkpoint_to_load
+from maskmoe.training.resume.find_checkpoint import checkpoint_to_load
 
 
 def load_model(args: Namespace, builder: type[StageBuilder] | None = None) -> torch.nn.Module:

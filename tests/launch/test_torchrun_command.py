@@ -15,9 +15,9 @@ from support.paths import ROOT
 from maskmoe.arguments.flags import flag_words, split_flags
 from maskmoe.errors import UserError
 from maskmoe.launch import rank
-from maskmoe.launch.command import RUN_ENVIRONMENT, Command, run_flags, split_program, torchrun_command
 from maskmoe.launch.machine import Route
 from maskmoe.launch.options import Options, options_parser, parse_options
+from maskmoe.launch.torchrun_command import RUN_ENVIRONMENT, Command, run_flags, split_program, torchrun_command
 from maskmoe.training.help_page import help_page
 
 

@@ -17,15 +17,14 @@ from torch.distributed import HashStore
 from torch.distributed.checkpoint.api import CheckpointException
 
 from maskmoe.checkpoint import saver
+from maskmoe.checkpoint.choose import Choice, choose_checkpoint
 from maskmoe.checkpoint.errors import CheckpointError
 from maskmoe.checkpoint.integrity import Manifest, check_content, check_structure
 from maskmoe.checkpoint.reading import read_checkpoint_layout
 from maskmoe.checkpoint.series import (
     RELEASE,
     TRACKER,
-    Choice,
     checkpoint_path,
-    choose_checkpoint,
     iteration_of,
     read_tracker,
     saved_iterations,
@@ -34,8 +33,8 @@ from maskmoe.checkpoint.series import (
 )
 from maskmoe.errors import RunFailure, UserError
 from maskmoe.training.ranks import Ranks
-from maskmoe.training.resume import choose_checkpoint as resume
-from maskmoe.training.resume.choose_checkpoint import checkpoint_to_load, find_checkpoint
+from maskmoe.training.resume import find_checkpoint as resume
+from maskmoe.training.resume.find_checkpoint import checkpoint_to_load, find_checkpoint
 from maskmoe.training.watch.early_ends import report_early_end
 
 SAVED = "expert parallel 2, undisturbed"  # at 7, 14 and 21

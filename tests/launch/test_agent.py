@@ -13,8 +13,8 @@ from support.paths import python_path
 from support.runs import free_port
 from torch.distributed.elastic.multiprocessing.errors import ProcessFailure
 
-from maskmoe.launch.command import ENTRY_POINT_ENVIRONMENT
-from maskmoe.launch.torchrun import describe_failure
+from maskmoe.launch.agent import describe_failure
+from maskmoe.launch.torchrun_command import ENTRY_POINT_ENVIRONMENT
 from maskmoe.processes.interruption import EXIT_REQUEUE
 
 # A rank that runs the statements in its first argument. `wait` ends after SIGTERM with the code for a saved checkpoint.
@@ -40,7 +40,7 @@ def start(request, tmp_path) -> Start:
     def start(statements: str, *options: str, name: str = "run") -> Launch:
         environment = ENTRY_POINT_ENVIRONMENT | {"PYTHONPATH": python_path(tmp_path)}
         words = ["--monitor-interval", "0.1", *(options or ("--standalone", "--nproc-per-node", "2"))]
-        command = [sys.executable, "-m", "maskmoe.launch.torchrun", *words, "-m", "stub", statements, str(tmp_path)]
+        command = [sys.executable, "-m", "maskmoe.launch.agent", *words, "-m", "stub", statements, str(tmp_path)]
         launch = Launch(command, tmp_path, tmp_path / name, environment)
         request.addfinalizer(launch.kill)
         return launch

@@ -20,9 +20,9 @@ from maskmoe.files.outputs import check_outputs, write_text
 from maskmoe.megatron_compat.globals import get_tokenizer
 from maskmoe.processes.console import console
 from maskmoe.routing_mask.frequency import FrequencyBands, TokenFrequency, count_token_frequency
-from maskmoe.training.inference.arguments import add_evaluation_arguments
-from maskmoe.training.inference.loading import load_model
-from maskmoe.training.inference.token_losses import build_whole_split, losses_of_all, sum_over_ranks
+from maskmoe.training.evaluation.arguments import add_evaluation_arguments
+from maskmoe.training.evaluation.loading import load_model
+from maskmoe.training.evaluation.token_losses import build_whole_split, losses_of_all, sum_over_ranks
 from maskmoe.training.model.model_builder import StageBuilder
 from maskmoe.training.ranks import temporary_process_groups
 from maskmoe.training.run_checks import parse_and_check_args

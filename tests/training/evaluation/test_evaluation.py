@@ -17,7 +17,7 @@ from maskmoe.data.indexed_dataset import open_tokens, read_index
 from maskmoe.data.tokenizer_record import TokenizerRecord
 from maskmoe.errors import UserError
 from maskmoe.routing_mask.mask import RoutingMask
-from maskmoe.training.inference import evaluation
+from maskmoe.training.evaluation import evaluation
 
 DATA = "--data-path data --split 60,40,0"
 MODEL = "--use-checkpoint-args --tokenizer-type NullTokenizer --vocab-size 510"

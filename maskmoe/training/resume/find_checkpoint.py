@@ -5,19 +5,11 @@ import sys
 from argparse import Namespace
 from pathlib import Path
 
+from maskmoe.checkpoint.choose import Choice, choose_checkpoint
 from maskmoe.checkpoint.errors import CheckpointError
 from maskmoe.checkpoint.integrity import check_content, check_structure, has_digests
 from maskmoe.checkpoint.reading import read_common_state
-from maskmoe.checkpoint.series import (
-    RELEASE,
-    TRACKER,
-    Choice,
-    checkpoint_path,
-    choose_checkpoint,
-    describe_missing,
-    is_finished,
-    saved_iterations,
-)
+from maskmoe.checkpoint.series import RELEASE, TRACKER, checkpoint_path, describe_missing, is_finished, saved_iterations
 from maskmoe.errors import UserError
 from maskmoe.training.ranks import Ranks
 

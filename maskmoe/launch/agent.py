@@ -1,4 +1,4 @@
-"""torchrun that ends a run which restarts cannot help: `python -m maskmoe.launch.torchrun` takes torchrun's arguments.
+"""torchrun that ends a run which restarts cannot help: `python -m maskmoe.launch.agent` takes torchrun's arguments.
 
 - Ranks that refuse their input, or that a signal has stopped, are not restarted. Their exit code is that of this
   program, in place of torchrun's 1.

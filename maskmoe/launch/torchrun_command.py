@@ -132,7 +132,7 @@ def unset_variables(defaults: Mapping[str, str], environment: Mapping[str, str])
 
 
 def _torchrun_words(options: Iterable[str], entry: Iterable[str], arguments: Iterable[str]) -> tuple[str, ...]:
-    return (sys.executable, "-m", "maskmoe.launch.torchrun", *options, *entry, *arguments)
+    return (sys.executable, "-m", "maskmoe.launch.agent", *options, *entry, *arguments)
 
 
 def _rendezvous_words(options: Options, route: Route | None) -> tuple[str, ...]:
