@@ -43,14 +43,21 @@ class RowCopies:
             has_every_row: Whether every row is known to have a copy.
         """
         num_rows, num_targets = chosen.shape
-        targets, rows = torch.nonzero_static(chosen.t(), size=num_copies).unbind(1)
+        by_target = chosen.t()
+        targets, rows = torch.nonzero_static(by_target, size=num_copies).unbind(1)
+        source = rows * num_targets + targets
+        if has_every_row and num_copies == num_rows:
+            return cls.permutation(rows, source)
+        # Number the copies, and list the numbers by row.
+        number = by_target.flatten().cumsum(0).sub_(1).view_as(by_target)
+        rows_of_order, targets_of_order = torch.nonzero_static(chosen, size=num_copies).unbind(1)
         copies_of_row = chosen.sum(dim=1)
         return cls(
-            source=rows * num_targets + targets,
+            source=source,
             rows=rows,
-            order=rows.argsort(stable=True),
+            order=number[targets_of_order, rows_of_order],
             offsets=copies_of_row.cumsum(0) - copies_of_row,
-            is_permutation=has_every_row and num_copies == num_rows,
+            is_permutation=False,
         )
 
     @classmethod
