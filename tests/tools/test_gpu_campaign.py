@@ -110,7 +110,6 @@ def test_losses_are_compared(shift: float, backend: str, is_problem: bool, tmp_p
 
 
 PLANNED = "rank-local"
-CONTROL = f"{PLANNED}-small-buckets-late-gathers-no-waits"
 
 
 @pytest.mark.parametrize(
@@ -120,19 +119,15 @@ CONTROL = f"{PLANNED}-small-buckets-late-gathers-no-waits"
         (f"{PLANNED}-on", {"losses": [8.0, 7.0000005]}),
         ("balanced-on", {"overlap_param_gather": "False"}),
         ("balanced-off", {"dispatch": DispatchKind.PLANNED.value}),
-        (CONTROL, {"losses": [8.0, 7.0]}),
     ],
 )
 def test_overlap_is_compared_bit_by_bit(run: str | None, change: dict, tmp_path: Path) -> None:
-    """The negative control must differ, and both sides must have run what their names say."""
+    """Both sides must have run what their names say."""
     for name, gathers, loss in (
         (f"{PLANNED}-off", False, 7.0),
         (f"{PLANNED}-on", True, 7.0),
         ("balanced-off", False, 6.0),
         ("balanced-on", True, 6.0),
-        (f"{PLANNED}-small-buckets-gathers-at-once", False, 7.0),
-        (f"{PLANNED}-small-buckets-late-gathers", True, 7.0),
-        (CONTROL, True, 7.1),
     ):
         kind = DispatchKind.PLANNED if name.startswith(PLANNED) else DispatchKind.ONE_COPY
         facts = {"losses": [8.0, loss], "dispatch": kind.value, "overlap_param_gather": str(gathers)}

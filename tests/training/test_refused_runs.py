@@ -189,7 +189,9 @@ def test_dataset_that_the_first_rank_alone_refuses(refuse_ranks, unusable_datase
 def test_dataset_that_the_second_rank_alone_lacks(refuse_ranks, tmp_path):
     """The ranks are on different nodes."""
     (tmp_path / "program.py").write_text(SECOND_RANK_LACKS_DATA)
-    assert "nowhere.idx does not exist" in refuse_ranks("", program=(str(tmp_path / "program.py"),))
+    assert "without nowhere, which does not exist on rank 1" in refuse_ranks(
+        "", program=(str(tmp_path / "program.py"),)
+    )
 
 
 @pytest.mark.slow

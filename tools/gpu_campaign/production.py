@@ -10,7 +10,7 @@ from maskmoe.comparison.table import training_seconds
 from maskmoe.routing_mask.dispatch_kind import DispatchKind
 
 _OVERLAP = ("--overlap-grad-reduce", "--overlap-param-gather")
-_ONE_BUCKET, _SMALL_BUCKETS = ("--ddp-bucket-size", "1000000000"), ("--ddp-bucket-size", "1")
+_ONE_BUCKET = ("--ddp-bucket-size", "1000000000")
 _NO_FILES = ("--save", "false", "--eval-iters", "0", "--tensorboard-log-interval", "1")
 
 
@@ -78,15 +78,11 @@ class _Pair:
 
     Attributes:
         dispatch: the way to dispatch, in both runs.
-        runs: the two runs.
-        are_equal: whether all losses must be equal in every bit; otherwise they must differ.
-        gathers: whether parameters are gathered during the forward pass, in each run.
+        runs: the runs without and with overlap, whose losses must be equal in every bit.
     """
 
     dispatch: DispatchKind
     runs: tuple[Run, Run]
-    are_equal: bool
-    gathers: tuple[bool, bool]
 
 
 def _pairs(context: Context) -> list[_Pair]:
@@ -96,31 +92,21 @@ def _pairs(context: Context) -> list[_Pair]:
     has one bucket.
     """
     ranks = context.num_ranks
-    program = ("--program", str(context.root / "tools" / "gpu_campaign" / "late_gathers.py"))
 
-    def run(name: str, mask: str, *flags: str, **environment: str) -> Run:
+    def run(name: str, mask: str, *flags: str) -> Run:
         common = (
             *("--expert-model-parallel-size", str(expert_parallel_size(context)), "--moe-router-topk", "2"),
             *("--micro-batch-size", "1", "--global-batch-size", str(2 * ranks)),
             *("--bf16", "--deterministic-mode", "--use-distributed-optimizer", "--exit-interval", "8", *_NO_FILES),
         )
-        return Run("overlap", f"{mask}, {name}", (*common, *flags), mask, "laptop", ranks, environment=environment)
+        return Run("overlap", f"{mask}, {name}", (*common, *flags), mask, "laptop", ranks)
 
-    def off_and_on(mask: str) -> tuple[Run, Run]:
-        return run("off", mask), run("on", mask, *_OVERLAP, *_ONE_BUCKET)
+    def pair(dispatch: DispatchKind, mask: str) -> _Pair:
+        return _Pair(dispatch, (run("off", mask), run("on", mask, *_OVERLAP, *_ONE_BUCKET)))
 
     if expert_parallel_size(context) == 1:
-        return [_Pair(DispatchKind.ONE_RANK, off_and_on("balanced"), True, (False, True))]
-    mask, buckets = "rank-local", (*_OVERLAP, *_SMALL_BUCKETS)
-    at_once = run("small buckets, gathers at once", mask, _OVERLAP[0], *_SMALL_BUCKETS)
-    late = run("small buckets, late gathers", mask, *program, *buckets)
-    no_waits = run("small buckets, late gathers, no waits", mask, *program, *buckets, WITHOUT_WAITS="1")
-    return [
-        _Pair(DispatchKind.PLANNED, off_and_on(mask), True, (False, True)),
-        _Pair(DispatchKind.ONE_COPY, off_and_on("balanced"), True, (False, True)),
-        _Pair(DispatchKind.PLANNED, (at_once, late), True, (False, True)),
-        _Pair(DispatchKind.PLANNED, (late, no_waits), False, (True, True)),
-    ]
+        return [pair(DispatchKind.ONE_RANK, "balanced")]
+    return [pair(DispatchKind.PLANNED, "rank-local"), pair(DispatchKind.ONE_COPY, "balanced")]
 
 
 def overlap_commands(context: Context) -> list[Command]:
@@ -139,25 +125,17 @@ def read_overlap(context: Context) -> Findings:
             problems.append(f"{first} and {second}: a run did not log its losses")
             continue
         differing = sum(loss != curves[1][iteration] for iteration, loss in curves[0].items())
-        rows.append((first, second, "equal" if pair.are_equal else "different", f"{differing} of {len(curves[0])}"))
-        if pair.are_equal is not (differing == 0):
+        rows.append((first, second, f"{differing} of {len(curves[0])}"))
+        if differing:
             problems.append(f"{first} and {second}: {differing} losses differ")
-        for run, gathers in zip(pair.runs, pair.gathers, strict=True):
+        for run, gathers in zip(pair.runs, (False, True), strict=True):
             if not run.has_logged(context, "overlap_param_gather", str(gathers)):
                 problems.append(f"{run.name}: overlap_param_gather was not {gathers}")
             if not run.has_logged(context, "dispatch", pair.dispatch.value):
                 problems.append(f"{run.name}: the run did not dispatch by {pair.dispatch.value}")
     if expert_parallel_size(context) == 1:
-        notes.append(
-            "Experts are on one rank, so no rows travel. On one GPU, no parameter comes from another rank, so "
-            "there is no negative control: nothing changes if nothing waits for gathered parameters."
-        )
-    else:
-        notes.append(
-            "In the last pair, nothing waits for parameters that are read without a call of their module: the negative "
-            "control, whose losses must differ. Late gathers run when they are waited for."
-        )
-    columns = ("run", "run", "losses must be", "losses that differ")
+        notes.append("Experts are on one rank, so no rows travel.")
+    columns = ("run", "run", "losses that differ")
     return Findings(
         notes=tuple(notes),
         tables=(Table(title="Overlap, with --deterministic-mode", columns=columns, rows=tuple(rows)),),

@@ -77,7 +77,10 @@ def _files(args: Namespace) -> Facts:
         if (path := getattr(args, name, None)) is not None:
             facts[f"the content of --{name.replace('_', '-')}"] = _describe_file(Path(path))
     try:
-        facts["the content of the datasets"] = digest_of_datasets(args)
+        prefixes = [prefix for prefixes, _ in blends_of(args) for prefix in prefixes]
+        missing = [prefix for prefix in prefixes if not Path(idx_path(prefix)).is_file()]
+        absent = f" without {listed(missing, _MOST_NAMED)}, which does not exist" if missing else ""
+        facts["the content of the datasets"] = f"{digest_of_datasets(args)}{absent}"
     except UserError as error:  # which the checks of this rank will report
         facts["the content of the datasets"] = str(error)
     return facts
