@@ -132,10 +132,14 @@ class MaskMoERouter(TopKRouter):
 
     @property
     def fixed_weight(self) -> float | None:
-        """The weight of every token if each id sees one expert and nothing needs the logits; else None."""
+        """The weight of every token if each id sees one expert and nothing needs the logits; else None.
+
+        A subclass that overrides `forward` or `routing` is always called, since it may weigh tokens in another way.
+        """
+        is_overridden = (type(self).forward, type(self).routing) != (MaskMoERouter.forward, MaskMoERouter.routing)
         has_losses = self._balancing_losses or self.config.moe_z_loss_coeff
         is_needed = has_losses or self.router_replay is not None or self.score_function != "softmax"
-        if is_needed or self.visible_experts.max_visible[self.table] > 1:
+        if is_overridden or is_needed or self.visible_experts.max_visible[self.table] > 1:
             return None
         scaling_factor = self.config.moe_router_topk_scaling_factor
         return 1.0 if scaling_factor is None else scaling_factor

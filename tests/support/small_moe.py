@@ -107,11 +107,16 @@ def make_visible_experts(config: TransformerConfig, mask: RoutingMask) -> Visibl
     return VisibleExperts(config, mask, process_groups()).to(DEVICE)
 
 
-def make_router(config: TransformerConfig, mask: RoutingMask, layer_number: int = 1, **settings: Any) -> MaskMoERouter:
+def make_router(
+    config: TransformerConfig,
+    mask: RoutingMask,
+    layer_number: int = 1,
+    router_class: type[MaskMoERouter] = MaskMoERouter,
+    **settings: Any,
+) -> MaskMoERouter:
     """Build a router on the device; `settings` are arguments of `MaskMoERouter`."""
-    router = MaskMoERouter(config, process_groups(), visible_experts=make_visible_experts(config, mask), **settings).to(
-        DEVICE
-    )
+    visible_experts = make_visible_experts(config, mask)
+    router = router_class(config, process_groups(), visible_experts=visible_experts, **settings).to(DEVICE)
     router.set_layer_number(layer_number)
     return router
 

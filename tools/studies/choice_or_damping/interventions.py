@@ -19,7 +19,7 @@ from maskmoe.training.model.model_builder import MaskMoEGPTModelBuilder
 from maskmoe.transformer.layer_specs import map_spec
 from maskmoe.transformer.router import MaskMoERouter
 from maskmoe.transformer.routing_statistics import sum_tokens
-from maskmoe.transformer.selection import MaskedLogits
+from maskmoe.transformer.selection import MaskedLogits, choose_experts, preference_scores
 from maskmoe.transformer.token_ids import TokenIds
 from maskmoe.transformer.visible_experts import VisibleExperts
 
@@ -49,7 +49,7 @@ class GatedHashRouter(MaskMoERouter):
         if narrow.is_file():
             self.own_expert.copy_(torch.from_numpy(RoutingMask.load(narrow).visible_sets(self.table)).long().argmax(1))
 
-    def routing(self, logits: Tensor, token_ids: TokenIds, attaches_losses: bool = True) -> tuple[Tensor, Tensor]:
+    def routing(self, logits: Tensor, token_ids: TokenIds) -> tuple[Tensor, Tensor]:
         """Give each token the expert of its id; arguments and result are those of `MaskMoERouter.routing`."""
         visible = self.visible_experts.mask_table(self.table).look_up(token_ids.ids.flatten())
         masked = MaskedLogits.mask(logits, visible, token_ids, self.score_function)
@@ -64,9 +64,9 @@ class GatedHashRouter(MaskMoERouter):
 class UnitWeightRouter(MaskMoERouter):
     """Choice without damping: MaskMoE's expert with weight 1, and the gradient of the logarithm of its probability."""
 
-    def routing(self, logits: Tensor, token_ids: TokenIds, attaches_losses: bool = True) -> tuple[Tensor, Tensor]:
+    def routing(self, logits: Tensor, token_ids: TokenIds) -> tuple[Tensor, Tensor]:
         """Route as `MaskMoERouter.routing` does, with other weights."""
-        probs, routing_map = super().routing(logits, token_ids, attaches_losses)
+        probs, routing_map = super().routing(logits, token_ids)
         return probs / torch.where(routing_map, probs.detach(), 1.0), routing_map
 
 
@@ -76,13 +76,15 @@ class SecondChoiceRouter(MaskMoERouter):
     For evaluation of trained models: the loss that is gained shows what the learned choice is worth.
     """
 
-    def routing(self, logits: Tensor, token_ids: TokenIds, attaches_losses: bool = True) -> tuple[Tensor, Tensor]:
+    def routing(self, logits: Tensor, token_ids: TokenIds) -> tuple[Tensor, Tensor]:
         """Route as `MaskMoERouter.routing` does, with the best visible expert of each routable token out of reach."""
-        _, best = super().routing(logits, token_ids, False)  # [tokens, experts]
-        visible = self.visible_experts.mask_table(self.table).look_up(token_ids.ids.flatten()).experts
-        best = best & (visible.sum(dim=-1, keepdim=True) > 1)
+        visible = self.visible_experts.mask_table(self.table).look_up(token_ids.ids.flatten())
+        masked = MaskedLogits.mask(logits, visible, token_ids, self.score_function)
+        scores = preference_scores(masked, self.config.moe_router_pre_softmax, self.expert_bias)
+        best = choose_experts(scores, visible.experts, self.topk).routing_map  # [tokens, experts]
+        best = best & (visible.experts.sum(dim=-1, keepdim=True) > 1)
         lowest = torch.finfo(logits.dtype).min
-        return super().routing(logits.masked_fill(best.view(logits.shape), lowest), token_ids, attaches_losses)
+        return super().routing(logits.masked_fill(best.view(logits.shape), lowest), token_ids)
 
 
 class SmearedSelfAttention(SelfAttention):
