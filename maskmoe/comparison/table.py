@@ -76,7 +76,7 @@ class RunResult(BaseModel, frozen=True, extra="allow"):
 
     @property
     def equality_key(self) -> tuple[object, ...]:
-        """What is the same for equal runs, see `Run.equality_key`."""
+        """A value that equal runs share; see `Run.equality_key`."""
         return (self.seed, self.program_sha256, *sorted(self.settings.items()))
 
     def loss(self, text: str, band: str = ALL_TOKENS) -> float:

@@ -345,9 +345,9 @@ def run_case(layout_name: str, case_name: str, rank: int = 0, num_ranks: int = 1
     moe.take_metrics()
     output, _ = layer(hidden, padding_mask=pack_token_ids(token_ids))
     output.backward(output_grad)
-    # Undo the scale, so that all cases can use the same tolerance.
-    # Where each id sees one expert, a layer with a plan does not use its router.
+    # A layer with a plan skips its router if each id sees one expert; the router's weight then has no gradient.
     grads = {name: torch.zeros_like(each) if each.grad is None else each.grad for name, each in parameters.items()}
+    # Undo the scale, so that all cases can use the same tolerance.
     grads = {name: grad / case.scale for name, grad in grads.items()}
     grads["statistics"] = layer.router.statistics.take()[0].cpu()
     if layer.router.local_tokens_per_expert is not None:

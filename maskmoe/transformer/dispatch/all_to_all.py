@@ -70,8 +70,8 @@ class SentRows:
     """Rows that travel to other ranks, while the caller computes something else.
 
     In the backward pass, `receive` starts the all-to-all of the gradients, and `RowExchange.send` waits for the result.
-    In between, autograd runs the backward pass of what was computed while the rows travelled, because
-    autograd runs the operations of a backward pass in the reverse order of the forward pass.
+    In between, autograd runs the backward pass of what was computed while the rows travelled, because autograd runs the
+    operations of a backward pass in the reverse order of the forward pass.
 
     Attributes:
         rows: [received rows, features]; `receive` returns the values.

@@ -53,10 +53,7 @@ class DispatchPlanner:
         if self._num_ranks > 1:
             torch.distributed.all_to_all_single(received, sent, group=self._group)
         real = selected if is_real is None else _count(first_expert, is_real.long().expand_as(ones), selected.shape[1])
-        on_host = torch.cat([sent.flatten(), received.flatten(), real.flatten()]).cpu()
-        sent, received, real = on_host.split([sent.numel(), received.numel(), real.numel()])
-        sent, received = sent.view(counts.transpose(0, 1).shape), received.view(counts.transpose(0, 1).shape)
-        real = real.view(selected.shape)
+        sent, received, real = _to_host(sent, received, real)
 
         plans = {}
         for index, table in enumerate(self._tables):
@@ -90,6 +87,12 @@ class DispatchPlanner:
 def _count(targets: Tensor, values: Tensor, num_targets: int) -> Tensor:
     """Add up values by target: int64 [tables, tokens] both, the result is [tables, targets]."""
     return targets.new_zeros(len(targets), num_targets).scatter_add(1, targets, values)
+
+
+def _to_host(*tensors: Tensor) -> list[Tensor]:
+    """Copy tensors of one dtype to the host in one transfer."""
+    on_host = torch.cat([each.flatten() for each in tensors]).cpu().split([each.numel() for each in tensors])
+    return [copied.view(each.shape) for copied, each in zip(on_host, tensors, strict=True)]
 
 
 def _known_experts(received: Tensor, real: Tensor, device: torch.device) -> KnownExperts:

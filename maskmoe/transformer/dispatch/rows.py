@@ -97,7 +97,7 @@ class RowCopies:
 
 @dataclass(frozen=True)
 class KnownExperts:
-    """What token ids tell about a layer in which every id sees one expert.
+    """The order of the rows and the counts of a layer in which every id sees one expert; both follow from the ids.
 
     Attributes:
         by_expert: Orders the received rows by local expert; None if there is one local expert.
