@@ -1,6 +1,6 @@
 """Starts training processes within milliseconds: they are forks of a process that has imported what training imports.
 
-Importing PyTorch and Megatron-Core takes 4 seconds of each process, which is most of the time of a short run. The forks
+Importing PyTorch, Megatron-Core and transformers takes 5 seconds of each process, which is most of the time of a short run. The forks
 are processes like others: they join their group over gloo, get signals and have exit codes. Unlike processes of
 torchrun, they share the seed of string hashes, and see the environment variables only after the imports.
 
@@ -12,6 +12,7 @@ id, and the exit code.
 """
 
 import faulthandler
+import importlib
 import json
 import os
 import runpy
@@ -123,12 +124,18 @@ class PreloadedPython:
 
 
 def import_training() -> None:
-    """Import what a training run imports before it reads its command line."""
+    """Import what a training run imports before its first step."""
     from maskmoe.megatron_compat import prepare_process
 
     prepare_process()
-    import maskmoe.training.preflight.inspection
-    import maskmoe.training.trainer  # noqa: F401
+    # Megatron-Core imports transformers with its tokenizers, and torch its compiler with the first optimizer.
+    for name in (
+        "maskmoe.training.preflight.inspection",
+        "maskmoe.training.trainer",
+        "megatron.core.tokenizers.text",
+        "torch._dynamo",
+    ):
+        importlib.import_module(name)
 
     # A fork has no other thread than the one that forks.
     assert psutil.Process().num_threads() == 1
