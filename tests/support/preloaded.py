@@ -1,8 +1,8 @@
 """Starts training processes within milliseconds: they are forks of a process that has imported what training imports.
 
-Importing PyTorch, Megatron-Core and transformers takes 5 seconds of each process, which is most of the time of a short run. The forks
-are processes like others: they join their group over gloo, get signals and have exit codes. Unlike processes of
-torchrun, they share the seed of string hashes, and see the environment variables only after the imports.
+Importing PyTorch, Megatron-Core and transformers takes 5 seconds of each process, which is most of the time of a short
+run. The forks are processes like others: they join their group over gloo, get signals and have exit codes. Unlike
+processes of torchrun, they share the seed of string hashes, and see the environment variables only after the imports.
 
     python preloaded.py SOCKET
 
