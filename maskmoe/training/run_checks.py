@@ -8,7 +8,7 @@ from copy import deepcopy
 from dataclasses import dataclass
 from math import inf
 from pathlib import Path
-from typing import NoReturn
+from typing import Any, NoReturn
 
 from megatron.core.num_microbatches_calculator import (
     init_num_microbatches_calculator,
@@ -20,7 +20,7 @@ from megatron.training.global_vars import rebuild_tokenizer
 from maskmoe.checkpoint.integrity import iteration_of
 from maskmoe.checkpoint.series import describe_missing
 from maskmoe.errors import UserError, megatrons_checks
-from maskmoe.files.run_folder import run_folder
+from maskmoe.files.run_folder import TENSORBOARD, run_folder
 from maskmoe.megatron_compat import cpu
 from maskmoe.megatron_compat.globals import get_tokenizer, set_globals_without_writers
 from maskmoe.megatron_compat.gpu import GpuPackages
@@ -28,16 +28,20 @@ from maskmoe.processes.console import console
 from maskmoe.routing_mask.mask import RoutingMask
 from maskmoe.training.model.batch import check_fill_in_middle_tokens
 from maskmoe.training.ranks import Ranks, meet_ranks
+from maskmoe.training.resume import changed_settings
 from maskmoe.training.resume import find_checkpoint as resume
-from maskmoe.training.resume import model_settings
-from maskmoe.training.resume.changed_settings import find_changed_settings
 from maskmoe.training.settings import inputs
 from maskmoe.training.settings.agreement import check_agreement, digest_of_datasets
 from maskmoe.training.settings.arguments import add_maskmoe_arguments
-from maskmoe.training.settings.folders import run_folder_defaults
-from maskmoe.training.settings.requirements import missing_flags, missing_transformer_engine, outdated_packages
 from maskmoe.training.settings.samples import BatchSizes
-from maskmoe.training.settings.support import flags_of, note_on_unproven, refusals
+from maskmoe.training.settings.support import (
+    flags_of,
+    missing_flags,
+    missing_transformer_engine,
+    note_on_unproven,
+    outdated_packages,
+    refusals,
+)
 from maskmoe.transformer.torch_modules.gated_delta_net import check_gated_delta_net, uses_fla
 
 ArgumentsProvider = Callable[[ArgumentParser], ArgumentParser]
@@ -227,7 +231,7 @@ class RunChecks:
                 raise UserError(f"--use-checkpoint-args needs --load with the folder of the checkpoints{found}")
             if args.use_checkpoint_args and self.checkpoint is not None:
                 given = self._command_line.given
-                self.args = model_settings.take_settings_of_checkpoint(args, self.checkpoint, given)
+                self.args = changed_settings.take_settings_of_checkpoint(args, self.checkpoint, given)
 
     def _check_settings(self) -> None:
         """Check the settings by MaskMoE's own rules."""
@@ -270,10 +274,10 @@ class RunChecks:
         args, checkpoint = self.args, self.checkpoint
         if checkpoint is not None:
             with self._refused():
-                model_settings.check_same_model(args, checkpoint)
+                changed_settings.check_same_model(args, checkpoint)
             if self._vocab_size is not None and "padded_vocab_size" not in self._command_line.given:
                 with self._refused():
-                    model_settings.take_padding_of_checkpoint(args, checkpoint, self._vocab_size)
+                    changed_settings.take_padding_of_checkpoint(args, checkpoint, self._vocab_size)
 
     def _check_files(self) -> None:
         """Check that mask, tokenizer and datasets fit the model and each other."""
@@ -294,10 +298,28 @@ class RunChecks:
         """Compare the remaining settings with those of the checkpoint. Raises UserError."""
         if any(missing_flags(self.args, has_checkpoint=self.checkpoint is not None)):
             return  # Megatron cannot make the schedule
-        changed = find_changed_settings(self.args, self.checkpoint)
+        changed = changed_settings.find_changed_settings(self.args, self.checkpoint)
         self._refuse_all(changed.errors)
         self.notes += changed.notes
         self.is_complete = changed.is_complete
+
+
+def run_folder_defaults(args: Namespace) -> dict[str, Any]:
+    """Return the values of Megatron's flags that the run folder sets by default.
+
+    Event files of TensorBoard are in `tensorboard` of the run folder. A run of Weights & Biases has the name of the run
+    folder, and its files are in `wandb` there. Raises `UserError` if a run with `--wandb-project` has no folder.
+    """
+    folder = run_folder(args.save, args.tensorboard_dir)
+    if folder is None:
+        if args.wandb_project:
+            raise UserError("--wandb-project needs a run folder: pass --save or --tensorboard-dir")
+        return {}
+    defaults = {"tensorboard_dir": str(folder / TENSORBOARD)}
+    if args.wandb_project:
+        # Megatron would use the folder of the checkpoints, in which only checkpoints belong.
+        defaults |= {"wandb_exp_name": folder.name, "wandb_save_dir": str(folder)}
+    return {name: value for name, value in defaults.items() if getattr(args, name) is None}
 
 
 def _check_batch_sizes(args: Namespace) -> None:
