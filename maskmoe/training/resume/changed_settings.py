@@ -51,11 +51,8 @@ _FUNCTION = """
     rope_scaling_factor rotary_seq_len_interpolation_factor rope_type rotary_scaling_factor mscale mscale_all_dim
     yarn_original_max_position_embeddings yarn_beta_fast yarn_beta_slow yarn_correction_range_round_to_int
     mup_width_mult mup_base_hidden_size mup_embedding_mult mup_output_mult mup_base_head_dim mup_attn_scale_power
-"""
-# A change is also noted. Megatron's own `--use-checkpoint-args` takes the checkpoint's values.
-_TRAINED_WITH = """
     moe_router_topk moe_router_score_function moe_router_pre_softmax moe_router_topk_scaling_factor rotary_base
-    rotary_percent padded_vocab_size
+    rotary_percent
 """
 # Must be equal unless the optimizer begins anew. Megatron would fail, or load the checkpoint's values.
 _OPTIMIZER = """
@@ -297,7 +294,7 @@ def _notes(args: Namespace, saved: Namespace, iteration: int) -> Iterator[str]:
 
 def _notes_of_weights(args: Namespace, saved: Namespace) -> Iterator[str]:
     """Yield a note if the checkpoint's weights compute something else than in the run that saved them."""
-    if changed := _differences(args, saved, _TRAINED_WITH + _FUNCTION):
+    if changed := _differences(args, saved, f"{_FUNCTION} padded_vocab_size"):
         yield f"the checkpoint's weights were trained with other settings: {changed}"
 
 

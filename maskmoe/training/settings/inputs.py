@@ -82,12 +82,7 @@ def find_routing_mask(args: Namespace, checkpoint: Path | None, report: Callable
     if not args.change_routing_mask and of_checkpoint is not None:
         cure = "; pass --change-routing-mask to change visible experts on purpose" if not args.skip_train else ""
         check_same_mask(own.digest, of_checkpoint.digest, cure)
-    elif is_same:
-        report(
-            "routing mask: --change-routing-mask changes nothing, no checkpoint with another mask than "
-            f"{own.digest[:16]}… is loaded"
-        )
-    else:
+    elif not is_same:
         replaced = f"{of_checkpoint.digest[:16]}… of the checkpoint" if of_checkpoint else "none in the checkpoint"
         report(f"routing mask: {replaced} → {own.digest[:16]}…")
     topk, made_for = args.moe_router_topk, own.provenance
@@ -110,10 +105,8 @@ def _mask_of_checkpoint(args: Namespace, checkpoint: Path) -> RoutingMask | None
     if mask is not None:
         return mask
     if not args.change_routing_mask:
-        raise UserError(
-            f"{checkpoint} holds no routing mask: it is not a checkpoint of MaskMoE; pass --change-routing-mask to "
-            "continue it with the mask of --routing-mask"
-        )
+        cure = "pass --change-routing-mask to continue it with the mask of --routing-mask"
+        raise UserError(f"{checkpoint} holds no routing mask: it is not a checkpoint of MaskMoE; {cure}")
     if has_expert_tables(checkpoint) and args.moe_router_score_function == "softmax":
         raise UserError(
             f"{checkpoint} has hash layers of Megatron-Core, whose softmax is over all experts, but a routing mask has "
@@ -213,6 +206,7 @@ def _errors_of_parts(args: Namespace, of_rank: slice) -> Iterator[str]:
     fail at the first evaluation. It would draw samples for ever from a part that has a share but no tokens.
     """
     blend, blend_per_split = get_blend_and_blend_per_split(args)
+    parts: Sequence[Any]
     if blend is not None:
         # A part begins and ends at these shares of each dataset. None is a part without a share.
         parts = dataset_config.convert_split_vector_to_split_matrix(
@@ -226,19 +220,15 @@ def _errors_of_parts(args: Namespace, of_rank: slice) -> Iterator[str]:
     if validation is None and args.eval_iters > 0:
         yield "there are no validation data; give them a share in --split or their own path, or pass --eval-iters 0"
     for prefix in blend[0][of_rank] if blend is not None else ():
-        yield from _empty_parts(args.split, parts, prefix)
-
-
-def _empty_parts(split: str, parts: Sequence[Any], prefix: str) -> Iterator[str]:
-    """Yield an error for each part in which a dataset has a share, the begin and end of a part, but no tokens."""
-    lengths = read_index(prefix).sequence_lengths
-    for name, part in zip(("training", "validation", "test"), parts, strict=True):
-        first, last = (round(bound * len(lengths)) for bound in part or (0, 1))
-        if part is not None and not lengths[first:last].any():
-            yield (
-                f"dataset {prefix}: --split {split} leaves the {name} part no tokens, because the split assigns whole "
-                f"documents and the dataset has {len(lengths)}; give the part a share of 0, or a larger share"
-            )
+        lengths = read_index(prefix).sequence_lengths
+        for name, part in zip(("training", "validation", "test"), parts, strict=True):
+            first, last = (round(bound * len(lengths)) for bound in part or (0, 1))
+            if part is not None and not lengths[first:last].any():
+                yield (
+                    f"dataset {prefix}: --split {args.split} leaves the {name} part no tokens, because the split "
+                    f"assigns whole documents and the dataset has {len(lengths)}; give the part a share of 0, or a "
+                    "larger share"
+                )
 
 
 def check_same_tokenizer(args: Namespace, made_with: TokenizerRecord, what: str) -> None:

@@ -4,6 +4,7 @@ A run is refused only where it would be silently wrong, hang, or lose work. What
 refuse themselves is not here. A run reports the flags that nobody has tried, see `note_on_unproven`.
 """
 
+import re
 from argparse import ArgumentParser, Namespace
 from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import suppress
@@ -32,14 +33,22 @@ class Refusal:
     Attributes:
         flags: The flags, as a user writes them.
         reason: A sentence that says why, and what to use instead.
-        applies: Returns whether parsed arguments have the setting; Megatron need not have validated them.
+        predicate: Returns whether parsed arguments have the setting; Megatron need not have validated them. None if any
+            of the flags is refused.
         issue: The report to Megatron-Core: an address, or a file of `docs/upstream`.
     """
 
     flags: str
     reason: str
-    applies: Predicate
+    predicate: Predicate | None = None
     issue: str = ""
+
+    def applies(self, args: Namespace) -> bool:
+        """Return whether parsed arguments have the setting."""
+        if self.predicate is not None:
+            return self.predicate(args)
+        names = (flag.replace("-", "_") for flag in re.findall(r"--([\w-]+)", self.flags))
+        return any(getattr(args, name) not in (None, False) for name in names)
 
 
 def refusals(args: Namespace) -> Iterator[str]:
@@ -48,11 +57,6 @@ def refusals(args: Namespace) -> Iterator[str]:
 
 
 # ---- Predicates ------------------------------------------------------------------------------------------------------
-
-
-def _given(*names: str) -> Predicate:
-    """Return a predicate: one of the arguments is set."""
-    return lambda args: any(getattr(args, name) not in (None, False) for name in names)
 
 
 def _has_layer(args: Namespace, symbol: str) -> bool:
@@ -179,10 +183,6 @@ NEVER = (
         "--spec, --experimental-attention-variant, --linear-attention-freq, --heterogeneous-layers-config-path or "
         "--heterogeneous-layers-config-encoded-json",
         "MaskMoE builds the layer specification itself, because Megatron-Core's MoE layers ignore the mask.",
-        _given(
-            *("spec", "experimental_attention_variant", "linear_attention_freq"),
-            *("heterogeneous_layers_config_path", "heterogeneous_layers_config_encoded_json"),
-        ),
     ),
     Refusal(
         "--cuda-graph-impl",
@@ -233,7 +233,6 @@ KNOWN_BUGS = (
     Refusal(
         "--overlap-dispatch-backward-with-experts-wgrad",
         "The experts' gradients would be reduced before they are computed, or never be computed.",
-        _given("overlap_dispatch_backward_with_experts_wgrad"),
         issue="docs/upstream/delayed-expert-gradients.md",
     ),
     Refusal(
@@ -310,32 +309,27 @@ KNOWN_BUGS = (
         "--non-persistent-save-interval, --non-persistent-ckpt-type or --non-persistent-global-ckpt-dir",
         "A damaged non-persistent checkpoint is trusted, so that a run may restart for ever. Use a smaller "
         "--save-interval and --keep-last-checkpoints.",
-        _given("non_persistent_save_interval", "non_persistent_ckpt_type", "non_persistent_global_ckpt_dir"),
         issue="https://github.com/NVIDIA/Megatron-LM/issues/5281",
     ),
     Refusal(
         "--use-megatron-fsdp or --use-torch-fsdp2",
         "Megatron-FSDP scales gradients of experts wrongly, and FSDP2 excludes expert parallelism. Use "
         "--use-distributed-optimizer.",
-        _given("use_megatron_fsdp", "use_torch_fsdp2"),
         issue="https://github.com/NVIDIA/Megatron-LM/issues/6660",
     ),
     Refusal(
         "--fine-grained-activation-offloading",
         "The first step after every start reads activations that may not have reached the host yet. Use recomputation.",
-        _given("fine_grained_activation_offloading"),
         issue="https://github.com/NVIDIA/Megatron-LM/issues/7398",
     ),
     Refusal(
         "--qk-clip",
         "The clip writes NaN into weights if a group's largest score is negative. Use --qk-layernorm.",
-        _given("qk_clip"),
         issue="https://github.com/NVIDIA/Megatron-LM/pull/7517",
     ),
     Refusal(
         "--init-model-with-meta-device",
         "A run from random weights would start with whatever the memory holds. Leave the flag out.",
-        _given("init_model_with_meta_device"),
         issue="docs/upstream/meta-device.md",
     ),
 )
