@@ -77,11 +77,8 @@ def _escape_percent_signs_in_help(parser: ArgumentParser) -> None:
 def add_maskmoe_arguments(parser: ArgumentParser, packages: "GpuPackages | None" = None) -> ArgumentParser:
     """Add the `MaskMoE` group to Megatron's parser and change some defaults; pass as `extra_args_provider`.
 
-    The router computes in fp32, tokens reach experts by all-to-all, and the coefficient of the load-balancing loss is
-    1e-2. `--eval-interval` gets a default, without which Megatron-Core 0.19 fails. Checkpoints of the distributed
-    optimizer are saved in the form that loads into any layout. On a machine without CUDA, fusions and the NCCL backend
-    are off. On a GPU, the defaults are the fastest ones that work with the installed packages, or with other `packages`
-    of the machines that train.
+    On a machine without CUDA, fusions and the NCCL backend are off. On a GPU, the defaults are the fastest ones that
+    work with the installed packages, or with other `packages` of the machines that train.
     """
     # Only now: `--help` does not wait for PyTorch, which these modules import.
     from maskmoe.megatron_compat import cpu
@@ -108,8 +105,8 @@ def add_maskmoe_arguments(parser: ArgumentParser, packages: "GpuPackages | None"
         moe_router_dtype="fp32",
         moe_token_dispatcher_type="alltoall",
         moe_aux_loss_coeff=1e-2,
-        eval_interval=1000,
-        dist_ckpt_optim_fully_reshardable=True,
+        eval_interval=1000,  # Megatron-Core 0.19 fails without a value
+        dist_ckpt_optim_fully_reshardable=True,  # the form that loads into any layout
         stream_ckpt_dequant=False,
         change_routing_mask=False,  # only training has the flag
     )

@@ -185,10 +185,7 @@ def _share(number: str, count: str) -> slice:
 
 
 def blends_of(args: Namespace) -> list[tuple[list[str], list[float] | None]]:
-    """Return the prefixes and weights of all blends of datasets; raise `UserError` if flags or their files name none.
-
-    There is one blend, or one for each part of the data.
-    """
+    """Return the prefixes and weights of the one blend, or of each part; raise `UserError` if flags name none."""
     with megatrons_checks("--data-path, or the file of the paths, has no PREFIX… or WEIGHT PREFIX …"):
         blend, blend_per_split = get_blend_and_blend_per_split(args)
     return [part for part in (blend, *(blend_per_split or [])) if part is not None]
@@ -206,7 +203,6 @@ def _errors_of_parts(args: Namespace, of_rank: slice) -> Iterator[str]:
     fail at the first evaluation. It would draw samples for ever from a part that has a share but no tokens.
     """
     blend, blend_per_split = get_blend_and_blend_per_split(args)
-    parts: Sequence[Any]
     if blend is not None:
         # A part begins and ends at these shares of each dataset. None is a part without a share.
         parts = dataset_config.convert_split_vector_to_split_matrix(
@@ -220,15 +216,19 @@ def _errors_of_parts(args: Namespace, of_rank: slice) -> Iterator[str]:
     if validation is None and args.eval_iters > 0:
         yield "there are no validation data; give them a share in --split or their own path, or pass --eval-iters 0"
     for prefix in blend[0][of_rank] if blend is not None else ():
-        lengths = read_index(prefix).sequence_lengths
-        for name, part in zip(("training", "validation", "test"), parts, strict=True):
-            first, last = (round(bound * len(lengths)) for bound in part or (0, 1))
-            if part is not None and not lengths[first:last].any():
-                yield (
-                    f"dataset {prefix}: --split {args.split} leaves the {name} part no tokens, because the split "
-                    f"assigns whole documents and the dataset has {len(lengths)}; give the part a share of 0, or a "
-                    "larger share"
-                )
+        yield from _empty_parts(args.split, parts, prefix)
+
+
+def _empty_parts(split: str, parts: Sequence[Any], prefix: str) -> Iterator[str]:
+    """Yield an error for each part in which a dataset has a share, the begin and end of a part, but no tokens."""
+    lengths = read_index(prefix).sequence_lengths
+    for name, part in zip(("training", "validation", "test"), parts, strict=True):
+        first, last = (round(bound * len(lengths)) for bound in part or (0, 1))
+        if part is not None and not lengths[first:last].any():
+            yield (
+                f"dataset {prefix}: --split {split} leaves the {name} part no tokens, because the split assigns whole "
+                f"documents and the dataset has {len(lengths)}; give the part a share of 0, or a larger share"
+            )
 
 
 def check_same_tokenizer(args: Namespace, made_with: TokenizerRecord, what: str) -> None:
@@ -253,16 +253,9 @@ def _check_end_of_documents(args: Namespace, made_with: TokenizerRecord, prefix:
 
 
 def _check_token_ids(index: DatasetIndex, vocab_size: int, chunks: slice, most_chunks: int | None) -> None:
-    """Check that token ids of a dataset are in the vocabulary.
+    """Raise `UserError` if a token id of a dataset is beyond the vocabulary, or if the dataset has no tokens.
 
-    Args:
-        index: The index of the dataset.
-        vocab_size: Number of ids of the tokenizer.
-        chunks: Selects the chunks that are checked.
-        most_chunks: Number of evenly spread chunks from which `chunks` selects; None for all chunks.
-
-    Raises:
-        UserError: A token id is beyond the vocabulary, or the dataset has no tokens.
+    `chunks` selects the chunks that are checked, from `most_chunks` evenly spread ones, or from all with None.
     """
     prefix, tokens = index.prefix, index.map_tokens()
     if not len(tokens):

@@ -340,10 +340,7 @@ KNOWN_BUGS = (
 
 
 def missing_flags(args: Namespace, has_checkpoint: bool) -> Iterator[str]:
-    """Yield an error for each missing flag that Megatron reports late, or by another name.
-
-    If the run loads a checkpoint, the settings of the checkpoint can replace the arguments'.
-    """
+    """Yield an error for each missing flag that Megatron reports late, or by another name."""
     if not (args.perform_initialization or has_checkpoint):
         yield "no initial weights: leave --no-initialization out, because no checkpoint is loaded"
     if args.seq_length is None and args.encoder_seq_length is None:
