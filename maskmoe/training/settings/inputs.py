@@ -82,7 +82,12 @@ def find_routing_mask(args: Namespace, checkpoint: Path | None, report: Callable
     if not args.change_routing_mask and of_checkpoint is not None:
         cure = "; pass --change-routing-mask to change visible experts on purpose" if not args.skip_train else ""
         check_same_mask(own.digest, of_checkpoint.digest, cure)
-    elif not is_same:
+    elif is_same:
+        report(
+            "routing mask: --change-routing-mask changes nothing, no checkpoint with another mask than "
+            f"{own.digest[:16]}… is loaded"
+        )
+    else:
         replaced = f"{of_checkpoint.digest[:16]}… of the checkpoint" if of_checkpoint else "none in the checkpoint"
         report(f"routing mask: {replaced} → {own.digest[:16]}…")
     topk, made_for = args.moe_router_topk, own.provenance
