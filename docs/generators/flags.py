@@ -61,11 +61,8 @@ def section(subcommand: str) -> str:
 def megatron_providers() -> dict[str, tuple[Provider, ...]]:
     """Return the functions that add MaskMoE's flags to Megatron's parser, by subcommand."""
     from maskmoe.training.evaluation.arguments import add_evaluation_arguments
-    from maskmoe.training.settings.arguments import (
-        add_check_arguments,
-        add_maskmoe_arguments,
-        add_pretraining_arguments,
-    )
+    from maskmoe.training.preflight.arguments import add_check_arguments
+    from maskmoe.training.settings.arguments import add_maskmoe_arguments, add_pretraining_arguments
 
     return {
         "pretrain": (add_maskmoe_arguments, add_pretraining_arguments, add_check_arguments),

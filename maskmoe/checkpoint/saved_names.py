@@ -50,7 +50,7 @@ def request_names_of_gpt_model(state: dict[str, Any], twin: GPTTwin) -> None:
 def find_gpt_twin(args: Namespace, saved_args: Namespace, model: object) -> tuple[GPTTwin | None, bool]:
     """Do what Megatron's `_maybe_setup_gpt_to_hybrid_load` does, for every pattern of a GPT model's layers.
 
-    `maskmoe.training.resume.model_settings` has refused checkpoints of other layers.
+    `maskmoe.training.resume.changed_settings` has refused checkpoints of other layers.
 
     Returns:
         The GPT twin of this run's hybrid model, or None if the checkpoint does not hold a GPT model for a hybrid one;

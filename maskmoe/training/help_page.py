@@ -4,7 +4,8 @@ import argparse
 from functools import partial
 
 from maskmoe.training.evaluation.arguments import add_evaluation_arguments
-from maskmoe.training.settings.arguments import add_check_arguments, add_maskmoe_flags, add_pretraining_arguments
+from maskmoe.training.preflight.arguments import add_check_arguments
+from maskmoe.training.settings.arguments import add_maskmoe_flags, add_pretraining_arguments
 
 _PROGRAMS = {
     "pretrain": (

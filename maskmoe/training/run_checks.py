@@ -5,22 +5,18 @@ from argparse import ArgumentParser, Namespace
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from copy import deepcopy
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from math import inf
 from pathlib import Path
-from typing import NoReturn
+from typing import Any, NoReturn
 
-from megatron.core.num_microbatches_calculator import (
-    init_num_microbatches_calculator,
-    unset_num_microbatches_calculator,
-)
+from megatron.core.num_microbatches_calculator import _build_num_microbatches_calculator
 from megatron.training.arguments import parse_args, validate_args
 from megatron.training.global_vars import rebuild_tokenizer
 
-from maskmoe.checkpoint.integrity import iteration_of
 from maskmoe.checkpoint.series import describe_missing
 from maskmoe.errors import UserError, megatrons_checks
-from maskmoe.files.run_folder import run_folder
+from maskmoe.files.run_folder import TENSORBOARD, run_folder
 from maskmoe.megatron_compat import cpu
 from maskmoe.megatron_compat.globals import get_tokenizer, set_globals_without_writers
 from maskmoe.megatron_compat.gpu import GpuPackages
@@ -28,16 +24,20 @@ from maskmoe.processes.console import console
 from maskmoe.routing_mask.mask import RoutingMask
 from maskmoe.training.model.batch import check_fill_in_middle_tokens
 from maskmoe.training.ranks import Ranks, meet_ranks
+from maskmoe.training.resume import changed_settings
 from maskmoe.training.resume import find_checkpoint as resume
-from maskmoe.training.resume import model_settings
-from maskmoe.training.resume.changed_settings import find_changed_settings
 from maskmoe.training.settings import inputs
 from maskmoe.training.settings.agreement import check_agreement, digest_of_datasets
 from maskmoe.training.settings.arguments import add_maskmoe_arguments
-from maskmoe.training.settings.folders import run_folder_defaults
-from maskmoe.training.settings.requirements import missing_flags, missing_transformer_engine, outdated_packages
 from maskmoe.training.settings.samples import BatchSizes
-from maskmoe.training.settings.support import flags_of, note_on_unproven, refusals
+from maskmoe.training.settings.support import (
+    flags_of,
+    missing_flags,
+    missing_transformer_engine,
+    note_on_unproven,
+    outdated_packages,
+    refusals,
+)
 from maskmoe.transformer.torch_modules.gated_delta_net import check_gated_delta_net, uses_fla
 
 ArgumentsProvider = Callable[[ArgumentParser], ArgumentParser]
@@ -116,25 +116,25 @@ class CommandLine:
         Raises:
             UserError: The command line has unknown flags, or a word that cannot be read.
         """
-        megatrons, flags = set[str](), dict[str, str]()  # all flags, with the names of their arguments
+        megatrons, complete = set[str](), []  # all flags of Megatron, and the parser with all flags
 
         def add_arguments(parser: ArgumentParser) -> ArgumentParser:
             megatrons.update(parser._option_string_actions)
-            parser = own_arguments(add_maskmoe_arguments(parser, packages))
-            flags.update({flag: action.dest for flag, action in parser._option_string_actions.items()})
-            given_flags.extend(flags_of(parser, sys.argv[1:]))
-            return parser
+            complete.append(own_arguments(add_maskmoe_arguments(parser, packages)))
+            return complete[0]
 
-        given_flags: list[str] = []
         try:
             args = parse_args(add_arguments)
         except KeyError as error:  # of a flag whose values are the names of an enumeration
             raise UserError(f"a flag has no value {error}") from error
-        given = {flags[flag] for flag in (word.partition("=")[0] for word in sys.argv[1:]) if flag in flags}
-        of_megatron = tuple(flag for flag in given_flags if flag.split()[0] in megatrons)
+        actions = complete[0]._option_string_actions
+        words = (word.partition("=")[0] for word in sys.argv[1:])
+        given = {actions[word].dest for word in words if word in actions}
+        of_megatron = tuple(flag for flag in flags_of(complete[0], sys.argv[1:]) if flag.split()[0] in megatrons)
         return cls(args, frozenset(given), of_megatron)
 
 
+@dataclass
 class RunChecks:
     """The checks of a run's command line, and of the files that the command line names.
 
@@ -153,25 +153,20 @@ class RunChecks:
         notes: Facts that the user should know but that do not stop the run, one line each.
     """
 
-    def __init__(
-        self,
-        command_line: CommandLine,
-        ranks: Ranks,
-        packages: GpuPackages,
-        refuse: Callable[[str], object],
-        most_bytes_read: float = inf,
-    ) -> None:
-        self.args = command_line.args
-        self.checkpoint: Path | None = None
-        self.mask: RoutingMask | None = None
-        self.is_validated = self.is_complete = False
-        self.notes: list[str] = []
-        self._command_line = command_line
-        self._ranks = ranks
-        self._packages = packages
-        self._refuse = refuse
-        self._most_bytes_read = most_bytes_read
-        self._vocab_size: int | None = None
+    command_line: CommandLine
+    ranks: Ranks
+    packages: GpuPackages
+    refuse: Callable[[str], object]
+    most_bytes_read: float = inf
+    is_validated: bool = field(default=False, init=False)
+    is_complete: bool = field(default=False, init=False)
+    checkpoint: Path | None = field(default=None, init=False)
+    mask: RoutingMask | None = field(default=None, init=False)
+    notes: list[str] = field(default_factory=list, init=False)
+    _vocab_size: int | None = field(default=None, init=False)
+
+    def __post_init__(self) -> None:
+        self.args = self.command_line.args
 
     def run(self) -> None:
         """Make all checks in order."""
@@ -202,46 +197,37 @@ class RunChecks:
         try:
             yield
         except UserError as error:
-            self._refuse(str(error))
+            self.refuse(str(error))
 
     def _refuse_all(self, errors: Iterable[str]) -> None:
         for error in errors:
-            self._refuse(error)
+            self.refuse(error)
 
     def _choose_checkpoint(self) -> None:
         """Choose the checkpoint, whose settings may complete the command line."""
         args = self.args
         with self._refused():
-            checkpoint = resume.find_checkpoint(args.load, args, self._ranks) if args.load is not None else None
-            if checkpoint is None and args.pretrained_checkpoint is not None:
-                # Do what Megatron does later, but with an intact checkpoint.
-                args.load, args.finetune = args.pretrained_checkpoint, True
-                checkpoint = resume.find_checkpoint(args.load, args, self._ranks)
-            resume.check_not_missing(args, checkpoint)
-            self.checkpoint = checkpoint
-            if self.checkpoint is not None and (iteration := iteration_of(self.checkpoint)) is not None:
-                # Pass the choice to Megatron by `--ckpt-step`, as a user would.
-                args.ckpt_step = iteration
+            self.checkpoint = resume.choose_checkpoint_of_run(args, self.ranks)
             if args.use_checkpoint_args and self.checkpoint is None:
                 found = "" if args.load is None else f"; --load {describe_missing(args.load)}"
                 raise UserError(f"--use-checkpoint-args needs --load with the folder of the checkpoints{found}")
             if args.use_checkpoint_args and self.checkpoint is not None:
-                given = self._command_line.given
-                self.args = model_settings.take_settings_of_checkpoint(args, self.checkpoint, given)
+                given = self.command_line.given
+                self.args = changed_settings.take_settings_of_checkpoint(args, self.checkpoint, given)
 
     def _check_settings(self) -> None:
         """Check the settings by MaskMoE's own rules."""
         args = self.args
         self._refuse_all(refusals(args))
         if error := check_gated_delta_net(args, uses_fla()):
-            self._refuse(error)
-        self._refuse_all(missing_transformer_engine(args, self._packages))
+            self.refuse(error)
+        self._refuse_all(missing_transformer_engine(args, self.packages))
         self._refuse_all(outdated_packages(args))
-        if not cpu.is_installed() and (missing := self._packages.describe_missing()):
+        if not cpu.is_installed() and (missing := self.packages.describe_missing()):
             self.notes.append(missing)
         if args.num_experts and not args.skip_train:
             column = "cpu" if args.distributed_backend == "gloo" else "gpu"
-            self.notes += filter(None, [note_on_unproven(self._command_line.megatrons_flags, column)])
+            self.notes += filter(None, [note_on_unproven(self.command_line.megatrons_flags, column)])
         self._refuse_all(missing_flags(args, has_checkpoint=self.checkpoint is not None))
 
     def _validate(self) -> None:
@@ -253,7 +239,16 @@ class RunChecks:
         vars(args).update(run_folder_defaults(args))
         with megatrons_checks():
             validate_args(args)
-            _check_batch_sizes(args)
+            # The calculator refuses batch sizes that do not divide each other.
+            _build_num_microbatches_calculator(
+                args.rank,
+                args.global_batch_size,
+                args.micro_batch_size,
+                args.data_parallel_size,
+                args.decrease_batch_size_if_needed,
+                args.step_batch_size_schedule,
+                args.seq_length,
+            )
         self.args, self.is_validated = args, True
 
     def _make_tokenizer(self) -> None:
@@ -270,10 +265,10 @@ class RunChecks:
         args, checkpoint = self.args, self.checkpoint
         if checkpoint is not None:
             with self._refused():
-                model_settings.check_same_model(args, checkpoint)
-            if self._vocab_size is not None and "padded_vocab_size" not in self._command_line.given:
+                changed_settings.check_same_model(args, checkpoint)
+            if self._vocab_size is not None and "padded_vocab_size" not in self.command_line.given:
                 with self._refused():
-                    model_settings.take_padding_of_checkpoint(args, checkpoint, self._vocab_size)
+                    changed_settings.take_padding_of_checkpoint(args, checkpoint, self._vocab_size)
 
     def _check_files(self) -> None:
         """Check that mask, tokenizer and datasets fit the model and each other."""
@@ -285,7 +280,7 @@ class RunChecks:
         if self._vocab_size is not None and args.fim_data:
             with self._refused():
                 check_fill_in_middle_tokens(args)
-        errors = [*inputs.data_errors(args, mask, self._vocab_size, self._most_bytes_read)]
+        errors = [*inputs.data_errors(args, mask, self._vocab_size, self.most_bytes_read)]
         self._refuse_all(errors)
         # The digest is saved with the other arguments, for the runs that resume.
         args.datasets_digest = None if errors else digest_of_datasets(args)
@@ -294,23 +289,25 @@ class RunChecks:
         """Compare the remaining settings with those of the checkpoint. Raises UserError."""
         if any(missing_flags(self.args, has_checkpoint=self.checkpoint is not None)):
             return  # Megatron cannot make the schedule
-        changed = find_changed_settings(self.args, self.checkpoint)
+        changed = changed_settings.find_changed_settings(self.args, self.checkpoint)
         self._refuse_all(changed.errors)
         self.notes += changed.notes
         self.is_complete = changed.is_complete
 
 
-def _check_batch_sizes(args: Namespace) -> None:
-    """Make the calculator of micro-batches, which refuses sizes that do not divide each other, and remove it."""
-    try:
-        init_num_microbatches_calculator(
-            rank=args.rank,
-            global_batch_size=args.global_batch_size,
-            micro_batch_size=args.micro_batch_size,
-            data_parallel_size=args.data_parallel_size,
-            decrease_batch_size_if_needed=args.decrease_batch_size_if_needed,
-            step_batch_size_schedule=args.step_batch_size_schedule,
-            seq_length=args.seq_length,
-        )
-    finally:
-        unset_num_microbatches_calculator()
+def run_folder_defaults(args: Namespace) -> dict[str, Any]:
+    """Return the values of Megatron's flags that the run folder sets by default.
+
+    Event files of TensorBoard are in `tensorboard` of the run folder. A run of Weights & Biases has the name of the run
+    folder, and its files are in `wandb` there. Raises `UserError` if a run with `--wandb-project` has no folder.
+    """
+    folder = run_folder(args.save, args.tensorboard_dir)
+    if folder is None:
+        if args.wandb_project:
+            raise UserError("--wandb-project needs a run folder: pass --save or --tensorboard-dir")
+        return {}
+    defaults = {"tensorboard_dir": str(folder / TENSORBOARD)}
+    if args.wandb_project:
+        # Megatron would use the folder of the checkpoints, in which only checkpoints belong.
+        defaults |= {"wandb_exp_name": folder.name, "wandb_save_dir": str(folder)}
+    return {name: value for name, value in defaults.items() if getattr(args, name) is None}

@@ -34,7 +34,7 @@ from maskmoe.conversion.tensor_sources import Block
 from maskmoe.huggingface import MaskMoEConfig, MaskMoEForCausalLM
 from maskmoe.routing_mask.mask import RoutingMask
 from maskmoe.training.model.model_builder import model_config_from_args
-from maskmoe.training.resume.model_settings import settings_of_checkpoint
+from maskmoe.training.resume.changed_settings import settings_of_checkpoint
 from maskmoe.training.settings.arguments import add_maskmoe_arguments
 
 VOCAB_SIZE = 67

@@ -24,13 +24,14 @@ from maskmoe.megatron_compat.gpu import GpuPackages
 from maskmoe.processes.run_tool import EXIT_BAD_INPUT
 from maskmoe.routing_mask.mask import RoutingMask
 from maskmoe.training.model.model_builder import MaskMoEModelConfig, model_config_from_args
+from maskmoe.training.preflight.arguments import add_check_arguments
 from maskmoe.training.preflight.layout import Layout
 from maskmoe.training.preflight.memory import compute_memory
 from maskmoe.training.preflight.parameters import count_parameters
 from maskmoe.training.preflight.report import Report, compute_cost
 from maskmoe.training.ranks import Ranks
 from maskmoe.training.run_checks import CommandLine, RunChecks
-from maskmoe.training.settings.arguments import add_check_arguments, add_pretraining_arguments
+from maskmoe.training.settings.arguments import add_pretraining_arguments
 
 _MOST_BYTES_READ = 1 << 30  # of a dataset: a larger one would take more than a few seconds
 # The number of ids that the report assumes if neither a tokenizer nor a flag nor a mask says it.

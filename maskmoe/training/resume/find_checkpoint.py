@@ -1,4 +1,4 @@
-"""Finds the newest intact checkpoint to resume from, which all ranks verify together, and checks `--save`."""
+"""Decides which checkpoint a run loads: the newest intact one, which all ranks verify together; and checks `--save`."""
 
 import os
 import sys
@@ -7,11 +7,39 @@ from pathlib import Path
 
 from maskmoe.checkpoint.choose import Choice, choose_checkpoint
 from maskmoe.checkpoint.errors import CheckpointError
-from maskmoe.checkpoint.integrity import check_content, check_structure, has_digests
+from maskmoe.checkpoint.integrity import check_content, check_structure, has_digests, iteration_of
 from maskmoe.checkpoint.reading import read_common_state
 from maskmoe.checkpoint.series import RELEASE, TRACKER, checkpoint_path, describe_missing, is_finished, saved_iterations
 from maskmoe.errors import UserError
 from maskmoe.training.ranks import Ranks
+
+
+def choose_checkpoint_of_run(args: Namespace, ranks: Ranks) -> Path | None:
+    """Return the checkpoint in `--load` or else `--pretrained-checkpoint`, and store the choice in the arguments.
+
+    A run may begin without a checkpoint in the folder to which it saves, but not with `--exit-on-missing-checkpoint`.
+    All ranks must call this function.
+
+    Raises:
+        UserError: No checkpoint is intact. Or there is none, and the run may not begin without one.
+    """
+    flag, checkpoint = "--load", None
+    if args.load is not None:
+        checkpoint = find_checkpoint(args.load, args, ranks)
+    if checkpoint is None and args.pretrained_checkpoint is not None:
+        # Do what Megatron does later, but with an intact checkpoint.
+        flag, args.load, args.finetune = "--pretrained-checkpoint", args.pretrained_checkpoint, True
+        checkpoint = find_checkpoint(args.load, args, ranks)
+    if checkpoint is not None:
+        if (iteration := iteration_of(checkpoint)) is not None:
+            # Pass the choice to Megatron by `--ckpt-step`, as a user would.
+            args.ckpt_step = iteration
+    elif args.load is not None and (args.exit_on_missing_checkpoint or not loads_what_it_saves(args)):
+        cure = "" if args.skip_train else f"; leave {flag} out to start from random weights"
+        if args.exit_on_missing_checkpoint:
+            cure = "; leave --exit-on-missing-checkpoint out to start from the beginning"
+        raise UserError(f"{flag} {describe_missing(args.load)}{cure}")
+    return checkpoint
 
 
 def find_checkpoint(folder: str, args: Namespace, ranks: Ranks) -> Path | None:
@@ -64,25 +92,8 @@ def _find_damages(checkpoint: Path, ranks: Ranks, key: str) -> list[str]:
     return list(filter(None, ranks.gather(f"{key}/damage", damage)))
 
 
-def check_not_missing(args: Namespace, checkpoint: Path | None) -> None:
-    """Raise `UserError` if there is no checkpoint in `--load`, and the run may not begin without one.
-
-    A run may begin without a checkpoint in the folder to which it saves, but not with `--exit-on-missing-checkpoint`.
-    """
-    if args.load is None or checkpoint is not None:
-        return
-    flag = "--load" if args.load != args.pretrained_checkpoint else "--pretrained-checkpoint"
-    if args.exit_on_missing_checkpoint:
-        cure = "; leave --exit-on-missing-checkpoint out to start from the beginning"
-    elif not loads_what_it_saves(args):
-        cure = "" if args.skip_train else f"; leave {flag} out to start from random weights"
-    else:
-        return
-    raise UserError(f"{flag} {describe_missing(args.load)}{cure}")
-
-
 def checkpoint_to_load(args: Namespace) -> Path | None:
-    """Return the checkpoint that `find_checkpoint` chose, after its choice was stored in the arguments."""
+    """Return the checkpoint that `choose_checkpoint_of_run` has chosen and stored in the arguments."""
     if args.load is None:
         return None
     iteration = args.ckpt_step

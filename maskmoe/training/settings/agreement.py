@@ -6,7 +6,6 @@ without an error; a different batch size or top-k would hang in the first collec
 
 import hashlib
 import json
-import os
 import socket
 from argparse import Namespace
 from collections.abc import Callable, Iterator, Sequence
@@ -43,17 +42,13 @@ def check_agreement(args: Namespace, gather: Callable[[str, str], list[str]]) ->
         args: The parsed arguments.
         gather: Takes a key and a message, and returns the messages of all ranks, ordered by rank.
     """
-    # The first rank of each node compares the files for its node.
-    is_first_of_node = int(os.environ.get("LOCAL_RANK", "0")) == 0
-    settings, files = _settings(args), _files(args) if is_first_of_node else {}
+    facts = _settings(args) | _files(args)
     # Thousands of ranks send their settings only if some differ.
-    digests = json.dumps([_digest(json.dumps(settings)), _digest(json.dumps(files)) if files else None])
-    of_settings, of_files = zip(*map(json.loads, gather("digests of settings", digests)), strict=True)
-    if len({*of_settings}) == 1 and len({*of_files} - {None}) <= 1:
-        return
-    found = map(json.loads, gather("settings", json.dumps([socket.gethostname(), settings | files])))
-    hosts, facts = zip(*found, strict=True)
-    raise UserError(f"the ranks were not started alike: {listed([*_differences(facts, hosts)], _MOST_NAMED)}")
+    digests = gather("digests of settings", _digest(json.dumps(facts)))
+    if len({*digests}) > 1:
+        found = map(json.loads, gather("settings", json.dumps([socket.gethostname(), facts])))
+        hosts, of_ranks = zip(*found, strict=True)
+        raise UserError(f"the ranks were not started alike: {listed([*_differences(of_ranks, hosts)], _MOST_NAMED)}")
 
 
 def digest_of_datasets(args: Namespace) -> str:

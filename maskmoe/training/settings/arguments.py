@@ -1,6 +1,5 @@
 """The flags of MaskMoE, which are added to Megatron's; this module imports neither PyTorch nor Megatron."""
 
-import os
 import re
 import sys
 from argparse import ArgumentParser, ArgumentTypeError
@@ -78,11 +77,8 @@ def _escape_percent_signs_in_help(parser: ArgumentParser) -> None:
 def add_maskmoe_arguments(parser: ArgumentParser, packages: "GpuPackages | None" = None) -> ArgumentParser:
     """Add the `MaskMoE` group to Megatron's parser and change some defaults; pass as `extra_args_provider`.
 
-    The router computes in fp32, tokens reach experts by all-to-all, and the coefficient of the load-balancing loss is
-    1e-2. `--eval-interval` gets a default, without which Megatron-Core 0.19 fails. Checkpoints of the distributed
-    optimizer are saved in the form that loads into any layout. On a machine without CUDA, fusions and the NCCL backend
-    are off. On a GPU, the defaults are the fastest ones that work with the installed packages, or with other `packages`
-    of the machines that train.
+    On a machine without CUDA, fusions and the NCCL backend are off. On a GPU, the defaults are the fastest ones that
+    work with the installed packages, or with other `packages` of the machines that train.
     """
     # Only now: `--help` does not wait for PyTorch, which these modules import.
     from maskmoe.megatron_compat import cpu
@@ -109,8 +105,8 @@ def add_maskmoe_arguments(parser: ArgumentParser, packages: "GpuPackages | None"
         moe_router_dtype="fp32",
         moe_token_dispatcher_type="alltoall",
         moe_aux_loss_coeff=1e-2,
-        eval_interval=1000,
-        dist_ckpt_optim_fully_reshardable=True,
+        eval_interval=1000,  # Megatron-Core 0.19 fails without a value
+        dist_ckpt_optim_fully_reshardable=True,  # the form that loads into any layout
         stream_ckpt_dequant=False,
         change_routing_mask=False,  # only training has the flag
     )
@@ -135,7 +131,7 @@ def add_pretraining_arguments(parser: ArgumentParser) -> ArgumentParser:
         "--keep-last-checkpoints N",
         "keep the newest N checkpoints in --save and the multiples of --save-retain-interval, and remove all others; "
         "by default all checkpoints are kept",
-        _positive,
+        positive,
     )
     group = parser.add_argument_group(title="spikes and idle experts")
     deviations = (
@@ -146,7 +142,7 @@ def add_pretraining_arguments(parser: ArgumentParser) -> ArgumentParser:
     window = "the number of steps before that a step is compared with; with fewer than half of them, no step is judged"
     intervals = "report an expert that got no token in N log intervals in a row; 0: never"
     add_option(group, "--spike-deviations D", deviations, float, default=15.0)
-    add_option(group, "--spike-window STEPS", window, _positive, default=128)
+    add_option(group, "--spike-window STEPS", window, positive, default=128)
     add_option(group, "--collapse-intervals N", intervals, int, default=10)
     parser.set_defaults(
         exit_signal_handler=True,
@@ -158,27 +154,7 @@ def add_pretraining_arguments(parser: ArgumentParser) -> ArgumentParser:
     return parser
 
 
-def add_check_arguments(parser: ArgumentParser) -> ArgumentParser:
-    """Add the arguments of `maskmoe.training.check`, which reports on a run instead of starting it."""
-    parser.add_argument(
-        "--check",
-        metavar="RANKS",
-        type=_positive,
-        nargs="?",
-        const=os.environ.get("WORLD_SIZE", "1"),
-        help="do not train. Check the other arguments and all files for a run of RANKS processes, one for each GPU, by "
-        "default WORLD_SIZE or 1; print layout, parameters, memory and cost of the run, and its errors. Needs no "
-        "GPU and no torchrun. On a machine without GPUs, the check assumes GPUs with Transformer Engine "
-        "unless --distributed-backend gloo is given",
-    )
-    keys = "also write the report of --check as JSON; maskmoe/training/preflight/report.py documents its keys"
-    add_option(parser, "--json FILE", keys, dest="check_json")
-    force = "replace the file in --json if it exists; an input is never replaced"
-    parser.add_argument("--force", action="store_true", help=force)
-    return parser
-
-
-def _positive(text: str) -> int:
+def positive(text: str) -> int:
     """Convert the word of a command line to a whole number of at least 1. Raises ArgumentTypeError."""
     if not text.isdecimal() or int(text) < 1:
         raise ArgumentTypeError(f"must be a whole number of at least 1, not {text!r}")

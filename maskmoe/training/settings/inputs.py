@@ -110,10 +110,8 @@ def _mask_of_checkpoint(args: Namespace, checkpoint: Path) -> RoutingMask | None
     if mask is not None:
         return mask
     if not args.change_routing_mask:
-        raise UserError(
-            f"{checkpoint} holds no routing mask: it is not a checkpoint of MaskMoE; pass --change-routing-mask to "
-            "continue it with the mask of --routing-mask"
-        )
+        cure = "pass --change-routing-mask to continue it with the mask of --routing-mask"
+        raise UserError(f"{checkpoint} holds no routing mask: it is not a checkpoint of MaskMoE; {cure}")
     if has_expert_tables(checkpoint) and args.moe_router_score_function == "softmax":
         raise UserError(
             f"{checkpoint} has hash layers of Megatron-Core, whose softmax is over all experts, but a routing mask has "
@@ -192,10 +190,7 @@ def _share(number: str, count: str) -> slice:
 
 
 def blends_of(args: Namespace) -> list[tuple[list[str], list[float] | None]]:
-    """Return the prefixes and weights of all blends of datasets; raise `UserError` if flags or their files name none.
-
-    There is one blend, or one for each part of the data.
-    """
+    """Return the prefixes and weights of the one blend, or of each part; raise `UserError` if flags name none."""
     with megatrons_checks("--data-path, or the file of the paths, has no PREFIX… or WEIGHT PREFIX …"):
         blend, blend_per_split = get_blend_and_blend_per_split(args)
     return [part for part in (blend, *(blend_per_split or [])) if part is not None]
@@ -263,16 +258,9 @@ def _check_end_of_documents(args: Namespace, made_with: TokenizerRecord, prefix:
 
 
 def _check_token_ids(index: DatasetIndex, vocab_size: int, chunks: slice, most_chunks: int | None) -> None:
-    """Check that token ids of a dataset are in the vocabulary.
+    """Raise `UserError` if a token id of a dataset is beyond the vocabulary, or if the dataset has no tokens.
 
-    Args:
-        index: The index of the dataset.
-        vocab_size: Number of ids of the tokenizer.
-        chunks: Selects the chunks that are checked.
-        most_chunks: Number of evenly spread chunks from which `chunks` selects; None for all chunks.
-
-    Raises:
-        UserError: A token id is beyond the vocabulary, or the dataset has no tokens.
+    `chunks` selects the chunks that are checked, from `most_chunks` evenly spread ones, or from all with None.
     """
     prefix, tokens = index.prefix, index.map_tokens()
     if not len(tokens):

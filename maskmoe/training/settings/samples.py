@@ -1,7 +1,7 @@
 """The batches, iterations and samples of a run."""
 
 from argparse import Namespace
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from itertools import pairwise
 from typing import NamedTuple
 
@@ -39,16 +39,14 @@ class BatchSizes(NamedTuple):
 
     def iterations(self, samples: int) -> int:
         """Return the number of whole iterations, from the beginning of a run, for which these samples are enough."""
-        return [first + (samples - read) // size for first, read, size in self._begins() if read <= samples][-1]
-
-    def _begins(self) -> Iterator[tuple[int, int, int]]:
-        """Yield for each phase the iterations and the samples before the phase, and its batch size."""
-        first = read = 0
-        for (_, size), (end, _) in pairwise(self.phases):
-            yield first, read, size
-            iterations = max(0, -(-(end - read) // size))  # the iteration that reaches the end is whole
-            first, read = first + iterations, read + iterations * size
-        yield first, read, self.phases[-1][1]
+        iterations = read = 0
+        for (_, size), (end, _) in pairwise((*self.phases, (samples, 0))):
+            most = (samples - read) // size
+            in_phase = min(most, max(0, -(-(end - read) // size)))  # the iteration that reaches the end is whole
+            iterations, read = iterations + in_phase, read + in_phase * size
+            if read < end:
+                break
+        return iterations
 
 
 def training_iterations(args: Namespace) -> int:

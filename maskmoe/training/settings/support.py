@@ -1,20 +1,24 @@
-"""Which settings of Megatron work beside a routing mask: never, not yet, and proven by a test.
+"""Which settings of Megatron work beside a routing mask: never, not yet, and proven by a test; and what a run needs.
 
 A run is refused only where it would be silently wrong, hang, or lose work. What Megatron-Core and MaskMoE's own classes
 refuse themselves is not here. A run reports the flags that nobody has tried, see `note_on_unproven`.
 """
 
+import re
 from argparse import ArgumentParser, Namespace
 from collections.abc import Callable, Collection, Iterator, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from functools import cache
+from importlib.metadata import PackageNotFoundError, version
 from importlib.resources import files
 
-import megatron.core
 import torch
 from megatron.core.transformer.enums import LayerType
 from megatron.core.transformer.pipeline_parallel_layer_layout import PipelineParallelLayerLayout
 from packaging.version import Version
+
+from maskmoe.megatron_compat.gpu import LEAST_VERSION_OF_PERMUTATION, GpuPackages
 
 Predicate = Callable[[Namespace], bool]
 
@@ -29,39 +33,30 @@ class Refusal:
     Attributes:
         flags: The flags, as a user writes them.
         reason: A sentence that says why, and what to use instead.
-        applies: Returns whether parsed arguments have the setting; Megatron need not have validated them.
+        predicate: Returns whether parsed arguments have the setting; Megatron need not have validated them. None if any
+            of the flags is refused.
         issue: The report to Megatron-Core: an address, or a file of `docs/upstream`.
-        fixed_in: The first version of Megatron-Core with which the setting is allowed.
     """
 
     flags: str
     reason: str
-    applies: Predicate
+    predicate: Predicate | None = None
     issue: str = ""
-    fixed_in: str = ""
 
-    @property
-    def is_active(self) -> bool:
-        """Whether the installed Megatron-Core has the defect."""
-        return not self.fixed_in or Version(megatron.core.__version__) < Version(self.fixed_in)
-
-    @property
-    def message(self) -> str:
-        """The error of a run with the setting."""
-        return f"{self.flags} is not supported. {self.reason}"
+    def applies(self, args: Namespace) -> bool:
+        """Return whether parsed arguments have the setting."""
+        if self.predicate is not None:
+            return self.predicate(args)
+        names = (flag.replace("-", "_") for flag in re.findall(r"--([\w-]+)", self.flags))
+        return any(getattr(args, name) not in (None, False) for name in names)
 
 
 def refusals(args: Namespace) -> Iterator[str]:
     """Yield an error for every setting of parsed arguments that is refused."""
-    yield from (row.message for row in (*NEVER, *KNOWN_BUGS) if row.is_active and row.applies(args))
+    yield from (f"{row.flags} is not supported. {row.reason}" for row in (*NEVER, *KNOWN_BUGS) if row.applies(args))
 
 
 # ---- Predicates ------------------------------------------------------------------------------------------------------
-
-
-def _given(*names: str) -> Predicate:
-    """Return a predicate: one of the arguments is set."""
-    return lambda args: any(getattr(args, name) not in (None, False) for name in names)
 
 
 def _has_layer(args: Namespace, symbol: str) -> bool:
@@ -188,10 +183,6 @@ NEVER = (
         "--spec, --experimental-attention-variant, --linear-attention-freq, --heterogeneous-layers-config-path or "
         "--heterogeneous-layers-config-encoded-json",
         "MaskMoE builds the layer specification itself, because Megatron-Core's MoE layers ignore the mask.",
-        _given(
-            *("spec", "experimental_attention_variant", "linear_attention_freq"),
-            *("heterogeneous_layers_config_path", "heterogeneous_layers_config_encoded_json"),
-        ),
     ),
     Refusal(
         "--cuda-graph-impl",
@@ -242,7 +233,6 @@ KNOWN_BUGS = (
     Refusal(
         "--overlap-dispatch-backward-with-experts-wgrad",
         "The experts' gradients would be reduced before they are computed, or never be computed.",
-        _given("overlap_dispatch_backward_with_experts_wgrad"),
         issue="docs/upstream/delayed-expert-gradients.md",
     ),
     Refusal(
@@ -319,36 +309,68 @@ KNOWN_BUGS = (
         "--non-persistent-save-interval, --non-persistent-ckpt-type or --non-persistent-global-ckpt-dir",
         "A damaged non-persistent checkpoint is trusted, so that a run may restart for ever. Use a smaller "
         "--save-interval and --keep-last-checkpoints.",
-        _given("non_persistent_save_interval", "non_persistent_ckpt_type", "non_persistent_global_ckpt_dir"),
         issue="https://github.com/NVIDIA/Megatron-LM/issues/5281",
     ),
     Refusal(
         "--use-megatron-fsdp or --use-torch-fsdp2",
         "Megatron-FSDP scales gradients of experts wrongly, and FSDP2 excludes expert parallelism. Use "
         "--use-distributed-optimizer.",
-        _given("use_megatron_fsdp", "use_torch_fsdp2"),
         issue="https://github.com/NVIDIA/Megatron-LM/issues/6660",
     ),
     Refusal(
         "--fine-grained-activation-offloading",
         "The first step after every start reads activations that may not have reached the host yet. Use recomputation.",
-        _given("fine_grained_activation_offloading"),
         issue="https://github.com/NVIDIA/Megatron-LM/issues/7398",
     ),
     Refusal(
         "--qk-clip",
         "The clip writes NaN into weights if a group's largest score is negative. Use --qk-layernorm.",
-        _given("qk_clip"),
         issue="https://github.com/NVIDIA/Megatron-LM/pull/7517",
     ),
     Refusal(
         "--init-model-with-meta-device",
         "A run from random weights would start with whatever the memory holds. Leave the flag out.",
-        _given("init_model_with_meta_device"),
         issue="docs/upstream/meta-device.md",
     ),
 )
 """The settings with which Megatron-Core is silently wrong, hangs or loses work."""
+
+
+# ---- What a run needs ------------------------------------------------------------------------------------------------
+
+
+def missing_flags(args: Namespace, has_checkpoint: bool) -> Iterator[str]:
+    """Yield an error for each missing flag that Megatron reports late, or by another name."""
+    if not (args.perform_initialization or has_checkpoint):
+        yield "no initial weights: leave --no-initialization out, because no checkpoint is loaded"
+    if args.seq_length is None and args.encoder_seq_length is None:
+        settings = ", or --use-checkpoint-args for the settings of the checkpoint" if has_checkpoint else ""
+        yield f"no sequence length: pass --seq-length{settings}"
+    is_evaluation = hasattr(args, "eval_split")
+    if not is_evaluation and args.train_iters is None and args.train_samples is None:
+        yield "no length of training: pass --train-iters or --train-samples"
+    if args.lr is None and not args.skip_train:
+        yield "no learning rate: pass --lr"
+
+
+def missing_transformer_engine(args: Namespace, packages: GpuPackages) -> Iterator[str]:
+    """Yield an error if recomputation needs Transformer Engine, but the machines that train lack it."""
+    recomputed = {"layernorm", "moe_act", "mla_up_proj"}.intersection(args.recompute_modules or ())
+    if recomputed and args.recompute_granularity == "selective" and not packages.transformer_engine:
+        yield f"--recompute-modules {' '.join(sorted(recomputed))} needs Transformer Engine, which is not installed"
+
+
+def outdated_packages(args: Namespace) -> Iterator[str]:
+    """Yield an error for each package whose version on this machine silently computes something else."""
+    has_learnable_softmax = args.softmax_type == "learnable" and args.transformer_impl == "transformer_engine"
+    for applies, flags, package, least in (
+        (_has_layer(args, "G"), "--hybrid-layer-pattern with G", "flash-linear-attention", "0.5.2"),
+        (has_learnable_softmax, "--softmax-type learnable", "transformer-engine", "2.14"),
+        (args.moe_permute_fusion, "--moe-permute-fusion", "transformer-engine", LEAST_VERSION_OF_PERMUTATION),
+    ):
+        with suppress(PackageNotFoundError):
+            if applies and Version(found := version(package)) < Version(least):
+                yield f"{flags} needs {package} {least} or newer, because {found} computes something else: install it"
 
 
 # ---- What a test has trained with ------------------------------------------------------------------------------------

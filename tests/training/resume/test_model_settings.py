@@ -10,10 +10,10 @@ from megatron.training import checkpointing
 
 from maskmoe.conversion.config_mapping import _FIXED_ARGS
 from maskmoe.errors import UserError
-from maskmoe.training.resume import changed_settings, model_settings
-from maskmoe.training.resume.changed_settings import find_changed_settings
-from maskmoe.training.resume.model_settings import (
+from maskmoe.training.resume import changed_settings
+from maskmoe.training.resume.changed_settings import (
     check_same_model,
+    find_changed_settings,
     settings_of_checkpoint,
     take_padding_of_checkpoint,
     take_settings_of_checkpoint,
@@ -54,8 +54,7 @@ def save(monkeypatch) -> Callable[..., None]:
     """Let the checkpoint hold the arguments of a run, and further parts of its state."""
 
     def save(saved: Namespace, **state: object) -> None:
-        for module in (model_settings, changed_settings):
-            monkeypatch.setattr(module, "read_common_state", lambda checkpoint: {"args": saved} | state)
+        monkeypatch.setattr(changed_settings, "read_common_state", lambda checkpoint: {"args": saved} | state)
 
     return save
 

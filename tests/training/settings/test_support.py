@@ -2,21 +2,27 @@
 
 import argparse
 import re
-from dataclasses import replace
 from functools import cache
 
-import megatron.core
 import pytest
 from megatron.training.arguments import add_megatron_arguments
-from packaging.version import Version
 from support.paths import ROOT
 
 from maskmoe.errors import UserError
 from maskmoe.megatron_compat.gpu import GpuPackages
-from maskmoe.training.settings import requirements, support
+from maskmoe.training.settings import support
 from maskmoe.training.settings.arguments import add_maskmoe_arguments, add_pretraining_arguments
-from maskmoe.training.settings.requirements import missing_flags, missing_transformer_engine, outdated_packages
-from maskmoe.training.settings.support import KNOWN_BUGS, NEVER, flags_of, note_on_unproven, proven, refusals
+from maskmoe.training.settings.support import (
+    KNOWN_BUGS,
+    NEVER,
+    flags_of,
+    missing_flags,
+    missing_transformer_engine,
+    note_on_unproven,
+    outdated_packages,
+    proven,
+    refusals,
+)
 from maskmoe.transformer.router import check_router_settings
 
 MODEL = "--num-experts 8 --routing-mask mask.safetensors --disable-bias-linear --transformer-impl local"
@@ -137,16 +143,8 @@ def test_flags_of_the_rows_exist() -> None:
 
 
 @pytest.mark.parametrize("row", KNOWN_BUGS, ids=lambda row: row.flags)
-def test_bug_of_megatron_is_reported_and_not_mended(row: support.Refusal) -> None:
+def test_bug_of_megatron_is_reported(row: support.Refusal) -> None:
     assert row.issue.startswith("https://github.com/NVIDIA/") or (ROOT / row.issue).is_file()
-    assert not row.fixed_in or Version(row.fixed_in) > Version(megatron.core.__version__)
-
-
-def test_row_is_inactive_from_the_version_on_that_is_mended(monkeypatch: pytest.MonkeyPatch) -> None:
-    args, row = parse("--qk-clip"), next(row for row in KNOWN_BUGS if row.flags == "--qk-clip")
-    for fixed_in, is_refused in (("0.20", True), (megatron.core.__version__, False)):
-        monkeypatch.setattr(support, "KNOWN_BUGS", (replace(row, fixed_in=fixed_in),))
-        assert bool(list(refusals(args))) == is_refused
 
 
 # ---- What a test has trained with ------------------------------------------------------------------------------------
@@ -187,7 +185,7 @@ def test_note_on_flags_that_nobody_has_tried(monkeypatch: pytest.MonkeyPatch) ->
 )
 def test_version_that_computes_something_else(monkeypatch, flags: str, package: str, least: str, older: str) -> None:
     for found, errors in ((older, 1), (least, 0)):
-        monkeypatch.setattr(requirements, "version", {package: found}.__getitem__)
+        monkeypatch.setattr(support, "version", {package: found}.__getitem__)
         assert len(list(outdated_packages(parse(flags)))) == errors
 
 

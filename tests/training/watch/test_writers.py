@@ -10,7 +10,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from torch.utils.tensorboard import SummaryWriter
 
 from maskmoe.errors import UserError
-from maskmoe.training.settings.folders import run_folder_defaults
+from maskmoe.training.run_checks import run_folder_defaults
 from maskmoe.training.watch import writers
 
 
