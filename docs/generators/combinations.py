@@ -17,7 +17,7 @@ def render() -> str:
     from maskmoe.training.settings.support import KNOWN_BUGS, NEVER, proven
 
     never = [(pages.cell(row.flags), pages.cell(row.reason)) for row in NEVER]
-    bugs = [(pages.cell(row.flags), pages.cell(row.reason), link(row.issue)) for row in KNOWN_BUGS]
+    bugs = [(pages.cell(row.flags), pages.cell(row.reason), link(row.issue)) for row in KNOWN_BUGS if row.is_active]
     return pages.fill(
         "combinations.md.j2",
         version=megatron.core.__version__.partition("+")[0],

@@ -13,6 +13,7 @@ from functools import cache
 from importlib.metadata import PackageNotFoundError, version
 from importlib.resources import files
 
+import megatron.core
 import torch
 from megatron.core.transformer.enums import LayerType
 from megatron.core.transformer.pipeline_parallel_layer_layout import PipelineParallelLayerLayout
@@ -36,12 +37,19 @@ class Refusal:
         predicate: Returns whether parsed arguments have the setting; Megatron need not have validated them. None if any
             of the flags is refused.
         issue: The report to Megatron-Core: an address, or a file of `docs/upstream`.
+        fixed_in: The first version of Megatron-Core with which the setting is allowed.
     """
 
     flags: str
     reason: str
     predicate: Predicate | None = None
     issue: str = ""
+    fixed_in: str = ""
+
+    @property
+    def is_active(self) -> bool:
+        """Whether the installed Megatron-Core has the defect."""
+        return not self.fixed_in or Version(megatron.core.__version__) < Version(self.fixed_in)
 
     def applies(self, args: Namespace) -> bool:
         """Return whether parsed arguments have the setting."""
@@ -53,7 +61,9 @@ class Refusal:
 
 def refusals(args: Namespace) -> Iterator[str]:
     """Yield an error for every setting of parsed arguments that is refused."""
-    yield from (f"{row.flags} is not supported. {row.reason}" for row in (*NEVER, *KNOWN_BUGS) if row.applies(args))
+    for row in (*NEVER, *KNOWN_BUGS):
+        if row.is_active and row.applies(args):
+            yield f"{row.flags} is not supported. {row.reason}"
 
 
 # ---- Predicates ------------------------------------------------------------------------------------------------------

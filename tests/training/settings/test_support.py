@@ -2,10 +2,13 @@
 
 import argparse
 import re
+from dataclasses import replace
 from functools import cache
 
+import megatron.core
 import pytest
 from megatron.training.arguments import add_megatron_arguments
+from packaging.version import Version
 from support.paths import ROOT
 
 from maskmoe.errors import UserError
@@ -143,8 +146,16 @@ def test_flags_of_the_rows_exist() -> None:
 
 
 @pytest.mark.parametrize("row", KNOWN_BUGS, ids=lambda row: row.flags)
-def test_bug_of_megatron_is_reported(row: support.Refusal) -> None:
+def test_bug_of_megatron_is_reported_and_not_mended(row: support.Refusal) -> None:
     assert row.issue.startswith("https://github.com/NVIDIA/") or (ROOT / row.issue).is_file()
+    assert not row.fixed_in or Version(row.fixed_in) > Version(megatron.core.__version__)
+
+
+def test_row_is_inactive_from_the_version_on_that_is_mended(monkeypatch: pytest.MonkeyPatch) -> None:
+    args, row = parse("--qk-clip"), next(row for row in KNOWN_BUGS if row.flags == "--qk-clip")
+    for fixed_in, is_refused in (("0.20", True), (megatron.core.__version__, False)):
+        monkeypatch.setattr(support, "KNOWN_BUGS", (replace(row, fixed_in=fixed_in),))
+        assert bool(list(refusals(args))) == is_refused
 
 
 # ---- What a test has trained with ------------------------------------------------------------------------------------
