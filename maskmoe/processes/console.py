@@ -37,7 +37,7 @@ class RankLog(io.TextIOBase):
     def open(self, path: Path) -> None:
         """Write to a file from now on, with the text so far. Raises OSError."""
         path.parent.mkdir(parents=True, exist_ok=True)
-        self._file = open(path, "a", encoding="utf-8", buffering=1)  # noqa: SIM115 - open until the process ends
+        self._file = path.open("a", encoding="utf-8", buffering=1)
         self.write(f"==== started {time.strftime('%Y-%m-%d %H:%M:%S')} by process {os.getpid()} ====\n")
         self.write("".join(self._kept))
 

@@ -45,11 +45,6 @@ class Ranks:
             self.store.set(key, message)
         return self.store.get(key).decode()
 
-    @property
-    def for_process_groups(self) -> Store:
-        """The part of the store for `torch.distributed.init_process_group`."""
-        return PrefixStore("process groups", self.store)
-
 
 def meet_ranks(args: Namespace) -> Ranks:
     """Wait for all ranks of torchrun, and return the same object at each call; without torchrun, of one rank."""

@@ -65,16 +65,21 @@ def main(builder: type[StageBuilder] | None = None) -> None:
 
 
 class Trainer:
-    """One training run on this rank; `callbacks` has everything that accompanies the run, in the order of the calls."""
+    """One training run on this rank; `callbacks` accompany the run, called in order, at its end in reverse order."""
 
     def __init__(self, run: RunSettings, ranks: Ranks, builder: type[StageBuilder] | None = None) -> None:
         self.args = run.args
         self.model_config = model_config_from_args(run.args, builder)
-        self.callbacks: list[Callback] = []
+        self.callbacks: list[Callback] = [
+            Progress(run.args),
+            StartOfRun(run.args, run.mask, run.run_folder),
+            SaveOnSignals(run.args),
+            FiniteStepCheck(run.args),
+            *([RoutingLog(run.args, run.mask)] if run.mask is not None else []),
+            SpikeWatch(run.args),
+        ]
         self._mask = run.mask
         self._ranks = ranks
-        self._run_folder = run.run_folder
-        self._save_on_signals = SaveOnSignals(run.args)
 
     def train(self) -> None:
         """Train to the end, or until a signal, a failure or a limit of the command line ends the run early."""
@@ -82,20 +87,11 @@ class Trainer:
         # Open the writers of scalars, which make files.
         take_run_id(args)
         open_writers(args)
-        # What accompanies the run. At its end, the callbacks are called in the reverse order.
-        self.callbacks += [
-            Progress(args),
-            StartOfRun(args, self._mask, self._run_folder),
-            self._save_on_signals,
-            FiniteStepCheck(args),
-            *([RoutingLog(args, self._mask)] if self._mask is not None else []),
-            SpikeWatch(args),
-        ]
         self._connect_hooks()
         # Megatron's settings.
-        layers = FeedForwardLayers.of_args(args)
         if self._mask is not None:
             set_moe_metrics_tracker(RouterLossTracker(args))
+        layers = FeedForwardLayers.of_args(args)
         count_operations_by_mask(mean_experts_per_token(self._mask, args.moe_router_topk, layers))
         if args.override_opt_param_scheduler and has_one_learning_rate(args):
             override_learning_rates()
@@ -113,7 +109,7 @@ class Trainer:
                 ModelType.encoder_or_decoder,
                 self.forward_step,
                 get_embedding_ranks=embedding_ranks_of(self.model_config),
-                store=self._ranks.for_process_groups,
+                store=self._ranks.store,
             )
 
     def forward_step(self, data_iterator: Iterator, model: torch.nn.Module) -> tuple:

@@ -134,9 +134,8 @@ class StageBuilder:
         if settings.should_pad_vocab:
             multiple, tp_size = settings.make_vocab_size_divisible_by, config.tensor_model_parallel_size
             vocab_size = calculate_padded_vocab_size(vocab_size, multiple, tp_size)
-        # Megatron's configuration of a GPT model has these settings, too; that of a hybrid model lacks them.
-        has_own = self.config.rope_scaling or not hasattr(settings, "rope_scaling")
-        rope = self.config if has_own else settings
+        # Megatron's configuration of a hybrid model lacks these settings.
+        rope = settings if getattr(settings, "rope_scaling", False) else self.config
         return model(
             config=config,
             vocab_size=vocab_size,
