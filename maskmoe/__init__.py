@@ -12,7 +12,7 @@ if TYPE_CHECKING:
     from maskmoe.routing_mask.mask import RoutingMask
     from maskmoe.training.model.batch import build_datasets, get_batch, loss_function, token_losses
     from maskmoe.training.model.model_builder import MaskMoEModelConfig, embedding_ranks_of
-    from maskmoe.training.program import run_program
+    from maskmoe.training.rank_process import run_program
     from maskmoe.training.settings.arguments import add_maskmoe_arguments
     from maskmoe.transformer.layer_specs import (
         get_maskmoe_decoder_block_spec,
@@ -31,7 +31,7 @@ _NAMES = {
     "routing_mask.mask": ["RoutingMask"],
     "training.model.batch": ["build_datasets", "get_batch", "loss_function", "token_losses"],
     "training.model.model_builder": ["MaskMoEModelConfig", "embedding_ranks_of"],
-    "training.program": ["run_program"],
+    "training.rank_process": ["run_program"],
     "training.settings.arguments": ["add_maskmoe_arguments"],
     "transformer.layer_specs": [
         "get_maskmoe_decoder_block_spec",

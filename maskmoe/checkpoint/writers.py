@@ -11,8 +11,7 @@ from multiprocessing.process import BaseProcess
 
 from megatron.training.async_utils import init_persistent_async_worker
 
-from maskmoe.processes.interruption import SIGNALS_THAT_SAVE
-from maskmoe.processes.lifetimes import RANK_PROCESS, end_with_parent
+from maskmoe.processes.interruption import RANK_PROCESS, SIGNALS_THAT_SAVE, end_with_parent
 
 rank_is_ending = threading.Event()
 """Is set when this rank ends, and ends its writer."""

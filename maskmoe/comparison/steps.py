@@ -16,7 +16,7 @@ from maskmoe.files.json_files import read_record, write_record
 from maskmoe.files.outputs import write_text
 from maskmoe.files.paths import short_path
 from maskmoe.processes.folder_lock import locked_folder
-from maskmoe.processes.lifetimes import end_with_parent
+from maskmoe.processes.interruption import end_with_parent
 
 _RECORD = "done.json"
 _ERROR = re.compile(r"error: (.+)")

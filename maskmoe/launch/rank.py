@@ -12,7 +12,7 @@ from maskmoe.arguments.flags import flag_words, split_flags
 from maskmoe.files.run_folder import RUN_FOLDER_VARIABLE
 from maskmoe.launch.model_file import ModelFile
 from maskmoe.launch.torchrun_command import entry_point, run_flags, split_program
-from maskmoe.processes.lifetimes import end_with_parent
+from maskmoe.processes.interruption import end_with_parent
 from maskmoe.processes.run_tool import run_tool
 
 

@@ -12,7 +12,7 @@ from contextlib import contextmanager
 import torch
 
 from maskmoe.errors import UserError
-from maskmoe.processes.lifetimes import RANK_PROCESS, end_with_parent
+from maskmoe.processes.interruption import RANK_PROCESS, end_with_parent
 
 
 @functools.cache

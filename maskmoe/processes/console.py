@@ -1,9 +1,6 @@
 """The console of a rank, which shows our own lines, and its log file, which takes what other packages print.
 
-Megatron prints about a thousand lines before the first iteration, and one of 300 characters for each iteration. They go
-to `logs/rankN.log` in the run folder. Everything that is written to stderr reaches the console unchanged.
-
-This module imports nothing that takes long, because it prints the first line of a run.
+Stderr reaches the console unchanged. This module imports quickly, because it prints the first line of a run.
 """
 
 import io
@@ -18,7 +15,6 @@ from contextlib import suppress
 from pathlib import Path
 from typing import TextIO
 
-VERBOSE_FLAG = "--verbose"
 _MOST_LINES_BEFORE_LOG = 20_000
 _LAST_LINES = 15
 _SECONDS_BETWEEN_LINES = 10.0  # of a progress bar without a terminal
@@ -30,10 +26,7 @@ _SHOWN = re.compile(r"\s*(\[[^]]*\] )?(successfully (loaded|saved) checkpoint|va
 class RankLog(io.TextIOBase):
     """Replaces `sys.stdout` of a rank: keeps what is printed until the log file is open, then writes it there.
 
-    A full disk must not end the run, so text for which there is no space is lost.
-
-    Args:
-        console: Takes the lines that the console shows, too.
+    `console` also gets the lines that match `_SHOWN`. A full disk must not end the run, so text without space is lost.
     """
 
     def __init__(self, console: TextIO) -> None:
@@ -44,7 +37,7 @@ class RankLog(io.TextIOBase):
     def open(self, path: Path) -> None:
         """Write to a file from now on, with the text so far. Raises OSError."""
         path.parent.mkdir(parents=True, exist_ok=True)
-        self._file = open(path, "a", encoding="utf-8", buffering=1)  # noqa: SIM115 - open until the process ends
+        self._file = path.open("a", encoding="utf-8", buffering=1)
         self.write(f"==== started {time.strftime('%Y-%m-%d %H:%M:%S')} by process {os.getpid()} ====\n")
         self.write("".join(self._kept))
 
@@ -71,14 +64,10 @@ def _write(stream: TextIO, text: str) -> None:
 
 
 class Console:
-    """The console of one rank. Until `route` is called, and with `--verbose`, everything reaches the console.
-
-    Attributes:
-        log: Takes what other packages print; None if that reaches the console.
-    """
+    """The console of one rank. Until `route` is called, and with `--verbose`, everything reaches the console."""
 
     def __init__(self) -> None:
-        self.log: RankLog | None = None
+        self.log: RankLog | None = None  # takes what other packages print
         self._result: TextIO | None = None
         self._progress: TextIO | None = None
 
@@ -90,7 +79,7 @@ class Console:
     def route(self, progress: TextIO) -> None:
         """Send what this process prints to its log; `progress`, stdout or stderr, takes our own lines."""
         self._result, self._progress = sys.stdout, progress
-        if VERBOSE_FLAG not in sys.argv[1:]:
+        if "--verbose" not in sys.argv[1:]:
             self.log = RankLog(progress)
             sys.stdout = self.log
             self.route_logging()

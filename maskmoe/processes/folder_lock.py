@@ -1,7 +1,6 @@
 """Lets only one process at a time write to a place: a run to its folder, or a command to its output.
 
-The holder has a POSIX lock on a file. The kernel frees the lock when the holder ends, however it ends, and child
-processes do not inherit the lock. Network file systems with a lock service show the lock to all nodes.
+The holder has a POSIX lock on a file, which child processes do not inherit and the kernel frees when the holder ends.
 """
 
 import errno
@@ -15,9 +14,7 @@ from pathlib import Path
 
 from maskmoe.errors import UserError, one_line, refused_by_system
 
-LOCK_NAME = ".run.lock"
-"""Name of the lock file in a locked folder."""
-
+LOCK_NAME = ".run.lock"  # the lock file in a locked folder
 _IS_HELD = (errno.EACCES, errno.EAGAIN)
 _NO_LOCKS = (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP, errno.EINVAL)  # of a file system without locks
 

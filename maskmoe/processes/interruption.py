@@ -1,6 +1,9 @@
-"""The signals that stop a run, and its exit code."""
+"""The signals that stop a run, its exit code, and processes that end with their parent."""
 
+import ctypes
+import os
 import signal
+import sys
 import threading
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
@@ -11,6 +14,11 @@ SIGNALS_THAT_SAVE = (signal.SIGTERM, signal.SIGUSR1)
 
 EXIT_REQUEUE = 75
 """A signal stopped the run, which saved a checkpoint and can resume. The code is `EX_TEMPFAIL` of sysexits.h."""
+
+RANK_PROCESS = "MASKMOE_RANK_PROCESS"
+"""The environment variable of a process that writes checkpoints, with the id of the rank that has started it."""
+
+_PR_SET_PDEATHSIG = 1  # of <sys/prctl.h>
 
 Handler = Callable[[int, FrameType | None], object] | signal.Handlers
 
@@ -32,3 +40,12 @@ def handling_signals(numbers: Iterable[signal.Signals], handler: Handler) -> Ite
     finally:
         for number, earlier in before.items():
             signal.signal(number, earlier)
+
+
+def end_with_parent(parent: int, by: signal.Signals = signal.SIGKILL) -> None:
+    """Let the kernel signal this process when its parent, which may be gone already, exits; only on Linux."""
+    if sys.platform == "linux":
+        ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, by)
+        # The kernel does not report a parent that exited before the call.
+        if os.getppid() != parent:
+            os.kill(os.getpid(), by)

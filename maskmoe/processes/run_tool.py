@@ -6,8 +6,8 @@ import select
 import signal
 import sys
 import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
+from collections.abc import Callable
+from contextlib import suppress
 
 from maskmoe.errors import RunFailure, UserError, one_line
 
@@ -30,11 +30,24 @@ def run_tool(main: Callable[[], None]) -> None:
     with 1 for a failed run, with 130 after Ctrl-C, and silently with 141 if nobody reads its output.
     """
     try:
-        with _describing_refusals():
-            main()
-            if sys.stdout is not None:  # it is None if the parent process has closed it
-                sys.stdout.flush()
-    except (UserError, RunFailure) as error:
+        main()
+        if sys.stdout is not None:  # it is None if the parent process has closed it
+            sys.stdout.flush()
+    except BrokenPipeError:
+        # Go on only if the reader of this process's output has closed it, as `head` does.
+        poll = select.poll()
+        poll.register(1, 0)
+        if not any(event & select.POLLERR for _, event in poll.poll(0)):
+            raise
+        code = _EXIT_BROKEN_PIPE
+    except (UserError, RunFailure, OSError) as error:
+        if isinstance(error, OSError):
+            # A rank is restarted, and the place of the error helps.
+            if error.strerror is None or "LOCAL_RANK" in os.environ:
+                raise
+            file = f"{os.fsdecode(error.filename)}: " if isinstance(error.filename, str | bytes) else ""
+            kind = RunFailure if error.errno in _FAILURES_OF_SYSTEM or not file else UserError
+            error = kind(f"{file}{error.strerror}")
         sys.unraisablehook = lambda _: None  # files of a failed command fail again when they are closed
         signal.signal(signal.SIGTERM, signal.SIG_DFL)  # a handler may save, but no state is left to save
         if os.environ.get("LOCAL_RANK", "0") != "0":
@@ -47,10 +60,6 @@ def run_tool(main: Callable[[], None]) -> None:
         code = exit_request.code
     except KeyboardInterrupt:
         code = 130
-    except BrokenPipeError:
-        if not _is_output_closed():
-            raise
-        code = _EXIT_BROKEN_PIPE
     else:
         return
     for stream in filter(None, (sys.stdout, sys.stderr)):
@@ -60,31 +69,3 @@ def run_tool(main: Callable[[], None]) -> None:
             # The interpreter would try again when it exits, and replace the exit code.
             os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
     sys.exit(code)
-
-
-@contextmanager
-def _describing_refusals() -> Iterator[None]:
-    """Turn an error of the operating system into an error of one line.
-
-    Raises:
-        UserError: A file cannot be used.
-        RunFailure: The operating system has no space or files left, or a device fails.
-    """
-    try:
-        yield
-    except BrokenPipeError:
-        raise
-    except OSError as error:
-        # A rank is restarted, and the place of the error helps.
-        if error.strerror is None or "LOCAL_RANK" in os.environ:
-            raise
-        file = f"{os.fsdecode(error.filename)}: " if isinstance(error.filename, str | bytes) else ""
-        kind = RunFailure if error.errno in _FAILURES_OF_SYSTEM or not file else UserError
-        raise kind(f"{file}{error.strerror}") from error
-
-
-def _is_output_closed() -> bool:
-    """Return whether the reader of this process's output has closed it, as `head` does."""
-    poll = select.poll()
-    poll.register(1, 0)
-    return any(event & select.POLLERR for _, event in poll.poll(0))

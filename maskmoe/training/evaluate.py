@@ -7,7 +7,7 @@ from maskmoe.training.rank_process import prepare_rank, run_rank
 
 
 def main(builder: Callable[[], Any] | None = None) -> None:
-    """Prepare the process, then evaluate; `builder` is that of `maskmoe.training.program.run_program`."""
+    """Prepare the process, then evaluate; `builder` is that of `run_program`."""
     prepare_rank()
     from maskmoe.training.evaluation import evaluation
 

@@ -1,4 +1,4 @@
-"""Runs an entry point as a rank: its console, and its end."""
+"""Runs an entry point as a rank: its console, and its end; and programs with a builder of models of the user's own."""
 
 import atexit
 import logging
@@ -7,10 +7,16 @@ import sys
 import warnings
 from collections.abc import Callable
 from contextlib import suppress
+from functools import partial
+from importlib import import_module
+from typing import TYPE_CHECKING
 
 from maskmoe.errors import RunFailure, UserError
 from maskmoe.processes.console import console
 from maskmoe.processes.run_tool import run_tool
+
+if TYPE_CHECKING:
+    from maskmoe.training.model.model_builder import StageBuilder
 
 _HELP_FLAGS = {"-h", "--help", "--help-all"}
 
@@ -62,6 +68,27 @@ def prepare_helper() -> None:
     from maskmoe.megatron_compat import prepare_process
 
     prepare_process()
+
+
+def run_program(module_name: str, builder: Callable[[], type["StageBuilder"]]) -> None:
+    """Train or evaluate with another builder of models: `FILE pretrain FLAGS…` or `FILE evaluate FLAGS…`.
+
+    A Python file ends with this call. It is the `program` of a suite or of a model file.
+
+    Args:
+        module_name: `__name__` of the file. Megatron's helper processes import the file by another name.
+        builder: Returns the class of the builder, a subclass of `MaskMoEHybridModelBuilder` or, for models without
+            `--hybrid-layer-pattern`, of `MaskMoEGPTModelBuilder`. Megatron can be imported when this function is
+            called, and not before.
+    """
+    if module_name == "__mp_main__":
+        prepare_helper()
+    if module_name != "__main__":
+        return
+    if sys.argv[1:2] not in (["pretrain"], ["evaluate"]):
+        sys.exit(f"usage: {sys.argv[0]} pretrain|evaluate FLAGS…")
+    task = sys.argv.pop(1)
+    run_rank(partial(import_module(f"maskmoe.training.{task}").main, builder), task)
 
 
 def _run_with_last_lines(main: Callable[[], None]) -> None:

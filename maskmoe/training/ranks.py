@@ -1,4 +1,4 @@
-"""The ranks of a run, which exchange messages before Megatron makes process groups, and the end of these groups."""
+"""The ranks of a run exchange messages before Megatron makes process groups; and the end of these groups."""
 
 import os
 import sys
@@ -18,8 +18,7 @@ from torch.distributed.rendezvous import rendezvous
 class Ranks:
     """The ranks of a run, and the store at which torch lets them meet. Megatron's process groups use the same store.
 
-    A rank that refuses the run exits with an error of its own, and torchrun then ends the ranks that wait for it. After
-    the process groups are made, use their collectives instead.
+    When a rank refuses the run and exits, torchrun ends the ranks that wait for it.
     """
 
     store: Store
@@ -46,17 +45,9 @@ class Ranks:
             self.store.set(key, message)
         return self.store.get(key).decode()
 
-    @property
-    def for_process_groups(self) -> Store:
-        """The part of the store for `torch.distributed.init_process_group`."""
-        return PrefixStore("process groups", self.store)
-
 
 def meet_ranks(args: Namespace) -> Ranks:
-    """Wait for all ranks, as torchrun's variables describe them, and return them; the same object at each call.
-
-    Without these variables, this process is the only rank.
-    """
+    """Wait for all ranks of torchrun, and return the same object at each call; without torchrun, of one rank."""
     return _meet(timedelta(minutes=args.distributed_timeout_minutes))
 
 

@@ -1,38 +1,28 @@
-"""Pretrains a MaskMoE language model: from the command line to Megatron's training loop.
-
-On SIGTERM or SIGUSR1 the run saves a checkpoint and exits with code 75; started again, it resumes. The other exit codes
-are 1 if the run failed, and 2 for bad input, before anything was done.
-"""
+"""Pretrains a MaskMoE language model: from the command line to Megatron's training loop."""
 
 import sys
 from argparse import Namespace
 from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager, nullcontext
+from contextlib import ExitStack, contextmanager
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
-from megatron.core.datasets.gpt_dataset import GPTDataset
 from megatron.core.distributed import finalize_model_grads
 from megatron.core.enums import ModelType
 from megatron.core.num_microbatches_calculator import get_current_global_batch_size
+from megatron.core.transformer.moe.moe_logging import set_moe_metrics_tracker
 from megatron.core.utils import StragglerDetector, get_attr_wrapped_model
 from megatron.training import pretrain
 from megatron.training.argument_utils import pretrain_cfg_container_from_args
 from megatron.training.training import update_seqlen_stats_from_cu_seqlens
 
-from maskmoe.checkpoint.reading import read_common_state
 from maskmoe.checkpoint.saver import CheckpointSaver
 from maskmoe.checkpoint.writers import start_writers
-from maskmoe.megatron_compat.checkpoint_patches import (
-    STATES_OF_CALLBACKS,
-    keep_checkpoints_whole,
-    load_only,
-    override_learning_rates,
-    save_states_of_callbacks,
-)
+from maskmoe.megatron_compat.checkpoint_patches import keep_checkpoints_whole, load_only, override_learning_rates
 from maskmoe.megatron_compat.globals import get_timers, open_writers
+from maskmoe.megatron_compat.router_losses import RouterLossTracker
 from maskmoe.megatron_compat.training_patches import call_after_steps, count_operations_by_mask
 from maskmoe.processes.console import console
 from maskmoe.processes.folder_lock import locked_folder
@@ -53,18 +43,18 @@ from maskmoe.training.watch.spikes import SpikeWatch
 from maskmoe.training.watch.start_of_run import StartOfRun
 from maskmoe.training.watch.writers import flush_event_files, take_run_id
 
-straggler_detector = StragglerDetector()
-"""Times micro-batches if Megatron has switched it on for `--log-straggler`; there is one in a process."""
+straggler_detector = StragglerDetector()  # times micro-batches if Megatron has switched it on by `--log-straggler`
 
 
 def main(builder: type[StageBuilder] | None = None) -> None:
     """Pretrain as the command line says, with another builder of models if one is given."""
     with ExitStack() as until_end:
-        # Check everything before any process group exists. Lock the folder before looking at it, to miss no checkpoint
-        # of a run that just ends.
-        run = parse_and_check_args(
-            add_pretraining_arguments, lambda args: until_end.enter_context(locked_by_first_rank(args))
-        )
+        # Lock the folder before looking at it, to miss no checkpoint of a run that just ends.
+        def lock_folder(args: Namespace) -> None:
+            if args.rank == 0 and args.save is not None:
+                until_end.enter_context(locked_folder(Path(args.save)))
+
+        run = parse_and_check_args(add_pretraining_arguments, lock_folder)
         if run.is_complete:
             return
         ranks = meet_ranks(run.args)
@@ -74,24 +64,22 @@ def main(builder: type[StageBuilder] | None = None) -> None:
         trainer.train()
 
 
-@contextmanager
-def locked_by_first_rank(args: Namespace) -> Iterator[None]:
-    """Let the first rank hold the lock of the folder that a run saves to. Raises UserError if another run holds it."""
-    with locked_folder(Path(args.save)) if args.rank == 0 and args.save is not None else nullcontext():
-        yield
-
-
 class Trainer:
-    """One training run on this rank; `callbacks` has everything that accompanies the run, in the order of the calls."""
+    """One training run on this rank; `callbacks` accompany the run, called in order, at its end in reverse order."""
 
     def __init__(self, run: RunSettings, ranks: Ranks, builder: type[StageBuilder] | None = None) -> None:
         self.args = run.args
         self.model_config = model_config_from_args(run.args, builder)
-        self.callbacks: list[Callback] = []
+        self.callbacks: list[Callback] = [
+            Progress(run.args),
+            StartOfRun(run.args, run.mask, run.run_folder),
+            SaveOnSignals(run.args),
+            FiniteStepCheck(run.args),
+            *([RoutingLog(run.args, run.mask)] if run.mask is not None else []),
+            SpikeWatch(run.args),
+        ]
         self._mask = run.mask
         self._ranks = ranks
-        self._run_folder = run.run_folder
-        self._save_on_signals = SaveOnSignals(run.args)
 
     def train(self) -> None:
         """Train to the end, or until a signal, a failure or a limit of the command line ends the run early."""
@@ -99,18 +87,10 @@ class Trainer:
         # Open the writers of scalars, which make files.
         take_run_id(args)
         open_writers(args)
-        # What accompanies the run. At its end, the callbacks are called in the reverse order.
-        self.callbacks += [
-            Progress(args),
-            StartOfRun(args, self._mask, self._run_folder),
-            self._save_on_signals,
-            FiniteStepCheck(args),
-            *([RoutingLog(args, self._mask)] if self._mask is not None else []),
-            SpikeWatch(args),
-        ]
-        self._load_states()
         self._connect_hooks()
         # Megatron's settings.
+        if self._mask is not None:
+            set_moe_metrics_tracker(RouterLossTracker(args))
         layers = FeedForwardLayers.of_args(args)
         count_operations_by_mask(mean_experts_per_token(self._mask, args.moe_router_topk, layers))
         if args.override_opt_param_scheduler and has_one_learning_rate(args):
@@ -125,19 +105,12 @@ class Trainer:
             console.load("building the model")
             pretrain(
                 config,
-                self.build_datasets,
+                build_datasets,
                 ModelType.encoder_or_decoder,
                 self.forward_step,
                 get_embedding_ranks=embedding_ranks_of(self.model_config),
-                store=self._ranks.for_process_groups,
+                store=self._ranks.store,
             )
-
-    def build_datasets(self, num_samples: list[int], vp_stage: int | None = None) -> list[GPTDataset | None]:
-        """Build the datasets, see `batch.build_datasets`."""
-        return build_datasets(num_samples)
-
-    # Megatron asks all ranks, not only those of the first stage, if the attribute is set.
-    vars(build_datasets)["is_distributed"] = True
 
     def forward_step(self, data_iterator: Iterator, model: torch.nn.Module) -> tuple:
         """Run one micro-batch forward; return the model's output and the function that computes the loss from it."""
@@ -156,17 +129,8 @@ class Trainer:
             losses = token_losses(model, batch)
         return losses, partial(loss_function, batch.loss_mask)
 
-    def _load_states(self) -> None:
-        """Give the callbacks the states that the checkpoint to resume from holds."""
-        checkpoint = checkpoint_to_load(self.args)
-        if checkpoint is not None and not self.args.finetune:
-            states = read_common_state(checkpoint).get(STATES_OF_CALLBACKS, {})
-            for callback in self.callbacks:
-                if state := states.get(type(callback).__name__):
-                    callback.load_state_dict(state)
-
     def _connect_hooks(self) -> None:
-        """Let Megatron call the callbacks, in this order; `forward_step` and `_accompanied` call the other methods."""
+        """Let Megatron call the callbacks and save by `CheckpointSaver`; `forward_step` and `train` call, too."""
         callbacks = self.callbacks
 
         # Megatron copies the configuration that holds this function, so it must not be a method.
@@ -175,34 +139,34 @@ class Trainer:
             for callback in callbacks:
                 callback.after_gradients(chunks)
 
-        self.model_config.pre_wrap_hooks.append(self._on_model_built)
+        def on_model_built(chunks: Any) -> Any:
+            for callback in callbacks:
+                callback.on_model_built(chunks)
+            return chunks
+
+        self.model_config.pre_wrap_hooks.append(on_model_built)
         load_only(checkpoint_to_load(self.args), self.args)
         self.model_config.transformer.finalize_model_grads_func = finalize_gradients
         call_after_steps(self._after_step)
         saver = CheckpointSaver(self.args)
         keep_checkpoints_whole(saver.save, saver.finalize)
-        save_states_of_callbacks(self._states)
-
-    def _on_model_built(self, chunks: Any) -> Any:
-        for callback in self.callbacks:
-            callback.on_model_built(chunks)
-        return chunks
 
     def _after_step(self, results: tuple) -> None:
-        step = Step.from_results(results, self.args.curr_iteration + 1, get_current_global_batch_size())
+        losses, is_skipped, _, should_exit, _, grad_norm, *_ = results
+        step = Step(
+            self.args.curr_iteration + 1,
+            get_current_global_batch_size(),
+            losses,
+            grad_norm=None if grad_norm is None else float(grad_norm),
+            has_updated=not (is_skipped or should_exit),
+        )
         for callback in self.callbacks:
             callback.after_step(step)
 
-    def _states(self) -> dict[str, dict[str, Any]]:
-        states = {type(callback).__name__: callback.state_dict() for callback in self.callbacks}
-        return {name: state for name, state in states.items() if state}
-
     @contextmanager
     def _accompanied(self) -> Iterator[None]:
-        """Tell the callbacks about the start of the run and, in the reverse order, about its end."""
+        """Call the callbacks in the reverse order when the run ends."""
         try:
-            for callback in self.callbacks:
-                callback.on_start()
             yield
         finally:
             error = sys.exception()

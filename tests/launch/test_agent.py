@@ -136,7 +136,7 @@ def test_node_that_does_not_find_node_0_says_where_it_looked(start):
 
 def test_ranks_end_with_a_killed_launcher(start):
     statements = (
-        "from maskmoe.processes.lifetimes import end_with_parent\nend_with_parent(os.getppid(), signal.SIGTERM)\n"
+        "from maskmoe.processes.interruption import end_with_parent\nend_with_parent(os.getppid(), signal.SIGTERM)\n"
     )
     launch = start(statements + "wait()", "--standalone", "--nproc-per-node", "1")
     launch.wait_for_output("waits 0")

@@ -23,9 +23,6 @@ class Recorder(Callback):
     def __init__(self, name: str, calls: list[tuple]) -> None:
         self._name, self._calls = name, calls
 
-    def on_start(self) -> None:
-        self._calls.append((self._name, "start"))
-
     def on_end(self, error: BaseException | None) -> None:
         self._calls.append((self._name, error))
 
@@ -38,7 +35,7 @@ def test_callbacks_end_in_the_reverse_order_however_the_run_ends(error):
     with nullcontext() if error is None else pytest.raises(type(error)), trainer._accompanied():
         if error is not None:
             raise error
-    assert calls == [("a", "start"), ("b", "start"), ("b", error), ("a", error)]
+    assert calls == [("b", error), ("a", error)]
 
 
 @pytest.mark.parametrize("packed", [False, True])

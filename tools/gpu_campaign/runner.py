@@ -18,7 +18,7 @@ from gpu_campaign.page import render_page
 from gpu_campaign.results import Campaign, Findings, Status, StepResult
 from gpu_campaign.step import Command, Context, Step
 from maskmoe.files.outputs import write_text
-from maskmoe.processes.lifetimes import end_with_parent
+from maskmoe.processes.interruption import end_with_parent
 
 _LINES_OF_END, _CHARACTERS_OF_END = 60, 6000
 _SECONDS_TO_REPORT = 10

@@ -40,7 +40,7 @@ def load_model(args: Namespace, builder: type[StageBuilder] | None = None) -> to
     ranks = meet_ranks(args)
     ranks.gather("checks", "passed")
     config = model_config_from_args(args, builder)
-    initialize_megatron(get_embedding_ranks=embedding_ranks_of(config), store=ranks.for_process_groups)
+    initialize_megatron(get_embedding_ranks=embedding_ranks_of(config), store=ranks.store)
     load_only(checkpoint, args)
     model, _, _ = setup_model_and_optimizer(
         ModelType.encoder_or_decoder,

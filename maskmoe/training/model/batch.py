@@ -28,47 +28,45 @@ from maskmoe.transformer.packed_documents import PackedDocuments
 
 
 class Batch(NamedTuple):
-    """One micro-batch on one rank; every tensor is [batch, sequence] unless another shape is given."""
+    """One micro-batch on one rank; every tensor is [batch, sequence] unless another shape is given.
+
+    Attributes:
+        tokens: int64
+        position_ids: int64
+        attention_mask: bool [batch, 1, sequence, sequence], True where attention is not allowed; None if causal
+        labels: int64, the token that follows each token
+        loss_mask: float32
+        documents: the documents within which tokens attend; None if tokens attend to the whole sample
+    """
 
     tokens: Tensor
-    """int64"""
     position_ids: Tensor
-    """int64"""
     attention_mask: Tensor | None
-    """bool [batch, 1, sequence, sequence], True where attention is not allowed; None for causal attention"""
     labels: Tensor
-    """int64, the token that follows each token"""
     loss_mask: Tensor
-    """float32"""
     documents: PackedDocuments | None
-    """the documents within which tokens attend; None if tokens attend to the whole sample"""
 
 
 Blend = tuple[list[str], list[float] | None]
 """Prefixes of datasets, and their weights."""
 
+# A loss is spiky from this multiple of the largest of the first 100 on, as in Megatron-LM's `pretrain_gpt.py`.
 _SPIKY_LOSS_FACTOR = 10
-"""A loss is spiky from this multiple of the largest of the first 100 on, as in Megatron-LM's `pretrain_gpt.py`."""
-
-_TENSORS = ("tokens", "position_ids", "attention_mask", "labels", "loss_mask")
-"""The tensors of a micro-batch, which have the names of `GPTDataset`."""
-
-
+# The names of the tokens that `GPTFIMDataset` needs, each with a flag `--fim-NAME-token`.
 _FILL_IN_MIDDLE_TOKENS = ("prefix", "middle", "suffix", "pad", "eod")
-"""The names of the tokens that `GPTFIMDataset` needs, each with a flag `--fim-NAME-token`."""
 
 
 def get_batch(data_iterator: Iterator[dict[str, Any]] | None, micro_batch_size: int) -> Batch:
     """Return the next micro-batch, complete on every pipeline stage.
 
-    Megatron's `get_batch` gives no tokens to later stages. Here every stage reads the data, which costs no
-    communication over the pipeline: all stages of a data-parallel rank draw the same samples. `data_iterator` is None
-    on ranks that are not the first of their tensor-parallel group.
+    Megatron's `get_batch` gives no tokens to later stages. Here every stage reads the same samples. `data_iterator` is
+    None on ranks that are not the first of their tensor-parallel group.
     """
     args = get_args()
     has_documents = args.dataloader_inter_document_masking
     data = next(data_iterator) if data_iterator is not None else {}
-    batch: dict[str, Any] = dict.fromkeys((*_TENSORS, "cu_seqlens", "max_seqlen"))
+    tensors = [name for name in Batch._fields if name != "documents"]  # the names of `GPTDataset`
+    batch: dict[str, Any] = dict.fromkeys((*tensors, "cu_seqlens", "max_seqlen"))
     batch |= {key: data[key].cuda(non_blocking=True) for key in batch if data.get(key) is not None}
     batch = get_batch_on_this_tp_rank(
         batch,
@@ -93,7 +91,7 @@ def get_batch(data_iterator: Iterator[dict[str, Any]] | None, micro_batch_size: 
         # Attention in plain torch reads bounds on the host; kernels of Transformer Engine read bounds on the device.
         reads_on_host = args.transformer_impl == "local" and not args.apply_rope_fusion
         documents = PackedDocuments.of_samples(cu_seqlens, batch["tokens"].device, reads_on_host=reads_on_host)
-    return Batch(**{key: batch[key] for key in _TENSORS}, documents=documents)
+    return Batch(**{name: batch[name] for name in tensors}, documents=documents)
 
 
 def token_losses(model: torch.nn.Module, batch: Batch, padding_mask: Tensor | None = None) -> Tensor:
@@ -112,10 +110,10 @@ def token_losses(model: torch.nn.Module, batch: Batch, padding_mask: Tensor | No
     )
 
 
-def build_datasets(num_samples: list[int]) -> list[gpt_dataset.GPTDataset | None]:
+def build_datasets(num_samples: list[int], vp_stage: int | None = None) -> list[gpt_dataset.GPTDataset | None]:
     """Build the train, validation and test datasets on the first tensor-parallel rank of every pipeline stage.
 
-    A dataset is None without a share, and on ranks that read no data.
+    A dataset is None without a share, and on ranks that read no data. Datasets do not depend on `vp_stage`.
 
     Raises:
         UserError: Megatron asks for whole datasets, because of `--full-validation`.
@@ -125,6 +123,10 @@ def build_datasets(num_samples: list[int]) -> list[gpt_dataset.GPTDataset | None
     if None in num_samples:
         raise UserError("--full-validation is not supported. Use maskmoe evaluate.")
     return build_blend(samples_to_request(args, num_samples), *get_blend_and_blend_per_split(args))
+
+
+# Megatron calls the function on all ranks, not only on those of the first stage, if the attribute is set.
+vars(build_datasets)["is_distributed"] = True
 
 
 def build_blend(
@@ -161,16 +163,13 @@ def build_blend(
 
 
 class GPTDataset(gpt_dataset.GPTDataset):
-    """Megatron's `GPTDataset`, which does not use the cached indices of an earlier dataset at the same path.
+    """Megatron's `GPTDataset`, but it does not use the cached indices of an earlier dataset at the same path.
 
-    Megatron's class would use them: samples would still begin and end where those of the earlier dataset did, and new
-    documents would be left out.
+    Those would cut samples where the earlier dataset did, and omit new documents.
     """
 
-    dataset: Any
-    """the `IndexedDataset`"""
-    config: Any
-    """the `GPTDatasetConfig`"""
+    dataset: Any  # the `IndexedDataset`
+    config: Any  # the `GPTDatasetConfig`
 
     def __getitem__(self, idx: int | None) -> dict[str, Tensor]:
         """Return a sample. Padding in the first sample takes no loss off the same places of other samples."""
@@ -195,8 +194,7 @@ class GPTDataset(gpt_dataset.GPTDataset):
 class FillInMiddleDataset(GPTDataset, GPTFIMDataset):
     """`GPTFIMDataset` whose samples depend on their index only.
 
-    Megatron's class draws all samples from one random generator in the order of reading, so samples would differ after
-    a resume or with another number of workers.
+    Megatron's class draws from one generator in the order of reading, so samples would differ after a resume.
     """
 
     def _query_document_sample_shuffle_indices(self, idx: int) -> tuple[np.ndarray, np.ndarray, list]:
@@ -211,12 +209,7 @@ def fill_in_middle_tokens(args: Namespace) -> dict[str, Any]:
 
 
 def check_fill_in_middle_tokens(args: Namespace) -> None:
-    """Raise `UserError` if `GPTFIMDataset` cannot divide and join documents with the HuggingFaceTokenizer.
-
-    For a token that the tokenizer lacks, Megatron would insert the id of an unknown token, or fail while training. With
-    another end of documents, Megatron would join documents. It would insert the tokens that begin or end a text between
-    the parts of a document.
-    """
+    """Raise `UserError` if `GPTFIMDataset` would silently insert wrong tokens with the HuggingFaceTokenizer."""
     tokenizer = get_tokenizer()
     vocabulary = tokenizer._tokenizer.tokenizer.get_vocab()
     for name in _FILL_IN_MIDDLE_TOKENS:
@@ -271,8 +264,7 @@ def loss_function(loss_mask: Tensor, output_tensor: Tensor) -> tuple[Tensor, Ten
 def weight_of_rank(num_tokens: Tensor, cp_group: torch.distributed.ProcessGroup) -> Tensor:
     """Return the factor of a rank's summed losses that makes all tokens of a micro-batch weigh the same.
 
-    Megatron's schedules divide the sum by the rank's number of tokens, and gradients are averaged over ranks. Tokens of
-    a rank on which a loss mask leaves fewer tokens would weigh more.
+    Megatron averages losses on each rank, then gradients over ranks, so tokens of a rank with fewer would weigh more.
     """
     total = num_tokens.float()
     torch.distributed.all_reduce(total, group=cp_group)

@@ -39,44 +39,31 @@ class MaskMoEModelConfig:
     """The configuration of a model with a routing mask, or of a model without experts to compare with.
 
     Megatron takes it in place of its own configurations, of which it reads `pre_wrap_hooks` and `get_builder_cls`.
+
+    Attributes:
+        megatron: The settings that Megatron has, too; the class says which kind of model is built.
+        routing_mask: File of the routing mask, or a checkpoint that holds the mask. Ignored without experts.
+        replaced_routing_mask: The checkpoint to load if `routing_mask` may replace the mask that it holds.
+        aux_loss_tokens: Tokens over which the load-balancing loss is averaged, see `MaskMoERouter`.
+        qk_layernorm_all_heads: Normalise queries and keys over all heads together, see `AllHeadsRMSNorm`.
+        rope_scaling: Scale rotary embeddings as Llama 3 does.
+        rope_scaling_factor: Divides low frequencies of rotary embeddings, as in Llama 3.
+        builder: The class that builds the model; None: `MaskMoEGPTModelBuilder` or `MaskMoEHybridModelBuilder`.
+        pre_wrap_hooks: Functions of the model chunks of a rank, which return the chunks, before they are wrapped.
     """
 
     megatron: GPTModelConfig | HybridModelConfig
-    """The settings that Megatron has, too; the class says which kind of model is built."""
-
     routing_mask: Path | str | None = None
-    """File of the routing mask, or a checkpoint that holds the mask. Ignored for a model without experts."""
-
     replaced_routing_mask: Path | None = None
-    """The checkpoint to load if it may hold another routing mask, which `routing_mask` replaces."""
-
     aux_loss_tokens: AuxLossTokens = "all"
-    """Tokens over which the load-balancing loss is averaged, see `MaskMoERouter`."""
-
     qk_layernorm_all_heads: bool = False
-    """Normalise queries and keys over all heads together, see `AllHeadsRMSNorm`."""
-
     rope_scaling: bool = False
-    """Scale rotary embeddings as Llama 3 does."""
-
     rope_scaling_factor: float = 8.0
-    """Divides low frequencies of rotary embeddings, as in Llama 3."""
-
     builder: type["StageBuilder"] | None = None
-    """The class that builds the model; None: `MaskMoEGPTModelBuilder` or `MaskMoEHybridModelBuilder`."""
-
     pre_wrap_hooks: list[Callable[[list[Any]], list[Any]]] = field(default_factory=list)
-    """Functions of the model chunks of a rank, which return the chunks, before they are wrapped."""
 
     def __post_init__(self) -> None:
-        """Refuse what contradicts a mask; switch off what computes something else, or fails, in Megatron-Core.
-
-        The fused SwiGLU ignores the clamp. The fused GELU cannot weigh the rows of an expert, and the fused quick GELU
-        must weigh them, so it fails in dense MLPs and in shared experts.
-
-        With the cache of transposed weights, Transformer Engine overwrites gradients in the first use of a layer in a
-        step, so a layer of multi-token prediction that is used again would lose gradients.
-        """
+        """Refuse what contradicts a mask; switch off what computes something else, or fails, in Megatron-Core."""
         config = self.transformer
         if config.num_moe_experts:
             check_router_settings(config)
@@ -84,9 +71,12 @@ class MaskMoEModelConfig:
             raise UserError("--moe-token-dispatcher-type flex needs --bf16: its libraries send bf16 only")
         if self.qk_layernorm_all_heads and not (config.qk_layernorm and config.normalization == "RMSNorm"):
             raise UserError("--qk-layernorm-all-heads needs --qk-layernorm and --normalization RMSNorm")
+        # The fused SwiGLU ignores the clamp. The fused GELU cannot weigh the rows of an expert. The fused quick GELU
+        # must weigh rows, so it fails in dense MLPs and in shared experts.
         is_swiglu = config.activation_func is silu and config.activation_func_clamp_value is None
         if not is_swiglu and (config.num_moe_experts or config.activation_func is not gelu):
             config.bias_activation_fusion = False
+        # With this cache, Transformer Engine would overwrite gradients of the first uses of a repeated layer.
         if config.mtp_use_repeated_layer:
             config.disable_parameter_transpose_cache = True
 
@@ -118,12 +108,9 @@ class StageBuilder:
     def build_distributed_models(self, pg_collection: ProcessGroupCollection, **options: Any) -> list[Any]:
         """Build and wrap the model chunks of this rank; arguments as for `unimodal_build_distributed_models`."""
         hooks = compose_hooks(self.config.pre_wrap_hooks)
+        config = self.config.transformer
         return unimodal_build_distributed_models(
-            self.build_model,
-            self.config.transformer,
-            pg_collection,
-            pre_wrap_hook=hooks,
-            **options,
+            self.build_model, config, pg_collection, pre_wrap_hook=hooks, **options
         )
 
     def build_model(
@@ -147,9 +134,8 @@ class StageBuilder:
         if settings.should_pad_vocab:
             multiple, tp_size = settings.make_vocab_size_divisible_by, config.tensor_model_parallel_size
             vocab_size = calculate_padded_vocab_size(vocab_size, multiple, tp_size)
-        # Megatron's configuration of a GPT model has these settings, too; that of a hybrid model lacks them.
-        has_own = self.config.rope_scaling or not hasattr(settings, "rope_scaling")
-        rope = self.config if has_own else settings
+        # Megatron's configuration of a hybrid model lacks these settings.
+        rope = settings if getattr(settings, "rope_scaling", False) else self.config
         return model(
             config=config,
             vocab_size=vocab_size,
@@ -247,9 +233,8 @@ def model_config_from_args(args: Namespace, builder: type[StageBuilder] | None =
 def embedding_ranks_of(config: MaskMoEModelConfig) -> Callable[[list[int]], list[int]]:
     """Return a function from the ranks of a pipeline to those ranks that have a copy of the embedding.
 
-    These ranks are the first, the last if embedding and output layer share their weights, and all ranks with layers of
-    multi-token prediction. The function is that of `pretrain_gpt.py` of Megatron-LM; by default, Megatron-Core takes
-    the first and the last rank.
+    As in Megatron-LM's `pretrain_gpt.py`, these ranks are the first, the last if embedding and output layer share their
+    weights, and all ranks with layers of multi-token prediction.
     """
 
     def embedding_ranks(ranks: list[int]) -> list[int]:

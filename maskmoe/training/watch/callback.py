@@ -26,26 +26,9 @@ class Step:
     grad_norm: float | None
     has_updated: bool
 
-    @classmethod
-    def from_results(cls, results: tuple, iteration: int, samples: int) -> "Step":
-        """Return the step with the results of Megatron's `train_step`."""
-        losses, is_skipped, _, should_exit, _, grad_norm, *_ = results
-        norm = None if grad_norm is None else float(grad_norm)
-        return cls(iteration, samples, losses, norm, has_updated=not (is_skipped or should_exit))
-
 
 class Callback:
-    """Accompanies a training run. Each method is called on all ranks, and does nothing by default.
-
-    A method may be a collective call. The methods are in the order in which a run calls them; see `Trainer` for the
-    hooks of Megatron that call them.
-    """
-
-    def load_state_dict(self, state: dict[str, Any]) -> None:
-        """The run resumes from a checkpoint with this state of the callback."""
-
-    def on_start(self) -> None:
-        """Megatron starts to set up the run; there are no process groups yet."""
+    """Accompanies a training run. All ranks call each method, which may be a collective call, in this order."""
 
     def on_model_built(self, chunks: Sequence[Any]) -> None:
         """The model is built on this rank, but has no weights of a checkpoint yet and is not wrapped."""
@@ -58,10 +41,6 @@ class Callback:
 
     def after_step(self, step: Step) -> None:
         """A training step is done; no checkpoint holds its update yet."""
-
-    def state_dict(self) -> dict[str, Any]:
-        """Return what the checkpoint must hold to resume the callback, equal on all ranks: plain values."""
-        return {}
 
     def on_end(self, error: BaseException | None) -> None:
         """The run ends; `error` is a `SystemExit` if the run stops early, and None if training is complete."""

@@ -23,8 +23,7 @@ from maskmoe.processes.interruption import EXIT_REQUEUE, SIGNALS_THAT_SAVE
 from maskmoe.training.resume.find_checkpoint import checkpoint_to_load
 from maskmoe.training.watch.callback import Callback, Step
 
-# If a loss or gradient is NaN or infinite, Megatron repeats the step, says in the log on which rank and whether the
-# values were the same again, and exits with one of these codes.
+# Megatron exits with one of these codes after it has repeated a step with a loss or gradient of NaN or infinity.
 _RERUN_CODES = (
     rerun_state_machine.EXIT_CODE_FAILED_ON_RESULT_VALIDATION,
     rerun_state_machine.EXIT_CODE_RESUME_TO_DISAMBIGUATE,
@@ -35,9 +34,8 @@ _NO_SPACE = 1 << 20  # bytes
 class SaveOnSignals(Callback):
     """Makes Megatron save a checkpoint on every signal of `SIGNALS_THAT_SAVE`, not only on `--exit-signal`.
 
-    Megatron, which has installed its handler before, saves after the iteration in progress. Before the first iteration
-    there is nothing to save, and a rank may wait for other ranks without handling signals. So until then,
-    `--exit-signal`, with which torchrun ends ranks, ends the process at once.
+    Before the first iteration there is nothing to save, and a rank that waits for other ranks handles no signals. So
+    until then, `--exit-signal`, with which torchrun ends ranks, ends the process at once.
     """
 
     def __init__(self, args: Namespace) -> None:
@@ -56,11 +54,10 @@ class SaveOnSignals(Callback):
 
 
 class FiniteStepCheck(Callback):
-    """Checks what Megatron does not check and repeat.
+    """Checks the norm of the reduced gradients, because Megatron checks gradients before ranks reduce them.
 
-    That is the norm of the reduced gradients, because Megatron checks gradients before ranks reduce them; and the loss
-    of the first step of a process, and of all steps with `--no-check-for-nan-in-loss-and-grad`. Megatron's check lets
-    the host wait for the device in each micro-batch, and twice for each bucket of gradients.
+    Also checks losses that Megatron does not: of the first step of a process, and of all steps with
+    `--no-check-for-nan-in-loss-and-grad`.
     """
 
     def __init__(self, args: Namespace) -> None:
@@ -87,15 +84,21 @@ class FiniteStepCheck(Callback):
 
 @contextmanager
 def report_early_end(args: Namespace) -> Iterator[None]:
-    """Explain why the block ends early, exit with the right code, and end the workers of the data loaders.
+    """Raise a failed save or load as `RunFailure`, and end the workers of the data loaders.
 
-    A failed save or load raises a one-line `RunFailure`. If the block ends because of a signal, or early in a run with
-    `--exit-duration-in-mins`, Megatron's exit code 0 becomes `EXIT_REQUEUE`.
+    If the block ends by a signal, or early because of `--exit-duration-in-mins`, Megatron's exit code 0 becomes
+    `EXIT_REQUEUE`.
     """
     try:
         yield
     except SaveError as error:
-        raise _save_failure(args, str(error)) from error
+        cause = str(error)
+        # Megatron's writer may hide the system's error.
+        if os.path.exists(args.save) and shutil.disk_usage(args.save).free < _NO_SPACE:
+            cause = f"no space is left in {args.save}: make space, and start the run again"
+        raise RunFailure(
+            f"cannot save a checkpoint to {args.save}: {cause}. {describe_newest_checkpoint(args)}"
+        ) from error
     except CheckpointException as error:
         raise RunFailure(
             f"cannot load {checkpoint_to_load(args)}: {describe_failures(error)}; remove the cause and start the run "
@@ -115,24 +118,12 @@ def report_early_end(args: Namespace) -> Iterator[None]:
 
 
 def _kill_workers() -> None:
-    """Kill the workers of the data loaders.
-
-    When the process exits, Python sends SIGTERM to the workers and waits for their end. But Megatron makes workers
-    ignore SIGTERM, so that a signal to the process group does not end them before the last save. The process would
-    never end.
-    """
+    """Kill the workers of the data loaders, for which Python would wait forever: Megatron's ignore SIGTERM."""
     signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # torch's handler would report a failed worker
     rank_is_ending.set()
     for child in multiprocessing.active_children():
         if child.daemon:
             child.kill()
-
-
-def _save_failure(args: Namespace, cause: str) -> RunFailure:
-    """Return the failure of a save. Megatron's writer may hide the system's error, so report a full disk instead."""
-    if os.path.exists(args.save) and shutil.disk_usage(args.save).free < _NO_SPACE:
-        cause = f"no space is left in {args.save}: make space, and start the run again"
-    return RunFailure(f"cannot save a checkpoint to {args.save}: {cause}. {describe_newest_checkpoint(args)}")
 
 
 def describe_newest_checkpoint(args: Namespace) -> str:

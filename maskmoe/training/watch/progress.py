@@ -2,6 +2,7 @@
 
 import time
 from argparse import Namespace
+from datetime import timedelta
 
 import torch
 from megatron.training import is_last_rank
@@ -60,7 +61,7 @@ class Progress(Callback):
         if iteration > first:
             seconds_left = (now - start) / (iteration - first) * (total - iteration)
             parts.append(f"{self._tokens / (now - self._newest[1]):,.0f} tokens/s")
-            parts.append(f"{_duration(seconds_left)} left")
+            parts.append(f"{timedelta(seconds=round(seconds_left))} left")
         if self._skipped:
             parts.append(f"{self._skipped} steps without an update")
         console.say("  ".join(parts), rank=-1)
@@ -81,9 +82,3 @@ class Progress(Callback):
             saved = "no checkpoint was saved" if newest is None else f"checkpoint {newest} is in {args.save}"
             line = f"complete: {args.train_iters} iterations{loss}; {saved}"
         console.say(line, rank=-1)
-
-
-def _duration(seconds: float) -> str:
-    """Return hours, minutes and seconds: 1:02:03."""
-    minutes, seconds = divmod(round(seconds), 60)
-    return f"{minutes // 60}:{minutes % 60:02}:{seconds:02}"

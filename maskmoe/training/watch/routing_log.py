@@ -6,14 +6,12 @@ from typing import NamedTuple
 
 import torch
 from megatron.core.distributed import DistributedDataParallel
-from megatron.core.transformer.moe.moe_logging import set_moe_metrics_tracker
 from megatron.core.utils import get_model_config
 from megatron.training import is_last_rank
 from torch import Tensor
 
 from maskmoe.errors import counted, listed
 from maskmoe.megatron_compat.globals import get_args
-from maskmoe.megatron_compat.router_losses import RouterLossTracker
 from maskmoe.processes.console import console
 from maskmoe.routing_mask.feed_forward_layers import FeedForwardLayers
 from maskmoe.routing_mask.mask import RoutingMask
@@ -46,13 +44,9 @@ class RoutingRecord(NamedTuple):
 
 
 class IdleExperts:
-    """Finds experts that get no token in several log intervals in a row, and reports each once until it gets tokens.
+    """Finds experts that get no token in `intervals` log intervals in a row; reports each once until it gets tokens.
 
-    Experts that no id of the mask sees are left out, because they never get tokens.
-
-    Args:
-        intervals: The number of log intervals after which an expert is reported.
-        reachable: For each MoE layer, by its index, whether each expert is visible to any id.
+    `reachable` says for each MoE layer, by its index, whether each expert is visible to any id, and so can get tokens.
     """
 
     def __init__(self, intervals: int, reachable: Mapping[int, Sequence[bool]]) -> None:
@@ -61,10 +55,7 @@ class IdleExperts:
         self._idle = {layer: [0] * len(experts) for layer, experts in reachable.items()}  # log intervals in a row
 
     def take(self, tokens_per_expert: Mapping[int, Sequence[float]]) -> list[str]:
-        """Take the tokens that each expert got in a log interval; return a line for each layer with new idle experts.
-
-        `tokens_per_expert` has the index of each layer that had tokens.
-        """
+        """Take each expert's tokens in a log interval, by layer; return a line for each layer with new idle experts."""
         lines = []
         for layer, tokens in tokens_per_expert.items():
             idle = [0 if number else before + 1 for number, before in zip(tokens, self._idle[layer], strict=True)]
@@ -92,10 +83,6 @@ class RoutingLog(Callback):
         self._args = args
         reachable = reachable_experts(mask, FeedForwardLayers.of_args(args))
         self._idle = IdleExperts(args.collapse_intervals, reachable) if args.collapse_intervals else None
-
-    def on_start(self) -> None:
-        """Let Megatron log the mean of each router loss over the MoE layers of the model."""
-        set_moe_metrics_tracker(RouterLossTracker(self._args))
 
     def after_gradients(self, chunks: Sequence[DistributedDataParallel]) -> None:
         """Log and judge the routing at the end of an interval; a collective call."""

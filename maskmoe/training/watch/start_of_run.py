@@ -48,10 +48,7 @@ def count_parameters(chunks: Sequence[MegatronModule]) -> int:
 
 
 class StartOfRun(Callback):
-    """Opens logs, and writes arguments and prints the header on the first rank.
-
-    All this is done once the model is built, because a refused run leaves no files.
-    """
+    """Opens logs, and writes arguments and the header on the first rank, when nothing refuses the run any more."""
 
     def __init__(self, args: Namespace, mask: RoutingMask | None, folder: Path | None) -> None:
         self._args = args
@@ -64,9 +61,8 @@ class StartOfRun(Callback):
         if self._folder is not None and self._args.rank == 0:
             _write_arguments(self._args, self._folder)
         dispatch = getattr(chunks[0], "dispatch_kind", None)
-        fields = describe_run(
-            self._args, self._mask, self._folder, count_parameters(chunks), dispatch and dispatch.value
-        )
+        parameters = count_parameters(chunks)
+        fields = describe_run(self._args, self._mask, self._folder, parameters, dispatch and dispatch.value)
         console.say("\n".join(f"{label:<{_LABEL_WIDTH}}{text}" for label, text in fields.items()))
         checkpoint = checkpoint_to_load(self._args)
         console.load(f"reading {checkpoint}" if checkpoint else "setting up the optimizer")
@@ -75,35 +71,27 @@ class StartOfRun(Callback):
 def describe_run(
     args: Namespace, mask: RoutingMask | None, folder: Path | None, parameters: int, dispatch: str | None
 ) -> dict[str, str]:
-    """Return the lines of the header by their labels, at most 15.
+    """Return the lines of the header by their labels.
 
     `parameters` counts the whole model; `dispatch` says in words how tokens reach their experts, None without experts.
     """
     fields = {
         "model": _describe_model(args),
         "parameters": f"{parameters:,}",
-        "layout": _describe_layout(args),
+        "layout": f"{counted(args.world_size, 'rank')}: TP {args.tensor_model_parallel_size} · "
+        f"PP {args.pipeline_model_parallel_size} · CP {args.context_parallel_size} · DP {args.data_parallel_size} · "
+        f"EP {args.expert_model_parallel_size} · ETP {args.expert_tensor_parallel_size}",
         "step": _describe_step(args),
         "dispatch": dispatch,
         "mask": f"{describe_visible_experts(mask)}; digest {mask.digest[:16]}…" if mask else None,
         "data": _describe_data(args),
-        "start": describe_start(args),
+        "start": _describe_start(args),
         "folder": _describe_folder(args, folder),
     }
     return {label: text for label, text in fields.items() if text}
 
 
-def _describe_layout(args: Namespace) -> str:
-    """Return the numbers of ranks of a run in words: `2 ranks: TP 1 · PP 1 · CP 1 · DP 2 · EP 2 · ETP 1`."""
-    return (
-        f"{counted(args.world_size, 'rank')}: TP {args.tensor_model_parallel_size} · "
-        f"PP {args.pipeline_model_parallel_size} · CP {args.context_parallel_size} · DP {args.data_parallel_size} · "
-        f"EP {args.expert_model_parallel_size} · ETP {args.expert_tensor_parallel_size}"
-    )
-
-
-def describe_start(args: Namespace) -> str:
-    """Return where the weights of a run come from, in words."""
+def _describe_start(args: Namespace) -> str:
     checkpoint = checkpoint_to_load(args)
     if checkpoint is None:
         return "from random weights"
@@ -143,7 +131,7 @@ def _describe_data(args: Namespace) -> str:
 def _describe_folder(args: Namespace, folder: Path | None) -> str:
     if folder is None:
         return "none: without --save, nothing is saved and arguments and logs are not written"
-    logs = f", {Path('logs')}{os.sep}rank*.log" if console.log else ""
+    logs = ", logs/rank*.log" if console.log else ""
     checkpoints = f"checkpoints in {args.save}" if args.save else "no checkpoints without --save"
     return f"{folder}: {ARGUMENTS}{logs}; {checkpoints}"
 

@@ -10,8 +10,7 @@ from megatron.training import get_tensorboard_writer, get_wandb_writer
 from maskmoe.files.outputs import write_text
 from maskmoe.files.run_folder import run_folder
 
-RUN_ID = "wandb_run_id"
-"""The file of the run folder with the id of the run at Weights & Biases."""
+RUN_ID = "wandb_run_id"  # the file of the run folder with the id of the run at Weights & Biases
 
 
 def log_scalars(scalars: Mapping[str, float], iteration: int) -> None:
