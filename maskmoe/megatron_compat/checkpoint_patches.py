@@ -126,6 +126,33 @@ def keep_checkpoints_whole(save: Callable[..., None], finalize: Callable[..., No
     replace(training, "maybe_finalize_async_save", finalize)
 
 
+STATES_OF_CALLBACKS = "callbacks"
+"""The entry of a checkpoint's common state with the states of callbacks, by the names of their classes."""
+
+
+def save_states_of_callbacks(collect: Callable[[], dict[str, Any]]) -> None:
+    """Save the states of the callbacks of a run with each checkpoint; for processes that train.
+
+    Replaces: `generate_state_dict` in `megatron.training.checkpointing`.
+    Why: Megatron saves what it knows only, and its save function takes no further state.
+    Can go: When `save_checkpoint` takes further entries of the checkpoint.
+
+    Args:
+        collect: Returns the states, equal on all ranks; called by all ranks.
+    """
+    stock = checkpointing.generate_state_dict
+
+    @wraps(stock)
+    def generate(*args: Any, iteration: int | None = None, **options: Any) -> dict[str, Any]:
+        state = stock(*args, iteration=iteration, **options)
+        # Loading calls the function, too, but without an iteration.
+        if iteration is not None and (states := collect()):
+            state[STATES_OF_CALLBACKS] = states
+        return state
+
+    replace(checkpointing, "generate_state_dict", generate)
+
+
 def override_learning_rates() -> None:
     """Load an optimizer's state into a run with another `--lr` or `--min-lr`; for runs with one learning rate.
 

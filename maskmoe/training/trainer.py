@@ -1,4 +1,8 @@
-"""Pretrains a MaskMoE language model: from the command line to Megatron's training loop."""
+"""Pretrains a MaskMoE language model: from the command line to Megatron's training loop.
+
+On SIGTERM or SIGUSR1 the run saves a checkpoint and exits with code 75; started again, it resumes. The other exit codes
+are 1 if the run failed, and 2 for bad input, before anything was done.
+"""
 
 import sys
 from argparse import Namespace
@@ -18,9 +22,16 @@ from megatron.training import pretrain
 from megatron.training.argument_utils import pretrain_cfg_container_from_args
 from megatron.training.training import update_seqlen_stats_from_cu_seqlens
 
+from maskmoe.checkpoint.reading import read_common_state
 from maskmoe.checkpoint.saver import CheckpointSaver
 from maskmoe.checkpoint.writers import start_writers
-from maskmoe.megatron_compat.checkpoint_patches import keep_checkpoints_whole, load_only, override_learning_rates
+from maskmoe.megatron_compat.checkpoint_patches import (
+    STATES_OF_CALLBACKS,
+    keep_checkpoints_whole,
+    load_only,
+    override_learning_rates,
+    save_states_of_callbacks,
+)
 from maskmoe.megatron_compat.globals import get_timers, open_writers
 from maskmoe.megatron_compat.router_losses import RouterLossTracker
 from maskmoe.megatron_compat.training_patches import call_after_steps, count_operations_by_mask
@@ -87,6 +98,7 @@ class Trainer:
         # Open the writers of scalars, which make files.
         take_run_id(args)
         open_writers(args)
+        self._load_states()
         self._connect_hooks()
         # Megatron's settings.
         if self._mask is not None:
@@ -129,6 +141,15 @@ class Trainer:
             losses = token_losses(model, batch)
         return losses, partial(loss_function, batch.loss_mask)
 
+    def _load_states(self) -> None:
+        """Give the callbacks the states that the checkpoint to resume from holds."""
+        checkpoint = checkpoint_to_load(self.args)
+        if checkpoint is not None and not self.args.finetune:
+            states = read_common_state(checkpoint).get(STATES_OF_CALLBACKS, {})
+            for callback in self.callbacks:
+                if state := states.get(type(callback).__name__):
+                    callback.load_state_dict(state)
+
     def _connect_hooks(self) -> None:
         """Let Megatron call the callbacks and save by `CheckpointSaver`; `forward_step` and `train` call, too."""
         callbacks = self.callbacks
@@ -150,6 +171,7 @@ class Trainer:
         call_after_steps(self._after_step)
         saver = CheckpointSaver(self.args)
         keep_checkpoints_whole(saver.save, saver.finalize)
+        save_states_of_callbacks(self._states)
 
     def _after_step(self, results: tuple) -> None:
         losses, is_skipped, _, should_exit, _, grad_norm, *_ = results
@@ -162,6 +184,10 @@ class Trainer:
         )
         for callback in self.callbacks:
             callback.after_step(step)
+
+    def _states(self) -> dict[str, dict[str, Any]]:
+        states = {type(callback).__name__: callback.state_dict() for callback in self.callbacks}
+        return {name: state for name, state in states.items() if state}
 
     @contextmanager
     def _accompanied(self) -> Iterator[None]:

@@ -30,6 +30,9 @@ class Step:
 class Callback:
     """Accompanies a training run. All ranks call each method, which may be a collective call, in this order."""
 
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """The run resumes from a checkpoint with this state of the callback."""
+
     def on_model_built(self, chunks: Sequence[Any]) -> None:
         """The model is built on this rank, but has no weights of a checkpoint yet and is not wrapped."""
 
@@ -41,6 +44,10 @@ class Callback:
 
     def after_step(self, step: Step) -> None:
         """A training step is done; no checkpoint holds its update yet."""
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return what the checkpoint must hold to resume the callback, equal on all ranks: plain values."""
+        return {}
 
     def on_end(self, error: BaseException | None) -> None:
         """The run ends; `error` is a `SystemExit` if the run stops early, and None if training is complete."""

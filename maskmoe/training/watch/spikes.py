@@ -4,7 +4,9 @@ from argparse import Namespace
 from collections import deque
 from collections.abc import Sequence
 from statistics import median
+from typing import Any
 
+import torch
 from megatron.training import is_last_rank
 
 from maskmoe.processes.console import console
@@ -23,14 +25,19 @@ _TAGS = {"loss": "spike/loss", "gradient norm": "spike/grad-norm"}
 class SpikeWatch(Callback):
     """Reports a step whose loss or gradient norm is far from the values of the steps before, on the last rank.
 
-    With fewer than half of `--spike-window` values since the start or resume, nothing is judged. A step that is off
-    enters the window like any other step. So a lasting change of the level is the new normal after half a window.
+    With fewer than half of `--spike-window` values, nothing is judged. A step that is off enters the window like any
+    other step. So a lasting change of the level is the new normal after half a window. Checkpoints hold the window.
     """
 
     def __init__(self, args: Namespace) -> None:
         self._limit = args.spike_deviations
         self._least = max(2, args.spike_window // 2)
         self._windows = {name: deque[float](maxlen=args.spike_window) for name in _TAGS}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Continue after the steps before the checkpoint."""
+        for name, values in state["history"].items():
+            self._windows[name].extend(values)
 
     def after_step(self, step: Step) -> None:
         """Judge a finished step; a step without an update has no result to judge."""
@@ -52,6 +59,12 @@ class SpikeWatch(Callback):
         if lines:
             console.say(f"warning: iteration {step.iteration} is off: {'; '.join(lines)}", rank=-1)
             log_scalars(scalars, step.iteration)
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return the values of the steps so far, which the last rank has; a collective call."""
+        shared = [{name: list(values) for name, values in self._windows.items()}]
+        torch.distributed.broadcast_object_list(shared, torch.distributed.get_world_size() - 1)
+        return {"history": shared[0]}
 
 
 def robust_deviations(value: float, before: Sequence[float]) -> float:

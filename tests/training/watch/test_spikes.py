@@ -13,8 +13,10 @@ from hypothesis import strategies as st
 from support.paths import TESTS
 from support.runs import read_scalars
 from support.training import Run, TrainingOutcome
-from support.training_runs import DISTRIBUTED, EXPERT_2
+from support.training_runs import DISTRIBUTED, EXPERT_2, PIPELINE_2
 
+from maskmoe.checkpoint.reading import read_common_state
+from maskmoe.checkpoint.series import checkpoint_path
 from maskmoe.training.watch import spikes
 from maskmoe.training.watch.callback import Step
 from maskmoe.training.watch.spikes import SpikeWatch, robust_deviations
@@ -96,8 +98,8 @@ def warnings_of(outcome: TrainingOutcome) -> list[str]:
     return re.findall(r"^(?:\[rank\d\]: ?)?warning: (iteration .* is off.*)$", outcome.output, re.MULTILINE)
 
 
-def test_report(run_spiky):
-    """One step is off. The last rank reports the step, once."""
+def test_report(run_spiky, tmp_path):
+    """One step is off. The last rank reports the step, once, and the checkpoint holds the steps that it has seen."""
     outcome = run_spiky(f"{EXPERT_2} {DISTRIBUTED} --exit-interval 14", "12")
     assert outcome.exit_codes == (0, 0), outcome.report()
     (line,) = warnings_of(outcome)
@@ -108,6 +110,9 @@ def test_report(run_spiky):
     ), line
     scalars = read_scalars(outcome.folder)
     assert {tag: [event.step for event in scalars[tag]] for tag in TAGS} == {tag: [12] for tag in TAGS}
+    history = read_common_state(checkpoint_path(tmp_path / "save", 14))["callbacks"]["SpikeWatch"]["history"]
+    for name, scalar in (("loss", "lm loss"), ("gradient norm", "grad-norm")):
+        assert history[name] == pytest.approx([*outcome.curves[scalar].values()][-8:], rel=1e-6)
 
 
 @pytest.mark.slow
@@ -119,3 +124,14 @@ def test_watch_does_not_change_the_training(run_spiky, tmp_path):
     )
     assert len(warnings_of(watched)) == 1
     assert watched.difference(unwatched) == 0
+
+
+@pytest.mark.slow
+def test_resumed_run_knows_the_steps_before(run_spiky):
+    """Two steps after the checkpoint are too few for a judgement."""
+    first = run_spiky(f"{PIPELINE_2} --exit-interval 10", "12", name="first")
+    assert first.exit_codes == (0, 0), first.report()
+    assert warnings_of(first) == []
+    resumed = run_spiky(EXPERT_2, "12", name="resumed")
+    assert resumed.iterations == list(range(11, 22))
+    assert len(warnings_of(resumed)) == 1
