@@ -1,7 +1,7 @@
 """The exceptions whose text is shown to users: one line that says what is wrong, where, and what to do."""
 
 import traceback
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 
 _LONGEST_WORD = 240
@@ -56,19 +56,9 @@ def refused_by_system(what: str, cure: str = "") -> Iterator[None]:
 
 def one_line(message: object) -> str:
     """Return a message on one line that fits on a screen: without control characters, and with long words shortened."""
-    return " ".join(map(_shorten, _printable(str(message)).split()))
-
-
-def _printable(text: str) -> str:
-    characters: Iterable[str] = (c if c.isprintable() or c.isspace() else repr(c)[1:-1] for c in text)
-    return "".join(characters)
-
-
-def _shorten(word: str) -> str:
-    if len(word) <= _LONGEST_WORD:
-        return word
+    text = "".join(c if c.isprintable() or c.isspace() else repr(c)[1:-1] for c in str(message))
     half = _LONGEST_WORD // 2
-    return f"{word[:half]}…{word[-half:]}"
+    return " ".join(word if len(word) <= _LONGEST_WORD else f"{word[:half]}…{word[-half:]}" for word in text.split())
 
 
 def listed(names: Sequence[str], most: int) -> str:

@@ -9,9 +9,8 @@ from typing import Any
 
 from maskmoe.analysis.routing_statistics import AnalysisSettings
 from maskmoe.checkpoint import series
-from maskmoe.checkpoint.errors import CheckpointError
 from maskmoe.checkpoint.integrity import check_structure, iteration_of
-from maskmoe.checkpoint.reading import LAYOUT_FILE
+from maskmoe.checkpoint.reading import LAYOUT_FILE, CheckpointError
 from maskmoe.conversion.convert import temporary_export
 from maskmoe.conversion.import_huggingface import open_model
 from maskmoe.conversion.megatron_models import open_megatron

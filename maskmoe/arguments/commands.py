@@ -41,7 +41,7 @@ def _refuse_repeated_lists(parser: argparse.ArgumentParser, words: Sequence[str]
 
 
 def add_force_argument(parser: argparse._ActionsContainer) -> None:
-    """Add the flag that lets a command replace its earlier outputs, see `maskmoe.files.outputs.check_outputs`."""
+    """Add the flag that lets a command replace its earlier outputs, see `maskmoe.files.output_checks.check_outputs`."""
     meaning = "replace output files that exist; inputs are never replaced"
     parser.add_argument("--force", action="store_true", help=meaning)
 

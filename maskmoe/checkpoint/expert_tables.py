@@ -4,8 +4,8 @@ from pathlib import Path
 
 import numpy as np
 
-from maskmoe.checkpoint.choose import locate_checkpoint
 from maskmoe.checkpoint.reading import read_tensors
+from maskmoe.checkpoint.series import locate_checkpoint
 from maskmoe.errors import UserError
 from maskmoe.routing_mask.expert_table import TENSOR_NAMES, layer_of_tensor
 

@@ -4,14 +4,13 @@ import contextlib
 import hashlib
 import json
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 from pydantic import BaseModel
 
-from maskmoe.checkpoint.errors import CheckpointError, UnfinishedCheckpointError
-from maskmoe.checkpoint.reading import LAYOUT_FILE, read_checkpoint_layout
+from maskmoe.checkpoint.reading import LAYOUT_FILE, CheckpointError, UnfinishedCheckpointError, read_checkpoint_layout
 from maskmoe.errors import UserError
 from maskmoe.files.outputs import write_text
 from maskmoe.files.untrusted import UnusableFile, check_name, open_regular, read_json_bytes, resolve_inside
@@ -23,7 +22,7 @@ _LEGACY_FILE = "common.pt"
 _FORMAT = "torch_dist"
 
 
-def digest_and_size(path: Path) -> tuple[str, int]:
+def _digest_and_size(path: Path) -> tuple[str, int]:
     """Return the SHA-256 digest, hexadecimal, and the size in bytes of a regular file; raise `UnusableFile` if none."""
     with open_regular(path) as stream:
         return hashlib.file_digest(stream, "sha256").hexdigest(), stream.tell()
@@ -52,19 +51,12 @@ class Manifest(BaseModel):
     iteration: int | None = None
 
     @classmethod
-    def of(cls, records: Mapping[str, tuple[str, int]]) -> "Manifest":
-        """Return the manifest with the digests and sizes of files by their names."""
-        return cls(
-            files={name: digest for name, (digest, _) in records.items()},
-            sizes={name: size for name, (_, size) in records.items()},
-        )
-
-    @classmethod
     def of_files(cls, folder: Path, names: Sequence[str]) -> "Manifest":
         """Read files of a folder, several at a time, and return their manifest."""
         with ThreadPoolExecutor() as readers:
-            records = readers.map(digest_and_size, (folder / name for name in names))
-            return cls.of(dict(zip(names, records, strict=True)))
+            records = dict(zip(names, readers.map(_digest_and_size, (folder / name for name in names)), strict=True))
+        digests = {name: digest for name, (digest, _) in records.items()}
+        return cls(files=digests, sizes={name: size for name, (_, size) in records.items()})
 
     def save(self, checkpoint: Path, name: str = MANIFEST_FILE) -> None:
         """Write the manifest into the folder of a checkpoint, atomically."""
@@ -89,13 +81,13 @@ class Manifest(BaseModel):
 def record_rank(files: Sequence[Path], rank: int) -> None:
     """Record one rank's files, all in one folder, in a manifest there; `write_manifest` reports a missing record."""
     with contextlib.suppress(OSError, UserError):
-        records = {path.name: digest_and_size(path) for path in files}
-        Manifest.of(records).save(files[0].parent, f"integrity.{rank}.json")
+        folder = files[0].parent
+        Manifest.of_files(folder, [path.name for path in files]).save(folder, f"integrity.{rank}.json")
 
 
 def write_manifest(checkpoint: Path) -> None:
     """Join the manifests of all ranks and remove them; raise `CheckpointError` if a needed file has no record."""
-    manifest = Manifest.of({LAYOUT_FILE: digest_and_size(checkpoint / LAYOUT_FILE)})
+    manifest = Manifest.of_files(checkpoint, [LAYOUT_FILE])
     paths = sorted(checkpoint.glob("integrity.*.json"))
     for path in paths:
         of_rank = Manifest.model_validate_json(read_json_bytes(path))
@@ -185,7 +177,7 @@ def _check_manifest(checkpoint: Path, manifest: Manifest) -> None:
 def _check_digest(checkpoint: Path, name: str, digest: str) -> None:
     """Compare one file with its digest. Raises CheckpointError if the file differs."""
     try:
-        found, _ = digest_and_size(resolve_inside(checkpoint, name))
+        found, _ = _digest_and_size(resolve_inside(checkpoint, name))
     except UnusableFile as error:
         raise CheckpointError(checkpoint, f"{name} {error.reason}") from error
     except OSError as error:

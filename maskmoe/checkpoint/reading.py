@@ -12,7 +12,6 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, BinaryIO
 
-from maskmoe.checkpoint.errors import CheckpointError
 from maskmoe.errors import UserError
 from maskmoe.files.untrusted import UnusableFile, check_name, open_regular, resolve_inside
 
@@ -30,6 +29,21 @@ _CONSTRUCTORS = {
     "torch.Size",
     "torch.serialization._get_layout",
 }
+
+
+@dataclasses.dataclass(eq=False)
+class CheckpointError(UserError):
+    """A fault of a checkpoint: its folder, and a clause that follows the folder's path, such as "does not exist"."""
+
+    checkpoint: Path
+    fault: str
+
+    def __str__(self) -> str:
+        return f"{self.checkpoint} {self.fault}"
+
+
+class UnfinishedCheckpointError(CheckpointError):
+    """The fault of a checkpoint whose saving was interrupted."""
 
 
 class _LayoutUnpickler(pickle.Unpickler):

@@ -8,8 +8,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from maskmoe.checkpoint.choose import locate_checkpoint
 from maskmoe.checkpoint.reading import read_checkpoint_layout, read_tensors
+from maskmoe.checkpoint.series import locate_checkpoint
 from maskmoe.errors import UserError
 from maskmoe.routing_mask.mask import RoutingMask, row_dtype
 

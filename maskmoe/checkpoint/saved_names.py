@@ -74,7 +74,7 @@ def has_alike_layers(args: Namespace) -> bool:
     return isinstance(frequency, int) and frequency <= 1
 
 
-NORM_BEFORE_EXPERTS = ("mlp.linear_fc1.layer_norm_", "pre_mlp_layernorm.")
+_NORM_BEFORE_EXPERTS = ("mlp.linear_fc1.layer_norm_", "pre_mlp_layernorm.")
 """Prefix of the norm before a layer's experts: as Megatron's local modules save it, and as Transformer Engine's do."""
 
 _FP8_STATE = "._extra_state"
@@ -91,7 +91,9 @@ def request_saved_names(state: dict[str, Any], saved: Collection[str]) -> None:
 
     def request(entry: Any) -> Any:
         if isinstance(entry, ShardedTensor) and entry.key not in saved:
-            entry.key = next((name for name in _other_names(entry.key) if name in saved), entry.key)
+            for own, other in (_NORM_BEFORE_EXPERTS, _NORM_BEFORE_EXPERTS[::-1]):
+                if (name := entry.key.replace(own, other)) in saved:
+                    entry.key = name
         if isinstance(entry, ShardedTensor) and entry.dtype is torch.int16 and entry.data is not None:
             entry.data, entry.dtype = entry.data.int(), torch.int32
         if isinstance(entry, ShardedObject) and entry.key.endswith(_FP8_STATE) and entry.unique_key not in saved:
@@ -99,10 +101,3 @@ def request_saved_names(state: dict[str, Any], saved: Collection[str]) -> None:
         return entry
 
     dict_list_map_inplace(request, state)
-
-
-def _other_names(name: str) -> list[str]:
-    """Return the names that other implementations give to a tensor."""
-    local, transformer_engine = NORM_BEFORE_EXPERTS
-    pairs = ((local, transformer_engine), (transformer_engine, local))
-    return [name.replace(own, other) for own, other in pairs if own in name]

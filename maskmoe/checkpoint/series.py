@@ -1,15 +1,16 @@
-"""Lists and removes the checkpoints of one run; `choose` chooses among them."""
+"""Lists the checkpoints of one run, chooses the newest intact one to load, and removes old ones."""
 
 import shutil
 import tempfile
 from argparse import Namespace
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
+from dataclasses import dataclass
 from pathlib import Path
 
-from maskmoe.checkpoint.errors import CheckpointError
-from maskmoe.checkpoint.integrity import COMPLETION_FILE, check_structure, has_digests, iteration_of
-from maskmoe.checkpoint.reading import LAYOUT_FILE
+from maskmoe.checkpoint.integrity import check_structure, has_digests, iteration_of
+from maskmoe.checkpoint.reading import LAYOUT_FILE, CheckpointError, UnfinishedCheckpointError
+from maskmoe.errors import UserError
 from maskmoe.files.outputs import sync_to_disk, write_text
 from maskmoe.files.untrusted import UnusableFile, read_bounded
 
@@ -17,6 +18,7 @@ TRACKER = "latest_checkpointed_iteration.txt"
 _MAX_TRACKER_BYTES = 100
 RELEASE = "release"
 """Megatron's name of a checkpoint that no training run saved, such as a converted checkpoint."""
+_UNVERIFIED = "has no digests of its files (integrity.json), but an older checkpoint has"
 
 
 def checkpoint_path(folder: str | Path, iteration: int) -> Path:
@@ -52,11 +54,6 @@ def saved_iterations(folder: str | Path) -> list[int]:
     return sorted((iteration for iteration in iterations if iteration is not None), reverse=True)
 
 
-def is_finished(checkpoint: Path) -> bool:
-    """Return whether the save of a checkpoint was finished: Megatron writes `COMPLETION_FILE` last."""
-    return (checkpoint / COMPLETION_FILE).exists()
-
-
 def has_checkpoint(folder: str | Path) -> bool:
     """Return whether a run has saved a checkpoint in a folder, or has begun to."""
     return (Path(folder) / TRACKER).is_file() or bool(saved_iterations(folder))
@@ -89,6 +86,88 @@ def finished_iterations(folder: str | Path) -> list[int]:
     """Return the checkpoints' iterations up to the one in the tracker file, or all without a usable one, descending."""
     tracked = read_tracker(folder)
     return [step for step in saved_iterations(folder) if not isinstance(tracked, int) or step <= tracked]
+
+
+def _candidates(folder: str | Path) -> list[Path]:
+    """Return the checkpoints that a run may load, newest first, and a missing one that the tracker file names."""
+    tracked = read_tracker(folder)
+    if tracked == RELEASE:
+        return [Path(folder) / RELEASE]
+    iterations = finished_iterations(folder)
+    if isinstance(tracked, int) and tracked not in iterations:
+        iterations.insert(0, tracked)
+    return [checkpoint_path(folder, iteration) for iteration in iterations]
+
+
+@dataclass(frozen=True)
+class Choice:
+    """The checkpoint to load, None if the folder has none, and the faults of newer, rejected checkpoints."""
+
+    checkpoint: Path | None
+    rejected: tuple[CheckpointError, ...] = ()
+
+    @property
+    def iteration(self) -> int | None:
+        """Return the iteration of the checkpoint; None for a `release` checkpoint, or without a checkpoint."""
+        return None if self.checkpoint is None else iteration_of(self.checkpoint)
+
+
+def choose_checkpoint(
+    folder: str | Path, step: int | None = None, check: Callable[[Path], None] = check_structure
+) -> Choice:
+    """Choose the newest intact checkpoint in a folder; one without digests only if no intact one has digests.
+
+    The search starts with the checkpoint that the tracker file names, or without a usable tracker file with the newest
+    one, and continues with older checkpoints. A folder in which only the first save was interrupted counts as empty.
+
+    Args:
+        folder: The folder in Megatron's `--load`.
+        step: Megatron's `--ckpt-step`, the only iteration to choose; None to choose among all.
+        check: Raises `CheckpointError` if a checkpoint is not intact.
+
+    Raises:
+        UserError: The folder has checkpoints, or a record of one, but none is intact.
+    """
+    candidates = [checkpoint_path(folder, step)] if step is not None else _candidates(folder)
+    rejected: list[CheckpointError] = []
+    for candidate in candidates:
+        try:
+            check(candidate)
+            if has_digests(candidate) or not any(map(has_digests, candidates)):
+                return Choice(candidate, tuple(rejected))
+            rejected.append(CheckpointError(candidate, _UNVERIFIED))
+        except CheckpointError as fault:
+            rejected.append(fault)
+    # No checkpoint with digests is intact, so choose the newest intact one without.
+    for position, fault in enumerate(rejected):
+        if fault.fault == _UNVERIFIED:
+            return Choice(fault.checkpoint, tuple(rejected[:position]))
+    # Without a tracker file, no save was finished.
+    is_without_saves = step is None and not (Path(folder) / TRACKER).exists()
+    if is_without_saves and all(isinstance(fault, UnfinishedCheckpointError) for fault in rejected):
+        return Choice(None, tuple(rejected))
+    reasons = "; ".join(map(str, rejected)) or f"{TRACKER} names none that exists"
+    raise UserError(f"{folder} holds no intact checkpoint: {reasons}")
+
+
+def locate_checkpoint(path: Path, step: int | None = None) -> Path:
+    """Return the folder of a checkpoint: `path` itself, or in a run's folder that of iteration `step`, else the newest.
+
+    An older checkpoint never replaces a damaged one: the caller would not notice.
+
+    Raises:
+        UserError: The folder holds no checkpoint, or the newest checkpoint is damaged.
+    """
+    if (path / LAYOUT_FILE).is_file():
+        if step not in (None, iteration_of(path)):
+            raise UserError(f"--ckpt-step {step} chooses among the checkpoints of a run, but {path} is a checkpoint")
+        return path
+    choice = choose_checkpoint(path, step)
+    if choice.checkpoint is None:
+        raise UserError(describe_missing(path))
+    if choice.rejected:
+        raise UserError(f"{choice.rejected[0]}; to use an older checkpoint, name its folder: {choice.checkpoint}")
+    return choice.checkpoint
 
 
 def remove_old_checkpoints(

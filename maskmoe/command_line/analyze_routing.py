@@ -31,7 +31,8 @@ from maskmoe.arguments.commands import add_force_argument, command_parser, say_l
 from maskmoe.arguments.parser import add_option
 from maskmoe.data.indexed_dataset import dataset_files
 from maskmoe.errors import refused_by_system
-from maskmoe.files.outputs import atomic_output, check_outputs
+from maskmoe.files.output_checks import check_outputs
+from maskmoe.files.outputs import atomic_output
 from maskmoe.files.paths import check_folder
 from maskmoe.routing_mask.frequency import TokenFrequency
 

@@ -19,7 +19,8 @@ from maskmoe.arguments import ranges
 from maskmoe.arguments.commands import add_force_argument, add_seed_argument, command_parser
 from maskmoe.arguments.parser import add_option
 from maskmoe.errors import UserError, counted
-from maskmoe.files.outputs import atomic_output, check_outputs
+from maskmoe.files.output_checks import check_outputs
+from maskmoe.files.outputs import atomic_output
 from maskmoe.routing_mask.assignment import ASSIGNMENTS, PRESETS, MaskRecipe, build_routing_mask
 from maskmoe.routing_mask.expert_table import TENSOR_NAMES, ExpertTable, positions_of_layers, split_location
 from maskmoe.routing_mask.frequency import (

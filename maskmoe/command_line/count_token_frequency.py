@@ -15,7 +15,8 @@ from maskmoe.arguments import ranges
 from maskmoe.arguments.commands import add_force_argument, add_workers_argument, command_parser
 from maskmoe.arguments.parser import add_option
 from maskmoe.data.data_path import files_of_data_path
-from maskmoe.files.outputs import atomic_output, check_outputs
+from maskmoe.files.output_checks import check_outputs
+from maskmoe.files.outputs import atomic_output
 from maskmoe.routing_mask.frequency import (
     TokenFrequency,
     count_token_frequency,

@@ -27,9 +27,10 @@ from maskmoe.conversion.settings import CONFIG_FILE
 from maskmoe.data.documents import read_blocks
 from maskmoe.data.inputs import find_inputs
 from maskmoe.errors import UserError
-from maskmoe.files.outputs import check_outputs, write_text
+from maskmoe.files.output_checks import check_outputs
+from maskmoe.files.outputs import write_text
+from maskmoe.files.parsing import refuse_surrogates
 from maskmoe.files.paths import check_folder
-from maskmoe.files.untrusted import refuse_surrogates
 
 _KEY = "prompt"
 _MIN_TEMPERATURE = 1e-6  # logits that are divided by less become infinite

@@ -19,7 +19,8 @@ from maskmoe.arguments.commands import add_force_argument, add_seed_argument, co
 from maskmoe.arguments.parser import add_option
 from maskmoe.data.default_corpus import default_corpus
 from maskmoe.errors import UserError
-from maskmoe.files.outputs import atomic_output, check_outputs
+from maskmoe.files.output_checks import check_outputs
+from maskmoe.files.outputs import atomic_output
 
 
 def main() -> None:

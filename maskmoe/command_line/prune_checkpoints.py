@@ -45,9 +45,8 @@ def main() -> None:
     prepare_process()
     from tqdm import tqdm
 
-    from maskmoe.checkpoint.choose import choose_checkpoint
     from maskmoe.checkpoint.integrity import check_content, check_structure
-    from maskmoe.checkpoint.series import remove_old_checkpoints
+    from maskmoe.checkpoint.series import choose_checkpoint, remove_old_checkpoints
 
     keep, retain_interval = arguments.keep_last_checkpoints, arguments.save_retain_interval
     with tqdm(unit="checkpoint", leave=False, delay=1) as progress:  # no bar if there is nothing to verify

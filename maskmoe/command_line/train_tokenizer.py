@@ -19,7 +19,8 @@ from maskmoe.command_line.preprocess_data import add_text_arguments
 from maskmoe.data.documents import progress_bar, read_blocks
 from maskmoe.data.inputs import Input, find_inputs
 from maskmoe.data.tokenizer_training import train_tokenizer, vocabulary_lines
-from maskmoe.files.outputs import atomic_output, check_outputs
+from maskmoe.files.output_checks import check_outputs
+from maskmoe.files.outputs import atomic_output
 
 
 def read_with_progress(inputs: Sequence[Input], json_keys: Sequence[str]) -> Iterator[str]:

@@ -13,8 +13,8 @@ from typing import Any
 
 import torch
 
-from maskmoe.checkpoint.choose import locate_checkpoint
 from maskmoe.checkpoint.integrity import check_content, check_structure, has_digests, iteration_of
+from maskmoe.checkpoint.series import locate_checkpoint
 from maskmoe.conversion.config_mapping import args_from_config, further_flags, hybrid_args, is_hybrid, updated_args
 from maskmoe.conversion.export_huggingface import write_huggingface
 from maskmoe.conversion.import_huggingface import open_model
@@ -28,7 +28,8 @@ from maskmoe.conversion.tokenizer import TOKENIZER_FILES, WITHOUT_TEXT, choose_t
 from maskmoe.conversion.upcycle import upcycle
 from maskmoe.data.tokenizer_record import tokenizer_sha256
 from maskmoe.errors import UserError
-from maskmoe.files.outputs import lies_inside, unwinding_on_signals
+from maskmoe.files.output_checks import lies_inside
+from maskmoe.files.outputs import unwinding_on_signals
 from maskmoe.files.untrusted import resolve_inside
 from maskmoe.routing_mask.mask import RoutingMask
 

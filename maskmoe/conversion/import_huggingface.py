@@ -19,7 +19,7 @@ from maskmoe.conversion.settings import CONFIG_FILE, read_model_config
 from maskmoe.conversion.tensor_sources import JoinedSource, TensorSource
 from maskmoe.errors import UserError
 from maskmoe.files.json_files import read_json
-from maskmoe.files.untrusted import reading
+from maskmoe.files.parsing import reading
 from maskmoe.huggingface import MaskMoEConfig
 from maskmoe.routing_mask.mask import RoutingMask
 

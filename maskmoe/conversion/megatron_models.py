@@ -58,7 +58,7 @@ from maskmoe.conversion.tokenizer import WITHOUT_TEXT
 from maskmoe.data.tokenizer import load_tokenizer
 from maskmoe.data.tokenizer_record import TOKENIZER_TYPES
 from maskmoe.errors import UserError
-from maskmoe.files.untrusted import reading
+from maskmoe.files.parsing import reading
 from maskmoe.routing_mask.mask import RoutingMask
 
 COMMON_STATE = "common_state/shard_0_1"

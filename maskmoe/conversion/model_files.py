@@ -22,7 +22,8 @@ from maskmoe.conversion.tensor_sources import Block, TensorSource, TensorSpec
 from maskmoe.errors import UserError, listed, refused_by_system
 from maskmoe.files.json_files import read_record, write_record
 from maskmoe.files.outputs import atomic_output, refuse_checkpoint, sync_to_disk, unwinding_on_signals
-from maskmoe.files.untrusted import reading, resolve_inside
+from maskmoe.files.parsing import reading
+from maskmoe.files.untrusted import resolve_inside
 
 SINGLE_FILE = "model.safetensors"
 INDEX_SUFFIX = ".index.json"

@@ -2,10 +2,11 @@
 
 from argparse import Namespace
 from collections.abc import Collection, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import product
 from typing import Any
 
+import numpy as np
 import torch
 from transformers import PreTrainedConfig
 
@@ -18,7 +19,7 @@ from maskmoe.conversion.tensor_sources import (
     TensorSpec,
 )
 from maskmoe.errors import UserError, listed
-from maskmoe.files.untrusted import reading
+from maskmoe.files.parsing import reading
 from maskmoe.huggingface import MaskMoEConfig, MaskMoEForCausalLM
 from maskmoe.routing_mask.assignment import MaskRecipe, build_routing_mask
 from maskmoe.routing_mask.feed_forward_layers import FeedForwardLayers
@@ -203,8 +204,10 @@ def with_routing_mask(model: OpenedModel, mask: RoutingMask | None = None) -> Op
     if mask is None:
         recipe = MaskRecipe.from_preset("smoe", config["num_experts"], len(layers.has_experts), shared_table=True)
         mask = build_routing_mask(recipe, vocab_size=config["vocab_size"])
-    if mask.vocab_size < config["vocab_size"]:
-        mask = mask.with_vocab_size(config["vocab_size"])
+    if (num_additional := config["vocab_size"] - mask.vocab_size) > 0:
+        # The additional ids see the same experts as the tokenizer's last id.
+        row_of_id = np.pad(mask.row_of_id, ((0, 0), (0, num_additional)), mode="edge")
+        mask = replace(mask, row_of_id=row_of_id, vocab_size=config["vocab_size"])
     mask.check_fits(vocab_size=config["vocab_size"], num_experts=config["num_experts"], layers=layers)
     mask_source, mask_field = routing_mask_tensors(mask)
     source = JoinedSource(mask_source, model.source)

@@ -2,8 +2,8 @@
 
 from pathlib import Path
 
-from maskmoe.checkpoint.errors import CheckpointError
 from maskmoe.checkpoint.integrity import MANIFEST_FILE, Manifest, check_content
+from maskmoe.checkpoint.reading import CheckpointError
 
 
 def seal_model(folder: Path) -> None:

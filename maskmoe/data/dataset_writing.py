@@ -28,7 +28,8 @@ from maskmoe.data.indexed_dataset import (
 )
 from maskmoe.data.tokenizer_record import TokenizerRecord, read_tokenizer_record, tokenizer_record_path
 from maskmoe.errors import UserError
-from maskmoe.files.outputs import atomic_output, check_outputs
+from maskmoe.files.output_checks import check_outputs
+from maskmoe.files.outputs import atomic_output
 
 _BATCH_TOKENS = 1 << 20  # copied at a time
 _SHARD = re.compile(r"(.*)-(\d{5,})-of-(\d{5,})(.*)", re.DOTALL)

@@ -22,7 +22,7 @@ from tqdm import tqdm
 
 from maskmoe.data.inputs import Input, compression_of_name, find_inputs
 from maskmoe.errors import UserError, listed
-from maskmoe.files.untrusted import refuse_surrogates
+from maskmoe.files.parsing import refuse_surrogates
 
 if TYPE_CHECKING:
     import pyarrow

@@ -22,7 +22,7 @@ from maskmoe.data.parallel import map_in_processes
 from maskmoe.data.tokenizer import Tokenizer, load_tokenizer
 from maskmoe.data.tokenizer_record import TokenizerRecord
 from maskmoe.errors import UserError
-from maskmoe.files.outputs import check_outputs
+from maskmoe.files.output_checks import check_outputs
 
 
 @dataclass(frozen=True)

@@ -15,7 +15,7 @@ import numpy as np
 from maskmoe.data.tokenizer_record import TOKENIZER_TYPES, TokenizerRecord, model_file, read_model
 from maskmoe.errors import UserError
 from maskmoe.files.json_files import read_json
-from maskmoe.files.untrusted import printable_name, reading
+from maskmoe.files.parsing import printable_name, reading
 
 _TOKEN_LISTS = ("additional_special_tokens", "extra_special_tokens", "added_tokens_decoder")  # keys of settings
 

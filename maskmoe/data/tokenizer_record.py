@@ -6,8 +6,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from maskmoe.errors import UserError
-from maskmoe.files.json_files import type_adapter
-from maskmoe.files.untrusted import MAX_JSON_BYTES, UnusableFile, read_bounded, read_json_bytes
+from maskmoe.files.untrusted import MAX_JSON_BYTES, UnusableFile, read_bounded, read_json_bytes, type_adapter
 
 TOKENIZER_TYPES = ("SentencePieceTokenizer", "HuggingFaceTokenizer", "GPTSentencePieceTokenizer", "Llama2Tokenizer")
 """The values of Megatron's `--tokenizer-type` with which datasets can be made."""

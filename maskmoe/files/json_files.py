@@ -2,26 +2,19 @@
 
 import json
 import os
-from functools import cache
 from pathlib import Path
 from typing import Any
 
-from pydantic import TypeAdapter, ValidationError
+from pydantic import ValidationError
 
 from maskmoe.errors import UserError, one_line
 from maskmoe.files.outputs import write_text
-from maskmoe.files.untrusted import UnusableFile, read_json_bytes
+from maskmoe.files.untrusted import UnusableFile, read_json_bytes, type_adapter
 
 
 def read_json(path: Path) -> dict[str, Any]:
     """Read a JSON object of any content; raise `UserError` if the file cannot be read or holds anything else."""
     return read_record(dict[str, Any], path, "replace the file by an intact copy")
-
-
-@cache
-def type_adapter[T](kind: type[T]) -> TypeAdapter[T]:
-    """Return the adapter of a type. A process makes each adapter once, because making one takes milliseconds."""
-    return TypeAdapter(kind)
 
 
 def read_record[T](kind: type[T], path: Path, advice: str) -> T:

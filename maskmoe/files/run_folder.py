@@ -9,9 +9,6 @@ RUN_FOLDER_VARIABLE = "MASKMOE_RUN_DIR"
 ARGUMENTS = "args.yaml"
 """The file of a run folder with the arguments of the newest start, a model file."""
 
-TEXT_TAG = "maskmoe/"
-"""Beginning of the tags of the texts that MaskMoE itself logs to TensorBoard, such as the command line."""
-
 CHECKPOINTS = "checkpoints"
 TENSORBOARD = "tensorboard"
 """The folders of the checkpoints and of TensorBoard's event files in a run folder."""

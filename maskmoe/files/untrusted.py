@@ -1,16 +1,15 @@
 """Reads files that may come from a stranger: of bounded size, inside their folder, and never a device or a pipe."""
 
 import os
-import re
 import stat
-from collections.abc import Iterator
-from contextlib import contextmanager
+from functools import cache
 from io import BufferedReader
 from pathlib import Path
 
+from pydantic import TypeAdapter
 from pydantic_core import from_json
 
-from maskmoe.errors import UserError, reason_of
+from maskmoe.errors import UserError
 
 MAX_JSON_BYTES = 64 << 20
 """Upper bound of a JSON file and of a tokenizer. The largest known files, also indices of weights, have 35 MB."""
@@ -73,6 +72,12 @@ def read_json_bytes(path: str | os.PathLike[str]) -> bytes:
     return content
 
 
+@cache
+def type_adapter[T](kind: type[T]) -> TypeAdapter[T]:
+    """Return the adapter of a type. A process makes each adapter once, because making one takes milliseconds."""
+    return TypeAdapter(kind)
+
+
 def check_name(folder: Path, name: str) -> None:
     """Check that a name, which need not exist yet, stays inside a folder, see `resolve_inside`. Raises UnusableFile."""
     parts = name.split("/")
@@ -99,33 +104,3 @@ def resolve_inside(folder: Path, name: str) -> Path:
     if not any(found.is_relative_to(place) for place in allowed):
         raise UnusableFile(path, "is a link to a file outside its folder; copy the file into the folder")
     return path
-
-
-@contextmanager
-def reading(what: str, advice: str = "replace it by an intact copy") -> Iterator[None]:
-    """Turn every failure of the block into a `UserError` that names `what` was read and gives advice.
-
-    A library in Rust may even panic, which Python sees as a BaseException.
-    """
-    try:
-        yield
-    except UserError:
-        raise
-    except BaseException as error:
-        if not isinstance(error, Exception) and type(error).__name__ != "PanicException":
-            raise
-        reason = reason_of(error).removesuffix(f"; {advice}")
-        raise UserError(f"{what} cannot be read; {advice}: {reason[:300]}") from error
-
-
-def refuse_surrogates(text: str, what: str) -> None:
-    """Check that UTF-8 can encode a text. Raises a UserError that names the source `what` of the text otherwise."""
-    if found := re.search("[\ud800-\udfff]", text):
-        raise UserError(
-            f"{what} has an invalid byte or half of a surrogate pair ({found[0]!a}), which is not text: correct it"
-        )
-
-
-def printable_name(path: str | os.PathLike[str]) -> str:
-    r"""Return the last part of a path, with bytes that are not valid UTF-8 written as `\xff`, for records."""
-    return os.fsencode(os.path.basename(path)).decode("utf-8", "backslashreplace")

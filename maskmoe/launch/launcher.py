@@ -11,7 +11,8 @@ from maskmoe.arguments import ranges
 from maskmoe.arguments.flags import flag_words, split_flags
 from maskmoe.arguments.parser import OneLineParser
 from maskmoe.errors import counted, refused_by_system
-from maskmoe.files.outputs import check_outputs, refuse_checkpoint
+from maskmoe.files.output_checks import check_outputs
+from maskmoe.files.outputs import refuse_checkpoint
 from maskmoe.launch.machine import find_devices, route_to
 from maskmoe.launch.model_file import ModelFile
 from maskmoe.launch.options import Options, parse_options

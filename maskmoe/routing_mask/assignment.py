@@ -15,7 +15,6 @@ from maskmoe.routing_mask.mask import (
     HashLayers,
     MaskProvenance,
     RoutingMask,
-    load_of_frequent,
     pack_sets,
     row_dtype,
 )
@@ -159,9 +158,13 @@ class MaskRecipe:
 
     @property
     def load_of_frequent(self) -> int:
-        """The load that each occurrence of a frequent id adds to its experts together."""
+        """The load that each occurrence of a frequent id adds to its experts together: min(k, V_f).
+
+        The load is 1, as for other ids, if the placement of the ids does not depend on k.
+        """
         visible = self.frequent_visible_experts
-        return load_of_frequent(self.assignment, self.frequent_mass, visible, self.num_experts, self.topk)
+        is_weighed = visible is not None and 0 < self.frequent_mass < 1 and visible < self.num_experts
+        return min(self.topk, visible) if is_weighed and self.assignment in ("balanced", "rank-local") else 1
 
     @property
     def num_ranks(self) -> int:

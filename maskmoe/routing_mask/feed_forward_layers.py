@@ -30,16 +30,19 @@ class FeedForwardLayers:
 
     @classmethod
     def of_frequency(cls, frequency: int | list[int], num_layers: int, num_predictions: int = 0) -> Self:
-        """Return the layers of a `GPTModel` with Megatron's `--moe-layer-freq`, see `expand_layer_frequency`.
+        """Return the layers of a `GPTModel` with Megatron's `--moe-layer-freq`.
 
-        The `num_predictions` layers of multi-token prediction repeat the decoder's last layer.
+        `frequency` says every how many layers have experts, counting from layer 0, or has a 0 or 1 for each layer. The
+        `num_predictions` layers of multi-token prediction repeat the decoder's last layer.
 
         Raises:
             UserError: The frequency is no pattern, or gives no layer experts.
         """
-        if not is_layer_frequency(frequency):
+        if isinstance(frequency, int) and frequency >= 1:
+            frequency = [int(layer % frequency == 0) for layer in range(num_layers)]
+        if not (isinstance(frequency, list) and all(layer in (0, 1) for layer in frequency) and 1 in frequency):
             raise UserError(LAYER_FREQUENCY_ERROR)
-        decoder = tuple(expand_layer_frequency(frequency, num_layers))
+        decoder = tuple(map(bool, frequency))
         return cls(decoder, decoder[-1:] * num_predictions)
 
     @classmethod
@@ -89,20 +92,3 @@ class FeedForwardLayers:
         if num_tables == 1:
             return 0
         return number - 1 if num_tables == len(self.has_experts) else sum(self.has_experts[: number - 1])
-
-
-def is_layer_frequency(value: object) -> bool:
-    """Return whether a value is a valid `--moe-layer-freq`, which gives experts to a layer."""
-    if isinstance(value, list):
-        return all(layer in (0, 1) for layer in value) and 1 in value
-    return isinstance(value, int) and value >= 1
-
-
-def expand_layer_frequency(frequency: int | list[int], num_layers: int) -> list[bool]:
-    """Return for each layer whether Megatron's `--moe-layer-freq` gives it experts.
-
-    `frequency` says every how many layers have experts, counting from layer 0, or has a 0 or 1 for each layer.
-    """
-    if isinstance(frequency, int):
-        return [layer % frequency == 0 for layer in range(num_layers)]
-    return [bool(sparse) for sparse in frequency]

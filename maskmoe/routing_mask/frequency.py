@@ -15,7 +15,7 @@ from maskmoe.data.indexed_dataset import bin_path, read_index
 from maskmoe.data.parallel import map_in_processes
 from maskmoe.data.tokenizer_record import TokenizerRecord, read_tokenizer_record
 from maskmoe.errors import UserError
-from maskmoe.files.untrusted import printable_name
+from maskmoe.files.parsing import printable_name
 from maskmoe.routing_mask.mask import CountedDataset, RoutingMask, unpack_bits
 from maskmoe.routing_mask.sealed_tensors import SealedTensors
 

@@ -1,6 +1,6 @@
 """The routing mask: the experts that each token id may use in each layer, fixed before training."""
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import cached_property
 from itertools import groupby
 from typing import Annotated, Any, TypedDict
@@ -251,14 +251,6 @@ class RoutingMask(SealedTensors):
         first = [unpack_bits(visible_bits, self.num_experts).argmax(axis=-1) for visible_bits in self.visible_bits]
         return np.stack(first).astype(np.int16)
 
-    def with_vocab_size(self, vocab_size: int) -> "RoutingMask":
-        """Return the mask extended to `vocab_size` ids: padding ids see the same experts as the tokenizer's last id."""
-        num_additional = vocab_size - self.vocab_size
-        if num_additional == 0:
-            return self
-        row_of_id = np.pad(self.row_of_id, ((0, 0), (0, num_additional)), mode="edge")
-        return replace(self, row_of_id=row_of_id, vocab_size=vocab_size)
-
     def parts(self) -> tuple[dict[str, np.ndarray], dict[str, Any]]:
         """Return the tables and the record, without the optional fields of the provenance that have their defaults."""
         tables, record = super().parts()
@@ -281,15 +273,6 @@ def unpack_bits(visible_bits: np.ndarray, num_experts: int) -> np.ndarray:
 def row_dtype(num_rows: int) -> type[np.int16] | type[np.int32]:
     """Return the smallest dtype of a routing mask that can hold row numbers from 0 to `num_rows - 1`."""
     return np.int16 if num_rows <= np.iinfo(np.int16).max + 1 else np.int32
-
-
-def load_of_frequent(assignment: str, frequent_mass: float, visible: int | None, num_experts: int, topk: int) -> int:
-    """Return the load that each occurrence of a frequent id, which sees `visible` experts, adds to its experts.
-
-    The load is min(k, V_f). It is 1, as for other ids, if the placement of the ids does not depend on k.
-    """
-    is_weighed = visible is not None and 0 < frequent_mass < 1 and visible < num_experts
-    return min(topk, visible) if is_weighed and assignment in ("balanced", "rank-local") else 1
 
 
 def mean_experts_per_token(mask: RoutingMask | None, topk: int, layers: FeedForwardLayers) -> float:

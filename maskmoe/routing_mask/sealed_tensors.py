@@ -19,9 +19,8 @@ from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save
 
 from maskmoe.errors import UserError
-from maskmoe.files.json_files import type_adapter
 from maskmoe.files.outputs import atomic_output
-from maskmoe.files.untrusted import UnusableFile, check_regular
+from maskmoe.files.untrusted import UnusableFile, check_regular, type_adapter
 
 METADATA_KEY = "maskmoe"
 VERSION = 1

@@ -10,10 +10,9 @@ from typing import TYPE_CHECKING
 
 from tqdm import tqdm
 
-from maskmoe.checkpoint.choose import choose_checkpoint
-from maskmoe.checkpoint.errors import CheckpointError
 from maskmoe.checkpoint.integrity import check_content, check_structure, has_digests
-from maskmoe.checkpoint.series import checkpoint_path, has_checkpoint, saved_iterations
+from maskmoe.checkpoint.reading import CheckpointError
+from maskmoe.checkpoint.series import checkpoint_path, choose_checkpoint, has_checkpoint, saved_iterations
 from maskmoe.errors import UserError, one_line
 from maskmoe.files.run_folder import ARGUMENTS, CHECKPOINTS, TENSORBOARD
 from maskmoe.files.untrusted import UnusableFile, read_bounded

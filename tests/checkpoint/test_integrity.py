@@ -18,9 +18,8 @@ from torch.distributed.checkpoint.metadata import Metadata, MetadataIndex, Stora
 from torch.distributed.checkpoint.state_dict_loader import load
 from torch.distributed.checkpoint.state_dict_saver import save
 
-from maskmoe.checkpoint.errors import CheckpointError
 from maskmoe.checkpoint.integrity import Manifest, check_structure, record_rank, write_manifest
-from maskmoe.checkpoint.reading import LAYOUT_FILE, read_checkpoint_layout, read_layout
+from maskmoe.checkpoint.reading import LAYOUT_FILE, CheckpointError, read_checkpoint_layout, read_layout
 from maskmoe.conversion.megatron_models import MARKER
 
 

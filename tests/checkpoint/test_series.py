@@ -14,10 +14,17 @@ from hypothesis import strategies as st
 from support.runs import write_checkpoint
 
 from maskmoe.checkpoint import integrity, series
-from maskmoe.checkpoint.choose import choose_checkpoint, locate_checkpoint
-from maskmoe.checkpoint.errors import CheckpointError, UnfinishedCheckpointError
 from maskmoe.checkpoint.integrity import MANIFEST_FILE, Manifest, check_content, iteration_of
-from maskmoe.checkpoint.series import TRACKER, checkpoint_path, read_tracker, remove_old_checkpoints, saved_iterations
+from maskmoe.checkpoint.reading import CheckpointError, UnfinishedCheckpointError
+from maskmoe.checkpoint.series import (
+    TRACKER,
+    checkpoint_path,
+    choose_checkpoint,
+    locate_checkpoint,
+    read_tracker,
+    remove_old_checkpoints,
+    saved_iterations,
+)
 from maskmoe.command_line import prune_checkpoints
 from maskmoe.errors import UserError
 

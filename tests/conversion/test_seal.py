@@ -11,8 +11,8 @@ from support.paths import EXPORTED_MODEL
 from support.tiny_maskmoe import make_model, random_mask
 from transformers import AutoModelForCausalLM
 
-from maskmoe.checkpoint.errors import CheckpointError
 from maskmoe.checkpoint.integrity import MANIFEST_FILE
+from maskmoe.checkpoint.reading import CheckpointError
 from maskmoe.conversion.convert import huggingface_to_megatron, megatron_to_huggingface
 from maskmoe.conversion.seal import check_seal
 from maskmoe.conversion.settings import Settings

@@ -8,7 +8,8 @@ from pathlib import Path
 import pytest
 
 from maskmoe.errors import UserError
-from maskmoe.files.outputs import atomic_output, check_outputs, unwinding_on_signals
+from maskmoe.files.output_checks import check_outputs
+from maskmoe.files.outputs import atomic_output, unwinding_on_signals
 
 
 @pytest.fixture

@@ -13,7 +13,7 @@ from torch.distributed.checkpoint.filesystem import _StorageInfo
 from torch.distributed.checkpoint.metadata import Metadata, MetadataIndex
 from torch.utils.tensorboard import SummaryWriter
 
-from maskmoe.checkpoint.integrity import Manifest, digest_and_size
+from maskmoe.checkpoint.integrity import Manifest
 from maskmoe.checkpoint.reading import LAYOUT_FILE
 from maskmoe.data.dataset_writing import optimal_dtype
 
@@ -129,8 +129,7 @@ def write_checkpoint(folder, iteration, with_manifest=True):
     (checkpoint / LAYOUT_FILE).write_bytes(pickle.dumps(layout))
     (checkpoint / "__0_0.distcp").write_bytes(bytes(1000))
     if with_manifest:
-        names = (LAYOUT_FILE, "__0_0.distcp")
-        Manifest.of({name: digest_and_size(checkpoint / name) for name in names}).save(checkpoint)
+        Manifest.of_files(checkpoint, [LAYOUT_FILE, "__0_0.distcp"]).save(checkpoint)
     (checkpoint / "metadata.json").write_text('{"sharded_backend": "torch_dist"}')
     (folder / "latest_checkpointed_iteration.txt").write_text(str(iteration))
     return checkpoint

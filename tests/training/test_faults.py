@@ -15,8 +15,8 @@ import pytest
 from support.launchers import CPU_ENVIRONMENT
 from support.training import Run, TrainingProcesses
 
-from maskmoe.checkpoint.errors import CheckpointError
 from maskmoe.checkpoint.integrity import check_content, check_structure
+from maskmoe.checkpoint.reading import CheckpointError
 from maskmoe.checkpoint.series import checkpoint_path, read_tracker, saved_iterations, write_tracker
 from maskmoe.processes.interruption import EXIT_REQUEUE
 

@@ -17,7 +17,8 @@ from typing import Any
 
 from maskmoe.arguments import ranges
 from maskmoe.arguments.parser import OneLineParser
-from maskmoe.files.outputs import check_outputs, write_text
+from maskmoe.files.output_checks import check_outputs
+from maskmoe.files.outputs import write_text
 
 
 @dataclass(frozen=True)

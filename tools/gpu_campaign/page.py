@@ -5,7 +5,7 @@ from operator import methodcaller
 
 from gpu_campaign.results import Campaign
 from maskmoe.comparison.report import markdown_table
-from maskmoe.files.outputs import render_template
+from maskmoe.files.templates import render_template
 
 
 def render_page(campaign: Campaign) -> str:

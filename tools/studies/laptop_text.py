@@ -36,7 +36,8 @@ from maskmoe.arguments.parser import OneLineParser
 from maskmoe.data.default_corpus import MAX_FILE_BYTES, MIN_FILE_BYTES, is_written_by_people
 from maskmoe.errors import UserError
 from maskmoe.files.json_files import first_problem
-from maskmoe.files.outputs import atomic_output, check_outputs
+from maskmoe.files.output_checks import check_outputs
+from maskmoe.files.outputs import atomic_output
 from maskmoe.files.untrusted import read_bounded
 from maskmoe.files.yaml_files import read_words
 from maskmoe.processes.run_tool import run_tool

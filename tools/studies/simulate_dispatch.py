@@ -40,7 +40,8 @@ from maskmoe.arguments.commands import add_force_argument, add_seed_argument, co
 from maskmoe.arguments.parser import add_option
 from maskmoe.data.indexed_dataset import dataset_files, open_tokens
 from maskmoe.errors import UserError
-from maskmoe.files.outputs import atomic_output, check_outputs
+from maskmoe.files.output_checks import check_outputs
+from maskmoe.files.outputs import atomic_output
 from maskmoe.processes.run_tool import run_tool
 from maskmoe.routing_mask.frequency import TokenFrequency, check_same_vocabulary, count_token_frequency
 from maskmoe.routing_mask.mask import RoutingMask, describe_visible_experts

@@ -23,7 +23,8 @@ from maskmoe.arguments.commands import add_force_argument, add_seed_argument, co
 from maskmoe.arguments.parser import add_option
 from maskmoe.command_line.build_routing_mask import describe_imbalance, read_mask, warn_of_overload
 from maskmoe.errors import UserError
-from maskmoe.files.outputs import atomic_output, check_outputs
+from maskmoe.files.output_checks import check_outputs
+from maskmoe.files.outputs import atomic_output
 from maskmoe.processes.run_tool import run_tool
 from maskmoe.routing_mask.assignment import LOAD_JITTER, MaskRecipe, Vocabulary
 from maskmoe.routing_mask.expert_table import ASSIGNMENT as EXPERT_TABLE

@@ -16,7 +16,8 @@ from pydantic_core import to_jsonable_python
 
 from maskmoe.data.indexed_dataset import dataset_files
 from maskmoe.errors import UserError
-from maskmoe.files.outputs import check_outputs, write_text
+from maskmoe.files.output_checks import check_outputs
+from maskmoe.files.outputs import write_text
 from maskmoe.megatron_compat.globals import get_tokenizer
 from maskmoe.processes.console import console
 from maskmoe.routing_mask.frequency import FrequencyBands, TokenFrequency, count_token_frequency

@@ -18,7 +18,8 @@ from torch.distributed import HashStore
 from maskmoe.arguments.parser import OneLineParser
 from maskmoe.data.indexed_dataset import dataset_files
 from maskmoe.errors import UserError, megatrons_checks
-from maskmoe.files.outputs import check_outputs, write_text
+from maskmoe.files.output_checks import check_outputs
+from maskmoe.files.outputs import write_text
 from maskmoe.megatron_compat import cpu
 from maskmoe.megatron_compat.gpu import GpuPackages
 from maskmoe.processes.run_tool import EXIT_BAD_INPUT

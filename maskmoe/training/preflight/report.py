@@ -8,7 +8,7 @@ from typing import Any
 
 from megatron.core.models.hybrid.hybrid_layer_allocation import Symbols
 
-from maskmoe.files.outputs import render_template
+from maskmoe.files.templates import render_template
 from maskmoe.megatron_compat.training_patches import count_operations
 from maskmoe.training.preflight.layout import Layout
 from maskmoe.training.preflight.memory import ESTIMATED, EXACT, MemoryReport

@@ -5,11 +5,17 @@ import sys
 from argparse import Namespace
 from pathlib import Path
 
-from maskmoe.checkpoint.choose import Choice, choose_checkpoint
-from maskmoe.checkpoint.errors import CheckpointError
-from maskmoe.checkpoint.integrity import check_content, check_structure, has_digests, iteration_of
-from maskmoe.checkpoint.reading import read_common_state
-from maskmoe.checkpoint.series import RELEASE, TRACKER, checkpoint_path, describe_missing, is_finished, saved_iterations
+from maskmoe.checkpoint.integrity import COMPLETION_FILE, check_content, check_structure, has_digests, iteration_of
+from maskmoe.checkpoint.reading import CheckpointError, read_common_state
+from maskmoe.checkpoint.series import (
+    RELEASE,
+    TRACKER,
+    Choice,
+    checkpoint_path,
+    choose_checkpoint,
+    describe_missing,
+    saved_iterations,
+)
 from maskmoe.errors import UserError
 from maskmoe.training.ranks import Ranks
 
@@ -118,7 +124,7 @@ def check_save_folder_is_own(args: Namespace, checkpoint: Path | None) -> None:
     folder, starts_anew = Path(args.save), checkpoint is None or args.finetune
     if loads_what_it_saves(args) and not starts_anew:
         return
-    saved = [step for step in saved_iterations(folder) if is_finished(checkpoint_path(folder, step))]
+    saved = [step for step in saved_iterations(folder) if (checkpoint_path(folder, step) / COMPLETION_FILE).exists()]
     is_empty = not saved and not (folder / TRACKER).is_file()
     if is_empty or (not starts_anew and _has_resumed_from(args.load, folder)):
         return

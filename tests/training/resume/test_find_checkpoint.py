@@ -17,14 +17,14 @@ from torch.distributed import HashStore
 from torch.distributed.checkpoint.api import CheckpointException
 
 from maskmoe.checkpoint import saver
-from maskmoe.checkpoint.choose import Choice, choose_checkpoint
-from maskmoe.checkpoint.errors import CheckpointError
 from maskmoe.checkpoint.integrity import Manifest, check_content, check_structure
-from maskmoe.checkpoint.reading import read_checkpoint_layout
+from maskmoe.checkpoint.reading import CheckpointError, read_checkpoint_layout
 from maskmoe.checkpoint.series import (
     RELEASE,
     TRACKER,
+    Choice,
     checkpoint_path,
+    choose_checkpoint,
     iteration_of,
     read_tracker,
     saved_iterations,
