@@ -149,6 +149,7 @@ venv_is_sound() {
     elif [[ -e $(venv_unfinished) ]]; then
         rebuild_reason="an earlier set-up was interrupted"
     elif [[ -n $(stamp_value root) && $(stamp_value root) != "$root" ]]; then
+        [[ ! -L $venv ]] || fail 2 "$venv links to the environment of $(stamp_value root): remove the link"
         rebuild_reason="it was made in $(stamp_value root)"
     elif ! probe_python "$venv/bin/python"; then
         # A file system that stalls is no reason to delete an environment that others use.

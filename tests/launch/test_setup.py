@@ -168,6 +168,16 @@ def test_interrupted_set_up_is_repeated_and_only_one_runs_at_a_time(project):
     assert second.returncode == 0
 
 
+def test_environment_of_another_checkout_is_left_alone(project):
+    project.run()
+    installed = project.installed()
+    other = shutil.copytree(project.root, project.root.with_name("other"), ignore=shutil.ignore_patterns(".venv"))
+    (other / ".venv").symlink_to(project.venv)
+    project.root = other
+    assert f"links to the environment of {project.venv.parent}" in project.run(expect=2)
+    assert project.installed() == installed
+
+
 def test_constraints_omit_the_packages_of_an_image(tmp_path):
     """Packages that the Python has, and packages that the image pins."""
     ours, theirs = tmp_path / "ours.txt", tmp_path / "theirs.txt"
