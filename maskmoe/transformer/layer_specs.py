@@ -20,7 +20,7 @@ from megatron.core.tensor_parallel import get_cuda_rng_tracker
 from megatron.core.transformer.attention import SelfAttentionSubmodules
 from megatron.core.transformer.dot_product_attention import DotProductAttention
 from megatron.core.transformer.identity_op import IdentityOp
-from megatron.core.transformer.moe.experts import SequentialMLP, TEGroupedMLP
+from megatron.core.transformer.moe.experts import SequentialMLP
 from megatron.core.transformer.moe.moe_layer import MoELayer
 from megatron.core.transformer.moe.router import TopKRouter
 from megatron.core.transformer.multi_latent_attention import MLASelfAttention
@@ -34,7 +34,7 @@ from megatron.core.transformer.transformer_block import TransformerBlockSubmodul
 from megatron.core.transformer.transformer_config import MLATransformerConfig, TransformerConfig
 from megatron.core.transformer.transformer_layer import TransformerLayerSubmodules
 
-from maskmoe.transformer.experts import CountsOnDeviceMLP, GroupedMLP
+from maskmoe.transformer.experts import GroupedMLP
 from maskmoe.transformer.moe_layer import MaskMoELayer
 from maskmoe.transformer.prediction import MaskMoEMultiTokenPredictionLayer
 from maskmoe.transformer.router import MaskMoERouter
@@ -51,7 +51,6 @@ _MODULES: dict[Any, Any] = {
     DotProductAttention: TorchDotProductAttention,
     MoELayer: MaskMoELayer,
     SequentialMLP: GroupedMLP,
-    TEGroupedMLP: CountsOnDeviceMLP,
     MultiTokenPredictionLayer: MaskMoEMultiTokenPredictionLayer,
 }
 """Megatron-Core's modules in a spec, and the modules that replace them."""

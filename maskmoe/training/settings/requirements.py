@@ -1,5 +1,6 @@
 """Requirements of a run: flags that Megatron asks for late, and packages."""
 
+import os
 from argparse import Namespace
 from collections.abc import Callable, Iterator
 from contextlib import suppress
@@ -42,8 +43,16 @@ def outdated_packages(args: Namespace) -> Iterator[str]:
                 yield f"{flags} needs {package} {least} or newer, because {found} computes something else: install it"
 
 
+_GROUPED_GEMM = "NVTE_GROUPED_LINEAR_USE_FUSED_GROUPED_GEMM"
+
+
 def _has_learnable_softmax(args: Namespace) -> bool:
     return args.softmax_type == "learnable" and args.transformer_impl == "transformer_engine"
+
+
+def _loses_gradients_of_no_rows(args: Namespace) -> bool:
+    """Return whether a grouped product of no rows could leave a gradient of weights unwritten."""
+    return args.moe_grouped_gemm and os.environ.get(_GROUPED_GEMM, "0") != "0" and not args.gradient_accumulation_fusion
 
 
 _LEAST_VERSIONS: tuple[tuple[str, str, str, Callable[[Namespace], bool]], ...] = (
@@ -54,5 +63,11 @@ _LEAST_VERSIONS: tuple[tuple[str, str, str, Callable[[Namespace], bool]], ...] =
         lambda args: "G" in (args.hybrid_layer_pattern or ""),
     ),
     ("--softmax-type learnable", "transformer-engine", "2.14", _has_learnable_softmax),
+    (
+        f"{_GROUPED_GEMM}=1 with --no-gradient-accumulation-fusion",
+        "transformer-engine",
+        "2.19",
+        _loses_gradients_of_no_rows,
+    ),
     ("--moe-permute-fusion", "transformer-engine", LEAST_VERSION_OF_PERMUTATION, lambda args: args.moe_permute_fusion),
 )
