@@ -13,7 +13,7 @@ from torch import Tensor
 
 from maskmoe.errors import counted, listed
 from maskmoe.megatron_compat.globals import get_args
-from maskmoe.megatron_compat.router_losses import RouterLossTracker
+from maskmoe.megatron_compat.training_patches import RouterLossTracker
 from maskmoe.processes.console import console
 from maskmoe.routing_mask.feed_forward_layers import FeedForwardLayers
 from maskmoe.routing_mask.mask import RoutingMask
