@@ -1,21 +1,18 @@
 """Experts without Transformer Engine, whose activation functions are computed together on a CPU."""
 
-from collections.abc import Sequence
 from types import SimpleNamespace
 from typing import Any, cast
 
 import torch
 from megatron.core.process_groups_config import ProcessGroupCollection
-from megatron.core.tensor_parallel.layers import ColumnParallelLinear, RowParallelLinear
 from megatron.core.transformer.mlp import MLP, MLPSubmodules
 from megatron.core.transformer.moe.experts import SequentialMLP
 from megatron.core.transformer.transformer_config import TransformerConfig
 from megatron.core.typed_torch import apply_module
 from megatron.core.utils import get_pg_rank, get_pg_size
 from torch import Tensor
-from torch.nn.functional import linear
 
-from maskmoe.transformer.gathered_parameters import wait_for_parameters, waits_for_parameters
+from maskmoe.transformer.gathered_parameters import waits_for_parameters
 
 
 class GroupedMLP(SequentialMLP):
@@ -25,11 +22,9 @@ class GroupedMLP(SequentialMLP):
     `SequentialMLP` with SwiGLU. With other activations, torch computes the last elements of a tensor, which fill no
     vector, by other instructions, and the rows of one expert end with other elements than all rows.
 
-    `SequentialMLP` computes the experts on a GPU, if `_can_group` returns False, or if experts were changed after they
-    were built, for example by adapters or hooks.
-
-    Experts with biases are computed one by one. `SequentialMLP` adds biases in place, which autograd forbids without
-    expert parallelism, because the outputs of the linear layers are views.
+    Experts with biases are also computed so on a GPU. `SequentialMLP` adds biases in place, which autograd forbids
+    without expert parallelism, because the outputs of the linear layers are views. `SequentialMLP` computes other
+    experts on a GPU, and experts with hooks.
     """
 
     def __init__(
@@ -66,54 +61,28 @@ class GroupedMLP(SequentialMLP):
         """
         rows, probs = permuted_local_hidden_states, permuted_probs
         experts = [cast(MLP, expert) for expert in self.local_experts]
-        has_biases = self.config.add_bias_linear
-        is_grouped = (
-            not rows.is_cuda
-            and _can_group(self.config, len(experts), self.tp_group.size())
-            and all(map(_is_as_built, experts))
-        )
-        if not is_grouped and not has_biases:
+        if any(map(_has_hooks, experts)) or (rows.is_cuda and not self.config.add_bias_linear):
             return super().forward(rows, tokens_per_expert, probs)
+        sizes: list[int] = tokens_per_expert.tolist()
         if self.config.moe_apply_probs_on_input:
             rows, probs = (probs.unsqueeze(-1) * rows).to(rows.dtype), torch.ones_like(probs)
-        compute = _compute_one_by_one if has_biases else _compute_in_turns
-        return compute(rows, tokens_per_expert.tolist(), probs, experts), None
+        projected = []
+        for expert, own_rows in zip(experts, rows.split(sizes), strict=True):
+            product, bias = apply_module(expert.linear_fc1)(own_rows)
+            # Megatron's fused SwiGLU with weights takes no bias.
+            projected.append(product if bias is None else product + bias)
+        activated = _activate(torch.cat(projected), probs, experts[0].config)
+        outputs = []
+        for expert, own_rows, own_probs in zip(experts, activated.split(sizes), probs.split(sizes), strict=True):
+            output, bias = apply_module(expert.linear_fc2)(own_rows)
+            outputs.append(output if bias is None else (output + bias * own_probs.unsqueeze(-1)).to(output.dtype))
+        return torch.cat(outputs), None
 
 
-def _can_group(config: TransformerConfig, num_local_experts: int, expert_tensor_size: int) -> bool:
-    """Return whether there are several local experts, and their linear layers only multiply by their weights."""
-    return num_local_experts > 1 and not (
-        expert_tensor_size > 1
-        # Weights are assembled from shards.
-        or config.expert_gtp_weight_remat_size > 1
-        # Each expert adds its bias, times the weights of the rows.
-        or config.add_bias_linear
-        # Linear layers cast tensors.
-        or config.enable_autocast
-    )
-
-
-def _linear_layers(expert: MLP) -> tuple[ColumnParallelLinear, RowParallelLinear]:
-    """Return both linear layers of an expert for which `_is_as_built` holds."""
-    return cast(ColumnParallelLinear, expert.linear_fc1), cast(RowParallelLinear, expert.linear_fc2)
-
-
-def _is_as_built(expert: MLP) -> bool:
-    """Return whether an expert's linear layers are Megatron's own and no hook reads inputs or outputs."""
-    return (
-        type(expert.linear_fc1) is ColumnParallelLinear
-        and type(expert.linear_fc2) is RowParallelLinear
-        and not any(map(_has_hooks, (expert, *_linear_layers(expert))))
-    )
-
-
-def _has_hooks(module: torch.nn.Module) -> bool:
-    """Return whether a module has hooks besides those of `DistributedDataParallel`.
-
-    `GroupedMLP` calls the hooks of `DistributedDataParallel` without calling the module, see `wait_for_parameters`.
-    """
-    return bool(module._forward_hooks or module._backward_hooks or module._backward_pre_hooks) or any(
-        not waits_for_parameters(hook) for hook in module._forward_pre_hooks.values()
+def _has_hooks(expert: MLP) -> bool:
+    """Return whether an expert has hooks, which `GroupedMLP` would not call, besides `DistributedDataParallel`'s."""
+    return bool(expert._forward_hooks or expert._backward_hooks or expert._backward_pre_hooks) or any(
+        not waits_for_parameters(hook) for hook in expert._forward_pre_hooks.values()
     )
 
 
@@ -133,35 +102,3 @@ class _PassOn(torch.nn.Module):
 
 
 _PASS_ON = _PassOn()
-
-
-def _compute_in_turns(rows: Tensor, sizes: list[int], probs: Tensor, experts: Sequence[MLP]) -> Tensor:
-    """Compute one expert after the other in each linear layer, with one activation between the linear layers.
-
-    `sizes` are the numbers of rows of each expert; the other arguments are those of `GroupedMLP.forward`.
-    """
-    # Wait until data parallelism has gathered the weights, as a call of each linear layer would.
-    for expert in experts:
-        for layer in _linear_layers(expert):
-            wait_for_parameters(layer)
-    first, second = zip(*map(_linear_layers, experts), strict=True)
-    activated = _activate(_multiply(rows, sizes, first), probs, experts[0].config)
-    return _multiply(activated, sizes, second)
-
-
-def _multiply(rows: Tensor, sizes: list[int], layers: Sequence[Any]) -> Tensor:
-    """Multiply the rows [rows, inputs] of each expert by the weight of its linear layer: [rows, outputs]."""
-    of_experts = zip(rows.split(sizes), layers, strict=True)
-    return torch.cat([linear(own_rows, layer.weight) for own_rows, layer in of_experts])
-
-
-def _compute_one_by_one(rows: Tensor, sizes: list[int], probs: Tensor, experts: Sequence[MLP]) -> Tensor:
-    """Compute one expert with biases after the other; arguments as for `_compute_in_turns`."""
-    outputs = []
-    for expert, own_rows, own_probs in zip(experts, rows.split(sizes), probs.split(sizes), strict=True):
-        projected, bias = apply_module(expert.linear_fc1)(own_rows)
-        # Megatron's fused SwiGLU with weights takes no bias.
-        activated = _activate(projected if bias is None else projected + bias, own_probs, expert.config)
-        output, bias = apply_module(expert.linear_fc2)(activated)
-        outputs.append(output if bias is None else (output + bias * own_probs.unsqueeze(-1)).to(output.dtype))
-    return torch.cat(outputs)
