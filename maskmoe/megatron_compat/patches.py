@@ -12,6 +12,11 @@ from types import ModuleType
 from typing import Any
 
 import torch
+from megatron.core.datasets import utils
+from megatron.core.optimizer.distrib_optimizer import HAVE_APEX_OR_TE, DistributedOptimizer
+from megatron.core.optimizer.optimizer import ChainedOptimizer
+from megatron.core.ssm.gated_delta_net import common
+from megatron.core.transformer.moe import token_dispatcher
 
 from maskmoe.errors import UserError
 from maskmoe.megatron_compat import replace, replacing
@@ -27,8 +32,6 @@ def use_compiled_helpers_of_wheel() -> None:
         but the wheel holds the compiled module.
     Can go: When `compile_helpers` does nothing if the module can be imported.
     """
-    from megatron.core.datasets import utils
-
     importlib.import_module("megatron.core.datasets.helpers_cpp")  # fails here rather than in the first dataset
     replace(utils, "compile_helpers", lambda: None)
 
@@ -51,15 +54,12 @@ def make_optimizer_state_loadable() -> None:
         - Loading then overwrites the loaded `step` by the `step` of the state that was allocated for loading.
     Can go: When Megatron saves, loads and resumes bit for bit with torch's Adam (tests/training/test_resume.py).
     """
-    from megatron.core.optimizer import distrib_optimizer
-
-    if distrib_optimizer.HAVE_APEX_OR_TE:
+    if HAVE_APEX_OR_TE:
         return
-    optimizer_class = distrib_optimizer.DistributedOptimizer
-    stock_init = optimizer_class.__init__
-    stock_state_dict = optimizer_class.state_dict
-    stock_load_state_dict = optimizer_class.load_state_dict
-    stock_set_states = optimizer_class._set_main_param_and_optimizer_states
+    stock_init = DistributedOptimizer.__init__
+    stock_state_dict = DistributedOptimizer.state_dict
+    stock_load_state_dict = DistributedOptimizer.load_state_dict
+    stock_set_states = DistributedOptimizer._set_main_param_and_optimizer_states
 
     def init(self: Any, *args: Any, **kwargs: Any) -> None:
         stock_init(self, *args, **kwargs)
@@ -85,10 +85,10 @@ def make_optimizer_state_loadable() -> None:
         # The stock method copies tensors only, so None keeps the loaded step.
         stock_set_states(self, model_param, {**tensors, "step": None})
 
-    replace(optimizer_class, "__init__", init)
-    replace(optimizer_class, "state_dict", state_dict)
-    replace(optimizer_class, "load_state_dict", load_state_dict)
-    replace(optimizer_class, "_set_main_param_and_optimizer_states", set_states)
+    replace(DistributedOptimizer, "__init__", init)
+    replace(DistributedOptimizer, "state_dict", state_dict)
+    replace(DistributedOptimizer, "load_state_dict", load_state_dict)
+    replace(DistributedOptimizer, "_set_main_param_and_optimizer_states", set_states)
 
 
 def _count_steps_without_parameters(optimizer: torch.optim.Optimizer) -> None:
@@ -112,8 +112,6 @@ def save_states_of_padded_buckets() -> None:
         size is no multiple of the data-parallel size and of 128. The resumed run would train wrong fp32 weights.
     Can go: With megatron-core after 0.19, which has the correction (Megatron's pull request 5077).
     """
-    from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
-
     stock = DistributedOptimizer.sharded_param_state_fully_reshardable
 
     def sharded_state(self: Any, *args: Any, **kwargs: Any) -> Any:
@@ -141,8 +139,6 @@ def save_whole_weights_of_precision_aware_optimizers() -> None:
         without `--use-precision-aware-optimizer` trains these numbers.
     Can go: When a run with `--use-precision-aware-optimizer` and bf16 can resume (Megatron's pull request 4222).
     """
-    from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
-
     stock_get = DistributedOptimizer._get_main_param_and_optimizer_states
     stock_set = DistributedOptimizer._set_main_param_and_optimizer_states
 
@@ -188,8 +184,6 @@ def resume_steps_of_stages_without_experts() -> None:
         for checkpoints that lack a number.
     Can go: When Megatron-Core resumes such runs (tests/training/test_resume.py).
     """
-    from megatron.core.optimizer.optimizer import ChainedOptimizer
-
     stock_synchronize_steps = ChainedOptimizer._synchronize_steps
     stock_load_state_dict = ChainedOptimizer.load_state_dict
 
@@ -235,7 +229,6 @@ def leave_slots_of_flex_dispatcher_empty() -> None:
         slots with the experts of the largest weights, so tokens would go to experts that they have not selected.
     Can go: When these methods read the routing map.
     """
-    from megatron.core.transformer.moe import token_dispatcher
 
     def setup_metadata(self: Any, routing_map: torch.Tensor, probs: torch.Tensor) -> None:
         """Store weights and indices of the selected experts; both arguments are [tokens, ranks, local experts]."""
@@ -298,6 +291,4 @@ def building_gated_delta_net_without_fla() -> AbstractContextManager:
         are plain torch. The subclass replaces the remaining call of fla, which normalizes queries and keys.
     Can go: When `GatedDeltaNet` can be built and computes without fla.
     """
-    from megatron.core.ssm.gated_delta_net import common
-
     return replacing(common, HAVE_FLA=True)

@@ -33,8 +33,7 @@ from maskmoe.megatron_compat.checkpoint_patches import (
     save_states_of_callbacks,
 )
 from maskmoe.megatron_compat.globals import get_timers, open_writers
-from maskmoe.megatron_compat.router_losses import RouterLossTracker
-from maskmoe.megatron_compat.training_patches import call_after_steps, count_operations_by_mask
+from maskmoe.megatron_compat.training_patches import RouterLossTracker, call_after_steps, count_operations_by_mask
 from maskmoe.processes.console import console
 from maskmoe.processes.folder_lock import locked_folder
 from maskmoe.routing_mask.feed_forward_layers import FeedForwardLayers

@@ -20,7 +20,7 @@ from megatron.core.tensor_parallel import get_cuda_rng_tracker
 from megatron.core.transformer.attention import SelfAttentionSubmodules
 from megatron.core.transformer.dot_product_attention import DotProductAttention
 from megatron.core.transformer.identity_op import IdentityOp
-from megatron.core.transformer.moe.experts import SequentialMLP, TEGroupedMLP
+from megatron.core.transformer.moe.experts import SequentialMLP
 from megatron.core.transformer.moe.moe_layer import MoELayer
 from megatron.core.transformer.moe.router import TopKRouter
 from megatron.core.transformer.multi_latent_attention import MLASelfAttention
@@ -33,17 +33,49 @@ from megatron.core.transformer.torch_norm import LayerNormBuilder, WrappedTorchN
 from megatron.core.transformer.transformer_block import TransformerBlockSubmodules
 from megatron.core.transformer.transformer_config import MLATransformerConfig, TransformerConfig
 from megatron.core.transformer.transformer_layer import TransformerLayerSubmodules
+from torch import Tensor
 
-from maskmoe.transformer.experts import CountsOnDeviceMLP, GroupedMLP
+from maskmoe.transformer.experts import GroupedMLP
 from maskmoe.transformer.moe_layer import MaskMoELayer
-from maskmoe.transformer.prediction import MaskMoEMultiTokenPredictionLayer
 from maskmoe.transformer.router import MaskMoERouter
 from maskmoe.transformer.routing import AuxLossTokens
+from maskmoe.transformer.token_ids import gather_sequence, split_sequence
 from maskmoe.transformer.torch_modules.attention import TorchDotProductAttention
 from maskmoe.transformer.torch_modules.gated_delta_net import get_gated_delta_net_layer_spec
 from maskmoe.transformer.torch_modules.latent_attention import LocalMLASelfAttention, keys_of_checkpoint
 from maskmoe.transformer.torch_modules.norms import AllHeadsRMSNorm, TorchNorm
 from maskmoe.transformer.visible_experts import VisibleExperts
+
+
+class MaskMoEMultiTokenPredictionLayer(MultiTokenPredictionLayer):
+    """`MultiTokenPredictionLayer` that shifts token ids correctly under sequence parallelism, too.
+
+    Each layer embeds the tokens one position further on, and shifts `padding_mask`, which holds the token ids, along.
+    The stock layer shifts only the part of the sequence that a rank holds. The last token of the part then gets id 0
+    instead of the id of the next rank's first token.
+    """
+
+    def __init__(self, *args: Any, hybrid_submodules: HybridStackSubmodules | None = None, **kwargs: Any) -> None:
+        # `HybridStack` does not pass `is_mtp_layer` to MoE layers. Without experts, no MoE layer has a spec.
+        if hybrid_submodules is not None and isinstance(hybrid_submodules.moe_layer, ModuleSpec):
+            moe_layer = hybrid_submodules.moe_layer
+            moe_layer = replace(moe_layer, params={**moe_layer.params, "is_mtp_layer": True})
+            hybrid_submodules = replace(hybrid_submodules, moe_layer=moe_layer)
+        super().__init__(*args, hybrid_submodules=hybrid_submodules, **kwargs)
+
+    def _get_embeddings(self, *args: Any, padding_mask: Tensor | None = None, **kwargs: Any) -> tuple:
+        """Shift ids and embed them, as the overridden method does.
+
+        `padding_mask` is this rank's part of the packed ids.
+        """
+        if not self.sequence_parallel or padding_mask is None:
+            return super()._get_embeddings(*args, padding_mask=padding_mask, **kwargs)
+        assert self.tp_group is not None
+        whole = gather_sequence(padding_mask, self.tp_group)
+        input_ids, position_ids, shifted, *rest = super()._get_embeddings(*args, padding_mask=whole, **kwargs)
+        assert shifted is not None
+        return input_ids, position_ids, split_sequence(shifted, self.tp_group), *rest
+
 
 _MODULES: dict[Any, Any] = {
     FusedLayerNorm: TorchNorm,  # Megatron takes Apex's norm if Apex is installed, also for an RMSNorm
@@ -51,7 +83,6 @@ _MODULES: dict[Any, Any] = {
     DotProductAttention: TorchDotProductAttention,
     MoELayer: MaskMoELayer,
     SequentialMLP: GroupedMLP,
-    TEGroupedMLP: CountsOnDeviceMLP,
     MultiTokenPredictionLayer: MaskMoEMultiTokenPredictionLayer,
 }
 """Megatron-Core's modules in a spec, and the modules that replace them."""

@@ -31,7 +31,6 @@ from maskmoe.routing_mask.dispatch_kind import DispatchKind
 from maskmoe.routing_mask.mask import RoutingMask
 from maskmoe.transformer.dispatch.choose import build_dispatcher
 from maskmoe.transformer.dispatch.plan import DispatchPlanner
-from maskmoe.transformer.experts import GROUPED_CAPABILITIES
 from maskmoe.transformer.moe_layer import MaskMoELayer
 from maskmoe.transformer.token_ids import TokenIds, pack_token_ids
 from maskmoe.transformer.visible_experts import VisibleExperts
@@ -181,17 +180,11 @@ def check_dispatch(setting: Setting) -> dict[str, float]:
     return differences
 
 
-def has_grouped_kernel() -> bool:
-    """Return whether torch has a kernel of `grouped_mm` for this GPU. On a CPU, `take_gpu_branches` reports Hopper."""
-    return torch.cuda.get_device_capability()[0] in GROUPED_CAPABILITIES
-
-
 def check_experts(setting: Setting) -> dict[str, Any]:
     """Compare the gradients of bf16 experts, some without rows, with float32; the allocator's free memory is NaN.
 
     Returns:
-        Relative differences by name, whether gradients of experts without rows are 0, and whether experts are grouped
-        and should be.
+        Relative differences by name, and whether gradients of experts without rows are 0.
     """
     experts = LayerWork.build(setting, DispatchKind.STOCK).layer.experts
     tokens_per_expert = [5, 0, 19, 0]
@@ -201,7 +194,6 @@ def check_experts(setting: Setting) -> dict[str, Any]:
     rows.requires_grad_(), probs.requires_grad_()
     dirty_the_allocator()
     output, _ = experts(rows, torch.tensor(tokens_per_expert), probs)
-    is_grouped = "GroupedLinear" in output.grad_fn.name()
     output.backward(gradient)
 
     # The same in float32, one expert after the other.
@@ -233,8 +225,6 @@ def check_experts(setting: Setting) -> dict[str, Any]:
     return {
         "differences": differences,
         "zero": of_empty_experts,
-        "is_grouped": is_grouped,
-        "has_grouped_kernel": has_grouped_kernel(),
     }
 
 
@@ -249,16 +239,13 @@ def dirty_the_allocator() -> None:
 
 
 def check_waits(setting: Setting) -> dict[str, int]:
-    """Return how often the host waits in the forward and backward pass of a layer, by dispatch and experts.
+    """Return how often the host waits in the forward and backward pass of a layer without experts, by dispatch.
 
-    Layers with experts are left out if the experts take turns, because they wait for the numbers of their rows.
+    Experts that take turns would wait for the numbers of their rows.
     """
     found = {}
     for kind in (DispatchKind.PLANNED, DispatchKind.ONE_COPY, DispatchKind.STOCK):
-        for has_experts in (False, True) if has_grouped_kernel() else (False,):
-            work = LayerWork.build(setting, kind, has_experts)
-            name = f"{kind.name.lower()}, {'experts' if has_experts else 'no experts'}"
-            found[name] = count_waits(work.run)
+        found[kind.name.lower()] = count_waits(LayerWork.build(setting, kind, has_experts=False).run)
     return found
 
 
@@ -340,8 +327,6 @@ def test_dispatch_equals_megatrons(place: Place, check: Check) -> None:
 @pytest.mark.parametrize("place", PLACES)
 def test_gradients_of_experts_without_rows_are_zero(place: Place, check: Check) -> None:
     for found in check(place, "experts"):
-        assert found["is_grouped"] is found["has_grouped_kernel"]
-        assert found["is_grouped"] or place.is_gpu
         assert len(found["zero"]) == 4
         assert all(found["zero"].values()), found["zero"]
         # NaN is not below the tolerance either.
@@ -351,9 +336,5 @@ def test_gradients_of_experts_without_rows_are_zero(place: Place, check: Check) 
 
 @pytest.mark.parametrize("place", PLACES)
 def test_host_waits(place: Place, check: Check) -> None:
-    """Grouped experts never wait: not for the numbers of their rows either."""
-    waits = {"planned": 0, "one_copy": 1, "stock": 1}
     for found in check(place, "waits"):
-        assert len(found) == 6 or (place.is_gpu and len(found) == 3)
-        for name, of_layer in found.items():
-            assert of_layer == waits[name.partition(",")[0]], found
+        assert found == {"planned": 0, "one_copy": 1, "stock": 1}

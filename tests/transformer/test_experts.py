@@ -1,6 +1,5 @@
 """Experts that are computed together against Megatron-Core's `SequentialMLP`, bit for bit on the CPU."""
 
-import math
 from collections.abc import Callable
 from types import SimpleNamespace
 from typing import Any
@@ -14,15 +13,12 @@ from megatron.core.transformer.mlp import MLPSubmodules
 from megatron.core.transformer.moe.experts import SequentialMLP
 from megatron.core.transformer.transformer_config import TransformerConfig
 from support import small_moe as moe
-from support.places import take_gpu_branches
 from support.small_moe import DEVICE
 from support.tensors import assert_same_tensors
 from torch import Tensor
-from torch.nn.functional import gelu, grouped_mm
+from torch.nn.functional import gelu
 
-from maskmoe.transformer import experts as experts_module
 from maskmoe.transformer.experts import GroupedMLP
-from maskmoe.transformer.torch_modules import linear as linear_module
 
 OTHER_ACTIVATIONS = {
     "fused": {"bias_activation_fusion": True},
@@ -81,24 +77,6 @@ def compute(
     return {"output": output.detach()} | {name: value for name, value in gradients.items() if value is not None}
 
 
-def forbid(monkeypatch: pytest.MonkeyPatch, *names: str) -> None:
-    """Fail where one of these functions of `maskmoe.transformer.experts` is called."""
-    for name in names:
-        monkeypatch.setattr(experts_module, name, lambda *args, name=name: pytest.fail(f"{name} was called"))
-
-
-def count_calls(monkeypatch: pytest.MonkeyPatch, owner: Any, name: str) -> list[str]:
-    """Return a list that grows by one name for every call of a function."""
-    calls, function = [], getattr(owner, name)
-
-    def counted(*args, **kwargs):
-        calls.append(name)
-        return function(*args, **kwargs)
-
-    monkeypatch.setattr(owner, name, counted)
-    return calls
-
-
 @given(
     tokens_per_expert=st.lists(st.integers(0, 40) | st.just(0), min_size=2, max_size=5),
     dtype=st.sampled_from([torch.float32, torch.bfloat16]),
@@ -137,100 +115,13 @@ def test_frozen_parameters_get_no_gradient(frozen: str) -> None:
     assert_same_tensors(found, expected)
 
 
-@pytest.fixture
-def branches_of_gpus(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Let `GroupedMLP` compute as on GPUs, which `grouped_mm` also supports on a CPU."""
-    take_gpu_branches(monkeypatch.setattr)
-    forbid(monkeypatch, "_compute_in_turns")
-
-
-def test_grouped_products_of_frozen_experts_compute_no_gradients_of_weights(
-    branches_of_gpus: None, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    ours, _ = make_pair(params_dtype=torch.bfloat16, ffn_hidden_size=16)
-    expected = compute(ours, [5, 0, 11, 8])
-    ours.requires_grad_(False)
-    calls = count_calls(monkeypatch, linear_module, "grouped_mm")
-    assert_same_tensors(compute(ours, [5, 0, 11, 8]), {name: expected[name] for name in ("output", "rows", "probs")})
-    assert len(calls) == 4  # both layers, forward and backward
-
-
-@pytest.mark.parametrize("tokens_per_expert", [[5, 0, 11, 8], [0, 24, 0, 0], [0, 0, 0, 0]], ids=str)
-def test_grouped_products_equal_sequential_experts(
-    tokens_per_expert: list[int], branches_of_gpus: None, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """Tolerances relate to the largest value; bf16 is rounded between the linear layers, in another order of sums."""
-    ours, theirs = make_pair(params_dtype=torch.bfloat16, ffn_hidden_size=16)
-    expected = compute(theirs, tokens_per_expert)
-    monkeypatch.setattr(Tensor, "tolist", lambda tensor: pytest.fail("reading the numbers of rows waits for the GPU"))
-    found = compute(ours, tokens_per_expert)
-    for name, value in found.items():
-        assert value.dtype == expected[name].dtype
-        largest = expected[name].abs().max().item() if value.numel() else 0
-        torch.testing.assert_close(value, expected[name], rtol=0, atol=3e-2 * largest, msg=name)
-
-
-@given(
-    tokens_per_expert=st.lists(st.integers(0, 9) | st.just(0), min_size=4, max_size=4),
-    garbage=st.sampled_from([1.0, math.inf, math.nan]),
-)
-@example(tokens_per_expert=[0, 0, 0, 0], garbage=math.nan)
-def test_blackwell_computes_gradients_of_experts_without_rows(tokens_per_expert: list[int], garbage: float) -> None:
-    """There, torch leaves garbage in place of the gradients of weights without rows."""
-    sizes = torch.tensor(tokens_per_expert)
-
-    def leave_garbage(left: Tensor, right: Tensor, *, offs: Tensor) -> Tensor:
-        product = grouped_mm(left, right, offs=offs)
-        return product if right.ndim == 3 else product.masked_fill((sizes == 0).view(-1, 1, 1), garbage)
-
-    experts, _ = make_pair(params_dtype=torch.bfloat16, ffn_hidden_size=16)
-    with pytest.MonkeyPatch.context() as monkeypatch:
-        take_gpu_branches(monkeypatch.setattr)
-        expected = compute(experts, tokens_per_expert)
-        monkeypatch.setattr(linear_module, "grouped_mm", leave_garbage)
-        monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (10, 0))
-        assert_same_tensors(compute(experts, tokens_per_expert), expected)
-
-
 @pytest.mark.parametrize(
-    ("settings", "capability", "is_grouped"),
-    [
-        ({"params_dtype": torch.bfloat16, "ffn_hidden_size": 16}, (9, 0), True),
-        ({"params_dtype": torch.bfloat16, "ffn_hidden_size": 16}, (10, 3), True),
-        ({"params_dtype": torch.bfloat16, "ffn_hidden_size": 16}, (8, 0), False),
-        ({"params_dtype": torch.bfloat16, "ffn_hidden_size": 12}, (9, 0), False),
-        ({"params_dtype": torch.float32, "ffn_hidden_size": 16}, (9, 0), False),
-    ],
-    ids=["Hopper", "Blackwell", "Ampere", "sizes", "fp32"],
+    "settings",
+    [{"num_experts": 1, "topk": 1}, {"enable_autocast": True, "autocast_dtype": torch.bfloat16}],
+    ids=["one expert", "autocast"],
 )
-def test_gpus_compute_grouped_products_where_they_can(
-    settings: dict,
-    capability: tuple[int, int],
-    is_grouped: bool,
-    branches_of_gpus: None,
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
-    chosen = []
-    experts, _ = make_pair(**settings)
-    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
-    monkeypatch.setattr(SequentialMLP, "forward", lambda *arguments: chosen.append("sequential"))
-    monkeypatch.setattr(experts_module, "_compute_grouped", lambda *arguments: chosen.append("grouped"))
-    rows, probs, _ = make_rows(experts, [3, 0, 0, 0])
-    experts(rows, torch.tensor([3, 0, 0, 0]), probs)
-    assert chosen == ["grouped" if is_grouped else "sequential"]
-
-
-LEFT_TO_MEGATRON = {
-    "one expert": {"num_experts": 1, "topk": 1},
-    "autocast": {"enable_autocast": True, "autocast_dtype": torch.bfloat16},
-}
-"""Settings that `SequentialMLP` computes; only those that run without a GPU."""
-
-
-@pytest.mark.parametrize("settings", LEFT_TO_MEGATRON.values(), ids=LEFT_TO_MEGATRON)
-def test_unsupported_settings_use_sequential_experts(settings, monkeypatch) -> None:
+def test_is_bit_equal_with_other_settings(settings: dict) -> None:
     ours, theirs = make_pair(**settings)
-    forbid(monkeypatch, "_compute_in_turns", "_compute_grouped")
     tokens_per_expert = [3] * ours.num_local_experts
     assert_same_tensors(compute(ours, tokens_per_expert), compute(theirs, tokens_per_expert))
 

@@ -7,11 +7,10 @@ import argparse
 import traceback
 from pathlib import Path
 
-from maskmoe.megatron_compat import cpu, prepare_process
+from maskmoe.megatron_compat import prepare_process
 
 prepare_process()
 import dispatcher
-import experts
 import moe_layer
 import router
 import torch
@@ -20,7 +19,6 @@ from ranks import join_ranks, measure
 
 from maskmoe.errors import RunFailure
 from maskmoe.processes.run_tool import run_tool
-from maskmoe.transformer.experts import GROUPED_CAPABILITIES
 
 _TOKENS = ("--tokens", "4096", "--hidden-size", "2048", "--experts", "2/16", "8/64")
 _STEP = (
@@ -34,7 +32,6 @@ _BENCHMARKS = {
     "layer": (moe_layer, (*_TOKENS, "--ffn-hidden-size", "1024", "--dispatches-alone")),
     "dispatch": (dispatcher, (*_TOKENS, "--dispatches-alone")),
     "router": (router, _TOKENS),
-    "experts": (experts, ("--sizes", "8192x2048x1024/8", "32768x2048x1024/64")),
 }
 _FEW_TOKENS = ("--tokens", "64", "--hidden-size", "64", "--experts", "2/4")
 _SMALL_STEP = (
@@ -48,7 +45,6 @@ _SMALL = {
     "layer": (*_FEW_TOKENS, "--ffn-hidden-size", "32"),
     "dispatch": _FEW_TOKENS,
     "router": _FEW_TOKENS,
-    "experts": ("--sizes", "64x16x32/4"),
 }
 _ENGINES = {"local": (), "Transformer-Engine": ("--transformer-engine",)}
 
@@ -65,11 +61,8 @@ def main() -> None:
     parser.add_argument("--small", action="store_true")
     arguments = parser.parse_args()
     groups, failed = join_ranks(), []
-    ours_are_grouped = cpu.is_installed() or torch.cuda.get_device_capability()[0] in GROUPED_CAPABILITIES
     for engine in arguments.engines:
         for name, (benchmark, words) in _BENCHMARKS.items():
-            if benchmark is experts and (engine != "local" or not ours_are_grouped):
-                continue  # Both sides would be Transformer Engine's experts, or Megatron-Core's.
             small = (*_SMALL[name], "--repeats", "1") if arguments.small else ("--repeats", "9")
             path = arguments.folder / f"{engine}-{name}.json"
             words = (*words, *_ENGINES[engine], "--dtype", "bfloat16", *small, "--json", str(path))

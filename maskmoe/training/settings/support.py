@@ -4,6 +4,7 @@ A run is refused only where it would be silently wrong, hang, or lose work. What
 refuse themselves is not here. A run reports the flags that nobody has tried, see `note_on_unproven`.
 """
 
+import os
 import re
 from argparse import ArgumentParser, Namespace
 from collections.abc import Callable, Collection, Iterator, Sequence
@@ -348,6 +349,8 @@ KNOWN_BUGS = (
 
 # ---- What a run needs ------------------------------------------------------------------------------------------------
 
+_GROUPED_GEMM = "NVTE_GROUPED_LINEAR_USE_FUSED_GROUPED_GEMM"
+
 
 def missing_flags(args: Namespace, has_checkpoint: bool) -> Iterator[str]:
     """Yield an error for each missing flag that Megatron reports late, or by another name."""
@@ -373,9 +376,13 @@ def missing_transformer_engine(args: Namespace, packages: GpuPackages) -> Iterat
 def outdated_packages(args: Namespace) -> Iterator[str]:
     """Yield an error for each package whose version on this machine silently computes something else."""
     has_learnable_softmax = args.softmax_type == "learnable" and args.transformer_impl == "transformer_engine"
+    # A grouped product of no rows leaves the gradients of the weights unwritten.
+    is_grouped = args.moe_grouped_gemm and os.environ.get(_GROUPED_GEMM, "0") != "0"
+    loses_gradients = is_grouped and not args.gradient_accumulation_fusion
     for applies, flags, package, least in (
         (_has_layer(args, "G"), "--hybrid-layer-pattern with G", "flash-linear-attention", "0.5.2"),
         (has_learnable_softmax, "--softmax-type learnable", "transformer-engine", "2.14"),
+        (loses_gradients, f"{_GROUPED_GEMM}=1 with --no-gradient-accumulation-fusion", "transformer-engine", "2.19"),
         (args.moe_permute_fusion, "--moe-permute-fusion", "transformer-engine", LEAST_VERSION_OF_PERMUTATION),
     ):
         with suppress(PackageNotFoundError):

@@ -1,14 +1,12 @@
-"""Linear layers in plain torch: one that every tensor-parallel rank holds whole, and those of several experts."""
+"""A linear layer in plain torch that every tensor-parallel rank holds whole."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import Any
 
 import torch
 from megatron.core.tensor_parallel import get_cuda_rng_tracker, get_data_parallel_rng_tracker_name
 from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor
-from torch.autograd.function import once_differentiable
-from torch.nn.functional import grouped_mm, linear
 
 
 class ReplicatedLinear(torch.nn.Linear):
@@ -63,47 +61,3 @@ class ReplicatedLinear(torch.nn.Linear):
 
     def set_extra_state(self, state: Any) -> None:
         """Ignore the state of fp8."""
-
-
-def linear_in_turns(rows: Tensor, sizes: Sequence[int], weights: Sequence[Tensor]) -> Tensor:
-    """Multiply the rows of each expert by the expert's weight, one expert after the other.
-
-    Rows are [rows, inputs], ordered by expert; `sizes` are the numbers of rows, and weights [outputs, inputs], of each
-    expert. The result is [rows, outputs].
-    """
-    products = (linear(of_expert, weight) for of_expert, weight in zip(rows.split(sizes), weights, strict=True))
-    return torch.cat([*products])
-
-
-def grouped_linear(rows: Tensor, ends: Tensor, weights: Sequence[Tensor]) -> Tensor:
-    """Multiply the rows of each expert by the expert's weight, in one product, without a wait for the device.
-
-    `grouped_mm` takes the weights as one tensor. Autograd would keep this copy, so both passes make one.
-
-    Rows are bf16 [rows, inputs], ordered by expert; `ends` are the numbers of the rows up to the end of each expert,
-    int32 [experts], and weights bf16 [outputs, inputs], of each expert. Inputs and outputs are multiples of 8. The
-    result is [rows, outputs].
-    """
-    return _GroupedLinear.apply(rows, ends, *weights)
-
-
-class _GroupedLinear(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, rows: Tensor, ends: Tensor, *weights: Tensor) -> Tensor:
-        ctx.save_for_backward(rows, ends, *weights)
-        return grouped_mm(rows, torch.stack(weights).transpose(1, 2), offs=ends)
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:  # pyrefly: ignore[bad-override]
-        rows, ends, *weights = ctx.saved_tensors
-        gradient = gradients[0].contiguous()
-        grad_rows = grouped_mm(gradient, torch.stack(weights), offs=ends)
-        if not any(ctx.needs_input_grad[2:]):  # the experts are frozen
-            return grad_rows, None, *(None for _ in weights)
-        grad_weights = grouped_mm(gradient.t(), rows, offs=ends)
-        # On data-center Blackwell, torch writes no zeros for experts without rows (pytorch issue 172439).
-        if torch.cuda.get_device_capability(rows.device)[0] == 10:
-            is_empty = ends.diff(prepend=ends.new_zeros(1)) == 0
-            grad_weights.masked_fill_(is_empty.view(-1, 1, 1), 0)
-        return grad_rows, None, *grad_weights.unbind()

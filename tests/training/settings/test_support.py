@@ -192,9 +192,11 @@ def test_note_on_flags_that_nobody_has_tried(monkeypatch: pytest.MonkeyPatch) ->
         ("--hybrid-layer-pattern G-", "flash-linear-attention", "0.5.2", "0.5.1"),
         (f"--softmax-type learnable {ENGINE}", "transformer-engine", "2.14", "2.13.0+abc"),
         ("--moe-permute-fusion", "transformer-engine", "2.20.2", "2.20.0.dev0"),
+        ("--moe-grouped-gemm --no-gradient-accumulation-fusion", "transformer-engine", "2.19", "2.18.1"),
     ],
 )
 def test_version_that_computes_something_else(monkeypatch, flags: str, package: str, least: str, older: str) -> None:
+    monkeypatch.setenv(support._GROUPED_GEMM, "1")
     for found, errors in ((older, 1), (least, 0)):
         monkeypatch.setattr(support, "version", {package: found}.__getitem__)
         assert len(list(outdated_packages(parse(flags)))) == errors

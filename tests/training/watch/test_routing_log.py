@@ -13,7 +13,7 @@ from support.runs import read_scalars
 from support.small_moe import make_config, make_mask, make_router, random_visible_sets
 from support.training_runs import run_pairs
 
-from maskmoe.megatron_compat.router_losses import RouterLossTracker
+from maskmoe.megatron_compat.training_patches import RouterLossTracker
 from maskmoe.training.watch import routing_log, writers
 from maskmoe.training.watch.routing_log import RoutingRecord
 from maskmoe.transformer.token_ids import TokenIds
