@@ -15,7 +15,7 @@ import pages
 
 PACKAGE = Path(__file__).resolve().parents[2] / "maskmoe"
 MODULES = (
-    PACKAGE / "megatron_compat" / "patches.py",
+    PACKAGE / "megatron_compat" / "process_patches.py",
     PACKAGE / "megatron_compat" / "checkpoint_patches.py",
     PACKAGE / "megatron_compat" / "training_patches.py",
 )

@@ -159,7 +159,7 @@ def read_mask(source: Path) -> RoutingMask:
     from maskmoe.megatron_compat import prepare_process
 
     prepare_process()
-    from maskmoe.checkpoint.routing_mask import read_routing_mask
+    from maskmoe.checkpoint.read_routing_mask import read_routing_mask
 
     return read_routing_mask(source)
 

@@ -107,7 +107,7 @@ def _parse_layer_frequency(text: str) -> int | list[int]:
 
 def _convert(arguments: argparse.Namespace) -> None:
     """Run a conversion, and print where the result is and how training loads it."""
-    from maskmoe.checkpoint.routing_mask import read_routing_mask
+    from maskmoe.checkpoint.read_routing_mask import read_routing_mask
     from maskmoe.conversion.convert import huggingface_to_megatron, megatron_to_huggingface, upcycle_model
     from maskmoe.conversion.upcycle import changes_of_function
 

@@ -137,7 +137,7 @@ def exported_folder(arguments: argparse.Namespace) -> Iterator[Path]:
     from maskmoe.megatron_compat import prepare_process
 
     prepare_process()
-    from maskmoe.checkpoint.routing_mask import read_routing_mask
+    from maskmoe.checkpoint.read_routing_mask import read_routing_mask
     from maskmoe.conversion.convert import temporary_export
 
     mask = given.pop("routing_mask", None)

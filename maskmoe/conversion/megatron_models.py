@@ -24,8 +24,8 @@ from torch.distributed.checkpoint.planner_helpers import create_read_items_for_c
 from tqdm import tqdm
 
 from maskmoe.checkpoint.integrity import COMPLETION_FILE, Manifest
+from maskmoe.checkpoint.read_routing_mask import CHECKPOINT_PREFIX
 from maskmoe.checkpoint.reading import LAYOUT_FILE, read_checkpoint_layout, read_common_state
-from maskmoe.checkpoint.routing_mask import CHECKPOINT_PREFIX
 from maskmoe.checkpoint.saved_names import saved_pattern
 from maskmoe.checkpoint.series import RELEASE, write_tracker
 from maskmoe.conversion.config_mapping import config_from_args, is_hybrid, is_stacked

@@ -10,7 +10,7 @@ import numpy as np
 import torch
 from transformers import PreTrainedConfig
 
-from maskmoe.checkpoint.routing_mask import buffers_of_routing_mask, routing_mask_from_buffers
+from maskmoe.checkpoint.read_routing_mask import buffers_of_routing_mask, routing_mask_from_buffers
 from maskmoe.conversion.tensor_sources import (
     Block,
     JoinedSource,

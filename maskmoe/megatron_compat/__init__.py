@@ -1,4 +1,7 @@
-"""Makes Megatron-Core run here: the CPU adapter, and the patches of Megatron-Core and torch.
+"""Makes Megatron-Core run here: the CPU adapter, and all patches of Megatron-Core.
+
+`cpu` is the adapter. `process_patches` are for every process, `training_patches` for processes that train, and
+`checkpoint_patches` concern checkpoints. `globals` gives access to Megatron's global variables.
 
 Importing this package changes nothing. Each process calls `prepare_process` once, before it imports megatron.
 """
@@ -43,14 +46,14 @@ def prepare_process() -> None:
     # These modules import megatron, so they must come after the CPU adapter.
     from megatron.training import training
 
-    from maskmoe.megatron_compat import checkpoint_patches, patches
+    from maskmoe.megatron_compat import checkpoint_patches, process_patches
 
     # emerging-optimizers logs by absl while Megatron imports it, and absl then gives the root logger a handler, beside
     # which `megatron.training` installs none, so that its lines of level INFO would vanish. The handlers of a script
     # that has set up its log before this call remain.
     if not has_own_log and not any(isinstance(handler, training.CustomHandler) for handler in logging.root.handlers):
         logging.basicConfig(handlers=[training.CustomHandler()], level=logging.INFO, force=True)
-    for patch in (*patches.EVERY_PROCESS, *checkpoint_patches.EVERY_PROCESS):
+    for patch in (*process_patches.EVERY_PROCESS, *checkpoint_patches.EVERY_PROCESS):
         patch()
 
 

@@ -1,4 +1,7 @@
-"""The routing mask: the experts that each token id may use in each layer, fixed before training."""
+"""The routing mask: the experts that each token id may use in each layer, fixed before training.
+
+A run reads the mask by `checkpoint.read_routing_mask`; `transformer.visible_experts` holds the mask on the device.
+"""
 
 from dataclasses import dataclass
 from functools import cached_property

@@ -12,7 +12,7 @@ from megatron.core.transformer.moe.moe_utils import get_default_pg_collection
 from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor
 
-from maskmoe.megatron_compat.patches import building_replicated_linears_of
+from maskmoe.megatron_compat.process_patches import building_replicated_linears_of
 from maskmoe.transformer.dispatch.choose import build_dispatcher, choose_dispatch
 from maskmoe.transformer.router import MaskMoERouter
 from maskmoe.transformer.token_ids import from_arguments

@@ -10,7 +10,7 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 from megatron.core.utils import get_pg_rank, get_pg_size, make_sharded_tensor_for_checkpoint
 from torch import Tensor
 
-from maskmoe.checkpoint.routing_mask import BUFFERS, buffers_of_routing_mask, routing_mask_from_buffers
+from maskmoe.checkpoint.read_routing_mask import BUFFERS, buffers_of_routing_mask, routing_mask_from_buffers
 from maskmoe.errors import UserError
 from maskmoe.routing_mask.feed_forward_layers import FeedForwardLayers
 from maskmoe.routing_mask.mask import RoutingMask

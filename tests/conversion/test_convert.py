@@ -20,8 +20,8 @@ from support.tiny_maskmoe import NUM_EXPERTS, NUM_LAYERS, VOCAB_SIZE, make_confi
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from maskmoe.checkpoint.integrity import check_content, check_structure
+from maskmoe.checkpoint.read_routing_mask import read_routing_mask
 from maskmoe.checkpoint.reading import read_common_state
-from maskmoe.checkpoint.routing_mask import read_routing_mask
 from maskmoe.checkpoint.series import checkpoint_path, write_tracker
 from maskmoe.conversion.convert import huggingface_to_megatron, megatron_to_huggingface
 from maskmoe.conversion.megatron_models import COMMON_STATE, MARKER, write_torch_dist

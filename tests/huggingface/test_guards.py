@@ -15,7 +15,7 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_N
 from transformers.models.glm4_moe.modeling_glm4_moe import Glm4MoeRMSNorm
 
 import maskmoe.huggingface  # noqa: F401  registers the model
-from maskmoe.checkpoint.routing_mask import buffers_of_routing_mask
+from maskmoe.checkpoint.read_routing_mask import buffers_of_routing_mask
 from maskmoe.huggingface import AUTO_MAP, MaskMoEForCausalLM
 from maskmoe.huggingface.modeling_maskmoe import check_digest
 

@@ -19,7 +19,7 @@ from support.tiny_maskmoe import (
 from torch import Tensor
 from transformers import AutoModelForCausalLM
 
-from maskmoe.checkpoint.routing_mask import buffers_of_routing_mask
+from maskmoe.checkpoint.read_routing_mask import buffers_of_routing_mask
 from maskmoe.huggingface import MaskMoEConfig, MaskMoEForCausalLM
 
 IMPLEMENTATIONS = ["eager", "grouped_mm", "batched_mm"]

@@ -16,7 +16,7 @@ from support.tiny_maskmoe import (
 )
 from torch import Tensor
 
-from maskmoe.checkpoint.routing_mask import buffers_of_routing_mask
+from maskmoe.checkpoint.read_routing_mask import buffers_of_routing_mask
 from maskmoe.huggingface.modeling_maskmoe import (
     MaskMoERoutingMask,
     MaskMoESparseMoeBlock,

@@ -20,7 +20,7 @@ from hypothesis.extra import numpy as npst
 from safetensors.numpy import save_file
 from support.datasets import frequency_of
 
-from maskmoe.checkpoint.routing_mask import BUFFERS, buffers_of_routing_mask, routing_mask_from_buffers
+from maskmoe.checkpoint.read_routing_mask import BUFFERS, buffers_of_routing_mask, routing_mask_from_buffers
 from maskmoe.data.tokenizer_record import TokenizerRecord
 from maskmoe.errors import UserError
 from maskmoe.routing_mask.assignment import MaskRecipe, build_routing_mask

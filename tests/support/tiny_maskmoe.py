@@ -10,7 +10,7 @@ from support.small_moe import make_mask, random_visible_sets
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from maskmoe.checkpoint.routing_mask import buffers_of_routing_mask
+from maskmoe.checkpoint.read_routing_mask import buffers_of_routing_mask
 from maskmoe.conversion.model_tensors import routing_mask_tensors
 from maskmoe.huggingface import MaskMoEConfig, MaskMoEForCausalLM
 from maskmoe.routing_mask.mask import RoutingMask

@@ -32,7 +32,7 @@ from support.tensors import assert_same_tensors
 from torch import Tensor
 
 from maskmoe.megatron_compat import cpu
-from maskmoe.megatron_compat.patches import select_slots
+from maskmoe.megatron_compat.process_patches import select_slots
 from maskmoe.routing_mask.dispatch_kind import DispatchKind
 from maskmoe.transformer.dispatch.choose import build_dispatcher, choose_dispatch
 from maskmoe.transformer.dispatch.one_copy import OneRankDispatcher

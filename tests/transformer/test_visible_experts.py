@@ -12,7 +12,7 @@ from megatron.core.transformer.module import Float16Module
 from support.small_moe import DEVICE, make_config, make_mask, make_visible_experts, process_groups, random_visible_sets
 from torch import Tensor
 
-from maskmoe.checkpoint.routing_mask import BUFFERS, routing_mask_from_buffers
+from maskmoe.checkpoint.read_routing_mask import BUFFERS, routing_mask_from_buffers
 from maskmoe.errors import UserError
 from maskmoe.routing_mask.mask import RoutingMask
 from maskmoe.transformer.visible_experts import VisibleExperts

@@ -20,7 +20,7 @@ from megatron.training.models.hybrid import HybridModelConfig
 from megatron.training.vocab_utils import calculate_padded_vocab_size
 from torch.nn.functional import gelu, silu
 
-from maskmoe.checkpoint.routing_mask import mask_in_checkpoint, read_routing_mask
+from maskmoe.checkpoint.read_routing_mask import mask_in_checkpoint, read_routing_mask
 from maskmoe.errors import UserError, megatrons_checks
 from maskmoe.training.resume.find_checkpoint import checkpoint_to_load
 from maskmoe.transformer.layer_specs import (

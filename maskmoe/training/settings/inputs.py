@@ -11,7 +11,7 @@ from typing import Any
 from megatron.core.datasets import blended_megatron_dataset_config as dataset_config
 from megatron.training.utils import get_blend_and_blend_per_split
 
-from maskmoe.checkpoint.routing_mask import has_expert_tables, mask_in_checkpoint, read_routing_mask
+from maskmoe.checkpoint.read_routing_mask import has_expert_tables, mask_in_checkpoint, read_routing_mask
 from maskmoe.data.indexed_dataset import DatasetIndex, bin_path, read_index
 from maskmoe.data.tokenizer_record import TOKENIZER_TYPES, TokenizerRecord, read_tokenizer_record, tokenizer_sha256
 from maskmoe.errors import UserError, megatrons_checks, refused_by_system

@@ -21,7 +21,7 @@ from megatron.core.transformer.transformer_layer import TransformerLayer, Transf
 from torch import Tensor
 
 from maskmoe.megatron_compat import cpu
-from maskmoe.megatron_compat.patches import building_gated_delta_net_without_fla
+from maskmoe.megatron_compat.process_patches import building_gated_delta_net_without_fla
 from maskmoe.transformer.torch_modules.norms import TorchNorm
 
 _EPSILON = 1e-6  # of fla's `l2norm`

@@ -9,7 +9,7 @@ from megatron.core.transformer.transformer_config import MLATransformerConfig
 from megatron.core.typed_torch import apply_module
 from torch import Tensor
 
-from maskmoe.megatron_compat.patches import building_replicated_linears_of
+from maskmoe.megatron_compat.process_patches import building_replicated_linears_of
 from maskmoe.transformer.torch_modules.linear import ReplicatedLinear
 
 

@@ -10,7 +10,7 @@ from support.datasets import frequency_of, write_documents
 from support.system import few_open_files
 from support.training import TrainingOutcome
 
-from maskmoe.checkpoint.routing_mask import read_routing_mask
+from maskmoe.checkpoint.read_routing_mask import read_routing_mask
 from maskmoe.checkpoint.series import checkpoint_path, locate_checkpoint
 from maskmoe.command_line.build_routing_mask import read_mask
 from maskmoe.data.indexed_dataset import DatasetIndex, read_index

@@ -12,7 +12,7 @@ from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
 from megatron.core.optimizer.optimizer import ChainedOptimizer
 
 from maskmoe.errors import UserError
-from maskmoe.megatron_compat import patches, replace
+from maskmoe.megatron_compat import process_patches, replace
 
 
 def test_optimizer_without_parameters_counts_and_restores_its_steps() -> None:
@@ -20,7 +20,7 @@ def test_optimizer_without_parameters_counts_and_restores_its_steps() -> None:
 
     def make_optimizer() -> torch.optim.Optimizer:
         optimizer = torch.optim.AdamW([{"params": []}])
-        patches._count_steps_without_parameters(optimizer)
+        process_patches._count_steps_without_parameters(optimizer)
         return optimizer
 
     def steps(optimizer: torch.optim.Optimizer) -> list[float]:

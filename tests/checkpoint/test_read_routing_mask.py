@@ -10,7 +10,7 @@ from support.command_lines import run_command
 from torch.distributed import checkpoint as torch_checkpoint
 
 from maskmoe.checkpoint.expert_tables import read_expert_tables
-from maskmoe.checkpoint.routing_mask import (
+from maskmoe.checkpoint.read_routing_mask import (
     CHECKPOINT_PREFIX,
     buffers_of_routing_mask,
     has_expert_tables,
