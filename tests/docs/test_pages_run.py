@@ -12,7 +12,7 @@ from support.documentation import DOCS, bash_blocks, blocks, run_script
 from support.paths import EXPORTED_MODEL, ROOT
 
 from maskmoe.huggingface import export_code
-from maskmoe.megatron_compat import checkpoint_patches, patches
+from maskmoe.megatron_compat import checkpoint_patches, process_patches
 from maskmoe.routing_mask.mask import RoutingMask
 
 
@@ -140,6 +140,6 @@ def run_own_script(folder: Path, number: int) -> str:
 
 
 def test_table_lists_all_patches_of_a_process() -> None:
-    all_patches = (*patches.EVERY_PROCESS, *checkpoint_patches.EVERY_PROCESS)
+    all_patches = (*process_patches.EVERY_PROCESS, *checkpoint_patches.EVERY_PROCESS)
     listed = re.findall(r"^\| `(\w+)` \|", (DOCS / "library.md").read_text(encoding="utf-8"), re.MULTILINE)
     assert sorted(listed) == sorted(patch.__name__ for patch in all_patches)
