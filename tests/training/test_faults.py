@@ -54,7 +54,7 @@ def start_faulty(workplace, tmp_path) -> StartFaulty:
             "FAULT_ITERATION": str(iteration),
             "FAULT_FOLDER": str(tmp_path),
         }
-        return workplace.start(run, tmp_path / name, environment=environment)
+        return workplace.start(run, tmp_path / name, environment=environment, are_preloaded=True)
 
     return start_faulty
 

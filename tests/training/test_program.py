@@ -25,7 +25,7 @@ def test_documented_program_replaces_the_router(workplace, program, tmp_path):
     """With other weights of the experts, the losses are others from the first step on."""
     outcomes = []
     for name, own in (("stock", {}), ("run", {"saves": True, "program": (program, "pretrain")})):
-        with workplace.start(Run(**HYBRID, **own), tmp_path / name) as processes:
+        with workplace.start(Run(**HYBRID, **own), tmp_path / name, are_preloaded=True) as processes:
             outcomes.append(processes.wait())
     stock, outcome = outcomes
     assert outcome.iterations == [1]
@@ -44,7 +44,7 @@ def test_documented_program_replaces_the_router(workplace, program, tmp_path):
 
 
 def test_builder_of_another_kind_of_model_is_refused(workplace, program, tmp_path):
-    with workplace.start(Run(program=(program, "pretrain")), tmp_path / "run") as processes:
+    with workplace.start(Run(program=(program, "pretrain")), tmp_path / "run", are_preloaded=True) as processes:
         outcome = processes.wait(all_end=True)
     assert outcome.exit_codes == (2,)
     assert "UnitWeightBuilder must be a MaskMoEGPTModelBuilder" in outcome.errors[0]

@@ -209,7 +209,7 @@ def test_checkpoint_stays_if_the_next_step_gives_nan(workplace, tmp_path):
     fault = {"FAULT": "nan-always", "FAULT_RANK": "0", "FAULT_ITERATION": "5", "FAULT_FOLDER": str(tmp_path)}
     program = (str(Path(__file__).parents[1] / "pretrain_with_fault.py"),)
     run = Run("--async-save --save-interval 4 --eval-iters 0", saves=True, program=program)
-    with workplace.start(run, tmp_path / "run", environment=fault) as processes:
+    with workplace.start(run, tmp_path / "run", environment=fault, are_preloaded=True) as processes:
         outcome = processes.wait()
     assert outcome.exit_codes == (16,), outcome.report()
     assert outcome.errors[0].rstrip().endswith("The newest checkpoint is of iteration 4")

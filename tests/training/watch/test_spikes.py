@@ -87,7 +87,7 @@ def run_spiky(workplace, tmp_path) -> StartSpiky:
     def run_spiky(flags: str, spikes: str, name: str = "run", ranks: int = 2) -> TrainingOutcome:
         folders = f"--save {tmp_path}/save --load {tmp_path}/save"
         run = Run(f"{WINDOW} {folders} {flags}", program=SPIKE, ranks=ranks)
-        with workplace.start(run, tmp_path / name, environment={"SPIKES": spikes}) as processes:
+        with workplace.start(run, tmp_path / name, environment={"SPIKES": spikes}, are_preloaded=True) as processes:
             return processes.wait(all_end=True)
 
     return run_spiky
