@@ -130,18 +130,20 @@ def choose_checkpoint(
     """
     candidates = [checkpoint_path(folder, step)] if step is not None else _candidates(folder)
     rejected: list[CheckpointError] = []
+    without_digests: Choice | None = None  # the newest intact checkpoint without digests
     for candidate in candidates:
         try:
             check(candidate)
-            if has_digests(candidate) or not any(map(has_digests, candidates)):
-                return Choice(candidate, tuple(rejected))
-            rejected.append(CheckpointError(candidate, _UNVERIFIED))
         except CheckpointError as fault:
             rejected.append(fault)
-    # No checkpoint with digests is intact, so choose the newest intact one without.
-    for position, fault in enumerate(rejected):
-        if fault.fault == _UNVERIFIED:
-            return Choice(fault.checkpoint, tuple(rejected[:position]))
+            continue
+        choice = Choice(candidate, tuple(rejected))
+        if has_digests(candidate) or not any(map(has_digests, candidates)):
+            return choice
+        without_digests = without_digests or choice
+        rejected.append(CheckpointError(candidate, _UNVERIFIED))
+    if without_digests is not None:
+        return without_digests
     # Without a tracker file, no save was finished.
     is_without_saves = step is None and not (Path(folder) / TRACKER).exists()
     if is_without_saves and all(isinstance(fault, UnfinishedCheckpointError) for fault in rejected):

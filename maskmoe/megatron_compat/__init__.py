@@ -1,4 +1,4 @@
-"""Makes Megatron-Core run here: the CPU adapter, and all patches of Megatron-Core.
+"""Makes Megatron-Core run here: the CPU adapter, and the patches of Megatron-Core and torch.
 
 `cpu` is the adapter. `process_patches` are for every process, `training_patches` for processes that train, and
 `checkpoint_patches` concern checkpoints. `globals` gives access to Megatron's global variables.

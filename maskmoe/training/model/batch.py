@@ -165,7 +165,7 @@ def build_blend(
 class GPTDataset(gpt_dataset.GPTDataset):
     """Megatron's `GPTDataset`, but it does not use the cached indices of an earlier dataset at the same path.
 
-    Those would cut samples where the earlier dataset did, and omit new documents.
+    With these indices, samples would begin and end where samples of the earlier dataset did, and omit new documents.
     """
 
     dataset: Any  # the `IndexedDataset`
