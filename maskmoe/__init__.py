@@ -21,7 +21,6 @@ if TYPE_CHECKING:
         with_maskmoe_modules,
     )
     from maskmoe.transformer.models import MaskMoEGPTModel, MaskMoEHybridModel
-    from maskmoe.transformer.packed_documents import PackedDocuments
     from maskmoe.transformer.visible_experts import VisibleExperts
 
 __version__ = "0.2.1"
@@ -40,7 +39,6 @@ _NAMES = {
         "with_maskmoe_modules",
     ],
     "transformer.models": ["MaskMoEGPTModel", "MaskMoEHybridModel"],
-    "transformer.packed_documents": ["PackedDocuments"],
     "transformer.visible_experts": ["VisibleExperts"],
 }
 _MODULE_OF = {name: module for module, names in _NAMES.items() for name in names}

@@ -135,7 +135,7 @@ class Trainer:
         timers("batch-generator").stop()
         # Each chunk of an interleaved pipeline gets the documents, which count once.
         if batch.documents is not None and model.training and not get_attr_wrapped_model(model, "vp_stage"):
-            update_seqlen_stats_from_cu_seqlens(batch.documents.bounds)
+            update_seqlen_stats_from_cu_seqlens(batch.documents.cu_seqlens_q)
         with straggler_detector:
             losses = token_losses(model, batch)
         return losses, partial(loss_function, batch.loss_mask)

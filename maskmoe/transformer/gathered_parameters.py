@@ -15,7 +15,7 @@ def wait_for_parameters(module: Module) -> None:
     them in a forward pre-hook of each module, which ignores the module's input.
     """
     for hook in module._forward_pre_hooks.values():
-        if waits_for_parameters(hook):
+        if getattr(hook, "__module__", None) == DistributedDataParallel.__module__:
             hook(module, ())
 
 
@@ -33,8 +33,3 @@ def wait_for_convolutions(model: Module) -> None:
 def _wait_after_call(other: Module, *_unused: object) -> None:
     """Wait until the parameters of another module are gathered; a forward hook if `other` is bound."""
     wait_for_parameters(other)
-
-
-def waits_for_parameters(hook: object) -> bool:
-    """Return whether a forward pre-hook is the hook of `DistributedDataParallel` that waits for parameters."""
-    return getattr(hook, "__module__", None) == DistributedDataParallel.__module__

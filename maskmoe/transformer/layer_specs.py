@@ -35,7 +35,7 @@ from megatron.core.transformer.transformer_config import MLATransformerConfig, T
 from megatron.core.transformer.transformer_layer import TransformerLayerSubmodules
 from torch import Tensor
 
-from maskmoe.transformer.experts import GroupedMLP
+from maskmoe.transformer.experts import LocalExperts
 from maskmoe.transformer.moe_layer import MaskMoELayer
 from maskmoe.transformer.router import MaskMoERouter
 from maskmoe.transformer.routing import AuxLossTokens
@@ -82,7 +82,7 @@ _MODULES: dict[Any, Any] = {
     WrappedTorchNorm: TorchNorm,
     DotProductAttention: TorchDotProductAttention,
     MoELayer: MaskMoELayer,
-    SequentialMLP: GroupedMLP,
+    SequentialMLP: LocalExperts,
     MultiTokenPredictionLayer: MaskMoEMultiTokenPredictionLayer,
 }
 """Megatron-Core's modules in a spec, and the modules that replace them."""

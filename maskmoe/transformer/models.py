@@ -22,7 +22,6 @@ from maskmoe.routing_mask.feed_forward_layers import FeedForwardLayers
 from maskmoe.transformer.dispatch.choose import choose_dispatch
 from maskmoe.transformer.dispatch.plan import DispatchPlanner
 from maskmoe.transformer.gathered_parameters import wait_for_convolutions
-from maskmoe.transformer.packed_documents import PackingModel
 from maskmoe.transformer.router import MaskMoERouter
 from maskmoe.transformer.token_ids import TokenIds, pack_token_ids, split_sequence, to_arguments
 from maskmoe.transformer.torch_modules.cross_entropy import ChunkedCrossEntropyMixin
@@ -31,8 +30,8 @@ from maskmoe.transformer.visible_experts import VisibleExperts
 _logger = logging.getLogger(__name__)
 
 
-class BaseModel(PackingModel, ChunkedCrossEntropyMixin):
-    """Mixin of all models: packed documents, a loss with less memory, and tied embeddings that can be saved."""
+class BaseModel(ChunkedCrossEntropyMixin):
+    """Mixin of all models: a loss with less memory, and tied embeddings that can be saved."""
 
     mtp_process: bool
     output_layer: Any
@@ -138,7 +137,7 @@ def _giving(block: torch.nn.Module, arguments: dict[str, Tensor | None]) -> Remo
 
 
 class DenseGPTModel(BaseModel, GPTModel):
-    """`GPTModel` without experts, with packed documents and the loss of `MaskMoEGPTModel`."""
+    """`GPTModel` without experts, with the loss of `MaskMoEGPTModel`."""
 
 
 class MaskMoEGPTModel(BaseModel, RoutesByTokenId, GPTModel):
@@ -173,7 +172,7 @@ class BaseHybridModel(HybridModel):
 
 
 class DenseHybridModel(BaseModel, BaseHybridModel):
-    """`HybridModel` without experts, with packed documents and the loss of `MaskMoEHybridModel`."""
+    """`HybridModel` without experts, with the loss of `MaskMoEHybridModel`."""
 
 
 class MaskMoEHybridModel(BaseModel, RoutesByTokenId, BaseHybridModel):

@@ -25,7 +25,6 @@ SMALL = {
     "tools/studies/simulate_dispatch.py": f"{ZIPF} --output {{tmp}}/dispatch.csv",
     "tools/benchmarks/pages.py": "--check",
     "tools/benchmarks/train_step.py": f"--repeats 1 --frequent-visible-experts 2 {STEP}",
-    "tools/benchmarks/experts.py": "--repeats 1 --sizes 64x16x32/4",
     "tools/benchmarks/local_backend.py": "--repeats 1 --seq-length 64 --cases laptop memory-4096-tokens",
     "tools/benchmarks/quickstart_step.py": "--repeats 1 --iterations 4 --layouts 1x1",
     "tools/benchmarks/preprocess.py": "--repeats 1 --megabytes 1 --vocab-size 512",

@@ -14,8 +14,9 @@ from megatron.core import mpu
 from megatron.core.datasets import gpt_dataset
 from megatron.core.datasets.blended_megatron_dataset_builder import BlendedMegatronDatasetBuilder
 from megatron.core.datasets.gpt_dataset import GPTDatasetConfig, MockGPTDataset
+from megatron.core.packed_seq_params import PackedSeqParams
 from megatron.core.rerun_state_machine import get_rerun_state_machine
-from megatron.core.utils import get_batch_on_this_cp_rank, get_batch_on_this_tp_rank
+from megatron.core.utils import get_attr_wrapped_model, get_batch_on_this_cp_rank, get_batch_on_this_tp_rank
 from megatron.training.datasets.fim_dataset import GPTFIMDataset, GPTFIMDatasetConfig
 from megatron.training.utils import get_blend_and_blend_per_split
 from torch import Tensor
@@ -24,7 +25,6 @@ from maskmoe.errors import UserError
 from maskmoe.megatron_compat.globals import get_args, get_tokenizer
 from maskmoe.processes.console import console
 from maskmoe.training.settings.samples import samples_to_request
-from maskmoe.transformer.packed_documents import PackedDocuments
 
 
 class Batch(NamedTuple):
@@ -36,7 +36,8 @@ class Batch(NamedTuple):
         attention_mask: bool [batch, 1, sequence, sequence], True where attention is not allowed; None if causal
         labels: int64, the token that follows each token
         loss_mask: float32
-        documents: the documents within which tokens attend; None if tokens attend to the whole sample
+        documents: the documents within which tokens attend, over all samples one after the other; None if tokens attend
+            to the whole sample
     """
 
     tokens: Tensor
@@ -44,7 +45,7 @@ class Batch(NamedTuple):
     attention_mask: Tensor | None
     labels: Tensor
     loss_mask: Tensor
-    documents: PackedDocuments | None
+    documents: PackedSeqParams | None
 
 
 Blend = tuple[list[str], list[float] | None]
@@ -88,26 +89,51 @@ def get_batch(data_iterator: Iterator[dict[str, Any]] | None, micro_batch_size: 
     if has_documents:
         # The rank that read the data need not wait for the device.
         cu_seqlens = data["cu_seqlens"] if data else batch["cu_seqlens"].cpu()
-        # Attention in plain torch reads bounds on the host; kernels of Transformer Engine read bounds on the device.
-        reads_on_host = args.transformer_impl == "local" and not args.apply_rope_fusion
-        documents = PackedDocuments.of_samples(cu_seqlens, batch["tokens"].device, reads_on_host=reads_on_host)
+        documents = join_documents(cu_seqlens, batch["tokens"].device)
     return Batch(**{name: batch[name] for name in tensors}, documents=documents)
+
+
+def join_documents(cu_seqlens: Tensor, device: torch.device) -> PackedSeqParams:
+    """Describe the documents of the samples of a micro-batch, one sample after the other.
+
+    `cu_seqlens`, int32 [samples, any] in host memory, has for each sample the bounds of its documents; the number of
+    tokens of a sample may be repeated at the end. The description is on the device.
+    """
+    sample_length = int(cu_seqlens[0, -1])
+    first_tokens = torch.arange(len(cu_seqlens), dtype=torch.int32).unsqueeze(1) * sample_length
+    bounds = (cu_seqlens + first_tokens).unique()
+    # Mamba layers start anew where the number of the document changes, int32 [1, batch * sequence].
+    seq_idx = torch.arange(len(bounds) - 1, dtype=torch.int32).repeat_interleave(bounds.diff()).unsqueeze(0)
+    bounds = bounds.to(device, non_blocking=True)
+    return PackedSeqParams(
+        qkv_format="thd",
+        cu_seqlens_q=bounds,
+        cu_seqlens_kv=bounds,
+        # An upper bound that is the same for all micro-batches: rotary embeddings and attention plans are cached for
+        # each value.
+        max_seqlen_q=sample_length,
+        max_seqlen_kv=sample_length,
+        seq_idx=seq_idx.to(device, non_blocking=True),
+    )
 
 
 def token_losses(model: torch.nn.Module, batch: Batch, padding_mask: Tensor | None = None) -> Tensor:
     """Run the forward pass of one pipeline stage; on the last stage, return the loss of every token [batch, sequence].
 
-    `padding_mask` is bool [batch, sequence], True for tokens that routers must not count.
+    `padding_mask` is bool [batch, sequence], True for tokens that routers must not count. Megatron-Core computes packed
+    documents as one sequence, so the model gets [1, batch * sequence] of each tensor if the batch has documents.
     """
-    return model(
-        batch.tokens,
-        batch.position_ids,
-        batch.attention_mask,
-        labels=batch.labels,
-        loss_mask=batch.loss_mask,
-        packed_seq_params=batch.documents,
-        padding_mask=padding_mask,
-    )
+    per_token = {
+        "input_ids": batch.tokens,
+        "position_ids": batch.position_ids,
+        "labels": batch.labels,
+        "loss_mask": batch.loss_mask,
+        "padding_mask": padding_mask,
+    }
+    if batch.documents is not None:
+        per_token = {name: tensor if tensor is None else tensor.view(1, -1) for name, tensor in per_token.items()}
+    output = model(attention_mask=batch.attention_mask, packed_seq_params=batch.documents, **per_token)
+    return output.view_as(batch.tokens) if get_attr_wrapped_model(model, "post_process") else output
 
 
 def build_datasets(num_samples: list[int], vp_stage: int | None = None) -> list[gpt_dataset.GPTDataset | None]:

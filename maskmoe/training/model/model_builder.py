@@ -222,6 +222,8 @@ def model_config_from_args(args: Namespace, builder: type[StageBuilder] | None =
         )
         # Megatron has no such setting for the arguments, and its GPT model refuses CUDA graphs without it.
         config.transformer.use_te_rng_tracker = args.te_rng_tracker
+    # Stages of a pipeline exchange packed documents of several samples as one sequence.
+    config.transformer.variable_seq_lengths = args.dataloader_inter_document_masking and args.micro_batch_size > 1
     if args.num_experts:
         # `find_routing_mask` refuses a run without a mask.
         checkpoint = checkpoint_to_load(args)

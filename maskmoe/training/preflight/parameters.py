@@ -32,7 +32,7 @@ from maskmoe.routing_mask.feed_forward_layers import FeedForwardLayers
 from maskmoe.routing_mask.mask import RoutingMask, mean_experts_per_token
 from maskmoe.training.model.model_builder import MaskMoEModelConfig, StageBuilder
 from maskmoe.training.preflight.layout import Layout
-from maskmoe.transformer.experts import GroupedMLP
+from maskmoe.transformer.experts import LocalExperts
 from maskmoe.transformer.layer_specs import map_spec
 from maskmoe.transformer.torch_modules.attention import TorchDotProductAttention
 from maskmoe.transformer.visible_experts import VisibleExperts
@@ -198,7 +198,7 @@ class _Counting(StageBuilder):
 
     def layer_specs(self, visible_experts: VisibleExperts | None, vp_stage: int | None) -> dict[str, Any]:
         """Return the layer specifications of the run, with experts and core attention replaced."""
-        replacements = {GroupedMLP: _one_expert, TorchDotProductAttention: _CoreAttention}
+        replacements = {LocalExperts: _one_expert, TorchDotProductAttention: _CoreAttention}
 
         def substitute(node: Any) -> Any:
             return replacements.get(node, node) if isinstance(node, type) else node

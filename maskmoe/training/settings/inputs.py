@@ -23,7 +23,6 @@ from maskmoe.routing_mask.mask import RoutingMask
 from maskmoe.transformer.visible_experts import check_same_mask
 
 _CHUNK_TOKENS = 1 << 20
-_MOST_CHUNKS_OF_COUNTED = 64  # of a dataset whose counts are known, but whose file may have changed since
 # Types whose model is a file or folder on this machine, or that need no model but must not be given a missing one.
 _LOCAL_TOKENIZERS = {"NullTokenizer", "TikTokenizer", *TOKENIZER_TYPES}
 
@@ -148,9 +147,8 @@ def data_errors(
     """Yield an error for every unusable dataset that this rank checks.
 
     A dataset must be complete, made with the tokenizer of the run, and hold no token id beyond the vocabulary. Before
-    training, the datasets must also have all the parts that training reads. Only samples of the token ids are read if
-    their counts are in the mask, and none if `vocab_size` is unknown, or if a dataset without counts is larger than
-    `most_bytes_read`.
+    training, the datasets must also have all the parts that training reads. The token ids are not read if their counts
+    are in the mask, if `vocab_size` is unknown, or if the dataset is larger than `most_bytes_read`.
 
     Thousands of datasets can have terabytes. So the ranks of a node share the datasets, and the nodes, which may have
     files of their own, share the token ids of each dataset.
@@ -175,8 +173,8 @@ def data_errors(
                     _check_end_of_documents(args, record, prefix)
             # The digest of an index takes long.
             is_counted = any(size == index.bin_bytes and sha256 == index.idx_sha256 for size, sha256 in counted)
-            if vocab_size is not None and (is_counted or index.bin_bytes <= most_bytes_read):
-                _check_token_ids(index, vocab_size, of_node, _MOST_CHUNKS_OF_COUNTED if is_counted else None)
+            if vocab_size is not None and not is_counted and index.bin_bytes <= most_bytes_read:
+                _check_token_ids(index, vocab_size, of_node)
         except UserError as error:
             are_usable = False
             yield str(error)
@@ -257,19 +255,14 @@ def _check_end_of_documents(args: Namespace, made_with: TokenizerRecord, prefix:
         )
 
 
-def _check_token_ids(index: DatasetIndex, vocab_size: int, chunks: slice, most_chunks: int | None) -> None:
-    """Raise `UserError` if a token id of a dataset is beyond the vocabulary, or if the dataset has no tokens.
-
-    `chunks` selects the chunks that are checked, from `most_chunks` evenly spread ones, or from all with None.
-    """
+def _check_token_ids(index: DatasetIndex, vocab_size: int, chunks: slice) -> None:
+    """Raise `UserError` if a token id in some chunks of a dataset is beyond the vocabulary, or if it has no tokens."""
     prefix, tokens = index.prefix, index.map_tokens()
     if not len(tokens):
         raise UserError(f"{bin_path(prefix)} holds no tokens")
     # As an unsigned number, a negative id is larger than any vocabulary.
     unsigned = tokens.view(f"u{tokens.dtype.itemsize}")
     starts = range(0, len(tokens), _CHUNK_TOKENS)
-    if most_chunks is not None:
-        starts = starts[:: -(-len(starts) // most_chunks) or 1]
     for start in progress_bar(starts[chunks], f"checking {Path(prefix).name}", "chunk"):
         is_beyond = unsigned[start : start + _CHUNK_TOKENS] >= vocab_size
         if is_beyond.any():

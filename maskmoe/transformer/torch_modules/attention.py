@@ -15,8 +15,6 @@ from torch import Tensor
 from torch.distributed import ProcessGroup
 from torch.nn.functional import pad, scaled_dot_product_attention
 
-from maskmoe.transformer.packed_documents import PackedDocuments
-
 _CAUSAL = (AttnMaskType.causal, AttnMaskType.padding_causal, AttnMaskType.causal_bottom_right)
 
 
@@ -93,13 +91,13 @@ class TorchDotProductAttention(DotProductAttention):
                 with packed documents.
             attn_mask_type: Ignored, as by the stock method.
             attention_bias: Must be None.
-            packed_seq_params: `PackedDocuments`, or None for sequences of a batch.
+            packed_seq_params: The bounds of packed documents, or None for sequences of a batch.
 
         Returns:
             [queries, batch, heads * value channels]; [tokens, heads * value channels] with packed documents.
 
         Raises:
-            NotImplementedError: An attention bias, or packed sequences that are not `PackedDocuments`.
+            NotImplementedError: An attention bias.
         """
         if attention_bias is not None:
             raise NotImplementedError("attention of --transformer-impl local takes no bias")
@@ -109,12 +107,9 @@ class TorchDotProductAttention(DotProductAttention):
         with tracker.fork() if has_dropout and not self.config.sequence_parallel else nullcontext():
             if packed_seq_params is None:
                 return self._attend_within_sequence(query, key, value, attention_mask)
-            if not isinstance(packed_seq_params, PackedDocuments):
-                raise NotImplementedError(
-                    "attention of --transformer-impl local takes packed sequences as "
-                    "maskmoe.transformer.packed_documents.PackedDocuments only"
-                )
-            queries, keys, values = (each.unsqueeze(1).split(packed_seq_params.lengths) for each in (query, key, value))
+            assert packed_seq_params.cu_seqlens_q is not None
+            lengths: list[int] = packed_seq_params.cu_seqlens_q.diff().tolist()
+            queries, keys, values = (each.unsqueeze(1).split(lengths) for each in (query, key, value))
             documents = zip(queries, keys, values, strict=True)
             return torch.cat([self._attend_within_sequence(*document, mask=None) for document in documents]).squeeze(1)
 

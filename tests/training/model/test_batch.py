@@ -3,12 +3,10 @@
 import argparse
 import shutil
 from pathlib import Path
-from unittest.mock import MagicMock
 
 import numpy as np
 import pytest
 import tokenizers
-import torch
 from megatron.core.datasets.indexed_dataset import IndexedDataset
 from megatron.core.datasets.utils import Split
 from megatron.core.tokenizers.utils.build_tokenizer import build_tokenizer
@@ -184,32 +182,3 @@ def test_tokenizer_that_cannot_fill_in_the_middle_is_refused(
         built._tokenizer.tokenizer.backend_tokenizer.post_processor = template
     with pytest.raises(UserError, match=problem):
         check_fill_in_middle_tokens(arguments(folder, *flags.split()))
-
-
-@pytest.mark.parametrize(
-    ("implementation", "is_rope_fused", "is_on_host"),
-    [("local", False, True), ("local", True, False), ("transformer_engine", True, False)],
-)
-def test_bounds_of_documents_are_where_the_layers_read_them(
-    monkeypatch: pytest.MonkeyPatch, implementation: str, is_rope_fused: bool, is_on_host: bool
-) -> None:
-    """Fused rotary embeddings read them on the device, also beside attention in plain torch."""
-    args = argparse.Namespace(
-        transformer_impl=implementation,
-        apply_rope_fusion=is_rope_fused,
-        dataloader_inter_document_masking=True,
-        create_attention_mask_in_dataloader=False,
-        context_parallel_size=1,
-        seq_length=4,
-    )
-    monkeypatch.setattr(batch, "get_args", lambda: args)
-    monkeypatch.setattr(batch, "mpu", MagicMock())
-    for name in ("get_batch_on_this_tp_rank", "get_batch_on_this_cp_rank"):
-        monkeypatch.setattr(batch, name, lambda tensors, **settings: tensors)
-    sample = dict.fromkeys(("tokens", "position_ids", "labels", "loss_mask"), torch.zeros(1, 4, dtype=torch.long))
-    bounds = torch.tensor([[0, 3, 4]], dtype=torch.int32)
-    monkeypatch.setattr(torch.Tensor, "to", lambda tensor, *args, **settings: tensor.clone())  # to a device
-    documents = batch.get_batch(iter([sample | {"cu_seqlens": bounds}]), 1).documents
-    assert documents is not None
-    assert documents.lengths == [3, 1]
-    assert (documents.cu_seqlens_q is documents.bounds) is not is_on_host

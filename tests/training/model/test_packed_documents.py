@@ -10,7 +10,6 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from megatron.core.models.gpt import GPTModel
-from megatron.core.packed_seq_params import PackedSeqParams
 from megatron.core.transformer.enums import AttnMaskType
 from megatron.core.transformer.multi_token_prediction import MTPLossLoggingHelper
 from megatron.core.transformer.transformer_config import MLATransformerConfig
@@ -18,10 +17,12 @@ from support import small_moe as moe
 from support.small_moe import DEVICE, YARN
 from torch import Tensor
 
+from maskmoe.training.model.batch import Batch, join_documents, token_losses
 from maskmoe.transformer.layer_specs import get_maskmoe_decoder_block_spec, get_maskmoe_mtp_block_spec
 from maskmoe.transformer.models import DenseGPTModel, MaskMoEGPTModel
-from maskmoe.transformer.packed_documents import PackedDocuments
 from maskmoe.transformer.torch_modules.attention import TorchDotProductAttention
+
+pytestmark = pytest.mark.usefixtures("one_rank")
 
 NUM_LAYERS, VOCAB_SIZE, SEQUENCE = 2, 40, 16
 VISIBLE = moe.random_visible_sets(6, NUM_LAYERS + 2, VOCAB_SIZE, 4)
@@ -98,11 +99,12 @@ def token_ids() -> tuple[Tensor, Tensor]:
 
 
 def packed_losses(model: torch.nn.Module, samples: list[list[int]] = BOUNDS) -> Tensor:
-    """Return the losses [2, sequence] of the packed samples."""
-    ids, labels = token_ids()
+    """Return the losses [samples, sequence] of the packed samples."""
+    ids, labels = (tensor[: len(samples)].contiguous() for tensor in token_ids())
     positions = torch.stack([torch.cat([torch.arange(end - start) for start, end in pairwise(b)]) for b in samples])
-    documents = PackedDocuments.of_samples(padded_bounds(samples), ids.device, reads_on_host=True)
-    return model(ids, positions.to(DEVICE), None, labels=labels, packed_seq_params=documents)
+    documents = join_documents(padded_bounds(samples), ids.device)
+    loss_mask = torch.ones(ids.shape, device=DEVICE)
+    return token_losses(model, Batch(ids, positions.to(DEVICE), None, labels, loss_mask, documents))
 
 
 def losses_one_by_one(model: torch.nn.Module) -> Tensor:
@@ -145,10 +147,7 @@ def test_equals_documents_one_by_one(name: str) -> None:
 
 def test_a_sample_alone_equals_its_documents_one_by_one() -> None:
     model = build_model()
-    ids, labels = token_ids()
-    positions = torch.cat([torch.arange(end - start, device=DEVICE) for start, end in pairwise(BOUNDS[0])]).unsqueeze(0)
-    documents = PackedDocuments.of_samples(padded_bounds(BOUNDS[:1]), ids.device, reads_on_host=True)
-    found = model(ids[:1], positions, None, labels=labels[:1], packed_seq_params=documents)
+    found = packed_losses(model, BOUNDS[:1])
     torch.testing.assert_close(found, losses_one_by_one(model)[:1], rtol=0, atol=FP32_ORDER_OF_SUMS)
 
 
@@ -165,65 +164,11 @@ def test_samples_of_one_document_equal_samples_that_are_not_packed() -> None:
     assert (packed[0, first_end:] - unpacked[0, first_end:]).abs().max() > 1e2 * FP32_ORDER_OF_SUMS
 
 
-class TwoStages(torch.nn.Module):
-    """Two pipeline stages, which exchange hidden states and gradients as Megatron-Core's schedules do.
-
-    Attributes:
-        shapes: shapes of the exchanged hidden states.
-    """
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.first, self.second = build_model(post_process=False), build_model(pre_process=False)
-        self.shapes: list[torch.Size] = []
-
-    def forward(self, *args: Any, **kwargs: Any) -> Tensor:
-        hidden = self.first(*args, **kwargs)
-        self.shapes.append(hidden.shape)
-        assert hidden._base is None  # The schedules free the memory of a sent tensor.
-        self.second.set_input_tensor(hidden)
-        return self.second(*args, **kwargs)
-
-
-def test_stages_exchange_hidden_states_of_samples() -> None:
-    model = TwoStages()
-    ours = results(model, packed_losses(model))
-    assert model.shapes == [(SEQUENCE, 2, 16)]
-    assert_close(ours, results(model, losses_one_by_one(model)), FP32_ORDER_OF_SUMS)
-
-
 def prediction_losses(compute: Callable[[], Tensor]) -> Tensor:
     """Return the losses [layers] of multi-token prediction that a computation logs."""
     MTPLossLoggingHelper.tracker.clear()
     compute()
     return MTPLossLoggingHelper.tracker["loss_values"]
-
-
-def test_packed_sequences_of_megatron_are_left_to_megatron(monkeypatch: pytest.MonkeyPatch) -> None:
-    seen: list[dict[str, Any]] = []
-    monkeypatch.setattr(GPTModel, "forward", lambda model, *args, **kwargs: seen.append({"args": args} | kwargs))
-    model = build_model()
-    bounds = torch.tensor([0, 10, 16], dtype=torch.int32)
-    packed = PackedSeqParams(qkv_format="thd", cu_seqlens_q=bounds, cu_seqlens_kv=bounds)
-    token_ids = torch.zeros(1, 16, dtype=torch.int64, device=DEVICE)
-    model(token_ids, None, None, packed_seq_params=packed)
-    assert seen[0]["args"] == (token_ids, None, None)
-    assert seen[0]["packed_seq_params"] is packed
-
-
-@pytest.mark.parametrize("balancing", ["seq_aux_loss", ["aux_loss", "seq_aux_loss"]], ids=str)
-def test_joined_samples_cannot_be_balanced_one_by_one(balancing: str | list[str]) -> None:
-    """Only training balances, only experts are balanced, and a single sample needs no joining."""
-    coefficients = 0.01 if isinstance(balancing, str) else [0.01, 0.01]
-    settings = {"moe_router_load_balancing_type": balancing, "moe_aux_loss_coeff": coefficients}
-    model = build_model(**settings)
-    with pytest.raises(NotImplementedError, match="seq_aux_loss cannot balance the samples of PackedDocuments"):
-        packed_losses(model)
-    packed_losses(model.eval())
-    packed_losses(build_model(num_experts=None, **settings))
-    packed_losses(build_model(moe_router_load_balancing_type="seq_aux_loss", moe_aux_loss_coeff=0.0))
-    ids, positions = token_ids()[0][:1], torch.arange(SEQUENCE, device=DEVICE).unsqueeze(0)
-    model.train()(ids, positions, None, packed_seq_params=documents_of([SEQUENCE]))
 
 
 def test_multi_token_prediction_keeps_to_documents() -> None:
@@ -259,23 +204,18 @@ def test_documents_of_samples_are_joined(lengths: list[list[int]], samples_repea
     columns = size + 1 if samples_repeat_bounds else max(map(len, lengths)) + 1
     rows = [np.cumsum([0, *sample]).tolist() for sample in lengths]
     cu_seqlens = torch.tensor([row + [size] * (columns - len(row)) for row in rows], dtype=torch.int32)
-    documents = PackedDocuments.of_samples(cu_seqlens, torch.device("cpu"), reads_on_host=False)
-    assert documents.lengths == list(chain.from_iterable(lengths))
-    assert documents.bounds.tolist() == np.cumsum([0, *documents.lengths]).tolist()
-    assert documents.bounds.dtype == torch.int32
-    assert documents.cu_seqlens_q is documents.cu_seqlens_kv is documents.bounds
+    documents = join_documents(cu_seqlens, torch.device("cpu"))
+    joined = [*chain.from_iterable(lengths)]
+    bounds = documents.cu_seqlens_q
+    assert bounds is documents.cu_seqlens_kv
+    assert bounds.dtype == documents.seq_idx.dtype == torch.int32
+    assert bounds.tolist() == np.cumsum([0, *joined]).tolist()
     assert documents.max_seqlen_q == documents.max_seqlen_kv == size
-    assert documents.seq_idx.dtype == torch.int32
-    assert documents.seq_idx.tolist() == [np.repeat(np.arange(len(documents.lengths)), documents.lengths).tolist()]
+    assert documents.seq_idx.tolist() == [np.repeat(np.arange(len(joined)), joined).tolist()]
 
 
 HEADS, CHANNELS = 4, 12
 LENGTHS = [5, 1, 11, 23]
-
-
-def documents_of(lengths: list[int]) -> PackedDocuments:
-    bounds = torch.tensor([[0, *np.cumsum(lengths)]], dtype=torch.int32)
-    return PackedDocuments.of_samples(bounds, DEVICE, reads_on_host=True)
 
 
 ATTENTIONS: dict[str, dict[str, Any]] = {
@@ -304,7 +244,8 @@ def test_attention_equals_a_mask_of_all_pairs(name: str, dtype: torch.dtype) -> 
     later = torch.ones(len(document), len(document), dtype=torch.bool, device=DEVICE).triu(1)
     mask = ((document[:, None] != document) | later)[None, None]
     expected = attention(*(tensor.unsqueeze(1) for tensor in inputs), mask).squeeze(1)
-    found = attention(*inputs, None, packed_seq_params=documents_of(LENGTHS))
+    documents = join_documents(torch.tensor([[0, *np.cumsum(LENGTHS)]], dtype=torch.int32), DEVICE)
+    found = attention(*inputs, None, packed_seq_params=documents)
     gradient = torch.randn_like(found)
     assert_close(
         [found, *torch.autograd.grad(found, inputs, gradient)],
