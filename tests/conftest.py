@@ -35,6 +35,9 @@ def pytest_configure(config: pytest.Config) -> None:
 SHARING_FOLDERS = ("conversion", "analysis", "data")
 """Folders whose tests share session fixtures that take long."""
 
+FILES_OF_SINGLES = ("tests/docs/test_commands_run.py", "tests/launch/test_agent.py")
+"""Files whose tests take long and share nothing."""
+
 
 @cache
 def looks_at_runs(file: str) -> bool:
@@ -53,6 +56,8 @@ def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
             folder = re.match(rf"tests/({'|'.join(SHARING_FOLDERS)})/", file)
             if folder:
                 return folder.group()
+            if file in FILES_OF_SINGLES:
+                return nodeid
             return "the training runs" if looks_at_runs(file) else file
 
     return FixtureScheduling(config, log)

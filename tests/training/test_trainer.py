@@ -48,7 +48,7 @@ def test_micro_batches_have_their_sizes_and_reach_megatrons_statistics(monkeypat
         detector.bdata = False
 
     monkeypatch.setattr(detector, "start", start)
-    documents = SimpleNamespace(bounds=torch.tensor([0, 3, 8], dtype=torch.int32)) if packed else None
+    documents = SimpleNamespace(cu_seqlens_q=torch.tensor([0, 3, 8], dtype=torch.int32)) if packed else None
     batch = SimpleNamespace(documents=documents, loss_mask=None)
     sizes = []
     monkeypatch.setattr(trainer, "get_batch", lambda iterator, samples: sizes.append(samples) or batch)
