@@ -40,14 +40,14 @@ fail() {
 
 cd -- "$(dirname -- "${BASH_SOURCE[0]}")/.."
 
-# Select the tests and the Debian packages that they need. Many tests wait for processes that they start, so two
-# processes for each of two cores share the default tests. They start with the tests of training, which take longest.
-# The slowest tests are listed at the end.
+# Select the tests and the Debian packages that they need. Many tests wait for processes that they start, so three
+# processes share two cores. They start with the tests of training, which take longest. The slowest tests are listed at
+# the end.
 not_elsewhere="not slurm and not docker and not te and not serving and not tracking"
 selected="not slow and $not_elsewhere" checks=true
 packages=() python=.venv/bin/python megatron=
-four_workers=(--numprocesses 4 --no-loadscope-reorder --durations=25 --durations-min=4) workers=() examples=()
-(($#)) || workers=("${four_workers[@]}")
+three_workers=(--numprocesses 3 --no-loadscope-reorder --durations=25 --durations-min=4) workers=() examples=()
+(($#)) || workers=("${three_workers[@]}")
 case ${1:-} in
     --all)
         selected=$not_elsewhere examples=(--hypothesis-profile=thorough)
@@ -80,7 +80,7 @@ case ${1:-} in
         tests/megatron.sh --check "$2"
         megatron=$2 checks=false
         shift 2
-        (($#)) || workers=("${four_workers[@]}")
+        (($#)) || workers=("${three_workers[@]}")
         ;;
     -h | --help)
         usage
