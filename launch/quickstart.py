@@ -5,7 +5,7 @@ import sys
 from pathlib import Path
 
 import numpy as np
-from scipy.stats import entropy
+from scipy.special import entr
 
 from maskmoe.comparison.data import choose_split
 from maskmoe.comparison.report import markdown_table, new_figure, tidy
@@ -34,7 +34,7 @@ def write_report(run: Path, processes: int) -> str:
     """Write report.md and loss.png of a run that was trained by a number of processes; return the report."""
     frequency = TokenFrequency.load(run / "token_frequency.safetensors")
     # The loss of a model that knows nothing but the token frequencies is their entropy.
-    unigram_loss = float(entropy(frequency.occurrences))
+    unigram_loss = float(entr(frequency.occurrences / frequency.occurrences.sum()).sum())
     draw_loss_curve(run, unigram_loss)
     report = "\n\n".join(sections(run, processes, frequency.vocab_size, unigram_loss)) + "\n"
     write_text(run / "report.md", report)

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 from support.command_lines import Outcome, refuse_all, writing_nothing
-from support.launchers import run_as_ranks
+from support.launchers import run_as_ranks, start_ranks
 from support.runs import write_scalars
 from support.system import wait_until
 from support.training import TrainingOutcome
@@ -62,3 +62,20 @@ def test_failing_ranks_and_vain_waits_fail_the_test(tmp_path: Path) -> None:
         run_as_ranks(fail, tmp_path, world_size=1, joins=False)
     with pytest.raises(pytest.fail.Exception, match="in vain"):
         wait_until(lambda: False, timeout=0.1)
+
+
+@pytest.mark.parametrize(
+    ("program", "code", "output"),
+    [
+        ("import atexit; atexit.register(print, 'bye'); print('end', end=' ')", 0, "end bye\n"),
+        ("import sys; sys.exit(3)", 3, ""),
+        ("import sys; sys.exit('bad')", 1, "bad\n"),
+        ("raise ValueError('no')", 1, "ValueError: no\n"),
+    ],
+)
+def test_preloaded_program_ends_as_another(tmp_path: Path, program: str, code: int, output: str) -> None:
+    (tmp_path / "program.py").write_text(program)
+    with start_ranks(["program.py"], tmp_path, are_preloaded=True) as processes:
+        outcome = processes.wait()
+    assert outcome.exit_codes == (code,)
+    assert outcome.output.endswith(output)

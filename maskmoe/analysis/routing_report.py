@@ -4,8 +4,7 @@ Every CSV file starts with the columns `checkpoint` (the name of the model), `it
 `layer` (from 1). Entropy is in nats.
 """
 
-import csv
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +15,7 @@ from matplotlib.ticker import MaxNLocator
 
 from maskmoe.analysis.routing_analysis import RoutingAnalysis
 from maskmoe.analysis.routing_statistics import RoutingStatistics, max_over_mean, mean_where
+from maskmoe.files.csv_files import write_csv
 from maskmoe.files.outputs import atomic_output
 
 PLOT_NAMES = ("load.png", "bands.png", "fluctuation.png")
@@ -193,27 +193,3 @@ def _fluctuation(analysis: RoutingAnalysis) -> Figure:
     labels = [f"layer {layer}" for layer in analysis.layers]
     figure.legend(lines, labels, loc="outside right upper", fontsize="x-small", ncols=1 + len(labels) // 30)
     return figure
-
-
-def write_csv(path: Path, columns: Sequence[str], rows: Iterable[Sequence[Any]]) -> None:
-    """Write a table, atomically. A number has six significant digits, and a cell without a value is empty.
-
-    Args:
-        path: The file to write.
-        columns: The names of the columns.
-        rows: The cells of each row, in the order of the columns; None and NaN stand for no value.
-
-    Raises:
-        UserError: The file cannot be written.
-    """
-    with atomic_output(path) as temporary, open(temporary, "w", newline="", encoding="utf-8") as stream:
-        # Lines end with "\r\n": Python before 3.12.3 does not quote a "\r" in a cell if lines end with "\n".
-        writer = csv.writer(stream)
-        writer.writerow(columns)
-        writer.writerows(map(_cell, row) for row in rows)
-
-
-def _cell(value: Any) -> Any:
-    if isinstance(value, float):
-        return "" if np.isnan(value) else f"{value:.6g}"
-    return value

@@ -1,22 +1,13 @@
-"""Tables of an analysis can be read back, and a plot with nothing to show is left out."""
+"""A plot with nothing to show is left out."""
 
-import csv
 from types import SimpleNamespace
 
 import numpy as np
 import pytest
 
 from maskmoe.analysis.routing_analysis import RoutingAnalysis
-from maskmoe.analysis.routing_report import PLOT_NAMES, write_csv, write_plots
+from maskmoe.analysis.routing_report import PLOT_NAMES, write_plots
 from maskmoe.routing_mask.frequency import FrequencyBands
-
-
-def test_pieces_with_line_ends_are_quoted(tmp_path):
-    pieces = ["\r", "\n", "a\r\nb", ",", '"', " "]
-    write_csv(tmp_path / "pieces.csv", ["piece"], [[piece] for piece in pieces])
-    with open(tmp_path / "pieces.csv", newline="", encoding="utf-8") as stream:
-        assert stream.readline() == "piece\r\n"
-        assert [piece for (piece,) in csv.reader(stream)] == pieces
 
 
 @pytest.mark.parametrize("num_models", [1, 5])

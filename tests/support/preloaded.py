@@ -11,7 +11,9 @@ descriptors of a socket for the answer, of standard output and of standard error
 id, and the exit code.
 """
 
+import atexit
 import faulthandler
+import gc
 import importlib
 import json
 import os
@@ -21,10 +23,10 @@ import signal
 import socket
 import subprocess
 import sys
+import threading
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from threading import Lock
-from typing import IO, NamedTuple
+from typing import IO, NamedTuple, Never
 
 import psutil
 
@@ -86,7 +88,7 @@ class PreloadedPython:
 
     def __init__(self, environment: Mapping[str, str]) -> None:
         self._requests, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
-        self._lock = Lock()
+        self._lock = threading.Lock()
         with theirs:
             self._server = subprocess.Popen(
                 [sys.executable, __file__, str(theirs.fileno())],
@@ -139,6 +141,9 @@ def import_training() -> None:
 
     # A fork has no other thread than the one that forks.
     assert psutil.Process().num_threads() == 1
+    # Collections of garbage in forks do not write to, and so copy, the pages of what is imported.
+    gc.collect()
+    gc.freeze()
 
 
 def serve(requests: socket.socket) -> Request | None:
@@ -182,8 +187,38 @@ def become(request: Request, out: int, err: int) -> None:
     os.environ.update(request.environment)
 
 
-def run(program: list[str]) -> None:
-    """Run a program as Python does with these arguments; a crash and `SIGNAL_OF_STACKS` write all threads' stacks."""
+def run(program: list[str]) -> Never:
+    """Run a program as Python does with these arguments, and end this process with the program's exit code.
+
+    A crash and `SIGNAL_OF_STACKS` write all threads' stacks. Threads and exit handlers end as at the end of Python;
+    imported objects are not destroyed, which would take a second.
+    """
+    code = 0
+    try:
+        run_main(program)
+    except SystemExit as end:
+        code = exit_code(end)
+    except Exception:
+        sys.excepthook(*sys.exc_info())
+        code = 1
+    # Python's finalization does the same, and makes an error of a stream its exit code 120.
+    threading._shutdown()
+    atexit._run_exitfuncs()
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(code)
+
+
+def exit_code(end: SystemExit) -> int:
+    """Return the exit code of `sys.exit`, and write its message."""
+    if end.code is None or isinstance(end.code, int):
+        return (end.code or 0) & 0xFF
+    print(end.code, file=sys.stderr)
+    return 1
+
+
+def run_main(program: list[str]) -> None:
+    """Run a program's module or script as `__main__`."""
     faulthandler.enable()
     faulthandler.register(SIGNAL_OF_STACKS)
     folders = os.environ.get("PYTHONPATH", "").split(os.pathsep)
@@ -202,5 +237,6 @@ if __name__ == "__main__":
     sys.path[0] = str(Path(__file__).parents[2])
     import_training()
     request = serve(socket.socket(fileno=int(sys.argv[1])))
-    if request is not None:
-        run(request.program)
+    if request is None:
+        os._exit(0)
+    run(request.program)

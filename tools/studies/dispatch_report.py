@@ -7,7 +7,7 @@ from pathlib import Path
 
 from dispatch_simulation import DispatchCost
 
-from maskmoe.analysis.routing_report import write_csv
+from maskmoe.files.csv_files import write_csv
 
 _HEADER = (
     "    GPUs     EP  variant                         own      node    across      rows  load max/mean    all-to-all"
