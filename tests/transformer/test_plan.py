@@ -79,9 +79,9 @@ def test_plan_equals_a_loop_over_tokens(num_ranks: int, has_padding: bool, monke
             own = ids_of_ranks[rank]
             destination = [first_expert(token_id) // EXPERTS_OF_RANK for token_id in own]
             rows = order(own)
-            assert of_table.to_ranks.rows.tolist() == rows
-            assert of_table.to_ranks.source.tolist() == [row * num_ranks + destination[row] for row in rows]
-            assert of_table.to_ranks.is_permutation
+            copied = of_table.to_ranks(torch.arange(float(len(own))).unsqueeze(1))
+            assert copied.copies.flatten().tolist() == rows
+            assert copied.values.tolist() == [row * num_ranks + destination[row] for row in rows]
             assert of_table.exchange.rows_to == tuple(destination.count(to) for to in range(num_ranks))
 
             received = [

@@ -8,7 +8,7 @@ from megatron.core.transformer.moe import moe_utils
 from support.small_moe import DEVICE
 from torch import Size, Tensor
 
-from maskmoe.transformer.dispatch.rows import CopyToExperts, RowCopies
+from maskmoe.transformer.dispatch.rows import CopyRows, RowCopies
 
 FEATURES = 3
 
@@ -38,16 +38,13 @@ def test_copy_and_sum(chosen: Tensor, dtype: torch.dtype) -> None:
     assert copies.source.tolist() == [row * chosen.shape[1] + target for row, target in expected]
 
     values = whole_numbers(len(chosen), FEATURES, dtype=dtype).requires_grad_()
-    taken = copies.copy_rows_with_gradient(values)
+    taken = copies.copy(values).copies
     assert torch.equal(taken, values[rows])
     gradient = whole_numbers(*taken.shape, dtype=dtype)
     taken.backward(gradient)
     sums = torch.zeros_like(values).index_add(0, rows, gradient)
     assert torch.equal(values.grad, sums)
-
     assert torch.equal(copies.sum_copies(gradient), sums)
-    weights = torch.arange(chosen.numel(), device=DEVICE).view_as(chosen)
-    assert torch.equal(copies.pick(weights), copies.source)
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
@@ -73,7 +70,9 @@ def permute(rows: Tensor, weights: Tensor, chosen: Tensor, num_out_tokens: int) 
         positions = (sources == row).nonzero().flatten().flip(0)
         row_id_map[row, : len(positions)] = positions
         row_id_map[row, -1] = len(positions)
-    return rows[sources], weights[sources, targets], row_id_map
+    weights_of_copies = weights[sources, targets]
+    # The kernel takes a copy of weight 0 for padding.
+    return rows[sources] * (weights_of_copies != 0).unsqueeze(1), weights_of_copies, row_id_map
 
 
 def unpermute(copies: Tensor, row_id_map: Tensor, restore_shape: Size) -> Tensor:
@@ -83,10 +82,26 @@ def unpermute(copies: Tensor, row_id_map: Tensor, restore_shape: Size) -> Tensor
 
 @pytest.fixture(params=[False, True], ids=["torch", "transformer engine"])
 def uses_transformer_engine(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> bool:
-    """Return whether a stand-in for Transformer Engine copies the rows to the experts."""
+    """Return whether a stand-in for Transformer Engine copies the rows."""
     monkeypatch.setattr(moe_utils, "fused_permute_with_probs", permute)
     monkeypatch.setattr(moe_utils, "fused_unpermute", unpermute)
     return request.param
+
+
+@given(chosen=maps())
+def test_rows_to_ranks(uses_transformer_engine: bool, chosen: Tensor) -> None:
+    """Whole numbers have exact sums, so any order of additions gives the same bits."""
+    targets, sources = chosen.t().nonzero(as_tuple=True)
+    rows = whole_numbers(len(chosen), FEATURES).requires_grad_()
+    copied = CopyRows(uses_transformer_engine).to_ranks(rows, chosen, len(sources))
+    assert torch.equal(copied.copies, rows[sources])
+    assert copied.values.tolist() == (sources * chosen.shape[1] + targets).tolist()
+
+    sums = copied.sum_copies(copied.copies)
+    copies_of_row = chosen.sum(dim=1, keepdim=True)
+    assert torch.equal(sums, rows * copies_of_row)
+    (gradient,) = torch.autograd.grad(sums.sum(), rows)
+    assert torch.equal(gradient, copies_of_row.expand_as(rows).float())
 
 
 @st.composite
@@ -100,17 +115,16 @@ def choices(draw: st.DrawFn) -> Tensor:
 
 
 @given(chosen=choices())
-def test_rows_of_experts(uses_transformer_engine: bool, chosen: Tensor) -> None:
+def test_rows_to_experts(uses_transformer_engine: bool, chosen: Tensor) -> None:
     """Whole numbers have exact sums, so any order of additions gives the same bits."""
     targets, sources = chosen.t().nonzero(as_tuple=True)
     rows = torch.randint(-8, 8, (len(chosen), FEATURES), device=DEVICE).float().requires_grad_()
     weights = torch.randint(1, 8, chosen.shape, device=DEVICE).float().requires_grad_()
-    expert_rows = CopyToExperts(uses_transformer_engine)(rows, weights, chosen, len(sources))
-    assert torch.equal(expert_rows.values, rows[sources])
-    assert torch.equal(expert_rows.weights, weights[sources, targets])
+    copied = CopyRows(uses_transformer_engine).to_experts(rows, weights, chosen, len(sources))
+    assert torch.equal(copied.copies, rows[sources])
+    assert torch.equal(copied.values, weights[sources, targets])
 
-    outputs = expert_rows.values * expert_rows.weights.unsqueeze(1)
-    sums = expert_rows.sum_outputs(outputs)
+    sums = copied.sum_copies(copied.copies * copied.values.unsqueeze(1))
     expected = (rows.unsqueeze(1) * (weights * chosen).unsqueeze(2)).sum(dim=1)
     assert torch.equal(sums, expected)
     gradients = torch.autograd.grad(sums.sum(), [rows, weights])

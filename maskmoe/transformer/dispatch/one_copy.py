@@ -4,6 +4,7 @@ On one rank, nothing is sent, and `OneRankDispatcher` copies the rows to the exp
 """
 
 from collections.abc import Callable
+from dataclasses import dataclass
 from functools import partial
 
 import torch
@@ -13,17 +14,51 @@ from torch.distributed import ProcessGroup
 
 from maskmoe.transformer.dispatch.all_to_all import RowExchange, SentRows
 from maskmoe.transformer.dispatch.protocol import Dispatched, Router
-from maskmoe.transformer.dispatch.rows import (
-    CopyToExperts,
-    DispatchRecord,
-    KnownExperts,
-    LayerPlan,
-    RowCopies,
-)
+from maskmoe.transformer.dispatch.rows import CopiedRows, CopyRows, KnownExperts, LayerPlan, RowMap
 from maskmoe.transformer.token_ids import TokenIds
 
 _NOT_SELECTED = -1.0
 """Replaces the weight of an expert that is not selected. Weights of selected experts are never negative."""
+
+
+@dataclass(frozen=True)
+class DispatchRecord:
+    """Records one layer's dispatch so that `combine` can invert it.
+
+    Attributes:
+        add_outputs: Adds up the experts' outputs [copies, features] of each token: [tokens, features].
+        shape: [sequence, batch, features].
+    """
+
+    add_outputs: RowMap
+    shape: Size
+
+    def combine(self, expert_output: Tensor) -> Tensor:
+        """Add up the outputs [copies, features] of each token: [sequence, batch, features]."""
+        return self.add_outputs(expert_output).view(self.shape)
+
+
+@dataclass(frozen=True)
+class _SentTokens:
+    """Tokens that travel to the ranks of their experts.
+
+    Attributes:
+        plan: How the tokens travel.
+        copied: The copies that were sent.
+        rows: The copies that are received.
+        shape: [sequence, batch, features].
+    """
+
+    plan: LayerPlan
+    copied: CopiedRows
+    rows: SentRows
+    shape: Size
+
+    def record(self, sum_outputs: RowMap) -> DispatchRecord:
+        """Record the dispatch; `sum_outputs` adds up the experts' outputs of each received row."""
+        return DispatchRecord(
+            lambda outputs: self.copied.sum_copies(self.plan.exchange.send_back(sum_outputs(outputs))), self.shape
+        )
 
 
 def unchanged(rows: Tensor) -> Tensor:
@@ -71,7 +106,7 @@ class OneCopyDispatcher:
         self._group = ep_group
         self._is_planned = is_planned
         self._compress, self._expand = compress, expand
-        self._copy_to_experts = CopyToExperts(config.moe_permute_fusion)
+        self._copy_rows = CopyRows(config.moe_permute_fusion)
 
     def start_dispatch(self, hidden_states: Tensor, token_ids: TokenIds, router: Router) -> Callable[[], Dispatched]:
         """Choose experts and start to send one copy for each rank; see `Dispatcher`.
@@ -80,18 +115,16 @@ class OneCopyDispatcher:
             RuntimeError: Dispatch is planned, and the token ids have no plan.
         """
         if self._is_planned:
-            plan = _plan_of_layer(token_ids, router)
-            sent, shape = self._send(hidden_states, plan)
-            if plan.experts is not None and router.fixed_weight is not None:
-                router.count(plan.experts.statistics)
-                return partial(_finish_known, plan, plan.experts, sent, shape, router.fixed_weight)
+            sent = self._send(hidden_states, _plan_of_layer(token_ids, router))
+            if sent.plan.experts is not None and router.fixed_weight is not None:
+                router.count(sent.plan.experts.statistics)
+                return partial(_finish_known, sent, sent.plan.experts, router.fixed_weight)
             weights, _ = self._choose(hidden_states, token_ids, router)
         else:
             weights, selected = self._choose(hidden_states, token_ids, router)
-            plan = exchange_counts(selected, self._group)
-            sent, shape = self._send(hidden_states, plan)
-        sent_weights = plan.exchange.send(plan.to_ranks.pick(weights))
-        return partial(self._finish, plan, sent, sent_weights, shape)
+            sent = self._send(hidden_states, exchange_counts(selected, self._group, self._copy_rows))
+        weights_of_copies = weights.flatten(0, 1).index_select(0, sent.copied.values)
+        return partial(self._finish, sent, sent.plan.exchange.send(weights_of_copies))
 
     def combine(self, expert_output: Tensor, metadata: DispatchRecord) -> Tensor:
         """Send outputs back and add them up; see `Dispatcher`."""
@@ -104,35 +137,35 @@ class OneCopyDispatcher:
         shape = (self._group.size(), -1)
         return weights.unflatten(1, shape), routing_map.unflatten(1, shape)
 
-    def _send(self, hidden_states: Tensor, plan: LayerPlan) -> tuple[SentRows, Size]:
-        """Start to send one copy of each token to each rank of its experts; return the tokens' shape as well."""
+    def _send(self, hidden_states: Tensor, plan: LayerPlan) -> _SentTokens:
+        """Start to send one copy of each token to each rank of its experts."""
         compressed = self._compress(hidden_states)
-        rows = plan.to_ranks.copy_rows_with_gradient(compressed.flatten(0, 1))
-        return plan.exchange.send(rows), compressed.shape
+        copied = plan.to_ranks(compressed.flatten(0, 1))
+        return _SentTokens(plan, copied, plan.exchange.send(copied.copies), compressed.shape)
 
-    def _finish(self, plan: LayerPlan, sent: SentRows, sent_weights: SentRows, shape: Size) -> Dispatched:
+    def _finish(self, sent: _SentTokens, sent_weights: SentRows) -> Dispatched:
         """Wait for rows and weights, and copy the rows to the local experts."""
-        rows, weights = sent.receive(), sent_weights.receive()
+        rows, weights = sent.rows.receive(), sent_weights.receive()
         selected = weights != _NOT_SELECTED  # [rows, local experts]
-        expert_rows = self._copy_to_experts(rows, weights, selected, plan.num_selected)
-        tokens_per_expert = plan.tokens_per_expert
+        expert_rows = self._copy_rows.to_experts(rows, weights, selected, sent.plan.num_selected)
+        tokens_per_expert = sent.plan.tokens_per_expert
         return Dispatched(
-            expert_input=expert_rows.values,
+            expert_input=expert_rows.copies,
             tokens_per_expert=selected.sum(dim=0) if tokens_per_expert is None else tokens_per_expert,
-            weights=expert_rows.weights,
-            metadata=DispatchRecord(expert_rows.sum_outputs, shape, plan),
+            weights=expert_rows.values,
+            metadata=sent.record(expert_rows.sum_copies),
         )
 
 
-def _finish_known(plan: LayerPlan, experts: KnownExperts, sent: SentRows, shape: Size, weight: float) -> Dispatched:
+def _finish_known(sent: _SentTokens, experts: KnownExperts, weight: float) -> Dispatched:
     """Wait for the rows, and order them by expert, where every id sees one expert."""
-    rows, sum_outputs = sent.receive(), unchanged
+    rows, sum_outputs = sent.rows.receive(), unchanged
     if experts.by_expert is not None:
-        rows = experts.by_expert.copy_rows_with_gradient(rows)
-        sum_outputs = experts.by_expert.sum_copies_with_gradient
-    assert plan.tokens_per_expert is not None
+        ordered = experts.by_expert.copy(rows)
+        rows, sum_outputs = ordered.copies, ordered.sum_copies
+    assert sent.plan.tokens_per_expert is not None
     weights = torch.full((len(rows),), weight, device=rows.device)
-    return Dispatched(rows, plan.tokens_per_expert, weights, DispatchRecord(sum_outputs, shape, plan))
+    return Dispatched(rows, sent.plan.tokens_per_expert, weights, sent.record(sum_outputs))
 
 
 def _plan_of_layer(token_ids: TokenIds, router: Router) -> LayerPlan:
@@ -145,10 +178,10 @@ def _plan_of_layer(token_ids: TokenIds, router: Router) -> LayerPlan:
     return token_ids.plan[router.table]
 
 
-def exchange_counts(selected: Tensor, group: ProcessGroup) -> LayerPlan:
+def exchange_counts(selected: Tensor, group: ProcessGroup, copy_rows: CopyRows) -> LayerPlan:
     """Exchange the numbers of rows of one layer; the host waits for the result.
 
-    `selected` is bool [tokens, ranks, local experts].
+    `selected` is bool [tokens, ranks, local experts]; `copy_rows` makes the copies.
     """
     to_rank = selected.any(dim=-1)  # [tokens, ranks]
     counts = torch.cat([to_rank.sum(dim=0).unsqueeze(1), selected.sum(dim=0)], dim=1)  # [ranks, 1 + local experts]
@@ -158,7 +191,7 @@ def exchange_counts(selected: Tensor, group: ProcessGroup) -> LayerPlan:
     rows_to, rows_from = tuple(sent[:, 0].tolist()), tuple(received[:, 0].tolist())
     tokens_per_expert = received[:, 1:].sum(dim=0)
     return LayerPlan(
-        to_ranks=RowCopies.from_map(to_rank, sum(rows_to)),
+        to_ranks=partial(copy_rows.to_ranks, chosen=to_rank, num_copies=sum(rows_to)),
         exchange=RowExchange(group, rows_to, rows_from),
         num_selected=int(tokens_per_expert.sum()),
         tokens_per_expert=tokens_per_expert,
@@ -178,7 +211,7 @@ class OneRankDispatcher:
         self, config: TransformerConfig, compress: Callable[[Tensor], Tensor], expand: Callable[[Tensor], Tensor]
     ) -> None:
         self._compress, self._expand = compress, expand
-        self._copy_to_experts = CopyToExperts(config.moe_permute_fusion)
+        self._copy_rows = CopyRows(config.moe_permute_fusion)
 
     def start_dispatch(self, hidden_states: Tensor, token_ids: TokenIds, router: Router) -> Callable[[], Dispatched]:
         """Do nothing yet, because nothing travels; see `Dispatcher`."""
@@ -189,12 +222,13 @@ class OneRankDispatcher:
         probs, routing_map = router(hidden_states, token_ids)
         tokens_per_expert = routing_map.sum(dim=0).cpu()
         compressed = self._compress(hidden_states)
-        rows = self._copy_to_experts(compressed.flatten(0, 1), probs, routing_map, int(tokens_per_expert.sum()))
+        num_copies = int(tokens_per_expert.sum())
+        rows = self._copy_rows.to_experts(compressed.flatten(0, 1), probs, routing_map, num_copies)
         return Dispatched(
-            expert_input=rows.values,
+            expert_input=rows.copies,
             tokens_per_expert=tokens_per_expert,
-            weights=rows.weights,
-            metadata=DispatchRecord(rows.sum_outputs, compressed.shape),
+            weights=rows.values,
+            metadata=DispatchRecord(rows.sum_copies, compressed.shape),
         )
 
     def combine(self, expert_output: Tensor, metadata: DispatchRecord) -> Tensor:

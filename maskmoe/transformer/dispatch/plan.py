@@ -61,7 +61,7 @@ class DispatchPlanner:
             rows = key.argsort(stable=True)
             of_experts = received[:, index, 1:]  # [ranks, local experts]
             plans[table] = LayerPlan(
-                to_ranks=RowCopies.permutation(rows, rows * self._num_ranks + destination[index][rows]),
+                to_ranks=RowCopies.permutation(rows, rows * self._num_ranks + destination[index][rows]).copy,
                 exchange=RowExchange(
                     self._group, tuple(sent[:, index, 0].tolist()), tuple(received[:, index, 0].tolist())
                 ),

@@ -1,13 +1,13 @@
 """Copies of rows and sums of copies, plans of their exchange, and their way to the experts."""
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
 
 import torch
 from megatron.core.transformer.moe import moe_utils
-from torch import Size, Tensor
+from torch import Tensor
 from torch.nn.functional import embedding_bag
 
 from maskmoe.transformer.dispatch.all_to_all import RowExchange
@@ -82,17 +82,69 @@ class RowCopies:
         terms = copies.float() if truncates else copies
         return embedding_bag(self.order, terms, self.offsets, mode="sum").to(copies.dtype)
 
-    def copy_rows_with_gradient(self, values: Tensor) -> Tensor:
-        """Copy rows as `copy_rows` does; the gradient is the sum of the copies' gradients."""
-        return _LinearMap.apply(values, self.copy_rows, self.sum_copies)
+    def copy(self, rows: Tensor) -> "CopiedRows":
+        """Copy rows [rows, features]; the value of each copy is its `source`."""
+        return CopiedRows(
+            copies=_LinearMap.apply(rows, self.copy_rows, self.sum_copies),
+            values=self.source,
+            sum_copies=lambda copies: _LinearMap.apply(copies, self.sum_copies, self.copy_rows),
+        )
 
-    def sum_copies_with_gradient(self, copies: Tensor) -> Tensor:
-        """Sum copies as `sum_copies` does; the gradient is a copy for each copy."""
-        return _LinearMap.apply(copies, self.sum_copies, self.copy_rows)
 
-    def pick(self, values: Tensor) -> Tensor:
-        """Pick the value [copies, features] of each copy from the values [rows, columns, features] of the map."""
-        return values.flatten(0, 1).index_select(0, self.source)
+@dataclass(frozen=True)
+class CopiedRows:
+    """Copies of rows, ordered by target, then by row.
+
+    Attributes:
+        copies: [copies, features]; the gradient of a row is the sum of its copies' gradients.
+        values: [copies], a value of each copy, see `CopyRows`.
+        sum_copies: Adds up what became of the copies [copies, features] of each row: [rows, features].
+    """
+
+    copies: Tensor
+    values: Tensor
+    sum_copies: RowMap
+
+
+class CopyRows:
+    """Copies rows to ranks or to experts, by Transformer Engine's kernels if `--moe-permute-fusion` asks for them.
+
+    Arguments of both methods:
+        rows: [rows, features].
+        chosen: Bool [rows, targets], the targets of each row.
+        num_copies: The number of True elements of `chosen`.
+    """
+
+    def __init__(self, uses_transformer_engine: bool) -> None:
+        self._uses_transformer_engine = uses_transformer_engine
+
+    def to_ranks(self, rows: Tensor, chosen: Tensor, num_copies: int) -> CopiedRows:
+        """Copy each row to its ranks; values are int64 indices of the flattened map `chosen`."""
+        # Transformer Engine's kernels need at least one copy.
+        if not self._uses_transformer_engine or num_copies == 0:
+            return RowCopies.from_map(chosen, num_copies).copy(rows)
+        # The kernel writes zeros in place of a row whose value is 0, so count from 1.
+        indices = torch.arange(1, chosen.numel() + 1, device=rows.device).view_as(chosen)
+        copied = _permute(rows, indices, chosen, num_copies)
+        return replace(copied, values=copied.values - 1)
+
+    def to_experts(self, rows: Tensor, weights: Tensor, chosen: Tensor, num_copies: int) -> CopiedRows:
+        """Copy each row to its local experts, at least one; values are those of `weights` [rows, local experts]."""
+        if chosen.shape[1] == 1:
+            return CopiedRows(rows, weights.squeeze(1), sum_copies=lambda outputs: outputs)
+        if self._uses_transformer_engine and num_copies > 0:
+            return _permute(rows, weights, chosen, num_copies)
+        copied = RowCopies.from_map(chosen, num_copies, has_every_row=True).copy(rows)
+        return replace(copied, values=weights.flatten().index_select(0, copied.values))
+
+
+def _permute(rows: Tensor, values: Tensor, chosen: Tensor, num_copies: int) -> CopiedRows:
+    """Copy rows, and the value of each row and target, by Transformer Engine."""
+    permute, unpermute = moe_utils.fused_permute_with_probs, moe_utils.fused_unpermute
+    assert permute is not None
+    assert unpermute is not None
+    copies, values, row_id_map = permute(rows, values, chosen, num_out_tokens=num_copies)
+    return CopiedRows(copies, values, partial(unpermute, row_id_map=row_id_map, restore_shape=rows.shape))
 
 
 @dataclass(frozen=True)
@@ -113,91 +165,19 @@ class LayerPlan:
     """How the tokens of a micro-batch travel in a layer.
 
     Attributes:
-        to_ranks: Copies of this rank's tokens, with expert-parallel ranks as targets.
+        to_ranks: Copies this rank's tokens, with expert-parallel ranks as targets; the values are indices of the
+            flattened map [tokens, ranks].
         exchange: Sends the copies.
         num_selected: The number of experts that are selected for the received rows.
         tokens_per_expert: Int64 [local experts] on the host; None if not known there.
         experts: The experts of the tokens; None if a router chooses the experts.
     """
 
-    to_ranks: RowCopies
+    to_ranks: Callable[[Tensor], CopiedRows]
     exchange: RowExchange
     num_selected: int
     tokens_per_expert: Tensor | None
     experts: KnownExperts | None = None
-
-
-@dataclass(frozen=True)
-class ExpertRows:
-    """The rows of this rank's experts.
-
-    Attributes:
-        values: [copies, features], the received rows copied to their experts, by expert.
-        weights: [copies].
-        sum_outputs: Adds up the experts' outputs [copies, features] of each received row: [rows, features].
-    """
-
-    values: Tensor
-    weights: Tensor
-    sum_outputs: RowMap
-
-
-class CopyToExperts:
-    """Copies received rows to this rank's experts.
-
-    Transformer Engine's fused permutation copies the rows if `--moe-permute-fusion` asks for it.
-    """
-
-    def __init__(self, uses_transformer_engine: bool) -> None:
-        self._uses_transformer_engine = uses_transformer_engine
-
-    def __call__(self, rows: Tensor, weights: Tensor, chosen: Tensor, num_copies: int) -> ExpertRows:
-        """Copy each row to the experts that are chosen for it.
-
-        Args:
-            rows: [rows, features]. Every row has an expert on this rank.
-            weights: [rows, local experts].
-            chosen: Bool [rows, local experts].
-            num_copies: The number of True elements of `chosen`.
-        """
-        if chosen.shape[1] == 1:
-            return ExpertRows(rows, weights.squeeze(1), sum_outputs=lambda outputs: outputs)
-        # Transformer Engine's kernels need at least one copy.
-        if self._uses_transformer_engine and num_copies > 0:
-            permute, unpermute = moe_utils.fused_permute_with_probs, moe_utils.fused_unpermute
-            assert permute is not None
-            assert unpermute is not None
-            values, weights_of_copies, row_id_map = permute(rows, weights, chosen, num_out_tokens=num_copies)
-            sum_outputs = partial(unpermute, row_id_map=row_id_map, restore_shape=rows.shape)
-            return ExpertRows(values, weights_of_copies, sum_outputs)
-        copies = RowCopies.from_map(chosen, num_copies, has_every_row=True)
-        return ExpertRows(
-            values=copies.copy_rows_with_gradient(rows),
-            weights=copies.pick(weights),
-            sum_outputs=copies.sum_copies_with_gradient,
-        )
-
-
-@dataclass(frozen=True)
-class DispatchRecord:
-    """Records one layer's dispatch so that `combine` can invert it.
-
-    Attributes:
-        sum_outputs: See `ExpertRows`.
-        shape: [sequence, batch, features].
-        plan: Brought the tokens from other ranks; None if the tokens were here.
-    """
-
-    sum_outputs: RowMap
-    shape: Size
-    plan: LayerPlan | None = None
-
-    def combine(self, expert_output: Tensor) -> Tensor:
-        """Add up the outputs [copies, features] of each token: [sequence, batch, features]."""
-        rows = self.sum_outputs(expert_output)
-        if self.plan is not None:
-            rows = self.plan.to_ranks.sum_copies_with_gradient(self.plan.exchange.send_back(rows))
-        return rows.view(self.shape)
 
 
 class _LinearMap(torch.autograd.Function):
