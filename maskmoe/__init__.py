@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from maskmoe.megatron_compat import prepare_process
+    from maskmoe.routing_mask.known_routing import ExpertLayout, plan
     from maskmoe.routing_mask.mask import RoutingMask
     from maskmoe.training.model.batch import build_datasets, get_batch, loss_function, token_losses
     from maskmoe.training.model.model_builder import MaskMoEModelConfig, embedding_ranks_of
@@ -27,6 +28,7 @@ __version__ = "0.2.1"
 
 _NAMES = {
     "megatron_compat": ["prepare_process"],
+    "routing_mask.known_routing": ["ExpertLayout", "plan"],
     "routing_mask.mask": ["RoutingMask"],
     "training.model.batch": ["build_datasets", "get_batch", "loss_function", "token_losses"],
     "training.model.model_builder": ["MaskMoEModelConfig", "embedding_ranks_of"],
