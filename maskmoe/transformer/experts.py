@@ -1,12 +1,16 @@
-"""Experts without Transformer Engine."""
+"""Experts without Transformer Engine, and with it without a wait of the host."""
+
+from typing import Any
 
 import torch
 from megatron.core.process_groups_config import ProcessGroupCollection
 from megatron.core.transformer.mlp import MLPSubmodules
-from megatron.core.transformer.moe.experts import SequentialMLP
+from megatron.core.transformer.moe.experts import SequentialMLP, TEGroupedMLP
 from megatron.core.transformer.transformer_config import TransformerConfig
 from megatron.core.utils import get_pg_rank, get_pg_size
 from torch import Tensor
+
+from maskmoe.errors import UserError
 
 
 class LocalExperts(SequentialMLP):
@@ -37,3 +41,41 @@ class LocalExperts(SequentialMLP):
 
 def _copy_output(module: torch.nn.Module, inputs: object, output: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
     return output[0].clone(), output[1]
+
+
+class CountsOnDeviceMLP(TEGroupedMLP):
+    """`TEGroupedMLP` that leaves the numbers of rows on the GPU, so that the host does not wait for them.
+
+    Transformer Engine's grouped-tensor path reads the numbers on the GPU, from Hopper on. `TEGroupedMLP` brings them to
+    the host in every layer, which Transformer Engine does itself on older GPUs.
+
+    Raises:
+        UserError: Transformer Engine has no such path, or Megatron-Core needs the numbers on the host.
+    """
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        for layer in (self.linear_fc1, self.linear_fc2):
+            if not hasattr(layer, "use_grouped_tensor"):
+                raise UserError("--moe-counts-on-device needs Transformer Engine 2.19 or newer")
+            layer.use_grouped_tensor = True  # pyrefly: ignore[missing-attribute]
+        if self.config.fp8 or self.config.fp4 or self.config.add_bias_linear:
+            raise UserError(
+                "--moe-counts-on-device needs --disable-bias-linear and 16-bit experts: Megatron-Core adds biases and "
+                "pads rows for FP8 and FP4 by counts on the host"
+            )
+
+    def forward(  # pyrefly: ignore[bad-override]  # the arguments that follow are handed on
+        self, permuted_local_hidden_states: Tensor, tokens_per_expert: Tensor, *args: Any
+    ) -> tuple[Tensor, Tensor | None]:
+        """Compute the output of every expert for its rows; arguments as for `TEGroupedMLP.forward`."""
+        counts = tokens_per_expert.to(permuted_local_hidden_states.device, non_blocking=True)
+        return super().forward(permuted_local_hidden_states, counts.as_subclass(_CountsOnDevice), *args)
+
+
+class _CountsOnDevice(Tensor):
+    """Numbers of rows that Megatron-Core does not turn into a list."""
+
+    def tolist(self) -> Tensor:  # pyrefly: ignore[bad-override]
+        """Return the numbers as a tensor, which Transformer Engine takes in place of a list."""
+        return self.as_subclass(Tensor)

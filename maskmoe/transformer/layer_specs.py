@@ -20,7 +20,7 @@ from megatron.core.tensor_parallel import get_cuda_rng_tracker
 from megatron.core.transformer.attention import SelfAttentionSubmodules
 from megatron.core.transformer.dot_product_attention import DotProductAttention
 from megatron.core.transformer.identity_op import IdentityOp
-from megatron.core.transformer.moe.experts import SequentialMLP
+from megatron.core.transformer.moe.experts import SequentialMLP, TEGroupedMLP
 from megatron.core.transformer.moe.moe_layer import MoELayer
 from megatron.core.transformer.moe.router import TopKRouter
 from megatron.core.transformer.multi_latent_attention import MLASelfAttention
@@ -35,7 +35,7 @@ from megatron.core.transformer.transformer_config import MLATransformerConfig, T
 from megatron.core.transformer.transformer_layer import TransformerLayerSubmodules
 from torch import Tensor
 
-from maskmoe.transformer.experts import LocalExperts
+from maskmoe.transformer.experts import CountsOnDeviceMLP, LocalExperts
 from maskmoe.transformer.moe_layer import MaskMoELayer
 from maskmoe.transformer.router import MaskMoERouter
 from maskmoe.transformer.routing import AuxLossTokens
@@ -180,6 +180,11 @@ def with_maskmoe_modules(
         return modules.get(node, node) if isinstance(node, type) else node
 
     return map_spec(spec, substitute)
+
+
+def with_counts_on_device(spec: Any) -> Any:
+    """Return any spec with `CountsOnDeviceMLP` in place of Transformer Engine's grouped experts."""
+    return map_spec(spec, lambda node: CountsOnDeviceMLP if node is TEGroupedMLP else node)
 
 
 def map_spec(node: Any, substitute: Callable[[Any], Any]) -> Any:

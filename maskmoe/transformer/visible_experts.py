@@ -1,5 +1,6 @@
 """The routing mask on the device: look up the experts that each token may use."""
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -14,6 +15,9 @@ from maskmoe.checkpoint.read_routing_mask import BUFFERS, buffers_of_routing_mas
 from maskmoe.errors import UserError
 from maskmoe.routing_mask.feed_forward_layers import FeedForwardLayers
 from maskmoe.routing_mask.mask import RoutingMask
+
+_ALIGNMENT = 16
+"""Bytes; compiled code copies each tensor that does not begin at a multiple, in every call."""
 
 
 @dataclass(frozen=True)
@@ -124,6 +128,22 @@ class VisibleExperts(torch.nn.Module):
             num_visible = torch.from_numpy(mask.row_sizes.astype(np.int16))
             self.register_buffer("num_visible_of_row", num_visible, persistent=False)
         self.register_buffer("bit_values", torch.from_numpy(1 << np.arange(8, dtype=np.uint8)), persistent=False)
+        self._align_tables()
+
+    def _align_tables(self) -> None:
+        """Let each table in the buffers begin at a multiple of `_ALIGNMENT`."""
+        for name in ("row_of_id", "visible_bits"):
+            tables = getattr(self, name)  # [tables, …]
+            flat = tables.flatten(1)
+            padding = -flat.shape[1] % (_ALIGNMENT // tables.element_size())
+            padded = torch.nn.functional.pad(flat, (0, padding))
+            setattr(self, name, padded[:, : flat.shape[1]].unflatten(1, tables.shape[1:]))
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "VisibleExperts":
+        """Move the buffers to another device, which removes the space between tables."""
+        super()._apply(fn, recurse)
+        self._align_tables()
+        return self
 
     def table_of_layer(self, number: int) -> int:
         """Return the table of a MoE layer by its number among the feed-forward layers, counting from 1.

@@ -1,12 +1,13 @@
-"""Experts of the local spec against Megatron-Core's `SequentialMLP`, bit for bit on the CPU."""
+"""Experts against Megatron-Core's `SequentialMLP` and `TEGroupedMLP`, bit for bit on the CPU."""
 
 from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
 from megatron.core.tensor_parallel.layers import ColumnParallelLinear, RowParallelLinear
 from megatron.core.transformer.mlp import MLPSubmodules
-from megatron.core.transformer.moe.experts import SequentialMLP
+from megatron.core.transformer.moe.experts import GroupedMLPSubmodules, SequentialMLP, TEGroupedMLP
 from megatron.core.transformer.transformer_config import TransformerConfig
 from support import small_moe as moe
 from support.small_moe import DEVICE
@@ -14,7 +15,8 @@ from support.tensors import assert_same_tensors
 from torch import Tensor
 from torch.nn.functional import gelu
 
-from maskmoe.transformer.experts import LocalExperts
+from maskmoe.errors import UserError
+from maskmoe.transformer.experts import CountsOnDeviceMLP, LocalExperts
 
 # Of the local spec.
 SUBMODULES = MLPSubmodules(linear_fc1=ColumnParallelLinear, linear_fc2=RowParallelLinear)
@@ -30,7 +32,7 @@ def make_experts[Experts: SequentialMLP](kind: type[Experts], config: Transforme
     return experts
 
 
-def compute(experts: SequentialMLP, tokens_per_expert: list[int]) -> dict[str, Tensor]:
+def compute(experts: SequentialMLP | TEGroupedMLP, tokens_per_expert: list[int]) -> dict[str, Tensor]:
     """Compute the output and all gradients for random rows."""
     generator = torch.Generator().manual_seed(0)
     number, config = sum(tokens_per_expert), experts.config
@@ -80,3 +82,49 @@ def _experts_of_rank(config: TransformerConfig, rank: int, num_ranks: int) -> tu
     groups.ep = SimpleNamespace(rank=lambda: rank, size=lambda: num_ranks)
     experts = LocalExperts(config.num_moe_experts // num_ranks, config, SUBMODULES, groups)
     return experts, torch.rand(1)
+
+
+class GroupedLinear(torch.nn.Module):
+    """Stands for Transformer Engine's grouped linear layer, which reads the numbers of rows as a tensor or a list."""
+
+    use_grouped_tensor = False
+
+    def __init__(self, num_experts: int, input_size: int, output_size: int, **unused: Any) -> None:
+        super().__init__()
+        self.weight = torch.nn.Parameter(torch.empty(num_experts, input_size, output_size))
+
+    def forward(self, rows: Tensor, counts: Tensor | list[int]) -> tuple[Tensor, None]:
+        """Multiply the rows of each expert by the expert's weight."""
+        assert type(counts) is (Tensor if self.use_grouped_tensor else list)
+        parts = rows.split(counts.tolist() if isinstance(counts, Tensor) else counts)
+        return torch.cat([part @ weight for part, weight in zip(parts, self.weight, strict=True)]), None
+
+
+def make_grouped(kind: type[TEGroupedMLP], linear: type[torch.nn.Module] = GroupedLinear, **settings) -> TEGroupedMLP:
+    """Build grouped experts whose linear layers are stand-ins."""
+    config = moe.make_config(4, **settings)
+    torch.manual_seed(0)
+    experts = kind(4, config, GroupedMLPSubmodules(linear_fc1=linear, linear_fc2=linear), moe.process_groups())
+    for parameter in experts.parameters():
+        torch.nn.init.normal_(parameter)
+    return experts
+
+
+def test_counts_of_rows_stay_on_the_device() -> None:
+    counts = [2, 0, 3, 4]
+    ours, theirs = make_grouped(CountsOnDeviceMLP), make_grouped(TEGroupedMLP)
+    assert_same_tensors(compute(ours, counts), compute(theirs, counts))
+
+
+class OlderGroupedLinear(GroupedLinear):
+    """Stands for the layer of Transformer Engine 2.18."""
+
+    use_grouped_tensor = property()
+
+
+@pytest.mark.parametrize(
+    ("linear", "settings"), [(OlderGroupedLinear, {}), (GroupedLinear, {"add_bias_linear": True})], ids=["old", "bias"]
+)
+def test_counts_that_are_needed_on_the_host_are_refused(linear, settings) -> None:
+    with pytest.raises(UserError, match="--moe-counts-on-device"):
+        make_grouped(CountsOnDeviceMLP, linear, **settings)

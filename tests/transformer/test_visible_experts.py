@@ -33,7 +33,9 @@ def test_lookup_equals_the_mask(seed: int, tables: int, vocab_size: int, num_exp
     module = make_visible_experts(make_config(num_experts, num_layers=mask.num_layers), mask)
     token_ids = np.random.default_rng(seed).integers(0, vocab_size, 30)
     for layer in range(mask.num_layers):
-        found = module.mask_table(module.table_of_layer(layer + 1)).look_up(torch.from_numpy(token_ids).to(DEVICE))
+        table = module.mask_table(module.table_of_layer(layer + 1))
+        assert table.row_of_id.data_ptr() % 16 == table.visible_bits.data_ptr() % 16 == 0
+        found = table.look_up(torch.from_numpy(token_ids).to(DEVICE))
         expected = mask.visible_sets(layer)[token_ids]
         assert found.experts.dtype == torch.bool
         assert np.array_equal(found.experts.cpu(), expected)

@@ -27,6 +27,7 @@ from maskmoe.transformer.layer_specs import (
     get_maskmoe_decoder_block_spec,
     get_maskmoe_hybrid_stack_spec,
     get_maskmoe_mtp_block_spec,
+    with_counts_on_device,
 )
 from maskmoe.transformer.models import DenseGPTModel, DenseHybridModel, MaskMoEGPTModel, MaskMoEHybridModel
 from maskmoe.transformer.router import check_router_settings
@@ -46,6 +47,7 @@ class MaskMoEModelConfig:
         replaced_routing_mask: The checkpoint to load if `routing_mask` may replace the mask that it holds.
         aux_loss_tokens: Tokens over which the load-balancing loss is averaged, see `MaskMoERouter`.
         qk_layernorm_all_heads: Normalise queries and keys over all heads together, see `AllHeadsRMSNorm`.
+        counts_on_device: Leave the numbers of the experts' rows on the GPU, see `CountsOnDeviceMLP`.
         rope_scaling: Scale rotary embeddings as Llama 3 does.
         rope_scaling_factor: Divides low frequencies of rotary embeddings, as in Llama 3.
         builder: The class that builds the model; None: `MaskMoEGPTModelBuilder` or `MaskMoEHybridModelBuilder`.
@@ -57,6 +59,7 @@ class MaskMoEModelConfig:
     replaced_routing_mask: Path | None = None
     aux_loss_tokens: AuxLossTokens = "all"
     qk_layernorm_all_heads: bool = False
+    counts_on_device: bool = False
     rope_scaling: bool = False
     rope_scaling_factor: float = 8.0
     builder: type["StageBuilder"] | None = None
@@ -69,6 +72,8 @@ class MaskMoEModelConfig:
             check_router_settings(config)
         if config.moe_token_dispatcher_type == "flex" and config.params_dtype is not torch.bfloat16:
             raise UserError("--moe-token-dispatcher-type flex needs --bf16: its libraries send bf16 only")
+        if config.overlap_moe_expert_parallel_comm and isinstance(self.megatron, HybridModelConfig):
+            raise UserError("--overlap-moe-expert-parallel-comm needs a model without --hybrid-layer-pattern")
         if self.qk_layernorm_all_heads and not (config.qk_layernorm and config.normalization == "RMSNorm"):
             raise UserError("--qk-layernorm-all-heads needs --qk-layernorm and --normalization RMSNorm")
         # The fused SwiGLU ignores the clamp. The fused GELU cannot weigh the rows of an expert. The fused quick GELU
@@ -136,6 +141,7 @@ class StageBuilder:
             vocab_size = calculate_padded_vocab_size(vocab_size, multiple, tp_size)
         # Megatron's configuration of a hybrid model lacks these settings.
         rope = settings if getattr(settings, "rope_scaling", False) else self.config
+        specs = self.layer_specs(visible_experts, vp_stage)
         return model(
             config=config,
             vocab_size=vocab_size,
@@ -153,7 +159,7 @@ class StageBuilder:
             post_process=is_last if post_process is None else post_process,
             pg_collection=pg_collection,
             vp_stage=vp_stage,
-            **self.layer_specs(visible_experts, vp_stage),
+            **(with_counts_on_device(specs) if self.config.counts_on_device else specs),
         )
 
     def visible_experts(self, pg_collection: ProcessGroupCollection, vp_stage: int | None) -> VisibleExperts:
@@ -217,6 +223,7 @@ def model_config_from_args(args: Namespace, builder: type[StageBuilder] | None =
             builder=builder,
             aux_loss_tokens=args.moe_aux_loss_tokens,
             qk_layernorm_all_heads=args.qk_layernorm_all_heads,
+            counts_on_device=args.moe_counts_on_device,
             rope_scaling=args.use_rope_scaling,
             rope_scaling_factor=args.rope_scaling_factor,
         )

@@ -57,6 +57,12 @@ def add_maskmoe_flags(parser: ArgumentParser) -> ArgumentParser:
         "default on a GPU from Ampere on with Transformer Engine",
     )
     group.add_argument(
+        "--moe-counts-on-device",
+        action="store_true",
+        help="leave the numbers of the experts' rows on the GPU, so that no layer waits for them. Needs Transformer "
+        "Engine 2.19, and has an effect from Hopper on. Nobody has run it on a GPU yet",
+    )
+    group.add_argument(
         "--verbose",
         action="store_true",
         help="print everything that Megatron prints, such as all arguments, to the console. By default a training run "
