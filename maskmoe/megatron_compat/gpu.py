@@ -1,6 +1,7 @@
 """Chooses Megatron's arguments on GPUs: its defaults fail on a machine without Transformer Engine."""
 
 from dataclasses import dataclass
+from importlib.util import find_spec
 from typing import Any
 
 LEAST_VERSION_OF_PERMUTATION = "2.20.2"
@@ -16,12 +17,14 @@ class GpuPackages:
         grouped_experts: Transformer Engine can compute the experts of a rank together, which needs Ampere or newer.
         fused_permutation: Transformer Engine's fused permutation computes all gradients of the router.
         fused_accumulation: Apex is installed, whose kernels Megatron's output layer takes to add gradients of weights.
+        deep_ep: DeepEP is installed.
     """
 
     transformer_engine: bool = True
     grouped_experts: bool = True
     fused_permutation: bool = True
     fused_accumulation: bool = True
+    deep_ep: bool = False
 
     @classmethod
     def installed(cls) -> "GpuPackages":
@@ -37,6 +40,7 @@ class GpuPackages:
             grouped_experts=moe_utils.HAVE_TE and torch.cuda.get_device_capability() >= (8, 0),
             fused_permutation=moe_utils.HAVE_TE and is_te_min_version(LEAST_VERSION_OF_PERMUTATION),
             fused_accumulation=layers._grad_accum_fusion_available,
+            deep_ep=find_spec("deep_ep") is not None,
         )
 
     def argument_defaults(self) -> dict[str, Any]:

@@ -10,6 +10,7 @@ from math import inf
 from pathlib import Path
 from typing import Any, NoReturn
 
+import torch
 from megatron.core.num_microbatches_calculator import _build_num_microbatches_calculator
 from megatron.training.arguments import parse_args, validate_args
 from megatron.training.global_vars import rebuild_tokenizer
@@ -34,6 +35,7 @@ from maskmoe.training.settings.support import (
     flags_of,
     missing_flags,
     missing_transformer_engine,
+    note_on_flex,
     note_on_unproven,
     outdated_packages,
     refusals,
@@ -227,7 +229,11 @@ class RunChecks:
             self.notes.append(missing)
         if args.num_experts and not args.skip_train:
             column = "cpu" if args.distributed_backend == "gloo" else "gpu"
-            self.notes += filter(None, [note_on_unproven(self.command_line.megatrons_flags, column)])
+            notes = [
+                note_on_unproven(self.command_line.megatrons_flags, column),
+                note_on_flex(args, torch.cuda.device_count(), self.packages.deep_ep),
+            ]
+            self.notes += filter(None, notes)
         self._refuse_all(missing_flags(args, has_checkpoint=self.checkpoint is not None))
 
     def _validate(self) -> None:

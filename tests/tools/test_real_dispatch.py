@@ -19,7 +19,7 @@ from maskmoe.transformer.token_ids import TokenIds, pack_token_ids
 
 sys.path.append(str(ROOT / "tools" / "studies"))  # also for ranks
 from dispatch_simulation import Routing, Simulation, mask_of_layer
-from dispatch_traffic import VisibleLists, Workload, exchanges, rows_to_ranks
+from dispatch_traffic import Sending, VisibleLists, Workload, exchanges, rows_to_ranks
 from support.small_cases import count, make_cluster, make_mask, write_data
 
 TOPK, HIDDEN, TOKENS = 3, 24, 200
@@ -95,7 +95,8 @@ def test_bytes_are_those_of_real_ranks(run_ranks, tmp_path, num_ranks):
     costs = {cost.variant: cost for cost in simulation.run([cluster], [TOPK])}
     for name, dispatch in DISPATCH.items():
         matrix = rows[name]  # [ranks, ranks]
-        expected = {exchange.content: exchange for exchange in exchanges(dispatch, matrix, workload, cluster)}
+        collectives = exchanges(Sending[dispatch.name], matrix, workload, cluster, TOPK)
+        expected = {exchange.content: exchange for exchange in collectives}
         assert {call[0] for rank_calls in calls_of_ranks for call in rank_calls[name]} == expected.keys()
         sent = np.zeros((num_ranks, num_ranks))
         for content, exchange in expected.items():

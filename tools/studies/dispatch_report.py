@@ -10,10 +10,10 @@ from dispatch_simulation import DispatchCost
 from maskmoe.files.csv_files import write_csv
 
 _HEADER = (
-    "    GPUs     EP  variant                         own      node    across      rows  load max/mean    all-to-all"
-    "      layer",
-    "                                                  MB        MB        MB           expected drawn          ms"
-    "         ms",
+    "    GPUs     EP  variant                                 own      node    across      rows  load max/mean"
+    "    all-to-all      layer",
+    "                                                          MB        MB        MB           expected drawn"
+    "          ms         ms",
 )
 # The panels of the plot: title, field of `DispatchCost`, factor, and label of the factor's unit.
 _PANELS = (
@@ -33,24 +33,41 @@ def write_costs(costs: Sequence[DispatchCost], path: Path) -> None:
     write_csv(path, [field.name for field in fields(DispatchCost)], map(astuple, costs))
 
 
-def terminal_table(costs: Sequence[DispatchCost]) -> Iterator[str]:
+def terminal_table(costs: Sequence[DispatchCost], expert_seconds: float) -> Iterator[str]:
     """Yield the lines of one table for each k.
 
-    Bytes and times are for one layer and step; bytes are the mean over ranks.
+    Bytes and times are for one layer and step; bytes are the mean over ranks. With the time of an expert for one token,
+    forward and backward, each number of GPUs has a line with the load at which planned dispatch loses its advantage.
     """
     for topk, costs_of_topk in groupby(costs, key=lambda cost: cost.topk):
         yield f"top-{topk}"
         yield from _HEADER
-        for cost in costs_of_topk:
-            line = f"{cost.num_gpus:>8,} {cost.ep_size:>6,}  {cost.variant:<26}"
-            if cost.impossible:
-                yield f"{line}  impossible: {cost.impossible}"
-                continue
-            for num_bytes in (cost.bytes_own, cost.bytes_node, cost.bytes_across):
-                line += f"{num_bytes / 1e6:>10,.1f}"
-            line += f"{cost.rows:>10,.0f}{cost.expected_load_max_over_mean:>9.2f}{cost.load_max_over_mean:>6.2f}"
-            yield f"{line}{cost.all_to_all_seconds * 1e3:>14,.3f}{cost.seconds * 1e3:>11,.3f}"
+        for _, costs_of_cluster in groupby(costs_of_topk, key=lambda cost: cost.num_gpus):
+            of_variant = {cost.variant: cost for cost in costs_of_cluster}
+            yield from map(_line, of_variant.values())
+            planned, node_copy = of_variant["rank-local mask, planned"], of_variant.get("mask, one copy per node")
+            if expert_seconds and node_copy and not (planned.impossible or node_copy.impossible):
+                yield f"{'':17}{_load_that_costs_as_much(planned, node_copy, expert_seconds)}"
         yield ""
+
+
+def _line(cost: DispatchCost) -> str:
+    """Return the line of one way to dispatch."""
+    line = f"{cost.num_gpus:>8,} {cost.ep_size:>6,}  {cost.variant:<34}"
+    if cost.impossible:
+        return f"{line}  impossible: {cost.impossible}"
+    for num_bytes in (cost.bytes_own, cost.bytes_node, cost.bytes_across):
+        line += f"{num_bytes / 1e6:>10,.1f}"
+    line += f"{cost.rows:>10,.0f}{cost.expected_load_max_over_mean:>9.2f}{cost.load_max_over_mean:>6.2f}"
+    return f"{line}{cost.all_to_all_seconds * 1e3:>14,.3f}{cost.seconds * 1e3:>11,.3f}"
+
+
+def _load_that_costs_as_much(planned: DispatchCost, node_copy: DispatchCost, expert_seconds: float) -> str:
+    """Say up to which load of the busiest GPU planned dispatch is as fast as one copy per node, experts included."""
+    saved = node_copy.seconds - planned.seconds
+    load = node_copy.load_max_over_mean + saved / (planned.computed * expert_seconds)
+    verb = "is" if planned.load_max_over_mean <= load else "is not"
+    return f"planned {verb} faster than one copy per node (DeepEP): it is up to a load of {load:.2f} times the mean"
 
 
 def draw_plot(costs: Sequence[DispatchCost], path: Path) -> None:

@@ -7,13 +7,12 @@ from functools import cache, partial
 from itertools import product
 
 import numpy as np
-from dispatch_traffic import Cluster, Exchange, VisibleLists, Workload, exchanges, rows_to_ranks
+from dispatch_traffic import NO_EXPERT, Cluster, Exchange, Sending, VisibleLists, Workload, exchanges, rows_to_ranks
 from tqdm import tqdm
 
 from maskmoe.errors import UserError
 from maskmoe.routing_mask.assignment import MaskRecipe, build_routing_mask
-from maskmoe.routing_mask.dispatch_kind import DispatchKind
-from maskmoe.routing_mask.frequency import TokenFrequency, expected_expert_load
+from maskmoe.routing_mask.frequency import TokenFrequency, expected_expert_load, heaviest_shares
 from maskmoe.routing_mask.mask import RoutingMask
 
 
@@ -26,6 +25,8 @@ class Routing(Enum):
     """The given mask."""
     RANK_LOCAL = "rank-local mask"
     """A mask with all experts of an id on one rank."""
+    HOT_LOCAL = "rank-local, hot ids local"
+    """A rank-local mask, but every rank has the experts of the ids that are more than one rank's share of the load."""
     NODE_LOCAL = "node-local mask"
     """A mask with all experts of an id on one node."""
 
@@ -36,7 +37,7 @@ class Routing(Enum):
         """
         if self is Routing.NODE_LOCAL:
             return cluster.nodes_per_group or 0
-        return cluster.ep_size if self is Routing.RANK_LOCAL else 1
+        return cluster.ep_size if self in (Routing.RANK_LOCAL, Routing.HOT_LOCAL) else 1
 
 
 def why_impossible(routing: Routing, mask: RoutingMask, layer: int, cluster: Cluster, topk: int) -> str | None:
@@ -51,7 +52,7 @@ def why_impossible(routing: Routing, mask: RoutingMask, layer: int, cluster: Clu
         return f"{ep_size:,} expert-parallel ranks do not fill whole nodes of {cluster.gpus_per_node:,}"
     available, needed = num_experts // num_places, min(mask.num_visible_of_layer(layer).max(), max(2, topk))
     if available < needed:
-        place = "rank" if routing is Routing.RANK_LOCAL else "node"
+        place = "node" if routing is Routing.NODE_LOCAL else "rank"
         return f"a {place} has {available:,} of the experts, fewer than the {needed:,} that a frequent id needs"
     return None
 
@@ -97,16 +98,12 @@ def mask_of_layer(
 
 
 # The ways to dispatch that are compared for each kind of routing. A mask that allows it is planned instead of one copy.
-_DISPATCHES = {
-    Routing.TOPK: (DispatchKind.STOCK, DispatchKind.ONE_COPY),
-    Routing.MASK: (DispatchKind.STOCK, DispatchKind.ONE_COPY),
-    Routing.RANK_LOCAL: (DispatchKind.PLANNED,),
-    Routing.NODE_LOCAL: (DispatchKind.ONE_COPY,),
-}
-_NAMES = {
-    DispatchKind.STOCK: "row per expert",
-    DispatchKind.ONE_COPY: "one copy",
-    DispatchKind.PLANNED: "planned",
+_SENDINGS = {
+    Routing.TOPK: (Sending.STOCK, Sending.ONE_COPY, Sending.NODE_COPY),
+    Routing.MASK: (Sending.STOCK, Sending.ONE_COPY, Sending.NODE_COPY),
+    Routing.RANK_LOCAL: (Sending.PLANNED,),
+    Routing.HOT_LOCAL: (Sending.PLANNED,),
+    Routing.NODE_LOCAL: (Sending.ONE_COPY, Sending.NODE_COPY),
 }
 
 
@@ -125,7 +122,8 @@ class DispatchCost:
         bytes_own: Bytes that a rank puts into all collectives for itself; mean over ranks.
         bytes_node: Bytes that a rank puts into all collectives for other GPUs of its node; mean over ranks.
         bytes_across: Bytes that a rank puts into all collectives for other nodes; mean over ranks.
-        rows: Hidden states that a rank receives in one all-to-all, including those from itself; mean over ranks.
+        rows: Tokens that a rank receives in one all-to-all, including its own; mean over ranks.
+        computed: Tokens times experts that a rank computes; mean over ranks.
         load_max_over_mean: Maximum over mean of the tokens times experts that the ranks compute.
         expected_load_max_over_mean: The same ratio as expected from the frequencies of the dataset's ids.
         all_to_all_seconds: Time of one all-to-all of hidden states.
@@ -141,6 +139,7 @@ class DispatchCost:
     bytes_node: float = np.nan
     bytes_across: float = np.nan
     rows: float = np.nan
+    computed: float = np.nan
     load_max_over_mean: float = np.nan
     expected_load_max_over_mean: float = np.nan
     all_to_all_seconds: float = np.nan
@@ -192,30 +191,34 @@ class Simulation:
     def _costs(self, topk: int, cluster: Cluster, routing: Routing) -> list[DispatchCost]:
         """Return the costs of all ways to dispatch with one kind of routing."""
         case = partial(DispatchCost, cluster.num_gpus, cluster.ep_size, topk)
-        dispatches = _DISPATCHES[routing]
+        sendings = [each for each in _SENDINGS[routing] if each is not Sending.NODE_COPY or cluster.nodes_per_group]
         if reason := why_impossible(routing, self.mask, self.layer, cluster, topk):
-            return [case(_name(routing, dispatch), impossible=reason) for dispatch in dispatches]
+            return [case(_name(routing, sending), impossible=reason) for sending in sendings]
         # Dispatch is planned only if the destination of every token is known in every layer.
         mask = mask_of_layer(routing, self.mask, self.layer, self.frequency, routing.num_places(cluster), topk)
         if (self.mask if routing is Routing.MASK else mask).is_rank_local(cluster.ep_size):
-            dispatches = [DispatchKind.PLANNED if way is DispatchKind.ONE_COPY else way for way in dispatches]
+            sendings = [Sending.PLANNED if sending is Sending.ONE_COPY else sending for sending in sendings]
         # Route the tokens once. The random stream depends on the case, not on what else is simulated.
         key = (topk, cluster.num_gpus, cluster.ep_size, list(Routing).index(routing), self.layer)
         rng = np.random.default_rng(np.random.SeedSequence(self.seed, spawn_key=key))
-        per_expert, per_rank = self.route(cluster, mask, topk, rng)
-        load = cluster.reverse(per_expert).sum(axis=1)  # [ranks]
-        expert_load = expected_expert_load(mask, self.frequency.occurrences, topk)
-        expected_load = expert_load.reshape(cluster.ep_size, -1).sum(axis=1)  # [ranks of a group]
+        is_hot = np.zeros(mask.vocab_size, bool)
+        if routing is Routing.HOT_LOCAL:
+            is_hot = heaviest_shares(mask, self.frequency.occurrences, topk)[0] > 1 / cluster.ep_size
+        rows = self.route(cluster, mask, topk, rng, is_hot)
+        load = cluster.reverse(rows[Sending.STOCK]).sum(axis=1)  # [ranks]
+        used = np.minimum(mask.num_visible_of_layer(0), topk) * self.frequency.occurrences  # [vocab]
+        expert_load = expected_expert_load(mask, self.frequency.occurrences * ~is_hot, topk)
+        expected_load = expert_load.reshape(cluster.ep_size, -1).sum(axis=1) + used[is_hot].sum() / cluster.ep_size
         costs = []
-        for dispatch in dispatches:
-            rows = per_expert if dispatch is DispatchKind.STOCK else per_rank
-            collectives = exchanges(dispatch, rows, self.workload, cluster)
+        for sending in sendings:
+            collectives = exchanges(sending, rows[sending], self.workload, cluster, topk)
             seconds = [cluster.seconds(exchange.rows, exchange.bytes_per_row) for exchange in collectives]
             cost = case(
-                _name(routing, dispatch),
+                _name(routing, sending),
                 "",
                 *_sent_bytes(cluster, collectives),
-                rows=rows.sum() / cluster.num_gpus,
+                rows=rows[Sending.STOCK if sending is Sending.STOCK else Sending.ONE_COPY].sum() / cluster.num_gpus,
+                computed=load.mean(),
                 load_max_over_mean=load.max() / load.mean(),
                 expected_load_max_over_mean=expected_load.max() / expected_load.mean(),
                 all_to_all_seconds=seconds[0],
@@ -225,23 +228,35 @@ class Simulation:
         return costs
 
     def route(
-        self, cluster: Cluster, mask: RoutingMask, topk: int, rng: np.random.Generator
-    ) -> tuple[np.ndarray, np.ndarray]:
+        self, cluster: Cluster, mask: RoutingMask, topk: int, rng: np.random.Generator, is_hot: np.ndarray
+    ) -> dict[Sending, np.ndarray]:
         """Draw the experts of all tokens under a mask of one layer, and count the rows of one all-to-all.
 
         Each rank has consecutive tokens of the dataset, from a start of its own. The starts are spread evenly over the
-        dataset. If the ranks together need more tokens than the dataset has, their parts overlap.
+        dataset. If the ranks together need more tokens than the dataset has, their parts overlap. The ids `is_hot`,
+        bool [vocab], use experts of their own rank.
 
         Returns:
-            The rows if a token is sent once for every selected expert, and the rows if a token is sent once to every
-            rank that holds selected experts, int64 [ranks, ranks of a group] each.
+            The rows of each way to send, int64 [ranks, ranks of a group].
         """
         visible, experts_per_rank = VisibleLists(mask), mask.num_experts // cluster.ep_size
-        rows = np.empty((2, cluster.num_gpus, cluster.ep_size), np.int64)
+        num_nodes = cluster.nodes_per_group or 1
+        per_expert, per_rank = np.empty((2, cluster.num_gpus, cluster.ep_size), np.int64)
+        per_node = np.empty((cluster.num_gpus, num_nodes), np.int64)
         for rank in range(cluster.num_gpus):
-            experts = visible.draw(self.tokens_of_rank(rank, cluster.num_gpus), topk, rng)
-            rows[:, rank] = rows_to_ranks(experts, cluster.ep_size, experts_per_rank)
-        return rows[0], rows[1]
+            token_ids = self.tokens_of_rank(rank, cluster.num_gpus)
+            experts, stays = visible.draw(token_ids, topk, rng), is_hot[token_ids]  # [k, tokens], [tokens]
+            sent = np.where(stays, NO_EXPERT, experts)
+            per_expert[rank], per_rank[rank] = rows_to_ranks(sent, cluster.ep_size, experts_per_rank)
+            per_expert[rank, rank % cluster.ep_size] += (experts[:, stays] != NO_EXPERT).sum()
+            per_rank[rank, rank % cluster.ep_size] += stays.sum()
+            per_node[rank] = rows_to_ranks(sent, num_nodes, mask.num_experts // num_nodes)[1]
+        return {
+            Sending.STOCK: per_expert,
+            Sending.ONE_COPY: per_rank,
+            Sending.PLANNED: per_rank,
+            Sending.NODE_COPY: cluster.through_nodes(per_rank, per_node),
+        }
 
     def tokens_of_rank(self, rank: int, num_ranks: int) -> np.ndarray:
         """Return the token ids of one of all ranks, [tokens per rank] in the dataset's dtype."""
@@ -257,6 +272,6 @@ def _sent_bytes(cluster: Cluster, collectives: Sequence[Exchange]) -> list[float
     return np.dot(sizes, sent).tolist()
 
 
-def _name(routing: Routing, dispatch: DispatchKind) -> str:
-    """Return the name of a kind of routing with a way to dispatch."""
-    return f"{routing.value}, {_NAMES[dispatch]}"
+def _name(routing: Routing, sending: Sending) -> str:
+    """Return the name of a kind of routing with a way to send."""
+    return f"{routing.value}, {sending.value}"

@@ -1,19 +1,28 @@
 """The ranks of a cluster, the rows that they send each other, and the collectives of dispatch."""
 
 from dataclasses import dataclass
-from enum import IntEnum
+from enum import Enum, IntEnum
 from functools import cached_property
 from typing import NamedTuple
 
 import numpy as np
 
 from maskmoe.errors import UserError
-from maskmoe.routing_mask.dispatch_kind import DispatchKind
 from maskmoe.routing_mask.mask import RoutingMask, unpack_bits
 
 NO_EXPERT = -1
 _WEIGHT_BYTES = 4  # routers compute in fp32
-_COUNT_BYTES = 8
+_COUNT_BYTES = _INDEX_BYTES = 8
+
+
+class Sending(Enum):
+    """A way to send tokens to their experts; the values are names in tables and plots."""
+
+    STOCK = "row per expert"
+    ONE_COPY = "one copy"
+    PLANNED = "planned"
+    NODE_COPY = "one copy per node"
+    """DeepEP: one copy to each node, to the GPU with the sender's number on the node, which copies it to its peers."""
 
 
 class Reach(IntEnum):
@@ -94,6 +103,24 @@ class Cluster:
         """Return the rows of the opposite direction: what each rank receives from each rank of its group."""
         groups = rows.reshape(-1, self.ep_size, self.ep_size)
         return groups.swapaxes(1, 2).reshape(rows.shape)
+
+    def through_nodes(self, per_rank: np.ndarray, per_node: np.ndarray) -> np.ndarray:
+        """Return the rows that each rank sends to each rank, if a token crosses once to each node: see `NODE_COPY`.
+
+        Args:
+            per_rank: Tokens of each rank that need each rank, integer [ranks, ranks of a group].
+            per_node: Tokens of each rank that need each node of its group, integer [ranks, nodes of a group].
+        """
+        num_nodes = per_node.shape[1]
+        node, gpu = np.arange(num_nodes), np.arange(self.ep_size // num_nodes)
+        # [groups, node, GPU, node, GPU] and [groups, node, GPU, node]: of the sender, then of the receiver.
+        needed = per_rank.reshape(-1, num_nodes, len(gpu), num_nodes, len(gpu))
+        across = per_node.reshape(-1, num_nodes, len(gpu), num_nodes) * (node[:, None, None] != node)
+        sent = np.zeros_like(needed)
+        # The GPU with a number sends to its node's peers what the GPUs with this number on all nodes have for them.
+        sent[:, node, :, node, :] = needed.sum(axis=1).transpose(2, 0, 1, 3)
+        sent[:, :, gpu, :, gpu] += across.transpose(2, 0, 1, 3)
+        return sent.reshape(per_rank.shape)
 
     def seconds(self, rows: np.ndarray, bytes_per_row: int) -> float:
         """Return the time of an all-to-all in seconds, from the common start to the end on the slowest rank.
@@ -217,7 +244,9 @@ class Exchange(NamedTuple):
     bytes_per_row: int
 
 
-def exchanges(dispatch: DispatchKind, rows: np.ndarray, workload: Workload, cluster: Cluster) -> tuple[Exchange, ...]:
+def exchanges(
+    sending: Sending, rows: np.ndarray, workload: Workload, cluster: Cluster, topk: int
+) -> tuple[Exchange, ...]:
     """Return all collectives of one layer and step, for one micro-batch without recomputation.
 
     The first exchange carries hidden states. Hidden states are dispatched and combined, and so are their gradients:
@@ -229,23 +258,28 @@ def exchanges(dispatch: DispatchKind, rows: np.ndarray, workload: Workload, clus
       back, which makes six all-to-alls. Before these, every rank reports to every other rank the number of rows that it
       sends and the experts that the rows are for.
     - Planned dispatch is one-copy dispatch that exchanges these numbers once for all layers.
+    - DeepEP sends the k weights and experts of a token with each row, and gradients of the weights back.
 
     Args:
-        dispatch: The way to dispatch.
+        sending: The way to send tokens.
         rows: Rows of hidden states that ranks send in the dispatch, integer [ranks, ranks of a group].
         workload: Sizes of the data.
         cluster: The ranks.
+        topk: K, the largest number of experts of a token.
     """
     hidden = Exchange("hidden states", 4, rows, workload.hidden_size * workload.bytes_per_element)
     to_every_peer = (cluster.reach != Reach.OWN).astype(np.int64)
-    if dispatch is DispatchKind.STOCK:
+    experts_per_rank = workload.num_experts // cluster.ep_size
+    weights_per_row, counts = experts_per_rank, 1 + experts_per_rank
+    if sending is Sending.STOCK:
         weights_per_row, counts = 1, workload.num_experts
-    else:
-        weights_per_row = workload.num_experts // cluster.ep_size
-        counts = 1 + weights_per_row
-    layers_of_call = workload.num_layers if dispatch is DispatchKind.PLANNED else 1
+    elif sending is Sending.NODE_COPY:
+        weights_per_row = topk
+    layers_of_call = workload.num_layers if sending is Sending.PLANNED else 1
+    experts = [Exchange("experts", 1, rows, topk * _INDEX_BYTES)] if sending is Sending.NODE_COPY else []
     return (
         hidden,
         Exchange("weights", 2, rows, weights_per_row * _WEIGHT_BYTES),
         Exchange("counts", 1 / layers_of_call, to_every_peer, layers_of_call * counts * _COUNT_BYTES),
+        *experts,
     )

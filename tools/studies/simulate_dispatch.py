@@ -62,10 +62,14 @@ def parse_arguments() -> argparse.Namespace:
     topk = "experts of a token; give several to compare them"
     add_option(model, "--topk K", topk, ranges.EXPERTS, nargs="+", required=True)
     add_option(model, "--hidden-size H", "elements of a hidden state", ranges.COUNT, required=True)
+    width = "elements inside of an expert; adds lines about the load at which planned dispatch loses its advantage"
+    add_option(model, "--moe-ffn-hidden-size F", width, ranges.COUNT)
     size = "bytes of an element of a hidden state, 2 in bf16"
     add_option(model, "--bytes-per-element B", size, ranges.COUNT, default=2)
 
     cluster = parser.add_argument_group("cluster")
+    speed = "operations of the experts per second, in 10^12"
+    add_option(cluster, "--expert-tflops T", speed, ranges.Number(1e-9, 1e9, float), default=450)
     sizes, default = "numbers of GPUs to compare (default: 8, 16, … 4096)", tuple(8 << power for power in range(10))
     cluster.add_argument("--num-gpus", type=ranges.RANKS, nargs="+", default=default, metavar="G", help=sizes)
     add_option(cluster, "--gpus-per-node G", "GPUs of a node", ranges.PROCESSES, default=8)
@@ -160,7 +164,9 @@ def main() -> None:
         with atomic_output(arguments.plot) as temporary:
             draw_plot(costs, temporary)
     print_settings(arguments, mask, len(tokens))
-    print(*terminal_table(costs), sep="\n")
+    # An expert with a gated activation has three matrices; a backward pass has twice the operations of a forward pass.
+    operations = 3 * 3 * 2 * arguments.hidden_size * (arguments.moe_ffn_hidden_size or 0)
+    print(*terminal_table(costs, operations / (arguments.expert_tflops * 1e12)), sep="\n")
     for path in outputs:
         print(f"written          {path}")
 

@@ -373,6 +373,18 @@ def missing_transformer_engine(args: Namespace, packages: GpuPackages) -> Iterat
         yield f"--recompute-modules {' '.join(sorted(recomputed))} needs Transformer Engine, which is not installed"
 
 
+def note_on_flex(args: Namespace, gpus_of_node: int, has_deep_ep: bool) -> str | None:
+    """Recommend flex dispatch if the ranks that share experts are on several nodes, and DeepEP is installed."""
+    num_ranks = args.expert_model_parallel_size * (args.expert_tensor_parallel_size or args.tensor_model_parallel_size)
+    is_alltoall = args.bf16 and args.moe_token_dispatcher_type == "alltoall"
+    if not (has_deep_ep and is_alltoall and num_ranks > gpus_of_node):
+        return None
+    return (
+        f"{num_ranks} ranks share the experts, and a node has {gpus_of_node}: pass --moe-token-dispatcher-type flex, "
+        "with which DeepEP sends one copy of a token to each node instead of to each rank"
+    )
+
+
 def outdated_packages(args: Namespace) -> Iterator[str]:
     """Yield an error for each package whose version on this machine silently computes something else."""
     has_learnable_softmax = args.softmax_type == "learnable" and args.transformer_impl == "transformer_engine"

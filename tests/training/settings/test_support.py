@@ -21,6 +21,7 @@ from maskmoe.training.settings.support import (
     flags_of,
     missing_flags,
     missing_transformer_engine,
+    note_on_flex,
     note_on_unproven,
     outdated_packages,
     proven,
@@ -181,6 +182,21 @@ def test_note_on_flags_that_nobody_has_tried(monkeypatch: pytest.MonkeyPatch) ->
     assert note_on_unproven(["--bf16", "--sft"], "cpu") == "not tried with a routing mask: --sft"
     monkeypatch.setattr(support, "proven", lambda: {"cpu": frozenset(), "gpu": frozenset()})
     assert note_on_unproven(["--bf16"], "gpu") == "not tried with a routing mask on GPUs: all flags"
+
+
+@pytest.mark.parametrize(
+    ("flags", "gpus_of_node", "has_deep_ep", "is_recommended"),
+    [
+        ("--expert-model-parallel-size 16", 8, True, True),
+        ("--expert-model-parallel-size 16", 8, False, False),
+        ("--expert-model-parallel-size 8", 8, True, False),
+        ("--expert-model-parallel-size 8 --expert-tensor-parallel-size 2", 8, True, True),
+        ("--expert-model-parallel-size 16 --moe-token-dispatcher-type flex", 8, True, False),
+    ],
+)
+def test_flex_is_recommended_between_nodes(flags, gpus_of_node: int, has_deep_ep: bool, is_recommended: bool) -> None:
+    note = note_on_flex(parse(f"--bf16 {flags}"), gpus_of_node, has_deep_ep)
+    assert is_recommended == (note is not None and "--moe-token-dispatcher-type flex" in note)
 
 
 # ---- What a run needs ------------------------------------------------------------------------------------------------
