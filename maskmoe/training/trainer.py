@@ -12,7 +12,6 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-import torch
 from megatron.core.distributed import finalize_model_grads
 from megatron.core.enums import ModelType
 from megatron.core.num_microbatches_calculator import get_current_global_batch_size
@@ -38,7 +37,7 @@ from maskmoe.processes.console import console
 from maskmoe.processes.folder_lock import locked_folder
 from maskmoe.routing_mask.feed_forward_layers import FeedForwardLayers
 from maskmoe.routing_mask.mask import mean_experts_per_token
-from maskmoe.training.model.batch import build_datasets, get_batch, loss_function, token_losses
+from maskmoe.training.model.batch import build_datasets, get_batch, inputs_of_model, loss_function, token_losses
 from maskmoe.training.model.model_builder import StageBuilder, embedding_ranks_of, model_config_from_args
 from maskmoe.training.ranks import Ranks, meet_ranks, temporary_process_groups
 from maskmoe.training.resume.changed_settings import has_one_learning_rate
@@ -123,8 +122,11 @@ class Trainer:
                 store=self._ranks.store,
             )
 
-    def forward_step(self, data_iterator: Iterator, model: torch.nn.Module) -> tuple:
-        """Run one micro-batch forward; return the model's output and the function that computes the loss from it."""
+    def forward_step(self, data_iterator: Iterator, model: Any, return_schedule_plan: bool = False) -> tuple:
+        """Run one micro-batch forward; return the model's output and the function that computes the loss from it.
+
+        With `--overlap-moe-expert-parallel-comm`, return the plan of the forward pass in place of its output.
+        """
         for callback in self.callbacks:
             callback.before_micro_batch()
         timers = get_timers()
@@ -136,9 +138,12 @@ class Trainer:
         # Each chunk of an interleaved pipeline gets the documents, which count once.
         if batch.documents is not None and model.training and not get_attr_wrapped_model(model, "vp_stage"):
             update_seqlen_stats_from_cu_seqlens(batch.documents.cu_seqlens_q)
+        compute_loss = partial(loss_function, batch.loss_mask)
+        if return_schedule_plan:
+            return model.build_schedule_plan(**inputs_of_model(batch)), compute_loss
         with straggler_detector:
             losses = token_losses(model, batch)
-        return losses, partial(loss_function, batch.loss_mask)
+        return losses, compute_loss
 
     def _load_states(self) -> None:
         """Give the callbacks the states that the checkpoint to resume from holds."""

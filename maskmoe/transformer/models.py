@@ -7,6 +7,7 @@ from dataclasses import replace
 from typing import Any
 
 import torch
+from megatron.core.models.common.model_chunk_schedule_plan import TransformerModelChunkSchedulePlan
 from megatron.core.models.gpt import GPTModel
 from megatron.core.models.hybrid.hybrid_layer_allocation import Symbols, parse_hybrid_pattern
 from megatron.core.models.hybrid.hybrid_model import HybridModel
@@ -22,6 +23,7 @@ from maskmoe.routing_mask.feed_forward_layers import FeedForwardLayers
 from maskmoe.transformer.dispatch.choose import choose_dispatch
 from maskmoe.transformer.dispatch.plan import DispatchPlanner
 from maskmoe.transformer.gathered_parameters import wait_for_convolutions
+from maskmoe.transformer.moe_layer import MaskMoELayer
 from maskmoe.transformer.router import MaskMoERouter
 from maskmoe.transformer.token_ids import TokenIds, pack_token_ids, split_sequence, to_arguments
 from maskmoe.transformer.torch_modules.cross_entropy import ChunkedCrossEntropyMixin
@@ -87,16 +89,6 @@ class RoutesByTokenId(torch.nn.Module):
                 topk = self.config.moe_router_topk
                 self._dispatch_planner = DispatchPlanner(visible_experts, topk, tables, self.pg_collection.ep)
 
-    def forward(self, input_ids: Tensor, *args: Any, padding_mask: Tensor | None = None, **kwargs: Any) -> Tensor:
-        """Run one pipeline stage as the stock model does, with token ids for all MoE layers; see `ids_of_layers`."""
-        token_ids = self.ids_of_layers(input_ids, padding_mask)
-        with ExitStack() as hooks:
-            hooks.enter_context(_giving(self.decoder, to_arguments(token_ids, type(self.decoder))))
-            if self.mtp_process:
-                # `HybridModel` passes no padding mask to these layers, and their `input_ids` are for embeddings only.
-                hooks.enter_context(_giving(self.mtp, {"padding_mask": pack_token_ids(token_ids)}))
-            return super().forward(input_ids, *args, padding_mask=padding_mask, **kwargs)
-
     def ids_of_layers(self, input_ids: Tensor | None, padding_mask: Tensor | None) -> TokenIds:
         """Return the ids of this rank's tokens [batch, sequence], with padding and plan.
 
@@ -127,15 +119,6 @@ class RoutesByTokenId(torch.nn.Module):
         return token_ids
 
 
-def _giving(block: torch.nn.Module, arguments: dict[str, Tensor | None]) -> RemovableHandle:
-    """Give a block of layers these arguments whenever it is called, inside a `with` block."""
-
-    def give(module: torch.nn.Module, args: Any, kwargs: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
-        return args, kwargs | arguments
-
-    return block.register_forward_pre_hook(give, with_kwargs=True)
-
-
 class DenseGPTModel(BaseModel, GPTModel):
     """`GPTModel` without experts, with the loss of `MaskMoEGPTModel`."""
 
@@ -152,6 +135,22 @@ class MaskMoEGPTModel(BaseModel, RoutesByTokenId, GPTModel):
     def __init__(self, *args: Any, visible_experts: VisibleExperts, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
         self.set_routing_mask(visible_experts)
+
+    def build_schedule_plan(self, *args: Any, **kwargs: Any) -> TransformerModelChunkSchedulePlan:
+        """Return the plan of a micro-batch for `--overlap-moe-expert-parallel-comm`; arguments as for `forward`."""
+        plan: Any = super().build_schedule_plan(*args, **kwargs)
+        for number in range(plan.num_layers()):
+            of_layer = plan.get_layer(number)
+            layer = getattr(of_layer.layer, "mtp_model_layer", of_layer.layer)
+            if isinstance(layer.mlp, MaskMoELayer):
+                layer.mlp.give_ids_to(of_layer.pre_dispatch_computation)
+        return plan
+
+    def _preprocess(self, input_ids: Tensor, *args: Any, padding_mask: Tensor | None = None, **kwargs: Any) -> tuple:
+        """Prepare a stage as `GPTModel` does; return all layers' token ids, packed, in place of the padding mask."""
+        token_ids = self.ids_of_layers(input_ids, padding_mask)
+        results = super()._preprocess(input_ids, *args, padding_mask=padding_mask, **kwargs)
+        return (*results[:5], pack_token_ids(token_ids), *results[6:])
 
 
 class BaseHybridModel(HybridModel):
@@ -188,6 +187,16 @@ class MaskMoEHybridModel(BaseModel, RoutesByTokenId, BaseHybridModel):
         self._number_moe_layers()
         self.set_routing_mask(visible_experts)
 
+    def forward(self, input_ids: Tensor, *args: Any, padding_mask: Tensor | None = None, **kwargs: Any) -> Tensor:
+        """Run one pipeline stage as the stock model does, with token ids for all MoE layers; see `ids_of_layers`."""
+        token_ids = self.ids_of_layers(input_ids, padding_mask)
+        with ExitStack() as hooks:
+            hooks.enter_context(_giving(self.decoder, to_arguments(token_ids, type(self.decoder))))
+            if self.mtp_process:
+                # `HybridModel` passes no padding mask to these layers, and their `input_ids` are for embeddings only.
+                hooks.enter_context(_giving(self.mtp, {"padding_mask": pack_token_ids(token_ids)}))
+            return super().forward(input_ids, *args, padding_mask=padding_mask, **kwargs)
+
     def _number_moe_layers(self) -> None:
         """Number each MoE layer among the feed-forward layers of decoder or multi-token prediction, as in the twin.
 
@@ -211,3 +220,12 @@ def _number(layers: Iterable[Any], pattern: str, before: int) -> None:
 def _num_feed_forward(pattern: str) -> int:
     """Return the number of MLPs and MoE layers in a pattern."""
     return len(FeedForwardLayers.of_pattern(pattern).decoder)
+
+
+def _giving(block: torch.nn.Module, arguments: dict[str, Tensor | None]) -> RemovableHandle:
+    """Give a block of layers these arguments whenever it is called, inside a `with` block."""
+
+    def give(module: torch.nn.Module, args: Any, kwargs: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
+        return args, kwargs | arguments
+
+    return block.register_forward_pre_hook(give, with_kwargs=True)

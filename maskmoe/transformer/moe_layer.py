@@ -1,6 +1,9 @@
 """The mixture-of-experts layer whose router knows the ids of its tokens."""
 
+from collections.abc import Callable
 from contextlib import nullcontext
+from functools import partial
+from typing import Any
 
 import torch
 from megatron.core import tensor_parallel
@@ -31,6 +34,7 @@ class MaskMoELayer(MoELayer):
 
     router: MaskMoERouter  # pyrefly: ignore[bad-override-mutable-attribute]
     experts: torch.nn.Module  # pyrefly: ignore[bad-override-mutable-attribute]
+    _chunk_state: Any  # of the micro-batch whose node of an overlapped schedule calls `route`
 
     def __init__(
         self,
@@ -52,6 +56,7 @@ class MaskMoELayer(MoELayer):
         self.token_dispatcher = None
         kind = choose_dispatch(config, pg_collection, self.router.visible_experts.is_rank_local, is_mtp_layer)
         self.dispatcher = build_dispatcher(kind, self, pg_collection)
+        self.experts.register_forward_pre_hook(self._count_rows)
         # Megatron-Core gives experts their own optimizer only under expert parallelism, and a checkpoint with one
         # optimizer cannot be loaded into a run with two. So experts always get their own optimizer.
         for parameter in self.experts.parameters():
@@ -100,14 +105,13 @@ class MaskMoELayer(MoELayer):
             # While tokens travel, compute the shared experts.
             shared_expert_output: Tensor | None = self.shared_experts_compute(hidden_states)  # pyrefly: ignore[bad-assignment]
             dispatched = finish_dispatch()
-            if self.router.is_recording:
-                self.router.statistics.count_rows(len(dispatched.expert_input))
+            del finish_dispatch  # which holds the received rows
             expert_output, bias = self.experts(
                 dispatched.expert_input, dispatched.tokens_per_expert, dispatched.weights
             )
             if bias is not None:
                 raise ValueError("experts with biases that are added later are not supported")
-            output = self.dispatcher.combine(expert_output, dispatched.metadata)
+            output = dispatched.combine(expert_output)
             return output if shared_expert_output is None else output + shared_expert_output
 
         # Recomputation calls the same closure again, so it sees the token ids of its own micro-batch.
@@ -118,3 +122,29 @@ class MaskMoELayer(MoELayer):
                 return te_checkpoint(compute, False, tracker, self.tp_group, hidden_states), None
             return tensor_parallel.checkpoint(compute, False, hidden_states), None
         return compute(hidden_states), None
+
+    def give_ids_to(self, node: Any) -> None:
+        """Let a node of Megatron's overlapped schedule route by the token ids of its micro-batch.
+
+        The nodes call the layer's steps, but pass no ids to `route`. `node` is the one that calls `route`.
+        """
+        node.submodule = partial(self._call_with_ids, node.submodule)
+
+    def _call_with_ids(self, submodule: Callable[..., Any], node: Any, *inputs: Tensor) -> Any:
+        """Call the submodule of a node. Multi-token prediction shifts the ids in between, so give their place."""
+        self._chunk_state = node.chunk_state
+        try:
+            return submodule(node, *inputs)
+        finally:
+            self._chunk_state = None
+
+    def route(self, hidden_states: Tensor, padding_mask: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        """Route tokens [sequence, batch, hidden] in a node of an overlapped schedule, see `give_ids_to`."""
+        token_ids = from_arguments(self._chunk_state.padding_mask, None)
+        assert token_ids is not None
+        return self.router(hidden_states, token_ids.transpose())
+
+    def _count_rows(self, experts: torch.nn.Module, inputs: tuple[Tensor, ...]) -> None:
+        """Count the rows of this rank's experts, before the experts are computed."""
+        if self.router.is_recording:
+            self.router.statistics.count_rows(len(inputs[0]))

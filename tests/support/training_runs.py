@@ -289,6 +289,20 @@ add_model(
     mask="five_layers.safetensors",
     omits="--untie-embeddings-and-output-weights",
 )
+# Two schedules of the same steps, with four micro-batches and Megatron's dispatcher.
+SCHEDULED = f"""
+    {RICH} --moe-router-topk 1 --moe-router-pre-softmax --bf16 {EXPERT_2} --micro-batch-size 1 --exit-interval 6
+"""
+RUNS["rich, bf16, expert parallel 2"] = Run(SCHEDULED, ranks=2)
+RUNS["rich, bf16, overlapped dispatch"] = Run(f"{SCHEDULED} --overlap-moe-expert-parallel-comm", ranks=2)
+PREDICTED = f"{SCHEDULED} --mtp-num-layers 1"
+for name, flags in {"one at a time": "", "overlapped": "--overlap-moe-expert-parallel-comm"}.items():
+    RUNS[f"rich, bf16, prediction, {name}"] = Run(
+        f"{PREDICTED} {flags}",
+        ranks=2,
+        mask="five_layers.safetensors",
+        omits="--untie-embeddings-and-output-weights",
+    )
 # Multi-token prediction that uses one layer twice.
 add_model(
     "repeated prediction",

@@ -70,7 +70,7 @@ def dispatch_ours(
         hidden, probs = _leaves(tokens.hidden, routing_map)
         router = FixedRouter(probs, routing_map, fixed_weight=fixed_weight)
         dispatched = dispatcher.start_dispatch(hidden, token_ids.transpose(), router)()
-        output = dispatcher.combine(dispatched.expert_input, dispatched.metadata)
+        output = dispatched.combine(dispatched.expert_input)
         _backward(output, dispatched.weights, tokens)
 
     return work

@@ -117,8 +117,8 @@ def join_documents(cu_seqlens: Tensor, device: torch.device) -> PackedSeqParams:
     )
 
 
-def token_losses(model: torch.nn.Module, batch: Batch, padding_mask: Tensor | None = None) -> Tensor:
-    """Run the forward pass of one pipeline stage; on the last stage, return the loss of every token [batch, sequence].
+def inputs_of_model(batch: Batch, padding_mask: Tensor | None = None) -> dict[str, Any]:
+    """Return the arguments of a model's forward pass for a micro-batch.
 
     `padding_mask` is bool [batch, sequence], True for tokens that routers must not count. Megatron-Core computes packed
     documents as one sequence, so the model gets [1, batch * sequence] of each tensor if the batch has documents.
@@ -132,7 +132,15 @@ def token_losses(model: torch.nn.Module, batch: Batch, padding_mask: Tensor | No
     }
     if batch.documents is not None:
         per_token = {name: tensor if tensor is None else tensor.view(1, -1) for name, tensor in per_token.items()}
-    output = model(attention_mask=batch.attention_mask, packed_seq_params=batch.documents, **per_token)
+    return {"attention_mask": batch.attention_mask, "packed_seq_params": batch.documents, **per_token}
+
+
+def token_losses(model: torch.nn.Module, batch: Batch, padding_mask: Tensor | None = None) -> Tensor:
+    """Run the forward pass of one pipeline stage; on the last stage, return the loss of every token [batch, sequence].
+
+    `padding_mask` as for `inputs_of_model`.
+    """
+    output = model(**inputs_of_model(batch, padding_mask))
     return output.view_as(batch.tokens) if get_attr_wrapped_model(model, "post_process") else output
 
 
@@ -261,7 +269,7 @@ def check_fill_in_middle_tokens(args: Namespace) -> None:
 def loss_function(loss_mask: Tensor, output_tensor: Tensor) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
     """Return the masked sum of the losses of a micro-batch, in the form that Megatron's schedules take.
 
-    Both arguments are [batch, sequence]: the float loss mask, and the loss of every token.
+    `loss_mask` is float [batch, sequence]; `output_tensor` has the loss of every token, see `inputs_of_model`.
 
     Returns:
         The sum of the losses, the number of tokens in the sum (int32), and both as `lm loss` for the log. Under context
@@ -270,7 +278,7 @@ def loss_function(loss_mask: Tensor, output_tensor: Tensor) -> tuple[Tensor, Ten
     Raises:
         RuntimeError: The loss is NaN or infinite, and `--check-for-nan-in-loss-and-grad` is on.
     """
-    loss = torch.sum(output_tensor.float() * loss_mask)
+    loss = torch.sum(output_tensor.view_as(loss_mask).float() * loss_mask)
     num_tokens = loss_mask.sum().to(torch.int)
     machine = get_rerun_state_machine()
     if get_args().check_for_nan_in_loss_and_grad:

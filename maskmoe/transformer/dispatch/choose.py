@@ -42,6 +42,7 @@ def _needs_stock_dispatch(config: TransformerConfig) -> bool:
         config.moe_token_dispatcher_type != "alltoall"
         or config.moe_pad_expert_input_to_capacity
         or config.moe_shared_expert_overlap
+        or config.overlap_moe_expert_parallel_comm
     )
 
 

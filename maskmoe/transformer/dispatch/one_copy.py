@@ -14,28 +14,11 @@ from torch.distributed import ProcessGroup
 
 from maskmoe.transformer.dispatch.all_to_all import RowExchange, SentRows
 from maskmoe.transformer.dispatch.protocol import Dispatched, Router
-from maskmoe.transformer.dispatch.rows import CopiedRows, CopyRows, KnownExperts, LayerPlan, RowMap
+from maskmoe.transformer.dispatch.rows import CopyRows, KnownExperts, LayerPlan, RowMap
 from maskmoe.transformer.token_ids import TokenIds
 
 _NOT_SELECTED = -1.0
 """Replaces the weight of an expert that is not selected. Weights of selected experts are never negative."""
-
-
-@dataclass(frozen=True)
-class DispatchRecord:
-    """Records one layer's dispatch so that `combine` can invert it.
-
-    Attributes:
-        add_outputs: Adds up the experts' outputs [copies, features] of each token: [tokens, features].
-        shape: [sequence, batch, features].
-    """
-
-    add_outputs: RowMap
-    shape: Size
-
-    def combine(self, expert_output: Tensor) -> Tensor:
-        """Add up the outputs [copies, features] of each token: [sequence, batch, features]."""
-        return self.add_outputs(expert_output).view(self.shape)
 
 
 @dataclass(frozen=True)
@@ -44,21 +27,15 @@ class _SentTokens:
 
     Attributes:
         plan: How the tokens travel.
-        copied: The copies that were sent.
+        indices: Int64 [copies], the index of each sent copy in the flattened map [tokens, ranks].
         rows: The copies that are received.
-        shape: [sequence, batch, features].
+        combine: Sends a sum of outputs back for each received copy, and adds the sums of each token. Holds no rows.
     """
 
     plan: LayerPlan
-    copied: CopiedRows
+    indices: Tensor
     rows: SentRows
-    shape: Size
-
-    def record(self, sum_outputs: RowMap) -> DispatchRecord:
-        """Record the dispatch; `sum_outputs` adds up the experts' outputs of each received row."""
-        return DispatchRecord(
-            lambda outputs: self.copied.sum_copies(self.plan.exchange.send_back(sum_outputs(outputs))), self.shape
-        )
+    combine: RowMap
 
 
 def unchanged(rows: Tensor) -> Tensor:
@@ -118,17 +95,13 @@ class OneCopyDispatcher:
             sent = self._send(hidden_states, _plan_of_layer(token_ids, router))
             if sent.plan.experts is not None and router.fixed_weight is not None:
                 router.count(sent.plan.experts.statistics)
-                return partial(_finish_known, sent, sent.plan.experts, router.fixed_weight)
+                return partial(self._finish_known, sent, sent.plan.experts, router.fixed_weight)
             weights, _ = self._choose(hidden_states, token_ids, router)
         else:
             weights, selected = self._choose(hidden_states, token_ids, router)
             sent = self._send(hidden_states, exchange_counts(selected, self._group, self._copy_rows))
-        weights_of_copies = weights.flatten(0, 1).index_select(0, sent.copied.values)
+        weights_of_copies = weights.flatten(0, 1).index_select(0, sent.indices)
         return partial(self._finish, sent, sent.plan.exchange.send(weights_of_copies))
-
-    def combine(self, expert_output: Tensor, metadata: DispatchRecord) -> Tensor:
-        """Send outputs back and add them up; see `Dispatcher`."""
-        return self._expand(metadata.combine(expert_output))
 
     def _choose(self, hidden_states: Tensor, token_ids: TokenIds, router: Router) -> tuple[Tensor, Tensor]:
         """Return weights and the map of selected experts: [tokens, ranks, local experts]; other weights are a mark."""
@@ -141,7 +114,8 @@ class OneCopyDispatcher:
         """Start to send one copy of each token to each rank of its experts."""
         compressed = self._compress(hidden_states)
         copied = plan.to_ranks(compressed.flatten(0, 1))
-        return _SentTokens(plan, copied, plan.exchange.send(copied.copies), compressed.shape)
+        combine = partial(self._combine, plan.exchange, copied.sum_copies, compressed.shape)
+        return _SentTokens(plan, copied.values, plan.exchange.send(copied.copies), combine)
 
     def _finish(self, sent: _SentTokens, sent_weights: SentRows) -> Dispatched:
         """Wait for rows and weights, and copy the rows to the local experts."""
@@ -153,19 +127,27 @@ class OneCopyDispatcher:
             expert_input=expert_rows.copies,
             tokens_per_expert=selected.sum(dim=0) if tokens_per_expert is None else tokens_per_expert,
             weights=expert_rows.values,
-            metadata=sent.record(expert_rows.sum_copies),
+            combine=_in_turn(expert_rows.sum_copies, sent.combine),
         )
 
+    def _finish_known(self, sent: _SentTokens, experts: KnownExperts, weight: float) -> Dispatched:
+        """Wait for the rows, and order them by expert, where every id sees one expert."""
+        rows, sum_outputs = sent.rows.receive(), unchanged
+        if experts.by_expert is not None:
+            ordered = experts.by_expert.copy(rows)
+            rows, sum_outputs = ordered.copies, ordered.sum_copies
+        assert sent.plan.tokens_per_expert is not None
+        weights = torch.full((len(rows),), weight, device=rows.device)
+        return Dispatched(rows, sent.plan.tokens_per_expert, weights, _in_turn(sum_outputs, sent.combine))
 
-def _finish_known(sent: _SentTokens, experts: KnownExperts, weight: float) -> Dispatched:
-    """Wait for the rows, and order them by expert, where every id sees one expert."""
-    rows, sum_outputs = sent.rows.receive(), unchanged
-    if experts.by_expert is not None:
-        ordered = experts.by_expert.copy(rows)
-        rows, sum_outputs = ordered.copies, ordered.sum_copies
-    assert sent.plan.tokens_per_expert is not None
-    weights = torch.full((len(rows),), weight, device=rows.device)
-    return Dispatched(rows, sent.plan.tokens_per_expert, weights, sent.record(sum_outputs))
+    def _combine(self, exchange: RowExchange, sum_copies: RowMap, shape: Size, sums: Tensor) -> Tensor:
+        """Send the sums [received rows, features] back, and add them up for each token: [sequence, batch, hidden]."""
+        return self._expand(sum_copies(exchange.send_back(sums)).view(shape))
+
+
+def _in_turn(first: RowMap, second: RowMap) -> RowMap:
+    """Return the map that applies two maps in turn."""
+    return lambda rows: second(first(rows))
 
 
 def _plan_of_layer(token_ids: TokenIds, router: Router) -> LayerPlan:
@@ -224,13 +206,9 @@ class OneRankDispatcher:
         compressed = self._compress(hidden_states)
         num_copies = int(tokens_per_expert.sum())
         rows = self._copy_rows.to_experts(compressed.flatten(0, 1), probs, routing_map, num_copies)
-        return Dispatched(
-            expert_input=rows.copies,
-            tokens_per_expert=tokens_per_expert,
-            weights=rows.values,
-            metadata=DispatchRecord(rows.sum_copies, compressed.shape),
-        )
+        combine = _in_turn(rows.sum_copies, partial(self._finish, compressed.shape))
+        return Dispatched(rows.copies, tokens_per_expert, rows.values, combine)
 
-    def combine(self, expert_output: Tensor, metadata: DispatchRecord) -> Tensor:
-        """Add up the outputs of each token; see `Dispatcher`."""
-        return self._expand(metadata.combine(expert_output))
+    def _finish(self, shape: Size, sums: Tensor) -> Tensor:
+        """Bring sums [tokens, features] to the shape of the hidden states."""
+        return self._expand(sums.view(shape))

@@ -1,12 +1,11 @@
 """The protocol of all ways to dispatch, and what a dispatcher needs from a router.
 
-A dispatcher is not a module and keeps no state between `start_dispatch` and `combine`: whatever `combine` needs travels
-in `Dispatched.metadata`.
+A dispatcher is not a module and keeps no state of a micro-batch: `Dispatched.combine` holds what the way back needs.
 """
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Protocol
 
 from torch import Tensor
 
@@ -21,13 +20,14 @@ class Dispatched:
         expert_input: [rows, hidden], ordered by expert.
         tokens_per_expert: Integers [local experts], the rows of each expert.
         weights: [rows], the weight of each row.
-        metadata: What the dispatcher's `combine` needs.
+        combine: Sends the experts' weighted outputs [rows, hidden] back and adds them up for each token: [sequence,
+            batch, hidden].
     """
 
     expert_input: Tensor
     tokens_per_expert: Tensor
     weights: Tensor
-    metadata: Any
+    combine: Callable[[Tensor], Tensor]
 
 
 class Router(Protocol):
@@ -68,17 +68,5 @@ class Dispatcher(Protocol):
         Returns:
             A function that waits for the tokens. Until the caller calls the function, the caller can compute what does
             not depend on the tokens of other ranks.
-        """
-        ...
-
-    def combine(self, expert_output: Tensor, metadata: Any) -> Tensor:
-        """Send the experts' weighted outputs back and add them up for each token.
-
-        Args:
-            expert_output: [rows, hidden], in the order of `Dispatched.expert_input`.
-            metadata: `Dispatched.metadata`.
-
-        Returns:
-            [sequence, batch, hidden].
         """
         ...

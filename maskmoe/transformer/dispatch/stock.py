@@ -26,7 +26,7 @@ class StockDispatcher:
 
     The steps of `MoELayer` itself are used, so that its options work unchanged: shared experts that overlap with
     communication, latent projections, padding to capacity, expert tensor parallelism. Megatron's token dispatcher keeps
-    the state between dispatch and combine, so `Dispatched.metadata` is None.
+    the state between dispatch and combine.
     The layer's `token_dispatcher` is set to Megatron's dispatcher, which the layer's steps use.
     """
 
@@ -50,10 +50,10 @@ class StockDispatcher:
         rows, weights = layer.preprocess(hidden_states, probs, routing_map)  # pyrefly: ignore[not-iterable]
         rows, weights = layer.dispatch(rows, weights)
         postprocess: Callable[..., tuple[Tensor, Tensor, Tensor]] = self._megatron.dispatch_postprocess  # pyrefly: ignore[bad-assignment]
-        return Dispatched(*postprocess(rows, weights), metadata=None)
+        return Dispatched(*postprocess(rows, weights), combine=self._combine)
 
-    def combine(self, expert_output: Tensor, metadata: None) -> Tensor:
-        """Send outputs back and add them up; see `Dispatcher`."""
+    def _combine(self, expert_output: Tensor) -> Tensor:
+        """Send outputs back and add them up; see `Dispatched`."""
         output = self._megatron.combine_preprocess(expert_output)
         return self._layer.postprocess(self._layer.combine(output), None)
 
