@@ -22,7 +22,7 @@ SMALL = {
     "tests/run.sh": "tests/test_release.py -k version",
     "tools/gpu_campaign.sh": "--output {tmp}/campaign --only cuda",
     "pretrain": f"{ZIPF} --tokenizer-type NullTokenizer --tokenizer-model {{tmp}}/mask.safetensors --vocab-size 4096",
-    "tools/studies/simulate_dispatch.py": f"{ZIPF} --output {{tmp}}/dispatch.csv",
+    "tools/studies/simulate_dispatch.py": f"{ZIPF} --output {{tmp}}/d.csv --plot {{tmp}}/d.png --tokens-per-rank 8",
     "tools/benchmarks/pages.py": "--check",
     "tools/benchmarks/train_step.py": f"--repeats 1 --frequent-visible-experts 2 {STEP}",
     "tools/benchmarks/local_backend.py": "--repeats 1 --seq-length 64 --cases laptop memory-4096-tokens",

@@ -22,6 +22,7 @@ _PANELS = (
     ("Time of all exchanges (model)", "seconds", 1e3, "ms"),
     ("Load of the busiest GPU", "load_max_over_mean", 1, "multiple of the mean"),
 )
+_STYLES = {"row per expert": "o--", "one copy": "s-", "one copy per node": "^:", "planned": "D-"}
 
 
 def write_costs(costs: Sequence[DispatchCost], path: Path) -> None:
@@ -82,6 +83,7 @@ def draw_plot(costs: Sequence[DispatchCost], path: Path) -> None:
     possible = [cost for cost in costs if not cost.impossible]
     all_num_gpus = sorted({cost.num_gpus for cost in possible})
     variants = dict.fromkeys(cost.variant for cost in possible)
+    routings = list(dict.fromkeys(_parts(variant)[0] for variant in variants))
     topks = sorted({cost.topk for cost in costs})
     figure = Figure(figsize=(11, 8 * len(topks)), dpi=130, layout="constrained")
     for part, topk in zip(figure.subfigures(len(topks), squeeze=False)[:, 0], topks, strict=True):
@@ -91,12 +93,20 @@ def draw_plot(costs: Sequence[DispatchCost], path: Path) -> None:
                 # A log scale cannot show zeros.
                 of_variant = [cost for cost in possible if (cost.topk, cost.variant) == (topk, variant)]
                 points = {cost.num_gpus: getattr(cost, field) * factor or None for cost in of_variant}
-                style = "o--" if variant.endswith("row per expert") else "s-"
-                axes.plot(list(points), list(points.values()), style, label=variant)
+                routing, sending = _parts(variant)
+                colour = f"C{routings.index(routing)}"
+                axes.plot(list(points), list(points.values()), _STYLES[sending], color=colour, label=variant)
             axes.set(title=title, ylabel=unit, xlabel="GPUs")
             axes.set_xscale("log", base=2)
-            axes.set_yscale("linear" if factor == 1 else "log")
+            is_sent = any(getattr(cost, field) > 0 for cost in possible)
+            axes.set_yscale("log" if factor != 1 and is_sent else "linear")
             axes.set_xticks(all_num_gpus, [f"{num_gpus:,}" for num_gpus in all_num_gpus])
             axes.grid(alpha=0.4)
         part.legend(*axes.get_legend_handles_labels(), loc="outside lower center", ncols=3, frameon=False)
     figure.savefig(path, format="png")
+
+
+def _parts(variant: str) -> tuple[str, str]:
+    """Return the names of routing and sending, of which a variant's name consists."""
+    routing, _, sending = variant.rpartition(", ")
+    return routing, sending
